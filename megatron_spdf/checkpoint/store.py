@@ -1,0 +1,125 @@
+"""The checkpoint directory on disk: complete by one rename, checked by size and checksum, never half-trusted.
+
+    checkpoints/step_00000500/            weights, masks, optimizer: Megatron-Core's distributed format
+    checkpoints/step_00000500/run.json    where the run stood, and what it was
+    checkpoints/step_00000500/files.json  every file with its bytes and SHA-256, written last
+    checkpoints/step_00001000.partial/    a save that did not finish; discarded at the next start
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+PARTIAL = ".partial"
+FILES, RUN = "files.json", "run.json"
+_NAME = re.compile(r"step_(\d{8})")
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint whose files are not what its list says."""
+
+
+def name_of(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def complete(directory: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    if not directory.is_dir():
+        return []
+    found = [p for p in directory.iterdir() if _NAME.fullmatch(p.name) and (p / FILES).is_file()]
+    return sorted(found, key=lambda p: p.name)
+
+
+def discard_incomplete(directory: Path) -> list[str]:
+    """Removes saves that did not finish; returns their names."""
+    if not directory.is_dir():
+        return []
+    kept = set(complete(directory))
+    gone = [p for p in directory.iterdir() if p.name.startswith("step_") and p not in kept]
+    for path in gone:
+        shutil.rmtree(path)
+    return sorted(p.name for p in gone)
+
+
+def retain(directory: Path, keep: int) -> None:
+    """Removes all but the newest `keep` complete checkpoints; each leaves by a rename first, so that a crash in
+    the middle leaves a `.partial` and not a checkpoint with files missing."""
+    for path in complete(directory)[:-keep]:
+        dying = path.with_name(path.name + PARTIAL)
+        path.rename(dying)
+        shutil.rmtree(dying)
+
+
+def files_of(checkpoint: Path) -> list[str]:
+    """Names, relative to the checkpoint, of all its files but the list itself."""
+    names = (p.relative_to(checkpoint).as_posix() for p in checkpoint.rglob("*") if p.is_file())
+    return sorted(n for n in names if n != FILES)
+
+
+def describe(path: Path) -> dict[str, object]:
+    """Bytes and SHA-256 of a file, which is on disk afterwards and not in a cache only."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def publish(partial: Path, files: dict[str, dict[str, object]]) -> Path:
+    """Writes the list of files and makes the checkpoint visible by one rename."""
+    write_json(partial / FILES, files)
+    final = partial.with_name(partial.name.removesuffix(PARTIAL))
+    if final.exists():
+        shutil.rmtree(final)
+    partial.rename(final)
+    sync_directory(final.parent)
+    return final
+
+
+def write_json(path: Path, content: object) -> None:
+    """Writes JSON so that a reader sees all of it or the old file."""
+    beside = path.with_name(path.name + ".new")
+    with beside.open("w") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def sync_directory(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def verify(checkpoint: Path, checksums: bool = True, names: list[str] | None = None) -> None:
+    """Holds the files of a checkpoint against its list.
+
+    Args:
+        checksums: also read every byte; sizes alone find truncation but not a flipped bit.
+        names: checksum these files only (ranks share the work); sizes are always checked for all.
+
+    Raises:
+        DamagedCheckpoint: naming every file that is missing, of another size or content, or not in the list.
+    """
+    try:
+        listed = json.loads((checkpoint / FILES).read_text())
+    except (OSError, ValueError) as error:
+        raise DamagedCheckpoint(f"{checkpoint / FILES} cannot be read ({error}); use another checkpoint") from None
+    there = set(files_of(checkpoint))
+    faults = [f"{name} is missing" for name in sorted(listed.keys() - there)]
+    faults += [f"{name} is not in the list" for name in sorted(there - listed.keys())]
+    for name in sorted(listed.keys() & there):
+        size = (checkpoint / name).stat().st_size
+        if size != listed[name]["bytes"]:
+            faults.append(f"{name} has {size} bytes instead of {listed[name]['bytes']}")
+        elif checksums and (names is None or name in names) and describe(checkpoint / name) != listed[name]:
+            faults.append(f"{name} has another content than was written")
+    if faults:
+        raise DamagedCheckpoint(f"checkpoint {checkpoint} is damaged: {'; '.join(faults)}. "
+                                "Remove it to resume from the one before")

@@ -1,0 +1,66 @@
+"""Rules between fields. Each finding names the value, the rule and the remedy; all are reported at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_spdf.config.recipe import Recipe
+
+
+def divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def findings(recipe: Recipe) -> Iterator[str]:
+    """Every broken rule of a recipe as one sentence."""
+    yield from _model(recipe)
+    yield from _layout(recipe)
+    yield from _batch(recipe)
+
+
+def _model(recipe: Recipe) -> Iterator[str]:
+    m = recipe.model
+    if m.hidden % m.heads:
+        yield f"model.hidden={m.hidden} is not divisible by model.heads={m.heads}; heads may be {divisors(m.hidden)}"
+    if m.heads % m.query_groups:
+        yield (f"model.heads={m.heads} is not divisible by model.query_groups={m.query_groups}; "
+               f"query_groups may be {divisors(m.heads)}")
+    if m.ffn_hidden % m.query_groups:
+        yield (f"model.ffn_hidden={m.ffn_hidden} is not divisible by model.query_groups={m.query_groups}, the number "
+               f"of chunks a weight is cut into; take a multiple of {m.query_groups}")
+    if recipe.train.sequence_length > m.max_positions:
+        yield (f"train.sequence_length={recipe.train.sequence_length} is over model.max_positions={m.max_positions}; "
+               "lower the first or raise the second")
+
+
+def _layout(recipe: Recipe) -> Iterator[str]:
+    m, p, t = recipe.model, recipe.parallel, recipe.train
+    if m.query_groups % p.tensor:
+        yield (f"model.query_groups={m.query_groups} (heads={m.heads}) is not divisible by parallel.tensor={p.tensor}; "
+               f"tensor may be {divisors(m.query_groups)}")
+    stages = p.pipeline * p.interleave
+    if m.layers % stages:
+        yield (f"model.layers={m.layers} is not divisible by parallel.pipeline x interleave = {p.pipeline} x "
+               f"{p.interleave} = {stages}; the product may be {divisors(m.layers)}")
+    if p.interleave > 1 and p.pipeline == 1:
+        yield f"parallel.interleave={p.interleave} needs parallel.pipeline > 1; set interleave=1 or more stages"
+    if p.sequence and p.tensor == 1:
+        yield "parallel.sequence=true needs parallel.tensor > 1; set sequence=false or a larger tensor"
+    if p.sequence and t.sequence_length % p.tensor:
+        yield (f"train.sequence_length={t.sequence_length} is not divisible by parallel.tensor={p.tensor}, as "
+               "parallel.sequence=true asks; change one of the three")
+
+
+def _batch(recipe: Recipe) -> Iterator[str]:
+    p, t, o = recipe.parallel, recipe.train, recipe.optimizer
+    share = t.micro_batch * p.data
+    if t.global_batch % share:
+        yield (f"train.global_batch={t.global_batch} is not divisible by train.micro_batch x parallel.data = "
+               f"{t.micro_batch} x {p.data} = {share}; global_batch may be "
+               f"{max(t.global_batch // share, 1) * share} or {(t.global_batch // share + 1) * share}")
+    elif p.interleave > 1 and recipe.micro_batches % p.pipeline:
+        yield (f"{recipe.micro_batches} micro-batches per step are not divisible by parallel.pipeline={p.pipeline}, as "
+               "parallel.interleave asks; change train.global_batch or train.micro_batch")
+    if o.warmup_tokens >= recipe.steps * recipe.tokens_per_step:
+        yield (f"optimizer.warmup_tokens={o.warmup_tokens:,} is not under train.tokens={t.tokens:,}; "
+               "shorten the warm-up or lengthen the run")

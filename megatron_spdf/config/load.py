@@ -1,0 +1,113 @@
+"""From a YAML file and `section.key=value` words to a validated recipe."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from megatron_spdf.config.checks import findings
+from megatron_spdf.config.recipe import Recipe, normalise_sparsity
+
+
+def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Reads a recipe, applies `section.key=value` words, validates every field and every rule between fields.
+
+    Args:
+        path: YAML file; its `extends:` names another one, relative to it, whose values it changes.
+        overrides: words such as `parallel.tensor=2` or `sparsity=0.5`; values are YAML.
+
+    Raises:
+        ValueError: naming each wrong key or value, the rule it breaks and the remedy.
+    """
+    values = _read(Path(path), ())
+    for word in overrides:
+        _override(values, word)
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(_explain(path, [_sentence(e) for e in error.errors()])) from None
+    broken = list(findings(recipe))
+    if broken:
+        raise ValueError(_explain(path, broken))
+    return recipe
+
+
+def save_recipe(recipe: Recipe, path: str | Path) -> None:
+    """Writes the recipe with every default filled in."""
+    Path(path).write_text(yaml.safe_dump(recipe.model_dump(), sort_keys=False))
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    path = path.resolve()
+    if path in seen:
+        raise ValueError(f"recipe {path} extends itself through {' -> '.join(p.name for p in seen)}; break the circle")
+    if not path.is_file():
+        near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        raise ValueError(f"there is no recipe {path}; {path.parent} holds {', '.join(near) or 'no .yaml file'}")
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"recipe {path} is not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"recipe {path} must be a mapping of sections, not a {type(values).__name__}")
+    base = values.pop("extends", None)
+    return values if base is None else _merge(_read(path.parent / base, (*seen, path)), values)
+
+
+def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in change.items():
+        if key == "sparsity":
+            merged[key] = _merge(normalise_sparsity(merged.get(key, {})), normalise_sparsity(value))
+        elif isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = _merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _override(values: dict[str, Any], word: str) -> None:
+    name, equals, text = word.partition("=")
+    if not equals or not name:
+        raise ValueError(f"{word!r} is not section.key=value; write for example parallel.tensor=2")
+    change: Any = yaml.safe_load(text)
+    for key in reversed(name.split(".")):
+        change = {key: change}
+    merged = _merge(values, change)
+    values.clear()
+    values.update(merged)
+
+
+def _explain(path: str | Path, sentences: list[str]) -> str:
+    return f"recipe {path}:\n" + "\n".join(f"  - {s}" for s in sentences)
+
+
+def _sentence(error: dict[str, Any]) -> str:
+    place = [p for p in error["loc"] if isinstance(p, (str, int))]
+    name = ".".join(map(str, place))
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(place[:-1])
+        near = difflib.get_close_matches(str(place[-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {'.'.join([*map(str, place[:-1]), near[0]])}?" if near else f"known: {', '.join(known)}"
+        return f"unknown key {name} (value {error['input']!r}); {hint}"
+    if error["type"] == "missing":
+        return f"{name} is missing; set it in the recipe or as {name}=VALUE (see pretrain.py --help)"
+    return f"{name}={error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _known_keys(place: list[str | int]) -> list[str]:
+    """Keys of the section at `place`."""
+    section: type[BaseModel] = Recipe
+    for key in place:
+        if isinstance(key, int):
+            from megatron_spdf.config.recipe import SparsityRule
+            section = SparsityRule
+        else:
+            section = section.model_fields[key].annotation if key in section.model_fields else section
+        if not isinstance(section, type) or not issubclass(section, BaseModel):
+            section = Recipe.model_fields["sparsity"].annotation
+    return sorted(section.model_fields)

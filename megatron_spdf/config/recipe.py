@@ -1,0 +1,228 @@
+"""The typed recipe: every field of a run with its type, default, unit and meaning."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from megatron_spdf.config.presets import PRESETS
+
+MULTIPLES = {"k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+
+
+def parse_count(value: Any) -> Any:
+    """`26B`, `375M`, `2.5e9` or 5_000 -> int; what cannot be read is passed on for pydantic to refuse."""
+    if isinstance(value, str) and value:
+        text, factor = value.replace("_", "").strip().lower(), 1
+        if text[-1:] in MULTIPLES:
+            text, factor = text[:-1], MULTIPLES[text[-1]]
+        try:
+            value = float(text) * factor
+        except ValueError:
+            return value
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+def as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Count = Annotated[int, BeforeValidator(parse_count)]
+Level = Annotated[float, Field(ge=0.0, lt=1.0)]
+Paths = Annotated[list[str], BeforeValidator(as_list)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True)
+
+
+class Model(Section):
+    """A GPT: learned positions, tied embeddings, biases, GELU (tanh), pre-LayerNorm."""
+
+    preset: Literal[tuple(PRESETS)] | None = Field(  # type: ignore[valid-type]
+        None, description="shape by name; layers, hidden and heads given beside it win")
+    layers: int = Field(gt=0, description="transformer blocks")
+    hidden: int = Field(gt=0, description="width d_model")
+    heads: int = Field(gt=0, description="attention heads")
+    query_groups: int = Field(
+        gt=0, description="key/value groups, also the largest tensor-parallel degree; default: heads")
+    ffn_hidden: int = Field(gt=0, description="width of the feed-forward layer; default: 4 x hidden")
+    vocab_size: Count = Field(50257, gt=0, description="tokens the tokenizer knows")
+    max_positions: Count = Field(2048, gt=0, description="longest sequence, in tokens")
+    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="of embeddings, attention and residuals")
+    init_std: float = Field(0.02, gt=0.0, description="std of the initial weights; residual outputs: / sqrt(2 layers)")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        preset = values.get("preset")
+        values = {**PRESETS.get(preset, {}), **{k: v for k, v in values.items() if v is not None or k == "preset"}}
+        values.setdefault("query_groups", values.get("heads"))
+        if isinstance(values.get("hidden"), int):
+            values.setdefault("ffn_hidden", 4 * values["hidden"])
+        return values
+
+
+class SparsityRule(Section):
+    """The sparsity of the weights whose canonical name matches a glob."""
+
+    weights: str = Field(description="glob on the canonical name, e.g. `*.mlp.*` or `decoder.layers.0.*`")
+    level: Level = Field(description="fraction of zeros, in [0, 1)")
+
+
+class Sparsity(Section):
+    """Static random masks. Also written as a number (`sparsity: 0.75`) or as a list of rules."""
+
+    level: Level = Field(0.0, description="fraction of zeros of every block weight that no rule matches")
+    rules: list[SparsityRule] = Field([], description="the first rule that matches a weight wins")
+    seed: int = Field(0, ge=0, description="of the masks; they depend on it and the weight's name alone")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, value: Any) -> Any:
+        return normalise_sparsity(value)
+
+
+def normalise_sparsity(value: Any) -> Any:
+    """The two short forms of `sparsity:` as the mapping they stand for."""
+    if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        return {"level": value}
+    if isinstance(value, list):
+        return {"rules": value}
+    return value
+
+
+class Data(Section):
+    """Where tokens come from: prefixes of Megatron's indexed datasets (PREFIX.bin, PREFIX.idx)."""
+
+    train: Paths = Field([], description="prefixes of the training data, drawn in proportion to their size")
+    valid: Paths = Field([], description="prefixes of the validation data; none: no evaluation")
+    tokenizer: str | None = Field(None, description="directory or file; default: the copy beside the data")
+    workers: int = Field(2, ge=0, description="loader processes per rank; 0 loads in the training process")
+    cache: str | None = Field(None, description="directory of the sample indices; default: inside the run")
+
+
+class Train(Section):
+    tokens: Count = Field(gt=0, description="length of the run, in tokens")
+    global_batch: Count = Field(gt=0, description="sequences per optimizer step, over all ranks")
+    micro_batch: int = Field(gt=0, description="sequences per forward pass of one data-parallel rank")
+    sequence_length: Count = Field(gt=0, description="tokens per sequence; default: model.max_positions")
+    precision: Literal["bf16", "fp32"] = Field(
+        "bf16", description="of weights and activations; gradients, master weights and moments are fp32")
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none", description="activations computed again in backward: the attention core, or whole blocks")
+
+
+class Optimizer(Section):
+    """AdamW; linear warm-up, then decay to lr x min_lr_ratio at the end of the run."""
+
+    lr: float = Field(gt=0.0, description="peak learning rate")
+    min_lr_ratio: float = Field(0.1, ge=0.0, le=1.0, description="final over peak learning rate")
+    warmup_tokens: Count = Field(0, ge=0, description="length of the warm-up, in tokens")
+    decay: Literal["cosine", "linear", "constant"] = Field("cosine", description="shape after the warm-up")
+    beta1: float = Field(0.9, ge=0.0, lt=1.0, description="decay of the first moment")
+    beta2: float = Field(0.999, ge=0.0, lt=1.0, description="decay of the second moment")
+    eps: float = Field(1e-8, gt=0.0, description="added to the root of the second moment")
+    weight_decay: float = Field(0.1, ge=0.0, description="decoupled; not on biases and norms")
+    clip_grad: float = Field(1.0, ge=0.0, description="largest global gradient norm; 0: no clipping")
+
+
+class Parallel(Section):
+    """The layout. The world has tensor x pipeline x data processes, one per GPU."""
+
+    tensor: int = Field(1, gt=0, description="tensor-parallel degree; divides model.query_groups")
+    sequence: bool = Field(False, description="sequence parallelism inside the tensor-parallel group")
+    pipeline: int = Field(1, gt=0, description="pipeline stages")
+    interleave: int = Field(1, gt=0, description="model chunks per pipeline rank (virtual stages)")
+    data: int = Field(1, gt=0, description="data-parallel degree")
+    zero_stage: Literal[0, 1] = Field(1, description="1: optimizer state sharded over data-parallel ranks")
+    overlap: bool = Field(True, description="gradient and parameter traffic behind compute, on GPUs")
+    timeout: int = Field(600, gt=0, description="seconds after which a collective that hangs ends the run")
+
+    @property
+    def world(self) -> int:
+        """Processes the layout needs."""
+        return self.tensor * self.pipeline * self.data
+
+
+class Evaluate(Section):
+    every: int = Field(0, ge=0, description="steps between evaluations; 0: only at the end")
+    batches: int = Field(10, gt=0, description="global batches per evaluation, at most what the data holds")
+
+
+class Checkpoint(Section):
+    every: int = Field(1000, ge=0, description="steps between checkpoints; 0: only at the end")
+    keep: int = Field(2, gt=0, description="newest checkpoints that are kept")
+
+
+class Log(Section):
+    every: int = Field(10, gt=0, description="steps between records in log.jsonl and TensorBoard")
+    tensorboard: bool = Field(True, description="write TensorBoard events beside log.jsonl")
+
+
+class Guard(Section):
+    max_skipped: int = Field(
+        10, ge=0, description="steps skipped in a row for a non-finite loss or gradient before the run stops")
+
+
+class Kernels(Section):
+    """Which implementation computes what; the choice is logged at start."""
+
+    attention: Literal["sdpa", "transformer_engine"] = Field(
+        "sdpa", description="PyTorch's scaled_dot_product_attention, or Transformer Engine's where installed")
+    norm: Literal["auto", "torch"] = Field("auto", description="auto: NVIDIA Apex's fused LayerNorm where installed")
+
+
+class Recipe(Section):
+    """One run."""
+
+    output: str = Field(description="run directory; everything the run writes goes there")
+    seed: int = Field(1234, ge=0, description="of initial weights, data order and dropout")
+    model: Model
+    sparsity: Sparsity = Field(Sparsity())
+    data: Data = Field(Data())
+    train: Train
+    optimizer: Optimizer
+    parallel: Parallel = Field(Parallel())
+    evaluate: Evaluate = Field(Evaluate())
+    checkpoint: Checkpoint = Field(Checkpoint())
+    log: Log = Field(Log())
+    guard: Guard = Field(Guard())
+    kernels: Kernels = Field(Kernels())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sequence_length(cls, values: Any) -> Any:
+        model, train = values.get("model"), values.get("train")
+        if isinstance(model, dict) and isinstance(train, dict) and "sequence_length" not in train:
+            train = {**train, "sequence_length": model.get("max_positions", 2048)}
+            values = {**values, "train": train}
+        return values
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.train.global_batch * self.train.sequence_length
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run: train.tokens to the nearest whole batch, at least one."""
+        return max(1, round(self.train.tokens / self.tokens_per_step))
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches that a data-parallel rank accumulates per step."""
+        return self.train.global_batch // (self.train.micro_batch * self.parallel.data)
+
+    def identity(self) -> dict[str, Any]:
+        """What must not change between the starts of one run; layout, logging and the like may."""
+        kept = self.model_dump(include={"seed", "model", "sparsity", "data", "train", "optimizer"})
+        kept["model"].pop("preset")
+        for section, key in (("data", "workers"), ("data", "cache"), ("data", "tokenizer"),
+                             ("train", "micro_batch"), ("train", "recompute")):
+            kept[section].pop(key)
+        return kept

@@ -1,0 +1,23 @@
+"""Loss on the fixed validation windows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from megatron_spdf.engine import Engine, MicroBatch
+
+
+def validation_loss(
+    engine: Engine, batches: Iterable[list[MicroBatch]], stop_requested: Callable[[], bool]
+) -> float | None:
+    """Mean loss in nats per token over the batches; None when some rank was asked to stop on the way.
+
+    Perplexity is its exponential.
+    """
+    losses = []
+    for batch in batches:
+        loss, stop = engine.evaluate(batch, stop_requested())
+        if stop:
+            return None
+        losses.append(loss)
+    return sum(losses) / len(losses)

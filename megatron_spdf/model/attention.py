@@ -1,0 +1,48 @@
+"""Core attention on PyTorch's scaled_dot_product_attention, the fast path without Transformer Engine."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+
+class SdpaCoreAttention(MegatronModule):
+    """Causal softmax(QK^T / sqrt(d_head)) V for Megatron-Core's SelfAttention."""
+
+    def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type, attention_type: str, **_):
+        super().__init__(config)
+        self.dropout = config.attention_dropout
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_) -> Tensor:
+        """(T, B, nh, hs), (T, B, ng, hs), (T, B, ng, hs) -> (T, B, nh * hs), on this rank's heads."""
+        assert attention_mask is None, "the causal mask is the only one"
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # (B, nh, T, hs)
+        grouped = q.size(1) != k.size(1)
+        if self.training and self.dropout > 0.0:
+            with tensor_parallel.get_cuda_rng_tracker().fork():  # other heads, other masks
+                out = scaled_dot_product_attention(
+                    q, k, v, dropout_p=self.dropout, is_causal=True, enable_gqa=grouped)
+        else:
+            out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        return out.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
+
+
+def core_attention(kind: str) -> type:
+    """The class for `kernels.attention`.
+
+    Raises:
+        ValueError: Transformer Engine is asked for and not installed.
+    """
+    if kind == "sdpa":
+        return SdpaCoreAttention
+    from megatron.core.extensions.transformer_engine import HAVE_TE, TEDotProductAttention
+
+    if not HAVE_TE or not torch.cuda.is_available():
+        raise ValueError("kernels.attention=transformer_engine, but Transformer Engine or a GPU is missing here; "
+                         "use NVIDIA's PyTorch container (docker/) or kernels.attention=sdpa")
+    return TEDotProductAttention
+

@@ -1,0 +1,116 @@
+"""Builds this rank's part of the GPT from Megatron-Core, sparse where the plan says so."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from megatron.core import parallel_state as ps
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+from torch.nn.functional import gelu
+
+from megatron_spdf.config import Recipe
+from megatron_spdf.model.attention import core_attention
+from megatron_spdf.model.init import initialise
+from megatron_spdf.model.norm import norm_class
+from megatron_spdf.model.weights import model_weights, padded_vocab
+from megatron_spdf.sparsity.compact import sparsify
+from megatron_spdf.sparsity.plan import Plan
+
+
+def transformer_config(recipe: Recipe) -> TransformerConfig:
+    """Megatron-Core's configuration of the recipe's model and layout."""
+    m, p = recipe.model, recipe.parallel
+    dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
+    recompute: dict[str, object] = {}
+    if recipe.train.recompute != "none":
+        recompute["recompute_granularity"] = recipe.train.recompute
+    if recipe.train.recompute == "full":
+        recompute |= {"recompute_method": "uniform", "recompute_num_layers": 1}
+    return TransformerConfig(
+        num_layers=m.layers,
+        hidden_size=m.hidden,
+        num_attention_heads=m.heads,
+        num_query_groups=m.query_groups,
+        ffn_hidden_size=m.ffn_hidden,
+        activation_func=partial(gelu, approximate="tanh"),  # as in GPT-2
+        hidden_dropout=m.dropout,
+        attention_dropout=m.dropout,
+        init_method_std=m.init_std,
+        perform_initialization=False,  # model/init.py fills the weights, the same at every layout
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=recipe.train.precision == "bf16",
+        tensor_model_parallel_size=p.tensor,
+        pipeline_model_parallel_size=p.pipeline,
+        virtual_pipeline_model_parallel_size=p.interleave if p.interleave > 1 else None,
+        sequence_parallel=p.sequence,
+        # Interleaved stages: batched sends forward and backward between two ranks are matched in the wrong order
+        # and give wrong gradients without an error.
+        overlap_p2p_comm=p.interleave > 1,
+        batch_p2p_comm=p.interleave == 1,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        **recompute,
+    )
+
+
+def build_model(recipe: Recipe, plan: Plan) -> list[nn.Module]:
+    """This rank's model chunks (one, or `parallel.interleave`), initialised and made sparse, on the device."""
+    config = transformer_config(recipe)
+    interleaved = recipe.parallel.interleave > 1
+    return [_build_chunk(recipe, config, plan, stage if interleaved else None)
+            for stage in range(recipe.parallel.interleave)]
+
+
+def _build_chunk(recipe: Recipe, config: TransformerConfig, plan: Plan, stage: int | None) -> GPTModel:
+    layer = get_gpt_layer_local_spec()
+    norm = norm_class(recipe.kernels.norm)
+    layer.submodules.self_attention.submodules.core_attention = core_attention(recipe.kernels.attention)
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm
+    block = TransformerBlockSubmodules(
+        layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=stage), layer_norm=norm)
+    model = GPTModel(
+        config,
+        block,
+        vocab_size=padded_vocab(recipe.model),
+        max_sequence_length=recipe.model.max_positions,
+        pre_process=ps.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+        post_process=ps.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+        share_embeddings_and_output_weights=True,
+        vp_stage=stage,
+    )
+    model.cuda(torch.cuda.current_device())
+    if config.bf16:
+        model.bfloat16()
+    _fill(model, recipe, plan)
+    return model
+
+
+def _fill(model: GPTModel, recipe: Recipe, plan: Plan) -> None:
+    """Sparsifies and initialises module by module, so that one weight at a time is dense in float32."""
+    rank, world = ps.get_tensor_model_parallel_rank(), ps.get_tensor_model_parallel_world_size()
+    weights = {w.name: w for w in model_weights(recipe.model)}
+    for name, module in canonical_modules(model):
+        if f"{name}.weight" in plan.weights:
+            sparsify(module, plan.weights[f"{name}.weight"], plan.seed, rank, world)
+        initialise(module, name, weights, recipe.seed, recipe.model.query_groups, rank, world)
+
+
+def canonical_modules(model: GPTModel) -> list[tuple[str, nn.Module]]:
+    """Modules of a chunk by their name in the whole model: layers counted from 0 over all stages."""
+    named = []
+    for name, module in model.named_modules():
+        parts = name.split(".")
+        if parts[:2] == ["decoder", "layers"] and len(parts) > 2:
+            parts[2] = str(model.decoder.layers[int(parts[2])].layer_number - 1)
+        if "parametrizations" not in parts:
+            named.append((".".join(parts), module))
+    return named
+

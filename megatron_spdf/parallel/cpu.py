@@ -1,0 +1,61 @@
+"""A stand-in for the CUDA calls Megatron-Core makes, for machines without a GPU (gloo, CPU tensors).
+
+What it stands in for, each with a test: `device="cuda"` in factory calls, `Tensor.cuda` and `Module.cuda`,
+`Tensor.type()` (Megatron-Core's optimizers look for the CUDA names), `torch.cuda.current_device`, `synchronize`,
+`current_stream`, and the CUDA random state, which becomes the CPU's. On a machine with a GPU `install` does nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+CPU = torch.device("cpu")
+
+
+class _CudaToCpu(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if "cuda" in str(kwargs.get("device", "")):
+            kwargs["device"] = CPU
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.")
+        return func(*args, **kwargs)
+
+
+_mode: _CudaToCpu | None = None
+
+
+def install() -> bool:
+    """Installs the stand-in for the rest of the process; must run before megatron.core is imported.
+
+    Returns:
+        Whether this machine needs it, that is, has no usable GPU.
+    """
+    global _mode
+    if torch.cuda.is_available():
+        return False
+    if _mode is None:
+        assert "megatron.core" not in sys.modules, "install the stand-in before importing megatron.core"
+        _mode = _CudaToCpu()
+        _mode.__enter__()
+        _stand_in()
+    return True
+
+
+def _stand_in() -> None:
+    torch.cuda.current_device = lambda: CPU
+    torch.cuda.synchronize = lambda *_, **__: None
+    torch.cuda.current_stream = lambda *_, **__: None
+    torch.cuda.manual_seed = torch.manual_seed
+    torch.cuda.get_rng_state = lambda device=None: torch.get_rng_state()
+    torch.cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
+    torch.Tensor.cuda = lambda self, *_, **__: self
+    torch.nn.Module.cuda = lambda self, *_, **__: self
+
+    import megatron.core.tensor_parallel.random as megatron_random
+
+    megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)

@@ -1,0 +1,129 @@
+"""Who this process is: rank, world and local rank from torchrun, srun or a plain start, and the joining of ranks."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatron_spdf.config.recipe import Parallel, Recipe
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Place of this process among all; `launcher` is torchrun, srun or python."""
+
+    rank: int
+    world: int
+    local: int
+    launcher: str
+
+
+def find_ranks(env: Mapping[str, str] = os.environ) -> Ranks:
+    """Reads RANK / WORLD_SIZE / LOCAL_RANK (torchrun, deepspeed), else SLURM_PROCID / SLURM_NTASKS /
+    SLURM_LOCALID of an srun step, else this is the only process.
+
+    Raises:
+        ValueError: some of a launcher's variables are there and others are not.
+    """
+    names = {"torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    if "SLURM_STEP_ID" in env or "SLURM_STEPID" in env:  # inside srun; an sbatch script alone has SLURM_PROCID too
+        names["srun"] = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+    for launcher, keys in names.items():
+        if not any(k in env for k in keys):
+            continue
+        missing = [k for k in keys if k not in env]
+        if missing:
+            raise ValueError(f"{launcher} set {', '.join(k for k in keys if k in env)} but not {', '.join(missing)}; "
+                             f"start with torchrun or srun, or unset the others")
+        return Ranks(*(int(env[k]) for k in keys), launcher=launcher)
+    return Ranks(0, 1, 0, "python")
+
+
+def check_world(ranks: Ranks, parallel: Parallel) -> None:
+    """Refuses a world of another size than the layout needs, above all a silent world of one.
+
+    Raises:
+        ValueError: with both sizes and the ways to make them agree.
+    """
+    if ranks.world == parallel.world:
+        return
+    model_ranks = parallel.tensor * parallel.pipeline
+    ways = [f"start {parallel.world} processes (torchrun --nproc-per-node N, or srun --ntasks {parallel.world})"]
+    if ranks.world % model_ranks == 0:
+        ways.append(f"set parallel.data={ranks.world // model_ranks}")
+    raise ValueError(
+        f"the recipe's layout needs {parallel.world} processes (parallel.tensor {parallel.tensor} x pipeline "
+        f"{parallel.pipeline} x data {parallel.data}), but {ranks.launcher} started {ranks.world}; "
+        + " or ".join(ways))
+
+
+def join(ranks: Ranks, recipe: Recipe) -> torch.device:
+    """Joins all ranks of the run and sets up Megatron-Core's process groups; returns this rank's device.
+
+    Raises:
+        ValueError: more local ranks than GPUs, or no way to find the head node.
+    """
+    from megatron.core import parallel_state, tensor_parallel
+
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron-Core's overlap relies on launch order
+    device = _device(ranks)
+    timeout = timedelta(seconds=recipe.parallel.timeout)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if ranks.world == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        _find_head_node(ranks)
+        dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.world, timeout=timeout)
+    p = recipe.parallel
+    parallel_state.initialize_model_parallel(
+        p.tensor, p.pipeline,
+        virtual_pipeline_model_parallel_size=p.interleave if p.interleave > 1 else None,
+        distributed_timeout_minutes=max(1, p.timeout // 60), create_gloo_process_groups=False)
+    tensor_parallel.model_parallel_cuda_manual_seed(recipe.seed)
+    return device
+
+
+def leave() -> None:
+    """Takes the process groups down."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def _device(ranks: Ranks) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    visible = torch.cuda.device_count()
+    if visible == 1 and ranks.launcher == "srun":  # --gpus-per-task or --gpu-bind shows each task its own GPU
+        local = 0
+    else:
+        local = ranks.local
+    if local >= visible:
+        raise ValueError(f"local rank {local} has no GPU: {visible} visible here; start at most one process per GPU "
+                         "(--ntasks-per-node or --nproc-per-node)")
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
+
+
+def _find_head_node(ranks: Ranks) -> None:
+    """Fills MASTER_ADDR and MASTER_PORT under srun: the first host of the step, a port derived from the job."""
+    os.environ["RANK"], os.environ["WORLD_SIZE"] = str(ranks.rank), str(ranks.world)
+    if "MASTER_ADDR" not in os.environ:
+        nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST")
+        if not nodes or not shutil.which("scontrol"):
+            raise ValueError("MASTER_ADDR is not set and there is no Slurm node list to find the head node in; "
+                             "export MASTER_ADDR=<host of rank 0>")
+        shown = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=False)
+        if shown.returncode or not shown.stdout.split():
+            raise ValueError(f"scontrol cannot expand the node list {nodes!r} ({shown.stderr.strip()}); "
+                             "export MASTER_ADDR=<host of rank 0>")
+        os.environ["MASTER_ADDR"] = shown.stdout.split()[0]
+    os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000))

@@ -1,0 +1,1 @@
+"""What a run costs, by arithmetic: FLOPs, bytes per rank, peak rates of known GPUs. Pure Python."""

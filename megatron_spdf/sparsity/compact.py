@@ -1,0 +1,150 @@
+"""The compact weight: a parametrization of Megatron-Core's parallel linear layers.
+
+`module.parametrizations.weight.original` is the parameter, (chunks of this rank, active per chunk): two axes, so
+that Megatron-Core decays it like the matrix it is, and cut along the first by tensor parallelism like any weight.
+`module.weight` is computed from it.
+"""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from megatron_spdf import kernels
+from megatron_spdf.sparsity.masks import draw_mask
+from megatron_spdf.sparsity.plan import SparseWeight
+
+
+class _Expand(torch.autograd.Function):
+    """Dense weight from compact values; backward cuts the dense gradient to the active positions."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor, index: Tensor, shape: tuple[int, int]) -> Tensor:
+        # On ctx, not in save_for_backward: one expansion serves all micro-batches of a step, and saved tensors
+        # would be freed by the backward of the first.
+        ctx.index, ctx.values_shape = index, values.shape
+        return kernels.expand(values, index, shape)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return kernels.compress(grad, ctx.index).view(ctx.values_shape), None, None
+
+
+class CompactWeight(nn.Module):
+    """Maps the active values of this rank's chunks to its shard of the dense weight and back.
+
+    Args:
+        weight: the plan's entry.
+        seed: of the masks.
+        rank, world: of the tensor-parallel group; the rank holds chunks [rank, rank + 1) * C / world.
+        device: where the weight lives.
+    """
+
+    mask_bits: Tensor  # (local chunks, ceil(entries per chunk / 8)) uint8, numpy.packbits order
+    index: Tensor
+
+    def __init__(self, weight: SparseWeight, seed: int, rank: int, world: int, device: torch.device | str):
+        super().__init__()
+        assert weight.chunks % world == 0, (weight, world)
+        local = weight.chunks // world
+        numel, k = math.prod(weight.chunk_shape), weight.active_per_chunk
+        masks = [draw_mask(seed, weight.name, rank * local + c, numel, k) for c in range(local)]
+        self.planned = weight
+        self.shape = _local_shape(weight, world)
+        self.values_shape = (local, k)
+        positions = torch.from_numpy(_positions(masks, weight, local))
+        self.register_buffer("mask_bits", torch.from_numpy(np.packbits(masks, axis=1)).to(device))
+        self.register_buffer("index", kernels.make_index(positions, device), persistent=False)
+
+    def forward(self, values: Tensor) -> Tensor:
+        return _Expand.apply(values, self.index, self.shape)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        return kernels.compress(weight, self.index).view(self.values_shape)
+
+
+def _local_shape(weight: SparseWeight, world: int) -> tuple[int, int]:
+    out, inputs = weight.shape
+    return (out // world, inputs) if weight.axis == 0 else (out, inputs // world)
+
+
+def _positions(masks: list[np.ndarray], weight: SparseWeight, local: int) -> np.ndarray:
+    """Row-major positions in this rank's shard of the active entries, chunk after chunk: (local * k,) int64."""
+    rows, columns = weight.chunk_shape
+    positions = []
+    for chunk, mask in enumerate(masks):
+        entry = np.flatnonzero(mask)
+        if weight.axis == 0:
+            positions.append(chunk * rows * columns + entry)
+        else:
+            positions.append(entry // columns * (columns * local) + chunk * columns + entry % columns)
+    return np.concatenate(positions)
+
+
+def sparsify(module: nn.Module, weight: SparseWeight, seed: int, rank: int, world: int) -> None:
+    """Makes `module.weight` compact: from here on the module's parameter is the vector of active values."""
+    dense = module.weight
+    marks = dict(vars(dense))  # tensor_model_parallel, partition_dim, ...: Megatron-Core reads them off parameters
+    compact = CompactWeight(weight, seed, rank, world, dense.device)
+    assert tuple(dense.shape) == compact.shape, (weight.name, tuple(dense.shape), compact.shape)
+    parametrize.register_parametrization(module, "weight", compact, unsafe=True)
+    for key, value in marks.items():
+        setattr(module.parametrizations.weight.original, key, value)
+    module.sharded_state_dict = types.MethodType(_sharded_state_dict, module)
+
+
+def compact_of(module: nn.Module) -> CompactWeight | None:
+    """The module's compact weight, None for a dense module."""
+    return module.parametrizations.weight[0] if parametrize.is_parametrized(module, "weight") else None
+
+
+def sparse_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules whose weight is compact."""
+    return (m for m in model.modules() if parametrize.is_parametrized(m, "weight"))
+
+
+def densify(model: nn.Module) -> None:
+    """Turns every compact weight into an ordinary parameter; revived entries start at zero, outputs are unchanged."""
+    for module in list(sparse_modules(model)):
+        marks = dict(vars(module.parametrizations.weight.original))
+        parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+        del module.sharded_state_dict
+        for key, value in marks.items():
+            setattr(module.weight, key, value)
+
+
+@contextmanager
+def expanded(model: nn.Module) -> Iterator[None]:
+    """Expands every compact weight once and keeps the copies until the context ends.
+
+    Everything is expanded on entry and not on first use: with full recomputation the first use is inside a
+    no_grad forward, and a copy cached there would silently cut the weight from its gradient.
+    """
+    with parametrize.cached():
+        for module in sparse_modules(model):
+            _ = module.weight
+        yield
+
+
+def _sharded_state_dict(module, prefix: str = "", sharded_offsets=(), metadata=None) -> dict:
+    """What a compact layer puts into Megatron-Core's distributed checkpoint: values and mask bits as tensors cut
+    along their first axis, the chunks; the bias as before."""
+    from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
+    axes = {"parametrizations.weight.original": 0, "parametrizations.weight.0.mask_bits": 0}
+    if compact_of(module).planned.axis == 0:
+        axes["bias"] = 0
+    state = {k: v for k, v in module.state_dict(keep_vars=True).items() if v is not None and "_extra_state" not in k}
+    sharded = make_sharded_tensors_for_checkpoint(
+        state, prefix, axes, sharded_offsets, tp_group=module.tp_group, dp_cp_group=metadata["dp_cp_group"])
+    for tensor in sharded.values():  # the names in the file
+        tensor.key = tensor.key.replace("parametrizations.weight.original", "weight.values")
+        tensor.key = tensor.key.replace("parametrizations.weight.0.mask_bits", "weight.mask_bits")
+    return sharded

@@ -1,0 +1,43 @@
+"""Static random masks from a counter-based stream keyed by (seed, weight name, chunk).
+
+A chunk's mask depends on nothing else: not on the layout, not on the rank, not on what was drawn before. So every
+rank draws its own chunks without communication, and the mask is the same at every layout. Philox's raw words are
+covered by NumPy's stream-compatibility promise, which its distributions are not; stored hashes in the tests hold
+the stream to what it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+from numpy.random import Philox
+
+STREAM = "megatron_spdf mask stream 1"
+
+
+def stream_key(*words: object) -> np.ndarray:
+    """128-bit Philox key of a tuple of words, (2,) uint64."""
+    digest = hashlib.sha256("\0".join(map(str, words)).encode()).digest()
+    return np.frombuffer(digest[:16], dtype="<u8")
+
+
+def draw_mask(seed: int, name: str, chunk: int, numel: int, active: int) -> np.ndarray:
+    """The mask of one chunk with exactly `active` entries set, every such mask equally likely.
+
+    Each entry gets a random 32-bit word and the `active` smallest are set, ties by position.
+
+    Args:
+        numel: entries of the chunk, in row-major order.
+
+    Returns:
+        (numel,) bool.
+    """
+    assert 0 < active <= numel, (active, numel)
+    words = Philox(key=stream_key(STREAM, seed, name, chunk)).random_raw((numel + 1) // 2)
+    words = words.astype("<u8", copy=False).view("<u4")[:numel]
+    threshold = np.partition(words, active - 1)[active - 1]
+    mask = words < threshold
+    ties = np.flatnonzero(words == threshold)
+    mask[ties[: active - np.count_nonzero(mask)]] = True
+    return mask

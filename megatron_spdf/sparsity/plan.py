@@ -1,0 +1,130 @@
+"""The plan: which weight is how sparse, decided once from the recipe and the same on every rank."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from dataclasses import dataclass
+
+from megatron_spdf.config.recipe import Sparsity
+from megatron_spdf.model.weights import Weight
+
+
+@dataclass(frozen=True)
+class SparseWeight:
+    """A weight cut along its tensor-parallel axis into equal chunks with the same number of active entries.
+
+    Attributes:
+        name: canonical name; with the seed and the chunk number it determines the mask.
+        shape: (out, in) of the whole weight.
+        axis: the axis that tensor parallelism, and so the chunks, cut.
+        chunks: number of chunks C; every tensor-parallel degree that divides C keeps the chunks whole.
+        level: the sparsity asked for.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    axis: int
+    chunks: int
+    level: float
+
+    @property
+    def chunk_shape(self) -> tuple[int, int]:
+        out, inputs = self.shape
+        return (out // self.chunks, inputs) if self.axis == 0 else (out, inputs // self.chunks)
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def active_per_chunk(self) -> int:
+        """Exact number of active entries k of each chunk."""
+        return max(1, round((1.0 - self.level) * math.prod(self.chunk_shape)))
+
+    @property
+    def active(self) -> int:
+        return self.chunks * self.active_per_chunk
+
+    @property
+    def sparsity(self) -> float:
+        """The sparsity that whole numbers allow, which the measured one must equal."""
+        return 1.0 - self.active / self.numel
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Canonical name -> sparse weight, for the weights that are sparse; `seed` is of the masks."""
+
+    seed: int
+    weights: dict[str, SparseWeight]
+
+    @property
+    def numel(self) -> int:
+        return sum(w.numel for w in self.weights.values())
+
+    @property
+    def active(self) -> int:
+        return sum(w.active for w in self.weights.values())
+
+    @property
+    def sparsity(self) -> float:
+        """Of the sparse weights together; 0.0 where there is none."""
+        return 1.0 - self.active / self.numel if self.weights else 0.0
+
+
+def make_plan(sparsity: Sparsity, weights: list[Weight], chunks: int) -> Plan:
+    """Gives every block weight the level of the first rule that matches it, else the default level.
+
+    Args:
+        weights: all parameters of the model; only those marked `linear` can be sparse.
+        chunks: C, the number of query groups: the largest tensor-parallel degree the model allows.
+
+    Raises:
+        ValueError: a rule that matches nothing that can be sparse.
+    """
+    candidates = [w for w in weights if w.linear]
+    used: set[int] = set()
+    plan: dict[str, SparseWeight] = {}
+    for weight in candidates:
+        level = sparsity.level
+        for number, rule in enumerate(sparsity.rules):
+            if fnmatch.fnmatchcase(weight.name, rule.weights):
+                level = rule.level
+                used.add(number)
+                break
+        if level > 0.0:
+            plan[weight.name] = SparseWeight(weight.name, weight.shape, weight.axis, chunks, level)
+    _refuse_idle_rules(sparsity, used, candidates, weights)
+    return Plan(sparsity.seed, plan)
+
+
+def _refuse_idle_rules(sparsity: Sparsity, used: set[int], candidates: list[Weight], weights: list[Weight]) -> None:
+    for number, rule in enumerate(sparsity.rules):
+        if number in used:
+            continue
+        if any(fnmatch.fnmatchcase(w.name, rule.weights) for w in candidates):
+            why = "every weight it matches is taken by an earlier rule; put it before that one or remove it"
+        elif any(fnmatch.fnmatchcase(w.name, rule.weights) for w in weights):
+            why = "it matches only embeddings, norms or biases, which stay dense; remove it"
+        else:
+            why = f"no weight has such a name; they look like {', '.join(w.name for w in candidates[:4])}"
+        raise ValueError(f"sparsity.rules.{number}: weights={rule.weights!r} decides nothing: {why}")
+
+
+def render_plan(plan: Plan) -> str:
+    """The plan as a table, layers of one kind and level in one row."""
+    rows: dict[tuple[str, tuple[int, int], float], list[SparseWeight]] = {}
+    for w in plan.weights.values():
+        kind = ".".join("*" if part.isdigit() else part for part in w.name.split("."))
+        rows.setdefault((kind, w.shape, w.level), []).append(w)
+    if not rows:
+        return "sparsity plan: dense, every weight is active"
+    lines = [f"sparsity plan (mask seed {plan.seed}): {plan.active:,} of {plan.numel:,} block weights active, "
+             f"sparsity {plan.sparsity:.4%}",
+             f"  {'weight':<48}{'count':>6}{'shape':>16}{'chunks':>8}{'active/chunk':>14}{'sparsity':>11}"]
+    for (kind, shape, _), group in rows.items():
+        w = group[0]
+        lines.append(f"  {kind:<48}{len(group):>6}{f'{shape[0]} x {shape[1]}':>16}{w.chunks:>8}"
+                     f"{w.active_per_chunk:>14,}{w.sparsity:>11.4%}")
+    return "\n".join(lines)

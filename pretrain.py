@@ -1,0 +1,101 @@
+#!/usr/bin/env python3
+"""Sparse or dense pre-training of a GPT.
+
+    python pretrain.py RECIPE.yaml [section.key=value ...] [--dry-run]
+    torchrun --nproc-per-node 8 pretrain.py configs/pretrain/gpt2_small_s75.yaml
+    srun python pretrain.py configs/pretrain/gpt3_xl_s75.yaml parallel.tensor=2 parallel.data=8
+
+One process per GPU. A run goes on from the newest complete checkpoint in its output directory by itself.
+Exit codes: 0 finished; 2 bad input; 3 stopped by a guard; 75 stopped on SIGTERM or SIGUSR1, a checkpoint saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from megatron_spdf.config import Recipe, load_recipe
+from megatron_spdf.config.help import render_help
+from megatron_spdf.data.corpus import Corpus, check_corpus
+from megatron_spdf.model.weights import model_weights
+from megatron_spdf.parallel.ranks import Ranks, check_world, find_ranks, join, leave
+from megatron_spdf.planning.memory import render_layout
+from megatron_spdf.sparsity.plan import Plan, make_plan, render_plan
+from megatron_spdf.training import exit_codes
+from megatron_spdf.training.run_dir import RunDir
+from megatron_spdf.training.signals import StopRequest
+
+
+def main() -> int:
+    """Checks everything that can be checked without a device, then trains."""
+    options = parse_arguments()
+    try:
+        recipe = load_recipe(options.recipe, options.overrides)
+        plan = make_plan(recipe.sparsity, model_weights(recipe.model), recipe.model.query_groups)
+        summary = f"{render_plan(plan)}\n{render_layout(recipe, plan, on_gpu=True)}"
+        if options.dry_run:
+            print(summary)
+            return exit_codes.FINISHED
+        ranks = find_ranks()
+        check_world(ranks, recipe.parallel)
+        run = RunDir(recipe)
+        run.check()
+        corpus = check_corpus(recipe)
+    except (ValueError, FileNotFoundError) as error:
+        return refuse(error)
+    return pretrain(recipe, plan, ranks, run, corpus, summary)
+
+
+def pretrain(recipe: Recipe, plan: Plan, ranks: Ranks, run: RunDir, corpus: Corpus, summary: str) -> int:
+    """Joins the ranks, builds the engine, restores the newest checkpoint and trains to the end."""
+    from megatron_spdf.parallel import cpu
+
+    stop = StopRequest()
+    cpu.install()  # before anything that imports megatron.core
+    from megatron_spdf.checkpoint.checkpointer import Checkpointer
+    from megatron_spdf.data.dataset import TokenData
+    from megatron_spdf.engine.megatron import MegatronEngine
+    from megatron_spdf.sparsity.measure import SparsityDrift
+    from megatron_spdf.training.loop import NotFinite, Trainer
+    from megatron_spdf.training.run_log import RunLog
+
+    try:
+        device = join(ranks, recipe)
+        engine = MegatronEngine(recipe, plan, device)
+        if ranks.rank == 0:
+            run.claim()
+        checkpointer = Checkpointer(run.checkpoints, recipe, plan, corpus.tokenizer)
+        state, found = checkpointer.restore(engine)
+    except ValueError as error:
+        return refuse(error)
+    data = TokenData(recipe, corpus.train_tokens, corpus.tokenizer, run.cache, engine.reads_data)
+    log = RunLog(run, state.step, recipe.steps, recipe.log.tensorboard, active=ranks.rank == 0)
+    log.say("\n".join([summary, engine.choices, *found]))
+    try:
+        return Trainer(recipe, plan, engine, data, checkpointer, state, log, stop).run()
+    except (NotFinite, SparsityDrift) as error:
+        log.say(f"stopped: {error}")
+        return exit_codes.GUARD_STOPPED
+    finally:
+        log.close()
+        leave()
+
+
+def refuse(error: Exception) -> int:
+    print(f"pretrain.py: {error}", file=sys.stderr)
+    return exit_codes.BAD_INPUT
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=f"fields of a recipe (name, type, default, meaning):\n\n{render_help()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", help="YAML file, see configs/pretrain")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that win over the recipe's")
+    parser.add_argument("--dry-run", action="store_true",
+                        help="validate the recipe, print sparsity plan, layout and bytes per rank, and exit")
+    return parser.parse_intermixed_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,420 @@
+"""Preprocessing: the data set is the documents, token for token, or it is not there."""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+import io
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zstandard
+
+from megatron_spdf.data.preprocess import check_prefix, preprocess, read_manifest
+from megatron_spdf.data.tokenizer import load_tokenizer, train_tokenizer
+
+ROOT = Path(__file__).parents[2]
+PILE = ROOT / ".." / "shared" / "data" / "pile_sample" / "val.jsonl.zst"
+GPT2 = ROOT / ".." / "shared" / "data" / "gpt2_tokenizer"
+TEXTS = [f"Document {i}: " + "the best of times, 東京 🙂 <|endoftext|>\n" * (i % 9) for i in range(120)]
+SUFFIXES = {"bin", "idx", "json", "tokenizer"}
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("bpe")
+    train_tokenizer("bpe", TEXTS, 300, directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def tool():
+    """tools/preprocess_data.py as a module, to call its main() without starting Python anew."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    module = importlib.import_module("preprocess_data")
+    sys.path.remove(str(ROOT / "tools"))
+    before = signal.getsignal(signal.SIGTERM)
+    yield module
+    signal.signal(signal.SIGTERM, before)
+
+
+def as_lines(texts: list[str]) -> bytes:
+    return b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts)
+
+
+def write_shards(directory: Path) -> list[Path]:
+    """TEXTS over four files of all formats, in order."""
+    contents = {
+        "a.jsonl": as_lines(TEXTS[:50]),
+        "b.jsonl.zst": b"".join(zstandard.compress(as_lines(TEXTS[i : i + 10])) for i in range(50, 90, 10)),
+        "c.jsonl.gz": gzip.compress(as_lines(TEXTS[90:119])),
+        "d.txt": TEXTS[119].encode(),
+    }
+    for name, content in contents.items():
+        (directory / name).write_bytes(content)
+    return [directory / name for name in contents]
+
+
+def read_back(prefix: Path) -> list[list[int]]:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    data_set = IndexedDataset(str(prefix))
+    assert data_set.document_indices.tolist() == list(range(len(data_set) + 1))
+    return [data_set[i].tolist() for i in range(len(data_set))]
+
+
+def suffixes(prefix: Path) -> set[str]:
+    """What lies under the name of a data set, PREFIX.partial included."""
+    return {path.name.removeprefix(f"{prefix.name}.") for path in prefix.parent.glob(f"{prefix.name}.*")}
+
+
+@pytest.fixture
+def data_set(tmp_path, bpe) -> Path:
+    (tmp_path / "in.jsonl").write_bytes(as_lines(TEXTS))
+    preprocess([tmp_path / "in.jsonl"], tmp_path / "train", load_tokenizer(bpe))
+    return tmp_path / "train"
+
+
+@pytest.mark.parametrize("append_eod", [True, False])
+def test_the_data_set_is_the_documents(tmp_path, bpe, append_eod):
+    tokenizer, prefix = load_tokenizer(bpe), tmp_path / "out" / "v1.0.train"
+    preprocess(write_shards(tmp_path), prefix, tokenizer, append_eod=append_eod)
+    end = [tokenizer.eod] if append_eod else []
+    assert read_back(prefix) == [tokenizer.encode(text) + end for text in TEXTS]
+    assert suffixes(prefix) == SUFFIXES
+
+
+@pytest.mark.skipif(not (PILE.exists() and GPT2.exists()), reason="no Pile-format sample in ../shared/data")
+def test_a_pile_shard_equals_a_plain_loop_over_tokenizers(tmp_path):
+    import tokenizers
+
+    reference = tokenizers.Tokenizer(
+        tokenizers.models.BPE.from_file(str(GPT2 / "encoder.json"), str(GPT2 / "vocab.bpe"))
+    )
+    reference.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    manifest = preprocess([PILE], tmp_path / "val", load_tokenizer(GPT2))
+    plain = io.TextIOWrapper(zstandard.open(PILE), encoding="utf-8", newline="\n")
+    texts = [json.loads(line)["text"] for line in plain]
+    assert read_back(tmp_path / "val") == [reference.encode(text).ids + [50256] for text in texts]
+    assert (manifest.documents, manifest.text_bytes) == (len(texts), sum(len(t.encode()) for t in texts))
+
+
+def test_the_manifest_tells_what_is_there(tmp_path, bpe):
+    tokenizer, prefix = load_tokenizer(bpe), tmp_path / "train"
+    paths = write_shards(tmp_path)
+    manifest = preprocess(paths, prefix, tokenizer)
+    expected = [len(tokenizer.encode(text)) + 1 for text in TEXTS]
+    assert manifest.documents == 120
+    assert manifest.tokens == sum(expected)
+    assert manifest.text_bytes == sum(len(text.encode()) for text in TEXTS)
+    assert manifest.tokenizer.model_dump() == {
+        "kind": "gpt2-bpe",
+        "vocab_size": 300,
+        "eod": 299,
+        "sha256": tokenizer.sha256,
+    }
+    assert (manifest.dtype, manifest.bin_bytes) == ("uint16", 2 * sum(expected))
+    assert manifest.idx_bytes == (tmp_path / "train.idx").stat().st_size
+    assert [(s.path, s.size, s.documents) for s in manifest.sources] == [
+        (str(path), path.stat().st_size, count) for path, count in zip(paths, (50, 40, 29, 1), strict=True)
+    ]
+    assert manifest.versions["megatron-core"] and manifest.created and manifest.seconds > 0
+    assert read_manifest(prefix) == manifest
+    assert load_tokenizer(tmp_path / "train.tokenizer").sha256 == tokenizer.sha256
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "dtype"), [(65499, "uint16"), (65536, "uint16"), (65537, "int32"), (100_000, "int32")]
+)
+def test_the_largest_id_survives_at_every_vocabulary_size(tmp_path, vocab_size, dtype):
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    class Stub:
+        """Gives the ids that a type too small would wrap around."""
+
+        kind, eod, sha256 = "stub", vocab_size - 1, "0" * 64
+
+        def __init__(self):
+            self.vocab_size = vocab_size
+
+        def encode_array(self, text):
+            return np.array([0, vocab_size - 2])
+
+        def save(self, directory):
+            directory.mkdir()
+
+    (tmp_path / "a.txt").write_text("x")
+    assert preprocess([tmp_path / "a.txt"], tmp_path / "t", Stub()).dtype == dtype
+    assert read_back(tmp_path / "t") == [[0, vocab_size - 2, vocab_size - 1]]
+    # How Megatron reads when it is told the counts and derives the type from the vocabulary size.
+    code = 4 if vocab_size > 65536 else 8
+    told = IndexedDataset(str(tmp_path / "t"), sequences_per_dataset=(1, 2), dtype_code=code)
+    assert told[0].tolist() == [0, vocab_size - 2, vocab_size - 1]
+
+
+def test_records_in_are_records_out_plus_skipped_plus_empty(tmp_path, bpe):
+    content = as_lines(["one", "", "two"]) + b"not json\n\n" + as_lines(["three"]) + b'{"id": 1}\n'
+    (tmp_path / "a.jsonl").write_bytes(content)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(as_lines(["four"]))[:-4])
+    (tmp_path / "c.jsonl").write_bytes(as_lines(["five"]))
+    tokenizer, prefix = load_tokenizer(bpe), tmp_path / "t"
+    with pytest.raises(ValueError, match="a.jsonl, line 4: not valid JSON"):
+        preprocess([str(tmp_path / "*.jsonl*")], prefix, tokenizer)
+    assert suffixes(prefix) == set()
+
+    manifest = preprocess([str(tmp_path / "*.jsonl*")], prefix, tokenizer, on_error="skip")
+    texts = [tokenizer.decode(ids[:-1]) for ids in read_back(prefix)]
+    assert texts in (["one", "two", "three", "five"], ["one", "two", "three", "four", "five"])
+    assert (manifest.documents, manifest.empty, manifest.skipped) == (len(texts), 1, 3)
+    skipped = [(Path(s.path).name, s.line) for s in manifest.skipped_lines]
+    assert skipped == [("a.jsonl", 4), ("a.jsonl", 7), ("b.jsonl.gz", len(texts) - 3)]
+    assert [(s.documents, s.empty, s.skipped) for s in manifest.sources][::2] == [(3, 1, 2), (1, 0, 0)]
+
+
+def test_a_document_without_tokens_is_empty(tmp_path):
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS), model_writer=model, vocab_size=60, model_type="bpe", minloglevel=2
+    )
+    (tmp_path / "m.model").write_bytes(model.getvalue())
+    (tmp_path / "a.jsonl").write_bytes(as_lines(["best", "   ", "times"]))
+    manifest = preprocess([tmp_path / "a.jsonl"], tmp_path / "t", load_tokenizer(tmp_path / "m.model"))
+    assert (manifest.documents, manifest.empty) == (2, 1)
+    assert len(read_back(tmp_path / "t")) == 2
+
+
+def test_input_without_documents_is_refused_and_leaves_nothing(tmp_path, bpe):
+    (tmp_path / "a.jsonl").write_bytes(as_lines(["", ""]))
+    with pytest.raises(ValueError, match="no document in the inputs: 2 empty"):
+        preprocess([tmp_path / "a.jsonl"], tmp_path / "t", load_tokenizer(bpe))
+    assert suffixes(tmp_path / "t") == set()
+
+
+def test_an_existing_data_set_is_kept_unless_overwritten(data_set, bpe):
+    before = {suffix: Path(f"{data_set}.{suffix}").stat() for suffix in SUFFIXES}
+    other = data_set.parent / "other.jsonl"
+    other.write_bytes(as_lines(["other"]))
+    with pytest.raises(ValueError, match=r"output exists: .*train.bin.*--overwrite"):
+        preprocess([other], data_set, load_tokenizer(bpe))
+    (data_set.parent / "bad.jsonl").write_bytes(as_lines(["fine"]) + b"bad\n")
+    with pytest.raises(ValueError, match="line 2"):
+        preprocess([data_set.parent / "bad.jsonl"], data_set, load_tokenizer(bpe), overwrite=True)
+    assert {suffix: Path(f"{data_set}.{suffix}").stat() for suffix in SUFFIXES} == before
+
+    preprocess([other], data_set, load_tokenizer(bpe), overwrite=True)
+    assert len(read_back(data_set)) == check_prefix(data_set).documents == 1
+    assert suffixes(data_set) == SUFFIXES
+
+
+@pytest.mark.parametrize("suffix", sorted(SUFFIXES))
+def test_any_file_of_the_name_is_in_the_way(data_set, bpe, suffix):
+    for other in SUFFIXES - {suffix, "tokenizer"}:
+        Path(f"{data_set}.{other}").unlink()
+    if suffix != "tokenizer":
+        shutil.rmtree(f"{data_set}.tokenizer")
+    with pytest.raises(ValueError, match=f"train.{suffix}"):
+        preprocess([data_set.parent / "in.jsonl"], data_set, load_tokenizer(bpe))
+
+
+def test_output_must_be_a_prefix(tmp_path, bpe):
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(ValueError, match="is a directory; add the start of the file names"):
+        preprocess([tmp_path / "a.txt"], f"{tmp_path}/", load_tokenizer(bpe))
+
+
+def start_long_run(tmp_path: Path, bpe: Path) -> subprocess.Popen:
+    """The tool in a process of its own, returned when it is in the middle of writing."""
+    long_text = as_lines(["to be or not to be " * 5000] * 1000)
+    (tmp_path / "in.jsonl.zst").write_bytes(zstandard.compress(long_text))
+    arguments = ["--input", tmp_path / "in.jsonl.zst", "--output", tmp_path / "t", "--tokenizer", bpe]
+    run = subprocess.Popen(
+        [sys.executable, "tools/preprocess_data.py", *map(str, arguments)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    part = tmp_path / "t.partial" / "part.bin"
+    deadline = time.monotonic() + 60
+    while not (part.exists() and part.stat().st_size):
+        assert run.poll() is None and time.monotonic() < deadline, run.communicate()
+        time.sleep(0.01)
+    return run
+
+
+def test_a_killed_run_leaves_nothing_under_the_final_names(tmp_path, bpe):
+    run = start_long_run(tmp_path, bpe)
+    run.kill()
+    run.communicate()
+    assert suffixes(tmp_path / "t") == {"partial"}
+    with pytest.raises(ValueError, match="no file .*t.bin"):
+        check_prefix(tmp_path / "t")
+    with pytest.raises(ValueError, match="t.partial exists: another run .* or one was killed"):
+        preprocess([tmp_path / "in.jsonl.zst"], tmp_path / "t", load_tokenizer(bpe))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_run_cleans_up(tmp_path, bpe, number):
+    run = start_long_run(tmp_path, bpe)
+    run.send_signal(number)
+    out, err = run.communicate(timeout=30)
+    assert run.returncode == 128 + number
+    assert "Traceback" not in err
+    assert suffixes(tmp_path / "t") == set()
+
+
+def test_check_accepts_a_whole_data_set(data_set, bpe):
+    assert check_prefix(data_set) == read_manifest(data_set)
+    assert check_prefix(str(data_set), load_tokenizer(bpe).sha256).documents == 120
+
+
+@pytest.mark.parametrize("suffix", ["bin", "idx", "json"])
+def test_check_names_a_missing_file(data_set, suffix):
+    Path(f"{data_set}.{suffix}").unlink()
+    with pytest.raises(ValueError, match=rf"train\.{suffix}.*preprocess_data\.py"):
+        check_prefix(data_set)
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+@pytest.mark.parametrize(("suffix", "state"), [("bin", "cut off"), ("idx", "cut off"), ("bin", "too long")])
+def test_check_names_both_sizes_of_a_file_that_changed(data_set, foreign, suffix, state):
+    path = Path(f"{data_set}.{suffix}")
+    content = path.read_bytes()
+    changed = content[:-2] if state == "cut off" else content + b"xx"
+    path.write_bytes(changed)
+    if foreign:
+        make_foreign(data_set)
+    message = rf"train\.{suffix} is {state}: {len(changed)} bytes, .* says {len(content)}"
+    with pytest.raises(ValueError, match=message):
+        check_prefix(data_set)
+
+
+@pytest.mark.parametrize("size", [0, 10, 33])
+def test_check_names_an_index_shorter_than_its_header(data_set, size):
+    path = Path(f"{data_set}.idx")
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(ValueError, match=rf"train\.idx is cut off: {size} bytes"):
+        check_prefix(data_set)
+
+
+@pytest.mark.parametrize("byte", [0, 9, 17])
+def test_check_refuses_a_file_that_is_no_index(data_set, byte):
+    path = Path(f"{data_set}.idx")
+    content = bytearray(path.read_bytes())
+    content[byte] = 99
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"train\.idx is not an index of Megatron"):
+        check_prefix(data_set)
+
+
+def test_check_refuses_another_tokenizer_and_shows_both(data_set, bpe):
+    ours, other = load_tokenizer(bpe).sha256, "f" * 64
+    with pytest.raises(ValueError, match=f"made with the tokenizer {ours}, and the run uses {other}"):
+        check_prefix(data_set, other)
+
+
+def test_check_refuses_an_empty_corpus(tmp_path):
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    IndexedDatasetBuilder(str(tmp_path / "t.bin")).finalize(str(tmp_path / "t.idx"))
+    with pytest.raises(ValueError, match="holds no document"):
+        check_prefix(tmp_path / "t")
+
+
+@pytest.mark.parametrize("change", [b"not json", b"{}", b'{"format_version": 2}'])
+def test_check_refuses_a_damaged_manifest(data_set, change):
+    Path(f"{data_set}.json").write_bytes(change)
+    with pytest.raises(ValueError, match=r"train\.json is not a manifest of format version 1"):
+        check_prefix(data_set)
+
+
+def make_foreign(prefix: Path) -> None:
+    """Leave what Megatron-LM's own tool writes."""
+    Path(f"{prefix}.json").unlink()
+    shutil.rmtree(f"{prefix}.tokenizer")
+
+
+def test_check_accepts_a_data_set_of_another_tool(data_set):
+    ours = check_prefix(data_set)
+    make_foreign(data_set)
+    foreign = check_prefix(data_set, "f" * 64)
+    assert foreign.tokenizer is None
+    for field in ("documents", "tokens", "dtype", "bin_bytes", "idx_bytes"):
+        assert getattr(foreign, field) == getattr(ours, field)
+
+
+def test_the_check_needs_neither_torch_nor_megatron(data_set):
+    program = (
+        "import sys; from megatron_spdf.data.preprocess import check_prefix; "
+        f"check_prefix({str(data_set)!r}); assert not {{'torch', 'megatron'}} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
+def test_the_tool_writes_and_sums_up_in_one_line(tmp_path, bpe, tool, capsys):
+    write_shards(tmp_path)
+    arguments = ["--input", f"{tmp_path}/*.jsonl*", f"{tmp_path}/d.txt", "--output", f"{tmp_path}/t"]
+    assert tool.main([*arguments, "--tokenizer", str(bpe)]) == 0
+    out, err = capsys.readouterr()
+    manifest = check_prefix(tmp_path / "t", load_tokenizer(bpe).sha256)
+    assert out.startswith(f"{tmp_path}/t: 120 documents, {manifest.tokens:,} tokens, 0.0 MB of text in ")
+    assert out.endswith("MB/s), 0 skipped, 0 empty\n") and out.count("\n") == 1
+    assert err == ""
+
+
+@pytest.mark.parametrize("kind", ["bpe", "sentencepiece"])
+def test_the_tool_trains_a_tokenizer_on_its_input(tmp_path, tool, kind, capsys):
+    write_shards(tmp_path)
+    arguments = ["--input", f"{tmp_path}/*.jsonl*", "--output", f"{tmp_path}/t", "--no-eod", "--progress"]
+    arguments += ["--tokenizer", f"{tmp_path}/tok", "--train-tokenizer", kind, "--train-bytes", "20kB"]
+    assert tool.main([*arguments, "--vocab-size", "330"]) == 0
+    tokenizer = load_tokenizer(tmp_path / "tok")
+    assert tokenizer.vocab_size == 330
+    assert read_back(tmp_path / "t") == [tokenizer.encode(text) for text in TEXTS[:119]]
+    assert "input: 100%" in capsys.readouterr().err
+    assert tool.main([*arguments, "--vocab-size", "330", "--overwrite"]) == 2
+    assert "tok exists; use it without --train-tokenizer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--tokenizer", "nosuch"], "error: no tokenizer at nosuch"),
+        (["--input", "nosuch.jsonl"], "error: input 'nosuch.jsonl' matches no file"),
+        (["--text-key", "body"], "error: .*in.jsonl, line 1: no key 'body'; keys here: 'text'"),
+        (["--output", "/proc/nosuch/t"], "error: .*/proc/nosuch"),
+        (["--vocab-size", "300"], "--train-tokenizer and --vocab-size go together"),
+        (["--train-bytes", "much"], "'much' is not a size; write for example 100MB"),
+        (["--on-error", "ignore"], "invalid choice: 'ignore'"),
+    ],
+)
+def test_user_errors_are_one_message_and_exit_code_2(tmp_path, bpe, tool, capsys, change, message):
+    (tmp_path / "in.jsonl").write_bytes(as_lines(["x"]))
+    arguments = ["--input", f"{tmp_path}/in.jsonl", "--output", f"{tmp_path}/t", "--tokenizer", str(bpe)]
+    try:
+        code = tool.main([*arguments, *change])
+    except SystemExit as end:
+        code = end.code
+    assert code == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.search(message, last), last
+    assert suffixes(tmp_path / "t") == set()
+
+
+def test_the_tool_runs_from_a_checkout_without_traceback(tmp_path):
+    arguments = ["--input", "nosuch.jsonl", "--output", str(tmp_path / "t"), "--tokenizer", "nosuch"]
+    run = subprocess.run(
+        [sys.executable, "tools/preprocess_data.py", *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr.startswith("error: no tokenizer at nosuch") and run.stderr.count("\n") == 1
