@@ -19,11 +19,11 @@ from megatron_spdf.config.help import render_help
 from megatron_spdf.data.corpus import Corpus, check_corpus
 from megatron_spdf.model.weights import model_weights
 from megatron_spdf.parallel.ranks import Ranks, check_world, find_ranks, join, leave
+from megatron_spdf.parallel.signals import StopRequest
 from megatron_spdf.planning.memory import render_layout
 from megatron_spdf.sparsity.plan import Plan, make_plan, render_plan
 from megatron_spdf.training import exit_codes
 from megatron_spdf.training.run_dir import RunDir
-from megatron_spdf.training.signals import StopRequest
 
 
 def main() -> int:

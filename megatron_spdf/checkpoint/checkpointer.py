@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.filesystem_async import _get_write_results_queue
 
 from megatron_spdf import __version__
 from megatron_spdf.checkpoint import store
@@ -19,6 +20,7 @@ from megatron_spdf.checkpoint.vet import vet_metadata
 from megatron_spdf.config import Recipe
 from megatron_spdf.data.tokenizer import Tokenizer
 from megatron_spdf.engine import Engine
+from megatron_spdf.parallel import signals
 from megatron_spdf.sparsity.compact import compact_of, sparse_modules
 from megatron_spdf.sparsity.plan import Plan
 
@@ -59,6 +61,8 @@ class Checkpointer:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         dist.barrier()
+        with signals.blocked():  # the server of this queue, which the writer keeps, is started on first use
+            _get_write_results_queue()
         dist_checkpointing.save(engine.sharded_state(loading=False), str(partial))
         if dist.get_rank() == 0:
             self._write_run(partial, state, measured_sparsity)

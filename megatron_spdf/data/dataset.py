@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from megatron_spdf.config import Recipe
 from megatron_spdf.data.tokenizer import Tokenizer
 from megatron_spdf.engine import MicroBatch
+from megatron_spdf.parallel.signals import block_in_worker
 
 
 class TokenData:
@@ -57,6 +58,7 @@ class TokenData:
             dataset,
             batch_sampler=(self._indices(step, m) for step in range(first, last) for m in range(per_step)),
             num_workers=workers,
+            worker_init_fn=block_in_worker,
             prefetch_factor=2 * per_step if workers else None,
             pin_memory=torch.cuda.is_available(),
         ))

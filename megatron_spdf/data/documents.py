@@ -6,6 +6,7 @@ file that ends too early, is an error that names the place, or is skipped on req
 
 from __future__ import annotations
 
+import functools
 import glob
 import gzip
 import io
@@ -132,10 +133,11 @@ def read_shard(path: Path, text_key: str, on_error: str, report: ReadReport) -> 
     """The documents of one file; as `iterate_documents`, but a file may turn out to hold none."""
     if on_error not in ON_ERROR:
         raise ValueError(f"on_error is {on_error!r}; choose one of {ON_ERROR}")
+    parse = _parse_text if path.suffix == ".txt" else functools.partial(_parse_json, text_key=text_key)
     for line, record in _records(path, on_error, report):
         report.seen += 1
         try:
-            text, meta = _parse_text(record) if path.suffix == ".txt" else _parse_json(record, text_key)
+            text, meta = parse(record)
         except _BadRecord as error:
             _reject(path, line, str(error), on_error, report)
             continue

@@ -7,6 +7,7 @@ names is complete.
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import os
 import shutil
@@ -94,7 +95,7 @@ def preprocess(
     with _partial_directory(prefix) as partial:
         data_set, part = partial / "set", partial / "part"
         results: list[ShardResult] = []
-        with _new_data_set(data_set, tokenizer) as merged, _Bar(paths, progress) as bar:
+        with _new_data_set(data_set, tokenizer) as merged, _frozen_heap(), _Bar(paths, progress) as bar:
             start = time.perf_counter()
             for path in paths:
                 result = tokenize_shard(
@@ -199,6 +200,16 @@ def _new_data_set(prefix: Path, tokenizer: Tokenizer) -> Iterator:
         builder.finalize(str(file_of(prefix, "idx")))
     finally:
         builder.data_file.close()
+
+
+@contextmanager
+def _frozen_heap() -> Iterator[None]:
+    """Keep what the imports made out of the garbage collection that Megatron's `add_index` does each time."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _describe(

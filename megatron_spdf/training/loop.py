@@ -14,13 +14,13 @@ from megatron_spdf.config import Recipe
 from megatron_spdf.data.dataset import TokenData
 from megatron_spdf.engine import Engine, StepResult
 from megatron_spdf.evaluation.perplexity import validation_loss
+from megatron_spdf.parallel.signals import StopRequest
 from megatron_spdf.planning.flops import training_flops
 from megatron_spdf.planning.hardware import peak_flops
 from megatron_spdf.sparsity.measure import check_sparsity, measure_sparsity, total_sparsity
 from megatron_spdf.sparsity.plan import Plan
 from megatron_spdf.training import exit_codes
 from megatron_spdf.training.run_log import RunLog
-from megatron_spdf.training.signals import StopRequest
 
 
 class NotFinite(RuntimeError):

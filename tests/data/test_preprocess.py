@@ -76,10 +76,19 @@ def suffixes(prefix: Path) -> set[str]:
     return {path.name.removeprefix(f"{prefix.name}.") for path in prefix.parent.glob(f"{prefix.name}.*")}
 
 
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory, bpe) -> Path:
+    """A directory with in.jsonl and the data set "train" made from it."""
+    directory = tmp_path_factory.mktemp("pristine")
+    (directory / "in.jsonl").write_bytes(as_lines(TEXTS))
+    preprocess([directory / "in.jsonl"], directory / "train", load_tokenizer(bpe))
+    return directory
+
+
 @pytest.fixture
-def data_set(tmp_path, bpe) -> Path:
-    (tmp_path / "in.jsonl").write_bytes(as_lines(TEXTS))
-    preprocess([tmp_path / "in.jsonl"], tmp_path / "train", load_tokenizer(bpe))
+def data_set(pristine, tmp_path) -> Path:
+    """A data set to damage."""
+    shutil.copytree(pristine, tmp_path, dirs_exist_ok=True)
     return tmp_path / "train"
 
 
@@ -263,14 +272,27 @@ def test_a_killed_run_leaves_nothing_under_the_final_names(tmp_path, bpe):
         preprocess([tmp_path / "in.jsonl.zst"], tmp_path / "t", load_tokenizer(bpe))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_an_interrupted_run_cleans_up(tmp_path, bpe, number):
+def test_a_terminated_run_cleans_up(tmp_path, bpe):
     run = start_long_run(tmp_path, bpe)
-    run.send_signal(number)
-    out, err = run.communicate(timeout=30)
-    assert run.returncode == 128 + number
+    run.terminate()
+    _, err = run.communicate(timeout=30)
+    assert run.returncode == 128 + signal.SIGTERM
     assert "Traceback" not in err
     assert suffixes(tmp_path / "t") == set()
+
+
+def test_an_interrupted_run_cleans_up(data_set, bpe, tool, capsys, monkeypatch):
+    def interrupt(*_):
+        assert Path(f"{data_set}.partial").exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("megatron_spdf.data.tokenizer_kinds.Gpt2Bpe.encode_array", interrupt)
+    before = {suffix: Path(f"{data_set}.{suffix}").stat() for suffix in SUFFIXES}
+    arguments = ["--input", f"{data_set.parent}/in.jsonl", "--output", str(data_set), "--overwrite"]
+    assert tool.main([*arguments, "--tokenizer", str(bpe)]) == 128 + signal.SIGINT
+    assert capsys.readouterr().err == "interrupted; no data set was written\n"
+    assert {suffix: Path(f"{data_set}.{suffix}").stat() for suffix in SUFFIXES} == before
+    assert suffixes(data_set) == SUFFIXES
 
 
 def test_check_accepts_a_whole_data_set(data_set, bpe):
