@@ -278,6 +278,7 @@ class _Bar:
         return self
 
     def __exit__(self, *_) -> None:
+        self._show_speed()
         self._bar.close()
 
     def advance(self, bytes_read: int, text_bytes: int, documents: int, tokens: int) -> None:
@@ -285,8 +286,13 @@ class _Bar:
         self._documents += documents
         self._tokens += tokens
         if self._bar.update(bytes_read):
-            seconds = self._bar.format_dict["elapsed"]
-            self._bar.set_postfix_str(
-                f"text {self._text_bytes / 1e6 / seconds:.1f} MB/s, "
-                f"{self._documents / seconds:,.0f} documents/s, {self._tokens:,} tokens"
-            )
+            self._show_speed()
+
+    def _show_speed(self) -> None:
+        if self._bar.disable:
+            return
+        seconds = self._bar.format_dict["elapsed"]
+        self._bar.set_postfix_str(
+            f"text {self._text_bytes / 1e6 / seconds:.1f} MB/s, "
+            f"{self._documents / seconds:,.0f} documents/s, {self._tokens:,} tokens"
+        )

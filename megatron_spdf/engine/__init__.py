@@ -57,6 +57,9 @@ class Engine(Protocol):
     def evaluate(self, batch: Sequence[MicroBatch], stop_requested: bool) -> tuple[float, bool]:
         """Mean loss of a global batch, and whether some rank was asked to stop."""
 
+    def state_bytes(self) -> dict[str, int]:
+        """Bytes of parameters, gradients and optimizer state on this rank, after the first step."""
+
     def sharded_state(self, loading: bool) -> dict:
         """Weights, mask bits and optimizer state as Megatron-Core's sharded tensors, to save or to load into."""
 

@@ -110,6 +110,20 @@ class MegatronEngine:
         where = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU (gloo, stand-in for CUDA)"
         return f"device {where}; {chosen}; expand/compress {kernels.NAME}"
 
+    def state_bytes(self) -> dict[str, int]:
+        """Bytes of parameters, gradient buffers and optimizer state on this rank, read off the buffers themselves."""
+        parameters = [p for model in self.models for p in model.parameters()]
+        storages = {p.untyped_storage().data_ptr() for p in parameters}
+        adam = self.optimizer.chained_optimizers[0].optimizer
+        masters = [p for group in adam.param_groups for p in group["params"]]
+        state = [t for s in adam.state.values() for name, t in s.items() if name != "step"]
+        state += [p for p in masters if p.untyped_storage().data_ptr() not in storages]
+        return {
+            "parameters": sum(p.nbytes for p in parameters),
+            "gradients": sum(buffer.grad_data.nbytes for chunk in self.chunks for buffer in chunk.buffers),
+            "optimizer": sum(t.nbytes for t in state),
+        }
+
     def sharded_state(self, loading: bool) -> dict:
         """Weights, mask bits and optimizer state as Megatron-Core's sharded tensors."""
         metadata = {"non_homogeneous_layers": True,  # compact weights of different lengths: a key for every layer

@@ -10,16 +10,17 @@ from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-# The payload is the larger of what goes in and what comes out, so that a reduce-scatter and the all-gather of the
-# same buffer count alike, and an in-place all-reduce once.
-_IGNORED = {"barrier", "monitored_barrier_"}
+_SILENT = {"barrier", "monitored_barrier"}
 
 
 class TrafficCounter(TorchDispatchMode):
     """While entered, adds up the payload bytes of every c10d operation of this thread.
 
+    Groups of one rank send nothing and are not counted. The payload is the larger of what goes in and what comes
+    out, so that a reduce-scatter and the all-gather of one buffer count alike; point-to-point counts what is sent.
+
     Attributes:
-        bytes: (operation, group name) -> bytes; point-to-point operations count what is sent.
+        bytes: (operation, group) -> bytes.
     """
 
     def __init__(self) -> None:
@@ -33,21 +34,22 @@ class TrafficCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         schema = func._schema.name
         if schema.startswith("c10d::"):
-            self._count(schema.removeprefix("c10d::"), args)
+            self._count(schema.removeprefix("c10d::").rstrip("_"), args)
         return func(*args, **(kwargs or {}))
 
     def _count(self, operation: str, args: tuple) -> None:
-        if operation in _IGNORED or operation.startswith("recv"):
+        if operation in _SILENT or operation.startswith("recv"):
             return
-        sides = [sum(t.numel() * t.element_size() for t in tree_flatten(a)[0] if isinstance(t, Tensor)) for a in args]
-        self.bytes[operation, _group_name(args)] += max(sides, default=0)
+        group = next(g for g in map(_group_of, args) if g is not None)
+        if group.size() > 1:
+            sides = (sum(t.nbytes for t in tree_flatten(a)[0] if isinstance(t, Tensor)) for a in args)
+            self.bytes[operation, group.group_desc] += max(sides)
 
 
-def _group_name(args: tuple) -> str:
-    for argument in args:
-        if isinstance(argument, torch.ScriptObject):
-            try:
-                return ProcessGroup.unbox(argument).group_desc
-            except (RuntimeError, TypeError):
-                continue
-    return "world"
+def _group_of(argument: object) -> ProcessGroup | None:
+    if not isinstance(argument, torch.ScriptObject):
+        return None
+    try:
+        return ProcessGroup.unbox(argument)
+    except (RuntimeError, TypeError):  # a reduce operation, which is an object too
+        return None

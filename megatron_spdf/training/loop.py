@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import psutil
@@ -15,6 +16,7 @@ from megatron_spdf.data.dataset import TokenData
 from megatron_spdf.engine import Engine, StepResult
 from megatron_spdf.evaluation.perplexity import validation_loss
 from megatron_spdf.parallel.signals import StopRequest
+from megatron_spdf.parallel.traffic import TrafficCounter
 from megatron_spdf.planning.flops import training_flops
 from megatron_spdf.planning.hardware import peak_flops
 from megatron_spdf.sparsity.measure import check_sparsity, measure_sparsity, total_sparsity
@@ -51,13 +53,17 @@ class Trainer:
         saved = state.step
         self._evaluate_if_due()  # the evaluation that a stop cut off
         batches = self.data.training_batches(state.step)
+        first = state.step + 1
         while state.step < recipe.steps and not self.stopping:
             started = time.perf_counter()
             batch = next(batches)
             fetched = time.perf_counter()
-            tokens = (state.step + 1) * recipe.tokens_per_step
-            result = self.engine.step(batch, state.step + 1, tokens, self.stop.requested)
+            with TrafficCounter() if state.step + 1 == first else nullcontext() as traffic:
+                tokens = (state.step + 1) * recipe.tokens_per_step
+                result = self.engine.step(batch, state.step + 1, tokens, self.stop.requested)
             self._count(result)
+            if traffic:
+                self._report_bytes(traffic)
             if state.step % recipe.log.every == 0 or state.step == recipe.steps:
                 self._report(result, seconds=time.perf_counter() - started, waited=fetched - started)
             self.log.advance(result.loss)
@@ -68,6 +74,14 @@ class Trainer:
         if saved != state.step:
             self._save()
         return exit_codes.FINISHED if state.step == recipe.steps else exit_codes.STOPPED_ON_SIGNAL
+
+    def _report_bytes(self, traffic: TrafficCounter) -> None:
+        """What rank 0 holds and sends in a step, counted at its buffers and collectives."""
+        held = self.engine.state_bytes()
+        sent = {f"{operation} {group}": n for (operation, group), n in traffic.bytes.items()}
+        self.log.record("bytes", self.state.step, **held, sent_per_step=traffic.total, sent_by_kind=sent)
+        self.log.say(f"rank 0 holds {', '.join(f'{k} {n / 2**20:,.1f} MiB' for k, n in held.items())}; "
+                     f"sends {traffic.total / 2**20:,.1f} MiB per step")
 
     def _count(self, result: StepResult) -> None:
         state = self.state

@@ -1,0 +1,120 @@
+"""What runs on the ranks of a distributed test; each function is one case and returns plain values."""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as ps
+
+from megatron_spdf.checkpoint.checkpointer import Checkpointer, RunState
+from megatron_spdf.config import Recipe
+from megatron_spdf.config.checks import findings
+from megatron_spdf.data.corpus import check_corpus
+from megatron_spdf.data.dataset import TokenData
+from megatron_spdf.engine.megatron import MegatronEngine
+from megatron_spdf.model.weights import model_weights
+from megatron_spdf.parallel.ranks import find_ranks, join, leave
+from megatron_spdf.parallel.traffic import TrafficCounter
+from megatron_spdf.sparsity.compact import compact_of, densify, sparse_modules
+from megatron_spdf.sparsity.measure import measure_sparsity
+from megatron_spdf.sparsity.plan import make_plan
+from megatron_spdf.training.run_dir import RunDir
+
+
+class Bench:
+    """A recipe's engine and data on this rank."""
+
+    def __init__(self, recipe: dict):
+        self.recipe = Recipe.model_validate(recipe)
+        assert not list(findings(self.recipe))
+        self.plan = make_plan(self.recipe.sparsity, model_weights(self.recipe.model), self.recipe.model.query_groups)
+        self.run = RunDir(self.recipe)
+        self.corpus = check_corpus(self.recipe)
+        self.device = join(find_ranks(), self.recipe)
+        self.engine = MegatronEngine(self.recipe, self.plan, self.device)
+        self.data = TokenData(self.recipe, self.corpus.train_tokens, self.corpus.tokenizer, self.run.cache,
+                              self.engine.reads_data)
+        self.checkpointer = Checkpointer(self.run.checkpoints, self.recipe, self.plan, self.corpus.tokenizer)
+
+    def steps(self, first: int, last: int) -> list[tuple[float, float]]:
+        """(loss, gradient norm) of steps first + 1 ... last."""
+        outcomes = []
+        for number, batch in zip(range(first + 1, last + 1), self.data.training_batches(first), strict=False):
+            result = self.engine.step(batch, number, number * self.recipe.tokens_per_step, False)
+            outcomes.append((result.loss, result.grad_norm))
+        return outcomes
+
+
+@contextmanager
+def bench(recipe: dict):
+    opened = Bench(recipe)
+    yield opened
+    leave()
+
+
+def abandon() -> None:
+    """After a case that raised: whatever is left of its process groups goes."""
+    if dist.is_initialized():
+        leave()
+
+
+def masks(engine: MegatronEngine) -> dict[tuple[str, int], str]:
+    """(weight, chunk) -> hash of its mask bits, of this rank's chunks."""
+    found = {}
+    for module in (m for model in engine.models for m in sparse_modules(model)):
+        bits = compact_of(module).mask_bits
+        first = ps.get_tensor_model_parallel_rank() * len(bits)
+        for i, row in enumerate(bits):
+            found[compact_of(module).planned.name, first + i] = hashlib.sha256(row.numpy().tobytes()).hexdigest()
+    return found
+
+
+def train(recipe: dict, steps: int) -> dict:
+    """Losses and gradient norms of `steps` steps, validation loss, masks, measured sparsity, bytes and traffic."""
+    with bench(recipe) as b:
+        curve = b.steps(0, steps - 1)
+        with TrafficCounter() as traffic:
+            curve += b.steps(steps - 1, steps)
+        valid = [b.engine.evaluate(batch, False)[0] for batch in b.data.validation_batches()]
+        return {
+            "curve": curve, "valid": valid, "masks": masks(b.engine), "held": b.engine.state_bytes(),
+            "sparsity": measure_sparsity(b.engine.models, b.engine.data_parallel_rank, b.plan),
+            "traffic": dict(traffic.bytes), "planned": {n: w.sparsity for n, w in b.plan.weights.items()},
+            "parameters": {n: p.numel() for model in b.engine.models for n, p in model.named_parameters()},
+        }
+
+
+def cut(recipes: list[dict], stops: list[int]) -> list[tuple[float, float]]:
+    """One run in pieces: a fresh engine for each recipe (layout), restored from the piece before, up to each stop."""
+    curve: list[tuple[float, float]] = []
+    for recipe, stop in zip(recipes, stops, strict=True):
+        with bench(recipe) as b:
+            state, _ = b.checkpointer.restore(b.engine)
+            assert state.step == len(curve), (state, len(curve))
+            curve += b.steps(state.step, stop)
+            measured = measure_sparsity(b.engine.models, b.engine.data_parallel_rank, b.plan)
+            b.checkpointer.save(b.engine, RunState(stop, b.engine.optimizer_steps), measured)
+    return curve
+
+
+def densified(recipe: dict, steps: int) -> dict:
+    """Largest change of a loss per token and of the weights when a trained model is densified."""
+    with bench(recipe) as b:
+        b.steps(0, steps)
+        batch = next(b.data.validation_batches())[0]
+        model = b.engine.models[0].eval()
+
+        def losses() -> torch.Tensor:
+            with torch.no_grad():
+                return model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+
+        before = losses()
+        sparse = len(list(sparse_modules(model)))
+        densify(model)
+        linear = {n: p for n, p in model.named_parameters() if "linear" in n and n.endswith("weight")}
+        return {"difference": float((losses() - before).abs().max()), "sparse": sparse,
+                "left": len(list(sparse_modules(model))), "marked": all(p.tensor_model_parallel for p in linear.values()),
+                "zeros": [float((p == 0).float().mean()) for p in linear.values()]}

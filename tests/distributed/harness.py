@@ -1,0 +1,98 @@
+"""Runs cases on real gloo ranks: one group of processes for many cases, since importing the engines takes seconds.
+
+    results = run_cases(world=2, cases={"tp2": ("train", {...}), ...}, directory=tmp)
+    results["tp2"][rank]  ->  what tests/distributed/cases.py:train returned there, or a `Failure`
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass
+class Failure:
+    """A case that raised on a rank."""
+
+    trace: str
+
+
+def run_cases(world: int, cases: dict[str, tuple[str, dict]], directory: Path, timeout: int = 900) -> dict[str, list]:
+    """Runs every case on `world` fresh processes, one case after the other; returns case -> result of each rank."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "cases.pickle").write_bytes(pickle.dumps(cases))
+    environment = {
+        **os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+        "PYTHONWARNINGS": "ignore", "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)]),
+    }
+    ranks = []
+    for rank in range(world):
+        log = (directory / f"rank{rank}.log").open("w")
+        ranks.append(subprocess.Popen(
+            [sys.executable, __file__, str(directory)], stdout=log, stderr=subprocess.STDOUT, cwd=ROOT,
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}))
+    try:
+        codes = [process.wait(timeout) for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    logs = "\n".join((directory / f"rank{r}.log").read_text()[-3000:] for r in range(world))
+    assert not any(codes), f"exit codes {codes}\n{logs}"
+    return {name: [pickle.loads((directory / f"{name}.{rank}.pickle").read_bytes()) for rank in range(world)]
+            for name in cases}
+
+
+def outcome(results: dict[str, list], name: str, rank: int = 0):
+    """The result of a case on a rank; fails the test with the trace where the case raised."""
+    found = results[name]
+    for result in found:
+        assert not isinstance(result, Failure), f"case {name}:\n{result.trace}"
+    return found[rank]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _rank_main(directory: Path) -> None:
+    from megatron_spdf.parallel import cpu
+
+    cpu.install()
+    import cases as functions
+
+    rank = int(os.environ["RANK"])
+    for name, (function, arguments) in pickle.loads((directory / "cases.pickle").read_bytes()).items():
+        _agree_on_port(directory / f"{name}.port", rank)
+        try:
+            result = getattr(functions, function)(**arguments)
+        except Exception:
+            result = Failure(traceback.format_exc())
+            functions.abandon()
+        (directory / f"{name}.{rank}.pickle").write_bytes(pickle.dumps(result))
+
+
+def _agree_on_port(file: Path, rank: int) -> None:
+    """Every case joins anew, on a port that rank 0 found free."""
+    import time
+
+    if rank == 0:
+        beside = file.with_suffix(".new")
+        beside.write_text(str(free_port()))
+        beside.replace(file)
+    while not file.exists():
+        time.sleep(0.01)
+    os.environ["MASTER_PORT"] = file.read_text()
+
+
+if __name__ == "__main__":
+    _rank_main(Path(sys.argv[1]))

@@ -1,0 +1,163 @@
+"""Invariants 1, 3, 4 and 5: layouts change neither masks nor losses; state and traffic follow the active weights."""
+
+import math
+
+import pytest
+from harness import outcome, run_cases
+
+pytestmark = pytest.mark.slow
+
+STEPS = 20
+LAYOUTS = {
+    1: {
+        "zero 0": {"zero_stage": 0},
+    },
+    2: {
+        "tp2": {"tensor": 2},
+        "tp2 sp": {"tensor": 2, "sequence": True},
+        "pp2": {"pipeline": 2},
+        "pp2 interleaved": {"pipeline": 2, "interleave": 2},
+        "dp2 zero 1": {"data": 2},
+        "dp2 zero 0": {"data": 2, "zero_stage": 0},
+    },
+    4: {
+        "tp2 pp2": {"tensor": 2, "pipeline": 2},
+        "tp2 dp2": {"tensor": 2, "data": 2},
+        "tp4": {"tensor": 4},
+    },
+}
+NAMES = [(world, name) for world, layouts in LAYOUTS.items() for name in layouts]
+
+
+@pytest.fixture(scope="module")
+def results(make_recipe, tmp_path_factory):
+    def group(world: int) -> dict[str, tuple[str, dict]]:
+        return {name: ("train", {"recipe": make_recipe(parallel=layout), "steps": STEPS})
+                for name, layout in LAYOUTS[world].items()}
+
+    def train(**sections) -> tuple[str, dict]:
+        return "train", {"recipe": make_recipe(**sections), "steps": STEPS}
+
+    one = group(1) | {
+        "reference": train(),
+        "recompute full": train(train={"recompute": "full"}),
+        "recompute selective": train(train={"recompute": "selective"}),
+        "micro-batch 4": train(train={"micro_batch": 4}),
+        "grouped queries": train(model={"query_groups": 2}),
+        "bf16": train(train={"precision": "bf16"}),
+        "densified": ("densified", {"recipe": make_recipe(), "steps": 3}),
+    }
+    two = group(2) | {
+        "grouped queries tp2": train(model={"query_groups": 2}, parallel={"tensor": 2}),
+        "bf16 tp2": train(train={"precision": "bf16"}, parallel={"tensor": 2}),
+        "bf16 dp2": train(train={"precision": "bf16"}, parallel={"data": 2}),
+        "dense dp2": train(sparsity=0.0, parallel={"data": 2}),
+        "dense dp2 zero 0": train(sparsity=0.0, parallel={"data": 2, "zero_stage": 0}),
+        "densified tp2": ("densified", {"recipe": make_recipe(parallel={"tensor": 2}), "steps": 3}),
+    }
+    directory = tmp_path_factory.mktemp("layouts")
+    return {world: run_cases(world, cases, directory / str(world))
+            for world, cases in ((1, one), (2, two), (4, group(4)))}
+
+
+def close(curve, reference, tolerance):
+    assert len(curve) == len(reference) == STEPS
+    for (loss, norm), (loss_there, norm_there) in zip(curve, reference, strict=True):
+        assert loss == pytest.approx(loss_there, rel=tolerance)
+        assert norm == pytest.approx(norm_there, rel=10 * tolerance)  # a root of a sum over all weights
+
+
+@pytest.mark.parametrize(("world", "name"), NAMES)
+def test_losses_are_the_same_at_every_layout(results, world, name):
+    reference, there = outcome(results[1], "reference"), outcome(results[world], name)
+    close(there["curve"], reference["curve"], 1e-5)
+    assert there["valid"] == pytest.approx(reference["valid"], rel=1e-5)
+
+
+@pytest.mark.parametrize(("world", "name"), NAMES)
+def test_every_rank_reports_the_same(results, world, name):
+    curves = [outcome(results[world], name, rank)["curve"] for rank in range(world)]
+    assert all(curve == curves[0] for curve in curves)
+
+
+@pytest.mark.parametrize(("world", "name"), NAMES)
+def test_masks_are_the_same_at_every_layout(results, world, name):
+    reference = outcome(results[1], "reference")["masks"]
+    together = {}
+    for rank in range(world):
+        for chunk, mask in outcome(results[world], name, rank)["masks"].items():
+            assert together.setdefault(chunk, mask) == mask
+    assert together == reference
+    assert len(reference) == 4 * 4 * 4  # layers, weights, chunks
+
+
+@pytest.mark.parametrize("name", ["recompute full", "recompute selective", "micro-batch 4"])
+def test_recomputation_and_micro_batches_change_no_loss(results, name):
+    close(outcome(results[1], name)["curve"], outcome(results[1], "reference")["curve"], 1e-5)
+
+
+def test_grouped_queries_too(results):
+    close(outcome(results[2], "grouped queries tp2")["curve"], outcome(results[1], "grouped queries")["curve"], 1e-5)
+
+
+@pytest.mark.parametrize("name", ["bf16 tp2", "bf16 dp2"])
+def test_bf16_layouts_agree_to_its_precision(results, name):
+    # 8 bits of mantissa, and TP rounds partial sums: 2e-2 absolute on losses near 5.
+    curve, reference = outcome(results[2], name)["curve"], outcome(results[1], "bf16")["curve"]
+    assert [loss for loss, _ in curve] == pytest.approx([loss for loss, _ in reference], abs=2e-2)
+
+
+def test_training_learns(results):
+    curve = outcome(results[1], "reference")["curve"]
+    assert curve[0][0] == pytest.approx(math.log(384), rel=0.02)  # 300 tokens padded to 384 rows
+    assert curve[-1][0] < curve[0][0] - 0.5
+
+
+@pytest.mark.parametrize(("world", "name"), [(1, "reference"), *NAMES])
+def test_measured_sparsity_equals_the_plan(results, world, name):
+    there = outcome(results[world], name)
+    assert there["sparsity"] == pytest.approx(there["planned"], abs=1e-12)
+    assert set(there["planned"].values()) == {0.75}
+
+
+def of_sparse_layers(held: dict, dense_parameters: int, bytes_each: float, what: str) -> float:
+    return held[what] - dense_parameters * bytes_each
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_bytes_of_the_sparse_layers_follow_the_active_weights(results, zero):
+    name = f"dp2 zero {zero}"
+    dense_name = "dense dp2" if zero else "dense dp2 zero 0"
+    sparse, dense = outcome(results[2], name), outcome(results[2], dense_name)
+    block = 4 * 12 * 64 * 64  # weights of the block matrices, all of them sparse
+    others = sum(dense["parameters"].values()) - block
+    share = 2 if zero else 1
+    for what, each in {"parameters": 4, "gradients": 4, "optimizer": 8 / share}.items():
+        ratio = (sparse["held"][what] - others * each) / (dense["held"][what] - others * each)
+        assert 0.25 <= ratio <= 0.27, (what, ratio)
+
+
+@pytest.mark.parametrize(("zero", "kinds"), [
+    (1, ["reduce_scatter_tensor_coalesced", "allgather_into_tensor_coalesced"]),
+    (0, ["allreduce_coalesced"]),
+])
+def test_traffic_of_the_sparse_layers_follows_the_active_weights(results, zero, kinds):
+    sparse = outcome(results[2], f"dp2 zero {zero}")["traffic"]
+    dense_there = outcome(results[2], "dense dp2" if zero else "dense dp2 zero 0")
+    dense = dense_there["traffic"]
+    others = 4 * (sum(dense_there["parameters"].values()) - 4 * 12 * 64 * 64)
+    for kind in kinds:
+        (key,) = [k for k in dense if k[0] == kind]
+        ratio = (sparse[key] - others) / (dense[key] - others)
+        assert 0.25 <= ratio <= 0.27, (kind, ratio)
+    rest = [n for (kind, _), n in sparse.items() if kind not in kinds]
+    assert sum(rest) < 1024  # nothing else of size is sent
+
+
+@pytest.mark.parametrize(("world", "name"), [(1, "densified"), (2, "densified tp2")])
+def test_densifying_changes_no_output(results, world, name):
+    there = outcome(results[world], name)
+    assert there["sparse"] == 16 and there["left"] == 0
+    assert there["difference"] == 0.0
+    assert there["marked"]
+    assert there["zeros"] == pytest.approx([0.75] * 16)
