@@ -1,40 +1,45 @@
-"""Optimizer state of either ZeRO stage as sharded tensors of one form: parameter -> master weight, moments.
+"""Optimizer state of either ZeRO stage as sharded tensors of one form: parameter -> master weight and moments.
 
-Megatron-Core's own `sharded_state_dict` of the optimizers adds pickled parameter groups and, without Transformer
-Engine or Apex, loses torch AdamW's step count on resume (every parameter is given one shared step tensor). Learning
-rate and weight decay follow from the recipe and the step count from the run's state, so tensors are all we keep.
+Megatron-Core's own `sharded_state_dict` of the optimizers does not serve:
+- without Transformer Engine or Apex it loses torch AdamW's step count on resume: every parameter is given one
+  shared step tensor, and losses drift from the second step on;
+- its `fully_reshardable` form drops the padding between buckets on saving and then reads with it, so that every
+  bucket after a padded one is saved shifted; compact weights have such lengths;
+- it adds pickled parameter groups.
+Learning rate and weight decay follow from the recipe and the step count from the run's state: tensors are all that
+is kept.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from torch import nn
+from torch import Tensor, nn
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+STATE = ("param", *MOMENTS)
 
 
 def optimizer_state(optimizer: MegatronOptimizer, models: list[nn.Module], model_state: dict, loading: bool) -> dict:
-    """Sharded master weights and moments of all parameters of this rank.
+    """Sharded master weights and moments, each shaped like its parameter, of all parameters of this rank.
 
     Args:
         model_state: the models' sharded tensors, chunk name -> key -> ShardedTensor.
         loading: whether to make place for a checkpoint's state instead of giving out ours.
     """
     (inner,) = optimizer.chained_optimizers
-    inner.init_state_fn(inner.optimizer, inner.config)  # moments exist from the first step on only
-    if isinstance(inner, DistributedOptimizer):
-        return inner.sharded_param_state_fully_reshardable(model_state, is_loading=loading, metadata={})
-    sharded = {id(s.data): s for chunk in model_state.values() for s in chunk.values() if isinstance(s, ShardedTensor)}
+    inner.init_state_fn(inner.optimizer, inner.config)  # before the first step there are no moments
+    places = {id(s.data): s for chunk in model_state.values() for s in chunk.values() if isinstance(s, ShardedTensor)}
+    whole = {} if loading else _whole(inner, models)
     state = {}
     for number, parameter in enumerate(_parameters(models)):
-        main = getattr(parameter, "main_param", parameter)
-        tensors = {"param": main, **{m: inner.optimizer.state[main][m] for m in MOMENTS}}
-        state[number] = {k: make_sharded_optimizer_tensor(sharded[id(parameter)], t.detach(), f"optimizer.state.{k}")
-                         for k, t in tensors.items()}
+        tensors = whole.get(parameter) or {k: torch.empty(parameter.shape, dtype=torch.float32) for k in STATE}
+        place = places[id(parameter)]
+        state[number] = {k: make_sharded_optimizer_tensor(place, t, f"optimizer.state.{k}") for k, t in tensors.items()}
     return state
 
 
@@ -42,28 +47,61 @@ def optimizer_state(optimizer: MegatronOptimizer, models: list[nn.Module], model
 def load_optimizer(optimizer: MegatronOptimizer, models: list[nn.Module], loaded: dict, steps: int) -> None:
     """Puts loaded master weights and moments in place and sets Adam's step count."""
     (inner,) = optimizer.chained_optimizers
-    if isinstance(inner, DistributedOptimizer):
+    for number, parameter in enumerate(_parameters(models)):
+        part, owned = _owned(inner, parameter)
+        for name, tensor in owned.items():
+            tensor.copy_(loaded[number][name].flatten()[part].view_as(tensor))
+    if isinstance(inner.optimizer, torch.optim.AdamW):  # counts per parameter
         for state in inner.optimizer.state.values():
-            state.pop("step", None)  # not among the loaded tensors, which must be complete; set below
-        inner.load_parameter_state_from_fully_reshardable(loaded)
-    else:
-        for number, parameter in enumerate(_parameters(models)):
-            main = getattr(parameter, "main_param", parameter)
-            main.copy_(loaded[number]["param"])
-            for moment in MOMENTS:
-                inner.optimizer.state[main][moment].copy_(loaded[number][moment])
-    _set_step(inner.optimizer, steps)
-
-
-def _set_step(adam: torch.optim.Optimizer, steps: int) -> None:
-    """Torch's AdamW counts per parameter, the fused ones of Apex and Transformer Engine per group."""
-    if isinstance(adam, torch.optim.AdamW):
-        for state in adam.state.values():
             state["step"] = torch.tensor(float(steps))
-    else:
-        for group in adam.param_groups:
+    else:  # the fused ones of Apex and Transformer Engine count per group
+        for group in inner.optimizer.param_groups:
             group["step"] = steps
 
 
 def _parameters(models: list[nn.Module]) -> list[nn.Parameter]:
     return [p for model in models for p in model.parameters() if p.requires_grad]
+
+
+def _owned(inner: MegatronOptimizer, parameter: nn.Parameter) -> tuple[slice, dict[str, Tensor]]:
+    """The range of the flattened parameter whose state this rank keeps, and that state; empty if none."""
+    if not isinstance(inner, DistributedOptimizer):
+        part, main = slice(None), getattr(parameter, "main_param", parameter)
+    elif parameter in inner.model_param_gbuf_map:
+        own = inner._get_model_param_range_map(parameter)["param"]
+        group, order = inner.model_param_group_index_map[parameter]
+        part, main = slice(own.start, own.end), inner.optimizer.param_groups[group]["params"][order]
+    else:
+        return slice(0), {}
+    state = inner.optimizer.state[main]
+    return part, {"param": main, **{m: state[m] for m in MOMENTS}}
+
+
+@torch.no_grad()
+def _whole(inner: MegatronOptimizer, models: list[nn.Module]) -> dict[nn.Parameter, dict[str, Tensor]]:
+    """The state of whole parameters, on CPU; with ZeRO-1 gathered from the data-parallel ranks bucket by bucket."""
+    if not isinstance(inner, DistributedOptimizer):
+        return {p: {k: t.detach().float().cpu() for k, t in _owned(inner, p)[1].items()} for p in _parameters(models)}
+    whole: dict[nn.Parameter, dict[str, Tensor]] = {p: {} for p in _parameters(models)}
+    for buffer in inner.buffers:
+        for bucket in buffer.buckets:
+            for name in STATE:
+                gathered = _gather_bucket(inner, bucket, name)
+                for parameter in bucket.params_list:
+                    start, end = (i - bucket.offset for i in buffer.param_index_map[parameter][:2])
+                    whole[parameter][name] = gathered[start:end].view(parameter.shape)
+    return whole
+
+
+def _gather_bucket(inner: DistributedOptimizer, bucket, name: str) -> Tensor:
+    """One kind of state of all parameters of a bucket, at their places in it, from all data-parallel ranks."""
+    group = inner.data_parallel_group
+    gathered = torch.empty(bucket.grad_data.numel(), dtype=torch.float32, device=bucket.grad_data.device)
+    shard = torch.zeros(gathered.numel() // group.size(), dtype=torch.float32, device=gathered.device)
+    for parameter in bucket.params_list:
+        _, owned = _owned(inner, parameter)
+        if owned:
+            place = inner._get_model_param_range_map(parameter)["gbuf_local"]
+            shard[place.start : place.end].copy_(owned[name].flatten())
+    dist.all_gather_into_tensor(gathered, shard, group=group)
+    return gathered.cpu()

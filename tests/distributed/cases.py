@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+from harness import agree_on_port
 from megatron.core import parallel_state as ps
 
 from megatron_spdf.checkpoint.checkpointer import Checkpointer, RunState
@@ -33,6 +34,7 @@ class Bench:
         self.plan = make_plan(self.recipe.sparsity, model_weights(self.recipe.model), self.recipe.model.query_groups)
         self.run = RunDir(self.recipe)
         self.corpus = check_corpus(self.recipe)
+        agree_on_port()
         self.device = join(find_ranks(), self.recipe)
         self.engine = MegatronEngine(self.recipe, self.plan, self.device)
         self.data = TokenData(self.recipe, self.corpus.train_tokens, self.corpus.tokenizer, self.run.cache,

@@ -11,6 +11,7 @@ import pickle
 import socket
 import subprocess
 import sys
+import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +26,13 @@ class Failure:
     trace: str
 
 
-def run_cases(world: int, cases: dict[str, tuple[str, dict]], directory: Path, timeout: int = 900) -> dict[str, list]:
+def run_cases(world: int, cases: dict[str, tuple[str, dict]], directory: Path, timeout: int = 600) -> dict[str, list]:
     """Runs every case on `world` fresh processes, one case after the other; returns case -> result of each rank."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "cases.pickle").write_bytes(pickle.dumps(cases))
     environment = {
         **os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+        "CASES": str(directory),
         "PYTHONWARNINGS": "ignore", "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)]),
     }
     ranks = []
@@ -64,28 +66,12 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _rank_main(directory: Path) -> None:
-    from megatron_spdf.parallel import cpu
-
-    cpu.install()
-    import cases as functions
-
-    rank = int(os.environ["RANK"])
-    for name, (function, arguments) in pickle.loads((directory / "cases.pickle").read_bytes()).items():
-        _agree_on_port(directory / f"{name}.port", rank)
-        try:
-            result = getattr(functions, function)(**arguments)
-        except Exception:
-            result = Failure(traceback.format_exc())
-            functions.abandon()
-        (directory / f"{name}.{rank}.pickle").write_bytes(pickle.dumps(result))
-
-
-def _agree_on_port(file: Path, rank: int) -> None:
-    """Every case joins anew, on a port that rank 0 found free."""
-    import time
-
-    if rank == 0:
+def agree_on_port() -> None:
+    """Sets MASTER_PORT anew: every joining of the ranks gets a port of its own, which rank 0 found free."""
+    global _joined
+    _joined += 1
+    file = Path(os.environ["CASES"]) / f"{_joined}.port"
+    if os.environ["RANK"] == "0":
         beside = file.with_suffix(".new")
         beside.write_text(str(free_port()))
         beside.replace(file)
@@ -94,5 +80,25 @@ def _agree_on_port(file: Path, rank: int) -> None:
     os.environ["MASTER_PORT"] = file.read_text()
 
 
+_joined = 0
+
+
+def _rank_main(directory: Path) -> None:
+    from megatron_spdf.parallel import cpu
+
+    cpu.install()
+    import cases as functions
+
+    for name, (function, arguments) in pickle.loads((directory / "cases.pickle").read_bytes()).items():
+        try:
+            result = getattr(functions, function)(**arguments)
+        except Exception:
+            result = Failure(traceback.format_exc())
+            functions.abandon()
+        (directory / f"{name}.{os.environ['RANK']}.pickle").write_bytes(pickle.dumps(result))
+
+
 if __name__ == "__main__":
-    _rank_main(Path(sys.argv[1]))
+    import harness
+
+    harness._rank_main(Path(sys.argv[1]))

@@ -1,0 +1,31 @@
+# make demo | make test | make test-fast | make lint: each makes .venv if it is missing and installs what it needs.
+PYTHON ?= $(shell command -v python3.12 >/dev/null 2>&1 && python3.12 -c '' 2>/dev/null && echo python3.12 || echo python3.11)
+VENV := .venv
+RUN := $(VENV)/bin/python -W ignore
+
+# Two ranks on two cores: more threads than that only wait for each other.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: install demo test test-fast lint clean
+
+install: $(VENV)/installed
+
+$(VENV)/installed: requirements.txt requirements-dev.txt
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+demo: install
+	$(RUN) tools/demo.py
+
+test: lint
+	$(RUN) -m pytest tests
+
+test-fast: install
+	$(RUN) -m pytest tests -m "not slow"
+
+lint: install
+	$(VENV)/bin/ruff check --quiet .
+
+clean:
+	rm -rf $(VENV) runs
