@@ -1,5 +1,5 @@
 # make demo | make test | make test-fast | make lint: each makes .venv if it is missing and installs what it needs.
-PYTHON ?= $(shell command -v python3.12 >/dev/null 2>&1 && python3.12 -c '' 2>/dev/null && echo python3.12 || echo python3.11)
+PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python -W ignore
 
@@ -11,6 +11,8 @@ export OMP_NUM_THREADS ?= 1
 install: $(VENV)/installed
 
 $(VENV)/installed: requirements.txt requirements-dev.txt
+	@test -x $(VENV)/bin/python || $(PYTHON) -c 'import sys; v = sys.version_info[:2]; v in ((3, 11), (3, 12)) or \
+	    sys.exit(f"Python 3.11 or 3.12 is needed and this is {v[0]}.{v[1]}; say make PYTHON=python3.12")'
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@

@@ -10,7 +10,7 @@ ends with a table and a plot of both loss curves against training FLOPs.
 
 from __future__ import annotations
 
-import _path  # noqa: F401  (first: puts the package on the path)
+import _path  # noqa: F401  isort: skip  (first: puts the package on the path)
 
 import argparse
 import hashlib
@@ -24,6 +24,7 @@ import sys
 import sysconfig
 import time
 from pathlib import Path
+from statistics import mean, median
 
 import zstandard
 
@@ -40,7 +41,7 @@ VALIDATION_SHARE = 16  # one document in so many
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="everything goes there; made anew")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to configs/pretrain/demo.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the recipe")
     options = parser.parse_args()
     started = time.perf_counter()
     shutil.rmtree(options.output, ignore_errors=True)
@@ -125,13 +126,13 @@ def render_table(runs: dict[str, dict]) -> str:
     for entry in runs.values():
         recipe, last, held = entry["recipe"], entry["train"][-1], entry["bytes"][0]
         plan = make_plan(recipe.sparsity, model_weights(recipe.model), recipe.model.query_groups)
-        speeds = sorted(r["tokens_per_second"] for r in entry["train"])
+        losses = [r["loss"] for r in entry["train"]]
         state = held["parameters"] + held["gradients"] + held["optimizer"]
         for label, value in {
             "parameters, active (M)": active_parameters(recipe, plan) / 1e6,
-            "training loss, end": last["loss"],
+            "training loss, mean of the last tenth": mean(losses[-max(1, len(losses) // 10):]),
             "validation perplexity": entry["valid"][-1]["perplexity"],
-            "tokens/s, median": speeds[len(speeds) // 2],
+            "tokens/s, median": median(r["tokens_per_second"] for r in entry["train"]),
             "training FLOPs (1e12)": last["flops"] / 1e12,
             "weights + gradients + optimizer, rank 0 (MiB)": state / 2**20,
             "sent per step by rank 0, tensor parallel (MiB)": held["sent_per_step"] / 2**20,
@@ -171,7 +172,8 @@ def plot_losses(runs: dict[str, dict], path: Path) -> None:
         flops = {r["step"]: r["flops"] / 1e12 for r in entry["train"]}
         (line,) = axes.plot(flops.values(), [r["loss"] for r in entry["train"]], alpha=0.35)
         valid = [r for r in entry["valid"] if r["step"] in flops]
-        axes.plot([flops[r["step"]] for r in valid], [r["loss"] for r in valid], "o-", color=line.get_color(), label=name)
+        axes.plot([flops[r["step"]] for r in valid], [r["loss"] for r in valid], "o-", color=line.get_color(),
+                  label=name)
     axes.set(xlabel="training FLOPs (1e12)", ylabel="loss (nats per token)",
              title="Pre-training on Python's standard library: line training, points validation")
     axes.legend()

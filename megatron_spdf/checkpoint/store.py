@@ -17,7 +17,8 @@ from pathlib import Path
 
 PARTIAL = ".partial"
 FILES, RUN = "files.json", "run.json"
-_NAME = re.compile(r"step_(\d{8})")
+_NAME = re.compile(r"step_\d{8}")
+_UNFINISHED = re.compile(r"step_\d{8}(\.old)?(\.partial)?")
 
 
 class DamagedCheckpoint(ValueError):
@@ -41,15 +42,15 @@ def discard_incomplete(directory: Path) -> list[str]:
     if not directory.is_dir():
         return []
     kept = set(complete(directory))
-    gone = [p for p in directory.iterdir() if p.name.startswith("step_") and p not in kept]
+    gone = [p for p in directory.iterdir() if _UNFINISHED.fullmatch(p.name) and p not in kept]
     for path in gone:
         shutil.rmtree(path)
     return sorted(p.name for p in gone)
 
 
 def retain(directory: Path, keep: int) -> None:
-    """Removes all but the newest `keep` complete checkpoints; each leaves by a rename first, so that a crash in
-    the middle leaves a `.partial` and not a checkpoint with files missing."""
+    """Removes all but the newest `keep` complete checkpoints. Each leaves by a rename first, so that a crash in the
+    middle leaves a `.partial` and not a checkpoint with files missing."""
     for path in complete(directory)[:-keep]:
         dying = path.with_name(path.name + PARTIAL)
         path.rename(dying)
@@ -74,10 +75,12 @@ def publish(partial: Path, files: dict[str, dict[str, object]]) -> Path:
     """Writes the list of files and makes the checkpoint visible by one rename."""
     write_json(partial / FILES, files)
     final = partial.with_name(partial.name.removesuffix(PARTIAL))
-    if final.exists():
-        shutil.rmtree(final)
+    old = final.with_name(f"{final.name}.old{PARTIAL}")
+    if final.exists():  # the same step saved again; at no moment is there a half of either
+        final.rename(old)
     partial.rename(final)
     sync_directory(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
     return final
 
 

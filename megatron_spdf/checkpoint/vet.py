@@ -1,26 +1,31 @@
-"""Refuses pickled code. Megatron-Core's format keeps its index, `.metadata`, as a pickle that PyTorch loads without
-restriction; here it is first read by an unpickler that knows the classes of such an index and nothing else."""
+"""Refuses pickled code.
+
+Megatron-Core's format keeps its index, `.metadata`, as a pickle that PyTorch loads without restriction. Here it is
+read first by an unpickler that knows the classes of such an index, each by name, and nothing else: what those modules
+import (`os`, through several doors) would be enough to run a command.
+"""
 
 from __future__ import annotations
 
 import pickle
 from pathlib import Path
 
-_ALLOWED_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem",
-                    "torch.distributed.checkpoint.planner")
-_ALLOWED = {
-    ("collections", "OrderedDict"), ("builtins", "set"), ("builtins", "frozenset"),
-    ("torch", "Size"), ("torch", "device"), ("torch.serialization", "_get_layout"),
-    ("pathlib", "PosixPath"), ("pathlib", "Path"),
+_CLASSES = {
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.planner": {
+        "BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
+    "collections": {"OrderedDict"}, "builtins": {"set", "frozenset"}, "torch": {"Size", "device"},
+    "torch.serialization": {"_get_layout"}, "pathlib": {"PosixPath", "Path"},
 }
 _DTYPES = {"float32", "float16", "bfloat16", "float64", "uint8", "int8", "int16", "int32", "int64", "bool"}
 
 
 class _Vetting(pickle.Unpickler):
     def find_class(self, module: str, name: str):
-        plain = "." not in name
-        if plain and ((module, name) in _ALLOWED or module in _ALLOWED_MODULES or
-                      (module == "torch" and name in _DTYPES)):
+        if name in _CLASSES.get(module, ()) or (module == "torch" and name in _DTYPES):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it wants {module}.{name}")
 
@@ -34,7 +39,9 @@ def vet_metadata(checkpoint: Path) -> None:
     path = checkpoint / ".metadata"
     try:
         with path.open("rb") as file:
-            _Vetting(file).load()
-    except (pickle.UnpicklingError, EOFError, OSError, AttributeError, ImportError, IndexError, ValueError) as error:
+            if type(_Vetting(file).load()).__name__ != "Metadata":
+                raise pickle.UnpicklingError("it holds something else")
+    except (pickle.UnpicklingError, EOFError, OSError, AttributeError, ImportError, IndexError, TypeError, KeyError,
+            ValueError) as error:
         raise ValueError(f"{path} is not the index of a checkpoint: {error}. It is a pickle and could run code, so "
                          "it is refused; use a checkpoint that this program wrote") from None

@@ -55,9 +55,10 @@ def _batch(recipe: Recipe) -> Iterator[str]:
     p, t, o = recipe.parallel, recipe.train, recipe.optimizer
     share = t.micro_batch * p.data
     if t.global_batch % share:
+        below = t.global_batch // share * share
         yield (f"train.global_batch={t.global_batch} is not divisible by train.micro_batch x parallel.data = "
                f"{t.micro_batch} x {p.data} = {share}; global_batch may be "
-               f"{max(t.global_batch // share, 1) * share} or {(t.global_batch // share + 1) * share}")
+               + (f"{below} or " if below else "") + f"{below + share}")
     elif p.interleave > 1 and recipe.micro_batches % p.pipeline:
         yield (f"{recipe.micro_batches} micro-batches per step are not divisible by parallel.pipeline={p.pipeline}, as "
                "parallel.interleave asks; change train.global_batch or train.micro_batch")

@@ -50,11 +50,13 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise ValueError(f"there is no recipe {path}; {path.parent} holds {', '.join(near) or 'no .yaml file'}")
     try:
         values = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"recipe {path} is not YAML: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"recipe {path} must be a mapping of sections, not a {type(values).__name__}")
     base = values.pop("extends", None)
+    if base is not None and not isinstance(base, str):
+        raise ValueError(f"recipe {path}: extends={base!r} must name one file; write for example extends: base.yaml")
     return values if base is None else _merge(_read(path.parent / base, (*seen, path)), values)
 
 
@@ -62,7 +64,8 @@ def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in change.items():
         if key == "sparsity":
-            merged[key] = _merge(normalise_sparsity(merged.get(key, {})), normalise_sparsity(value))
+            before, after = normalise_sparsity(merged.get(key, {})), normalise_sparsity(value)
+            merged[key] = _merge(before, after) if isinstance(before, dict) and isinstance(after, dict) else after
         elif isinstance(value, dict) and isinstance(merged.get(key), dict):
             merged[key] = _merge(merged[key], value)
         else:
@@ -74,7 +77,10 @@ def _override(values: dict[str, Any], word: str) -> None:
     name, equals, text = word.partition("=")
     if not equals or not name:
         raise ValueError(f"{word!r} is not section.key=value; write for example parallel.tensor=2")
-    change: Any = yaml.safe_load(text)
+    try:
+        change: Any = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"the value of {word!r} is not YAML: {error}") from None
     for key in reversed(name.split(".")):
         change = {key: change}
     merged = _merge(values, change)
@@ -95,7 +101,8 @@ def _sentence(error: dict[str, Any]) -> str:
         hint = f"did you mean {'.'.join([*map(str, place[:-1]), near[0]])}?" if near else f"known: {', '.join(known)}"
         return f"unknown key {name} (value {error['input']!r}); {hint}"
     if error["type"] == "missing":
-        return f"{name} is missing; set it in the recipe or as {name}=VALUE (see pretrain.py --help)"
+        way = "" if any(isinstance(p, int) for p in place) else f" or as {name}=VALUE"
+        return f"{name} is missing; set it in the recipe{way} (see pretrain.py --help)"
     return f"{name}={error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
 
 

@@ -36,7 +36,7 @@ Paths = Annotated[list[str], BeforeValidator(as_list)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True, allow_inf_nan=False)
 
 
 class Model(Section):
@@ -76,7 +76,7 @@ class SparsityRule(Section):
 
 
 class Sparsity(Section):
-    """Static random masks. Also written as a number (`sparsity: 0.75`) or as a list of rules."""
+    """Static random masks. Also written as a number, or as a list of rules with all other weights dense."""
 
     level: Level = Field(0.0, description="fraction of zeros of every block weight that no rule matches")
     rules: list[SparsityRule] = Field([], description="the first rule that matches a weight wins")
@@ -91,9 +91,9 @@ class Sparsity(Section):
 def normalise_sparsity(value: Any) -> Any:
     """The two short forms of `sparsity:` as the mapping they stand for."""
     if isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        return {"level": value}
+        return {"level": value, "rules": []}
     if isinstance(value, list):
-        return {"rules": value}
+        return {"level": 0.0, "rules": value}
     return value
 
 
@@ -198,6 +198,8 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _sequence_length(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
         model, train = values.get("model"), values.get("train")
         if isinstance(model, dict) and isinstance(train, dict) and "sequence_length" not in train:
             train = {**train, "sequence_length": model.get("max_positions", 2048)}

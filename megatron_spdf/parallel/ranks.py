@@ -42,7 +42,11 @@ def find_ranks(env: Mapping[str, str] = os.environ) -> Ranks:
         if missing:
             raise ValueError(f"{launcher} set {', '.join(k for k in keys if k in env)} but not {', '.join(missing)}; "
                              f"start with torchrun or srun, or unset the others")
-        return Ranks(*(int(env[k]) for k in keys), launcher=launcher)
+        try:
+            return Ranks(*(int(env[k]) for k in keys), launcher=launcher)
+        except ValueError:
+            shown = ", ".join(f"{k}={env[k]!r}" for k in keys)
+            raise ValueError(f"{shown} must be whole numbers; start with torchrun or srun, or unset them") from None
     return Ranks(0, 1, 0, "python")
 
 

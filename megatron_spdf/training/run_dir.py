@@ -41,7 +41,7 @@ class RunDir:
             return
         try:
             before = Recipe.model_validate(yaml.safe_load(kept.read_text())).identity()
-        except ValueError as error:
+        except (ValueError, yaml.YAMLError) as error:
             raise ValueError(f"{kept} cannot be read as a recipe ({error}); choose another output") from None
         changes = list(_differences(before, self.recipe.identity()))
         if changes:
@@ -51,7 +51,9 @@ class RunDir:
     def claim(self) -> None:
         """Creates the directory and keeps the recipe in it."""
         self.root.mkdir(parents=True, exist_ok=True)
-        save_recipe(self.recipe, self.root / RECIPE)
+        beside = self.root / f"{RECIPE}.new"
+        save_recipe(self.recipe, beside)
+        beside.replace(self.root / RECIPE)
 
 
 def _differences(before: Any, now: Any, place: str = ""):

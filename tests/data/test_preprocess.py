@@ -312,12 +312,20 @@ def test_check_names_a_missing_file(data_set, suffix):
 def test_check_names_both_sizes_of_a_file_that_changed(data_set, foreign, suffix, state):
     path = Path(f"{data_set}.{suffix}")
     content = path.read_bytes()
-    changed = content[:-2] if state == "cut off" else content + b"xx"
+    changed = content[:100] if state == "cut off" else content + b"xx"
     path.write_bytes(changed)
     if foreign:
         make_foreign(data_set)
     message = rf"train\.{suffix} is {state}: {len(changed)} bytes, .* says {len(content)}"
     with pytest.raises(ValueError, match=message):
+        check_prefix(data_set)
+
+
+def test_check_refuses_the_index_of_another_data_set(data_set, bpe):
+    (data_set.parent / "one.txt").write_text("one")
+    preprocess([data_set.parent / "one.txt"], data_set.parent / "one", load_tokenizer(bpe))
+    shutil.copy(data_set.parent / "one.idx", f"{data_set}.idx")
+    with pytest.raises(ValueError, match=r"train\.idx is cut off: 62 bytes, and .*train\.json says"):
         check_prefix(data_set)
 
 
@@ -403,7 +411,8 @@ def test_the_tool_trains_a_tokenizer_on_its_input(tmp_path, tool, kind, capsys):
     tokenizer = load_tokenizer(tmp_path / "tok")
     assert tokenizer.vocab_size == 330
     assert read_back(tmp_path / "t") == [tokenizer.encode(text) for text in TEXTS[:119]]
-    assert "input: 100%" in capsys.readouterr().err
+    bar = capsys.readouterr().err.split("\r")[-1]
+    assert re.search(r"input: 100%.* text [\d.]+ MB/s, [\d,]+ documents/s, [\d,]+ tokens", bar), bar
     assert tool.main([*arguments, "--vocab-size", "330", "--overwrite"]) == 2
     assert "tok exists; use it without --train-tokenizer" in capsys.readouterr().err
 

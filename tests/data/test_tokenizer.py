@@ -114,6 +114,7 @@ def test_text_round_trips_and_special_names_are_text(trained, kind):
         assert tokenizer.decode(ids) == text
         assert tokenizer.eod not in ids
         assert 0 <= min(ids) and max(ids) < tokenizer.vocab_size
+    assert tokenizer.decode(tokenizer.encode("one") + tokenizer.encode("two")) == "onetwo"
     assert tokenizer.encode("") == []
     assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"
     assert tokenizer.decode(tokenizer.encode_array("a\ud800b")) == "a\ufffdb"

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from harness import agree_on_port
 from megatron.core import parallel_state as ps
+from plain_gpt2 import plain_gpt2, train_plain
 
 from megatron_spdf.checkpoint.checkpointer import Checkpointer, RunState
 from megatron_spdf.config import Recipe
@@ -18,11 +19,14 @@ from megatron_spdf.data.dataset import TokenData
 from megatron_spdf.engine.megatron import MegatronEngine
 from megatron_spdf.model.weights import model_weights
 from megatron_spdf.parallel.ranks import find_ranks, join, leave
+from megatron_spdf.parallel.signals import StopRequest
 from megatron_spdf.parallel.traffic import TrafficCounter
 from megatron_spdf.sparsity.compact import compact_of, densify, sparse_modules
-from megatron_spdf.sparsity.measure import measure_sparsity
+from megatron_spdf.sparsity.measure import SparsityDrift, measure_sparsity
 from megatron_spdf.sparsity.plan import make_plan
+from megatron_spdf.training.loop import NotFinite, Trainer
 from megatron_spdf.training.run_dir import RunDir
+from megatron_spdf.training.run_log import RunLog
 
 
 class Bench:
@@ -118,5 +122,84 @@ def densified(recipe: dict, steps: int) -> dict:
         densify(model)
         linear = {n: p for n, p in model.named_parameters() if "linear" in n and n.endswith("weight")}
         return {"difference": float((losses() - before).abs().max()), "sparse": sparse,
-                "left": len(list(sparse_modules(model))), "marked": all(p.tensor_model_parallel for p in linear.values()),
+                "left": len(list(sparse_modules(model))),
+                "marked": all(p.tensor_model_parallel for p in linear.values()),
                 "zeros": [float((p == 0).float().mean()) for p in linear.values()]}
+
+
+def against_plain(recipe: dict, steps: int) -> dict:
+    """The engine's curve and that of transformers' GPT-2 under plain PyTorch, from the same weights and batches."""
+    with bench(recipe) as b:
+        reference = plain_gpt2(b.engine.models[0], b.recipe)
+        batches = [batch for _, batch in zip(range(steps), b.data.training_batches(0), strict=False)]
+        plain = train_plain(reference, b.recipe, batches)
+        curve = b.steps(0, steps)
+        trained = plain_gpt2(b.engine.models[0], b.recipe).state_dict()
+        apart = max(float((trained[n] - p).abs().max()) for n, p in reference.state_dict().items())
+        return {"engine": curve, "plain": plain, "weights apart": apart}
+
+
+def poisoned(recipe: dict, poison: dict[int, str]) -> dict:
+    """Steps of which some are poisoned on the last rank: by step, "loss" or "gradient"; with the state around them."""
+    with bench(recipe) as b:
+        run, found = b.engine._run, []
+
+        def poisoned_run(batch, forward_only):
+            kind = poison.get(len(found) + 1) if dist.get_rank() == dist.get_world_size() - 1 else None
+            factor = float("inf") if kind == "gradient" else 1.0
+            hook = next(b.engine.models[0].decoder.parameters()).register_hook(lambda gradient: gradient * factor)
+            loss = run(batch, forward_only)
+            hook.remove()
+            return loss * float("nan") if kind == "loss" else loss
+
+        b.engine._run = poisoned_run
+        for number, batch in zip(range(1, 6), b.data.training_batches(0), strict=False):
+            before = state_hash(b.engine)
+            result = b.engine.step(batch, number, number * b.recipe.tokens_per_step, False)
+            found.append({"skipped": result.skipped, "changed": state_hash(b.engine) != before})
+        return {"steps": found, "optimizer_steps": b.engine.optimizer_steps}
+
+
+def state_hash(engine: MegatronEngine) -> str:
+    """Of weights and moments on this rank."""
+    digest = hashlib.sha256()
+    adam = engine.optimizer.chained_optimizers[0].optimizer
+    tensors = [p for model in engine.models for p in model.parameters()]
+    tensors += [t for state in adam.state.values() for t in state.values()]
+    for tensor in tensors:
+        digest.update(tensor.detach().float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def guarded(recipe: dict, bad_from: int) -> dict:
+    """A run whose loss is NaN from a step on: how it ends, and what it has saved."""
+    with bench(recipe) as b:
+        run, steps = b.engine._run, []
+
+        def poisoned_run(batch, forward_only):
+            steps.append(0)
+            return run(batch, forward_only) * (float("nan") if len(steps) >= bad_from else 1.0)
+
+        b.engine._run = poisoned_run
+        return {"end": ending(b), "saved": sorted(p.name for p in b.run.checkpoints.glob("*"))}
+
+
+def drifting(recipe: dict) -> dict:
+    """A run in which a masked weight comes back: how it ends, and what it has saved."""
+    with bench(recipe) as b:
+        compact = compact_of(next(sparse_modules(b.engine.models[0])))
+        whole = compact.forward
+        compact.forward = lambda values: whole(values) + 1e-3
+        return {"end": ending(b), "saved": sorted(p.name for p in b.run.checkpoints.glob("*"))}
+
+
+def ending(b: Bench) -> str:
+    b.run.claim()
+    log = RunLog(b.run, 0, b.recipe.steps, tensorboard=False, active=dist.get_rank() == 0)
+    trainer = Trainer(b.recipe, b.plan, b.engine, b.data, b.checkpointer, RunState(), log, StopRequest())
+    try:
+        return f"exit code {trainer.run()}"
+    except (NotFinite, SparsityDrift) as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        log.close()

@@ -1,0 +1,226 @@
+"""The checkpoint directory: visible only when complete, damage is named, the newest is kept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_spdf.checkpoint import store
+
+
+def write_partial(directory: Path, step: int) -> Path:
+    partial = directory / (store.name_of(step) + store.PARTIAL)
+    (partial / "tokenizer").mkdir(parents=True)
+    (partial / "weights.distcp").write_bytes(bytes(range(256)) * 4)
+    (partial / "tokenizer" / "tokenizer.json").write_text("{}")
+    store.write_json(partial / store.RUN, {"state": {"step": step}})
+    return partial
+
+
+def save(directory: Path, step: int) -> Path:
+    partial = write_partial(directory, step)
+    return store.publish(partial, {name: store.describe(partial / name) for name in store.files_of(partial)})
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    return save(tmp_path, 500)
+
+
+def test_published_checkpoint_is_complete_and_sound(tmp_path, checkpoint):
+    assert checkpoint == tmp_path / "step_00000500"
+    assert store.complete(tmp_path) == [checkpoint]
+    assert names(tmp_path) == ["step_00000500"]
+    store.verify(checkpoint)
+
+
+def test_list_names_every_file_with_bytes_and_checksum(checkpoint):
+    listed = json.loads((checkpoint / store.FILES).read_text())
+    assert sorted(listed) == ["run.json", "tokenizer/tokenizer.json", "weights.distcp"]
+    assert listed["weights.distcp"] == {
+        "bytes": 1024, "sha256": "785b0751fc2c53dc14a4ce3d800e69ef9ce1009eb327ccf458afe09c242c26c9"}
+
+
+def test_newest_is_the_highest_step_however_they_were_written(tmp_path):
+    for step in (1000, 5, 50, 999):
+        save(tmp_path, step)
+    assert [path.name for path in store.complete(tmp_path)] == [store.name_of(s) for s in (5, 50, 999, 1000)]
+
+
+def test_partial_is_never_chosen(tmp_path, checkpoint):
+    whole = write_partial(tmp_path, 600)
+    store.write_json(whole / store.FILES, {name: store.describe(whole / name) for name in store.files_of(whole)})
+    assert store.complete(tmp_path) == [checkpoint]
+
+
+def test_directory_without_a_list_is_never_chosen(tmp_path, checkpoint):
+    (save(tmp_path, 600) / store.FILES).unlink()
+    assert store.complete(tmp_path) == [checkpoint]
+
+
+def test_other_names_are_never_chosen(tmp_path, checkpoint):
+    for name in ("step_700", "step_00000700_copy", "best"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / store.FILES).write_text("{}")
+    assert store.complete(tmp_path) == [checkpoint]
+
+
+def test_no_directory_holds_no_checkpoint(tmp_path):
+    assert store.complete(tmp_path / "none") == []
+    assert store.discard_incomplete(tmp_path / "none") == []
+
+
+def test_unfinished_saves_are_discarded_and_named(tmp_path, checkpoint):
+    write_partial(tmp_path, 600)
+    (save(tmp_path, 700) / store.FILES).unlink()
+    assert store.discard_incomplete(tmp_path) == ["step_00000600.partial", "step_00000700"]
+    assert names(tmp_path) == ["step_00000500"]
+    store.verify(checkpoint)
+
+
+def test_discarding_leaves_what_a_save_did_not_write(tmp_path, checkpoint):
+    (tmp_path / "step_00000500_copy").mkdir()
+    (tmp_path / "step_notes.txt").write_text("mine")
+    (tmp_path / "notes").mkdir()
+    assert store.discard_incomplete(tmp_path) == []
+    assert names(tmp_path) == ["notes", "step_00000500", "step_00000500_copy", "step_notes.txt"]
+
+
+@pytest.mark.parametrize("keep, left", [(1, [30]), (2, [20, 30]), (3, [10, 20, 30]), (9, [10, 20, 30])])
+def test_retain_keeps_the_newest(tmp_path, keep, left):
+    for step in (20, 10, 30):
+        save(tmp_path, step)
+    store.retain(tmp_path, keep)
+    assert names(tmp_path) == [store.name_of(step) for step in left]
+
+
+def test_retain_counts_no_unfinished_save(tmp_path, checkpoint):
+    write_partial(tmp_path, 600)
+    store.retain(tmp_path, 1)
+    assert store.complete(tmp_path) == [checkpoint]
+
+
+def crash(*_, **__):
+    raise RuntimeError("crash")
+
+
+def test_crash_while_an_old_checkpoint_is_removed_leaves_no_half_checkpoint(tmp_path, monkeypatch):
+    save(tmp_path, 10)
+    save(tmp_path, 20)
+    monkeypatch.setattr(store.shutil, "rmtree", crash)
+    with pytest.raises(RuntimeError):
+        store.retain(tmp_path, 1)
+    assert [path.name for path in store.complete(tmp_path)] == ["step_00000020"]
+
+
+def test_crash_before_the_rename_leaves_the_previous_checkpoint_the_newest(tmp_path, checkpoint, monkeypatch):
+    monkeypatch.setattr(Path, "rename", crash)
+    with pytest.raises(RuntimeError):
+        save(tmp_path, 600)
+    assert store.complete(tmp_path) == [checkpoint]
+
+
+def test_same_step_is_replaced(tmp_path, checkpoint):
+    (checkpoint / "of_the_first").touch()
+    assert save(tmp_path, 500) == checkpoint
+    store.verify(checkpoint)
+
+
+def test_crash_while_the_same_step_is_replaced_leaves_a_sound_checkpoint(tmp_path, checkpoint, monkeypatch):
+    partial = write_partial(tmp_path, 500)
+    files = {name: store.describe(partial / name) for name in store.files_of(partial)}
+
+    def remove_one_file_and_crash(path, *_, **__):
+        next(p for p in Path(path).iterdir() if p.name == "weights.distcp").unlink()
+        crash()
+
+    monkeypatch.setattr(store.shutil, "rmtree", remove_one_file_and_crash)
+    with pytest.raises(RuntimeError):
+        store.publish(partial, files)
+    for path in store.complete(tmp_path):
+        store.verify(path)
+
+
+def truncate(checkpoint: Path) -> str:
+    path = checkpoint / "weights.distcp"
+    path.write_bytes(path.read_bytes()[:-1])
+    return "weights.distcp has 1023 bytes instead of 1024"
+
+
+def flip_a_byte(checkpoint: Path) -> str:
+    path = checkpoint / "weights.distcp"
+    content = bytearray(path.read_bytes())
+    content[100] ^= 1
+    path.write_bytes(content)
+    return "weights.distcp has another content"
+
+
+def remove(checkpoint: Path) -> str:
+    (checkpoint / "tokenizer" / "tokenizer.json").unlink()
+    return "tokenizer/tokenizer.json is missing"
+
+
+def add(checkpoint: Path) -> str:
+    (checkpoint / "tokenizer" / "extra.bin").touch()
+    return "tokenizer/extra.bin is not in the list"
+
+
+def cut_the_list(checkpoint: Path) -> str:
+    path = checkpoint / store.FILES
+    path.write_text(path.read_text()[:20])
+    return "files.json cannot be read"
+
+
+def remove_the_list(checkpoint: Path) -> str:
+    (checkpoint / store.FILES).unlink()
+    return "files.json cannot be read"
+
+
+DAMAGES = [truncate, flip_a_byte, remove, add, cut_the_list, remove_the_list]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_named(checkpoint, damage):
+    fault = damage(checkpoint)
+    with pytest.raises(store.DamagedCheckpoint, match=fault) as caught:
+        store.verify(checkpoint)
+    assert str(checkpoint) in str(caught.value)
+    assert isinstance(caught.value, ValueError)
+
+
+def test_every_damaged_file_is_named_at_once(checkpoint):
+    faults = [damage(checkpoint) for damage in (truncate, remove, add)]
+    with pytest.raises(store.DamagedCheckpoint) as caught:
+        store.verify(checkpoint)
+    assert all(fault in str(caught.value) for fault in faults)
+
+
+def test_sizes_alone_find_truncation_but_not_a_flipped_bit(checkpoint):
+    flip_a_byte(checkpoint)
+    store.verify(checkpoint, checksums=False)
+    truncate(checkpoint)
+    with pytest.raises(store.DamagedCheckpoint):
+        store.verify(checkpoint, checksums=False)
+
+
+def test_a_share_of_the_names_checks_the_content_of_those_and_the_size_of_all(checkpoint):
+    flip_a_byte(checkpoint)
+    store.verify(checkpoint, names=["run.json"])
+    with pytest.raises(store.DamagedCheckpoint, match=r"weights\.distcp"):
+        store.verify(checkpoint, names=["weights.distcp"])
+    truncate(checkpoint)
+    with pytest.raises(store.DamagedCheckpoint, match=r"weights\.distcp"):
+        store.verify(checkpoint, names=["run.json"])
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    store.write_json(tmp_path / "a.json", {"old": 1})
+    with pytest.raises(TypeError):
+        store.write_json(tmp_path / "a.json", {"new": object()})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"old": 1}

@@ -1,0 +1,26 @@
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+TINY = {
+    "model": {"layers": 4, "hidden": 64, "heads": 4, "vocab_size": 256, "max_positions": 32},
+    "train": {"tokens": 2560, "global_batch": 8, "micro_batch": 2},
+    "optimizer": {"lr": 1e-3},
+}
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """Builds a tiny Recipe; keywords change its sections."""
+    from megatron_spdf.config import Recipe
+
+    def build(**sections):
+        values = {"output": str(tmp_path / "run"), **TINY}
+        for name, change in sections.items():
+            values[name] = {**values.get(name, {}), **change} if isinstance(change, dict) else change
+        return Recipe.model_validate(values)
+    return build

@@ -1,0 +1,74 @@
+"""Ranks: read from torchrun, srun or nobody, and a world of the wrong size is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_spdf.config.recipe import Parallel
+from megatron_spdf.parallel.ranks import Ranks, check_world, find_ranks
+
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
+SBATCH = {"SLURM_JOB_ID": "42", "SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_LOCALID": "0"}
+SRUN = {**SBATCH, "SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_LOCALID": "2"}
+
+
+def test_torchrun():
+    assert find_ranks(TORCHRUN) == Ranks(3, 8, 1, "torchrun")
+
+
+@pytest.mark.parametrize("step", ["SLURM_STEP_ID", "SLURM_STEPID"])
+def test_srun_step(step):
+    assert find_ranks({**SBATCH, step: "0", "SLURM_PROCID": "5", "SLURM_LOCALID": "2"}) == Ranks(5, 16, 2, "srun")
+
+
+def test_plain_start():
+    assert find_ranks({"PATH": "/bin"}) == Ranks(0, 1, 0, "python")
+
+
+def test_sbatch_script_without_srun_is_a_plain_start():
+    assert find_ranks(SBATCH) == Ranks(0, 1, 0, "python")
+
+
+def test_torchrun_inside_a_slurm_job():
+    assert find_ranks({**SBATCH, **TORCHRUN}) == Ranks(3, 8, 1, "torchrun")
+
+
+def test_torchrun_inside_an_srun_step():
+    assert find_ranks({**SRUN, **TORCHRUN}) == Ranks(3, 8, 1, "torchrun")
+
+
+@pytest.mark.parametrize("launcher, env", [("torchrun", TORCHRUN), ("srun", SRUN)])
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_half_set_variables_are_refused(launcher, env, position):
+    keys = list(TORCHRUN) if launcher == "torchrun" else ["SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"]
+    missing = keys[position]
+    with pytest.raises(ValueError) as caught:
+        find_ranks({k: v for k, v in env.items() if k != missing})
+    message = str(caught.value)
+    assert message.startswith(f"{launcher} set ") and f"not {missing}" in message and "start with" in message
+
+
+def test_environment_is_the_default(monkeypatch):
+    for key, value in TORCHRUN.items():
+        monkeypatch.setenv(key, value)
+    assert find_ranks() == Ranks(3, 8, 1, "torchrun")
+
+
+@pytest.mark.parametrize("layout", [{}, {"tensor": 2, "pipeline": 2, "data": 2}])
+def test_world_of_the_right_size_passes(layout):
+    parallel = Parallel(**layout)
+    check_world(Ranks(0, parallel.world, 0, "torchrun"), parallel)
+
+
+def test_silent_world_of_one_is_refused_with_both_sizes_and_the_remedy():
+    with pytest.raises(ValueError) as caught:
+        check_world(Ranks(0, 1, 0, "python"), Parallel(tensor=2, pipeline=2, data=4))
+    for part in ("needs 16 processes", "tensor 2 x pipeline 2 x data 4", "python started 1",
+                 "torchrun --nproc-per-node", "srun --ntasks 16"):
+        assert part in str(caught.value)
+    assert "parallel.data=" not in str(caught.value)
+
+
+def test_data_parallel_degree_that_fits_is_named():
+    with pytest.raises(ValueError, match=r"needs 8 processes.*torchrun started 4; .* or set parallel\.data=2"):
+        check_world(Ranks(0, 4, 0, "torchrun"), Parallel(tensor=2, data=4))

@@ -1,0 +1,114 @@
+"""The plan: which weights are sparse, how sparse, and rules that decide nothing are refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_spdf.config.recipe import Sparsity
+from megatron_spdf.model.weights import model_weights
+from megatron_spdf.sparsity.plan import Plan, SparseWeight, make_plan, render_plan
+
+BLOCK = ["self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2"]
+
+
+@pytest.fixture
+def plan(recipe):
+    """Plans a tiny model of 4 layers, 4 query groups, width 64."""
+    model = recipe().model
+
+    def make(sparsity) -> Plan:
+        return make_plan(Sparsity.model_validate(sparsity), model_weights(model), model.query_groups)
+    return make
+
+
+def levels(plan: Plan) -> dict[str, float]:
+    return {name: weight.level for name, weight in plan.weights.items()}
+
+
+def test_targets_are_the_four_matrices_of_every_block(plan):
+    assert list(plan(0.75).weights) == [f"decoder.layers.{i}.{name}.weight" for i in range(4) for name in BLOCK]
+
+
+def test_shape_and_axis_are_the_weights(plan):
+    weights = plan(0.75).weights
+    assert [(w.shape, w.axis) for w in list(weights.values())[:4]] == [
+        ((192, 64), 0), ((64, 64), 1), ((256, 64), 0), ((64, 256), 1)]
+    assert {w.chunks for w in weights.values()} == {4}
+
+
+def test_dense_plan_is_empty(plan):
+    assert plan(0.0).weights == {} and plan(0.0).sparsity == 0.0
+    assert "dense" in render_plan(plan(0.0))
+
+
+def test_default_level_is_of_every_weight_that_no_rule_matches(plan):
+    found = levels(plan({"level": 0.5, "rules": [{"weights": "*.mlp.*", "level": 0.9}]}))
+    assert all(level == (0.9 if ".mlp." in name else 0.5) for name, level in found.items())
+
+
+def test_first_matching_rule_wins(plan):
+    rules = [{"weights": "decoder.layers.0.*", "level": 0.2}, {"weights": "*.linear_fc1.*", "level": 0.6},
+             {"weights": "*", "level": 0.4}]
+    found = levels(plan(rules))
+    assert found["decoder.layers.0.mlp.linear_fc1.weight"] == 0.2
+    assert found["decoder.layers.1.mlp.linear_fc1.weight"] == 0.6
+    assert found["decoder.layers.1.mlp.linear_fc2.weight"] == 0.4
+
+
+def test_rule_of_level_zero_keeps_a_weight_dense(plan):
+    found = levels(plan({"level": 0.75, "rules": [{"weights": "decoder.layers.3.*", "level": 0.0}]}))
+    assert len(found) == 12 and not any(".3." in name for name in found)
+
+
+def test_glob_is_case_sensitive(plan):
+    with pytest.raises(ValueError, match="no weight has such a name"):
+        plan([{"weights": "*.MLP.*", "level": 0.5}])
+
+
+@pytest.mark.parametrize("glob", ["*", "*.weight", "decoder.*"])
+def test_glob_over_everything_leaves_embeddings_norms_and_biases_dense(plan, glob):
+    assert levels(plan([{"weights": glob, "level": 0.5}])) == levels(plan(0.5))
+
+
+@pytest.mark.parametrize("glob, why", [
+    ("*.attention.*", "no weight has such a name; they look like decoder.layers.0"),
+    ("embedding.*", "only embeddings, norms or biases"),
+    ("*layernorm*", "only embeddings, norms or biases"),
+    ("*.bias", "only embeddings, norms or biases"),
+])
+def test_rule_that_matches_nothing_sparse_is_refused(plan, glob, why):
+    with pytest.raises(ValueError, match=why) as caught:
+        plan([{"weights": "*.mlp.*", "level": 0.5}, {"weights": glob, "level": 0.5}])
+    assert "sparsity.rules.1" in str(caught.value) and repr(glob) in str(caught.value)
+
+
+def test_shadowed_rule_is_refused(plan):
+    with pytest.raises(ValueError, match=r"sparsity\.rules\.1: .*taken by an earlier rule; put it before"):
+        plan([{"weights": "*", "level": 0.5}, {"weights": "*.mlp.*", "level": 0.9}])
+
+
+@pytest.mark.parametrize("level, shape, axis, chunks, k", [
+    (0.75, (192, 64), 0, 4, 768), (0.75, (64, 192), 1, 4, 768), (0.5, (6, 5), 0, 2, 8), (0.9, (4, 4), 1, 1, 2),
+    (1 / 3, (10, 10), 0, 1, 67), (0.999, (4, 4), 0, 2, 1), (0.99999, (2, 2), 1, 2, 1)])
+def test_active_per_chunk_is_exact_and_at_least_one(level, shape, axis, chunks, k):
+    weight = SparseWeight("w", shape, axis, chunks, level)
+    assert (weight.active_per_chunk, weight.active) == (k, k * chunks)
+    assert weight.sparsity == 1 - k * chunks / (shape[0] * shape[1])
+
+
+def test_sparsity_of_the_plan_is_of_all_sparse_weights_together(plan):
+    half = plan([{"weights": "*.mlp.linear_fc1.*", "level": 0.5}, {"weights": "*.linear_qkv.*", "level": 0.75}])
+    assert half.numel == 4 * (256 * 64 + 192 * 64)
+    assert half.active == 4 * (256 * 64 // 2 + 192 * 64 // 4)
+    assert half.sparsity == pytest.approx(1 - half.active / half.numel)
+    assert plan(0.75).sparsity == 0.75
+
+
+def test_seed_is_the_recipes(plan):
+    assert plan({"level": 0.5, "seed": 11}).seed == 11
+
+
+def test_table_has_a_row_for_each_kind(plan):
+    rows = render_plan(plan(0.75)).splitlines()[2:]
+    assert [row.split()[:2] for row in rows] == [[f"decoder.layers.*.{name}.weight", "4"] for name in BLOCK]
+    assert all(row.endswith("75.0000%") for row in rows)

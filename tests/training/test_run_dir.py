@@ -1,0 +1,110 @@
+"""The run directory: one recipe's run, another's is refused, and so is what is no run."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_spdf.config import load_recipe
+from megatron_spdf.training.run_dir import RECIPE, RunDir
+
+
+@pytest.fixture
+def claimed(recipe):
+    """The directory of a run that has begun."""
+    run = RunDir(recipe(sparsity=0.75))
+    run.check()
+    run.claim()
+    return run
+
+
+def test_new_directory_is_accepted_and_not_yet_made(recipe):
+    run = RunDir(recipe())
+    run.check()
+    assert not run.root.exists()
+
+
+def test_empty_directory_is_accepted(recipe):
+    run = RunDir(recipe())
+    run.root.mkdir()
+    run.check()
+
+
+def test_recipe_is_kept_in_the_directory(claimed):
+    assert load_recipe(claimed.root / RECIPE) == claimed.recipe
+
+
+def test_same_recipe_goes_on(claimed, recipe):
+    RunDir(recipe(sparsity=0.75)).check()
+
+
+def test_claiming_again_is_harmless(claimed):
+    claimed.claim()
+    claimed.check()
+
+
+@pytest.mark.parametrize("change", [
+    {"parallel": {"tensor": 2, "data": 2, "zero_stage": 0}}, {"log": {"every": 1, "tensorboard": False}},
+    {"checkpoint": {"every": 3}}, {"evaluate": {"every": 5}}, {"kernels": {"norm": "torch"}},
+    {"guard": {"max_skipped": 1}}, {"train": {"micro_batch": 1, "recompute": "full"}},
+    {"data": {"workers": 0, "cache": "elsewhere", "tokenizer": "elsewhere"}}])
+def test_layout_logging_and_the_like_may_change(claimed, recipe, change):
+    RunDir(recipe(sparsity=0.75, **change)).check()
+
+
+@pytest.mark.parametrize("change, key, before, now", [
+    ({"seed": 9}, "seed", "1234", "9"),
+    ({"sparsity": 0.5}, "sparsity.level", "0.75", "0.5"),
+    ({"sparsity": {"level": 0.75, "seed": 3}}, "sparsity.seed", "0", "3"),
+    ({"model": {"layers": 2}}, "model.layers", "4", "2"),
+    ({"model": {"dropout": 0.1}}, "model.dropout", "0.0", "0.1"),
+    ({"optimizer": {"lr": 0.002}}, "optimizer.lr", "0.001", "0.002"),
+    ({"optimizer": {"beta2": 0.95}}, "optimizer.beta2", "0.999", "0.95"),
+    ({"train": {"global_batch": 4}}, "train.global_batch", "8", "4"),
+    ({"train": {"tokens": 5120}}, "train.tokens", "2560", "5120"),
+    ({"train": {"sequence_length": 16}}, "train.sequence_length", "32", "16"),
+    ({"train": {"precision": "fp32"}}, "train.precision", "bf16", "fp32"),
+    ({"data": {"train": "other"}}, "data.train", r"\[\]", r"\['other'\]"),
+])
+def test_run_of_another_recipe_is_refused_with_both_values(claimed, recipe, change, key, before, now):
+    with pytest.raises(ValueError, match=f"{key} is {before} there and {now} here") as caught:
+        RunDir(recipe(**{"sparsity": 0.75, **change})).check()
+    assert str(claimed.root) in str(caught.value) and "Choose another output" in str(caught.value)
+
+
+def test_every_difference_is_named(claimed, recipe):
+    with pytest.raises(ValueError) as caught:
+        RunDir(recipe(sparsity=0.5, seed=9, optimizer={"lr": 0.002})).check()
+    for key in ("sparsity.level", "seed", "optimizer.lr"):
+        assert f"{key} is " in str(caught.value)
+
+
+def test_directory_of_something_else_is_refused(recipe):
+    run = RunDir(recipe())
+    run.root.mkdir()
+    (run.root / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="is not a run directory.*choose another output"):
+        run.check()
+
+
+def test_file_in_the_place_of_the_directory_is_refused(recipe):
+    run = RunDir(recipe())
+    run.root.touch()
+    with pytest.raises(ValueError, match="is not a run directory"):
+        run.check()
+
+
+@pytest.mark.parametrize("content", ["a: b: c", "- 1\n", "output: x\n", "", "\x00"],
+                         ids=["not YAML", "list", "incomplete", "empty", "control character"])
+def test_damaged_recipe_is_refused(claimed, content):
+    (claimed.root / RECIPE).write_text(content)
+    with pytest.raises(ValueError, match=r"(?s)recipe\.yaml cannot be read as a recipe.*choose another output"):
+        claimed.check()
+
+
+def test_everything_a_run_writes_is_inside_its_directory(recipe):
+    run = RunDir(recipe())
+    assert all(path.is_relative_to(run.root) for path in (run.checkpoints, run.log, run.tensorboard, run.cache))
+
+
+def test_cache_may_be_elsewhere(recipe, tmp_path):
+    assert RunDir(recipe(data={"cache": str(tmp_path / "cache")})).cache == tmp_path / "cache"
