@@ -27,6 +27,7 @@ def check_corpus(recipe: Recipe) -> Corpus:
     data = recipe.data
     if not data.train:
         raise ValueError("data.train is empty; name at least one prefix made by tools/preprocess_data.py")
+    check_prefix(data.train[0])  # a prefix that is not there says so, and not that its tokenizer is not
     tokenizer = load_tokenizer(data.tokenizer or f"{data.train[0]}.tokenizer")
     if tokenizer.vocab_size != recipe.model.vocab_size:
         raise ValueError(f"model.vocab_size={recipe.model.vocab_size}, but the data's tokenizer knows "

@@ -1,0 +1,156 @@
+"""pretrain.py as users start it: to the end, stopped, killed, and started again."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMING = {"tokens_per_second", "model_tflops_per_rank", "step_seconds", "data_seconds", "memory_bytes"}
+
+
+def records(run: Path) -> list[dict]:
+    """The log without what depends on the clock, and without the byte counts that every start adds."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in r.items() if k not in TIMING} for r in lines if r["kind"] != "bytes"]
+
+
+def finish(process, code=0):
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == code, out + err
+    return out
+
+
+def wait_for(run: Path, step: int, process) -> None:
+    while not ((run / "log.jsonl").exists() and f'"step": {step},' in (run / "log.jsonl").read_text()):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def straight(start, workplace):
+    """An undisturbed run on two tensor-parallel ranks."""
+    before = {p for p in workplace.rglob("*")}
+    out = finish(start("output=straight", "parallel.tensor=2", ranks=2, HOME=str(workplace / "home")))
+    return workplace / "straight", out, {p.relative_to(workplace).parts[0] for p in workplace.rglob("*")
+                                         if p not in before}
+
+
+def test_a_run_reports_what_it_does(straight):
+    run, out, _ = straight
+    log = records(run)
+    train = [r for r in log if r["kind"] == "train"]
+    assert [r["step"] for r in train] == list(range(1, 25))
+    assert [r["step"] for r in log if r["kind"] == "valid"] == [6, 12, 18, 24]
+    assert train[-1]["loss"] < train[0]["loss"]
+    assert {r["sparsity"] for r in train} == {0.75}
+    assert train[-1]["tokens"] == 24 * 8 * 32
+    assert train[11]["flops"] == pytest.approx(12 * train[0]["flops"])
+    assert train[1]["lr"] == pytest.approx(1e-3)  # the end of the warm-up
+    assert train[-1]["lr"] == pytest.approx(1e-4)
+    for said in ("sparsity plan", "layout: 2 ranks = tensor 2", "SdpaCoreAttention", "AdamW", "MiB per step"):
+        assert said in out
+
+
+def test_nothing_is_written_outside_the_run(straight):
+    assert straight[2] == {"straight"}
+
+
+def test_tensorboard_holds_the_same(straight):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run, _, _ = straight
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    there = {e.step: e.value for e in events.Scalars("train/loss")}
+    assert there == pytest.approx({r["step"]: r["loss"] for r in records(run) if r["kind"] == "train"})
+
+
+def test_a_finished_run_is_left_alone(straight, start):
+    run, _, _ = straight
+    before = records(run)
+    out = finish(start("output=straight", "parallel.tensor=2", ranks=2))
+    assert "resumed from step_00000024" in out
+    assert records(run) == before
+
+
+def test_another_recipes_run_is_refused(straight, start):
+    process = start("output=straight", "optimizer.lr=2e-3", "sparsity=0.5")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "optimizer.lr is 0.001 there and 0.002 here" in err and "sparsity.level is 0.75 there and 0.5 here" in err
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_stopped_twice_by_a_signal_equals_straight(straight, start, workplace, workers):
+    run = workplace / f"stopped{workers}"
+    for step, number in ((5, signal.SIGTERM), (13, signal.SIGTERM)):
+        process = start(f"output={run.name}", "parallel.tensor=2", f"data.workers={workers}", ranks=2)
+        wait_for(run, step, process)
+        process.send_signal(number)  # torchrun passes SIGTERM on to its ranks
+        process.communicate(timeout=120)
+        saved = max(p.name for p in (run / "checkpoints").iterdir())
+        assert step <= int(saved.removeprefix("step_")) < step + 8 and not saved.endswith("partial")
+    finish(start(f"output={run.name}", "parallel.tensor=2", f"data.workers={workers}", ranks=2))
+    assert records(run) == records(straight[0])
+
+
+def test_sigusr1_saves_and_ends_with_the_documented_code(start, workplace):
+    run = workplace / "usr1"
+    process = start("output=usr1")
+    wait_for(run, 3, process)
+    process.send_signal(signal.SIGUSR1)
+    out = finish(process, code=75)
+    assert "saved" in out
+    assert len(list((run / "checkpoints").glob("step_*"))) == 1
+
+
+def test_killed_at_any_moment_resumes_and_equals_straight(straight, start, workplace):
+    run = workplace / "killed"
+    for step, delay in ((3, 0.0), (8, 0.02), (8, 0.2), (16, 0.05)):
+        process = start("output=killed", "parallel.tensor=2", ranks=2)
+        wait_for(run, step, process)
+        time.sleep(delay)  # into the save of steps 8 and 16, more or less
+        kill_tree(process)
+    finish(start("output=killed", "parallel.tensor=2", ranks=2))
+    assert records(run) == records(straight[0])
+    assert not list((run / "checkpoints").glob("*.partial"))
+
+
+def kill_tree(process) -> None:
+    import psutil
+
+    for child in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+        child.kill()
+    process.communicate(timeout=60)
+
+
+def test_a_damaged_checkpoint_is_named_and_refused(straight, start, workplace):
+    import shutil
+
+    shutil.copytree(straight[0], workplace / "damaged")
+    newest = max((workplace / "damaged" / "checkpoints").iterdir())
+    file = max(newest.glob("*.distcp"), key=lambda p: p.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    process = start("output=damaged", "parallel.tensor=2", ranks=2)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert file.name in err and "another content" in err and "Remove it" in err
+
+
+def test_dry_run_prints_the_plan_and_touches_nothing(workplace):
+    command = [sys.executable, str(ROOT / "pretrain.py"), str(ROOT / "configs/pretrain/gpt3_xl_s75.yaml"), "--dry-run",
+               "parallel.pipeline=2"]
+    done = subprocess.run(command, cwd=workplace, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    for said in ("301,989,888 of 1,207,959,552", "stage 1", "24,796", "75.0000%"):
+        assert said in done.stdout
+    assert not (workplace / "runs").exists()
