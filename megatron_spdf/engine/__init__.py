@@ -60,6 +60,9 @@ class Engine(Protocol):
     def state_bytes(self) -> dict[str, int]:
         """Bytes of parameters, gradients and optimizer state on this rank, after the first step."""
 
+    def measured_sparsity(self) -> dict[str, float]:
+        """Fraction of zeros of every sparse weight as expanded: canonical name -> sparsity, on every rank."""
+
     def sharded_state(self, loading: bool) -> dict:
         """Weights, mask bits and optimizer state as Megatron-Core's sharded tensors, to save or to load into."""
 

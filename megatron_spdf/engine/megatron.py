@@ -29,6 +29,7 @@ from megatron_spdf.engine.state import load_optimizer, optimizer_state
 from megatron_spdf.model.gpt import build_model
 from megatron_spdf.sparsity.compact import expanded
 from megatron_spdf.sparsity.masks import stream_key
+from megatron_spdf.sparsity.measure import measure_sparsity
 from megatron_spdf.sparsity.plan import Plan
 
 
@@ -58,7 +59,7 @@ class MegatronEngine:
         self._reports = ps.is_pipeline_last_stage() and ps.get_tensor_model_parallel_rank() == 0
         self.config.finalize_model_grads_func = finalize_model_grads
         self.config.grad_scale_func = self.optimizer.scale_loss
-        if recipe.parallel.data > 1 and _overlaps(recipe):
+        if _overlaps(recipe):
             self.config.no_sync_func = _per_chunk([c.no_sync for c in self.chunks])
             self.config.grad_sync_func = _per_chunk([c.start_grad_sync for c in self.chunks])
 
@@ -124,8 +125,14 @@ class MegatronEngine:
             "optimizer": sum(t.nbytes for t in state),
         }
 
+    def measured_sparsity(self) -> dict[str, float]:
+        """Fraction of zeros of every sparse weight as expanded: canonical name -> sparsity, on every rank."""
+        self._gather_parameters()
+        return measure_sparsity(self.models, self.data_parallel_rank, self.plan)
+
     def sharded_state(self, loading: bool) -> dict:
         """Weights, mask bits and optimizer state as Megatron-Core's sharded tensors."""
+        self._gather_parameters()
         metadata = {"non_homogeneous_layers": True,  # compact weights of different lengths: a key for every layer
                     "dp_cp_group": ps.get_data_parallel_group(with_context_parallel=True)}
         model = {f"chunk{i}": _tensors_only(m.sharded_state_dict(metadata=metadata)) for i, m in enumerate(self.models)}
@@ -140,11 +147,18 @@ class MegatronEngine:
         load_optimizer(self.optimizer, self.models, loaded["optimizer"], optimizer_steps)
         self.optimizer_steps = optimizer_steps
 
+    def _gather_parameters(self) -> None:
+        """With overlapped gathers, a rank's parameters are up to date in the next forward pass only, and whoever looks
+        at one before starts a gather that all ranks must join."""
+        for chunk in self.chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
+
     def _run(self, batch: Sequence[MicroBatch], forward_only: bool) -> Tensor:
         """Forward, and backward unless `forward_only`, over all micro-batches; the mean loss on ranks that report."""
         with ExitStack() as stack:
             for model in self.models:
-                stack.enter_context(expanded(model))
+                stack.enter_context(expanded(model, at_once=self.recipe.train.recompute == "full"))
             reports = get_forward_backward_func()(
                 forward_step_func=partial(_forward_step, self.device),
                 data_iterator=[iter(batch) for _ in self.chunks] if len(self.chunks) > 1 else iter(batch),
@@ -200,7 +214,7 @@ def _mean_loss(mask: Tensor | None, losses: Tensor) -> tuple[Tensor, dict[str, T
 
 
 def _overlaps(recipe: Recipe) -> bool:
-    return recipe.parallel.overlap and torch.cuda.is_available()
+    return recipe.parallel.overlap and recipe.parallel.data > 1 and torch.cuda.is_available()
 
 
 def _per_chunk(functions: list):

@@ -121,15 +121,18 @@ def densify(model: nn.Module) -> None:
 
 
 @contextmanager
-def expanded(model: nn.Module) -> Iterator[None]:
+def expanded(model: nn.Module, at_once: bool = True) -> Iterator[None]:
     """Expands every compact weight once and keeps the copies until the context ends.
 
-    Everything is expanded on entry and not on first use: with full recomputation the first use is inside a
-    no_grad forward, and a copy cached there would silently cut the weight from its gradient.
+    Args:
+        at_once: on entry and not on first use. With full recomputation the first use is inside a no_grad forward, and
+            a copy cached there would silently cut the weight from its gradient. Where weights are not used inside
+            such a forward, expanding on first use lets parameter gathers overlap with the layers before.
     """
     with parametrize.cached():
-        for module in sparse_modules(model):
-            _ = module.weight
+        if at_once:
+            for module in sparse_modules(model):
+                _ = module.weight
         yield
 
 

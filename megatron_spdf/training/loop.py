@@ -19,7 +19,7 @@ from megatron_spdf.parallel.signals import StopRequest
 from megatron_spdf.parallel.traffic import TrafficCounter
 from megatron_spdf.planning.flops import training_flops
 from megatron_spdf.planning.hardware import peak_flops
-from megatron_spdf.sparsity.measure import check_sparsity, measure_sparsity, total_sparsity
+from megatron_spdf.sparsity.measure import check_sparsity, total_sparsity
 from megatron_spdf.sparsity.plan import Plan
 from megatron_spdf.training import exit_codes
 from megatron_spdf.training.run_log import RunLog
@@ -102,7 +102,7 @@ class Trainer:
 
     def _report(self, result: StepResult, seconds: float, waited: float) -> None:
         recipe, state = self.recipe, self.state
-        measured = measure_sparsity(self.engine.models, self.engine.data_parallel_rank, self.plan)
+        measured = self.engine.measured_sparsity()
         model, length = recipe.model, recipe.train.sequence_length
         tokens = state.step * recipe.tokens_per_step
         executed = training_flops(model, length).total * recipe.tokens_per_step / seconds / recipe.parallel.world
@@ -145,7 +145,7 @@ class Trainer:
         self.log.say(f"step {state.step}: validation loss {loss:.4f}, perplexity {math.exp(loss):.2f}")
 
     def _save(self) -> int:
-        measured = measure_sparsity(self.engine.models, self.engine.data_parallel_rank, self.plan)
+        measured = self.engine.measured_sparsity()
         check_sparsity(measured, self.plan)
         started = time.perf_counter()
         path = self.checkpointer.save(self.engine, self.state, measured)

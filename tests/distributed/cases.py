@@ -16,13 +16,14 @@ from megatron_spdf.config import Recipe
 from megatron_spdf.config.checks import findings
 from megatron_spdf.data.corpus import check_corpus
 from megatron_spdf.data.dataset import TokenData
+from megatron_spdf.engine import megatron
 from megatron_spdf.engine.megatron import MegatronEngine
 from megatron_spdf.model.weights import model_weights
 from megatron_spdf.parallel.ranks import find_ranks, join, leave
 from megatron_spdf.parallel.signals import StopRequest
 from megatron_spdf.parallel.traffic import TrafficCounter
 from megatron_spdf.sparsity.compact import compact_of, densify, sparse_modules
-from megatron_spdf.sparsity.measure import SparsityDrift, measure_sparsity
+from megatron_spdf.sparsity.measure import SparsityDrift
 from megatron_spdf.sparsity.plan import make_plan
 from megatron_spdf.training.loop import NotFinite, Trainer
 from megatron_spdf.training.run_dir import RunDir
@@ -78,6 +79,25 @@ def masks(engine: MegatronEngine) -> dict[tuple[str, int], str]:
     return found
 
 
+@contextmanager
+def overlap_on_cpu():
+    """Lets the engine overlap traffic as it does on GPUs; gloo has asynchronous operations too."""
+    overlaps = megatron._overlaps
+    megatron._overlaps = lambda recipe: recipe.parallel.data > 1
+    yield
+    megatron._overlaps = overlaps
+
+
+def overlapped(recipe: dict, steps: int) -> dict:
+    with overlap_on_cpu():
+        return train(recipe, steps)
+
+
+def overlapped_cut(recipes: list[dict], stops: list[int]) -> list[tuple[float, float]]:
+    with overlap_on_cpu():
+        return cut(recipes, stops)
+
+
 def train(recipe: dict, steps: int) -> dict:
     """Losses and gradient norms of `steps` steps, validation loss, masks, measured sparsity, bytes and traffic."""
     with bench(recipe) as b:
@@ -87,7 +107,7 @@ def train(recipe: dict, steps: int) -> dict:
         valid = [b.engine.evaluate(batch, False)[0] for batch in b.data.validation_batches()]
         return {
             "curve": curve, "valid": valid, "masks": masks(b.engine), "held": b.engine.state_bytes(),
-            "sparsity": measure_sparsity(b.engine.models, b.engine.data_parallel_rank, b.plan),
+            "sparsity": b.engine.measured_sparsity(),
             "traffic": dict(traffic.bytes), "planned": {n: w.sparsity for n, w in b.plan.weights.items()},
             "parameters": {n: p.numel() for model in b.engine.models for n, p in model.named_parameters()},
         }
@@ -101,8 +121,8 @@ def cut(recipes: list[dict], stops: list[int]) -> list[tuple[float, float]]:
             state, _ = b.checkpointer.restore(b.engine)
             assert state.step == len(curve), (state, len(curve))
             curve += b.steps(state.step, stop)
-            measured = measure_sparsity(b.engine.models, b.engine.data_parallel_rank, b.plan)
-            b.checkpointer.save(b.engine, RunState(stop, b.engine.optimizer_steps), measured)
+            state = RunState(stop, b.engine.optimizer_steps)
+            b.checkpointer.save(b.engine, state, b.engine.measured_sparsity())
     return curve
 
 

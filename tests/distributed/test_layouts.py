@@ -53,6 +53,9 @@ def results(make_recipe, tmp_path_factory):
         "bf16 dp2": train(train={"precision": "bf16"}, parallel={"data": 2}),
         "dense dp2": train(sparsity=0.0, parallel={"data": 2}),
         "dense dp2 zero 0": train(sparsity=0.0, parallel={"data": 2, "zero_stage": 0}),
+        "overlap": ("overlapped", {"recipe": make_recipe(parallel={"data": 2}), "steps": STEPS}),
+        "overlap zero 0": ("overlapped", {"recipe": make_recipe(parallel={"data": 2, "zero_stage": 0}),
+                                          "steps": STEPS}),
         "densified tp2": ("densified", {"recipe": make_recipe(parallel={"tensor": 2}), "steps": 3}),
     }
     directory = tmp_path_factory.mktemp("layouts")
@@ -94,6 +97,13 @@ def test_masks_are_the_same_at_every_layout(results, world, name):
 @pytest.mark.parametrize("name", ["recompute full", "recompute selective", "micro-batch 4"])
 def test_recomputation_and_micro_batches_change_no_loss(results, name):
     close(outcome(results[1], name)["curve"], outcome(results[1], "reference")["curve"], 1e-5)
+
+
+@pytest.mark.parametrize("name", ["overlap", "overlap zero 0"])
+def test_overlapping_traffic_with_compute_changes_no_loss(results, name):
+    there, reference = outcome(results[2], name), outcome(results[1], "reference")
+    close(there["curve"], reference["curve"], 1e-5)
+    assert there["valid"] == pytest.approx(reference["valid"], rel=1e-5)
 
 
 def test_grouped_queries_too(results):

@@ -34,12 +34,18 @@ def results(make_recipe, tmp_path_factory):
     for name, layouts in CHAINS.items():
         recipes = [make_recipe(str(runs / name), parallel=layout) for layout in layouts]
         cases[name] = ("cut", {"recipes": recipes, "stops": [3, 6, STEPS]})
+    recipe = make_recipe(str(runs / "overlap"), parallel={"data": 2})
+    cases["overlap cut"] = ("overlapped_cut", {"recipes": [recipe] * 2, "stops": [5, STEPS]})
     return run_cases(2, cases, tmp_path_factory.mktemp("resume"))
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_resumed_twice_equals_straight_bit_for_bit(results, name):
     assert outcome(results, f"{name} cut") == outcome(results, f"{name} straight")
+
+
+def test_a_checkpoint_holds_what_an_overlapped_gather_has_still_to_bring(results):
+    assert outcome(results, "overlap cut") == outcome(results, "fp32 zero 1 straight")
 
 
 @pytest.mark.parametrize("name", CHAINS)
