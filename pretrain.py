@@ -32,7 +32,7 @@ def main() -> int:
     try:
         recipe = load_recipe(options.recipe, options.overrides)
         plan = make_plan(recipe.sparsity, model_weights(recipe.model), recipe.model.query_groups)
-        summary = f"{render_plan(plan)}\n{render_layout(recipe, plan, on_gpu=True)}"
+        summary = f"{render_plan(plan)}\n{render_layout(recipe, plan)}"
         if options.dry_run:
             print(summary)
             return exit_codes.FINISHED

@@ -43,6 +43,6 @@ def core_attention(kind: str) -> type:
 
     if not HAVE_TE or not torch.cuda.is_available():
         raise ValueError("kernels.attention=transformer_engine, but Transformer Engine or a GPU is missing here; "
-                         "use NVIDIA's PyTorch container (docker/) or kernels.attention=sdpa")
+                         "use NVIDIA's PyTorch container, which brings it, or kernels.attention=sdpa")
     return TEDotProductAttention
 

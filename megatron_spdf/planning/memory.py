@@ -78,19 +78,19 @@ def rank_bytes(recipe: Recipe, plan: Plan, stage: int, on_gpu: bool) -> RankByte
     )
 
 
-def render_layout(recipe: Recipe, plan: Plan, on_gpu: bool) -> str:
-    """The layout and the bytes per rank of each pipeline stage, as text."""
+def render_layout(recipe: Recipe, plan: Plan) -> str:
+    """The layout and the bytes per GPU of each pipeline stage, as text."""
     p = recipe.parallel
     lines = [
         f"layout: {p.world} ranks = tensor {p.tensor}{' + sequence' if p.sequence else ''} x pipeline {p.pipeline}"
         f"{f' (interleave {p.interleave})' if p.interleave > 1 else ''} x data {p.data}, ZeRO-{p.zero_stage}; "
         f"{recipe.micro_batches} micro-batches of {recipe.train.micro_batch} x {recipe.train.sequence_length} tokens",
         f"steps: {recipe.steps:,} of {recipe.tokens_per_step:,} tokens",
-        f"  {'GiB per rank':<16}{'parameters':>12}{'gradients':>12}{'optimizer':>12}{'expanded':>12}{'masks':>12}"
+        f"  {'GiB per GPU':<16}{'parameters':>12}{'gradients':>12}{'optimizer':>12}{'expanded':>12}{'masks':>12}"
         f"{'total':>12}   (without activations)",
     ]
     for stage in range(p.pipeline):
-        b = rank_bytes(recipe, plan, stage, on_gpu)
+        b = rank_bytes(recipe, plan, stage, on_gpu=True)
         cells = "".join(f"{n / 2**30:>12.3f}" for n in (*asdict(b).values(), b.total))
         lines.append(f"  {f'stage {stage}':<16}{cells}")
     return "\n".join(lines)

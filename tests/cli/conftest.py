@@ -46,7 +46,8 @@ def start(workplace):
     def start(*words: str, ranks: int = 0, recipe: str = "recipe.yaml", **environment: str) -> subprocess.Popen:
         launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks else []
         command = [sys.executable, *launch, str(ROOT / "pretrain.py"), recipe, *words]
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **environment}
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore",
+               "CUDA_VISIBLE_DEVICES": "", **environment}
         return subprocess.Popen(command, cwd=workplace, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                 text=True)
     return start

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import contextmanager
+from dataclasses import asdict
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,7 @@ from megatron_spdf.model.weights import model_weights
 from megatron_spdf.parallel.ranks import find_ranks, join, leave
 from megatron_spdf.parallel.signals import StopRequest
 from megatron_spdf.parallel.traffic import TrafficCounter
+from megatron_spdf.planning.memory import rank_bytes
 from megatron_spdf.sparsity.compact import compact_of, densify, sparse_modules
 from megatron_spdf.sparsity.measure import SparsityDrift
 from megatron_spdf.sparsity.plan import make_plan
@@ -75,7 +77,7 @@ def masks(engine: MegatronEngine) -> dict[tuple[str, int], str]:
         bits = compact_of(module).mask_bits
         first = ps.get_tensor_model_parallel_rank() * len(bits)
         for i, row in enumerate(bits):
-            found[compact_of(module).planned.name, first + i] = hashlib.sha256(row.numpy().tobytes()).hexdigest()
+            found[compact_of(module).planned.name, first + i] = hashlib.sha256(row.cpu().numpy().tobytes()).hexdigest()
     return found
 
 
@@ -109,6 +111,7 @@ def train(recipe: dict, steps: int) -> dict:
             "curve": curve, "valid": valid, "masks": masks(b.engine), "held": b.engine.state_bytes(),
             "sparsity": b.engine.measured_sparsity(),
             "traffic": dict(traffic.bytes), "planned": {n: w.sparsity for n, w in b.plan.weights.items()},
+            "predicted": asdict(rank_bytes(b.recipe, b.plan, ps.get_pipeline_model_parallel_rank(), on_gpu=False)),
             "parameters": {n: p.numel() for model in b.engine.models for n, p in model.named_parameters()},
         }
 

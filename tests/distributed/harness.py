@@ -26,14 +26,20 @@ class Failure:
     trace: str
 
 
-def run_cases(world: int, cases: dict[str, tuple[str, dict]], directory: Path, timeout: int = 600) -> dict[str, list]:
-    """Runs every case on `world` fresh processes, one case after the other; returns case -> result of each rank."""
+def run_cases(
+    world: int, cases: dict[str, tuple[str, dict]], directory: Path, timeout: int = 600, gpu: bool = False
+) -> dict[str, list]:
+    """Runs every case on `world` fresh processes, one case after the other; returns case -> result of each rank.
+
+    On CPU, also where there are GPUs, unless `gpu`.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "cases.pickle").write_bytes(pickle.dumps(cases))
     environment = {
         **os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
         "CASES": str(directory),
-        "PYTHONWARNINGS": "ignore", "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)]),
+        **({} if gpu else {"CUDA_VISIBLE_DEVICES": ""}), "PYTHONWARNINGS": "ignore",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)]),
     }
     ranks = []
     for rank in range(world):

@@ -100,6 +100,6 @@ def test_stages_together_hold_the_model_and_a_second_embedding(recipe):
 
 def test_layout_is_shown_with_a_row_for_each_stage(recipe):
     r = recipe(parallel={"pipeline": 2, "data": 2, "tensor": 2})
-    text = render_layout(r, plan_of(r), on_gpu=True)
+    text = render_layout(r, plan_of(r))
     assert "8 ranks = tensor 2 x pipeline 2 x data 2" in text
     assert sum(line.strip().startswith("stage ") for line in text.splitlines()) == 2
