@@ -1,9 +1,11 @@
 """tools/inspect_checkpoint.py and the reader behind it, on the checkpoint of a real run on two ranks."""
 
+import io
 import json
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,9 @@ from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+import inspect_checkpoint  # noqa: E402
+
 QKV = "decoder.layers.1.self_attention.linear_qkv.weight"
 
 
@@ -60,9 +65,17 @@ def flatten(values: dict, prefix: str = "") -> dict[str, torch.Tensor]:
     return found
 
 
-def inspect(*words) -> subprocess.CompletedProcess:
+def start_tool(*words) -> subprocess.CompletedProcess:
     command = [sys.executable, "-W", "error", str(ROOT / "tools/inspect_checkpoint.py"), *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def inspect(*words) -> subprocess.CompletedProcess:
+    """The tool in this process, since importing PyTorch takes seconds."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = inspect_checkpoint.main([str(word) for word in words])
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
 def refusal(*words) -> str:
@@ -123,7 +136,7 @@ def test_a_run_directory_is_its_newest_complete_checkpoint(run, checkpoint):
 
 
 def test_it_says_what_is_there(run):
-    done = inspect(run, "--verify")
+    done = start_tool(run, "--verify")
     assert done.returncode == 0 and done.stderr == "", done
     for said in ("2 layers x 64 hidden, 4 heads", "vocabulary 300 (padded to 384), 32 positions", "tensor 2 x pipeline",
                  "step 4, 1,024 tokens, 4 optimizer steps, 0 skipped", "linear_proj.weight", "89.9902%",

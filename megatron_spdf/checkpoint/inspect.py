@@ -1,0 +1,157 @@
+"""What a checkpoint holds, as plain values and as text, and whether that is what its recipe says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from megatron_spdf.checkpoint.reader import MASK_BITS, VALUES, CheckpointReader, stored_name
+from megatron_spdf.checkpoint.store import DamagedCheckpoint
+from megatron_spdf.model.weights import padded_vocab
+from megatron_spdf.sparsity.masks import draw_mask
+from megatron_spdf.sparsity.plan import SparseWeight
+
+_OPTIMIZER = "optimizer.state."
+_STATES = ("param", "exp_avg", "exp_avg_sq")
+_NAMED_FAULTS = 5
+
+
+def describe(reader: CheckpointReader) -> dict[str, Any]:
+    """What a checkpoint is: model, layout, state of the run, sparsity, bytes by part, origin. Plain values."""
+    run, recipe, plan = reader.run, reader.recipe, reader.plan
+    parameters = sum(w.numel for w in reader.weights.values())
+    shape = ("layers", "hidden", "ffn_hidden", "heads", "query_groups", "vocab_size", "max_positions")
+    return {
+        "checkpoint": str(reader.path),
+        "model": {**{key: getattr(recipe.model, key) for key in shape}, "padded_vocab": padded_vocab(recipe.model),
+                  "parameters": parameters, "active_parameters": parameters - plan.numel + plan.active},
+        "layout": recipe.parallel.model_dump(exclude={"overlap", "timeout"}),
+        "precision": recipe.train.precision,
+        "state": {**run["state"], "tokens": run["tokens"]},
+        "tokenizer": run["tokenizer"],
+        "sparsity": {"mask_seed": plan.seed, "target": plan.sparsity, "weights": sparsity_by_kind(reader)},
+        "bytes": bytes_by_part(reader),
+        "versions": run["versions"],
+        "saved": run["saved"],
+    }
+
+
+def sparsity_by_kind(reader: CheckpointReader) -> list[dict[str, Any]]:
+    """Target and measured sparsity as saved, layers of one kind, shape and target in one row."""
+    rows: dict[tuple, dict[str, Any]] = {}
+    for name, weight in reader.plan.weights.items():
+        kind = ".".join("*" if part.isdigit() else part for part in name.split("."))
+        saved = reader.run["sparsity"].get(name)
+        if saved is None:
+            raise ValueError(f"{reader.path}: run.json has no sparsity of {name}, which its recipe makes sparse; use "
+                             "a checkpoint that this program wrote")
+        row = rows.setdefault((kind, weight.shape, saved["target"]), {
+            "kind": kind, "count": 0, "shape": list(weight.shape), "target": saved["target"],
+            "measured": [saved["measured"]] * 2})
+        low, high = row["measured"]
+        row["count"] += 1
+        row["measured"] = [min(low, saved["measured"]), max(high, saved["measured"])]
+    return list(rows.values())
+
+
+def bytes_by_part(reader: CheckpointReader) -> dict[str, int]:
+    """Bytes of the tensors: values and mask bits of sparse weights, other weights, optimizer state."""
+    parts = {"sparse_values": 0, "mask_bits": 0, "other_weights": 0, "optimizer": 0}
+    for name in reader.shapes:
+        parts[_part_of(name)] += reader.nbytes(name)
+    return {**parts, "total": sum(parts.values())}
+
+
+def _part_of(name: str) -> str:
+    if name.startswith("optimizer."):
+        return "optimizer"
+    if name.endswith(VALUES):
+        return "sparse_values"
+    return "mask_bits" if name.endswith(MASK_BITS) else "other_weights"
+
+
+def verify(reader: CheckpointReader) -> str:
+    """Holds the tensors against the recipe: every weight and its optimizer state there with the right shape, every
+    mask the one the plan draws. The bytes of the files are `CheckpointReader(checksums=True)`'s to check.
+
+    Returns:
+        What was checked, in a sentence.
+
+    Raises:
+        DamagedCheckpoint: naming the tensors at fault and what is wrong with each.
+    """
+    faults = _wrong_shapes(reader)
+    if not faults:
+        faults = [f for weight in reader.plan.weights.values() for f in _wrong_mask(reader, weight)]
+    if faults:
+        more = f"; and {len(faults) - _NAMED_FAULTS} more" if len(faults) > _NAMED_FAULTS else ""
+        raise DamagedCheckpoint(f"checkpoint {reader.path} is not what its recipe says: "
+                                f"{'; '.join(faults[:_NAMED_FAULTS])}{more}. Use another checkpoint")
+    return (f"{len(reader.weights)} weights and their optimizer state are there, "
+            f"{len(reader.plan.weights)} masks are as planned")
+
+
+def _wrong_shapes(reader: CheckpointReader) -> list[str]:
+    expected: dict[str, tuple[int, ...]] = {}
+    for name, weight in reader.weights.items():
+        sparse, stored, shape = reader.plan.weights.get(name), stored_name(name), weight.shape
+        if sparse:
+            stored, shape = stored + VALUES, (sparse.chunks, sparse.active_per_chunk)
+        expected |= {stored: shape, **{f"{_OPTIMIZER}{state}.{stored}": shape for state in _STATES}}
+    return [f"{name} is missing" if name not in reader.shapes else
+            f"{name} has shape {reader.shapes[name]} instead of {shape}"
+            for name, shape in expected.items() if reader.shapes.get(name) != shape]
+
+
+def _wrong_mask(reader: CheckpointReader, weight: SparseWeight) -> list[str]:
+    """The first chunk of a weight whose mask is not the planned one, in words; nothing if all are."""
+    k, (rows, columns) = weight.active_per_chunk, weight.chunk_shape
+    for chunk, bits in enumerate(reader.mask_bits(weight.name)):
+        active = int(np.unpackbits(bits).sum(dtype=np.int64))
+        if active != k:
+            return [f"chunk {chunk} of {weight.name} has {active} active entries instead of {k}"]
+        drawn = draw_mask(reader.plan.seed, weight.name, chunk, rows * columns, k)
+        if not np.array_equal(np.packbits(drawn), bits):
+            return [f"chunk {chunk} of {weight.name} has another mask than seed {reader.plan.seed} draws"]
+    return []
+
+
+def render(facts: dict[str, Any]) -> str:
+    """What `describe` found, as text."""
+    m, p, state = facts["model"], facts["layout"], facts["state"]
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    lines = {
+        "checkpoint": facts["checkpoint"],
+        "model": f"{m['layers']} layers x {m['hidden']} hidden, {m['heads']} heads in {m['query_groups']} query "
+                 f"groups, feed-forward {m['ffn_hidden']}, vocabulary {m['vocab_size']:,} (padded to "
+                 f"{m['padded_vocab']:,}), {m['max_positions']:,} positions",
+        "parameters": f"{m['parameters']:,}, of which {m['active_parameters']:,} active",
+        "layout": f"tensor {p['tensor']}{' + sequence' if p['sequence'] else ''} x pipeline {p['pipeline']}"
+                  f"{' (interleave {})'.format(p['interleave']) if p['interleave'] > 1 else ''} x data {p['data']}, "
+                  f"ZeRO-{p['zero_stage']}, {facts['precision']}",
+        "progress": f"step {state['step']:,}, {state['tokens']:,} tokens, {state['optimizer_steps']:,} optimizer "
+                    f"steps, {state['skipped']:,} skipped",
+        "tokenizer": f"{facts['tokenizer']['kind']}, sha256 {facts['tokenizer']['sha256'][:16]}",
+        "written by": versions,
+        "saved": facts["saved"],
+    }
+    text = [f"{name + ':':<12}{value}" for name, value in lines.items()]
+    return "\n".join([*text, *_render_bytes(facts["bytes"]), *_render_sparsity(facts["sparsity"])])
+
+
+def _render_bytes(parts: dict[str, int]) -> list[str]:
+    return ["bytes of the tensors"] + [f"  {name.replace('_', ' '):<16}{size:>20,}" for name, size in parts.items()]
+
+
+def _render_sparsity(sparsity: dict[str, Any]) -> list[str]:
+    if not sparsity["weights"]:
+        return ["sparsity: dense, every weight is active"]
+    width = max(len(row["kind"]) for row in sparsity["weights"])
+    lines = [f"sparsity: {sparsity['target']:.4%} of the weights below, mask seed {sparsity['mask_seed']}",
+             f"  {'weight':<{width}}{'count':>6}{'shape':>16}{'target':>11}   measured"]
+    for row in sparsity["weights"]:
+        measured = " to ".join(dict.fromkeys(f"{s:.4%}" for s in row["measured"]))
+        shape = " x ".join(map(str, row["shape"]))
+        lines.append(f"  {row['kind']:<{width}}{row['count']:>6}{shape:>16}{row['target']:>11.4%}   {measured}")
+    return lines

@@ -1,0 +1,52 @@
+"""Say what a checkpoint holds, and with --verify whether all of it is intact and as its recipe says.
+
+python tools/inspect_checkpoint.py runs/mine
+python tools/inspect_checkpoint.py runs/mine/checkpoints/step_00000500 --verify
+
+Exit code 0, or 2 if it is no checkpoint or a damaged one. Needs neither a GPU nor the layout it was written at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from pathlib import Path
+
+import _path  # noqa: F401  puts the repository root on sys.path
+
+from megatron_spdf.checkpoint.inspect import describe, render, verify
+from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print what is there; the exit code is 2 where it cannot be trusted."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("directory", type=Path, metavar="DIR",
+                        help="a checkpoint, or a run directory: its newest complete checkpoint")
+    parser.add_argument("--verify", action="store_true", help="check every byte, every shape and every mask")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args(arguments)
+    try:
+        reader = CheckpointReader(find_checkpoint(options.directory), checksums=options.verify)
+        facts = describe(reader)
+        facts["verified"] = verify(reader) if options.verify else None
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if options.json:
+        print(json.dumps(facts, indent=1))
+    else:
+        print(render(facts))
+        if options.verify:
+            print(f"verified: every file has the content that was written; {facts['verified']}")
+    return 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `inspect_checkpoint.py | head` ends quietly
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.exit(main())
