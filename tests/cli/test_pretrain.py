@@ -5,8 +5,10 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 pytestmark = pytest.mark.slow
@@ -124,10 +126,11 @@ def test_killed_at_any_moment_resumes_and_equals_straight(straight, start, workp
 
 
 def kill_tree(process) -> None:
-    import psutil
-
-    for child in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
-        child.kill()
+    """kill -9 to torchrun and everything it started, some of which may end by itself meanwhile."""
+    root = psutil.Process(process.pid)
+    for victim in [root, *root.children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):
+            victim.kill()
     process.communicate(timeout=60)
 
 
