@@ -126,12 +126,17 @@ def test_killed_at_any_moment_resumes_and_equals_straight(straight, start, workp
 
 
 def kill_tree(process) -> None:
-    """kill -9 to torchrun and everything it started, some of which may end by itself meanwhile."""
+    """kill -9 to torchrun and everything it started: stopped first, so that nothing new is born meanwhile."""
     root = psutil.Process(process.pid)
-    for victim in [root, *root.children(recursive=True)]:
-        with suppress(psutil.NoSuchProcess):
-            victim.kill()
-    process.communicate(timeout=60)
+    victims = {root}
+    for signalled in (psutil.Process.suspend, psutil.Process.kill):
+        victims |= set(root.children(recursive=True))
+        for victim in victims:
+            with suppress(psutil.NoSuchProcess):
+                signalled(victim)
+    process.wait(timeout=60)
+    process.stdout.close()
+    process.stderr.close()
 
 
 def test_a_damaged_checkpoint_is_named_and_refused(straight, start, workplace):
