@@ -6,14 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from megatron_spdf.checkpoint.reader import MASK_BITS, VALUES, CheckpointReader, stored_name
+from megatron_spdf.checkpoint.reader import MASK_BITS, OPTIMIZER, STATES, VALUES, CheckpointReader, stored_name
 from megatron_spdf.checkpoint.store import DamagedCheckpoint
 from megatron_spdf.model.weights import padded_vocab
 from megatron_spdf.sparsity.masks import draw_mask
 from megatron_spdf.sparsity.plan import SparseWeight
 
-_OPTIMIZER = "optimizer.state."
-_STATES = ("param", "exp_avg", "exp_avg_sq")
 _NAMED_FAULTS = 5
 
 
@@ -98,7 +96,7 @@ def _wrong_shapes(reader: CheckpointReader) -> list[str]:
         sparse, stored, shape = reader.plan.weights.get(name), stored_name(name), weight.shape
         if sparse:
             stored, shape = stored + VALUES, (sparse.chunks, sparse.active_per_chunk)
-        expected |= {stored: shape, **{f"{_OPTIMIZER}{state}.{stored}": shape for state in _STATES}}
+        expected |= {stored: shape, **{f"{OPTIMIZER}{state}.{stored}": shape for state in STATES}}
     return [f"{name} is missing" if name not in reader.shapes else
             f"{name} has shape {reader.shapes[name]} instead of {shape}"
             for name, shape in expected.items() if reader.shapes.get(name) != shape]
