@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -14,8 +12,8 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.filesystem_async import _get_write_results_queue
 
-from megatron_spdf import __version__
 from megatron_spdf.checkpoint import store
+from megatron_spdf.checkpoint.record import INITIAL, drawn_masks, run_record
 from megatron_spdf.checkpoint.vet import vet_metadata
 from megatron_spdf.config import Recipe
 from megatron_spdf.data.tokenizer import Tokenizer
@@ -49,10 +47,14 @@ class Checkpointer:
     Args:
         directory: holds the run's checkpoints.
         recipe, plan, tokenizer: kept with every checkpoint, and what a restored one must agree with.
+
+    Attributes:
+        masks, origin: of the run, as its checkpoints record them; see `record.py`.
     """
 
     def __init__(self, directory: Path, recipe: Recipe, plan: Plan, tokenizer: Tokenizer):
         self.directory, self.recipe, self.plan, self.tokenizer = directory, recipe, plan, tokenizer
+        self.masks, self.origin = drawn_masks(plan), INITIAL
 
     def save(self, engine: Engine, state: RunState, measured_sparsity: dict[str, float]) -> Path:
         """Writes a checkpoint, makes it visible, and removes those past `checkpoint.keep`."""
@@ -97,6 +99,7 @@ class Checkpointer:
         vet_metadata(newest)
         run = json.loads((newest / store.RUN).read_text())
         state = RunState(**run["state"])
+        self.masks, self.origin = run.get("masks", self.masks), run.get("origin", self.origin)
         drawn = [compact_of(m).mask_bits.clone() for model in engine.models for m in sparse_modules(model)]
         loaded = dist_checkpointing.load(engine.sharded_state(loading=True), str(newest))
         engine.load_state(loaded, state.optimizer_steps)
@@ -104,24 +107,17 @@ class Checkpointer:
         return state, [*said, f"resumed from {newest.name}"]
 
     def _write_run(self, partial: Path, state: RunState, measured_sparsity: dict[str, float]) -> None:
-        recipe = self.recipe
-        store.write_json(partial / store.RUN, {
-            "state": asdict(state),
-            "tokens": state.step * recipe.tokens_per_step,
-            "recipe": recipe.model_dump(),
-            "tokenizer": {"kind": self.tokenizer.kind, "sha256": self.tokenizer.sha256},
-            "sparsity": {n: {"target": w.sparsity, "measured": measured_sparsity[n]}
-                         for n, w in self.plan.weights.items()},
-            "versions": {"megatron_spdf": __version__, "torch": torch.__version__,
-                         "megatron-core": version("megatron-core")},
-            "saved": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        })
+        store.write_json(partial / store.RUN, run_record(
+            self.recipe, self.plan, self.tokenizer, self.masks, self.origin, asdict(state), measured_sparsity))
 
     def _check_masks(self, engine: Engine, drawn: list[torch.Tensor], checkpoint: Path) -> None:
+        """That the masks are those drawn before; where the run's masks were given, they are taken as they are."""
         modules = [m for model in engine.models for m in sparse_modules(model)]
         for module, bits in zip(modules, drawn, strict=True):
             compact = compact_of(module)
-            if not torch.equal(compact.mask_bits, bits):
+            if self.masks["kind"] == "given":
+                compact.index_mask()
+            elif not torch.equal(compact.mask_bits, bits):
                 raise ValueError(f"checkpoint {checkpoint} holds another mask of {compact.planned.name} than the "
                                  f"recipe draws (sparsity.seed={self.plan.seed}); use the recipe it was made with")
 

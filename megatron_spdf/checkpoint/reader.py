@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from megatron_spdf.checkpoint import store
+from megatron_spdf.checkpoint.record import Masks, drawn_masks
 from megatron_spdf.checkpoint.tensors import TensorFiles
 from megatron_spdf.config import Recipe
 from megatron_spdf.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_spdf.model.weights import Weight, model_weights
-from megatron_spdf.sparsity.plan import SparseWeight, make_plan
+from megatron_spdf.sparsity.chunks import join_chunks
+from megatron_spdf.sparsity.plan import make_plan
 
 VALUES, MASK_BITS = ".values", ".mask_bits"  # after the name of a sparse weight
 OPTIMIZER, STATES = "optimizer.state.", ("param", "exp_avg", "exp_avg_sq")  # before the name of a parameter
@@ -64,6 +66,7 @@ class CheckpointReader(TensorFiles):
         run: the content of run.json.
         recipe, model: what the checkpoint was made with.
         plan: the sparsity plan of that recipe.
+        masks: whether its masks are those that the plan draws.
         weights: canonical name -> parameter of the whole model.
         shapes, dtypes: of every tensor by its name in the file, weights and optimizer state alike.
 
@@ -79,10 +82,11 @@ class CheckpointReader(TensorFiles):
         self.model = self.recipe.model
         self.weights: dict[str, Weight] = {w.name: w for w in model_weights(self.model)}
         self.plan = make_plan(self.recipe.sparsity, list(self.weights.values()), self.model.query_groups)
+        self.masks: Masks = self.run.get("masks", drawn_masks(self.plan))
 
     @property
     def origin(self) -> str:
-        return f"{self.path}, step {self.run['state']['step']:,}"
+        return f"step {self.run['state']['step']:,} of the run {Path(self.recipe.output).name}"
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -121,21 +125,15 @@ class CheckpointReader(TensorFiles):
             raise store.DamagedCheckpoint(
                 f"checkpoint {self.path}: the chunks of {name} have {counts.tolist()} active entries instead of "
                 f"{planned.active_per_chunk} each; use another checkpoint")
-        return _expand(values, torch.from_numpy(active).bool(), planned)
+        chunks = torch.zeros(active.shape, dtype=values.dtype)
+        chunks[torch.from_numpy(active).bool()] = values.flatten()
+        return join_chunks(chunks, planned)
 
     def _of_shape(self, stored: str, shape: tuple[int, ...]) -> Tensor:
         if self.shapes.get(stored, shape) != shape:
             raise store.DamagedCheckpoint(f"checkpoint {self.path}: {stored} has shape {self.shapes[stored]} instead "
                                           f"of {shape}; use another checkpoint")
         return self.tensor(stored)
-
-
-def _expand(values: Tensor, active: Tensor, planned: SparseWeight) -> Tensor:
-    """Dense weight (out, in) from values (C, k) and mask (C, entries per chunk), chunk after chunk."""
-    chunks = torch.zeros(active.shape, dtype=values.dtype)
-    chunks[active] = values.flatten()
-    chunks = chunks.view(planned.chunks, *planned.chunk_shape)
-    return torch.cat(list(chunks), dim=planned.axis)
 
 
 def _read_run(path: Path) -> tuple[dict[str, Any], Recipe]:
