@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import zipfile
 from functools import cached_property
 from pathlib import Path
@@ -126,9 +127,12 @@ class HuggingFaceReader:
                 self._open[file.name] = (
                     safe_open(file, framework="pt") if file.suffix == ".safetensors"
                     else torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)))
-            except (SafetensorError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-                raise ValueError(f"{file} cannot be read ({error}); copy the file again, or save the model as "
-                                 "safetensors where it loads") from None
+            except pickle.UnpicklingError as error:
+                named = re.search(r"GLOBAL (\S+)", str(error))
+                raise ValueError(f"{file} holds {named[1] if named else 'something'} beside tensors; it is a pickle "
+                                 "that could run code, so it is refused; save the model as safetensors") from None
+            except (SafetensorError, OSError, RuntimeError, EOFError) as error:
+                raise ValueError(f"{file} cannot be read ({error}); copy the file again") from None
         return self._open[file.name]
 
 
