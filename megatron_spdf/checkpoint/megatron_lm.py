@@ -96,6 +96,7 @@ class MegatronReader(TensorFiles):
         if missing:
             raise ValueError(f"{self.path} has no tensor {', '.join(missing[:4])}, which the recipe's model has: tied "
                              f"embeddings, learned positions, LayerNorm, biases; names as in Megatron-LM {VERSION}")
+        expected[EMBEDDING] = (self.model.vocab_size, self.model.hidden)  # and as much padding as it was trained with
         wrong = [f"{name} is {self.shapes[name]} there and {shape} in the recipe's model"
                  for name, shape in expected.items() if not self._fits(name, shape)]
         if wrong:
@@ -109,9 +110,7 @@ class MegatronReader(TensorFiles):
 
     def _fits(self, name: str, shape: tuple[int, ...]) -> bool:
         there = self.shapes[name]
-        if name == EMBEDDING:  # its padding depends on the layout it was trained at
-            return there[0] >= self.model.vocab_size and there[1:] == shape[1:]
-        return there == shape
+        return there == shape or name == EMBEDDING and there[0] > shape[0] and there[1:] == shape[1:]
 
     def _is_tied(self) -> bool:
         rows = (self.model.vocab_size, self.model.hidden)

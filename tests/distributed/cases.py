@@ -235,17 +235,17 @@ def ending(b: Bench) -> str:
 
 def converted(recipe: dict, stop: int, ids: torch.Tensor, greedy: int = 0) -> dict:
     """A run that was restored, trained up to a step and saved: logits before and after, on the ranks that have them,
-    losses, masks, and `greedy` tokens after the restored prompt."""
+    losses, masks, and the text of the first row with `greedy` likeliest tokens after it, before the training."""
     with bench(recipe) as b:
         state, _ = b.checkpointer.restore(b.engine)
         before = logits(b.engine, ids)
-        prompt = ids
+        prompt = ids[:1]
         for _ in range(greedy):
             prompt = torch.cat([prompt, next_token(b, logits(b.engine, prompt))], dim=1)
         curve = b.steps(state.step, stop)
         b.checkpointer.save(b.engine, RunState(stop, b.engine.optimizer_steps), b.engine.measured_sparsity())
         return {"before": before, "after": logits(b.engine, ids), "curve": curve, "masks": masks(b.engine),
-                "text": b.corpus.tokenizer.decode(prompt[0].tolist()), "choices": b.engine.choices}
+                "text": b.corpus.tokenizer.decode(prompt[0].tolist())}
 
 
 def logits(engine: MegatronEngine, ids: torch.Tensor) -> torch.Tensor | None:
@@ -260,11 +260,11 @@ def logits(engine: MegatronEngine, ids: torch.Tensor) -> torch.Tensor | None:
 
 def next_token(b: Bench, found: torch.Tensor | None) -> torch.Tensor:
     """The likeliest one, (B, 1), on every rank."""
-    batch = torch.zeros(1, 1, dtype=torch.int64)
+    token = torch.zeros(1, 1, dtype=torch.int64)
     if found is not None:
-        batch = found[:1, -1:, : b.recipe.model.vocab_size].argmax(-1)
-    dist.broadcast(batch, src=dist.get_world_size() - 1)
-    return batch
+        token = found[:, -1:, : b.recipe.model.vocab_size].argmax(-1)
+    dist.broadcast(token, src=dist.get_world_size() - 1)
+    return token
 
 
 def resharded(source: str, recipe: dict, stop: int, ids: torch.Tensor) -> dict:

@@ -72,10 +72,11 @@ def logits(chunks: list, ids: torch.Tensor) -> torch.Tensor | None:
         tokens = next(iterator)
         return model(tokens, torch.arange(tokens.size(1)).expand_as(tokens), None), lambda out, non_loss_data: out
 
-    interleaved = len(chunks) > 1
+    count, interleaved = ps.get_pipeline_model_parallel_world_size(), len(chunks) > 1  # as interleaving wants them
     found = get_forward_backward_func()(
-        forward_step_func=forward_step, data_iterator=[iter([ids]) for _ in chunks] if interleaved else iter([ids]),
-        model=chunks if interleaved else chunks[0], num_microbatches=1, seq_length=ids.size(1),
+        forward_step_func=forward_step,
+        data_iterator=[iter([ids] * count) for _ in chunks] if interleaved else iter([ids] * count),
+        model=chunks if interleaved else chunks[0], num_microbatches=count, seq_length=ids.size(1),
         micro_batch_size=ids.size(0), forward_only=True, collect_non_loss_data=True)
     if not ps.is_pipeline_last_stage():
         return None

@@ -100,7 +100,7 @@ def results(place, make_run, tmp_path_factory):
                                      "greedy": GREEDY if layout in ("tp2", "pp2") else 0})
     straight, pruned = (make_run(f"magnitude {n}", "narrow", 0.75, "tp1", select="magnitude") for n in ("one", "two"))
     elsewhere = pruned | {"parallel": LAYOUTS["tp4"]}
-    again = pruned | {"parallel": {"tensor": 2, "pipeline": 2}, "output": str(place / "magnitude resharded")}
+    again = pruned | {"parallel": {"tensor": 2, "pipeline": 2, "interleave": 2}, "output": str(place / "magnitude resharded")}
     cases |= {
         "magnitude one": ("converted", {"recipe": straight, "stop": 6, "ids": ids}),
         "magnitude two": ("converted", {"recipe": pruned, "stop": 2, "ids": ids}),
