@@ -100,7 +100,8 @@ def results(place, make_run, tmp_path_factory):
                                      "greedy": GREEDY if layout in ("tp2", "pp2") else 0})
     straight, pruned = (make_run(f"magnitude {n}", "narrow", 0.75, "tp1", select="magnitude") for n in ("one", "two"))
     elsewhere = pruned | {"parallel": LAYOUTS["tp4"]}
-    again = pruned | {"parallel": {"tensor": 2, "pipeline": 2, "interleave": 2}, "output": str(place / "magnitude resharded")}
+    again = pruned | {"parallel": {"tensor": 2, "pipeline": 2, "interleave": 2},
+                      "output": str(place / "magnitude resharded")}
     cases |= {
         "magnitude one": ("converted", {"recipe": straight, "stop": 6, "ids": ids}),
         "magnitude two": ("converted", {"recipe": pruned, "stop": 2, "ids": ids}),
@@ -192,6 +193,13 @@ def test_given_masks_survive_training_resuming_and_resharding(results, place):
         assert reader.masks == {"kind": "given", "how": "the largest magnitudes in each chunk of the Hugging Face "
                                                         "model narrow"}
         assert "16 masks" in verify(reader) and reader.run["origin"] == "the Hugging Face model narrow"
+
+
+def test_a_converted_run_is_recorded_like_one_that_the_engine_saved(results, place):
+    begun, saved = (json.loads((place / "75% tp2" / "checkpoints" / store.name_of(step) / store.RUN).read_text())
+                    for step in (0, 2))
+    assert begun.keys() == saved.keys() and begun["state"].keys() == saved["state"].keys()
+    assert begun["masks"] == saved["masks"] and begun["versions"] == saved["versions"]
 
 
 def test_the_kept_weights_are_the_largest_of_each_chunk(results, place):
