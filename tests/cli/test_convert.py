@@ -1,4 +1,4 @@
-"""tools/convert_checkpoint.py as it is typed; tests/distributed/test_conversion.py says what converted models compute."""
+"""tools/convert_checkpoint.py as it is typed; what converted models compute is in distributed/test_conversion.py."""
 
 import json
 import resource
@@ -131,7 +131,8 @@ def test_every_shape_comes_back_bit_for_bit(workplace, tmp_path, name):
 def test_runs_become_denser_sparser_and_are_laid_out_anew(convert, sparse, tmp_path):
     weights = "decoder.layers.0.mlp.linear_fc1.weight"
     before = CheckpointReader(find_checkpoint(sparse))
-    for words, out, zeros in ((["densify"], "dense", 0.75), (["prune", "--sparsity", "0.9"], "sparser", 0.975),
+    for words, out, zeros in ((["densify"], "dense", 0.75),
+                              (["prune", "--sparsity", "0.9"], "sparser", 0.9),  # masks of one seed are nested
                               (["prune", "sparsity.level=0.9", "--select", "magnitude"], "largest", 0.9),
                               (["reshard", "parallel.tensor=4"], "wide", 0.75)):
         code, said, err = convert(words[0], sparse, tmp_path / out, *words[1:])
