@@ -231,8 +231,8 @@ def test_a_file_that_grows_too_large_leaves_nothing(workplace, gpt2, tmp_path):
 def test_a_full_disk_leaves_nothing(convert, gpt2, sparse, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], check=False, capture_output=True)
-    if mounted.returncode:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("a file system can be mounted by root only")
     try:
         for command in (["from-hf", gpt2, disk / "out", "--recipe", "recipe.yaml"], ["to-hf", sparse, disk / "out"],
