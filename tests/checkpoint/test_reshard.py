@@ -36,7 +36,7 @@ def test_every_tensor_and_the_state_of_the_run_are_the_same(reader, tmp_path):
 
 
 @pytest.mark.parametrize("layout, message", [
-    ({"tensor": 2}, r"query_groups=3 .* not divisible by parallel.tensor=2; .*nearest layout that the model allows is "
+    ({"tensor": 4}, r"query_groups=6 .* not divisible by parallel.tensor=4; .*nearest layout that the model allows is "
                     "parallel.tensor=3 parallel.pipeline=1 parallel.interleave=1 parallel.data=1 "),
     ({"pipeline": 3}, "layers=2 is not divisible by .* = 3; .*nearest .* parallel.tensor=1 parallel.pipeline=2 "),
     ({"pipeline": 2, "interleave": 3}, "nearest .* parallel.pipeline=1 parallel.interleave=1|parallel.pipeline=2 "
