@@ -41,7 +41,7 @@ def find_checkpoint(path: Path) -> Path:
     if not (path / "checkpoints").is_dir():
         raise ValueError(f"{path} is neither a checkpoint (it has no {store.RUN}) nor a run directory (it has no "
                          "checkpoints/); give one of these, such as runs/mine or runs/mine/checkpoints/step_00000500")
-    found = store.complete(path / "checkpoints")
+    found = store.visible(path / "checkpoints")
     if not found:
         raise ValueError(f"the run {path} has no complete checkpoint; start it again to make one")
     return found[-1]

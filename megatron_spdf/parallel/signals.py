@@ -1,8 +1,7 @@
 """A request to stop, and the helper processes that must survive it.
 
 SIGTERM (preemption, scancel, torchrun) and SIGUSR1 (`sbatch --signal`) go to every process of a job step, also to
-loader workers and to the queue server of Megatron-Core's checkpoint writer; were these to die of it, the last save
-would fail. So they are started with the two signals blocked.
+loader workers; were these to die of it, the last steps would fail. So they are started with the two signals blocked.
 """
 
 from __future__ import annotations
