@@ -108,3 +108,19 @@ def _add_bleu_and_meteor(scores: Scores, part: str, outputs: Sequence[str], targ
         _add(scores, {"METEOR": meteor(outputs, targets)}, _METEOR, part)
     except JavaUnavailable as error:
         scores.missing["METEOR"] = str(error)
+
+
+def render(scores: Scores) -> str:
+    """A line for each metric and a column for each part of the test set, then what is behind the figures."""
+    parts = [ALL, *sorted(scores.values.keys() - {ALL})]
+    names = list(dict.fromkeys(name for part in parts for name in scores.values[part]))
+    head = [f"{'':<12}" + "".join(f"{part:>12}" for part in parts)] if len(parts) > 1 else []
+    rows = [f"{name:<12}" + "".join(f"{_figure(scores.values[part].get(name)):>12}" for part in parts)
+            for name in names]
+    missing = [f"{name:<12}{'missing':>12}  ({why})" for name, why in scores.missing.items()]
+    behind = [f"  {name}: {signature}" for name, signature in scores.signatures.items()]
+    return "\n".join([*head, *rows, *missing, *behind])
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.6f}"

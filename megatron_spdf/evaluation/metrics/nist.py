@@ -35,13 +35,14 @@ def nist(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Nis
     tokenise = Tokenizer13a()
     outputs = [tokenise(text.lower()).split() for text in predictions]
     targets = [[tokenise(text.lower()).split() for text in texts] for texts in references]
-    counts = Counter(gram for texts in targets for text in texts for n in range(1, MAX_N + 1) for gram in _grams(text, n))
-    counts[()] = sum(len(text) for texts in targets for text in texts)
+    pool = [text for texts in targets for text in texts]
+    counts = Counter(gram for text in pool for n in range(1, MAX_N + 1) for gram in _grams(text, n))
+    counts[()] = sum(map(len, pool))
     found = [math.fsum(_gained(output, texts, n, counts) for output, texts in zip(outputs, targets, strict=True))
              for n in range(1, MAX_N + 1)]
     length = sum(map(len, outputs))
     mean_lengths = math.fsum(sum(map(len, texts)) / len(texts) for texts in targets)
-    pooled_length = counts[()] / sum(map(len, targets)) * len(targets)
+    pooled_length = counts[()] / len(pool) * len(targets)
     return Nist(_brevity(length / mean_lengths) * _precision(found, [_places_port(outputs, n) for n in range(MAX_N)]),
                 _brevity(length / pooled_length) * _precision(found, [_places_perl(outputs, n) for n in range(MAX_N)]))
 
