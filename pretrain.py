@@ -54,14 +54,14 @@ def pretrain(recipe: Recipe, plan: Plan, ranks: Ranks, run: RunDir, corpus: Corp
     cpu.install()  # before anything that imports megatron.core
     from megatron_spdf.checkpoint.checkpointer import Checkpointer
     from megatron_spdf.data.dataset import TokenData
-    from megatron_spdf.engine.megatron import MegatronEngine
+    from megatron_spdf.engine import make_engine
     from megatron_spdf.sparsity.measure import SparsityDrift
     from megatron_spdf.training.loop import NotFinite, Trainer
     from megatron_spdf.training.run_log import RunLog
 
     try:
         device = join(ranks, recipe)
-        engine = MegatronEngine(recipe, plan, device)
+        engine = make_engine(recipe, plan, device)
         if ranks.rank == 0:
             run.claim()
         checkpointer = Checkpointer(run.checkpoints, recipe, plan, corpus.tokenizer)

@@ -34,6 +34,9 @@ class RunState:
         optimizer_steps: updates done.
         skipped: steps skipped for non-finite numbers, in all and in a row.
         evaluated: step of the last evaluation.
+        best_step, best_loss: of the evaluation with the lowest loss; step 0: none yet.
+        worse: evaluations since.
+        tokens: that the model has read.
     """
 
     step: int = 0
@@ -41,6 +44,10 @@ class RunState:
     skipped: int = 0
     skipped_in_a_row: int = 0
     evaluated: int = 0
+    best_step: int = 0
+    best_loss: float | None = None
+    worse: int = 0
+    tokens: int = 0
 
 
 class Checkpointer:
@@ -71,7 +78,8 @@ class Checkpointer:
         files = _describe_shared(partial)
         if dist.get_rank() == 0:
             store.publish(partial, files)
-            store.retain(self.directory, self.recipe.checkpoint.keep)
+            best = store.name_of(state.best_step) if self.recipe.checkpoint.best else None
+            store.retain(self.directory, self.recipe.checkpoint.keep, best)
         dist.barrier()
         return self.directory / store.name_of(state.step)
 
@@ -107,7 +115,7 @@ class Checkpointer:
         recipe = self.recipe
         store.write_json(partial / store.RUN, {
             "state": asdict(state),
-            "tokens": state.step * recipe.tokens_per_step,
+            "tokens": state.tokens,
             "recipe": recipe.model_dump(),
             "tokenizer": {"kind": self.tokenizer.kind, "sha256": self.tokenizer.sha256},
             "sparsity": {n: {"target": w.sparsity, "measured": measured_sparsity[n]}

@@ -48,10 +48,10 @@ def discard_incomplete(directory: Path) -> list[str]:
     return sorted(p.name for p in gone)
 
 
-def retain(directory: Path, keep: int) -> None:
-    """Removes all but the newest `keep` complete checkpoints. Each leaves by a rename first, so that a crash in the
-    middle leaves a `.partial` and not a checkpoint with files missing."""
-    for path in complete(directory)[:-keep]:
+def retain(directory: Path, keep: int, spare: str | None = None) -> None:
+    """Removes all but the newest `keep` complete checkpoints and the one called `spare`. Each leaves by a rename first,
+    so that a crash in the middle leaves a `.partial` and not a checkpoint with files missing."""
+    for path in (p for p in complete(directory)[:-keep] if p.name != spare):
         dying = path.with_name(path.name + PARTIAL)
         path.rename(dying)
         shutil.rmtree(dying)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from megatron_spdf.config.checks import findings
 from megatron_spdf.config.recipe import Recipe, normalise_sparsity
+
+R = TypeVar("R", bound=BaseModel)
 
 
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
@@ -23,20 +26,25 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     Raises:
         ValueError: naming each wrong key or value, the rule it breaks and the remedy.
     """
+    return load_as(Recipe, findings, path, overrides)
+
+
+def load_as(kind: type[R], rules: Callable[[R], Iterable[str]], path: str | Path, overrides: Iterable[str]) -> R:
+    """`load_recipe` for a recipe of another kind, with the rules between its fields."""
     values = _read(Path(path), ())
     for word in overrides:
         _override(values, word)
     try:
-        recipe = Recipe.model_validate(values)
+        recipe = kind.model_validate(values)
     except ValidationError as error:
-        raise ValueError(_explain(path, [_sentence(e) for e in error.errors()])) from None
-    broken = list(findings(recipe))
+        raise ValueError(_explain(path, [_sentence(e, kind) for e in error.errors()])) from None
+    broken = list(rules(recipe))
     if broken:
         raise ValueError(_explain(path, broken))
     return recipe
 
 
-def save_recipe(recipe: Recipe, path: str | Path) -> None:
+def save_recipe(recipe: BaseModel, path: str | Path) -> None:
     """Writes the recipe with every default filled in."""
     Path(path).write_text(yaml.safe_dump(recipe.model_dump(), sort_keys=False))
 
@@ -92,23 +100,23 @@ def _explain(path: str | Path, sentences: list[str]) -> str:
     return f"recipe {path}:\n" + "\n".join(f"  - {s}" for s in sentences)
 
 
-def _sentence(error: dict[str, Any]) -> str:
+def _sentence(error: dict[str, Any], kind: type[BaseModel]) -> str:
     place = [p for p in error["loc"] if isinstance(p, (str, int))]
     name = ".".join(map(str, place))
     if error["type"] == "extra_forbidden":
-        known = _known_keys(place[:-1])
+        known = _known_keys(place[:-1], kind)
         near = difflib.get_close_matches(str(place[-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean {'.'.join([*map(str, place[:-1]), near[0]])}?" if near else f"known: {', '.join(known)}"
         return f"unknown key {name} (value {error['input']!r}); {hint}"
     if error["type"] == "missing":
         way = "" if any(isinstance(p, int) for p in place) else f" or as {name}=VALUE"
-        return f"{name} is missing; set it in the recipe{way} (see pretrain.py --help)"
+        return f"{name} is missing; set it in the recipe{way} (see --help)"
     return f"{name}={error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
-def _known_keys(place: list[str | int]) -> list[str]:
+def _known_keys(place: list[str | int], kind: type[BaseModel]) -> list[str]:
     """Keys of the section at `place`."""
-    section: type[BaseModel] = Recipe
+    section = kind
     for key in place:
         if isinstance(key, int):
             from megatron_spdf.config.recipe import SparsityRule

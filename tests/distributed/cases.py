@@ -17,8 +17,7 @@ from megatron_spdf.config import Recipe
 from megatron_spdf.config.checks import findings
 from megatron_spdf.data.corpus import check_corpus
 from megatron_spdf.data.dataset import TokenData
-from megatron_spdf.engine import megatron
-from megatron_spdf.engine.megatron import MegatronEngine
+from megatron_spdf.engine import Engine, make_engine, megatron
 from megatron_spdf.model.weights import model_weights
 from megatron_spdf.parallel.ranks import find_ranks, join, leave
 from megatron_spdf.parallel.signals import StopRequest
@@ -43,7 +42,7 @@ class Bench:
         self.corpus = check_corpus(self.recipe)
         agree_on_port()
         self.device = join(find_ranks(), self.recipe)
-        self.engine = MegatronEngine(self.recipe, self.plan, self.device)
+        self.engine = make_engine(self.recipe, self.plan, self.device)
         self.data = TokenData(self.recipe, self.corpus.train_tokens, self.corpus.tokenizer, self.run.cache,
                               self.engine.reads_data)
         self.checkpointer = Checkpointer(self.run.checkpoints, self.recipe, self.plan, self.corpus.tokenizer)
@@ -70,7 +69,7 @@ def abandon() -> None:
         leave()
 
 
-def masks(engine: MegatronEngine) -> dict[tuple[str, int], str]:
+def masks(engine: Engine) -> dict[tuple[str, int], str]:
     """(weight, chunk) -> hash of its mask bits, of this rank's chunks."""
     found = {}
     for module in (m for model in engine.models for m in sparse_modules(model)):
@@ -183,7 +182,7 @@ def poisoned(recipe: dict, poison: dict[int, str]) -> dict:
         return {"steps": found, "optimizer_steps": b.engine.optimizer_steps}
 
 
-def state_hash(engine: MegatronEngine) -> str:
+def state_hash(engine: Engine) -> str:
     """Of weights and moments on this rank."""
     digest = hashlib.sha256()
     adam = engine.optimizer.chained_optimizers[0].optimizer
