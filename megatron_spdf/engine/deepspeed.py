@@ -129,7 +129,7 @@ class DeepSpeedEngine:
         return measure_sparsity(self.models, self.data_parallel_rank, self.plan, self._gathered)
 
     def sharded_state(self, loading: bool) -> dict:
-        """Weights, mask bits and optimizer state as Megatron-Core's sharded tensors, as the Megatron engine's are."""
+        """Weights, mask bits and optimizer state as Megatron-Core's sharded tensors, of the Megatron engine's form."""
         return self.state.places() if loading else self.state.shards()
 
     def load_state(self, loaded: dict, optimizer_steps: int) -> None:

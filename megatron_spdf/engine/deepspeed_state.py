@@ -10,12 +10,13 @@ from dataclasses import replace
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core import parallel_state as ps
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from torch import Tensor, nn
 
 from megatron_spdf.engine.common import model_metadata, tensors_only
-from megatron_spdf.engine.state import MOMENTS, STATE
+from megatron_spdf.engine.state import MOMENTS, STATE, share_replicas, snapshot
 
 
 class ZeroState:
@@ -49,28 +50,36 @@ class ZeroState:
             optimizer._lazy_init_hp_params_optimizer_state()
         return self
 
+    @torch.no_grad()
     def shards(self) -> dict:
-        """Weights, mask bits and optimizer state; gathered from the data-parallel ranks one parameter at a time."""
-        weights, optimizer = self._mask_bits(), {}
+        """Weights, mask bits and optimizer state, copies on the CPU of what this rank saves; gathered from the
+        data-parallel ranks one parameter at a time."""
+        weights = {name: _filled(place, torch.empty(place.local_shape, dtype=place.dtype, device="meta"))
+                   for name, place in self._parameters.items()}
+        state, optimizer = {"weights": weights, "masks": self._mask_bits()}, {}
+        group = ps.get_data_parallel_group()
+        share_replicas(state, group.rank(), group.size())
+        snapshot({"masks": state["masks"]})
         for name, parameter in self.model.named_parameters():
-            whole = {key: self._whole(parameter, key).float().cpu() for key in STATE}
-            place = self._parameters[name]
-            weights[name] = _filled(place, whole["param"].to(place.dtype))
+            place, whole = weights[name], {key: self._whole(parameter, key) for key in STATE}
+            device = "cpu" if is_main_replica(place.replica_id) else "meta"
+            whole = {key: t.to(device, torch.float32, copy=True) for key, t in whole.items()}
+            place.data = whole["param"].to(place.dtype, copy=True)
             optimizer[name] = _optimizer_places(place, whole)
-        return {"model": weights, "optimizer": optimizer}
+        return {"model": state, "optimizer": optimizer}
 
     def places(self) -> dict:
         """What `load` wants, to be filled: mask bits and optimizer state, of which the master weights determine the
         weights."""
         optimizer = {name: _optimizer_places(place, {k: torch.empty(place.local_shape) for k in STATE})
                      for name, place in self._parameters.items()}
-        return {"model": self._mask_bits(), "optimizer": optimizer}
+        return {"masks": self._mask_bits(), "optimizer": optimizer}
 
     @torch.no_grad()
     def load(self, loaded: dict, steps: int) -> None:
         """Puts master weights and moments in place, sets Adam's step count, and casts the weights anew."""
         buffers = dict(self.model.named_buffers())
-        for key, bits in loaded["model"].items():
+        for key, bits in loaded["masks"].items():
             buffers[key].copy_(bits)
         for name, parameter in self.model.named_parameters():
             for key in STATE:

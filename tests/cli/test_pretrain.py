@@ -18,9 +18,9 @@ TIMING = {"tokens_per_second", "model_tflops_per_rank", "step_seconds", "data_se
 
 
 def records(run: Path) -> list[dict]:
-    """The log without what depends on the clock, and without the byte counts that every start adds."""
+    """The log without what depends on the clock, and without the records that every start adds."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in r.items() if k not in TIMING} for r in lines if r["kind"] != "bytes"]
+    return [{k: v for k, v in r.items() if k not in TIMING} for r in lines if r["kind"] not in ("bytes", "save")]
 
 
 def finish(process, code=0):

@@ -1,7 +1,6 @@
 """The DeepSpeed engine against the Megatron-Core engine: the same losses, gradient norms, masks and checkpoints."""
 
 import pytest
-from harness import outcome, run_cases
 
 pytestmark = pytest.mark.slow
 
