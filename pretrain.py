@@ -95,6 +95,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that win over the recipe's")
     parser.add_argument("--dry-run", action="store_true",
                         help="validate the recipe, print sparsity plan, layout and bytes per rank, and exit")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from deepspeed's launcher, like LOCAL_RANK
     return parser.parse_intermixed_args()
 
 

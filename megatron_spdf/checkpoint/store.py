@@ -61,7 +61,7 @@ def discard_incomplete(directory: Path) -> list[str]:
 
 
 def retain(directory: Path, keep: int, keep_every: int = 0, spare: str | None = None) -> None:
-    """Removes complete checkpoints but the newest `keep`, those of every `keep_every`th step and the one called `spare`.
+    """Removes complete checkpoints but the newest `keep`, those of every `keep_every`th step and the one named `spare`.
     Each leaves by a rename first, so that a crash in the middle leaves a `.partial` and not a checkpoint with files
     missing."""
     for path in visible(directory)[:-keep]:

@@ -256,11 +256,11 @@ def poisoned(recipe: dict, poison: dict[int, str]) -> dict:
     with bench(recipe) as b:
         run, found = b.engine._run, []
 
-        def poisoned_run(batch, forward_only):
+        def poisoned_run(*arguments, **keywords):
             kind = poison.get(len(found) + 1) if dist.get_rank() == dist.get_world_size() - 1 else None
             factor = float("inf") if kind == "gradient" else 1.0
             hook = next(b.engine.models[0].decoder.parameters()).register_hook(lambda gradient: gradient * factor)
-            loss = run(batch, forward_only)
+            loss = run(*arguments, **keywords)
             hook.remove()
             return loss * float("nan") if kind == "loss" else loss
 
@@ -275,8 +275,8 @@ def poisoned(recipe: dict, poison: dict[int, str]) -> dict:
 def state_hash(engine: Engine) -> str:
     """Of weights and moments on this rank."""
     digest = hashlib.sha256()
-    adam = engine.optimizer.chained_optimizers[0].optimizer
-    tensors = [p for model in engine.models for p in model.parameters()]
+    adam = engine.adam if hasattr(engine, "adam") else engine.optimizer.chained_optimizers[0].optimizer
+    tensors = [getattr(p, "ds_tensor", p) for model in engine.models for p in model.parameters()]
     tensors += [t for state in adam.state.values() for t in state.values()]
     for tensor in tensors:
         digest.update(tensor.detach().float().numpy().tobytes())
