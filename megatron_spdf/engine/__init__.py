@@ -10,7 +10,7 @@ from torch import Tensor, device, nn
 
 if TYPE_CHECKING:
     from megatron_spdf.config import Recipe
-    from megatron_spdf.model.init import WeightSource
+    from megatron_spdf.model.init import InitialWeights
     from megatron_spdf.sparsity.plan import Plan
 
 MicroBatch = dict[str, Tensor]
@@ -76,7 +76,7 @@ class Engine(Protocol):
         """Takes a filled `sharded_state(loading=True)`."""
 
 
-def make_engine(recipe: Recipe, plan: Plan, where: device, weights: WeightSource | None = None) -> Engine:
+def make_engine(recipe: Recipe, plan: Plan, where: device, weights: InitialWeights | None = None) -> Engine:
     """The engine that the recipe names.
 
     Args:

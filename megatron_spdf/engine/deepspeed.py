@@ -18,7 +18,7 @@ from megatron_spdf.config.deepspeed import deepspeed_settings
 from megatron_spdf.engine import MicroBatch, StepResult, common
 from megatron_spdf.engine.deepspeed_state import ZeroState
 from megatron_spdf.model.gpt import build_model
-from megatron_spdf.model.init import WeightSource
+from megatron_spdf.model.init import InitialWeights
 from megatron_spdf.model.loss import mean_loss, token_losses
 from megatron_spdf.planning.memory import rank_bytes
 from megatron_spdf.sparsity.compact import expanded
@@ -62,7 +62,7 @@ class DeepSpeedEngine:
 
     reads_data = True  # there are no pipeline stages
 
-    def __init__(self, recipe: Recipe, plan: Plan, device: torch.device, weights: WeightSource | None = None):
+    def __init__(self, recipe: Recipe, plan: Plan, device: torch.device, weights: InitialWeights | None = None):
         deepspeed = _import_deepspeed(device)
         self.recipe, self.plan, self.device = recipe, plan, device
         self.models = build_model(recipe, plan, weights)

@@ -23,7 +23,7 @@ from megatron_spdf.config import Recipe
 from megatron_spdf.engine import MicroBatch, StepResult, common
 from megatron_spdf.engine.state import load_optimizer, optimizer_state, share_replicas, snapshot
 from megatron_spdf.model.gpt import build_model
-from megatron_spdf.model.init import WeightSource
+from megatron_spdf.model.init import InitialWeights
 from megatron_spdf.model.loss import mean_loss, token_losses
 from megatron_spdf.sparsity.compact import expanded
 from megatron_spdf.sparsity.measure import measure_sparsity
@@ -44,7 +44,7 @@ class MegatronEngine:
         optimizer_steps: updates done, skipped steps not counted; Adam's bias correction goes by it.
     """
 
-    def __init__(self, recipe: Recipe, plan: Plan, device: torch.device, weights: WeightSource | None = None):
+    def __init__(self, recipe: Recipe, plan: Plan, device: torch.device, weights: InitialWeights | None = None):
         self.recipe, self.plan, self.device = recipe, plan, device
         self.models = build_model(recipe, plan, weights)
         self.config = self.models[0].config

@@ -15,7 +15,7 @@ from torch.nn.functional import gelu
 
 from megatron_spdf.config import Recipe
 from megatron_spdf.model.attention import core_attention
-from megatron_spdf.model.init import DrawnWeights, WeightSource, initialise
+from megatron_spdf.model.init import DrawnWeights, InitialWeights, initialise
 from megatron_spdf.model.norm import norm_class
 from megatron_spdf.model.weights import model_weights, padded_vocab
 from megatron_spdf.sparsity.compact import sparsify
@@ -61,7 +61,7 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
     )
 
 
-def build_model(recipe: Recipe, plan: Plan, source: WeightSource | None = None) -> list[nn.Module]:
+def build_model(recipe: Recipe, plan: Plan, source: InitialWeights | None = None) -> list[nn.Module]:
     """This rank's model chunks (one, or `parallel.interleave`), made sparse and filled from `source`, on the device.
 
     Without a source the weights are drawn anew.
@@ -74,7 +74,7 @@ def build_model(recipe: Recipe, plan: Plan, source: WeightSource | None = None) 
 
 
 def _build_chunk(
-    recipe: Recipe, config: TransformerConfig, plan: Plan, source: WeightSource, stage: int | None
+    recipe: Recipe, config: TransformerConfig, plan: Plan, source: InitialWeights, stage: int | None
 ) -> GPTModel:
     layer = get_gpt_layer_local_spec()
     norm = norm_class(recipe.kernels.norm)
@@ -99,7 +99,7 @@ def _build_chunk(
     return model
 
 
-def _fill(model: GPTModel, recipe: Recipe, plan: Plan, source: WeightSource) -> None:
+def _fill(model: GPTModel, recipe: Recipe, plan: Plan, source: InitialWeights) -> None:
     """Sparsifies and initialises module by module, so that one weight at a time is dense in float32."""
     rank, world = ps.get_tensor_model_parallel_rank(), ps.get_tensor_model_parallel_world_size()
     weights = {w.name: w for w in model_weights(recipe.model)}

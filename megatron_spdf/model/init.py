@@ -52,7 +52,7 @@ def draw_values(
     return torch.from_numpy(values).mul_(weight.std)
 
 
-class WeightSource(Protocol):
+class InitialWeights(Protocol):
     """Where initial values come from."""
 
     def shard(self, weight: Weight, rank: int, world: int) -> Tensor:
@@ -100,7 +100,7 @@ class LoadedWeights:
 
 @torch.no_grad()
 def initialise(
-    module: nn.Module, name: str, weights: dict[str, Weight], source: WeightSource, rank: int, world: int
+    module: nn.Module, name: str, weights: dict[str, Weight], source: InitialWeights, rank: int, world: int
 ) -> None:
     """Fills and marks the direct parameters of one module, `name` being its canonical name.
 

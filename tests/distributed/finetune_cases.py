@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from cases import Bench, bench, masks
 from harness import agree_on_port
 from megatron.core import parallel_state as ps
@@ -21,9 +22,12 @@ from megatron_spdf.model.init import LoadedWeights
 from megatron_spdf.model.loss import smoothed_cross_entropy
 from megatron_spdf.model.weights import model_weights
 from megatron_spdf.parallel.ranks import find_ranks, join, leave
+from megatron_spdf.parallel.signals import StopRequest
 from megatron_spdf.sparsity.compact import compact_of
+from megatron_spdf.training import loop
 from megatron_spdf.training.prepare import prepare
 from megatron_spdf.training.run_dir import RunDir
+from megatron_spdf.training.run_log import RunLog
 
 
 class Tuning:
@@ -172,3 +176,28 @@ def smoothing(recipe: dict) -> dict:
             there = torch.nn.functional.pad(reference.grad, (0, 384 - real)).chunk(world, -1)[rank]
             found[real] = (float((losses - expected).abs().max()), float((mine.grad - there).abs().max()))
         return found
+
+
+def stopped_early(recipe: dict, losses: list[float]) -> dict:
+    """A run whose validation losses are these, started twice: how each start ends, at which step, and what is saved."""
+    ends, given = [], iter(losses)
+    for _ in range(2):
+        with tuning(recipe) as t, replaced(loop, "validation_loss", lambda *_: next(given)):
+            run = RunDir(t.finetune)
+            run.claim()
+            state, _ = t.checkpointer.restore(t.engine)
+            log = RunLog(run, state.step, t.recipe.steps, tensorboard=False, active=dist.get_rank() == 0)
+            trainer = loop.Trainer(
+                t.recipe, t.prepared.plan, t.engine, t.data, t.checkpointer, state, log, StopRequest())
+            ends.append((trainer.run(), state.step, state.tokens == t.data.consumed(state.step)))
+            log.close()
+    return {"ends": ends, "saved": sorted(p.name for p in run.checkpoints.glob("step_*")),
+            "chosen": find_checkpoint(run.root).name, "left": list(given)}
+
+
+@contextmanager
+def replaced(module, name: str, value):
+    before = getattr(module, name)
+    setattr(module, name, value)
+    yield
+    setattr(module, name, before)

@@ -75,6 +75,10 @@ def results(make_recipe, task, tmp_path_factory):
         "plain": ("finetune_cases.against_plain", {"recipe": recipe(train={"micro_batch": 2}), "steps": STEPS}),
         "revived": ("finetune_cases.revived", {"recipe": recipe(**normal)}),
         "smoothing": ("finetune_cases.smoothing", {"recipe": start}),
+        "early": ("finetune_cases.stopped_early", {
+            "recipe": recipe("early", evaluate={"every": 2, "patience": 2}), "losses": [3.0, 2.0, 2.5, 2.0, 0.0]}),
+        "to the end": ("finetune_cases.stopped_early", {
+            "recipe": recipe("to the end", evaluate={"every": 5, "patience": 9}), "losses": [3.0, 1.0, 2.0, 1.5, 0.0]}),
     } | {name: finetuned(**sections) for name, sections in LAYOUTS[1].items()}
     two = {name: finetuned(**sections) for name, sections in LAYOUTS[2].items()}
     two |= {name: finetuned(**SPARSE, **sections) for name, sections in SPARSE_LAYOUTS.items()}
@@ -156,6 +160,21 @@ def test_label_smoothing_is_pytorchs(results, world):
     for rank in range(world):
         for real, (loss, gradient) in outcome(results[world], "smoothing", rank).items():
             assert loss < 1e-5 and gradient < 1e-6, real
+
+
+def test_a_run_ends_when_validation_stops_improving_and_keeps_its_best(results):
+    there = outcome(results[1], "early")
+    assert there["ends"] == [(0, 8, True), (0, 8, True)]  # the second start finds nothing to do
+    assert there["saved"] == ["step_00000004", "step_00000008"]
+    assert there["chosen"] == "step_00000004"
+    assert there["left"] == [0.0]
+
+
+def test_a_run_that_goes_to_its_end_keeps_its_best_too(results):
+    there = outcome(results[1], "to the end")
+    assert there["ends"] == [(0, 16, True), (0, 16, True)]
+    assert (there["saved"], there["chosen"]) == (["step_00000010", "step_00000016"], "step_00000010")
+    assert there["left"] == [0.0]
 
 
 def test_resumed_twice_equals_straight_bit_for_bit(results):
