@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 
@@ -183,11 +184,10 @@ def _import_deepspeed(device: torch.device):
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
-    import deepspeed.comm.torch as communication
 
     deepspeed.logger.setLevel("ERROR")
-    if device.type == "cpu":
-        communication.build_shm_op = lambda: None  # C++ for all-reduces within a CPU machine
+    if device.type == "cpu":  # C++ for all-reduces within a machine
+        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
     return deepspeed
 

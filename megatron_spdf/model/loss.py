@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from megatron.core import parallel_state as ps
 from megatron.core import tensor_parallel
 from torch import Tensor, nn
@@ -35,8 +36,10 @@ def smoothed_cross_entropy(logits: Tensor, labels: Tensor, smoothing: float, voc
     real = min(max(vocab_size - first, 0), logits.size(-1))
     mine = labels - first
     here = (mine >= 0) & (mine < logits.size(-1))
-    chosen = logits.gather(-1, mine.where(here, 0).unsqueeze(-1)).squeeze(-1)
-    above_mean = chosen * here - logits[..., :real].sum(-1) / vocab_size
+    flat, chosen = logits.flatten(0, 1), mine.where(here, 0).flatten()
+    # Indexed and not gathered, which would keep the logits for backward, and the cross entropy overwrites them.
+    z = flat[torch.arange(len(flat), device=flat.device), chosen].view_as(labels) * here
+    above_mean = z - logits[..., :real].sum(-1) / vocab_size
     above_mean = tensor_parallel.reduce_from_tensor_model_parallel_region(above_mean)
     return tensor_parallel.vocab_parallel_cross_entropy(logits, labels) + smoothing * above_mean
 

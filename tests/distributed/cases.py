@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import resource
 import time
@@ -64,7 +65,23 @@ class Bench:
 def bench(recipe: dict):
     opened = Bench(recipe)
     yield opened
+    close(opened)
+
+
+def close(opened) -> None:
+    """Leaves the process groups and lets go of what holds them: their threads poll, and hundreds of them would slow down
+    every case that follows. Autograd's hooks hold the model in circles that Python's collector cannot see."""
+    engine = vars(opened).pop("engine")
+    held = [*getattr(engine, "chunks", []), *(part for model in engine.models for part in (
+        *model.parameters(), *model.modules()))]
+    if hasattr(engine, "zero"):
+        engine.zero.destroy()
+        held += [engine.zero, engine.zero.optimizer]
     leave()
+    for thing in held:
+        vars(thing).clear()
+    del engine, held, thing
+    gc.collect()
 
 
 def abandon() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from cases import Bench, bench, masks
+from cases import Bench, bench, close, masks
 from harness import agree_on_port
 from megatron.core import parallel_state as ps
 from plain_gpt2 import plain_gpt2
@@ -21,7 +21,7 @@ from megatron_spdf.model.gpt import build_model, canonical_modules
 from megatron_spdf.model.init import LoadedWeights
 from megatron_spdf.model.loss import smoothed_cross_entropy
 from megatron_spdf.model.weights import model_weights
-from megatron_spdf.parallel.ranks import find_ranks, join, leave
+from megatron_spdf.parallel.ranks import find_ranks, join
 from megatron_spdf.parallel.signals import StopRequest
 from megatron_spdf.sparsity.compact import compact_of
 from megatron_spdf.training import loop
@@ -64,7 +64,7 @@ class Tuning:
 def tuning(recipe: dict):
     opened = Tuning(recipe)
     yield opened
-    leave()
+    close(opened)
 
 
 def finetuned(recipe: dict, steps: int) -> dict:

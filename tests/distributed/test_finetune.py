@@ -27,7 +27,8 @@ LAYOUTS = {
 NAMES = [(world, name) for world, layouts in LAYOUTS.items() for name in layouts]
 SPARSE = {"phase": "sparse"}
 SPARSE_LAYOUTS = {
-    "sparse dp2 zero 3": {"engine": "deepspeed", "parallel": {"data": 2, "zero_stage": 3}},
+    "sparse dp2 zero 3": {"engine": "deepspeed", "parallel": {"data": 2, "zero_stage": 3},
+                          "train": {"micro_batch": 4}},
     "sparse tp2 zero 1": {"engine": "deepspeed", "parallel": {"tensor": 2}},
 }
 
