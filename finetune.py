@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
-from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
+from megatron_spdf.checkpoint.source import WeightSource, open_weights
 from megatron_spdf.config.finetune import Finetune, load_finetune
 from megatron_spdf.config.help import render_help
 from megatron_spdf.parallel.ranks import Ranks, check_world, find_ranks, join, leave
@@ -31,7 +30,7 @@ def main() -> int:
     options = parse_arguments()
     try:
         finetune = load_finetune(options.recipe, options.overrides)
-        start = CheckpointReader(find_checkpoint(Path(finetune.checkpoint)))
+        start = open_weights(finetune.checkpoint, checksums=False)
         prepared = prepare(finetune, start)
         if options.dry_run:
             print(prepared.summary)
@@ -45,7 +44,7 @@ def main() -> int:
     return train(finetune, start, prepared, ranks, run)
 
 
-def train(finetune: Finetune, start: CheckpointReader, prepared: Prepared, ranks: Ranks, run: RunDir) -> int:
+def train(finetune: Finetune, start: WeightSource, prepared: Prepared, ranks: Ranks, run: RunDir) -> int:
     """Joins the ranks, builds the engine on the starting weights, restores the newest checkpoint, trains to the end."""
     from megatron_spdf.parallel import cpu
 
@@ -62,13 +61,15 @@ def train(finetune: Finetune, start: CheckpointReader, prepared: Prepared, ranks
 
     recipe, plan = prepared.recipe, prepared.plan
     revived = finetune.revived_scale if finetune.revived == "normal" else 0.0
-    weights = LoadedWeights(start.weight, revived, finetune.seed, recipe.model.query_groups)
+    weights = LoadedWeights(start.master, start.mask_bits if plan.weights else None, revived, finetune.seed,
+                            recipe.model.query_groups)
     try:
         device = join(ranks, recipe)
         engine = make_engine(recipe, plan, device, weights)
         if ranks.rank == 0:
             run.claim()
         checkpointer = Checkpointer(run.checkpoints, recipe, plan, prepared.tokenizer)
+        checkpointer.masks, checkpointer.origin = prepared.masks, prepared.origin
         state, found = checkpointer.restore(engine)
     except ValueError as error:
         return refuse(error)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +12,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
-from megatron_spdf import __version__
 from megatron_spdf.checkpoint import store
+from megatron_spdf.checkpoint.record import INITIAL, drawn_masks, run_record
 from megatron_spdf.checkpoint.saving import Saving
 from megatron_spdf.checkpoint.vet import vet_metadata
 from megatron_spdf.config import Recipe, differences
@@ -59,6 +57,7 @@ class Checkpointer:
 
     Attributes:
         failed_in_a_row: saves that failed since the last that did not; the same on every rank after `wait`.
+        masks, origin: of the run, as its checkpoints record them; see `record.py`.
     """
 
     def __init__(self, directory: Path, recipe: Recipe, plan: Plan, tokenizer: Tokenizer):
@@ -68,12 +67,15 @@ class Checkpointer:
         self._validated = False
         # A slow disk is not a hang: ranks that die meanwhile are found by the collectives of the next step.
         self._group = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
+        self.masks, self.origin = drawn_masks(plan), INITIAL
 
     def save(self, engine: Engine, state: RunState, measured_sparsity: dict[str, float]) -> None:
         """Starts to write a checkpoint, which becomes visible when it is complete; then those that
         `checkpoint.keep` and `keep_every` do not keep are removed. The caller has waited for the save before."""
         assert self._saving is None
-        run, keep = self._describe_run(state, measured_sparsity), self.recipe.checkpoint
+        keep = self.recipe.checkpoint
+        run = run_record(self.recipe, self.plan, self.tokenizer, self.masks, self.origin, asdict(state),
+                         measured_sparsity)
         partial = self.directory / (store.name_of(state.step) + store.PARTIAL)
 
         def add_files(partial: Path) -> None:
@@ -129,25 +131,12 @@ class Checkpointer:
         run = json.loads((newest / store.RUN).read_text())
         self._check_run(run, newest)
         state = RunState(**run["state"])
+        self.masks, self.origin = run.get("masks", self.masks), run.get("origin", self.origin)
         drawn = [compact_of(m).mask_bits.clone() for model in engine.models for m in sparse_modules(model)]
         loaded = dist_checkpointing.load(engine.sharded_state(loading=True), str(newest))
         engine.load_state(loaded, state.optimizer_steps)
         self._check_masks(engine, drawn, newest)
         return state, [*said, f"resumed from {newest.name}"]
-
-    def _describe_run(self, state: RunState, measured_sparsity: dict[str, float]) -> dict[str, Any]:
-        recipe = self.recipe
-        return {
-            "state": asdict(state),
-            "tokens": state.tokens,
-            "recipe": recipe.model_dump(),
-            "tokenizer": {"kind": self.tokenizer.kind, "sha256": self.tokenizer.sha256},
-            "sparsity": {n: {"target": w.sparsity, "measured": measured_sparsity[n]}
-                         for n, w in self.plan.weights.items()},
-            "versions": {"megatron_spdf": __version__, "torch": torch.__version__,
-                         "megatron-core": version("megatron-core")},
-            "saved": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        }
 
     def _check_run(self, run: dict[str, Any], checkpoint: Path) -> None:
         """That the checkpoint is of this recipe's run, whatever directory it came from."""
@@ -158,10 +147,13 @@ class Checkpointer:
                              "data it was made with, or another output")
 
     def _check_masks(self, engine: Engine, drawn: list[torch.Tensor], checkpoint: Path) -> None:
+        """That the masks are those drawn before; where the run's masks were given, they are taken as they are."""
         modules = [m for model in engine.models for m in sparse_modules(model)]
         for module, bits in zip(modules, drawn, strict=True):
             compact = compact_of(module)
-            if not torch.equal(compact.mask_bits, bits):
+            if self.masks["kind"] == "given":
+                compact.index_mask()
+            elif not torch.equal(compact.mask_bits, bits):
                 raise ValueError(f"checkpoint {checkpoint} holds another mask of {compact.planned.name} than the "
                                  f"recipe draws (sparsity.seed={self.plan.seed}); use the recipe it was made with")
 

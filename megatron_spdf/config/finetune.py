@@ -75,7 +75,7 @@ class Saving(Section):
 class Finetune(Section):
     """One fine-tuning run."""
 
-    checkpoint: str = Field(description="where to start: a run or checkpoint of pretrain.py")
+    checkpoint: str = Field(description="where to start: a run, a checkpoint of one, or a Hugging Face GPT-2")
     output: str = Field(description="run directory; everything the run writes goes there")
     seed: int = Field(1234, ge=0, description="of data order, dropout and revived weights")
     phase: Literal["dense", "sparse"] = Field(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +16,7 @@ from megatron_spdf.config.recipe import Recipe, normalise_sparsity
 R = TypeVar("R", bound=BaseModel)
 
 
-def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a recipe, applies `section.key=value` words, validates every field and every rule between fields.
 
     Args:
@@ -29,24 +29,41 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     return load_as(Recipe, findings, path, overrides)
 
 
-def load_as(kind: type[R], rules: Callable[[R], Iterable[str]], path: str | Path, overrides: Iterable[str]) -> R:
+def load_as(kind: type[R], rules: Callable[[R], Iterable[str]], path: str | Path, overrides: Sequence[str]) -> R:
     """`load_recipe` for a recipe of another kind, with the rules between its fields."""
-    values = _read(Path(path), ())
-    for word in overrides:
-        _override(values, word)
-    try:
-        recipe = kind.model_validate(values)
-    except ValidationError as error:
-        raise ValueError(_explain(path, [_sentence(e, kind) for e in error.errors()])) from None
-    broken = list(rules(recipe))
-    if broken:
-        raise ValueError(_explain(path, broken))
-    return recipe
+    return _checked(_parse(kind, _read(Path(path), ()), overrides, path), rules, path)
+
+
+def make_recipe(values: dict[str, Any], overrides: Sequence[str], path: str | Path) -> Recipe:
+    """Like `load_recipe`, from the values of a recipe; messages name `path` as where they are from."""
+    return _checked(parse_recipe(values, overrides, path), findings, path)
+
+
+def parse_recipe(values: dict[str, Any], overrides: Sequence[str], path: str | Path) -> Recipe:
+    """Like `make_recipe`, every field validated, but not the rules between them."""
+    return _parse(Recipe, values, overrides, path)
 
 
 def save_recipe(recipe: BaseModel, path: str | Path) -> None:
     """Writes the recipe with every default filled in."""
     Path(path).write_text(yaml.safe_dump(recipe.model_dump(), sort_keys=False))
+
+
+def _parse(kind: type[R], values: dict[str, Any], overrides: Sequence[str], path: str | Path) -> R:
+    values = dict(values)
+    for word in overrides:
+        _override(values, word)
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(_explain(path, [_sentence(e, kind) for e in error.errors()])) from None
+
+
+def _checked(recipe: R, rules: Callable[[R], Iterable[str]], path: str | Path) -> R:
+    broken = list(rules(recipe))
+    if broken:
+        raise ValueError(_explain(path, broken))
+    return recipe
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:

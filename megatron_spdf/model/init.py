@@ -58,6 +58,9 @@ class InitialWeights(Protocol):
     def shard(self, weight: Weight, rank: int, world: int) -> Tensor:
         """This tensor-parallel rank's shard of the dense weight, float32."""
 
+    def mask_bits(self, weight: Weight, rank: int, world: int) -> np.ndarray | None:
+        """The mask of this rank's chunks as `CompactWeight.mask_bits` keeps it; None: the one that the plan draws."""
+
 
 @dataclass(frozen=True)
 class DrawnWeights:
@@ -72,6 +75,9 @@ class DrawnWeights:
         shape = tuple(n // world if i == weight.axis else n for i, n in enumerate(weight.shape))
         return torch.full(shape, 1.0 if weight.name.endswith(".weight") else 0.0)
 
+    def mask_bits(self, weight: Weight, rank: int, world: int) -> None:
+        return None
+
 
 @dataclass(frozen=True)
 class LoadedWeights:
@@ -79,11 +85,13 @@ class LoadedWeights:
 
     Args:
         read: canonical name -> the whole weight, dense.
+        read_mask: canonical name -> the mask of all its chunks, for weights that stay sparse.
         revived: std of the entries of block weights that are zero there, in units of the weight's initial std; 0: zero.
         seed, chunks: of the revived entries, which are the same at every layout.
     """
 
     read: Callable[[str], Tensor]
+    read_mask: Callable[[str], np.ndarray] | None = None
     revived: float = 0.0
     seed: int = 0
     chunks: int = 1
@@ -96,6 +104,9 @@ class LoadedWeights:
             drawn = draw_values(weight, self.seed, self.chunks, rank, world, REVIVED)
             values = torch.where(values == 0, self.revived * drawn, values)
         return values
+
+    def mask_bits(self, weight: Weight, rank: int, world: int) -> np.ndarray | None:
+        return None if self.read_mask is None else np.split(self.read_mask(weight.name), world)[rank]
 
 
 @torch.no_grad()
@@ -117,17 +128,11 @@ def initialise(
         sparse = compact is not None and key == "weight"
         if weight.axis is not None:
             _mark(parameter, 0 if sparse else weight.axis)  # chunks are cut along 0
+        if sparse and (bits := source.mask_bits(weight, rank, world)) is not None:
+            compact.mask_bits.copy_(torch.from_numpy(bits))
+            compact.index_mask()
         values = source.shard(weight, rank, world).to(parameter.device)
         parameter.copy_(compact.right_inverse(values) if sparse else values)
-        if sparse and isinstance(source, LoadedWeights):
-            _refuse_lost_values(values, parameter, full)
-
-
-def _refuse_lost_values(values: Tensor, kept: Tensor, name: str) -> None:
-    lost = int(torch.count_nonzero(values)) - int(torch.count_nonzero(kept))
-    if lost > 0:
-        raise ValueError(f"{lost:,} active values of {name} lie outside of the mask that is drawn for it; start from a "
-                         "checkpoint with that mask, or fine-tune dense")
 
 
 def _mark(parameter: nn.Parameter, axis: int) -> None:

@@ -59,9 +59,23 @@ class CompactWeight(nn.Module):
         self.planned = weight
         self.shape = _local_shape(weight, world)
         self.values_shape = (local, k)
-        positions = torch.from_numpy(_positions(masks, weight, local))
         self.register_buffer("mask_bits", torch.from_numpy(np.packbits(masks, axis=1)).to(device))
-        self.register_buffer("index", kernels.make_index(positions, device), persistent=False)
+        self.index_mask()
+
+    def index_mask(self) -> None:
+        """Derives `index` from `mask_bits`: at the start, and where a checkpoint brought another mask.
+
+        Raises:
+            ValueError: the mask has another density than planned.
+        """
+        planned, (local, k) = self.planned, self.values_shape
+        masks = np.unpackbits(self.mask_bits.cpu().numpy(), axis=1, count=math.prod(planned.chunk_shape)).astype(bool)
+        counts = masks.sum(axis=1).tolist()
+        if any(count != k for count in counts):
+            raise ValueError(f"the chunks of {planned.name} have {counts} active entries in their masks instead of {k} "
+                             "each; use another checkpoint")
+        positions = torch.from_numpy(_positions(masks, planned, local))
+        self.register_buffer("index", kernels.make_index(positions, self.mask_bits.device), persistent=False)
 
     def forward(self, values: Tensor) -> Tensor:
         return _Expand.apply(values, self.index, self.shape)
@@ -75,7 +89,7 @@ def _local_shape(weight: SparseWeight, world: int) -> tuple[int, int]:
     return (out // world, inputs) if weight.axis == 0 else (out, inputs // world)
 
 
-def _positions(masks: list[np.ndarray], weight: SparseWeight, local: int) -> np.ndarray:
+def _positions(masks: np.ndarray, weight: SparseWeight, local: int) -> np.ndarray:
     """Row-major positions in this rank's shard of the active entries, chunk after chunk: (local * k,) int64."""
     rows, columns = weight.chunk_shape
     positions = []

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import os
 import resource
 import time
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+import plain_megatron
 import torch
 import torch.distributed as dist
 from harness import agree_on_port
@@ -18,6 +20,8 @@ from plain_gpt2 import plain_gpt2, train_plain
 
 from megatron_spdf.checkpoint import store
 from megatron_spdf.checkpoint.checkpointer import Checkpointer, RunState
+from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
+from megatron_spdf.checkpoint.reshard import reshard
 from megatron_spdf.config import Recipe
 from megatron_spdf.config.checks import findings
 from megatron_spdf.data.corpus import check_corpus
@@ -69,8 +73,8 @@ def bench(recipe: dict):
 
 
 def close(opened) -> None:
-    """Leaves the process groups and lets go of what holds them: their threads poll, and hundreds of them would slow down
-    every case that follows. Autograd's hooks hold the model in circles that Python's collector cannot see."""
+    """Leaves the process groups and lets go of what holds them: their threads poll, and hundreds of them slow down every
+    case that follows. Autograd's hooks hold the model in circles that Python's collector cannot see."""
     engine = vars(opened).pop("engine")
     held = [*getattr(engine, "chunks", []), *(part for model in engine.models for part in (
         *model.parameters(), *model.modules()))]
@@ -332,3 +336,52 @@ def ending(b: Bench) -> str:
         return f"{type(error).__name__}: {error}"
     finally:
         log.close()
+
+
+def converted(recipe: dict, stop: int, ids: torch.Tensor, greedy: int = 0) -> dict:
+    """A run that was restored, trained up to a step and saved: logits before and after, on the ranks that have them,
+    losses, masks, and the text of the first row with `greedy` likeliest tokens after it, before the training."""
+    with bench(recipe) as b:
+        state, _ = b.checkpointer.restore(b.engine)
+        before = logits(b.engine, ids)
+        prompt = ids[:1]
+        for _ in range(greedy):
+            prompt = torch.cat([prompt, next_token(b, logits(b.engine, prompt))], dim=1)
+        curve = b.steps(state.step, stop)
+        b.checkpointer.save(b.engine, RunState(stop, b.engine.optimizer_steps), b.engine.measured_sparsity())
+        assert b.checkpointer.wait().error is None
+        return {"before": before, "after": logits(b.engine, ids), "curve": curve, "masks": masks(b.engine),
+                "text": b.corpus.tokenizer.decode(prompt[0].tolist())}
+
+
+def logits(engine: MegatronEngine, ids: torch.Tensor) -> torch.Tensor | None:
+    """(B, T, padded vocabulary) on the last pipeline stage, None elsewhere."""
+    for chunk in engine.chunks:
+        chunk.eval()
+    found = plain_megatron.logits(engine.chunks, ids)
+    for chunk in engine.chunks:
+        chunk.train()
+    return found
+
+
+def next_token(b: Bench, found: torch.Tensor | None) -> torch.Tensor:
+    """The likeliest one, (B, 1), on every rank."""
+    token = torch.zeros(1, 1, dtype=torch.int64)
+    if found is not None:
+        token = found[:, -1:, : b.recipe.model.vocab_size].argmax(-1)
+    dist.broadcast(token, src=dist.get_world_size() - 1)
+    return token
+
+
+def resharded(source: str, recipe: dict, stop: int, ids: torch.Tensor) -> dict:
+    """`converted`, of a run whose newest checkpoint was rewritten for the recipe's layout by one rank."""
+    if os.environ["RANK"] == "0":
+        reader = CheckpointReader(find_checkpoint(Path(source)), checksums=True)
+        reshard(reader, Recipe.model_validate(recipe).parallel, Path(recipe["output"]))
+    return converted(recipe, stop, ids)
+
+
+def through_megatron(directory: str, saved: str, shape: dict, ids: torch.Tensor) -> torch.Tensor | None:
+    """`plain_megatron.load_and_save` on these ranks."""
+    agree_on_port()
+    return plain_megatron.load_and_save(directory, saved, shape, ids)

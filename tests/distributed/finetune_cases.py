@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -13,7 +12,8 @@ from megatron.core import parallel_state as ps
 from plain_gpt2 import plain_gpt2
 
 from megatron_spdf.checkpoint.checkpointer import Checkpointer, RunState
-from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
+from megatron_spdf.checkpoint.reader import find_checkpoint
+from megatron_spdf.checkpoint.source import open_weights
 from megatron_spdf.config.finetune import Finetune
 from megatron_spdf.data.finetuning import CompletionData
 from megatron_spdf.engine import make_engine
@@ -35,13 +35,15 @@ class Tuning:
 
     def __init__(self, recipe: dict):
         self.finetune = Finetune.model_validate(recipe)
-        self.start = CheckpointReader(find_checkpoint(Path(self.finetune.checkpoint)))
+        self.start = open_weights(self.finetune.checkpoint)
         self.prepared = prepare(self.finetune, self.start)
         self.recipe, tokenizer = self.prepared.recipe, self.prepared.tokenizer
         agree_on_port()
         device = join(find_ranks(), self.recipe)
         revived = self.finetune.revived_scale if self.finetune.revived == "normal" else 0.0
-        self.weights = LoadedWeights(self.start.weight, revived, self.finetune.seed, self.recipe.model.query_groups)
+        read_mask = self.start.mask_bits if self.prepared.plan.weights else None
+        self.weights = LoadedWeights(self.start.master, read_mask, revived, self.finetune.seed,
+                                     self.recipe.model.query_groups)
         self.engine = make_engine(self.recipe, self.prepared.plan, device, self.weights)
         self.data = CompletionData(self.recipe, self.prepared.train, self.prepared.valid, tokenizer.eod,
                                    self.engine.data_parallel_rank)

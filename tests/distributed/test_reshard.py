@@ -12,7 +12,7 @@ SAVED, STEPS = 10, 20
 # (tensor, pipeline, data) of the matrix; each is saved, and goes on from what the one before it saved.
 LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), (1, 1, 2), (2, 1, 2), (4, 1, 1), (1, 4, 1)]
 BEFORE = dict(zip(LAYOUTS, LAYOUTS[-1:] + LAYOUTS[:-1], strict=True))
-KINDS = {f"{sparsity} {precision}": {"sparsity": level, "train": {"precision": precision, "micro_batch": 2}}
+KINDS = {f"{sparsity} {precision}": {"sparsity": level, "train": {"precision": precision, "micro_batch": 4}}
          for sparsity, level in (("dense", 0.0), ("sparse", 0.75)) for precision in ("fp32", "bf16")}
 SMALL = {"layers": 4, "hidden": 32, "heads": 4, "max_positions": 16}
 # Parallel sums round otherwise. bf16: 8 bits of a loss near 5, and steps that differ from there on.
