@@ -32,6 +32,9 @@ class RunState:
         optimizer_steps: updates done.
         skipped: steps skipped for non-finite numbers, in all and in a row.
         evaluated: step of the last evaluation.
+        best_step, best_loss: of the evaluation with the lowest loss; step 0: none yet.
+        worse: evaluations since.
+        tokens: that the model has read.
     """
 
     step: int = 0
@@ -39,6 +42,10 @@ class RunState:
     skipped: int = 0
     skipped_in_a_row: int = 0
     evaluated: int = 0
+    best_step: int = 0
+    best_loss: float | None = None
+    worse: int = 0
+    tokens: int = 0
 
 
 class Checkpointer:
@@ -75,11 +82,18 @@ class Checkpointer:
             store.write_json(partial / store.RUN, run)
             self.tokenizer.save(partial / "tokenizer")
 
+        best = store.name_of(state.best_step) if keep.best else None
         self._saving = Saving(
             partial, engine.sharded_state(loading=False), add_files,
-            lambda: store.retain(self.directory, keep.keep, keep.keep_every), self._group, not self._validated)
+            lambda: store.retain(self.directory, keep.keep, keep.keep_every, best), self._group, not self._validated)
         self._validated = True
         self._saving.start()
+
+    def note_best(self, step: int, loss: float) -> None:
+        """Says beside the checkpoints which of them has the lowest validation loss."""
+        if dist.get_rank() == 0:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            store.write_json(self.directory / store.BEST, {"checkpoint": store.name_of(step), "loss": loss})
 
     def poll(self) -> Saving | None:
         """The save that has ended since, if there is one; each rank learns of it at a moment of its own."""

@@ -30,7 +30,7 @@ _RUN_KEYS = {"state", "tokens", "recipe", "tokenizer", "sparsity", "versions", "
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that `path` is, or the newest complete one of the run that it is.
+    """The checkpoint that `path` is, or of the run that it is the best one, where the run keeps it, else the newest.
 
     Raises:
         ValueError: it is neither, or no save of the run has finished.
@@ -45,7 +45,7 @@ def find_checkpoint(path: Path) -> Path:
     found = store.visible(path / "checkpoints")
     if not found:
         raise ValueError(f"the run {path} has no complete checkpoint; start it again to make one")
-    return found[-1]
+    return store.best(path / "checkpoints") or found[-1]
 
 
 def stored_name(name: str) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 PARTIAL = ".partial"
 FILES, RUN = "files.json", "run.json"
+BEST = "best.json"  # beside the checkpoints: which one has the lowest validation loss
 _NAME = re.compile(r"step_\d{8}")
 _UNFINISHED = re.compile(r"step_\d{8}\.partial")
 
@@ -40,6 +41,15 @@ def visible(directory: Path) -> list[Path]:
     return sorted((p for p in directory.iterdir() if _NAME.fullmatch(p.name)), key=lambda p: p.name)
 
 
+def best(directory: Path) -> Path | None:
+    """The checkpoint of a run that has the lowest validation loss, where the run keeps it."""
+    try:
+        named = directory / json.loads((directory / BEST).read_text())["checkpoint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return named if named in visible(directory) else None
+
+
 def discard_incomplete(directory: Path) -> list[str]:
     """Removes saves that did not finish and checkpoints half removed; returns their names."""
     if not directory.is_dir():
@@ -50,11 +60,12 @@ def discard_incomplete(directory: Path) -> list[str]:
     return sorted(p.name for p in gone)
 
 
-def retain(directory: Path, keep: int, keep_every: int = 0) -> None:
-    """Removes complete checkpoints but the newest `keep` and those of every `keep_every`th step. Each leaves by a
-    rename first, so that a crash in the middle leaves a `.partial` and not a checkpoint with files missing."""
+def retain(directory: Path, keep: int, keep_every: int = 0, spare: str | None = None) -> None:
+    """Removes complete checkpoints but the newest `keep`, those of every `keep_every`th step and the one named `spare`.
+    Each leaves by a rename first, so that a crash in the middle leaves a `.partial` and not a checkpoint with files
+    missing."""
     for path in visible(directory)[:-keep]:
-        if keep_every and step_of(path) % keep_every == 0:
+        if path.name == spare or keep_every and step_of(path) % keep_every == 0:
             continue
         dying = path.with_name(path.name + PARTIAL)
         path.rename(dying)

@@ -7,6 +7,7 @@ from pathlib import Path
 import yaml
 
 from megatron_spdf.config import Recipe, differences, save_recipe
+from megatron_spdf.config.finetune import Finetune
 
 RECIPE = "recipe.yaml"
 
@@ -18,13 +19,13 @@ class RunDir:
         recipe: `recipe.output` names the directory.
     """
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, recipe: Recipe | Finetune):
         self.recipe = recipe
         self.root = Path(recipe.output)
         self.checkpoints = self.root / "checkpoints"
         self.log = self.root / "log.jsonl"
         self.tensorboard = self.root / "tensorboard"
-        self.cache = Path(recipe.data.cache or self.root / "cache")
+        self.cache = Path(getattr(recipe.data, "cache", None) or self.root / "cache")
 
     def check(self) -> None:
         """Refuses a directory that holds another recipe's run, or something that is no run.
@@ -39,7 +40,7 @@ class RunDir:
                                  "choose another output")
             return
         try:
-            before = Recipe.model_validate(yaml.safe_load(kept.read_text())).identity()
+            before = type(self.recipe).model_validate(yaml.safe_load(kept.read_text())).identity()
         except (ValueError, yaml.YAMLError) as error:
             raise ValueError(f"{kept} cannot be read as a recipe ({error}); choose another output") from None
         changes = list(differences(before, self.recipe.identity()))

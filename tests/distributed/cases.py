@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import resource
@@ -25,8 +26,7 @@ from megatron_spdf.config import Recipe
 from megatron_spdf.config.checks import findings
 from megatron_spdf.data.corpus import check_corpus
 from megatron_spdf.data.dataset import TokenData
-from megatron_spdf.engine import megatron
-from megatron_spdf.engine.megatron import MegatronEngine
+from megatron_spdf.engine import Engine, make_engine, megatron
 from megatron_spdf.model.weights import model_weights
 from megatron_spdf.parallel.ranks import find_ranks, join, leave
 from megatron_spdf.parallel.signals import StopRequest
@@ -51,7 +51,7 @@ class Bench:
         self.corpus = check_corpus(self.recipe)
         agree_on_port()
         self.device = join(find_ranks(), self.recipe)
-        self.engine = MegatronEngine(self.recipe, self.plan, self.device)
+        self.engine = make_engine(self.recipe, self.plan, self.device)
         self.data = TokenData(self.recipe, self.corpus.train_tokens, self.corpus.tokenizer, self.run.cache,
                               self.engine.reads_data)
         self.checkpointer = Checkpointer(self.run.checkpoints, self.recipe, self.plan, self.corpus.tokenizer)
@@ -69,7 +69,23 @@ class Bench:
 def bench(recipe: dict):
     opened = Bench(recipe)
     yield opened
+    close(opened)
+
+
+def close(opened) -> None:
+    """Leaves the process groups and lets go of what holds them: their threads poll, and hundreds of them slow down every
+    case that follows. Autograd's hooks hold the model in circles that Python's collector cannot see."""
+    engine = vars(opened).pop("engine")
+    held = [*getattr(engine, "chunks", []), *(part for model in engine.models for part in (
+        *model.parameters(), *model.modules()))]
+    if hasattr(engine, "zero"):
+        engine.zero.destroy()
+        held += [engine.zero, engine.zero.optimizer]
     leave()
+    for thing in held:
+        vars(thing).clear()
+    del engine, held, thing
+    gc.collect()
 
 
 def abandon() -> None:
@@ -78,7 +94,7 @@ def abandon() -> None:
         leave()
 
 
-def masks(engine: MegatronEngine) -> dict[tuple[str, int], str]:
+def masks(engine: Engine) -> dict[tuple[str, int], str]:
     """(weight, chunk) -> hash of its mask bits, of this rank's chunks."""
     found = {}
     for module in (m for model in engine.models for m in sparse_modules(model)):
@@ -261,11 +277,11 @@ def poisoned(recipe: dict, poison: dict[int, str]) -> dict:
     with bench(recipe) as b:
         run, found = b.engine._run, []
 
-        def poisoned_run(batch, forward_only):
+        def poisoned_run(*arguments, **keywords):
             kind = poison.get(len(found) + 1) if dist.get_rank() == dist.get_world_size() - 1 else None
             factor = float("inf") if kind == "gradient" else 1.0
             hook = next(b.engine.models[0].decoder.parameters()).register_hook(lambda gradient: gradient * factor)
-            loss = run(batch, forward_only)
+            loss = run(*arguments, **keywords)
             hook.remove()
             return loss * float("nan") if kind == "loss" else loss
 
@@ -277,11 +293,11 @@ def poisoned(recipe: dict, poison: dict[int, str]) -> dict:
         return {"steps": found, "optimizer_steps": b.engine.optimizer_steps}
 
 
-def state_hash(engine: MegatronEngine) -> str:
+def state_hash(engine: Engine) -> str:
     """Of weights and moments on this rank."""
     digest = hashlib.sha256()
-    adam = engine.optimizer.chained_optimizers[0].optimizer
-    tensors = [p for model in engine.models for p in model.parameters()]
+    adam = engine.adam if hasattr(engine, "adam") else engine.optimizer.chained_optimizers[0].optimizer
+    tensors = [getattr(p, "ds_tensor", p) for model in engine.models for p in model.parameters()]
     tensors += [t for state in adam.state.values() for t in state.values()]
     for tensor in tensors:
         digest.update(tensor.detach().float().numpy().tobytes())
