@@ -53,15 +53,16 @@ def pretrain(recipe: Recipe, plan: Plan, ranks: Ranks, run: RunDir, corpus: Corp
     stop = StopRequest()
     cpu.install()  # before anything that imports megatron.core
     from megatron_spdf.checkpoint.checkpointer import Checkpointer
+    from megatron_spdf.checkpoint.saving import SaveFailed
     from megatron_spdf.data.dataset import TokenData
-    from megatron_spdf.engine.megatron import MegatronEngine
+    from megatron_spdf.engine import make_engine
     from megatron_spdf.sparsity.measure import SparsityDrift
     from megatron_spdf.training.loop import NotFinite, Trainer
     from megatron_spdf.training.run_log import RunLog
 
     try:
         device = join(ranks, recipe)
-        engine = MegatronEngine(recipe, plan, device)
+        engine = make_engine(recipe, plan, device)
         if ranks.rank == 0:
             run.claim()
         checkpointer = Checkpointer(run.checkpoints, recipe, plan, corpus.tokenizer)
@@ -73,7 +74,7 @@ def pretrain(recipe: Recipe, plan: Plan, ranks: Ranks, run: RunDir, corpus: Corp
     log.say("\n".join([summary, engine.choices, *found]))
     try:
         return Trainer(recipe, plan, engine, data, checkpointer, state, log, stop).run()
-    except (NotFinite, SparsityDrift) as error:
+    except (NotFinite, SparsityDrift, SaveFailed) as error:
         log.say(f"stopped: {error}")
         return exit_codes.GUARD_STOPPED
     finally:
@@ -94,6 +95,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that win over the recipe's")
     parser.add_argument("--dry-run", action="store_true",
                         help="validate the recipe, print sparsity plan, layout and bytes per rank, and exit")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from deepspeed's launcher, like LOCAL_RANK
     return parser.parse_intermixed_args()
 
 

@@ -34,7 +34,8 @@ from megatron_spdf.sparsity.plan import Plan, make_plan
 RECIPE, CHECKPOINTS = "recipe.yaml", "checkpoints"  # as training/run_dir.py names them
 Select = Literal["random", "magnitude"]
 _SHAPE = ("layers", "hidden", "heads", "query_groups", "ffn_hidden", "vocab_size", "max_positions")
-_START = {"step": 0, "optimizer_steps": 0, "skipped": 0, "skipped_in_a_row": 0, "evaluated": 0}
+_START = {"step": 0, "optimizer_steps": 0, "skipped": 0, "skipped_in_a_row": 0, "evaluated": 0, "best_step": 0,
+          "best_loss": None, "worse": 0, "tokens": 0}
 _MODEL_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 

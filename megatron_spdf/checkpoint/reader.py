@@ -30,7 +30,7 @@ _RUN_KEYS = {"state", "tokens", "recipe", "tokenizer", "sparsity", "versions", "
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that `path` is, or the newest complete one of the run that it is.
+    """The checkpoint that `path` is, or of the run that it is the best one, where the run keeps it, else the newest.
 
     Raises:
         ValueError: it is neither, or no save of the run has finished.
@@ -42,10 +42,10 @@ def find_checkpoint(path: Path) -> Path:
     if not (path / "checkpoints").is_dir():
         raise ValueError(f"{path} is neither a checkpoint (it has no {store.RUN}) nor a run directory (it has no "
                          "checkpoints/); give one of these, such as runs/mine or runs/mine/checkpoints/step_00000500")
-    found = store.complete(path / "checkpoints")
+    found = store.visible(path / "checkpoints")
     if not found:
         raise ValueError(f"the run {path} has no complete checkpoint; start it again to make one")
-    return found[-1]
+    return store.best(path / "checkpoints") or found[-1]
 
 
 def stored_name(name: str) -> str:

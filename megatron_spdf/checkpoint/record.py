@@ -27,8 +27,8 @@ def drawn_masks(plan: Plan) -> Masks:
     return {"kind": "drawn", "how": f"random, seed {plan.seed}"}
 
 
-def run_record(recipe: Recipe, plan: Plan, tokenizer: Tokenizer, masks: Masks, origin: str, state: dict[str, int],
-               measured_sparsity: dict[str, float]) -> dict[str, Any]:
+def run_record(recipe: Recipe, plan: Plan, tokenizer: Tokenizer, masks: Masks, origin: str,
+               state: dict[str, int | float | None], measured_sparsity: dict[str, float]) -> dict[str, Any]:
     """What run.json holds.
 
     Args:
@@ -38,7 +38,7 @@ def run_record(recipe: Recipe, plan: Plan, tokenizer: Tokenizer, masks: Masks, o
     """
     return {
         "state": state,
-        "tokens": state["step"] * recipe.tokens_per_step,
+        "tokens": state["tokens"],
         "recipe": recipe.model_dump(),
         "tokenizer": {"kind": tokenizer.kind, "sha256": tokenizer.sha256},
         "masks": masks,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megatron_spdf.config.deepspeed import contradictions
 from megatron_spdf.config.recipe import Recipe
 
 
@@ -15,7 +16,11 @@ def findings(recipe: Recipe) -> Iterator[str]:
     """Every broken rule of a recipe as one sentence."""
     yield from _model(recipe)
     yield from _layout(recipe)
-    yield from _batch(recipe)
+    yield from _engine(recipe)
+    broken = list(_batch(recipe))
+    yield from broken
+    if not broken and recipe.engine == "deepspeed":
+        yield from contradictions(recipe)
 
 
 def _model(recipe: Recipe) -> Iterator[str]:
@@ -49,6 +54,28 @@ def _layout(recipe: Recipe) -> Iterator[str]:
     if p.sequence and t.sequence_length % p.tensor:
         yield (f"train.sequence_length={t.sequence_length} is not divisible by parallel.tensor={p.tensor}, as "
                "parallel.sequence=true asks; change one of the three")
+
+
+def _engine(recipe: Recipe) -> Iterator[str]:
+    p, engine = recipe.parallel, recipe.engine
+    if engine == "deepspeed" and p.pipeline > 1:
+        yield (f"engine=deepspeed has no pipeline stages here, and parallel.pipeline={p.pipeline}; set pipeline=1 or "
+               "engine=megatron")
+    if engine == "megatron":
+        for name, value, needed in (("parallel.zero_stage", p.zero_stage, p.zero_stage > 1),
+                                    ("parallel.offload", p.offload, p.offload),
+                                    ("deepspeed", recipe.deepspeed, recipe.deepspeed is not None)):
+            if needed:
+                yield f"{name}={_yaml(value)} needs engine=deepspeed, and engine={engine}; change one of them"
+    if p.offload and p.zero_stage == 0:
+        yield "parallel.offload=true needs sharded optimizer state, and parallel.zero_stage=0; set zero_stage=1 or more"
+    if recipe.train.label_smoothing > 0.0 and p.pipeline > 1:
+        yield (f"train.label_smoothing={recipe.train.label_smoothing} needs parallel.pipeline=1, and "
+               f"pipeline={p.pipeline}; change one of them")
+
+
+def _yaml(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _batch(recipe: Recipe) -> Iterator[str]:

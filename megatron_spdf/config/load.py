@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from megatron_spdf.config.checks import findings
 from megatron_spdf.config.recipe import Recipe, normalise_sparsity
+
+R = TypeVar("R", bound=BaseModel)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -24,32 +26,44 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         ValueError: naming each wrong key or value, the rule it breaks and the remedy.
     """
-    return make_recipe(_read(Path(path), ()), overrides, path)
+    return load_as(Recipe, findings, path, overrides)
+
+
+def load_as(kind: type[R], rules: Callable[[R], Iterable[str]], path: str | Path, overrides: Sequence[str]) -> R:
+    """`load_recipe` for a recipe of another kind, with the rules between its fields."""
+    return _checked(_parse(kind, _read(Path(path), ()), overrides, path), rules, path)
 
 
 def make_recipe(values: dict[str, Any], overrides: Sequence[str], path: str | Path) -> Recipe:
     """Like `load_recipe`, from the values of a recipe; messages name `path` as where they are from."""
-    recipe = parse_recipe(values, overrides, path)
-    broken = list(findings(recipe))
-    if broken:
-        raise ValueError(_explain(path, broken))
-    return recipe
+    return _checked(parse_recipe(values, overrides, path), findings, path)
 
 
 def parse_recipe(values: dict[str, Any], overrides: Sequence[str], path: str | Path) -> Recipe:
     """Like `make_recipe`, every field validated, but not the rules between them."""
+    return _parse(Recipe, values, overrides, path)
+
+
+def save_recipe(recipe: BaseModel, path: str | Path) -> None:
+    """Writes the recipe with every default filled in."""
+    Path(path).write_text(yaml.safe_dump(recipe.model_dump(), sort_keys=False))
+
+
+def _parse(kind: type[R], values: dict[str, Any], overrides: Sequence[str], path: str | Path) -> R:
     values = dict(values)
     for word in overrides:
         _override(values, word)
     try:
-        return Recipe.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
-        raise ValueError(_explain(path, [_sentence(e) for e in error.errors()])) from None
+        raise ValueError(_explain(path, [_sentence(e, kind) for e in error.errors()])) from None
 
 
-def save_recipe(recipe: Recipe, path: str | Path) -> None:
-    """Writes the recipe with every default filled in."""
-    Path(path).write_text(yaml.safe_dump(recipe.model_dump(), sort_keys=False))
+def _checked(recipe: R, rules: Callable[[R], Iterable[str]], path: str | Path) -> R:
+    broken = list(rules(recipe))
+    if broken:
+        raise ValueError(_explain(path, broken))
+    return recipe
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -103,23 +117,23 @@ def _explain(path: str | Path, sentences: list[str]) -> str:
     return f"recipe {path}:\n" + "\n".join(f"  - {s}" for s in sentences)
 
 
-def _sentence(error: dict[str, Any]) -> str:
+def _sentence(error: dict[str, Any], kind: type[BaseModel]) -> str:
     place = [p for p in error["loc"] if isinstance(p, (str, int))]
     name = ".".join(map(str, place))
     if error["type"] == "extra_forbidden":
-        known = _known_keys(place[:-1])
+        known = _known_keys(place[:-1], kind)
         near = difflib.get_close_matches(str(place[-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean {'.'.join([*map(str, place[:-1]), near[0]])}?" if near else f"known: {', '.join(known)}"
         return f"unknown key {name} (value {error['input']!r}); {hint}"
     if error["type"] == "missing":
         way = "" if any(isinstance(p, int) for p in place) else f" or as {name}=VALUE"
-        return f"{name} is missing; set it in the recipe{way} (see pretrain.py --help)"
+        return f"{name} is missing; set it in the recipe{way} (see --help)"
     return f"{name}={error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
-def _known_keys(place: list[str | int]) -> list[str]:
+def _known_keys(place: list[str | int], kind: type[BaseModel]) -> list[str]:
     """Keys of the section at `place`."""
-    section: type[BaseModel] = Recipe
+    section = kind
     for key in place:
         if isinstance(key, int):
             from megatron_spdf.config.recipe import SparsityRule

@@ -116,20 +116,27 @@ class Train(Section):
         "bf16", description="of weights and activations; gradients, master weights and moments are fp32")
     recompute: Literal["none", "selective", "full"] = Field(
         "none", description="activations computed again in backward: the attention core, or whole blocks")
+    label_smoothing: float = Field(
+        0.0, ge=0.0, lt=1.0, description="share of the target spread evenly over the vocabulary while training")
 
 
-class Optimizer(Section):
+class AdamW(Section):
     """AdamW; linear warm-up, then decay to lr x min_lr_ratio at the end of the run."""
 
     lr: float = Field(gt=0.0, description="peak learning rate")
     min_lr_ratio: float = Field(0.1, ge=0.0, le=1.0, description="final over peak learning rate")
-    warmup_tokens: Count = Field(0, ge=0, description="length of the warm-up, in tokens")
     decay: Literal["cosine", "linear", "constant"] = Field("cosine", description="shape after the warm-up")
     beta1: float = Field(0.9, ge=0.0, lt=1.0, description="decay of the first moment")
     beta2: float = Field(0.999, ge=0.0, lt=1.0, description="decay of the second moment")
     eps: float = Field(1e-8, gt=0.0, description="added to the root of the second moment")
     weight_decay: float = Field(0.1, ge=0.0, description="decoupled; not on biases and norms")
     clip_grad: float = Field(1.0, ge=0.0, description="largest global gradient norm; 0: no clipping")
+
+
+class Optimizer(AdamW):
+    """AdamW; linear warm-up, then decay to lr x min_lr_ratio at the end of the run."""
+
+    warmup_tokens: Count = Field(0, ge=0, description="length of the warm-up, in tokens")
 
 
 class Parallel(Section):
@@ -140,7 +147,10 @@ class Parallel(Section):
     pipeline: int = Field(1, gt=0, description="pipeline stages")
     interleave: int = Field(1, gt=0, description="model chunks per pipeline rank (virtual stages)")
     data: int = Field(1, gt=0, description="data-parallel degree")
-    zero_stage: Literal[0, 1] = Field(1, description="1: optimizer state sharded over data-parallel ranks")
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        1, description="sharded over data-parallel ranks: 1 optimizer state, 2 gradients too, 3 parameters too; 2 and "
+                       "3 need engine=deepspeed, whose 0 adds bf16 gradients up in bf16")
+    offload: bool = Field(False, description="optimizer state in the host's memory; needs engine=deepspeed and ZeRO")
     overlap: bool = Field(True, description="gradient and parameter traffic behind compute, on GPUs")
     timeout: int = Field(600, gt=0, description="seconds after which a collective that hangs ends the run")
 
@@ -153,11 +163,17 @@ class Parallel(Section):
 class Evaluate(Section):
     every: int = Field(0, ge=0, description="steps between evaluations; 0: only at the end")
     batches: int = Field(10, gt=0, description="global batches per evaluation, at most what the data holds")
+    patience: int = Field(
+        0, ge=0, description="evaluations in a row without a lower loss after which the run ends; 0: never")
 
 
 class Checkpoint(Section):
     every: int = Field(1000, ge=0, description="steps between checkpoints; 0: only at the end")
     keep: int = Field(2, gt=0, description="newest checkpoints that are kept")
+    keep_every: int = Field(0, ge=0, description="also keep those of every step that this divides; 0: none")
+    best: bool = Field(False, description="save whenever the validation loss is the lowest yet, and keep that one too")
+    asynchronous: bool = Field(
+        True, description="write behind the next steps; the loop waits for the copy out of the device only")
 
 
 class Log(Section):
@@ -168,6 +184,8 @@ class Log(Section):
 class Guard(Section):
     max_skipped: int = Field(
         10, ge=0, description="steps skipped in a row for a non-finite loss or gradient before the run stops")
+    max_failed_saves: int = Field(
+        1, ge=0, description="saves that may fail in a row (a full disk) before the run stops")
 
 
 class Kernels(Section):
@@ -183,6 +201,8 @@ class Recipe(Section):
 
     output: str = Field(description="run directory; everything the run writes goes there")
     seed: int = Field(1234, ge=0, description="of initial weights, data order and dropout")
+    engine: Literal["megatron", "deepspeed"] = Field("megatron", description="who runs a step")
+    deepspeed: str | None = Field(None, description="JSON file of further DeepSpeed settings, see configs/deepspeed")
     model: Model
     sparsity: Sparsity = Field(Sparsity())
     data: Data = Field(Data())

@@ -30,12 +30,17 @@ class TokenData:
         tokenizer: of the data.
         cache: directory for Megatron-Core's sample indices.
         reads: whether this rank needs tokens; ranks between the first and last pipeline stage do not.
+
+    Attributes:
+        valid_batches: batches of an evaluation; 0: there are no validation data.
+        mean_length: of a sequence, in tokens.
     """
 
     def __init__(self, recipe: Recipe, sizes: list[int], tokenizer: Tokenizer, cache: Path, reads: bool):
         self.recipe, self.reads = recipe, reads
         self.train, self.valid = _build(recipe, sizes, tokenizer, cache, reads)
         self.valid_batches = 0
+        self.mean_length = recipe.train.sequence_length
         if recipe.data.valid:
             held = len(self.valid) // recipe.train.global_batch if reads else 0
             self.valid_batches = min(_largest(held), recipe.evaluate.batches)
@@ -47,6 +52,10 @@ class TokenData:
     def validation_batches(self) -> Iterator[list[MicroBatch]]:
         """The fixed validation batches: the same non-overlapping windows every time."""
         return self._batches(self.valid, 0, self.valid_batches)
+
+    def consumed(self, steps: int) -> int:
+        """Tokens that the model has read after so many steps."""
+        return steps * self.recipe.tokens_per_step
 
     def _batches(self, dataset: Dataset | None, first: int, last: int) -> Iterator[list[MicroBatch]]:
         per_step = self.recipe.micro_batches

@@ -1,12 +1,17 @@
-"""Who runs a step: Megatron-Core, behind the protocol that the training loop knows."""
+"""Who runs a step: Megatron-Core or DeepSpeed, behind the protocol that the training loop knows."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor, device, nn
+
+if TYPE_CHECKING:
+    from megatron_spdf.config import Recipe
+    from megatron_spdf.model.init import InitialWeights
+    from megatron_spdf.sparsity.plan import Plan
 
 MicroBatch = dict[str, Tensor]
 
@@ -64,7 +69,24 @@ class Engine(Protocol):
         """Fraction of zeros of every sparse weight as expanded: canonical name -> sparsity, on every rank."""
 
     def sharded_state(self, loading: bool) -> dict:
-        """Weights, mask bits and optimizer state as Megatron-Core's sharded tensors, to save or to load into."""
+        """Weights, mask bits and optimizer state as Megatron-Core's sharded tensors, to load into or to save: then
+        copies on the CPU, which later steps do not change, of what this rank saves for the others too."""
 
     def load_state(self, loaded: dict, optimizer_steps: int) -> None:
         """Takes a filled `sharded_state(loading=True)`."""
+
+
+def make_engine(recipe: Recipe, plan: Plan, where: device, weights: InitialWeights | None = None) -> Engine:
+    """The engine that the recipe names.
+
+    Args:
+        where: this rank's device.
+        weights: to start from; None: drawn anew.
+    """
+    if recipe.engine == "deepspeed":
+        from megatron_spdf.engine.deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(recipe, plan, where, weights)
+    from megatron_spdf.engine.megatron import MegatronEngine
+
+    return MegatronEngine(recipe, plan, where, weights)

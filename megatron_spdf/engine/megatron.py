@@ -8,9 +8,7 @@ from contextlib import ExitStack
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state as ps
-from megatron.core import tensor_parallel
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -18,17 +16,16 @@ from megatron.core.distributed import (
 )
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor, nn
 
-from megatron_spdf import kernels
 from megatron_spdf.config import Recipe
-from megatron_spdf.engine import MicroBatch, StepResult
-from megatron_spdf.engine.state import load_optimizer, optimizer_state
+from megatron_spdf.engine import MicroBatch, StepResult, common
+from megatron_spdf.engine.state import load_optimizer, optimizer_state, share_replicas, snapshot
 from megatron_spdf.model.gpt import build_model
+from megatron_spdf.model.init import InitialWeights
+from megatron_spdf.model.loss import mean_loss, token_losses
 from megatron_spdf.sparsity.compact import expanded
-from megatron_spdf.sparsity.masks import stream_key
 from megatron_spdf.sparsity.measure import measure_sparsity
 from megatron_spdf.sparsity.plan import Plan
 
@@ -40,19 +37,20 @@ class MegatronEngine:
         recipe: the run; its layout is the one the process groups were set up with.
         plan: what is sparse.
         device: of this rank.
+        weights: to start from; None: drawn anew.
 
     Attributes:
         reads_data: whether this rank is on the first or last pipeline stage and so needs tokens.
         optimizer_steps: updates done, skipped steps not counted; Adam's bias correction goes by it.
     """
 
-    def __init__(self, recipe: Recipe, plan: Plan, device: torch.device):
+    def __init__(self, recipe: Recipe, plan: Plan, device: torch.device, weights: InitialWeights | None = None):
         self.recipe, self.plan, self.device = recipe, plan, device
-        self.models = build_model(recipe, plan)
+        self.models = build_model(recipe, plan, weights)
         self.config = self.models[0].config
         self.chunks = [_data_parallel(recipe, model, first=i == 0) for i, model in enumerate(self.models)]
         self.optimizer = _optimizer(recipe, self.chunks)
-        self.scheduler = _scheduler(recipe, self.optimizer)
+        self.scheduler = common.make_scheduler(recipe, self.optimizer)
         self.optimizer_steps = 0
         self.data_parallel_rank = ps.get_data_parallel_rank()
         self.reads_data = ps.is_pipeline_first_stage() or ps.is_pipeline_last_stage()
@@ -72,8 +70,8 @@ class MegatronEngine:
             tokens: consumed at the end of this step; the learning rate is that of this point.
             stop_requested: whether this rank was asked to stop; known to all ranks afterwards.
         """
-        self._seed(number)
-        self._set_learning_rate(tokens)
+        common.seed_dropout(self.recipe, number)
+        common.set_learning_rate(self.scheduler, tokens)
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -98,18 +96,13 @@ class MegatronEngine:
 
     @property
     def learning_rate(self) -> float:
-        return self.scheduler.get_lr({"max_lr": self.recipe.optimizer.lr, "min_lr": self.scheduler.min_lr})
+        return common.learning_rate(self.scheduler)
 
     @property
     def choices(self) -> str:
         """Which implementation computes what."""
         adam = type(self.optimizer.chained_optimizers[0].optimizer)
-        block = self.models[0].decoder.layers[0]
-        parts = {"attention": type(block.self_attention.core_attention), "norm": type(block.pre_mlp_layernorm),
-                 "Adam": adam}
-        chosen = ", ".join(f"{name} {kind.__module__.split('.')[0]}.{kind.__name__}" for name, kind in parts.items())
-        where = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU (gloo, stand-in for CUDA)"
-        return f"device {where}; {chosen}; expand/compress {kernels.NAME}"
+        return common.describe_choices(self.models[0], adam, self.device)
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of parameters, gradient buffers and optimizer state on this rank, read off the buffers themselves."""
@@ -131,12 +124,16 @@ class MegatronEngine:
         return measure_sparsity(self.models, self.data_parallel_rank, self.plan)
 
     def sharded_state(self, loading: bool) -> dict:
-        """Weights, mask bits and optimizer state as Megatron-Core's sharded tensors."""
+        """Weights, mask bits and optimizer state as Megatron-Core's sharded tensors; to save, copies on the CPU."""
         self._gather_parameters()
-        metadata = {"non_homogeneous_layers": True,  # compact weights of different lengths: a key for every layer
-                    "dp_cp_group": ps.get_data_parallel_group(with_context_parallel=True)}
-        model = {f"chunk{i}": _tensors_only(m.sharded_state_dict(metadata=metadata)) for i, m in enumerate(self.models)}
-        return {"model": model, "optimizer": optimizer_state(self.optimizer, self.models, model, loading)}
+        metadata, group = common.model_metadata(), ps.get_data_parallel_group(with_context_parallel=True)
+        model = {f"chunk{i}": common.tensors_only(m.sharded_state_dict(metadata=metadata))
+                 for i, m in enumerate(self.models)}
+        share_replicas(model, group.rank(), group.size())
+        optimizer = optimizer_state(self.optimizer, self.models, model, loading)
+        if not loading:
+            snapshot(model)
+        return {"model": model, "optimizer": optimizer}
 
     def load_state(self, loaded: dict, optimizer_steps: int) -> None:
         """Takes what `sharded_state(loading=True)` asked for, filled from a checkpoint."""
@@ -156,11 +153,12 @@ class MegatronEngine:
 
     def _run(self, batch: Sequence[MicroBatch], forward_only: bool) -> Tensor:
         """Forward, and backward unless `forward_only`, over all micro-batches; the mean loss on ranks that report."""
+        smoothing = 0.0 if forward_only else self.recipe.train.label_smoothing
         with ExitStack() as stack:
             for model in self.models:
                 stack.enter_context(expanded(model, at_once=self.recipe.train.recompute == "full"))
             reports = get_forward_backward_func()(
-                forward_step_func=partial(_forward_step, self.device),
+                forward_step_func=partial(_forward_step, self.device, smoothing, self.recipe.model.vocab_size),
                 data_iterator=[iter(batch) for _ in self.chunks] if len(self.chunks) > 1 else iter(batch),
                 model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
                 num_microbatches=self.recipe.micro_batches,
@@ -173,11 +171,7 @@ class MegatronEngine:
         return torch.stack([r["loss"] for r in reports]).mean()
 
     def _agree(self, loss: Tensor, stop: bool) -> tuple[float, bool]:
-        """The loss of the global batch and whether any rank wants to stop, on every rank, in one small reduction."""
-        shared = torch.stack([loss.float() / self.recipe.parallel.data, torch.tensor(float(stop), device=self.device)])
-        dist.all_reduce(shared)
-        loss_mean, stops = shared.tolist()
-        return loss_mean, stops > 0
+        return common.agree(loss, self.recipe.parallel.data, stop)
 
     def _update(self, norm: float) -> None:
         limit = self.recipe.optimizer.clip_grad
@@ -187,29 +181,18 @@ class MegatronEngine:
         self.optimizer.step_with_ready_grads()
         self.optimizer_steps += 1
 
-    def _set_learning_rate(self, tokens: int) -> None:
-        self.scheduler.num_steps = tokens  # its steps are our tokens
-        self.scheduler.step(increment=0)
 
-    def _seed(self, number: int) -> None:
-        """Dropout of a step depends on (seed, step, data and pipeline rank), so nothing needs saving for it."""
-        if self.recipe.model.dropout > 0.0:
-            place = ps.get_data_parallel_rank() * self.recipe.parallel.pipeline + ps.get_pipeline_model_parallel_rank()
-            seed = int(stream_key("dropout", self.recipe.seed, number, place)[0] % 2**31)
-            torch.manual_seed(seed)
-            tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
-
-
-def _forward_step(device: torch.device, data_iterator: Iterator[MicroBatch], model: nn.Module):
+def _forward_step(
+    device: torch.device, smoothing: float, vocab_size: int, data_iterator: Iterator[MicroBatch], model: nn.Module
+):
     """Megatron-Core's forward step: per-token losses (B, T), and how they become one number."""
-    micro = {k: v.to(device, non_blocking=True) for k, v in next(data_iterator).items()}
-    losses = model(micro.get("tokens"), micro.get("position_ids"), None, labels=micro.get("labels"))
-    return losses, partial(_mean_loss, micro.get("loss_mask"))
+    micro = common.to_device(next(data_iterator), device)
+    return token_losses(model, micro, smoothing, vocab_size), partial(_reported, micro)
 
 
-def _mean_loss(mask: Tensor | None, losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    assert mask is not None, "the last stage reads data"
-    loss = (losses.float() * mask).sum() / mask.sum()
+def _reported(micro: MicroBatch, losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    assert micro, "the last stage reads data"
+    loss = mean_loss(micro, losses)
     return loss, {"loss": loss.detach().clone()}  # Megatron-Core scales the first in place
 
 
@@ -219,11 +202,6 @@ def _overlaps(recipe: Recipe) -> bool:
 
 def _per_chunk(functions: list):
     return functions if len(functions) > 1 else functions[0]
-
-
-def _tensors_only(state: dict) -> dict:
-    """Drops the `_extra_state` objects, which are empty and would be pickled into the checkpoint."""
-    return {k: v for k, v in state.items() if not k.endswith("_extra_state")}
 
 
 def _data_parallel(recipe: Recipe, model: nn.Module, first: bool) -> DistributedDataParallel:
@@ -255,21 +233,3 @@ def _optimizer(recipe: Recipe, chunks: list[DistributedDataParallel]) -> Megatro
         overlap_param_gather=_overlaps(recipe) and recipe.parallel.zero_stage == 1,
     )
     return get_megatron_optimizer(config, chunks, use_gloo_process_groups=False)
-
-
-def _scheduler(recipe: Recipe, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    """Megatron-Core's schedule with tokens as its unit."""
-    o = recipe.optimizer
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=o.lr,
-        min_lr=o.lr * o.min_lr_ratio,
-        lr_warmup_steps=o.warmup_tokens,
-        lr_decay_steps=recipe.steps * recipe.tokens_per_step,
-        lr_decay_style=o.decay,
-        start_wd=o.weight_decay,
-        end_wd=o.weight_decay,
-        wd_incr_steps=0,
-        wd_incr_style="constant",
-    )

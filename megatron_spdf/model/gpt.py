@@ -15,7 +15,7 @@ from torch.nn.functional import gelu
 
 from megatron_spdf.config import Recipe
 from megatron_spdf.model.attention import core_attention
-from megatron_spdf.model.init import initialise
+from megatron_spdf.model.init import DrawnWeights, InitialWeights, initialise
 from megatron_spdf.model.norm import norm_class
 from megatron_spdf.model.weights import model_weights, padded_vocab
 from megatron_spdf.sparsity.compact import sparsify
@@ -61,15 +61,21 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
     )
 
 
-def build_model(recipe: Recipe, plan: Plan) -> list[nn.Module]:
-    """This rank's model chunks (one, or `parallel.interleave`), initialised and made sparse, on the device."""
+def build_model(recipe: Recipe, plan: Plan, source: InitialWeights | None = None) -> list[nn.Module]:
+    """This rank's model chunks (one, or `parallel.interleave`), made sparse and filled from `source`, on the device.
+
+    Without a source the weights are drawn anew.
+    """
     config = transformer_config(recipe)
+    source = source or DrawnWeights(recipe.seed, recipe.model.query_groups)
     interleaved = recipe.parallel.interleave > 1
-    return [_build_chunk(recipe, config, plan, stage if interleaved else None)
+    return [_build_chunk(recipe, config, plan, source, stage if interleaved else None)
             for stage in range(recipe.parallel.interleave)]
 
 
-def _build_chunk(recipe: Recipe, config: TransformerConfig, plan: Plan, stage: int | None) -> GPTModel:
+def _build_chunk(
+    recipe: Recipe, config: TransformerConfig, plan: Plan, source: InitialWeights, stage: int | None
+) -> GPTModel:
     layer = get_gpt_layer_local_spec()
     norm = norm_class(recipe.kernels.norm)
     layer.submodules.self_attention.submodules.core_attention = core_attention(recipe.kernels.attention)
@@ -89,18 +95,18 @@ def _build_chunk(recipe: Recipe, config: TransformerConfig, plan: Plan, stage: i
     model.cuda(torch.cuda.current_device())
     if config.bf16:
         model.bfloat16()
-    _fill(model, recipe, plan)
+    _fill(model, recipe, plan, source)
     return model
 
 
-def _fill(model: GPTModel, recipe: Recipe, plan: Plan) -> None:
+def _fill(model: GPTModel, recipe: Recipe, plan: Plan, source: InitialWeights) -> None:
     """Sparsifies and initialises module by module, so that one weight at a time is dense in float32."""
     rank, world = ps.get_tensor_model_parallel_rank(), ps.get_tensor_model_parallel_world_size()
     weights = {w.name: w for w in model_weights(recipe.model)}
     for name, module in canonical_modules(model):
         if f"{name}.weight" in plan.weights:
             sparsify(module, plan.weights[f"{name}.weight"], plan.seed, rank, world)
-        initialise(module, name, weights, recipe.seed, recipe.model.query_groups, rank, world)
+        initialise(module, name, weights, source, rank, world)
 
 
 def canonical_modules(model: GPTModel) -> list[tuple[str, nn.Module]]:

@@ -6,6 +6,10 @@ A sparse weight draws the values of the dense one and keeps the active ones: the
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
 import numpy as np
 import torch
 from megatron.core.tensor_parallel.layers import (
@@ -20,15 +24,19 @@ from megatron_spdf.sparsity.compact import compact_of
 from megatron_spdf.sparsity.masks import stream_key
 
 STREAM = "megatron_spdf init stream 1"
+REVIVED = "megatron_spdf revived stream 1"
 
 
-def draw_values(weight: Weight, seed: int, chunks: int, rank: int, world: int) -> Tensor:
+def draw_values(
+    weight: Weight, seed: int, chunks: int, rank: int, world: int, stream: str = STREAM
+) -> Tensor:
     """This rank's shard of the dense initial weight, float32.
 
     Args:
         weight: a weight with a normal initial distribution.
         chunks: C; drawn chunk by chunk, so that a rank draws its own chunks only.
         rank, world: of the tensor-parallel group.
+        stream: other streams, other values.
     """
     assert weight.std is not None, weight.name
     if weight.axis is None:
@@ -37,16 +45,73 @@ def draw_values(weight: Weight, seed: int, chunks: int, rank: int, world: int) -
         mine = range(rank * chunks // world, (rank + 1) * chunks // world)
         shape = tuple(n // chunks if i == weight.axis else n for i, n in enumerate(weight.shape))
     drawn = [
-        Generator(Philox(key=stream_key(STREAM, seed, weight.name, c))).standard_normal(shape, dtype=np.float32)
+        Generator(Philox(key=stream_key(stream, seed, weight.name, c))).standard_normal(shape, dtype=np.float32)
         for c in mine
     ]
     values = drawn[0] if len(drawn) == 1 else np.concatenate(drawn, axis=weight.axis or 0)
     return torch.from_numpy(values).mul_(weight.std)
 
 
+class InitialWeights(Protocol):
+    """Where initial values come from."""
+
+    def shard(self, weight: Weight, rank: int, world: int) -> Tensor:
+        """This tensor-parallel rank's shard of the dense weight, float32."""
+
+    def mask_bits(self, weight: Weight, rank: int, world: int) -> np.ndarray | None:
+        """The mask of this rank's chunks as `CompactWeight.mask_bits` keeps it; None: the one that the plan draws."""
+
+
+@dataclass(frozen=True)
+class DrawnWeights:
+    """Values drawn anew; ones for norm weights, zeros for biases."""
+
+    seed: int
+    chunks: int
+
+    def shard(self, weight: Weight, rank: int, world: int) -> Tensor:
+        if weight.std is not None:
+            return draw_values(weight, self.seed, self.chunks, rank, world)
+        shape = tuple(n // world if i == weight.axis else n for i, n in enumerate(weight.shape))
+        return torch.full(shape, 1.0 if weight.name.endswith(".weight") else 0.0)
+
+    def mask_bits(self, weight: Weight, rank: int, world: int) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class LoadedWeights:
+    """Values of a trained model.
+
+    Args:
+        read: canonical name -> the whole weight, dense.
+        read_mask: canonical name -> the mask of all its chunks, for weights that stay sparse.
+        revived: std of the entries of block weights that are zero there, in units of the weight's initial std; 0: zero.
+        seed, chunks: of the revived entries, which are the same at every layout.
+    """
+
+    read: Callable[[str], Tensor]
+    read_mask: Callable[[str], np.ndarray] | None = None
+    revived: float = 0.0
+    seed: int = 0
+    chunks: int = 1
+
+    def shard(self, weight: Weight, rank: int, world: int) -> Tensor:
+        values = self.read(weight.name).float()
+        if weight.axis is not None:
+            values = values.chunk(world, weight.axis)[rank]
+        if self.revived > 0.0 and weight.linear:
+            drawn = draw_values(weight, self.seed, self.chunks, rank, world, REVIVED)
+            values = torch.where(values == 0, self.revived * drawn, values)
+        return values
+
+    def mask_bits(self, weight: Weight, rank: int, world: int) -> np.ndarray | None:
+        return None if self.read_mask is None else np.split(self.read_mask(weight.name), world)[rank]
+
+
 @torch.no_grad()
 def initialise(
-    module: nn.Module, name: str, weights: dict[str, Weight], seed: int, chunks: int, rank: int, world: int
+    module: nn.Module, name: str, weights: dict[str, Weight], source: InitialWeights, rank: int, world: int
 ) -> None:
     """Fills and marks the direct parameters of one module, `name` being its canonical name.
 
@@ -60,13 +125,14 @@ def initialise(
     for key, parameter in owned.items():
         full = f"{name}.{key}"
         weight = weights[EMBEDDING if full == TIED_OUTPUT else full]
+        sparse = compact is not None and key == "weight"
         if weight.axis is not None:
-            _mark(parameter, 0 if compact is not None and key == "weight" else weight.axis)  # chunks are cut along 0
-        if weight.std is None:
-            parameter.fill_(1.0 if key == "weight" else 0.0)
-            continue
-        values = draw_values(weight, seed, chunks, rank, world).to(parameter.device)
-        parameter.copy_(values if compact is None else compact.right_inverse(values))
+            _mark(parameter, 0 if sparse else weight.axis)  # chunks are cut along 0
+        if sparse and (bits := source.mask_bits(weight, rank, world)) is not None:
+            compact.mask_bits.copy_(torch.from_numpy(bits))
+            compact.index_mask()
+        values = source.shard(weight, rank, world).to(parameter.device)
+        parameter.copy_(compact.right_inverse(values) if sparse else values)
 
 
 def _mark(parameter: nn.Parameter, axis: int) -> None:

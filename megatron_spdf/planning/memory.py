@@ -18,9 +18,10 @@ class RankBytes:
     """Bytes on one rank.
 
     Attributes:
-        parameters: compact values of sparse weights and all other parameters, in the training precision.
-        gradients: fp32 buffer that micro-batches add into.
-        optimizer: fp32 moments, and master weights under bf16; a 1/data share with zero_stage 1.
+        parameters: compact values of sparse weights and all other parameters, in the training precision; a 1/data
+            share with zero_stage 3.
+        gradients: fp32 buffer that micro-batches add into; a 1/data share from zero_stage 2.
+        optimizer: fp32 moments, and master weights under bf16; a 1/data share from zero_stage 1, nothing if offloaded.
         expanded: dense copies of the sparse weights, kept for the step.
         masks: one bit a weight, and the positions of the active entries (8 bytes each on CPU, 4 on a GPU).
     """
@@ -59,7 +60,7 @@ def rank_bytes(recipe: Recipe, plan: Plan, stage: int, on_gpu: bool) -> RankByte
     """Bytes on each rank of a pipeline stage."""
     tp, bf16 = recipe.parallel.tensor, recipe.train.precision == "bf16"
     width = 2 if bf16 else 4
-    shards = recipe.parallel.data if recipe.parallel.zero_stage == 1 else 1
+    zero, replicas = recipe.parallel.zero_stage, recipe.parallel.data
     parameters = expanded = bits = positions = 0
     for weight in rank_weights(recipe, stage):
         sparse = plan.weights.get(weight.name)
@@ -70,9 +71,10 @@ def rank_bytes(recipe: Recipe, plan: Plan, stage: int, on_gpu: bool) -> RankByte
             bits += sparse.chunks // tp * math.ceil(math.prod(sparse.chunk_shape) / 8)
             positions += local
     return RankBytes(
-        parameters=width * parameters,
-        gradients=4 * parameters,
-        optimizer=(12 if bf16 else 8) * parameters // shards,
+        parameters=width * parameters // (replicas if zero >= 3 else 1),
+        gradients=4 * parameters // (replicas if zero >= 2 else 1),
+        optimizer=0 if recipe.parallel.offload else
+        (12 if bf16 else 8) * parameters // (replicas if zero >= 1 else 1),
         expanded=width * expanded,
         masks=bits + positions * (4 if on_gpu else 8),
     )
@@ -83,7 +85,8 @@ def render_layout(recipe: Recipe, plan: Plan) -> str:
     p = recipe.parallel
     lines = [
         f"layout: {p.world} ranks = tensor {p.tensor}{' + sequence' if p.sequence else ''} x pipeline {p.pipeline}"
-        f"{f' (interleave {p.interleave})' if p.interleave > 1 else ''} x data {p.data}, ZeRO-{p.zero_stage}; "
+        f"{f' (interleave {p.interleave})' if p.interleave > 1 else ''} x data {p.data}, "
+        f"{recipe.engine} ZeRO-{p.zero_stage}{' offloaded' if p.offload else ''}; "
         f"{recipe.micro_batches} micro-batches of {recipe.train.micro_batch} x {recipe.train.sequence_length} tokens",
         f"steps: {recipe.steps:,} of {recipe.tokens_per_step:,} tokens",
         f"  {'GiB per GPU':<16}{'parameters':>12}{'gradients':>12}{'optimizer':>12}{'expanded':>12}{'masks':>12}"

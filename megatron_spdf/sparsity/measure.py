@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -18,18 +21,25 @@ class SparsityDrift(RuntimeError):
 
 
 @torch.no_grad()
-def measure_sparsity(models: list[nn.Module], data_parallel_rank: int, plan: Plan) -> dict[str, float]:
+def measure_sparsity(
+    models: list[nn.Module], data_parallel_rank: int, plan: Plan,
+    gathered: Callable[[nn.Parameter], AbstractContextManager] = lambda parameter: nullcontext(),
+) -> dict[str, float]:
     """Fraction of zeros of every sparse weight over all ranks: canonical name -> sparsity.
 
     Args:
         data_parallel_rank: replicas after the first count nothing, so that every shard counts once.
+        gathered: a context in which all of a parameter is there, which every rank enters.
     """
     names = list(plan.weights)
     device = next(models[0].parameters()).device
     non_zero = torch.zeros(len(names), dtype=torch.int64, device=device)
-    if data_parallel_rank == 0:
-        for module in (m for model in models for m in sparse_modules(model)):
-            non_zero[names.index(compact_of(module).planned.name)] = torch.count_nonzero(module.weight)
+    for module in (m for model in models for m in sparse_modules(model)):
+        compact, values = compact_of(module), module.parametrizations.weight.original
+        with gathered(values):
+            if data_parallel_rank == 0:
+                # Not module.weight: under ZeRO-3 that would count as a forward pass.
+                non_zero[names.index(compact.planned.name)] = torch.count_nonzero(compact.forward(values))
     dist.all_reduce(non_zero)
     return {n: 1.0 - count / plan.weights[n].numel for n, count in zip(names, non_zero.tolist(), strict=True)}
 

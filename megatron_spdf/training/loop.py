@@ -11,8 +11,10 @@ import psutil
 import torch
 
 from megatron_spdf.checkpoint.checkpointer import Checkpointer, RunState
+from megatron_spdf.checkpoint.saving import SaveFailed, Saving
 from megatron_spdf.config import Recipe
 from megatron_spdf.data.dataset import TokenData
+from megatron_spdf.data.finetuning import CompletionData
 from megatron_spdf.engine import Engine, StepResult
 from megatron_spdf.evaluation.perplexity import validation_loss
 from megatron_spdf.parallel.signals import StopRequest
@@ -36,7 +38,7 @@ class Trainer:
     recipe: Recipe
     plan: Plan
     engine: Engine
-    data: TokenData
+    data: TokenData | CompletionData
     checkpointer: Checkpointer
     state: RunState
     log: RunLog
@@ -48,13 +50,21 @@ class Trainer:
 
         Raises:
             NotFinite, SparsityDrift: the run cannot go on; nothing after the last good checkpoint is saved.
+            SaveFailed: the last save failed, or more in a row than `guard.max_failed_saves`.
         """
+        try:
+            self._train()
+        finally:
+            self._report_saved(self.checkpointer.wait())  # a good state, whatever happened since
+        return exit_codes.FINISHED if self.finished else exit_codes.STOPPED_ON_SIGNAL
+
+    def _train(self) -> None:
         recipe, state = self.recipe, self.state
         saved = state.step
         self._evaluate_if_due()  # the evaluation that a stop cut off
         batches = self.data.training_batches(state.step)
         first = state.step + 1
-        while state.step < recipe.steps and not self.stopping:
+        while not self.finished and not self.stopping:
             started = time.perf_counter()
             batch = next(batches)
             fetched = time.perf_counter()
@@ -68,12 +78,21 @@ class Trainer:
                 self._report(result, seconds=time.perf_counter() - started, waited=fetched - started)
             self.log.advance(result.loss)
             self.stopping = result.stop
-            self._evaluate_if_due()
-            if recipe.checkpoint.every and state.step % recipe.checkpoint.every == 0:
+            self._report_saved(self.checkpointer.poll())
+            best = self._evaluate_if_due() and recipe.checkpoint.best
+            if best or recipe.checkpoint.every and state.step % recipe.checkpoint.every == 0:
                 saved = self._save()
-        if saved != state.step:
+        self._report_saved(self.checkpointer.wait())
+        if saved != state.step or self.checkpointer.failed_in_a_row:
             self._save()
-        return exit_codes.FINISHED if state.step == recipe.steps else exit_codes.STOPPED_ON_SIGNAL
+            self._report_saved(self.checkpointer.wait())
+        self._stop_if_saves_fail(allowed=0)
+
+    @property
+    def finished(self) -> bool:
+        """The last step is done, or validation has not improved for too long."""
+        state, patience = self.state, self.recipe.evaluate.patience
+        return state.step == self.recipe.steps or patience > 0 and state.worse >= patience
 
     def _report_bytes(self, traffic: TrafficCounter) -> None:
         """What rank 0 holds and sends in a step, counted at its buffers and collectives."""
@@ -86,6 +105,7 @@ class Trainer:
     def _count(self, result: StepResult) -> None:
         state = self.state
         state.step += 1
+        state.tokens = self.data.consumed(state.step)
         state.optimizer_steps = self.engine.optimizer_steps
         if not result.skipped:
             state.skipped_in_a_row = 0
@@ -103,18 +123,18 @@ class Trainer:
     def _report(self, result: StepResult, seconds: float, waited: float) -> None:
         recipe, state = self.recipe, self.state
         measured = self.engine.measured_sparsity()
-        model, length = recipe.model, recipe.train.sequence_length
-        tokens = state.step * recipe.tokens_per_step
-        executed = training_flops(model, length).total * recipe.tokens_per_step / seconds / recipe.parallel.world
+        model, length = recipe.model, self.data.mean_length
+        tokens = state.tokens - self.data.consumed(state.step - 1)  # of this step
+        executed = training_flops(model, length).total * tokens / seconds / recipe.parallel.world
         figures = {
-            "tokens": tokens,
+            "tokens": state.tokens,
             "loss": result.loss,
             "lr": self.engine.learning_rate,
             "grad_norm": result.grad_norm,
             "skipped": state.skipped,
             "sparsity": total_sparsity(measured, self.plan),
-            "flops": training_flops(model, length, self.plan).total * tokens,
-            "tokens_per_second": recipe.tokens_per_step / seconds,
+            "flops": training_flops(model, length, self.plan).total * state.tokens,
+            "tokens_per_second": tokens / seconds,
             "model_tflops_per_rank": executed / 1e12,  # of the dense matrix products that are executed
             "step_seconds": seconds,
             "data_seconds": waited,
@@ -130,27 +150,54 @@ class Trainer:
             f"{figures['model_tflops_per_rank']:.3g} TFLOP/s"
             + (f" | MFU {figures['mfu']:.1%}" if peak else "") + f" | sparsity {figures['sparsity']:.2%}")
 
-    def _evaluate_if_due(self) -> None:
-        """Evaluates every `evaluate.every` steps and at the end, once for each step however often it resumes."""
+    def _evaluate_if_due(self) -> bool:
+        """Evaluates every `evaluate.every` steps and at the end, once for each step however often it resumes; returns
+        whether the loss is the lowest yet."""
         state, every = self.state, self.recipe.evaluate.every
         due = state.step == self.recipe.steps or (every and state.step % every == 0 and state.step > 0)
         if not due or not self.data.valid_batches or state.evaluated == state.step or self.stopping:
-            return
+            return False
         loss = validation_loss(self.engine, self.data.validation_batches(), lambda: self.stop.requested)
         if loss is None:
             self.stopping = True
-            return
+            return False
         state.evaluated = state.step
+        better = state.best_loss is None or loss < state.best_loss
+        if better:
+            if self.recipe.checkpoint.best:
+                self.checkpointer.note_best(state.step, loss)
+            state.best_step, state.best_loss, state.worse = state.step, loss, 0
+        else:
+            state.worse += 1
         self.log.record("valid", state.step, loss=loss, perplexity=math.exp(loss))
-        self.log.say(f"step {state.step}: validation loss {loss:.4f}, perplexity {math.exp(loss):.2f}")
+        self.log.say(f"step {state.step}: validation loss {loss:.4f}, perplexity {math.exp(loss):.2f}"
+                     + ("" if better else f"; no better than at step {state.best_step}, {state.worse} in a row"))
+        return better
 
     def _save(self) -> int:
+        """Starts a save, when the one before is done; returns the step."""
+        started = time.perf_counter()
+        self._report_saved(self.checkpointer.wait())
+        self._stop_if_saves_fail(self.recipe.guard.max_failed_saves)
         measured = self.engine.measured_sparsity()
         check_sparsity(measured, self.plan)
-        started = time.perf_counter()
-        path = self.checkpointer.save(self.engine, self.state, measured)
-        self.log.say(f"step {self.state.step}: saved {path} in {time.perf_counter() - started:.1f} s")
+        self.checkpointer.save(self.engine, self.state, measured)
+        if not self.recipe.checkpoint.asynchronous:
+            self._report_saved(self.checkpointer.wait())
+        self.log.record("save", self.state.step, stalled_seconds=time.perf_counter() - started)
         return self.state.step
+
+    def _report_saved(self, saving: Saving | None) -> None:
+        if saving and saving.error:
+            self.log.say(f"could NOT save {saving.path}: {saving.error}; the checkpoints before it are untouched")
+        elif saving:
+            self.log.say(f"saved {saving.path}, written in {saving.seconds:.1f} s")
+
+    def _stop_if_saves_fail(self, allowed: int) -> None:
+        failed = self.checkpointer.failed_in_a_row
+        if failed > allowed:
+            raise SaveFailed(f"the last {failed} saves failed, see above; make room in {self.checkpointer.directory} "
+                             "and start the run again: it goes on from the last complete checkpoint")
 
 
 def _peak_memory() -> int:

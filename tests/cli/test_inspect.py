@@ -147,8 +147,8 @@ def test_it_says_what_is_there(run):
 def test_json_holds_the_same_and_the_bytes_add_up(run, checkpoint, whole):
     facts = json.loads(inspect(run, "--json").stdout)
     assert facts["checkpoint"] == str(checkpoint) and facts["verified"] is None
-    assert facts["state"] | {"evaluated": 0} == {"step": 4, "optimizer_steps": 4, "skipped": 0, "skipped_in_a_row": 0,
-                                                 "tokens": 1024, "evaluated": 0}
+    counted = {key: facts["state"][key] for key in ("step", "optimizer_steps", "skipped", "skipped_in_a_row", "tokens")}
+    assert counted == {"step": 4, "optimizer_steps": 4, "skipped": 0, "skipped_in_a_row": 0, "tokens": 1024}
     assert facts["layout"]["tensor"] == 2
     rows = {(row["kind"].split(".")[-2], row["count"], row["target"]) for row in facts["sparsity"]["weights"]}
     fc2 = 1 - 4 * round(0.1 * 64 * 64) / (64 * 256)

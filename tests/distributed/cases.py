@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
+import resource
+import time
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +18,7 @@ from harness import agree_on_port
 from megatron.core import parallel_state as ps
 from plain_gpt2 import plain_gpt2, train_plain
 
+from megatron_spdf.checkpoint import store
 from megatron_spdf.checkpoint.checkpointer import Checkpointer, RunState
 from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
 from megatron_spdf.checkpoint.reshard import reshard
@@ -22,8 +26,7 @@ from megatron_spdf.config import Recipe
 from megatron_spdf.config.checks import findings
 from megatron_spdf.data.corpus import check_corpus
 from megatron_spdf.data.dataset import TokenData
-from megatron_spdf.engine import megatron
-from megatron_spdf.engine.megatron import MegatronEngine
+from megatron_spdf.engine import Engine, make_engine, megatron
 from megatron_spdf.model.weights import model_weights
 from megatron_spdf.parallel.ranks import find_ranks, join, leave
 from megatron_spdf.parallel.signals import StopRequest
@@ -48,7 +51,7 @@ class Bench:
         self.corpus = check_corpus(self.recipe)
         agree_on_port()
         self.device = join(find_ranks(), self.recipe)
-        self.engine = MegatronEngine(self.recipe, self.plan, self.device)
+        self.engine = make_engine(self.recipe, self.plan, self.device)
         self.data = TokenData(self.recipe, self.corpus.train_tokens, self.corpus.tokenizer, self.run.cache,
                               self.engine.reads_data)
         self.checkpointer = Checkpointer(self.run.checkpoints, self.recipe, self.plan, self.corpus.tokenizer)
@@ -66,7 +69,23 @@ class Bench:
 def bench(recipe: dict):
     opened = Bench(recipe)
     yield opened
+    close(opened)
+
+
+def close(opened) -> None:
+    """Leaves the process groups and lets go of what holds them: their threads poll, and hundreds of them slow down
+    every case that follows. Autograd's hooks hold the model in circles that Python's collector cannot see."""
+    engine = vars(opened).pop("engine")
+    held = [*getattr(engine, "chunks", []), *(part for model in engine.models for part in (
+        *model.parameters(), *model.modules()))]
+    if hasattr(engine, "zero"):
+        engine.zero.destroy()
+        held += [engine.zero, engine.zero.optimizer]
     leave()
+    for thing in held:
+        vars(thing).clear()
+    del engine, held, thing
+    gc.collect()
 
 
 def abandon() -> None:
@@ -75,7 +94,7 @@ def abandon() -> None:
         leave()
 
 
-def masks(engine: MegatronEngine) -> dict[tuple[str, int], str]:
+def masks(engine: Engine) -> dict[tuple[str, int], str]:
     """(weight, chunk) -> hash of its mask bits, of this rank's chunks."""
     found = {}
     for module in (m for model in engine.models for m in sparse_modules(model)):
@@ -131,7 +150,93 @@ def cut(recipes: list[dict], stops: list[int]) -> list[tuple[float, float]]:
             curve += b.steps(state.step, stop)
             state = RunState(stop, b.engine.optimizer_steps)
             b.checkpointer.save(b.engine, state, b.engine.measured_sparsity())
+            assert b.checkpointer.wait().error is None
     return curve
+
+
+def go_on(recipe: dict, stop: int) -> list[tuple[float, float]]:
+    """The steps from the newest checkpoint of the run directory, if it has one, up to `stop`; saved there."""
+    with bench(recipe) as b:
+        state, _ = b.checkpointer.restore(b.engine)
+        curve = b.steps(state.step, stop)
+        b.checkpointer.save(b.engine, RunState(stop, b.engine.optimizer_steps), b.engine.measured_sparsity())
+        assert b.checkpointer.wait().error is None
+    return curve
+
+
+def damaged(recipe: dict) -> dict[tuple[str, str], str]:
+    """(file, damage) -> what a restore says, for every file of a checkpoint, restored to health after each."""
+    with bench(recipe) as b:
+        b.steps(0, 1)
+        b.checkpointer.save(b.engine, RunState(1, 1), b.engine.measured_sparsity())
+        checkpoint = b.checkpointer.wait().path
+        said = {}
+        for name in [*store.files_of(checkpoint), store.FILES]:
+            for damage in (flip, truncate, Path.unlink):
+                file = checkpoint / name
+                whole = file.read_bytes()
+                on_first(lambda file=file, damage=damage: damage(file))
+                try:
+                    b.checkpointer.restore(b.engine)
+                    said[name, damage.__name__] = "nothing"
+                except ValueError as error:
+                    said[name, damage.__name__] = str(error)
+                on_first(lambda file=file, whole=whole: file.write_bytes(whole))
+        b.checkpointer.restore(b.engine)
+        return said
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def on_first(action) -> None:
+    dist.barrier()
+    if dist.get_rank() == 0:
+        action()
+    dist.barrier()
+
+
+def failing_save(recipe: dict, rank: int) -> dict:
+    """A save during which a rank can write no large file, between two that work."""
+    with bench(recipe) as b:
+        found = {}
+        for step, limited in ((1, False), (2, True), (3, False)):
+            b.steps(step - 1, step)
+            if limited and dist.get_rank() == rank:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+            b.checkpointer.save(b.engine, RunState(step, step), b.engine.measured_sparsity())
+            saving = b.checkpointer.wait()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            found[step] = (str(saving.error), sorted(p.name for p in b.run.checkpoints.iterdir()),
+                           b.checkpointer.failed_in_a_row)
+        state, _ = b.checkpointer.restore(b.engine)
+        return {**found, "resumed": state.step}
+
+
+def saved_behind(recipe: dict) -> dict:
+    """Whether steps taken while a checkpoint is written get into it: its own state against that of a waiting save."""
+    with bench(recipe) as b:
+        b.steps(0, 2)
+        before = state_hash(b.engine)
+        describe = store.describe
+        store.describe = lambda path: time.sleep(0.5) or describe(path)  # a slow disk
+        b.checkpointer.save(b.engine, RunState(2, 2), b.engine.measured_sparsity())
+        later = b.steps(2, 4)
+        early = b.checkpointer.poll() is None  # still being written
+        on_disk = [p.name for p in b.run.checkpoints.iterdir()]
+        saving = b.checkpointer.wait()
+        store.describe = describe
+        after = state_hash(b.engine)
+        b.checkpointer.restore(b.engine)
+        return {"early": early, "on disk": on_disk, "path": saving.path.name, "changed": before != after,
+                "restored": state_hash(b.engine) == before, "again": b.steps(2, 4) == later}
 
 
 def densified(recipe: dict, steps: int) -> dict:
@@ -172,11 +277,11 @@ def poisoned(recipe: dict, poison: dict[int, str]) -> dict:
     with bench(recipe) as b:
         run, found = b.engine._run, []
 
-        def poisoned_run(batch, forward_only):
+        def poisoned_run(*arguments, **keywords):
             kind = poison.get(len(found) + 1) if dist.get_rank() == dist.get_world_size() - 1 else None
             factor = float("inf") if kind == "gradient" else 1.0
             hook = next(b.engine.models[0].decoder.parameters()).register_hook(lambda gradient: gradient * factor)
-            loss = run(batch, forward_only)
+            loss = run(*arguments, **keywords)
             hook.remove()
             return loss * float("nan") if kind == "loss" else loss
 
@@ -188,11 +293,11 @@ def poisoned(recipe: dict, poison: dict[int, str]) -> dict:
         return {"steps": found, "optimizer_steps": b.engine.optimizer_steps}
 
 
-def state_hash(engine: MegatronEngine) -> str:
+def state_hash(engine: Engine) -> str:
     """Of weights and moments on this rank."""
     digest = hashlib.sha256()
-    adam = engine.optimizer.chained_optimizers[0].optimizer
-    tensors = [p for model in engine.models for p in model.parameters()]
+    adam = engine.adam if hasattr(engine, "adam") else engine.optimizer.chained_optimizers[0].optimizer
+    tensors = [getattr(p, "ds_tensor", p) for model in engine.models for p in model.parameters()]
     tensors += [t for state in adam.state.values() for t in state.values()]
     for tensor in tensors:
         digest.update(tensor.detach().float().numpy().tobytes())
@@ -244,11 +349,12 @@ def converted(recipe: dict, stop: int, ids: torch.Tensor, greedy: int = 0) -> di
             prompt = torch.cat([prompt, next_token(b, logits(b.engine, prompt))], dim=1)
         curve = b.steps(state.step, stop)
         b.checkpointer.save(b.engine, RunState(stop, b.engine.optimizer_steps), b.engine.measured_sparsity())
+        assert b.checkpointer.wait().error is None
         return {"before": before, "after": logits(b.engine, ids), "curve": curve, "masks": masks(b.engine),
                 "text": b.corpus.tokenizer.decode(prompt[0].tolist())}
 
 
-def logits(engine: MegatronEngine, ids: torch.Tensor) -> torch.Tensor | None:
+def logits(engine: Engine, ids: torch.Tensor) -> torch.Tensor | None:
     """(B, T, padded vocabulary) on the last pipeline stage, None elsewhere."""
     for chunk in engine.chunks:
         chunk.eval()

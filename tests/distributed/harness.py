@@ -2,10 +2,13 @@
 
     results = run_cases(world=2, cases={"tp2": ("train", {...}), ...}, directory=tmp)
     results["tp2"][rank]  ->  what tests/distributed/cases.py:train returned there, or a `Failure`
+
+A function of another module beside cases.py is named with it: "finetune_cases.finetuned".
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import pickle
 import socket
@@ -93,14 +96,15 @@ def _rank_main(directory: Path) -> None:
     from megatron_spdf.parallel import cpu
 
     cpu.install()
-    import cases as functions
+    import cases
 
     for name, (function, arguments) in pickle.loads((directory / "cases.pickle").read_bytes()).items():
         try:
-            result = getattr(functions, function)(**arguments)
+            module, _, name_there = function.rpartition(".")
+            result = getattr(importlib.import_module(module or "cases"), name_there)(**arguments)
         except Exception:
             result = Failure(traceback.format_exc())
-            functions.abandon()
+            cases.abandon()
         (directory / f"{name}.{os.environ['RANK']}.pickle").write_bytes(pickle.dumps(result))
 
 

@@ -1,0 +1,107 @@
+#!/usr/bin/env python3
+"""Dense or sparse fine-tuning of a pre-trained GPT on contexts and completions.
+
+    python finetune.py RECIPE.yaml checkpoint=RUN [section.key=value ...] [--dry-run]
+    deepspeed --num_gpus 2 finetune.py configs/finetune/e2e.yaml checkpoint=runs/gpt2_small_s75 parallel.data=2
+    torchrun --nproc-per-node 8 finetune.py configs/finetune/e2e.yaml checkpoint=runs/gpt2_small_s75 parallel.data=8
+    srun python finetune.py configs/finetune/e2e.yaml checkpoint=runs/gpt3_xl_s75 parallel.data=8 parallel.zero_stage=3
+
+One process per GPU. A run goes on from the newest complete checkpoint in its output directory by itself.
+Exit codes: 0 finished; 2 bad input; 3 stopped by a guard; 75 stopped on SIGTERM or SIGUSR1, a checkpoint saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from megatron_spdf.checkpoint.source import WeightSource, open_weights
+from megatron_spdf.config.finetune import Finetune, load_finetune
+from megatron_spdf.config.help import render_help
+from megatron_spdf.parallel.ranks import Ranks, check_world, find_ranks, join, leave
+from megatron_spdf.parallel.signals import StopRequest
+from megatron_spdf.training import exit_codes
+from megatron_spdf.training.prepare import Prepared, prepare
+from megatron_spdf.training.run_dir import RunDir
+
+
+def main() -> int:
+    """Checks everything that can be checked without a device, then fine-tunes."""
+    options = parse_arguments()
+    try:
+        finetune = load_finetune(options.recipe, options.overrides)
+        start = open_weights(finetune.checkpoint, checksums=False)
+        prepared = prepare(finetune, start)
+        if options.dry_run:
+            print(prepared.summary)
+            return exit_codes.FINISHED
+        ranks = find_ranks()
+        check_world(ranks, finetune.parallel)
+        run = RunDir(finetune)
+        run.check()
+    except (ValueError, FileNotFoundError) as error:
+        return refuse(error)
+    return train(finetune, start, prepared, ranks, run)
+
+
+def train(finetune: Finetune, start: WeightSource, prepared: Prepared, ranks: Ranks, run: RunDir) -> int:
+    """Joins the ranks, builds the engine on the starting weights, restores the newest checkpoint, trains to the end."""
+    from megatron_spdf.parallel import cpu
+
+    stop = StopRequest()
+    cpu.install()  # before anything that imports megatron.core
+    from megatron_spdf.checkpoint.checkpointer import Checkpointer
+    from megatron_spdf.checkpoint.saving import SaveFailed
+    from megatron_spdf.data.finetuning import CompletionData
+    from megatron_spdf.engine import make_engine
+    from megatron_spdf.model.init import LoadedWeights
+    from megatron_spdf.sparsity.measure import SparsityDrift
+    from megatron_spdf.training.loop import NotFinite, Trainer
+    from megatron_spdf.training.run_log import RunLog
+
+    recipe, plan = prepared.recipe, prepared.plan
+    revived = finetune.revived_scale if finetune.revived == "normal" else 0.0
+    weights = LoadedWeights(start.master, start.mask_bits if plan.weights else None, revived, finetune.seed,
+                            recipe.model.query_groups)
+    try:
+        device = join(ranks, recipe)
+        engine = make_engine(recipe, plan, device, weights)
+        if ranks.rank == 0:
+            run.claim()
+        checkpointer = Checkpointer(run.checkpoints, recipe, plan, prepared.tokenizer)
+        checkpointer.masks, checkpointer.origin = prepared.masks, prepared.origin
+        state, found = checkpointer.restore(engine)
+    except ValueError as error:
+        return refuse(error)
+    data = CompletionData(recipe, prepared.train, prepared.valid, prepared.tokenizer.eod, engine.data_parallel_rank)
+    log = RunLog(run, state.step, recipe.steps, recipe.log.tensorboard, active=ranks.rank == 0)
+    log.say("\n".join([prepared.summary, engine.choices, *found]))
+    try:
+        return Trainer(recipe, plan, engine, data, checkpointer, state, log, stop).run()
+    except (NotFinite, SparsityDrift, SaveFailed) as error:
+        log.say(f"stopped: {error}")
+        return exit_codes.GUARD_STOPPED
+    finally:
+        log.close()
+        leave()
+
+
+def refuse(error: Exception) -> int:
+    print(f"finetune.py: {error}", file=sys.stderr)
+    return exit_codes.BAD_INPUT
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=f"fields of a recipe (name, type, default, meaning):\n\n{render_help(Finetune)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", help="YAML file, see configs/finetune")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that win over the recipe's")
+    parser.add_argument("--dry-run", action="store_true",
+                        help="validate recipe, checkpoint and data, print layout and bytes per rank, and exit")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from deepspeed's launcher, like LOCAL_RANK
+    return parser.parse_intermixed_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+"""Reading the files of tasks; what is malformed is named with its file and line."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def find_file(path: Path, patterns: tuple[str, ...], task: str, split: str) -> Path:
+    """`path` where it is a file; the first match of the patterns, the better ones first, where it is a directory.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} does not exist; give the {split} file of {task}, or its directory")
+    for pattern in patterns:
+        if matches := sorted(path.glob(pattern)):
+            return matches[0]
+    raise FileNotFoundError(f"{path} has no {' or '.join(patterns)}, the {split} split of {task}")
+
+
+def csv_rows(path: Path, required: tuple[str, ...], optional: tuple[str, ...] = ()) -> Iterator[tuple[str, dict]]:
+    """The records of a CSV file with a header: where each ends, "FILE, line N", and its fields by lower-case name.
+
+    Raises:
+        ValueError: a column is missing, a record has another number of fields, or the file is no UTF-8 CSV.
+    """
+    csv.field_size_limit(sys.maxsize)  # articles are longer than the library's 128 KiB
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = csv.reader(file, strict=True)
+        try:
+            header = [name.strip().lower() for name in next(rows, [])]
+            missing = [name for name in required if name not in header]
+            if missing:
+                raise ValueError(f"{path}, line 1: no column {', '.join(missing)}; the header is {header}")
+            columns = {name: header.index(name) for name in (*required, *optional) if name in header}
+            for row in rows:
+                where = f"{path}, line {rows.line_num}"
+                if row and len(row) != len(header):
+                    raise ValueError(f"{where}: {len(row)} fields where the header has {len(header)}")
+                if row:
+                    yield where, {name: row[column] for name, column in columns.items()}
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {rows.line_num}: not CSV ({error})") from None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8 ({error})") from None
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a JSON-lines file, each with its place; blank lines are passed over.
+
+    Raises:
+        ValueError: a line is no JSON object.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                where = f"{path}, line {number}"
+                yield where, _object(where, line)
+
+
+def json_file(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        ValueError: it is no JSON.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+
+
+def _object(where: str, line: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON ({error})") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: a {type(record).__name__} instead of an object")
+    return record
+
+
+def text_of(where: str, record: dict[str, Any], field: str) -> str:
+    """The text in a field.
+
+    Raises:
+        ValueError: the field is missing, no text, or blank.
+    """
+    if field not in record:
+        raise ValueError(f"{where}: no field {field!r}")
+    return checked_text(where, field, record[field])
+
+
+def list_of(where: str, record: dict[str, Any], field: str) -> list[Any]:
+    """The list in a field.
+
+    Raises:
+        ValueError: the field is missing or no list.
+    """
+    if not isinstance(record.get(field), list):
+        raise ValueError(f"{where}: field {field!r} must be a list; it is {record.get(field)!r:.80}")
+    return record[field]
+
+
+def texts_of(where: str, record: dict[str, Any], field: str) -> tuple[str, ...]:
+    """The texts in a field that is a list of them, blank ones left out: published sets have a few.
+
+    Raises:
+        ValueError: the field is missing, no list, or holds what is no text, or blank ones only.
+    """
+    texts = list_of(where, record, field)
+    checked = tuple(checked_text(where, field, text) for text in texts if not isinstance(text, str) or text.strip())
+    if not checked:
+        raise ValueError(f"{where}: field {field!r} has no text")
+    return checked
+
+
+def checked_text(where: str, field: str, text: Any) -> str:
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{where}: field {field!r} must be a text that is not blank; it is {text!r:.80}")
+    return text

@@ -1,0 +1,90 @@
+"""What both engines do alike: the learning rate, dropout's seed, the agreement of all ranks on a step."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as ps
+from megatron.core import tensor_parallel
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor, nn
+
+from megatron_spdf import kernels
+from megatron_spdf.config import Recipe
+from megatron_spdf.engine import MicroBatch
+from megatron_spdf.sparsity.masks import stream_key
+
+
+def make_scheduler(recipe: Recipe, optimizer) -> OptimizerParamScheduler:
+    """Megatron-Core's schedule with tokens as its unit."""
+    o = recipe.optimizer
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=o.lr,
+        min_lr=o.lr * o.min_lr_ratio,
+        lr_warmup_steps=o.warmup_tokens,
+        lr_decay_steps=recipe.steps * recipe.tokens_per_step,
+        lr_decay_style=o.decay,
+        start_wd=o.weight_decay,
+        end_wd=o.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )
+
+
+def set_learning_rate(scheduler: OptimizerParamScheduler, tokens: int) -> None:
+    """Sets every parameter group's learning rate to that of the point where `tokens` are consumed."""
+    scheduler.num_steps = tokens  # its steps are our tokens
+    scheduler.step(increment=0)
+
+
+def learning_rate(scheduler: OptimizerParamScheduler) -> float:
+    return scheduler.get_lr({"max_lr": scheduler.max_lr, "min_lr": scheduler.min_lr})
+
+
+def seed_dropout(recipe: Recipe, number: int) -> None:
+    """Dropout of a step depends on (seed, step, data and pipeline rank), so nothing needs saving for it."""
+    if recipe.model.dropout > 0.0:
+        place = ps.get_data_parallel_rank() * recipe.parallel.pipeline + ps.get_pipeline_model_parallel_rank()
+        seed = int(stream_key("dropout", recipe.seed, number, place)[0] % 2**31)
+        torch.manual_seed(seed)
+        tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def agree(loss: Tensor, replicas: int, stop: bool) -> tuple[float, bool]:
+    """The loss of the global batch and whether any rank wants to stop, on every rank, in one small reduction.
+
+    Args:
+        loss: of this replica on the one rank that reports for it, zero on its others.
+        replicas: number of data-parallel replicas.
+    """
+    shared = torch.stack([loss.float() / replicas, torch.tensor(float(stop), device=loss.device)])
+    dist.all_reduce(shared)
+    loss_mean, stops = shared.tolist()
+    return loss_mean, stops > 0
+
+
+def to_device(micro: MicroBatch, device: torch.device) -> MicroBatch:
+    return {k: v.to(device, non_blocking=True) for k, v in micro.items()}
+
+
+def model_metadata() -> dict[str, object]:
+    """What the model's `sharded_state_dict` is to know."""
+    return {"non_homogeneous_layers": True,  # compact weights of different lengths: a key for every layer
+            "dp_cp_group": ps.get_data_parallel_group(with_context_parallel=True)}
+
+
+def tensors_only(state: dict) -> dict:
+    """Drops the `_extra_state` objects, which are empty and would be pickled into the checkpoint."""
+    return {k: v for k, v in state.items() if not k.endswith("_extra_state")}
+
+
+def describe_choices(model: nn.Module, adam: type, device: torch.device) -> str:
+    """Which implementation computes what, for the log."""
+    block = model.decoder.layers[0]
+    parts = {"attention": type(block.self_attention.core_attention), "norm": type(block.pre_mlp_layernorm),
+             "Adam": adam}
+    chosen = ", ".join(f"{name} {kind.__module__.split('.')[0]}.{kind.__name__}" for name, kind in parts.items())
+    where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU (gloo, stand-in for CUDA)"
+    return f"device {where}; {chosen}; expand/compress {kernels.NAME}"

@@ -1,0 +1,213 @@
+"""The DeepSpeed engine: ZeRO 0 to 3 around the same Megatron-Core model, tensor-parallel or not."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as ps
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from megatron_spdf.config import Recipe
+from megatron_spdf.config.deepspeed import deepspeed_settings
+from megatron_spdf.engine import MicroBatch, StepResult, common
+from megatron_spdf.engine.deepspeed_state import ZeroState
+from megatron_spdf.model.gpt import build_model
+from megatron_spdf.model.init import InitialWeights
+from megatron_spdf.model.loss import mean_loss, token_losses
+from megatron_spdf.planning.memory import rank_bytes
+from megatron_spdf.sparsity.compact import expanded
+from megatron_spdf.sparsity.measure import measure_sparsity
+from megatron_spdf.sparsity.plan import Plan
+
+
+class GuardedAdamW(AdamW):
+    """AdamW that updates nothing while `held`: DeepSpeed steps its optimizer whatever the loss, and one of its wrappers
+    even while it sets itself up."""
+
+    held = True
+
+    def step(self, closure=None):
+        return None if self.held else super().step(closure)
+
+
+class ModelParallelUnit:
+    """What DeepSpeed asks its `mpu` for, in Megatron-Core's present names."""
+
+    get_model_parallel_world_size = staticmethod(ps.get_tensor_model_parallel_world_size)
+    get_model_parallel_rank = staticmethod(ps.get_tensor_model_parallel_rank)
+    get_model_parallel_group = staticmethod(ps.get_tensor_model_parallel_group)
+    get_tensor_model_parallel_world_size = staticmethod(ps.get_tensor_model_parallel_world_size)
+    get_tensor_model_parallel_rank = staticmethod(ps.get_tensor_model_parallel_rank)
+    get_tensor_model_parallel_group = staticmethod(ps.get_tensor_model_parallel_group)
+    get_data_parallel_world_size = staticmethod(ps.get_data_parallel_world_size)
+    get_data_parallel_rank = staticmethod(ps.get_data_parallel_rank)
+    get_data_parallel_group = staticmethod(ps.get_data_parallel_group)
+
+
+class DeepSpeedEngine:
+    """One rank's model with its optimizer, sharded as `parallel.zero_stage` says; see the Engine protocol.
+
+    Args:
+        recipe: the run; its layout is the one the process groups were set up with.
+        plan: what is sparse.
+        device: of this rank.
+        weights: to start from; None: drawn anew.
+    """
+
+    reads_data = True  # there are no pipeline stages
+
+    def __init__(self, recipe: Recipe, plan: Plan, device: torch.device, weights: InitialWeights | None = None):
+        deepspeed = _import_deepspeed(device)
+        self.recipe, self.plan, self.device = recipe, plan, device
+        self.models = build_model(recipe, plan, weights)
+        (self.model,) = self.models
+        _sum_sequence_parallel_gradients(self.model)
+        self.adam = _adam(recipe, self.model, fused=device.type == "cuda" or recipe.parallel.offload)
+        state = ZeroState(self.model)  # while every rank holds whole parameters
+        self.zero, *_ = deepspeed.initialize(model=self.model, optimizer=self.adam, mpu=ModelParallelUnit,
+                                             config=deepspeed_settings(recipe), dist_init_required=False)
+        self.state = state.attach(self.zero.optimizer, self.adam)
+        self.scheduler = common.make_scheduler(recipe, self.adam)
+        self.optimizer_steps = 0
+        self.data_parallel_rank = ps.get_data_parallel_rank()
+        self._reports = ps.get_tensor_model_parallel_rank() == 0
+
+    def step(self, batch: Sequence[MicroBatch], number: int, tokens: int, stop_requested: bool) -> StepResult:
+        """See the protocol. DeepSpeed reduces, clips and updates in its `step`, so a loss that is not finite can only
+        hold the update back there; gradients that are not finite it finds itself."""
+        common.seed_dropout(self.recipe, number)
+        common.set_learning_rate(self.scheduler, tokens)
+        loss, stop = common.agree(self._run(batch, training=True), self.recipe.parallel.data, stop_requested)
+        norm = self._clip_whole_gradients() if self.zero.optimizer is self.adam else None
+        self.adam.held = not math.isfinite(loss) or norm is not None and not math.isfinite(norm)
+        self.zero.step()
+        overflow = getattr(self.zero.optimizer, "overflow", False)
+        if norm is None:
+            norm = math.inf if overflow else float(self.zero.get_global_grad_norm())
+        skipped = self.adam.held or overflow
+        self.adam.held = True
+        self.optimizer_steps += not skipped
+        return StepResult(loss, norm, skipped=skipped, stop=stop)
+
+    def evaluate(self, batch: Sequence[MicroBatch], stop_requested: bool) -> tuple[float, bool]:
+        """Mean loss over the tokens of a global batch, without dropout or gradients, and whether to stop."""
+        self.zero.eval()
+        with torch.no_grad():
+            outcome = common.agree(self._run(batch, training=False), self.recipe.parallel.data, stop_requested)
+        self.zero.train()
+        return outcome
+
+    @property
+    def learning_rate(self) -> float:
+        return common.learning_rate(self.scheduler)
+
+    @property
+    def choices(self) -> str:
+        """Which implementation computes what."""
+        wrapper = type(self.zero.optimizer).__name__
+        return f"{common.describe_choices(self.model, AdamW, self.device)}; DeepSpeed {wrapper}"
+
+    def state_bytes(self) -> dict[str, int]:
+        """Bytes of parameters and optimizer state on this rank as they are held; of gradients, which DeepSpeed frees in
+        every step, by closed form."""
+        state = [t for s in self.adam.state.values() for name, t in s.items() if name != "step"]
+        state += [m for m in self.state.masters if m.dtype != self.model.config.params_dtype]
+        return {
+            "parameters": sum(getattr(p, "ds_tensor", p).nbytes for p in self.model.parameters()),
+            "gradients": rank_bytes(self.recipe, self.plan, 0, on_gpu=self.device.type == "cuda").gradients,
+            "optimizer": sum(t.nbytes for t in state),
+        }
+
+    def measured_sparsity(self) -> dict[str, float]:
+        """Fraction of zeros of every sparse weight as expanded: canonical name -> sparsity, on every rank."""
+        return measure_sparsity(self.models, self.data_parallel_rank, self.plan, self._gathered)
+
+    def sharded_state(self, loading: bool) -> dict:
+        """Weights, mask bits and optimizer state as Megatron-Core's sharded tensors, of the Megatron engine's form."""
+        return self.state.places() if loading else self.state.shards()
+
+    def load_state(self, loaded: dict, optimizer_steps: int) -> None:
+        """Takes what `sharded_state(loading=True)` asked for, filled from a checkpoint."""
+        self.state.load(loaded, optimizer_steps)
+        self.optimizer_steps = optimizer_steps
+
+    def _run(self, batch: Sequence[MicroBatch], training: bool) -> Tensor:
+        """Forward, and backward when training, over all micro-batches; the mean loss on ranks that report.
+
+        The last backward is the boundary of gradient accumulation; its `step` is the caller's.
+        """
+        train, losses = self.recipe.train, []
+        smoothing = train.label_smoothing if training else 0.0
+        # ZeRO-3 frees parameters after use, so no dense copy of them outlives its layer.
+        keep = nullcontext() if self._sharded else expanded(self.model, at_once=train.recompute == "full")
+        with keep:
+            for number, micro in enumerate(batch):
+                micro = common.to_device(micro, self.device)
+                loss = mean_loss(micro, token_losses(self.zero, micro, smoothing, self.recipe.model.vocab_size))
+                losses.append(loss.detach())
+                if training:
+                    self.zero.backward(loss)
+                    if number < len(batch) - 1:
+                        self.zero.step()  # counts the micro-batch
+        return torch.stack(losses).mean() * self._reports
+
+    @property
+    def _sharded(self) -> bool:
+        return self.recipe.parallel.zero_stage == 3
+
+    def _gathered(self, parameter: nn.Parameter):
+        """A context in which the whole parameter is there."""
+        if not self._sharded:
+            return nullcontext()
+        from deepspeed.runtime.zero import GatheredParameters
+
+        return GatheredParameters([parameter])
+
+    def _clip_whole_gradients(self) -> float:
+        """Clips in DeepSpeed's stead where it has no optimizer of its own around ours, to learn the norm from it."""
+        from deepspeed.runtime.utils import clip_grad_norm_
+
+        limit = self.recipe.optimizer.clip_grad or math.inf
+        return float(clip_grad_norm_(self.model.parameters(), limit, mpu=ModelParallelUnit))
+
+
+def _import_deepspeed(device: torch.device):
+    """DeepSpeed, told which device is ours and to compile nothing."""
+    os.environ["LOCAL_RANK"] = str(device.index or 0)  # it takes this for the device
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    deepspeed.logger.setLevel("ERROR")
+    if device.type == "cpu":  # C++ for all-reduces within a machine
+        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+    return deepspeed
+
+
+def _adam(recipe: Recipe, model: nn.Module, fused: bool) -> GuardedAdamW:
+    """AdamW with weight decay on what has two axes, as Megatron-Core's optimizer decays."""
+    o = recipe.optimizer
+    groups = [{"params": [p for p in model.parameters() if (p.ndim > 1) == decays], "wd_mult": float(decays)}
+              for decays in (True, False)]
+    return GuardedAdamW(groups, lr=0.0, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay, fused=fused)
+
+
+def _sum_sequence_parallel_gradients(model: nn.Module) -> None:
+    """Under sequence parallelism a rank sees a slice of the tokens, so that the gradients of what all ranks share must
+    be summed; Megatron-Core's own data parallelism does it, DeepSpeed knows nothing of it."""
+    def reduced(gradient: Tensor) -> Tensor:
+        gradient = gradient.clone()
+        dist.all_reduce(gradient, group=ps.get_tensor_model_parallel_group())
+        return gradient
+
+    for parameter in model.parameters():
+        if getattr(parameter, "sequence_parallel", False):
+            parameter.register_hook(reduced)

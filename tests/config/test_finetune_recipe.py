@@ -1,0 +1,115 @@
+"""Fine-tuning recipes: the shipped ones are the paper's, and what a run comes to follows from model and data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_spdf.config import Recipe
+from megatron_spdf.config.finetune import Finetune, load_finetune, training_recipe
+from megatron_spdf.config.recipe import Model, Sparsity
+from megatron_spdf.data.tasks import TASKS
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+SHIPPED = {path.stem: path for path in sorted((CONFIGS / "finetune").glob("*.yaml"))}
+NLG = ["e2e", "webnlg", "dart"]
+SUMMARIES = ["curation", "scitldr"]
+SMALL = Model(preset="gpt2_small")
+
+
+def shipped(name: str, *words: str) -> Finetune:
+    return load_finetune(SHIPPED[name], ["checkpoint=runs/start", *words])
+
+
+def test_a_recipe_is_shipped_for_every_published_task():
+    assert set(SHIPPED) == {*NLG, *SUMMARIES} == set(TASKS) - {"jsonl"}
+    assert all(shipped(name).data.task == name for name in SHIPPED)
+    assert len({shipped(name).output for name in SHIPPED}) == len(SHIPPED)
+
+
+def test_every_task_can_be_named():
+    for task in TASKS:
+        assert shipped("e2e", f"data.task={task}").data.task == task
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_recipe_is_the_papers(name):
+    recipe = shipped(name)
+    o = recipe.optimizer
+    assert (recipe.phase, recipe.revived, recipe.engine) == ("dense", "zeros", "deepspeed")
+    assert (recipe.train.epochs, recipe.train.dropout, recipe.evaluate.patience) == (5, None, 1)
+    assert (o.decay, o.min_lr_ratio, o.beta1, o.beta2, o.eps, o.weight_decay) == ("linear", 0.0, 0.9, 0.999, 1e-8, 0.01)
+    rates = [float(rate) for rate in recipe.sweep["optimizer.lr"]]
+    if name in NLG:
+        assert (recipe.train.label_smoothing, o.warmup_steps, recipe.train.sequence_length) == (0.1, 500, 512)
+        assert rates == [1e-4, 5e-5, 2.5e-5] and recipe.sweep["train.global_batch"] == [8, 16, 32, 64]
+    else:
+        assert (recipe.train.global_batch, recipe.train.sequence_length) == (32, None)
+        assert (max(rates), min(rates)) == (3e-3, 1e-5) and set(recipe.sweep) == {"optimizer.lr"}
+
+
+def test_a_run_is_so_many_steps_of_the_training_recipe():
+    finetune = shipped("e2e", "train.global_batch=64", "parallel.data=2", "parallel.zero_stage=3")
+    recipe = training_recipe(finetune, SMALL, Sparsity(level=0.75), examples=42_061)
+    assert finetune.steps_per_epoch(42_061) == 658 == recipe.evaluate.every
+    assert recipe.steps == 5 * 658 and recipe.micro_batches == 4
+    assert recipe.optimizer.warmup_tokens == 500 * recipe.tokens_per_step
+    assert recipe.model == SMALL and recipe.sparsity == Sparsity()
+    assert (recipe.engine, recipe.parallel.zero_stage, recipe.checkpoint.best) == ("deepspeed", 3, True)
+    assert Recipe.model_validate(recipe.model_dump()) == recipe
+
+
+def test_the_sparse_phase_keeps_the_sparsity_of_the_start():
+    sparsity = Sparsity(level=0.5, seed=3)
+    assert training_recipe(shipped("e2e", "phase=sparse"), SMALL, sparsity, 42_061).sparsity == sparsity
+
+
+def test_dropout_and_length_may_differ_from_the_start():
+    recipe = training_recipe(shipped("e2e", "train.dropout=0.1", "train.sequence_length=256"), SMALL, Sparsity(), 9999)
+    assert (recipe.model.dropout, recipe.train.sequence_length) == (0.1, 256)
+    assert training_recipe(shipped("curation"), SMALL, Sparsity(), 9999).train.sequence_length == SMALL.max_positions
+
+
+@pytest.mark.parametrize("words, parts", [
+    (["train.global_batch=6", "train.micro_batch=4"], ["train.global_batch=6", "4 or 8"]),
+    (["train.sequence_length=4096"], ["train.sequence_length=4096", "model.max_positions=2048"]),
+    (["parallel.tensor=5"], ["model.query_groups=12", "parallel.tensor=5"]),
+    (["optimizer.warmup_steps=99999"], ["optimizer.warmup_steps=99999", "13145 steps", "5 epochs of 2629"]),
+    (["engine=megatron", "parallel.zero_stage=3"], ["parallel.zero_stage=3 needs engine=deepspeed"]),
+])
+def test_what_does_not_fit_model_and_data_is_named(words, parts):
+    with pytest.raises(ValueError) as caught:
+        training_recipe(shipped("e2e", *words), SMALL, Sparsity(), 42_061)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("words, parts", [
+    (["parallel.pipeline=2"], ["parallel.pipeline=2", "pipeline=1"]),
+    (["phase=sparse", "revived=normal"], ["revived=normal", "phase=sparse"]),
+    (["data.task=e3e"], ["data.task='e3e'", "'e2e'"]),
+    (["optimizer.warmup_tokens=1"], ["unknown key optimizer.warmup_tokens", "did you mean optimizer.warmup_steps?"]),
+    (["train.tokens=1"], ["unknown key train.tokens"]),
+    (["sweep={optimizer.lr: 1e-4}"], ["sweep.optimizer.lr='1e-4'", "list"]),
+])
+def test_bad_value_is_named(words, parts):
+    with pytest.raises(ValueError) as caught:
+        shipped("e2e", *words)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_a_recipe_without_a_start_says_how_to_name_one():
+    with pytest.raises(ValueError, match=r"checkpoint is missing; set it in the recipe or as checkpoint=VALUE"):
+        load_finetune(SHIPPED["e2e"])
+
+
+def test_layout_and_engine_may_change_between_starts_and_the_rest_may_not():
+    base = shipped("e2e").identity()
+    for word in ("engine=megatron", "parallel.tensor=2", "parallel.zero_stage=0", "train.micro_batch=4", "log.every=1",
+                 "train.recompute=full", "output=elsewhere"):
+        assert shipped("e2e", word).identity() == base, word
+    for word in ("phase=sparse", "seed=1", "train.epochs=4", "optimizer.lr=1e-3", "data.path=x", "evaluate.patience=3",
+                 "revived=normal", "train.global_batch=8"):
+        assert shipped("e2e", word).identity() != base, word
