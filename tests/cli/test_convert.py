@@ -208,7 +208,10 @@ LARGE = ["--recipe", "recipe.yaml", "model.hidden=768", "model.layers=3", "model
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupt_leaves_nothing(workplace, large, tmp_path, number, code):
-    tool = start_tool("from-hf", large, tmp_path / "out", *LARGE, cwd=workplace)
+    def heed():  # where this test runs in the background, children ignore it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    tool = start_tool("from-hf", large, tmp_path / "out", *LARGE, cwd=workplace, preexec_fn=heed)
     while not list(tmp_path.glob("out.partial/checkpoints/*/*.distcp")):
         assert tool.poll() is None, tool.communicate()
         time.sleep(0.002)
