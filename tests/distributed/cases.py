@@ -73,7 +73,7 @@ def bench(recipe: dict):
 
 
 def close(opened) -> None:
-    """Leaves the process groups and lets go of what holds them: their threads poll, and hundreds of them slow down every
+    """Leaves the process groups and lets go of what holds them: their threads poll, and hundreds slow down every
     case that follows. Autograd's hooks hold the model in circles that Python's collector cannot see."""
     engine = vars(opened).pop("engine")
     held = [*getattr(engine, "chunks", []), *(part for model in engine.models for part in (
@@ -354,7 +354,7 @@ def converted(recipe: dict, stop: int, ids: torch.Tensor, greedy: int = 0) -> di
                 "text": b.corpus.tokenizer.decode(prompt[0].tolist())}
 
 
-def logits(engine: MegatronEngine, ids: torch.Tensor) -> torch.Tensor | None:
+def logits(engine: Engine, ids: torch.Tensor) -> torch.Tensor | None:
     """(B, T, padded vocabulary) on the last pipeline stage, None elsewhere."""
     for chunk in engine.chunks:
         chunk.eval()
