@@ -6,6 +6,7 @@ import gc
 import hashlib
 import os
 import resource
+import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -76,10 +77,11 @@ def close(opened) -> None:
     """Leaves the process groups and lets go of what holds them: their threads poll, and hundreds slow down every
     case that follows. Autograd's hooks hold the model in circles that Python's collector cannot see."""
     engine = vars(opened).pop("engine")
-    held = [*getattr(engine, "chunks", []), *(part for model in engine.models for part in (
-        *model.parameters(), *model.modules()))]
+    held = [part for model in engine.models for part in (*model.parameters(), *model.modules())]
+    held += getattr(engine, "chunks", [])
     if hasattr(engine, "zero"):
         engine.zero.destroy()
+        sys.modules["deepspeed.runtime.zero.parameter_offload"].FWD_MODULE_STACK.clear()
         held += [engine.zero, engine.zero.optimizer]
     leave()
     for thing in held:
