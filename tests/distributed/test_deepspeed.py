@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 import torch
-from conftest import SMALL
 from harness import outcome, run_cases
 
 from megatron_spdf.checkpoint.deepspeed_import import DeepSpeedReader
@@ -147,11 +146,12 @@ def test_deepspeeds_own_checkpoint_holds_the_same_weights(results, name):
 
 
 @pytest.fixture
-def written(results, tmp_path):
+def written(results, make_recipe, tmp_path):
     """A copy of DeepSpeed's own checkpoint of two data-parallel ranks, and what reads it."""
     outcome(results, "written bf16 zero 2")
     (place,) = shutil.copytree(results["own"] / "bf16 zero 2", tmp_path / "own").glob("global_step*")
-    return place, lambda **shape: DeepSpeedReader(tmp_path / "own", Model.model_validate(SMALL["model"] | shape))
+    model = make_recipe()["model"]
+    return place, lambda **shape: DeepSpeedReader(tmp_path / "own", Model.model_validate(model | shape))
 
 
 def test_files_of_a_missing_rank_are_named(written):
@@ -186,4 +186,4 @@ def test_what_could_be_code_is_refused(written, tmp_path):
 
 def test_a_directory_of_something_else_is_named(tmp_path):
     with pytest.raises(ValueError, match="is no checkpoint of DeepSpeed: it has neither"):
-        DeepSpeedReader(tmp_path, Model.model_validate(SMALL["model"]))
+        DeepSpeedReader(tmp_path, Model(preset="gpt2_small"))
