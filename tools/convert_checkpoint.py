@@ -1,4 +1,4 @@
-"""Convert checkpoints: to and from Hugging Face and Megatron-LM, between sparsities, between layouts.
+"""Convert checkpoints: to and from Hugging Face and Megatron-LM, from DeepSpeed, between sparsities and layouts.
 
 python tools/convert_checkpoint.py to-hf runs/mine exported/mine
 python tools/convert_checkpoint.py from-hf models/gpt2 runs/half --recipe r.yaml --sparsity 0.5 --select magnitude
@@ -25,6 +25,7 @@ from pathlib import Path
 import _path  # noqa: F401  puts the repository root on sys.path
 
 from megatron_spdf.checkpoint.appearing import require_free
+from megatron_spdf.checkpoint.deepspeed_import import DeepSpeedReader
 from megatron_spdf.checkpoint.fresh_run import start_run
 from megatron_spdf.checkpoint.huggingface import DTYPES, export
 from megatron_spdf.checkpoint.megatron_lm import VERSION, MegatronReader, arguments, save_for_megatron
@@ -103,6 +104,12 @@ def from_megatron(options: argparse.Namespace) -> str:
     return begin(MegatronReader(options.source, recipe.model), recipe, data_tokenizer(recipe), options)
 
 
+def from_deepspeed(options: argparse.Namespace) -> str:
+    """A run whose step 0 has the weights of a checkpoint that DeepSpeed wrote."""
+    recipe = given_recipe(options)
+    return begin(DeepSpeedReader(options.source, recipe.model), recipe, data_tokenizer(recipe), options)
+
+
 def read_run(options: argparse.Namespace) -> CheckpointReader:
     return CheckpointReader(find_checkpoint(options.source), checksums=True)
 
@@ -155,6 +162,12 @@ tensors are dense and fit any tensor and pipeline parallelism. OUT/arguments.txt
 A distributed checkpoint (--ckpt-format torch_dist) of a GPT of Megatron-LM {VERSION}, saved at any layout, with tied
 embeddings, learned positions, LayerNorm and biases. Only its tensors are read, not its pickled arguments, so the shape
 comes from the recipe's model section; the number of heads, the activation and the tokenizer cannot be checked."""),
+    "from-deepspeed": (from_deepspeed, "directory with a file `latest`, or one checkpoint in it",
+                       ["--recipe", "--sparsity", "--select", "words"], """\
+What engine.save_checkpoint of DeepSpeed 0.19 wrote for a GPT of Megatron-Core with our names, ZeRO 0 to 3, at any
+tensor and data parallelism; sparse weights of ours become dense. No pickled code is run. The shape comes from the
+recipe's model section; the number of heads, the activation and the tokenizer cannot be checked. Runs of finetune.py
+and of pretrain.py engine=deepspeed need no conversion: their checkpoints are this project's own."""),
 }
 OPTIONS = {
     "--dtype": dict(choices=DTYPES, default="fp32", help="of the weights (default: fp32)"),

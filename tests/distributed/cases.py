@@ -6,6 +6,7 @@ import gc
 import hashlib
 import os
 import resource
+import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -20,6 +21,7 @@ from plain_gpt2 import plain_gpt2, train_plain
 
 from megatron_spdf.checkpoint import store
 from megatron_spdf.checkpoint.checkpointer import Checkpointer, RunState
+from megatron_spdf.checkpoint.deepspeed_import import DeepSpeedReader
 from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
 from megatron_spdf.checkpoint.reshard import reshard
 from megatron_spdf.config import Recipe
@@ -76,10 +78,11 @@ def close(opened) -> None:
     """Leaves the process groups and lets go of what holds them: their threads poll, and hundreds of them slow down
     every case that follows. Autograd's hooks hold the model in circles that Python's collector cannot see."""
     engine = vars(opened).pop("engine")
-    held = [*getattr(engine, "chunks", []), *(part for model in engine.models for part in (
-        *model.parameters(), *model.modules()))]
+    held = [part for model in engine.models for part in (*model.parameters(), *model.modules())]
+    held += getattr(engine, "chunks", [])
     if hasattr(engine, "zero"):
         engine.zero.destroy()
+        sys.modules["deepspeed.runtime.zero.parameter_offload"].FWD_MODULE_STACK.clear()
         held += [engine.zero, engine.zero.optimizer]
     leave()
     for thing in held:
@@ -270,6 +273,18 @@ def against_plain(recipe: dict, steps: int) -> dict:
         trained = plain_gpt2(b.engine.models[0], b.recipe).state_dict()
         apart = max(float((trained[n] - p).abs().max()) for n, p in reference.state_dict().items())
         return {"engine": curve, "plain": plain, "weights apart": apart}
+
+
+def saved_by_deepspeed(recipe: dict, steps: int, directory: str) -> float:
+    """Largest difference of a weight between DeepSpeed's own checkpoint, which stays in the directory, and ours."""
+    with bench(recipe) as b:
+        b.steps(0, steps)
+        b.engine.zero.save_checkpoint(directory)
+        b.checkpointer.save(b.engine, RunState(steps, steps), b.engine.measured_sparsity())
+        saving = b.checkpointer.wait()
+        assert saving.error is None
+        ours, theirs = CheckpointReader(saving.path), DeepSpeedReader(Path(directory), b.recipe.model)
+        return max(float((ours.master(name) - theirs.master(name)).abs().max()) for name in ours.weights)
 
 
 def poisoned(recipe: dict, poison: dict[int, str]) -> dict:

@@ -1,7 +1,14 @@
 """The DeepSpeed engine against the Megatron-Core engine: the same losses, gradient norms, masks and checkpoints."""
 
+import os
+import shutil
+
 import pytest
+import torch
 from harness import outcome, run_cases
+
+from megatron_spdf.checkpoint.deepspeed_import import DeepSpeedReader
+from megatron_spdf.config.recipe import Model
 
 pytestmark = pytest.mark.slow
 
@@ -34,6 +41,13 @@ CHAIN = [
     {"engine": "deepspeed", "parallel": {"data": 2, "zero_stage": 1}},
 ]
 
+# Checkpoints that DeepSpeed writes itself: sections and ZeRO stage.
+WRITTEN = {
+    "tp2 zero 0": (RUNS["tp2"], 0), "dp2 zero 1": (RUNS["dp2"], 1), "bf16 zero 1": (RUNS["bf16"], 1),
+    "bf16 zero 2": (RUNS["bf16"], 2), "tp2 zero 2": (RUNS["tp2"], 2), "dp2 zero 3": (RUNS["dp2"], 3),
+    "bf16 zero 3": (RUNS["bf16"], 3), "tp2 zero 3": (RUNS["tp2"], 3), "dense zero 3": (RUNS["dense"], 3),
+}
+
 
 def with_stage(sections: dict, zero: int, **parallel) -> dict:
     return {**sections, "engine": "deepspeed", "parallel": {**sections["parallel"], "zero_stage": zero, **parallel}}
@@ -59,8 +73,11 @@ def results(make_recipe, tmp_path_factory):
         cases[f"cut {zero}"] = cut(f"cut {zero}", [recipe] * 3, [2, 3, 6])
         cases[f"poisoned {zero}"] = ("poisoned", {
             "recipe": make_recipe(**recipe), "poison": {2: "loss", 4: "gradient"}})
+    for name, (sections, zero) in WRITTEN.items():
+        cases[f"written {name}"] = ("saved_by_deepspeed", {
+            "recipe": make_recipe(**with_stage(sections, zero)), "steps": 2, "directory": str(runs / "own" / name)})
     cases["chain"] = cut("chain", CHAIN, [1, 2, 3, 4, 5, 6])
-    return run_cases(2, cases, tmp_path_factory.mktemp("deepspeed"), timeout=1800)
+    return run_cases(2, cases, tmp_path_factory.mktemp("deepspeed"), timeout=1800) | {"own": runs / "own"}
 
 
 def close(there: dict, reference: dict, tolerance: float):
@@ -120,3 +137,53 @@ def test_a_non_finite_step_changes_nothing_on_any_rank(results, zero):
         assert [s["skipped"] for s in there["steps"]] == [False, True, False, True, False]
         assert [s["changed"] for s in there["steps"]] == [True, False, True, False, True]
         assert there["optimizer_steps"] == 3
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_deepspeeds_own_checkpoint_holds_the_same_weights(results, name):
+    for rank in range(2):
+        assert outcome(results, f"written {name}", rank) == 0.0
+
+
+@pytest.fixture
+def written(results, make_recipe, tmp_path):
+    """A copy of DeepSpeed's own checkpoint of two data-parallel ranks, and what reads it."""
+    outcome(results, "written bf16 zero 2")
+    (place,) = shutil.copytree(results["own"] / "bf16 zero 2", tmp_path / "own").glob("global_step*")
+    model = make_recipe()["model"]
+    return place, lambda **shape: DeepSpeedReader(tmp_path / "own", Model.model_validate(model | shape))
+
+
+def test_files_of_a_missing_rank_are_named(written):
+    place, read = written
+    next(place.glob("*zero_pp_rank_1_*")).unlink()
+    with pytest.raises(ValueError, match="optimizer states of 1 of 2 data-parallel ranks; copy all of them"):
+        read()
+
+
+def test_another_model_is_named(written):
+    _, read = written
+    with pytest.raises(ValueError, match=r"embedding.word_embeddings.weight is \(384, 64\) there and \(512, 64\) in"):
+        read(vocab_size=500)
+    with pytest.raises(ValueError, match=r"it has no decoder\.layers\.4\..*Set the recipe's model section"):
+        read(layers=5)
+
+
+def test_what_could_be_code_is_refused(written, tmp_path):
+    place, read = written
+    file = next(place.glob("mp_rank_00*"))
+    state = torch.load(file, weights_only=False)
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+
+    torch.save({**state, "client": Evil()}, file)
+    with pytest.raises(ValueError, match=r"mp_rank_00_model_states\.pt cannot be read without running code"):
+        read()
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_directory_of_something_else_is_named(tmp_path):
+    with pytest.raises(ValueError, match="is no checkpoint of DeepSpeed: it has neither"):
+        DeepSpeedReader(tmp_path, Model(preset="gpt2_small"))
