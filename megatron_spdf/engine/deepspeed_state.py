@@ -79,7 +79,7 @@ class ZeroState:
     def load(self, loaded: dict, steps: int) -> None:
         """Puts master weights and moments in place, sets Adam's step count, and casts the weights anew."""
         buffers = dict(self.model.named_buffers())
-        for key, bits in loaded["masks"].items():
+        for key, bits in loaded.get("masks", {}).items():  # a dense model has none, and empty parts are not kept
             buffers[key].copy_(bits)
         for name, parameter in self.model.named_parameters():
             for key in STATE:

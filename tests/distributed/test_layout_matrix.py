@@ -62,7 +62,7 @@ def test_resumed_at_another_layout_equals_straight(results, kind, place):
 def test_three_heads_on_three_ranks(make_recipe, tmp_path_factory):
     """A degree that is no power of two: tensor 3, then pipeline 3, then data 3."""
     root = tmp_path_factory.mktemp("three")
-    sections = {"model": {"layers": 3, "hidden": 48, "heads": 3, "vocab_size": 301}, "train": {"global_batch": 6}}
+    sections = {"model": {"layers": 3, "hidden": 48, "heads": 3}, "train": {"global_batch": 6}}
     chain = [make_recipe(str(root / "chain"), parallel=p, **sections)
              for p in ({"tensor": 3}, {"pipeline": 3}, {"data": 3})]
     straight = make_recipe(str(root / "straight"), parallel={"tensor": 3}, **sections)
