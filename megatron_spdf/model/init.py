@@ -48,7 +48,8 @@ def draw_values(weight: Weight, seed: int, chunks: int, rank: int, world: int) -
 def initialise(
     module: nn.Module, name: str, weights: dict[str, Weight], seed: int, chunks: int, rank: int, world: int
 ) -> None:
-    """Fills and marks the direct parameters of one module, `name` being its canonical name.
+    """Fills and marks the direct parameters of one module, `name` being its canonical name; on the meta device there
+    is nothing to fill.
 
     Megatron-Core marks parameters as tensor-parallel while it initialises them, which we do in its stead; without
     the mark a shard counts as a copy and is left out of the gradient norm on all ranks but the first.
@@ -62,6 +63,8 @@ def initialise(
         weight = weights[EMBEDDING if full == TIED_OUTPUT else full]
         if weight.axis is not None:
             _mark(parameter, 0 if compact is not None and key == "weight" else weight.axis)  # chunks are cut along 0
+        if parameter.is_meta:
+            continue
         if weight.std is None:
             parameter.fill_(1.0 if key == "weight" else 0.0)
             continue

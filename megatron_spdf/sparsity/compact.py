@@ -44,7 +44,7 @@ class CompactWeight(nn.Module):
         weight: the plan's entry.
         seed: of the masks.
         rank, world: of the tensor-parallel group; the rank holds chunks [rank, rank + 1) * C / world.
-        device: where the weight lives.
+        device: where the weight lives; on the meta device nothing is drawn and buffers have shapes only.
     """
 
     mask_bits: Tensor  # (local chunks, ceil(entries per chunk / 8)) uint8, numpy.packbits order
@@ -55,12 +55,17 @@ class CompactWeight(nn.Module):
         assert weight.chunks % world == 0, (weight, world)
         local = weight.chunks // world
         numel, k = math.prod(weight.chunk_shape), weight.active_per_chunk
-        masks = [draw_mask(seed, weight.name, rank * local + c, numel, k) for c in range(local)]
         self.planned = weight
         self.shape = _local_shape(weight, world)
         self.values_shape = (local, k)
-        positions = torch.from_numpy(_positions(masks, weight, local))
-        self.register_buffer("mask_bits", torch.from_numpy(np.packbits(masks, axis=1)).to(device))
+        if torch.device(device).type == "meta":
+            bits = torch.empty((local, math.ceil(numel / 8)), dtype=torch.uint8, device=device)
+            positions = torch.empty(local * k, dtype=torch.int64, device=device)
+        else:
+            masks = [draw_mask(seed, weight.name, rank * local + c, numel, k) for c in range(local)]
+            bits = torch.from_numpy(np.packbits(masks, axis=1)).to(device)
+            positions = torch.from_numpy(_positions(masks, weight, local))
+        self.register_buffer("mask_bits", bits)
         self.register_buffer("index", kernels.make_index(positions, device), persistent=False)
 
     def forward(self, values: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import contextmanager
-from dataclasses import asdict
 
 import torch
 import torch.distributed as dist
@@ -85,7 +84,7 @@ def masks(engine: MegatronEngine) -> dict[tuple[str, int], str]:
 def overlap_on_cpu():
     """Lets the engine overlap traffic as it does on GPUs; gloo has asynchronous operations too."""
     overlaps = megatron._overlaps
-    megatron._overlaps = lambda recipe: recipe.parallel.data > 1
+    megatron._overlaps = lambda recipe, device: recipe.parallel.data > 1
     yield
     megatron._overlaps = overlaps
 
@@ -111,9 +110,15 @@ def train(recipe: dict, steps: int) -> dict:
             "curve": curve, "valid": valid, "masks": masks(b.engine), "held": b.engine.state_bytes(),
             "sparsity": b.engine.measured_sparsity(),
             "traffic": dict(traffic.bytes), "planned": {n: w.sparsity for n, w in b.plan.weights.items()},
-            "predicted": asdict(rank_bytes(b.recipe, b.plan, ps.get_pipeline_model_parallel_rank(), on_gpu=False)),
+            "predicted": predicted_bytes(b),
             "parameters": {n: p.numel() for model in b.engine.models for n, p in model.named_parameters()},
         }
+
+
+def predicted_bytes(b: Bench) -> dict[str, int]:
+    found = rank_bytes(b.recipe, b.plan, ps.get_pipeline_model_parallel_rank(), on_gpu=False,
+                       data_rank=ps.get_data_parallel_rank())
+    return {"parameters": found.parameters, "gradients": found.gradients, "optimizer": found.optimizer}
 
 
 def cut(recipes: list[dict], stops: list[int]) -> list[tuple[float, float]]:
