@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from megatron_spdf.config.recipe import Model, Recipe
+from megatron_spdf.config.recipe import Model, Parallel
 from megatron_spdf.model.weights import EMBEDDING, TIED_OUTPUT, Weight, model_weights
 from megatron_spdf.sparsity.plan import Plan
 
@@ -24,12 +24,18 @@ ORDER = ("input_layernorm", "linear_proj", "linear_qkv", "pre_mlp_layernorm", "l
 
 @dataclass(frozen=True)
 class Local:
-    """A parameter as one rank holds it: its weight's name and layer, its elements, and whether they are compact."""
+    """A parameter as one rank holds it.
+
+    Attributes:
+        name, layer: of its weight.
+        elements: of the parameter.
+        expands_to: elements of the dense weight that a compact parameter stands for; 0 for others.
+    """
 
     name: str
     layer: int
     elements: int
-    compact: bool
+    expands_to: int
 
 
 @dataclass(frozen=True)
@@ -46,11 +52,14 @@ class Buffer:
 
     def shard(self, data_rank: int, data: int) -> int:
         """Elements of parameters in the even share of every bucket that a data-parallel rank updates."""
-        owned = 0
-        for start, end in self.buckets:
-            share = (end - start) // data
-            low, high = start + data_rank * share, start + (data_rank + 1) * share
-            owned += sum(max(0, min(e, high) - max(s, low)) for s, e in self.parameters)
+        owned, buckets = 0, iter(self.buckets)
+        first, last = next(buckets)
+        for start, end in self.parameters:
+            while start >= last:
+                first, last = next(buckets)
+            share = (last - first) // data
+            low = first + data_rank * share
+            owned += max(0, min(end, low + share) - max(start, low))
         return owned
 
 
@@ -63,39 +72,46 @@ def weights_by_layer(model: Model) -> dict[int, tuple[Weight, ...]]:
     return {layer: tuple(weights) for layer, weights in layers.items()}
 
 
-def layers_of(recipe: Recipe, stage: int) -> list[list[int]]:
+def layers_of(model: Model, parallel: Parallel, stage: int) -> list[list[int]]:
     """Layers on a pipeline rank, chunk by chunk; -1 is what comes before the blocks, `layers` what comes after."""
-    p = recipe.parallel
-    size = recipe.model.layers // (p.pipeline * p.interleave)
+    size = model.layers // (parallel.pipeline * parallel.interleave)
     chunks = []
-    for chunk in range(p.interleave):
-        first = (chunk * p.pipeline + stage) * size
+    for chunk in range(parallel.interleave):
+        first = (chunk * parallel.pipeline + stage) * size
         chunks.append(list(range(first, first + size)))
     if stage == 0:
         chunks[0].insert(0, -1)
-    if stage == p.pipeline - 1:
-        chunks[-1].append(recipe.model.layers)
+    if stage == parallel.pipeline - 1:
+        chunks[-1].append(model.layers)
     return chunks
 
 
-def local_parameters(recipe: Recipe, plan: Plan, stage: int) -> list[list[Local]]:
+def local_parameters(model: Model, parallel: Parallel, plan: Plan, stage: int) -> tuple[tuple[Local, ...], ...]:
     """This rank's parameters, chunk by chunk, in the order in which Megatron-Core's modules name them.
 
     With more than one stage, the last holds the tied embedding a second time.
     """
-    p, weights = recipe.parallel, weights_by_layer(recipe.model)
-    chunks = [[_local(w, plan, p.tensor) for layer in layers for w in _in_order(weights[layer], plan)]
-              for layers in layers_of(recipe, stage)]
-    if p.pipeline > 1 and stage == p.pipeline - 1:
-        embedding = next(w for w in weights[-1] if w.name == EMBEDDING)
-        chunks[-1].append(Local(TIED_OUTPUT, recipe.model.layers, _local(embedding, plan, p.tensor).elements, False))
-    return chunks
+    chunks = tuple(tuple(layers) for layers in layers_of(model, parallel, stage))
+    return _local_parameters(model, parallel.tensor, parallel.pipeline > 1, plan, chunks)
+
+
+@lru_cache(maxsize=4096)
+def _local_parameters(
+    model: Model, tensor: int, tied_twice: bool, plan: Plan, chunks: tuple[tuple[int, ...], ...]
+) -> tuple[tuple[Local, ...], ...]:
+    weights = weights_by_layer(model)
+    local = [[_local(w, plan, tensor) for layer in layers for w in _in_order(weights[layer], plan)]
+             for layers in chunks]
+    if tied_twice and model.layers in chunks[-1]:
+        embedding = _local(next(w for w in weights[-1] if w.name == EMBEDDING), plan, tensor)
+        local[-1].append(Local(TIED_OUTPUT, model.layers, embedding.elements, 0))
+    return tuple(map(tuple, local))
 
 
 def _local(weight: Weight, plan: Plan, tensor: int) -> Local:
-    sparse = plan.weights.get(weight.name)
-    elements = (sparse.active if sparse else weight.numel) // (1 if weight.axis is None else tensor)
-    return Local(weight.name, weight.layer, elements, sparse is not None)
+    sparse, shards = plan.weights.get(weight.name), 1 if weight.axis is None else tensor
+    elements = (sparse.active if sparse else weight.numel) // shards
+    return Local(weight.name, weight.layer, elements, weight.numel // shards if sparse else 0)
 
 
 def _in_order(weights: Sequence[Weight], plan: Plan) -> list[Weight]:
@@ -108,21 +124,22 @@ def _in_order(weights: Sequence[Weight], plan: Plan) -> list[Weight]:
     return sorted(weights, key=order)
 
 
-def lay_out(recipe: Recipe, plan: Plan, stage: int, on_gpu: bool) -> list[Buffer]:
+@lru_cache(maxsize=4096)
+def lay_out(model: Model, parallel: Parallel, plan: Plan, stage: int, on_gpu: bool) -> tuple[Buffer, ...]:
     """The buffers of a pipeline stage's chunks.
 
     Args:
         on_gpu: only there are gradients reduced behind compute, and only then cut into several buckets; and only
             those of the first stage's first chunk, since the others' traffic is not critical.
     """
-    p = recipe.parallel
+    p = parallel
     overlaps = on_gpu and p.overlap and p.data > 1
     limit = max(SMALLEST_BUCKET, BUCKET_PER_RANK * p.data)
     buffers = []
-    for number, chunk in enumerate(local_parameters(recipe, plan, stage)):
+    for number, chunk in enumerate(local_parameters(model, p, plan, stage)):
         bucketed = overlaps and stage == 0 and number == 0
         buffers.append(_fill(chunk, p.data if p.zero_stage == 1 else 0, p.pipeline > 1, limit if bucketed else None))
-    return buffers
+    return tuple(buffers)
 
 
 def _fill(chunk: Sequence[Local], shards: int, tied_twice: bool, limit: int | None) -> Buffer:

@@ -74,7 +74,8 @@ def dry_run(recipe: Recipe, plan: Plan, ranks: list[int]) -> list[Count]:
 def _held_against_closed_form(recipe: Recipe, plan: Plan, rank: int, found: dict) -> Count:
     tensor, stage, data = found["place"]
     predicted = rank_bytes(recipe, plan, stage, on_gpu=True, data_rank=data)
-    buckets = [[end - start for start, end in buffer.buckets] for buffer in lay_out(recipe, plan, stage, on_gpu=True)]
+    buckets = [[end - start for start, end in buffer.buckets]
+               for buffer in lay_out(recipe.model, recipe.parallel, plan, stage, on_gpu=True)]
     return Count(rank, (tensor, stage, data), {k: found[k] for k in PARTS}, {k: getattr(predicted, k) for k in PARTS},
                  found["buckets"], buckets)
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 
-from megatron_spdf.config.recipe import Recipe
+from megatron_spdf.config.recipe import Model, Parallel, Recipe
 from megatron_spdf.planning.buffers import lay_out, local_parameters
 from megatron_spdf.sparsity.plan import Plan
 
@@ -52,31 +53,39 @@ def rank_bytes(recipe: Recipe, plan: Plan, stage: int, on_gpu: bool, data_rank: 
     Args:
         data_rank: shards of ZeRO-1 are even, but padding is no state, and it lies with some ranks.
     """
-    p, bf16 = recipe.parallel, recipe.train.precision == "bf16"
-    width = 2 if bf16 else 4
-    buffers = lay_out(recipe, plan, stage, on_gpu)
+    width = 2 if recipe.train.precision == "bf16" else 4
+    return _rank_bytes(recipe.model, recipe.parallel, plan, width, stage, on_gpu, data_rank)
+
+
+@lru_cache(maxsize=4096)
+def _rank_bytes(
+    model: Model, parallel: Parallel, plan: Plan, width: int, stage: int, on_gpu: bool, data_rank: int
+) -> RankBytes:
+    buffers = lay_out(model, parallel, plan, stage, on_gpu)
     elements = sum(b.elements for b in buffers)  # without ZeRO nothing is padded
-    owned = sum(b.shard(data_rank, p.data) for b in buffers) if p.zero_stage == 1 else elements
-    expanded, masks = _sparse_bytes(recipe, plan, stage, on_gpu)
+    owned = sum(b.shard(data_rank, parallel.data) for b in buffers) if parallel.zero_stage == 1 else elements
+    expanded, masks = _sparse_bytes(model, parallel, plan, width, stage, on_gpu)
     return RankBytes(
         parameters=width * elements,
         gradients=4 * elements,
-        master=4 * owned if bf16 else 0,
+        master=4 * owned if width == 2 else 0,
         moments=8 * owned,
         expanded=expanded,
         masks=masks,
     )
 
 
-def _sparse_bytes(recipe: Recipe, plan: Plan, stage: int, on_gpu: bool) -> tuple[int, int]:
+def _sparse_bytes(
+    model: Model, parallel: Parallel, plan: Plan, width: int, stage: int, on_gpu: bool
+) -> tuple[int, int]:
     """Expanded copies, and masks with the positions of active entries."""
-    tp, width = recipe.parallel.tensor, 2 if recipe.train.precision == "bf16" else 4
     expanded = masks = 0
-    for parameter in (q for chunk in local_parameters(recipe, plan, stage) for q in chunk if q.compact):
-        weight = plan.weights[parameter.name]
-        expanded += width * weight.numel // tp
-        masks += weight.chunks // tp * math.ceil(math.prod(weight.chunk_shape) / 8)
-        masks += parameter.elements * (4 if on_gpu else 8)
+    for chunk in local_parameters(model, parallel, plan, stage):
+        for parameter in (q for q in chunk if q.expands_to):
+            weight = plan.weights[parameter.name]
+            expanded += width * parameter.expands_to
+            masks += weight.chunks // parallel.tensor * math.ceil(math.prod(weight.chunk_shape) / 8)
+            masks += parameter.elements * (4 if on_gpu else 8)
     return expanded, masks
 
 
@@ -93,16 +102,15 @@ def zero_bytes(recipe: Recipe, plan: Plan, stage: int, zero_stage: int) -> RankB
         raise ValueError(f"ZeRO has stages 0, 1, 2 and 3, not {zero_stage}")
     bf16 = recipe.train.precision == "bf16"
     width, data = 2 if bf16 else 4, recipe.parallel.data
-    parameters = [q for chunk in local_parameters(recipe, plan, stage) for q in chunk]
+    parameters = [q for chunk in local_parameters(recipe.model, recipe.parallel, plan, stage) for q in chunk]
     elements = sum(q.elements for q in parameters)
     share = math.ceil(elements / data)
-    expanded, masks = _sparse_bytes(recipe, plan, stage, on_gpu=True)
+    expanded, masks = _sparse_bytes(recipe.model, recipe.parallel, plan, width, stage, on_gpu=True)
     gathered = 0
     if zero_stage == 3:
         blocks: dict[int, int] = {}
         for q in parameters:
-            whole = plan.weights[q.name].numel // recipe.parallel.tensor if q.compact else 0
-            blocks[q.layer] = blocks.get(q.layer, 0) + q.elements + whole
+            blocks[q.layer] = blocks.get(q.layer, 0) + q.elements + q.expands_to
         largest = sorted((n for layer, n in blocks.items() if 0 <= layer < recipe.model.layers), reverse=True)
         gathered, expanded = width * sum(largest[:GATHERED_BLOCKS]), 0
     owned = share if zero_stage >= 1 else elements

@@ -53,9 +53,11 @@ def test_padding_counted_by_hand(recipe):
 @pytest.mark.parametrize("pipeline, interleave", [(1, 1), (2, 1), (2, 2)])
 def test_shards_of_zero_1_hold_every_element_once(recipe, data, pipeline, interleave):
     r = recipe(parallel={"data": data, "pipeline": pipeline, "interleave": interleave}, sparsity=0.5)
+    plan = plan_of(r)
     for stage in range(pipeline):
-        elements = sum(q.elements for chunk in local_parameters(r, plan_of(r), stage) for q in chunk)
-        owned = [sum(b.shard(rank, data) for b in lay_out(r, plan_of(r), stage, True)) for rank in range(data)]
+        elements = sum(q.elements for chunk in local_parameters(r.model, r.parallel, plan, stage) for q in chunk)
+        buffers = lay_out(r.model, r.parallel, plan, stage, True)
+        owned = [sum(b.shard(rank, data) for b in buffers) for rank in range(data)]
         assert sum(owned) == elements
         moments = [rank_bytes(r, plan_of(r), stage, True, rank).moments for rank in range(data)]
         assert moments == [8 * n for n in owned]
@@ -121,15 +123,17 @@ def test_layers_of_a_stage_are_megatrons(recipe, pipeline, interleave, layers):
     per_chunk = layers // (pipeline * interleave)
     for rank in range(pipeline):
         held = [[(chunk * pipeline + rank) * per_chunk + i for i in range(per_chunk)] for chunk in range(interleave)]
-        assert [[n for n in chunk if 0 <= n < layers] for chunk in layers_of(r, rank)] == held
-        assert (-1 in layers_of(r, rank)[0]) == (rank == 0)
-        assert (layers in layers_of(r, rank)[-1]) == (rank == pipeline - 1)
+        assert [[n for n in chunk if 0 <= n < layers] for chunk in layers_of(r.model, r.parallel, rank)] == held
+        assert (-1 in layers_of(r.model, r.parallel, rank)[0]) == (rank == 0)
+        assert (layers in layers_of(r.model, r.parallel, rank)[-1]) == (rank == pipeline - 1)
 
 
 @pytest.mark.parametrize("pipeline, interleave", [(1, 1), (2, 1), (4, 1), (2, 2)])
 def test_every_weight_is_on_one_stage_and_the_tied_embedding_on_both_ends(recipe, pipeline, interleave):
     r = recipe(parallel={"pipeline": pipeline, "interleave": interleave})
-    stages = [[q.name for chunk in local_parameters(r, plan_of(r), stage) for q in chunk] for stage in range(pipeline)]
+    plan = plan_of(r)
+    held = [local_parameters(r.model, r.parallel, plan, stage) for stage in range(pipeline)]
+    stages = [[q.name for chunk in chunks for q in chunk] for chunks in held]
     twice = [TIED_OUTPUT] if pipeline > 1 else []
     assert sorted(sum(stages, [])) == sorted([w.name for w in model_weights(r.model)] + twice)
     assert EMBEDDING in stages[0]
