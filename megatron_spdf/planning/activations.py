@@ -20,38 +20,52 @@ the input of each, and one block at a time in whole.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from megatron_spdf.config.recipe import Recipe
 from megatron_spdf.model.weights import padded_vocab
+from megatron_spdf.planning.buffers import local_parameters
 from megatron_spdf.planning.memory import rank_bytes
 from megatron_spdf.sparsity.plan import Plan
 
 
 @dataclass(frozen=True)
 class StepBytes:
-    """Bytes at the fullest moment of a step, on one rank.
+    """Bytes at the fullest moment of a step, on one rank: while a micro-batch goes back through the blocks.
 
     Attributes:
-        blocks: kept by the transformer blocks for backward, for all micro-batches in flight.
+        running: kept by the transformer blocks for the backward of that micro-batch, of one model chunk.
+        waiting: the same of the other micro-batches in flight.
         embedding: kept by the embedding.
         pipeline: outputs sent to the next stage, kept until their gradient comes.
-        head: of the last stage, input and output of the last norm, logits and their softmax.
+        head: of the last stage, input and output of the last norm, logits and their softmax; beside `running`.
         workspace: the largest temporaries of a block's backward, and the block itself where it is recomputed. They
             come after those of the head are gone.
+        late: what there is instead of all these when backward has reached the embedding: its gradients, and the dense
+            gradients of expanded weights. Autograd leaves cutting these to the active entries to the end of each
+            backward pass but the first, since it takes the newest nodes first and the expansion is the oldest; with
+            full recomputation, where every block has a pass of its own, to the end of the block.
         communication: the buffer that sequence parallelism gathers into.
     """
 
-    blocks: int
+    running: int
+    waiting: int
     embedding: int
     pipeline: int
     head: int
     workspace: int
+    late: int
     communication: int
 
     @property
+    def activations(self) -> int:
+        return self.running + self.waiting + self.embedding + self.pipeline
+
+    @property
     def total(self) -> int:
-        return self.blocks + self.embedding + self.pipeline + max(self.head, self.workspace) + self.communication
+        fullest = max(self.running + max(self.head, self.workspace), self.late)
+        return self.waiting + self.embedding + self.pipeline + self.communication + fullest
 
 
 @dataclass(frozen=True)
@@ -110,32 +124,55 @@ def in_flight(recipe: Recipe, stage: int) -> int:
     return min(recipe.micro_batches * p.interleave, chunks)
 
 
-def step_bytes(recipe: Recipe, stage: int) -> StepBytes:
+def step_bytes(recipe: Recipe, plan: Plan, stage: int) -> StepBytes:
     """Bytes beside weights and optimizer state at the fullest moment of a step, on each rank of a stage."""
     p, m, size = recipe.parallel, recipe.model, Sizes.of(recipe)
     last = stage == p.pipeline - 1
     flying = in_flight(recipe, stage)
+    running = m.layers // (p.pipeline * p.interleave) * kept_by_block(recipe)
     sends = p.pipeline > 1 and not (last and p.interleave == 1)
     # Token ids shifted to the shard (8 bytes) and which of them are other shards' (1), of each micro-batch.
     embedding = 9 * size.tokens * -(-flying // p.interleave) if stage == 0 and p.tensor > 1 else 0
     return StepBytes(
-        blocks=flying * (m.layers // (p.pipeline * p.interleave)) * kept_by_block(recipe),
+        running=running,
+        waiting=(flying - 1) * running,
         embedding=embedding,
         pipeline=flying * size.hidden if sends else 0,
         head=_head(recipe, size) if last else 0,
-        workspace=_workspace(recipe, size),
+        workspace=_workspace(recipe, plan, size, stage),
+        late=_late(recipe, plan, size, stage),
         communication=size.whole if p.sequence else 0,
     )
 
 
-def _workspace(recipe: Recipe, size: Sizes) -> int:
+def _late(recipe: Recipe, plan: Plan, size: Sizes, stage: int) -> int:
+    """One chunk's dense gradients, whose weights were expanded before this micro-batch; and the embedding's: from the
+    LM head, from the look-up, and their sum."""
+    p, dense = recipe.parallel, 0
+    if recipe.micro_batches > 1 and recipe.train.recompute != "full":
+        dense = max(sum(q.expands_to for q in c) for c in local_parameters(recipe.model, p, plan, stage))
+    tied = 3 if p.pipeline == 1 else 1 if stage == 0 else 0
+    return size.width * dense + tied * _tied_gradient(recipe, size)
+
+
+def _workspace(recipe: Recipe, plan: Plan, size: Sizes, stage: int) -> int:
     """Backward of W_O, the fullest moment of a block: the gradients of its output, of its input and of itself, whole
-    before it is cut to the active weights; with full recomputation the block too, whose input is kept but whose output
-    is not. In one stage the embedding's gradient from the LM head waits for that from the look-up."""
+    before it is cut to the active weights. In one stage the embedding's gradient from the LM head waits for that from
+    the look-up.
+
+    With full recomputation there is the block too, whose input is kept anyway but whose output is not; or, at its
+    end, the dense gradients of its four weights beside five tensors between blocks and those of Q, K and V.
+    """
     m, p = recipe.model, recipe.parallel
+    tied = _tied_gradient(recipe, size) if p.pipeline == 1 else 0
     gradients = size.hidden + size.width * m.ffn_hidden * (size.tokens + m.hidden) // p.tensor
-    again = sum(block_bytes(recipe).values()) if recipe.train.recompute == "full" else 0
-    return gradients + again + (_tied_gradient(recipe, size) if p.pipeline == 1 else 0)
+    if recipe.train.recompute != "full":
+        return gradients + tied
+    dense: Counter[int] = Counter()
+    for q in (q for chunk in local_parameters(m, p, plan, stage) for q in chunk):
+        dense[q.layer] += q.expands_to
+    at_end = size.width * max(dense.values()) + 5 * size.hidden + 3 * size.whole // p.tensor
+    return max(gradients + sum(block_bytes(recipe).values()), at_end) + tied
 
 
 def _head(recipe: Recipe, size: Sizes) -> int:
@@ -156,6 +193,6 @@ def peak_bytes(recipe: Recipe, plan: Plan, stage: int) -> int:
     """Bytes on a GPU of a stage at the fullest moment: in forward and backward, or in the update, which needs no
     activations or expanded copies but, where Adam is PyTorch's, a temporary copy of the second moments."""
     state = rank_bytes(recipe, plan, stage, on_gpu=True)
-    running = state.total + step_bytes(recipe, stage).total
+    running = state.total + step_bytes(recipe, plan, stage).total
     updating = state.total - state.expanded + state.moments // 2
     return max(running, updating)

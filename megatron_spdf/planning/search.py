@@ -137,6 +137,12 @@ def smallest_world(recipe: Recipe, plan: Plan, gpu: Gpu) -> Candidate | None:
     return None
 
 
+def holds(recipe: Recipe, plan: Plan, gpu: Gpu, gpus: int) -> bool:
+    """Whether some layout on `gpus` GPUs fits, blocks recomputed."""
+    least = (laid_out(recipe, *d, recompute="full") for d in degrees(recipe, gpu, gpus))
+    return any(not any(findings(r)) and fullest(r, plan).peak <= USABLE * gpu.memory for r in least)
+
+
 def usable_worlds(recipe: Recipe, gpu: Gpu, gpus: int) -> list[int]:
     """The nearest numbers of GPUs below and above `gpus` for which some layout obeys the rules."""
     def possible(world: int) -> bool:

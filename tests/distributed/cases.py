@@ -132,18 +132,20 @@ def planned(recipe: dict) -> dict:
         return {
             "held": b.engine.state_bytes(), "predicted": predicted_bytes(b),
             "sent": dict(sent), "predicted to be sent": dict(step_traffic(b.recipe, b.plan, stage, on_gpu=False)),
-            "alive": peak_alive(b), "predicted to be alive": step_bytes(b.recipe, stage).total
+            "alive": peak_alive(b), "predicted to be alive": step_bytes(b.recipe, b.plan, stage).total
             + rank_bytes(b.recipe, b.plan, stage, on_gpu=False).expanded,
         }
 
 
 def peak_alive(b: Bench) -> int:
-    """Most bytes alive in forward and backward of a step, beside parameters, gradient buffers and masks."""
+    """Most bytes alive in forward and backward of a step, beside parameters, gradient buffers and masks. Gradients
+    are not reduced: gloo copies them for that."""
     batch = next(b.data.training_batches(2))
     kept = [t for model in b.engine.models for t in (*model.parameters(), *model.buffers())]
     kept += [buffer.grad_data for chunk in b.engine.chunks for buffer in chunk.buffers]
     for chunk in b.engine.chunks:
         chunk.zero_grad_buffer()
+    b.engine.config.finalize_model_grads_func = None
     with LiveBytes(kept) as live:
         b.engine._run(batch, forward_only=False)
     return live.peak

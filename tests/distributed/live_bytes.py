@@ -24,7 +24,7 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, kept: Iterable[Tensor]):
         super().__init__()
         self.now = self.peak = 0
-        self._alive: dict[int, object] = {id(t.untyped_storage()): t for t in kept}
+        self._alive: dict[int, object] = {t.untyped_storage()._cdata: t for t in kept}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -34,7 +34,7 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def _follow(self, storage: torch.UntypedStorage) -> None:
-        key, size = id(storage), storage.nbytes()
+        key, size = storage._cdata, storage.nbytes()
         if key in self._alive:
             return
 
