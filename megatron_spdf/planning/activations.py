@@ -146,23 +146,27 @@ def step_bytes(recipe: Recipe, plan: Plan, stage: int) -> StepBytes:
 
 
 def _late(recipe: Recipe, plan: Plan, size: Sizes, stage: int) -> int:
-    """One chunk's dense gradients, whose weights were expanded before this micro-batch; and the embedding's: from the
-    LM head, from the look-up, and their sum."""
+    """One chunk's dense gradients, whose weights were expanded before this micro-batch; and the larger of what the
+    end of a block holds and the embedding's gradients, from the LM head, from the look-up, and their sum."""
     p, dense = recipe.parallel, 0
     if recipe.micro_batches > 1 and recipe.train.recompute != "full":
         dense = max(sum(q.expands_to for q in c) for c in local_parameters(recipe.model, p, plan, stage))
-    tied = 3 if p.pipeline == 1 else 1 if stage == 0 else 0
-    return size.width * dense + tied * _tied_gradient(recipe, size)
+    tied = _tied_gradient(recipe, size)
+    waits, at_embedding = (tied, 3 * tied) if p.pipeline == 1 else (0, tied if stage == 0 else 0)
+    return size.width * dense + max(waits + _at_block_end(recipe, size), at_embedding)
+
+
+def _at_block_end(recipe: Recipe, size: Sizes) -> int:
+    """At the backward of W_QKV: five tensors between blocks (the output, its gradient, that of the residual path, the
+    norm's output and its gradient) and the gradients of Q, K and V."""
+    return 5 * size.hidden + 3 * size.whole // recipe.parallel.tensor
 
 
 def _workspace(recipe: Recipe, plan: Plan, size: Sizes, stage: int) -> int:
     """Backward of W_O, the fullest moment of a block: the gradients of its output, of its input and of itself, whole
     before it is cut to the active weights. In one stage the embedding's gradient from the LM head waits for that from
-    the look-up.
-
-    With full recomputation there is the block too, whose input is kept anyway but whose output is not; or, at its
-    end, the dense gradients of its four weights beside five tensors between blocks and those of Q, K and V.
-    """
+    the look-up. With full recomputation there is the block too, whose input is kept anyway but whose output is not;
+    or, at its end, the dense gradients of its four weights."""
     m, p = recipe.model, recipe.parallel
     tied = _tied_gradient(recipe, size) if p.pipeline == 1 else 0
     gradients = size.hidden + size.width * m.ffn_hidden * (size.tokens + m.hidden) // p.tensor
@@ -171,7 +175,7 @@ def _workspace(recipe: Recipe, plan: Plan, size: Sizes, stage: int) -> int:
     dense: Counter[int] = Counter()
     for q in (q for chunk in local_parameters(m, p, plan, stage) for q in chunk):
         dense[q.layer] += q.expands_to
-    at_end = size.width * max(dense.values()) + 5 * size.hidden + 3 * size.whole // p.tensor
+    at_end = size.width * max(dense.values()) + _at_block_end(recipe, size)
     return max(gradients + sum(block_bytes(recipe).values()), at_end) + tied
 
 
