@@ -53,6 +53,7 @@ def pretrain(recipe: Recipe, plan: Plan, ranks: Ranks, run: RunDir, corpus: Corp
     stop = StopRequest()
     cpu.install()  # before anything that imports megatron.core
     from megatron_spdf.checkpoint.checkpointer import Checkpointer
+    from megatron_spdf.checkpoint.saving import SaveFailed
     from megatron_spdf.data.dataset import TokenData
     from megatron_spdf.engine.megatron import MegatronEngine
     from megatron_spdf.sparsity.measure import SparsityDrift
@@ -73,7 +74,7 @@ def pretrain(recipe: Recipe, plan: Plan, ranks: Ranks, run: RunDir, corpus: Corp
     log.say("\n".join([summary, engine.choices, *found]))
     try:
         return Trainer(recipe, plan, engine, data, checkpointer, state, log, stop).run()
-    except (NotFinite, SparsityDrift) as error:
+    except (NotFinite, SparsityDrift, SaveFailed) as error:
         log.say(f"stopped: {error}")
         return exit_codes.GUARD_STOPPED
     finally:

@@ -3,9 +3,12 @@
 
     python tools/benchmark.py step [RECIPE] [section.key=value ...] [--steps 20] [--output FILE.json]
     torchrun --nproc-per-node 2 tools/benchmark.py step parallel.tensor=2
+    python tools/benchmark.py save [RECIPE] [section.key=value ...] [--steps 5]
 
 `step`: seconds of an optimizer step of a recipe, dense against its sparsity, both engines in one process and their
 steps in turn, so that what else the machine does hits both alike; medians and the ratio. Batches are synthetic.
+`save`: for how long the loop stands still for a checkpoint that is written behind the steps, and for one that it waits
+for, dense and sparse, with the bytes on disk; written to a temporary directory (TMPDIR) and removed.
 Without a recipe, a model whose layers fit a CPU's caches as little as a real one's. On a GPU try for example
 
     python tools/benchmark.py step configs/pretrain/gpt3_xl_s75.yaml parallel.data=1 train.global_batch=32 --steps 50
@@ -20,8 +23,10 @@ import gc
 import json
 import platform
 import shlex
+import shutil
 import statistics
 import sys
+import tempfile
 import time
 from datetime import datetime
 from importlib.metadata import version
@@ -41,9 +46,9 @@ WARM_UP = 2
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["step"])
+    parser.add_argument("what", choices=["step", "save"])
     parser.add_argument("words", nargs="*", metavar="[RECIPE] section.key=value")
-    parser.add_argument("--steps", type=int, default=20, help="measured steps of each run")
+    parser.add_argument("--steps", type=int, default=20, help="measured steps, or saves, of each run")
     parser.add_argument("--output", type=Path, help="write the figures as JSON, with date, hardware and versions")
     options = parser.parse_intermixed_args()
     named = [w for w in options.words if "=" not in w]
@@ -57,28 +62,33 @@ def main() -> int:
     except ValueError as error:
         print(f"benchmark.py: {error}", file=sys.stderr)
         return 2
-    figures = measure_steps({"dense": dense, "sparse": sparse}, options.steps)
+    measure, show = {"step": (measure_steps, render_steps), "save": (measure_saves, render_saves)}[options.what]
+    figures = measure({"dense": dense, "sparse": sparse}, options.steps)
     if ranks.rank == 0:
         report = {**circumstances(), "recipe": sparse.model_dump(), "runs": figures}
-        print(render(report))
+        print("\n".join([*render_circumstances(report), *show(figures)]))
         if options.output:
             options.output.write_text(json.dumps(report, indent=1) + "\n")
     return 0
 
 
-def measure_steps(recipes: dict[str, Recipe], steps: int) -> dict[str, dict]:
-    """Runs the recipes' engines step by step in turn; returns the figures of each."""
+def build_engines(recipes: dict[str, Recipe]) -> dict:
+    """Joins the ranks and builds the engine of every recipe in this process."""
     cpu.install()
-    import torch
-
     from megatron_spdf.engine.megatron import MegatronEngine
 
+    device = join(find_ranks(), next(iter(recipes.values())))
+    return {name: MegatronEngine(
+        recipe, make_plan(recipe.sparsity, model_weights(recipe.model), recipe.model.query_groups), device)
+        for name, recipe in recipes.items()}
+
+
+def measure_steps(recipes: dict[str, Recipe], steps: int) -> dict[str, dict]:
+    """Runs the recipes' engines step by step in turn; returns the figures of each."""
+    engines, seconds = build_engines(recipes), {name: [] for name in recipes}
+    import torch
+
     first = next(iter(recipes.values()))
-    device = join(find_ranks(), first)
-    engines, seconds = {}, {name: [] for name in recipes}
-    for name, recipe in recipes.items():
-        plan = make_plan(recipe.sparsity, model_weights(recipe.model), recipe.model.query_groups)
-        engines[name] = MegatronEngine(recipe, plan, device)
     gc.disable()
     for number in range(1, WARM_UP + steps + 1):
         batch = synthetic_batch(first, number)
@@ -92,6 +102,52 @@ def measure_steps(recipes: dict[str, Recipe], steps: int) -> dict[str, dict]:
     figures = {name: figures_of(recipes[name], engines[name], seconds[name]) for name in recipes}
     leave()
     return figures
+
+
+def measure_saves(recipes: dict[str, Recipe], saves: int) -> dict[str, dict]:
+    """Saves every engine's state after each step, waiting and behind the steps in turn; medians, in seconds."""
+    engines = build_engines(recipes)
+    import torch.distributed as dist
+
+    from megatron_spdf.checkpoint import store
+    from megatron_spdf.checkpoint.checkpointer import Checkpointer, RunState
+
+    place = [tempfile.mkdtemp(prefix="benchmark_save_") if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(place)
+    figures = {}
+    for name, engine in engines.items():
+        checkpointer = Checkpointer(Path(place[0]) / name, recipes[name], engine.plan, NoTokenizer())
+        stalls, written = {"waiting": [], "behind": []}, []
+        for number in range(1, 2 * saves + 1):
+            batch = synthetic_batch(recipes[name], number)
+            engine.step(batch, number, number * recipes[name].tokens_per_step, False)
+            way = "waiting" if number % 2 else "behind"
+            started = time.perf_counter()
+            checkpointer.save(engine, RunState(number), engine.measured_sparsity())
+            saving = checkpointer.wait() if way == "waiting" else None
+            stalls[way].append(time.perf_counter() - started)
+            saving = saving or checkpointer.wait()
+            if saving.error:
+                raise saving.error
+            written.append(saving.seconds)
+        bytes_on_disk = sum((saving.path / file).stat().st_size for file in store.files_of(saving.path))
+        figures[name] = {"sparsity": engine.plan.sparsity, "bytes_on_disk": bytes_on_disk,
+                         "write_seconds": statistics.median(written),
+                         **{f"stall_seconds_{way}": statistics.median(stalls[way]) for way in stalls}}
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(place[0])
+    leave()
+    return figures
+
+
+class NoTokenizer:
+    """Stands where a checkpoint keeps the tokenizer; batches are synthetic."""
+
+    kind, sha256 = "none", ""
+
+    def save(self, directory: Path) -> None:
+        directory.mkdir()
 
 
 def synthetic_batch(recipe: Recipe, number: int) -> list[dict]:
@@ -149,20 +205,32 @@ def circumstances() -> dict:
     }
 
 
-def render(report: dict) -> str:
+def render_circumstances(report: dict) -> list[str]:
     versions = ", ".join(f"{k} {v}" for k, v in report["versions"].items())
-    lines = [f"{report['date']}, {report['device']}, {versions}", f"$ {report['command']}", "",
-             f"| {'':<8} | sparsity | step (s), median | quartiles | tokens/s | TFLOP/s | MFU | state (MiB) |",
+    return [f"{report['date']}, {report['device']}, {versions}", f"$ {report['command']}", ""]
+
+
+def render_steps(runs: dict[str, dict]) -> list[str]:
+    lines = [f"| {'':<8} | sparsity | step (s), median | quartiles | tokens/s | TFLOP/s | MFU | state (MiB) |",
              "|---|---|---|---|---|---|---|---|"]
-    for name, f in report["runs"].items():
+    for name, f in runs.items():
         state = sum(f["state_bytes"].values()) / 2**20
         mfu = f"{f['mfu']:.1%}" if f["mfu"] else "-"
         lines.append(f"| {name:<8} | {f['sparsity']:.2%} | {f['step_seconds']:.4f} | "
                      f"{f['quartiles'][0]:.4f} - {f['quartiles'][1]:.4f} | {f['tokens_per_second']:,.0f} | "
                      f"{f['tflops_per_rank']:.3g} | {mfu} | {state:,.1f} |")
-    first, last = list(report["runs"].values())[0], list(report["runs"].values())[-1]
-    lines += ["", f"step time, sparse over dense: {last['step_seconds'] / first['step_seconds']:.3f}"]
-    return "\n".join(lines)
+    return [*lines, "", "step time, sparse over dense: "
+            f"{runs['sparse']['step_seconds'] / runs['dense']['step_seconds']:.3f}"]
+
+
+def render_saves(runs: dict[str, dict]) -> list[str]:
+    lines = [f"| {'':<8} | sparsity | stall, written behind (s) | stall, waited for (s) | writing (s) | disk (MiB) |",
+             "|---|---|---|---|---|---|"]
+    for name, f in runs.items():
+        lines.append(f"| {name:<8} | {f['sparsity']:.2%} | {f['stall_seconds_behind']:.4f} | "
+                     f"{f['stall_seconds_waiting']:.4f} | {f['write_seconds']:.4f} | "
+                     f"{f['bytes_on_disk'] / 2**20:,.1f} |")
+    return lines
 
 
 if __name__ == "__main__":

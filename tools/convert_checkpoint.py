@@ -1,50 +1,193 @@
-"""Convert a checkpoint to a model that Hugging Face's transformers loads without any code of ours.
+"""Convert checkpoints: to and from Hugging Face and Megatron-LM, between sparsities, between layouts.
 
 python tools/convert_checkpoint.py to-hf runs/mine exported/mine
+python tools/convert_checkpoint.py from-hf models/gpt2 runs/half --recipe r.yaml --sparsity 0.5 --select magnitude
+python tools/convert_checkpoint.py densify runs/mine runs/dense optimizer.lr=1e-4
+python tools/convert_checkpoint.py reshard runs/mine runs/wider parallel.tensor=4
 
-Exit code 0, or 2 for what the user can put right. Needs neither a GPU nor the layout the checkpoint was written at.
+Wherever a run is read it may be a run directory, whose newest checkpoint is taken, or one checkpoint. What is written
+as a run directory is trained on by pretrain.py with the same recipe and output=OUT. One weight at a time is dense in
+memory, OUT appears complete or not at all, and an OUT that exists is refused.
+
+Exit code 0, or 2 for what the user can put right. Needs neither a GPU nor the layout a checkpoint was written at.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import _path  # noqa: F401  puts the repository root on sys.path
 
+from megatron_spdf.checkpoint.appearing import require_free
+from megatron_spdf.checkpoint.fresh_run import start_run
 from megatron_spdf.checkpoint.huggingface import DTYPES, export
+from megatron_spdf.checkpoint.megatron_lm import VERSION, MegatronReader, arguments, save_for_megatron
 from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
+from megatron_spdf.checkpoint.reshard import reshard
+from megatron_spdf.checkpoint.source import WeightSource, open_weights
+from megatron_spdf.config import Recipe, load_recipe, make_recipe, parse_recipe
+from megatron_spdf.data.corpus import data_tokenizer
+from megatron_spdf.data.tokenizer import Tokenizer
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the tool; every byte of the checkpoint is checked before anything is written."""
-    options = _make_parser().parse_args(arguments)
+def main(words: list[str] | None = None) -> int:
+    """Run the tool; every byte of a checkpoint of ours is checked before anything is written."""
+    options = parse(words)
     try:
-        reader = CheckpointReader(find_checkpoint(options.directory), checksums=True)
-        export(reader, options.output, options.dtype)
+        require_free(options.output)
+        said = options.run(options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return 128 + signal.SIGINT
-    print(f"{options.output}: {reader.path} as a GPT-2 of transformers, {options.dtype}")
+    print(said)
     return 0
 
 
-def _make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    to_hf = parser.add_subparsers(required=True, metavar="COMMAND").add_parser(
-        "to-hf", help="to a directory for transformers' from_pretrained", allow_abbrev=False)
-    to_hf.add_argument("directory", type=Path, metavar="DIR",
-                       help="a checkpoint, or a run directory: its newest complete checkpoint")
-    to_hf.add_argument("output", type=Path, metavar="OUT", help="directory to make")
-    to_hf.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the weights (default: fp32)")
-    return parser
+def to_hf(options: argparse.Namespace) -> str:
+    """A directory for transformers' from_pretrained."""
+    source = read_run(options)
+    export(source, options.output, options.dtype, options.masks)
+    return f"{options.output}: {source.path} as a GPT-2 of transformers, {options.dtype}"
+
+
+def from_hf(options: argparse.Namespace) -> str:
+    """A run whose step 0 has the weights of a Hugging Face GPT-2, or of a run of ours, in another recipe."""
+    recipe = given_recipe(options)
+    return begin(open_weights(options.source), recipe, data_tokenizer(recipe), options)
+
+
+def prune(options: argparse.Namespace) -> str:
+    """A run whose step 0 has the weights of another run, sparse as the words say; a fresh optimizer."""
+    source = read_run(options)
+    return begin(source, own_recipe(source, options), source.tokenizer, options)
+
+
+def densify(options: argparse.Namespace) -> str:
+    """A run whose step 0 has the weights of another run without its masks; a fresh optimizer."""
+    source = read_run(options)
+    return begin(source, own_recipe(source, options, "sparsity=0"), source.tokenizer, options)
+
+
+def reshard_run(options: argparse.Namespace) -> str:
+    """The same checkpoint, optimizer and run state included, its files cut for another layout."""
+    if other := [word for word in options.overrides if not word.startswith("parallel.")]:
+        raise ValueError(f"{' '.join(other)}: only parallel.* can change here, as in parallel.tensor=2")
+    source = read_run(options)
+    layout = parse_recipe(source.recipe.model_dump(), options.overrides, source.path / "run.json").parallel
+    checkpoint = reshard(source, layout, options.output)
+    return (f"{checkpoint}: {source.origin}, for tensor {layout.tensor} x pipeline {layout.pipeline} x data "
+            f"{layout.data}\ntrain it: pretrain.py {options.output}/recipe.yaml")
+
+
+def to_megatron(options: argparse.Namespace) -> str:
+    """A directory for Megatron-LM's --load."""
+    source = read_run(options)
+    save_for_megatron(source, options.output, DTYPES[options.dtype])
+    return (f"{options.output}: the weights of {source.path} for Megatron-LM {VERSION}, {options.dtype}; load them "
+            f"with\n--load {options.output} {' '.join(arguments(source).split())}\n"
+            "(--make-vocab-size-divisible-by over your --tensor-model-parallel-size)")
+
+
+def from_megatron(options: argparse.Namespace) -> str:
+    """A run whose step 0 has the weights of a GPT of Megatron-LM."""
+    recipe = given_recipe(options)
+    return begin(MegatronReader(options.source, recipe.model), recipe, data_tokenizer(recipe), options)
+
+
+def read_run(options: argparse.Namespace) -> CheckpointReader:
+    return CheckpointReader(find_checkpoint(options.source), checksums=True)
+
+
+def given_recipe(options: argparse.Namespace) -> Recipe:
+    return load_recipe(options.recipe, words_of(options))
+
+
+def own_recipe(source: CheckpointReader, options: argparse.Namespace, *first: str) -> Recipe:
+    """The recipe a checkpoint was made with, changed by words."""
+    return make_recipe(source.recipe.model_dump(), [*first, *words_of(options)], source.path / "run.json")
+
+
+def words_of(options: argparse.Namespace) -> list[str]:
+    sparsity = getattr(options, "sparsity", None)
+    return [f"output={json.dumps(str(options.output))}", *options.overrides,
+            *([] if sparsity is None else [f"sparsity={sparsity}"])]
+
+
+def begin(source: WeightSource, recipe: Recipe, tokenizer: Tokenizer, options: argparse.Namespace) -> str:
+    plan = start_run(source, recipe, tokenizer, options.output, getattr(options, "select", "random"))
+    sparse = f"{plan.sparsity:.2%} of {plan.numel:,} block weights zero" if plan.weights else "dense"
+    lines = [f"{options.output}: a run at step 0 with the weights of {source.origin}, {sparse}"]
+    if source.tokenizer is None:
+        lines.append(f"the source has no tokenizer; that of the recipe's data is taken, sha256 {tokenizer.sha256}")
+    return "\n".join([*lines, f"train it: pretrain.py {options.output}/recipe.yaml"])
+
+
+RUN = "a run directory, or one of its checkpoints"
+COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], str], str, list[str], str]] = {
+    "to-hf": (to_hf, RUN, ["--dtype", "--masks"], ""),
+    "from-hf": (from_hf, "directory with config.json and safetensors or pytorch_model.bin, or a run",
+                ["--recipe", "--sparsity", "--select", "words"], """\
+The recipe's model section must have the shape of the GPT-2: layers, hidden, heads, query_groups (= heads), ffn_hidden,
+vocab_size and max_positions. Dropout and initial spread are the recipe's. The GPT-2 must compute what ours does: tied
+embeddings, GELU (tanh), LayerNorm epsilon 1e-5, attention scaled by the head's width alone. Its tokenizer files must
+be those of the recipe's data; where there are none, the data's tokenizer is taken. Vocabulary rows that pad the
+embedding are the mean of the others."""),
+    "prune": (prune, RUN, ["--sparsity", "--select", "words"], ""),
+    "densify": (densify, RUN, ["words"], ""),
+    "reshard": (reshard_run, RUN, ["words"], """\
+A checkpoint resumes at any layout as it is: no conversion is needed for that. This cuts its files anew, so that every
+rank reads one file, and makes the layout that of the new run's recipe."""),
+    "to-megatron": (to_megatron, RUN, ["--dtype"], f"""\
+Names, shapes and files are those of Megatron-LM {VERSION} (megatron-core 0.16.1, --ckpt-format torch_dist), for both
+its local and its Transformer Engine layers, as a release: --load needs no other flag, and starts at iteration 0. Its
+tensors are dense and fit any tensor and pipeline parallelism. OUT/arguments.txt has Megatron-LM's arguments."""),
+    "from-megatron": (from_megatron, "directory with latest_checkpointed_iteration.txt, or one checkpoint in it",
+                      ["--recipe", "--sparsity", "--select", "words"], f"""\
+A distributed checkpoint (--ckpt-format torch_dist) of a GPT of Megatron-LM {VERSION}, saved at any layout, with tied
+embeddings, learned positions, LayerNorm and biases. Only its tensors are read, not its pickled arguments, so the shape
+comes from the recipe's model section; the number of heads, the activation and the tokenizer cannot be checked."""),
+}
+OPTIONS = {
+    "--dtype": dict(choices=DTYPES, default="fp32", help="of the weights (default: fp32)"),
+    "--masks": dict(action="store_true", help="also write masks.safetensors: weight name -> bool, true is active"),
+    "--recipe": dict(required=True, metavar="RECIPE.yaml", help="of the run to come"),
+    "--sparsity": dict(metavar="S", help="short for the word sparsity=S"),
+    "--select": dict(choices=("random", "magnitude"), default="random",
+                     help="weights that stay: the recipe's random masks (default), or the largest magnitudes in each "
+                          "of the chunks a weight is cut into"),
+}
+
+
+def parse(words: list[str] | None) -> argparse.Namespace:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, (run, source, options, more) in COMMANDS.items():
+        command = commands.add_parser(name, help=run.__doc__, description=f"{run.__doc__}\n\n{more}".strip(),
+                                      formatter_class=form, allow_abbrev=False)
+        command.add_argument("source", type=Path, metavar="DIR", help=source)
+        command.add_argument("output", type=Path, metavar="OUT", help="directory to make")
+        for option in options:
+            if option != "words":
+                command.add_argument(option, **OPTIONS[option])
+        if "words" in options:
+            command.add_argument("overrides", nargs="*", metavar="section.key=value",
+                                 help="values that win over the recipe's")
+        command.set_defaults(run=run, takes_words="words" in options)
+    parsed, rest = parser.parse_known_args(words)
+    if rest and (not parsed.takes_words or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # words that came after an option
+        parsed.overrides += rest
+    return parsed
 
 
 if __name__ == "__main__":

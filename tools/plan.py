@@ -4,7 +4,7 @@
     python tools/plan.py RECIPE [section.key=value ...] --gpu h100 --gpus 64   FLOPs, bytes, traffic, time, layouts
     python tools/plan.py RECIPE [section.key=value ...] --exact                real buffers, built without hardware
     python tools/plan.py fit RUNS...                                           the scaling law of your own runs
-    python tools/plan.py law [--plot FILE.png]                                 the published scaling law of sparse models
+    python tools/plan.py law [--plot FILE.png]                                 the published law of sparse models
 
 Exit code 0, or 2 with a sentence on what to change.
 """
@@ -84,7 +84,7 @@ def _plan_parser() -> argparse.ArgumentParser:
     parser.add_argument("--gpu", metavar="NAME", help=f"{', '.join(GPUS)}, or {THIS_MACHINE}, which is measured")
     parser.add_argument("--price", type=float, metavar="P", help="of a GPU hour; adds the cost, in the same currency")
     parser.add_argument("--memory", type=float, metavar="GIB", help="of a GPU, in place of the table's")
-    parser.add_argument("--network", type=float, metavar="GB/S", help="of a GPU to other nodes, in place of the table's")
+    parser.add_argument("--network", type=float, metavar="GB/S", help="of a GPU to other nodes, likewise")
     parser.add_argument("--gpus-per-node", type=int, metavar="N", help="in place of the table's")
     speed = parser.add_mutually_exclusive_group()
     speed.add_argument("--efficiency", type=_share, metavar="E",

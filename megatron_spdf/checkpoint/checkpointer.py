@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import json
-import shutil
-import time
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies.filesystem_async import _get_write_results_queue
 
-from megatron_spdf import __version__
 from megatron_spdf.checkpoint import store
+from megatron_spdf.checkpoint.record import INITIAL, drawn_masks, run_record
+from megatron_spdf.checkpoint.saving import Saving
 from megatron_spdf.checkpoint.vet import vet_metadata
-from megatron_spdf.config import Recipe
+from megatron_spdf.config import Recipe, differences
 from megatron_spdf.data.tokenizer import Tokenizer
 from megatron_spdf.engine import Engine
-from megatron_spdf.parallel import signals
 from megatron_spdf.sparsity.compact import compact_of, sparse_modules
 from megatron_spdf.sparsity.plan import Plan
 
@@ -44,36 +42,56 @@ class RunState:
 
 
 class Checkpointer:
-    """Checkpoints of one run.
+    """Checkpoints of one run; one save is under way at a time.
 
     Args:
         directory: holds the run's checkpoints.
         recipe, plan, tokenizer: kept with every checkpoint, and what a restored one must agree with.
+
+    Attributes:
+        failed_in_a_row: saves that failed since the last that did not; the same on every rank after `wait`.
+        masks, origin: of the run, as its checkpoints record them; see `record.py`.
     """
 
     def __init__(self, directory: Path, recipe: Recipe, plan: Plan, tokenizer: Tokenizer):
         self.directory, self.recipe, self.plan, self.tokenizer = directory, recipe, plan, tokenizer
+        self.failed_in_a_row = 0
+        self._saving: Saving | None = None
+        self._validated = False
+        # A slow disk is not a hang: ranks that die meanwhile are found by the collectives of the next step.
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
+        self.masks, self.origin = drawn_masks(plan), INITIAL
 
-    def save(self, engine: Engine, state: RunState, measured_sparsity: dict[str, float]) -> Path:
-        """Writes a checkpoint, makes it visible, and removes those past `checkpoint.keep`."""
+    def save(self, engine: Engine, state: RunState, measured_sparsity: dict[str, float]) -> None:
+        """Starts to write a checkpoint, which becomes visible when it is complete; then those that
+        `checkpoint.keep` and `keep_every` do not keep are removed. The caller has waited for the save before."""
+        assert self._saving is None
+        keep = self.recipe.checkpoint
+        run = run_record(self.recipe, self.plan, self.tokenizer, self.masks, self.origin, asdict(state),
+                         measured_sparsity)
         partial = self.directory / (store.name_of(state.step) + store.PARTIAL)
-        if dist.get_rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        dist.barrier()
-        with signals.blocked():  # the server of this queue, which the writer keeps, is started on first use
-            _get_write_results_queue()
-        dist_checkpointing.save(engine.sharded_state(loading=False), str(partial))
-        if dist.get_rank() == 0:
-            self._write_run(partial, state, measured_sparsity)
+
+        def add_files(partial: Path) -> None:
+            store.write_json(partial / store.RUN, run)
             self.tokenizer.save(partial / "tokenizer")
-        dist.barrier()
-        files = _describe_shared(partial)
-        if dist.get_rank() == 0:
-            store.publish(partial, files)
-            store.retain(self.directory, self.recipe.checkpoint.keep)
-        dist.barrier()
-        return self.directory / store.name_of(state.step)
+
+        self._saving = Saving(
+            partial, engine.sharded_state(loading=False), add_files,
+            lambda: store.retain(self.directory, keep.keep, keep.keep_every), self._group, not self._validated)
+        self._validated = True
+        self._saving.start()
+
+    def poll(self) -> Saving | None:
+        """The save that has ended since, if there is one; each rank learns of it at a moment of its own."""
+        return self.wait() if self._saving and not self._saving.is_alive() else None
+
+    def wait(self) -> Saving | None:
+        """Waits for the save under way, if there is one, and gives it out unless `poll` has."""
+        saving, self._saving = self._saving, None
+        if saving:
+            saving.join()
+            self.failed_in_a_row = self.failed_in_a_row + 1 if saving.error else 0
+        return saving
 
     def restore(self, engine: Engine) -> tuple[RunState, list[str]]:
         """Loads the newest complete checkpoint, if there is one.
@@ -82,57 +100,48 @@ class Checkpointer:
             Where the run stands, and what was found and done, as sentences for the log.
 
         Raises:
-            ValueError: the checkpoint is damaged, holds code, or other masks than the plan draws.
+            ValueError: the checkpoint is damaged, holds code, is of another recipe or tokenizer, or has other masks
+                than the plan draws.
         """
         said = []
         if dist.get_rank() == 0:
             said = [f"discarded {name}, a save that did not finish"
                     for name in store.discard_incomplete(self.directory)]
         dist.barrier()
-        found = store.complete(self.directory)
+        found = store.visible(self.directory)
         if not found:
             return RunState(), said
         newest = found[-1]
         _verify_shared(newest)
         vet_metadata(newest)
         run = json.loads((newest / store.RUN).read_text())
+        self._check_run(run, newest)
         state = RunState(**run["state"])
+        self.masks, self.origin = run.get("masks", self.masks), run.get("origin", self.origin)
         drawn = [compact_of(m).mask_bits.clone() for model in engine.models for m in sparse_modules(model)]
         loaded = dist_checkpointing.load(engine.sharded_state(loading=True), str(newest))
         engine.load_state(loaded, state.optimizer_steps)
         self._check_masks(engine, drawn, newest)
         return state, [*said, f"resumed from {newest.name}"]
 
-    def _write_run(self, partial: Path, state: RunState, measured_sparsity: dict[str, float]) -> None:
-        recipe = self.recipe
-        store.write_json(partial / store.RUN, {
-            "state": asdict(state),
-            "tokens": state.step * recipe.tokens_per_step,
-            "recipe": recipe.model_dump(),
-            "tokenizer": {"kind": self.tokenizer.kind, "sha256": self.tokenizer.sha256},
-            "sparsity": {n: {"target": w.sparsity, "measured": measured_sparsity[n]}
-                         for n, w in self.plan.weights.items()},
-            "versions": {"megatron_spdf": __version__, "torch": torch.__version__,
-                         "megatron-core": version("megatron-core")},
-            "saved": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        })
+    def _check_run(self, run: dict[str, Any], checkpoint: Path) -> None:
+        """That the checkpoint is of this recipe's run, whatever directory it came from."""
+        there = {**Recipe.model_validate(run["recipe"]).identity(), "tokenizer": run["tokenizer"]["sha256"]}
+        changes = list(differences(there, {**self.recipe.identity(), "tokenizer": self.tokenizer.sha256}))
+        if changes:
+            raise ValueError(f"checkpoint {checkpoint} is of another run: {'; '.join(changes)}. Use the recipe and the "
+                             "data it was made with, or another output")
 
     def _check_masks(self, engine: Engine, drawn: list[torch.Tensor], checkpoint: Path) -> None:
+        """That the masks are those drawn before; where the run's masks were given, they are taken as they are."""
         modules = [m for model in engine.models for m in sparse_modules(model)]
         for module, bits in zip(modules, drawn, strict=True):
             compact = compact_of(module)
-            if not torch.equal(compact.mask_bits, bits):
+            if self.masks["kind"] == "given":
+                compact.index_mask()
+            elif not torch.equal(compact.mask_bits, bits):
                 raise ValueError(f"checkpoint {checkpoint} holds another mask of {compact.planned.name} than the "
                                  f"recipe draws (sparsity.seed={self.plan.seed}); use the recipe it was made with")
-
-
-def _describe_shared(directory: Path) -> dict[str, dict[str, object]]:
-    """Sizes and checksums of all files, every rank reading its share."""
-    names = store.files_of(directory)
-    mine = {n: store.describe(directory / n) for n in names[dist.get_rank()::dist.get_world_size()]}
-    shares: list[dict] = [{}] * dist.get_world_size()
-    dist.all_gather_object(shares, mine)
-    return {name: entry for share in shares for name, entry in sorted(share.items())}
 
 
 def _verify_shared(checkpoint: Path) -> None:

@@ -6,14 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from megatron_spdf.checkpoint.reader import MASK_BITS, VALUES, CheckpointReader, stored_name
+from megatron_spdf.checkpoint.reader import MASK_BITS, OPTIMIZER, STATES, VALUES, CheckpointReader, stored_name
+from megatron_spdf.checkpoint.record import INITIAL
 from megatron_spdf.checkpoint.store import DamagedCheckpoint
 from megatron_spdf.model.weights import padded_vocab
 from megatron_spdf.sparsity.masks import draw_mask
 from megatron_spdf.sparsity.plan import SparseWeight
 
-_OPTIMIZER = "optimizer.state."
-_STATES = ("param", "exp_avg", "exp_avg_sq")
 _NAMED_FAULTS = 5
 
 
@@ -30,10 +29,11 @@ def describe(reader: CheckpointReader) -> dict[str, Any]:
         "precision": recipe.train.precision,
         "state": {**run["state"], "tokens": run["tokens"]},
         "tokenizer": run["tokenizer"],
-        "sparsity": {"mask_seed": plan.seed, "target": plan.sparsity, "weights": sparsity_by_kind(reader)},
+        "sparsity": {"masks": reader.masks, "target": plan.sparsity, "weights": sparsity_by_kind(reader)},
         "bytes": bytes_by_part(reader),
         "versions": run["versions"],
         "saved": run["saved"],
+        "origin": run.get("origin", INITIAL),
     }
 
 
@@ -73,7 +73,8 @@ def _part_of(name: str) -> str:
 
 def verify(reader: CheckpointReader) -> str:
     """Holds the tensors against the recipe: every weight and its optimizer state there with the right shape, every
-    mask the one the plan draws. The bytes of the files are `CheckpointReader(checksums=True)`'s to check.
+    mask the one the plan draws, or where the run's masks were given, one of the planned density. The bytes of the
+    files are `CheckpointReader(checksums=True)`'s to check.
 
     Returns:
         What was checked, in a sentence.
@@ -81,7 +82,7 @@ def verify(reader: CheckpointReader) -> str:
     Raises:
         DamagedCheckpoint: naming the tensors at fault and what is wrong with each.
     """
-    faults = _wrong_shapes(reader)
+    faults = wrong_shapes(reader)
     if not faults:
         faults = [f for weight in reader.plan.weights.values() for f in _wrong_mask(reader, weight)]
     if faults:
@@ -92,13 +93,14 @@ def verify(reader: CheckpointReader) -> str:
             f"{len(reader.plan.weights)} masks are as planned")
 
 
-def _wrong_shapes(reader: CheckpointReader) -> list[str]:
+def wrong_shapes(reader: CheckpointReader) -> list[str]:
+    """Tensors of the model and its optimizer that are missing or have another shape than by the recipe, in words."""
     expected: dict[str, tuple[int, ...]] = {}
     for name, weight in reader.weights.items():
         sparse, stored, shape = reader.plan.weights.get(name), stored_name(name), weight.shape
         if sparse:
             stored, shape = stored + VALUES, (sparse.chunks, sparse.active_per_chunk)
-        expected |= {stored: shape, **{f"{_OPTIMIZER}{state}.{stored}": shape for state in _STATES}}
+        expected |= {stored: shape, **{f"{OPTIMIZER}{state}.{stored}": shape for state in STATES}}
     return [f"{name} is missing" if name not in reader.shapes else
             f"{name} has shape {reader.shapes[name]} instead of {shape}"
             for name, shape in expected.items() if reader.shapes.get(name) != shape]
@@ -111,8 +113,8 @@ def _wrong_mask(reader: CheckpointReader, weight: SparseWeight) -> list[str]:
         active = int(np.unpackbits(bits).sum(dtype=np.int64))
         if active != k:
             return [f"chunk {chunk} of {weight.name} has {active} active entries instead of {k}"]
-        drawn = draw_mask(reader.plan.seed, weight.name, chunk, rows * columns, k)
-        if not np.array_equal(np.packbits(drawn), bits):
+        if reader.masks["kind"] == "drawn" and not np.array_equal(
+                np.packbits(draw_mask(reader.plan.seed, weight.name, chunk, rows * columns, k)), bits):
             return [f"chunk {chunk} of {weight.name} has another mask than seed {reader.plan.seed} draws"]
     return []
 
@@ -135,6 +137,7 @@ def render(facts: dict[str, Any]) -> str:
         "tokenizer": f"{facts['tokenizer']['kind']}, sha256 {facts['tokenizer']['sha256'][:16]}",
         "written by": versions,
         "saved": facts["saved"],
+        "begun from": facts["origin"],
     }
     text = [f"{name + ':':<12}{value}" for name, value in lines.items()]
     return "\n".join([*text, *_render_bytes(facts["bytes"]), *_render_sparsity(facts["sparsity"])])
@@ -148,7 +151,7 @@ def _render_sparsity(sparsity: dict[str, Any]) -> list[str]:
     if not sparsity["weights"]:
         return ["sparsity: dense, every weight is active"]
     width = max(len(row["kind"]) for row in sparsity["weights"])
-    lines = [f"sparsity: {sparsity['target']:.4%} of the weights below, mask seed {sparsity['mask_seed']}",
+    lines = [f"sparsity: {sparsity['target']:.4%} of the weights below, masks {sparsity['masks']['how']}",
              f"  {'weight':<{width}}{'count':>6}{'shape':>16}{'target':>11}   measured"]
     for row in sparsity["weights"]:
         measured = " to ".join(dict.fromkeys(f"{s:.4%}" for s in row["measured"]))

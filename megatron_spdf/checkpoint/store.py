@@ -18,7 +18,7 @@ from pathlib import Path
 PARTIAL = ".partial"
 FILES, RUN = "files.json", "run.json"
 _NAME = re.compile(r"step_\d{8}")
-_UNFINISHED = re.compile(r"step_\d{8}(\.old)?(\.partial)?")
+_UNFINISHED = re.compile(r"step_\d{8}\.partial")
 
 
 class DamagedCheckpoint(ValueError):
@@ -29,29 +29,33 @@ def name_of(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def complete(directory: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def visible(directory: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first: they were complete when they got their names."""
     if not directory.is_dir():
         return []
-    found = [p for p in directory.iterdir() if _NAME.fullmatch(p.name) and (p / FILES).is_file()]
-    return sorted(found, key=lambda p: p.name)
+    return sorted((p for p in directory.iterdir() if _NAME.fullmatch(p.name)), key=lambda p: p.name)
 
 
 def discard_incomplete(directory: Path) -> list[str]:
-    """Removes saves that did not finish; returns their names."""
+    """Removes saves that did not finish and checkpoints half removed; returns their names."""
     if not directory.is_dir():
         return []
-    kept = set(complete(directory))
-    gone = [p for p in directory.iterdir() if _UNFINISHED.fullmatch(p.name) and p not in kept]
+    gone = [p for p in directory.iterdir() if _UNFINISHED.fullmatch(p.name)]
     for path in gone:
         shutil.rmtree(path)
     return sorted(p.name for p in gone)
 
 
-def retain(directory: Path, keep: int) -> None:
-    """Removes all but the newest `keep` complete checkpoints. Each leaves by a rename first, so that a crash in the
-    middle leaves a `.partial` and not a checkpoint with files missing."""
-    for path in complete(directory)[:-keep]:
+def retain(directory: Path, keep: int, keep_every: int = 0) -> None:
+    """Removes complete checkpoints but the newest `keep` and those of every `keep_every`th step. Each leaves by a
+    rename first, so that a crash in the middle leaves a `.partial` and not a checkpoint with files missing."""
+    for path in visible(directory)[:-keep]:
+        if keep_every and step_of(path) % keep_every == 0:
+            continue
         dying = path.with_name(path.name + PARTIAL)
         path.rename(dying)
         shutil.rmtree(dying)
@@ -74,13 +78,10 @@ def describe(path: Path) -> dict[str, object]:
 def publish(partial: Path, files: dict[str, dict[str, object]]) -> Path:
     """Writes the list of files and makes the checkpoint visible by one rename."""
     write_json(partial / FILES, files)
+    sync_directory(partial)
     final = partial.with_name(partial.name.removesuffix(PARTIAL))
-    old = final.with_name(f"{final.name}.old{PARTIAL}")
-    if final.exists():  # the same step saved again; at no moment is there a half of either
-        final.rename(old)
     partial.rename(final)
     sync_directory(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
     return final
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from megatron_spdf.config.checks import findings
 from megatron_spdf.config.recipe import Recipe, normalise_sparsity
 
 
-def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a recipe, applies `section.key=value` words, validates every field and every rule between fields.
 
     Args:
@@ -23,17 +24,27 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     Raises:
         ValueError: naming each wrong key or value, the rule it breaks and the remedy.
     """
-    values = _read(Path(path), ())
-    for word in overrides:
-        _override(values, word)
-    try:
-        recipe = Recipe.model_validate(values)
-    except ValidationError as error:
-        raise ValueError(_explain(path, [_sentence(e) for e in error.errors()])) from None
+    return make_recipe(_read(Path(path), ()), overrides, path)
+
+
+def make_recipe(values: dict[str, Any], overrides: Sequence[str], path: str | Path) -> Recipe:
+    """Like `load_recipe`, from the values of a recipe; messages name `path` as where they are from."""
+    recipe = parse_recipe(values, overrides, path)
     broken = list(findings(recipe))
     if broken:
         raise ValueError(_explain(path, broken))
     return recipe
+
+
+def parse_recipe(values: dict[str, Any], overrides: Sequence[str], path: str | Path) -> Recipe:
+    """Like `make_recipe`, every field validated, but not the rules between them."""
+    values = dict(values)
+    for word in overrides:
+        _override(values, word)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(_explain(path, [_sentence(e) for e in error.errors()])) from None
 
 
 def save_recipe(recipe: Recipe, path: str | Path) -> None:

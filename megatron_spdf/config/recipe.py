@@ -158,6 +158,9 @@ class Evaluate(Section):
 class Checkpoint(Section):
     every: int = Field(1000, ge=0, description="steps between checkpoints; 0: only at the end")
     keep: int = Field(2, gt=0, description="newest checkpoints that are kept")
+    keep_every: int = Field(0, ge=0, description="also keep those of every step that this divides; 0: none")
+    asynchronous: bool = Field(
+        True, description="write behind the next steps; the loop waits for the copy out of the device only")
 
 
 class Log(Section):
@@ -168,6 +171,8 @@ class Log(Section):
 class Guard(Section):
     max_skipped: int = Field(
         10, ge=0, description="steps skipped in a row for a non-finite loss or gradient before the run stops")
+    max_failed_saves: int = Field(
+        1, ge=0, description="saves that may fail in a row (a full disk) before the run stops")
 
 
 class Kernels(Section):

@@ -24,14 +24,7 @@ def check_corpus(recipe: Recipe) -> Corpus:
     Raises:
         ValueError, FileNotFoundError: with the value, the rule and the remedy.
     """
-    data = recipe.data
-    if not data.train:
-        raise ValueError("data.train is empty; name at least one prefix made by tools/preprocess_data.py")
-    check_prefix(data.train[0])  # a prefix that is not there says so, and not that its tokenizer is not
-    tokenizer = load_tokenizer(data.tokenizer or f"{data.train[0]}.tokenizer")
-    if tokenizer.vocab_size != recipe.model.vocab_size:
-        raise ValueError(f"model.vocab_size={recipe.model.vocab_size}, but the data's tokenizer knows "
-                         f"{tokenizer.vocab_size} tokens; set model.vocab_size={tokenizer.vocab_size}")
+    data, tokenizer = recipe.data, data_tokenizer(recipe)
     train = [check_prefix(p, tokenizer.sha256).tokens for p in data.train]
     valid = [check_prefix(p, tokenizer.sha256).tokens for p in data.valid]
     length = recipe.train.sequence_length
@@ -44,3 +37,20 @@ def check_corpus(recipe: Recipe) -> Corpus:
         raise ValueError(f"the validation data hold {windows} sequences of {length} tokens, fewer than one batch of "
                          f"train.global_batch={recipe.train.global_batch}; use more text or a smaller batch")
     return Corpus(tokenizer, train, valid)
+
+
+def data_tokenizer(recipe: Recipe) -> Tokenizer:
+    """The tokenizer of a recipe's data, which must know as many tokens as the model.
+
+    Raises:
+        ValueError, FileNotFoundError: with the value, the rule and the remedy.
+    """
+    data = recipe.data
+    if not data.train:
+        raise ValueError("data.train is empty; name at least one prefix made by tools/preprocess_data.py")
+    check_prefix(data.train[0])  # a prefix that is not there says so, and not that its tokenizer is not
+    tokenizer = load_tokenizer(data.tokenizer or f"{data.train[0]}.tokenizer")
+    if tokenizer.vocab_size != recipe.model.vocab_size:
+        raise ValueError(f"model.vocab_size={recipe.model.vocab_size}, but the data's tokenizer knows "
+                         f"{tokenizer.vocab_size} tokens; set model.vocab_size={tokenizer.vocab_size}")
+    return tokenizer

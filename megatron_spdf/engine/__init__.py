@@ -64,7 +64,8 @@ class Engine(Protocol):
         """Fraction of zeros of every sparse weight as expanded: canonical name -> sparsity, on every rank."""
 
     def sharded_state(self, loading: bool) -> dict:
-        """Weights, mask bits and optimizer state as Megatron-Core's sharded tensors, to save or to load into."""
+        """Weights, mask bits and optimizer state as Megatron-Core's sharded tensors, to load into or to save: then
+        copies on the CPU, which later steps do not change, of what this rank saves for the others too."""
 
     def load_state(self, loaded: dict, optimizer_steps: int) -> None:
         """Takes a filled `sharded_state(loading=True)`."""

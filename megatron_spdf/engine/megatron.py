@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from megatron_spdf import kernels
 from megatron_spdf.config import Recipe
 from megatron_spdf.engine import MicroBatch, StepResult
-from megatron_spdf.engine.state import load_optimizer, optimizer_state
+from megatron_spdf.engine.state import load_optimizer, optimizer_state, share_replicas, snapshot
 from megatron_spdf.model.gpt import build_model
 from megatron_spdf.sparsity.compact import expanded
 from megatron_spdf.sparsity.masks import stream_key
@@ -131,12 +131,17 @@ class MegatronEngine:
         return measure_sparsity(self.models, self.data_parallel_rank, self.plan)
 
     def sharded_state(self, loading: bool) -> dict:
-        """Weights, mask bits and optimizer state as Megatron-Core's sharded tensors."""
+        """Weights, mask bits and optimizer state as Megatron-Core's sharded tensors; to save, copies on the CPU."""
         self._gather_parameters()
+        group = ps.get_data_parallel_group(with_context_parallel=True)
         metadata = {"non_homogeneous_layers": True,  # compact weights of different lengths: a key for every layer
-                    "dp_cp_group": ps.get_data_parallel_group(with_context_parallel=True)}
+                    "dp_cp_group": group}
         model = {f"chunk{i}": _tensors_only(m.sharded_state_dict(metadata=metadata)) for i, m in enumerate(self.models)}
-        return {"model": model, "optimizer": optimizer_state(self.optimizer, self.models, model, loading)}
+        share_replicas(model, group.rank(), group.size())
+        optimizer = optimizer_state(self.optimizer, self.models, model, loading)
+        if not loading:
+            snapshot(model)
+        return {"model": model, "optimizer": optimizer}
 
     def load_state(self, loaded: dict, optimizer_steps: int) -> None:
         """Takes what `sharded_state(loading=True)` asked for, filled from a checkpoint."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -24,20 +24,46 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 STATE = ("param", *MOMENTS)
 
 
+def share_replicas(model_state: dict, rank: int, world: int) -> None:
+    """Gives every data-parallel rank an even share, by bytes, of what they all hold, to save it for all.
+
+    Args:
+        model_state: the models' sharded tensors, chunk name -> key -> ShardedTensor; changed in place.
+        rank, world: of the data-parallel group.
+    """
+    load = [0] * world
+    for tensor in (t for chunk in model_state.values() for t in chunk.values()):
+        owner = min(range(world), key=load.__getitem__)
+        load[owner] += tensor.data.nbytes
+        tensor.replica_id = (*tensor.replica_id[:-1], (rank - owner) % world)
+
+
+@torch.no_grad()
+def snapshot(model_state: dict) -> None:
+    """Copies to the CPU what this rank saves, so that later steps do not change it; in place."""
+    for tensor in (t for chunk in model_state.values() for t in chunk.values()):
+        if is_main_replica(tensor.replica_id):
+            tensor.data = tensor.data.detach().to("cpu", copy=True)
+
+
 def optimizer_state(optimizer: MegatronOptimizer, models: list[nn.Module], model_state: dict, loading: bool) -> dict:
     """Sharded master weights and moments, each shaped like its parameter, of all parameters of this rank.
 
     Args:
         model_state: the models' sharded tensors, chunk name -> key -> ShardedTensor.
-        loading: whether to make place for a checkpoint's state instead of giving out ours.
+        loading: whether to make place for a checkpoint's state instead of giving out ours: copies on the CPU of what
+            this rank saves, and tensors without content for what others save.
     """
     (inner,) = optimizer.chained_optimizers
     inner.init_state_fn(inner.optimizer, inner.config)  # before the first step there are no moments
     places = {id(s.data): s for chunk in model_state.values() for s in chunk.values() if isinstance(s, ShardedTensor)}
-    whole = {} if loading else _whole(inner, models)
+    mine = {p for p in _parameters(models) if is_main_replica(places[id(p)].replica_id)}
+    whole = {} if loading else _whole(inner, models, mine)
     state = {}
     for number, parameter in enumerate(_parameters(models)):
-        tensors = whole.get(parameter) or {k: torch.empty(parameter.shape, dtype=torch.float32) for k in STATE}
+        device = "cpu" if loading else "meta"
+        tensors = whole.get(parameter) or {
+            k: torch.empty(parameter.shape, dtype=torch.float32, device=device) for k in STATE}
         place = places[id(parameter)]
         state[number] = {k: make_sharded_optimizer_tensor(place, t, f"optimizer.state.{k}") for k, t in tensors.items()}
     return state
@@ -78,18 +104,20 @@ def _owned(inner: MegatronOptimizer, parameter: nn.Parameter) -> tuple[slice, di
 
 
 @torch.no_grad()
-def _whole(inner: MegatronOptimizer, models: list[nn.Module]) -> dict[nn.Parameter, dict[str, Tensor]]:
-    """The state of whole parameters, on CPU; with ZeRO-1 gathered from the data-parallel ranks bucket by bucket."""
+def _whole(inner: MegatronOptimizer, models: list[nn.Module], mine: set[nn.Parameter]) -> dict:
+    """parameter -> kind of state -> copy on the CPU, for the parameters `mine`; with ZeRO-1 gathered from the
+    data-parallel ranks bucket by bucket."""
     if not isinstance(inner, DistributedOptimizer):
-        return {p: {k: t.detach().float().cpu() for k, t in _owned(inner, p)[1].items()} for p in _parameters(models)}
-    whole: dict[nn.Parameter, dict[str, Tensor]] = {p: {} for p in _parameters(models)}
+        return {p: {k: t.detach().to("cpu", torch.float32, copy=True) for k, t in _owned(inner, p)[1].items()}
+                for p in _parameters(models) if p in mine}
+    whole: dict[nn.Parameter, dict[str, Tensor]] = {p: {} for p in mine}
     for buffer in inner.buffers:
         for bucket in buffer.buckets:
             for name in STATE:
                 gathered = _gather_bucket(inner, bucket, name)
-                for parameter in bucket.params_list:
+                for parameter in mine & bucket.params:
                     start, end = (i - bucket.offset for i in buffer.param_index_map[parameter][:2])
-                    whole[parameter][name] = gathered[start:end].view(parameter.shape)
+                    whole[parameter][name] = gathered[start:end].view(parameter.shape).to("cpu", copy=True)
     return whole
 
 
@@ -104,4 +132,4 @@ def _gather_bucket(inner: DistributedOptimizer, bucket, name: str) -> Tensor:
             place = inner._get_model_param_range_map(parameter)["gbuf_local"]
             shard[place.start : place.end].copy_(owned[name].flatten())
     dist.all_gather_into_tensor(gathered, shard, group=group)
-    return gathered.cpu()
+    return gathered

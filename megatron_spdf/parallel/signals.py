@@ -1,16 +1,12 @@
 """A request to stop, and the helper processes that must survive it.
 
 SIGTERM (preemption, scancel, torchrun) and SIGUSR1 (`sbatch --signal`) go to every process of a job step, also to
-loader workers and to the queue server of Megatron-Core's checkpoint writer; were these to die of it, the last save
-would fail. So they are started with the two signals blocked.
+loader workers; were these to die of it, the last steps would fail. So they block the two signals.
 """
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
-from multiprocessing import resource_tracker
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -28,17 +24,6 @@ class StopRequest:
         self.requested = True
 
 
-@contextmanager
-def blocked() -> Iterator[None]:
-    """Processes started inside never see the signals; here they are delivered on leaving."""
-    resource_tracker.ensure_running()  # its own start, inside, would unblock SIGTERM
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-
-
 def block_in_worker(_: int) -> None:
-    """`worker_init_fn` of a DataLoader."""
+    """`worker_init_fn` of a DataLoader: the worker never sees the two signals."""
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)

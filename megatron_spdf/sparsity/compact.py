@@ -60,13 +60,34 @@ class CompactWeight(nn.Module):
         self.values_shape = (local, k)
         if torch.device(device).type == "meta":
             bits = torch.empty((local, math.ceil(numel / 8)), dtype=torch.uint8, device=device)
-            positions = torch.empty(local * k, dtype=torch.int64, device=device)
         else:
             masks = [draw_mask(seed, weight.name, rank * local + c, numel, k) for c in range(local)]
             bits = torch.from_numpy(np.packbits(masks, axis=1)).to(device)
-            positions = torch.from_numpy(_positions(masks, weight, local))
         self.register_buffer("mask_bits", bits)
-        self.register_buffer("index", kernels.make_index(positions, device), persistent=False)
+        self.index_mask()
+
+    def index_mask(self) -> None:
+        """Derives `index` from `mask_bits`: at the start, and where a checkpoint brought another mask.
+
+        Raises:
+            ValueError: the mask has another density than planned.
+        """
+        planned, (local, k) = self.planned, self.values_shape
+        if self.mask_bits.is_meta:
+            positions = torch.empty(local * k, dtype=torch.int64, device="meta")
+        else:
+            positions = torch.from_numpy(_positions(self._masks(), planned, local))
+        self.register_buffer("index", kernels.make_index(positions, self.mask_bits.device), persistent=False)
+
+    def _masks(self) -> np.ndarray:
+        """(local chunks, entries per chunk) bool, off the packed bits and held to the plan."""
+        k = self.values_shape[1]
+        masks = np.unpackbits(self.mask_bits.cpu().numpy(), axis=1, count=math.prod(self.planned.chunk_shape))
+        counts = masks.sum(axis=1, dtype=np.int64).tolist()
+        if any(count != k for count in counts):
+            raise ValueError(f"the chunks of {self.planned.name} have {counts} active entries in their masks instead "
+                             f"of {k} each; use another checkpoint")
+        return masks.astype(bool)
 
     def forward(self, values: Tensor) -> Tensor:
         return _Expand.apply(values, self.index, self.shape)
@@ -80,7 +101,7 @@ def _local_shape(weight: SparseWeight, world: int) -> tuple[int, int]:
     return (out // world, inputs) if weight.axis == 0 else (out, inputs // world)
 
 
-def _positions(masks: list[np.ndarray], weight: SparseWeight, local: int) -> np.ndarray:
+def _positions(masks: np.ndarray, weight: SparseWeight, local: int) -> np.ndarray:
     """Row-major positions in this rank's shard of the active entries, chunk after chunk: (local * k,) int64."""
     rows, columns = weight.chunk_shape
     positions = []

@@ -35,9 +35,22 @@ def draw_mask(seed: int, name: str, chunk: int, numel: int, active: int) -> np.n
     """
     assert 0 < active <= numel, (active, numel)
     words = Philox(key=stream_key(STREAM, seed, name, chunk)).random_raw((numel + 1) // 2)
-    words = words.astype("<u8", copy=False).view("<u4")[:numel]
-    threshold = np.partition(words, active - 1)[active - 1]
-    mask = words < threshold
-    ties = np.flatnonzero(words == threshold)
+    return _smallest(words.astype("<u8", copy=False).view("<u4")[:numel], active)
+
+
+def largest_mask(values: np.ndarray, active: int) -> np.ndarray:
+    """The mask of the `active` largest magnitudes of a chunk, ties by position.
+
+    Args:
+        values: (numel,), floating point.
+    """
+    assert 0 < active <= values.size, (active, values.size)
+    return _smallest(-np.abs(values), active)
+
+
+def _smallest(keys: np.ndarray, active: int) -> np.ndarray:
+    threshold = np.partition(keys, active - 1)[active - 1]
+    mask = keys < threshold
+    ties = np.flatnonzero(keys == threshold)
     mask[ties[: active - np.count_nonzero(mask)]] = True
     return mask

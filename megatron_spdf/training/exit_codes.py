@@ -2,5 +2,5 @@
 
 FINISHED = 0
 BAD_INPUT = 2  # the recipe, the data, the layout or the run directory: starting again will not help
-GUARD_STOPPED = 3  # non-finite numbers or sparsity drift: look at the log before starting again
+GUARD_STOPPED = 3  # non-finite numbers, sparsity drift, saves that fail: look at the log before starting again
 STOPPED_ON_SIGNAL = 75  # SIGTERM or SIGUSR1: a checkpoint was saved, start again to go on (EX_TEMPFAIL)

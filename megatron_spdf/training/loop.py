@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from megatron_spdf.checkpoint.checkpointer import Checkpointer, RunState
+from megatron_spdf.checkpoint.saving import SaveFailed, Saving
 from megatron_spdf.config import Recipe
 from megatron_spdf.data.dataset import TokenData
 from megatron_spdf.engine import Engine, StepResult
@@ -48,7 +49,15 @@ class Trainer:
 
         Raises:
             NotFinite, SparsityDrift: the run cannot go on; nothing after the last good checkpoint is saved.
+            SaveFailed: the last save failed, or more in a row than `guard.max_failed_saves`.
         """
+        try:
+            self._train()
+        finally:
+            self._report_saved(self.checkpointer.wait())  # a good state, whatever happened since
+        return exit_codes.FINISHED if self.state.step == self.recipe.steps else exit_codes.STOPPED_ON_SIGNAL
+
+    def _train(self) -> None:
         recipe, state = self.recipe, self.state
         saved = state.step
         self._evaluate_if_due()  # the evaluation that a stop cut off
@@ -68,12 +77,15 @@ class Trainer:
                 self._report(result, seconds=time.perf_counter() - started, waited=fetched - started)
             self.log.advance(result.loss)
             self.stopping = result.stop
+            self._report_saved(self.checkpointer.poll())
             self._evaluate_if_due()
             if recipe.checkpoint.every and state.step % recipe.checkpoint.every == 0:
                 saved = self._save()
-        if saved != state.step:
+        self._report_saved(self.checkpointer.wait())
+        if saved != state.step or self.checkpointer.failed_in_a_row:
             self._save()
-        return exit_codes.FINISHED if state.step == recipe.steps else exit_codes.STOPPED_ON_SIGNAL
+            self._report_saved(self.checkpointer.wait())
+        self._stop_if_saves_fail(allowed=0)
 
     def _report_bytes(self, traffic: TrafficCounter) -> None:
         """What rank 0 holds and sends in a step, counted at its buffers and collectives."""
@@ -145,12 +157,29 @@ class Trainer:
         self.log.say(f"step {state.step}: validation loss {loss:.4f}, perplexity {math.exp(loss):.2f}")
 
     def _save(self) -> int:
+        """Starts a save, when the one before is done; returns the step."""
+        started = time.perf_counter()
+        self._report_saved(self.checkpointer.wait())
+        self._stop_if_saves_fail(self.recipe.guard.max_failed_saves)
         measured = self.engine.measured_sparsity()
         check_sparsity(measured, self.plan)
-        started = time.perf_counter()
-        path = self.checkpointer.save(self.engine, self.state, measured)
-        self.log.say(f"step {self.state.step}: saved {path} in {time.perf_counter() - started:.1f} s")
+        self.checkpointer.save(self.engine, self.state, measured)
+        if not self.recipe.checkpoint.asynchronous:
+            self._report_saved(self.checkpointer.wait())
+        self.log.record("save", self.state.step, stalled_seconds=time.perf_counter() - started)
         return self.state.step
+
+    def _report_saved(self, saving: Saving | None) -> None:
+        if saving and saving.error:
+            self.log.say(f"could NOT save {saving.path}: {saving.error}; the checkpoints before it are untouched")
+        elif saving:
+            self.log.say(f"saved {saving.path}, written in {saving.seconds:.1f} s")
+
+    def _stop_if_saves_fail(self, allowed: int) -> None:
+        failed = self.checkpointer.failed_in_a_row
+        if failed > allowed:
+            raise SaveFailed(f"the last {failed} saves failed, see above; make room in {self.checkpointer.directory} "
+                             "and start the run again: it goes on from the last complete checkpoint")
 
 
 def _peak_memory() -> int:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from megatron_spdf.config import Recipe, save_recipe
+from megatron_spdf.config import Recipe, differences, save_recipe
 
 RECIPE = "recipe.yaml"
 
@@ -43,7 +42,7 @@ class RunDir:
             before = Recipe.model_validate(yaml.safe_load(kept.read_text())).identity()
         except (ValueError, yaml.YAMLError) as error:
             raise ValueError(f"{kept} cannot be read as a recipe ({error}); choose another output") from None
-        changes = list(_differences(before, self.recipe.identity()))
+        changes = list(differences(before, self.recipe.identity()))
         if changes:
             raise ValueError(f"output={self.root} holds another recipe's run: {'; '.join(changes)}. Choose another "
                              "output, or set these back to go on with that run")
@@ -54,11 +53,3 @@ class RunDir:
         beside = self.root / f"{RECIPE}.new"
         save_recipe(self.recipe, beside)
         beside.replace(self.root / RECIPE)
-
-
-def _differences(before: Any, now: Any, place: str = ""):
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in before.keys() | now.keys():
-            yield from _differences(before.get(key), now.get(key), f"{place}.{key}" if place else key)
-    elif before != now:
-        yield f"{place} is {before} there and {now} here"

@@ -35,7 +35,7 @@ def checkpoint(tmp_path) -> Path:
 
 def test_published_checkpoint_is_complete_and_sound(tmp_path, checkpoint):
     assert checkpoint == tmp_path / "step_00000500"
-    assert store.complete(tmp_path) == [checkpoint]
+    assert store.visible(tmp_path) == [checkpoint]
     assert names(tmp_path) == ["step_00000500"]
     store.verify(checkpoint)
 
@@ -50,36 +50,38 @@ def test_list_names_every_file_with_bytes_and_checksum(checkpoint):
 def test_newest_is_the_highest_step_however_they_were_written(tmp_path):
     for step in (1000, 5, 50, 999):
         save(tmp_path, step)
-    assert [path.name for path in store.complete(tmp_path)] == [store.name_of(s) for s in (5, 50, 999, 1000)]
+    assert [path.name for path in store.visible(tmp_path)] == [store.name_of(s) for s in (5, 50, 999, 1000)]
 
 
 def test_partial_is_never_chosen(tmp_path, checkpoint):
     whole = write_partial(tmp_path, 600)
     store.write_json(whole / store.FILES, {name: store.describe(whole / name) for name in store.files_of(whole)})
-    assert store.complete(tmp_path) == [checkpoint]
+    assert store.visible(tmp_path) == [checkpoint]
 
 
-def test_directory_without_a_list_is_never_chosen(tmp_path, checkpoint):
-    (save(tmp_path, 600) / store.FILES).unlink()
-    assert store.complete(tmp_path) == [checkpoint]
+def test_directory_without_a_list_is_damaged_and_not_unfinished(tmp_path, checkpoint):
+    newest = save(tmp_path, 600)  # it had a list when it got its name
+    (newest / store.FILES).unlink()
+    assert store.visible(tmp_path) == [checkpoint, newest]
+    assert store.discard_incomplete(tmp_path) == []
 
 
 def test_other_names_are_never_chosen(tmp_path, checkpoint):
     for name in ("step_700", "step_00000700_copy", "best"):
         (tmp_path / name).mkdir()
         (tmp_path / name / store.FILES).write_text("{}")
-    assert store.complete(tmp_path) == [checkpoint]
+    assert store.visible(tmp_path) == [checkpoint]
 
 
 def test_no_directory_holds_no_checkpoint(tmp_path):
-    assert store.complete(tmp_path / "none") == []
+    assert store.visible(tmp_path / "none") == []
     assert store.discard_incomplete(tmp_path / "none") == []
 
 
 def test_unfinished_saves_are_discarded_and_named(tmp_path, checkpoint):
     write_partial(tmp_path, 600)
-    (save(tmp_path, 700) / store.FILES).unlink()
-    assert store.discard_incomplete(tmp_path) == ["step_00000600.partial", "step_00000700"]
+    save(tmp_path, 700).rename(tmp_path / "step_00000700.partial")  # a crash while it was removed
+    assert store.discard_incomplete(tmp_path) == ["step_00000600.partial", "step_00000700.partial"]
     assert names(tmp_path) == ["step_00000500"]
     store.verify(checkpoint)
 
@@ -100,10 +102,18 @@ def test_retain_keeps_the_newest(tmp_path, keep, left):
     assert names(tmp_path) == [store.name_of(step) for step in left]
 
 
+@pytest.mark.parametrize("keep, every, left", [(1, 20, [20, 40, 50]), (2, 30, [30, 40, 50]), (1, 7, [50])])
+def test_retain_keeps_every_mth_step_too(tmp_path, keep, every, left):
+    for step in (10, 20, 30, 40, 50):
+        save(tmp_path, step)
+        store.retain(tmp_path, keep, every)
+    assert names(tmp_path) == [store.name_of(step) for step in left]
+
+
 def test_retain_counts_no_unfinished_save(tmp_path, checkpoint):
     write_partial(tmp_path, 600)
     store.retain(tmp_path, 1)
-    assert store.complete(tmp_path) == [checkpoint]
+    assert store.visible(tmp_path) == [checkpoint]
 
 
 def crash(*_, **__):
@@ -116,35 +126,20 @@ def test_crash_while_an_old_checkpoint_is_removed_leaves_no_half_checkpoint(tmp_
     monkeypatch.setattr(store.shutil, "rmtree", crash)
     with pytest.raises(RuntimeError):
         store.retain(tmp_path, 1)
-    assert [path.name for path in store.complete(tmp_path)] == ["step_00000020"]
+    assert [path.name for path in store.visible(tmp_path)] == ["step_00000020"]
 
 
 def test_crash_before_the_rename_leaves_the_previous_checkpoint_the_newest(tmp_path, checkpoint, monkeypatch):
     monkeypatch.setattr(Path, "rename", crash)
     with pytest.raises(RuntimeError):
         save(tmp_path, 600)
-    assert store.complete(tmp_path) == [checkpoint]
+    assert store.visible(tmp_path) == [checkpoint]
 
 
-def test_same_step_is_replaced(tmp_path, checkpoint):
-    (checkpoint / "of_the_first").touch()
-    assert save(tmp_path, 500) == checkpoint
+def test_the_same_step_is_never_overwritten(tmp_path, checkpoint):
+    with pytest.raises(OSError, match="not empty"):
+        save(tmp_path, 500)
     store.verify(checkpoint)
-
-
-def test_crash_while_the_same_step_is_replaced_leaves_a_sound_checkpoint(tmp_path, checkpoint, monkeypatch):
-    partial = write_partial(tmp_path, 500)
-    files = {name: store.describe(partial / name) for name in store.files_of(partial)}
-
-    def remove_one_file_and_crash(path, *_, **__):
-        next(p for p in Path(path).iterdir() if p.name == "weights.distcp").unlink()
-        crash()
-
-    monkeypatch.setattr(store.shutil, "rmtree", remove_one_file_and_crash)
-    with pytest.raises(RuntimeError):
-        store.publish(partial, files)
-    for path in store.complete(tmp_path):
-        store.verify(path)
 
 
 def truncate(checkpoint: Path) -> str:

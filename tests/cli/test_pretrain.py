@@ -18,9 +18,9 @@ TIMING = {"tokens_per_second", "model_tflops_per_rank", "step_seconds", "data_se
 
 
 def records(run: Path) -> list[dict]:
-    """The log without what depends on the clock, and without the byte counts that every start adds."""
+    """The log without what depends on the clock, and without the records that every start adds."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in r.items() if k not in TIMING} for r in lines if r["kind"] != "bytes"]
+    return [{k: v for k, v in r.items() if k not in TIMING} for r in lines if r["kind"] not in ("bytes", "save")]
 
 
 def finish(process, code=0):
@@ -137,6 +137,32 @@ def kill_tree(process) -> None:
     process.wait(timeout=60)
     process.stdout.close()
     process.stderr.close()
+
+
+@pytest.fixture
+def small_disk(workplace):
+    """A directory on a file system of its own, and how to change that one's size in KiB."""
+    place = workplace / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1024k", "tmpfs", str(place)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("no permission to mount a file system")
+    yield place, lambda size: subprocess.run(["mount", "-o", f"remount,size={size}k", str(place)], check=True)
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_full_disk_stops_the_run_and_loses_nothing(straight, start, small_disk):
+    place, resize = small_disk
+    bytes_of_one = sum(p.stat().st_size for p in (straight[0] / "checkpoints" / "step_00000024").rglob("*"))
+    resize(bytes_of_one * 3 // 2 // 1024)
+    words = (f"output={place / 'run'}", "parallel.tensor=2", "log.tensorboard=false")
+    out = finish(start(*words, "checkpoint.every=4", ranks=2), code=1)  # torchrun's, of a rank that ended with 3
+    assert out.count("could NOT save") == 2 and "rank" in out and "bytes are free" in out
+    assert "the last 2 saves failed" in out and "make room" in out
+    assert [p.name for p in (place / "run" / "checkpoints").iterdir()] == ["step_00000004"]
+    resize(bytes_of_one * 10 // 1024)
+    assert "resumed from step_00000004" in finish(start(*words, "checkpoint.every=4", ranks=2))
+    assert records(place / "run") == records(straight[0])
 
 
 def test_a_damaged_checkpoint_is_named_and_refused(straight, start, workplace):

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import resource
+import time
 from collections import Counter
 from contextlib import contextmanager
+from pathlib import Path
 
+import plain_megatron
 import torch
 import torch.distributed as dist
 from harness import agree_on_port
@@ -13,7 +18,10 @@ from live_bytes import LiveBytes
 from megatron.core import parallel_state as ps
 from plain_gpt2 import plain_gpt2, train_plain
 
+from megatron_spdf.checkpoint import store
 from megatron_spdf.checkpoint.checkpointer import Checkpointer, RunState
+from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
+from megatron_spdf.checkpoint.reshard import reshard
 from megatron_spdf.config import Recipe
 from megatron_spdf.config.checks import findings
 from megatron_spdf.data.corpus import check_corpus
@@ -167,7 +175,93 @@ def cut(recipes: list[dict], stops: list[int]) -> list[tuple[float, float]]:
             curve += b.steps(state.step, stop)
             state = RunState(stop, b.engine.optimizer_steps)
             b.checkpointer.save(b.engine, state, b.engine.measured_sparsity())
+            assert b.checkpointer.wait().error is None
     return curve
+
+
+def go_on(recipe: dict, stop: int) -> list[tuple[float, float]]:
+    """The steps from the newest checkpoint of the run directory, if it has one, up to `stop`; saved there."""
+    with bench(recipe) as b:
+        state, _ = b.checkpointer.restore(b.engine)
+        curve = b.steps(state.step, stop)
+        b.checkpointer.save(b.engine, RunState(stop, b.engine.optimizer_steps), b.engine.measured_sparsity())
+        assert b.checkpointer.wait().error is None
+    return curve
+
+
+def damaged(recipe: dict) -> dict[tuple[str, str], str]:
+    """(file, damage) -> what a restore says, for every file of a checkpoint, restored to health after each."""
+    with bench(recipe) as b:
+        b.steps(0, 1)
+        b.checkpointer.save(b.engine, RunState(1, 1), b.engine.measured_sparsity())
+        checkpoint = b.checkpointer.wait().path
+        said = {}
+        for name in [*store.files_of(checkpoint), store.FILES]:
+            for damage in (flip, truncate, Path.unlink):
+                file = checkpoint / name
+                whole = file.read_bytes()
+                on_first(lambda file=file, damage=damage: damage(file))
+                try:
+                    b.checkpointer.restore(b.engine)
+                    said[name, damage.__name__] = "nothing"
+                except ValueError as error:
+                    said[name, damage.__name__] = str(error)
+                on_first(lambda file=file, whole=whole: file.write_bytes(whole))
+        b.checkpointer.restore(b.engine)
+        return said
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def on_first(action) -> None:
+    dist.barrier()
+    if dist.get_rank() == 0:
+        action()
+    dist.barrier()
+
+
+def failing_save(recipe: dict, rank: int) -> dict:
+    """A save during which a rank can write no large file, between two that work."""
+    with bench(recipe) as b:
+        found = {}
+        for step, limited in ((1, False), (2, True), (3, False)):
+            b.steps(step - 1, step)
+            if limited and dist.get_rank() == rank:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+            b.checkpointer.save(b.engine, RunState(step, step), b.engine.measured_sparsity())
+            saving = b.checkpointer.wait()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            found[step] = (str(saving.error), sorted(p.name for p in b.run.checkpoints.iterdir()),
+                           b.checkpointer.failed_in_a_row)
+        state, _ = b.checkpointer.restore(b.engine)
+        return {**found, "resumed": state.step}
+
+
+def saved_behind(recipe: dict) -> dict:
+    """Whether steps taken while a checkpoint is written get into it: its own state against that of a waiting save."""
+    with bench(recipe) as b:
+        b.steps(0, 2)
+        before = state_hash(b.engine)
+        describe = store.describe
+        store.describe = lambda path: time.sleep(0.5) or describe(path)  # a slow disk
+        b.checkpointer.save(b.engine, RunState(2, 2), b.engine.measured_sparsity())
+        later = b.steps(2, 4)
+        early = b.checkpointer.poll() is None  # still being written
+        on_disk = [p.name for p in b.run.checkpoints.iterdir()]
+        saving = b.checkpointer.wait()
+        store.describe = describe
+        after = state_hash(b.engine)
+        b.checkpointer.restore(b.engine)
+        return {"early": early, "on disk": on_disk, "path": saving.path.name, "changed": before != after,
+                "restored": state_hash(b.engine) == before, "again": b.steps(2, 4) == later}
 
 
 def densified(recipe: dict, steps: int) -> dict:
@@ -267,3 +361,52 @@ def ending(b: Bench) -> str:
         return f"{type(error).__name__}: {error}"
     finally:
         log.close()
+
+
+def converted(recipe: dict, stop: int, ids: torch.Tensor, greedy: int = 0) -> dict:
+    """A run that was restored, trained up to a step and saved: logits before and after, on the ranks that have them,
+    losses, masks, and the text of the first row with `greedy` likeliest tokens after it, before the training."""
+    with bench(recipe) as b:
+        state, _ = b.checkpointer.restore(b.engine)
+        before = logits(b.engine, ids)
+        prompt = ids[:1]
+        for _ in range(greedy):
+            prompt = torch.cat([prompt, next_token(b, logits(b.engine, prompt))], dim=1)
+        curve = b.steps(state.step, stop)
+        b.checkpointer.save(b.engine, RunState(stop, b.engine.optimizer_steps), b.engine.measured_sparsity())
+        assert b.checkpointer.wait().error is None
+        return {"before": before, "after": logits(b.engine, ids), "curve": curve, "masks": masks(b.engine),
+                "text": b.corpus.tokenizer.decode(prompt[0].tolist())}
+
+
+def logits(engine: MegatronEngine, ids: torch.Tensor) -> torch.Tensor | None:
+    """(B, T, padded vocabulary) on the last pipeline stage, None elsewhere."""
+    for chunk in engine.chunks:
+        chunk.eval()
+    found = plain_megatron.logits(engine.chunks, ids)
+    for chunk in engine.chunks:
+        chunk.train()
+    return found
+
+
+def next_token(b: Bench, found: torch.Tensor | None) -> torch.Tensor:
+    """The likeliest one, (B, 1), on every rank."""
+    token = torch.zeros(1, 1, dtype=torch.int64)
+    if found is not None:
+        token = found[:, -1:, : b.recipe.model.vocab_size].argmax(-1)
+    dist.broadcast(token, src=dist.get_world_size() - 1)
+    return token
+
+
+def resharded(source: str, recipe: dict, stop: int, ids: torch.Tensor) -> dict:
+    """`converted`, of a run whose newest checkpoint was rewritten for the recipe's layout by one rank."""
+    if os.environ["RANK"] == "0":
+        reader = CheckpointReader(find_checkpoint(Path(source)), checksums=True)
+        reshard(reader, Recipe.model_validate(recipe).parallel, Path(recipe["output"]))
+    return converted(recipe, stop, ids)
+
+
+def through_megatron(directory: str, saved: str, shape: dict, ids: torch.Tensor) -> torch.Tensor | None:
+    """`plain_megatron.load_and_save` on these ranks."""
+    agree_on_port()
+    return plain_megatron.load_and_save(directory, saved, shape, ids)

@@ -1,0 +1,130 @@
+"""One checkpoint on its way to disk: in a thread, over a process group of its own, while training goes on.
+
+Every stage is agreed on by all ranks: where one fails (a full disk, a file system that is gone), all of them end the
+save with the same error, which names the rank and its host, and nothing becomes visible.
+"""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_spdf.checkpoint import store
+
+WRITERS = 2  # files, and threads that write them, per rank
+T = TypeVar("T")
+
+
+class SaveFailed(OSError):
+    """A checkpoint could not be written; the ones before it are untouched."""
+
+
+class Saving(threading.Thread):
+    """Writes a snapshot and makes it visible; all ranks make one at the same step.
+
+    Args:
+        partial: directory to write to, a name that ends in `.partial`.
+        state: `Engine.sharded_state(loading=False)`.
+        add_files: called on rank 0 with the directory, writes what is not a tensor.
+        after: called on rank 0 when the checkpoint is visible.
+        group: gloo process group of all ranks, used by nobody else meanwhile.
+        validate: check with all ranks that every part of every tensor is saved exactly once.
+
+    Attributes:
+        path: of the checkpoint.
+        error: why there is none, when the thread has ended; the same on every rank.
+        seconds: the thread took.
+    """
+
+    def __init__(self, partial: Path, state: dict, add_files: Callable[[Path], None], after: Callable[[], None],
+                 group: dist.ProcessGroup, validate: bool):
+        super().__init__(name=f"save {partial.name}", daemon=True)
+        self.partial, self.add_files, self.after, self.group = partial, add_files, after, group
+        self.path = partial.with_name(partial.name.removesuffix(store.PARTIAL))
+        self.error: SaveFailed | None = None
+        self.seconds = 0.0
+        tensors, _ = save_preprocess(state, validate)
+        flat, _, _ = _replace_state_dict_keys_with_sharded_keys(tensors, keep_only_main_replica=True)
+        self._state = mcore_to_pyt_state_dict(flat, is_loading=False)
+
+    def run(self) -> None:
+        started = time.perf_counter()
+        try:
+            self._write()
+        except SaveFailed as error:
+            self.error = error
+            self._on_first(lambda: shutil.rmtree(self.partial, ignore_errors=True))
+        except Exception as error:  # a rank is gone, so nothing can be agreed on any more
+            self.error = SaveFailed(str(error))
+        finally:
+            self._state = {}
+            self.seconds = time.perf_counter() - started
+
+    def _write(self) -> None:
+        self._on_first(self._prepare)
+        self._write_tensors()
+        self._on_first(self._complete_format)
+        shares = self._on_all(self._describe_share)
+        files = {name: entry for share in shares for name, entry in sorted(share.items())}
+        self._on_first(lambda: store.publish(self.partial, files))
+        self._on_first(self.after)
+
+    def _prepare(self) -> None:
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial.mkdir(parents=True)
+
+    def _write_tensors(self) -> None:
+        writer = dcp.FileSystemWriter(self.partial, thread_count=WRITERS)
+        planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+        try:
+            dcp.save(self._state, storage_writer=writer, planner=planner, process_group=self.group)
+        except CheckpointException as error:  # on all ranks alike
+            hosts = self._on_all(socket.gethostname)
+            said = [f"rank {r} on {hosts[r]}: {failure[0]}" for r, failure in sorted(error.failures.items())]
+            free = shutil.disk_usage(self.partial.parent).free
+            raise SaveFailed(f"{'; '.join(said)} ({free:,} bytes are free at {self.partial.parent})") from None
+
+    def _complete_format(self) -> None:
+        """What Megatron-Core's loader asks for beside the tensors, and what is ours."""
+        save_config(CheckpointingConfig("torch_dist", 1), str(self.partial))
+        torch.save({}, self.partial / "common.pt")
+        self.add_files(self.partial)
+
+    def _describe_share(self) -> dict[str, dict[str, object]]:
+        """Sizes and checksums of this rank's share of all files."""
+        names = store.files_of(self.partial)
+        return {n: store.describe(self.partial / n) for n in names[self.group.rank()::self.group.size()]}
+
+    def _on_first(self, action: Callable[[], object]) -> None:
+        self._on_all(action if self.group.rank() == 0 else lambda: None)
+
+    def _on_all(self, action: Callable[[], T]) -> list[T]:
+        """Runs an action on every rank; its results by rank, or the same SaveFailed on all where it fails on one."""
+        outcome: tuple[object, str] = (None, "")
+        try:
+            outcome = (action(), "")
+        except (OSError, RuntimeError) as error:  # torch.save raises the second on a full disk
+            outcome = (None, f"rank {self.group.rank()} on {socket.gethostname()}: {error}")
+        shared: list = [None] * self.group.size()
+        dist.all_gather_object(shared, outcome, group=self.group)
+        failed = [error for _, error in shared if error]
+        if failed:
+            raise SaveFailed("; ".join(failed))
+        return [result for result, _ in shared]

@@ -1,0 +1,139 @@
+"""Writes a directory in Megatron-Core's `torch_dist` format from one process, one tensor in memory at a time.
+
+The libraries that write this format want all tensors of a rank at once. `dist_checkpointing.load` reads what is
+written here like what an engine saved, at any layout.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.storage import WriteResult
+
+from megatron_spdf.checkpoint.appearing import with_progress
+from megatron_spdf.config.recipe import Recipe
+
+_FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1,
+           "common_backend": "torch", "common_backend_version": 1}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A box of what `StoredTensor.read` gives, and the file it goes to."""
+
+    file: str
+    offset: tuple[int, ...]
+    size: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor to write, or one layer of a tensor that has the layers along its first axis.
+
+    Attributes:
+        name, shape, dtype: of the whole tensor in the checkpoint.
+        parts: how it is cut; together they are all that `read` gives.
+        read: gives the values, called once, when it is their turn.
+        layer: along the first axis where `read` gives one layer; None where it gives the whole.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    parts: tuple[Part, ...]
+    read: Callable[[], Tensor]
+    layer: int | None = None
+
+
+def write_tensors(directory: Path, tensors: Sequence[StoredTensor], objects: Mapping[str, Any] | None = None,
+                  common: Mapping[str, Any] | None = None) -> None:
+    """Fills an empty directory.
+
+    Args:
+        objects: name in the file -> object beside the tensors, pickled by `torch.save`.
+        common: content of common.pt, plain values.
+    """
+    index, results = Metadata({}), []
+    with ExitStack() as stack:
+        files: dict[str, IO[bytes]] = {}
+
+        def append(file: str, content: Any, place: MetadataIndex) -> None:
+            if file not in files:
+                files[file] = stack.enter_context((directory / file).open("wb"))
+            # Through memory: an interrupt or a full disk inside torch.save would come out as another error.
+            buffer = io.BytesIO()
+            torch.save(content, buffer)
+            start = files[file].tell()
+            files[file].write(buffer.getbuffer())
+            results.append(WriteResult(place, buffer.tell(), _StorageInfo(file, start, buffer.tell())))
+
+        for name, value in (objects or {}).items():
+            index.state_dict_metadata[name] = BytesStorageMetadata()
+            append(file_name(0), value, MetadataIndex(name))
+        for tensor in with_progress(tensors, len(tensors)):
+            entry = index.state_dict_metadata.setdefault(tensor.name, TensorStorageMetadata(
+                TensorProperties(dtype=tensor.dtype), torch.Size(tensor.shape), []))
+            values = tensor.read()
+            assert values.dtype == tensor.dtype, (tensor.name, values.dtype)
+            for part in tensor.parts:
+                box = values[tuple(slice(o, o + n) for o, n in zip(part.offset, part.size, strict=True))]
+                offset = torch.Size(part.offset if tensor.layer is None else (tensor.layer, *part.offset))
+                box = box if tensor.layer is None else box[None]
+                append(part.file, box.clone(memory_format=torch.contiguous_format),
+                       MetadataIndex(tensor.name, offset, len(entry.chunks)))
+                entry.chunks.append(ChunkStorageMetadata(offset, box.size()))
+    FileSystemWriter(directory).finish(index, [results])
+    torch.save(dict(common or {}), directory / "common.pt")
+    (directory / "metadata.json").write_text(json.dumps(_FORMAT))
+
+
+def file_name(rank: int) -> str:
+    """The file of one model-parallel rank."""
+    return f"__{rank}_0.distcp"
+
+
+def whole(shape: tuple[int, ...]) -> tuple[Part, ...]:
+    """A tensor in one piece, in the first file."""
+    return (Part(file_name(0), (0,) * len(shape), shape),)
+
+
+def cut(shape: tuple[int, ...], axis: int | None, layer: int, recipe: Recipe) -> tuple[Part, ...]:
+    """A tensor cut as the model-parallel ranks of a recipe's layout hold it, each part in the file of its rank.
+
+    Args:
+        axis: that tensor parallelism cuts; None: the first rank of the stage writes it whole.
+        layer: -1 before the blocks, `layers` after them.
+    """
+    first = _stage_of(layer, recipe) * recipe.parallel.tensor
+    if axis is None:
+        return (Part(file_name(first), (0,) * len(shape), shape),)
+    share = shape[axis] // recipe.parallel.tensor
+    size = tuple(share if i == axis else n for i, n in enumerate(shape))
+    return tuple(Part(file_name(first + rank), tuple(rank * share if i == axis else 0 for i in range(len(shape))), size)
+                 for rank in range(recipe.parallel.tensor))
+
+
+def _stage_of(layer: int, recipe: Recipe) -> int:
+    """The pipeline rank that holds a layer; interleaved chunks go round the ranks."""
+    stages, chunk = recipe.parallel.pipeline, recipe.model.layers // recipe.parallel.pipeline
+    if layer in (-1, recipe.model.layers):
+        return 0 if layer < 0 else stages - 1
+    return layer // (chunk // recipe.parallel.interleave) % stages

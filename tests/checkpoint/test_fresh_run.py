@@ -1,0 +1,208 @@
+"""Run directories that begin from given weights: what is written, what is refused, and that nothing is half there."""
+
+import json
+import pickle
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import MODEL, make_recipe, make_tokenizer
+
+from megatron_spdf.checkpoint import store
+from megatron_spdf.checkpoint.fresh_run import start_run
+from megatron_spdf.checkpoint.inspect import describe, render, verify
+from megatron_spdf.checkpoint.reader import STATES, CheckpointReader, find_checkpoint, stored_name
+from megatron_spdf.checkpoint.source import open_weights
+from megatron_spdf.checkpoint.tensors import TensorFiles
+from megatron_spdf.config import load_recipe
+from megatron_spdf.sparsity.chunks import chunk_of
+from megatron_spdf.sparsity.masks import draw_mask, largest_mask
+from megatron_spdf.training.run_dir import RECIPE, RunDir
+
+FC1 = "decoder.layers.1.mlp.linear_fc1.weight"
+
+
+@pytest.fixture
+def begin(gpt2, tokenizer, tmp_path):
+    """Makes a run from the GPT-2 and reads it back."""
+    def begin(name: str = "run", source=None, select: str = "random", **sections) -> CheckpointReader:
+        start_run(source or open_weights(gpt2), make_recipe(**sections), tokenizer, tmp_path / name, select)
+        return CheckpointReader(find_checkpoint(tmp_path / name), checksums=True)
+    return begin
+
+
+def test_a_dense_run_holds_the_weights_and_a_fresh_optimizer(gpt2, begin):
+    reader, source = begin(train={"precision": "fp32"}), open_weights(gpt2)
+    assert verify(reader).startswith("28 weights and their optimizer state are there, 0 masks")
+    for name in reader.weights:
+        assert torch.equal(reader.weight(name), source.weight(name))
+        assert torch.equal(reader.master(name), source.weight(name))
+        for state in STATES[1:]:
+            assert not reader.tensor(f"optimizer.state.{state}.{stored_name(name)}").any()
+
+
+def test_masters_keep_what_bf16_loses(gpt2, begin):
+    reader, source = begin(train={"precision": "bf16"}, sparsity=0.5), open_weights(gpt2)
+    assert reader.weight(FC1).dtype == torch.bfloat16 and reader.master(FC1).dtype == torch.float32
+    kept = reader.master(FC1) != 0
+    assert torch.equal(reader.master(FC1)[kept], source.weight(FC1)[kept])
+    assert torch.equal(reader.weight(FC1), reader.master(FC1).bfloat16())
+    denser = begin("densified", reader, sparsity=0.0)  # from the masters, not from bf16
+    assert torch.equal(denser.master(FC1), reader.master(FC1))
+
+
+def test_random_masks_are_those_of_the_plan_and_magnitudes_are_not(gpt2, begin):
+    drawn, largest = begin(sparsity=0.5), begin("largest", select="magnitude", sparsity=0.5)
+    assert drawn.masks == {"kind": "drawn", "how": "random, seed 0"}
+    assert largest.masks["kind"] == "given"
+    source = open_weights(gpt2).weight(FC1)
+    for reader, mask_of in ((drawn, lambda entries, k, c: draw_mask(0, FC1, c, entries.size, k)),
+                            (largest, lambda entries, k, c: largest_mask(entries, k))):
+        planned = reader.plan.weights[FC1]
+        for chunk in range(3):
+            entries = chunk_of(source, planned, chunk).numpy()
+            mask = mask_of(entries, planned.active_per_chunk, chunk)
+            assert np.array_equal(chunk_of(reader.master(FC1), planned, chunk).numpy(), entries * mask)
+        assert "8 masks are as planned" in verify(reader)
+        assert f"masks {reader.masks['how']}" in render(describe(reader))
+
+
+def test_the_largest_are_kept_ties_by_position():
+    values = np.array([0.5, -2.0, 0.0, -0.5, 3.0, 0.5], np.float32)
+    assert largest_mask(values, 3).tolist() == [True, True, False, False, True, False]
+    assert largest_mask(values, 4).tolist() == [True, True, False, True, True, False]
+    assert largest_mask(np.zeros(5, np.float32), 2).tolist() == [True, True, False, False, False]
+
+
+def test_given_masks_are_held_to_their_density_only(begin, tmp_path):
+    reader = begin(sparsity=0.5, select="magnitude")
+    run = json.loads((reader.path / store.RUN).read_text())
+    run["masks"] = {"kind": "drawn", "how": "random, seed 0"}
+    (reader.path / store.RUN).write_text(json.dumps(run))
+    (reader.path / store.FILES).write_text(json.dumps(
+        {name: store.describe(reader.path / name) for name in store.files_of(reader.path)}))
+    with pytest.raises(store.DamagedCheckpoint, match="another mask than seed 0 draws"):
+        verify(CheckpointReader(reader.path))
+
+
+def test_the_directory_is_one_that_pretraining_goes_on_from(begin, tmp_path):
+    reader = begin(sparsity=0.5)
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["checkpoints", "recipe.yaml"]
+    recipe = load_recipe(tmp_path / "run" / RECIPE)
+    assert recipe.output == str(tmp_path / "run") and recipe.sparsity.level == 0.5
+    RunDir(recipe).check()
+    RunDir(make_recipe(output=str(tmp_path / "run"), sparsity=0.5)).check()
+    assert (reader.path / "metadata.json").read_text() == (
+        '{"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", '
+        '"common_backend_version": 1}')
+    assert torch.load(reader.path / "common.pt", weights_only=True) == {}
+    assert reader.run["origin"] == "the Hugging Face model gpt2" and reader.run["tokens"] == 0
+    assert set(reader.run["state"].values()) == {0}
+
+
+def test_files_are_cut_for_the_layout(begin):
+    layout = {"tensor": 3, "pipeline": 2}
+    reader, whole = begin(parallel=layout, sparsity=0.5), begin("whole", sparsity=0.5)
+    index = pickle.loads((reader.path / ".metadata").read_bytes())
+    files = {name: set() for name in reader.shapes}
+    for place, info in index.storage_data.items():
+        files[place.fqn].add(int(info.relative_path.removeprefix("__").removesuffix("_0.distcp")))
+    assert files["embedding.word_embeddings.weight"] == {0, 1, 2}
+    assert files["embedding.position_embeddings.weight"] == {0}
+    assert files["decoder.layers.0.mlp.linear_fc1.weight.values"] == {0, 1, 2}
+    assert files["optimizer.state.exp_avg.decoder.layers.1.mlp.linear_fc1.weight.values"] == {3, 4, 5}
+    assert files["decoder.layers.1.mlp.linear_fc1.weight.mask_bits"] == {3, 4, 5}
+    assert files["decoder.layers.1.mlp.linear_fc2.bias"] == files["decoder.final_layernorm.bias"] == {3}
+    assert all(torch.equal(reader.tensor(name), whole.tensor(name)) for name in whole.shapes)
+
+
+def test_densify_and_prune_begin_from_runs(begin, tmp_path):
+    sparse = begin(sparsity=0.75)
+    dense = begin("dense", sparse, sparsity=0.0)
+    assert not dense.plan.weights and dense.run["origin"] == "step 0 of the run run"
+    assert all(torch.equal(dense.weight(name), sparse.weight(name)) for name in sparse.weights)
+    pruned = begin("pruned", dense, select="magnitude", sparsity=0.75)
+    assert torch.equal(pruned.weight(FC1), sparse.weight(FC1))  # a quarter was left, and it is the largest
+    half = begin("half", dense, select="magnitude", sparsity=0.5)
+    assert half.run["sparsity"][FC1]["target"] == 0.5
+    assert half.run["sparsity"][FC1]["measured"] == pytest.approx(0.75, abs=0.01)  # a quarter of zeros was kept
+
+
+def test_another_shape_or_tokenizer_is_refused_with_both_values(gpt2, tokenizer, tmp_path):
+    source = open_weights(gpt2)
+    other = make_recipe(model=MODEL | {"layers": 4, "max_positions": 20})
+    with pytest.raises(ValueError, match="model.layers is 2 there and 4 in the recipe; model.max_positions is 10 there "
+                                         "and 20 in the recipe"):
+        start_run(source, other, tokenizer, tmp_path / "run")
+    theirs = make_tokenizer(merges=3)
+    theirs.save(tmp_path / "tokenizer")
+    for name in theirs.file_names:
+        (tmp_path / "tokenizer" / name).rename(gpt2 / name)
+    with pytest.raises(ValueError, match=f"{theirs.sha256} .gpt2-bpe, 260 tokens.*{tokenizer.sha256} .gpt2-bpe, 259"):
+        start_run(open_weights(gpt2), make_recipe(), tokenizer, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_nothing_half_written_is_left(gpt2, tokenizer, tmp_path, monkeypatch):
+    source = open_weights(gpt2)
+    whole = source.weight
+
+    for fault in (OSError("no space left"), KeyboardInterrupt(), SystemExit(143)):
+        def fail(name, fault=fault):
+            if name == FC1:
+                raise fault
+            return whole(name)
+
+        monkeypatch.setattr(source, "weight", fail)
+        with pytest.raises(type(fault)):
+            start_run(source, make_recipe(), tokenizer, tmp_path / "run")
+        assert [p.name for p in tmp_path.iterdir()] == ["gpt2"]
+    monkeypatch.setattr(source, "weight", whole)
+    (tmp_path / "run.partial").mkdir()  # of one that was killed
+    (tmp_path / "run.partial" / "rest").touch()
+    start_run(source, make_recipe(), tokenizer, tmp_path / "run")
+    with pytest.raises(ValueError, match="run exists; give a new directory"):
+        start_run(source, make_recipe(), tokenizer, tmp_path / "run")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["gpt2", "run"]
+    assert not list((tmp_path / "run").rglob("rest"))
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5])
+def test_one_weight_at_a_time_is_dense(gpt2, begin, monkeypatch, sparsity):
+    source, given = open_weights(gpt2), []
+    whole = source.weight
+
+    def watched(name):
+        alive = [tensor for tensor in given if tensor() is not None]
+        assert len(alive) <= 1  # the last one, which is still being written
+        tensor = whole(name).clone()
+        given.append(weakref.ref(tensor))
+        return tensor
+
+    monkeypatch.setattr(source, "weight", watched)
+    begin("run", source, sparsity=sparsity, parallel={"tensor": 3})
+    assert len(given) == (28 - 8 if sparsity else 28) * 2 + (8 if sparsity else 0)  # weight and master; pruned once
+
+
+def test_a_file_that_cannot_be_read_is_named(begin):
+    reader = begin()
+    file = reader.path / "__0_0.distcp"
+    file.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(store.DamagedCheckpoint, match="decoder.final_layernorm.bias, in __0_0.distcp, cannot be read"):
+        TensorFiles(reader.path).tensor("decoder.final_layernorm.bias")
+    file.unlink()
+    with pytest.raises(store.DamagedCheckpoint, match="in __0_0.distcp, cannot be read .FileNotFoundError"):
+        TensorFiles(reader.path).tensor("decoder.final_layernorm.bias")
+
+
+def test_the_other_half_of_a_tensor_is_missed(begin):
+    reader = begin(parallel={"tensor": 3})
+    path = Path(reader.path / ".metadata")
+    index = pickle.loads(path.read_bytes())
+    del index.state_dict_metadata["embedding.word_embeddings.weight"].chunks[1]
+    path.write_bytes(pickle.dumps(index))
+    rows = reader.weights["embedding.word_embeddings.weight"].shape[0]
+    with pytest.raises(store.DamagedCheckpoint, match=f"holds {rows * 8} of {rows * 12} numbers of embedding"):
+        TensorFiles(reader.path).tensor("embedding.word_embeddings.weight")

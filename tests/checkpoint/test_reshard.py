@@ -1,0 +1,64 @@
+"""The same checkpoint with its files cut for another layout."""
+
+import pytest
+import torch
+from conftest import make_recipe
+
+from megatron_spdf.checkpoint import store
+from megatron_spdf.checkpoint.fresh_run import start_run
+from megatron_spdf.checkpoint.inspect import verify
+from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
+from megatron_spdf.checkpoint.reshard import check_layout, reshard
+from megatron_spdf.checkpoint.source import open_weights
+from megatron_spdf.config import load_recipe
+from megatron_spdf.config.recipe import Parallel
+
+
+@pytest.fixture
+def reader(gpt2, tokenizer, tmp_path):
+    start_run(open_weights(gpt2), make_recipe(sparsity=0.5, parallel={"tensor": 3}), tokenizer, tmp_path / "run",
+              "magnitude")
+    return CheckpointReader(find_checkpoint(tmp_path / "run"))
+
+
+def test_every_tensor_and_the_state_of_the_run_are_the_same(reader, tmp_path):
+    layout = Parallel(pipeline=2, data=2)
+    checkpoint = reshard(reader, layout, tmp_path / "other")
+    other = CheckpointReader(checkpoint, checksums=True)
+    assert other.recipe.parallel == layout and load_recipe(tmp_path / "other" / "recipe.yaml").parallel == layout
+    assert other.recipe.identity() == reader.recipe.identity()
+    assert other.shapes == reader.shapes and other.dtypes == reader.dtypes
+    assert all(torch.equal(other.tensor(name), reader.tensor(name)) for name in reader.shapes)
+    kept = {key: value for key, value in reader.run.items() if key != "recipe"}
+    assert kept.items() <= other.run.items() and other.tokenizer.sha256 == reader.tokenizer.sha256
+    assert "8 masks" in verify(other)
+    assert sorted(p.name for p in checkpoint.glob("*.distcp")) == ["__0_0.distcp", "__1_0.distcp"]
+
+
+@pytest.mark.parametrize("layout, message", [
+    ({"tensor": 2}, r"query_groups=3 .* not divisible by parallel.tensor=2; .*nearest layout that the model allows is "
+                    "parallel.tensor=3 parallel.pipeline=1 parallel.interleave=1 parallel.data=1 "),
+    ({"pipeline": 3}, "layers=2 is not divisible by .* = 3; .*nearest .* parallel.tensor=1 parallel.pipeline=2 "),
+    ({"pipeline": 2, "interleave": 3}, "nearest .* parallel.pipeline=1 parallel.interleave=1|parallel.pipeline=2 "
+                                       "parallel.interleave=1"),
+    ({"tensor": 5, "data": 3, "sequence": True}, "nearest .* parallel.tensor=3 .* parallel.data=2|parallel.data=4"),
+])
+def test_an_impossible_layout_is_refused_with_the_nearest(reader, tmp_path, layout, message):
+    with pytest.raises(ValueError, match=message):
+        reshard(reader, Parallel(**layout), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_nearest_layout_is_one(reader):
+    with pytest.raises(ValueError) as refused:
+        check_layout(make_recipe(parallel={"tensor": 7, "pipeline": 7, "interleave": 7, "data": 7, "sequence": True}))
+    words = dict(word.removeprefix("parallel.").split("=") for word in str(refused.value).split() if
+                 word.startswith("parallel.") and "=" in word)
+    layout = {key: words[key] for key in ("tensor", "pipeline", "interleave", "data", "sequence")}
+    check_layout(make_recipe(parallel=layout))
+
+
+def test_a_missing_tensor_is_named(reader, tmp_path):
+    reader.shapes.pop("decoder.final_layernorm.bias")
+    with pytest.raises(store.DamagedCheckpoint, match="decoder.final_layernorm.bias is missing"):
+        reshard(reader, Parallel(), tmp_path / "other")

@@ -1,0 +1,33 @@
+"""Nothing is lost, however often and whenever a run is killed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_pretrain import records
+
+pytestmark = pytest.mark.slow
+
+KILLS = 50
+
+
+def test_killed_fifty_times_equals_straight(workplace, start):
+    words = ("parallel.tensor=2", "checkpoint.every=2", "train.tokens=6144", "log.tensorboard=false")
+    straight = start("output=kill-straight", *words, ranks=2)
+    out, err = straight.communicate(timeout=300)
+    assert straight.returncode == 0, out + err
+    recipe = workplace / "kill.yaml"
+    recipe.write_text("extends: recipe.yaml\ncheckpoint: {every: 2}\nlog: {tensorboard: false}\n"
+                      "parallel: {timeout: 30}\n")
+    script = Path(__file__).with_name("kill_loop.py")
+    done = subprocess.run([sys.executable, "-W", "ignore", str(script), "kill.yaml", str(KILLS), "1"], cwd=workplace,
+                          capture_output=True, text=True, timeout=1500, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["kills"] == KILLS and found["hung"] == 0, found
+    assert found["while saving"] > 0 and 0 < found["of one rank"] < KILLS, found
+    for run in found["runs"]:
+        assert records(workplace / run) == records(workplace / "kill-straight")
+    assert any("a save that did not finish" in (workplace / f"{run}.txt").read_text() for run in found["runs"])
