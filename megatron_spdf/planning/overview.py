@@ -126,6 +126,7 @@ def _row(candidate: Candidate, request: Request) -> dict[str, Any]:
         "tokens_per_second": rate, "hours": hours, "gpu_hours": hours * p.world,
         "mfu": rate * executed / p.world / request.gpu.peak(recipe.train.precision),
         "cost": hours * p.world * request.price if request.price is not None else None,
+        "time": asdict(candidate.time),
     }
 
 
@@ -207,13 +208,15 @@ def _impossible(request: Request, misfits: list[Misfit]) -> str:
     recipe, plan, gpu, gpus = request.recipe, request.plan, request.gpu, request.gpus
     if not misfits or misfits[0].excess is None:
         why = misfits[0].reason if misfits else (
-            f"no tensor x pipeline is a divisor of it (tensor divides model.query_groups={recipe.model.query_groups} "
-            f"and a node's {gpu.gpus_per_node} GPUs, pipeline divides model.layers={recipe.model.layers})")
+            f"no tensor x pipeline divides that number (tensor divides model.query_groups="
+            f"{recipe.model.query_groups} and a node's {gpu.gpus_per_node} GPUs, pipeline model.layers="
+            f"{recipe.model.layers})")
         near = usable_worlds(recipe, gpu, gpus)
         return f"{gpus} GPUs cannot be laid out: {why}. Numbers near it that can: {', '.join(map(str, near)) or 'none'}"
     p = misfits[0].recipe.parallel
     lines = [f"no layout of {gpus} x {gpu.name} holds this run. The nearest, tensor {p.tensor} x pipeline {p.pipeline} "
-             f"x data {p.data}, {misfits[0].reason}. What does:"]
+             f"x data {p.data}, {misfits[0].reason}: {USABLE * gpu.memory / 2**30:,.1f} of a GPU's "
+             f"{gpu.memory / 2**30:,.1f} GiB can be counted on. What does hold it:"]
     least = smallest_world(recipe, plan, gpu)
     if least:
         q = least.recipe.parallel

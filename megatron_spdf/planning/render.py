@@ -46,7 +46,7 @@ def _flops(facts: dict[str, Any]) -> str:
     for f in facts["flops"]:
         parts = "".join(f"{f[k] / 1e9:>{w}.4g}" for k, w in (("linear", 10), ("attention", 11), ("logits", 9),
                                                             ("total", 10)))
-        lines.append(f"  {f['what']:<50}{parts}{f['run'] / 1e18:>14,.5g}")
+        lines.append(f"  {f['what']:<50}{parts}{f['run'] / 1e18:>14,.2f}")
     return "\n".join(lines)
 
 
@@ -58,7 +58,7 @@ def _layouts(facts: dict[str, Any]) -> str:
     for r in shown:
         lines.append(f"  {r['tensor']:>4}{r['pipeline']:>4}{r['data']:>6}{r['interleave']:>4}{r['micro_batch']:>4} "
                      f"{r['recompute']:<10}{r['peak_bytes'] / GIB:>7.1f}{r['step_seconds']:>10.4g}"
-                     f"{r['tokens_per_second']:>13,.0f}{r['mfu']:>7.1%}{r['hours']:>10,.4g}{r['gpu_hours']:>12,.5g}"
+                     f"{r['tokens_per_second']:>13,.0f}{r['mfu']:>7.1%}{r['hours']:>10,.1f}{r['gpu_hours']:>12,.1f}"
                      + (f"{r['cost']:>14,.0f}" if cost else ""))
     lines.append("  v: model chunks per pipeline rank; mb: sequences per micro-batch; sequence parallelism with TP > 1")
     return "\n".join(lines)
@@ -109,7 +109,7 @@ def _sparsity(facts: dict[str, Any]) -> str:
         least, layout = row["fewest_gpus"], row["fewest_layout"]
         where = f"TP {layout['tensor']} x PP {layout['pipeline']} x DP {layout['data']}" if layout else "none"
         mark = "  <- the recipe" if row["recipe"] else ""
-        lines.append(f"  {row['sparsity']:>8.2%}{row['run_flops'] / 1e18:>15,.5g}{row['flops_ratio']:>10.3f}"
+        lines.append(f"  {row['sparsity']:>8.2%}{row['run_flops'] / 1e18:>15,.2f}{row['flops_ratio']:>10.3f}"
                      f"{row['peak_bytes'] / GIB:>13.2f}{row['data_traffic'] / MIB:>13,.1f}"
                      f"{least if least else '-':>13}   {where}{mark}")
     lines.append("  FLOPs count active weights, the paper's way; this engine expands weights and runs products at the "

@@ -13,6 +13,8 @@ from megatron_spdf.config import Recipe
 from megatron_spdf.model.weights import model_weights
 from megatron_spdf.sparsity.plan import Plan, make_plan
 
+RECIPE, LOG = "recipe.yaml", "log.jsonl"
+
 
 @dataclass(frozen=True)
 class Run:
@@ -43,28 +45,48 @@ class Run:
 
 
 def read_run(directory: str | Path) -> Run:
-    """Reads a run directory; a last line that is still being written is left out.
+    """Reads the directory of a pre-training run; a last line that is still being written is left out.
 
     Raises:
         ValueError: no run there, or no training step in its log.
     """
     directory = Path(directory)
-    recipe, log = directory / "recipe.yaml", directory / "log.jsonl"
+    values, records = read_logged(directory)
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValueError as error:
+        raise ValueError(f"{directory / RECIPE} cannot be read as a pre-training recipe: {error}") from None
+    return Run(directory, recipe, of_kind(records, "train"), of_kind(records, "valid"),
+               next(iter(of_kind(records, "bytes")), {}))
+
+
+def read_logged(directory: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The values of a run's recipe, of pre-training or fine-tuning, and the records of its log.
+
+    Raises:
+        ValueError: as `read_run`.
+    """
+    recipe, log = directory / RECIPE, directory / LOG
     for file in (recipe, log):
         if not file.is_file():
             raise ValueError(f"{directory} is no run: it has no {file.name}; name the directory that `output` of a "
                              "recipe names")
     try:
-        known = Recipe.model_validate(yaml.safe_load(recipe.read_text()))
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{recipe} cannot be read as a recipe: {error}") from None
+        values = yaml.safe_load(recipe.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{recipe} is not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{recipe} is no recipe but a {type(values).__name__}; was it overwritten?")
     records = _records(log)
-    train = [r for r in records if r["kind"] == "train"]
-    if not train:
+    if not of_kind(records, "train"):
         raise ValueError(f"{log} holds no training step yet; let the run go on to its first record "
-                         f"(log.every={known.log.every} steps)")
-    counted = next((r for r in records if r["kind"] == "bytes"), {})
-    return Run(directory, known, train, [r for r in records if r["kind"] == "valid"], counted)
+                         f"(log.every={values.get('log', {}).get('every', '?')} steps)")
+    return values, records
+
+
+def of_kind(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    """The records of one kind, in order."""
+    return [r for r in records if r.get("kind") == kind]
 
 
 def _records(log: Path) -> list[dict[str, Any]]:

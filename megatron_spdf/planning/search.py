@@ -94,10 +94,15 @@ def search(recipe: Recipe, plan: Plan, gpu: Gpu, gpus: int, efficiency: float = 
 
 def degrees(recipe: Recipe, gpu: Gpu, gpus: int) -> Iterator[tuple[int, int, int]]:
     """(tensor, pipeline, data) whose product is `gpus`."""
-    for tensor in divisors(recipe.model.query_groups):
+    for tensor in tensor_degrees(recipe, gpu):
         for pipeline in divisors(recipe.model.layers):
-            if tensor <= gpu.gpus_per_node and gpus % (tensor * pipeline) == 0:
+            if gpus % (tensor * pipeline) == 0:
                 yield tensor, pipeline, gpus // (tensor * pipeline)
+
+
+def tensor_degrees(recipe: Recipe, gpu: Gpu) -> list[int]:
+    """Tensor-parallel degrees that the model allows and that fill nodes without a rest."""
+    return [t for t in divisors(recipe.model.query_groups) if gpu.gpus_per_node % t == 0]
 
 
 def _variants(recipe: Recipe, tensor: int, pipeline: int, data: int) -> Iterator[Recipe]:
@@ -113,9 +118,9 @@ def _variants(recipe: Recipe, tensor: int, pipeline: int, data: int) -> Iterator
 def _too_large(least: Candidate, gpu: Gpu) -> Misfit:
     limit = USABLE * gpu.memory
     excess = math.ceil(least.peak - limit)
-    reason = (f"needs {least.peak / 2**30:,.1f} GiB on stage {least.stage} even with micro-batches of "
-              f"{least.recipe.train.micro_batch} and recompute={least.recipe.train.recompute}, "
-              f"{excess / 2**30:,.1f} GiB more than the {limit / 2**30:,.1f} GiB that can be used of a {gpu.name}")
+    train = least.recipe.train
+    reason = (f"needs {least.peak / 2**30:,.1f} GiB on stage {least.stage} (micro-batch {train.micro_batch}, recompute "
+              f"{train.recompute}), {excess / 2**30:,.1f} GiB too much")
     return Misfit(least.recipe, reason, excess)
 
 
@@ -126,7 +131,7 @@ def smallest_world(recipe: Recipe, plan: Plan, gpu: Gpu) -> Candidate | None:
         None if even LARGEST_WORLD GPUs are too few.
     """
     batch, choices = recipe.train.global_batch, []
-    for tensor in (t for t in divisors(recipe.model.query_groups) if t <= gpu.gpus_per_node):
+    for tensor in tensor_degrees(recipe, gpu):
         for pipeline in divisors(recipe.model.layers):
             choices += [(tensor * pipeline * data, pipeline, tensor, data) for data in divisors(batch)
                         if tensor * pipeline * data <= LARGEST_WORLD]

@@ -54,7 +54,7 @@ def results(make_recipe, tmp_path_factory):
     for name, (world, layout, changes) in VARIANTS.items():
         groups[world][name] = case(parallel=layout, **changes)
     directory = tmp_path_factory.mktemp("planning")
-    return {world: run_cases(world, cases, directory / str(world)) for world, cases in groups.items()}
+    return {world: run_cases(world, cases, directory / str(world), timeout=1800) for world, cases in groups.items()}
 
 
 @pytest.mark.parametrize(("world", "name"), NAMES)
