@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import os
 import pickle
 import textwrap
 import warnings
@@ -16,7 +17,7 @@ import zstandard
 
 from megatron_spdf.data.tokenizer import load_tokenizer, train_tokenizer
 
-SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"
+SHARED = Path(os.environ.get("SPDF_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
 GPT2 = SHARED / "gpt2_tokenizer"
 PILE = SHARED / "pile_sample" / "val.jsonl.zst"
 needs_gpt2 = pytest.mark.skipif(not GPT2.exists(), reason="no GPT-2 BPE files in ../shared/data")
