@@ -131,6 +131,7 @@ def _pieces(file: _HashedFile, path: Path, max_bytes: int) -> Iterator[tuple[byt
             while piece := read(_BUFFER_BYTES):
                 size += len(piece)
                 if not whole and piece.endswith(b"\n"):
+                    size -= 1
                     break
         yield record.removeprefix(b"\xef\xbb\xbf") if first else record, size
         first = False
