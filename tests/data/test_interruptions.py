@@ -47,14 +47,14 @@ def start(shards: list[Path], output: Path, tokenizer: Path, *words: str) -> sub
 
 
 def finish(run: subprocess.Popen, code: int = 0) -> str:
-    out, err = run.communicate(timeout=300)
+    out, err = run.communicate(timeout=900)
     assert run.returncode == code, out + err
     assert "Traceback" not in err
     return out + err
 
 
 def wait_for_inputs(partial: Partial, count: int, run: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while partial.finished_inputs < count:
         assert run.poll() is None and time.monotonic() < deadline, run.communicate()
         time.sleep(0.01)
