@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import typing
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from megatron_spdf.config.checks import findings
 from megatron_spdf.config.recipe import Recipe, normalise_sparsity
@@ -108,13 +109,7 @@ def _sentence(error: dict[str, Any]) -> str:
 
 def _known_keys(place: list[str | int]) -> list[str]:
     """Keys of the section at `place`."""
-    section: type[BaseModel] = Recipe
+    section: Any = Recipe
     for key in place:
-        if isinstance(key, int):
-            from megatron_spdf.config.recipe import SparsityRule
-            section = SparsityRule
-        else:
-            section = section.model_fields[key].annotation if key in section.model_fields else section
-        if not isinstance(section, type) or not issubclass(section, BaseModel):
-            section = Recipe.model_fields["sparsity"].annotation
+        section = typing.get_args(section)[0] if isinstance(key, int) else section.model_fields[key].annotation
     return sorted(section.model_fields)

@@ -26,6 +26,7 @@ from megatron_spdf import kernels
 from megatron_spdf.config import Recipe
 from megatron_spdf.engine import MicroBatch, StepResult
 from megatron_spdf.engine.state import load_optimizer, optimizer_state
+from megatron_spdf.model.attention import document_mask
 from megatron_spdf.model.gpt import build_model
 from megatron_spdf.sparsity.compact import expanded
 from megatron_spdf.sparsity.masks import stream_key
@@ -42,7 +43,8 @@ class MegatronEngine:
         device: of this rank.
 
     Attributes:
-        reads_data: whether this rank is on the first or last pipeline stage and so needs tokens.
+        reads_data: whether this rank needs tokens: on the first and last pipeline stage, and on all where attention
+            stops at the borders of documents.
         optimizer_steps: updates done, skipped steps not counted; Adam's bias correction goes by it.
     """
 
@@ -55,7 +57,8 @@ class MegatronEngine:
         self.scheduler = _scheduler(recipe, self.optimizer)
         self.optimizer_steps = 0
         self.data_parallel_rank = ps.get_data_parallel_rank()
-        self.reads_data = ps.is_pipeline_first_stage() or ps.is_pipeline_last_stage()
+        # Between the first and the last stage only the borders of documents are of interest.
+        self.reads_data = (ps.is_pipeline_first_stage() or ps.is_pipeline_last_stage() or recipe.data.reset_attention)
         self._reports = ps.is_pipeline_last_stage() and ps.get_tensor_model_parallel_rank() == 0
         self.config.finalize_model_grads_func = finalize_model_grads
         self.config.grad_scale_func = self.optimizer.scale_loss
@@ -203,7 +206,8 @@ class MegatronEngine:
 def _forward_step(device: torch.device, data_iterator: Iterator[MicroBatch], model: nn.Module):
     """Megatron-Core's forward step: per-token losses (B, T), and how they become one number."""
     micro = {k: v.to(device, non_blocking=True) for k, v in next(data_iterator).items()}
-    losses = model(micro.get("tokens"), micro.get("position_ids"), None, labels=micro.get("labels"))
+    mask = document_mask(micro["documents"]) if "documents" in micro else None
+    losses = model(micro.get("tokens"), micro.get("position_ids"), mask, labels=micro.get("labels"))
     return losses, partial(_mean_loss, micro.get("loss_mask"))
 
 

@@ -14,7 +14,7 @@ from megatron_spdf.checkpoint.checkpointer import Checkpointer, RunState
 from megatron_spdf.config import Recipe
 from megatron_spdf.data.dataset import TokenData
 from megatron_spdf.engine import Engine, StepResult
-from megatron_spdf.evaluation.perplexity import validation_loss
+from megatron_spdf.evaluation.perplexity import bits_per_byte, validation_loss
 from megatron_spdf.parallel.signals import StopRequest
 from megatron_spdf.parallel.traffic import TrafficCounter
 from megatron_spdf.planning.flops import training_flops
@@ -119,6 +119,7 @@ class Trainer:
             "step_seconds": seconds,
             "data_seconds": waited,
             "memory_bytes": _peak_memory(),
+            "source_tokens": self.data.consumed_tokens(state.step),
         }
         peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
         if peak:
@@ -141,8 +142,12 @@ class Trainer:
             self.stopping = True
             return
         state.evaluated = state.step
-        self.log.record("valid", state.step, loss=loss, perplexity=math.exp(loss))
-        self.log.say(f"step {state.step}: validation loss {loss:.4f}, perplexity {math.exp(loss):.2f}")
+        if not self.log.active:
+            return
+        bits = bits_per_byte(loss, self.data.valid_tokens_per_byte)
+        self.log.record("valid", state.step, loss=loss, perplexity=math.exp(loss), bits_per_byte=bits)
+        self.log.say(f"step {state.step}: validation loss {loss:.4f}, perplexity {math.exp(loss):.2f}, "
+                     f"{bits:.4f} bits per byte")
 
     def _save(self) -> int:
         measured = self.engine.measured_sparsity()

@@ -43,7 +43,11 @@ class RunDir:
             before = Recipe.model_validate(yaml.safe_load(kept.read_text())).identity()
         except (ValueError, yaml.YAMLError) as error:
             raise ValueError(f"{kept} cannot be read as a recipe ({error}); choose another output") from None
-        changes = list(_differences(before, self.recipe.identity()))
+        now = self.recipe.identity()
+        if self.recipe.data.on_blend_change == "continue":
+            for key in ("train", "blend"):  # data/blend.py keeps the blends of a run
+                before["data"].pop(key), now["data"].pop(key)
+        changes = list(_differences(before, now))
         if changes:
             raise ValueError(f"output={self.root} holds another recipe's run: {'; '.join(changes)}. Choose another "
                              "output, or set these back to go on with that run")

@@ -44,8 +44,7 @@ class Bench:
         agree_on_port()
         self.device = join(find_ranks(), self.recipe)
         self.engine = MegatronEngine(self.recipe, self.plan, self.device)
-        self.data = TokenData(self.recipe, self.corpus.train_tokens, self.corpus.tokenizer, self.run.cache,
-                              self.engine.reads_data)
+        self.data = TokenData(self.recipe, self.corpus, self.run.cache, self.engine.reads_data)
         self.checkpointer = Checkpointer(self.run.checkpoints, self.recipe, self.plan, self.corpus.tokenizer)
 
     def steps(self, first: int, last: int) -> list[tuple[float, float]]:
