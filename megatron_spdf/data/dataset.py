@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from megatron_spdf.config import Recipe
 from megatron_spdf.data.blend import BlendHistory, BlendOrder
 from megatron_spdf.data.corpus import Corpus
-from megatron_spdf.data.samples import Pass, Windows, samples_in, samples_in_pass
+from megatron_spdf.data.samples import Pass, Windows, borders_of, samples_in, samples_in_pass
 from megatron_spdf.engine import MicroBatch
 from megatron_spdf.parallel.signals import block_in_worker
 
@@ -63,6 +63,7 @@ class TokenData:
     def __init__(self, recipe: Recipe, corpus: Corpus, cache: Path, reads: bool):
         self.recipe, self.corpus, self.cache, self.reads = recipe, corpus, cache, reads
         self.history = BlendHistory(Path(recipe.output), corpus.train)
+        self.borders = borders_of(recipe, corpus.tokenizer)
         batch = recipe.train.global_batch
         windows = sum(samples_in(s.tokens, recipe.train.sequence_length) for s in corpus.valid)
         self.valid_batches = min(windows // batch, recipe.evaluate.batches)

@@ -55,10 +55,34 @@ def read_index_header(path: Path) -> IndexHeader:
     return IndexHeader(_DTYPES[code], sequences, document_list - 1)
 
 
+class Index(NamedTuple):
+    """The arrays of a .idx file, memory-mapped.
+
+    Attributes:
+        lengths: (sequences,) int32, tokens of each.
+        offsets: (sequences,) int64, where each starts in the .bin file, in bytes.
+        document_ends: (documents + 1,) int64, the number of sequences before the end of each; a leading 0.
+    """
+
+    lengths: np.ndarray
+    offsets: np.ndarray
+    document_ends: np.ndarray
+
+
+def read_index(path: Path) -> Index:
+    """The arrays of a .idx file whose size has been checked."""
+    header = read_index_header(path)
+    shapes = ((np.int32, header.sequences), (np.int64, header.sequences), (np.int64, header.documents + 1))
+    arrays, offset = [], _HEADER.size
+    for dtype, count in shapes:
+        arrays.append(np.memmap(path, dtype, "r", offset, (count,)))
+        offset += arrays[-1].nbytes
+    return Index(*arrays)
+
+
 def read_lengths(path: Path) -> np.ndarray:
     """Tokens of each sequence of a .idx file, (sequences,) of int32, memory-mapped."""
-    header = read_index_header(path)
-    return np.memmap(path, np.int32, mode="r", offset=_HEADER.size, shape=(header.sequences,))
+    return read_index(path).lengths
 
 
 def write_index(path: Path, lengths: np.ndarray, dtype: np.dtype) -> str:
