@@ -1,7 +1,9 @@
 """The samples of a run: the same at every data-parallel degree, after every resume, and through a change of blend."""
 
 from collections import Counter
+from pathlib import Path
 
+import numpy as np
 import pytest
 from harness import outcome, run_cases
 
@@ -14,23 +16,37 @@ RUN = {"tokens": SAMPLES * 32, "global_batch": BATCH, "micro_batch": 2}
 STARTS = {"straight": [0], "resumed": [0, 17, 18, 90]}
 
 
-@pytest.fixture(scope="module")
-def corpora(tmp_path_factory, corpus):
-    """Prefixes of three data sets: some of the small corpus' documents each, of other lengths."""
-    import numpy as np
-    from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+def write(prefix: Path, documents: list) -> str:
+    """A data set of token arrays."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    directory = tmp_path_factory.mktemp("sources")
-    whole = IndexedDataset(corpus)
-    text = np.concatenate([whole[i] for i in range(len(whole))])
-    prefixes = []
-    for number, (first, last) in enumerate(((0, 9_000), (9_000, 40_000), (40_000, 55_000))):
-        prefixes.append(str(directory / f"s{number}"))
-        builder = IndexedDatasetBuilder(f"{prefixes[-1]}.bin", dtype=np.uint16)
-        for piece in np.array_split(text[first:last], 30 + number):
-            builder.add_document(piece, [len(piece)])
-        builder.finalize(f"{prefixes[-1]}.idx")
-    return prefixes
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    for document in documents:
+        builder.add_document(document, [len(document)])
+    builder.finalize(f"{prefix}.idx")
+    return str(prefix)
+
+
+@pytest.fixture(scope="module")
+def text(corpus):
+    """(tokens,) of the small corpus."""
+    return np.fromfile(f"{corpus}.bin", np.uint16)
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory, text):
+    """Prefixes of three data sets: parts of the small corpus, of other lengths."""
+    directory, parts = tmp_path_factory.mktemp("sources"), ((0, 9_000), (9_000, 40_000), (40_000, 55_000))
+    return [write(directory / f"s{i}", np.array_split(text[first:last], 30 + i))
+            for i, (first, last) in enumerate(parts)]
+
+
+@pytest.fixture(scope="module")
+def short_documents(tmp_path_factory, text):
+    """Prefix of a data set of documents of 2 to 20 tokens, so that every sequence has borders."""
+    cuts = np.cumsum(np.random.default_rng(0).integers(1, 20, 2000))
+    documents = [np.append(document, 299) for document in np.split(text, cuts)[:-1]]
+    return write(tmp_path_factory.mktemp("short") / "short", documents)
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +96,9 @@ def test_consumed_tokens_of_each_source(results, corpora, world, name):
 
 
 @pytest.fixture(scope="module")
-def bordered(make_recipe, tmp_path_factory):
-    borders = {"reset_positions": True, "reset_attention": True}
+def bordered(make_recipe, short_documents, corpus, tmp_path_factory):
+    short = {"train": short_documents, "valid": short_documents, "tokenizer": f"{corpus}.tokenizer"}
+    borders = short | {"reset_positions": True, "reset_attention": True}
     layouts = {"one": (1, {}), "tp2": (2, {"tensor": 2, "sequence": True}), "pp2": (2, {"pipeline": 2}),
                "interleaved": (2, {"pipeline": 2, "interleave": 2})}
     recompute = {"full": "full", "selective": "selective"}
@@ -91,7 +108,7 @@ def bordered(make_recipe, tmp_path_factory):
     for name, kind in recompute.items():
         recipe = make_recipe(data=borders, train={"recompute": kind})
         cases[1][name] = ("train", {"recipe": recipe, "steps": 4})
-    cases[1]["off"] = ("train", {"recipe": make_recipe(), "steps": 4})
+    cases[1]["off"] = ("train", {"recipe": make_recipe(data=short), "steps": 4})
     cases[1]["packed"] = ("packed", {"recipe": make_recipe(data=borders)})
     cases[1]["packed groups"] = ("packed", {"recipe": make_recipe(data=borders, model={"query_groups": 2})})
     directory = tmp_path_factory.mktemp("borders")
