@@ -9,7 +9,7 @@ import torch
 # layers, hidden, heads, ffn_hidden, vocab_size, max_positions
 SHAPES = {
     "narrow": (4, 64, 4, 192, 301, 32),
-    "twelve heads of 64": (2, 768, 12, 3072, 301, 32),
+    "twelve heads of 64": (1, 768, 12, 3072, 301, 32),
     "odd vocabulary": (2, 48, 12, 192, 50257, 16),
     "three heads": (3, 48, 3, 96, 97, 8),
     "one head": (1, 8, 1, 24, 131, 12),

@@ -5,9 +5,10 @@ python tools/convert_checkpoint.py from-hf models/gpt2 runs/half --recipe r.yaml
 python tools/convert_checkpoint.py densify runs/mine runs/dense optimizer.lr=1e-4
 python tools/convert_checkpoint.py reshard runs/mine runs/wider parallel.tensor=4
 
-Wherever a run is read it may be a run directory, whose newest checkpoint is taken, or one checkpoint. What is written
-as a run directory is trained on by pretrain.py with the same recipe and output=OUT. One weight at a time is dense in
-memory, OUT appears complete or not at all, and an OUT that exists is refused.
+A run is given as its directory, whose best checkpoint is taken, where it keeps one, else the newest (`reshard` always
+takes the newest), or as one checkpoint. What is written as a run directory is trained on by pretrain.py with the same
+recipe and output=OUT. One weight at a time is dense in memory, OUT appears complete or not at all, and an OUT that
+exists is refused.
 
 Exit code 0, or 2 for what the user can put right. Needs neither a GPU nor the layout a checkpoint was written at.
 """
@@ -81,7 +82,7 @@ def reshard_run(options: argparse.Namespace) -> str:
     """The same checkpoint, optimizer and run state included, its files cut for another layout."""
     if other := [word for word in options.overrides if not word.startswith("parallel.")]:
         raise ValueError(f"{' '.join(other)}: only parallel.* can change here, as in parallel.tensor=2")
-    source = read_run(options)
+    source = CheckpointReader(find_checkpoint(options.source, newest=True), checksums=True)
     layout = parse_recipe(source.recipe.model_dump(), options.overrides, source.path / "run.json").parallel
     checkpoint = reshard(source, layout, options.output)
     return (f"{checkpoint}: {source.origin}, for tensor {layout.tensor} x pipeline {layout.pipeline} x data "

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,6 +25,9 @@ from megatron_spdf.checkpoint.record import INITIAL
 from megatron_spdf.checkpoint.source import WeightSource
 from megatron_spdf.data.tokenizer import Tokenizer
 from megatron_spdf.sparsity.chunks import join_chunks
+
+if TYPE_CHECKING:
+    from transformers import GPT2Config, GPT2LMHeadModel
 
 WEIGHTS, MASKS, CARD = "model.safetensors", "masks.safetensors", "README.md"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -148,16 +152,42 @@ def _compare_ids(tokenizer: Tokenizer, directory: Path) -> None:
 
 
 def _save_config(source: WeightSource, dtype: str, directory: Path) -> None:
-    from transformers import GenerationConfig, GPT2Config
+    from transformers import GenerationConfig
+
+    end = source.tokenizer.eod
+    _config(source, dtype).save_pretrained(directory)
+    GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=end).save_pretrained(directory)
+
+
+def _config(source: WeightSource, dtype: str) -> GPT2Config:
+    from transformers import GPT2Config
 
     m, end = source.model, source.tokenizer.eod
-    GPT2Config(
+    return GPT2Config(
         vocab_size=m.vocab_size, n_positions=m.max_positions, n_embd=m.hidden, n_layer=m.layers, n_head=m.heads,
         n_inner=m.ffn_hidden, activation_function="gelu_new", layer_norm_epsilon=1e-5, tie_word_embeddings=True,
         resid_pdrop=m.dropout, embd_pdrop=m.dropout, attn_pdrop=m.dropout, bos_token_id=end, eos_token_id=end,
         architectures=["GPT2LMHeadModel"], dtype=DTYPES[dtype],
-    ).save_pretrained(directory)
-    GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=end).save_pretrained(directory)
+    )
+
+
+def in_memory(source: WeightSource) -> GPT2LMHeadModel:
+    """The model that `export` writes, in float32 and for inference, without a directory in between.
+
+    Raises:
+        ValueError: GPT-2's architecture cannot express the model, or it has no tokenizer.
+        DamagedCheckpoint: a weight is missing or not what the recipe says.
+    """
+    from transformers import GPT2LMHeadModel
+
+    _check(source, masks=False)
+    model = GPT2LMHeadModel(_config(source, "fp32"))
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for tensor in _tensors(source):
+            parameters.pop(tensor.name).copy_(tensor.read())
+    assert not parameters, f"not in the source: {sorted(parameters)}"
+    return model.eval()
 
 
 def model_card(source: WeightSource, dtype: str, masks: bool) -> str:

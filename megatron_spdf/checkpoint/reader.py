@@ -29,8 +29,11 @@ _STORED = {".input_layernorm.": ".self_attention.linear_qkv.layer_norm_",
 _RUN_KEYS = {"state", "tokens", "recipe", "tokenizer", "sparsity", "versions", "saved"}
 
 
-def find_checkpoint(path: Path) -> Path:
+def find_checkpoint(path: Path, newest: bool = False) -> Path:
     """The checkpoint that `path` is, or of the run that it is the best one, where the run keeps it, else the newest.
+
+    Args:
+        newest: of a run, always take the newest, which is where the run goes on.
 
     Raises:
         ValueError: it is neither, or no save of the run has finished.
@@ -45,7 +48,7 @@ def find_checkpoint(path: Path) -> Path:
     found = store.visible(path / "checkpoints")
     if not found:
         raise ValueError(f"the run {path} has no complete checkpoint; start it again to make one")
-    return store.best(path / "checkpoints") or found[-1]
+    return found[-1] if newest else store.best(path / "checkpoints") or found[-1]
 
 
 def stored_name(name: str) -> str:

@@ -47,8 +47,8 @@ class WeightSource(Protocol):
 
 
 def open_weights(path: str | Path, checksums: bool = True) -> WeightSource:
-    """The weights at `path`: a run directory (its newest complete checkpoint), a checkpoint of a run, or a Hugging
-    Face directory of the GPT-2 family.
+    """The weights at `path`: a run directory (see `reader.find_checkpoint`), a checkpoint of a run, or a Hugging Face
+    directory of the GPT-2 family.
 
     Args:
         checksums: of a checkpoint of ours, check every byte first.

@@ -95,6 +95,22 @@ def join(ranks: Ranks, recipe: Recipe) -> torch.device:
     return device
 
 
+def join_loosely(ranks: Ranks, timeout: timedelta) -> torch.device:
+    """Joins ranks that each do a share of the work and exchange small objects at its end; returns this rank's device.
+
+    Args:
+        timeout: how long the fastest may wait for the slowest.
+
+    Raises:
+        ValueError: more local ranks than GPUs, or no way to find the head node.
+    """
+    device = _device(ranks)
+    if ranks.world > 1:
+        _find_head_node(ranks)
+        dist.init_process_group("gloo", rank=ranks.rank, world_size=ranks.world, timeout=timeout)
+    return device
+
+
 def leave() -> None:
     """Takes the process groups down."""
     from megatron.core import parallel_state

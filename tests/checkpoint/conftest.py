@@ -10,9 +10,9 @@ from megatron_spdf.data.tokenizer import Tokenizer
 from megatron_spdf.data.tokenizer_kinds import END_OF_TEXT, Gpt2Bpe
 
 # A GPT-2 with every number another, written by hand: transformers takes seconds to import.
-CONFIG = {"model_type": "gpt2", "n_layer": 2, "n_embd": 12, "n_head": 3, "n_inner": 30, "vocab_size": 259,
+CONFIG = {"model_type": "gpt2", "n_layer": 2, "n_embd": 12, "n_head": 6, "n_inner": 30, "vocab_size": 259,
           "n_positions": 10, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
-MODEL = {"layers": 2, "hidden": 12, "heads": 3, "ffn_hidden": 30, "vocab_size": 259, "max_positions": 10}
+MODEL = {"layers": 2, "hidden": 12, "heads": 6, "ffn_hidden": 30, "vocab_size": 259, "max_positions": 10}
 
 
 def gpt2_tensors(prefix: str = "transformer.") -> dict[str, torch.Tensor]:

@@ -51,6 +51,9 @@ def test_masters_keep_what_bf16_loses(gpt2, begin):
     assert torch.equal(reader.weight(FC1), reader.master(FC1).bfloat16())
     denser = begin("densified", reader, sparsity=0.0)  # from the masters, not from bf16
     assert torch.equal(denser.master(FC1), reader.master(FC1))
+    pruned = begin("pruned", reader, train={"precision": "bf16"}, sparsity=0.75)  # its masks lie in the others
+    assert torch.equal(pruned.master(FC1), reader.master(FC1) * (pruned.master(FC1) != 0))
+    assert not torch.equal(pruned.master(FC1), pruned.weight(FC1).float())
 
 
 def test_random_masks_are_those_of_the_plan_and_magnitudes_are_not(gpt2, begin):
@@ -61,7 +64,7 @@ def test_random_masks_are_those_of_the_plan_and_magnitudes_are_not(gpt2, begin):
     for reader, mask_of in ((drawn, lambda entries, k, c: draw_mask(0, FC1, c, entries.size, k)),
                             (largest, lambda entries, k, c: largest_mask(entries, k))):
         planned = reader.plan.weights[FC1]
-        for chunk in range(3):
+        for chunk in range(6):
             entries = chunk_of(source, planned, chunk).numpy()
             mask = mask_of(entries, planned.active_per_chunk, chunk)
             assert np.array_equal(chunk_of(reader.master(FC1), planned, chunk).numpy(), entries * mask)
@@ -99,7 +102,7 @@ def test_the_directory_is_one_that_pretraining_goes_on_from(begin, tmp_path):
         '"common_backend_version": 1}')
     assert torch.load(reader.path / "common.pt", weights_only=True) == {}
     assert reader.run["origin"] == "the Hugging Face model gpt2" and reader.run["tokens"] == 0
-    assert set(reader.run["state"].values()) == {0, None}
+    assert set(reader.run["state"].values()) <= {0, None}  # nothing done, and no best loss yet
 
 
 def test_files_are_cut_for_the_layout(begin):

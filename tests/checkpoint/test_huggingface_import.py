@@ -20,15 +20,15 @@ def same(one: HuggingFaceReader, other: HuggingFaceReader) -> bool:
 
 def test_every_weight_lies_where_megatron_core_has_it(gpt2):
     reader, theirs = open_weights(gpt2), gpt2_tensors()
-    assert {key: getattr(reader.model, key) for key in MODEL} == MODEL and reader.model.query_groups == 3
+    assert {key: getattr(reader.model, key) for key in MODEL} == MODEL and reader.model.query_groups == 6
     assert all(reader.weight(name).shape == weight.shape for name, weight in reader.weights.items())
     block, h = "decoder.layers.1.", "transformer.h.1."
     fused, bias = reader.weight(f"{block}self_attention.linear_qkv.weight"), reader.weight(
         f"{block}self_attention.linear_qkv.bias")
-    for head in range(3):
+    for head in range(6):
         for part in range(3):  # q, k, v
-            for i in range(4):
-                row, column = head * 12 + part * 4 + i, part * 12 + head * 4 + i
+            for i in range(2):
+                row, column = head * 6 + part * 2 + i, part * 12 + head * 2 + i
                 assert torch.equal(fused[row], theirs[f"{h}attn.c_attn.weight"][:, column])
                 assert bias[row] == theirs[f"{h}attn.c_attn.bias"][column]
     for ours, name in (("self_attention.linear_proj", "attn.c_proj"), ("mlp.linear_fc1", "mlp.c_fc"),

@@ -62,7 +62,7 @@ def test_names_and_shapes_are_those_of_megatron(source, saved):
     assert common["checkpoint_version"] == 3.0 and "args" not in common
     assert (saved / "latest_checkpointed_iteration.txt").read_text() == "release"
     words = (saved / "arguments.txt").read_text().split()
-    assert {"--num-layers": "2", "--num-attention-heads": "3", "--ffn-hidden-size": "30"}.items() <= dict(
+    assert {"--num-layers": "2", "--num-attention-heads": "6", "--ffn-hidden-size": "30"}.items() <= dict(
         zip(words[::2], words[1::2], strict=False)).items()
 
 

@@ -1,5 +1,7 @@
 """The same checkpoint with its files cut for another layout."""
 
+import shutil
+
 import pytest
 import torch
 from conftest import make_recipe
@@ -36,7 +38,7 @@ def test_every_tensor_and_the_state_of_the_run_are_the_same(reader, tmp_path):
 
 
 @pytest.mark.parametrize("layout, message", [
-    ({"tensor": 2}, r"query_groups=3 .* not divisible by parallel.tensor=2; .*nearest layout that the model allows is "
+    ({"tensor": 4}, r"query_groups=6 .* not divisible by parallel.tensor=4; .*nearest layout that the model allows is "
                     "parallel.tensor=3 parallel.pipeline=1 parallel.interleave=1 parallel.data=1 "),
     ({"pipeline": 3}, "layers=2 is not divisible by .* = 3; .*nearest .* parallel.tensor=1 parallel.pipeline=2 "),
     ({"pipeline": 2, "interleave": 3}, "nearest .* parallel.pipeline=1 parallel.interleave=1|parallel.pipeline=2 "
@@ -62,3 +64,12 @@ def test_a_missing_tensor_is_named(reader, tmp_path):
     reader.shapes.pop("decoder.final_layernorm.bias")
     with pytest.raises(store.DamagedCheckpoint, match="decoder.final_layernorm.bias is missing"):
         reshard(reader, Parallel(), tmp_path / "other")
+
+
+def test_a_run_goes_on_from_its_newest_checkpoint_and_not_its_best(reader, tmp_path):
+    run, checkpoints = tmp_path / "run", reader.path.parent
+    shutil.copytree(reader.path, checkpoints / store.name_of(5))
+    assert find_checkpoint(run).name == store.name_of(5)
+    store.write_json(checkpoints / store.BEST, {"checkpoint": store.name_of(0)})
+    assert find_checkpoint(run).name == store.name_of(0)
+    assert find_checkpoint(run, newest=True).name == store.name_of(5)

@@ -127,7 +127,7 @@ def test_the_weights_are_those_that_the_model_computes_with(checkpoint, whole):
 
 def test_a_run_directory_is_its_newest_complete_checkpoint(run, checkpoint):
     assert checkpoint == run / "checkpoints" / "step_00000004"
-    unfinished = run / "checkpoints" / "step_00000008"
+    unfinished = run / "checkpoints" / "step_00000008.partial"
     unfinished.mkdir()
     try:
         assert find_checkpoint(run) == checkpoint
@@ -189,6 +189,26 @@ def test_truncated_and_missing_files_are_named(copy, words):
     assert f"{first.name} has" in said and f"{second.name} is missing" in said
     (copy / store.FILES).unlink()
     assert "files.json cannot be read" in refusal(copy, *words)
+
+
+def flipped(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:]
+
+
+@pytest.mark.parametrize("damage", [flipped, lambda content: content[:-1], None], ids=["flip", "truncate", "delete"])
+def test_verify_names_every_file_that_is_damaged(copy, damage):
+    names = [*store.files_of(copy), store.FILES]
+    assert {Path(n).suffix for n in names} >= {".distcp", ".json", ".pt", ""}  # "": .metadata
+    for name in names:
+        whole = (copy / name).read_bytes()
+        if damage is None:
+            (copy / name).unlink()
+        else:
+            (copy / name).write_bytes(damage(whole))
+        assert name in refusal(copy, "--verify")
+        (copy / name).write_bytes(whole)
+    assert inspect(copy, "--verify").returncode == 0
 
 
 def changed_run(copy: Path, change) -> None:

@@ -75,8 +75,8 @@ def bench(recipe: dict):
 
 
 def close(opened) -> None:
-    """Leaves the process groups and lets go of what holds them: their threads poll, and hundreds slow down every
-    case that follows. Autograd's hooks hold the model in circles that Python's collector cannot see."""
+    """Leaves the process groups and lets go of what holds them: their threads poll, and hundreds of them slow down
+    every case that follows. Autograd's hooks hold the model in circles that Python's collector cannot see."""
     engine = vars(opened).pop("engine")
     held = [part for model in engine.models for part in (*model.parameters(), *model.modules())]
     held += getattr(engine, "chunks", [])

@@ -205,9 +205,9 @@ def test_a_converted_run_is_recorded_like_one_that_the_engine_saved(results, pla
 def test_the_kept_weights_are_the_largest_of_each_chunk(results, place):
     """By sorting, in GPT-2's own layout: chunks are heads, or their share of the feed-forward layer."""
     weights = load_file(place / "narrow" / WEIGHTS)
-    reader = CheckpointReader(place / "magnitude two" / "checkpoints" / store.name_of(0))
-    export(reader, place / "magnitudes", masks=True)
-    masks = load_file(place / "magnitudes" / MASKS)
+    reference = masked(place, "narrow", place / "magnitude one")
+    assert close(last(results, "magnitude one")["before"], logits_of(reference, ids_of("narrow")))
+    masks = load_file(place / "magnitude one exported" / MASKS)
     assert len(masks) == 16
     for name, mask in masks.items():
         magnitudes = weights[name].abs()  # (in, out)
