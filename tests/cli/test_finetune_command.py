@@ -224,7 +224,7 @@ def test_dry_run_prints_what_would_run_and_touches_nothing(tune, workplace, tmp_
     for split in ("train", "validation"):
         record = {"context": "return self " * 40, "completion": "None"}
         (tmp_path / f"{split}.jsonl").write_text((json.dumps(record) + "\n") * 9)
-    words = ("output=dry", "train.sequence_length=32", "data.task=jsonl", f"data.path={tmp_path}")
-    out = finish(tune("--dry-run", *words))
+    words = ("--dry-run", "output=dry", "train.sequence_length=32", "data.task=jsonl", f"data.path={tmp_path}")
+    out = finish(tune(*words))
     assert "9 training contexts lost their beginning to fit 32 tokens" in out and "layout: 1 ranks" in out
     assert not (workplace / "dry").exists()

@@ -26,7 +26,7 @@ def readme_commands() -> list[str]:
 def copy(tmp_path_factory):
     """A checkout with the text that the README's commands expect."""
     place = tmp_path_factory.mktemp("readme")
-    for name in ("megatron_spdf", "configs", "tools", "pretrain.py"):
+    for name in ("megatron_spdf", "configs", "tools", "pretrain.py", "finetune.py"):
         (place / name).symlink_to(ROOT / name)
     library = Path(sysconfig.get_paths()["stdlib"])
     for directory, modules in (("text", "abcdefghijklmnopqrst"), ("held_out", "uwxyz")):
@@ -34,6 +34,11 @@ def copy(tmp_path_factory):
         texts = [p.read_text() for p in sorted(library.glob("*.py")) if p.name[0] in modules]
         lines = [json.dumps({"text": text}) + "\n" for text in texts]
         (place / directory / "library.jsonl").write_text("".join(lines))
+    (place / "pairs").mkdir()
+    for split, names in (("train", "abcdefgh"), ("validation", "ijkl")):
+        pairs = [{"context": f"import {p.stem}", "completion": f"# {p.name}"} for p in sorted(library.glob("*.py"))
+                 if p.name[0] in names]
+        (place / "pairs" / f"{split}.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     return place
 
 

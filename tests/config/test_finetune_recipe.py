@@ -22,8 +22,8 @@ def shipped(name: str, *words: str) -> Finetune:
     return load_finetune(SHIPPED[name], ["checkpoint=runs/start", *words])
 
 
-def test_a_recipe_is_shipped_for_every_published_task():
-    assert set(SHIPPED) == {*NLG, *SUMMARIES} == set(TASKS) - {"jsonl"}
+def test_a_recipe_is_shipped_for_every_task():
+    assert set(SHIPPED) == {*NLG, *SUMMARIES, "jsonl"} == set(TASKS)
     assert all(shipped(name).data.task == name for name in SHIPPED)
     assert len({shipped(name).output for name in SHIPPED}) == len(SHIPPED)
 
@@ -33,7 +33,7 @@ def test_every_task_can_be_named():
         assert shipped("e2e", f"data.task={task}").data.task == task
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", [*NLG, *SUMMARIES])
 def test_recipe_is_the_papers(name):
     recipe = shipped(name)
     o = recipe.optimizer
