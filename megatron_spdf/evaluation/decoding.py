@@ -109,8 +109,8 @@ def _complete(model: PreTrainedModel, tokenizer: Tokenizer, prompts: list[list[i
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     ends = _ends(tokenizer)
     config = GenerationConfig(
-        num_beams=s.beams, length_penalty=s.length_penalty, max_new_tokens=s.max_new_tokens, do_sample=False,
-        eos_token_id=ends, pad_token_id=tokenizer.eod, bos_token_id=tokenizer.eod)
+        num_beams=s.beams, length_penalty=s.length_penalty if s.beams > 1 else None, max_new_tokens=s.max_new_tokens,
+        do_sample=False, eos_token_id=ends, pad_token_id=tokenizer.eod, bos_token_id=tokenizer.eod)
     processors = LogitsProcessorList()
     if s.no_repeat_ngram:
         processors.append(_NoRepeatInCompletion(s.no_repeat_ngram, longest))

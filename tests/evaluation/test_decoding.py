@@ -1,0 +1,147 @@
+"""Decoding: the same text at every batch size and on every rank; beam search and perplexity against plain ones."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from megatron_spdf.evaluation.decoding import Settings, decode, likelihood
+
+WORDS = "name eatType food area near price the a pub cheap riverside".split()
+
+
+class Characters:
+    """A tokenizer of one token per character."""
+
+    eod = 0
+
+    def encode(self, text: str) -> list[int]:
+        return [1 + ord(c) % 96 for c in text]
+
+    def decode(self, ids) -> str:
+        return "".join(chr(32 + (i + 63) % 96) for i in ids)
+
+
+TOKENIZER = Characters()
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(1)
+    config = GPT2Config(vocab_size=97, n_positions=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0,
+                        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    model = GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # far from uniform, so that prompts and positions matter
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+        model.lm_head.weight[0] *= 2.5  # so that some completions end by themselves
+    return model
+
+
+@pytest.fixture(scope="module")
+def contexts():
+    rng = random.Random(0)
+    return [" ".join(rng.choices(WORDS, k=rng.randrange(1, 6))) for _ in range(21)]
+
+
+def texts(model, contexts, **settings) -> list[str]:
+    found = decode(model, TOKENIZER, contexts, Settings(**{"beams": 4, "max_new_tokens": 12, "length_penalty": 1.5, **settings})).texts
+    return [found[i] for i in range(len(contexts))]
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+def test_batch_size_changes_no_text(model, contexts, beams):
+    alone = texts(model, contexts, beams=beams, batch_size=1)
+    assert texts(model, contexts, beams=beams, batch_size=32) == alone
+    assert len(set(alone)) > 10 and len(set(map(len, alone))) > 1
+
+
+def test_ranks_share_the_work(model, contexts):
+    settings = Settings(beams=2, max_new_tokens=8, batch_size=4)
+    whole = decode(model, TOKENIZER, contexts, settings)
+    shares = [decode(model, TOKENIZER, contexts, settings, rank, 3) for rank in range(3)]
+    assert sorted(i for share in shares for i in share.texts) == list(range(len(contexts)))
+    assert {i: text for share in shares for i, text in share.texts.items()} == whole.texts
+    assert sum(share.tokens for share in shares) == whole.tokens
+
+
+def greedy(model, prompt: list[int], steps: int, ngram: int) -> list[int]:
+    """One token after another, without a cache; no n-gram twice in what is new."""
+    new: list[int] = []
+    with torch.no_grad():
+        for _ in range(steps):
+            logits = model(torch.tensor([prompt + new])).logits[0, -1]
+            seen = [new[i : i + ngram] for i in range(len(new) - ngram + 1)]
+            for token in range(len(logits)):
+                if ngram and [*new[len(new) - ngram + 1 :], token] in seen:
+                    logits[token] = -math.inf
+            new.append(int(logits.argmax()))
+            if new[-1] == TOKENIZER.eod:
+                return new[:-1]
+    return new
+
+
+@pytest.mark.parametrize("ngram", [0, 1, 2])
+def test_greedy_decoding_against_a_plain_loop(model, contexts, ngram):
+    contexts = contexts[:8]
+    decoded = texts(model, contexts, beams=1, no_repeat_ngram=ngram)
+    expected = [TOKENIZER.decode(greedy(model, TOKENIZER.encode(c) + [0], 12, ngram)).strip() for c in contexts]
+    assert decoded == expected
+    if ngram == 1:  # the prompt's own tokens stay allowed
+        assert all(len(set(text)) == len(text) for text in decoded)
+        assert any(set(text) & set(context) for text, context in zip(decoded, contexts, strict=True))
+
+
+@pytest.mark.parametrize("penalty", [0.0, 2.0])
+def test_a_beam_as_wide_as_the_tree_finds_the_best(model, penalty):
+    """Every completion of up to two tokens, scored one by one."""
+    prompt = TOKENIZER.encode("a pub") + [0]
+    with torch.no_grad():
+        first = model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
+        both = torch.tensor([[*prompt, token] for token in range(97)])
+        second = first[:, None] + model(both).logits[:, -1].log_softmax(-1)
+    scores = {(a, b): float(second[a, b]) / 2**penalty for a, b in itertools.product(range(1, 97), range(97))}
+    scores[(0,)] = float(first[0])
+    best = [token for token in max(scores, key=scores.get) if token]
+    found = texts(model, ["a pub"], beams=97, length_penalty=penalty, max_new_tokens=2, no_repeat_ngram=0)
+    assert found == [TOKENIZER.decode(best).strip()]
+
+
+def test_a_long_prompt_loses_its_beginning(model):
+    settings = Settings(beams=1, max_new_tokens=10, no_repeat_ngram=0)
+    long, kept = "x" * 30 + "y" * 30 + "z" * 23, "y" * 30 + "z" * 23  # 64 = 53 + end of document + 10
+    decoded = decode(model, TOKENIZER, [long, kept], settings)
+    assert decoded.texts[0] == decoded.texts[1] and decoded.truncated == 1
+    with pytest.raises(ValueError, match="max_new_tokens=63 leaves no room for a prompt in the window of 64 tokens"):
+        decode(model, TOKENIZER, ["x"], Settings(max_new_tokens=63))
+
+
+def test_perplexity_is_the_loss_of_transformers(model, contexts):
+    pairs = [(context, "text " * (1 + i % 5)) for i, context in enumerate(contexts)]
+    nats, tokens = 0.0, 0
+    for context, completion in pairs:
+        context = TOKENIZER.encode(context) + [0]
+        target = TOKENIZER.encode(f" {completion}") + [0]
+        ids = torch.tensor([context + target])
+        labels = ids.masked_fill(torch.arange(ids.shape[1]) < len(context), -100)
+        with torch.no_grad():
+            nats += float(model(ids, labels=labels).loss) * len(target)
+        tokens += len(target)
+    for batch_tokens in (1, 200, 10_000):
+        found = likelihood(model, TOKENIZER, pairs, batch_tokens=batch_tokens)
+        assert found.tokens == tokens and found.nats == pytest.approx(nats, rel=1e-5)  # sums of float32
+    shares = [likelihood(model, TOKENIZER, pairs, rank, 2) for rank in range(2)]
+    assert sum(s.nats for s in shares) == pytest.approx(nats, rel=1e-5) and sum(s.tokens for s in shares) == tokens
+
+
+def test_perplexity_within_the_window(model):
+    longest = "y" * 62  # " " + 62 + end of document = 64, all the window
+    whole = likelihood(model, TOKENIZER, [("x" * 9, longest)])
+    assert whole == likelihood(model, TOKENIZER, [("", longest)]) and whole.tokens == 64
+    with pytest.raises(ValueError, match="has 65 tokens and does not fit the window of 64"):
+        likelihood(model, TOKENIZER, [("x", longest + "y")])
