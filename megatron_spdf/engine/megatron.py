@@ -48,8 +48,9 @@ class MegatronEngine:
         self.recipe, self.plan, self.device = recipe, plan, device
         self.models = build_model(recipe, plan, weights)
         self.config = self.models[0].config
-        self.chunks = [_data_parallel(recipe, model, first=i == 0) for i, model in enumerate(self.models)]
-        self.optimizer = _optimizer(recipe, self.chunks)
+        overlaps = _overlaps(recipe, device)
+        self.chunks = [_data_parallel(recipe, model, overlaps, first=i == 0) for i, model in enumerate(self.models)]
+        self.optimizer = _optimizer(recipe, self.chunks, overlaps)
         self.scheduler = common.make_scheduler(recipe, self.optimizer)
         self.optimizer_steps = 0
         self.data_parallel_rank = ps.get_data_parallel_rank()
@@ -57,7 +58,7 @@ class MegatronEngine:
         self._reports = ps.is_pipeline_last_stage() and ps.get_tensor_model_parallel_rank() == 0
         self.config.finalize_model_grads_func = finalize_model_grads
         self.config.grad_scale_func = self.optimizer.scale_loss
-        if _overlaps(recipe):
+        if overlaps:
             self.config.no_sync_func = _per_chunk([c.no_sync for c in self.chunks])
             self.config.grad_sync_func = _per_chunk([c.start_grad_sync for c in self.chunks])
 
@@ -106,14 +107,13 @@ class MegatronEngine:
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of parameters, gradient buffers and optimizer state on this rank, read off the buffers themselves."""
-        parameters = [p for model in self.models for p in model.parameters()]
-        storages = {p.untyped_storage().data_ptr() for p in parameters}
+        storages = {p.untyped_storage() for model in self.models for p in model.parameters()}
         adam = self.optimizer.chained_optimizers[0].optimizer
         masters = [p for group in adam.param_groups for p in group["params"]]
         state = [t for s in adam.state.values() for name, t in s.items() if name != "step"]
-        state += [p for p in masters if p.untyped_storage().data_ptr() not in storages]
+        state += [p for p in masters if p.untyped_storage() not in storages]
         return {
-            "parameters": sum(p.nbytes for p in parameters),
+            "parameters": sum(s.nbytes() for s in storages),
             "gradients": sum(buffer.grad_data.nbytes for chunk in self.chunks for buffer in chunk.buffers),
             "optimizer": sum(t.nbytes for t in state),
         }
@@ -196,27 +196,28 @@ def _reported(micro: MicroBatch, losses: Tensor) -> tuple[Tensor, dict[str, Tens
     return loss, {"loss": loss.detach().clone()}  # Megatron-Core scales the first in place
 
 
-def _overlaps(recipe: Recipe) -> bool:
-    return recipe.parallel.overlap and recipe.parallel.data > 1 and torch.cuda.is_available()
+def _overlaps(recipe: Recipe, device: torch.device) -> bool:
+    """Whether traffic is started behind compute: on GPUs, and in a dry run of them on the meta device."""
+    return recipe.parallel.overlap and recipe.parallel.data > 1 and device.type != "cpu"
 
 
 def _per_chunk(functions: list):
     return functions if len(functions) > 1 else functions[0]
 
 
-def _data_parallel(recipe: Recipe, model: nn.Module, first: bool) -> DistributedDataParallel:
+def _data_parallel(recipe: Recipe, model: nn.Module, overlaps: bool, first: bool) -> DistributedDataParallel:
     zero = recipe.parallel.zero_stage == 1
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=zero,
-        overlap_grad_reduce=_overlaps(recipe),
-        overlap_param_gather=_overlaps(recipe) and zero,
+        overlap_grad_reduce=overlaps,
+        overlap_param_gather=overlaps and zero,
     )
     # Chunks after the first of an interleaved schedule communicate in one piece: their traffic is not critical.
     return DistributedDataParallel(model.config, config, model, disable_bucketing=not first)
 
 
-def _optimizer(recipe: Recipe, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
+def _optimizer(recipe: Recipe, chunks: list[DistributedDataParallel], overlaps: bool) -> MegatronOptimizer:
     o = recipe.optimizer
     config = OptimizerConfig(
         optimizer="adam",
@@ -230,6 +231,6 @@ def _optimizer(recipe: Recipe, chunks: list[DistributedDataParallel]) -> Megatro
         bf16=recipe.train.precision == "bf16",
         params_dtype=chunks[0].config.params_dtype,
         use_distributed_optimizer=recipe.parallel.zero_stage == 1,
-        overlap_param_gather=_overlaps(recipe) and recipe.parallel.zero_stage == 1,
+        overlap_param_gather=overlaps and recipe.parallel.zero_stage == 1,
     )
     return get_megatron_optimizer(config, chunks, use_gloo_process_groups=False)

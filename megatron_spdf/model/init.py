@@ -113,7 +113,8 @@ class LoadedWeights:
 def initialise(
     module: nn.Module, name: str, weights: dict[str, Weight], source: InitialWeights, rank: int, world: int
 ) -> None:
-    """Fills and marks the direct parameters of one module, `name` being its canonical name.
+    """Fills and marks the direct parameters of one module, `name` being its canonical name; on the meta device there
+    is nothing to fill.
 
     Megatron-Core marks parameters as tensor-parallel while it initialises them, which we do in its stead; without
     the mark a shard counts as a copy and is left out of the gradient norm on all ranks but the first.
@@ -128,6 +129,8 @@ def initialise(
         sparse = compact is not None and key == "weight"
         if weight.axis is not None:
             _mark(parameter, 0 if sparse else weight.axis)  # chunks are cut along 0
+        if parameter.is_meta:
+            continue
         if sparse and (bits := source.mask_bits(weight, rank, world)) is not None:
             compact.mask_bits.copy_(torch.from_numpy(bits))
             compact.index_mask()

@@ -3,6 +3,7 @@
 What it stands in for, each with a test: `device="cuda"` in factory calls, `Tensor.cuda` and `Module.cuda`,
 `Tensor.type()` (Megatron-Core's optimizers look for the CUDA names), `torch.cuda.current_device`, `synchronize`,
 `current_stream`, and the CUDA random state, which becomes the CPU's. On a machine with a GPU `install` does nothing.
+A dry run lets the meta device, which has shapes and no memory, stand in instead.
 """
 
 from __future__ import annotations
@@ -15,21 +16,28 @@ from torch.overrides import TorchFunctionMode
 CPU = torch.device("cpu")
 
 
-class _CudaToCpu(TorchFunctionMode):
+class _StandIn(TorchFunctionMode):
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self.device = device
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if "cuda" in str(kwargs.get("device", "")):
-            kwargs["device"] = CPU
+            kwargs["device"] = self.device
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            return func(*args).replace("torch.", "torch.cuda.")
+            return f"torch.cuda.{func(*args).rpartition('.')[2]}"
         return func(*args, **kwargs)
 
 
-_mode: _CudaToCpu | None = None
+_mode: _StandIn | None = None
 
 
-def install() -> bool:
+def install(device: torch.device = CPU) -> bool:
     """Installs the stand-in for the rest of the process; must run before megatron.core is imported.
+
+    Args:
+        device: that stands in for the GPU.
 
     Returns:
         Whether this machine needs it, that is, has no usable GPU.
@@ -39,14 +47,14 @@ def install() -> bool:
         return False
     if _mode is None:
         assert "megatron.core" not in sys.modules, "install the stand-in before importing megatron.core"
-        _mode = _CudaToCpu()
+        _mode = _StandIn(device)
         _mode.__enter__()
-        _stand_in()
+        _stand_in(device)
     return True
 
 
-def _stand_in() -> None:
-    torch.cuda.current_device = lambda: CPU
+def _stand_in(device: torch.device) -> None:
+    torch.cuda.current_device = lambda: device
     torch.cuda.synchronize = lambda *_, **__: None
     torch.cuda.current_stream = lambda *_, **__: None
     torch.cuda.manual_seed = torch.manual_seed

@@ -75,8 +75,6 @@ def join(ranks: Ranks, recipe: Recipe) -> torch.device:
     Raises:
         ValueError: more local ranks than GPUs, or no way to find the head node.
     """
-    from megatron.core import parallel_state, tensor_parallel
-
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron-Core's overlap relies on launch order
     device = _device(ranks)
     timeout = timedelta(seconds=recipe.parallel.timeout)
@@ -86,13 +84,20 @@ def join(ranks: Ranks, recipe: Recipe) -> torch.device:
     else:
         _find_head_node(ranks)
         dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.world, timeout=timeout)
+    set_up_groups(recipe)
+    return device
+
+
+def set_up_groups(recipe: Recipe) -> None:
+    """Megatron-Core's process groups of the recipe's layout, among ranks that are joined."""
+    from megatron.core import parallel_state, tensor_parallel
+
     p = recipe.parallel
     parallel_state.initialize_model_parallel(
         p.tensor, p.pipeline,
         virtual_pipeline_model_parallel_size=p.interleave if p.interleave > 1 else None,
         distributed_timeout_minutes=max(1, p.timeout // 60), create_gloo_process_groups=False)
     tensor_parallel.model_parallel_cuda_manual_seed(recipe.seed)
-    return device
 
 
 def join_loosely(ranks: Ranks, timeout: timedelta) -> torch.device:

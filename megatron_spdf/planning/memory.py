@@ -1,16 +1,19 @@
-"""Bytes that weights, gradients and optimizer state take on a rank, by closed form.
+"""Bytes that weights, gradients and optimizer state take on a rank, by closed form, padding included.
 
-Activations and the engines' padding (under 1%) are not in it.
+What is kept between steps; what a step needs beside it is in `activations.py`.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 
-from megatron_spdf.config.recipe import Recipe
-from megatron_spdf.model.weights import EMBEDDING, Weight, model_weights
+from megatron_spdf.config.recipe import Model, Parallel, Recipe
+from megatron_spdf.planning.buffers import lay_out, local_parameters
 from megatron_spdf.sparsity.plan import Plan
+
+GATHERED_BLOCKS = 2  # ZeRO-3: the block that runs, and the one fetched behind it
 
 
 @dataclass(frozen=True)
@@ -18,65 +21,111 @@ class RankBytes:
     """Bytes on one rank.
 
     Attributes:
-        parameters: compact values of sparse weights and all other parameters, in the training precision; a 1/data
-            share with zero_stage 3.
-        gradients: fp32 buffer that micro-batches add into; a 1/data share from zero_stage 2.
-        optimizer: fp32 moments, and master weights under bf16; a 1/data share from zero_stage 1, nothing if offloaded.
+        parameters: compact values of sparse weights and all other parameters, in the training precision.
+        gradients: fp32 buffer that micro-batches add into.
+        master: fp32 weights of the optimizer, under bf16.
+        moments: first and second, fp32.
         expanded: dense copies of the sparse weights, kept for the step.
         masks: one bit a weight, and the positions of the active entries (8 bytes each on CPU, 4 on a GPU).
+        gathered: ZeRO-3 only, whole parameters of the blocks at work.
     """
 
     parameters: int
     gradients: int
-    optimizer: int
+    master: int
+    moments: int
     expanded: int
     masks: int
+    gathered: int = 0
+
+    @property
+    def optimizer(self) -> int:
+        return self.master + self.moments
 
     @property
     def total(self) -> int:
         return sum(asdict(self).values())
 
 
-def stage_of(layer: int, recipe: Recipe) -> int:
-    """Pipeline rank that holds a block; -1 is what comes before the blocks, `layers` what comes after."""
-    p = recipe.parallel
-    if layer < 0:
-        return 0
-    if layer >= recipe.model.layers:
-        return p.pipeline - 1
-    return layer // (recipe.model.layers // (p.pipeline * p.interleave)) % p.pipeline
+def rank_bytes(recipe: Recipe, plan: Plan, stage: int, on_gpu: bool, data_rank: int = 0) -> RankBytes:
+    """Bytes on a rank of a pipeline stage: as Megatron-Core's buffers take them, padding included, or by ZeRO's closed
+    form with DeepSpeed as the engine.
+
+    Args:
+        data_rank: shards of ZeRO-1 are even, but padding is no state, and it lies with some ranks.
+    """
+    if recipe.engine == "deepspeed":
+        held = zero_bytes(recipe, plan, stage, recipe.parallel.zero_stage)
+        return replace(held, master=0, moments=0) if recipe.parallel.offload else held
+    width = 2 if recipe.train.precision == "bf16" else 4
+    return _rank_bytes(recipe.model, recipe.parallel, plan, width, stage, on_gpu, data_rank)
 
 
-def rank_weights(recipe: Recipe, stage: int) -> list[Weight]:
-    """Parameters on a pipeline rank; the last one holds the tied embedding a second time."""
-    weights = model_weights(recipe.model)
-    mine = [w for w in weights if stage_of(w.layer, recipe) == stage]
-    if recipe.parallel.pipeline > 1 and stage == recipe.parallel.pipeline - 1:
-        mine += [w for w in weights if w.name == EMBEDDING]
-    return mine
-
-
-def rank_bytes(recipe: Recipe, plan: Plan, stage: int, on_gpu: bool) -> RankBytes:
-    """Bytes on each rank of a pipeline stage."""
-    tp, bf16 = recipe.parallel.tensor, recipe.train.precision == "bf16"
-    width = 2 if bf16 else 4
-    zero, replicas = recipe.parallel.zero_stage, recipe.parallel.data
-    parameters = expanded = bits = positions = 0
-    for weight in rank_weights(recipe, stage):
-        sparse = plan.weights.get(weight.name)
-        local = (sparse.active if sparse else weight.numel) // (1 if weight.axis is None else tp)
-        parameters += local
-        if sparse:
-            expanded += sparse.numel // tp
-            bits += sparse.chunks // tp * math.ceil(math.prod(sparse.chunk_shape) / 8)
-            positions += local
+@lru_cache(maxsize=4096)
+def _rank_bytes(
+    model: Model, parallel: Parallel, plan: Plan, width: int, stage: int, on_gpu: bool, data_rank: int
+) -> RankBytes:
+    buffers = lay_out(model, parallel, plan, stage, on_gpu)
+    elements = sum(b.elements for b in buffers)  # without ZeRO nothing is padded
+    owned = sum(b.shard(data_rank, parallel.data) for b in buffers) if parallel.zero_stage == 1 else elements
+    expanded, masks = _sparse_bytes(model, parallel, plan, width, stage, on_gpu)
     return RankBytes(
-        parameters=width * parameters // (replicas if zero >= 3 else 1),
-        gradients=4 * parameters // (replicas if zero >= 2 else 1),
-        optimizer=0 if recipe.parallel.offload else
-        (12 if bf16 else 8) * parameters // (replicas if zero >= 1 else 1),
-        expanded=width * expanded,
-        masks=bits + positions * (4 if on_gpu else 8),
+        parameters=width * elements,
+        gradients=4 * elements,
+        master=4 * owned if width == 2 else 0,
+        moments=8 * owned,
+        expanded=expanded,
+        masks=masks,
+    )
+
+
+def _sparse_bytes(
+    model: Model, parallel: Parallel, plan: Plan, width: int, stage: int, on_gpu: bool
+) -> tuple[int, int]:
+    """Expanded copies, and masks with the positions of active entries."""
+    expanded = masks = 0
+    for chunk in local_parameters(model, parallel, plan, stage):
+        for parameter in (q for q in chunk if q.expands_to):
+            weight = plan.weights[parameter.name]
+            expanded += width * parameter.expands_to
+            masks += weight.chunks // parallel.tensor * math.ceil(math.prod(weight.chunk_shape) / 8)
+            masks += parameter.elements * (4 if on_gpu else 8)
+    return expanded, masks
+
+
+def zero_bytes(recipe: Recipe, plan: Plan, stage: int, zero_stage: int) -> RankBytes:
+    """Bytes on a GPU of each ZeRO stage 0 to 3 (Rajbhandari et al. 2020, figure 1), without any engine's padding.
+
+    ZeRO-1 shards the optimizer state over the data-parallel ranks, ZeRO-2 the gradients too, ZeRO-3 the parameters
+    too; then two blocks at a time are gathered whole, and sparse ones expanded. Stages 2 and 3 are DeepSpeed's.
+
+    Raises:
+        ValueError: no such stage.
+    """
+    if zero_stage not in range(4):
+        raise ValueError(f"ZeRO has stages 0, 1, 2 and 3, not {zero_stage}")
+    bf16 = recipe.train.precision == "bf16"
+    width, data = 2 if bf16 else 4, recipe.parallel.data
+    parameters = [q for chunk in local_parameters(recipe.model, recipe.parallel, plan, stage) for q in chunk]
+    elements = sum(q.elements for q in parameters)
+    share = math.ceil(elements / data)
+    expanded, masks = _sparse_bytes(recipe.model, recipe.parallel, plan, width, stage, on_gpu=True)
+    gathered = 0
+    if zero_stage == 3:
+        blocks: dict[int, int] = {}
+        for q in parameters:
+            blocks[q.layer] = blocks.get(q.layer, 0) + q.elements + q.expands_to
+        largest = sorted((n for layer, n in blocks.items() if 0 <= layer < recipe.model.layers), reverse=True)
+        gathered, expanded = width * sum(largest[:GATHERED_BLOCKS]), 0
+    owned = share if zero_stage >= 1 else elements
+    return RankBytes(
+        parameters=width * (share if zero_stage == 3 else elements),
+        gradients=4 * (share if zero_stage >= 2 else elements),
+        master=4 * owned if bf16 else 0,
+        moments=8 * owned,
+        expanded=expanded,
+        masks=masks,
+        gathered=gathered,
     )
 
 
@@ -84,16 +133,22 @@ def render_layout(recipe: Recipe, plan: Plan) -> str:
     """The layout and the bytes per GPU of each pipeline stage, as text."""
     p = recipe.parallel
     lines = [
-        f"layout: {p.world} ranks = tensor {p.tensor}{' + sequence' if p.sequence else ''} x pipeline {p.pipeline}"
-        f"{f' (interleave {p.interleave})' if p.interleave > 1 else ''} x data {p.data}, "
-        f"{recipe.engine} ZeRO-{p.zero_stage}{' offloaded' if p.offload else ''}; "
+        f"layout: {render_parallel(recipe)}; "
         f"{recipe.micro_batches} micro-batches of {recipe.train.micro_batch} x {recipe.train.sequence_length} tokens",
         f"steps: {recipe.steps:,} of {recipe.tokens_per_step:,} tokens",
         f"  {'GiB per GPU':<16}{'parameters':>12}{'gradients':>12}{'optimizer':>12}{'expanded':>12}{'masks':>12}"
-        f"{'total':>12}   (without activations)",
+        f"{'total':>12}   (without activations: tools/plan.py)",
     ]
     for stage in range(p.pipeline):
         b = rank_bytes(recipe, plan, stage, on_gpu=True)
-        cells = "".join(f"{n / 2**30:>12.3f}" for n in (*asdict(b).values(), b.total))
-        lines.append(f"  {f'stage {stage}':<16}{cells}")
+        parts = (b.parameters, b.gradients, b.optimizer, b.expanded, b.masks, b.total)
+        lines.append(f"  {f'stage {stage}':<16}" + "".join(f"{n / 2**30:>12.3f}" for n in parts))
     return "\n".join(lines)
+
+
+def render_parallel(recipe: Recipe) -> str:
+    """The layout in words, for example `8 ranks = tensor 2 + sequence x pipeline 2 x data 2, megatron ZeRO-1`."""
+    p = recipe.parallel
+    return (f"{p.world} ranks = tensor {p.tensor}{' + sequence' if p.sequence else ''} x pipeline {p.pipeline}"
+            f"{f' (interleave {p.interleave})' if p.interleave > 1 else ''} x data {p.data}, "
+            f"{recipe.engine} ZeRO-{p.zero_stage}{' offloaded' if p.offload else ''}")

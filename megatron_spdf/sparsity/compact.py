@@ -44,7 +44,7 @@ class CompactWeight(nn.Module):
         weight: the plan's entry.
         seed: of the masks.
         rank, world: of the tensor-parallel group; the rank holds chunks [rank, rank + 1) * C / world.
-        device: where the weight lives.
+        device: where the weight lives; on the meta device nothing is drawn and buffers have shapes only.
     """
 
     mask_bits: Tensor  # (local chunks, ceil(entries per chunk / 8)) uint8, numpy.packbits order
@@ -55,11 +55,15 @@ class CompactWeight(nn.Module):
         assert weight.chunks % world == 0, (weight, world)
         local = weight.chunks // world
         numel, k = math.prod(weight.chunk_shape), weight.active_per_chunk
-        masks = [draw_mask(seed, weight.name, rank * local + c, numel, k) for c in range(local)]
         self.planned = weight
         self.shape = _local_shape(weight, world)
         self.values_shape = (local, k)
-        self.register_buffer("mask_bits", torch.from_numpy(np.packbits(masks, axis=1)).to(device))
+        if torch.device(device).type == "meta":
+            bits = torch.empty((local, math.ceil(numel / 8)), dtype=torch.uint8, device=device)
+        else:
+            masks = [draw_mask(seed, weight.name, rank * local + c, numel, k) for c in range(local)]
+            bits = torch.from_numpy(np.packbits(masks, axis=1)).to(device)
+        self.register_buffer("mask_bits", bits)
         self.index_mask()
 
     def index_mask(self) -> None:
@@ -69,13 +73,21 @@ class CompactWeight(nn.Module):
             ValueError: the mask has another density than planned.
         """
         planned, (local, k) = self.planned, self.values_shape
-        masks = np.unpackbits(self.mask_bits.cpu().numpy(), axis=1, count=math.prod(planned.chunk_shape)).astype(bool)
-        counts = masks.sum(axis=1).tolist()
-        if any(count != k for count in counts):
-            raise ValueError(f"the chunks of {planned.name} have {counts} active entries in their masks instead of {k} "
-                             "each; use another checkpoint")
-        positions = torch.from_numpy(_positions(masks, planned, local))
+        if self.mask_bits.is_meta:
+            positions = torch.empty(local * k, dtype=torch.int64, device="meta")
+        else:
+            positions = torch.from_numpy(_positions(self._masks(), planned, local))
         self.register_buffer("index", kernels.make_index(positions, self.mask_bits.device), persistent=False)
+
+    def _masks(self) -> np.ndarray:
+        """(local chunks, entries per chunk) bool, off the packed bits and held to the plan."""
+        k = self.values_shape[1]
+        masks = np.unpackbits(self.mask_bits.cpu().numpy(), axis=1, count=math.prod(self.planned.chunk_shape))
+        counts = masks.sum(axis=1, dtype=np.int64).tolist()
+        if any(count != k for count in counts):
+            raise ValueError(f"the chunks of {self.planned.name} have {counts} active entries in their masks instead "
+                             f"of {k} each; use another checkpoint")
+        return masks.astype(bool)
 
     def forward(self, values: Tensor) -> Tensor:
         return _Expand.apply(values, self.index, self.shape)

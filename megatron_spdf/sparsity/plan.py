@@ -52,7 +52,7 @@ class SparseWeight:
         return 1.0 - self.active / self.numel
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a key by identity: the planner asks about one plan at thousands of layouts
 class Plan:
     """Canonical name -> sparse weight, for the weights that are sparse; `seed` is of the masks."""
 

@@ -8,14 +8,15 @@ import os
 import resource
 import sys
 import time
+from collections import Counter
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 
 import plain_megatron
 import torch
 import torch.distributed as dist
 from harness import agree_on_port
+from live_bytes import LiveBytes
 from megatron.core import parallel_state as ps
 from plain_gpt2 import plain_gpt2, train_plain
 
@@ -33,7 +34,9 @@ from megatron_spdf.model.weights import model_weights
 from megatron_spdf.parallel.ranks import find_ranks, join, leave
 from megatron_spdf.parallel.signals import StopRequest
 from megatron_spdf.parallel.traffic import TrafficCounter
+from megatron_spdf.planning.activations import step_bytes
 from megatron_spdf.planning.memory import rank_bytes
+from megatron_spdf.planning.traffic import classify, step_traffic
 from megatron_spdf.sparsity.compact import compact_of, densify, sparse_modules
 from megatron_spdf.sparsity.measure import SparsityDrift
 from megatron_spdf.sparsity.plan import make_plan
@@ -112,7 +115,7 @@ def masks(engine: Engine) -> dict[tuple[str, int], str]:
 def overlap_on_cpu():
     """Lets the engine overlap traffic as it does on GPUs; gloo has asynchronous operations too."""
     overlaps = megatron._overlaps
-    megatron._overlaps = lambda recipe: recipe.parallel.data > 1
+    megatron._overlaps = lambda recipe, device: recipe.parallel.data > 1
     yield
     megatron._overlaps = overlaps
 
@@ -138,9 +141,47 @@ def train(recipe: dict, steps: int) -> dict:
             "curve": curve, "valid": valid, "masks": masks(b.engine), "held": b.engine.state_bytes(),
             "sparsity": b.engine.measured_sparsity(),
             "traffic": dict(traffic.bytes), "planned": {n: w.sparsity for n, w in b.plan.weights.items()},
-            "predicted": asdict(rank_bytes(b.recipe, b.plan, ps.get_pipeline_model_parallel_rank(), on_gpu=False)),
+            "predicted": predicted_bytes(b),
             "parameters": {n: p.numel() for model in b.engine.models for n, p in model.named_parameters()},
         }
+
+
+def planned(recipe: dict) -> dict:
+    """A step, counted and predicted: bytes of buffers, bytes sent, and most bytes of activations alive."""
+    with bench(recipe) as b:
+        b.steps(0, 1)
+        with TrafficCounter() as traffic:
+            b.steps(1, 2)
+        stage = ps.get_pipeline_model_parallel_rank()
+        sent = Counter()
+        for (operation, group), n in traffic.bytes.items():
+            sent[classify(operation, group)] += n
+        return {
+            "held": b.engine.state_bytes(), "predicted": predicted_bytes(b),
+            "sent": dict(sent), "predicted to be sent": dict(step_traffic(b.recipe, b.plan, stage, on_gpu=False)),
+            "alive": peak_alive(b), "predicted to be alive": step_bytes(b.recipe, b.plan, stage).total
+            + rank_bytes(b.recipe, b.plan, stage, on_gpu=False).expanded,
+        }
+
+
+def peak_alive(b: Bench) -> int:
+    """Most bytes alive in forward and backward of a step, beside parameters, gradient buffers and masks. Gradients
+    are not reduced: gloo copies them for that."""
+    batch = next(b.data.training_batches(2))
+    kept = [t for model in b.engine.models for t in (*model.parameters(), *model.buffers())]
+    kept += [buffer.grad_data for chunk in b.engine.chunks for buffer in chunk.buffers]
+    for chunk in b.engine.chunks:
+        chunk.zero_grad_buffer()
+    b.engine.config.finalize_model_grads_func = None
+    with LiveBytes(kept) as live:
+        b.engine._run(batch, forward_only=False)
+    return live.peak
+
+
+def predicted_bytes(b: Bench) -> dict[str, int]:
+    found = rank_bytes(b.recipe, b.plan, ps.get_pipeline_model_parallel_rank(), on_gpu=False,
+                       data_rank=ps.get_data_parallel_rank())
+    return {"parameters": found.parameters, "gradients": found.gradients, "optimizer": found.optimizer}
 
 
 def cut(recipes: list[dict], stops: list[int]) -> list[tuple[float, float]]:

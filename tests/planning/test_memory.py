@@ -1,4 +1,4 @@
-"""Bytes per rank: a case counted by hand, proportion to active weights, placement of layers on stages."""
+"""Bytes per rank: a case counted by hand, ZeRO's stages, proportion to active weights, placement on stages."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from megatron_spdf.config import load_recipe
-from megatron_spdf.model.weights import EMBEDDING, model_weights
-from megatron_spdf.planning.memory import RankBytes, rank_bytes, rank_weights, render_layout, stage_of
+from megatron_spdf.model.weights import EMBEDDING, TIED_OUTPUT, model_weights
+from megatron_spdf.planning.buffers import lay_out, layers_of, local_parameters
+from megatron_spdf.planning.memory import RankBytes, rank_bytes, render_layout, zero_bytes
 from megatron_spdf.sparsity.plan import make_plan
 
 PRETRAIN = Path(__file__).resolve().parents[2] / "configs" / "pretrain"
@@ -27,31 +28,76 @@ def small(recipe, precision="bf16", zero_stage=1):
 # of 128), biases 12 + 8 + 16 + 8, norms 4 * 8. Beside the layers: embedding 128 (padded) * 8 / 2, positions 16 * 8,
 # last norm 2 * 8.
 LOCAL = 2 * (96 + 44 + 32) + 512 + 128 + 16
+# With ZeRO-1 each of the 28 parameters begins at a multiple of 64 elements: only the embedding and the positions are
+# longer than that, and the bucket ends at a multiple of 128.
+PADDED = 26 * 64 + 128 + 512
 
 
 @pytest.mark.parametrize("on_gpu, position", [(True, 4), (False, 8)])
 def test_bytes_counted_by_hand(recipe, on_gpu, position):
-    r = small(recipe)
+    r = small(recipe, zero_stage=0)
     assert LOCAL == 1000
     assert rank_bytes(r, plan_of(r), 0, on_gpu) == RankBytes(
-        parameters=2 * 1000, gradients=4 * 1000, optimizer=12 * 1000 // 2, expanded=2 * 2 * 384,
+        parameters=2 * 1000, gradients=4 * 1000, master=4 * 1000, moments=8 * 1000, expanded=2 * 2 * 384,
         masks=2 * (12 + 4 + 16 + 16) + 2 * 96 * position)
 
 
-def test_total_is_the_sum(recipe):
+def test_padding_counted_by_hand(recipe):
     r = small(recipe)
-    assert rank_bytes(r, plan_of(r), 0, True).total == 2000 + 4000 + 6000 + 1536 + 96 + 768
+    found = rank_bytes(r, plan_of(r), 0, True)
+    assert PADDED == 2304
+    assert (found.parameters, found.gradients) == (2 * PADDED, 4 * PADDED)
+
+
+@pytest.mark.parametrize("data", [1, 2, 3, 8])
+@pytest.mark.parametrize("pipeline, interleave", [(1, 1), (2, 1), (2, 2)])
+def test_shards_of_zero_1_hold_every_element_once(recipe, data, pipeline, interleave):
+    r = recipe(parallel={"data": data, "pipeline": pipeline, "interleave": interleave}, sparsity=0.5)
+    plan = plan_of(r)
+    for stage in range(pipeline):
+        elements = sum(q.elements for chunk in local_parameters(r.model, r.parallel, plan, stage) for q in chunk)
+        buffers = lay_out(r.model, r.parallel, plan, stage, True)
+        owned = [sum(b.shard(rank, data) for b in buffers) for rank in range(data)]
+        assert sum(owned) == elements
+        moments = [rank_bytes(r, plan_of(r), stage, True, rank).moments for rank in range(data)]
+        assert moments == [8 * n for n in owned]
+
+
+def test_total_is_the_sum(recipe):
+    r = small(recipe, zero_stage=0)
+    assert rank_bytes(r, plan_of(r), 0, True).total == 2000 + 4000 + 12000 + 1536 + 96 + 768
 
 
 def test_fp32_needs_no_master_weights(recipe):
-    r = small(recipe, precision="fp32")
+    r = small(recipe, precision="fp32", zero_stage=0)
     found = rank_bytes(r, plan_of(r), 0, True)
-    assert (found.parameters, found.gradients, found.optimizer, found.expanded) == (4000, 4000, 4000, 4 * 2 * 384)
+    assert (found.parameters, found.gradients, found.master, found.moments) == (4000, 4000, 0, 8000)
+    assert (found.optimizer, found.expanded) == (8000, 4 * 2 * 384)
 
 
-def test_optimizer_state_is_whole_without_zero(recipe):
-    r = small(recipe, zero_stage=0)
-    assert rank_bytes(r, plan_of(r), 0, True).optimizer == 12 * 1000
+# Bytes a parameter, K = 12 for Adam in mixed precision (Rajbhandari et al. 2020, figure 1; gradients fp32 here).
+@pytest.mark.parametrize("stage, each", [(0, 2 + 4 + 12), (1, 2 + 4 + 12 / 2), (2, 2 + 4 / 2 + 12 / 2), (3, 18 / 2)])
+def test_zero_stages(recipe, stage, each):
+    r = small(recipe)
+    found = zero_bytes(r, plan_of(r), 0, stage)
+    assert found.parameters + found.gradients + found.optimizer == each * 1000
+    assert found.masks == 96 + 768
+    if stage == 3:  # both blocks are gathered, compact values and what they expand to
+        assert (found.expanded, found.gathered) == (0, 2 * 2 * (96 + 44 + 32 + 384))
+    else:
+        assert (found.expanded, found.gathered) == (2 * 2 * 384, 0)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_zero_stages_of_the_engine_differ_by_padding_alone(stage):
+    r = load_recipe(PRETRAIN / "gpt3_xl_s75.yaml", [f"parallel.zero_stage={stage}"])
+    engine, plain = rank_bytes(r, plan_of(r), 0, True), zero_bytes(r, plan_of(r), 0, stage)
+    assert engine.total == pytest.approx(plain.total, rel=1e-3)
+
+
+def test_no_other_zero_stage(recipe):
+    with pytest.raises(ValueError, match="0, 1, 2 and 3, not 4"):
+        zero_bytes(small(recipe), plan_of(small(recipe)), 0, 4)
 
 
 @pytest.mark.parametrize("name", ["gpt2_small", "gpt3_xl"])
@@ -72,28 +118,31 @@ def test_dense_run_expands_and_masks_nothing(recipe):
 
 @pytest.mark.parametrize("pipeline, interleave, layers", [(1, 1, 4), (2, 1, 4), (4, 1, 8), (2, 2, 8), (2, 4, 8),
                                                           (4, 3, 24)])
-def test_stage_of_a_layer_is_megatrons(recipe, pipeline, interleave, layers):
+def test_layers_of_a_stage_are_megatrons(recipe, pipeline, interleave, layers):
     r = recipe(model={"layers": layers}, parallel={"pipeline": pipeline, "interleave": interleave})
     per_chunk = layers // (pipeline * interleave)
     for rank in range(pipeline):
-        held = {(chunk * pipeline + rank) * per_chunk + i for chunk in range(interleave) for i in range(per_chunk)}
-        assert {layer for layer in range(layers) if stage_of(layer, r) == rank} == held
-    assert stage_of(-1, r) == 0 and stage_of(layers, r) == pipeline - 1
+        held = [[(chunk * pipeline + rank) * per_chunk + i for i in range(per_chunk)] for chunk in range(interleave)]
+        assert [[n for n in chunk if 0 <= n < layers] for chunk in layers_of(r.model, r.parallel, rank)] == held
+        assert (-1 in layers_of(r.model, r.parallel, rank)[0]) == (rank == 0)
+        assert (layers in layers_of(r.model, r.parallel, rank)[-1]) == (rank == pipeline - 1)
 
 
 @pytest.mark.parametrize("pipeline, interleave", [(1, 1), (2, 1), (4, 1), (2, 2)])
 def test_every_weight_is_on_one_stage_and_the_tied_embedding_on_both_ends(recipe, pipeline, interleave):
     r = recipe(parallel={"pipeline": pipeline, "interleave": interleave})
-    held = [w.name for stage in range(pipeline) for w in rank_weights(r, stage)]
-    twice = [EMBEDDING] if pipeline > 1 else []
-    assert sorted(held) == sorted([w.name for w in model_weights(r.model)] + twice)
-    assert [stage for stage in range(pipeline) if EMBEDDING in {w.name for w in rank_weights(r, stage)}] == (
-        [0] if pipeline == 1 else [0, pipeline - 1])
+    plan = plan_of(r)
+    held = [local_parameters(r.model, r.parallel, plan, stage) for stage in range(pipeline)]
+    stages = [[q.name for chunk in chunks for q in chunk] for chunks in held]
+    twice = [TIED_OUTPUT] if pipeline > 1 else []
+    assert sorted(sum(stages, [])) == sorted([w.name for w in model_weights(r.model)] + twice)
+    assert EMBEDDING in stages[0]
+    assert pipeline == 1 or stages[-1][-1] == TIED_OUTPUT
 
 
 def test_stages_together_hold_the_model_and_a_second_embedding(recipe):
-    r = recipe(sparsity=0.5, parallel={"pipeline": 4})
-    one = recipe(sparsity=0.5)
+    r = recipe(sparsity=0.5, parallel={"pipeline": 4, "zero_stage": 0})
+    one = recipe(sparsity=0.5, parallel={"zero_stage": 0})
     together = sum(rank_bytes(r, plan_of(r), stage, True).parameters for stage in range(4))
     assert together - rank_bytes(one, plan_of(one), 0, True).parameters == 2 * 256 * 64
 

@@ -1,0 +1,202 @@
+"""Bytes that a step needs beside weights and optimizer state, by closed form, after Korthikanti et al. 2022.
+
+Per micro-batch and block, with T tokens, B sequences, width h, feed-forward width f, t tensor-parallel ranks, w bytes a
+value, and 1/t more for what sequence parallelism shards (marked *):
+
+    inputs of both norms             2 w T B h *
+    their means and deviations      16 T B *           fp32
+    inputs of W_QKV and W_I          2 w T B h *
+    Q, K, V                          w T B (h + 2 kv) / t
+    attention output                 w T B h / t
+    log-sum-exp of the softmax       4 B heads T / t   fp32
+    before and after GELU            2 w T B f / t
+    two dropout masks                2 T B h *         with dropout only
+
+That is 32 T B h for bf16 at t = 1, the paper's 34 less the masks. Its 5 heads T / h term is absent: attention is
+`scaled_dot_product_attention` on a flash kernel, which stores no T x T scores (assumed of GPUs; the CPU's is one).
+Recomputing the attention core ("selective") therefore saves its log-sum-exp only; recomputing blocks ("full") keeps
+the input of each, and one block at a time in whole.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from megatron_spdf.config.recipe import Recipe
+from megatron_spdf.model.weights import padded_vocab
+from megatron_spdf.planning.buffers import local_parameters
+from megatron_spdf.planning.memory import rank_bytes
+from megatron_spdf.sparsity.plan import Plan
+
+
+@dataclass(frozen=True)
+class StepBytes:
+    """Bytes at the fullest moment of a step, on one rank: while a micro-batch goes back through the blocks.
+
+    Attributes:
+        running: kept by the transformer blocks for the backward of that micro-batch, of one model chunk.
+        waiting: the same of the other micro-batches in flight.
+        embedding: kept by the embedding.
+        pipeline: outputs sent to the next stage, kept until their gradient comes.
+        head: of the last stage, input and output of the last norm, logits and their softmax; beside `running`.
+        workspace: the largest temporaries of a block's backward, and the block itself where it is recomputed. They
+            come after those of the head are gone.
+        late: what there is instead of all these when backward has reached the embedding: its gradients, and the dense
+            gradients of expanded weights. Autograd leaves cutting these to the active entries to the end of each
+            backward pass but the first, since it takes the newest nodes first and the expansion is the oldest; with
+            full recomputation, where every block has a pass of its own, to the end of the block.
+        communication: the buffer that sequence parallelism gathers into.
+    """
+
+    running: int
+    waiting: int
+    embedding: int
+    pipeline: int
+    head: int
+    workspace: int
+    late: int
+    communication: int
+
+    @property
+    def activations(self) -> int:
+        return self.running + self.waiting + self.embedding + self.pipeline
+
+    @property
+    def total(self) -> int:
+        fullest = max(self.running + max(self.head, self.workspace), self.late)
+        return self.waiting + self.embedding + self.pipeline + self.communication + fullest
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of one micro-batch's tensors on a rank: (T, B, h) whole and as kept between blocks, and so on."""
+
+    width: int
+    tokens: int
+    whole: int
+    hidden: int
+    share: float
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Sizes:
+        width = 2 if recipe.train.precision == "bf16" else 4
+        tokens = recipe.train.sequence_length * recipe.train.micro_batch
+        share = 1 / recipe.parallel.tensor if recipe.parallel.sequence else 1.0
+        whole = width * tokens * recipe.model.hidden
+        return cls(width, tokens, whole, int(whole * share), share)
+
+
+def block_bytes(recipe: Recipe) -> dict[str, int]:
+    """What one block keeps of one micro-batch for backward, by tensor; nothing recomputed."""
+    m, t, size = recipe.model, recipe.parallel.tensor, Sizes.of(recipe)
+    keys = m.query_groups * (m.hidden // m.heads)
+    grouped = m.query_groups != m.heads  # then the queries are copied out of the common product
+    return {
+        "norm inputs": 2 * size.hidden,
+        "norm statistics": int(16 * size.tokens * size.share),
+        "linear inputs": 2 * size.hidden,
+        "queries, keys, values": size.width * size.tokens * (m.hidden * (2 if grouped else 1) + 2 * keys) // t,
+        "attention output": size.whole // t,
+        "log-sum-exp": 4 * size.tokens * m.heads // t,
+        "GELU": 2 * size.width * size.tokens * m.ffn_hidden // t,
+        "dropout masks": int(2 * size.tokens * m.hidden * size.share) if m.dropout > 0.0 else 0,
+    }
+
+
+def kept_by_block(recipe: Recipe) -> int:
+    """`block_bytes` together, less what is recomputed."""
+    if recipe.train.recompute == "full":
+        return Sizes.of(recipe).hidden
+    parts = block_bytes(recipe)
+    return sum(parts.values()) - (parts["log-sum-exp"] if recipe.train.recompute == "selective" else 0)
+
+
+def in_flight(recipe: Recipe, stage: int) -> int:
+    """Micro-batches whose activations a stage holds at once, counted in model chunks.
+
+    1F1B holds as many as there are stages from this one on; interleaved, 2 (P - p - 1) + (v - 1) P + 1 chunks
+    (Narayanan et al. 2021, section 2.2, as Megatron-Core schedules it).
+    """
+    p = recipe.parallel
+    after = p.pipeline - stage - 1
+    chunks = after + 1 if p.interleave == 1 else 2 * after + (p.interleave - 1) * p.pipeline + 1
+    return min(recipe.micro_batches * p.interleave, chunks)
+
+
+def step_bytes(recipe: Recipe, plan: Plan, stage: int) -> StepBytes:
+    """Bytes beside weights and optimizer state at the fullest moment of a step, on each rank of a stage."""
+    p, m, size = recipe.parallel, recipe.model, Sizes.of(recipe)
+    last = stage == p.pipeline - 1
+    flying = in_flight(recipe, stage)
+    running = m.layers // (p.pipeline * p.interleave) * kept_by_block(recipe)
+    sends = p.pipeline > 1 and not (last and p.interleave == 1)
+    # Token ids shifted to the shard (8 bytes) and which of them are other shards' (1), of each micro-batch.
+    embedding = 9 * size.tokens * -(-flying // p.interleave) if stage == 0 and p.tensor > 1 else 0
+    return StepBytes(
+        running=running,
+        waiting=(flying - 1) * running,
+        embedding=embedding,
+        pipeline=flying * size.hidden if sends else 0,
+        head=_head(recipe, size) if last else 0,
+        workspace=_workspace(recipe, plan, size, stage),
+        late=_late(recipe, plan, size, stage),
+        communication=size.whole if p.sequence else 0,
+    )
+
+
+def _late(recipe: Recipe, plan: Plan, size: Sizes, stage: int) -> int:
+    """One chunk's dense gradients, whose weights were expanded before this micro-batch; and the larger of what the
+    end of a block holds and the embedding's gradients, from the LM head, from the look-up, and their sum."""
+    p, dense = recipe.parallel, 0
+    if recipe.micro_batches > 1 and recipe.train.recompute != "full":
+        dense = max(sum(q.expands_to for q in c) for c in local_parameters(recipe.model, p, plan, stage))
+    tied = _tied_gradient(recipe, size)
+    waits, at_embedding = (tied, 3 * tied) if p.pipeline == 1 else (0, tied if stage == 0 else 0)
+    return size.width * dense + max(waits + _at_block_end(recipe, size), at_embedding)
+
+
+def _at_block_end(recipe: Recipe, size: Sizes) -> int:
+    """At the backward of W_QKV: five tensors between blocks (the output, its gradient, that of the residual path, the
+    norm's output and its gradient) and the gradients of Q, K and V."""
+    return 5 * size.hidden + 3 * size.whole // recipe.parallel.tensor
+
+
+def _workspace(recipe: Recipe, plan: Plan, size: Sizes, stage: int) -> int:
+    """Backward of W_O, the fullest moment of a block: the gradients of its output, of its input and of itself, whole
+    before it is cut to the active weights. In one stage the embedding's gradient from the LM head waits for that from
+    the look-up. With full recomputation there is the block too, whose input is kept anyway but whose output is not;
+    or, at its end, the dense gradients of its four weights."""
+    m, p = recipe.model, recipe.parallel
+    tied = _tied_gradient(recipe, size) if p.pipeline == 1 else 0
+    gradients = size.hidden + size.width * m.ffn_hidden * (size.tokens + m.hidden) // p.tensor
+    if recipe.train.recompute != "full":
+        return gradients + tied
+    dense: Counter[int] = Counter()
+    for q in (q for chunk in local_parameters(m, p, plan, stage) for q in chunk):
+        dense[q.layer] += q.expands_to
+    at_end = size.width * max(dense.values()) + _at_block_end(recipe, size)
+    return max(gradients + sum(block_bytes(recipe).values()), at_end) + tied
+
+
+def _head(recipe: Recipe, size: Sizes) -> int:
+    """Logits beside their softmax, which is fp32 and overwrites fp32 logits; or, going back, the logits' gradient
+    beside those of the LM head's input and weight."""
+    rows = padded_vocab(recipe.model) // recipe.parallel.tensor
+    softmax, logits = 4 * size.tokens * rows, size.width * size.tokens * rows
+    forward = softmax + (logits if size.width == 2 else 0)
+    backward = logits + size.whole + _tied_gradient(recipe, size)
+    return 2 * size.hidden + int(8 * size.tokens * size.share) + max(forward, backward)
+
+
+def _tied_gradient(recipe: Recipe, size: Sizes) -> int:
+    return size.width * padded_vocab(recipe.model) // recipe.parallel.tensor * recipe.model.hidden
+
+
+def peak_bytes(recipe: Recipe, plan: Plan, stage: int) -> int:
+    """Bytes on a GPU of a stage at the fullest moment: in forward and backward, or in the update, which needs no
+    activations or expanded copies but, where Adam is PyTorch's, a temporary copy of the second moments."""
+    state = rank_bytes(recipe, plan, stage, on_gpu=True)
+    running = state.total + step_bytes(recipe, plan, stage).total
+    updating = state.total - state.expanded + state.moments // 2
+    return max(running, updating)

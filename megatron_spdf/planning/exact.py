@@ -1,0 +1,96 @@
+"""The closed forms of memory held against the engine's own buffers, rank by rank, at any scale."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_spdf.config import Recipe
+from megatron_spdf.planning.buffers import lay_out
+from megatron_spdf.planning.memory import rank_bytes, render_parallel
+from megatron_spdf.sparsity.plan import Plan
+
+ROOT = Path(__file__).resolve().parents[2]
+PARTS = ("parameters", "gradients", "optimizer", "expanded", "masks")
+
+
+@dataclass(frozen=True)
+class Count:
+    """One rank, counted and predicted.
+
+    Attributes:
+        place: tensor, pipeline and data rank.
+        counted, predicted: bytes by part, see PARTS.
+        buckets, predicted_buckets: elements of the gradient buckets, chunk by chunk.
+    """
+
+    rank: int
+    place: tuple[int, int, int]
+    counted: dict[str, int]
+    predicted: dict[str, int]
+    buckets: list[list[int]]
+    predicted_buckets: list[list[int]]
+
+    @property
+    def agrees(self) -> bool:
+        return self.counted == self.predicted and self.buckets == self.predicted_buckets
+
+
+def ranks_of_interest(recipe: Recipe) -> list[int]:
+    """One rank of each kind of stage: the first, one in the middle, the last of the pipeline; and the last of all,
+    whose share of the optimizer's state has the padding."""
+    p = recipe.parallel
+    stages = sorted({0, p.pipeline // 2, p.pipeline - 1})
+    return sorted({stage * p.tensor * p.data for stage in stages} | {p.world - 1})
+
+
+def dry_run(recipe: Recipe, plan: Plan, ranks: list[int]) -> list[Count]:
+    """Builds ranks of the recipe's layout on the meta device, in a process of its own, and counts.
+
+    Raises:
+        ValueError: a rank that the layout does not have.
+    """
+    world = recipe.parallel.world
+    for rank in ranks:
+        if not 0 <= rank < world:
+            raise ValueError(f"rank {rank} is not in this layout of {world} ranks; take one of 0 to {world - 1}")
+    plain = recipe.model_dump()
+    plain["kernels"]["attention"] = "sdpa"  # holds no parameters, and Transformer Engine wants a GPU
+    request = json.dumps({"recipe": plain, "ranks": ranks})
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore",
+                   "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    done = subprocess.run([sys.executable, "-m", "megatron_spdf.engine.dry_run"], input=request, text=True,
+                          capture_output=True, env=environment, check=False)
+    if done.returncode:
+        raise RuntimeError(f"the dry run ended with {done.returncode}:\n{done.stderr[-2000:]}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    return [_held_against_closed_form(recipe, plan, rank, f) for rank, f in zip(ranks, found, strict=True)]
+
+
+def _held_against_closed_form(recipe: Recipe, plan: Plan, rank: int, found: dict) -> Count:
+    tensor, stage, data = found["place"]
+    predicted = rank_bytes(recipe, plan, stage, on_gpu=True, data_rank=data)
+    buckets = [[end - start for start, end in buffer.buckets]
+               for buffer in lay_out(recipe.model, recipe.parallel, plan, stage, on_gpu=True)]
+    return Count(rank, (tensor, stage, data), {k: found[k] for k in PARTS}, {k: getattr(predicted, k) for k in PARTS},
+                 found["buckets"], buckets)
+
+
+def render_counts(recipe: Recipe, counts: list[Count]) -> str:
+    """A row a rank: GiB as counted, and whether the closed form gives the same bytes."""
+    lines = [f"built on the meta device, {render_parallel(recipe)}",
+             f"  {'rank':<8}{'TP,PP,DP rank':<16}" + "".join(f"{p:>12}" for p in PARTS)
+             + f"{'total':>12}{'buckets':>9}   closed form"]
+    for c in counts:
+        cells = [*c.counted.values(), sum(c.counted.values())]
+        off = [f"{k}: {c.predicted[k]:,} instead of {c.counted[k]:,} bytes"
+               for k in PARTS if c.predicted[k] != c.counted[k]]
+        off += ["other buckets"] * (c.buckets != c.predicted_buckets)
+        lines.append(f"  {c.rank:<8}{','.join(map(str, c.place)):<16}" + "".join(f"{n / 2**30:>12.4f}" for n in cells)
+                     + f"{sum(map(len, c.buckets)):>9}   {'; '.join(off) or 'equal to the byte'}")
+    lines.append("  GiB; expanded: dense copies kept for the step; masks with the positions of active entries")
+    return "\n".join(lines)

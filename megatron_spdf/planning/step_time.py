@@ -1,0 +1,167 @@
+"""How long a step takes: a roofline of the slowest stage, the pipeline's bubble, and traffic that nothing hides.
+
+Matrix products and attention run at `efficiency` x the GPU's peak, an assumption (EFFICIENCY) until a measured run
+calibrates it; everything else moves bytes at the memory's or the link's full rate. Unstructured sparse weights are
+expanded, so products run at their dense cost: the model says what our engine does, not what sparsity could do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from megatron_spdf.config.recipe import Model, Parallel, Recipe
+from megatron_spdf.model.weights import padded_vocab
+from megatron_spdf.planning.activations import Sizes
+from megatron_spdf.planning.buffers import lay_out, local_parameters
+from megatron_spdf.planning.flops import forward_flops
+from megatron_spdf.planning.hardware import Gpu
+from megatron_spdf.planning.memory import rank_bytes
+from megatron_spdf.planning.traffic import Route, Traffic, route, step_traffic, wire_share
+from megatron_spdf.sparsity.plan import Plan
+
+EFFICIENCY = 0.6
+FLASH_BACKWARD = 2.5  # forwards: five products where the forward has two (Dao 2023, section 3.1)
+# (T, B, h) and (T, B, f) tensors that one forward pass of our unfused block reads or writes outside of products: two
+# norms (4), two biases and residuals after the products (10); bias and GELU (4). Backward moves about twice as many.
+HIDDEN_PASSES, FEED_FORWARD_PASSES = 14, 4
+LOGIT_PASSES = 10  # (T, B, V / t) fp32: cast, maximum, subtract, exponential, sum, divide; target, scale, cast back
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step on the slowest stage.
+
+    Attributes:
+        compute: matrix products and attention, recomputation included, of all micro-batches.
+        memory: norms, activations, biases, logits, expanding and compressing sparse weights.
+        tensor: tensor-parallel traffic that no product hides.
+        pipeline: sends between stages.
+        bubble: stages waiting for each other.
+        data: gradients and parameters that are not hidden behind the last backward and the first forward.
+        update: the optimizer.
+    """
+
+    compute: float
+    memory: float
+    tensor: float
+    pipeline: float
+    bubble: float
+    data: float
+    update: float
+
+    @property
+    def total(self) -> float:
+        return self.compute + self.memory + self.tensor + self.pipeline + self.bubble + self.data + self.update
+
+
+def step_time(recipe: Recipe, plan: Plan, gpu: Gpu, efficiency: float = EFFICIENCY) -> StepTime:
+    """Seconds of a step; the stage that takes longest, the first or the last, sets the pace of all."""
+    stages = {0, recipe.parallel.pipeline - 1}
+    return max((_stage_time(recipe, plan, gpu, efficiency, s) for s in stages), key=lambda t: t.total)
+
+
+def _stage_time(recipe: Recipe, plan: Plan, gpu: Gpu, efficiency: float, stage: int) -> StepTime:
+    p, many = recipe.parallel, recipe.micro_batches
+    rate = gpu.peak(recipe.train.precision) * efficiency
+    forward, backward = (flops / rate for flops in _executed(recipe, stage))
+    moved = _bytes_moved(recipe, plan, stage) / gpu.memory_bandwidth
+    sent = step_traffic(recipe, plan, stage)
+
+    def seconds(kind: str) -> float:
+        return sum(_wire_seconds(kind, op, n, recipe, gpu) for (k, op), n in sent.items() if k == kind)
+
+    # Backward, the reduction of an input's gradient runs beside the product of the weight's gradient.
+    tensor = seconds("tensor") / many
+    tensor = max(tensor / 2, tensor - backward / 2)
+    pipeline = 0.0 if p.interleave > 1 else seconds("pipeline") / many  # interleaved, sends run behind compute
+    micro_batch = forward + backward + moved + tensor + pipeline
+    held = rank_bytes(recipe, plan, stage, on_gpu=True)
+    update = 2 * (held.optimizer + held.gradients // (p.data if p.zero_stage == 1 else 1)) + held.parameters
+    return StepTime(
+        compute=many * (forward + backward),
+        memory=many * moved + _expand_bytes(recipe, plan, stage) / gpu.memory_bandwidth,
+        tensor=many * tensor,
+        pipeline=many * pipeline + seconds("embedding"),
+        bubble=(p.pipeline - 1) / p.interleave * micro_batch,
+        data=(_exposed(seconds("gradients"), backward, recipe, plan, stage)
+              + _exposed(seconds("parameters"), forward, recipe, plan, stage)),
+        update=update / gpu.memory_bandwidth,
+    )
+
+
+def _executed(recipe: Recipe, stage: int) -> tuple[float, float]:
+    """FLOPs that a rank executes for one micro-batch, (forward, backward with what is recomputed)."""
+    m, t = recipe.model, recipe.train
+    tokens = t.micro_batch * t.sequence_length
+    whole = forward_flops(m, t.sequence_length, None, "causal")  # expanded weights cost what dense ones do
+    share = tokens / recipe.parallel.tensor
+    linear, attention = (share * part * _blocks(recipe) / m.layers for part in (whole.linear, whole.attention))
+    logits = share * whole.logits * padded_vocab(m) / m.vocab_size if stage == recipe.parallel.pipeline - 1 else 0.0
+    again = linear * (t.recompute == "full") + attention * (t.recompute != "none")
+    return linear + attention + logits, 2.0 * (linear + logits) + FLASH_BACKWARD * attention + again
+
+
+@lru_cache(maxsize=4096)
+def _elements(model: Model, parallel: Parallel, plan: Plan, stage: int) -> tuple[int, int, int]:
+    """(elements of dense parameters, of compact ones, of what these expand to) on a rank."""
+    local = [q for chunk in local_parameters(model, parallel, plan, stage) for q in chunk]
+    return (sum(q.elements for q in local if not q.expands_to), sum(q.elements for q in local if q.expands_to),
+            sum(q.expands_to for q in local))
+
+
+def _bytes_moved(recipe: Recipe, plan: Plan, stage: int) -> float:
+    """Bytes that one micro-batch moves through a rank's memory outside of matrix products."""
+    m, p, size = recipe.model, recipe.parallel, Sizes.of(recipe)
+    feed_forward = size.width * size.tokens * m.ffn_hidden // p.tensor
+    forward = _blocks(recipe) * (HIDDEN_PASSES * size.hidden + FEED_FORWARD_PASSES * feed_forward)
+    moved = forward * (3 + (recipe.train.recompute == "full"))
+    if stage == p.pipeline - 1:
+        moved += LOGIT_PASSES * 4 * size.tokens * padded_vocab(m) // p.tensor
+    # Weight gradients are written, and read to be added to the fp32 buffer; those of sparse weights are written dense
+    # and read at the active positions first.
+    dense, active, whole = _elements(m, p, plan, stage)
+    return moved + (2 * size.width + 8) * (dense + active) + size.width * whole + (4 + size.width) * active
+
+
+def _blocks(recipe: Recipe) -> int:
+    """Transformer blocks on a rank."""
+    return recipe.model.layers // recipe.parallel.pipeline
+
+
+def _expand_bytes(recipe: Recipe, plan: Plan, stage: int) -> float:
+    """Once a step: zeros, then positions widened to eight bytes and values scattered."""
+    _, active, whole = _elements(recipe.model, recipe.parallel, plan, stage)
+    width = Sizes.of(recipe).width
+    return width * whole + (4 + 8 + 8 + 2 * width) * active
+
+
+def _wire_seconds(kind: str, operation: str, payload: int, recipe: Recipe, gpu: Gpu) -> float:
+    """Seconds of one kind of traffic by itself: what a ring sends over the link, or the lanes' share over the way out
+    of the node, whichever takes longer. Latency is left out."""
+    way: Route = route(kind, recipe, gpu.gpus_per_node)
+    sent = payload * wire_share(operation, way.ranks)
+    if way.link == "inside node":
+        return sent / gpu.link
+    return max(sent / gpu.link if way.lanes > 1 else 0.0, sent / (way.lanes * gpu.network))
+
+
+def _exposed(traffic: float, compute: float, recipe: Recipe, plan: Plan, stage: int) -> float:
+    """Seconds of data-parallel traffic that a micro-batch's `compute` does not hide. The first stage sends bucket
+    after bucket, at least the last of them behind nothing; later stages send all at once while they wait for it."""
+    p = recipe.parallel
+    if not p.overlap:
+        return traffic
+    if stage > 0:
+        return max(0.0, traffic - stage * compute / p.interleave)
+    buckets = sum(len(b.buckets) for b in lay_out(recipe.model, p, plan, stage, on_gpu=True))
+    return max(traffic / buckets, traffic - compute)
+
+
+def wire_bytes(sent: Traffic, recipe: Recipe, gpu: Gpu) -> dict[str, float]:
+    """Bytes that a rank puts on each link in a step: link -> bytes."""
+    total = {"inside node": 0.0, "between nodes": 0.0}
+    for (kind, operation), payload in sent.items():
+        way = route(kind, recipe, gpu.gpus_per_node)
+        total[way.link] += payload * wire_share(operation, way.ranks)
+    return total

@@ -1,0 +1,124 @@
+"""Bytes that a rank hands to its collectives in a step, by kind and operation, and over which link they go.
+
+Payloads are counted as `parallel/traffic.py` counts them: a gather and a reduce-scatter of one tensor alike, by the
+whole tensor; tests hold the two equal. What a ring then puts on the wire is `wire_share` of it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_spdf.config.recipe import Recipe
+from megatron_spdf.model.weights import padded_vocab
+from megatron_spdf.planning.activations import Sizes
+from megatron_spdf.planning.buffers import lay_out, layers_of
+from megatron_spdf.sparsity.plan import Plan
+
+Kind = Literal["tensor", "pipeline", "embedding", "gradients", "parameters", "control"]
+Operation = Literal["all-reduce", "all-gather", "reduce-scatter", "send"]
+Link = Literal["inside node", "between nodes"]
+Traffic = Counter[tuple[Kind, Operation]]
+
+
+def step_traffic(recipe: Recipe, plan: Plan, stage: int, on_gpu: bool = True) -> Traffic:
+    """Payload bytes of one optimizer step, of each rank of a pipeline stage: (kind, operation) -> bytes.
+
+    `tensor` are activations inside the tensor-parallel group; `pipeline` activations and their gradients between
+    stages; `embedding` the gradient of the tied embedding between its two copies; `gradients` and `parameters` what
+    data parallelism reduces and gathers: compact, so in proportion to the active weights; `control` the loss, the
+    stop flag and the gradient norm.
+    """
+    p, size = recipe.parallel, Sizes.of(recipe)
+    first, last = stage == 0, stage == p.pipeline - 1
+    sent: Traffic = _tensor(recipe, stage, size) if p.tensor > 1 else Counter()
+    if p.pipeline > 1:
+        sends = 2 * p.interleave - first - last  # every chunk sends forward and back, the ends of the model one way
+        sent["pipeline", "send"] += recipe.micro_batches * sends * size.hidden
+        if first or last:
+            sent["embedding", "all-reduce"] += 4 * padded_vocab(recipe.model) // p.tensor * recipe.model.hidden
+    if p.data > 1:
+        elements = sum(b.elements for b in lay_out(recipe.model, p, plan, stage, on_gpu))
+        if p.zero_stage == 1:
+            sent["gradients", "reduce-scatter"] += 4 * elements
+            sent["parameters", "all-gather"] += size.width * elements
+        else:
+            sent["gradients", "all-reduce"] += 4 * elements
+    if p.world > 1:
+        norm_group = p.world if p.zero_stage == 1 else p.tensor * p.pipeline
+        sent["control", "all-reduce"] += 8 + (4 if norm_group > 1 else 0)
+    return sent
+
+
+def _tensor(recipe: Recipe, stage: int, size: Sizes) -> Traffic:
+    """Per micro-batch a block reduces two outputs forward and two input gradients back (Shoeybi et al. 2019, figure
+    4); under sequence parallelism each becomes a reduce-scatter and a gather, and the two gathered inputs are gathered
+    once more for the weight gradients (Korthikanti et al. 2022, section 4.2.2). Full recomputation repeats forward."""
+    p, h = recipe.parallel, recipe.model.hidden
+    blocks = sum(0 <= layer < recipe.model.layers for chunk in layers_of(recipe.model, p, stage) for layer in chunk)
+    first, last = stage == 0, stage == p.pipeline - 1
+    again = 2 * blocks if recipe.train.recompute == "full" else 0
+    sent: Traffic = Counter()
+    per_step = recipe.micro_batches * size.whole
+    if p.sequence:
+        sent["tensor", "all-gather"] += per_step * (6 * blocks + again + first + 2 * last)
+        sent["tensor", "reduce-scatter"] += per_step * (4 * blocks + again + last)
+        # Gradients of norms and row-parallel biases, which each rank has for its part of the sequence only.
+        sent["tensor", "all-reduce"] += per_step * first + 4 * h * (6 * blocks + 2 * last)
+    else:
+        sent["tensor", "all-reduce"] += per_step * (4 * blocks + again + first + last)
+    if last:  # maximum, target's logit and sum of the softmax over the vocabulary, fp32
+        sent["tensor", "all-reduce"] += recipe.micro_batches * 3 * 4 * size.tokens
+    return sent
+
+
+@dataclass(frozen=True)
+class Route:
+    """The group that a kind of traffic goes through.
+
+    Attributes:
+        ranks: in the group.
+        link: the slowest on its way.
+        lanes: ranks of the group in one node, which share the way out and bring a network card each.
+    """
+
+    ranks: int
+    link: Link
+    lanes: int
+
+
+def route(kind: Kind, recipe: Recipe, gpus_per_node: int) -> Route:
+    """Ranks are numbered tensor first, then data, then pipeline, and fill one node after the other."""
+    p = recipe.parallel
+    replicas = p.tensor * p.data
+    ranks, extent, stride = {
+        "tensor": (p.tensor, p.tensor, 1),
+        "gradients": (p.data, replicas, p.tensor),
+        "parameters": (p.data, replicas, p.tensor),
+        "pipeline": (p.pipeline, p.world, replicas),
+        "embedding": (2, p.world, p.world - replicas),
+        "control": (p.world, p.world, 1),
+    }[kind]
+    inside = p.world <= gpus_per_node or (extent <= gpus_per_node and gpus_per_node % extent == 0)
+    lanes = ranks if inside else max(1, min(ranks, gpus_per_node // stride))
+    return Route(ranks, "inside node" if inside else "between nodes", lanes)
+
+
+def wire_share(operation: Operation, ranks: int) -> float:
+    """Bytes that each rank sends in a ring, over the payload (Thakur et al. 2005)."""
+    if operation == "send":
+        return 1.0
+    return (2.0 if operation == "all-reduce" else 1.0) * (ranks - 1) / ranks
+
+
+def classify(operation: str, group: str) -> tuple[Kind, Operation]:
+    """Kind and operation of what `parallel/traffic.py` counted under c10d's and Megatron-Core's names."""
+    if operation == "send":  # two interleaved stages send through the world's group
+        return "pipeline", "send"
+    plain: Operation = ("all-gather" if "allgather" in operation else
+                        "reduce-scatter" if "reduce_scatter" in operation else "all-reduce")
+    if group.startswith("DATA_PARALLEL_GROUP"):
+        return "parameters" if plain == "all-gather" else "gradients", plain
+    kinds: dict[str, Kind] = {"TENSOR_MODEL_PARALLEL_GROUP": "tensor", "EMBEDDING_GROUP": "embedding"}
+    return kinds.get(group, "control"), plain
