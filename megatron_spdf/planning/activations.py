@@ -170,6 +170,7 @@ def _workspace(recipe: Recipe, plan: Plan, size: Sizes, stage: int) -> int:
     m, p = recipe.model, recipe.parallel
     tied = _tied_gradient(recipe, size) if p.pipeline == 1 else 0
     gradients = size.hidden + size.width * m.ffn_hidden * (size.tokens + m.hidden) // p.tensor
+    gradients += size.whole if p.sequence else 0  # the output's, gathered
     if recipe.train.recompute != "full":
         return gradients + tied
     dense: Counter[int] = Counter()

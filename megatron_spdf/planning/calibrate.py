@@ -10,7 +10,7 @@ from megatron_spdf.planning.hardware import Gpu
 from megatron_spdf.planning.runs import Run
 from megatron_spdf.planning.step_time import step_time
 
-LOWEST, HIGHEST = 1e-5, 1.0
+LOWEST, HIGHEST = 0.01, 1.0
 
 
 def measured_step(run: Run) -> float:
@@ -25,9 +25,9 @@ def calibrate(run: Run, gpu: Gpu) -> float:
     Raises:
         ValueError: the run was on another device, or no efficiency explains its time.
     """
-    device = run.bytes.get("device")
-    if device is not None and gpu.name not in device:
-        raise ValueError(f"{run.directory} ran on {device}, not on a {gpu.name}; calibrate with a run on the GPU that "
+    device = run.bytes.get("choices", "").partition(";")[0].removeprefix("device ")
+    if device and gpu.name not in device:
+        raise ValueError(f"{run.directory} ran on {device}, not on {gpu.name}; calibrate with a run on the GPU that "
                          "--gpu names, or name that one")
     measured, recipe, plan = measured_step(run), run.recipe, run.plan
 
@@ -40,6 +40,6 @@ def calibrate(run: Run, gpu: Gpu) -> float:
                          f"{gpu.name} needs at its peak rates; was it another GPU, or --gpu {gpu.name} with other "
                          "rates?")
     if late(LOWEST) < 0.0:
-        raise ValueError(f"a step of {run.directory} took {measured:.4g} s, which would be under {LOWEST:.0e} of a "
+        raise ValueError(f"a step of {run.directory} took {measured:.4g} s, which would be under {LOWEST:.0%} of "
                          f"{gpu.name}'s peak; was it another device?")
     return float(brentq(late, LOWEST, HIGHEST, xtol=1e-9))

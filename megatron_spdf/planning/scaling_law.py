@@ -123,9 +123,10 @@ def _iso_flop_curves(law: ScalingLaw, axes) -> None:
 
 def _optimal_contours(law: ScalingLaw, axes) -> None:
     """S_opt over (N, C): solid lines where training costs the dense shape's FLOPs, dashed with gradual pruning's."""
-    nonzero, compute = np.logspace(6, 10, 33), np.logspace(16, 25, 33)
-    for cost, style in (("dense", "solid"), ("gmp", "dashed")):
-        best = np.array([[law.optimal_sparsity_numeric(n, c, cost) for n in nonzero] for c in compute])
+    nonzero, compute = np.logspace(6, 10, 17), np.logspace(16, 25, 19)
+    optima = {"solid": law.optimal_sparsity, "dashed": lambda n, c: law.optimal_sparsity_numeric(n, c, "gmp")}
+    for style, optimum in optima.items():
+        best = np.array([[optimum(n, c) for n in nonzero] for c in compute])
         lines = axes.contour(nonzero, compute, best, levels=[0.25, 0.5, 0.75, 0.875], linestyles=style, cmap="viridis")
         axes.clabel(lines, fmt=lambda level: f"{level:.1%}", fontsize=8)
     axes.set(xscale="log", yscale="log", xlabel="non-zero weights N", ylabel="training FLOPs C",

@@ -45,7 +45,7 @@ CONTRADICTIONS = (
     Contradiction("supplement, table 3: FLOPs per sequence, Small 1.36e11 and XL 1.39e12",
                   "headed forward and backward, they are those of forward passes over 512 tokens alone"),
     Contradiction("paper, table 2: dense totals of WebNLG and DART; XL at 50%, DART and Curation",
-                  "each pair looks exchanged: the smaller task has the larger total"),
+                  "the two cells of each pair look exchanged"),
     Contradiction("text: attention 13.3% and vocabulary 27% of GPT-2 Small's FLOPs",
                   "23.4% and 23.9% by the totals of supplement, table 2"),
 )

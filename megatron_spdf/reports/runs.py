@@ -46,6 +46,14 @@ class Logged:
         return self.train[-1]["sparsity"]
 
     @property
+    def planned_steps(self) -> int | None:
+        """Of a pre-training run; a fine-tuning recipe counts in epochs."""
+        train = self.values.get("train", {})
+        if self.fine_tunes or not all(k in train for k in ("tokens", "global_batch", "sequence_length")):
+            return None
+        return max(1, round(train["tokens"] / (train["global_batch"] * train["sequence_length"])))
+
+    @property
     def tokens(self) -> int:
         return self.train[-1]["tokens"]
 

@@ -43,13 +43,15 @@ def _runs_table(runs: Sequence[Logged], colours: dict[Path, str], output: Path) 
             "tokens/s,\nmedian", "state of\nrank 0 (MiB)", "sent per\nstep (MiB)", "peak memory\n(GiB)"]
     rows = []
     for run in runs:
-        last, loss = run.train[-1], run.validation_loss
+        loss, steps = run.validation_loss, f"{run.train[-1]['step']:,}"
+        if run.planned_steps:
+            steps += f" of {run.planned_steps:,}"
         held = sum(run.bytes.get(k, 0) for k in ("parameters", "gradients", "optimizer"))
         sent = run.bytes.get("sent_per_step")
         memory = max(run.at_steps("memory_bytes").values(), default=None)
         rows.append([
             f'{key(colours[run.directory])}<a href="{_link(run, output)}">{escape(run.label)}</a>',
-            f"{run.sparsity:.2%}", f"{run.tokens / 1e6:,.4g}", f"{last['step']:,}", _number(loss, ".4f"),
+            f"{run.sparsity:.2%}", f"{run.tokens / 1e6:,.4g}", steps, _number(loss, ".4f"),
             _number(loss and math.exp(min(loss, 700.0)), ".2f"), f"{run.flops:.3g}", f"{run.tokens_per_second:,.4g}",
             _number(held / 2**20 if held else None, ",.1f"),
             _number(None if sent is None else sent / 2**20, ",.1f"), _number(memory and memory / 2**30, ",.2f")])

@@ -98,7 +98,8 @@ class Trainer:
         """What rank 0 holds and sends in a step, counted at its buffers and collectives."""
         held = self.engine.state_bytes()
         sent = {f"{operation} {group}": n for (operation, group), n in traffic.bytes.items()}
-        self.log.record("bytes", self.state.step, **held, sent_per_step=traffic.total, sent_by_kind=sent)
+        self.log.record("bytes", self.state.step, **held, sent_per_step=traffic.total, sent_by_kind=sent,
+                        choices=self.engine.choices)
         self.log.say(f"rank 0 holds {', '.join(f'{k} {n / 2**20:,.1f} MiB' for k, n in held.items())}; "
                      f"sends {traffic.total / 2**20:,.1f} MiB per step")
 

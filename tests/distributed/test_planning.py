@@ -75,7 +75,7 @@ def test_traffic(results, world, name):
 # receive ahead of its use, which weighs in these small models, most where a chunk is one block.
 @pytest.mark.parametrize(("world", "name"), NAMES)
 def test_activations(results, world, name):
-    tolerance = 0.1 if "interleaved" in name else 0.05 if "pp" in name else 0.01
+    tolerance = 0.1 if "interleaved" in name else 0.05 if "pp" in name else 0.02
     for rank in range(world):
         there = outcome(results[world], name, rank)
         assert there["predicted to be alive"] == pytest.approx(there["alive"], rel=tolerance), rank

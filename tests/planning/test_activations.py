@@ -1,0 +1,101 @@
+"""Activations by hand and by Korthikanti et al. 2022; tests/distributed/test_planning.py holds them against tensors."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_spdf.config import Recipe
+from megatron_spdf.model.weights import model_weights
+from megatron_spdf.planning.activations import block_bytes, in_flight, kept_by_block, peak_bytes, step_bytes
+from megatron_spdf.planning.memory import rank_bytes
+from megatron_spdf.sparsity.plan import make_plan
+
+
+def plan_of(recipe):
+    return make_plan(recipe.sparsity, model_weights(recipe.model), recipe.model.query_groups)
+
+
+def gpt(recipe, layers=8, batch=64, dropout=0.0, sparsity=0.0, heads=4, groups=4, parallel=None, **train) -> Recipe:
+    return recipe(model={"layers": layers, "hidden": 64, "heads": heads, "query_groups": groups, "dropout": dropout},
+                  sparsity=sparsity, train={"global_batch": batch, "micro_batch": 2, "sequence_length": 32,
+                                            "precision": "bf16", **train}, parallel=parallel or {})
+
+
+SBH = 32 * 2 * 64  # T B h
+
+
+@pytest.mark.parametrize(("tensor", "sequence", "expected"), [
+    (1, False, 34.0), (4, False, 10.0 + 24.0 / 4), (4, True, 34.0 / 4)])
+def test_block_is_korthikantis_without_scores(recipe, tensor, sequence, expected):
+    """Their table 2, s b h (34 + 5 a s / h) at t = 1, less the softmax terms that a flash kernel does not store."""
+    r = gpt(recipe, dropout=0.1, parallel={"tensor": tensor, "sequence": sequence})
+    parts = block_bytes(r)
+    flash, theirs_not = parts.pop("log-sum-exp"), parts.pop("norm statistics")
+    assert sum(parts.values()) == expected * SBH
+    assert (flash, theirs_not) == (4 * 64 * 4 // tensor, 16 * 64 // (tensor if sequence else 1))
+
+
+def test_grouped_queries_keep_fewer_keys_and_a_copy_of_the_queries(recipe):
+    many, few = (block_bytes(gpt(recipe, groups=g))["queries, keys, values"] for g in (4, 2))
+    assert many == 2 * 32 * 2 * (64 + 2 * 64) and few == 2 * 32 * 2 * (2 * 64 + 2 * 32)
+
+
+def test_recomputation(recipe):
+    none, selective, full = (kept_by_block(gpt(recipe, recompute=r)) for r in ("none", "selective", "full"))
+    assert none - selective == 4 * 64 * 4  # the log-sum-exp alone
+    assert full == 2 * SBH
+
+
+@pytest.mark.parametrize(("pipeline", "interleave", "batch", "expected"), [
+    (1, 1, 64, [1]), (4, 1, 64, [4, 3, 2, 1]), (4, 1, 4, [2, 2, 2, 1]),  # two micro-batches in all
+    (2, 2, 64, [5, 3]), (4, 2, 64, [11, 9, 7, 5])])
+def test_micro_batches_in_flight(recipe, pipeline, interleave, batch, expected):
+    r = gpt(recipe, batch=batch, parallel={"pipeline": pipeline, "interleave": interleave})
+    assert [in_flight(r, stage) for stage in range(pipeline)] == expected
+
+
+def test_activations_of_a_pipeline(recipe):
+    r = gpt(recipe, parallel={"pipeline": 4})
+    stages = [step_bytes(r, plan_of(r), s) for s in range(4)]
+    block = kept_by_block(r)
+    assert [s.running + s.waiting for s in stages] == [2 * n * block for n in (4, 3, 2, 1)]
+    assert [s.pipeline for s in stages] == [2 * n * SBH for n in (4, 3, 2, 0)]
+    assert [bool(s.head) for s in stages] == [False, False, False, True]
+
+
+def test_softmax_over_the_vocabulary_is_fp32(recipe):
+    r = gpt(recipe)
+    logits = 32 * 2 * 256
+    assert step_bytes(r, plan_of(r), 0).head >= 4 * logits + 2 * logits
+
+
+def test_dense_gradients_wait_for_the_end_of_backward(recipe):
+    """After the first micro-batch; with a single one, or blocks recomputed, they are cut one by one."""
+    def late(sparsity: float, **changes) -> int:
+        r = gpt(recipe, sparsity=sparsity, **changes)
+        return step_bytes(r, plan_of(r), 0).late
+
+    weights = 2 * 12 * 8 * 64**2
+    assert late(0.75) - late(0.0) == weights
+    assert late(0.75, batch=2) == late(0.0, batch=2)
+    assert late(0.75, recompute="full") == late(0.0, recompute="full")
+
+
+def test_sequence_parallelism_gathers_into_one_buffer(recipe):
+    r = gpt(recipe, parallel={"tensor": 4, "sequence": True})
+    assert step_bytes(r, plan_of(r), 0).communication == 2 * SBH
+
+
+def test_peak_is_of_the_step_or_of_the_update(recipe):
+    large = gpt(recipe, batch=64, micro_batch=8)
+    state = rank_bytes(large, plan_of(large), 0, True)
+    assert peak_bytes(large, plan_of(large), 0) == state.total + step_bytes(large, plan_of(large), 0).total
+    small = recipe(model={"layers": 8, "hidden": 256}, train={"micro_batch": 1, "sequence_length": 1})
+    state = rank_bytes(small, plan_of(small), 0, True)
+    assert peak_bytes(small, plan_of(small), 0) == state.total + state.moments // 2
+
+
+def test_total_counts_the_head_or_the_block_but_not_both(recipe):
+    found = step_bytes(r := gpt(recipe), plan_of(r), 0)
+    assert found.total == found.running + max(found.head, found.workspace)
+    assert found.total < found.running + found.head + found.workspace

@@ -1,0 +1,109 @@
+"""tools/plan.py as a user meets it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_spdf.planning.scaling_law import PUBLISHED
+
+ROOT = Path(__file__).resolve().parents[2]
+DEMO = str(ROOT / "configs/pretrain/demo.yaml")
+
+
+@pytest.fixture(scope="module")
+def plan():
+    sys.path.insert(0, str(ROOT / "tools"))
+    spec = importlib.util.spec_from_file_location("plan", ROOT / "tools/plan.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+def test_text(plan, capsys):
+    assert plan([DEMO, "--gpu", "h100"]) == 0
+    out = capsys.readouterr().out
+    assert "2 x H100" in out and "the recipe's own layout (tensor 2" in out and "What sparsity buys" in out
+
+
+def test_json_and_price(plan, capsys):
+    assert plan([DEMO, "sparsity=0.5", "--gpu", "a100", "--gpus", "4", "--price", "2", "--efficiency", "0.5",
+                 "--top", "3", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["request"]["gpus"] == 4 and facts["request"]["efficiency_from"] == "given"
+    assert facts["model"]["sparsity"] == pytest.approx(0.5, abs=1e-4) and len(facts["layouts"]) <= 3
+    assert facts["layouts"][0]["cost"] == pytest.approx(2 * facts["layouts"][0]["gpu_hours"])
+
+
+def test_html(plan, capsys, tmp_path):
+    assert plan([DEMO, "--gpu", "h100", "--html", str(tmp_path / "plan.html")]) == 0
+    page = (tmp_path / "plan.html").read_text()
+    assert page.count("<svg") == 2 and "<script" not in page and "What sparsity buys" in page
+
+
+def test_law(plan, capsys, tmp_path):
+    plot = tmp_path / "law.png"
+    assert plan(["law", "--fit", "vit", "--nonzero", "100M", "--compute", "1e20", "--plot", str(plot)]) == 0
+    assert capsys.readouterr().out.startswith("CAUTION") and plot.exists()
+    assert plan(["law", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert "static random masks" in facts["caution"] and facts["optimal_sparsity"] == pytest.approx(0.714, abs=1e-3)
+
+
+def test_fit(plan, capsys, tmp_path):
+    """Runs of three sparsities, sizes and lengths whose losses follow the published law."""
+    runs, law = [], PUBLISHED["t5"]
+    for level in (0.0, 0.5, 0.75):
+        for hidden in (64, 128, 256):
+            for tokens in (2**17, 2**19, 2**21):
+                directory = tmp_path / f"{level}-{hidden}-{tokens}"
+                directory.mkdir()
+                (directory / "recipe.yaml").write_text(yaml.safe_dump({
+                    "output": "x", "sparsity": level, "optimizer": {"lr": 1e-3},
+                    "model": {"layers": 2, "hidden": hidden, "heads": 4, "vocab_size": 256, "max_positions": 32},
+                    "train": {"tokens": tokens, "global_batch": 8, "micro_batch": 8}}))
+                nonzero = (1 - level) * 24 * hidden**2
+                records = [{"kind": "train", "step": tokens // 256, "tokens": tokens, "loss": 9.9},
+                           {"kind": "valid", "step": tokens // 256, "loss": float(law.loss(level, nonzero, tokens))}]
+                (directory / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+                runs.append(str(directory))
+    assert plan(["fit", *runs, "--starts", "8", "--bootstrap", "2", "--json"]) == 0
+    fitted = json.loads(capsys.readouterr().out)
+    assert fitted["law"]["b_n"] == pytest.approx(law.b_n, rel=1e-3) and len(fitted["points"]) == 27
+    assert plan(["fit", *runs[:4]]) == 2
+    captured = capsys.readouterr()
+    assert "under-determined by these runs: 4 runs for 7 coefficients" in captured.err and runs[0][-8:] in captured.out
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    ([DEMO], "which GPU? Say --gpu and one of a100"),
+    ([DEMO, "--gpu", "v100"], "gpu='v100' is not in the table"),
+    ([DEMO, "--gpu", "h100", "--gpus", "0"], "--gpus 0 must be at least 1"),
+    ([DEMO, "--gpu", "h100", "--gpus", "7"], "7 GPUs cannot be laid out"),
+    ([DEMO, "--gpu", "h100", "--memory", "0.001"], "no layout of 2 x H100 holds this run"),
+    ([DEMO, "--gpu", "h100", "model.layer=3"], "did you mean model.layers?"),
+    (["nowhere.yaml", "--gpu", "h100"], "there is no recipe"),
+    ([DEMO, "--gpu", "h100", "--calibrate", "nowhere"], "nowhere is no run"),
+    ([DEMO, "--exact", "--gpus", "8"], "has 2 ranks, not --gpus 8"),
+    ([DEMO, "--exact", "--rank", "2"], "rank 2 is not in this layout"),
+    (["fit", "nowhere"], "nowhere is no run"),
+    (["law", "--nonzero", "0"], "must be positive"),
+])
+def test_what_cannot_be_answered_gets_a_sentence(plan, capsys, arguments, said):
+    assert plan(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and said in captured.err and "Traceback" not in captured.err
+
+
+@pytest.mark.slow
+def test_exact(plan, capsys):
+    assert plan([DEMO, "--exact", "--rank", "1"]) == 0
+    assert "equal to the byte" in capsys.readouterr().out
+    assert plan([DEMO, "--exact", "--json"]) == 0
+    (first, last) = json.loads(capsys.readouterr().out)
+    assert first["counted"] == first["predicted"] and last["rank"] == 1
