@@ -69,7 +69,7 @@ def pretrain(recipe: Recipe, plan: Plan, ranks: Ranks, run: RunDir, corpus: Corp
         state, found = checkpointer.restore(engine)
     except ValueError as error:
         return refuse(error)
-    data = TokenData(recipe, corpus.train_tokens, corpus.tokenizer, run.cache, engine.reads_data)
+    data = TokenData(recipe, corpus, run.cache, engine.reads_data)
     log = RunLog(run, state.step, recipe.steps, recipe.log.tensorboard, active=ranks.rank == 0)
     log.say("\n".join([summary, engine.choices, *found]))
     try:

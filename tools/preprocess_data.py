@@ -1,6 +1,9 @@
 """Tokenize text shards to an indexed dataset for pre-training.
 
 python tools/preprocess_data.py --input 'shards/*.jsonl.zst' --output data/train --tokenizer data/gpt2
+python tools/preprocess_data.py --input 'pile/*.jsonl.zst' --output data/pile --tokenizer data/gpt2 --split 98,1,1
+
+Interrupted, the same command goes on after the last input that was finished.
 """
 
 from __future__ import annotations
@@ -8,13 +11,18 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+import time
 from pathlib import Path
 
 import _path  # noqa: F401  puts the repository root on sys.path
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from megatron_spdf.data.documents import FORMATS, ON_ERROR, expand_inputs, sample_texts
-from megatron_spdf.data.preprocess import Manifest, preprocess, require_free
+from megatron_spdf.data.documents import FORMATS, expand_inputs, sample_texts
+from megatron_spdf.data.encode import SPLITS, split_bounds
+from megatron_spdf.data.manifest import CorpusManifest
+from megatron_spdf.data.preprocess import Manifest, preprocess, usual_workers
+from megatron_spdf.data.publish import Partial
+from megatron_spdf.data.records import MAX_RECORD_BYTES, ON_ERROR
 from megatron_spdf.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 
@@ -26,9 +34,29 @@ def parse_bytes(size: str) -> int:
         raise argparse.ArgumentTypeError(f"{size!r} is not a size; write for example 100MB or 1GiB") from None
 
 
+def parse_shares(shares: str) -> tuple[float, ...]:
+    """Shares of train, valid and test: "98,1,1"."""
+    try:
+        numbers = tuple(float(share) for share in shares.split(","))
+        split_bounds(numbers)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return numbers
+
+
+def parse_workers(count: str) -> int:
+    if not count.isdecimal() or int(count) < 1:
+        raise argparse.ArgumentTypeError(f"{count!r} is not a number of workers; write 1 or more")
+    return int(count)
+
+
 OPTIONS = {
     "--input": dict(nargs="+", required=True, help=f"files or quoted patterns, of {', '.join(FORMATS)}"),
-    "--output": dict(required=True, metavar="PREFIX", help="writes PREFIX.bin, .idx, .json and .tokenizer"),
+    "--output": dict(
+        required=True, metavar="PREFIX",
+        help="writes PREFIX.bin, .idx, .json and .tokenizer; with --split, --by-set or --per-shard a directory PREFIX "
+             "of such data sets",
+    ),
     "--tokenizer": dict(
         required=True, type=Path, metavar="PATH",
         help="directory of GPT-2 BPE files, a tokenizer.json, or a SentencePiece *.model",
@@ -42,11 +70,32 @@ OPTIONS = {
         type=parse_bytes, default="100MB", metavar="SIZE",
         help="text to train on, an even share from the start of every file (default: 100MB)",
     ),
+    "--workers": dict(
+        type=parse_workers, metavar="N",
+        help="processes that tokenize (default: one for each core, for small input fewer); the result is the same",
+    ),
     "--text-key": dict(default="text", metavar="KEY", help="key of the text in a record (default: text)"),
     "--on-error": dict(
         choices=ON_ERROR, default="stop",
-        help="at a record that cannot be read: stop (default), or skip it and list it in PREFIX.json",
+        help="at a record that cannot be read: stop (default), or skip it and list it in the manifest",
     ),
+    "--max-document": dict(
+        type=parse_bytes, default=MAX_RECORD_BYTES, metavar="SIZE",
+        help="a longer record cannot be read (default: 100MB); it takes some ten times its size in memory",
+    ),
+    "--split": dict(
+        type=parse_shares, metavar="A,B[,C]",
+        help=f"shares of {', '.join(SPLITS)}, by a hash of the text: writes PREFIX/train and so on; a document's "
+             "place does not change when files are added",
+    ),
+    "--by-set": dict(
+        nargs="?", const="pile_set_name", metavar="KEY",
+        help="a data set for each value of this key of meta (default: pile_set_name)",
+    ),
+    "--per-shard": dict(action="store_true", help="a data set for each input file"),
+    "--deduplicate": dict(action="store_true", help="of documents with the same text keep the first (16 bytes of "
+                          "memory a document)"),
+    "--ftfy": dict(action="store_true", help="mend the texts with ftfy first (broken encodings, odd characters)"),
     "--no-eod": dict(action="store_true", help="no end-of-document token after each document"),
     "--overwrite": dict(action="store_true", help="replace PREFIX if it exists"),
     "--progress": dict(action="store_true", help="show progress even where stderr is not a terminal"),
@@ -60,26 +109,36 @@ def main(arguments: list[str] | None = None) -> int:
     if bool(options.train_tokenizer) != bool(options.vocab_size):
         parser.error("--train-tokenizer and --vocab-size go together")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that clean-up runs
+    partial = Partial(options.output, bool(options.split or options.by_set or options.per_shard))
     try:
-        require_free(options.output, options.overwrite)
-        tokenizer = obtain_tokenizer(options)
+        if not partial.ready:
+            partial.require_free(options.overwrite)
+        tokenizer = obtain_tokenizer(options, partial)
+        started = time.perf_counter()
         manifest = preprocess(
             options.input,
             options.output,
             tokenizer,
+            workers=options.workers or usual_workers(expand_inputs(options.input)),
+            overwrite=options.overwrite,
+            progress=options.progress or None,
             text_key=options.text_key,
             on_error=options.on_error,
             append_eod=not options.no_eod,
-            overwrite=options.overwrite,
-            progress=options.progress or None,
+            max_document_bytes=options.max_document,
+            ftfy=options.ftfy,
+            deduplicate=options.deduplicate,
+            split=options.split,
+            set_key=options.by_set,
+            per_shard=options.per_shard,
         )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"error: {error}{describe_kept(partial)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; no data set was written", file=sys.stderr)
+        print(f"interrupted; no data set was written{describe_kept(partial)}", file=sys.stderr)
         return 128 + signal.SIGINT
-    print(summarize(options.output, manifest))
+    print(summarize(options.output, manifest, time.perf_counter() - started))
     return 0
 
 
@@ -92,9 +151,10 @@ def _make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def obtain_tokenizer(options: argparse.Namespace) -> Tokenizer:
+def obtain_tokenizer(options: argparse.Namespace, partial: Partial) -> Tokenizer:
     """Load the tokenizer, or train it on the first texts of all inputs."""
-    if not options.train_tokenizer:
+    interrupted = partial.finished_inputs or partial.ready
+    if not options.train_tokenizer or (interrupted and options.tokenizer.exists()):
         return load_tokenizer(options.tokenizer)
     if options.tokenizer.exists():
         raise ValueError(f"{options.tokenizer} exists; use it without --train-tokenizer, or give a new path")
@@ -103,14 +163,26 @@ def obtain_tokenizer(options: argparse.Namespace) -> Tokenizer:
     return train_tokenizer(options.train_tokenizer, texts, options.vocab_size, options.tokenizer)
 
 
-def summarize(prefix: str, manifest: Manifest) -> str:
-    """One line: what was written, how fast, and what was left out."""
+def describe_kept(partial: Partial) -> str:
+    """What an interrupted run leaves behind for the next."""
+    count = partial.finished_inputs
+    return f"\n{partial.directory} keeps {count} finished inputs; the same command goes on from there" if count else ""
+
+
+def summarize(prefix: str, manifest: Manifest | CorpusManifest, seconds: float) -> str:
+    """What was written, how fast, and what was left out; a line more for each of several data sets."""
     megabytes = manifest.text_bytes / 1e6
-    return (
+    lines = [
         f"{prefix}: {manifest.documents:,} documents, {manifest.tokens:,} tokens, "
-        f"{megabytes:,.1f} MB of text in {manifest.seconds:.1f} s ({megabytes / manifest.seconds:.1f} MB/s), "
+        f"{megabytes:,.1f} MB of text in {seconds:.1f} s ({megabytes / seconds:.1f} MB/s), "
         f"{manifest.skipped:,} skipped, {manifest.empty:,} empty"
-    )
+    ]
+    if manifest.settings.deduplicate:
+        lines[0] += f", {manifest.duplicates:,} duplicates"
+    if isinstance(manifest, CorpusManifest):
+        lines += [f"  {name}: {counts.documents:,} documents, {counts.tokens:,} tokens"
+                  for name, counts in manifest.data_sets.items()]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

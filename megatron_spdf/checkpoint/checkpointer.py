@@ -16,7 +16,7 @@ from megatron_spdf.checkpoint import store
 from megatron_spdf.checkpoint.record import INITIAL, drawn_masks, run_record
 from megatron_spdf.checkpoint.saving import Saving
 from megatron_spdf.checkpoint.vet import vet_metadata
-from megatron_spdf.config import Recipe, differences
+from megatron_spdf.config import Recipe, changes_of_run
 from megatron_spdf.data.tokenizer import Tokenizer
 from megatron_spdf.engine import Engine
 from megatron_spdf.sparsity.compact import compact_of, sparse_modules
@@ -140,8 +140,9 @@ class Checkpointer:
 
     def _check_run(self, run: dict[str, Any], checkpoint: Path) -> None:
         """That the checkpoint is of this recipe's run, whatever directory it came from."""
-        there = {**Recipe.model_validate(run["recipe"]).identity(), "tokenizer": run["tokenizer"]["sha256"]}
-        changes = list(differences(there, {**self.recipe.identity(), "tokenizer": self.tokenizer.sha256}))
+        changes = changes_of_run(Recipe.model_validate(run["recipe"]), self.recipe)
+        if run["tokenizer"]["sha256"] != self.tokenizer.sha256:
+            changes.append(f"tokenizer is {run['tokenizer']['sha256']} there and {self.tokenizer.sha256} here")
         if changes:
             raise ValueError(f"checkpoint {checkpoint} is of another run: {'; '.join(changes)}. Use the recipe and the "
                              "data it was made with, or another output")

@@ -17,6 +17,7 @@ def findings(recipe: Recipe) -> Iterator[str]:
     yield from _model(recipe)
     yield from _layout(recipe)
     yield from _engine(recipe)
+    yield from _data(recipe)
     broken = list(_batch(recipe))
     yield from broken
     if not broken and recipe.engine == "deepspeed":
@@ -92,3 +93,17 @@ def _batch(recipe: Recipe) -> Iterator[str]:
     if o.warmup_tokens >= recipe.steps * recipe.tokens_per_step:
         yield (f"optimizer.warmup_tokens={o.warmup_tokens:,} is not under train.tokens={t.tokens:,}; "
                "shorten the warm-up or lengthen the run")
+
+
+def _data(recipe: Recipe) -> Iterator[str]:
+    data = recipe.data
+    if data.train and data.blend:
+        yield "data.train and data.blend both name training data; keep one of them"
+    for source in data.blend:
+        if (source.weight is None) == (source.epochs is None):
+            yield f"data.blend: {source.path} needs either a weight or epochs"
+    if len({source.weight is None for source in data.blend}) > 1:
+        yield "data.blend mixes weights and epochs; give one or the other to all data sets"
+    if data.reset_attention and recipe.kernels.attention != "sdpa":
+        yield (f"data.reset_attention=true needs kernels.attention=sdpa, and it is {recipe.kernels.attention}; "
+               "change one of them")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import typing
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -133,13 +134,7 @@ def _sentence(error: dict[str, Any], kind: type[BaseModel]) -> str:
 
 def _known_keys(place: list[str | int], kind: type[BaseModel]) -> list[str]:
     """Keys of the section at `place`."""
-    section = kind
+    section: Any = kind
     for key in place:
-        if isinstance(key, int):
-            from megatron_spdf.config.recipe import SparsityRule
-            section = SparsityRule
-        else:
-            section = section.model_fields[key].annotation if key in section.model_fields else section
-        if not isinstance(section, type) or not issubclass(section, BaseModel):
-            section = Recipe.model_fields["sparsity"].annotation
+        section = typing.get_args(section)[0] if isinstance(key, int) else section.model_fields[key].annotation
     return sorted(section.model_fields)

@@ -97,14 +97,29 @@ def normalise_sparsity(value: Any) -> Any:
     return value
 
 
+class BlendSource(Section):
+    """A training data set and how much of the samples come from it."""
+
+    path: str = Field(description="prefix, or a pattern of prefixes, e.g. `data/pile/train/*`")
+    weight: float | None = Field(None, gt=0.0, description="share of the samples, relative to the other weights")
+    epochs: Annotated[float, Field(gt=0.0)] | Literal["pile"] | None = Field(
+        None, description="passes relative to the others'; pile: those that the Pile gives its sets")
+
+
 class Data(Section):
     """Where tokens come from: prefixes of Megatron's indexed datasets (PREFIX.bin, PREFIX.idx)."""
 
     train: Paths = Field([], description="prefixes of the training data, drawn in proportion to their size")
+    blend: list[BlendSource] = Field(
+        [], description="instead of train: data sets with weights, or with epochs, all in the same form")
+    on_blend_change: Literal["refuse", "continue"] = Field(
+        "refuse", description="when a run goes on with another blend; continue: each source goes on where it was")
     valid: Paths = Field([], description="prefixes of the validation data; none: no evaluation")
     tokenizer: str | None = Field(None, description="directory or file; default: the copy beside the data")
     workers: int = Field(2, ge=0, description="loader processes per rank; 0 loads in the training process")
     cache: str | None = Field(None, description="directory of the sample indices; default: inside the run")
+    reset_positions: bool = Field(False, description="positions start at 0 with every document of a sequence")
+    reset_attention: bool = Field(False, description="tokens attend to their own document only")
 
 
 class Train(Section):
@@ -244,7 +259,7 @@ class Recipe(Section):
         """What must not change between the starts of one run; layout, logging and the like may."""
         kept = self.model_dump(include={"seed", "model", "sparsity", "data", "train", "optimizer"})
         kept["model"].pop("preset")
-        for section, key in (("data", "workers"), ("data", "cache"), ("data", "tokenizer"),
+        for section, key in (("data", "workers"), ("data", "cache"), ("data", "tokenizer"), ("data", "on_blend_change"),
                              ("train", "micro_batch"), ("train", "recompute")):
             kept[section].pop(key)
         return kept

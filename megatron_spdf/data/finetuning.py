@@ -103,6 +103,7 @@ class CompletionData:
         self.per_epoch = math.ceil(len(train) / recipe.train.global_batch)
         self.valid_batches = math.ceil(len(valid) / recipe.train.global_batch)
         self.mean_length = math.ceil(train.lengths.mean())
+        self.valid_tokens_per_byte = None  # bits per byte are a measure of text, not of completions
         self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
 
     def training_batches(self, first_step: int) -> Iterator[list[MicroBatch]]:
@@ -125,6 +126,10 @@ class CompletionData:
         epochs, rest = divmod(steps, self.per_epoch)
         read = self._epoch(epochs)[:rest] if rest else []
         return int(epochs * self.train.lengths.sum() + sum(self.train.lengths[chosen].sum() for chosen in read))
+
+    def consumed_by_source(self, steps: int) -> dict[str, int]:
+        """Nothing: a fine-tuning run has one source."""
+        return {}
 
     def _draw_epoch(self, epoch: int) -> list[np.ndarray]:
         """The global batches of an epoch as positions in `train`; a function of the seed and the epoch alone.

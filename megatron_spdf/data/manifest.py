@@ -5,27 +5,23 @@ Imports neither torch nor Megatron: the check runs before any device is touched.
 
 from __future__ import annotations
 
-import struct
-from datetime import datetime
+import hashlib
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from megatron_spdf.data.documents import Skipped
+from megatron_spdf.data.index_file import REBUILD, IndexHeader, read_index_header, read_lengths
+from megatron_spdf.data.records import MAX_RECORD_BYTES, Skipped
 
-# Megatron's header of a .idx file: magic, version, dtype code, sequences, length of the document list.
-_HEADER = struct.Struct("<9sQBQQ")
-_MAGIC = b"MMIDIDX\x00\x00"
-_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64", 7: "float32", 8: "uint16"}
-_INDEX_BYTES_PER_SEQUENCE = 4 + 8  # int32 length, int64 offset
-_INDEX_BYTES_PER_DOCUMENT = 8
-_REBUILD = "Run tools/preprocess_data.py again, or copy the file again if it was copied"
+CORPUS = "corpus.json"
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    """Fields that this code does not know, of an older or newer version of it, are passed over."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
 
 
 class TokenizerRecord(_Record):
@@ -37,65 +33,134 @@ class TokenizerRecord(_Record):
     sha256: str
 
 
+class Settings(_Record):
+    """What decides, beside the inputs and the tokenizer, which tokens go where.
+
+    Attributes:
+        text_key: key of the text in a JSON record.
+        on_error: "stop" or "skip", at a record that cannot be read.
+        append_eod: end every document with the end-of-document token.
+        max_document_bytes: longer records cannot be read.
+        ftfy: texts go through `ftfy.fix_text` first.
+        deduplicate: of documents with the same text the first is kept.
+        split: shares of train, valid and test, which a hash of the text decides; None: no split.
+        set_key: a data set for each value of this key of "meta"; None: documents of all sets in one.
+        per_shard: a data set for each input file.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    text_key: str = "text"
+    on_error: str = "stop"
+    append_eod: bool = True
+    max_document_bytes: int = MAX_RECORD_BYTES
+    ftfy: bool = False
+    deduplicate: bool = False
+    split: tuple[float, ...] | None = None
+    set_key: str | None = None
+    per_shard: bool = False
+
+    @property
+    def several(self) -> bool:
+        """Whether the output is a directory of data sets instead of one data set."""
+        return self.split is not None or self.set_key is not None or self.per_shard
+
+
 class Source(_Record):
-    """One input file: its size in bytes on disk and what became of its records."""
+    """One input file, and what became of its records: records = documents + empty + skipped + duplicates.
+
+    In the manifest of one data set of several, `documents` and what follows count what went there, and what became of
+    all other records is told in PREFIX/corpus.json.
+
+    Attributes:
+        size: bytes on disk; `sha256` is over them.
+        tokens, text_bytes: of the documents written; text in UTF-8.
+        bin_sha256: of their tokens, which lie in PREFIX.bin in the order of the sources.
+    """
 
     path: str
     size: int
+    sha256: str | None = None
+    records: int | None = None
     documents: int
-    empty: int
-    skipped: int
+    empty: int = 0
+    skipped: int = 0
+    duplicates: int = 0
+    tokens: int | None = None
+    text_bytes: int | None = None
+    bin_sha256: str | None = None
 
 
-class Manifest(_Record):
+class Counts(_Record):
+    """Documents of one data set of several."""
+
+    documents: int = 0
+    tokens: int = 0
+    text_bytes: int = 0
+
+
+class _Origin(_Record):
+    """How data were made; the same command on the same files gives the same record, byte for byte.
+
+    Attributes:
+        documents: in the data set; this package writes one sequence for each.
+        tokens: tokens in it, end-of-document tokens included.
+        text_bytes: UTF-8 bytes of the documents' text.
+        empty: records left out because they give no token.
+        skipped: records left out because they could not be read; `skipped_lines` lists the first 1,000.
+        duplicates: records left out because their text was there before.
+        versions: of the libraries that read, tokenized and wrote.
+    """
+
+    format_version: Literal[1] = 1
+    tokenizer: TokenizerRecord | None = None
+    settings: Settings | None = None
+    documents: int
+    tokens: int
+    text_bytes: int | None = None
+    empty: int = 0
+    skipped: int = 0
+    duplicates: int = 0
+    sources: list[Source] = []
+    skipped_lines: list[Skipped] = []
+    versions: dict[str, str] = {}
+
+
+class Manifest(_Origin):
     """What a data set PREFIX.bin, PREFIX.idx holds; kept in PREFIX.json.
 
     A data set made by another tool has no such file. Its manifest is then made up from the .idx file, and
     what that does not tell is None.
 
     Attributes:
-        documents: in the data set; this package writes one sequence for each.
-        tokens: tokens in it, end-of-document tokens included.
-        text_bytes: UTF-8 bytes of the documents' text.
         append_eod: whether each document ends with the end-of-document token.
+        split, set_name: which of several data sets this is.
         dtype: NumPy name of the type of a token in PREFIX.bin.
         bin_bytes, idx_bytes: sizes of the two files.
-        empty: records left out because they give no token.
-        skipped: records left out because they could not be read; `skipped_lines` lists the first 1,000.
-        seconds: wall time of reading, tokenizing and writing.
-        versions: of the libraries that did so.
+        idx_sha256: of PREFIX.idx; that of PREFIX.bin is told source by source.
     """
 
-    format_version: Literal[1] = 1
-    created: datetime | None = None
-    tokenizer: TokenizerRecord | None = None
     append_eod: bool | None = None
-    documents: int
-    tokens: int
-    text_bytes: int | None = None
-    seconds: float | None = None
+    split: str | None = None
+    set_name: str | None = None
     dtype: str
     bin_bytes: int
     idx_bytes: int
-    empty: int = 0
-    skipped: int = 0
-    sources: list[Source] = []
-    skipped_lines: list[Skipped] = []
-    versions: dict[str, str] = {}
-
-
-class IndexHeader(NamedTuple):
-    """Start of a .idx file. Megatron's document list holds a leading 0, so `documents` is one less long."""
-
-    dtype: str
-    sequences: int
-    documents: int
+    idx_sha256: str | None = None
 
     @property
-    def file_bytes(self) -> int:
-        """Size of the whole .idx file."""
-        per_sequence = self.sequences * _INDEX_BYTES_PER_SEQUENCE
-        return _HEADER.size + per_sequence + (self.documents + 1) * _INDEX_BYTES_PER_DOCUMENT
+    def content_sha256(self) -> str | None:
+        """Fingerprint of the tokens, whatever their path; None where the checksums are not known."""
+        if self.idx_sha256 is None:
+            return None
+        parts = [self.idx_sha256, *(source.bin_sha256 for source in self.sources if source.bin_sha256)]
+        return hashlib.sha256(f"{self.dtype} {' '.join(parts)}".encode()).hexdigest()
+
+
+class CorpusManifest(_Origin):
+    """What a directory of data sets holds, in all and in each; kept in PREFIX/corpus.json."""
+
+    data_sets: dict[str, Counts]
 
 
 def file_of(prefix: str | Path, suffix: str) -> Path:
@@ -113,28 +178,24 @@ def read_manifest(prefix: str | Path) -> Manifest:
     try:
         return Manifest.model_validate_json(path.read_bytes())
     except FileNotFoundError:
-        raise ValueError(f"{path} is missing, so the data set is incomplete. {_REBUILD}") from None
+        raise ValueError(f"{path} is missing, so the data set is incomplete. {REBUILD}") from None
     except ValidationError as error:
-        raise ValueError(f"{path} is not a manifest of format version 1: {error}. {_REBUILD}") from None
+        raise ValueError(f"{path} is not a manifest of format version 1: {error}. {REBUILD}") from None
 
 
-def read_index_header(path: Path) -> IndexHeader:
-    """The header of a .idx file.
+def read_corpus(prefix: str | Path) -> CorpusManifest:
+    """The manifest of a directory of data sets.
 
     Raises:
-        ValueError: the file is shorter than a header, or its magic, version or dtype is not Megatron's.
+        ValueError: it is missing or not one.
     """
-    with open(path, "rb") as file:
-        start = file.read(_HEADER.size)
-    if len(start) < _HEADER.size:
-        raise ValueError(f"{path} is cut off: {len(start)} bytes; its header has {_HEADER.size}. {_REBUILD}")
-    magic, version, code, sequences, document_list = _HEADER.unpack(start)
-    if magic != _MAGIC or version != 1 or code not in _DTYPES or document_list < 1:
-        raise ValueError(
-            f"{path} is not an index of Megatron: it starts with {magic!r}, version {version}, dtype code "
-            f"{code}; expected {_MAGIC!r}, version 1, a code in 1..8. {_REBUILD}"
-        )
-    return IndexHeader(_DTYPES[code], sequences, document_list - 1)
+    path = Path(prefix) / CORPUS
+    try:
+        return CorpusManifest.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing, so {prefix} is no directory of data sets, or incomplete") from None
+    except ValidationError as error:
+        raise ValueError(f"{path} is not a manifest of format version 1: {error}. {REBUILD}") from None
 
 
 def check_prefix(prefix: str | Path, tokenizer_sha256: str | None = None) -> Manifest:
@@ -175,8 +236,7 @@ def check_prefix(prefix: str | Path, tokenizer_sha256: str | None = None) -> Man
 
 
 def _describe_foreign(idx: Path, header: IndexHeader) -> Manifest:
-    lengths = np.memmap(idx, np.int32, mode="r", offset=_HEADER.size, shape=(header.sequences,))
-    tokens = int(lengths.sum(dtype=np.int64))
+    tokens = int(read_lengths(idx).sum(dtype=np.int64))
     return Manifest(
         documents=header.documents,
         tokens=tokens,
@@ -190,4 +250,4 @@ def _require_size(path: Path, expected: int, source: object) -> None:
     size = path.stat().st_size
     if size != expected:
         state = "cut off" if size < expected else "too long"
-        raise ValueError(f"{path} is {state}: {size} bytes, and {source} says {expected}. {_REBUILD}")
+        raise ValueError(f"{path} is {state}: {size} bytes, and {source} says {expected}. {REBUILD}")

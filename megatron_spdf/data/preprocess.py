@@ -1,66 +1,39 @@
 """Text shards to Megatron's indexed dataset: PREFIX.bin, PREFIX.idx, with PREFIX.json and PREFIX.tokenizer.
 
-Each shard is tokenized to an indexed dataset of its own, and these are appended in the order of the inputs.
-All is written in PREFIX.partial and renamed at the end, the manifest last, so that what lies under the final
-names is complete.
+One process reads the inputs in turn and writes what the workers make of their blocks, in order, so that the tokens are
+appended once to where they stay, the result does not depend on the number of workers, and memory does not depend on
+the size of the corpus. All is made in PREFIX.partial and renamed at the end; after an interruption PREFIX.partial holds
+the finished inputs, and the same call goes on from there.
 """
 
 from __future__ import annotations
 
-import gc
+import errno
 import importlib.metadata
 import os
-import shutil
-import sys
-import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from megatron_spdf.data.documents import (
-    MAX_RECORDED_SKIPS,
-    ReadReport,
-    Skipped,
-    expand_inputs,
-    read_shard,
-)
-from megatron_spdf.data.manifest import (
-    Manifest,
-    Source,
-    TokenizerRecord,
-    check_prefix,
-    file_of,
-    read_index_header,
-    read_manifest,
-)
+from megatron_spdf.data.corpus_writer import CorpusWriter, stem_of
+from megatron_spdf.data.documents import expand_inputs
+from megatron_spdf.data.encode import Encoder, read_blocks, token_dtype
+from megatron_spdf.data.finish import write_manifests
+from megatron_spdf.data.growing import Ledger, Work
+from megatron_spdf.data.manifest import CorpusManifest, Manifest, Settings, check_prefix, read_corpus, read_manifest
+from megatron_spdf.data.progress import Bar
+from megatron_spdf.data.publish import Partial
 from megatron_spdf.data.tokenizer import Tokenizer
+from megatron_spdf.data.workers import Workers
 
-__all__ = ["Manifest", "ShardResult", "check_prefix", "preprocess", "read_manifest", "tokenize_shard"]
+__all__ = ["CorpusManifest", "Manifest", "check_prefix", "preprocess", "read_manifest", "usual_workers"]
 
-_LIBRARIES = ("megatron-core", "numpy", "sentencepiece", "tiktoken", "tokenizers", "zstandard")
-# The order in which files go away and come in: at no moment do an old and a new file look like one data set.
-_REMOVE_ORDER = ("json", "idx", "bin", "tokenizer")
-_PUBLISH_ORDER = ("tokenizer", "bin", "idx", "json")
-
-
-@dataclass(frozen=True)
-class ShardResult:
-    """What tokenizing one shard gave; `tokens` and `text_bytes` are those of the documents written."""
-
-    source: Source
-    tokens: int
-    text_bytes: int
-    skipped_lines: list[Skipped]
-
-
-# Told of every document what it adds: bytes read, bytes of text, documents, tokens.
-Advance = Callable[[int, int, int, int], None]
+_LIBRARIES = ("ftfy", "megatron-core", "numpy", "sentencepiece", "tiktoken", "tokenizers", "zstandard")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Starting a worker takes as long as tokenizing a few MB of text does.
+_BYTES_WORTH_A_WORKER = 4 << 20
 
 
 def preprocess(
@@ -68,231 +41,92 @@ def preprocess(
     prefix: str | Path,
     tokenizer: Tokenizer,
     *,
-    text_key: str = "text",
-    on_error: str = "stop",
-    append_eod: bool = True,
+    workers: int = 1,
     overwrite: bool = False,
     progress: bool | None = None,
-) -> Manifest:
+    **settings,
+) -> Manifest | CorpusManifest:
     """Tokenize `inputs` to the data set `prefix` and return its manifest, which is also in PREFIX.json.
 
-    A run that fails or is interrupted before its last step, the renaming, leaves what was under the final
-    names, and nothing else.
+    With a split, sets or shards apart, `prefix` is a directory of data sets, and PREFIX/corpus.json tells of them.
+
+    A run that fails or is interrupted before its last step, the renaming, leaves what was under the final names, and
+    beside it PREFIX.partial with the inputs it has finished, if any.
 
     Args:
         inputs: files or glob patterns, as in `documents.expand_inputs`.
-        text_key: key of the text in a JSON record.
-        on_error: "stop" or "skip", as in `documents.iterate_documents`.
-        append_eod: end every document with the tokenizer's end-of-document token.
+        workers: processes that tokenize; 1: this one does all.
         overwrite: replace a data set of this name.
         progress: show a bar on stderr; None shows it on a terminal only.
+        settings: fields of `manifest.Settings`.
 
     Raises:
-        ValueError: bad input or arguments, no document at all, or `prefix` in use.
+        ValueError: bad input or arguments, no document at all, `prefix` in use, or PREFIX.partial of other settings.
+        OSError: of a full disk, with the remedy.
     """
+    chosen = Settings(**settings)
     paths = expand_inputs(inputs)
-    require_free(prefix, overwrite)
-    with _partial_directory(prefix) as partial:
-        data_set, part = partial / "set", partial / "part"
-        results: list[ShardResult] = []
-        with _new_data_set(data_set, tokenizer) as merged, _frozen_heap(), _Bar(paths, progress) as bar:
-            start = time.perf_counter()
-            for path in paths:
-                result = tokenize_shard(
-                    path,
-                    part,
-                    tokenizer,
-                    text_key=text_key,
-                    on_error=on_error,
-                    append_eod=append_eod,
-                    advance=bar.advance,
-                )
-                merged.add_index(str(part))
-                results.append(result)
-        manifest = _describe(data_set, tokenizer, append_eod, results, time.perf_counter() - start)
-        tokenizer.save(file_of(data_set, "tokenizer"))
-        file_of(data_set, "json").write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        _publish(data_set, prefix)
-    return manifest
+    _require_names_apart(paths, chosen)
+    partial = Partial(prefix, chosen.several)
+    with partial.opened(overwrite):
+        _make(partial, paths, tokenizer, chosen, workers, progress)
+        partial.publish()
+    return read_corpus(partial.prefix) if chosen.several else read_manifest(prefix)
 
 
-def tokenize_shard(
-    path: Path,
-    part: Path,
-    tokenizer: Tokenizer,
-    *,
-    text_key: str,
-    on_error: str,
-    append_eod: bool,
-    advance: Advance,
-) -> ShardResult:
-    """Tokenize one file to the indexed dataset `part`.bin, `part`.idx: one sequence for each document.
-
-    A document that gives no token is left out. Knows of no other shard, so that several processes can share
-    the work.
-    """
-    report = ReadReport()
-    bytes_read = text_bytes = documents = tokens = 0
-    with _new_data_set(part, tokenizer) as data_set:
-        for document in read_shard(path, text_key, on_error, report):
-            ids = tokenizer.encode_array(document.text)
-            if not len(ids):
-                continue
-            sequence = np.append(ids, tokenizer.eod) if append_eod else ids
-            data_set.add_document(sequence, [len(sequence)])
-            text_size = len(document.text.encode("utf-8", "surrogatepass"))
-            advance(report.bytes_read - bytes_read, text_size, 1, len(sequence))
-            bytes_read = report.bytes_read
-            text_bytes, documents, tokens = text_bytes + text_size, documents + 1, tokens + len(sequence)
-    advance(report.bytes_read - bytes_read, 0, 0, 0)
-    assert report.seen == report.documents + report.empty + report.skipped
-    source = Source(
-        path=str(path),
-        size=path.stat().st_size,
-        documents=documents,
-        empty=report.empty + report.documents - documents,
-        skipped=report.skipped,
-    )
-    return ShardResult(source, tokens, text_bytes, report.skipped_lines)
+def usual_workers(paths: Sequence[Path]) -> int:
+    """Workers that these inputs keep busy: at most one for each core of this process."""
+    size = sum(path.stat().st_size for path in paths)
+    return max(1, min(len(os.sched_getaffinity(0)), size // _BYTES_WORTH_A_WORKER))
 
 
-def require_free(prefix: str | Path, overwrite: bool) -> None:
-    """Raise a ValueError if `prefix` is a directory, or names a data set and `overwrite` is false."""
-    if str(prefix).endswith(os.sep):
-        raise ValueError(f"output {prefix} is a directory; add the start of the file names: {prefix}train")
-    files = [file_of(prefix, suffix) for suffix in _PUBLISH_ORDER]
-    existing = ", ".join(str(file) for file in files if file.exists())
-    if existing and not overwrite:
-        raise ValueError(f"output exists: {existing}. Choose another prefix, or pass --overwrite")
-
-
-@contextmanager
-def _partial_directory(prefix: str | Path) -> Iterator[Path]:
-    """PREFIX.partial for the files in the making; removed at the end, it keeps a second run out till then."""
-    partial = file_of(prefix, "partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        partial.mkdir()
-    except FileExistsError:
-        raise ValueError(
-            f"{partial} exists: another run is writing this data set, or one was killed. "
-            "If none is running, remove that directory"
-        ) from None
-    try:
-        yield partial
-    finally:
-        shutil.rmtree(partial)
-
-
-@contextmanager
-def _new_data_set(prefix: Path, tokenizer: Tokenizer) -> Iterator:
-    """Megatron's builder for `prefix`.bin, which writes `prefix`.idx at the end unless an error ends it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Megatron tells at import which optional libraries it misses
-        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    # The rule of Megatron's GPTDatasetConfig.token_dtype_code. Its DType.optimal_dtype takes int32 from
-    # 65,500 ids on, which a reader that trusts the former would misread.
-    dtype = np.uint16 if tokenizer.vocab_size <= np.iinfo(np.uint16).max + 1 else np.int32
-    builder = IndexedDatasetBuilder(str(file_of(prefix, "bin")), dtype=dtype)
-    try:
-        yield builder
-        builder.finalize(str(file_of(prefix, "idx")))
-    finally:
-        builder.data_file.close()
-
-
-@contextmanager
-def _frozen_heap() -> Iterator[None]:
-    """Keep what the imports made out of the garbage collection that Megatron's `add_index` does each time."""
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-
-
-def _describe(
-    data_set: Path, tokenizer: Tokenizer, append_eod: bool, results: Sequence[ShardResult], seconds: float
-) -> Manifest:
-    """The manifest, once the files are found to hold what the shards are said to have given."""
-    sources = [result.source for result in results]
-    skipped_lines = [line for result in results for line in result.skipped_lines]
-    manifest = Manifest(
-        created=datetime.now(UTC),
-        tokenizer=TokenizerRecord(
-            kind=tokenizer.kind,
-            vocab_size=tokenizer.vocab_size,
-            eod=tokenizer.eod,
-            sha256=tokenizer.sha256,
-        ),
-        append_eod=append_eod,
-        documents=sum(source.documents for source in sources),
-        tokens=sum(result.tokens for result in results),
-        text_bytes=sum(result.text_bytes for result in results),
-        seconds=seconds,
-        dtype=read_index_header(file_of(data_set, "idx")).dtype,
-        bin_bytes=file_of(data_set, "bin").stat().st_size,
-        idx_bytes=file_of(data_set, "idx").stat().st_size,
-        empty=sum(source.empty for source in sources),
-        skipped=sum(source.skipped for source in sources),
-        sources=sources,
-        skipped_lines=skipped_lines[:MAX_RECORDED_SKIPS],
+def _make(
+    partial: Partial, paths: list[Path], tokenizer: Tokenizer, settings: Settings, workers: int, progress: bool | None
+) -> None:
+    """Everything of the data sets but their names."""
+    work = Work(
+        settings=settings,
+        tokenizer_sha256=tokenizer.sha256,
+        dtype=np.dtype(token_dtype(tokenizer.vocab_size)).name,
         versions={name: importlib.metadata.version(name) for name in _LIBRARIES},
     )
-    if not manifest.documents:
-        raise ValueError(
-            f"no document in the inputs: {manifest.empty} empty records, {manifest.skipped} skipped. "
-            "Check --input and --text-key"
-        )
-    assert read_index_header(file_of(data_set, "idx")).sequences == manifest.documents
-    assert manifest.bin_bytes == manifest.tokens * np.dtype(manifest.dtype).itemsize
-    return manifest
-
-
-def _publish(data_set: Path, prefix: str | Path) -> None:
-    """Move the finished files to their names, in place of those of an older data set."""
-    for suffix in _REMOVE_ORDER:
-        old = file_of(prefix, suffix)
-        if old.is_dir():
-            shutil.rmtree(old)
-        else:
-            old.unlink(missing_ok=True)
-    for suffix in _PUBLISH_ORDER:
-        os.replace(file_of(data_set, suffix), file_of(prefix, suffix))
-
-
-class _Bar:
-    """Progress by bytes of the input files, which are known beforehand, with the speed in text and tokens."""
-
-    def __init__(self, paths: Sequence[Path], show: bool | None):
-        total = sum(path.stat().st_size for path in paths)
-        disable = None if show is None else not show
-        interval = 0.1 if sys.stderr.isatty() else 10.0
-        self._bar = tqdm(
-            total=total, unit="B", unit_scale=True, desc="input", disable=disable, mininterval=interval
-        )
-        self._text_bytes = self._documents = self._tokens = 0
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._show_speed()
-        self._bar.close()
-
-    def advance(self, bytes_read: int, text_bytes: int, documents: int, tokens: int) -> None:
-        self._text_bytes += text_bytes
-        self._documents += documents
-        self._tokens += tokens
-        if self._bar.update(bytes_read):
-            self._show_speed()
-
-    def _show_speed(self) -> None:
-        if self._bar.disable:
+    try:
+        ledger = Ledger(partial.directory, work)
+        done = ledger.count_finished(paths)
+        if partial.ready:
             return
-        seconds = self._bar.format_dict["elapsed"]
-        self._bar.set_postfix_str(
-            f"text {self._text_bytes / 1e6 / seconds:.1f} MB/s, "
-            f"{self._documents / seconds:,.0f} documents/s, {self._tokens:,} tokens"
-        )
+        _tokenize(partial, ledger, paths, done, Encoder(tokenizer, settings), workers, progress)
+        ledger.close()
+        write_manifests(partial, ledger, tokenizer)
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise OSError(error.errno, f"{error.strerror}: the disk or quota of {partial.directory} is full. It keeps "
+                      f"{partial.finished_inputs} of {len(paths)} inputs; make room and run the same command again"
+                      ) from None
+
+
+def _tokenize(
+    partial: Partial, ledger: Ledger, paths: list[Path], done: int, encoder: Encoder, count: int, progress: bool | None
+) -> None:
+    """Brings the inputs after the first `done` into the data sets."""
+    writer, workers = CorpusWriter(partial, ledger), Workers(encoder, count if done < len(paths) else 1)
+    try:
+        with Bar(paths, done, progress) as bar:
+            for item, encoded in workers.map(read_blocks(paths[done:], encoder.settings)):
+                if encoded:
+                    bar.advance(item.bytes_read, writer.add(item.path, encoded))
+                else:
+                    bar.end_input(item.report.bytes_read)
+                    writer.end_input(item.path, item.report, last=item.path == paths[-1])
+    finally:
+        workers.close()
+        writer.close()
+
+
+def _require_names_apart(paths: Sequence[Path], settings: Settings) -> None:
+    stem, times = Counter(map(stem_of, paths)).most_common(1)[0]
+    if settings.per_shard and times > 1:
+        same = ", ".join(str(path) for path in paths if stem_of(path) == stem)
+        raise ValueError(f"--per-shard names data sets after inputs, and {times} are called {stem!r}: {same}. Rename "
+                         "them, or leave --per-shard out")

@@ -14,6 +14,7 @@ from megatron_spdf.data.tokenizer_kinds import (
     HuggingFace,
     SentencePiece,
     Tokenizer,
+    is_plain_byte_level,
     well_formed,
 )
 
@@ -75,13 +76,9 @@ def _find_in_directory(path: Path) -> tuple[type[Tokenizer], list[Path]]:
 
 
 def _is_plain_byte_level(file: Path) -> bool:
-    """Whether a tokenizer.json cuts words as GPT-2 does, so that its vocabulary and merges tell all."""
     try:
-        description = json.loads(file.read_bytes())
-        cut = description["pre_tokenizer"]
-        byte_level = cut["type"] == "ByteLevel" and cut.get("use_regex", True) and not cut["add_prefix_space"]
-        return byte_level and description["normalizer"] is None
-    except (ValueError, KeyError, TypeError):
+        return is_plain_byte_level(json.loads(file.read_bytes()))
+    except (ValueError, AttributeError, TypeError):
         return False
 
 

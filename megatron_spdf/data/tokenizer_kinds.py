@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ import numpy as np
 END_OF_TEXT = "<|endoftext|>"
 # End-of-document tokens of published tokenizer.json files; the first that the vocabulary holds is taken.
 END_OF_DOCUMENT = (END_OF_TEXT, "<|end_of_text|>", "</s>")
+# Unicode's White_Space, which is what \s means to tiktoken; to Python it means more.
+_BLANKS = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 
 
 def well_formed(text: str) -> str:
@@ -60,6 +63,13 @@ class Tokenizer(ABC):
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD."""
+
+    def text_bytes(self, ids: Iterable[int]) -> int:
+        """UTF-8 bytes of the text of `ids`; end-of-document tokens have none.
+
+        Where `ids` start or end inside a character, of which byte-level tokens hold a part, a few bytes more.
+        """
+        return len(self.decode(i for i in ids if i != self.eod).encode())
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`; the names of special tokens in it are ordinary text."""
@@ -121,17 +131,34 @@ class Gpt2Bpe(Tokenizer):
         )
 
     def _encode(self, text: str) -> list[int]:
-        return self._encoding.encode_ordinary(text)
+        return self.encode_array(text).tolist()
 
     def encode_array(self, text: str) -> np.ndarray:
-        return self._encoding.encode_to_numpy(well_formed(text), disallowed_special=())
+        text = well_formed(text)
+        try:
+            return self._encoding.encode_to_numpy(text, disallowed_special=())
+        except ValueError:  # a run of white space so long that the regex engine runs out of stack
+            parts = _before_last_blanks(text)
+            return np.concatenate([self._encoding.encode_to_numpy(part, disallowed_special=()) for part in parts])
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._encoding.decode([int(i) for i in ids])
 
+    def text_bytes(self, ids: Iterable[int]) -> int:
+        return len(self._encoding.decode_bytes([int(i) for i in ids if i != self.eod]))
+
+
+def _before_last_blanks(text: str) -> list[str]:
+    """`text` cut before the last blank of every long run of blanks, where GPT-2's pattern cuts it in any case."""
+    cuts = [m.end() - 1 for m in re.finditer(rf"[{_BLANKS}]{{1000,}}(?=[^{_BLANKS}])", text)]
+    return [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+
 
 class HuggingFace(Tokenizer):
-    """Whatever a `tokenizer.json` describes, run by `tokenizers`; its special tokens are never added."""
+    """Whatever a `tokenizer.json` describes, run by `tokenizers`; its special tokens are never added.
+
+    One that describes GPT-2's kind of BPE and nothing else is run by `tiktoken`, which gives the same ids sooner.
+    """
 
     kind = "tokenizers"
     file_names = ("tokenizer.json",)
@@ -152,9 +179,13 @@ class HuggingFace(Tokenizer):
         if eod is None:
             raise ValueError(f"no end-of-document token in tokenizer.json; it needs one of {END_OF_DOCUMENT}")
         self.vocab_size, self.eod = max(vocab.values()) + 1, eod
+        self.gpt2 = _as_gpt2(json.loads(description))
 
     def _encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_array(self, text: str) -> np.ndarray:
+        return self.gpt2.encode_array(text) if self.gpt2 else super().encode_array(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         texts = [well_formed(text) for text in texts]
@@ -187,6 +218,32 @@ class SentencePiece(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._processor.decode([int(i) for i in ids])
+
+
+def is_plain_byte_level(description: dict) -> bool:
+    """Whether a tokenizer.json cuts words as GPT-2 does, so that its vocabulary and merges tell all."""
+    cut = description.get("pre_tokenizer") or {}
+    byte_level = cut.get("type") == "ByteLevel" and cut.get("use_regex", True) and not cut.get("add_prefix_space", True)
+    return byte_level and description.get("normalizer") is None
+
+
+def _as_gpt2(description: dict) -> Gpt2Bpe | None:
+    """The tokenizer that a tokenizer.json describes as GPT-2's kind, where it is that to the last detail."""
+    model = description.get("model") or {}
+    plain = model.get("type") == "BPE" and not any(
+        model.get(option) for option in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix",
+                                         "byte_fallback", "ignore_merges"))
+    added = {token["content"]: token for token in description.get("added_tokens") or []}
+    if not plain or not is_plain_byte_level(description) or not set(added) <= {END_OF_TEXT}:
+        return None
+    if any(not token["special"] for token in added.values()):
+        return None
+    vocab = model["vocab"] | {content: token["id"] for content, token in added.items()}
+    merges = (merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"])
+    try:
+        return Gpt2Bpe(json.dumps(vocab).encode(), "\n".join(["#version: 0.2", *merges]).encode())
+    except ValueError:
+        return None
 
 
 def _read_vocab(content: bytes) -> Mapping[str, int]:

@@ -40,7 +40,8 @@ class MegatronEngine:
         weights: to start from; None: drawn anew.
 
     Attributes:
-        reads_data: whether this rank is on the first or last pipeline stage and so needs tokens.
+        reads_data: whether this rank needs tokens: on the first and last pipeline stage, and on all where attention
+            stops at the borders of documents.
         optimizer_steps: updates done, skipped steps not counted; Adam's bias correction goes by it.
     """
 
@@ -54,7 +55,8 @@ class MegatronEngine:
         self.scheduler = common.make_scheduler(recipe, self.optimizer)
         self.optimizer_steps = 0
         self.data_parallel_rank = ps.get_data_parallel_rank()
-        self.reads_data = ps.is_pipeline_first_stage() or ps.is_pipeline_last_stage()
+        # Between the first and the last stage only the borders of documents are of interest.
+        self.reads_data = (ps.is_pipeline_first_stage() or ps.is_pipeline_last_stage() or recipe.data.reset_attention)
         self._reports = ps.is_pipeline_last_stage() and ps.get_tensor_model_parallel_rank() == 0
         self.config.finalize_model_grads_func = finalize_model_grads
         self.config.grad_scale_func = self.optimizer.scale_loss

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 
 from megatron_spdf.engine import Engine, MicroBatch
@@ -21,3 +22,8 @@ def validation_loss(
             return None
         losses.append(loss)
     return sum(losses) / len(losses)
+
+
+def bits_per_byte(loss: float, tokens_per_byte: float) -> float:
+    """A loss in nats per token as bits per byte of UTF-8 text, which compares across tokenizers."""
+    return loss / math.log(2) * tokens_per_byte

@@ -10,6 +10,19 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 
+def document_mask(documents: Tensor) -> Tensor:
+    """Which tokens attend to which: causal, and to their own document only.
+
+    Args:
+        documents: (B, T), the number of the document that a token is in.
+
+    Returns:
+        (B, 1, T, T) bool, true where query i may attend to key j: SDPA's convention, the opposite of Megatron-Core's.
+    """
+    same = documents.unsqueeze(2) == documents.unsqueeze(1)
+    return same.tril_().unsqueeze(1)
+
+
 class SdpaCoreAttention(MegatronModule):
     """Causal softmax(QK^T / sqrt(d_head)) V for Megatron-Core's SelfAttention."""
 
@@ -18,16 +31,18 @@ class SdpaCoreAttention(MegatronModule):
         self.dropout = config.attention_dropout
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_) -> Tensor:
-        """(T, B, nh, hs), (T, B, ng, hs), (T, B, ng, hs) -> (T, B, nh * hs), on this rank's heads."""
-        assert attention_mask is None, "the causal mask is the only one"
+        """(T, B, nh, hs), (T, B, ng, hs), (T, B, ng, hs) -> (T, B, nh * hs), on this rank's heads.
+
+        Args:
+            attention_mask: of `document_mask`, or None for plain causal attention, which has faster kernels.
+        """
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # (B, nh, T, hs)
-        grouped = q.size(1) != k.size(1)
+        how = {"attn_mask": attention_mask, "is_causal": attention_mask is None, "enable_gqa": q.size(1) != k.size(1)}
         if self.training and self.dropout > 0.0:
             with tensor_parallel.get_cuda_rng_tracker().fork():  # other heads, other masks
-                out = scaled_dot_product_attention(
-                    q, k, v, dropout_p=self.dropout, is_causal=True, enable_gqa=grouped)
+                out = scaled_dot_product_attention(q, k, v, dropout_p=self.dropout, **how)
         else:
-            out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+            out = scaled_dot_product_attention(q, k, v, **how)
         return out.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
 
 

@@ -8,6 +8,7 @@ from megatron.core import tensor_parallel
 from torch import Tensor, nn
 
 from megatron_spdf.engine import MicroBatch
+from megatron_spdf.model.attention import document_mask
 
 
 def token_losses(model: nn.Module, micro: MicroBatch, smoothing: float, vocab_size: int) -> Tensor:
@@ -18,9 +19,10 @@ def token_losses(model: nn.Module, micro: MicroBatch, smoothing: float, vocab_si
         vocab_size: without the rows that pad the embedding.
     """
     tokens, position, labels = micro.get("tokens"), micro.get("position_ids"), micro.get("labels")
+    mask = document_mask(micro["documents"]) if "documents" in micro else None  # None: causal
     if smoothing == 0.0:
-        return model(tokens, position, None, labels=labels)
-    return smoothed_cross_entropy(model(tokens, position, None).float(), labels, smoothing, vocab_size)
+        return model(tokens, position, mask, labels=labels)
+    return smoothed_cross_entropy(model(tokens, position, mask).float(), labels, smoothing, vocab_size)
 
 
 def smoothed_cross_entropy(logits: Tensor, labels: Tensor, smoothing: float, vocab_size: int) -> Tensor:

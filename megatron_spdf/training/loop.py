@@ -16,7 +16,7 @@ from megatron_spdf.config import Recipe
 from megatron_spdf.data.dataset import TokenData
 from megatron_spdf.data.finetuning import CompletionData
 from megatron_spdf.engine import Engine, StepResult
-from megatron_spdf.evaluation.perplexity import validation_loss
+from megatron_spdf.evaluation.perplexity import bits_per_byte, validation_loss
 from megatron_spdf.parallel.signals import StopRequest
 from megatron_spdf.parallel.traffic import TrafficCounter
 from megatron_spdf.planning.flops import training_flops
@@ -140,6 +140,7 @@ class Trainer:
             "step_seconds": seconds,
             "data_seconds": waited,
             "memory_bytes": _peak_memory(),
+            "source_tokens": self.data.consumed_by_source(state.step),
         }
         peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
         if peak:
@@ -170,10 +171,19 @@ class Trainer:
             state.best_step, state.best_loss, state.worse = state.step, loss, 0
         else:
             state.worse += 1
-        self.log.record("valid", state.step, loss=loss, perplexity=math.exp(loss))
-        self.log.say(f"step {state.step}: validation loss {loss:.4f}, perplexity {math.exp(loss):.2f}"
-                     + ("" if better else f"; no better than at step {state.best_step}, {state.worse} in a row"))
+        self._report_validation(loss, better)
         return better
+
+    def _report_validation(self, loss: float, better: bool) -> None:
+        if not self.log.active:
+            return
+        state, figures = self.state, {"loss": loss, "perplexity": math.exp(loss)}
+        if self.data.valid_tokens_per_byte is not None:
+            figures["bits_per_byte"] = bits_per_byte(loss, self.data.valid_tokens_per_byte)
+        self.log.record("valid", state.step, **figures)
+        self.log.say(f"step {state.step}: validation loss {loss:.4f}, perplexity {math.exp(loss):.2f}"
+                     + (f", {figures['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in figures else "")
+                     + ("" if better else f"; no better than at step {state.best_step}, {state.worse} in a row"))
 
     def _save(self) -> int:
         """Starts a save, when the one before is done; returns the step."""

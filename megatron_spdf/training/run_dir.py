@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from megatron_spdf.config import Recipe, differences, save_recipe
+from megatron_spdf.config import Recipe, changes_of_run, save_recipe
 from megatron_spdf.config.finetune import Finetune
 
 RECIPE = "recipe.yaml"
@@ -40,10 +40,10 @@ class RunDir:
                                  "choose another output")
             return
         try:
-            before = type(self.recipe).model_validate(yaml.safe_load(kept.read_text())).identity()
+            before = type(self.recipe).model_validate(yaml.safe_load(kept.read_text()))
         except (ValueError, yaml.YAMLError) as error:
             raise ValueError(f"{kept} cannot be read as a recipe ({error}); choose another output") from None
-        changes = list(differences(before, self.recipe.identity()))
+        changes = changes_of_run(before, self.recipe)
         if changes:
             raise ValueError(f"output={self.root} holds another recipe's run: {'; '.join(changes)}. Choose another "
                              "output, or set these back to go on with that run")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +40,13 @@ class RunLog:
             sys.stdout.flush()
 
     def record(self, kind: str, step: int, **figures: Any) -> None:
-        """A record in log.jsonl and its numbers in TensorBoard under `kind/`."""
+        """A record in log.jsonl and its numbers, and those of its mappings, in TensorBoard under `kind/`."""
         if not self.active:
             return
         self._file.write(json.dumps({"kind": kind, "step": step, **figures}) + "\n")
         if self._board:
-            for name, value in figures.items():
-                if isinstance(value, (int, float)):
-                    self._board.add_scalar(f"{kind}/{name}", value, step)
+            for name, value in _numbers(f"{kind}/", figures):
+                self._board.add_scalar(name, value, step)
 
     def advance(self, loss: float) -> None:
         self._bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
@@ -74,3 +74,11 @@ def _forget_after(log: Path, step: int) -> None:
     beside = log.with_name(log.name + ".new")
     beside.write_text("".join(kept))
     beside.replace(log)
+
+
+def _numbers(start: str, figures: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            yield from _numbers(f"{start}{name}/", value)
+        elif isinstance(value, (int, float)):
+            yield start + name, value

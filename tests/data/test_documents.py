@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import tracemalloc
 from pathlib import Path
 
@@ -20,7 +21,8 @@ from megatron_spdf.data.documents import (
     sample_texts,
 )
 
-PILE = Path(__file__).parents[2] / ".." / "shared" / "data" / "pile_sample" / "val.jsonl.zst"
+SHARED = Path(os.environ.get("SPDF_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
+PILE = SHARED / "pile_sample" / "val.jsonl.zst"
 TEXTS = [f"document {i} " + "Grüße 東京 🙂\n\t\x00 " * (i % 7) for i in range(200)]
 COMPRESS = {".jsonl": bytes, ".jsonl.zst": zstandard.compress, ".jsonl.gz": gzip.compress}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import os
 import pickle
 import textwrap
 import warnings
@@ -14,9 +15,10 @@ import pytest
 import tokenizers
 import zstandard
 
+from megatron_spdf.data import tokenizer_kinds
 from megatron_spdf.data.tokenizer import load_tokenizer, train_tokenizer
 
-SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"
+SHARED = Path(os.environ.get("SPDF_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
 GPT2 = SHARED / "gpt2_tokenizer"
 PILE = SHARED / "pile_sample" / "val.jsonl.zst"
 needs_gpt2 = pytest.mark.skipif(not GPT2.exists(), reason="no GPT-2 BPE files in ../shared/data")
@@ -294,3 +296,45 @@ def test_megatron_takes_it_without_warning_and_masks_nothing(trained, tmp_path):
     assert any((sample["labels"] == tokenizer.eod).any() for sample in samples)
     assert tokenizer.sha256 in dataset.unique_description
     assert str(tmp_path) not in json.dumps(tokenizer.unique_identifiers)
+
+
+@pytest.mark.parametrize("blank", [" ", "\n", "\u3000", "\t \u2028"])
+def test_blanks_longer_than_the_regex_engine_can_stand(trained, blank):
+    """tiktoken's pattern runs out of stack somewhere below a million; U+001C is no blank to it, to Python it is."""
+    text = f"x\x1c{blank * 1_000_000}y {blank * 1_000_000}\x1cz{blank * 9000}"
+    tokenizer = load_tokenizer(trained / "bpe")
+    with pytest.raises(ValueError, match="stack"):
+        tokenizer._encoding.encode_to_numpy(text, disallowed_special=())
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    short = f"x\x1c{blank * 2000}y {blank * 3000}\x1cz{blank * 1500}"
+    parts = tokenizer_kinds._before_last_blanks(short)
+    assert len(parts) == 3 and "".join(parts) == short
+    assert [i for part in parts for i in tokenizer.encode(part)] == reference_bpe(trained / "bpe").encode(short).ids
+
+
+def test_tokenizer_json_of_gpt2s_kind_is_run_by_tiktoken_and_others_are_not(trained, tmp_path):
+    plain = load_tokenizer(trained / "tokenizers")
+    assert plain.kind == "tokenizers" and plain.gpt2 is not None
+    description = json.loads((trained / "tokenizers" / "tokenizer.json").read_bytes())
+    for change in (
+        {"normalizer": {"type": "NFC"}},
+        {"pre_tokenizer": {**description["pre_tokenizer"], "add_prefix_space": True}},
+        {"model": {**description["model"], "ignore_merges": True}},
+        {"added_tokens": [{**description["added_tokens"][0], "special": False}]},
+        {"added_tokens": [*description["added_tokens"], {**description["added_tokens"][0], "id": 400, "content": "x"}]},
+    ):
+        (tmp_path / "tokenizer.json").write_text(json.dumps({**description, **change}))
+        tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
+        assert tokenizer.gpt2 is None, change
+        assert tokenizer.encode_array("one two").tolist() == tokenizer.encode("one two")
+
+
+@pytest.mark.parametrize("kind", ["bpe", "sentencepiece", "tokenizers"])
+def test_bytes_of_text_without_the_ends_of_documents(trained, kind):
+    tokenizer = load_tokenizer(trained / kind)
+    for text in ROUND_TRIP + CORPUS:
+        ids = tokenizer.encode(text)
+        assert tokenizer.text_bytes([tokenizer.eod, *ids, tokenizer.eod]) == len(text.encode())
+    ids = tokenizer.encode(CORPUS[2])
+    halves = [tokenizer.text_bytes(half) for half in (ids[: len(ids) // 2], ids[len(ids) // 2 :])]
+    assert sum(halves) == pytest.approx(len(CORPUS[2].encode()), abs=0 if kind == "bpe" else 12)

@@ -12,6 +12,7 @@ from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import plain_megatron
 import torch
 import torch.distributed as dist
@@ -30,6 +31,7 @@ from megatron_spdf.config.checks import findings
 from megatron_spdf.data.corpus import check_corpus
 from megatron_spdf.data.dataset import TokenData
 from megatron_spdf.engine import Engine, make_engine, megatron
+from megatron_spdf.model.attention import document_mask
 from megatron_spdf.model.weights import model_weights
 from megatron_spdf.parallel.ranks import find_ranks, join, leave
 from megatron_spdf.parallel.signals import StopRequest
@@ -57,8 +59,7 @@ class Bench:
         agree_on_port()
         self.device = join(find_ranks(), self.recipe)
         self.engine = make_engine(self.recipe, self.plan, self.device)
-        self.data = TokenData(self.recipe, self.corpus.train_tokens, self.corpus.tokenizer, self.run.cache,
-                              self.engine.reads_data)
+        self.data = TokenData(self.recipe, self.corpus, self.run.cache, self.engine.reads_data)
         self.checkpointer = Checkpointer(self.run.checkpoints, self.recipe, self.plan, self.corpus.tokenizer)
 
     def steps(self, first: int, last: int) -> list[tuple[float, float]]:
@@ -441,3 +442,48 @@ def through_megatron(directory: str, saved: str, shape: dict, ids: torch.Tensor)
     """`plain_megatron.load_and_save` on these ranks."""
     agree_on_port()
     return plain_megatron.load_and_save(directory, saved, shape, ids)
+
+
+def samples_of_run(recipe: dict, starts: list[int]) -> dict:
+    """This rank's samples of a run that was started at these steps, up to the next start or the end.
+
+    Returns:
+        Number in the run -> hash of its tokens and labels, from the run's indices and from what the batches hold; and
+        the tokens consumed of each source at each end.
+    """
+    made = Recipe.model_validate(recipe)
+    agree_on_port()
+    join(find_ranks(), made)
+    found, consumed = {}, []
+    for start, end in zip(starts, [*starts[1:], made.steps], strict=True):
+        data = TokenData(made, check_corpus(made), RunDir(made).cache, reads=True)
+        for step, batch in zip(range(start, end), data.training_batches(start), strict=False):
+            for number, micro in enumerate(batch):
+                texts = torch.cat([micro["tokens"], micro["labels"]], 1).numpy()
+                for place, text in zip(data._indices(step, number), texts, strict=True):
+                    assert place not in found
+                    found[place] = hashlib.sha256(text.tobytes()).hexdigest()
+        consumed.append(data.consumed_by_source(end))
+    leave()
+    return {"samples": found, "consumed": consumed}
+
+
+def packed(recipe: dict) -> dict:
+    """Losses per token of documents in one sequence, borders observed, and of each of them in a sequence of its own."""
+    with bench(recipe) as b:
+        b.steps(0, 2)  # away from the initial weights, of which biases are zero
+        model, eod = b.engine.models[0].eval(), b.corpus.tokenizer.eod
+        draw = torch.Generator().manual_seed(1)
+        documents = [torch.randint(0, eod, (length,), generator=draw).tolist() + [eod] for length in (7, 1, 12, 0, 5)]
+
+        def losses(texts: list[list[int]]) -> list[float]:
+            sample = b.data.borders.sample(np.array(sum(texts, [])))
+            micro = {name: value[None] for name, value in sample.items()}
+            mask = document_mask(micro["documents"])
+            with torch.no_grad():
+                found = model(micro["tokens"], micro["position_ids"], mask, labels=micro["labels"])[0].tolist()
+            # The last token of each document predicts the first of the next: not a loss of the document's own.
+            ends = [sum(map(len, texts[: i + 1])) - 1 for i in range(len(texts))]
+            return [loss for place, loss in enumerate(found) if place not in ends]
+
+        return {"together": losses(documents), "apart": [x for d in documents if len(d) > 1 for x in losses([d])]}

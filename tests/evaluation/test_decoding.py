@@ -50,7 +50,8 @@ def contexts():
 
 
 def texts(model, contexts, **settings) -> list[str]:
-    found = decode(model, TOKENIZER, contexts, Settings(**{"beams": 4, "max_new_tokens": 12, "length_penalty": 1.5, **settings})).texts
+    chosen = Settings(**{"beams": 4, "max_new_tokens": 12, "length_penalty": 1.5, **settings})
+    found = decode(model, TOKENIZER, contexts, chosen).texts
     return [found[i] for i in range(len(contexts))]
 
 

@@ -110,8 +110,8 @@ def test_page_stands_by_itself(report, runs, tmp_path, capsys):
 def test_page_says_what_the_logs_say(report, runs, tmp_path):
     assert report([*map(str, runs), "-o", str(tmp_path / "r.html")]) == 0
     text = re.sub(r"\s+", " ", " ".join(Page((tmp_path / "r.html").read_text()).text))
-    for said in ("75.00%", "30 of 30", "4.5000", "4e+12", "1.6e+12", "2.00x", "2.20x", "61.25", "2.50x", "67.49", "236.62",
-                 "contradicts itself"):
+    for said in ("75.00%", "30 of 30", "4.5000", "4e+12", "1.6e+12", "2.00x", "2.20x", "61.25", "2.50x", "67.49",
+                 "236.62", "contradicts itself"):
         assert said in text, said
 
 
@@ -175,8 +175,8 @@ def test_rendered_page_has_no_sideways_overflow(report, runs, tmp_path, width):
     """A probe appended to the page writes into its title how wide its content is."""
     output = tmp_path / "r.html"
     assert report([*map(str, runs), "-o", str(output)]) == 0
-    probe = "<script>document.title = document.documentElement.scrollWidth + ' ' + document.querySelectorAll('svg').length\
-</script>"
+    probe = ("<script>document.title = document.documentElement.scrollWidth + ' ' + "
+             "document.querySelectorAll('svg').length</script>")
     output.write_text(output.read_text().replace("</body>", f"{probe}</body>"))
     done = subprocess.run([CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},1000",
                            f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", output.as_uri()],

@@ -1,0 +1,116 @@
+"""Megatron's .idx file: a header, then length and offset of each sequence, then where documents end."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+REBUILD = "Run tools/preprocess_data.py again, or copy the file again if it was copied"
+# Magic, version, dtype code, sequences, length of the document list.
+_HEADER = struct.Struct("<9sQBQQ")
+_MAGIC = b"MMIDIDX\x00\x00"
+_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64", 7: "float32", 8: "uint16"}
+_CODES = {name: code for code, name in _DTYPES.items()}
+_BYTES_PER_SEQUENCE = 4 + 8  # int32 length, int64 offset
+_BYTES_PER_DOCUMENT = 8
+_CHUNK = 1 << 20  # entries in memory at a time
+
+
+class IndexHeader(NamedTuple):
+    """Start of a .idx file. Megatron's document list holds a leading 0, so `documents` is one less long."""
+
+    dtype: str
+    sequences: int
+    documents: int
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the whole .idx file."""
+        per_sequence = self.sequences * _BYTES_PER_SEQUENCE
+        return _HEADER.size + per_sequence + (self.documents + 1) * _BYTES_PER_DOCUMENT
+
+
+def read_index_header(path: Path) -> IndexHeader:
+    """The header of a .idx file.
+
+    Raises:
+        ValueError: the file is shorter than a header, or its magic, version or dtype is not Megatron's.
+    """
+    with open(path, "rb") as file:
+        start = file.read(_HEADER.size)
+    if len(start) < _HEADER.size:
+        raise ValueError(f"{path} is cut off: {len(start)} bytes; its header has {_HEADER.size}. {REBUILD}")
+    magic, version, code, sequences, document_list = _HEADER.unpack(start)
+    if magic != _MAGIC or version != 1 or code not in _DTYPES or document_list < 1:
+        raise ValueError(
+            f"{path} is not an index of Megatron: it starts with {magic!r}, version {version}, dtype code "
+            f"{code}; expected {_MAGIC!r}, version 1, a code in 1..8. {REBUILD}"
+        )
+    return IndexHeader(_DTYPES[code], sequences, document_list - 1)
+
+
+class Index(NamedTuple):
+    """The arrays of a .idx file, memory-mapped.
+
+    Attributes:
+        lengths: (sequences,) int32, tokens of each.
+        offsets: (sequences,) int64, where each starts in the .bin file, in bytes.
+        document_ends: (documents + 1,) int64, the number of sequences before the end of each; a leading 0.
+    """
+
+    lengths: np.ndarray
+    offsets: np.ndarray
+    document_ends: np.ndarray
+
+
+def read_index(path: Path) -> Index:
+    """The arrays of a .idx file whose size has been checked."""
+    header = read_index_header(path)
+    shapes = ((np.int32, header.sequences), (np.int64, header.sequences), (np.int64, header.documents + 1))
+    arrays, offset = [], _HEADER.size
+    for dtype, count in shapes:
+        arrays.append(np.memmap(path, dtype, "r", offset, (count,)))
+        offset += arrays[-1].nbytes
+    return Index(*arrays)
+
+
+def read_lengths(path: Path) -> np.ndarray:
+    """Tokens of each sequence of a .idx file, (sequences,) of int32, memory-mapped."""
+    return read_index(path).lengths
+
+
+def write_index(path: Path, lengths: np.ndarray, dtype: np.dtype) -> str:
+    """Writes the .idx file of documents of one sequence each, in little memory; returns its SHA-256.
+
+    Args:
+        lengths: tokens of each document, (documents,) of int32; may be memory-mapped.
+        dtype: of a token.
+    """
+    digest = hashlib.sha256()
+    with open(path, "wb") as file:
+        for piece in _pieces(lengths, dtype):
+            file.write(piece)
+            digest.update(piece)
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def _pieces(lengths: np.ndarray, dtype: np.dtype) -> Iterator[bytes]:
+    count = len(lengths)
+    yield _HEADER.pack(_MAGIC, 1, _CODES[dtype.name], count, count + 1)
+    starts = range(0, count, _CHUNK)
+    yield from (lengths[i : i + _CHUNK].tobytes() for i in starts)
+    offset = 0
+    for i in starts:
+        ends = offset + np.cumsum(lengths[i : i + _CHUNK], dtype=np.int64) * dtype.itemsize
+        yield np.concatenate([[offset], ends[:-1]]).astype(np.int64).tobytes()
+        offset = int(ends[-1])
+    for i in range(0, count + 1, _CHUNK):
+        yield np.arange(i, min(i + _CHUNK, count + 1), dtype=np.int64).tobytes()

@@ -1,0 +1,250 @@
+"""Whatever ends a run, and however many workers it has: the result is that of an undisturbed run, byte for byte."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+from text_shards import ROOT, content, records, write_shard
+
+from megatron_spdf.data.preprocess import preprocess
+from megatron_spdf.data.publish import Partial
+from megatron_spdf.data.tokenizer import load_tokenizer
+
+KINDS = {
+    "one data set": [],
+    "split, sets, no duplicates": ["--split", "90,5,5", "--by-set", "--deduplicate"],
+    "per shard": ["--per-shard"],
+}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> list[Path]:
+    """Six shards of about 2 MB of text, of all formats."""
+    directory = tmp_path_factory.mktemp("shards")
+    suffixes = ("jsonl", "jsonl.gz", "jsonl.zst") * 2
+    return [write_shard(directory / f"{i}.{suffix}", records(1500, seed=i)) for i, suffix in enumerate(suffixes)]
+
+
+class Killed(BaseException):
+    """Ends a run as abruptly as a test in the same process can."""
+
+
+def start(shards: list[Path], output: Path, tokenizer: Path, *words: str) -> subprocess.Popen:
+    command = [sys.executable, "tools/preprocess_data.py", "--input", *shards, "--output", output, "--tokenizer",
+               tokenizer, *words]
+    return subprocess.Popen([str(word) for word in command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, env={**os.environ, "PYTHONWARNINGS": "ignore"})
+
+
+def finish(run: subprocess.Popen, code: int = 0) -> str:
+    out, err = run.communicate(timeout=900)
+    assert run.returncode == code, out + err
+    assert "Traceback" not in err
+    return out + err
+
+
+def wait_for_inputs(partial: Partial, count: int, run: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 600
+    while partial.finished_inputs < count:
+        assert run.poll() is None and time.monotonic() < deadline, run.communicate()
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_number_of_workers_changes_nothing(shards, tmp_path, tiny_bpe, kind):
+    made = []
+    for workers in ("1", "2", "3"):
+        finish(start(shards, tmp_path / workers / "t", tiny_bpe, "--workers", workers, *KINDS[kind]))
+        made.append(content(tmp_path / workers / "t"))
+    assert made[0] == made[1] == made[2] and made[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_at_random_moments_equals_undisturbed(shards, tmp_path, tiny_bpe, kind):
+    """Kills fall anywhere: before the start, in an input, between two, while names are given."""
+    words = ["--workers", "2", *KINDS[kind]]
+    started = time.monotonic()
+    finish(start(shards, tmp_path / "undisturbed" / "t", tiny_bpe, *words))
+    duration = time.monotonic() - started
+    draw, killed, kept, kills = random.Random(kind), 0, set(), 20 if kind == "one data set" else 10
+    output, partial = tmp_path / "killed" / "t", Partial(tmp_path / "killed" / "t", bool(KINDS[kind]))
+    while killed < kills:
+        run = start(shards, output, tiny_bpe, *words)
+        with suppress(subprocess.TimeoutExpired):
+            run.wait(draw.uniform(0.0, 1.1 * duration))
+        killed += run.poll() is None
+        workers = psutil.Process(run.pid).children() if run.poll() is None else []
+        run.kill()
+        run.communicate()
+        _, alive = psutil.wait_procs(workers, timeout=20)
+        assert not alive, "workers outlive the run that started them"
+        kept.add(partial.finished_inputs)
+        if run.returncode == 0:
+            assert content(output) == content(tmp_path / "undisturbed" / "t")
+            kept.add("all")
+            words = words if "--overwrite" in words else [*words, "--overwrite"]
+    if partial.directory.exists() or not Path(f"{output}.json").exists():
+        finish(start(shards, output, tiny_bpe, *words))
+    assert content(output) == content(tmp_path / "undisturbed" / "t")
+    assert len(kept) > 2, f"the kills all fell at the same point: {kept}"
+
+
+@pytest.mark.slow
+def test_a_resumed_run_does_not_read_finished_inputs_again(shards, tmp_path, tiny_bpe):
+    output, partial = tmp_path / "t", Partial(tmp_path / "t", False)
+    run = start(shards, output, tiny_bpe, "--workers", "2")
+    wait_for_inputs(partial, 2, run)
+    run.kill()
+    run.communicate()
+    entries = [json.loads(line) for line in (partial.directory / "ledger.jsonl").read_text().splitlines()]
+    before = sum(entry["source"]["tokens"] for entry in entries)
+    said = finish(start(shards, output, tiny_bpe, "--progress"))
+    total = json.loads(Path(f"{output}.json").read_bytes())["tokens"]
+    assert len(entries) >= 2 and re.findall(r"([\d,]+) tokens\]", said)[-1] == f"{total - before:,}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_signal_keeps_what_is_finished_and_says_so(shards, tmp_path, tiny_bpe, number):
+    output, partial = tmp_path / "t", Partial(tmp_path / "t", False)
+    run = start(shards, output, tiny_bpe, "--workers", "2")
+    wait_for_inputs(partial, 1, run)
+    workers = psutil.Process(run.pid).children()
+    run.send_signal(number)
+    said = finish(run, code=128 + number)
+    assert not psutil.wait_procs(workers, timeout=20)[1]
+    assert partial.finished_inputs >= 1 and not Path(f"{output}.bin").exists()
+    if number == signal.SIGINT:
+        assert f"{partial.directory} keeps {partial.finished_inputs} finished inputs; the same command" in said
+
+
+@pytest.mark.slow
+def test_a_dead_worker_ends_the_run_with_a_remedy(shards, tmp_path, tiny_bpe):
+    output, partial = tmp_path / "t", Partial(tmp_path / "t", False)
+    run = start(shards, output, tiny_bpe, "--workers", "2")
+    wait_for_inputs(partial, 1, run)
+    victims = [p for p in psutil.Process(run.pid).children() if "spawn_main" in " ".join(p.cmdline())]
+    victims[0].kill()
+    said = finish(run, code=2)
+    assert "a worker process died near" in said and "take fewer --workers" in said
+    assert "the same command goes on from there" in said
+
+
+def interrupted(directory: Path, tiny_bpe: Path, **settings) -> list[Path]:
+    """PREFIX.partial of a run that finished two inputs and stopped at the third, which is bad."""
+    paths = [write_shard(directory / f"{i}.jsonl", records(3000, seed=i)) for i in range(3)]
+    with open(paths[2], "ab") as file:
+        file.write(b"bad\n")
+    with pytest.raises(ValueError, match="2.jsonl, line 3001: not valid JSON"):
+        preprocess(paths, directory / "t", load_tokenizer(tiny_bpe), **settings)
+    assert Partial(directory / "t", bool(settings)).finished_inputs == 2
+    return paths
+
+
+@pytest.fixture
+def stopped(tmp_path, tiny_bpe) -> list[Path]:
+    return interrupted(tmp_path, tiny_bpe)
+
+
+@pytest.mark.parametrize("remedy", ["skip", "correct"])
+@pytest.mark.parametrize("settings", [{}, {"split": (1, 1), "deduplicate": True}])
+def test_after_a_bad_record_the_run_goes_on(tmp_path, tiny_bpe, remedy, settings, monkeypatch):
+    paths = interrupted(tmp_path, tiny_bpe, **settings)
+    if remedy == "correct":
+        write_shard(paths[2], records(2000, seed=7))
+    read = []
+    opened = preprocess.__globals__["read_blocks"]
+    monkeypatch.setattr("megatron_spdf.data.preprocess.read_blocks", lambda p, s: read.extend(p) or opened(p, s))
+    on_error = "skip" if remedy == "skip" else "stop"
+    preprocess(paths, tmp_path / "t", load_tokenizer(tiny_bpe), on_error=on_error, **settings)
+    assert read == paths[2:]
+    preprocess(paths, tmp_path / "anew", load_tokenizer(tiny_bpe), on_error=on_error, **settings)
+    made, anew = content(tmp_path / "t"), content(tmp_path / "anew")
+    assert list(made.values()) == list(anew.values()) or sorted(made.values()) == sorted(anew.values())
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    ({"append_eod": False}, "append_eod was True and is False"),
+    ({"ftfy": True}, "ftfy was False and is True"),
+    ({"text_key": "body"}, "text_key was text and is body"),
+])
+def test_other_settings_are_not_mixed_into_an_interrupted_run(tmp_path, stopped, tiny_bpe, change, said):
+    with pytest.raises(ValueError, match=f"t.partial holds an interrupted run with other settings: {said}.*remove"):
+        preprocess(stopped, tmp_path / "t", load_tokenizer(tiny_bpe), **change)
+    assert Partial(tmp_path / "t", False).finished_inputs == 2
+
+
+def test_another_tokenizer_is_not_mixed_into_an_interrupted_run(tmp_path, stopped, tiny_bpe):
+    from megatron_spdf.data.tokenizer import train_tokenizer
+
+    other = train_tokenizer("bpe", [r["text"] for r in records(9)], 280, tmp_path / "other")
+    before = load_tokenizer(tiny_bpe).sha256
+    with pytest.raises(ValueError, match=f"tokenizer_sha256 was {before} and is {other.sha256}"):
+        preprocess(stopped, tmp_path / "t", other)
+
+
+def test_inputs_that_changed_under_an_interrupted_run_are_named(tmp_path, stopped, tiny_bpe):
+    tokenizer = load_tokenizer(tiny_bpe)
+    with pytest.raises(ValueError, match="input 1, .*0.jsonl, is .*1.jsonl now. Give the same inputs"):
+        preprocess(stopped[1:], tmp_path / "t", tokenizer)
+    with pytest.raises(ValueError, match="input 2, .*1.jsonl, is not given now"):
+        preprocess(stopped[:1], tmp_path / "t", tokenizer)
+    write_shard(stopped[1], records(2999, seed=1))
+    with pytest.raises(ValueError, match="input 2, .*1.jsonl, has changed since"):
+        preprocess(stopped, tmp_path / "t", tokenizer)
+
+
+def test_tokens_that_a_crash_of_the_machine_lost_are_missed(tmp_path, stopped, tiny_bpe):
+    os.truncate(tmp_path / "t.partial" / "part.bin", 1000)
+    with pytest.raises(ValueError, match="part.bin holds 1000 bytes and its ledger says .* the disk lost"):
+        preprocess(stopped, tmp_path / "t", load_tokenizer(tiny_bpe), on_error="skip")
+
+
+@pytest.mark.parametrize("settings", [{}, {"split": (9, 1)}])
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("moves", [0, 1, 2, 3, 4])
+def test_an_interrupted_renaming_is_finished(tmp_path, tiny_bpe, monkeypatch, settings, overwrite, moves):
+    tokenizer = load_tokenizer(tiny_bpe)
+    old = write_shard(tmp_path / "old.jsonl", records(9))
+    new = write_shard(tmp_path / "new.jsonl", records(90, seed=1))
+    preprocess([new], tmp_path / "expected" / "t", tokenizer, **settings)
+    expected = content(tmp_path / "expected" / "t")
+    if overwrite:
+        preprocess([old], tmp_path / "t", tokenizer, **settings)
+
+    left, publish = iter(range(moves)), Partial.publish
+
+    def counted(function):
+        def call(*arguments, **options):
+            if next(left, None) is None:
+                raise Killed
+            return function(*arguments, **options)
+        return call
+
+    def cut_off(partial: Partial) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", counted(os.replace))
+            patch.setattr(shutil, "rmtree", counted(shutil.rmtree))
+            patch.setattr(Path, "rename", counted(Path.rename))
+            publish(partial)
+
+    with monkeypatch.context() as patch, suppress(Killed):
+        patch.setattr(Partial, "publish", cut_off)
+        preprocess([new], tmp_path / "t", tokenizer, overwrite=overwrite, **settings)
+    if (tmp_path / "t.partial").exists():
+        preprocess([new], tmp_path / "t", tokenizer, **settings)
+    assert content(tmp_path / "t") == expected

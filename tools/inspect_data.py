@@ -1,0 +1,72 @@
+"""Say what a data set holds, and with --verify whether every byte of it is as its manifest says.
+
+python tools/inspect_data.py data/train
+python tools/inspect_data.py data/train --sample 17 --png lengths.png
+python tools/inspect_data.py data/pile --verify
+
+PREFIX is that of one data set or a directory of several, of this package or of Megatron-LM's tool. Exit code 0, or 2 if
+it is no data set or a damaged one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from pathlib import Path
+
+import _path  # noqa: F401  puts the repository root on sys.path
+
+from megatron_spdf.data.inspect import data_sets, describe, plot_histogram, render, sample, verify, verify_corpus
+from megatron_spdf.data.manifest import CORPUS
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print what is there; the exit code is 2 where it cannot be trusted."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("prefix", metavar="PREFIX", help="of a data set, or a directory of data sets")
+    parser.add_argument("--sample", type=int, metavar="N", help="decode document N, counted from 0")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="draw the histogram of document lengths")
+    parser.add_argument("--verify", action="store_true", help="read everything and check it")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args(arguments)
+    try:
+        prefixes = data_sets(options.prefix)
+        if len(prefixes) > 1 and (options.sample is not None or options.png):
+            raise ValueError(f"{options.prefix} holds {len(prefixes)} data sets; name one for --sample or --png: "
+                             + ", ".join(prefixes))
+        facts = {"data_sets": [describe(prefix) for prefix in prefixes]}
+        if options.sample is not None:
+            facts["sample"] = sample(prefixes[0], options.sample)
+        if options.png:
+            plot_histogram(facts["data_sets"][0], options.png)
+        if options.verify:
+            is_corpus = (Path(options.prefix) / CORPUS).is_file()
+            facts["faults"] = verify_corpus(options.prefix) if is_corpus else verify(prefixes[0])
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(facts, indent=1) if options.json else as_text(facts))
+    for fault in facts.get("faults", []):
+        print(f"error: {fault}", file=sys.stderr)
+    return 2 if facts.get("faults") else 0
+
+
+def as_text(facts: dict) -> str:
+    """All that was asked for, for people."""
+    lines = [render(data_set) for data_set in facts["data_sets"]]
+    if found := facts.get("sample"):
+        origin = f", from {found['source']}" if found["source"] else ""
+        lines += [f"document {found['document']:,}, {found['tokens']:,} tokens{origin}:", found["text"]]
+    if facts.get("faults") == []:
+        lines.append("verified: every byte is as it was written, and the counts add up")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `inspect_data.py | head` ends quietly
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.exit(main())
