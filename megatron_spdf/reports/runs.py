@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_spdf.planning.runs import RECIPE, of_kind, read_logged
 
-SCORES = "scores.json"
+EVALUATIONS = "evaluation/*/scores.json"
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Logged:
     Attributes:
         label: its name, with as much of its path as tells it from the others.
         values: of its recipe.
-        scores: task metric -> value, from its scores.json.
+        scores: metric -> value on all of the test set, from tools/evaluate.py.
     """
 
     directory: Path
@@ -99,7 +99,7 @@ def read_all(directories: list[Path]) -> list[Logged]:
 def _read(directory: Path, label: str) -> Logged:
     values, records = read_logged(directory)
     return Logged(directory, label, values, of_kind(records, "train"), of_kind(records, "valid"),
-                  next(iter(of_kind(records, "bytes")), {}), _scores(directory / SCORES))
+                  next(iter(of_kind(records, "bytes")), {}), _scores(directory))
 
 
 def _labels(directories: list[Path]) -> list[str]:
@@ -111,17 +111,18 @@ def _labels(directories: list[Path]) -> list[str]:
     raise AssertionError(directories)
 
 
-def _scores(file: Path) -> dict[str, float]:
-    """The numbers of a scores.json, whether at its top or under `scores`.
+def _scores(directory: Path) -> dict[str, float]:
+    """Metric -> value of a run's evaluation; where it has several, their names are put before the metrics'.
 
     Raises:
-        ValueError: it is not JSON.
+        ValueError: an evaluation is not what tools/evaluate.py writes.
     """
-    if not file.is_file():
-        return {}
-    try:
-        found = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}; write it anew with tools/evaluate.py") from None
-    found = found.get("scores", found) if isinstance(found, dict) else {}
-    return {k: v for k, v in found.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+    found = {}
+    for file in sorted(directory.glob(EVALUATIONS)):
+        try:
+            found[file.parent.name] = json.loads(file.read_text())["scores"]["all"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} holds no scores ({error!r}); write it anew with tools/evaluate.py") from None
+    if len(found) == 1:
+        return next(iter(found.values()))
+    return {f"{name} {metric}": value for name, scores in found.items() for metric, value in scores.items()}

@@ -23,8 +23,8 @@ def shipped(name: str, *words: str) -> Finetune:
 
 
 def test_a_recipe_is_shipped_for_every_task():
-    assert set(SHIPPED) == {*NLG, *SUMMARIES, "jsonl"} == set(TASKS)
-    assert all(shipped(name).data.task == name for name in SHIPPED)
+    assert set(SHIPPED) - {"demo"} == {*NLG, *SUMMARIES, "jsonl"} == set(TASKS)
+    assert all(shipped(name).data.task == name for name in SHIPPED if name != "demo")
     assert len({shipped(name).output for name in SHIPPED}) == len(SHIPPED)
 
 

@@ -58,7 +58,8 @@ def runs(tmp_path):
     for name, start in (("dense_e2e", dense), ("s75_e2e", sparse)):
         checkpoint = start / "checkpoints" / "step_00000030"
         tuned = write(tmp_path / "runs" / name, {"checkpoint": str(checkpoint), "data": {"task": "e2e"}}, 0.4e12, 0.0)
-        (tuned / "scores.json").write_text(json.dumps({"task": "e2e", "scores": {"BLEU": 61.25, "signature": "x"}}))
+        (scored := tuned / "evaluation/e2e_test").mkdir(parents=True)
+        (scored / "scores.json").write_text(json.dumps({"task": "e2e", "scores": {"all": {"BLEU": 61.25}}}))
         found.append(tuned)
     return found
 
@@ -150,7 +151,7 @@ def test_smoothing_keeps_means_and_short_curves():
 
 @pytest.mark.parametrize(("damage", "said"), [
     (lambda run: (run / "log.jsonl").unlink(), "it has no log.jsonl"),
-    (lambda run: (run / "scores.json").write_text("{"), "scores.json is not JSON"),
+    (lambda run: (run / "evaluation/e2e_test/scores.json").write_text("{"), "scores.json holds no scores"),
     (lambda run: (run / "log.jsonl").write_text(""), "holds no training step yet"),
 ])
 def test_what_cannot_be_read_gets_a_sentence(report, runs, tmp_path, capsys, damage, said):
