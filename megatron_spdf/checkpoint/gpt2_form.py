@@ -55,9 +55,9 @@ def from_gpt2(tensor: Tensor, weight: Weight, model: Model) -> Tensor:
 def pad_vocabulary(embedding: Tensor, rows: int) -> Tensor:
     """The embedding with `rows` rows, those past the vocabulary being the mean of it.
 
-    A padding token takes part in the softmax over the LM head. Trained models have logits far below zero, so rows of
-    zeros would win it. The logit of the mean row is the mean logit, and n such tokens have at most n / vocabulary of
-    the others' weight, since exp(mean) <= mean(exp).
+    Ours take no part in the softmax over the LM head, but Megatron-LM's do. Trained models have logits far below zero,
+    so rows of zeros would win it. The logit of the mean row is the mean logit, and n such tokens have at most n /
+    vocabulary of the others' weight, since exp(mean) <= mean(exp).
     """
     padding = rows - len(embedding)
     assert padding >= 0, (rows, embedding.shape)

@@ -72,9 +72,7 @@ class MegatronReader(TensorFiles):
         place, layer = self._place(name)
         shape = self.weights[name].shape
         if name == EMBEDDING:
-            real = self.block(place, (0, 0), (self.model.vocab_size, self.model.hidden))
-            held = self.shapes[place][0]
-            return self.block(place, (0, 0), shape) if held >= shape[0] else pad_vocabulary(real, shape[0])
+            return pad_vocabulary(self.block(place, (0, 0), (self.model.vocab_size, self.model.hidden)), shape[0])
         if layer is None:
             return self.tensor(place)
         return self.block(place, (layer,) + (0,) * len(shape), (1, *shape))[0]
@@ -144,7 +142,8 @@ def save_for_megatron(source: WeightSource, output: Path, dtype: torch.dtype) ->
     model = source.model
 
     def read(name: str) -> Tensor:
-        return source.weight(name).to(dtype)
+        weight = source.weight(name).to(dtype)
+        return pad_vocabulary(weight[: model.vocab_size], len(weight)) if name == EMBEDDING else weight
 
     tensors = []
     for name, weight in source.weights.items():

@@ -17,7 +17,7 @@ NOUNS = ("file", "line", "path", "header", "token", "message", "record", "name",
 MODULES = ("os", "json", "email", "http", "csv", "socket", "ast", "time", "string", "logging")
 THINGS = ("a string", "a list", "an integer", "a dictionary", "a tuple", "a bytes object", "an iterator", "a set")
 ERRORS = ("ValueError", "TypeError", "OSError", "KeyError", "IndexError", "RuntimeError")
-SPLITS = {"train": 1200, "validation": 100, "test": 100}  # records
+SPLITS = {"train": 800, "validation": 100, "test": 100}  # records
 RIGHT = 3  # sentences for a record of validation and test; training has one line for each of two
 
 Record = dict[str, str]

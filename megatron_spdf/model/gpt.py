@@ -10,7 +10,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from megatron_spdf.config import Recipe
@@ -96,7 +96,20 @@ def _build_chunk(
     if config.bf16:
         model.bfloat16()
     _fill(model, recipe, plan, source)
+    if model.post_process:
+        model.output_layer.register_forward_hook(partial(_hide_padding, recipe.model.vocab_size))
     return model
+
+
+def _hide_padding(vocab_size: int, layer: nn.Module, _, output: tuple[Tensor, Tensor | None]) -> None:
+    """Rows that pad the embedding take no part in any softmax: their logits (T, B, V / TP) are -inf.
+
+    Megatron-Core lets them compete, so that its loss depends on the padding and differs from the exported model's.
+    Done outside of autograd, which would copy the gradient of all logits; that of -inf is zero after a softmax.
+    """
+    logits = output[0].detach()  # the same storage
+    first = ps.get_tensor_model_parallel_rank() * logits.size(-1)
+    logits[..., max(vocab_size - first, 0) :] = -torch.inf
 
 
 def _fill(model: GPTModel, recipe: Recipe, plan: Plan, source: InitialWeights) -> None:

@@ -40,7 +40,7 @@ def smoothed_cross_entropy(logits: Tensor, labels: Tensor, smoothing: float, voc
     here = (mine >= 0) & (mine < logits.size(-1))
     flat, chosen = logits.flatten(0, 1), mine.where(here, 0).flatten()
     # Indexed and not gathered, which would keep the logits for backward, and the cross entropy overwrites them.
-    z = flat[torch.arange(len(flat), device=flat.device), chosen].view_as(labels) * here
+    z = flat[torch.arange(len(flat), device=flat.device), chosen].view_as(labels).where(here, 0.0)
     above_mean = z - logits[..., :real].sum(-1) / vocab_size
     above_mean = tensor_parallel.reduce_from_tensor_model_parallel_region(above_mean)
     return tensor_parallel.vocab_parallel_cross_entropy(logits, labels) + smoothing * above_mean

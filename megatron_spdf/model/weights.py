@@ -42,7 +42,7 @@ class Weight:
 
 def padded_vocab(model: Model) -> int:
     """Rows of the embedding: the vocabulary up to a multiple of 128 (tensor cores) and of the chunk count, so
-    that the padding, and with it every loss, is the same at every tensor-parallel degree."""
+    that shards are even and the same checkpoint serves every tensor-parallel degree."""
     multiple = math.lcm(128, model.query_groups)
     return -(-model.vocab_size // multiple) * multiple
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import MODEL, make_recipe, make_tokenizer
+from small_models import MODEL, make_recipe, make_tokenizer
 
 from megatron_spdf.checkpoint import store
 from megatron_spdf.checkpoint.fresh_run import start_run

@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIG, MODEL, gpt2_tensors, write_gpt2
 from safetensors.torch import save_file
+from small_models import CONFIG, MODEL, gpt2_tensors, write_gpt2
 
 from megatron_spdf.checkpoint.gpt2_form import pad_vocabulary
 from megatron_spdf.checkpoint.huggingface_import import HuggingFaceReader

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import MODEL
+from small_models import MODEL
 
 from megatron_spdf.checkpoint.megatron_lm import MegatronReader, save_for_megatron
 from megatron_spdf.checkpoint.reader import stored_name
@@ -91,8 +91,16 @@ def test_the_padding_of_the_vocabulary_may_differ(source, saved, tmp_path, rows)
     reader = MegatronReader(rewrite(saved, tmp_path / "padded", **{EMBEDDING: embedding}), SHAPE)
     ours = reader.weight(EMBEDDING)
     assert ours.shape == source.weights[EMBEDDING].shape and torch.equal(ours[:259], embedding[:259])
-    padding = embedding[259:384] if rows >= 384 else embedding[:259].mean(0).expand(125, -1)
-    assert torch.equal(ours[259:], padding)
+    assert torch.equal(ours[259:], embedding[:259].mean(0).expand(125, -1))
+
+
+def test_padding_cannot_win_megatrons_softmax(source, tmp_path):
+    """Ours is never trained, whatever it holds."""
+    assert len(source.weights[EMBEDDING].shape) == 2 and source.weights[EMBEDDING].shape[0] > 259
+    save_for_megatron(source, tmp_path / "out", torch.float32)
+    embedding = TensorFiles(tmp_path / "out/release").tensor(EMBEDDING)
+    assert torch.equal(embedding[:259], source.weight(EMBEDDING)[:259])
+    assert torch.equal(embedding[259:], embedding[:259].mean(0).expand(len(embedding) - 259, -1))
 
 
 def test_the_tied_head_may_be_there(saved, tmp_path):

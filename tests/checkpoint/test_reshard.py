@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import make_recipe
+from small_models import make_recipe
 
 from megatron_spdf.checkpoint import store
 from megatron_spdf.checkpoint.fresh_run import start_run

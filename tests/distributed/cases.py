@@ -412,20 +412,20 @@ def converted(recipe: dict, stop: int, ids: torch.Tensor, greedy: int = 0) -> di
 
 
 def logits(engine: Engine, ids: torch.Tensor) -> torch.Tensor | None:
-    """(B, T, padded vocabulary) on the last pipeline stage, None elsewhere."""
+    """(B, T, V) on the last pipeline stage, None elsewhere."""
     for chunk in engine.chunks:
         chunk.eval()
     found = plain_megatron.logits(engine.chunks, ids)
     for chunk in engine.chunks:
         chunk.train()
-    return found
+    return None if found is None else found[..., : engine.recipe.model.vocab_size]
 
 
 def next_token(b: Bench, found: torch.Tensor | None) -> torch.Tensor:
     """The likeliest one, (B, 1), on every rank."""
     token = torch.zeros(1, 1, dtype=torch.int64)
     if found is not None:
-        token = found[:, -1:, : b.recipe.model.vocab_size].argmax(-1)
+        token = found[:, -1:].argmax(-1)
     dist.broadcast(token, src=dist.get_world_size() - 1)
     return token
 

@@ -108,7 +108,7 @@ def densified_start(start: dict, recipe: dict) -> dict:
 def logits(b: Bench | Tuning, batch: dict) -> torch.Tensor:
     model = b.engine.models[0].eval()
     with torch.no_grad():
-        return model(batch["tokens"], batch["position_ids"], None)
+        return model(batch["tokens"], batch["position_ids"], None)[..., : b.recipe.model.vocab_size]
 
 
 def against_plain(recipe: dict, steps: int) -> list[tuple[float, float, float, float]]:

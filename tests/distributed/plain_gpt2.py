@@ -14,8 +14,7 @@ def plain_gpt2(model, recipe) -> GPT2LMHeadModel:
     m = recipe.model
     weights = {n: p for n, p in model.named_parameters() if "parametrizations" not in n}
     modules = dict(model.named_modules())
-    vocab = weights["embedding.word_embeddings.weight"].shape[0]
-    config = GPT2Config(vocab_size=vocab, n_positions=m.max_positions, n_embd=m.hidden, n_layer=m.layers,
+    config = GPT2Config(vocab_size=m.vocab_size, n_positions=m.max_positions, n_embd=m.hidden, n_layer=m.layers,
                         n_head=m.heads, n_inner=m.ffn_hidden, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     reference = GPT2LMHeadModel(config)
 
@@ -31,7 +30,7 @@ def plain_gpt2(model, recipe) -> GPT2LMHeadModel:
         target.bias.data.copy_(weights[f"{name}.bias"])
 
     gpt = reference.transformer
-    gpt.wte.weight.data.copy_(weights["embedding.word_embeddings.weight"])
+    gpt.wte.weight.data.copy_(weights["embedding.word_embeddings.weight"][: m.vocab_size])
     gpt.wpe.weight.data.copy_(weights["embedding.position_embeddings.weight"])
     for i, block in enumerate(gpt.h):
         at = f"decoder.layers.{i}."
