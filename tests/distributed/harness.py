@@ -1,4 +1,5 @@
-"""Runs cases on real gloo ranks: one group of processes for many cases, since importing the engines takes seconds.
+"""Runs cases on real gloo ranks: one group of processes for many cases, forked from a process that has imported the
+engines once, since that takes seconds.
 
     results = run_cases(world=2, cases={"tp2": ("train", {...}), ...}, directory=tmp)
     results["tp2"][rank]  ->  what tests/distributed/cases.py:train returned there, or a `Failure`
@@ -9,17 +10,21 @@ A function of another module beside cases.py is named with it: "finetune_cases.f
 from __future__ import annotations
 
 import importlib
+import multiprocessing
 import os
 import pickle
 import socket
-import subprocess
-import sys
 import time
 import traceback
 from dataclasses import dataclass
+from functools import cache
+from multiprocessing import forkserver
 from pathlib import Path
+from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parents[2]
+COMMON = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore",
+          "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)])}
 
 
 @dataclass
@@ -38,27 +43,32 @@ def run_cases(
     """
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "cases.pickle").write_bytes(pickle.dumps(cases))
-    environment = {
-        **os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
-        "CASES": str(directory),
-        **({} if gpu else {"CUDA_VISIBLE_DEVICES": ""}), "PYTHONWARNINGS": "ignore",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)]),
-    }
-    ranks = []
-    for rank in range(world):
-        log = (directory / f"rank{rank}.log").open("w")
-        ranks.append(subprocess.Popen(
-            [sys.executable, __file__, str(directory)], stdout=log, stderr=subprocess.STDOUT, cwd=ROOT,
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}))
-    try:
-        codes = [process.wait(timeout) for process in ranks]
-    finally:
+    environment = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "CASES": str(directory)}
+    make = multiprocessing.get_context("spawn") if gpu else _forks()  # a device cannot be used after a fork
+    ranks = [make.Process(target=_rank_main, args=(directory, rank, environment)) for rank in range(world)]
+    with patch.dict(os.environ, COMMON):
         for process in ranks:
-            process.kill()
+            process.start()
+    deadline = time.monotonic() + timeout
+    for process in ranks:
+        process.join(max(0.0, deadline - time.monotonic()))
+    codes = [process.exitcode for process in ranks]  # None: it had not ended
+    for process in ranks:
+        process.kill()
     logs = "\n".join((directory / f"rank{r}.log").read_text()[-3000:] for r in range(world))
     assert not any(codes), f"exit codes {codes}\n{logs}"
     return {name: [pickle.loads((directory / f"{name}.{rank}.pickle").read_bytes()) for rank in range(world)]
             for name in cases}
+
+
+@cache
+def _forks() -> multiprocessing.context.ForkServerContext:
+    """Makes processes that are forks of one with the engines in memory, which has no threads and sees no GPU."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["preloaded"])
+    with patch.dict(os.environ, {**COMMON, "CUDA_VISIBLE_DEVICES": ""}):
+        forkserver.ensure_running()
+    return context
 
 
 def outcome(results: dict[str, list], name: str, rank: int = 0):
@@ -92,12 +102,15 @@ def agree_on_port() -> None:
 _joined = 0
 
 
-def _rank_main(directory: Path) -> None:
-    from megatron_spdf.parallel import cpu
+def _rank_main(directory: Path, rank: int, environment: dict[str, str]) -> None:
+    os.environ |= {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.chdir(ROOT)
+    log = os.open(directory / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    import preloaded
 
-    cpu.install()
-    import cases
-
+    cases = preloaded.cases
     for name, (function, arguments) in pickle.loads((directory / "cases.pickle").read_bytes()).items():
         try:
             module, _, name_there = function.rpartition(".")
@@ -106,9 +119,3 @@ def _rank_main(directory: Path) -> None:
             result = Failure(traceback.format_exc())
             cases.abandon()
         (directory / f"{name}.{os.environ['RANK']}.pickle").write_bytes(pickle.dumps(result))
-
-
-if __name__ == "__main__":
-    import harness
-
-    harness._rank_main(Path(sys.argv[1]))
