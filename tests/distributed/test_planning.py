@@ -1,5 +1,5 @@
 """What the planner predicts against what a step does: bytes of every buffer, bytes handed to every collective, and
-the most bytes of activations alive, on every rank of sixteen layouts, dense and 75% sparse."""
+the most bytes of activations alive, on every rank of nine layouts, dense and 75% sparse, and of variants."""
 
 import pytest
 from harness import outcome, run_cases
@@ -7,9 +7,8 @@ from harness import outcome, run_cases
 pytestmark = pytest.mark.slow
 
 LAYOUTS = {
-    1: {"one": {}, "zero 0": {"zero_stage": 0}},
+    1: {"one": {}},
     2: {
-        "tp2": {"tensor": 2},
         "tp2 sp": {"tensor": 2, "sequence": True},
         "pp2": {"pipeline": 2},
         "pp2 interleaved": {"pipeline": 2, "interleave": 2},
@@ -17,13 +16,9 @@ LAYOUTS = {
         "dp2 zero 0": {"data": 2, "zero_stage": 0},
     },
     4: {
-        "tp4": {"tensor": 4},
-        "pp4": {"pipeline": 4},
         "tp2 pp2": {"tensor": 2, "pipeline": 2},
         "tp2 dp2": {"tensor": 2, "data": 2},
-        "tp2 dp2 zero 0": {"tensor": 2, "data": 2, "zero_stage": 0},
         "pp2 dp2 interleaved": {"pipeline": 2, "data": 2, "interleave": 2},
-        "tp2 sp pp2 interleaved": {"tensor": 2, "sequence": True, "pipeline": 2, "interleave": 2},
     },
 }
 BIG = {"hidden": 128, "heads": 4, "vocab_size": 300}  # activations above the small change of a step
@@ -31,13 +26,9 @@ VARIANTS = {  # of one layout each: (world, layout, changes)
     "recompute selective": (1, {}, {"train": {"recompute": "selective"}}),
     "recompute full": (1, {}, {"train": {"recompute": "full"}}),
     "grouped queries": (1, {}, {"model": {**BIG, "query_groups": 2}}),
-    "bf16": (1, {}, {"train": {"precision": "bf16"}}),
     "micro-batch 4": (1, {}, {"train": {"micro_batch": 4}}),
-    "tp2 recompute full": (2, {"tensor": 2}, {"train": {"recompute": "full"}}),
     "tp2 sp recompute full": (2, {"tensor": 2, "sequence": True}, {"train": {"recompute": "full"}}),
     "tp2 sp bf16": (2, {"tensor": 2, "sequence": True}, {"train": {"precision": "bf16"}}),
-    "pp2 recompute full": (2, {"pipeline": 2}, {"train": {"recompute": "full"}}),
-    "dp2 bf16": (2, {"data": 2}, {"train": {"precision": "bf16"}}),
 }
 NAMES = [(world, f"{name}, {level:.0%}") for world, layouts in LAYOUTS.items() for name in layouts
          for level in (0.0, 0.75)] + [(world, name) for name, (world, _, _) in VARIANTS.items()]
