@@ -1,4 +1,5 @@
-"""How fast text becomes tokens: `tools/preprocess_data.py` by number of workers, beside Megatron-LM's own tool.
+"""How fast text becomes tokens and tokens samples: `tools/preprocess_data.py` by number of workers, beside
+Megatron-LM's own tool; and what one process reads of the result for training.
 
 Both tools run as a user runs them, in turn, on the same text with the same tokenizer. Of wall and CPU seconds the start
 (imports, a single document) is subtracted, so that a small sample says what a large corpus will see. On a machine
@@ -23,6 +24,7 @@ from megatron_spdf.data.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 OURS, THEIRS = "tools/preprocess_data.py", "Megatron-LM"
+SEQUENCE = 2048  # tokens
 OUTPUTS = {OURS: "ours", THEIRS: "theirs"}
 
 
@@ -90,7 +92,7 @@ def measure(
     made = check_prefix(place / "ours")
     rates = [_rate(tool, count, pairs, made.text_bytes / 1e6) for (tool, count), pairs in timings.items()]
     return {"text_bytes": made.text_bytes, "documents": made.documents, "tokens": made.tokens, "rounds": rounds,
-            "rates": [asdict(rate) for rate in rates],
+            "rates": [asdict(rate) for rate in rates], "samples_per_second": _samples_per_second(place / "ours"),
             "different_documents": _different(place / "ours", place / "theirs_text_document")
             if megatron_lm else None}
 
@@ -107,13 +109,16 @@ def render(facts: dict) -> list[str]:
     lines.append("")
     ours, theirs = ([r for r in facts["rates"] if r["tool"] == tool] for tool in (OURS, THEIRS))
     for more in ours[1:]:
-        added = (more["megabytes_per_second"] / ours[0]["megabytes_per_second"] - 1) / (
-            more["workers"] / ours[0]["workers"] - 1)
-        lines.append(f"{more['workers']} workers over {ours[0]['workers']}: {added:.2f} of the rate per added worker")
+        wall, cpu = (more[k] / ours[0][k] for k in ("megabytes_per_second", "megabytes_per_cpu_second"))
+        added = (wall - 1) / (more["workers"] / ours[0]["workers"] - 1)
+        lines.append(f"{more['workers']} workers over {ours[0]['workers']}: {added:.2f} of the rate per added worker, "
+                     f"{cpu:.2f} of the MB per CPU second")
     for mine, other in zip(ours, theirs, strict=False):
         wall, cpu = (mine[k] / other[k] for k in ("megabytes_per_second", "megabytes_per_cpu_second"))
         lines.append(f"over {THEIRS}'s tool, {mine['workers']} workers: {wall:.1f} times the MB/s, {cpu:.1f} times the "
                      "MB per CPU second")
+    lines.append(f"one process reads {facts['samples_per_second']:,.0f} samples of {SEQUENCE:,} tokens a second for "
+                 f"training, {SEQUENCE * facts['samples_per_second'] / 1e6:.1f} million tokens/s")
     if facts["different_documents"] is not None:
         lines.append(f"documents whose tokens differ from {THEIRS}'s: {facts['different_documents']:,}")
     return lines
@@ -172,6 +177,24 @@ def _hub_form(tokenizer: Path, directory: Path) -> Path:
         "tokenizer_class": "GPT2TokenizerFast", "model_max_length": 10**9, "eos_token": end, "bos_token": end,
         "unk_token": end}))
     return directory
+
+
+def _samples_per_second(prefix: Path) -> float:
+    """Samples in the random order of training, memory-mapped, tensors made; without collating, in this process."""
+    from megatron_spdf.config import Recipe
+    from megatron_spdf.data.samples import Pass
+    from megatron_spdf.data.sources import make_source
+
+    tokenizer = load_tokenizer(f"{prefix}.tokenizer")
+    recipe = Recipe.model_validate({
+        "output": "-", "optimizer": {"lr": 1.0},
+        "model": {"layers": 1, "hidden": 64, "heads": 1, "vocab_size": tokenizer.vocab_size, "max_positions": SEQUENCE},
+        "train": {"tokens": SEQUENCE, "global_batch": 1, "micro_batch": 1}})
+    samples = Pass(make_source(str(prefix), check_prefix(prefix)), 0, recipe, tokenizer, prefix.parent / "cache")
+    count, started = min(len(samples), 5000), time.perf_counter()
+    for number in range(count):
+        samples[number]
+    return count / (time.perf_counter() - started)
 
 
 def _different(ours: Path, theirs: Path) -> int:

@@ -31,10 +31,10 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory) -> list[Path]:
-    """Six shards of about 1 MB of text, of all formats."""
+    """Six shards of about 2 MB of text, of all formats."""
     directory = tmp_path_factory.mktemp("shards")
     suffixes = ("jsonl", "jsonl.gz", "jsonl.zst") * 2
-    return [write_shard(directory / f"{i}.{suffix}", records(800, seed=i)) for i, suffix in enumerate(suffixes)]
+    return [write_shard(directory / f"{i}.{suffix}", records(1500, seed=i)) for i, suffix in enumerate(suffixes)]
 
 
 class Killed(BaseException):
@@ -80,15 +80,21 @@ def test_the_number_of_workers_changes_nothing(shards, undisturbed, tmp_path, ti
 
 @pytest.mark.slow
 def test_killed_at_random_moments_equals_undisturbed(shards, undisturbed, tmp_path, tiny_bpe):
-    """Kills fall anywhere: before the start, in an input, between two, while names are given."""
+    """Kills fall anywhere: before the start, in an input, between two, while names are given. Every third comes soon
+    after another input is finished, so that a busy machine, on which time says little, gets on too."""
     kind, expected, duration = undisturbed
     words = ["--workers", "2", *KINDS[kind]]
-    draw, killed, kept, kills = random.Random(kind), 0, set(), 20 if kind == "one data set" else 6
+    draw, killed, kept, kills = random.Random(kind), 0, set(), 20 if kind == "one data set" else 8
     output, partial = tmp_path / "killed" / "t", Partial(tmp_path / "killed" / "t", bool(KINDS[kind]))
     while killed < kills:
-        run = start(shards, output, tiny_bpe, *words)
-        with suppress(subprocess.TimeoutExpired):
-            run.wait(draw.uniform(0.0, 1.1 * duration))
+        run, before = start(shards, output, tiny_bpe, *words), partial.finished_inputs
+        if killed % 3 == 2:
+            while run.poll() is None and partial.finished_inputs in (0, before):
+                time.sleep(0.01)
+            time.sleep(draw.uniform(0.0, 0.2))
+        else:
+            with suppress(subprocess.TimeoutExpired):
+                run.wait(draw.uniform(0.0, 1.1 * duration))
         killed += run.poll() is None
         workers = psutil.Process(run.pid).children() if run.poll() is None else []
         run.kill()
@@ -98,12 +104,11 @@ def test_killed_at_random_moments_equals_undisturbed(shards, undisturbed, tmp_pa
         kept.add(partial.finished_inputs)
         if run.returncode == 0:
             assert content(output) == expected
-            kept.add("all")
             words = words if "--overwrite" in words else [*words, "--overwrite"]
     if partial.directory.exists() or not Path(f"{output}.json").exists():
         finish(start(shards, output, tiny_bpe, *words))
     assert content(output) == expected
-    assert len(kept) > 2, f"the kills all fell at the same point: {kept}"
+    assert len(kept) > 1, f"the kills all fell at the same point: {kept}"
 
 
 @pytest.mark.slow
