@@ -53,7 +53,7 @@ def dry_run(recipe: Recipe, plan: Plan, ranks: list[int]) -> list[Count]:
     """Builds ranks of the recipe's layout on the meta device, in a process of its own, and counts.
 
     Raises:
-        ValueError: a rank that the layout does not have.
+        ValueError: a rank that the layout does not have, or an engine whose buffers cannot be built.
     """
     return dry_runs([(recipe, plan, ranks)])[0]
 
@@ -61,6 +61,9 @@ def dry_run(recipe: Recipe, plan: Plan, ranks: list[int]) -> list[Count]:
 def dry_runs(wanted: Sequence[tuple[Recipe, Plan, list[int]]]) -> list[list[Count]]:
     """`dry_run` of several layouts in one process, which spares starting the engine for each."""
     for recipe, _, ranks in wanted:
+        if recipe.engine != "megatron":
+            raise ValueError(f"engine={recipe.engine} makes its buffers while it trains; only Megatron-Core's can be "
+                             "counted before. Leave --exact out for the closed forms, or set engine=megatron")
         world = recipe.parallel.world
         for rank in ranks:
             if not 0 <= rank < world:

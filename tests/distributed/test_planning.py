@@ -30,6 +30,7 @@ VARIANTS = {  # of one layout each: (world, layout, changes)
     "tp2 sp recompute full": (2, {"tensor": 2, "sequence": True}, {"train": {"recompute": "full"}}),
     "tp2 sp bf16": (2, {"tensor": 2, "sequence": True}, {"train": {"precision": "bf16"}}),
 }
+DEEPSPEED = [(0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "bf16")]
 NAMES = [(world, f"{name}, {level:.0%}") for world, layouts in LAYOUTS.items() for name in layouts
          for level in (0.0, 0.75)] + [(world, name) for name, (world, _, _) in VARIANTS.items()]
 
@@ -44,6 +45,9 @@ def results(make_recipe, tmp_path_factory):
               for world, layouts in LAYOUTS.items()}
     for name, (world, layout, changes) in VARIANTS.items():
         groups[world][name] = case(parallel=layout, **changes)
+    for zero, precision in DEEPSPEED:
+        groups[2][f"deepspeed {zero} {precision}"] = ("planned_traffic", {"recipe": make_recipe(
+            engine="deepspeed", parallel={"data": 2, "zero_stage": zero}, train={"precision": precision})})
     directory = tmp_path_factory.mktemp("planning")
     return {world: run_cases(world, cases, directory / str(world), timeout=1800) for world, cases in groups.items()}
 
@@ -70,3 +74,11 @@ def test_activations(results, world, name):
     for rank in range(world):
         there = outcome(results[world], name, rank)
         assert there["predicted to be alive"] == pytest.approx(there["alive"], rel=tolerance), rank
+
+
+@pytest.mark.parametrize(("zero", "precision"), DEEPSPEED)
+def test_data_parallel_traffic_of_deepspeed(results, zero, precision):
+    there = outcome(results[2], f"deepspeed {zero} {precision}")
+    for key, predicted in there["predicted to be sent"].items():
+        if key[0] in ("gradients", "parameters"):
+            assert there["sent"][key] == pytest.approx(predicted, abs=16), key  # its flags and norms are among them
