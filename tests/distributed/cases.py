@@ -152,7 +152,7 @@ def planned(recipe: dict) -> dict:
     with bench(recipe) as b:
         stage = ps.get_pipeline_model_parallel_rank()
         return {
-            "held": b.engine.state_bytes(), "predicted": predicted_bytes(b), **sent_in_a_step(b),
+            **sent_in_a_step(b), "held": b.engine.state_bytes(), "predicted": predicted_bytes(b),
             "alive": peak_alive(b), "predicted to be alive": step_bytes(b.recipe, b.plan, stage).total
             + rank_bytes(b.recipe, b.plan, stage, on_gpu=False).expanded,
         }
