@@ -4,11 +4,14 @@
     python tools/benchmark.py step [RECIPE] [section.key=value ...] [--steps 20] [--output FILE.json]
     torchrun --nproc-per-node 2 tools/benchmark.py step parallel.tensor=2
     python tools/benchmark.py save [RECIPE] [section.key=value ...] [--steps 5]
+    python tools/benchmark.py data FILES... --tokenizer DIR [--workers 1 2] [--megatron-lm DIR]
 
 `step`: seconds of an optimizer step of a recipe, dense against its sparsity, both engines in one process and their
 steps in turn, so that what else the machine does hits both alike; medians and the ratio. Batches are synthetic.
 `save`: for how long the loop stands still for a checkpoint that is written behind the steps, and for one that it waits
 for, dense and sparse, with the bytes on disk; written to a temporary directory (TMPDIR) and removed.
+`data`: MB of text a second of tools/preprocess_data.py by number of workers, and beside it Megatron-LM's own tool, with
+a comparison of the tokens; `data --help` has its options.
 Without a recipe, a model whose layers fit a CPU's caches as little as a real one's. On a GPU try for example
 
     python tools/benchmark.py step configs/pretrain/gpt3_xl_s75.yaml parallel.data=1 train.global_batch=32 --steps 50
@@ -45,6 +48,8 @@ WARM_UP = 2
 
 
 def main() -> int:
+    if sys.argv[1:2] == ["data"]:
+        return measure_data(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["step", "save"])
     parser.add_argument("words", nargs="*", metavar="[RECIPE] section.key=value")
@@ -69,6 +74,34 @@ def main() -> int:
         print("\n".join([*render_circumstances(report), *show(figures)]))
         if options.output:
             options.output.write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+def measure_data(arguments: list[str]) -> int:
+    """Preprocessing, in a temporary directory."""
+    from megatron_spdf.data import throughput
+
+    parser = argparse.ArgumentParser(prog="benchmark.py data", description=throughput.__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("inputs", nargs="+", metavar="FILE", help="shards, as tools/preprocess_data.py takes them")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="directory of GPT-2 BPE files")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], metavar="N", help="(default: 1 2)")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="of all tools in turn (default: 3)")
+    parser.add_argument("--megatron-lm", type=Path, metavar="DIR", help="a checkout, of the release that "
+                        f"megatron-core {version('megatron-core')} is of; its tool needs triton, on a CPU too")
+    parser.add_argument("--output", type=Path, help="write the figures as JSON, with date, hardware and versions")
+    options = parser.parse_args(arguments)
+    try:
+        with tempfile.TemporaryDirectory(prefix="benchmark_data_") as place:
+            figures = throughput.measure(options.inputs, options.tokenizer, options.workers, options.rounds,
+                                         Path(place), options.megatron_lm)
+    except (ValueError, OSError) as error:
+        print(f"benchmark.py: {error}", file=sys.stderr)
+        return 2
+    report = {**circumstances(("megatron-core", "numpy", "tiktoken", "tokenizers", "transformers")), **figures}
+    print("\n".join([*render_circumstances(report), *throughput.render(figures)]))
+    if options.output:
+        options.output.write_text(json.dumps(report, indent=1) + "\n")
     return 0
 
 
@@ -195,12 +228,12 @@ def device_name() -> str:
     return f"CPU, {len(names)} x {names[0]}" if names else f"CPU, {platform.processor()}"
 
 
-def circumstances() -> dict:
+def circumstances(libraries: tuple[str, ...] = ("torch", "megatron-core", "numpy")) -> dict:
     """When, on what and with what a figure was measured, and the command."""
     return {
         "date": datetime.now().astimezone().isoformat(timespec="minutes"),
         "device": device_name(),
-        "versions": {name: version(name) for name in ("torch", "megatron-core", "numpy")},
+        "versions": {name: version(name) for name in libraries},
         "command": shlex.join(["python", *sys.argv]),
     }
 

@@ -1,7 +1,7 @@
 """One rank of a layout of any size, built on the meta device with PyTorch's fake process group: no hardware, no other
 ranks, no memory. What it counts are the parameters, buffers, buckets and optimizer shards of the engine itself.
 
-    echo '{"recipe": {...}, "ranks": [0, 1023]}' | python -m megatron_spdf.engine.dry_run
+    echo '[{"recipe": {...}, "ranks": [0, 1023]}, ...]' | python -m megatron_spdf.engine.dry_run
 
 A process of its own: the stand-in for CUDA and Megatron-Core's process groups are global.
 """
@@ -59,10 +59,11 @@ def count(recipe: Recipe, rank: int) -> dict:
 
 
 def main() -> None:
-    request = json.load(sys.stdin)
+    requests = json.load(sys.stdin)
     cpu.install(META)  # before megatron.core is imported
-    recipe = Recipe.model_validate(request["recipe"])
-    json.dump([count(recipe, rank) for rank in request["ranks"]], sys.stdout)
+    recipes = [Recipe.model_validate(request["recipe"]) for request in requests]
+    json.dump([[count(recipe, rank) for rank in request["ranks"]]
+               for recipe, request in zip(recipes, requests, strict=True)], sys.stdout)
 
 
 if __name__ == "__main__":

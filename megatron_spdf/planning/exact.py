@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,23 +53,37 @@ def dry_run(recipe: Recipe, plan: Plan, ranks: list[int]) -> list[Count]:
     """Builds ranks of the recipe's layout on the meta device, in a process of its own, and counts.
 
     Raises:
-        ValueError: a rank that the layout does not have.
+        ValueError: a rank that the layout does not have, or an engine whose buffers cannot be built.
     """
-    world = recipe.parallel.world
-    for rank in ranks:
-        if not 0 <= rank < world:
-            raise ValueError(f"rank {rank} is not in this layout of {world} ranks; take one of 0 to {world - 1}")
-    plain = recipe.model_dump()
-    plain["kernels"]["attention"] = "sdpa"  # holds no parameters, and Transformer Engine wants a GPU
-    request = json.dumps({"recipe": plain, "ranks": ranks})
+    return dry_runs([(recipe, plan, ranks)])[0]
+
+
+def dry_runs(wanted: Sequence[tuple[Recipe, Plan, list[int]]]) -> list[list[Count]]:
+    """`dry_run` of several layouts in one process, which spares starting the engine for each."""
+    for recipe, _, ranks in wanted:
+        if recipe.engine != "megatron":
+            raise ValueError(f"engine={recipe.engine} makes its buffers while it trains; only Megatron-Core's can be "
+                             "counted before. Leave --exact out for the closed forms, or set engine=megatron")
+        world = recipe.parallel.world
+        for rank in ranks:
+            if not 0 <= rank < world:
+                raise ValueError(f"rank {rank} is not in this layout of {world} ranks; take one of 0 to {world - 1}")
+    requests = json.dumps([{"recipe": _plain(recipe), "ranks": ranks} for recipe, _, ranks in wanted])
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore",
                    "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
-    done = subprocess.run([sys.executable, "-m", "megatron_spdf.engine.dry_run"], input=request, text=True,
+    done = subprocess.run([sys.executable, "-m", "megatron_spdf.engine.dry_run"], input=requests, text=True,
                           capture_output=True, env=environment, check=False)
     if done.returncode:
         raise RuntimeError(f"the dry run ended with {done.returncode}:\n{done.stderr[-2000:]}")
-    found = json.loads(done.stdout.splitlines()[-1])
-    return [_held_against_closed_form(recipe, plan, rank, f) for rank, f in zip(ranks, found, strict=True)]
+    return [[_held_against_closed_form(recipe, plan, rank, f) for rank, f in zip(ranks, found, strict=True)]
+            for (recipe, plan, ranks), found in zip(wanted, json.loads(done.stdout.splitlines()[-1]), strict=True)]
+
+
+def _plain(recipe: Recipe) -> dict:
+    """As plain values. Attention holds no parameters, and Transformer Engine wants a GPU."""
+    plain = recipe.model_dump()
+    plain["kernels"]["attention"] = "sdpa"
+    return plain
 
 
 def _held_against_closed_form(recipe: Recipe, plan: Plan, rank: int, found: dict) -> Count:

@@ -124,12 +124,14 @@ def _iso_flop_curves(law: ScalingLaw, axes) -> None:
 def _optimal_contours(law: ScalingLaw, axes) -> None:
     """S_opt over (N, C): solid lines where training costs the dense shape's FLOPs, dashed with gradual pruning's."""
     nonzero, compute = np.logspace(6, 10, 17), np.logspace(16, 25, 19)
+    axes.set(xscale="log", yscale="log")  # before the labels, which cut their gaps in the lines as they are then drawn
     optima = {"solid": law.optimal_sparsity, "dashed": lambda n, c: law.optimal_sparsity_numeric(n, c, "gmp")}
     for style, optimum in optima.items():
         best = np.array([[optimum(n, c) for n in nonzero] for c in compute])
-        lines = axes.contour(nonzero, compute, best, levels=[0.25, 0.5, 0.75, 0.875], linestyles=style, cmap="viridis")
+        lines = axes.contour(nonzero, compute, best, levels=[0.25, 0.5, 0.75, 0.875], linestyles=style, cmap="plasma",
+                             vmax=1.1)
         axes.clabel(lines, fmt=lambda level: f"{level:.1%}", fontsize=8)
-    axes.set(xscale="log", yscale="log", xlabel="non-zero weights N", ylabel="training FLOPs C",
+    axes.set(xlabel="non-zero weights N", ylabel="training FLOPs C",
              title="optimal sparsity; dashed: at the cost of GMP")
     axes.grid(alpha=0.3)
 

@@ -76,6 +76,7 @@ def _stage_time(recipe: Recipe, plan: Plan, gpu: Gpu, efficiency: float, stage: 
     tensor = max(tensor / 2, tensor - backward / 2)
     pipeline = 0.0 if p.interleave > 1 else seconds("pipeline") / many  # interleaved, sends run behind compute
     micro_batch = forward + backward + moved + tensor + pipeline
+    rounds = many if p.zero_stage >= 2 else 1  # of data-parallel traffic in a step
     held = rank_bytes(recipe, plan, stage, on_gpu=True)
     update = 2 * (held.optimizer + held.gradients // (p.data if p.zero_stage == 1 else 1)) + held.parameters
     return StepTime(
@@ -84,8 +85,8 @@ def _stage_time(recipe: Recipe, plan: Plan, gpu: Gpu, efficiency: float, stage: 
         tensor=many * tensor,
         pipeline=many * pipeline + seconds("embedding"),
         bubble=(p.pipeline - 1) / p.interleave * micro_batch,
-        data=(_exposed(seconds("gradients"), backward, recipe, plan, stage)
-              + _exposed(seconds("parameters"), forward, recipe, plan, stage)),
+        data=rounds * (_exposed(seconds("gradients") / rounds, backward, recipe, plan, stage)
+                       + _exposed(seconds("parameters") / rounds, forward, recipe, plan, stage)),
         update=update / gpu.memory_bandwidth,
     )
 

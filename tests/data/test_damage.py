@@ -75,8 +75,9 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", DAMAGE)
+@pytest.mark.parametrize(("kind", "workers"), [
+    *((kind, 1) for kind in DAMAGE),
+    *(pytest.param(kind, 2, marks=pytest.mark.slow) for kind in ("bad JSON", "zst cut off", "a line too long"))])
 def test_damage_stops_the_run_or_is_skipped_and_told(tmp_path, tiny_bpe, kind, workers):
     name, damage, said, line, survivors = DAMAGE[kind]
     tokenizer, bad = load_tokenizer(tiny_bpe), tmp_path / name

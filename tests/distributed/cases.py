@@ -150,19 +150,29 @@ def train(recipe: dict, steps: int) -> dict:
 def planned(recipe: dict) -> dict:
     """A step, counted and predicted: bytes of buffers, bytes sent, and most bytes of activations alive."""
     with bench(recipe) as b:
-        b.steps(0, 1)
-        with TrafficCounter() as traffic:
-            b.steps(1, 2)
         stage = ps.get_pipeline_model_parallel_rank()
-        sent = Counter()
-        for (operation, group), n in traffic.bytes.items():
-            sent[classify(operation, group)] += n
         return {
-            "held": b.engine.state_bytes(), "predicted": predicted_bytes(b),
-            "sent": dict(sent), "predicted to be sent": dict(step_traffic(b.recipe, b.plan, stage, on_gpu=False)),
+            **sent_in_a_step(b), "held": b.engine.state_bytes(), "predicted": predicted_bytes(b),
             "alive": peak_alive(b), "predicted to be alive": step_bytes(b.recipe, b.plan, stage).total
             + rank_bytes(b.recipe, b.plan, stage, on_gpu=False).expanded,
         }
+
+
+def planned_traffic(recipe: dict) -> dict:
+    with bench(recipe) as b:
+        return sent_in_a_step(b)
+
+
+def sent_in_a_step(b: Bench) -> dict:
+    """Bytes by kind and operation of the second step, counted and predicted."""
+    b.steps(0, 1)
+    with TrafficCounter() as traffic:
+        b.steps(1, 2)
+    sent = Counter()
+    for (operation, group), n in traffic.bytes.items():
+        sent[classify(operation, group)] += n
+    stage = ps.get_pipeline_model_parallel_rank()
+    return {"sent": dict(sent), "predicted to be sent": dict(step_traffic(b.recipe, b.plan, stage, on_gpu=False))}
 
 
 def peak_alive(b: Bench) -> int:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_spdf.config import load_recipe
-from megatron_spdf.planning.exact import dry_run, ranks_of_interest, render_counts
+from megatron_spdf.config import Recipe, load_recipe
+from megatron_spdf.planning.exact import dry_run, dry_runs, ranks_of_interest, render_counts
 from megatron_spdf.planning.overview import at_level, plan_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,54 +24,71 @@ def layout(tensor=1, pipeline=1, data=1, **more) -> dict:
 
 SMALL = {"model": {"layers": 12, "hidden": 192, "heads": 12, "vocab_size": 50257, "max_positions": 64},
          "train": {"global_batch": 192, "micro_batch": 1, "sequence_length": 64}}
+LAYOUTS = {  # sparsity, layout, precision
+    "one": (0.75, layout(), "bf16"),
+    "all kinds": (0.75, layout(2, 3, 4, sequence=True), "bf16"),
+    "dense": (0.0, layout(4, 2, 3), "fp32"),
+    "interleaved": (0.75, layout(1, 2, 8, interleave=3), "bf16"),
+    "zero 0": (0.5, layout(3, 4, 2, zero_stage=0), "bf16"),
+    "many buckets": (0.75, layout(1, 1, 64), "fp32"),  # a bucket for every 64M elements, and the rest
+}
+RULES = {"level": 0.5, "rules": [{"weights": "decoder.layers.0.*", "level": 0.0}]}
+
+
+@pytest.fixture(scope="module")
+def counts() -> dict:
+    """Name -> counts of one rank of every kind; of every rank of "every rank"; "off" is held against another plan."""
+    def small(level, parallel, precision):
+        return Recipe.model_validate({"output": "x", "optimizer": {"lr": 1e-3}, "model": SMALL["model"],
+                                      "sparsity": level, "parallel": parallel,
+                                      "train": {**SMALL["train"], "tokens": 10**6, "precision": precision}})
+
+    wanted = {}
+    for name, case in LAYOUTS.items():
+        r = small(*case)
+        wanted[name] = (r, plan_of(r), ranks_of_interest(r))
+    every, off = small(RULES, layout(2, 2, 4), "bf16"), small(0.5, layout(), "bf16")
+    wanted["every rank"] = (every, plan_of(every), list(range(16)))
+    wanted["off"] = (off, plan_of(at_level(off, 0.4)), [0])
+    return dict(zip(wanted, dry_runs(list(wanted.values())), strict=True)) | {"recipe": off}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("level", "parallel", "precision"), [
-    (0.75, layout(), "bf16"), (0.75, layout(2, 3, 4, sequence=True), "bf16"), (0.0, layout(4, 2, 3), "fp32"),
-    (0.75, layout(1, 2, 8, interleave=3), "bf16"), (0.5, layout(3, 4, 2, zero_stage=0), "bf16"),
-    (0.75, layout(1, 1, 64), "fp32"),  # a bucket for every 64M elements, and the rest
-])
-def test_every_kind_of_rank_is_as_predicted(recipe, level, parallel, precision):
-    train = {**SMALL["train"], "precision": precision}
-    r = recipe(model=SMALL["model"], sparsity=level, parallel=parallel, train=train)
-    for count in dry_run(r, plan_of(r), ranks_of_interest(r)):
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_kind_of_rank_is_as_predicted(counts, name):
+    for count in counts[name]:
         assert count.counted == count.predicted
         assert count.buckets == count.predicted_buckets
 
 
 @pytest.mark.slow
-def test_every_rank_of_a_layout_is_as_predicted(recipe):
-    rules = {"level": 0.5, "rules": [{"weights": "decoder.layers.0.*", "level": 0.0}]}
-    r = recipe(model=SMALL["model"], sparsity=rules, parallel=layout(2, 2, 3), train=SMALL["train"])
-    counts = dry_run(r, plan_of(r), list(range(12)))
-    assert [c.place for c in counts] == [(rank % 2, rank // 6, rank // 2 % 3) for rank in range(12)]
-    assert all(c.agrees for c in counts)
-    assert len({c.counted["optimizer"] for c in counts}) > 2  # shards differ by what of them is padding
+def test_every_rank_of_a_layout_is_as_predicted(counts):
+    found = counts["every rank"]
+    assert [c.place for c in found] == [(rank % 2, rank // 8, rank // 2 % 4) for rank in range(16)]
+    assert all(c.agrees for c in found)
+    assert len({c.counted["optimizer"] for c in found}) > 2  # shards differ by what of them is padding
 
 
 @pytest.mark.slow
-def test_another_plan_does_not_agree(recipe):
-    r = recipe(sparsity=0.5)
-    (count,) = dry_run(r, plan_of(at_level(r, 0.4)), [0])
-    assert not count.agrees and "instead of" in render_counts(r, [count])
+def test_another_plan_does_not_agree(counts):
+    (count,) = counts["off"]
+    assert not count.agrees and "instead of" in render_counts(counts["recipe"], [count])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("level", [0.0, 0.75])
-def test_gpt3_175b_on_1024_ranks_in_little_memory(level):
+def test_gpt3_175b_on_1024_ranks_in_little_memory():
     """In a process of its own, so that the memory of its children is that of the dry run."""
     code = ("import json, resource, sys; sys.path.insert(0, sys.argv[1]);"
             "from megatron_spdf.config import load_recipe; from megatron_spdf.planning.overview import plan_of;"
-            "from megatron_spdf.planning.exact import dry_run, ranks_of_interest;"
-            "r = load_recipe(sys.argv[2], ['sparsity=' + sys.argv[3]]);"
-            "counts = dry_run(r, plan_of(r), ranks_of_interest(r));"
+            "from megatron_spdf.planning.exact import dry_runs, ranks_of_interest;"
+            "both = [load_recipe(sys.argv[2], ['sparsity=' + level]) for level in ('0.0', '0.75')];"
+            "counts = dry_runs([(r, plan_of(r), ranks_of_interest(r)) for r in both]);"
             "peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss;"
-            "print(json.dumps([r.parallel.world, [c.agrees for c in counts], peak]))")
-    done = subprocess.run([sys.executable, "-c", code, str(ROOT), str(PLAN_175B), str(level)], capture_output=True,
+            "print(json.dumps([both[0].parallel.world, [c.agrees for each in counts for c in each], peak]))")
+    done = subprocess.run([sys.executable, "-c", code, str(ROOT), str(PLAN_175B)], capture_output=True,
                           text=True, check=True, env={**os.environ, "PYTHONWARNINGS": "ignore"})
     world, agree, kilobytes = json.loads(done.stdout)
-    assert world == 1024 and len(agree) == 4 and all(agree)
+    assert world == 1024 and len(agree) == 8 and all(agree)
     assert kilobytes < 8 * 2**20
 
 

@@ -91,6 +91,7 @@ def test_fit(plan, capsys, tmp_path):
     ([DEMO, "--gpu", "h100", "--calibrate", "nowhere"], "nowhere is no run"),
     ([DEMO, "--exact", "--gpus", "8"], "has 2 ranks, not --gpus 8"),
     ([DEMO, "--exact", "--rank", "2"], "rank 2 is not in this layout"),
+    ([DEMO, "--exact", "engine=deepspeed"], "engine=deepspeed makes its buffers while it trains"),
     (["fit", "nowhere"], "nowhere is no run"),
     (["law", "--nonzero", "0"], "must be positive"),
 ])
