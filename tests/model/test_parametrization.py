@@ -16,8 +16,9 @@ QKV, OUT = "decoder.layers.1.self_attention.linear_qkv.weight", "decoder.layers.
 
 
 def rules(**changes) -> tuple[Parametrization, dict]:
-    values = {"output": "run", "model": {"layers": 2, "hidden": 1024, "heads": 16, "vocab_size": 300},
-              "parametrization": "mup", "sparsity": 0.75, "train": {"tokens": 1000, "global_batch": 4, "micro_batch": 1},
+    values = {"output": "run", "parametrization": "mup", "sparsity": 0.75,
+              "model": {"layers": 2, "hidden": 1024, "heads": 16, "vocab_size": 300},
+              "train": {"tokens": 1000, "global_batch": 4, "micro_batch": 1},
               "optimizer": {"lr": 1e-3}, **changes}
     recipe = Recipe.model_validate(values)
     weights = model_weights(recipe.model)
