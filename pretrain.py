@@ -17,6 +17,7 @@ import sys
 from megatron_spdf.config import Recipe, load_recipe
 from megatron_spdf.config.help import render_help
 from megatron_spdf.data.corpus import Corpus, check_corpus
+from megatron_spdf.model.parametrization import render_parametrization
 from megatron_spdf.model.weights import model_weights
 from megatron_spdf.parallel.ranks import Ranks, check_world, find_ranks, join, leave
 from megatron_spdf.parallel.signals import StopRequest
@@ -32,7 +33,8 @@ def main() -> int:
     try:
         recipe = load_recipe(options.recipe, options.overrides)
         plan = make_plan(recipe.sparsity, model_weights(recipe.model), recipe.model.query_groups)
-        summary = f"{render_plan(plan)}\n{render_layout(recipe, plan)}"
+        rules = render_parametrization(recipe, plan, model_weights(recipe.model))
+        summary = "\n".join(filter(None, [render_plan(plan), rules, render_layout(recipe, plan)]))
         if options.dry_run:
             print(summary)
             return exit_codes.FINISHED

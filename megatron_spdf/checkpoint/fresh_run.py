@@ -26,6 +26,7 @@ from megatron_spdf.checkpoint.source import WeightSource
 from megatron_spdf.checkpoint.writer import StoredTensor, cut, write_tensors
 from megatron_spdf.config import Recipe, save_recipe
 from megatron_spdf.data.tokenizer import Tokenizer
+from megatron_spdf.model.parametrization import Parametrization, unfold
 from megatron_spdf.model.weights import Weight
 from megatron_spdf.sparsity.chunks import chunk_of
 from megatron_spdf.sparsity.masks import draw_mask, largest_mask
@@ -114,6 +115,7 @@ class _FreshState:
 
     def __init__(self, source: WeightSource, recipe: Recipe, plan: Plan, select: Select):
         self.source, self.recipe, self.plan, self.select = source, recipe, plan, select
+        self.rules = Parametrization(recipe, plan)
         self.dtype = _MODEL_DTYPES[recipe.train.precision]
         self.measured: dict[str, float] = {}
         self._last: tuple[str, Tensor, Tensor] | None = None
@@ -145,7 +147,11 @@ class _FreshState:
 
     def _values(self, name: str) -> Tensor:
         """What the model keeps of a parameter, float32: all of it, or its active values (C, k)."""
-        return self._compact(name)[0] if name in self.plan.weights else self.source.master(name)
+        return self._compact(name)[0] if name in self.plan.weights else self._master(name)
+
+    def _master(self, name: str) -> Tensor:
+        """A weight, dense, as a model of the recipe's parametrization holds it."""
+        return unfold(self.source.master(name), self.rules.folded(name))
 
     def _compact(self, name: str) -> tuple[Tensor, Tensor]:
         """Active values (C, k) and mask bits of a sparse weight; the last one is kept."""
@@ -154,7 +160,7 @@ class _FreshState:
         return self._last[1:]
 
     def _select(self, name: str) -> tuple[Tensor, Tensor]:
-        planned, dense = self.plan.weights[name], self.source.master(name)
+        planned, dense = self.plan.weights[name], self._master(name)
         k, values, bits = planned.active_per_chunk, [], []
         for number in range(planned.chunks):
             entries = chunk_of(dense, planned, number).numpy()

@@ -17,6 +17,7 @@ from megatron_spdf.checkpoint.record import Masks, drawn_masks
 from megatron_spdf.checkpoint.tensors import TensorFiles
 from megatron_spdf.config import Recipe
 from megatron_spdf.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_spdf.model.parametrization import Parametrization, fold
 from megatron_spdf.model.weights import Weight, model_weights
 from megatron_spdf.sparsity.chunks import join_chunks
 from megatron_spdf.sparsity.plan import make_plan
@@ -85,6 +86,7 @@ class CheckpointReader(TensorFiles):
         self.model = self.recipe.model
         self.weights: dict[str, Weight] = {w.name: w for w in model_weights(self.model)}
         self.plan = make_plan(self.recipe.sparsity, list(self.weights.values()), self.model.query_groups)
+        self.rules = Parametrization(self.recipe, self.plan)
         self.masks: Masks = self.run.get("masks", drawn_masks(self.plan))
 
     @property
@@ -108,14 +110,16 @@ class CheckpointReader(TensorFiles):
     def weight(self, name: str) -> Tensor:
         """A parameter by its canonical name, whole and dense: of a sparse weight, values at their places in zeros.
 
+        It is that of a standard GPT: the multipliers of the run's parametrization are in it.
+
         Raises:
             DamagedCheckpoint: it is missing, has another shape than the model's, or a mask of another density.
         """
-        return self._dense(name, stored_name(name))
+        return fold(self._dense(name, stored_name(name)), self.rules.folded(name))
 
     def master(self, name: str) -> Tensor:
         """Like `weight`, in float32 from the optimizer's master weights."""
-        return self._dense(name, f"{OPTIMIZER}param.{stored_name(name)}")
+        return fold(self._dense(name, f"{OPTIMIZER}param.{stored_name(name)}"), self.rules.folded(name))
 
     def _dense(self, name: str, stored: str) -> Tensor:
         planned = self.plan.weights.get(name)

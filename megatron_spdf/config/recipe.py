@@ -211,6 +211,15 @@ class Kernels(Section):
     norm: Literal["auto", "torch"] = Field("auto", description="auto: NVIDIA Apex's fused LayerNorm where installed")
 
 
+class Base(Section):
+    """The model whose hyper-parameters `parametrization: mup` carries over to the recipe's."""
+
+    hidden: int = Field(256, gt=0, description="its width")
+    density: float = Field(1.0, gt=0.0, le=1.0, description="of its block weights")
+    input_multiplier: float = Field(1.0, gt=0.0, description="of the embeddings' output, at every width")
+    output_multiplier: float = Field(1.0, gt=0.0, description="of the LM head's input; over the width's growth")
+
+
 class Recipe(Section):
     """One run."""
 
@@ -219,6 +228,9 @@ class Recipe(Section):
     engine: Literal["megatron", "deepspeed"] = Field("megatron", description="who runs a step")
     deepspeed: str | None = Field(None, description="JSON file of further DeepSpeed settings, see configs/deepspeed")
     model: Model
+    parametrization: Literal["standard", "mup"] = Field(
+        "standard", description="mup: initial values, learning rates and multipliers follow width and density")
+    base: Base = Field(Base())
     sparsity: Sparsity = Field(Sparsity())
     data: Data = Field(Data())
     train: Train
@@ -257,7 +269,10 @@ class Recipe(Section):
 
     def identity(self) -> dict[str, Any]:
         """What must not change between the starts of one run; layout, logging and the like may."""
-        kept = self.model_dump(include={"seed", "model", "sparsity", "data", "train", "optimizer"})
+        kept = self.model_dump(include={"seed", "model", "parametrization", "base", "sparsity", "data", "train",
+                                        "optimizer"})
+        if self.parametrization == "standard":
+            kept.pop("base")
         kept["model"].pop("preset")
         for section, key in (("data", "workers"), ("data", "cache"), ("data", "tokenizer"), ("data", "on_blend_change"),
                              ("train", "micro_batch"), ("train", "recompute")):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as ps
@@ -37,6 +39,18 @@ def set_learning_rate(scheduler: OptimizerParamScheduler, tokens: int) -> None:
     """Sets every parameter group's learning rate to that of the point where `tokens` are consumed."""
     scheduler.num_steps = tokens  # its steps are our tokens
     scheduler.step(increment=0)
+
+
+def learning_rates(models: Sequence[nn.Module]) -> list[float]:
+    """The learning rates other than the recipe's, over it, that the parametrization gives to parameters of any rank:
+    all ranks need the same groups."""
+    found: list[set[float]] = [set() for _ in range(dist.get_world_size())]
+    dist.all_gather_object(found, {p.learning_rate for m in models for p in m.parameters()})
+    return sorted(set.union(*found) - {1.0})
+
+
+def learns_at(rate: float, parameter: nn.Parameter) -> bool:
+    return parameter.learning_rate == rate
 
 
 def learning_rate(scheduler: OptimizerParamScheduler) -> float:

@@ -195,8 +195,10 @@ def _import_deepspeed(device: torch.device):
 def _adam(recipe: Recipe, model: nn.Module, fused: bool) -> GuardedAdamW:
     """AdamW with weight decay on what has two axes, as Megatron-Core's optimizer decays."""
     o = recipe.optimizer
-    groups = [{"params": [p for p in model.parameters() if (p.ndim > 1) == decays], "wd_mult": float(decays)}
-              for decays in (True, False)]
+    groups = [{"params": [p for p in model.parameters() if (p.ndim > 1) == decays and p.learning_rate == rate],
+               "wd_mult": float(decays), "max_lr": o.lr * rate, "min_lr": o.lr * o.min_lr_ratio * rate}
+              for rate in [1.0, *common.learning_rates([model])] for decays in (True, False)]
+    groups = [group for group in groups if group["params"]]
     return GuardedAdamW(groups, lr=0.0, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay, fused=fused)
 
 

@@ -14,8 +14,14 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor, nn
 
@@ -235,4 +241,8 @@ def _optimizer(recipe: Recipe, chunks: list[DistributedDataParallel], overlaps: 
         use_distributed_optimizer=recipe.parallel.zero_stage == 1,
         overlap_param_gather=overlaps and recipe.parallel.zero_stage == 1,
     )
-    return get_megatron_optimizer(config, chunks, use_gloo_process_groups=False)
+    overrides = get_standard_config_overrides(config)
+    for rate in common.learning_rates(chunks):
+        overrides[ParamKey(predicate=ParamPredicate(f"learning rate x {rate}", partial(common.learns_at, rate)))] = {
+            "max_lr": o.lr * rate, "min_lr": o.lr * o.min_lr_ratio * rate}
+    return get_megatron_optimizer(config, chunks, overrides, use_gloo_process_groups=False)

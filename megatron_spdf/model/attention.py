@@ -24,11 +24,12 @@ def document_mask(documents: Tensor) -> Tensor:
 
 
 class SdpaCoreAttention(MegatronModule):
-    """Causal softmax(QK^T / sqrt(d_head)) V for Megatron-Core's SelfAttention."""
+    """Causal softmax(QK^T x scale) V for Megatron-Core's SelfAttention; the scale is 1 / sqrt(d_head) if None."""
 
-    def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type, attention_type: str, **_):
+    def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type, attention_type: str,
+                 softmax_scale: float | None = None, **_):
         super().__init__(config)
-        self.dropout = config.attention_dropout
+        self.dropout, self.scale = config.attention_dropout, softmax_scale
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_) -> Tensor:
         """(T, B, nh, hs), (T, B, ng, hs), (T, B, ng, hs) -> (T, B, nh * hs), on this rank's heads.
@@ -37,7 +38,8 @@ class SdpaCoreAttention(MegatronModule):
             attention_mask: of `document_mask`, or None for plain causal attention, which has faster kernels.
         """
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # (B, nh, T, hs)
-        how = {"attn_mask": attention_mask, "is_causal": attention_mask is None, "enable_gqa": q.size(1) != k.size(1)}
+        how = {"attn_mask": attention_mask, "is_causal": attention_mask is None, "scale": self.scale,
+               "enable_gqa": q.size(1) != k.size(1)}
         if self.training and self.dropout > 0.0:
             with tensor_parallel.get_cuda_rng_tracker().fork():  # other heads, other masks
                 out = scaled_dot_product_attention(q, k, v, dropout_p=self.dropout, **how)

@@ -15,14 +15,15 @@ from torch.nn.functional import gelu
 
 from megatron_spdf.config import Recipe
 from megatron_spdf.model.attention import core_attention
-from megatron_spdf.model.init import DrawnWeights, InitialWeights, initialise
+from megatron_spdf.model.init import DrawnWeights, InitialWeights, initialise, owned_weights
 from megatron_spdf.model.norm import norm_class
+from megatron_spdf.model.parametrization import Parametrization
 from megatron_spdf.model.weights import model_weights, padded_vocab
 from megatron_spdf.sparsity.compact import sparsify
 from megatron_spdf.sparsity.plan import Plan
 
 
-def transformer_config(recipe: Recipe) -> TransformerConfig:
+def transformer_config(recipe: Recipe, rules: Parametrization) -> TransformerConfig:
     """Megatron-Core's configuration of the recipe's model and layout."""
     m, p = recipe.model, recipe.parallel
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
@@ -40,6 +41,7 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
         activation_func=partial(gelu, approximate="tanh"),  # as in GPT-2
         hidden_dropout=m.dropout,
         attention_dropout=m.dropout,
+        softmax_scale=rules.attention_scale,
         init_method_std=m.init_std,
         perform_initialization=False,  # model/init.py fills the weights, the same at every layout
         params_dtype=dtype,
@@ -66,15 +68,16 @@ def build_model(recipe: Recipe, plan: Plan, source: InitialWeights | None = None
 
     Without a source the weights are drawn anew.
     """
-    config = transformer_config(recipe)
+    rules = Parametrization(recipe, plan)
+    config = transformer_config(recipe, rules)
     source = source or DrawnWeights(recipe.seed, recipe.model.query_groups)
     interleaved = recipe.parallel.interleave > 1
-    return [_build_chunk(recipe, config, plan, source, stage if interleaved else None)
+    return [_build_chunk(recipe, config, rules, source, stage if interleaved else None)
             for stage in range(recipe.parallel.interleave)]
 
 
 def _build_chunk(
-    recipe: Recipe, config: TransformerConfig, plan: Plan, source: InitialWeights, stage: int | None
+    recipe: Recipe, config: TransformerConfig, rules: Parametrization, source: InitialWeights, stage: int | None
 ) -> GPTModel:
     layer = get_gpt_layer_local_spec()
     norm = norm_class(recipe.kernels.norm)
@@ -95,7 +98,11 @@ def _build_chunk(
     model.cuda(torch.cuda.current_device())
     if config.bf16:
         model.bfloat16()
-    _fill(model, recipe, plan, source)
+    _fill(model, rules, source)
+    if rules.embedding_output != 1.0 and model.pre_process:
+        model.embedding.register_forward_hook(lambda _, __, output: output * rules.embedding_output)
+    if rules.head_input != 1.0 and model.post_process:
+        model.output_layer.register_forward_pre_hook(lambda _, inputs: (inputs[0] * rules.head_input, *inputs[1:]))
     if model.post_process:
         model.output_layer.register_forward_hook(partial(_hide_padding, recipe.model.vocab_size))
     return model
@@ -112,14 +119,16 @@ def _hide_padding(vocab_size: int, layer: nn.Module, _, output: tuple[Tensor, Te
     logits[..., max(vocab_size - first, 0) :] = -torch.inf
 
 
-def _fill(model: GPTModel, recipe: Recipe, plan: Plan, source: InitialWeights) -> None:
+def _fill(model: GPTModel, rules: Parametrization, source: InitialWeights) -> None:
     """Sparsifies and initialises module by module, so that one weight at a time is dense in float32."""
     rank, world = ps.get_tensor_model_parallel_rank(), ps.get_tensor_model_parallel_world_size()
-    weights = {w.name: w for w in model_weights(recipe.model)}
+    weights, plan = {w.name: rules.initial(w) for w in model_weights(rules.recipe.model)}, rules.plan
     for name, module in canonical_modules(model):
         if f"{name}.weight" in plan.weights:
             sparsify(module, plan.weights[f"{name}.weight"], plan.seed, rank, world)
         initialise(module, name, weights, source, rank, world)
+        for parameter, weight in owned_weights(module, name, weights):
+            parameter.learning_rate = rules.learning_rate(weight)  # over the recipe's, for the optimizer's groups
 
 
 def canonical_modules(model: GPTModel) -> list[tuple[str, nn.Module]]:

@@ -6,7 +6,7 @@ A sparse weight draws the values of the dense one and keeps the active ones: the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -120,13 +120,8 @@ def initialise(
     the mark a shard counts as a copy and is left out of the gradient norm on all ranks but the first.
     """
     compact = compact_of(module)
-    owned = dict(module.named_parameters(recurse=False))
-    if compact is not None:
-        owned["weight"] = module.parametrizations.weight.original
-    for key, parameter in owned.items():
-        full = f"{name}.{key}"
-        weight = weights[EMBEDDING if full == TIED_OUTPUT else full]
-        sparse = compact is not None and key == "weight"
+    for parameter, weight in owned_weights(module, name, weights):
+        sparse = compact is not None and weight.linear
         if weight.axis is not None:
             _mark(parameter, 0 if sparse else weight.axis)  # chunks are cut along 0
         if parameter.is_meta:
@@ -136,6 +131,18 @@ def initialise(
             compact.index_mask()
         values = source.shard(weight, rank, world).to(parameter.device)
         parameter.copy_(compact.right_inverse(values) if sparse else values)
+
+
+def owned_weights(
+    module: nn.Module, name: str, weights: dict[str, Weight]
+) -> Iterator[tuple[nn.Parameter, Weight]]:
+    """The direct parameters of a module, a compact one in place of its dense weight, and what they are."""
+    owned = dict(module.named_parameters(recurse=False))
+    if compact_of(module) is not None:
+        owned["weight"] = module.parametrizations.weight.original
+    for key, parameter in owned.items():
+        full = f"{name}.{key}"
+        yield parameter, weights[EMBEDDING if full == TIED_OUTPUT else full]
 
 
 def _mark(parameter: nn.Parameter, axis: int) -> None:

@@ -31,6 +31,7 @@ from megatron_spdf.config.checks import findings
 from megatron_spdf.data.corpus import check_corpus
 from megatron_spdf.data.dataset import TokenData
 from megatron_spdf.engine import Engine, make_engine, megatron
+from megatron_spdf.evaluation.coordinates import activation_sizes
 from megatron_spdf.model.attention import document_mask
 from megatron_spdf.model.weights import model_weights
 from megatron_spdf.parallel.ranks import find_ranks, join, leave
@@ -497,3 +498,9 @@ def packed(recipe: dict) -> dict:
             return [loss for place, loss in enumerate(found) if place not in ends]
 
         return {"together": losses(documents), "apart": [x for d in documents if len(d) > 1 for x in losses([d])]}
+
+
+def coordinates(recipe: dict, steps: int) -> dict[str, float]:
+    """Sizes of activations in the last of the first steps."""
+    agree_on_port()
+    return activation_sizes(Recipe.model_validate(recipe), steps)[-1]

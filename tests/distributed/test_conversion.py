@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from harness import outcome, run_cases
+from mup import MUP
 from safetensors.torch import load_file, save_file
 
 from megatron_spdf.checkpoint import store
@@ -35,7 +36,8 @@ GREEDY = 6
 LAYOUTS = {"tp1": {"data": 4}, "tp2": {"tensor": 2, "data": 2}, "pp2": {"pipeline": 2, "data": 2}, "tp4": {"tensor": 4}}
 # Converted, trained for two steps and saved: shape, sparsity, layout.
 RUNS = {f"{level:.0%} {layout}": ("narrow", level, layout) for level in (0.0, 0.75) for layout in LAYOUTS}
-RUNS |= {"75% twelve heads": ("twelve heads of 64", 0.75, "tp4"), "0% odd vocabulary": ("odd vocabulary", 0.0, "tp2")}
+RUNS |= {"75% twelve heads": ("twelve heads of 64", 0.75, "tp4"), "75% mup": ("narrow", 0.75, "tp2"),
+         "0% odd vocabulary": ("odd vocabulary", 0.0, "tp2")}
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +80,7 @@ def make_run(place, data_of, make_recipe):
         recipe = make_recipe(
             str(place / name), model=model, sparsity=level, parallel=LAYOUTS[layout],
             data={"train": [data_of(model["vocab_size"])], "valid": [], "workers": 0},
+            **(MUP if "mup" in name else {}),
             train={"tokens": 8 * model["max_positions"] * 60, "sequence_length": model["max_positions"]})
         if not (place / shape).exists():
             save_gpt2(shape, place / shape)

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from harness import outcome, run_cases
+from mup import MUP
 
 from megatron_spdf.checkpoint.deepspeed_import import DeepSpeedReader
 from megatron_spdf.config.recipe import Model
@@ -24,12 +25,13 @@ RUNS = {
     "dropout": {"parallel": {"tensor": 2}, "model": {"dropout": 0.1}},
     "smoothing": {"parallel": {"tensor": 2}, "train": {"label_smoothing": 0.1}},
     "recompute": {"parallel": {"data": 2}, "train": {"recompute": "full"}},
+    "mup": {"parallel": {"tensor": 2}, **MUP},
     "no clipping": {"parallel": {"data": 2}, "optimizer": {"clip_grad": 0.0}},
 }
 ALL_STAGES = ["dp2", "tp2"]
 PAIRS = [(name, zero) for name in ALL_STAGES for zero in STAGES] + [
     ("tp2 sp", 2), ("dense", 0), ("dense", 1), ("dense", 3), ("dropout", 1), ("dropout", 3), ("smoothing", 2),
-    ("recompute", 1), ("recompute", 3), ("no clipping", 0), ("no clipping", 2)]
+    ("mup", 0), ("mup", 2), ("mup", 3), ("recompute", 1), ("recompute", 3), ("no clipping", 0), ("no clipping", 2)]
 OFFLOADED = [1, 2, 3]
 # A chain of starts: engine and layout of each.
 CHAIN = [

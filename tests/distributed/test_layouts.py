@@ -4,10 +4,12 @@ import math
 
 import pytest
 from harness import outcome, run_cases
+from mup import MUP
 
 pytestmark = pytest.mark.slow
 
 STEPS = 20
+DENSITIES = [{"weights": "decoder.layers.0.*", "level": 0.5}, {"weights": "*.mlp.*", "level": 0.75}]
 LAYOUTS = {
     1: {
         "zero 0": {"zero_stage": 0},
@@ -46,11 +48,15 @@ def results(make_recipe, tmp_path_factory):
         "grouped queries": train(model={"query_groups": 2}),
         "bf16": train(train={"precision": "bf16"}),
         "densified": ("densified", {"recipe": make_recipe(), "steps": 3}),
+        "mup": train(**MUP, sparsity=DENSITIES),
     }
     two = group(2) | {
         "grouped queries tp2": train(model={"query_groups": 2}, parallel={"tensor": 2}),
         "bf16 tp2": train(train={"precision": "bf16"}, parallel={"tensor": 2}),
         "bf16 dp2": train(train={"precision": "bf16"}, parallel={"data": 2}),
+        "mup tp2 sp": train(**MUP, sparsity=DENSITIES, parallel={"tensor": 2, "sequence": True}),
+        "mup pp2 interleaved": train(**MUP, sparsity=DENSITIES, parallel={"pipeline": 2, "interleave": 2}),
+        "mup dp2": train(**MUP, sparsity=DENSITIES, parallel={"data": 2}),
         "dense dp2": train(sparsity=0.0, parallel={"data": 2}),
         "dense dp2 zero 0": train(sparsity=0.0, parallel={"data": 2, "zero_stage": 0}),
         "overlap": ("overlapped", {"recipe": make_recipe(parallel={"data": 2}), "steps": STEPS}),
@@ -97,6 +103,13 @@ def test_masks_are_the_same_at_every_layout(results, world, name):
 @pytest.mark.parametrize("name", ["recompute full", "recompute selective", "micro-batch 4"])
 def test_recomputation_and_micro_batches_change_no_loss(results, name):
     close(outcome(results[1], name)["curve"], outcome(results[1], "reference")["curve"], 1e-5)
+
+
+@pytest.mark.parametrize("name", ["mup tp2 sp", "mup pp2 interleaved", "mup dp2"])
+def test_learning_rates_of_several_densities_are_the_same_at_every_layout(results, name):
+    there, reference = outcome(results[2], name)["curve"], outcome(results[1], "mup")["curve"]
+    close(there, reference, 1e-5)
+    assert abs(there[-1][0] - outcome(results[1], "reference")["curve"][-1][0]) > 1e-2
 
 
 @pytest.mark.parametrize("name", ["overlap", "overlap zero 0"])

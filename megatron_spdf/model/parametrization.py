@@ -1,0 +1,129 @@
+"""Initialisation, learning rates and multipliers that keep activations and updates at one size, whatever the width and
+the density: SµPar (Dey et al. 2024, arXiv 2405.15743, table 1), which is µP (Yang et al. 2021) where all is dense.
+
+With m_d = width / base width and m_rho = density of a weight / base density:
+
+    block weights        initial variance x 1 / (m_d m_rho), Adam's learning rate x 1 / (m_d m_rho)
+    embeddings           output x input_multiplier
+    LM head              input x output_multiplier / m_d
+    attention            Q K^T / d_head instead of / sqrt(d_head)
+    the rest             as it is
+
+Weight decay is the same number for every weight, so that what it takes off in a step goes with the weight's learning
+rate, AdamW's usual coupling. Pure Python beside the folding of a model's multipliers into its weights.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from megatron_spdf.config.recipe import Recipe
+from megatron_spdf.model.weights import Weight
+from megatron_spdf.sparsity.plan import Plan
+
+
+@dataclass(frozen=True)
+class Parametrization:
+    """The rules for one recipe and plan; `parametrization: standard` changes nothing."""
+
+    recipe: Recipe
+    plan: Plan
+
+    @property
+    def _maximal(self) -> bool:
+        return self.recipe.parametrization == "mup"
+
+    def _growth(self, weight: Weight) -> float:
+        """m_d m_rho of a block weight; 1 for others and under `standard`."""
+        if not self._maximal or not weight.linear:
+            return 1.0
+        base, planned = self.recipe.base, self.plan.weights.get(weight.name)
+        density = 1.0 - planned.level if planned else 1.0
+        return self._width * density / base.density
+
+    @property
+    def _width(self) -> float:
+        """m_d."""
+        return self.recipe.model.hidden / self.recipe.base.hidden if self._maximal else 1.0
+
+    def initial(self, weight: Weight) -> Weight:
+        """The weight with the spread of its initial values."""
+        return weight if weight.std is None else replace(weight, std=weight.std / math.sqrt(self._growth(weight)))
+
+    def learning_rate(self, weight: Weight) -> float:
+        """Over the recipe's."""
+        return 1.0 / self._growth(weight)
+
+    @property
+    def embedding_output(self) -> float:
+        return self.recipe.base.input_multiplier if self._maximal else 1.0
+
+    @property
+    def head_input(self) -> float:
+        return self.recipe.base.output_multiplier / self._width if self._maximal else 1.0
+
+    @property
+    def attention_scale(self) -> float:
+        """What Q K^T is multiplied by."""
+        head = self.recipe.model.hidden // self.recipe.model.heads
+        return 1.0 / head if self._maximal else 1.0 / math.sqrt(head)
+
+    def folded(self, name: str) -> Tensor | float:
+        """What a parameter is multiplied by to make a standard GPT that computes the same: rows of one factor each.
+
+        Args:
+            name: canonical.
+
+        Returns:
+            A number, or (rows of the parameter,).
+        """
+        if name.startswith("embedding."):
+            return self.embedding_output
+        if name.startswith("decoder.final_layernorm."):
+            return self.head_input / self.embedding_output  # the head is the embedding, which has been multiplied
+        if ".linear_qkv." in name and self._maximal:
+            return self._query_rows()
+        return 1.0
+
+    def _query_rows(self) -> Tensor:
+        """The fused weight's rows are those of each query group in turn: its queries, a key, a value."""
+        m = self.recipe.model
+        head, queries = m.hidden // m.heads, m.heads // m.query_groups
+        group = torch.ones(queries + 2, head)
+        group[:queries] = self.attention_scale * math.sqrt(head)
+        return group.flatten().repeat(m.query_groups)
+
+
+def fold(values: Tensor, factor: Tensor | float) -> Tensor:
+    """A parameter with `Parametrization.folded` in it."""
+    if isinstance(factor, float):
+        return values if factor == 1.0 else values * factor
+    return values * factor.to(values.dtype).view(-1, *[1] * (values.ndim - 1))
+
+
+def unfold(values: Tensor, factor: Tensor | float) -> Tensor:
+    """`fold` undone."""
+    return fold(values, 1.0 / factor)
+
+
+def render_parametrization(recipe: Recipe, plan: Plan, weights: list[Weight]) -> str:
+    """The rules of a recipe as a table, layers of one kind and density in one row; nothing under `standard`."""
+    if recipe.parametrization == "standard":
+        return ""
+    rules, base = Parametrization(recipe, plan), recipe.base
+    lines = [f"parametrization mup, base width {base.hidden}, base density {base.density:g}: embeddings x "
+             f"{rules.embedding_output:g}, LM head's input x {rules.head_input:g}, Q K^T x {rules.attention_scale:g}",
+             f"  {'weight':<48}{'count':>6}{'density':>10}{'initial std':>14}{'learning rate x':>18}"]
+    rows: dict[tuple, int] = {}
+    for weight in (w for w in weights if w.linear):
+        kind = ".".join("*" if part.isdigit() else part for part in weight.name.split("."))
+        planned = plan.weights.get(weight.name)
+        row = (kind, 1.0 - planned.level if planned else 1.0, rules.initial(weight).std, rules.learning_rate(weight))
+        rows[row] = rows.get(row, 0) + 1
+    lines += [f"  {kind:<48}{count:>6}{density:>10.4f}{std:>14.4g}{rate:>18.4g}"
+              for (kind, density, std, rate), count in rows.items()]
+    return "\n".join(lines)

@@ -1,0 +1,91 @@
+"""SµPar's rules, computed by hand for cases of the paper's table; the same GPT with the multipliers in its weights."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from megatron_spdf.config import Recipe
+from megatron_spdf.model.parametrization import Parametrization, fold, render_parametrization, unfold
+from megatron_spdf.model.weights import EMBEDDING, model_weights
+from megatron_spdf.sparsity.plan import make_plan
+
+QKV, OUT = "decoder.layers.1.self_attention.linear_qkv.weight", "decoder.layers.1.mlp.linear_fc2.weight"
+
+
+def rules(**changes) -> tuple[Parametrization, dict]:
+    values = {"output": "run", "parametrization": "mup", "sparsity": 0.75,
+              "model": {"layers": 2, "hidden": 1024, "heads": 16, "vocab_size": 300},
+              "train": {"tokens": 1000, "global_batch": 4, "micro_batch": 1},
+              "optimizer": {"lr": 1e-3}, **changes}
+    recipe = Recipe.model_validate(values)
+    weights = model_weights(recipe.model)
+    plan = make_plan(recipe.sparsity, weights, recipe.model.query_groups)
+    return Parametrization(recipe, plan), {w.name: w for w in weights}
+
+
+def test_four_times_the_width_at_a_quarter_of_the_density_is_the_base():
+    found, weights = rules()  # m_d = 1024 / 256 = 4, m_rho = 0.25
+    assert found.learning_rate(weights[QKV]) == 1.0
+    assert found.initial(weights[QKV]).std == 0.02
+    assert found.initial(weights[OUT]).std == pytest.approx(0.02 / math.sqrt(2 * 2))
+
+
+@pytest.mark.parametrize(("hidden", "level", "base", "growth"), [
+    (256, 0.75, {}, 0.25), (256, 0.5, {}, 0.5), (1024, 0.0, {}, 4.0), (2048, 0.875, {}, 1.0),
+    (512, 0.9375, {"hidden": 128, "density": 0.25}, 1.0), (768, 0.5, {"hidden": 256, "density": 0.5}, 3.0)])
+def test_variance_and_learning_rate_go_with_one_over_width_and_density(hidden, level, base, growth):
+    model = {"layers": 2, "hidden": hidden, "heads": 16, "vocab_size": 300}
+    found, weights = rules(model=model, sparsity=level, base=base)
+    for name in (QKV, OUT):
+        assert found.learning_rate(weights[name]) == pytest.approx(1 / growth)
+        assert found.initial(weights[name]).std ** 2 == pytest.approx(weights[name].std ** 2 / growth)
+
+
+def test_the_rest_keeps_its_spread_and_rate():
+    found, weights = rules(sparsity=0.0)
+    for name in (EMBEDDING, "embedding.position_embeddings.weight", "decoder.final_layernorm.weight",
+                 QKV.replace("weight", "bias")):
+        assert found.learning_rate(weights[name]) == 1.0 and found.initial(weights[name]) == weights[name]
+
+
+def test_multipliers():
+    found, _ = rules(base={"hidden": 128, "input_multiplier": 3.0, "output_multiplier": 2.0})
+    assert found.embedding_output == 3.0
+    assert found.head_input == 2.0 / (1024 / 128)
+    assert found.attention_scale == 1 / 64
+
+
+def test_densities_of_several_rules():
+    found, weights = rules(sparsity=[{"weights": "*.mlp.*", "level": 0.5}])
+    assert found.learning_rate(weights[OUT]) == 1 / (4 * 0.5)
+    assert found.learning_rate(weights[QKV]) == 1 / 4
+
+
+def test_standard_changes_nothing():
+    found, weights = rules(parametrization="standard")
+    assert all(found.learning_rate(w) == 1.0 and found.initial(w) == w for w in weights.values())
+    assert (found.embedding_output, found.head_input, found.attention_scale) == (1.0, 1.0, 1 / 8)
+    assert all(found.folded(name) == 1.0 for name in weights)
+
+
+def test_folding_undone_is_nothing():
+    found, weights = rules(base={"hidden": 128, "input_multiplier": 3.0})
+    for name in (QKV, EMBEDDING, "decoder.final_layernorm.bias", QKV.replace("weight", "bias")):
+        values = torch.randn(weights[name].shape)
+        assert torch.allclose(unfold(fold(values, found.folded(name)), found.folded(name)), values)
+
+
+def test_only_queries_are_scaled():
+    found, weights = rules(model={"layers": 2, "hidden": 64, "heads": 4, "query_groups": 2, "vocab_size": 300})
+    rows = found.folded(QKV).view(2, 4, 16)  # (group, two queries + key + value, d_head)
+    assert (rows[:, :2] == 1 / 4).all() and (rows[:, 2:] == 1).all()
+    assert found.folded(QKV).shape == weights[QKV].shape[:1]
+
+
+def test_the_table():
+    found, weights = rules(sparsity=[{"weights": "*.mlp.*", "level": 0.5}])
+    table = render_parametrization(found.recipe, found.plan, list(weights.values()))
+    assert "base width 256" in table and "0.5000" in table and "1.0000" in table and table.count("\n") == 5
