@@ -23,7 +23,7 @@ SPDF_SRUN=${SPDF_SRUN:-}              # further options of srun, such as --cpu-b
 network() { # NCCL and gloo, one place. NCCL finds InfiniBand by itself; set these only where it chooses wrongly.
   export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} # Megatron-Core's overlap relies on launch order
   export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1} # a failed collective ends its rank
-  export TORCH_NCCL_TRACE_BUFFER_SIZE=${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000} # collectives remembered when one times out
+  export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000} # collectives remembered when one times out
   export NCCL_DEBUG=${NCCL_DEBUG:-WARN} # INFO says which interfaces and protocols it takes
   # export NCCL_SOCKET_IFNAME=ib0   # interface of NCCL's first contact; with a wrong one, ranks hang or are refused
   # export GLOO_SOCKET_IFNAME=ib0   # the same for gloo, which carries checkpoints' agreement

@@ -30,9 +30,9 @@ RECIPE = {
     "train": {"tokens": 8 * 32 * 24, "global_batch": 8, "micro_batch": 4, "precision": "fp32"},
     "optimizer": {"lr": 1e-3, "warmup_tokens": 512},
     "evaluate": {"every": 6, "batches": 2},
-    "checkpoint": {"every": 4},
+    "checkpoint": {"every": 4, "asynchronous": False},  # so that a fault in a save meets nothing else
     "log": {"every": 1, "tensorboard": False},
-    "guard": {"hang_seconds": 6, "join_seconds": 120},
+    "guard": {"hang_seconds": 8, "join_seconds": 120},
 }
 
 

@@ -1,8 +1,8 @@
 """Stands in for the Python of a job: runs what it is given, and does at a moment of a run what SPDF_FAULTS says.
 
 SPDF_FAULTS is words of `OUTPUT:PHASE:STEP:RANK:DEED`, separated by blanks, each done once, or `every` time:
-PHASE is train, evaluate or save; DEED is KILL or STOP (the signal, to the rank itself), or PAUSE: the rank makes the
-file OUTPUT-paused and waits until it is gone, so that a test can act meanwhile.
+PHASE is train, evaluate or save; DEED is KILL or STOP (the signal, to the rank itself); or PAUSE: the rank makes the
+file OUTPUT-paused and waits until it is gone, so that a test can act meanwhile; or WAIT, until it is asked to stop.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ import signal
 import sys
 import time
 from pathlib import Path
+
+
+ASKED: list[bool] = []
 
 
 def main() -> None:
@@ -36,7 +39,13 @@ def arm(deeds: list[list[str]]) -> None:
     """Waits until the ranks have joined, when the engine may be imported, and puts the deeds in their places."""
     from megatron_spdf.parallel.heartbeat import Heartbeat
 
-    enter = Heartbeat.__enter__
+    from megatron_spdf.parallel.signals import StopRequest
+
+    enter, note = Heartbeat.__enter__, StopRequest._note
+
+    def noted(self, *rest):
+        ASKED.append(True)
+        note(self, *rest)
 
     def enter_and_arm(self):
         import megatron_spdf.checkpoint.saving as saving
@@ -69,7 +78,7 @@ def arm(deeds: list[list[str]]) -> None:
         loop.validation_loss, saving.Saving._write_tensors = validation_loss, write
         return enter(self)
 
-    Heartbeat.__enter__ = enter_and_arm
+    Heartbeat.__enter__, StopRequest._note = enter_and_arm, noted
 
 
 def do(output: Path, phase: str, number: int, deed: str, every: bool) -> None:
@@ -77,7 +86,10 @@ def do(output: Path, phase: str, number: int, deed: str, every: bool) -> None:
     if mark.exists() and not every:
         return
     mark.write_text("")
-    if deed == "PAUSE":
+    if deed == "WAIT":
+        while not ASKED:
+            time.sleep(0.05)
+    elif deed == "PAUSE":
         flag = output.with_name(f"{output.name}-paused")
         flag.write_text(f"{phase} {number}")
         while flag.exists():
