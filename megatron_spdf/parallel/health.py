@@ -158,7 +158,7 @@ def render(reports: Sequence[Report], skews: Sequence[float], spread: tuple[floa
         if abs(skew) > SKEW_SECONDS:
             lines.append(f"warning: the clock of {host} is {skew:+.1f} s off that of {reports[0].host}; logs of the "
                          "two will not agree, have it synchronised")
-    lines[-1] += f"; all {len(reports)} ranks there {seconds:.1f} s after the first, the last was rank {last}"
+    lines.append(f"all {len(reports)} ranks reported within {seconds:.1f} s, rank {last} last")
     usual = statistics.median(r.free for r in reports)
     lines += [f"warning: rank {r.rank} on {r.host} has {r.free / 2**30:,.1f} GiB free, others {usual / 2**30:,.1f}; is "
               "another process on that device?" for r in reports if r.device != "cpu" and r.free < FREE_SHARE * usual]
