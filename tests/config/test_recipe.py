@@ -284,7 +284,8 @@ def test_override_that_an_error_advises_works(write):
 
 
 @pytest.mark.parametrize("world, words, data", [
-    (8, [], 8), (8, ["parallel.tensor=4"], 2), (6, ["parallel.pipeline=3"], 2), (8, ["parallel.data=5"], 5), (1, [], 1)])
+    (8, [], 8), (8, ["parallel.tensor=4"], 2), (6, ["parallel.pipeline=3"], 2), (8, ["parallel.data=5"], 5),
+    (1, [], 1)])
 def test_data_parallel_auto_goes_by_the_world(write, world, words, data):
     path = write()
     assert load_recipe(path, ["train.global_batch=120", "train.micro_batch=1", "model.layers=6", "parallel.data=auto",

@@ -67,7 +67,7 @@ def test_a_death_explains_the_failures_that_follow_it():
 
 
 def test_the_first_failure_is_named():
-    peers = [peer(0, heard=2.0, failed="RuntimeError: Connection closed"), peer(1, heard=1.0, failed="OutOfMemoryError: ")]
+    peers = [peer(0, heard=2.0, failed="RuntimeError: Connection closed"), peer(1, heard=1.0, failed="MemoryError: ")]
     assert verdict(peers, 9.0, 50.0).startswith("rank 1 on n1 failed in step 7; its last collective")
 
 

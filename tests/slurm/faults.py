@@ -14,7 +14,6 @@ import sys
 import time
 from pathlib import Path
 
-
 ASKED: list[bool] = []
 
 
@@ -37,8 +36,8 @@ def main() -> None:
 
 def arm(deeds: list[list[str]]) -> None:
     """Waits until the ranks have joined, when the engine may be imported, and puts the deeds in their places."""
+    from megatron_spdf.parallel.activity import NOW
     from megatron_spdf.parallel.heartbeat import Heartbeat
-
     from megatron_spdf.parallel.signals import StopRequest
 
     enter, note = Heartbeat.__enter__, StopRequest._note
@@ -53,7 +52,6 @@ def arm(deeds: list[list[str]]) -> None:
         import megatron_spdf.training.loop as loop
 
         def step(self, batch, number, *rest, inner=engine.MegatronEngine.step):
-            self.number = number
             meet("train", number)
             return inner(self, batch, number, *rest)
 
@@ -61,7 +59,7 @@ def arm(deeds: list[list[str]]) -> None:
             def through():
                 for i, batch in enumerate(batches):
                     if i == 1:
-                        meet("evaluate", engine.number)
+                        meet("evaluate", int(NOW.phase.split()[-1]))
                     yield batch
             return inner(engine, through(), stop)
 
@@ -74,7 +72,7 @@ def arm(deeds: list[list[str]]) -> None:
                 if (wanted, at.removeprefix("every")) == (phase, str(number)):
                     do(Path(output), phase, number, deed, every=at.startswith("every"))
 
-        engine.MegatronEngine.step, engine.MegatronEngine.number = step, 0
+        engine.MegatronEngine.step = step
         loop.validation_loss, saving.Saving._write_tensors = validation_loss, write
         return enter(self)
 
