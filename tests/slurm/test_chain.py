@@ -59,7 +59,7 @@ def test_an_array_sweeps_and_selects(cluster, chain):
                   seconds=200)
     said = [(cluster.place / f"array_{i}.out").read_text() for i in range(3)]
     found = json.loads((cluster.place / "swept/selection.json").read_text())
-    assert [row["done"] for row in found["trials"]] == [True, True], said
+    assert [row["done"] for row in found["runs"]] == [True, True], said
     assert found["selected"] and found["unfinished"] == 0, said
     assert "array element 2: the sweep of sweep.yaml has 2 combinations; submit it with sbatch --array=0-1" in said[2]
 

@@ -40,8 +40,9 @@ def test_refused_before_any_rank_is_started(cluster, refused, name):
 @pytest.mark.parametrize("script", ["finetune.sh", "finetune_sweep.sh", "evaluate.sh"])
 def test_a_forgotten_task_is_asked_for(cluster, script):
     job = cluster.sbatch(script, nodes="1", options=("--array=0",) if "sweep" in script else ())
-    cluster.until(lambda: cluster.output(job) if "sweep" not in script else list(cluster.place.glob(f"{job}*.out")), "end")
-    cluster.until(lambda: cluster.state(job) == "FAILED", "end")
+    job += "_0" if "sweep" in script else ""
+    assert cluster.end_of(job) == ["FAILED 2"]
+    assert "which task and which run? write: sbatch" in cluster.output(job.partition("_")[0])
 
 
 @pytest.mark.parametrize("script", ["pretrain_gpt2small.sh", "finetune.sh", "evaluate.sh", "tool.sh"])

@@ -35,6 +35,7 @@ def test_scripts_are_thin(script):
         assert len([line for line in script.read_text().splitlines() if line and not line.startswith("#")]) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script, words, said", [
     ("pretrain_gpt3xl.sh", ["--nodes=4", "sparsity=0.5", "parallel.tensor=4"],
      ["  level: 0.5", "32 ranks = tensor 4 x pipeline 1 x data 8", "GiB per GPU", "srun --ntasks=32", "--nodes=4"]),
@@ -42,7 +43,8 @@ def test_scripts_are_thin(script):
     ("pretrain_gpt3_6b7.sh", [], ["64 ranks = tensor 4 + sequence x pipeline 1 x data 16", "srun --ntasks=64"]),
     ("pretrain_gpt3xl.sh", ["{root}/configs/pretrain/gpt3_xl_dense.yaml", "--ntasks-per-node=4"],
      ["output: runs/gpt3_xl_dense", "8 ranks ="]),
-    ("evaluate.sh", ["e2e", "runs/a b", "--beams", "4"], ["tools/evaluate.py' 'runs/a b' '--task' 'e2e' '--beams' '4'"]),
+    ("evaluate.sh", ["e2e", "runs/a b", "--beams", "4"],
+     ["tools/evaluate.py' 'runs/a b' '--task' 'e2e' '--beams' '4'"]),
 ])
 def test_dry_run_shows_what_a_job_would_do(tmp_path, script, words, said):
     env = {**os.environ, "SPDF_PYTHON": sys.executable, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
