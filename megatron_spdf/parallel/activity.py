@@ -60,7 +60,7 @@ class Activity:
         return sum(before.elapsed_time(after) for before, after in events) / 1e3
 
     def last_collective(self) -> str:
-        return f"{self.collective}, its {self.count:,}th" if self.collective else "none yet"
+        return f"{self.collective}, number {self.count:,}" if self.collective else "none yet"
 
 
 NOW = Activity()

@@ -56,11 +56,28 @@ class Beat:
 
 @dataclass
 class Peer:
-    """A rank as rank 0 knows it: its last beat, when it was heard, whether its connection was closed."""
+    """A rank as rank 0 knows it.
+
+    Attributes:
+        heard: when its last beat was.
+        closed: whether its connection was, as of a process that is no more.
+        trouble: since when it is closed, or has failed.
+    """
 
     beat: Beat
     heard: float
     closed: bool = False
+    trouble: float | None = None
+
+    def hear(self, beat: dict | None) -> None:
+        """Takes a beat; None: the connection was closed."""
+        self.heard = time.monotonic()
+        if beat is None:
+            self.closed = True
+        else:
+            self.beat = Beat(**beat)
+        if self.trouble is None and (self.closed or self.beat.failed):
+            self.trouble = self.heard
 
 
 def verdict(peers: list[Peer], now: float, seconds: float) -> str:
@@ -71,9 +88,10 @@ def verdict(peers: list[Peer], now: float, seconds: float) -> str:
         seconds: guard.hang_seconds.
     """
     there = [p for p in peers if not p.beat.leaving]
-    dead = [p for p in there if p.closed and not p.beat.failed]
-    failed = sorted((p for p in there if p.beat.failed), key=lambda p: p.heard)
-    first = min((p.heard for p in dead + failed), default=now)
+    troubled = sorted((p for p in there if p.trouble is not None), key=lambda p: p.trouble)
+    dead = [p for p in troubled if p.closed and not p.beat.failed]
+    failed = [p for p in troubled if p.beat.failed]
+    first = troubled[0].trouble if troubled else now
     if now - first > GRACE_SECONDS:
         if dead:
             return "; ".join(f"{p.beat.who} died {p.beat.did}" for p in dead)
@@ -174,17 +192,13 @@ class Heartbeat:
     def _preside(self, door: socket.socket, token: str) -> None:
         """Of rank 0: hears everyone, judges, tells everyone."""
         began = time.monotonic()
-        peers = {r: Peer(Beat(r, f"a host that rank 0 has not heard of, {self.ranks.world} ranks in all"), began)
-                 for r in range(1, self.ranks.world)}
+        peers = {r: Peer(Beat(r, "a host that rank 0 has not heard of"), began) for r in range(self.ranks.world)}
         lines = _Lines(door, token)
         while True:
-            mine, now = self._beat(), time.monotonic()
-            for rank, beat in lines.read(BEAT_SECONDS / 2):
-                if beat is None:
-                    peers[rank].closed, peers[rank].heard = True, time.monotonic()
-                else:
-                    peers[rank].beat, peers[rank].heard = Beat(**beat), time.monotonic()
-            said = verdict([Peer(mine, now), *peers.values()], time.monotonic(), self.seconds)
+            mine = self._beat()
+            for rank, beat in [*lines.read(BEAT_SECONDS / 2), (0, asdict(mine))]:
+                peers[rank].hear(beat)
+            said = verdict(list(peers.values()), time.monotonic(), self.seconds)
             lines.tell(json.dumps({"beat": asdict(mine), "verdict": said}))
             if said:
                 self._end(said)
