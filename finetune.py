@@ -100,7 +100,8 @@ def train(finetune: Finetune, start: WeightSource, prepared: Prepared, ranks: Ra
     except ValueError as error:
         return refuse(error)
     data = CompletionData(recipe, prepared.train, prepared.valid, prepared.tokenizer.eod, engine.data_parallel_rank)
-    log = RunLog(run, state.step, recipe.steps, recipe.log.tensorboard, active=ranks.rank == 0)
+    log = RunLog(run, state.step, recipe.steps, recipe.log.tensorboard, active=ranks.rank == 0,
+                 evaluated=state.evaluated)
     log.say("\n".join([prepared.summary, engine.choices, *found]))
     try:
         return Trainer(recipe, plan, engine, data, checkpointer, state, log, stop).run()

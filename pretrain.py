@@ -95,7 +95,8 @@ def pretrain(recipe: Recipe, plan: Plan, ranks: Ranks, run: RunDir, corpus: Corp
     except ValueError as error:
         return refuse(error)
     data = TokenData(recipe, corpus, run.cache, engine.reads_data)
-    log = RunLog(run, state.step, recipe.steps, recipe.log.tensorboard, active=ranks.rank == 0)
+    log = RunLog(run, state.step, recipe.steps, recipe.log.tensorboard, active=ranks.rank == 0,
+                 evaluated=state.evaluated)
     log.say("\n".join([summary, engine.choices, *found]))
     try:
         return Trainer(recipe, plan, engine, data, checkpointer, state, log, stop).run()
