@@ -99,7 +99,8 @@ begin() { # WORD...: sorts the words, finds out about the job
     NODES=$(option nodes 1) TASKS=$(($(option nodes 1) * $(option ntasks-per-node 1)))
     return
   fi
-  [[ -n ${SLURM_JOB_ID:-} ]] || die "not in a Slurm job; submit it: sbatch $ME ${*@Q}, or look at what it would do: $ME ${*@Q} --dry-run"
+  JOB=${SLURM_ARRAY_TASK_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} JOB=${JOB:-${SLURM_JOB_ID:-}} # an array's last element has the array's id
+  [[ -n $JOB ]] || die "not in a Slurm job; submit it: sbatch $ME ${*@Q}, or look at what it would do: $ME ${*@Q} --dry-run"
   NODES=${SLURM_JOB_NUM_NODES:-1} TASKS=${SLURM_NTASKS:-1}
   [[ -z ${SLURM_NTASKS_PER_NODE:-} ]] || TASKS=$((NODES * SLURM_NTASKS_PER_NODE)) # of --nodes=1-4, what was granted
   [[ $SPDF_DEVICE = cpu ]] || nvidia-smi -L >/dev/null 2>&1 ||
@@ -116,7 +117,7 @@ begin() { # WORD...: sorts the words, finds out about the job
     die "port $MASTER_PORT of the head node $MASTER_ADDR is taken; export MASTER_PORT=<a free port>"
   trap 'stop USR1' USR1
   trap 'stop TERM' TERM
-  echo "== job $SLURM_JOB_ID on ${SLURM_JOB_NODELIST:-?}, $TASKS ranks, start $((${SLURM_RESTART_COUNT:-0} + 1)), $(date -Is)"
+  echo "== job $JOB on ${SLURM_JOB_NODELIST:-?}, $TASKS ranks, start $((${SLURM_RESTART_COUNT:-0} + 1)), $(date -Is)"
 }
 
 train() { # SCRIPT RECIPE WORD...: preflight, the ranks, and what comes of how they end
@@ -152,10 +153,10 @@ work() { # COMMAND...: what is no run: stopped ahead of the time limit, it start
 requeue() { # WHY [RUN]: back into the queue, unless the job was cancelled or the run gets nowhere
   [[ -z ${2:-} ]] || PYTHONPATH=$SPDF_ROOT once "$SPDF_PYTHON" -m megatron_spdf.training.restarts "$2" || exit 3
   local state
-  state=$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's/.*JobState=\([A-Z]*\).*/\1/p')
+  state=$(scontrol show job "$JOB" 2>/dev/null | sed -n 's/.*JobState=\([A-Z]*\).*/\1/p')
   [[ $state = RUNNING ]] || { echo "$ME: $1; the job is $state, so it is not started again" >&2; exit "$CODE"; }
   echo "== $1; back into the queue, $(date -Is)"
-  scontrol requeue "$SLURM_JOB_ID" || die "$1, but the job cannot be requeued (scontrol, see above); submit it again: it goes on where it was" 1
+  scontrol requeue "$JOB" || die "$1, but the job cannot be requeued (scontrol, see above); submit it again: it goes on where it was" 1
   sleep 60 # Slurm ends this shell
   exit "$CODE"
 }

@@ -10,7 +10,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
-SCRIPT=$(scontrol show job "${SLURM_JOB_ID:--}" 2>/dev/null | sed -n 's|^ *Command=\(.*/launch/[^/]*\.sh\).*|\1|p') # sbatch runs a copy
+SCRIPT=$(scontrol show job "${SLURM_JOB_ID:--}" 2>/dev/null | sed -n 's|^ *Command=\(.*/launch/[^/]*\.sh\).*|\1|p' | head -n 1) # sbatch runs a copy
 SCRIPT=${SCRIPT:-$0}
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "$SCRIPT")/common.sh"

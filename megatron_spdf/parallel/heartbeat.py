@@ -24,7 +24,7 @@ from megatron_spdf.parallel.ranks import Ranks, shared_store
 from megatron_spdf.training import exit_codes
 
 BEAT_SECONDS = 1.0
-GRACE_SECONDS = 3.0  # after the first sign of trouble: its cause may be another rank's death
+GRACE_SECONDS = 2.0  # after the first sign of trouble: its cause may be another rank's death
 
 
 @dataclass

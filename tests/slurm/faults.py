@@ -1,8 +1,9 @@
 """Stands in for the Python of a job: runs what it is given, and does at a moment of a run what SPDF_FAULTS says.
 
-SPDF_FAULTS is words of `OUTPUT:PHASE:STEP:RANK:DEED`, separated by blanks, each done once, or `every` time:
+SPDF_FAULTS is words of `OUTPUT:PHASE:STEP:RANK:DEED`, separated by blanks, each done once.
 PHASE is train, evaluate or save; DEED is KILL or STOP (the signal, to the rank itself); or PAUSE: the rank makes the
 file OUTPUT-paused and waits until it is gone, so that a test can act meanwhile; or WAIT, until it is asked to stop.
+STEP is a number, `every3` for every time that step 3 comes, or `all`, for every step: the deed is SLOW, a short sleep.
 """
 
 from __future__ import annotations
@@ -69,7 +70,9 @@ def arm(deeds: list[list[str]]) -> None:
 
         def meet(phase: str, number: int) -> None:
             for output, wanted, at, _, deed in deeds:
-                if (wanted, at.removeprefix("every")) == (phase, str(number)):
+                if wanted == phase and deed == "SLOW":
+                    time.sleep(0.05)
+                elif (wanted, at.removeprefix("every")) == (phase, str(number)):
                     do(Path(output), phase, number, deed, every=at.startswith("every"))
 
         engine.MegatronEngine.step = step

@@ -54,13 +54,20 @@ def test_the_chain_ends_in_its_report(cluster, chain):
 def test_an_array_sweeps_and_selects(cluster, chain):
     cluster.end_of(chain["pretrain"])
     job = cluster.sbatch("finetune_sweep.sh", "sweep.yaml", "chained", nodes="1",
-                         options=("--array=0-2", "--output=array_%a.out"))
+                         options=("--array=0-2", "--output=array_%a.out"),
+                         SPDF_FAULTS="swept/optimizer.lr=0.0001:train:1:0:PAUSE")
+    flag = cluster.place / "swept/optimizer.lr=0.0001-paused"
+    cluster.until(flag.exists, "step 1 of the second element", f"{job}_1")
+    cluster.run("scancel", "--signal=USR1", "--batch", f"{job}_1")
+    flag.unlink()
     cluster.until(lambda: not cluster.run("squeue", "--noheader", "--jobs", job, check=False).stdout.strip(), "end",
                   seconds=200)
     said = [(cluster.place / f"array_{i}.out").read_text() for i in range(3)]
     found = json.loads((cluster.place / "swept/selection.json").read_text())
     assert [row["done"] for row in found["runs"]] == [True, True], said
     assert found["selected"] and found["unfinished"] == 0, said
+    restarts = [cluster.field(f"{job}_{i}", "Restarts") for i in range(3)]
+    assert restarts == ["0", "1", "0"], said
     assert "array element 2: the sweep of sweep.yaml has 2 combinations; submit it with sbatch --array=0-1" in said[2]
 
 

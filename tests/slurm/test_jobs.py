@@ -6,6 +6,7 @@ more faults.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable
@@ -34,8 +35,9 @@ def loop(cluster):
 
 @pytest.fixture(scope="module")
 def straight(cluster, limited, loop):
-    """An undisturbed run on two nodes."""
-    job = cluster.sbatch("pretrain_gpt3xl.sh", "recipe.yaml", "output=straight")
+    """An undisturbed run on two nodes, of which one is slow."""
+    job = cluster.sbatch("pretrain_gpt3xl.sh", "recipe.yaml", "output=straight", "log.ranks_every=8",
+                         "log.tensorboard=true", SPDF_FAULTS="straight:train:all:1:SLOW")
     assert cluster.end_of(job) == ["COMPLETED 0"], cluster.output(job)
     return cluster.output(job), records(cluster.place / "straight")
 
@@ -45,6 +47,18 @@ def test_the_happy_path(straight):
     assert [r["step"] for r in log if r["kind"] == "train"] == list(range(1, 25))
     for said in ("2 ranks", "data 2", "node1: rank 0, cpu", "node2: rank 1, cpu", "clock"):
         assert said in out
+
+
+def test_the_slow_rank_is_named_in_log_and_tensorboard(cluster, straight):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    said = re.findall(r"step (\d+): rank (\d) on (\w+) is slow", straight[0])
+    assert said == [(step, "1", "node2") for step in ("8", "16", "24")], straight[0]
+    lines = [json.loads(line) for line in (cluster.place / "straight/log.jsonl").read_text().splitlines()]
+    assert [list(r["own_seconds"]) for r in lines if r["kind"] == "ranks"] == [["1"]] * 3
+    events = EventAccumulator(str(cluster.place / "straight/tensorboard"))
+    events.Reload()
+    assert [e.value >= 0.05 for e in events.Scalars("ranks/own_seconds/1")] == [True] * 3
 
 
 def kill_node(cluster: Cluster, job: str) -> None:
