@@ -11,7 +11,7 @@ pytestmark = pytest.mark.slow
 SWEEP = """
 output: swept
 data: {task: jsonl, path: pairs}
-train: {epochs: 1, global_batch: 4, micro_batch: 2, precision: fp32}
+train: {epochs: 3, global_batch: 4, micro_batch: 2, precision: fp32}
 optimizer: {lr: 1.0e-3}
 engine: megatron
 log: {tensorboard: false}

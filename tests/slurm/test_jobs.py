@@ -16,7 +16,8 @@ from conftest import Cluster, records
 
 pytestmark = pytest.mark.slow
 
-STEP = {"train": (3, 11, 17), "evaluate": (6, 12, 18), "save": (8, 16, 20)}  # evaluates each 6th, saves each 4th
+# A step right after a save is none of them: who outlives a peer in a save gets as far as there before it ends.
+STEP = {"train": (3, 11, 19), "evaluate": (6, 12, 18), "save": (8, 16, 20)}  # evaluates each 6th, saves each 4th
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +86,7 @@ DEEDS: dict[str, Callable[[Cluster, str], object] | str] = {
 }
 SOME = [("rank killed", "train", 3, 1), ("rank stopped", "evaluate", 6, 1), ("requeue", "save", 8, 0),
         ("TERM", "train", 11, 1), ("USR1", "evaluate", 12, 0), ("node killed", "save", 16, 1),
-        ("rank stopped", "train", 17, 0), ("rank killed", "save", 20, 0)]
+        ("rank stopped", "train", 19, 0), ("rank killed", "save", 20, 0)]
 
 
 def sequences() -> list[list[tuple[str, str, int, int]]]:
@@ -157,7 +158,7 @@ def test_another_number_of_nodes_at_every_start(cluster, straight):
         cluster.run("scancel", "--signal=USR1", "--batch", job)
         flag.unlink()
         cluster.until(lambda: cluster.state(job) == "PENDING", "requeue", job)
-        cluster.run("scontrol", "update", f"JobId={job}", f"NumNodes={nodes}-{nodes}")
+        cluster.run("scontrol", "update", f"JobId={job}", f"NumNodes={nodes}", f"NumTasks={nodes}")
     assert cluster.end_of(job) == ["COMPLETED 0"], cluster.output(job)
     out = cluster.output(job)
     assert [out.count(f"{n} ranks = tensor 1 x pipeline 1 x data {n}") for n in (1, 2)] == [1, 2]
