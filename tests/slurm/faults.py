@@ -3,7 +3,7 @@
 SPDF_FAULTS is words of `OUTPUT:PHASE:STEP:RANK:DEED`, separated by blanks, each done once.
 PHASE is train, evaluate or save; DEED is KILL or STOP (the signal, to the rank itself); or PAUSE: the rank makes the
 file OUTPUT-paused and waits until it is gone, so that a test can act meanwhile; or WAIT, until it is asked to stop.
-STEP is a number, `every3` for every time that step 3 comes, or `all`, for every step: the deed is SLOW, a short sleep.
+STEP is a number, `every3` for every time that step 3 comes, or `all`, for every step: the deed is SLOW, a sleep of 0.2 s.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def arm(deeds: list[list[str]]) -> None:
         def meet(phase: str, number: int) -> None:
             for output, wanted, at, _, deed in deeds:
                 if wanted == phase and deed == "SLOW":
-                    time.sleep(0.05)
+                    time.sleep(0.2)
                 elif (wanted, at.removeprefix("every")) == (phase, str(number)):
                     do(Path(output), phase, number, deed, every=at.startswith("every"))
 

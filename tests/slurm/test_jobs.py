@@ -59,7 +59,7 @@ def test_the_slow_rank_is_named_in_log_and_tensorboard(cluster, straight):
     assert [list(r["own_seconds"]) for r in lines if r["kind"] == "ranks"] == [["1"]] * 3
     events = EventAccumulator(str(cluster.place / "straight/tensorboard"))
     events.Reload()
-    assert [e.value >= 0.05 for e in events.Scalars("ranks/own_seconds/1")] == [True] * 3
+    assert [e.value >= 0.2 for e in events.Scalars("ranks/own_seconds/1")] == [True] * 3
 
 
 def kill_node(cluster: Cluster, job: str) -> None:
