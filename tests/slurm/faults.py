@@ -3,7 +3,7 @@
 SPDF_FAULTS is words of `OUTPUT:PHASE:STEP:RANK:DEED`, separated by blanks, each done once.
 PHASE is train, evaluate or save; DEED is KILL or STOP (the signal, to the rank itself); or PAUSE: the rank makes the
 file OUTPUT-paused and waits until it is gone, so that a test can act meanwhile; or WAIT, until it is asked to stop.
-STEP is a number, `every3` for every time that step 3 comes, or `all`, for every step: the deed is SLOW, a sleep of 0.2 s.
+STEP is a number, `every3` for every time that step 3 comes, or `all`, for every step: the deed is SLOW, to sleep 0.2 s.
 """
 
 from __future__ import annotations
