@@ -150,18 +150,21 @@ def test_a_crash_loop_stops_after_the_bound_with_the_reason(cluster, loop):
 
 
 def test_another_number_of_nodes_at_every_start(cluster, straight):
-    job = cluster.sbatch("pretrain_gpt2small.sh", "recipe.yaml", "output=moved",
-                         SPDF_FAULTS="moved:train:7:0:PAUSE moved:train:15:0:PAUSE")
-    flag = cluster.place / "moved-paused"
-    for step, nodes in ((7, "1"), (15, "2")):
-        cluster.until(lambda w=f"train {step}": flag.exists() and flag.read_text() == w, f"step {step}", job)
-        cluster.run("scancel", "--signal=USR1", "--batch", job)
-        flag.unlink()
-        cluster.until(lambda: cluster.state(job) == "PENDING", "requeue", job)
-        cluster.run("scontrol", "update", f"JobId={job}", f"NumNodes={nodes}", f"NumTasks={nodes}")
-    assert cluster.end_of(job) == ["COMPLETED 0"], cluster.output(job)
-    out = cluster.output(job)
-    assert [out.count(f"{n} ranks = tensor 1 x pipeline 1 x data {n}") for n in (1, 2)] == [1, 2]
+    out, flag = "", cluster.place / "moved-paused"
+    for step, nodes in ((7, "2"), (15, "1"), (None, "2")):
+        job = cluster.sbatch("pretrain_gpt2small.sh", "recipe.yaml", "output=moved", nodes=nodes,
+                             SPDF_FAULTS="moved:train:7:0:PAUSE moved:train:15:0:PAUSE")
+        if step:
+            cluster.until(lambda w=f"train {step}": flag.exists() and flag.read_text() == w, f"step {step}", job)
+            cluster.run("scancel", "--signal=USR1", "--batch", job)
+            flag.unlink()
+            cluster.until(lambda job=job: cluster.state(job) == "PENDING", "requeue", job)
+            cluster.run("scancel", job)
+        else:
+            assert cluster.end_of(job) == ["COMPLETED 0"], cluster.output(job)
+        out += cluster.output(job)
+    assert re.findall(r"layout: (\d) ranks", out) == ["2", "1", "2"], out
+    assert out.count("resumed from step_") == 2
     assert close(records(cluster.place / "moved"), straight[1])
 
 
