@@ -1,4 +1,4 @@
-# make demo | make test | make test-fast | make lint: each makes .venv if it is missing and installs what it needs.
+# make demo | make test | make test-fast | make test-slurm | make lint: each makes .venv if it is missing and installs what it needs.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python -W ignore
@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python -W ignore
 # Two ranks on two cores: more threads than that only wait for each other.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install demo test test-fast lint clean
+.PHONY: install demo test test-fast test-slurm lint clean
 
 install: $(VENV)/installed
 
@@ -25,6 +25,9 @@ test: lint
 
 test-fast: install
 	$(RUN) -m pytest tests -m "not slow"
+
+test-slurm: install
+	$(RUN) -m pytest tests/slurm -rs
 
 lint: install
 	$(VENV)/bin/ruff check --quiet .

@@ -7,7 +7,8 @@
     srun python finetune.py configs/finetune/e2e.yaml checkpoint=runs/gpt3_xl_s75 parallel.data=8 parallel.zero_stage=3
 
 One process per GPU. A run goes on from the newest complete checkpoint in its output directory by itself.
-Exit codes: 0 finished; 2 bad input; 3 stopped by a guard; 75 stopped on SIGTERM or SIGUSR1, a checkpoint saved.
+Exit codes: 0 finished; 2 bad input; 3 stopped by a guard; 4 a rank is lost; 75 stopped on SIGTERM or SIGUSR1, a
+checkpoint saved.
 """
 
 from __future__ import annotations
@@ -15,13 +16,18 @@ from __future__ import annotations
 import argparse
 import sys
 
+import torch
+
 from megatron_spdf.checkpoint.source import WeightSource, open_weights
+from megatron_spdf.config import render_recipe
 from megatron_spdf.config.finetune import Finetune, load_finetune
 from megatron_spdf.config.help import render_help
+from megatron_spdf.parallel.health import Unhealthy
 from megatron_spdf.parallel.ranks import Ranks, check_world, find_ranks, join, leave
 from megatron_spdf.parallel.signals import StopRequest
 from megatron_spdf.training import exit_codes
 from megatron_spdf.training.prepare import Prepared, prepare
+from megatron_spdf.training.restarts import StartsSpent
 from megatron_spdf.training.run_dir import RunDir
 
 
@@ -29,27 +35,48 @@ def main() -> int:
     """Checks everything that can be checked without a device, then fine-tunes."""
     options = parse_arguments()
     try:
-        finetune = load_finetune(options.recipe, options.overrides)
+        ranks = find_ranks()
+        finetune = load_finetune(options.recipe, options.overrides, ranks.world)
         start = open_weights(finetune.checkpoint, checksums=False)
         prepared = prepare(finetune, start)
         if options.dry_run:
-            print(prepared.summary)
+            print(f"{render_recipe(finetune)}\n{prepared.summary}")
             return exit_codes.FINISHED
-        ranks = find_ranks()
         check_world(ranks, finetune.parallel)
         run = RunDir(finetune)
         run.check()
+        if options.preflight:
+            run.preflight()
+            print(run.root)
+            return exit_codes.FINISHED
     except (ValueError, FileNotFoundError) as error:
         return refuse(error)
-    return train(finetune, start, prepared, ranks, run)
+    except StartsSpent as error:
+        return refuse(error, exit_codes.GUARD_STOPPED)
+    return join_and_train(finetune, start, prepared, ranks, run)
 
 
-def train(finetune: Finetune, start: WeightSource, prepared: Prepared, ranks: Ranks, run: RunDir) -> int:
-    """Joins the ranks, builds the engine on the starting weights, restores the newest checkpoint, trains to the end."""
-    from megatron_spdf.parallel import cpu
+def join_and_train(finetune: Finetune, start: WeightSource, prepared: Prepared, ranks: Ranks, run: RunDir) -> int:
+    """Joins the ranks, and fine-tunes while they keep an ear on each other."""
+    from megatron_spdf.parallel import activity, cpu
+    from megatron_spdf.parallel.heartbeat import Heartbeat
 
     stop = StopRequest()
+    activity.observe()
     cpu.install()  # before anything that imports megatron.core
+    try:
+        device = join(ranks, prepared.recipe)
+    except ValueError as error:
+        return refuse(error)
+    except Unhealthy as error:
+        return refuse(error, exit_codes.LOST_RANK)
+    with Heartbeat(ranks, finetune.guard.hang_seconds):
+        return train(finetune, start, prepared, ranks, run, stop, device)
+
+
+def train(finetune: Finetune, start: WeightSource, prepared: Prepared, ranks: Ranks, run: RunDir, stop: StopRequest,
+          device: torch.device) -> int:
+    """Builds the engine on the starting weights, restores the newest checkpoint, trains to the end."""
     from megatron_spdf.checkpoint.checkpointer import Checkpointer
     from megatron_spdf.checkpoint.saving import SaveFailed
     from megatron_spdf.data.finetuning import CompletionData
@@ -64,7 +91,6 @@ def train(finetune: Finetune, start: WeightSource, prepared: Prepared, ranks: Ra
     weights = LoadedWeights(start.master, start.mask_bits if plan.weights else None, revived, finetune.seed,
                             recipe.model.query_groups)
     try:
-        device = join(ranks, recipe)
         engine = make_engine(recipe, plan, device, weights)
         if ranks.rank == 0:
             run.claim()
@@ -74,7 +100,8 @@ def train(finetune: Finetune, start: WeightSource, prepared: Prepared, ranks: Ra
     except ValueError as error:
         return refuse(error)
     data = CompletionData(recipe, prepared.train, prepared.valid, prepared.tokenizer.eod, engine.data_parallel_rank)
-    log = RunLog(run, state.step, recipe.steps, recipe.log.tensorboard, active=ranks.rank == 0)
+    log = RunLog(run, state.step, recipe.steps, recipe.log.tensorboard, active=ranks.rank == 0,
+                 evaluated=state.evaluated)
     log.say("\n".join([prepared.summary, engine.choices, *found]))
     try:
         return Trainer(recipe, plan, engine, data, checkpointer, state, log, stop).run()
@@ -86,9 +113,9 @@ def train(finetune: Finetune, start: WeightSource, prepared: Prepared, ranks: Ra
         leave()
 
 
-def refuse(error: Exception) -> int:
+def refuse(error: Exception, code: int = exit_codes.BAD_INPUT) -> int:
     print(f"finetune.py: {error}", file=sys.stderr)
-    return exit_codes.BAD_INPUT
+    return code
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -98,7 +125,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("recipe", help="YAML file, see configs/finetune")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that win over the recipe's")
     parser.add_argument("--dry-run", action="store_true",
-                        help="validate recipe, checkpoint and data, print layout and bytes per rank, and exit")
+                        help="validate recipe, checkpoint and data, print the recipe with every default, layout and "
+                             "bytes per rank, and exit")
+    parser.add_argument("--preflight", action="store_true",
+                        help="once before the ranks of a batch job: check all that needs no device, count the start "
+                             "(guard.max_starts), print the run directory, and exit")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from deepspeed's launcher, like LOCAL_RANK
     return parser.parse_intermixed_args()
 

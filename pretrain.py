@@ -6,7 +6,8 @@
     srun python pretrain.py configs/pretrain/gpt3_xl_s75.yaml parallel.tensor=2 parallel.data=8
 
 One process per GPU. A run goes on from the newest complete checkpoint in its output directory by itself.
-Exit codes: 0 finished; 2 bad input; 3 stopped by a guard; 75 stopped on SIGTERM or SIGUSR1, a checkpoint saved.
+Exit codes: 0 finished; 2 bad input; 3 stopped by a guard; 4 a rank is lost; 75 stopped on SIGTERM or SIGUSR1, a
+checkpoint saved.
 """
 
 from __future__ import annotations
@@ -14,16 +15,20 @@ from __future__ import annotations
 import argparse
 import sys
 
-from megatron_spdf.config import Recipe, load_recipe
+import torch
+
+from megatron_spdf.config import Recipe, load_recipe, render_recipe
 from megatron_spdf.config.help import render_help
 from megatron_spdf.data.corpus import Corpus, check_corpus
 from megatron_spdf.model.parametrization import render_parametrization
 from megatron_spdf.model.weights import model_weights
+from megatron_spdf.parallel.health import Unhealthy
 from megatron_spdf.parallel.ranks import Ranks, check_world, find_ranks, join, leave
 from megatron_spdf.parallel.signals import StopRequest
 from megatron_spdf.planning.memory import render_layout
 from megatron_spdf.sparsity.plan import Plan, make_plan, render_plan
 from megatron_spdf.training import exit_codes
+from megatron_spdf.training.restarts import StartsSpent
 from megatron_spdf.training.run_dir import RunDir
 
 
@@ -31,29 +36,50 @@ def main() -> int:
     """Checks everything that can be checked without a device, then trains."""
     options = parse_arguments()
     try:
-        recipe = load_recipe(options.recipe, options.overrides)
+        ranks = find_ranks()
+        recipe = load_recipe(options.recipe, options.overrides, ranks.world)
         plan = make_plan(recipe.sparsity, model_weights(recipe.model), recipe.model.query_groups)
         rules = render_parametrization(recipe, plan, model_weights(recipe.model))
         summary = "\n".join(filter(None, [render_plan(plan), rules, render_layout(recipe, plan)]))
         if options.dry_run:
-            print(summary)
+            print(f"{render_recipe(recipe)}\n{summary}")
             return exit_codes.FINISHED
-        ranks = find_ranks()
         check_world(ranks, recipe.parallel)
         run = RunDir(recipe)
         run.check()
         corpus = check_corpus(recipe)
+        if options.preflight:
+            run.preflight()
+            print(run.root)
+            return exit_codes.FINISHED
     except (ValueError, FileNotFoundError) as error:
         return refuse(error)
-    return pretrain(recipe, plan, ranks, run, corpus, summary)
+    except StartsSpent as error:
+        return refuse(error, exit_codes.GUARD_STOPPED)
+    return join_and_pretrain(recipe, plan, ranks, run, corpus, summary)
 
 
-def pretrain(recipe: Recipe, plan: Plan, ranks: Ranks, run: RunDir, corpus: Corpus, summary: str) -> int:
-    """Joins the ranks, builds the engine, restores the newest checkpoint and trains to the end."""
-    from megatron_spdf.parallel import cpu
+def join_and_pretrain(recipe: Recipe, plan: Plan, ranks: Ranks, run: RunDir, corpus: Corpus, summary: str) -> int:
+    """Joins the ranks, and pre-trains while they keep an ear on each other."""
+    from megatron_spdf.parallel import activity, cpu
+    from megatron_spdf.parallel.heartbeat import Heartbeat
 
     stop = StopRequest()
+    activity.observe()
     cpu.install()  # before anything that imports megatron.core
+    try:
+        device = join(ranks, recipe)
+    except ValueError as error:
+        return refuse(error)
+    except Unhealthy as error:
+        return refuse(error, exit_codes.LOST_RANK)
+    with Heartbeat(ranks, recipe.guard.hang_seconds):
+        return pretrain(recipe, plan, ranks, run, corpus, summary, stop, device)
+
+
+def pretrain(recipe: Recipe, plan: Plan, ranks: Ranks, run: RunDir, corpus: Corpus, summary: str, stop: StopRequest,
+             device: torch.device) -> int:
+    """Builds the engine, restores the newest checkpoint and trains to the end."""
     from megatron_spdf.checkpoint.checkpointer import Checkpointer
     from megatron_spdf.checkpoint.saving import SaveFailed
     from megatron_spdf.data.dataset import TokenData
@@ -63,7 +89,6 @@ def pretrain(recipe: Recipe, plan: Plan, ranks: Ranks, run: RunDir, corpus: Corp
     from megatron_spdf.training.run_log import RunLog
 
     try:
-        device = join(ranks, recipe)
         engine = make_engine(recipe, plan, device)
         if ranks.rank == 0:
             run.claim()
@@ -72,7 +97,8 @@ def pretrain(recipe: Recipe, plan: Plan, ranks: Ranks, run: RunDir, corpus: Corp
     except ValueError as error:
         return refuse(error)
     data = TokenData(recipe, corpus, run.cache, engine.reads_data)
-    log = RunLog(run, state.step, recipe.steps, recipe.log.tensorboard, active=ranks.rank == 0)
+    log = RunLog(run, state.step, recipe.steps, recipe.log.tensorboard, active=ranks.rank == 0,
+                 evaluated=state.evaluated)
     log.say("\n".join([summary, engine.choices, *found]))
     try:
         return Trainer(recipe, plan, engine, data, checkpointer, state, log, stop).run()
@@ -84,9 +110,9 @@ def pretrain(recipe: Recipe, plan: Plan, ranks: Ranks, run: RunDir, corpus: Corp
         leave()
 
 
-def refuse(error: Exception) -> int:
+def refuse(error: Exception, code: int = exit_codes.BAD_INPUT) -> int:
     print(f"pretrain.py: {error}", file=sys.stderr)
-    return exit_codes.BAD_INPUT
+    return code
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -96,7 +122,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("recipe", help="YAML file, see configs/pretrain")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that win over the recipe's")
     parser.add_argument("--dry-run", action="store_true",
-                        help="validate the recipe, print sparsity plan, layout and bytes per rank, and exit")
+                        help="validate the recipe, print it with every default, sparsity plan, layout and bytes per "
+                             "rank, and exit")
+    parser.add_argument("--preflight", action="store_true",
+                        help="once before the ranks of a batch job: check all that needs no device, count the start "
+                             "(guard.max_starts), print the run directory, and exit")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from deepspeed's launcher, like LOCAL_RANK
     return parser.parse_intermixed_args()
 

@@ -111,9 +111,9 @@ class Finetune(Section):
         return -(-examples // self.train.global_batch)
 
 
-def load_finetune(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Finetune:
+def load_finetune(path: str | Path, overrides: list[str] | tuple[str, ...] = (), world: int = 1) -> Finetune:
     """`load_recipe` for a fine-tuning recipe."""
-    return load_as(Finetune, _own_findings, path, overrides)
+    return load_as(Finetune, _own_findings, path, overrides, world)
 
 
 def training_recipe(finetune: Finetune, model: Model, sparsity: Sparsity, examples: int) -> Recipe:

@@ -17,22 +17,24 @@ from megatron_spdf.config.recipe import Recipe, normalise_sparsity
 R = TypeVar("R", bound=BaseModel)
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), world: int = 1) -> Recipe:
     """Reads a recipe, applies `section.key=value` words, validates every field and every rule between fields.
 
     Args:
         path: YAML file; its `extends:` names another one, relative to it, whose values it changes.
         overrides: words such as `parallel.tensor=2` or `sparsity=0.5`; values are YAML.
+        world: processes that were started; `parallel.data=auto` goes by it.
 
     Raises:
         ValueError: naming each wrong key or value, the rule it breaks and the remedy.
     """
-    return load_as(Recipe, findings, path, overrides)
+    return load_as(Recipe, findings, path, overrides, world)
 
 
-def load_as(kind: type[R], rules: Callable[[R], Iterable[str]], path: str | Path, overrides: Sequence[str]) -> R:
+def load_as(kind: type[R], rules: Callable[[R], Iterable[str]], path: str | Path, overrides: Sequence[str],
+            world: int = 1) -> R:
     """`load_recipe` for a recipe of another kind, with the rules between its fields."""
-    return _checked(_parse(kind, _read(Path(path), ()), overrides, path), rules, path)
+    return _checked(_parse(kind, _read(Path(path), ()), overrides, path, world), rules, path)
 
 
 def make_recipe(values: dict[str, Any], overrides: Sequence[str], path: str | Path) -> Recipe:
@@ -47,13 +49,19 @@ def parse_recipe(values: dict[str, Any], overrides: Sequence[str], path: str | P
 
 def save_recipe(recipe: BaseModel, path: str | Path) -> None:
     """Writes the recipe with every default filled in."""
-    Path(path).write_text(yaml.safe_dump(recipe.model_dump(), sort_keys=False))
+    Path(path).write_text(render_recipe(recipe))
 
 
-def _parse(kind: type[R], values: dict[str, Any], overrides: Sequence[str], path: str | Path) -> R:
+def render_recipe(recipe: BaseModel) -> str:
+    """The recipe with every default filled in, as YAML."""
+    return yaml.safe_dump(recipe.model_dump(), sort_keys=False)
+
+
+def _parse(kind: type[R], values: dict[str, Any], overrides: Sequence[str], path: str | Path, world: int = 1) -> R:
     values = dict(values)
     for word in overrides:
         _override(values, word)
+    _fill_data_parallel(values, world)
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -112,6 +120,23 @@ def _override(values: dict[str, Any], word: str) -> None:
     merged = _merge(values, change)
     values.clear()
     values.update(merged)
+
+
+def _fill_data_parallel(values: dict[str, Any], world: int) -> None:
+    """Replaces `parallel.data=auto` by the degree that makes the layout as large as the world."""
+    parallel = values.get("parallel")
+    if not isinstance(parallel, dict) or parallel.get("data") != "auto":
+        return
+    tensor, pipeline = parallel.get("tensor", 1), parallel.get("pipeline", 1)
+    if not (isinstance(tensor, int) and isinstance(pipeline, int) and tensor > 0 and pipeline > 0):
+        data = 1  # validation says what is wrong with them
+    elif world % (tensor * pipeline):
+        raise ValueError(f"parallel.data=auto: {world} processes do not make up whole replicas of parallel.tensor x "
+                         f"pipeline = {tensor} x {pipeline} = {tensor * pipeline}; start a multiple of that (--nodes, "
+                         "--ntasks-per-node) or change the two")
+    else:
+        data = world // (tensor * pipeline)
+    values["parallel"] = {**parallel, "data": data}
 
 
 def _explain(path: str | Path, sentences: list[str]) -> str:

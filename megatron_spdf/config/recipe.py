@@ -161,7 +161,8 @@ class Parallel(Section):
     sequence: bool = Field(False, description="sequence parallelism inside the tensor-parallel group")
     pipeline: int = Field(1, gt=0, description="pipeline stages")
     interleave: int = Field(1, gt=0, description="model chunks per pipeline rank (virtual stages)")
-    data: int = Field(1, gt=0, description="data-parallel degree")
+    data: int = Field(
+        1, gt=0, description="data-parallel degree; auto: as many as the processes that were started make up")
     zero_stage: Literal[0, 1, 2, 3] = Field(
         1, description="sharded over data-parallel ranks: 1 optimizer state, 2 gradients too, 3 parameters too; 2 and "
                        "3 need engine=deepspeed, whose 0 adds bf16 gradients up in bf16")
@@ -194,6 +195,9 @@ class Checkpoint(Section):
 class Log(Section):
     every: int = Field(10, gt=0, description="steps between records in log.jsonl and TensorBoard")
     tensorboard: bool = Field(True, description="write TensorBoard events beside log.jsonl")
+    ranks_every: int = Field(100, ge=0, description="steps between gathers of every rank's own step time; 0: never")
+    slow_factor: float = Field(
+        1.3, gt=1.0, description="ranks whose own step time is over the median's by this factor are named")
 
 
 class Guard(Section):
@@ -201,6 +205,12 @@ class Guard(Section):
         10, ge=0, description="steps skipped in a row for a non-finite loss or gradient before the run stops")
     max_failed_saves: int = Field(
         1, ge=0, description="saves that may fail in a row (a full disk) before the run stops")
+    max_starts: int = Field(
+        3, gt=0, description="starts in a row without a new checkpoint after which launch scripts give up")
+    join_seconds: float = Field(300.0, gt=0.0, description="that a start waits for its last rank")
+    hang_seconds: float = Field(
+        300.0, gt=0.0, description="after which a rank that is silent, or a step that stands still, ends the run; "
+                                   "under parallel.timeout, to name the rank before a collective gives up")
 
 
 class Kernels(Section):

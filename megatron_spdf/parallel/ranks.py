@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_spdf.config.recipe import Parallel, Recipe
+from megatron_spdf.parallel import health
 
 
 @dataclass(frozen=True)
@@ -70,10 +72,12 @@ def check_world(ranks: Ranks, parallel: Parallel) -> None:
 
 
 def join(ranks: Ranks, recipe: Recipe) -> torch.device:
-    """Joins all ranks of the run and sets up Megatron-Core's process groups; returns this rank's device.
+    """Joins all ranks of the run, has each of them report, and sets up Megatron-Core's process groups; returns this
+    rank's device.
 
     Raises:
-        ValueError: more local ranks than GPUs, or no way to find the head node.
+        ValueError: more local ranks than GPUs, no way to find the head node, or its port is taken.
+        Unhealthy: a rank is missing, or out of reach of another.
     """
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron-Core's overlap relies on launch order
     device = _device(ranks)
@@ -82,10 +86,39 @@ def join(ranks: Ranks, recipe: Recipe) -> torch.device:
     if ranks.world == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
-        _find_head_node(ranks)
-        dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.world, timeout=timeout)
+        store = _meet(ranks, recipe.guard.join_seconds)
+        said = health.check_in(ranks.rank, ranks.world, dist.PrefixStore("health", store), device,
+                               recipe.guard.join_seconds)
+        if ranks.rank == 0:
+            print(said, flush=True)
+        dist.init_process_group(backend, store=dist.PrefixStore("groups", store), rank=ranks.rank,
+                                world_size=ranks.world, timeout=timeout)
     set_up_groups(recipe)
     return device
+
+
+def _meet(ranks: Ranks, seconds: float) -> dist.Store:
+    """The store that all ranks share, kept by rank 0 or by torchrun's agent."""
+    _find_head_node(ranks)
+    head, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    keeps = ranks.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    try:
+        store = dist.TCPStore(head, port, is_master=keeps, wait_for_workers=False,
+                              timeout=timedelta(seconds=seconds))
+    except RuntimeError as error:  # of torch.distributed, a class of which is for each cause in some versions only
+        reason = str(error).splitlines()[0]
+        if keeps:
+            raise ValueError(f"port {port} cannot be opened on {socket.gethostname()}, the head node ({reason}); "
+                             "export MASTER_PORT=<a free port>") from None
+        raise health.Unhealthy(f"rank {ranks.rank} on {socket.gethostname()} cannot reach rank 0 at {head}:{port} "
+                               f"within guard.join_seconds={seconds:g} ({reason}); look at the head node, its firewall "
+                               "and the network") from None
+    return dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def shared_store() -> dist.Store:
+    """A place for small values that all joined ranks see."""
+    return dist.PrefixStore("shared", dist.distributed_c10d._get_default_store())
 
 
 def set_up_groups(recipe: Recipe) -> None:
@@ -156,4 +189,10 @@ def _find_head_node(ranks: Ranks) -> None:
             raise ValueError(f"scontrol cannot expand the node list {nodes!r} ({shown.stderr.strip()}); "
                              "export MASTER_ADDR=<host of rank 0>")
         os.environ["MASTER_ADDR"] = shown.stdout.split()[0]
+    try:
+        socket.getaddrinfo(os.environ["MASTER_ADDR"], None)
+    except OSError as error:
+        raise ValueError(f"the head node {os.environ['MASTER_ADDR']!r} cannot be resolved on {socket.gethostname()} "
+                         f"({error}); export MASTER_ADDR=<a name or address of rank 0's host that all nodes know>"
+                         ) from None
     os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000))

@@ -17,6 +17,7 @@ from megatron_spdf.data.dataset import TokenData
 from megatron_spdf.data.finetuning import CompletionData
 from megatron_spdf.engine import Engine, StepResult
 from megatron_spdf.evaluation.perplexity import bits_per_byte, validation_loss
+from megatron_spdf.parallel.activity import NOW
 from megatron_spdf.parallel.signals import StopRequest
 from megatron_spdf.parallel.traffic import TrafficCounter
 from megatron_spdf.planning.flops import training_flops
@@ -25,6 +26,7 @@ from megatron_spdf.sparsity.measure import check_sparsity, total_sparsity
 from megatron_spdf.sparsity.plan import Plan
 from megatron_spdf.training import exit_codes
 from megatron_spdf.training.run_log import RunLog
+from megatron_spdf.training.stragglers import Stragglers
 
 
 class NotFinite(RuntimeError):
@@ -64,7 +66,10 @@ class Trainer:
         self._evaluate_if_due()  # the evaluation that a stop cut off
         batches = self.data.training_batches(state.step)
         first = state.step + 1
+        pace = Stragglers(recipe.log.ranks_every, recipe.log.slow_factor, self.log)
         while not self.finished and not self.stopping:
+            NOW.enter(f"step {state.step + 1}", watched=state.step + 1 > first)  # the first one compiles and sets up
+            pace.begin(state.step + 1)
             started = time.perf_counter()
             batch = next(batches)
             fetched = time.perf_counter()
@@ -72,6 +77,7 @@ class Trainer:
                 tokens = (state.step + 1) * recipe.tokens_per_step
                 result = self.engine.step(batch, state.step + 1, tokens, self.stop.requested)
             self._count(result)
+            pace.end(state.step, fetched - started)
             if traffic:
                 self._report_bytes(traffic)
             if state.step % recipe.log.every == 0 or state.step == recipe.steps:
@@ -82,6 +88,7 @@ class Trainer:
             best = self._evaluate_if_due() and recipe.checkpoint.best
             if best or recipe.checkpoint.every and state.step % recipe.checkpoint.every == 0:
                 saved = self._save()
+        NOW.enter(f"the save at step {state.step}")
         self._report_saved(self.checkpointer.wait())
         if saved != state.step or self.checkpointer.failed_in_a_row:
             self._save()
@@ -159,6 +166,7 @@ class Trainer:
         due = state.step == self.recipe.steps or (every and state.step % every == 0 and state.step > 0)
         if not due or not self.data.valid_batches or state.evaluated == state.step or self.stopping:
             return False
+        NOW.enter(f"the evaluation at step {state.step}", watched=True)
         loss = validation_loss(self.engine, self.data.validation_batches(), lambda: self.stop.requested)
         if loss is None:
             self.stopping = True
@@ -188,6 +196,7 @@ class Trainer:
     def _save(self) -> int:
         """Starts a save, when the one before is done; returns the step."""
         started = time.perf_counter()
+        NOW.enter(f"the save at step {self.state.step}")
         self._report_saved(self.checkpointer.wait())
         self._stop_if_saves_fail(self.recipe.guard.max_failed_saves)
         measured = self.engine.measured_sparsity()

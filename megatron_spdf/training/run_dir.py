@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
 
 from megatron_spdf.config import Recipe, changes_of_run, save_recipe
 from megatron_spdf.config.finetune import Finetune
+from megatron_spdf.training import restarts
 
 RECIPE = "recipe.yaml"
 
@@ -28,14 +31,19 @@ class RunDir:
         self.cache = Path(getattr(recipe.data, "cache", None) or self.root / "cache")
 
     def check(self) -> None:
-        """Refuses a directory that holds another recipe's run, or something that is no run.
+        """Refuses a directory that holds another recipe's run, or something that is no run, or cannot be written.
 
         Raises:
             ValueError: naming each key that differs, with both values.
         """
         kept = self.root / RECIPE
+        root = self.root.absolute()
+        there = next(p for p in (root, *root.parents) if p.exists())
+        if not there.is_dir() and there != root or there.is_dir() and not os.access(there, os.W_OK | os.X_OK):
+            raise ValueError(f"output={self.root} cannot be written: {there} is "
+                             f"{'read-only for this user' if there.is_dir() else 'a file'}; choose another output")
         if not kept.is_file():
-            if self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
+            if self.root.exists() and (not self.root.is_dir() or any(self._others())):
                 raise ValueError(f"output={self.root} exists and is not a run directory (it has no {RECIPE}); "
                                  "choose another output")
             return
@@ -48,9 +56,32 @@ class RunDir:
             raise ValueError(f"output={self.root} holds another recipe's run: {'; '.join(changes)}. Choose another "
                              "output, or set these back to go on with that run")
 
+    def preflight(self) -> None:
+        """Counts a start, once before the ranks of a batch job; the directory exists afterwards.
+
+        Raises:
+            ValueError: the directory cannot be written.
+            StartsSpent: too many starts in a row made no checkpoint.
+        """
+        try:
+            restarts.count_start(self.root, self.recipe.guard.max_starts)
+        except OSError as error:
+            raise ValueError(f"output={self.root} cannot be written: {error}; choose another output") from None
+
     def claim(self) -> None:
-        """Creates the directory and keeps the recipe in it."""
-        self.root.mkdir(parents=True, exist_ok=True)
+        """Creates the directory and keeps the recipe in it.
+
+        Raises:
+            ValueError: the directory cannot be written.
+        """
         beside = self.root / f"{RECIPE}.new"
-        save_recipe(self.recipe, beside)
-        beside.replace(self.root / RECIPE)
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            save_recipe(self.recipe, beside)
+            beside.replace(self.root / RECIPE)
+        except OSError as error:
+            raise ValueError(f"output={self.root} cannot be written: {error}; choose another output") from None
+
+    def _others(self) -> Iterator[Path]:
+        """What is in the directory before the first start of a run claims it, and not of this run."""
+        return (p for p in self.root.iterdir() if not p.name.startswith(restarts.STARTS))

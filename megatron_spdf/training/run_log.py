@@ -21,15 +21,17 @@ class RunLog:
         run: whose log it is.
         step: where the run goes on; records after it, of a future that was lost, are dropped.
         steps: length of the run, for the progress bar, which appears on a terminal.
+        evaluated: step of its last evaluation, as far as it will not be done again; None: of `step` too.
     """
 
-    def __init__(self, run: RunDir, step: int, steps: int, tensorboard: bool, active: bool):
+    def __init__(self, run: RunDir, step: int, steps: int, tensorboard: bool, active: bool,
+                 evaluated: int | None = None):
         self.active = active
         self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True,
                          disable=not active or not sys.stderr.isatty())
         if not active:
             return
-        _forget_after(run.log, step)
+        _forget_after(run.log, step, step if evaluated is None else evaluated)
         self._file = run.log.open("a", buffering=1)
         self._board = SummaryWriter(run.tensorboard, purge_step=step + 1) if tensorboard else None
 
@@ -60,14 +62,15 @@ class RunLog:
                 self._board.close()
 
 
-def _forget_after(log: Path, step: int) -> None:
-    """Keeps the records up to `step`; a last line cut short by a crash goes too."""
+def _forget_after(log: Path, step: int, evaluated: int) -> None:
+    """Keeps the records up to `step`, of evaluations up to `evaluated`; a last line cut short by a crash goes too."""
     if not log.exists():
         return
     kept = []
     for line in log.read_text().splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            record = json.loads(line)
+            if record["step"] <= (evaluated if record["kind"] == "valid" else step):
                 kept.append(line + "\n")
         except ValueError:
             continue

@@ -281,3 +281,17 @@ def test_override_that_an_error_advises_works(write):
         load_recipe(write(), overrides)
     for name in re.findall(r"as (\S+)=VALUE", str(caught.value)):
         load_recipe(write(), [*overrides, f"{name}=0.5"])
+
+
+@pytest.mark.parametrize("world, words, data", [
+    (8, [], 8), (8, ["parallel.tensor=4"], 2), (6, ["parallel.pipeline=3"], 2), (8, ["parallel.data=5"], 5),
+    (1, [], 1)])
+def test_data_parallel_auto_goes_by_the_world(write, world, words, data):
+    path = write()
+    assert load_recipe(path, ["train.global_batch=120", "train.micro_batch=1", "model.layers=6", "parallel.data=auto",
+                              *words], world).parallel.data == data
+
+
+def test_data_parallel_auto_that_does_not_divide_is_refused(write):
+    with pytest.raises(ValueError, match=r"6 processes do not make up whole replicas .* 4 x 1 = 4; start a multiple"):
+        load_recipe(write(), ["parallel.data=auto", "parallel.tensor=4"], world=6)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 
 from megatron_spdf.config.recipe import Parallel
-from megatron_spdf.parallel.ranks import Ranks, check_world, find_ranks
+from megatron_spdf.parallel.health import Unhealthy
+from megatron_spdf.parallel.ranks import Ranks, _meet, check_world, find_ranks
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
 SBATCH = {"SLURM_JOB_ID": "42", "SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_LOCALID": "0"}
@@ -72,3 +75,34 @@ def test_silent_world_of_one_is_refused_with_both_sizes_and_the_remedy():
 def test_data_parallel_degree_that_fits_is_named():
     with pytest.raises(ValueError, match=r"needs 8 processes.*torchrun started 4; .* or set parallel\.data=2"):
         check_world(Ranks(0, 4, 0, "torchrun"), Parallel(tensor=2, data=4))
+
+
+@pytest.fixture
+def head(monkeypatch):
+    """Sets MASTER_ADDR and MASTER_PORT, which meeting sets too."""
+    def head(address: str, port: int) -> None:
+        for key, value in {"MASTER_ADDR": address, "MASTER_PORT": str(port), "RANK": "", "WORLD_SIZE": ""}.items():
+            monkeypatch.setenv(key, value)
+    return head
+
+
+def test_a_head_node_that_cannot_be_resolved_is_named_with_the_remedy(head):
+    head("no.such.host.invalid", 29999)
+    with pytest.raises(ValueError, match=r"head node 'no.such.host.invalid' cannot be resolved .* export MASTER_ADDR="):
+        _meet(Ranks(1, 2, 1, "srun"), 1.0)
+
+
+def test_a_busy_port_is_named_with_the_remedy(head):
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+        head("127.0.0.1", port)
+        with pytest.raises(ValueError, match=rf"port {port} cannot .*; export MASTER_PORT=<a free port>"):
+            _meet(Ranks(0, 2, 0, "srun"), 1.0)
+
+
+def test_a_head_node_that_does_not_answer_is_named(head):
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    head("127.0.0.1", port)
+    with pytest.raises(Unhealthy, match=rf"rank 1 on .* cannot reach rank 0 at 127.0.0.1:{port}"):
+        _meet(Ranks(1, 2, 1, "srun"), 1.0)

@@ -58,6 +58,16 @@ def test_records_after_the_resumed_step_are_dropped(run):
     assert scalars(run) == steps
 
 
+def test_an_evaluation_that_will_be_done_again_is_dropped(run):
+    log = RunLog(run, 0, 10, tensorboard=False, active=True)
+    for step in (2, 4):
+        log.record("train", step, loss=1.0)
+        log.record("valid", step, loss=2.0)
+    log.close()
+    RunLog(run, 4, 10, tensorboard=False, active=True, evaluated=2).close()
+    assert [(r["kind"], r["step"]) for r in records(run)] == [("train", 2), ("valid", 2), ("train", 4)]
+
+
 def test_start_from_nothing_drops_all(run):
     write(run, range(1, 4))
     write(run, range(1, 2), resumed=0, offset=0.5)

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Fine-tuning:  sbatch launch/finetune.sh TASK RUN [section.key=value ...]
+#SBATCH --job-name=finetune
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --mem=0
+#SBATCH --time=08:00:00
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.out
+SCRIPT=$(scontrol show job "${SLURM_JOB_ID:--}" 2>/dev/null | sed -n 's|^ *Command=\(.*/launch/[^/]*\.sh\).*|\1|p' | head -n 1) # sbatch runs a copy
+SCRIPT=${SCRIPT:-$0}
+# shellcheck source-path=SCRIPTDIR source=common.sh
+source "$(dirname "$SCRIPT")/common.sh"
+finetune "$@"

@@ -1,0 +1,92 @@
+"""Three ranks with heartbeats, forked from this process; something happens to one. Prints each case as JSON.
+
+    python tests/parallel/heartbeat_ranks.py DIRECTORY CASE ...
+
+A case is `DEED RANK`: kill, stop, raise, stand (its training thread stands still), leave (all end as they should).
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from megatron_spdf.parallel import activity, heartbeat
+from megatron_spdf.parallel.ranks import Ranks
+
+WORLD, HANG = 3, 2.0
+heartbeat.BEAT_SECONDS, heartbeat.GRACE_SECONDS = 0.2, 0.6
+
+
+def rank_main(rank: int, port: int, deed: str, victim: int) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    store = dist.TCPStore("127.0.0.1", port, is_master=rank == 0, wait_for_workers=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
+    activity.observe()
+    with heartbeat.Heartbeat(Ranks(rank, WORLD, rank, "test"), HANG):
+        for step in range(1, 1000):
+            activity.NOW.enter(f"step {step}", watched=True)
+            dist.barrier()
+            time.sleep(0.05)
+            if step == 20 and deed == "leave":
+                break
+            if step == 20 and rank == victim:
+                suffer(deed)
+    dist.destroy_process_group()
+
+
+def suffer(deed: str) -> None:
+    if deed == "raise":
+        raise ZeroDivisionError("a batch of nothing")
+    if deed == "stand":
+        time.sleep(600)
+    os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[deed])
+
+
+def fork(rank: int, port: int, case: str, said: Path) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        os.dup2(os.open(said, os.O_CREAT | os.O_WRONLY | os.O_APPEND), 2)
+        rank_main(rank, port, case.split()[0], int(case.split()[1]))
+        code = 0
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def main() -> None:
+    for case in sys.argv[2:]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        said = Path(sys.argv[1]) / f"{case}.txt"
+        pids = [fork(rank, port, case, said) for rank in range(WORLD)]
+        codes = {}
+        end = time.monotonic() + 60
+        while len(codes) < WORLD and time.monotonic() < end:
+            for rank, pid in enumerate(pids):
+                if rank not in codes and (ended := os.waitpid(pid, os.WNOHANG))[0]:
+                    codes[rank] = os.waitstatus_to_exitcode(ended[1])
+            others = [codes.get(r) for r in range(WORLD) if r != int(case.split()[1])]
+            if case.startswith("stop") and None not in others:
+                break
+            time.sleep(0.02)
+        for rank, pid in enumerate(pids):
+            if rank not in codes:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+        print(json.dumps({"case": case, "codes": [codes.get(r) for r in range(WORLD)], "said": said.read_text()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""The roll call before step 1: ranks as threads around one store."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_spdf.parallel import health
+from megatron_spdf.parallel.health import Report, Unhealthy, check_in, hosts_of_ranks, render, tasks_per_node
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def call(monkeypatch):
+    """Runs `check_in` on some ranks of a world; returns rank -> what it returned or raised."""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29999")
+    monkeypatch.setattr(health, "REACH_SECONDS", 2.0)
+
+    def call(ranks: list[int], world: int, seconds: float = 5.0) -> dict[int, object]:
+        store, found = dist.HashStore(), {}
+
+        def one(rank: int) -> None:
+            try:
+                found[rank] = check_in(rank, world, store, CPU, seconds)
+            except Exception as error:
+                found[rank] = error
+        threads = [threading.Thread(target=one, args=(rank,)) for rank in ranks]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        return found
+    return call
+
+
+def test_all_there(call):
+    found = call([0, 1, 2], 3)
+    assert len(set(found.values())) == 1
+    assert "rank 0-2, cpu" in found[0] and "clock +0.000 s\nall 3 ranks reported within" in found[0]
+
+
+def test_a_missing_rank_is_named_on_every_rank_with_its_host(call, monkeypatch):
+    monkeypatch.setattr(health, "hosts_of_ranks", lambda: {0: "a1", 1: "a1", 2: "a2", 3: "a2"})
+    found = call([0, 1, 3], 4, seconds=0.5)
+    assert {str(e) for e in found.values()} == {str(found[0])} and isinstance(found[0], Unhealthy)
+    assert "1 of 4 ranks did not report within guard.join_seconds=0.5: rank 2 on a2. " in str(found[0])
+    assert "sbatch --exclude" in str(found[0])
+
+
+def test_a_neighbour_out_of_reach_is_named(call, monkeypatch):
+    reach = health.socket.create_connection
+    doors = []
+
+    def first_fails(address, timeout):
+        doors.append(address)
+        if len(doors) == 1:
+            raise OSError("No route to host")
+        return reach(address, timeout)
+    monkeypatch.setattr(health.socket, "create_connection", first_fails)
+    found = call([0, 1], 2)
+    said = str(found[0])
+    assert isinstance(found[1], Unhealthy) and str(found[1]) == said
+    assert "cannot reach rank" in said and "(No route to host)" in said and f":{doors[0][1]}" in said
+
+
+def test_a_rank_0_that_is_gone_is_named(call):
+    found = call([1], 2, seconds=0.5)
+    assert isinstance(found[1], Unhealthy) and "rank 0 on 127.0.0.1 does not answer" in str(found[1])
+
+
+def test_what_is_out_of_the_ordinary_is_said():
+    reports = [Report(r, f"n{r // 2}", "H100", 2**30 * (30 if r == 3 else 70), ("", 0)) for r in range(4)]
+    text = render(reports, [0.0, 0.0, -7.5, -7.5], (12.0, 3))
+    assert "n1: rank 2, 3, H100, 30.0 GiB free, clock -7.500 s\n" in text
+    assert "all 4 ranks reported within 12.0 s, rank 3 last" in text
+    assert "the clock of n1 is -7.5 s off that of n0" in text
+    assert "rank 3 on n1 has 30.0 GiB free, others 70.0" in text
+    assert text.count("warning") == 2
+
+
+def test_tasks_per_node():
+    assert tasks_per_node("8(x2),4") == [8, 8, 4]
+    assert tasks_per_node("1") == [1]
+
+
+def test_hosts_of_ranks(monkeypatch, tmp_path):
+    (tmp_path / "scontrol").write_text("#!/bin/sh\nprintf 'a1\\na2\\n'\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    env = {"SLURM_STEP_NODELIST": "a[1-2]", "SLURM_STEP_TASKS_PER_NODE": "2,1"}
+    assert hosts_of_ranks(env) == {0: "a1", 1: "a1", 2: "a2"}
+    assert hosts_of_ranks({}) == {}

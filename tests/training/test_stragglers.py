@@ -1,0 +1,48 @@
+"""Who is slow, where collectives make all ranks take the same time."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from megatron_spdf.parallel.activity import NOW, _observed
+from megatron_spdf.training.stragglers import OwnTime, slower
+
+
+def times(*seconds: float) -> list[OwnTime]:
+    return [OwnTime(rank, f"n{rank}", s, 0.0) for rank, s in enumerate(seconds)]
+
+
+def test_ranks_over_the_median_by_the_factor_slowest_first():
+    assert [t.rank for t in slower(times(1.0, 1.4, 1.0, 2.0, 1.05), 1.3)] == [3, 1]
+    assert slower(times(1.0, 1.2, 1.1), 1.3) == []
+    assert [t.rank for t in slower(times(1.0, 2.0), 1.3)] == [1]
+
+
+def test_half_the_ranks_may_be_slow():
+    assert [t.rank for t in slower(times(1.0, 3.0, 1.0, 3.0), 1.3)] == [1, 3]
+
+
+def test_time_in_collectives_is_not_a_ranks_own(monkeypatch):
+    import threading
+    import time
+
+    monkeypatch.setattr(NOW, "_thread", threading.get_ident())
+    wait = _observed(lambda seconds: time.sleep(seconds), "all_reduce")
+    before, count = NOW.blocked_seconds, NOW.count
+    wait(0.05)
+    assert NOW.blocked_seconds - before >= 0.05
+    assert NOW.collective == "all_reduce" and NOW.count == count + 1 and not NOW.inside
+
+
+def test_threads_beside_the_training_thread_are_not_observed():
+    count = NOW.count
+    assert _observed(torch.ones, "all_reduce")(1).item() == 1.0  # no training thread has been named in this test
+    assert NOW.count == count or NOW._thread
+
+
+def test_collectives_of_every_version_are_known():
+    from megatron_spdf.parallel.activity import COLLECTIVES
+
+    missing = [name for name in COLLECTIVES if not hasattr(dist, name)]
+    assert set(missing) <= {"all_reduce_coalesced", "monitored_barrier", "_all_gather_base", "_reduce_scatter_base"}
