@@ -1,9 +1,13 @@
+import importlib
+import io
 import json
 import os
 import subprocess
 import sys
 import sysconfig
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import yaml
@@ -51,3 +55,35 @@ def start(workplace):
         return subprocess.Popen(command, cwd=workplace, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                 text=True)
     return start
+
+
+class Ended:
+    """What an entry script says and returns that ends before it joins other ranks, like a process that has ended; run
+    in this one, since a process takes seconds to import PyTorch."""
+
+    def __init__(self, script: str, words: tuple[str, ...], place: Path):
+        sys.path.insert(0, str(ROOT))
+        main = importlib.import_module(script).main
+        self.out, self.err = io.StringIO(), io.StringIO()
+        with chdir(place), patch.object(sys, "argv", [f"{script}.py", *words]), redirect_stdout(self.out), \
+                redirect_stderr(self.err):
+            self.returncode = main()
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        return self.out.getvalue(), self.err.getvalue()
+
+
+@pytest.fixture(scope="session")
+def ask(workplace):
+    """pretrain.py in the workplace, which must refuse or only print."""
+    def ask(*words: str, recipe: str = "recipe.yaml") -> Ended:
+        return Ended("pretrain", (recipe, *words), workplace)
+    return ask
+
+
+@pytest.fixture(scope="session")
+def ask_tune(workplace):
+    """The same with finetune.py."""
+    def ask(*words: str) -> Ended:
+        return Ended("finetune", ("tune.yaml", *words), workplace)
+    return ask

@@ -27,7 +27,7 @@ import megatron_spdf.training.loop  # noqa: E402, F401
 from megatron_spdf.checkpoint import store  # noqa: E402
 
 RANKS = 2
-PATIENCE = 90  # seconds for the rank that is left to notice: parallel.timeout, and what a busy machine adds
+PATIENCE = 90  # seconds for the rank that is left to notice: the recipe's limits, and what a busy machine adds
 
 
 def start(recipe: str, output: str) -> list[int]:

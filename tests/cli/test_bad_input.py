@@ -36,23 +36,23 @@ def damaged(workplace, tmp_path):
     (["train.global_batch=4096"], ["validation data hold", "train.global_batch=4096"]),
     (["parallel.data=2"], ["needs 2 processes", "python started 1", "torchrun", "parallel.data=1"]),
 ])
-def test_recipe_and_layout(start, workplace, words, said):
-    message = refused(start("output=refused", *words), workplace)
+def test_recipe_and_layout(ask, workplace, words, said):
+    message = refused(ask("output=refused", *words), workplace)
     for part in said:
         assert part in message
 
 
-def test_truncated_data(start, workplace, damaged):
+def test_truncated_data(ask, workplace, damaged):
     directory, word = damaged
     (directory / "train.bin").write_bytes((directory / "train.bin").read_bytes()[:-100])
-    message = refused(start("output=refused", word), workplace)
+    message = refused(ask("output=refused", word), workplace)
     assert "train.bin" in message and "bytes" in message
 
 
-def test_missing_index(start, workplace, damaged):
+def test_missing_index(ask, workplace, damaged):
     directory, word = damaged
     (directory / "train.idx").unlink()
-    assert "train.idx" in refused(start("output=refused", word), workplace)
+    assert "train.idx" in refused(ask("output=refused", word), workplace)
 
 
 def test_a_directory_that_is_no_run(start, workplace):

@@ -188,8 +188,8 @@ LONG = "serves food " * 400
     (["output=start"], ["start/recipe.yaml cannot be read as a recipe", "choose another output"]),
     (["output=tuned_straight", "optimizer.lr=2e-3"], ["optimizer.lr is 0.001 there and 0.002 here"]),
 ])
-def test_bad_input_is_named(straight, tune, workplace, words, said):
-    message = refused(tune(*(word.replace("{root}", str(ROOT)) for word in words)), workplace)
+def test_bad_input_is_named(straight, ask_tune, workplace, words, said):
+    message = refused(ask_tune(*(word.replace("{root}", str(ROOT)) for word in words)), workplace)
     for part in said:
         assert part in message
 
@@ -200,10 +200,10 @@ def test_bad_input_is_named(straight, tune, workplace, words, said):
     ([], ("mr", "ref"), ["the train split of e2e must not be empty"]),
     ([("name[A]", "fine"), ("name[B]", LONG)], ("mr", "ref"), ["example 2 ('name : B')", "does not fit the window"]),
 ])
-def test_bad_data_are_named_with_file_and_place(tune, workplace, e2e, tmp_path, rows, header, said):
+def test_bad_data_are_named_with_file_and_place(tune, ask_tune, workplace, e2e, tmp_path, rows, header, said):
     shutil.copytree(e2e, tmp_path / "bad")
     write_rows(tmp_path / "bad/trainset.csv", rows, header)
-    message = refused(tune(f"data.path={tmp_path}/bad"), workplace)
+    message = refused(ask_tune(f"data.path={tmp_path}/bad"), workplace)
     for part in said:
         assert part in message
 
