@@ -13,6 +13,13 @@ TINY = {
 }
 
 
+def pytest_collection_modifyitems(items):
+    """Each file runs on one of the workers, whose forks and fixtures its tests share; there is one Slurm."""
+    for item in items:
+        group = "slurm" if "slurm" in item.path.parts else item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture
 def recipe(tmp_path):
     """Builds a tiny Recipe; keywords change its sections."""

@@ -2,13 +2,15 @@
 
 What it stands in for, each with a test: `device="cuda"` in factory calls, `Tensor.cuda` and `Module.cuda`,
 `Tensor.type()` (Megatron-Core's optimizers look for the CUDA names), `torch.cuda.current_device`, `synchronize`,
-`current_stream`, and the CUDA random state, which becomes the CPU's. On a machine with a GPU `install` does nothing.
-A dry run lets the meta device, which has shapes and no memory, stand in instead.
+`current_stream`, the CUDA random state, which becomes the CPU's, and the compilation of Megatron-Core's fusions. On a
+machine with a GPU `install` does nothing. A dry run lets the meta device, which has shapes and no memory, stand in
+instead.
 """
 
 from __future__ import annotations
 
 import sys
+from unittest.mock import patch
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -63,7 +65,14 @@ def _stand_in(device: torch.device) -> None:
     torch.Tensor.cuda = lambda self, *_, **__: self
     torch.nn.Module.cuda = lambda self, *_, **__: self
 
-    import megatron.core.tensor_parallel.random as megatron_random
+    # Megatron-Core decorates its fusions with torch.compile as it is imported. None runs here, and the import of the
+    # compiler is a third of the time a rank takes to start.
+    with patch.object(torch, "compile", _leave_as_it_is):
+        import megatron.core.tensor_parallel.random as megatron_random
 
     megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+
+
+def _leave_as_it_is(function=None, **_):
+    return function or _leave_as_it_is

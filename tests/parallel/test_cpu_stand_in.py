@@ -27,7 +27,11 @@ found["replaces nothing on a GPU"] = (
     and torch.ones(1).type() == "torch.FloatTensor")
 torch.cuda.is_available = have_gpu
 
+compile = torch.compile
 found["installs"] = cpu.install() is True
+import sys, megatron.core.fusions.fused_bias_gelu as fused
+found["fusions are not compiled"] = not hasattr(fused.bias_gelu, "_torchdynamo_orig_callable")
+found["the compiler is not imported"] = "torch._inductor.compile_fx" not in sys.modules and torch.compile is compile
 found["installs once"] = cpu.install() is True and torch.ones(1).type() == "torch.cuda.FloatTensor"
 found["factory with device"] = [str(t.device) for t in (
     torch.zeros(2, device="cuda"), torch.empty(2, device=torch.device("cuda", 0)), torch.tensor([1], device="cuda:0"),
@@ -71,10 +75,11 @@ print("FOUND", json.dumps(found))
 """
 
 CHECKS = [
-    "refuses on a GPU", "replaces nothing on a GPU", "installs", "installs once", "factory with device",
-    "factory on current device", "Tensor.to", "Tensor.cuda", "Module.cuda", "Tensor.type names",
-    "Tensor.type conversion", "current_device", "synchronize", "current_stream", "random state round trip",
-    "manual_seed", "random state of Megatron-Core", "tracker of Megatron-Core"]
+    "refuses on a GPU", "replaces nothing on a GPU", "installs", "fusions are not compiled",
+    "the compiler is not imported", "installs once", "factory with device", "factory on current device", "Tensor.to",
+    "Tensor.cuda", "Module.cuda", "Tensor.type names", "Tensor.type conversion", "current_device", "synchronize",
+    "current_stream", "random state round trip", "manual_seed", "random state of Megatron-Core",
+    "tracker of Megatron-Core"]
 
 
 @pytest.fixture(scope="module")
