@@ -13,6 +13,7 @@ TINY = {
 }
 
 
+@pytest.hookimpl(tryfirst=True)  # before the workers read the groups
 def pytest_collection_modifyitems(items):
     """Each file runs on one of the workers, whose forks and fixtures its tests share; there is one Slurm."""
     for item in items:

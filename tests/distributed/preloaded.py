@@ -1,10 +1,14 @@
 """What every rank imports, imported once; see harness.py."""
 
+import gc
+
 from megatron_spdf.parallel import cpu
 
 cpu.install()
 
 import cases  # noqa: E402
 import finetune_cases  # noqa: E402
+
+gc.freeze()  # the ranks collect garbage after every case, and need not go through the libraries for that
 
 __all__ = ["cases", "finetune_cases"]

@@ -13,19 +13,19 @@ from megatron_spdf.config.recipe import Model
 
 pytestmark = pytest.mark.slow
 
-STEPS = 8
+STEPS = 6
 STAGES = range(4)
 # Cases with their sections; each runs with both engines.
 RUNS = {
     "dp2": {"parallel": {"data": 2}},
-    "tp2": {"parallel": {"tensor": 2}},
-    "tp2 sp": {"parallel": {"tensor": 2, "sequence": True}},
+    "tp2": {"parallel": {"tensor": 2}, "train": {"micro_batch": 4}},
+    "tp2 sp": {"parallel": {"tensor": 2, "sequence": True}, "train": {"micro_batch": 4}},
     "dense": {"parallel": {"data": 2}, "sparsity": 0.0},
     "bf16": {"parallel": {"data": 2}, "train": {"precision": "bf16"}},
-    "dropout": {"parallel": {"tensor": 2}, "model": {"dropout": 0.1}},
-    "smoothing": {"parallel": {"tensor": 2}, "train": {"label_smoothing": 0.1}},
+    "dropout": {"parallel": {"tensor": 2}, "model": {"dropout": 0.1}, "train": {"micro_batch": 4}},
+    "smoothing": {"parallel": {"tensor": 2}, "train": {"label_smoothing": 0.1, "micro_batch": 4}},
     "recompute": {"parallel": {"data": 2}, "train": {"recompute": "full"}},
-    "mup": {"parallel": {"tensor": 2}, **MUP},
+    "mup": {"parallel": {"tensor": 2}, "train": {"micro_batch": 4}, **MUP},
     "no clipping": {"parallel": {"data": 2}, "optimizer": {"clip_grad": 0.0}},
 }
 ALL_STAGES = ["dp2", "tp2"]
