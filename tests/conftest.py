@@ -13,12 +13,12 @@ TINY = {
 }
 
 
-@pytest.hookimpl(tryfirst=True)  # before the workers read the groups
+@pytest.hookimpl(wrapper=True)  # around all others, and so before the workers read the groups
 def pytest_collection_modifyitems(items):
     """Each file runs on one of the workers, whose forks and fixtures its tests share; there is one Slurm."""
     for item in items:
-        group = "slurm" if "slurm" in item.path.parts else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
+        item.add_marker(pytest.mark.xdist_group("slurm" if "slurm" in item.path.parts else item.path.stem))
+    return (yield)
 
 
 @pytest.fixture

@@ -71,7 +71,16 @@ class Partial:
                 if not self.finished_inputs and not self.ready:
                     shutil.rmtree(self.directory)
                 raise
-            shutil.rmtree(self.directory)
+            self._remove()
+
+    def _remove(self) -> None:
+        """`ready` goes last: a run that is killed meanwhile is finished by the next, like an interrupted renaming."""
+        for entry in self.directory.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry != self._ready:
+                entry.unlink()
+        shutil.rmtree(self.directory)
 
     def require_free(self, overwrite: bool) -> None:
         """Raise a ValueError if the output exists and `overwrite` is false, or cannot be written."""

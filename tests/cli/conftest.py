@@ -48,7 +48,7 @@ def workplace(tmp_path_factory):
 def start(workplace):
     """Starts pretrain.py in the workplace on some ranks (torchrun), or as one plain process."""
     def start(*words: str, ranks: int = 0, recipe: str = "recipe.yaml", **environment: str) -> subprocess.Popen:
-        launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks else []
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
         command = [sys.executable, *launch, str(ROOT / "pretrain.py"), recipe, *words]
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore",
                "CUDA_VISIBLE_DEVICES": "", **environment}

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -71,8 +72,15 @@ def tune(start, workplace, e2e):
     return tune
 
 
-TWO = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
-DEEPSPEED = (sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2")
+TWO = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+def deepspeed() -> tuple[str, ...]:
+    """DeepSpeed's launcher; the port it takes by itself is one for the machine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    return (sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", port)
 
 
 @pytest.fixture(scope="module")
@@ -120,14 +128,14 @@ def test_the_best_and_the_last_checkpoint_are_kept_and_the_tools_read_the_best(s
 @pytest.mark.parametrize("zero", [0, 2, 3])
 def test_deepspeeds_launcher(straight, tune, workplace, zero):
     run = workplace / f"zero{zero}"
-    finish(tune(f"output={run.name}", "parallel.data=2", f"parallel.zero_stage={zero}", launcher=DEEPSPEED))
+    finish(tune(f"output={run.name}", "parallel.data=2", f"parallel.zero_stage={zero}", launcher=deepspeed()))
     assert losses(run) == pytest.approx(losses(straight[0]), rel=1e-4)
     assert losses(run, "valid") == pytest.approx(losses(straight[0], "valid"), rel=1e-4)
 
 
 def test_tensor_parallel_with_a_deepspeed_file(straight, tune, workplace):
     finish(tune("output=tuned_tp2", "parallel.tensor=2", "parallel.zero_stage=2",
-                f"deepspeed={ROOT}/configs/deepspeed/zero2.json", launcher=DEEPSPEED))
+                f"deepspeed={ROOT}/configs/deepspeed/zero2.json", launcher=deepspeed()))
     assert losses(workplace / "tuned_tp2") == pytest.approx(losses(straight[0]), rel=1e-4)
 
 

@@ -62,6 +62,12 @@ def wait_for_inputs(partial: Partial, count: int, run: subprocess.Popen) -> None
         time.sleep(0.01)
 
 
+def is_complete(partial: Partial) -> bool:
+    """Whether all is in its place and nothing is left to do."""
+    made = Path(partial.prefix) if partial.several else Path(f"{partial.prefix}.json")
+    return made.exists() and not partial.directory.exists()
+
+
 @pytest.fixture(scope="module", params=KINDS)
 def undisturbed(request, shards, tmp_path_factory, tiny_bpe) -> tuple[str, dict[str, str], float]:
     """(kind, content, seconds) of a run with two workers that nothing interrupts."""
@@ -102,10 +108,10 @@ def test_killed_at_random_moments_equals_undisturbed(shards, undisturbed, tmp_pa
         _, alive = psutil.wait_procs(workers, timeout=20)
         assert not alive, "workers outlive the run that started them"
         kept.add(partial.finished_inputs)
-        if run.returncode == 0:
+        if is_complete(partial):  # maybe of a run that was killed as it left
             assert content(output) == expected
             words = words if "--overwrite" in words else [*words, "--overwrite"]
-    if partial.directory.exists() or not Path(f"{output}.json").exists():
+    if not is_complete(partial):
         finish(start(shards, output, tiny_bpe, *words))
     assert content(output) == expected
     assert len(kept) > 1, f"the kills all fell at the same point: {kept}"
@@ -128,12 +134,17 @@ def test_a_resumed_run_does_not_read_finished_inputs_again(shards, tmp_path, tin
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_signal_keeps_what_is_finished_and_says_so(shards, tmp_path, tiny_bpe, number):
-    output, partial = tmp_path / "t", Partial(tmp_path / "t", False)
-    run = start(shards, output, tiny_bpe, "--workers", "2")
-    wait_for_inputs(partial, 1, run)
-    workers = psutil.Process(run.pid).children()
-    run.send_signal(number)
-    said = finish(run, code=128 + number)
+    for attempt in range(9):  # on a busy machine a run may end before the signal reaches it
+        output = tmp_path / f"{attempt}"
+        partial = Partial(output, False)
+        run = start(shards, output, tiny_bpe, "--workers", "2")
+        wait_for_inputs(partial, 1, run)
+        workers = psutil.Process(run.pid).children()
+        run.send_signal(number)
+        out, said = run.communicate(timeout=900)
+        if run.returncode:
+            break
+    assert run.returncode == 128 + number and "Traceback" not in said, out + said
     assert not psutil.wait_procs(workers, timeout=20)[1]
     assert partial.finished_inputs >= 1 and not Path(f"{output}.bin").exists()
     if number == signal.SIGINT:

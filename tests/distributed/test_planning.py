@@ -23,12 +23,13 @@ LAYOUTS = {
 }
 BIG = {"hidden": 128, "heads": 4, "vocab_size": 300}  # activations above the small change of a step
 VARIANTS = {  # of one layout each: (world, layout, changes)
-    "recompute selective": (1, {}, {"train": {"recompute": "selective"}}),
-    "recompute full": (1, {}, {"train": {"recompute": "full"}}),
+    "recompute selective": (1, {}, {"train": {"recompute": "selective", "micro_batch": 1}}),
+    "recompute full": (1, {}, {"train": {"recompute": "full", "micro_batch": 1}}),
     "grouped queries": (1, {}, {"model": {**BIG, "query_groups": 2}}),
     "micro-batch 4": (1, {}, {"train": {"micro_batch": 4}}),
-    "tp2 sp recompute full": (2, {"tensor": 2, "sequence": True}, {"train": {"recompute": "full"}}),
-    "tp2 sp bf16": (2, {"tensor": 2, "sequence": True}, {"train": {"precision": "bf16"}}),
+    "tp2 sp recompute full": (2, {"tensor": 2, "sequence": True},
+                              {"train": {"recompute": "full", "micro_batch": 1}}),
+    "tp2 sp bf16": (2, {"tensor": 2, "sequence": True}, {"train": {"precision": "bf16", "micro_batch": 1}}),
 }
 DEEPSPEED = [(0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "bf16")]
 NAMES = [(world, f"{name}, {level:.0%}") for world, layouts in LAYOUTS.items() for name in layouts
@@ -38,7 +39,7 @@ NAMES = [(world, f"{name}, {level:.0%}") for world, layouts in LAYOUTS.items() f
 @pytest.fixture(scope="module")
 def results(make_recipe, tmp_path_factory):
     def case(**sections) -> tuple[str, dict]:
-        return "planned", {"recipe": make_recipe(**{"model": BIG, **sections})}
+        return "planned", {"recipe": make_recipe(**{"model": BIG, "train": {"micro_batch": 1}, **sections})}
 
     groups = {world: {f"{name}, {level:.0%}": case(parallel=layout, sparsity=level)
                       for name, layout in layouts.items() for level in (0.0, 0.75)}
@@ -70,7 +71,7 @@ def test_traffic(results, world, name):
 # receive ahead of its use, which weighs in these small models, most where a chunk is one block.
 @pytest.mark.parametrize(("world", "name"), NAMES)
 def test_activations(results, world, name):
-    tolerance = 0.1 if "interleaved" in name else 0.05 if "pp" in name else 0.02
+    tolerance = 0.1 if "pp" in name else 0.02
     for rank in range(world):
         there = outcome(results[world], name, rank)
         assert there["predicted to be alive"] == pytest.approx(there["alive"], rel=tolerance), rank
