@@ -13,14 +13,6 @@ TINY = {
 }
 
 
-@pytest.hookimpl(wrapper=True)  # around all others, and so before the workers read the groups
-def pytest_collection_modifyitems(items):
-    """Each file runs on one of the workers, whose forks and fixtures its tests share; there is one Slurm."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("slurm" if "slurm" in item.path.parts else item.path.stem))
-    return (yield)
-
-
 @pytest.fixture
 def recipe(tmp_path):
     """Builds a tiny Recipe; keywords change its sections."""
