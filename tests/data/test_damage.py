@@ -163,8 +163,9 @@ def test_a_count_that_does_not_add_up_writes_nothing(tmp_path, tiny_bpe, monkeyp
 
 # Runs a script and says the most memory it took; what the parent is told of it counts the parent's own before the exec.
 WITH_PEAK = """
-import runpy, sys
+import os, runpy, sys
 sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 finally:
