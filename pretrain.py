@@ -83,20 +83,25 @@ def join_and_pretrain(phases: list[RunPhase], ranks: Ranks, run: RunDir, corpus:
     except Unhealthy as error:
         return refuse(error, exit_codes.LOST_RANK)
     with Heartbeat(ranks, run.recipe.guard.hang_seconds):
-        try:
-            for phase in phases_left(phases, newest_step(run.checkpoints)):
-                activity.NOW.enter(phase.heading or "setting up")
-                code = pretrain(phase, ranks, run, corpus, summary, stop, device)
-                if code != exit_codes.FINISHED:
-                    break
-                summary = phase.heading
-            return code
-        finally:
-            leave()
+        return pretrain(phases, ranks, run, corpus, summary, stop, device)
 
 
-def pretrain(phase: RunPhase, ranks: Ranks, run: RunDir, corpus: Corpus, summary: str, stop: StopRequest,
+def pretrain(phases: list[RunPhase], ranks: Ranks, run: RunDir, corpus: Corpus, summary: str, stop: StopRequest,
              device: torch.device) -> int:
+    """Does the phases that are left of a run, each from the last checkpoint of the one before."""
+    code = exit_codes.FINISHED
+    try:
+        for phase in phases_left(phases, newest_step(run.checkpoints)):
+            if code == exit_codes.FINISHED:
+                code = pretrain_phase(phase, ranks, run, corpus, summary, stop, device)
+                summary = ""
+        return code
+    finally:
+        leave()
+
+
+def pretrain_phase(phase: RunPhase, ranks: Ranks, run: RunDir, corpus: Corpus, summary: str, stop: StopRequest,
+                   device: torch.device) -> int:
     """Builds the engine, restores the newest checkpoint, or densifies that of the phase before, and trains to the
     phase's end, which is mostly the run's."""
     from megatron_spdf.checkpoint.checkpointer import Checkpointer
@@ -119,7 +124,7 @@ def pretrain(phase: RunPhase, ranks: Ranks, run: RunDir, corpus: Corpus, summary
     data = TokenData(recipe, corpus, run.cache, engine.reads_data)
     log = RunLog(run, state.step, recipe.steps, recipe.log.tensorboard, active=ranks.rank == 0,
                  evaluated=state.evaluated)
-    log.say("\n".join([summary, engine.choices, *found]))
+    log.say("\n".join(filter(None, [summary, engine.choices, phase.heading, *found])))
     try:
         code = Trainer(recipe, plan, engine, data, checkpointer, state, log, stop,
                        phase.first, phase.last, phase.flops_before).run()
