@@ -311,7 +311,7 @@ class Recipe(Section):
         return [round(self.steps * share) for share in accumulate(phase.share for phase in self.phases)]
 
     def in_phase(self, number: int) -> Recipe:
-        """The recipe with the sparsity and the schedule of one of its phases, as the checkpoints of that one have it."""
+        """The recipe with the sparsity and the schedule of one of its phases, as that one's checkpoints have it."""
         phase = self.phases[number]
         optimizer = self.optimizer.model_copy(update={key: getattr(phase, key) for key in SCHEDULE})
         return self.model_copy(update={"sparsity": phase.sparsity, "optimizer": optimizer})

@@ -1,7 +1,7 @@
 """The phases of a run: its steps, sparsity plan, schedule and FLOPs, one stretch after the other.
 
-Variable sparse pre-training (V-SPDF; Cerebras 2023, SPDF's successor at 6.7B parameters) is two of them: sparse for most
-of the tokens at a high learning rate, then densified, with the learning rate warmed up again. A recipe without
+Variable sparse pre-training (V-SPDF; Cerebras 2023, SPDF's successor at 6.7B parameters) is two of them: sparse for
+most of the tokens at a high learning rate, then densified, with the learning rate warmed up again. A recipe without
 `phases:` is a run of one.
 """
 
@@ -58,8 +58,8 @@ class RunPhase:
         if self.count == 1:
             return ""
         o = self.recipe.optimizer
-        return (f"phase {self.number} of {self.count}: steps {self.first + 1:,} to {self.last:,}, {self.tokens:,} tokens, "
-                f"{self.flops().total * self.tokens:.4g} FLOPs; learning rate up to {o.lr:g} over {o.warmup_tokens:,} "
+        return (f"phase {self.number} of {self.count}: steps {self.first + 1:,} to {self.last:,}, {self.tokens:,} "
+                f"tokens, {self.flops().total * self.tokens:.4g} FLOPs; learning rate up to {o.lr:g} over {o.warmup_tokens:,} "
                 f"tokens, then {o.decay}" + ("" if o.decay == "constant" else f" to {o.lr * o.min_lr_ratio:g}")
                 + ("" if self.number == 1 else "; densified, with fresh optimizer moments"))
 

@@ -47,7 +47,8 @@ def results(make_recipe, tmp_path_factory):
                      for name, (w, sections) in ACROSS.items() if w == world} for world in (1, 2)}
     cases[2] |= {
         "straight": phased("straight", [], [DATA_2]),
-        "samples": ("phase_cases.samples_of_phases", {"recipe": recipe("samples", parallel=DATA_2, data={"valid": []})}),
+        "samples": ("phase_cases.samples_of_phases", {
+            "recipe": recipe("samples", parallel=DATA_2, data={"valid": []})}),
         "cut": phased("cut", CUT, [DATA_2] * (len(CUT) + 1)),
         **{name: phased(name, [stop], layouts) for name, (layouts, stop) in LAYOUTS.items()},
     }
