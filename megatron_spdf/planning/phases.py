@@ -58,9 +58,10 @@ class RunPhase:
         if self.count == 1:
             return ""
         o = self.recipe.optimizer
+        decay = o.decay if o.decay == "constant" else f"{o.decay} to {o.lr * o.min_lr_ratio:g}"
         return (f"phase {self.number} of {self.count}: steps {self.first + 1:,} to {self.last:,}, {self.tokens:,} "
-                f"tokens, {self.flops().total * self.tokens:.4g} FLOPs; learning rate up to {o.lr:g} over {o.warmup_tokens:,} "
-                f"tokens, then {o.decay}" + ("" if o.decay == "constant" else f" to {o.lr * o.min_lr_ratio:g}")
+                f"tokens, {self.flops().total * self.tokens:.4g} FLOPs; learning rate up to {o.lr:g} over "
+                f"{o.warmup_tokens:,} tokens, then {decay}"
                 + ("" if self.number == 1 else "; densified, with fresh optimizer moments"))
 
 
