@@ -128,7 +128,8 @@ def pretrain_phase(phase: RunPhase, ranks: Ranks, run: RunDir, corpus: Corpus, s
     try:
         code = Trainer(recipe, plan, engine, data, checkpointer, state, log, stop,
                        phase.first, phase.last, phase.flops_before).run()
-        engine.close()
+        if phase.number < phase.count:
+            engine.close()  # to make room for the next
         return code
     except (NotFinite, SparsityDrift, SaveFailed) as error:
         log.say(f"stopped: {error}")
