@@ -5,7 +5,8 @@
     torchrun --nproc-per-node 8 pretrain.py configs/pretrain/gpt2_small_s75.yaml
     srun python pretrain.py configs/pretrain/gpt3_xl_s75.yaml parallel.tensor=2 parallel.data=8
 
-One process per GPU. A run goes on from the newest complete checkpoint in its output directory by itself.
+One process per GPU. A run goes on from the newest complete checkpoint in its output directory by itself. A recipe with
+`phases:` (V-SPDF) is one run too: where a phase ends, its checkpoint is densified into the engine of the next.
 Exit codes: 0 finished; 2 bad input; 3 stopped by a guard; 4 a rank is lost; 75 stopped on SIGTERM or SIGUSR1, a
 checkpoint saved.
 """
@@ -17,7 +18,8 @@ import sys
 
 import torch
 
-from megatron_spdf.config import Recipe, load_recipe, render_recipe
+from megatron_spdf.checkpoint.store import newest_step
+from megatron_spdf.config import load_recipe, render_recipe
 from megatron_spdf.config.help import render_help
 from megatron_spdf.data.corpus import Corpus, check_corpus
 from megatron_spdf.model.parametrization import render_parametrization
@@ -26,7 +28,8 @@ from megatron_spdf.parallel.health import Unhealthy
 from megatron_spdf.parallel.ranks import Ranks, check_world, find_ranks, join, leave
 from megatron_spdf.parallel.signals import StopRequest
 from megatron_spdf.planning.memory import render_layout
-from megatron_spdf.sparsity.plan import Plan, make_plan, render_plan
+from megatron_spdf.planning.phases import RunPhase, phases_left, phases_of
+from megatron_spdf.sparsity.plan import render_plan
 from megatron_spdf.training import exit_codes
 from megatron_spdf.training.restarts import StartsSpent
 from megatron_spdf.training.run_dir import RunDir
@@ -38,9 +41,8 @@ def main() -> int:
     try:
         ranks = find_ranks()
         recipe = load_recipe(options.recipe, options.overrides, ranks.world)
-        plan = make_plan(recipe.sparsity, model_weights(recipe.model), recipe.model.query_groups)
-        rules = render_parametrization(recipe, plan, model_weights(recipe.model))
-        summary = "\n".join(filter(None, [render_plan(plan), rules, render_layout(recipe, plan)]))
+        phases = phases_of(recipe)  # one, where the recipe names none
+        summary = "\n".join(summarise(phase) for phase in phases)
         if options.dry_run:
             print(f"{render_recipe(recipe)}\n{summary}")
             return exit_codes.FINISHED
@@ -56,10 +58,17 @@ def main() -> int:
         return refuse(error)
     except StartsSpent as error:
         return refuse(error, exit_codes.GUARD_STOPPED)
-    return join_and_pretrain(recipe, plan, ranks, run, corpus, summary)
+    return join_and_pretrain(phases, ranks, run, corpus, summary)
 
 
-def join_and_pretrain(recipe: Recipe, plan: Plan, ranks: Ranks, run: RunDir, corpus: Corpus, summary: str) -> int:
+def summarise(phase: RunPhase) -> str:
+    """What a phase of a run is: its plan, parametrization, layout and bytes per rank."""
+    rules = render_parametrization(phase.recipe, phase.plan, model_weights(phase.recipe.model))
+    return "\n".join(filter(None, [phase.heading, render_plan(phase.plan), rules,
+                                   render_layout(phase.recipe, phase.plan)]))
+
+
+def join_and_pretrain(phases: list[RunPhase], ranks: Ranks, run: RunDir, corpus: Corpus, summary: str) -> int:
     """Joins the ranks, and pre-trains while they keep an ear on each other."""
     from megatron_spdf.parallel import activity, cpu
     from megatron_spdf.parallel.heartbeat import Heartbeat
@@ -68,18 +77,33 @@ def join_and_pretrain(recipe: Recipe, plan: Plan, ranks: Ranks, run: RunDir, cor
     activity.observe()
     cpu.install()  # before anything that imports megatron.core
     try:
-        device = join(ranks, recipe)
+        device = join(ranks, run.recipe)
     except ValueError as error:
         return refuse(error)
     except Unhealthy as error:
         return refuse(error, exit_codes.LOST_RANK)
-    with Heartbeat(ranks, recipe.guard.hang_seconds):
-        return pretrain(recipe, plan, ranks, run, corpus, summary, stop, device)
+    with Heartbeat(ranks, run.recipe.guard.hang_seconds):
+        return pretrain(phases, ranks, run, corpus, summary, stop, device)
 
 
-def pretrain(recipe: Recipe, plan: Plan, ranks: Ranks, run: RunDir, corpus: Corpus, summary: str, stop: StopRequest,
+def pretrain(phases: list[RunPhase], ranks: Ranks, run: RunDir, corpus: Corpus, summary: str, stop: StopRequest,
              device: torch.device) -> int:
-    """Builds the engine, restores the newest checkpoint and trains to the end."""
+    """Does the phases that are left of a run, each from the last checkpoint of the one before."""
+    code = exit_codes.FINISHED
+    try:
+        for phase in phases_left(phases, newest_step(run.checkpoints)):
+            if code == exit_codes.FINISHED:
+                code = pretrain_phase(phase, ranks, run, corpus, summary, stop, device)
+                summary = ""
+        return code
+    finally:
+        leave()
+
+
+def pretrain_phase(phase: RunPhase, ranks: Ranks, run: RunDir, corpus: Corpus, summary: str, stop: StopRequest,
+                   device: torch.device) -> int:
+    """Builds the engine, restores the newest checkpoint, or densifies that of the phase before, and trains to the
+    phase's end, which is mostly the run's."""
     from megatron_spdf.checkpoint.checkpointer import Checkpointer
     from megatron_spdf.checkpoint.saving import SaveFailed
     from megatron_spdf.data.dataset import TokenData
@@ -88,26 +112,30 @@ def pretrain(recipe: Recipe, plan: Plan, ranks: Ranks, run: RunDir, corpus: Corp
     from megatron_spdf.training.loop import NotFinite, Trainer
     from megatron_spdf.training.run_log import RunLog
 
+    recipe, plan = phase.recipe, phase.plan
     try:
-        engine = make_engine(recipe, plan, device)
+        engine = make_engine(phase.alone, plan, device)
         if ranks.rank == 0:
             run.claim()
         checkpointer = Checkpointer(run.checkpoints, recipe, plan, corpus.tokenizer)
-        state, found = checkpointer.restore(engine)
+        state, found = checkpointer.restore(engine, border=phase.first)
     except ValueError as error:
         return refuse(error)
     data = TokenData(recipe, corpus, run.cache, engine.reads_data)
     log = RunLog(run, state.step, recipe.steps, recipe.log.tensorboard, active=ranks.rank == 0,
                  evaluated=state.evaluated)
-    log.say("\n".join([summary, engine.choices, *found]))
+    log.say("\n".join(filter(None, [summary, engine.choices, phase.heading, *found])))
     try:
-        return Trainer(recipe, plan, engine, data, checkpointer, state, log, stop).run()
+        code = Trainer(recipe, plan, engine, data, checkpointer, state, log, stop,
+                       phase.first, phase.last, phase.flops_before).run()
+        if phase.number < phase.count:
+            engine.close()  # to make room for the next
+        return code
     except (NotFinite, SparsityDrift, SaveFailed) as error:
         log.say(f"stopped: {error}")
         return exit_codes.GUARD_STOPPED
     finally:
         log.close()
-        leave()
 
 
 def refuse(error: Exception, code: int = exit_codes.BAD_INPUT) -> int:

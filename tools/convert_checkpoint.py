@@ -75,7 +75,7 @@ def prune(options: argparse.Namespace) -> str:
 def densify(options: argparse.Namespace) -> str:
     """A run whose step 0 has the weights of another run without its masks; a fresh optimizer."""
     source = read_run(options)
-    return begin(source, own_recipe(source, options, "sparsity=0"), source.tokenizer, options)
+    return begin(source, own_recipe(source, options, "sparsity=0", "phases=[]"), source.tokenizer, options)
 
 
 def reshard_run(options: argparse.Namespace) -> str:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
 from megatron_spdf.checkpoint import store
+from megatron_spdf.checkpoint.densified import load_densified
 from megatron_spdf.checkpoint.record import INITIAL, drawn_masks, run_record
 from megatron_spdf.checkpoint.saving import Saving
 from megatron_spdf.checkpoint.vet import vet_metadata
@@ -29,7 +30,7 @@ class RunState:
 
     Attributes:
         step: batches consumed, skipped ones included.
-        optimizer_steps: updates done.
+        optimizer_steps: updates done since the optimizer's moments were zero: at the start, or at that of a phase.
         skipped: steps skipped for non-finite numbers, in all and in a row.
         evaluated: step of the last evaluation.
         best_step, best_loss: of the evaluation with the lowest loss; step 0: none yet.
@@ -107,8 +108,12 @@ class Checkpointer:
             self.failed_in_a_row = self.failed_in_a_row + 1 if saving.error else 0
         return saving
 
-    def restore(self, engine: Engine) -> tuple[RunState, list[str]]:
+    def restore(self, engine: Engine, border: int = 0) -> tuple[RunState, list[str]]:
         """Loads the newest complete checkpoint, if there is one.
+
+        Args:
+            border: step at which the phase before ended, if there was one; of its last checkpoint the weights alone
+                are taken, dense.
 
         Returns:
             Where the run stands, and what was found and done, as sentences for the log.
@@ -131,6 +136,11 @@ class Checkpointer:
         run = json.loads((newest / store.RUN).read_text())
         self._check_run(run, newest)
         state = RunState(**run["state"])
+        if border and state.step == border:
+            load_densified(engine, newest)
+            self.origin = run.get("origin", self.origin)
+            state.optimizer_steps = 0
+            return state, [*said, f"densified {newest.name}"]
         self.masks, self.origin = run.get("masks", self.masks), run.get("origin", self.origin)
         drawn = [compact_of(m).mask_bits.clone() for model in engine.models for m in sparse_modules(model)]
         loaded = dist_checkpointing.load(engine.sharded_state(loading=True), str(newest))

@@ -28,9 +28,10 @@ from megatron_spdf.config import Recipe, save_recipe
 from megatron_spdf.data.tokenizer import Tokenizer
 from megatron_spdf.model.parametrization import Parametrization, unfold
 from megatron_spdf.model.weights import Weight
+from megatron_spdf.planning.phases import phases_of
 from megatron_spdf.sparsity.chunks import chunk_of
 from megatron_spdf.sparsity.masks import draw_mask, largest_mask
-from megatron_spdf.sparsity.plan import Plan, make_plan
+from megatron_spdf.sparsity.plan import Plan
 
 RECIPE, CHECKPOINTS = "recipe.yaml", "checkpoints"  # as training/run_dir.py names them
 Select = Literal["random", "magnitude"]
@@ -59,8 +60,8 @@ def start_run(source: WeightSource, recipe: Recipe, tokenizer: Tokenizer, output
     """
     check_shape(source, recipe)
     _check_tokenizer(source, tokenizer)
-    recipe = recipe.model_copy(update={"output": str(output)})
-    plan = make_plan(recipe.sparsity, list(source.weights.values()), recipe.model.query_groups)
+    begun = phases_of(recipe.model_copy(update={"output": str(output)}))[0]
+    recipe, plan = begun.recipe, begun.plan
     state = _FreshState(source, recipe, plan, select)
     with appearing(output) as directory:
         checkpoint = directory / CHECKPOINTS / store.name_of(0)
@@ -70,7 +71,7 @@ def start_run(source: WeightSource, recipe: Recipe, tokenizer: Tokenizer, output
         masks = _describe_masks(source, plan, select)
         store.write_json(checkpoint / store.RUN, run_record(
             recipe, plan, tokenizer, masks, source.origin, _START, state.measured))
-        finish_run(checkpoint, recipe)
+        finish_run(checkpoint, recipe.whole())
     return plan
 
 

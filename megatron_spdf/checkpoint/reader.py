@@ -119,7 +119,11 @@ class CheckpointReader(TensorFiles):
 
     def master(self, name: str) -> Tensor:
         """Like `weight`, in float32 from the optimizer's master weights."""
-        return fold(self._dense(name, f"{OPTIMIZER}param.{stored_name(name)}"), self.rules.folded(name))
+        return fold(self.parameter(name), self.rules.folded(name))
+
+    def parameter(self, name: str) -> Tensor:
+        """Like `master`, as the run's own model holds it: multipliers of a parametrization are not in it."""
+        return self._dense(name, f"{OPTIMIZER}param.{stored_name(name)}")
 
     def _dense(self, name: str, stored: str) -> Tensor:
         planned = self.plan.weights.get(name)

@@ -20,6 +20,7 @@ def findings(recipe: Recipe) -> Iterator[str]:
     yield from _data(recipe)
     broken = list(_batch(recipe))
     yield from broken
+    yield from _phases(recipe)
     if not broken and recipe.engine == "deepspeed":
         yield from contradictions(recipe)
 
@@ -93,6 +94,41 @@ def _batch(recipe: Recipe) -> Iterator[str]:
     if o.warmup_tokens >= recipe.steps * recipe.tokens_per_step:
         yield (f"optimizer.warmup_tokens={o.warmup_tokens:,} is not under train.tokens={t.tokens:,}; "
                "shorten the warm-up or lengthen the run")
+
+
+def _phases(recipe: Recipe) -> Iterator[str]:
+    phases = recipe.phases
+    if not phases:
+        return
+    if len(phases) == 1:
+        yield "phases has one entry, and there is no border; add a second, or write sparsity and optimizer instead"
+    total = sum(phase.share for phase in phases)
+    if abs(total - 1.0) > 1e-6:
+        yield (f"phases: the shares {' + '.join(f'{phase.share:g}' for phase in phases)} = {total:g} must add up to 1; "
+               "change one of them")
+    else:
+        yield from _schedules_of_phases(recipe)
+    if recipe.sparsity.level or recipe.sparsity.rules:
+        yield "sparsity and phases both say what is sparse; leave sparsity out, each phase has its own"
+    if recipe.evaluate.patience:
+        yield (f"evaluate.patience={recipe.evaluate.patience} ends a run before its last phase; set patience=0, or "
+               "leave out phases")
+    for number, phase in enumerate(phases[1:], 1):
+        if phase.sparsity.level or phase.sparsity.rules:
+            yield (f"phases.{number}.sparsity={phase.sparsity.level or 'rules'} is not dense, and a run is only ever "
+                   "densified; set it to 0, or begin with this phase")
+
+
+def _schedules_of_phases(recipe: Recipe) -> Iterator[str]:
+    borders = recipe.borders
+    for number, (phase, first, last) in enumerate(zip(recipe.phases, [0, *borders], borders, strict=False)):
+        tokens = (last - first) * recipe.tokens_per_step
+        if not tokens:
+            yield (f"phases.{number}.share={phase.share:g} of {recipe.steps} steps is no step; give it more or "
+                   "lengthen the run")
+        elif phase.warmup_tokens >= tokens:
+            yield (f"phases.{number}.warmup_tokens={phase.warmup_tokens:,} is not under the phase's {tokens:,} tokens; "
+                   "shorten the warm-up or lengthen the phase")
 
 
 def _data(recipe: Recipe) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -154,6 +155,20 @@ class Optimizer(AdamW):
     warmup_tokens: Count = Field(0, ge=0, description="length of the warm-up, in tokens")
 
 
+SCHEDULE = ("lr", "min_lr_ratio", "decay", "warmup_tokens")
+
+
+class Phase(Section):
+    """A stretch of a run with a sparsity and a schedule of its own; what it leaves out is the optimizer's."""
+
+    share: float = Field(gt=0.0, lt=1.0, description="of the run's tokens; the shares add up to 1")
+    sparsity: Sparsity = Field(description="in this phase; 0 in every phase after the first")
+    lr: float = AdamW.model_fields["lr"]
+    min_lr_ratio: float = AdamW.model_fields["min_lr_ratio"]
+    decay: Literal["cosine", "linear", "constant"] = AdamW.model_fields["decay"]
+    warmup_tokens: Count = Optimizer.model_fields["warmup_tokens"]
+
+
 class Parallel(Section):
     """The layout. The world has tensor x pipeline x data processes, one per GPU."""
 
@@ -242,6 +257,8 @@ class Recipe(Section):
         "standard", description="mup: initial values, learning rates and multipliers follow width and density")
     base: Base = Field(Base())
     sparsity: Sparsity = Field(Sparsity())
+    phases: list[Phase] = Field(
+        [], description="instead of one sparsity and learning rate: those of one stretch of the run after the other")
     data: Data = Field(Data())
     train: Train
     optimizer: Optimizer
@@ -263,6 +280,17 @@ class Recipe(Section):
             values = {**values, "train": train}
         return values
 
+    @model_validator(mode="before")
+    @classmethod
+    def _schedules_of_phases(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not isinstance(values.get("optimizer"), dict):
+            return values
+        phases = values.get("phases")
+        if not isinstance(phases, list) or not all(isinstance(phase, dict) for phase in phases):
+            return values
+        schedule = {key: values["optimizer"][key] for key in SCHEDULE if key in values["optimizer"]}
+        return {**values, "phases": [{**schedule, **phase} for phase in phases]}
+
     @property
     def tokens_per_step(self) -> int:
         return self.train.global_batch * self.train.sequence_length
@@ -277,10 +305,29 @@ class Recipe(Section):
         """Micro-batches that a data-parallel rank accumulates per step."""
         return self.train.global_batch // (self.train.micro_batch * self.parallel.data)
 
+    @property
+    def borders(self) -> list[int]:
+        """The last step of every phase."""
+        return [round(self.steps * share) for share in accumulate(phase.share for phase in self.phases)]
+
+    def in_phase(self, number: int) -> Recipe:
+        """The recipe with the sparsity and the schedule of one of its phases, as that one's checkpoints have it."""
+        phase = self.phases[number]
+        optimizer = self.optimizer.model_copy(update={key: getattr(phase, key) for key in SCHEDULE})
+        return self.model_copy(update={"sparsity": phase.sparsity, "optimizer": optimizer})
+
+    def whole(self) -> Recipe:
+        """The recipe of all phases: `in_phase` undone, as far as a recipe with phases reads it."""
+        return self.model_copy(update={"sparsity": Sparsity()}) if self.phases else self
+
     def identity(self) -> dict[str, Any]:
         """What must not change between the starts of one run; layout, logging and the like may."""
-        kept = self.model_dump(include={"seed", "model", "parametrization", "base", "sparsity", "data", "train",
-                                        "optimizer"})
+        kept = self.model_dump(include={"seed", "model", "parametrization", "base", "sparsity", "phases", "data",
+                                        "train", "optimizer"})
+        if self.phases:  # they say it all
+            kept.pop("sparsity")
+            for key in SCHEDULE:
+                kept["optimizer"].pop(key)
         if self.parametrization == "standard":
             kept.pop("base")
         kept["model"].pop("preset")

@@ -57,7 +57,7 @@ class Engine(Protocol):
     def choices(self) -> str: ...
 
     def step(self, batch: Sequence[MicroBatch], number: int, tokens: int, stop_requested: bool) -> StepResult:
-        """One optimizer step, the `number`th from 1, ending at `tokens` consumed tokens."""
+        """One optimizer step, the `number`th of the run from 1, ending at `tokens` tokens of the schedule."""
 
     def evaluate(self, batch: Sequence[MicroBatch], stop_requested: bool) -> tuple[float, bool]:
         """Mean loss of a global batch, and whether some rank was asked to stop."""
@@ -74,6 +74,9 @@ class Engine(Protocol):
 
     def load_state(self, loaded: dict, optimizer_steps: int) -> None:
         """Takes a filled `sharded_state(loading=True)`."""
+
+    def close(self) -> None:
+        """Frees what the engine holds, to make room for another; it is of no use afterwards."""
 
 
 def make_engine(recipe: Recipe, plan: Plan, where: device, weights: InitialWeights | None = None) -> Engine:

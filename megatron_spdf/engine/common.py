@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 
 import torch
@@ -87,6 +88,18 @@ def model_metadata() -> dict[str, object]:
     """What the model's `sharded_state_dict` is to know."""
     return {"non_homogeneous_layers": True,  # compact weights of different lengths: a key for every layer
             "dp_cp_group": ps.get_data_parallel_group(with_context_parallel=True)}
+
+
+def let_go(engine, models: Sequence[nn.Module], *others) -> None:
+    """Empties an engine's parts, so that their memory and process groups are freed: autograd's hooks hold the model in
+    circles that Python's collector cannot see."""
+    held = [part for model in models for part in (*model.parameters(), *model.modules())]
+    for thing in (*held, *others, engine):
+        vars(thing).clear()
+    del held, models, others
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def tensors_only(state: dict) -> dict:

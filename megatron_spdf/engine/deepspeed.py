@@ -138,6 +138,11 @@ class DeepSpeedEngine:
         self.state.load(loaded, optimizer_steps)
         self.optimizer_steps = optimizer_steps
 
+    def close(self) -> None:
+        self.zero.destroy()
+        sys.modules["deepspeed.runtime.zero.parameter_offload"].FWD_MODULE_STACK.clear()  # ZeRO-3's, of all engines
+        common.let_go(self, self.models, self.zero, self.zero.optimizer)
+
     def _run(self, batch: Sequence[MicroBatch], training: bool) -> Tensor:
         """Forward, and backward when training, over all micro-batches; the mean loss on ranks that report.
 

@@ -76,7 +76,7 @@ class MegatronEngine:
         Args:
             batch: `recipe.micro_batches` micro-batches; what it holds is used where `reads_data` only.
             number: of the step, from 1; dropout depends on it and the seed, not on what was drawn before.
-            tokens: consumed at the end of this step; the learning rate is that of this point.
+            tokens: of the schedule at the end of this step; the learning rate is that of this point.
             stop_requested: whether this rank was asked to stop; known to all ranks afterwards.
         """
         common.seed_dropout(self.recipe, number)
@@ -151,6 +151,9 @@ class MegatronEngine:
             assert not missing and not outcome.unexpected_keys, outcome
         load_optimizer(self.optimizer, self.models, loaded["optimizer"], optimizer_steps)
         self.optimizer_steps = optimizer_steps
+
+    def close(self) -> None:
+        common.let_go(self, self.models, *self.chunks)
 
     def _gather_parameters(self) -> None:
         """With overlapped gathers, a rank's parameters are up to date in the next forward pass only, and whoever looks

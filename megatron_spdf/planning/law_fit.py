@@ -56,6 +56,9 @@ def point_of(run: Run) -> Point:
     if not run.finished:
         raise ValueError(f"{run.directory} is at step {run.train[-1]['step']:,} of {run.recipe.steps:,}; a loss "
                          "counts at the end of its schedule only: finish the run or leave it out")
+    if run.recipe.phases:
+        raise ValueError(f"{run.directory} changed its sparsity in phases, and the law is of one sparsity; leave it "
+                         "out")
     plan = run.plan
     weights = sum(w.numel for w in block_weights(run))
     nonzero = weights - plan.numel + plan.active

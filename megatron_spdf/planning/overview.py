@@ -11,6 +11,7 @@ from megatron_spdf.planning.activations import step_bytes
 from megatron_spdf.planning.flops import Flops, forward_flops, training_flops
 from megatron_spdf.planning.hardware import GPUS, Gpu
 from megatron_spdf.planning.memory import rank_bytes, zero_bytes
+from megatron_spdf.planning.phases import mean_flops, phases_of
 from megatron_spdf.planning.search import (
     USABLE,
     Candidate,
@@ -94,6 +95,7 @@ def _model(recipe: Recipe, plan: Plan) -> dict[str, Any]:
         "tokens": recipe.steps * recipe.tokens_per_step, "steps": recipe.steps,
         "tokens_per_step": recipe.tokens_per_step, "precision": recipe.train.precision,
         "sequence_length": recipe.train.sequence_length,
+        "phases": [phase.heading for phase in phases_of(recipe) if phase.heading],
     }
 
 
@@ -101,11 +103,12 @@ def _flops(recipe: Recipe, plan: Plan) -> list[dict[str, Any]]:
     """FLOPs per token by part, and of the whole run; `recipe` at the layout whose recomputation counts."""
     model, length = recipe.model, recipe.train.sequence_length
     tokens = recipe.steps * recipe.tokens_per_step
+    phases = phases_of(recipe)
     kinds: dict[str, Flops] = {
         "forward only, active weights": forward_flops(model, length, plan),
         "training, dense": training_flops(model, length),
-        "training, active weights": training_flops(model, length, plan),
-        "the same, causal attention": training_flops(model, length, plan, "causal"),
+        "training, active weights": mean_flops(phases),
+        "the same, causal attention": mean_flops(phases, "causal"),
         f"executed (expanded, causal, recompute {recipe.train.recompute})":
             training_flops(model, length, None, "causal", recipe.train.recompute),
     }

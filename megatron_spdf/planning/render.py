@@ -25,6 +25,8 @@ def _head(facts: dict[str, Any]) -> str:
         f"GPT of {model['layers']} layers x {model['hidden']}, {model['parameters'] / 1e9:.4g}B parameters; {sparse}",
         f"{model['tokens'] / 1e9:,.4g}B tokens in {model['steps']:,} steps of {model['tokens_per_step']:,}; "
         f"{model['precision']}",
+        *(f"  {phase}" for phase in model["phases"]),
+        *(["bytes and times are those of the last phase, which is dense; FLOPs are of all"] if model["phases"] else []),
         f"{request['gpus']:,} x {gpu['name']}: {gpu['memory'] / GIB:.1f} GiB, of which "
         f"{request['usable_bytes'] / GIB:.1f} are counted on; {gpu[model['precision']] / 1e12:,.4g} TFLOP/s, products "
         f"at {request['efficiency']:.0%} of that ({request['efficiency_from']})"]

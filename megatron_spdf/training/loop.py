@@ -35,7 +35,12 @@ class NotFinite(RuntimeError):
 
 @dataclass
 class Trainer:
-    """One rank's view of a run, from where `state` stands to its end."""
+    """One rank's view of a run, from where `state` stands to its end, or to that of one of its phases.
+
+    Attributes:
+        first, last: the phase has the steps first + 1 ... last; None: the run's last. The schedule begins with it.
+        flops_before: of training up to step `first`.
+    """
 
     recipe: Recipe
     plan: Plan
@@ -45,7 +50,13 @@ class Trainer:
     state: RunState
     log: RunLog
     stop: StopRequest
+    first: int = 0
+    last: int | None = None
+    flops_before: float = 0.0
     stopping: bool = False  # some rank was asked to stop; all ranks agree on it
+
+    def __post_init__(self) -> None:
+        self.last = self.last or self.recipe.steps
 
     def run(self) -> int:
         """Trains to the end, or to a request to stop; returns the exit code. Either way the state is saved.
@@ -58,7 +69,8 @@ class Trainer:
             self._train()
         finally:
             self._report_saved(self.checkpointer.wait())  # a good state, whatever happened since
-        return exit_codes.FINISHED if self.finished else exit_codes.STOPPED_ON_SIGNAL
+        more = not self.finished or self.stopping and self.last < self.recipe.steps
+        return exit_codes.STOPPED_ON_SIGNAL if more else exit_codes.FINISHED
 
     def _train(self) -> None:
         recipe, state = self.recipe, self.state
@@ -74,13 +86,13 @@ class Trainer:
             batch = next(batches)
             fetched = time.perf_counter()
             with TrafficCounter() if state.step + 1 == first else nullcontext() as traffic:
-                tokens = (state.step + 1) * recipe.tokens_per_step
+                tokens = (state.step + 1 - self.first) * recipe.tokens_per_step
                 result = self.engine.step(batch, state.step + 1, tokens, self.stop.requested)
             self._count(result)
             pace.end(state.step, fetched - started)
             if traffic:
                 self._report_bytes(traffic)
-            if state.step % recipe.log.every == 0 or state.step == recipe.steps:
+            if state.step % recipe.log.every == 0 or state.step == self.last:
                 self._report(result, seconds=time.perf_counter() - started, waited=fetched - started)
             self.log.advance(result.loss)
             self.stopping = result.stop
@@ -99,7 +111,7 @@ class Trainer:
     def finished(self) -> bool:
         """The last step is done, or validation has not improved for too long."""
         state, patience = self.state, self.recipe.evaluate.patience
-        return state.step == self.recipe.steps or patience > 0 and state.worse >= patience
+        return state.step == self.last or patience > 0 and state.worse >= patience
 
     def _report_bytes(self, traffic: TrafficCounter) -> None:
         """What rank 0 holds and sends in a step, counted at its buffers and collectives."""
@@ -141,7 +153,8 @@ class Trainer:
             "grad_norm": result.grad_norm,
             "skipped": state.skipped,
             "sparsity": total_sparsity(measured, self.plan),
-            "flops": training_flops(model, length, self.plan).total * state.tokens,
+            "flops": self.flops_before + training_flops(model, length, self.plan).total
+            * (state.tokens - self.data.consumed(self.first)),
             "tokens_per_second": tokens / seconds,
             "model_tflops_per_rank": executed / 1e12,  # of the dense matrix products that are executed
             "step_seconds": seconds,
@@ -160,11 +173,11 @@ class Trainer:
             + (f" | MFU {figures['mfu']:.1%}" if peak else "") + f" | sparsity {figures['sparsity']:.2%}")
 
     def _evaluate_if_due(self) -> bool:
-        """Evaluates every `evaluate.every` steps and at the end, once for each step however often it resumes; returns
-        whether the loss is the lowest yet."""
+        """Evaluates every `evaluate.every` steps and at the end of a phase, once for each step however often it
+        resumes; returns whether the loss is the lowest yet."""
         state, every = self.state, self.recipe.evaluate.every
-        due = state.step == self.recipe.steps or (every and state.step % every == 0 and state.step > 0)
-        if not due or not self.data.valid_batches or state.evaluated == state.step or self.stopping:
+        due = state.step in (self.first, self.last) or (every and state.step % every == 0)
+        if not due or state.step == 0 or not self.data.valid_batches or state.evaluated == state.step or self.stopping:
             return False
         NOW.enter(f"the evaluation at step {state.step}", watched=True)
         loss = validation_loss(self.engine, self.data.validation_batches(), lambda: self.stop.requested)

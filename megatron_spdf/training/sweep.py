@@ -32,7 +32,7 @@ class Trial:
     @property
     def words(self) -> list[str]:
         """What makes the recipe this run's, as `section.key=value`."""
-        return [*(f"{key}={_yaml(value)}" for key, value in self.values.items()), f"output={self.output}"]
+        return [*as_words(self.values), f"output={self.output}"]
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,11 @@ def render(selection: dict[str, Any]) -> str:
         note = "" if row["done"] else "  (unfinished)"
         lines.append(f"{loss:>15}{row['step'] or '-':>8}  {Path(row['output']).name}{note}")
     return "\n".join(lines)
+
+
+def as_words(values: dict[str, Any]) -> list[str]:
+    """Keys of a recipe with their values as `section.key=value`."""
+    return [f"{key}={_yaml(value)}" for key, value in values.items()]
 
 
 def _yaml(value: Any) -> str:

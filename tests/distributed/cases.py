@@ -6,7 +6,6 @@ import gc
 import hashlib
 import os
 import resource
-import sys
 import time
 from collections import Counter
 from contextlib import contextmanager
@@ -81,18 +80,9 @@ def bench(recipe: dict):
 
 def close(opened) -> None:
     """Leaves the process groups and lets go of what holds them: their threads poll, and hundreds of them slow down
-    every case that follows. Autograd's hooks hold the model in circles that Python's collector cannot see."""
-    engine = vars(opened).pop("engine")
-    held = [part for model in engine.models for part in (*model.parameters(), *model.modules())]
-    held += getattr(engine, "chunks", [])
-    if hasattr(engine, "zero"):
-        engine.zero.destroy()
-        sys.modules["deepspeed.runtime.zero.parameter_offload"].FWD_MODULE_STACK.clear()
-        held += [engine.zero, engine.zero.optimizer]
+    every case that follows."""
+    vars(opened).pop("engine").close()
     leave()
-    for thing in held:
-        vars(thing).clear()
-    del engine, held, thing
     gc.collect()
 
 

@@ -1,0 +1,36 @@
+"""Between two phases of a run: the weights of a checkpoint, dense, in an engine with fresh optimizer moments."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from torch import Tensor
+
+from megatron_spdf.checkpoint.reader import OPTIMIZER, CheckpointReader, stored_name
+from megatron_spdf.engine import Engine
+
+
+def load_densified(engine: Engine, checkpoint: Path) -> None:
+    """Fills a dense engine from a checkpoint of either kind, at any layout, as if that had been densified on disk.
+
+    Values come from the fp32 master weights, entries that were masked are zero, so that outputs are what they were.
+    Moments are zero and Adam counts from one: those of revived weights have no past, and a fresh count is what the
+    schedule's second warm-up is made for.
+
+    Args:
+        checkpoint: verified, and of the engine's model.
+    """
+    reader = CheckpointReader(checkpoint)
+    names = {stored_name(name): name for name in reader.weights}
+
+    def fill(wanted: dict | ShardedTensor) -> dict | Tensor:
+        if isinstance(wanted, dict):
+            return {key: fill(part) for key, part in wanted.items()}
+        stored = wanted.key.removeprefix(f"{OPTIMIZER}param.")
+        if stored.startswith(OPTIMIZER):
+            return torch.zeros(wanted.local_shape, dtype=wanted.dtype)
+        return reader.parameter(names[stored])[wanted.global_slice()].to(wanted.dtype)
+
+    engine.load_state(fill(engine.sharded_state(loading=True)), optimizer_steps=0)

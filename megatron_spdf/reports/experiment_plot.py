@@ -1,0 +1,51 @@
+"""The picture of an experiment: loss against one axis, with its interval."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+from megatron_spdf.reports.charts import STYLE, colour
+
+
+def plot_results(rows: list[dict[str, Any]], x: str, lines: str | None, panels: list[str], path: Path) -> None:
+    """Draws the mean losses of `experiment.results` with their intervals; cells without a loss are left out.
+
+    Args:
+        x, lines, panels: axes, see `experiment.Plot`; those named nowhere are told apart by lines too.
+    """
+    rest = [axis for axis in rows[0]["labels"] if axis not in (x, *panels)]
+    rest.sort(key=lambda axis: axis != lines)
+    places = list(dict.fromkeys(row["labels"][x] for row in rows))
+    pictures: dict[tuple, dict[tuple, list[dict]]] = {}
+    for row in (row for row in rows if row["mean"] is not None):
+        picture = pictures.setdefault(tuple(row["labels"][axis] for axis in panels), {})
+        picture.setdefault(tuple(row["labels"][axis] for axis in rest), []).append(row)
+    with pyplot.rc_context(STYLE):
+        columns = min(3, max(1, len(pictures)))
+        height = max(1, -(-len(pictures) // columns))
+        figure, grid = pyplot.subplots(height, columns, figsize=(4.4 * columns, 3.3 * height), dpi=140, squeeze=False,
+                                       sharey=True, layout="constrained")
+        for axes in grid.flat[len(pictures):]:
+            axes.set_visible(False)
+        for axes, (labels, picture) in zip(grid.flat, pictures.items(), strict=False):
+            for number, (label, drawn) in enumerate(picture.items()):
+                axes.errorbar([places.index(row["labels"][x]) for row in drawn], [row["mean"] for row in drawn],
+                              yerr=[row["interval"] or 0.0 for row in drawn], fmt="o-", markersize=3.6, capsize=2,
+                              linewidth=1.4, color=colour(number), label=", ".join(map(_named, rest, label)))
+            axes.set_xticks(range(len(places)), places)
+            axes.set(xlabel=x, title=", ".join(map(_named, panels, labels)))
+            if rest:
+                axes.legend(fontsize=7.5)
+        grid[0][0].set_ylabel("validation loss (nats)")
+        figure.savefig(path)
+        pyplot.close(figure)
+
+
+def _named(axis: str, label: str) -> str:
+    return f"{axis.rpartition('.')[2]} {label}"

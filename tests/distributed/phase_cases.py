@@ -1,0 +1,135 @@
+"""What runs on the ranks of the tests of phases; functions as in cases.py."""
+
+from __future__ import annotations
+
+import json
+import sys
+import weakref
+from pathlib import Path
+
+import torch
+from cases import logits, on_first
+from harness import ROOT, agree_on_port
+
+from megatron_spdf.checkpoint.checkpointer import Checkpointer, RunState
+from megatron_spdf.checkpoint.fresh_run import start_run
+from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
+from megatron_spdf.config import Recipe
+from megatron_spdf.data.corpus import check_corpus
+from megatron_spdf.data.dataset import TokenData
+from megatron_spdf.engine import make_engine
+from megatron_spdf.parallel.ranks import find_ranks, join, leave
+from megatron_spdf.planning.phases import phases_of
+from megatron_spdf.training.run_dir import RunDir
+
+sys.path.insert(0, str(ROOT))
+import pretrain  # noqa: E402
+
+TIMING = {"tokens_per_second", "model_tflops_per_rank", "step_seconds", "data_seconds", "memory_bytes"}
+
+
+class StopAt:
+    """A StopRequest that comes with the nth step of a start."""
+
+    def __init__(self, step: int | None):
+        self.left = step
+
+    @property
+    def requested(self) -> bool:
+        if self.left is not None:
+            self.left -= 1
+        return self.left == 0
+
+
+def phased(recipes: list[dict], stops: list[int | None]) -> dict:
+    """A run as pretrain.py does it, started with each recipe (layout) in turn and stopped after so many steps.
+
+    Returns:
+        Exit codes, and the records of the log.
+    """
+    codes = []
+    for values, stop in zip(recipes, stops, strict=True):
+        recipe = Recipe.model_validate(values)
+        run, corpus = RunDir(recipe), check_corpus(recipe)
+        agree_on_port()
+        device = join(find_ranks(), recipe)
+        codes.append(pretrain.pretrain(phases_of(recipe), find_ranks(), run, corpus, "", StopAt(stop), device))
+    records = [json.loads(line) for line in run.log.read_text().splitlines()]
+    return {"codes": codes, "records": [{k: v for k, v in r.items() if k not in TIMING} for r in records
+                                        if r["kind"] in ("train", "valid")]}
+
+
+def samples_of_phases(recipe: dict) -> list[int]:
+    """Numbers of the samples that this rank reads in a run."""
+    drawn, found = TokenData._indices, []
+
+    def noted(data: TokenData, step: int, micro: int) -> list[int]:
+        found.append(drawn(data, step, micro))
+        return found[-1]
+
+    TokenData._indices = noted
+    try:
+        phased([recipe], [None])
+    finally:
+        TokenData._indices = drawn
+    return [number for numbers in found for number in numbers]
+
+
+def across(recipe: dict, ids: torch.Tensor) -> dict:
+    """The border of a run with two phases, seen from both sides.
+
+    Returns:
+        Logits on the ranks that have them; bytes of the first engine alive when the second is there; zeros of the
+        block weights and sums of moments then; the losses of the second phase, and those of a plain dense run with
+        its schedule from the checkpoint that was densified on disk, on the same batches.
+    """
+    made = Recipe.model_validate(recipe)
+    sparse, dense = phases_of(made)
+    corpus, run = check_corpus(made), RunDir(made)
+    agree_on_port()
+    device = join(find_ranks(), made)
+    engine, data, checkpointer = _opened(sparse.alone, sparse.recipe, sparse.plan, run, corpus, device)
+    for number, batch in zip(range(1, sparse.last + 1), data.training_batches(0), strict=False):
+        engine.step(batch, number, number * made.tokens_per_step, False)
+    before = logits(engine, ids) if hasattr(engine, "chunks") else None
+    checkpointer.save(engine, RunState(sparse.last, sparse.last), engine.measured_sparsity())
+    assert checkpointer.wait().error is None
+    alive = [weakref.ref(p) for model in engine.models for p in model.parameters()]
+    alive += [weakref.ref(b.grad_data) for chunk in getattr(engine, "chunks", []) for b in chunk.buffers]
+    engine.close()
+
+    engine, data, checkpointer = _opened(dense.alone, dense.recipe, dense.plan, run, corpus, device)
+    state, said = checkpointer.restore(engine, border=dense.first)
+    adam = engine.adam if hasattr(engine, "adam") else engine.optimizer.chained_optimizers[0].optimizer
+    found = {
+        "before": before, "after": logits(engine, ids) if hasattr(engine, "chunks") else None, "state": state,
+        "said": said, "alive": sum(ref().untyped_storage().nbytes() for ref in alive if ref() is not None),
+        "moments": sum(float(t.abs().sum()) for s in adam.state.values() for k, t in s.items() if k != "step"),
+        "zeros": [float((p == 0).float().mean()) for model in engine.models for n, p in model.named_parameters()
+                  if "linear" in n and n.endswith("weight") and p.ndim == 2],
+        "phase": _losses(engine, data, dense)}
+    engine.close()
+
+    plain = dense.alone.model_copy(update={"output": f"{made.output} plain"})
+    on_first(lambda: start_run(CheckpointReader(find_checkpoint(run.root)), plain, corpus.tokenizer,
+                               Path(plain.output)))
+    engine, _, checkpointer = _opened(plain, plain, dense.plan, RunDir(plain), corpus, device)
+    assert checkpointer.restore(engine)[0].step == 0
+    found["plain"] = _losses(engine, data, dense)
+    engine.close()
+    leave()
+    return found
+
+
+def _opened(alone: Recipe, recorded: Recipe, plan, run: RunDir, corpus, device):
+    engine = make_engine(alone, plan, device)
+    return (engine, TokenData(recorded, corpus, run.cache, engine.reads_data),
+            Checkpointer(run.checkpoints, recorded, plan, corpus.tokenizer))
+
+
+def _losses(engine, data: TokenData, phase) -> list[tuple[float, float]]:
+    """Losses and gradient norms of all steps of a phase."""
+    results = [engine.step(batch, number, (number - phase.first) * phase.recipe.tokens_per_step, False)
+               for number, batch in zip(range(phase.first + 1, phase.last + 1), data.training_batches(phase.first),
+                                        strict=False)]
+    return [(result.loss, result.grad_norm) for result in results]

@@ -1,0 +1,123 @@
+"""Phases of a run: nothing changes at the border but what may be learnt, and it is one run however it is cut."""
+
+import pytest
+import torch
+from harness import outcome, run_cases
+from mup import MUP
+
+pytestmark = pytest.mark.slow
+
+STEPS, BORDER = 9, 6
+PHASES = [{"share": 2 / 3, "sparsity": 0.75, "lr": 3e-3, "warmup_tokens": 512},
+          {"share": 1 / 3, "sparsity": 0.0, "lr": 1e-3, "warmup_tokens": 300}]
+DATA_2, DEEPSPEED = {"data": 2}, {"engine": "deepspeed"}
+ACROSS = {  # name -> world, sections
+    "one rank": (1, {}),
+    "bf16": (1, {"train": {"precision": "bf16"}}),
+    "mup": (1, MUP),
+    "tp2": (2, {"parallel": {"tensor": 2}}),
+    "pp2": (2, {"parallel": {"pipeline": 2}}),
+    "dp2 zero 1": (2, {"parallel": DATA_2}),
+    "deepspeed zero 1": (2, {**DEEPSPEED, "parallel": {**DATA_2, "zero_stage": 1}, "train": {"precision": "bf16"}}),
+    "deepspeed zero 3": (2, {**DEEPSPEED, "parallel": {**DATA_2, "zero_stage": 3}, "train": {"precision": "bf16"}}),
+}
+CUT = [2, BORDER - 2, 1]  # steps of every start but the last: it is stopped before, at and after the border
+LAYOUTS = {  # layouts of two starts, and the step where the first is stopped
+    "dp2 -> tp2 at the border": ([DATA_2, {"tensor": 2}], BORDER),
+    "pp2 -> dp2 zero 0 after it": ([{"pipeline": 2}, {**DATA_2, "zero_stage": 0}], BORDER + 1),
+}
+
+
+@pytest.fixture(scope="module")
+def results(make_recipe, tmp_path_factory):
+    runs = tmp_path_factory.mktemp("phases")
+
+    def recipe(name: str, **sections) -> dict:
+        train = {"tokens": 8 * 32 * STEPS, **sections.pop("train", {})}
+        return make_recipe(str(runs / name), sparsity=0.0, phases=PHASES, train=train, log={"every": 1},
+                           evaluate={"every": 2, "batches": 1}, **sections)
+
+    def phased(name: str, stops: list[int], layouts: list[dict]) -> tuple[str, dict]:
+        recipes = [recipe(name, parallel=layout) for layout in layouts]
+        return "phase_cases.phased", {"recipes": recipes, "stops": [*stops, None]}
+
+    ids = torch.randint(0, 300, (2, 32), generator=torch.Generator().manual_seed(1))
+    cases = {world: {f"across {name}": ("phase_cases.across", {"recipe": recipe(f"across {name}", **sections),
+                                                               "ids": ids})
+                     for name, (w, sections) in ACROSS.items() if w == world} for world in (1, 2)}
+    cases[2] |= {
+        "straight": phased("straight", [], [DATA_2]),
+        "samples": ("phase_cases.samples_of_phases", {
+            "recipe": recipe("samples", parallel=DATA_2, data={"valid": []})}),
+        "cut": phased("cut", CUT, [DATA_2] * (len(CUT) + 1)),
+        **{name: phased(name, [stop], layouts) for name, (layouts, stop) in LAYOUTS.items()},
+    }
+    return {world: run_cases(world, group, runs / str(world)) for world, group in cases.items()}
+
+
+@pytest.mark.parametrize("name", ACROSS)
+def test_the_border_changes_no_output_and_revives_at_zero(results, name):
+    world = ACROSS[name][0]
+    ranks = [outcome(results[world], f"across {name}", rank) for rank in range(world)]
+    seen = [r for r in ranks if r["before"] is not None]
+    assert seen or "deepspeed" in name
+    for rank in seen:
+        # Densified, the same products are summed in the same order.
+        assert torch.equal(rank["before"], rank["after"])
+    for rank in ranks:
+        assert rank["moments"] == 0.0
+        assert (rank["state"].step, rank["state"].optimizer_steps) == (BORDER, 0)
+        assert rank["said"] == [f"densified step_{BORDER:08}"]
+        if "zero 3" not in name:
+            assert rank["zeros"] == pytest.approx([0.75] * len(rank["zeros"]), abs=2e-3) and rank["zeros"]
+
+
+@pytest.mark.parametrize("name", ACROSS)
+def test_after_the_border_it_is_a_plain_dense_run(results, name):
+    there = outcome(results[ACROSS[name][0]], f"across {name}")
+    curve, plain = ([figure for step in there[which] for figure in step] for which in ("phase", "plain"))
+    assert len(curve) == 2 * (STEPS - BORDER)
+    # Under `mup` the conversion on disk goes through a standard GPT and back, with a rounding each way.
+    assert curve == (pytest.approx(plain, rel=1e-6) if name == "mup" else plain)
+
+
+# DeepSpeed's ZeRO-3 leaves small parameters behind.
+@pytest.mark.parametrize("name", [name for name in ACROSS if "zero 3" not in name])
+def test_two_engines_are_never_in_memory_together(results, name):
+    world = ACROSS[name][0]
+    assert [outcome(results[world], f"across {name}", rank)["alive"] for rank in range(world)] == [0] * world
+
+
+def test_a_run_is_one_log_with_the_schedules_of_its_phases(results):
+    straight = outcome(results[2], "straight")
+    train = [r for r in straight["records"] if r["kind"] == "train"]
+    assert straight["codes"] == [0]
+    assert [r["step"] for r in train] == list(range(1, STEPS + 1))
+    assert [r["sparsity"] for r in train] == [0.75] * BORDER + [0.0] * (STEPS - BORDER)
+    assert train[1]["lr"] == pytest.approx(3e-3) and train[BORDER - 1]["lr"] == pytest.approx(3e-4)
+    # 256 tokens into a warm-up of 300
+    assert train[BORDER]["lr"] == pytest.approx(1e-3 * 256 / 300) and train[-1]["lr"] == pytest.approx(1e-4)
+    assert [r["step"] for r in straight["records"] if r["kind"] == "valid"] == [2, 4, 6, 8, 9]
+    steps = [after["flops"] - before["flops"] for before, after in zip(train, train[1:], strict=False)]
+    assert steps[: BORDER - 1] == pytest.approx([train[0]["flops"]] * (BORDER - 1))
+    dense = train[0]["flops"] + 0.75 * 6 * 4 * 12 * 64 * 64 * 256  # 6 FLOPs a weight and token
+    assert steps[BORDER - 1 :] == pytest.approx([dense] * (STEPS - BORDER))
+
+
+def test_no_sample_is_read_twice(results):
+    read = [number for rank in range(2) for number in outcome(results[2], "samples", rank)]
+    assert sorted(read) == list(range(8 * STEPS))
+
+
+def test_stopped_before_at_and_after_the_border_equals_straight(results):
+    there = outcome(results[2], "cut")
+    assert there["codes"] == [75] * len(CUT) + [0]
+    assert there["records"] == outcome(results[2], "straight")["records"]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_layout_may_change_across_the_border(results, name):
+    there, straight = (outcome(results[2], case)["records"] for case in (name, "straight"))
+    for key in ("step", "sparsity", "lr", "tokens", "flops"):
+        assert [r.get(key) for r in there] == [r.get(key) for r in straight]
+    assert [r["loss"] for r in there] == pytest.approx([r["loss"] for r in straight], rel=1e-5)

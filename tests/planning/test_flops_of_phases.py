@@ -1,0 +1,62 @@
+"""FLOPs of a run with phases are the integral over them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_spdf.config import load_recipe
+from megatron_spdf.planning.flops import Phase, schedule_flops, training_flops
+from megatron_spdf.planning.hardware import GPUS
+from megatron_spdf.planning.overview import Request, make_overview, plan_of
+from megatron_spdf.planning.phases import mean_flops, phases_left, phases_of
+
+PRETRAIN = Path(__file__).resolve().parents[2] / "configs" / "pretrain"
+PHASES = [{"share": 0.7, "sparsity": 0.75}, {"share": 0.2, "sparsity": 0.0}, {"share": 0.1, "sparsity": 0.0}]
+
+
+def test_phases_make_up_the_run(recipe):
+    run = recipe(phases=PHASES)
+    phases = phases_of(run)
+    assert [(p.first, p.last, p.alone.steps, p.recipe.steps) for p in phases] == [
+        (0, 7, 7, 10), (7, 9, 2, 10), (9, 10, 1, 10)]
+    assert sum(p.tokens for p in phases) == run.steps * run.tokens_per_step
+    assert all(p.alone.phases == [] and p.recipe.phases == run.phases for p in phases)
+    assert [[p.number for p in phases_left(phases, step)] for step in (0, 6, 7, 9, 10)] == [
+        [1, 2, 3], [1, 2, 3], [2, 3], [3], [3]]
+
+
+def test_a_run_without_phases_is_one(recipe):
+    run = recipe(sparsity=0.5)
+    (phase,) = phases_of(run)
+    assert phase.recipe is run and phase.alone is run and phase.heading == ""
+    assert (phase.first, phase.last, phase.flops_before) == (0, run.steps, 0.0)
+
+
+def test_flops_are_the_integral(recipe):
+    run = recipe(phases=PHASES)
+    phases, length = phases_of(run), run.train.sequence_length
+    by_schedule = schedule_flops(run.model, length, [Phase(0.7, 0.75, 0.75), Phase(0.3, 0.0, 0.0)])
+    assert mean_flops(phases).total == pytest.approx(by_schedule.total)
+    dense = training_flops(run.model, length).total
+    spent = phases[-1].flops_before + dense * phases[-1].tokens
+    assert spent == pytest.approx(by_schedule.total * run.steps * run.tokens_per_step)
+
+
+def test_the_published_run_saves_what_is_published():
+    # V-SPDF at 6.7B parameters: 90% for 133B tokens (20 a parameter, as the dense model it is held against), then dense
+    # for 20B, with about 65% fewer FLOPs.
+    word = "phases=[{share: 0.8693, sparsity: 0.9}, {share: 0.1307, sparsity: 0}]"
+    run = load_recipe(PRETRAIN / "gpt3_6b7_s90.yaml", ["sparsity=0", "train.tokens=153B", word])
+    dense = training_flops(run.model, run.train.sequence_length).total * 133
+    assert 1.0 - mean_flops(phases_of(run)).total * 153 / dense == pytest.approx(0.65, abs=0.015)
+
+
+def test_the_planner_counts_all_phases(recipe):
+    run = recipe(phases=PHASES)
+    facts = make_overview(Request(run, plan_of(run), GPUS["h100"], 1, 0.5, "given"))
+    rows = {row["what"]: row for row in facts["flops"]}
+    assert rows["training, active weights"]["total"] == pytest.approx(mean_flops(phases_of(run)).total)
+    assert rows["training, active weights"]["total"] < rows["training, dense"]["total"]
+    assert len(facts["model"]["phases"]) == 3 and "densified" in facts["model"]["phases"][1]

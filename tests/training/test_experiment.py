@@ -1,0 +1,148 @@
+"""A grid is every combination once; it goes on where it was interrupted, and reports means and intervals over seeds."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_spdf.planning.phases import mean_flops, phases_of
+from megatron_spdf.training.experiment import cells, load_experiment, loss_of, render, results, runs, summary
+
+ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = sorted((ROOT / "configs/experiments").glob("*.yaml"))
+RECIPE = {"output": "run", "model": {"layers": 2, "hidden": 32, "heads": 2, "vocab_size": 300, "max_positions": 32},
+          "train": {"tokens": 8 * 32 * 4, "global_batch": 8, "micro_batch": 8, "precision": "fp32"},
+          "optimizer": {"lr": 1e-3}, "log": {"every": 1, "tensorboard": False, "ranks_every": 0}}
+AXES = {"width": {32: {"model.hidden": 32}, 64: {"model.hidden": 64, "model.heads": 4}}, "sparsity": [0, 0.75]}
+
+
+@pytest.fixture
+def grid(tmp_path):
+    """Writes an experiment; returns its path."""
+    def write(seeds=(1, 2), axes=AXES, plot=None, recipe=RECIPE) -> Path:
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        path = tmp_path / "grid.yaml"
+        path.write_text(yaml.safe_dump({
+            "recipe": "recipe.yaml", "output": str(tmp_path / "out"), "seeds": list(seeds), "axes": axes,
+            "plot": plot or {"x": list(axes)[-1]}}, sort_keys=False))
+        return path
+    return write
+
+
+def grid_of(path: Path):
+    experiment = load_experiment(path)
+    return experiment, cells(experiment, path, [])
+
+
+def finish(trial, recipe, loss: float) -> None:
+    """Writes what a run leaves behind that came to its end."""
+    trial.output.mkdir(parents=True)
+    (trial.output / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump()))
+    records = [{"kind": "train", "step": recipe.steps, "tokens": 1, "loss": 1.0},
+               {"kind": "valid", "step": recipe.steps, "loss": loss}]
+    (trial.output / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_a_shipped_grid_is_valid(path):
+    experiment, found = grid_of(path)
+    count = 1
+    for axis in experiment.axes.values():
+        count *= len(axis)
+    assert len(found) == count and len({t.output for c in found for t in c.trials.values()}) == 3 * count
+    assert not any(c.recipe.output == experiment.output for c in found)
+
+
+def test_every_combination_has_its_recipe_and_every_seed_its_masks(grid):
+    _, found = grid_of(grid())
+    assert [(c.recipe.model.hidden, c.recipe.sparsity.level) for c in found] == [
+        (32, 0.0), (32, 0.75), (64, 0.0), (64, 0.75)]
+    made = list(runs(*[load_experiment(grid()), grid(), []]))
+    assert [(r.seed, r.sparsity.seed) for _, r in made] == [(1, 1)] * 4 + [(2, 2)] * 4  # a seed of all cells first
+
+
+def test_equal_flops_are_equal(grid):
+    _, found = grid_of(grid(axes={"budget": ["tokens", "flops"], "sparsity": [0, 0.5, 0.75]},
+                            recipe=RECIPE | {"train": RECIPE["train"] | {"tokens": 8 * 32 * 1000}}))
+    spent = {(c.labels["budget"], c.labels["sparsity"]): mean_flops(phases_of(c.recipe)).total * c.recipe.steps
+             for c in found}
+    assert [c.recipe.steps for c in found if c.labels["budget"] == "tokens"] == [1000] * 3
+    assert spent["flops", "0"] == spent["tokens", "0"]
+    for level in ("0.5", "0.75"):
+        assert spent["flops", level] == pytest.approx(spent["tokens", "0"], rel=1e-3)
+        assert spent["tokens", level] < 0.9 * spent["tokens", "0"]
+
+
+def test_means_and_intervals_are_those_of_a_reference():
+    # Student's t at 97.5% and two degrees of freedom is 4.303: 4.303 x 0.1 / sqrt(3).
+    assert summary([1.9, 2.0, 2.1]) == (pytest.approx(2.0), pytest.approx(0.2484, abs=1e-4))
+    assert summary([2.5]) == (2.5, None)
+    assert summary([]) == (None, None)
+
+
+def test_results_are_those_of_finished_runs(grid):
+    path = grid()
+    experiment, found = grid_of(path)
+    planned = list(runs(experiment, path, []))
+    for number, (trial, recipe) in enumerate(planned[:5]):
+        finish(trial, recipe, 2.0 + number / 10)
+    finish(planned[5][0], planned[5][1], float("nan"))
+    rows = results(experiment, path, [])
+    assert [row["losses"] for row in rows] == [{1: 2.0, 2: 2.4}, {1: 2.1}, {1: 2.2}, {1: 2.3}]
+    assert [row["missing"] for row in rows] == [0, 1, 1, 1]
+    assert rows[0]["mean"] == pytest.approx(2.2) and rows[1]["interval"] is None
+    table = render(experiment, rows)
+    assert "| 32 | 0 | 1,024 |" in table and "2.2000 ± 2.5412 | 2 |" in table and "1 of 2 |" in table
+    changed = planned[0][1].model_copy(update={"seed": 9})
+    with pytest.raises(ValueError, match="holds another recipe's run: seed is 1 there and 9 here"):
+        loss_of(planned[0][0], changed)
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    ({"plot": {"x": "depth"}}, "plot names depth, and the axes are width, sparsity"),
+    ({"seeds": ()}, "seeds: List should have at least 1 item"),
+    ({"axes": {"model.hiden": [32]}}, "unknown key model.hiden"),
+    ({"axes": {"budget": ["time"]}}, "budget=time must be tokens or flops"),
+])
+def test_what_is_no_grid_is_refused_before_a_run(grid, change, said):
+    with pytest.raises(ValueError) as caught:
+        grid_of(grid(**change))
+    assert said in str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_grid_is_run_reported_and_not_run_again(grid, tmp_path):
+    text = Path(argparse.__file__).read_text()
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    tool = [sys.executable, "-W", "ignore", str(ROOT / "tools/preprocess_data.py"), "--input", "text.jsonl",
+            "--output", "data", "--tokenizer", "tokenizer", "--train-tokenizer", "bpe", "--vocab-size", "300"]
+    subprocess.run(tool, cwd=tmp_path, check=True, capture_output=True)
+    data = {"train": str(tmp_path / "data"), "valid": str(tmp_path / "data"), "workers": 0}
+    path = grid(seeds=[1], axes={"sparsity": [0, 0.75]}, recipe=RECIPE | {"data": data, "evaluate": {"batches": 1}})
+
+    def run(*words: str, code: int = 0) -> str:
+        done = subprocess.run([sys.executable, "-W", "ignore", str(ROOT / "tools/experiment.py"), str(path), *words],
+                              cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout
+
+    assert len(run("--print").splitlines()) == 2
+    assert "1 runs, 1 to do" in run("--only", "sparsity=0.75")
+    assert "2 runs, 1 to do" in run()  # only the other
+    assert "2 runs, 0 to do" in run()
+    cells_there = json.loads((tmp_path / "out/results.json").read_text())["cells"]
+    for cell in cells_there:
+        log = (tmp_path / "out" / f"sparsity={cell['labels']['sparsity']}" / "seed=1" / "log.jsonl").read_text()
+        records = [json.loads(line) for line in log.splitlines()]
+        assert cell["losses"]["1"] == [r["loss"] for r in records if r["kind"] == "valid"][-1] == cell["mean"]
+        assert cell["flops"] == pytest.approx([r["flops"] for r in records if r["kind"] == "train"][-1])
+    assert cells_there[0]["mean"] != cells_there[1]["mean"]
+    assert (tmp_path / "out/results.md").read_text().count("\n| 0") == 2
+    assert (tmp_path / "out/results.png").stat().st_size > 1000
+    run("--only", "sparsity=0.5", code=2)
