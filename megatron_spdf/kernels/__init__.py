@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_spdf.kernels import torch_reference
 from megatron_spdf.kernels.mask import LARGEST, SMALLEST, SPAN, Blocks, Mask, find_blocks, multiplies_blocks
 
-__all__ = ["Blocks", "Mask", "block_products", "compress", "describe", "expand", "find_blocks", "implementation",
+__all__ = ["Blocks", "Mask", "adds_gradients", "block_products", "compress", "describe", "expand", "find_blocks", "implementation",
            "make_index", "multiplies_blocks"]
 
 logger = logging.getLogger(__name__)
@@ -58,6 +58,12 @@ def block_products(device: str, size: int, dtype: torch.dtype) -> tuple[ModuleTy
     from megatron_spdf.kernels import triton_blocks
 
     return triton_blocks, name
+
+
+def adds_gradients(device: str) -> bool:
+    """Whether gradients of compact weights are added to their fp32 buffers where they come about: not by PyTorch, which
+    would make them first, and leaves adding to the engine."""
+    return implementation(device)[0] is not torch_reference
 
 
 def make_index(bits: Tensor, chunk_shape: tuple[int, int], axis: int) -> Tensor:

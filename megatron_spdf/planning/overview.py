@@ -181,7 +181,7 @@ def at_level(recipe: Recipe, level: float) -> Recipe:
 def _levels(plan: Plan) -> list[float | None]:
     """Sparsities to compare; None stands for the recipe's own where it is not a level of all block weights."""
     own = {w.level for w in plan.weights.values()}
-    uniform = len(own) <= 1
+    uniform = len(own) <= 1 and not any(w.block for w in plan.weights.values())
     return sorted({*LEVELS, *(own if uniform else ())}) + ([] if uniform else [None])
 
 

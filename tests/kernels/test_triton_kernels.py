@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_spdf.kernels import torch_reference
 from megatron_spdf.kernels.mask import SPAN, Mask, find_blocks
 
-pytest.importorskip("triton", reason="triton is not installed: it comes with PyTorch for CUDA, or by pip install")
+triton = pytest.importorskip("triton", reason="triton is not installed: it comes with PyTorch for CUDA, or by pip install")
 from megatron_spdf.kernels import triton_blocks, triton_compact  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -185,6 +185,24 @@ def close(found: Tensor, wanted: np.ndarray) -> None:
 
 def numbers(tensor: Tensor) -> np.ndarray:
     return tensor.double().cpu().numpy()
+
+
+@pytest.fixture(autouse=True)
+def dot_of_bf16(monkeypatch):
+    """Triton's interpreter keeps bf16 in uint16, and multiplies these where the GPU multiplies bf16 into fp32."""
+    if DEVICE == "cuda":
+        return
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    dot = InterpreterBuilder.create_dot
+
+    def widened(handle):
+        if handle.dtype != triton.language.bfloat16:
+            return handle
+        return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), triton.language.float32)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot",
+                        lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest))
 
 
 @each_dtype
