@@ -70,7 +70,8 @@ def _blocks(model: Model, sparsity: str, tensor: int) -> tuple[str, ...]:
     from megatron_spdf.sparsity.plan import check_tensor, make_plan
 
     try:
-        check_tensor(make_plan(Sparsity.model_validate_json(sparsity), model_weights(model), model.query_groups), tensor)
+        plan = make_plan(Sparsity.model_validate_json(sparsity), model_weights(model), model.query_groups)
+        check_tensor(plan, tensor)
     except ValueError as error:
         return (str(error),)
     return ()

@@ -1,8 +1,8 @@
 """Between a compact vector and the dense weight it stands for, and products with weights of blocks.
 
-One interface over implementations: Triton on CUDA, PyTorch on CUDA where Triton does not work, PyTorch on CPU. Which it
-is follows from the device, is settled at the first use on it, and `describe` tells it to the log. What an implementation
-does not take goes to PyTorch, which takes everything.
+One interface over implementations: Triton on CUDA, PyTorch on CUDA where Triton does not work, PyTorch on CPU. Which
+it is follows from the device, is settled at the first use on it, and `describe` tells it to the log. What an
+implementation does not take goes to PyTorch, which takes everything.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 from megatron_spdf.kernels import torch_reference
 from megatron_spdf.kernels.mask import LARGEST, SMALLEST, SPAN, Blocks, Mask, find_blocks, multiplies_blocks
 
-__all__ = ["Blocks", "Mask", "adds_gradients", "block_products", "compress", "describe", "expand", "find_blocks", "implementation",
-           "make_index", "multiplies_blocks"]
+__all__ = ["Blocks", "Mask", "adds_gradients", "block_products", "compress", "describe", "expand", "find_blocks",
+           "implementation", "make_index", "multiplies_blocks"]
 
 logger = logging.getLogger(__name__)
 

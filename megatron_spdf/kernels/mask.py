@@ -20,7 +20,7 @@ def multiplies_blocks(size: int, dtype: torch.dtype) -> bool:
 
 @dataclass(frozen=True)
 class Blocks:
-    """The active blocks of a mask of b x b blocks, the same number in every block row and every block column of a chunk.
+    """The active blocks of a mask of b x b blocks, as many in every block row, and in every block column, of a chunk.
 
     A row of a chunk holds b values of each of its `per_row` active blocks, so that a chunk's values are a dense matrix
     (rows, per_row * b), and a block of it a strided tile: compact storage and storage by blocks are one.

@@ -81,7 +81,8 @@ def _tiles(mask: Mask, x: Tensor) -> tuple[int, int, int]:
 @triton.jit
 def _tile(values, row, slot, active, PER_ROW: tl.constexpr, SIZE: tl.constexpr):
     """Where the active block with this block row and slot begins; its rows are PER_ROW * SIZE apart."""
-    return values + slot // PER_ROW * active.to(tl.int64) + row.to(tl.int64) * (SIZE * PER_ROW * SIZE) + slot % PER_ROW * SIZE
+    values += slot // PER_ROW * active.to(tl.int64) + row.to(tl.int64) * (SIZE * PER_ROW * SIZE)
+    return values + slot % PER_ROW * SIZE
 
 
 @triton.jit

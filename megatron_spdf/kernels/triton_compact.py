@@ -88,8 +88,8 @@ def _span(bits, counts, row_bytes, SPAN: tl.constexpr):
 
 
 @triton.jit
-def _expand(values, bits, counts, dense, row_bytes, entries, columns, per_chunk, stride_row, stride_column, stride_chunk,
-            SPAN: tl.constexpr):
+def _expand(values, bits, counts, dense, row_bytes, entries, columns, per_chunk, stride_row, stride_column,
+            stride_chunk, SPAN: tl.constexpr):
     chunk = tl.program_id(1).to(tl.int64)
     entry, active, number = _span(bits, counts, row_bytes, SPAN)
     value = tl.load(values + chunk * per_chunk + number, mask=active, other=0.0)
@@ -98,8 +98,8 @@ def _expand(values, bits, counts, dense, row_bytes, entries, columns, per_chunk,
 
 
 @triton.jit
-def _compress(dense, bits, counts, out, row_bytes, entries, columns, per_chunk, stride_row, stride_column, stride_chunk,
-              SPAN: tl.constexpr, ADDS: tl.constexpr):
+def _compress(dense, bits, counts, out, row_bytes, entries, columns, per_chunk, stride_row, stride_column,
+              stride_chunk, SPAN: tl.constexpr, ADDS: tl.constexpr):
     chunk = tl.program_id(1).to(tl.int64)
     entry, active, number = _span(bits, counts, row_bytes, SPAN)
     place = entry // columns * stride_row + entry % columns * stride_column

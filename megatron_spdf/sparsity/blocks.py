@@ -1,5 +1,5 @@
-"""Balanced masks of blocks: a chunk is a grid of b x b blocks, active or zero as a whole, with the same number of active
-blocks in every block row and the same in every block column.
+"""Balanced masks of blocks: a chunk is a grid of b x b blocks, active or zero as a whole, with the same number of
+active blocks in every block row and the same in every block column.
 
 So every program of a kernel has equal work, and the compact values of a chunk are a dense matrix (`kernels.mask`).
 With R x C blocks and n active ones in a block row there are n R / C in a block column, a whole number where n is a
@@ -39,23 +39,27 @@ def balanced_parts(grid: tuple[int, int], level: float) -> tuple[int, int]:
     return min(parts, max(1, round((1.0 - level) * parts))), parts
 
 
-def block_chunks(name: str, shape: tuple[int, int], axis: int, groups: int, level: float, size: int) -> int:
-    """Chunks that a weight of blocks is cut into: the most, dividing `groups`, whose balanced blocks come within
-    `CLOSE` of the level; where none do, those that come next to it.
+def block_chunks(
+    name: str, shape: tuple[int, int], axis: int, groups: int, level: float, size: int | None
+) -> int:
+    """Chunks that a weight is cut into: `groups`, or with blocks the most, dividing `groups`, whose balanced blocks come
+    within `CLOSE` of the level; where none do, those that come next to it.
 
     Args:
         name, shape, axis: of the weight (out, in), and the axis that is cut.
         groups: most chunks, the number of query groups.
-        size: of the blocks.
+        size: of the blocks; None: there are none.
 
     Raises:
         ValueError: blocks do not divide the weight, or allow nothing near the level.
     """
+    if size is None:
+        return groups
     what = f"sparsity.block={size} on {name} ({shape[0]} x {shape[1]})"
     if shape[0] % size or shape[1] % size:
         fitting = [b for b in (8, 16, 32, 64, 128) if shape[0] % b == 0 == shape[1] % b]
-        raise ValueError(f"{what}: blocks must divide both axes; block may be one of {fitting or [1]}, or give the weight "
-                         "a rule with level 0 that keeps it dense")
+        raise ValueError(f"{what}: blocks must divide both axes; block may be one of {fitting or [1]}, or give the "
+                         "weight a rule with level 0 that keeps it dense")
     errors = {}
     for chunks in (c for c in range(groups, 0, -1) if groups % c == 0 and shape[axis] % (c * size) == 0):
         rows, columns = (n // (chunks if i == axis else 1) // size for i, n in enumerate(shape))

@@ -22,7 +22,7 @@ def planned_mask(planned: SparseWeight, seed: int, chunk: int) -> np.ndarray:
 
 
 def is_balanced(masks: np.ndarray, planned: SparseWeight) -> bool:
-    """Whether masks of chunks, (chunks, entries) bool, are of blocks as the plan has them; any mask without blocks is."""
+    """Whether masks of chunks, (chunks, entries) bool, are of balanced blocks as planned; without blocks any are."""
     if planned.block is None:
         return True
     (rows, columns), size = planned.grid, planned.block

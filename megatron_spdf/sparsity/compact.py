@@ -2,8 +2,8 @@
 
 `module.parametrizations.weight.original` is the parameter, (chunks of this rank, active per chunk): two axes, so
 that Megatron-Core decays it like the matrix it is, and cut along the first by tensor parallelism like any weight.
-`module.weight` is computed from it, and the layer multiplies with that; or, where the layer's product knows how to, with
-the values themselves (`product.py`).
+`module.weight` is computed from it, and the layer multiplies with that; or, where the layer's product knows how to,
+with the values themselves (`product.py`).
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ class CompactWeight(nn.Module):
             raise ValueError(f"the chunks of {self.planned.name} have {counts} active entries in their masks instead "
                              f"of {k} each; use another checkpoint")
         if not is_balanced(masks, self.planned):
-            raise ValueError(f"the masks of {self.planned.name} are not of blocks of {self.planned.block}, equally many "
-                             "in every row and column; use another checkpoint")
+            raise ValueError(f"the masks of {self.planned.name} are not of blocks of {self.planned.block}, equally "
+                             "many in every row and column; use another checkpoint")
 
     def _find_blocks(self) -> Blocks:
         planned = self.planned
@@ -135,7 +135,9 @@ def _local_shape(weight: SparseWeight, world: int) -> tuple[int, int]:
     return (out // world, inputs) if weight.axis == 0 else (out, inputs // world)
 
 
-def sparsify(module: nn.Module, weight: SparseWeight, seed: int, rank: int, world: int, expand: Expand = "step") -> None:
+def sparsify(
+    module: nn.Module, weight: SparseWeight, seed: int, rank: int, world: int, expand: Expand = "step"
+) -> None:
     """Makes `module.weight` compact: from here on the module's parameter is the vector of active values.
 
     Args:

@@ -127,8 +127,8 @@ def make_plan(sparsity: Sparsity, weights: list[Weight], chunks: int) -> Plan:
                 break
         if level > 0.0:
             block = sparsity.block if sparsity.pattern == "block" else None
-            cut = chunks if block is None else block_chunks(weight.name, weight.shape, weight.axis, chunks, level, block)
-            plan[weight.name] = SparseWeight(weight.name, weight.shape, weight.axis, cut, level, block)
+            place = weight.name, weight.shape, weight.axis
+            plan[weight.name] = SparseWeight(*place, block_chunks(*place, chunks, level, block), level, block)
     _refuse_idle_rules(sparsity, used, candidates, weights)
     return Plan(sparsity.seed, plan, sparsity.expand)
 
@@ -142,8 +142,8 @@ def check_tensor(plan: Plan, tensor: int) -> None:
     for w in plan.weights.values():
         if w.chunks % tensor:
             raise ValueError(f"parallel.tensor={tensor} does not divide the {w.chunks} chunks that balanced blocks of "
-                             f"sparsity.block={w.block} leave {w.name} ({w.shape[0]} x {w.shape[1]}) at level {w.level}; "
-                             f"tensor may be a divisor of {math.gcd(*(v.chunks for v in plan.weights.values()))}, or "
+                             f"sparsity.block={w.block} leave {w.name} ({w.shape[0]} x {w.shape[1]}) at level "
+                             f"{w.level}; tensor may be a divisor of {math.gcd(*(v.chunks for v in plan.weights.values()))}, or "
                              "take smaller blocks, or a level that is a coarser fraction")
 
 

@@ -102,7 +102,9 @@ class _Multiply(torch.autograd.Function):
     """y (T, B, out) = x (T, B, in) W^T on this tensor-parallel rank, with what its group must exchange."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, values: Tensor, product: Product, mask: Mask, group, sums: bool, gathers: bool) -> Tensor:
+    def forward(
+        ctx, x: Tensor, values: Tensor, product: Product, mask: Mask, group, sums: bool, gathers: bool
+    ) -> Tensor:
         ctx.save_for_backward(x, values)
         ctx.product, ctx.mask, ctx.group, ctx.sums, ctx.gathers = product, mask, group, sums, gathers
         whole = _gathered(x, group)[0] if gathers else x

@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_spdf.kernels import torch_reference
 from megatron_spdf.kernels.mask import SPAN, Mask, find_blocks
 
-triton = pytest.importorskip("triton", reason="triton is not installed: it comes with PyTorch for CUDA, or by pip install")
+triton = pytest.importorskip("triton", reason="triton is not installed; PyTorch for CUDA brings it")
 from megatron_spdf.kernels import triton_blocks, triton_compact  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
