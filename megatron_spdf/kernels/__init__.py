@@ -87,6 +87,8 @@ def compress(dense: Tensor, mask: Mask, out: Tensor | None = None) -> Tensor:
     Args:
         out: contiguous, of the same size; what they are added to, in place, in its own precision.
     """
+    if dense.is_meta:
+        return dense.new_empty(mask.chunks, mask.active)
     return _for(mask, dense, *([] if out is None else [out])).compress(dense, mask, out)
 
 

@@ -42,8 +42,8 @@ def balanced_parts(grid: tuple[int, int], level: float) -> tuple[int, int]:
 def block_chunks(
     name: str, shape: tuple[int, int], axis: int, groups: int, level: float, size: int | None
 ) -> int:
-    """Chunks that a weight is cut into: `groups`, or with blocks the most, dividing `groups`, whose balanced blocks come
-    within `CLOSE` of the level; where none do, those that come next to it.
+    """Chunks that a weight is cut into: `groups`, or with blocks the most, dividing `groups`, whose balanced blocks
+    come within `CLOSE` of the level; where none do, those that come next to it.
 
     Args:
         name, shape, axis: of the weight (out, in), and the axis that is cut.

@@ -143,8 +143,13 @@ def check_tensor(plan: Plan, tensor: int) -> None:
         if w.chunks % tensor:
             raise ValueError(f"parallel.tensor={tensor} does not divide the {w.chunks} chunks that balanced blocks of "
                              f"sparsity.block={w.block} leave {w.name} ({w.shape[0]} x {w.shape[1]}) at level "
-                             f"{w.level}; tensor may be a divisor of {math.gcd(*(v.chunks for v in plan.weights.values()))}, or "
-                             "take smaller blocks, or a level that is a coarser fraction")
+                             f"{w.level}; tensor may be a divisor of {_fewest_chunks(plan)}, or take smaller blocks, or "
+                             "a level that is a coarser fraction")
+
+
+def _fewest_chunks(plan: Plan) -> int:
+    """The largest tensor-parallel degree of a plan."""
+    return math.gcd(*(w.chunks for w in plan.weights.values()))
 
 
 def _refuse_idle_rules(sparsity: Sparsity, used: set[int], candidates: list[Weight], weights: list[Weight]) -> None:
@@ -184,6 +189,5 @@ def _render_blocks(plan: Plan) -> str:
     if not blocks:
         return ""
     levels = ", ".join(f"{level:g}" for level in sorted({w.level for w in blocks}))
-    tensor = math.gcd(*(w.chunks for w in blocks))
     return (f"; balanced blocks of {blocks[0].block} x {blocks[0].block}, to which level {levels} is rounded below; "
-            f"tensor-parallel degrees: divisors of {tensor}")
+            f"tensor-parallel degrees: divisors of {_fewest_chunks(plan)}")
