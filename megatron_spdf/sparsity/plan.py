@@ -143,8 +143,8 @@ def check_tensor(plan: Plan, tensor: int) -> None:
         if w.chunks % tensor:
             raise ValueError(f"parallel.tensor={tensor} does not divide the {w.chunks} chunks that balanced blocks of "
                              f"sparsity.block={w.block} leave {w.name} ({w.shape[0]} x {w.shape[1]}) at level "
-                             f"{w.level}; tensor may be a divisor of {_fewest_chunks(plan)}, or take smaller blocks, or "
-                             "a level that is a coarser fraction")
+                             f"{w.level}; tensor may be a divisor of {_fewest_chunks(plan)}, or take smaller blocks, "
+                             "or a level that is a coarser fraction")
 
 
 def _fewest_chunks(plan: Plan) -> int:
