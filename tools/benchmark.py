@@ -239,7 +239,8 @@ def synthetic_batch(recipe: Recipe, number: int) -> list[dict]:
 def figures_of(recipe: Recipe, engine, seconds: list[float]) -> dict:
     """Median and quartiles of the step time, and the rates that follow from the median."""
     low, middle, high = statistics.quantiles(seconds, n=4)
-    executed = training_flops(recipe.model, recipe.train.sequence_length).total * recipe.tokens_per_step
+    skipped = engine.plan.on_blocks if engine.device.type == "cuda" else None
+    executed = training_flops(recipe.model, recipe.train.sequence_length, skipped).total * recipe.tokens_per_step
     rate = executed / middle / recipe.parallel.world
     peak = peak_flops(device_name())
     return {

@@ -107,7 +107,7 @@ def _flops(recipe: Recipe, plan: Plan) -> list[dict[str, Any]]:
         "training, active weights": training_flops(model, length, plan),
         "the same, causal attention": training_flops(model, length, plan, "causal"),
         f"executed (expanded, causal, recompute {recipe.train.recompute})":
-            training_flops(model, length, None, "causal", recipe.train.recompute),
+            training_flops(model, length, plan.on_blocks, "causal", recipe.train.recompute),
     }
     return [{"what": what, **asdict(f), "total": f.total, "run": f.total * tokens} for what, f in kinds.items()]
 
@@ -116,7 +116,7 @@ def _row(candidate: Candidate, request: Request) -> dict[str, Any]:
     recipe = candidate.recipe
     p, seconds = recipe.parallel, candidate.time.total
     hours = recipe.steps * seconds / 3600
-    executed = training_flops(recipe.model, recipe.train.sequence_length).total  # as the log counts MFU
+    executed = training_flops(recipe.model, recipe.train.sequence_length, request.plan.on_blocks).total  # as the log counts MFU
     rate = candidate.tokens_per_second
     return {
         "tensor": p.tensor, "pipeline": p.pipeline, "data": p.data, "interleave": p.interleave,

@@ -7,7 +7,7 @@ expanded, so products run at their dense cost: the model says what our engine do
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 from megatron_spdf.config.recipe import Model, Parallel, Recipe
@@ -96,9 +96,7 @@ def _executed(recipe: Recipe, plan: Plan, stage: int) -> tuple[float, float]:
     cost what dense ones do; blocks cost their active weights, at the rate of dense products, which is an assumption."""
     m, t = recipe.model, recipe.train
     tokens = t.micro_batch * t.sequence_length
-    whole = forward_flops(m, t.sequence_length, None, "causal")
-    skipped = 2.0 * sum(w.numel - w.active for n, w in plan.weights.items() if plan.multiplies_blocks(n))
-    whole = replace(whole, linear=whole.linear - skipped)
+    whole = forward_flops(m, t.sequence_length, plan.on_blocks, "causal")
     share = tokens / recipe.parallel.tensor
     linear, attention = (share * part * _blocks(recipe) / m.layers for part in (whole.linear, whole.attention))
     logits = share * whole.logits * padded_vocab(m) / m.vocab_size if stage == recipe.parallel.pipeline - 1 else 0.0

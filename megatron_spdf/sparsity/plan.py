@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 from megatron_spdf.config.recipe import Sparsity
 from megatron_spdf.model.weights import Weight
@@ -80,6 +81,11 @@ class Plan:
     seed: int
     weights: dict[str, SparseWeight]
     expand: str = "step"
+
+    @cached_property
+    def on_blocks(self) -> Plan:
+        """The weights whose zeros a GPU skips; what it executes counts their active entries only."""
+        return Plan(self.seed, {n: w for n, w in self.weights.items() if self.multiplies_blocks(n)}, self.expand)
 
     def multiplies_blocks(self, name: str) -> bool:
         """Whether a GPU multiplies with this weight's active blocks alone."""
