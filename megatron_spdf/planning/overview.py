@@ -116,7 +116,8 @@ def _row(candidate: Candidate, request: Request) -> dict[str, Any]:
     recipe = candidate.recipe
     p, seconds = recipe.parallel, candidate.time.total
     hours = recipe.steps * seconds / 3600
-    executed = training_flops(recipe.model, recipe.train.sequence_length, request.plan.on_blocks).total  # as the log counts MFU
+    length, skipped = recipe.train.sequence_length, request.plan.on_blocks
+    executed = training_flops(recipe.model, length, skipped).total  # as the log counts MFU
     rate = candidate.tokens_per_second
     return {
         "tensor": p.tensor, "pipeline": p.pipeline, "data": p.data, "interleave": p.interleave,

@@ -92,7 +92,7 @@ def add_gradient(values: Tensor, compute: Callable[[Tensor | None], Tensor]) -> 
     """
     buffer = getattr(values, "main_grad", None)
     if buffer is None or not kernels.adds_gradients(values.device.type):
-        return compute(None).view(values.shape)
+        return compute(None)
     compute(buffer)
     values.grad_added_to_main_grad = True  # Megatron-Core's mark
     return torch.empty_like(values)

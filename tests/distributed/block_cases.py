@@ -38,6 +38,11 @@ def with_triton_cut(recipes: list[dict], stops: list[int]) -> list[tuple[float, 
         return cases.cut(recipes, stops)
 
 
+def with_triton_densified(recipe: dict, steps: int) -> dict:
+    with triton_on_cpu():
+        return cases.densified(recipe, steps)
+
+
 def with_triton_against_plain(recipe: dict, steps: int) -> dict:
     with triton_on_cpu():
         return cases.against_plain(recipe, steps)

@@ -63,6 +63,7 @@ def results(make_recipe, tmp_path_factory):
             "triton deepspeed": triton(engine="deepspeed"),
             "triton plain": ("block_cases.with_triton_against_plain",
                              {"recipe": make_recipe(**TILES), "steps": FEW}),
+            "triton densified": ("block_cases.with_triton_densified", {"recipe": make_recipe(**TILES), "steps": 1}),
             "triton cut": ("block_cases.with_triton_cut", {"recipes": cut_twice, "stops": [1, FEW]}),
         }
         two |= {
@@ -147,3 +148,11 @@ def test_training_with_kernels_equals_plain_pytorch_on_masked_dense_weights(resu
 @needs_triton
 def test_a_run_with_kernels_goes_on_from_its_checkpoint(results):
     close(outcome(results[1], "triton cut"), outcome(results[1], "tiles")["curve"])
+
+
+@needs_triton
+def test_densifying_gives_the_layers_back_their_dense_product(results):
+    there = outcome(results[1], "triton densified")
+    assert there["sparse"] == 4 and there["left"] == 0 and there["marked"]
+    assert there["difference"] < 1e-5  # of losses near 6, summed in another order
+    assert there["zeros"] == pytest.approx([0.5] * 4)

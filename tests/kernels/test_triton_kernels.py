@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_spdf import kernels
 from megatron_spdf.kernels import torch_reference
 from megatron_spdf.kernels.mask import SPAN, Mask, find_blocks
 
@@ -17,17 +18,17 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMPLEMENTATIONS = {"torch": torch_reference, "triton": triton_compact}
 # The unit in the last place of a result, relative: sums are fp32 and rounded once.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-each_implementation = pytest.mark.parametrize("kernels", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
+each_implementation = pytest.mark.parametrize("module", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
 each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
 
-def make_mask(active: np.ndarray, axis: int, kernels, size: int | None = None) -> Mask:
+def make_mask(active: np.ndarray, axis: int, module, size: int | None = None) -> Mask:
     """Of chunks (C, rows, columns) bool with equally many active entries."""
     chunks, rows, columns = active.shape
     bits = torch.from_numpy(np.packbits(active.reshape(chunks, -1), axis=1)).to(DEVICE)
     shape = (chunks * rows, columns) if axis == 0 else (rows, chunks * columns)
     blocks = None if size is None else find_blocks(bits, (rows, columns), axis, size)
-    return Mask(bits, kernels.make_index(bits, (rows, columns), axis), shape, (rows, columns), axis,
+    return Mask(bits, module.make_index(bits, (rows, columns), axis), shape, (rows, columns), axis,
                 int(active[0].sum()), blocks)
 
 
@@ -63,47 +64,47 @@ each_axis = pytest.mark.parametrize("axis", [0, 1])
 @each_implementation
 @each_axis
 @each_mask
-def test_expanded_is_the_values_at_the_active_entries(kernels, axis, active):
-    mask = make_mask(active, axis, kernels)
+def test_expanded_is_the_values_at_the_active_entries(module, axis, active):
+    mask = make_mask(active, axis, module)
     values = torch.randn(mask.chunks, mask.active, device=DEVICE)
     chunks = np.zeros(active.shape, np.float32)
     chunks[active] = values.cpu().numpy().ravel()
-    assert np.array_equal(kernels.expand(values, mask).cpu().numpy(), whole(chunks, axis))
+    assert np.array_equal(module.expand(values, mask).cpu().numpy(), whole(chunks, axis))
 
 
 @each_implementation
 @each_axis
 @each_mask
-def test_compressed_is_the_active_entries(kernels, axis, active):
-    mask = make_mask(active, axis, kernels)
+def test_compressed_is_the_active_entries(module, axis, active):
+    mask = make_mask(active, axis, module)
     dense = torch.randn(mask.shape, device=DEVICE)
     chunks = np.stack(np.split(dense.cpu().numpy(), len(active), axis))
-    assert np.array_equal(kernels.compress(dense, mask).cpu().numpy().ravel(), chunks[active])
+    assert np.array_equal(module.compress(dense, mask).cpu().numpy().ravel(), chunks[active])
 
 
 @each_implementation
 @each_dtype
 @each_axis
-def test_dtypes_are_kept(kernels, dtype, axis):
+def test_dtypes_are_kept(module, dtype, axis):
     active = random_chunks(2, 19, 23, 100)
-    mask = make_mask(active, axis, kernels)
+    mask = make_mask(active, axis, module)
     dense = torch.randn(mask.shape, device=DEVICE).to(dtype)
-    values = kernels.compress(dense, mask)
+    values = module.compress(dense, mask)
     there = torch.from_numpy(whole(active, axis)).to(DEVICE)
     assert values.dtype is dtype and values.shape == (mask.chunks, mask.active)
-    assert torch.equal(kernels.expand(values, mask), torch.where(there, dense, torch.zeros((), dtype=dtype)))
+    assert torch.equal(module.expand(values, mask), torch.where(there, dense, torch.zeros((), dtype=dtype)))
 
 
 @each_implementation
 @each_dtype
-def test_compress_adds_in_the_precision_of_what_it_adds_to(kernels, dtype):
-    mask = make_mask(random_chunks(2, 19, 23, 100), 1, kernels)
+def test_compress_adds_in_the_precision_of_what_it_adds_to(module, dtype):
+    mask = make_mask(random_chunks(2, 19, 23, 100), 1, module)
     dense = torch.randn(mask.shape, device=DEVICE).to(dtype)
     before = torch.randn(mask.chunks, mask.active, device=DEVICE)
     buffer = torch.cat([before.flatten(), torch.full((7,), 5.0, device=DEVICE)])  # with what does not belong to it
     out = buffer[: before.numel()].view(before.shape)
-    assert kernels.compress(dense, mask, out) is out
-    assert torch.equal(out, before + kernels.compress(dense, mask).float())
+    assert module.compress(dense, mask, out) is out
+    assert torch.equal(out, before + module.compress(dense, mask).float())
     assert (buffer[before.numel():] == 5.0).all()
 
 
@@ -118,17 +119,63 @@ def strided(kind: str, shape: tuple[int, int]) -> Tensor:
 @each_implementation
 @each_axis
 @pytest.mark.parametrize("kind", ["transposed", "every second", "one column"])
-def test_dense_weights_need_not_be_contiguous(kernels, axis, kind):
-    mask = make_mask(random_chunks(3, 13, 11, 40), axis, kernels)
+def test_dense_weights_need_not_be_contiguous(module, axis, kind):
+    mask = make_mask(random_chunks(3, 13, 11, 40), axis, module)
     dense = strided(kind, mask.shape)
-    assert torch.equal(kernels.compress(dense, mask), kernels.compress(dense.contiguous(), mask))
+    assert torch.equal(module.compress(dense, mask), module.compress(dense.contiguous(), mask))
 
 
 @each_implementation
-def test_values_need_not_be_contiguous(kernels):
-    mask = make_mask(random_chunks(3, 13, 11, 40), 0, kernels)
+def test_values_need_not_be_contiguous(module):
+    mask = make_mask(random_chunks(3, 13, 11, 40), 0, module)
     values = torch.randn(40, 3, device=DEVICE).T
-    assert torch.equal(kernels.expand(values, mask), kernels.expand(values.contiguous(), mask))
+    assert torch.equal(module.expand(values, mask), module.expand(values.contiguous(), mask))
+
+
+def test_trial_accepts_the_kernels_and_nothing_that_computes_otherwise(monkeypatch):
+    kernels._try_out(triton_compact, torch.device(DEVICE))
+    monkeypatch.setattr(triton_compact, "compress", lambda dense, mask, out: out)
+    with pytest.raises(RuntimeError, match="something else than PyTorch"):
+        kernels._try_out(triton_compact, torch.device(DEVICE))
+
+
+def test_what_kernels_do_not_take_goes_to_pytorch_with_one_line(monkeypatch, caplog):
+    monkeypatch.setattr(kernels, "implementation", lambda device: (triton_compact, triton_compact.NAME))
+    kernels._say_once.cache_clear()
+    mask = make_mask(random_chunks(2, 5, 7, 11), 1, triton_compact)
+    dense = torch.randn(mask.shape, dtype=torch.float64, device=DEVICE)
+    for _ in range(2):
+        values = kernels.compress(dense, mask)
+        assert torch.equal(kernels.compress(kernels.expand(values, mask), mask), values)
+    assert values.dtype is torch.float64 and len(caplog.records) == 1
+    assert "10 x 7" not in caplog.text and "5 x 14 of torch.float64 is not for the kernels" in caplog.text
+
+
+def test_a_gpu_on_which_triton_fails_is_served_by_pytorch(monkeypatch):
+    def fails(module, device):
+        raise RuntimeError("no ptxas\nat all")
+
+    monkeypatch.setattr(kernels, "_try_out", fails)
+    for chosen in (kernels.implementation, kernels.block_products):
+        chosen.cache_clear()
+    module, name = kernels.implementation("cuda")
+    assert module is torch_reference
+    assert name == "torch, since triton does not work here (RuntimeError: no ptxas)"
+    assert kernels.block_products("cuda", 64, torch.bfloat16) == (None, "expanded and multiplied as dense weights")
+    for chosen in (kernels.implementation, kernels.block_products):
+        chosen.cache_clear()
+
+
+@pytest.mark.parametrize(("size", "dtype", "taken"), [
+    (16, torch.bfloat16, True), (128, torch.float32, True), (8, torch.bfloat16, False), (48, torch.float16, False),
+    (256, torch.bfloat16, False), (64, torch.float64, False)])
+def test_blocks_that_kernels_do_not_take_are_expanded(monkeypatch, size, dtype, taken):
+    monkeypatch.setattr(kernels, "implementation", lambda device: (triton_compact, triton_compact.NAME))
+    kernels.block_products.cache_clear()
+    module, name = kernels.block_products("cuda", size, dtype)
+    kernels.block_products.cache_clear()
+    assert (module is triton_blocks) == taken == (name == triton_compact.NAME)
+    assert taken or f"not {size} of {dtype}" in name
 
 
 def random_blocks(chunks: int, grid: tuple[int, int], per_row: int, size: int, seed: int = 0) -> np.ndarray:
