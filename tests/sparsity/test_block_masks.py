@@ -158,9 +158,11 @@ def test_mask_that_is_not_of_balanced_blocks_is_refused():
     compact = CompactWeight(weight, 3, 0, 1, "cpu")
     masks = np.stack([planned_mask(weight, 3, c) for c in range(2)])
     assert is_balanced(masks, weight)
-    grid = np.zeros((2, *weight.grid), bool)
-    grid.reshape(2, -1)[:, : weight.active_per_chunk // weight.block**2] = True  # as many blocks, in the first rows
-    for wrong in (np.roll(masks, 1, axis=1), grid.repeat(4, 1).repeat(4, 2).reshape(2, -1)):
+    first_rows, first_columns = np.zeros((2, 2, *weight.grid), bool)
+    first_rows.reshape(2, -1)[:, : weight.active_per_chunk // weight.block**2] = True
+    first_columns[:, :, : weight.per_row] = True  # as many in every row
+    of_blocks = [grid.repeat(4, 1).repeat(4, 2).reshape(2, -1) for grid in (first_rows, first_columns)]
+    for wrong in (np.roll(masks, 1, axis=1), *of_blocks):
         assert wrong.sum() == masks.sum()
         compact.mask_bits.copy_(torch.from_numpy(np.packbits(wrong, axis=1)))
         with pytest.raises(ValueError, match="not of blocks of 4, equally many in every row and column"):
