@@ -23,7 +23,7 @@ from megatron_spdf import kernels
 from megatron_spdf.kernels import Blocks, Mask
 from megatron_spdf.sparsity.chunks import is_balanced, planned_mask
 from megatron_spdf.sparsity.plan import SparseWeight
-from megatron_spdf.sparsity.product import ExpandedProduct, Product, add_gradient, choose_product, multiply_values
+from megatron_spdf.sparsity.product import BlockProduct, Product, add_gradient, choose_product, multiply_values
 
 Expand = Literal["step", "layer", "always"]
 
@@ -88,7 +88,7 @@ class CompactWeight(nn.Module):
             self._check_masks()
         index = kernels.make_index(self.mask_bits, planned.chunk_shape, planned.axis)
         self.register_buffer("index", index, persistent=False)
-        if self.product is not None and planned.block and not isinstance(self.product, ExpandedProduct):
+        if isinstance(self.product, BlockProduct):
             blocks = self._find_blocks()
             self.register_buffer("block_columns", blocks.columns, persistent=False)
             self.register_buffer("block_entries", blocks.entries, persistent=False)
