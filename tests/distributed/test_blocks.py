@@ -16,7 +16,7 @@ SHORT = {"global_batch": 2, "micro_batch": 1, "sequence_length": 16}
 # As small as kernels for tensor cores take them; at half density, so that two chunks are balanced.
 TILES = {"sparsity": {"level": 0.5, "pattern": "block", "block": 16}, "model": {"layers": 1, "ffn_hidden": 64},
          "train": SHORT}
-INTERPRETED = {1: ["tiles", "unstructured", "layer", "deepspeed"], 2: ["tp2", "tp2 sp"]}
+INTERPRETED = {1: ["tiles", "unstructured", "layer", "deepspeed"], 2: ["tp2", "tp2 sp", "zero 3"]}
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +69,7 @@ def results(make_recipe, tmp_path_factory):
         two |= {
             "triton tp2": triton(parallel={"tensor": 2}),
             "triton tp2 sp": triton(parallel={"tensor": 2, "sequence": True}),
+            "triton zero 3": triton(engine="deepspeed", parallel={"data": 2, "zero_stage": 3}),
         }
     directory = tmp_path_factory.mktemp("blocks")
     return {world: run_cases(world, cases, directory / str(world)) for world, cases in ((1, one), (2, two))}
@@ -136,6 +137,7 @@ def test_layers_multiply_as_the_recipe_says(results):
                 "deepspeed": "BlockProduct"}
     assert {name: outcome(results[1], f"triton {name}")["products"] for name in products} == {
         name: {product} for name, product in products.items()}
+    assert outcome(results[2], "triton zero 3")["products"] == {"NoneType"}
     assert "; blocks triton" in outcome(results[1], "triton tiles")["choices"]
 
 
