@@ -4,12 +4,15 @@
     python tools/benchmark.py step [RECIPE] [section.key=value ...] [--steps 20] [--output FILE.json]
     torchrun --nproc-per-node 2 tools/benchmark.py step parallel.tensor=2
     python tools/benchmark.py save [RECIPE] [section.key=value ...] [--steps 5]
+    python tools/benchmark.py kernels [RECIPE] [section.key=value ...] [--output FILE.json]
     python tools/benchmark.py data FILES... --tokenizer DIR [--workers 1 2] [--megatron-lm DIR]
 
 `step`: seconds of an optimizer step of a recipe, dense against its sparsity, both engines in one process and their
 steps in turn, so that what else the machine does hits both alike; medians and the ratio. Batches are synthetic.
 `save`: for how long the loop stands still for a checkpoint that is written behind the steps, and for one that it waits
 for, dense and sparse, with the bytes on disk; written to a temporary directory (TMPDIR) and removed.
+`kernels`: expand and compress against the bytes they must move, products with blocks against dense ones, for the
+weights of a recipe's first layer; of GPT-3 XL without one, and of something tiny where there is no GPU.
 `data`: MB of text a second of tools/preprocess_data.py by number of workers, and beside it Megatron-LM's own tool, with
 a comparison of the tokens; `data --help` has its options.
 Without a recipe, a model whose layers fit a CPU's caches as little as a real one's. On a GPU try for example
@@ -44,12 +47,16 @@ from megatron_spdf.planning.hardware import peak_flops
 from megatron_spdf.sparsity.plan import make_plan
 
 DEFAULT = Path(__file__).resolve().parent.parent / "configs/benchmark/cpu.yaml"
+BLOCKS = DEFAULT.parents[1] / "pretrain/gpt3_xl_s75_block.yaml"
+TINY = ["model.hidden=128", "model.heads=4", "sparsity.pattern=block", "sparsity.block=16", "train.micro_batch=1"]
 WARM_UP = 2
 
 
 def main() -> int:
     if sys.argv[1:2] == ["data"]:
         return measure_data(sys.argv[2:])
+    if sys.argv[1:2] == ["kernels"]:
+        return measure_kernels(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["step", "save"])
     parser.add_argument("words", nargs="*", metavar="[RECIPE] section.key=value")
@@ -99,6 +106,36 @@ def measure_data(arguments: list[str]) -> int:
         print(f"benchmark.py: {error}", file=sys.stderr)
         return 2
     report = {**circumstances(("megatron-core", "numpy", "tiktoken", "tokenizers", "transformers")), **figures}
+    print("\n".join([*render_circumstances(report), *throughput.render(figures)]))
+    if options.output:
+        options.output.write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+def measure_kernels(arguments: list[str]) -> int:
+    """Kernels on the weights of one layer."""
+    import torch
+
+    from megatron_spdf.sparsity import throughput
+
+    parser = argparse.ArgumentParser(prog="benchmark.py kernels", description=throughput.__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", metavar="[RECIPE] section.key=value")
+    parser.add_argument("--seconds", type=float, default=0.2, help="that each measurement takes at least")
+    parser.add_argument("--output", type=Path, help="write the figures as JSON, with date, hardware and versions")
+    options = parser.parse_intermixed_args(arguments)
+    named, overrides = ([w for w in options.words if ("=" in w) == sets] for sets in (False, True))
+    path = named[0] if named else BLOCKS if torch.cuda.is_available() else DEFAULT
+    if not named and path == DEFAULT:
+        overrides = [*TINY, *overrides]
+    try:
+        recipe = load_recipe(path, overrides)
+    except ValueError as error:
+        print(f"benchmark.py: {error}", file=sys.stderr)
+        return 2
+    plan = make_plan(recipe.sparsity, model_weights(recipe.model), recipe.model.query_groups)
+    figures = throughput.measure(recipe, plan, options.seconds)
+    report = {**circumstances(("torch", "numpy")), "recipe": recipe.model_dump(), **figures}
     print("\n".join([*render_circumstances(report), *throughput.render(figures)]))
     if options.output:
         options.output.write_text(json.dumps(report, indent=1) + "\n")
@@ -202,7 +239,8 @@ def synthetic_batch(recipe: Recipe, number: int) -> list[dict]:
 def figures_of(recipe: Recipe, engine, seconds: list[float]) -> dict:
     """Median and quartiles of the step time, and the rates that follow from the median."""
     low, middle, high = statistics.quantiles(seconds, n=4)
-    executed = training_flops(recipe.model, recipe.train.sequence_length).total * recipe.tokens_per_step
+    skipped = engine.plan.on_blocks if engine.device.type == "cuda" else None
+    executed = training_flops(recipe.model, recipe.train.sequence_length, skipped).total * recipe.tokens_per_step
     rate = executed / middle / recipe.parallel.world
     peak = peak_flops(device_name())
     return {

@@ -29,8 +29,8 @@ from megatron_spdf.data.tokenizer import Tokenizer
 from megatron_spdf.model.parametrization import Parametrization, unfold
 from megatron_spdf.model.weights import Weight
 from megatron_spdf.planning.phases import phases_of
-from megatron_spdf.sparsity.chunks import chunk_of
-from megatron_spdf.sparsity.masks import draw_mask, largest_mask
+from megatron_spdf.sparsity.chunks import chunk_of, planned_mask
+from megatron_spdf.sparsity.masks import largest_mask
 from megatron_spdf.sparsity.plan import Plan
 
 RECIPE, CHECKPOINTS = "recipe.yaml", "checkpoints"  # as training/run_dir.py names them
@@ -56,9 +56,13 @@ def start_run(source: WeightSource, recipe: Recipe, tokenizer: Tokenizer, output
         What is sparse.
 
     Raises:
-        ValueError: the source has another shape or tokenizer than the recipe, or is damaged; `output` exists.
+        ValueError: the source has another shape or tokenizer than the recipe, or is damaged; `output` exists; blocks
+            are to be selected by magnitude.
     """
     check_shape(source, recipe)
+    if select == "magnitude" and recipe.sparsity.pattern == "block":
+        raise ValueError("select=magnitude takes entries one by one, and sparsity.pattern=block wants whole blocks, as "
+                         "many in every row and column; use select=random or sparsity.pattern=unstructured")
     _check_tokenizer(source, tokenizer)
     begun = phases_of(recipe.model_copy(update={"output": str(output)}))[0]
     recipe, plan = begun.recipe, begun.plan
@@ -166,7 +170,7 @@ class _FreshState:
         for number in range(planned.chunks):
             entries = chunk_of(dense, planned, number).numpy()
             mask = (largest_mask(entries, k) if self.select == "magnitude"
-                    else draw_mask(self.plan.seed, name, number, entries.size, k))
+                    else planned_mask(planned, self.plan.seed, number))
             values.append(entries[mask])
             bits.append(np.packbits(mask))
         self.measured[name] = 1.0 - sum(map(np.count_nonzero, values)) / planned.numel

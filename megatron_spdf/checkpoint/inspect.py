@@ -10,7 +10,7 @@ from megatron_spdf.checkpoint.reader import MASK_BITS, OPTIMIZER, STATES, VALUES
 from megatron_spdf.checkpoint.record import INITIAL
 from megatron_spdf.checkpoint.store import DamagedCheckpoint
 from megatron_spdf.model.weights import padded_vocab
-from megatron_spdf.sparsity.masks import draw_mask
+from megatron_spdf.sparsity.chunks import planned_mask
 from megatron_spdf.sparsity.plan import SparseWeight
 
 _NAMED_FAULTS = 5
@@ -108,13 +108,13 @@ def wrong_shapes(reader: CheckpointReader) -> list[str]:
 
 def _wrong_mask(reader: CheckpointReader, weight: SparseWeight) -> list[str]:
     """The first chunk of a weight whose mask is not the planned one, in words; nothing if all are."""
-    k, (rows, columns) = weight.active_per_chunk, weight.chunk_shape
+    k = weight.active_per_chunk
     for chunk, bits in enumerate(reader.mask_bits(weight.name)):
         active = int(np.unpackbits(bits).sum(dtype=np.int64))
         if active != k:
             return [f"chunk {chunk} of {weight.name} has {active} active entries instead of {k}"]
         if reader.masks["kind"] == "drawn" and not np.array_equal(
-                np.packbits(draw_mask(reader.plan.seed, weight.name, chunk, rows * columns, k)), bits):
+                np.packbits(planned_mask(weight, reader.plan.seed, chunk)), bits):
             return [f"chunk {chunk} of {weight.name} has another mask than seed {reader.plan.seed} draws"]
     return []
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 from megatron_spdf.config.deepspeed import contradictions
-from megatron_spdf.config.recipe import Recipe
+from megatron_spdf.config.recipe import Model, Recipe, Sparsity
 
 
 def divisors(n: int) -> list[int]:
@@ -15,7 +16,10 @@ def divisors(n: int) -> list[int]:
 def findings(recipe: Recipe) -> Iterator[str]:
     """Every broken rule of a recipe as one sentence."""
     yield from _model(recipe)
-    yield from _layout(recipe)
+    broken = list(_layout(recipe))
+    yield from broken
+    if not broken and recipe.sparsity.pattern == "block":
+        yield from _blocks(recipe.model, recipe.sparsity.model_dump_json(), recipe.parallel.tensor)
     yield from _engine(recipe)
     yield from _data(recipe)
     broken = list(_batch(recipe))
@@ -56,6 +60,22 @@ def _layout(recipe: Recipe) -> Iterator[str]:
     if p.sequence and t.sequence_length % p.tensor:
         yield (f"train.sequence_length={t.sequence_length} is not divisible by parallel.tensor={p.tensor}, as "
                "parallel.sequence=true asks; change one of the three")
+
+
+@lru_cache(maxsize=256)  # a search over layouts asks thousands of times
+def _blocks(model: Model, sparsity: str, tensor: int) -> tuple[str, ...]:
+    """Args:
+        sparsity: as JSON, which can be a key.
+    """
+    from megatron_spdf.model.weights import model_weights  # these import this package
+    from megatron_spdf.sparsity.plan import check_tensor, make_plan
+
+    try:
+        plan = make_plan(Sparsity.model_validate_json(sparsity), model_weights(model), model.query_groups)
+        check_tensor(plan, tensor)
+    except ValueError as error:
+        return (str(error),)
+    return ()
 
 
 def _engine(recipe: Recipe) -> Iterator[str]:

@@ -80,6 +80,12 @@ class Sparsity(Section):
     """Static random masks. Also written as a number, or as a list of rules with all other weights dense."""
 
     level: Level = Field(0.0, description="fraction of zeros of every block weight that no rule matches")
+    pattern: Literal["unstructured", "block"] = Field(
+        "unstructured", description="what is active or zero: single weights, or square blocks of them")
+    block: int = Field(
+        64, gt=0, description="side of a block; levels are rounded to equally many blocks in every row and column")
+    expand: Literal["step", "layer"] = Field(
+        "step", description="dense copies of sparse weights: kept for the step, or made again in forward and backward")
     rules: list[SparsityRule] = Field([], description="the first rule that matches a weight wins")
     seed: int = Field(0, ge=0, description="of the masks; they depend on it and the weight's name alone")
 
@@ -331,6 +337,9 @@ class Recipe(Section):
         if self.parametrization == "standard":
             kept.pop("base")
         kept["model"].pop("preset")
+        kept["sparsity"].pop("expand")
+        if self.sparsity.pattern == "unstructured":
+            kept["sparsity"].pop("block")
         for section, key in (("data", "workers"), ("data", "cache"), ("data", "tokenizer"), ("data", "on_blend_change"),
                              ("train", "micro_batch"), ("train", "recompute")):
             kept[section].pop(key)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from megatron_spdf import kernels
 from megatron_spdf.config import Recipe
 from megatron_spdf.engine import MicroBatch
+from megatron_spdf.sparsity.compact import compact_of, sparse_modules
 from megatron_spdf.sparsity.masks import stream_key
 
 
@@ -114,4 +115,11 @@ def describe_choices(model: nn.Module, adam: type, device: torch.device) -> str:
              "Adam": adam}
     chosen = ", ".join(f"{name} {kind.__module__.split('.')[0]}.{kind.__name__}" for name, kind in parts.items())
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU (gloo, stand-in for CUDA)"
-    return f"device {where}; {chosen}; expand/compress {kernels.NAME}"
+    return f"device {where}; {chosen}; expand/compress {kernels.describe(device.type)}{_describe_blocks(model, device)}"
+
+
+def _describe_blocks(model: nn.Module, device: torch.device) -> str:
+    """How weights of blocks are multiplied; nothing where there are none."""
+    sizes = {compact_of(m).planned.block for m in sparse_modules(model)} - {None}
+    names = [kernels.block_products(device.type, size, model.config.params_dtype)[1] for size in sorted(sizes)]
+    return "".join(f"; blocks {name}" for name in names)

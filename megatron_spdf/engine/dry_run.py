@@ -45,7 +45,7 @@ def count(recipe: Recipe, rank: int) -> dict:
         inner.init_state_fn(inner.optimizer, inner.config)  # moments come with the first step, which there is not
         # Not module.weight: hooks on it would start a gather of parameters.
         expanded = sum(compact_of(m).forward(m.parametrizations.weight.original).nbytes
-                       for model in engine.models for m in sparse_modules(model))
+                       for model in engine.models for m in sparse_modules(model) if compact_of(m).product is None)
     found = {
         **engine.state_bytes(),
         "expanded": expanded,

@@ -123,9 +123,11 @@ def _fill(model: GPTModel, rules: Parametrization, source: InitialWeights) -> No
     """Sparsifies and initialises module by module, so that one weight at a time is dense in float32."""
     rank, world = ps.get_tensor_model_parallel_rank(), ps.get_tensor_model_parallel_world_size()
     weights, plan = {w.name: rules.initial(w) for w in model_weights(rules.recipe.model)}, rules.plan
+    # ZeRO-3 gathers a parameter for the expansion alone, and frees it before a product could use it.
+    expand = "always" if rules.recipe.parallel.zero_stage == 3 else rules.recipe.sparsity.expand
     for name, module in canonical_modules(model):
         if f"{name}.weight" in plan.weights:
-            sparsify(module, plan.weights[f"{name}.weight"], plan.seed, rank, world)
+            sparsify(module, plan.weights[f"{name}.weight"], plan.seed, rank, world, expand)
         initialise(module, name, weights, source, rank, world)
         for parameter, weight in owned_weights(module, name, weights):
             parameter.learning_rate = rules.learning_rate(weight)  # over the recipe's, for the optimizer's groups

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megatron_spdf.config.recipe import Recipe
 from megatron_spdf.model.weights import Weight
-from megatron_spdf.sparsity.plan import Plan
+from megatron_spdf.sparsity.plan import Plan, SparseWeight
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Parametrization:
         if not self._maximal or not weight.linear:
             return 1.0
         base, planned = self.recipe.base, self.plan.weights.get(weight.name)
-        density = 1.0 - planned.level if planned else 1.0
+        density = _density(planned)
         return self._width * density / base.density
 
     @property
@@ -110,6 +110,13 @@ def unfold(values: Tensor, factor: Tensor | float) -> Tensor:
     return fold(values, 1.0 / factor)
 
 
+def _density(planned: SparseWeight | None) -> float:
+    """Of a weight as planned; blocks may be far from the level asked for."""
+    if planned is None:
+        return 1.0
+    return 1.0 - (planned.level if planned.block is None else planned.sparsity)
+
+
 def render_parametrization(recipe: Recipe, plan: Plan, weights: list[Weight]) -> str:
     """The rules of a recipe as a table, layers of one kind and density in one row; nothing under `standard`."""
     if recipe.parametrization == "standard":
@@ -122,7 +129,7 @@ def render_parametrization(recipe: Recipe, plan: Plan, weights: list[Weight]) ->
     for weight in (w for w in weights if w.linear):
         kind = ".".join("*" if part.isdigit() else part for part in weight.name.split("."))
         planned = plan.weights.get(weight.name)
-        row = (kind, 1.0 - planned.level if planned else 1.0, rules.initial(weight).std, rules.learning_rate(weight))
+        row = (kind, _density(planned), rules.initial(weight).std, rules.learning_rate(weight))
         rows[row] = rows.get(row, 0) + 1
     lines += [f"  {kind:<48}{count:>6}{density:>10.4f}{std:>14.4g}{rate:>18.4g}"
               for (kind, density, std, rate), count in rows.items()]

@@ -146,11 +146,12 @@ def step_bytes(recipe: Recipe, plan: Plan, stage: int) -> StepBytes:
 
 
 def _late(recipe: Recipe, plan: Plan, size: Sizes, stage: int) -> int:
-    """One chunk's dense gradients, whose weights were expanded before this micro-batch; and the larger of what the
+    """One chunk's dense gradients, of weights that were expanded before this micro-batch; and the larger of what the
     end of a block holds and the embedding's gradients, from the LM head, from the look-up, and their sum."""
     p, dense = recipe.parallel, 0
     if recipe.micro_batches > 1 and recipe.train.recompute != "full":
-        dense = max(sum(q.expands_to for q in c) for c in local_parameters(recipe.model, p, plan, stage))
+        dense = max(sum(q.expands_to for q in c if q.expands_to and plan.keeps_copy(q.name, on_gpu=True))
+                    for c in local_parameters(recipe.model, p, plan, stage))
     tied = _tied_gradient(recipe, size)
     waits, at_embedding = (tied, 3 * tied) if p.pipeline == 1 else (0, tied if stage == 0 else 0)
     return size.width * dense + max(waits + _at_block_end(recipe, size), at_embedding)
@@ -164,18 +165,20 @@ def _at_block_end(recipe: Recipe, size: Sizes) -> int:
 
 def _workspace(recipe: Recipe, plan: Plan, size: Sizes, stage: int) -> int:
     """Backward of W_O, the fullest moment of a block: the gradients of its output, of its input and of itself, whole
-    before it is cut to the active weights. In one stage the embedding's gradient from the LM head waits for that from
-    the look-up. With full recomputation there is the block too, whose input is kept anyway but whose output is not;
-    or, at its end, the dense gradients of its four weights."""
+    before it is cut to the active weights, unless it is of blocks. In one stage the embedding's gradient from the LM
+    head waits for that from the look-up. With full recomputation there is the block too, whose input is kept anyway but
+    whose output is not; or, at its end, the dense gradients of its four weights."""
     m, p = recipe.model, recipe.parallel
     tied = _tied_gradient(recipe, size) if p.pipeline == 1 else 0
-    gradients = size.hidden + size.width * m.ffn_hidden * (size.tokens + m.hidden) // p.tensor
+    down = [f"decoder.layers.{i}.mlp.linear_fc2.weight" for i in range(m.layers)]
+    itself = 0 if all(n in plan.weights and plan.multiplies_blocks(n) for n in down) else m.hidden
+    gradients = size.hidden + size.width * m.ffn_hidden * (size.tokens + itself) // p.tensor
     gradients += size.whole if p.sequence else 0  # the output's, gathered
     if recipe.train.recompute != "full":
         return gradients + tied
     dense: Counter[int] = Counter()
     for q in (q for chunk in local_parameters(m, p, plan, stage) for q in chunk):
-        dense[q.layer] += q.expands_to
+        dense[q.layer] += q.expands_to * (q.expands_to > 0 and plan.keeps_copy(q.name, on_gpu=True))
     at_end = size.width * max(dense.values()) + _at_block_end(recipe, size)
     return max(gradients + sum(block_bytes(recipe).values()), at_end) + tied
 

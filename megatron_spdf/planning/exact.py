@@ -107,5 +107,5 @@ def render_counts(recipe: Recipe, counts: list[Count]) -> str:
         off += ["other buckets"] * (c.buckets != c.predicted_buckets)
         lines.append(f"  {c.rank:<8}{','.join(map(str, c.place)):<16}" + "".join(f"{n / 2**30:>12.4f}" for n in cells)
                      + f"{sum(map(len, c.buckets)):>9}   {'; '.join(off) or 'equal to the byte'}")
-    lines.append("  GiB; expanded: dense copies kept for the step; masks with the positions of active entries")
+    lines.append("  GiB; expanded: dense copies kept for the step; masks with what kernels derive from them")
     return "\n".join(lines)

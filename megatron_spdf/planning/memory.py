@@ -13,6 +13,7 @@ from megatron_spdf.config.recipe import Model, Parallel, Recipe
 from megatron_spdf.planning.buffers import lay_out, local_parameters
 from megatron_spdf.sparsity.plan import Plan
 
+SPAN = 1024  # of `kernels.mask`, which needs PyTorch
 GATHERED_BLOCKS = 2  # ZeRO-3: the block that runs, and the one fetched behind it
 
 
@@ -25,8 +26,9 @@ class RankBytes:
         gradients: fp32 buffer that micro-batches add into.
         master: fp32 weights of the optimizer, under bf16.
         moments: first and second, fp32.
-        expanded: dense copies of the sparse weights, kept for the step.
-        masks: one bit a weight, and the positions of the active entries (8 bytes each on CPU, 4 on a GPU).
+        expanded: dense copies of the sparse weights that are kept for the step.
+        masks: one bit a weight, and what kernels derive from them: on CPU the positions of the active entries, 8 bytes
+            each; on a GPU 4 bytes for `SPAN` entries of a chunk, and twice 4 bytes for every active block.
         gathered: ZeRO-3 only, whole parameters of the blocks at work.
     """
 
@@ -82,14 +84,17 @@ def _rank_bytes(
 def _sparse_bytes(
     model: Model, parallel: Parallel, plan: Plan, width: int, stage: int, on_gpu: bool
 ) -> tuple[int, int]:
-    """Expanded copies, and masks with the positions of active entries."""
+    """Expanded copies, and masks with what is derived from them."""
     expanded = masks = 0
     for chunk in local_parameters(model, parallel, plan, stage):
         for parameter in (q for q in chunk if q.expands_to):
             weight = plan.weights[parameter.name]
-            expanded += width * parameter.expands_to
-            masks += weight.chunks // parallel.tensor * math.ceil(math.prod(weight.chunk_shape) / 8)
-            masks += parameter.elements * (4 if on_gpu else 8)
+            expanded += width * parameter.expands_to * plan.keeps_copy(parameter.name, on_gpu)
+            chunks, entries = weight.chunks // parallel.tensor, math.prod(weight.chunk_shape)
+            masks += chunks * math.ceil(entries / 8)
+            masks += chunks * 4 * math.ceil(entries / SPAN) if on_gpu else 8 * parameter.elements
+            if on_gpu and plan.multiplies_blocks(parameter.name):
+                masks += 2 * 4 * parameter.elements // weight.block**2
     return expanded, masks
 
 

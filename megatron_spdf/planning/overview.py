@@ -110,7 +110,7 @@ def _flops(recipe: Recipe, plan: Plan) -> list[dict[str, Any]]:
         "training, active weights": mean_flops(phases),
         "the same, causal attention": mean_flops(phases, "causal"),
         f"executed (expanded, causal, recompute {recipe.train.recompute})":
-            training_flops(model, length, None, "causal", recipe.train.recompute),
+            training_flops(model, length, plan.on_blocks, "causal", recipe.train.recompute),
     }
     return [{"what": what, **asdict(f), "total": f.total, "run": f.total * tokens} for what, f in kinds.items()]
 
@@ -119,7 +119,8 @@ def _row(candidate: Candidate, request: Request) -> dict[str, Any]:
     recipe = candidate.recipe
     p, seconds = recipe.parallel, candidate.time.total
     hours = recipe.steps * seconds / 3600
-    executed = training_flops(recipe.model, recipe.train.sequence_length).total  # as the log counts MFU
+    length, skipped = recipe.train.sequence_length, request.plan.on_blocks
+    executed = training_flops(recipe.model, length, skipped).total  # as the log counts MFU
     rate = candidate.tokens_per_second
     return {
         "tensor": p.tensor, "pipeline": p.pipeline, "data": p.data, "interleave": p.interleave,
@@ -184,7 +185,7 @@ def at_level(recipe: Recipe, level: float) -> Recipe:
 def _levels(plan: Plan) -> list[float | None]:
     """Sparsities to compare; None stands for the recipe's own where it is not a level of all block weights."""
     own = {w.level for w in plan.weights.values()}
-    uniform = len(own) <= 1
+    uniform = len(own) <= 1 and not any(w.block for w in plan.weights.values())
     return sorted({*LEVELS, *(own if uniform else ())}) + ([] if uniform else [None])
 
 

@@ -64,7 +64,7 @@ def step_time(recipe: Recipe, plan: Plan, gpu: Gpu, efficiency: float = EFFICIEN
 def _stage_time(recipe: Recipe, plan: Plan, gpu: Gpu, efficiency: float, stage: int) -> StepTime:
     p, many = recipe.parallel, recipe.micro_batches
     rate = gpu.peak(recipe.train.precision) * efficiency
-    forward, backward = (flops / rate for flops in _executed(recipe, stage))
+    forward, backward = (flops / rate for flops in _executed(recipe, plan, stage))
     moved = _bytes_moved(recipe, plan, stage) / gpu.memory_bandwidth
     sent = step_traffic(recipe, plan, stage)
 
@@ -91,11 +91,12 @@ def _stage_time(recipe: Recipe, plan: Plan, gpu: Gpu, efficiency: float, stage: 
     )
 
 
-def _executed(recipe: Recipe, stage: int) -> tuple[float, float]:
-    """FLOPs that a rank executes for one micro-batch, (forward, backward with what is recomputed)."""
+def _executed(recipe: Recipe, plan: Plan, stage: int) -> tuple[float, float]:
+    """FLOPs that a rank executes for one micro-batch, (forward, backward with what is recomputed). Expanded weights
+    cost what dense ones do; blocks cost their active weights, at the rate of dense products, which is an assumption."""
     m, t = recipe.model, recipe.train
     tokens = t.micro_batch * t.sequence_length
-    whole = forward_flops(m, t.sequence_length, None, "causal")  # expanded weights cost what dense ones do
+    whole = forward_flops(m, t.sequence_length, plan.on_blocks, "causal")
     share = tokens / recipe.parallel.tensor
     linear, attention = (share * part * _blocks(recipe) / m.layers for part in (whole.linear, whole.attention))
     logits = share * whole.logits * padded_vocab(m) / m.vocab_size if stage == recipe.parallel.pipeline - 1 else 0.0
@@ -104,11 +105,15 @@ def _executed(recipe: Recipe, stage: int) -> tuple[float, float]:
 
 
 @lru_cache(maxsize=4096)
-def _elements(model: Model, parallel: Parallel, plan: Plan, stage: int) -> tuple[int, int, int]:
-    """(elements of dense parameters, of compact ones, of what these expand to) on a rank."""
+def _elements(model: Model, parallel: Parallel, plan: Plan, stage: int) -> tuple[int, int, int, int]:
+    """(elements of dense parameters, of compact ones that are expanded, of what these expand to, of compact ones that
+    are multiplied as they are) on a rank."""
     local = [q for chunk in local_parameters(model, parallel, plan, stage) for q in chunk]
-    return (sum(q.elements for q in local if not q.expands_to), sum(q.elements for q in local if q.expands_to),
-            sum(q.expands_to for q in local))
+    blocks = {q.name for q in local if q.expands_to and plan.multiplies_blocks(q.name)}
+    return (sum(q.elements for q in local if not q.expands_to),
+            sum(q.elements for q in local if q.expands_to and q.name not in blocks),
+            sum(q.expands_to for q in local if q.name not in blocks),
+            sum(q.elements for q in local if q.name in blocks))
 
 
 def _bytes_moved(recipe: Recipe, plan: Plan, stage: int) -> float:
@@ -119,10 +124,11 @@ def _bytes_moved(recipe: Recipe, plan: Plan, stage: int) -> float:
     moved = forward * (3 + (recipe.train.recompute == "full"))
     if stage == p.pipeline - 1:
         moved += LOGIT_PASSES * 4 * size.tokens * padded_vocab(m) // p.tensor
-    # Weight gradients are written, and read to be added to the fp32 buffer; those of sparse weights are written dense
-    # and read at the active positions first.
-    dense, active, whole = _elements(m, p, plan, stage)
-    return moved + (2 * size.width + 8) * (dense + active) + size.width * whole + (4 + size.width) * active
+    # Weight gradients are written, and read to be added to the fp32 buffer; those of sparse weights are written dense,
+    # and read with the mask's bits, of which hardly a sector has no active entry; those of blocks are only added.
+    dense, active, whole, blocks = _elements(m, p, plan, stage)
+    moved += (2 * size.width + 8) * dense + 8 * (active + blocks) + (2 * size.width + 1 / 8) * whole
+    return moved + (2 * _expand_once(recipe, plan, stage) if plan.expand == "layer" else 0.0)
 
 
 def _blocks(recipe: Recipe) -> int:
@@ -131,10 +137,15 @@ def _blocks(recipe: Recipe) -> int:
 
 
 def _expand_bytes(recipe: Recipe, plan: Plan, stage: int) -> float:
-    """Once a step: zeros, then positions widened to eight bytes and values scattered."""
-    _, active, whole = _elements(recipe.model, recipe.parallel, plan, stage)
+    """Of the copies that are kept for a step."""
+    return _expand_once(recipe, plan, stage) if plan.expand == "step" else 0.0
+
+
+def _expand_once(recipe: Recipe, plan: Plan, stage: int) -> float:
+    """Values and the mask's bits are read, dense weights written."""
+    _, active, whole, _ = _elements(recipe.model, recipe.parallel, plan, stage)
     width = Sizes.of(recipe).width
-    return width * whole + (4 + 8 + 8 + 2 * width) * active
+    return width * (whole + active) + whole / 8
 
 
 def _wire_seconds(kind: str, operation: str, payload: int, recipe: Recipe, gpu: Gpu) -> float:

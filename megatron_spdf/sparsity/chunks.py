@@ -2,10 +2,34 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_spdf.sparsity.blocks import draw_block_mask
+from megatron_spdf.sparsity.masks import draw_mask
 from megatron_spdf.sparsity.plan import SparseWeight
+
+
+def planned_mask(planned: SparseWeight, seed: int, chunk: int) -> np.ndarray:
+    """The mask that the plan draws for one chunk: (entries,) bool, in row-major order."""
+    if planned.block is None:
+        return draw_mask(seed, planned.name, chunk, math.prod(planned.chunk_shape), planned.active_per_chunk)
+    grid = draw_block_mask(seed, planned.name, chunk, planned.grid, planned.per_row)
+    return grid.repeat(planned.block, 0).repeat(planned.block, 1).reshape(-1)
+
+
+def is_balanced(masks: np.ndarray, planned: SparseWeight) -> bool:
+    """Whether masks of chunks, (chunks, entries) bool, are of balanced blocks as planned; without blocks any are."""
+    if planned.block is None:
+        return True
+    (rows, columns), size = planned.grid, planned.block
+    inside = masks.reshape(len(masks), rows, size, columns, size).sum((2, 4), dtype=np.int64)
+    active = inside > 0
+    return bool((inside[active] == size**2).all() and (active.sum(2) == planned.per_row).all()
+                and (active.sum(1) == planned.per_row * rows // columns).all())
 
 
 def chunk_of(weight: Tensor, planned: SparseWeight, number: int) -> Tensor:

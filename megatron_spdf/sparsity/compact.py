@@ -2,7 +2,8 @@
 
 `module.parametrizations.weight.original` is the parameter, (chunks of this rank, active per chunk): two axes, so
 that Megatron-Core decays it like the matrix it is, and cut along the first by tensor parallelism like any weight.
-`module.weight` is computed from it.
+`module.weight` is computed from it, and the layer multiplies with that; or, where the layer's product knows how to,
+with the values themselves (`product.py`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,23 +20,27 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from megatron_spdf import kernels
-from megatron_spdf.sparsity.masks import draw_mask
+from megatron_spdf.kernels import Blocks, Mask
+from megatron_spdf.sparsity.chunks import is_balanced, planned_mask
 from megatron_spdf.sparsity.plan import SparseWeight
+from megatron_spdf.sparsity.product import BlockProduct, Product, add_gradient, choose_product, multiply_values
+
+Expand = Literal["step", "layer", "always"]
 
 
 class _Expand(torch.autograd.Function):
     """Dense weight from compact values; backward cuts the dense gradient to the active positions."""
 
     @staticmethod
-    def forward(ctx, values: Tensor, index: Tensor, shape: tuple[int, int]) -> Tensor:
+    def forward(ctx, values: Tensor, mask: Mask) -> Tensor:
         # On ctx, not in save_for_backward: one expansion serves all micro-batches of a step, and saved tensors
         # would be freed by the backward of the first.
-        ctx.index, ctx.values_shape = index, values.shape
-        return kernels.expand(values, index, shape)
+        ctx.values, ctx.mask = values, mask
+        return kernels.expand(values, mask)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        return kernels.compress(grad, ctx.index).view(ctx.values_shape), None, None
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return add_gradient(ctx.values, lambda out: kernels.compress(grad, ctx.mask, out)), None
 
 
 class CompactWeight(nn.Module):
@@ -45,55 +51,83 @@ class CompactWeight(nn.Module):
         seed: of the masks.
         rank, world: of the tensor-parallel group; the rank holds chunks [rank, rank + 1) * C / world.
         device: where the weight lives; on the meta device nothing is drawn and buffers have shapes only.
+        product: multiplies with the values without a dense weight, if any does.
+
+    Attributes:
+        passing: `forward` hands the values on as they are, to the product of the layer that is running.
     """
 
     mask_bits: Tensor  # (local chunks, ceil(entries per chunk / 8)) uint8, numpy.packbits order
     index: Tensor
 
-    def __init__(self, weight: SparseWeight, seed: int, rank: int, world: int, device: torch.device | str):
+    def __init__(self, weight: SparseWeight, seed: int, rank: int, world: int, device: torch.device | str,
+                 product: Product | None = None):
         super().__init__()
         assert weight.chunks % world == 0, (weight, world)
         local = weight.chunks // world
         numel, k = math.prod(weight.chunk_shape), weight.active_per_chunk
-        self.planned = weight
+        self.planned, self.product, self.passing = weight, product, False
         self.shape = _local_shape(weight, world)
         self.values_shape = (local, k)
         if torch.device(device).type == "meta":
             bits = torch.empty((local, math.ceil(numel / 8)), dtype=torch.uint8, device=device)
         else:
-            masks = [draw_mask(seed, weight.name, rank * local + c, numel, k) for c in range(local)]
+            masks = [planned_mask(weight, seed, rank * local + c) for c in range(local)]
             bits = torch.from_numpy(np.packbits(masks, axis=1)).to(device)
         self.register_buffer("mask_bits", bits)
         self.index_mask()
 
     def index_mask(self) -> None:
-        """Derives `index` from `mask_bits`: at the start, and where a checkpoint brought another mask.
+        """Derives what the kernels use from `mask_bits`: at the start, and where a checkpoint brought another mask.
 
         Raises:
-            ValueError: the mask has another density than planned.
+            ValueError: the mask has another density than planned, or other blocks.
         """
-        planned, (local, k) = self.planned, self.values_shape
-        if self.mask_bits.is_meta:
-            positions = torch.empty(local * k, dtype=torch.int64, device="meta")
-        else:
-            positions = torch.from_numpy(_positions(self._masks(), planned, local))
-        self.register_buffer("index", kernels.make_index(positions, self.mask_bits.device), persistent=False)
+        planned = self.planned
+        if not self.mask_bits.is_meta:
+            self._check_masks()
+        index = kernels.make_index(self.mask_bits, planned.chunk_shape, planned.axis)
+        self.register_buffer("index", index, persistent=False)
+        if isinstance(self.product, BlockProduct):
+            blocks = self._find_blocks()
+            self.register_buffer("block_columns", blocks.columns, persistent=False)
+            self.register_buffer("block_entries", blocks.entries, persistent=False)
 
-    def _masks(self) -> np.ndarray:
-        """(local chunks, entries per chunk) bool, off the packed bits and held to the plan."""
+    def _check_masks(self) -> None:
+        """Holds the packed bits to the plan."""
         k = self.values_shape[1]
         masks = np.unpackbits(self.mask_bits.cpu().numpy(), axis=1, count=math.prod(self.planned.chunk_shape))
         counts = masks.sum(axis=1, dtype=np.int64).tolist()
         if any(count != k for count in counts):
             raise ValueError(f"the chunks of {self.planned.name} have {counts} active entries in their masks instead "
                              f"of {k} each; use another checkpoint")
-        return masks.astype(bool)
+        if not is_balanced(masks, self.planned):
+            raise ValueError(f"the masks of {self.planned.name} are not of blocks of {self.planned.block}, equally "
+                             "many in every row and column; use another checkpoint")
+
+    def _find_blocks(self) -> Blocks:
+        planned = self.planned
+        if not self.mask_bits.is_meta:
+            return kernels.find_blocks(self.mask_bits, planned.chunk_shape, planned.axis, planned.block)
+        blocks = self.values_shape[0] * planned.active_per_chunk // planned.block**2
+        rows, columns = (n // planned.block for n in self.shape)
+        tables = (self.mask_bits.new_empty((n, blocks // n), dtype=torch.int32) for n in (rows, columns))
+        return Blocks(planned.block, planned.per_row, *tables)
+
+    @property
+    def mask(self) -> Mask:
+        """For the kernels."""
+        planned, blocks = self.planned, None
+        if hasattr(self, "block_columns"):
+            blocks = Blocks(planned.block, planned.per_row, self.block_columns, self.block_entries)
+        return Mask(self.mask_bits, self.index, self.shape, planned.chunk_shape, planned.axis, self.values_shape[1],
+                    blocks)
 
     def forward(self, values: Tensor) -> Tensor:
-        return _Expand.apply(values, self.index, self.shape)
+        return values if self.passing else _Expand.apply(values, self.mask)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        return kernels.compress(weight, self.index).view(self.values_shape)
+        return kernels.compress(weight, self.mask)
 
 
 def _local_shape(weight: SparseWeight, world: int) -> tuple[int, int]:
@@ -101,28 +135,26 @@ def _local_shape(weight: SparseWeight, world: int) -> tuple[int, int]:
     return (out // world, inputs) if weight.axis == 0 else (out, inputs // world)
 
 
-def _positions(masks: np.ndarray, weight: SparseWeight, local: int) -> np.ndarray:
-    """Row-major positions in this rank's shard of the active entries, chunk after chunk: (local * k,) int64."""
-    rows, columns = weight.chunk_shape
-    positions = []
-    for chunk, mask in enumerate(masks):
-        entry = np.flatnonzero(mask)
-        if weight.axis == 0:
-            positions.append(chunk * rows * columns + entry)
-        else:
-            positions.append(entry // columns * (columns * local) + chunk * columns + entry % columns)
-    return np.concatenate(positions)
+def sparsify(
+    module: nn.Module, weight: SparseWeight, seed: int, rank: int, world: int, expand: Expand = "step"
+) -> None:
+    """Makes `module.weight` compact: from here on the module's parameter is the vector of active values.
 
-
-def sparsify(module: nn.Module, weight: SparseWeight, seed: int, rank: int, world: int) -> None:
-    """Makes `module.weight` compact: from here on the module's parameter is the vector of active values."""
+    Args:
+        expand: how the dense weight comes about where no kernel multiplies with the values: once for all the time that
+            `expanded` is entered; for each layer, in forward and again in backward; "always" where the layer reads it,
+            and never a product with the values.
+    """
     dense = module.weight
     marks = dict(vars(dense))  # tensor_model_parallel, partition_dim, ...: Megatron-Core reads them off parameters
-    compact = CompactWeight(weight, seed, rank, world, dense.device)
+    product = choose_product(weight, dense, expand) if hasattr(module, "_forward_impl") else None
+    compact = CompactWeight(weight, seed, rank, world, dense.device, product)
     assert tuple(dense.shape) == compact.shape, (weight.name, tuple(dense.shape), compact.shape)
     parametrize.register_parametrization(module, "weight", compact, unsafe=True)
     for key, value in marks.items():
         setattr(module.parametrizations.weight.original, key, value)
+    if product is not None:
+        multiply_values(module, compact)
     module.sharded_state_dict = types.MethodType(_sharded_state_dict, module)
 
 
@@ -141,14 +173,16 @@ def densify(model: nn.Module) -> None:
     for module in list(sparse_modules(model)):
         marks = dict(vars(module.parametrizations.weight.original))
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
-        del module.sharded_state_dict
+        for own in {"sharded_state_dict", "forward", "_forward_impl"} & vars(module).keys():
+            delattr(module, own)
         for key, value in marks.items():
             setattr(module.weight, key, value)
 
 
 @contextmanager
 def expanded(model: nn.Module, at_once: bool = True) -> Iterator[None]:
-    """Expands every compact weight once and keeps the copies until the context ends.
+    """Expands every compact weight once and keeps the copies until the context ends, but for layers that multiply with
+    the values.
 
     Args:
         at_once: on entry and not on first use. With full recomputation the first use is inside a no_grad forward, and
@@ -158,7 +192,8 @@ def expanded(model: nn.Module, at_once: bool = True) -> Iterator[None]:
     with parametrize.cached():
         if at_once:
             for module in sparse_modules(model):
-                _ = module.weight
+                if compact_of(module).product is None:
+                    _ = module.weight
         yield
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import fnmatch
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 from megatron_spdf.config.recipe import Sparsity
 from megatron_spdf.model.weights import Weight
+from megatron_spdf.sparsity.blocks import balanced_parts, block_chunks, multiplied
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class SparseWeight:
         axis: the axis that tensor parallelism, and so the chunks, cut.
         chunks: number of chunks C; every tensor-parallel degree that divides C keeps the chunks whole.
         level: the sparsity asked for.
+        block: size of the blocks that are active or zero as a whole, balanced in each chunk; None: entries are.
     """
 
     name: str
@@ -27,6 +30,7 @@ class SparseWeight:
     axis: int
     chunks: int
     level: float
+    block: int | None = None
 
     @property
     def chunk_shape(self) -> tuple[int, int]:
@@ -40,7 +44,24 @@ class SparseWeight:
     @property
     def active_per_chunk(self) -> int:
         """Exact number of active entries k of each chunk."""
-        return max(1, round((1.0 - self.level) * math.prod(self.chunk_shape)))
+        entries = math.prod(self.chunk_shape)
+        if self.block is None:
+            return max(1, round((1.0 - self.level) * entries))
+        active, parts = balanced_parts(self.grid, self.level)
+        return entries // parts * active
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Blocks of a chunk, (block rows, block columns)."""
+        assert self.block is not None, self.name
+        rows, columns = self.chunk_shape
+        return rows // self.block, columns // self.block
+
+    @property
+    def per_row(self) -> int:
+        """Active blocks of a block row of a chunk."""
+        active, parts = balanced_parts(self.grid, self.level)
+        return self.grid[1] // parts * active
 
     @property
     def active(self) -> int:
@@ -48,16 +69,32 @@ class SparseWeight:
 
     @property
     def sparsity(self) -> float:
-        """The sparsity that whole numbers allow, which the measured one must equal."""
+        """The sparsity that whole numbers, or balanced blocks, allow, which the measured one must equal."""
         return 1.0 - self.active / self.numel
 
 
 @dataclass(frozen=True, eq=False)  # a key by identity: the planner asks about one plan at thousands of layouts
 class Plan:
-    """Canonical name -> sparse weight, for the weights that are sparse; `seed` is of the masks."""
+    """Canonical name -> sparse weight, for the weights that are sparse; `seed` is of the masks, `expand` the recipe's
+    `sparsity.expand`."""
 
     seed: int
     weights: dict[str, SparseWeight]
+    expand: str = "step"
+
+    @cached_property
+    def on_blocks(self) -> Plan:
+        """The weights whose zeros a GPU skips; what it executes counts their active entries only."""
+        return Plan(self.seed, {n: w for n, w in self.weights.items() if self.multiplies_blocks(n)}, self.expand)
+
+    def multiplies_blocks(self, name: str) -> bool:
+        """Whether a GPU multiplies with this weight's active blocks alone."""
+        block = self.weights[name].block
+        return block is not None and multiplied(block)
+
+    def keeps_copy(self, name: str, on_gpu: bool) -> bool:
+        """Whether a dense copy of this weight is kept for the step."""
+        return self.expand == "step" and not (on_gpu and self.multiplies_blocks(name))
 
     @property
     def numel(self) -> int:
@@ -78,10 +115,11 @@ def make_plan(sparsity: Sparsity, weights: list[Weight], chunks: int) -> Plan:
 
     Args:
         weights: all parameters of the model; only those marked `linear` can be sparse.
-        chunks: C, the number of query groups: the largest tensor-parallel degree the model allows.
+        chunks: C, the number of query groups: the largest tensor-parallel degree the model allows. Weights of blocks
+            may be cut into fewer, see `blocks.block_chunks`.
 
     Raises:
-        ValueError: a rule that matches nothing that can be sparse.
+        ValueError: a rule that matches nothing that can be sparse, or a weight that blocks do not divide.
     """
     candidates = [w for w in weights if w.linear]
     used: set[int] = set()
@@ -94,9 +132,30 @@ def make_plan(sparsity: Sparsity, weights: list[Weight], chunks: int) -> Plan:
                 used.add(number)
                 break
         if level > 0.0:
-            plan[weight.name] = SparseWeight(weight.name, weight.shape, weight.axis, chunks, level)
+            block = sparsity.block if sparsity.pattern == "block" else None
+            place = weight.name, weight.shape, weight.axis
+            plan[weight.name] = SparseWeight(*place, block_chunks(*place, chunks, level, block), level, block)
     _refuse_idle_rules(sparsity, used, candidates, weights)
-    return Plan(sparsity.seed, plan)
+    return Plan(sparsity.seed, plan, sparsity.expand)
+
+
+def check_tensor(plan: Plan, tensor: int) -> None:
+    """That every tensor-parallel rank holds whole chunks.
+
+    Raises:
+        ValueError: a weight of blocks has too few chunks for that.
+    """
+    for w in plan.weights.values():
+        if w.chunks % tensor:
+            raise ValueError(f"parallel.tensor={tensor} does not divide the {w.chunks} chunks that balanced blocks of "
+                             f"sparsity.block={w.block} leave {w.name} ({w.shape[0]} x {w.shape[1]}) at level "
+                             f"{w.level}; tensor may be a divisor of {_fewest_chunks(plan)}, or take smaller blocks, "
+                             "or a level that is a coarser fraction")
+
+
+def _fewest_chunks(plan: Plan) -> int:
+    """The largest tensor-parallel degree of a plan."""
+    return math.gcd(*(w.chunks for w in plan.weights.values()))
 
 
 def _refuse_idle_rules(sparsity: Sparsity, used: set[int], candidates: list[Weight], weights: list[Weight]) -> None:
@@ -121,10 +180,20 @@ def render_plan(plan: Plan) -> str:
     if not rows:
         return "sparsity plan: dense, every weight is active"
     lines = [f"sparsity plan (mask seed {plan.seed}): {plan.active:,} of {plan.numel:,} block weights active, "
-             f"sparsity {plan.sparsity:.4%}",
+             f"sparsity {plan.sparsity:.4%}{_render_blocks(plan)}",
              f"  {'weight':<48}{'count':>6}{'shape':>16}{'chunks':>8}{'active/chunk':>14}{'sparsity':>11}"]
     for (kind, shape, _), group in rows.items():
         w = group[0]
         lines.append(f"  {kind:<48}{len(group):>6}{f'{shape[0]} x {shape[1]}':>16}{w.chunks:>8}"
                      f"{w.active_per_chunk:>14,}{w.sparsity:>11.4%}")
     return "\n".join(lines)
+
+
+def _render_blocks(plan: Plan) -> str:
+    """What blocks make of the levels asked for; nothing for unstructured masks."""
+    blocks = [w for w in plan.weights.values() if w.block]
+    if not blocks:
+        return ""
+    levels = ", ".join(f"{level:g}" for level in sorted({w.level for w in blocks}))
+    return (f"; balanced blocks of {blocks[0].block} x {blocks[0].block}, to which level {levels} is rounded below; "
+            f"tensor-parallel degrees: divisors of {_fewest_chunks(plan)}")

@@ -145,7 +145,8 @@ class Trainer:
         measured = self.engine.measured_sparsity()
         model, length = recipe.model, self.data.mean_length
         tokens = state.tokens - self.data.consumed(state.step - 1)  # of this step
-        executed = training_flops(model, length).total * tokens / seconds / recipe.parallel.world
+        skipped = self.plan.on_blocks if torch.cuda.is_available() else None
+        executed = training_flops(model, length, skipped).total * tokens / seconds / recipe.parallel.world
         figures = {
             "tokens": state.tokens,
             "loss": result.loss,

@@ -15,7 +15,7 @@ from megatron_spdf.data.finetuning import Completions, tokenise
 from megatron_spdf.data.tokenizer import Tokenizer
 from megatron_spdf.model.weights import model_weights
 from megatron_spdf.planning.memory import render_layout
-from megatron_spdf.sparsity.plan import Plan, make_plan, render_plan
+from megatron_spdf.sparsity.plan import Plan, check_tensor, make_plan, render_plan
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ def prepare(finetune: Finetune, start: WeightSource) -> Prepared:
     train, valid = (tokenise(finetune.data.task, path, split, tokenizer, window) for split in ("train", "validation"))
     recipe = training_recipe(finetune, model, _sparsity(finetune, start), len(train))
     plan = make_plan(recipe.sparsity, model_weights(recipe.model), recipe.model.query_groups)
+    check_tensor(plan, recipe.parallel.tensor)
     return Prepared(
         recipe, plan, tokenizer, train, valid,
         masks=start.masks if plan.weights else drawn_masks(plan),

@@ -45,6 +45,7 @@ def make_recipe(corpus, tmp_path_factory):
         recipe["data"] |= {"train": [corpus], "valid": [corpus]}
         recipe["output"] = output or str(tmp_path_factory.mktemp("run") / "run")
         for name, change in sections.items():
-            recipe[name] = {**recipe.get(name, {}), **change} if isinstance(change, dict) else change
+            before = recipe.get(name, {})
+            recipe[name] = {**before, **change} if isinstance(change, dict) and isinstance(before, dict) else change
         return recipe
     return make

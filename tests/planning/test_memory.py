@@ -33,13 +33,14 @@ LOCAL = 2 * (96 + 44 + 32) + 512 + 128 + 16
 PADDED = 26 * 64 + 128 + 512
 
 
-@pytest.mark.parametrize("on_gpu, position", [(True, 4), (False, 8)])
-def test_bytes_counted_by_hand(recipe, on_gpu, position):
+# On a GPU one count for each of two layers' four weights, whose chunks are shorter than a span; on CPU all positions.
+@pytest.mark.parametrize("on_gpu, derived", [(True, 2 * 4 * 4), (False, 2 * 96 * 8)])
+def test_bytes_counted_by_hand(recipe, on_gpu, derived):
     r = small(recipe, zero_stage=0)
     assert LOCAL == 1000
     assert rank_bytes(r, plan_of(r), 0, on_gpu) == RankBytes(
         parameters=2 * 1000, gradients=4 * 1000, master=4 * 1000, moments=8 * 1000, expanded=2 * 2 * 384,
-        masks=2 * (12 + 4 + 16 + 16) + 2 * 96 * position)
+        masks=2 * (12 + 4 + 16 + 16) + derived)
 
 
 def test_padding_counted_by_hand(recipe):
@@ -65,7 +66,7 @@ def test_shards_of_zero_1_hold_every_element_once(recipe, data, pipeline, interl
 
 def test_total_is_the_sum(recipe):
     r = small(recipe, zero_stage=0)
-    assert rank_bytes(r, plan_of(r), 0, True).total == 2000 + 4000 + 12000 + 1536 + 96 + 768
+    assert rank_bytes(r, plan_of(r), 0, True).total == 2000 + 4000 + 12000 + 1536 + 96 + 32
 
 
 def test_fp32_needs_no_master_weights(recipe):
@@ -81,7 +82,7 @@ def test_zero_stages(recipe, stage, each):
     r = small(recipe)
     found = zero_bytes(r, plan_of(r), 0, stage)
     assert found.parameters + found.gradients + found.optimizer == each * 1000
-    assert found.masks == 96 + 768
+    assert found.masks == 96 + 32
     if stage == 3:  # both blocks are gathered, compact values and what they expand to
         assert (found.expanded, found.gathered) == (0, 2 * 2 * (96 + 44 + 32 + 384))
     else:
@@ -152,3 +153,20 @@ def test_layout_is_shown_with_a_row_for_each_stage(recipe):
     text = render_layout(r, plan_of(r))
     assert "8 ranks = tensor 2 x pipeline 2 x data 2" in text
     assert sum(line.strip().startswith("stage ") for line in text.splitlines()) == 2
+
+
+def test_blocks_that_a_gpu_multiplies_are_not_expanded_there(recipe):
+    blocks = {"level": 0.75, "pattern": "block", "block": 16}
+    r = recipe(sparsity=blocks, model={"layers": 1, "ffn_hidden": 64}, train={"precision": "bf16"})
+    gpu, cpu = (rank_bytes(r, plan_of(r), 0, on_gpu) for on_gpu in (True, False))
+    active, weights = 6 * 64 * 64 // 4, 6 * 64 * 64
+    assert (gpu.expanded, cpu.expanded) == (0, 2 * weights)
+    # One chunk a weight: counts for 12, 4, 4 and 4 spans of 1024 entries, and two tables of 24 active blocks.
+    assert gpu.masks == weights // 8 + 4 * 24 + 2 * 4 * 24
+    assert cpu.masks == weights // 8 + 8 * active
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "block"])
+def test_expanding_layer_by_layer_keeps_no_copy(recipe, pattern):
+    r = recipe(sparsity={"level": 0.75, "pattern": pattern, "block": 8, "expand": "layer"})
+    assert [rank_bytes(r, plan_of(r), 0, on_gpu).expanded for on_gpu in (True, False)] == [0, 0]

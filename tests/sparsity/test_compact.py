@@ -111,7 +111,7 @@ def test_gradient_is_that_of_an_explicitly_masked_weight(weight):
 def test_gradcheck(weight, world):
     compact = compacts(weight, world)[-1]
     values = torch.randn(compact.values_shape, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda v: _Expand.apply(v, compact.index, compact.shape), (values,))
+    assert torch.autograd.gradcheck(lambda v: _Expand.apply(v, compact.mask), (values,))
 
 
 WEIGHT = SparseWeight("layer.weight", (8, 12), 0, 2, 0.75)

@@ -1,0 +1,110 @@
+"""Expand and compress in Triton, driven by the mask's bits: one pass over the bytes that must move, no positions.
+
+A program takes a span of a chunk's entries. How many active entries come before the span is stored (four bytes a
+span); how many come before an entry within it follows from its bits.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron_spdf.kernels.mask import DTYPES, SPAN, Mask
+
+NAME = f"triton {triton.__version__}"
+
+
+def make_index(bits: Tensor, chunk_shape: tuple[int, int], axis: int) -> Tensor:
+    """Active entries of a chunk before each span of `SPAN` entries: (chunks, spans) int32."""
+    ones = torch.tensor([byte.bit_count() for byte in range(256)], dtype=torch.int32, device=bits.device)
+    width = SPAN // 8
+    spans = triton.cdiv(bits.shape[1], width)
+    padded = torch.nn.functional.pad(bits, (0, spans * width - bits.shape[1]))
+    count = ones[padded.int()].view(len(bits), spans, width).sum(-1)
+    return (count.cumsum(-1) - count).int()
+
+
+def supports(mask: Mask, *tensors: Tensor) -> bool:
+    """Places in a weight are counted in 32 bits."""
+    small = mask.shape[0] * mask.shape[1] < 2**31 and mask.index.dim() == 2
+    return small and all(t.dtype in DTYPES for t in tensors)
+
+
+def expand(values: Tensor, mask: Mask) -> Tensor:
+    """The dense weight (out, in): active values at their positions, zero elsewhere."""
+    dense = torch.empty(mask.shape, dtype=values.dtype, device=values.device)
+    _expand[_grid(mask)](values.contiguous(), mask.bits, mask.index, dense, *_geometry(mask, dense), SPAN=SPAN)
+    return dense
+
+
+def compress(dense: Tensor, mask: Mask, out: Tensor | None = None) -> Tensor:
+    """The entries of a dense weight, or of its gradient, at the active positions: (chunks, active per chunk).
+
+    Args:
+        dense: (out, in), of any strides.
+        out: contiguous; what they are added to, in place, in its own precision.
+    """
+    adds = out is not None
+    if out is None:
+        out = torch.empty((mask.chunks, mask.active), dtype=dense.dtype, device=dense.device)
+    assert out.is_contiguous() and out.numel() == mask.chunks * mask.active, (out.shape, mask.shape)
+    _compress[_grid(mask)](dense, mask.bits, mask.index, out, *_geometry(mask, dense), SPAN=SPAN, ADDS=adds)
+    return out
+
+
+def _grid(mask: Mask) -> tuple[int, int]:
+    return mask.index.shape[1], mask.chunks
+
+
+def _geometry(mask: Mask, dense: Tensor) -> tuple[int, ...]:
+    """Bytes of a chunk's mask, entries, columns and active entries of a chunk; strides of the dense weight's rows,
+    columns and chunks."""
+    chunk = mask.chunk_shape[mask.axis] * dense.stride(mask.axis)
+    return (mask.bits.shape[1], mask.entries, mask.chunk_shape[1], mask.active, dense.stride(0), dense.stride(1), chunk)
+
+
+@triton.jit
+def _ones(byte):
+    """Bits set in each byte."""
+    byte = byte - ((byte >> 1) & 0x55)
+    byte = (byte & 0x33) + ((byte >> 2) & 0x33)
+    return (byte + (byte >> 4)) & 0x0F
+
+
+@triton.jit
+def _span(bits, counts, row_bytes, SPAN: tl.constexpr):
+    """Of this program's entries, (SPAN / 8, 8): number in the chunk, whether active, number among the active ones."""
+    chunk = tl.program_id(1).to(tl.int64)
+    place = tl.program_id(0) * (SPAN // 8) + tl.arange(0, SPAN // 8)
+    byte = tl.load(bits + chunk * row_bytes + place, mask=place < row_bytes, other=0).to(tl.int32)
+    ones = _ones(byte)
+    before = tl.load(counts + chunk * tl.num_programs(0) + tl.program_id(0)) + tl.cumsum(ones, 0) - ones
+    bit = tl.arange(0, 8)
+    active = (byte[:, None] >> (7 - bit)[None, :]) & 1
+    number = before[:, None] + _ones(byte[:, None] >> (8 - bit)[None, :])
+    return place[:, None] * 8 + bit[None, :], active == 1, number
+
+
+@triton.jit
+def _expand(values, bits, counts, dense, row_bytes, entries, columns, per_chunk, stride_row, stride_column,
+            stride_chunk, SPAN: tl.constexpr):
+    chunk = tl.program_id(1).to(tl.int64)
+    entry, active, number = _span(bits, counts, row_bytes, SPAN)
+    value = tl.load(values + chunk * per_chunk + number, mask=active, other=0.0)
+    place = entry // columns * stride_row + entry % columns * stride_column
+    tl.store(dense + chunk * stride_chunk + place, value, mask=entry < entries)
+
+
+@triton.jit
+def _compress(dense, bits, counts, out, row_bytes, entries, columns, per_chunk, stride_row, stride_column,
+              stride_chunk, SPAN: tl.constexpr, ADDS: tl.constexpr):
+    chunk = tl.program_id(1).to(tl.int64)
+    entry, active, number = _span(bits, counts, row_bytes, SPAN)
+    place = entry // columns * stride_row + entry % columns * stride_column
+    value = tl.load(dense + chunk * stride_chunk + place, mask=active, other=0.0)
+    out += chunk * per_chunk
+    if ADDS:
+        value = tl.load(out + number, mask=active, other=0.0) + value.to(out.dtype.element_ty)
+    tl.store(out + number, value, mask=active)

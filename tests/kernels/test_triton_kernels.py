@@ -1,0 +1,164 @@
+"""Triton's kernels: products with blocks against float64, and what is done where they cannot serve."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from small_masks import DEVICE, NO_TRITON, TOLERANCE, make_mask, random_chunks, whole
+from torch import Tensor
+
+from megatron_spdf import kernels
+from megatron_spdf.kernels import torch_reference
+
+triton = pytest.importorskip("triton", reason=NO_TRITON)
+from megatron_spdf.kernels import triton_blocks, triton_compact  # noqa: E402
+
+each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+
+
+def test_trial_accepts_the_kernels_and_nothing_that_computes_otherwise(monkeypatch):
+    kernels._try_out(triton_compact, torch.device(DEVICE))
+    monkeypatch.setattr(triton_compact, "compress", lambda dense, mask, out: out)
+    with pytest.raises(RuntimeError, match="something else than PyTorch"):
+        kernels._try_out(triton_compact, torch.device(DEVICE))
+
+
+def test_what_kernels_do_not_take_goes_to_pytorch_with_one_line(monkeypatch, caplog):
+    monkeypatch.setattr(kernels, "implementation", lambda device: (triton_compact, triton_compact.NAME))
+    kernels._say_once.cache_clear()
+    mask = make_mask(random_chunks(2, 5, 7, 11), 1, triton_compact)
+    dense = torch.randn(mask.shape, dtype=torch.float64, device=DEVICE)
+    for _ in range(2):
+        values = kernels.compress(dense, mask)
+        assert torch.equal(kernels.compress(kernels.expand(values, mask), mask), values)
+    assert values.dtype is torch.float64 and len(caplog.records) == 1
+    assert "10 x 7" not in caplog.text and "5 x 14 of torch.float64 is not for the kernels" in caplog.text
+
+
+def test_a_gpu_on_which_triton_fails_is_served_by_pytorch(monkeypatch):
+    def fails(module, device):
+        raise RuntimeError("no ptxas\nat all")
+
+    monkeypatch.setattr(kernels, "_try_out", fails)
+    for chosen in (kernels.implementation, kernels.block_products):
+        chosen.cache_clear()
+    module, name = kernels.implementation("cuda")
+    assert module is torch_reference
+    assert name == "torch, since triton does not work here (RuntimeError: no ptxas)"
+    assert kernels.block_products("cuda", 64, torch.bfloat16) == (None, "expanded and multiplied as dense weights")
+    for chosen in (kernels.implementation, kernels.block_products):
+        chosen.cache_clear()
+
+
+@pytest.mark.parametrize(("size", "dtype", "taken"), [
+    (16, torch.bfloat16, True), (128, torch.float32, True), (8, torch.bfloat16, False), (48, torch.float16, False),
+    (256, torch.bfloat16, False), (64, torch.float64, False)])
+def test_blocks_that_kernels_do_not_take_are_expanded(monkeypatch, size, dtype, taken):
+    monkeypatch.setattr(kernels, "implementation", lambda device: (triton_compact, triton_compact.NAME))
+    kernels.block_products.cache_clear()
+    module, name = kernels.block_products("cuda", size, dtype)
+    kernels.block_products.cache_clear()
+    assert (module is triton_blocks) == taken == (name == triton_compact.NAME)
+    assert taken or f"not {size} of {dtype}" in name
+
+
+def random_blocks(chunks: int, grid: tuple[int, int], per_row: int, size: int, seed: int = 0) -> np.ndarray:
+    """Chunks of balanced blocks: a circulant with its rows and columns shuffled."""
+    draw = np.random.default_rng(seed)
+    rows, columns = grid
+    active = np.zeros((chunks, rows, columns), bool)
+    for chunk in active:
+        for row in range(rows):
+            chunk[row, (row * per_row + np.arange(per_row)) % columns] = True
+        chunk[:] = chunk[draw.permutation(rows)][:, draw.permutation(columns)]
+    assert (active.sum(1) == rows * per_row // columns).all()
+    return active.repeat(size, axis=1).repeat(size, axis=2)
+
+
+# chunks, grid of a chunk, active blocks of a block row, size, axis, tokens
+BLOCKS = {
+    "output chunks": (2, (4, 4), 1, 16, 0, 32),
+    "input chunks": (2, (4, 2), 1, 16, 1, 32),
+    "odd number of tokens": (1, (2, 4), 2, 16, 0, 37),
+    "one token": (3, (3, 3), 2, 16, 1, 1),
+    "more than a tile of tokens": (1, (2, 2), 1, 32, 0, 150),
+    "wide": (2, (2, 6), 3, 16, 1, 20),
+    "all active": (2, (2, 3), 3, 16, 1, 16),
+    "64": (1, (2, 2), 1, 64, 0, 70),
+    "128": (1, (1, 2), 2, 128, 0, 40),
+}
+each_blocks = pytest.mark.parametrize("case", BLOCKS.values(), ids=BLOCKS)
+
+
+class Product:
+    """A weight of blocks with its input and the gradient of its output, and what float64 makes of the same numbers."""
+
+    def __init__(self, case, dtype: torch.dtype):
+        chunks, grid, per_row, size, axis, tokens = case
+        active = random_blocks(chunks, grid, per_row, size)
+        self.mask = make_mask(active, axis, triton_compact, size)
+        self.values = torch.randn(self.mask.chunks, self.mask.active, device=DEVICE).to(dtype)
+        self.x = torch.randn(tokens, self.mask.shape[1], device=DEVICE).to(dtype)
+        self.gradient = torch.randn(tokens, self.mask.shape[0], device=DEVICE).to(dtype)
+        self.weight = np.zeros(active.shape)
+        self.weight[active] = self.values.double().cpu().numpy().ravel()
+        self.weight, self.active, self.axis = whole(self.weight, axis), active, axis
+
+    def compact(self, dense: np.ndarray) -> np.ndarray:
+        return np.stack(np.split(dense, len(self.active), self.axis))[self.active]
+
+
+def close(found: Tensor, wanted: np.ndarray) -> None:
+    tolerance = TOLERANCE[found.dtype]
+    error = np.abs(found.double().cpu().numpy().reshape(wanted.shape) - wanted)
+    assert error.max() <= tolerance * max(1.0, np.abs(wanted).max()), error.max()
+
+
+def numbers(tensor: Tensor) -> np.ndarray:
+    return tensor.double().cpu().numpy()
+
+
+@pytest.fixture(autouse=True)
+def dot_of_bf16(monkeypatch):
+    """Triton's interpreter keeps bf16 in uint16, and multiplies these where the GPU multiplies bf16 into fp32."""
+    if DEVICE == "cuda":
+        return
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    dot = InterpreterBuilder.create_dot
+
+    def widened(handle):
+        if handle.dtype != triton.language.bfloat16:
+            return handle
+        return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), triton.language.float32)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot",
+                        lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest))
+
+
+@each_dtype
+@each_blocks
+def test_block_products_are_those_in_float64(case, dtype):
+    torch.manual_seed(1)
+    p = Product(case, dtype)
+    close(triton_blocks.forward(p.x, p.values, p.mask), numbers(p.x) @ p.weight.T)
+    close(triton_blocks.input_gradient(p.gradient, p.values, p.mask), numbers(p.gradient) @ p.weight)
+    close(triton_blocks.weight_gradient(p.gradient, p.x, p.mask), p.compact(numbers(p.gradient).T @ numbers(p.x)))
+
+
+@each_dtype
+def test_weight_gradient_is_added_in_fp32(dtype):
+    p = Product(BLOCKS["input chunks"], dtype)
+    before = torch.randn(p.values.shape, device=DEVICE)
+    out = before.clone()
+    assert triton_blocks.weight_gradient(p.gradient, p.x, p.mask, out) is out
+    close(out, numbers(before).ravel() + p.compact(numbers(p.gradient).T @ numbers(p.x)))
+
+
+def test_inputs_of_block_products_need_not_be_contiguous():
+    p = Product(BLOCKS["output chunks"], torch.float32)
+    x, gradient = p.x.T.contiguous().T, torch.randn(32, 3 * p.mask.shape[0], device=DEVICE)[:, :p.mask.shape[0]]
+    assert torch.equal(triton_blocks.forward(x, p.values, p.mask), triton_blocks.forward(p.x, p.values, p.mask))
+    close(triton_blocks.input_gradient(gradient, p.values, p.mask), numbers(gradient) @ p.weight)
+    close(triton_blocks.weight_gradient(gradient, x, p.mask), p.compact(numbers(gradient).T @ numbers(p.x)))
