@@ -16,6 +16,11 @@ TINY = {
 }
 
 
+def pytest_collection_modifyitems(items):
+    """Slurm's tests wait more than they compute: first, so that they run beside the others."""
+    items.sort(key=lambda item: "slurm" not in item.path.parts)
+
+
 @pytest.fixture
 def recipe(tmp_path):
     """Builds a tiny Recipe; keywords change its sections."""

@@ -330,6 +330,11 @@ class Recipe(Section):
         """What must not change between the starts of one run; layout, logging and the like may."""
         kept = self.model_dump(include={"seed", "model", "parametrization", "base", "sparsity", "phases", "data",
                                         "train", "optimizer"})
+        patterns = [kept["sparsity"], *(phase["sparsity"] for phase in kept["phases"])]
+        for sparsity in patterns:
+            sparsity.pop("expand")
+            if sparsity["pattern"] == "unstructured":
+                sparsity.pop("block")
         if self.phases:  # they say it all
             kept.pop("sparsity")
             for key in SCHEDULE:
@@ -337,9 +342,6 @@ class Recipe(Section):
         if self.parametrization == "standard":
             kept.pop("base")
         kept["model"].pop("preset")
-        kept["sparsity"].pop("expand")
-        if self.sparsity.pattern == "unstructured":
-            kept["sparsity"].pop("block")
         for section, key in (("data", "workers"), ("data", "cache"), ("data", "tokenizer"), ("data", "on_blend_change"),
                              ("train", "micro_batch"), ("train", "recompute")):
             kept[section].pop(key)
