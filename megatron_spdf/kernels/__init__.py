@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from megatron_spdf.kernels import torch_reference
-from megatron_spdf.kernels.mask import LARGEST, SMALLEST, SPAN, Blocks, Mask, find_blocks, multiplies_blocks
+from megatron_spdf.kernels.mask import SPAN, Blocks, Mask, find_blocks, multiplies_blocks
+from megatron_spdf.sparsity.blocks import LARGEST, SMALLEST
 
 __all__ = ["Blocks", "Mask", "adds_gradients", "block_products", "compress", "describe", "expand", "find_blocks",
            "implementation", "make_index", "multiplies_blocks"]

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_spdf.sparsity.blocks import multiplied
+
 SPAN = 1024  # entries of a chunk between two counts of the active ones before
-SMALLEST, LARGEST = 16, 128  # blocks: below, tensor cores have no such tile; above, sums leave the registers
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of Triton's kernels
 
 
 def multiplies_blocks(size: int, dtype: torch.dtype) -> bool:
     """Whether Triton's kernels multiply with blocks of this size and values of this dtype."""
-    return dtype in DTYPES and SMALLEST <= size <= LARGEST and size & (size - 1) == 0
+    return dtype in DTYPES and multiplied(size)
 
 
 @dataclass(frozen=True)

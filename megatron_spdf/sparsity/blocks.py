@@ -18,7 +18,9 @@ from megatron_spdf.sparsity.masks import stream_key
 STREAM = "megatron_spdf block stream 1"
 ROUNDS = 32  # of trades; after few of them nothing is left of the first pattern
 CLOSE, FAR = 0.01, 0.05  # of a level: rounded to without cutting into fewer chunks; refused
-SMALLEST, LARGEST = 16, 128  # blocks that kernels multiply with, in powers of two; others are expanded
+# Blocks that kernels multiply with, in powers of two; others are expanded. Below, tensor cores have no such tile;
+# above, sums leave the registers.
+SMALLEST, LARGEST = 16, 128
 
 
 def multiplied(size: int) -> bool:

@@ -82,12 +82,17 @@ class Cell:
     Attributes:
         labels: axis -> label.
         trials: seed -> its run.
-        recipe: of the first seed's run.
+        recipes: seed -> its recipe.
     """
 
     labels: dict[str, str]
     trials: dict[int, Trial]
-    recipe: Recipe
+    recipes: dict[int, Recipe]
+
+    @property
+    def recipe(self) -> Recipe:
+        """Of the first seed's run; the others differ in their seeds alone."""
+        return next(iter(self.recipes.values()))
 
 
 def load_experiment(path: Path) -> Experiment:
@@ -124,8 +129,8 @@ def cells(experiment: Experiment, path: Path, words: list[str]) -> list[Cell]:
         for seed in experiment.seeds:
             output = Path(experiment.output) / name / f"seed={seed}"
             trials[seed] = _trial({**values, "seed": seed, "sparsity.seed": seed}, output, recipe, words)
-        first = trials[experiment.seeds[0]]
-        found.append(Cell(named, trials, load_recipe(recipe, [*words, *first.words])))
+        recipes = {seed: load_recipe(recipe, [*words, *trial.words]) for seed, trial in trials.items()}
+        found.append(Cell(named, trials, recipes))
     return found
 
 
@@ -170,7 +175,7 @@ def results(experiment: Experiment, path: Path, words: list[str]) -> list[dict[s
     for cell in cells(experiment, path, words):
         losses = {}
         for seed, trial in cell.trials.items():
-            loss = loss_of(trial, load_recipe(path.parent / experiment.recipe, [*words, *trial.words]))
+            loss = loss_of(trial, cell.recipes[seed])
             if loss is not None:
                 losses[seed] = loss
         phases = phases_of(cell.recipe)
@@ -195,8 +200,7 @@ def runs(experiment: Experiment, path: Path, words: list[str]) -> Iterator[tuple
     grid = cells(experiment, path, words)
     for seed in experiment.seeds:
         for cell in grid:
-            trial = cell.trials[seed]
-            yield trial, load_recipe(path.parent / experiment.recipe, [*words, *trial.words])
+            yield cell.trials[seed], cell.recipes[seed]
 
 
 def render(experiment: Experiment, rows: list[dict[str, Any]]) -> str:
