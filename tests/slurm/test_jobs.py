@@ -108,13 +108,15 @@ def test_interrupted_in_every_way_equals_straight(cluster, straight, sequence, r
     output = f"disturbed{request.node.callspec.indices['sequence']}"
     deeds = {name: deed if isinstance(deed, str) else "PAUSE" for name, deed in DEEDS.items()}
     faults = " ".join(f"{output}:{phase}:{step}:{rank}:{deeds[name]}" for name, phase, step, rank in sequence)
-    job = cluster.sbatch("pretrain_gpt3xl.sh", "recipe.yaml", f"output={output}", SPDF_FAULTS=faults)
+    # Faults may follow each other without a save between them, which is no crash loop.
+    job = cluster.sbatch("pretrain_gpt3xl.sh", "recipe.yaml", f"output={output}", f"guard.max_starts={len(sequence)}",
+                         SPDF_FAULTS=faults)
     flag = cluster.place / f"{output}-paused"
     for name, phase, step, _ in sequence:
         if isinstance(DEEDS[name], str):
             continue
         where = f"{phase} {step}"
-        cluster.until(lambda where=where: flag.exists() and flag.read_text() == where, where, job)
+        cluster.until(lambda where=where: flag.exists() and flag.read_text() == where, where, job, seconds=600)
         DEEDS[name](cluster, job)
         flag.unlink()
     assert cluster.end_of(job) == ["COMPLETED 0"], cluster.output(job)
