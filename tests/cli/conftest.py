@@ -11,6 +11,7 @@ from unittest.mock import patch
 
 import pytest
 import yaml
+from forked_ranks import FORKED
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -46,9 +47,10 @@ def workplace(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def start(workplace):
-    """Starts pretrain.py in the workplace on some ranks (torchrun), or as one plain process."""
-    def start(*words: str, ranks: int = 0, recipe: str = "recipe.yaml", **environment: str) -> subprocess.Popen:
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
+    """Starts pretrain.py in the workplace, on some ranks or as one plain process."""
+    def start(*words: str, ranks: int = 0, recipe: str = "recipe.yaml", launcher: tuple[str, ...] = FORKED,
+              **environment: str) -> subprocess.Popen:
+        launch = [*launcher, str(ranks)] if ranks else []
         command = [sys.executable, *launch, str(ROOT / "pretrain.py"), recipe, *words]
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore",
                "CUDA_VISIBLE_DEVICES": "", **environment}

@@ -9,51 +9,22 @@ import json
 import os
 import random
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import forked_ranks
 
-import pretrain
-from megatron_spdf.parallel import cpu
-
-cpu.install()
-import megatron_spdf.checkpoint.checkpointer  # noqa: E402, F401
-import megatron_spdf.data.dataset  # noqa: E402, F401
-import megatron_spdf.engine.megatron  # noqa: E402, F401
-import megatron_spdf.training.loop  # noqa: E402, F401
-from megatron_spdf.checkpoint import store  # noqa: E402
+from megatron_spdf.checkpoint import store
 
 RANKS = 2
 PATIENCE = 90  # seconds for the rank that is left to notice: the recipe's limits, and what a busy machine adds
 
 
-def start(recipe: str, output: str) -> list[int]:
+def start(module, recipe: str, output: str) -> list[int]:
     """Forks the ranks of a run; their output is appended to OUTPUT.txt."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return [_fork(recipe, output, rank, port) for rank in range(RANKS)]
-
-
-def _fork(recipe: str, output: str, rank: int, port: int) -> int:
-    pid = os.fork()
-    if pid:
-        return pid
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port)}
-    said = os.open(f"{output}.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    os.dup2(said, 1)
-    os.dup2(said, 2)
-    sys.argv = ["pretrain.py", recipe, f"output={output}", "parallel.tensor=2"]
-    code = 1
-    try:
-        code = pretrain.main()
-    finally:
-        sys.stdout.flush()
-        os._exit(code)
+    words, port = [recipe, f"output={output}", "parallel.tensor=2"], forked_ranks.free_port()
+    return [forked_ranks.fork(module, words, rank, RANKS, port, said=f"{output}.txt") for rank in range(RANKS)]
 
 
 def reap(pids: list[int], patience: float) -> list[int | None]:
@@ -72,20 +43,20 @@ def main() -> None:
     recipe, kills, seed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     chance = random.Random(seed)
     found = {"kills": 0, "of one rank": 0, "while saving": 0, "hung": 0, "runs": []}
-    finished = True
+    finished, module = True, forked_ranks.load("pretrain")
     while found["kills"] < kills or not finished:
         if finished:
             found["runs"].append(f"killed{len(found['runs'])}")
         output = found["runs"][-1]
-        finished = run_once(recipe, output, chance, found, disturb=found["kills"] < kills)
+        finished = run_once(module, recipe, output, chance, found, disturb=found["kills"] < kills)
         for checkpoint in store.visible(Path(output) / "checkpoints"):
             store.verify(checkpoint)
     print(json.dumps(found))
 
 
-def run_once(recipe: str, output: str, chance: random.Random, found: dict, disturb: bool) -> bool:
+def run_once(module, recipe: str, output: str, chance: random.Random, found: dict, disturb: bool) -> bool:
     """One start of a run, killed at a random moment unless it ends before; returns whether it ended."""
-    pids = start(recipe, output)
+    pids = start(module, recipe, output)
     limit = chance.uniform(0.2, 5.0) if disturb else 300.0
     begun = time.monotonic()
     while time.monotonic() < begun + limit:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from forked_ranks import TORCHRUN
 
 pytestmark = pytest.mark.slow
 
@@ -39,7 +40,8 @@ def wait_for(run: Path, step: int, process) -> None:
 def straight(start, workplace):
     """An undisturbed run on two tensor-parallel ranks."""
     before = {p for p in workplace.rglob("*")}
-    out = finish(start("output=straight", "parallel.tensor=2", ranks=2, HOME=str(workplace / "home")))
+    out = finish(start("output=straight", "parallel.tensor=2", ranks=2, launcher=TORCHRUN,
+                       HOME=str(workplace / "home")))
     return workplace / "straight", out, {p.relative_to(workplace).parts[0] for p in workplace.rglob("*")
                                          if p not in before}
 
@@ -95,7 +97,7 @@ def test_stopped_twice_by_a_signal_equals_straight(straight, start, workplace, w
     for step, number in ((5, signal.SIGTERM), (13, signal.SIGTERM)):
         process = start(f"output={run.name}", "parallel.tensor=2", f"data.workers={workers}", ranks=2)
         wait_for(run, step, process)
-        process.send_signal(number)  # torchrun passes SIGTERM on to its ranks
+        process.send_signal(number)  # launchers pass SIGTERM on to their ranks
         process.communicate(timeout=120)
         saved = max(p.name for p in (run / "checkpoints").iterdir())
         assert step <= int(saved.removeprefix("step_")) < step + 8 and not saved.endswith("partial")
@@ -126,7 +128,7 @@ def test_killed_at_any_moment_resumes_and_equals_straight(straight, start, workp
 
 
 def kill_tree(process) -> None:
-    """kill -9 to torchrun and everything it started: stopped first, so that nothing new is born meanwhile."""
+    """kill -9 to the launcher and everything it started: stopped first, so that nothing new is born meanwhile."""
     root = psutil.Process(process.pid)
     victims = {root}
     for signalled in (psutil.Process.suspend, psutil.Process.kill):
@@ -157,7 +159,7 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(straight, start, small_disk
     resize(bytes_of_one * 3 // 2 // 1024)
     words = (f"output={place / 'run'}", "parallel.tensor=2", "log.tensorboard=false",
              f"data.cache={straight[0].parent / 'index'}")  # the disk is for checkpoints
-    out = finish(start(*words, "checkpoint.every=4", ranks=2), code=1)  # torchrun's, of a rank that ended with 3
+    out = finish(start(*words, "checkpoint.every=4", ranks=2), code=1)  # the launcher's, of a rank that ended with 3
     assert out.count("could NOT save") == 2 and "rank" in out and "bytes are free" in out
     assert "the last 2 saves failed" in out and "make room" in out
     assert [p.name for p in (place / "run" / "checkpoints").iterdir()] == ["step_00000004"]

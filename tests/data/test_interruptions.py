@@ -31,10 +31,10 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory) -> list[Path]:
-    """Six shards of about 2 MB of text, of all formats."""
+    """Six shards of about 1 MB of text, of all formats."""
     directory = tmp_path_factory.mktemp("shards")
     suffixes = ("jsonl", "jsonl.gz", "jsonl.zst") * 2
-    return [write_shard(directory / f"{i}.{suffix}", records(1500, seed=i)) for i, suffix in enumerate(suffixes)]
+    return [write_shard(directory / f"{i}.{suffix}", records(800, seed=i)) for i, suffix in enumerate(suffixes)]
 
 
 class Killed(BaseException):
