@@ -92,8 +92,7 @@ def train(finetune: Finetune, start: WeightSource, prepared: Prepared, ranks: Ra
                             recipe.model.query_groups)
     try:
         engine = make_engine(recipe, plan, device, weights)
-        if ranks.rank == 0:
-            run.claim()
+        run.claim_together()
         checkpointer = Checkpointer(run.checkpoints, recipe, plan, prepared.tokenizer)
         checkpointer.masks, checkpointer.origin = prepared.masks, prepared.origin
         state, found = checkpointer.restore(engine)

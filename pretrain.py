@@ -18,7 +18,8 @@ import sys
 
 import torch
 
-from megatron_spdf.checkpoint.store import newest_step
+from megatron_spdf.checkpoint.shared import Unshared, newest_of_all
+from megatron_spdf.checkpoint.store import step_of
 from megatron_spdf.config import load_recipe, render_recipe
 from megatron_spdf.config.help import render_help
 from megatron_spdf.data.corpus import Corpus, check_corpus
@@ -91,11 +92,14 @@ def pretrain(phases: list[RunPhase], ranks: Ranks, run: RunDir, corpus: Corpus, 
     """Does the phases that are left of a run, each from the last checkpoint of the one before."""
     code = exit_codes.FINISHED
     try:
-        for phase in phases_left(phases, newest_step(run.checkpoints)):
+        newest = newest_of_all(run.checkpoints)
+        for phase in phases_left(phases, step_of(newest) if newest else 0):
             if code == exit_codes.FINISHED:
                 code = pretrain_phase(phase, ranks, run, corpus, summary, stop, device)
                 summary = ""
         return code
+    except Unshared as error:
+        return refuse(error)
     finally:
         leave()
 
@@ -115,8 +119,7 @@ def pretrain_phase(phase: RunPhase, ranks: Ranks, run: RunDir, corpus: Corpus, s
     recipe, plan = phase.recipe, phase.plan
     try:
         engine = make_engine(phase.alone, plan, device)
-        if ranks.rank == 0:
-            run.claim()
+        run.claim_together()
         checkpointer = Checkpointer(run.checkpoints, recipe, plan, corpus.tokenizer)
         state, found = checkpointer.restore(engine, border=phase.first)
     except ValueError as error:

@@ -198,7 +198,7 @@ contain() { # NAME_OF_FLAGS COMMAND...: $CONTAINED, and what srun needs besides
     CONTAINED=(apptainer exec "${each[@]}" "${mount[@]/#/--bind=}" --pwd "$PWD" "$SPDF_CONTAINER" "$@")
   elif [[ -n $SPDF_CONTAINER ]]; then
     IFS=, read -ra mount <<<"$mounts"
-    for each in "${mount[@]}"; do mounts=${mounts/"$each"/"$each:$each"}; done
+    mounts=$(printf '%s\n' "${mount[@]}" | awk '!seen[$0]++ { printf "%s%s", comma, /:/ ? $0 : $0 ":" $0; comma = "," }')
     srun_flags+=(--container-image="$SPDF_CONTAINER" --container-mounts="$mounts" --container-workdir="$PWD" --no-container-mount-home)
   fi
 }

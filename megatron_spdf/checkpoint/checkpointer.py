@@ -16,6 +16,7 @@ from megatron_spdf.checkpoint import store
 from megatron_spdf.checkpoint.densified import load_densified
 from megatron_spdf.checkpoint.record import INITIAL, drawn_masks, run_record
 from megatron_spdf.checkpoint.saving import Saving
+from megatron_spdf.checkpoint.shared import newest_of_all
 from megatron_spdf.checkpoint.vet import vet_metadata
 from megatron_spdf.config import Recipe, changes_of_run
 from megatron_spdf.data.tokenizer import Tokenizer
@@ -119,18 +120,16 @@ class Checkpointer:
             Where the run stands, and what was found and done, as sentences for the log.
 
         Raises:
-            ValueError: the checkpoint is damaged, holds code, is of another recipe or tokenizer, or has other masks
-                than the plan draws.
+            ValueError: the checkpoint is damaged, holds code, is of another recipe or tokenizer, has other masks than
+                the plan draws, or is not seen by all ranks.
         """
         said = []
         if dist.get_rank() == 0:
             said = [f"discarded {name}, a save that did not finish"
                     for name in store.discard_incomplete(self.directory)]
-        dist.barrier()
-        found = store.visible(self.directory)
-        if not found:
+        newest = newest_of_all(self.directory)
+        if newest is None:
             return RunState(), said
-        newest = found[-1]
         _verify_shared(newest)
         vet_metadata(newest)
         run = json.loads((newest / store.RUN).read_text())

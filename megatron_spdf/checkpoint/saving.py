@@ -27,6 +27,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_spdf.checkpoint import store
+from megatron_spdf.parallel.activity import in_background
 
 WRITERS = 2  # files, and threads that write them, per rank
 T = TypeVar("T")
@@ -65,6 +66,7 @@ class Saving(threading.Thread):
         self._state = mcore_to_pyt_state_dict(flat, is_loading=False)
 
     def run(self) -> None:
+        in_background()
         started = time.perf_counter()
         try:
             self._write()
@@ -81,7 +83,8 @@ class Saving(threading.Thread):
         self._on_first(self._prepare)
         self._write_tensors()
         self._on_first(self._complete_format)
-        shares = self._on_all(self._describe_share)
+        names = self._on_all(lambda: store.files_of(self.partial) if self.group.rank() == 0 else [])[0]
+        shares = self._on_all(lambda: self._describe_share(names))
         files = {name: entry for share in shares for name, entry in sorted(share.items())}
         self._on_first(lambda: store.publish(self.partial, files))
         self._on_first(self.after)
@@ -107,9 +110,12 @@ class Saving(threading.Thread):
         torch.save({}, self.partial / "common.pt")
         self.add_files(self.partial)
 
-    def _describe_share(self) -> dict[str, dict[str, object]]:
-        """Sizes and checksums of this rank's share of all files."""
-        names = store.files_of(self.partial)
+    def _describe_share(self, names: list[str]) -> dict[str, dict[str, object]]:
+        """Sizes and checksums of this rank's share of all files, which are those that rank 0 sees."""
+        unseen = {p.name for p in self.partial.glob(f"__{self.group.rank()}_*")} - set(names)
+        if unseen:
+            raise OSError(f"rank 0 does not see {', '.join(sorted(unseen))} in {self.partial}; the output must be on a "
+                          "file system that all nodes share")
         return {n: store.describe(self.partial / n) for n in names[self.group.rank()::self.group.size()]}
 
     def _on_first(self, action: Callable[[], object]) -> None:

@@ -41,11 +41,6 @@ def visible(directory: Path) -> list[Path]:
     return sorted((p for p in directory.iterdir() if _NAME.fullmatch(p.name)), key=lambda p: p.name)
 
 
-def newest_step(directory: Path) -> int:
-    """Step of a run's newest checkpoint; 0: there is none."""
-    return max(map(step_of, visible(directory)), default=0)
-
-
 def best(directory: Path) -> Path | None:
     """The checkpoint of a run that has the lowest validation loss, where the run keeps it."""
     try:

@@ -33,7 +33,7 @@ def deepspeed_settings(recipe: Recipe) -> dict[str, Any]:
     bf16 = recipe.train.precision == "bf16"
     defaults: dict[str, Any] = {
         "communication_data_type": "fp32",
-        "zero_allow_untested_optimizer": True,  # AdamW with a guard, engine/adamw.py
+        "zero_allow_untested_optimizer": True,  # AdamW with a guard, engine/deepspeed.py
         "zero_force_ds_cpu_optimizer": False,  # it would be compiled on first use
         "bf16": {"check_grad_overflow": True} if bf16 else {},
         "data_types": {"grad_accum_dtype": "fp32"} if bf16 and recipe.parallel.zero_stage else {},

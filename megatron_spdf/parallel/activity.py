@@ -20,8 +20,8 @@ import torch.distributed as dist
 COLLECTIVES = (
     "all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce", "all_reduce_coalesced", "all_to_all",
     "all_to_all_single", "barrier", "batch_isend_irecv", "broadcast", "broadcast_object_list", "gather",
-    "gather_object", "irecv", "isend", "monitored_barrier", "recv", "reduce", "reduce_scatter",
-    "reduce_scatter_tensor", "scatter", "send", "_all_gather_base", "_reduce_scatter_base")
+    "gather_object", "monitored_barrier", "recv", "reduce", "reduce_scatter", "reduce_scatter_tensor", "scatter",
+    "send", "_all_gather_base", "_reduce_scatter_base")  # not isend and irecv: P2POp takes PyTorch's own alone
 
 
 @dataclass
@@ -47,7 +47,6 @@ class Activity:
     moved: float = field(default_factory=time.monotonic)
     blocked_seconds: float = 0.0
     measuring: bool = False
-    _thread: int = 0
     _events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
 
     def enter(self, phase: str, watched: bool = False) -> None:
@@ -55,7 +54,8 @@ class Activity:
         self.phase, self.watched, self.moved = phase, watched, time.monotonic()
 
     def blocked_on_gpu(self) -> float:
-        """Seconds that this rank's stream waited for collectives since the last call; the stream must be idle."""
+        """Seconds that this rank's streams waited for collectives since the last call."""
+        torch.cuda.synchronize()  # parameters may still be gathered
         events, self._events = self._events, []
         return sum(before.elapsed_time(after) for before, after in events) / 1e3
 
@@ -66,10 +66,17 @@ class Activity:
 NOW = Activity()
 
 
+_here = threading.local()
+
+
+def in_background() -> None:
+    """Says that the thread that calls is none of training's; those are the main one and, on a GPU, autograd's."""
+    _here.background = True
+
+
 def observe() -> None:
-    """Wraps the collectives for the rest of the process, to keep NOW for the thread that calls; before megatron.core is
-    imported, which takes some of them by name."""
-    NOW._thread = threading.get_ident()
+    """Wraps the collectives for the rest of the process, to keep NOW; before megatron.core is imported, which takes
+    some of them by name."""
     if hasattr(dist.all_reduce, "observed"):
         return
     for name in COLLECTIVES:
@@ -82,7 +89,7 @@ def _observed(function: Callable, name: str) -> Callable:
     """The function, noting where the training thread is; without a name it is a wait for the collective before."""
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if NOW.inside or threading.get_ident() != NOW._thread:
+        if NOW.inside or getattr(_here, "background", False):
             return function(*args, **kwargs)
         if name:
             NOW.collective, NOW.count = name, NOW.count + 1

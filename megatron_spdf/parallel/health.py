@@ -88,7 +88,7 @@ def _preside(world: int, store: dist.Store, seconds: float) -> dict[str, str]:
             "limit")}
     reports = [Report(**json.loads(store.get(f"report/{r}"))) for r in range(world)]
     asked = time.time()
-    store.set("roll call", json.dumps([r.address for r in reports]))
+    store.set("roll call", json.dumps(addresses(reports)))
     _answer_roll_call(0, store, seconds)
     _wait_for(store, [f"answer/{r}" for r in range(world)], 2 * REACH_SECONDS)
     ended = time.time()
@@ -102,12 +102,21 @@ def _preside(world: int, store: dist.Store, seconds: float) -> dict[str, str]:
         skews.append(min(0.0, answer["clock"] - asked) + max(0.0, answer["clock"] - ended))
         if answer["fault"]:
             there = reports[(report.rank + 1) % world]
+            address = "{}:{}".format(*addresses(reports)[there.rank])
             faults.append(f"rank {report.rank} on {report.host} cannot reach rank {there.rank} on {there.host} at "
-                          f"{there.address[0]}:{there.address[1]} ({answer['fault']})")
+                          f"{address} ({answer['fault']})")
     if faults:
         return {"said": "", "fault": "; ".join(faults) + ". Look at the network between these nodes and their "
                                                          "firewalls; launch/common.sh says which interface is used"}
     return {"said": render(reports, skews, spread), "fault": ""}
+
+
+def addresses(reports: Sequence[Report]) -> list[tuple[str, int]]:
+    """Where each rank can be reached. To a head node that has its own name as a loopback address, as Debian's
+    /etc/hosts has it, the way from there leads to itself; others know it by name."""
+    several = len({r.host for r in reports}) > 1
+    return [(r.host, r.address[1]) if several and r.address[0].startswith("127.") else tuple(r.address)
+            for r in reports]
 
 
 def _await_reports(world: int, store: dist.Store, seconds: float) -> tuple[list[int], tuple[float, int]]:

@@ -199,11 +199,12 @@ class Trainer:
     def _report_validation(self, loss: float, better: bool) -> None:
         if not self.log.active:
             return
-        state, figures = self.state, {"loss": loss, "perplexity": math.exp(loss)}
+        perplexity = math.exp(min(loss, 700.0))  # of a run that diverged, within what a float holds
+        state, figures = self.state, {"loss": loss, "perplexity": perplexity}
         if self.data.valid_tokens_per_byte is not None:
             figures["bits_per_byte"] = bits_per_byte(loss, self.data.valid_tokens_per_byte)
         self.log.record("valid", state.step, **figures)
-        self.log.say(f"step {state.step}: validation loss {loss:.4f}, perplexity {math.exp(loss):.2f}"
+        self.log.say(f"step {state.step}: validation loss {loss:.4f}, perplexity {perplexity:.2f}"
                      + (f", {figures['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in figures else "")
                      + ("" if better else f"; no better than at step {state.best_step}, {state.worse} in a row"))
 

@@ -6,8 +6,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch.distributed as dist
 import yaml
 
+from megatron_spdf.checkpoint.shared import check_shared
 from megatron_spdf.config import Recipe, changes_of_run, save_recipe
 from megatron_spdf.config.finetune import Finetune
 from megatron_spdf.training import restarts
@@ -81,6 +83,23 @@ class RunDir:
             beside.replace(self.root / RECIPE)
         except OSError as error:
             raise ValueError(f"output={self.root} cannot be written: {error}; choose another output") from None
+
+    def claim_together(self) -> None:
+        """`claim` on rank 0; all ranks call, and see the directory afterwards.
+
+        Raises:
+            ValueError: it cannot be written, or some ranks do not see it; on all ranks alike.
+        """
+        fault = [""]
+        if dist.get_rank() == 0:
+            try:
+                self.claim()
+            except ValueError as error:
+                fault = [str(error)]
+        dist.broadcast_object_list(fault, src=0)
+        if fault[0]:
+            raise ValueError(fault[0])
+        check_shared(self.root)
 
     def _others(self) -> Iterator[Path]:
         """What is in the directory before the first start of a run claims it, and not of this run."""

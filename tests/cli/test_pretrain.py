@@ -84,6 +84,13 @@ def test_a_finished_run_is_left_alone(straight, start):
     assert records(run) == before
 
 
+def test_pipeline_stages_train_alike(straight, start, workplace):
+    finish(start("output=stages", "parallel.pipeline=2", ranks=2))
+    there, alone = ([r["loss"] for r in records(run) if r["kind"] == "train"]
+                    for run in (workplace / "stages", straight[0]))
+    assert there == pytest.approx(alone, rel=1e-5)  # other sums, in fp32
+
+
 def test_another_recipes_run_is_refused(straight, start):
     process = start("output=straight", "optimizer.lr=2e-3", "sparsity=0.5")
     _, err = process.communicate(timeout=120)

@@ -20,7 +20,7 @@ from live_bytes import LiveBytes
 from megatron.core import parallel_state as ps
 from plain_gpt2 import plain_gpt2, train_plain
 
-from megatron_spdf.checkpoint import store
+from megatron_spdf.checkpoint import shared, store
 from megatron_spdf.checkpoint.checkpointer import Checkpointer, RunState
 from megatron_spdf.checkpoint.deepspeed_import import DeepSpeedReader
 from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
@@ -264,6 +264,27 @@ def failing_save(recipe: dict, rank: int) -> dict:
                            b.checkpointer.failed_in_a_row)
         state, _ = b.checkpointer.restore(b.engine)
         return {**found, "resumed": state.step}
+
+
+def unshared(recipe: dict, places: list[str]) -> list[str]:
+    """What is said where ranks have directories of their own under one name: of a run that begins, and of a save."""
+    shared.PATIENCE, said = 0.2, []
+    with bench(recipe | {"output": places[0]}) as b:
+        here = Path(places[dist.get_rank()])
+        b.run.root, b.checkpointer.directory = here, here / "checkpoints"
+        try:
+            b.run.claim_together()
+        except shared.Unshared as error:
+            said.append(str(error))
+        b.checkpointer.save(b.engine, RunState(1, 1), b.engine.measured_sparsity())
+        said += [str(b.checkpointer.wait().error), str(store.visible(b.checkpointer.directory))]
+        if dist.get_rank() == 0:
+            (here / "checkpoints" / store.name_of(2)).mkdir(parents=True)
+        try:
+            b.checkpointer.restore(b.engine)
+        except shared.Unshared as error:
+            said.append(str(error))
+    return said
 
 
 def saved_behind(recipe: dict) -> dict:

@@ -19,6 +19,8 @@ def results(make_recipe, tmp_path_factory):
         "damaged": ("damaged", {"recipe": recipe("damaged")}),
         "second rank": ("failing_save", {"recipe": recipe("second"), "rank": 1}),
         "first rank": ("failing_save", {"recipe": recipe("first"), "rank": 0}),
+        "unshared": ("unshared", {"recipe": recipe("unshared"),
+                                  "places": [str(runs / f"of rank {r}") for r in (0, 1)]}),
         "behind": ("saved_behind", {"recipe": recipe("behind")}),
         "behind zero 0": ("saved_behind", {"recipe": make_recipe(
             str(runs / "behind0"), parallel={"data": 2, "zero_stage": 0})}),
@@ -34,6 +36,15 @@ def test_every_damage_to_every_file_is_named_on_every_rank(results, rank):
     for (name, damage), error in said.items():
         assert name in error, (name, damage, error)
         assert "Remove it" in error or "use another checkpoint" in error
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_directory_that_ranks_do_not_share_is_refused_before_it_holds_half_a_checkpoint(results, rank):
+    at_start, of_save, left, of_restore = outcome(results, "unshared", rank)
+    assert f"rank 1 on {socket.gethostname()} cannot see" in at_start and "file system that all nodes share" in at_start
+    assert "rank 0 does not see __1_" in of_save and "all nodes share" in of_save
+    assert left == "[]"
+    assert "rank 1" in of_restore and "step_00000002" in of_restore
 
 
 @pytest.mark.parametrize("name, culprit", [("second rank", "rank 1"), ("first rank", "rank 0")])

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_spdf.parallel import health
-from megatron_spdf.parallel.health import Report, Unhealthy, check_in, hosts_of_ranks, render, tasks_per_node
+from megatron_spdf.parallel.health import Report, Unhealthy, addresses, check_in, hosts_of_ranks, render, tasks_per_node
 
 CPU = torch.device("cpu")
 
@@ -50,6 +50,13 @@ def test_a_missing_rank_is_named_on_every_rank_with_its_host(call, monkeypatch):
     assert {str(e) for e in found.values()} == {str(found[0])} and isinstance(found[0], Unhealthy)
     assert "1 of 4 ranks did not report within guard.join_seconds=0.5: rank 2 on a2. " in str(found[0])
     assert "sbatch --exclude" in str(found[0])
+
+
+def test_a_head_node_that_is_its_own_loopback_is_called_by_name():
+    reports = [Report(r, host, "cpu", 1, (address, 70 + r)) for r, (host, address) in enumerate(
+        [("head", "127.0.1.1"), ("head", "127.0.1.1"), ("other", "10.0.0.2")])]
+    assert addresses(reports) == [("head", 70), ("head", 71), ("10.0.0.2", 72)]
+    assert addresses(reports[:2]) == [("127.0.1.1", 70), ("127.0.1.1", 71)]
 
 
 def test_a_neighbour_out_of_reach_is_named(call, monkeypatch):

@@ -58,6 +58,21 @@ def test_dry_run_shows_what_a_job_would_do(tmp_path, script, words, said):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("image, mounts, said", [
+    ("/images/spdf.sqsh", "", "--container-mounts={root}:{root}"),
+    ("/images/spdf.sqsh", "/data,/a:/b,{root}", "--container-mounts={root}:{root},/data:/data,/a:/b"),
+    ("/images/spdf.sif", "/data", "--nv --bind={root} --bind={root} --bind=/data"),
+])
+def test_directories_are_mounted_once_each_under_their_own_names(image, mounts, said):
+    """Started from the checkout, as docs/slurm.md shows it."""
+    function = re.search(r"^contain\(\).*?^}", (ROOT / "launch/common.sh").read_text(), re.M | re.S)[0]
+    script = f'{function}\nflags=(); contain flags true; echo "${{flags[*]}} ${{CONTAINED[*]}}"'
+    env = {**os.environ, "SPDF_ROOT": str(ROOT), "SPDF_CONTAINER": image, "SPDF_DEVICE": "gpu",
+           "SPDF_MOUNTS": mounts.format(root=ROOT)}
+    done = subprocess.run(["bash", "-euc", script], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    assert f"{said.format(root=ROOT)} " in done.stdout, done.stdout
+
+
 def test_every_setting_is_documented():
     page = (ROOT / "docs/slurm.md").read_text()
     for name in set(re.findall(r"\bSPDF_[A-Z_]+", (ROOT / "launch/common.sh").read_text())) - {"SPDF_ROOT"}:
