@@ -10,6 +10,8 @@
 #   score.beams=4                      options of tools/evaluate.py
 #   --dry-run                          print the commands, submit nothing
 #
+#   --nodes=N                          of pre-training; batches of fine-tuning fill one node
+#
 # Other --name=value go to sbatch, for the jobs with GPUs. The runs are OUTPUT, OUTPUT_TASK; the report OUTPUT_report.html.
 SCRIPT=$0
 # shellcheck source-path=SCRIPTDIR source=common.sh
@@ -31,10 +33,11 @@ submit() { # WHAT DEPENDENCIES SBATCH_OPTION... SCRIPT WORD...: $JOB is the job'
   echo "$JOB $what${2:+: $*}"
 }
 
-gpu_options=() words=() prepare=() scoring=() finetuning=()
+gpu_options=() nodes=() words=() prepare=() scoring=() finetuning=()
 for word in "$@"; do
   case $word in
     --dry-run) DRY=1 ;;
+    --nodes=*) nodes=("$word") ;;
     --*=*) gpu_options+=("$word") ;;
     preprocess.*=*) word=${word#preprocess.}; prepare+=("--${word%%=*}" "${word#*=}") ;;
     score.*=*) word=${word#score.}; scoring+=("--${word%%=*}" "${word#*=}") ;;
@@ -62,7 +65,7 @@ case $(basename "$recipe") in
 esac
 
 ((${#prepare[@]} == 0)) || submit preprocess '' tool.sh preprocess_data "${prepare[@]}"
-submit pretrain "$JOB" "${gpu_options[@]}" "$script" "$recipe" "${own[@]}"
+submit pretrain "$JOB" "${gpu_options[@]}" "${nodes[@]}" "$script" "$recipe" "${own[@]}"
 pretrained=$JOB runs=("$run") scored=''
 for task in "${tasks[@]}"; do
   own=()

@@ -62,7 +62,8 @@ class Model(Section):
         if not isinstance(values, dict):
             return values
         preset = values.get("preset")
-        values = {**PRESETS.get(preset, {}), **{k: v for k, v in values.items() if v is not None or k == "preset"}}
+        known = PRESETS.get(preset, {}) if isinstance(preset, str) else {}
+        values = {**known, **{k: v for k, v in values.items() if v is not None or k == "preset"}}
         values.setdefault("query_groups", values.get("heads"))
         if isinstance(values.get("hidden"), int):
             values.setdefault("ffn_hidden", 4 * values["hidden"])

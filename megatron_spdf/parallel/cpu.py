@@ -9,6 +9,7 @@ instead.
 
 from __future__ import annotations
 
+import logging
 import sys
 from unittest.mock import patch
 
@@ -70,6 +71,8 @@ def _stand_in(device: torch.device) -> None:
     with patch.object(torch, "compile", _leave_as_it_is):
         import megatron.core.tensor_parallel.random as megatron_random
 
+    # It warns, in every dropout, where the CPU's state changed; here that is the state.
+    logging.getLogger(megatron_random.__name__).setLevel(logging.ERROR)
     megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
 

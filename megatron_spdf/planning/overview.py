@@ -198,7 +198,8 @@ def _level(recipe: Recipe, level: float | None, request: Request) -> dict[str, A
     least = smallest_world(other, plan, request.gpu)
     data = [n for (kind, _), n in step_traffic(other, plan, 0).items() if kind in ("gradients", "parameters")]
     return {
-        "sparsity": plan.sparsity, "recipe": level is None or plan.sparsity == request.plan.sparsity,
+        "sparsity": plan.sparsity, "recipe": plan.weights == request.plan.weights,
+        "blocks": any(w.block for w in plan.weights.values()),
         "run_flops": total * recipe.steps * recipe.tokens_per_step,
         "flops_ratio": total / training_flops(recipe.model, length).total,
         "peak_bytes": fullest(other, plan).peak, "data_traffic": sum(data),

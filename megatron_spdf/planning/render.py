@@ -110,12 +110,13 @@ def _sparsity(facts: dict[str, Any]) -> str:
     for row in facts["sparsity"]:
         least, layout = row["fewest_gpus"], row["fewest_layout"]
         where = f"TP {layout['tensor']} x PP {layout['pipeline']} x DP {layout['data']}" if layout else "none"
-        mark = "  <- the recipe" if row["recipe"] else ""
+        mark = f"  <- the recipe{', in blocks' if row['blocks'] else ''}" if row["recipe"] else ""
         lines.append(f"  {row['sparsity']:>8.2%}{row['run_flops'] / 1e18:>15,.2f}{row['flops_ratio']:>10.3f}"
                      f"{row['peak_bytes'] / GIB:>13.2f}{row['data_traffic'] / MIB:>13,.1f}"
                      f"{least if least else '-':>13}   {where}{mark}")
+    blocks = ", except in blocks" if any(row["blocks"] for row in facts["sparsity"]) else ""
     lines.append("  FLOPs count active weights, the paper's way; this engine expands weights and runs products at the "
-                 "dense cost.")
+                 f"dense cost{blocks}.")
     return "\n".join(lines)
 
 

@@ -91,10 +91,12 @@ def _sparsity(facts: dict[str, Any]) -> str:
         least = row["fewest_layout"]
         where = f"TP{least['tensor']} PP{least['pipeline']} DP{least['data']}" if least else "-"
         marked += [number] if row["recipe"] else []
-        rows.append([f"{row['sparsity']:.2%}", f"{row['run_flops'] / 1e18:,.2f}", f"{row['flops_ratio']:.3f}",
+        rows.append([f"{row['sparsity']:.2%}{', blocks' if row['blocks'] else ''}",
+                     f"{row['run_flops'] / 1e18:,.2f}", f"{row['flops_ratio']:.3f}",
                      f"{row['peak_bytes'] / GIB:.2f}", f"{row['data_traffic'] / MIB:,.1f}",
                      str(row["fewest_gpus"] or "-"), where])
-    note = ("At the fastest layout; the fewest GPUs with one sequence a micro-batch and recomputed blocks. FLOPs count "
-            "active weights; this engine expands weights and runs products at the dense cost.")
+    blocks = ", except in blocks" if any(row["blocks"] for row in facts["sparsity"]) else ""
+    note = ("At the fastest layout; the fewest GPUs with one sequence a micro-batch and recomputed layers. FLOPs count "
+            f"active weights; this engine expands weights and runs products at the dense cost{blocks}.")
     return table(["sparsity", "FLOPs\n(1e18)", "of dense", "GiB per\nGPU", "data-parallel\nMiB a step", "fewest\nGPUs",
                   "their layout"], rows, marked=marked) + paragraph(note, "note")

@@ -51,7 +51,8 @@ def test_recipe_is_the_papers(name):
 
 
 def test_a_run_is_so_many_steps_of_the_training_recipe():
-    finetune = shipped("e2e", "train.global_batch=64", "parallel.data=2", "parallel.zero_stage=3")
+    finetune = shipped("e2e", "train.global_batch=64", "train.micro_batch=8", "parallel.data=2",
+                       "parallel.zero_stage=3")
     recipe = training_recipe(finetune, SMALL, Sparsity(level=0.75), examples=42_061)
     assert finetune.steps_per_epoch(42_061) == 658 == recipe.evaluate.every
     assert recipe.steps == 5 * 658 and recipe.micro_batches == 4

@@ -77,6 +77,7 @@ def test_the_chain_shows_its_commands_before_it_submits_them(cluster):
                        "output=dry", "dart.train.epochs=2", "finetune.train.epochs=3")
     lines = done.stdout.splitlines()
     assert len(lines) == 6 and all(line.startswith("'sbatch'") for line in lines)
+    assert ["'--nodes=2'" in line for line in lines] == [True] + [False] * 5
     assert "'--dependency=afterok:<evaluate e2e>:<evaluate dart>'" in lines[-1]
     assert "'train.epochs=3' 'train.epochs=2'" in lines[3] and "'train.epochs=2'" not in lines[1]
     assert cluster.run("squeue", "--noheader", "--states=all").stdout == before
