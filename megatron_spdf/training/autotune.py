@@ -76,7 +76,7 @@ def try_all(phase: RunPhase, device: torch.device) -> Iterator[Trial]:
     """Trials from one sequence up, until the next would not fit."""
     on_gpu = device.type == "cuda"
     room = USABLE * torch.cuda.get_device_properties(device).total_memory if on_gpu else math.inf
-    for size in candidates(phase.recipe, LARGEST_MICRO_BATCH if on_gpu else LARGEST_ON_CPU):
+    for size in candidates(phase.alone, LARGEST_MICRO_BATCH if on_gpu else LARGEST_ON_CPU):
         trial = _try(replace(phase, recipe=phase.recipe.with_micro_batch(size)), device)
         yield trial
         if trial.next_peak > room:

@@ -21,6 +21,9 @@ def results(make_recipe, tmp_path_factory):
                       for name, sections in models.items()} for world, models in MODELS.items()}
     for world, cases in groups.items():
         cases["float64"] = ("head_cases.against_float64", {"recipe": make_recipe(parallel={"tensor": world})})
+    for world, layout in ((1, {}), (2, {"pipeline": 2})):
+        groups[world]["smoothed"] = ("train", {"steps": 2, "recipe": make_recipe(
+            parallel=layout, train={"label_smoothing": 0.1})})
     groups[1]["peaks"] = ("head_cases.peaks", {"recipe": make_recipe()})
     directory = tmp_path_factory.mktemp("head")
     return {world: run_cases(world, cases, directory / str(world)) for world, cases in groups.items()}
@@ -46,3 +49,10 @@ def test_chunks_give_what_megatron_core_gives_on_whole_logits(results, world, na
 def test_logits_never_exist_as_a_whole(results):
     found = outcome(results[1], "peaks")
     assert found["chunks"] < found["logits"] / 4 < found["logits"] < found["one chunk"] < 1.01 * found["megatron"]
+
+
+def test_labels_are_smoothed_behind_pipeline_stages_too(results):
+    """While training, and not in an evaluation."""
+    one, two = outcome(results[1], "smoothed"), outcome(results[2], "smoothed")
+    assert [loss for loss, _ in two["curve"]] == pytest.approx([loss for loss, _ in one["curve"]], rel=1e-5)
+    assert two["valid"] == pytest.approx(one["valid"], rel=1e-5)
