@@ -8,8 +8,8 @@ pytestmark = pytest.mark.slow
 
 STEPS = 4
 DROPOUT = {"model": {"dropout": 0.1}}
-AUTO = {"model": {"dropout": 0.1, "layers": 2}, "train": {"tokens": 8 * 32 * 4, "micro_batch": "auto"}, "optimizer": {"warmup_tokens": 256},
-        "log": {"every": 1}, "checkpoint": {"every": 2}}
+AUTO = {"model": {"dropout": 0.1, "layers": 2}, "train": {"tokens": 8 * 32 * 4, "micro_batch": "auto"},
+        "optimizer": {"warmup_tokens": 256}, "log": {"every": 1}, "checkpoint": {"every": 2}}
 PHASES = [{"share": 0.5, "sparsity": 0.75}, {"share": 0.5, "sparsity": 0.0}]
 
 
