@@ -6,6 +6,7 @@ from itertools import accumulate
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from megatron_spdf.config.presets import PRESETS
 
@@ -26,6 +27,12 @@ def parse_count(value: Any) -> Any:
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return value
+
+
+def check_micro_batch(value: Any) -> Any:
+    if value == AUTO or type(value) is int and value > 0:
+        return value
+    raise PydanticCustomError("micro_batch", "input should be a whole number over 0, or auto")
 
 
 def as_list(value: Any) -> Any:
@@ -133,7 +140,7 @@ class Data(Section):
 class Train(Section):
     tokens: Count = Field(gt=0, description="length of the run, in tokens")
     global_batch: Count = Field(gt=0, description="sequences per optimizer step, over all ranks")
-    micro_batch: Annotated[int, Field(gt=0)] | Literal["auto"] = Field(
+    micro_batch: Annotated[int | Literal["auto"], BeforeValidator(check_micro_batch)] = Field(
         description="sequences per forward pass of one data-parallel rank; auto: what is fastest, tried at the start")
     sequence_length: Count = Field(gt=0, description="tokens per sequence; default: model.max_positions")
     precision: Literal["bf16", "fp32"] = Field(

@@ -8,10 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megatron_spdf.config import save_recipe
 from megatron_spdf.config.checks import findings
 from megatron_spdf.engine import make_engine
 from megatron_spdf.planning.memory import render_layout
 from megatron_spdf.planning.phases import phases_of
+from megatron_spdf.planning.runs import read_run
 from megatron_spdf.training import autotune
 from megatron_spdf.training.autotune import Trial, candidates, fastest, try_all
 
@@ -93,3 +95,18 @@ def test_an_engine_needs_a_number(recipe):
     (phase,) = phases_of(auto(recipe))
     with pytest.raises(ValueError, match="train.micro_batch=auto is for pretrain.py"):
         make_engine(phase.recipe, phase.plan, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.5, True, "x"])
+def test_neither_a_number_nor_auto(recipe, value):
+    with pytest.raises(ValueError, match="input should be a whole number over 0, or auto"):
+        recipe(train={"micro_batch": value})
+
+
+def test_a_runs_records_are_of_the_micro_batch_that_it_chose_last(recipe, tmp_path):
+    save_recipe(auto(recipe), tmp_path / "recipe.yaml")
+    (tmp_path / "log.jsonl").write_text('{"kind": "train", "step": 1}\n')
+    with pytest.raises(ValueError, match="micro_batch.json"):
+        read_run(tmp_path)
+    (tmp_path / "micro_batch.json").write_text('[{"micro_batch": 2}, {"micro_batch": 8}]')
+    assert read_run(tmp_path).recipe.micro_batches == 6
