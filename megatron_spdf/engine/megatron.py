@@ -195,10 +195,9 @@ class MegatronEngine:
         return squared
 
     def _update(self, norm: float) -> None:
-        limit = self.recipe.optimizer.clip_grad
-        if 0.0 < limit < norm:
-            (inner,) = self.optimizer.chained_optimizers
-            gradients = [p.grad for p in inner.get_parameters() if p.grad is not None]
+        limit, (inner,) = self.recipe.optimizer.clip_grad, self.optimizer.chained_optimizers
+        gradients = [p.grad for p in inner.get_parameters() if p.grad is not None]
+        if gradients and 0.0 < limit < norm:  # of few parameters a rank may have none
             torch._foreach_mul_(gradients, limit / (norm + 1e-6))  # as Megatron-Core clips
         self.optimizer.step_with_ready_grads()
         self.optimizer_steps += 1
