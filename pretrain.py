@@ -113,11 +113,13 @@ def pretrain_phase(phase: RunPhase, ranks: Ranks, run: RunDir, corpus: Corpus, s
     from megatron_spdf.data.dataset import TokenData
     from megatron_spdf.engine import make_engine
     from megatron_spdf.sparsity.measure import SparsityDrift
+    from megatron_spdf.training.autotune import settle_micro_batch
     from megatron_spdf.training.loop import NotFinite, Trainer
     from megatron_spdf.training.run_log import RunLog
 
-    recipe, plan = phase.recipe, phase.plan
     try:
+        phase, settled = settle_micro_batch(phase, run, device)
+        recipe, plan = phase.recipe, phase.plan
         engine = make_engine(phase.alone, plan, device)
         run.claim_together()
         checkpointer = Checkpointer(run.checkpoints, recipe, plan, corpus.tokenizer)
@@ -127,7 +129,7 @@ def pretrain_phase(phase: RunPhase, ranks: Ranks, run: RunDir, corpus: Corpus, s
     data = TokenData(recipe, corpus, run.cache, engine.reads_data)
     log = RunLog(run, state.step, recipe.steps, recipe.log.tensorboard, active=ranks.rank == 0,
                  evaluated=state.evaluated)
-    log.say("\n".join(filter(None, [summary, engine.choices, phase.heading, *found])))
+    log.say("\n".join(filter(None, [summary, engine.choices, phase.heading, *settled, *found])))
     try:
         code = Trainer(recipe, plan, engine, data, checkpointer, state, log, stop,
                        phase.first, phase.last, phase.flops_before).run()

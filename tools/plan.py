@@ -21,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from megatron_spdf.config import load_recipe
-from megatron_spdf.config.recipe import parse_count
+from megatron_spdf.config.recipe import AUTO, parse_count
 from megatron_spdf.planning.calibrate import calibrate, measured_step
 from megatron_spdf.planning.exact import dry_run, ranks_of_interest, render_counts
 from megatron_spdf.planning.hardware import GPUS, THIS_MACHINE, find_gpu
@@ -49,6 +49,8 @@ def plan(arguments: list[str]) -> int:
     """The overview of a recipe on so many GPUs, or its exact dry run."""
     options = _plan_parser().parse_intermixed_args(arguments)
     recipe = load_recipe(options.recipe, options.overrides)
+    if recipe.train.micro_batch == AUTO:
+        recipe = recipe.with_micro_batch(1)  # of the recipe's own layout; a search tries all
     sparsity = plan_of(recipe)
     if options.exact:
         if options.gpus not in (None, recipe.parallel.world):

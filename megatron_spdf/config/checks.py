@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 
 from megatron_spdf.config.deepspeed import contradictions
-from megatron_spdf.config.recipe import Model, Recipe, Sparsity
+from megatron_spdf.config.recipe import AUTO, Model, Recipe, Sparsity
 
 
 def divisors(n: int) -> list[int]:
@@ -91,9 +91,6 @@ def _engine(recipe: Recipe) -> Iterator[str]:
                 yield f"{name}={_yaml(value)} needs engine=deepspeed, and engine={engine}; change one of them"
     if p.offload and p.zero_stage == 0:
         yield "parallel.offload=true needs sharded optimizer state, and parallel.zero_stage=0; set zero_stage=1 or more"
-    if recipe.train.label_smoothing > 0.0 and p.pipeline > 1:
-        yield (f"train.label_smoothing={recipe.train.label_smoothing} needs parallel.pipeline=1, and "
-               f"pipeline={p.pipeline}; change one of them")
 
 
 def _yaml(value: object) -> str:
@@ -101,6 +98,8 @@ def _yaml(value: object) -> str:
 
 
 def _batch(recipe: Recipe) -> Iterator[str]:
+    if recipe.train.micro_batch == AUTO:
+        recipe = recipe.with_micro_batch(1)  # where one sequence does not do, no number of them does
     p, t, o = recipe.parallel, recipe.train, recipe.optimizer
     share = t.micro_batch * p.data
     if t.global_batch % share:

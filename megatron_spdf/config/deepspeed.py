@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_spdf.config.recipe import Recipe
+from megatron_spdf.config.recipe import AUTO, Recipe
 
-AUTO = "auto"  # in the JSON: the recipe decides, as everywhere
 # Settings of DeepSpeed that the recipe decides, with the names it has for them.
 _FIELDS = {
     "train_batch_size": "train.global_batch",
@@ -29,7 +28,8 @@ _FIELDS = {
 
 
 def deepspeed_settings(recipe: Recipe) -> dict[str, Any]:
-    """The configuration for `deepspeed.initialize`: defaults of ours, then the recipe's JSON file, then the recipe."""
+    """The configuration for `deepspeed.initialize`: defaults of ours, then the recipe's JSON file, whose `auto` leaves
+    a value to the recipe, then the recipe."""
     bf16 = recipe.train.precision == "bf16"
     defaults: dict[str, Any] = {
         "communication_data_type": "fp32",
@@ -76,7 +76,7 @@ def _decided(recipe: Recipe) -> dict[str, Any]:
     return {
         "train_batch_size": t.global_batch,
         "train_micro_batch_size_per_gpu": t.micro_batch,
-        "gradient_accumulation_steps": recipe.micro_batches,
+        "gradient_accumulation_steps": AUTO if t.micro_batch == AUTO else recipe.micro_batches,
         "gradient_clipping": o.clip_grad,
         "bf16.enabled": t.precision == "bf16",
         "fp16.enabled": False,

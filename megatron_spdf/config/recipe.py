@@ -6,9 +6,11 @@ from itertools import accumulate
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from megatron_spdf.config.presets import PRESETS
 
+AUTO = "auto"
 MULTIPLES = {"k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 
@@ -25,6 +27,12 @@ def parse_count(value: Any) -> Any:
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return value
+
+
+def check_micro_batch(value: Any) -> Any:
+    if value == AUTO or type(value) is int and value > 0:
+        return value
+    raise PydanticCustomError("micro_batch", "input should be a whole number over 0, or auto")
 
 
 def as_list(value: Any) -> Any:
@@ -133,7 +141,8 @@ class Data(Section):
 class Train(Section):
     tokens: Count = Field(gt=0, description="length of the run, in tokens")
     global_batch: Count = Field(gt=0, description="sequences per optimizer step, over all ranks")
-    micro_batch: int = Field(gt=0, description="sequences per forward pass of one data-parallel rank")
+    micro_batch: Annotated[int | Literal["auto"], BeforeValidator(check_micro_batch)] = Field(
+        description="sequences per forward pass of one data-parallel rank; auto: what is fastest, tried at the start")
     sequence_length: Count = Field(gt=0, description="tokens per sequence; default: model.max_positions")
     precision: Literal["bf16", "fp32"] = Field(
         "bf16", description="of weights and activations; gradients, master weights and moments are fp32")
@@ -310,12 +319,16 @@ class Recipe(Section):
     @property
     def micro_batches(self) -> int:
         """Micro-batches that a data-parallel rank accumulates per step."""
+        assert self.train.micro_batch != AUTO, "the run has not settled it yet"
         return self.train.global_batch // (self.train.micro_batch * self.parallel.data)
 
     @property
     def borders(self) -> list[int]:
         """The last step of every phase."""
         return [round(self.steps * share) for share in accumulate(phase.share for phase in self.phases)]
+
+    def with_micro_batch(self, size: int) -> Recipe:
+        return self.model_copy(update={"train": self.train.model_copy(update={"micro_batch": size})})
 
     def in_phase(self, number: int) -> Recipe:
         """The recipe with the sparsity and the schedule of one of its phases, as that one's checkpoints have it."""

@@ -85,7 +85,12 @@ def make_engine(recipe: Recipe, plan: Plan, where: device, weights: InitialWeigh
     Args:
         where: this rank's device.
         weights: to start from; None: drawn anew.
+
+    Raises:
+        ValueError: the micro-batch is left to a run, and this is none.
     """
+    if recipe.train.micro_batch == "auto":
+        raise ValueError("train.micro_batch=auto is for pretrain.py, which tries what is fastest; set a number here")
     if recipe.engine == "deepspeed":
         from megatron_spdf.engine.deepspeed import DeepSpeedEngine
 

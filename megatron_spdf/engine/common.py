@@ -11,10 +11,12 @@ from megatron.core import parallel_state as ps
 from megatron.core import tensor_parallel
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor, nn
+from torch.optim import AdamW
 
 from megatron_spdf import kernels
 from megatron_spdf.config import Recipe
 from megatron_spdf.engine import MicroBatch
+from megatron_spdf.model.attention import SdpaCoreAttention
 from megatron_spdf.sparsity.compact import compact_of, sparse_modules
 from megatron_spdf.sparsity.masks import stream_key
 
@@ -68,17 +70,18 @@ def seed_dropout(recipe: Recipe, number: int) -> None:
         tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
-def agree(loss: Tensor, replicas: int, stop: bool) -> tuple[float, bool]:
-    """The loss of the global batch and whether any rank wants to stop, on every rank, in one small reduction.
+def agree(loss: Tensor, replicas: int, stop: bool, *others: Tensor) -> tuple[float, bool, *tuple[float, ...]]:
+    """The loss of the global batch and whether any rank wants to stop, on every rank, in one small reduction; and other
+    numbers of this rank, (). All in one transfer, for which the host waits until the device has done its work.
 
     Args:
         loss: of this replica on the one rank that reports for it, zero on its others.
         replicas: number of data-parallel replicas.
     """
-    shared = torch.stack([loss.float() / replicas, torch.tensor(float(stop), device=loss.device)])
+    shared = torch.stack([loss.float() / replicas, torch.full_like(loss, float(stop), dtype=torch.float32)])
     dist.all_reduce(shared)
-    loss_mean, stops = shared.tolist()
-    return loss_mean, stops > 0
+    loss_mean, stops, *numbers = torch.cat([shared, *(n.view(1) for n in others)]).tolist()
+    return loss_mean, stops > 0, *numbers
 
 
 def to_device(micro: MicroBatch, device: torch.device) -> MicroBatch:
@@ -108,14 +111,20 @@ def tensors_only(state: dict) -> dict:
     return {k: v for k, v in state.items() if not k.endswith("_extra_state")}
 
 
-def describe_choices(model: nn.Module, adam: type, device: torch.device) -> str:
+def describe_choices(recipe: Recipe, model: nn.Module, adam: type, device: torch.device) -> str:
     """Which implementation computes what, for the log."""
     block = model.decoder.layers[0]
-    parts = {"attention": type(block.self_attention.core_attention), "norm": type(block.pre_mlp_layernorm),
-             "Adam": adam}
-    chosen = ", ".join(f"{name} {kind.__module__.split('.')[0]}.{kind.__name__}" for name, kind in parts.items())
+    attention = block.self_attention.core_attention
+    parts = {"attention": type(attention), "norm": type(block.pre_mlp_layernorm), "Adam": adam}
+    names = {part: f"{part} {kind.__module__.split('.')[0]}.{kind.__name__}" for part, kind in parts.items()}
+    if device.type == "cuda" and isinstance(attention, SdpaCoreAttention):
+        names["attention"] += f" on {attention.describe(masked=recipe.data.reset_attention)}"
+    if issubclass(adam, AdamW):
+        names["Adam"] += " fused"
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU (gloo, stand-in for CUDA)"
-    return f"device {where}; {chosen}; expand/compress {kernels.describe(device.type)}{_describe_blocks(model, device)}"
+    pointwise = "compiled" if model.config.bias_activation_fusion else "one by one"
+    return (f"device {where}; {', '.join(names.values())}; bias, GELU and dropout {pointwise}; "
+            f"expand/compress {kernels.describe(device.type)}{_describe_blocks(model, device)}")
 
 
 def _describe_blocks(model: nn.Module, device: torch.device) -> str:

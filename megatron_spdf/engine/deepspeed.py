@@ -20,7 +20,7 @@ from megatron_spdf.engine import MicroBatch, StepResult, common
 from megatron_spdf.engine.deepspeed_state import ZeroState
 from megatron_spdf.model.gpt import build_model
 from megatron_spdf.model.init import InitialWeights
-from megatron_spdf.model.loss import mean_loss, token_losses
+from megatron_spdf.model.loss import batch_loss
 from megatron_spdf.planning.memory import rank_bytes
 from megatron_spdf.sparsity.compact import expanded
 from megatron_spdf.sparsity.measure import measure_sparsity
@@ -69,7 +69,7 @@ class DeepSpeedEngine:
         self.models = build_model(recipe, plan, weights)
         (self.model,) = self.models
         _sum_sequence_parallel_gradients(self.model)
-        self.adam = _adam(recipe, self.model, fused=device.type == "cuda" or recipe.parallel.offload)
+        self.adam = _adam(recipe, self.model)
         state = ZeroState(self.model)  # while every rank holds whole parameters
         self.zero, *_ = deepspeed.initialize(model=self.model, optimizer=self.adam, mpu=ModelParallelUnit,
                                              config=deepspeed_settings(recipe), dist_init_required=False)
@@ -112,7 +112,7 @@ class DeepSpeedEngine:
     def choices(self) -> str:
         """Which implementation computes what."""
         wrapper = type(self.zero.optimizer).__name__
-        return f"{common.describe_choices(self.model, AdamW, self.device)}; DeepSpeed {wrapper}"
+        return f"{common.describe_choices(self.recipe, self.model, AdamW, self.device)}; DeepSpeed {wrapper}"
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of parameters and optimizer state on this rank as they are held; of gradients, which DeepSpeed frees in
@@ -148,14 +148,12 @@ class DeepSpeedEngine:
 
         The last backward is the boundary of gradient accumulation; its `step` is the caller's.
         """
-        train, losses = self.recipe.train, []
-        smoothing = train.label_smoothing if training else 0.0
+        losses = []
         # ZeRO-3 frees parameters after use, so no dense copy of them outlives its layer.
-        keep = nullcontext() if self._sharded else expanded(self.model, at_once=train.recompute == "full")
+        keep = nullcontext() if self._sharded else expanded(self.model, at_once=self.recipe.train.recompute == "full")
         with keep:
             for number, micro in enumerate(batch):
-                micro = common.to_device(micro, self.device)
-                loss = mean_loss(micro, token_losses(self.zero, micro, smoothing, self.recipe.model.vocab_size))
+                loss = batch_loss(self.zero, common.to_device(micro, self.device))
                 losses.append(loss.detach())
                 if training:
                     self.zero.backward(loss)
@@ -197,14 +195,14 @@ def _import_deepspeed(device: torch.device):
     return deepspeed
 
 
-def _adam(recipe: Recipe, model: nn.Module, fused: bool) -> GuardedAdamW:
+def _adam(recipe: Recipe, model: nn.Module) -> GuardedAdamW:
     """AdamW with weight decay on what has two axes, as Megatron-Core's optimizer decays."""
     o = recipe.optimizer
     groups = [{"params": [p for p in model.parameters() if (p.ndim > 1) == decays and p.learning_rate == rate],
                "wd_mult": float(decays), "max_lr": o.lr * rate, "min_lr": o.lr * o.min_lr_ratio * rate}
               for rate in [1.0, *common.learning_rates([model])] for decays in (True, False)]
     groups = [group for group in groups if group["params"]]
-    return GuardedAdamW(groups, lr=0.0, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay, fused=fused)
+    return GuardedAdamW(groups, lr=0.0, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay, fused=True)
 
 
 def _sum_sequence_parallel_gradients(model: nn.Module) -> None:

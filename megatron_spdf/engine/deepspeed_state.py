@@ -44,8 +44,8 @@ class ZeroState:
         self._owners = {} if self.masters else _whole_masters(optimizer, self.model)
         self.masters = self.masters or list(self._owners.values())
         for master in self.masters:
-            on = master.device if adam.defaults["fused"] else "cpu"
-            adam.state[master] = {"step": torch.zeros((), device=on), **{m: torch.zeros_like(master) for m in MOMENTS}}
+            adam.state[master] = {"step": torch.zeros((), device=master.device),
+                                  **{m: torch.zeros_like(master) for m in MOMENTS}}
         if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
             optimizer._lazy_init_hp_params_optimizer_state()
         return self

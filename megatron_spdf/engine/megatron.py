@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state as ps
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -20,17 +21,18 @@ from megatron.core.optimizer import (
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+from torch.optim import AdamW
 
 from megatron_spdf.config import Recipe
 from megatron_spdf.engine import MicroBatch, StepResult, common
 from megatron_spdf.engine.state import load_optimizer, optimizer_state, share_replicas, snapshot
 from megatron_spdf.model.gpt import build_model
 from megatron_spdf.model.init import InitialWeights
-from megatron_spdf.model.loss import mean_loss, token_losses
+from megatron_spdf.model.loss import batch_loss
 from megatron_spdf.sparsity.compact import expanded
 from megatron_spdf.sparsity.measure import measure_sparsity
 from megatron_spdf.sparsity.plan import Plan
@@ -85,9 +87,9 @@ class MegatronEngine:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         loss = self._run(batch, forward_only=False)
-        loss, stop = self._agree(loss, stop_requested)
         self.optimizer.prepare_grads()
-        norm = float(self.optimizer.get_grad_norm())
+        loss, stop, squared_norm = self._agree(loss, stop_requested, self._squared_norm())
+        norm = math.sqrt(squared_norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return StepResult(loss, norm, skipped=True, stop=stop)
         self._update(norm)
@@ -111,7 +113,7 @@ class MegatronEngine:
     def choices(self) -> str:
         """Which implementation computes what."""
         adam = type(self.optimizer.chained_optimizers[0].optimizer)
-        return common.describe_choices(self.models[0], adam, self.device)
+        return common.describe_choices(self.recipe, self.models[0], adam, self.device)
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of parameters, gradient buffers and optimizer state on this rank, read off the buffers themselves."""
@@ -164,12 +166,11 @@ class MegatronEngine:
 
     def _run(self, batch: Sequence[MicroBatch], forward_only: bool) -> Tensor:
         """Forward, and backward unless `forward_only`, over all micro-batches; the mean loss on ranks that report."""
-        smoothing = 0.0 if forward_only else self.recipe.train.label_smoothing
         with ExitStack() as stack:
             for model in self.models:
                 stack.enter_context(expanded(model, at_once=self.recipe.train.recompute == "full"))
             reports = get_forward_backward_func()(
-                forward_step_func=partial(_forward_step, self.device, smoothing, self.recipe.model.vocab_size),
+                forward_step_func=partial(_forward_step, self.device),
                 data_iterator=[iter(batch) for _ in self.chunks] if len(self.chunks) > 1 else iter(batch),
                 model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
                 num_microbatches=self.recipe.micro_batches,
@@ -181,29 +182,33 @@ class MegatronEngine:
             return torch.zeros((), device=self.device)
         return torch.stack([r["loss"] for r in reports]).mean()
 
-    def _agree(self, loss: Tensor, stop: bool) -> tuple[float, bool]:
-        return common.agree(loss, self.recipe.parallel.data, stop)
+    def _agree(self, loss: Tensor, stop: bool, *others: Tensor) -> tuple[float, bool, *tuple[float, ...]]:
+        return common.agree(loss, self.recipe.parallel.data, stop, *others)
+
+    def _squared_norm(self) -> Tensor:
+        """Of the gradients of all ranks, (); Megatron-Core's own norm makes the host wait for it."""
+        (inner,) = self.optimizer.chained_optimizers
+        gradients = inner.get_main_grads_for_grad_norm()
+        norm = get_total_norm(gradients) if gradients else torch.zeros((), device=self.device)
+        squared = norm * norm
+        dist.all_reduce(squared, group=inner.get_grad_stats_parallel_group())
+        return squared
 
     def _update(self, norm: float) -> None:
-        limit = self.recipe.optimizer.clip_grad
-        if limit > 0.0:
-            for inner in self.optimizer.chained_optimizers:
-                clip_grad_by_total_norm_fp32(inner.get_parameters(), max_norm=limit, total_norm=norm)
+        limit, (inner,) = self.recipe.optimizer.clip_grad, self.optimizer.chained_optimizers
+        gradients = [p.grad for p in inner.get_parameters() if p.grad is not None]
+        if gradients and 0.0 < limit < norm:  # of few parameters a rank may have none
+            torch._foreach_mul_(gradients, limit / (norm + 1e-6))  # as Megatron-Core clips
         self.optimizer.step_with_ready_grads()
         self.optimizer_steps += 1
 
 
-def _forward_step(
-    device: torch.device, smoothing: float, vocab_size: int, data_iterator: Iterator[MicroBatch], model: nn.Module
-):
-    """Megatron-Core's forward step: per-token losses (B, T), and how they become one number."""
-    micro = common.to_device(next(data_iterator), device)
-    return token_losses(model, micro, smoothing, vocab_size), partial(_reported, micro)
+def _forward_step(device: torch.device, data_iterator: Iterator[MicroBatch], model: nn.Module):
+    """Megatron-Core's forward step: the loss of a micro-batch, and what is reported of it."""
+    return batch_loss(model, common.to_device(next(data_iterator), device)), _reported
 
 
-def _reported(micro: MicroBatch, losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    assert micro, "the last stage reads data"
-    loss = mean_loss(micro, losses)
+def _reported(loss: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     return loss, {"loss": loss.detach().clone()}  # Megatron-Core scales the first in place
 
 
@@ -248,4 +253,9 @@ def _optimizer(recipe: Recipe, chunks: list[DistributedDataParallel], overlaps: 
     for rate in common.learning_rates(chunks):
         overrides[ParamKey(predicate=ParamPredicate(f"learning rate x {rate}", partial(common.learns_at, rate)))] = {
             "max_lr": o.lr * rate, "min_lr": o.lr * o.min_lr_ratio * rate}
-    return get_megatron_optimizer(config, chunks, overrides, use_gloo_process_groups=False)
+    optimizer = get_megatron_optimizer(config, chunks, overrides, use_gloo_process_groups=False)
+    adam = optimizer.chained_optimizers[0].optimizer
+    if isinstance(adam, AdamW):  # where neither Transformer Engine nor Apex is; Megatron-Core cannot be told to fuse it
+        for group in adam.param_groups:
+            group["fused"] = True
+    return optimizer

@@ -79,7 +79,7 @@ def load_optimizer(optimizer: MegatronOptimizer, models: list[nn.Module], loaded
             tensor.copy_(loaded[number][name].flatten()[part].view_as(tensor))
     if isinstance(inner.optimizer, torch.optim.AdamW):  # counts per parameter
         for state in inner.optimizer.state.values():
-            state["step"] = torch.tensor(float(steps))
+            state["step"] = torch.full((), float(steps), device=state["exp_avg"].device)  # as its fused form has it
     else:  # the fused ones of Apex and Transformer Engine count per group
         for group in inner.optimizer.param_groups:
             group["step"] = steps

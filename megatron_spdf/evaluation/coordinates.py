@@ -57,11 +57,19 @@ def _recorded(model: nn.Module, vocab_size: int) -> Iterator[dict[str, list[floa
     for number, layer in enumerate(model.decoder.layers):
         places += [(f"layer {number} attention", layer.self_attention), (f"layer {number} mlp", layer.mlp)]
     hooks = [watch(*place) for place in places] + [watch("logits", model.output_layer, vocab_size)]
+    # A step takes its loss without them.
+    hooks.append(model.decoder.final_layernorm.register_forward_hook(lambda _, __, x: _score(model, x)))
     try:
         yield sizes
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@torch.no_grad()
+def _score(model: nn.Module, x: Tensor) -> None:
+    """Lets the LM head compute the logits of (T, B, H)."""
+    model.output_layer(x, model.shared_embedding_or_output_weight())
 
 
 def _tensors(output: Tensor | tuple[Tensor, Tensor | None]) -> list[Tensor]:

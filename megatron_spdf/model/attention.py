@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+
+from megatron_spdf.model.sdpa import Heads, attend, describe_kernels, kernels_on_gpu, on_kernels
 
 
 def document_mask(documents: Tensor) -> Tensor:
@@ -38,14 +41,18 @@ class SdpaCoreAttention(MegatronModule):
             attention_mask: of `document_mask`, or None for plain causal attention, which has faster kernels.
         """
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # (B, nh, T, hs)
-        how = {"attn_mask": attention_mask, "is_causal": attention_mask is None, "scale": self.scale,
-               "enable_gqa": q.size(1) != k.size(1)}
-        if self.training and self.dropout > 0.0:
-            with tensor_parallel.get_cuda_rng_tracker().fork():  # other heads, other masks
-                out = scaled_dot_product_attention(q, k, v, dropout_p=self.dropout, **how)
-        else:
-            out = scaled_dot_product_attention(q, k, v, **how)
+        dropout = self.dropout if self.training else 0.0
+        other_heads_other_masks = tensor_parallel.get_cuda_rng_tracker().fork() if dropout > 0.0 else nullcontext()
+        with other_heads_other_masks, on_kernels(q, k, attention_mask is not None, self.dropout):
+            out = attend(q, k, v, attention_mask, dropout, self.scale)
         return out.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
+
+    def describe(self, masked: bool) -> str:
+        """Which kernels compute it on this GPU, for the log."""
+        c, ranks = self.config, self.config.tensor_model_parallel_size
+        heads = Heads(c.num_attention_heads // ranks, c.num_query_groups // ranks, c.kv_channels, c.params_dtype,
+                      self.dropout, masked)
+        return describe_kernels(kernels_on_gpu(heads), heads)
 
 
 def core_attention(kind: str) -> type:
@@ -62,4 +69,3 @@ def core_attention(kind: str) -> type:
         raise ValueError("kernels.attention=transformer_engine, but Transformer Engine or a GPU is missing here; "
                          "use NVIDIA's PyTorch container, which brings it, or kernels.attention=sdpa")
     return TEDotProductAttention
-

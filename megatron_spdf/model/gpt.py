@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 from functools import partial
 
 import torch
 from megatron.core import parallel_state as ps
+from megatron.core import tensor_parallel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -15,6 +17,7 @@ from torch.nn.functional import gelu
 
 from megatron_spdf.config import Recipe
 from megatron_spdf.model.attention import core_attention
+from megatron_spdf.model.head import head_loss
 from megatron_spdf.model.init import DrawnWeights, InitialWeights, initialise, owned_weights
 from megatron_spdf.model.norm import norm_class
 from megatron_spdf.model.parametrization import Parametrization
@@ -27,6 +30,7 @@ def transformer_config(recipe: Recipe, rules: Parametrization) -> TransformerCon
     """Megatron-Core's configuration of the recipe's model and layout."""
     m, p = recipe.model, recipe.parallel
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
+    fuses = _compiles()
     recompute: dict[str, object] = {}
     if recipe.train.recompute != "none":
         recompute["recompute_granularity"] = recipe.train.recompute
@@ -38,7 +42,7 @@ def transformer_config(recipe: Recipe, rules: Parametrization) -> TransformerCon
         num_attention_heads=m.heads,
         num_query_groups=m.query_groups,
         ffn_hidden_size=m.ffn_hidden,
-        activation_func=partial(gelu, approximate="tanh"),  # as in GPT-2
+        activation_func=gelu if fuses else partial(gelu, approximate="tanh"),  # as in GPT-2; the fused one always is
         hidden_dropout=m.dropout,
         attention_dropout=m.dropout,
         softmax_scale=rules.attention_scale,
@@ -56,11 +60,37 @@ def transformer_config(recipe: Recipe, rules: Parametrization) -> TransformerCon
         overlap_p2p_comm=p.interleave > 1,
         batch_p2p_comm=p.interleave == 1,
         gradient_accumulation_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
+        bias_activation_fusion=fuses,
+        bias_dropout_fusion=fuses,
         masked_softmax_fusion=False,
         **recompute,
     )
+
+
+def _compiles() -> bool:
+    """Whether Megatron-Core's fusions of pointwise operations, which go through torch.compile, can be had."""
+    return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
+
+
+class Gpt(GPTModel):
+    """Megatron-Core's GPT, whose loss is that of `head.py`, (), where tokens have weights, `loss_mask` (B, T), beside
+    their labels. Labels are smoothed in training mode only."""
+
+    def __init__(self, rules: Parametrization, *arguments, **keywords):
+        super().__init__(*arguments, **keywords)
+        self.rules = rules
+
+    def _postprocess(self, hidden_states: Tensor, labels: Tensor | None = None, loss_mask: Tensor | None = None,
+                     **others) -> Tensor:
+        if loss_mask is None or not self.post_process:
+            return super()._postprocess(hidden_states, labels=labels, loss_mask=loss_mask, **others)
+        shared = (tensor_parallel.gather_from_sequence_parallel_region if self.config.sequence_parallel else
+                  tensor_parallel.copy_to_tensor_model_parallel_region)
+        x, recipe = shared(hidden_states), self.rules.recipe
+        if self.rules.head_input != 1.0:
+            x = x * self.rules.head_input
+        return head_loss(x, self.shared_embedding_or_output_weight(), labels, loss_mask, recipe.model.vocab_size,
+                         recipe.train.label_smoothing if self.training else 0.0)
 
 
 def build_model(recipe: Recipe, plan: Plan, source: InitialWeights | None = None) -> list[nn.Module]:
@@ -78,14 +108,15 @@ def build_model(recipe: Recipe, plan: Plan, source: InitialWeights | None = None
 
 def _build_chunk(
     recipe: Recipe, config: TransformerConfig, rules: Parametrization, source: InitialWeights, stage: int | None
-) -> GPTModel:
+) -> Gpt:
     layer = get_gpt_layer_local_spec()
     norm = norm_class(recipe.kernels.norm)
     layer.submodules.self_attention.submodules.core_attention = core_attention(recipe.kernels.attention)
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm
     block = TransformerBlockSubmodules(
         layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=stage), layer_norm=norm)
-    model = GPTModel(
+    model = Gpt(
+        rules,
         config,
         block,
         vocab_size=padded_vocab(recipe.model),

@@ -14,6 +14,7 @@ from megatron_spdf.config.recipe import Model
 
 EMBEDDING = "embedding.word_embeddings.weight"
 TIED_OUTPUT = "output_layer.weight"
+LOGITS_BYTES = 512 * 2**20  # fp32, at once: 2,668 tokens of GPT-2's vocabulary, enough to fill a GPU
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,18 @@ def padded_vocab(model: Model) -> int:
     that shards are even and the same checkpoint serves every tensor-parallel degree."""
     multiple = math.lcm(128, model.query_groups)
     return -(-model.vocab_size // multiple) * multiple
+
+
+def tokens_at_once(rows: int, tokens: int) -> int:
+    """Tokens of a micro-batch that go through the LM head together: all of them, or as many as have `LOGITS_BYTES` of
+    logits, in chunks of one size but for the last.
+
+    Args:
+        rows: of the embedding, on this tensor-parallel rank.
+        tokens: of the micro-batch, T B.
+    """
+    chunks = -(-tokens // max(1, LOGITS_BYTES // (4 * rows)))
+    return -(-tokens // chunks)
 
 
 def model_weights(model: Model) -> list[Weight]:

@@ -24,7 +24,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from megatron_spdf.config.recipe import Recipe
-from megatron_spdf.model.weights import padded_vocab
+from megatron_spdf.model.weights import padded_vocab, tokens_at_once
 from megatron_spdf.planning.buffers import local_parameters
 from megatron_spdf.planning.memory import rank_bytes
 from megatron_spdf.sparsity.plan import Plan
@@ -39,7 +39,8 @@ class StepBytes:
         waiting: the same of the other micro-batches in flight.
         embedding: kept by the embedding.
         pipeline: outputs sent to the next stage, kept until their gradient comes.
-        head: of the last stage, input and output of the last norm, logits and their softmax; beside `running`.
+        head: of the last stage, input and output of the last norm, logits and their softmax chunk by chunk, and the
+            gradients of the LM head; beside `running`.
         workspace: the largest temporaries of a block's backward, and the block itself where it is recomputed. They
             come after those of the head are gone.
         late: what there is instead of all these when backward has reached the embedding: its gradients, and the dense
@@ -184,13 +185,16 @@ def _workspace(recipe: Recipe, plan: Plan, size: Sizes, stage: int) -> int:
 
 
 def _head(recipe: Recipe, size: Sizes) -> int:
-    """Logits beside their softmax, which is fp32 and overwrites fp32 logits; or, going back, the logits' gradient
-    beside those of the LM head's input and weight."""
+    """Of a chunk of tokens, logits beside their softmax, which is fp32 and overwrites fp32 logits; or the logits'
+    gradient, and that of the LM head's weight, fp32 and a summand where there are several chunks. All along there are
+    the LM head's input, where sequence parallelism gathers it, and its gradient."""
     rows = padded_vocab(recipe.model) // recipe.parallel.tensor
-    softmax, logits = 4 * size.tokens * rows, size.width * size.tokens * rows
-    forward = softmax + (logits if size.width == 2 else 0)
-    backward = logits + size.whole + _tied_gradient(recipe, size)
-    return 2 * size.hidden + int(8 * size.tokens * size.share) + max(forward, backward)
+    chunk, tied = tokens_at_once(rows, size.tokens), _tied_gradient(recipe, size)
+    softmax, logits = 4 * chunk * rows, size.width * chunk * rows
+    summed = 4 * rows * recipe.model.hidden if chunk < size.tokens else 0
+    fullest = max(softmax + (logits if size.width == 2 else 0), logits + tied)
+    inputs = 2 * size.hidden + (2 if recipe.parallel.sequence else 1) * size.whole
+    return inputs + int(8 * size.tokens * size.share) + summed + fullest
 
 
 def _tied_gradient(recipe: Recipe, size: Sizes) -> int:

@@ -9,7 +9,7 @@ import math
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 
-from megatron_spdf.config.recipe import Model, Parallel, Recipe
+from megatron_spdf.config.recipe import AUTO, Model, Parallel, Recipe
 from megatron_spdf.planning.buffers import lay_out, local_parameters
 from megatron_spdf.sparsity.plan import Plan
 
@@ -138,8 +138,7 @@ def render_layout(recipe: Recipe, plan: Plan) -> str:
     """The layout and the bytes per GPU of each pipeline stage, as text."""
     p = recipe.parallel
     lines = [
-        f"layout: {render_parallel(recipe)}; "
-        f"{recipe.micro_batches} micro-batches of {recipe.train.micro_batch} x {recipe.train.sequence_length} tokens",
+        f"layout: {render_parallel(recipe)}; {_render_micro_batches(recipe)} tokens",
         f"steps: {recipe.steps:,} of {recipe.tokens_per_step:,} tokens",
         f"  {'GiB per GPU':<16}{'parameters':>12}{'gradients':>12}{'optimizer':>12}{'expanded':>12}{'masks':>12}"
         f"{'total':>12}   (without activations: tools/plan.py)",
@@ -149,6 +148,12 @@ def render_layout(recipe: Recipe, plan: Plan) -> str:
         parts = (b.parameters, b.gradients, b.optimizer, b.expanded, b.masks, b.total)
         lines.append(f"  {f'stage {stage}':<16}" + "".join(f"{n / 2**30:>12.3f}" for n in parts))
     return "\n".join(lines)
+
+
+def _render_micro_batches(recipe: Recipe) -> str:
+    size, length = recipe.train.micro_batch, recipe.train.sequence_length
+    return f"micro-batches of {size} x {length}" if size == AUTO else (
+        f"{recipe.micro_batches} micro-batches of {size} x {length}")
 
 
 def render_parallel(recipe: Recipe) -> str:

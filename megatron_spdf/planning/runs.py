@@ -10,10 +10,11 @@ from typing import Any
 import yaml
 
 from megatron_spdf.config import Recipe
+from megatron_spdf.config.recipe import AUTO
 from megatron_spdf.model.weights import model_weights
 from megatron_spdf.sparsity.plan import Plan, make_plan
 
-RECIPE, LOG = "recipe.yaml", "log.jsonl"
+RECIPE, LOG, MICRO_BATCHES = "recipe.yaml", "log.jsonl", "micro_batch.json"
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,18 @@ def read_run(directory: str | Path) -> Run:
     directory = Path(directory)
     values, records = read_logged(directory)
     try:
-        recipe = Recipe.model_validate(values)
-    except ValueError as error:
+        recipe = _settled(Recipe.model_validate(values), directory)
+    except (ValueError, OSError) as error:
         raise ValueError(f"{directory / RECIPE} cannot be read as a pre-training recipe: {error}") from None
     return Run(directory, recipe, of_kind(records, "train"), of_kind(records, "valid"),
                next(iter(of_kind(records, "bytes")), {}))
+
+
+def _settled(recipe: Recipe, directory: Path) -> Recipe:
+    """With the micro-batch that a run chose last, where its recipe leaves it to the run."""
+    if recipe.train.micro_batch != AUTO:
+        return recipe
+    return recipe.with_micro_batch(json.loads((directory / MICRO_BATCHES).read_text())[-1]["micro_batch"])
 
 
 def read_logged(directory: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

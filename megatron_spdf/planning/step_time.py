@@ -22,10 +22,11 @@ from megatron_spdf.sparsity.plan import Plan
 
 EFFICIENCY = 0.6
 FLASH_BACKWARD = 2.5  # forwards: five products where the forward has two (Dao 2023, section 3.1)
-# (T, B, h) and (T, B, f) tensors that one forward pass of our unfused block reads or writes outside of products: two
-# norms (4), two biases and residuals after the products (10); bias and GELU (4). Backward moves about twice as many.
-HIDDEN_PASSES, FEED_FORWARD_PASSES = 14, 4
-LOGIT_PASSES = 10  # (T, B, V / t) fp32: cast, maximum, subtract, exponential, sum, divide; target, scale, cast back
+# (T, B, h) and (T, B, f) tensors that one forward pass of our block reads or writes outside of products: two norms (4),
+# two biases with dropout and residual, fused (6); bias and GELU, fused (2). Backward moves about twice as many.
+HIDDEN_PASSES, FEED_FORWARD_PASSES = 10, 2
+# (T, B, V / t) in fp32: cast (1.5), maximum (1), subtract (2), exponential (2), sum (1), scale (2), cast back (1.5).
+LOGIT_PASSES = 11
 
 
 @dataclass(frozen=True)

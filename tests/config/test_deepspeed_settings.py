@@ -116,7 +116,6 @@ def test_missing_file_is_named(recipe, tmp_path):
     ({"parallel": {"offload": True}}, ["parallel.offload=true needs engine=deepspeed"]),
     ({"deepspeed": "x.json"}, ["deepspeed=x.json needs engine=deepspeed"]),
     ({"engine": "deepspeed", "parallel": {"zero_stage": 0, "offload": True}}, ["offload=true", "zero_stage=0"]),
-    ({"train": {"label_smoothing": 0.1}, "parallel": {"pipeline": 2}}, ["train.label_smoothing=0.1", "pipeline=2"]),
 ])
 def test_what_an_engine_cannot_do_is_named(recipe, sections, parts):
     (wrong,) = findings(recipe(**sections))

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import plain_megatron
@@ -31,6 +32,7 @@ from megatron_spdf.data.corpus import check_corpus
 from megatron_spdf.data.dataset import TokenData
 from megatron_spdf.engine import Engine, make_engine, megatron
 from megatron_spdf.evaluation.coordinates import activation_sizes
+from megatron_spdf.model import weights
 from megatron_spdf.model.attention import document_mask
 from megatron_spdf.model.weights import model_weights
 from megatron_spdf.parallel.ranks import find_ranks, join, leave
@@ -138,9 +140,9 @@ def train(recipe: dict, steps: int) -> dict:
         }
 
 
-def planned(recipe: dict) -> dict:
+def planned(recipe: dict, logits_bytes: int = weights.LOGITS_BYTES) -> dict:
     """A step, counted and predicted: bytes of buffers, bytes sent, and most bytes of activations alive."""
-    with bench(recipe) as b:
+    with patch.object(weights, "LOGITS_BYTES", logits_bytes), bench(recipe) as b:
         stage = ps.get_pipeline_model_parallel_rank()
         return {
             **sent_in_a_step(b), "held": b.engine.state_bytes(), "predicted": predicted_bytes(b),

@@ -19,7 +19,6 @@ from megatron_spdf.data.finetuning import CompletionData
 from megatron_spdf.engine import make_engine
 from megatron_spdf.model.gpt import build_model, canonical_modules
 from megatron_spdf.model.init import LoadedWeights
-from megatron_spdf.model.loss import smoothed_cross_entropy
 from megatron_spdf.model.weights import model_weights
 from megatron_spdf.parallel.ranks import find_ranks, join
 from megatron_spdf.parallel.signals import StopRequest
@@ -155,28 +154,6 @@ def revived(recipe: dict) -> dict:
                 new = here[before == 0]
                 found[full] = {"std": float(new.std()) / weights[full].std, "mean": float(new.mean()),
                                "kept": torch.equal(here[before != 0], before[before != 0]), "sum": float(here.sum())}
-        return found
-
-
-def smoothing(recipe: dict) -> dict:
-    """Largest difference of losses and gradients from PyTorch's cross entropy with label smoothing."""
-    with bench(recipe):
-        rank, world = ps.get_tensor_model_parallel_rank(), ps.get_tensor_model_parallel_world_size()
-        draw = torch.Generator().manual_seed(0)
-        found = {}
-        for real in (384, 300):  # all columns of the vocabulary, or padding behind them
-            whole = torch.randn(2, 5, 384, generator=draw)
-            whole[..., real:] = -1e4
-            labels, upstream = torch.randint(real, (2, 5), generator=draw), torch.rand(2, 5, generator=draw)
-            reference = whole[..., :real].clone().requires_grad_()
-            expected = torch.nn.functional.cross_entropy(
-                reference.flatten(0, 1), labels.flatten(), reduction="none", label_smoothing=0.2).view(2, 5)
-            (expected * upstream).sum().backward()
-            mine = whole.chunk(world, -1)[rank].clone().requires_grad_()
-            losses = smoothed_cross_entropy(mine * 1.0, labels, 0.2, real)
-            (losses * upstream).sum().backward()
-            there = torch.nn.functional.pad(reference.grad, (0, 384 - real)).chunk(world, -1)[rank]
-            found[real] = (float((losses - expected).abs().max()), float((mine.grad - there).abs().max()))
         return found
 
 

@@ -29,8 +29,12 @@ VARIANTS = {  # of one layout each: (world, layout, changes)
     "micro-batch 4": (1, {}, {"train": {"micro_batch": 4}}),
     "tp2 sp recompute full": (2, {"tensor": 2, "sequence": True},
                               {"train": {"recompute": "full", "micro_batch": 1}}),
+    "chunked logits": (1, {}, {"train": {"micro_batch": 4}}),
+    "chunked logits bf16": (1, {}, {"train": {"micro_batch": 4, "precision": "bf16"}}),
+    "tp2 sp chunked logits": (2, {"tensor": 2, "sequence": True}, {"train": {"micro_batch": 4}}),
     "tp2 sp bf16": (2, {"tensor": 2, "sequence": True}, {"train": {"precision": "bf16", "micro_batch": 1}}),
 }
+CHUNKED = 4 * 384 * 40  # 40 tokens of 128
 DEEPSPEED = [(0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "bf16")]
 NAMES = [(world, f"{name}, {level:.0%}") for world, layouts in LAYOUTS.items() for name in layouts
          for level in (0.0, 0.75)] + [(world, name) for name, (world, _, _) in VARIANTS.items()]
@@ -46,6 +50,8 @@ def results(make_recipe, tmp_path_factory):
               for world, layouts in LAYOUTS.items()}
     for name, (world, layout, changes) in VARIANTS.items():
         groups[world][name] = case(parallel=layout, **changes)
+        if "chunked" in name:
+            groups[world][name][1]["logits_bytes"] = CHUNKED
     for zero, precision in DEEPSPEED:
         groups[2][f"deepspeed {zero} {precision}"] = ("planned_traffic", {"recipe": make_recipe(
             engine="deepspeed", parallel={"data": 2, "zero_stage": zero}, train={"precision": precision})})

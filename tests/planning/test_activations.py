@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_spdf.config import Recipe
-from megatron_spdf.model.weights import model_weights
+from megatron_spdf.model.weights import LOGITS_BYTES, model_weights, tokens_at_once
 from megatron_spdf.planning.activations import block_bytes, in_flight, kept_by_block, peak_bytes, step_bytes
 from megatron_spdf.planning.memory import rank_bytes
 from megatron_spdf.sparsity.plan import make_plan
@@ -67,6 +67,27 @@ def test_softmax_over_the_vocabulary_is_fp32(recipe):
     r = gpt(recipe)
     logits = 32 * 2 * 256
     assert step_bytes(r, plan_of(r), 0).head >= 4 * logits + 2 * logits
+
+
+def test_logits_do_not_grow_with_the_micro_batch(recipe):
+    """Beyond as many tokens as fit into LOGITS_BYTES: those of GPT-2's vocabulary would take 9 GiB here, in bf16 and
+    fp32."""
+    def head(micro_batch: int) -> int:
+        r = recipe(model={"vocab_size": 50257}, train={"micro_batch": micro_batch, "global_batch": 1024,
+                                                       "sequence_length": 32, "precision": "bf16"})
+        return step_bytes(r, plan_of(r), 0).head
+
+    assert head(1024) < 2 * LOGITS_BYTES
+    assert head(64) == pytest.approx(2 * head(32), rel=0.1)  # in one piece
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(50304, 16384), (50304, 2669), (50304, 7), (6288, 16384), (2**28, 5)])
+def test_chunks_of_tokens_are_even_and_within_the_bound(rows, tokens):
+    size = tokens_at_once(rows, tokens)
+    assert size == 1 or 4 * rows * size <= LOGITS_BYTES
+    chunks = -(-tokens // size)
+    assert (chunks - 1) * size < tokens <= chunks * size
+    assert tokens - (chunks - 1) * size > size - chunks
 
 
 def test_dense_gradients_wait_for_the_end_of_backward(recipe):

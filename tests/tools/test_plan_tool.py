@@ -31,6 +31,11 @@ def test_text(plan, capsys):
     assert "2 x H100" in out and "the recipe's own layout (tensor 2" in out and "What sparsity buys" in out
 
 
+def test_a_micro_batch_left_to_the_run_is_one_sequence(plan, capsys):
+    assert plan([DEMO, "train.micro_batch=auto", "--gpu", "h100"]) == 0
+    assert "micro-batch 1, recompute none) fits" in capsys.readouterr().out
+
+
 def test_json_and_price(plan, capsys):
     assert plan([DEMO, "sparsity=0.5", "--gpu", "a100", "--gpus", "4", "--price", "2", "--efficiency", "0.5",
                  "--top", "3", "--json"]) == 0

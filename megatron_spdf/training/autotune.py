@@ -1,0 +1,173 @@
+"""The micro-batch where the recipe leaves it to the run: whole steps on random tokens, from one sequence up, and the
+fastest of those that fit in memory. Kept in the run directory, so that every start at one layout takes the same."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+
+import torch
+import torch.distributed as dist
+
+from megatron_spdf.config import Recipe
+from megatron_spdf.config.checks import findings
+from megatron_spdf.config.recipe import AUTO
+from megatron_spdf.engine import Engine, MicroBatch, make_engine
+from megatron_spdf.parallel.activity import NOW
+from megatron_spdf.planning.phases import RunPhase
+from megatron_spdf.planning.runs import MICRO_BATCHES
+from megatron_spdf.planning.search import LARGEST_MICRO_BATCH, USABLE
+from megatron_spdf.training.run_dir import RunDir
+
+LARGEST_ON_CPU = 4
+STEPS = 3  # of which the first sets up and is not timed
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Steps with one micro-batch, the slowest and the fullest rank of all.
+
+    Attributes:
+        seconds: of the fastest step; infinite if memory did not suffice.
+        peak: bytes allocated at most.
+        next_peak: bytes that twice the micro-batch takes at most: weights and optimizer state stay as they are.
+    """
+
+    micro_batch: int
+    seconds: float
+    peak: float
+    next_peak: float
+
+
+def settle_micro_batch(phase: RunPhase, run: RunDir, device: torch.device) -> tuple[RunPhase, list[str]]:
+    """The phase with a number for its micro-batch, and lines on where it is from. All ranks call it together.
+
+    What is tried are engines of their own, and gone afterwards: the phase's own begins as if there had been none.
+
+    Raises:
+        ValueError: not even one sequence fits in memory.
+    """
+    if phase.recipe.train.micro_batch != AUTO:
+        return phase, []
+    key = {"phase": phase.number, **_layout(phase.recipe, device)}
+    kept = _read(run)
+    chosen = next((entry["micro_batch"] for entry in kept if entry["of"] == key), None)
+    lines = [f"micro-batch {chosen}, as chosen when this run first had this layout"]
+    if chosen is None:
+        trials = list(try_all(phase, device))
+        chosen = fastest(trials)
+        lines = _render(trials, chosen)
+        if dist.get_rank() == 0:
+            run.claim()
+            _write(run, [*kept, {"of": key, "micro_batch": chosen, "trials": [asdict(t) for t in trials]}])
+    return replace(phase, recipe=phase.recipe.with_micro_batch(chosen)), lines
+
+
+def candidates(recipe: Recipe, largest: int) -> list[int]:
+    """Powers of two that divide a data-parallel rank's share of the global batch and break no other rule."""
+    sizes = [2**n for n in range(largest.bit_length()) if 2**n <= largest]
+    return [size for size in sizes if not any(findings(recipe.with_micro_batch(size)))]
+
+
+def try_all(phase: RunPhase, device: torch.device) -> Iterator[Trial]:
+    """Trials from one sequence up, until the next would not fit."""
+    on_gpu = device.type == "cuda"
+    room = USABLE * torch.cuda.get_device_properties(device).total_memory if on_gpu else math.inf
+    for size in candidates(phase.alone, LARGEST_MICRO_BATCH if on_gpu else LARGEST_ON_CPU):
+        trial = _try(replace(phase, recipe=phase.recipe.with_micro_batch(size)), device)
+        yield trial
+        if trial.next_peak > room:
+            return
+
+
+def fastest(trials: list[Trial]) -> int:
+    """The micro-batch of the fastest steps; of equally fast ones the smallest.
+
+    Raises:
+        ValueError: none fitted in memory.
+    """
+    best = min(trials, key=lambda trial: trial.seconds)
+    if math.isinf(best.seconds):
+        raise ValueError(f"train.micro_batch={AUTO}: a step with micro-batch {best.micro_batch} does not fit memory; "
+                         "raise parallel.tensor, parallel.pipeline or parallel.zero_stage, or set train.recompute=full")
+    return best.micro_batch
+
+
+def _try(phase: RunPhase, device: torch.device) -> Trial:
+    size = phase.recipe.train.micro_batch
+    NOW.enter(f"the trial of micro-batch {size}")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    try:
+        seconds, held = _run(phase, device)
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else held
+    except torch.OutOfMemoryError:
+        if dist.get_world_size() > 1:  # the other ranks are left in a collective
+            raise ValueError(f"train.micro_batch={AUTO}: a step with micro-batch {size} did not fit in the memory of "
+                             f"rank {dist.get_rank()}; set train.micro_batch to a smaller number") from None
+        seconds = peak = math.inf
+        held = 0
+    shared = torch.tensor([seconds, peak, 2 * peak - held], dtype=torch.float64, device=device)
+    dist.all_reduce(shared, dist.ReduceOp.MAX)
+    return Trial(size, *shared.tolist())
+
+
+def _run(phase: RunPhase, device: torch.device) -> tuple[float, int]:
+    """Seconds of the fastest step but the first, and the bytes of weights, gradients and optimizer state."""
+    recipe = phase.alone
+    engine = make_engine(recipe, phase.plan, device)
+    try:
+        batch, seconds = _random_batch(recipe, engine), []
+        for number in range(1, STEPS + 1):
+            started = time.perf_counter()
+            engine.step(batch, number, recipe.tokens_per_step, stop_requested=False)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds.append(time.perf_counter() - started)
+        return min(seconds[1:]), sum(engine.state_bytes().values())
+    finally:
+        engine.close()
+
+
+def _random_batch(recipe: Recipe, engine: Engine) -> list[MicroBatch]:
+    """A rank's micro-batches, all of them the same random tokens."""
+    if not engine.reads_data:
+        return [{}] * recipe.micro_batches
+    shape = (recipe.train.micro_batch, recipe.train.sequence_length)
+    tokens = torch.randint(recipe.model.vocab_size, shape, generator=torch.Generator().manual_seed(recipe.seed))
+    micro = {"tokens": tokens, "labels": tokens.roll(-1, 1), "loss_mask": torch.ones(shape),
+             "position_ids": torch.arange(shape[1]).expand(shape).contiguous()}
+    if recipe.data.reset_attention:
+        micro["documents"] = torch.zeros(shape, dtype=torch.int64)
+    return [micro] * recipe.micro_batches
+
+
+def _layout(recipe: Recipe, device: torch.device) -> dict:
+    """What the choice holds for, as JSON has it."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return {"device": name, "engine": recipe.engine, "recompute": recipe.train.recompute,
+            **recipe.parallel.model_dump(exclude={"timeout"})}
+
+
+def _read(run: RunDir) -> list[dict]:
+    """What rank 0 finds in the run directory, on every rank."""
+    file, found = run.root / MICRO_BATCHES, [[]]
+    if dist.get_rank() == 0 and file.is_file():
+        found = [json.loads(file.read_text())]
+    dist.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def _write(run: RunDir, entries: list[dict]) -> None:
+    beside = run.root / f"{MICRO_BATCHES}.new"
+    beside.write_text(json.dumps(entries, indent=1))
+    beside.replace(run.root / MICRO_BATCHES)
+
+
+def _render(trials: list[Trial], chosen: int) -> list[str]:
+    return [f"micro-batch {chosen} is the fastest of those tried:",
+            *(f"  micro-batch {t.micro_batch:>3}: {t.seconds:>8.4g} s a step, {t.peak / 2**30:>7.2f} GiB"
+              for t in trials)]

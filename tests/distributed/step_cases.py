@@ -1,0 +1,88 @@
+"""Cases of what a training step does beside matrix products."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
+from unittest.mock import patch
+
+import cases
+from cases import bench
+from phase_cases import phased
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_spdf.model import gpt
+
+# What makes the host wait for a GPU: values that Python sees, and shapes that depend on values.
+SEEN = {"item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "__array__", "nonzero"}
+SHAPED = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::_unique2",
+          "aten::bincount"}
+
+
+class Waits(TorchFunctionMode):
+    """Counts calls from Python that make the host wait for the device, on CPU too, where nothing waits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        if name in SEEN:
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class ShapedByValues(TorchDispatchMode):
+    """Counts operations inside PyTorch that do, but for those that `Waits` sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.name in SHAPED:
+            self.counts[func._schema.name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def waits(recipe: dict) -> dict[str, dict[str, int]]:
+    """Transfers to the host in a training step and in an evaluation of a global batch."""
+    with bench(recipe) as b:
+        b.steps(0, 1)
+        batch, found = next(b.data.training_batches(1)), {}
+        for name, run in (("step", lambda: b.engine.step(batch, 2, 2 * b.recipe.tokens_per_step, False)),
+                          ("evaluation", lambda: b.engine.evaluate(batch, False))):
+            with Waits() as waits, ShapedByValues() as shaped:
+                run()
+            found[name] = dict(waits.counts + shaped.counts)
+        return found
+
+
+def fused(recipe: dict, steps: int) -> list[tuple[float, float]]:
+    """Losses and gradient norms with Megatron-Core's fusions, which nothing compiles on CPU."""
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(gpt, "_compiles", lambda: True))
+        return cases.train(recipe, steps)["curve"]
+
+
+def adam(recipe: dict) -> dict:
+    """Which form of AdamW an engine has."""
+    with bench(recipe) as b:
+        adam = b.engine.adam if hasattr(b.engine, "adam") else b.engine.optimizer.chained_optimizers[0].optimizer
+        b.steps(0, 1)
+        return {"fused": {group["fused"] for group in adam.param_groups}, "choices": b.engine.choices,
+                "steps": {float(state["step"]) for state in adam.state.values()}}
+
+
+def tuned(recipes: list[dict], stops: list[int | None], beside: str) -> dict:
+    """A run that chooses its micro-batch, started with each recipe in turn and stopped after so many steps; and a run
+    in another directory with the number that it chose first."""
+    there = phased(recipes, stops)
+    chosen = json.loads((Path(recipes[0]["output"]) / "micro_batch.json").read_text())
+    train = {**recipes[0]["train"], "micro_batch": chosen[0]["micro_batch"]}
+    fixed = phased([{**recipes[0], "train": train, "output": beside}], [None])
+    return {"auto": there, "chosen": chosen, "fixed": fixed}

@@ -1,0 +1,59 @@
+"""Attention against float64, and that no kernel is left to chance on a GPU."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend
+
+from megatron_spdf.model.sdpa import FUSED, Heads, attend, choose_kernels, describe_kernels, kernels_on_gpu
+
+GPT2 = Heads(queries=12, groups=12, width=64, dtype=torch.bfloat16, dropout=0.0, masked=False)
+ODD = replace(GPT2, queries=6, groups=2, width=100, masked=True)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("groups", [4, 2, 1])
+def test_equals_float64(groups, masked):
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 9, 8, generator=draw) for heads in (4, groups, groups))
+    allowed = torch.ones(9, 9, dtype=torch.bool).tril().expand(2, 1, 9, 9).clone()
+    if masked:
+        allowed[1, :, 5:, :5] = False  # two documents
+    scores = (q.double() @ k.double().repeat_interleave(4 // groups, 1).mT) / math.sqrt(8)
+    expected = scores.masked_fill(~allowed, -math.inf).softmax(-1) @ v.double().repeat_interleave(4 // groups, 1)
+    found = attend(q, k, v, allowed if masked else None)
+    assert (found - expected).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("heads", [GPT2, ODD])
+def test_math_is_no_choice_where_a_fused_kernel_runs(heads):
+    kernels = choose_kernels(heads, lambda kernels, heads: True)
+    assert kernels and SDPBackend.MATH not in kernels
+    assert set(kernels) <= set(FUSED)
+    assert describe_kernels(kernels, heads) in ("flash or cudnn or efficient", "efficient")
+
+
+def test_flash_is_not_asked_for_with_a_mask():
+    asked = []
+    choose_kernels(ODD, lambda kernels, heads: asked.append((tuple(kernels), heads)) or True)
+    assert asked == [((SDPBackend.EFFICIENT_ATTENTION,), ODD)]
+
+
+def test_what_no_fused_kernel_takes_runs_all_the_same_and_is_said():
+    kernels = choose_kernels(ODD, lambda kernels, heads: False)
+    assert SDPBackend.MATH in kernels
+    said = describe_kernels(kernels, ODD)
+    assert said.startswith("PyTorch's operations one by one")
+    assert said.endswith("no fused kernel here takes 6 heads of 100 in 2 groups in bfloat16 and a mask")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("heads", [GPT2, replace(GPT2, masked=True), replace(GPT2, groups=4),
+                                   replace(GPT2, groups=4, masked=True), replace(GPT2, width=128, dropout=0.1)])
+def test_a_fused_kernel_takes_it_on_a_gpu(heads):
+    assert SDPBackend.MATH not in kernels_on_gpu(heads)
