@@ -55,7 +55,21 @@ class Cutlass:
         return torch._sparse_semi_structured_mm(values.contiguous(), metadata, x.contiguous().T).T.contiguous()
 
 
-LIBRARIES: tuple[Library, ...] = (CuSparseLt(), Cutlass())  # in the order in which they are tried
+class CompressedEachTime:
+    """cuSPARSELt, handed the expanded weight for every product: it promises nothing about where in its array it keeps
+    the values, and where that is not first they cannot be put there."""
+
+    NAME = "cuSPARSELt, compressed anew for each product"
+
+    def metadata(self, pattern: Tensor, dtype: torch.dtype) -> Tensor:
+        return pattern.contiguous()
+
+    def multiply(self, values: Tensor, metadata: Tensor, x: Tensor) -> Tensor:
+        weight = values.new_zeros(metadata.shape).masked_scatter_(metadata, values)
+        return torch._cslt_sparse_mm(torch._cslt_compress(weight), x.contiguous().T, transpose_result=True)
+
+
+LIBRARIES: tuple[Library, ...] = (CuSparseLt(), Cutlass(), CompressedEachTime())  # in the order they are tried in
 
 
 def fits(shape: tuple[int, int]) -> bool:

@@ -67,8 +67,8 @@ class BlockProduct:
 
 @dataclass(frozen=True)
 class TwoFourProduct(ExpandedProduct):
-    """With the active values of a 2:4 weight, on sparse tensor cores. The weight's gradient, a product of dense operands,
-    is made whole and cut; and the weight is expanded where the kernels do not take the number of tokens."""
+    """With the active values of a 2:4 weight, on sparse tensor cores. The weight's gradient, of dense operands, is made
+    whole and cut; and the weight is expanded where the kernels do not take the number of tokens."""
 
     library: two_four.Library
     dtype: torch.dtype

@@ -13,7 +13,7 @@ from torch.sparse._semi_structured_conversions import (
 
 from megatron_spdf import kernels
 from megatron_spdf.kernels import two_four
-from megatron_spdf.kernels.two_four import CuSparseLt, Cutlass, find_two_four, fits, packed, packed_transposed, try_out
+from megatron_spdf.kernels.two_four import Cutlass, find_two_four, fits, packed, packed_transposed, try_out
 from megatron_spdf.sparsity.compact import CompactWeight
 from megatron_spdf.sparsity.plan import SparseWeight
 from megatron_spdf.sparsity.product import ExpandedProduct, TwoFourProduct, choose_product
@@ -81,7 +81,7 @@ def test_products_are_those_of_the_dense_weight(weight, world, tokens):
     assert library.products == (2 if tokens == 16 else 0)
 
 
-@pytest.mark.parametrize("library", [CuSparseLt(), Cutlass()], ids=lambda library: library.NAME)
+@pytest.mark.parametrize("library", two_four.LIBRARIES, ids=lambda library: library.NAME)
 def test_a_library_is_handed_what_it_wants(library, monkeypatch):
     """Its operations replaced by what they are documented to compute."""
     AsCusparseLt.install(monkeypatch)
