@@ -13,8 +13,6 @@ from megatron_spdf.model.weights import model_weights
 from megatron_spdf.planning.activations import peak_bytes
 from megatron_spdf.planning.search import USABLE
 
-TRIES = 4
-
 
 def with_layers(recipe: Recipe, layers: int) -> Recipe:
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"layers": layers})})
@@ -40,18 +38,19 @@ def deepest(recipe: Recipe, memory: int) -> int:
     return low
 
 
-def search(recipe: Recipe, device: torch.device, memory: int, until: float) -> Iterator[dict]:
-    """Rows of a table: what the planner says, then what was tried, deeper by a tenth while it trains, or less deep until
-    it does.
+def search(recipe: Recipe, device: torch.device, memory: int, tries: int, until: float) -> Iterator[dict]:
+    """Rows of a table: what the planner says, then what was tried, deeper by a tenth while it trains, or less deep
+    until it does.
 
     Args:
         memory: bytes of the card.
+        tries: at most.
         until: on the monotonic clock; no try begins that would not end by then if it took as long as the last.
     """
     layers = deepest(recipe, memory)
     yield {**_size(with_layers(recipe, layers)), "note": f"the planner's largest, in {USABLE:.0%} of the memory"}
     step, trained, seconds = max(1, layers // 10), None, 0.0
-    for _ in range(TRIES):
+    for _ in range(tries):
         if layers < 1 or time.monotonic() + seconds > until:
             return
         started = time.monotonic()

@@ -69,7 +69,7 @@ class _PlainTraining:
         m, o = recipe.model, recipe.optimizer
         config = GPT2Config(vocab_size=m.vocab_size, n_positions=m.max_positions, n_embd=m.hidden, n_layer=m.layers,
                             n_head=m.heads, n_inner=m.ffn_hidden, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-                            use_cache=False, attn_implementation="sdpa")
+                            activation_function="gelu_pytorch_tanh", use_cache=False, attn_implementation="sdpa")
         with torch.device(device):
             self.model = GPT2LMHeadModel(config)
         self.adam = torch.optim.AdamW(self.model.parameters(), lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps,

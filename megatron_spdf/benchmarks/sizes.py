@@ -23,6 +23,7 @@ class Scale:
         blocks: sizes of blocks, the last of which stanford-stk multiplies with too.
         steps, by_part: that are measured of each run, as they come and with clocks in them.
         seconds: that each measurement of a kernel takes at least.
+        tries: of training at a depth.
     """
 
     recipe_path: Path
@@ -32,6 +33,7 @@ class Scale:
     steps: int
     by_part: int
     seconds: float
+    tries: int
 
     @property
     def patterns(self) -> dict[str, str]:
@@ -53,13 +55,13 @@ class Scale:
 GPU = Scale(CONFIGS / "pretrain/gpt3_xl_dense.yaml",
             ("parallel.data=1", "train.global_batch=16", "train.micro_batch=4"),
             ("model.preset=gpt3_6b7", "train.global_batch=1", "train.micro_batch=1", "train.recompute=full"),
-            blocks=(64, 128), steps=8, by_part=2, seconds=0.2)
+            blocks=(64, 128), steps=8, by_part=2, seconds=0.2, tries=4)
 CPU = Scale(CONFIGS / "benchmark/cpu.yaml",
-            ("model.hidden=128", "model.heads=4", "model.vocab_size=512", "model.max_positions=64",
+            ("model.layers=1", "model.hidden=128", "model.heads=4", "model.vocab_size=512", "model.max_positions=32",
              "train.global_batch=2", "train.micro_batch=1"),
-            ("model.hidden=64", "train.recompute=full"),
-            blocks=(16, 32), steps=4, by_part=1, seconds=1e-3)
-CPU_MEMORY = 2**25  # bytes, in which something tiny finds its largest depth
+            ("model.hidden=64", "train.global_batch=1", "train.recompute=full"),
+            blocks=(16, 32), steps=4, by_part=1, seconds=1e-3, tries=1)
+CPU_MEMORY = 2**22  # bytes, in which something tiny finds its largest depth
 
 
 def scale_of(name: str) -> Scale:

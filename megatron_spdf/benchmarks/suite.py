@@ -1,6 +1,6 @@
-"""All figures of one GPU in one command of less than nine minutes: the bandwidth of a copy, kernels against their floors
-and dense products, GPT-3 XL trained dense and with every pattern and where a step's time goes, peers in the same run,
-and the largest GPT that one card trains, dense and sparse.
+"""All figures of one GPU in one command of less than nine minutes: a copy's bandwidth, kernels against their floors and
+dense products, GPT-3 XL trained dense and with every pattern and where a step's time goes, peers in the same run, and
+the largest GPT that one card trains, dense and sparse.
 
 Every part runs in a process of its own and has a budget of seconds, to which comes what the parts before it left over.
 A part that fails or runs out of time keeps the rows that it had written by then, and the others go on. On a machine
@@ -35,7 +35,7 @@ class Outcome:
     Attributes:
         state: finished, out of time, or why it failed.
         seconds: that it took.
-        tables: title -> rows, each column -> value; units are in the columns' names.
+        tables: title -> rows, each column -> value; units are in the columns' names, `at` is when.
     """
 
     part: str
@@ -60,7 +60,7 @@ def run(scale: str, parts: list[str], output: Path) -> int:
         scale = "cpu"
     output.mkdir(parents=True, exist_ok=True)
     report = {**circumstances(LIBRARIES), "scale": scale, "parts": []}
-    print("\n".join(render_circumstances(report)), flush=True)
+    print("\n".join([*render_circumstances(report), *([NO_GPU, ""] if scale == "cpu" else [])]), flush=True)
     spare = 0.0
     for part in parts:
         budget = PARTS[part] + spare
@@ -140,7 +140,7 @@ def render(report: dict) -> list[str]:
 def render_part(outcome: dict) -> list[str]:
     lines = [f"## {outcome['part']}", "", f"{outcome['state']}; {outcome['seconds']:.0f} s", ""]
     for title, rows in outcome["tables"].items():
-        columns = list(dict.fromkeys(column for row in rows for column in row))
+        columns = list(dict.fromkeys(column for row in rows for column in row if column != "at"))
         lines += [f"{title}:", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
         lines += [f"| {' | '.join(_cell(row.get(column)) for column in columns)} |" for row in rows]
         lines.append("")

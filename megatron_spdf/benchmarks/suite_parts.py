@@ -41,7 +41,7 @@ class Part:
     def write(self, table: str, **row: object) -> None:
         at = datetime.now().astimezone().isoformat(timespec="seconds")
         with self.file.open("a") as file:
-            file.write(json.dumps({"table": table, "row": row, "at": at}) + "\n")
+            file.write(json.dumps({"table": table, "row": {**row, "at": at}}) + "\n")
 
     def attempt(self, table: str, what: str, measure: Callable[[], None]) -> bool:
         """Measures, unless time is short; whether it went well."""
@@ -158,7 +158,7 @@ def largest_model(part: Part) -> None:
         for name, pattern in (("dense", sizes.DENSE), (deep, part.scale.patterns[deep])):
             recipe = part.scale.deep_recipe(pattern)
             half = time.monotonic() + (part.until - time.monotonic()) / (2 if name == "dense" else 1)
-            for row in largest.search(recipe, device, sizes.memory(), half):
+            for row in largest.search(recipe, device, sizes.memory(), part.scale.tries, half):
                 part.write("largest", what=name, **row)
 
 

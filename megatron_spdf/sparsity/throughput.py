@@ -99,8 +99,9 @@ def moves(weight: SparseWeight, seed: int, tensor: int, device: torch.device, dt
         "compress": (lambda m: kernels.compress(dense, m, buffer), lambda m: torch_reference.compress(dense, m, buffer),
                      width * whole + 8 * active + bits),
     }
-    return [Figure(name, weight.name, compact.shape, weight.sparsity, median_seconds(lambda run=run: run(mask), seconds),
-                   moved / bandwidth, torch=peer and median_seconds(lambda run=other: run(peer), seconds))
+    place = weight.name, compact.shape, weight.sparsity
+    return [Figure(name, *place, median_seconds(lambda run=run: run(mask), seconds), moved / bandwidth,
+                   torch=peer and median_seconds(lambda run=other: run(peer), seconds))
             for name, (run, other, moved) in runs.items()]
 
 
@@ -123,13 +124,17 @@ def products(weight: SparseWeight, seed: int, tensor: int, device: torch.device,
         full = median_seconds(plain, seconds)
         whole = weight.two_four and name == "weight gradient"  # whose product has no operand with zeros
         floor = full if whole else (1.0 - weight.sparsity) * full
-        found.append(Figure(f"{pattern}, {name}", weight.name, compact.shape, weight.sparsity, median_seconds(run, seconds),
-                            floor, dense=full))
+        found.append(Figure(f"{pattern}, {name}", weight.name, compact.shape, weight.sparsity,
+                            median_seconds(run, seconds), floor, dense=full))
     return found
 
 
 def median_seconds(run, seconds: float) -> float:
-    """Of one call; a GPU is waited for."""
+    """Median of one call; a GPU is waited for.
+
+    Args:
+        seconds: that it is called for at least.
+    """
     run()
     return Timer("run()", globals={"run": run}).blocked_autorange(min_run_time=seconds).median
 
