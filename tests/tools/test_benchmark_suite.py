@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -42,7 +43,7 @@ def test_a_part_that_hangs_is_ended_with_its_children_and_keeps_its_rows(tmp_pat
 
 
 def test_a_part_that_fails_says_why_and_keeps_its_rows():
-    outcome = suite.run_part("p", child("""row 1; printf '{"table' >> "$file"; echo trace; echo no more >&2; exit 3"""), 30)
+    outcome = suite.run_part("p", child("""row 1; printf '{"table' >> "$file"; echo x; echo no more >&2; exit 3"""), 30)
     assert (outcome.state, outcome.tables) == ("failed (3): no more", {"t": [{"n": 1}]})
     assert suite.run_part("p", child("kill -9 $$"), 30).state == "failed (-9): it said nothing"
 
@@ -107,10 +108,10 @@ def test_the_gpu_trains_gpt3_xl_with_every_pattern():
 @pytest.mark.parametrize("sparsity", [sizes.DENSE, "{level: 0.75, expand: layer}"])
 def test_the_planners_deepest_model_fits_and_one_layer_more_does_not(sparsity):
     assert sizes.GPU.deep_recipe(sparsity).model.hidden == 4096
-    recipe, memory = sizes.CPU.deep_recipe(sparsity), 2**25
+    recipe, memory = sizes.CPU.deep_recipe(sparsity), 2**24
     layers = deepest(recipe, memory)
     one_more = planned_bytes(with_layers(recipe, layers + 1))
-    assert layers > 10 and planned_bytes(with_layers(recipe, layers)) <= USABLE * memory < one_more
+    assert layers > 3 and planned_bytes(with_layers(recipe, layers)) <= USABLE * memory < one_more
     assert deepest(recipe, 2**18) == 0
 
 
@@ -140,7 +141,8 @@ def test_the_whole_suite_runs_without_a_gpu(tmp_path):
     assert by_part["2:4"]["expand"] > 0 and by_part["2:4"]["compress"] > 0
 
     kernels = parts["kernels"]["tables"]["kernels"]
-    assert {row["kernel"].split(",")[0] for row in kernels if "kernel" in row} == {"expand", "compress", "blocks", "2:4"}
+    kinds = {row["kernel"].split(",")[0] for row in kernels if "kernel" in row}
+    assert kinds == {"expand", "compress", "blocks", "2:4"}
     assert any(row["what"] == "stanford-stk" for row in kernels)
     peers = parts["peers"]["tables"]["peers"]
     assert len(peers) == 2 and all(row["tokens/s"] > 0 for row in peers)
@@ -170,7 +172,8 @@ def test_dense_and_sparse_are_measured_in_turn(what, tmp_path):
 @pytest.mark.parametrize(("words", "said"), [
     (["step", "nowhere.yaml"], "there is no recipe"), (["train", "a.yaml", "b.yaml"], "are 2 recipes; name one"),
     (["step", "--steps", "1"], "take 2 or more"), (["step", "parallel.tensor=2"], "needs 2 processes")])
-@pytest.mark.slow
-def test_bad_input_is_refused(words, said):
-    done = benchmark(*words)
-    assert done.returncode == 2 and said in done.stderr
+def test_bad_input_is_refused(words, said, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *words])
+    assert importlib.import_module("benchmark").main() == 2
+    assert said in capsys.readouterr().err
