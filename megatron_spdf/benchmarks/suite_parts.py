@@ -22,6 +22,7 @@ from megatron_spdf.benchmarks import largest, peers, sizes
 from megatron_spdf.benchmarks.engines import free_memory, plan_of
 from megatron_spdf.benchmarks.sizes import Scale
 from megatron_spdf.config import Recipe
+from megatron_spdf.kernels import block_products, describe, two_four_products
 
 NEARLY = 0.85  # of the seconds
 
@@ -66,6 +67,10 @@ def kernels(part: Part) -> None:
     device, seconds = torch.device("cuda" if torch.cuda.is_available() else "cpu"), part.scale.seconds
     bandwidth = throughput.copy_bandwidth(device, seconds)
     part.write("copy", **{"GB/s, read and written": bandwidth / 1e9})
+    dtype = sizes.dtype_of(part.scale.recipe(sizes.DENSE))
+    for what, by in (("expand, compress", describe(device.type)), ("2:4", two_four_products(device.type, dtype)[1]),
+                     *((f"blocks of {n}", block_products(device.type, n, dtype)[1]) for n in part.scale.blocks)):
+        part.write("what computes", what=what, by=by)
     for name, pattern in part.scale.patterns.items():
         recipe = part.scale.recipe(pattern)
         if recipe.sparsity.expand == "layer":
@@ -108,14 +113,17 @@ def training(part: Part) -> None:
     from megatron_spdf.benchmarks.engines import joined
 
     runs = {"dense": sizes.DENSE, **part.scale.patterns, "dense, again": sizes.DENSE}
-    dense: list[float] = []
+    seconds: dict[str, float] = {}
     with joined(part.scale.recipe(sizes.DENSE)) as device:
         for name, pattern in runs.items():
             recipe = part.scale.recipe(pattern)
-            part.attempt("training", name, lambda name=name, recipe=recipe: _train(part, name, recipe, device, dense))
+            part.attempt("training", name, lambda name=name, recipe=recipe: _train(part, name, recipe, device, seconds))
 
 
-def _train(part: Part, name: str, recipe: Recipe, device: torch.device, dense: list[float]) -> None:
+def _train(part: Part, name: str, recipe: Recipe, device: torch.device, seconds: dict[str, float]) -> None:
+    """Args:
+        seconds: of a step of each run so far; this one's is put there.
+    """
     from megatron_spdf.benchmarks import train
     from megatron_spdf.benchmarks.parts import measure_parts
 
@@ -124,10 +132,12 @@ def _train(part: Part, name: str, recipe: Recipe, device: torch.device, dense: l
         for _ in range(train.STRETCHES):
             run.advance(part.scale.steps // train.STRETCHES)
         figures = run.figures
-        dense.append(figures["step_seconds"])  # the first is dense
-        part.write("training", what=name, **row_of_training(figures), **{"dense / step": dense[0] / dense[-1]})
+        seconds[name] = figures["step_seconds"]
+        faster = seconds["dense"] / seconds[name] if "dense" in seconds else None
+        part.write("training", what=name, **row_of_training(figures), **{"dense / step": faster})
+        part.write("what computes", what=name, by=figures["choices"])
         parts = measure_parts(recipe, run.engine, range(run.step + 1, run.step + 1 + part.scale.by_part))
-        part.write("a step by part (ms)", what=name, **{k: 1e3 * seconds for k, seconds in parts.items()})
+        part.write("a step by part (ms)", what=name, **{k: 1e3 * spent for k, spent in parts.items()})
     finally:
         run.engine.close()
 
@@ -158,8 +168,13 @@ def largest_model(part: Part) -> None:
         for name, pattern in (("dense", sizes.DENSE), (deep, part.scale.patterns[deep])):
             recipe = part.scale.deep_recipe(pattern)
             half = time.monotonic() + (part.until - time.monotonic()) / (2 if name == "dense" else 1)
-            for row in largest.search(recipe, device, sizes.memory(), part.scale.tries, half):
-                part.write("largest", what=name, **row)
+            part.attempt("largest", name, lambda name=name, recipe=recipe, half=half: _search(
+                part, name, recipe, device, half))
+
+
+def _search(part: Part, name: str, recipe: Recipe, device: torch.device, until: float) -> None:
+    for row in largest.search(recipe, device, sizes.memory(), part.scale.tries, until):
+        part.write("largest", what=name, **row)
 
 
 PARTS = {"kernels": kernels, "training": training, "peers": peers_of_training, "largest": largest_model}

@@ -144,6 +144,8 @@ def test_the_whole_suite_runs_without_a_gpu(tmp_path):
     kinds = {row["kernel"].split(",")[0] for row in kernels if "kernel" in row}
     assert kinds == {"expand", "compress", "blocks", "2:4"}
     assert any(row["what"] == "stanford-stk" for row in kernels)
+    by = {row["what"]: row["by"] for row in parts["kernels"]["tables"]["what computes"]}
+    assert by["2:4"] == by["blocks of 16"] == "expanded and multiplied as dense weights"
     peers = parts["peers"]["tables"]["peers"]
     assert len(peers) == 2 and all(row["tokens/s"] > 0 for row in peers)
     depths = {row["what"]: row for row in parts["largest"]["tables"]["largest"] if row["note"] == "trained"}
