@@ -57,12 +57,14 @@ def start_run(source: WeightSource, recipe: Recipe, tokenizer: Tokenizer, output
 
     Raises:
         ValueError: the source has another shape or tokenizer than the recipe, or is damaged; `output` exists; blocks
-            are to be selected by magnitude.
+            or 2:4 are to be selected by magnitude.
     """
     check_shape(source, recipe)
-    if select == "magnitude" and recipe.sparsity.pattern == "block":
-        raise ValueError("select=magnitude takes entries one by one, and sparsity.pattern=block wants whole blocks, as "
-                         "many in every row and column; use select=random or sparsity.pattern=unstructured")
+    if select == "magnitude" and recipe.sparsity.pattern != "unstructured":
+        wanted = {"block": "whole blocks, as many in every row and column", "2:4": "two of every four"}
+        pattern = recipe.sparsity.pattern
+        raise ValueError(f"select=magnitude takes entries one by one, and sparsity.pattern={pattern} wants "
+                         f"{wanted[pattern]}; use select=random or sparsity.pattern=unstructured")
     _check_tokenizer(source, tokenizer)
     begun = phases_of(recipe.model_copy(update={"output": str(output)}))[0]
     recipe, plan = begun.recipe, begun.plan

@@ -18,8 +18,8 @@ def findings(recipe: Recipe) -> Iterator[str]:
     yield from _model(recipe)
     broken = list(_layout(recipe))
     yield from broken
-    if not broken and recipe.sparsity.pattern == "block":
-        yield from _blocks(recipe.model, recipe.sparsity.model_dump_json(), recipe.parallel.tensor)
+    if not broken and recipe.sparsity.pattern != "unstructured":
+        yield from _pattern(recipe.model, recipe.sparsity.model_dump_json(), recipe.parallel.tensor)
     yield from _engine(recipe)
     yield from _data(recipe)
     broken = list(_batch(recipe))
@@ -63,8 +63,10 @@ def _layout(recipe: Recipe) -> Iterator[str]:
 
 
 @lru_cache(maxsize=256)  # a search over layouts asks thousands of times
-def _blocks(model: Model, sparsity: str, tensor: int) -> tuple[str, ...]:
-    """Args:
+def _pattern(model: Model, sparsity: str, tensor: int) -> tuple[str, ...]:
+    """What blocks and 2:4 ask of the weights.
+
+    Args:
         sparsity: as JSON, which can be a key.
     """
     from megatron_spdf.model.weights import model_weights  # these import this package

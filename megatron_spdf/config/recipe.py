@@ -89,8 +89,9 @@ class Sparsity(Section):
     """Static random masks. Also written as a number, or as a list of rules with all other weights dense."""
 
     level: Level = Field(0.0, description="fraction of zeros of every block weight that no rule matches")
-    pattern: Literal["unstructured", "block"] = Field(
-        "unstructured", description="what is active or zero: single weights, or square blocks of them")
+    pattern: Literal["unstructured", "block", "2:4"] = Field(
+        "unstructured",
+        description="what is active or zero: single weights, square blocks of them, or two of every four both ways")
     block: int = Field(
         64, gt=0, description="side of a block; levels are rounded to equally many blocks in every row and column")
     expand: Literal["step", "layer"] = Field(
@@ -105,11 +106,13 @@ class Sparsity(Section):
 
 
 def normalise_sparsity(value: Any) -> Any:
-    """The two short forms of `sparsity:` as the mapping they stand for."""
+    """The short forms of `sparsity:` as the mapping they stand for."""
     if isinstance(value, (int, float, str)) and not isinstance(value, bool):
         return {"level": value, "rules": []}
     if isinstance(value, list):
         return {"level": 0.0, "rules": value}
+    if isinstance(value, dict) and value.get("pattern") == 124:
+        return {**value, "pattern": "2:4"}  # which YAML 1.1 reads as a number to base 60
     return value
 
 
@@ -347,7 +350,7 @@ class Recipe(Section):
         patterns = [kept["sparsity"], *(phase["sparsity"] for phase in kept["phases"])]
         for sparsity in patterns:
             sparsity.pop("expand")
-            if sparsity["pattern"] == "unstructured":
+            if sparsity["pattern"] != "block":
                 sparsity.pop("block")
         if self.phases:  # they say it all
             kept.pop("sparsity")

@@ -124,11 +124,14 @@ def describe_choices(recipe: Recipe, model: nn.Module, adam: type, device: torch
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU (gloo, stand-in for CUDA)"
     pointwise = "compiled" if model.config.bias_activation_fusion else "one by one"
     return (f"device {where}; {', '.join(names.values())}; bias, GELU and dropout {pointwise}; "
-            f"expand/compress {kernels.describe(device.type)}{_describe_blocks(model, device)}")
+            f"expand/compress {kernels.describe(device.type)}{_describe_patterns(model, device)}")
 
 
-def _describe_blocks(model: nn.Module, device: torch.device) -> str:
-    """How weights of blocks are multiplied; nothing where there are none."""
-    sizes = {compact_of(m).planned.block for m in sparse_modules(model)} - {None}
-    names = [kernels.block_products(device.type, size, model.config.params_dtype)[1] for size in sorted(sizes)]
-    return "".join(f"; blocks {name}" for name in names)
+def _describe_patterns(model: nn.Module, device: torch.device) -> str:
+    """How weights of blocks, and 2:4 ones, are multiplied; nothing where there are none."""
+    planned, dtype = [compact_of(m).planned for m in sparse_modules(model)], model.config.params_dtype
+    said = [f"blocks {kernels.block_products(device.type, size, dtype)[1]}"
+            for size in sorted({w.block for w in planned} - {None})]
+    if any(w.two_four for w in planned):
+        said.append(f"2:4 {kernels.two_four_products(device.type, dtype)[1]}")
+    return "".join(f"; {text}" for text in said)

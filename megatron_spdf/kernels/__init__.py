@@ -1,4 +1,4 @@
-"""Between a compact vector and the dense weight it stands for, and products with weights of blocks.
+"""Between a compact vector and the dense weight it stands for, and products with weights of blocks and 2:4 ones.
 
 One interface over implementations: Triton on CUDA, PyTorch on CUDA where Triton does not work, PyTorch on CPU. Which
 it is follows from the device, is settled at the first use on it, and `describe` tells it to the log. What an
@@ -14,14 +14,15 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from megatron_spdf.kernels import torch_reference
-from megatron_spdf.kernels.mask import SPAN, Blocks, Mask, find_blocks, multiplies_blocks
+from megatron_spdf.kernels import torch_reference, two_four
+from megatron_spdf.kernels.mask import SPAN, Blocks, Mask, TwoFour, find_blocks, multiplies_blocks
 from megatron_spdf.sparsity.blocks import LARGEST, SMALLEST
 
-__all__ = ["Blocks", "Mask", "adds_gradients", "block_products", "compress", "describe", "expand", "find_blocks",
-           "implementation", "make_index", "multiplies_blocks"]
+__all__ = ["Blocks", "Mask", "TwoFour", "adds_gradients", "block_products", "compress", "describe", "expand",
+           "find_blocks", "implementation", "make_index", "multiplies_blocks", "two_four_library", "two_four_products"]
 
 logger = logging.getLogger(__name__)
+DENSE = "expanded and multiplied as dense weights"
 
 
 @cache
@@ -52,13 +53,44 @@ def block_products(device: str, size: int, dtype: torch.dtype) -> tuple[ModuleTy
     """
     chosen, name = implementation(device)
     if chosen is torch_reference:
-        return None, "expanded and multiplied as dense weights"
+        return None, DENSE
     if not multiplies_blocks(size, dtype):
-        return None, (f"expanded and multiplied as dense weights, since the kernels take blocks of {SMALLEST} to "
-                      f"{LARGEST} in powers of two, of 16 or 32 bits, not {size} of {dtype}")
+        return None, (f"{DENSE}, since the kernels take blocks of {SMALLEST} to {LARGEST} in powers of two, of 16 or "
+                      f"32 bits, not {size} of {dtype}")
     from megatron_spdf.kernels import triton_blocks
 
     return triton_blocks, name
+
+
+@cache
+def two_four_products(device: str, dtype: torch.dtype) -> tuple[two_four.Library | None, str]:
+    """What multiplies with 2:4 weights on sparse tensor cores, None where nothing does; and its name, or why.
+
+    Args:
+        device: as of `implementation`.
+    """
+    if device != "cuda":
+        return None, DENSE
+    if dtype not in two_four.DTYPES:
+        return None, f"{DENSE}, since sparse tensor cores are for 16 bits here, not {dtype}"
+    said = []
+    for library in two_four.LIBRARIES:
+        try:
+            two_four.try_out(library, torch.device(device), dtype)
+            return library, library.NAME
+        except Exception as error:  # whatever a library, a driver or a GPU it does not know may raise
+            said.append(f"{library.NAME} does not work here ({type(error).__name__}: {_line(error)})")
+    return None, f"{DENSE}, since {' and '.join(said)}"
+
+
+def two_four_library(dense: Tensor) -> two_four.Library | None:
+    """What multiplies with a 2:4 weight that stands for this dense one, None where it is expanded."""
+    library, _ = two_four_products(dense.device.type, dense.dtype)
+    if library is None or two_four.fits(dense.shape):
+        return library
+    _say_once(f"a 2:4 weight {dense.shape[0]} x {dense.shape[1]} is {DENSE}: {library.NAME} is asked for multiples of "
+              f"{two_four.SIDE} along both axes only")
+    return None
 
 
 def adds_gradients(device: str) -> bool:

@@ -45,6 +45,21 @@ class Blocks:
 
 
 @dataclass(frozen=True)
+class TwoFour:
+    """What multiplying by a 2:4 weight on sparse tensor cores needs beside its values.
+
+    Attributes:
+        metadata, transposed: where the active entries of the weight (out, in), and of its transpose, are; as a library
+            wants it.
+        order: (active entries,) int32: the place among the values of each active entry of the transpose, row by row.
+    """
+
+    metadata: Tensor
+    transposed: Tensor
+    order: Tensor
+
+
+@dataclass(frozen=True)
 class Mask:
     """The mask of this rank's chunks of a weight.
 
@@ -56,6 +71,7 @@ class Mask:
         axis: along which the chunks lie beside one another in the weight.
         active: entries set in each chunk.
         blocks: of a mask of blocks, where kernels compute on them.
+        two_four: of a 2:4 mask, where sparse tensor cores multiply with it.
     """
 
     bits: Tensor
@@ -65,6 +81,7 @@ class Mask:
     axis: int
     active: int
     blocks: Blocks | None = None
+    two_four: TwoFour | None = None
 
     @property
     def chunks(self) -> int:

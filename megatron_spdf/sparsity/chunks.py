@@ -11,18 +11,24 @@ from torch import Tensor
 from megatron_spdf.sparsity.blocks import draw_block_mask
 from megatron_spdf.sparsity.masks import draw_mask
 from megatron_spdf.sparsity.plan import SparseWeight
+from megatron_spdf.sparsity.two_four import draw_two_four, is_two_four
 
 
 def planned_mask(planned: SparseWeight, seed: int, chunk: int) -> np.ndarray:
     """The mask that the plan draws for one chunk: (entries,) bool, in row-major order."""
+    if planned.two_four:
+        return draw_two_four(seed, planned.name, chunk, planned.chunk_shape).reshape(-1)
     if planned.block is None:
         return draw_mask(seed, planned.name, chunk, math.prod(planned.chunk_shape), planned.active_per_chunk)
     grid = draw_block_mask(seed, planned.name, chunk, planned.grid, planned.per_row)
     return grid.repeat(planned.block, 0).repeat(planned.block, 1).reshape(-1)
 
 
-def is_balanced(masks: np.ndarray, planned: SparseWeight) -> bool:
-    """Whether masks of chunks, (chunks, entries) bool, are of balanced blocks as planned; without blocks any are."""
+def follows_pattern(masks: np.ndarray, planned: SparseWeight) -> bool:
+    """Whether masks of chunks, (chunks, entries) bool, are of balanced blocks, or 2:4, as planned; without these any
+    do."""
+    if planned.two_four:
+        return is_two_four(masks, planned.chunk_shape)
     if planned.block is None:
         return True
     (rows, columns), size = planned.grid, planned.block

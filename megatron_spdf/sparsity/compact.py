@@ -20,10 +20,17 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from megatron_spdf import kernels
-from megatron_spdf.kernels import Blocks, Mask
-from megatron_spdf.sparsity.chunks import is_balanced, planned_mask
+from megatron_spdf.kernels import Blocks, Mask, TwoFour
+from megatron_spdf.sparsity.chunks import follows_pattern, planned_mask
 from megatron_spdf.sparsity.plan import SparseWeight
-from megatron_spdf.sparsity.product import BlockProduct, Product, add_gradient, choose_product, multiply_values
+from megatron_spdf.sparsity.product import (
+    BlockProduct,
+    Product,
+    TwoFourProduct,
+    add_gradient,
+    choose_product,
+    multiply_values,
+)
 
 Expand = Literal["step", "layer", "always"]
 
@@ -81,7 +88,7 @@ class CompactWeight(nn.Module):
         """Derives what the kernels use from `mask_bits`: at the start, and where a checkpoint brought another mask.
 
         Raises:
-            ValueError: the mask has another density than planned, or other blocks.
+            ValueError: the mask has another density than planned, other blocks, or is not 2:4.
         """
         planned = self.planned
         if not self.mask_bits.is_meta:
@@ -92,6 +99,10 @@ class CompactWeight(nn.Module):
             blocks = self._find_blocks()
             self.register_buffer("block_columns", blocks.columns, persistent=False)
             self.register_buffer("block_entries", blocks.entries, persistent=False)
+        elif isinstance(self.product, TwoFourProduct):
+            tables = self.product.tables(self.mask_bits, planned.chunk_shape, planned.axis)
+            for name, table in vars(tables).items():
+                self.register_buffer(f"two_four_{name}", table, persistent=False)
 
     def _check_masks(self) -> None:
         """Holds the packed bits to the plan."""
@@ -101,9 +112,10 @@ class CompactWeight(nn.Module):
         if any(count != k for count in counts):
             raise ValueError(f"the chunks of {self.planned.name} have {counts} active entries in their masks instead "
                              f"of {k} each; use another checkpoint")
-        if not is_balanced(masks, self.planned):
-            raise ValueError(f"the masks of {self.planned.name} are not of blocks of {self.planned.block}, equally "
-                             "many in every row and column; use another checkpoint")
+        if not follows_pattern(masks, self.planned):
+            pattern = ("2:4 along rows and columns" if self.planned.two_four else
+                       f"of blocks of {self.planned.block}, equally many in every row and column")
+            raise ValueError(f"the masks of {self.planned.name} are not {pattern}; use another checkpoint")
 
     def _find_blocks(self) -> Blocks:
         planned = self.planned
@@ -117,11 +129,13 @@ class CompactWeight(nn.Module):
     @property
     def mask(self) -> Mask:
         """For the kernels."""
-        planned, blocks = self.planned, None
+        planned, blocks, two_four = self.planned, None, None
         if hasattr(self, "block_columns"):
             blocks = Blocks(planned.block, planned.per_row, self.block_columns, self.block_entries)
+        if hasattr(self, "two_four_order"):
+            two_four = TwoFour(self.two_four_metadata, self.two_four_transposed, self.two_four_order)
         return Mask(self.mask_bits, self.index, self.shape, planned.chunk_shape, planned.axis, self.values_shape[1],
-                    blocks)
+                    blocks, two_four)
 
     def forward(self, values: Tensor) -> Tensor:
         return values if self.passing else _Expand.apply(values, self.mask)

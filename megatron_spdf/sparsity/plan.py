@@ -10,6 +10,7 @@ from functools import cached_property
 from megatron_spdf.config.recipe import Sparsity
 from megatron_spdf.model.weights import Weight
 from megatron_spdf.sparsity.blocks import balanced_parts, block_chunks, multiplied
+from megatron_spdf.sparsity.two_four import check_two_four
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class SparseWeight:
         chunks: number of chunks C; every tensor-parallel degree that divides C keeps the chunks whole.
         level: the sparsity asked for.
         block: size of the blocks that are active or zero as a whole, balanced in each chunk; None: entries are.
+        two_four: of every four entries of a row, and of a column, two are active.
     """
 
     name: str
@@ -31,6 +33,7 @@ class SparseWeight:
     chunks: int
     level: float
     block: int | None = None
+    two_four: bool = False
 
     @property
     def chunk_shape(self) -> tuple[int, int]:
@@ -119,7 +122,8 @@ def make_plan(sparsity: Sparsity, weights: list[Weight], chunks: int) -> Plan:
             may be cut into fewer, see `blocks.block_chunks`.
 
     Raises:
-        ValueError: a rule that matches nothing that can be sparse, or a weight that blocks do not divide.
+        ValueError: a rule that matches nothing that can be sparse, or a weight that blocks do not divide, or that
+            cannot be 2:4.
     """
     candidates = [w for w in weights if w.linear]
     used: set[int] = set()
@@ -134,7 +138,11 @@ def make_plan(sparsity: Sparsity, weights: list[Weight], chunks: int) -> Plan:
         if level > 0.0:
             block = sparsity.block if sparsity.pattern == "block" else None
             place = weight.name, weight.shape, weight.axis
-            plan[weight.name] = SparseWeight(*place, block_chunks(*place, chunks, level, block), level, block)
+            cut = block_chunks(*place, chunks, level, block)
+            two_four = sparsity.pattern == "2:4"
+            if two_four:
+                check_two_four(*place, cut, level)
+            plan[weight.name] = SparseWeight(*place, cut, level, block, two_four)
     _refuse_idle_rules(sparsity, used, candidates, weights)
     return Plan(sparsity.seed, plan, sparsity.expand)
 
@@ -180,7 +188,7 @@ def render_plan(plan: Plan) -> str:
     if not rows:
         return "sparsity plan: dense, every weight is active"
     lines = [f"sparsity plan (mask seed {plan.seed}): {plan.active:,} of {plan.numel:,} block weights active, "
-             f"sparsity {plan.sparsity:.4%}{_render_blocks(plan)}",
+             f"sparsity {plan.sparsity:.4%}{_render_pattern(plan)}",
              f"  {'weight':<48}{'count':>6}{'shape':>16}{'chunks':>8}{'active/chunk':>14}{'sparsity':>11}"]
     for (kind, shape, _), group in rows.items():
         w = group[0]
@@ -189,8 +197,10 @@ def render_plan(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _render_blocks(plan: Plan) -> str:
+def _render_pattern(plan: Plan) -> str:
     """What blocks make of the levels asked for; nothing for unstructured masks."""
+    if any(w.two_four for w in plan.weights.values()):
+        return "; 2:4, two of every four weights along rows and along columns"
     blocks = [w for w in plan.weights.values() if w.block]
     if not blocks:
         return ""

@@ -1,5 +1,5 @@
 """Products with a compact weight in Megatron-Core's parallel linear layers that keep no dense copy of it: on its blocks
-alone, or expanded for the layer, in forward and again in backward.
+alone, on sparse tensor cores, or expanded for the layer, in forward and again in backward.
 
 Communication is that of Megatron-Core's own product, `LinearWithGradAccumulationAndAsyncCommunication`: the input is
 gathered and its gradient scattered under sequence parallelism, or summed under tensor parallelism, behind the product
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_spdf import kernels
-from megatron_spdf.kernels import Mask
+from megatron_spdf.kernels import Mask, TwoFour, two_four
 from megatron_spdf.sparsity.plan import SparseWeight
 
 
@@ -65,6 +65,29 @@ class BlockProduct:
         return self.kernels.weight_gradient(gradient, x, mask, out)
 
 
+@dataclass(frozen=True)
+class TwoFourProduct(ExpandedProduct):
+    """With the active values of a 2:4 weight, on sparse tensor cores. The weight's gradient, of dense operands, is made
+    whole and cut; and the weight is expanded where the kernels do not take the number of tokens."""
+
+    library: two_four.Library
+    dtype: torch.dtype
+
+    def tables(self, bits: Tensor, chunk_shape: tuple[int, int], axis: int) -> TwoFour:
+        """Of a mask, once."""
+        return two_four.find_two_four(bits, chunk_shape, axis, self.library, self.dtype)
+
+    def forward(self, x: Tensor, values: Tensor, mask: Mask) -> Tensor:
+        if len(x) % two_four.TOKENS:
+            return super().forward(x, values, mask)
+        return self.library.multiply(two_four.packed(values, mask), mask.two_four.metadata, x)
+
+    def input_gradient(self, gradient: Tensor, values: Tensor, mask: Mask) -> Tensor:
+        if len(gradient) % two_four.TOKENS:
+            return super().input_gradient(gradient, values, mask)
+        return self.library.multiply(two_four.packed_transposed(values, mask), mask.two_four.transposed, gradient)
+
+
 def choose_product(weight: SparseWeight, dense: Tensor, expand: str) -> Product | None:
     """What multiplies with the values of a compact weight; None where the layer multiplies with the expanded weight.
 
@@ -80,6 +103,8 @@ def choose_product(weight: SparseWeight, dense: Tensor, expand: str) -> Product 
         found, _ = kernels.block_products(dense.device.type, weight.block, dense.dtype)
         if found is not None:
             return BlockProduct(found)
+    if weight.two_four and (library := kernels.two_four_library(dense)) is not None:
+        return TwoFourProduct(library, dense.dtype)
     return ExpandedProduct() if expand == "layer" else None
 
 

@@ -1,5 +1,5 @@
 """Speed of the kernels on this machine: expand and compress against the time in which the bytes that they must move are
-copied, products with blocks against dense ones, weight by weight of a recipe's first layer.
+copied, products of blocks and of 2:4 weights against dense ones, weight by weight of a recipe's first layer.
 
 On a GPU these are Triton's kernels, beside PyTorch's where both do the same. Without one, PyTorch's on the CPU, so that
 the command can be tried; figures of a CPU say nothing about a GPU.
@@ -57,28 +57,32 @@ def measure(recipe: Recipe, plan: Plan, seconds: float = 0.2) -> dict:
     bandwidth = copy_bandwidth(device, seconds)
     figures: list[Figure] = []
     for weight in (w for n, w in plan.weights.items() if ".layers.0." in n):
-        figures += _moves(weight, plan.seed, recipe.parallel.tensor, device, dtype, bandwidth, seconds)
-        if weight.block is not None:
-            figures += _products(weight, plan.seed, recipe.parallel.tensor, device, dtype, tokens, seconds)
+        place = plan.seed, recipe.parallel.tensor, device, dtype
+        figures += moves(weight, *place, bandwidth, seconds)
+        if weight.block is not None or weight.two_four:
+            figures += products(weight, *place, tokens, seconds)
     sizes = {w.block for w in plan.weights.values()} - {None}
     blocks = [kernels.block_products(device.type, size, dtype)[1] for size in sizes]
+    two_four = any(w.two_four for w in plan.weights.values())
     return {"device_type": device.type, "tokens": tokens, "dtype": str(dtype).removeprefix("torch."),
             "copy_bytes_per_second": bandwidth, "expand_compress": kernels.describe(device.type),
-            "blocks": blocks[0] if blocks else None, "figures": [vars(f) for f in figures]}
+            "blocks": blocks[0] if blocks else None,
+            "2:4": kernels.two_four_products(device.type, dtype)[1] if two_four else None,
+            "figures": [vars(f) for f in figures]}
 
 
 def copy_bandwidth(device: torch.device, seconds: float) -> float:
     """Bytes a second, read and written, of a copy that no cache holds."""
     size = 2**28 if device.type == "cuda" else 2**25
     source, target = torch.ones((2, size), dtype=torch.uint8, device=device)
-    return 2 * size / _median(lambda: target.copy_(source), seconds)
+    return 2 * size / median_seconds(lambda: target.copy_(source), seconds)
 
 
-def _moves(weight: SparseWeight, seed: int, tensor: int, device: torch.device, dtype: torch.dtype, bandwidth: float,
-           seconds: float) -> list[Figure]:
+def moves(weight: SparseWeight, seed: int, tensor: int, device: torch.device, dtype: torch.dtype, bandwidth: float,
+          seconds: float) -> list[Figure]:
     """Expand, and compress added to an fp32 buffer; of the unstructured mask, whatever the recipe's pattern."""
     # A weight of blocks may have fewer chunks; they stay, and so does the level that is reached.
-    weight = replace(weight, block=None, level=weight.sparsity)
+    weight = replace(weight, block=None, two_four=False, level=weight.sparsity)
     compact = CompactWeight(weight, seed, 0, tensor, device)
     mask, width = compact.mask, dtype.itemsize
     values = torch.randn(compact.values_shape, device=device).to(dtype)
@@ -95,14 +99,15 @@ def _moves(weight: SparseWeight, seed: int, tensor: int, device: torch.device, d
         "compress": (lambda m: kernels.compress(dense, m, buffer), lambda m: torch_reference.compress(dense, m, buffer),
                      width * whole + 8 * active + bits),
     }
-    return [Figure(name, weight.name, compact.shape, weight.sparsity, _median(lambda run=run: run(mask), seconds),
-                   moved / bandwidth, torch=peer and _median(lambda run=other: run(peer), seconds))
+    place = weight.name, compact.shape, weight.sparsity
+    return [Figure(name, *place, median_seconds(lambda run=run: run(mask), seconds), moved / bandwidth,
+                   torch=peer and median_seconds(lambda run=other: run(peer), seconds))
             for name, (run, other, moved) in runs.items()]
 
 
-def _products(weight: SparseWeight, seed: int, tensor: int, device: torch.device, dtype: torch.dtype, tokens: int,
-              seconds: float) -> list[Figure]:
-    """y = x W^T and both gradients with a weight of blocks, against the same with a dense one."""
+def products(weight: SparseWeight, seed: int, tensor: int, device: torch.device, dtype: torch.dtype, tokens: int,
+             seconds: float) -> list[Figure]:
+    """y = x W^T and both gradients with a weight of blocks, or a 2:4 one, against the same with a dense one."""
     dense = torch.randn(CompactWeight(weight, seed, 0, tensor, "meta").shape, device=device).to(dtype)
     product = choose_product(weight, dense, "layer")
     compact = CompactWeight(weight, seed, 0, tensor, device, product)
@@ -114,16 +119,22 @@ def _products(weight: SparseWeight, seed: int, tensor: int, device: torch.device
         "input gradient": (lambda: product.input_gradient(gradient, values, mask), lambda: gradient @ dense),
         "weight gradient": (lambda: product.weight_gradient(gradient, x, mask, buffer), lambda: gradient.T @ x),
     }
-    found = []
+    pattern, found = "2:4" if weight.two_four else "blocks", []
     for name, (run, plain) in runs.items():
-        full = _median(plain, seconds)
-        found.append(Figure(f"blocks, {name}", weight.name, compact.shape, weight.sparsity, _median(run, seconds),
-                            (1.0 - weight.sparsity) * full, dense=full))
+        full = median_seconds(plain, seconds)
+        whole = weight.two_four and name == "weight gradient"  # whose product has no operand with zeros
+        floor = full if whole else (1.0 - weight.sparsity) * full
+        found.append(Figure(f"{pattern}, {name}", weight.name, compact.shape, weight.sparsity,
+                            median_seconds(run, seconds), floor, dense=full))
     return found
 
 
-def _median(run, seconds: float) -> float:
-    """Of one call; a GPU is waited for."""
+def median_seconds(run, seconds: float) -> float:
+    """Median of one call; a GPU is waited for.
+
+    Args:
+        seconds: that it is called for at least.
+    """
     run()
     return Timer("run()", globals={"run": run}).blocked_autorange(min_run_time=seconds).median
 
@@ -135,7 +146,7 @@ def render(measured: dict) -> list[str]:
         lines += ["no GPU here: PyTorch on the CPU, which says nothing about a GPU and shows that the command runs", ""]
     lines += [f"{measured['tokens']} tokens, {measured['dtype']}; a copy moves "
               f"{measured['copy_bytes_per_second'] / 1e9:.4g} GB/s; expand/compress {measured['expand_compress']}; "
-              f"blocks {measured['blocks']}", "",
+              f"blocks {measured['blocks']}{_two_four(measured)}", "",
               "| kernel | weight | shape | sparsity | time (us) | floor (us) | floor / time | dense / time | "
               "torch / time |", "|---|---|---|---|---|---|---|---|---|"]
     for f in measured["figures"]:
@@ -152,4 +163,9 @@ def _render_sums(figures: list[dict]) -> list[str]:
     if not products:
         return []
     ratio = math.fsum(f["dense"] for f in products) / math.fsum(f["seconds"] for f in products)
-    return ["", f"linear layers, forward and backward, dense over blocks: {ratio:.3f}"]
+    pattern = products[0]["kernel"].split(",")[0]
+    return ["", f"linear layers, forward and backward, dense over {pattern}: {ratio:.3f}"]
+
+
+def _two_four(measured: dict) -> str:
+    return f"; 2:4 {measured['2:4']}" if measured["2:4"] else ""

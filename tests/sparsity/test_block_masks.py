@@ -14,7 +14,7 @@ from megatron_spdf.config.checks import findings
 from megatron_spdf.kernels import find_blocks, multiplies_blocks
 from megatron_spdf.model.weights import model_weights
 from megatron_spdf.sparsity.blocks import balanced_parts, block_chunks, draw_block_mask, multiplied
-from megatron_spdf.sparsity.chunks import is_balanced, planned_mask
+from megatron_spdf.sparsity.chunks import follows_pattern, planned_mask
 from megatron_spdf.sparsity.compact import CompactWeight
 from megatron_spdf.sparsity.plan import SparseWeight, make_plan, render_plan
 
@@ -157,7 +157,7 @@ def test_mask_that_is_not_of_balanced_blocks_is_refused():
     weight = WEIGHTS[0]
     compact = CompactWeight(weight, 3, 0, 1, "cpu")
     masks = np.stack([planned_mask(weight, 3, c) for c in range(2)])
-    assert is_balanced(masks, weight)
+    assert follows_pattern(masks, weight)
     first_rows, first_columns = np.zeros((2, 2, *weight.grid), bool)
     first_rows.reshape(2, -1)[:, : weight.active_per_chunk // weight.block**2] = True
     first_columns[:, :, : weight.per_row] = True  # as many in every row
