@@ -72,8 +72,8 @@ def measure_recipe() -> int:
     parser.add_argument("--steps", type=int, default=20, help="measured steps, or saves, of each run")
     add_output(parser)
     options = parser.parse_intermixed_args()
-    if options.what == "step" and options.steps < 2:
-        raise ValueError(f"--steps={options.steps} has no quartiles; take 2 or more")
+    if options.steps < 2:
+        raise ValueError(f"--steps={options.steps} has no median and no quartiles; take 2 or more")
     path, overrides = split_words(options.words)
     path = path or DEFAULT
     sparse = load_recipe(path, overrides)

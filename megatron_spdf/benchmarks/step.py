@@ -60,7 +60,7 @@ def rates(recipe: Recipe, seconds: Sequence[float], skipped: Plan | None = None)
     low, middle, high = statistics.quantiles(seconds, n=4)
     executed = training_flops(recipe.model, recipe.train.sequence_length, skipped).total * recipe.tokens_per_step
     rate = executed / middle / recipe.parallel.world
-    peak = peak_flops(device_name())
+    peak = peak_flops(device_name(), recipe.train.precision)
     return {
         "step_seconds": middle,
         "quartiles": [low, high],

@@ -99,17 +99,23 @@ def _yaml(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def batch_findings(global_batch: int, micro_batch: int, data: int) -> Iterator[str]:
+    """What is wrong where a step cannot be cut into micro-batches, in sequences, for so many replicas."""
+    share = micro_batch * data
+    if global_batch % share:
+        below = global_batch // share * share
+        yield (f"train.global_batch={global_batch} is not divisible by train.micro_batch x parallel.data = "
+               f"{micro_batch} x {data} = {share}; global_batch may be "
+               + (f"{below} or " if below else "") + f"{below + share}")
+
+
 def _batch(recipe: Recipe) -> Iterator[str]:
     if recipe.train.micro_batch == AUTO:
         recipe = recipe.with_micro_batch(1)  # where one sequence does not do, no number of them does
     p, t, o = recipe.parallel, recipe.train, recipe.optimizer
-    share = t.micro_batch * p.data
-    if t.global_batch % share:
-        below = t.global_batch // share * share
-        yield (f"train.global_batch={t.global_batch} is not divisible by train.micro_batch x parallel.data = "
-               f"{t.micro_batch} x {p.data} = {share}; global_batch may be "
-               + (f"{below} or " if below else "") + f"{below + share}")
-    elif p.interleave > 1 and recipe.micro_batches % p.pipeline:
+    indivisible = list(batch_findings(t.global_batch, t.micro_batch, p.data))
+    yield from indivisible
+    if not indivisible and p.interleave > 1 and recipe.micro_batches % p.pipeline:
         yield (f"{recipe.micro_batches} micro-batches per step are not divisible by parallel.pipeline={p.pipeline}, as "
                "parallel.interleave asks; change train.global_batch or train.micro_batch")
     if o.warmup_tokens >= recipe.steps * recipe.tokens_per_step:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from megatron_spdf.config.checks import findings
+from megatron_spdf.config.checks import batch_findings, findings
 from megatron_spdf.config.load import load_as
 from megatron_spdf.config.recipe import (
     AdamW,
@@ -156,7 +156,8 @@ def training_recipe(finetune: Finetune, model: Model, sparsity: Sparsity, exampl
 
 
 def _own_findings(finetune: Finetune) -> Iterator[str]:
-    p = finetune.parallel
+    p, t = finetune.parallel, finetune.train
+    yield from batch_findings(t.global_batch, t.micro_batch, p.data)
     if p.pipeline > 1:
         yield (f"parallel.pipeline={p.pipeline}: pipeline stages here know sequences of one length only, and examples "
                "differ; set pipeline=1 and a larger tensor or zero_stage")

@@ -55,7 +55,7 @@ def optimizer_state(optimizer: MegatronOptimizer, models: list[nn.Module], model
             this rank saves, and tensors without content for what others save.
     """
     (inner,) = optimizer.chained_optimizers
-    inner.init_state_fn(inner.optimizer, inner.config)  # before the first step there are no moments
+    _make_moments(inner)
     places = {id(s.data): s for chunk in model_state.values() for s in chunk.values() if isinstance(s, ShardedTensor)}
     mine = {p for p in _parameters(models) if is_main_replica(places[id(p)].replica_id)}
     whole = {} if loading else _whole(inner, models, mine)
@@ -67,6 +67,14 @@ def optimizer_state(optimizer: MegatronOptimizer, models: list[nn.Module], model
         place = places[id(parameter)]
         state[number] = {k: make_sharded_optimizer_tensor(place, t, f"optimizer.state.{k}") for k, t in tensors.items()}
     return state
+
+
+def _make_moments(inner: MegatronOptimizer) -> None:
+    """Before the first update there are none; Megatron-Core leaves out PyTorch's step count."""
+    inner.init_state_fn(inner.optimizer, inner.config)
+    if isinstance(inner.optimizer, torch.optim.AdamW):
+        for parameter, state in inner.optimizer.state.items():
+            state.setdefault("step", torch.zeros((), device=parameter.device))
 
 
 @torch.no_grad()

@@ -51,9 +51,9 @@ GPUS = {
 THIS_MACHINE = "this-machine"
 
 
-def peak_flops(device_name: str) -> float | None:
-    """Peak bf16 rate of the GPU whose name contains a known one; None for any other device."""
-    return next((gpu.bf16 for gpu in GPUS.values() if gpu.name in device_name), None)
+def peak_flops(device_name: str, precision: Precision) -> float | None:
+    """Peak rate of the GPU whose name contains a known one; None for any other device."""
+    return next((gpu.peak(precision) for gpu in GPUS.values() if gpu.name in device_name), None)
 
 
 def find_gpu(

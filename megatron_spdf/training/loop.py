@@ -163,7 +163,7 @@ class Trainer:
             "memory_bytes": _peak_memory(),
             "source_tokens": self.data.consumed_by_source(state.step),
         }
-        peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+        peak = torch.cuda.is_available() and peak_flops(torch.cuda.get_device_name(), recipe.train.precision)
         if peak:
             figures["mfu"] = executed / peak
         self.log.record("train", state.step, **figures)

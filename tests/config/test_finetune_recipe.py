@@ -10,6 +10,7 @@ from megatron_spdf.config import Recipe
 from megatron_spdf.config.finetune import Finetune, load_finetune, training_recipe
 from megatron_spdf.config.recipe import Model, Sparsity
 from megatron_spdf.data.tasks import TASKS
+from megatron_spdf.training.sweep import trials
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SHIPPED = {path.stem: path for path in sorted((CONFIGS / "finetune").glob("*.yaml"))}
@@ -60,6 +61,18 @@ def test_a_run_is_so_many_steps_of_the_training_recipe():
     assert recipe.model == SMALL and recipe.sparsity == Sparsity()
     assert (recipe.engine, recipe.parallel.zero_stage, recipe.checkpoint.best) == ("deepspeed", 3, True)
     assert Recipe.model_validate(recipe.model_dump()) == recipe
+
+
+@pytest.mark.parametrize("name", [*NLG, *SUMMARIES])
+def test_every_run_of_a_papers_sweep_is_possible_on_a_node(name):
+    """docs/reproducing_spdf.md starts them on 8 GPUs."""
+    for trial in trials(shipped(name)):
+        assert shipped(name, "parallel.data=8", *trial.words).parallel.data == 8
+
+
+def test_a_batch_that_replicas_do_not_divide_is_refused_before_model_and_data_are_known():
+    with pytest.raises(ValueError, match="train.global_batch=16 is not divisible by .* 4 x 8 = 32"):
+        shipped("e2e", "train.micro_batch=4", "parallel.data=8")
 
 
 def test_the_sparse_phase_keeps_the_sparsity_of_the_start():

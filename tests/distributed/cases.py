@@ -268,6 +268,15 @@ def failing_save(recipe: dict, rank: int) -> dict:
         return {**found, "resumed": state.step}
 
 
+def saved_first(recipe: dict, saves: bool) -> list[tuple[float, float]]:
+    """Three steps, after a save that comes before any update if `saves`."""
+    with bench(recipe) as b:
+        if saves:
+            b.checkpointer.save(b.engine, RunState(), b.engine.measured_sparsity())
+            assert b.checkpointer.wait().error is None
+        return b.steps(0, 3)
+
+
 def unshared(recipe: dict, places: list[str]) -> list[str]:
     """What is said where ranks have directories of their own under one name: of a run that begins, and of a save."""
     shared.PATIENCE, said = 0.2, []

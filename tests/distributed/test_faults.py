@@ -19,6 +19,8 @@ def results(make_recipe, tmp_path_factory):
         "damaged": ("damaged", {"recipe": recipe("damaged")}),
         "second rank": ("failing_save", {"recipe": recipe("second"), "rank": 1}),
         "first rank": ("failing_save", {"recipe": recipe("first"), "rank": 0}),
+        **{f"saved first: {saves}": ("saved_first", {"recipe": recipe(f"saved {saves}"), "saves": saves})
+           for saves in (True, False)},
         "unshared": ("unshared", {"recipe": recipe("unshared"),
                                   "places": [str(runs / f"of rank {r}") for r in (0, 1)]}),
         "behind": ("saved_behind", {"recipe": recipe("behind")}),
@@ -36,6 +38,10 @@ def test_every_damage_to_every_file_is_named_on_every_rank(results, rank):
     for (name, damage), error in said.items():
         assert name in error, (name, damage, error)
         assert "Remove it" in error or "use another checkpoint" in error
+
+
+def test_a_save_before_the_first_update_changes_no_step(results):
+    assert outcome(results, "saved first: True") == outcome(results, "saved first: False")
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import torch
 import torch.distributed as dist
 
-from megatron_spdf.parallel.activity import NOW, _observed
+from megatron_spdf.parallel.activity import NOW, _observed, in_background
 from megatron_spdf.training.stragglers import OwnTime, slower
 
 
@@ -23,11 +26,7 @@ def test_half_the_ranks_may_be_slow():
     assert [t.rank for t in slower(times(1.0, 3.0, 1.0, 3.0), 1.3)] == [1, 3]
 
 
-def test_time_in_collectives_is_not_a_ranks_own(monkeypatch):
-    import threading
-    import time
-
-    monkeypatch.setattr(NOW, "_thread", threading.get_ident())
+def test_time_in_collectives_is_not_a_ranks_own():
     wait = _observed(lambda seconds: time.sleep(seconds), "all_reduce")
     before, count = NOW.blocked_seconds, NOW.count
     wait(0.05)
@@ -35,10 +34,15 @@ def test_time_in_collectives_is_not_a_ranks_own(monkeypatch):
     assert NOW.collective == "all_reduce" and NOW.count == count + 1 and not NOW.inside
 
 
-def test_threads_beside_the_training_thread_are_not_observed():
-    count = NOW.count
-    assert _observed(torch.ones, "all_reduce")(1).item() == 1.0  # no training thread has been named in this test
-    assert NOW.count == count or NOW._thread
+def test_autograds_thread_is_observed_and_one_that_saves_is_not():
+    """On a GPU collectives of the backward pass are entered by a thread of autograd's."""
+    observed, counts = _observed(torch.ones, "all_reduce"), [NOW.count]
+    for first in (lambda: None, in_background):
+        thread = threading.Thread(target=lambda first=first: (first(), observed(1)))
+        thread.start()
+        thread.join()
+        counts.append(NOW.count - counts[0])
+    assert counts[1:] == [1, 1]
 
 
 def test_collectives_of_every_version_are_known():
