@@ -20,9 +20,9 @@ $(VENV)/installed: requirements.txt requirements-dev.txt
 demo: install
 	$(RUN) tools/demo.py
 
-# On two workers: files share nothing, the tests of one share what it sets up.
+# On three workers, since some tests mostly wait: files share nothing, the tests of one share what it sets up.
 test: lint
-	$(RUN) -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
+	$(RUN) -m pytest tests -n 3 --dist loadfile --no-loadscope-reorder
 
 test-fast: install
 	$(RUN) -m pytest tests -m "not slow"

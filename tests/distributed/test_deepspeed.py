@@ -20,13 +20,13 @@ RUNS = {
     "dp2": {"parallel": {"data": 2}},
     "tp2": {"parallel": {"tensor": 2}, "train": {"micro_batch": 4}},
     "tp2 sp": {"parallel": {"tensor": 2, "sequence": True}, "train": {"micro_batch": 4}},
-    "dense": {"parallel": {"data": 2}, "sparsity": 0.0},
+    "dense": {"parallel": {"data": 2}, "sparsity": 0.0, "train": {"micro_batch": 4}},
     "bf16": {"parallel": {"data": 2}, "train": {"precision": "bf16"}},
     "dropout": {"parallel": {"tensor": 2}, "model": {"dropout": 0.1}, "train": {"micro_batch": 4}},
     "smoothing": {"parallel": {"tensor": 2}, "train": {"label_smoothing": 0.1, "micro_batch": 4}},
-    "recompute": {"parallel": {"data": 2}, "train": {"recompute": "full"}},
+    "recompute": {"parallel": {"data": 2}, "train": {"recompute": "full", "micro_batch": 4}},
     "mup": {"parallel": {"tensor": 2}, "train": {"micro_batch": 4}, **MUP},
-    "no clipping": {"parallel": {"data": 2}, "optimizer": {"clip_grad": 0.0}},
+    "no clipping": {"parallel": {"data": 2}, "optimizer": {"clip_grad": 0.0}, "train": {"micro_batch": 4}},
 }
 ALL_STAGES = ["dp2", "tp2"]
 PAIRS = [(name, zero) for name in ALL_STAGES for zero in STAGES] + [

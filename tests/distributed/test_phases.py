@@ -33,7 +33,7 @@ def results(make_recipe, tmp_path_factory):
     runs = tmp_path_factory.mktemp("phases")
 
     def recipe(name: str, **sections) -> dict:
-        train = {"tokens": 8 * 32 * STEPS, **sections.pop("train", {})}
+        train = {"tokens": 8 * 32 * STEPS, "micro_batch": 4, **sections.pop("train", {})}
         return make_recipe(str(runs / name), sparsity=0.0, phases=PHASES, train=train, log={"every": 1},
                            evaluate={"every": 2, "batches": 1}, **sections)
 
