@@ -122,7 +122,8 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, epilog=f"fields of a recipe (name, type, default, meaning):\n\n{render_help(Finetune)}",
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="YAML file, see configs/finetune")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that win over the recipe's")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value",
+                        help="values that win over the recipe's")
     parser.add_argument("--dry-run", action="store_true",
                         help="validate recipe, checkpoint and data, print the recipe with every default, layout and "
                              "bytes per rank, and exit")

@@ -153,7 +153,8 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, epilog=f"fields of a recipe (name, type, default, meaning):\n\n{render_help()}",
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="YAML file, see configs/pretrain")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that win over the recipe's")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value",
+                        help="values that win over the recipe's")
     parser.add_argument("--dry-run", action="store_true",
                         help="validate the recipe, print it with every default, sparsity plan, layout and bytes per "
                              "rank, and exit")

@@ -85,7 +85,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("recipe", help="a pre-training recipe, see configs/pretrain")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that win over the recipe's")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value",
+                        help="values that win over the recipe's")
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256, 512, 1024], metavar="N")
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.0, 0.5, 0.75, 0.875, 0.9375], metavar="S")
     parser.add_argument("--steps", type=int, default=5, metavar="N", help="default: 5")

@@ -81,7 +81,8 @@ def plan(arguments: list[str]) -> int:
 def _plan_parser() -> argparse.ArgumentParser:
     parser = _parser(__doc__)
     parser.add_argument("recipe", help="YAML file, see configs/; its layout is one among those tried")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that win over the recipe's")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value",
+                        help="values that win over the recipe's")
     parser.add_argument("--gpus", type=int, metavar="N", help="how many (default: the recipe's layout)")
     parser.add_argument("--gpu", metavar="NAME", help=f"{', '.join(GPUS)}, or {THIS_MACHINE}, which is measured")
     parser.add_argument("--price", type=float, metavar="P", help="of a GPU hour; adds the cost, in the same currency")

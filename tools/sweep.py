@@ -88,7 +88,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("recipe", help="fine-tuning recipe with sweep:, see configs/finetune")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that win over the recipe's")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value",
+                        help="values that win over the recipe's")
     parser.add_argument("--launch", default="", help="what starts finetune.py; default: this Python, one process")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--print", action="store_true", help="print the commands, one a line, and run nothing")
