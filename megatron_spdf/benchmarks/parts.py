@@ -83,7 +83,7 @@ def _clocks_set(clock: Clock, engine) -> Iterator[None]:
 
     places = [(schedules, "forward_step", "forward"), (schedules, "backward_step", "backward"),
               (kernels, "expand", "expand"), (kernels, "compress", "compress"),
-              (engine.optimizer, "prepare_grads", OPTIMIZER), (engine.optimizer, "get_grad_norm", OPTIMIZER),
+              (engine.optimizer, "prepare_grads", OPTIMIZER), (engine, "_squared_norm", OPTIMIZER),
               (engine, "_update", OPTIMIZER),
               (layers, "dist_all_gather_func", "communication"), (layers, "dist_reduce_scatter_func", "communication")]
     places += [(torch.distributed, name, "communication") for name in COLLECTIVES]

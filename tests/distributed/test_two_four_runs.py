@@ -2,6 +2,7 @@
 sparse tensor cores multiply with the values, with a stand-in for their library."""
 
 import pytest
+from curves import close
 from harness import outcome, run_cases
 
 pytestmark = pytest.mark.slow
@@ -50,13 +51,6 @@ def results(make_recipe, tmp_path_factory):
     }
     directory = tmp_path_factory.mktemp("two_four")
     return {world: run_cases(world, cases, directory / str(world)) for world, cases in ((1, one), (2, two))}
-
-
-def close(there: list, reference: list, tolerance: float = 1e-5) -> None:
-    assert len(there) == len(reference)
-    for (loss, norm), (loss_there, norm_there) in zip(there, reference, strict=True):
-        assert loss == pytest.approx(loss_there, rel=tolerance)
-        assert norm == pytest.approx(norm_there, rel=10 * tolerance)  # a root of a sum over all weights
 
 
 @pytest.mark.parametrize("name", ["two ranks", "two ranks sp"])
