@@ -21,6 +21,7 @@ from megatron_spdf.engine.deepspeed_state import ZeroState
 from megatron_spdf.model.gpt import build_model
 from megatron_spdf.model.init import InitialWeights
 from megatron_spdf.model.loss import batch_loss
+from megatron_spdf.parallel import cpu
 from megatron_spdf.planning.memory import rank_bytes
 from megatron_spdf.sparsity.compact import expanded
 from megatron_spdf.sparsity.measure import measure_sparsity
@@ -191,6 +192,8 @@ def _import_deepspeed(device: torch.device):
     deepspeed.logger.setLevel("ERROR")
     if device.type == "cpu":  # C++ for all-reduces within a machine
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+        with cpu.uncompiled():
+            import deepspeed.runtime.zero.muon.muon_optimizer  # DeepSpeed does so as it looks at the optimizer
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
     return deepspeed
 

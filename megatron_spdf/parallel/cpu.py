@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from unittest.mock import patch
 
 import torch
@@ -25,12 +27,13 @@ class _StandIn(TorchFunctionMode):
         self.device = device
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if "cuda" in str(kwargs.get("device", "")):
-            kwargs["device"] = self.device
-        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+        if kwargs:
+            if "cuda" in str(kwargs.get("device", "")):
+                kwargs["device"] = self.device
+            return func(*args, **kwargs)
+        if func is torch.Tensor.type and len(args) == 1:
             return f"torch.cuda.{func(*args).rpartition('.')[2]}"
-        return func(*args, **kwargs)
+        return func(*args)
 
 
 _mode: _StandIn | None = None
@@ -66,15 +69,21 @@ def _stand_in(device: torch.device) -> None:
     torch.Tensor.cuda = lambda self, *_, **__: self
     torch.nn.Module.cuda = lambda self, *_, **__: self
 
-    # Megatron-Core decorates its fusions with torch.compile as it is imported. None runs here, and the import of the
-    # compiler is a third of the time a rank takes to start.
-    with patch.object(torch, "compile", _leave_as_it_is):
+    with uncompiled():
         import megatron.core.tensor_parallel.random as megatron_random
 
     # It warns, in every dropout, where the CPU's state changed; here that is the state.
     logging.getLogger(megatron_random.__name__).setLevel(logging.ERROR)
     megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Imports within leave alone what they decorate with torch.compile: Megatron-Core's fusions, DeepSpeed's Muon. None
+    runs here, and the import of the compiler is a third of the time a rank takes to start."""
+    with patch.object(torch, "compile", _leave_as_it_is):
+        yield
 
 
 def _leave_as_it_is(function=None, **_):

@@ -9,6 +9,8 @@
         64: {model.hidden: 64, model.heads: 2}
         128: {model.hidden: 128, model.heads: 4}
       optimizer.lr: [1e-3, 2e-3]
+    exclude:                                 # combinations that are left out: those with these labels
+      - {width: 64, optimizer.lr: 1e-3}
     plot: {x: optimizer.lr, lines: width, panels: [parametrization]}
 
 `budget: flops` among the values stretches a cell's run until it has cost what the dense model's costs for the recipe's
@@ -54,6 +56,7 @@ class Experiment(Section):
     output: str = Field(description="directory of the runs and of the results")
     seeds: list[int] = Field(min_length=1, description="each cell is run with every one of them")
     axes: dict[str, dict[str, dict[str, Any]]] = Field(min_length=1, description="name -> label -> key -> value")
+    exclude: list[dict[str, str]] = Field([], description="axis -> label; what has them all is left out")
     plot: Plot
 
     @model_validator(mode="before")
@@ -64,7 +67,16 @@ class Experiment(Section):
         axes = {name: {_plain(v): {name: v} for v in axis} if isinstance(axis, list)
                 else {str(label): v for label, v in axis.items()} if isinstance(axis, dict) else axis
                 for name, axis in values["axes"].items()}
-        return {**values, "axes": axes}
+        exclude = [{axis: _plain(label) for axis, label in labels.items()} for labels in values.get("exclude", [])]
+        return {**values, "axes": axes, "exclude": exclude}
+
+    @model_validator(mode="after")
+    def _exclude_names_labels(self) -> Experiment:
+        for labels in self.exclude:
+            for axis, label in labels.items():
+                if label not in self.axes.get(axis, {}):
+                    raise ValueError(f"exclude names {axis}={label}, and there is no such label; see axes")
+        return self
 
     @model_validator(mode="after")
     def _plot_names_axes(self) -> Experiment:
@@ -123,6 +135,8 @@ def cells(experiment: Experiment, path: Path, words: list[str]) -> list[Cell]:
     recipe, found = path.parent / experiment.recipe, []
     for labels in itertools.product(*experiment.axes.values()):
         named = dict(zip(experiment.axes, labels, strict=True))
+        if any(left_out.items() <= named.items() for left_out in experiment.exclude):
+            continue
         values = {k: v for axis, label in named.items() for k, v in experiment.axes[axis][label].items()}
         name = ",".join(f"{axis}={label}" for axis, label in named.items()).replace("/", "_")
         trials = {}

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get("SPDF_DATA", ROOT.parent / "shared/data"))
 RECIPE = {
     "checkpoint": "start", "output": "tuned", "seed": 5, "data": {"task": "e2e", "path": "e2e"},
-    "train": {"epochs": 2, "global_batch": 8, "micro_batch": 2, "precision": "fp32", "label_smoothing": 0.1},
+    "train": {"epochs": 2, "global_batch": 8, "micro_batch": 4, "precision": "fp32", "label_smoothing": 0.1},
     "optimizer": {"lr": 1e-3, "warmup_steps": 2}, "evaluate": {"every": 4}, "log": {"every": 1},
 }
 NAMES, FOODS, AREAS = ["Alimentum", "Aromi", "Clowns"], ["Italian", "Chinese", "English"], ["city", "riverside"]
@@ -127,10 +127,9 @@ def test_the_best_and_the_last_checkpoint_are_kept_and_the_tools_read_the_best(s
         assert done.returncode == 0 and said in done.stdout, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("zero", [0, 3])
-def test_deepspeeds_launcher(straight, tune, workplace, zero):
-    run = workplace / f"zero{zero}"
-    finish(tune(f"output={run.name}", "parallel.data=2", f"parallel.zero_stage={zero}", launcher=deepspeed()))
+def test_deepspeeds_launcher(straight, tune, workplace):
+    run = workplace / "zero3"
+    finish(tune(f"output={run.name}", "parallel.data=2", "parallel.zero_stage=3", launcher=deepspeed()))
     assert losses(run) == pytest.approx(losses(straight[0]), rel=1e-4)
     assert losses(run, "valid") == pytest.approx(losses(straight[0], "valid"), rel=1e-4)
 

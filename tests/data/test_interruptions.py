@@ -95,7 +95,7 @@ def test_killed_at_random_moments_equals_undisturbed(shards, undisturbed, tmp_pa
     after another input is finished, so that a busy machine, on which time says little, gets on too."""
     kind, expected, duration = undisturbed
     words = ["--workers", "2", *KINDS[kind]]
-    draw, killed, kept, kills = random.Random(kind), 0, set(), 20 if kind == "one data set" else 8
+    draw, killed, kept, kills = random.Random(kind), 0, set(), 10 if kind == "one data set" else 6
     output, partial = tmp_path / "killed" / "t", Partial(tmp_path / "killed" / "t", bool(KINDS[kind]))
     while killed < kills:
         run, before = start(shards, output, tiny_bpe, *words), partial.finished_inputs

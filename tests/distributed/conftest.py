@@ -12,7 +12,7 @@ SMALL = {
     "model": {"layers": 4, "hidden": 64, "heads": 4, "vocab_size": 300, "max_positions": 32},
     "sparsity": 0.75,
     "data": {"workers": 0},
-    "train": {"tokens": 8 * 32 * 60, "global_batch": 8, "micro_batch": 2, "precision": "fp32"},
+    "train": {"tokens": 8 * 32 * 60, "global_batch": 8, "micro_batch": 4, "precision": "fp32"},
     "optimizer": {"lr": 1e-3, "warmup_tokens": 1024},
     "evaluate": {"batches": 2},
 }

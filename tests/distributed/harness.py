@@ -108,6 +108,7 @@ def _rank_main(directory: Path, rank: int, environment: dict[str, str]) -> None:
     log = os.open(directory / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    multiprocessing.set_start_method("fork", force=True)  # of data loaders' workers, as in a process of its own
     import preloaded
 
     cases = preloaded.cases

@@ -81,7 +81,8 @@ def make_run(place, data_of, make_recipe):
             str(place / name), model=model, sparsity=level, parallel=LAYOUTS[layout],
             data={"train": [data_of(model["vocab_size"])], "valid": [], "workers": 0},
             **(MUP if "mup" in name else {}),
-            train={"tokens": 8 * model["max_positions"] * 60, "sequence_length": model["max_positions"]})
+            train={"tokens": 8 * model["max_positions"] * 60, "micro_batch": 2,
+                   "sequence_length": model["max_positions"]})
         if not (place / shape).exists():
             save_gpt2(shape, place / shape)
         tokenizer = load_tokenizer(f"{data_of(model['vocab_size'])}.tokenizer")

@@ -13,20 +13,20 @@ from megatron_spdf.config.recipe import Model
 
 pytestmark = pytest.mark.slow
 
-STEPS = 6
+STEPS = 4
 STAGES = range(4)
 # Cases with their sections; each runs with both engines.
 RUNS = {
-    "dp2": {"parallel": {"data": 2}},
-    "tp2": {"parallel": {"tensor": 2}, "train": {"micro_batch": 4}},
-    "tp2 sp": {"parallel": {"tensor": 2, "sequence": True}, "train": {"micro_batch": 4}},
-    "dense": {"parallel": {"data": 2}, "sparsity": 0.0, "train": {"micro_batch": 4}},
+    "dp2": {"parallel": {"data": 2}, "train": {"micro_batch": 2}},
+    "tp2": {"parallel": {"tensor": 2}},
+    "tp2 sp": {"parallel": {"tensor": 2, "sequence": True}},
+    "dense": {"parallel": {"data": 2}, "sparsity": 0.0},
     "bf16": {"parallel": {"data": 2}, "train": {"precision": "bf16"}},
-    "dropout": {"parallel": {"tensor": 2}, "model": {"dropout": 0.1}, "train": {"micro_batch": 4}},
-    "smoothing": {"parallel": {"tensor": 2}, "train": {"label_smoothing": 0.1, "micro_batch": 4}},
-    "recompute": {"parallel": {"data": 2}, "train": {"recompute": "full", "micro_batch": 4}},
-    "mup": {"parallel": {"tensor": 2}, "train": {"micro_batch": 4}, **MUP},
-    "no clipping": {"parallel": {"data": 2}, "optimizer": {"clip_grad": 0.0}, "train": {"micro_batch": 4}},
+    "dropout": {"parallel": {"tensor": 2}, "model": {"dropout": 0.1}},
+    "smoothing": {"parallel": {"tensor": 2}, "train": {"label_smoothing": 0.1}},
+    "recompute": {"parallel": {"data": 2}, "train": {"recompute": "full"}},
+    "mup": {"parallel": {"tensor": 2}, **MUP},
+    "no clipping": {"parallel": {"data": 2}, "optimizer": {"clip_grad": 0.0}},
 }
 ALL_STAGES = ["dp2", "tp2"]
 PAIRS = [(name, zero) for name in ALL_STAGES for zero in STAGES] + [
@@ -35,19 +35,16 @@ PAIRS = [(name, zero) for name in ALL_STAGES for zero in STAGES] + [
 OFFLOADED = [2, 3]
 # A chain of starts: engine and layout of each.
 CHAIN = [
-    {"engine": "deepspeed", "parallel": {"data": 2, "zero_stage": 0}},
     {"engine": "deepspeed", "parallel": {"data": 2, "zero_stage": 3}},
     {"engine": "deepspeed", "parallel": {"tensor": 2, "zero_stage": 2}},
     {"engine": "megatron", "parallel": {"data": 2}},
     {"engine": "deepspeed", "parallel": {"tensor": 2, "zero_stage": 3}},
-    {"engine": "deepspeed", "parallel": {"data": 2, "zero_stage": 1}},
 ]
 
 # Checkpoints that DeepSpeed writes itself: sections and ZeRO stage.
 WRITTEN = {
     "tp2 zero 0": (RUNS["tp2"], 0), "dp2 zero 1": (RUNS["dp2"], 1), "bf16 zero 2": (RUNS["bf16"], 2),
-    "tp2 zero 2": (RUNS["tp2"], 2), "bf16 zero 3": (RUNS["bf16"], 3), "tp2 zero 3": (RUNS["tp2"], 3),
-    "dense zero 3": (RUNS["dense"], 3),
+    "bf16 zero 3": (RUNS["bf16"], 3), "tp2 zero 3": (RUNS["tp2"], 3),
 }
 
 
@@ -78,7 +75,7 @@ def results(make_recipe, tmp_path_factory):
     for name, (sections, zero) in WRITTEN.items():
         cases[f"written {name}"] = ("saved_by_deepspeed", {
             "recipe": make_recipe(**with_stage(sections, zero)), "steps": 2, "directory": str(runs / "own" / name)})
-    cases["chain"] = cut("chain", CHAIN, [1, 2, 3, 4, 5, 6])
+    cases["chain"] = cut("chain", CHAIN, [1, 2, 3, 4])
     return run_cases(2, cases, tmp_path_factory.mktemp("deepspeed"), timeout=1800) | {"own": runs / "own"}
 
 
@@ -129,7 +126,7 @@ def test_resumed_twice_equals_straight_bit_for_bit(results, zero):
 
 def test_a_run_goes_on_at_any_stage_layout_and_engine(results):
     losses = [loss for loss, _ in outcome(results, "chain")]
-    assert losses == pytest.approx([loss for loss, _ in outcome(results, "dp2 megatron")["curve"][:6]], rel=1e-5)
+    assert losses == pytest.approx([loss for loss, _ in outcome(results, "dp2 megatron")["curve"]], rel=1e-5)
 
 
 @pytest.mark.parametrize("zero", STAGES)

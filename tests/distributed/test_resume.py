@@ -5,7 +5,7 @@ from harness import outcome, run_cases
 
 pytestmark = pytest.mark.slow
 
-STEPS = 10
+STEPS = 6
 LAYOUTS = {
     "fp32 zero 1": ({}, {"data": 2}),
     "fp32 zero 0": ({}, {"data": 2, "zero_stage": 0}),
@@ -30,12 +30,12 @@ def results(make_recipe, tmp_path_factory):
         straight = make_recipe(str(runs / f"{name} straight"), parallel=parallel, **sections)
         pieces = make_recipe(str(runs / f"{name} cut"), parallel=parallel, **sections)
         cases[f"{name} straight"] = ("cut", {"recipes": [straight], "stops": [STEPS]})
-        cases[f"{name} cut"] = ("cut", {"recipes": [pieces] * 3, "stops": [3, 5, STEPS]})
+        cases[f"{name} cut"] = ("cut", {"recipes": [pieces] * 3, "stops": [2, 3, STEPS]})
     for name, layouts in CHAINS.items():
         recipes = [make_recipe(str(runs / name), parallel=layout) for layout in layouts]
-        cases[name] = ("cut", {"recipes": recipes, "stops": [3, 6, STEPS]})
+        cases[name] = ("cut", {"recipes": recipes, "stops": [2, 4, STEPS]})
     recipe = make_recipe(str(runs / "overlap"), parallel={"data": 2})
-    cases["overlap cut"] = ("overlapped_cut", {"recipes": [recipe] * 2, "stops": [5, STEPS]})
+    cases["overlap cut"] = ("overlapped_cut", {"recipes": [recipe] * 2, "stops": [3, STEPS]})
     return run_cases(2, cases, tmp_path_factory.mktemp("resume"))
 
 
