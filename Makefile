@@ -22,7 +22,7 @@ demo: install
 
 # On three workers, since some tests mostly wait: files share nothing, the tests of one share what it sets up.
 test: lint
-	$(RUN) -m pytest tests -n 3 --dist loadfile --no-loadscope-reorder
+	$(RUN) -m pytest tests -n 3 --dist loadfile --no-loadscope-reorder --durations=10
 
 test-fast: install
 	$(RUN) -m pytest tests -m "not slow"

@@ -121,18 +121,6 @@ def test_sigusr1_saves_and_ends_with_the_documented_code(start, workplace):
     assert len(list((run / "checkpoints").glob("step_*"))) == 1
 
 
-def test_killed_at_any_moment_resumes_and_equals_straight(straight, start, workplace):
-    run = workplace / "killed"
-    for step, delay in ((3, 0.0), (8, 0.02), (16, 0.05)):
-        process = start("output=killed", "parallel.tensor=2", ranks=2)
-        wait_for(run, step, process)
-        time.sleep(delay)  # into the save of steps 8 and 16, more or less
-        kill_tree(process)
-    finish(start("output=killed", "parallel.tensor=2", ranks=2))
-    assert records(run) == records(straight[0])
-    assert not list((run / "checkpoints").glob("*.partial"))
-
-
 def kill_tree(process) -> None:
     """kill -9 to the launcher and everything it started: stopped first, so that nothing new is born meanwhile."""
     root = psutil.Process(process.pid)

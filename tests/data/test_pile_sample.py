@@ -1,4 +1,4 @@
-"""All of a small corpus in the Pile's format, against a plain loop in one thread."""
+"""A third of a small corpus in the Pile's format, against a plain loop in one thread."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_every_token_is_that_of_a_plain_loop(tmp_path):
 
     ranks = data_gym_to_mergeable_bpe_ranks(str(GPT2 / "vocab.bpe"), str(GPT2 / "encoder.json"))
     reference = tiktoken.Encoding("reference", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={})
-    shards = sorted(PILE.glob("*.jsonl.zst"))
+    shards = sorted(PILE.glob("*.jsonl.zst"))[::3]
     manifest = preprocess(shards, tmp_path / "all", load_tokenizer(GPT2), workers=2)
     ours, start, documents = np.fromfile(tmp_path / "all.bin", np.uint16), 0, 0
     for shard, source in zip(shards, manifest.sources, strict=True):

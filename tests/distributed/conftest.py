@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 SMALL = {
     "seed": 7,
-    "model": {"layers": 4, "hidden": 64, "heads": 4, "vocab_size": 300, "max_positions": 32},
+    "model": {"layers": 2, "hidden": 64, "heads": 4, "vocab_size": 300, "max_positions": 32},
     "sparsity": 0.75,
     "data": {"workers": 0},
     "train": {"tokens": 8 * 32 * 60, "global_batch": 8, "micro_batch": 4, "precision": "fp32"},
@@ -48,4 +48,12 @@ def make_recipe(corpus, tmp_path_factory):
             before = recipe.get(name, {})
             recipe[name] = {**before, **change} if isinstance(change, dict) and isinstance(before, dict) else change
         return recipe
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_deep_recipe(make_recipe):
+    """The same with four layers, which two interleaved stages take."""
+    def make(output: str | None = None, model: dict | None = None, **sections) -> dict:
+        return make_recipe(output, model={"layers": 4, **(model or {})}, **sections)
     return make

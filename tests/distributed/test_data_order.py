@@ -96,7 +96,7 @@ def test_consumed_tokens_of_each_source(results, corpora, world, name):
 
 
 @pytest.fixture(scope="module")
-def bordered(make_recipe, short_documents, corpus, tmp_path_factory):
+def bordered(make_deep_recipe, short_documents, corpus, tmp_path_factory):
     short = {"train": short_documents, "valid": short_documents, "tokenizer": f"{corpus}.tokenizer"}
     borders = short | {"reset_positions": True, "reset_attention": True}
     layouts = {"one": (1, {}), "tp2": (2, {"tensor": 2, "sequence": True}), "pp2": (2, {"pipeline": 2}),
@@ -104,13 +104,13 @@ def bordered(make_recipe, short_documents, corpus, tmp_path_factory):
     recompute = {"full": "full", "selective": "selective"}
     cases = {1: {}, 2: {}}
     for name, (world, parallel) in layouts.items():
-        cases[world][name] = ("train", {"recipe": make_recipe(parallel=parallel, data=borders), "steps": 4})
+        cases[world][name] = ("train", {"recipe": make_deep_recipe(parallel=parallel, data=borders), "steps": 4})
     for name, kind in recompute.items():
-        recipe = make_recipe(data=borders, train={"recompute": kind})
+        recipe = make_deep_recipe(data=borders, train={"recompute": kind})
         cases[1][name] = ("train", {"recipe": recipe, "steps": 4})
-    cases[1]["off"] = ("train", {"recipe": make_recipe(data=short), "steps": 4})
-    cases[1]["packed"] = ("packed", {"recipe": make_recipe(data=borders)})
-    cases[1]["packed groups"] = ("packed", {"recipe": make_recipe(data=borders, model={"query_groups": 2})})
+    cases[1]["off"] = ("train", {"recipe": make_deep_recipe(data=short), "steps": 4})
+    cases[1]["packed"] = ("packed", {"recipe": make_deep_recipe(data=borders)})
+    cases[1]["packed groups"] = ("packed", {"recipe": make_deep_recipe(data=borders, model={"query_groups": 2})})
     directory = tmp_path_factory.mktemp("borders")
     found = {world: run_cases(world, cases[world], directory / str(world)) for world in cases}
     return {name: outcome(results, name) for results in found.values() for name in results}

@@ -32,17 +32,17 @@ NAMES = [(world, name) for world, layouts in LAYOUTS.items() for name in layouts
 
 
 @pytest.fixture(scope="module")
-def results(make_recipe, tmp_path_factory):
+def results(make_deep_recipe, tmp_path_factory):
     def group(world: int) -> dict[str, tuple[str, dict]]:
         # Two micro-batches a step for each replica.
         return {name: run(parallel=layout, train={"micro_batch": 4 // layout.get("data", 1)})
                 for name, layout in LAYOUTS[world].items()}
 
     def train(**sections) -> tuple[str, dict]:
-        return "train", {"recipe": make_recipe(**sections), "steps": FEW}
+        return "train", {"recipe": make_deep_recipe(**sections), "steps": FEW}
 
     def run(**sections) -> tuple[str, dict]:
-        return "train", {"recipe": make_recipe(**sections), "steps": STEPS}
+        return "train", {"recipe": make_deep_recipe(**sections), "steps": STEPS}
 
     one = group(1) | {
         "reference": run(),
@@ -51,7 +51,7 @@ def results(make_recipe, tmp_path_factory):
         "micro-batch 2": train(train={"micro_batch": 2}),
         "grouped queries": train(model={"query_groups": 2}),
         "bf16": train(train={"precision": "bf16"}),
-        "densified": ("densified", {"recipe": make_recipe(), "steps": 3}),
+        "densified": ("densified", {"recipe": make_deep_recipe(), "steps": 3}),
         "mup": train(**MUP, sparsity=DENSITIES),
     }
     two = group(2) | {
@@ -63,10 +63,10 @@ def results(make_recipe, tmp_path_factory):
         "mup dp2": train(**MUP, sparsity=DENSITIES, parallel={"data": 2}),
         "dense dp2": train(sparsity=0.0, parallel={"data": 2}),
         "dense dp2 zero 0": train(sparsity=0.0, parallel={"data": 2, "zero_stage": 0}),
-        "overlap": ("overlapped", {"recipe": make_recipe(parallel={"data": 2}), "steps": FEW}),
-        "overlap zero 0": ("overlapped", {"recipe": make_recipe(parallel={"data": 2, "zero_stage": 0}),
+        "overlap": ("overlapped", {"recipe": make_deep_recipe(parallel={"data": 2}), "steps": FEW}),
+        "overlap zero 0": ("overlapped", {"recipe": make_deep_recipe(parallel={"data": 2, "zero_stage": 0}),
                                           "steps": FEW}),
-        "densified tp2": ("densified", {"recipe": make_recipe(parallel={"tensor": 2}), "steps": 3}),
+        "densified tp2": ("densified", {"recipe": make_deep_recipe(parallel={"tensor": 2}), "steps": 3}),
     }
     directory = tmp_path_factory.mktemp("layouts")
     return {world: run_cases(world, cases, directory / str(world))

@@ -100,7 +100,7 @@ def test_a_run_is_one_log_with_the_schedules_of_its_phases(results):
     assert [r["step"] for r in straight["records"] if r["kind"] == "valid"] == [2, 4, 6, 8, 9]
     steps = [after["flops"] - before["flops"] for before, after in zip(train, train[1:], strict=False)]
     assert steps[: BORDER - 1] == pytest.approx([train[0]["flops"]] * (BORDER - 1))
-    dense = train[0]["flops"] + 0.75 * 6 * 4 * 12 * 64 * 64 * 256  # 6 FLOPs a weight and token
+    dense = train[0]["flops"] + 0.75 * 6 * 2 * 12 * 64 * 64 * 256  # 6 FLOPs a weight and token
     assert steps[BORDER - 1 :] == pytest.approx([dense] * (STEPS - BORDER))
 
 

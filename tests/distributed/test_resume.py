@@ -23,18 +23,18 @@ CHAINS = {
 
 
 @pytest.fixture(scope="module")
-def results(make_recipe, tmp_path_factory):
+def results(make_deep_recipe, tmp_path_factory):
     runs = tmp_path_factory.mktemp("runs")
     cases = {}
     for name, (sections, parallel) in LAYOUTS.items():
-        straight = make_recipe(str(runs / f"{name} straight"), parallel=parallel, **sections)
-        pieces = make_recipe(str(runs / f"{name} cut"), parallel=parallel, **sections)
+        straight = make_deep_recipe(str(runs / f"{name} straight"), parallel=parallel, **sections)
+        pieces = make_deep_recipe(str(runs / f"{name} cut"), parallel=parallel, **sections)
         cases[f"{name} straight"] = ("cut", {"recipes": [straight], "stops": [STEPS]})
         cases[f"{name} cut"] = ("cut", {"recipes": [pieces] * 3, "stops": [2, 3, STEPS]})
     for name, layouts in CHAINS.items():
-        recipes = [make_recipe(str(runs / name), parallel=layout) for layout in layouts]
+        recipes = [make_deep_recipe(str(runs / name), parallel=layout) for layout in layouts]
         cases[name] = ("cut", {"recipes": recipes, "stops": [2, 4, STEPS]})
-    recipe = make_recipe(str(runs / "overlap"), parallel={"data": 2})
+    recipe = make_deep_recipe(str(runs / "overlap"), parallel={"data": 2})
     cases["overlap cut"] = ("overlapped_cut", {"recipes": [recipe] * 2, "stops": [3, STEPS]})
     return run_cases(2, cases, tmp_path_factory.mktemp("resume"))
 
