@@ -37,7 +37,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from megatron_spdf.benchmarks.circumstances import LIBRARIES, circumstances, publish
-from megatron_spdf.config import load_recipe
+from megatron_spdf.config import Recipe, load_recipe
+from megatron_spdf.config.recipe import AUTO
 from megatron_spdf.parallel.ranks import check_world, find_ranks
 
 DEFAULT = Path(__file__).resolve().parent.parent / "configs/benchmark/cpu.yaml"
@@ -76,8 +77,8 @@ def measure_recipe() -> int:
         raise ValueError(f"--steps={options.steps} has no median and no quartiles; take 2 or more")
     path, overrides = split_words(options.words)
     path = path or DEFAULT
-    sparse = load_recipe(path, overrides)
-    dense = load_recipe(path, [*overrides, "sparsity=0.0", "sparsity.rules=[]"])
+    sparse = load_measured(path, overrides)
+    dense = load_measured(path, [*overrides, "sparsity=0.0", "sparsity.rules=[]"])
     ranks = find_ranks()
     check_world(ranks, sparse.parallel)
     measure, show = kinds[options.what]
@@ -142,7 +143,7 @@ def measure_kernels(arguments: list[str]) -> int:
     if not path:
         path = BLOCKS if torch.cuda.is_available() else DEFAULT
         overrides = overrides if torch.cuda.is_available() else [*TINY, *overrides]
-    recipe = load_recipe(path, overrides)
+    recipe = load_measured(path, overrides)
     figures = throughput.measure(recipe, plan_of(recipe), options.seconds)
     report = {**circumstances((*LIBRARIES[::2], "triton")), "recipe": recipe.model_dump(), **figures}
     publish(report, throughput.render(figures), options.output)
@@ -151,6 +152,19 @@ def measure_kernels(arguments: list[str]) -> int:
 
 def add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, help="write the figures as JSON, with date, hardware and versions")
+
+
+def load_measured(path: str, overrides: list[str]) -> Recipe:
+    """The recipe.
+
+    Raises:
+        ValueError: it is none, or leaves open what would be measured.
+    """
+    recipe = load_recipe(path, overrides)
+    if recipe.train.micro_batch == AUTO:
+        raise ValueError("train.micro_batch=auto lets a run try sizes at its start; a benchmark is of one, give "
+                         "train.micro_batch=N")
+    return recipe
 
 
 def split_words(words: list[str]) -> tuple[str | None, list[str]]:

@@ -18,8 +18,9 @@ def findings(recipe: Recipe) -> Iterator[str]:
     yield from _model(recipe)
     broken = list(_layout(recipe))
     yield from broken
-    if not broken and recipe.sparsity.pattern != "unstructured":
-        yield from _pattern(recipe.model, recipe.sparsity.model_dump_json(), recipe.parallel.tensor)
+    for sparsity in [recipe.sparsity, *(phase.sparsity for phase in recipe.phases)]:
+        if not broken and sparsity.pattern != "unstructured":
+            yield from _pattern(recipe.model, sparsity.model_dump_json(), recipe.parallel.tensor)
     yield from _engine(recipe)
     yield from _data(recipe)
     broken = list(_batch(recipe))

@@ -46,6 +46,7 @@ def test_the_sparsity_of_a_phase_has_all_forms(load):
 @pytest.mark.parametrize(("phases", "words", "said"), [
     ((SPARSE, {**DENSE, "share": 0.2}), (), "the shares 0.9 + 0.2 = 1.1 must add up to 1"),
     ((SPARSE,), (), "phases has one entry"),
+    (({**SPARSE, "sparsity": {"level": 0.5, "pattern": "block", "block": 48}}, DENSE), (), "sparsity.block=48"),
     ((SPARSE, DENSE), ("sparsity=0.5",), "sparsity and phases both say what is sparse; leave sparsity out"),
     ((SPARSE, {**DENSE, "sparsity": 0.5}), (), "phases.1.sparsity=0.5 is not dense"),
     ((SPARSE, {**DENSE, "sparsity": [{"weights": "*.mlp.*", "level": 0.5}]}), (), "phases.1.sparsity=rules"),

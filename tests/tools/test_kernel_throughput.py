@@ -30,7 +30,11 @@ def test_every_kernel_of_a_layer_is_measured(tmp_path):
         assert (f["dense"] is None) == (f["kernel"] in ("expand", "compress"))
 
 
-def test_a_recipe_that_is_none_is_refused():
-    done = subprocess.run([sys.executable, "tools/benchmark.py", "kernels", "nowhere.yaml"], cwd=ROOT,
-                          capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "there is no recipe" in done.stderr
+@pytest.mark.parametrize(("words", "said"), [
+    (("kernels", "nowhere.yaml"), "there is no recipe"),
+    (("kernels", "train.micro_batch=auto"), "a benchmark is of one, give train.micro_batch=N"),
+])
+def test_a_recipe_that_is_none_is_refused(words, said):
+    done = subprocess.run([sys.executable, "tools/benchmark.py", *words], cwd=ROOT, capture_output=True, text=True,
+                          check=False)
+    assert done.returncode == 2 and said in done.stderr
