@@ -1,4 +1,4 @@
-# make demo | make test | make test-fast | make test-slurm | make lint: each makes .venv if it is missing and installs what it needs.
+# make demo | make test | make test-fast | make test-kernels | make test-slurm | make lint: each makes .venv if it is missing and installs what it needs.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python -W ignore
@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python -W ignore
 # Two ranks on two cores: more threads than that only wait for each other.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install demo test test-fast test-slurm lint clean
+.PHONY: install demo test test-fast test-kernels test-slurm lint clean
 
 install: $(VENV)/installed
 
@@ -23,9 +23,17 @@ demo: install
 # On three workers, since some tests mostly wait: files share nothing, the tests of one share what it sets up.
 test: lint
 	$(RUN) -m pytest tests -n 3 --dist loadfile --no-loadscope-reorder --durations=10
+	@$(MAKE) --no-print-directory test-kernels
 
 test-fast: install
 	$(RUN) -m pytest tests -m "not slow"
+
+# The GPU's kernels on the CPU, by Triton's interpreter. Where PyTorch brings no Triton it is put beside the virtual
+# environment's packages, since every process that finds it among them imports it.
+test-kernels: install
+	@$(RUN) -c 'import triton' 2> /dev/null || test -d $(VENV)/triton || \
+	    $(VENV)/bin/python -m pip install --quiet --no-deps --target $(VENV)/triton triton==3.9.0
+	PYTHONPATH=$(CURDIR)/$(VENV)/triton $(RUN) -m pytest tests/kernels tests/distributed/test_blocks.py -n 3 --dist loadfile
 
 test-slurm: install
 	$(RUN) -m pytest tests/slurm -rs
