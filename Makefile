@@ -1,6 +1,7 @@
 # make demo | make test | make test-fast | make test-kernels | make test-slurm | make lint: each makes .venv if it is missing and installs what it needs.
 PYTHON ?= python3
 VENV := .venv
+KERNELS := tests/kernels tests/distributed/test_blocks.py
 RUN := $(VENV)/bin/python -W ignore
 
 # Two ranks on two cores: more threads than that only wait for each other.
@@ -22,7 +23,7 @@ demo: install
 
 # On three workers, since some tests mostly wait: files share nothing, the tests of one share what it sets up.
 test: lint
-	$(RUN) -m pytest tests -n 3 --dist loadfile --no-loadscope-reorder --durations=10
+	$(RUN) -m pytest tests $(KERNELS:%=--ignore=%) -n 3 --dist loadfile --no-loadscope-reorder --durations=10
 	@$(MAKE) --no-print-directory test-kernels
 
 test-fast: install
@@ -33,7 +34,7 @@ test-fast: install
 test-kernels: install
 	@$(RUN) -c 'import triton' 2> /dev/null || test -d $(VENV)/triton || \
 	    $(VENV)/bin/python -m pip install --quiet --no-deps --target $(VENV)/triton triton==3.9.0
-	PYTHONPATH=$(CURDIR)/$(VENV)/triton $(RUN) -m pytest tests/kernels tests/distributed/test_blocks.py -n 3 --dist loadfile
+	PYTHONPATH=$(CURDIR)/$(VENV)/triton $(RUN) -m pytest $(KERNELS) -n 3 --dist loadfile
 
 test-slurm: install
 	$(RUN) -m pytest tests/slurm -rs

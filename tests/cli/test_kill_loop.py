@@ -11,7 +11,7 @@ from test_pretrain import records
 
 pytestmark = pytest.mark.slow
 
-KILLS = int(os.environ.get("KILLS", "8"))  # 50 take minutes on two cores: KILLS=50 pytest tests/cli/test_kill_loop.py
+KILLS = int(os.environ.get("KILLS", "6"))  # 50 take minutes on two cores: KILLS=50 pytest tests/cli/test_kill_loop.py
 
 
 def test_killed_over_and_over_equals_straight(workplace, start):

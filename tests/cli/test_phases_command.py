@@ -50,7 +50,7 @@ def test_a_run_says_where_its_border_is(straight):
 @pytest.mark.slow
 def test_killed_on_both_sides_of_the_border_equals_straight(straight, start, workplace, phased):
     run = workplace / "phases_killed"
-    for step in (11, 13, 20):  # before the border, after it but before the first checkpoint there, and after that
+    for step in (11, 13):  # before the border, and after it but before the first checkpoint there
         process = start("output=phases_killed", recipe=phased)
         wait_for(run, step, process)
         kill_tree(process)

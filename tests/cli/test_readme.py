@@ -35,7 +35,7 @@ def copy(tmp_path_factory):
         lines = [json.dumps({"text": text}) + "\n" for text in texts]
         (place / directory / "library.jsonl").write_text("".join(lines))
     (place / "pairs").mkdir()
-    for split, names in (("train", "abc"), ("validation", "ij")):
+    for split, names in (("train", "abcdefgh"), ("validation", "ij")):
         pairs = [{"context": f"import {p.stem}", "completion": f"# {p.name}"} for p in sorted(library.glob("*.py"))
                  if p.name[0] in names]
         (place / "pairs" / f"{split}.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))

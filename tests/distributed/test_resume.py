@@ -10,7 +10,6 @@ LAYOUTS = {
     "fp32 zero 1": ({}, {"data": 2}),
     "fp32 zero 0": ({}, {"data": 2, "zero_stage": 0}),
     "bf16 zero 1": ({"train": {"precision": "bf16"}}, {"tensor": 2}),
-    "bf16 zero 0": ({"train": {"precision": "bf16"}}, {"data": 2, "zero_stage": 0}),
     "pp2 interleaved": ({}, {"pipeline": 2, "interleave": 2}),
     "dense": ({"sparsity": 0.0}, {"data": 2}),
     "dropout": ({"model": {"dropout": 0.1}}, {"tensor": 2}),
