@@ -67,7 +67,10 @@ class Experiment(Section):
         axes = {name: {_plain(v): {name: v} for v in axis} if isinstance(axis, list)
                 else {str(label): v for label, v in axis.items()} if isinstance(axis, dict) else axis
                 for name, axis in values["axes"].items()}
-        exclude = [{axis: _plain(label) for axis, label in labels.items()} for labels in values.get("exclude", [])]
+        exclude = values.get("exclude", [])
+        if isinstance(exclude, list):
+            exclude = [{axis: _plain(label) for axis, label in labels.items()} if isinstance(labels, dict) else labels
+                       for labels in exclude]
         return {**values, "axes": axes, "exclude": exclude}
 
     @model_validator(mode="after")

@@ -31,5 +31,6 @@ def test_killed_over_and_over_equals_straight(workplace, start):
     assert 0 < found["of one rank"] < KILLS, found
     for run in found["runs"]:
         assert records(workplace / run) == records(workplace / "kill-straight")
+        assert not list((workplace / run / "checkpoints").glob("*.partial"))
     said = sum((workplace / f"{run}.txt").read_text().count("a save that did not finish") for run in found["runs"])
     assert (said > 0) == (found["while saving"] > 0)

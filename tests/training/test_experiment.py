@@ -110,6 +110,7 @@ def test_results_are_those_of_finished_runs(grid):
 @pytest.mark.parametrize(("change", "said"), [
     ({"plot": {"x": "depth"}}, "plot names depth, and the axes are width, sparsity"),
     ({"exclude": [{"width": 128}]}, "exclude names width=128, and there is no such label"),
+    ({"exclude": ["dense"]}, "exclude.0: Input should be a valid dictionary"),
     ({"seeds": ()}, "seeds: List should have at least 1 item"),
     ({"axes": {"model.hiden": [32]}}, "unknown key model.hiden"),
     ({"axes": {"budget": ["time"]}}, "budget=time must be tokens or flops"),
