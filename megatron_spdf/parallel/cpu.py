@@ -3,8 +3,8 @@
 What it stands in for, each with a test: `device="cuda"` in factory calls, `Tensor.cuda` and `Module.cuda`,
 `Tensor.type()` (Megatron-Core's optimizers look for the CUDA names), `torch.cuda.current_device`, `synchronize`,
 `current_stream`, the CUDA random state, which becomes the CPU's, and the compilation of Megatron-Core's fusions
-and DeepSpeed's Muon. On a machine with a GPU `install` does nothing. A dry run lets the meta device, which has shapes and no memory, stand in
-instead.
+and DeepSpeed's Muon. On a machine with a GPU `install` does nothing. A dry run lets the meta device, which has
+shapes and no memory, stand in instead.
 """
 
 from __future__ import annotations
