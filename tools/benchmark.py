@@ -7,6 +7,7 @@
     torchrun --nproc-per-node 2 tools/benchmark.py step parallel.tensor=2
     python tools/benchmark.py save [RECIPE] [section.key=value ...] [--steps 5]
     python tools/benchmark.py kernels [RECIPE] [section.key=value ...] [--output FILE.json]
+    python tools/benchmark.py tiles [RECIPE] [section.key=value ...] [--output FILE.json]
     python tools/benchmark.py data FILES... --tokenizer DIR [--workers 1 2] [--megatron-lm DIR]
 
 `--suite`: all that follows but saves and data, for GPT-3 XL on one GPU, in one command of less than nine minutes; JSON
@@ -19,6 +20,7 @@ are synthetic.
 for, dense and sparse, with the bytes on disk; written to a temporary directory (TMPDIR) and removed.
 `kernels`: expand and compress against the bytes they must move, products of blocks and 2:4 against dense ones, for the
 weights of a recipe's first layer; of GPT-3 XL without one, and of something tiny where there is no GPU.
+`tiles`: the same kernels with every tile that is worth a trial, on a GPU; to choose those of kernels/tiles.py by.
 `data`: MB of text a second of tools/preprocess_data.py by number of workers, and beside it Megatron-LM's own tool, with
 a comparison of the tokens; `data --help` has its options.
 Without a recipe, a model whose layers fit a CPU's caches as little as a real one's. On a GPU try for example
@@ -51,8 +53,8 @@ def main() -> int:
     try:
         if first == ["data"]:
             return measure_data(sys.argv[2:])
-        if first == ["kernels"]:
-            return measure_kernels(sys.argv[2:])
+        if first in (["kernels"], ["tiles"]):
+            return measure_kernels(*first, sys.argv[2:])
         if any(word.startswith("--suite") for word in first):
             return measure_suite(sys.argv[1:])
         return measure_recipe()
@@ -126,15 +128,16 @@ def measure_data(arguments: list[str]) -> int:
     return 0
 
 
-def measure_kernels(arguments: list[str]) -> int:
-    """Kernels on the weights of one layer."""
+def measure_kernels(what: str, arguments: list[str]) -> int:
+    """Kernels on the weights of one layer, as they are or cut up in every way."""
     import torch
 
+    from megatron_spdf.benchmarks import tiles
     from megatron_spdf.benchmarks.engines import plan_of
     from megatron_spdf.sparsity import throughput
 
-    parser = argparse.ArgumentParser(prog="benchmark.py kernels", description=throughput.__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog=f"benchmark.py {what}", description=(
+        throughput if what == "kernels" else tiles).__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", metavar="[RECIPE] section.key=value")
     parser.add_argument("--seconds", type=float, default=0.2, help="that each measurement takes at least")
     add_output(parser)
@@ -144,9 +147,14 @@ def measure_kernels(arguments: list[str]) -> int:
         path = BLOCKS if torch.cuda.is_available() else DEFAULT
         overrides = overrides if torch.cuda.is_available() else [*TINY, *overrides]
     recipe = load_measured(path, overrides)
-    figures = throughput.measure(recipe, plan_of(recipe), options.seconds)
-    report = {**circumstances((*LIBRARIES[::2], "triton")), "recipe": recipe.model_dump(), **figures}
-    publish(report, throughput.render(figures), options.output)
+    report = {**circumstances((*LIBRARIES[::2], "triton")), "recipe": recipe.model_dump()}
+    if what == "kernels":
+        figures = throughput.measure(recipe, plan_of(recipe), options.seconds)
+        publish({**report, **figures}, throughput.render(figures), options.output)
+    else:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        rows = tiles.measure(recipe, plan_of(recipe), device, options.seconds)
+        publish({**report, "tiles": rows}, tiles.render(rows), options.output)
     return 0
 
 

@@ -57,9 +57,13 @@ def block_products(device: str, size: int, dtype: torch.dtype) -> tuple[ModuleTy
     if not multiplies_blocks(size, dtype):
         return None, (f"{DENSE}, since the kernels take blocks of {SMALLEST} to {LARGEST} in powers of two, of 16 or "
                       f"32 bits, not {size} of {dtype}")
-    from megatron_spdf.kernels import triton_blocks
+    try:
+        from megatron_spdf.kernels import triton_blocks
 
-    return triton_blocks, name
+        _try_out_blocks(triton_blocks, chosen, torch.device(device), size, dtype)
+        return triton_blocks, name
+    except Exception as error:  # whatever a compiler, a driver or a GPU it does not know may raise
+        return None, f"{DENSE}, since triton's products do not work here ({type(error).__name__}: {_line(error)})"
 
 
 @cache
@@ -148,6 +152,30 @@ def _try_out(module: ModuleType, device: torch.device) -> None:
     if not (torch.equal(dense, torch_reference.expand(values, mask))
             and torch.equal(module.compress(dense, mask, values.clone()), 2 * values)):
         raise RuntimeError("it computes something else than PyTorch")
+
+
+def _try_out_blocks(module: ModuleType, moves: ModuleType, device: torch.device, size: int, dtype: torch.dtype) -> None:
+    """Raises where products with blocks are not those with the expanded weight. Small whole numbers, so that both are
+    exact in any order of the sums.
+
+    Args:
+        moves: what expands and compresses on the device.
+    """
+    shape = 2 * size, 2 * size
+    active = torch.eye(2, dtype=torch.uint8).fliplr().repeat_interleave(size, 0).repeat_interleave(size // 8, 1) * 255
+    bits = active.view(1, -1).to(device)
+    mask = Mask(bits, moves.make_index(bits, shape, 0), shape, shape, 0, 2 * size * size,
+                find_blocks(bits, shape, 0, size))
+    draw = torch.Generator().manual_seed(0)
+    x, gradient = torch.randint(-1, 2, (2, 24, 2 * size), generator=draw).to(device, dtype)
+    values = torch.randint(1, 3, (1, mask.active), generator=draw).to(device, dtype)
+    dense = moves.expand(values, mask)
+    buffer = torch.ones(values.shape, device=device)
+    wanted = 1 + moves.compress((gradient.T @ x).float(), mask)
+    if not (torch.equal(module.forward(x, values, mask), x @ dense.T)
+            and torch.equal(module.input_gradient(gradient, values, mask), gradient @ dense)
+            and torch.equal(module.weight_gradient(gradient, x, mask, buffer), wanted)):
+        raise RuntimeError("they are something else than those with the expanded weight")
 
 
 def _line(error: Exception) -> str:

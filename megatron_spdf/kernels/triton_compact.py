@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_spdf.kernels.mask import DTYPES, SPAN, Mask
+from megatron_spdf.kernels.tiles import WARPS
 
 NAME = f"triton {triton.__version__}"
 
@@ -32,14 +33,15 @@ def supports(mask: Mask, *tensors: Tensor) -> bool:
     return small and all(t.dtype in DTYPES for t in tensors)
 
 
-def expand(values: Tensor, mask: Mask) -> Tensor:
+def expand(values: Tensor, mask: Mask, warps: int = WARPS["expand"][0]) -> Tensor:
     """The dense weight (out, in): active values at their positions, zero elsewhere."""
     dense = torch.empty(mask.shape, dtype=values.dtype, device=values.device)
-    _expand[_grid(mask)](values.contiguous(), mask.bits, mask.index, dense, *_geometry(mask, dense), SPAN=SPAN)
+    _expand[_grid(mask)](values.contiguous(), mask.bits, mask.index, dense, *_geometry(mask, dense), SPAN=SPAN,
+                         num_warps=warps)
     return dense
 
 
-def compress(dense: Tensor, mask: Mask, out: Tensor | None = None) -> Tensor:
+def compress(dense: Tensor, mask: Mask, out: Tensor | None = None, warps: int = WARPS["compress"][0]) -> Tensor:
     """The entries of a dense weight, or of its gradient, at the active positions: (chunks, active per chunk).
 
     Args:
@@ -50,7 +52,8 @@ def compress(dense: Tensor, mask: Mask, out: Tensor | None = None) -> Tensor:
     if out is None:
         out = torch.empty((mask.chunks, mask.active), dtype=dense.dtype, device=dense.device)
     assert out.is_contiguous() and out.numel() == mask.chunks * mask.active, (out.shape, mask.shape)
-    _compress[_grid(mask)](dense, mask.bits, mask.index, out, *_geometry(mask, dense), SPAN=SPAN, ADDS=adds)
+    _compress[_grid(mask)](dense, mask.bits, mask.index, out, *_geometry(mask, dense), SPAN=SPAN, ADDS=adds,
+                           num_warps=warps)
     return out
 
 
@@ -66,25 +69,22 @@ def _geometry(mask: Mask, dense: Tensor) -> tuple[int, ...]:
 
 
 @triton.jit
-def _ones(byte):
-    """Bits set in each byte."""
-    byte = byte - ((byte >> 1) & 0x55)
-    byte = (byte & 0x33) + ((byte >> 2) & 0x33)
-    return (byte + (byte >> 4)) & 0x0F
-
-
-@triton.jit
 def _span(bits, counts, row_bytes, SPAN: tl.constexpr):
-    """Of this program's entries, (SPAN / 8, 8): number in the chunk, whether active, number among the active ones."""
+    """Of this program's entries, (SPAN / 8, 8): number in the chunk, whether active, number among the active ones.
+
+    A byte's bits are spread over the nibbles of a word, so that one product counts the bits up to each of them.
+    """
     chunk = tl.program_id(1).to(tl.int64)
     place = tl.program_id(0) * (SPAN // 8) + tl.arange(0, SPAN // 8)
     byte = tl.load(bits + chunk * row_bytes + place, mask=place < row_bytes, other=0).to(tl.int32)
-    ones = _ones(byte)
-    before = tl.load(counts + chunk * tl.num_programs(0) + tl.program_id(0)) + tl.cumsum(ones, 0) - ones
-    bit = tl.arange(0, 8)
-    active = (byte[:, None] >> (7 - bit)[None, :]) & 1
-    number = before[:, None] + _ones(byte[:, None] >> (8 - bit)[None, :])
-    return place[:, None] * 8 + bit[None, :], active == 1, number
+    spread = (byte | byte << 12) & 0x000F000F
+    spread = (spread | spread << 6) & 0x03030303
+    up_to = ((spread | spread << 3) & 0x11111111) * 0x11111111
+    through = tl.load(counts + chunk * tl.num_programs(0) + tl.program_id(0)) + tl.cumsum(up_to >> 28 & 15, 0)
+    entry = tl.arange(0, 8)[None, :]  # the first entry of a byte is its highest bit
+    active = (byte[:, None] & (128 >> entry)) != 0
+    number = through[:, None] - (up_to[:, None] >> (28 - 4 * entry) & 15)
+    return place[:, None] * 8 + entry, active, number
 
 
 @triton.jit
@@ -103,7 +103,8 @@ def _compress(dense, bits, counts, out, row_bytes, entries, columns, per_chunk, 
     chunk = tl.program_id(1).to(tl.int64)
     entry, active, number = _span(bits, counts, row_bytes, SPAN)
     place = entry // columns * stride_row + entry % columns * stride_column
-    value = tl.load(dense + chunk * stride_chunk + place, mask=active, other=0.0)
+    # All entries, since nearly every sector holds an active one, and whole sectors come in one load.
+    value = tl.load(dense + chunk * stride_chunk + place, mask=entry < entries, other=0.0)
     out += chunk * per_chunk
     if ADDS:
         value = tl.load(out + number, mask=active, other=0.0) + value.to(out.dtype.element_ty)

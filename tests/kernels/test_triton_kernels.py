@@ -13,6 +13,7 @@ from megatron_spdf.kernels import torch_reference
 
 triton = pytest.importorskip("triton", reason=NO_TRITON)
 from megatron_spdf.kernels import triton_blocks, triton_compact  # noqa: E402
+from megatron_spdf.kernels.tiles import CANDIDATES, WARPS  # noqa: E402
 
 each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
@@ -22,6 +23,22 @@ def test_trial_accepts_the_kernels_and_nothing_that_computes_otherwise(monkeypat
     monkeypatch.setattr(triton_compact, "compress", lambda dense, mask, out: out)
     with pytest.raises(RuntimeError, match="something else than PyTorch"):
         kernels._try_out(triton_compact, torch.device(DEVICE))
+
+
+@pytest.mark.parametrize("product", ["forward", "input_gradient", "weight_gradient"])
+def test_trial_accepts_products_and_nothing_that_computes_otherwise(monkeypatch, product):
+    blocks = triton_blocks, triton_compact, torch.device(DEVICE), 16, torch.bfloat16
+    kernels._try_out_blocks(*blocks)
+    right = getattr(triton_blocks, product)
+    monkeypatch.setattr(triton_blocks, product, lambda *operands: right(*operands) + 1)
+    with pytest.raises(RuntimeError, match="something else than those with the expanded weight"):
+        kernels._try_out_blocks(*blocks)
+    monkeypatch.setattr(kernels, "implementation", lambda device: (triton_compact, triton_compact.NAME))
+    kernels.block_products.cache_clear()
+    module, name = kernels.block_products(DEVICE, 16, torch.bfloat16)
+    kernels.block_products.cache_clear()
+    assert module is None
+    assert name.startswith("expanded and multiplied as dense weights, since triton's products do not work here (Run")
 
 
 def test_what_kernels_do_not_take_goes_to_pytorch_with_one_line(monkeypatch, caplog):
@@ -57,7 +74,7 @@ def test_a_gpu_on_which_triton_fails_is_served_by_pytorch(monkeypatch):
 def test_blocks_that_kernels_do_not_take_are_expanded(monkeypatch, size, dtype, taken):
     monkeypatch.setattr(kernels, "implementation", lambda device: (triton_compact, triton_compact.NAME))
     kernels.block_products.cache_clear()
-    module, name = kernels.block_products("cuda", size, dtype)
+    module, name = kernels.block_products(DEVICE, size, dtype)
     kernels.block_products.cache_clear()
     assert (module is triton_blocks) == taken == (name == triton_compact.NAME)
     assert taken or f"not {size} of {dtype}" in name
@@ -162,3 +179,22 @@ def test_inputs_of_block_products_need_not_be_contiguous():
     assert torch.equal(triton_blocks.forward(x, p.values, p.mask), triton_blocks.forward(p.x, p.values, p.mask))
     close(triton_blocks.input_gradient(gradient, p.values, p.mask), numbers(gradient) @ p.weight)
     close(triton_blocks.weight_gradient(gradient, x, p.mask), p.compact(numbers(gradient).T @ numbers(p.x)))
+
+
+@pytest.mark.parametrize(("kernel", "size", "tile"), [(*key, t) for key, tiles in CANDIDATES.items() for t in tiles])
+def test_products_are_the_same_with_every_tile(kernel, size, tile):
+    p = Product((1, (2, 2), 1, size, 0, 70), torch.float16)
+    operands = {"forward": (p.x, p.values), "input_gradient": (p.gradient, p.values),
+                "weight_gradient": (p.gradient, p.x)}[kernel]
+    wanted = {"forward": lambda: numbers(p.x) @ p.weight.T, "input_gradient": lambda: numbers(p.gradient) @ p.weight,
+              "weight_gradient": lambda: p.compact(numbers(p.gradient).T @ numbers(p.x))}[kernel]()
+    close(getattr(triton_blocks, kernel)(*operands, p.mask, tile=tile), wanted)
+
+
+@pytest.mark.parametrize("warps", sorted({n for some in WARPS.values() for n in some}))
+def test_moves_are_the_same_with_any_number_of_warps(warps):
+    mask = make_mask(random_chunks(2, 40, 64, 700), 1, triton_compact)
+    values, buffer = torch.randn(2, 700, device=DEVICE), torch.ones(2, 700, device=DEVICE)
+    dense = triton_compact.expand(values, mask, warps=warps)
+    assert torch.equal(dense, triton_compact.expand(values, mask))
+    assert torch.equal(triton_compact.compress(dense, mask, buffer, warps=warps), 1 + values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,9 +33,10 @@ def test_every_kernel_of_a_layer_is_measured(tmp_path):
 
 @pytest.mark.parametrize(("words", "said"), [
     (("kernels", "nowhere.yaml"), "there is no recipe"),
+    (("tiles",), "it is torch that computes; run it on a machine with a GPU"),
     (("kernels", "train.micro_batch=auto"), "a benchmark is of one, give train.micro_batch=N"),
 ])
-def test_a_recipe_that_is_none_is_refused(words, said):
+def test_what_cannot_be_measured_is_refused(words, said):
     done = subprocess.run([sys.executable, "tools/benchmark.py", *words], cwd=ROOT, capture_output=True, text=True,
-                          check=False)
+                          check=False, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 2 and said in done.stderr

@@ -1,0 +1,96 @@
+"""Compiles Triton's kernels for GPUs that are not there, and says what the machine code is like.
+
+    python tests/kernels/compiled.py CUBINS
+
+In a process of its own, since Triton compiles nothing in one that interprets.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+HOPPER, AMPERE = 90, 80  # compute capability, times 10
+
+
+def main(place: Path) -> None:
+    os.environ.pop("TRITON_INTERPRET", None)
+    os.environ["TRITON_CACHE_DIR"] = str(place)
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    print(json.dumps([{**case, **compiled(place, number, **case)} for number, case in enumerate(cases())]))
+
+
+def cases() -> list[dict]:
+    """Everything that may be taken in bf16 on Hopper; what is taken in bf16 on Ampere and in fp32 on Hopper."""
+    from megatron_spdf.kernels.tiles import CANDIDATES, WARPS, chosen
+
+    found = []
+    for kernel, warps in WARPS.items():
+        found += [{"kernel": kernel, "target": target, "dtype": dtype, "options": {"num_warps": n}}
+                  for target, dtype, numbers in ((HOPPER, "bf16", warps), (AMPERE, "bf16", warps[:1]),
+                                                 (HOPPER, "fp32", warps[:1])) for n in numbers]
+    for (kernel, size), tiles in CANDIDATES.items():
+        found += [{"kernel": kernel, "size": size, "target": target, "dtype": dtype, "tile": tile,
+                   "options": {"num_warps": tile.warps, "num_stages": tile.stages}}
+                  for target, dtype, some in ((HOPPER, "bf16", tiles), (AMPERE, "bf16", tiles[:1]),
+                                              (HOPPER, "fp32", [chosen(kernel, size, 4096, 4)] if size == 64 else []))
+                  for tile in some]
+    return found
+
+
+def compiled(place: Path, number: int, kernel: str, target: int, dtype: str, options: dict, size: int = 0,
+             tile: tuple | None = None) -> dict:
+    """Registers and bytes of the stack of a thread, bytes of shared memory of a program, instructions by name."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from megatron_spdf.kernels import triton_blocks, triton_compact
+
+    function = getattr(triton_blocks if size else triton_compact, f"_{kernel}")
+    fixed = constants(kernel, size, tile)
+    kinds = {name: "constexpr" if name in fixed else kind(kernel, name, dtype) for name in function.arg_names}
+    aligned = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(function.arg_names)
+               if name not in fixed}
+    binary = triton.compile(ASTSource(function, kinds, constexprs=fixed, attrs=aligned),
+                            target=GPUTarget("cuda", target, 32), options=options)
+    file = place / f"{number}.cubin"
+    file.write_bytes(binary.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    usage, code = (subprocess.run([tool, f"--dump-{what}", file], capture_output=True, text=True, check=True).stdout
+                   for what in ("resource-usage", "sass"))
+    names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?\s*([A-Z][\w.]*)", code, re.MULTILINE)
+    return {"registers": int(re.search(r"REG:(\d+)", usage)[1]), "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
+            "shared": binary.metadata.shared,
+            "instructions": {name: names.count(name) for name in sorted(set(names) - {"NOP"})}}
+
+
+def constants(kernel: str, size: int, tile: tuple | None) -> dict:
+    """As for the weights of GPT-3 XL; a column's stride of one is a constant to Triton, too."""
+    from megatron_spdf.kernels.mask import SPAN
+
+    if not size:
+        return {"SPAN": SPAN, "stride_column": 1} | ({"ADDS": True} if kernel == "compress" else {})
+    width, depth, *_ = tile
+    return {"SLOTS": 2048 // size // 4, "PER_ROW": 2048 // size // 4, "SIZE": size, "DEPTH": depth} | {
+        "forward": {"TOKENS": width}, "input_gradient": {"TOKENS": width, "IN_COLUMN": 2048 // size // 4},
+        "weight_gradient": {"ROWS": width, "ADDS": True}}[kernel]
+
+
+def kind(kernel: str, name: str, dtype: str) -> str:
+    """The type of an argument."""
+    if name in ("bits", "counts"):
+        return {"bits": "*u8", "counts": "*i32"}[name]
+    if name in ("columns", "entries") and kernel not in ("expand", "compress"):
+        return "*i32"
+    if name == "out" and kernel in ("compress", "weight_gradient"):
+        return "*fp32"  # the gradient's buffer
+    return f"*{dtype}" if name in ("x", "y", "values", "gradient", "dense", "out") else "i32"
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,98 @@
+"""Triton's kernels as machine code for GPUs that need not be there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from compiled import AMPERE, HOPPER
+from small_masks import NO_TRITON
+
+pytest.importorskip("triton", reason=NO_TRITON)
+from megatron_spdf.kernels.mask import SPAN  # noqa: E402
+from megatron_spdf.kernels.tiles import WARPS, chosen  # noqa: E402
+
+pytestmark = pytest.mark.slow
+
+KIB = 2**10
+REGISTERS, SHARED = 65536, 227 * KIB  # of a Hopper multiprocessor
+SMALLEST_SHARED = 99 * KIB  # that a program may have on the GPUs of compute capability 8.6 and 8.9
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    """All kernels, with an own name for each."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-W", "ignore", Path(__file__).with_name("compiled.py"),
+                           tmp_path_factory.mktemp("cubins")], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {" ".join(str(k[word]) for word in ("kernel", "size", "target", "dtype", "tile", "options") if word in k): k
+            for k in json.loads(done.stdout)}
+
+
+def some(kernels, **wanted) -> dict[str, dict]:
+    found = {name: k for name, k in kernels.items() if all(k.get(word) == value for word, value in wanted.items())}
+    assert found, wanted
+    return found
+
+
+def count(kernel: dict, *begins: str) -> int:
+    return sum(n for name, n in kernel["instructions"].items() if name.startswith(begins))
+
+
+def test_no_register_is_spilled_and_shared_memory_suffices(kernels):
+    for name, k in some(kernels, dtype="bf16").items():
+        assert k["stack"] == count(k, "STL", "LDL") == 0, name
+        assert k["shared"] <= SHARED, name
+
+
+def test_what_is_taken_fits_on_gpus_with_little_shared_memory(kernels):
+    for name, k in {**some(kernels, target=AMPERE), **some(kernels, dtype="fp32")}.items():
+        assert k["shared"] <= SMALLEST_SHARED, name
+
+
+def test_two_programs_of_a_product_fit_on_a_multiprocessor(kernels):
+    for kernel in ("forward", "input_gradient"):
+        for size in (64, 128):
+            tile = [*chosen(kernel, size, 4096, 2)]
+            for name, k in some(kernels, kernel=kernel, size=size, target=HOPPER, dtype="bf16", tile=tile).items():
+                assert 2 * (k["shared"] + KIB) <= SHARED and 2 * k["registers"] * 32 * tile[2] <= REGISTERS, name
+
+
+def test_products_are_those_of_tensor_cores(kernels):
+    products = {name: k for name, k in kernels.items() if k.get("size")}
+    for name, k in some(products, dtype="bf16", target=HOPPER).items():
+        assert count(k, "HGMMA.64x") and not count(k, "HMMA", "FFMA"), name  # the warp group's, not a warp's
+    for name, k in some(products, dtype="bf16", target=AMPERE).items():
+        assert count(k, "HMMA") and not count(k, "FFMA"), name
+    for name, k in some(products, dtype="fp32").items():
+        assert count(k, "FFMA") and not count(k, "HMMA", "HGMMA"), name  # TF32 has 11 bits
+
+
+def test_operands_of_products_come_16_bytes_at_a_time_past_the_registers(kernels):
+    for name, k in ((name, k) for name, k in kernels.items() if k.get("size")):
+        asynchronous = count(k, "LDGSTS.E.BYPASS.128", "LDGSTS.E.BYPASS.LTC128B.128")
+        table = 0 if k["kernel"] == "weight_gradient" else asynchronous / 2
+        assert asynchronous and count(k, "LDGSTS") - asynchronous <= table, name
+        assert count(k, "STG") == count(k, "STG.E.128"), name
+
+
+def test_dense_weights_move_16_bytes_at_a_time(kernels):
+    for name, k in some(kernels, kernel="expand").items():
+        assert count(k, "STG") == count(k, "STG.E.128") > 0, name
+    for name, k in some(kernels, kernel="compress").items():
+        assert count(k, "LDG.E.128") > 0, name
+
+
+def test_instructions_leave_expanding_and_compressing_seven_tenths_of_the_memory_s_speed(kernels):
+    """A Hopper multiprocessor begins an instruction of four warps a cycle; each is for 32 entries."""
+    bytes_a_cycle = 0.7 * 4.8e12 / 132 / 1.755e9  # of an H200's memory, by multiprocessor; NVIDIA's data sheet
+    for kernel, bytes_an_entry in (("expand", 2 + 2 / 4 + 1 / 8), ("compress", 2 + 8 / 4 + 1 / 8)):  # at 75%, bf16
+        options = {"num_warps": WARPS[kernel][0]}
+        for name, k in some(kernels, kernel=kernel, options=options, target=HOPPER, dtype="bf16").items():
+            of_a_thread = SPAN / (32 * options["num_warps"])
+            assert sum(k["instructions"].values()) / of_a_thread <= 4 * 32 * bytes_an_entry / bytes_a_cycle, name
