@@ -38,7 +38,8 @@ def plot_results(rows: list[dict[str, Any]], x: str, lines: str | None, panels: 
                 axes.errorbar([places.index(row["labels"][x]) for row in drawn], [row["mean"] for row in drawn],
                               yerr=[row["interval"] or 0.0 for row in drawn], fmt="o-", markersize=3.6, capsize=2,
                               linewidth=1.4, color=colour(number), label=", ".join(map(_named, rest, label)))
-            axes.set_xticks(range(len(places)), places)
+            tilted = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if max(map(len, places)) > 6 else {}
+            axes.set_xticks(range(len(places)), places, **tilted)
             axes.set(xlabel=x, title=", ".join(map(_named, panels, labels)))
             if rest:
                 axes.legend(fontsize=7.5)

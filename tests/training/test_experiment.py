@@ -52,7 +52,7 @@ def finish(trial, recipe, loss: float) -> None:
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
 def test_a_shipped_grid_is_valid(path):
     experiment, found = grid_of(path)
-    assert len(found) == {"comparison": 20, "transfer": 72}[path.stem]
+    assert len(found) == {"comparison": 20, "transfer": 90}[path.stem]
     assert len({t.output for c in found for t in c.trials.values()}) == 3 * len(found)
     assert not any(c.recipe.output == experiment.output for c in found)
 
