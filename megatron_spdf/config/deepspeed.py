@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,15 @@ _FIELDS = {
     "optimizer.params.betas": "[optimizer.beta1, optimizer.beta2]",
     "optimizer.params.eps": "optimizer.eps",
     "optimizer.params.weight_decay": "optimizer.weight_decay",
+}
+
+# Sections of DeepSpeed's file that a run of ours may want, to tell a misspelt one by: DeepSpeed says nothing of those.
+_SECTIONS = frozenset(key.partition(".")[0] for key in _FIELDS) | {
+    "activation_checkpointing", "aio", "autotuning", "comms_logger", "communication_data_type", "compile",
+    "csv_monitor", "data_types", "disable_allgather", "dump_state", "flops_profiler", "gradient_predivide_factor",
+    "memory_breakdown", "prescale_gradients", "scheduler", "seq_parallel_communication_data_type", "sparse_gradients",
+    "steps_per_print", "tensorboard", "torch_autocast", "wall_clock_breakdown", "wandb",
+    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
 }
 
 
@@ -61,6 +71,10 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
                    f"{_json(ours[key])}; change one of them, or write {_json(AUTO)} there")
         if key not in ours and value == AUTO:
             yield f"{recipe.deepspeed} has {key}={_json(AUTO)}, which the recipe says nothing about; give a value"
+    for key in there.keys() - _SECTIONS:
+        if meant := difflib.get_close_matches(key, _SECTIONS, 1, 0.8):
+            yield (f"{recipe.deepspeed} has {key}, of which DeepSpeed knows nothing and would say nothing; write "
+                   f"{meant[0]} if that is meant")
     if "scheduler" in there:
         yield (f"{recipe.deepspeed} has a scheduler, {_json(there['scheduler'])}, but the recipe's optimizer.decay, "
                "warm-up and min_lr_ratio decide the learning rate; remove it there")

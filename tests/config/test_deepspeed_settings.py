@@ -57,7 +57,8 @@ def test_the_recipe_decides(recipe):
 def test_a_file_adds_what_the_recipe_says_nothing_about(with_json):
     zero = {"stage": 2, "overlap_comm": True, "offload_optimizer": {"device": "none", "buffer_count": 7}}
     made, broken = with_json({"zero_optimization": zero, "wall_clock_breakdown": True,
-                              "communication_data_type": "bf16", "train_batch_size": "auto"})
+                              "communication_data_type": "bf16", "train_batch_size": "auto",
+                              "elasticity": {"enabled": False}})
     assert not broken
     settings = deepspeed_settings(made)
     assert settings["zero_optimization"] == zero
@@ -82,6 +83,7 @@ CONTRADICTIONS = {
     "auto": ({"zero_optimization": {"reduce_bucket_size": "auto"}}, ['reduce_bucket_size="auto"', "give a value"]),
     "parameters offloaded": ({"zero_optimization": {"offload_param": {"device": "cpu"}}},
                              ['offload_param.device="cpu"', "parallel.zero_stage=2", "zero_stage=3 only"]),
+    "misspelt": ({"zero_optimisation": {"overlap_comm": True}}, ["has zero_optimisation,", "write zero_optimization"]),
     "not JSON": ("{", ["is not JSON"]),
     "a list": ("[]", ["must hold one JSON object, not a list"]),
 }
