@@ -28,7 +28,7 @@ class Tile(NamedTuple):
 
 
 # Warps of a program, by kernel; the first number is taken. With few, a thread has many entries to share its work.
-WARPS = {"expand": (1, 2, 4), "compress": (2, 1, 4)}
+WARPS = {"expand": (1, 2, 4), "compress": (1, 2, 4)}
 # By kernel and size of the blocks; the first tile is taken. What a step of the first two products needs is found by
 # a table, so that of s stages (s - 1) / 2 steps are on their way. Their sums are as short as 512 terms in GPT-3 XL: two
 # programs or more of what is taken fit on a Hopper multiprocessor, so that one begins or ends while another multiplies.
