@@ -14,7 +14,8 @@ from megatron_spdf.reports.charts import STYLE, colour
 
 
 def plot_results(rows: list[dict[str, Any]], x: str, lines: str | None, panels: list[str], path: Path) -> None:
-    """Draws the mean losses of `experiment.results` with their intervals; cells without a loss are left out.
+    """Draws the mean losses of `experiment.results` with their intervals; cells without a loss are left out. Intervals
+    of two seeds may be several times as wide as all means are apart: means decide the axis, and such bars are cut.
 
     Args:
         x, lines, panels: axes, see `experiment.Plot`; those named nowhere are told apart by lines too.
@@ -43,6 +44,10 @@ def plot_results(rows: list[dict[str, Any]], x: str, lines: str | None, panels: 
             axes.set(xlabel=x, title=", ".join(map(_named, panels, labels)))
             if rest:
                 axes.legend(fontsize=7.5)
+        means = [row["mean"] for row in rows if row["mean"] is not None]
+        if means:
+            room = max(0.05, 0.5 * (max(means) - min(means)))
+            grid[0][0].set_ylim(min(means) - room, max(means) + room)
         grid[0][0].set_ylabel("validation loss (nats)")
         figure.savefig(path)
         pyplot.close(figure)
