@@ -44,10 +44,12 @@ def measure(recipe: Recipe, plan: Plan, device: torch.device, seconds: float) ->
 
 
 def _seconds(run: Callable[[], object], seconds: float) -> float | None:
-    """None where the GPU has not what the tile needs."""
+    """None where the GPU has not the registers or the shared memory that the tile needs."""
+    from triton.runtime import OutOfResources
+
     try:
         return median_seconds(run, seconds)
-    except Exception:  # Triton's OutOfResources, or whatever a driver raises
+    except OutOfResources:
         return None
 
 
@@ -99,6 +101,7 @@ def render(rows: list[dict]) -> list[str]:
         taken, fastest = next(iter(sums.values())), min((s for s in sums.values() if s), default=None)
         for tile, time in sums.items():
             figure = "does not fit this GPU" if time is None else f"{time * 1e6:.4g}"
+            figure = f"**{figure}**" if time and time == fastest else figure
             against = f"{taken / time:.3f}" if taken and time else "-"
-            lines.append(f"| {kernel} | {tile} | {f'**{figure}**' if time == fastest else figure} | {against} |")
+            lines.append(f"| {kernel} | {tile} | {figure} | {against} |")
     return lines
