@@ -38,10 +38,11 @@ class CuSparseLt:
 
     def metadata(self, pattern: Tensor, dtype: torch.dtype) -> Tensor:
         ones = pattern.to(dtype).contiguous()
-        return torch._cslt_compress(ones).view(torch.int16)[ones.numel() // 2 :].clone()
+        return torch._cslt_compress(ones).flatten().view(torch.int16)[ones.numel() // 2 :].clone()
 
     def multiply(self, values: Tensor, metadata: Tensor, x: Tensor) -> Tensor:
         packed = torch.cat([values.reshape(-1), metadata.view(values.dtype)])
+        packed = packed.view(len(values), -1)  # as compressing gives it: rows say how many, columns nothing
         return torch._cslt_sparse_mm(packed, x.contiguous().T, transpose_result=True)
 
 

@@ -9,6 +9,8 @@ from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_to_dense_cutlass,
 )
 
+PADDED = 3  # 16-bit words for each row
+
 
 class StandIn:
     """A library whose metadata are CUTLASS', and which multiplies in any precision.
@@ -44,17 +46,20 @@ class AsCusparseLt:
 
     @staticmethod
     def _cslt_compress(dense: Tensor) -> Tensor:
-        """Values, then metadata of a sixteenth as many 16-bit words as the dense matrix has entries."""
+        """Values, then metadata of a sixteenth as many 16-bit words as the dense matrix has entries, and what the
+        library pads them with: one array after the other, handed out as a matrix of as many rows as the dense one."""
         assert dense.is_contiguous()
         values, metadata = sparse_semi_structured_from_dense_cutlass(dense)
-        return torch.cat([values.flatten(), metadata.flatten().view(dense.dtype)])
+        padding = values.new_zeros(PADDED * len(dense))
+        return torch.cat([values.flatten(), metadata.flatten().view(dense.dtype), padding]).view(len(dense), -1)
 
     @staticmethod
     def _cslt_sparse_mm(packed: Tensor, dense: Tensor, transpose_result: bool = False) -> Tensor:
-        columns = len(dense)
-        assert dense.T.is_contiguous() and packed.numel() % 9 == 0
-        values, metadata = packed.split([packed.numel() // 9 * 8, packed.numel() // 9])
-        rows = 2 * values.numel() // columns
+        """The packed matrix says by its rows how many the weight has, and how many columns by the other operand."""
+        assert dense.T.is_contiguous() and packed.is_contiguous() and packed.dim() == 2
+        rows, columns = len(packed), len(dense)
+        sizes = [rows * columns // 2, rows * columns // 16, PADDED * rows]
+        values, metadata, _ = packed.flatten().split(sizes)
         weight = sparse_semi_structured_to_dense_cutlass(
             values.view(rows, -1), metadata.view(torch.int16).view(rows, -1))
         result = weight @ dense
