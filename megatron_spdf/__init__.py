@@ -1,3 +1,20 @@
 """Sparse pre-training, dense fine-tuning (SPDF) of GPT models on Megatron-Core and DeepSpeed."""
 
+import sys
+import warnings
+
 __version__ = "0.1.0"
+
+# What Megatron-Core and PyTorch say on every rank of every run of its own code: that libraries are missing which are
+# optional (the log's first lines have what is used instead), and that some calls will have other names one day.
+_KNOWN = (
+    r"Transformer Engine and Apex are not installed",
+    r"Apex is not installed",
+    r"full scope is deprecated",
+    r"The \.grad attribute of a Tensor that is not a leaf Tensor",
+    r"`torch\.distributed\.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated",
+)
+
+if not sys.warnoptions:  # -W and PYTHONWARNINGS are the user's
+    for known in _KNOWN:
+        warnings.filterwarnings("ignore", known)

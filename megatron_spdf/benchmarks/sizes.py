@@ -53,7 +53,7 @@ class Scale:
 
 
 GPU = Scale(CONFIGS / "pretrain/gpt3_xl_dense.yaml",
-            ("parallel.data=1", "train.global_batch=16", "train.micro_batch=4"),
+            ("parallel.data=1", "train.global_batch=16", "train.micro_batch=8"),
             ("model.preset=gpt3_6b7", "train.global_batch=1", "train.micro_batch=1", "train.recompute=full"),
             blocks=(64, 128), steps=8, by_part=2, seconds=0.2, tries=4)
 CPU = Scale(CONFIGS / "benchmark/cpu.yaml",

@@ -27,6 +27,8 @@ _FIELDS = {
     "optimizer.params.weight_decay": "optimizer.weight_decay",
 }
 
+BUCKET = 50_000_000  # gradients, or parameters of stage 3, that travel at once; DeepSpeed's ten times as many take GiB
+
 # Sections of DeepSpeed's file that a run of ours may want, to tell a misspelt one by: DeepSpeed says nothing of those.
 _SECTIONS = frozenset(key.partition(".")[0] for key in _FIELDS) | {
     "activation_checkpointing", "aio", "autotuning", "comms_logger", "communication_data_type", "compile",
@@ -47,6 +49,7 @@ def deepspeed_settings(recipe: Recipe) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,  # it would be compiled on first use
         "bf16": {"check_grad_overflow": True} if bf16 else {},
         "data_types": {"grad_accum_dtype": "fp32"} if bf16 and recipe.parallel.zero_stage else {},
+        "zero_optimization": dict.fromkeys(("reduce_bucket_size", "stage3_prefetch_bucket_size"), BUCKET),
     }
     settings = _merge(_merge(defaults, _read(recipe.deepspeed) if recipe.deepspeed else {}), _nest(_decided(recipe)))
     del settings["optimizer"]  # the engine brings its own

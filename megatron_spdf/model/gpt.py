@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-from functools import partial
+import logging
+from functools import cache, partial
 
 import torch
 from megatron.core import parallel_state as ps
@@ -24,6 +24,8 @@ from megatron_spdf.model.parametrization import Parametrization
 from megatron_spdf.model.weights import model_weights, padded_vocab
 from megatron_spdf.sparsity.compact import sparsify
 from megatron_spdf.sparsity.plan import Plan
+
+logger = logging.getLogger(__name__)
 
 
 def transformer_config(recipe: Recipe, rules: Parametrization) -> TransformerConfig:
@@ -67,9 +69,20 @@ def transformer_config(recipe: Recipe, rules: Parametrization) -> TransformerCon
     )
 
 
+@cache
 def _compiles() -> bool:
-    """Whether Megatron-Core's fusions of pointwise operations, which go through torch.compile, can be had."""
-    return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
+    """Whether Megatron-Core's fusions of pointwise operations, which go through torch.compile, can be had: tried out
+    once, since that takes Triton, a C compiler, and a GPU and driver that Triton knows."""
+    if not torch.cuda.is_available():
+        return False
+    try:
+        torch.compile(gelu)(torch.zeros(8, device="cuda", requires_grad=True)).sum().backward()
+    except Exception as error:  # whatever a compiler, a driver or a GPU it does not know may raise
+        line = (str(error).strip().splitlines() or [""])[0][:200]
+        logger.warning("bias, GELU and dropout run one by one, since torch.compile does not work here "
+                       f"({type(error).__name__}: {line})")
+        return False
+    return True
 
 
 class Gpt(GPTModel):

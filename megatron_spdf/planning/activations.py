@@ -202,9 +202,6 @@ def _tied_gradient(recipe: Recipe, size: Sizes) -> int:
 
 
 def peak_bytes(recipe: Recipe, plan: Plan, stage: int) -> int:
-    """Bytes on a GPU of a stage at the fullest moment: in forward and backward, or in the update, which needs no
-    activations or expanded copies but, where Adam is PyTorch's, a temporary copy of the second moments."""
-    state = rank_bytes(recipe, plan, stage, on_gpu=True)
-    running = state.total + step_bytes(recipe, plan, stage).total
-    updating = state.total - state.expanded + state.moments // 2
-    return max(running, updating)
+    """Bytes on a GPU of a stage at the fullest moment: in forward and backward, since the update, by a fused Adam, has
+    no temporaries and needs neither activations nor expanded copies."""
+    return rank_bytes(recipe, plan, stage, on_gpu=True).total + step_bytes(recipe, plan, stage).total

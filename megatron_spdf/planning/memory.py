@@ -102,7 +102,8 @@ def zero_bytes(recipe: Recipe, plan: Plan, stage: int, zero_stage: int) -> RankB
     """Bytes on a GPU of each ZeRO stage 0 to 3 (Rajbhandari et al. 2020, figure 1), without any engine's padding.
 
     ZeRO-1 shards the optimizer state over the data-parallel ranks, ZeRO-2 the gradients too, ZeRO-3 the parameters
-    too; then two blocks at a time are gathered whole, and sparse ones expanded. Stages 2 and 3 are DeepSpeed's.
+    too; then two blocks at a time are gathered whole. Sparse weights are expanded in the forward pass and kept for the
+    backward pass there, or with full recomputation for their block's only. Stages 2 and 3 are DeepSpeed's.
 
     Raises:
         ValueError: no such stage.
@@ -117,11 +118,12 @@ def zero_bytes(recipe: Recipe, plan: Plan, stage: int, zero_stage: int) -> RankB
     expanded, masks = _sparse_bytes(recipe.model, recipe.parallel, plan, width, stage, on_gpu=True)
     gathered = 0
     if zero_stage == 3:
-        blocks: dict[int, int] = {}
+        remade, blocks = recipe.train.recompute == "full", {}
         for q in parameters:
-            blocks[q.layer] = blocks.get(q.layer, 0) + q.elements + q.expands_to
+            blocks[q.layer] = blocks.get(q.layer, 0) + q.elements + q.expands_to * remade
         largest = sorted((n for layer, n in blocks.items() if 0 <= layer < recipe.model.layers), reverse=True)
-        gathered, expanded = width * sum(largest[:GATHERED_BLOCKS]), 0
+        gathered = width * sum(largest[:GATHERED_BLOCKS])
+        expanded = 0 if remade else width * sum(q.expands_to for q in parameters)
     owned = share if zero_stage >= 1 else elements
     return RankBytes(
         parameters=width * (share if zero_stage == 3 else elements),

@@ -14,6 +14,7 @@ from megatron_spdf.sparsity.plan import Plan
 
 # An active value may be exactly zero by chance; a mask that leaks or a value that died in numbers is more than that.
 TOLERANCE = 1e-3
+SHOWN = 4  # weights that a message names, out of what may be hundreds
 
 
 class SparsityDrift(RuntimeError):
@@ -49,8 +50,9 @@ def check_sparsity(measured: dict[str, float], plan: Plan) -> None:
     off = [f"{n}: planned {plan.weights[n].sparsity:.6f}, measured {s:.6f}"
            for n, s in measured.items() if abs(s - plan.weights[n].sparsity) > TOLERANCE]
     if off:
+        others = [f"and {len(off) - SHOWN} others"] if len(off) > SHOWN else []
         raise SparsityDrift("the weights are not as sparse as planned, so the run stops before it saves them; "
-                            "resume from the last checkpoint. " + "; ".join(off))
+                            "resume from the last checkpoint. " + "; ".join([*off[:SHOWN], *others]))
 
 
 def total_sparsity(measured: dict[str, float], plan: Plan) -> float:

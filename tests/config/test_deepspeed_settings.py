@@ -12,6 +12,7 @@ from megatron_spdf.config.deepspeed import deepspeed_settings
 
 SHIPPED = sorted((Path(__file__).resolve().parents[2] / "configs/deepspeed").glob("*.json"))
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3}
+BUCKETS = {"reduce_bucket_size": 50_000_000, "stage3_prefetch_bucket_size": 50_000_000}
 
 
 @pytest.fixture
@@ -50,18 +51,19 @@ def test_the_recipe_decides(recipe):
     assert (settings["train_batch_size"], settings["train_micro_batch_size_per_gpu"]) == (8, 2)
     assert settings["gradient_accumulation_steps"] == 2 and settings["gradient_clipping"] == 0.5
     assert settings["bf16"]["enabled"] and settings["data_types"] == {"grad_accum_dtype": "fp32"}
-    assert settings["zero_optimization"] == {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    assert settings["zero_optimization"] == {"stage": 2, "offload_optimizer": {"device": "cpu"}, **BUCKETS}
     assert "optimizer" not in settings and "scheduler" not in settings
 
 
 def test_a_file_adds_what_the_recipe_says_nothing_about(with_json):
-    zero = {"stage": 2, "overlap_comm": True, "offload_optimizer": {"device": "none", "buffer_count": 7}}
+    zero = {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 7,
+            "offload_optimizer": {"device": "none", "buffer_count": 7}}
     made, broken = with_json({"zero_optimization": zero, "wall_clock_breakdown": True,
                               "communication_data_type": "bf16", "train_batch_size": "auto",
                               "elasticity": {"enabled": False}})
     assert not broken
     settings = deepspeed_settings(made)
-    assert settings["zero_optimization"] == zero
+    assert settings["zero_optimization"] == {**BUCKETS, **zero}
     assert settings["wall_clock_breakdown"] and settings["communication_data_type"] == "bf16"
     assert settings["train_batch_size"] == 8
 

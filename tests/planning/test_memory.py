@@ -19,9 +19,10 @@ def plan_of(recipe):
     return make_plan(recipe.sparsity, model_weights(recipe.model), recipe.model.query_groups)
 
 
-def small(recipe, precision="bf16", zero_stage=1):
+def small(recipe, precision="bf16", zero_stage=1, recompute="none"):
     return recipe(model={"layers": 2, "hidden": 8, "heads": 2, "vocab_size": 100, "max_positions": 16}, sparsity=0.75,
-                  train={"precision": precision}, parallel={"tensor": 2, "data": 2, "zero_stage": zero_stage})
+                  train={"precision": precision, "recompute": recompute},
+                  parallel={"tensor": 2, "data": 2, "zero_stage": zero_stage})
 
 
 # On one of two tensor-parallel ranks, per layer: 96 of 384 sparse weights active (24 of 96, 8 of 32, 32 of 128, 32
@@ -83,10 +84,13 @@ def test_zero_stages(recipe, stage, each):
     found = zero_bytes(r, plan_of(r), 0, stage)
     assert found.parameters + found.gradients + found.optimizer == each * 1000
     assert found.masks == 96 + 32
-    if stage == 3:  # both blocks are gathered, compact values and what they expand to
-        assert (found.expanded, found.gathered) == (0, 2 * 2 * (96 + 44 + 32 + 384))
-    else:
-        assert (found.expanded, found.gathered) == (2 * 2 * 384, 0)
+    assert (found.expanded, found.gathered) == (2 * 2 * 384, 2 * 2 * (96 + 44 + 32) if stage == 3 else 0)
+
+
+def test_zero_3_keeps_no_dense_weight_of_a_block_that_is_recomputed(recipe):
+    r = small(recipe, recompute="full")
+    found = zero_bytes(r, plan_of(r), 0, 3)  # both blocks are gathered, compact values and what they expand to
+    assert (found.expanded, found.gathered) == (0, 2 * 2 * (96 + 44 + 32 + 384))
 
 
 @pytest.mark.parametrize("stage", [0, 1])
