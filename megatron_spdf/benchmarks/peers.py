@@ -116,11 +116,11 @@ class _MaskedEngine:
     def __getattr__(self, name: str):
         return getattr(self.engine, name)
 
-    @torch.no_grad()
     def step(self, *arguments):
         result = self.engine.step(*arguments)
-        for parameter, mask in self.masks.items():
-            parameter.mul_(mask)
+        with torch.no_grad():
+            for parameter, mask in self.masks.items():
+                parameter.mul_(mask)
         return result
 
 

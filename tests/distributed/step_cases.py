@@ -14,6 +14,7 @@ from phase_cases import phased
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_spdf.benchmarks import peers
 from megatron_spdf.model import gpt
 
 # What makes the host wait for a GPU: values that Python sees, and shapes that depend on values.
@@ -67,6 +68,18 @@ def fused(recipe: dict, steps: int) -> list[tuple[float, float]]:
     with ExitStack() as stack:
         stack.enter_context(patch.object(gpt, "_compiles", lambda: True))
         return cases.train(recipe, steps)["curve"]
+
+
+def masked_peer(recipe: dict) -> dict:
+    """Gradient norms of the benchmark's peer that multiplies masks into dense weights; and whether each of its weights
+    is zero where masked, and has learnt elsewhere."""
+    with bench(recipe) as b:
+        b.engine = peers._MaskedEngine(b.engine)
+        masks = b.engine.masks
+        before = {p: p.detach().clone() for p in masks}
+        norms = [norm for _, norm in b.steps(0, 2)]
+        return {"norms": norms, "zero": [not p[~mask].any() for p, mask in masks.items()],
+                "learnt": [bool((p != before[p])[mask].all()) for p, mask in masks.items()]}
 
 
 def adam(recipe: dict) -> dict:

@@ -22,6 +22,7 @@ def results(make_recipe, tmp_path_factory):
         "unfused": ("train", {"recipe": make_recipe(), "steps": STEPS}),
         "fused dropout": ("step_cases.fused", {"recipe": make_recipe(**DROPOUT), "steps": STEPS}),
         "unfused dropout": ("train", {"recipe": make_recipe(**DROPOUT), "steps": STEPS}),
+        "masked peer": ("step_cases.masked_peer", {"recipe": make_recipe(sparsity=0.0)}),
         "adam": ("step_cases.adam", {"recipe": make_recipe()}),
         "adam deepspeed": ("step_cases.adam", {"recipe": make_recipe(engine="deepspeed")}),
     }
@@ -55,6 +56,12 @@ def test_fusions_change_no_loss(results, kind):
     fused, unfused = outcome(results[1], f"fused{kind}"), outcome(results[1], f"unfused{kind}")["curve"]
     assert [loss for loss, _ in fused] == pytest.approx([loss for loss, _ in unfused], rel=1e-6)
     assert [norm for _, norm in fused] == pytest.approx([norm for _, norm in unfused], rel=1e-5)
+
+
+def test_the_peer_of_benchmarks_that_multiplies_masks_trains(results):
+    found = outcome(results[1], "masked peer")
+    assert min(found["norms"]) > 0.0
+    assert found["zero"] and all(found["zero"]) and all(found["learnt"])
 
 
 @pytest.mark.parametrize("name", ["adam", "adam deepspeed"])
