@@ -11,6 +11,7 @@ _KNOWN = (
     r"Transformer Engine and Apex are not installed",
     r"Apex is not installed",
     r"full scope is deprecated",
+    r"barrier\(\): using the device under current context",
     r"The \.grad attribute of a Tensor that is not a leaf Tensor",
     r"`torch\.distributed\.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated",
 )
