@@ -28,8 +28,10 @@ def main() -> None:
     parser.add_argument("--compute", action="store_true", help="operations are computed, on the CPU")
     parser.add_argument("--gib", type=float, default=79.1, help="memory of the GPU (default: 79.1)")
     parser.add_argument("--name", default="NVIDIA H100 80GB HBM3", help="(default: %(default)s)")
-    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="SCRIPT ...")
-    options = parser.parse_args()
+    own = 1
+    while own < len(sys.argv) and sys.argv[own] in ("--compute", "--gib", "--name", "-h", "--help"):
+        own += 2 if sys.argv[own] in ("--gib", "--name") else 1
+    options, command = parser.parse_args(sys.argv[1:own]), sys.argv[own:]  # argparse would take -m for its own
     build = Path(tempfile.gettempdir()) / f"stand_in_gpu_{os.getuid()}"
     made = make(build)
     environment = {
@@ -39,7 +41,7 @@ def main() -> None:
     }
     if options.compute:  # what is compiled could not be computed
         environment |= {"TORCHDYNAMO_DISABLE": "1", "TRITON_INTERPRET": "1"}
-    os.execve(sys.executable, [sys.executable, *options.command], environment)
+    os.execve(sys.executable, [sys.executable, *command], environment)
 
 
 def make(build: Path) -> Path:
