@@ -5,7 +5,7 @@ import warnings
 
 __version__ = "0.1.0"
 
-# What Megatron-Core and PyTorch say on every rank of every run of its own code: that libraries are missing which are
+# What Megatron-Core and PyTorch say of their own code on every rank of every run: that libraries are missing which are
 # optional (the log's first lines have what is used instead), and that some calls will have other names one day.
 _KNOWN = (
     r"Transformer Engine and Apex are not installed",
@@ -17,5 +17,4 @@ _KNOWN = (
 )
 
 if not sys.warnoptions:  # -W and PYTHONWARNINGS are the user's
-    for known in _KNOWN:
-        warnings.filterwarnings("ignore", known)
+    warnings.filterwarnings("ignore", "|".join(_KNOWN))

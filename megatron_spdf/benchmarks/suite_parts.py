@@ -22,7 +22,7 @@ from megatron_spdf.benchmarks import largest, peers, sizes
 from megatron_spdf.benchmarks.engines import free_memory, plan_of
 from megatron_spdf.benchmarks.sizes import Scale
 from megatron_spdf.config import Recipe
-from megatron_spdf.kernels import block_products, describe, two_four_products
+from megatron_spdf.kernels import block_products, describe, first_line, two_four_products
 
 NEARLY = 0.85  # of the seconds
 
@@ -52,8 +52,7 @@ class Part:
         try:
             measure()
         except Exception as error:  # of whatever library: the others are to have their turn
-            line = (str(error).strip().splitlines() or [""])[0][:200]
-            self.write(table, what=what, note=f"failed, {type(error).__name__}: {line}")
+            self.write(table, what=what, note=f"failed, {type(error).__name__}: {first_line(error)}")
             return False
         finally:
             free_memory()

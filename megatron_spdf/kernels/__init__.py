@@ -19,7 +19,8 @@ from megatron_spdf.kernels.mask import SPAN, Blocks, Mask, TwoFour, find_blocks,
 from megatron_spdf.sparsity.blocks import LARGEST, SMALLEST
 
 __all__ = ["Blocks", "Mask", "TwoFour", "adds_gradients", "block_products", "compress", "describe", "expand",
-           "find_blocks", "implementation", "make_index", "multiplies_blocks", "two_four_library", "two_four_products"]
+           "find_blocks", "first_line", "implementation", "make_index", "multiplies_blocks", "two_four_library",
+           "two_four_products"]
 
 logger = logging.getLogger(__name__)
 DENSE = "expanded and multiplied as dense weights"
@@ -40,7 +41,7 @@ def implementation(device: str) -> tuple[ModuleType, str]:
         _try_out(triton_compact, torch.device(device))
         return triton_compact, triton_compact.NAME
     except Exception as error:  # whatever a compiler, a driver or a GPU it does not know may raise
-        return torch_reference, f"torch, since triton does not work here ({type(error).__name__}: {_line(error)})"
+        return torch_reference, f"torch, since triton does not work here ({type(error).__name__}: {first_line(error)})"
 
 
 @cache
@@ -63,7 +64,7 @@ def block_products(device: str, size: int, dtype: torch.dtype) -> tuple[ModuleTy
         _try_out_blocks(triton_blocks, chosen, torch.device(device), size, dtype)
         return triton_blocks, name
     except Exception as error:  # whatever a compiler, a driver or a GPU it does not know may raise
-        return None, f"{DENSE}, since triton's products do not work here ({type(error).__name__}: {_line(error)})"
+        return None, f"{DENSE}, since triton's products do not work here ({type(error).__name__}: {first_line(error)})"
 
 
 @cache
@@ -83,7 +84,7 @@ def two_four_products(device: str, dtype: torch.dtype) -> tuple[two_four.Library
             two_four.try_out(library, torch.device(device), dtype)
             return library, library.NAME
         except Exception as error:  # whatever a library, a driver or a GPU it does not know may raise
-            said.append(f"{library.NAME} does not work here ({type(error).__name__}: {_line(error)})")
+            said.append(f"{library.NAME} does not work here ({type(error).__name__}: {first_line(error)})")
     return None, f"{DENSE}, since {' and '.join(said)}"
 
 
@@ -178,7 +179,8 @@ def _try_out_blocks(module: ModuleType, moves: ModuleType, device: torch.device,
         raise RuntimeError("they are something else than those with the expanded weight")
 
 
-def _line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Of its message, for the log."""
     return (str(error).strip().splitlines() or [""])[0][:200]
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from megatron_spdf.config import Recipe
+from megatron_spdf.kernels import first_line
 from megatron_spdf.model.attention import core_attention
 from megatron_spdf.model.head import head_loss
 from megatron_spdf.model.init import DrawnWeights, InitialWeights, initialise, owned_weights
@@ -78,9 +79,8 @@ def _compiles() -> bool:
     try:
         torch.compile(gelu)(torch.zeros(8, device="cuda", requires_grad=True)).sum().backward()
     except Exception as error:  # whatever a compiler, a driver or a GPU it does not know may raise
-        line = (str(error).strip().splitlines() or [""])[0][:200]
         logger.warning("bias, GELU and dropout run one by one, since torch.compile does not work here "
-                       f"({type(error).__name__}: {line})")
+                       f"({type(error).__name__}: {first_line(error)})")
         return False
     return True
 

@@ -24,7 +24,8 @@ from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMON = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore",
-          "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])}
+          "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent),
+                                        *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 
 @dataclass

@@ -37,7 +37,8 @@ def main() -> None:
     environment = {
         **os.environ, "LD_PRELOAD": str(made), "LD_LIBRARY_PATH": str(build), "TRITON_LIBCUDA_PATH": str(build),
         "STAND_IN_GIB": str(options.gib), "STAND_IN_NAME": options.name, "STAND_IN_COMPUTES": str(int(options.compute)),
-        "PYTHONPATH": os.pathsep.join([str(HERE / "site"), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(HERE / "site"), str(HERE.parents[1]),
+                                       *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
     if options.compute:  # what is compiled could not be computed
         environment |= {"TORCHDYNAMO_DISABLE": "1", "TRITON_INTERPRET": "1"}
