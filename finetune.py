@@ -18,17 +18,18 @@ import sys
 
 import torch
 
-from megatron_spdf.checkpoint.source import WeightSource, open_weights
-from megatron_spdf.config import render_recipe
-from megatron_spdf.config.finetune import Finetune, load_finetune
-from megatron_spdf.config.help import render_help
-from megatron_spdf.parallel.health import Unhealthy
-from megatron_spdf.parallel.ranks import Ranks, check_world, find_ranks, join, leave
-from megatron_spdf.parallel.signals import StopRequest
-from megatron_spdf.training import exit_codes
-from megatron_spdf.training.prepare import Prepared, prepare
-from megatron_spdf.training.restarts import StartsSpent
-from megatron_spdf.training.run_dir import RunDir
+from megatron_spdf import exit_codes
+from megatron_spdf.convert.source import WeightSource, open_weights
+from megatron_spdf.parallel.ranks import join, leave
+from megatron_spdf.recipe.finetune import Finetune, load_finetune
+from megatron_spdf.recipe.help import render_help
+from megatron_spdf.recipe.load import render_recipe
+from megatron_spdf.resilience.restarts import StartsSpent
+from megatron_spdf.resilience.signals import StopRequest
+from megatron_spdf.resilience.startup_check import Unhealthy
+from megatron_spdf.resilience.world import Ranks, check_world, find_ranks
+from megatron_spdf.runs.run_dir import RunDir
+from megatron_spdf.training.finetune_setup import Prepared, prepare
 
 
 def main() -> int:
@@ -58,12 +59,13 @@ def main() -> int:
 
 def join_and_train(finetune: Finetune, start: WeightSource, prepared: Prepared, ranks: Ranks, run: RunDir) -> int:
     """Joins the ranks, and fine-tunes while they keep an ear on each other."""
-    from megatron_spdf.parallel import activity, cpu
-    from megatron_spdf.parallel.heartbeat import Heartbeat
+    from megatron_spdf.parallel import fake_cuda
+    from megatron_spdf.resilience import progress
+    from megatron_spdf.resilience.heartbeat import Heartbeat
 
     stop = StopRequest()
-    activity.observe()
-    cpu.install()  # before anything that imports megatron.core
+    progress.observe()
+    fake_cuda.install()  # before anything that imports megatron.core
     try:
         device = join(ranks, prepared.recipe)
     except ValueError as error:
@@ -79,12 +81,12 @@ def train(finetune: Finetune, start: WeightSource, prepared: Prepared, ranks: Ra
     """Builds the engine on the starting weights, restores the newest checkpoint, trains to the end."""
     from megatron_spdf.checkpoint.checkpointer import Checkpointer
     from megatron_spdf.checkpoint.saving import SaveFailed
-    from megatron_spdf.data.finetuning import CompletionData
-    from megatron_spdf.engine import make_engine
+    from megatron_spdf.data.finetuning.completions import CompletionData
+    from megatron_spdf.engine.factory import make_engine
+    from megatron_spdf.layers.measure import SparsityDrift
     from megatron_spdf.model.init import LoadedWeights
-    from megatron_spdf.sparsity.measure import SparsityDrift
+    from megatron_spdf.runs.run_log import RunLog
     from megatron_spdf.training.loop import NotFinite, Trainer
-    from megatron_spdf.training.run_log import RunLog
 
     recipe, plan = prepared.recipe, prepared.plan
     revived = finetune.revived_scale if finetune.revived == "normal" else 0.0

@@ -18,22 +18,23 @@ import sys
 
 import torch
 
-from megatron_spdf.checkpoint.shared import Unshared, newest_of_all
+from megatron_spdf import exit_codes
+from megatron_spdf.architecture.weights import model_weights
+from megatron_spdf.checkpoint.shared_files import Unshared, newest_of_all
 from megatron_spdf.checkpoint.store import step_of
-from megatron_spdf.config import load_recipe, render_recipe
-from megatron_spdf.config.help import render_help
-from megatron_spdf.data.corpus import Corpus, check_corpus
+from megatron_spdf.data.pretraining.corpus import Corpus, check_corpus
 from megatron_spdf.model.parametrization import render_parametrization
-from megatron_spdf.model.weights import model_weights
-from megatron_spdf.parallel.health import Unhealthy
-from megatron_spdf.parallel.ranks import Ranks, check_world, find_ranks, join, leave
-from megatron_spdf.parallel.signals import StopRequest
+from megatron_spdf.parallel.ranks import join, leave
 from megatron_spdf.planning.memory import render_layout
-from megatron_spdf.planning.phases import RunPhase, phases_left, phases_of
+from megatron_spdf.recipe.help import render_help
+from megatron_spdf.recipe.load import load_recipe, render_recipe
+from megatron_spdf.resilience.restarts import StartsSpent
+from megatron_spdf.resilience.signals import StopRequest
+from megatron_spdf.resilience.startup_check import Unhealthy
+from megatron_spdf.resilience.world import Ranks, check_world, find_ranks
+from megatron_spdf.runs.run_dir import RunDir
+from megatron_spdf.schedule.stages import RunPhase, phases_left, phases_of
 from megatron_spdf.sparsity.plan import render_plan
-from megatron_spdf.training import exit_codes
-from megatron_spdf.training.restarts import StartsSpent
-from megatron_spdf.training.run_dir import RunDir
 
 
 def main() -> int:
@@ -71,12 +72,13 @@ def summarise(phase: RunPhase) -> str:
 
 def join_and_pretrain(phases: list[RunPhase], ranks: Ranks, run: RunDir, corpus: Corpus, summary: str) -> int:
     """Joins the ranks, and pre-trains while they keep an ear on each other."""
-    from megatron_spdf.parallel import activity, cpu
-    from megatron_spdf.parallel.heartbeat import Heartbeat
+    from megatron_spdf.parallel import fake_cuda
+    from megatron_spdf.resilience import progress
+    from megatron_spdf.resilience.heartbeat import Heartbeat
 
     stop = StopRequest()
-    activity.observe()
-    cpu.install()  # before anything that imports megatron.core
+    progress.observe()
+    fake_cuda.install()  # before anything that imports megatron.core
     try:
         device = join(ranks, run.recipe)
     except ValueError as error:
@@ -110,12 +112,12 @@ def pretrain_phase(phase: RunPhase, ranks: Ranks, run: RunDir, corpus: Corpus, s
     phase's end, which is mostly the run's."""
     from megatron_spdf.checkpoint.checkpointer import Checkpointer
     from megatron_spdf.checkpoint.saving import SaveFailed
-    from megatron_spdf.data.dataset import TokenData
-    from megatron_spdf.engine import make_engine
-    from megatron_spdf.sparsity.measure import SparsityDrift
+    from megatron_spdf.data.pretraining.dataset import TokenData
+    from megatron_spdf.engine.factory import make_engine
+    from megatron_spdf.layers.measure import SparsityDrift
+    from megatron_spdf.runs.run_log import RunLog
     from megatron_spdf.training.autotune import settle_micro_batch
     from megatron_spdf.training.loop import NotFinite, Trainer
-    from megatron_spdf.training.run_log import RunLog
 
     try:
         phase, settled = settle_micro_batch(phase, run, device)

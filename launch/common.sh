@@ -151,7 +151,7 @@ work() { # COMMAND...: what is no run: stopped ahead of the time limit, it start
 }
 
 requeue() { # WHY [RUN]: back into the queue, unless the job was cancelled or the run gets nowhere
-  [[ -z ${2:-} ]] || PYTHONPATH=$SPDF_ROOT once "$SPDF_PYTHON" -m megatron_spdf.training.restarts "$2" || exit 3
+  [[ -z ${2:-} ]] || PYTHONPATH=$SPDF_ROOT once "$SPDF_PYTHON" -m megatron_spdf.resilience.restarts "$2" || exit 3
   local state
   state=$(scontrol show job "$JOB" 2>/dev/null | sed -n 's/.*JobState=\([A-Z]*\).*/\1/p')
   [[ $state = RUNNING ]] || { echo "$ME: $1; the job is $state, so it is not started again" >&2; exit "$CODE"; }

@@ -24,7 +24,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def recipe(tmp_path):
     """Builds a tiny Recipe; keywords change its sections."""
-    from megatron_spdf.config import Recipe
+    from megatron_spdf.recipe.recipe import Recipe
 
     def build(**sections):
         values = {"output": str(tmp_path / "run"), **TINY}

@@ -30,18 +30,17 @@ Without a recipe, a model whose layers fit a CPU's caches as little as a real on
 
 from __future__ import annotations
 
-import _path  # noqa: F401  isort: skip  (first: puts the package on the path)
-
 import argparse
 import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
-from megatron_spdf.benchmarks.circumstances import LIBRARIES, circumstances, publish
-from megatron_spdf.config import Recipe, load_recipe
-from megatron_spdf.config.recipe import AUTO
-from megatron_spdf.parallel.ranks import check_world, find_ranks
+from benchmarks.environment import LIBRARIES, circumstances, publish
+
+from megatron_spdf.recipe.load import load_recipe
+from megatron_spdf.recipe.recipe import AUTO, Recipe
+from megatron_spdf.resilience.world import check_world, find_ranks
 
 DEFAULT = Path(__file__).resolve().parent.parent / "configs/benchmark/cpu.yaml"
 BLOCKS = DEFAULT.parents[1] / "pretrain/gpt3_xl_s75_block.yaml"
@@ -65,7 +64,7 @@ def main() -> int:
 
 def measure_recipe() -> int:
     """Steps, training or saves of a recipe, dense and sparse."""
-    from megatron_spdf.benchmarks import save, step, train
+    from benchmarks import save, step, train
 
     kinds = {"step": (step.measure_steps, step.render_steps), "save": (save.measure_saves, save.render_saves),
              "train": (train.measure_training, train.render_training)}
@@ -92,7 +91,7 @@ def measure_recipe() -> int:
 
 def measure_suite(arguments: list[str]) -> int:
     """Everything."""
-    from megatron_spdf.benchmarks import suite
+    from benchmarks import suite
 
     parser = argparse.ArgumentParser(prog="benchmark.py", description=suite.__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -108,9 +107,9 @@ def measure_suite(arguments: list[str]) -> int:
 
 def measure_data(arguments: list[str]) -> int:
     """Preprocessing, in a temporary directory."""
-    from megatron_spdf.data import throughput
+    from benchmarks import data_throughput
 
-    parser = argparse.ArgumentParser(prog="benchmark.py data", description=throughput.__doc__,
+    parser = argparse.ArgumentParser(prog="benchmark.py data", description=data_throughput.__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", nargs="+", metavar="FILE", help="shards, as tools/preprocess_data.py takes them")
     parser.add_argument("--tokenizer", type=Path, required=True, help="directory of GPT-2 BPE files")
@@ -121,23 +120,22 @@ def measure_data(arguments: list[str]) -> int:
     add_output(parser)
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="benchmark_data_") as place:
-        figures = throughput.measure(options.inputs, options.tokenizer, options.workers, options.rounds,
+        figures = data_throughput.measure(options.inputs, options.tokenizer, options.workers, options.rounds,
                                      Path(place), options.megatron_lm)
     libraries = ("megatron-core", "numpy", "tiktoken", "tokenizers", "transformers")
-    publish({**circumstances(libraries), **figures}, throughput.render(figures), options.output)
+    publish({**circumstances(libraries), **figures}, data_throughput.render(figures), options.output)
     return 0
 
 
 def measure_kernels(what: str, arguments: list[str]) -> int:
     """Kernels on the weights of one layer, as they are or cut up in every way."""
     import torch
-
-    from megatron_spdf.benchmarks import tiles
-    from megatron_spdf.benchmarks.engines import plan_of
-    from megatron_spdf.sparsity import throughput
+    from benchmarks import kernel_throughput, tiles
+    from benchmarks.engines import plan_of
 
     parser = argparse.ArgumentParser(prog=f"benchmark.py {what}", description=(
-        throughput if what == "kernels" else tiles).__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        kernel_throughput if what == "kernels" else tiles).__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", metavar="[RECIPE] section.key=value")
     parser.add_argument("--seconds", type=float, default=0.2, help="that each measurement takes at least")
     add_output(parser)
@@ -149,8 +147,8 @@ def measure_kernels(what: str, arguments: list[str]) -> int:
     recipe = load_measured(path, overrides)
     report = {**circumstances((*LIBRARIES[::2], "triton")), "recipe": recipe.model_dump()}
     if what == "kernels":
-        figures = throughput.measure(recipe, plan_of(recipe), options.seconds)
-        publish({**report, **figures}, throughput.render(figures), options.output)
+        figures = kernel_throughput.measure(recipe, plan_of(recipe), options.seconds)
+        publish({**report, **figures}, kernel_throughput.render(figures), options.output)
     else:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         rows = tiles.measure(recipe, plan_of(recipe), device, options.seconds)

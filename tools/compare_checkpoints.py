@@ -17,9 +17,7 @@ import signal
 import sys
 from pathlib import Path
 
-import _path  # noqa: F401  puts the repository root on sys.path
-
-from megatron_spdf.checkpoint.source import open_weights
+from megatron_spdf.convert.source import open_weights
 from megatron_spdf.evaluation.subspace import distances, draw, render
 
 

@@ -22,19 +22,18 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import _path  # noqa: F401  puts the repository root on sys.path
-
-from megatron_spdf.checkpoint.appearing import require_free
-from megatron_spdf.checkpoint.deepspeed_import import DeepSpeedReader
-from megatron_spdf.checkpoint.fresh_run import start_run
-from megatron_spdf.checkpoint.huggingface import DTYPES, export
-from megatron_spdf.checkpoint.megatron_lm import VERSION, MegatronReader, arguments, save_for_megatron
 from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
-from megatron_spdf.checkpoint.reshard import reshard
-from megatron_spdf.checkpoint.source import WeightSource, open_weights
-from megatron_spdf.config import Recipe, load_recipe, make_recipe, parse_recipe
-from megatron_spdf.data.corpus import data_tokenizer
-from megatron_spdf.data.tokenizer import Tokenizer
+from megatron_spdf.convert.deepspeed_import import DeepSpeedReader
+from megatron_spdf.convert.huggingface_export import DTYPES, export
+from megatron_spdf.convert.initial_checkpoint import start_run
+from megatron_spdf.convert.megatron_lm import VERSION, MegatronReader, arguments, save_for_megatron
+from megatron_spdf.convert.reshard import reshard
+from megatron_spdf.convert.source import WeightSource, open_weights
+from megatron_spdf.data.pretraining.corpus import data_tokenizer
+from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
+from megatron_spdf.files import require_free
+from megatron_spdf.recipe.load import load_recipe, make_recipe, parse_recipe
+from megatron_spdf.recipe.recipe import Recipe
 
 
 def main(words: list[str] | None = None) -> int:

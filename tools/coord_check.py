@@ -10,8 +10,6 @@ and over log2 density at the last step: 0 is flat. Exit code 0, or 2 for what th
 
 from __future__ import annotations
 
-import _path  # noqa: F401  isort: skip  (first: puts the package on the path)
-
 import argparse
 import json
 import sys
@@ -20,7 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_spdf.config import load_recipe
+from megatron_spdf.recipe.load import load_recipe
 
 RULES = ("standard", "mup")
 
@@ -44,9 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def check(options: argparse.Namespace) -> dict[str, dict[str, dict[float, dict[str, float]]]]:
     """parametrization -> "width" or "density" -> scale -> part of the model -> size at the last step."""
-    from megatron_spdf.parallel import cpu
+    from megatron_spdf.parallel import fake_cuda
 
-    cpu.install()  # before anything that imports megatron.core
+    fake_cuda.install()  # before anything that imports megatron.core
     from megatron_spdf.evaluation.coordinates import activation_sizes
 
     base = load_recipe(options.recipe, options.overrides)

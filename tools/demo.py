@@ -11,8 +11,6 @@ ends with a table of each phase, a plot of the losses against training FLOPs, an
 
 from __future__ import annotations
 
-import _path  # noqa: F401  isort: skip  (first: puts the package on the path)
-
 import argparse
 import os
 import shlex
@@ -22,11 +20,12 @@ import sys
 import time
 from pathlib import Path
 
-from megatron_spdf.config import load_recipe
-from megatron_spdf.config.finetune import load_finetune
-from megatron_spdf.demo.corpus import write_shards
-from megatron_spdf.demo.functions import write_functions
-from megatron_spdf.demo.tables import fine_tuning_table, plot_losses, pretraining_table
+from demo_parts.corpus import write_shards
+from demo_parts.functions import write_functions
+from demo_parts.tables import fine_tuning_table, plot_losses, pretraining_table
+
+from megatron_spdf.recipe.finetune import load_finetune
+from megatron_spdf.recipe.load import load_recipe
 from megatron_spdf.reports.runs import read_all
 
 ROOT = Path(__file__).resolve().parent.parent

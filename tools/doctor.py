@@ -13,9 +13,7 @@ import signal
 import sys
 from dataclasses import asdict
 
-import _path  # noqa: F401  puts the repository root on sys.path
-
-from megatron_spdf.doctor import FAIL, examine
+from doctor_checks import FAIL, examine
 
 
 def main(arguments: list[str] | None = None) -> int:

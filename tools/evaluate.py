@@ -24,9 +24,7 @@ import signal
 import sys
 from pathlib import Path
 
-import _path  # noqa: F401  puts the repository root on sys.path
-
-from megatron_spdf.data.tasks import SPLITS, TASKS, load_examples
+from megatron_spdf.data.finetuning.tasks import SPLITS, TASKS, load_examples
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -43,7 +41,7 @@ def score_predictions(options: argparse.Namespace) -> int:
     """Scores --predictions against --references; writes scores.json where --output is given."""
     from megatron_spdf.evaluation.metrics import score
     from megatron_spdf.evaluation.references import read_predictions, read_references
-    from megatron_spdf.evaluation.report import describe, write_scores
+    from megatron_spdf.evaluation.scores_file import describe, write_scores
 
     require_free(options.output, options.force)
     predictions = read_predictions(options.predictions)
@@ -59,11 +57,11 @@ def score_predictions(options: argparse.Namespace) -> int:
 
 def score_checkpoint(options: argparse.Namespace) -> int:
     """Decodes the split with the checkpoint, scores and keeps what came out."""
-    from megatron_spdf.checkpoint.source import open_weights
+    from megatron_spdf.convert.source import open_weights
     from megatron_spdf.evaluation.decoding import Settings
-    from megatron_spdf.evaluation.report import describe, write_all
-    from megatron_spdf.evaluation.run import evaluate
-    from megatron_spdf.parallel.ranks import find_ranks
+    from megatron_spdf.evaluation.evaluate import evaluate
+    from megatron_spdf.evaluation.scores_file import describe, write_all
+    from megatron_spdf.resilience.world import find_ranks
 
     output = options.output or run_directory(options.run) / "evaluation" / f"{options.task}_{options.split}"
     require_free(output, options.force)
@@ -94,7 +92,7 @@ def run_directory(path: Path) -> Path:
 
 def require_free(output: Path | None, force: bool) -> None:
     """Raises ValueError where the output has figures already and may not be overwritten."""
-    from megatron_spdf.evaluation.report import SCORES
+    from megatron_spdf.evaluation.scores_file import SCORES
 
     if output and (output / SCORES).exists() and not force:
         raise ValueError(f"{output / SCORES} exists; give another --output, or --force to overwrite it")

@@ -14,8 +14,6 @@ code 0; 2 for what the user can put right; 75 if a run was stopped on a signal; 
 
 from __future__ import annotations
 
-import _path  # noqa: F401  isort: skip  (first: puts the repository root on sys.path)
-
 import argparse
 import os
 import shlex
@@ -24,11 +22,18 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from megatron_spdf.checkpoint.store import write_json
+from megatron_spdf import exit_codes
+from megatron_spdf.files import write_json
 from megatron_spdf.reports.experiment_plot import plot_results
-from megatron_spdf.training import exit_codes
-from megatron_spdf.training.experiment import Experiment, load_experiment, loss_of, render, results, runs
-from megatron_spdf.training.sweep import Trial
+from megatron_spdf.runs.experiment import (
+    Experiment,
+    load_experiment,
+    loss_of,
+    render,
+    results,
+    runs,
+)
+from megatron_spdf.runs.sweep import Trial
 
 PRETRAIN = Path(__file__).resolve().parent.parent / "pretrain.py"
 

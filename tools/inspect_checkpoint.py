@@ -14,8 +14,6 @@ import signal
 import sys
 from pathlib import Path
 
-import _path  # noqa: F401  puts the repository root on sys.path
-
 from megatron_spdf.checkpoint.inspect import describe, render, verify
 from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
 

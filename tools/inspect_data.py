@@ -16,10 +16,16 @@ import signal
 import sys
 from pathlib import Path
 
-import _path  # noqa: F401  puts the repository root on sys.path
-
-from megatron_spdf.data.inspect import data_sets, describe, plot_histogram, render, sample, verify, verify_corpus
-from megatron_spdf.data.manifest import CORPUS
+from megatron_spdf.data.indexed.inspect import (
+    data_sets,
+    describe,
+    plot_histogram,
+    render,
+    sample,
+    verify,
+    verify_corpus,
+)
+from megatron_spdf.data.indexed.manifest import CORPUS
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -11,8 +11,6 @@ Exit code 0, or 2 with a sentence on what to change.
 
 from __future__ import annotations
 
-import _path  # noqa: F401  isort: skip  (first: puts the package on the path)
-
 import argparse
 import json
 import signal
@@ -20,18 +18,20 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from megatron_spdf.config import load_recipe
-from megatron_spdf.config.recipe import AUTO, parse_count
-from megatron_spdf.planning.calibrate import calibrate, measured_step
 from megatron_spdf.planning.exact import dry_run, ranks_of_interest, render_counts
 from megatron_spdf.planning.hardware import GPUS, THIS_MACHINE, find_gpu
-from megatron_spdf.planning.law_fit import fit_law, point_of, render_fit, render_points
 from megatron_spdf.planning.overview import Request, make_overview, plan_of
 from megatron_spdf.planning.render import render_overview
-from megatron_spdf.planning.runs import read_run
-from megatron_spdf.planning.scaling_law import CAVEAT, PUBLISHED, describe_law, plot_contours, render_law
 from megatron_spdf.planning.step_time import EFFICIENCY
+from megatron_spdf.recipe.load import load_recipe
+from megatron_spdf.recipe.recipe import AUTO
 from megatron_spdf.reports.plan_page import render_plan_page
+from megatron_spdf.runs.calibrate import calibrate, measured_step
+from megatron_spdf.runs.law_points import point_of
+from megatron_spdf.runs.measured import read_run
+from megatron_spdf.scaling_law.fit import fit_law, render_fit, render_points
+from megatron_spdf.scaling_law.law import CAVEAT, PUBLISHED, describe_law, plot_contours, render_law
+from megatron_spdf.section import parse_count
 
 
 def main(arguments: list[str] | None = None) -> int:

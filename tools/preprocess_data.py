@@ -14,16 +14,15 @@ import sys
 import time
 from pathlib import Path
 
-import _path  # noqa: F401  puts the repository root on sys.path
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from megatron_spdf.data.documents import FORMATS, expand_inputs, sample_texts
-from megatron_spdf.data.encode import SPLITS, split_bounds
-from megatron_spdf.data.manifest import CorpusManifest
-from megatron_spdf.data.preprocess import Manifest, preprocess, usual_workers
-from megatron_spdf.data.publish import Partial
-from megatron_spdf.data.records import MAX_RECORD_BYTES, ON_ERROR
-from megatron_spdf.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from megatron_spdf.data.indexed.manifest import CorpusManifest
+from megatron_spdf.data.preprocess.documents import FORMATS, expand_inputs, sample_texts
+from megatron_spdf.data.preprocess.encode import SPLITS, split_bounds
+from megatron_spdf.data.preprocess.preprocess import Manifest, preprocess, usual_workers
+from megatron_spdf.data.preprocess.records import MAX_RECORD_BYTES, ON_ERROR
+from megatron_spdf.data.preprocess.staging import Partial
+from megatron_spdf.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 
 def parse_bytes(size: str) -> int:

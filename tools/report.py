@@ -8,8 +8,6 @@ The page is one file: plots are inline, nothing is loaded. Exit code 0, or 2 wit
 
 from __future__ import annotations
 
-import _path  # noqa: F401  isort: skip  (first: puts the package on the path)
-
 import argparse
 import signal
 import sys

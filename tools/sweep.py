@@ -14,17 +14,15 @@ in the recipe's output directory. Exit code 0; 2 for what the user can put right
 
 from __future__ import annotations
 
-import _path  # noqa: F401  isort: skip  (first: puts the repository root on sys.path)
-
 import argparse
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
-from megatron_spdf.config.finetune import Finetune, load_finetune
-from megatron_spdf.training import exit_codes
-from megatron_spdf.training.sweep import Trial, render, result_of, select, trials, write_selection
+from megatron_spdf import exit_codes
+from megatron_spdf.recipe.finetune import Finetune, load_finetune
+from megatron_spdf.runs.sweep import Trial, render, result_of, select, trials, write_selection
 
 FINETUNE = Path(__file__).resolve().parent.parent / "finetune.py"
 

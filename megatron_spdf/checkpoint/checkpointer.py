@@ -14,14 +14,15 @@ from megatron.core import dist_checkpointing
 
 from megatron_spdf.checkpoint import store
 from megatron_spdf.checkpoint.densified import load_densified
-from megatron_spdf.checkpoint.record import INITIAL, drawn_masks, run_record
+from megatron_spdf.checkpoint.run_metadata import INITIAL, drawn_masks, run_record
+from megatron_spdf.checkpoint.safe_index import vet_metadata
 from megatron_spdf.checkpoint.saving import Saving
-from megatron_spdf.checkpoint.shared import newest_of_all
-from megatron_spdf.checkpoint.vet import vet_metadata
-from megatron_spdf.config import Recipe, changes_of_run
-from megatron_spdf.data.tokenizer import Tokenizer
-from megatron_spdf.engine import Engine
-from megatron_spdf.sparsity.compact import compact_of, sparse_modules
+from megatron_spdf.checkpoint.shared_files import newest_of_all
+from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
+from megatron_spdf.engine.base import Engine
+from megatron_spdf.layers.compact import compact_of, sparse_modules
+from megatron_spdf.recipe.compare import changes_of_run
+from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.sparsity.plan import Plan
 
 

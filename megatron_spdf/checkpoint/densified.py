@@ -9,7 +9,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
 from megatron_spdf.checkpoint.reader import OPTIMIZER, CheckpointReader, stored_name
-from megatron_spdf.engine import Engine
+from megatron_spdf.engine.base import Engine
 
 
 def load_densified(engine: Engine, checkpoint: Path) -> None:

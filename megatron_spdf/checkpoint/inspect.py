@@ -6,12 +6,19 @@ from typing import Any
 
 import numpy as np
 
-from megatron_spdf.checkpoint.reader import MASK_BITS, OPTIMIZER, STATES, VALUES, CheckpointReader, stored_name
-from megatron_spdf.checkpoint.record import INITIAL
+from megatron_spdf.architecture.weights import padded_vocab
+from megatron_spdf.checkpoint.reader import (
+    MASK_BITS,
+    OPTIMIZER,
+    STATES,
+    VALUES,
+    CheckpointReader,
+    stored_name,
+)
+from megatron_spdf.checkpoint.run_metadata import INITIAL
 from megatron_spdf.checkpoint.store import DamagedCheckpoint
-from megatron_spdf.model.weights import padded_vocab
-from megatron_spdf.sparsity.chunks import planned_mask
 from megatron_spdf.sparsity.plan import SparseWeight
+from megatron_spdf.sparsity.slices import planned_mask
 
 _NAMED_FAULTS = 5
 

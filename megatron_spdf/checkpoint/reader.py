@@ -12,15 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_spdf.architecture.weights import Weight, model_weights
 from megatron_spdf.checkpoint import store
-from megatron_spdf.checkpoint.record import Masks, drawn_masks
+from megatron_spdf.checkpoint.run_metadata import Masks, drawn_masks
 from megatron_spdf.checkpoint.tensors import TensorFiles
-from megatron_spdf.config import Recipe
-from megatron_spdf.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_spdf.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megatron_spdf.model.parametrization import Parametrization, fold
-from megatron_spdf.model.weights import Weight, model_weights
-from megatron_spdf.sparsity.chunks import join_chunks
+from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.sparsity.plan import make_plan
+from megatron_spdf.sparsity.slices import join_chunks
 
 VALUES, MASK_BITS = ".values", ".mask_bits"  # after the name of a sparse weight
 OPTIMIZER, STATES = "optimizer.state.", ("param", "exp_avg", "exp_avg_sq")  # before the name of a parameter

@@ -27,7 +27,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_spdf.checkpoint import store
-from megatron_spdf.parallel.activity import in_background
+from megatron_spdf.resilience.progress import in_background
 
 WRITERS = 2  # files, and threads that write them, per rank
 T = TypeVar("T")

@@ -15,7 +15,8 @@ import re
 import shutil
 from pathlib import Path
 
-PARTIAL = ".partial"
+from megatron_spdf.files import PARTIAL, sync_directory, write_json
+
 FILES, RUN = "files.json", "run.json"
 BEST = "best.json"  # beside the checkpoints: which one has the lowest validation loss
 _NAME = re.compile(r"step_\d{8}")
@@ -94,22 +95,6 @@ def publish(partial: Path, files: dict[str, dict[str, object]]) -> Path:
     partial.rename(final)
     sync_directory(final.parent)
     return final
-
-
-def write_json(path: Path, content: object) -> None:
-    """Writes JSON so that a reader sees all of it or the old file."""
-    beside = path.with_name(path.name + ".new")
-    with beside.open("w") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
-
-
-def sync_directory(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
 
 
 def verify(checkpoint: Path, checksums: bool = True, names: list[str] | None = None) -> None:

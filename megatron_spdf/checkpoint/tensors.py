@@ -15,8 +15,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron_spdf.checkpoint.safe_index import vet_metadata
 from megatron_spdf.checkpoint.store import DamagedCheckpoint
-from megatron_spdf.checkpoint.vet import vet_metadata
 
 
 class TensorFiles:

@@ -28,8 +28,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_spdf.checkpoint.appearing import with_progress
-from megatron_spdf.config.recipe import Recipe
+from megatron_spdf.files import with_progress
+from megatron_spdf.recipe.recipe import Recipe
 
 _FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1,
            "common_backend": "torch", "common_backend_version": 1}

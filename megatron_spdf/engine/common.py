@@ -13,12 +13,12 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from megatron_spdf import kernels
-from megatron_spdf.config import Recipe
-from megatron_spdf.engine import MicroBatch
+from megatron_spdf.kernels import dispatch
+from megatron_spdf.layers.compact import compact_of, sparse_modules
 from megatron_spdf.model.attention import SdpaCoreAttention
-from megatron_spdf.sparsity.compact import compact_of, sparse_modules
-from megatron_spdf.sparsity.masks import stream_key
+from megatron_spdf.model.batch import MicroBatch
+from megatron_spdf.random_streams import stream_key
+from megatron_spdf.recipe.recipe import Recipe
 
 
 def make_scheduler(recipe: Recipe, optimizer) -> OptimizerParamScheduler:
@@ -124,14 +124,14 @@ def describe_choices(recipe: Recipe, model: nn.Module, adam: type, device: torch
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU (gloo, stand-in for CUDA)"
     pointwise = "compiled" if model.config.bias_activation_fusion else "one by one"
     return (f"device {where}; {', '.join(names.values())}; bias, GELU and dropout {pointwise}; "
-            f"expand/compress {kernels.describe(device.type)}{_describe_patterns(model, device)}")
+            f"expand/compress {dispatch.describe(device.type)}{_describe_patterns(model, device)}")
 
 
 def _describe_patterns(model: nn.Module, device: torch.device) -> str:
     """How weights of blocks, and 2:4 ones, are multiplied; nothing where there are none."""
     planned, dtype = [compact_of(m).planned for m in sparse_modules(model)], model.config.params_dtype
-    said = [f"blocks {kernels.block_products(device.type, size, dtype)[1]}"
+    said = [f"blocks {dispatch.block_products(device.type, size, dtype)[1]}"
             for size in sorted({w.block for w in planned} - {None})]
     if any(w.two_four for w in planned):
-        said.append(f"2:4 {kernels.two_four_products(device.type, dtype)[1]}")
+        said.append(f"2:4 {dispatch.two_four_products(device.type, dtype)[1]}")
     return "".join(f"; {text}" for text in said)

@@ -14,17 +14,19 @@ from megatron.core import parallel_state as ps
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from megatron_spdf.config import Recipe
-from megatron_spdf.config.deepspeed import deepspeed_settings
-from megatron_spdf.engine import MicroBatch, StepResult, common
+from megatron_spdf.engine import common
+from megatron_spdf.engine.base import StepResult
 from megatron_spdf.engine.deepspeed_state import ZeroState
+from megatron_spdf.layers.compact import expanded
+from megatron_spdf.layers.measure import measure_sparsity
+from megatron_spdf.model.batch import MicroBatch
 from megatron_spdf.model.gpt import build_model
 from megatron_spdf.model.init import InitialWeights
 from megatron_spdf.model.loss import batch_loss
-from megatron_spdf.parallel import cpu
+from megatron_spdf.parallel import fake_cuda
 from megatron_spdf.planning.memory import rank_bytes
-from megatron_spdf.sparsity.compact import expanded
-from megatron_spdf.sparsity.measure import measure_sparsity
+from megatron_spdf.recipe.deepspeed import deepspeed_settings
+from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.sparsity.plan import Plan
 
 
@@ -192,7 +194,7 @@ def _import_deepspeed(device: torch.device):
     deepspeed.logger.setLevel("ERROR")
     if device.type == "cpu":  # C++ for all-reduces within a machine
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
-        with cpu.uncompiled():
+        with fake_cuda.uncompiled():
             import deepspeed.runtime.zero.muon.muon_optimizer  # DeepSpeed does so as it looks at the optimizer
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
     return deepspeed

@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_spdf.config import Recipe
-from megatron_spdf.model.weights import model_weights
-from megatron_spdf.parallel import cpu
+from megatron_spdf.architecture.weights import model_weights
+from megatron_spdf.parallel import fake_cuda
 from megatron_spdf.parallel.ranks import leave, set_up_groups
+from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.sparsity.plan import make_plan
 
 META = torch.device("meta")
@@ -34,7 +34,7 @@ def count(recipe: Recipe, rank: int) -> dict:
     from megatron.core import parallel_state as ps
 
     from megatron_spdf.engine.megatron import MegatronEngine
-    from megatron_spdf.sparsity.compact import compact_of, sparse_modules
+    from megatron_spdf.layers.compact import compact_of, sparse_modules
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=recipe.parallel.world)
     set_up_groups(recipe)
@@ -60,7 +60,7 @@ def count(recipe: Recipe, rank: int) -> dict:
 
 def main() -> None:
     requests = json.load(sys.stdin)
-    cpu.install(META)  # before megatron.core is imported
+    fake_cuda.install(META)  # before megatron.core is imported
     recipes = [Recipe.model_validate(request["recipe"]) for request in requests]
     json.dump([[count(recipe, rank) for rank in request["ranks"]]
                for recipe, request in zip(recipes, requests, strict=True)], sys.stdout)

@@ -27,14 +27,16 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim import AdamW
 
-from megatron_spdf.config import Recipe
-from megatron_spdf.engine import MicroBatch, StepResult, common
+from megatron_spdf.engine import common
+from megatron_spdf.engine.base import StepResult
 from megatron_spdf.engine.state import load_optimizer, optimizer_state, share_replicas, snapshot
+from megatron_spdf.layers.compact import expanded
+from megatron_spdf.layers.measure import measure_sparsity
+from megatron_spdf.model.batch import MicroBatch
 from megatron_spdf.model.gpt import build_model
 from megatron_spdf.model.init import InitialWeights
 from megatron_spdf.model.loss import batch_loss
-from megatron_spdf.sparsity.compact import expanded
-from megatron_spdf.sparsity.measure import measure_sparsity
+from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.sparsity.plan import Plan
 
 

@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from megatron_spdf.config import Recipe
-from megatron_spdf.data.corpus import check_corpus
-from megatron_spdf.data.dataset import TokenData
-from megatron_spdf.engine import make_engine
-from megatron_spdf.model.weights import model_weights
-from megatron_spdf.parallel.ranks import find_ranks, join, leave
+from megatron_spdf.architecture.weights import model_weights
+from megatron_spdf.data.pretraining.corpus import check_corpus
+from megatron_spdf.data.pretraining.dataset import TokenData
+from megatron_spdf.engine.factory import make_engine
+from megatron_spdf.parallel.ranks import join, leave
+from megatron_spdf.recipe.recipe import Recipe
+from megatron_spdf.resilience.world import find_ranks
 from megatron_spdf.sparsity.plan import make_plan
 
 Sizes = dict[str, float]

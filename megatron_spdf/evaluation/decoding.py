@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import GenerationConfig, LogitsProcessorList, NoRepeatNGramLogitsProcessor, PreTrainedModel
 
-from megatron_spdf.data.tokenizer import Tokenizer
+from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 
-from megatron_spdf.engine import Engine, MicroBatch
+from megatron_spdf.engine.base import Engine
+from megatron_spdf.model.batch import MicroBatch
 
 
 def validation_loss(

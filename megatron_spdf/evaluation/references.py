@@ -6,8 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_spdf.data.tasks import Example, load_examples
-from megatron_spdf.evaluation.form import REFERENCES, dart_text, webnlg_output, webnlg_reference
+from megatron_spdf.data.finetuning.tasks import Example, load_examples
+from megatron_spdf.evaluation.normalize_text import (
+    REFERENCES,
+    dart_text,
+    webnlg_output,
+    webnlg_reference,
+)
 
 TOKENISED = ("webnlg", "dart")  # tasks whose official scripts compare tokenised, lower-cased texts
 _DATA = (".csv", ".json", ".jsonl", ".xml")

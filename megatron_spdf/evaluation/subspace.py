@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_spdf.checkpoint.source import WeightSource
-from megatron_spdf.config.recipe import Model
+from megatron_spdf.architecture.model import Model
+from megatron_spdf.convert.source import WeightSource
 
 MATRICES = ("W_Q", "W_K", "W_V", "W_D", "W_I", "W_O")
 _SINGLE = {"W_D": "self_attention.linear_proj", "W_I": "mlp.linear_fc1", "W_O": "mlp.linear_fc2"}

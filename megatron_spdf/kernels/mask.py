@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_spdf.sparsity.blocks import multiplied
+from megatron_spdf.kernels.limits import multiplied
 
 SPAN = 1024  # entries of a chunk between two counts of the active ones before
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of Triton's kernels

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_spdf.kernels.mask import DTYPES, SPAN, Mask
-from megatron_spdf.kernels.tiles import WARPS
+from megatron_spdf.kernels.tile_shapes import WARPS
 
 NAME = f"triton {triton.__version__}"
 

@@ -15,16 +15,16 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from megatron_spdf.config import Recipe
-from megatron_spdf.kernels import first_line
+from megatron_spdf.architecture.weights import model_weights, padded_vocab
+from megatron_spdf.layers.compact import sparsify
 from megatron_spdf.model.attention import core_attention
 from megatron_spdf.model.head import head_loss
 from megatron_spdf.model.init import DrawnWeights, InitialWeights, initialise, owned_weights
 from megatron_spdf.model.norm import norm_class
 from megatron_spdf.model.parametrization import Parametrization
-from megatron_spdf.model.weights import model_weights, padded_vocab
-from megatron_spdf.sparsity.compact import sparsify
+from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.sparsity.plan import Plan
+from megatron_spdf.text import first_line
 
 logger = logging.getLogger(__name__)
 

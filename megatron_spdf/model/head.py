@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state as ps
 from torch import Tensor
 
-from megatron_spdf.model.weights import tokens_at_once
+from megatron_spdf.architecture.weights import tokens_at_once
 
 
 def head_loss(

@@ -19,9 +19,9 @@ from megatron.core.tensor_parallel.layers import (
 from numpy.random import Generator, Philox
 from torch import Tensor, nn
 
-from megatron_spdf.model.weights import EMBEDDING, TIED_OUTPUT, Weight
-from megatron_spdf.sparsity.compact import compact_of
-from megatron_spdf.sparsity.masks import stream_key
+from megatron_spdf.architecture.weights import EMBEDDING, TIED_OUTPUT, Weight
+from megatron_spdf.layers.compact import compact_of
+from megatron_spdf.random_streams import stream_key
 
 STREAM = "megatron_spdf init stream 1"
 REVIVED = "megatron_spdf revived stream 1"

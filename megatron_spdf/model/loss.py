@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from megatron_spdf.engine import MicroBatch
 from megatron_spdf.model.attention import document_mask
+from megatron_spdf.model.batch import MicroBatch
 
 
 def batch_loss(model: nn.Module, micro: MicroBatch) -> Tensor:

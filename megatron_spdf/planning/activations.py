@@ -23,10 +23,10 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from megatron_spdf.config.recipe import Recipe
-from megatron_spdf.model.weights import padded_vocab, tokens_at_once
+from megatron_spdf.architecture.weights import padded_vocab, tokens_at_once
 from megatron_spdf.planning.buffers import local_parameters
 from megatron_spdf.planning.memory import rank_bytes
+from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.sparsity.plan import Plan
 
 

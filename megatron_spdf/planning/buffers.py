@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from megatron_spdf.config.recipe import Model, Parallel
-from megatron_spdf.model.weights import EMBEDDING, TIED_OUTPUT, Weight, model_weights
+from megatron_spdf.architecture.model import Model
+from megatron_spdf.architecture.weights import EMBEDDING, TIED_OUTPUT, Weight, model_weights
+from megatron_spdf.recipe.recipe import Parallel
 from megatron_spdf.sparsity.plan import Plan
 
 PARAMETER_ALIGNMENT, BUCKET_ALIGNMENT = 64, 128  # elements

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_spdf.config import Recipe
 from megatron_spdf.planning.buffers import lay_out
 from megatron_spdf.planning.memory import rank_bytes, render_parallel
+from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.sparsity.plan import Plan
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,7 +71,7 @@ def dry_runs(wanted: Sequence[tuple[Recipe, Plan, list[int]]]) -> list[list[Coun
     requests = json.dumps([{"recipe": _plain(recipe), "ranks": ranks} for recipe, _, ranks in wanted])
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore",
                    "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
-    done = subprocess.run([sys.executable, "-m", "megatron_spdf.engine.dry_run"], input=requests, text=True,
+    done = subprocess.run([sys.executable, "-m", "megatron_spdf.engine.base.dry_run"], input=requests, text=True,
                           capture_output=True, env=environment, check=False)
     if done.returncode:
         raise RuntimeError(f"the dry run ended with {done.returncode}:\n{done.stderr[-2000:]}")

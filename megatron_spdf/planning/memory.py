@@ -9,8 +9,9 @@ import math
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 
-from megatron_spdf.config.recipe import AUTO, Model, Parallel, Recipe
+from megatron_spdf.architecture.model import Model
 from megatron_spdf.planning.buffers import lay_out, local_parameters
+from megatron_spdf.recipe.recipe import AUTO, Parallel, Recipe
 from megatron_spdf.sparsity.plan import Plan
 
 SPAN = 1024  # of `kernels.mask`, which needs PyTorch

@@ -5,13 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megatron_spdf.config.recipe import Recipe, Sparsity
-from megatron_spdf.model.weights import model_weights
+from megatron_spdf.architecture.weights import model_weights
 from megatron_spdf.planning.activations import step_bytes
-from megatron_spdf.planning.flops import Flops, forward_flops, training_flops
 from megatron_spdf.planning.hardware import GPUS, Gpu
 from megatron_spdf.planning.memory import rank_bytes, zero_bytes
-from megatron_spdf.planning.phases import mean_flops, phases_of
 from megatron_spdf.planning.search import (
     USABLE,
     Candidate,
@@ -24,7 +21,11 @@ from megatron_spdf.planning.search import (
 )
 from megatron_spdf.planning.step_time import step_time, wire_bytes
 from megatron_spdf.planning.traffic import route, step_traffic, wire_share
+from megatron_spdf.recipe.recipe import Recipe
+from megatron_spdf.schedule.flops import Flops, forward_flops, training_flops
+from megatron_spdf.schedule.stages import mean_flops, phases_of
 from megatron_spdf.sparsity.plan import Plan, make_plan
+from megatron_spdf.sparsity.settings import Sparsity
 
 LEVELS = (0.0, 0.5, 0.75, 0.9)  # compared beside the recipe's own sparsity
 

@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_spdf.config.checks import divisors, findings
-from megatron_spdf.config.recipe import Recipe
 from megatron_spdf.planning.activations import peak_bytes
 from megatron_spdf.planning.hardware import Gpu
 from megatron_spdf.planning.step_time import EFFICIENCY, StepTime, step_time
+from megatron_spdf.recipe.recipe import Recipe
+from megatron_spdf.recipe.rules import divisors, findings
 from megatron_spdf.sparsity.plan import Plan
 
 USABLE = 0.92  # of a GPU's memory; the rest is for the CUDA context, NCCL, cuBLAS and fragmentation

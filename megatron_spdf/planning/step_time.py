@@ -10,14 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from megatron_spdf.config.recipe import Model, Parallel, Recipe
-from megatron_spdf.model.weights import padded_vocab
+from megatron_spdf.architecture.model import Model
+from megatron_spdf.architecture.weights import padded_vocab
 from megatron_spdf.planning.activations import Sizes
 from megatron_spdf.planning.buffers import lay_out, local_parameters
-from megatron_spdf.planning.flops import forward_flops
 from megatron_spdf.planning.hardware import Gpu
 from megatron_spdf.planning.memory import rank_bytes
 from megatron_spdf.planning.traffic import Route, Traffic, route, step_traffic, wire_share
+from megatron_spdf.recipe.recipe import Parallel, Recipe
+from megatron_spdf.schedule.flops import forward_flops
 from megatron_spdf.sparsity.plan import Plan
 
 EFFICIENCY = 0.6

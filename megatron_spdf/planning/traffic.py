@@ -10,10 +10,10 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_spdf.config.recipe import Recipe
-from megatron_spdf.model.weights import padded_vocab
+from megatron_spdf.architecture.weights import padded_vocab
 from megatron_spdf.planning.activations import Sizes
 from megatron_spdf.planning.buffers import lay_out, layers_of, local_parameters
+from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.sparsity.plan import Plan
 
 Kind = Literal["tensor", "pipeline", "embedding", "gradients", "parameters", "control"]

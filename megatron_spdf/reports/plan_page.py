@@ -5,7 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_spdf.reports.charts import stacked_bars
-from megatron_spdf.reports.document import bullets, escape, figure, heading, page, paragraph, plots, table
+from megatron_spdf.reports.document import (
+    bullets,
+    escape,
+    figure,
+    heading,
+    page,
+    paragraph,
+    plots,
+    table,
+)
 
 GIB, MIB = 2**30, 2**20
 MEMORY = ("parameters", "gradients", "master", "moments", "expanded", "masks", "activations", "temporaries", "buffers")

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from megatron_spdf.planning.runs import RECIPE, of_kind, read_logged
+from megatron_spdf.runs.measured import RECIPE, of_kind, read_logged
 
 EVALUATIONS = "evaluation/*/scores.json"
 

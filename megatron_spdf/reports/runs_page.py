@@ -11,7 +11,17 @@ from urllib.parse import quote
 
 from megatron_spdf.reports import paper
 from megatron_spdf.reports.charts import Line, colour, line_chart
-from megatron_spdf.reports.document import bullets, escape, figure, heading, key, page, paragraph, plots, table
+from megatron_spdf.reports.document import (
+    bullets,
+    escape,
+    figure,
+    heading,
+    key,
+    page,
+    paragraph,
+    plots,
+    table,
+)
 from megatron_spdf.reports.runs import Logged
 from megatron_spdf.reports.spdf_table import own_table
 

@@ -8,18 +8,12 @@ the stream to what it is.
 
 from __future__ import annotations
 
-import hashlib
-
 import numpy as np
 from numpy.random import Philox
 
+from megatron_spdf.random_streams import stream_key
+
 STREAM = "megatron_spdf mask stream 1"
-
-
-def stream_key(*words: object) -> np.ndarray:
-    """128-bit Philox key of a tuple of words, (2,) uint64."""
-    digest = hashlib.sha256("\0".join(map(str, words)).encode()).digest()
-    return np.frombuffer(digest[:16], dtype="<u8")
 
 
 def draw_mask(seed: int, name: str, chunk: int, numel: int, active: int) -> np.ndarray:

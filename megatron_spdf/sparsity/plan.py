@@ -7,10 +7,11 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
-from megatron_spdf.config.recipe import Sparsity
-from megatron_spdf.model.weights import Weight
-from megatron_spdf.sparsity.blocks import balanced_parts, block_chunks, multiplied
-from megatron_spdf.sparsity.two_four import check_two_four
+from megatron_spdf.architecture.weights import Weight
+from megatron_spdf.kernels.limits import multiplied
+from megatron_spdf.sparsity.patterns.tiles import balanced_parts, block_chunks
+from megatron_spdf.sparsity.patterns.two_four import check_two_four
+from megatron_spdf.sparsity.settings import Sparsity
 
 
 @dataclass(frozen=True)

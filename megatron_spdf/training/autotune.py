@@ -12,15 +12,16 @@ from dataclasses import asdict, dataclass, replace
 import torch
 import torch.distributed as dist
 
-from megatron_spdf.config import Recipe
-from megatron_spdf.config.checks import findings
-from megatron_spdf.config.recipe import AUTO
-from megatron_spdf.engine import Engine, MicroBatch, make_engine
-from megatron_spdf.parallel.activity import NOW
-from megatron_spdf.planning.phases import RunPhase
-from megatron_spdf.planning.runs import MICRO_BATCHES
+from megatron_spdf.engine.base import Engine
+from megatron_spdf.engine.factory import make_engine
+from megatron_spdf.model.batch import MicroBatch
 from megatron_spdf.planning.search import LARGEST_MICRO_BATCH, USABLE
-from megatron_spdf.training.run_dir import RunDir
+from megatron_spdf.recipe.recipe import AUTO, Recipe
+from megatron_spdf.recipe.rules import findings
+from megatron_spdf.resilience.progress import NOW
+from megatron_spdf.runs.measured import MICRO_BATCHES
+from megatron_spdf.runs.run_dir import RunDir
+from megatron_spdf.schedule.stages import RunPhase
 
 LARGEST_ON_CPU = 4
 STEPS = 3  # of which the first sets up and is not timed

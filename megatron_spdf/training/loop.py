@@ -10,23 +10,23 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from megatron_spdf import exit_codes
 from megatron_spdf.checkpoint.checkpointer import Checkpointer, RunState
 from megatron_spdf.checkpoint.saving import SaveFailed, Saving
-from megatron_spdf.config import Recipe
-from megatron_spdf.data.dataset import TokenData
-from megatron_spdf.data.finetuning import CompletionData
-from megatron_spdf.engine import Engine, StepResult
+from megatron_spdf.data.finetuning.completions import CompletionData
+from megatron_spdf.data.pretraining.dataset import TokenData
+from megatron_spdf.engine.base import Engine, StepResult
 from megatron_spdf.evaluation.perplexity import bits_per_byte, validation_loss
-from megatron_spdf.parallel.activity import NOW
-from megatron_spdf.parallel.signals import StopRequest
+from megatron_spdf.layers.measure import check_sparsity, total_sparsity
 from megatron_spdf.parallel.traffic import TrafficCounter
-from megatron_spdf.planning.flops import training_flops
 from megatron_spdf.planning.hardware import peak_flops
-from megatron_spdf.sparsity.measure import check_sparsity, total_sparsity
+from megatron_spdf.recipe.recipe import Recipe
+from megatron_spdf.resilience.progress import NOW
+from megatron_spdf.resilience.signals import StopRequest
+from megatron_spdf.resilience.stragglers import Stragglers
+from megatron_spdf.runs.run_log import RunLog
+from megatron_spdf.schedule.flops import training_flops
 from megatron_spdf.sparsity.plan import Plan
-from megatron_spdf.training import exit_codes
-from megatron_spdf.training.run_log import RunLog
-from megatron_spdf.training.stragglers import Stragglers
 
 
 class NotFinite(RuntimeError):

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from small_models import make_tokenizer, write_gpt2
 
-from megatron_spdf.data.tokenizer import Tokenizer
+from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
 
 
 @pytest.fixture

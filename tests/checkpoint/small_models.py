@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from megatron_spdf.config import Recipe
-from megatron_spdf.data.tokenizer import Tokenizer
-from megatron_spdf.data.tokenizer_kinds import END_OF_TEXT, Gpt2Bpe
+from megatron_spdf.data.tokenizers.kinds import END_OF_TEXT, Gpt2Bpe
+from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
+from megatron_spdf.recipe.recipe import Recipe
 
 # A GPT-2 with every number another, written by hand: transformers takes seconds to import.
 CONFIG = {"model_type": "gpt2", "n_layer": 2, "n_embd": 12, "n_head": 6, "n_inner": 30, "vocab_size": 259,

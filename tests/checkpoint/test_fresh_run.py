@@ -11,15 +11,15 @@ import torch
 from small_models import MODEL, make_recipe, make_tokenizer
 
 from megatron_spdf.checkpoint import store
-from megatron_spdf.checkpoint.fresh_run import start_run
 from megatron_spdf.checkpoint.inspect import describe, render, verify
 from megatron_spdf.checkpoint.reader import STATES, CheckpointReader, find_checkpoint, stored_name
-from megatron_spdf.checkpoint.source import open_weights
 from megatron_spdf.checkpoint.tensors import TensorFiles
-from megatron_spdf.config import load_recipe
-from megatron_spdf.sparsity.chunks import chunk_of
+from megatron_spdf.convert.initial_checkpoint import start_run
+from megatron_spdf.convert.source import open_weights
+from megatron_spdf.recipe.load import load_recipe
+from megatron_spdf.runs.run_dir import RECIPE, RunDir
 from megatron_spdf.sparsity.masks import draw_mask, largest_mask
-from megatron_spdf.training.run_dir import RECIPE, RunDir
+from megatron_spdf.sparsity.slices import chunk_of
 
 FC1 = "decoder.layers.1.mlp.linear_fc1.weight"
 

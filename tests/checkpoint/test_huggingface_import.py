@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 from small_models import CONFIG, MODEL, gpt2_tensors, write_gpt2
 
-from megatron_spdf.checkpoint.gpt2_form import pad_vocabulary
-from megatron_spdf.checkpoint.huggingface_import import HuggingFaceReader
-from megatron_spdf.checkpoint.source import open_weights
+from megatron_spdf.convert.gpt2_state_dict import pad_vocabulary
+from megatron_spdf.convert.huggingface_import import HuggingFaceReader
+from megatron_spdf.convert.source import open_weights
 
 
 def same(one: HuggingFaceReader, other: HuggingFaceReader) -> bool:

@@ -7,12 +7,12 @@ import pytest
 import torch
 from small_models import MODEL
 
-from megatron_spdf.checkpoint.megatron_lm import MegatronReader, save_for_megatron
+from megatron_spdf.architecture.model import Model
 from megatron_spdf.checkpoint.reader import stored_name
-from megatron_spdf.checkpoint.source import open_weights
 from megatron_spdf.checkpoint.tensors import TensorFiles
 from megatron_spdf.checkpoint.writer import StoredTensor, whole, write_tensors
-from megatron_spdf.config.recipe import Model
+from megatron_spdf.convert.megatron_lm import MegatronReader, save_for_megatron
+from megatron_spdf.convert.source import open_weights
 
 EMBEDDING = "embedding.word_embeddings.weight"
 SHAPE = Model.model_validate(MODEL)

@@ -7,13 +7,13 @@ import torch
 from small_models import make_recipe
 
 from megatron_spdf.checkpoint import store
-from megatron_spdf.checkpoint.fresh_run import start_run
 from megatron_spdf.checkpoint.inspect import verify
 from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
-from megatron_spdf.checkpoint.reshard import check_layout, reshard
-from megatron_spdf.checkpoint.source import open_weights
-from megatron_spdf.config import load_recipe
-from megatron_spdf.config.recipe import Parallel
+from megatron_spdf.convert.initial_checkpoint import start_run
+from megatron_spdf.convert.reshard import check_layout, reshard
+from megatron_spdf.convert.source import open_weights
+from megatron_spdf.recipe.load import load_recipe
+from megatron_spdf.recipe.recipe import Parallel
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from megatron_spdf.checkpoint.vet import vet_metadata
+from megatron_spdf.checkpoint.safe_index import vet_metadata
 
 FILESYSTEM = "torch.distributed.checkpoint.filesystem"
 

@@ -27,9 +27,9 @@ ENGINES = {"pretrain": ["megatron"], "finetune": ["deepspeed", "megatron"]}
 def load(script: str):
     """The module of an entry script, with all that its ranks import later."""
     module = importlib.import_module(script)
-    from megatron_spdf.parallel import cpu
+    from megatron_spdf.parallel import fake_cuda
 
-    cpu.install()
+    fake_cuda.install()
     for name in ("checkpoint.checkpointer", "data.dataset", "training.loop",
                  *(f"engine.{engine}" for engine in ENGINES[script])):
         importlib.import_module(f"megatron_spdf.{name}")

@@ -13,12 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_spdf.checkpoint import huggingface, store
-from megatron_spdf.checkpoint.huggingface import MASKS, WEIGHTS, export
+from megatron_spdf.architecture.weights import EMBEDDING
+from megatron_spdf.checkpoint import store
 from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
-from megatron_spdf.config import load_recipe
-from megatron_spdf.data.tokenizer import load_tokenizer, train_tokenizer
-from megatron_spdf.model.weights import EMBEDDING
+from megatron_spdf.convert import huggingface_export
+from megatron_spdf.convert.huggingface_export import MASKS, WEIGHTS, export
+from megatron_spdf.data.tokenizers.tokenizer import load_tokenizer, train_tokenizer
+from megatron_spdf.recipe.load import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tools")]
@@ -115,9 +116,9 @@ def test_dense_weights_come_back_bit_for_bit(convert, gpt2, tmp_path):
 
 @pytest.mark.parametrize("name", [name for name in huggingface_models.SHAPES if name != "workplace"])
 def test_every_shape_comes_back_bit_for_bit(workplace, tmp_path, name):
-    from megatron_spdf.checkpoint.fresh_run import start_run
-    from megatron_spdf.checkpoint.source import open_weights
-    from megatron_spdf.config import Recipe
+    from megatron_spdf.convert.initial_checkpoint import start_run
+    from megatron_spdf.convert.source import open_weights
+    from megatron_spdf.recipe.recipe import Recipe
 
     huggingface_models.save_gpt2(name, tmp_path / "gpt2")
     recipe = load_recipe(workplace / "recipe.yaml").model_dump() | {"model": huggingface_models.shape_of(name)}
@@ -273,7 +274,7 @@ def exported_tokenizer(sparse: Path, tokenizer, directory: Path):
     from transformers import AutoTokenizer
 
     directory.mkdir()
-    huggingface._save_tokenizer(with_tokenizer(sparse, tokenizer), directory)
+    huggingface_export._save_tokenizer(with_tokenizer(sparse, tokenizer), directory)
     (directory / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     return AutoTokenizer.from_pretrained(directory)
 

@@ -117,7 +117,7 @@ def test_the_reader_gives_every_weight_whole_and_dense(checkpoint, whole):
 
 
 def test_the_weights_are_those_that_the_model_computes_with(checkpoint, whole):
-    from megatron_spdf.sparsity.compact import CompactWeight
+    from megatron_spdf.layers.compact import CompactWeight
 
     reader = CheckpointReader(checkpoint)
     for name, planned in reader.plan.weights.items():

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_spdf.config.checks import findings
-from megatron_spdf.config.deepspeed import deepspeed_settings
+from megatron_spdf.recipe.deepspeed import deepspeed_settings
+from megatron_spdf.recipe.rules import findings
 
 SHIPPED = sorted((Path(__file__).resolve().parents[2] / "configs/deepspeed").glob("*.json"))
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3}

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_spdf.config import Recipe
-from megatron_spdf.config.finetune import Finetune, load_finetune, training_recipe
-from megatron_spdf.config.recipe import Model, Sparsity
-from megatron_spdf.data.tasks import TASKS
-from megatron_spdf.training.sweep import trials
+from megatron_spdf.architecture.model import Model
+from megatron_spdf.data.finetuning.tasks import TASKS
+from megatron_spdf.recipe.finetune import Finetune, load_finetune, training_recipe
+from megatron_spdf.recipe.recipe import Recipe
+from megatron_spdf.runs.sweep import trials
+from megatron_spdf.sparsity.settings import Sparsity
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SHIPPED = {path.stem: path for path in sorted((CONFIGS / "finetune").glob("*.yaml"))}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from pydantic import BaseModel
 
-from megatron_spdf.config import Recipe
-from megatron_spdf.config.help import render_help
+from megatron_spdf.recipe.help import render_help
+from megatron_spdf.recipe.recipe import Recipe
 
 
 def fields(section: type[BaseModel] = Recipe, place: str = ""):

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from megatron_spdf.config import changes_of_run, load_recipe
+from megatron_spdf.recipe.compare import changes_of_run
+from megatron_spdf.recipe.load import load_recipe
 
 RECIPE = """
 output: run

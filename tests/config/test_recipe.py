@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_spdf.config import Recipe, load_recipe, save_recipe
+from megatron_spdf.recipe.load import load_recipe, save_recipe
+from megatron_spdf.recipe.recipe import Recipe
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SHIPPED = sorted(p for p in CONFIGS.rglob("*.yaml") if p.parent.name not in ("finetune", "experiments"))

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from text_shards import as_jsonl, records, write_shard
 
-from megatron_spdf.config import load_recipe
-from megatron_spdf.data.blend import BlendHistory, BlendOrder
-from megatron_spdf.data.corpus import check_corpus
-from megatron_spdf.data.pile import PILE_EPOCHS
-from megatron_spdf.data.preprocess import preprocess
-from megatron_spdf.data.sources import Source, expand, training_sources
-from megatron_spdf.data.tokenizer import load_tokenizer
+from megatron_spdf.data.preprocess.preprocess import preprocess
+from megatron_spdf.data.pretraining.blend import BlendHistory, BlendOrder
+from megatron_spdf.data.pretraining.corpus import check_corpus
+from megatron_spdf.data.pretraining.pile import PILE_EPOCHS
+from megatron_spdf.data.pretraining.sources import Source, expand, training_sources
+from megatron_spdf.data.tokenizers.tokenizer import load_tokenizer
+from megatron_spdf.recipe.load import load_recipe
 
 
 def sources(**weights: float) -> list[Source]:

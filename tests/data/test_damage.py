@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from text_shards import ROOT, as_jsonl, content, documents_of, records, write_shard
 
-from megatron_spdf.data.preprocess import preprocess
-from megatron_spdf.data.records import ReadReport, read_records
-from megatron_spdf.data.tokenizer import load_tokenizer
+from megatron_spdf.data.preprocess.preprocess import preprocess
+from megatron_spdf.data.preprocess.records import ReadReport, read_records
+from megatron_spdf.data.tokenizers.tokenizer import load_tokenizer
 
 COUNT = 300
 LINES = as_jsonl(records(COUNT)).splitlines(keepends=True)
@@ -144,7 +144,7 @@ def test_the_checksum_of_a_source_is_that_of_the_file_damaged_or_not(tmp_path):
 
 
 def test_a_count_that_does_not_add_up_writes_nothing(tmp_path, tiny_bpe, monkeypatch):
-    from megatron_spdf.data import encode
+    from megatron_spdf.data.preprocess import encode
 
     parse = encode.parse_records
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from megatron_spdf.data.documents import (
+from megatron_spdf.data.preprocess.documents import (
     ReadReport,
     Skipped,
     expand_inputs,

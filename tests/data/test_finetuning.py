@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_spdf.data.finetuning import CompletionData, tokenise
-from megatron_spdf.data.tokenizer import train_tokenizer
+from megatron_spdf.data.finetuning.completions import CompletionData, tokenise
+from megatron_spdf.data.tokenizers.tokenizer import train_tokenizer
 
 WORDS = "the cheap restaurant near river serves food and is very good for families in city centre".split()
 LAYOUTS = [{"data": 1}, {"data": 2}, {"data": 4}]

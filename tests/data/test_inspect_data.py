@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from text_shards import ROOT, documents_of, records, write_shard
 
-from megatron_spdf.data.inspect import describe, histogram, sample, verify, verify_corpus
-from megatron_spdf.data.preprocess import preprocess
-from megatron_spdf.data.tokenizer import load_tokenizer
+from megatron_spdf.data.indexed.inspect import describe, histogram, sample, verify, verify_corpus
+from megatron_spdf.data.preprocess.preprocess import preprocess
+from megatron_spdf.data.tokenizers.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -18,9 +18,9 @@ import psutil
 import pytest
 from text_shards import ROOT, content, records, write_shard
 
-from megatron_spdf.data.preprocess import preprocess
-from megatron_spdf.data.publish import Partial
-from megatron_spdf.data.tokenizer import load_tokenizer
+from megatron_spdf.data.preprocess.preprocess import preprocess
+from megatron_spdf.data.preprocess.staging import Partial
+from megatron_spdf.data.tokenizers.tokenizer import load_tokenizer
 
 KINDS = {
     "one data set": [],
@@ -192,7 +192,8 @@ def test_after_a_bad_record_the_run_goes_on(tmp_path, tiny_bpe, remedy, settings
         write_shard(paths[2], records(2000, seed=7))
     read = []
     opened = preprocess.__globals__["read_blocks"]
-    monkeypatch.setattr("megatron_spdf.data.preprocess.read_blocks", lambda p, s: read.extend(p) or opened(p, s))
+    monkeypatch.setattr("megatron_spdf.data.preprocess.preprocess.read_blocks",
+                        lambda p, s: read.extend(p) or opened(p, s))
     on_error = "skip" if remedy == "skip" else "stop"
     preprocess(paths, tmp_path / "t", load_tokenizer(tiny_bpe), on_error=on_error, **settings)
     assert read == paths[2:]
@@ -213,7 +214,7 @@ def test_other_settings_are_not_mixed_into_an_interrupted_run(tmp_path, stopped,
 
 
 def test_another_tokenizer_is_not_mixed_into_an_interrupted_run(tmp_path, stopped, tiny_bpe):
-    from megatron_spdf.data.tokenizer import train_tokenizer
+    from megatron_spdf.data.tokenizers.tokenizer import train_tokenizer
 
     other = train_tokenizer("bpe", [r["text"] for r in records(9)], 280, tmp_path / "other")
     before = load_tokenizer(tiny_bpe).sha256

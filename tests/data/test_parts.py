@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from text_shards import SETS, as_jsonl, content, documents_of, records, write_shard
 
-from megatron_spdf.data.duplicates import SeenTexts
-from megatron_spdf.data.encode import Encoded
-from megatron_spdf.data.manifest import check_prefix, read_corpus
-from megatron_spdf.data.preprocess import preprocess
-from megatron_spdf.data.tokenizer import load_tokenizer
+from megatron_spdf.data.indexed.manifest import check_prefix, read_corpus
+from megatron_spdf.data.preprocess.deduplicate import SeenTexts
+from megatron_spdf.data.preprocess.encode import Encoded
+from megatron_spdf.data.preprocess.preprocess import preprocess
+from megatron_spdf.data.tokenizers.tokenizer import load_tokenizer
 
 NAMES = {"Pile-CC": "pile_cc", "Wikipedia (en)": "wikipedia_en", "Github": "github"}
 

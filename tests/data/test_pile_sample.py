@@ -10,9 +10,9 @@ import pytest
 import zstandard
 from text_shards import GPT2, HAS_PILE, NO_PILE, PILE
 
-from megatron_spdf.data.inspect import verify
-from megatron_spdf.data.preprocess import preprocess
-from megatron_spdf.data.tokenizer import load_tokenizer
+from megatron_spdf.data.indexed.inspect import verify
+from megatron_spdf.data.preprocess.preprocess import preprocess
+from megatron_spdf.data.tokenizers.tokenizer import load_tokenizer
 
 
 @pytest.mark.slow

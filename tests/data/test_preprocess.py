@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 import zstandard
 
-from megatron_spdf.data.preprocess import check_prefix, preprocess, read_manifest
-from megatron_spdf.data.tokenizer import load_tokenizer, train_tokenizer
+from megatron_spdf.data.preprocess.preprocess import check_prefix, preprocess, read_manifest
+from megatron_spdf.data.tokenizers.tokenizer import load_tokenizer, train_tokenizer
 
 ROOT = Path(__file__).parents[2]
 SHARED = Path(os.environ.get("SPDF_DATA", ROOT / ".." / "shared" / "data"))
@@ -291,7 +291,7 @@ def test_an_interrupted_run_cleans_up(data_set, bpe, tool, capsys, monkeypatch):
         assert Path(f"{data_set}.partial").exists()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("megatron_spdf.data.tokenizer_kinds.Gpt2Bpe.encode_array", interrupt)
+    monkeypatch.setattr("megatron_spdf.data.tokenizers.kinds.Gpt2Bpe.encode_array", interrupt)
     before = {suffix: Path(f"{data_set}.{suffix}").stat() for suffix in SUFFIXES}
     arguments = ["--input", f"{data_set.parent}/in.jsonl", "--output", str(data_set), "--overwrite"]
     assert tool.main([*arguments, "--tokenizer", str(bpe)]) == 128 + signal.SIGINT
@@ -390,7 +390,7 @@ def test_check_accepts_a_data_set_of_another_tool(data_set):
 
 def test_the_check_needs_neither_torch_nor_megatron(data_set):
     program = (
-        "import sys; from megatron_spdf.data.preprocess import check_prefix; "
+        "import sys; from megatron_spdf.data.preprocess.preprocess import check_prefix; "
         f"check_prefix({str(data_set)!r}); assert not {{'torch', 'megatron'}} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)

@@ -14,12 +14,12 @@ import pytest
 import torch
 from text_shards import records, write_shard
 
-from megatron_spdf.data import samples
-from megatron_spdf.data.cache import built_once
-from megatron_spdf.data.preprocess import preprocess
-from megatron_spdf.data.samples import Borders, Pass, Windows, samples_in_pass
-from megatron_spdf.data.sources import expand, training_sources
-from megatron_spdf.data.tokenizer import load_tokenizer
+from megatron_spdf.data.preprocess.preprocess import preprocess
+from megatron_spdf.data.pretraining import samples
+from megatron_spdf.data.pretraining.index_cache import built_once
+from megatron_spdf.data.pretraining.samples import Borders, Pass, Windows, samples_in_pass
+from megatron_spdf.data.pretraining.sources import expand, training_sources
+from megatron_spdf.data.tokenizers.tokenizer import load_tokenizer
 
 LENGTH = 16
 

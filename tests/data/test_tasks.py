@@ -9,7 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_spdf.data.tasks import SPLITS, TASKS, Example, load_examples, training_pairs
+from megatron_spdf.data.finetuning.tasks import (
+    SPLITS,
+    TASKS,
+    Example,
+    load_examples,
+    training_pairs,
+)
 
 DATA = Path(os.environ.get("SPDF_DATA") or Path(__file__).parents[2] / ".." / "shared" / "data")
 

@@ -15,8 +15,8 @@ import pytest
 import tokenizers
 import zstandard
 
-from megatron_spdf.data import tokenizer_kinds
-from megatron_spdf.data.tokenizer import load_tokenizer, train_tokenizer
+from megatron_spdf.data.tokenizers import kinds
+from megatron_spdf.data.tokenizers.tokenizer import load_tokenizer, train_tokenizer
 
 SHARED = Path(os.environ.get("SPDF_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
 GPT2 = SHARED / "gpt2_tokenizer"
@@ -307,7 +307,7 @@ def test_blanks_longer_than_the_regex_engine_can_stand(trained, blank):
         tokenizer._encoding.encode_to_numpy(text, disallowed_special=())
     assert tokenizer.decode(tokenizer.encode(text)) == text
     short = f"x\x1c{blank * 2000}y {blank * 3000}\x1cz{blank * 1500}"
-    parts = tokenizer_kinds._before_last_blanks(short)
+    parts = kinds._before_last_blanks(short)
     assert len(parts) == 3 and "".join(parts) == short
     assert [i for part in parts for i in tokenizer.encode(part)] == reference_bpe(trained / "bpe").encode(short).ids
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 
-from megatron_spdf.data.tasks import SPLITS, load_examples
-from megatron_spdf.demo.functions import RIGHT, realise, write_functions
+from demo_parts.functions import RIGHT, realise, write_functions
+
+from megatron_spdf.data.finetuning.tasks import SPLITS, load_examples
 
 
 def records(path):

@@ -7,8 +7,8 @@ from unittest.mock import patch
 
 import cases
 
-from megatron_spdf import kernels
-from megatron_spdf.sparsity.compact import compact_of, sparse_modules
+from megatron_spdf.kernels import dispatch
+from megatron_spdf.layers.compact import compact_of, sparse_modules
 
 
 @contextmanager
@@ -16,10 +16,10 @@ def triton_on_cpu():
     """Lets the CPU take what a GPU takes."""
     from megatron_spdf.kernels import triton_compact
 
-    kernels.block_products.cache_clear()
-    with patch.object(kernels, "implementation", lambda device: (triton_compact, triton_compact.NAME)):
+    dispatch.block_products.cache_clear()
+    with patch.object(dispatch, "implementation", lambda device: (triton_compact, triton_compact.NAME)):
         yield
-    kernels.block_products.cache_clear()
+    dispatch.block_products.cache_clear()
 
 
 def with_triton(recipe: dict, steps: int) -> dict:

@@ -21,32 +21,35 @@ from live_bytes import LiveBytes
 from megatron.core import parallel_state as ps
 from plain_gpt2 import plain_gpt2, train_plain
 
-from megatron_spdf.checkpoint import shared, store
+from megatron_spdf.architecture import weights
+from megatron_spdf.architecture.weights import model_weights
+from megatron_spdf.checkpoint import shared_files, store
 from megatron_spdf.checkpoint.checkpointer import Checkpointer, RunState
-from megatron_spdf.checkpoint.deepspeed_import import DeepSpeedReader
 from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
-from megatron_spdf.checkpoint.reshard import reshard
-from megatron_spdf.config import Recipe
-from megatron_spdf.config.checks import findings
-from megatron_spdf.data.corpus import check_corpus
-from megatron_spdf.data.dataset import TokenData
-from megatron_spdf.engine import Engine, make_engine, megatron
+from megatron_spdf.convert.deepspeed_import import DeepSpeedReader
+from megatron_spdf.convert.reshard import reshard
+from megatron_spdf.data.pretraining.corpus import check_corpus
+from megatron_spdf.data.pretraining.dataset import TokenData
+from megatron_spdf.engine import megatron
+from megatron_spdf.engine.base import Engine
+from megatron_spdf.engine.factory import make_engine
 from megatron_spdf.evaluation.coordinates import activation_sizes
-from megatron_spdf.model import weights
+from megatron_spdf.layers.compact import compact_of, densify, sparse_modules
+from megatron_spdf.layers.measure import SparsityDrift
 from megatron_spdf.model.attention import document_mask
-from megatron_spdf.model.weights import model_weights
-from megatron_spdf.parallel.ranks import find_ranks, join, leave
-from megatron_spdf.parallel.signals import StopRequest
+from megatron_spdf.parallel.ranks import join, leave
 from megatron_spdf.parallel.traffic import TrafficCounter
 from megatron_spdf.planning.activations import step_bytes
 from megatron_spdf.planning.memory import rank_bytes
 from megatron_spdf.planning.traffic import classify, step_traffic
-from megatron_spdf.sparsity.compact import compact_of, densify, sparse_modules
-from megatron_spdf.sparsity.measure import SparsityDrift
+from megatron_spdf.recipe.recipe import Recipe
+from megatron_spdf.recipe.rules import findings
+from megatron_spdf.resilience.signals import StopRequest
+from megatron_spdf.resilience.world import find_ranks
+from megatron_spdf.runs.run_dir import RunDir
+from megatron_spdf.runs.run_log import RunLog
 from megatron_spdf.sparsity.plan import make_plan
 from megatron_spdf.training.loop import NotFinite, Trainer
-from megatron_spdf.training.run_dir import RunDir
-from megatron_spdf.training.run_log import RunLog
 
 
 class Bench:
@@ -279,13 +282,13 @@ def saved_first(recipe: dict, saves: bool) -> list[tuple[float, float]]:
 
 def unshared(recipe: dict, places: list[str]) -> list[str]:
     """What is said where ranks have directories of their own under one name: of a run that begins, and of a save."""
-    shared.PATIENCE, said = 0.2, []
+    shared_files.PATIENCE, said = 0.2, []
     with bench(recipe | {"output": places[0]}) as b:
         here = Path(places[dist.get_rank()])
         b.run.root, b.checkpointer.directory = here, here / "checkpoints"
         try:
             b.run.claim_together()
-        except shared.Unshared as error:
+        except shared_files.Unshared as error:
             said.append(str(error))
         b.checkpointer.save(b.engine, RunState(1, 1), b.engine.measured_sparsity())
         said += [str(b.checkpointer.wait().error), str(store.visible(b.checkpointer.directory))]
@@ -293,7 +296,7 @@ def unshared(recipe: dict, places: list[str]) -> list[str]:
             (here / "checkpoints" / store.name_of(2)).mkdir(parents=True)
         try:
             b.checkpointer.restore(b.engine)
-        except shared.Unshared as error:
+        except shared_files.Unshared as error:
             said.append(str(error))
     return said
 

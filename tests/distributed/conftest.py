@@ -21,8 +21,8 @@ SMALL = {
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     """Prefix of a small data set of real text, with a byte-level BPE of 300 tokens."""
-    from megatron_spdf.data.preprocess import preprocess
-    from megatron_spdf.data.tokenizer import train_tokenizer
+    from megatron_spdf.data.preprocess.preprocess import preprocess
+    from megatron_spdf.data.tokenizers.tokenizer import train_tokenizer
 
     directory = tmp_path_factory.mktemp("corpus")
     library = Path(sysconfig.get_paths()["stdlib"])

@@ -11,22 +11,23 @@ from harness import agree_on_port
 from megatron.core import parallel_state as ps
 from plain_gpt2 import plain_gpt2
 
+from megatron_spdf.architecture.weights import model_weights
 from megatron_spdf.checkpoint.checkpointer import Checkpointer, RunState
 from megatron_spdf.checkpoint.reader import find_checkpoint
-from megatron_spdf.checkpoint.source import open_weights
-from megatron_spdf.config.finetune import Finetune
-from megatron_spdf.data.finetuning import CompletionData
-from megatron_spdf.engine import make_engine
+from megatron_spdf.convert.source import open_weights
+from megatron_spdf.data.finetuning.completions import CompletionData
+from megatron_spdf.engine.factory import make_engine
+from megatron_spdf.layers.compact import compact_of
 from megatron_spdf.model.gpt import build_model, canonical_modules
 from megatron_spdf.model.init import LoadedWeights
-from megatron_spdf.model.weights import model_weights
-from megatron_spdf.parallel.ranks import find_ranks, join
-from megatron_spdf.parallel.signals import StopRequest
-from megatron_spdf.sparsity.compact import compact_of
+from megatron_spdf.parallel.ranks import join
+from megatron_spdf.recipe.finetune import Finetune
+from megatron_spdf.resilience.signals import StopRequest
+from megatron_spdf.resilience.world import find_ranks
+from megatron_spdf.runs.run_dir import RunDir
+from megatron_spdf.runs.run_log import RunLog
 from megatron_spdf.training import loop
-from megatron_spdf.training.prepare import prepare
-from megatron_spdf.training.run_dir import RunDir
-from megatron_spdf.training.run_log import RunLog
+from megatron_spdf.training.finetune_setup import prepare
 
 
 class Tuning:

@@ -12,7 +12,8 @@ from megatron.core import parallel_state as ps
 from megatron.core import tensor_parallel
 from torch import Tensor
 
-from megatron_spdf.model import head, weights
+from megatron_spdf.architecture import weights
+from megatron_spdf.model import head
 from megatron_spdf.model.head import head_loss
 from megatron_spdf.model.loss import batch_loss
 

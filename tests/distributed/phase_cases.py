@@ -12,15 +12,16 @@ from cases import logits, on_first
 from harness import ROOT, agree_on_port
 
 from megatron_spdf.checkpoint.checkpointer import Checkpointer, RunState
-from megatron_spdf.checkpoint.fresh_run import start_run
 from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
-from megatron_spdf.config import Recipe
-from megatron_spdf.data.corpus import check_corpus
-from megatron_spdf.data.dataset import TokenData
-from megatron_spdf.engine import make_engine
-from megatron_spdf.parallel.ranks import find_ranks, join, leave
-from megatron_spdf.planning.phases import phases_of
-from megatron_spdf.training.run_dir import RunDir
+from megatron_spdf.convert.initial_checkpoint import start_run
+from megatron_spdf.data.pretraining.corpus import check_corpus
+from megatron_spdf.data.pretraining.dataset import TokenData
+from megatron_spdf.engine.factory import make_engine
+from megatron_spdf.parallel.ranks import join, leave
+from megatron_spdf.recipe.recipe import Recipe
+from megatron_spdf.resilience.world import find_ranks
+from megatron_spdf.runs.run_dir import RunDir
+from megatron_spdf.schedule.stages import phases_of
 
 sys.path.insert(0, str(ROOT))
 import pretrain  # noqa: E402

@@ -2,9 +2,9 @@
 
 import gc
 
-from megatron_spdf.parallel import cpu
+from megatron_spdf.parallel import fake_cuda
 
-cpu.install()
+fake_cuda.install()
 
 import cases  # noqa: E402
 import finetune_cases  # noqa: E402

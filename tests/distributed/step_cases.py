@@ -9,12 +9,12 @@ from pathlib import Path
 from unittest.mock import patch
 
 import cases
+from benchmarks import baselines
 from cases import bench
 from phase_cases import phased
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_spdf.benchmarks import peers
 from megatron_spdf.model import gpt
 
 # What makes the host wait for a GPU: values that Python sees, and shapes that depend on values.
@@ -74,7 +74,7 @@ def masked_peer(recipe: dict) -> dict:
     """Gradient norms of the benchmark's peer that multiplies masks into dense weights; and whether each of its weights
     is zero where masked, and has learnt elsewhere."""
     with bench(recipe) as b:
-        b.engine = peers._MaskedEngine(b.engine)
+        b.engine = baselines._MaskedEngine(b.engine)
         masks = b.engine.masks
         before = {p: p.detach().clone() for p in masks}
         norms = [norm for _, norm in b.steps(0, 2)]

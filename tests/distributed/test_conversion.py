@@ -15,16 +15,16 @@ from mup import MUP
 from safetensors.torch import load_file, save_file
 
 from megatron_spdf.checkpoint import store
-from megatron_spdf.checkpoint.fresh_run import start_run
-from megatron_spdf.checkpoint.huggingface import MASKS, WEIGHTS, export
 from megatron_spdf.checkpoint.inspect import verify
-from megatron_spdf.checkpoint.megatron_lm import MegatronReader, save_for_megatron
 from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
-from megatron_spdf.checkpoint.source import open_weights
-from megatron_spdf.config import Recipe
-from megatron_spdf.data.preprocess import preprocess
-from megatron_spdf.data.tokenizer import load_tokenizer, train_tokenizer
-from megatron_spdf.data.tokenizer_kinds import END_OF_TEXT, Gpt2Bpe
+from megatron_spdf.convert.huggingface_export import MASKS, WEIGHTS, export
+from megatron_spdf.convert.initial_checkpoint import start_run
+from megatron_spdf.convert.megatron_lm import MegatronReader, save_for_megatron
+from megatron_spdf.convert.source import open_weights
+from megatron_spdf.data.preprocess.preprocess import preprocess
+from megatron_spdf.data.tokenizers.kinds import END_OF_TEXT, Gpt2Bpe
+from megatron_spdf.data.tokenizers.tokenizer import load_tokenizer, train_tokenizer
+from megatron_spdf.recipe.recipe import Recipe
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from huggingface_models import logits_of, save_gpt2, shape_of  # noqa: E402

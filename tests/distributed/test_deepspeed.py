@@ -8,8 +8,8 @@ import torch
 from harness import outcome, run_cases
 from mup import MUP
 
-from megatron_spdf.checkpoint.deepspeed_import import DeepSpeedReader
-from megatron_spdf.config.recipe import Model
+from megatron_spdf.architecture.model import Model
+from megatron_spdf.convert.deepspeed_import import DeepSpeedReader
 
 pytestmark = pytest.mark.slow
 

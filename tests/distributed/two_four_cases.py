@@ -9,8 +9,8 @@ from unittest.mock import patch
 
 import cases
 
-from megatron_spdf import kernels
-from megatron_spdf.sparsity.compact import compact_of, sparse_modules
+from megatron_spdf.kernels import dispatch
+from megatron_spdf.layers.compact import compact_of, sparse_modules
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 from stand_in_library import StandIn  # noqa: E402
@@ -20,7 +20,7 @@ from stand_in_library import StandIn  # noqa: E402
 def sparse_tensor_cores():
     """Lets the CPU take what a GPU takes; gives the library, which counts its products."""
     library = StandIn()
-    with patch.object(kernels, "two_four_products", lambda device, dtype: (library, library.NAME)):
+    with patch.object(dispatch, "two_four_products", lambda device, dtype: (library, library.NAME)):
         yield library
 
 

@@ -26,7 +26,7 @@ def main(place: Path) -> None:
 
 def cases() -> list[dict]:
     """Everything that may be taken in bf16 on Hopper; what is taken in bf16 on Ampere and in fp32 on Hopper."""
-    from megatron_spdf.kernels.tiles import CANDIDATES, WARPS, chosen
+    from megatron_spdf.kernels.tile_shapes import CANDIDATES, WARPS, chosen
 
     found = []
     for kernel, warps in WARPS.items():
@@ -49,9 +49,9 @@ def compiled(place: Path, number: int, kernel: str, target: int, dtype: str, opt
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from megatron_spdf.kernels import triton_blocks, triton_compact
+    from megatron_spdf.kernels import triton_compact, triton_tiles
 
-    function = getattr(triton_blocks if size else triton_compact, f"_{kernel}")
+    function = getattr(triton_tiles if size else triton_compact, f"_{kernel}")
     fixed = constants(kernel, size, tile)
     kinds = {name: "constexpr" if name in fixed else kind(kernel, name, dtype) for name in function.arg_names}
     aligned = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(function.arg_names)

@@ -14,7 +14,7 @@ from small_masks import NO_TRITON
 
 pytest.importorskip("triton", reason=NO_TRITON)
 from megatron_spdf.kernels.mask import SPAN  # noqa: E402
-from megatron_spdf.kernels.tiles import WARPS, chosen  # noqa: E402
+from megatron_spdf.kernels.tile_shapes import WARPS, chosen  # noqa: E402
 
 pytestmark = pytest.mark.slow
 

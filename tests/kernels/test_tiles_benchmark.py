@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from benchmarks import tiles
+from benchmarks.engines import plan_of
 from small_masks import DEVICE, NO_TRITON
 
-from megatron_spdf import kernels
-from megatron_spdf.benchmarks import tiles
-from megatron_spdf.benchmarks.engines import plan_of
+from megatron_spdf.kernels import dispatch
 
 pytest.importorskip("triton", reason=NO_TRITON)
 from megatron_spdf.kernels import triton_compact  # noqa: E402
-from megatron_spdf.kernels.tiles import CANDIDATES, WARPS, Tile  # noqa: E402
+from megatron_spdf.kernels.tile_shapes import CANDIDATES, WARPS, Tile  # noqa: E402
 
 KINDS = ["self_attention.linear_qkv.weight", "self_attention.linear_proj.weight", "mlp.linear_fc1.weight",
          "mlp.linear_fc2.weight"]
@@ -31,10 +31,10 @@ def measured(recipe, monkeypatch):
         return seconds
 
     monkeypatch.setattr(tiles, "median_seconds", once)
-    monkeypatch.setattr(kernels, "implementation", lambda device: (triton_compact, triton_compact.NAME))
-    kernels.block_products.cache_clear()
+    monkeypatch.setattr(dispatch, "implementation", lambda device: (triton_compact, triton_compact.NAME))
+    dispatch.block_products.cache_clear()
     yield measure
-    kernels.block_products.cache_clear()
+    dispatch.block_products.cache_clear()
 
 
 def test_every_tile_is_tried_on_every_weight(measured, monkeypatch):

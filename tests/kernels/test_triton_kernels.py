@@ -8,47 +8,46 @@ import torch
 from small_masks import DEVICE, NO_TRITON, TOLERANCE, make_mask, random_chunks, whole
 from torch import Tensor
 
-from megatron_spdf import kernels
-from megatron_spdf.kernels import torch_reference
+from megatron_spdf.kernels import dispatch, torch_reference
 
 triton = pytest.importorskip("triton", reason=NO_TRITON)
-from megatron_spdf.kernels import triton_blocks, triton_compact  # noqa: E402
-from megatron_spdf.kernels.tiles import CANDIDATES, WARPS  # noqa: E402
+from megatron_spdf.kernels import triton_compact, triton_tiles  # noqa: E402
+from megatron_spdf.kernels.tile_shapes import CANDIDATES, WARPS  # noqa: E402
 
 each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
 
 def test_trial_accepts_the_kernels_and_nothing_that_computes_otherwise(monkeypatch):
-    kernels._try_out(triton_compact, torch.device(DEVICE))
+    dispatch._try_out(triton_compact, torch.device(DEVICE))
     monkeypatch.setattr(triton_compact, "compress", lambda dense, mask, out: out)
     with pytest.raises(RuntimeError, match="something else than PyTorch"):
-        kernels._try_out(triton_compact, torch.device(DEVICE))
+        dispatch._try_out(triton_compact, torch.device(DEVICE))
 
 
 @pytest.mark.parametrize("product", ["forward", "input_gradient", "weight_gradient"])
 def test_trial_accepts_products_and_nothing_that_computes_otherwise(monkeypatch, product):
-    blocks = triton_blocks, triton_compact, torch.device(DEVICE), 16, torch.bfloat16
-    kernels._try_out_blocks(*blocks)
-    right = getattr(triton_blocks, product)
-    monkeypatch.setattr(triton_blocks, product, lambda *operands: right(*operands) + 1)
+    blocks = triton_tiles, triton_compact, torch.device(DEVICE), 16, torch.bfloat16
+    dispatch._try_out_blocks(*blocks)
+    right = getattr(triton_tiles, product)
+    monkeypatch.setattr(triton_tiles, product, lambda *operands: right(*operands) + 1)
     with pytest.raises(RuntimeError, match="something else than those with the expanded weight"):
-        kernels._try_out_blocks(*blocks)
-    monkeypatch.setattr(kernels, "implementation", lambda device: (triton_compact, triton_compact.NAME))
-    kernels.block_products.cache_clear()
-    module, name = kernels.block_products(DEVICE, 16, torch.bfloat16)
-    kernels.block_products.cache_clear()
+        dispatch._try_out_blocks(*blocks)
+    monkeypatch.setattr(dispatch, "implementation", lambda device: (triton_compact, triton_compact.NAME))
+    dispatch.block_products.cache_clear()
+    module, name = dispatch.block_products(DEVICE, 16, torch.bfloat16)
+    dispatch.block_products.cache_clear()
     assert module is None
     assert name.startswith("expanded and multiplied as dense weights, since triton's products do not work here (Run")
 
 
 def test_what_kernels_do_not_take_goes_to_pytorch_with_one_line(monkeypatch, caplog):
-    monkeypatch.setattr(kernels, "implementation", lambda device: (triton_compact, triton_compact.NAME))
-    kernels._say_once.cache_clear()
+    monkeypatch.setattr(dispatch, "implementation", lambda device: (triton_compact, triton_compact.NAME))
+    dispatch._say_once.cache_clear()
     mask = make_mask(random_chunks(2, 5, 7, 11), 1, triton_compact)
     dense = torch.randn(mask.shape, dtype=torch.float64, device=DEVICE)
     for _ in range(2):
-        values = kernels.compress(dense, mask)
-        assert torch.equal(kernels.compress(kernels.expand(values, mask), mask), values)
+        values = dispatch.compress(dense, mask)
+        assert torch.equal(dispatch.compress(dispatch.expand(values, mask), mask), values)
     assert values.dtype is torch.float64 and len(caplog.records) == 1
     assert "10 x 7" not in caplog.text and "5 x 14 of torch.float64 is not for the kernels" in caplog.text
 
@@ -57,14 +56,14 @@ def test_a_gpu_on_which_triton_fails_is_served_by_pytorch(monkeypatch):
     def fails(module, device):
         raise RuntimeError("no ptxas\nat all")
 
-    monkeypatch.setattr(kernels, "_try_out", fails)
-    for chosen in (kernels.implementation, kernels.block_products):
+    monkeypatch.setattr(dispatch, "_try_out", fails)
+    for chosen in (dispatch.implementation, dispatch.block_products):
         chosen.cache_clear()
-    module, name = kernels.implementation("cuda")
+    module, name = dispatch.implementation("cuda")
     assert module is torch_reference
     assert name == "torch, since triton does not work here (RuntimeError: no ptxas)"
-    assert kernels.block_products("cuda", 64, torch.bfloat16) == (None, "expanded and multiplied as dense weights")
-    for chosen in (kernels.implementation, kernels.block_products):
+    assert dispatch.block_products("cuda", 64, torch.bfloat16) == (None, "expanded and multiplied as dense weights")
+    for chosen in (dispatch.implementation, dispatch.block_products):
         chosen.cache_clear()
 
 
@@ -72,11 +71,11 @@ def test_a_gpu_on_which_triton_fails_is_served_by_pytorch(monkeypatch):
     (16, torch.bfloat16, True), (128, torch.float32, True), (8, torch.bfloat16, False), (48, torch.float16, False),
     (256, torch.bfloat16, False), (64, torch.float64, False)])
 def test_blocks_that_kernels_do_not_take_are_expanded(monkeypatch, size, dtype, taken):
-    monkeypatch.setattr(kernels, "implementation", lambda device: (triton_compact, triton_compact.NAME))
-    kernels.block_products.cache_clear()
-    module, name = kernels.block_products(DEVICE, size, dtype)
-    kernels.block_products.cache_clear()
-    assert (module is triton_blocks) == taken == (name == triton_compact.NAME)
+    monkeypatch.setattr(dispatch, "implementation", lambda device: (triton_compact, triton_compact.NAME))
+    dispatch.block_products.cache_clear()
+    module, name = dispatch.block_products(DEVICE, size, dtype)
+    dispatch.block_products.cache_clear()
+    assert (module is triton_tiles) == taken == (name == triton_compact.NAME)
     assert taken or f"not {size} of {dtype}" in name
 
 
@@ -159,9 +158,9 @@ def dot_of_bf16(monkeypatch):
 def test_block_products_are_those_in_float64(case, dtype):
     torch.manual_seed(1)
     p = Product(case, dtype)
-    close(triton_blocks.forward(p.x, p.values, p.mask), numbers(p.x) @ p.weight.T)
-    close(triton_blocks.input_gradient(p.gradient, p.values, p.mask), numbers(p.gradient) @ p.weight)
-    close(triton_blocks.weight_gradient(p.gradient, p.x, p.mask), p.compact(numbers(p.gradient).T @ numbers(p.x)))
+    close(triton_tiles.forward(p.x, p.values, p.mask), numbers(p.x) @ p.weight.T)
+    close(triton_tiles.input_gradient(p.gradient, p.values, p.mask), numbers(p.gradient) @ p.weight)
+    close(triton_tiles.weight_gradient(p.gradient, p.x, p.mask), p.compact(numbers(p.gradient).T @ numbers(p.x)))
 
 
 @each_dtype
@@ -169,16 +168,16 @@ def test_weight_gradient_is_added_in_fp32(dtype):
     p = Product(BLOCKS["input chunks"], dtype)
     before = torch.randn(p.values.shape, device=DEVICE)
     out = before.clone()
-    assert triton_blocks.weight_gradient(p.gradient, p.x, p.mask, out) is out
+    assert triton_tiles.weight_gradient(p.gradient, p.x, p.mask, out) is out
     close(out, numbers(before).ravel() + p.compact(numbers(p.gradient).T @ numbers(p.x)))
 
 
 def test_inputs_of_block_products_need_not_be_contiguous():
     p = Product(BLOCKS["output chunks"], torch.float32)
     x, gradient = p.x.T.contiguous().T, torch.randn(32, 3 * p.mask.shape[0], device=DEVICE)[:, :p.mask.shape[0]]
-    assert torch.equal(triton_blocks.forward(x, p.values, p.mask), triton_blocks.forward(p.x, p.values, p.mask))
-    close(triton_blocks.input_gradient(gradient, p.values, p.mask), numbers(gradient) @ p.weight)
-    close(triton_blocks.weight_gradient(gradient, x, p.mask), p.compact(numbers(gradient).T @ numbers(p.x)))
+    assert torch.equal(triton_tiles.forward(x, p.values, p.mask), triton_tiles.forward(p.x, p.values, p.mask))
+    close(triton_tiles.input_gradient(gradient, p.values, p.mask), numbers(gradient) @ p.weight)
+    close(triton_tiles.weight_gradient(gradient, x, p.mask), p.compact(numbers(gradient).T @ numbers(p.x)))
 
 
 @pytest.mark.parametrize(("kernel", "size", "tile"), [(*key, t) for key, tiles in CANDIDATES.items() for t in tiles])
@@ -188,7 +187,7 @@ def test_products_are_the_same_with_every_tile(kernel, size, tile):
                 "weight_gradient": (p.gradient, p.x)}[kernel]
     wanted = {"forward": lambda: numbers(p.x) @ p.weight.T, "input_gradient": lambda: numbers(p.gradient) @ p.weight,
               "weight_gradient": lambda: p.compact(numbers(p.gradient).T @ numbers(p.x))}[kernel]()
-    close(getattr(triton_blocks, kernel)(*operands, p.mask, tile=tile), wanted)
+    close(getattr(triton_tiles, kernel)(*operands, p.mask, tile=tile), wanted)
 
 
 @pytest.mark.parametrize("warps", sorted({n for some in WARPS.values() for n in some}))

@@ -11,12 +11,18 @@ from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_to_dense_cutlass,
 )
 
-from megatron_spdf import kernels
-from megatron_spdf.kernels import two_four
-from megatron_spdf.kernels.two_four import Cutlass, find_two_four, fits, packed, packed_transposed, try_out
-from megatron_spdf.sparsity.compact import CompactWeight
+from megatron_spdf.kernels import dispatch, two_four
+from megatron_spdf.kernels.two_four import (
+    Cutlass,
+    find_two_four,
+    fits,
+    packed,
+    packed_transposed,
+    try_out,
+)
+from megatron_spdf.layers.compact import CompactWeight
+from megatron_spdf.layers.matmul import ExpandedProduct, TwoFourProduct, choose_product
 from megatron_spdf.sparsity.plan import SparseWeight
-from megatron_spdf.sparsity.product import ExpandedProduct, TwoFourProduct, choose_product
 
 WEIGHTS = [SparseWeight("w.out", (256, 128), 0, 4, 0.5, two_four=True),
            SparseWeight("w.in", (64, 512), 1, 4, 0.5, two_four=True)]
@@ -116,7 +122,7 @@ def test_the_first_library_that_works_is_taken_and_why_none_is_said(monkeypatch)
 
     real = try_out
     monkeypatch.setattr(two_four, "try_out", lambda library, device, dtype: real(library, torch.device("cpu"), dtype))
-    choose = kernels.two_four_products.__wrapped__
+    choose = dispatch.two_four_products.__wrapped__
     monkeypatch.setattr(two_four, "LIBRARIES", (Broken(), StandIn()))
     library, name = choose("cuda", DTYPE)
     assert type(library) is StandIn and name == "stand-in"
@@ -127,7 +133,7 @@ def test_the_first_library_that_works_is_taken_and_why_none_is_said(monkeypatch)
 
 
 def test_odd_shapes_are_expanded_with_a_word(monkeypatch, caplog):
-    monkeypatch.setattr(kernels, "two_four_products", lambda device, dtype: (StandIn(), "stand-in"))
+    monkeypatch.setattr(dispatch, "two_four_products", lambda device, dtype: (StandIn(), "stand-in"))
     even, odd = (SparseWeight("w", (64, n), 0, 4, 0.5, two_four=True) for n in (128, 96))
     assert fits(even.shape) and not fits(odd.shape) and not fits(odd.shape[::-1])
     assert isinstance(choose_product(even, torch.empty(even.shape), "step"), TwoFourProduct)
@@ -142,7 +148,7 @@ def test_odd_shapes_are_expanded_with_a_word(monkeypatch, caplog):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 def test_a_gpu_multiplies_on_its_sparse_tensor_cores():
-    library, name = kernels.two_four_products("cuda", DTYPE)
+    library, name = dispatch.two_four_products("cuda", DTYPE)
     assert library is not None, name
     weight = WEIGHTS[1]
     compact = CompactWeight(weight, 3, 0, 1, "cuda", TwoFourProduct(library, DTYPE))

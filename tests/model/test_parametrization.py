@@ -7,9 +7,14 @@ import math
 import pytest
 import torch
 
-from megatron_spdf.config import Recipe
-from megatron_spdf.model.parametrization import Parametrization, fold, render_parametrization, unfold
-from megatron_spdf.model.weights import EMBEDDING, model_weights
+from megatron_spdf.architecture.weights import EMBEDDING, model_weights
+from megatron_spdf.model.parametrization import (
+    Parametrization,
+    fold,
+    render_parametrization,
+    unfold,
+)
+from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.sparsity.plan import make_plan
 
 QKV, OUT = "decoder.layers.1.self_attention.linear_qkv.weight", "decoder.layers.1.mlp.linear_fc2.weight"

@@ -9,7 +9,14 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
-from megatron_spdf.model.sdpa import FUSED, Heads, attend, choose_kernels, describe_kernels, kernels_on_gpu
+from megatron_spdf.model.sdpa import (
+    FUSED,
+    Heads,
+    attend,
+    choose_kernels,
+    describe_kernels,
+    kernels_on_gpu,
+)
 
 GPT2 = Heads(queries=12, groups=12, width=64, dtype=torch.bfloat16, dropout=0.0, masked=False)
 ODD = replace(GPT2, queries=6, groups=2, width=100, masked=True)

@@ -18,8 +18,8 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron_spdf.parallel import activity, heartbeat
-from megatron_spdf.parallel.ranks import Ranks
+from megatron_spdf.resilience import heartbeat, progress
+from megatron_spdf.resilience.world import Ranks
 
 WORLD, HANG = 3, 2.0
 heartbeat.BEAT_SECONDS, heartbeat.GRACE_SECONDS = 0.2, 0.6
@@ -29,10 +29,10 @@ def rank_main(rank: int, port: int, deed: str, victim: int) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     store = dist.TCPStore("127.0.0.1", port, is_master=rank == 0, wait_for_workers=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
-    activity.observe()
+    progress.observe()
     with heartbeat.Heartbeat(Ranks(rank, WORLD, rank, "test"), HANG):
         for step in range(1, 1000):
-            activity.NOW.enter(f"step {step}", watched=True)
+            progress.NOW.enter(f"step {step}", watched=True)
             dist.barrier()
             time.sleep(0.05)
             if step == 20 and deed == "leave":

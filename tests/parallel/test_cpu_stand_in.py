@@ -15,24 +15,24 @@ ROOT = Path(__file__).resolve().parents[2]
 
 PROGRAM = """
 import json, torch
-from megatron_spdf.parallel import cpu
+from megatron_spdf.parallel import fake_cuda
 
 found = {}
 have_gpu, watched = torch.cuda.is_available, (torch.cuda, torch.Tensor, torch.nn.Module)
 torch.cuda.is_available = lambda: True
 before = [dict(vars(place)) for place in watched]
-found["refuses on a GPU"] = cpu.install() is False
+found["refuses on a GPU"] = fake_cuda.install() is False
 found["replaces nothing on a GPU"] = (
-    [dict(vars(place)) for place in watched] == before and cpu._mode is None
+    [dict(vars(place)) for place in watched] == before and fake_cuda._mode is None
     and torch.ones(1).type() == "torch.FloatTensor")
 torch.cuda.is_available = have_gpu
 
 compile = torch.compile
-found["installs"] = cpu.install() is True
+found["installs"] = fake_cuda.install() is True
 import sys, megatron.core.fusions.fused_bias_gelu as fused
 found["fusions are not compiled"] = not hasattr(fused.bias_gelu, "_torchdynamo_orig_callable")
 found["the compiler is not imported"] = "torch._inductor.compile_fx" not in sys.modules and torch.compile is compile
-found["installs once"] = cpu.install() is True and torch.ones(1).type() == "torch.cuda.FloatTensor"
+found["installs once"] = fake_cuda.install() is True and torch.ones(1).type() == "torch.cuda.FloatTensor"
 found["factory with device"] = [str(t.device) for t in (
     torch.zeros(2, device="cuda"), torch.empty(2, device=torch.device("cuda", 0)), torch.tensor([1], device="cuda:0"),
     torch.full((2,), 1.0, device="cuda"), torch.arange(3, device="cuda"))] == ["cpu"] * 5

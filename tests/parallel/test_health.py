@@ -8,8 +8,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_spdf.parallel import health
-from megatron_spdf.parallel.health import Report, Unhealthy, addresses, check_in, hosts_of_ranks, render, tasks_per_node
+from megatron_spdf.resilience import startup_check
+from megatron_spdf.resilience.startup_check import (
+    Report,
+    Unhealthy,
+    addresses,
+    check_in,
+    hosts_of_ranks,
+    render,
+    tasks_per_node,
+)
 
 CPU = torch.device("cpu")
 
@@ -19,7 +27,7 @@ def call(monkeypatch):
     """Runs `check_in` on some ranks of a world; returns rank -> what it returned or raised."""
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "29999")
-    monkeypatch.setattr(health, "REACH_SECONDS", 2.0)
+    monkeypatch.setattr(startup_check, "REACH_SECONDS", 2.0)
 
     def call(ranks: list[int], world: int, seconds: float = 5.0) -> dict[int, object]:
         store, found = dist.HashStore(), {}
@@ -45,7 +53,7 @@ def test_all_there(call):
 
 
 def test_a_missing_rank_is_named_on_every_rank_with_its_host(call, monkeypatch):
-    monkeypatch.setattr(health, "hosts_of_ranks", lambda: {0: "a1", 1: "a1", 2: "a2", 3: "a2"})
+    monkeypatch.setattr(startup_check, "hosts_of_ranks", lambda: {0: "a1", 1: "a1", 2: "a2", 3: "a2"})
     found = call([0, 1, 3], 4, seconds=0.5)
     assert {str(e) for e in found.values()} == {str(found[0])} and isinstance(found[0], Unhealthy)
     assert "1 of 4 ranks did not report within guard.join_seconds=0.5: rank 2 on a2. " in str(found[0])
@@ -60,7 +68,7 @@ def test_a_head_node_that_is_its_own_loopback_is_called_by_name():
 
 
 def test_a_neighbour_out_of_reach_is_named(call, monkeypatch):
-    reach = health.socket.create_connection
+    reach = startup_check.socket.create_connection
     doors = []
 
     def first_fails(address, timeout):
@@ -68,7 +76,7 @@ def test_a_neighbour_out_of_reach_is_named(call, monkeypatch):
         if len(doors) == 1:
             raise OSError("No route to host")
         return reach(address, timeout)
-    monkeypatch.setattr(health.socket, "create_connection", first_fails)
+    monkeypatch.setattr(startup_check.socket, "create_connection", first_fails)
     found = call([0, 1], 2)
     said = str(found[0])
     assert isinstance(found[1], Unhealthy) and str(found[1]) == said

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_spdf.parallel.heartbeat import Beat, Peer, verdict
+from megatron_spdf.resilience.heartbeat import Beat, Peer, verdict
 
 CASES = [f"{deed} {rank}" for deed in ("kill", "stop", "raise", "stand") for rank in (0, 2)] + ["leave 0"]
 HOST = socket.gethostname()

@@ -6,9 +6,10 @@ import socket
 
 import pytest
 
-from megatron_spdf.config.recipe import Parallel
-from megatron_spdf.parallel.health import Unhealthy
-from megatron_spdf.parallel.ranks import Ranks, _meet, check_world, find_ranks
+from megatron_spdf.parallel.ranks import _meet
+from megatron_spdf.recipe.recipe import Parallel
+from megatron_spdf.resilience.startup_check import Unhealthy
+from megatron_spdf.resilience.world import Ranks, check_world, find_ranks
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
 SBATCH = {"SLURM_JOB_ID": "42", "SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_LOCALID": "0"}

@@ -6,9 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from megatron_spdf.config import Recipe, load_recipe
-from megatron_spdf.model.weights import LOGITS_BYTES, model_weights, tokens_at_once
-from megatron_spdf.planning.activations import block_bytes, in_flight, kept_by_block, peak_bytes, step_bytes
+from megatron_spdf.architecture.weights import LOGITS_BYTES, model_weights, tokens_at_once
+from megatron_spdf.planning.activations import (
+    block_bytes,
+    in_flight,
+    kept_by_block,
+    peak_bytes,
+    step_bytes,
+)
+from megatron_spdf.recipe.load import load_recipe
+from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.sparsity.plan import make_plan
 
 XL = Path(__file__).resolve().parents[2] / "configs/pretrain/gpt3_xl_dense.yaml"

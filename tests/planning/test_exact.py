@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_spdf.config import Recipe, load_recipe
 from megatron_spdf.planning.exact import dry_run, dry_runs, ranks_of_interest, render_counts
 from megatron_spdf.planning.overview import at_level, plan_of
+from megatron_spdf.recipe.load import load_recipe
+from megatron_spdf.recipe.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAN_175B = ROOT / "configs" / "plan" / "gpt3_175b.yaml"
@@ -83,7 +84,7 @@ def test_another_plan_does_not_agree(counts):
 def test_gpt3_175b_on_1024_ranks_in_little_memory():
     """In a process of its own, so that the memory of its children is that of the dry run."""
     code = ("import json, resource, sys; sys.path.insert(0, sys.argv[1]);"
-            "from megatron_spdf.config import load_recipe; from megatron_spdf.planning.overview import plan_of;"
+            "from megatron_spdf.recipe.load import load_recipe; from megatron_spdf.planning.overview import plan_of;"
             "from megatron_spdf.planning.exact import dry_runs, ranks_of_interest;"
             "both = [load_recipe(sys.argv[2], ['sparsity=' + level]) for level in ('0.0', '0.75')];"
             "counts = dry_runs([(r, plan_of(r), ranks_of_interest(r)) for r in both]);"

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_spdf.config import load_recipe
-from megatron_spdf.model.weights import model_weights
-from megatron_spdf.planning.flops import (
+from megatron_spdf.architecture.weights import model_weights
+from megatron_spdf.recipe.load import load_recipe
+from megatron_spdf.reports import paper
+from megatron_spdf.schedule.flops import (
     Phase,
     average_sparsity,
     forward_flops,
@@ -17,7 +18,6 @@ from megatron_spdf.planning.flops import (
     schedule_flops,
     training_flops,
 )
-from megatron_spdf.reports import paper
 from megatron_spdf.sparsity.plan import make_plan
 
 PRETRAIN = Path(__file__).resolve().parents[2] / "configs" / "pretrain"

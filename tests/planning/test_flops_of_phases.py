@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_spdf.config import load_recipe
-from megatron_spdf.planning.flops import Phase, schedule_flops, training_flops
 from megatron_spdf.planning.hardware import GPUS
 from megatron_spdf.planning.overview import Request, make_overview, plan_of
-from megatron_spdf.planning.phases import mean_flops, phases_left, phases_of
+from megatron_spdf.recipe.load import load_recipe
+from megatron_spdf.schedule.flops import Phase, schedule_flops, training_flops
+from megatron_spdf.schedule.stages import mean_flops, phases_left, phases_of
 
 PRETRAIN = Path(__file__).resolve().parents[2] / "configs" / "pretrain"
 PHASES = [{"share": 0.7, "sparsity": 0.75}, {"share": 0.2, "sparsity": 0.0}, {"share": 0.1, "sparsity": 0.0}]

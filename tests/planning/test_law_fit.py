@@ -9,9 +9,16 @@ import numpy as np
 import pytest
 import yaml
 
-from megatron_spdf.planning.law_fit import COEFFICIENTS, Point, fit_law, point_of, render_fit, shortcomings
-from megatron_spdf.planning.runs import read_run
-from megatron_spdf.planning.scaling_law import PUBLISHED
+from megatron_spdf.runs.law_points import point_of
+from megatron_spdf.runs.measured import read_run
+from megatron_spdf.scaling_law.fit import (
+    COEFFICIENTS,
+    Point,
+    fit_law,
+    render_fit,
+    shortcomings,
+)
+from megatron_spdf.scaling_law.law import PUBLISHED
 
 LAW = PUBLISHED["t5"]
 GRID = [(s, n, d) for s in (0.0, 0.5, 0.75, 0.875) for n in (1.3e6, 5.3e6, 2.1e7, 8.5e7)

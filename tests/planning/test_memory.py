@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_spdf.config import load_recipe
-from megatron_spdf.model.weights import EMBEDDING, TIED_OUTPUT, model_weights
+from megatron_spdf.architecture.weights import EMBEDDING, TIED_OUTPUT, model_weights
 from megatron_spdf.planning.buffers import lay_out, layers_of, local_parameters
 from megatron_spdf.planning.memory import RankBytes, rank_bytes, render_layout, zero_bytes
+from megatron_spdf.recipe.load import load_recipe
 from megatron_spdf.sparsity.plan import make_plan
 
 PRETRAIN = Path(__file__).resolve().parents[2] / "configs" / "pretrain"

@@ -7,11 +7,11 @@ import json
 import pytest
 import yaml
 
-from megatron_spdf.planning.calibrate import calibrate, measured_step
 from megatron_spdf.planning.hardware import GPUS
 from megatron_spdf.planning.overview import plan_of
-from megatron_spdf.planning.runs import read_run
 from megatron_spdf.planning.step_time import step_time
+from megatron_spdf.runs.calibrate import calibrate, measured_step
+from megatron_spdf.runs.measured import read_run
 
 GPU = GPUS["h100"]
 

@@ -8,7 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_spdf.planning.scaling_law import CAVEAT, PUBLISHED, describe_law, gmp_cost, plot_contours, render_law
+from megatron_spdf.scaling_law.law import (
+    CAVEAT,
+    PUBLISHED,
+    describe_law,
+    gmp_cost,
+    plot_contours,
+    render_law,
+)
 
 DATA = Path(__file__).parent / "data"
 # Block weights at scale 1: 24 blocks of T5-Base, 12 of ViT-B, both 768 wide; T5 saw 128 sequences of 512 a step.

@@ -6,12 +6,20 @@ import itertools
 
 import pytest
 
-from megatron_spdf.config.checks import divisors, findings
 from megatron_spdf.planning.activations import peak_bytes
 from megatron_spdf.planning.hardware import GPUS
 from megatron_spdf.planning.overview import Request, at_level, make_overview, plan_of
 from megatron_spdf.planning.render import render_overview
-from megatron_spdf.planning.search import USABLE, fullest, holds, laid_out, search, smallest_world, usable_worlds
+from megatron_spdf.planning.search import (
+    USABLE,
+    fullest,
+    holds,
+    laid_out,
+    search,
+    smallest_world,
+    usable_worlds,
+)
+from megatron_spdf.recipe.rules import divisors, findings
 
 GPU = GPUS["h100"]
 

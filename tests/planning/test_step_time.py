@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_spdf.model.weights import model_weights
-from megatron_spdf.planning.flops import forward_flops
+from megatron_spdf.architecture.weights import model_weights
 from megatron_spdf.planning.hardware import GPUS
 from megatron_spdf.planning.step_time import FLASH_BACKWARD, step_time
+from megatron_spdf.schedule.flops import forward_flops
 from megatron_spdf.sparsity.plan import make_plan
 
 GPU = GPUS["h100"]

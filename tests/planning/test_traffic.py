@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from megatron_spdf.model.weights import model_weights
+from megatron_spdf.architecture.weights import model_weights
 from megatron_spdf.planning.buffers import lay_out
 from megatron_spdf.planning.traffic import classify, route, step_traffic, wire_share
 from megatron_spdf.sparsity.plan import make_plan

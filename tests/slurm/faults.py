@@ -37,9 +37,9 @@ def main() -> None:
 
 def arm(deeds: list[list[str]]) -> None:
     """Waits until the ranks have joined, when the engine may be imported, and puts the deeds in their places."""
-    from megatron_spdf.parallel.activity import NOW
-    from megatron_spdf.parallel.heartbeat import Heartbeat
-    from megatron_spdf.parallel.signals import StopRequest
+    from megatron_spdf.resilience.heartbeat import Heartbeat
+    from megatron_spdf.resilience.progress import NOW
+    from megatron_spdf.resilience.signals import StopRequest
 
     enter, note = Heartbeat.__enter__, StopRequest._note
 

@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_spdf.config import Recipe
-from megatron_spdf.config.checks import findings
-from megatron_spdf.kernels import find_blocks, multiplies_blocks
-from megatron_spdf.model.weights import model_weights
-from megatron_spdf.sparsity.blocks import balanced_parts, block_chunks, draw_block_mask, multiplied
-from megatron_spdf.sparsity.chunks import follows_pattern, planned_mask
-from megatron_spdf.sparsity.compact import CompactWeight
+from megatron_spdf.architecture.weights import model_weights
+from megatron_spdf.kernels.limits import multiplied
+from megatron_spdf.kernels.mask import find_blocks, multiplies_blocks
+from megatron_spdf.layers.compact import CompactWeight
+from megatron_spdf.recipe.recipe import Recipe
+from megatron_spdf.recipe.rules import findings
+from megatron_spdf.sparsity.patterns.tiles import balanced_parts, block_chunks, draw_block_mask
 from megatron_spdf.sparsity.plan import SparseWeight, make_plan, render_plan
+from megatron_spdf.sparsity.slices import follows_pattern, planned_mask
 
 NAME = "decoder.layers.0.mlp.linear_fc1.weight"
 GRIDS = [((1, 1), 1), ((2, 2), 1), ((4, 2), 1), ((12, 32), 8), ((32, 4), 1), ((5, 5), 5), ((7, 7), 3), ((9, 6), 2)]
@@ -179,7 +180,7 @@ def test_planner_and_kernels_agree_on_what_is_multiplied():
 
 
 def test_the_shipped_recipe_of_blocks_is_the_unstructured_one_otherwise():
-    from megatron_spdf.config import load_recipe
+    from megatron_spdf.recipe.load import load_recipe
 
     blocks, entries = (load_recipe(f"configs/pretrain/gpt3_xl_s75{end}.yaml") for end in ("_block", ""))
     assert isinstance(blocks, Recipe) and (blocks.sparsity.pattern, blocks.sparsity.block) == ("block", 64)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
-from megatron_spdf import kernels
-from megatron_spdf.sparsity.compact import (
+from megatron_spdf.kernels import dispatch
+from megatron_spdf.layers.compact import (
     CompactWeight,
     _Expand,
     compact_of,
@@ -208,8 +208,8 @@ def summed_gradient(module: nn.Module, batches: list[Tensor]) -> Tensor:
 
 def test_expanded_keeps_one_copy(sparse, monkeypatch):
     calls = []
-    expand = kernels.expand
-    monkeypatch.setattr(kernels, "expand", lambda *a: calls.append(a) or expand(*a))
+    expand = dispatch.expand
+    monkeypatch.setattr(dispatch, "expand", lambda *a: calls.append(a) or expand(*a))
     with expanded(sparse):
         assert len(calls) == 1
         first = sparse.weight

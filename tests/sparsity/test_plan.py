@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_spdf.config.recipe import Sparsity
-from megatron_spdf.model.weights import model_weights
+from megatron_spdf.architecture.weights import model_weights
 from megatron_spdf.sparsity.plan import Plan, SparseWeight, make_plan, render_plan
+from megatron_spdf.sparsity.settings import Sparsity
 
 BLOCK = ["self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2"]
 

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_spdf.config import load_recipe, save_recipe
-from megatron_spdf.config.checks import findings
-from megatron_spdf.model.weights import model_weights
-from megatron_spdf.sparsity.chunks import follows_pattern, planned_mask
-from megatron_spdf.sparsity.compact import CompactWeight
+from megatron_spdf.architecture.weights import model_weights
+from megatron_spdf.layers.compact import CompactWeight
+from megatron_spdf.recipe.load import load_recipe, save_recipe
+from megatron_spdf.recipe.rules import findings
+from megatron_spdf.sparsity.patterns.two_four import draw_two_four
 from megatron_spdf.sparsity.plan import SparseWeight, make_plan, render_plan
-from megatron_spdf.sparsity.two_four import draw_two_four
+from megatron_spdf.sparsity.slices import follows_pattern, planned_mask
 
 NAME = "decoder.layers.0.mlp.linear_fc1.weight"
 HALF = {"level": 0.5, "pattern": "2:4"}

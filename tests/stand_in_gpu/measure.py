@@ -13,11 +13,11 @@ import sys
 import time
 
 import torch
+from benchmarks.engines import QuickWeights, _masks_of_first_layer, joined, plan_of, take_steps
 
-from megatron_spdf.benchmarks.engines import QuickWeights, _masks_of_first_layer, joined, plan_of, take_steps
-from megatron_spdf.config import load_recipe
-from megatron_spdf.engine import make_engine
+from megatron_spdf.engine.factory import make_engine
 from megatron_spdf.planning.activations import peak_bytes
+from megatron_spdf.recipe.load import load_recipe
 
 GIB, WARM_UP, STEPS = 2**30, 2, 6
 

@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+from benchmarks import sizes, suite
+from benchmarks.breakdown import Clock
+from benchmarks.max_depth import deepest, planned_bytes, with_layers
 
-from megatron_spdf.benchmarks import sizes, suite
-from megatron_spdf.benchmarks.largest import deepest, planned_bytes, with_layers
-from megatron_spdf.benchmarks.parts import Clock
 from megatron_spdf.planning.search import USABLE
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,10 +9,9 @@ import sys
 import venv
 from pathlib import Path
 
+import doctor_checks
 import pytest
-
-from megatron_spdf import doctor
-from megatron_spdf.doctor import CHECKS, FAIL, GIB, NOTE, OK, WARN, Finding, examine
+from doctor_checks import CHECKS, FAIL, GIB, NOTE, OK, WARN, Finding, examine
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,7 +28,7 @@ def report() -> list[dict]:
 
 
 def findings_of(name: str, monkeypatch) -> list[Finding]:
-    monkeypatch.setattr(doctor, "CHECKS", {name: CHECKS[name]})
+    monkeypatch.setattr(doctor_checks, "CHECKS", {name: CHECKS[name]})
     return list(examine())
 
 
@@ -76,18 +75,20 @@ def test_closed_pipe_ends_quietly():
 
 
 def test_missing_package_fails(monkeypatch):
-    installed = doctor.installed_version
-    monkeypatch.setattr(doctor, "installed_version", lambda name: None if name == "deepspeed" else installed(name))
+    installed = doctor_checks.installed_version
+    monkeypatch.setattr(doctor_checks, "installed_version",
+                        lambda name: None if name == "deepspeed" else installed(name))
     faults = [f for f in findings_of("packages", monkeypatch) if f.status == FAIL]
-    assert [f.fact for f in faults] == [f"deepspeed is not installed, {doctor.pinned_requirements()['deepspeed']} is "
-                                        "wanted"]
+    wanted = doctor_checks.pinned_requirements()["deepspeed"]
+    assert [f.fact for f in faults] == [f"deepspeed is not installed, {wanted} is wanted"]
     assert faults[0].remedy == "pip install -r requirements.txt"
 
 
 @pytest.mark.parametrize("found, status", [("{}", OK), ("{}+cu130", OK), ("0.1", WARN), ("{}.1", WARN)])
 def test_other_version_warns(monkeypatch, found, status):
-    wanted = doctor.pinned_requirements()["torch"]
-    monkeypatch.setattr(doctor, "installed_version", lambda name: found.format(doctor.pinned_requirements()[name]))
+    wanted = doctor_checks.pinned_requirements()["torch"]
+    monkeypatch.setattr(doctor_checks, "installed_version",
+                        lambda name: found.format(doctor_checks.pinned_requirements()[name]))
     finding = findings_of("packages", monkeypatch)[0]
     assert finding.status == status and found.format(wanted) in finding.fact
     assert finding.remedy == ("" if status == OK else "pip install -r requirements.txt")
@@ -95,7 +96,7 @@ def test_other_version_warns(monkeypatch, found, status):
 
 @pytest.mark.parametrize("version, status", [((3, 10), FAIL), ((3, 11), OK), ((3, 12), OK), ((3, 13), WARN)])
 def test_python_version(monkeypatch, version, status):
-    monkeypatch.setattr(doctor.sys, "version_info", (*version, 0, "final", 0))
+    monkeypatch.setattr(doctor_checks.sys, "version_info", (*version, 0, "final", 0))
     (finding,) = findings_of("python", monkeypatch)
     assert finding.status == status and bool(finding.remedy) == (status != OK)
 
@@ -104,7 +105,7 @@ def test_python_version(monkeypatch, version, status):
     ("disk", "free_bytes", 3 * GIB, "3.0 GiB free"), ("shared memory", "total_bytes", GIB // 16, "0.1 GiB"),
     ("open files", "open_file_limits", (256, 4096), "limit 256")])
 def test_too_little_warns_with_a_remedy(monkeypatch, check, probe, value, part):
-    monkeypatch.setattr(doctor, probe, lambda *_: value)
+    monkeypatch.setattr(doctor_checks, probe, lambda *_: value)
     (finding,) = findings_of(check, monkeypatch)
     assert finding.status == WARN and part in finding.fact and finding.remedy
 
@@ -113,17 +114,17 @@ def test_too_little_warns_with_a_remedy(monkeypatch, check, probe, value, part):
     ("disk", "free_bytes", 20 * GIB), ("shared memory", "total_bytes", 2 * GIB),
     ("open files", "open_file_limits", (1024, 4096)), ("open files", "open_file_limits", (-1, -1))])
 def test_enough_is_ok(monkeypatch, check, probe, value):
-    monkeypatch.setattr(doctor, probe, lambda *_: value)
+    monkeypatch.setattr(doctor_checks, probe, lambda *_: value)
     assert [f.status for f in findings_of(check, monkeypatch)] == [OK]
 
 
 def test_shared_memory_remedy_is_for_docker(monkeypatch):
-    monkeypatch.setattr(doctor, "total_bytes", lambda *_: 64 * 2**20)
+    monkeypatch.setattr(doctor_checks, "total_bytes", lambda *_: 64 * 2**20)
     assert "--shm-size" in findings_of("shared memory", monkeypatch)[0].remedy
 
 
 def test_host_name_that_does_not_resolve_fails(monkeypatch):
-    monkeypatch.setattr(doctor.socket, "gethostname", lambda: "no-such-host.invalid")
+    monkeypatch.setattr(doctor_checks.socket, "gethostname", lambda: "no-such-host.invalid")
     (finding,) = findings_of("host name", monkeypatch)
     assert finding.status == FAIL and "no-such-host.invalid does not resolve" in finding.fact
     assert "/etc/hosts" in finding.remedy
@@ -137,13 +138,13 @@ def test_failed_all_reduce_names_the_error_and_the_variable(monkeypatch):
 
 
 def test_all_reduce_that_hangs_times_out(monkeypatch):
-    monkeypatch.setattr(doctor, "ALL_REDUCE", "import time; time.sleep(60)")
-    assert doctor.all_reduce("gloo", 2, seconds=1) == "no answer within 1 s"
+    monkeypatch.setattr(doctor_checks, "ALL_REDUCE", "import time; time.sleep(60)")
+    assert doctor_checks.all_reduce("gloo", 2, seconds=1) == "no answer within 1 s"
 
 
 def test_first_failed_process_is_not_hidden_by_one_that_waits(monkeypatch):
-    monkeypatch.setattr(doctor, "ALL_REDUCE", "import sys, time\nif sys.argv[3] == '0': time.sleep(60)\n1 / 0")
-    assert doctor.all_reduce("gloo", 2, seconds=30) == "ZeroDivisionError: division by zero"
+    monkeypatch.setattr(doctor_checks, "ALL_REDUCE", "import sys, time\nif sys.argv[3] == '0': time.sleep(60)\n1 / 0")
+    assert doctor_checks.all_reduce("gloo", 2, seconds=30) == "ZeroDivisionError: division by zero"
 
 
 @pytest.mark.parametrize("error", [RuntimeError("driver\nis odd"), OSError("libcudart.so.13"), ImportError("x")])
@@ -151,7 +152,7 @@ def test_check_that_breaks_is_a_failure_and_the_others_run(monkeypatch, error):
     def broken():
         yield OK, "half of it"
         raise error
-    monkeypatch.setattr(doctor, "CHECKS", {"device": broken, "disk": CHECKS["disk"]})
+    monkeypatch.setattr(doctor_checks, "CHECKS", {"device": broken, "disk": CHECKS["disk"]})
     half, broke, disk = examine()
     assert (half.status, broke.status, disk.check) == (OK, FAIL, "disk")
     assert type(error).__name__ in broke.fact and str(error).split("\n")[-1] in broke.fact and broke.remedy
@@ -246,7 +247,7 @@ def test_nccl_is_tried_with_two_gpus(monkeypatch, fault, status):
 
     tried = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.setattr(doctor, "all_reduce", lambda *a: tried.append(a) or fault)
+    monkeypatch.setattr(doctor_checks, "all_reduce", lambda *a: tried.append(a) or fault)
     (finding,) = findings_of("NCCL", monkeypatch)
     assert tried == [("nccl", 4)] and finding.status == status
     assert ("NCCL_DEBUG=INFO" in finding.remedy) == (status == FAIL)

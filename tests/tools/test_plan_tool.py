@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_spdf.planning.scaling_law import PUBLISHED
+from megatron_spdf.scaling_law.law import PUBLISHED
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = str(ROOT / "configs/pretrain/demo.yaml")

@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_spdf.config import save_recipe
-from megatron_spdf.config.checks import findings
-from megatron_spdf.engine import make_engine
+from megatron_spdf.engine.factory import make_engine
 from megatron_spdf.planning.memory import render_layout
-from megatron_spdf.planning.phases import phases_of
-from megatron_spdf.planning.runs import read_run
+from megatron_spdf.recipe.load import save_recipe
+from megatron_spdf.recipe.rules import findings
+from megatron_spdf.runs.measured import read_run
+from megatron_spdf.schedule.stages import phases_of
 from megatron_spdf.training import autotune
 from megatron_spdf.training.autotune import Trial, candidates, fastest, try_all
 

@@ -11,8 +11,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_spdf.planning.phases import mean_flops, phases_of
-from megatron_spdf.training.experiment import cells, load_experiment, loss_of, render, results, runs, summary
+from megatron_spdf.runs.experiment import (
+    cells,
+    load_experiment,
+    loss_of,
+    render,
+    results,
+    runs,
+    summary,
+)
+from megatron_spdf.schedule.stages import mean_flops, phases_of
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((ROOT / "configs/experiments").glob("*.yaml"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_spdf.training.restarts import StartsSpent, count_start, may_start_again, newest_step
+from megatron_spdf.resilience.restarts import StartsSpent, count_start, may_start_again, newest_step
 
 
 def checkpoint(run, step):
@@ -51,7 +51,7 @@ def test_a_count_cut_short_by_a_crash_is_forgotten(tmp_path):
 
 
 def test_the_count_does_not_make_a_directory_another_recipes(recipe):
-    from megatron_spdf.training.run_dir import RunDir
+    from megatron_spdf.runs.run_dir import RunDir
 
     run = RunDir(recipe())
     run.preflight()
@@ -63,7 +63,7 @@ def test_the_count_does_not_make_a_directory_another_recipes(recipe):
 
 @pytest.mark.parametrize("place", ["file", "file/below", "file/below/further"])
 def test_an_output_that_cannot_be_written_is_refused(recipe, tmp_path, place):
-    from megatron_spdf.training.run_dir import RunDir
+    from megatron_spdf.runs.run_dir import RunDir
 
     (tmp_path / "file").write_text("")
     run = RunDir(recipe(output=str(tmp_path / place)))

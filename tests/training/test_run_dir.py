@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_spdf.config import load_recipe
-from megatron_spdf.training.run_dir import RECIPE, RunDir
+from megatron_spdf.recipe.load import load_recipe
+from megatron_spdf.runs.run_dir import RECIPE, RunDir
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import json
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_spdf.training.run_dir import RunDir
-from megatron_spdf.training.run_log import RunLog
+from megatron_spdf.runs.run_dir import RunDir
+from megatron_spdf.runs.run_log import RunLog
 
 
 @pytest.fixture

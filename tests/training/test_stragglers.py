@@ -8,8 +8,8 @@ import time
 import torch
 import torch.distributed as dist
 
-from megatron_spdf.parallel.activity import NOW, _observed, in_background
-from megatron_spdf.training.stragglers import OwnTime, slower
+from megatron_spdf.resilience.progress import NOW, _observed, in_background
+from megatron_spdf.resilience.stragglers import OwnTime, slower
 
 
 def times(*seconds: float) -> list[OwnTime]:
@@ -46,7 +46,7 @@ def test_autograds_thread_is_observed_and_one_that_saves_is_not():
 
 
 def test_collectives_of_every_version_are_known():
-    from megatron_spdf.parallel.activity import COLLECTIVES
+    from megatron_spdf.resilience.progress import COLLECTIVES
 
     missing = [name for name in COLLECTIVES if not hasattr(dist, name)]
     assert set(missing) <= {"all_reduce_coalesced", "monitored_barrier", "_all_gather_base", "_reduce_scatter_base"}

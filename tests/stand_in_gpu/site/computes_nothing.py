@@ -39,7 +39,7 @@ class _Changed(MetaPathFinder):
     """Finds modules as others do, and changes them when they have been run."""
 
     CHANGES = {"megatron_spdf.kernels": _kernels, "megatron_spdf.kernels.torch_reference": _reference,
-               "megatron_spdf.sparsity.compact": _compact}
+               "megatron_spdf.layers.compact": _compact}
 
     def find_spec(self, name, path, target=None):
         if name not in self.CHANGES:

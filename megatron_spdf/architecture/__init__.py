@@ -1,0 +1,1 @@
+"""What a model is: its parameters by name, in pure Python."""

@@ -1,0 +1,232 @@
+"""DeepSpeed's own checkpoints of this project's models, ZeRO 0 to 3 and tensor parallelism: the weights alone.
+
+    DIR/latest                                                     the tag of the newest checkpoint
+    DIR/TAG/mp_rank_00_model_states.pt                             weights, names and shapes; of every mp rank
+    DIR/TAG/zero_pp_rank_0_mp_rank_00_model_states.pt              the same under ZeRO-3, of every dp rank too
+    DIR/TAG/[bf16_]zero_pp_rank_0_mp_rank_00_optim_states.pt       flat fp32 partitions, of every dp and mp rank
+
+DeepSpeed's format as of 0.19.8. Where its optimizer was sharded the flat fp32 partitions are the weights; the layout of
+each is in `param_shapes`. mp is the tensor-parallel rank, dp (in its names: pp) the data-parallel one.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+import re
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_spdf.architecture.model import Model
+from megatron_spdf.architecture.weights import TIED_OUTPUT, Weight, model_weights
+from megatron_spdf.sparsity.plan import SparseWeight
+from megatron_spdf.sparsity.slices import join_chunks
+
+LATEST = "latest"
+_VALUES, _MASK = "parametrizations.weight.original", "parametrizations.weight.0.mask_bits"  # of a sparse weight
+_MODEL = re.compile(r"(?:zero_pp_rank_0_)?mp_rank_(\d+)_model_states\.pt")
+_OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+
+
+class _Ignored:
+    """Stands in for a class of DeepSpeed's that its files mention and that says nothing about the weights."""
+
+    def __init__(self, *_: object):
+        pass
+
+    def __setstate__(self, _: object) -> None:
+        pass
+
+
+# What `torch.load(weights_only=True)` may meet beside tensors and plain values; none of it is DeepSpeed's code.
+_ALLOWED = [(type(name.rpartition(".")[2], (_Ignored,), {}), name) for name in (
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+)]
+
+
+class DeepSpeedReader:
+    """The GPT weights of a checkpoint that `DeepSpeedEngine.save_checkpoint` made; a `source.WeightSource`. No pickled
+    code is run. The files do not tell the model's shape, which comes from a recipe.
+
+    Args:
+        path: the directory with `latest`, or one checkpoint in it.
+        model: what the weights must be.
+
+    Raises:
+        ValueError: it is no such checkpoint, files of some ranks are missing, they hold what could be code, or the
+            weights are of another model.
+    """
+
+    tokenizer = None
+
+    def __init__(self, path: Path, model: Model):
+        self.path, self.model = find_checkpoint(path), model
+        self.weights: dict[str, Weight] = {w.name: w for w in model_weights(model)}
+        self._ranks = [_Rank(states, shards) for states, shards in _files_by_rank(self.path)]
+        self._check()
+
+    @property
+    def origin(self) -> str:
+        return f"the DeepSpeed checkpoint {'/'.join(self.path.resolve().parts[-2:])}"
+
+    def weight(self, name: str) -> Tensor:
+        """A parameter by its canonical name, whole and dense; float32 where the optimizer was sharded."""
+        weight, compact = self.weights[name], _compact_name(name)
+        if compact in self._ranks[0].shapes:
+            return self._expanded(weight, compact)
+        shards = [rank.tensor(name) for rank in self._ranks]
+        return shards[0].clone() if weight.axis is None else torch.cat(shards, weight.axis)
+
+    def master(self, name: str) -> Tensor:
+        """Like `weight`, in float32."""
+        return self.weight(name).float()
+
+    def _expanded(self, weight: Weight, compact: str) -> Tensor:
+        values = torch.cat([rank.tensor(compact) for rank in self._ranks])  # (chunks, active)
+        bits = torch.cat([rank.buffers[compact.replace(_VALUES, _MASK)] for rank in self._ranks])
+        planned = SparseWeight(weight.name, weight.shape, weight.axis, len(values), 0.0)
+        active = np.unpackbits(bits.numpy(), axis=1, count=math.prod(planned.chunk_shape)).astype(bool)
+        if (active.sum(axis=1) != values.shape[1]).any():
+            raise ValueError(f"{self.path}: {weight.name} has {values.shape[1]} values in each chunk, another number "
+                             "than of active entries in its mask; the checkpoint is damaged")
+        chunks = torch.zeros(active.shape, dtype=values.dtype)
+        chunks[torch.from_numpy(active)] = values.flatten()
+        return join_chunks(chunks, planned)
+
+    def _check(self) -> None:
+        """Every weight of the model is there, of its shape, and no other is."""
+        tp = len(self._ranks)
+        expected = {}
+        for name, weight in self.weights.items():
+            compact = _compact_name(name)
+            sparse = compact in self._ranks[0].shapes
+            expected[compact if sparse else name] = None if sparse else tuple(
+                n // tp if i == weight.axis else n for i, n in enumerate(weight.shape))
+        for rank in self._ranks:
+            missing = [name for name in expected if name not in rank.shapes]
+            wrong = [f"{name} is {rank.shapes[name]} there and {shape} in the recipe's model"
+                     for name, shape in expected.items() if shape and rank.shapes.get(name, shape) != shape]
+            unknown = [name for name in rank.shapes if name not in expected and name != TIED_OUTPUT]
+            if missing or wrong or unknown:
+                found = [*(f"it has no {name}" for name in missing), *wrong, *(f"it has {n} too" for n in unknown)]
+                raise ValueError(f"{self.path} is another model than the recipe's, cut for {tp} tensor-parallel ranks: "
+                                 f"{'; '.join(found[:4])}. Set the recipe's model section to what is there")
+
+
+class _Rank:
+    """One tensor-parallel rank's part: its parameters by name, cut out of the flat partitions where there are some."""
+
+    def __init__(self, states: Path, shards: list[Path]):
+        state = _load(states)
+        self._module: dict[str, Any] = state["module"]
+        self.buffers = {name: self._module[name] for name in state["buffer_names"]}
+        self._groups: list[dict[str, Any]] = state["param_shapes"] or []
+        self._partitions = [_load(path)["optimizer_state_dict"] for path in shards]
+        if self._groups:
+            self.shapes = {name: tuple(shape) for group in self._groups for name, shape in group.items()}
+        else:  # nothing was sharded
+            self.shapes = {n: tuple(t.shape) for n, t in self._module.items()
+                           if isinstance(t, Tensor) and n not in self.buffers}
+
+    def tensor(self, name: str) -> Tensor:
+        if not self._groups:
+            return self._module[name].detach()
+        numel, shape = math.prod(self.shapes[name]), self.shapes[name]
+        pieces = self._zero3_pieces(name) if "fp32_flat_groups" in self._partitions[0] else self._zero1_pieces(name)
+        return torch.cat([piece.detach() for piece in pieces])[:numel].view(shape)
+
+    def _zero1_pieces(self, name: str) -> Iterator[Tensor]:
+        """ZeRO-1 and 2: a group of parameters is one flat vector, cut into as many parts as there are ranks."""
+        group, start = self._places[name]
+        end = start + math.prod(self.shapes[name])
+        offset = 0
+        for partition in self._partitions:
+            part = partition["single_partition_of_fp32_groups"][group]
+            low, high = max(start, offset), min(end, offset + part.numel())
+            if low < high:
+                yield part[low - offset : high - offset]
+            offset += part.numel()
+
+    def _zero3_pieces(self, name: str) -> Iterator[Tensor]:
+        """ZeRO-3: every parameter is cut into as many parts as there are ranks, and a rank's parts are one vector."""
+        size = -(-math.prod(self.shapes[name]) // len(self._partitions))
+        start = self._zero3_places[name]
+        for flat in self._flats:
+            yield flat[start : start + size]
+
+    @cached_property
+    def _places(self) -> dict[str, tuple[int, int]]:
+        """Name -> its group and where it begins there."""
+        paddings = self._partitions[0].get("param_alignment_paddings")
+        places = {}
+        for number, group in enumerate(self._groups):
+            offset = 0
+            for position, (name, shape) in enumerate(group.items()):
+                places[name] = (number, offset)
+                offset += math.prod(shape) + (paddings[number][position] if paddings else 0)
+        return places
+
+    @cached_property
+    def _zero3_places(self) -> dict[str, int]:
+        places, offset = {}, 0
+        for name, shape in self.shapes.items():
+            places[name] = offset
+            offset += -(-math.prod(shape) // len(self._partitions))
+        return places
+
+    @cached_property
+    def _flats(self) -> list[Tensor]:
+        return [torch.cat(list(partition["fp32_flat_groups"])) for partition in self._partitions]
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The newest checkpoint of a DeepSpeed directory, or the checkpoint that `path` is itself."""
+    if any(path.glob("*_model_states.pt")):
+        return path
+    latest = path / LATEST
+    place = path / latest.read_text().strip() if latest.is_file() else path
+    if not any(place.glob("*_model_states.pt")):
+        raise ValueError(f"{path} is no checkpoint of DeepSpeed: it has neither *_model_states.pt nor a file {LATEST} "
+                         "that names a directory with such files")
+    return place
+
+
+def _files_by_rank(path: Path) -> Iterator[tuple[Path, list[Path]]]:
+    """Of every tensor-parallel rank, its model states and its optimizer states by data-parallel rank."""
+    states = {int(found[1]): file for file in path.iterdir() if (found := _MODEL.fullmatch(file.name))}
+    shards = {(int(found[2]), int(found[1])): file for file in path.iterdir()
+              if (found := _OPTIMIZER.fullmatch(file.name))}
+    replicas = {dp for _, dp in shards}
+    wanted = {(tp, dp) for tp in range(len(states)) for dp in range(len(replicas))}
+    if sorted(states) != list(range(len(states))) or shards.keys() != wanted:
+        raise ValueError(f"{path} lacks files of some ranks: model states of mp ranks {sorted(states)}, optimizer "
+                         f"states of (mp, dp) ranks {sorted(shards)}; copy all of them to one place")
+    for tp, file in sorted(states.items()):
+        world = _load(file).get("dp_world_size", 1)
+        if replicas and len(replicas) != world:
+            raise ValueError(f"{path} has the optimizer states of {len(replicas)} of {world} data-parallel ranks; copy "
+                             "all of them to one place")
+        yield file, [shards[tp, dp] for dp in sorted(replicas)]
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        with torch.serialization.safe_globals(_ALLOWED):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"{path} cannot be read without running code ({reason}); it must be a file of "
+                         "DeepSpeedEngine.save_checkpoint without a client_state of other than plain values") from None
+
+
+def _compact_name(name: str) -> str:
+    return name.removesuffix("weight") + _VALUES

@@ -1,0 +1,239 @@
+"""Weights as a Hugging Face model: GPT-2's architecture, dense with zeros, no code of ours to load it.
+
+    AutoModelForCausalLM.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+
+from megatron_spdf.checkpoint.reader import CheckpointReader
+from megatron_spdf.checkpoint.run_metadata import INITIAL
+from megatron_spdf.convert.gpt2_state_dict import PREFIX, gpt2_name, gpt2_shape, to_gpt2
+from megatron_spdf.convert.source import WeightSource
+from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
+from megatron_spdf.files import appearing, with_progress
+from megatron_spdf.sparsity.slices import join_chunks
+
+if TYPE_CHECKING:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+WEIGHTS, MASKS, CARD = "model.safetensors", "masks.safetensors", "README.md"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_FORMAT = {torch.float32: "F32", torch.bfloat16: "BF16", torch.bool: "BOOL"}  # safetensors' names
+# Texts on which an exported SentencePiece model must give our ids: spaces, lines, bytes that are no pieces.
+_PROBES = ("def f(x):\n\treturn f(x)  # naïve 漢字 \U0001f600   end", " hello  world ", "\n\n\n  a", "a b", "")
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """One tensor of an exported file: its name and shape there, and how to obtain it."""
+
+    name: str
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+
+def export(source: WeightSource, output: Path, dtype: str = "fp32", masks: bool = False) -> None:
+    """Writes a directory that `transformers` loads; it appears complete or not at all.
+
+    One weight at a time is dense in memory.
+
+    Args:
+        output: must not exist.
+        dtype: "fp32" or "bf16", of the weights in the file.
+        masks: also write masks.safetensors: name of a sparse weight -> bool of its shape, true where it is active.
+
+    Raises:
+        ValueError: `output` exists, GPT-2's architecture or tokenizers cannot express the model's, or masks are
+            wanted of weights that have none.
+        DamagedCheckpoint: a weight is missing or not what the recipe says.
+    """
+    _check(source, masks)
+    with appearing(output) as partial_:
+        _save_tokenizer(source, partial_)
+        _save_config(source, dtype, partial_)
+        (partial_ / CARD).write_text(model_card(source, dtype, masks))
+        _save_tensors(_tensors(source), DTYPES[dtype], partial_ / WEIGHTS)
+        if masks:
+            _save_tensors(_masks(source), torch.bool, partial_ / MASKS)
+
+
+def _check(source: WeightSource, masks: bool) -> None:
+    model = source.model
+    if model.query_groups != model.heads:
+        raise ValueError(f"model.query_groups={model.query_groups} and model.heads={model.heads}: in GPT-2's "
+                         "architecture every head has a key and a value of its own, so only a model with as many "
+                         "query groups as heads can be exported")
+    if source.tokenizer is None:
+        raise ValueError(f"{source.path} has no tokenizer to export with the weights")
+    if masks and not _plan(source):
+        raise ValueError(f"{source.path} is dense and has no masks; leave out --masks")
+
+
+def _plan(source: WeightSource) -> dict:
+    return source.plan.weights if isinstance(source, CheckpointReader) else {}
+
+
+def _tensors(source: WeightSource) -> list[_Tensor]:
+    """All tensors of the exported model; the tied LM head is the embedding and not listed again."""
+    def read(name: str) -> Tensor:
+        return to_gpt2(source.weight(name), source.weights[name], source.model)
+
+    return [_Tensor(PREFIX + gpt2_name(name), gpt2_shape(weight, source.model), partial(read, name))
+            for name, weight in source.weights.items()]
+
+
+def _masks(source: CheckpointReader) -> list[_Tensor]:
+    """The masks in the form of the weights they are of."""
+    def read(name: str) -> Tensor:
+        planned = source.plan.weights[name]
+        active = np.unpackbits(source.mask_bits(name), axis=1, count=math.prod(planned.chunk_shape))
+        return to_gpt2(join_chunks(torch.from_numpy(active).bool(), planned), source.weights[name], source.model)
+
+    return [_Tensor(PREFIX + gpt2_name(name), gpt2_shape(source.weights[name], source.model), partial(read, name))
+            for name in source.plan.weights]
+
+
+def _save_tensors(tensors: Sequence[_Tensor], dtype: torch.dtype, path: Path) -> None:
+    """The safetensors format, written tensor by tensor; its library wants all of them in memory."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in tensors:
+        start, end = end, end + math.prod(tensor.shape) * dtype.itemsize
+        header[tensor.name] = {"dtype": _FORMAT[dtype], "shape": tensor.shape, "data_offsets": (start, end)}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in with_progress(tensors, len(tensors)):
+            values = tensor.read().to(dtype).contiguous()
+            assert values.shape == tensor.shape, (tensor.name, values.shape, tensor.shape)
+            file.write(values.view(torch.uint8).numpy().data)
+
+
+def _save_tokenizer(source: WeightSource, directory: Path) -> None:
+    tokenizer = source.tokenizer
+    end = tokenizer.decode([tokenizer.eod]) or "</s>"  # SentencePiece gives control pieces no text
+    tokenizer.save(directory)  # first, to an empty directory
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "bos_token": end,
+              "model_max_length": source.model.max_positions, "clean_up_tokenization_spaces": False}
+    if tokenizer.kind == "gpt2-bpe":
+        config |= {"tokenizer_class": "GPT2Tokenizer", "unk_token": end, "add_prefix_space": False}
+    elif tokenizer.kind == "sentencepiece":
+        config |= {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False, "add_prefix_space": False}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    if tokenizer.kind == "sentencepiece":
+        _compare_ids(tokenizer, directory)
+
+
+def _compare_ids(tokenizer: Tokenizer, directory: Path) -> None:
+    """Refuses a SentencePiece model (unigram, normalising, ...) that `transformers` does not run as we do."""
+    from transformers import AutoTokenizer, LlamaTokenizer
+
+    exported = AutoTokenizer.from_pretrained(directory)
+    assert isinstance(exported, LlamaTokenizer)
+    for text in _PROBES:
+        ours, theirs = tokenizer.encode(text), exported(text, add_special_tokens=False)["input_ids"]
+        if ours != theirs:
+            raise ValueError("this SentencePiece model cannot be exported: transformers' LlamaTokenizer gives "
+                             f"{text!r} the ids {theirs[:8]}, and the model was trained with {ours[:8]}")
+
+
+def _save_config(source: WeightSource, dtype: str, directory: Path) -> None:
+    from transformers import GenerationConfig
+
+    end = source.tokenizer.eod
+    _config(source, dtype).save_pretrained(directory)
+    GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=end).save_pretrained(directory)
+
+
+def _config(source: WeightSource, dtype: str) -> GPT2Config:
+    from transformers import GPT2Config
+
+    m, end = source.model, source.tokenizer.eod
+    return GPT2Config(
+        vocab_size=m.vocab_size, n_positions=m.max_positions, n_embd=m.hidden, n_layer=m.layers, n_head=m.heads,
+        n_inner=m.ffn_hidden, activation_function="gelu_new", layer_norm_epsilon=1e-5, tie_word_embeddings=True,
+        resid_pdrop=m.dropout, embd_pdrop=m.dropout, attn_pdrop=m.dropout, bos_token_id=end, eos_token_id=end,
+        architectures=["GPT2LMHeadModel"], dtype=DTYPES[dtype],
+    )
+
+
+def in_memory(source: WeightSource) -> GPT2LMHeadModel:
+    """The model that `export` writes, in float32 and for inference, without a directory in between.
+
+    Raises:
+        ValueError: GPT-2's architecture cannot express the model, or it has no tokenizer.
+        DamagedCheckpoint: a weight is missing or not what the recipe says.
+    """
+    from transformers import GPT2LMHeadModel
+
+    _check(source, masks=False)
+    model = GPT2LMHeadModel(_config(source, "fp32"))
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for tensor in _tensors(source):
+            parameters.pop(tensor.name).copy_(tensor.read())
+    assert not parameters, f"not in the source: {sorted(parameters)}"
+    return model.eval()
+
+
+def model_card(source: WeightSource, dtype: str, masks: bool) -> str:
+    """README.md of the exported model: what it is, how it was made, how to load it."""
+    model, parameters = source.model, sum(w.numel for w in source.weights.values())
+    lines = [f"- Architecture: GPT-2, tied embeddings, {parameters:,} parameters (counted with the padding of the "
+             "vocabulary, which is cut off here)."]
+    recipe = ""
+    if isinstance(source, CheckpointReader):
+        lines += _history(source)
+        kept = source.recipe.model_dump(include={"seed", "model", "sparsity", "train", "optimizer"})
+        recipe = f"\n## Recipe\n\n```yaml\n{yaml.safe_dump(kept, sort_keys=False).strip()}\n```\n"
+    lines += [f"- Weights: {dtype}."]
+    if masks:
+        lines += [f"- Masks: `{MASKS}` holds a bool for every entry of every sparse weight, under the weight's name "
+                  f"and in its shape; true is active. `safetensors.torch.load_file(\"{MASKS}\")` reads it."]
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [gpt2, sparse]
+---
+# GPT, {model.layers} layers x {model.hidden}
+
+Made with megatron_spdf (sparse pre-training, dense fine-tuning, https://arxiv.org/abs/2303.10464).
+
+{chr(10).join(lines)}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("this directory")
+tokenizer = AutoTokenizer.from_pretrained("this directory")
+```
+{recipe}"""
+
+
+def _history(source: CheckpointReader) -> list[str]:
+    run, plan = source.run, source.plan
+    how = source.masks["how"]
+    sparsity = f"{plan.sparsity:.2%} of the {plan.numel:,} weights in {len(plan.weights)} matrices of the blocks are " \
+               f"exactly zero (static masks, {how}), so {plan.active:,} of them are active. The weights are stored " \
+               "dense, zeros included" if plan.weights else "none, the model is dense"
+    versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+    return [
+        f"- Sparsity: {sparsity}.",
+        f"- Training: step {run['state']['step']:,}, {run['tokens']:,} tokens, in {source.recipe.train.precision}; "
+        f"saved {run['saved']}, written by {versions}.",
+        f"- Begun from: {run.get('origin', INITIAL)}.",
+    ]

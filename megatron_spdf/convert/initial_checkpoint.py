@@ -1,0 +1,180 @@
+"""A run directory whose step 0 has given weights: from another format, with other masks, or with none.
+
+    OUT/recipe.yaml
+    OUT/checkpoints/step_00000000/    weights, compact where the recipe is sparse; a fresh optimizer
+
+`pretrain.py` with the same recipe goes on from it like from any checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_spdf.architecture.weights import Weight
+from megatron_spdf.checkpoint import store
+from megatron_spdf.checkpoint.reader import MASK_BITS, OPTIMIZER, STATES, VALUES, stored_name
+from megatron_spdf.checkpoint.run_metadata import Masks, drawn_masks, run_record
+from megatron_spdf.checkpoint.writer import StoredTensor, cut, write_tensors
+from megatron_spdf.convert.source import WeightSource
+from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
+from megatron_spdf.files import appearing
+from megatron_spdf.model.parametrization import Parametrization, unfold
+from megatron_spdf.recipe.load import save_recipe
+from megatron_spdf.recipe.recipe import Recipe
+from megatron_spdf.schedule.stages import phases_of
+from megatron_spdf.sparsity.masks import largest_mask
+from megatron_spdf.sparsity.plan import Plan
+from megatron_spdf.sparsity.slices import chunk_of, planned_mask
+
+RECIPE, CHECKPOINTS = "recipe.yaml", "checkpoints"  # as training/run_dir.py names them
+Select = Literal["random", "magnitude"]
+_SHAPE = ("layers", "hidden", "heads", "query_groups", "ffn_hidden", "vocab_size", "max_positions")
+_START = {"step": 0, "optimizer_steps": 0, "skipped": 0, "skipped_in_a_row": 0, "evaluated": 0, "best_step": 0,
+          "best_loss": None, "worse": 0, "tokens": 0}
+_MODEL_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def start_run(source: WeightSource, recipe: Recipe, tokenizer: Tokenizer, output: Path,
+              select: Select = "random") -> Plan:
+    """Writes the run directory; it appears complete or not at all. One weight at a time is dense in memory.
+
+    Args:
+        recipe: of the run to come; its `output` is replaced.
+        tokenizer: of the recipe's data.
+        output: must not exist.
+        select: which entries of a sparse weight stay: those of the masks that the plan draws, or in each chunk the
+            largest magnitudes. The latter are kept with the run's checkpoints.
+
+    Returns:
+        What is sparse.
+
+    Raises:
+        ValueError: the source has another shape or tokenizer than the recipe, or is damaged; `output` exists; blocks
+            or 2:4 are to be selected by magnitude.
+    """
+    check_shape(source, recipe)
+    if select == "magnitude" and recipe.sparsity.pattern != "unstructured":
+        wanted = {"block": "whole blocks, as many in every row and column", "2:4": "two of every four"}
+        pattern = recipe.sparsity.pattern
+        raise ValueError(f"select=magnitude takes entries one by one, and sparsity.pattern={pattern} wants "
+                         f"{wanted[pattern]}; use select=random or sparsity.pattern=unstructured")
+    _check_tokenizer(source, tokenizer)
+    begun = phases_of(recipe.model_copy(update={"output": str(output)}))[0]
+    recipe, plan = begun.recipe, begun.plan
+    state = _FreshState(source, recipe, plan, select)
+    with appearing(output) as directory:
+        checkpoint = directory / CHECKPOINTS / store.name_of(0)
+        checkpoint.mkdir(parents=True)
+        write_tensors(checkpoint, state.tensors())
+        tokenizer.save(checkpoint / "tokenizer")
+        masks = _describe_masks(source, plan, select)
+        store.write_json(checkpoint / store.RUN, run_record(
+            recipe, plan, tokenizer, masks, source.origin, _START, state.measured))
+        finish_run(checkpoint, recipe.whole())
+    return plan
+
+
+def finish_run(checkpoint: Path, recipe: Recipe) -> None:
+    """The list of a new checkpoint's files, and the recipe of the run directory it lies in."""
+    store.write_json(checkpoint / store.FILES,
+                     {name: store.describe(checkpoint / name) for name in store.files_of(checkpoint)})
+    save_recipe(recipe, checkpoint.parents[1] / RECIPE)
+
+
+def check_shape(source: WeightSource, recipe: Recipe) -> None:
+    """Raises ValueError, with both values of each, where the model has another shape in the recipe."""
+    differ = [f"model.{key} is {getattr(source.model, key)} there and {getattr(recipe.model, key)} in the recipe"
+              for key in _SHAPE if getattr(source.model, key) != getattr(recipe.model, key)]
+    if differ:
+        raise ValueError(f"{source.path} is another model than the recipe's: {'; '.join(differ)}. Set these to what "
+                         "is there, as section.key=value words or in the recipe")
+
+
+def _check_tokenizer(source: WeightSource, tokenizer: Tokenizer) -> None:
+    theirs = source.tokenizer
+    if theirs and theirs.sha256 != tokenizer.sha256:
+        raise ValueError(
+            f"{source.path} has the tokenizer {theirs.sha256} ({theirs.kind}, {theirs.vocab_size} tokens), and the "
+            f"recipe's data were made with {tokenizer.sha256} ({tokenizer.kind}, {tokenizer.vocab_size} tokens) "
+            "(sha256 of the files). Preprocess the data with the model's tokenizer; if the two only differ in how "
+            "their files are written, remove the tokenizer's files from a copy of the model")
+
+
+def _describe_masks(source: WeightSource, plan: Plan, select: Select) -> Masks:
+    if select == "magnitude" and plan.weights:
+        return {"kind": "given", "how": f"the largest magnitudes in each chunk of {source.origin}"}
+    return drawn_masks(plan)
+
+
+class _FreshState:
+    """The tensors of a checkpoint at step 0.
+
+    Attributes:
+        measured: canonical name of a sparse weight -> fraction of zeros, of those that were read.
+    """
+
+    def __init__(self, source: WeightSource, recipe: Recipe, plan: Plan, select: Select):
+        self.source, self.recipe, self.plan, self.select = source, recipe, plan, select
+        self.rules = Parametrization(recipe, plan)
+        self.dtype = _MODEL_DTYPES[recipe.train.precision]
+        self.measured: dict[str, float] = {}
+        self._last: tuple[str, Tensor, Tensor] | None = None
+
+    def tensors(self) -> list[StoredTensor]:
+        """All tensors, those of one parameter together, so that it is read and cut to its mask once."""
+        return [tensor for weight in self.source.weights.values() for tensor in self._of(weight)]
+
+    def _of(self, weight: Weight) -> list[StoredTensor]:
+        name, sparse = stored_name(weight.name), self.plan.weights.get(weight.name)
+        shape, axis = weight.shape, weight.axis
+        tensors = []
+        if sparse:
+            shape, axis = (sparse.chunks, sparse.active_per_chunk), 0
+            bits = (sparse.chunks, math.ceil(math.prod(sparse.chunk_shape) / 8))
+            tensors = [self._stored(name + MASK_BITS, bits, axis, weight, torch.uint8,
+                                    lambda: self._compact(weight.name)[1])]
+            name += VALUES
+        values = partial(self._values, weight.name)
+        tensors.append(self._stored(name, shape, axis, weight, self.dtype, lambda: values().to(self.dtype)))
+        for state in STATES:
+            read = values if state == "param" else lambda: torch.zeros(shape)
+            tensors.append(self._stored(f"{OPTIMIZER}{state}.{name}", shape, axis, weight, torch.float32, read))
+        return tensors
+
+    def _stored(self, name: str, shape: tuple[int, ...], axis: int | None, weight: Weight, dtype: torch.dtype,
+                read: Callable[[], Tensor]) -> StoredTensor:
+        return StoredTensor(name, shape, dtype, cut(shape, axis, weight.layer, self.recipe), read)
+
+    def _values(self, name: str) -> Tensor:
+        """What the model keeps of a parameter, float32: all of it, or its active values (C, k)."""
+        return self._compact(name)[0] if name in self.plan.weights else self._master(name)
+
+    def _master(self, name: str) -> Tensor:
+        """A weight, dense, as a model of the recipe's parametrization holds it."""
+        return unfold(self.source.master(name), self.rules.folded(name))
+
+    def _compact(self, name: str) -> tuple[Tensor, Tensor]:
+        """Active values (C, k) and mask bits of a sparse weight; the last one is kept."""
+        if self._last is None or self._last[0] != name:
+            self._last = (name, *self._select(name))
+        return self._last[1:]
+
+    def _select(self, name: str) -> tuple[Tensor, Tensor]:
+        planned, dense = self.plan.weights[name], self._master(name)
+        k, values, bits = planned.active_per_chunk, [], []
+        for number in range(planned.chunks):
+            entries = chunk_of(dense, planned, number).numpy()
+            mask = (largest_mask(entries, k) if self.select == "magnitude"
+                    else planned_mask(planned, self.plan.seed, number))
+            values.append(entries[mask])
+            bits.append(np.packbits(mask))
+        self.measured[name] = 1.0 - sum(map(np.count_nonzero, values)) / planned.numel
+        return torch.from_numpy(np.stack(values)), torch.from_numpy(np.stack(bits))

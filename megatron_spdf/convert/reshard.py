@@ -1,0 +1,93 @@
+"""The same checkpoint with its files cut for another layout."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import shutil
+from functools import partial
+from pathlib import Path
+
+from megatron_spdf.architecture.weights import Weight
+from megatron_spdf.checkpoint import store
+from megatron_spdf.checkpoint.inspect import wrong_shapes
+from megatron_spdf.checkpoint.reader import (
+    MASK_BITS,
+    OPTIMIZER,
+    STATES,
+    VALUES,
+    CheckpointReader,
+    stored_name,
+)
+from megatron_spdf.checkpoint.writer import StoredTensor, cut, write_tensors
+from megatron_spdf.convert.initial_checkpoint import CHECKPOINTS, finish_run
+from megatron_spdf.files import appearing
+from megatron_spdf.recipe.recipe import Parallel, Recipe
+from megatron_spdf.recipe.rules import divisors, findings
+
+
+def reshard(reader: CheckpointReader, parallel: Parallel, output: Path) -> Path:
+    """Rewrites a checkpoint, optimizer and run state included, as a run directory of its own.
+
+    Args:
+        parallel: the layout that the files are cut for and that the new recipe has; see `check_layout`.
+        output: must not exist.
+
+    Returns:
+        The new checkpoint.
+
+    Raises:
+        ValueError: the model cannot have that layout, or `output` exists.
+        DamagedCheckpoint: a tensor is missing or not what the recipe says.
+    """
+    recipe = reader.recipe.model_copy(update={"parallel": parallel, "output": str(output)})
+    check_layout(recipe.whole())
+    faults = wrong_shapes(reader)
+    if faults:
+        raise store.DamagedCheckpoint(f"checkpoint {reader.path} is not what its recipe says: {'; '.join(faults[:5])}")
+    place = Path(CHECKPOINTS) / store.name_of(reader.run["state"]["step"])
+    with appearing(output) as directory:
+        checkpoint = directory / place
+        checkpoint.mkdir(parents=True)
+        write_tensors(checkpoint, [t for w in reader.weights.values() for t in _tensors_of(w, reader, recipe)])
+        shutil.copytree(reader.path / "tokenizer", checkpoint / "tokenizer")
+        store.write_json(checkpoint / store.RUN, {**reader.run, "recipe": recipe.model_dump()})
+        finish_run(checkpoint, recipe.whole())
+    return output / place
+
+
+def _tensors_of(weight: Weight, reader: CheckpointReader, recipe: Recipe) -> list[StoredTensor]:
+    """All tensors of one parameter: values, mask and optimizer state."""
+    sparse, name = weight.name in reader.plan.weights, stored_name(weight.name)
+    axis, kept = (0, name + VALUES) if sparse else (weight.axis, name)
+    names = [kept, *(f"{OPTIMIZER}{state}.{kept}" for state in STATES), *([name + MASK_BITS] if sparse else [])]
+    return [StoredTensor(n, reader.shapes[n], reader.dtypes[n], cut(reader.shapes[n], axis, weight.layer, recipe),
+                         partial(reader.tensor, n)) for n in names]
+
+
+def check_layout(recipe: Recipe) -> None:
+    """Raises ValueError, with the nearest layout that there is, where the model or batch cannot have the recipe's."""
+    broken = list(findings(recipe))
+    if broken:
+        near = _nearest(recipe)
+        remedy = "" if near is None else "; the nearest layout that the model allows is " + " ".join(
+            f"parallel.{key}={str(value).lower()}" for key, value in near.items())
+        raise ValueError("; ".join(broken) + remedy)
+
+
+def _nearest(recipe: Recipe) -> dict[str, int | bool] | None:
+    """The allowed layout with the degrees nearest to a recipe's, by their ratios."""
+    p, m = recipe.parallel, recipe.model
+    wanted = (p.tensor, p.pipeline, p.interleave, p.data)
+    stages = divisors(m.layers)
+    best = None
+    for degrees in itertools.product(divisors(m.query_groups), stages, stages, divisors(recipe.train.global_batch)):
+        tensor, pipeline, interleave, data = degrees
+        layout = {"tensor": tensor, "pipeline": pipeline, "interleave": interleave, "data": data,
+                  "sequence": p.sequence and tensor > 1}
+        distance = sum(abs(math.log(a / b)) for a, b in zip(degrees, wanted, strict=True))
+        if best is not None and distance >= best[0]:
+            continue
+        if not list(findings(recipe.model_copy(update={"parallel": p.model_copy(update=layout)}))):
+            best = distance, layout
+    return best and best[1]

@@ -1,0 +1,183 @@
+"""Contexts and completions as tokens, and their batches: the same at every layout, padded little.
+
+An example is context + EOD + " " + completion + EOD (Hu et al. 2022, the NLG example of LoRA); the loss is on what
+comes after the first EOD, mean over the completion tokens of the global batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.random import Philox
+
+from megatron_spdf.data.finetuning.tasks import Example, load_examples, training_pairs
+from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
+from megatron_spdf.model.batch import MicroBatch
+from megatron_spdf.random_streams import stream_key
+from megatron_spdf.recipe.recipe import Recipe
+
+STREAM = "megatron_spdf fine-tuning order stream 1"
+POOL = 64  # global batches that are sorted by length together
+PAD_MULTIPLE = 8  # tensor cores
+
+
+@dataclass(frozen=True)
+class Completions:
+    """The tokenised pairs of a split.
+
+    Attributes:
+        tokens: of every pair, context + EOD + completion + EOD, at most one over the context window.
+        starts: where the completion begins.
+        truncated: pairs whose context lost its beginning.
+    """
+
+    tokens: list[np.ndarray]
+    starts: np.ndarray
+    truncated: int
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens that the model reads of each pair: all but the last, which is a label only."""
+        return np.array([len(t) - 1 for t in self.tokens])
+
+    @property
+    def targets(self) -> np.ndarray:
+        """Completion tokens of each pair, its EOD included."""
+        return self.lengths + 1 - self.starts
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def tokenise(task: str, path: Path, split: str, tokenizer: Tokenizer, window: int) -> Completions:
+    """Reads a split and makes tokens of its pairs.
+
+    A pair that is too long loses the beginning of its context, never any of its completion.
+
+    Args:
+        window: longest sequence the model reads, in tokens.
+
+    Raises:
+        ValueError: the data are malformed, or a completion alone does not fit; with the file and the record.
+        FileNotFoundError: the split is not there.
+    """
+    tokens, starts, truncated = [], [], 0
+    for number, example in enumerate(load_examples(task, path, split), 1):
+        context = tokenizer.encode(example.context)
+        for _, completion in training_pairs([example]):
+            ending = [tokenizer.eod, *tokenizer.encode(f" {completion}"), tokenizer.eod]
+            room = window + 1 - len(ending)
+            if room < 0:
+                raise ValueError(_too_long(path, split, number, example, len(ending) - 1, window))
+            kept = context[max(0, len(context) - room) :]
+            truncated += len(kept) < len(context)
+            tokens.append(np.array(kept + ending, dtype=np.int32))
+            starts.append(len(kept) + 1)
+    return Completions(tokens, np.array(starts), truncated)
+
+
+def _too_long(path: Path, split: str, number: int, example: Example, length: int, window: int) -> str:
+    return (f"{path}, {split} split, example {number} ({example.context[:60]!r}): a completion of {length} tokens, its "
+            f"end-of-document token included, does not fit the window of {window}; raise train.sequence_length up to "
+            "the model's max_positions, or remove the example")
+
+
+class CompletionData:
+    """The run's batches on this rank, see `TokenData`.
+
+    Args:
+        recipe: of the training run.
+        train, valid: tokenised splits; the loss on all of `valid` is the validation loss.
+        pad: any token; its places carry no loss.
+        replica: which data-parallel replica this rank belongs to.
+    """
+
+    def __init__(self, recipe: Recipe, train: Completions, valid: Completions, pad: int, replica: int):
+        self.recipe, self.train, self.valid, self.pad, self.replica = recipe, train, valid, pad, replica
+        self.per_epoch = math.ceil(len(train) / recipe.train.global_batch)
+        self.valid_batches = math.ceil(len(valid) / recipe.train.global_batch)
+        self.mean_length = math.ceil(train.lengths.mean())
+        self.valid_tokens_per_byte = None  # bits per byte are a measure of text, not of completions
+        self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
+
+    def training_batches(self, first_step: int) -> Iterator[list[MicroBatch]]:
+        """This rank's micro-batches of every step from `first_step` (counted from 0) to the end of the run."""
+        for step in range(first_step, self.recipe.steps):
+            epoch, number = divmod(step, self.per_epoch)
+            chosen = self._epoch(epoch)[number]
+            yield self._micro_batches(self.train, chosen, self.train.targets[chosen].sum())
+
+    def validation_batches(self) -> Iterator[list[MicroBatch]]:
+        """All of the validation pairs, in the same batches every time; the mean of their losses is the mean over all
+        completion tokens."""
+        order, size = np.argsort(self.valid.lengths, kind="stable"), self.recipe.train.global_batch
+        for start in range(0, len(order), size):
+            yield self._micro_batches(self.valid, order[start : start + size],
+                                      self.valid.targets.sum() / self.valid_batches)
+
+    def consumed(self, steps: int) -> int:
+        """Tokens, padding not counted, that the model has read after so many steps."""
+        epochs, rest = divmod(steps, self.per_epoch)
+        read = self._epoch(epochs)[:rest] if rest else []
+        return int(epochs * self.train.lengths.sum() + sum(self.train.lengths[chosen].sum() for chosen in read))
+
+    def consumed_by_source(self, steps: int) -> dict[str, int]:
+        """Nothing: a fine-tuning run has one source."""
+        return {}
+
+    def _draw_epoch(self, epoch: int) -> list[np.ndarray]:
+        """The global batches of an epoch as positions in `train`; a function of the seed and the epoch alone.
+
+        A random order is cut into pools, a pool is sorted by length and cut into batches, and the batches are put into
+        a random order again.
+        """
+        size = self.recipe.train.global_batch
+        order = _random_order(self.recipe.seed, epoch, "examples", len(self.train))
+        lengths, batches = self.train.lengths, []
+        for start in range(0, len(order), POOL * size):
+            pool = order[start : start + POOL * size]
+            pool = pool[np.argsort(lengths[pool], kind="stable")]
+            batches += [pool[i : i + size] for i in range(0, len(pool), size)]
+        return [batches[i] for i in _random_order(self.recipe.seed, epoch, "batches", len(batches))]
+
+    def _micro_batches(self, pairs: Completions, chosen: np.ndarray, targets: float) -> list[MicroBatch]:
+        """This rank's share of a global batch, of neighbours in length; empty rows fill a batch that is short.
+
+        Args:
+            targets: completion tokens by which the loss of a global batch is divided.
+        """
+        train, replicas = self.recipe.train, self.recipe.parallel.data
+        size = train.micro_batch
+        loss_tokens = torch.tensor(targets / (train.global_batch // size), dtype=torch.float32)
+        batch = []
+        for micro in range(self.recipe.micro_batches):
+            start = (micro * replicas + self.replica) * size
+            batch.append(self._padded(pairs, chosen[start : start + size]) | {"loss_tokens": loss_tokens})
+        return batch
+
+    def _padded(self, pairs: Completions, rows: np.ndarray) -> MicroBatch:
+        """Rows padded on the right to the longest of them, (B, T)."""
+        train = self.recipe.train
+        multiple = math.lcm(PAD_MULTIPLE, self.recipe.parallel.tensor)
+        longest = max((len(pairs.tokens[row]) - 1 for row in rows), default=1)
+        length = min(-(-longest // multiple) * multiple, train.sequence_length)
+        text = np.full((train.micro_batch, length + 1), self.pad, dtype=np.int64)
+        mask = np.zeros((train.micro_batch, length), dtype=np.float32)
+        for place, row in enumerate(rows):
+            tokens = pairs.tokens[row]
+            text[place, : len(tokens)] = tokens
+            mask[place, pairs.starts[row] - 1 : len(tokens) - 1] = 1.0
+        position = torch.arange(length).expand(train.micro_batch, -1).contiguous()
+        return {"tokens": torch.from_numpy(text[:, :-1].copy()), "labels": torch.from_numpy(text[:, 1:].copy()),
+                "loss_mask": torch.from_numpy(mask), "position_ids": position}
+
+
+def _random_order(seed: int, epoch: int, what: str, count: int) -> np.ndarray:
+    """A permutation of range(count) from a counter-based stream."""
+    return np.argsort(Philox(key=stream_key(STREAM, seed, epoch, what)).random_raw(count), kind="stable")

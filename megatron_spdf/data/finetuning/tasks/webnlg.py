@@ -1,0 +1,86 @@
+"""WebNLG Challenge 2017 (Gardent et al., 2017): triples of an entry to texts that verbalise it; JSON or XML.
+
+JSON is one file per split. XML is a file, or per split a directory of them as published: train/1triples/*.xml.
+Texts that annotators marked as other than "good" are left out, as in LoRA's NLG examples.
+"""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_spdf.data.finetuning.tasks.example import Example, linearise
+from megatron_spdf.data.finetuning.tasks.files import checked_text, json_file, list_of, text_of
+
+FILES = {"train": ("train.json", "train.xml", "train"), "validation": ("dev.json", "dev.xml", "dev"),
+         "test": ("test.json", "test.xml", "test/testdata_with_lex.xml", "testdata_with_lex.xml", "test")}
+# The categories of the training set; the test set has five others.
+SEEN = frozenset({"Airport", "Astronaut", "Building", "City", "ComicsCharacter", "Food", "Monument", "SportsTeam",
+                  "University", "WrittenWork"})
+_GOOD = ("good", "")  # as which a text without a comment counts
+
+
+def read(path: Path) -> list[Example]:
+    """One example per entry, in the order of the file; of a directory, of its sorted files."""
+    if path.is_dir():
+        return [example for file in sorted(path.rglob("*.xml")) for example in _read_xml(file)]
+    return list(_read_xml(path) if path.suffix.lower() == ".xml" else _read_json(path))
+
+
+def _example(category: str, triples: list[tuple[str, str, str]], texts: list[str]) -> Example:
+    return Example(linearise(triples), tuple(texts), "seen" if category in SEEN else "unseen")
+
+
+def _read_json(path: Path) -> Iterator[Example]:
+    content = json_file(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: a {type(content).__name__} instead of an object with the field 'entries'")
+    for number, wrapped in enumerate(list_of(str(path), content, "entries"), start=1):
+        where = f"{path}, entry {number}"
+        if not (isinstance(wrapped, dict) and len(wrapped) == 1 and isinstance(*wrapped.values(), dict)):
+            raise ValueError(f"{where}: an entry must be {{number: {{fields}}}}; it is {wrapped!r:.80}")
+        (entry,) = wrapped.values()
+        triples = [_json_triple(where, triple) for triple in list_of(where, entry, "modifiedtripleset")]
+        if not triples:
+            raise ValueError(f"{where}: field 'modifiedtripleset' is empty")
+        yield _example(text_of(where, entry, "category"), triples,
+                       [text for lex in list_of(where, entry, "lexicalisations") for text in _json_texts(where, lex)])
+
+
+def _json_triple(where: str, triple: Any) -> tuple[str, str, str]:
+    if not isinstance(triple, dict):
+        raise ValueError(f"{where}: a triple must have subject, property and object; it is {triple!r:.80}")
+    subject, relation, value = (text_of(where, triple, field) for field in ("subject", "property", "object"))
+    return subject, relation, value
+
+
+def _json_texts(where: str, lexicalisation: Any) -> Iterator[str]:
+    if not isinstance(lexicalisation, dict):
+        raise ValueError(f"{where}: a lexicalisation must have the field 'lex'; it is {lexicalisation!r:.80}")
+    if lexicalisation.get("comment", "") in _GOOD:
+        yield text_of(where, lexicalisation, "lex")
+
+
+def _read_xml(path: Path) -> Iterator[Example]:
+    try:
+        root = ElementTree.parse(path).getroot()
+    except ElementTree.ParseError as error:
+        raise ValueError(f"{path}, line {error.position[0]}: not XML ({error})") from None
+    for number, entry in enumerate(root.iter("entry"), start=1):
+        where = f"{path}, entry {number} ({entry.get('eid', 'no eid')})"
+        triples = [_xml_triple(where, triple.text) for triple in entry.iterfind("modifiedtripleset/mtriple")]
+        if not triples:
+            raise ValueError(f"{where}: no modifiedtripleset/mtriple")
+        yield _example(text_of(where, dict(entry.attrib), "category"), triples,
+                       [checked_text(where, "lex", lex.text) for lex in entry.iterfind("lex")
+                        if lex.get("comment", "") in _GOOD])
+
+
+def _xml_triple(where: str, text: str | None) -> tuple[str, str, str]:
+    parts = (text or "").split(" | ", 2)
+    if len(parts) != 3 or not all(part.strip() for part in parts):
+        raise ValueError(f"{where}: the triple {text!r:.80} is not of the form subject | property | object")
+    subject, relation, value = (part.strip() for part in parts)
+    return subject, relation, value

@@ -1,0 +1,258 @@
+"""The manifest of a preprocessed data set, and the check of a data set before training.
+
+Imports neither torch nor Megatron: the check runs before any device is touched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from megatron_spdf.data.indexed.index_file import (
+    REBUILD,
+    IndexHeader,
+    read_index_header,
+    read_lengths,
+)
+from megatron_spdf.data.preprocess.records import MAX_RECORD_BYTES, Skipped
+
+CORPUS = "corpus.json"
+
+
+class _Record(BaseModel):
+    """Fields that this code does not know, of an older or newer version of it, are passed over."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class TokenizerRecord(_Record):
+    """The tokenizer that wrote the tokens; a copy of it lies in PREFIX.tokenizer."""
+
+    kind: str
+    vocab_size: int
+    eod: int
+    sha256: str
+
+
+class Settings(_Record):
+    """What decides, beside the inputs and the tokenizer, which tokens go where.
+
+    Attributes:
+        text_key: key of the text in a JSON record.
+        on_error: "stop" or "skip", at a record that cannot be read.
+        append_eod: end every document with the end-of-document token.
+        max_document_bytes: longer records cannot be read.
+        ftfy: texts go through `ftfy.fix_text` first.
+        deduplicate: of documents with the same text the first is kept.
+        split: shares of train, valid and test, which a hash of the text decides; None: no split.
+        set_key: a data set for each value of this key of "meta"; None: documents of all sets in one.
+        per_shard: a data set for each input file.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    text_key: str = "text"
+    on_error: str = "stop"
+    append_eod: bool = True
+    max_document_bytes: int = MAX_RECORD_BYTES
+    ftfy: bool = False
+    deduplicate: bool = False
+    split: tuple[float, ...] | None = None
+    set_key: str | None = None
+    per_shard: bool = False
+
+    @property
+    def several(self) -> bool:
+        """Whether the output is a directory of data sets instead of one data set."""
+        return self.split is not None or self.set_key is not None or self.per_shard
+
+
+class Source(_Record):
+    """One input file, and what became of its records: records = documents + empty + skipped + duplicates.
+
+    In the manifest of one data set of several, `documents` and what follows count what went there, and what became of
+    all other records is told in PREFIX/corpus.json.
+
+    Attributes:
+        size: bytes on disk; `sha256` is over them.
+        tokens, text_bytes: of the documents written; text in UTF-8.
+        bin_sha256: of their tokens, which lie in PREFIX.bin in the order of the sources.
+    """
+
+    path: str
+    size: int
+    sha256: str | None = None
+    records: int | None = None
+    documents: int
+    empty: int = 0
+    skipped: int = 0
+    duplicates: int = 0
+    tokens: int | None = None
+    text_bytes: int | None = None
+    bin_sha256: str | None = None
+
+
+class Counts(_Record):
+    """Documents of one data set of several."""
+
+    documents: int = 0
+    tokens: int = 0
+    text_bytes: int = 0
+
+
+class _Origin(_Record):
+    """How data were made; the same command on the same files gives the same record, byte for byte.
+
+    Attributes:
+        documents: in the data set; this package writes one sequence for each.
+        tokens: tokens in it, end-of-document tokens included.
+        text_bytes: UTF-8 bytes of the documents' text.
+        empty: records left out because they give no token.
+        skipped: records left out because they could not be read; `skipped_lines` lists the first 1,000.
+        duplicates: records left out because their text was there before.
+        versions: of the libraries that read, tokenized and wrote.
+    """
+
+    format_version: Literal[1] = 1
+    tokenizer: TokenizerRecord | None = None
+    settings: Settings | None = None
+    documents: int
+    tokens: int
+    text_bytes: int | None = None
+    empty: int = 0
+    skipped: int = 0
+    duplicates: int = 0
+    sources: list[Source] = []
+    skipped_lines: list[Skipped] = []
+    versions: dict[str, str] = {}
+
+
+class Manifest(_Origin):
+    """What a data set PREFIX.bin, PREFIX.idx holds; kept in PREFIX.json.
+
+    A data set made by another tool has no such file. Its manifest is then made up from the .idx file, and
+    what that does not tell is None.
+
+    Attributes:
+        append_eod: whether each document ends with the end-of-document token.
+        split, set_name: which of several data sets this is.
+        dtype: NumPy name of the type of a token in PREFIX.bin.
+        bin_bytes, idx_bytes: sizes of the two files.
+        idx_sha256: of PREFIX.idx; that of PREFIX.bin is told source by source.
+    """
+
+    append_eod: bool | None = None
+    split: str | None = None
+    set_name: str | None = None
+    dtype: str
+    bin_bytes: int
+    idx_bytes: int
+    idx_sha256: str | None = None
+
+    @property
+    def content_sha256(self) -> str | None:
+        """Fingerprint of the tokens, whatever their path; None where the checksums are not known."""
+        if self.idx_sha256 is None:
+            return None
+        parts = [self.idx_sha256, *(source.bin_sha256 for source in self.sources if source.bin_sha256)]
+        return hashlib.sha256(f"{self.dtype} {' '.join(parts)}".encode()).hexdigest()
+
+
+class CorpusManifest(_Origin):
+    """What a directory of data sets holds, in all and in each; kept in PREFIX/corpus.json."""
+
+    data_sets: dict[str, Counts]
+
+
+def file_of(prefix: str | Path, suffix: str) -> Path:
+    """PREFIX.suffix; a dot in the prefix's own name is kept."""
+    return Path(f"{prefix}.{suffix}")
+
+
+def read_manifest(prefix: str | Path) -> Manifest:
+    """The manifest in PREFIX.json.
+
+    Raises:
+        ValueError: it is missing, not a manifest, or of a format version that this code does not know.
+    """
+    path = file_of(prefix, "json")
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing, so the data set is incomplete. {REBUILD}") from None
+    except ValidationError as error:
+        raise ValueError(f"{path} is not a manifest of format version 1: {error}. {REBUILD}") from None
+
+
+def read_corpus(prefix: str | Path) -> CorpusManifest:
+    """The manifest of a directory of data sets.
+
+    Raises:
+        ValueError: it is missing or not one.
+    """
+    path = Path(prefix) / CORPUS
+    try:
+        return CorpusManifest.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing, so {prefix} is no directory of data sets, or incomplete") from None
+    except ValidationError as error:
+        raise ValueError(f"{path} is not a manifest of format version 1: {error}. {REBUILD}") from None
+
+
+def check_prefix(prefix: str | Path, tokenizer_sha256: str | None = None) -> Manifest:
+    """Check that the data set at `prefix` is whole, not empty, and made with the tokenizer in use.
+
+    A data set with neither PREFIX.json nor PREFIX.tokenizer was made by another tool, such as Megatron-LM's:
+    its sizes are checked against its own .idx file, and its tokenizer cannot be checked.
+
+    Args:
+        tokenizer_sha256: `Tokenizer.sha256` of the tokenizer in use; None leaves that unchecked.
+
+    Raises:
+        ValueError: with the file, what is wrong with it, and the remedy.
+    """
+    idx, data = file_of(prefix, "idx"), file_of(prefix, "bin")
+    for path in (data, idx):
+        if not path.is_file():
+            raise ValueError(
+                f"data set {prefix} has no file {path}. "
+                "Correct the prefix, or make the data set with tools/preprocess_data.py"
+            )
+    header = read_index_header(idx)
+    _require_size(idx, header.file_bytes, "its header")
+    if not header.sequences:
+        raise ValueError(f"data set {prefix} holds no document. Make it from input that has text")
+    foreign = not file_of(prefix, "json").exists() and not file_of(prefix, "tokenizer").exists()
+    manifest = _describe_foreign(idx, header) if foreign else read_manifest(prefix)
+    source = idx if foreign else file_of(prefix, "json")
+    _require_size(data, manifest.bin_bytes, source)
+    _require_size(idx, manifest.idx_bytes, source)
+    recorded = manifest.tokenizer.sha256 if manifest.tokenizer else None
+    if tokenizer_sha256 and recorded and recorded != tokenizer_sha256:
+        raise ValueError(
+            f"data set {prefix} was made with the tokenizer {recorded}, and the run uses {tokenizer_sha256} "
+            f"(sha256). Use the copy in {file_of(prefix, 'tokenizer')}, or preprocess the text again"
+        )
+    return manifest
+
+
+def _describe_foreign(idx: Path, header: IndexHeader) -> Manifest:
+    tokens = int(read_lengths(idx).sum(dtype=np.int64))
+    return Manifest(
+        documents=header.documents,
+        tokens=tokens,
+        dtype=header.dtype,
+        bin_bytes=tokens * np.dtype(header.dtype).itemsize,
+        idx_bytes=header.file_bytes,
+    )
+
+
+def _require_size(path: Path, expected: int, source: object) -> None:
+    size = path.stat().st_size
+    if size != expected:
+        state = "cut off" if size < expected else "too long"
+        raise ValueError(f"{path} is {state}: {size} bytes, and {source} says {expected}. {REBUILD}")

@@ -1,0 +1,159 @@
+"""The documents of JSON-lines shards (plain, .zst, .gz) and text files.
+
+A record that cannot be read is an error that names the place, or is skipped on request and then recorded.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_spdf.data.preprocess.records import (
+    MAX_RECORD_BYTES,
+    MAX_RECORDED_SKIPS,
+    ON_ERROR,
+    ReadReport,
+    Skipped,
+    read_records,
+    reject,
+)
+
+__all__ = ["MAX_RECORDED_SKIPS", "ON_ERROR", "ReadReport", "Skipped"]
+
+FORMATS = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".txt")
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One document: its text, the record's "meta" object if it has one, and the place it came from."""
+
+    text: str
+    meta: dict | None
+    path: Path
+    line: int
+
+
+class BadRecord(Exception):
+    """What is wrong with a record, in words for the user."""
+
+
+def expand_inputs(inputs: Sequence[str | Path]) -> list[Path]:
+    """The files that `inputs`, paths or glob patterns, name; a pattern's matches are in sorted order.
+
+    Raises:
+        ValueError: an input that matches nothing, a directory, a file of unknown format, a file named twice.
+    """
+    paths: list[Path] = []
+    for pattern in map(str, inputs):
+        matches = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
+        if not matches:
+            raise ValueError(f"input {pattern!r} matches no file")
+        paths += map(Path, matches)
+    if not paths:
+        raise ValueError("no input given; name at least one file or pattern, such as 'shards/*.jsonl.zst'")
+    for path in paths:
+        if path.is_dir():
+            raise ValueError(f"input {path} is a directory; give its files, such as '{path}/*.jsonl.zst'")
+        if not path.name.endswith(FORMATS):
+            raise ValueError(f"input {path} has no known format; its name must end with one of {FORMATS}")
+    path, times = Counter(paths).most_common(1)[0]
+    if times > 1:
+        raise ValueError(f"input {path} is named {times} times; name each file once")
+    return paths
+
+
+def iterate_documents(
+    paths: Sequence[str | Path],
+    text_key: str = "text",
+    on_error: str = "stop",
+    report: ReadReport | None = None,
+) -> Iterator[Document]:
+    """The documents of all files, in order. Documents with an empty text are left out.
+
+    A .jsonl file holds one JSON object a line, its text under `text_key`; a .txt file is one document.
+
+    Args:
+        paths: files or glob patterns, as in `expand_inputs`.
+        on_error: "stop" raises on a record that cannot be read; "skip" leaves it out and tells `report`.
+        report: counts, kept up to date while documents are drawn.
+
+    Raises:
+        ValueError: bad `paths`; under "stop", a bad record or a damaged file, with its line or byte; no
+            document at all.
+    """
+    report = report if report is not None else ReadReport()
+    for path in expand_inputs(paths):
+        yield from read_shard(path, text_key, on_error, report)
+    if not report.documents:
+        raise ValueError(f"no document in the inputs: {report.empty} empty records, {report.skipped} skipped")
+
+
+def read_shard(
+    path: Path, text_key: str, on_error: str, report: ReadReport, max_bytes: int = MAX_RECORD_BYTES
+) -> Iterator[Document]:
+    """The documents of one file; as `iterate_documents`, but a file may turn out to hold none."""
+    yield from parse_records(path, read_records(path, on_error, report, max_bytes), text_key, on_error, report)
+
+
+def parse_records(
+    path: Path, records: Iterator[tuple[int, bytes]], text_key: str, on_error: str, report: ReadReport
+) -> Iterator[Document]:
+    """The documents of records of `path`, given with their line numbers; `report.seen` is left to the reader."""
+    parse = _parse_text if path.suffix == ".txt" else _parse_json
+    for line, record in records:
+        try:
+            text, meta = parse(record, text_key)
+        except BadRecord as error:
+            reject(path, line, str(error), on_error, report)
+            continue
+        if text:
+            report.documents += 1
+            yield Document(text, meta, path, line)
+        else:
+            report.empty += 1
+
+
+def sample_texts(paths: Sequence[Path], text_bytes: int, text_key: str, on_error: str) -> Iterator[str]:
+    """The first texts of every file, about `text_bytes` of UTF-8 in all, in even shares.
+
+    What a short file leaves of its share goes to the files after it.
+    """
+    left = text_bytes
+    for index, path in enumerate(paths):
+        share = left // (len(paths) - index)
+        for document in read_shard(path, text_key, on_error, ReadReport()):
+            if share <= 0:
+                break
+            size = len(document.text.encode("utf-8", "surrogatepass"))
+            share, left = share - size, left - size
+            yield document.text
+
+
+def _parse_text(record: bytes, _: str) -> tuple[str, None]:
+    try:
+        return record.decode("utf-8"), None
+    except UnicodeDecodeError as error:
+        line = record.count(b"\n", 0, error.start) + 1
+        raise BadRecord(f"not UTF-8: 0x{record[error.start]:02x} in line {line}") from None
+
+
+def _parse_json(record: bytes, text_key: str) -> tuple[str, dict | None]:
+    try:
+        value = json.loads(record.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise BadRecord(f"not UTF-8: 0x{record[error.start]:02x} at byte {error.start} of it") from None
+    except (ValueError, RecursionError) as error:
+        raise BadRecord(f"not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise BadRecord(f"not a JSON object but a {type(value).__name__}")
+    if text_key not in value:
+        keys = ", ".join(repr(key) for key in list(value)[:10]) or "none"
+        raise BadRecord(f"no key {text_key!r}; keys here: {keys} (--text-key names the one to take)")
+    text, meta = value[text_key], value.get("meta")
+    if not isinstance(text, str):
+        raise BadRecord(f"the value of {text_key!r} is not a string but a {type(text).__name__}")
+    return text, meta if isinstance(meta, dict) else None

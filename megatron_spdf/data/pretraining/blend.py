@@ -1,0 +1,143 @@
+"""Which source a sample of a run comes from: the blend, and what becomes of it when a run changes it.
+
+Sample k of the run is decided by the blend alone, by Megatron's rule: the source that is furthest behind its weight.
+It takes the next sample of that source, whose order is its own (`samples.Pass`). A blend that changes after c samples
+starts to count anew there, while each source goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_spdf.data.pretraining.index_cache import built_once
+from megatron_spdf.data.pretraining.sources import Source
+from megatron_spdf.files import write_safely
+
+HISTORY = "blend.json"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of a run with one blend.
+
+    Attributes:
+        first: number of its first sample in the run.
+        sources: content fingerprint -> prefix, of the blend.
+        weights: content fingerprint -> share of the samples, of the blend; they sum to 1.
+        taken: content fingerprint -> samples of that source before this segment, of all sources so far.
+        paths: content fingerprint -> prefix, of all sources so far.
+    """
+
+    first: int
+    weights: dict[str, float]
+    taken: dict[str, int]
+    paths: dict[str, str]
+
+
+class BlendHistory:
+    """The blends of a run, kept in its directory.
+
+    Args:
+        directory: of the run.
+        sources: of the recipe's blend.
+    """
+
+    def __init__(self, directory: Path, sources: list[Source]):
+        self._path, self._sources = directory / HISTORY, sources
+        self.segments = [Segment(**s) for s in json.loads(self._path.read_bytes())] if self._path.exists() else []
+
+    @property
+    def changed(self) -> str:
+        """How the recipe's blend differs from the last one of the run; "" if it does not."""
+        if not self.segments:
+            return ""
+        before, now = self.segments[-1], {s.content: s.weight for s in self._sources}
+        paths = before.paths | {s.content: s.prefix for s in self._sources}
+        shares = {c: (before.weights.get(c, 0.0), now.get(c, 0.0)) for c in before.weights | now}
+        return "; ".join(f"{paths[c]} ({c[:12]}) had {was:.6g} of the samples and has {share:.6g}"
+                         for c, (was, share) in shares.items() if abs(was - share) > 1e-9)
+
+    def require_unchanged(self) -> None:
+        """Raises a ValueError if the recipe's blend is not the run's."""
+        if self.changed:
+            raise ValueError(
+                f"the blend is not the one that {self._path.parent} was trained with: {self.changed}. Set it back, or "
+                "set data.on_blend_change=continue to change it from here on, each source going on where it was")
+
+    def extend(self, first: int) -> None:
+        """Brings the recipe's blend in, if it is another one, from sample `first` on."""
+        weights = {s.content: s.weight for s in self._sources}
+        paths = {s.content: s.prefix for s in self._sources}
+        if not self.segments:
+            self.segments = [Segment(0, weights, dict.fromkeys(weights, 0), paths)]
+        elif self.changed:
+            taken, known = self.taken(first), self.segments[-1].paths
+            self.segments = [s for s in self.segments if s.first < first]
+            self.segments.append(Segment(first, weights, dict.fromkeys(weights, 0) | taken, known | paths))
+
+    def save(self) -> None:
+        """Writes the history; the directory is made if it is missing."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        write_safely(self._path, (json.dumps([vars(s) for s in self.segments], indent=1) + "\n").encode())
+
+    def taken(self, samples: int) -> dict[str, int]:
+        """Samples of each source among the first `samples` of the run: content fingerprint -> count."""
+        segment = next(s for s in reversed(self.segments) if s.first <= samples)
+        drawn, _ = blending_order(segment, samples - segment.first)
+        counts = np.bincount(drawn, minlength=len(segment.weights))
+        return segment.taken | {c: segment.taken[c] + int(n) for c, n in zip(segment.weights, counts, strict=True)}
+
+    def order(self, samples: int) -> tuple[list[str], np.ndarray, np.ndarray]:
+        """Where the first `samples` samples of the run come from.
+
+        Returns:
+            Content fingerprints; for each sample the source's place among them, int16; and its number in the source's
+            own order, int64.
+        """
+        contents = list(self.segments[-1].paths)
+        places, numbers = [], []
+        ends = [s.first for s in self.segments[1:]] + [samples]
+        for segment, end in zip(self.segments, ends, strict=True):
+            source, number = blending_order(segment, end - segment.first)
+            places.append(np.array([contents.index(c) for c in segment.weights], np.int16)[source])
+            numbers.append(np.array([segment.taken[c] for c in segment.weights])[source] + number)
+        return contents, np.concatenate(places), np.concatenate(numbers)
+
+
+def blending_order(segment: Segment, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """For the first `size` samples of a segment: which of its sources, int16, and how many it gave before, int64."""
+    from megatron.core.datasets import helpers
+
+    source, number = np.zeros(size, np.int16), np.zeros(size, np.int64)
+    helpers.build_blending_indices(source, number, list(segment.weights.values()), len(segment.weights), size, False)
+    return source, number
+
+
+@dataclass(frozen=True)
+class BlendOrder:
+    """`BlendHistory.order` of a run, memory-mapped from the cache."""
+
+    contents: list[str]
+    places: np.ndarray
+    numbers: np.ndarray
+
+    @classmethod
+    def cached(cls, history: BlendHistory, samples: int, cache: Path) -> BlendOrder:
+        """The order of all samples of the run, computed once."""
+        what = json.dumps([[vars(s) for s in history.segments], samples])
+        key = f"blend-{hashlib.sha256(what.encode()).hexdigest()[:32]}"
+
+        def build(directory: Path) -> None:
+            contents, places, numbers = history.order(samples)
+            (directory / "contents.json").write_text(json.dumps(contents))
+            np.save(directory / "places.npy", places)
+            np.save(directory / "numbers.npy", numbers)
+
+        place = built_once(cache, key, build)
+        return cls(json.loads((place / "contents.json").read_text()), np.load(place / "places.npy", mmap_mode="r"),
+                   np.load(place / "numbers.npy", mmap_mode="r"))

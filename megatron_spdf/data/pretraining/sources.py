@@ -1,0 +1,120 @@
+"""The data sets that training samples come from, and in what shares."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+from collections import Counter
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_spdf.data.indexed.manifest import Manifest, check_prefix, file_of
+from megatron_spdf.data.pretraining.pile import PILE_EPOCHS
+from megatron_spdf.recipe.recipe import Data
+
+_SAMPLED_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Source:
+    """One data set of a run.
+
+    Attributes:
+        prefix: of its files.
+        content: fingerprint of its tokens, wherever they lie.
+        tokens: in it.
+        weight: share of the training samples that come from it.
+    """
+
+    prefix: str
+    content: str
+    tokens: int
+    weight: float = 0.0
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One data set as the recipe names it; `pattern` is what matched it. Either `weight` or `epochs` is given."""
+
+    prefix: str
+    pattern: str
+    weight: float | None
+    epochs: float | Literal["pile"] | None
+
+
+def expand(data: Data) -> list[Entry]:
+    """The training data sets that a recipe names: `data.train`, or `data.blend` with its patterns matched.
+
+    Raises:
+        ValueError: nothing is named, or a pattern matches nothing.
+    """
+    if not data.blend and not data.train:
+        raise ValueError("data.train is empty; name at least one prefix made by tools/preprocess_data.py")
+    entries = [Entry(prefix, prefix, None, 1.0) for prefix in data.train]
+    for named in data.blend:
+        matches = [named.path]
+        if glob.has_magic(named.path) and not file_of(named.path, "idx").exists():
+            matches = sorted(path.removesuffix(".idx") for path in glob.glob(f"{named.path}.idx"))
+        if not matches:
+            raise ValueError(f"data.blend: {named.path!r} matches no data set; a pattern matches prefixes, the names "
+                             "of .bin and .idx files without these endings")
+        entries += [Entry(path, named.path, named.weight, named.epochs) for path in matches]
+    return entries
+
+
+def training_sources(entries: list[Entry], tokenizer_sha256: str) -> list[Source]:
+    """The training data sets, checked, with weights that sum to 1.
+
+    The weight of a pattern is shared by what it matches in proportion to the tokens. Epochs weigh tokens: a data set
+    of twice the epochs is read twice as often.
+
+    Raises:
+        ValueError: a data set is not whole, of another tokenizer, named twice, or no set of the Pile and asked for as
+            one.
+    """
+    manifests = [check_prefix(entry.prefix, tokenizer_sha256) for entry in entries]
+    matched: Counter[str] = Counter()
+    for entry, manifest in zip(entries, manifests, strict=True):
+        matched[entry.pattern] += manifest.tokens
+    weights = [m.tokens * (e.weight / matched[e.pattern] if e.weight is not None else _epochs(e, m))
+               for e, m in zip(entries, manifests, strict=True)]
+    sources = [make_source(entry.prefix, manifest, weight / sum(weights))
+               for entry, manifest, weight in zip(entries, manifests, weights, strict=True)]
+    _require_distinct(sources)
+    return sources
+
+
+def make_source(prefix: str, manifest: Manifest, weight: float = 0.0) -> Source:
+    return Source(prefix, manifest.content_sha256 or _fingerprint(prefix), manifest.tokens, weight)
+
+
+def _epochs(entry: Entry, manifest: Manifest) -> float:
+    if entry.epochs != "pile":
+        return entry.epochs
+    if manifest.set_name not in PILE_EPOCHS:
+        raise ValueError(f"data.blend: {entry.prefix} holds the set {manifest.set_name!r}, which is none of the "
+                         f"Pile's, so that epochs=pile says nothing of it; give a number. Its sets are "
+                         f"{', '.join(PILE_EPOCHS)}")
+    return PILE_EPOCHS[manifest.set_name]
+
+
+def _fingerprint(prefix: str) -> str:
+    """Of a data set whose manifest has no checksums: of the sizes, and of start, middle and end of both files."""
+    digest = hashlib.sha256()
+    for suffix in ("idx", "bin"):
+        path = file_of(prefix, suffix)
+        size = path.stat().st_size
+        digest.update(str(size).encode())
+        with open(path, "rb") as file:
+            for start in (0, max(0, size // 2), max(0, size - _SAMPLED_BYTES)):
+                file.seek(start)
+                digest.update(file.read(_SAMPLED_BYTES))
+    return digest.hexdigest()
+
+
+def _require_distinct(sources: list[Source]) -> None:
+    content, times = Counter(source.content for source in sources).most_common(1)[0]
+    if times > 1:
+        same = ", ".join(source.prefix for source in sources if source.content == content)
+        raise ValueError(f"the data sets {same} hold the same tokens, and would be read in the same order; name one of "
+                         "them, with the sum of their weights or epochs")

@@ -1,0 +1,76 @@
+"""A checkpoint on a task: perplexity of the references, decoding and scores, on one rank or several."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_spdf.convert.huggingface_export import in_memory
+from megatron_spdf.convert.source import WeightSource
+from megatron_spdf.data.finetuning.tasks import Example, training_pairs
+from megatron_spdf.evaluation.decoding import Decoded, Likelihood, Settings, decode, likelihood
+from megatron_spdf.evaluation.metrics import ALL, Scores, score
+from megatron_spdf.evaluation.references import references_of
+from megatron_spdf.parallel.ranks import join_loosely
+from megatron_spdf.resilience.world import Ranks
+
+_WAIT = timedelta(hours=6)
+
+
+def evaluate(source: WeightSource, task: str, examples: Sequence[Example], settings: Settings,
+             ranks: Ranks) -> tuple[list[str], Scores, dict[str, Any]] | None:
+    """Decodes and scores on all ranks.
+
+    Returns:
+        On rank 0 predictions, scores and facts about the decoding; None on the others.
+
+    Raises:
+        ValueError: a completion or a prompt does not fit the model's window.
+    """
+    device = join_loosely(ranks, _WAIT)
+    try:
+        model = in_memory(source).to(device)
+        pairs = training_pairs(examples)
+        measured = likelihood(model, source.tokenizer, pairs, ranks.rank, ranks.world)
+        decoded = decode(model, source.tokenizer, [e.context for e in examples], settings, ranks.rank, ranks.world)
+        shares = _gather(ranks, (measured, decoded))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if ranks.rank > 0:
+        return None
+    return _scores(task, examples, shares, settings, device)
+
+
+def _gather(ranks: Ranks, share: Any) -> list[Any]:
+    if ranks.world == 1:
+        return [share]
+    shares: list[Any] = [None] * ranks.world
+    dist.gather_object(share, shares if ranks.rank == 0 else None)
+    return shares
+
+
+def _scores(task: str, examples: Sequence[Example], shares: list[tuple[Likelihood, Decoded]], settings: Settings,
+            device: torch.device) -> tuple[list[str], Scores, dict[str, Any]]:
+    texts = {i: text for _, decoded in shares for i, text in decoded.texts.items()}
+    predictions = [texts[i] for i in range(len(examples))]
+    scores = score(task, predictions, references_of(examples))
+    nats, tokens = (sum(getattr(measured, name) for measured, _ in shares) for name in ("nats", "tokens"))
+    scores.values[ALL]["perplexity"] = math.exp(nats / tokens)
+    scores.signatures["perplexity"] = f"of the references' {tokens:,} tokens after context and end of document, in fp32"
+    seconds = max(decoded.seconds for _, decoded in shares)
+    generated = sum(decoded.tokens for _, decoded in shares)
+    facts = {**asdict(settings), "inputs": len(examples), "ranks": len(shares), "device": _name(device),
+             "tokens": generated, "seconds": round(seconds, 1), "tokens_per_second": round(generated / seconds, 1),
+             "truncated_prompts": sum(decoded.truncated for _, decoded in shares)}
+    return predictions, scores, facts
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

@@ -1,0 +1,41 @@
+"""What an evaluation leaves behind: the figures and all that produced them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from megatron_spdf import __version__
+from megatron_spdf.data.finetuning.tasks import Example
+from megatron_spdf.evaluation.metrics import Scores
+from megatron_spdf.evaluation.references import references_of, write_official
+
+SCORES = "scores.json"
+_LIBRARIES = ("torch", "transformers", "sacrebleu", "pycocoevalcap", "rouge-score", "Unidecode")
+
+
+def describe(task: str, split: str, scores: Scores, **facts: Any) -> dict[str, Any]:
+    """The content of scores.json."""
+    return {"task": task, "split": split, **facts, "scores": scores.values, "missing": scores.missing,
+            "signatures": scores.signatures,
+            "versions": {"megatron_spdf": __version__, **{name: version(name) for name in _LIBRARIES}},
+            "scored": datetime.now(UTC).isoformat(timespec="seconds")}
+
+
+def write_scores(output: Path, description: dict[str, Any]) -> None:
+    """scores.json alone."""
+    output.mkdir(parents=True, exist_ok=True)
+    (output / SCORES).write_text(json.dumps(description, indent=1) + "\n")
+
+
+def write_all(output: Path, task: str, predictions: Sequence[str], examples: Sequence[Example],
+              description: dict[str, Any]) -> None:
+    """Predictions, references in the official form and, last, scores.json."""
+    output.mkdir(parents=True, exist_ok=True)
+    (output / SCORES).unlink(missing_ok=True)  # so that no old figures lie beside new predictions
+    write_official(task, predictions, references_of(examples), output)
+    write_scores(output, description)

@@ -1,0 +1,228 @@
+"""The compact weight: a parametrization of Megatron-Core's parallel linear layers.
+
+`module.parametrizations.weight.original` is the parameter, (chunks of this rank, active per chunk): two axes, so
+that Megatron-Core decays it like the matrix it is, and cut along the first by tensor parallelism like any weight.
+`module.weight` is computed from it, and the layer multiplies with that; or, where the layer's product knows how to,
+with the values themselves (`product.py`).
+"""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from megatron_spdf.kernels import dispatch
+from megatron_spdf.kernels.mask import Blocks, Mask, TwoFour
+from megatron_spdf.layers.matmul import (
+    BlockProduct,
+    Product,
+    TwoFourProduct,
+    add_gradient,
+    choose_product,
+    multiply_values,
+)
+from megatron_spdf.sparsity.plan import SparseWeight
+from megatron_spdf.sparsity.slices import follows_pattern, planned_mask
+
+Expand = Literal["step", "layer", "always"]
+
+
+class _Expand(torch.autograd.Function):
+    """Dense weight from compact values; backward cuts the dense gradient to the active positions."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor, mask: Mask) -> Tensor:
+        # On ctx, not in save_for_backward: one expansion serves all micro-batches of a step, and saved tensors
+        # would be freed by the backward of the first.
+        ctx.values, ctx.mask = values, mask
+        return dispatch.expand(values, mask)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return add_gradient(ctx.values, lambda out: dispatch.compress(grad, ctx.mask, out)), None
+
+
+class CompactWeight(nn.Module):
+    """Maps the active values of this rank's chunks to its shard of the dense weight and back.
+
+    Args:
+        weight: the plan's entry.
+        seed: of the masks.
+        rank, world: of the tensor-parallel group; the rank holds chunks [rank, rank + 1) * C / world.
+        device: where the weight lives; on the meta device nothing is drawn and buffers have shapes only.
+        product: multiplies with the values without a dense weight, if any does.
+
+    Attributes:
+        passing: `forward` hands the values on as they are, to the product of the layer that is running.
+    """
+
+    mask_bits: Tensor  # (local chunks, ceil(entries per chunk / 8)) uint8, numpy.packbits order
+    index: Tensor
+
+    def __init__(self, weight: SparseWeight, seed: int, rank: int, world: int, device: torch.device | str,
+                 product: Product | None = None):
+        super().__init__()
+        assert weight.chunks % world == 0, (weight, world)
+        local = weight.chunks // world
+        numel, k = math.prod(weight.chunk_shape), weight.active_per_chunk
+        self.planned, self.product, self.passing = weight, product, False
+        self.shape = _local_shape(weight, world)
+        self.values_shape = (local, k)
+        if torch.device(device).type == "meta":
+            bits = torch.empty((local, math.ceil(numel / 8)), dtype=torch.uint8, device=device)
+        else:
+            masks = [planned_mask(weight, seed, rank * local + c) for c in range(local)]
+            bits = torch.from_numpy(np.packbits(masks, axis=1)).to(device)
+        self.register_buffer("mask_bits", bits)
+        self.index_mask()
+
+    def index_mask(self) -> None:
+        """Derives what the kernels use from `mask_bits`: at the start, and where a checkpoint brought another mask.
+
+        Raises:
+            ValueError: the mask has another density than planned, other blocks, or is not 2:4.
+        """
+        planned = self.planned
+        if not self.mask_bits.is_meta:
+            self._check_masks()
+        index = dispatch.make_index(self.mask_bits, planned.chunk_shape, planned.axis)
+        self.register_buffer("index", index, persistent=False)
+        if isinstance(self.product, BlockProduct):
+            blocks = self._find_blocks()
+            self.register_buffer("block_columns", blocks.columns, persistent=False)
+            self.register_buffer("block_entries", blocks.entries, persistent=False)
+        elif isinstance(self.product, TwoFourProduct):
+            tables = self.product.tables(self.mask_bits, planned.chunk_shape, planned.axis)
+            for name, table in vars(tables).items():
+                self.register_buffer(f"two_four_{name}", table, persistent=False)
+
+    def _check_masks(self) -> None:
+        """Holds the packed bits to the plan."""
+        k = self.values_shape[1]
+        masks = np.unpackbits(self.mask_bits.cpu().numpy(), axis=1, count=math.prod(self.planned.chunk_shape))
+        counts = masks.sum(axis=1, dtype=np.int64).tolist()
+        if any(count != k for count in counts):
+            raise ValueError(f"the chunks of {self.planned.name} have {counts} active entries in their masks instead "
+                             f"of {k} each; use another checkpoint")
+        if not follows_pattern(masks, self.planned):
+            pattern = ("2:4 along rows and columns" if self.planned.two_four else
+                       f"of blocks of {self.planned.block}, equally many in every row and column")
+            raise ValueError(f"the masks of {self.planned.name} are not {pattern}; use another checkpoint")
+
+    def _find_blocks(self) -> Blocks:
+        planned = self.planned
+        if not self.mask_bits.is_meta:
+            return dispatch.find_blocks(self.mask_bits, planned.chunk_shape, planned.axis, planned.block)
+        blocks = self.values_shape[0] * planned.active_per_chunk // planned.block**2
+        rows, columns = (n // planned.block for n in self.shape)
+        tables = (self.mask_bits.new_empty((n, blocks // n), dtype=torch.int32) for n in (rows, columns))
+        return Blocks(planned.block, planned.per_row, *tables)
+
+    @property
+    def mask(self) -> Mask:
+        """For the kernels."""
+        planned, blocks, two_four = self.planned, None, None
+        if hasattr(self, "block_columns"):
+            blocks = Blocks(planned.block, planned.per_row, self.block_columns, self.block_entries)
+        if hasattr(self, "two_four_order"):
+            two_four = TwoFour(self.two_four_metadata, self.two_four_transposed, self.two_four_order)
+        return Mask(self.mask_bits, self.index, self.shape, planned.chunk_shape, planned.axis, self.values_shape[1],
+                    blocks, two_four)
+
+    def forward(self, values: Tensor) -> Tensor:
+        return values if self.passing else _Expand.apply(values, self.mask)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        return dispatch.compress(weight, self.mask)
+
+
+def _local_shape(weight: SparseWeight, world: int) -> tuple[int, int]:
+    out, inputs = weight.shape
+    return (out // world, inputs) if weight.axis == 0 else (out, inputs // world)
+
+
+def sparsify(
+    module: nn.Module, weight: SparseWeight, seed: int, rank: int, world: int, expand: Expand = "step"
+) -> None:
+    """Makes `module.weight` compact: from here on the module's parameter is the vector of active values.
+
+    Args:
+        expand: how the dense weight comes about where no kernel multiplies with the values: once for all the time that
+            `expanded` is entered; for each layer, in forward and again in backward; "always" where the layer reads it,
+            and never a product with the values.
+    """
+    dense = module.weight
+    marks = dict(vars(dense))  # tensor_model_parallel, partition_dim, ...: Megatron-Core reads them off parameters
+    product = choose_product(weight, dense, expand) if hasattr(module, "_forward_impl") else None
+    compact = CompactWeight(weight, seed, rank, world, dense.device, product)
+    assert tuple(dense.shape) == compact.shape, (weight.name, tuple(dense.shape), compact.shape)
+    parametrize.register_parametrization(module, "weight", compact, unsafe=True)
+    for key, value in marks.items():
+        setattr(module.parametrizations.weight.original, key, value)
+    if product is not None:
+        multiply_values(module, compact)
+    module.sharded_state_dict = types.MethodType(_sharded_state_dict, module)
+
+
+def compact_of(module: nn.Module) -> CompactWeight | None:
+    """The module's compact weight, None for a dense module."""
+    return module.parametrizations.weight[0] if parametrize.is_parametrized(module, "weight") else None
+
+
+def sparse_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules whose weight is compact."""
+    return (m for m in model.modules() if parametrize.is_parametrized(m, "weight"))
+
+
+def densify(model: nn.Module) -> None:
+    """Turns every compact weight into an ordinary parameter; revived entries start at zero, outputs are unchanged."""
+    for module in list(sparse_modules(model)):
+        marks = dict(vars(module.parametrizations.weight.original))
+        parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+        for own in {"sharded_state_dict", "forward", "_forward_impl"} & vars(module).keys():
+            delattr(module, own)
+        for key, value in marks.items():
+            setattr(module.weight, key, value)
+
+
+@contextmanager
+def expanded(model: nn.Module, at_once: bool = True) -> Iterator[None]:
+    """Expands every compact weight once and keeps the copies until the context ends, but for layers that multiply with
+    the values.
+
+    Args:
+        at_once: on entry and not on first use. With full recomputation the first use is inside a no_grad forward, and
+            a copy cached there would silently cut the weight from its gradient. Where weights are not used inside
+            such a forward, expanding on first use lets parameter gathers overlap with the layers before.
+    """
+    with parametrize.cached():
+        if at_once:
+            for module in sparse_modules(model):
+                if compact_of(module).product is None:
+                    _ = module.weight
+        yield
+
+
+def _sharded_state_dict(module, prefix: str = "", sharded_offsets=(), metadata=None) -> dict:
+    """What a compact layer puts into Megatron-Core's distributed checkpoint: values and mask bits as tensors cut
+    along their first axis, the chunks; the bias as before."""
+    from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
+    axes = {"parametrizations.weight.original": 0, "parametrizations.weight.0.mask_bits": 0}
+    if compact_of(module).planned.axis == 0:
+        axes["bias"] = 0
+    state = {k: v for k, v in module.state_dict(keep_vars=True).items() if v is not None and "_extra_state" not in k}
+    sharded = make_sharded_tensors_for_checkpoint(
+        state, prefix, axes, sharded_offsets, tp_group=module.tp_group, dp_cp_group=metadata["dp_cp_group"])
+    for tensor in sharded.values():  # the names in the file
+        tensor.key = tensor.key.replace("parametrizations.weight.original", "weight.values")
+        tensor.key = tensor.key.replace("parametrizations.weight.0.mask_bits", "weight.mask_bits")
+    return sharded

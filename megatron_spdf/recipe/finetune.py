@@ -1,0 +1,165 @@
+"""The typed recipe of a fine-tuning run, and the recipe of a training run that it comes to.
+
+What a step is, is the same before and after: the engines, the loop and the checkpoints know one kind of recipe. Of a
+fine-tuning run it follows from this one, the starting checkpoint's model and the number of examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from megatron_spdf.architecture.model import Model
+from megatron_spdf.recipe.load import load_as
+from megatron_spdf.recipe.recipe import (
+    AdamW,
+    Checkpoint,
+    Data,
+    Evaluate,
+    Guard,
+    Kernels,
+    Log,
+    Optimizer,
+    Parallel,
+    Recipe,
+    Train,
+)
+from megatron_spdf.recipe.rules import batch_findings, findings
+from megatron_spdf.section import Count, Section
+from megatron_spdf.sparsity.settings import Sparsity
+
+
+class Task(Section):
+    """Contexts and completions, see megatron_spdf/data/tasks."""
+
+    task: Literal["e2e", "webnlg", "dart", "curation", "scitldr", "jsonl"] = Field(
+        description="format of the data; jsonl: your own, lines of {context, completion}")
+    path: str = Field(description="directory with the splits under the names they are published with")
+
+
+class Batches(Section):
+    epochs: int = Field(5, gt=0, description="passes over the training examples")
+    global_batch: Count = Field(gt=0, description="examples per optimizer step, over all ranks")
+    micro_batch: int = Field(gt=0, description="examples per forward pass of one data-parallel rank")
+    sequence_length: Count | None = Field(
+        None, gt=0, description="longest context and completion, in tokens; default: the model's max_positions")
+    precision: Literal["bf16", "fp32"] = Train.model_fields["precision"]
+    recompute: Literal["none", "selective", "full"] = Train.model_fields["recompute"]
+    label_smoothing: float = Train.model_fields["label_smoothing"]
+    dropout: float | None = Field(None, ge=0.0, lt=1.0, description="default: the starting model's")
+
+
+class FinetuneAdamW(AdamW):
+    """AdamW with fresh moments; linear warm-up, then decay to lr x min_lr_ratio at the end of the last epoch."""
+
+    min_lr_ratio: float = Field(0.0, ge=0.0, le=1.0, description="final over peak learning rate")
+    warmup_steps: int = Field(0, ge=0, description="length of the warm-up, in steps")
+    decay: Literal["cosine", "linear", "constant"] = Field("linear", description="shape after the warm-up")
+    weight_decay: float = Field(0.01, ge=0.0, description="decoupled; not on biases and norms")
+
+
+class Validation(Section):
+    every: int = Field(0, ge=0, description="steps between evaluations; 0: once an epoch")
+    patience: int = Evaluate.model_fields["patience"]
+
+
+class Saving(Section):
+    every: int = Field(0, ge=0, description="steps between checkpoints; 0: the best and the last only")
+    keep: int = Field(1, gt=0, description="newest checkpoints that are kept, beside the best")
+
+
+class Finetune(Section):
+    """One fine-tuning run."""
+
+    checkpoint: str = Field(description="where to start: a run, a checkpoint of one, or a Hugging Face GPT-2")
+    output: str = Field(description="run directory; everything the run writes goes there")
+    seed: int = Field(1234, ge=0, description="of data order, dropout and revived weights")
+    phase: Literal["dense", "sparse"] = Field(
+        "dense", description="dense: every weight trains; sparse: the starting checkpoint's mask holds to the end")
+    revived: Literal["zeros", "normal"] = Field(
+        "zeros", description="weights that the dense phase revives: zero, or normal with revived_scale x initial std")
+    revived_scale: float = Field(1.0, gt=0.0, description="std of revived=normal over the weight's initial std")
+    engine: Literal["megatron", "deepspeed"] = Field("deepspeed", description="who runs a step")
+    deepspeed: str | None = Recipe.model_fields["deepspeed"]
+    data: Task
+    train: Batches
+    optimizer: FinetuneAdamW
+    parallel: Parallel = Field(Parallel())
+    evaluate: Validation = Field(Validation())
+    save: Saving = Field(Saving())
+    log: Log = Field(Log())
+    guard: Guard = Field(Guard())
+    kernels: Kernels = Field(Kernels())
+    sweep: dict[str, list[Any]] = Field(
+        {}, description="values to try, {optimizer.lr: [1e-4, 5e-5], ...}: one run for each combination, "
+                        "tools/sweep.py")
+
+    def identity(self) -> dict[str, Any]:
+        """What must not change between the starts of one run; layout, engine, logging and the like may."""
+        kept = self.model_dump(include={"checkpoint", "seed", "phase", "revived", "revived_scale", "data", "train",
+                                        "optimizer", "evaluate"})
+        for key in ("micro_batch", "recompute"):
+            kept["train"].pop(key)
+        return kept
+
+    def steps_per_epoch(self, examples: int) -> int:
+        """Optimizer steps of an epoch; its last batch may be short."""
+        return -(-examples // self.train.global_batch)
+
+
+def load_finetune(path: str | Path, overrides: list[str] | tuple[str, ...] = (), world: int = 1) -> Finetune:
+    """`load_recipe` for a fine-tuning recipe."""
+    return load_as(Finetune, _own_findings, path, overrides, world)
+
+
+def training_recipe(finetune: Finetune, model: Model, sparsity: Sparsity, examples: int) -> Recipe:
+    """The recipe of the training run that a fine-tuning run is.
+
+    Its tokens are nominal, every sequence counted with full length, so that its schedules go by steps.
+
+    Args:
+        model, sparsity: of the starting checkpoint.
+        examples: pairs of context and completion in an epoch.
+
+    Raises:
+        ValueError: naming every broken rule between the recipe, the model and the data.
+    """
+    f, t, o = finetune, finetune.train, finetune.optimizer
+    if t.dropout is not None:
+        model = model.model_copy(update={"dropout": t.dropout})
+    length = t.sequence_length or model.max_positions
+    per_step, per_epoch = t.global_batch * length, f.steps_per_epoch(examples)
+    steps = t.epochs * per_epoch
+    if o.warmup_steps >= steps:
+        raise ValueError(f"optimizer.warmup_steps={o.warmup_steps} is not under the run's {steps} steps "
+                         f"({t.epochs} epochs of {per_epoch}); shorten the warm-up or train longer")
+    recipe = Recipe(
+        output=f.output, seed=f.seed, engine=f.engine, deepspeed=f.deepspeed, model=model,
+        sparsity=sparsity if f.phase == "sparse" else Sparsity(),
+        data=Data(),
+        train=Train(tokens=steps * per_step, sequence_length=length,
+                    **t.model_dump(exclude={"epochs", "sequence_length", "dropout"})),
+        optimizer=Optimizer(warmup_tokens=o.warmup_steps * per_step, **o.model_dump(exclude={"warmup_steps"})),
+        parallel=f.parallel,
+        evaluate=Evaluate(every=f.evaluate.every or per_epoch, patience=f.evaluate.patience),
+        checkpoint=Checkpoint(every=f.save.every, keep=f.save.keep, best=True),
+        log=f.log, guard=f.guard, kernels=f.kernels)
+    assert recipe.steps == steps, (recipe.steps, steps)
+    broken = list(findings(recipe))
+    if broken:
+        raise ValueError("the fine-tuning recipe does not fit:\n" + "\n".join(f"  - {b}" for b in broken))
+    return recipe
+
+
+def _own_findings(finetune: Finetune) -> Iterator[str]:
+    p, t = finetune.parallel, finetune.train
+    yield from batch_findings(t.global_batch, t.micro_batch, p.data)
+    if p.pipeline > 1:
+        yield (f"parallel.pipeline={p.pipeline}: pipeline stages here know sequences of one length only, and examples "
+               "differ; set pipeline=1 and a larger tensor or zero_stage")
+    if finetune.phase == "sparse" and finetune.revived != "zeros":
+        yield (f"revived={finetune.revived} revives weights, and phase=sparse keeps the mask; set revived=zeros or "
+               "phase=dense")

@@ -1,0 +1,52 @@
+"""`--help`: every field of a recipe with type, default, unit and meaning, read off the typed recipe."""
+
+from __future__ import annotations
+
+import textwrap
+import types
+import typing
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from megatron_spdf.recipe.recipe import Recipe
+
+
+def render_help(section: type[BaseModel] = Recipe, prefix: str = "", width: int = 110) -> str:
+    """One line a field, `section.key  type = default  meaning`, wrapped to `width` columns."""
+    lines: list[str] = []
+    for key, field in section.model_fields.items():
+        nested = field.annotation
+        if isinstance(nested, type) and issubclass(nested, BaseModel):
+            lines += ["", f"{prefix}{key}:  {_first_line(nested)}".rstrip(": "), render_help(nested, f"{prefix}{key}.")]
+            continue
+        default = "" if field.default is PydanticUndefined else f" = {_plain(field.default)}"
+        head = f"  {prefix + key + ' ':<28}{_type_name(nested)}{default}  "
+        lines.append(textwrap.fill(head + (field.description or ""), width, subsequent_indent=" " * 30))
+    return "\n".join(lines)
+
+
+def _first_line(section: type[BaseModel]) -> str:
+    text = section.__dict__.get("__doc__") or ""
+    return text.strip().split("\n")[0]
+
+
+def _plain(value: object) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "true", False: "false"}[value]
+    return str(value)
+
+
+def _type_name(annotation: object) -> str:
+    origin = typing.get_origin(annotation)
+    if origin is typing.Annotated:
+        return _type_name(typing.get_args(annotation)[0])
+    if origin is typing.Literal:
+        return "|".join(map(str, typing.get_args(annotation)))
+    if origin in (types.UnionType, typing.Union):
+        return "|".join(_type_name(a) for a in typing.get_args(annotation) if a is not type(None))
+    if origin is list:
+        return f"list of {_type_name(typing.get_args(annotation)[0])}"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "{" + ", ".join(annotation.model_fields) + "}"
+    return getattr(annotation, "__name__", str(annotation))

@@ -1,0 +1,166 @@
+"""From a YAML file and `section.key=value` words to a validated recipe."""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from megatron_spdf.recipe.recipe import Recipe
+from megatron_spdf.recipe.rules import findings
+from megatron_spdf.sparsity.settings import normalise_sparsity
+
+R = TypeVar("R", bound=BaseModel)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), world: int = 1) -> Recipe:
+    """Reads a recipe, applies `section.key=value` words, validates every field and every rule between fields.
+
+    Args:
+        path: YAML file; its `extends:` names another one, relative to it, whose values it changes.
+        overrides: words such as `parallel.tensor=2` or `sparsity=0.5`; values are YAML.
+        world: processes that were started; `parallel.data=auto` goes by it.
+
+    Raises:
+        ValueError: naming each wrong key or value, the rule it breaks and the remedy.
+    """
+    return load_as(Recipe, findings, path, overrides, world)
+
+
+def load_as(kind: type[R], rules: Callable[[R], Iterable[str]], path: str | Path, overrides: Sequence[str],
+            world: int = 1) -> R:
+    """`load_recipe` for a recipe of another kind, with the rules between its fields."""
+    return _checked(_parse(kind, _read(Path(path), ()), overrides, path, world), rules, path)
+
+
+def make_recipe(values: dict[str, Any], overrides: Sequence[str], path: str | Path) -> Recipe:
+    """Like `load_recipe`, from the values of a recipe; messages name `path` as where they are from."""
+    return _checked(parse_recipe(values, overrides, path), findings, path)
+
+
+def parse_recipe(values: dict[str, Any], overrides: Sequence[str], path: str | Path) -> Recipe:
+    """Like `make_recipe`, every field validated, but not the rules between them."""
+    return _parse(Recipe, values, overrides, path)
+
+
+def save_recipe(recipe: BaseModel, path: str | Path) -> None:
+    """Writes the recipe with every default filled in."""
+    Path(path).write_text(render_recipe(recipe))
+
+
+def render_recipe(recipe: BaseModel) -> str:
+    """The recipe with every default filled in, as YAML."""
+    return yaml.safe_dump(recipe.model_dump(), sort_keys=False)
+
+
+def _parse(kind: type[R], values: dict[str, Any], overrides: Sequence[str], path: str | Path, world: int = 1) -> R:
+    values = dict(values)
+    for word in overrides:
+        _override(values, word)
+    _fill_data_parallel(values, world)
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(_explain(path, [_sentence(e, kind) for e in error.errors()])) from None
+
+
+def _checked(recipe: R, rules: Callable[[R], Iterable[str]], path: str | Path) -> R:
+    broken = list(rules(recipe))
+    if broken:
+        raise ValueError(_explain(path, broken))
+    return recipe
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    path = path.resolve()
+    if path in seen:
+        raise ValueError(f"recipe {path} extends itself through {' -> '.join(p.name for p in seen)}; break the circle")
+    if not path.is_file():
+        near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        raise ValueError(f"there is no recipe {path}; {path.parent} holds {', '.join(near) or 'no .yaml file'}")
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"recipe {path} is not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"recipe {path} must be a mapping of sections, not a {type(values).__name__}")
+    base = values.pop("extends", None)
+    if base is not None and not isinstance(base, str):
+        raise ValueError(f"recipe {path}: extends={base!r} must name one file; write for example extends: base.yaml")
+    return values if base is None else _merge(_read(path.parent / base, (*seen, path)), values)
+
+
+def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in change.items():
+        if key == "sparsity":
+            before, after = normalise_sparsity(merged.get(key, {})), normalise_sparsity(value)
+            merged[key] = _merge(before, after) if isinstance(before, dict) and isinstance(after, dict) else after
+        elif isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = _merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _override(values: dict[str, Any], word: str) -> None:
+    name, equals, text = word.partition("=")
+    if not equals or not name:
+        raise ValueError(f"{word!r} is not section.key=value; write for example parallel.tensor=2")
+    try:
+        change: Any = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"the value of {word!r} is not YAML: {error}") from None
+    for key in reversed(name.split(".")):
+        change = {key: change}
+    merged = _merge(values, change)
+    values.clear()
+    values.update(merged)
+
+
+def _fill_data_parallel(values: dict[str, Any], world: int) -> None:
+    """Replaces `parallel.data=auto` by the degree that makes the layout as large as the world."""
+    parallel = values.get("parallel")
+    if not isinstance(parallel, dict) or parallel.get("data") != "auto":
+        return
+    tensor, pipeline = parallel.get("tensor", 1), parallel.get("pipeline", 1)
+    if not (isinstance(tensor, int) and isinstance(pipeline, int) and tensor > 0 and pipeline > 0):
+        data = 1  # validation says what is wrong with them
+    elif world % (tensor * pipeline):
+        raise ValueError(f"parallel.data=auto: {world} processes do not make up whole replicas of parallel.tensor x "
+                         f"pipeline = {tensor} x {pipeline} = {tensor * pipeline}; start a multiple of that (--nodes, "
+                         "--ntasks-per-node) or change the two")
+    else:
+        data = world // (tensor * pipeline)
+    values["parallel"] = {**parallel, "data": data}
+
+
+def _explain(path: str | Path, sentences: list[str]) -> str:
+    return f"recipe {path}:\n" + "\n".join(f"  - {s}" for s in sentences)
+
+
+def _sentence(error: dict[str, Any], kind: type[BaseModel]) -> str:
+    place = [p for p in error["loc"] if isinstance(p, (str, int))]
+    name = ".".join(map(str, place))
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(place[:-1], kind)
+        near = difflib.get_close_matches(str(place[-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {'.'.join([*map(str, place[:-1]), near[0]])}?" if near else f"known: {', '.join(known)}"
+        return f"unknown key {name} (value {error['input']!r}); {hint}"
+    if error["type"] == "missing":
+        way = "" if any(isinstance(p, int) for p in place) else f" or as {name}=VALUE"
+        return f"{name} is missing; set it in the recipe{way} (see --help)"
+    return f"{name}={error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _known_keys(place: list[str | int], kind: type[BaseModel]) -> list[str]:
+    """Keys of the section at `place`."""
+    section: Any = kind
+    for key in place:
+        section = typing.get_args(section)[0] if isinstance(key, int) else section.model_fields[key].annotation
+    return sorted(section.model_fields)

@@ -1,0 +1,175 @@
+"""Rules between fields. Each finding names the value, the rule and the remedy; all are reported at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+from megatron_spdf.architecture.model import Model
+from megatron_spdf.recipe.deepspeed import contradictions
+from megatron_spdf.recipe.recipe import AUTO, Recipe
+from megatron_spdf.sparsity.settings import Sparsity
+
+
+def divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def findings(recipe: Recipe) -> Iterator[str]:
+    """Every broken rule of a recipe as one sentence."""
+    yield from _model(recipe)
+    broken = list(_layout(recipe))
+    yield from broken
+    for sparsity in [recipe.sparsity, *(phase.sparsity for phase in recipe.phases)]:
+        if not broken and sparsity.pattern != "unstructured":
+            yield from _pattern(recipe.model, sparsity.model_dump_json(), recipe.parallel.tensor)
+    yield from _engine(recipe)
+    yield from _data(recipe)
+    broken = list(_batch(recipe))
+    yield from broken
+    yield from _phases(recipe)
+    if not broken and recipe.engine == "deepspeed":
+        yield from contradictions(recipe)
+
+
+def _model(recipe: Recipe) -> Iterator[str]:
+    m = recipe.model
+    if m.hidden % m.heads:
+        yield f"model.hidden={m.hidden} is not divisible by model.heads={m.heads}; heads may be {divisors(m.hidden)}"
+    if m.heads % m.query_groups:
+        yield (f"model.heads={m.heads} is not divisible by model.query_groups={m.query_groups}; "
+               f"query_groups may be {divisors(m.heads)}")
+    if m.ffn_hidden % m.query_groups:
+        yield (f"model.ffn_hidden={m.ffn_hidden} is not divisible by model.query_groups={m.query_groups}, the number "
+               f"of chunks a weight is cut into; take a multiple of {m.query_groups}")
+    if recipe.train.sequence_length > m.max_positions:
+        yield (f"train.sequence_length={recipe.train.sequence_length} is over model.max_positions={m.max_positions}; "
+               "lower the first or raise the second")
+
+
+def _layout(recipe: Recipe) -> Iterator[str]:
+    m, p, t = recipe.model, recipe.parallel, recipe.train
+    if m.query_groups % p.tensor:
+        yield (f"model.query_groups={m.query_groups} (heads={m.heads}) is not divisible by parallel.tensor={p.tensor}; "
+               f"tensor may be {divisors(m.query_groups)}")
+    stages = p.pipeline * p.interleave
+    if m.layers % stages:
+        yield (f"model.layers={m.layers} is not divisible by parallel.pipeline x interleave = {p.pipeline} x "
+               f"{p.interleave} = {stages}; the product may be {divisors(m.layers)}")
+    if p.interleave > 1 and p.pipeline == 1:
+        yield f"parallel.interleave={p.interleave} needs parallel.pipeline > 1; set interleave=1 or more stages"
+    if p.sequence and p.tensor == 1:
+        yield "parallel.sequence=true needs parallel.tensor > 1; set sequence=false or a larger tensor"
+    if p.sequence and t.sequence_length % p.tensor:
+        yield (f"train.sequence_length={t.sequence_length} is not divisible by parallel.tensor={p.tensor}, as "
+               "parallel.sequence=true asks; change one of the three")
+
+
+@lru_cache(maxsize=256)  # a search over layouts asks thousands of times
+def _pattern(model: Model, sparsity: str, tensor: int) -> tuple[str, ...]:
+    """What blocks and 2:4 ask of the weights.
+
+    Args:
+        sparsity: as JSON, which can be a key.
+    """
+    from megatron_spdf.architecture.weights import model_weights  # these import this package
+    from megatron_spdf.sparsity.plan import check_tensor, make_plan
+
+    try:
+        plan = make_plan(Sparsity.model_validate_json(sparsity), model_weights(model), model.query_groups)
+        check_tensor(plan, tensor)
+    except ValueError as error:
+        return (str(error),)
+    return ()
+
+
+def _engine(recipe: Recipe) -> Iterator[str]:
+    p, engine = recipe.parallel, recipe.engine
+    if engine == "deepspeed" and p.pipeline > 1:
+        yield (f"engine=deepspeed has no pipeline stages here, and parallel.pipeline={p.pipeline}; set pipeline=1 or "
+               "engine=megatron")
+    if engine == "megatron":
+        for name, value, needed in (("parallel.zero_stage", p.zero_stage, p.zero_stage > 1),
+                                    ("parallel.offload", p.offload, p.offload),
+                                    ("deepspeed", recipe.deepspeed, recipe.deepspeed is not None)):
+            if needed:
+                yield f"{name}={_yaml(value)} needs engine=deepspeed, and engine={engine}; change one of them"
+    if p.offload and p.zero_stage == 0:
+        yield "parallel.offload=true needs sharded optimizer state, and parallel.zero_stage=0; set zero_stage=1 or more"
+
+
+def _yaml(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def batch_findings(global_batch: int, micro_batch: int, data: int) -> Iterator[str]:
+    """What is wrong where a step cannot be cut into micro-batches, in sequences, for so many replicas."""
+    share = micro_batch * data
+    if global_batch % share:
+        below = global_batch // share * share
+        yield (f"train.global_batch={global_batch} is not divisible by train.micro_batch x parallel.data = "
+               f"{micro_batch} x {data} = {share}; global_batch may be "
+               + (f"{below} or " if below else "") + f"{below + share}")
+
+
+def _batch(recipe: Recipe) -> Iterator[str]:
+    if recipe.train.micro_batch == AUTO:
+        recipe = recipe.with_micro_batch(1)  # where one sequence does not do, no number of them does
+    p, t, o = recipe.parallel, recipe.train, recipe.optimizer
+    indivisible = list(batch_findings(t.global_batch, t.micro_batch, p.data))
+    yield from indivisible
+    if not indivisible and p.interleave > 1 and recipe.micro_batches % p.pipeline:
+        yield (f"{recipe.micro_batches} micro-batches per step are not divisible by parallel.pipeline={p.pipeline}, as "
+               "parallel.interleave asks; change train.global_batch or train.micro_batch")
+    if o.warmup_tokens >= recipe.steps * recipe.tokens_per_step:
+        yield (f"optimizer.warmup_tokens={o.warmup_tokens:,} is not under train.tokens={t.tokens:,}; "
+               "shorten the warm-up or lengthen the run")
+
+
+def _phases(recipe: Recipe) -> Iterator[str]:
+    phases = recipe.phases
+    if not phases:
+        return
+    if len(phases) == 1:
+        yield "phases has one entry, and there is no border; add a second, or write sparsity and optimizer instead"
+    total = sum(phase.share for phase in phases)
+    if abs(total - 1.0) > 1e-6:
+        yield (f"phases: the shares {' + '.join(f'{phase.share:g}' for phase in phases)} = {total:g} must add up to 1; "
+               "change one of them")
+    else:
+        yield from _schedules_of_phases(recipe)
+    if recipe.sparsity.level or recipe.sparsity.rules:
+        yield "sparsity and phases both say what is sparse; leave sparsity out, each phase has its own"
+    if recipe.evaluate.patience:
+        yield (f"evaluate.patience={recipe.evaluate.patience} ends a run before its last phase; set patience=0, or "
+               "leave out phases")
+    for number, phase in enumerate(phases[1:], 1):
+        if phase.sparsity.level or phase.sparsity.rules:
+            yield (f"phases.{number}.sparsity={phase.sparsity.level or 'rules'} is not dense, and a run is only ever "
+                   "densified; set it to 0, or begin with this phase")
+
+
+def _schedules_of_phases(recipe: Recipe) -> Iterator[str]:
+    borders = recipe.borders
+    for number, (phase, first, last) in enumerate(zip(recipe.phases, [0, *borders], borders, strict=False)):
+        tokens = (last - first) * recipe.tokens_per_step
+        if not tokens:
+            yield (f"phases.{number}.share={phase.share:g} of {recipe.steps} steps is no step; give it more or "
+                   "lengthen the run")
+        elif phase.warmup_tokens >= tokens:
+            yield (f"phases.{number}.warmup_tokens={phase.warmup_tokens:,} is not under the phase's {tokens:,} tokens; "
+                   "shorten the warm-up or lengthen the phase")
+
+
+def _data(recipe: Recipe) -> Iterator[str]:
+    data = recipe.data
+    if data.train and data.blend:
+        yield "data.train and data.blend both name training data; keep one of them"
+    for source in data.blend:
+        if (source.weight is None) == (source.epochs is None):
+            yield f"data.blend: {source.path} needs either a weight or epochs"
+    if len({source.weight is None for source in data.blend}) > 1:
+        yield "data.blend mixes weights and epochs; give one or the other to all data sets"
+    if data.reset_attention and recipe.kernels.attention != "sdpa":
+        yield (f"data.reset_attention=true needs kernels.attention=sdpa, and it is {recipe.kernels.attention}; "
+               "change one of them")

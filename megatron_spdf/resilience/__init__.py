@@ -1,0 +1,1 @@
+"""Start-up check, heartbeat, progress, signals, restarts, stragglers."""

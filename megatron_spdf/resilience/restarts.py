@@ -1,0 +1,81 @@
+"""How often a run may be started again without getting anywhere: a bound, kept in the run directory.
+
+    python -m megatron_spdf.resilience.restarts RUN
+
+says by its exit code whether another start makes sense: 0, or 3 with the reason. Launch scripts ask before they
+requeue. Nothing outside the standard library is imported, so the answer is there at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+STARTS = "starts.json"
+
+
+class StartsSpent(RuntimeError):
+    """Too many starts in a row made no new checkpoint."""
+
+
+def count_start(run: Path, allowed: int, job: str | None = None) -> None:
+    """Notes a start of the run; once for each start, before its ranks.
+
+    Args:
+        run: its directory, created where it is missing.
+        allowed: starts in a row without a new checkpoint.
+        job: the batch job, which counts from 1: whoever submits anew has looked at the log.
+
+    Raises:
+        StartsSpent: as many have been made.
+    """
+    job = job or os.environ.get("SLURM_JOB_ID", "")
+    before, step = _read(run), newest_step(run)
+    goes_on = before.get("job") == job and before.get("step") == step
+    if goes_on and before["starts"] >= allowed:
+        raise StartsSpent(_reason(run, before))
+    run.mkdir(parents=True, exist_ok=True)
+    beside = run / f"{STARTS}.new"
+    beside.write_text(json.dumps({"job": job, "step": step, "starts": before["starts"] + 1 if goes_on else 1,
+                                  "allowed": allowed}))
+    beside.replace(run / STARTS)
+
+
+def may_start_again(run: Path) -> str:
+    """Empty, or the reason why not."""
+    before = _read(run)
+    spent = before and before["step"] == newest_step(run) and before["starts"] >= before["allowed"]
+    return _reason(run, before) if spent else ""
+
+
+def newest_step(run: Path) -> int:
+    """Step of the newest complete checkpoint; 0: none."""
+    names = os.listdir(run / "checkpoints") if (run / "checkpoints").is_dir() else []
+    return max((int(found[1]) for name in names if (found := re.fullmatch(r"step_(\d+)", name))), default=0)
+
+
+def _read(run: Path) -> dict:
+    try:
+        return json.loads((run / STARTS).read_text())
+    except (FileNotFoundError, ValueError):  # the second: cut short by a crash
+        return {}
+
+
+def _reason(run: Path, before: dict) -> str:
+    return (f"{before['starts']} starts in a row (guard.max_starts={before['allowed']}) made no checkpoint after step "
+            f"{before['step']} of {run}, so this job is not started again; the log above says what each ended with. "
+            "Submit anew when it is mended: the run goes on where it was")
+
+
+def main() -> int:
+    reason = may_start_again(Path(sys.argv[1]))
+    if reason:
+        print(reason, file=sys.stderr)
+    return 3 if reason else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""Who this process is: rank, world and local rank from torchrun, srun or a plain start."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from megatron_spdf.recipe.recipe import Parallel
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Place of this process among all; `launcher` is torchrun, srun or python."""
+
+    rank: int
+    world: int
+    local: int
+    launcher: str
+
+
+def find_ranks(env: Mapping[str, str] = os.environ) -> Ranks:
+    """Reads RANK / WORLD_SIZE / LOCAL_RANK (torchrun, deepspeed), else SLURM_PROCID / SLURM_NTASKS /
+    SLURM_LOCALID of an srun step, else this is the only process.
+
+    Raises:
+        ValueError: some of a launcher's variables are there and others are not.
+    """
+    names = {"torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    if "SLURM_STEP_ID" in env or "SLURM_STEPID" in env:  # inside srun; an sbatch script alone has SLURM_PROCID too
+        names["srun"] = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+    for launcher, keys in names.items():
+        if not any(k in env for k in keys):
+            continue
+        missing = [k for k in keys if k not in env]
+        if missing:
+            raise ValueError(f"{launcher} set {', '.join(k for k in keys if k in env)} but not {', '.join(missing)}; "
+                             f"start with torchrun or srun, or unset the others")
+        try:
+            return Ranks(*(int(env[k]) for k in keys), launcher=launcher)
+        except ValueError:
+            shown = ", ".join(f"{k}={env[k]!r}" for k in keys)
+            raise ValueError(f"{shown} must be whole numbers; start with torchrun or srun, or unset them") from None
+    return Ranks(0, 1, 0, "python")
+
+
+def check_world(ranks: Ranks, parallel: Parallel) -> None:
+    """Refuses a world of another size than the layout needs, above all a silent world of one.
+
+    Raises:
+        ValueError: with both sizes and the ways to make them agree.
+    """
+    if ranks.world == parallel.world:
+        return
+    model_ranks = parallel.tensor * parallel.pipeline
+    ways = [f"start {parallel.world} processes (torchrun --nproc-per-node N, or srun --ntasks {parallel.world})"]
+    if ranks.world % model_ranks == 0:
+        ways.append(f"set parallel.data={ranks.world // model_ranks}")
+    raise ValueError(
+        f"the recipe's layout needs {parallel.world} processes (parallel.tensor {parallel.tensor} x pipeline "
+        f"{parallel.pipeline} x data {parallel.data}), but {ranks.launcher} started {ranks.world}; "
+        + " or ".join(ways))
+
+
+def shared_store() -> dist.Store:
+    """A place for small values that all joined ranks see."""
+    return dist.PrefixStore("shared", dist.distributed_c10d._get_default_store())

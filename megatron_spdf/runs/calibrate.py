@@ -1,0 +1,45 @@
+"""The efficiency of matrix products that makes the predicted step as long as a measured run's."""
+
+from __future__ import annotations
+
+from statistics import median
+
+from scipy.optimize import brentq
+
+from megatron_spdf.planning.hardware import Gpu
+from megatron_spdf.planning.step_time import step_time
+from megatron_spdf.runs.measured import Run
+
+LOWEST, HIGHEST = 0.01, 1.0
+
+
+def measured_step(run: Run) -> float:
+    """Seconds of a step: the median after the first fifth of the records, which hold warm-up and compilation."""
+    seconds = [r["step_seconds"] for r in run.train]
+    return median(seconds[len(seconds) // 5:])
+
+
+def calibrate(run: Run, gpu: Gpu) -> float:
+    """Efficiency in (0, 1]; the run's own recipe and layout count, on the GPU that it ran on.
+
+    Raises:
+        ValueError: the run was on another device, or no efficiency explains its time.
+    """
+    device = run.bytes.get("choices", "").partition(";")[0].removeprefix("device ")
+    if device and gpu.name not in device:
+        raise ValueError(f"{run.directory} ran on {device}, not on {gpu.name}; calibrate with a run on the GPU that "
+                         "--gpu names, or name that one")
+    measured, recipe, plan = measured_step(run), run.recipe, run.plan
+
+    def late(efficiency: float) -> float:
+        return step_time(recipe, plan, gpu, efficiency).total - measured
+
+    if late(HIGHEST) > 0.0:
+        fastest = late(HIGHEST) + measured
+        raise ValueError(f"a step of {run.directory} took {measured:.4g} s, less than the {fastest:.4g} s that a "
+                         f"{gpu.name} needs at its peak rates; was it another GPU, or --gpu {gpu.name} with other "
+                         "rates?")
+    if late(LOWEST) < 0.0:
+        raise ValueError(f"a step of {run.directory} took {measured:.4g} s, which would be under {LOWEST:.0%} of "
+                         f"{gpu.name}'s peak; was it another device?")
+    return float(brentq(late, LOWEST, HIGHEST, xtol=1e-9))

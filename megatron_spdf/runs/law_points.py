@@ -1,0 +1,34 @@
+"""Finished runs as points of the sparse scaling law."""
+
+from __future__ import annotations
+
+from statistics import mean
+
+from megatron_spdf.architecture.weights import Weight, model_weights
+from megatron_spdf.runs.measured import Run
+from megatron_spdf.scaling_law.fit import Point
+
+
+def point_of(run: Run) -> Point:
+    """A run as a point of the law: its last validation loss, else the mean of its last tenth of training losses.
+
+    Raises:
+        ValueError: the run is not at its end, where its learning rate has decayed.
+    """
+    if not run.finished:
+        raise ValueError(f"{run.directory} is at step {run.train[-1]['step']:,} of {run.recipe.steps:,}; a loss "
+                         "counts at the end of its schedule only: finish the run or leave it out")
+    if run.recipe.phases:
+        raise ValueError(f"{run.directory} changed its sparsity in phases, and the law is of one sparsity; leave it "
+                         "out")
+    plan = run.plan
+    weights = sum(w.numel for w in block_weights(run))
+    nonzero = weights - plan.numel + plan.active
+    losses = [r["loss"] for r in run.train]
+    loss = run.valid[-1]["loss"] if run.valid else mean(losses[-max(1, len(losses) // 10):])
+    return Point(1.0 - nonzero / weights, nonzero, run.train[-1]["tokens"], loss, run.name)
+
+
+def block_weights(run: Run) -> list[Weight]:
+    """Block weights of the run's model, sparse or not."""
+    return [w for w in model_weights(run.recipe.model) if w.linear]

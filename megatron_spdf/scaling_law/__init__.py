@@ -1,0 +1,1 @@
+"""The sparse scaling law: its form, its fit."""

@@ -1,0 +1,1 @@
+"""What a run does when: its stages and the FLOPs of training."""

@@ -1,0 +1,137 @@
+"""FLOPs of training: the one count in the project, used by the plan, the log and the reports.
+
+A multiply-add is two FLOPs, the backward pass costs twice the forward pass, only active weights count; norms, biases
+and embedding look-ups are free. Two conventions differ in attention:
+
+- `spdf` does not halve it for causality. It reproduces SPDF's supplement, Table 2 (Thangarasa et al. 2023), within 1%:
+
+      per sequence = 72 L d^2 T (1 - s) + 12 L T^2 d + 6 V d T
+
+- `causal` counts the keys that a query sees, (T + 1) / 2 on average: what a causal kernel computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_spdf.architecture.model import Model
+from megatron_spdf.architecture.weights import model_weights
+from megatron_spdf.sparsity.plan import Plan
+
+Convention = Literal["spdf", "causal"]
+Recompute = Literal["none", "selective", "full"]
+FORWARD_AND_BACKWARD = 3  # in units of the forward pass
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs per token, by part: block weights, QK^T and PV, LM head."""
+
+    linear: float
+    attention: float
+    logits: float
+
+    @property
+    def total(self) -> float:
+        return self.linear + self.attention + self.logits
+
+
+def forward_flops(
+    model: Model, sequence_length: int, plan: Plan | None = None, convention: Convention = "spdf"
+) -> Flops:
+    """FLOPs per token of a forward pass, which is inference too.
+
+    Args:
+        sequence_length: T, tokens.
+        plan: counts active weights only; None counts all, which is also what a GPU executes when the weights are
+            expanded, as unstructured ones are.
+        convention: see above.
+    """
+    weights = sum(w.numel for w in model_weights(model) if w.linear)
+    if plan is not None:
+        weights += plan.active - plan.numel
+    keys = sequence_length if convention == "spdf" else (sequence_length + 1) / 2
+    return Flops(
+        linear=2.0 * weights,
+        attention=4.0 * model.layers * keys * model.hidden,
+        logits=2.0 * model.vocab_size * model.hidden,
+    )
+
+
+def training_flops(
+    model: Model,
+    sequence_length: int,
+    plan: Plan | None = None,
+    convention: Convention = "spdf",
+    recompute: Recompute = "none",
+) -> Flops:
+    """FLOPs per trained token, forward and backward; arguments as of `forward_flops`.
+
+    Args:
+        recompute: adds the forward passes done again, of the attention core (selective) or of whole blocks (full):
+            "hardware FLOPs" of Korthikanti et al. 2022, section 6. The log and the paper's tables count none.
+    """
+    once = forward_flops(model, sequence_length, plan, convention)
+    return Flops(
+        linear=once.linear * (FORWARD_AND_BACKWARD + (recompute == "full")),
+        attention=once.attention * (FORWARD_AND_BACKWARD + (recompute != "none")),
+        logits=once.logits * FORWARD_AND_BACKWARD,
+    )
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of a run in which sparsity goes from `start` to `end`: s(t) = end + (start - end) (1 - t)^power.
+
+    Attributes:
+        share: of the run's tokens, or any number in proportion to them.
+    """
+
+    share: float
+    start: float
+    end: float
+    power: float = 1.0
+
+    @property
+    def average(self) -> float:
+        """The integral of s(t) over t from 0 to 1."""
+        return self.end + (self.start - self.end) / (self.power + 1.0)
+
+
+def gradual_pruning(level: float) -> list[Phase]:
+    """GMP as in Frantar et al. 2023: dense for a quarter, cubic to `level` for a half, sparse for a quarter."""
+    return [Phase(0.25, 0.0, 0.0), Phase(0.5, 0.0, level, power=3.0), Phase(0.25, level, level)]
+
+
+def average_sparsity(phases: Sequence[Phase]) -> float:
+    """Sparsity of a schedule, averaged over its tokens; FLOPs of block weights are linear in it.
+
+    Raises:
+        ValueError: no phase, or a share that is not positive.
+    """
+    if not phases or any(p.share <= 0.0 for p in phases):
+        raise ValueError(f"a schedule needs phases of positive share, not {[p.share for p in phases]}")
+    return sum(p.share * p.average for p in phases) / sum(p.share for p in phases)
+
+
+def schedule_flops(
+    model: Model,
+    sequence_length: int,
+    phases: Sequence[Phase],
+    convention: Convention = "spdf",
+    dense_gradient_every: int | None = None,
+) -> Flops:
+    """FLOPs per trained token of an algorithm whose uniform sparsity changes in time, averaged over the run.
+
+    Args:
+        dense_gradient_every: steps between two that compute the gradient of all weights to choose which to grow:
+            (3 f_S dT + 2 f_S + f_D) / (dT + 1) of RigL (Evci et al. 2020, appendix H), f being a forward pass.
+    """
+    dense = training_flops(model, sequence_length, None, convention)
+    linear = dense.linear * (1.0 - average_sparsity(phases))
+    if dense_gradient_every is not None:
+        update = (2.0 * linear + dense.linear) / FORWARD_AND_BACKWARD
+        linear = (linear * dense_gradient_every + update) / (dense_gradient_every + 1.0)
+    return Flops(linear, dense.attention, dense.logits)

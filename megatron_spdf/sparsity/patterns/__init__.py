@@ -1,0 +1,1 @@
+"""Patterns of masks, one file each."""

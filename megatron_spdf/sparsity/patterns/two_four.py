@@ -1,0 +1,76 @@
+"""Masks that are 2:4 both ways: of every four entries of a row, and of every four of a column, two are active.
+
+Sparse tensor cores multiply with two of every four entries along the axis that is summed over. That is a weight's rows
+in the forward pass and its columns for the input's gradient, so a mask that serves both must be transposable (Hubara et
+al. 2021): every tile of 4 x 4 is one of the 90 0/1 matrices with two ones in each row and column.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+from numpy.random import Philox
+
+from megatron_spdf.random_streams import stream_key
+
+STREAM = "megatron_spdf 2:4 stream 1"
+LEVEL, SIDE = 0.5, 4
+
+
+def _all_tiles() -> np.ndarray:
+    """(90, 4, 4) bool, in lexicographic order of their rows."""
+    rows = np.array(sorted(set(itertools.permutations((0, 0, 1, 1)))), dtype=bool)
+    tiles = rows[np.array(list(itertools.product(range(len(rows)), repeat=SIDE)))]
+    return tiles[(tiles.sum(axis=1) == 2).all(axis=1)]
+
+
+TILES = _all_tiles()
+
+
+def check_two_four(name: str, shape: tuple[int, int], axis: int, chunks: int, level: float) -> None:
+    """That a weight can be 2:4.
+
+    Args:
+        name, shape, axis, chunks: of the weight (out, in), the axis that is cut, and into how many chunks.
+
+    Raises:
+        ValueError: at this level, or with chunks that tiles of 4 x 4 do not fill.
+    """
+    what = f"sparsity.pattern=2:4 on {name} ({shape[0]} x {shape[1]})"
+    if level != LEVEL:
+        raise ValueError(f"{what}: level={level:g}, and two of every four weights active are level {LEVEL}; take that, "
+                         "or 0 in a rule for weights that stay dense, or another pattern")
+    rows, columns = (n // (chunks if i == axis else 1) for i, n in enumerate(shape))
+    if rows % SIDE or columns % SIDE:
+        raise ValueError(f"{what}: its {chunks} chunks, one for each of model.query_groups, are {rows} x {columns}, "
+                         f"and tiles of {SIDE} x {SIDE} must fill them; take a model.hidden and ffn_hidden that are "
+                         f"multiples of {SIDE * chunks}, or give the weight a rule with level 0 that keeps it dense")
+
+
+def draw_two_four(seed: int, name: str, chunk: int, shape: tuple[int, int]) -> np.ndarray:
+    """The mask of one chunk, every tile equally likely to be each of the 90, from the stream keyed by (seed, name,
+    chunk).
+
+    Args:
+        shape: (rows, columns) of the chunk, multiples of 4.
+
+    Returns:
+        (rows, columns) bool.
+    """
+    rows, columns = (n // SIDE for n in shape)
+    assert (rows * SIDE, columns * SIDE) == tuple(shape), shape
+    words = Philox(key=stream_key(STREAM, seed, name, chunk)).random_raw(-(-rows * columns // 2))
+    words = words.astype("<u8", copy=False).view("<u4")[: rows * columns]
+    drawn = (words.astype(np.uint64) * len(TILES) >> 32).astype(np.intp)  # off from even by less than 2^-25
+    return TILES[drawn].reshape(rows, columns, SIDE, SIDE).swapaxes(1, 2).reshape(shape)
+
+
+def is_two_four(masks: np.ndarray, shape: tuple[int, int]) -> bool:
+    """Whether masks of chunks of a shape, (chunks, entries) bool, are 2:4 both ways."""
+    rows, columns = (n // SIDE for n in shape)
+    entries = masks.astype(np.uint8, copy=False).reshape(len(masks), rows, SIDE, columns, SIDE)
+    # Slices added up: sums over axes of four are ten times as slow.
+    along_columns = sum(entries[:, :, i] for i in range(SIDE))
+    along_rows = sum(entries[..., i] for i in range(SIDE))
+    return bool((along_columns == 2).all() and (along_rows == 2).all())

@@ -1,0 +1,102 @@
+"""What a fine-tuning run asks of its starting checkpoint and its data before it touches a device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_spdf.architecture.weights import model_weights
+from megatron_spdf.checkpoint.reader import CheckpointReader
+from megatron_spdf.checkpoint.run_metadata import Masks, drawn_masks
+from megatron_spdf.convert.source import WeightSource
+from megatron_spdf.data.finetuning.completions import Completions, tokenise
+from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
+from megatron_spdf.planning.memory import render_layout
+from megatron_spdf.recipe.finetune import Finetune, training_recipe
+from megatron_spdf.recipe.recipe import Recipe
+from megatron_spdf.sparsity.plan import Plan, check_tensor, make_plan, render_plan
+from megatron_spdf.sparsity.settings import Sparsity
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A fine-tuning run, ready to start.
+
+    Attributes:
+        recipe: of the training run that it comes to.
+        plan: what stays sparse.
+        masks, origin: for the record of its checkpoints.
+        summary: for people.
+    """
+
+    recipe: Recipe
+    plan: Plan
+    tokenizer: Tokenizer
+    train: Completions
+    valid: Completions
+    masks: Masks
+    origin: str
+    summary: str
+
+
+def prepare(finetune: Finetune, start: WeightSource) -> Prepared:
+    """Checks a fine-tuning recipe against its starting weights and its data.
+
+    Raises:
+        ValueError, FileNotFoundError: with the value, the rule and the remedy.
+    """
+    model, path = start.model, Path(finetune.data.path)
+    tokenizer = _tokenizer(start)
+    window = min(finetune.train.sequence_length or model.max_positions, model.max_positions)
+    train, valid = (tokenise(finetune.data.task, path, split, tokenizer, window) for split in ("train", "validation"))
+    recipe = training_recipe(finetune, model, _sparsity(finetune, start), len(train))
+    plan = make_plan(recipe.sparsity, model_weights(recipe.model), recipe.model.query_groups)
+    check_tensor(plan, recipe.parallel.tensor)
+    return Prepared(
+        recipe, plan, tokenizer, train, valid,
+        masks=start.masks if plan.weights else drawn_masks(plan),
+        origin=f"{finetune.phase} fine-tuning from {start.origin}",
+        summary=_summary(finetune, start, recipe, plan, train, valid))
+
+
+def _sparsity(finetune: Finetune, start: WeightSource) -> Sparsity:
+    if finetune.phase == "dense":
+        return Sparsity()
+    if not isinstance(start, CheckpointReader) or not start.plan.weights:
+        raise ValueError(f"phase=sparse keeps the mask of the start, and checkpoint={start.path} has none; start from "
+                         "a sparse run, or set phase=dense")
+    return start.recipe.sparsity
+
+
+def _tokenizer(start: WeightSource) -> Tokenizer:
+    """The tokenizer that the starting model was trained with."""
+    try:
+        tokenizer = start.tokenizer
+    except FileNotFoundError:
+        tokenizer = None
+    if tokenizer is None:
+        raise ValueError(f"{start.path} has no tokenizer, and a model means nothing without the tokenizer it was "
+                         "trained with; put its files there")
+    trained_with = start.run["tokenizer"]["sha256"] if isinstance(start, CheckpointReader) else tokenizer.sha256
+    if tokenizer.sha256 != trained_with:
+        raise ValueError(f"{start.path}/tokenizer is another tokenizer (sha256 {tokenizer.sha256[:16]}) than the model "
+                         f"was trained with ({trained_with[:16]}); put that one back")
+    if tokenizer.vocab_size > start.model.vocab_size:
+        raise ValueError(f"{start.path}: its tokenizer knows {tokenizer.vocab_size} tokens and its model "
+                         f"{start.model.vocab_size}; they do not belong together")
+    return tokenizer
+
+
+def _summary(
+    finetune: Finetune, start: WeightSource, recipe: Recipe, plan: Plan, train: Completions, valid: Completions
+) -> str:
+    phase = {"dense": f"dense, revived weights start {'at zero' if finetune.revived == 'zeros' else 'normal'}",
+             "sparse": "sparse, the mask holds"}[finetune.phase]
+    lines = [
+        f"starting from {start.origin}, {start.path}; {phase}",
+        f"{finetune.data.task}: {len(train):,} training and {len(valid):,} validation pairs of "
+        f"{train.lengths.mean():.0f} tokens on average; {finetune.train.epochs} epochs of "
+        f"{finetune.steps_per_epoch(len(train)):,} steps"]
+    lines += [f"{pairs.truncated:,} {split} contexts lost their beginning to fit {recipe.train.sequence_length} tokens"
+              for split, pairs in (("training", train), ("validation", valid)) if pairs.truncated]
+    return "\n".join([*lines, render_plan(plan), render_layout(recipe, plan)])

@@ -1,0 +1,171 @@
+"""Speed of the kernels on this machine: expand and compress against the time in which the bytes that they must move are
+copied, products of blocks and of 2:4 weights against dense ones, weight by weight of a recipe's first layer.
+
+On a GPU these are Triton's kernels, beside PyTorch's where both do the same. Without one, PyTorch's on the CPU, so that
+the command can be tried; figures of a CPU say nothing about a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch.utils.benchmark import Timer
+
+from megatron_spdf.kernels import dispatch, torch_reference
+from megatron_spdf.layers.compact import CompactWeight
+from megatron_spdf.layers.matmul import choose_product
+from megatron_spdf.recipe.recipe import Recipe
+from megatron_spdf.sparsity.plan import Plan, SparseWeight
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One kernel on one weight.
+
+    Attributes:
+        seconds: median.
+        floor: seconds below which it cannot be: of a copy of as many bytes, or the active share of the dense product.
+        dense: seconds of the dense product that it stands for; None for expand and compress.
+        torch: seconds of PyTorch's implementation on the same device, where it is another.
+    """
+
+    kernel: str
+    weight: str
+    shape: tuple[int, int]
+    sparsity: float
+    seconds: float
+    floor: float
+    dense: float | None = None
+    torch: float | None = None
+
+
+def measure(recipe: Recipe, plan: Plan, seconds: float = 0.2) -> dict:
+    """Figures of the kernels that the recipe's first layer uses on this machine.
+
+    Args:
+        seconds: that each measurement takes at least.
+
+    Returns:
+        Plain values: tokens, dtype, bytes a second of a copy, names of the implementations, and the figures.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
+    tokens = recipe.train.micro_batch * recipe.train.sequence_length
+    bandwidth = copy_bandwidth(device, seconds)
+    figures: list[Figure] = []
+    for weight in (w for n, w in plan.weights.items() if ".layers.0." in n):
+        place = plan.seed, recipe.parallel.tensor, device, dtype
+        figures += moves(weight, *place, bandwidth, seconds)
+        if weight.block is not None or weight.two_four:
+            figures += products(weight, *place, tokens, seconds)
+    sizes = {w.block for w in plan.weights.values()} - {None}
+    blocks = [dispatch.block_products(device.type, size, dtype)[1] for size in sizes]
+    two_four = any(w.two_four for w in plan.weights.values())
+    return {"device_type": device.type, "tokens": tokens, "dtype": str(dtype).removeprefix("torch."),
+            "copy_bytes_per_second": bandwidth, "expand_compress": dispatch.describe(device.type),
+            "blocks": blocks[0] if blocks else None,
+            "2:4": dispatch.two_four_products(device.type, dtype)[1] if two_four else None,
+            "figures": [vars(f) for f in figures]}
+
+
+def copy_bandwidth(device: torch.device, seconds: float) -> float:
+    """Bytes a second, read and written, of a copy that no cache holds."""
+    size = 2**28 if device.type == "cuda" else 2**25
+    source, target = torch.ones((2, size), dtype=torch.uint8, device=device)
+    return 2 * size / median_seconds(lambda: target.copy_(source), seconds)
+
+
+def moves(weight: SparseWeight, seed: int, tensor: int, device: torch.device, dtype: torch.dtype, bandwidth: float,
+          seconds: float) -> list[Figure]:
+    """Expand, and compress added to an fp32 buffer; of the unstructured mask, whatever the recipe's pattern."""
+    # A weight of blocks may have fewer chunks; they stay, and so does the level that is reached.
+    weight = replace(weight, block=None, two_four=False, level=weight.sparsity)
+    compact = CompactWeight(weight, seed, 0, tensor, device)
+    mask, width = compact.mask, dtype.itemsize
+    values = torch.randn(compact.values_shape, device=device).to(dtype)
+    dense = torch.randn(compact.shape, device=device).to(dtype)
+    buffer = torch.zeros(compact.values_shape, device=device)
+    peer = None
+    if dispatch.implementation(device.type)[0] is not torch_reference:
+        peer = replace(mask, index=torch_reference.make_index(mask.bits, mask.chunk_shape, mask.axis))
+    whole, active = dense.numel(), values.numel()
+    bits = whole / 8
+    runs = {
+        "expand": (lambda m: dispatch.expand(values, m), lambda m: torch_reference.expand(values, m),
+                   width * (whole + active) + bits),
+        "compress": (lambda m: dispatch.compress(dense, m, buffer),
+                     lambda m: torch_reference.compress(dense, m, buffer),
+                     width * whole + 8 * active + bits),
+    }
+    place = weight.name, compact.shape, weight.sparsity
+    return [Figure(name, *place, median_seconds(lambda run=run: run(mask), seconds), moved / bandwidth,
+                   torch=peer and median_seconds(lambda run=other: run(peer), seconds))
+            for name, (run, other, moved) in runs.items()]
+
+
+def products(weight: SparseWeight, seed: int, tensor: int, device: torch.device, dtype: torch.dtype, tokens: int,
+             seconds: float) -> list[Figure]:
+    """y = x W^T and both gradients with a weight of blocks, or a 2:4 one, against the same with a dense one."""
+    dense = torch.randn(CompactWeight(weight, seed, 0, tensor, "meta").shape, device=device).to(dtype)
+    product = choose_product(weight, dense, "layer")
+    compact = CompactWeight(weight, seed, 0, tensor, device, product)
+    mask, values = compact.mask, compact.right_inverse(dense)
+    x, gradient = (torch.randn(tokens, n, device=device).to(dtype) for n in reversed(compact.shape))
+    buffer = torch.zeros(compact.values_shape, device=device)
+    runs = {
+        "forward": (lambda: product.forward(x, values, mask), lambda: x @ dense.T),
+        "input gradient": (lambda: product.input_gradient(gradient, values, mask), lambda: gradient @ dense),
+        "weight gradient": (lambda: product.weight_gradient(gradient, x, mask, buffer), lambda: gradient.T @ x),
+    }
+    pattern, found = "2:4" if weight.two_four else "blocks", []
+    for name, (run, plain) in runs.items():
+        full = median_seconds(plain, seconds)
+        whole = weight.two_four and name == "weight gradient"  # whose product has no operand with zeros
+        floor = full if whole else (1.0 - weight.sparsity) * full
+        found.append(Figure(f"{pattern}, {name}", weight.name, compact.shape, weight.sparsity,
+                            median_seconds(run, seconds), floor, dense=full))
+    return found
+
+
+def median_seconds(run, seconds: float) -> float:
+    """Median of one call; a GPU is waited for.
+
+    Args:
+        seconds: that it is called for at least.
+    """
+    run()
+    return Timer("run()", globals={"run": run}).blocked_autorange(min_run_time=seconds).median
+
+
+def render(measured: dict) -> list[str]:
+    """The figures as a Markdown table."""
+    lines = []
+    if measured["device_type"] == "cpu":
+        lines += ["no GPU here: PyTorch on the CPU, which says nothing about a GPU and shows that the command runs", ""]
+    lines += [f"{measured['tokens']} tokens, {measured['dtype']}; a copy moves "
+              f"{measured['copy_bytes_per_second'] / 1e9:.4g} GB/s; expand/compress {measured['expand_compress']}; "
+              f"blocks {measured['blocks']}{_two_four(measured)}", "",
+              "| kernel | weight | shape | sparsity | time (us) | floor (us) | floor / time | dense / time | "
+              "torch / time |", "|---|---|---|---|---|---|---|---|---|"]
+    for f in measured["figures"]:
+        against = [f"{f[k] / f['seconds']:.3g}" if f[k] else "-" for k in ("floor", "dense", "torch")]
+        kind = f["weight"].split(".layers.0.")[-1].removesuffix(".weight")
+        lines.append(f"| {f['kernel']} | {kind} | {f['shape'][0]} x {f['shape'][1]} | {f['sparsity']:.2%} | "
+                     f"{f['seconds'] * 1e6:.4g} | {f['floor'] * 1e6:.4g} | {' | '.join(against)} |")
+    return [*lines, *_render_sums(measured["figures"])]
+
+
+def _render_sums(figures: list[dict]) -> list[str]:
+    """Dense over blocks, all products of the layer together."""
+    products = [f for f in figures if f["dense"]]
+    if not products:
+        return []
+    ratio = math.fsum(f["dense"] for f in products) / math.fsum(f["seconds"] for f in products)
+    pattern = products[0]["kernel"].split(",")[0]
+    return ["", f"linear layers, forward and backward, dense over {pattern}: {ratio:.3f}"]
+
+
+def _two_four(measured: dict) -> str:
+    return f"; 2:4 {measured['2:4']}" if measured["2:4"] else ""

@@ -1,0 +1,71 @@
+"""For how long training stands still for a checkpoint: one that is written behind the steps, and one that it waits for,
+dense and sparse, with the bytes on disk; written to a temporary directory (TMPDIR) and removed."""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.engines import build_engine, joined, synthetic_batch
+from megatron_spdf.recipe.recipe import Recipe
+
+
+def measure_saves(recipes: dict[str, Recipe], saves: int) -> dict[str, dict]:
+    """Saves every engine's state after each step, waiting and behind the steps in turn; medians, in seconds."""
+    with joined(next(iter(recipes.values()))) as device:
+        import torch.distributed as dist
+
+        engines = {name: build_engine(recipe, device) for name, recipe in recipes.items()}
+        place = [tempfile.mkdtemp(prefix="benchmark_save_") if dist.get_rank() == 0 else ""]
+        dist.broadcast_object_list(place)
+        figures = {name: _saves_of(recipes[name], engine, Path(place[0]) / name, saves)
+                   for name, engine in engines.items()}
+        dist.barrier()
+        if dist.get_rank() == 0:
+            shutil.rmtree(place[0])
+    return figures
+
+
+def _saves_of(recipe: Recipe, engine, place: Path, saves: int) -> dict:
+    from megatron_spdf.checkpoint import store
+    from megatron_spdf.checkpoint.checkpointer import Checkpointer, RunState
+
+    checkpointer = Checkpointer(place, recipe, engine.plan, NoTokenizer())
+    stalls, written = {"waiting": [], "behind": []}, []
+    for number in range(1, 2 * saves + 1):
+        engine.step(synthetic_batch(recipe, number), number, number * recipe.tokens_per_step, False)
+        way = "waiting" if number % 2 else "behind"
+        started = time.perf_counter()
+        checkpointer.save(engine, RunState(number), engine.measured_sparsity())
+        saving = checkpointer.wait() if way == "waiting" else None
+        stalls[way].append(time.perf_counter() - started)
+        saving = saving or checkpointer.wait()
+        if saving.error:
+            raise saving.error
+        written.append(saving.seconds)
+    bytes_on_disk = sum((saving.path / file).stat().st_size for file in store.files_of(saving.path))
+    return {"sparsity": engine.plan.sparsity, "bytes_on_disk": bytes_on_disk,
+            "write_seconds": statistics.median(written),
+            **{f"stall_seconds_{way}": statistics.median(stalls[way]) for way in stalls}}
+
+
+class NoTokenizer:
+    """Stands where a checkpoint keeps the tokenizer; batches are synthetic."""
+
+    kind, sha256 = "none", ""
+
+    def save(self, directory: Path) -> None:
+        directory.mkdir()
+
+
+def render_saves(runs: dict[str, dict]) -> list[str]:
+    lines = [f"| {'':<8} | sparsity | stall, written behind (s) | stall, waited for (s) | writing (s) | disk (MiB) |",
+             "|---|---|---|---|---|---|"]
+    for name, f in runs.items():
+        lines.append(f"| {name:<8} | {f['sparsity']:.2%} | {f['stall_seconds_behind']:.4f} | "
+                     f"{f['stall_seconds_waiting']:.4f} | {f['write_seconds']:.4f} | "
+                     f"{f['bytes_on_disk'] / 2**20:,.1f} |")
+    return lines

@@ -1,0 +1,86 @@
+"""Seconds of an optimizer step of a recipe, dense against its sparsity, both engines in one process and their steps in
+turn, so that what else the machine does hits both alike; and where those seconds go."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Sequence
+
+import torch
+
+from benchmarks.breakdown import measure_parts, render_parts
+from benchmarks.engines import build_engine, joined, synthetic_batch
+from benchmarks.environment import device_name
+from megatron_spdf.planning.hardware import peak_flops
+from megatron_spdf.recipe.recipe import Recipe
+from megatron_spdf.schedule.flops import training_flops
+from megatron_spdf.sparsity.plan import Plan
+
+WARM_UP, BY_PART = 2, 3  # steps
+
+
+def measure_steps(recipes: dict[str, Recipe], steps: int) -> dict[str, dict]:
+    """Runs the recipes' engines step by step in turn; returns the figures of each."""
+    first, seconds = next(iter(recipes.values())), {name: [] for name in recipes}
+    with joined(first) as device:
+        engines = {name: build_engine(recipe, device) for name, recipe in recipes.items()}
+        gc.disable()
+        for number in range(1, WARM_UP + steps + 1):
+            batch = synthetic_batch(first, number)
+            for name, engine in engines.items():
+                torch.cuda.synchronize()
+                started = time.perf_counter()
+                engine.step(batch, number, number * first.tokens_per_step, False)
+                torch.cuda.synchronize()
+                if number > WARM_UP:
+                    seconds[name].append(time.perf_counter() - started)
+        gc.enable()
+        numbers = range(number + 1, number + 1 + min(BY_PART, steps))
+        return {name: {**figures_of(recipes[name], engine, seconds[name]),
+                       "parts": measure_parts(recipes[name], engine, numbers)} for name, engine in engines.items()}
+
+
+def figures_of(recipe: Recipe, engine, seconds: Sequence[float]) -> dict:
+    """Median and quartiles of the step time, and the rates that follow from the median. TFLOP/s and MFU are as in the
+    log of a run: of the matrix products as dense ones, but those of blocks, of which only the active ones count; 2:4
+    weights count whole, on sparse tensor cores too."""
+    skipped = engine.plan.on_blocks if engine.device.type == "cuda" else None
+    return {"sparsity": engine.plan.sparsity, **rates(recipe, seconds, skipped), "state_bytes": engine.state_bytes(),
+            "choices": engine.choices}
+
+
+def rates(recipe: Recipe, seconds: Sequence[float], skipped: Plan | None = None) -> dict:
+    """Median and quartiles of seconds of a step, and what follows from the median.
+
+    Args:
+        skipped: weights whose zeros are not multiplied.
+    """
+    low, middle, high = statistics.quantiles(seconds, n=4)
+    executed = training_flops(recipe.model, recipe.train.sequence_length, skipped).total * recipe.tokens_per_step
+    rate = executed / middle / recipe.parallel.world
+    peak = peak_flops(device_name(), recipe.train.precision)
+    return {
+        "step_seconds": middle,
+        "quartiles": [low, high],
+        "tokens_per_second": recipe.tokens_per_step / middle,
+        "tflops_per_rank": rate / 1e12,
+        "mfu": rate / peak if peak else None,
+    }
+
+
+def render_steps(runs: dict[str, dict]) -> list[str]:
+    lines = [f"| {'':<8} | sparsity | step (s), median | quartiles | tokens/s | TFLOP/s | MFU | state (MiB) |",
+             "|---|---|---|---|---|---|---|---|"]
+    for name, f in runs.items():
+        state = sum(f["state_bytes"].values()) / 2**20
+        lines.append(f"| {name:<8} | {f['sparsity']:.2%} | {f['step_seconds']:.4f} | "
+                     f"{f['quartiles'][0]:.4f} - {f['quartiles'][1]:.4f} | {f['tokens_per_second']:,.0f} | "
+                     f"{f['tflops_per_rank']:.3g} | {render_mfu(f)} | {state:,.1f} |")
+    return [*lines, "", *render_parts({name: f["parts"] for name, f in runs.items()}), "",
+            f"step time, sparse over dense: {runs['sparse']['step_seconds'] / runs['dense']['step_seconds']:.3f}"]
+
+
+def render_mfu(figures: dict) -> str:
+    return f"{figures['mfu']:.1%}" if figures["mfu"] else "-"

@@ -1,0 +1,155 @@
+"""All figures of one GPU in one command of less than nine minutes: a copy's bandwidth, kernels against their floors and
+dense products, GPT-3 XL trained dense and with every pattern and where a step's time goes, peers in the same run, and
+the largest GPT that one card trains, dense and sparse.
+
+Every part runs in a process of its own and has a budget of seconds, to which comes what the parts before it left over.
+A part that fails or runs out of time keeps the rows that it had written by then, and the others go on. On a machine
+without a GPU everything is tiny: that shows that the suite runs, and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from benchmarks.environment import circumstances, render_circumstances
+
+ROOT = Path(__file__).resolve().parents[2]
+SCALES = ("h200", "h100", "cpu")
+PARTS = {"kernels": 120, "training": 230, "peers": 100, "largest": 80}  # seconds on a GPU, 530 together
+LIBRARIES = ("torch", "triton", "megatron-core", "transformers", "stanford-stk", "numpy")
+NO_GPU = "no GPU here: tiny sizes on the CPU, which show that the suite runs and say nothing about a GPU"
+
+
+@dataclass
+class Outcome:
+    """What came of a part.
+
+    Attributes:
+        state: finished, out of time, or why it failed.
+        seconds: that it took.
+        tables: title -> rows, each column -> value; units are in the columns' names, `at` is when.
+    """
+
+    part: str
+    state: str
+    seconds: float
+    tables: dict[str, list[dict]] = field(default_factory=dict)
+
+
+def run(scale: str, parts: list[str], output: Path) -> int:
+    """Runs the parts, and writes suite.json and suite.md after each.
+
+    Args:
+        scale: one of SCALES; without a GPU it is cpu in any case.
+        output: the directory.
+
+    Returns:
+        The exit code: 0 where some part has figures.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        scale = "cpu"
+    output.mkdir(parents=True, exist_ok=True)
+    report = {**circumstances(LIBRARIES), "scale": scale, "parts": []}
+    print("\n".join([*render_circumstances(report), *([NO_GPU, ""] if scale == "cpu" else [])]), flush=True)
+    spare = 0.0
+    for part in parts:
+        budget = PARTS[part] + spare
+        command = [sys.executable, "-m", "benchmarks.suite_parts", part, scale]
+        outcome = run_part(part, command, budget)
+        spare = budget - outcome.seconds
+        report["parts"].append(asdict(outcome))
+        print("\n".join(render_part(report["parts"][-1])), flush=True)
+        (output / "suite.json").write_text(json.dumps(report, indent=1) + "\n")
+        (output / "suite.md").write_text("\n".join(render(report)) + "\n")
+    print(f"\n{output / 'suite.json'}, {output / 'suite.md'}")
+    return 0 if any(outcome["tables"] for outcome in report["parts"]) else 1
+
+
+def run_part(part: str, command: list[str], budget: float) -> Outcome:
+    """Runs one part within its budget of seconds.
+
+    Args:
+        command: to which come the file for its rows, and the seconds it has.
+    """
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="benchmark_suite_") as place:
+        rows, said = Path(place) / "rows.jsonl", Path(place) / "said"
+        with said.open("w") as log:
+            child = subprocess.Popen([*command, str(rows), f"{budget:.0f}"], stdout=log, stderr=log, cwd=ROOT,
+                                     env=_environment(), start_new_session=True)
+        try:
+            code = child.wait(budget)
+            state = "finished" if code == 0 else f"failed ({code}): {_last_line(said)}"
+        except subprocess.TimeoutExpired:
+            state = f"out of time after {budget:.0f} s"
+        finally:
+            _end(child)
+        return Outcome(part, state, time.monotonic() - started, _tables(rows))
+
+
+def _environment() -> dict[str, str]:
+    paths = [str(ROOT), str(ROOT / "tools"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {"PYTHONWARNINGS": "ignore", **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def _end(child: subprocess.Popen) -> None:
+    """Ends a part with all it started, which has a session of its own."""
+    try:
+        os.killpg(child.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    child.wait()
+
+
+def _tables(rows: Path) -> dict[str, list[dict]]:
+    tables: dict[str, list[dict]] = {}
+    for line in rows.read_text().splitlines() if rows.exists() else []:
+        try:
+            written = json.loads(line)
+        except ValueError:  # the part was ended while it wrote
+            continue
+        tables.setdefault(written["table"], []).append(written["row"])
+    return tables
+
+
+def _last_line(said: Path) -> str:
+    return (said.read_text(errors="replace").strip().splitlines() or ["it said nothing"])[-1][:300]
+
+
+def render(report: dict) -> list[str]:
+    """The report as Markdown."""
+    lines = ["# Benchmark suite", "", f"{report['date']}, {report['device']}, "
+             + ", ".join(f"{k} {v}" for k, v in report["versions"].items()) + ".", "", f"    {report['command']}", ""]
+    if report["scale"] == "cpu":
+        lines += [f"**{NO_GPU}.**", ""]
+    for outcome in report["parts"]:
+        lines += render_part(outcome)
+    return lines
+
+
+def render_part(outcome: dict) -> list[str]:
+    lines = [f"## {outcome['part']}", "", f"{outcome['state']}; {outcome['seconds']:.0f} s", ""]
+    for title, rows in outcome["tables"].items():
+        columns = list(dict.fromkeys(column for row in rows for column in row if column != "at"))
+        lines += [f"{title}:", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+        lines += [f"| {' | '.join(_cell(row.get(column)) for column in columns)} |" for row in rows]
+        lines.append("")
+    return lines
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,83 @@
+"""Training as it runs: tokens a second, TFLOP/s, MFU and peak memory of a recipe, dense beside its sparsity, in one
+process and in turn, by stretches of steps that nothing waits for in between."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from benchmarks.engines import allocated, build_engine, joined, peak_of, take_steps
+from benchmarks.step import WARM_UP, figures_of, render_mfu
+from megatron_spdf.recipe.recipe import Recipe
+
+STRETCHES = 4
+
+
+@dataclass
+class Run:
+    """An engine at work.
+
+    Attributes:
+        held: bytes that it keeps on the GPU between steps.
+        peak: most bytes in a step; None without a GPU.
+        seconds: of a step, one figure a stretch.
+    """
+
+    recipe: Recipe
+    engine: Any
+    held: int
+    step: int = WARM_UP
+    peak: int | None = None
+    seconds: list[float] = field(default_factory=list)
+
+    def advance(self, steps: int) -> None:
+        """One stretch."""
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        take_steps(self.recipe, self.engine, range(self.step + 1, self.step + 1 + steps))
+        torch.cuda.synchronize()
+        self.seconds.append((time.perf_counter() - started) / steps)
+        self.step += steps
+
+    @property
+    def figures(self) -> dict:
+        return {**figures_of(self.recipe, self.engine, self.seconds), "peak_bytes": self.peak}
+
+
+def start(recipe: Recipe, device: torch.device, quick: bool = False) -> Run:
+    """Builds an engine and warms it up, which gives the optimizer its state."""
+    before = allocated()
+    engine = build_engine(recipe, device, quick)
+    take_steps(recipe, engine, range(1, WARM_UP))
+    run = Run(recipe, engine, allocated() - before)
+    run.peak = peak_of(lambda: take_steps(recipe, engine, range(WARM_UP, WARM_UP + 1)), run.held)
+    return run
+
+
+def measure_training(recipes: dict[str, Recipe], steps: int) -> dict[str, dict]:
+    """Figures of every recipe.
+
+    Args:
+        steps: of each, in stretches that alternate.
+    """
+    with joined(next(iter(recipes.values()))) as device:
+        runs = {name: start(recipe, device) for name, recipe in recipes.items()}
+        for _ in range(STRETCHES):
+            for run in runs.values():
+                run.advance(max(1, steps // STRETCHES))
+        return {name: run.figures for name, run in runs.items()}
+
+
+def render_training(runs: dict[str, dict]) -> list[str]:
+    lines = [f"| {'':<8} | sparsity | tokens/s | step (s) | TFLOP/s | MFU | peak memory (GiB) | state (GiB) |",
+             "|---|---|---|---|---|---|---|---|"]
+    for name, f in runs.items():
+        peak = f"{f['peak_bytes'] / 2**30:.2f}" if f["peak_bytes"] else "-"
+        lines.append(f"| {name:<8} | {f['sparsity']:.2%} | {f['tokens_per_second']:,.0f} | {f['step_seconds']:.4f} | "
+                     f"{f['tflops_per_rank']:.3g} | {render_mfu(f)} | {peak} | "
+                     f"{sum(f['state_bytes'].values()) / 2**30:.3f} |")
+    return [*lines, "", "tokens a second, sparse over dense: "
+            f"{runs['sparse']['tokens_per_second'] / runs['dense']['tokens_per_second']:.3f}"]
