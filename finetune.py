@@ -24,7 +24,7 @@ from megatron_spdf.parallel.ranks import join, leave
 from megatron_spdf.recipe.finetune import Finetune, load_finetune
 from megatron_spdf.recipe.help import render_help
 from megatron_spdf.recipe.load import render_recipe
-from megatron_spdf.resilience.restarts import StartsSpent
+from megatron_spdf.resilience.restarts import RestartLimit
 from megatron_spdf.resilience.signals import StopRequest
 from megatron_spdf.resilience.startup_check import Unhealthy
 from megatron_spdf.resilience.world import Ranks, check_world, find_ranks
@@ -52,7 +52,7 @@ def main() -> int:
             return exit_codes.FINISHED
     except (ValueError, FileNotFoundError) as error:
         return refuse(error)
-    except StartsSpent as error:
+    except RestartLimit as error:
         return refuse(error, exit_codes.GUARD_STOPPED)
     return join_and_train(finetune, start, prepared, ranks, run)
 
@@ -72,7 +72,7 @@ def join_and_train(finetune: Finetune, start: WeightSource, prepared: Prepared, 
         return refuse(error)
     except Unhealthy as error:
         return refuse(error, exit_codes.LOST_RANK)
-    with Heartbeat(ranks, finetune.guard.hang_seconds):
+    with Heartbeat(ranks, finetune.fault_tolerance.hang_seconds):
         return train(finetune, start, prepared, ranks, run, stop, device)
 
 
@@ -94,7 +94,7 @@ def train(finetune: Finetune, start: WeightSource, prepared: Prepared, ranks: Ra
                             recipe.model.query_groups)
     try:
         engine = make_engine(recipe, plan, device, weights)
-        run.claim_together()
+        run.create_on_rank_0()
         checkpointer = Checkpointer(run.checkpoints, recipe, plan, prepared.tokenizer)
         checkpointer.masks, checkpointer.origin = prepared.masks, prepared.origin
         state, found = checkpointer.restore(engine)
@@ -131,7 +131,7 @@ def parse_arguments() -> argparse.Namespace:
                              "bytes per rank, and exit")
     parser.add_argument("--preflight", action="store_true",
                         help="once before the ranks of a batch job: check all that needs no device, count the start "
-                             "(guard.max_starts), print the run directory, and exit")
+                             "(fault_tolerance.max_starts), print the run directory, and exit")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from deepspeed's launcher, like LOCAL_RANK
     return parser.parse_intermixed_args()
 

@@ -6,7 +6,7 @@
     srun python pretrain.py configs/pretrain/gpt3_xl_s75.yaml parallel.tensor=2 parallel.data=8
 
 One process per GPU. A run goes on from the newest complete checkpoint in its output directory by itself. A recipe with
-`phases:` (V-SPDF) is one run too: where a phase ends, its checkpoint is densified into the engine of the next.
+`stages:` (V-SPDF) is one run too: where a stage ends, its checkpoint is densified into the engine of the next.
 Exit codes: 0 finished; 2 bad input; 3 stopped by a guard; 4 a rank is lost; 75 stopped on SIGTERM or SIGUSR1, a
 checkpoint saved.
 """
@@ -20,7 +20,7 @@ import torch
 
 from megatron_spdf import exit_codes
 from megatron_spdf.architecture.weights import model_weights
-from megatron_spdf.checkpoint.shared_files import Unshared, newest_of_all
+from megatron_spdf.checkpoint.shared_files import NotSharedFilesystem, newest_of_all
 from megatron_spdf.checkpoint.store import step_of
 from megatron_spdf.data.pretraining.corpus import Corpus, check_corpus
 from megatron_spdf.model.parametrization import render_parametrization
@@ -28,12 +28,12 @@ from megatron_spdf.parallel.ranks import join, leave
 from megatron_spdf.planning.memory import render_layout
 from megatron_spdf.recipe.help import render_help
 from megatron_spdf.recipe.load import load_recipe, render_recipe
-from megatron_spdf.resilience.restarts import StartsSpent
+from megatron_spdf.resilience.restarts import RestartLimit
 from megatron_spdf.resilience.signals import StopRequest
 from megatron_spdf.resilience.startup_check import Unhealthy
 from megatron_spdf.resilience.world import Ranks, check_world, find_ranks
 from megatron_spdf.runs.run_dir import RunDir
-from megatron_spdf.schedule.stages import RunPhase, phases_left, phases_of
+from megatron_spdf.schedule.stages import RunStage, stages_left, stages_of
 from megatron_spdf.sparsity.plan import render_plan
 
 
@@ -43,8 +43,8 @@ def main() -> int:
     try:
         ranks = find_ranks()
         recipe = load_recipe(options.recipe, options.overrides, ranks.world)
-        phases = phases_of(recipe)  # one, where the recipe names none
-        summary = "\n".join(summarise(phase) for phase in phases)
+        stages = stages_of(recipe)  # one, where the recipe names none
+        summary = "\n".join(summarise(stage) for stage in stages)
         if options.dry_run:
             print(f"{render_recipe(recipe)}\n{summary}")
             return exit_codes.FINISHED
@@ -58,19 +58,19 @@ def main() -> int:
             return exit_codes.FINISHED
     except (ValueError, FileNotFoundError) as error:
         return refuse(error)
-    except StartsSpent as error:
+    except RestartLimit as error:
         return refuse(error, exit_codes.GUARD_STOPPED)
-    return join_and_pretrain(phases, ranks, run, corpus, summary)
+    return join_and_pretrain(stages, ranks, run, corpus, summary)
 
 
-def summarise(phase: RunPhase) -> str:
-    """What a phase of a run is: its plan, parametrization, layout and bytes per rank."""
-    rules = render_parametrization(phase.recipe, phase.plan, model_weights(phase.recipe.model))
-    return "\n".join(filter(None, [phase.heading, render_plan(phase.plan), rules,
-                                   render_layout(phase.recipe, phase.plan)]))
+def summarise(stage: RunStage) -> str:
+    """What a stage of a run is: its plan, parametrization, layout and bytes per rank."""
+    rules = render_parametrization(stage.recipe, stage.plan, model_weights(stage.recipe.model))
+    return "\n".join(filter(None, [stage.heading, render_plan(stage.plan), rules,
+                                   render_layout(stage.recipe, stage.plan)]))
 
 
-def join_and_pretrain(phases: list[RunPhase], ranks: Ranks, run: RunDir, corpus: Corpus, summary: str) -> int:
+def join_and_pretrain(stages: list[RunStage], ranks: Ranks, run: RunDir, corpus: Corpus, summary: str) -> int:
     """Joins the ranks, and pre-trains while they keep an ear on each other."""
     from megatron_spdf.parallel import fake_cuda
     from megatron_spdf.resilience import progress
@@ -85,57 +85,57 @@ def join_and_pretrain(phases: list[RunPhase], ranks: Ranks, run: RunDir, corpus:
         return refuse(error)
     except Unhealthy as error:
         return refuse(error, exit_codes.LOST_RANK)
-    with Heartbeat(ranks, run.recipe.guard.hang_seconds):
-        return pretrain(phases, ranks, run, corpus, summary, stop, device)
+    with Heartbeat(ranks, run.recipe.fault_tolerance.hang_seconds):
+        return pretrain(stages, ranks, run, corpus, summary, stop, device)
 
 
-def pretrain(phases: list[RunPhase], ranks: Ranks, run: RunDir, corpus: Corpus, summary: str, stop: StopRequest,
+def pretrain(stages: list[RunStage], ranks: Ranks, run: RunDir, corpus: Corpus, summary: str, stop: StopRequest,
              device: torch.device) -> int:
-    """Does the phases that are left of a run, each from the last checkpoint of the one before."""
+    """Does the stages that are left of a run, each from the last checkpoint of the one before."""
     code = exit_codes.FINISHED
     try:
         newest = newest_of_all(run.checkpoints)
-        for phase in phases_left(phases, step_of(newest) if newest else 0):
+        for stage in stages_left(stages, step_of(newest) if newest else 0):
             if code == exit_codes.FINISHED:
-                code = pretrain_phase(phase, ranks, run, corpus, summary, stop, device)
+                code = pretrain_stage(stage, ranks, run, corpus, summary, stop, device)
                 summary = ""
         return code
-    except Unshared as error:
+    except NotSharedFilesystem as error:
         return refuse(error)
     finally:
         leave()
 
 
-def pretrain_phase(phase: RunPhase, ranks: Ranks, run: RunDir, corpus: Corpus, summary: str, stop: StopRequest,
+def pretrain_stage(stage: RunStage, ranks: Ranks, run: RunDir, corpus: Corpus, summary: str, stop: StopRequest,
                    device: torch.device) -> int:
-    """Builds the engine, restores the newest checkpoint, or densifies that of the phase before, and trains to the
-    phase's end, which is mostly the run's."""
+    """Builds the engine, restores the newest checkpoint, or densifies that of the stage before, and trains to the
+    stage's end, which is mostly the run's."""
     from megatron_spdf.checkpoint.checkpointer import Checkpointer
     from megatron_spdf.checkpoint.saving import SaveFailed
     from megatron_spdf.data.pretraining.dataset import TokenData
     from megatron_spdf.engine.factory import make_engine
     from megatron_spdf.layers.measure import SparsityDrift
     from megatron_spdf.runs.run_log import RunLog
-    from megatron_spdf.training.autotune import settle_micro_batch
+    from megatron_spdf.training.autotune import choose_micro_batch
     from megatron_spdf.training.loop import NotFinite, Trainer
 
     try:
-        phase, settled = settle_micro_batch(phase, run, device)
-        recipe, plan = phase.recipe, phase.plan
-        engine = make_engine(phase.alone, plan, device)
-        run.claim_together()
+        stage, settled = choose_micro_batch(stage, run, device)
+        recipe, plan = stage.recipe, stage.plan
+        engine = make_engine(stage.alone, plan, device)
+        run.create_on_rank_0()
         checkpointer = Checkpointer(run.checkpoints, recipe, plan, corpus.tokenizer)
-        state, found = checkpointer.restore(engine, border=phase.first)
+        state, found = checkpointer.restore(engine, border=stage.first)
     except ValueError as error:
         return refuse(error)
-    data = TokenData(recipe, corpus, run.cache, engine.reads_data)
+    data = TokenData(recipe, corpus, run.cache, engine.needs_batches)
     log = RunLog(run, state.step, recipe.steps, recipe.log.tensorboard, active=ranks.rank == 0,
                  evaluated=state.evaluated)
-    log.say("\n".join(filter(None, [summary, engine.choices, phase.heading, *settled, *found])))
+    log.say("\n".join(filter(None, [summary, engine.choices, stage.heading, *settled, *found])))
     try:
         code = Trainer(recipe, plan, engine, data, checkpointer, state, log, stop,
-                       phase.first, phase.last, phase.flops_before).run()
-        if phase.number < phase.count:
+                       stage.first, stage.last, stage.flops_before).run()
+        if stage.number < stage.count:
             engine.close()  # to make room for the next
         return code
     except (NotFinite, SparsityDrift, SaveFailed) as error:
@@ -162,7 +162,7 @@ def parse_arguments() -> argparse.Namespace:
                              "rank, and exit")
     parser.add_argument("--preflight", action="store_true",
                         help="once before the ranks of a batch job: check all that needs no device, count the start "
-                             "(guard.max_starts), print the run directory, and exit")
+                             "(fault_tolerance.max_starts), print the run directory, and exit")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from deepspeed's launcher, like LOCAL_RANK
     return parser.parse_intermixed_args()
 

@@ -18,7 +18,7 @@ steps in turn, so that what else the machine does hits both alike; medians, the 
 are synthetic.
 `save`: for how long the loop stands still for a checkpoint that is written behind the steps, and for one that it waits
 for, dense and sparse, with the bytes on disk; written to a temporary directory (TMPDIR) and removed.
-`kernels`: expand and compress against the bytes they must move, products of blocks and 2:4 against dense ones, for the
+`kernels`: expand and compress against the bytes they must move, products of tiles and 2:4 against dense ones, for the
 weights of a recipe's first layer; of GPT-3 XL without one, and of something tiny where there is no GPU.
 `tiles`: the same kernels with every tile that is worth a trial, on a GPU; to choose those of kernels/tiles.py by.
 `data`: MB of text a second of tools/preprocess_data.py by number of workers, and beside it Megatron-LM's own tool, with
@@ -43,8 +43,8 @@ from megatron_spdf.recipe.recipe import AUTO, Recipe
 from megatron_spdf.resilience.world import check_world, find_ranks
 
 DEFAULT = Path(__file__).resolve().parent.parent / "configs/benchmark/cpu.yaml"
-BLOCKS = DEFAULT.parents[1] / "pretrain/gpt3_xl_s75_block.yaml"
-TINY = ["model.hidden=128", "model.heads=4", "sparsity.pattern=block", "sparsity.block=16", "train.micro_batch=1"]
+TILES = DEFAULT.parents[1] / "pretrain/gpt3_xl_s75_tile.yaml"
+TINY = ["model.hidden=128", "model.heads=4", "sparsity.pattern=tile", "sparsity.tile=16", "train.micro_batch=1"]
 
 
 def main() -> int:
@@ -142,7 +142,7 @@ def measure_kernels(what: str, arguments: list[str]) -> int:
     options = parser.parse_intermixed_args(arguments)
     path, overrides = split_words(options.words)
     if not path:
-        path = BLOCKS if torch.cuda.is_available() else DEFAULT
+        path = TILES if torch.cuda.is_available() else DEFAULT
         overrides = overrides if torch.cuda.is_available() else [*TINY, *overrides]
     recipe = load_measured(path, overrides)
     report = {**circumstances((*LIBRARIES[::2], "triton")), "recipe": recipe.model_dump()}

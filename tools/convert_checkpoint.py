@@ -25,7 +25,7 @@ from pathlib import Path
 from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
 from megatron_spdf.convert.deepspeed_import import DeepSpeedReader
 from megatron_spdf.convert.huggingface_export import DTYPES, export
-from megatron_spdf.convert.initial_checkpoint import start_run
+from megatron_spdf.convert.initial_checkpoint import write_initial_checkpoint
 from megatron_spdf.convert.megatron_lm import VERSION, MegatronReader, arguments, save_for_megatron
 from megatron_spdf.convert.reshard import reshard
 from megatron_spdf.convert.source import WeightSource, open_weights
@@ -74,7 +74,7 @@ def prune(options: argparse.Namespace) -> str:
 def densify(options: argparse.Namespace) -> str:
     """A run whose step 0 has the weights of another run without its masks; a fresh optimizer."""
     source = read_run(options)
-    return begin(source, own_recipe(source, options, "sparsity=0", "phases=[]"), source.tokenizer, options)
+    return begin(source, own_recipe(source, options, "sparsity=0", "stages=[]"), source.tokenizer, options)
 
 
 def reshard_run(options: argparse.Namespace) -> str:
@@ -129,8 +129,8 @@ def words_of(options: argparse.Namespace) -> list[str]:
 
 
 def begin(source: WeightSource, recipe: Recipe, tokenizer: Tokenizer, options: argparse.Namespace) -> str:
-    plan = start_run(source, recipe, tokenizer, options.output, getattr(options, "select", "random"))
-    sparse = f"{plan.sparsity:.2%} of {plan.numel:,} block weights zero" if plan.weights else "dense"
+    plan = write_initial_checkpoint(source, recipe, tokenizer, options.output, getattr(options, "select", "random"))
+    sparse = f"{plan.sparsity:.2%} of {plan.numel:,} linear weights zero" if plan.weights else "dense"
     lines = [f"{options.output}: a run at step 0 with the weights of {source.origin}, {sparse}"]
     if source.tokenizer is None:
         lines.append(f"the source has no tokenizer; that of the recipe's data is taken, sha256 {tokenizer.sha256}")
@@ -175,7 +175,7 @@ OPTIONS = {
     "--sparsity": dict(metavar="S", help="short for the word sparsity=S"),
     "--select": dict(choices=("random", "magnitude"), default="random",
                      help="weights that stay: the recipe's random masks (default), or the largest magnitudes in each "
-                          "of the chunks a weight is cut into"),
+                          "of the slices a weight is cut into"),
 }
 
 

@@ -50,7 +50,7 @@ def check(options: argparse.Namespace) -> dict[str, dict[str, dict[float, dict[s
     base = load_recipe(options.recipe, options.overrides)
     head = base.model.hidden // base.model.heads
     cells = {"width": {width: (width, 0.0) for width in options.widths},
-             "density": {1.0 - level: (base.base.hidden, level) for level in options.sparsities}}
+             "density": {1.0 - level: (base.mup_base.hidden, level) for level in options.sparsities}}
     found: dict = {}
     bar = tqdm(total=len(RULES) * sum(map(len, cells.values())), unit="model", disable=not sys.stderr.isatty())
     with tempfile.TemporaryDirectory() as directory:

@@ -2,9 +2,9 @@
 """Sparse pre-training, dense fine-tuning, end to end on this machine, without a download: `make demo`.
 
 The sources of the running Python's standard library become Pile-format shards, a tokenizer is trained on them, and
-the same small GPT is pre-trained dense and with 75% of its block weights at zero, on two tensor-parallel ranks. Both
+the same small GPT is pre-trained dense and with 75% of its linear weights at zero, on two tensor-parallel ranks. Both
 are then fine-tuned on a synthetic table-to-text set, dense, and the sparse one with its mask kept too, and scored. It
-ends with a table of each phase, a plot of the losses against training FLOPs, and a report page.
+ends with a table of each mode, a plot of the losses against training FLOPs, and a report page.
 
     python tools/demo.py [--output runs/demo] [section.key=value ...]
 """
@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "configs/pretrain/demo.yaml"
 FINETUNE = ROOT / "configs/finetune/demo.yaml"
 LEVELS = {"dense": 0.0, "75% sparse": 0.75}
-PHASES = {"dense": ["dense"], "75% sparse": ["dense", "sparse"]}
+MODES = {"dense": ["dense"], "75% sparse": ["dense", "sparse"]}
 
 
 def main() -> int:
@@ -44,7 +44,7 @@ def main() -> int:
     shutil.rmtree(output, ignore_errors=True)
     prepare_data(output)
     pretrained = {name: pretrain(output, name, level, options.overrides) for name, level in LEVELS.items()}
-    tuned = [finetune(output, pretrained[name], phase) for name in LEVELS for phase in PHASES[name]]
+    tuned = [finetune(output, pretrained[name], mode) for name in LEVELS for mode in MODES[name]]
     directories = [*pretrained.values(), *tuned]
     logged = read_all(directories)
     runs = dict(zip(pretrained, logged, strict=False))
@@ -81,11 +81,11 @@ def pretrain(output: Path, name: str, level: float, overrides: list[str]) -> Pat
     return directory
 
 
-def finetune(output: Path, start: Path, phase: str) -> Path:
+def finetune(output: Path, start: Path, mode: str) -> Path:
     """Fine-tunes from a pre-training run, decodes and scores; returns the run's directory."""
-    directory = output / f"{start.name}_tuned_{phase}"
-    words = [f"checkpoint={start}", f"output={directory}", f"data.path={output}/functions", f"phase={phase}"]
-    print(f"\n{phase} fine-tuning of {start}:")
+    directory = output / f"{start.name}_tuned_{mode}"
+    words = [f"checkpoint={start}", f"output={directory}", f"data.path={output}/functions", f"mode={mode}"]
+    print(f"\n{mode} fine-tuning of {start}:")
     torchrun(load_finetune(FINETUNE, words).parallel.world, "finetune.py", str(FINETUNE), *words)
     torchrun(2, "tools/evaluate.py", str(directory), "--task", "jsonl", "--data", str(output / "functions"),
              "--beams", "4", "--no-repeat-ngram", "0")

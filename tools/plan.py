@@ -125,7 +125,7 @@ def law(arguments: list[str]) -> int:
     """Values of a published law."""
     parser = _parser("The published scaling laws of sparse models. " + CAVEAT, "plan.py law")
     parser.add_argument("--fit", choices=sorted(PUBLISHED), default="t5", help="which of the two (default: t5)")
-    parser.add_argument("--nonzero", type=_count, default=10**8, metavar="N", help="non-zero block weights")
+    parser.add_argument("--nonzero", type=_count, default=10**8, metavar="N", help="non-zero linear weights")
     parser.add_argument("--compute", type=float, default=1e21, metavar="C", help="training FLOPs (default: 1e21)")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="iso-FLOP curves and contours of the optimum")
     parser.add_argument("--json", action="store_true", help="print one JSON value")

@@ -15,7 +15,7 @@ class Model(Section):
 
     preset: Literal[tuple(PRESETS)] | None = Field(  # type: ignore[valid-type]
         None, description="shape by name; layers, hidden and heads given beside it win")
-    layers: int = Field(gt=0, description="transformer blocks")
+    layers: int = Field(gt=0, description="transformer layers")
     hidden: int = Field(gt=0, description="width d_model")
     heads: int = Field(gt=0, description="attention heads")
     query_groups: int = Field(

@@ -24,9 +24,9 @@ class Weight:
     Attributes:
         shape: of the unsharded tensor, (out, in) for matrices.
         axis: the tensor-parallel axis, None where every rank holds all of it.
-        layer: block number from 0; -1 before the blocks, `layers` after them.
+        layer: number of the transformer layer from 0; -1 before the first, `layers` after the last.
         std: of the normal initial values; None: ones for norm weights, zeros for biases.
-        linear: one of W_QKV, W_D, W_I, W_O of a block, which SPDF makes sparse (Thangarasa et al. 2023, A.1).
+        linear: one of W_QKV, W_D, W_I, W_O of a layer, which SPDF makes sparse (Thangarasa et al. 2023, A.1).
     """
 
     name: str
@@ -67,12 +67,12 @@ def model_weights(model: Model) -> list[Weight]:
         Weight(EMBEDDING, (padded_vocab(model), h), 0, -1, std),
         Weight("embedding.position_embeddings.weight", (model.max_positions, h), None, -1, std),
     ]
-    blocks = [w for layer in range(model.layers) for w in _block(model, layer)]
+    layers = [w for layer in range(model.layers) for w in _layer(model, layer)]
     last = [Weight(f"decoder.final_layernorm.{p}", (h,), None, model.layers) for p in ("weight", "bias")]
-    return first + blocks + last
+    return first + layers + last
 
 
-def _block(m: Model, layer: int) -> list[Weight]:
+def _layer(m: Model, layer: int) -> list[Weight]:
     h, head = m.hidden, m.hidden // m.heads
     qkv = (m.heads + 2 * m.query_groups) * head  # rows grouped by query group: q.., k, v
     at = f"decoder.layers.{layer}."

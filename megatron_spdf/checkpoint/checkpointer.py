@@ -32,7 +32,7 @@ class RunState:
 
     Attributes:
         step: batches consumed, skipped ones included.
-        optimizer_steps: updates done since the optimizer's moments were zero: at the start, or at that of a phase.
+        optimizer_steps: updates done since the optimizer's moments were zero: at the start, or at that of a stage.
         skipped: steps skipped for non-finite numbers, in all and in a row.
         evaluated: step of the last evaluation.
         best_step, best_loss: of the evaluation with the lowest loss; step 0: none yet.
@@ -114,7 +114,7 @@ class Checkpointer:
         """Loads the newest complete checkpoint, if there is one.
 
         Args:
-            border: step at which the phase before ended, if there was one; of its last checkpoint the weights alone
+            border: step at which the stage before ended, if there was one; of its last checkpoint the weights alone
                 are taken, dense.
 
         Returns:

@@ -1,4 +1,4 @@
-"""Between two phases of a run: the weights of a checkpoint, dense, in an engine with fresh optimizer moments."""
+"""Between two stages of a run: the weights of a checkpoint, dense, in an engine with fresh optimizer moments."""
 
 from __future__ import annotations
 

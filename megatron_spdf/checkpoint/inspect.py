@@ -106,7 +106,7 @@ def wrong_shapes(reader: CheckpointReader) -> list[str]:
     for name, weight in reader.weights.items():
         sparse, stored, shape = reader.plan.weights.get(name), stored_name(name), weight.shape
         if sparse:
-            stored, shape = stored + VALUES, (sparse.chunks, sparse.active_per_chunk)
+            stored, shape = stored + VALUES, (sparse.slices, sparse.active_per_slice)
         expected |= {stored: shape, **{f"{OPTIMIZER}{state}.{stored}": shape for state in STATES}}
     return [f"{name} is missing" if name not in reader.shapes else
             f"{name} has shape {reader.shapes[name]} instead of {shape}"
@@ -114,15 +114,15 @@ def wrong_shapes(reader: CheckpointReader) -> list[str]:
 
 
 def _wrong_mask(reader: CheckpointReader, weight: SparseWeight) -> list[str]:
-    """The first chunk of a weight whose mask is not the planned one, in words; nothing if all are."""
-    k = weight.active_per_chunk
-    for chunk, bits in enumerate(reader.mask_bits(weight.name)):
+    """The first slice of a weight whose mask is not the planned one, in words; nothing if all are."""
+    k = weight.active_per_slice
+    for slice_id, bits in enumerate(reader.mask_bits(weight.name)):
         active = int(np.unpackbits(bits).sum(dtype=np.int64))
         if active != k:
-            return [f"chunk {chunk} of {weight.name} has {active} active entries instead of {k}"]
+            return [f"slice {slice_id} of {weight.name} has {active} active entries instead of {k}"]
         if reader.masks["kind"] == "drawn" and not np.array_equal(
-                np.packbits(planned_mask(weight, reader.plan.seed, chunk)), bits):
-            return [f"chunk {chunk} of {weight.name} has another mask than seed {reader.plan.seed} draws"]
+                np.packbits(planned_mask(weight, reader.plan.seed, slice_id)), bits):
+            return [f"slice {slice_id} of {weight.name} has another mask than seed {reader.plan.seed} draws"]
     return []
 
 

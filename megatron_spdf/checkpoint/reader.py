@@ -20,7 +20,7 @@ from megatron_spdf.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megatron_spdf.model.parametrization import Parametrization, fold
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.sparsity.plan import make_plan
-from megatron_spdf.sparsity.slices import join_chunks
+from megatron_spdf.sparsity.slices import join_slices
 
 VALUES, MASK_BITS = ".values", ".mask_bits"  # after the name of a sparse weight
 OPTIMIZER, STATES = "optimizer.state.", ("param", "exp_avg", "exp_avg_sq")  # before the name of a parameter
@@ -98,13 +98,13 @@ class CheckpointReader(TensorFiles):
         return load_tokenizer(self.path / "tokenizer")
 
     def mask_bits(self, name: str) -> np.ndarray:
-        """The mask of a sparse weight as it is saved, (chunks, ceil(entries per chunk / 8)) uint8.
+        """The mask of a sparse weight as it is saved, (slices, ceil(entries per slice / 8)) uint8.
 
         Raises:
             DamagedCheckpoint: it is missing, or has another shape than planned.
         """
         planned = self.plan.weights[name]
-        shape = (planned.chunks, math.ceil(math.prod(planned.chunk_shape) / 8))
+        shape = (planned.slices, math.ceil(math.prod(planned.slice_shape) / 8))
         return self._of_shape(stored_name(name) + MASK_BITS, shape).numpy()
 
     def weight(self, name: str) -> Tensor:
@@ -129,16 +129,16 @@ class CheckpointReader(TensorFiles):
         planned = self.plan.weights.get(name)
         if planned is None:
             return self._of_shape(stored, self.weights[name].shape)
-        values = self._of_shape(stored + VALUES, (planned.chunks, planned.active_per_chunk))
-        active = np.unpackbits(self.mask_bits(name), axis=1, count=math.prod(planned.chunk_shape))
+        values = self._of_shape(stored + VALUES, (planned.slices, planned.active_per_slice))
+        active = np.unpackbits(self.mask_bits(name), axis=1, count=math.prod(planned.slice_shape))
         counts = active.sum(axis=1, dtype=np.int64)
-        if (counts != planned.active_per_chunk).any():
+        if (counts != planned.active_per_slice).any():
             raise store.DamagedCheckpoint(
-                f"checkpoint {self.path}: the chunks of {name} have {counts.tolist()} active entries instead of "
-                f"{planned.active_per_chunk} each; use another checkpoint")
-        chunks = torch.zeros(active.shape, dtype=values.dtype)
-        chunks[torch.from_numpy(active).bool()] = values.flatten()
-        return join_chunks(chunks, planned)
+                f"checkpoint {self.path}: the slices of {name} have {counts.tolist()} active entries instead of "
+                f"{planned.active_per_slice} each; use another checkpoint")
+        slices = torch.zeros(active.shape, dtype=values.dtype)
+        slices[torch.from_numpy(active).bool()] = values.flatten()
+        return join_slices(slices, planned)
 
     def _of_shape(self, stored: str, shape: tuple[int, ...]) -> Tensor:
         if self.shapes.get(stored, shape) != shape:

@@ -15,7 +15,7 @@ from megatron_spdf.checkpoint import store
 PATIENCE = 60.0  # seconds; NFS remembers for as long by default that a name was not there
 
 
-class Unshared(ValueError):
+class NotSharedFilesystem(ValueError):
     """Ranks do not see the same files."""
 
 
@@ -23,7 +23,7 @@ def newest_of_all(directory: Path) -> Path | None:
     """The newest checkpoint that rank 0 sees, on every rank; None: there is none.
 
     Raises:
-        Unshared: a rank does not see it; on all alike.
+        NotSharedFilesystem: a rank does not see it; on all alike.
     """
     found: list[str | None] = [None]
     if dist.get_rank() == 0:
@@ -40,7 +40,7 @@ def check_shared(directory: Path) -> None:
     """Makes sure that all ranks see what rank 0 writes to a directory; all call.
 
     Raises:
-        Unshared: some do not; on all alike.
+        NotSharedFilesystem: some do not; on all alike.
     """
     name = [f".{uuid.uuid4().hex}"]
     dist.broadcast_object_list(name, src=0)
@@ -59,7 +59,7 @@ def await_everywhere(path: Path) -> None:
     """Waits until every rank sees what rank 0 has written.
 
     Raises:
-        Unshared: naming, on every rank alike, those that do not.
+        NotSharedFilesystem: naming, on every rank alike, those that do not.
     """
     end = time.monotonic() + PATIENCE
     while not path.exists() and time.monotonic() < end:
@@ -69,5 +69,5 @@ def await_everywhere(path: Path) -> None:
     named = [b for b in blind if b]
     if named:
         more = f" and {len(named) - 8} more" if len(named) > 8 else ""
-        raise Unshared(f"{', '.join(named[:8])}{more} cannot see {path}, which rank 0 can; the output must be on a "
+        raise NotSharedFilesystem(f"{', '.join(named[:8])}{more} cannot see {path}, which rank 0 can; the output must be on a "
                        "file system that all nodes share, under the same path")

@@ -50,11 +50,11 @@ class TensorFiles:
         """
         if name not in self._tensors:
             raise DamagedCheckpoint(f"checkpoint {self.path} has no tensor {name}; use another checkpoint")
-        return self.block(name, (0,) * len(self.shapes[name]), self.shapes[name])
+        return self.part(name, (0,) * len(self.shapes[name]), self.shapes[name])
 
-    def block(self, name: str, offset: Sequence[int], size: Sequence[int]) -> Tensor:
+    def part(self, name: str, offset: Sequence[int], size: Sequence[int]) -> Tensor:
         """A box of a tensor that is there: `size` entries along each axis from `offset` on."""
-        planner = _BlockPlanner(offset)
+        planner = _PartPlanner(offset)
         values = torch.empty(*size, dtype=self.dtypes[name])
         try:
             with warnings.catch_warnings():
@@ -85,7 +85,7 @@ class _Storage(FileSystemReader):
         return self._index
 
 
-class _BlockPlanner(DefaultLoadPlanner):
+class _PartPlanner(DefaultLoadPlanner):
     """Fills tensors from the box of the saved ones that begins at `offset`; counts the numbers `found`."""
 
     def __init__(self, offset: Sequence[int]):

@@ -26,7 +26,7 @@ from torch import Tensor
 from megatron_spdf.architecture.model import Model
 from megatron_spdf.architecture.weights import TIED_OUTPUT, Weight, model_weights
 from megatron_spdf.sparsity.plan import SparseWeight
-from megatron_spdf.sparsity.slices import join_chunks
+from megatron_spdf.sparsity.slices import join_slices
 
 LATEST = "latest"
 _VALUES, _MASK = "parametrizations.weight.original", "parametrizations.weight.0.mask_bits"  # of a sparse weight
@@ -91,16 +91,16 @@ class DeepSpeedReader:
         return self.weight(name).float()
 
     def _expanded(self, weight: Weight, compact: str) -> Tensor:
-        values = torch.cat([rank.tensor(compact) for rank in self._ranks])  # (chunks, active)
+        values = torch.cat([rank.tensor(compact) for rank in self._ranks])  # (slices, active)
         bits = torch.cat([rank.buffers[compact.replace(_VALUES, _MASK)] for rank in self._ranks])
         planned = SparseWeight(weight.name, weight.shape, weight.axis, len(values), 0.0)
-        active = np.unpackbits(bits.numpy(), axis=1, count=math.prod(planned.chunk_shape)).astype(bool)
+        active = np.unpackbits(bits.numpy(), axis=1, count=math.prod(planned.slice_shape)).astype(bool)
         if (active.sum(axis=1) != values.shape[1]).any():
-            raise ValueError(f"{self.path}: {weight.name} has {values.shape[1]} values in each chunk, another number "
+            raise ValueError(f"{self.path}: {weight.name} has {values.shape[1]} values in each slice, another number "
                              "than of active entries in its mask; the checkpoint is damaged")
-        chunks = torch.zeros(active.shape, dtype=values.dtype)
-        chunks[torch.from_numpy(active)] = values.flatten()
-        return join_chunks(chunks, planned)
+        slices = torch.zeros(active.shape, dtype=values.dtype)
+        slices[torch.from_numpy(active)] = values.flatten()
+        return join_slices(slices, planned)
 
     def _check(self) -> None:
         """Every weight of the model is there, of its shape, and no other is."""

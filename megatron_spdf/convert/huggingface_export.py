@@ -24,7 +24,7 @@ from megatron_spdf.convert.gpt2_state_dict import PREFIX, gpt2_name, gpt2_shape,
 from megatron_spdf.convert.source import WeightSource
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
 from megatron_spdf.files import appearing, with_progress
-from megatron_spdf.sparsity.slices import join_chunks
+from megatron_spdf.sparsity.slices import join_slices
 
 if TYPE_CHECKING:
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -99,8 +99,8 @@ def _masks(source: CheckpointReader) -> list[_Tensor]:
     """The masks in the form of the weights they are of."""
     def read(name: str) -> Tensor:
         planned = source.plan.weights[name]
-        active = np.unpackbits(source.mask_bits(name), axis=1, count=math.prod(planned.chunk_shape))
-        return to_gpt2(join_chunks(torch.from_numpy(active).bool(), planned), source.weights[name], source.model)
+        active = np.unpackbits(source.mask_bits(name), axis=1, count=math.prod(planned.slice_shape))
+        return to_gpt2(join_slices(torch.from_numpy(active).bool(), planned), source.weights[name], source.model)
 
     return [_Tensor(PREFIX + gpt2_name(name), gpt2_shape(source.weights[name], source.model), partial(read, name))
             for name in source.plan.weights]

@@ -29,10 +29,10 @@ from megatron_spdf.files import appearing
 from megatron_spdf.model.parametrization import Parametrization, unfold
 from megatron_spdf.recipe.load import save_recipe
 from megatron_spdf.recipe.recipe import Recipe
-from megatron_spdf.schedule.stages import phases_of
+from megatron_spdf.schedule.stages import stages_of
 from megatron_spdf.sparsity.masks import largest_mask
 from megatron_spdf.sparsity.plan import Plan
-from megatron_spdf.sparsity.slices import chunk_of, planned_mask
+from megatron_spdf.sparsity.slices import planned_mask, slice_of
 
 RECIPE, CHECKPOINTS = "recipe.yaml", "checkpoints"  # as training/run_dir.py names them
 Select = Literal["random", "magnitude"]
@@ -42,7 +42,7 @@ _START = {"step": 0, "optimizer_steps": 0, "skipped": 0, "skipped_in_a_row": 0, 
 _MODEL_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def start_run(source: WeightSource, recipe: Recipe, tokenizer: Tokenizer, output: Path,
+def write_initial_checkpoint(source: WeightSource, recipe: Recipe, tokenizer: Tokenizer, output: Path,
               select: Select = "random") -> Plan:
     """Writes the run directory; it appears complete or not at all. One weight at a time is dense in memory.
 
@@ -50,7 +50,7 @@ def start_run(source: WeightSource, recipe: Recipe, tokenizer: Tokenizer, output
         recipe: of the run to come; its `output` is replaced.
         tokenizer: of the recipe's data.
         output: must not exist.
-        select: which entries of a sparse weight stay: those of the masks that the plan draws, or in each chunk the
+        select: which entries of a sparse weight stay: those of the masks that the plan draws, or in each slice the
             largest magnitudes. The latter are kept with the run's checkpoints.
 
     Returns:
@@ -67,7 +67,7 @@ def start_run(source: WeightSource, recipe: Recipe, tokenizer: Tokenizer, output
         raise ValueError(f"select=magnitude takes entries one by one, and sparsity.pattern={pattern} wants "
                          f"{wanted[pattern]}; use select=random or sparsity.pattern=unstructured")
     _check_tokenizer(source, tokenizer)
-    begun = phases_of(recipe.model_copy(update={"output": str(output)}))[0]
+    begun = stages_of(recipe.model_copy(update={"output": str(output)}))[0]
     recipe, plan = begun.recipe, begun.plan
     state = _FreshState(source, recipe, plan, select)
     with appearing(output) as directory:
@@ -110,7 +110,7 @@ def _check_tokenizer(source: WeightSource, tokenizer: Tokenizer) -> None:
 
 def _describe_masks(source: WeightSource, plan: Plan, select: Select) -> Masks:
     if select == "magnitude" and plan.weights:
-        return {"kind": "given", "how": f"the largest magnitudes in each chunk of {source.origin}"}
+        return {"kind": "given", "how": f"the largest magnitudes in each slice of {source.origin}"}
     return drawn_masks(plan)
 
 
@@ -137,8 +137,8 @@ class _FreshState:
         shape, axis = weight.shape, weight.axis
         tensors = []
         if sparse:
-            shape, axis = (sparse.chunks, sparse.active_per_chunk), 0
-            bits = (sparse.chunks, math.ceil(math.prod(sparse.chunk_shape) / 8))
+            shape, axis = (sparse.slices, sparse.active_per_slice), 0
+            bits = (sparse.slices, math.ceil(math.prod(sparse.slice_shape) / 8))
             tensors = [self._stored(name + MASK_BITS, bits, axis, weight, torch.uint8,
                                     lambda: self._compact(weight.name)[1])]
             name += VALUES
@@ -169,9 +169,9 @@ class _FreshState:
 
     def _select(self, name: str) -> tuple[Tensor, Tensor]:
         planned, dense = self.plan.weights[name], self._master(name)
-        k, values, bits = planned.active_per_chunk, [], []
-        for number in range(planned.chunks):
-            entries = chunk_of(dense, planned, number).numpy()
+        k, values, bits = planned.active_per_slice, [], []
+        for number in range(planned.slices):
+            entries = slice_of(dense, planned, number).numpy()
             mask = (largest_mask(entries, k) if self.select == "magnitude"
                     else planned_mask(planned, self.plan.seed, number))
             values.append(entries[mask])

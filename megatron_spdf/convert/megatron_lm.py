@@ -72,10 +72,10 @@ class MegatronReader(TensorFiles):
         place, layer = self._place(name)
         shape = self.weights[name].shape
         if name == EMBEDDING:
-            return pad_vocabulary(self.block(place, (0, 0), (self.model.vocab_size, self.model.hidden)), shape[0])
+            return pad_vocabulary(self.part(place, (0, 0), (self.model.vocab_size, self.model.hidden)), shape[0])
         if layer is None:
             return self.tensor(place)
-        return self.block(place, (layer,) + (0,) * len(shape), (1, *shape))[0]
+        return self.part(place, (layer,) + (0,) * len(shape), (1, *shape))[0]
 
     def master(self, name: str) -> Tensor:
         """Like `weight`, in float32."""
@@ -112,7 +112,7 @@ class MegatronReader(TensorFiles):
 
     def _is_tied(self) -> bool:
         rows = (self.model.vocab_size, self.model.hidden)
-        return torch.equal(self.block(_TIED_HEAD, (0, 0), rows), self.block(EMBEDDING, (0, 0), rows))
+        return torch.equal(self.part(_TIED_HEAD, (0, 0), rows), self.part(EMBEDDING, (0, 0), rows))
 
 
 def find_checkpoint(path: Path) -> Path:

@@ -23,7 +23,7 @@ from megatron_spdf.checkpoint.writer import StoredTensor, cut, write_tensors
 from megatron_spdf.convert.initial_checkpoint import CHECKPOINTS, finish_run
 from megatron_spdf.files import appearing
 from megatron_spdf.recipe.recipe import Parallel, Recipe
-from megatron_spdf.recipe.rules import divisors, findings
+from megatron_spdf.recipe.rules import divisors, rule_violations
 
 
 def reshard(reader: CheckpointReader, parallel: Parallel, output: Path) -> Path:
@@ -67,7 +67,7 @@ def _tensors_of(weight: Weight, reader: CheckpointReader, recipe: Recipe) -> lis
 
 def check_layout(recipe: Recipe) -> None:
     """Raises ValueError, with the nearest layout that there is, where the model or batch cannot have the recipe's."""
-    broken = list(findings(recipe))
+    broken = list(rule_violations(recipe))
     if broken:
         near = _nearest(recipe)
         remedy = "" if near is None else "; the nearest layout that the model allows is " + " ".join(
@@ -88,6 +88,6 @@ def _nearest(recipe: Recipe) -> dict[str, int | bool] | None:
         distance = sum(abs(math.log(a / b)) for a, b in zip(degrees, wanted, strict=True))
         if best is not None and distance >= best[0]:
             continue
-        if not list(findings(recipe.model_copy(update={"parallel": p.model_copy(update=layout)}))):
+        if not list(rule_violations(recipe.model_copy(update={"parallel": p.model_copy(update=layout)}))):
             best = distance, layout
     return best and best[1]

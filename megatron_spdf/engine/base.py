@@ -33,7 +33,7 @@ class Engine(Protocol):
 
     Attributes:
         models: this rank's model chunks.
-        reads_data: whether this rank needs tokens.
+        needs_batches: whether this rank needs tokens.
         data_parallel_rank: which replica of its shard this rank holds.
         optimizer_steps: updates done, skipped steps not counted.
         learning_rate: of the last step.
@@ -41,7 +41,7 @@ class Engine(Protocol):
     """
 
     models: list[nn.Module]
-    reads_data: bool
+    needs_batches: bool
     data_parallel_rank: int
     optimizer_steps: int
 

@@ -94,7 +94,7 @@ def model_metadata() -> dict[str, object]:
             "dp_cp_group": ps.get_data_parallel_group(with_context_parallel=True)}
 
 
-def let_go(engine, models: Sequence[nn.Module], *others) -> None:
+def release(engine, models: Sequence[nn.Module], *others) -> None:
     """Empties an engine's parts, so that their memory and process groups are freed: autograd's hooks hold the model in
     circles that Python's collector cannot see."""
     held = [part for model in models for part in (*model.parameters(), *model.modules())]
@@ -111,11 +111,11 @@ def tensors_only(state: dict) -> dict:
     return {k: v for k, v in state.items() if not k.endswith("_extra_state")}
 
 
-def describe_choices(recipe: Recipe, model: nn.Module, adam: type, device: torch.device) -> str:
+def implementation_summary(recipe: Recipe, model: nn.Module, adam: type, device: torch.device) -> str:
     """Which implementation computes what, for the log."""
-    block = model.decoder.layers[0]
-    attention = block.self_attention.core_attention
-    parts = {"attention": type(attention), "norm": type(block.pre_mlp_layernorm), "Adam": adam}
+    layer = model.decoder.layers[0]
+    attention = layer.self_attention.core_attention
+    parts = {"attention": type(attention), "norm": type(layer.pre_mlp_layernorm), "Adam": adam}
     names = {part: f"{part} {kind.__module__.split('.')[0]}.{kind.__name__}" for part, kind in parts.items()}
     if device.type == "cuda" and isinstance(attention, SdpaCoreAttention):
         names["attention"] += f" on {attention.describe(masked=recipe.data.reset_attention)}"
@@ -128,10 +128,10 @@ def describe_choices(recipe: Recipe, model: nn.Module, adam: type, device: torch
 
 
 def _describe_patterns(model: nn.Module, device: torch.device) -> str:
-    """How weights of blocks, and 2:4 ones, are multiplied; nothing where there are none."""
+    """How weights of tiles, and 2:4 ones, are multiplied; nothing where there are none."""
     planned, dtype = [compact_of(m).planned for m in sparse_modules(model)], model.config.params_dtype
-    said = [f"blocks {dispatch.block_products(device.type, size, dtype)[1]}"
-            for size in sorted({w.block for w in planned} - {None})]
+    said = [f"tiles {dispatch.tile_products(device.type, size, dtype)[1]}"
+            for size in sorted({w.tile for w in planned} - {None})]
     if any(w.two_four for w in planned):
         said.append(f"2:4 {dispatch.two_four_products(device.type, dtype)[1]}")
     return "".join(f"; {text}" for text in said)

@@ -64,7 +64,7 @@ class DeepSpeedEngine:
         weights: to start from; None: drawn anew.
     """
 
-    reads_data = True  # there are no pipeline stages
+    needs_batches = True  # there are no pipeline stages
 
     def __init__(self, recipe: Recipe, plan: Plan, device: torch.device, weights: InitialWeights | None = None):
         deepspeed = _import_deepspeed(device)
@@ -115,7 +115,7 @@ class DeepSpeedEngine:
     def choices(self) -> str:
         """Which implementation computes what."""
         wrapper = type(self.zero.optimizer).__name__
-        return f"{common.describe_choices(self.recipe, self.model, AdamW, self.device)}; DeepSpeed {wrapper}"
+        return f"{common.implementation_summary(self.recipe, self.model, AdamW, self.device)}; DeepSpeed {wrapper}"
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of parameters and optimizer state on this rank as they are held; of gradients, which DeepSpeed frees in
@@ -144,7 +144,7 @@ class DeepSpeedEngine:
     def close(self) -> None:
         self.zero.destroy()
         sys.modules["deepspeed.runtime.zero.parameter_offload"].FWD_MODULE_STACK.clear()  # ZeRO-3's, of all engines
-        common.let_go(self, self.models, self.zero, self.zero.optimizer)
+        common.release(self, self.models, self.zero, self.zero.optimizer)
 
     def _run(self, batch: Sequence[MicroBatch], training: bool) -> Tensor:
         """Forward, and backward when training, over all micro-batches; the mean loss on ranks that report.
@@ -194,7 +194,7 @@ def _import_deepspeed(device: torch.device):
     deepspeed.logger.setLevel("ERROR")
     if device.type == "cpu":  # C++ for all-reduces within a machine
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
-        with fake_cuda.uncompiled():
+        with fake_cuda.without_torch_compile():
             import deepspeed.runtime.zero.muon.muon_optimizer  # DeepSpeed does so as it looks at the optimizer
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
     return deepspeed

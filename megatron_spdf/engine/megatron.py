@@ -50,8 +50,8 @@ class MegatronEngine:
         weights: to start from; None: drawn anew.
 
     Attributes:
-        reads_data: whether this rank needs tokens: on the first and last pipeline stage, and on all where attention
-            stops at the borders of documents.
+        needs_batches: whether this rank needs tokens: on the first and last pipeline stage, and on all where attention
+            stops at document boundaries.
         optimizer_steps: updates done, skipped steps not counted; Adam's bias correction goes by it.
     """
 
@@ -65,8 +65,8 @@ class MegatronEngine:
         self.scheduler = common.make_scheduler(recipe, self.optimizer)
         self.optimizer_steps = 0
         self.data_parallel_rank = ps.get_data_parallel_rank()
-        # Between the first and the last stage only the borders of documents are of interest.
-        self.reads_data = (ps.is_pipeline_first_stage() or ps.is_pipeline_last_stage() or recipe.data.reset_attention)
+        # Between the first and the last stage only document boundaries are of interest.
+        self.needs_batches = (ps.is_pipeline_first_stage() or ps.is_pipeline_last_stage() or recipe.data.reset_attention)
         self._reports = ps.is_pipeline_last_stage() and ps.get_tensor_model_parallel_rank() == 0
         self.config.finalize_model_grads_func = finalize_model_grads
         self.config.grad_scale_func = self.optimizer.scale_loss
@@ -78,7 +78,7 @@ class MegatronEngine:
         """One optimizer step over this rank's micro-batches.
 
         Args:
-            batch: `recipe.micro_batches` micro-batches; what it holds is used where `reads_data` only.
+            batch: `recipe.micro_batches` micro-batches; what it holds is used where `needs_batches` only.
             number: of the step, from 1; dropout depends on it and the seed, not on what was drawn before.
             tokens: of the schedule at the end of this step; the learning rate is that of this point.
             stop_requested: whether this rank was asked to stop; known to all ranks afterwards.
@@ -115,7 +115,7 @@ class MegatronEngine:
     def choices(self) -> str:
         """Which implementation computes what."""
         adam = type(self.optimizer.chained_optimizers[0].optimizer)
-        return common.describe_choices(self.recipe, self.models[0], adam, self.device)
+        return common.implementation_summary(self.recipe, self.models[0], adam, self.device)
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of parameters, gradient buffers and optimizer state on this rank, read off the buffers themselves."""
@@ -157,7 +157,7 @@ class MegatronEngine:
         self.optimizer_steps = optimizer_steps
 
     def close(self) -> None:
-        common.let_go(self, self.models, *self.chunks)
+        common.release(self, self.models, *self.chunks)
 
     def _gather_parameters(self) -> None:
         """With overlapped gathers, a rank's parameters are up to date in the next forward pass only, and whoever looks

@@ -17,7 +17,7 @@ from megatron_spdf.data.finetuning.tasks import Example, training_pairs
 from megatron_spdf.evaluation.decoding import Decoded, Likelihood, Settings, decode, likelihood
 from megatron_spdf.evaluation.metrics import ALL, Scores, score
 from megatron_spdf.evaluation.references import references_of
-from megatron_spdf.parallel.ranks import join_loosely
+from megatron_spdf.parallel.ranks import init_gloo
 from megatron_spdf.resilience.world import Ranks
 
 _WAIT = timedelta(hours=6)
@@ -33,7 +33,7 @@ def evaluate(source: WeightSource, task: str, examples: Sequence[Example], setti
     Raises:
         ValueError: a completion or a prompt does not fit the model's window.
     """
-    device = join_loosely(ranks, _WAIT)
+    device = init_gloo(ranks, _WAIT)
     try:
         model = in_memory(source).to(device)
         pairs = training_pairs(examples)

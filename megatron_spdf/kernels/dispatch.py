@@ -1,4 +1,4 @@
-"""Between a compact vector and the dense weight it stands for, and products with weights of blocks and 2:4 ones.
+"""Between a compact vector and the dense weight it stands for, and products with weights of tiles and 2:4 ones.
 
 One interface over implementations: Triton on CUDA, PyTorch on CUDA where Triton does not work, PyTorch on CPU. Which
 it is follows from the device, is settled at the first use on it, and `describe` tells it to the log. What an
@@ -16,11 +16,11 @@ from torch import Tensor
 
 from megatron_spdf.kernels import torch_reference, two_four
 from megatron_spdf.kernels.limits import LARGEST, SMALLEST
-from megatron_spdf.kernels.mask import SPAN, Blocks, Mask, TwoFour, find_blocks, multiplies_blocks
+from megatron_spdf.kernels.mask import SPAN, Mask, TileTable, TwoFour, find_tiles, multiplies_tiles
 from megatron_spdf.text import first_line
 
-__all__ = ["Blocks", "Mask", "TwoFour", "adds_gradients", "block_products", "compress", "describe", "expand",
-           "find_blocks", "implementation", "make_index", "multiplies_blocks", "two_four_library",
+__all__ = ["TileTable", "Mask", "TwoFour", "adds_gradients", "tile_products", "compress", "describe", "expand",
+           "find_tiles", "implementation", "make_index", "multiplies_tiles", "two_four_library",
            "two_four_products"]
 
 logger = logging.getLogger(__name__)
@@ -39,30 +39,30 @@ def implementation(device: str) -> tuple[ModuleType, str]:
     try:
         from megatron_spdf.kernels import triton_compact
 
-        _try_out(triton_compact, torch.device(device))
+        _self_test(triton_compact, torch.device(device))
         return triton_compact, triton_compact.NAME
     except Exception as error:  # whatever a compiler, a driver or a GPU it does not know may raise
         return torch_reference, f"torch, since triton does not work here ({type(error).__name__}: {first_line(error)})"
 
 
 @cache
-def block_products(device: str, size: int, dtype: torch.dtype) -> tuple[ModuleType | None, str]:
-    """What multiplies with weights of blocks without expanding them, None where nothing does; and its name, or why.
+def tile_products(device: str, size: int, dtype: torch.dtype) -> tuple[ModuleType | None, str]:
+    """What multiplies with weights of tiles without expanding them, None where nothing does; and its name, or why.
 
     Args:
         device: as of `implementation`.
-        size: of a block.
+        size: of a tile.
     """
     chosen, name = implementation(device)
     if chosen is torch_reference:
         return None, DENSE
-    if not multiplies_blocks(size, dtype):
-        return None, (f"{DENSE}, since the kernels take blocks of {SMALLEST} to {LARGEST} in powers of two, of 16 or "
+    if not multiplies_tiles(size, dtype):
+        return None, (f"{DENSE}, since the kernels take tiles of {SMALLEST} to {LARGEST} in powers of two, of 16 or "
                       f"32 bits, not {size} of {dtype}")
     try:
         from megatron_spdf.kernels import triton_tiles
 
-        _try_out_blocks(triton_tiles, chosen, torch.device(device), size, dtype)
+        _self_test_tiles(triton_tiles, chosen, torch.device(device), size, dtype)
         return triton_tiles, name
     except Exception as error:  # whatever a compiler, a driver or a GPU it does not know may raise
         return None, f"{DENSE}, since triton's products do not work here ({type(error).__name__}: {first_line(error)})"
@@ -105,29 +105,29 @@ def adds_gradients(device: str) -> bool:
     return implementation(device)[0] is not torch_reference
 
 
-def make_index(bits: Tensor, chunk_shape: tuple[int, int], axis: int) -> Tensor:
+def make_index(bits: Tensor, slice_shape: tuple[int, int], axis: int) -> Tensor:
     """What the implementation for the device of the bits wants to know of them, once; see `mask.Mask`.
 
     The meta device stands for a GPU that is not there.
     """
     if bits.is_meta:
         return bits.new_empty((len(bits), -(-bits.shape[1] // (SPAN // 8))), dtype=torch.int32)
-    return implementation(bits.device.type)[0].make_index(bits, chunk_shape, axis)
+    return implementation(bits.device.type)[0].make_index(bits, slice_shape, axis)
 
 
 def expand(values: Tensor, mask: Mask) -> Tensor:
-    """The dense weight (out, in): active values, (chunks, active per chunk), at their positions, zero elsewhere."""
+    """The dense weight (out, in): active values, (slices, active per slice), at their positions, zero elsewhere."""
     return values.new_empty(mask.shape) if values.is_meta else _for(mask, values).expand(values, mask)
 
 
 def compress(dense: Tensor, mask: Mask, out: Tensor | None = None) -> Tensor:
-    """The entries of a dense weight, or of its gradient, at the active positions: (chunks, active per chunk).
+    """The entries of a dense weight, or of its gradient, at the active positions: (slices, active per slice).
 
     Args:
         out: contiguous, of the same size; what they are added to, in place, in its own precision.
     """
     if dense.is_meta:
-        return dense.new_empty(mask.chunks, mask.active)
+        return dense.new_empty(mask.slices, mask.active)
     return _for(mask, dense, *([] if out is None else [out])).compress(dense, mask, out)
 
 
@@ -145,7 +145,7 @@ def _say_once(text: str) -> None:
     logger.warning(text)
 
 
-def _try_out(module: ModuleType, device: torch.device) -> None:
+def _self_test(module: ModuleType, device: torch.device) -> None:
     """Raises where a kernel of the module does not compute what PyTorch does."""
     bits = torch.tensor([[0b10110001]], dtype=torch.uint8, device=device)
     mask = Mask(bits, module.make_index(bits, (2, 4), 0), (2, 4), (2, 4), 0, 4)
@@ -156,8 +156,8 @@ def _try_out(module: ModuleType, device: torch.device) -> None:
         raise RuntimeError("it computes something else than PyTorch")
 
 
-def _try_out_blocks(module: ModuleType, moves: ModuleType, device: torch.device, size: int, dtype: torch.dtype) -> None:
-    """Raises where products with blocks are not those with the expanded weight. Small whole numbers, so that both are
+def _self_test_tiles(module: ModuleType, moves: ModuleType, device: torch.device, size: int, dtype: torch.dtype) -> None:
+    """Raises where products with tiles are not those with the expanded weight. Small whole numbers, so that both are
     exact in any order of the sums.
 
     Args:
@@ -167,7 +167,7 @@ def _try_out_blocks(module: ModuleType, moves: ModuleType, device: torch.device,
     active = torch.eye(2, dtype=torch.uint8).fliplr().repeat_interleave(size, 0).repeat_interleave(size // 8, 1) * 255
     bits = active.view(1, -1).to(device)
     mask = Mask(bits, moves.make_index(bits, shape, 0), shape, shape, 0, 2 * size * size,
-                find_blocks(bits, shape, 0, size))
+                find_tiles(bits, shape, 0, size))
     draw = torch.Generator().manual_seed(0)
     x, gradient = torch.randint(-1, 2, (2, 24, 2 * size), generator=draw).to(device, dtype)
     values = torch.randint(1, 3, (1, mask.active), generator=draw).to(device, dtype)

@@ -10,27 +10,27 @@ from torch import Tensor
 
 from megatron_spdf.kernels.limits import multiplied
 
-SPAN = 1024  # entries of a chunk between two counts of the active ones before
+SPAN = 1024  # entries of a slice between two counts of the active ones before
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of Triton's kernels
 
 
-def multiplies_blocks(size: int, dtype: torch.dtype) -> bool:
-    """Whether Triton's kernels multiply with blocks of this size and values of this dtype."""
+def multiplies_tiles(size: int, dtype: torch.dtype) -> bool:
+    """Whether Triton's kernels multiply with tiles of this size and values of this dtype."""
     return dtype in DTYPES and multiplied(size)
 
 
 @dataclass(frozen=True)
-class Blocks:
-    """The active blocks of a mask of b x b blocks, as many in every block row, and in every block column, of a chunk.
+class TileTable:
+    """The active tiles of a mask of b x b tiles, as many in every tile row, and in every tile column, of a slice.
 
-    A row of a chunk holds b values of each of its `per_row` active blocks, so that a chunk's values are a dense matrix
-    (rows, per_row * b), and a block of it a strided tile: compact storage and storage by blocks are one.
+    A row of a slice holds b values of each of its `per_row` active tiles, so that a slice's values are a dense matrix
+    (rows, per_row * b), and a tile of it a strided tile: compact storage and storage by tiles are one.
 
     Attributes:
         size: b.
-        per_row: active blocks of a block row in each chunk.
-        columns: (out / b, slots) int32: the block column of each active block of a block row, ascending.
-        entries: (in / b, blocks in a column) int32: the active blocks of a block column, as block row * slots + slot.
+        per_row: active tiles of a tile row in each slice.
+        columns: (out / b, slots) int32: the tile column of each active tile of a tile row, ascending.
+        entries: (in / b, tiles in a column) int32: the active tiles of a tile column, as tile row * slots + slot.
     """
 
     size: int
@@ -40,7 +40,7 @@ class Blocks:
 
     @property
     def slots(self) -> int:
-        """Active blocks of a block row of this rank's weight, over all chunks that it crosses."""
+        """Active tiles of a tile row of this rank's weight, over all slices that it crosses."""
         return self.columns.shape[1]
 
 
@@ -61,61 +61,61 @@ class TwoFour:
 
 @dataclass(frozen=True)
 class Mask:
-    """The mask of this rank's chunks of a weight.
+    """The mask of this rank's slices of a weight.
 
     Attributes:
-        bits: (chunks, ceil(entries of a chunk / 8)) uint8, a bit an entry in row-major order, numpy.packbits order.
-        index: what `kernels.make_index` made of the bits: (n,) positions, or (chunks, spans) counts for Triton.
+        bits: (slices, ceil(entries of a slice / 8)) uint8, a bit an entry in row-major order, numpy.packbits order.
+        index: what `kernels.make_index` made of the bits: (n,) positions, or (slices, spans) counts for Triton.
         shape: (out, in) of this rank's dense weight.
-        chunk_shape: (out, in) of a chunk.
-        axis: along which the chunks lie beside one another in the weight.
-        active: entries set in each chunk.
-        blocks: of a mask of blocks, where kernels compute on them.
+        slice_shape: (out, in) of a slice.
+        axis: along which the slices lie beside one another in the weight.
+        active: entries set in each slice.
+        tiles: of a mask of tiles, where kernels compute on them.
         two_four: of a 2:4 mask, where sparse tensor cores multiply with it.
     """
 
     bits: Tensor
     index: Tensor
     shape: tuple[int, int]
-    chunk_shape: tuple[int, int]
+    slice_shape: tuple[int, int]
     axis: int
     active: int
-    blocks: Blocks | None = None
+    tiles: TileTable | None = None
     two_four: TwoFour | None = None
 
     @property
-    def chunks(self) -> int:
+    def slices(self) -> int:
         return len(self.bits)
 
     @property
     def entries(self) -> int:
-        """Of a chunk."""
-        return math.prod(self.chunk_shape)
+        """Of a slice."""
+        return math.prod(self.slice_shape)
 
 
-def positions(bits: Tensor, chunk_shape: tuple[int, int], axis: int) -> Tensor:
-    """Row-major positions of the active entries in the dense weight, chunk after chunk: (n,) int64."""
-    chunks, (rows, columns) = len(bits), chunk_shape
+def positions(bits: Tensor, slice_shape: tuple[int, int], axis: int) -> Tensor:
+    """Row-major positions of the active entries in the dense weight, slice after slice: (n,) int64."""
+    slices, (rows, columns) = len(bits), slice_shape
     shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=bits.device)
-    active = (bits.unsqueeze(-1) >> shifts & 1).view(chunks, -1)[:, : rows * columns]
-    chunk, entry = active.nonzero(as_tuple=True)
+    active = (bits.unsqueeze(-1) >> shifts & 1).view(slices, -1)[:, : rows * columns]
+    slice_id, entry = active.nonzero(as_tuple=True)
     if axis == 0:
-        return chunk * (rows * columns) + entry
-    return entry // columns * (columns * chunks) + chunk * columns + entry % columns
+        return slice_id * (rows * columns) + entry
+    return entry // columns * (columns * slices) + slice_id * columns + entry % columns
 
 
-def find_blocks(bits: Tensor, chunk_shape: tuple[int, int], axis: int, size: int) -> Blocks:
-    """The tables of a mask of blocks, on the device of its bits; it is known to be balanced."""
-    places = positions(bits, chunk_shape, axis)
-    chunks, (rows, columns) = len(bits), chunk_shape
-    shape = (rows * chunks, columns) if axis == 0 else (rows, columns * chunks)
+def find_tiles(bits: Tensor, slice_shape: tuple[int, int], axis: int, size: int) -> TileTable:
+    """The tables of a mask of tiles, on the device of its bits; it is known to be balanced."""
+    places = positions(bits, slice_shape, axis)
+    slices, (rows, columns) = len(bits), slice_shape
+    shape = (rows * slices, columns) if axis == 0 else (rows, columns * slices)
     row, column = places // shape[1], places % shape[1]
     corner = (row % size == 0) & (column % size == 0)
     grid = torch.zeros(shape[0] // size, shape[1] // size, dtype=torch.bool, device=bits.device)
     grid[row[corner] // size, column[corner] // size] = True
     slots = int(grid[0].sum())
-    slot = grid.cumsum(1) - 1  # of a block in its row
+    slot = grid.cumsum(1) - 1  # of a tile in its row
     by_row = grid.nonzero()[:, 1].view(len(grid), slots)
     place, at = grid.T.nonzero(as_tuple=True)
     entries = (at * slots + slot[at, place]).view(grid.shape[1], -1)
-    return Blocks(size, slots if axis == 0 else slots // chunks, by_row.int(), entries.int())
+    return TileTable(size, slots if axis == 0 else slots // slices, by_row.int(), entries.int())

@@ -15,7 +15,7 @@ class Tile(NamedTuple):
     """A program's share of a product with 16-bit operands.
 
     Attributes:
-        width: tokens of its result; of a weight gradient, rows of a block.
+        width: tokens of its result; of a weight gradient, rows of a tile.
         depth: terms of its sum that are multiplied at a time.
         warps: that it has.
         stages: steps of the sum whose operands are on their way at the same time.
@@ -29,7 +29,7 @@ class Tile(NamedTuple):
 
 # Warps of a program, by kernel; the first number is taken. With few, a thread has many entries to share its work.
 WARPS = {"expand": (1, 2, 4), "compress": (1, 2, 4)}
-# By kernel and size of the blocks; the first tile is taken. What a step of the first two products needs is found by
+# By kernel and size of the tiles; the first tile is taken. What a step of the first two products needs is found by
 # a table, so that of s stages (s - 1) / 2 steps are on their way. Their sums are as short as 512 terms in GPT-3 XL: two
 # programs or more of what is taken fit on a Hopper multiprocessor, so that one begins or ends while another multiplies.
 # `tools/benchmark.py tiles` tries them all.
@@ -47,7 +47,7 @@ CANDIDATES = {
 
 
 def chosen(kernel: str, size: int, tokens: int, bytes_each: int) -> Tile:
-    """The tile for blocks of a size: no wider than the tokens that there are, half as deep for 32 bits.
+    """The tile for tiles of a size: no wider than the tokens that there are, half as deep for 32 bits.
 
     Args:
         bytes_each: of an operand's entry, 2 or 4.

@@ -1,9 +1,9 @@
-"""Products with a weight of b x b blocks in Triton that compute on the active blocks only, where they lie.
+"""Products with a weight of b x b tiles in Triton that compute on the active tiles only, where they lie.
 
-A block is a tile of the compact values with a row stride of `per_row * b`; see `mask.Blocks`. Every block row and block
-column of a chunk has the same number of active blocks, so that all programs of a launch do the same work. Sums are
-fp32; fp32 operands are multiplied as such, not as TF32. Results are made transposed, a block's rows or columns by
-tokens: tensor cores take 64 rows at a time and up to 256 columns, and a block may have only 64.
+A tile is a tile of the compact values with a row stride of `per_row * b`; see `mask.TileTable`. Every tile row and tile
+column of a slice has the same number of active tiles, so that all programs of a launch do the same work. Sums are
+fp32; fp32 operands are multiplied as such, not as TF32. Results are made transposed, a tile's rows or columns by
+tokens: tensor cores take 64 rows at a time and up to 256 columns, and a tile may have only 64.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ def forward(x: Tensor, values: Tensor, mask: Mask, tile: Tile | None = None) -> 
 
     Args:
         x: (N, in), N tokens.
-        values: (chunks, active per chunk) of W (out, in).
+        values: (slices, active per slice) of W (out, in).
         tile: of tokens; by default the one of `tiles`.
 
     Returns:
         (N, out) in the dtype of x.
     """
     x, out = _rows(x), x.new_empty(len(x), mask.shape[0])
-    tile = tile or chosen("forward", mask.blocks.size, len(x), x.element_size())
-    grid = (mask.shape[0] // mask.blocks.size, triton.cdiv(len(x), tile.width))
-    _forward[grid](x, values.contiguous(), out, mask.blocks.columns, len(x), x.stride(0), mask.shape[0], mask.active,
-                   SLOTS=mask.blocks.slots, PER_ROW=mask.blocks.per_row, SIZE=mask.blocks.size, TOKENS=tile.width,
+    tile = tile or chosen("forward", mask.tiles.size, len(x), x.element_size())
+    grid = (mask.shape[0] // mask.tiles.size, triton.cdiv(len(x), tile.width))
+    _forward[grid](x, values.contiguous(), out, mask.tiles.columns, len(x), x.stride(0), mask.shape[0], mask.active,
+                   SLOTS=mask.tiles.slots, PER_ROW=mask.tiles.per_row, SIZE=mask.tiles.size, TOKENS=tile.width,
                    DEPTH=tile.depth, num_warps=tile.warps, num_stages=tile.stages)
     return out
 
@@ -39,35 +39,35 @@ def forward(x: Tensor, values: Tensor, mask: Mask, tile: Tile | None = None) -> 
 def input_gradient(gradient: Tensor, values: Tensor, mask: Mask, tile: Tile | None = None) -> Tensor:
     """dx = dy W: (N, in) in the dtype of dy (N, out)."""
     gradient, out = _rows(gradient), gradient.new_empty(len(gradient), mask.shape[1])
-    tile = tile or chosen("input_gradient", mask.blocks.size, len(gradient), gradient.element_size())
-    entries = mask.blocks.entries
+    tile = tile or chosen("input_gradient", mask.tiles.size, len(gradient), gradient.element_size())
+    entries = mask.tiles.entries
     grid = (len(entries), triton.cdiv(len(gradient), tile.width))
     _input_gradient[grid](gradient, values.contiguous(), out, entries, len(gradient), gradient.stride(0), mask.shape[1],
-                          mask.active, IN_COLUMN=entries.shape[1], SLOTS=mask.blocks.slots, PER_ROW=mask.blocks.per_row,
-                          SIZE=mask.blocks.size, TOKENS=tile.width, DEPTH=tile.depth, num_warps=tile.warps,
+                          mask.active, IN_COLUMN=entries.shape[1], SLOTS=mask.tiles.slots, PER_ROW=mask.tiles.per_row,
+                          SIZE=mask.tiles.size, TOKENS=tile.width, DEPTH=tile.depth, num_warps=tile.warps,
                           num_stages=tile.stages)
     return out
 
 
 def weight_gradient(gradient: Tensor, x: Tensor, mask: Mask, out: Tensor | None = None,
                     tile: Tile | None = None) -> Tensor:
-    """dW = dy^T x at the active blocks: (chunks, active per chunk).
+    """dW = dy^T x at the active tiles: (slices, active per slice).
 
     Args:
         gradient: dy, (N, out).
         x: (N, in).
         out: contiguous; what it is added to, in place, in its own precision.
-        tile: of rows of a block; by default the one of `tiles`.
+        tile: of rows of a tile; by default the one of `tiles`.
     """
     gradient, x, adds = _rows(gradient), _rows(x), out is not None
     if out is None:
-        out = x.new_empty(mask.chunks, mask.active)
-    assert out.is_contiguous() and out.numel() == mask.chunks * mask.active, (out.shape, mask.shape)
-    tile = tile or chosen("weight_gradient", mask.blocks.size, len(x), x.element_size())
-    grid = (mask.blocks.size // tile.width, mask.blocks.columns.numel())
+        out = x.new_empty(mask.slices, mask.active)
+    assert out.is_contiguous() and out.numel() == mask.slices * mask.active, (out.shape, mask.shape)
+    tile = tile or chosen("weight_gradient", mask.tiles.size, len(x), x.element_size())
+    grid = (mask.tiles.size // tile.width, mask.tiles.columns.numel())
     _weight_gradient[grid](
-        gradient, x, out, mask.blocks.columns, len(x), gradient.stride(0), x.stride(0), mask.active,
-        SLOTS=mask.blocks.slots, PER_ROW=mask.blocks.per_row, SIZE=mask.blocks.size, ROWS=tile.width, DEPTH=tile.depth,
+        gradient, x, out, mask.tiles.columns, len(x), gradient.stride(0), x.stride(0), mask.active,
+        SLOTS=mask.tiles.slots, PER_ROW=mask.tiles.per_row, SIZE=mask.tiles.size, ROWS=tile.width, DEPTH=tile.depth,
         ADDS=adds, num_warps=tile.warps, num_stages=tile.stages)
     return out
 
@@ -79,7 +79,7 @@ def _rows(x: Tensor) -> Tensor:
 
 @triton.jit
 def _tile(values, row, slot, active, PER_ROW: tl.constexpr, SIZE: tl.constexpr):
-    """Where the active block with this block row and slot begins; its rows are PER_ROW * SIZE apart."""
+    """Where the active tile with this tile row and slot begins; its rows are PER_ROW * SIZE apart."""
     values += slot // PER_ROW * active.to(tl.int64) + row.to(tl.int64) * (SIZE * PER_ROW * SIZE)
     return values + slot % PER_ROW * SIZE
 
@@ -145,7 +145,7 @@ def _weight_gradient(gradient, x, out, columns, tokens, stride_gradient, stride_
         total = tl.dot(a, b, total, input_precision="ieee")
         gradient += DEPTH * stride_gradient
         x += DEPTH * stride_x
-    block = _tile(out, row, slot, active, PER_ROW, SIZE) + outer[:, None] * (PER_ROW * SIZE) + side[None, :]
+    tile = _tile(out, row, slot, active, PER_ROW, SIZE) + outer[:, None] * (PER_ROW * SIZE) + side[None, :]
     if ADDS:
-        total += tl.load(block)
-    tl.store(block, total.to(out.dtype.element_ty))
+        total += tl.load(tile)
+    tl.store(tile, total.to(out.dtype.element_ty))

@@ -1,7 +1,7 @@
 """Products with a 2:4 weight on sparse tensor cores, through the kernels that PyTorch brings.
 
 Both libraries behind them take the active values of each row, (rows, columns / 2), beside metadata that say where they
-are. The compact values of a weight are such a matrix as they lie, or chunk beside chunk; those of its transpose are the
+are. The compact values of a weight are such a matrix as they lie, or slice beside slice; those of its transpose are the
 same values in another order. Masks are static, so metadata and order are made once. cuSPARSELt holds values and
 metadata in one array, of nine sixteenths of the dense weight; it writes its result transposed, as we want it.
 CUTLASS' kernels are for compute capability 8.x and nothing else, and their result is transposed by a copy.
@@ -79,11 +79,11 @@ def fits(shape: tuple[int, int]) -> bool:
 
 
 def find_two_four(
-    bits: Tensor, chunk_shape: tuple[int, int], axis: int, library: Library, dtype: torch.dtype
+    bits: Tensor, slice_shape: tuple[int, int], axis: int, library: Library, dtype: torch.dtype
 ) -> TwoFour:
     """The tables of a 2:4 mask for a library, on the device of its bits."""
-    places = positions(bits, chunk_shape, axis)
-    rows, columns = (n * (len(bits) if i == axis else 1) for i, n in enumerate(chunk_shape))
+    places = positions(bits, slice_shape, axis)
+    rows, columns = (n * (len(bits) if i == axis else 1) for i, n in enumerate(slice_shape))
     pattern = torch.zeros(rows * columns, dtype=torch.bool, device=bits.device)
     pattern[places] = True
     pattern = pattern.view(rows, columns)
@@ -92,11 +92,11 @@ def find_two_four(
 
 
 def packed(values: Tensor, mask: Mask) -> Tensor:
-    """The active values of each row of the weight, (out, in / 2): as they lie, or of chunks side by side."""
+    """The active values of each row of the weight, (out, in / 2): as they lie, or of slices side by side."""
     rows, columns = mask.shape
     if mask.axis == 0:
         return values.reshape(rows, columns // 2)
-    return values.reshape(mask.chunks, rows, -1).transpose(0, 1).reshape(rows, columns // 2)
+    return values.reshape(mask.slices, rows, -1).transpose(0, 1).reshape(rows, columns // 2)
 
 
 def packed_transposed(values: Tensor, mask: Mask) -> Tensor:

@@ -1,6 +1,6 @@
 """The compact weight: a parametrization of Megatron-Core's parallel linear layers.
 
-`module.parametrizations.weight.original` is the parameter, (chunks of this rank, active per chunk): two axes, so
+`module.parametrizations.weight.original` is the parameter, (slices of this rank, active per slice): two axes, so
 that Megatron-Core decays it like the matrix it is, and cut along the first by tensor parallelism like any weight.
 `module.weight` is computed from it, and the layer multiplies with that; or, where the layer's product knows how to,
 with the values themselves (`product.py`).
@@ -20,19 +20,19 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from megatron_spdf.kernels import dispatch
-from megatron_spdf.kernels.mask import Blocks, Mask, TwoFour
+from megatron_spdf.kernels.mask import Mask, TileTable, TwoFour
 from megatron_spdf.layers.matmul import (
-    BlockProduct,
     Product,
+    TileProduct,
     TwoFourProduct,
     add_gradient,
     choose_product,
-    multiply_values,
+    install_matmul,
 )
 from megatron_spdf.sparsity.plan import SparseWeight
 from megatron_spdf.sparsity.slices import follows_pattern, planned_mask
 
-Expand = Literal["step", "layer", "always"]
+DenseCopy = Literal["per_step", "per_layer", "always"]
 
 
 class _Expand(torch.autograd.Function):
@@ -51,29 +51,29 @@ class _Expand(torch.autograd.Function):
 
 
 class CompactWeight(nn.Module):
-    """Maps the active values of this rank's chunks to its shard of the dense weight and back.
+    """Maps the active values of this rank's slices to its shard of the dense weight and back.
 
     Args:
         weight: the plan's entry.
         seed: of the masks.
-        rank, world: of the tensor-parallel group; the rank holds chunks [rank, rank + 1) * C / world.
+        rank, world: of the tensor-parallel group; the rank holds slices [rank, rank + 1) * C / world.
         device: where the weight lives; on the meta device nothing is drawn and buffers have shapes only.
         product: multiplies with the values without a dense weight, if any does.
 
     Attributes:
-        passing: `forward` hands the values on as they are, to the product of the layer that is running.
+        pass_through: `forward` hands the values on as they are, to the product of the layer that is running.
     """
 
-    mask_bits: Tensor  # (local chunks, ceil(entries per chunk / 8)) uint8, numpy.packbits order
+    mask_bits: Tensor  # (local slices, ceil(entries per slice / 8)) uint8, numpy.packbits order
     index: Tensor
 
     def __init__(self, weight: SparseWeight, seed: int, rank: int, world: int, device: torch.device | str,
                  product: Product | None = None):
         super().__init__()
-        assert weight.chunks % world == 0, (weight, world)
-        local = weight.chunks // world
-        numel, k = math.prod(weight.chunk_shape), weight.active_per_chunk
-        self.planned, self.product, self.passing = weight, product, False
+        assert weight.slices % world == 0, (weight, world)
+        local = weight.slices // world
+        numel, k = math.prod(weight.slice_shape), weight.active_per_slice
+        self.planned, self.product, self.pass_through = weight, product, False
         self.shape = _local_shape(weight, world)
         self.values_shape = (local, k)
         if torch.device(device).type == "meta":
@@ -88,57 +88,57 @@ class CompactWeight(nn.Module):
         """Derives what the kernels use from `mask_bits`: at the start, and where a checkpoint brought another mask.
 
         Raises:
-            ValueError: the mask has another density than planned, other blocks, or is not 2:4.
+            ValueError: the mask has another density than planned, other tiles, or is not 2:4.
         """
         planned = self.planned
         if not self.mask_bits.is_meta:
             self._check_masks()
-        index = dispatch.make_index(self.mask_bits, planned.chunk_shape, planned.axis)
+        index = dispatch.make_index(self.mask_bits, planned.slice_shape, planned.axis)
         self.register_buffer("index", index, persistent=False)
-        if isinstance(self.product, BlockProduct):
-            blocks = self._find_blocks()
-            self.register_buffer("block_columns", blocks.columns, persistent=False)
-            self.register_buffer("block_entries", blocks.entries, persistent=False)
+        if isinstance(self.product, TileProduct):
+            tiles = self._find_tiles()
+            self.register_buffer("tile_columns", tiles.columns, persistent=False)
+            self.register_buffer("tile_entries", tiles.entries, persistent=False)
         elif isinstance(self.product, TwoFourProduct):
-            tables = self.product.tables(self.mask_bits, planned.chunk_shape, planned.axis)
+            tables = self.product.tables(self.mask_bits, planned.slice_shape, planned.axis)
             for name, table in vars(tables).items():
                 self.register_buffer(f"two_four_{name}", table, persistent=False)
 
     def _check_masks(self) -> None:
         """Holds the packed bits to the plan."""
         k = self.values_shape[1]
-        masks = np.unpackbits(self.mask_bits.cpu().numpy(), axis=1, count=math.prod(self.planned.chunk_shape))
+        masks = np.unpackbits(self.mask_bits.cpu().numpy(), axis=1, count=math.prod(self.planned.slice_shape))
         counts = masks.sum(axis=1, dtype=np.int64).tolist()
         if any(count != k for count in counts):
-            raise ValueError(f"the chunks of {self.planned.name} have {counts} active entries in their masks instead "
+            raise ValueError(f"the slices of {self.planned.name} have {counts} active entries in their masks instead "
                              f"of {k} each; use another checkpoint")
         if not follows_pattern(masks, self.planned):
             pattern = ("2:4 along rows and columns" if self.planned.two_four else
-                       f"of blocks of {self.planned.block}, equally many in every row and column")
+                       f"of tiles of {self.planned.tile}, equally many in every row and column")
             raise ValueError(f"the masks of {self.planned.name} are not {pattern}; use another checkpoint")
 
-    def _find_blocks(self) -> Blocks:
+    def _find_tiles(self) -> TileTable:
         planned = self.planned
         if not self.mask_bits.is_meta:
-            return dispatch.find_blocks(self.mask_bits, planned.chunk_shape, planned.axis, planned.block)
-        blocks = self.values_shape[0] * planned.active_per_chunk // planned.block**2
-        rows, columns = (n // planned.block for n in self.shape)
-        tables = (self.mask_bits.new_empty((n, blocks // n), dtype=torch.int32) for n in (rows, columns))
-        return Blocks(planned.block, planned.per_row, *tables)
+            return dispatch.find_tiles(self.mask_bits, planned.slice_shape, planned.axis, planned.tile)
+        tiles = self.values_shape[0] * planned.active_per_slice // planned.tile**2
+        rows, columns = (n // planned.tile for n in self.shape)
+        tables = (self.mask_bits.new_empty((n, tiles // n), dtype=torch.int32) for n in (rows, columns))
+        return TileTable(planned.tile, planned.per_row, *tables)
 
     @property
     def mask(self) -> Mask:
         """For the kernels."""
-        planned, blocks, two_four = self.planned, None, None
-        if hasattr(self, "block_columns"):
-            blocks = Blocks(planned.block, planned.per_row, self.block_columns, self.block_entries)
+        planned, tiles, two_four = self.planned, None, None
+        if hasattr(self, "tile_columns"):
+            tiles = TileTable(planned.tile, planned.per_row, self.tile_columns, self.tile_entries)
         if hasattr(self, "two_four_order"):
             two_four = TwoFour(self.two_four_metadata, self.two_four_transposed, self.two_four_order)
-        return Mask(self.mask_bits, self.index, self.shape, planned.chunk_shape, planned.axis, self.values_shape[1],
-                    blocks, two_four)
+        return Mask(self.mask_bits, self.index, self.shape, planned.slice_shape, planned.axis, self.values_shape[1],
+                    tiles, two_four)
 
     def forward(self, values: Tensor) -> Tensor:
-        return values if self.passing else _Expand.apply(values, self.mask)
+        return values if self.pass_through else _Expand.apply(values, self.mask)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         return dispatch.compress(weight, self.mask)
@@ -150,25 +150,25 @@ def _local_shape(weight: SparseWeight, world: int) -> tuple[int, int]:
 
 
 def sparsify(
-    module: nn.Module, weight: SparseWeight, seed: int, rank: int, world: int, expand: Expand = "step"
+    module: nn.Module, weight: SparseWeight, seed: int, rank: int, world: int, dense_copy: DenseCopy = "per_step"
 ) -> None:
     """Makes `module.weight` compact: from here on the module's parameter is the vector of active values.
 
     Args:
-        expand: how the dense weight comes about where no kernel multiplies with the values: once for all the time that
+        dense_copy: how the dense weight comes about where no kernel multiplies with the values: once for all the time that
             `expanded` is entered; for each layer, in forward and again in backward; "always" where the layer reads it,
             and never a product with the values.
     """
     dense = module.weight
     marks = dict(vars(dense))  # tensor_model_parallel, partition_dim, ...: Megatron-Core reads them off parameters
-    product = choose_product(weight, dense, expand) if hasattr(module, "_forward_impl") else None
+    product = choose_product(weight, dense, dense_copy) if hasattr(module, "_forward_impl") else None
     compact = CompactWeight(weight, seed, rank, world, dense.device, product)
     assert tuple(dense.shape) == compact.shape, (weight.name, tuple(dense.shape), compact.shape)
     parametrize.register_parametrization(module, "weight", compact, unsafe=True)
     for key, value in marks.items():
         setattr(module.parametrizations.weight.original, key, value)
     if product is not None:
-        multiply_values(module, compact)
+        install_matmul(module, compact)
     module.sharded_state_dict = types.MethodType(_sharded_state_dict, module)
 
 
@@ -213,7 +213,7 @@ def expanded(model: nn.Module, at_once: bool = True) -> Iterator[None]:
 
 def _sharded_state_dict(module, prefix: str = "", sharded_offsets=(), metadata=None) -> dict:
     """What a compact layer puts into Megatron-Core's distributed checkpoint: values and mask bits as tensors cut
-    along their first axis, the chunks; the bias as before."""
+    along their first axis, the slices; the bias as before."""
     from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
     axes = {"parametrizations.weight.original": 0, "parametrizations.weight.0.mask_bits": 0}

@@ -1,4 +1,4 @@
-"""Products with a compact weight in Megatron-Core's parallel linear layers that keep no dense copy of it: on its blocks
+"""Products with a compact weight in Megatron-Core's parallel linear layers that keep no dense copy of it: on its tiles
 alone, on sparse tensor cores, or expanded for the layer, in forward and again in backward.
 
 Communication is that of Megatron-Core's own product, `LinearWithGradAccumulationAndAsyncCommunication`: the input is
@@ -33,7 +33,7 @@ class Product(Protocol):
         """(N, in) of that of y (N, out)."""
 
     def weight_gradient(self, gradient: Tensor, x: Tensor, mask: Mask, out: Tensor | None) -> Tensor:
-        """(chunks, active per chunk), added to `out` if there is one."""
+        """(slices, active per slice), added to `out` if there is one."""
 
 
 class ExpandedProduct:
@@ -50,8 +50,8 @@ class ExpandedProduct:
 
 
 @dataclass(frozen=True)
-class BlockProduct:
-    """With the active blocks alone."""
+class TileProduct:
+    """With the active tiles alone."""
 
     kernels: ModuleType | None  # None on the meta device, where nothing is multiplied
 
@@ -73,9 +73,9 @@ class TwoFourProduct(ExpandedProduct):
     library: two_four.Library
     dtype: torch.dtype
 
-    def tables(self, bits: Tensor, chunk_shape: tuple[int, int], axis: int) -> TwoFour:
+    def tables(self, bits: Tensor, slice_shape: tuple[int, int], axis: int) -> TwoFour:
         """Of a mask, once."""
-        return two_four.find_two_four(bits, chunk_shape, axis, self.library, self.dtype)
+        return two_four.find_two_four(bits, slice_shape, axis, self.library, self.dtype)
 
     def forward(self, x: Tensor, values: Tensor, mask: Mask) -> Tensor:
         if len(x) % two_four.TOKENS:
@@ -88,24 +88,24 @@ class TwoFourProduct(ExpandedProduct):
         return self.library.multiply(two_four.packed_transposed(values, mask), mask.two_four.transposed, gradient)
 
 
-def choose_product(weight: SparseWeight, dense: Tensor, expand: str) -> Product | None:
+def choose_product(weight: SparseWeight, dense: Tensor, dense_copy: str) -> Product | None:
     """What multiplies with the values of a compact weight; None where the layer multiplies with the expanded weight.
 
     Args:
         dense: the weight that becomes compact.
-        expand: as of `compact.sparsify`.
+        dense_copy: as of `compact.sparsify`.
     """
-    if expand == "always":
+    if dense_copy == "always":
         return None
-    if weight.block is not None:
-        if dense.is_meta and dispatch.multiplies_blocks(weight.block, dense.dtype):
-            return BlockProduct(None)
-        found, _ = dispatch.block_products(dense.device.type, weight.block, dense.dtype)
+    if weight.tile is not None:
+        if dense.is_meta and dispatch.multiplies_tiles(weight.tile, dense.dtype):
+            return TileProduct(None)
+        found, _ = dispatch.tile_products(dense.device.type, weight.tile, dense.dtype)
         if found is not None:
-            return BlockProduct(found)
+            return TileProduct(found)
     if weight.two_four and (library := dispatch.two_four_library(dense)) is not None:
         return TwoFourProduct(library, dense.dtype)
-    return ExpandedProduct() if expand == "layer" else None
+    return ExpandedProduct() if dense_copy == "per_layer" else None
 
 
 def add_gradient(values: Tensor, compute: Callable[[Tensor | None], Tensor]) -> Tensor:
@@ -180,7 +180,7 @@ def _scattered(gradient: Tensor, group) -> tuple[Tensor, Any]:
     return part, dist_reduce_scatter_func(part, gradient, group=group, async_op=True)
 
 
-def multiply_values(module: nn.Module, compact) -> None:
+def install_matmul(module: nn.Module, compact) -> None:
     """Lets a Column- or RowParallelLinear multiply by its compact weight's product.
 
     Args:
@@ -192,11 +192,11 @@ def multiply_values(module: nn.Module, compact) -> None:
 
 def _forward(module: nn.Module, compact, *arguments, **keywords):
     """The layer's own forward, in which `module.weight` is the values."""
-    compact.passing = True
+    compact.pass_through = True
     try:
         return type(module).forward(module, *arguments, **keywords)
     finally:
-        compact.passing = False
+        compact.pass_through = False
 
 
 def _forward_impl(compact, input: Tensor, weight: Tensor, bias: Tensor | None, allreduce_dgrad: bool,

@@ -19,7 +19,7 @@ from megatron_spdf.architecture.weights import model_weights, padded_vocab
 from megatron_spdf.layers.compact import sparsify
 from megatron_spdf.model.attention import core_attention
 from megatron_spdf.model.head import head_loss
-from megatron_spdf.model.init import DrawnWeights, InitialWeights, initialise, owned_weights
+from megatron_spdf.model.init import DrawnWeights, InitialWeights, initialize, owned_weights
 from megatron_spdf.model.norm import norm_class
 from megatron_spdf.model.parametrization import Parametrization
 from megatron_spdf.recipe.recipe import Recipe
@@ -168,11 +168,11 @@ def _fill(model: GPTModel, rules: Parametrization, source: InitialWeights) -> No
     rank, world = ps.get_tensor_model_parallel_rank(), ps.get_tensor_model_parallel_world_size()
     weights, plan = {w.name: rules.initial(w) for w in model_weights(rules.recipe.model)}, rules.plan
     # ZeRO-3 gathers a parameter for the expansion alone, and frees it before a product could use it.
-    expand = "always" if rules.recipe.parallel.zero_stage == 3 else rules.recipe.sparsity.expand
+    dense_copy = "always" if rules.recipe.parallel.zero_stage == 3 else rules.recipe.sparsity.dense_copy
     for name, module in canonical_modules(model):
         if f"{name}.weight" in plan.weights:
-            sparsify(module, plan.weights[f"{name}.weight"], plan.seed, rank, world, expand)
-        initialise(module, name, weights, source, rank, world)
+            sparsify(module, plan.weights[f"{name}.weight"], plan.seed, rank, world, dense_copy)
+        initialize(module, name, weights, source, rank, world)
         for parameter, weight in owned_weights(module, name, weights):
             parameter.learning_rate = rules.learning_rate(weight)  # over the recipe's, for the optimizer's groups
 

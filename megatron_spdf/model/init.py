@@ -1,4 +1,4 @@
-"""Initial values from a stream keyed by (seed, weight name, chunk), so that they are the same at every layout.
+"""Initial values from a stream keyed by (seed, weight name, slice), so that they are the same at every layout.
 
 A sparse weight draws the values of the dense one and keeps the active ones: theta_0 <- mask * theta_0
 (Thangarasa et al. 2023, section 2.2).
@@ -28,13 +28,13 @@ REVIVED = "megatron_spdf revived stream 1"
 
 
 def draw_values(
-    weight: Weight, seed: int, chunks: int, rank: int, world: int, stream: str = STREAM
+    weight: Weight, seed: int, slices: int, rank: int, world: int, stream: str = STREAM
 ) -> Tensor:
     """This rank's shard of the dense initial weight, float32.
 
     Args:
         weight: a weight with a normal initial distribution.
-        chunks: C; drawn chunk by chunk, so that a rank draws its own chunks only.
+        slices: C; drawn slice by slice, so that a rank draws its own slices only.
         rank, world: of the tensor-parallel group.
         stream: other streams, other values.
     """
@@ -42,8 +42,8 @@ def draw_values(
     if weight.axis is None:
         mine, shape = range(1), weight.shape
     else:
-        mine = range(rank * chunks // world, (rank + 1) * chunks // world)
-        shape = tuple(n // chunks if i == weight.axis else n for i, n in enumerate(weight.shape))
+        mine = range(rank * slices // world, (rank + 1) * slices // world)
+        shape = tuple(n // slices if i == weight.axis else n for i, n in enumerate(weight.shape))
     drawn = [
         Generator(Philox(key=stream_key(stream, seed, weight.name, c))).standard_normal(shape, dtype=np.float32)
         for c in mine
@@ -59,7 +59,7 @@ class InitialWeights(Protocol):
         """This tensor-parallel rank's shard of the dense weight, float32."""
 
     def mask_bits(self, weight: Weight, rank: int, world: int) -> np.ndarray | None:
-        """The mask of this rank's chunks as `CompactWeight.mask_bits` keeps it; None: the one that the plan draws."""
+        """The mask of this rank's slices as `CompactWeight.mask_bits` keeps it; None: the one that the plan draws."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,11 @@ class DrawnWeights:
     """Values drawn anew; ones for norm weights, zeros for biases."""
 
     seed: int
-    chunks: int
+    slices: int
 
     def shard(self, weight: Weight, rank: int, world: int) -> Tensor:
         if weight.std is not None:
-            return draw_values(weight, self.seed, self.chunks, rank, world)
+            return draw_values(weight, self.seed, self.slices, rank, world)
         shape = tuple(n // world if i == weight.axis else n for i, n in enumerate(weight.shape))
         return torch.full(shape, 1.0 if weight.name.endswith(".weight") else 0.0)
 
@@ -85,23 +85,23 @@ class LoadedWeights:
 
     Args:
         read: canonical name -> the whole weight, dense.
-        read_mask: canonical name -> the mask of all its chunks, for weights that stay sparse.
-        revived: std of the entries of block weights that are zero there, in units of the weight's initial std; 0: zero.
-        seed, chunks: of the revived entries, which are the same at every layout.
+        read_mask: canonical name -> the mask of all its slices, for weights that stay sparse.
+        revived: std of the entries of linear weights that are zero there, in units of the weight's initial std; 0: zero.
+        seed, slices: of the revived entries, which are the same at every layout.
     """
 
     read: Callable[[str], Tensor]
     read_mask: Callable[[str], np.ndarray] | None = None
     revived: float = 0.0
     seed: int = 0
-    chunks: int = 1
+    slices: int = 1
 
     def shard(self, weight: Weight, rank: int, world: int) -> Tensor:
         values = self.read(weight.name).float()
         if weight.axis is not None:
             values = values.chunk(world, weight.axis)[rank]
         if self.revived > 0.0 and weight.linear:
-            drawn = draw_values(weight, self.seed, self.chunks, rank, world, REVIVED)
+            drawn = draw_values(weight, self.seed, self.slices, rank, world, REVIVED)
             values = torch.where(values == 0, self.revived * drawn, values)
         return values
 
@@ -110,7 +110,7 @@ class LoadedWeights:
 
 
 @torch.no_grad()
-def initialise(
+def initialize(
     module: nn.Module, name: str, weights: dict[str, Weight], source: InitialWeights, rank: int, world: int
 ) -> None:
     """Fills and marks the direct parameters of one module, `name` being its canonical name; on the meta device there
@@ -123,7 +123,7 @@ def initialise(
     for parameter, weight in owned_weights(module, name, weights):
         sparse = compact is not None and weight.linear
         if weight.axis is not None:
-            _mark(parameter, 0 if sparse else weight.axis)  # chunks are cut along 0
+            _mark(parameter, 0 if sparse else weight.axis)  # slices are cut along 0
         if parameter.is_meta:
             continue
         if sparse and (bits := source.mask_bits(weight, rank, world)) is not None:

@@ -3,7 +3,7 @@ the density: SµPar (Dey et al. 2024, arXiv 2405.15743, table 1), which is µP (
 
 With m_d = width / base width and m_rho = density of a weight / base density:
 
-    block weights        initial variance x 1 / (m_d m_rho), Adam's learning rate x 1 / (m_d m_rho)
+    linear weights       initial variance x 1 / (m_d m_rho), Adam's learning rate x 1 / (m_d m_rho)
     embeddings           output x input_multiplier
     LM head              input x output_multiplier / m_d
     attention            Q K^T / d_head instead of / sqrt(d_head)
@@ -38,17 +38,17 @@ class Parametrization:
         return self.recipe.parametrization == "mup"
 
     def _growth(self, weight: Weight) -> float:
-        """m_d m_rho of a block weight; 1 for others and under `standard`."""
+        """m_d m_rho of a linear weight; 1 for others and under `standard`."""
         if not self._maximal or not weight.linear:
             return 1.0
-        base, planned = self.recipe.base, self.plan.weights.get(weight.name)
+        base, planned = self.recipe.mup_base, self.plan.weights.get(weight.name)
         density = _density(planned)
         return self._width * density / base.density
 
     @property
     def _width(self) -> float:
         """m_d."""
-        return self.recipe.model.hidden / self.recipe.base.hidden if self._maximal else 1.0
+        return self.recipe.model.hidden / self.recipe.mup_base.hidden if self._maximal else 1.0
 
     def initial(self, weight: Weight) -> Weight:
         """The weight with the spread of its initial values."""
@@ -60,11 +60,11 @@ class Parametrization:
 
     @property
     def embedding_output(self) -> float:
-        return self.recipe.base.input_multiplier if self._maximal else 1.0
+        return self.recipe.mup_base.input_multiplier if self._maximal else 1.0
 
     @property
     def head_input(self) -> float:
-        return self.recipe.base.output_multiplier / self._width if self._maximal else 1.0
+        return self.recipe.mup_base.output_multiplier / self._width if self._maximal else 1.0
 
     @property
     def attention_scale(self) -> float:
@@ -111,17 +111,17 @@ def unfold(values: Tensor, factor: Tensor | float) -> Tensor:
 
 
 def _density(planned: SparseWeight | None) -> float:
-    """Of a weight as planned; blocks may be far from the level asked for."""
+    """Of a weight as planned; tiles may be far from the level asked for."""
     if planned is None:
         return 1.0
-    return 1.0 - (planned.level if planned.block is None else planned.sparsity)
+    return 1.0 - (planned.level if planned.tile is None else planned.sparsity)
 
 
 def render_parametrization(recipe: Recipe, plan: Plan, weights: list[Weight]) -> str:
     """The rules of a recipe as a table, layers of one kind and density in one row; nothing under `standard`."""
     if recipe.parametrization == "standard":
         return ""
-    rules, base = Parametrization(recipe, plan), recipe.base
+    rules, base = Parametrization(recipe, plan), recipe.mup_base
     lines = [f"parametrization mup, base width {base.hidden}, base density {base.density:g}: embeddings x "
              f"{rules.embedding_output:g}, LM head's input x {rules.head_input:g}, Q K^T x {rules.attention_scale:g}",
              f"  {'weight':<48}{'count':>6}{'density':>10}{'initial std':>14}{'learning rate x':>18}"]

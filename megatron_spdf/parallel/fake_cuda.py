@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 CPU = torch.device("cpu")
 
 
-class _StandIn(TorchFunctionMode):
+class FakeCuda(TorchFunctionMode):
     def __init__(self, device: torch.device):
         super().__init__()
         self.device = device
@@ -36,7 +36,7 @@ class _StandIn(TorchFunctionMode):
         return func(*args)
 
 
-_mode: _StandIn | None = None
+_mode: FakeCuda | None = None
 
 
 def install(device: torch.device = CPU) -> bool:
@@ -53,7 +53,7 @@ def install(device: torch.device = CPU) -> bool:
         return False
     if _mode is None:
         assert "megatron.core" not in sys.modules, "install the stand-in before importing megatron.core"
-        _mode = _StandIn(device)
+        _mode = FakeCuda(device)
         _mode.__enter__()
         _stand_in(device)
     return True
@@ -69,7 +69,7 @@ def _stand_in(device: torch.device) -> None:
     torch.Tensor.cuda = lambda self, *_, **__: self
     torch.nn.Module.cuda = lambda self, *_, **__: self
 
-    with uncompiled():
+    with without_torch_compile():
         import megatron.core.tensor_parallel.random as megatron_random
 
     # It warns, in every dropout, where the CPU's state changed; here that is the state.
@@ -79,7 +79,7 @@ def _stand_in(device: torch.device) -> None:
 
 
 @contextmanager
-def uncompiled() -> Iterator[None]:
+def without_torch_compile() -> Iterator[None]:
     """Imports within leave alone what they decorate with torch.compile: Megatron-Core's fusions, DeepSpeed's Muon. None
     runs here, and the import of the compiler is a third of the time a rank takes to start."""
     with patch.object(torch, "compile", _leave_as_it_is):

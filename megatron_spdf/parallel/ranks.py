@@ -32,9 +32,9 @@ def join(ranks: Ranks, recipe: Recipe) -> torch.device:
     if ranks.world == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
-        store = _meet(ranks, recipe.guard.join_seconds)
+        store = _meet(ranks, recipe.fault_tolerance.join_seconds)
         said = startup_check.check_in(ranks.rank, ranks.world, dist.PrefixStore("health", store), device,
-                               recipe.guard.join_seconds)
+                               recipe.fault_tolerance.join_seconds)
         if ranks.rank == 0:
             print(said, flush=True)
         dist.init_process_group(backend, store=dist.PrefixStore("groups", store), rank=ranks.rank,
@@ -58,7 +58,7 @@ def _meet(ranks: Ranks, seconds: float) -> dist.Store:
                              "export MASTER_PORT=<a free port>") from None
         raise startup_check.Unhealthy(f"rank {ranks.rank} on {socket.gethostname()} cannot reach rank 0 at {head}:"
                                f"{port} "
-                               f"within guard.join_seconds={seconds:g} ({reason}); look at the head node, its firewall "
+                               f"within fault_tolerance.join_seconds={seconds:g} ({reason}); look at the head node, its firewall "
                                "and the network") from None
     return dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
@@ -75,7 +75,7 @@ def set_up_groups(recipe: Recipe) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(recipe.seed)
 
 
-def join_loosely(ranks: Ranks, timeout: timedelta) -> torch.device:
+def init_gloo(ranks: Ranks, timeout: timedelta) -> torch.device:
     """Joins ranks that each do a share of the work and exchange small objects at its end; returns this rank's device.
 
     Args:

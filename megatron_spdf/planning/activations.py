@@ -1,6 +1,6 @@
 """Bytes that a step needs beside weights and optimizer state, by closed form, after Korthikanti et al. 2022.
 
-Per micro-batch and block, with T tokens, B sequences, width h, feed-forward width f, t tensor-parallel ranks, w bytes a
+Per micro-batch and layer, with T tokens, B sequences, width h, feed-forward width f, t tensor-parallel ranks, w bytes a
 value, and 1/t more for what sequence parallelism shards (marked *):
 
     inputs of both norms             2 w T B h *
@@ -14,8 +14,8 @@ value, and 1/t more for what sequence parallelism shards (marked *):
 
 That is 32 T B h for bf16 at t = 1, the paper's 34 less the masks. Its 5 heads T / h term is absent: attention is
 `scaled_dot_product_attention` on a flash kernel, which stores no T x T scores (assumed of GPUs; the CPU's is one).
-Recomputing the attention core ("selective") therefore saves its log-sum-exp only; recomputing blocks ("full") keeps
-the input of each, and one block at a time in whole.
+Recomputing the attention core ("selective") therefore saves its log-sum-exp only; recomputing layers ("full") keeps
+the input of each, and one layer at a time in whole.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ from megatron_spdf.sparsity.plan import Plan
 
 @dataclass(frozen=True)
 class StepBytes:
-    """Bytes at the fullest moment of a step, on one rank: while a micro-batch goes back through the blocks.
+    """Bytes at the fullest moment of a step, on one rank: while a micro-batch goes back through the layers.
 
     Attributes:
-        running: kept by the transformer blocks for the backward of that micro-batch, of one model chunk.
+        running: kept by the transformer layers for the backward of that micro-batch, of one model chunk.
         waiting: the same of the other micro-batches in flight.
         embedding: kept by the embedding.
         pipeline: outputs sent to the next stage, kept until their gradient comes.
         head: of the last stage, input and output of the last norm, logits and their softmax chunk by chunk, and the
             gradients of the LM head; beside `running`.
-        workspace: the largest temporaries of a block's backward, and the block itself where it is recomputed. They
+        workspace: the largest temporaries of a layer's backward, and the layer itself where it is recomputed. They
             come after those of the head are gone.
         late: what there is instead of all these when backward has reached the embedding: its gradients, and the dense
             gradients of expanded weights. Autograd leaves cutting these to the active entries to the end of each
             backward pass but the first, since it takes the newest nodes first and the expansion is the oldest; with
-            full recomputation, where every block has a pass of its own, to the end of the block.
+            full recomputation, where every layer has a pass of its own, to the end of the layer.
         communication: the buffer that sequence parallelism gathers into.
     """
 
@@ -71,7 +71,7 @@ class StepBytes:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of one micro-batch's tensors on a rank: (T, B, h) whole and as kept between blocks, and so on."""
+    """Bytes of one micro-batch's tensors on a rank: (T, B, h) whole and as kept between layers, and so on."""
 
     width: int
     tokens: int
@@ -88,8 +88,8 @@ class Sizes:
         return cls(width, tokens, whole, int(whole * share), share)
 
 
-def block_bytes(recipe: Recipe) -> dict[str, int]:
-    """What one block keeps of one micro-batch for backward, by tensor; nothing recomputed."""
+def layer_bytes(recipe: Recipe) -> dict[str, int]:
+    """What one layer keeps of one micro-batch for backward, by tensor; nothing recomputed."""
     m, t, size = recipe.model, recipe.parallel.tensor, Sizes.of(recipe)
     keys = m.query_groups * (m.hidden // m.heads)
     grouped = m.query_groups != m.heads  # then the queries are copied out of the common product
@@ -105,11 +105,11 @@ def block_bytes(recipe: Recipe) -> dict[str, int]:
     }
 
 
-def kept_by_block(recipe: Recipe) -> int:
-    """`block_bytes` together, less what is recomputed."""
+def kept_by_layer(recipe: Recipe) -> int:
+    """`layer_bytes` together, less what is recomputed."""
     if recipe.train.recompute == "full":
         return Sizes.of(recipe).hidden
-    parts = block_bytes(recipe)
+    parts = layer_bytes(recipe)
     return sum(parts.values()) - (parts["log-sum-exp"] if recipe.train.recompute == "selective" else 0)
 
 
@@ -130,7 +130,7 @@ def step_bytes(recipe: Recipe, plan: Plan, stage: int) -> StepBytes:
     p, m, size = recipe.parallel, recipe.model, Sizes.of(recipe)
     last = stage == p.pipeline - 1
     flying = in_flight(recipe, stage)
-    running = m.layers // (p.pipeline * p.interleave) * kept_by_block(recipe)
+    running = m.layers // (p.pipeline * p.interleave) * kept_by_layer(recipe)
     sends = p.pipeline > 1 and not (last and p.interleave == 1)
     # Token ids shifted to the shard (8 bytes) and which of them are other shards' (1), of each micro-batch.
     embedding = 9 * size.tokens * -(-flying // p.interleave) if stage == 0 and p.tensor > 1 else 0
@@ -148,31 +148,31 @@ def step_bytes(recipe: Recipe, plan: Plan, stage: int) -> StepBytes:
 
 def _late(recipe: Recipe, plan: Plan, size: Sizes, stage: int) -> int:
     """One chunk's dense gradients, of weights that were expanded before this micro-batch; and the larger of what the
-    end of a block holds and the embedding's gradients, from the LM head, from the look-up, and their sum."""
+    end of a layer holds and the embedding's gradients, from the LM head, from the look-up, and their sum."""
     p, dense = recipe.parallel, 0
     if recipe.micro_batches > 1 and recipe.train.recompute != "full":
         dense = max(sum(q.expands_to for q in c if q.expands_to and plan.keeps_copy(q.name, on_gpu=True))
                     for c in local_parameters(recipe.model, p, plan, stage))
     tied = _tied_gradient(recipe, size)
     waits, at_embedding = (tied, 3 * tied) if p.pipeline == 1 else (0, tied if stage == 0 else 0)
-    return size.width * dense + max(waits + _at_block_end(recipe, size), at_embedding)
+    return size.width * dense + max(waits + _at_layer_end(recipe, size), at_embedding)
 
 
-def _at_block_end(recipe: Recipe, size: Sizes) -> int:
-    """At the backward of W_QKV: five tensors between blocks (the output, its gradient, that of the residual path, the
+def _at_layer_end(recipe: Recipe, size: Sizes) -> int:
+    """At the backward of W_QKV: five tensors between layers (the output, its gradient, that of the residual path, the
     norm's output and its gradient) and the gradients of Q, K and V."""
     return 5 * size.hidden + 3 * size.whole // recipe.parallel.tensor
 
 
 def _workspace(recipe: Recipe, plan: Plan, size: Sizes, stage: int) -> int:
-    """Backward of W_O, the fullest moment of a block: the gradients of its output, of its input and of itself, whole
-    before it is cut to the active weights, unless it is of blocks. In one stage the embedding's gradient from the LM
-    head waits for that from the look-up. With full recomputation there is the block too, whose input is kept anyway but
+    """Backward of W_O, the fullest moment of a layer: the gradients of its output, of its input and of itself, whole
+    before it is cut to the active weights, unless it is of tiles. In one pipeline stage the embedding's gradient from the LM
+    head waits for that from the look-up. With full recomputation there is the layer too, whose input is kept anyway but
     whose output is not; or, at its end, the dense gradients of its four weights."""
     m, p = recipe.model, recipe.parallel
     tied = _tied_gradient(recipe, size) if p.pipeline == 1 else 0
     down = [f"decoder.layers.{i}.mlp.linear_fc2.weight" for i in range(m.layers)]
-    itself = 0 if all(n in plan.weights and plan.multiplies_blocks(n) for n in down) else m.hidden
+    itself = 0 if all(n in plan.weights and plan.multiplies_tiles(n) for n in down) else m.hidden
     gradients = size.hidden + size.width * m.ffn_hidden * (size.tokens + itself) // p.tensor
     gradients += size.whole if p.sequence else 0  # the output's, gathered
     if recipe.train.recompute != "full":
@@ -180,8 +180,8 @@ def _workspace(recipe: Recipe, plan: Plan, size: Sizes, stage: int) -> int:
     dense: Counter[int] = Counter()
     for q in (q for chunk in local_parameters(m, p, plan, stage) for q in chunk):
         dense[q.layer] += q.expands_to * (q.expands_to > 0 and plan.keeps_copy(q.name, on_gpu=True))
-    at_end = size.width * max(dense.values()) + _at_block_end(recipe, size)
-    return max(gradients + sum(block_bytes(recipe).values()), at_end) + tied
+    at_end = size.width * max(dense.values()) + _at_layer_end(recipe, size)
+    return max(gradients + sum(layer_bytes(recipe).values()), at_end) + tied
 
 
 def _head(recipe: Recipe, size: Sizes) -> int:

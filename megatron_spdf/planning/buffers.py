@@ -74,7 +74,7 @@ def weights_by_layer(model: Model) -> dict[int, tuple[Weight, ...]]:
 
 
 def layers_of(model: Model, parallel: Parallel, stage: int) -> list[list[int]]:
-    """Layers on a pipeline rank, chunk by chunk; -1 is what comes before the blocks, `layers` what comes after."""
+    """Layers on a pipeline rank, chunk by chunk; -1 is what comes before the layers, `layers` what comes after."""
     size = model.layers // (parallel.pipeline * parallel.interleave)
     chunks = []
     for chunk in range(parallel.interleave):

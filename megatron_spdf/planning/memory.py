@@ -15,7 +15,7 @@ from megatron_spdf.recipe.recipe import AUTO, Parallel, Recipe
 from megatron_spdf.sparsity.plan import Plan
 
 SPAN = 1024  # of `kernels.mask`, which needs PyTorch
-GATHERED_BLOCKS = 2  # ZeRO-3: the block that runs, and the one fetched behind it
+GATHERED_LAYERS = 2  # ZeRO-3: the layer that runs, and the one fetched behind it
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class RankBytes:
         moments: first and second, fp32.
         expanded: dense copies of the sparse weights that are kept for the step.
         masks: one bit a weight, and what kernels derive from them: on CPU the positions of the active entries, 8 bytes
-            each; on a GPU 4 bytes for `SPAN` entries of a chunk, and twice 4 bytes for every active block.
-        gathered: ZeRO-3 only, whole parameters of the blocks at work.
+            each; on a GPU 4 bytes for `SPAN` entries of a slice, and twice 4 bytes for every active tile.
+        gathered: ZeRO-3 only, whole parameters of the layers at work.
     """
 
     parameters: int
@@ -91,11 +91,11 @@ def _sparse_bytes(
         for parameter in (q for q in chunk if q.expands_to):
             weight = plan.weights[parameter.name]
             expanded += width * parameter.expands_to * plan.keeps_copy(parameter.name, on_gpu)
-            chunks, entries = weight.chunks // parallel.tensor, math.prod(weight.chunk_shape)
-            masks += chunks * math.ceil(entries / 8)
-            masks += chunks * 4 * math.ceil(entries / SPAN) if on_gpu else 8 * parameter.elements
-            if on_gpu and plan.multiplies_blocks(parameter.name):
-                masks += 2 * 4 * parameter.elements // weight.block**2
+            slices, entries = weight.slices // parallel.tensor, math.prod(weight.slice_shape)
+            masks += slices * math.ceil(entries / 8)
+            masks += slices * 4 * math.ceil(entries / SPAN) if on_gpu else 8 * parameter.elements
+            if on_gpu and plan.multiplies_tiles(parameter.name):
+                masks += 2 * 4 * parameter.elements // weight.tile**2
     return expanded, masks
 
 
@@ -103,8 +103,8 @@ def zero_bytes(recipe: Recipe, plan: Plan, stage: int, zero_stage: int) -> RankB
     """Bytes on a GPU of each ZeRO stage 0 to 3 (Rajbhandari et al. 2020, figure 1), without any engine's padding.
 
     ZeRO-1 shards the optimizer state over the data-parallel ranks, ZeRO-2 the gradients too, ZeRO-3 the parameters
-    too; then two blocks at a time are gathered whole. Sparse weights are expanded in the forward pass and kept for the
-    backward pass there, or with full recomputation for their block's only. Stages 2 and 3 are DeepSpeed's.
+    too; then two layers at a time are gathered whole. Sparse weights are expanded in the forward pass and kept for the
+    backward pass there, or with full recomputation for their layer's only. Stages 2 and 3 are DeepSpeed's.
 
     Raises:
         ValueError: no such stage.
@@ -119,11 +119,11 @@ def zero_bytes(recipe: Recipe, plan: Plan, stage: int, zero_stage: int) -> RankB
     expanded, masks = _sparse_bytes(recipe.model, recipe.parallel, plan, width, stage, on_gpu=True)
     gathered = 0
     if zero_stage == 3:
-        remade, blocks = recipe.train.recompute == "full", {}
+        remade, layers = recipe.train.recompute == "full", {}
         for q in parameters:
-            blocks[q.layer] = blocks.get(q.layer, 0) + q.elements + q.expands_to * remade
-        largest = sorted((n for layer, n in blocks.items() if 0 <= layer < recipe.model.layers), reverse=True)
-        gathered = width * sum(largest[:GATHERED_BLOCKS])
+            layers[q.layer] = layers.get(q.layer, 0) + q.elements + q.expands_to * remade
+        largest = sorted((n for layer, n in layers.items() if 0 <= layer < recipe.model.layers), reverse=True)
+        gathered = width * sum(largest[:GATHERED_LAYERS])
         expanded = 0 if remade else width * sum(q.expands_to for q in parameters)
     owned = share if zero_stage >= 1 else elements
     return RankBytes(

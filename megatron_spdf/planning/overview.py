@@ -23,7 +23,7 @@ from megatron_spdf.planning.step_time import step_time, wire_bytes
 from megatron_spdf.planning.traffic import route, step_traffic, wire_share
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.schedule.flops import Flops, forward_flops, training_flops
-from megatron_spdf.schedule.stages import mean_flops, phases_of
+from megatron_spdf.schedule.stages import mean_flops, stages_of
 from megatron_spdf.sparsity.plan import Plan, make_plan
 from megatron_spdf.sparsity.settings import Sparsity
 
@@ -89,14 +89,14 @@ def plan_of(recipe: Recipe) -> Plan:
 
 def _model(recipe: Recipe, plan: Plan) -> dict[str, Any]:
     weights = model_weights(recipe.model)
-    block = sum(w.numel for w in weights if w.linear)
+    linear = sum(w.numel for w in weights if w.linear)
     return {
         "layers": recipe.model.layers, "hidden": recipe.model.hidden, "parameters": sum(w.numel for w in weights),
-        "block_weights": block, "active": block - plan.numel + plan.active, "sparsity": plan.sparsity,
+        "linear_weights": linear, "active": linear - plan.numel + plan.active, "sparsity": plan.sparsity,
         "tokens": recipe.steps * recipe.tokens_per_step, "steps": recipe.steps,
         "tokens_per_step": recipe.tokens_per_step, "precision": recipe.train.precision,
         "sequence_length": recipe.train.sequence_length,
-        "phases": [phase.heading for phase in phases_of(recipe) if phase.heading],
+        "stages": [stage.heading for stage in stages_of(recipe) if stage.heading],
     }
 
 
@@ -104,14 +104,14 @@ def _flops(recipe: Recipe, plan: Plan) -> list[dict[str, Any]]:
     """FLOPs per token by part, and of the whole run; `recipe` at the layout whose recomputation counts."""
     model, length = recipe.model, recipe.train.sequence_length
     tokens = recipe.steps * recipe.tokens_per_step
-    phases = phases_of(recipe)
+    stages = stages_of(recipe)
     kinds: dict[str, Flops] = {
         "forward only, active weights": forward_flops(model, length, plan),
         "training, dense": training_flops(model, length),
-        "training, active weights": mean_flops(phases),
-        "the same, causal attention": mean_flops(phases, "causal"),
+        "training, active weights": mean_flops(stages),
+        "the same, causal attention": mean_flops(stages, "causal"),
         f"executed (expanded, causal, recompute {recipe.train.recompute})":
-            training_flops(model, length, plan.on_blocks, "causal", recipe.train.recompute),
+            training_flops(model, length, plan.on_tiles, "causal", recipe.train.recompute),
     }
     return [{"what": what, **asdict(f), "total": f.total, "run": f.total * tokens} for what, f in kinds.items()]
 
@@ -120,7 +120,7 @@ def _row(candidate: Candidate, request: Request) -> dict[str, Any]:
     recipe = candidate.recipe
     p, seconds = recipe.parallel, candidate.time.total
     hours = recipe.steps * seconds / 3600
-    length, skipped = recipe.train.sequence_length, request.plan.on_blocks
+    length, skipped = recipe.train.sequence_length, request.plan.on_tiles
     executed = training_flops(recipe.model, length, skipped).total  # as the log counts MFU
     rate = candidate.tokens_per_second
     return {
@@ -179,14 +179,14 @@ def _traffic(recipe: Recipe, plan: Plan, gpu: Gpu) -> list[dict[str, Any]]:
 
 
 def at_level(recipe: Recipe, level: float) -> Recipe:
-    """The recipe with all its block weights at one sparsity."""
+    """The recipe with all its linear weights at one sparsity."""
     return recipe.model_copy(update={"sparsity": Sparsity(level=level, seed=recipe.sparsity.seed)})
 
 
 def _levels(plan: Plan) -> list[float | None]:
-    """Sparsities to compare; None stands for the recipe's own where it is not a level of all block weights."""
+    """Sparsities to compare; None stands for the recipe's own where it is not a level of all linear weights."""
     own = {w.level for w in plan.weights.values()}
-    uniform = len(own) <= 1 and not any(w.block for w in plan.weights.values())
+    uniform = len(own) <= 1 and not any(w.tile for w in plan.weights.values())
     return sorted({*LEVELS, *(own if uniform else ())}) + ([] if uniform else [None])
 
 
@@ -200,7 +200,7 @@ def _level(recipe: Recipe, level: float | None, request: Request) -> dict[str, A
     data = [n for (kind, _), n in step_traffic(other, plan, 0).items() if kind in ("gradients", "parameters")]
     return {
         "sparsity": plan.sparsity, "recipe": plan.weights == request.plan.weights,
-        "blocks": any(w.block for w in plan.weights.values()),
+        "tiles": any(w.tile for w in plan.weights.values()),
         "run_flops": total * recipe.steps * recipe.tokens_per_step,
         "flops_ratio": total / training_flops(recipe.model, length).total,
         "peak_bytes": fullest(other, plan).peak, "data_traffic": sum(data),

@@ -18,15 +18,15 @@ def render_overview(facts: dict[str, Any]) -> str:
 def _head(facts: dict[str, Any]) -> str:
     model, request = facts["model"], facts["request"]
     gpu = request["gpu"]
-    sparse = f"{model['active'] / 1e9:.3g}B of {model['block_weights'] / 1e9:.3g}B block weights active, " \
+    sparse = f"{model['active'] / 1e9:.3g}B of {model['linear_weights'] / 1e9:.3g}B linear weights active, " \
              f"sparsity {model['sparsity']:.2%}" if model["sparsity"] else "dense"
     own = facts["own_layout"]
     lines = [
         f"GPT of {model['layers']} layers x {model['hidden']}, {model['parameters'] / 1e9:.4g}B parameters; {sparse}",
         f"{model['tokens'] / 1e9:,.4g}B tokens in {model['steps']:,} steps of {model['tokens_per_step']:,}; "
         f"{model['precision']}",
-        *(f"  {phase}" for phase in model["phases"]),
-        *(["bytes and times are those of the last phase, which is dense; FLOPs are of all"] if model["phases"] else []),
+        *(f"  {stage}" for stage in model["stages"]),
+        *(["bytes and times are those of the last stage, which is dense; FLOPs are of all"] if model["stages"] else []),
         f"{request['gpus']:,} x {gpu['name']}: {gpu['memory'] / GIB:.1f} GiB, of which "
         f"{request['usable_bytes'] / GIB:.1f} are counted on; {gpu[model['precision']] / 1e12:,.4g} TFLOP/s, products "
         f"at {request['efficiency']:.0%} of that ({request['efficiency_from']})"]
@@ -104,19 +104,19 @@ def _time(facts: dict[str, Any]) -> str:
 
 
 def _sparsity(facts: dict[str, Any]) -> str:
-    lines = ["What sparsity buys (at that layout; the fewest GPUs at one sequence per micro-batch, blocks recomputed):",
+    lines = ["What sparsity buys (at that layout; the fewest GPUs at one sequence per micro-batch, layers recomputed):",
              f"  {'sparsity':>8}{'FLOPs (1e18)':>15}{'of dense':>10}{'GiB per GPU':>13}{'DP MiB/step':>13}"
              f"{'fewest GPUs':>13}   layout of these"]
     for row in facts["sparsity"]:
         least, layout = row["fewest_gpus"], row["fewest_layout"]
         where = f"TP {layout['tensor']} x PP {layout['pipeline']} x DP {layout['data']}" if layout else "none"
-        mark = f"  <- the recipe{', in blocks' if row['blocks'] else ''}" if row["recipe"] else ""
+        mark = f"  <- the recipe{', in tiles' if row['tiles'] else ''}" if row["recipe"] else ""
         lines.append(f"  {row['sparsity']:>8.2%}{row['run_flops'] / 1e18:>15,.2f}{row['flops_ratio']:>10.3f}"
                      f"{row['peak_bytes'] / GIB:>13.2f}{row['data_traffic'] / MIB:>13,.1f}"
                      f"{least if least else '-':>13}   {where}{mark}")
-    blocks = ", except in blocks" if any(row["blocks"] for row in facts["sparsity"]) else ""
+    tiles = ", except in tiles" if any(row["tiles"] for row in facts["sparsity"]) else ""
     lines.append("  FLOPs count active weights, the paper's way; this engine expands weights and runs products at the "
-                 f"dense cost{blocks}.")
+                 f"dense cost{tiles}.")
     return "\n".join(lines)
 
 

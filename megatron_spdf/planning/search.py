@@ -10,7 +10,7 @@ from megatron_spdf.planning.activations import peak_bytes
 from megatron_spdf.planning.hardware import Gpu
 from megatron_spdf.planning.step_time import EFFICIENCY, StepTime, step_time
 from megatron_spdf.recipe.recipe import Recipe
-from megatron_spdf.recipe.rules import divisors, findings
+from megatron_spdf.recipe.rules import divisors, rule_violations
 from megatron_spdf.sparsity.plan import Plan
 
 USABLE = 0.92  # of a GPU's memory; the rest is for the CUDA context, NCCL, cuBLAS and fragmentation
@@ -77,10 +77,10 @@ def search(recipe: Recipe, plan: Plan, gpu: Gpu, gpus: int, efficiency: float = 
     found, misfits = [], []
     for tensor, pipeline, data in degrees(recipe, gpu, gpus):
         variants = list(_variants(recipe, tensor, pipeline, data))
-        allowed = [v for v in variants if not any(findings(v))]
+        allowed = [v for v in variants if not any(rule_violations(v))]
         if not allowed:
             plain = laid_out(recipe, tensor, pipeline, data)
-            misfits.append(Misfit(plain, next(findings(plain), ""), None))
+            misfits.append(Misfit(plain, next(rule_violations(plain), ""), None))
             continue
         candidates = [fullest(v, plan) for v in allowed]
         fitting = [c for c in candidates if c.peak <= USABLE * gpu.memory]
@@ -125,7 +125,7 @@ def _too_large(least: Candidate, gpu: Gpu) -> Misfit:
 
 
 def smallest_world(recipe: Recipe, plan: Plan, gpu: Gpu) -> Candidate | None:
-    """The layout with the fewest GPUs on which the recipe trains at all: one sequence at a time, blocks recomputed.
+    """The layout with the fewest GPUs on which the recipe trains at all: one sequence at a time, layers recomputed.
 
     Returns:
         None if even LARGEST_WORLD GPUs are too few.
@@ -143,15 +143,15 @@ def smallest_world(recipe: Recipe, plan: Plan, gpu: Gpu) -> Candidate | None:
 
 
 def holds(recipe: Recipe, plan: Plan, gpu: Gpu, gpus: int) -> bool:
-    """Whether some layout on `gpus` GPUs fits, blocks recomputed."""
+    """Whether some layout on `gpus` GPUs fits, layers recomputed."""
     least = (laid_out(recipe, *d, recompute="full") for d in degrees(recipe, gpu, gpus))
-    return any(not any(findings(r)) and fullest(r, plan).peak <= USABLE * gpu.memory for r in least)
+    return any(not any(rule_violations(r)) and fullest(r, plan).peak <= USABLE * gpu.memory for r in least)
 
 
 def usable_worlds(recipe: Recipe, gpu: Gpu, gpus: int) -> list[int]:
     """The nearest numbers of GPUs below and above `gpus` for which some layout obeys the rules."""
     def possible(world: int) -> bool:
-        return any(not any(findings(laid_out(recipe, *d))) for d in degrees(recipe, gpu, world))
+        return any(not any(rule_violations(laid_out(recipe, *d))) for d in degrees(recipe, gpu, world))
 
     below = next((n for n in range(gpus - 1, 0, -1) if possible(n)), None)
     above = next((n for n in range(gpus + 1, 4 * gpus + 8) if possible(n)), None)

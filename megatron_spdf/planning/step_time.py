@@ -23,7 +23,7 @@ from megatron_spdf.sparsity.plan import Plan
 
 EFFICIENCY = 0.6
 FLASH_BACKWARD = 2.5  # forwards: five products where the forward has two (Dao 2023, section 3.1)
-# (T, B, h) and (T, B, f) tensors that one forward pass of our block reads or writes outside of products: two norms (4),
+# (T, B, h) and (T, B, f) tensors that one forward pass of our layer reads or writes outside of products: two norms (4),
 # two biases with dropout and residual, fused (6); bias and GELU, fused (2). Backward moves about twice as many.
 HIDDEN_PASSES, FEED_FORWARD_PASSES = 10, 2
 # (T, B, V / t) in fp32: cast (1.5), maximum (1), subtract (2), exponential (2), sum (1), scale (2), cast back (1.5).
@@ -95,12 +95,12 @@ def _stage_time(recipe: Recipe, plan: Plan, gpu: Gpu, efficiency: float, stage: 
 
 def _executed(recipe: Recipe, plan: Plan, stage: int) -> tuple[float, float]:
     """FLOPs that a rank executes for one micro-batch, (forward, backward with what is recomputed). Expanded weights
-    cost what dense ones do; blocks cost their active weights, at the rate of dense products, which is an assumption."""
+    cost what dense ones do; tiles cost their active weights, at the rate of dense products, which is an assumption."""
     m, t = recipe.model, recipe.train
     tokens = t.micro_batch * t.sequence_length
-    whole = forward_flops(m, t.sequence_length, plan.on_blocks, "causal")
+    whole = forward_flops(m, t.sequence_length, plan.on_tiles, "causal")
     share = tokens / recipe.parallel.tensor
-    linear, attention = (share * part * _blocks(recipe) / m.layers for part in (whole.linear, whole.attention))
+    linear, attention = (share * part * _layers(recipe) / m.layers for part in (whole.linear, whole.attention))
     logits = share * whole.logits * padded_vocab(m) / m.vocab_size if stage == recipe.parallel.pipeline - 1 else 0.0
     again = linear * (t.recompute == "full") + attention * (t.recompute != "none")
     return linear + attention + logits, 2.0 * (linear + logits) + FLASH_BACKWARD * attention + again
@@ -111,36 +111,36 @@ def _elements(model: Model, parallel: Parallel, plan: Plan, stage: int) -> tuple
     """(elements of dense parameters, of compact ones that are expanded, of what these expand to, of compact ones that
     are multiplied as they are) on a rank."""
     local = [q for chunk in local_parameters(model, parallel, plan, stage) for q in chunk]
-    blocks = {q.name for q in local if q.expands_to and plan.multiplies_blocks(q.name)}
+    tiles = {q.name for q in local if q.expands_to and plan.multiplies_tiles(q.name)}
     return (sum(q.elements for q in local if not q.expands_to),
-            sum(q.elements for q in local if q.expands_to and q.name not in blocks),
-            sum(q.expands_to for q in local if q.name not in blocks),
-            sum(q.elements for q in local if q.name in blocks))
+            sum(q.elements for q in local if q.expands_to and q.name not in tiles),
+            sum(q.expands_to for q in local if q.name not in tiles),
+            sum(q.elements for q in local if q.name in tiles))
 
 
 def _bytes_moved(recipe: Recipe, plan: Plan, stage: int) -> float:
     """Bytes that one micro-batch moves through a rank's memory outside of matrix products."""
     m, p, size = recipe.model, recipe.parallel, Sizes.of(recipe)
     feed_forward = size.width * size.tokens * m.ffn_hidden // p.tensor
-    forward = _blocks(recipe) * (HIDDEN_PASSES * size.hidden + FEED_FORWARD_PASSES * feed_forward)
+    forward = _layers(recipe) * (HIDDEN_PASSES * size.hidden + FEED_FORWARD_PASSES * feed_forward)
     moved = forward * (3 + (recipe.train.recompute == "full"))
     if stage == p.pipeline - 1:
         moved += LOGIT_PASSES * 4 * size.tokens * padded_vocab(m) // p.tensor
     # Weight gradients are written, and read to be added to the fp32 buffer; those of sparse weights are written dense,
-    # and read with the mask's bits, of which hardly a sector has no active entry; those of blocks are only added.
-    dense, active, whole, blocks = _elements(m, p, plan, stage)
-    moved += (2 * size.width + 8) * dense + 8 * (active + blocks) + (2 * size.width + 1 / 8) * whole
-    return moved + (2 * _expand_once(recipe, plan, stage) if plan.expand == "layer" else 0.0)
+    # and read with the mask's bits, of which hardly a sector has no active entry; those of tiles are only added.
+    dense, active, whole, tiles = _elements(m, p, plan, stage)
+    moved += (2 * size.width + 8) * dense + 8 * (active + tiles) + (2 * size.width + 1 / 8) * whole
+    return moved + (2 * _expand_once(recipe, plan, stage) if plan.dense_copy == "per_layer" else 0.0)
 
 
-def _blocks(recipe: Recipe) -> int:
-    """Transformer blocks on a rank."""
+def _layers(recipe: Recipe) -> int:
+    """Transformer layers on a rank."""
     return recipe.model.layers // recipe.parallel.pipeline
 
 
 def _expand_bytes(recipe: Recipe, plan: Plan, stage: int) -> float:
     """Of the copies that are kept for a step."""
-    return _expand_once(recipe, plan, stage) if plan.expand == "step" else 0.0
+    return _expand_once(recipe, plan, stage) if plan.dense_copy == "per_step" else 0.0
 
 
 def _expand_once(recipe: Recipe, plan: Plan, stage: int) -> float:

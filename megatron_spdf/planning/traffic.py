@@ -77,23 +77,23 @@ def _deepspeed(recipe: Recipe, plan: Plan, stage: int, size: Sizes) -> Traffic:
 
 
 def _tensor(recipe: Recipe, stage: int, size: Sizes) -> Traffic:
-    """Per micro-batch a block reduces two outputs forward and two input gradients back (Shoeybi et al. 2019, figure
+    """Per micro-batch a layer reduces two outputs forward and two input gradients back (Shoeybi et al. 2019, figure
     4); under sequence parallelism each becomes a reduce-scatter and a gather, and the two gathered inputs are gathered
     once more for the weight gradients (Korthikanti et al. 2022, section 4.2.2). The LM head makes its
     gradients as it goes forward. Full recomputation repeats forward."""
     p, h = recipe.parallel, recipe.model.hidden
-    blocks = sum(0 <= layer < recipe.model.layers for chunk in layers_of(recipe.model, p, stage) for layer in chunk)
+    layers = sum(0 <= layer < recipe.model.layers for chunk in layers_of(recipe.model, p, stage) for layer in chunk)
     first, last = stage == 0, stage == p.pipeline - 1
-    again = 2 * blocks if recipe.train.recompute == "full" else 0
+    again = 2 * layers if recipe.train.recompute == "full" else 0
     sent: Traffic = Counter()
     per_step = recipe.micro_batches * size.whole
     if p.sequence:
-        sent["tensor", "all-gather"] += per_step * (6 * blocks + again + first + last)
-        sent["tensor", "reduce-scatter"] += per_step * (4 * blocks + again + last)
+        sent["tensor", "all-gather"] += per_step * (6 * layers + again + first + last)
+        sent["tensor", "reduce-scatter"] += per_step * (4 * layers + again + last)
         # Gradients of norms and row-parallel biases, which each rank has for its part of the sequence only.
-        sent["tensor", "all-reduce"] += per_step * first + 4 * h * (6 * blocks + 2 * last)
+        sent["tensor", "all-reduce"] += per_step * first + 4 * h * (6 * layers + 2 * last)
     else:
-        sent["tensor", "all-reduce"] += per_step * (4 * blocks + again + first + last)
+        sent["tensor", "all-reduce"] += per_step * (4 * layers + again + first + last)
     if last:  # maximum, target's logit and sum of the softmax over the vocabulary, and the logits' mean, fp32
         numbers = 4 if recipe.train.label_smoothing else 3
         sent["tensor", "all-reduce"] += recipe.micro_batches * numbers * 4 * size.tokens

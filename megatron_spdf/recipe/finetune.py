@@ -19,7 +19,7 @@ from megatron_spdf.recipe.recipe import (
     Checkpoint,
     Data,
     Evaluate,
-    Guard,
+    FaultTolerance,
     Kernels,
     Log,
     Optimizer,
@@ -27,7 +27,7 @@ from megatron_spdf.recipe.recipe import (
     Recipe,
     Train,
 )
-from megatron_spdf.recipe.rules import batch_findings, findings
+from megatron_spdf.recipe.rules import batch_violations, rule_violations
 from megatron_spdf.section import Count, Section
 from megatron_spdf.sparsity.settings import Sparsity
 
@@ -77,10 +77,10 @@ class Finetune(Section):
     checkpoint: str = Field(description="where to start: a run, a checkpoint of one, or a Hugging Face GPT-2")
     output: str = Field(description="run directory; everything the run writes goes there")
     seed: int = Field(1234, ge=0, description="of data order, dropout and revived weights")
-    phase: Literal["dense", "sparse"] = Field(
+    mode: Literal["dense", "sparse"] = Field(
         "dense", description="dense: every weight trains; sparse: the starting checkpoint's mask holds to the end")
     revived: Literal["zeros", "normal"] = Field(
-        "zeros", description="weights that the dense phase revives: zero, or normal with revived_scale x initial std")
+        "zeros", description="weights that the dense mode revives: zero, or normal with revived_scale x initial std")
     revived_scale: float = Field(1.0, gt=0.0, description="std of revived=normal over the weight's initial std")
     engine: Literal["megatron", "deepspeed"] = Field("deepspeed", description="who runs a step")
     deepspeed: str | None = Recipe.model_fields["deepspeed"]
@@ -91,7 +91,7 @@ class Finetune(Section):
     evaluate: Validation = Field(Validation())
     save: Saving = Field(Saving())
     log: Log = Field(Log())
-    guard: Guard = Field(Guard())
+    fault_tolerance: FaultTolerance = Field(FaultTolerance())
     kernels: Kernels = Field(Kernels())
     sweep: dict[str, list[Any]] = Field(
         {}, description="values to try, {optimizer.lr: [1e-4, 5e-5], ...}: one run for each combination, "
@@ -99,7 +99,7 @@ class Finetune(Section):
 
     def identity(self) -> dict[str, Any]:
         """What must not change between the starts of one run; layout, engine, logging and the like may."""
-        kept = self.model_dump(include={"checkpoint", "seed", "phase", "revived", "revived_scale", "data", "train",
+        kept = self.model_dump(include={"checkpoint", "seed", "mode", "revived", "revived_scale", "data", "train",
                                         "optimizer", "evaluate"})
         for key in ("micro_batch", "recompute"):
             kept["train"].pop(key)
@@ -112,7 +112,7 @@ class Finetune(Section):
 
 def load_finetune(path: str | Path, overrides: list[str] | tuple[str, ...] = (), world: int = 1) -> Finetune:
     """`load_recipe` for a fine-tuning recipe."""
-    return load_as(Finetune, _own_findings, path, overrides, world)
+    return load_as(Finetune, _finetune_violations, path, overrides, world)
 
 
 def training_recipe(finetune: Finetune, model: Model, sparsity: Sparsity, examples: int) -> Recipe:
@@ -138,7 +138,7 @@ def training_recipe(finetune: Finetune, model: Model, sparsity: Sparsity, exampl
                          f"({t.epochs} epochs of {per_epoch}); shorten the warm-up or train longer")
     recipe = Recipe(
         output=f.output, seed=f.seed, engine=f.engine, deepspeed=f.deepspeed, model=model,
-        sparsity=sparsity if f.phase == "sparse" else Sparsity(),
+        sparsity=sparsity if f.mode == "sparse" else Sparsity(),
         data=Data(),
         train=Train(tokens=steps * per_step, sequence_length=length,
                     **t.model_dump(exclude={"epochs", "sequence_length", "dropout"})),
@@ -146,20 +146,20 @@ def training_recipe(finetune: Finetune, model: Model, sparsity: Sparsity, exampl
         parallel=f.parallel,
         evaluate=Evaluate(every=f.evaluate.every or per_epoch, patience=f.evaluate.patience),
         checkpoint=Checkpoint(every=f.save.every, keep=f.save.keep, best=True),
-        log=f.log, guard=f.guard, kernels=f.kernels)
+        log=f.log, fault_tolerance=f.fault_tolerance, kernels=f.kernels)
     assert recipe.steps == steps, (recipe.steps, steps)
-    broken = list(findings(recipe))
+    broken = list(rule_violations(recipe))
     if broken:
         raise ValueError("the fine-tuning recipe does not fit:\n" + "\n".join(f"  - {b}" for b in broken))
     return recipe
 
 
-def _own_findings(finetune: Finetune) -> Iterator[str]:
+def _finetune_violations(finetune: Finetune) -> Iterator[str]:
     p, t = finetune.parallel, finetune.train
-    yield from batch_findings(t.global_batch, t.micro_batch, p.data)
+    yield from batch_violations(t.global_batch, t.micro_batch, p.data)
     if p.pipeline > 1:
         yield (f"parallel.pipeline={p.pipeline}: pipeline stages here know sequences of one length only, and examples "
                "differ; set pipeline=1 and a larger tensor or zero_stage")
-    if finetune.phase == "sparse" and finetune.revived != "zeros":
-        yield (f"revived={finetune.revived} revives weights, and phase=sparse keeps the mask; set revived=zeros or "
-               "phase=dense")
+    if finetune.mode == "sparse" and finetune.revived != "zeros":
+        yield (f"revived={finetune.revived} revives weights, and mode=sparse keeps the mask; set revived=zeros or "
+               "mode=dense")

@@ -12,8 +12,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from megatron_spdf.recipe.recipe import Recipe
-from megatron_spdf.recipe.rules import findings
-from megatron_spdf.sparsity.settings import normalise_sparsity
+from megatron_spdf.recipe.rules import rule_violations
+from megatron_spdf.sparsity.settings import normalize_sparsity
 
 R = TypeVar("R", bound=BaseModel)
 
@@ -29,7 +29,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), world: int = 1)
     Raises:
         ValueError: naming each wrong key or value, the rule it breaks and the remedy.
     """
-    return load_as(Recipe, findings, path, overrides, world)
+    return load_as(Recipe, rule_violations, path, overrides, world)
 
 
 def load_as(kind: type[R], rules: Callable[[R], Iterable[str]], path: str | Path, overrides: Sequence[str],
@@ -40,7 +40,7 @@ def load_as(kind: type[R], rules: Callable[[R], Iterable[str]], path: str | Path
 
 def make_recipe(values: dict[str, Any], overrides: Sequence[str], path: str | Path) -> Recipe:
     """Like `load_recipe`, from the values of a recipe; messages name `path` as where they are from."""
-    return _checked(parse_recipe(values, overrides, path), findings, path)
+    return _checked(parse_recipe(values, overrides, path), rule_violations, path)
 
 
 def parse_recipe(values: dict[str, Any], overrides: Sequence[str], path: str | Path) -> Recipe:
@@ -99,7 +99,7 @@ def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in change.items():
         if key == "sparsity":
-            before, after = normalise_sparsity(merged.get(key, {})), normalise_sparsity(value)
+            before, after = normalize_sparsity(merged.get(key, {})), normalize_sparsity(value)
             merged[key] = _merge(before, after) if isinstance(before, dict) and isinstance(after, dict) else after
         elif isinstance(value, dict) and isinstance(merged.get(key), dict):
             merged[key] = _merge(merged[key], value)

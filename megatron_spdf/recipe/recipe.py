@@ -39,7 +39,7 @@ class Data(Section):
     valid: Paths = Field([], description="prefixes of the validation data; none: no evaluation")
     tokenizer: str | None = Field(None, description="directory or file; default: the copy beside the data")
     workers: int = Field(2, ge=0, description="loader processes per rank; 0 loads in the training process")
-    cache: str | None = Field(None, description="directory of the sample indices; default: inside the run")
+    index_cache: str | None = Field(None, description="directory of the sample indices; default: inside the run")
     reset_positions: bool = Field(False, description="positions start at 0 with every document of a sequence")
     reset_attention: bool = Field(False, description="tokens attend to their own document only")
 
@@ -80,11 +80,11 @@ class Optimizer(AdamW):
 SCHEDULE = ("lr", "min_lr_ratio", "decay", "warmup_tokens")
 
 
-class Phase(Section):
+class Stage(Section):
     """A stretch of a run with a sparsity and a schedule of its own; what it leaves out is the optimizer's."""
 
     share: float = Field(gt=0.0, lt=1.0, description="of the run's tokens; the shares add up to 1")
-    sparsity: Sparsity = Field(description="in this phase; 0 in every phase after the first")
+    sparsity: Sparsity = Field(description="in this stage; 0 in every stage after the first")
     lr: float = AdamW.model_fields["lr"]
     min_lr_ratio: float = AdamW.model_fields["min_lr_ratio"]
     decay: Literal["cosine", "linear", "constant"] = AdamW.model_fields["decay"]
@@ -137,7 +137,7 @@ class Log(Section):
         1.3, gt=1.0, description="ranks whose own step time is over the median's by this factor are named")
 
 
-class Guard(Section):
+class FaultTolerance(Section):
     max_skipped: int = Field(
         10, ge=0, description="steps skipped in a row for a non-finite loss or gradient before the run stops")
     max_failed_saves: int = Field(
@@ -158,11 +158,11 @@ class Kernels(Section):
     norm: Literal["auto", "torch"] = Field("auto", description="auto: NVIDIA Apex's fused LayerNorm where installed")
 
 
-class Base(Section):
+class MupBase(Section):
     """The model whose hyper-parameters `parametrization: mup` carries over to the recipe's."""
 
     hidden: int = Field(256, gt=0, description="its width")
-    density: float = Field(1.0, gt=0.0, le=1.0, description="of its block weights")
+    density: float = Field(1.0, gt=0.0, le=1.0, description="of its linear weights")
     input_multiplier: float = Field(1.0, gt=0.0, description="of the embeddings' output, at every width")
     output_multiplier: float = Field(1.0, gt=0.0, description="of the LM head's input; over the width's growth")
 
@@ -177,9 +177,9 @@ class Recipe(Section):
     model: Model
     parametrization: Literal["standard", "mup"] = Field(
         "standard", description="mup: initial values, learning rates and multipliers follow width and density")
-    base: Base = Field(Base())
+    mup_base: MupBase = Field(MupBase())
     sparsity: Sparsity = Field(Sparsity())
-    phases: list[Phase] = Field(
+    stages: list[Stage] = Field(
         [], description="instead of one sparsity and learning rate: those of one stretch of the run after the other")
     data: Data = Field(Data())
     train: Train
@@ -188,7 +188,7 @@ class Recipe(Section):
     evaluate: Evaluate = Field(Evaluate())
     checkpoint: Checkpoint = Field(Checkpoint())
     log: Log = Field(Log())
-    guard: Guard = Field(Guard())
+    fault_tolerance: FaultTolerance = Field(FaultTolerance())
     kernels: Kernels = Field(Kernels())
 
     @model_validator(mode="before")
@@ -204,14 +204,14 @@ class Recipe(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _schedules_of_phases(cls, values: Any) -> Any:
+    def _schedules_of_stages(cls, values: Any) -> Any:
         if not isinstance(values, dict) or not isinstance(values.get("optimizer"), dict):
             return values
-        phases = values.get("phases")
-        if not isinstance(phases, list) or not all(isinstance(phase, dict) for phase in phases):
+        stages = values.get("stages")
+        if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
             return values
         schedule = {key: values["optimizer"][key] for key in SCHEDULE if key in values["optimizer"]}
-        return {**values, "phases": [{**schedule, **phase} for phase in phases]}
+        return {**values, "stages": [{**schedule, **stage} for stage in stages]}
 
     @property
     def tokens_per_step(self) -> int:
@@ -229,40 +229,40 @@ class Recipe(Section):
         return self.train.global_batch // (self.train.micro_batch * self.parallel.data)
 
     @property
-    def borders(self) -> list[int]:
-        """The last step of every phase."""
-        return [round(self.steps * share) for share in accumulate(phase.share for phase in self.phases)]
+    def stage_ends(self) -> list[int]:
+        """The last step of every stage."""
+        return [round(self.steps * share) for share in accumulate(stage.share for stage in self.stages)]
 
     def with_micro_batch(self, size: int) -> Recipe:
         return self.model_copy(update={"train": self.train.model_copy(update={"micro_batch": size})})
 
-    def in_phase(self, number: int) -> Recipe:
-        """The recipe with the sparsity and the schedule of one of its phases, as that one's checkpoints have it."""
-        phase = self.phases[number]
-        optimizer = self.optimizer.model_copy(update={key: getattr(phase, key) for key in SCHEDULE})
-        return self.model_copy(update={"sparsity": phase.sparsity, "optimizer": optimizer})
+    def in_stage(self, number: int) -> Recipe:
+        """The recipe with the sparsity and the schedule of one of its stages, as that one's checkpoints have it."""
+        stage = self.stages[number]
+        optimizer = self.optimizer.model_copy(update={key: getattr(stage, key) for key in SCHEDULE})
+        return self.model_copy(update={"sparsity": stage.sparsity, "optimizer": optimizer})
 
     def whole(self) -> Recipe:
-        """The recipe of all phases: `in_phase` undone, as far as a recipe with phases reads it."""
-        return self.model_copy(update={"sparsity": Sparsity()}) if self.phases else self
+        """The recipe of all stages: `in_stage` undone, as far as a recipe with stages reads it."""
+        return self.model_copy(update={"sparsity": Sparsity()}) if self.stages else self
 
     def identity(self) -> dict[str, Any]:
         """What must not change between the starts of one run; layout, logging and the like may."""
-        kept = self.model_dump(include={"seed", "model", "parametrization", "base", "sparsity", "phases", "data",
+        kept = self.model_dump(include={"seed", "model", "parametrization", "mup_base", "sparsity", "stages", "data",
                                         "train", "optimizer"})
-        patterns = [kept["sparsity"], *(phase["sparsity"] for phase in kept["phases"])]
+        patterns = [kept["sparsity"], *(stage["sparsity"] for stage in kept["stages"])]
         for sparsity in patterns:
-            sparsity.pop("expand")
-            if sparsity["pattern"] != "block":
-                sparsity.pop("block")
-        if self.phases:  # they say it all
+            sparsity.pop("dense_copy")
+            if sparsity["pattern"] != "tile":
+                sparsity.pop("tile")
+        if self.stages:  # they say it all
             kept.pop("sparsity")
             for key in SCHEDULE:
                 kept["optimizer"].pop(key)
         if self.parametrization == "standard":
-            kept.pop("base")
+            kept.pop("mup_base")
         kept["model"].pop("preset")
-        for section, key in (("data", "workers"), ("data", "cache"), ("data", "tokenizer"), ("data", "on_blend_change"),
+        for section, key in (("data", "workers"), ("data", "index_cache"), ("data", "tokenizer"), ("data", "on_blend_change"),
                              ("train", "micro_batch"), ("train", "recompute")):
             kept[section].pop(key)
         return kept

@@ -15,19 +15,19 @@ def divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-def findings(recipe: Recipe) -> Iterator[str]:
+def rule_violations(recipe: Recipe) -> Iterator[str]:
     """Every broken rule of a recipe as one sentence."""
     yield from _model(recipe)
     broken = list(_layout(recipe))
     yield from broken
-    for sparsity in [recipe.sparsity, *(phase.sparsity for phase in recipe.phases)]:
+    for sparsity in [recipe.sparsity, *(stage.sparsity for stage in recipe.stages)]:
         if not broken and sparsity.pattern != "unstructured":
             yield from _pattern(recipe.model, sparsity.model_dump_json(), recipe.parallel.tensor)
     yield from _engine(recipe)
     yield from _data(recipe)
     broken = list(_batch(recipe))
     yield from broken
-    yield from _phases(recipe)
+    yield from _stages(recipe)
     if not broken and recipe.engine == "deepspeed":
         yield from contradictions(recipe)
 
@@ -41,7 +41,7 @@ def _model(recipe: Recipe) -> Iterator[str]:
                f"query_groups may be {divisors(m.heads)}")
     if m.ffn_hidden % m.query_groups:
         yield (f"model.ffn_hidden={m.ffn_hidden} is not divisible by model.query_groups={m.query_groups}, the number "
-               f"of chunks a weight is cut into; take a multiple of {m.query_groups}")
+               f"of slices a weight is cut into; take a multiple of {m.query_groups}")
     if recipe.train.sequence_length > m.max_positions:
         yield (f"train.sequence_length={recipe.train.sequence_length} is over model.max_positions={m.max_positions}; "
                "lower the first or raise the second")
@@ -102,7 +102,7 @@ def _yaml(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def batch_findings(global_batch: int, micro_batch: int, data: int) -> Iterator[str]:
+def batch_violations(global_batch: int, micro_batch: int, data: int) -> Iterator[str]:
     """What is wrong where a step cannot be cut into micro-batches, in sequences, for so many replicas."""
     share = micro_batch * data
     if global_batch % share:
@@ -116,7 +116,7 @@ def _batch(recipe: Recipe) -> Iterator[str]:
     if recipe.train.micro_batch == AUTO:
         recipe = recipe.with_micro_batch(1)  # where one sequence does not do, no number of them does
     p, t, o = recipe.parallel, recipe.train, recipe.optimizer
-    indivisible = list(batch_findings(t.global_batch, t.micro_batch, p.data))
+    indivisible = list(batch_violations(t.global_batch, t.micro_batch, p.data))
     yield from indivisible
     if not indivisible and p.interleave > 1 and recipe.micro_batches % p.pipeline:
         yield (f"{recipe.micro_batches} micro-batches per step are not divisible by parallel.pipeline={p.pipeline}, as "
@@ -126,39 +126,39 @@ def _batch(recipe: Recipe) -> Iterator[str]:
                "shorten the warm-up or lengthen the run")
 
 
-def _phases(recipe: Recipe) -> Iterator[str]:
-    phases = recipe.phases
-    if not phases:
+def _stages(recipe: Recipe) -> Iterator[str]:
+    stages = recipe.stages
+    if not stages:
         return
-    if len(phases) == 1:
-        yield "phases has one entry, and there is no border; add a second, or write sparsity and optimizer instead"
-    total = sum(phase.share for phase in phases)
+    if len(stages) == 1:
+        yield "stages has one entry, and there is no border; add a second, or write sparsity and optimizer instead"
+    total = sum(stage.share for stage in stages)
     if abs(total - 1.0) > 1e-6:
-        yield (f"phases: the shares {' + '.join(f'{phase.share:g}' for phase in phases)} = {total:g} must add up to 1; "
+        yield (f"stages: the shares {' + '.join(f'{stage.share:g}' for stage in stages)} = {total:g} must add up to 1; "
                "change one of them")
     else:
-        yield from _schedules_of_phases(recipe)
+        yield from _schedules_of_stages(recipe)
     if recipe.sparsity.level or recipe.sparsity.rules:
-        yield "sparsity and phases both say what is sparse; leave sparsity out, each phase has its own"
+        yield "sparsity and stages both say what is sparse; leave sparsity out, each stage has its own"
     if recipe.evaluate.patience:
-        yield (f"evaluate.patience={recipe.evaluate.patience} ends a run before its last phase; set patience=0, or "
-               "leave out phases")
-    for number, phase in enumerate(phases[1:], 1):
-        if phase.sparsity.level or phase.sparsity.rules:
-            yield (f"phases.{number}.sparsity={phase.sparsity.level or 'rules'} is not dense, and a run is only ever "
-                   "densified; set it to 0, or begin with this phase")
+        yield (f"evaluate.patience={recipe.evaluate.patience} ends a run before its last stage; set patience=0, or "
+               "leave out stages")
+    for number, stage in enumerate(stages[1:], 1):
+        if stage.sparsity.level or stage.sparsity.rules:
+            yield (f"stages.{number}.sparsity={stage.sparsity.level or 'rules'} is not dense, and a run is only ever "
+                   "densified; set it to 0, or begin with this stage")
 
 
-def _schedules_of_phases(recipe: Recipe) -> Iterator[str]:
-    borders = recipe.borders
-    for number, (phase, first, last) in enumerate(zip(recipe.phases, [0, *borders], borders, strict=False)):
+def _schedules_of_stages(recipe: Recipe) -> Iterator[str]:
+    stage_ends = recipe.stage_ends
+    for number, (stage, first, last) in enumerate(zip(recipe.stages, [0, *stage_ends], stage_ends, strict=False)):
         tokens = (last - first) * recipe.tokens_per_step
         if not tokens:
-            yield (f"phases.{number}.share={phase.share:g} of {recipe.steps} steps is no step; give it more or "
+            yield (f"stages.{number}.share={stage.share:g} of {recipe.steps} steps is no step; give it more or "
                    "lengthen the run")
-        elif phase.warmup_tokens >= tokens:
-            yield (f"phases.{number}.warmup_tokens={phase.warmup_tokens:,} is not under the phase's {tokens:,} tokens; "
-                   "shorten the warm-up or lengthen the phase")
+        elif stage.warmup_tokens >= tokens:
+            yield (f"stages.{number}.warmup_tokens={stage.warmup_tokens:,} is not under the stage's {tokens:,} tokens; "
+                   "shorten the warm-up or lengthen the stage")
 
 
 def _data(recipe: Recipe) -> Iterator[str]:

@@ -26,7 +26,7 @@ def render_plan_page(facts: dict[str, Any], recipe: str) -> str:
         recipe: its file, for the title.
     """
     request, model = facts["request"], facts["model"]
-    lead = (f"{model['parameters'] / 1e9:.4g}B parameters, block weights {model['sparsity']:.2%} sparse; "
+    lead = (f"{model['parameters'] / 1e9:.4g}B parameters, linear weights {model['sparsity']:.2%} sparse; "
             f"{model['tokens'] / 1e9:,.4g}B tokens in {model['steps']:,} steps, {model['precision']}; "
             f"{request['gpus']:,} x {request['gpu']['name']}, matrix products at {request['efficiency']:.0%} of peak "
             f"({request['efficiency_from']}).")
@@ -100,12 +100,12 @@ def _sparsity(facts: dict[str, Any]) -> str:
         least = row["fewest_layout"]
         where = f"TP{least['tensor']} PP{least['pipeline']} DP{least['data']}" if least else "-"
         marked += [number] if row["recipe"] else []
-        rows.append([f"{row['sparsity']:.2%}{', blocks' if row['blocks'] else ''}",
+        rows.append([f"{row['sparsity']:.2%}{', tiles' if row['tiles'] else ''}",
                      f"{row['run_flops'] / 1e18:,.2f}", f"{row['flops_ratio']:.3f}",
                      f"{row['peak_bytes'] / GIB:.2f}", f"{row['data_traffic'] / MIB:,.1f}",
                      str(row["fewest_gpus"] or "-"), where])
-    blocks = ", except in blocks" if any(row["blocks"] for row in facts["sparsity"]) else ""
+    tiles = ", except in tiles" if any(row["tiles"] for row in facts["sparsity"]) else ""
     note = ("At the fastest layout; the fewest GPUs with one sequence a micro-batch and recomputed layers. FLOPs count "
-            f"active weights; this engine expands weights and runs products at the dense cost{blocks}.")
+            f"active weights; this engine expands weights and runs products at the dense cost{tiles}.")
     return table(["sparsity", "FLOPs\n(1e18)", "of dense", "GiB per\nGPU", "data-parallel\nMiB a step", "fewest\nGPUs",
                   "their layout"], rows, marked=marked) + paragraph(note, "note")

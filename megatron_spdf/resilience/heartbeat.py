@@ -32,13 +32,13 @@ class Beat:
     """What a rank says of itself.
 
     Attributes:
-        still: seconds without progress in a watched phase; 0 in others.
+        still: seconds without progress in a watched activity; 0 in others.
         failed: the error that ends it; leaving: it ends as it should.
     """
 
     rank: int
     host: str
-    phase: str = ""
+    activity: str = ""
     collective: str = ""
     inside: bool = False
     still: float = 0.0
@@ -51,7 +51,7 @@ class Beat:
 
     @property
     def did(self) -> str:
-        return f"in {self.phase or 'setting up'}; its last collective: {self.collective or 'none yet'}"
+        return f"in {self.activity or 'setting up'}; its last collective: {self.collective or 'none yet'}"
 
 
 @dataclass
@@ -85,7 +85,7 @@ def verdict(peers: list[Peer], now: float, seconds: float) -> str:
 
     Args:
         now: time.monotonic().
-        seconds: guard.hang_seconds.
+        seconds: fault_tolerance.hang_seconds.
     """
     there = [p for p in peers if not p.beat.leaving]
     troubled = sorted((p for p in there if p.trouble is not None), key=lambda p: p.trouble)
@@ -98,12 +98,12 @@ def verdict(peers: list[Peer], now: float, seconds: float) -> str:
         return f"{failed[0].beat.who} failed {failed[0].beat.did}; {failed[0].beat.failed}"
     silent = [p for p in there if not p.closed and now - p.heard > seconds]
     if silent:
-        return "; ".join(f"{p.beat.who} has been silent for {now - p.heard:.0f} s (guard.hang_seconds={seconds:g}), "
+        return "; ".join(f"{p.beat.who} has been silent for {now - p.heard:.0f} s (fault_tolerance.hang_seconds={seconds:g}), "
                          f"last heard of {p.beat.did}" for p in silent)
     if there and all(p.beat.still > seconds for p in there):
         outside = [p for p in there if not p.beat.inside]
         behind = outside if 0 < len(outside) < len(there) else [max(there, key=lambda p: p.beat.still)]
-        named = "; ".join(f"{p.beat.who} has stood still for {p.beat.still:.0f} s (guard.hang_seconds={seconds:g}) "
+        named = "; ".join(f"{p.beat.who} has stood still for {p.beat.still:.0f} s (fault_tolerance.hang_seconds={seconds:g}) "
                           f"{p.beat.did}" for p in behind)
         return named + ("" if len(there) == len(behind) else "; others wait for it")
     return ""
@@ -113,7 +113,7 @@ class Heartbeat:
     """This rank's part; a context around all that follows the joining of the ranks. With one rank it does nothing.
 
     Args:
-        seconds: guard.hang_seconds.
+        seconds: fault_tolerance.hang_seconds.
     """
 
     def __init__(self, ranks: Ranks, seconds: float):
@@ -152,8 +152,8 @@ class Heartbeat:
         self._thread.join(4 * BEAT_SECONDS)
 
     def _beat(self) -> Beat:
-        now = progress.NOW
-        return Beat(self.ranks.rank, self.host, now.phase, now.last_collective(), now.inside,
+        now = progress.PROGRESS
+        return Beat(self.ranks.rank, self.host, now.activity, now.last_collective(), now.inside,
                     time.monotonic() - now.moved if now.watched else 0.0, self.failed, self.leaving.is_set())
 
     def _report(self, line: socket.socket) -> None:
@@ -183,7 +183,7 @@ class Heartbeat:
                     return
                 if time.monotonic() - heard > self.seconds + 2 * GRACE_SECONDS:  # its own verdict comes first
                     self._end(f"{head.who} has been silent for {time.monotonic() - heard:.0f} s "
-                              f"(guard.hang_seconds={self.seconds:g}), last heard of {head.did}")
+                              f"(fault_tolerance.hang_seconds={self.seconds:g}), last heard of {head.did}")
         except OSError:
             if not head.leaving and not self.leaving.is_set():
                 time.sleep(GRACE_SECONDS)

@@ -1,4 +1,4 @@
-"""What this process is doing: the phase of the run, the last collective it entered, how long collectives blocked it.
+"""What this process is doing: the activity of the run, the last collective it entered, how long collectives blocked it.
 
 The collectives of `torch.distributed` are wrapped where callers look them up, at the price of two clock readings a
 call, so that a rank that hangs can be named with what it did last (`heartbeat.py`), and a slow one told from those that
@@ -29,8 +29,8 @@ class Activity:
     """Of the training thread; other threads read it.
 
     Attributes:
-        phase: of the run, in words.
-        watched: whether standing still in this phase is a fault; a slow disk is none.
+        activity: of the run, in words.
+        watched: whether standing still in this activity is a fault; a slow disk is none.
         collective: name of the last one entered; empty: none yet.
         count: collectives entered.
         inside: whether the training thread is inside one now.
@@ -39,7 +39,7 @@ class Activity:
         measuring: collect on a GPU what `blocked_on_gpu` sums up.
     """
 
-    phase: str = "setting up"
+    activity: str = "setting up"
     watched: bool = False
     collective: str = ""
     count: int = 0
@@ -49,9 +49,9 @@ class Activity:
     measuring: bool = False
     _events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
 
-    def enter(self, phase: str, watched: bool = False) -> None:
-        """Notes that the training thread begins a phase."""
-        self.phase, self.watched, self.moved = phase, watched, time.monotonic()
+    def enter(self, activity: str, watched: bool = False) -> None:
+        """Notes that the training thread begins an activity."""
+        self.activity, self.watched, self.moved = activity, watched, time.monotonic()
 
     def blocked_on_gpu(self) -> float:
         """Seconds that this rank's streams waited for collectives since the last call."""
@@ -63,7 +63,7 @@ class Activity:
         return f"{self.collective}, number {self.count:,}" if self.collective else "none yet"
 
 
-NOW = Activity()
+PROGRESS = Activity()
 
 
 _here = threading.local()
@@ -75,7 +75,7 @@ def in_background() -> None:
 
 
 def observe() -> None:
-    """Wraps the collectives for the rest of the process, to keep NOW; before megatron.core is imported, which takes
+    """Wraps the collectives for the rest of the process, to keep PROGRESS; before megatron.core is imported, which takes
     some of them by name."""
     if hasattr(dist.all_reduce, "observed"):
         return
@@ -89,21 +89,21 @@ def _observed(function: Callable, name: str) -> Callable:
     """The function, noting where the training thread is; without a name it is a wait for the collective before."""
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if NOW.inside or getattr(_here, "background", False):
+        if PROGRESS.inside or getattr(_here, "background", False):
             return function(*args, **kwargs)
         if name:
-            NOW.collective, NOW.count = name, NOW.count + 1
-        on_gpu = NOW.measuring and torch.cuda.is_available()
+            PROGRESS.collective, PROGRESS.count = name, PROGRESS.count + 1
+        on_gpu = PROGRESS.measuring and torch.cuda.is_available()
         before = _event() if on_gpu else None
-        NOW.inside, NOW.moved = True, time.monotonic()
+        PROGRESS.inside, PROGRESS.moved = True, time.monotonic()
         try:
             return function(*args, **kwargs)
         finally:
             moved = time.monotonic()
-            NOW.blocked_seconds += moved - NOW.moved
-            NOW.inside, NOW.moved = False, moved
+            PROGRESS.blocked_seconds += moved - PROGRESS.moved
+            PROGRESS.inside, PROGRESS.moved = False, moved
             if before is not None:
-                NOW._events.append((before, _event()))
+                PROGRESS._events.append((before, _event()))
     call.observed = True
     return call
 

@@ -17,7 +17,7 @@ from pathlib import Path
 STARTS = "starts.json"
 
 
-class StartsSpent(RuntimeError):
+class RestartLimit(RuntimeError):
     """Too many starts in a row made no new checkpoint."""
 
 
@@ -30,13 +30,13 @@ def count_start(run: Path, allowed: int, job: str | None = None) -> None:
         job: the batch job, which counts from 1: whoever submits anew has looked at the log.
 
     Raises:
-        StartsSpent: as many have been made.
+        RestartLimit: as many have been made.
     """
     job = job or os.environ.get("SLURM_JOB_ID", "")
     before, step = _read(run), newest_step(run)
     goes_on = before.get("job") == job and before.get("step") == step
     if goes_on and before["starts"] >= allowed:
-        raise StartsSpent(_reason(run, before))
+        raise RestartLimit(_reason(run, before))
     run.mkdir(parents=True, exist_ok=True)
     beside = run / f"{STARTS}.new"
     beside.write_text(json.dumps({"job": job, "step": step, "starts": before["starts"] + 1 if goes_on else 1,
@@ -44,7 +44,7 @@ def count_start(run: Path, allowed: int, job: str | None = None) -> None:
     beside.replace(run / STARTS)
 
 
-def may_start_again(run: Path) -> str:
+def restart_refusal(run: Path) -> str:
     """Empty, or the reason why not."""
     before = _read(run)
     spent = before and before["step"] == newest_step(run) and before["starts"] >= before["allowed"]
@@ -65,13 +65,13 @@ def _read(run: Path) -> dict:
 
 
 def _reason(run: Path, before: dict) -> str:
-    return (f"{before['starts']} starts in a row (guard.max_starts={before['allowed']}) made no checkpoint after step "
+    return (f"{before['starts']} starts in a row (fault_tolerance.max_starts={before['allowed']}) made no checkpoint after step "
             f"{before['step']} of {run}, so this job is not started again; the log above says what each ended with. "
             "Submit anew when it is mended: the run goes on where it was")
 
 
 def main() -> int:
-    reason = may_start_again(Path(sys.argv[1]))
+    reason = restart_refusal(Path(sys.argv[1]))
     if reason:
         print(reason, file=sys.stderr)
     return 3 if reason else 0

@@ -83,7 +83,7 @@ def _preside(world: int, store: dist.Store, seconds: float) -> dict[str, str]:
         named = ", ".join(f"{r} on {hosts[r]}" if r in hosts else str(r) for r in missing[:16])
         more = f" and {len(missing) - 16} more" if len(missing) > 16 else ""
         return {"said": "", "fault": (
-            f"{len(missing)} of {world} ranks did not report within guard.join_seconds={seconds:g}: rank {named}"
+            f"{len(missing)} of {world} ranks did not report within fault_tolerance.join_seconds={seconds:g}: rank {named}"
             f"{more}. Look at these nodes (sinfo -R, tools/doctor.py), exclude them (sbatch --exclude), or raise the "
             "limit")}
     reports = [Report(**json.loads(store.get(f"report/{r}"))) for r in range(world)]

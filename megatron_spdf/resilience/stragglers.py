@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from megatron_spdf.resilience.progress import NOW
+from megatron_spdf.resilience.progress import PROGRESS
 
 WINDOW = 5  # steps before a gather that are measured
 
@@ -56,15 +56,15 @@ class Stragglers:
 
     def begin(self, step: int) -> None:
         """Before a step fetches its data."""
-        NOW.measuring = bool(self.every) and (-step) % self.every < WINDOW
-        self._started, self._blocked = time.perf_counter(), NOW.blocked_seconds
+        PROGRESS.measuring = bool(self.every) and (-step) % self.every < WINDOW
+        self._started, self._blocked = time.perf_counter(), PROGRESS.blocked_seconds
 
     def end(self, step: int, data_seconds: float) -> None:
         """After a step, whose results the host has seen; where it is due, all ranks gather their times."""
-        if not NOW.measuring:
+        if not PROGRESS.measuring:
             return
         wall = time.perf_counter() - self._started
-        blocked = NOW.blocked_on_gpu() if torch.cuda.is_available() else NOW.blocked_seconds - self._blocked
+        blocked = PROGRESS.blocked_on_gpu() if torch.cuda.is_available() else PROGRESS.blocked_seconds - self._blocked
         self._seconds.append(max(0.0, wall - blocked))
         self._data_seconds.append(data_seconds)
         if step % self.every == 0:

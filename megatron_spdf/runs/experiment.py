@@ -37,7 +37,7 @@ from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.runs.measured import LOG, read_run
 from megatron_spdf.runs.sweep import Trial, as_words
 from megatron_spdf.schedule.flops import training_flops
-from megatron_spdf.schedule.stages import mean_flops, phases_of
+from megatron_spdf.schedule.stages import mean_flops, stages_of
 from megatron_spdf.section import Section
 
 BUDGET = "budget"  # the one key among an axis's values that is not of the recipe
@@ -163,7 +163,7 @@ def _trial(values: dict[str, Any], output: Path, recipe: Path, words: list[str])
         return trial
     run = load_recipe(recipe, [*words, *trial.words])
     dense = training_flops(run.model, run.train.sequence_length).total
-    tokens = round(run.steps * dense / mean_flops(phases_of(run)).total) * run.tokens_per_step
+    tokens = round(run.steps * dense / mean_flops(stages_of(run)).total) * run.tokens_per_step
     return Trial({**values, "train.tokens": tokens}, output)
 
 
@@ -197,9 +197,9 @@ def results(experiment: Experiment, path: Path, words: list[str]) -> list[dict[s
             loss = loss_of(trial, cell.recipes[seed])
             if loss is not None:
                 losses[seed] = loss
-        phases = phases_of(cell.recipe)
-        tokens = sum(phase.tokens for phase in phases)
-        rows.append({"labels": cell.labels, "tokens": tokens, "flops": mean_flops(phases).total * tokens,
+        stages = stages_of(cell.recipe)
+        tokens = sum(stage.tokens for stage in stages)
+        rows.append({"labels": cell.labels, "tokens": tokens, "flops": mean_flops(stages).total * tokens,
                      "losses": losses, "missing": len(cell.trials) - len(losses),
                      **dict(zip(("mean", "interval"), summary(list(losses.values())), strict=True))})
     return rows

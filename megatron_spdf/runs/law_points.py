@@ -18,17 +18,17 @@ def point_of(run: Run) -> Point:
     if not run.finished:
         raise ValueError(f"{run.directory} is at step {run.train[-1]['step']:,} of {run.recipe.steps:,}; a loss "
                          "counts at the end of its schedule only: finish the run or leave it out")
-    if run.recipe.phases:
-        raise ValueError(f"{run.directory} changed its sparsity in phases, and the law is of one sparsity; leave it "
+    if run.recipe.stages:
+        raise ValueError(f"{run.directory} changed its sparsity in stages, and the law is of one sparsity; leave it "
                          "out")
     plan = run.plan
-    weights = sum(w.numel for w in block_weights(run))
+    weights = sum(w.numel for w in linear_weights(run))
     nonzero = weights - plan.numel + plan.active
     losses = [r["loss"] for r in run.train]
     loss = run.valid[-1]["loss"] if run.valid else mean(losses[-max(1, len(losses) // 10):])
     return Point(1.0 - nonzero / weights, nonzero, run.train[-1]["tokens"], loss, run.name)
 
 
-def block_weights(run: Run) -> list[Weight]:
-    """Block weights of the run's model, sparse or not."""
+def linear_weights(run: Run) -> list[Weight]:
+    """Linear weights of the run's model, sparse or not."""
     return [w for w in model_weights(run.recipe.model) if w.linear]

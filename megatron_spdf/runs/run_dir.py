@@ -32,7 +32,7 @@ class RunDir:
         self.checkpoints = self.root / "checkpoints"
         self.log = self.root / "log.jsonl"
         self.tensorboard = self.root / "tensorboard"
-        self.cache = Path(getattr(recipe.data, "cache", None) or self.root / "cache")
+        self.cache = Path(getattr(recipe.data, "index_cache", None) or self.root / "cache")
 
     def check(self) -> None:
         """Refuses a directory that holds another recipe's run, or something that is no run, or cannot be written.
@@ -65,10 +65,10 @@ class RunDir:
 
         Raises:
             ValueError: the directory cannot be written.
-            StartsSpent: too many starts in a row made no checkpoint.
+            RestartLimit: too many starts in a row made no checkpoint.
         """
         try:
-            restarts.count_start(self.root, self.recipe.guard.max_starts)
+            restarts.count_start(self.root, self.recipe.fault_tolerance.max_starts)
         except OSError as error:
             raise ValueError(f"output={self.root} cannot be written: {error}; choose another output") from None
 
@@ -86,7 +86,7 @@ class RunDir:
         except OSError as error:
             raise ValueError(f"output={self.root} cannot be written: {error}; choose another output") from None
 
-    def claim_together(self) -> None:
+    def create_on_rank_0(self) -> None:
         """`claim` on rank 0; all ranks call, and see the directory afterwards.
 
         Raises:

@@ -18,7 +18,7 @@ LEVELS = 3  # different values of S, of N and of D that three coefficients each 
 
 @dataclass(frozen=True)
 class Point:
-    """One finished training: final sparsity, non-zero block weights, tokens, loss."""
+    """One finished training: final sparsity, non-zero linear weights, tokens, loss."""
 
     sparsity: float
     nonzero: float

@@ -2,7 +2,7 @@
 
     L(S, N, D) = (a_S (1 - S)^b_S + c_S) N^(-b_N) + (a_D / D)^b_D + c
 
-S is the final sparsity, N the non-zero weights of the blocks (no embeddings), D the data, tokens or images.
+S is the final sparsity, N the non-zero weights of the layers (no embeddings), D the data, tokens or images.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def render_law(facts: dict) -> str:
         CAVEAT, "",
         f"L(S, N, D) = ({c['a_s']:g} (1 - S)^{c['b_s']:g} + {c['c_s']:g}) N^-{c['b_n']:g} + "
         f"({c['a_d']:g} / D)^{c['b_d']:g} + {c['c']:g}     ({facts['fit']}, D in {c['unit']})",
-        f"N = {facts['nonzero']:.3g} non-zero block weights, C = {facts['compute']:.3g} training FLOPs", "",
+        f"N = {facts['nonzero']:.3g} non-zero linear weights, C = {facts['compute']:.3g} training FLOPs", "",
         f"{'':<10}{'equivalent':>12}{'training at the dense cost':>34}{'training by gradual pruning':>42}",
         f"{'sparsity':>10}{'dense size':>12}{'FLOPs / 6ND':>14}{c['unit']:>12}{'loss':>8}{'FLOPs / 6ND':>20}"
         f"{c['unit']:>12}{'loss':>8}"]

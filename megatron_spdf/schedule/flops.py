@@ -27,7 +27,7 @@ FORWARD_AND_BACKWARD = 3  # in units of the forward pass
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs per token, by part: block weights, QK^T and PV, LM head."""
+    """FLOPs per token, by part: linear weights, QK^T and PV, LM head."""
 
     linear: float
     attention: float
@@ -70,7 +70,7 @@ def training_flops(
     """FLOPs per trained token, forward and backward; arguments as of `forward_flops`.
 
     Args:
-        recompute: adds the forward passes done again, of the attention core (selective) or of whole blocks (full):
+        recompute: adds the forward passes done again, of the attention core (selective) or of whole layers (full):
             "hardware FLOPs" of Korthikanti et al. 2022, section 6. The log and the paper's tables count none.
     """
     once = forward_flops(model, sequence_length, plan, convention)
@@ -82,7 +82,7 @@ def training_flops(
 
 
 @dataclass(frozen=True)
-class Phase:
+class Stage:
     """A stretch of a run in which sparsity goes from `start` to `end`: s(t) = end + (start - end) (1 - t)^power.
 
     Attributes:
@@ -100,26 +100,26 @@ class Phase:
         return self.end + (self.start - self.end) / (self.power + 1.0)
 
 
-def gradual_pruning(level: float) -> list[Phase]:
+def gradual_pruning(level: float) -> list[Stage]:
     """GMP as in Frantar et al. 2023: dense for a quarter, cubic to `level` for a half, sparse for a quarter."""
-    return [Phase(0.25, 0.0, 0.0), Phase(0.5, 0.0, level, power=3.0), Phase(0.25, level, level)]
+    return [Stage(0.25, 0.0, 0.0), Stage(0.5, 0.0, level, power=3.0), Stage(0.25, level, level)]
 
 
-def average_sparsity(phases: Sequence[Phase]) -> float:
-    """Sparsity of a schedule, averaged over its tokens; FLOPs of block weights are linear in it.
+def average_sparsity(stages: Sequence[Stage]) -> float:
+    """Sparsity of a schedule, averaged over its tokens; FLOPs of linear weights are linear in it.
 
     Raises:
-        ValueError: no phase, or a share that is not positive.
+        ValueError: no stage, or a share that is not positive.
     """
-    if not phases or any(p.share <= 0.0 for p in phases):
-        raise ValueError(f"a schedule needs phases of positive share, not {[p.share for p in phases]}")
-    return sum(p.share * p.average for p in phases) / sum(p.share for p in phases)
+    if not stages or any(p.share <= 0.0 for p in stages):
+        raise ValueError(f"a schedule needs stages of positive share, not {[p.share for p in stages]}")
+    return sum(p.share * p.average for p in stages) / sum(p.share for p in stages)
 
 
 def schedule_flops(
     model: Model,
     sequence_length: int,
-    phases: Sequence[Phase],
+    stages: Sequence[Stage],
     convention: Convention = "spdf",
     dense_gradient_every: int | None = None,
 ) -> Flops:
@@ -130,7 +130,7 @@ def schedule_flops(
             (3 f_S dT + 2 f_S + f_D) / (dT + 1) of RigL (Evci et al. 2020, appendix H), f being a forward pass.
     """
     dense = training_flops(model, sequence_length, None, convention)
-    linear = dense.linear * (1.0 - average_sparsity(phases))
+    linear = dense.linear * (1.0 - average_sparsity(stages))
     if dense_gradient_every is not None:
         update = (2.0 * linear + dense.linear) / FORWARD_AND_BACKWARD
         linear = (linear * dense_gradient_every + update) / (dense_gradient_every + 1.0)

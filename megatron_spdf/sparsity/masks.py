@@ -1,7 +1,7 @@
-"""Static random masks from a counter-based stream keyed by (seed, weight name, chunk).
+"""Static random masks from a counter-based stream keyed by (seed, weight name, slice).
 
-A chunk's mask depends on nothing else: not on the layout, not on the rank, not on what was drawn before. So every
-rank draws its own chunks without communication, and the mask is the same at every layout. Philox's raw words are
+A slice's mask depends on nothing else: not on the layout, not on the rank, not on what was drawn before. So every
+rank draws its own slices without communication, and the mask is the same at every layout. Philox's raw words are
 covered by NumPy's stream-compatibility promise, which its distributions are not; stored hashes in the tests hold
 the stream to what it is.
 """
@@ -16,24 +16,24 @@ from megatron_spdf.random_streams import stream_key
 STREAM = "megatron_spdf mask stream 1"
 
 
-def draw_mask(seed: int, name: str, chunk: int, numel: int, active: int) -> np.ndarray:
-    """The mask of one chunk with exactly `active` entries set, every such mask equally likely.
+def draw_mask(seed: int, name: str, slice_id: int, numel: int, active: int) -> np.ndarray:
+    """The mask of one slice with exactly `active` entries set, every such mask equally likely.
 
     Each entry gets a random 32-bit word and the `active` smallest are set, ties by position.
 
     Args:
-        numel: entries of the chunk, in row-major order.
+        numel: entries of the slice, in row-major order.
 
     Returns:
         (numel,) bool.
     """
     assert 0 < active <= numel, (active, numel)
-    words = Philox(key=stream_key(STREAM, seed, name, chunk)).random_raw((numel + 1) // 2)
+    words = Philox(key=stream_key(STREAM, seed, name, slice_id)).random_raw((numel + 1) // 2)
     return _smallest(words.astype("<u8", copy=False).view("<u4")[:numel], active)
 
 
 def largest_mask(values: np.ndarray, active: int) -> np.ndarray:
-    """The mask of the `active` largest magnitudes of a chunk, ties by position.
+    """The mask of the `active` largest magnitudes of a slice, ties by position.
 
     Args:
         values: (numel,), floating point.

@@ -9,96 +9,96 @@ from functools import cached_property
 
 from megatron_spdf.architecture.weights import Weight
 from megatron_spdf.kernels.limits import multiplied
-from megatron_spdf.sparsity.patterns.tiles import balanced_parts, block_chunks
+from megatron_spdf.sparsity.patterns.tiles import balanced_parts, tile_slices
 from megatron_spdf.sparsity.patterns.two_four import check_two_four
 from megatron_spdf.sparsity.settings import Sparsity
 
 
 @dataclass(frozen=True)
 class SparseWeight:
-    """A weight cut along its tensor-parallel axis into equal chunks with the same number of active entries.
+    """A weight cut along its tensor-parallel axis into equal slices with the same number of active entries.
 
     Attributes:
-        name: canonical name; with the seed and the chunk number it determines the mask.
+        name: canonical name; with the seed and the slice number it determines the mask.
         shape: (out, in) of the whole weight.
-        axis: the axis that tensor parallelism, and so the chunks, cut.
-        chunks: number of chunks C; every tensor-parallel degree that divides C keeps the chunks whole.
+        axis: the axis that tensor parallelism, and so the slices, cut.
+        slices: number of slices C; every tensor-parallel degree that divides C keeps the slices whole.
         level: the sparsity asked for.
-        block: size of the blocks that are active or zero as a whole, balanced in each chunk; None: entries are.
+        tile: size of the tiles that are active or zero as a whole, balanced in each slice; None: entries are.
         two_four: of every four entries of a row, and of a column, two are active.
     """
 
     name: str
     shape: tuple[int, int]
     axis: int
-    chunks: int
+    slices: int
     level: float
-    block: int | None = None
+    tile: int | None = None
     two_four: bool = False
 
     @property
-    def chunk_shape(self) -> tuple[int, int]:
+    def slice_shape(self) -> tuple[int, int]:
         out, inputs = self.shape
-        return (out // self.chunks, inputs) if self.axis == 0 else (out, inputs // self.chunks)
+        return (out // self.slices, inputs) if self.axis == 0 else (out, inputs // self.slices)
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
 
     @property
-    def active_per_chunk(self) -> int:
-        """Exact number of active entries k of each chunk."""
-        entries = math.prod(self.chunk_shape)
-        if self.block is None:
+    def active_per_slice(self) -> int:
+        """Exact number of active entries k of each slice."""
+        entries = math.prod(self.slice_shape)
+        if self.tile is None:
             return max(1, round((1.0 - self.level) * entries))
         active, parts = balanced_parts(self.grid, self.level)
         return entries // parts * active
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Blocks of a chunk, (block rows, block columns)."""
-        assert self.block is not None, self.name
-        rows, columns = self.chunk_shape
-        return rows // self.block, columns // self.block
+        """TileTable of a slice, (tile rows, tile columns)."""
+        assert self.tile is not None, self.name
+        rows, columns = self.slice_shape
+        return rows // self.tile, columns // self.tile
 
     @property
     def per_row(self) -> int:
-        """Active blocks of a block row of a chunk."""
+        """Active tiles of a tile row of a slice."""
         active, parts = balanced_parts(self.grid, self.level)
         return self.grid[1] // parts * active
 
     @property
     def active(self) -> int:
-        return self.chunks * self.active_per_chunk
+        return self.slices * self.active_per_slice
 
     @property
     def sparsity(self) -> float:
-        """The sparsity that whole numbers, or balanced blocks, allow, which the measured one must equal."""
+        """The sparsity that whole numbers, or balanced tiles, allow, which the measured one must equal."""
         return 1.0 - self.active / self.numel
 
 
 @dataclass(frozen=True, eq=False)  # a key by identity: the planner asks about one plan at thousands of layouts
 class Plan:
-    """Canonical name -> sparse weight, for the weights that are sparse; `seed` is of the masks, `expand` the recipe's
-    `sparsity.expand`."""
+    """Canonical name -> sparse weight, for the weights that are sparse; `seed` is of the masks, `dense_copy` the recipe's
+    `sparsity.dense_copy`."""
 
     seed: int
     weights: dict[str, SparseWeight]
-    expand: str = "step"
+    dense_copy: str = "per_step"
 
     @cached_property
-    def on_blocks(self) -> Plan:
+    def on_tiles(self) -> Plan:
         """The weights whose zeros a GPU skips; what it executes counts their active entries only."""
-        return Plan(self.seed, {n: w for n, w in self.weights.items() if self.multiplies_blocks(n)}, self.expand)
+        return Plan(self.seed, {n: w for n, w in self.weights.items() if self.multiplies_tiles(n)}, self.dense_copy)
 
-    def multiplies_blocks(self, name: str) -> bool:
-        """Whether a GPU multiplies with this weight's active blocks alone."""
-        block = self.weights[name].block
-        return block is not None and multiplied(block)
+    def multiplies_tiles(self, name: str) -> bool:
+        """Whether a GPU multiplies with this weight's active tiles alone."""
+        tile = self.weights[name].tile
+        return tile is not None and multiplied(tile)
 
     def keeps_copy(self, name: str, on_gpu: bool) -> bool:
         """Whether a dense copy of this weight is kept for the step."""
-        return self.expand == "step" and not (on_gpu and self.multiplies_blocks(name))
+        return self.dense_copy == "per_step" and not (on_gpu and self.multiplies_tiles(name))
 
     @property
     def numel(self) -> int:
@@ -114,16 +114,16 @@ class Plan:
         return 1.0 - self.active / self.numel if self.weights else 0.0
 
 
-def make_plan(sparsity: Sparsity, weights: list[Weight], chunks: int) -> Plan:
-    """Gives every block weight the level of the first rule that matches it, else the default level.
+def make_plan(sparsity: Sparsity, weights: list[Weight], slices: int) -> Plan:
+    """Gives every linear weight the level of the first rule that matches it, else the default level.
 
     Args:
         weights: all parameters of the model; only those marked `linear` can be sparse.
-        chunks: C, the number of query groups: the largest tensor-parallel degree the model allows. Weights of blocks
-            may be cut into fewer, see `blocks.block_chunks`.
+        slices: C, the number of query groups: the largest tensor-parallel degree the model allows. Weights of tiles
+            may be cut into fewer, see `tiles.tile_slices`.
 
     Raises:
-        ValueError: a rule that matches nothing that can be sparse, or a weight that blocks do not divide, or that
+        ValueError: a rule that matches nothing that can be sparse, or a weight that tiles do not divide, or that
             cannot be 2:4.
     """
     candidates = [w for w in weights if w.linear]
@@ -137,34 +137,34 @@ def make_plan(sparsity: Sparsity, weights: list[Weight], chunks: int) -> Plan:
                 used.add(number)
                 break
         if level > 0.0:
-            block = sparsity.block if sparsity.pattern == "block" else None
+            tile = sparsity.tile if sparsity.pattern == "tile" else None
             place = weight.name, weight.shape, weight.axis
-            cut = block_chunks(*place, chunks, level, block)
+            cut = tile_slices(*place, slices, level, tile)
             two_four = sparsity.pattern == "2:4"
             if two_four:
                 check_two_four(*place, cut, level)
-            plan[weight.name] = SparseWeight(*place, cut, level, block, two_four)
+            plan[weight.name] = SparseWeight(*place, cut, level, tile, two_four)
     _refuse_idle_rules(sparsity, used, candidates, weights)
-    return Plan(sparsity.seed, plan, sparsity.expand)
+    return Plan(sparsity.seed, plan, sparsity.dense_copy)
 
 
 def check_tensor(plan: Plan, tensor: int) -> None:
-    """That every tensor-parallel rank holds whole chunks.
+    """That every tensor-parallel rank holds whole slices.
 
     Raises:
-        ValueError: a weight of blocks has too few chunks for that.
+        ValueError: a weight of tiles has too few slices for that.
     """
     for w in plan.weights.values():
-        if w.chunks % tensor:
-            raise ValueError(f"parallel.tensor={tensor} does not divide the {w.chunks} chunks that balanced blocks of "
-                             f"sparsity.block={w.block} leave {w.name} ({w.shape[0]} x {w.shape[1]}) at level "
-                             f"{w.level}; tensor may be a divisor of {_fewest_chunks(plan)}, or take smaller blocks, "
+        if w.slices % tensor:
+            raise ValueError(f"parallel.tensor={tensor} does not divide the {w.slices} slices that balanced tiles of "
+                             f"sparsity.tile={w.tile} leave {w.name} ({w.shape[0]} x {w.shape[1]}) at level "
+                             f"{w.level}; tensor may be a divisor of {_fewest_slices(plan)}, or take smaller tiles, "
                              "or a level that is a coarser fraction")
 
 
-def _fewest_chunks(plan: Plan) -> int:
+def _fewest_slices(plan: Plan) -> int:
     """The largest tensor-parallel degree of a plan."""
-    return math.gcd(*(w.chunks for w in plan.weights.values()))
+    return math.gcd(*(w.slices for w in plan.weights.values()))
 
 
 def _refuse_idle_rules(sparsity: Sparsity, used: set[int], candidates: list[Weight], weights: list[Weight]) -> None:
@@ -188,23 +188,23 @@ def render_plan(plan: Plan) -> str:
         rows.setdefault((kind, w.shape, w.level), []).append(w)
     if not rows:
         return "sparsity plan: dense, every weight is active"
-    lines = [f"sparsity plan (mask seed {plan.seed}): {plan.active:,} of {plan.numel:,} block weights active, "
+    lines = [f"sparsity plan (mask seed {plan.seed}): {plan.active:,} of {plan.numel:,} linear weights active, "
              f"sparsity {plan.sparsity:.4%}{_render_pattern(plan)}",
-             f"  {'weight':<48}{'count':>6}{'shape':>16}{'chunks':>8}{'active/chunk':>14}{'sparsity':>11}"]
+             f"  {'weight':<48}{'count':>6}{'shape':>16}{'slices':>8}{'active/slice':>14}{'sparsity':>11}"]
     for (kind, shape, _), group in rows.items():
         w = group[0]
-        lines.append(f"  {kind:<48}{len(group):>6}{f'{shape[0]} x {shape[1]}':>16}{w.chunks:>8}"
-                     f"{w.active_per_chunk:>14,}{w.sparsity:>11.4%}")
+        lines.append(f"  {kind:<48}{len(group):>6}{f'{shape[0]} x {shape[1]}':>16}{w.slices:>8}"
+                     f"{w.active_per_slice:>14,}{w.sparsity:>11.4%}")
     return "\n".join(lines)
 
 
 def _render_pattern(plan: Plan) -> str:
-    """What blocks make of the levels asked for; nothing for unstructured masks."""
+    """What tiles make of the levels asked for; nothing for unstructured masks."""
     if any(w.two_four for w in plan.weights.values()):
         return "; 2:4, two of every four weights along rows and along columns"
-    blocks = [w for w in plan.weights.values() if w.block]
-    if not blocks:
+    tiles = [w for w in plan.weights.values() if w.tile]
+    if not tiles:
         return ""
-    levels = ", ".join(f"{level:g}" for level in sorted({w.level for w in blocks}))
-    return (f"; balanced blocks of {blocks[0].block} x {blocks[0].block}, to which level {levels} is rounded below; "
-            f"tensor-parallel degrees: divisors of {_fewest_chunks(plan)}")
+    levels = ", ".join(f"{level:g}" for level in sorted({w.level for w in tiles}))
+    return (f"; balanced tiles of {tiles[0].tile} x {tiles[0].tile}, to which level {levels} is rounded below; "
+            f"tensor-parallel degrees: divisors of {_fewest_slices(plan)}")

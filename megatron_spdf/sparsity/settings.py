@@ -21,24 +21,24 @@ class SparsityRule(Section):
 class Sparsity(Section):
     """Static random masks. Also written as a number, or as a list of rules with all other weights dense."""
 
-    level: Level = Field(0.0, description="fraction of zeros of every block weight that no rule matches")
-    pattern: Literal["unstructured", "block", "2:4"] = Field(
+    level: Level = Field(0.0, description="fraction of zeros of every linear weight that no rule matches")
+    pattern: Literal["unstructured", "tile", "2:4"] = Field(
         "unstructured",
-        description="what is active or zero: single weights, square blocks of them, or two of every four both ways")
-    block: int = Field(
-        64, gt=0, description="side of a block; levels are rounded to equally many blocks in every row and column")
-    expand: Literal["step", "layer"] = Field(
-        "step", description="dense copies of sparse weights: kept for the step, or made again in forward and backward")
+        description="what is active or zero: single weights, square tiles of them, or two of every four both ways")
+    tile: int = Field(
+        64, gt=0, description="side of a tile; levels are rounded to equally many tiles in every row and column")
+    dense_copy: Literal["per_step", "per_layer"] = Field(
+        "per_step", description="dense copies of sparse weights: kept for the step, or made again in forward and backward")
     rules: list[SparsityRule] = Field([], description="the first rule that matches a weight wins")
     seed: int = Field(0, ge=0, description="of the masks; they depend on it and the weight's name alone")
 
     @model_validator(mode="before")
     @classmethod
     def _short_forms(cls, value: Any) -> Any:
-        return normalise_sparsity(value)
+        return normalize_sparsity(value)
 
 
-def normalise_sparsity(value: Any) -> Any:
+def normalize_sparsity(value: Any) -> Any:
     """The short forms of `sparsity:` as the mapping they stand for."""
     if isinstance(value, (int, float, str)) and not isinstance(value, bool):
         return {"level": value, "rules": []}

@@ -17,11 +17,11 @@ from megatron_spdf.engine.factory import make_engine
 from megatron_spdf.model.batch import MicroBatch
 from megatron_spdf.planning.search import LARGEST_MICRO_BATCH, USABLE
 from megatron_spdf.recipe.recipe import AUTO, Recipe
-from megatron_spdf.recipe.rules import findings
-from megatron_spdf.resilience.progress import NOW
+from megatron_spdf.recipe.rules import rule_violations
+from megatron_spdf.resilience.progress import PROGRESS
 from megatron_spdf.runs.measured import MICRO_BATCHES
 from megatron_spdf.runs.run_dir import RunDir
-from megatron_spdf.schedule.stages import RunPhase
+from megatron_spdf.schedule.stages import RunStage
 
 LARGEST_ON_CPU = 4
 STEPS = 3  # of which the first sets up and is not timed
@@ -43,42 +43,42 @@ class Trial:
     next_peak: float
 
 
-def settle_micro_batch(phase: RunPhase, run: RunDir, device: torch.device) -> tuple[RunPhase, list[str]]:
-    """The phase with a number for its micro-batch, and lines on where it is from. All ranks call it together.
+def choose_micro_batch(stage: RunStage, run: RunDir, device: torch.device) -> tuple[RunStage, list[str]]:
+    """The stage with a number for its micro-batch, and lines on where it is from. All ranks call it together.
 
-    What is tried are engines of their own, and gone afterwards: the phase's own begins as if there had been none.
+    What is tried are engines of their own, and gone afterwards: the stage's own begins as if there had been none.
 
     Raises:
         ValueError: not even one sequence fits in memory.
     """
-    if phase.recipe.train.micro_batch != AUTO:
-        return phase, []
-    key = {"phase": phase.number, **_layout(phase.recipe, device)}
+    if stage.recipe.train.micro_batch != AUTO:
+        return stage, []
+    key = {"stage": stage.number, **_layout(stage.recipe, device)}
     kept = _read(run)
     chosen = next((entry["micro_batch"] for entry in kept if entry["of"] == key), None)
     lines = [f"micro-batch {chosen}, as chosen when this run first had this layout"]
     if chosen is None:
-        trials = list(try_all(phase, device))
+        trials = list(try_all(stage, device))
         chosen = fastest(trials)
         lines = _render(trials, chosen)
         if dist.get_rank() == 0:
             run.claim()
             _write(run, [*kept, {"of": key, "micro_batch": chosen, "trials": [asdict(t) for t in trials]}])
-    return replace(phase, recipe=phase.recipe.with_micro_batch(chosen)), lines
+    return replace(stage, recipe=stage.recipe.with_micro_batch(chosen)), lines
 
 
 def candidates(recipe: Recipe, largest: int) -> list[int]:
     """Powers of two that divide a data-parallel rank's share of the global batch and break no other rule."""
     sizes = [2**n for n in range(largest.bit_length()) if 2**n <= largest]
-    return [size for size in sizes if not any(findings(recipe.with_micro_batch(size)))]
+    return [size for size in sizes if not any(rule_violations(recipe.with_micro_batch(size)))]
 
 
-def try_all(phase: RunPhase, device: torch.device) -> Iterator[Trial]:
+def try_all(stage: RunStage, device: torch.device) -> Iterator[Trial]:
     """Trials from one sequence up, until the next would not fit."""
     on_gpu = device.type == "cuda"
     room = USABLE * torch.cuda.get_device_properties(device).total_memory if on_gpu else math.inf
-    for size in candidates(phase.alone, LARGEST_MICRO_BATCH if on_gpu else LARGEST_ON_CPU):
-        trial = _try(replace(phase, recipe=phase.recipe.with_micro_batch(size)), device)
+    for size in candidates(stage.alone, LARGEST_MICRO_BATCH if on_gpu else LARGEST_ON_CPU):
+        trial = _try(replace(stage, recipe=stage.recipe.with_micro_batch(size)), device)
         yield trial
         if trial.next_peak > room:
             return
@@ -97,13 +97,13 @@ def fastest(trials: list[Trial]) -> int:
     return best.micro_batch
 
 
-def _try(phase: RunPhase, device: torch.device) -> Trial:
-    size = phase.recipe.train.micro_batch
-    NOW.enter(f"the trial of micro-batch {size}")
+def _try(stage: RunStage, device: torch.device) -> Trial:
+    size = stage.recipe.train.micro_batch
+    PROGRESS.enter(f"the trial of micro-batch {size}")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     try:
-        seconds, held = _run(phase, device)
+        seconds, held = _run(stage, device)
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else held
     except torch.OutOfMemoryError:
         if dist.get_world_size() > 1:  # the other ranks are left in a collective
@@ -116,10 +116,10 @@ def _try(phase: RunPhase, device: torch.device) -> Trial:
     return Trial(size, *shared.tolist())
 
 
-def _run(phase: RunPhase, device: torch.device) -> tuple[float, int]:
+def _run(stage: RunStage, device: torch.device) -> tuple[float, int]:
     """Seconds of the fastest step but the first, and the bytes of weights, gradients and optimizer state."""
-    recipe = phase.alone
-    engine = make_engine(recipe, phase.plan, device)
+    recipe = stage.alone
+    engine = make_engine(recipe, stage.plan, device)
     try:
         batch, seconds = _random_batch(recipe, engine), []
         for number in range(1, STEPS + 1):
@@ -135,7 +135,7 @@ def _run(phase: RunPhase, device: torch.device) -> tuple[float, int]:
 
 def _random_batch(recipe: Recipe, engine: Engine) -> list[MicroBatch]:
     """A rank's micro-batches, all of them the same random tokens."""
-    if not engine.reads_data:
+    if not engine.needs_batches:
         return [{}] * recipe.micro_batches
     shape = (recipe.train.micro_batch, recipe.train.sequence_length)
     tokens = torch.randint(recipe.model.vocab_size, shape, generator=torch.Generator().manual_seed(recipe.seed))

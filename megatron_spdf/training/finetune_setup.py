@@ -55,16 +55,16 @@ def prepare(finetune: Finetune, start: WeightSource) -> Prepared:
     return Prepared(
         recipe, plan, tokenizer, train, valid,
         masks=start.masks if plan.weights else drawn_masks(plan),
-        origin=f"{finetune.phase} fine-tuning from {start.origin}",
+        origin=f"{finetune.mode} fine-tuning from {start.origin}",
         summary=_summary(finetune, start, recipe, plan, train, valid))
 
 
 def _sparsity(finetune: Finetune, start: WeightSource) -> Sparsity:
-    if finetune.phase == "dense":
+    if finetune.mode == "dense":
         return Sparsity()
     if not isinstance(start, CheckpointReader) or not start.plan.weights:
-        raise ValueError(f"phase=sparse keeps the mask of the start, and checkpoint={start.path} has none; start from "
-                         "a sparse run, or set phase=dense")
+        raise ValueError(f"mode=sparse keeps the mask of the start, and checkpoint={start.path} has none; start from "
+                         "a sparse run, or set mode=dense")
     return start.recipe.sparsity
 
 
@@ -90,10 +90,10 @@ def _tokenizer(start: WeightSource) -> Tokenizer:
 def _summary(
     finetune: Finetune, start: WeightSource, recipe: Recipe, plan: Plan, train: Completions, valid: Completions
 ) -> str:
-    phase = {"dense": f"dense, revived weights start {'at zero' if finetune.revived == 'zeros' else 'normal'}",
-             "sparse": "sparse, the mask holds"}[finetune.phase]
+    mode = {"dense": f"dense, revived weights start {'at zero' if finetune.revived == 'zeros' else 'normal'}",
+             "sparse": "sparse, the mask holds"}[finetune.mode]
     lines = [
-        f"starting from {start.origin}, {start.path}; {phase}",
+        f"starting from {start.origin}, {start.path}; {mode}",
         f"{finetune.data.task}: {len(train):,} training and {len(valid):,} validation pairs of "
         f"{train.lengths.mean():.0f} tokens on average; {finetune.train.epochs} epochs of "
         f"{finetune.steps_per_epoch(len(train)):,} steps"]

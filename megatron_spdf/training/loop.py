@@ -21,7 +21,7 @@ from megatron_spdf.layers.measure import check_sparsity, total_sparsity
 from megatron_spdf.parallel.traffic import TrafficCounter
 from megatron_spdf.planning.hardware import peak_flops
 from megatron_spdf.recipe.recipe import Recipe
-from megatron_spdf.resilience.progress import NOW
+from megatron_spdf.resilience.progress import PROGRESS
 from megatron_spdf.resilience.signals import StopRequest
 from megatron_spdf.resilience.stragglers import Stragglers
 from megatron_spdf.runs.run_log import RunLog
@@ -35,10 +35,10 @@ class NotFinite(RuntimeError):
 
 @dataclass
 class Trainer:
-    """One rank's view of a run, from where `state` stands to its end, or to that of one of its phases.
+    """One rank's view of a run, from where `state` stands to its end, or to that of one of its stages.
 
     Attributes:
-        first, last: the phase has the steps first + 1 ... last; None: the run's last. The schedule begins with it.
+        first, last: the stage has the steps first + 1 ... last; None: the run's last. The schedule begins with it.
         flops_before: of training up to step `first`.
     """
 
@@ -63,7 +63,7 @@ class Trainer:
 
         Raises:
             NotFinite, SparsityDrift: the run cannot go on; nothing after the last good checkpoint is saved.
-            SaveFailed: the last save failed, or more in a row than `guard.max_failed_saves`.
+            SaveFailed: the last save failed, or more in a row than `fault_tolerance.max_failed_saves`.
         """
         try:
             self._train()
@@ -80,7 +80,7 @@ class Trainer:
         first = state.step + 1
         pace = Stragglers(recipe.log.ranks_every, recipe.log.slow_factor, self.log)
         while not self.finished and not self.stopping:
-            NOW.enter(f"step {state.step + 1}", watched=state.step + 1 > first)  # the first one compiles and sets up
+            PROGRESS.enter(f"step {state.step + 1}", watched=state.step + 1 > first)  # the first one compiles and sets up
             pace.begin(state.step + 1)
             started = time.perf_counter()
             batch = next(batches)
@@ -100,7 +100,7 @@ class Trainer:
             best = self._evaluate_if_due() and recipe.checkpoint.best
             if best or recipe.checkpoint.every and state.step % recipe.checkpoint.every == 0:
                 saved = self._save()
-        NOW.enter(f"the save at step {state.step}")
+        PROGRESS.enter(f"the save at step {state.step}")
         self._report_saved(self.checkpointer.wait())
         if saved != state.step or self.checkpointer.failed_in_a_row:
             self._save()
@@ -134,10 +134,10 @@ class Trainer:
         state.skipped_in_a_row += 1
         self.log.say(f"step {state.step}: skipped, loss {result.loss}, gradient norm {result.grad_norm}; "
                      f"{state.skipped_in_a_row} in a row")
-        if state.skipped_in_a_row > self.recipe.guard.max_skipped:
+        if state.skipped_in_a_row > self.recipe.fault_tolerance.max_skipped:
             raise NotFinite(
                 f"{state.skipped_in_a_row} steps in a row up to step {state.step} had a non-finite loss or gradient, "
-                f"more than guard.max_skipped={self.recipe.guard.max_skipped}; nothing was saved since. Lower "
+                f"more than fault_tolerance.max_skipped={self.recipe.fault_tolerance.max_skipped}; nothing was saved since. Lower "
                 "optimizer.lr, lengthen the warm-up, or look at the data of these steps")
 
     def _report(self, result: StepResult, seconds: float, waited: float) -> None:
@@ -145,7 +145,7 @@ class Trainer:
         measured = self.engine.measured_sparsity()
         model, length = recipe.model, self.data.mean_length
         tokens = state.tokens - self.data.consumed(state.step - 1)  # of this step
-        skipped = self.plan.on_blocks if torch.cuda.is_available() else None
+        skipped = self.plan.on_tiles if torch.cuda.is_available() else None
         executed = training_flops(model, length, skipped).total * tokens / seconds / recipe.parallel.world
         figures = {
             "tokens": state.tokens,
@@ -174,13 +174,13 @@ class Trainer:
             + (f" | MFU {figures['mfu']:.1%}" if peak else "") + f" | sparsity {figures['sparsity']:.2%}")
 
     def _evaluate_if_due(self) -> bool:
-        """Evaluates every `evaluate.every` steps and at the end of a phase, once for each step however often it
+        """Evaluates every `evaluate.every` steps and at the end of a stage, once for each step however often it
         resumes; returns whether the loss is the lowest yet."""
         state, every = self.state, self.recipe.evaluate.every
         due = state.step in (self.first, self.last) or (every and state.step % every == 0)
         if not due or state.step == 0 or not self.data.valid_batches or state.evaluated == state.step or self.stopping:
             return False
-        NOW.enter(f"the evaluation at step {state.step}", watched=True)
+        PROGRESS.enter(f"the evaluation at step {state.step}", watched=True)
         loss = validation_loss(self.engine, self.data.validation_batches(), lambda: self.stop.requested)
         if loss is None:
             self.stopping = True
@@ -211,9 +211,9 @@ class Trainer:
     def _save(self) -> int:
         """Starts a save, when the one before is done; returns the step."""
         started = time.perf_counter()
-        NOW.enter(f"the save at step {self.state.step}")
+        PROGRESS.enter(f"the save at step {self.state.step}")
         self._report_saved(self.checkpointer.wait())
-        self._stop_if_saves_fail(self.recipe.guard.max_failed_saves)
+        self._stop_if_saves_fail(self.recipe.fault_tolerance.max_failed_saves)
         measured = self.engine.measured_sparsity()
         check_sparsity(measured, self.plan)
         self.checkpointer.save(self.engine, self.state, measured)

@@ -14,12 +14,12 @@ from megatron_spdf.checkpoint import store
 from megatron_spdf.checkpoint.inspect import describe, render, verify
 from megatron_spdf.checkpoint.reader import STATES, CheckpointReader, find_checkpoint, stored_name
 from megatron_spdf.checkpoint.tensors import TensorFiles
-from megatron_spdf.convert.initial_checkpoint import start_run
+from megatron_spdf.convert.initial_checkpoint import write_initial_checkpoint
 from megatron_spdf.convert.source import open_weights
 from megatron_spdf.recipe.load import load_recipe
 from megatron_spdf.runs.run_dir import RECIPE, RunDir
 from megatron_spdf.sparsity.masks import draw_mask, largest_mask
-from megatron_spdf.sparsity.slices import chunk_of
+from megatron_spdf.sparsity.slices import slice_of
 
 FC1 = "decoder.layers.1.mlp.linear_fc1.weight"
 
@@ -28,7 +28,7 @@ FC1 = "decoder.layers.1.mlp.linear_fc1.weight"
 def begin(gpt2, tokenizer, tmp_path):
     """Makes a run from the GPT-2 and reads it back."""
     def begin(name: str = "run", source=None, select: str = "random", **sections) -> CheckpointReader:
-        start_run(source or open_weights(gpt2), make_recipe(**sections), tokenizer, tmp_path / name, select)
+        write_initial_checkpoint(source or open_weights(gpt2), make_recipe(**sections), tokenizer, tmp_path / name, select)
         return CheckpointReader(find_checkpoint(tmp_path / name), checksums=True)
     return begin
 
@@ -64,10 +64,10 @@ def test_random_masks_are_those_of_the_plan_and_magnitudes_are_not(gpt2, begin):
     for reader, mask_of in ((drawn, lambda entries, k, c: draw_mask(0, FC1, c, entries.size, k)),
                             (largest, lambda entries, k, c: largest_mask(entries, k))):
         planned = reader.plan.weights[FC1]
-        for chunk in range(6):
-            entries = chunk_of(source, planned, chunk).numpy()
-            mask = mask_of(entries, planned.active_per_chunk, chunk)
-            assert np.array_equal(chunk_of(reader.master(FC1), planned, chunk).numpy(), entries * mask)
+        for slice_id in range(6):
+            entries = slice_of(source, planned, slice_id).numpy()
+            mask = mask_of(entries, planned.active_per_slice, slice_id)
+            assert np.array_equal(slice_of(reader.master(FC1), planned, slice_id).numpy(), entries * mask)
         assert "8 masks are as planned" in verify(reader)
         assert f"masks {reader.masks['how']}" in render(describe(reader))
 
@@ -138,13 +138,13 @@ def test_another_shape_or_tokenizer_is_refused_with_both_values(gpt2, tokenizer,
     other = make_recipe(model=MODEL | {"layers": 4, "max_positions": 20})
     with pytest.raises(ValueError, match="model.layers is 2 there and 4 in the recipe; model.max_positions is 10 there "
                                          "and 20 in the recipe"):
-        start_run(source, other, tokenizer, tmp_path / "run")
+        write_initial_checkpoint(source, other, tokenizer, tmp_path / "run")
     theirs = make_tokenizer(merges=3)
     theirs.save(tmp_path / "tokenizer")
     for name in theirs.file_names:
         (tmp_path / "tokenizer" / name).rename(gpt2 / name)
     with pytest.raises(ValueError, match=f"{theirs.sha256} .gpt2-bpe, 260 tokens.*{tokenizer.sha256} .gpt2-bpe, 259"):
-        start_run(open_weights(gpt2), make_recipe(), tokenizer, tmp_path / "run")
+        write_initial_checkpoint(open_weights(gpt2), make_recipe(), tokenizer, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -160,14 +160,14 @@ def test_nothing_half_written_is_left(gpt2, tokenizer, tmp_path, monkeypatch):
 
         monkeypatch.setattr(source, "weight", fail)
         with pytest.raises(type(fault)):
-            start_run(source, make_recipe(), tokenizer, tmp_path / "run")
+            write_initial_checkpoint(source, make_recipe(), tokenizer, tmp_path / "run")
         assert [p.name for p in tmp_path.iterdir()] == ["gpt2"]
     monkeypatch.setattr(source, "weight", whole)
     (tmp_path / "run.partial").mkdir()  # of one that was killed
     (tmp_path / "run.partial" / "rest").touch()
-    start_run(source, make_recipe(), tokenizer, tmp_path / "run")
+    write_initial_checkpoint(source, make_recipe(), tokenizer, tmp_path / "run")
     with pytest.raises(ValueError, match="run exists; give a new directory"):
-        start_run(source, make_recipe(), tokenizer, tmp_path / "run")
+        write_initial_checkpoint(source, make_recipe(), tokenizer, tmp_path / "run")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["gpt2", "run"]
     assert not list((tmp_path / "run").rglob("rest"))
 

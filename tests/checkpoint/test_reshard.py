@@ -9,7 +9,7 @@ from small_models import make_recipe
 from megatron_spdf.checkpoint import store
 from megatron_spdf.checkpoint.inspect import verify
 from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
-from megatron_spdf.convert.initial_checkpoint import start_run
+from megatron_spdf.convert.initial_checkpoint import write_initial_checkpoint
 from megatron_spdf.convert.reshard import check_layout, reshard
 from megatron_spdf.convert.source import open_weights
 from megatron_spdf.recipe.load import load_recipe
@@ -18,7 +18,7 @@ from megatron_spdf.recipe.recipe import Parallel
 
 @pytest.fixture
 def reader(gpt2, tokenizer, tmp_path):
-    start_run(open_weights(gpt2), make_recipe(sparsity=0.5, parallel={"tensor": 3}), tokenizer, tmp_path / "run",
+    write_initial_checkpoint(open_weights(gpt2), make_recipe(sparsity=0.5, parallel={"tensor": 3}), tokenizer, tmp_path / "run",
               "magnitude")
     return CheckpointReader(find_checkpoint(tmp_path / "run"))
 

@@ -69,7 +69,7 @@ def test_a_model_becomes_a_run_that_trains_and_a_model_again(convert, start, gpt
     tool = start_tool("from-hf", gpt2, "pruned", "optimizer.lr=2e-3", "--recipe", "recipe.yaml", "--sparsity", "0.5",
                       "train.tokens=1024", "--select", "magnitude", cwd=workplace)
     out, err = tool.communicate(timeout=300)
-    assert (tool.returncode, err) == (0, "") and "50.00% of 98,304 block weights zero" in out
+    assert (tool.returncode, err) == (0, "") and "50.00% of 98,304 linear weights zero" in out
     assert "train it: pretrain.py pruned/recipe.yaml" in out
     process = start("output=pruned", "optimizer.lr=2e-3", "sparsity=0.5", "train.tokens=1024")
     out, err = process.communicate(timeout=300)
@@ -116,7 +116,7 @@ def test_dense_weights_come_back_bit_for_bit(convert, gpt2, tmp_path):
 
 @pytest.mark.parametrize("name", [name for name in huggingface_models.SHAPES if name != "workplace"])
 def test_every_shape_comes_back_bit_for_bit(workplace, tmp_path, name):
-    from megatron_spdf.convert.initial_checkpoint import start_run
+    from megatron_spdf.convert.initial_checkpoint import write_initial_checkpoint
     from megatron_spdf.convert.source import open_weights
     from megatron_spdf.recipe.recipe import Recipe
 
@@ -124,7 +124,7 @@ def test_every_shape_comes_back_bit_for_bit(workplace, tmp_path, name):
     recipe = load_recipe(workplace / "recipe.yaml").model_dump() | {"model": huggingface_models.shape_of(name)}
     recipe["sparsity"], recipe["train"] = 0.0, recipe["train"] | {"sequence_length": 8}
     tokenizer = load_tokenizer(workplace / "tokenizer")
-    start_run(open_weights(tmp_path / "gpt2"), Recipe.model_validate(recipe), tokenizer, tmp_path / "run")
+    write_initial_checkpoint(open_weights(tmp_path / "gpt2"), Recipe.model_validate(recipe), tokenizer, tmp_path / "run")
     export(CheckpointReader(find_checkpoint(tmp_path / "run")), tmp_path / "again")
     first, again = (load_file(tmp_path / place / WEIGHTS) for place in ("gpt2", "again"))
     assert first.keys() == again.keys() and all(torch.equal(first[n], again[n]) for n in first)

@@ -145,8 +145,8 @@ def test_one_process_of_the_other_engine(straight, tune, workplace):
     assert losses(workplace / "tuned_megatron") == pytest.approx(losses(straight[0]), rel=1e-4)
 
 
-def test_the_sparse_phase(tune, workplace):
-    out = finish(tune("output=tuned_sparse", "phase=sparse"))
+def test_the_sparse_mode(tune, workplace):
+    out = finish(tune("output=tuned_sparse", "mode=sparse"))
     assert "sparse, the mask holds" in out
     assert {r["sparsity"] for r in records(workplace / "tuned_sparse") if r["kind"] == "train"} == {0.75}
 
@@ -186,7 +186,7 @@ LONG = "serves food " * 400
 
 @pytest.mark.parametrize(("words", "said"), [
     (["checkpoint=nowhere"], ["nowhere holds no weights", "run directory"]),
-    (["checkpoint=start_dense", "phase=sparse"], ["phase=sparse keeps the mask", "start_dense", "phase=dense"]),
+    (["checkpoint=start_dense", "mode=sparse"], ["mode=sparse keeps the mask", "start_dense", "mode=dense"]),
     (["data.path=nowhere"], ["nowhere does not exist", "train"]),
     (["parallel.data=2"], ["needs 2 processes", "python started 1"]),
     (["train.sequence_length=1024"], ["train.sequence_length=1024", "model.max_positions=512"]),

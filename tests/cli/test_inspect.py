@@ -85,12 +85,12 @@ def refusal(*words) -> str:
 
 
 def by_hand(values: np.ndarray, bits: np.ndarray, shape: tuple[int, int], axis: int) -> np.ndarray:
-    """The dense weight entry by entry: bit i of a chunk, highest bit of a byte first, is its entry i in row order."""
+    """The dense weight entry by entry: bit i of a slice, highest bit of a byte first, is its entry i in row order."""
     dense = np.zeros(shape, values.dtype)
-    for chunk, part in enumerate(np.split(dense, len(values), axis)):  # views
-        left = iter(values[chunk])
+    for slice, part in enumerate(np.split(dense, len(values), axis)):  # views
+        left = iter(values[slice])
         for i in range(part.size):
-            if bits[chunk, i // 8] >> (7 - i % 8) & 1:
+            if bits[slice, i // 8] >> (7 - i % 8) & 1:
                 part[i // part.shape[1], i % part.shape[1]] = next(left)
         assert next(left, None) is None
     return dense
@@ -225,7 +225,7 @@ def test_masks_of_another_seed_are_refused(copy):
     changed_run(copy, lambda run: run["recipe"]["sparsity"].update(seed=5))
     assert inspect(copy).returncode == 0
     said = refusal(copy, "--verify")
-    assert f"chunk 0 of {QKV} has another mask than seed 5 draws" in said and "and 1 more" in said
+    assert f"slice 0 of {QKV} has another mask than seed 5 draws" in said and "and 1 more" in said
 
 
 def test_tensors_of_another_shape_are_refused(copy):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_spdf.recipe.deepspeed import deepspeed_settings
-from megatron_spdf.recipe.rules import findings
+from megatron_spdf.recipe.rules import rule_violations
 
 SHIPPED = sorted((Path(__file__).resolve().parents[2] / "configs/deepspeed").glob("*.json"))
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3}
@@ -23,7 +23,7 @@ def with_json(recipe, tmp_path):
         path.write_text(content if isinstance(content, str) else json.dumps(content))
         parallel = {"zero_stage": 2, **sections.pop("parallel", {})}
         made = recipe(engine="deepspeed", deepspeed=str(path), parallel=parallel, **sections)
-        return made, list(findings(made))
+        return made, list(rule_violations(made))
     return make
 
 
@@ -35,13 +35,13 @@ def test_files_are_shipped():
 def test_shipped_file_agrees_with_its_stage(recipe, path):
     parallel = {"zero_stage": STAGES[path.stem], "offload": "offload" in path.stem}
     made = recipe(engine="deepspeed", deepspeed=str(path), parallel=parallel)
-    assert not list(findings(made))
+    assert not list(rule_violations(made))
     assert "auto" not in json.dumps(deepspeed_settings(made))
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
 def test_shipped_file_is_refused_at_another_stage(recipe, path):
-    (wrong, *_) = findings(recipe(engine="deepspeed", deepspeed=str(path), parallel={"zero_stage": 0}))
+    (wrong, *_) = rule_violations(recipe(engine="deepspeed", deepspeed=str(path), parallel={"zero_stage": 0}))
     assert f"zero_optimization.stage={STAGES[path.stem]}" in wrong and "parallel.zero_stage makes it 0" in wrong
 
 
@@ -109,7 +109,7 @@ def test_values_that_agree_are_no_contradiction(with_json):
 
 
 def test_missing_file_is_named(recipe, tmp_path):
-    (wrong,) = findings(recipe(engine="deepspeed", deepspeed=str(tmp_path / "none.json")))
+    (wrong,) = rule_violations(recipe(engine="deepspeed", deepspeed=str(tmp_path / "none.json")))
     assert "none.json cannot be read" in wrong and "configs/deepspeed" in wrong
 
 
@@ -122,6 +122,6 @@ def test_missing_file_is_named(recipe, tmp_path):
     ({"engine": "deepspeed", "parallel": {"zero_stage": 0, "offload": True}}, ["offload=true", "zero_stage=0"]),
 ])
 def test_what_an_engine_cannot_do_is_named(recipe, sections, parts):
-    (wrong,) = findings(recipe(**sections))
+    (wrong,) = rule_violations(recipe(**sections))
     for part in parts:
         assert part in wrong

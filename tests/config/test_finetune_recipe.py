@@ -40,7 +40,7 @@ def test_every_task_can_be_named():
 def test_recipe_is_the_papers(name):
     recipe = shipped(name)
     o = recipe.optimizer
-    assert (recipe.phase, recipe.revived, recipe.engine) == ("dense", "zeros", "deepspeed")
+    assert (recipe.mode, recipe.revived, recipe.engine) == ("dense", "zeros", "deepspeed")
     assert (recipe.train.epochs, recipe.train.dropout, recipe.evaluate.patience) == (5, None, 1)
     assert (o.decay, o.min_lr_ratio, o.beta1, o.beta2, o.eps, o.weight_decay) == ("linear", 0.0, 0.9, 0.999, 1e-8, 0.01)
     rates = [float(rate) for rate in recipe.sweep["optimizer.lr"]]
@@ -76,9 +76,9 @@ def test_a_batch_that_replicas_do_not_divide_is_refused_before_model_and_data_ar
         shipped("e2e", "train.micro_batch=4", "parallel.data=8")
 
 
-def test_the_sparse_phase_keeps_the_sparsity_of_the_start():
+def test_the_sparse_mode_keeps_the_sparsity_of_the_start():
     sparsity = Sparsity(level=0.5, seed=3)
-    assert training_recipe(shipped("e2e", "phase=sparse"), SMALL, sparsity, 42_061).sparsity == sparsity
+    assert training_recipe(shipped("e2e", "mode=sparse"), SMALL, sparsity, 42_061).sparsity == sparsity
 
 
 def test_dropout_and_length_may_differ_from_the_start():
@@ -103,7 +103,7 @@ def test_what_does_not_fit_model_and_data_is_named(words, parts):
 
 @pytest.mark.parametrize("words, parts", [
     (["parallel.pipeline=2"], ["parallel.pipeline=2", "pipeline=1"]),
-    (["phase=sparse", "revived=normal"], ["revived=normal", "phase=sparse"]),
+    (["mode=sparse", "revived=normal"], ["revived=normal", "mode=sparse"]),
     (["data.task=e3e"], ["data.task='e3e'", "'e2e'"]),
     (["optimizer.warmup_tokens=1"], ["unknown key optimizer.warmup_tokens", "did you mean optimizer.warmup_steps?"]),
     (["train.tokens=1"], ["unknown key train.tokens"]),
@@ -126,6 +126,6 @@ def test_layout_and_engine_may_change_between_starts_and_the_rest_may_not():
     for word in ("engine=megatron", "parallel.tensor=2", "parallel.zero_stage=0", "train.micro_batch=4", "log.every=1",
                  "train.recompute=full", "output=elsewhere"):
         assert shipped("e2e", word).identity() == base, word
-    for word in ("phase=sparse", "seed=1", "train.epochs=4", "optimizer.lr=1e-3", "data.path=x", "evaluate.patience=3",
+    for word in ("mode=sparse", "seed=1", "train.epochs=4", "optimizer.lr=1e-3", "data.path=x", "evaluate.patience=3",
                  "revived=normal", "train.global_batch=8"):
         assert shipped("e2e", word).identity() != base, word

@@ -191,8 +191,8 @@ def test_after_a_bad_record_the_run_goes_on(tmp_path, tiny_bpe, remedy, settings
     if remedy == "correct":
         write_shard(paths[2], records(2000, seed=7))
     read = []
-    opened = preprocess.__globals__["read_blocks"]
-    monkeypatch.setattr("megatron_spdf.data.preprocess.preprocess.read_blocks",
+    opened = preprocess.__globals__["read_batches"]
+    monkeypatch.setattr("megatron_spdf.data.preprocess.preprocess.read_batches",
                         lambda p, s: read.extend(p) or opened(p, s))
     on_error = "skip" if remedy == "skip" else "stop"
     preprocess(paths, tmp_path / "t", load_tokenizer(tiny_bpe), on_error=on_error, **settings)

@@ -10,7 +10,7 @@ import pytest
 from text_shards import SETS, as_jsonl, content, documents_of, records, write_shard
 
 from megatron_spdf.data.indexed.manifest import check_prefix, read_corpus
-from megatron_spdf.data.preprocess.deduplicate import SeenTexts
+from megatron_spdf.data.preprocess.deduplicate import DigestSet
 from megatron_spdf.data.preprocess.encode import Encoded
 from megatron_spdf.data.preprocess.preprocess import preprocess
 from megatron_spdf.data.tokenizers.tokenizer import load_tokenizer
@@ -123,7 +123,7 @@ def test_of_the_same_texts_the_first_is_kept(tmp_path, tokenizer):
 
 def test_seen_texts_against_a_plain_set():
     rng = np.random.default_rng(0)
-    seen, plain = SeenTexts(), set()
+    seen, plain = DigestSet(), set()
     for size in [1, 5, 0, 300, 2, 1000, 17] * 6:
         numbers = rng.integers(0, 4000, size)
         digests = np.array([int(n).to_bytes(8, "little") * 2 for n in numbers], Encoded.DIGEST)
@@ -132,7 +132,7 @@ def test_seen_texts_against_a_plain_set():
         plain |= set(numbers.tolist())
     assert sum(map(len, seen._runs)) == len(plain)
     everything = np.array([int(n).to_bytes(8, "little") * 2 for n in range(4000)], Encoded.DIGEST)
-    assert set(np.flatnonzero(~SeenTexts(np.concatenate(seen._runs)).add(everything)).tolist()) == plain
+    assert set(np.flatnonzero(~DigestSet(np.concatenate(seen._runs)).add(everything)).tolist()) == plain
 
 
 def test_ftfy_mends_before_anything_else_looks_at_the_text(tmp_path, tokenizer):

@@ -43,7 +43,7 @@ from megatron_spdf.planning.activations import step_bytes
 from megatron_spdf.planning.memory import rank_bytes
 from megatron_spdf.planning.traffic import classify, step_traffic
 from megatron_spdf.recipe.recipe import Recipe
-from megatron_spdf.recipe.rules import findings
+from megatron_spdf.recipe.rules import rule_violations
 from megatron_spdf.resilience.signals import StopRequest
 from megatron_spdf.resilience.world import find_ranks
 from megatron_spdf.runs.run_dir import RunDir
@@ -57,14 +57,14 @@ class Bench:
 
     def __init__(self, recipe: dict):
         self.recipe = Recipe.model_validate(recipe)
-        assert not list(findings(self.recipe))
+        assert not list(rule_violations(self.recipe))
         self.plan = make_plan(self.recipe.sparsity, model_weights(self.recipe.model), self.recipe.model.query_groups)
         self.run = RunDir(self.recipe)
         self.corpus = check_corpus(self.recipe)
         agree_on_port()
         self.device = join(find_ranks(), self.recipe)
         self.engine = make_engine(self.recipe, self.plan, self.device)
-        self.data = TokenData(self.recipe, self.corpus, self.run.cache, self.engine.reads_data)
+        self.data = TokenData(self.recipe, self.corpus, self.run.cache, self.engine.needs_batches)
         self.checkpointer = Checkpointer(self.run.checkpoints, self.recipe, self.plan, self.corpus.tokenizer)
 
     def steps(self, first: int, last: int) -> list[tuple[float, float]]:
@@ -287,8 +287,8 @@ def unshared(recipe: dict, places: list[str]) -> list[str]:
         here = Path(places[dist.get_rank()])
         b.run.root, b.checkpointer.directory = here, here / "checkpoints"
         try:
-            b.run.claim_together()
-        except shared_files.Unshared as error:
+            b.run.create_on_rank_0()
+        except shared_files.NotSharedFilesystem as error:
             said.append(str(error))
         b.checkpointer.save(b.engine, RunState(1, 1), b.engine.measured_sparsity())
         said += [str(b.checkpointer.wait().error), str(store.visible(b.checkpointer.directory))]
@@ -296,7 +296,7 @@ def unshared(recipe: dict, places: list[str]) -> list[str]:
             (here / "checkpoints" / store.name_of(2)).mkdir(parents=True)
         try:
             b.checkpointer.restore(b.engine)
-        except shared_files.Unshared as error:
+        except shared_files.NotSharedFilesystem as error:
             said.append(str(error))
     return said
 
@@ -505,7 +505,7 @@ def samples_of_run(recipe: dict, starts: list[int]) -> dict:
 
 
 def packed(recipe: dict) -> dict:
-    """Losses per token of documents in one sequence, borders observed, and of each of them in a sequence of its own."""
+    """Losses per token of documents in one sequence, boundaries observed, and of each of them in a sequence of its own."""
     with bench(recipe) as b:
         b.steps(0, 2)  # away from the initial weights, of which biases are zero
         model, eod = b.engine.models[0].eval(), b.corpus.tokenizer.eod
@@ -513,7 +513,7 @@ def packed(recipe: dict) -> dict:
         documents = [torch.randint(0, eod, (length,), generator=draw).tolist() + [eod] for length in (7, 1, 12, 0, 5)]
 
         def losses(texts: list[list[int]]) -> list[float]:
-            sample = b.data.borders.sample(np.array(sum(texts, [])))
+            sample = b.data.boundaries.sample(np.array(sum(texts, [])))
             micro = {name: value[None] for name, value in sample.items()}
             mask = document_mask(micro["documents"])
             with torch.no_grad():

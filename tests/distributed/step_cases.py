@@ -11,7 +11,7 @@ from unittest.mock import patch
 import cases
 from benchmarks import baselines
 from cases import bench
-from phase_cases import phased
+from stage_cases import staged
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -94,8 +94,8 @@ def adam(recipe: dict) -> dict:
 def tuned(recipes: list[dict], stops: list[int | None], beside: str) -> dict:
     """A run that chooses its micro-batch, started with each recipe in turn and stopped after so many steps; and a run
     in another directory with the number that it chose first."""
-    there = phased(recipes, stops)
+    there = staged(recipes, stops)
     chosen = json.loads((Path(recipes[0]["output"]) / "micro_batch.json").read_text())
     train = {**recipes[0]["train"], "micro_batch": chosen[0]["micro_batch"]}
-    fixed = phased([{**recipes[0], "train": train, "output": beside}], [None])
+    fixed = staged([{**recipes[0], "train": train, "output": beside}], [None])
     return {"auto": there, "chosen": chosen, "fixed": fixed}

@@ -18,7 +18,7 @@ from megatron_spdf.checkpoint import store
 from megatron_spdf.checkpoint.inspect import verify
 from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
 from megatron_spdf.convert.huggingface_export import MASKS, WEIGHTS, export
-from megatron_spdf.convert.initial_checkpoint import start_run
+from megatron_spdf.convert.initial_checkpoint import write_initial_checkpoint
 from megatron_spdf.convert.megatron_lm import MegatronReader, save_for_megatron
 from megatron_spdf.convert.source import open_weights
 from megatron_spdf.data.preprocess.preprocess import preprocess
@@ -75,7 +75,7 @@ def wide_tokenizer(vocabulary: int) -> Gpt2Bpe:
 
 @pytest.fixture(scope="module")
 def make_run(place, data_of, make_recipe):
-    """A run converted from a model of transformers, and its recipe; `how` goes to `start_run`."""
+    """A run converted from a model of transformers, and its recipe; `how` goes to `write_initial_checkpoint`."""
     def make(name: str, shape: str, level: float, layout: str, **how) -> dict:
         model = shape_of(shape)
         recipe = make_recipe(
@@ -87,7 +87,7 @@ def make_run(place, data_of, make_recipe):
         if not (place / shape).exists():
             save_gpt2(shape, place / shape)
         tokenizer = load_tokenizer(f"{data_of(model['vocab_size'])}.tokenizer")
-        start_run(open_weights(place / shape), Recipe.model_validate(recipe), tokenizer, place / name, **how)
+        write_initial_checkpoint(open_weights(place / shape), Recipe.model_validate(recipe), tokenizer, place / name, **how)
         return recipe
     return make
 

@@ -43,7 +43,7 @@ def corpora(tmp_path_factory, text):
 
 @pytest.fixture(scope="module")
 def short_documents(tmp_path_factory, text):
-    """Prefix of a data set of documents of 2 to 20 tokens, so that every sequence has borders."""
+    """Prefix of a data set of documents of 2 to 20 tokens, so that every sequence has boundaries."""
     cuts = np.cumsum(np.random.default_rng(0).integers(1, 20, 2000))
     documents = [np.append(document, 299) for document in np.split(text, cuts)[:-1]]
     return write(tmp_path_factory.mktemp("short") / "short", documents)
@@ -60,7 +60,7 @@ def results(make_recipe, corpora, corpus, tmp_path_factory):
         for name, starts in STARTS.items():
             # One cache for all at first, so that its keys are tried; at two replicas caches of their own.
             recipe = make_recipe(str(runs / f"{world} {name}"), train=RUN, parallel={"data": world},
-                                 data=data | {"cache": None if world == 2 else cache, "workers": 2 * (world == 2)})
+                                 data=data | {"index_cache": None if world == 2 else cache, "workers": 2 * (world == 2)})
             cases[name] = ("samples_of_run", {"recipe": recipe, "starts": starts})
         found[world] = run_cases(world, cases, tmp_path_factory.mktemp(f"world{world}"))
     return found
@@ -98,20 +98,20 @@ def test_consumed_tokens_of_each_source(results, corpora, world, name):
 @pytest.fixture(scope="module")
 def bordered(make_deep_recipe, short_documents, corpus, tmp_path_factory):
     short = {"train": short_documents, "valid": short_documents, "tokenizer": f"{corpus}.tokenizer"}
-    borders = short | {"reset_positions": True, "reset_attention": True}
+    boundaries = short | {"reset_positions": True, "reset_attention": True}
     layouts = {"one": (1, {}), "tp2": (2, {"tensor": 2, "sequence": True}), "pp2": (2, {"pipeline": 2}),
                "interleaved": (2, {"pipeline": 2, "interleave": 2})}
     recompute = {"full": "full", "selective": "selective"}
     cases = {1: {}, 2: {}}
     for name, (world, parallel) in layouts.items():
-        cases[world][name] = ("train", {"recipe": make_deep_recipe(parallel=parallel, data=borders), "steps": 4})
+        cases[world][name] = ("train", {"recipe": make_deep_recipe(parallel=parallel, data=boundaries), "steps": 4})
     for name, kind in recompute.items():
-        recipe = make_deep_recipe(data=borders, train={"recompute": kind})
+        recipe = make_deep_recipe(data=boundaries, train={"recompute": kind})
         cases[1][name] = ("train", {"recipe": recipe, "steps": 4})
     cases[1]["off"] = ("train", {"recipe": make_deep_recipe(data=short), "steps": 4})
-    cases[1]["packed"] = ("packed", {"recipe": make_deep_recipe(data=borders)})
-    cases[1]["packed groups"] = ("packed", {"recipe": make_deep_recipe(data=borders, model={"query_groups": 2})})
-    directory = tmp_path_factory.mktemp("borders")
+    cases[1]["packed"] = ("packed", {"recipe": make_deep_recipe(data=boundaries)})
+    cases[1]["packed groups"] = ("packed", {"recipe": make_deep_recipe(data=boundaries, model={"query_groups": 2})})
+    directory = tmp_path_factory.mktemp("boundaries")
     found = {world: run_cases(world, cases[world], directory / str(world)) for world in cases}
     return {name: outcome(results, name) for results in found.values() for name in results}
 

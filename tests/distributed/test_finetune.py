@@ -25,7 +25,7 @@ LAYOUTS = {
     },
 }
 NAMES = [(world, name) for world, layouts in LAYOUTS.items() for name in layouts]
-SPARSE = {"phase": "sparse"}
+SPARSE = {"mode": "sparse"}
 SPARSE_LAYOUTS = {
     "sparse dp2 zero 3": {"engine": "deepspeed", "parallel": {"data": 2, "zero_stage": 3},
                           "train": {"micro_batch": 4}},
@@ -131,7 +131,7 @@ def test_the_start_changes_no_logit(results, name, parameters):
 
 
 @pytest.mark.parametrize(("world", "name"), [(1, "sparse"), *((2, name) for name in SPARSE_LAYOUTS)])
-def test_the_sparse_phase_keeps_the_mask(results, world, name):
+def test_the_sparse_mode_keeps_the_mask(results, world, name):
     there = outcome(results[world], name)
     assert there["sparsity"] == pytest.approx(there["planned"], abs=1e-12)
     together = {}
@@ -140,7 +140,7 @@ def test_the_sparse_phase_keeps_the_mask(results, world, name):
     assert together == outcome(results[1], "sparse")["masks"] and len(together) == 2 * 4 * 4
 
 
-def test_the_dense_phase_has_no_mask(results):
+def test_the_dense_mode_has_no_mask(results):
     there = outcome(results[1], "reference")
     assert there["masks"] == {} and there["sparsity"] == {} and set(there["planned"].values()) == {0.75}
 

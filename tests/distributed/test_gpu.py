@@ -8,7 +8,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.slow,
               pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")]
 
 STEPS = 20
-BLOCKS = {"level": 0.5, "pattern": "block", "block": 16}
+BLOCKS = {"level": 0.5, "pattern": "tile", "tile": 16}
 TWO_FOUR = {"sparsity": {"level": 0.5, "pattern": "2:4"}, "model": {"ffn_hidden": 64}}
 
 

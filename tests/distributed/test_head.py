@@ -6,7 +6,7 @@ from harness import outcome, run_cases
 
 pytestmark = pytest.mark.slow
 
-MUP = {"parametrization": "mup", "base": {"hidden": 32}}
+MUP = {"parametrization": "mup", "mup_base": {"hidden": 32}}
 MODELS = {
     1: {"one": {}, "mup": MUP, "bf16": {"train": {"precision": "bf16"}}},
     2: {"tp2": {"parallel": {"tensor": 2}}, "tp2 sp": {"parallel": {"tensor": 2, "sequence": True}},

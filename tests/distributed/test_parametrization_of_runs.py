@@ -17,7 +17,7 @@ CELLS = {"width": {width: (width, 0.0) for width in (32, 64, 128, 256)},
 def results(make_recipe, tmp_path_factory):
     def recipe(rule: str, width: int, level: float) -> dict:
         model = {"hidden": width, "heads": width // HEAD, "layers": 2}
-        return make_recipe(parametrization=rule, model=model, sparsity=level, base={"hidden": 128},
+        return make_recipe(parametrization=rule, model=model, sparsity=level, mup_base={"hidden": 128},
                            optimizer={"warmup_tokens": 0, "lr": 3e-3})
 
     cases = {f"{rule} {what} {scale}": ("coordinates", {"recipe": recipe(rule, *cell), "steps": 4})

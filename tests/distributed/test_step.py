@@ -10,7 +10,7 @@ STEPS = 4
 DROPOUT = {"model": {"dropout": 0.1}}
 AUTO = {"model": {"dropout": 0.1, "layers": 2}, "train": {"tokens": 8 * 32 * 4, "micro_batch": "auto"},
         "optimizer": {"warmup_tokens": 256}, "log": {"every": 1}, "checkpoint": {"every": 2}}
-PHASES = [{"share": 0.5, "sparsity": 0.75}, {"share": 0.5, "sparsity": 0.0}]
+STAGES = [{"share": 0.5, "sparsity": 0.75}, {"share": 0.5, "sparsity": 0.0}]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def results(make_recipe, tmp_path_factory):
         return "step_cases.tuned", {"recipes": recipes, "stops": stops, "beside": str(runs / f"{name} fixed")}
 
     one["tuned"] = tuned("one", {}, {}, stops=[2, None])
-    one["tuned phases"] = tuned("phases", {}, stops=[None], sparsity=0.0, phases=PHASES)
+    one["tuned stages"] = tuned("stages", {}, stops=[None], sparsity=0.0, stages=STAGES)
     two = {
         # Sequence parallelism is not among them: Megatron-Core compares states of the CPU's random numbers there.
         "waits tp2": ("step_cases.waits", {"recipe": make_recipe(parallel={"tensor": 2})}),
@@ -85,9 +85,9 @@ def test_every_start_at_a_layout_takes_what_the_first_chose(results):
     there = outcome(results[2], "tuned layouts")
     assert [(c["of"]["pipeline"], c["of"]["tensor"]) for c in there["chosen"]] == [(2, 1), (1, 2)]
     assert there["auto"]["codes"][-1] == 0
-    phases = outcome(results[1], "tuned phases")
-    assert [c["of"]["phase"] for c in phases["chosen"]] == [1, 2]
-    assert phases["auto"]["codes"] == [0]
+    stages = outcome(results[1], "tuned stages")
+    assert [c["of"]["stage"] for c in stages["chosen"]] == [1, 2]
+    assert stages["auto"]["codes"] == [0]
 
 
 def test_the_fastest_of_all_trials_is_chosen(results):

@@ -13,7 +13,7 @@ WORLDS = {1: {}, 2: {"data": 2}}
 def results(make_recipe, tmp_path_factory):
     short = {"tokens": 8 * 32 * 12}
     guard = {"train": short | {"global_batch": 8, "micro_batch": 8, "precision": "fp32"},
-             "optimizer": {"warmup_tokens": 256}, "checkpoint": {"every": 2, "keep": 9}, "guard": {"max_skipped": 3}}
+             "optimizer": {"warmup_tokens": 256}, "checkpoint": {"every": 2, "keep": 9}, "fault_tolerance": {"max_skipped": 3}}
     one = {
         "sparse": ("against_plain", {"recipe": make_recipe(), "steps": 20}),
         "dense": ("against_plain", {"recipe": make_recipe(sparsity=0.0), "steps": 20}),
@@ -55,7 +55,7 @@ def test_a_non_finite_step_changes_nothing_on_any_rank(results, world, name):
 def test_too_many_bad_steps_in_a_row_stop_the_run_before_anything_is_saved(results):
     there = outcome(results[1], "guarded")
     assert there["end"].startswith("NotFinite: 4 steps in a row up to step 9")
-    assert "guard.max_skipped=3" in there["end"] and "optimizer.lr" in there["end"]
+    assert "fault_tolerance.max_skipped=3" in there["end"] and "optimizer.lr" in there["end"]
     # Steps 6 and 8 were skipped, so what they saved is the good state of step 5.
     assert there["saved"] == ["step_00000002", "step_00000004", "step_00000006", "step_00000008"]
 

@@ -33,7 +33,7 @@ def results(make_recipe, tmp_path_factory):
     small = {"sparsity": HALF, "model": {"layers": 2}}
     one = {
         "one": train(),
-        "layer by layer": train({**HALF, "expand": "layer"}),
+        "layer by layer": train({**HALF, "dense_copy": "per_layer"}),
         "plain": ("against_plain", {"recipe": make_recipe(sparsity=HALF, model={"layers": 1}, train=SHORT),
                                     "steps": 50}),
         "wide": ("train", {"recipe": make_recipe(**WIDE), "steps": FEW}),
@@ -60,7 +60,7 @@ def test_masks_and_losses_are_the_same_at_every_layout(results, name):
         there = outcome(results[2], name, rank)
         close(there["curve"], reference["curve"])
         together |= there["masks"]
-    assert together == reference["masks"] and len(together) == 2 * 4 * 4  # layers, weights, chunks
+    assert together == reference["masks"] and len(together) == 2 * 4 * 4  # layers, weights, slices
 
 
 def test_measured_sparsity_is_a_half(results):
@@ -92,7 +92,7 @@ def test_expanding_layer_by_layer_changes_no_loss(results):
 def test_sparse_tensor_cores_change_no_loss_and_no_mask(results, world, name):
     there, reference = outcome(results[world], name), outcome(results[1], "wide")
     close(there["curve"], reference["curve"])
-    assert all(reference["masks"][chunk] == mask for chunk, mask in there["masks"].items())
+    assert all(reference["masks"][slice] == mask for slice, mask in there["masks"].items())
     assert there["sparsity"] == pytest.approx(reference["planned"], abs=1e-12)
     assert "; 2:4 stand-in" in there["choices"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from small_masks import DEVICE, NO_TRITON, TOLERANCE, make_mask, random_chunks, whole
+from small_masks import DEVICE, NO_TRITON, TOLERANCE, make_mask, random_slices, whole
 from torch import Tensor
 
 from megatron_spdf.kernels import torch_reference
@@ -33,10 +33,10 @@ def with_empty_and_full_rows() -> np.ndarray:
 
 MASKS = {
     "one entry": np.ones((1, 1, 1), bool),
-    "one of many": random_chunks(3, 5, 7, 1),
-    "odd": random_chunks(3, 13, 11, 40),
-    "several spans": random_chunks(2, 37, 91, 800),
-    "exactly a span": random_chunks(2, 32, SPAN // 32, 256),
+    "one of many": random_slices(3, 5, 7, 1),
+    "odd": random_slices(3, 13, 11, 40),
+    "several spans": random_slices(2, 37, 91, 800),
+    "exactly a span": random_slices(2, 32, SPAN // 32, 256),
     "all active": np.ones((2, 5, 9), bool),
     "empty and full rows": with_empty_and_full_rows(),
     "empty spans": np.concatenate([np.ones((1, 1, 8), bool), np.zeros((1, 1, 3 * SPAN), bool)], axis=2),
@@ -49,10 +49,10 @@ each_axis = pytest.mark.parametrize("axis", [0, 1])
 @each_mask
 def test_expanded_is_the_values_at_the_active_entries(module, axis, active):
     mask = make_mask(active, axis, module)
-    values = torch.randn(mask.chunks, mask.active, device=DEVICE)
-    chunks = np.zeros(active.shape, np.float32)
-    chunks[active] = values.cpu().numpy().ravel()
-    assert np.array_equal(module.expand(values, mask).cpu().numpy(), whole(chunks, axis))
+    values = torch.randn(mask.slices, mask.active, device=DEVICE)
+    slices = np.zeros(active.shape, np.float32)
+    slices[active] = values.cpu().numpy().ravel()
+    assert np.array_equal(module.expand(values, mask).cpu().numpy(), whole(slices, axis))
 
 
 @each_axis
@@ -60,27 +60,27 @@ def test_expanded_is_the_values_at_the_active_entries(module, axis, active):
 def test_compressed_is_the_active_entries(module, axis, active):
     mask = make_mask(active, axis, module)
     dense = torch.randn(mask.shape, device=DEVICE)
-    chunks = np.stack(np.split(dense.cpu().numpy(), len(active), axis))
-    assert np.array_equal(module.compress(dense, mask).cpu().numpy().ravel(), chunks[active])
+    slices = np.stack(np.split(dense.cpu().numpy(), len(active), axis))
+    assert np.array_equal(module.compress(dense, mask).cpu().numpy().ravel(), slices[active])
 
 
 @each_dtype
 @each_axis
 def test_dtypes_are_kept(module, dtype, axis):
-    active = random_chunks(2, 19, 23, 100)
+    active = random_slices(2, 19, 23, 100)
     mask = make_mask(active, axis, module)
     dense = torch.randn(mask.shape, device=DEVICE).to(dtype)
     values = module.compress(dense, mask)
     there = torch.from_numpy(whole(active, axis)).to(DEVICE)
-    assert values.dtype is dtype and values.shape == (mask.chunks, mask.active)
+    assert values.dtype is dtype and values.shape == (mask.slices, mask.active)
     assert torch.equal(module.expand(values, mask), torch.where(there, dense, torch.zeros((), dtype=dtype)))
 
 
 @each_dtype
 def test_compress_adds_in_the_precision_of_what_it_adds_to(module, dtype):
-    mask = make_mask(random_chunks(2, 19, 23, 100), 1, module)
+    mask = make_mask(random_slices(2, 19, 23, 100), 1, module)
     dense = torch.randn(mask.shape, device=DEVICE).to(dtype)
-    before = torch.randn(mask.chunks, mask.active, device=DEVICE)
+    before = torch.randn(mask.slices, mask.active, device=DEVICE)
     buffer = torch.cat([before.flatten(), torch.full((7,), 5.0, device=DEVICE)])  # with what does not belong to it
     out = buffer[: before.numel()].view(before.shape)
     assert module.compress(dense, mask, out) is out
@@ -99,12 +99,12 @@ def strided(kind: str, shape: tuple[int, int]) -> Tensor:
 @each_axis
 @pytest.mark.parametrize("kind", ["transposed", "every second", "one column"])
 def test_dense_weights_need_not_be_contiguous(module, axis, kind):
-    mask = make_mask(random_chunks(3, 13, 11, 40), axis, module)
+    mask = make_mask(random_slices(3, 13, 11, 40), axis, module)
     dense = strided(kind, mask.shape)
     assert torch.equal(module.compress(dense, mask), module.compress(dense.contiguous(), mask))
 
 
 def test_values_need_not_be_contiguous(module):
-    mask = make_mask(random_chunks(3, 13, 11, 40), 0, module)
+    mask = make_mask(random_slices(3, 13, 11, 40), 0, module)
     values = torch.randn(40, 3, device=DEVICE).T
     assert torch.equal(module.expand(values, mask), module.expand(values.contiguous(), mask))

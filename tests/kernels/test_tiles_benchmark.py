@@ -32,15 +32,15 @@ def measured(recipe, monkeypatch):
 
     monkeypatch.setattr(tiles, "median_seconds", once)
     monkeypatch.setattr(dispatch, "implementation", lambda device: (triton_compact, triton_compact.NAME))
-    dispatch.block_products.cache_clear()
+    dispatch.tile_products.cache_clear()
     yield measure
-    dispatch.block_products.cache_clear()
+    dispatch.tile_products.cache_clear()
 
 
 def test_every_tile_is_tried_on_every_weight(measured, monkeypatch):
     for key, some in TRIED.items():
         monkeypatch.setitem(CANDIDATES, key, some)
-    rows = measured(pattern="block", block=16)
+    rows = measured(pattern="tile", tile=16)
     assert [(row["weight"], row["kernel"]) for row in rows] == [
         (kind, kernel) for kind in KINDS for kernel in ("forward", "forward", "input_gradient", "weight_gradient")]
     assert all(row["seconds"] == 1e-4 for row in rows)  # each has run

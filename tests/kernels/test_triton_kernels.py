@@ -1,11 +1,11 @@
-"""Triton's kernels: products with blocks against float64, and what is done where they cannot serve."""
+"""Triton's kernels: products with tiles against float64, and what is done where they cannot serve."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
-from small_masks import DEVICE, NO_TRITON, TOLERANCE, make_mask, random_chunks, whole
+from small_masks import DEVICE, NO_TRITON, TOLERANCE, make_mask, random_slices, whole
 from torch import Tensor
 
 from megatron_spdf.kernels import dispatch, torch_reference
@@ -18,24 +18,24 @@ each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
 
 def test_trial_accepts_the_kernels_and_nothing_that_computes_otherwise(monkeypatch):
-    dispatch._try_out(triton_compact, torch.device(DEVICE))
+    dispatch._self_test(triton_compact, torch.device(DEVICE))
     monkeypatch.setattr(triton_compact, "compress", lambda dense, mask, out: out)
     with pytest.raises(RuntimeError, match="something else than PyTorch"):
-        dispatch._try_out(triton_compact, torch.device(DEVICE))
+        dispatch._self_test(triton_compact, torch.device(DEVICE))
 
 
 @pytest.mark.parametrize("product", ["forward", "input_gradient", "weight_gradient"])
 def test_trial_accepts_products_and_nothing_that_computes_otherwise(monkeypatch, product):
-    blocks = triton_tiles, triton_compact, torch.device(DEVICE), 16, torch.bfloat16
-    dispatch._try_out_blocks(*blocks)
+    tiles = triton_tiles, triton_compact, torch.device(DEVICE), 16, torch.bfloat16
+    dispatch._self_test_tiles(*tiles)
     right = getattr(triton_tiles, product)
     monkeypatch.setattr(triton_tiles, product, lambda *operands: right(*operands) + 1)
     with pytest.raises(RuntimeError, match="something else than those with the expanded weight"):
-        dispatch._try_out_blocks(*blocks)
+        dispatch._self_test_tiles(*tiles)
     monkeypatch.setattr(dispatch, "implementation", lambda device: (triton_compact, triton_compact.NAME))
-    dispatch.block_products.cache_clear()
-    module, name = dispatch.block_products(DEVICE, 16, torch.bfloat16)
-    dispatch.block_products.cache_clear()
+    dispatch.tile_products.cache_clear()
+    module, name = dispatch.tile_products(DEVICE, 16, torch.bfloat16)
+    dispatch.tile_products.cache_clear()
     assert module is None
     assert name.startswith("expanded and multiplied as dense weights, since triton's products do not work here (Run")
 
@@ -43,7 +43,7 @@ def test_trial_accepts_products_and_nothing_that_computes_otherwise(monkeypatch,
 def test_what_kernels_do_not_take_goes_to_pytorch_with_one_line(monkeypatch, caplog):
     monkeypatch.setattr(dispatch, "implementation", lambda device: (triton_compact, triton_compact.NAME))
     dispatch._say_once.cache_clear()
-    mask = make_mask(random_chunks(2, 5, 7, 11), 1, triton_compact)
+    mask = make_mask(random_slices(2, 5, 7, 11), 1, triton_compact)
     dense = torch.randn(mask.shape, dtype=torch.float64, device=DEVICE)
     for _ in range(2):
         values = dispatch.compress(dense, mask)
@@ -56,46 +56,46 @@ def test_a_gpu_on_which_triton_fails_is_served_by_pytorch(monkeypatch):
     def fails(module, device):
         raise RuntimeError("no ptxas\nat all")
 
-    monkeypatch.setattr(dispatch, "_try_out", fails)
-    for chosen in (dispatch.implementation, dispatch.block_products):
+    monkeypatch.setattr(dispatch, "_self_test", fails)
+    for chosen in (dispatch.implementation, dispatch.tile_products):
         chosen.cache_clear()
     module, name = dispatch.implementation("cuda")
     assert module is torch_reference
     assert name == "torch, since triton does not work here (RuntimeError: no ptxas)"
-    assert dispatch.block_products("cuda", 64, torch.bfloat16) == (None, "expanded and multiplied as dense weights")
-    for chosen in (dispatch.implementation, dispatch.block_products):
+    assert dispatch.tile_products("cuda", 64, torch.bfloat16) == (None, "expanded and multiplied as dense weights")
+    for chosen in (dispatch.implementation, dispatch.tile_products):
         chosen.cache_clear()
 
 
 @pytest.mark.parametrize(("size", "dtype", "taken"), [
     (16, torch.bfloat16, True), (128, torch.float32, True), (8, torch.bfloat16, False), (48, torch.float16, False),
     (256, torch.bfloat16, False), (64, torch.float64, False)])
-def test_blocks_that_kernels_do_not_take_are_expanded(monkeypatch, size, dtype, taken):
+def test_tiles_that_kernels_do_not_take_are_expanded(monkeypatch, size, dtype, taken):
     monkeypatch.setattr(dispatch, "implementation", lambda device: (triton_compact, triton_compact.NAME))
-    dispatch.block_products.cache_clear()
-    module, name = dispatch.block_products(DEVICE, size, dtype)
-    dispatch.block_products.cache_clear()
+    dispatch.tile_products.cache_clear()
+    module, name = dispatch.tile_products(DEVICE, size, dtype)
+    dispatch.tile_products.cache_clear()
     assert (module is triton_tiles) == taken == (name == triton_compact.NAME)
     assert taken or f"not {size} of {dtype}" in name
 
 
-def random_blocks(chunks: int, grid: tuple[int, int], per_row: int, size: int, seed: int = 0) -> np.ndarray:
-    """Chunks of balanced blocks: a circulant with its rows and columns shuffled."""
+def random_tiles(slices: int, grid: tuple[int, int], per_row: int, size: int, seed: int = 0) -> np.ndarray:
+    """Slices of balanced tiles: a circulant with its rows and columns shuffled."""
     draw = np.random.default_rng(seed)
     rows, columns = grid
-    active = np.zeros((chunks, rows, columns), bool)
-    for chunk in active:
+    active = np.zeros((slices, rows, columns), bool)
+    for part in active:
         for row in range(rows):
-            chunk[row, (row * per_row + np.arange(per_row)) % columns] = True
-        chunk[:] = chunk[draw.permutation(rows)][:, draw.permutation(columns)]
+            part[row, (row * per_row + np.arange(per_row)) % columns] = True
+        part[:] = part[draw.permutation(rows)][:, draw.permutation(columns)]
     assert (active.sum(1) == rows * per_row // columns).all()
     return active.repeat(size, axis=1).repeat(size, axis=2)
 
 
-# chunks, grid of a chunk, active blocks of a block row, size, axis, tokens
-BLOCKS = {
-    "output chunks": (2, (4, 4), 1, 16, 0, 32),
-    "input chunks": (2, (4, 2), 1, 16, 1, 32),
+# slices, grid of a slice, active tiles of a tile row, size, axis, tokens
+TILES = {
+    "output slices": (2, (4, 4), 1, 16, 0, 32),
+    "input slices": (2, (4, 2), 1, 16, 1, 32),
     "odd number of tokens": (1, (2, 4), 2, 16, 0, 37),
     "one token": (3, (3, 3), 2, 16, 1, 1),
     "more than a tile of tokens": (1, (2, 2), 1, 32, 0, 150),
@@ -104,17 +104,17 @@ BLOCKS = {
     "64": (1, (2, 2), 1, 64, 0, 70),
     "128": (1, (1, 2), 2, 128, 0, 40),
 }
-each_blocks = pytest.mark.parametrize("case", BLOCKS.values(), ids=BLOCKS)
+each_tiles = pytest.mark.parametrize("case", TILES.values(), ids=TILES)
 
 
 class Product:
-    """A weight of blocks with its input and the gradient of its output, and what float64 makes of the same numbers."""
+    """A weight of tiles with its input and the gradient of its output, and what float64 makes of the same numbers."""
 
     def __init__(self, case, dtype: torch.dtype):
-        chunks, grid, per_row, size, axis, tokens = case
-        active = random_blocks(chunks, grid, per_row, size)
+        slices, grid, per_row, size, axis, tokens = case
+        active = random_tiles(slices, grid, per_row, size)
         self.mask = make_mask(active, axis, triton_compact, size)
-        self.values = torch.randn(self.mask.chunks, self.mask.active, device=DEVICE).to(dtype)
+        self.values = torch.randn(self.mask.slices, self.mask.active, device=DEVICE).to(dtype)
         self.x = torch.randn(tokens, self.mask.shape[1], device=DEVICE).to(dtype)
         self.gradient = torch.randn(tokens, self.mask.shape[0], device=DEVICE).to(dtype)
         self.weight = np.zeros(active.shape)
@@ -154,8 +154,8 @@ def dot_of_bf16(monkeypatch):
 
 
 @each_dtype
-@each_blocks
-def test_block_products_are_those_in_float64(case, dtype):
+@each_tiles
+def test_tile_products_are_those_in_float64(case, dtype):
     torch.manual_seed(1)
     p = Product(case, dtype)
     close(triton_tiles.forward(p.x, p.values, p.mask), numbers(p.x) @ p.weight.T)
@@ -165,15 +165,15 @@ def test_block_products_are_those_in_float64(case, dtype):
 
 @each_dtype
 def test_weight_gradient_is_added_in_fp32(dtype):
-    p = Product(BLOCKS["input chunks"], dtype)
+    p = Product(TILES["input slices"], dtype)
     before = torch.randn(p.values.shape, device=DEVICE)
     out = before.clone()
     assert triton_tiles.weight_gradient(p.gradient, p.x, p.mask, out) is out
     close(out, numbers(before).ravel() + p.compact(numbers(p.gradient).T @ numbers(p.x)))
 
 
-def test_inputs_of_block_products_need_not_be_contiguous():
-    p = Product(BLOCKS["output chunks"], torch.float32)
+def test_inputs_of_tile_products_need_not_be_contiguous():
+    p = Product(TILES["output slices"], torch.float32)
     x, gradient = p.x.T.contiguous().T, torch.randn(32, 3 * p.mask.shape[0], device=DEVICE)[:, :p.mask.shape[0]]
     assert torch.equal(triton_tiles.forward(x, p.values, p.mask), triton_tiles.forward(p.x, p.values, p.mask))
     close(triton_tiles.input_gradient(gradient, p.values, p.mask), numbers(gradient) @ p.weight)
@@ -192,7 +192,7 @@ def test_products_are_the_same_with_every_tile(kernel, size, tile):
 
 @pytest.mark.parametrize("warps", sorted({n for some in WARPS.values() for n in some}))
 def test_moves_are_the_same_with_any_number_of_warps(warps):
-    mask = make_mask(random_chunks(2, 40, 64, 700), 1, triton_compact)
+    mask = make_mask(random_slices(2, 40, 64, 700), 1, triton_compact)
     values, buffer = torch.randn(2, 700, device=DEVICE), torch.ones(2, 700, device=DEVICE)
     dense = triton_compact.expand(values, mask, warps=warps)
     assert torch.equal(dense, triton_compact.expand(values, mask))

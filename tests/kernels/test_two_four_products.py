@@ -136,10 +136,10 @@ def test_odd_shapes_are_expanded_with_a_word(monkeypatch, caplog):
     monkeypatch.setattr(dispatch, "two_four_products", lambda device, dtype: (StandIn(), "stand-in"))
     even, odd = (SparseWeight("w", (64, n), 0, 4, 0.5, two_four=True) for n in (128, 96))
     assert fits(even.shape) and not fits(odd.shape) and not fits(odd.shape[::-1])
-    assert isinstance(choose_product(even, torch.empty(even.shape), "step"), TwoFourProduct)
+    assert isinstance(choose_product(even, torch.empty(even.shape), "per_step"), TwoFourProduct)
     assert caplog.messages == []
-    assert choose_product(odd, torch.empty(odd.shape), "step") is None
-    assert type(choose_product(odd, torch.empty(odd.shape), "layer")) is ExpandedProduct
+    assert choose_product(odd, torch.empty(odd.shape), "per_step") is None
+    assert type(choose_product(odd, torch.empty(odd.shape), "per_layer")) is ExpandedProduct
     (said,) = caplog.messages
     assert "64 x 96" in said and "multiples of 64" in said
     assert choose_product(even, torch.empty(even.shape), "always") is None
@@ -159,5 +159,5 @@ def test_a_gpu_multiplies_on_its_sparse_tensor_cores():
     torch.testing.assert_close(compact.product.forward(x, values, mask), x @ dense.T, rtol=8e-3, atol=0.1)
     torch.testing.assert_close(compact.product.input_gradient(gradient, values, mask), gradient @ dense, rtol=8e-3,
                                atol=0.1)
-    bits = find_two_four(compact.mask_bits, weight.chunk_shape, weight.axis, library, DTYPE)
+    bits = find_two_four(compact.mask_bits, weight.slice_shape, weight.axis, library, DTYPE)
     assert torch.equal(bits.order, mask.two_four.order)

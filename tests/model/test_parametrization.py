@@ -43,7 +43,7 @@ def test_four_times_the_width_at_a_quarter_of_the_density_is_the_base():
     (512, 0.9375, {"hidden": 128, "density": 0.25}, 1.0), (768, 0.5, {"hidden": 256, "density": 0.5}, 3.0)])
 def test_variance_and_learning_rate_go_with_one_over_width_and_density(hidden, level, base, growth):
     model = {"layers": 2, "hidden": hidden, "heads": 16, "vocab_size": 300}
-    found, weights = rules(model=model, sparsity=level, base=base)
+    found, weights = rules(model=model, sparsity=level, mup_base=base)
     for name in (QKV, OUT):
         assert found.learning_rate(weights[name]) == pytest.approx(1 / growth)
         assert found.initial(weights[name]).std ** 2 == pytest.approx(weights[name].std ** 2 / growth)
@@ -57,7 +57,7 @@ def test_the_rest_keeps_its_spread_and_rate():
 
 
 def test_multipliers():
-    found, _ = rules(base={"hidden": 128, "input_multiplier": 3.0, "output_multiplier": 2.0})
+    found, _ = rules(mup_base={"hidden": 128, "input_multiplier": 3.0, "output_multiplier": 2.0})
     assert found.embedding_output == 3.0
     assert found.head_input == 2.0 / (1024 / 128)
     assert found.attention_scale == 1 / 64
@@ -77,7 +77,7 @@ def test_standard_changes_nothing():
 
 
 def test_folding_undone_is_nothing():
-    found, weights = rules(base={"hidden": 128, "input_multiplier": 3.0})
+    found, weights = rules(mup_base={"hidden": 128, "input_multiplier": 3.0})
     for name in (QKV, EMBEDDING, "decoder.final_layernorm.bias", QKV.replace("weight", "bias")):
         values = torch.randn(weights[name].shape)
         assert torch.allclose(unfold(fold(values, found.folded(name)), found.folded(name)), values)

@@ -32,7 +32,7 @@ def rank_main(rank: int, port: int, deed: str, victim: int) -> None:
     progress.observe()
     with heartbeat.Heartbeat(Ranks(rank, WORLD, rank, "test"), HANG):
         for step in range(1, 1000):
-            progress.NOW.enter(f"step {step}", watched=True)
+            progress.PROGRESS.enter(f"step {step}", watched=True)
             dist.barrier()
             time.sleep(0.05)
             if step == 20 and deed == "leave":

@@ -56,7 +56,7 @@ def test_a_missing_rank_is_named_on_every_rank_with_its_host(call, monkeypatch):
     monkeypatch.setattr(startup_check, "hosts_of_ranks", lambda: {0: "a1", 1: "a1", 2: "a2", 3: "a2"})
     found = call([0, 1, 3], 4, seconds=0.5)
     assert {str(e) for e in found.values()} == {str(found[0])} and isinstance(found[0], Unhealthy)
-    assert "1 of 4 ranks did not report within guard.join_seconds=0.5: rank 2 on a2. " in str(found[0])
+    assert "1 of 4 ranks did not report within fault_tolerance.join_seconds=0.5: rank 2 on a2. " in str(found[0])
     assert "sbatch --exclude" in str(found[0])
 
 

@@ -8,9 +8,9 @@ import pytest
 
 from megatron_spdf.architecture.weights import LOGITS_BYTES, model_weights, tokens_at_once
 from megatron_spdf.planning.activations import (
-    block_bytes,
     in_flight,
-    kept_by_block,
+    kept_by_layer,
+    layer_bytes,
     peak_bytes,
     step_bytes,
 )
@@ -39,19 +39,19 @@ SBH = 32 * 2 * 64  # T B h
 def test_block_is_korthikantis_without_scores(recipe, tensor, sequence, expected):
     """Their table 2, s b h (34 + 5 a s / h) at t = 1, less the softmax terms that a flash kernel does not store."""
     r = gpt(recipe, dropout=0.1, parallel={"tensor": tensor, "sequence": sequence})
-    parts = block_bytes(r)
+    parts = layer_bytes(r)
     flash, theirs_not = parts.pop("log-sum-exp"), parts.pop("norm statistics")
     assert sum(parts.values()) == expected * SBH
     assert (flash, theirs_not) == (4 * 64 * 4 // tensor, 16 * 64 // (tensor if sequence else 1))
 
 
 def test_grouped_queries_keep_fewer_keys_and_a_copy_of_the_queries(recipe):
-    many, few = (block_bytes(gpt(recipe, groups=g))["queries, keys, values"] for g in (4, 2))
+    many, few = (layer_bytes(gpt(recipe, groups=g))["queries, keys, values"] for g in (4, 2))
     assert many == 2 * 32 * 2 * (64 + 2 * 64) and few == 2 * 32 * 2 * (2 * 64 + 2 * 32)
 
 
 def test_recomputation(recipe):
-    none, selective, full = (kept_by_block(gpt(recipe, recompute=r)) for r in ("none", "selective", "full"))
+    none, selective, full = (kept_by_layer(gpt(recipe, recompute=r)) for r in ("none", "selective", "full"))
     assert none - selective == 4 * 64 * 4  # the log-sum-exp alone
     assert full == 2 * SBH
 
@@ -67,7 +67,7 @@ def test_micro_batches_in_flight(recipe, pipeline, interleave, batch, expected):
 def test_activations_of_a_pipeline(recipe):
     r = gpt(recipe, parallel={"pipeline": 4})
     stages = [step_bytes(r, plan_of(r), s) for s in range(4)]
-    block = kept_by_block(r)
+    block = kept_by_layer(r)
     assert [s.running + s.waiting for s in stages] == [2 * n * block for n in (4, 3, 2, 1)]
     assert [s.pipeline for s in stages] == [2 * n * SBH for n in (4, 3, 2, 0)]
     assert [bool(s.head) for s in stages] == [False, False, False, True]
@@ -118,8 +118,8 @@ def test_sequence_parallelism_gathers_into_one_buffer(recipe):
 
 
 # GiB that PyTorch's CUDA allocator had at most in a step, tests/stand_in_gpu/measure.py; see docs/planning.md.
-ALLOCATED = [("sparsity=0.0", 47.385), ("sparsity=0.75", 34.600), ("sparsity={level: 0.75, expand: layer}", 32.350),
-             ("sparsity={level: 0.75, pattern: block, block: 64}", 32.319),
+ALLOCATED = [("sparsity=0.0", 47.385), ("sparsity=0.75", 34.600), ("sparsity={level: 0.75, dense_copy: per_layer}", 32.350),
+             ("sparsity={level: 0.75, pattern: tile, tile: 64}", 32.319),
              ("sparsity=0.0 train.recompute=full", 25.162), ("sparsity=0.75 train.recompute=full", 12.377),
              ("sparsity=0.75 engine=deepspeed parallel.zero_stage=2", 34.600),
              ("sparsity=0.0 engine=deepspeed parallel.zero_stage=3", 47.570),

@@ -31,10 +31,10 @@ LAYOUTS = {  # sparsity, layout, precision
     "dense": (0.0, layout(4, 2, 3), "fp32"),
     "interleaved": (0.75, layout(1, 2, 8, interleave=3), "bf16"),
     "zero 0": (0.5, layout(3, 4, 2, zero_stage=0), "bf16"),
-    "blocks": ({"level": 0.75, "pattern": "block", "block": 16}, layout(3, 2, 2), "bf16"),
-    "small blocks": ({"level": 0.75, "pattern": "block", "block": 8}, layout(6), "fp32"),  # not for tensor cores
+    "blocks": ({"level": 0.75, "pattern": "tile", "tile": 16}, layout(3, 2, 2), "bf16"),
+    "small blocks": ({"level": 0.75, "pattern": "tile", "tile": 8}, layout(6), "fp32"),  # not for tensor cores
     "2:4": ({"level": 0.5, "pattern": "2:4"}, layout(3, 2), "bf16"),
-    "layer by layer": ({"level": 0.75, "expand": "layer"}, layout(2), "bf16"),
+    "layer by layer": ({"level": 0.75, "dense_copy": "per_layer"}, layout(2), "bf16"),
     "many buckets": (0.75, layout(1, 1, 64), "fp32"),  # a bucket for every 64M elements, and the rest
 }
 RULES = {"level": 0.5, "rules": [{"weights": "decoder.layers.0.*", "level": 0.0}]}

@@ -11,7 +11,7 @@ from megatron_spdf.architecture.weights import model_weights
 from megatron_spdf.recipe.load import load_recipe
 from megatron_spdf.reports import paper
 from megatron_spdf.schedule.flops import (
-    Phase,
+    Stage,
     average_sparsity,
     forward_flops,
     gradual_pruning,
@@ -129,12 +129,12 @@ def test_backward_costs_two_forward_passes_and_recomputation_one(recipe):
         assert flops.logits == 3 * once.logits
 
 
-@pytest.mark.parametrize("phases", [gradual_pruning(0.8), [Phase(1, 0.5, 0.5)], [Phase(3, 0.0, 0.9, power=2.0)],
-                                    [Phase(0.1, 0.0, 0.0), Phase(0.2, 0.8, 0.8), Phase(0.1, 0.0, 0.0)]])
-def test_average_sparsity_is_the_integral_of_the_schedule(phases):
-    total, t = sum(p.share for p in phases), (np.arange(100_000) + 0.5) / 100_000
-    curves = [(p.share / total) * np.mean(p.end + (p.start - p.end) * (1 - t) ** p.power) for p in phases]
-    assert average_sparsity(phases) == pytest.approx(sum(curves), abs=1e-9)
+@pytest.mark.parametrize("stages", [gradual_pruning(0.8), [Stage(1, 0.5, 0.5)], [Stage(3, 0.0, 0.9, power=2.0)],
+                                    [Stage(0.1, 0.0, 0.0), Stage(0.2, 0.8, 0.8), Stage(0.1, 0.0, 0.0)]])
+def test_average_sparsity_is_the_integral_of_the_schedule(stages):
+    total, t = sum(p.share for p in stages), (np.arange(100_000) + 0.5) / 100_000
+    curves = [(p.share / total) * np.mean(p.end + (p.start - p.end) * (1 - t) ** p.power) for p in stages]
+    assert average_sparsity(stages) == pytest.approx(sum(curves), abs=1e-9)
 
 
 def test_gradual_pruning_costs_what_the_paper_says(recipe):
@@ -149,17 +149,17 @@ def test_gradual_pruning_costs_what_the_paper_says(recipe):
 def test_a_static_schedule_costs_what_the_plan_does(recipe):
     r = recipe(sparsity=0.75)
     plan = make_plan(r.sparsity, model_weights(r.model), r.model.query_groups)
-    assert schedule_flops(r.model, 32, [Phase(1.0, 0.75, 0.75)]) == training_flops(r.model, 32, plan)
+    assert schedule_flops(r.model, 32, [Stage(1.0, 0.75, 0.75)]) == training_flops(r.model, 32, plan)
 
 
 def test_dense_gradients_of_rigl(recipe):
     model, every = recipe().model, 100
     sparse, dense = (forward_flops(model, 32).linear * density for density in (0.2, 1.0))
-    flops = schedule_flops(model, 32, [Phase(1.0, 0.8, 0.8)], dense_gradient_every=every)
+    flops = schedule_flops(model, 32, [Stage(1.0, 0.8, 0.8)], dense_gradient_every=every)
     assert flops.linear == pytest.approx((3 * sparse * every + 2 * sparse + dense) / (every + 1))
 
 
-@pytest.mark.parametrize("phases", [[], [Phase(0.0, 0.5, 0.5)]])
-def test_a_schedule_needs_phases(phases):
+@pytest.mark.parametrize("stages", [[], [Stage(0.0, 0.5, 0.5)]])
+def test_a_schedule_needs_stages(stages):
     with pytest.raises(ValueError, match="positive share"):
-        average_sparsity(phases)
+        average_sparsity(stages)

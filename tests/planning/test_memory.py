@@ -159,8 +159,8 @@ def test_layout_is_shown_with_a_row_for_each_stage(recipe):
     assert sum(line.strip().startswith("stage ") for line in text.splitlines()) == 2
 
 
-def test_blocks_that_a_gpu_multiplies_are_not_expanded_there(recipe):
-    blocks = {"level": 0.75, "pattern": "block", "block": 16}
+def test_tiles_that_a_gpu_multiplies_are_not_expanded_there(recipe):
+    blocks = {"level": 0.75, "pattern": "tile", "tile": 16}
     r = recipe(sparsity=blocks, model={"layers": 1, "ffn_hidden": 64}, train={"precision": "bf16"})
     gpu, cpu = (rank_bytes(r, plan_of(r), 0, on_gpu) for on_gpu in (True, False))
     active, weights = 6 * 64 * 64 // 4, 6 * 64 * 64
@@ -170,7 +170,7 @@ def test_blocks_that_a_gpu_multiplies_are_not_expanded_there(recipe):
     assert cpu.masks == weights // 8 + 8 * active
 
 
-@pytest.mark.parametrize("pattern", ["unstructured", "block"])
+@pytest.mark.parametrize("pattern", ["unstructured", "tile"])
 def test_expanding_layer_by_layer_keeps_no_copy(recipe, pattern):
-    r = recipe(sparsity={"level": 0.75, "pattern": pattern, "block": 8, "expand": "layer"})
+    r = recipe(sparsity={"level": 0.75, "pattern": pattern, "tile": 8, "dense_copy": "per_layer"})
     assert [rank_bytes(r, plan_of(r), 0, on_gpu).expanded for on_gpu in (True, False)] == [0, 0]

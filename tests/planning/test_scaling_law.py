@@ -18,7 +18,7 @@ from megatron_spdf.scaling_law.law import (
 )
 
 DATA = Path(__file__).parent / "data"
-# Block weights at scale 1: 24 blocks of T5-Base, 12 of ViT-B, both 768 wide; T5 saw 128 sequences of 512 a step.
+# Linear weights at scale 1: 24 blocks of T5-Base, 12 of ViT-B, both 768 wide; T5 saw 128 sequences of 512 a step.
 T5_WEIGHTS, VIT_WEIGHTS, T5_TOKENS_A_STEP = 24 * 12 * 768**2, 12 * 12 * 768**2, 128 * 512
 GRID = [(n, c) for n in np.logspace(6, 10, 9) for c in np.logspace(17, 25, 9)]
 

@@ -19,7 +19,7 @@ from megatron_spdf.planning.search import (
     smallest_world,
     usable_worlds,
 )
-from megatron_spdf.recipe.rules import divisors, findings
+from megatron_spdf.recipe.rules import divisors, rule_violations
 
 GPU = GPUS["h100"]
 
@@ -47,7 +47,7 @@ def test_every_layout_that_fits_is_found_and_no_other(recipe):
             if interleave > 1 and pipeline == 1 or 6 % (pipeline * interleave):
                 continue
             candidate = laid_out(r, tensor, pipeline, data, interleave, micro, again)
-            if not any(findings(candidate)) and fits(candidate, plan):
+            if not any(rule_violations(candidate)) and fits(candidate, plan):
                 brute.add((tensor, pipeline, data, interleave, micro, again))
     layouts = [(c.recipe.parallel, c.recipe.train) for c in found]
     assert brute == {(p.tensor, p.pipeline, p.data, p.interleave, t.micro_batch, t.recompute) for p, t in layouts}
@@ -74,7 +74,7 @@ def test_smallest_world_is_the_smallest(recipe, level):
     r = at_level(gpt(recipe), level)
     plan = plan_of(r)
     least = smallest_world(r, plan, GPU)
-    assert fits(least.recipe, plan) and not any(findings(least.recipe))
+    assert fits(least.recipe, plan) and not any(rule_violations(least.recipe))
     assert holds(r, plan, GPU, least.recipe.parallel.world)
     assert not any(holds(r, plan, GPU, world) for world in range(1, least.recipe.parallel.world))
 

@@ -32,7 +32,7 @@ RECIPE = {
     "evaluate": {"every": 6, "batches": 2},
     "checkpoint": {"every": 4, "asynchronous": False},  # so that a fault in a save meets nothing else
     "log": {"every": 1, "tensorboard": False},
-    "guard": {"hang_seconds": 8, "join_seconds": 120},
+    "fault_tolerance": {"hang_seconds": 8, "join_seconds": 120},
 }
 
 

@@ -1,7 +1,7 @@
 """Stands in for the Python of a job: runs what it is given, and does at a moment of a run what SPDF_FAULTS says.
 
-SPDF_FAULTS is words of `OUTPUT:PHASE:STEP:RANK:DEED`, separated by blanks, each done once.
-PHASE is train, evaluate or save; DEED is KILL or STOP (the signal, to the rank itself); or PAUSE: the rank makes the
+SPDF_FAULTS is words of `OUTPUT:STAGE:STEP:RANK:DEED`, separated by blanks, each done once.
+STAGE is train, evaluate or save; DEED is KILL or STOP (the signal, to the rank itself); or PAUSE: the rank makes the
 file OUTPUT-paused and waits until it is gone, so that a test can act meanwhile; or WAIT, until it is asked to stop.
 STEP is a number, `every3` for every time that step 3 comes, or `all`, for every step: the deed is SLOW, to sleep 0.2 s.
 """
@@ -38,7 +38,7 @@ def main() -> None:
 def arm(deeds: list[list[str]]) -> None:
     """Waits until the ranks have joined, when the engine may be imported, and puts the deeds in their places."""
     from megatron_spdf.resilience.heartbeat import Heartbeat
-    from megatron_spdf.resilience.progress import NOW
+    from megatron_spdf.resilience.progress import PROGRESS
     from megatron_spdf.resilience.signals import StopRequest
 
     enter, note = Heartbeat.__enter__, StopRequest._note
@@ -60,7 +60,7 @@ def arm(deeds: list[list[str]]) -> None:
             def through():
                 for i, batch in enumerate(batches):
                     if i == 1:
-                        meet("evaluate", int(NOW.phase.split()[-1]))
+                        meet("evaluate", int(PROGRESS.stage.split()[-1]))
                     yield batch
             return inner(engine, through(), stop)
 
@@ -68,12 +68,12 @@ def arm(deeds: list[list[str]]) -> None:
             meet("save", int(self.path.name.removeprefix("step_")))
             return inner(self)
 
-        def meet(phase: str, number: int) -> None:
+        def meet(stage: str, number: int) -> None:
             for output, wanted, at, _, deed in deeds:
-                if wanted == phase and deed == "SLOW":
+                if wanted == stage and deed == "SLOW":
                     time.sleep(0.2)
-                elif (wanted, at.removeprefix("every")) == (phase, str(number)):
-                    do(Path(output), phase, number, deed, every=at.startswith("every"))
+                elif (wanted, at.removeprefix("every")) == (stage, str(number)):
+                    do(Path(output), stage, number, deed, every=at.startswith("every"))
 
         engine.MegatronEngine.step = step
         loop.validation_loss, saving.Saving._write_tensors = validation_loss, write
@@ -82,8 +82,8 @@ def arm(deeds: list[list[str]]) -> None:
     Heartbeat.__enter__, StopRequest._note = enter_and_arm, noted
 
 
-def do(output: Path, phase: str, number: int, deed: str, every: bool) -> None:
-    mark = output.with_name(f"{output.name}-{phase}-{number}-{deed}.done")
+def do(output: Path, stage: str, number: int, deed: str, every: bool) -> None:
+    mark = output.with_name(f"{output.name}-{stage}-{number}-{deed}.done")
     if mark.exists() and not every:
         return
     mark.write_text("")
@@ -92,7 +92,7 @@ def do(output: Path, phase: str, number: int, deed: str, every: bool) -> None:
             time.sleep(0.05)
     elif deed == "PAUSE":
         flag = output.with_name(f"{output.name}-paused")
-        flag.write_text(f"{phase} {number}")
+        flag.write_text(f"{stage} {number}")
         while flag.exists():
             time.sleep(0.05)
     else:

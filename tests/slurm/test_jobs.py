@@ -1,6 +1,6 @@
 """sbatch launch/*.sh on a real cluster: to the end, through every kind of interruption, and not for ever.
 
-FAULTS=all goes through every fault in every phase; without it each fault is met in one phase and each phase with two
+FAULTS=all goes through every fault in every stage; without it each fault is met in one stage and each stage with two
 faults.
 """
 
@@ -24,14 +24,14 @@ STEP = {"train": (3, 10, 21), "evaluate": (6, 12, 18), "save": (8, 16, 24)}  # e
 @pytest.fixture(scope="module")
 def limited(cluster):
     """A run that is told by Slurm that its time is nearly up; it waits for that in step 9. Others run meanwhile."""
-    return cluster.sbatch("pretrain_gpt2small.sh", "recipe.yaml", "output=limited", "guard.hang_seconds=300",
+    return cluster.sbatch("pretrain_gpt2small.sh", "recipe.yaml", "output=limited", "fault_tolerance.hang_seconds=300",
                           SPDF_FAULTS="limited:train:9:0:WAIT", options=("--time=2", "--signal=B:USR1@60"))
 
 
 @pytest.fixture(scope="module")
 def loop(cluster):
     """A run that dies in step 3 whenever it is started."""
-    return cluster.sbatch("pretrain_gpt2small.sh", "recipe.yaml", "output=loop", "guard.max_starts=2", nodes="1",
+    return cluster.sbatch("pretrain_gpt2small.sh", "recipe.yaml", "output=loop", "fault_tolerance.max_starts=2", nodes="1",
                           SPDF_FAULTS="loop:train:every3:0:KILL")
 
 
@@ -92,14 +92,14 @@ SOME = [("rank killed", "train", 3, 1), ("rank stopped", "evaluate", 6, 1), ("re
 def sequences() -> list[list[tuple[str, str, int, int]]]:
     if os.environ.get("FAULTS") != "all":
         return [SOME]
-    names, phases = list(DEEDS), list(STEP)
-    order = sorted((step, phase) for phase, steps in STEP.items() for step in steps)
-    met: dict[str, int] = dict.fromkeys(phases, 0)
+    names, stages = list(DEEDS), list(STEP)
+    order = sorted((step, stage) for stage, steps in STEP.items() for step in steps)
+    met: dict[str, int] = dict.fromkeys(stages, 0)
     found: list[list[tuple[str, str, int, int]]] = [[], []]
     for turn in range(2):
-        for i, (step, phase) in enumerate(order):
-            found[turn].append((names[met[phase] % len(names)], phase, step, i % 2))
-            met[phase] += 1
+        for i, (step, stage) in enumerate(order):
+            found[turn].append((names[met[stage] % len(names)], stage, step, i % 2))
+            met[stage] += 1
     return found
 
 
@@ -107,15 +107,15 @@ def sequences() -> list[list[tuple[str, str, int, int]]]:
 def test_interrupted_in_every_way_equals_straight(cluster, straight, sequence, request):
     output = f"disturbed{request.node.callspec.indices['sequence']}"
     deeds = {name: deed if isinstance(deed, str) else "PAUSE" for name, deed in DEEDS.items()}
-    faults = " ".join(f"{output}:{phase}:{step}:{rank}:{deeds[name]}" for name, phase, step, rank in sequence)
+    faults = " ".join(f"{output}:{stage}:{step}:{rank}:{deeds[name]}" for name, stage, step, rank in sequence)
     # Faults may follow each other without a save between them, which is no crash loop.
-    job = cluster.sbatch("pretrain_gpt3xl.sh", "recipe.yaml", f"output={output}", f"guard.max_starts={len(sequence)}",
+    job = cluster.sbatch("pretrain_gpt3xl.sh", "recipe.yaml", f"output={output}", f"fault_tolerance.max_starts={len(sequence)}",
                          SPDF_FAULTS=faults)
     flag = cluster.place / f"{output}-paused"
-    for name, phase, step, _ in sequence:
+    for name, stage, step, _ in sequence:
         if isinstance(DEEDS[name], str):
             continue
-        where = f"{phase} {step}"
+        where = f"{stage} {step}"
         cluster.until(lambda where=where: flag.exists() and flag.read_text() == where, where, job, seconds=600)
         DEEDS[name](cluster, job)
         flag.unlink()
@@ -147,7 +147,7 @@ def test_ahead_of_its_time_limit_a_job_saves_and_goes_on(cluster, straight, limi
 def test_a_crash_loop_stops_after_the_bound_with_the_reason(cluster, loop):
     assert cluster.end_of(loop) == ["FAILED 3"], cluster.output(loop)
     assert cluster.field(loop, "Restarts") == "1"
-    reason = "2 starts in a row (guard.max_starts=2) made no checkpoint after step 0 of loop"
+    reason = "2 starts in a row (fault_tolerance.max_starts=2) made no checkpoint after step 0 of loop"
     assert reason in cluster.output(loop)
 
 

@@ -32,7 +32,7 @@ def test_refused_before_any_rank_is_started(cluster, refused, name):
     assert cluster.end_of(job) == ["FAILED 2"], cluster.output(job)
     out = [line for line in cluster.output(job).splitlines() if not line.startswith("==")]
     assert REFUSED[name][2] in " ".join(out)
-    assert len(out) <= 3 and "Traceback" not in cluster.output(job), out  # a recipe's findings have a line each
+    assert len(out) <= 3 and "Traceback" not in cluster.output(job), out  # a recipe's broken rules have a line each
     assert cluster.field(job, "Restarts") == "0"
     assert not (cluster.place / "r1").exists()
 

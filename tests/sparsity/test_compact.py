@@ -27,19 +27,19 @@ from megatron_spdf.sparsity.plan import SparseWeight
 SEED = 5
 WEIGHTS = [SparseWeight("w.qkv", (24, 6), 0, 4, 0.75), SparseWeight("w.proj", (6, 20), 1, 4, 0.7),
            SparseWeight("w.odd", (12, 7), 0, 4, 0.5), SparseWeight("w.one", (5, 3), 1, 1, 0.6)]
-CASES = [(weight, world) for weight in WEIGHTS for world in (1, 2, 4) if weight.chunks % world == 0]
+CASES = [(weight, world) for weight in WEIGHTS for world in (1, 2, 4) if weight.slices % world == 0]
 each_layout = pytest.mark.parametrize("weight, world", CASES, ids=lambda v: getattr(v, "name", v))
 each_weight = pytest.mark.parametrize("weight", WEIGHTS, ids=lambda w: w.name)
 
 
-def chunk_masks(weight: SparseWeight) -> list[Tensor]:
-    shape, k = weight.chunk_shape, weight.active_per_chunk
-    drawn = (draw_mask(SEED, weight.name, c, shape[0] * shape[1], k) for c in range(weight.chunks))
+def slice_masks(weight: SparseWeight) -> list[Tensor]:
+    shape, k = weight.slice_shape, weight.active_per_slice
+    drawn = (draw_mask(SEED, weight.name, c, shape[0] * shape[1], k) for c in range(weight.slices))
     return [torch.from_numpy(mask).view(shape) for mask in drawn]
 
 
 def whole_mask(weight: SparseWeight) -> Tensor:
-    return torch.cat(chunk_masks(weight), dim=weight.axis)
+    return torch.cat(slice_masks(weight), dim=weight.axis)
 
 
 def compacts(weight: SparseWeight, world: int) -> list[CompactWeight]:
@@ -63,10 +63,10 @@ def test_expanded_compressed_weight_is_the_masked_weight(weight, world):
 
 
 @each_layout
-def test_values_are_the_active_entries_chunk_after_chunk(weight, world):
+def test_values_are_the_active_entries_slice_after_slice(weight, world):
     dense = dense_of(weight)
-    wanted = torch.stack([chunk[mask] for chunk, mask in zip(
-        dense.chunk(weight.chunks, dim=weight.axis), chunk_masks(weight), strict=True)])
+    wanted = torch.stack([slice_id[mask] for slice_id, mask in zip(
+        dense.chunk(weight.slices, dim=weight.axis), slice_masks(weight), strict=True)])
     parts = shards(dense, weight, world)
     found = torch.cat([c.right_inverse(part) for c, part in zip(compacts(weight, world), parts, strict=True)])
     assert torch.equal(found, wanted)
@@ -79,12 +79,12 @@ def test_masks_of_all_ranks_together_are_the_same_at_every_world(weight, world):
 
 
 @each_layout
-def test_mask_bits_of_all_ranks_together_are_the_chunks_masks(weight, world):
+def test_mask_bits_of_all_ranks_together_are_the_slices_masks(weight, world):
     bits = torch.cat([c.mask_bits for c in compacts(weight, world)]).numpy()
-    entries = weight.numel // weight.chunks
-    assert bits.shape == (weight.chunks, -(-entries // 8))
+    entries = weight.numel // weight.slices
+    assert bits.shape == (weight.slices, -(-entries // 8))
     unpacked = np.unpackbits(bits, axis=1, count=entries).astype(bool)
-    assert np.array_equal(unpacked, np.stack([m.flatten().numpy() for m in chunk_masks(weight)]))
+    assert np.array_equal(unpacked, np.stack([m.flatten().numpy() for m in slice_masks(weight)]))
 
 
 @each_weight

@@ -49,7 +49,7 @@ def test_impossible_count_is_refused(active):
 
 
 def test_mask_does_not_depend_on_what_was_drawn_before():
-    keys = [(seed, name, chunk) for seed in (0, 1) for name in (QKV, FC2) for chunk in (0, 1)]
+    keys = [(seed, name, slice_id) for seed in (0, 1) for name in (QKV, FC2) for slice_id in (0, 1)]
     forward = [draw_mask(*key, 128, 32) for key in keys]
     np.random.default_rng(0).random(5)
     backward = [draw_mask(*key, 128, 32) for key in reversed(keys)][::-1]
@@ -62,9 +62,9 @@ def test_drawing_leaves_the_global_random_state_alone():
     assert np.array_equal(before, np.random.get_state()[1])
 
 
-def test_masks_of_other_seeds_names_and_chunks_differ():
-    drawn = {draw_mask(seed, name, chunk, 256, 64).tobytes()
-             for seed in (0, 1, 2) for name in (QKV, FC2, "w1", "w") for chunk in (0, 1, 10)}
+def test_masks_of_other_seeds_names_and_slices_differ():
+    drawn = {draw_mask(seed, name, slice_id, 256, 64).tobytes()
+             for seed in (0, 1, 2) for name in (QKV, FC2, "w1", "w") for slice_id in (0, 1, 10)}
     assert len(drawn) == 3 * 4 * 3
 
 
@@ -78,7 +78,7 @@ N, K, DRAWS = 64, 16, 4000
 
 @pytest.fixture(scope="module")
 def drawn() -> np.ndarray:
-    return np.array([draw_mask(0, QKV, chunk, N, K) for chunk in range(DRAWS)])
+    return np.array([draw_mask(0, QKV, slice_id, N, K) for slice_id in range(DRAWS)])
 
 
 def test_every_position_is_equally_likely(drawn):
@@ -96,7 +96,7 @@ def test_positions_are_uncorrelated(drawn, distance, parity):
     assert abs(together - expected) < 5 * expected**0.5
 
 
-def test_chunks_are_uncorrelated(drawn):
+def test_slices_are_uncorrelated(drawn):
     together = np.count_nonzero(drawn[:-1] & drawn[1:])
     expected = (DRAWS - 1) * K * K / N
     assert abs(together - expected) < 5 * expected**0.5

@@ -8,7 +8,7 @@ from megatron_spdf.architecture.weights import model_weights
 from megatron_spdf.sparsity.plan import Plan, SparseWeight, make_plan, render_plan
 from megatron_spdf.sparsity.settings import Sparsity
 
-BLOCK = ["self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2"]
+TILE = ["self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2"]
 
 
 @pytest.fixture
@@ -25,15 +25,15 @@ def levels(plan: Plan) -> dict[str, float]:
     return {name: weight.level for name, weight in plan.weights.items()}
 
 
-def test_targets_are_the_four_matrices_of_every_block(plan):
-    assert list(plan(0.75).weights) == [f"decoder.layers.{i}.{name}.weight" for i in range(4) for name in BLOCK]
+def test_targets_are_the_four_matrices_of_every_tile(plan):
+    assert list(plan(0.75).weights) == [f"decoder.layers.{i}.{name}.weight" for i in range(4) for name in TILE]
 
 
 def test_shape_and_axis_are_the_weights(plan):
     weights = plan(0.75).weights
     assert [(w.shape, w.axis) for w in list(weights.values())[:4]] == [
         ((192, 64), 0), ((64, 64), 1), ((256, 64), 0), ((64, 256), 1)]
-    assert {w.chunks for w in weights.values()} == {4}
+    assert {w.slices for w in weights.values()} == {4}
 
 
 def test_dense_plan_is_empty(plan):
@@ -87,13 +87,13 @@ def test_shadowed_rule_is_refused(plan):
         plan([{"weights": "*", "level": 0.5}, {"weights": "*.mlp.*", "level": 0.9}])
 
 
-@pytest.mark.parametrize("level, shape, axis, chunks, k", [
+@pytest.mark.parametrize("level, shape, axis, slices, k", [
     (0.75, (192, 64), 0, 4, 768), (0.75, (64, 192), 1, 4, 768), (0.5, (6, 5), 0, 2, 8), (0.9, (4, 4), 1, 1, 2),
     (1 / 3, (10, 10), 0, 1, 67), (0.999, (4, 4), 0, 2, 1), (0.99999, (2, 2), 1, 2, 1)])
-def test_active_per_chunk_is_exact_and_at_least_one(level, shape, axis, chunks, k):
-    weight = SparseWeight("w", shape, axis, chunks, level)
-    assert (weight.active_per_chunk, weight.active) == (k, k * chunks)
-    assert weight.sparsity == 1 - k * chunks / (shape[0] * shape[1])
+def test_active_per_slice_is_exact_and_at_least_one(level, shape, axis, slices, k):
+    weight = SparseWeight("w", shape, axis, slices, level)
+    assert (weight.active_per_slice, weight.active) == (k, k * slices)
+    assert weight.sparsity == 1 - k * slices / (shape[0] * shape[1])
 
 
 def test_sparsity_of_the_plan_is_of_all_sparse_weights_together(plan):
@@ -110,5 +110,5 @@ def test_seed_is_the_recipes(plan):
 
 def test_table_has_a_row_for_each_kind(plan):
     rows = render_plan(plan(0.75)).splitlines()[2:]
-    assert [row.split()[:2] for row in rows] == [[f"decoder.layers.*.{name}.weight", "4"] for name in BLOCK]
+    assert [row.split()[:2] for row in rows] == [[f"decoder.layers.*.{name}.weight", "4"] for name in TILE]
     assert all(row.endswith("75.0000%") for row in rows)

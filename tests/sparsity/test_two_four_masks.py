@@ -15,7 +15,7 @@ import torch
 from megatron_spdf.architecture.weights import model_weights
 from megatron_spdf.layers.compact import CompactWeight
 from megatron_spdf.recipe.load import load_recipe, save_recipe
-from megatron_spdf.recipe.rules import findings
+from megatron_spdf.recipe.rules import rule_violations
 from megatron_spdf.sparsity.patterns.two_four import draw_two_four
 from megatron_spdf.sparsity.plan import SparseWeight, make_plan, render_plan
 from megatron_spdf.sparsity.slices import follows_pattern, planned_mask
@@ -69,9 +69,9 @@ def test_neighbouring_tiles_are_independent():
         assert abs(together - expected) < 5 * math.sqrt(expected)
 
 
-def test_masks_of_other_seeds_names_and_chunks_differ():
-    drawn = {draw_two_four(seed, name, chunk, (16, 16)).tobytes()
-             for seed in (0, 1) for name in (NAME, "w1", "w") for chunk in (0, 1, 10)}
+def test_masks_of_other_seeds_names_and_slices_differ():
+    drawn = {draw_two_four(seed, name, slice_id, (16, 16)).tobytes()
+             for seed in (0, 1) for name in (NAME, "w1", "w") for slice_id in (0, 1, 10)}
     assert len(drawn) == 2 * 3 * 3
 
 
@@ -85,7 +85,7 @@ each_layout = pytest.mark.parametrize(("weight", "world"), CASES, ids=lambda v: 
 def test_masks_of_all_ranks_together_are_the_plans(weight, world):
     ranks = [CompactWeight(weight, 3, rank, world, "cpu") for rank in range(world)]
     found = torch.cat([c(torch.ones(c.values_shape)) != 0 for c in ranks], dim=weight.axis)
-    wanted = [torch.from_numpy(planned_mask(weight, 3, c)).view(weight.chunk_shape) for c in range(weight.chunks)]
+    wanted = [torch.from_numpy(planned_mask(weight, 3, c)).view(weight.slice_shape) for c in range(weight.slices)]
     assert torch.equal(found, torch.cat(wanted, dim=weight.axis))
     assert (tiles(found.numpy()).sum(1) == 2).all() and (tiles(found.numpy()).sum(2) == 2).all()
 
@@ -98,7 +98,7 @@ def test_mask_that_is_2_4_one_way_only_is_refused():
     by_rows = np.tile([True, True, False, False], masks.size // 4).reshape(masks.shape)
     by_columns = np.repeat(np.tile([True, True, False, False], masks.size // 4 // 32), 32).reshape(masks.shape)
     for wrong in (np.roll(masks, 1, axis=1), by_rows, by_columns):
-        assert (wrong.sum(1) == weight.active_per_chunk).all()
+        assert (wrong.sum(1) == weight.active_per_slice).all()
         compact.mask_bits.copy_(torch.from_numpy(np.packbits(wrong, axis=1)))
         with pytest.raises(ValueError, match="masks of w.out are not 2:4 along rows and columns; use another"):
             compact.index_mask()
@@ -107,7 +107,7 @@ def test_mask_that_is_2_4_one_way_only_is_refused():
 def test_plan_is_2_4_and_its_table_says_so(recipe):
     r = recipe(sparsity=HALF)
     plan = make_plan(r.sparsity, model_weights(r.model), r.model.query_groups)
-    assert plan.sparsity == 0.5 and all(w.two_four and w.block is None and w.chunks == 4 for w in plan.weights.values())
+    assert plan.sparsity == 0.5 and all(w.two_four and w.tile is None and w.slices == 4 for w in plan.weights.values())
     assert "; 2:4, two of every four weights along rows and along columns" in render_plan(plan)
 
 
@@ -120,10 +120,10 @@ STAYS_DENSE = [{"weights": "decoder.layers.0.*", "level": 0.0}]
     ({**HALF, "rules": STAYS_DENSE}, {}, None),
     ({**HALF, "level": 0.75}, {}, r"pattern=2:4 on .*: level=0.75, and two of every four .* are level 0.5; take"),
     ({**HALF, "rules": [{"weights": "*.mlp.*", "level": 0.25}]}, {}, "linear_fc1.weight .*: level=0.25"),
-    (HALF, {"ffn_hidden": 72}, r"its 4 chunks, .* are 18 x 64, and tiles of 4 x 4 must fill them; take a .* of 16,"),
-    (HALF, {"hidden": 24, "heads": 4}, r"its 4 chunks, .* are 18 x 24, and tiles")])
+    (HALF, {"ffn_hidden": 72}, r"its 4 slices, .* are 18 x 64, and tiles of 4 x 4 must fill them; take a .* of 16,"),
+    (HALF, {"hidden": 24, "heads": 4}, r"its 4 slices, .* are 18 x 24, and tiles")])
 def test_recipe_is_held_to_what_2_4_allows(recipe, sparsity, model, said):
-    found = list(findings(recipe(sparsity=sparsity, model=model)))
+    found = list(rule_violations(recipe(sparsity=sparsity, model=model)))
     if said is None:
         assert found == []
     else:
@@ -140,12 +140,12 @@ def test_quotes_around_the_pattern_are_optional(written, tmp_path, recipe):
     assert "pattern: '2:4'" in text
     saved.write_text(text.replace("'2:4'", written))
     assert load_recipe(saved).sparsity.pattern == "2:4"
-    overridden = load_recipe(saved, ["sparsity.pattern=block", f"sparsity.pattern={written}"])
+    overridden = load_recipe(saved, ["sparsity.pattern=tile", f"sparsity.pattern={written}"])
     assert (overridden.sparsity.pattern, overridden.sparsity.seed) == ("2:4", 3)
 
 
-def test_identity_of_a_run_knows_its_pattern_and_no_block(recipe):
+def test_identity_of_a_run_knows_its_pattern_and_no_tile(recipe):
     def identity(**change) -> dict:
         return recipe(sparsity={**HALF, **change}).identity()
 
-    assert identity(block=16) == identity() != identity(pattern="unstructured")
+    assert identity(tile=16) == identity() != identity(pattern="unstructured")

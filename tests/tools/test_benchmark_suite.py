@@ -18,8 +18,8 @@ from megatron_spdf.planning.search import USABLE
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-PATTERNS = ["unstructured 75%, kept for the step", "unstructured 75%, layer by layer", "blocks of 16, 75%",
-            "blocks of 32, 75%", "2:4"]
+PATTERNS = ["unstructured 75%, kept for the step", "unstructured 75%, layer by layer", "tiles of 16, 75%",
+            "tiles of 32, 75%", "2:4"]
 
 
 def child(script: str) -> list[str]:
@@ -99,13 +99,13 @@ def test_the_gpu_trains_gpt3_xl_with_every_pattern():
         assert recipe.parallel.world == 1
     assert all(model == models[0] for model in models)
     sparsity = [sizes.GPU.recipe(p).sparsity for p in sizes.GPU.patterns.values()]
-    assert [(s.pattern, s.level, s.expand) for s in sparsity] == [
-        ("unstructured", 0.75, "step"), ("unstructured", 0.75, "layer"), ("block", 0.75, "step"),
-        ("block", 0.75, "step"), ("2:4", 0.5, "step")]
-    assert [s.block for s in sparsity if s.pattern == "block"] == [64, 128]
+    assert [(s.pattern, s.level, s.dense_copy) for s in sparsity] == [
+        ("unstructured", 0.75, "per_step"), ("unstructured", 0.75, "per_layer"), ("tile", 0.75, "per_step"),
+        ("tile", 0.75, "per_step"), ("2:4", 0.5, "per_step")]
+    assert [s.tile for s in sparsity if s.pattern == "tile"] == [64, 128]
 
 
-@pytest.mark.parametrize("sparsity", [sizes.DENSE, "{level: 0.75, expand: layer}"])
+@pytest.mark.parametrize("sparsity", [sizes.DENSE, "{level: 0.75, dense_copy: per_layer}"])
 def test_the_planners_deepest_model_fits_and_one_layer_more_does_not(sparsity):
     assert sizes.GPU.deep_recipe(sparsity).model.hidden == 4096
     recipe, memory = sizes.CPU.deep_recipe(sparsity), 2**24
@@ -142,10 +142,10 @@ def test_the_whole_suite_runs_without_a_gpu(tmp_path):
 
     kernels = parts["kernels"]["tables"]["kernels"]
     kinds = {row["kernel"].split(",")[0] for row in kernels if "kernel" in row}
-    assert kinds == {"expand", "compress", "blocks", "2:4"}
+    assert kinds == {"expand", "compress", "tiles", "2:4"}
     assert any(row["what"] == "stanford-stk" for row in kernels)
     by = {row["what"]: row["by"] for row in parts["kernels"]["tables"]["what computes"]}
-    assert by["2:4"] == by["blocks of 16"] == "expanded and multiplied as dense weights"
+    assert by["2:4"] == by["tiles of 16"] == "expanded and multiplied as dense weights"
     peers = parts["peers"]["tables"]["peers"]
     assert len(peers) == 2 and all(row["tokens/s"] > 0 for row in peers)
     depths = {row["what"]: row for row in parts["largest"]["tables"]["largest"] if row["note"] == "trained"}

@@ -21,9 +21,9 @@ def test_every_kernel_of_a_layer_is_measured(tmp_path):
                           cwd=ROOT, capture_output=True, text=True, check=False,
                           env={"PATH": "/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    assert "no GPU here" in done.stdout and "dense over blocks" in done.stdout
+    assert "no GPU here" in done.stdout and "dense over tiles" in done.stdout
     found = json.loads(out.read_text())
-    names = ["expand", "compress", "blocks, forward", "blocks, input gradient", "blocks, weight gradient"]
+    names = ["expand", "compress", "tiles, forward", "tiles, input gradient", "tiles, weight gradient"]
     assert [(f["kernel"], f["weight"].split(".")[-2]) for f in found["figures"]] == [
         (name, kind) for kind in KINDS for name in names]
     for f in found["figures"]:

@@ -11,9 +11,9 @@ import torch
 from megatron_spdf.engine.factory import make_engine
 from megatron_spdf.planning.memory import render_layout
 from megatron_spdf.recipe.load import save_recipe
-from megatron_spdf.recipe.rules import findings
+from megatron_spdf.recipe.rules import rule_violations
 from megatron_spdf.runs.measured import read_run
-from megatron_spdf.schedule.stages import phases_of
+from megatron_spdf.schedule.stages import stages_of
 from megatron_spdf.training import autotune
 from megatron_spdf.training.autotune import Trial, candidates, fastest, try_all
 
@@ -49,52 +49,52 @@ def test_not_even_one_sequence_fits():
 def test_trials_end_before_memory_does(recipe, monkeypatch):
     """State of 30 GiB and 8 GiB a sequence: twice four sequences would be over 80 GiB."""
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * GIB))
-    monkeypatch.setattr(autotune, "_try", lambda phase, _: (lambda m: trial(
-        m, 1 / m, (30 + 8 * m) * GIB, (30 + 16 * m) * GIB))(phase.recipe.train.micro_batch))
-    (phase,) = phases_of(auto(recipe))
-    found = list(try_all(phase, torch.device("cuda")))
+    monkeypatch.setattr(autotune, "_try", lambda stage, _: (lambda m: trial(
+        m, 1 / m, (30 + 8 * m) * GIB, (30 + 16 * m) * GIB))(stage.recipe.train.micro_batch))
+    (stage,) = stages_of(auto(recipe))
+    found = list(try_all(stage, torch.device("cuda")))
     assert [t.micro_batch for t in found] == [1, 2, 4]
     assert fastest(found) == 4
 
 
 def test_memory_that_runs_out_ends_the_trials_of_one_rank(recipe, monkeypatch):
-    def run(phase, _):
-        if phase.recipe.train.micro_batch > 1:
+    def run(stage, _):
+        if stage.recipe.train.micro_batch > 1:
             raise torch.OutOfMemoryError
         return 1.0, 0
 
     monkeypatch.setattr(autotune, "_run", run)
     monkeypatch.setattr(autotune.dist, "get_world_size", lambda: 1)
     monkeypatch.setattr(autotune.dist, "all_reduce", lambda *_: None)
-    (phase,) = phases_of(auto(recipe))
-    found = [autotune._try(p, torch.device("cpu")) for p in (phase_at(phase, 1), phase_at(phase, 2))]
+    (stage,) = stages_of(auto(recipe))
+    found = [autotune._try(p, torch.device("cpu")) for p in (stage_at(stage, 1), stage_at(stage, 2))]
     assert [t.seconds for t in found] == [1.0, math.inf]
     assert fastest(found) == 1
     monkeypatch.setattr(autotune.dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(autotune.dist, "get_rank", lambda: 1)
     with pytest.raises(ValueError, match="micro-batch 2 did not fit in the memory of rank 1; set train.micro_batch to"):
-        autotune._try(phase_at(phase, 2), torch.device("cpu"))
+        autotune._try(stage_at(stage, 2), torch.device("cpu"))
 
 
-def phase_at(phase, size: int):
-    return autotune.replace(phase, recipe=phase.recipe.with_micro_batch(size))
+def stage_at(stage, size: int):
+    return autotune.replace(stage, recipe=stage.recipe.with_micro_batch(size))
 
 
 def test_rules_hold_for_the_smallest(recipe):
-    assert not list(findings(auto(recipe, parallel={"data": 3})))
-    (wrong,) = findings(auto(recipe, parallel={"data": 5}))
+    assert not list(rule_violations(auto(recipe, parallel={"data": 3})))
+    (wrong,) = rule_violations(auto(recipe, parallel={"data": 5}))
     assert "train.global_batch=48 is not divisible by train.micro_batch x parallel.data = 1 x 5" in wrong
 
 
 def test_a_dry_run_says_auto(recipe):
-    (phase,) = phases_of(auto(recipe))
-    assert "micro-batches of auto x 32 tokens" in render_layout(phase.recipe, phase.plan)
+    (stage,) = stages_of(auto(recipe))
+    assert "micro-batches of auto x 32 tokens" in render_layout(stage.recipe, stage.plan)
 
 
 def test_an_engine_needs_a_number(recipe):
-    (phase,) = phases_of(auto(recipe))
+    (stage,) = stages_of(auto(recipe))
     with pytest.raises(ValueError, match="train.micro_batch=auto is for pretrain.py"):
-        make_engine(phase.recipe, phase.plan, torch.device("cpu"))
+        make_engine(stage.recipe, stage.plan, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("value", [0, -1, 2.5, True, "x"])

@@ -20,7 +20,7 @@ from megatron_spdf.runs.experiment import (
     runs,
     summary,
 )
-from megatron_spdf.schedule.stages import mean_flops, phases_of
+from megatron_spdf.schedule.stages import mean_flops, stages_of
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((ROOT / "configs/experiments").glob("*.yaml"))
@@ -81,7 +81,7 @@ def test_what_is_excluded_is_left_out(grid):
 def test_equal_flops_are_equal(grid):
     _, found = grid_of(grid(axes={"budget": ["tokens", "flops"], "sparsity": [0, 0.5, 0.75]},
                             recipe=RECIPE | {"train": RECIPE["train"] | {"tokens": 8 * 32 * 1000}}))
-    spent = {(c.labels["budget"], c.labels["sparsity"]): mean_flops(phases_of(c.recipe)).total * c.recipe.steps
+    spent = {(c.labels["budget"], c.labels["sparsity"]): mean_flops(stages_of(c.recipe)).total * c.recipe.steps
              for c in found}
     assert [c.recipe.steps for c in found if c.labels["budget"] == "tokens"] == [1000] * 3
     assert spent["flops", "0"] == spent["tokens", "0"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_spdf.resilience.restarts import StartsSpent, count_start, may_start_again, newest_step
+from megatron_spdf.resilience.restarts import RestartLimit, count_start, newest_step, restart_refusal
 
 
 def checkpoint(run, step):
@@ -15,10 +15,10 @@ def test_starts_without_a_checkpoint_are_bounded(tmp_path):
     run = tmp_path / "run"
     for _ in range(2):
         count_start(run, 3, job="7")
-        assert may_start_again(run) == ""
+        assert restart_refusal(run) == ""
     count_start(run, 3, job="7")
-    assert "3 starts in a row (guard.max_starts=3) made no checkpoint after step 0" in may_start_again(run)
-    with pytest.raises(StartsSpent, match="3 starts in a row"):
+    assert "3 starts in a row (fault_tolerance.max_starts=3) made no checkpoint after step 0" in restart_refusal(run)
+    with pytest.raises(RestartLimit, match="3 starts in a row"):
         count_start(run, 3, job="7")
 
 
@@ -26,9 +26,9 @@ def test_a_new_checkpoint_counts_from_one(tmp_path):
     for step in (4, 8, 12):
         count_start(tmp_path, 1, job="7")
         checkpoint(tmp_path, step)
-        assert may_start_again(tmp_path) == ""
+        assert restart_refusal(tmp_path) == ""
     count_start(tmp_path, 1, job="7")
-    assert "after step 12" in may_start_again(tmp_path)
+    assert "after step 12" in restart_refusal(tmp_path)
 
 
 def test_a_save_that_did_not_finish_is_no_progress(tmp_path):
@@ -40,14 +40,14 @@ def test_a_save_that_did_not_finish_is_no_progress(tmp_path):
 def test_a_new_job_counts_from_one(tmp_path):
     count_start(tmp_path, 1, job="7")
     count_start(tmp_path, 1, job="8")
-    with pytest.raises(StartsSpent):
+    with pytest.raises(RestartLimit):
         count_start(tmp_path, 1, job="8")
 
 
 def test_a_count_cut_short_by_a_crash_is_forgotten(tmp_path):
     (tmp_path / "starts.json").write_text('{"job": "7", "st')
     count_start(tmp_path, 1, job="7")
-    assert may_start_again(tmp_path)
+    assert restart_refusal(tmp_path)
 
 
 def test_the_count_does_not_make_a_directory_another_recipes(recipe):

@@ -45,8 +45,8 @@ def test_claiming_again_is_harmless(claimed):
 @pytest.mark.parametrize("change", [
     {"parallel": {"tensor": 2, "data": 2, "zero_stage": 0}}, {"log": {"every": 1, "tensorboard": False}},
     {"checkpoint": {"every": 3}}, {"evaluate": {"every": 5}}, {"kernels": {"norm": "torch"}},
-    {"guard": {"max_skipped": 1}}, {"train": {"micro_batch": 1, "recompute": "full"}},
-    {"data": {"workers": 0, "cache": "elsewhere", "tokenizer": "elsewhere"}}])
+    {"fault_tolerance": {"max_skipped": 1}}, {"train": {"micro_batch": 1, "recompute": "full"}},
+    {"data": {"workers": 0, "index_cache": "elsewhere", "tokenizer": "elsewhere"}}])
 def test_layout_logging_and_the_like_may_change(claimed, recipe, change):
     RunDir(recipe(sparsity=0.75, **change)).check()
 
@@ -107,4 +107,4 @@ def test_everything_a_run_writes_is_inside_its_directory(recipe):
 
 
 def test_cache_may_be_elsewhere(recipe, tmp_path):
-    assert RunDir(recipe(data={"cache": str(tmp_path / "cache")})).cache == tmp_path / "cache"
+    assert RunDir(recipe(data={"index_cache": str(tmp_path / "cache")})).cache == tmp_path / "cache"

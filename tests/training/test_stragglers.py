@@ -8,7 +8,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from megatron_spdf.resilience.progress import NOW, _observed, in_background
+from megatron_spdf.resilience.progress import PROGRESS, _observed, in_background
 from megatron_spdf.resilience.stragglers import OwnTime, slower
 
 
@@ -28,20 +28,20 @@ def test_half_the_ranks_may_be_slow():
 
 def test_time_in_collectives_is_not_a_ranks_own():
     wait = _observed(lambda seconds: time.sleep(seconds), "all_reduce")
-    before, count = NOW.blocked_seconds, NOW.count
+    before, count = PROGRESS.blocked_seconds, PROGRESS.count
     wait(0.05)
-    assert NOW.blocked_seconds - before >= 0.05
-    assert NOW.collective == "all_reduce" and NOW.count == count + 1 and not NOW.inside
+    assert PROGRESS.blocked_seconds - before >= 0.05
+    assert PROGRESS.collective == "all_reduce" and PROGRESS.count == count + 1 and not PROGRESS.inside
 
 
 def test_autograds_thread_is_observed_and_one_that_saves_is_not():
     """On a GPU collectives of the backward pass are entered by a thread of autograd's."""
-    observed, counts = _observed(torch.ones, "all_reduce"), [NOW.count]
+    observed, counts = _observed(torch.ones, "all_reduce"), [PROGRESS.count]
     for first in (lambda: None, in_background):
         thread = threading.Thread(target=lambda first=first: (first(), observed(1)))
         thread.start()
         thread.join()
-        counts.append(NOW.count - counts[0])
+        counts.append(PROGRESS.count - counts[0])
     assert counts[1:] == [1, 1]
 
 

@@ -32,7 +32,7 @@ def stk_products(
 
     compact = CompactWeight(weight, seed, 0, 1, device)
     dense = compact(torch.randn(compact.values_shape, device=device).bfloat16())
-    sparse = stk.ops.to_sparse(dense, weight.block)
+    sparse = stk.ops.to_sparse(dense, weight.tile)
     x, gradient = (torch.randn(tokens, n, device=device).bfloat16() for n in reversed(compact.shape))
     runs = {
         "stk, forward": (lambda: stk.ops.dds(x, sparse.t()), lambda: x @ dense.T),
@@ -106,7 +106,7 @@ def multiplied_masks(recipe: Recipe, steps: int) -> dict:
 
 
 class _MaskedEngine:
-    """An engine whose block weights are masked after every step."""
+    """An engine whose linear weights are masked after every step."""
 
     def __init__(self, engine):
         self.engine = engine

@@ -75,8 +75,8 @@ def _masks_of_first_layer() -> Iterator[None]:
 
     drawn = cache(compact.planned_mask)
 
-    def of_first_layer(planned: SparseWeight, seed: int, chunk: int) -> np.ndarray:
-        return drawn(replace(planned, name=re.sub(r"layers\.\d+\.", "layers.0.", planned.name)), seed, chunk)
+    def of_first_layer(planned: SparseWeight, seed: int, slice_id: int) -> np.ndarray:
+        return drawn(replace(planned, name=re.sub(r"layers\.\d+\.", "layers.0.", planned.name)), seed, slice_id)
 
     with (patch.object(compact, "planned_mask", of_first_layer),
           patch.object(compact.CompactWeight, "_check_masks", lambda self: None)):  # they are as drawn

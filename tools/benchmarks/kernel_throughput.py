@@ -1,5 +1,5 @@
 """Speed of the kernels on this machine: expand and compress against the time in which the bytes that they must move are
-copied, products of blocks and of 2:4 weights against dense ones, weight by weight of a recipe's first layer.
+copied, products of tiles and of 2:4 weights against dense ones, weight by weight of a recipe's first layer.
 
 On a GPU these are Triton's kernels, beside PyTorch's where both do the same. Without one, PyTorch's on the CPU, so that
 the command can be tried; figures of a CPU say nothing about a GPU.
@@ -58,14 +58,14 @@ def measure(recipe: Recipe, plan: Plan, seconds: float = 0.2) -> dict:
     for weight in (w for n, w in plan.weights.items() if ".layers.0." in n):
         place = plan.seed, recipe.parallel.tensor, device, dtype
         figures += moves(weight, *place, bandwidth, seconds)
-        if weight.block is not None or weight.two_four:
+        if weight.tile is not None or weight.two_four:
             figures += products(weight, *place, tokens, seconds)
-    sizes = {w.block for w in plan.weights.values()} - {None}
-    blocks = [dispatch.block_products(device.type, size, dtype)[1] for size in sizes]
+    sizes = {w.tile for w in plan.weights.values()} - {None}
+    tiles = [dispatch.tile_products(device.type, size, dtype)[1] for size in sizes]
     two_four = any(w.two_four for w in plan.weights.values())
     return {"device_type": device.type, "tokens": tokens, "dtype": str(dtype).removeprefix("torch."),
             "copy_bytes_per_second": bandwidth, "expand_compress": dispatch.describe(device.type),
-            "blocks": blocks[0] if blocks else None,
+            "tiles": tiles[0] if tiles else None,
             "2:4": dispatch.two_four_products(device.type, dtype)[1] if two_four else None,
             "figures": [vars(f) for f in figures]}
 
@@ -80,8 +80,8 @@ def copy_bandwidth(device: torch.device, seconds: float) -> float:
 def moves(weight: SparseWeight, seed: int, tensor: int, device: torch.device, dtype: torch.dtype, bandwidth: float,
           seconds: float) -> list[Figure]:
     """Expand, and compress added to an fp32 buffer; of the unstructured mask, whatever the recipe's pattern."""
-    # A weight of blocks may have fewer chunks; they stay, and so does the level that is reached.
-    weight = replace(weight, block=None, two_four=False, level=weight.sparsity)
+    # A weight of tiles may have fewer slices; they stay, and so does the level that is reached.
+    weight = replace(weight, tile=None, two_four=False, level=weight.sparsity)
     compact = CompactWeight(weight, seed, 0, tensor, device)
     mask, width = compact.mask, dtype.itemsize
     values = torch.randn(compact.values_shape, device=device).to(dtype)
@@ -89,7 +89,7 @@ def moves(weight: SparseWeight, seed: int, tensor: int, device: torch.device, dt
     buffer = torch.zeros(compact.values_shape, device=device)
     peer = None
     if dispatch.implementation(device.type)[0] is not torch_reference:
-        peer = replace(mask, index=torch_reference.make_index(mask.bits, mask.chunk_shape, mask.axis))
+        peer = replace(mask, index=torch_reference.make_index(mask.bits, mask.slice_shape, mask.axis))
     whole, active = dense.numel(), values.numel()
     bits = whole / 8
     runs = {
@@ -107,9 +107,9 @@ def moves(weight: SparseWeight, seed: int, tensor: int, device: torch.device, dt
 
 def products(weight: SparseWeight, seed: int, tensor: int, device: torch.device, dtype: torch.dtype, tokens: int,
              seconds: float) -> list[Figure]:
-    """y = x W^T and both gradients with a weight of blocks, or a 2:4 one, against the same with a dense one."""
+    """y = x W^T and both gradients with a weight of tiles, or a 2:4 one, against the same with a dense one."""
     dense = torch.randn(CompactWeight(weight, seed, 0, tensor, "meta").shape, device=device).to(dtype)
-    product = choose_product(weight, dense, "layer")
+    product = choose_product(weight, dense, "per_layer")
     compact = CompactWeight(weight, seed, 0, tensor, device, product)
     mask, values = compact.mask, compact.right_inverse(dense)
     x, gradient = (torch.randn(tokens, n, device=device).to(dtype) for n in reversed(compact.shape))
@@ -119,7 +119,7 @@ def products(weight: SparseWeight, seed: int, tensor: int, device: torch.device,
         "input gradient": (lambda: product.input_gradient(gradient, values, mask), lambda: gradient @ dense),
         "weight gradient": (lambda: product.weight_gradient(gradient, x, mask, buffer), lambda: gradient.T @ x),
     }
-    pattern, found = "2:4" if weight.two_four else "blocks", []
+    pattern, found = "2:4" if weight.two_four else "tiles", []
     for name, (run, plain) in runs.items():
         full = median_seconds(plain, seconds)
         whole = weight.two_four and name == "weight gradient"  # whose product has no operand with zeros
@@ -146,7 +146,7 @@ def render(measured: dict) -> list[str]:
         lines += ["no GPU here: PyTorch on the CPU, which says nothing about a GPU and shows that the command runs", ""]
     lines += [f"{measured['tokens']} tokens, {measured['dtype']}; a copy moves "
               f"{measured['copy_bytes_per_second'] / 1e9:.4g} GB/s; expand/compress {measured['expand_compress']}; "
-              f"blocks {measured['blocks']}{_two_four(measured)}", "",
+              f"tiles {measured['tiles']}{_two_four(measured)}", "",
               "| kernel | weight | shape | sparsity | time (us) | floor (us) | floor / time | dense / time | "
               "torch / time |", "|---|---|---|---|---|---|---|---|---|"]
     for f in measured["figures"]:
@@ -158,7 +158,7 @@ def render(measured: dict) -> list[str]:
 
 
 def _render_sums(figures: list[dict]) -> list[str]:
-    """Dense over blocks, all products of the layer together."""
+    """Dense over tiles, all products of the layer together."""
     products = [f for f in figures if f["dense"]]
     if not products:
         return []

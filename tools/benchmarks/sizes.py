@@ -21,7 +21,7 @@ class Scale:
     Attributes:
         recipe_path, overrides: of the model that is trained.
         deep: further overrides, of the model whose largest depth is looked for.
-        blocks: sizes of blocks, the last of which stanford-stk multiplies with too.
+        tiles: sizes of tiles, the last of which stanford-stk multiplies with too.
         steps, by_part: that are measured of each run, as they come and with clocks in them.
         seconds: that each measurement of a kernel takes at least.
         tries: of training at a depth.
@@ -30,7 +30,7 @@ class Scale:
     recipe_path: Path
     overrides: tuple[str, ...]
     deep: tuple[str, ...]
-    blocks: tuple[int, int]
+    tiles: tuple[int, int]
     steps: int
     by_part: int
     seconds: float
@@ -41,8 +41,8 @@ class Scale:
         """Name -> `sparsity` of a recipe, as YAML."""
         return {
             "unstructured 75%, kept for the step": "{level: 0.75}",
-            "unstructured 75%, layer by layer": "{level: 0.75, expand: layer}",
-            **{f"blocks of {size}, 75%": f"{{level: 0.75, pattern: block, block: {size}}}" for size in self.blocks},
+            "unstructured 75%, layer by layer": "{level: 0.75, dense_copy: per_layer}",
+            **{f"tiles of {size}, 75%": f"{{level: 0.75, pattern: tile, tile: {size}}}" for size in self.tiles},
             "2:4": "{level: 0.5, pattern: '2:4'}",
         }
 
@@ -56,12 +56,12 @@ class Scale:
 GPU = Scale(CONFIGS / "pretrain/gpt3_xl_dense.yaml",
             ("parallel.data=1", "train.global_batch=16", "train.micro_batch=8"),
             ("model.preset=gpt3_6b7", "train.global_batch=1", "train.micro_batch=1", "train.recompute=full"),
-            blocks=(64, 128), steps=8, by_part=2, seconds=0.2, tries=4)
+            tiles=(64, 128), steps=8, by_part=2, seconds=0.2, tries=4)
 CPU = Scale(CONFIGS / "benchmark/cpu.yaml",
             ("model.layers=1", "model.hidden=128", "model.heads=4", "model.vocab_size=512", "model.max_positions=32",
              "train.global_batch=2", "train.micro_batch=1"),
             ("model.hidden=64", "train.global_batch=1", "train.recompute=full"),
-            blocks=(16, 32), steps=4, by_part=1, seconds=1e-3, tries=1)
+            tiles=(16, 32), steps=4, by_part=1, seconds=1e-3, tries=1)
 CPU_MEMORY = 2**22  # bytes, in which something tiny finds its largest depth
 
 

@@ -21,7 +21,7 @@ import torch
 from benchmarks import baselines, max_depth, sizes
 from benchmarks.engines import free_memory, plan_of
 from benchmarks.sizes import Scale
-from megatron_spdf.kernels.dispatch import block_products, describe, two_four_products
+from megatron_spdf.kernels.dispatch import describe, tile_products, two_four_products
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.text import first_line
 
@@ -61,7 +61,7 @@ class Part:
 
 
 def kernels(part: Part) -> None:
-    """A copy; expand and compress against it; products of blocks and 2:4 weights, and stk's, against dense ones."""
+    """A copy; expand and compress against it; products of tiles and 2:4 weights, and stk's, against dense ones."""
     from benchmarks import kernel_throughput
 
     device, seconds = torch.device("cuda" if torch.cuda.is_available() else "cpu"), part.scale.seconds
@@ -69,15 +69,15 @@ def kernels(part: Part) -> None:
     part.write("copy", **{"GB/s, read and written": bandwidth / 1e9})
     dtype = sizes.dtype_of(part.scale.recipe(sizes.DENSE))
     for what, by in (("expand, compress", describe(device.type)), ("2:4", two_four_products(device.type, dtype)[1]),
-                     *((f"blocks of {n}", block_products(device.type, n, dtype)[1]) for n in part.scale.blocks)):
+                     *((f"tiles of {n}", tile_products(device.type, n, dtype)[1]) for n in part.scale.tiles)):
         part.write("what computes", what=what, by=by)
     for name, pattern in part.scale.patterns.items():
         recipe = part.scale.recipe(pattern)
-        if recipe.sparsity.expand == "layer":
+        if recipe.sparsity.dense_copy == "layer":
             continue  # the same kernels as for the step
         part.attempt("kernels", name, lambda name=name, recipe=recipe: _layer(part, name, recipe, bandwidth, device))
-    blocks = part.scale.recipe(part.scale.patterns[f"blocks of {part.scale.blocks[-1]}, 75%"])
-    part.attempt("kernels", "stanford-stk", lambda: _stk(part, blocks, device))
+    tiles = part.scale.recipe(part.scale.patterns[f"tiles of {part.scale.tiles[-1]}, 75%"])
+    part.attempt("kernels", "stanford-stk", lambda: _stk(part, tiles, device))
 
 
 def _layer(part: Part, name: str, recipe: Recipe, bandwidth: float, device: torch.device) -> None:
@@ -87,7 +87,7 @@ def _layer(part: Part, name: str, recipe: Recipe, bandwidth: float, device: torc
     plan, dtype, tokens = plan_of(recipe), sizes.dtype_of(recipe), sizes.tokens_of(recipe)
     for weight in (w for n, w in plan.weights.items() if ".layers.0." in n):
         place = plan.seed, 1, device, dtype
-        if weight.block is None and not weight.two_four:
+        if weight.tile is None and not weight.two_four:
             figures = kernel_throughput.moves(weight, *place, bandwidth, part.scale.seconds)
         else:
             figures = kernel_throughput.products(weight, *place, tokens, part.scale.seconds)

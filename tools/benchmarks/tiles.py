@@ -56,21 +56,21 @@ def _seconds(run: Callable[[], object], seconds: float) -> float | None:
 def _trials(weight: SparseWeight, seed: int, device: torch.device, recipe: Recipe) -> Iterator[Trial]:
     """What is taken comes first of each kernel."""
     dtype, tokens = dtype_of(recipe), tokens_of(recipe)
-    products, _ = dispatch.block_products(device.type, weight.block, dtype) if weight.block else (None, "")
+    products, _ = dispatch.tile_products(device.type, weight.tile, dtype) if weight.tile else (None, "")
     if products is None:
-        yield from _moves(replace(weight, block=None, two_four=False, level=weight.sparsity), seed, device, dtype)
+        yield from _moves(replace(weight, tile=None, two_four=False, level=weight.sparsity), seed, device, dtype)
         return
     from megatron_spdf.kernels.tile_shapes import CANDIDATES
-    from megatron_spdf.layers.matmul import BlockProduct
+    from megatron_spdf.layers.matmul import TileProduct
 
-    compact = CompactWeight(weight, seed, 0, 1, device, BlockProduct(products))
+    compact = CompactWeight(weight, seed, 0, 1, device, TileProduct(products))
     values = torch.randn(compact.values_shape, device=device).to(dtype)
     x, gradient = (torch.randn(tokens, n, device=device).to(dtype) for n in reversed(compact.shape))
     buffer = torch.zeros(compact.values_shape, device=device)
     operands = {"forward": (x, values, compact.mask), "input_gradient": (gradient, values, compact.mask),
                 "weight_gradient": (gradient, x, compact.mask, buffer)}
     for kernel, of_kernel in operands.items():
-        for tile in CANDIDATES.get((kernel, weight.block), []):
+        for tile in CANDIDATES.get((kernel, weight.tile), []):
             yield (kernel, f"{tile.width} wide, {tile.depth} deep, {tile.warps} warps, {tile.stages} stages",
                    partial(getattr(products, kernel), *of_kernel, tile=tile))
 

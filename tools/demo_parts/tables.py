@@ -44,7 +44,7 @@ def pretraining_table(runs: dict[str, Logged]) -> str:
 
 
 def fine_tuning_table(runs: Sequence[Logged]) -> str:
-    """The paper's table in small: FLOPs of both phases, and scores of the fine-tuned models."""
+    """The paper's table in small: FLOPs of both modes, and scores of the fine-tuned models."""
     metrics = ("BLEU", "ROUGE-L", "perplexity")
     head = (f"{'pre-trained':<14}{'fine-tuned':<12}{'pre-train':>14}{'fine-tune':>14}{'together':>14}{'speed-up':>10}"
             + "".join(f"{m:>12}" for m in metrics))
@@ -53,7 +53,7 @@ def fine_tuning_table(runs: Sequence[Logged]) -> str:
     for run, start, together, speed_up in accounts(runs):
         if start is not None:
             lines.append(
-                f"{f'{start.sparsity:.0%} sparse' if start.sparsity else 'dense':<14}{run.values['phase']:<12}"
+                f"{f'{start.sparsity:.0%} sparse' if start.sparsity else 'dense':<14}{run.values['mode']:<12}"
                 + "".join(f"{flops / 1e12:>14.2f}" for flops in (start.flops, run.flops, together))
                 + f"{speed_up:>9.2f}x" + "".join(f"{run.scores[m]:>12.4g}" for m in metrics))
     note = ("Synthetic table-to-text made by a grammar, test records not seen in training; one seed. BLEU in [0, 1];\n"

@@ -114,8 +114,8 @@ def _index_faults(prefix: str | Path, manifest: Manifest) -> Iterator[str]:
     if len(ends) and ((index.lengths < 0).any() or (index.offsets != (ends - index.lengths) * size).any()
                       or ends[-1] * size != manifest.bin_bytes):
         yield f"{path}: its offsets do not follow from its lengths, or do not end where the tokens do"
-    borders = index.document_ends
-    if borders[0] != 0 or borders[-1] != len(ends) or (np.diff(borders) <= 0).any():
+    starts = index.document_ends
+    if starts[0] != 0 or starts[-1] != len(ends) or (np.diff(starts) <= 0).any():
         yield f"{path}: its documents do not cover its sequences in order"
     if manifest.tokens != (int(ends[-1]) if len(ends) else 0):
         yield f"{path} counts {int(ends[-1]):,} tokens, and the manifest says {manifest.tokens:,}"

@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 
 from megatron_spdf.data.indexed.manifest import Counts, Source
-from megatron_spdf.data.preprocess.deduplicate import SeenTexts
+from megatron_spdf.data.preprocess.deduplicate import DigestSet
 from megatron_spdf.data.preprocess.documents import FORMATS
 from megatron_spdf.data.preprocess.encode import Encoded, file_name_of
 from megatron_spdf.data.preprocess.incremental import (
     AppendFile,
     FinishedInput,
     GrowingDataSet,
-    Ledger,
+    Journal,
 )
 from megatron_spdf.data.preprocess.records import MAX_RECORDED_SKIPS, ReadReport
 from megatron_spdf.data.preprocess.staging import Partial
@@ -30,7 +30,7 @@ class CorpusWriter:
         ledger: of the inputs finished before; what is not in it is removed.
     """
 
-    def __init__(self, partial: Partial, ledger: Ledger):
+    def __init__(self, partial: Partial, ledger: Journal):
         self._partial, self._ledger = partial, ledger
         self._settings, self._dtype = ledger.work.settings, np.dtype(ledger.work.dtype)
         self._counts, self._part_of = ledger.counts(), ledger.part_of()
@@ -40,11 +40,11 @@ class CorpusWriter:
         if self._settings.deduplicate:
             kept = sum(counts.documents for counts in self._counts.values())
             self._digests = AppendFile(partial.directory / "digests", kept * Encoded.DIGEST.itemsize)
-            self._seen = SeenTexts(np.fromfile(self._digests.path, Encoded.DIGEST))
+            self._seen = DigestSet(np.fromfile(self._digests.path, Encoded.DIGEST))
         self._start_input()
 
     def add(self, path: Path, encoded: Encoded) -> Counts:
-        """Takes in a block of the input `path`; returns what is new of it."""
+        """Takes in a batch of the input `path`; returns what is new of it."""
         self._report.documents += encoded.report.documents
         self._report.empty += encoded.report.empty
         self._report.skipped += encoded.report.skipped

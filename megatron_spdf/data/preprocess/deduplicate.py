@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 
-class SeenTexts:
+class DigestSet:
     """A growing set of 16-byte digests, 16 bytes of memory each.
 
     Kept as sorted runs of which each is more than twice as long as the next, as in a log-structured merge tree: with n

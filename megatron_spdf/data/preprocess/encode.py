@@ -1,4 +1,4 @@
-"""Blocks of records to token ids: the work that several processes share."""
+"""TileTable of records to token ids: the work that several processes share."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from megatron_spdf.data.preprocess.records import ReadReport, read_records, reje
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
 
 SPLITS = ("train", "valid", "test")
-# Some 0.1 s of tokenizing: long beside what passing a block to another process takes, short beside a shard.
-_BLOCK_BYTES = 1 << 20
+# Some 0.1 s of tokenizing: long beside what pass_through a batch to another process takes, short beside a shard.
+_BATCH_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class Block:
+class RecordBatch:
     """Consecutive records of an input with their line numbers; `bytes_read` of the file at its end."""
 
     path: Path
@@ -33,7 +33,7 @@ class Block:
 
 @dataclass(frozen=True)
 class EndOfInput:
-    """Comes after the blocks of an input: what its reader counted, parsing apart."""
+    """Comes after the batches of an input: what its reader counted, parsing apart."""
 
     path: Path
     report: ReadReport
@@ -41,13 +41,13 @@ class EndOfInput:
 
 @dataclass(frozen=True)
 class Encoded:
-    """The documents of a block, in order.
+    """The documents of a batch, in order.
 
     Attributes:
         ids: (tokens,), in the type they are stored in.
         lengths: (documents,), tokens of each, the end-of-document token included.
         text_bytes: (documents,), UTF-8 bytes of the text of each.
-        parts: the (split, set name) that occur in the block, None where there is no such division.
+        parts: the (split, set name) that occur in the batch, None where there is no such division.
         part_of: (documents,), which of `parts` each belongs to.
         digests: (documents,), 16 bytes of the SHA-256 of each text; empty unless duplicates are looked for.
         report: what parsing counted.
@@ -64,8 +64,8 @@ class Encoded:
     DIGEST: ClassVar[np.dtype] = np.dtype("S16")
 
 
-def read_blocks(paths: Sequence[Path], settings: Settings) -> Iterator[Block | EndOfInput]:
-    """The inputs as blocks, each input's followed by its end. What blocks hold does not depend on who encodes them.
+def read_batches(paths: Sequence[Path], settings: Settings) -> Iterator[RecordBatch | EndOfInput]:
+    """The inputs as batches, each input's followed by its end. What batches hold does not depend on who encodes them.
 
     Raises:
         ValueError: under on_error="stop", damage; the records before it have been handed out.
@@ -77,13 +77,13 @@ def read_blocks(paths: Sequence[Path], settings: Settings) -> Iterator[Block | E
             for line, record in read_records(path, settings.on_error, report, settings.max_document_bytes):
                 records.append((line, record))
                 size += len(record)
-                if size >= _BLOCK_BYTES:
-                    yield Block(path, records, size, report.bytes_read)
+                if size >= _BATCH_BYTES:
+                    yield RecordBatch(path, records, size, report.bytes_read)
                     records, size = [], 0
         except ValueError as error:
             failure = error
         if records:
-            yield Block(path, records, size, report.bytes_read)
+            yield RecordBatch(path, records, size, report.bytes_read)
         if failure:
             raise failure
         yield EndOfInput(path, report)
@@ -112,7 +112,7 @@ def split_bounds(shares: Sequence[float]) -> list[int]:
 
 @dataclass
 class Encoder:
-    """Parses and tokenizes a block. Knows nothing of other blocks, so that any process can have any block."""
+    """Parses and tokenizes a batch. Knows nothing of other batches, so that any process can have any batch."""
 
     tokenizer: Tokenizer
     settings: Settings
@@ -121,12 +121,12 @@ class Encoder:
     def __post_init__(self):
         self._bounds = split_bounds(self.settings.split) if self.settings.split else []
 
-    def __call__(self, block: Block) -> Encoded:
+    def __call__(self, batch: RecordBatch) -> Encoded:
         report, settings = ReadReport(), self.settings
         ids, lengths, sizes, digests, part_of = [], [], [], [], []
         parts: dict[tuple[str | None, str | None], int] = {}
         end = np.array([self.tokenizer.eod] if settings.append_eod else [])
-        for document in parse_records(block.path, block.records, settings.text_key, settings.on_error, report):
+        for document in parse_records(batch.path, batch.records, settings.text_key, settings.on_error, report):
             name = self._set_name(document, report)
             if settings.set_key and not name:
                 continue

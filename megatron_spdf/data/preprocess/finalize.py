@@ -17,14 +17,14 @@ from megatron_spdf.data.indexed.manifest import (
     file_of,
 )
 from megatron_spdf.data.preprocess.corpus_writer import require_balance
-from megatron_spdf.data.preprocess.incremental import LENGTH, Ledger
+from megatron_spdf.data.preprocess.incremental import LENGTH, Journal
 from megatron_spdf.data.preprocess.records import MAX_RECORDED_SKIPS
 from megatron_spdf.data.preprocess.staging import Partial
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
 from megatron_spdf.files import write_safely
 
 
-def write_manifests(partial: Partial, ledger: Ledger, tokenizer: Tokenizer) -> None:
+def write_manifests(partial: Partial, ledger: Journal, tokenizer: Tokenizer) -> None:
     """Completes the data sets of a finished ledger, in `partial`.
 
     Raises:
@@ -41,7 +41,7 @@ def write_manifests(partial: Partial, ledger: Ledger, tokenizer: Tokenizer) -> N
         write_safely(partial.tree / CORPUS, _as_json(corpus))
 
 
-def _describe_corpus(ledger: Ledger, tokenizer: Tokenizer) -> CorpusManifest:
+def _describe_corpus(ledger: Journal, tokenizer: Tokenizer) -> CorpusManifest:
     sources, data_sets = [entry.source for entry in ledger.finished], ledger.counts()
     for source in sources:
         require_balance(source)
@@ -62,7 +62,7 @@ def _describe_corpus(ledger: Ledger, tokenizer: Tokenizer) -> CorpusManifest:
 
 
 def _finish(
-    partial: Partial, ledger: Ledger, corpus: CorpusManifest, name: str, counts: Counts, tokenizer: Tokenizer
+    partial: Partial, ledger: Journal, corpus: CorpusManifest, name: str, counts: Counts, tokenizer: Tokenizer
 ) -> None:
     base, dtype = partial.base_of(name), np.dtype(ledger.work.dtype)
     idx_sha256 = write_index(file_of(base, "idx"), np.memmap(file_of(base, "lengths"), LENGTH, "r"), dtype)
@@ -90,7 +90,7 @@ def _finish(
     write_safely(file_of(base, "json"), _as_json(manifest))
 
 
-def _sources_of(ledger: Ledger, name: str, several: bool) -> list[Source]:
+def _sources_of(ledger: Journal, name: str, several: bool) -> list[Source]:
     """The inputs of one data set; of several, those that gave it something, and what they gave."""
     sources = []
     for entry in ledger.finished:

@@ -128,7 +128,7 @@ class GrowingDataSet:
         self._counts, self._digest = np.zeros(3, np.int64), hashlib.sha256()
 
 
-class Ledger:
+class Journal:
     """The finished inputs of the work in a directory.
 
     Raises:

@@ -1,6 +1,6 @@
 """Text shards to Megatron's indexed dataset: PREFIX.bin, PREFIX.idx, with PREFIX.json and PREFIX.tokenizer.
 
-One process reads the inputs in turn and writes what the workers make of their blocks, in order, so that the tokens are
+One process reads the inputs in turn and writes what the workers make of their batches, in order, so that the tokens are
 appended once to where they stay, the result does not depend on the number of workers, and memory does not depend on
 the size of the corpus. All is made in PREFIX.partial and renamed at the end; after an interruption PREFIX.partial holds
 the finished inputs, and the same call goes on from there.
@@ -27,9 +27,9 @@ from megatron_spdf.data.indexed.manifest import (
 )
 from megatron_spdf.data.preprocess.corpus_writer import CorpusWriter, stem_of
 from megatron_spdf.data.preprocess.documents import expand_inputs
-from megatron_spdf.data.preprocess.encode import Encoder, read_blocks, token_dtype
+from megatron_spdf.data.preprocess.encode import Encoder, read_batches, token_dtype
 from megatron_spdf.data.preprocess.finalize import write_manifests
-from megatron_spdf.data.preprocess.incremental import Ledger, Work
+from megatron_spdf.data.preprocess.incremental import Journal, Work
 from megatron_spdf.data.preprocess.progress_bar import Bar
 from megatron_spdf.data.preprocess.staging import Partial
 from megatron_spdf.data.preprocess.workers import Workers
@@ -98,7 +98,7 @@ def _make(
         versions={name: importlib.metadata.version(name) for name in _LIBRARIES},
     )
     try:
-        ledger = Ledger(partial.directory, work)
+        ledger = Journal(partial.directory, work)
         done = ledger.count_finished(paths)
         if partial.ready:
             return
@@ -114,13 +114,13 @@ def _make(
 
 
 def _tokenize(
-    partial: Partial, ledger: Ledger, paths: list[Path], done: int, encoder: Encoder, count: int, progress: bool | None
+    partial: Partial, ledger: Journal, paths: list[Path], done: int, encoder: Encoder, count: int, progress: bool | None
 ) -> None:
     """Brings the inputs after the first `done` into the data sets."""
     writer, workers = CorpusWriter(partial, ledger), Workers(encoder, count if done < len(paths) else 1)
     try:
         with Bar(paths, done, progress) as bar:
-            for item, encoded in workers.map(read_blocks(paths[done:], encoder.settings)):
+            for item, encoded in workers.map(read_batches(paths[done:], encoder.settings)):
                 if encoded:
                     bar.advance(item.bytes_read, writer.add(item.path, encoded))
                 else:

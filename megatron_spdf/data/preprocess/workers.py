@@ -1,4 +1,4 @@
-"""Processes that encode blocks, and hand back what they made in the order of the blocks.
+"""Processes that encode batches, and hand back what they made in the order of the batches.
 
 Not a ProcessPoolExecutor: its processes outlive a parent that is killed, and it waits for work that nobody wants any
 more. Here a pipe leads to each process, and whichever end is left alone ends.
@@ -17,24 +17,24 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from multiprocessing.connection import Connection
 
-from megatron_spdf.data.preprocess.encode import Block, Encoded, Encoder, EndOfInput
+from megatron_spdf.data.preprocess.encode import Encoded, Encoder, EndOfInput, RecordBatch
 
 # Bytes of text that are read ahead for each worker: enough that none waits, and all the memory there is to it.
 _AHEAD_BYTES = 4 << 20
-_BLOCKS_AT_A_WORKER = 2  # the one in work and the next
+_BATCHES_AT_A_WORKER = 2  # the one in work and the next
 
-Item = Block | EndOfInput
+Item = RecordBatch | EndOfInput
 
 
 class Workers:
-    """Encodes blocks in `count` processes, or, if that is 1, in this one.
+    """Encodes batches in `count` processes, or, if that is 1, in this one.
 
     Processes are spawned: they share neither files nor locks with this one, and load no more than a tokenizer.
     """
 
     def __init__(self, encoder: Encoder, count: int):
         self._encoder, self._limit = encoder, count * _AHEAD_BYTES
-        self._waiting: queue.SimpleQueue[tuple[Block, Future]] = queue.SimpleQueue()
+        self._waiting: queue.SimpleQueue[tuple[RecordBatch, Future]] = queue.SimpleQueue()
         context = multiprocessing.get_context("spawn")
         self._processes = []
         for _ in range(count if count > 1 else 0):
@@ -46,15 +46,15 @@ class Workers:
             threading.Thread(target=self._serve, args=(ours,), daemon=True).start()
 
     def map(self, items: Iterator[Item]) -> Iterator[tuple[Item, Encoded | None]]:
-        """Each item with what its block gave, in order; None for the end of an input.
+        """Each item with what its batch gave, in order; None for the end of an input.
 
         Raises:
-            ValueError: what reading or encoding raises, after the results of all blocks before it.
+            ValueError: what reading or encoding raises, after the results of all batches before it.
             RuntimeError: a worker died.
         """
         if not self._processes:
             for item in items:
-                yield item, self._encoder(item) if isinstance(item, Block) else None
+                yield item, self._encoder(item) if isinstance(item, RecordBatch) else None
             return
         pending: deque[tuple[Item, Future | None]] = deque()
         ahead, failure = 0, None
@@ -66,7 +66,7 @@ class Workers:
             except ValueError as error:
                 failure = error
                 break
-            size = item.size if isinstance(item, Block) else 0
+            size = item.size if isinstance(item, RecordBatch) else 0
             while pending and ahead + size > self._limit:
                 done, future = pending.popleft()
                 ahead -= done.size if future else 0
@@ -85,20 +85,20 @@ class Workers:
         for process in self._processes:
             process.join()
 
-    def _submit(self, block: Block) -> Future:
+    def _submit(self, batch: RecordBatch) -> Future:
         future: Future = Future()
-        self._waiting.put((block, future))
+        self._waiting.put((batch, future))
         return future
 
     def _serve(self, worker: Connection) -> None:
-        """Passes blocks to one worker, the next before it is done with the last, and takes its results."""
-        given: deque[tuple[Block, Future]] = deque()
+        """Passes batches to one worker, the next before it is done with the last, and takes its results."""
+        given: deque[tuple[RecordBatch, Future]] = deque()
         while True:
             try:
-                while len(given) < _BLOCKS_AT_A_WORKER:
-                    block, future = self._waiting.get(block=not given)
-                    given.append((block, future))
-                    worker.send(block)
+                while len(given) < _BATCHES_AT_A_WORKER:
+                    batch, future = self._waiting.get(block=not given)
+                    given.append((batch, future))
+                    worker.send(batch)
             except queue.Empty:
                 pass
             except OSError:
@@ -114,33 +114,33 @@ class Workers:
                 future.set_exception(result)
 
 
-def _fail(given: deque[tuple[Block, Future]]) -> None:
-    for block, future in given:
+def _fail(given: deque[tuple[RecordBatch, Future]]) -> None:
+    for batch, future in given:
         future.set_exception(RuntimeError(
-            f"a worker process died near {block.path}, line {block.records[0][0]}; if memory ran out, take fewer "
+            f"a worker process died near {batch.path}, line {batch.records[0][0]}; if memory ran out, take fewer "
             "--workers"))
 
 
 def _work(parent: Connection, encoder: Encoder) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal, which signals all processes: the parent decides
-    blocks: queue.Queue[Block] = queue.Queue(_BLOCKS_AT_A_WORKER)
-    threading.Thread(target=_receive, args=(parent, blocks), daemon=True).start()
+    batches: queue.Queue[RecordBatch] = queue.Queue(_BATCHES_AT_A_WORKER)
+    threading.Thread(target=_receive, args=(parent, batches), daemon=True).start()
     while True:
-        block = blocks.get()
+        batch = batches.get()
         try:
-            result = encoder(block)
+            result = encoder(batch)
         except ValueError as error:
             result = error
         except BaseException:
-            result = RuntimeError(f"{block.path}, near line {block.records[0][0]}:\n{traceback.format_exc()}")
+            result = RuntimeError(f"{batch.path}, near line {batch.records[0][0]}:\n{traceback.format_exc()}")
         parent.send(result)
 
 
-def _receive(parent: Connection, blocks: queue.Queue[Block]) -> None:
-    """Beside the work, so that the parent never waits to pass a block on while its result waits to be taken."""
+def _receive(parent: Connection, batches: queue.Queue[RecordBatch]) -> None:
+    """Beside the work, so that the parent never waits to pass a batch on while its result waits to be taken."""
     try:
         while True:
-            blocks.put(parent.recv())
+            batches.put(parent.recv())
     except (EOFError, OSError):
         os._exit(1)  # the parent is gone

@@ -73,7 +73,7 @@ class TokenData:
     def __init__(self, recipe: Recipe, corpus: Corpus, cache: Path, reads: bool):
         self.recipe, self.corpus, self.cache, self.reads = recipe, corpus, cache, reads
         self.history = BlendHistory(Path(recipe.output), corpus.train)
-        self.borders = borders_of(recipe, corpus.tokenizer)
+        self.boundaries = borders_of(recipe, corpus.tokenizer)
         self.mean_length = recipe.train.sequence_length
         batch = recipe.train.global_batch
         windows = sum(samples_in(s.tokens, recipe.train.sequence_length) for s in corpus.valid)

@@ -1,6 +1,6 @@
 """Token sequences of fixed length: training samples from shuffled documents, validation windows from the text's order.
 
-Both are T + 1 tokens, inputs and labels shifted by one, and share the borders of documents that options ask for.
+Both are T + 1 tokens, inputs and labels shifted by one, and share document boundaries that options ask for.
 """
 
 from __future__ import annotations

@@ -28,46 +28,46 @@ def _all_tiles() -> np.ndarray:
 TILES = _all_tiles()
 
 
-def check_two_four(name: str, shape: tuple[int, int], axis: int, chunks: int, level: float) -> None:
+def check_two_four(name: str, shape: tuple[int, int], axis: int, slices: int, level: float) -> None:
     """That a weight can be 2:4.
 
     Args:
-        name, shape, axis, chunks: of the weight (out, in), the axis that is cut, and into how many chunks.
+        name, shape, axis, slices: of the weight (out, in), the axis that is cut, and into how many slices.
 
     Raises:
-        ValueError: at this level, or with chunks that tiles of 4 x 4 do not fill.
+        ValueError: at this level, or with slices that tiles of 4 x 4 do not fill.
     """
     what = f"sparsity.pattern=2:4 on {name} ({shape[0]} x {shape[1]})"
     if level != LEVEL:
         raise ValueError(f"{what}: level={level:g}, and two of every four weights active are level {LEVEL}; take that, "
                          "or 0 in a rule for weights that stay dense, or another pattern")
-    rows, columns = (n // (chunks if i == axis else 1) for i, n in enumerate(shape))
+    rows, columns = (n // (slices if i == axis else 1) for i, n in enumerate(shape))
     if rows % SIDE or columns % SIDE:
-        raise ValueError(f"{what}: its {chunks} chunks, one for each of model.query_groups, are {rows} x {columns}, "
+        raise ValueError(f"{what}: its {slices} slices, one for each of model.query_groups, are {rows} x {columns}, "
                          f"and tiles of {SIDE} x {SIDE} must fill them; take a model.hidden and ffn_hidden that are "
-                         f"multiples of {SIDE * chunks}, or give the weight a rule with level 0 that keeps it dense")
+                         f"multiples of {SIDE * slices}, or give the weight a rule with level 0 that keeps it dense")
 
 
-def draw_two_four(seed: int, name: str, chunk: int, shape: tuple[int, int]) -> np.ndarray:
-    """The mask of one chunk, every tile equally likely to be each of the 90, from the stream keyed by (seed, name,
-    chunk).
+def draw_two_four(seed: int, name: str, slice_id: int, shape: tuple[int, int]) -> np.ndarray:
+    """The mask of one slice, every tile equally likely to be each of the 90, from the stream keyed by (seed, name,
+    slice).
 
     Args:
-        shape: (rows, columns) of the chunk, multiples of 4.
+        shape: (rows, columns) of the slice, multiples of 4.
 
     Returns:
         (rows, columns) bool.
     """
     rows, columns = (n // SIDE for n in shape)
     assert (rows * SIDE, columns * SIDE) == tuple(shape), shape
-    words = Philox(key=stream_key(STREAM, seed, name, chunk)).random_raw(-(-rows * columns // 2))
+    words = Philox(key=stream_key(STREAM, seed, name, slice_id)).random_raw(-(-rows * columns // 2))
     words = words.astype("<u8", copy=False).view("<u4")[: rows * columns]
     drawn = (words.astype(np.uint64) * len(TILES) >> 32).astype(np.intp)  # off from even by less than 2^-25
     return TILES[drawn].reshape(rows, columns, SIDE, SIDE).swapaxes(1, 2).reshape(shape)
 
 
 def is_two_four(masks: np.ndarray, shape: tuple[int, int]) -> bool:
-    """Whether masks of chunks of a shape, (chunks, entries) bool, are 2:4 both ways."""
+    """Whether masks of slices of a shape, (slices, entries) bool, are 2:4 both ways."""
     rows, columns = (n // SIDE for n in shape)
     entries = masks.astype(np.uint8, copy=False).reshape(len(masks), rows, SIDE, columns, SIDE)
     # Slices added up: sums over axes of four are ten times as slow.

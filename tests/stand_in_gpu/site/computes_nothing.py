@@ -16,7 +16,7 @@ def install() -> None:
 
 
 def _kernels(module) -> None:
-    module._try_out = module._try_out_blocks = module.two_four.try_out = lambda *_: None
+    module._self_test = module._self_test_tiles = module.two_four.try_out = lambda *_: None
 
 
 def _reference(module) -> None:

@@ -1,4 +1,4 @@
-"""What runs on the ranks of the tests of phases; functions as in cases.py."""
+"""What runs on the ranks of the tests of stages; functions as in cases.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from harness import ROOT, agree_on_port
 
 from megatron_spdf.checkpoint.checkpointer import Checkpointer, RunState
 from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
-from megatron_spdf.convert.initial_checkpoint import start_run
+from megatron_spdf.convert.initial_checkpoint import write_initial_checkpoint
 from megatron_spdf.data.pretraining.corpus import check_corpus
 from megatron_spdf.data.pretraining.dataset import TokenData
 from megatron_spdf.engine.factory import make_engine
@@ -21,7 +21,7 @@ from megatron_spdf.parallel.ranks import join, leave
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.resilience.world import find_ranks
 from megatron_spdf.runs.run_dir import RunDir
-from megatron_spdf.schedule.stages import phases_of
+from megatron_spdf.schedule.stages import stages_of
 
 sys.path.insert(0, str(ROOT))
 import pretrain  # noqa: E402
@@ -42,7 +42,7 @@ class StopAt:
         return self.left == 0
 
 
-def phased(recipes: list[dict], stops: list[int | None]) -> dict:
+def staged(recipes: list[dict], stops: list[int | None]) -> dict:
     """A run as pretrain.py does it, started with each recipe (layout) in turn and stopped after so many steps.
 
     Returns:
@@ -54,13 +54,13 @@ def phased(recipes: list[dict], stops: list[int | None]) -> dict:
         run, corpus = RunDir(recipe), check_corpus(recipe)
         agree_on_port()
         device = join(find_ranks(), recipe)
-        codes.append(pretrain.pretrain(phases_of(recipe), find_ranks(), run, corpus, "", StopAt(stop), device))
+        codes.append(pretrain.pretrain(stages_of(recipe), find_ranks(), run, corpus, "", StopAt(stop), device))
     records = [json.loads(line) for line in run.log.read_text().splitlines()]
     return {"codes": codes, "records": [{k: v for k, v in r.items() if k not in TIMING} for r in records
                                         if r["kind"] in ("train", "valid")]}
 
 
-def samples_of_phases(recipe: dict) -> list[int]:
+def samples_of_stages(recipe: dict) -> list[int]:
     """Numbers of the samples that this rank reads in a run."""
     drawn, found = TokenData._indices, []
 
@@ -70,22 +70,22 @@ def samples_of_phases(recipe: dict) -> list[int]:
 
     TokenData._indices = noted
     try:
-        phased([recipe], [None])
+        staged([recipe], [None])
     finally:
         TokenData._indices = drawn
     return [number for numbers in found for number in numbers]
 
 
 def across(recipe: dict, ids: torch.Tensor) -> dict:
-    """The border of a run with two phases, seen from both sides.
+    """The border of a run with two stages, seen from both sides.
 
     Returns:
         Logits on the ranks that have them; bytes of the first engine alive when the second is there; zeros of the
-        block weights and sums of moments then; the losses of the second phase, and those of a plain dense run with
+        linear weights and sums of moments then; the losses of the second stage, and those of a plain dense run with
         its schedule from the checkpoint that was densified on disk, on the same batches.
     """
     made = Recipe.model_validate(recipe)
-    sparse, dense = phases_of(made)
+    sparse, dense = stages_of(made)
     corpus, run = check_corpus(made), RunDir(made)
     agree_on_port()
     device = join(find_ranks(), made)
@@ -108,11 +108,11 @@ def across(recipe: dict, ids: torch.Tensor) -> dict:
         "moments": sum(float(t.abs().sum()) for s in adam.state.values() for k, t in s.items() if k != "step"),
         "zeros": [float((p == 0).float().mean()) for model in engine.models for n, p in model.named_parameters()
                   if "linear" in n and n.endswith("weight") and p.ndim == 2],
-        "phase": _losses(engine, data, dense)}
+        "stage": _losses(engine, data, dense)}
     engine.close()
 
     plain = dense.alone.model_copy(update={"output": f"{made.output} plain"})
-    on_first(lambda: start_run(CheckpointReader(find_checkpoint(run.root)), plain, corpus.tokenizer,
+    on_first(lambda: write_initial_checkpoint(CheckpointReader(find_checkpoint(run.root)), plain, corpus.tokenizer,
                                Path(plain.output)))
     engine, _, checkpointer = _opened(plain, plain, dense.plan, RunDir(plain), corpus, device)
     assert checkpointer.restore(engine)[0].step == 0
@@ -124,13 +124,13 @@ def across(recipe: dict, ids: torch.Tensor) -> dict:
 
 def _opened(alone: Recipe, recorded: Recipe, plan, run: RunDir, corpus, device):
     engine = make_engine(alone, plan, device)
-    return (engine, TokenData(recorded, corpus, run.cache, engine.reads_data),
+    return (engine, TokenData(recorded, corpus, run.cache, engine.needs_batches),
             Checkpointer(run.checkpoints, recorded, plan, corpus.tokenizer))
 
 
-def _losses(engine, data: TokenData, phase) -> list[tuple[float, float]]:
-    """Losses and gradient norms of all steps of a phase."""
-    results = [engine.step(batch, number, (number - phase.first) * phase.recipe.tokens_per_step, False)
-               for number, batch in zip(range(phase.first + 1, phase.last + 1), data.training_batches(phase.first),
+def _losses(engine, data: TokenData, stage) -> list[tuple[float, float]]:
+    """Losses and gradient norms of all steps of a stage."""
+    results = [engine.step(batch, number, (number - stage.first) * stage.recipe.tokens_per_step, False)
+               for number, batch in zip(range(stage.first + 1, stage.last + 1), data.training_batches(stage.first),
                                         strict=False)]
     return [(result.loss, result.grad_norm) for result in results]

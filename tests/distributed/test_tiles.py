@@ -1,5 +1,5 @@
-"""Weights of blocks: the same at every layout, resumed at another, equal to masked dense weights; and the way of a GPU,
-whose kernels multiply with the active blocks and add gradients to the fp32 buffers, in Triton's interpreter."""
+"""Weights of tiles: the same at every layout, resumed at another, equal to masked dense weights; and the way of a GPU,
+whose kernels multiply with the active tiles and add gradients to the fp32 buffers, in Triton's interpreter."""
 
 import importlib.util
 
@@ -12,10 +12,10 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None,
                                   reason="triton is not installed; PyTorch for CUDA brings it")
 
 STEPS, FEW = 6, 2
-BLOCKS = {"level": 0.75, "pattern": "block", "block": 8}
+TILES = {"level": 0.75, "pattern": "tile", "tile": 8}
 SHORT = {"global_batch": 2, "micro_batch": 1, "sequence_length": 16}
-# As small as kernels for tensor cores take them; at half density, so that two chunks are balanced.
-TILES = {"sparsity": {"level": 0.5, "pattern": "block", "block": 16}, "model": {"layers": 1, "ffn_hidden": 64},
+# As small as kernels for tensor cores take them; at half density, so that two slices are balanced.
+TILES = {"sparsity": {"level": 0.5, "pattern": "tile", "tile": 16}, "model": {"layers": 1, "ffn_hidden": 64},
          "train": SHORT}
 INTERPRETED = {1: ["tiles", "unstructured", "layer", "deepspeed"], 2: ["tp2", "tp2 sp", "zero 3"]}
 
@@ -28,28 +28,28 @@ def results(make_recipe, tmp_path_factory):
         return "train", {"recipe": make_recipe(model={"layers": 2}, **sections), "steps": STEPS}
 
     def triton(**sections) -> tuple[str, dict]:
-        return "block_cases.with_triton", {"recipe": make_recipe(**{**TILES, **sections}), "steps": FEW}
+        return "tile_cases.with_triton", {"recipe": make_recipe(**{**TILES, **sections}), "steps": FEW}
 
     def few(**sections) -> tuple[str, dict]:
         return "train", {"recipe": make_recipe(**{**TILES, **sections}), "steps": FEW}
 
     def cut(name: str, layouts: list[dict], stops: list[int]) -> tuple[str, dict]:
-        recipes = [make_recipe(str(runs / name), sparsity=BLOCKS, model={"layers": 2}, parallel=layout)
+        recipes = [make_recipe(str(runs / name), sparsity=TILES, model={"layers": 2}, parallel=layout)
                    for layout in layouts]
         return "cut", {"recipes": recipes, "stops": stops}
 
     one = {
-        "one": train(sparsity=BLOCKS),
-        "layer by layer": train(sparsity={**BLOCKS, "expand": "layer"}),
+        "one": train(sparsity=TILES),
+        "layer by layer": train(sparsity={**TILES, "dense_copy": "per_layer"}),
         "unstructured": train(),
-        "unstructured layer by layer": train(sparsity={"level": 0.75, "expand": "layer"}),
-        "plain": ("against_plain", {"recipe": make_recipe(sparsity=BLOCKS, model={"layers": 1}, train=SHORT),
+        "unstructured layer by layer": train(sparsity={"level": 0.75, "dense_copy": "per_layer"}),
+        "plain": ("against_plain", {"recipe": make_recipe(sparsity=TILES, model={"layers": 1}, train=SHORT),
                                     "steps": 50}),
         "tiles": few(), "few unstructured": few(sparsity=0.75),
     }
     two = {
-        "tp2": train(sparsity=BLOCKS, parallel={"tensor": 2}),
-        "tp2 sp layer by layer": train(sparsity={**BLOCKS, "expand": "layer"},
+        "tp2": train(sparsity=TILES, parallel={"tensor": 2}),
+        "tp2 sp layer by layer": train(sparsity={**TILES, "dense_copy": "per_layer"},
                                        parallel={"tensor": 2, "sequence": True}),
         "straight": cut("straight", [{"tensor": 2}], [STEPS]),
         "tp2 -> dp2 -> tp2 sp": cut("chain", [{"tensor": 2}, {"data": 2}, {"tensor": 2, "sequence": True}],
@@ -60,19 +60,19 @@ def results(make_recipe, tmp_path_factory):
         one |= {
             "triton tiles": triton(),
             "triton unstructured": triton(sparsity=0.75),
-            "triton layer": triton(sparsity={"level": 0.75, "expand": "layer"}),
+            "triton layer": triton(sparsity={"level": 0.75, "dense_copy": "per_layer"}),
             "triton deepspeed": triton(engine="deepspeed"),
-            "triton plain": ("block_cases.with_triton_against_plain",
+            "triton plain": ("tile_cases.with_triton_against_plain",
                              {"recipe": make_recipe(**TILES), "steps": FEW}),
-            "triton densified": ("block_cases.with_triton_densified", {"recipe": make_recipe(**TILES), "steps": 1}),
-            "triton cut": ("block_cases.with_triton_cut", {"recipes": cut_twice, "stops": [1, FEW]}),
+            "triton densified": ("tile_cases.with_triton_densified", {"recipe": make_recipe(**TILES), "steps": 1}),
+            "triton cut": ("tile_cases.with_triton_cut", {"recipes": cut_twice, "stops": [1, FEW]}),
         }
         two |= {
             "triton tp2": triton(parallel={"tensor": 2}),
             "triton tp2 sp": triton(parallel={"tensor": 2, "sequence": True}),
             "triton zero 3": triton(engine="deepspeed", parallel={"data": 2, "zero_stage": 3}),
         }
-    directory = tmp_path_factory.mktemp("blocks")
+    directory = tmp_path_factory.mktemp("tiles")
     return {world: run_cases(world, cases, directory / str(world)) for world, cases in ((1, one), (2, two))}
 
 
@@ -83,7 +83,7 @@ def test_masks_and_losses_are_the_same_at_every_layout(results, name):
         there = outcome(results[2], name, rank)
         close(there["curve"], reference["curve"])
         together |= there["masks"]
-    assert together == reference["masks"] and len(together) == 2 * (2 + 2 + 4 + 4)  # layers, chunks of each weight
+    assert together == reference["masks"] and len(together) == 2 * (2 + 2 + 4 + 4)  # layers, slices of each weight
 
 
 def test_measured_sparsity_equals_the_plan(results):
@@ -120,19 +120,19 @@ def test_kernels_change_no_loss_and_no_mask(results, world, name):
     there = outcome(results[world], f"triton {name}")
     reference = outcome(results[1], "few unstructured" if name in ("unstructured", "layer") else "tiles")
     close(there["curve"], reference["curve"])
-    assert all(reference["masks"][chunk] == mask for chunk, mask in there["masks"].items())
+    assert all(reference["masks"][slice] == mask for slice, mask in there["masks"].items())
     assert there["sparsity"] == pytest.approx(reference["planned"], abs=1e-12)
     assert "expand/compress triton" in there["choices"]
 
 
 @needs_triton
 def test_layers_multiply_as_the_recipe_says(results):
-    products = {"tiles": "BlockProduct", "unstructured": "NoneType", "layer": "ExpandedProduct",
-                "deepspeed": "BlockProduct"}
+    products = {"tiles": "TileProduct", "unstructured": "NoneType", "layer": "ExpandedProduct",
+                "deepspeed": "TileProduct"}
     assert {name: outcome(results[1], f"triton {name}")["products"] for name in products} == {
         name: {product} for name, product in products.items()}
     assert outcome(results[2], "triton zero 3")["products"] == {"NoneType"}
-    assert "; blocks triton" in outcome(results[1], "triton tiles")["choices"]
+    assert "; tiles triton" in outcome(results[1], "triton tiles")["choices"]
 
 
 @needs_triton

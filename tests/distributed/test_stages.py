@@ -1,4 +1,4 @@
-"""Phases of a run: nothing changes at the border but what may be learnt, and it is one run however it is cut."""
+"""Stages of a run: nothing changes at the border but what may be learnt, and it is one run however it is cut."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from mup import MUP
 pytestmark = pytest.mark.slow
 
 STEPS, BORDER = 9, 6
-PHASES = [{"share": 2 / 3, "sparsity": 0.75, "lr": 3e-3, "warmup_tokens": 512},
+STAGES = [{"share": 2 / 3, "sparsity": 0.75, "lr": 3e-3, "warmup_tokens": 512},
           {"share": 1 / 3, "sparsity": 0.0, "lr": 1e-3, "warmup_tokens": 300}]
 DATA_2, DEEPSPEED = {"data": 2}, {"engine": "deepspeed"}
 ACROSS = {  # name -> world, sections
@@ -30,27 +30,27 @@ LAYOUTS = {  # layouts of two starts, and the step where the first is stopped
 
 @pytest.fixture(scope="module")
 def results(make_recipe, tmp_path_factory):
-    runs = tmp_path_factory.mktemp("phases")
+    runs = tmp_path_factory.mktemp("stages")
 
     def recipe(name: str, **sections) -> dict:
         train = {"tokens": 8 * 32 * STEPS, "micro_batch": 4, **sections.pop("train", {})}
-        return make_recipe(str(runs / name), sparsity=0.0, phases=PHASES, train=train, log={"every": 1},
+        return make_recipe(str(runs / name), sparsity=0.0, stages=STAGES, train=train, log={"every": 1},
                            evaluate={"every": 2, "batches": 1}, **sections)
 
-    def phased(name: str, stops: list[int], layouts: list[dict]) -> tuple[str, dict]:
+    def staged(name: str, stops: list[int], layouts: list[dict]) -> tuple[str, dict]:
         recipes = [recipe(name, parallel=layout) for layout in layouts]
-        return "phase_cases.phased", {"recipes": recipes, "stops": [*stops, None]}
+        return "stage_cases.staged", {"recipes": recipes, "stops": [*stops, None]}
 
     ids = torch.randint(0, 300, (2, 32), generator=torch.Generator().manual_seed(1))
-    cases = {world: {f"across {name}": ("phase_cases.across", {"recipe": recipe(f"across {name}", **sections),
+    cases = {world: {f"across {name}": ("stage_cases.across", {"recipe": recipe(f"across {name}", **sections),
                                                                "ids": ids})
                      for name, (w, sections) in ACROSS.items() if w == world} for world in (1, 2)}
     cases[2] |= {
-        "straight": phased("straight", [], [DATA_2]),
-        "samples": ("phase_cases.samples_of_phases", {
+        "straight": staged("straight", [], [DATA_2]),
+        "samples": ("stage_cases.samples_of_stages", {
             "recipe": recipe("samples", parallel=DATA_2, data={"valid": []})}),
-        "cut": phased("cut", CUT, [DATA_2] * (len(CUT) + 1)),
-        **{name: phased(name, [stop], layouts) for name, (layouts, stop) in LAYOUTS.items()},
+        "cut": staged("cut", CUT, [DATA_2] * (len(CUT) + 1)),
+        **{name: staged(name, [stop], layouts) for name, (layouts, stop) in LAYOUTS.items()},
     }
     return {world: run_cases(world, group, runs / str(world)) for world, group in cases.items()}
 
@@ -75,7 +75,7 @@ def test_the_border_changes_no_output_and_revives_at_zero(results, name):
 @pytest.mark.parametrize("name", ACROSS)
 def test_after_the_border_it_is_a_plain_dense_run(results, name):
     there = outcome(results[ACROSS[name][0]], f"across {name}")
-    curve, plain = ([figure for step in there[which] for figure in step] for which in ("phase", "plain"))
+    curve, plain = ([figure for step in there[which] for figure in step] for which in ("stage", "plain"))
     assert len(curve) == 2 * (STEPS - BORDER)
     # Under `mup` the conversion on disk goes through a standard GPT and back, with a rounding each way.
     assert curve == (pytest.approx(plain, rel=1e-6) if name == "mup" else plain)
@@ -88,7 +88,7 @@ def test_two_engines_are_never_in_memory_together(results, name):
     assert [outcome(results[world], f"across {name}", rank)["alive"] for rank in range(world)] == [0] * world
 
 
-def test_a_run_is_one_log_with_the_schedules_of_its_phases(results):
+def test_a_run_is_one_log_with_the_schedules_of_its_stages(results):
     straight = outcome(results[2], "straight")
     train = [r for r in straight["records"] if r["kind"] == "train"]
     assert straight["codes"] == [0]

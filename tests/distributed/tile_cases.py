@@ -1,4 +1,4 @@
-"""Cases of weights of blocks, on kernels as a GPU takes them: Triton's, in its interpreter."""
+"""Cases of weights of tiles, on kernels as a GPU takes them: Triton's, in its interpreter."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def triton_on_cpu():
     """Lets the CPU take what a GPU takes."""
     from megatron_spdf.kernels import triton_compact
 
-    dispatch.block_products.cache_clear()
+    dispatch.tile_products.cache_clear()
     with patch.object(dispatch, "implementation", lambda device: (triton_compact, triton_compact.NAME)):
         yield
-    dispatch.block_products.cache_clear()
+    dispatch.tile_products.cache_clear()
 
 
 def with_triton(recipe: dict, steps: int) -> dict:

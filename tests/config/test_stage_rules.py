@@ -1,0 +1,76 @@
+"""Stages in a recipe: what they say, what they inherit, and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from megatron_spdf.recipe.compare import changes_of_run
+from megatron_spdf.recipe.load import load_recipe
+
+RECIPE = """
+output: run
+model: {layers: 4, hidden: 64, heads: 4, vocab_size: 256, max_positions: 32}
+train: {tokens: 25600, global_batch: 8, micro_batch: 2}
+optimizer: {lr: 1.0e-3, warmup_tokens: 512, decay: linear, weight_decay: 0.05}
+"""
+SPARSE, DENSE = {"share": 0.9, "sparsity": 0.75, "lr": 2e-3}, {"share": 0.1, "sparsity": 0}
+
+
+@pytest.fixture
+def load(tmp_path):
+    """The recipe with these stages, and further words."""
+    def load(*stages: dict, words: tuple[str, ...] = ()):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(f"{RECIPE}stages: {json.dumps(stages)}\n")
+        return load_recipe(path, words)
+    return load
+
+
+def test_a_stage_inherits_the_optimizers_schedule_and_changes_it(load):
+    recipe = load(SPARSE, {**DENSE, "warmup_tokens": "1k", "min_lr_ratio": 0.0})
+    one, two = recipe.in_stage(0), recipe.in_stage(1)
+    assert (one.sparsity.level, two.sparsity.level) == (0.75, 0.0)
+    assert [(r.optimizer.lr, r.optimizer.warmup_tokens, r.optimizer.min_lr_ratio, r.optimizer.decay)
+            for r in (one, two)] == [(2e-3, 512, 0.1, "linear"), (1e-3, 1000, 0.0, "linear")]
+    assert one.optimizer.weight_decay == two.optimizer.weight_decay == 0.05
+    assert recipe.stage_ends == [90, 100] and one.steps == 100
+
+
+def test_the_sparsity_of_a_stage_has_all_forms(load):
+    rules = [{"weights": "*.mlp.*", "level": 0.5}]
+    assert load({**SPARSE, "sparsity": rules}, DENSE).in_stage(0).sparsity.rules[0].level == 0.5
+    assert load({**SPARSE, "sparsity": {"level": 0.5, "seed": 3}}, DENSE).in_stage(0).sparsity.seed == 3
+
+
+@pytest.mark.parametrize(("stages", "words", "said"), [
+    ((SPARSE, {**DENSE, "share": 0.2}), (), "the shares 0.9 + 0.2 = 1.1 must add up to 1"),
+    ((SPARSE,), (), "stages has one entry"),
+    (({**SPARSE, "sparsity": {"level": 0.5, "pattern": "tile", "tile": 48}}, DENSE), (), "sparsity.tile=48"),
+    ((SPARSE, DENSE), ("sparsity=0.5",), "sparsity and stages both say what is sparse; leave sparsity out"),
+    ((SPARSE, {**DENSE, "sparsity": 0.5}), (), "stages.1.sparsity=0.5 is not dense"),
+    ((SPARSE, {**DENSE, "sparsity": [{"weights": "*.mlp.*", "level": 0.5}]}), (), "stages.1.sparsity=rules"),
+    (({**SPARSE, "share": 0.999}, {**DENSE, "share": 0.001}), (), "stages.1.share=0.001 of 100 steps is no step"),
+    ((SPARSE, {**DENSE, "warmup_tokens": 2560}), (), "stages.1.warmup_tokens=2,560 is not under the stage's 2,560"),
+    ((SPARSE, DENSE), ("evaluate.patience=3",), "evaluate.patience=3 ends a run before its last stage"),
+    ((SPARSE, {"share": 0.1}), (), "stages.1.sparsity is missing"),
+    ((SPARSE, {**DENSE, "lr": -1}), (), "stages.1.lr=-1: input should be greater than 0"),
+    ((SPARSE, {**DENSE, "shares": 1}), (), "unknown key stages.1.shares (value 1); did you mean stages.1.share?"),
+])
+def test_what_does_not_fit_is_refused_by_name(load, stages, words, said):
+    with pytest.raises(ValueError) as caught:
+        load(*stages, words=words)
+    assert said in str(caught.value)
+
+
+def test_a_run_is_the_same_in_all_its_stages_and_another_with_others(load):
+    recipe = load(SPARSE, DENSE)
+    for number in (0, 1):
+        recorded = recipe.in_stage(number)
+        assert changes_of_run(recorded, recipe) == changes_of_run(recipe, recorded) == []
+        assert recorded.whole().sparsity == recipe.sparsity
+    (said,) = changes_of_run(recipe, load({**SPARSE, "lr": 3e-3}, DENSE))
+    assert said.startswith("stages is ") and "0.002" in said and "0.003" in said
+    assert any("optimizer.weight_decay" in c for c in changes_of_run(
+        recipe, load(SPARSE, DENSE, words=("optimizer.weight_decay=0.2",))))

@@ -1,0 +1,62 @@
+"""FLOPs of a run with stages are the integral over them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_spdf.planning.hardware import GPUS
+from megatron_spdf.planning.overview import Request, make_overview, plan_of
+from megatron_spdf.recipe.load import load_recipe
+from megatron_spdf.schedule.flops import Stage, schedule_flops, training_flops
+from megatron_spdf.schedule.stages import mean_flops, stages_left, stages_of
+
+PRETRAIN = Path(__file__).resolve().parents[2] / "configs" / "pretrain"
+STAGES = [{"share": 0.7, "sparsity": 0.75}, {"share": 0.2, "sparsity": 0.0}, {"share": 0.1, "sparsity": 0.0}]
+
+
+def test_stages_make_up_the_run(recipe):
+    run = recipe(stages=STAGES)
+    stages = stages_of(run)
+    assert [(p.first, p.last, p.alone.steps, p.recipe.steps) for p in stages] == [
+        (0, 7, 7, 10), (7, 9, 2, 10), (9, 10, 1, 10)]
+    assert sum(p.tokens for p in stages) == run.steps * run.tokens_per_step
+    assert all(p.alone.stages == [] and p.recipe.stages == run.stages for p in stages)
+    assert [[p.number for p in stages_left(stages, step)] for step in (0, 6, 7, 9, 10)] == [
+        [1, 2, 3], [1, 2, 3], [2, 3], [3], [3]]
+
+
+def test_a_run_without_stages_is_one(recipe):
+    run = recipe(sparsity=0.5)
+    (stage,) = stages_of(run)
+    assert stage.recipe is run and stage.alone is run and stage.heading == ""
+    assert (stage.first, stage.last, stage.flops_before) == (0, run.steps, 0.0)
+
+
+def test_flops_are_the_integral(recipe):
+    run = recipe(stages=STAGES)
+    stages, length = stages_of(run), run.train.sequence_length
+    by_schedule = schedule_flops(run.model, length, [Stage(0.7, 0.75, 0.75), Stage(0.3, 0.0, 0.0)])
+    assert mean_flops(stages).total == pytest.approx(by_schedule.total)
+    dense = training_flops(run.model, length).total
+    spent = stages[-1].flops_before + dense * stages[-1].tokens
+    assert spent == pytest.approx(by_schedule.total * run.steps * run.tokens_per_step)
+
+
+def test_the_published_run_saves_what_is_published():
+    # V-SPDF at 6.7B parameters: 90% for 133B tokens (20 a parameter, as the dense model it is held against), then dense
+    # for 20B, with about 65% fewer FLOPs.
+    word = "stages=[{share: 0.8693, sparsity: 0.9}, {share: 0.1307, sparsity: 0}]"
+    run = load_recipe(PRETRAIN / "gpt3_6b7_s90.yaml", ["sparsity=0", "train.tokens=153B", word])
+    dense = training_flops(run.model, run.train.sequence_length).total * 133
+    assert 1.0 - mean_flops(stages_of(run)).total * 153 / dense == pytest.approx(0.65, abs=0.015)
+
+
+def test_the_planner_counts_all_stages(recipe):
+    run = recipe(stages=STAGES)
+    facts = make_overview(Request(run, plan_of(run), GPUS["h100"], 1, 0.5, "given"))
+    rows = {row["what"]: row for row in facts["flops"]}
+    assert rows["training, active weights"]["total"] == pytest.approx(mean_flops(stages_of(run)).total)
+    assert rows["training, active weights"]["total"] < rows["training, dense"]["total"]
+    assert len(facts["model"]["stages"]) == 3 and "densified" in facts["model"]["stages"][1]
