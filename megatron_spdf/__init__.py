@@ -16,6 +16,7 @@ _KNOWN = (
     r"The \.grad attribute of a Tensor that is not a leaf Tensor",
     r"`torch\.distributed\.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated",
     r"MimoModelConfig is experimental",
+    r"Could not determine rank from torch\.distributed",
 )
 # The same, where they log instead: logger -> how its message begins. Megatron-Core 0.19 recommends
 # HybridModel over GPTModel; and that its buffers be laid out ahead, where it does it alike itself.
