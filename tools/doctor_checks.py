@@ -24,6 +24,8 @@ from pathlib import Path
 OK, NOTE, WARN, FAIL = "ok", "note", "warn", "FAIL"
 REQUIREMENTS = Path(__file__).resolve().parent.parent / "requirements.txt"
 PYTHONS = ((3, 11), (3, 12))
+_PIN = re.compile(r"(?P<name>[\w.-]+)==(?P<version>[^\s;#]+)"
+                  r'(; python_version (?P<than><|>=) "(?P<python>[\d.]+)")?')
 GIB = 2**30
 MIN_DISK, MIN_SHARED_MEMORY, MIN_OPEN_FILES = 20 * GIB, 2 * GIB, 1024
 COLLECTIVE_SECONDS = 60
@@ -233,9 +235,16 @@ CHECKS: dict[str, Callable[[], Iterator[tuple[str, ...]]]] = {
 
 
 def pinned_requirements() -> dict[str, str]:
-    """Package -> version of the `name==version` lines of requirements.txt."""
-    lines = (line.partition("#")[0].strip() for line in REQUIREMENTS.read_text().splitlines())
-    return dict(line.split("==") for line in lines if "==" in line)
+    """Package -> version of the `name==version` lines of requirements.txt that are for this Python."""
+    pins = filter(None, map(_PIN.match, REQUIREMENTS.read_text().splitlines()))
+    return {pin["name"]: pin["version"] for pin in pins if _for_this_python(pin)}
+
+
+def _for_this_python(pin: re.Match) -> bool:
+    if pin["than"] is None:
+        return True
+    border = tuple(map(int, pin["python"].split(".")))
+    return (sys.version_info[:2] < border) == (pin["than"] == "<")
 
 
 def installed_version(package: str) -> str | None:

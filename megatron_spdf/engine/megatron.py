@@ -29,6 +29,7 @@ from torch.optim import AdamW
 
 from megatron_spdf.engine import common
 from megatron_spdf.engine.base import StepResult
+from megatron_spdf.engine.releases import gradients_for_norm
 from megatron_spdf.engine.state import load_optimizer, optimizer_state, share_replicas, snapshot
 from megatron_spdf.layers.compact import expanded
 from megatron_spdf.layers.measure import measure_sparsity
@@ -190,7 +191,7 @@ class MegatronEngine:
     def _squared_norm(self) -> Tensor:
         """Of the gradients of all ranks, (); Megatron-Core's own norm makes the host wait for it."""
         (inner,) = self.optimizer.chained_optimizers
-        gradients = inner.get_main_grads_for_grad_norm()
+        gradients = gradients_for_norm(inner)
         norm = get_total_norm(gradients) if gradients else torch.zeros((), device=self.device)
         squared = norm * norm
         dist.all_reduce(squared, group=inner.get_grad_stats_parallel_group())

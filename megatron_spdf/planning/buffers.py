@@ -3,7 +3,8 @@
 One buffer a model chunk, filled in reverse order of the parameters, cut into buckets. With the distributed optimizer
 (ZeRO-1) every parameter starts at a multiple of 64 elements, every bucket ends at a multiple of 128 and of the
 data-parallel degree, so that it can be cut evenly, and the tied embedding has a bucket of its own where it is on two
-pipeline stages. After `_ParamAndGradBuffer.__init__` of megatron-core 0.16.1; tests hold it against the real thing.
+pipeline stages. After `_ParamAndGradBuffer.__init__` of megatron-core 0.16.1, which in 0.19 is
+`DistributedOptimizer.compute_full_param_layout`; tests hold it against the real thing.
 """
 
 from __future__ import annotations

@@ -263,7 +263,8 @@ def test_a_published_directory_is_read_in_the_way_that_keeps_its_tokens(trained,
     assert tokenizer.encode("x1 2") == description.encode("x1 2").ids
 
 
-def test_megatron_takes_it_without_warning_and_masks_nothing(trained, tmp_path):
+def test_megatron_takes_it_without_warning_and_masks_nothing(trained, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "0")  # Megatron-Core 0.19 warns where it has to guess it
     import numpy as np
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder

@@ -56,6 +56,13 @@ def test_every_pinned_package_is_named(report):
     assert named == set(pinned) and "torch" in named
 
 
+@pytest.mark.parametrize("python, release", [((3, 11), "0.16."), ((3, 12), "0.19."), ((3, 13), "0.19.")])
+def test_the_engine_is_of_this_python(monkeypatch, python, release):
+    monkeypatch.setattr(doctor.sys, "version_info", (*python, 0))
+    pinned = doctor.pinned_requirements()
+    assert pinned["megatron-core"].startswith(release) and pinned["torch"] == "2.13.0"
+
+
 def test_it_starts_where_nothing_is_installed(tmp_path):
     venv.create(tmp_path / "bare", symlinks=True)
     done = subprocess.run([tmp_path / "bare" / "bin" / "python", "tools/doctor.py"], cwd=ROOT, capture_output=True,

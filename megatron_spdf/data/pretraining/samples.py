@@ -98,7 +98,7 @@ class Pass(GPTDataset):
         assert len(self) == samples_in_pass(source, recipe)
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
-        text, _ = self._query_document_sample_shuffle_indices(number)
+        text, *_ = self._query_document_sample_shuffle_indices(number)
         return self._borders.sample(text)
 
     def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, ...]:
