@@ -6,9 +6,9 @@
     torchrun --nproc-per-node 8 finetune.py configs/finetune/e2e.yaml checkpoint=runs/gpt2_small_s75 parallel.data=8
     srun python finetune.py configs/finetune/e2e.yaml checkpoint=runs/gpt3_xl_s75 parallel.data=8 parallel.zero_stage=3
 
-One process per GPU. A run goes on from the newest complete checkpoint in its output directory by itself.
-Exit codes: 0 finished; 2 bad input; 3 stopped by a guard; 4 a rank is lost; 75 stopped on SIGTERM or SIGUSR1, a
-checkpoint saved.
+One process per GPU. A run goes on from the newest complete checkpoint in its output directory by
+itself. Exit codes: 0 finished; 2 bad input; 3 stopped by a guard; 4 a rank is lost; 75 stopped on
+SIGTERM or SIGUSR1, a checkpoint saved.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def main() -> int:
     return join_and_train(finetune, start, prepared, ranks, run)
 
 
-def join_and_train(finetune: Finetune, start: WeightSource, prepared: Prepared, ranks: Ranks, run: RunDir) -> int:
+def join_and_train(finetune: Finetune, start: WeightSource, prepared: Prepared, ranks: Ranks,
+                   run: RunDir) -> int:
     """Joins the ranks, and fine-tunes while they keep an ear on each other."""
     from megatron_spdf.parallel import fake_cuda
     from megatron_spdf.resilience import progress
@@ -76,9 +77,10 @@ def join_and_train(finetune: Finetune, start: WeightSource, prepared: Prepared, 
         return train(finetune, start, prepared, ranks, run, stop, device)
 
 
-def train(finetune: Finetune, start: WeightSource, prepared: Prepared, ranks: Ranks, run: RunDir, stop: StopRequest,
-          device: torch.device) -> int:
-    """Builds the engine on the starting weights, restores the newest checkpoint, trains to the end."""
+def train(finetune: Finetune, start: WeightSource, prepared: Prepared, ranks: Ranks, run: RunDir,
+          stop: StopRequest, device: torch.device) -> int:
+    """Builds the engine on the starting weights, restores the newest checkpoint, trains to the
+    end."""
     from megatron_spdf.checkpoint.checkpointer import Checkpointer
     from megatron_spdf.checkpoint.saving import SaveFailed
     from megatron_spdf.data.finetuning.completions import CompletionData
@@ -90,8 +92,8 @@ def train(finetune: Finetune, start: WeightSource, prepared: Prepared, ranks: Ra
 
     recipe, plan = prepared.recipe, prepared.plan
     revived = finetune.revived_scale if finetune.revived == "normal" else 0.0
-    weights = LoadedWeights(start.master, start.mask_bits if plan.weights else None, revived, finetune.seed,
-                            recipe.model.query_groups)
+    weights = LoadedWeights(start.master, start.mask_bits if plan.weights else None, revived,
+                            finetune.seed, recipe.model.query_groups)
     try:
         engine = make_engine(recipe, plan, device, weights)
         run.create_on_rank_0()
@@ -100,7 +102,8 @@ def train(finetune: Finetune, start: WeightSource, prepared: Prepared, ranks: Ra
         state, found = checkpointer.restore(engine)
     except ValueError as error:
         return refuse(error)
-    data = CompletionData(recipe, prepared.train, prepared.valid, prepared.tokenizer.eod, engine.data_parallel_rank)
+    data = CompletionData(recipe, prepared.train, prepared.valid, prepared.tokenizer.eod,
+                          engine.data_parallel_rank)
     log = RunLog(run, state.step, recipe.steps, recipe.log.tensorboard, active=ranks.rank == 0,
                  evaluated=state.evaluated)
     log.say("\n".join([prepared.summary, engine.choices, *found]))
@@ -121,18 +124,21 @@ def refuse(error: Exception, code: int = exit_codes.BAD_INPUT) -> int:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog=f"fields of a recipe (name, type, default, meaning):\n\n{render_help(Finetune)}",
+        description=__doc__,
+        epilog=f"fields of a recipe (name, type, default, meaning):\n\n{render_help(Finetune)}",
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="YAML file, see configs/finetune")
     parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value",
                         help="values that win over the recipe's")
     parser.add_argument("--dry-run", action="store_true",
-                        help="validate recipe, checkpoint and data, print the recipe with every default, layout and "
-                             "bytes per rank, and exit")
+                        help="validate recipe, checkpoint and data, print the recipe with every "
+                             "default, layout and bytes per rank, and exit")
     parser.add_argument("--preflight", action="store_true",
-                        help="once before the ranks of a batch job: check all that needs no device, count the start "
-                             "(fault_tolerance.max_starts), print the run directory, and exit")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from deepspeed's launcher, like LOCAL_RANK
+                        help="once before the ranks of a batch job: check all that needs no "
+                             "device, count the start (fault_tolerance.max_starts), print the run "
+                             "directory, and exit")
+    # from deepspeed's launcher, like LOCAL_RANK
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_intermixed_args()
 
 

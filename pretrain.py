@@ -5,10 +5,10 @@
     torchrun --nproc-per-node 8 pretrain.py configs/pretrain/gpt2_small_s75.yaml
     srun python pretrain.py configs/pretrain/gpt3_xl_s75.yaml parallel.tensor=2 parallel.data=8
 
-One process per GPU. A run goes on from the newest complete checkpoint in its output directory by itself. A recipe with
-`stages:` (V-SPDF) is one run too: where a stage ends, its checkpoint is densified into the engine of the next.
-Exit codes: 0 finished; 2 bad input; 3 stopped by a guard; 4 a rank is lost; 75 stopped on SIGTERM or SIGUSR1, a
-checkpoint saved.
+One process per GPU. A run goes on from the newest complete checkpoint in its output directory by
+itself. A recipe with `stages:` (V-SPDF) is one run too: where a stage ends, its checkpoint is
+densified into the engine of the next. Exit codes: 0 finished; 2 bad input; 3 stopped by a guard; 4
+a rank is lost; 75 stopped on SIGTERM or SIGUSR1, a checkpoint saved.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ def summarise(stage: RunStage) -> str:
                                    render_layout(stage.recipe, stage.plan)]))
 
 
-def join_and_pretrain(stages: list[RunStage], ranks: Ranks, run: RunDir, corpus: Corpus, summary: str) -> int:
+def join_and_pretrain(stages: list[RunStage], ranks: Ranks, run: RunDir, corpus: Corpus,
+                      summary: str) -> int:
     """Joins the ranks, and pre-trains while they keep an ear on each other."""
     from megatron_spdf.parallel import fake_cuda
     from megatron_spdf.resilience import progress
@@ -89,8 +90,8 @@ def join_and_pretrain(stages: list[RunStage], ranks: Ranks, run: RunDir, corpus:
         return pretrain(stages, ranks, run, corpus, summary, stop, device)
 
 
-def pretrain(stages: list[RunStage], ranks: Ranks, run: RunDir, corpus: Corpus, summary: str, stop: StopRequest,
-             device: torch.device) -> int:
+def pretrain(stages: list[RunStage], ranks: Ranks, run: RunDir, corpus: Corpus, summary: str,
+             stop: StopRequest, device: torch.device) -> int:
     """Does the stages that are left of a run, each from the last checkpoint of the one before."""
     code = exit_codes.FINISHED
     try:
@@ -106,10 +107,10 @@ def pretrain(stages: list[RunStage], ranks: Ranks, run: RunDir, corpus: Corpus, 
         leave()
 
 
-def pretrain_stage(stage: RunStage, ranks: Ranks, run: RunDir, corpus: Corpus, summary: str, stop: StopRequest,
-                   device: torch.device) -> int:
-    """Builds the engine, restores the newest checkpoint, or densifies that of the stage before, and trains to the
-    stage's end, which is mostly the run's."""
+def pretrain_stage(stage: RunStage, ranks: Ranks, run: RunDir, corpus: Corpus, summary: str,
+                   stop: StopRequest, device: torch.device) -> int:
+    """Builds the engine, restores the newest checkpoint, or densifies that of the stage before, and
+    trains to the stage's end, which is mostly the run's."""
     from megatron_spdf.checkpoint.checkpointer import Checkpointer
     from megatron_spdf.checkpoint.saving import SaveFailed
     from megatron_spdf.data.pretraining.dataset import TokenData
@@ -152,18 +153,21 @@ def refuse(error: Exception, code: int = exit_codes.BAD_INPUT) -> int:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog=f"fields of a recipe (name, type, default, meaning):\n\n{render_help()}",
+        description=__doc__,
+        epilog=f"fields of a recipe (name, type, default, meaning):\n\n{render_help()}",
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="YAML file, see configs/pretrain")
     parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value",
                         help="values that win over the recipe's")
     parser.add_argument("--dry-run", action="store_true",
-                        help="validate the recipe, print it with every default, sparsity plan, layout and bytes per "
-                             "rank, and exit")
+                        help="validate the recipe, print it with every default, sparsity plan, "
+                             "layout and bytes per rank, and exit")
     parser.add_argument("--preflight", action="store_true",
-                        help="once before the ranks of a batch job: check all that needs no device, count the start "
-                             "(fault_tolerance.max_starts), print the run directory, and exit")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from deepspeed's launcher, like LOCAL_RANK
+                        help="once before the ranks of a batch job: check all that needs no "
+                             "device, count the start (fault_tolerance.max_starts), print the run "
+                             "directory, and exit")
+    # from deepspeed's launcher, like LOCAL_RANK
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_intermixed_args()
 
 

@@ -6,8 +6,9 @@ import warnings
 
 __version__ = "0.1.0"
 
-# What Megatron-Core and PyTorch say of their own code on every rank of every run: that libraries are missing which are
-# optional (the log's first lines have what is used instead), and that some calls will have other names one day.
+# What Megatron-Core and PyTorch say of their own code on every rank of every run: that libraries
+# are missing which are optional (the log's first lines have what is used instead), and that some
+# calls will have other names one day.
 _KNOWN = (
     r"Transformer Engine and Apex are not installed",
     r"Apex is not installed",

@@ -24,8 +24,8 @@ def require_free(output: Path) -> None:
 
 @contextmanager
 def appearing(output: Path) -> Iterator[Path]:
-    """A directory beside `output` to fill; at the end it is on disk and becomes `output` by one rename. Where anything
-    goes wrong, an interrupt included, it is removed.
+    """A directory beside `output` to fill; at the end it is on disk and becomes `output` by one
+    rename. Where anything goes wrong, an interrupt included, it is removed.
 
     Raises:
         ValueError: `output` exists.

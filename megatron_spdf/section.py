@@ -10,7 +10,8 @@ MULTIPLES = {"k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 
 def parse_count(value: Any) -> Any:
-    """`26B`, `375M`, `2.5e9` or 5_000 -> int; what cannot be read is passed on for pydantic to refuse."""
+    """`26B`, `375M`, `2.5e9` or 5_000 -> int; what cannot be read is passed on for pydantic to
+    refuse."""
     if isinstance(value, str) and value:
         text, factor = value.replace("_", "").strip().lower(), 1
         if text[-1:] in MULTIPLES:
@@ -35,4 +36,5 @@ Paths = Annotated[list[str], BeforeValidator(as_list)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True,
+                              allow_inf_nan=False)

@@ -7,7 +7,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 if not Path("/dev/nvidiactl").exists():
-    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: its kernels run on the CPU then
+    # before anything imports triton: its kernels run on the CPU then
+    os.environ["TRITON_INTERPRET"] = "1"
 
 TINY = {
     "model": {"layers": 4, "hidden": 64, "heads": 4, "vocab_size": 256, "max_positions": 32},
@@ -29,6 +30,7 @@ def recipe(tmp_path):
     def build(**sections):
         values = {"output": str(tmp_path / "run"), **TINY}
         for name, change in sections.items():
-            values[name] = {**values.get(name, {}), **change} if isinstance(change, dict) else change
+            values[name] = {**values.get(name, {}),
+                            **change} if isinstance(change, dict) else change
         return Recipe.model_validate(values)
     return build

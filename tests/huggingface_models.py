@@ -23,7 +23,8 @@ def shape_of(name: str) -> dict[str, int]:
 
 
 def make_gpt2(name: str, seed: int = 0, **config):
-    """A GPT2LMHeadModel of that shape; biases and norms are random too, so that none can be left out unnoticed."""
+    """A GPT2LMHeadModel of that shape; biases and norms are random too, so that none can be left
+    out unnoticed."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     layers, hidden, heads, inner, vocabulary, positions = SHAPES[name]
@@ -31,7 +32,8 @@ def make_gpt2(name: str, seed: int = 0, **config):
     end = vocabulary - 1
     model = GPT2LMHeadModel(GPT2Config(
         vocab_size=vocabulary, n_positions=positions, n_embd=hidden, n_layer=layers, n_head=heads,
-        n_inner=None if inner == 4 * hidden else inner, bos_token_id=end, eos_token_id=end, **config)).eval()
+        n_inner=None if inner == 4 * hidden else inner, bos_token_id=end, eos_token_id=end,
+        **config)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.05)

@@ -65,7 +65,8 @@ def floor_of(module: str) -> int:
     for length in range(len(parts), 0, -1):
         if (name := ".".join(parts[:length])) in listed:
             return listed[name]
-    raise AssertionError(f"{PACKAGE}.{module} is on no floor; list its room in {Path(__file__).name}")
+    raise AssertionError(f"{PACKAGE}.{module} is on no floor; list its room in "
+                         f"{Path(__file__).name}")
 
 
 def arrows_up(root: Path) -> list[str]:
@@ -76,9 +77,9 @@ def arrows_up(root: Path) -> list[str]:
         for target, line in imports(path, known):
             if (other := floor_of(target)) > own:
                 broken.append(
-                    f"{path.relative_to(root)}:{line} imports {PACKAGE}.{target}: {FLOORS[own][0]} lies "
-                    f"below {FLOORS[other][0]}. Move the importing code up to {FLOORS[other][0]}, or what "
-                    f"it needs down to {FLOORS[own][0]}")
+                    f"{path.relative_to(root)}:{line} imports {PACKAGE}.{target}: {FLOORS[own][0]} "
+                    f"lies below {FLOORS[other][0]}. Move the importing code up to "
+                    f"{FLOORS[other][0]}, or what it needs down to {FLOORS[own][0]}")
     return broken
 
 

@@ -10,20 +10,25 @@
     python tools/benchmark.py tiles [RECIPE] [section.key=value ...] [--output FILE.json]
     python tools/benchmark.py data FILES... --tokenizer DIR [--workers 1 2] [--megatron-lm DIR]
 
-`--suite`: all that follows but saves and data, for GPT-3 XL on one GPU, in one command of less than nine minutes; JSON
-and a Markdown table in DIR. `--suite cpu`, or a machine without a GPU: tiny, which shows that it runs.
-`train`: tokens a second, TFLOP/s, MFU and peak memory of a recipe as it trains, dense beside its sparsity, in turn.
-`step`: seconds of an optimizer step of a recipe, dense against its sparsity, both engines in one process and their
-steps in turn, so that what else the machine does hits both alike; medians, the ratio, and where the time goes. Batches
-are synthetic.
-`save`: for how long the loop stands still for a checkpoint that is written behind the steps, and for one that it waits
-for, dense and sparse, with the bytes on disk; written to a temporary directory (TMPDIR) and removed.
-`kernels`: expand and compress against the bytes they must move, products of tiles and 2:4 against dense ones, for the
-weights of a recipe's first layer; of GPT-3 XL without one, and of something tiny where there is no GPU.
-`tiles`: the same kernels with every tile that is worth a trial, on a GPU; to choose those of kernels/tiles.py by.
-`data`: MB of text a second of tools/preprocess_data.py by number of workers, and beside it Megatron-LM's own tool, with
-a comparison of the tokens; `data --help` has its options.
-Without a recipe, a model whose layers fit a CPU's caches as little as a real one's. On a GPU try for example
+`--suite`: all that follows but saves and data, for GPT-3 XL on one GPU, in one command of less than
+nine minutes; JSON and a Markdown table in DIR. `--suite cpu`, or a machine without a GPU: tiny,
+which shows that it runs.
+`train`: tokens a second, TFLOP/s, MFU and peak memory of a recipe as it trains, dense beside its
+    sparsity, in turn.
+`step`: seconds of an optimizer step of a recipe, dense against its sparsity, both engines in one
+process and their steps in turn, so that what else the machine does hits both alike; medians, the
+ratio, and where the time goes. Batches are synthetic.
+`save`: for how long the loop stands still for a checkpoint that is written behind the steps, and
+for one that it waits for, dense and sparse, with the bytes on disk; written to a temporary
+directory (TMPDIR) and removed.
+`kernels`: expand and compress against the bytes they must move, products of tiles and 2:4 against
+dense ones, for the weights of a recipe's first layer; of GPT-3 XL without one, and of something
+tiny where there is no GPU.
+`tiles`: the same kernels with every tile that is worth a trial, on a GPU; to choose those of
+    kernels/tiles.py by.
+`data`: MB of text a second of tools/preprocess_data.py by number of workers, and beside it
+Megatron-LM's own tool, with a comparison of the tokens; `data --help` has its options. Without a
+recipe, a model whose layers fit a CPU's caches as little as a real one's. On a GPU try for example
 
     python tools/benchmark.py step configs/pretrain/gpt3_xl_s75.yaml parallel.data=1 train.global_batch=32 --steps 50
 """
@@ -44,7 +49,8 @@ from megatron_spdf.resilience.world import check_world, find_ranks
 
 DEFAULT = Path(__file__).resolve().parent.parent / "configs/benchmark/cpu.yaml"
 TILES = DEFAULT.parents[1] / "pretrain/gpt3_xl_s75_tile.yaml"
-TINY = ["model.hidden=128", "model.heads=4", "sparsity.pattern=tile", "sparsity.tile=16", "train.micro_batch=1"]
+TINY = ["model.hidden=128", "model.heads=4", "sparsity.pattern=tile", "sparsity.tile=16",
+        "train.micro_batch=1"]
 
 
 def main() -> int:
@@ -66,12 +72,15 @@ def measure_recipe() -> int:
     """Steps, training or saves of a recipe, dense and sparse."""
     from benchmarks import save, step, train
 
-    kinds = {"step": (step.measure_steps, step.render_steps), "save": (save.measure_saves, save.render_saves),
+    kinds = {"step": (step.measure_steps, step.render_steps),
+             "save": (save.measure_saves, save.render_saves),
              "train": (train.measure_training, train.render_training)}
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=list(kinds))
     parser.add_argument("words", nargs="*", metavar="[RECIPE] section.key=value")
-    parser.add_argument("--steps", type=int, default=20, help="measured steps, or saves, of each run")
+    parser.add_argument("--steps", type=int, default=20,
+                        help="measured steps, or saves, of each run")
     add_output(parser)
     options = parser.parse_intermixed_args()
     if options.steps < 2:
@@ -85,7 +94,8 @@ def measure_recipe() -> int:
     measure, show = kinds[options.what]
     figures = measure({"dense": dense, "sparse": sparse}, options.steps)
     if ranks.rank == 0:
-        publish({**circumstances(), "recipe": sparse.model_dump(), "runs": figures}, show(figures), options.output)
+        publish({**circumstances(), "recipe": sparse.model_dump(), "runs": figures}, show(figures),
+                options.output)
     return 0
 
 
@@ -96,7 +106,8 @@ def measure_suite(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="benchmark.py", description=suite.__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", choices=suite.SCALES, required=True,
-                        help="the GPU, of which either has the same sizes; cpu: tiny, to try the suite")
+                        help="the GPU, of which either has the same sizes; cpu: tiny, to try the "
+                             "suite")
     parser.add_argument("--parts", nargs="+", choices=list(suite.PARTS), default=list(suite.PARTS),
                         help="(default: all)")
     parser.add_argument("--output", type=Path, default=Path("runs/suite"), metavar="DIR",
@@ -111,19 +122,27 @@ def measure_data(arguments: list[str]) -> int:
 
     parser = argparse.ArgumentParser(prog="benchmark.py data", description=data_throughput.__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("inputs", nargs="+", metavar="FILE", help="shards, as tools/preprocess_data.py takes them")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="directory of GPT-2 BPE files")
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], metavar="N", help="(default: 1 2)")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="of all tools in turn (default: 3)")
-    parser.add_argument("--megatron-lm", type=Path, metavar="DIR", help="a checkout, of the release that "
-                        f"megatron-core {version('megatron-core')} is of; its tool needs triton, on a CPU too")
+    parser.add_argument("inputs", nargs="+", metavar="FILE",
+                        help="shards, as tools/preprocess_data.py takes them")
+    parser.add_argument("--tokenizer", type=Path, required=True,
+                        help="directory of GPT-2 BPE files")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], metavar="N",
+                        help="(default: 1 2)")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N",
+                        help="of all tools in turn (default: 3)")
+    parser.add_argument("--megatron-lm", type=Path, metavar="DIR",
+                        help="a checkout, of the release that "
+                        f"megatron-core {version('megatron-core')} is of; its tool needs triton, "
+                        "on a CPU too")
     add_output(parser)
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="benchmark_data_") as place:
-        figures = data_throughput.measure(options.inputs, options.tokenizer, options.workers, options.rounds,
+        figures = data_throughput.measure(options.inputs, options.tokenizer, options.workers,
+                                          options.rounds,
                                      Path(place), options.megatron_lm)
     libraries = ("megatron-core", "numpy", "tiktoken", "tokenizers", "transformers")
-    publish({**circumstances(libraries), **figures}, data_throughput.render(figures), options.output)
+    publish({**circumstances(libraries), **figures}, data_throughput.render(figures),
+            options.output)
     return 0
 
 
@@ -137,7 +156,8 @@ def measure_kernels(what: str, arguments: list[str]) -> int:
         kernel_throughput if what == "kernels" else tiles).__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", metavar="[RECIPE] section.key=value")
-    parser.add_argument("--seconds", type=float, default=0.2, help="that each measurement takes at least")
+    parser.add_argument("--seconds", type=float, default=0.2,
+                        help="that each measurement takes at least")
     add_output(parser)
     options = parser.parse_intermixed_args(arguments)
     path, overrides = split_words(options.words)
@@ -157,7 +177,8 @@ def measure_kernels(what: str, arguments: list[str]) -> int:
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", type=Path, help="write the figures as JSON, with date, hardware and versions")
+    parser.add_argument("--output", type=Path,
+                        help="write the figures as JSON, with date, hardware and versions")
 
 
 def load_measured(path: str, overrides: list[str]) -> Recipe:
@@ -168,8 +189,8 @@ def load_measured(path: str, overrides: list[str]) -> Recipe:
     """
     recipe = load_recipe(path, overrides)
     if recipe.train.micro_batch == AUTO:
-        raise ValueError("train.micro_batch=auto lets a run try sizes at its start; a benchmark is of one, give "
-                         "train.micro_batch=N")
+        raise ValueError("train.micro_batch=auto lets a run try sizes at its start; a benchmark is "
+                         "of one, give train.micro_batch=N")
     return recipe
 
 
@@ -181,7 +202,8 @@ def split_words(words: list[str]) -> tuple[str | None, list[str]]:
     """
     named, overrides = ([w for w in words if ("=" in w) == sets] for sets in (False, True))
     if len(named) > 1:
-        raise ValueError(f"{' and '.join(named)} are {len(named)} recipes; name one, and changes as section.key=value")
+        raise ValueError(f"{' and '.join(named)} are {len(named)} recipes; name one, and changes "
+                         "as section.key=value")
     return (named[0] if named else None), overrides
 
 

@@ -1,12 +1,14 @@
-"""How far each matrix of each layer moved between two checkpoints: the cosine distance of SPDF's subspace analysis.
+"""How far each matrix of each layer moved between two checkpoints: the cosine distance of SPDF's
+subspace analysis.
 
 python tools/compare_checkpoints.py runs/pretrained runs/finetuned
 python tools/compare_checkpoints.py runs/pretrained runs/finetuned --png distance.png
 
-Each is a run directory (its newest complete checkpoint), a checkpoint of a run, or a Hugging Face directory of the
-GPT-2 family; sparse weights are compared dense, zeros included.
+Each is a run directory (its newest complete checkpoint), a checkpoint of a run, or a Hugging Face
+directory of the GPT-2 family; sparse weights are compared dense, zeros included.
 
-Exit code 0, or 2 for what the user can put right. Needs neither a GPU nor the layout they were written at.
+Exit code 0, or 2 for what the user can put right. Needs neither a GPU nor the layout they were
+written at.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from megatron_spdf.evaluation.subspace import distances, draw, render
 def main(arguments: list[str] | None = None) -> int:
     """Run the tool."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False)
     parser.add_argument("before", type=Path, metavar="A", help="for example the pre-trained model")
     parser.add_argument("after", type=Path, metavar="B", help="for example the fine-tuned model")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw a heat map")
@@ -34,7 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.png and options.png.exists() and not options.force:
             raise ValueError(f"{options.png} exists; give another file, or --force to overwrite it")
-        before, after = (open_weights(path, checksums=False) for path in (options.before, options.after))
+        before, after = (open_weights(path, checksums=False)
+                         for path in (options.before, options.after))
         layers = distances(before, after)
         if options.png:
             draw(layers, options.png, f"{before.origin}\nagainst {after.origin}")
@@ -42,7 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     facts = {"a": before.origin, "b": after.origin, "cosine_distance": layers}
-    print(json.dumps(facts, indent=1) if options.json else f"{before.origin}\n{after.origin}\n{render(layers)}")
+    print(json.dumps(facts, indent=1) if options.json
+          else f"{before.origin}\n{after.origin}\n{render(layers)}")
     return 0
 
 

@@ -1,16 +1,18 @@
-"""Convert checkpoints: to and from Hugging Face and Megatron-LM, from DeepSpeed, between sparsities and layouts.
+"""Convert checkpoints: to and from Hugging Face and Megatron-LM, from DeepSpeed, between sparsities
+and layouts.
 
-python tools/convert_checkpoint.py to-hf runs/mine exported/mine
-python tools/convert_checkpoint.py from-hf models/gpt2 runs/half --recipe r.yaml --sparsity 0.5 --select magnitude
-python tools/convert_checkpoint.py densify runs/mine runs/dense optimizer.lr=1e-4
-python tools/convert_checkpoint.py reshard runs/mine runs/wider parallel.tensor=4
+python tools/convert_checkpoint.py to-hf runs/mine exported/mine python tools/convert_checkpoint.py
+from-hf models/gpt2 runs/half --recipe r.yaml --sparsity 0.5 --select magnitude python
+tools/convert_checkpoint.py densify runs/mine runs/dense optimizer.lr=1e-4 python
+tools/convert_checkpoint.py reshard runs/mine runs/wider parallel.tensor=4
 
-A run is given as its directory, whose best checkpoint is taken, where it keeps one, else the newest (`reshard` always
-takes the newest), or as one checkpoint. What is written as a run directory is trained on by pretrain.py with the same
-recipe and output=OUT. One weight at a time is dense in memory, OUT appears complete or not at all, and an OUT that
-exists is refused.
+A run is given as its directory, whose best checkpoint is taken, where it keeps one, else the newest
+(`reshard` always takes the newest), or as one checkpoint. What is written as a run directory is
+trained on by pretrain.py with the same recipe and output=OUT. One weight at a time is dense in
+memory, OUT appears complete or not at all, and an OUT that exists is refused.
 
-Exit code 0, or 2 for what the user can put right. Needs neither a GPU nor the layout a checkpoint was written at.
+Exit code 0, or 2 for what the user can put right. Needs neither a GPU nor the layout a checkpoint
+was written at.
 """
 
 from __future__ import annotations
@@ -60,13 +62,15 @@ def to_hf(options: argparse.Namespace) -> str:
 
 
 def from_hf(options: argparse.Namespace) -> str:
-    """A run whose step 0 has the weights of a Hugging Face GPT-2, or of a run of ours, in another recipe."""
+    """A run whose step 0 has the weights of a Hugging Face GPT-2, or of a run of ours, in another
+    recipe."""
     recipe = given_recipe(options)
     return begin(open_weights(options.source), recipe, data_tokenizer(recipe), options)
 
 
 def prune(options: argparse.Namespace) -> str:
-    """A run whose step 0 has the weights of another run, sparse as the words say; a fresh optimizer."""
+    """A run whose step 0 has the weights of another run, sparse as the words say; a fresh
+    optimizer."""
     source = read_run(options)
     return begin(source, own_recipe(source, options), source.tokenizer, options)
 
@@ -74,39 +78,46 @@ def prune(options: argparse.Namespace) -> str:
 def densify(options: argparse.Namespace) -> str:
     """A run whose step 0 has the weights of another run without its masks; a fresh optimizer."""
     source = read_run(options)
-    return begin(source, own_recipe(source, options, "sparsity=0", "stages=[]"), source.tokenizer, options)
+    return begin(source, own_recipe(source, options, "sparsity=0", "stages=[]"), source.tokenizer,
+                 options)
 
 
 def reshard_run(options: argparse.Namespace) -> str:
     """The same checkpoint, optimizer and run state included, its files cut for another layout."""
     if other := [word for word in options.overrides if not word.startswith("parallel.")]:
-        raise ValueError(f"{' '.join(other)}: only parallel.* can change here, as in parallel.tensor=2")
+        raise ValueError(f"{' '.join(other)}: only parallel.* can change here, as in "
+                         "parallel.tensor=2")
     source = CheckpointReader(find_checkpoint(options.source, newest=True), checksums=True)
-    layout = parse_recipe(source.recipe.model_dump(), options.overrides, source.path / "run.json").parallel
+    layout = parse_recipe(source.recipe.model_dump(), options.overrides,
+                          source.path / "run.json").parallel
     checkpoint = reshard(source, layout, options.output)
-    return (f"{checkpoint}: {source.origin}, for tensor {layout.tensor} x pipeline {layout.pipeline} x data "
-            f"{layout.data}\ntrain it: pretrain.py {options.output}/recipe.yaml")
+    return (f"{checkpoint}: {source.origin}, for tensor {layout.tensor} x pipeline "
+            f"{layout.pipeline} x data {layout.data}\ntrain it: pretrain.py "
+            f"{options.output}/recipe.yaml")
 
 
 def to_megatron(options: argparse.Namespace) -> str:
     """A directory for Megatron-LM's --load."""
     source = read_run(options)
     save_for_megatron(source, options.output, DTYPES[options.dtype])
-    return (f"{options.output}: the weights of {source.path} for Megatron-LM {VERSION}, {options.dtype}; load them "
-            f"with\n--load {options.output} {' '.join(arguments(source).split())}\n"
-            "(--make-vocab-size-divisible-by over your --tensor-model-parallel-size)")
+    return (f"{options.output}: the weights of {source.path} for Megatron-LM {VERSION}, "
+            f"{options.dtype}; load them with\n--load {options.output} "
+            f"{' '.join(arguments(source).split())}\n(--make-vocab-size-divisible-by over your "
+            "--tensor-model-parallel-size)")
 
 
 def from_megatron(options: argparse.Namespace) -> str:
     """A run whose step 0 has the weights of a GPT of Megatron-LM."""
     recipe = given_recipe(options)
-    return begin(MegatronReader(options.source, recipe.model), recipe, data_tokenizer(recipe), options)
+    return begin(MegatronReader(options.source, recipe.model), recipe, data_tokenizer(recipe),
+                 options)
 
 
 def from_deepspeed(options: argparse.Namespace) -> str:
     """A run whose step 0 has the weights of a checkpoint that DeepSpeed wrote."""
     recipe = given_recipe(options)
-    return begin(DeepSpeedReader(options.source, recipe.model), recipe, data_tokenizer(recipe), options)
+    return begin(DeepSpeedReader(options.source, recipe.model), recipe, data_tokenizer(recipe),
+                 options)
 
 
 def read_run(options: argparse.Namespace) -> CheckpointReader:
@@ -119,7 +130,8 @@ def given_recipe(options: argparse.Namespace) -> Recipe:
 
 def own_recipe(source: CheckpointReader, options: argparse.Namespace, *first: str) -> Recipe:
     """The recipe a checkpoint was made with, changed by words."""
-    return make_recipe(source.recipe.model_dump(), [*first, *words_of(options)], source.path / "run.json")
+    return make_recipe(source.recipe.model_dump(), [*first, *words_of(options)],
+                       source.path / "run.json")
 
 
 def words_of(options: argparse.Namespace) -> list[str]:
@@ -128,19 +140,23 @@ def words_of(options: argparse.Namespace) -> list[str]:
             *([] if sparsity is None else [f"sparsity={sparsity}"])]
 
 
-def begin(source: WeightSource, recipe: Recipe, tokenizer: Tokenizer, options: argparse.Namespace) -> str:
-    plan = write_initial_checkpoint(source, recipe, tokenizer, options.output, getattr(options, "select", "random"))
+def begin(source: WeightSource, recipe: Recipe, tokenizer: Tokenizer,
+          options: argparse.Namespace) -> str:
+    plan = write_initial_checkpoint(source, recipe, tokenizer, options.output,
+                                    getattr(options, "select", "random"))
     sparse = f"{plan.sparsity:.2%} of {plan.numel:,} linear weights zero" if plan.weights else "dense"
     lines = [f"{options.output}: a run at step 0 with the weights of {source.origin}, {sparse}"]
     if source.tokenizer is None:
-        lines.append(f"the source has no tokenizer; that of the recipe's data is taken, sha256 {tokenizer.sha256}")
+        lines.append("the source has no tokenizer; that of the recipe's data is taken, sha256 "
+                     f"{tokenizer.sha256}")
     return "\n".join([*lines, f"train it: pretrain.py {options.output}/recipe.yaml"])
 
 
 RUN = "a run directory, or one of its checkpoints"
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], str], str, list[str], str]] = {
     "to-hf": (to_hf, RUN, ["--dtype", "--masks"], ""),
-    "from-hf": (from_hf, "directory with config.json and safetensors or pytorch_model.bin, or a run",
+    "from-hf": (from_hf,
+                "directory with config.json and safetensors or pytorch_model.bin, or a run",
                 ["--recipe", "--sparsity", "--select", "words"], """\
 The recipe's model section must have the shape of the GPT-2: layers, hidden, heads, query_groups (= heads), ffn_hidden,
 vocab_size and max_positions. Dropout and initial spread are the recipe's. The GPT-2 must compute what ours does: tied
@@ -156,7 +172,8 @@ rank reads one file, and makes the layout that of the new run's recipe."""),
 Names, shapes and files are those of Megatron-LM {VERSION} (megatron-core 0.16.1, --ckpt-format torch_dist), for both
 its local and its Transformer Engine layers, as a release: --load needs no other flag, and starts at iteration 0. Its
 tensors are dense and fit any tensor and pipeline parallelism. OUT/arguments.txt has Megatron-LM's arguments."""),
-    "from-megatron": (from_megatron, "directory with latest_checkpointed_iteration.txt, or one checkpoint in it",
+    "from-megatron": (from_megatron,
+                      "directory with latest_checkpointed_iteration.txt, or one checkpoint in it",
                       ["--recipe", "--sparsity", "--select", "words"], f"""\
 A distributed checkpoint (--ckpt-format torch_dist) of a GPT of Megatron-LM {VERSION}, saved at any layout, with tied
 embeddings, learned positions, LayerNorm and biases. Only its tensors are read, not its pickled arguments, so the shape
@@ -170,12 +187,13 @@ and of pretrain.py engine=deepspeed need no conversion: their checkpoints are th
 }
 OPTIONS = {
     "--dtype": dict(choices=DTYPES, default="fp32", help="of the weights (default: fp32)"),
-    "--masks": dict(action="store_true", help="also write masks.safetensors: weight name -> bool, true is active"),
+    "--masks": dict(action="store_true",
+                    help="also write masks.safetensors: weight name -> bool, true is active"),
     "--recipe": dict(required=True, metavar="RECIPE.yaml", help="of the run to come"),
     "--sparsity": dict(metavar="S", help="short for the word sparsity=S"),
     "--select": dict(choices=("random", "magnitude"), default="random",
-                     help="weights that stay: the recipe's random masks (default), or the largest magnitudes in each "
-                          "of the slices a weight is cut into"),
+                     help="weights that stay: the recipe's random masks (default), or the largest "
+                          "magnitudes in each of the slices a weight is cut into"),
 }
 
 
@@ -184,7 +202,8 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, (run, source, options, more) in COMMANDS.items():
-        command = commands.add_parser(name, help=run.__doc__, description=f"{run.__doc__}\n\n{more}".strip(),
+        command = commands.add_parser(name, help=run.__doc__,
+                                      description=f"{run.__doc__}\n\n{more}".strip(),
                                       formatter_class=form, allow_abbrev=False)
         command.add_argument("source", type=Path, metavar="DIR", help=source)
         command.add_argument("output", type=Path, metavar="OUT", help="directory to make")
@@ -204,5 +223,6 @@ def parse(words: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that clean-up runs
+    # so that clean-up runs
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main())

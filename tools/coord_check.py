@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""Are activations the same size at every width and sparsity? Flat under `parametrization: mup`, not under `standard`.
+"""Are activations the same size at every width and sparsity? Flat under `parametrization: mup`, not
+under `standard`.
 
     python tools/coord_check.py configs/pretrain/gpt_10m.yaml data.train=data/train -o coordinates.png
 
-The recipe's model is trained for a few steps, at each width dense, and at the base width at each sparsity, with both
-parametrizations; the heads keep their size. Prints, for each part of the model, the slope of log2 size over log2 width
-and over log2 density at the last step: 0 is flat. Exit code 0, or 2 for what the user can put right.
+The recipe's model is trained for a few steps, at each width dense, and at the base width at each
+sparsity, with both parametrizations; the heads keep their size. Prints, for each part of the model,
+the slope of log2 size over log2 width and over log2 density at the last step: 0 is flat. Exit code
+0, or 2 for what the user can put right.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     from megatron_spdf.evaluation.coordinates import growth, plot_sizes
 
-    slopes = {rule: {what: growth(sizes) for what, sizes in scaled.items()} for rule, scaled in found.items()}
+    slopes = {rule: {what: growth(sizes) for what, sizes in scaled.items()} for rule,
+              scaled in found.items()}
     print(json.dumps({"sizes": found, "slopes": slopes}) if options.json else render(slopes))
     if options.output:
         plot_sizes(found, options.output)
@@ -41,7 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def check(options: argparse.Namespace) -> dict[str, dict[str, dict[float, dict[str, float]]]]:
-    """parametrization -> "width" or "density" -> scale -> part of the model -> size at the last step."""
+    """parametrization -> "width" or "density" -> scale -> part of the model -> size at the last
+    step."""
     from megatron_spdf.parallel import fake_cuda
 
     fake_cuda.install()  # before anything that imports megatron.core
@@ -50,18 +54,22 @@ def check(options: argparse.Namespace) -> dict[str, dict[str, dict[float, dict[s
     base = load_recipe(options.recipe, options.overrides)
     head = base.model.hidden // base.model.heads
     cells = {"width": {width: (width, 0.0) for width in options.widths},
-             "density": {1.0 - level: (base.mup_base.hidden, level) for level in options.sparsities}}
+             "density": {1.0 - level: (base.mup_base.hidden, level)
+                         for level in options.sparsities}}
     found: dict = {}
-    bar = tqdm(total=len(RULES) * sum(map(len, cells.values())), unit="model", disable=not sys.stderr.isatty())
+    bar = tqdm(total=len(RULES) * sum(map(len, cells.values())), unit="model",
+               disable=not sys.stderr.isatty())
     with tempfile.TemporaryDirectory() as directory:
         for rule in RULES:
             for what, scales in cells.items():
                 for scale, (width, level) in scales.items():
                     if width % head:
-                        raise ValueError(f"width {width} is not divisible by the size of a head, {head}, which the "
-                                         "recipe's model.hidden / model.heads gives; choose another")
+                        raise ValueError(f"width {width} is not divisible by the size of a head, "
+                                         f"{head}, which the recipe's model.hidden / model.heads "
+                                         "gives; choose another")
                     words = [*options.overrides, f"parametrization={rule}", f"model.hidden={width}",
-                             f"model.heads={width // head}", f"model.ffn_hidden={4 * width}", f"sparsity={level}",
+                             f"model.heads={width // head}", f"model.ffn_hidden={4 * width}",
+                             f"sparsity={level}",
                              f"model.query_groups={width // head}", f"output={directory}/run"]
                     sizes = activation_sizes(load_recipe(options.recipe, words), options.steps)
                     found.setdefault(rule, {}).setdefault(what, {})[scale] = sizes[-1]
@@ -73,20 +81,24 @@ def check(options: argparse.Namespace) -> dict[str, dict[str, dict[float, dict[s
 def render(slopes: dict[str, dict[str, dict[str, float]]]) -> str:
     """A row for each part of the model, a column for each parametrization and what is scaled."""
     columns = [(rule, what) for rule in slopes for what in slopes[rule]]
-    lines = ["slope of log2 mean |activation|", f"{'':<20}" + "".join(f"{f'{r}, {w}':>20}" for r, w in columns)]
+    lines = ["slope of log2 mean |activation|",
+             f"{'':<20}" + "".join(f"{f'{r}, {w}':>20}" for r, w in columns)]
     for part in slopes[columns[0][0]][columns[0][1]]:
         lines.append(f"{part:<20}" + "".join(f"{slopes[r][w][part]:>20.3f}" for r, w in columns))
     return "\n".join(lines)
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("recipe", help="a pre-training recipe, see configs/pretrain")
     parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value",
                         help="values that win over the recipe's")
-    parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256, 512, 1024], metavar="N")
-    parser.add_argument("--sparsities", type=float, nargs="+", default=[0.0, 0.5, 0.75, 0.875, 0.9375], metavar="S")
+    parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256, 512, 1024],
+                        metavar="N")
+    parser.add_argument("--sparsities", type=float, nargs="+",
+                        default=[0.0, 0.5, 0.75, 0.875, 0.9375], metavar="S")
     parser.add_argument("--steps", type=int, default=5, metavar="N", help="default: 5")
     parser.add_argument("--json", action="store_true", help="print one JSON object with every size")
     parser.add_argument("-o", "--output", type=Path, metavar="PNG", help="draw the sizes")

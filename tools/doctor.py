@@ -18,7 +18,8 @@ from doctor_checks import FAIL, examine
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the report; the exit code is 1 if something fails."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print the findings as one JSON list")
     options = parser.parse_args(arguments)
     findings = []

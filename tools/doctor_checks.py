@@ -1,7 +1,8 @@
-"""Is this machine fit to run megatron_spdf? Each check yields findings: a fact and, where it is bad, a remedy.
+"""Is this machine fit to run megatron_spdf? Each check yields findings: a fact and, where it is
+bad, a remedy.
 
-Nothing outside the standard library is imported before the check that needs it, so that whatever is missing
-becomes a finding.
+Nothing outside the standard library is imported before the check that needs it, so that whatever is
+missing becomes a finding.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ class Finding:
     remedy: str = ""
 
     def __str__(self) -> str:
-        return f"{self.status:<5}{self.check}: {self.fact}" + (f"\n     -> {self.remedy}" if self.remedy else "")
+        return f"{self.status:<5}{self.check}: {self.fact}" + (f"\n     -> {self.remedy}"
+                                                               if self.remedy else "")
 
 
 def examine() -> Iterator[Finding]:
@@ -64,8 +66,10 @@ def examine() -> Iterator[Finding]:
             for status, fact, *remedy in check():
                 yield Finding(status, name, fact, *remedy)
         except Exception as error:  # whatever is broken in this environment is what the report is about
-            yield Finding(FAIL, name, f"the check broke: {type(error).__name__}: {_one_line(str(error))}",
-                          "mend what the exception names; `pip install -r requirements.txt` if it is a package")
+            yield Finding(FAIL, name,
+                          f"the check broke: {type(error).__name__}: {_one_line(str(error))}",
+                          "mend what the exception names; `pip install -r requirements.txt` if it "
+                          "is a package")
 
 
 def check_python() -> Iterator[tuple[str, ...]]:
@@ -74,7 +78,8 @@ def check_python() -> Iterator[tuple[str, ...]]:
         yield OK, fact
     else:
         known = " or ".join(f"{major}.{minor}" for major, minor in PYTHONS)
-        yield (WARN if sys.version_info[:2] > max(PYTHONS) else FAIL), fact, f"make the environment with Python {known}"
+        yield (WARN if sys.version_info[:2] > max(PYTHONS)
+               else FAIL), fact, f"make the environment with Python {known}"
 
 
 def check_requirements() -> Iterator[tuple[str, ...]]:
@@ -97,7 +102,8 @@ def check_device() -> Iterator[tuple[str, ...]]:
     if not torch.cuda.is_available():
         if driver and torch.version.cuda is None:
             yield WARN, f"driver {driver} shows a GPU, but torch {torch.__version__} is a CPU build", (
-                "install the CUDA build of torch (pip install -r requirements.txt without a +cpu index)")
+                "install the CUDA build of torch (pip install -r requirements.txt without a +cpu "
+                "index)")
         elif driver:
             yield FAIL, f"torch built for CUDA {torch.version.cuda} cannot use the GPU of driver {driver}", (
                 "update the driver, or check CUDA_VISIBLE_DEVICES and the container's --gpus option")
@@ -129,8 +135,8 @@ def check_gloo() -> Iterator[tuple[str, ...]]:
     fault = all_reduce("gloo", 2)
     if fault:
         yield FAIL, f"all-reduce between two processes: {fault}", (
-            "set GLOO_SOCKET_IFNAME to an interface of `ip addr` (lo works on one host), and see that the host name "
-            "resolves")
+            "set GLOO_SOCKET_IFNAME to an interface of `ip addr` (lo works on one host), and see "
+            "that the host name resolves")
     else:
         yield OK, "all-reduce between two processes of this host"
 
@@ -145,7 +151,8 @@ def check_nccl() -> Iterator[tuple[str, ...]]:
     fault = all_reduce("nccl", count)
     if fault:
         yield FAIL, f"all-reduce between {count} GPUs: {fault}", (
-            "run again with NCCL_DEBUG=INFO; then try NCCL_SOCKET_IFNAME, NCCL_P2P_DISABLE=1, a larger /dev/shm")
+            "run again with NCCL_DEBUG=INFO; then try NCCL_SOCKET_IFNAME, NCCL_P2P_DISABLE=1, a "
+            "larger /dev/shm")
     else:
         yield OK, f"all-reduce between {count} GPUs"
 
@@ -173,8 +180,8 @@ def check_compiler() -> Iterator[tuple[str, ...]]:
 
     built_for = torch.version.cuda
     if built_for and release[1].split(".")[0] != built_for.split(".")[0]:
-        yield NOTE, (f"nvcc is of CUDA {release[1]}, torch of {built_for}: DeepSpeed's compiled extensions will not "
-                     "build; nothing on the core path needs them")
+        yield NOTE, (f"nvcc is of CUDA {release[1]}, torch of {built_for}: DeepSpeed's compiled "
+                     "extensions will not build; nothing on the core path needs them")
     else:
         yield NOTE, f"nvcc of CUDA {release[1]}"
 
@@ -223,19 +230,24 @@ def check_slurm() -> Iterator[tuple[str, ...]]:
 
 
 def check_java() -> Iterator[tuple[str, ...]]:
-    yield (OK, "found") if shutil.which("java") else (NOTE, "not found; only the METEOR metric needs it")
+    yield (OK, "found") if shutil.which("java") else (NOTE,
+                                                      "not found; only the METEOR metric needs it")
 
 
 CHECKS: dict[str, Callable[[], Iterator[tuple[str, ...]]]] = {
-    "python": check_python, "packages": check_requirements, "device": check_device, "host name": check_host_name,
-    "gloo": check_gloo, "NCCL": check_nccl, "accelerators": check_accelerators, "compiler": check_compiler,
-    "disk": check_disk, "shared memory": check_shared_memory, "open files": check_open_files, "Slurm": check_slurm,
+    "python": check_python, "packages": check_requirements, "device": check_device,
+    "host name": check_host_name,
+    "gloo": check_gloo, "NCCL": check_nccl, "accelerators": check_accelerators,
+    "compiler": check_compiler,
+    "disk": check_disk, "shared memory": check_shared_memory, "open files": check_open_files,
+    "Slurm": check_slurm,
     "Java": check_java,
 }
 
 
 def pinned_requirements() -> dict[str, str]:
-    """Package -> version of the `name==version` lines of requirements.txt that are for this Python."""
+    """Package -> version of the `name==version` lines of requirements.txt that are for this
+    Python."""
     pins = filter(None, map(_PIN.match, REQUIREMENTS.read_text().splitlines()))
     return {pin["name"]: pin["version"] for pin in pins if _for_this_python(pin)}
 
@@ -286,10 +298,12 @@ def all_reduce(backend: str, world: int, seconds: int = COLLECTIVE_SECONDS) -> s
     with tempfile.TemporaryDirectory() as directory:
         words = [sys.executable, "-c", ALL_REDUCE, backend, os.path.join(directory, "store")]
         ranks = [subprocess.Popen([*words, str(rank), str(world), str(seconds)], text=True,
-                                  stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for rank in range(world)]
+                                  stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+                 for rank in range(world)]
         end = time.monotonic() + seconds
         try:
-            while all(rank.poll() in (None, 0) for rank in ranks) and any(rank.poll() is None for rank in ranks):
+            while all(rank.poll() in (None, 0) for rank in ranks) and any(rank.poll() is None
+                                                                          for rank in ranks):
                 if time.monotonic() > end:
                     return f"no answer within {seconds} s"
                 time.sleep(0.05)

@@ -1,17 +1,20 @@
-"""Score a checkpoint on a task, or outputs that anyone made, with figures equal to those of the official scripts.
+"""Score a checkpoint on a task, or outputs that anyone made, with figures equal to those of the
+official scripts.
 
-python tools/evaluate.py runs/finetune/e2e --task e2e --data data/e2e
-torchrun --nproc-per-node 8 tools/evaluate.py runs/finetune/webnlg --task webnlg --data data/webnlg --beams 10
-python tools/evaluate.py --predictions outputs.txt --references data/e2e/testset_w_refs.csv --task e2e
-python tools/evaluate.py --predictions outputs.txt --references reference0 reference1 reference2 --task dart
+python tools/evaluate.py runs/finetune/e2e --task e2e --data data/e2e torchrun --nproc-per-node 8
+tools/evaluate.py runs/finetune/webnlg --task webnlg --data data/webnlg --beams 10 python
+tools/evaluate.py --predictions outputs.txt --references data/e2e/testset_w_refs.csv --task e2e
+python tools/evaluate.py --predictions outputs.txt --references reference0 reference1 reference2
+--task dart
 
-The checkpoint is a run directory, a checkpoint of a run, or a Hugging Face directory of the GPT-2 family. It is decoded
-by transformers' beam search; predictions, references in the official form and scores.json go to
-RUN/evaluation/TASK_SPLIT.
+The checkpoint is a run directory, a checkpoint of a run, or a Hugging Face directory of the GPT-2
+family. It is decoded by transformers' beam search; predictions, references in the official form and
+scores.json go to RUN/evaluation/TASK_SPLIT.
 
-BLEU of E2E is in [0, 1] and that of WebNLG and DART in percent, as their scripts print them. METEOR, ROUGE_L and CIDEr
-need Java. TER is tercom's, not pyter's. Outputs for reference files of DART are scored as they are: give them tokenised
-and lower-cased like the references, or give the data.
+BLEU of E2E is in [0, 1] and that of WebNLG and DART in percent, as their scripts print them.
+METEOR, ROUGE_L and CIDEr need Java. TER is tercom's, not pyter's. Outputs for reference files of
+DART are scored as they are: give them tokenised and lower-cased like the references, or give the
+data.
 
 Exit code 0, or 2 for what the user can put right.
 """
@@ -47,7 +50,8 @@ def score_predictions(options: argparse.Namespace) -> int:
     predictions = read_predictions(options.predictions)
     references = read_references(options.task, options.references, options.split)
     scores = score(options.task, predictions, references)
-    description = describe(options.task, options.split, scores, predictions=str(options.predictions),
+    description = describe(options.task, options.split, scores,
+                           predictions=str(options.predictions),
                            references=list(map(str, options.references)), inputs=len(predictions))
     if options.output:
         write_scores(options.output, description)
@@ -65,23 +69,24 @@ def score_checkpoint(options: argparse.Namespace) -> int:
 
     output = options.output or run_directory(options.run) / "evaluation" / f"{options.task}_{options.split}"
     require_free(output, options.force)
-    settings = Settings(options.beams, options.length_penalty, options.no_repeat_ngram, options.max_new_tokens,
-                        options.batch_size)
-    examples = load_examples(options.task, options.data or Path("data") / options.task, options.split)
+    settings = Settings(options.beams, options.length_penalty, options.no_repeat_ngram,
+                        options.max_new_tokens, options.batch_size)
+    examples = load_examples(options.task, options.data or Path("data") / options.task,
+                             options.split)
     ranks = find_ranks()
     source = open_weights(options.run, checksums=False)
     found = evaluate(source, options.task, examples, settings, ranks)
     if found is None:
         return 0
     predictions, scores, facts = found
-    description = describe(options.task, options.split, scores, checkpoint=str(source.path), origin=source.origin,
-                           decoding=facts)
+    description = describe(options.task, options.split, scores, checkpoint=str(source.path),
+                           origin=source.origin, decoding=facts)
     write_all(output, options.task, predictions, examples, description)
     show(options, scores, description)
     if not options.json:
         print(f"{facts['inputs']:,} inputs, {facts['tokens']:,} tokens in {facts['seconds']:,} s: "
-              f"{facts['tokens_per_second']:,} tokens/s; {facts['truncated_prompts']} prompts truncated\n"
-              f"wrote {output}")
+              f"{facts['tokens_per_second']:,} tokens/s; {facts['truncated_prompts']} prompts "
+              f"truncated\nwrote {output}")
     return 0
 
 
@@ -95,7 +100,8 @@ def require_free(output: Path | None, force: bool) -> None:
     from megatron_spdf.evaluation.scores_file import SCORES
 
     if output and (output / SCORES).exists() and not force:
-        raise ValueError(f"{output / SCORES} exists; give another --output, or --force to overwrite it")
+        raise ValueError(f"{output / SCORES} exists; give another --output, or --force to "
+                         "overwrite it")
 
 
 def show(options: argparse.Namespace, scores, description: dict) -> None:
@@ -106,22 +112,28 @@ def show(options: argparse.Namespace, scores, description: dict) -> None:
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False)
     add = parser.add_argument
-    add("run", nargs="?", type=Path, metavar="RUN", help="run directory, checkpoint, or Hugging Face directory")
+    add("run", nargs="?", type=Path, metavar="RUN",
+        help="run directory, checkpoint, or Hugging Face directory")
     add("--task", required=True, choices=TASKS)
     add("--split", choices=SPLITS, default="test", help="default: test")
-    add("--data", type=Path, help="the split's file or the directory of the splits (default: data/TASK)")
-    add("--predictions", type=Path, metavar="FILE", help="score these outputs, one per line, instead of a checkpoint")
+    add("--data", type=Path,
+        help="the split's file or the directory of the splits (default: data/TASK)")
+    add("--predictions", type=Path, metavar="FILE",
+        help="score these outputs, one per line, instead of a checkpoint")
     add("--references", type=Path, nargs="+", metavar="FILE",
-        help="the task's data; or a text file, a blank line after the references of each input; or one text file for "
-             "the first reference of every input, one for the second, ..., or what their names begin with")
+        help="the task's data; or a text file, a blank line after the references of each input; or "
+             "one text file for the first reference of every input, one for the second, ..., or "
+             "what their names begin with")
     add("--beams", type=positive, default=10, help="default: 10")
     add("--length-penalty", type=float, default=0.8, help="default: 0.8")
     add("--no-repeat-ngram", type=int, default=4, help="default: 4; 0 for none")
     add("--max-new-tokens", type=positive, default=64, help="default: 64")
     add("--batch-size", type=positive, default=32, help="prompts decoded together (default: 32)")
-    add("--output", type=Path, metavar="DIR", help="where the files go (default: RUN/evaluation/TASK_SPLIT)")
+    add("--output", type=Path, metavar="DIR",
+        help="where the files go (default: RUN/evaluation/TASK_SPLIT)")
     add("--force", action="store_true", help="overwrite an evaluation that is there")
     add("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)

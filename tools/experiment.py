@@ -7,9 +7,10 @@
     python tools/experiment.py configs/experiments/transfer.yaml --print         one command a line
     python tools/experiment.py configs/experiments/transfer.yaml --report        reports what there is
 
-Each run is pretrain.py's, in its own directory: one that is done is skipped, one that was stopped goes on, so that the
-grid may be interrupted at any moment. OUTPUT/results.json, results.md and results.png hold what is there so far. Exit
-code 0; 2 for what the user can put right; 75 if a run was stopped on a signal; 3 if a run has no result.
+Each run is pretrain.py's, in its own directory: one that is done is skipped, one that was stopped
+goes on, so that the grid may be interrupted at any moment. OUTPUT/results.json, results.md and
+results.png hold what is there so far. Exit code 0; 2 for what the user can put right; 75 if a run
+was stopped on a signal; 3 if a run has no result.
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ def chosen(experiment: Experiment, only: list[str]) -> Experiment:
 
 
 def run_all(options: argparse.Namespace, experiment: Experiment, left: list[Trial]) -> int:
-    """Runs what is left, as many at a time as asked for; a code to end with if a run says so, else 0."""
+    """Runs what is left, as many at a time as asked for; a code to end with if a run says so, else
+    0."""
     ends = []
 
     def run(trial: Trial) -> None:
@@ -82,7 +84,8 @@ def run_all(options: argparse.Namespace, experiment: Experiment, left: list[Tria
             code = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT, check=False, env={
                 "OMP_NUM_THREADS": "1", **os.environ} if options.jobs > 1 else None).returncode
         if code:
-            print(f"{trial.output} ended with exit code {code}, see {log.name}", file=sys.stderr, flush=True)
+            print(f"{trial.output} ended with exit code {code}, see {log.name}", file=sys.stderr,
+                  flush=True)
         if code in (exit_codes.BAD_INPUT, exit_codes.STOPPED_ON_SIGNAL):
             ends.append(code)
 
@@ -105,24 +108,31 @@ def report(options: argparse.Namespace, experiment: Experiment) -> int:
     table = render(experiment, rows)
     write_json(output / "results.json", {"experiment": options.experiment.name, "cells": rows})
     (output / "results.md").write_text(table)
-    plot_results(rows, experiment.plot.x, experiment.plot.lines, experiment.plot.panels, output / "results.png")
+    plot_results(rows, experiment.plot.x, experiment.plot.lines, experiment.plot.panels,
+                 output / "results.png")
     print(table)
     missing = sum(row["missing"] for row in rows)
     if missing:
-        print(f"error: {missing} runs have no loss at their end: not begun, unfinished, or not finite", file=sys.stderr)
+        print(f"error: {missing} runs have no loss at their end: not begun, unfinished, or not "
+              "finite", file=sys.stderr)
     return exit_codes.GUARD_STOPPED if missing and not options.report else exit_codes.FINISHED
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False)
     parser.add_argument("experiment", type=Path, help="a grid, see configs/experiments")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for every run")
-    parser.add_argument("--only", action="append", default=[], metavar="AXIS=LABEL", help="may be repeated")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
-    parser.add_argument("--launch", default="", help="what starts pretrain.py; default: this Python, one process")
+    parser.add_argument("--only", action="append", default=[], metavar="AXIS=LABEL",
+                        help="may be repeated")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N",
+                        help="runs at a time (default: 1)")
+    parser.add_argument("--launch", default="",
+                        help="what starts pretrain.py; default: this Python, one process")
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--print", action="store_true", help="print the commands that are left, and run nothing")
+    mode.add_argument("--print", action="store_true",
+                      help="print the commands that are left, and run nothing")
     mode.add_argument("--report", action="store_true", help="run nothing, report what there is")
     return parser.parse_intermixed_args()
 

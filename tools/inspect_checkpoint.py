@@ -1,9 +1,11 @@
-"""Say what a checkpoint holds, and with --verify whether all of it is intact and as its recipe says.
+"""Say what a checkpoint holds, and with --verify whether all of it is intact and as its recipe
+says.
 
 python tools/inspect_checkpoint.py runs/mine
 python tools/inspect_checkpoint.py runs/mine/checkpoints/step_00000500 --verify
 
-Exit code 0, or 2 if it is no checkpoint or a damaged one. Needs neither a GPU nor the layout it was written at.
+Exit code 0, or 2 if it is no checkpoint or a damaged one. Needs neither a GPU nor the layout it was
+written at.
 """
 
 from __future__ import annotations
@@ -21,11 +23,13 @@ from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
 def main(arguments: list[str] | None = None) -> int:
     """Print what is there; the exit code is 2 where it cannot be trusted."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False
     )
     parser.add_argument("directory", type=Path, metavar="DIR",
                         help="a checkpoint, or a run directory: its newest complete checkpoint")
-    parser.add_argument("--verify", action="store_true", help="check every byte, every shape and every mask")
+    parser.add_argument("--verify", action="store_true",
+                        help="check every byte, every shape and every mask")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
     try:

@@ -4,8 +4,8 @@ python tools/inspect_data.py data/train
 python tools/inspect_data.py data/train --sample 17 --png lengths.png
 python tools/inspect_data.py data/pile --verify
 
-PREFIX is that of one data set or a directory of several, of this package or of Megatron-LM's tool. Exit code 0, or 2 if
-it is no data set or a damaged one.
+PREFIX is that of one data set or a directory of several, of this package or of Megatron-LM's tool.
+Exit code 0, or 2 if it is no data set or a damaged one.
 """
 
 from __future__ import annotations
@@ -31,18 +31,22 @@ from megatron_spdf.data.indexed.manifest import CORPUS
 def main(arguments: list[str] | None = None) -> int:
     """Print what is there; the exit code is 2 where it cannot be trusted."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False
     )
-    parser.add_argument("prefix", metavar="PREFIX", help="of a data set, or a directory of data sets")
+    parser.add_argument("prefix", metavar="PREFIX",
+                        help="of a data set, or a directory of data sets")
     parser.add_argument("--sample", type=int, metavar="N", help="decode document N, counted from 0")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="draw the histogram of document lengths")
+    parser.add_argument("--png", type=Path, metavar="FILE",
+                        help="draw the histogram of document lengths")
     parser.add_argument("--verify", action="store_true", help="read everything and check it")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
     try:
         prefixes = data_sets(options.prefix)
         if len(prefixes) > 1 and (options.sample is not None or options.png):
-            raise ValueError(f"{options.prefix} holds {len(prefixes)} data sets; name one for --sample or --png: "
+            raise ValueError(f"{options.prefix} holds {len(prefixes)} data sets; name one for "
+                             "--sample or --png: "
                              + ", ".join(prefixes))
         facts = {"data_sets": [describe(prefix) for prefix in prefixes]}
         if options.sample is not None:
@@ -66,7 +70,8 @@ def as_text(facts: dict) -> str:
     lines = [render(data_set) for data_set in facts["data_sets"]]
     if found := facts.get("sample"):
         origin = f", from {found['source']}" if found["source"] else ""
-        lines += [f"document {found['document']:,}, {found['tokens']:,} tokens{origin}:", found["text"]]
+        lines += [f"document {found['document']:,}, {found['tokens']:,} tokens{origin}:",
+                  found["text"]]
     if facts.get("faults") == []:
         lines.append("verified: every byte is as it was written, and the counts add up")
     return "\n".join(lines)

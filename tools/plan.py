@@ -54,13 +54,16 @@ def plan(arguments: list[str]) -> int:
     sparsity = plan_of(recipe)
     if options.exact:
         if options.gpus not in (None, recipe.parallel.world):
-            raise ValueError(f"--exact builds the recipe's own layout, which has {recipe.parallel.world} ranks, not "
-                             f"--gpus {options.gpus}; set parallel.tensor=, parallel.pipeline= and parallel.data=")
+            raise ValueError("--exact builds the recipe's own layout, which has "
+                             f"{recipe.parallel.world} ranks, not --gpus {options.gpus}; set "
+                             "parallel.tensor=, parallel.pipeline= and parallel.data=")
         counts = dry_run(recipe, sparsity, options.rank or ranks_of_interest(recipe))
-        print(json.dumps([asdict(c) for c in counts], indent=1) if options.json else render_counts(recipe, counts))
+        print(json.dumps([asdict(c) for c in counts], indent=1) if options.json
+              else render_counts(recipe, counts))
         return 0
     if options.gpu is None:
-        raise ValueError(f"which GPU? Say --gpu and one of {', '.join(GPUS)}, or --gpu {THIS_MACHINE} to measure it")
+        raise ValueError(f"which GPU? Say --gpu and one of {', '.join(GPUS)}, or --gpu "
+                         f"{THIS_MACHINE} to measure it")
     gpus = recipe.parallel.world if options.gpus is None else options.gpus
     if gpus < 1:
         raise ValueError(f"--gpus {gpus} must be at least 1")
@@ -71,7 +74,8 @@ def plan(arguments: list[str]) -> int:
         run = read_run(options.calibrate)
         efficiency = calibrate(run, gpu)
         source = f"as in {options.calibrate}: {measured_step(run):.4g} s a step"
-    facts = make_overview(Request(recipe, sparsity, gpu, gpus, efficiency, source, options.price, options.top))
+    facts = make_overview(Request(recipe, sparsity, gpu, gpus, efficiency, source, options.price,
+                                  options.top))
     if options.html:
         options.html.write_text(render_plan_page(facts, str(options.recipe)))
     print(json.dumps(facts, indent=1) if options.json else render_overview(facts))
@@ -80,24 +84,34 @@ def plan(arguments: list[str]) -> int:
 
 def _plan_parser() -> argparse.ArgumentParser:
     parser = _parser(__doc__)
-    parser.add_argument("recipe", help="YAML file, see configs/; its layout is one among those tried")
+    parser.add_argument("recipe",
+                        help="YAML file, see configs/; its layout is one among those tried")
     parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value",
                         help="values that win over the recipe's")
-    parser.add_argument("--gpus", type=int, metavar="N", help="how many (default: the recipe's layout)")
-    parser.add_argument("--gpu", metavar="NAME", help=f"{', '.join(GPUS)}, or {THIS_MACHINE}, which is measured")
-    parser.add_argument("--price", type=float, metavar="P", help="of a GPU hour; adds the cost, in the same currency")
-    parser.add_argument("--memory", type=float, metavar="GIB", help="of a GPU, in place of the table's")
-    parser.add_argument("--network", type=float, metavar="GB/S", help="of a GPU to other nodes, likewise")
+    parser.add_argument("--gpus", type=int, metavar="N",
+                        help="how many (default: the recipe's layout)")
+    parser.add_argument("--gpu", metavar="NAME",
+                        help=f"{', '.join(GPUS)}, or {THIS_MACHINE}, which is measured")
+    parser.add_argument("--price", type=float, metavar="P",
+                        help="of a GPU hour; adds the cost, in the same currency")
+    parser.add_argument("--memory", type=float, metavar="GIB",
+                        help="of a GPU, in place of the table's")
+    parser.add_argument("--network", type=float, metavar="GB/S",
+                        help="of a GPU to other nodes, likewise")
     parser.add_argument("--gpus-per-node", type=int, metavar="N", help="in place of the table's")
     speed = parser.add_mutually_exclusive_group()
     speed.add_argument("--efficiency", type=_share, metavar="E",
-                       help=f"of matrix products, share of the peak (default: {EFFICIENCY}, an assumption)")
+                       help=f"of matrix products, share of the peak (default: {EFFICIENCY}, an "
+                            "assumption)")
     speed.add_argument("--calibrate", type=Path, metavar="RUN", help="take it from this run's log")
-    parser.add_argument("--top", type=int, default=8, metavar="N", help="layouts shown (default: 8)")
+    parser.add_argument("--top", type=int, default=8, metavar="N",
+                        help="layouts shown (default: 8)")
     parser.add_argument("--exact", action="store_true",
-                        help="build ranks of the recipe's layout on the meta device and count what they hold")
+                        help="build ranks of the recipe's layout on the meta device and count what "
+                             "they hold")
     parser.add_argument("--rank", type=int, action="append", metavar="R",
-                        help="with --exact: this rank, may be repeated (default: one of each kind of stage)")
+                        help="with --exact: this rank, may be repeated (default: one of each kind "
+                             "of stage)")
     parser.add_argument("--json", action="store_true", help="print one JSON value")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with plots too")
     return parser
@@ -105,18 +119,21 @@ def _plan_parser() -> argparse.ArgumentParser:
 
 def fit(arguments: list[str]) -> int:
     """Fits the law to finished runs."""
-    parser = _parser("The scaling law of sparse models fitted to your own finished runs: at least seven, with three "
-                     "different sparsities, sizes and lengths.", "plan.py fit")
+    parser = _parser("The scaling law of sparse models fitted to your own finished runs: at least "
+                     "seven, with three different sparsities, sizes and lengths.", "plan.py fit")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
-    parser.add_argument("--starts", type=int, default=32, metavar="N", help="random starting points (default: 32)")
-    parser.add_argument("--bootstrap", type=int, default=100, metavar="N", help="resamplings (default: 100)")
+    parser.add_argument("--starts", type=int, default=32, metavar="N",
+                        help="random starting points (default: 32)")
+    parser.add_argument("--bootstrap", type=int, default=100, metavar="N",
+                        help="resamplings (default: 100)")
     parser.add_argument("--json", action="store_true", help="print one JSON value")
     options = parser.parse_args(arguments)
     points = [point_of(read_run(run)) for run in options.runs]
     if not options.json:
         print(render_points(points))
     fitted = fit_law(points, options.starts, options.bootstrap)
-    print(json.dumps({**asdict(fitted), "points": [asdict(p) for p in points]}, indent=1) if options.json
+    print(json.dumps({**asdict(fitted), "points": [asdict(p) for p in points]}, indent=1)
+          if options.json
           else render_fit(fitted))
     return 0
 
@@ -124,14 +141,19 @@ def fit(arguments: list[str]) -> int:
 def law(arguments: list[str]) -> int:
     """Values of a published law."""
     parser = _parser("The published scaling laws of sparse models. " + CAVEAT, "plan.py law")
-    parser.add_argument("--fit", choices=sorted(PUBLISHED), default="t5", help="which of the two (default: t5)")
-    parser.add_argument("--nonzero", type=_count, default=10**8, metavar="N", help="non-zero linear weights")
-    parser.add_argument("--compute", type=float, default=1e21, metavar="C", help="training FLOPs (default: 1e21)")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="iso-FLOP curves and contours of the optimum")
+    parser.add_argument("--fit", choices=sorted(PUBLISHED), default="t5",
+                        help="which of the two (default: t5)")
+    parser.add_argument("--nonzero", type=_count, default=10**8, metavar="N",
+                        help="non-zero linear weights")
+    parser.add_argument("--compute", type=float, default=1e21, metavar="C",
+                        help="training FLOPs (default: 1e21)")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png",
+                        help="iso-FLOP curves and contours of the optimum")
     parser.add_argument("--json", action="store_true", help="print one JSON value")
     options = parser.parse_args(arguments)
     if options.nonzero <= 0 or options.compute <= 0.0:
-        raise ValueError(f"--nonzero {options.nonzero} and --compute {options.compute} must be positive")
+        raise ValueError(f"--nonzero {options.nonzero} and --compute {options.compute} must be "
+                         "positive")
     facts = describe_law(PUBLISHED[options.fit], options.fit, options.nonzero, options.compute)
     print(json.dumps({**facts, "caution": CAVEAT}, indent=1) if options.json else render_law(facts))
     if options.plot:

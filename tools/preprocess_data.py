@@ -1,7 +1,8 @@
 """Tokenize text shards to an indexed dataset for pre-training.
 
-python tools/preprocess_data.py --input 'shards/*.jsonl.zst' --output data/train --tokenizer data/gpt2
-python tools/preprocess_data.py --input 'pile/*.jsonl.zst' --output data/pile --tokenizer data/gpt2 --split 98,1,1
+python tools/preprocess_data.py --input 'shards/*.jsonl.zst' --output data/train --tokenizer
+data/gpt2 python tools/preprocess_data.py --input 'pile/*.jsonl.zst' --output data/pile --tokenizer
+data/gpt2 --split 98,1,1
 
 Interrupted, the same command goes on after the last input that was finished.
 """
@@ -50,11 +51,12 @@ def parse_workers(count: str) -> int:
 
 
 OPTIONS = {
-    "--input": dict(nargs="+", required=True, help=f"files or quoted patterns, of {', '.join(FORMATS)}"),
+    "--input": dict(nargs="+", required=True,
+                    help=f"files or quoted patterns, of {', '.join(FORMATS)}"),
     "--output": dict(
         required=True, metavar="PREFIX",
-        help="writes PREFIX.bin, .idx, .json and .tokenizer; with --split, --by-set or --per-shard a directory PREFIX "
-             "of such data sets",
+        help="writes PREFIX.bin, .idx, .json and .tokenizer; with --split, --by-set or --per-shard "
+             "a directory PREFIX of such data sets",
     ),
     "--tokenizer": dict(
         required=True, type=Path, metavar="PATH",
@@ -62,42 +64,51 @@ OPTIONS = {
     ),
     "--train-tokenizer": dict(
         choices=("bpe", "sentencepiece"),
-        help="train a tokenizer on the input and write it to the directory --tokenizer, which must not exist",
+        help="train a tokenizer on the input and write it to the directory --tokenizer, which must "
+             "not exist",
     ),
-    "--vocab-size": dict(type=int, metavar="N", help="exact number of ids of the trained tokenizer"),
+    "--vocab-size": dict(type=int, metavar="N",
+                         help="exact number of ids of the trained tokenizer"),
     "--train-bytes": dict(
         type=parse_bytes, default="100MB", metavar="SIZE",
         help="text to train on, an even share from the start of every file (default: 100MB)",
     ),
     "--workers": dict(
         type=parse_workers, metavar="N",
-        help="processes that tokenize (default: one for each core, for small input fewer); the result is the same",
+        help="processes that tokenize (default: one for each core, for small input fewer); the "
+             "result is the same",
     ),
-    "--text-key": dict(default="text", metavar="KEY", help="key of the text in a record (default: text)"),
+    "--text-key": dict(default="text", metavar="KEY",
+                       help="key of the text in a record (default: text)"),
     "--on-error": dict(
         choices=ON_ERROR, default="stop",
-        help="at a record that cannot be read: stop (default), or skip it and list it in the manifest",
+        help="at a record that cannot be read: stop (default), or skip it and list it in the "
+             "manifest",
     ),
     "--max-document": dict(
         type=parse_bytes, default=MAX_RECORD_BYTES, metavar="SIZE",
-        help="a longer record cannot be read (default: 100MB); it takes some ten times its size in memory",
+        help="a longer record cannot be read (default: 100MB); it takes some ten times its size in "
+             "memory",
     ),
     "--split": dict(
         type=parse_shares, metavar="A,B[,C]",
-        help=f"shares of {', '.join(SPLITS)}, by a hash of the text: writes PREFIX/train and so on; a document's "
-             "place does not change when files are added",
+        help=f"shares of {', '.join(SPLITS)}, by a hash of the text: writes PREFIX/train and so "
+             "on; a document's place does not change when files are added",
     ),
     "--by-set": dict(
         nargs="?", const="pile_set_name", metavar="KEY",
         help="a data set for each value of this key of meta (default: pile_set_name)",
     ),
     "--per-shard": dict(action="store_true", help="a data set for each input file"),
-    "--deduplicate": dict(action="store_true", help="of documents with the same text keep the first (16 bytes of "
+    "--deduplicate": dict(action="store_true",
+                          help="of documents with the same text keep the first (16 bytes of "
                           "memory a document)"),
-    "--ftfy": dict(action="store_true", help="mend the texts with ftfy first (broken encodings, odd characters)"),
+    "--ftfy": dict(action="store_true",
+                   help="mend the texts with ftfy first (broken encodings, odd characters)"),
     "--no-eod": dict(action="store_true", help="no end-of-document token after each document"),
     "--overwrite": dict(action="store_true", help="replace PREFIX if it exists"),
-    "--progress": dict(action="store_true", help="show progress even where stderr is not a terminal"),
+    "--progress": dict(action="store_true",
+                       help="show progress even where stderr is not a terminal"),
 }
 
 
@@ -107,7 +118,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if bool(options.train_tokenizer) != bool(options.vocab_size):
         parser.error("--train-tokenizer and --vocab-size go together")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that clean-up runs
+    # so that clean-up runs
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     partial = Partial(options.output, bool(options.split or options.by_set or options.per_shard))
     try:
         if not partial.ready:
@@ -143,7 +155,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False
     )
     for name, settings in OPTIONS.items():
         parser.add_argument(name, **settings)
@@ -156,7 +169,8 @@ def obtain_tokenizer(options: argparse.Namespace, partial: Partial) -> Tokenizer
     if not options.train_tokenizer or (interrupted and options.tokenizer.exists()):
         return load_tokenizer(options.tokenizer)
     if options.tokenizer.exists():
-        raise ValueError(f"{options.tokenizer} exists; use it without --train-tokenizer, or give a new path")
+        raise ValueError(f"{options.tokenizer} exists; use it without --train-tokenizer, or give a "
+                         "new path")
     paths = expand_inputs(options.input)
     texts = sample_texts(paths, options.train_bytes, options.text_key, options.on_error)
     return train_tokenizer(options.train_tokenizer, texts, options.vocab_size, options.tokenizer)
@@ -169,7 +183,8 @@ def describe_kept(partial: Partial) -> str:
 
 
 def summarize(prefix: str, manifest: Manifest | CorpusManifest, seconds: float) -> str:
-    """What was written, how fast, and what was left out; a line more for each of several data sets."""
+    """What was written, how fast, and what was left out; a line more for each of several data
+    sets."""
     megabytes = manifest.text_bytes / 1e6
     lines = [
         f"{prefix}: {manifest.documents:,} documents, {manifest.tokens:,} tokens, "

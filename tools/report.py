@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
-"""One page about any runs, finished or not: curves, speed, memory, sparsity, SPDF's table beside the paper's.
+"""One page about any runs, finished or not: curves, speed, memory, sparsity, SPDF's table beside
+the paper's.
 
     python tools/report.py runs/dense runs/s75 -o report.html
 
-The page is one file: plots are inline, nothing is loaded. Exit code 0, or 2 with a sentence on what to change.
+The page is one file: plots are inline, nothing is loaded. Exit code 0, or 2 with a sentence on what
+to change.
 """
 
 from __future__ import annotations
@@ -18,16 +20,20 @@ from megatron_spdf.reports.runs_page import render_report
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directories of pre-training or fine-tuning")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN",
+                        help="directories of pre-training or fine-tuning")
     parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), metavar="FILE",
                         help="the page, replaced if it exists (default: report.html)")
-    parser.add_argument("--title", default="Sparse pre-training, dense fine-tuning: runs", help="of the page")
+    parser.add_argument("--title", default="Sparse pre-training, dense fine-tuning: runs",
+                        help="of the page")
     options = parser.parse_args(arguments)
     try:
         runs = read_all(options.runs)
-        options.output.write_text(render_report(runs, options.output, options.title), encoding="utf-8")
+        options.output.write_text(render_report(runs, options.output, options.title),
+                                  encoding="utf-8")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Runs the combinations that a fine-tuning recipe's `sweep:` lists, and selects one by validation loss.
+"""Runs the combinations that a fine-tuning recipe's `sweep:` lists, and selects one by validation
+loss.
 
     python tools/sweep.py configs/finetune/e2e.yaml checkpoint=runs/gpt2_small_s75
     python tools/sweep.py RECIPE checkpoint=RUN parallel.data=8 --launch "torchrun --nproc-per-node 8"
@@ -7,9 +8,9 @@
     python tools/sweep.py RECIPE checkpoint=RUN --index $SLURM_ARRAY_TASK_ID --launch "srun python"
     python tools/sweep.py RECIPE checkpoint=RUN --select         # after the array
 
-A run that is done is skipped, one that was stopped goes on. The choice among those done is written to selection.json
-in the recipe's output directory. Exit code 0; 2 for what the user can put right; 75 if a run was stopped on a signal;
-3 if no run came to its end.
+A run that is done is skipped, one that was stopped goes on. The choice among those done is written
+to selection.json in the recipe's output directory. Exit code 0; 2 for what the user can put right;
+75 if a run was stopped on a signal; 3 if no run came to its end.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def main() -> int:
             load_finetune(options.recipe, [*options.overrides, *trial.words])
         if options.index is not None:
             if not 0 <= options.index < len(chosen):
-                raise ValueError(f"--index {options.index}: the sweep has {len(chosen)} runs, 0 to {len(chosen) - 1}")
+                raise ValueError(f"--index {options.index}: the sweep has {len(chosen)} runs, 0 to "
+                                 f"{len(chosen) - 1}")
             chosen = [chosen[options.index]]
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -46,15 +48,16 @@ def main() -> int:
         return exit_codes.FINISHED
     for trial in [] if options.select else chosen:
         code = run(options, trial)
-        if code in (exit_codes.BAD_INPUT, exit_codes.STOPPED_ON_SIGNAL) or options.index is not None:
+        if code in (exit_codes.BAD_INPUT,
+                    exit_codes.STOPPED_ON_SIGNAL) or options.index is not None:
             return code
     return report(finetune)
 
 
 def command(options: argparse.Namespace, trial: Trial) -> list[str]:
     """The command line of a trial."""
-    return [*shlex.split(options.launch or sys.executable), str(FINETUNE), options.recipe, *options.overrides,
-            *trial.words]
+    return [*shlex.split(options.launch or sys.executable), str(FINETUNE),
+            options.recipe, *options.overrides, *trial.words]
 
 
 def run(options: argparse.Namespace, trial: Trial) -> int:
@@ -78,21 +81,27 @@ def report(finetune: Finetune) -> int:
     if selection["selected"] is None:
         print("error: no run of the sweep is done, so none can be selected", file=sys.stderr)
         return exit_codes.GUARD_STOPPED
-    print(f"selected {selection['selected']['output']}, {selection['unfinished']} unfinished; {path}")
+    print(f"selected {selection['selected']['output']}, {selection['unfinished']} unfinished; "
+          f"{path}")
     return exit_codes.FINISHED
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False)
     parser.add_argument("recipe", help="fine-tuning recipe with sweep:, see configs/finetune")
     parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value",
                         help="values that win over the recipe's")
-    parser.add_argument("--launch", default="", help="what starts finetune.py; default: this Python, one process")
+    parser.add_argument("--launch", default="",
+                        help="what starts finetune.py; default: this Python, one process")
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--print", action="store_true", help="print the commands, one a line, and run nothing")
-    mode.add_argument("--index", type=int, metavar="N", help="run the Nth combination only, counted from 0")
-    mode.add_argument("--select", action="store_true", help="run nothing, select among the runs that are done")
+    mode.add_argument("--print", action="store_true",
+                      help="print the commands, one a line, and run nothing")
+    mode.add_argument("--index", type=int, metavar="N",
+                      help="run the Nth combination only, counted from 0")
+    mode.add_argument("--select", action="store_true",
+                      help="run nothing, select among the runs that are done")
     return parser.parse_intermixed_args()
 
 

@@ -19,12 +19,17 @@ class Model(Section):
     hidden: int = Field(gt=0, description="width d_model")
     heads: int = Field(gt=0, description="attention heads")
     query_groups: int = Field(
-        gt=0, description="key/value groups, also the largest tensor-parallel degree; default: heads")
-    ffn_hidden: int = Field(gt=0, description="width of the feed-forward layer; default: 4 x hidden")
+        gt=0, description="key/value groups, also the largest tensor-parallel degree; default: "
+                          "heads")
+    ffn_hidden: int = Field(gt=0,
+                            description="width of the feed-forward layer; default: 4 x hidden")
     vocab_size: Count = Field(50257, gt=0, description="tokens the tokenizer knows")
     max_positions: Count = Field(2048, gt=0, description="longest sequence, in tokens")
-    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="of embeddings, attention and residuals")
-    init_std: float = Field(0.02, gt=0.0, description="std of the initial weights; residual outputs: / sqrt(2 layers)")
+    dropout: float = Field(0.0, ge=0.0, lt=1.0,
+                           description="of embeddings, attention and residuals")
+    init_std: float = Field(0.02, gt=0.0,
+                            description="std of the initial weights; residual outputs: / sqrt(2 "
+                                        "layers)")
 
     @model_validator(mode="before")
     @classmethod

@@ -1,7 +1,8 @@
 """Model shapes by name: layers, hidden size, attention heads.
 
-GPT-2: Radford et al. 2019, Table 2 (small is the 124M model). GPT-3: Brown et al. 2020, Table 2.1, with the
-head counts that divide the width. `gpt2_small` and `gpt3_xl` are the two models of SPDF (Table 1).
+GPT-2: Radford et al. 2019, Table 2 (small is the 124M model). GPT-3: Brown et al. 2020, Table 2.1,
+with the head counts that divide the width. `gpt2_small` and `gpt3_xl` are the two models of SPDF
+(Table 1).
 """
 
 PRESETS: dict[str, dict[str, int]] = {

@@ -28,11 +28,13 @@ from megatron_spdf.sparsity.plan import Plan
 
 @dataclass
 class RunState:
-    """Where a run stands. With the recipe it determines learning rate, data position and random numbers.
+    """Where a run stands. With the recipe it determines learning rate, data position and random
+    numbers.
 
     Attributes:
         step: batches consumed, skipped ones included.
-        optimizer_steps: updates done since the optimizer's moments were zero: at the start, or at that of a stage.
+        optimizer_steps: updates done since the optimizer's moments were zero: at the start, or at
+            that of a stage.
         skipped: steps skipped for non-finite numbers, in all and in a row.
         evaluated: step of the last evaluation.
         best_step, best_loss: of the evaluation with the lowest loss; step 0: none yet.
@@ -56,10 +58,12 @@ class Checkpointer:
 
     Args:
         directory: holds the run's checkpoints.
-        recipe, plan, tokenizer: kept with every checkpoint, and what a restored one must agree with.
+        recipe, plan, tokenizer: kept with every checkpoint, and what a restored one must agree
+            with.
 
     Attributes:
-        failed_in_a_row: saves that failed since the last that did not; the same on every rank after `wait`.
+        failed_in_a_row: saves that failed since the last that did not; the same on every rank after
+            `wait`.
         masks, origin: of the run, as its checkpoints record them; see `record.py`.
     """
 
@@ -68,17 +72,19 @@ class Checkpointer:
         self.failed_in_a_row = 0
         self._saving: Saving | None = None
         self._validated = False
-        # A slow disk is not a hang: ranks that die meanwhile are found by the collectives of the next step.
+        # A slow disk is not a hang: ranks that die meanwhile are found by the collectives of the
+        # next step.
         self._group = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
         self.masks, self.origin = drawn_masks(plan), INITIAL
 
     def save(self, engine: Engine, state: RunState, measured_sparsity: dict[str, float]) -> None:
         """Starts to write a checkpoint, which becomes visible when it is complete; then those that
-        `checkpoint.keep` and `keep_every` do not keep are removed. The caller has waited for the save before."""
+        `checkpoint.keep` and `keep_every` do not keep are removed. The caller has waited for the
+        save before."""
         assert self._saving is None
         keep = self.recipe.checkpoint
-        run = run_record(self.recipe, self.plan, self.tokenizer, self.masks, self.origin, asdict(state),
-                         measured_sparsity)
+        run = run_record(self.recipe, self.plan, self.tokenizer, self.masks, self.origin,
+                         asdict(state), measured_sparsity)
         partial = self.directory / (store.name_of(state.step) + store.PARTIAL)
 
         def add_files(partial: Path) -> None:
@@ -88,7 +94,8 @@ class Checkpointer:
         best = store.name_of(state.best_step) if keep.best else None
         self._saving = Saving(
             partial, engine.sharded_state(loading=False), add_files,
-            lambda: store.retain(self.directory, keep.keep, keep.keep_every, best), self._group, not self._validated)
+            lambda: store.retain(self.directory, keep.keep, keep.keep_every, best),
+            self._group, not self._validated)
         self._validated = True
         self._saving.start()
 
@@ -96,10 +103,12 @@ class Checkpointer:
         """Says beside the checkpoints which of them has the lowest validation loss."""
         if dist.get_rank() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
-            store.write_json(self.directory / store.BEST, {"checkpoint": store.name_of(step), "loss": loss})
+            store.write_json(self.directory / store.BEST,
+                             {"checkpoint": store.name_of(step), "loss": loss})
 
     def poll(self) -> Saving | None:
-        """The save that has ended since, if there is one; each rank learns of it at a moment of its own."""
+        """The save that has ended since, if there is one; each rank learns of it at a moment of its
+        own."""
         return self.wait() if self._saving and not self._saving.is_alive() else None
 
     def wait(self) -> Saving | None:
@@ -114,15 +123,15 @@ class Checkpointer:
         """Loads the newest complete checkpoint, if there is one.
 
         Args:
-            border: step at which the stage before ended, if there was one; of its last checkpoint the weights alone
-                are taken, dense.
+            border: step at which the stage before ended, if there was one; of its last checkpoint
+                the weights alone are taken, dense.
 
         Returns:
             Where the run stands, and what was found and done, as sentences for the log.
 
         Raises:
-            ValueError: the checkpoint is damaged, holds code, is of another recipe or tokenizer, has other masks than
-                the plan draws, or is not seen by all ranks.
+            ValueError: the checkpoint is damaged, holds code, is of another recipe or tokenizer,
+                has other masks than the plan draws, or is not seen by all ranks.
         """
         said = []
         if dist.get_rank() == 0:
@@ -142,7 +151,8 @@ class Checkpointer:
             state.optimizer_steps = 0
             return state, [*said, f"densified {newest.name}"]
         self.masks, self.origin = run.get("masks", self.masks), run.get("origin", self.origin)
-        drawn = [compact_of(m).mask_bits.clone() for model in engine.models for m in sparse_modules(model)]
+        drawn = [compact_of(m).mask_bits.clone() for model in engine.models
+                 for m in sparse_modules(model)]
         loaded = dist_checkpointing.load(engine.sharded_state(loading=True), str(newest))
         engine.load_state(loaded, state.optimizer_steps)
         self._check_masks(engine, drawn, newest)
@@ -152,21 +162,25 @@ class Checkpointer:
         """That the checkpoint is of this recipe's run, whatever directory it came from."""
         changes = changes_of_run(Recipe.model_validate(run["recipe"]), self.recipe)
         if run["tokenizer"]["sha256"] != self.tokenizer.sha256:
-            changes.append(f"tokenizer is {run['tokenizer']['sha256']} there and {self.tokenizer.sha256} here")
+            changes.append(f"tokenizer is {run['tokenizer']['sha256']} there and "
+                           f"{self.tokenizer.sha256} here")
         if changes:
-            raise ValueError(f"checkpoint {checkpoint} is of another run: {'; '.join(changes)}. Use the recipe and the "
-                             "data it was made with, or another output")
+            raise ValueError(f"checkpoint {checkpoint} is of another run: {'; '.join(changes)}. "
+                             "Use the recipe and the data it was made with, or another output")
 
     def _check_masks(self, engine: Engine, drawn: list[torch.Tensor], checkpoint: Path) -> None:
-        """That the masks are those drawn before; where the run's masks were given, they are taken as they are."""
+        """That the masks are those drawn before; where the run's masks were given, they are taken
+        as they are."""
         modules = [m for model in engine.models for m in sparse_modules(model)]
         for module, bits in zip(modules, drawn, strict=True):
             compact = compact_of(module)
             if self.masks["kind"] == "given":
                 compact.index_mask()
             elif not torch.equal(compact.mask_bits, bits):
-                raise ValueError(f"checkpoint {checkpoint} holds another mask of {compact.planned.name} than the "
-                                 f"recipe draws (sparsity.seed={self.plan.seed}); use the recipe it was made with")
+                raise ValueError(f"checkpoint {checkpoint} holds another mask of "
+                                 f"{compact.planned.name} than the recipe draws "
+                                 f"(sparsity.seed={self.plan.seed}); use the recipe it was made "
+                                 "with")
 
 
 def _verify_shared(checkpoint: Path) -> None:

@@ -1,4 +1,5 @@
-"""Between two stages of a run: the weights of a checkpoint, dense, in an engine with fresh optimizer moments."""
+"""Between two stages of a run: the weights of a checkpoint, dense, in an engine with fresh
+optimizer moments."""
 
 from __future__ import annotations
 
@@ -13,11 +14,12 @@ from megatron_spdf.engine.base import Engine
 
 
 def load_densified(engine: Engine, checkpoint: Path) -> None:
-    """Fills a dense engine from a checkpoint of either kind, at any layout, as if that had been densified on disk.
+    """Fills a dense engine from a checkpoint of either kind, at any layout, as if that had been
+    densified on disk.
 
-    Values come from the fp32 master weights, entries that were masked are zero, so that outputs are what they were.
-    Moments are zero and Adam counts from one: those of revived weights have no past, and a fresh count is what the
-    schedule's second warm-up is made for.
+    Values come from the fp32 master weights, entries that were masked are zero, so that outputs are
+    what they were. Moments are zero and Adam counts from one: those of revived weights have no
+    past, and a fresh count is what the schedule's second warm-up is made for.
 
     Args:
         checkpoint: verified, and of the engine's model.

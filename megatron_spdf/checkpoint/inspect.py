@@ -1,4 +1,5 @@
-"""What a checkpoint holds, as plain values and as text, and whether that is what its recipe says."""
+"""What a checkpoint holds, as plain values and as text, and whether that is what its recipe
+says."""
 
 from __future__ import annotations
 
@@ -24,19 +25,24 @@ _NAMED_FAULTS = 5
 
 
 def describe(reader: CheckpointReader) -> dict[str, Any]:
-    """What a checkpoint is: model, layout, state of the run, sparsity, bytes by part, origin. Plain values."""
+    """What a checkpoint is: model, layout, state of the run, sparsity, bytes by part, origin. Plain
+    values."""
     run, recipe, plan = reader.run, reader.recipe, reader.plan
     parameters = sum(w.numel for w in reader.weights.values())
-    shape = ("layers", "hidden", "ffn_hidden", "heads", "query_groups", "vocab_size", "max_positions")
+    shape = ("layers", "hidden", "ffn_hidden", "heads", "query_groups", "vocab_size",
+             "max_positions")
     return {
         "checkpoint": str(reader.path),
-        "model": {**{key: getattr(recipe.model, key) for key in shape}, "padded_vocab": padded_vocab(recipe.model),
-                  "parameters": parameters, "active_parameters": parameters - plan.numel + plan.active},
+        "model": {**{key: getattr(recipe.model, key) for key in shape},
+                  "padded_vocab": padded_vocab(recipe.model),
+                  "parameters": parameters,
+                  "active_parameters": parameters - plan.numel + plan.active},
         "layout": recipe.parallel.model_dump(exclude={"overlap", "timeout"}),
         "precision": recipe.train.precision,
         "state": {**run["state"], "tokens": run["tokens"]},
         "tokenizer": run["tokenizer"],
-        "sparsity": {"masks": reader.masks, "target": plan.sparsity, "weights": sparsity_by_kind(reader)},
+        "sparsity": {"masks": reader.masks, "target": plan.sparsity,
+                     "weights": sparsity_by_kind(reader)},
         "bytes": bytes_by_part(reader),
         "versions": run["versions"],
         "saved": run["saved"],
@@ -51,8 +57,8 @@ def sparsity_by_kind(reader: CheckpointReader) -> list[dict[str, Any]]:
         kind = ".".join("*" if part.isdigit() else part for part in name.split("."))
         saved = reader.run["sparsity"].get(name)
         if saved is None:
-            raise ValueError(f"{reader.path}: run.json has no sparsity of {name}, which its recipe makes sparse; use "
-                             "a checkpoint that this program wrote")
+            raise ValueError(f"{reader.path}: run.json has no sparsity of {name}, which its recipe "
+                             "makes sparse; use a checkpoint that this program wrote")
         row = rows.setdefault((kind, weight.shape, saved["target"]), {
             "kind": kind, "count": 0, "shape": list(weight.shape), "target": saved["target"],
             "measured": [saved["measured"]] * 2})
@@ -63,7 +69,8 @@ def sparsity_by_kind(reader: CheckpointReader) -> list[dict[str, Any]]:
 
 
 def bytes_by_part(reader: CheckpointReader) -> dict[str, int]:
-    """Bytes of the tensors: values and mask bits of sparse weights, other weights, optimizer state."""
+    """Bytes of the tensors: values and mask bits of sparse weights, other weights, optimizer
+    state."""
     parts = {"sparse_values": 0, "mask_bits": 0, "other_weights": 0, "optimizer": 0}
     for name in reader.shapes:
         parts[_part_of(name)] += reader.nbytes(name)
@@ -79,9 +86,9 @@ def _part_of(name: str) -> str:
 
 
 def verify(reader: CheckpointReader) -> str:
-    """Holds the tensors against the recipe: every weight and its optimizer state there with the right shape, every
-    mask the one the plan draws, or where the run's masks were given, one of the planned density. The bytes of the
-    files are `CheckpointReader(checksums=True)`'s to check.
+    """Holds the tensors against the recipe: every weight and its optimizer state there with the
+    right shape, every mask the one the plan draws, or where the run's masks were given, one of the
+    planned density. The bytes of the files are `CheckpointReader(checksums=True)`'s to check.
 
     Returns:
         What was checked, in a sentence.
@@ -101,7 +108,8 @@ def verify(reader: CheckpointReader) -> str:
 
 
 def wrong_shapes(reader: CheckpointReader) -> list[str]:
-    """Tensors of the model and its optimizer that are missing or have another shape than by the recipe, in words."""
+    """Tensors of the model and its optimizer that are missing or have another shape than by the
+    recipe, in words."""
     expected: dict[str, tuple[int, ...]] = {}
     for name, weight in reader.weights.items():
         sparse, stored, shape = reader.plan.weights.get(name), stored_name(name), weight.shape
@@ -114,7 +122,8 @@ def wrong_shapes(reader: CheckpointReader) -> list[str]:
 
 
 def _wrong_mask(reader: CheckpointReader, weight: SparseWeight) -> list[str]:
-    """The first slice of a weight whose mask is not the planned one, in words; nothing if all are."""
+    """The first slice of a weight whose mask is not the planned one, in words; nothing if all
+    are."""
     k = weight.active_per_slice
     for slice_id, bits in enumerate(reader.mask_bits(weight.name)):
         active = int(np.unpackbits(bits).sum(dtype=np.int64))
@@ -122,7 +131,8 @@ def _wrong_mask(reader: CheckpointReader, weight: SparseWeight) -> list[str]:
             return [f"slice {slice_id} of {weight.name} has {active} active entries instead of {k}"]
         if reader.masks["kind"] == "drawn" and not np.array_equal(
                 np.packbits(planned_mask(weight, reader.plan.seed, slice_id)), bits):
-            return [f"slice {slice_id} of {weight.name} has another mask than seed {reader.plan.seed} draws"]
+            return [f"slice {slice_id} of {weight.name} has another mask than seed "
+                    f"{reader.plan.seed} draws"]
     return []
 
 
@@ -132,15 +142,16 @@ def render(facts: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     lines = {
         "checkpoint": facts["checkpoint"],
-        "model": f"{m['layers']} layers x {m['hidden']} hidden, {m['heads']} heads in {m['query_groups']} query "
-                 f"groups, feed-forward {m['ffn_hidden']}, vocabulary {m['vocab_size']:,} (padded to "
-                 f"{m['padded_vocab']:,}), {m['max_positions']:,} positions",
+        "model": f"{m['layers']} layers x {m['hidden']} hidden, {m['heads']} heads in "
+                 f"{m['query_groups']} query groups, feed-forward {m['ffn_hidden']}, vocabulary "
+                 f"{m['vocab_size']:,} (padded to {m['padded_vocab']:,}), {m['max_positions']:,} "
+                 "positions",
         "parameters": f"{m['parameters']:,}, of which {m['active_parameters']:,} active",
-        "layout": f"tensor {p['tensor']}{' + sequence' if p['sequence'] else ''} x pipeline {p['pipeline']}"
-                  f"{' (interleave {})'.format(p['interleave']) if p['interleave'] > 1 else ''} x data {p['data']}, "
+        "layout": f"tensor {p['tensor']}{' + sequence' if p['sequence'] else ''} x pipeline "
+                  f"{p['pipeline']}{' (interleave {})'.format(p['interleave']) if p['interleave'] > 1 else ''} x data {p['data']}, "
                   f"ZeRO-{p['zero_stage']}, {facts['precision']}",
-        "progress": f"step {state['step']:,}, {state['tokens']:,} tokens, {state['optimizer_steps']:,} optimizer "
-                    f"steps, {state['skipped']:,} skipped",
+        "progress": f"step {state['step']:,}, {state['tokens']:,} tokens, "
+                    f"{state['optimizer_steps']:,} optimizer steps, {state['skipped']:,} skipped",
         "tokenizer": f"{facts['tokenizer']['kind']}, sha256 {facts['tokenizer']['sha256'][:16]}",
         "written by": versions,
         "saved": facts["saved"],
@@ -151,17 +162,20 @@ def render(facts: dict[str, Any]) -> str:
 
 
 def _render_bytes(parts: dict[str, int]) -> list[str]:
-    return ["bytes of the tensors"] + [f"  {name.replace('_', ' '):<16}{size:>20,}" for name, size in parts.items()]
+    return ["bytes of the tensors"] + [f"  {name.replace('_', ' '):<16}{size:>20,}" for name,
+                                       size in parts.items()]
 
 
 def _render_sparsity(sparsity: dict[str, Any]) -> list[str]:
     if not sparsity["weights"]:
         return ["sparsity: dense, every weight is active"]
     width = max(len(row["kind"]) for row in sparsity["weights"])
-    lines = [f"sparsity: {sparsity['target']:.4%} of the weights below, masks {sparsity['masks']['how']}",
+    lines = [f"sparsity: {sparsity['target']:.4%} of the weights below, masks "
+             f"{sparsity['masks']['how']}",
              f"  {'weight':<{width}}{'count':>6}{'shape':>16}{'target':>11}   measured"]
     for row in sparsity["weights"]:
         measured = " to ".join(dict.fromkeys(f"{s:.4%}" for s in row["measured"]))
         shape = " x ".join(map(str, row["shape"]))
-        lines.append(f"  {row['kind']:<{width}}{row['count']:>6}{shape:>16}{row['target']:>11.4%}   {measured}")
+        lines.append(f"  {row['kind']:<{width}}{row['count']:>6}{shape:>16}{row['target']:>11.4%}  "
+                     f" {measured}")
     return lines

@@ -23,15 +23,18 @@ from megatron_spdf.sparsity.plan import make_plan
 from megatron_spdf.sparsity.slices import join_slices
 
 VALUES, MASK_BITS = ".values", ".mask_bits"  # after the name of a sparse weight
-OPTIMIZER, STATES = "optimizer.state.", ("param", "exp_avg", "exp_avg_sq")  # before the name of a parameter
-# Megatron-Core saves a block's norms as part of the layer they feed, where Transformer Engine fuses them.
+# before the name of a parameter
+OPTIMIZER, STATES = "optimizer.state.", ("param", "exp_avg", "exp_avg_sq")
+# Megatron-Core saves a block's norms as part of the layer they feed, where Transformer Engine fuses
+# them.
 _STORED = {".input_layernorm.": ".self_attention.linear_qkv.layer_norm_",
            ".pre_mlp_layernorm.": ".mlp.linear_fc1.layer_norm_"}
 _RUN_KEYS = {"state", "tokens", "recipe", "tokenizer", "sparsity", "versions", "saved"}
 
 
 def find_checkpoint(path: Path, newest: bool = False) -> Path:
-    """The checkpoint that `path` is, or of the run that it is the best one, where the run keeps it, else the newest.
+    """The checkpoint that `path` is, or of the run that it is the best one, where the run keeps it,
+    else the newest.
 
     Args:
         newest: of a run, always take the newest, which is where the run goes on.
@@ -40,12 +43,14 @@ def find_checkpoint(path: Path, newest: bool = False) -> Path:
         ValueError: it is neither, or no save of the run has finished.
     """
     if path.name.endswith(store.PARTIAL):
-        raise ValueError(f"{path} is a save that did not finish; use a complete checkpoint, without {store.PARTIAL}")
+        raise ValueError(f"{path} is a save that did not finish; use a complete checkpoint, "
+                         f"without {store.PARTIAL}")
     if (path / store.RUN).is_file() or (path / store.FILES).is_file():
         return path
     if not (path / "checkpoints").is_dir():
-        raise ValueError(f"{path} is neither a checkpoint (it has no {store.RUN}) nor a run directory (it has no "
-                         "checkpoints/); give one of these, such as runs/mine or runs/mine/checkpoints/step_00000500")
+        raise ValueError(f"{path} is neither a checkpoint (it has no {store.RUN}) nor a run "
+                         "directory (it has no checkpoints/); give one of these, such as runs/mine "
+                         "or runs/mine/checkpoints/step_00000500")
     found = store.visible(path / "checkpoints")
     if not found:
         raise ValueError(f"the run {path} has no complete checkpoint; start it again to make one")
@@ -85,7 +90,8 @@ class CheckpointReader(TensorFiles):
         self.run, self.recipe = _read_run(path / store.RUN)
         self.model = self.recipe.model
         self.weights: dict[str, Weight] = {w.name: w for w in model_weights(self.model)}
-        self.plan = make_plan(self.recipe.sparsity, list(self.weights.values()), self.model.query_groups)
+        self.plan = make_plan(self.recipe.sparsity, list(self.weights.values()),
+                              self.model.query_groups)
         self.rules = Parametrization(self.recipe, self.plan)
         self.masks: Masks = self.run.get("masks", drawn_masks(self.plan))
 
@@ -108,12 +114,14 @@ class CheckpointReader(TensorFiles):
         return self._of_shape(stored_name(name) + MASK_BITS, shape).numpy()
 
     def weight(self, name: str) -> Tensor:
-        """A parameter by its canonical name, whole and dense: of a sparse weight, values at their places in zeros.
+        """A parameter by its canonical name, whole and dense: of a sparse weight, values at their
+        places in zeros.
 
         It is that of a standard GPT: the multipliers of the run's parametrization are in it.
 
         Raises:
-            DamagedCheckpoint: it is missing, has another shape than the model's, or a mask of another density.
+            DamagedCheckpoint: it is missing, has another shape than the model's, or a mask of
+                another density.
         """
         return fold(self._dense(name, stored_name(name)), self.rules.folded(name))
 
@@ -122,7 +130,8 @@ class CheckpointReader(TensorFiles):
         return fold(self.parameter(name), self.rules.folded(name))
 
     def parameter(self, name: str) -> Tensor:
-        """Like `master`, as the run's own model holds it: multipliers of a parametrization are not in it."""
+        """Like `master`, as the run's own model holds it: multipliers of a parametrization are not
+        in it."""
         return self._dense(name, f"{OPTIMIZER}param.{stored_name(name)}")
 
     def _dense(self, name: str, stored: str) -> Tensor:
@@ -134,16 +143,17 @@ class CheckpointReader(TensorFiles):
         counts = active.sum(axis=1, dtype=np.int64)
         if (counts != planned.active_per_slice).any():
             raise store.DamagedCheckpoint(
-                f"checkpoint {self.path}: the slices of {name} have {counts.tolist()} active entries instead of "
-                f"{planned.active_per_slice} each; use another checkpoint")
+                f"checkpoint {self.path}: the slices of {name} have {counts.tolist()} active "
+                f"entries instead of {planned.active_per_slice} each; use another checkpoint")
         slices = torch.zeros(active.shape, dtype=values.dtype)
         slices[torch.from_numpy(active).bool()] = values.flatten()
         return join_slices(slices, planned)
 
     def _of_shape(self, stored: str, shape: tuple[int, ...]) -> Tensor:
         if self.shapes.get(stored, shape) != shape:
-            raise store.DamagedCheckpoint(f"checkpoint {self.path}: {stored} has shape {self.shapes[stored]} instead "
-                                          f"of {shape}; use another checkpoint")
+            raise store.DamagedCheckpoint(f"checkpoint {self.path}: {stored} has shape "
+                                          f"{self.shapes[stored]} instead of {shape}; use another "
+                                          "checkpoint")
         return self.tensor(stored)
 
 
@@ -155,5 +165,5 @@ def _read_run(path: Path) -> tuple[dict[str, Any], Recipe]:
             raise ValueError(f"it has no {', '.join(sorted(missing))}")
         return run, Recipe.model_validate(run["recipe"])
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} does not describe a run: {error}. Use a checkpoint that this program wrote, or the "
-                         "version of this program that wrote it") from None
+        raise ValueError(f"{path} does not describe a run: {error}. Use a checkpoint that this "
+                         "program wrote, or the version of this program that wrote it") from None

@@ -13,8 +13,8 @@ from megatron_spdf.sparsity.plan import Plan
 
 
 class Masks(TypedDict):
-    """What masks a run has: those that the plan draws, which every start can draw again, or given ones, which live in
-    the checkpoints alone. `how` says it in words."""
+    """What masks a run has: those that the plan draws, which every start can draw again, or given
+    ones, which live in the checkpoints alone. `how` says it in words."""
 
     kind: Literal["drawn", "given"]
     how: str
@@ -28,7 +28,8 @@ def drawn_masks(plan: Plan) -> Masks:
 
 
 def run_record(recipe: Recipe, plan: Plan, tokenizer: Tokenizer, masks: Masks, origin: str,
-               state: dict[str, int | float | None], measured_sparsity: dict[str, float]) -> dict[str, Any]:
+               state: dict[str, int | float | None],
+               measured_sparsity: dict[str, float]) -> dict[str, Any]:
     """What run.json holds.
 
     Args:
@@ -43,7 +44,8 @@ def run_record(recipe: Recipe, plan: Plan, tokenizer: Tokenizer, masks: Masks, o
         "tokenizer": {"kind": tokenizer.kind, "sha256": tokenizer.sha256},
         "masks": masks,
         "origin": origin,
-        "sparsity": {n: {"target": w.sparsity, "measured": measured_sparsity[n]} for n, w in plan.weights.items()},
+        "sparsity": {n: {"target": w.sparsity, "measured": measured_sparsity[n]} for n,
+                     w in plan.weights.items()},
         "versions": {"megatron_spdf": __version__, "torch": version("torch"),
                      "megatron-core": version("megatron-core")},
         "saved": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -1,8 +1,9 @@
 """Refuses pickled code.
 
-Megatron-Core's format keeps its index, `.metadata`, as a pickle that PyTorch loads without restriction. Here it is
-read first by an unpickler that knows the classes of such an index, each by name, and nothing else: what those modules
-import (`os`, through several doors) would be enough to run a command.
+Megatron-Core's format keeps its index, `.metadata`, as a pickle that PyTorch loads without
+restriction. Here it is read first by an unpickler that knows the classes of such an index, each by
+name, and nothing else: what those modules import (`os`, through several doors) would be enough to
+run a command.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from pathlib import Path
 
 _CLASSES = {
     "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
+        "TensorProperties",
         "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"},
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch.distributed.checkpoint.planner": {
@@ -20,7 +22,8 @@ _CLASSES = {
     "collections": {"OrderedDict"}, "builtins": {"set", "frozenset"}, "torch": {"Size", "device"},
     "torch.serialization": {"_get_layout"}, "pathlib": {"PosixPath", "Path"},
 }
-_DTYPES = {"float32", "float16", "bfloat16", "float64", "uint8", "int8", "int16", "int32", "int64", "bool"}
+_DTYPES = {"float32", "float16", "bfloat16", "float64", "uint8", "int8", "int16", "int32", "int64",
+           "bool"}
 
 
 class _Vetting(pickle.Unpickler):
@@ -41,7 +44,8 @@ def vet_metadata(checkpoint: Path) -> None:
         with path.open("rb") as file:
             if type(_Vetting(file).load()).__name__ != "Metadata":
                 raise pickle.UnpicklingError("it holds something else")
-    except (pickle.UnpicklingError, EOFError, OSError, AttributeError, ImportError, IndexError, TypeError, KeyError,
-            ValueError) as error:
-        raise ValueError(f"{path} is not the index of a checkpoint: {error}. It is a pickle and could run code, so "
-                         "it is refused; use a checkpoint that this program wrote") from None
+    except (pickle.UnpicklingError, EOFError, OSError, AttributeError, ImportError, IndexError,
+            TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is not the index of a checkpoint: {error}. It is a pickle and "
+                         "could run code, so it is refused; use a checkpoint that this program "
+                         "wrote") from None

@@ -1,7 +1,9 @@
-"""One checkpoint on its way to disk: in a thread, over a process group of its own, while training goes on.
+"""One checkpoint on its way to disk: in a thread, over a process group of its own, while training
+goes on.
 
-Every stage is agreed on by all ranks: where one fails (a full disk, a file system that is gone), all of them end the
-save with the same error, which names the rank and its host, and nothing becomes visible.
+Every stage is agreed on by all ranks: where one fails (a full disk, a file system that is gone),
+all of them end the save with the same error, which names the rank and its host, and nothing becomes
+visible.
 """
 
 from __future__ import annotations
@@ -54,15 +56,16 @@ class Saving(threading.Thread):
         seconds: the thread took.
     """
 
-    def __init__(self, partial: Path, state: dict, add_files: Callable[[Path], None], after: Callable[[], None],
-                 group: dist.ProcessGroup, validate: bool):
+    def __init__(self, partial: Path, state: dict, add_files: Callable[[Path], None],
+                 after: Callable[[], None], group: dist.ProcessGroup, validate: bool):
         super().__init__(name=f"save {partial.name}", daemon=True)
         self.partial, self.add_files, self.after, self.group = partial, add_files, after, group
         self.path = partial.with_name(partial.name.removesuffix(store.PARTIAL))
         self.error: SaveFailed | None = None
         self.seconds = 0.0
         tensors, _ = save_preprocess(state, validate)
-        flat, _, _ = _replace_state_dict_keys_with_sharded_keys(tensors, keep_only_main_replica=True)
+        flat, _, _ = _replace_state_dict_keys_with_sharded_keys(tensors,
+                                                                keep_only_main_replica=True)
         self._state = mcore_to_pyt_state_dict(flat, is_loading=False)
 
     def run(self) -> None:
@@ -83,7 +86,8 @@ class Saving(threading.Thread):
         self._on_first(self._prepare)
         self._write_tensors()
         self._on_first(self._complete_format)
-        names = self._on_all(lambda: store.files_of(self.partial) if self.group.rank() == 0 else [])[0]
+        names = self._on_all(lambda: store.files_of(self.partial) if self.group.rank() == 0
+                             else [])[0]
         shares = self._on_all(lambda: self._describe_share(names))
         files = {name: entry for share in shares for name, entry in sorted(share.items())}
         self._on_first(lambda: store.publish(self.partial, files))
@@ -100,7 +104,8 @@ class Saving(threading.Thread):
             dcp.save(self._state, storage_writer=writer, planner=planner, process_group=self.group)
         except CheckpointException as error:  # on all ranks alike
             hosts = self._on_all(socket.gethostname)
-            said = [f"rank {r} on {hosts[r]}: {failure[0]}" for r, failure in sorted(error.failures.items())]
+            said = [f"rank {r} on {hosts[r]}: {failure[0]}" for r,
+                    failure in sorted(error.failures.items())]
             free = shutil.disk_usage(self.partial.parent).free
             raise SaveFailed(f"{'; '.join(said)} ({free:,} bytes are free at {self.partial.parent})") from None
 
@@ -111,18 +116,21 @@ class Saving(threading.Thread):
         self.add_files(self.partial)
 
     def _describe_share(self, names: list[str]) -> dict[str, dict[str, object]]:
-        """Sizes and checksums of this rank's share of all files, which are those that rank 0 sees."""
+        """Sizes and checksums of this rank's share of all files, which are those that rank 0
+        sees."""
         unseen = {p.name for p in self.partial.glob(f"__{self.group.rank()}_*")} - set(names)
         if unseen:
-            raise OSError(f"rank 0 does not see {', '.join(sorted(unseen))} in {self.partial}; the output must be on a "
-                          "file system that all nodes share")
-        return {n: store.describe(self.partial / n) for n in names[self.group.rank()::self.group.size()]}
+            raise OSError(f"rank 0 does not see {', '.join(sorted(unseen))} in {self.partial}; the "
+                          "output must be on a file system that all nodes share")
+        return {n: store.describe(self.partial / n)
+                for n in names[self.group.rank()::self.group.size()]}
 
     def _on_first(self, action: Callable[[], object]) -> None:
         self._on_all(action if self.group.rank() == 0 else lambda: None)
 
     def _on_all(self, action: Callable[[], T]) -> list[T]:
-        """Runs an action on every rank; its results by rank, or the same SaveFailed on all where it fails on one."""
+        """Runs an action on every rank; its results by rank, or the same SaveFailed on all where it
+        fails on one."""
         outcome: tuple[object, str] = (None, "")
         try:
             outcome = (action(), "")

@@ -1,5 +1,5 @@
-"""What rank 0 finds or makes on disk, agreed on by all ranks: others see it on a network file system maybe seconds
-later, and where nodes do not share the file system never."""
+"""What rank 0 finds or makes on disk, agreed on by all ranks: others see it on a network file
+system maybe seconds later, and where nodes do not share the file system never."""
 
 from __future__ import annotations
 
@@ -65,9 +65,12 @@ def await_everywhere(path: Path) -> None:
     while not path.exists() and time.monotonic() < end:
         time.sleep(0.1)
     blind = [""] * dist.get_world_size()
-    dist.all_gather_object(blind, "" if path.exists() else f"rank {dist.get_rank()} on {socket.gethostname()}")
+    dist.all_gather_object(blind,
+                           "" if path.exists() else f"rank {dist.get_rank()} on "
+                                                    f"{socket.gethostname()}")
     named = [b for b in blind if b]
     if named:
         more = f" and {len(named) - 8} more" if len(named) > 8 else ""
-        raise NotSharedFilesystem(f"{', '.join(named[:8])}{more} cannot see {path}, which rank 0 can; the output must be on a "
-                       "file system that all nodes share, under the same path")
+        raise NotSharedFilesystem(f"{', '.join(named[:8])}{more} cannot see {path}, which rank 0 "
+                                  "can; the output must be on a file system that all nodes share, "
+                                  "under the same path")

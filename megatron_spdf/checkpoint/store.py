@@ -1,4 +1,5 @@
-"""The checkpoint directory on disk: complete by one rename, checked by size and checksum, never half-trusted.
+"""The checkpoint directory on disk: complete by one rename, checked by size and checksum, never
+half-trusted.
 
     checkpoints/step_00000500/            weights, masks, optimizer: Megatron-Core's distributed format
     checkpoints/step_00000500/run.json    where the run stood, and what it was
@@ -62,9 +63,9 @@ def discard_incomplete(directory: Path) -> list[str]:
 
 
 def retain(directory: Path, keep: int, keep_every: int = 0, spare: str | None = None) -> None:
-    """Removes complete checkpoints but the newest `keep`, those of every `keep_every`th step and the one named `spare`.
-    Each leaves by a rename first, so that a crash in the middle leaves a `.partial` and not a checkpoint with files
-    missing."""
+    """Removes complete checkpoints but the newest `keep`, those of every `keep_every`th step and
+    the one named `spare`. Each leaves by a rename first, so that a crash in the middle leaves a
+    `.partial` and not a checkpoint with files missing."""
     for path in visible(directory)[:-keep]:
         if path.name == spare or keep_every and step_of(path) % keep_every == 0:
             continue
@@ -105,12 +106,14 @@ def verify(checkpoint: Path, checksums: bool = True, names: list[str] | None = N
         names: checksum these files only (ranks share the work); sizes are always checked for all.
 
     Raises:
-        DamagedCheckpoint: naming every file that is missing, of another size or content, or not in the list.
+        DamagedCheckpoint: naming every file that is missing, of another size or content, or not in
+            the list.
     """
     try:
         listed = json.loads((checkpoint / FILES).read_text())
     except (OSError, ValueError) as error:
-        raise DamagedCheckpoint(f"{checkpoint / FILES} cannot be read ({error}); use another checkpoint") from None
+        raise DamagedCheckpoint(f"{checkpoint / FILES} cannot be read ({error}); use another "
+                                "checkpoint") from None
     there = set(files_of(checkpoint))
     faults = [f"{name} is missing" for name in sorted(listed.keys() - there)]
     faults += [f"{name} is not in the list" for name in sorted(there - listed.keys())]
@@ -118,7 +121,8 @@ def verify(checkpoint: Path, checksums: bool = True, names: list[str] | None = N
         size = (checkpoint / name).stat().st_size
         if size != listed[name]["bytes"]:
             faults.append(f"{name} has {size} bytes instead of {listed[name]['bytes']}")
-        elif checksums and (names is None or name in names) and describe(checkpoint / name) != listed[name]:
+        elif checksums and (names is None or name in names) and describe(checkpoint
+                                                                         / name) != listed[name]:
             faults.append(f"{name} has another content than was written")
     if faults:
         raise DamagedCheckpoint(f"checkpoint {checkpoint} is damaged: {'; '.join(faults)}. "

@@ -1,4 +1,5 @@
-"""The tensors of a directory in Megatron-Core's `torch_dist` format, read in one process, one at a time."""
+"""The tensors of a directory in Megatron-Core's `torch_dist` format, read in one process, one at a
+time."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ from megatron_spdf.checkpoint.store import DamagedCheckpoint
 
 
 class TensorFiles:
-    """A `torch_dist` directory whose index has been vetted. Objects beside the tensors are never read.
+    """A `torch_dist` directory whose index has been vetted. Objects beside the tensors are never
+    read.
 
     Attributes:
         shapes, dtypes: of every tensor by its name in the file.
@@ -34,7 +36,8 @@ class TensorFiles:
         self.path = path
         self._storage = _Storage(path)
         entries = self._storage.read_metadata().state_dict_metadata.items()
-        self._tensors = {name: entry for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
+        self._tensors = {name: entry for name,
+                         entry in entries if isinstance(entry, TensorStorageMetadata)}
         self.shapes = {name: tuple(entry.size) for name, entry in self._tensors.items()}
         self.dtypes = {name: entry.properties.dtype for name, entry in self._tensors.items()}
 
@@ -49,7 +52,8 @@ class TensorFiles:
             DamagedCheckpoint: it is missing, has gaps, or cannot be read.
         """
         if name not in self._tensors:
-            raise DamagedCheckpoint(f"checkpoint {self.path} has no tensor {name}; use another checkpoint")
+            raise DamagedCheckpoint(f"checkpoint {self.path} has no tensor {name}; use another "
+                                    "checkpoint")
         return self.part(name, (0,) * len(self.shapes[name]), self.shapes[name])
 
     def part(self, name: str, offset: Sequence[int], size: Sequence[int]) -> Tensor:
@@ -62,16 +66,18 @@ class TensorFiles:
                 load({name: values}, storage_reader=self._storage, planner=planner, no_dist=True)
         except CheckpointException as error:
             cause = next(iter(error.failures.values()))[0]
-            raise DamagedCheckpoint(f"checkpoint {self.path}: {name}, in {' and '.join(self._files_of(name))}, cannot "
-                                    f"be read ({type(cause).__name__}: {cause}); use another checkpoint") from None
+            raise DamagedCheckpoint(f"checkpoint {self.path}: {name}, in "
+                                    f"{' and '.join(self._files_of(name))}, cannot be read "
+                                    f"({type(cause).__name__}: {cause}); use another checkpoint") from None
         if planner.found != values.numel():
-            raise DamagedCheckpoint(f"checkpoint {self.path} holds {planner.found} of {values.numel()} numbers of "
-                                    f"{name}; use another checkpoint")
+            raise DamagedCheckpoint(f"checkpoint {self.path} holds {planner.found} of "
+                                    f"{values.numel()} numbers of {name}; use another checkpoint")
         return values
 
     def _files_of(self, name: str) -> list[str]:
         stored = self._storage.read_metadata().storage_data
-        chunks = [stored.get(MetadataIndex(name, chunk.offsets)) for chunk in self._tensors[name].chunks]
+        chunks = [stored.get(MetadataIndex(name, chunk.offsets))
+                  for chunk in self._tensors[name].chunks]
         return sorted({info.relative_path for info in chunks if info}) or ["no file"]
 
 
@@ -86,7 +92,8 @@ class _Storage(FileSystemReader):
 
 
 class _PartPlanner(DefaultLoadPlanner):
-    """Fills tensors from the box of the saved ones that begins at `offset`; counts the numbers `found`."""
+    """Fills tensors from the box of the saved ones that begins at `offset`; counts the numbers
+    `found`."""
 
     def __init__(self, offset: Sequence[int]):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -96,7 +103,9 @@ class _PartPlanner(DefaultLoadPlanner):
         items = []
         for name, tensor in self.state_dict.items():
             box = ChunkStorageMetadata(self.offset, tensor.shape)
-            items += create_read_items_for_chunk_list(name, self.metadata.state_dict_metadata[name], [box])
+            items += create_read_items_for_chunk_list(name,
+                                                      self.metadata.state_dict_metadata[name],
+                                                      [box])
         self.found = sum(math.prod(item.lengths) for item in items)
         return LoadPlan(items)
 

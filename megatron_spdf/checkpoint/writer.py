@@ -1,7 +1,8 @@
-"""Writes a directory in Megatron-Core's `torch_dist` format from one process, one tensor in memory at a time.
+"""Writes a directory in Megatron-Core's `torch_dist` format from one process, one tensor in memory
+at a time.
 
-The libraries that write this format want all tensors of a rank at once. `dist_checkpointing.load` reads what is
-written here like what an engine saved, at any layout.
+The libraries that write this format want all tensors of a rank at once. `dist_checkpointing.load`
+reads what is written here like what an engine saved, at any layout.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ class StoredTensor:
     layer: int | None = None
 
 
-def write_tensors(directory: Path, tensors: Sequence[StoredTensor], objects: Mapping[str, Any] | None = None,
+def write_tensors(directory: Path, tensors: Sequence[StoredTensor],
+                  objects: Mapping[str, Any] | None = None,
                   common: Mapping[str, Any] | None = None) -> None:
     """Fills an empty directory.
 
@@ -78,12 +80,14 @@ def write_tensors(directory: Path, tensors: Sequence[StoredTensor], objects: Map
         def append(file: str, content: Any, place: MetadataIndex) -> None:
             if file not in files:
                 files[file] = stack.enter_context((directory / file).open("wb"))
-            # Through memory: an interrupt or a full disk inside torch.save would come out as another error.
+            # Through memory: an interrupt or a full disk inside torch.save would come out as
+            # another error.
             buffer = io.BytesIO()
             torch.save(content, buffer)
             start = files[file].tell()
             files[file].write(buffer.getbuffer())
-            results.append(WriteResult(place, buffer.tell(), _StorageInfo(file, start, buffer.tell())))
+            results.append(WriteResult(place, buffer.tell(),
+                                       _StorageInfo(file, start, buffer.tell())))
 
         for name, value in (objects or {}).items():
             index.state_dict_metadata[name] = BytesStorageMetadata()
@@ -94,8 +98,10 @@ def write_tensors(directory: Path, tensors: Sequence[StoredTensor], objects: Map
             values = tensor.read()
             assert values.dtype == tensor.dtype, (tensor.name, values.dtype)
             for part in tensor.parts:
-                box = values[tuple(slice(o, o + n) for o, n in zip(part.offset, part.size, strict=True))]
-                offset = torch.Size(part.offset if tensor.layer is None else (tensor.layer, *part.offset))
+                box = values[tuple(slice(o, o + n) for o,
+                                   n in zip(part.offset, part.size, strict=True))]
+                offset = torch.Size(part.offset if tensor.layer is None
+                                    else (tensor.layer, *part.offset))
                 box = box if tensor.layer is None else box[None]
                 append(part.file, box.clone(memory_format=torch.contiguous_format),
                        MetadataIndex(tensor.name, offset, len(entry.chunks)))
@@ -116,7 +122,8 @@ def whole(shape: tuple[int, ...]) -> tuple[Part, ...]:
 
 
 def cut(shape: tuple[int, ...], axis: int | None, layer: int, recipe: Recipe) -> tuple[Part, ...]:
-    """A tensor cut as the model-parallel ranks of a recipe's layout hold it, each part in the file of its rank.
+    """A tensor cut as the model-parallel ranks of a recipe's layout hold it, each part in the file
+    of its rank.
 
     Args:
         axis: that tensor parallelism cuts; None: the first rank of the stage writes it whole.
@@ -127,7 +134,8 @@ def cut(shape: tuple[int, ...], axis: int | None, layer: int, recipe: Recipe) ->
         return (Part(file_name(first), (0,) * len(shape), shape),)
     share = shape[axis] // recipe.parallel.tensor
     size = tuple(share if i == axis else n for i, n in enumerate(shape))
-    return tuple(Part(file_name(first + rank), tuple(rank * share if i == axis else 0 for i in range(len(shape))), size)
+    return tuple(Part(file_name(first + rank),
+                      tuple(rank * share if i == axis else 0 for i in range(len(shape))), size)
                  for rank in range(recipe.parallel.tensor))
 
 

@@ -1,12 +1,14 @@
-"""DeepSpeed's own checkpoints of this project's models, ZeRO 0 to 3 and tensor parallelism: the weights alone.
+"""DeepSpeed's own checkpoints of this project's models, ZeRO 0 to 3 and tensor parallelism: the
+weights alone.
 
     DIR/latest                                                     the tag of the newest checkpoint
     DIR/TAG/mp_rank_00_model_states.pt                             weights, names and shapes; of every mp rank
     DIR/TAG/zero_pp_rank_0_mp_rank_00_model_states.pt              the same under ZeRO-3, of every dp rank too
     DIR/TAG/[bf16_]zero_pp_rank_0_mp_rank_00_optim_states.pt       flat fp32 partitions, of every dp and mp rank
 
-DeepSpeed's format as of 0.19.8. Where its optimizer was sharded the flat fp32 partitions are the weights; the layout of
-each is in `param_shapes`. mp is the tensor-parallel rank, dp (in its names: pp) the data-parallel one.
+DeepSpeed's format as of 0.19.8. Where its optimizer was sharded the flat fp32 partitions are the
+weights; the layout of each is in `param_shapes`. mp is the tensor-parallel rank, dp (in its names:
+pp) the data-parallel one.
 """
 
 from __future__ import annotations
@@ -29,13 +31,15 @@ from megatron_spdf.sparsity.plan import SparseWeight
 from megatron_spdf.sparsity.slices import join_slices
 
 LATEST = "latest"
-_VALUES, _MASK = "parametrizations.weight.original", "parametrizations.weight.0.mask_bits"  # of a sparse weight
+# of a sparse weight
+_VALUES, _MASK = "parametrizations.weight.original", "parametrizations.weight.0.mask_bits"
 _MODEL = re.compile(r"(?:zero_pp_rank_0_)?mp_rank_(\d+)_model_states\.pt")
 _OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 
 
 class _Ignored:
-    """Stands in for a class of DeepSpeed's that its files mention and that says nothing about the weights."""
+    """Stands in for a class of DeepSpeed's that its files mention and that says nothing about the
+    weights."""
 
     def __init__(self, *_: object):
         pass
@@ -44,7 +48,8 @@ class _Ignored:
         pass
 
 
-# What `torch.load(weights_only=True)` may meet beside tensors and plain values; none of it is DeepSpeed's code.
+# What `torch.load(weights_only=True)` may meet beside tensors and plain values; none of it is
+# DeepSpeed's code.
 _ALLOWED = [(type(name.rpartition(".")[2], (_Ignored,), {}), name) for name in (
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
@@ -54,16 +59,17 @@ _ALLOWED = [(type(name.rpartition(".")[2], (_Ignored,), {}), name) for name in (
 
 
 class DeepSpeedReader:
-    """The GPT weights of a checkpoint that `DeepSpeedEngine.save_checkpoint` made; a `source.WeightSource`. No pickled
-    code is run. The files do not tell the model's shape, which comes from a recipe.
+    """The GPT weights of a checkpoint that `DeepSpeedEngine.save_checkpoint` made; a
+    `source.WeightSource`. No pickled code is run. The files do not tell the model's shape, which
+    comes from a recipe.
 
     Args:
         path: the directory with `latest`, or one checkpoint in it.
         model: what the weights must be.
 
     Raises:
-        ValueError: it is no such checkpoint, files of some ranks are missing, they hold what could be code, or the
-            weights are of another model.
+        ValueError: it is no such checkpoint, files of some ranks are missing, they hold what could
+            be code, or the weights are of another model.
     """
 
     tokenizer = None
@@ -79,7 +85,8 @@ class DeepSpeedReader:
         return f"the DeepSpeed checkpoint {'/'.join(self.path.resolve().parts[-2:])}"
 
     def weight(self, name: str) -> Tensor:
-        """A parameter by its canonical name, whole and dense; float32 where the optimizer was sharded."""
+        """A parameter by its canonical name, whole and dense; float32 where the optimizer was
+        sharded."""
         weight, compact = self.weights[name], _compact_name(name)
         if compact in self._ranks[0].shapes:
             return self._expanded(weight, compact)
@@ -94,10 +101,12 @@ class DeepSpeedReader:
         values = torch.cat([rank.tensor(compact) for rank in self._ranks])  # (slices, active)
         bits = torch.cat([rank.buffers[compact.replace(_VALUES, _MASK)] for rank in self._ranks])
         planned = SparseWeight(weight.name, weight.shape, weight.axis, len(values), 0.0)
-        active = np.unpackbits(bits.numpy(), axis=1, count=math.prod(planned.slice_shape)).astype(bool)
+        active = np.unpackbits(bits.numpy(), axis=1,
+                               count=math.prod(planned.slice_shape)).astype(bool)
         if (active.sum(axis=1) != values.shape[1]).any():
-            raise ValueError(f"{self.path}: {weight.name} has {values.shape[1]} values in each slice, another number "
-                             "than of active entries in its mask; the checkpoint is damaged")
+            raise ValueError(f"{self.path}: {weight.name} has {values.shape[1]} values in each "
+                             "slice, another number than of active entries in its mask; the "
+                             "checkpoint is damaged")
         slices = torch.zeros(active.shape, dtype=values.dtype)
         slices[torch.from_numpy(active)] = values.flatten()
         return join_slices(slices, planned)
@@ -114,16 +123,20 @@ class DeepSpeedReader:
         for rank in self._ranks:
             missing = [name for name in expected if name not in rank.shapes]
             wrong = [f"{name} is {rank.shapes[name]} there and {shape} in the recipe's model"
-                     for name, shape in expected.items() if shape and rank.shapes.get(name, shape) != shape]
+                     for name, shape in expected.items() if shape and rank.shapes.get(name, shape)
+                     != shape]
             unknown = [name for name in rank.shapes if name not in expected and name != TIED_OUTPUT]
             if missing or wrong or unknown:
-                found = [*(f"it has no {name}" for name in missing), *wrong, *(f"it has {n} too" for n in unknown)]
-                raise ValueError(f"{self.path} is another model than the recipe's, cut for {tp} tensor-parallel ranks: "
-                                 f"{'; '.join(found[:4])}. Set the recipe's model section to what is there")
+                found = [*(f"it has no {name}"
+                           for name in missing), *wrong, *(f"it has {n} too" for n in unknown)]
+                raise ValueError(f"{self.path} is another model than the recipe's, cut for {tp} "
+                                 f"tensor-parallel ranks: {'; '.join(found[:4])}. Set the recipe's "
+                                 "model section to what is there")
 
 
 class _Rank:
-    """One tensor-parallel rank's part: its parameters by name, cut out of the flat partitions where there are some."""
+    """One tensor-parallel rank's part: its parameters by name, cut out of the flat partitions where
+    there are some."""
 
     def __init__(self, states: Path, shards: list[Path]):
         state = _load(states)
@@ -132,7 +145,8 @@ class _Rank:
         self._groups: list[dict[str, Any]] = state["param_shapes"] or []
         self._partitions = [_load(path)["optimizer_state_dict"] for path in shards]
         if self._groups:
-            self.shapes = {name: tuple(shape) for group in self._groups for name, shape in group.items()}
+            self.shapes = {name: tuple(shape) for group in self._groups for name,
+                           shape in group.items()}
         else:  # nothing was sharded
             self.shapes = {n: tuple(t.shape) for n, t in self._module.items()
                            if isinstance(t, Tensor) and n not in self.buffers}
@@ -145,7 +159,8 @@ class _Rank:
         return torch.cat([piece.detach() for piece in pieces])[:numel].view(shape)
 
     def _zero1_pieces(self, name: str) -> Iterator[Tensor]:
-        """ZeRO-1 and 2: a group of parameters is one flat vector, cut into as many parts as there are ranks."""
+        """ZeRO-1 and 2: a group of parameters is one flat vector, cut into as many parts as there
+        are ranks."""
         group, start = self._places[name]
         end = start + math.prod(self.shapes[name])
         offset = 0
@@ -157,7 +172,8 @@ class _Rank:
             offset += part.numel()
 
     def _zero3_pieces(self, name: str) -> Iterator[Tensor]:
-        """ZeRO-3: every parameter is cut into as many parts as there are ranks, and a rank's parts are one vector."""
+        """ZeRO-3: every parameter is cut into as many parts as there are ranks, and a rank's parts
+        are one vector."""
         size = -(-math.prod(self.shapes[name]) // len(self._partitions))
         start = self._zero3_places[name]
         for flat in self._flats:
@@ -195,26 +211,29 @@ def find_checkpoint(path: Path) -> Path:
     latest = path / LATEST
     place = path / latest.read_text().strip() if latest.is_file() else path
     if not any(place.glob("*_model_states.pt")):
-        raise ValueError(f"{path} is no checkpoint of DeepSpeed: it has neither *_model_states.pt nor a file {LATEST} "
-                         "that names a directory with such files")
+        raise ValueError(f"{path} is no checkpoint of DeepSpeed: it has neither *_model_states.pt "
+                         f"nor a file {LATEST} that names a directory with such files")
     return place
 
 
 def _files_by_rank(path: Path) -> Iterator[tuple[Path, list[Path]]]:
-    """Of every tensor-parallel rank, its model states and its optimizer states by data-parallel rank."""
-    states = {int(found[1]): file for file in path.iterdir() if (found := _MODEL.fullmatch(file.name))}
+    """Of every tensor-parallel rank, its model states and its optimizer states by data-parallel
+    rank."""
+    states = {int(found[1]): file for file in path.iterdir()
+              if (found := _MODEL.fullmatch(file.name))}
     shards = {(int(found[2]), int(found[1])): file for file in path.iterdir()
               if (found := _OPTIMIZER.fullmatch(file.name))}
     replicas = {dp for _, dp in shards}
     wanted = {(tp, dp) for tp in range(len(states)) for dp in range(len(replicas))}
     if sorted(states) != list(range(len(states))) or shards.keys() != wanted:
-        raise ValueError(f"{path} lacks files of some ranks: model states of mp ranks {sorted(states)}, optimizer "
-                         f"states of (mp, dp) ranks {sorted(shards)}; copy all of them to one place")
+        raise ValueError(f"{path} lacks files of some ranks: model states of mp ranks "
+                         f"{sorted(states)}, optimizer states of (mp, dp) ranks {sorted(shards)}; "
+                         "copy all of them to one place")
     for tp, file in sorted(states.items()):
         world = _load(file).get("dp_world_size", 1)
         if replicas and len(replicas) != world:
-            raise ValueError(f"{path} has the optimizer states of {len(replicas)} of {world} data-parallel ranks; copy "
-                             "all of them to one place")
+            raise ValueError(f"{path} has the optimizer states of {len(replicas)} of {world} "
+                             "data-parallel ranks; copy all of them to one place")
         yield file, [shards[tp, dp] for dp in sorted(replicas)]
 
 
@@ -224,8 +243,9 @@ def _load(path: Path) -> dict[str, Any]:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
         reason = str(error).split("\n")[0]
-        raise ValueError(f"{path} cannot be read without running code ({reason}); it must be a file of "
-                         "DeepSpeedEngine.save_checkpoint without a client_state of other than plain values") from None
+        raise ValueError(f"{path} cannot be read without running code ({reason}); it must be a "
+                         "file of DeepSpeedEngine.save_checkpoint without a client_state of other "
+                         "than plain values") from None
 
 
 def _compact_name(name: str) -> str:

@@ -1,4 +1,5 @@
-"""GPT-2's form of the weights in `transformers`: its names, transposed linear layers, (q; k; v) in one piece.
+"""GPT-2's form of the weights in `transformers`: its names, transposed linear layers, (q; k; v) in
+one piece.
 
 The vocabulary has no padding there, and the tied LM head is the embedding.
 """
@@ -13,9 +14,11 @@ from megatron_spdf.architecture.weights import EMBEDDING, Weight
 
 PREFIX = "transformer."  # of every name in GPT2LMHeadModel
 _MODEL = {EMBEDDING: "wte.weight", "embedding.position_embeddings.weight": "wpe.weight",
-          "decoder.final_layernorm.weight": "ln_f.weight", "decoder.final_layernorm.bias": "ln_f.bias"}
+          "decoder.final_layernorm.weight": "ln_f.weight",
+          "decoder.final_layernorm.bias": "ln_f.bias"}
 _BLOCK = {"input_layernorm": "ln_1", "self_attention.linear_qkv": "attn.c_attn",
-          "self_attention.linear_proj": "attn.c_proj", "pre_mlp_layernorm": "ln_2", "mlp.linear_fc1": "mlp.c_fc",
+          "self_attention.linear_proj": "attn.c_proj", "pre_mlp_layernorm": "ln_2",
+          "mlp.linear_fc1": "mlp.c_fc",
           "mlp.linear_fc2": "mlp.c_proj"}
 
 
@@ -55,9 +58,10 @@ def from_gpt2(tensor: Tensor, weight: Weight, model: Model) -> Tensor:
 def pad_vocabulary(embedding: Tensor, rows: int) -> Tensor:
     """The embedding with `rows` rows, those past the vocabulary being the mean of it.
 
-    Ours take no part in the softmax over the LM head, but Megatron-LM's do. Trained models have logits far below zero,
-    so rows of zeros would win it. The logit of the mean row is the mean logit, and n such tokens have at most n /
-    vocabulary of the others' weight, since exp(mean) <= mean(exp).
+    Ours take no part in the softmax over the LM head, but Megatron-LM's do. Trained models have
+    logits far below zero, so rows of zeros would win it. The logit of the mean row is the mean
+    logit, and n such tokens have at most n / vocabulary of the others' weight, since exp(mean) <=
+    mean(exp).
     """
     padding = rows - len(embedding)
     assert padding >= 0, (rows, embedding.shape)
@@ -66,6 +70,7 @@ def pad_vocabulary(embedding: Tensor, rows: int) -> Tensor:
 
 
 def _qkv_order(model: Model) -> Tensor:
-    """Rows of the fused weight, (head 0: q, k, v; head 1: ...), in GPT-2's order: (q; k; v) of all heads."""
+    """Rows of the fused weight, (head 0: q, k, v; head 1: ...), in GPT-2's order: (q; k; v) of all
+    heads."""
     heads, head = model.heads, model.hidden // model.heads
     return torch.arange(3 * heads * head).view(heads, 3, head).transpose(0, 1).flatten()

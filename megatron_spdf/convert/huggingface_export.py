@@ -1,4 +1,5 @@
-"""Weights as a Hugging Face model: GPT-2's architecture, dense with zeros, no code of ours to load it.
+"""Weights as a Hugging Face model: GPT-2's architecture, dense with zeros, no code of ours to load
+it.
 
     AutoModelForCausalLM.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
 """
@@ -32,8 +33,10 @@ if TYPE_CHECKING:
 WEIGHTS, MASKS, CARD = "model.safetensors", "masks.safetensors", "README.md"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _FORMAT = {torch.float32: "F32", torch.bfloat16: "BF16", torch.bool: "BOOL"}  # safetensors' names
-# Texts on which an exported SentencePiece model must give our ids: spaces, lines, bytes that are no pieces.
-_PROBES = ("def f(x):\n\treturn f(x)  # naïve 漢字 \U0001f600   end", " hello  world ", "\n\n\n  a", "a b", "")
+# Texts on which an exported SentencePiece model must give our ids: spaces, lines, bytes that are no
+# pieces.
+_PROBES = ("def f(x):\n\treturn f(x)  # naïve 漢字 \U0001f600   end", " hello  world ", "\n\n\n  a",
+           "a b", "")
 
 
 @dataclass(frozen=True)
@@ -53,11 +56,12 @@ def export(source: WeightSource, output: Path, dtype: str = "fp32", masks: bool 
     Args:
         output: must not exist.
         dtype: "fp32" or "bf16", of the weights in the file.
-        masks: also write masks.safetensors: name of a sparse weight -> bool of its shape, true where it is active.
+        masks: also write masks.safetensors: name of a sparse weight -> bool of its shape, true
+            where it is active.
 
     Raises:
-        ValueError: `output` exists, GPT-2's architecture or tokenizers cannot express the model's, or masks are
-            wanted of weights that have none.
+        ValueError: `output` exists, GPT-2's architecture or tokenizers cannot express the model's,
+            or masks are wanted of weights that have none.
         DamagedCheckpoint: a weight is missing or not what the recipe says.
     """
     _check(source, masks)
@@ -73,9 +77,9 @@ def export(source: WeightSource, output: Path, dtype: str = "fp32", masks: bool 
 def _check(source: WeightSource, masks: bool) -> None:
     model = source.model
     if model.query_groups != model.heads:
-        raise ValueError(f"model.query_groups={model.query_groups} and model.heads={model.heads}: in GPT-2's "
-                         "architecture every head has a key and a value of its own, so only a model with as many "
-                         "query groups as heads can be exported")
+        raise ValueError(f"model.query_groups={model.query_groups} and model.heads={model.heads}: "
+                         "in GPT-2's architecture every head has a key and a value of its own, so "
+                         "only a model with as many query groups as heads can be exported")
     if source.tokenizer is None:
         raise ValueError(f"{source.path} has no tokenizer to export with the weights")
     if masks and not _plan(source):
@@ -100,9 +104,11 @@ def _masks(source: CheckpointReader) -> list[_Tensor]:
     def read(name: str) -> Tensor:
         planned = source.plan.weights[name]
         active = np.unpackbits(source.mask_bits(name), axis=1, count=math.prod(planned.slice_shape))
-        return to_gpt2(join_slices(torch.from_numpy(active).bool(), planned), source.weights[name], source.model)
+        return to_gpt2(join_slices(torch.from_numpy(active).bool(), planned), source.weights[name],
+                       source.model)
 
-    return [_Tensor(PREFIX + gpt2_name(name), gpt2_shape(source.weights[name], source.model), partial(read, name))
+    return [_Tensor(PREFIX + gpt2_name(name), gpt2_shape(source.weights[name], source.model),
+                    partial(read, name))
             for name in source.plan.weights]
 
 
@@ -112,7 +118,8 @@ def _save_tensors(tensors: Sequence[_Tensor], dtype: torch.dtype, path: Path) ->
     end = 0
     for tensor in tensors:
         start, end = end, end + math.prod(tensor.shape) * dtype.itemsize
-        header[tensor.name] = {"dtype": _FORMAT[dtype], "shape": tensor.shape, "data_offsets": (start, end)}
+        header[tensor.name] = {"dtype": _FORMAT[dtype], "shape": tensor.shape,
+                               "data_offsets": (start, end)}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
@@ -132,14 +139,16 @@ def _save_tokenizer(source: WeightSource, directory: Path) -> None:
     if tokenizer.kind == "gpt2-bpe":
         config |= {"tokenizer_class": "GPT2Tokenizer", "unk_token": end, "add_prefix_space": False}
     elif tokenizer.kind == "sentencepiece":
-        config |= {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False, "add_prefix_space": False}
+        config |= {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False,
+                   "add_prefix_space": False}
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
     if tokenizer.kind == "sentencepiece":
         _compare_ids(tokenizer, directory)
 
 
 def _compare_ids(tokenizer: Tokenizer, directory: Path) -> None:
-    """Refuses a SentencePiece model (unigram, normalising, ...) that `transformers` does not run as we do."""
+    """Refuses a SentencePiece model (unigram, normalising, ...) that `transformers` does not run as
+    we do."""
     from transformers import AutoTokenizer, LlamaTokenizer
 
     exported = AutoTokenizer.from_pretrained(directory)
@@ -147,8 +156,9 @@ def _compare_ids(tokenizer: Tokenizer, directory: Path) -> None:
     for text in _PROBES:
         ours, theirs = tokenizer.encode(text), exported(text, add_special_tokens=False)["input_ids"]
         if ours != theirs:
-            raise ValueError("this SentencePiece model cannot be exported: transformers' LlamaTokenizer gives "
-                             f"{text!r} the ids {theirs[:8]}, and the model was trained with {ours[:8]}")
+            raise ValueError("this SentencePiece model cannot be exported: transformers' "
+                             f"LlamaTokenizer gives {text!r} the ids {theirs[:8]}, and the model "
+                             f"was trained with {ours[:8]}")
 
 
 def _save_config(source: WeightSource, dtype: str, directory: Path) -> None:
@@ -156,7 +166,8 @@ def _save_config(source: WeightSource, dtype: str, directory: Path) -> None:
 
     end = source.tokenizer.eod
     _config(source, dtype).save_pretrained(directory)
-    GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=end).save_pretrained(directory)
+    GenerationConfig(bos_token_id=end, eos_token_id=end,
+                     pad_token_id=end).save_pretrained(directory)
 
 
 def _config(source: WeightSource, dtype: str) -> GPT2Config:
@@ -164,10 +175,11 @@ def _config(source: WeightSource, dtype: str) -> GPT2Config:
 
     m, end = source.model, source.tokenizer.eod
     return GPT2Config(
-        vocab_size=m.vocab_size, n_positions=m.max_positions, n_embd=m.hidden, n_layer=m.layers, n_head=m.heads,
-        n_inner=m.ffn_hidden, activation_function="gelu_new", layer_norm_epsilon=1e-5, tie_word_embeddings=True,
-        resid_pdrop=m.dropout, embd_pdrop=m.dropout, attn_pdrop=m.dropout, bos_token_id=end, eos_token_id=end,
-        architectures=["GPT2LMHeadModel"], dtype=DTYPES[dtype],
+        vocab_size=m.vocab_size, n_positions=m.max_positions, n_embd=m.hidden, n_layer=m.layers,
+        n_head=m.heads, n_inner=m.ffn_hidden, activation_function="gelu_new",
+        layer_norm_epsilon=1e-5, tie_word_embeddings=True,
+        resid_pdrop=m.dropout, embd_pdrop=m.dropout, attn_pdrop=m.dropout, bos_token_id=end,
+        eos_token_id=end, architectures=["GPT2LMHeadModel"], dtype=DTYPES[dtype],
     )
 
 
@@ -193,8 +205,8 @@ def in_memory(source: WeightSource) -> GPT2LMHeadModel:
 def model_card(source: WeightSource, dtype: str, masks: bool) -> str:
     """README.md of the exported model: what it is, how it was made, how to load it."""
     model, parameters = source.model, sum(w.numel for w in source.weights.values())
-    lines = [f"- Architecture: GPT-2, tied embeddings, {parameters:,} parameters (counted with the padding of the "
-             "vocabulary, which is cut off here)."]
+    lines = [f"- Architecture: GPT-2, tied embeddings, {parameters:,} parameters (counted with the "
+             "padding of the vocabulary, which is cut off here)."]
     recipe = ""
     if isinstance(source, CheckpointReader):
         lines += _history(source)
@@ -202,8 +214,9 @@ def model_card(source: WeightSource, dtype: str, masks: bool) -> str:
         recipe = f"\n## Recipe\n\n```yaml\n{yaml.safe_dump(kept, sort_keys=False).strip()}\n```\n"
     lines += [f"- Weights: {dtype}."]
     if masks:
-        lines += [f"- Masks: `{MASKS}` holds a bool for every entry of every sparse weight, under the weight's name "
-                  f"and in its shape; true is active. `safetensors.torch.load_file(\"{MASKS}\")` reads it."]
+        lines += [f"- Masks: `{MASKS}` holds a bool for every entry of every sparse weight, under "
+                  "the weight's name and in its shape; true is active. "
+                  f"`safetensors.torch.load_file(\"{MASKS}\")` reads it."]
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -233,7 +246,7 @@ def _history(source: CheckpointReader) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
     return [
         f"- Sparsity: {sparsity}.",
-        f"- Training: step {run['state']['step']:,}, {run['tokens']:,} tokens, in {source.recipe.train.precision}; "
-        f"saved {run['saved']}, written by {versions}.",
+        f"- Training: step {run['state']['step']:,}, {run['tokens']:,} tokens, in "
+        f"{source.recipe.train.precision}; saved {run['saved']}, written by {versions}.",
         f"- Begun from: {run.get('origin', INITIAL)}.",
     ]

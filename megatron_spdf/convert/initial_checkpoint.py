@@ -1,4 +1,5 @@
-"""A run directory whose step 0 has given weights: from another format, with other masks, or with none.
+"""A run directory whose step 0 has given weights: from another format, with other masks, or with
+none.
 
     OUT/recipe.yaml
     OUT/checkpoints/step_00000000/    weights, compact where the recipe is sparse; a fresh optimizer
@@ -37,35 +38,40 @@ from megatron_spdf.sparsity.slices import planned_mask, slice_of
 RECIPE, CHECKPOINTS = "recipe.yaml", "checkpoints"  # as training/run_dir.py names them
 Select = Literal["random", "magnitude"]
 _SHAPE = ("layers", "hidden", "heads", "query_groups", "ffn_hidden", "vocab_size", "max_positions")
-_START = {"step": 0, "optimizer_steps": 0, "skipped": 0, "skipped_in_a_row": 0, "evaluated": 0, "best_step": 0,
+_START = {"step": 0, "optimizer_steps": 0, "skipped": 0, "skipped_in_a_row": 0, "evaluated": 0,
+          "best_step": 0,
           "best_loss": None, "worse": 0, "tokens": 0}
 _MODEL_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def write_initial_checkpoint(source: WeightSource, recipe: Recipe, tokenizer: Tokenizer, output: Path,
+def write_initial_checkpoint(source: WeightSource, recipe: Recipe, tokenizer: Tokenizer,
+                             output: Path,
               select: Select = "random") -> Plan:
-    """Writes the run directory; it appears complete or not at all. One weight at a time is dense in memory.
+    """Writes the run directory; it appears complete or not at all. One weight at a time is dense in
+    memory.
 
     Args:
         recipe: of the run to come; its `output` is replaced.
         tokenizer: of the recipe's data.
         output: must not exist.
-        select: which entries of a sparse weight stay: those of the masks that the plan draws, or in each slice the
-            largest magnitudes. The latter are kept with the run's checkpoints.
+        select: which entries of a sparse weight stay: those of the masks that the plan draws, or in
+            each slice the largest magnitudes. The latter are kept with the run's checkpoints.
 
     Returns:
         What is sparse.
 
     Raises:
-        ValueError: the source has another shape or tokenizer than the recipe, or is damaged; `output` exists; blocks
-            or 2:4 are to be selected by magnitude.
+        ValueError: the source has another shape or tokenizer than the recipe, or is damaged;
+            `output` exists; blocks or 2:4 are to be selected by magnitude.
     """
     check_shape(source, recipe)
     if select == "magnitude" and recipe.sparsity.pattern != "unstructured":
-        wanted = {"block": "whole blocks, as many in every row and column", "2:4": "two of every four"}
+        wanted = {"block": "whole blocks, as many in every row and column",
+                  "2:4": "two of every four"}
         pattern = recipe.sparsity.pattern
-        raise ValueError(f"select=magnitude takes entries one by one, and sparsity.pattern={pattern} wants "
-                         f"{wanted[pattern]}; use select=random or sparsity.pattern=unstructured")
+        raise ValueError("select=magnitude takes entries one by one, and "
+                         f"sparsity.pattern={pattern} wants {wanted[pattern]}; use select=random "
+                         "or sparsity.pattern=unstructured")
     _check_tokenizer(source, tokenizer)
     begun = stages_of(recipe.model_copy(update={"output": str(output)}))[0]
     recipe, plan = begun.recipe, begun.plan
@@ -85,27 +91,31 @@ def write_initial_checkpoint(source: WeightSource, recipe: Recipe, tokenizer: To
 def finish_run(checkpoint: Path, recipe: Recipe) -> None:
     """The list of a new checkpoint's files, and the recipe of the run directory it lies in."""
     store.write_json(checkpoint / store.FILES,
-                     {name: store.describe(checkpoint / name) for name in store.files_of(checkpoint)})
+                     {name: store.describe(checkpoint / name)
+                      for name in store.files_of(checkpoint)})
     save_recipe(recipe, checkpoint.parents[1] / RECIPE)
 
 
 def check_shape(source: WeightSource, recipe: Recipe) -> None:
-    """Raises ValueError, with both values of each, where the model has another shape in the recipe."""
-    differ = [f"model.{key} is {getattr(source.model, key)} there and {getattr(recipe.model, key)} in the recipe"
+    """Raises ValueError, with both values of each, where the model has another shape in the
+    recipe."""
+    differ = [f"model.{key} is {getattr(source.model, key)} there and {getattr(recipe.model, key)} "
+              "in the recipe"
               for key in _SHAPE if getattr(source.model, key) != getattr(recipe.model, key)]
     if differ:
-        raise ValueError(f"{source.path} is another model than the recipe's: {'; '.join(differ)}. Set these to what "
-                         "is there, as section.key=value words or in the recipe")
+        raise ValueError(f"{source.path} is another model than the recipe's: {'; '.join(differ)}. "
+                         "Set these to what is there, as section.key=value words or in the recipe")
 
 
 def _check_tokenizer(source: WeightSource, tokenizer: Tokenizer) -> None:
     theirs = source.tokenizer
     if theirs and theirs.sha256 != tokenizer.sha256:
         raise ValueError(
-            f"{source.path} has the tokenizer {theirs.sha256} ({theirs.kind}, {theirs.vocab_size} tokens), and the "
-            f"recipe's data were made with {tokenizer.sha256} ({tokenizer.kind}, {tokenizer.vocab_size} tokens) "
-            "(sha256 of the files). Preprocess the data with the model's tokenizer; if the two only differ in how "
-            "their files are written, remove the tokenizer's files from a copy of the model")
+            f"{source.path} has the tokenizer {theirs.sha256} ({theirs.kind}, {theirs.vocab_size} "
+            f"tokens), and the recipe's data were made with {tokenizer.sha256} ({tokenizer.kind}, "
+            f"{tokenizer.vocab_size} tokens) (sha256 of the files). Preprocess the data with the "
+            "model's tokenizer; if the two only differ in how their files are written, remove the "
+            "tokenizer's files from a copy of the model")
 
 
 def _describe_masks(source: WeightSource, plan: Plan, select: Select) -> Masks:
@@ -129,7 +139,8 @@ class _FreshState:
         self._last: tuple[str, Tensor, Tensor] | None = None
 
     def tensors(self) -> list[StoredTensor]:
-        """All tensors, those of one parameter together, so that it is read and cut to its mask once."""
+        """All tensors, those of one parameter together, so that it is read and cut to its mask
+        once."""
         return [tensor for weight in self.source.weights.values() for tensor in self._of(weight)]
 
     def _of(self, weight: Weight) -> list[StoredTensor]:
@@ -143,14 +154,16 @@ class _FreshState:
                                     lambda: self._compact(weight.name)[1])]
             name += VALUES
         values = partial(self._values, weight.name)
-        tensors.append(self._stored(name, shape, axis, weight, self.dtype, lambda: values().to(self.dtype)))
+        tensors.append(self._stored(name, shape, axis, weight, self.dtype,
+                                    lambda: values().to(self.dtype)))
         for state in STATES:
             read = values if state == "param" else lambda: torch.zeros(shape)
-            tensors.append(self._stored(f"{OPTIMIZER}{state}.{name}", shape, axis, weight, torch.float32, read))
+            tensors.append(self._stored(f"{OPTIMIZER}{state}.{name}", shape, axis, weight,
+                                        torch.float32, read))
         return tensors
 
-    def _stored(self, name: str, shape: tuple[int, ...], axis: int | None, weight: Weight, dtype: torch.dtype,
-                read: Callable[[], Tensor]) -> StoredTensor:
+    def _stored(self, name: str, shape: tuple[int, ...], axis: int | None, weight: Weight,
+                dtype: torch.dtype, read: Callable[[], Tensor]) -> StoredTensor:
         return StoredTensor(name, shape, dtype, cut(shape, axis, weight.layer, self.recipe), read)
 
     def _values(self, name: str) -> Tensor:

@@ -1,14 +1,16 @@
 """Megatron-LM's distributed checkpoint (`torch_dist`) of a dense GPT, weights only, both ways.
 
-Names and layout are those of Megatron-LM core_v0.16.1 (megatron-core 0.16.1), whose `GPTModel.sharded_state_dict`
-gives them alike for the local and the Transformer Engine layer specification:
+Names and layout are those of Megatron-LM core_v0.16.1 (megatron-core 0.16.1), whose
+`GPTModel.sharded_state_dict` gives them alike for the local and the Transformer Engine layer
+specification:
 
     OUT/latest_checkpointed_iteration.txt              "release", Megatron-LM's word for weights without a run
     OUT/release/.metadata, metadata.json, *.distcp     tensors by name, the layers along their first axis
     OUT/release/common.pt                              checkpoint_version 3.0 (rows of linear_qkv by query group)
     OUT/arguments.txt                                  Megatron-LM's arguments for this model
 
-A norm is saved as part of the layer it feeds, e.g. decoder.layers.self_attention.linear_qkv.layer_norm_weight.
+A norm is saved as part of the layer it feeds, e.g.
+decoder.layers.self_attention.linear_qkv.layer_norm_weight.
 """
 
 from __future__ import annotations
@@ -32,9 +34,12 @@ from megatron_spdf.files import appearing
 VERSION = "core_v0.16.1"
 TRACKER = "latest_checkpointed_iteration.txt"
 _COMMON = {"checkpoint_version": 3.0, "iteration": 0,
-           "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}}
-# Layers that have an `_extra_state` in the local or the Transformer Engine specification; None means "no FP8".
-_EXTRA = ("self_attention.core_attention", "self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1",
+           "content_metadata": {"singleton_local_shards": False,
+                                "chained_optim_avoid_prefix": True}}
+# Layers that have an `_extra_state` in the local or the Transformer Engine specification; None
+# means "no FP8".
+_EXTRA = ("self_attention.core_attention", "self_attention.linear_qkv",
+          "self_attention.linear_proj", "mlp.linear_fc1",
           "mlp.linear_fc2")
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
 _TRAINING = ("optimizer.", "chained_")  # tensors of a training run beside the weights
@@ -42,16 +47,18 @@ _TIED_HEAD = "output_layer.weight"
 
 
 class MegatronReader(TensorFiles):
-    """The GPT weights of a Megatron-LM checkpoint, saved at any layout; a `source.WeightSource`. Of its files the
-    vetted index and tensors are read, nothing that is pickled; so the shape comes from a recipe, and what the tensors
-    do not tell (the number of heads, the activation) is taken on trust.
+    """The GPT weights of a Megatron-LM checkpoint, saved at any layout; a `source.WeightSource`. Of
+    its files the vetted index and tensors are read, nothing that is pickled; so the shape comes
+    from a recipe, and what the tensors do not tell (the number of heads, the activation) is taken
+    on trust.
 
     Args:
         path: the directory with latest_checkpointed_iteration.txt, or one checkpoint in it.
         model: what the weights must be.
 
     Raises:
-        ValueError: it is no such checkpoint, or of another model: what is missing, unknown or of another shape.
+        ValueError: it is no such checkpoint, or of another model: what is missing, unknown or of
+            another shape.
     """
 
     tokenizer = None
@@ -72,7 +79,8 @@ class MegatronReader(TensorFiles):
         place, layer = self._place(name)
         shape = self.weights[name].shape
         if name == EMBEDDING:
-            return pad_vocabulary(self.part(place, (0, 0), (self.model.vocab_size, self.model.hidden)), shape[0])
+            return pad_vocabulary(self.part(place, (0, 0),
+                                            (self.model.vocab_size, self.model.hidden)), shape[0])
         if layer is None:
             return self.tensor(place)
         return self.part(place, (layer,) + (0,) * len(shape), (1, *shape))[0]
@@ -92,19 +100,24 @@ class MegatronReader(TensorFiles):
             expected[place] = weight.shape if layer is None else (self.model.layers, *weight.shape)
         missing = [name for name in expected if name not in self.shapes]
         if missing:
-            raise ValueError(f"{self.path} has no tensor {', '.join(missing[:4])}, which the recipe's model has: tied "
-                             f"embeddings, learned positions, LayerNorm, biases; names as in Megatron-LM {VERSION}")
-        expected[EMBEDDING] = (self.model.vocab_size, self.model.hidden)  # and as much padding as it was trained with
+            raise ValueError(f"{self.path} has no tensor {', '.join(missing[:4])}, which the "
+                             "recipe's model has: tied embeddings, learned positions, LayerNorm, "
+                             f"biases; names as in Megatron-LM {VERSION}")
+        # and as much padding as it was trained with
+        expected[EMBEDDING] = (self.model.vocab_size, self.model.hidden)
         wrong = [f"{name} is {self.shapes[name]} there and {shape} in the recipe's model"
                  for name, shape in expected.items() if not self._fits(name, shape)]
         if wrong:
-            raise ValueError(f"{self.path} is another model than the recipe's: {'; '.join(wrong[:4])}. Set the "
-                             "recipe's model section to what is there")
-        unknown = [name for name in self.shapes if name not in expected and not name.startswith(_TRAINING)]
+            raise ValueError(f"{self.path} is another model than the recipe's: "
+                             f"{'; '.join(wrong[:4])}. Set the recipe's model section to what is "
+                             "there")
+        unknown = [name for name in self.shapes if name not in expected
+                   and not name.startswith(_TRAINING)]
         unknown = [name for name in unknown if name != _TIED_HEAD or not self._is_tied()]
         if unknown:
-            raise ValueError(f"{self.path} has {', '.join(unknown[:4])}, which the recipe's model has not and which "
-                             "would be lost; only a GPT with tied embeddings and GPT-2's layers can be read")
+            raise ValueError(f"{self.path} has {', '.join(unknown[:4])}, which the recipe's model "
+                             "has not and which would be lost; only a GPT with tied embeddings and "
+                             "GPT-2's layers can be read")
 
     def _fits(self, name: str, shape: tuple[int, ...]) -> bool:
         there = self.shapes[name]
@@ -121,19 +134,22 @@ def find_checkpoint(path: Path) -> Path:
         return path
     tracker = path / TRACKER
     if not tracker.is_file():
-        raise ValueError(f"{path} is no distributed checkpoint of Megatron-LM: it has neither {TRACKER} nor .metadata. "
-                         "Checkpoints with mp_rank_* files are of its older format; save with --ckpt-format torch_dist")
+        raise ValueError(f"{path} is no distributed checkpoint of Megatron-LM: it has neither "
+                         f"{TRACKER} nor .metadata. Checkpoints with mp_rank_* files are of its "
+                         "older format; save with --ckpt-format torch_dist")
     newest = tracker.read_text().strip()
-    place = path / (newest if newest == "release" else f"iter_{int(newest):07d}" if newest.isdigit() else "")
+    place = path / (newest if newest == "release" else f"iter_{int(newest):07d}"
+                    if newest.isdigit() else "")
     if place == path or not (place / ".metadata").is_file():
-        raise ValueError(f"{tracker} names {newest!r}, but {place} is no distributed checkpoint; save with "
-                         "--ckpt-format torch_dist, or give the checkpoint's own directory")
+        raise ValueError(f"{tracker} names {newest!r}, but {place} is no distributed checkpoint; "
+                         "save with --ckpt-format torch_dist, or give the checkpoint's own "
+                         "directory")
     return place
 
 
 def save_for_megatron(source: WeightSource, output: Path, dtype: torch.dtype) -> None:
-    """Writes a directory for Megatron-LM's `--load`; it appears complete or not at all. One weight at a time is dense
-    in memory.
+    """Writes a directory for Megatron-LM's `--load`; it appears complete or not at all. One weight
+    at a time is dense in memory.
 
     Raises:
         ValueError: `output` exists.
@@ -143,16 +159,18 @@ def save_for_megatron(source: WeightSource, output: Path, dtype: torch.dtype) ->
 
     def read(name: str) -> Tensor:
         weight = source.weight(name).to(dtype)
-        return pad_vocabulary(weight[: model.vocab_size], len(weight)) if name == EMBEDDING else weight
+        return pad_vocabulary(weight[: model.vocab_size],
+                              len(weight)) if name == EMBEDDING else weight
 
     tensors = []
     for name, weight in source.weights.items():
         place, layer = _stacked(stored_name(name))
         if layer is None:
-            tensors.append(StoredTensor(place, weight.shape, dtype, whole(weight.shape), partial(read, name)))
+            tensors.append(StoredTensor(place, weight.shape, dtype, whole(weight.shape),
+                                        partial(read, name)))
         else:
-            tensors.append(StoredTensor(place, (model.layers, *weight.shape), dtype, whole(weight.shape),
-                                        partial(read, name), layer))
+            tensors.append(StoredTensor(place, (model.layers, *weight.shape), dtype,
+                                        whole(weight.shape), partial(read, name), layer))
     extra = {f"decoder.layers.{module}._extra_state/shard_{layer}_{model.layers}": [None]
              for module in _EXTRA for layer in range(model.layers)}
     extra["decoder.final_layernorm._extra_state/shard_0_1"] = [None]
@@ -164,20 +182,24 @@ def save_for_megatron(source: WeightSource, output: Path, dtype: torch.dtype) ->
 
 
 def _stacked(stored: str) -> tuple[str, int | None]:
-    """Megatron-LM's name of a block's tensor, which has the layers along its first axis, and the layer."""
+    """Megatron-LM's name of a block's tensor, which has the layers along its first axis, and the
+    layer."""
     found = _LAYER.fullmatch(stored)
     return (f"decoder.layers.{found[2]}", int(found[1])) if found else (stored, None)
 
 
 def arguments(source: WeightSource) -> str:
-    """Megatron-LM's arguments for a model, which its checkpoints of weights alone do not hold. Its default,
-    --bias-gelu-fusion, is the activation the model was trained with."""
+    """Megatron-LM's arguments for a model, which its checkpoints of weights alone do not hold. Its
+    default, --bias-gelu-fusion, is the activation the model was trained with."""
     model = source.model
     rows = source.weights[EMBEDDING].shape[0]
-    words = ["--ckpt-format torch_dist", f"--num-layers {model.layers}", f"--hidden-size {model.hidden}",
+    words = ["--ckpt-format torch_dist", f"--num-layers {model.layers}",
+             f"--hidden-size {model.hidden}",
              f"--ffn-hidden-size {model.ffn_hidden}", f"--num-attention-heads {model.heads}",
-             f"--max-position-embeddings {model.max_positions}", "--position-embedding-type learned_absolute",
-             f"--make-vocab-size-divisible-by {rows}"]  # over the tensor-parallel degree, for the same padding
+             f"--max-position-embeddings {model.max_positions}",
+             "--position-embedding-type learned_absolute",
+             # over the tensor-parallel degree, for the same padding
+             f"--make-vocab-size-divisible-by {rows}"]
     if model.query_groups != model.heads:
         words += ["--group-query-attention", f"--num-query-groups {model.query_groups}"]
     return "\n".join(words) + "\n"

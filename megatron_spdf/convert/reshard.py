@@ -30,7 +30,8 @@ def reshard(reader: CheckpointReader, parallel: Parallel, output: Path) -> Path:
     """Rewrites a checkpoint, optimizer and run state included, as a run directory of its own.
 
     Args:
-        parallel: the layout that the files are cut for and that the new recipe has; see `check_layout`.
+        parallel: the layout that the files are cut for and that the new recipe has; see
+            `check_layout`.
         output: must not exist.
 
     Returns:
@@ -44,12 +45,14 @@ def reshard(reader: CheckpointReader, parallel: Parallel, output: Path) -> Path:
     check_layout(recipe.whole())
     faults = wrong_shapes(reader)
     if faults:
-        raise store.DamagedCheckpoint(f"checkpoint {reader.path} is not what its recipe says: {'; '.join(faults[:5])}")
+        raise store.DamagedCheckpoint(f"checkpoint {reader.path} is not what its recipe says: "
+                                      f"{'; '.join(faults[:5])}")
     place = Path(CHECKPOINTS) / store.name_of(reader.run["state"]["step"])
     with appearing(output) as directory:
         checkpoint = directory / place
         checkpoint.mkdir(parents=True)
-        write_tensors(checkpoint, [t for w in reader.weights.values() for t in _tensors_of(w, reader, recipe)])
+        write_tensors(checkpoint,
+                      [t for w in reader.weights.values() for t in _tensors_of(w, reader, recipe)])
         shutil.copytree(reader.path / "tokenizer", checkpoint / "tokenizer")
         store.write_json(checkpoint / store.RUN, {**reader.run, "recipe": recipe.model_dump()})
         finish_run(checkpoint, recipe.whole())
@@ -60,13 +63,16 @@ def _tensors_of(weight: Weight, reader: CheckpointReader, recipe: Recipe) -> lis
     """All tensors of one parameter: values, mask and optimizer state."""
     sparse, name = weight.name in reader.plan.weights, stored_name(weight.name)
     axis, kept = (0, name + VALUES) if sparse else (weight.axis, name)
-    names = [kept, *(f"{OPTIMIZER}{state}.{kept}" for state in STATES), *([name + MASK_BITS] if sparse else [])]
-    return [StoredTensor(n, reader.shapes[n], reader.dtypes[n], cut(reader.shapes[n], axis, weight.layer, recipe),
+    names = [kept, *(f"{OPTIMIZER}{state}.{kept}" for state in STATES), *([name + MASK_BITS]
+                                                                          if sparse else [])]
+    return [StoredTensor(n, reader.shapes[n], reader.dtypes[n],
+                         cut(reader.shapes[n], axis, weight.layer, recipe),
                          partial(reader.tensor, n)) for n in names]
 
 
 def check_layout(recipe: Recipe) -> None:
-    """Raises ValueError, with the nearest layout that there is, where the model or batch cannot have the recipe's."""
+    """Raises ValueError, with the nearest layout that there is, where the model or batch cannot
+    have the recipe's."""
     broken = list(rule_violations(recipe))
     if broken:
         near = _nearest(recipe)
@@ -81,7 +87,8 @@ def _nearest(recipe: Recipe) -> dict[str, int | bool] | None:
     wanted = (p.tensor, p.pipeline, p.interleave, p.data)
     stages = divisors(m.layers)
     best = None
-    for degrees in itertools.product(divisors(m.query_groups), stages, stages, divisors(recipe.train.global_batch)):
+    for degrees in itertools.product(divisors(m.query_groups), stages, stages,
+                                     divisors(recipe.train.global_batch)):
         tensor, pipeline, interleave, data = degrees
         layout = {"tensor": tensor, "pipeline": pipeline, "interleave": interleave, "data": data,
                   "sequence": p.sequence and tensor > 1}

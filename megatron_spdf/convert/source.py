@@ -36,7 +36,8 @@ class WeightSource(Protocol):
     def origin(self) -> str: ...
 
     def weight(self, name: str) -> Tensor:
-        """A parameter whole and dense, with the shape that `weights` says, in the type it is kept in.
+        """A parameter whole and dense, with the shape that `weights` says, in the type it is kept
+        in.
 
         Raises:
             ValueError: it is missing, damaged, or has another shape.
@@ -47,8 +48,8 @@ class WeightSource(Protocol):
 
 
 def open_weights(path: str | Path, checksums: bool = True) -> WeightSource:
-    """The weights at `path`: a run directory (see `reader.find_checkpoint`), a checkpoint of a run, or a Hugging Face
-    directory of the GPT-2 family.
+    """The weights at `path`: a run directory (see `reader.find_checkpoint`), a checkpoint of a run,
+    or a Hugging Face directory of the GPT-2 family.
 
     Args:
         checksums: of a checkpoint of ours, check every byte first.
@@ -60,9 +61,10 @@ def open_weights(path: str | Path, checksums: bool = True) -> WeightSource:
     if (path / CONFIG).is_file():
         return HuggingFaceReader(path)
     if (path / "latest_checkpointed_iteration.txt").is_file():
-        raise ValueError(f"{path} is a checkpoint directory of Megatron-LM, whose files do not tell the model's shape; "
-                         "make a run of it with tools/convert_checkpoint.py from-megatron")
+        raise ValueError(f"{path} is a checkpoint directory of Megatron-LM, whose files do not "
+                         "tell the model's shape; make a run of it with "
+                         "tools/convert_checkpoint.py from-megatron")
     if not (path / "checkpoints").is_dir() and not (path / "run.json").is_file():
-        raise ValueError(f"{path} holds no weights; give a run directory, a checkpoint of a run, or a Hugging Face "
-                         f"directory with {CONFIG}")
+        raise ValueError(f"{path} holds no weights; give a run directory, a checkpoint of a run, "
+                         f"or a Hugging Face directory with {CONFIG}")
     return CheckpointReader(find_checkpoint(path), checksums)

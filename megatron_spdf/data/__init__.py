@@ -1,1 +1,2 @@
-"""From text to token batches: tokenizers, document readers, preprocessing to indexed datasets, sampling."""
+"""From text to token batches: tokenizers, document readers, preprocessing to indexed datasets,
+sampling."""

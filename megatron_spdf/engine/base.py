@@ -51,8 +51,10 @@ class Engine(Protocol):
     @property
     def choices(self) -> str: ...
 
-    def step(self, batch: Sequence[MicroBatch], number: int, tokens: int, stop_requested: bool) -> StepResult:
-        """One optimizer step, the `number`th of the run from 1, ending at `tokens` tokens of the schedule."""
+    def step(self, batch: Sequence[MicroBatch], number: int, tokens: int,
+             stop_requested: bool) -> StepResult:
+        """One optimizer step, the `number`th of the run from 1, ending at `tokens` tokens of the
+        schedule."""
 
     def evaluate(self, batch: Sequence[MicroBatch], stop_requested: bool) -> tuple[float, bool]:
         """Mean loss of a global batch, and whether some rank was asked to stop."""
@@ -61,11 +63,13 @@ class Engine(Protocol):
         """Bytes of parameters, gradients and optimizer state on this rank, after the first step."""
 
     def measured_sparsity(self) -> dict[str, float]:
-        """Fraction of zeros of every sparse weight as expanded: canonical name -> sparsity, on every rank."""
+        """Fraction of zeros of every sparse weight as expanded: canonical name -> sparsity, on
+        every rank."""
 
     def sharded_state(self, loading: bool) -> dict:
-        """Weights, mask bits and optimizer state as Megatron-Core's sharded tensors, to load into or to save: then
-        copies on the CPU, which later steps do not change, of what this rank saves for the others too."""
+        """Weights, mask bits and optimizer state as Megatron-Core's sharded tensors, to load into
+        or to save: then copies on the CPU, which later steps do not change, of what this rank saves
+        for the others too."""
 
     def load_state(self, loaded: dict, optimizer_steps: int) -> None:
         """Takes a filled `sharded_state(loading=True)`."""

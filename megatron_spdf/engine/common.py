@@ -1,4 +1,5 @@
-"""What both engines do alike: the learning rate, dropout's seed, the agreement of all ranks on a step."""
+"""What both engines do alike: the learning rate, dropout's seed, the agreement of all ranks on a
+step."""
 
 from __future__ import annotations
 
@@ -40,14 +41,15 @@ def make_scheduler(recipe: Recipe, optimizer) -> OptimizerParamScheduler:
 
 
 def set_learning_rate(scheduler: OptimizerParamScheduler, tokens: int) -> None:
-    """Sets every parameter group's learning rate to that of the point where `tokens` are consumed."""
+    """Sets every parameter group's learning rate to that of the point where `tokens` are
+    consumed."""
     scheduler.num_steps = tokens  # its steps are our tokens
     scheduler.step(increment=0)
 
 
 def learning_rates(models: Sequence[nn.Module]) -> list[float]:
-    """The learning rates other than the recipe's, over it, that the parametrization gives to parameters of any rank:
-    all ranks need the same groups."""
+    """The learning rates other than the recipe's, over it, that the parametrization gives to
+    parameters of any rank: all ranks need the same groups."""
     found: list[set[float]] = [set() for _ in range(dist.get_world_size())]
     dist.all_gather_object(found, {p.learning_rate for m in models for p in m.parameters()})
     return sorted(set.union(*found) - {1.0})
@@ -62,7 +64,8 @@ def learning_rate(scheduler: OptimizerParamScheduler) -> float:
 
 
 def seed_dropout(recipe: Recipe, number: int) -> None:
-    """Dropout of a step depends on (seed, step, data and pipeline rank), so nothing needs saving for it."""
+    """Dropout of a step depends on (seed, step, data and pipeline rank), so nothing needs saving
+    for it."""
     if recipe.model.dropout > 0.0:
         place = ps.get_data_parallel_rank() * recipe.parallel.pipeline + ps.get_pipeline_model_parallel_rank()
         seed = int(stream_key("dropout", recipe.seed, number, place)[0] % 2**31)
@@ -70,15 +73,18 @@ def seed_dropout(recipe: Recipe, number: int) -> None:
         tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
-def agree(loss: Tensor, replicas: int, stop: bool, *others: Tensor) -> tuple[float, bool, *tuple[float, ...]]:
-    """The loss of the global batch and whether any rank wants to stop, on every rank, in one small reduction; and other
-    numbers of this rank, (). All in one transfer, for which the host waits until the device has done its work.
+def agree(loss: Tensor, replicas: int,
+          stop: bool, *others: Tensor) -> tuple[float, bool, *tuple[float, ...]]:
+    """The loss of the global batch and whether any rank wants to stop, on every rank, in one small
+    reduction; and other numbers of this rank, (). All in one transfer, for which the host waits
+    until the device has done its work.
 
     Args:
         loss: of this replica on the one rank that reports for it, zero on its others.
         replicas: number of data-parallel replicas.
     """
-    shared = torch.stack([loss.float() / replicas, torch.full_like(loss, float(stop), dtype=torch.float32)])
+    shared = torch.stack([loss.float() / replicas,
+                          torch.full_like(loss, float(stop), dtype=torch.float32)])
     dist.all_reduce(shared)
     loss_mean, stops, *numbers = torch.cat([shared, *(n.view(1) for n in others)]).tolist()
     return loss_mean, stops > 0, *numbers
@@ -90,13 +96,14 @@ def to_device(micro: MicroBatch, device: torch.device) -> MicroBatch:
 
 def model_metadata() -> dict[str, object]:
     """What the model's `sharded_state_dict` is to know."""
-    return {"non_homogeneous_layers": True,  # compact weights of different lengths: a key for every layer
+    # compact weights of different lengths: a key for every layer
+    return {"non_homogeneous_layers": True,
             "dp_cp_group": ps.get_data_parallel_group(with_context_parallel=True)}
 
 
 def release(engine, models: Sequence[nn.Module], *others) -> None:
-    """Empties an engine's parts, so that their memory and process groups are freed: autograd's hooks hold the model in
-    circles that Python's collector cannot see."""
+    """Empties an engine's parts, so that their memory and process groups are freed: autograd's
+    hooks hold the model in circles that Python's collector cannot see."""
     held = [part for model in models for part in (*model.parameters(), *model.modules())]
     for thing in (*held, *others, engine):
         vars(thing).clear()
@@ -107,16 +114,19 @@ def release(engine, models: Sequence[nn.Module], *others) -> None:
 
 
 def tensors_only(state: dict) -> dict:
-    """Drops the `_extra_state` objects, which are empty and would be pickled into the checkpoint."""
+    """Drops the `_extra_state` objects, which are empty and would be pickled into the
+    checkpoint."""
     return {k: v for k, v in state.items() if not k.endswith("_extra_state")}
 
 
-def implementation_summary(recipe: Recipe, model: nn.Module, adam: type, device: torch.device) -> str:
+def implementation_summary(recipe: Recipe, model: nn.Module, adam: type,
+                           device: torch.device) -> str:
     """Which implementation computes what, for the log."""
     layer = model.decoder.layers[0]
     attention = layer.self_attention.core_attention
     parts = {"attention": type(attention), "norm": type(layer.pre_mlp_layernorm), "Adam": adam}
-    names = {part: f"{part} {kind.__module__.split('.')[0]}.{kind.__name__}" for part, kind in parts.items()}
+    names = {part: f"{part} {kind.__module__.split('.')[0]}.{kind.__name__}" for part,
+             kind in parts.items()}
     if device.type == "cuda" and isinstance(attention, SdpaCoreAttention):
         names["attention"] += f" on {attention.describe(masked=recipe.data.reset_attention)}"
     if issubclass(adam, AdamW):
@@ -129,7 +139,8 @@ def implementation_summary(recipe: Recipe, model: nn.Module, adam: type, device:
 
 def _describe_patterns(model: nn.Module, device: torch.device) -> str:
     """How weights of tiles, and 2:4 ones, are multiplied; nothing where there are none."""
-    planned, dtype = [compact_of(m).planned for m in sparse_modules(model)], model.config.params_dtype
+    planned, dtype = [compact_of(m).planned
+                      for m in sparse_modules(model)], model.config.params_dtype
     said = [f"tiles {dispatch.tile_products(device.type, size, dtype)[1]}"
             for size in sorted({w.tile for w in planned} - {None})]
     if any(w.two_four for w in planned):

@@ -31,8 +31,8 @@ from megatron_spdf.sparsity.plan import Plan
 
 
 class GuardedAdamW(AdamW):
-    """AdamW that updates nothing while `held`: DeepSpeed steps its optimizer whatever the loss, and one of its wrappers
-    even while it sets itself up."""
+    """AdamW that updates nothing while `held`: DeepSpeed steps its optimizer whatever the loss, and
+    one of its wrappers even while it sets itself up."""
 
     held = True
 
@@ -55,7 +55,8 @@ class ModelParallelUnit:
 
 
 class DeepSpeedEngine:
-    """One rank's model with its optimizer, sharded as `parallel.zero_stage` says; see the Engine protocol.
+    """One rank's model with its optimizer, sharded as `parallel.zero_stage` says; see the Engine
+    protocol.
 
     Args:
         recipe: the run; its layout is the one the process groups were set up with.
@@ -66,7 +67,8 @@ class DeepSpeedEngine:
 
     needs_batches = True  # there are no pipeline stages
 
-    def __init__(self, recipe: Recipe, plan: Plan, device: torch.device, weights: InitialWeights | None = None):
+    def __init__(self, recipe: Recipe, plan: Plan, device: torch.device,
+                 weights: InitialWeights | None = None):
         deepspeed = _import_deepspeed(device)
         self.recipe, self.plan, self.device = recipe, plan, device
         self.models = build_model(recipe, plan, weights)
@@ -74,20 +76,25 @@ class DeepSpeedEngine:
         _sum_sequence_parallel_gradients(self.model)
         self.adam = _adam(recipe, self.model)
         state = ZeroState(self.model)  # while every rank holds whole parameters
-        self.zero, *_ = deepspeed.initialize(model=self.model, optimizer=self.adam, mpu=ModelParallelUnit,
-                                             config=deepspeed_settings(recipe), dist_init_required=False)
+        self.zero, *_ = deepspeed.initialize(model=self.model, optimizer=self.adam,
+                                             mpu=ModelParallelUnit,
+                                             config=deepspeed_settings(recipe),
+                                             dist_init_required=False)
         self.state = state.attach(self.zero.optimizer, self.adam)
         self.scheduler = common.make_scheduler(recipe, self.adam)
         self.optimizer_steps = 0
         self.data_parallel_rank = ps.get_data_parallel_rank()
         self._reports = ps.get_tensor_model_parallel_rank() == 0
 
-    def step(self, batch: Sequence[MicroBatch], number: int, tokens: int, stop_requested: bool) -> StepResult:
-        """See the protocol. DeepSpeed reduces, clips and updates in its `step`, so a loss that is not finite can only
-        hold the update back there; gradients that are not finite it finds itself."""
+    def step(self, batch: Sequence[MicroBatch], number: int, tokens: int,
+             stop_requested: bool) -> StepResult:
+        """See the protocol. DeepSpeed reduces, clips and updates in its `step`, so a loss that is
+        not finite can only hold the update back there; gradients that are not finite it finds
+        itself."""
         common.seed_dropout(self.recipe, number)
         common.set_learning_rate(self.scheduler, tokens)
-        loss, stop = common.agree(self._run(batch, training=True), self.recipe.parallel.data, stop_requested)
+        loss, stop = common.agree(self._run(batch, training=True), self.recipe.parallel.data,
+                                  stop_requested)
         norm = self._clip_whole_gradients() if self.zero.optimizer is self.adam else None
         self.adam.held = not math.isfinite(loss) or norm is not None and not math.isfinite(norm)
         self.zero.step()
@@ -100,10 +107,12 @@ class DeepSpeedEngine:
         return StepResult(loss, norm, skipped=skipped, stop=stop)
 
     def evaluate(self, batch: Sequence[MicroBatch], stop_requested: bool) -> tuple[float, bool]:
-        """Mean loss over the tokens of a global batch, without dropout or gradients, and whether to stop."""
+        """Mean loss over the tokens of a global batch, without dropout or gradients, and whether to
+        stop."""
         self.zero.eval()
         with torch.no_grad():
-            outcome = common.agree(self._run(batch, training=False), self.recipe.parallel.data, stop_requested)
+            outcome = common.agree(self._run(batch, training=False), self.recipe.parallel.data,
+                                   stop_requested)
         self.zero.train()
         return outcome
 
@@ -118,22 +127,25 @@ class DeepSpeedEngine:
         return f"{common.implementation_summary(self.recipe, self.model, AdamW, self.device)}; DeepSpeed {wrapper}"
 
     def state_bytes(self) -> dict[str, int]:
-        """Bytes of parameters and optimizer state on this rank as they are held; of gradients, which DeepSpeed frees in
-        every step, by closed form."""
+        """Bytes of parameters and optimizer state on this rank as they are held; of gradients,
+        which DeepSpeed frees in every step, by closed form."""
         state = [t for s in self.adam.state.values() for name, t in s.items() if name != "step"]
         state += [m for m in self.state.masters if m.dtype != self.model.config.params_dtype]
         return {
             "parameters": sum(getattr(p, "ds_tensor", p).nbytes for p in self.model.parameters()),
-            "gradients": rank_bytes(self.recipe, self.plan, 0, on_gpu=self.device.type == "cuda").gradients,
+            "gradients": rank_bytes(self.recipe, self.plan, 0,
+                                    on_gpu=self.device.type == "cuda").gradients,
             "optimizer": sum(t.nbytes for t in state),
         }
 
     def measured_sparsity(self) -> dict[str, float]:
-        """Fraction of zeros of every sparse weight as expanded: canonical name -> sparsity, on every rank."""
+        """Fraction of zeros of every sparse weight as expanded: canonical name -> sparsity, on
+        every rank."""
         return measure_sparsity(self.models, self.data_parallel_rank, self.plan, self._gathered)
 
     def sharded_state(self, loading: bool) -> dict:
-        """Weights, mask bits and optimizer state as Megatron-Core's sharded tensors, of the Megatron engine's form."""
+        """Weights, mask bits and optimizer state as Megatron-Core's sharded tensors, of the
+        Megatron engine's form."""
         return self.state.places() if loading else self.state.shards()
 
     def load_state(self, loaded: dict, optimizer_steps: int) -> None:
@@ -143,17 +155,21 @@ class DeepSpeedEngine:
 
     def close(self) -> None:
         self.zero.destroy()
-        sys.modules["deepspeed.runtime.zero.parameter_offload"].FWD_MODULE_STACK.clear()  # ZeRO-3's, of all engines
+        # ZeRO-3's, of all engines
+        sys.modules["deepspeed.runtime.zero.parameter_offload"].FWD_MODULE_STACK.clear()
         common.release(self, self.models, self.zero, self.zero.optimizer)
 
     def _run(self, batch: Sequence[MicroBatch], training: bool) -> Tensor:
-        """Forward, and backward when training, over all micro-batches; the mean loss on ranks that report.
+        """Forward, and backward when training, over all micro-batches; the mean loss on ranks that
+        report.
 
         The last backward is the boundary of gradient accumulation; its `step` is the caller's.
         """
         losses = []
         # ZeRO-3 frees parameters after use, so no dense copy of them outlives its layer.
-        keep = nullcontext() if self._sharded else expanded(self.model, at_once=self.recipe.train.recompute == "full")
+        keep = nullcontext() if self._sharded else expanded(self.model,
+                                                            at_once=self.recipe.train.recompute
+                                                            == "full")
         with keep:
             for number, micro in enumerate(batch):
                 loss = batch_loss(self.zero, common.to_device(micro, self.device))
@@ -177,7 +193,8 @@ class DeepSpeedEngine:
         return GatheredParameters([parameter])
 
     def _clip_whole_gradients(self) -> float:
-        """Clips in DeepSpeed's stead where it has no optimizer of its own around ours, to learn the norm from it."""
+        """Clips in DeepSpeed's stead where it has no optimizer of its own around ours, to learn the
+        norm from it."""
         from deepspeed.runtime.utils import clip_grad_norm_
 
         limit = self.recipe.optimizer.clip_grad or math.inf
@@ -195,7 +212,8 @@ def _import_deepspeed(device: torch.device):
     if device.type == "cpu":  # C++ for all-reduces within a machine
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
         with fake_cuda.without_torch_compile():
-            import deepspeed.runtime.zero.muon.muon_optimizer  # DeepSpeed does so as it looks at the optimizer
+            # DeepSpeed does so as it looks at the optimizer
+            import deepspeed.runtime.zero.muon.muon_optimizer
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
     return deepspeed
 
@@ -203,16 +221,20 @@ def _import_deepspeed(device: torch.device):
 def _adam(recipe: Recipe, model: nn.Module) -> GuardedAdamW:
     """AdamW with weight decay on what has two axes, as Megatron-Core's optimizer decays."""
     o = recipe.optimizer
-    groups = [{"params": [p for p in model.parameters() if (p.ndim > 1) == decays and p.learning_rate == rate],
-               "wd_mult": float(decays), "max_lr": o.lr * rate, "min_lr": o.lr * o.min_lr_ratio * rate}
+    groups = [{"params": [p for p in model.parameters() if (p.ndim > 1) == decays
+                          and p.learning_rate == rate],
+               "wd_mult": float(decays), "max_lr": o.lr * rate,
+               "min_lr": o.lr * o.min_lr_ratio * rate}
               for rate in [1.0, *common.learning_rates([model])] for decays in (True, False)]
     groups = [group for group in groups if group["params"]]
-    return GuardedAdamW(groups, lr=0.0, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay, fused=True)
+    return GuardedAdamW(groups, lr=0.0, betas=(o.beta1, o.beta2), eps=o.eps,
+                        weight_decay=o.weight_decay, fused=True)
 
 
 def _sum_sequence_parallel_gradients(model: nn.Module) -> None:
-    """Under sequence parallelism a rank sees a slice of the tokens, so that the gradients of what all ranks share must
-    be summed; Megatron-Core's own data parallelism does it, DeepSpeed knows nothing of it."""
+    """Under sequence parallelism a rank sees a slice of the tokens, so that the gradients of what
+    all ranks share must be summed; Megatron-Core's own data parallelism does it, DeepSpeed knows
+    nothing of it."""
     def reduced(gradient: Tensor) -> Tensor:
         gradient = gradient.clone()
         dist.all_reduce(gradient, group=ps.get_tensor_model_parallel_group())

@@ -1,7 +1,9 @@
-"""Weights and optimizer state under DeepSpeed's ZeRO as sharded tensors, of the same form as the Megatron engine's.
+"""Weights and optimizer state under DeepSpeed's ZeRO as sharded tensors, of the same form as the
+Megatron engine's.
 
-DeepSpeed's own checkpoints are pickles bound to one ZeRO stage and layout. Through its accessors of whole parameters
-and moments, one parameter at a time, they become the checkpoints that every other part of this project knows.
+DeepSpeed's own checkpoints are pickles bound to one ZeRO stage and layout. Through its accessors of
+whole parameters and moments, one parameter at a time, they become the checkpoints that every other
+part of this project knows.
 """
 
 from __future__ import annotations
@@ -23,21 +25,25 @@ class ZeroState:
     """The state of a model under ZeRO, parameter by parameter.
 
     Args:
-        model: before DeepSpeed cuts its parameters up; where each belongs in a checkpoint is noted then.
+        model: before DeepSpeed cuts its parameters up; where each belongs in a checkpoint is noted
+            then.
     """
 
     def __init__(self, model: nn.Module):
         self.model = model
         names = {id(p): name for name, p in model.named_parameters()}
         sharded = tensors_only(model.sharded_state_dict(metadata=model_metadata()))
-        self._parameters = {names[id(s.data)]: s.without_data() for s in sharded.values() if id(s.data) in names}
-        self._buffers = {key: s.without_data() for key, s in sharded.items() if id(s.data) not in names}
+        self._parameters = {names[id(s.data)]: s.without_data() for s in sharded.values()
+                            if id(s.data) in names}
+        self._buffers = {key: s.without_data() for key,
+                         s in sharded.items() if id(s.data) not in names}
 
     def attach(self, optimizer, adam: torch.optim.Optimizer) -> ZeroState:
         """Takes DeepSpeed's optimizer once it is made.
 
         Attributes:
-            masters: the flat or whole fp32 tensors that Adam updates; their moments are there from here on.
+            masters: the flat or whole fp32 tensors that Adam updates; their moments are there from
+                here on.
         """
         self._optimizer, self._adam = optimizer, adam
         self.masters = _flat_masters(optimizer)
@@ -52,9 +58,10 @@ class ZeroState:
 
     @torch.no_grad()
     def shards(self) -> dict:
-        """Weights, mask bits and optimizer state, copies on the CPU of what this rank saves; gathered from the
-        data-parallel ranks one parameter at a time."""
-        weights = {name: _filled(place, torch.empty(place.local_shape, dtype=place.dtype, device="meta"))
+        """Weights, mask bits and optimizer state, copies on the CPU of what this rank saves;
+        gathered from the data-parallel ranks one parameter at a time."""
+        weights = {name: _filled(place,
+                                 torch.empty(place.local_shape, dtype=place.dtype, device="meta"))
                    for name, place in self._parameters.items()}
         state, optimizer = {"weights": weights, "masks": self._mask_bits()}, {}
         group = ps.get_data_parallel_group()
@@ -69,17 +76,20 @@ class ZeroState:
         return {"model": state, "optimizer": optimizer}
 
     def places(self) -> dict:
-        """What `load` wants, to be filled: mask bits and optimizer state, of which the master weights determine the
-        weights."""
-        optimizer = {name: _optimizer_places(place, {k: torch.empty(place.local_shape) for k in STATE})
+        """What `load` wants, to be filled: mask bits and optimizer state, of which the master
+        weights determine the weights."""
+        optimizer = {name: _optimizer_places(place,
+                                             {k: torch.empty(place.local_shape) for k in STATE})
                      for name, place in self._parameters.items()}
         return {"masks": self._mask_bits(), "optimizer": optimizer}
 
     @torch.no_grad()
     def load(self, loaded: dict, steps: int) -> None:
-        """Puts master weights and moments in place, sets Adam's step count, and casts the weights anew."""
+        """Puts master weights and moments in place, sets Adam's step count, and casts the weights
+        anew."""
         buffers = dict(self.model.named_buffers())
-        for key, bits in loaded.get("masks", {}).items():  # a dense model has none, and empty parts are not kept
+        # a dense model has none, and empty parts are not kept
+        for key, bits in loaded.get("masks", {}).items():
             buffers[key].copy_(bits)
         for name, parameter in self.model.named_parameters():
             for key in STATE:
@@ -138,16 +148,19 @@ class ZeroState:
 
 
 def _whole_masters(optimizer, model: nn.Module) -> dict[nn.Parameter, Tensor]:
-    """Parameter -> its fp32 master where ZeRO shards nothing: the parameter itself, or a copy of it under bf16."""
+    """Parameter -> its fp32 master where ZeRO shards nothing: the parameter itself, or a copy of it
+    under bf16."""
     if isinstance(optimizer, torch.optim.Optimizer):
         return {p: p for p in model.parameters()}
     groups = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
-    return {p: master for group, masters in groups for p, master in zip(group, masters, strict=True)}
+    return {p: master for group, masters in groups for p,
+            master in zip(group, masters, strict=True)}
 
 
 def _flat_masters(optimizer) -> list[Tensor]:
     """This rank's flat partitions of the fp32 masters; none where ZeRO shards nothing."""
-    for name in ("single_partition_of_fp32_groups", "fp32_groups_flat_partition", "fp32_partitioned_groups_flat"):
+    for name in ("single_partition_of_fp32_groups", "fp32_groups_flat_partition",
+                 "fp32_partitioned_groups_flat"):
         if hasattr(optimizer, name):
             return list(getattr(optimizer, name))
     return []
@@ -166,4 +179,5 @@ def _filled(place: ShardedTensor, data: Tensor) -> ShardedTensor:
 
 
 def _optimizer_places(place: ShardedTensor, tensors: dict[str, Tensor]) -> dict[str, ShardedTensor]:
-    return {k: make_sharded_optimizer_tensor(place, t, f"optimizer.state.{k}") for k, t in tensors.items()}
+    return {k: make_sharded_optimizer_tensor(place, t, f"optimizer.state.{k}") for k,
+            t in tensors.items()}

@@ -1,5 +1,6 @@
-"""One rank of a layout of any size, built on the meta device with PyTorch's fake process group: no hardware, no other
-ranks, no memory. What it counts are the parameters, buffers, buckets and optimizer shards of the engine itself.
+"""One rank of a layout of any size, built on the meta device with PyTorch's fake process group: no
+hardware, no other ranks, no memory. What it counts are the parameters, buffers, buckets and
+optimizer shards of the engine itself.
 
     echo '[{"recipe": {...}, "ranks": [0, 1023]}, ...]' | python -m megatron_spdf.engine.dry_run
 
@@ -28,8 +29,8 @@ def count(recipe: Recipe, rank: int) -> dict:
     """What the engine of one rank holds.
 
     Returns:
-        Bytes of parameters, gradients, optimizer, expanded and masks; `buckets`, the elements of every gradient
-        bucket, chunk by chunk; `place`, the rank's (tensor, pipeline, data) ranks.
+        Bytes of parameters, gradients, optimizer, expanded and masks; `buckets`, the elements of
+        every gradient bucket, chunk by chunk; `place`, the rank's (tensor, pipeline, data) ranks.
     """
     from megatron.core import parallel_state as ps
 
@@ -42,15 +43,18 @@ def count(recipe: Recipe, rank: int) -> dict:
     with META:
         engine = MegatronEngine(recipe, plan, META)
         (inner,) = engine.optimizer.chained_optimizers
-        inner.init_state_fn(inner.optimizer, inner.config)  # moments come with the first step, which there is not
+        # moments come with the first step, which there is not
+        inner.init_state_fn(inner.optimizer, inner.config)
         # Not module.weight: hooks on it would start a gather of parameters.
         expanded = sum(compact_of(m).forward(m.parametrizations.weight.original).nbytes
-                       for model in engine.models for m in sparse_modules(model) if compact_of(m).product is None)
+                       for model in engine.models for m in sparse_modules(model)
+                       if compact_of(m).product is None)
     found = {
         **engine.state_bytes(),
         "expanded": expanded,
         "masks": sum(b.nbytes for model in engine.models for b in model.buffers()),
-        "buckets": [[b.grad_data.numel() for b in buffer.buckets] for c in engine.chunks for buffer in c.buffers],
+        "buckets": [[b.grad_data.numel() for b in buffer.buckets] for c in engine.chunks
+                    for buffer in c.buffers],
         "place": [ps.get_tensor_model_parallel_rank(), ps.get_pipeline_model_parallel_rank(),
                   ps.get_data_parallel_rank()],
     }

@@ -10,7 +10,8 @@ from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.sparsity.plan import Plan
 
 
-def make_engine(recipe: Recipe, plan: Plan, where: device, weights: InitialWeights | None = None) -> Engine:
+def make_engine(recipe: Recipe, plan: Plan, where: device,
+                weights: InitialWeights | None = None) -> Engine:
     """The engine that the recipe names.
 
     Args:
@@ -21,7 +22,8 @@ def make_engine(recipe: Recipe, plan: Plan, where: device, weights: InitialWeigh
         ValueError: the micro-batch is left to a run, and this is none.
     """
     if recipe.train.micro_batch == "auto":
-        raise ValueError("train.micro_batch=auto is for pretrain.py, which tries what is fastest; set a number here")
+        raise ValueError("train.micro_batch=auto is for pretrain.py, which tries what is fastest; "
+                         "set a number here")
     if recipe.engine == "deepspeed":
         from megatron_spdf.engine.deepspeed import DeepSpeedEngine
 

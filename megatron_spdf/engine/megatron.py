@@ -1,4 +1,5 @@
-"""The Megatron-Core engine: DDP, pipeline schedules and (distributed) optimizer around our model."""
+"""The Megatron-Core engine: DDP, pipeline schedules and (distributed) optimizer around our
+model."""
 
 from __future__ import annotations
 
@@ -51,23 +52,26 @@ class MegatronEngine:
         weights: to start from; None: drawn anew.
 
     Attributes:
-        needs_batches: whether this rank needs tokens: on the first and last pipeline stage, and on all where attention
-            stops at document boundaries.
+        needs_batches: whether this rank needs tokens: on the first and last pipeline stage, and on
+            all where attention stops at document boundaries.
         optimizer_steps: updates done, skipped steps not counted; Adam's bias correction goes by it.
     """
 
-    def __init__(self, recipe: Recipe, plan: Plan, device: torch.device, weights: InitialWeights | None = None):
+    def __init__(self, recipe: Recipe, plan: Plan, device: torch.device,
+                 weights: InitialWeights | None = None):
         self.recipe, self.plan, self.device = recipe, plan, device
         self.models = build_model(recipe, plan, weights)
         self.config = self.models[0].config
         overlaps = _overlaps(recipe, device)
-        self.chunks = [_data_parallel(recipe, model, overlaps, first=i == 0) for i, model in enumerate(self.models)]
+        self.chunks = [_data_parallel(recipe, model, overlaps, first=i == 0) for i,
+                       model in enumerate(self.models)]
         self.optimizer = _optimizer(recipe, self.chunks, overlaps)
         self.scheduler = common.make_scheduler(recipe, self.optimizer)
         self.optimizer_steps = 0
         self.data_parallel_rank = ps.get_data_parallel_rank()
         # Between the first and the last stage only document boundaries are of interest.
-        self.needs_batches = (ps.is_pipeline_first_stage() or ps.is_pipeline_last_stage() or recipe.data.reset_attention)
+        self.needs_batches = (ps.is_pipeline_first_stage() or ps.is_pipeline_last_stage()
+                              or recipe.data.reset_attention)
         self._reports = ps.is_pipeline_last_stage() and ps.get_tensor_model_parallel_rank() == 0
         self.config.finalize_model_grads_func = finalize_model_grads
         self.config.grad_scale_func = self.optimizer.scale_loss
@@ -75,13 +79,17 @@ class MegatronEngine:
             self.config.no_sync_func = _per_chunk([c.no_sync for c in self.chunks])
             self.config.grad_sync_func = _per_chunk([c.start_grad_sync for c in self.chunks])
 
-    def step(self, batch: Sequence[MicroBatch], number: int, tokens: int, stop_requested: bool) -> StepResult:
+    def step(self, batch: Sequence[MicroBatch], number: int, tokens: int,
+             stop_requested: bool) -> StepResult:
         """One optimizer step over this rank's micro-batches.
 
         Args:
-            batch: `recipe.micro_batches` micro-batches; what it holds is used where `needs_batches` only.
-            number: of the step, from 1; dropout depends on it and the seed, not on what was drawn before.
-            tokens: of the schedule at the end of this step; the learning rate is that of this point.
+            batch: `recipe.micro_batches` micro-batches; what it holds is used where `needs_batches`
+                only.
+            number: of the step, from 1; dropout depends on it and the seed, not on what was drawn
+                before.
+            tokens: of the schedule at the end of this step; the learning rate is that of this
+                point.
             stop_requested: whether this rank was asked to stop; known to all ranks afterwards.
         """
         common.seed_dropout(self.recipe, number)
@@ -99,7 +107,8 @@ class MegatronEngine:
         return StepResult(loss, norm, skipped=False, stop=stop)
 
     def evaluate(self, batch: Sequence[MicroBatch], stop_requested: bool) -> tuple[float, bool]:
-        """Mean loss over the tokens of a global batch, without dropout or gradients, and whether to stop."""
+        """Mean loss over the tokens of a global batch, without dropout or gradients, and whether to
+        stop."""
         for chunk in self.chunks:
             chunk.eval()
         with torch.no_grad():
@@ -119,7 +128,8 @@ class MegatronEngine:
         return common.implementation_summary(self.recipe, self.models[0], adam, self.device)
 
     def state_bytes(self) -> dict[str, int]:
-        """Bytes of parameters, gradient buffers and optimizer state on this rank, read off the buffers themselves."""
+        """Bytes of parameters, gradient buffers and optimizer state on this rank, read off the
+        buffers themselves."""
         storages = {p.untyped_storage() for model in self.models for p in model.parameters()}
         adam = self.optimizer.chained_optimizers[0].optimizer
         masters = [p for group in adam.param_groups for p in group["params"]]
@@ -127,17 +137,20 @@ class MegatronEngine:
         state += [p for p in masters if p.untyped_storage() not in storages]
         return {
             "parameters": sum(s.nbytes() for s in storages),
-            "gradients": sum(buffer.grad_data.nbytes for chunk in self.chunks for buffer in chunk.buffers),
+            "gradients": sum(buffer.grad_data.nbytes for chunk in self.chunks
+                             for buffer in chunk.buffers),
             "optimizer": sum(t.nbytes for t in state),
         }
 
     def measured_sparsity(self) -> dict[str, float]:
-        """Fraction of zeros of every sparse weight as expanded: canonical name -> sparsity, on every rank."""
+        """Fraction of zeros of every sparse weight as expanded: canonical name -> sparsity, on
+        every rank."""
         self._gather_parameters()
         return measure_sparsity(self.models, self.data_parallel_rank, self.plan)
 
     def sharded_state(self, loading: bool) -> dict:
-        """Weights, mask bits and optimizer state as Megatron-Core's sharded tensors; to save, copies on the CPU."""
+        """Weights, mask bits and optimizer state as Megatron-Core's sharded tensors; to save,
+        copies on the CPU."""
         self._gather_parameters()
         metadata, group = common.model_metadata(), ps.get_data_parallel_group(with_context_parallel=True)
         model = {f"chunk{i}": common.tensors_only(m.sharded_state_dict(metadata=metadata))
@@ -161,21 +174,22 @@ class MegatronEngine:
         common.release(self, self.models, *self.chunks)
 
     def _gather_parameters(self) -> None:
-        """With overlapped gathers, a rank's parameters are up to date in the next forward pass only, and whoever looks
-        at one before starts a gather that all ranks must join."""
+        """With overlapped gathers, a rank's parameters are up to date in the next forward pass
+        only, and whoever looks at one before starts a gather that all ranks must join."""
         for chunk in self.chunks:
             if chunk.ddp_config.overlap_param_gather:
                 chunk.start_param_sync(force_sync=True)
 
     def _run(self, batch: Sequence[MicroBatch], forward_only: bool) -> Tensor:
-        """Forward, and backward unless `forward_only`, over all micro-batches; the mean loss on ranks that report."""
+        """Forward, and backward unless `forward_only`, over all micro-batches; the mean loss on
+        ranks that report."""
         with ExitStack() as stack:
             for model in self.models:
                 stack.enter_context(expanded(model, at_once=self.recipe.train.recompute == "full"))
             reports = get_forward_backward_func()(
                 forward_step_func=partial(_forward_step, self.device),
-                data_iterator=[iter(batch) for _ in self.chunks] if len(self.chunks) > 1 else iter(batch),
-                model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+                data_iterator=[iter(batch) for _ in self.chunks] if len(self.chunks) > 1
+                else iter(batch), model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
                 num_microbatches=self.recipe.micro_batches,
                 seq_length=self.recipe.train.sequence_length,
                 micro_batch_size=self.recipe.train.micro_batch,
@@ -185,11 +199,13 @@ class MegatronEngine:
             return torch.zeros((), device=self.device)
         return torch.stack([r["loss"] for r in reports]).mean()
 
-    def _agree(self, loss: Tensor, stop: bool, *others: Tensor) -> tuple[float, bool, *tuple[float, ...]]:
+    def _agree(self, loss: Tensor, stop: bool, *others: Tensor) -> tuple[float,
+                                                                         bool, *tuple[float, ...]]:
         return common.agree(loss, self.recipe.parallel.data, stop, *others)
 
     def _squared_norm(self) -> Tensor:
-        """Of the gradients of all ranks, (); Megatron-Core's own norm makes the host wait for it."""
+        """Of the gradients of all ranks, (); Megatron-Core's own norm makes the host wait for
+        it."""
         (inner,) = self.optimizer.chained_optimizers
         gradients = gradients_for_norm(inner)
         norm = get_total_norm(gradients) if gradients else torch.zeros((), device=self.device)
@@ -216,7 +232,8 @@ def _reported(loss: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def _overlaps(recipe: Recipe, device: torch.device) -> bool:
-    """Whether traffic is started behind compute: on GPUs, and in a dry run of them on the meta device."""
+    """Whether traffic is started behind compute: on GPUs, and in a dry run of them on the meta
+    device."""
     return recipe.parallel.overlap and recipe.parallel.data > 1 and device.type != "cpu"
 
 
@@ -224,7 +241,8 @@ def _per_chunk(functions: list):
     return functions if len(functions) > 1 else functions[0]
 
 
-def _data_parallel(recipe: Recipe, model: nn.Module, overlaps: bool, first: bool) -> DistributedDataParallel:
+def _data_parallel(recipe: Recipe, model: nn.Module, overlaps: bool,
+                   first: bool) -> DistributedDataParallel:
     zero = recipe.parallel.zero_stage == 1
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -232,11 +250,13 @@ def _data_parallel(recipe: Recipe, model: nn.Module, overlaps: bool, first: bool
         overlap_grad_reduce=overlaps,
         overlap_param_gather=overlaps and zero,
     )
-    # Chunks after the first of an interleaved schedule communicate in one piece: their traffic is not critical.
+    # Chunks after the first of an interleaved schedule communicate in one piece: their traffic is
+    # not critical.
     return DistributedDataParallel(model.config, config, model, disable_bucketing=not first)
 
 
-def _optimizer(recipe: Recipe, chunks: list[DistributedDataParallel], overlaps: bool) -> MegatronOptimizer:
+def _optimizer(recipe: Recipe, chunks: list[DistributedDataParallel],
+               overlaps: bool) -> MegatronOptimizer:
     o = recipe.optimizer
     config = OptimizerConfig(
         optimizer="adam",
@@ -254,11 +274,13 @@ def _optimizer(recipe: Recipe, chunks: list[DistributedDataParallel], overlaps: 
     )
     overrides = get_standard_config_overrides(config)
     for rate in common.learning_rates(chunks):
-        overrides[ParamKey(predicate=ParamPredicate(f"learning rate x {rate}", partial(common.learns_at, rate)))] = {
+        overrides[ParamKey(predicate=ParamPredicate(f"learning rate x {rate}",
+                                                    partial(common.learns_at, rate)))] = {
             "max_lr": o.lr * rate, "min_lr": o.lr * o.min_lr_ratio * rate}
     optimizer = get_megatron_optimizer(config, chunks, overrides, use_gloo_process_groups=False)
     adam = optimizer.chained_optimizers[0].optimizer
-    if isinstance(adam, AdamW):  # where neither Transformer Engine nor Apex is; Megatron-Core cannot be told to fuse it
+    # where neither Transformer Engine nor Apex is; Megatron-Core cannot be told to fuse it
+    if isinstance(adam, AdamW):
         for group in adam.param_groups:
             group["fused"] = True
     return optimizer

@@ -1,13 +1,13 @@
-"""Optimizer state of either ZeRO stage as sharded tensors of one form: parameter -> master weight and moments.
+"""Optimizer state of either ZeRO stage as sharded tensors of one form: parameter -> master weight
+and moments.
 
 Megatron-Core's own `sharded_state_dict` of the optimizers does not serve:
-- without Transformer Engine or Apex it loses torch AdamW's step count on resume: every parameter is given one
-  shared step tensor, and losses drift from the second step on;
-- its `fully_reshardable` form drops the padding between buckets on saving and then reads with it, so that every
-  bucket after a padded one is saved shifted; compact weights have such lengths;
-- it adds pickled parameter groups.
-Learning rate and weight decay follow from the recipe and the step count from the run's state: tensors are all that
-is kept.
+- without Transformer Engine or Apex it loses torch AdamW's step count on resume: every parameter is
+  given one shared step tensor, and losses drift from the second step on;
+- its `fully_reshardable` form drops the padding between buckets on saving and then reads with it,
+  so that every bucket after a padded one is saved shifted; compact weights have such lengths;
+- it adds pickled parameter groups. Learning rate and weight decay follow from the recipe and the
+step count from the run's state: tensors are all that is kept.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ STATE = ("param", *MOMENTS)
 
 
 def share_replicas(model_state: dict, rank: int, world: int) -> None:
-    """Gives every data-parallel rank an even share, by bytes, of what they all hold, to save it for all.
+    """Gives every data-parallel rank an even share, by bytes, of what they all hold, to save it for
+    all.
 
     Args:
-        model_state: the models' sharded tensors, chunk name -> key -> ShardedTensor; changed in place.
+        model_state: the models' sharded tensors, chunk name -> key -> ShardedTensor; changed in
+            place.
         rank, world: of the data-parallel group.
     """
     load = [0] * world
@@ -46,17 +48,20 @@ def snapshot(model_state: dict) -> None:
             tensor.data = tensor.data.detach().to("cpu", copy=True)
 
 
-def optimizer_state(optimizer: MegatronOptimizer, models: list[nn.Module], model_state: dict, loading: bool) -> dict:
-    """Sharded master weights and moments, each shaped like its parameter, of all parameters of this rank.
+def optimizer_state(optimizer: MegatronOptimizer, models: list[nn.Module], model_state: dict,
+                    loading: bool) -> dict:
+    """Sharded master weights and moments, each shaped like its parameter, of all parameters of this
+    rank.
 
     Args:
         model_state: the models' sharded tensors, chunk name -> key -> ShardedTensor.
-        loading: whether to make place for a checkpoint's state instead of giving out ours: copies on the CPU of what
-            this rank saves, and tensors without content for what others save.
+        loading: whether to make place for a checkpoint's state instead of giving out ours: copies
+            on the CPU of what this rank saves, and tensors without content for what others save.
     """
     (inner,) = optimizer.chained_optimizers
     _make_moments(inner)
-    places = {id(s.data): s for chunk in model_state.values() for s in chunk.values() if isinstance(s, ShardedTensor)}
+    places = {id(s.data): s for chunk in model_state.values() for s in chunk.values()
+              if isinstance(s, ShardedTensor)}
     mine = {p for p in _parameters(models) if is_main_replica(places[id(p)].replica_id)}
     whole = {} if loading else _whole(inner, models, mine)
     state = {}
@@ -65,7 +70,8 @@ def optimizer_state(optimizer: MegatronOptimizer, models: list[nn.Module], model
         tensors = whole.get(parameter) or {
             k: torch.empty(parameter.shape, dtype=torch.float32, device=device) for k in STATE}
         place = places[id(parameter)]
-        state[number] = {k: make_sharded_optimizer_tensor(place, t, f"optimizer.state.{k}") for k, t in tensors.items()}
+        state[number] = {k: make_sharded_optimizer_tensor(place, t, f"optimizer.state.{k}") for k,
+                         t in tensors.items()}
     return state
 
 
@@ -78,7 +84,8 @@ def _make_moments(inner: MegatronOptimizer) -> None:
 
 
 @torch.no_grad()
-def load_optimizer(optimizer: MegatronOptimizer, models: list[nn.Module], loaded: dict, steps: int) -> None:
+def load_optimizer(optimizer: MegatronOptimizer, models: list[nn.Module], loaded: dict,
+                   steps: int) -> None:
     """Puts loaded master weights and moments in place and sets Adam's step count."""
     (inner,) = optimizer.chained_optimizers
     for number, parameter in enumerate(_parameters(models)):
@@ -87,7 +94,8 @@ def load_optimizer(optimizer: MegatronOptimizer, models: list[nn.Module], loaded
             tensor.copy_(loaded[number][name].flatten()[part].view_as(tensor))
     if isinstance(inner.optimizer, torch.optim.AdamW):  # counts per parameter
         for state in inner.optimizer.state.values():
-            state["step"] = torch.full((), float(steps), device=state["exp_avg"].device)  # as its fused form has it
+            # as its fused form has it
+            state["step"] = torch.full((), float(steps), device=state["exp_avg"].device)
     else:  # the fused ones of Apex and Transformer Engine count per group
         for group in inner.optimizer.param_groups:
             group["step"] = steps
@@ -98,7 +106,8 @@ def _parameters(models: list[nn.Module]) -> list[nn.Parameter]:
 
 
 def _owned(inner: MegatronOptimizer, parameter: nn.Parameter) -> tuple[slice, dict[str, Tensor]]:
-    """The range of the flattened parameter whose state this rank keeps, and that state; empty if none."""
+    """The range of the flattened parameter whose state this rank keeps, and that state; empty if
+    none."""
     if not isinstance(inner, DistributedOptimizer):
         part, main = slice(None), getattr(parameter, "main_param", parameter)
     elif parameter in inner.model_param_gbuf_map:
@@ -113,10 +122,11 @@ def _owned(inner: MegatronOptimizer, parameter: nn.Parameter) -> tuple[slice, di
 
 @torch.no_grad()
 def _whole(inner: MegatronOptimizer, models: list[nn.Module], mine: set[nn.Parameter]) -> dict:
-    """parameter -> kind of state -> copy on the CPU, for the parameters `mine`; with ZeRO-1 gathered from the
-    data-parallel ranks bucket by bucket."""
+    """parameter -> kind of state -> copy on the CPU, for the parameters `mine`; with ZeRO-1
+    gathered from the data-parallel ranks bucket by bucket."""
     if not isinstance(inner, DistributedOptimizer):
-        return {p: {k: t.detach().to("cpu", torch.float32, copy=True) for k, t in _owned(inner, p)[1].items()}
+        return {p: {k: t.detach().to("cpu", torch.float32, copy=True) for k,
+                    t in _owned(inner, p)[1].items()}
                 for p in _parameters(models) if p in mine}
     whole: dict[nn.Parameter, dict[str, Tensor]] = {p: {} for p in mine}
     for buffer in inner.buffers:
@@ -130,10 +140,13 @@ def _whole(inner: MegatronOptimizer, models: list[nn.Module], mine: set[nn.Param
 
 
 def _gather_bucket(inner: DistributedOptimizer, bucket, name: str) -> Tensor:
-    """One kind of state of all parameters of a bucket, at their places in it, from all data-parallel ranks."""
+    """One kind of state of all parameters of a bucket, at their places in it, from all
+    data-parallel ranks."""
     group = inner.data_parallel_group
-    gathered = torch.empty(bucket.grad_data.numel(), dtype=torch.float32, device=bucket.grad_data.device)
-    shard = torch.zeros(gathered.numel() // group.size(), dtype=torch.float32, device=gathered.device)
+    gathered = torch.empty(bucket.grad_data.numel(), dtype=torch.float32,
+                           device=bucket.grad_data.device)
+    shard = torch.zeros(gathered.numel() // group.size(), dtype=torch.float32,
+                        device=gathered.device)
     for parameter in bucket.params_list:
         _, owned = _owned(inner, parameter)
         if owned:

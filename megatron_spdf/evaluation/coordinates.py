@@ -1,5 +1,6 @@
-"""The coordinate check (Yang et al. 2021, appendix D.1; Dey et al. 2024, figure 3): how large activations are in the
-first steps, layer by layer. Under rules that are right their sizes depend on neither width nor density."""
+"""The coordinate check (Yang et al. 2021, appendix D.1; Dey et al. 2024, figure 3): how large
+activations are in the first steps, layer by layer. Under rules that are right their sizes depend on
+neither width nor density."""
 
 from __future__ import annotations
 
@@ -26,8 +27,8 @@ def activation_sizes(recipe: Recipe, steps: int) -> list[Sizes]:
     """Mean |x| of each part's output in the forward pass of the first steps, on one rank.
 
     Returns:
-        For each step: "embedding", "layer N attention", "layer N mlp" (what they add to the residual stream) and
-        "logits" -> size.
+        For each step: "embedding", "layer N attention", "layer N mlp" (what they add to the
+        residual stream) and "logits" -> size.
     """
     plan = make_plan(recipe.sparsity, model_weights(recipe.model), recipe.model.query_groups)
     corpus = check_corpus(recipe)
@@ -56,10 +57,12 @@ def _recorded(model: nn.Module, vocab_size: int) -> Iterator[dict[str, list[floa
 
     places = [("embedding", model.embedding)]
     for number, layer in enumerate(model.decoder.layers):
-        places += [(f"layer {number} attention", layer.self_attention), (f"layer {number} mlp", layer.mlp)]
+        places += [(f"layer {number} attention", layer.self_attention),
+                   (f"layer {number} mlp", layer.mlp)]
     hooks = [watch(*place) for place in places] + [watch("logits", model.output_layer, vocab_size)]
     # A step takes its loss without them.
-    hooks.append(model.decoder.final_layernorm.register_forward_hook(lambda _, __, x: _score(model, x)))
+    hooks.append(model.decoder.final_layernorm.register_forward_hook(lambda _, __,
+                                                                     x: _score(model, x)))
     try:
         yield sizes
     finally:
@@ -80,7 +83,8 @@ def _tensors(output: Tensor | tuple[Tensor, Tensor | None]) -> list[Tensor]:
 
 
 def growth(sizes: dict[float, Sizes]) -> dict[str, float]:
-    """Slope of log size over log scale for each place: 0 where the size does not depend on the scale.
+    """Slope of log size over log scale for each place: 0 where the size does not depend on the
+    scale.
 
     Args:
         sizes: scale (a width, or a density) -> sizes at one step.
@@ -89,7 +93,8 @@ def growth(sizes: dict[float, Sizes]) -> dict[str, float]:
     centred = scales - scales.mean()
     found = {}
     for place in sizes[min(sizes)]:
-        values = torch.tensor([sizes[scale][place] for scale in sorted(sizes)], dtype=torch.float64).log2()
+        values = torch.tensor([sizes[scale][place] for scale in sorted(sizes)],
+                              dtype=torch.float64).log2()
         found[place] = float((centred * values).sum() / (centred * centred).sum())
     return found
 
@@ -98,7 +103,8 @@ def plot_sizes(found: dict[str, dict[str, dict[float, Sizes]]], path: Path) -> N
     """Size against scale, a line for each part of the model.
 
     Args:
-        found: parametrization -> what is scaled ("width", "density") -> scale -> sizes at the last step.
+        found: parametrization -> what is scaled ("width", "density") -> scale -> sizes at the last
+            step.
     """
     import matplotlib
 
@@ -106,14 +112,17 @@ def plot_sizes(found: dict[str, dict[str, dict[float, Sizes]]], path: Path) -> N
     from matplotlib import pyplot
 
     rules, scaled = list(found), list(next(iter(found.values())))
-    figure, axes = pyplot.subplots(len(rules), len(scaled), figsize=(5 * len(scaled), 3.6 * len(rules)), dpi=140,
+    figure, axes = pyplot.subplots(len(rules), len(scaled),
+                                   figsize=(5 * len(scaled), 3.6 * len(rules)), dpi=140,
                                    squeeze=False, sharey="col")
     for row, rule in zip(axes, rules, strict=True):
         for place, what in zip(row, scaled, strict=True):
             sizes = found[rule][what]
             for part in sizes[min(sizes)]:
-                place.plot(sorted(sizes), [sizes[s][part] for s in sorted(sizes)], "o-", markersize=3, label=part)
-            place.set(xscale="log", yscale="log", xlabel=what, ylabel="mean |activation|", title=f"{rule}, {what}")
+                place.plot(sorted(sizes), [sizes[s][part] for s in sorted(sizes)], "o-",
+                           markersize=3, label=part)
+            place.set(xscale="log", yscale="log", xlabel=what, ylabel="mean |activation|",
+                      title=f"{rule}, {what}")
             place.set_xticks(sorted(sizes), [f"{s:g}" for s in sorted(sizes)])
             place.minorticks_off()
             place.grid(alpha=0.3)

@@ -1,7 +1,9 @@
-"""Prompts, beam search by `transformers`, and the perplexity of completions, on one rank or several.
+"""Prompts, beam search by `transformers`, and the perplexity of completions, on one rank or
+several.
 
-A prompt is the context and the end-of-document token, as in fine-tuning; the model continues with " " + completion and
-ends with another end-of-document token, or at a blank line (Hu et al., 2022, the NLG examples of LoRA).
+A prompt is the context and the end-of-document token, as in fine-tuning; the model continues with "
+" + completion and ends with another end-of-document token, or at a blank line (Hu et al., 2022, the
+NLG examples of LoRA).
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ class Settings:
     Attributes:
         beams: width of the beam; 1 is greedy.
         length_penalty: the log-probability of a hypothesis is divided by its length to this power.
-        no_repeat_ngram: no completion has an n-gram of this many tokens twice; 0 allows any. N-grams of the prompt
-            may be repeated, since a text names what the prompt names.
+        no_repeat_ngram: no completion has an n-gram of this many tokens twice; 0 allows any.
+            N-grams of the prompt may be repeated, since a text names what the prompt names.
         max_new_tokens: of a completion.
         batch_size: prompts decoded together; changes no text.
     """
@@ -72,8 +74,8 @@ def window_of(model: PreTrainedModel) -> int:
     return model.config.max_position_embeddings
 
 
-def decode(model: PreTrainedModel, tokenizer: Tokenizer, contexts: Sequence[str], settings: Settings, rank: int = 0,
-           world: int = 1) -> Decoded:
+def decode(model: PreTrainedModel, tokenizer: Tokenizer, contexts: Sequence[str],
+           settings: Settings, rank: int = 0, world: int = 1) -> Decoded:
     """This rank's share of the completions; prompts of like length are decoded together.
 
     A prompt that leaves no room for `max_new_tokens` loses the beginning of its context.
@@ -83,17 +85,20 @@ def decode(model: PreTrainedModel, tokenizer: Tokenizer, contexts: Sequence[str]
     """
     room = window_of(model) - settings.max_new_tokens - 1
     if room < 1:
-        raise ValueError(f"max_new_tokens={settings.max_new_tokens} leaves no room for a prompt in the window of "
-                         f"{window_of(model)} tokens; give at most {window_of(model) - 2}")
+        raise ValueError(f"max_new_tokens={settings.max_new_tokens} leaves no room for a prompt in "
+                         f"the window of {window_of(model)} tokens; give at most "
+                         f"{window_of(model) - 2}")
     encoded = [tokenizer.encode(context) for context in contexts]
     prompts = [ids[max(0, len(ids) - room) :] + [tokenizer.eod] for ids in encoded]
     share = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))[rank::world]
     texts, tokens, start = {}, 0, time.monotonic()
-    with tqdm(total=len(share), unit="input", desc=f"decode, rank 0 of {world}", disable=rank > 0 or None) as bar:
+    with tqdm(total=len(share), unit="input", desc=f"decode, rank 0 of {world}",
+              disable=rank > 0 or None) as bar:
         for first in range(0, len(share), settings.batch_size):
             chosen = share[first : first + settings.batch_size]
             completions = _complete(model, tokenizer, [prompts[i] for i in chosen], settings)
-            texts |= {i: tokenizer.decode(ids).strip() for i, ids in zip(chosen, completions, strict=True)}
+            texts |= {i: tokenizer.decode(ids).strip() for i,
+                      ids in zip(chosen, completions, strict=True)}
             tokens += sum(len(ids) + 1 for ids in completions)
             bar.update(len(chosen))
             bar.set_postfix_str(f"{tokens / (time.monotonic() - start):.0f} tokens/s")
@@ -102,19 +107,25 @@ def decode(model: PreTrainedModel, tokenizer: Tokenizer, contexts: Sequence[str]
 
 
 @torch.inference_mode()
-def _complete(model: PreTrainedModel, tokenizer: Tokenizer, prompts: list[list[int]], s: Settings) -> list[list[int]]:
+def _complete(model: PreTrainedModel, tokenizer: Tokenizer, prompts: list[list[int]],
+              s: Settings) -> list[list[int]]:
     """The best completion of each prompt, without what ends it."""
     longest = max(map(len, prompts))
-    ids = torch.tensor([[tokenizer.eod] * (longest - len(p)) + p for p in prompts], device=model.device)  # (B, T)
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    # (B, T)
+    ids = torch.tensor([[tokenizer.eod] * (longest - len(p)) + p for p in prompts],
+                       device=model.device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts],
+                        device=model.device)
     ends = _ends(tokenizer)
     config = GenerationConfig(
-        num_beams=s.beams, length_penalty=s.length_penalty if s.beams > 1 else None, max_new_tokens=s.max_new_tokens,
-        do_sample=False, eos_token_id=ends, pad_token_id=tokenizer.eod, bos_token_id=tokenizer.eod)
+        num_beams=s.beams, length_penalty=s.length_penalty if s.beams > 1 else None,
+        max_new_tokens=s.max_new_tokens, do_sample=False, eos_token_id=ends,
+        pad_token_id=tokenizer.eod, bos_token_id=tokenizer.eod)
     processors = LogitsProcessorList()
     if s.no_repeat_ngram:
         processors.append(_NoRepeatInCompletion(s.no_repeat_ngram, longest))
-    out = model.generate(ids, attention_mask=mask, generation_config=config, logits_processor=processors)
+    out = model.generate(ids, attention_mask=mask, generation_config=config,
+                         logits_processor=processors)
     return [_until(row, set(ends)) for row in out[:, longest:].tolist()]
 
 
@@ -142,28 +153,35 @@ class Likelihood:
 
 
 @torch.inference_mode()
-def likelihood(model: PreTrainedModel, tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]], rank: int = 0,
-               world: int = 1, batch_tokens: int = 8192) -> Likelihood:
-    """This rank's share of the completions' log-likelihood; exp(nats / tokens) over all is their perplexity.
+def likelihood(model: PreTrainedModel, tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]],
+               rank: int = 0, world: int = 1, batch_tokens: int = 8192) -> Likelihood:
+    """This rank's share of the completions' log-likelihood; exp(nats / tokens) over all is their
+    perplexity.
 
     Args:
-        pairs: (context, completion); a pair longer than the window loses the beginning of its context.
+        pairs: (context, completion); a pair longer than the window loses the beginning of its
+            context.
         batch_tokens: at most that many tokens, padding included, are read at once.
 
     Raises:
         ValueError: a completion alone is longer than the window.
     """
-    sequences = [_sequence(tokenizer, context, completion, window_of(model)) for context, completion in pairs]
+    sequences = [_sequence(tokenizer, context, completion, window_of(model)) for context,
+                 completion in pairs]
     share = sorted(sequences, key=lambda s: -len(s[0]))[rank::world]
     nats, tokens, first = 0.0, 0, 0
-    with tqdm(total=len(share), unit="pair", desc=f"perplexity, rank 0 of {world}", disable=rank > 0 or None) as bar:
+    with tqdm(total=len(share), unit="pair", desc=f"perplexity, rank 0 of {world}",
+              disable=rank > 0 or None) as bar:
         while first < len(share):
             longest = len(share[first][0])
             batch = share[first : first + max(1, batch_tokens // longest)]
             first += len(batch)
-            ids = torch.tensor([ids + [tokenizer.eod] * (longest - len(ids)) for ids, _ in batch], device=model.device)
-            # (B, T): token t is predicted from position t - 1; padding follows and is not looked at by what precedes it
-            counted = torch.tensor([[start <= t < len(ids) for t in range(1, longest)] for ids, start in batch],
+            ids = torch.tensor([ids + [tokenizer.eod] * (longest - len(ids)) for ids, _ in batch],
+                               device=model.device)
+            # (B, T): token t is predicted from position t - 1; padding follows and is not looked at
+            # by what precedes it
+            counted = torch.tensor([[start <= t < len(ids) for t in range(1, longest)] for ids,
+                                    start in batch],
                                    device=model.device)
             hidden = model.base_model(ids[:, :-1]).last_hidden_state[counted]  # (N, H)
             logits = model.get_output_embeddings()(hidden).float()
@@ -173,13 +191,15 @@ def likelihood(model: PreTrainedModel, tokenizer: Tokenizer, pairs: Sequence[tup
     return Likelihood(nats, tokens)
 
 
-def _sequence(tokenizer: Tokenizer, context: str, completion: str, window: int) -> tuple[list[int], int]:
-    """context + EOD + " " + completion + EOD, whose last token is not read; and where the completion begins."""
+def _sequence(tokenizer: Tokenizer, context: str, completion: str,
+              window: int) -> tuple[list[int], int]:
+    """context + EOD + " " + completion + EOD, whose last token is not read; and where the
+    completion begins."""
     target = [*tokenizer.encode(f" {completion}"), tokenizer.eod]
     room = window - len(target)
     if room < 0:
-        raise ValueError(f"the completion {completion[:60]!r} has {len(target)} tokens and does not fit the window of "
-                         f"{window} together with the token that precedes it")
+        raise ValueError(f"the completion {completion[:60]!r} has {len(target)} tokens and does "
+                         f"not fit the window of {window} together with the token that precedes it")
     ids = tokenizer.encode(context)
     ids = ids[max(0, len(ids) - room) :] + [tokenizer.eod]
     return ids + target, len(ids)

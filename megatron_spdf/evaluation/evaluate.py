@@ -1,4 +1,5 @@
-"""A checkpoint on a task: perplexity of the references, decoding and scores, on one rank or several."""
+"""A checkpoint on a task: perplexity of the references, decoding and scores, on one rank or
+several."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ def evaluate(source: WeightSource, task: str, examples: Sequence[Example], setti
         model = in_memory(source).to(device)
         pairs = training_pairs(examples)
         measured = likelihood(model, source.tokenizer, pairs, ranks.rank, ranks.world)
-        decoded = decode(model, source.tokenizer, [e.context for e in examples], settings, ranks.rank, ranks.world)
+        decoded = decode(model, source.tokenizer, [e.context for e in examples], settings,
+                         ranks.rank, ranks.world)
         shares = _gather(ranks, (measured, decoded))
     finally:
         if dist.is_initialized():
@@ -56,18 +58,21 @@ def _gather(ranks: Ranks, share: Any) -> list[Any]:
     return shares
 
 
-def _scores(task: str, examples: Sequence[Example], shares: list[tuple[Likelihood, Decoded]], settings: Settings,
-            device: torch.device) -> tuple[list[str], Scores, dict[str, Any]]:
+def _scores(task: str, examples: Sequence[Example], shares: list[tuple[Likelihood, Decoded]],
+            settings: Settings, device: torch.device) -> tuple[list[str], Scores, dict[str, Any]]:
     texts = {i: text for _, decoded in shares for i, text in decoded.texts.items()}
     predictions = [texts[i] for i in range(len(examples))]
     scores = score(task, predictions, references_of(examples))
-    nats, tokens = (sum(getattr(measured, name) for measured, _ in shares) for name in ("nats", "tokens"))
+    nats, tokens = (sum(getattr(measured, name) for measured, _ in shares)
+                    for name in ("nats", "tokens"))
     scores.values[ALL]["perplexity"] = math.exp(nats / tokens)
     scores.signatures["perplexity"] = f"of the references' {tokens:,} tokens after context and end of document, in fp32"
     seconds = max(decoded.seconds for _, decoded in shares)
     generated = sum(decoded.tokens for _, decoded in shares)
-    facts = {**asdict(settings), "inputs": len(examples), "ranks": len(shares), "device": _name(device),
-             "tokens": generated, "seconds": round(seconds, 1), "tokens_per_second": round(generated / seconds, 1),
+    facts = {**asdict(settings), "inputs": len(examples), "ranks": len(shares),
+             "device": _name(device),
+             "tokens": generated, "seconds": round(seconds, 1),
+             "tokens_per_second": round(generated / seconds, 1),
              "truncated_prompts": sum(decoded.truncated for _, decoded in shares)}
     return predictions, scores, facts
 

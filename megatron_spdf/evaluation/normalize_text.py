@@ -1,4 +1,5 @@
-"""The form in which the official scripts of WebNLG 2017 and DART compare texts: lower-cased, split at non-words."""
+"""The form in which the official scripts of WebNLG 2017 and DART compare texts: lower-cased, split
+at non-words."""
 
 from __future__ import annotations
 

@@ -12,7 +12,8 @@ from megatron_spdf.model.batch import MicroBatch
 def validation_loss(
     engine: Engine, batches: Iterable[list[MicroBatch]], stop_requested: Callable[[], bool]
 ) -> float | None:
-    """Mean loss in nats per token over the batches; None when some rank was asked to stop on the way.
+    """Mean loss in nats per token over the batches; None when some rank was asked to stop on the
+    way.
 
     Perplexity is its exponential.
     """

@@ -55,12 +55,14 @@ def read_predictions(path: Path) -> list[str]:
 def read_references(task: str, paths: Sequence[Path], split: str = "test") -> References:
     """References from the task's data (a file, or the directory of the splits), or from text files.
 
-    Text files are one with a blank line after the references of each input, or without blank lines and one reference
-    an input; or several whose lines belong together, where a blank line is a missing reference. Several may be named
-    by what their names begin with: `reference` for reference0, reference1, ...
+    Text files are one with a blank line after the references of each input, or without blank lines
+    and one reference an input; or several whose lines belong together, where a blank line is a
+    missing reference. Several may be named by what their names begin with: `reference` for
+    reference0, reference1, ...
 
     Raises:
-        ValueError: they cannot be read, have different numbers of lines, or an input has no reference.
+        ValueError: they cannot be read, have different numbers of lines, or an input has no
+            reference.
         FileNotFoundError: nothing is there.
     """
     if len(paths) == 1 and (paths[0].is_dir() or paths[0].suffix.lower() in _DATA):
@@ -70,7 +72,8 @@ def read_references(task: str, paths: Sequence[Path], split: str = "test") -> Re
         found = References(texts, ("",) * len(texts), tokenised=task in TOKENISED)
     for number, texts in enumerate(found.texts, start=1):
         if not texts:
-            raise ValueError(f"{paths[0]}: input {number} has no reference; scoring needs at least one for each")
+            raise ValueError(f"{paths[0]}: input {number} has no reference; scoring needs at least "
+                             "one for each")
     return found
 
 
@@ -97,13 +100,16 @@ def _parallel(paths: Sequence[Path]) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(filter(None, texts)) for texts in zip(*columns, strict=True))
 
 
-def in_official_form(task: str, predictions: Sequence[str], references: References) -> tuple[list[str], References]:
+def in_official_form(task: str, predictions: Sequence[str],
+                     references: References) -> tuple[list[str], References]:
     """Both as the official scripts of WebNLG and DART compare them.
 
-    Predictions against data are tokenised as the references are. Against reference files those of DART are taken as
-    they are; those of WebNLG are tokenised, as its script does, if the files are in ASCII, as its script writes them.
+    Predictions against data are tokenised as the references are. Against reference files those of
+    DART are taken as they are; those of WebNLG are tokenised, as its script does, if the files are
+    in ASCII, as its script writes them.
     """
-    output, reference = (webnlg_output, webnlg_reference) if task == "webnlg" else (dart_text, dart_text)
+    output, reference = (webnlg_output,
+                         webnlg_reference) if task == "webnlg" else (dart_text, dart_text)
     if not references.tokenised:
         texts = tuple(tuple(map(reference, texts[:REFERENCES])) for texts in references.texts)
         return list(map(output, predictions)), References(texts, references.groups, tokenised=True)
@@ -112,11 +118,12 @@ def in_official_form(task: str, predictions: Sequence[str], references: Referenc
     return list(predictions), references
 
 
-def write_official(task: str, predictions: Sequence[str], references: References, directory: Path) -> None:
+def write_official(task: str, predictions: Sequence[str], references: References,
+                   directory: Path) -> None:
     """predictions.txt, one per line, and references as the official scripts read them.
 
-    WebNLG and DART: reference0, reference1, ... and predictions.tokenised.txt in the form of their scripts. Others:
-    references.txt, a blank line after the references of each input.
+    WebNLG and DART: reference0, reference1, ... and predictions.tokenised.txt in the form of their
+    scripts. Others: references.txt, a blank line after the references of each input.
     """
     _write_lines(directory / "predictions.txt", predictions)
     if task not in TOKENISED:
@@ -126,11 +133,13 @@ def write_official(task: str, predictions: Sequence[str], references: References
     outputs, official = in_official_form(task, predictions, references)
     _write_lines(directory / "predictions.tokenised.txt", outputs)
     for i in range(max(map(len, official.texts))):
-        _write_lines(directory / f"reference{i}", [texts[i] if i < len(texts) else "" for texts in official.texts])
+        _write_lines(directory / f"reference{i}",
+                     [texts[i] if i < len(texts) else "" for texts in official.texts])
 
 
 def _write_lines(path: Path, lines, joined: bool = False) -> None:
-    path.write_text("".join(f"{line if joined else _one_line(line)}\n" for line in lines), encoding="utf-8")
+    path.write_text("".join(f"{line if joined else _one_line(line)}\n" for line in lines),
+                    encoding="utf-8")
 
 
 def _one_line(text: str) -> str:

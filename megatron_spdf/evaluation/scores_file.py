@@ -20,9 +20,11 @@ _LIBRARIES = ("torch", "transformers", "sacrebleu", "pycocoevalcap", "rouge-scor
 
 def describe(task: str, split: str, scores: Scores, **facts: Any) -> dict[str, Any]:
     """The content of scores.json."""
-    return {"task": task, "split": split, **facts, "scores": scores.values, "missing": scores.missing,
+    return {"task": task, "split": split, **facts, "scores": scores.values,
+            "missing": scores.missing,
             "signatures": scores.signatures,
-            "versions": {"megatron_spdf": __version__, **{name: version(name) for name in _LIBRARIES}},
+            "versions": {"megatron_spdf": __version__,
+                         **{name: version(name) for name in _LIBRARIES}},
             "scored": datetime.now(UTC).isoformat(timespec="seconds")}
 
 

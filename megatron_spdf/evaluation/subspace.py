@@ -1,4 +1,5 @@
-"""How far fine-tuning moves each weight: cosine distance per layer and matrix (Thangarasa et al., 2023, 3.4)."""
+"""How far fine-tuning moves each weight: cosine distance per layer and matrix (Thangarasa et al.,
+2023, 3.4)."""
 
 from __future__ import annotations
 
@@ -17,23 +18,28 @@ _SHAPE = ("layers", "hidden", "heads", "query_groups", "ffn_hidden")
 
 
 def distances(before: WeightSource, after: WeightSource) -> list[dict[str, float]]:
-    """Of each layer, matrix -> 1 - <A, B> / (|A| |B|), over the entries of the two dense matrices, in float64.
+    """Of each layer, matrix -> 1 - <A, B> / (|A| |B|), over the entries of the two dense matrices,
+    in float64.
 
     Raises:
         ValueError: the models have different shapes, or a weight is missing or damaged.
     """
-    differ = [f"{key} is {getattr(before.model, key)} and {getattr(after.model, key)}" for key in _SHAPE
+    differ = [f"{key} is {getattr(before.model, key)} and {getattr(after.model, key)}"
+              for key in _SHAPE
               if getattr(before.model, key) != getattr(after.model, key)]
     if differ:
         raise ValueError(f"{before.path} and {after.path} are different models: {'; '.join(differ)}")
     return [{name: cosine_distance(a, b) for (name, a), (_, b) in zip(
-        matrices(before, layer), matrices(after, layer), strict=True)} for layer in range(before.model.layers)]
+        matrices(before, layer), matrices(after, layer), strict=True)}
+            for layer in range(before.model.layers)]
 
 
 def cosine_distance(a: Tensor, b: Tensor) -> float:
-    """Of two tensors of a shape, as vectors: 0 where they point the same way, 1 where they have nothing in common.
+    """Of two tensors of a shape, as vectors: 0 where they point the same way, 1 where they have
+    nothing in common.
 
-    Taken from the difference of the unit vectors, |a - b|^2 / 2, so that a distance of 1e-10 is not lost in 1 - cos.
+    Taken from the difference of the unit vectors, |a - b|^2 / 2, so that a distance of 1e-10 is not
+    lost in 1 - cos.
     """
     norms = [float(t.double().norm()) for t in (a, b)]
     if 0.0 in norms:
@@ -50,7 +56,8 @@ def matrices(source: WeightSource, layer: int) -> Iterator[tuple[str, Tensor]]:
 
 
 def split_qkv(weight: Tensor, model: Model) -> tuple[Tensor, ...]:
-    """W_Q, W_K and W_V of the fused weight, whose rows are grouped by query group: its heads' queries, key, value."""
+    """W_Q, W_K and W_V of the fused weight, whose rows are grouped by query group: its heads'
+    queries, key, value."""
     head = model.hidden // model.heads
     per_group = model.heads // model.query_groups
     grouped = weight.view(model.query_groups, per_group + 2, head, -1)  # (G, q.. k v, D, H)
@@ -62,7 +69,8 @@ def render(layers: list[dict[str, float]]) -> str:
     mean = {name: sum(row[name] for row in layers) / len(layers) for name in MATRICES}
     rows = [(str(number), row) for number, row in enumerate(layers)] + [("mean", mean)]
     return "\n".join([f"{'layer':<6}" + "".join(f"{name:>11}" for name in MATRICES),
-                      *(f"{label:<6}" + "".join(f"{row[name]:>11.3e}" for name in MATRICES) for label, row in rows)])
+                      *(f"{label:<6}" + "".join(f"{row[name]:>11.3e}" for name in MATRICES)
+                        for label, row in rows)])
 
 
 def draw(layers: list[dict[str, float]], path: Path, title: str) -> None:
@@ -75,7 +83,8 @@ def draw(layers: list[dict[str, float]], path: Path, title: str) -> None:
     values = torch.tensor([[row[name] for row in layers] for name in MATRICES]).numpy()
     figure, axes = pyplot.subplots(figsize=(max(5.0, 0.4 * len(layers) + 2), 3.2), dpi=140)
     image = axes.imshow(values, aspect="auto", cmap="viridis")
-    axes.set(xlabel="layer", yticks=range(len(MATRICES)), yticklabels=MATRICES, xticks=range(len(layers)), title=title)
+    axes.set(xlabel="layer", yticks=range(len(MATRICES)), yticklabels=MATRICES,
+             xticks=range(len(layers)), title=title)
     figure.colorbar(image, label="cosine distance")
     figure.tight_layout()
     figure.savefig(path, format="png")

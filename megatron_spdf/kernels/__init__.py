@@ -1,1 +1,2 @@
-"""Between a compact vector and the dense weight it stands for: `dispatch` picks the implementation."""
+"""Between a compact vector and the dense weight it stands for: `dispatch` picks the
+implementation."""

@@ -1,8 +1,10 @@
-"""Between a compact vector and the dense weight it stands for, and products with weights of tiles and 2:4 ones.
+"""Between a compact vector and the dense weight it stands for, and products with weights of tiles
+and 2:4 ones.
 
-One interface over implementations: Triton on CUDA, PyTorch on CUDA where Triton does not work, PyTorch on CPU. Which
-it is follows from the device, is settled at the first use on it, and `describe` tells it to the log. What an
-implementation does not take goes to PyTorch, which takes everything.
+One interface over implementations: Triton on CUDA, PyTorch on CUDA where Triton does not work,
+PyTorch on CPU. Which it is follows from the device, is settled at the first use on it, and
+`describe` tells it to the log. What an implementation does not take goes to PyTorch, which takes
+everything.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from megatron_spdf.kernels.limits import LARGEST, SMALLEST
 from megatron_spdf.kernels.mask import SPAN, Mask, TileTable, TwoFour, find_tiles, multiplies_tiles
 from megatron_spdf.text import first_line
 
-__all__ = ["TileTable", "Mask", "TwoFour", "adds_gradients", "tile_products", "compress", "describe", "expand",
+__all__ = ["TileTable", "Mask", "TwoFour", "adds_gradients", "tile_products", "compress",
+           "describe", "expand",
            "find_tiles", "implementation", "make_index", "multiplies_tiles", "two_four_library",
            "two_four_products"]
 
@@ -47,7 +50,8 @@ def implementation(device: str) -> tuple[ModuleType, str]:
 
 @cache
 def tile_products(device: str, size: int, dtype: torch.dtype) -> tuple[ModuleType | None, str]:
-    """What multiplies with weights of tiles without expanding them, None where nothing does; and its name, or why.
+    """What multiplies with weights of tiles without expanding them, None where nothing does; and
+    its name, or why.
 
     Args:
         device: as of `implementation`.
@@ -57,8 +61,8 @@ def tile_products(device: str, size: int, dtype: torch.dtype) -> tuple[ModuleTyp
     if chosen is torch_reference:
         return None, DENSE
     if not multiplies_tiles(size, dtype):
-        return None, (f"{DENSE}, since the kernels take tiles of {SMALLEST} to {LARGEST} in powers of two, of 16 or "
-                      f"32 bits, not {size} of {dtype}")
+        return None, (f"{DENSE}, since the kernels take tiles of {SMALLEST} to {LARGEST} in powers "
+                      f"of two, of 16 or 32 bits, not {size} of {dtype}")
     try:
         from megatron_spdf.kernels import triton_tiles
 
@@ -70,7 +74,8 @@ def tile_products(device: str, size: int, dtype: torch.dtype) -> tuple[ModuleTyp
 
 @cache
 def two_four_products(device: str, dtype: torch.dtype) -> tuple[two_four.Library | None, str]:
-    """What multiplies with 2:4 weights on sparse tensor cores, None where nothing does; and its name, or why.
+    """What multiplies with 2:4 weights on sparse tensor cores, None where nothing does; and its
+    name, or why.
 
     Args:
         device: as of `implementation`.
@@ -85,28 +90,31 @@ def two_four_products(device: str, dtype: torch.dtype) -> tuple[two_four.Library
             two_four.try_out(library, torch.device(device), dtype)
             return library, library.NAME
         except Exception as error:  # whatever a library, a driver or a GPU it does not know may raise
-            said.append(f"{library.NAME} does not work here ({type(error).__name__}: {first_line(error)})")
+            said.append(f"{library.NAME} does not work here ({type(error).__name__}: "
+                        f"{first_line(error)})")
     return None, f"{DENSE}, since {' and '.join(said)}"
 
 
 def two_four_library(dense: Tensor) -> two_four.Library | None:
-    """What multiplies with a 2:4 weight that stands for this dense one, None where it is expanded."""
+    """What multiplies with a 2:4 weight that stands for this dense one, None where it is
+    expanded."""
     library, _ = two_four_products(dense.device.type, dense.dtype)
     if library is None or two_four.fits(dense.shape):
         return library
-    _say_once(f"a 2:4 weight {dense.shape[0]} x {dense.shape[1]} is {DENSE}: {library.NAME} is asked for multiples of "
-              f"{two_four.SIDE} along both axes only")
+    _say_once(f"a 2:4 weight {dense.shape[0]} x {dense.shape[1]} is {DENSE}: {library.NAME} is "
+              f"asked for multiples of {two_four.SIDE} along both axes only")
     return None
 
 
 def adds_gradients(device: str) -> bool:
-    """Whether gradients of compact weights are added to their fp32 buffers where they come about: not by PyTorch, which
-    would make them first, and leaves adding to the engine."""
+    """Whether gradients of compact weights are added to their fp32 buffers where they come about:
+    not by PyTorch, which would make them first, and leaves adding to the engine."""
     return implementation(device)[0] is not torch_reference
 
 
 def make_index(bits: Tensor, slice_shape: tuple[int, int], axis: int) -> Tensor:
-    """What the implementation for the device of the bits wants to know of them, once; see `mask.Mask`.
+    """What the implementation for the device of the bits wants to know of them, once; see
+    `mask.Mask`.
 
     The meta device stands for a GPU that is not there.
     """
@@ -116,12 +124,15 @@ def make_index(bits: Tensor, slice_shape: tuple[int, int], axis: int) -> Tensor:
 
 
 def expand(values: Tensor, mask: Mask) -> Tensor:
-    """The dense weight (out, in): active values, (slices, active per slice), at their positions, zero elsewhere."""
-    return values.new_empty(mask.shape) if values.is_meta else _for(mask, values).expand(values, mask)
+    """The dense weight (out, in): active values, (slices, active per slice), at their positions,
+    zero elsewhere."""
+    return values.new_empty(mask.shape) if values.is_meta else _for(mask,
+                                                                    values).expand(values, mask)
 
 
 def compress(dense: Tensor, mask: Mask, out: Tensor | None = None) -> Tensor:
-    """The entries of a dense weight, or of its gradient, at the active positions: (slices, active per slice).
+    """The entries of a dense weight, or of its gradient, at the active positions: (slices, active
+    per slice).
 
     Args:
         out: contiguous, of the same size; what they are added to, in place, in its own precision.
@@ -135,8 +146,8 @@ def _for(mask: Mask, *tensors: Tensor) -> ModuleType:
     chosen, _ = implementation(tensors[0].device.type)
     if chosen is torch_reference or chosen.supports(mask, *tensors):
         return chosen
-    _say_once(f"a weight {mask.shape[0]} x {mask.shape[1]} of {tensors[0].dtype} is not for the kernels of "
-              f"{chosen.__name__.rpartition('.')[2]}; PyTorch expands and compresses it")
+    _say_once(f"a weight {mask.shape[0]} x {mask.shape[1]} of {tensors[0].dtype} is not for the "
+              f"kernels of {chosen.__name__.rpartition('.')[2]}; PyTorch expands and compresses it")
     return torch_reference
 
 
@@ -156,15 +167,17 @@ def _self_test(module: ModuleType, device: torch.device) -> None:
         raise RuntimeError("it computes something else than PyTorch")
 
 
-def _self_test_tiles(module: ModuleType, moves: ModuleType, device: torch.device, size: int, dtype: torch.dtype) -> None:
-    """Raises where products with tiles are not those with the expanded weight. Small whole numbers, so that both are
-    exact in any order of the sums.
+def _self_test_tiles(module: ModuleType, moves: ModuleType, device: torch.device, size: int,
+                     dtype: torch.dtype) -> None:
+    """Raises where products with tiles are not those with the expanded weight. Small whole numbers,
+    so that both are exact in any order of the sums.
 
     Args:
         moves: what expands and compresses on the device.
     """
     shape = 2 * size, 2 * size
-    active = torch.eye(2, dtype=torch.uint8).fliplr().repeat_interleave(size, 0).repeat_interleave(size // 8, 1) * 255
+    active = torch.eye(2, dtype=torch.uint8).fliplr().repeat_interleave(size,
+                                                                        0).repeat_interleave(size // 8, 1) * 255
     bits = active.view(1, -1).to(device)
     mask = Mask(bits, moves.make_index(bits, shape, 0), shape, shape, 0, 2 * size * size,
                 find_tiles(bits, shape, 0, size))

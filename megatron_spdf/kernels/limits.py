@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-# TileTable that kernels multiply with, in powers of two; others are expanded. Below, tensor cores have no such tile;
-# above, sums leave the registers.
+# TileTable that kernels multiply with, in powers of two; others are expanded. Below, tensor cores
+# have no such tile; above, sums leave the registers.
 SMALLEST, LARGEST = 16, 128
 
 

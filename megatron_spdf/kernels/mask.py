@@ -21,16 +21,20 @@ def multiplies_tiles(size: int, dtype: torch.dtype) -> bool:
 
 @dataclass(frozen=True)
 class TileTable:
-    """The active tiles of a mask of b x b tiles, as many in every tile row, and in every tile column, of a slice.
+    """The active tiles of a mask of b x b tiles, as many in every tile row, and in every tile
+    column, of a slice.
 
-    A row of a slice holds b values of each of its `per_row` active tiles, so that a slice's values are a dense matrix
-    (rows, per_row * b), and a tile of it a strided tile: compact storage and storage by tiles are one.
+    A row of a slice holds b values of each of its `per_row` active tiles, so that a slice's values
+    are a dense matrix (rows, per_row * b), and a tile of it a strided tile: compact storage and
+    storage by tiles are one.
 
     Attributes:
         size: b.
         per_row: active tiles of a tile row in each slice.
-        columns: (out / b, slots) int32: the tile column of each active tile of a tile row, ascending.
-        entries: (in / b, tiles in a column) int32: the active tiles of a tile column, as tile row * slots + slot.
+        columns: (out / b, slots) int32: the tile column of each active tile of a tile row,
+            ascending.
+        entries: (in / b, tiles in a column) int32: the active tiles of a tile column, as tile row *
+            slots + slot.
     """
 
     size: int
@@ -49,9 +53,10 @@ class TwoFour:
     """What multiplying by a 2:4 weight on sparse tensor cores needs beside its values.
 
     Attributes:
-        metadata, transposed: where the active entries of the weight (out, in), and of its transpose, are; as a library
-            wants it.
-        order: (active entries,) int32: the place among the values of each active entry of the transpose, row by row.
+        metadata, transposed: where the active entries of the weight (out, in), and of its
+            transpose, are; as a library wants it.
+        order: (active entries,) int32: the place among the values of each active entry of the
+            transpose, row by row.
     """
 
     metadata: Tensor
@@ -64,8 +69,10 @@ class Mask:
     """The mask of this rank's slices of a weight.
 
     Attributes:
-        bits: (slices, ceil(entries of a slice / 8)) uint8, a bit an entry in row-major order, numpy.packbits order.
-        index: what `kernels.make_index` made of the bits: (n,) positions, or (slices, spans) counts for Triton.
+        bits: (slices, ceil(entries of a slice / 8)) uint8, a bit an entry in row-major order,
+            numpy.packbits order.
+        index: what `kernels.make_index` made of the bits: (n,) positions, or (slices, spans) counts
+            for Triton.
         shape: (out, in) of this rank's dense weight.
         slice_shape: (out, in) of a slice.
         axis: along which the slices lie beside one another in the weight.
@@ -94,7 +101,8 @@ class Mask:
 
 
 def positions(bits: Tensor, slice_shape: tuple[int, int], axis: int) -> Tensor:
-    """Row-major positions of the active entries in the dense weight, slice after slice: (n,) int64."""
+    """Row-major positions of the active entries in the dense weight, slice after slice: (n,)
+    int64."""
     slices, (rows, columns) = len(bits), slice_shape
     shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=bits.device)
     active = (bits.unsqueeze(-1) >> shifts & 1).view(slices, -1)[:, : rows * columns]

@@ -1,7 +1,7 @@
 """How kernels are cut up for the programs of a GPU: what is taken, and what else is worth a trial.
 
-What is taken follows from sizes alone, never from a trial at a run's start: sums in another order would make another
-run of it, and a resumed run could not equal a straight one.
+What is taken follows from sizes alone, never from a trial at a run's start: sums in another order
+would make another run of it, and a resumed run could not equal a straight one.
 """
 
 from __future__ import annotations
@@ -27,27 +27,33 @@ class Tile(NamedTuple):
     stages: int
 
 
-# Warps of a program, by kernel; the first number is taken. With few, a thread has many entries to share its work.
+# Warps of a program, by kernel; the first number is taken. With few, a thread has many entries to
+# share its work.
 WARPS = {"expand": (1, 2, 4), "compress": (1, 2, 4)}
-# By kernel and size of the tiles; the first tile is taken. What a step of the first two products needs is found by
-# a table, so that of s stages (s - 1) / 2 steps are on their way. Their sums are as short as 512 terms in GPT-3 XL: two
-# programs or more of what is taken fit on a Hopper multiprocessor, so that one begins or ends while another multiplies.
-# `tools/benchmark.py tiles` tries them all.
-WIDE = [Tile(128, 64, 8, 5), Tile(128, 64, 8, 3), Tile(128, 128, 8, 3), Tile(256, 64, 8, 5), Tile(256, 64, 8, 3)]
-NARROW = [Tile(128, 64, 4, 5), Tile(128, 64, 4, 7), Tile(128, 64, 4, 3), Tile(256, 64, 8, 5), Tile(256, 64, 4, 5)]
+# By kernel and size of the tiles; the first tile is taken. What a step of the first two products
+# needs is found by a table, so that of s stages (s - 1) / 2 steps are on their way. Their sums are
+# as short as 512 terms in GPT-3 XL: two programs or more of what is taken fit on a Hopper
+# multiprocessor, so that one begins or ends while another multiplies. `tools/benchmark.py tiles`
+# tries them all.
+WIDE = [Tile(128, 64, 8, 5), Tile(128, 64, 8, 3), Tile(128, 128, 8, 3), Tile(256, 64, 8, 5),
+        Tile(256, 64, 8, 3)]
+NARROW = [Tile(128, 64, 4, 5), Tile(128, 64, 4, 7), Tile(128, 64, 4, 3), Tile(256, 64, 8, 5),
+          Tile(256, 64, 4, 5)]
 CANDIDATES = {
     ("forward", 128): WIDE,
     ("forward", 64): NARROW,
     ("input_gradient", 128): WIDE,
     ("input_gradient", 64): NARROW,
-    ("weight_gradient", 128): [Tile(128, 64, 8, 3), Tile(128, 64, 8, 4), Tile(64, 64, 4, 3), Tile(64, 64, 4, 4),
-                               Tile(64, 128, 4, 3)],
-    ("weight_gradient", 64): [Tile(64, 64, 4, 4), Tile(64, 64, 4, 3), Tile(64, 128, 4, 3), Tile(64, 128, 4, 4)],
+    ("weight_gradient", 128): [Tile(128, 64, 8, 3), Tile(128, 64, 8, 4), Tile(64, 64, 4, 3),
+                               Tile(64, 64, 4, 4), Tile(64, 128, 4, 3)],
+    ("weight_gradient", 64): [Tile(64, 64, 4, 4), Tile(64, 64, 4, 3), Tile(64, 128, 4, 3),
+                              Tile(64, 128, 4, 4)],
 }
 
 
 def chosen(kernel: str, size: int, tokens: int, bytes_each: int) -> Tile:
-    """The tile for tiles of a size: no wider than the tokens that there are, half as deep for 32 bits.
+    """The tile for tiles of a size: no wider than the tokens that there are, half as deep for 32
+    bits.
 
     Args:
         bytes_each: of an operand's entry, 2 or 4.

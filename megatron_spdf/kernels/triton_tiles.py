@@ -1,8 +1,10 @@
-"""Products with a weight of b x b tiles in Triton that compute on the active tiles only, where they lie.
+"""Products with a weight of b x b tiles in Triton that compute on the active tiles only, where they
+lie.
 
-A tile is a tile of the compact values with a row stride of `per_row * b`; see `mask.TileTable`. Every tile row and tile
-column of a slice has the same number of active tiles, so that all programs of a launch do the same work. Sums are
-fp32; fp32 operands are multiplied as such, not as TF32. Results are made transposed, a tile's rows or columns by
+A tile is a tile of the compact values with a row stride of `per_row * b`; see `mask.TileTable`.
+Every tile row and tile column of a slice has the same number of active tiles, so that all programs
+of a launch do the same work. Sums are fp32; fp32 operands are multiplied as such, not as TF32.
+Results are made transposed, a tile's rows or columns by
 tokens: tensor cores take 64 rows at a time and up to 256 columns, and a tile may have only 64.
 """
 
@@ -30,22 +32,25 @@ def forward(x: Tensor, values: Tensor, mask: Mask, tile: Tile | None = None) -> 
     x, out = _rows(x), x.new_empty(len(x), mask.shape[0])
     tile = tile or chosen("forward", mask.tiles.size, len(x), x.element_size())
     grid = (mask.shape[0] // mask.tiles.size, triton.cdiv(len(x), tile.width))
-    _forward[grid](x, values.contiguous(), out, mask.tiles.columns, len(x), x.stride(0), mask.shape[0], mask.active,
-                   SLOTS=mask.tiles.slots, PER_ROW=mask.tiles.per_row, SIZE=mask.tiles.size, TOKENS=tile.width,
-                   DEPTH=tile.depth, num_warps=tile.warps, num_stages=tile.stages)
+    _forward[grid](x, values.contiguous(), out, mask.tiles.columns, len(x), x.stride(0),
+                   mask.shape[0], mask.active, SLOTS=mask.tiles.slots, PER_ROW=mask.tiles.per_row,
+                   SIZE=mask.tiles.size, TOKENS=tile.width, DEPTH=tile.depth, num_warps=tile.warps,
+                   num_stages=tile.stages)
     return out
 
 
-def input_gradient(gradient: Tensor, values: Tensor, mask: Mask, tile: Tile | None = None) -> Tensor:
+def input_gradient(gradient: Tensor, values: Tensor, mask: Mask,
+                   tile: Tile | None = None) -> Tensor:
     """dx = dy W: (N, in) in the dtype of dy (N, out)."""
     gradient, out = _rows(gradient), gradient.new_empty(len(gradient), mask.shape[1])
     tile = tile or chosen("input_gradient", mask.tiles.size, len(gradient), gradient.element_size())
     entries = mask.tiles.entries
     grid = (len(entries), triton.cdiv(len(gradient), tile.width))
-    _input_gradient[grid](gradient, values.contiguous(), out, entries, len(gradient), gradient.stride(0), mask.shape[1],
-                          mask.active, IN_COLUMN=entries.shape[1], SLOTS=mask.tiles.slots, PER_ROW=mask.tiles.per_row,
-                          SIZE=mask.tiles.size, TOKENS=tile.width, DEPTH=tile.depth, num_warps=tile.warps,
-                          num_stages=tile.stages)
+    _input_gradient[grid](gradient, values.contiguous(), out, entries, len(gradient),
+                          gradient.stride(0), mask.shape[1], mask.active,
+                          IN_COLUMN=entries.shape[1], SLOTS=mask.tiles.slots,
+                          PER_ROW=mask.tiles.per_row, SIZE=mask.tiles.size, TOKENS=tile.width,
+                          DEPTH=tile.depth, num_warps=tile.warps, num_stages=tile.stages)
     return out
 
 
@@ -67,8 +72,8 @@ def weight_gradient(gradient: Tensor, x: Tensor, mask: Mask, out: Tensor | None 
     grid = (mask.tiles.size // tile.width, mask.tiles.columns.numel())
     _weight_gradient[grid](
         gradient, x, out, mask.tiles.columns, len(x), gradient.stride(0), x.stride(0), mask.active,
-        SLOTS=mask.tiles.slots, PER_ROW=mask.tiles.per_row, SIZE=mask.tiles.size, ROWS=tile.width, DEPTH=tile.depth,
-        ADDS=adds, num_warps=tile.warps, num_stages=tile.stages)
+        SLOTS=mask.tiles.slots, PER_ROW=mask.tiles.per_row, SIZE=mask.tiles.size, ROWS=tile.width,
+        DEPTH=tile.depth, ADDS=adds, num_warps=tile.warps, num_stages=tile.stages)
     return out
 
 
@@ -79,14 +84,15 @@ def _rows(x: Tensor) -> Tensor:
 
 @triton.jit
 def _tile(values, row, slot, active, PER_ROW: tl.constexpr, SIZE: tl.constexpr):
-    """Where the active tile with this tile row and slot begins; its rows are PER_ROW * SIZE apart."""
+    """Where the active tile with this tile row and slot begins; its rows are PER_ROW * SIZE
+    apart."""
     values += slot // PER_ROW * active.to(tl.int64) + row.to(tl.int64) * (SIZE * PER_ROW * SIZE)
     return values + slot % PER_ROW * SIZE
 
 
 @triton.jit
-def _forward(x, values, y, columns, tokens, stride_x, stride_y, active, SLOTS: tl.constexpr, PER_ROW: tl.constexpr,
-             SIZE: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr):
+def _forward(x, values, y, columns, tokens, stride_x, stride_y, active, SLOTS: tl.constexpr,
+             PER_ROW: tl.constexpr, SIZE: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr):
     row = tl.program_id(0)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     there = (token < tokens)[None, :]
@@ -94,7 +100,8 @@ def _forward(x, values, y, columns, tokens, stride_x, stride_y, active, SLOTS: t
     x += token.to(tl.int64)[None, :] * stride_x + inner[:, None]  # x^T, (DEPTH, TOKENS)
     tile = outer[:, None] * (PER_ROW * SIZE) + inner[None, :]  # of W, (SIZE, DEPTH)
     total = tl.zeros((SIZE, TOKENS), tl.float32)
-    for step in range(SLOTS * (SIZE // DEPTH)):  # one loop: an inner one would begin with nothing on its way
+    # one loop: an inner one would begin with nothing on its way
+    for step in range(SLOTS * (SIZE // DEPTH)):
         slot, start = step // (SIZE // DEPTH), step % (SIZE // DEPTH) * DEPTH
         column = tl.load(columns + row * SLOTS + slot)
         w = tl.load(_tile(values, row, slot, active, PER_ROW, SIZE) + tile + start)
@@ -106,20 +113,22 @@ def _forward(x, values, y, columns, tokens, stride_x, stride_y, active, SLOTS: t
 
 @triton.jit
 def _input_gradient(gradient, values, out, entries, tokens, stride_gradient, stride_out, active,
-                    IN_COLUMN: tl.constexpr, SLOTS: tl.constexpr, PER_ROW: tl.constexpr, SIZE: tl.constexpr,
-                    TOKENS: tl.constexpr, DEPTH: tl.constexpr):
+                    IN_COLUMN: tl.constexpr, SLOTS: tl.constexpr, PER_ROW: tl.constexpr,
+                    SIZE: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr):
     column = tl.program_id(0)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     there = (token < tokens)[None, :]
     inner, outer = tl.arange(0, DEPTH), tl.arange(0, SIZE)
-    gradient += token.to(tl.int64)[None, :] * stride_gradient + inner[:, None]  # dy^T, (DEPTH, TOKENS)
+    # dy^T, (DEPTH, TOKENS)
+    gradient += token.to(tl.int64)[None, :] * stride_gradient + inner[:, None]
     tile = inner[None, :] * (PER_ROW * SIZE) + outer[:, None]  # of W^T, (SIZE, DEPTH)
     total = tl.zeros((SIZE, TOKENS), tl.float32)
     for step in range(IN_COLUMN * (SIZE // DEPTH)):
         number, start = step // (SIZE // DEPTH), step % (SIZE // DEPTH) * DEPTH
         entry = tl.load(entries + column * IN_COLUMN + number)
         row = entry // SLOTS
-        w = tl.load(_tile(values, row, entry % SLOTS, active, PER_ROW, SIZE) + tile + start * (PER_ROW * SIZE))
+        w = tl.load(_tile(values, row, entry % SLOTS, active, PER_ROW, SIZE) + tile + start
+                    * (PER_ROW * SIZE))
         a = tl.load(gradient + row * SIZE + start, mask=there, other=0.0)
         total = tl.dot(w, a, total, input_precision="ieee")
     out += token.to(tl.int64)[None, :] * stride_out + column * SIZE + outer[:, None]
@@ -127,15 +136,16 @@ def _input_gradient(gradient, values, out, entries, tokens, stride_gradient, str
 
 
 @triton.jit
-def _weight_gradient(gradient, x, out, columns, tokens, stride_gradient, stride_x, active, SLOTS: tl.constexpr,
-                     PER_ROW: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
-                     ADDS: tl.constexpr):
+def _weight_gradient(gradient, x, out, columns, tokens, stride_gradient, stride_x, active,
+                     SLOTS: tl.constexpr, PER_ROW: tl.constexpr, SIZE: tl.constexpr,
+                     ROWS: tl.constexpr, DEPTH: tl.constexpr, ADDS: tl.constexpr):
     entry = tl.program_id(1)
     row, slot = entry // SLOTS, entry % SLOTS
     column = tl.load(columns + entry)
     inner, side = tl.arange(0, DEPTH), tl.arange(0, SIZE)
     outer = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    gradient += inner.to(tl.int64)[None, :] * stride_gradient + row * SIZE + outer[:, None]  # dy^T, (ROWS, DEPTH)
+    # dy^T, (ROWS, DEPTH)
+    gradient += inner.to(tl.int64)[None, :] * stride_gradient + row * SIZE + outer[:, None]
     x += inner.to(tl.int64)[:, None] * stride_x + column * SIZE + side[None, :]  # (DEPTH, SIZE)
     total = tl.zeros((ROWS, SIZE), tl.float32)
     for start in range(0, tokens, DEPTH):
@@ -145,7 +155,8 @@ def _weight_gradient(gradient, x, out, columns, tokens, stride_gradient, stride_
         total = tl.dot(a, b, total, input_precision="ieee")
         gradient += DEPTH * stride_gradient
         x += DEPTH * stride_x
-    tile = _tile(out, row, slot, active, PER_ROW, SIZE) + outer[:, None] * (PER_ROW * SIZE) + side[None, :]
+    tile = _tile(out, row, slot, active, PER_ROW, SIZE) + outer[:,
+                                                                None] * (PER_ROW * SIZE) + side[None, :]
     if ADDS:
         total += tl.load(tile)
     tl.store(tile, total.to(out.dtype.element_ty))

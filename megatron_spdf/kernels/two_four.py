@@ -1,10 +1,11 @@
 """Products with a 2:4 weight on sparse tensor cores, through the kernels that PyTorch brings.
 
-Both libraries behind them take the active values of each row, (rows, columns / 2), beside metadata that say where they
-are. The compact values of a weight are such a matrix as they lie, or slice beside slice; those of its transpose are the
-same values in another order. Masks are static, so metadata and order are made once. cuSPARSELt holds values and
-metadata in one array, of nine sixteenths of the dense weight; it writes its result transposed, as we want it.
-CUTLASS' kernels are for compute capability 8.x and nothing else, and their result is transposed by a copy.
+Both libraries behind them take the active values of each row, (rows, columns / 2), beside metadata
+that say where they are. The compact values of a weight are such a matrix as they lie, or slice
+beside slice; those of its transpose are the same values in another order. Masks are static, so
+metadata and order are made once. cuSPARSELt holds values and metadata in one array, of nine
+sixteenths of the dense weight; it writes its result transposed, as we want it. CUTLASS' kernels are
+for compute capability 8.x and nothing else, and their result is transposed by a copy.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class Library(Protocol):
     NAME: str
 
     def metadata(self, pattern: Tensor, dtype: torch.dtype) -> Tensor:
-        """Where the active entries are; of `pattern` (rows, columns) bool, for values of a dtype. Integers."""
+        """Where the active entries are; of `pattern` (rows, columns) bool, for values of a dtype.
+        Integers."""
 
     def multiply(self, values: Tensor, metadata: Tensor, x: Tensor) -> Tensor:
         """x W^T, (N, rows) contiguous, of x (N, columns) and the values (rows, columns / 2)."""
@@ -42,7 +44,8 @@ class CuSparseLt:
 
     def multiply(self, values: Tensor, metadata: Tensor, x: Tensor) -> Tensor:
         packed = torch.cat([values.reshape(-1), metadata.view(values.dtype)])
-        packed = packed.view(len(values), -1)  # as compressing gives it: rows say how many, columns nothing
+        # as compressing gives it: rows say how many, columns nothing
+        packed = packed.view(len(values), -1)
         return torch._cslt_sparse_mm(packed, x.contiguous().T, transpose_result=True)
 
 
@@ -53,12 +56,13 @@ class Cutlass:
         return sparse_semi_structured_from_dense_cutlass(pattern.to(dtype).contiguous())[1]
 
     def multiply(self, values: Tensor, metadata: Tensor, x: Tensor) -> Tensor:
-        return torch._sparse_semi_structured_mm(values.contiguous(), metadata, x.contiguous().T).T.contiguous()
+        return torch._sparse_semi_structured_mm(values.contiguous(), metadata,
+                                                x.contiguous().T).T.contiguous()
 
 
 class CompressedEachTime:
-    """cuSPARSELt, handed the expanded weight for every product: it promises nothing about where in its array it keeps
-    the values, and where that is not first they cannot be put there."""
+    """cuSPARSELt, handed the expanded weight for every product: it promises nothing about where in
+    its array it keeps the values, and where that is not first they cannot be put there."""
 
     NAME = "cuSPARSELt, compressed anew for each product"
 
@@ -67,10 +71,12 @@ class CompressedEachTime:
 
     def multiply(self, values: Tensor, metadata: Tensor, x: Tensor) -> Tensor:
         weight = values.new_zeros(metadata.shape).masked_scatter_(metadata, values)
-        return torch._cslt_sparse_mm(torch._cslt_compress(weight), x.contiguous().T, transpose_result=True)
+        return torch._cslt_sparse_mm(torch._cslt_compress(weight), x.contiguous().T,
+                                     transpose_result=True)
 
 
-LIBRARIES: tuple[Library, ...] = (CuSparseLt(), Cutlass(), CompressedEachTime())  # in the order they are tried in
+# in the order they are tried in
+LIBRARIES: tuple[Library, ...] = (CuSparseLt(), Cutlass(), CompressedEachTime())
 
 
 def fits(shape: tuple[int, int]) -> bool:
@@ -88,11 +94,13 @@ def find_two_four(
     pattern[places] = True
     pattern = pattern.view(rows, columns)
     order = (places % columns * rows + places // columns).argsort()
-    return TwoFour(library.metadata(pattern, dtype), library.metadata(pattern.T, dtype), order.int())
+    return TwoFour(library.metadata(pattern, dtype), library.metadata(pattern.T, dtype),
+                   order.int())
 
 
 def packed(values: Tensor, mask: Mask) -> Tensor:
-    """The active values of each row of the weight, (out, in / 2): as they lie, or of slices side by side."""
+    """The active values of each row of the weight, (out, in / 2): as they lie, or of slices side by
+    side."""
     rows, columns = mask.shape
     if mask.axis == 0:
         return values.reshape(rows, columns // 2)
@@ -106,8 +114,8 @@ def packed_transposed(values: Tensor, mask: Mask) -> Tensor:
 
 
 def try_out(library: Library, device: torch.device, dtype: torch.dtype) -> None:
-    """Raises where a library does not compute what a dense product does. Small whole numbers, so that both are exact
-    in any order of the sums."""
+    """Raises where a library does not compute what a dense product does. Small whole numbers, so
+    that both are exact in any order of the sums."""
     draw = torch.Generator().manual_seed(0)
     places = torch.rand(64, 32, 4, generator=draw).argsort(-1) < 2
     weight = torch.randint(1, 3, (64, 128), generator=draw) * places.view(64, 128)

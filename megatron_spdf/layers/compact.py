@@ -1,9 +1,9 @@
 """The compact weight: a parametrization of Megatron-Core's parallel linear layers.
 
-`module.parametrizations.weight.original` is the parameter, (slices of this rank, active per slice): two axes, so
-that Megatron-Core decays it like the matrix it is, and cut along the first by tensor parallelism like any weight.
-`module.weight` is computed from it, and the layer multiplies with that; or, where the layer's product knows how to,
-with the values themselves (`product.py`).
+`module.parametrizations.weight.original` is the parameter, (slices of this rank, active per slice):
+two axes, so that Megatron-Core decays it like the matrix it is, and cut along the first by tensor
+parallelism like any weight. `module.weight` is computed from it, and the layer multiplies with
+that; or, where the layer's product knows how to, with the values themselves (`product.py`).
 """
 
 from __future__ import annotations
@@ -36,12 +36,13 @@ DenseCopy = Literal["per_step", "per_layer", "always"]
 
 
 class _Expand(torch.autograd.Function):
-    """Dense weight from compact values; backward cuts the dense gradient to the active positions."""
+    """Dense weight from compact values; backward cuts the dense gradient to the active
+    positions."""
 
     @staticmethod
     def forward(ctx, values: Tensor, mask: Mask) -> Tensor:
-        # On ctx, not in save_for_backward: one expansion serves all micro-batches of a step, and saved tensors
-        # would be freed by the backward of the first.
+        # On ctx, not in save_for_backward: one expansion serves all micro-batches of a step, and
+        # saved tensors would be freed by the backward of the first.
         ctx.values, ctx.mask = values, mask
         return dispatch.expand(values, mask)
 
@@ -56,19 +57,22 @@ class CompactWeight(nn.Module):
     Args:
         weight: the plan's entry.
         seed: of the masks.
-        rank, world: of the tensor-parallel group; the rank holds slices [rank, rank + 1) * C / world.
-        device: where the weight lives; on the meta device nothing is drawn and buffers have shapes only.
+        rank, world: of the tensor-parallel group; the rank holds slices [rank, rank + 1) * C /
+            world.
+        device: where the weight lives; on the meta device nothing is drawn and buffers have shapes
+            only.
         product: multiplies with the values without a dense weight, if any does.
 
     Attributes:
-        pass_through: `forward` hands the values on as they are, to the product of the layer that is running.
+        pass_through: `forward` hands the values on as they are, to the product of the layer that is
+            running.
     """
 
     mask_bits: Tensor  # (local slices, ceil(entries per slice / 8)) uint8, numpy.packbits order
     index: Tensor
 
-    def __init__(self, weight: SparseWeight, seed: int, rank: int, world: int, device: torch.device | str,
-                 product: Product | None = None):
+    def __init__(self, weight: SparseWeight, seed: int, rank: int, world: int,
+                 device: torch.device | str, product: Product | None = None):
         super().__init__()
         assert weight.slices % world == 0, (weight, world)
         local = weight.slices // world
@@ -85,7 +89,8 @@ class CompactWeight(nn.Module):
         self.index_mask()
 
     def index_mask(self) -> None:
-        """Derives what the kernels use from `mask_bits`: at the start, and where a checkpoint brought another mask.
+        """Derives what the kernels use from `mask_bits`: at the start, and where a checkpoint
+        brought another mask.
 
         Raises:
             ValueError: the mask has another density than planned, other tiles, or is not 2:4.
@@ -107,23 +112,27 @@ class CompactWeight(nn.Module):
     def _check_masks(self) -> None:
         """Holds the packed bits to the plan."""
         k = self.values_shape[1]
-        masks = np.unpackbits(self.mask_bits.cpu().numpy(), axis=1, count=math.prod(self.planned.slice_shape))
+        masks = np.unpackbits(self.mask_bits.cpu().numpy(), axis=1,
+                              count=math.prod(self.planned.slice_shape))
         counts = masks.sum(axis=1, dtype=np.int64).tolist()
         if any(count != k for count in counts):
-            raise ValueError(f"the slices of {self.planned.name} have {counts} active entries in their masks instead "
-                             f"of {k} each; use another checkpoint")
+            raise ValueError(f"the slices of {self.planned.name} have {counts} active entries in "
+                             f"their masks instead of {k} each; use another checkpoint")
         if not follows_pattern(masks, self.planned):
             pattern = ("2:4 along rows and columns" if self.planned.two_four else
                        f"of tiles of {self.planned.tile}, equally many in every row and column")
-            raise ValueError(f"the masks of {self.planned.name} are not {pattern}; use another checkpoint")
+            raise ValueError(f"the masks of {self.planned.name} are not {pattern}; use another "
+                             "checkpoint")
 
     def _find_tiles(self) -> TileTable:
         planned = self.planned
         if not self.mask_bits.is_meta:
-            return dispatch.find_tiles(self.mask_bits, planned.slice_shape, planned.axis, planned.tile)
+            return dispatch.find_tiles(self.mask_bits, planned.slice_shape, planned.axis,
+                                       planned.tile)
         tiles = self.values_shape[0] * planned.active_per_slice // planned.tile**2
         rows, columns = (n // planned.tile for n in self.shape)
-        tables = (self.mask_bits.new_empty((n, tiles // n), dtype=torch.int32) for n in (rows, columns))
+        tables = (self.mask_bits.new_empty((n, tiles // n), dtype=torch.int32)
+                  for n in (rows, columns))
         return TileTable(planned.tile, planned.per_row, *tables)
 
     @property
@@ -133,9 +142,10 @@ class CompactWeight(nn.Module):
         if hasattr(self, "tile_columns"):
             tiles = TileTable(planned.tile, planned.per_row, self.tile_columns, self.tile_entries)
         if hasattr(self, "two_four_order"):
-            two_four = TwoFour(self.two_four_metadata, self.two_four_transposed, self.two_four_order)
-        return Mask(self.mask_bits, self.index, self.shape, planned.slice_shape, planned.axis, self.values_shape[1],
-                    tiles, two_four)
+            two_four = TwoFour(self.two_four_metadata, self.two_four_transposed,
+                               self.two_four_order)
+        return Mask(self.mask_bits, self.index, self.shape, planned.slice_shape, planned.axis,
+                    self.values_shape[1], tiles, two_four)
 
     def forward(self, values: Tensor) -> Tensor:
         return values if self.pass_through else _Expand.apply(values, self.mask)
@@ -150,18 +160,22 @@ def _local_shape(weight: SparseWeight, world: int) -> tuple[int, int]:
 
 
 def sparsify(
-    module: nn.Module, weight: SparseWeight, seed: int, rank: int, world: int, dense_copy: DenseCopy = "per_step"
+    module: nn.Module, weight: SparseWeight, seed: int, rank: int, world: int,
+    dense_copy: DenseCopy = "per_step"
 ) -> None:
-    """Makes `module.weight` compact: from here on the module's parameter is the vector of active values.
+    """Makes `module.weight` compact: from here on the module's parameter is the vector of active
+    values.
 
     Args:
-        dense_copy: how the dense weight comes about where no kernel multiplies with the values: once for all the time that
-            `expanded` is entered; for each layer, in forward and again in backward; "always" where the layer reads it,
-            and never a product with the values.
+        dense_copy: how the dense weight comes about where no kernel multiplies with the values:
+            once for all the time that `expanded` is entered; for each layer, in forward and again
+            in backward; "always" where the layer reads it, and never a product with the values.
     """
     dense = module.weight
-    marks = dict(vars(dense))  # tensor_model_parallel, partition_dim, ...: Megatron-Core reads them off parameters
-    product = choose_product(weight, dense, dense_copy) if hasattr(module, "_forward_impl") else None
+    # tensor_model_parallel, partition_dim, ...: Megatron-Core reads them off parameters
+    marks = dict(vars(dense))
+    product = choose_product(weight, dense, dense_copy) if hasattr(module,
+                                                                   "_forward_impl") else None
     compact = CompactWeight(weight, seed, rank, world, dense.device, product)
     assert tuple(dense.shape) == compact.shape, (weight.name, tuple(dense.shape), compact.shape)
     parametrize.register_parametrization(module, "weight", compact, unsafe=True)
@@ -183,7 +197,8 @@ def sparse_modules(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def densify(model: nn.Module) -> None:
-    """Turns every compact weight into an ordinary parameter; revived entries start at zero, outputs are unchanged."""
+    """Turns every compact weight into an ordinary parameter; revived entries start at zero, outputs
+    are unchanged."""
     for module in list(sparse_modules(model)):
         marks = dict(vars(module.parametrizations.weight.original))
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
@@ -195,13 +210,14 @@ def densify(model: nn.Module) -> None:
 
 @contextmanager
 def expanded(model: nn.Module, at_once: bool = True) -> Iterator[None]:
-    """Expands every compact weight once and keeps the copies until the context ends, but for layers that multiply with
-    the values.
+    """Expands every compact weight once and keeps the copies until the context ends, but for layers
+    that multiply with the values.
 
     Args:
-        at_once: on entry and not on first use. With full recomputation the first use is inside a no_grad forward, and
-            a copy cached there would silently cut the weight from its gradient. Where weights are not used inside
-            such a forward, expanding on first use lets parameter gathers overlap with the layers before.
+        at_once: on entry and not on first use. With full recomputation the first use is inside a
+            no_grad forward, and a copy cached there would silently cut the weight from its
+            gradient. Where weights are not used inside such a forward, expanding on first use lets
+            parameter gathers overlap with the layers before.
     """
     with parametrize.cached():
         if at_once:
@@ -212,16 +228,19 @@ def expanded(model: nn.Module, at_once: bool = True) -> Iterator[None]:
 
 
 def _sharded_state_dict(module, prefix: str = "", sharded_offsets=(), metadata=None) -> dict:
-    """What a compact layer puts into Megatron-Core's distributed checkpoint: values and mask bits as tensors cut
-    along their first axis, the slices; the bias as before."""
+    """What a compact layer puts into Megatron-Core's distributed checkpoint: values and mask bits
+    as tensors cut along their first axis, the slices; the bias as before."""
     from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
     axes = {"parametrizations.weight.original": 0, "parametrizations.weight.0.mask_bits": 0}
     if compact_of(module).planned.axis == 0:
         axes["bias"] = 0
-    state = {k: v for k, v in module.state_dict(keep_vars=True).items() if v is not None and "_extra_state" not in k}
+    state = {k: v for k,
+             v in module.state_dict(keep_vars=True).items() if v is not None
+             and "_extra_state" not in k}
     sharded = make_sharded_tensors_for_checkpoint(
-        state, prefix, axes, sharded_offsets, tp_group=module.tp_group, dp_cp_group=metadata["dp_cp_group"])
+        state, prefix, axes, sharded_offsets, tp_group=module.tp_group,
+        dp_cp_group=metadata["dp_cp_group"])
     for tensor in sharded.values():  # the names in the file
         tensor.key = tensor.key.replace("parametrizations.weight.original", "weight.values")
         tensor.key = tensor.key.replace("parametrizations.weight.0.mask_bits", "weight.mask_bits")

@@ -1,9 +1,11 @@
-"""Products with a compact weight in Megatron-Core's parallel linear layers that keep no dense copy of it: on its tiles
-alone, on sparse tensor cores, or expanded for the layer, in forward and again in backward.
+"""Products with a compact weight in Megatron-Core's parallel linear layers that keep no dense copy
+of it: on its tiles alone, on sparse tensor cores, or expanded for the layer, in forward and again
+in backward.
 
-Communication is that of Megatron-Core's own product, `LinearWithGradAccumulationAndAsyncCommunication`: the input is
-gathered and its gradient scattered under sequence parallelism, or summed under tensor parallelism, behind the product
-that gives the weight's gradient; and that goes straight into the fp32 buffer where there is one.
+Communication is that of Megatron-Core's own product,
+`LinearWithGradAccumulationAndAsyncCommunication`: the input is gathered and its gradient scattered
+under sequence parallelism, or summed under tensor parallelism, behind the product that gives the
+weight's gradient; and that goes straight into the fp32 buffer where there is one.
 """
 
 from __future__ import annotations
@@ -32,12 +34,14 @@ class Product(Protocol):
     def input_gradient(self, gradient: Tensor, values: Tensor, mask: Mask) -> Tensor:
         """(N, in) of that of y (N, out)."""
 
-    def weight_gradient(self, gradient: Tensor, x: Tensor, mask: Mask, out: Tensor | None) -> Tensor:
+    def weight_gradient(self, gradient: Tensor, x: Tensor, mask: Mask,
+                        out: Tensor | None) -> Tensor:
         """(slices, active per slice), added to `out` if there is one."""
 
 
 class ExpandedProduct:
-    """With the weight expanded for the moment: no copy is kept, and every micro-batch pays for two."""
+    """With the weight expanded for the moment: no copy is kept, and every micro-batch pays for
+    two."""
 
     def forward(self, x: Tensor, values: Tensor, mask: Mask) -> Tensor:
         return x @ dispatch.expand(values, mask).T
@@ -45,7 +49,8 @@ class ExpandedProduct:
     def input_gradient(self, gradient: Tensor, values: Tensor, mask: Mask) -> Tensor:
         return gradient @ dispatch.expand(values, mask)
 
-    def weight_gradient(self, gradient: Tensor, x: Tensor, mask: Mask, out: Tensor | None) -> Tensor:
+    def weight_gradient(self, gradient: Tensor, x: Tensor, mask: Mask,
+                        out: Tensor | None) -> Tensor:
         return dispatch.compress(gradient.T @ x, mask, out)
 
 
@@ -61,14 +66,16 @@ class TileProduct:
     def input_gradient(self, gradient: Tensor, values: Tensor, mask: Mask) -> Tensor:
         return self.kernels.input_gradient(gradient, values, mask)
 
-    def weight_gradient(self, gradient: Tensor, x: Tensor, mask: Mask, out: Tensor | None) -> Tensor:
+    def weight_gradient(self, gradient: Tensor, x: Tensor, mask: Mask,
+                        out: Tensor | None) -> Tensor:
         return self.kernels.weight_gradient(gradient, x, mask, out)
 
 
 @dataclass(frozen=True)
 class TwoFourProduct(ExpandedProduct):
-    """With the active values of a 2:4 weight, on sparse tensor cores. The weight's gradient, of dense operands, is made
-    whole and cut; and the weight is expanded where the kernels do not take the number of tokens."""
+    """With the active values of a 2:4 weight, on sparse tensor cores. The weight's gradient, of
+    dense operands, is made whole and cut; and the weight is expanded where the kernels do not take
+    the number of tokens."""
 
     library: two_four.Library
     dtype: torch.dtype
@@ -85,11 +92,13 @@ class TwoFourProduct(ExpandedProduct):
     def input_gradient(self, gradient: Tensor, values: Tensor, mask: Mask) -> Tensor:
         if len(gradient) % two_four.TOKENS:
             return super().input_gradient(gradient, values, mask)
-        return self.library.multiply(two_four.packed_transposed(values, mask), mask.two_four.transposed, gradient)
+        return self.library.multiply(two_four.packed_transposed(values, mask),
+                                     mask.two_four.transposed, gradient)
 
 
 def choose_product(weight: SparseWeight, dense: Tensor, dense_copy: str) -> Product | None:
-    """What multiplies with the values of a compact weight; None where the layer multiplies with the expanded weight.
+    """What multiplies with the values of a compact weight; None where the layer multiplies with the
+    expanded weight.
 
     Args:
         dense: the weight that becomes compact.
@@ -109,8 +118,9 @@ def choose_product(weight: SparseWeight, dense: Tensor, dense_copy: str) -> Prod
 
 
 def add_gradient(values: Tensor, compute: Callable[[Tensor | None], Tensor]) -> Tensor:
-    """The gradient of a compact parameter; where a data-parallel engine keeps an fp32 buffer for it and kernels can add
-    to that, it is added there, and what comes back is of the right shape and never read.
+    """The gradient of a compact parameter; where a data-parallel engine keeps an fp32 buffer for it
+    and kernels can add to that, it is added there, and what comes back is of the right shape and
+    never read.
 
     Args:
         compute: makes the gradient, or adds it to the buffer that it is given.
@@ -124,11 +134,13 @@ def add_gradient(values: Tensor, compute: Callable[[Tensor | None], Tensor]) -> 
 
 
 class _Multiply(torch.autograd.Function):
-    """y (T, B, out) = x (T, B, in) W^T on this tensor-parallel rank, with what its group must exchange."""
+    """y (T, B, out) = x (T, B, in) W^T on this tensor-parallel rank, with what its group must
+    exchange."""
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, values: Tensor, product: Product, mask: Mask, group, sums: bool, gathers: bool
+        ctx, x: Tensor, values: Tensor, product: Product, mask: Mask, group, sums: bool,
+        gathers: bool
     ) -> Tensor:
         ctx.save_for_backward(x, values)
         ctx.product, ctx.mask, ctx.group, ctx.sums, ctx.gathers = product, mask, group, sums, gathers
@@ -143,7 +155,8 @@ class _Multiply(torch.autograd.Function):
         input_gradient = product.input_gradient(rows, values, mask).view(whole.shape)
         if gathering is not None:
             gathering.wait()
-        # Started here to run behind the weight's gradient: CUDA_DEVICE_MAX_CONNECTIONS=1 keeps them in order.
+        # Started here to run behind the weight's gradient: CUDA_DEVICE_MAX_CONNECTIONS=1 keeps them
+        # in order.
         exchange = None
         if ctx.gathers:
             input_gradient, exchange = _scattered(input_gradient, ctx.group)
@@ -164,11 +177,13 @@ def _tokens(x: Tensor) -> Tensor:
 
 
 def _gathered(x: Tensor, group, behind: bool = False) -> tuple[Tensor, Any]:
-    """The whole sequence (T, B, in) of this rank's part (T / TP, B, in), in a buffer that the next gather takes."""
+    """The whole sequence (T, B, in) of this rank's part (T / TP, B, in), in a buffer that the next
+    gather takes."""
     from megatron.core.parallel_state import get_global_memory_buffer
     from megatron.core.tensor_parallel.layers import dist_all_gather_func
 
-    whole = get_global_memory_buffer().get_tensor([len(x) * group.size(), *x.shape[1:]], x.dtype, "mpu")
+    whole = get_global_memory_buffer().get_tensor([len(x) * group.size(), *x.shape[1:]], x.dtype,
+                                                  "mpu")
     return whole, dist_all_gather_func(whole, x.contiguous(), group=group, async_op=behind)
 
 
@@ -199,8 +214,10 @@ def _forward(module: nn.Module, compact, *arguments, **keywords):
         compact.pass_through = False
 
 
-def _forward_impl(compact, input: Tensor, weight: Tensor, bias: Tensor | None, allreduce_dgrad: bool,
-                  sequence_parallel: bool, tp_group, **_) -> Tensor:
-    """In place of Megatron-Core's `linear_with_grad_accumulation_and_async_allreduce`, whose arguments it takes."""
-    y = _Multiply.apply(input, weight, compact.product, compact.mask, tp_group, allreduce_dgrad, sequence_parallel)
+def _forward_impl(compact, input: Tensor, weight: Tensor, bias: Tensor | None,
+                  allreduce_dgrad: bool, sequence_parallel: bool, tp_group, **_) -> Tensor:
+    """In place of Megatron-Core's `linear_with_grad_accumulation_and_async_allreduce`, whose
+    arguments it takes."""
+    y = _Multiply.apply(input, weight, compact.product, compact.mask, tp_group, allreduce_dgrad,
+                        sequence_parallel)
     return y if bias is None else y + bias

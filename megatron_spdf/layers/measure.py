@@ -12,7 +12,8 @@ from torch import nn
 from megatron_spdf.layers.compact import compact_of, sparse_modules
 from megatron_spdf.sparsity.plan import Plan
 
-# An active value may be exactly zero by chance; a mask that leaks or a value that died in numbers is more than that.
+# An active value may be exactly zero by chance; a mask that leaks or a value that died in numbers
+# is more than that.
 TOLERANCE = 1e-3
 SHOWN = 4  # weights that a message names, out of what may be hundreds
 
@@ -42,7 +43,8 @@ def measure_sparsity(
                 # Not module.weight: under ZeRO-3 that would count as a forward pass.
                 non_zero[names.index(compact.planned.name)] = torch.count_nonzero(compact.forward(values))
     dist.all_reduce(non_zero)
-    return {n: 1.0 - count / plan.weights[n].numel for n, count in zip(names, non_zero.tolist(), strict=True)}
+    return {n: 1.0 - count / plan.weights[n].numel for n,
+            count in zip(names, non_zero.tolist(), strict=True)}
 
 
 def check_sparsity(measured: dict[str, float], plan: Plan) -> None:
@@ -51,8 +53,9 @@ def check_sparsity(measured: dict[str, float], plan: Plan) -> None:
            for n, s in measured.items() if abs(s - plan.weights[n].sparsity) > TOLERANCE]
     if off:
         others = [f"and {len(off) - SHOWN} others"] if len(off) > SHOWN else []
-        raise SparsityDrift("the weights are not as sparse as planned, so the run stops before it saves them; "
-                            "resume from the last checkpoint. " + "; ".join([*off[:SHOWN], *others]))
+        raise SparsityDrift("the weights are not as sparse as planned, so the run stops before it "
+                            "saves them; resume from the last checkpoint. "
+                            + "; ".join([*off[:SHOWN], *others]))
 
 
 def total_sparsity(measured: dict[str, float], plan: Plan) -> float:

@@ -1,1 +1,2 @@
-"""GPT from Megatron-Core's layers: its weights by name, its initial values, its attention core and norms."""
+"""GPT from Megatron-Core's layers: its weights by name, its initial values, its attention core and
+norms."""

@@ -1,4 +1,5 @@
-"""Core attention on PyTorch's scaled_dot_product_attention, the fast path without Transformer Engine."""
+"""Core attention on PyTorch's scaled_dot_product_attention, the fast path without Transformer
+Engine."""
 
 from __future__ import annotations
 
@@ -20,25 +21,29 @@ def document_mask(documents: Tensor) -> Tensor:
         documents: (B, T), the number of the document that a token is in.
 
     Returns:
-        (B, 1, T, T) bool, true where query i may attend to key j: SDPA's convention, the opposite of Megatron-Core's.
+        (B, 1, T, T) bool, true where query i may attend to key j: SDPA's convention, the opposite
+        of Megatron-Core's.
     """
     same = documents.unsqueeze(2) == documents.unsqueeze(1)
     return same.tril_().unsqueeze(1)
 
 
 class SdpaCoreAttention(MegatronModule):
-    """Causal softmax(QK^T x scale) V for Megatron-Core's SelfAttention; the scale is 1 / sqrt(d_head) if None."""
+    """Causal softmax(QK^T x scale) V for Megatron-Core's SelfAttention; the scale is 1 /
+    sqrt(d_head) if None."""
 
-    def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type, attention_type: str,
-                 softmax_scale: float | None = None, **_):
+    def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type,
+                 attention_type: str, softmax_scale: float | None = None, **_):
         super().__init__(config)
         self.dropout, self.scale = config.attention_dropout, softmax_scale
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+                **_) -> Tensor:
         """(T, B, nh, hs), (T, B, ng, hs), (T, B, ng, hs) -> (T, B, nh * hs), on this rank's heads.
 
         Args:
-            attention_mask: of `document_mask`, or None for plain causal attention, which has faster kernels.
+            attention_mask: of `document_mask`, or None for plain causal attention, which has faster
+                kernels.
         """
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # (B, nh, T, hs)
         dropout = self.dropout if self.training else 0.0
@@ -50,8 +55,8 @@ class SdpaCoreAttention(MegatronModule):
     def describe(self, masked: bool) -> str:
         """Which kernels compute it on this GPU, for the log."""
         c, ranks = self.config, self.config.tensor_model_parallel_size
-        heads = Heads(c.num_attention_heads // ranks, c.num_query_groups // ranks, c.kv_channels, c.params_dtype,
-                      self.dropout, masked)
+        heads = Heads(c.num_attention_heads // ranks, c.num_query_groups // ranks, c.kv_channels,
+                      c.params_dtype, self.dropout, masked)
         return describe_kernels(kernels_on_gpu(heads), heads)
 
 
@@ -66,6 +71,7 @@ def core_attention(kind: str) -> type:
     from megatron.core.extensions.transformer_engine import HAVE_TE, TEDotProductAttention
 
     if not HAVE_TE or not torch.cuda.is_available():
-        raise ValueError("kernels.attention=transformer_engine, but Transformer Engine or a GPU is missing here; "
-                         "use NVIDIA's PyTorch container, which brings it, or kernels.attention=sdpa")
+        raise ValueError("kernels.attention=transformer_engine, but Transformer Engine or a GPU is "
+                         "missing here; use NVIDIA's PyTorch container, which brings it, or "
+                         "kernels.attention=sdpa")
     return TEDotProductAttention

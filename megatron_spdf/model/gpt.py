@@ -45,7 +45,8 @@ def transformer_config(recipe: Recipe, rules: Parametrization) -> TransformerCon
         num_attention_heads=m.heads,
         num_query_groups=m.query_groups,
         ffn_hidden_size=m.ffn_hidden,
-        activation_func=gelu if fuses else partial(gelu, approximate="tanh"),  # as in GPT-2; the fused one always is
+        # as in GPT-2; the fused one always is
+        activation_func=gelu if fuses else partial(gelu, approximate="tanh"),
         hidden_dropout=m.dropout,
         attention_dropout=m.dropout,
         softmax_scale=rules.attention_scale,
@@ -58,8 +59,8 @@ def transformer_config(recipe: Recipe, rules: Parametrization) -> TransformerCon
         pipeline_model_parallel_size=p.pipeline,
         virtual_pipeline_model_parallel_size=p.interleave if p.interleave > 1 else None,
         sequence_parallel=p.sequence,
-        # Interleaved stages: batched sends forward and backward between two ranks are matched in the wrong order
-        # and give wrong gradients without an error.
+        # Interleaved stages: batched sends forward and backward between two ranks are matched in
+        # the wrong order and give wrong gradients without an error.
         overlap_p2p_comm=p.interleave > 1,
         batch_p2p_comm=p.interleave == 1,
         gradient_accumulation_fusion=False,
@@ -72,42 +73,48 @@ def transformer_config(recipe: Recipe, rules: Parametrization) -> TransformerCon
 
 @cache
 def _compiles() -> bool:
-    """Whether Megatron-Core's fusions of pointwise operations, which go through torch.compile, can be had: tried out
-    once, since that takes Triton, a C compiler, and a GPU and driver that Triton knows."""
+    """Whether Megatron-Core's fusions of pointwise operations, which go through torch.compile, can
+    be had: tried out once, since that takes Triton, a C compiler, and a GPU and driver that Triton
+    knows."""
     if not torch.cuda.is_available():
         return False
     try:
         torch.compile(gelu)(torch.zeros(8, device="cuda", requires_grad=True)).sum().backward()
     except Exception as error:  # whatever a compiler, a driver or a GPU it does not know may raise
-        logger.warning("bias, GELU and dropout run one by one, since torch.compile does not work here "
-                       f"({type(error).__name__}: {first_line(error)})")
+        logger.warning("bias, GELU and dropout run one by one, since torch.compile does not work "
+                       f"here ({type(error).__name__}: {first_line(error)})")
         return False
     return True
 
 
 class Gpt(GPTModel):
-    """Megatron-Core's GPT, whose loss is that of `head.py`, (), where tokens have weights, `loss_mask` (B, T), beside
-    their labels. Labels are smoothed in training mode only."""
+    """Megatron-Core's GPT, whose loss is that of `head.py`, (), where tokens have weights,
+    `loss_mask` (B, T), beside their labels. Labels are smoothed in training mode only."""
 
     def __init__(self, rules: Parametrization, *arguments, **keywords):
         super().__init__(*arguments, **keywords)
         self.rules = rules
 
-    def _postprocess(self, hidden_states: Tensor, labels: Tensor | None = None, loss_mask: Tensor | None = None,
+    def _postprocess(self, hidden_states: Tensor, labels: Tensor | None = None,
+                     loss_mask: Tensor | None = None,
                      **others) -> Tensor:
         if loss_mask is None or not self.post_process:
             return super()._postprocess(hidden_states, labels=labels, loss_mask=loss_mask, **others)
-        shared = (tensor_parallel.gather_from_sequence_parallel_region if self.config.sequence_parallel else
+        shared = (tensor_parallel.gather_from_sequence_parallel_region
+                  if self.config.sequence_parallel else
                   tensor_parallel.copy_to_tensor_model_parallel_region)
         x, recipe = shared(hidden_states), self.rules.recipe
         if self.rules.head_input != 1.0:
             x = x * self.rules.head_input
-        return head_loss(x, self.shared_embedding_or_output_weight(), labels, loss_mask, recipe.model.vocab_size,
+        return head_loss(x, self.shared_embedding_or_output_weight(), labels, loss_mask,
+                         recipe.model.vocab_size,
                          recipe.train.label_smoothing if self.training else 0.0)
 
 
-def build_model(recipe: Recipe, plan: Plan, source: InitialWeights | None = None) -> list[nn.Module]:
-    """This rank's model chunks (one, or `parallel.interleave`), made sparse and filled from `source`, on the device.
+def build_model(recipe: Recipe, plan: Plan,
+                source: InitialWeights | None = None) -> list[nn.Module]:
+    """This rank's model chunks (one, or `parallel.interleave`), made sparse and filled from
+    `source`, on the device.
 
     Without a source the weights are drawn anew.
     """
@@ -120,7 +127,8 @@ def build_model(recipe: Recipe, plan: Plan, source: InitialWeights | None = None
 
 
 def _build_chunk(
-    recipe: Recipe, config: TransformerConfig, rules: Parametrization, source: InitialWeights, stage: int | None
+    recipe: Recipe, config: TransformerConfig, rules: Parametrization, source: InitialWeights,
+    stage: int | None
 ) -> Gpt:
     layer = get_gpt_layer_local_spec()
     norm = norm_class(recipe.kernels.norm)
@@ -146,17 +154,21 @@ def _build_chunk(
     if rules.embedding_output != 1.0 and model.pre_process:
         model.embedding.register_forward_hook(lambda _, __, output: output * rules.embedding_output)
     if rules.head_input != 1.0 and model.post_process:
-        model.output_layer.register_forward_pre_hook(lambda _, inputs: (inputs[0] * rules.head_input, *inputs[1:]))
+        model.output_layer.register_forward_pre_hook(lambda _,
+                                                     inputs: (inputs[0] * rules.head_input, *inputs[1:]))
     if model.post_process:
         model.output_layer.register_forward_hook(partial(_hide_padding, recipe.model.vocab_size))
     return model
 
 
-def _hide_padding(vocab_size: int, layer: nn.Module, _, output: tuple[Tensor, Tensor | None]) -> None:
-    """Rows that pad the embedding take no part in any softmax: their logits (T, B, V / TP) are -inf.
+def _hide_padding(vocab_size: int, layer: nn.Module, _,
+                  output: tuple[Tensor, Tensor | None]) -> None:
+    """Rows that pad the embedding take no part in any softmax: their logits (T, B, V / TP) are
+    -inf.
 
-    Megatron-Core lets them compete, so that its loss depends on the padding and differs from the exported model's.
-    Done outside of autograd, which would copy the gradient of all logits; that of -inf is zero after a softmax.
+    Megatron-Core lets them compete, so that its loss depends on the padding and differs from the
+    exported model's. Done outside of autograd, which would copy the gradient of all logits; that of
+    -inf is zero after a softmax.
     """
     logits = output[0].detach()  # the same storage
     first = ps.get_tensor_model_parallel_rank() * logits.size(-1)
@@ -164,21 +176,26 @@ def _hide_padding(vocab_size: int, layer: nn.Module, _, output: tuple[Tensor, Te
 
 
 def _fill(model: GPTModel, rules: Parametrization, source: InitialWeights) -> None:
-    """Sparsifies and initialises module by module, so that one weight at a time is dense in float32."""
+    """Sparsifies and initialises module by module, so that one weight at a time is dense in
+    float32."""
     rank, world = ps.get_tensor_model_parallel_rank(), ps.get_tensor_model_parallel_world_size()
-    weights, plan = {w.name: rules.initial(w) for w in model_weights(rules.recipe.model)}, rules.plan
-    # ZeRO-3 gathers a parameter for the expansion alone, and frees it before a product could use it.
+    weights, plan = {w.name: rules.initial(w)
+                     for w in model_weights(rules.recipe.model)}, rules.plan
+    # ZeRO-3 gathers a parameter for the expansion alone, and frees it before a product could use
+    # it.
     dense_copy = "always" if rules.recipe.parallel.zero_stage == 3 else rules.recipe.sparsity.dense_copy
     for name, module in canonical_modules(model):
         if f"{name}.weight" in plan.weights:
             sparsify(module, plan.weights[f"{name}.weight"], plan.seed, rank, world, dense_copy)
         initialize(module, name, weights, source, rank, world)
         for parameter, weight in owned_weights(module, name, weights):
-            parameter.learning_rate = rules.learning_rate(weight)  # over the recipe's, for the optimizer's groups
+            # over the recipe's, for the optimizer's groups
+            parameter.learning_rate = rules.learning_rate(weight)
 
 
 def canonical_modules(model: GPTModel) -> list[tuple[str, nn.Module]]:
-    """Modules of a chunk by their name in the whole model: layers counted from 0 over all stages."""
+    """Modules of a chunk by their name in the whole model: layers counted from 0 over all
+    stages."""
     named = []
     for name, module in model.named_modules():
         parts = name.split(".")

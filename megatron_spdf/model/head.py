@@ -1,7 +1,9 @@
-"""The LM head and its loss a few tokens at a time, so that the logits of a micro-batch never exist as a whole.
+"""The LM head and its loss a few tokens at a time, so that the logits of a micro-batch never exist
+as a whole.
 
-The gradients of the head's input and weight are made in the forward pass, while a chunk's logits are there, up to the
-factor that backward brings (Hsu et al. 2024, Liger Kernel's fused linear cross entropy): nothing is computed twice.
+The gradients of the head's input and weight are made in the forward pass, while a chunk's logits
+are there, up to the factor that backward brings (Hsu et al. 2024, Liger Kernel's fused linear cross
+entropy): nothing is computed twice.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from megatron_spdf.architecture.weights import tokens_at_once
 
 
 def head_loss(
-    x: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor, vocab_size: int, smoothing: float = 0.0
+    x: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor, vocab_size: int,
+    smoothing: float = 0.0
 ) -> Tensor:
     """Sum over tokens of token weight x cross entropy, smoothed if asked, z the logits:
 
@@ -23,26 +26,29 @@ def head_loss(
         = log sum_v exp z_v - z_y + e (z_y - mean_v z_v)
 
     Args:
-        x: (T, B, H), the same on every tensor-parallel rank; its gradient is this rank's part of a sum over ranks.
+        x: (T, B, H), the same on every tensor-parallel rank; its gradient is this rank's part of a
+            sum over ranks.
         weight: (rows, H), this rank's rows of the tied embedding.
         labels: (B, T).
         token_weights: (B, T), of which 0 leaves a token out.
-        vocab_size: without the rows that pad the embedding, which take no part in any softmax. Megatron-Core lets them
-            compete, so that its loss depends on the padding and differs from the exported model's.
-        smoothing: e, the share of the target that is spread evenly over the vocabulary (Szegedy et al. 2016,
-            section 7).
+        vocab_size: without the rows that pad the embedding, which take no part in any softmax.
+            Megatron-Core lets them compete, so that its loss depends on the padding and differs
+            from the exported model's.
+        smoothing: e, the share of the target that is spread evenly over the vocabulary (Szegedy et
+            al. 2016, section 7).
 
     Returns:
         () float32.
     """
-    return _HeadLoss.apply(x, weight, labels, token_weights, vocab_size, smoothing, torch.is_grad_enabled())
+    return _HeadLoss.apply(x, weight, labels, token_weights, vocab_size, smoothing,
+                           torch.is_grad_enabled())
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, x: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor, vocab_size: int, smoothing: float,
-        trains: bool
+        ctx, x: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor, vocab_size: int,
+        smoothing: float, trains: bool
     ) -> Tensor:
         tokens = x.flatten(0, 1)  # (N, H), N = T B
         labels, shares = (t.t().flatten() for t in (labels, token_weights.float()))
@@ -52,7 +58,8 @@ class _HeadLoss(torch.autograd.Function):
         loss = tokens.new_zeros((), dtype=torch.float32)
         for start in range(0, len(tokens), size):
             part = slice(start, start + size)
-            loss += _chunk(tokens[part], weight, labels[part], shares[part], softmax, ctx.gradients, start)
+            loss += _chunk(tokens[part], weight, labels[part], shares[part], softmax,
+                           ctx.gradients, start)
         return loss
 
     @staticmethod
@@ -88,8 +95,8 @@ class _Softmax:
         self.real = min(max(vocab_size - self.first, 0), rows)
 
     def cross_entropy_(self, scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Losses (n,) of logits (n, rows), which become exp(logit - the largest of the vocabulary); and the sums of
-        that over the vocabulary (n,)."""
+        """Losses (n,) of logits (n, rows), which become exp(logit - the largest of the vocabulary);
+        and the sums of that over the vocabulary (n,)."""
         top = scores.amax(-1)
         self._reduce(top, dist.ReduceOp.MAX)
         scores -= top.unsqueeze(-1)
@@ -106,12 +113,14 @@ class _Softmax:
         """Turns what `cross_entropy_` leaves into the gradients of share x loss by the logits."""
         scores *= (shares / total).unsqueeze(-1)
         place, here = self._places(labels)
-        scores.scatter_add_(1, place, ((self.smoothing - 1.0) * shares).where(here, 0.0).unsqueeze(1))
+        scores.scatter_add_(1, place,
+                            ((self.smoothing - 1.0) * shares).where(here, 0.0).unsqueeze(1))
         if self.smoothing:
             scores[:, : self.real] -= (self.smoothing / self.vocab_size * shares).unsqueeze(-1)
 
     def _places(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Columns of labels (n, 1), the first where a label is another rank's; and which are this rank's (n,)."""
+        """Columns of labels (n, 1), the first where a label is another rank's; and which are this
+        rank's (n,)."""
         here = (labels >= self.first) & (labels < self.end)
         return (labels - self.first).where(here, 0).unsqueeze(1), here
 
@@ -122,12 +131,13 @@ class _Softmax:
 
 
 class _Gradients:
-    """The gradients of the head's input (N, H) and weight (rows, H), chunk by chunk; that of the weight is summed in
-    float32 where there are several chunks."""
+    """The gradients of the head's input (N, H) and weight (rows, H), chunk by chunk; that of the
+    weight is summed in float32 where there are several chunks."""
 
     def __init__(self, tokens: Tensor, weight: Tensor, size: int):
         self.weight, self.of_input = weight, torch.empty_like(tokens)
-        self.of_weight = torch.zeros_like(weight, dtype=torch.float32) if size < len(tokens) else None
+        self.of_weight = torch.zeros_like(weight,
+                                          dtype=torch.float32) if size < len(tokens) else None
 
     def add(self, start: int, tokens: Tensor, of_logits: Tensor) -> None:
         """Of a chunk of tokens (n, H), from the gradient of its logits (n, rows)."""

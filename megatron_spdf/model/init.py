@@ -1,7 +1,8 @@
-"""Initial values from a stream keyed by (seed, weight name, slice), so that they are the same at every layout.
+"""Initial values from a stream keyed by (seed, weight name, slice), so that they are the same at
+every layout.
 
-A sparse weight draws the values of the dense one and keeps the active ones: theta_0 <- mask * theta_0
-(Thangarasa et al. 2023, section 2.2).
+A sparse weight draws the values of the dense one and keeps the active ones: theta_0 <- mask *
+theta_0 (Thangarasa et al. 2023, section 2.2).
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def draw_values(
         mine = range(rank * slices // world, (rank + 1) * slices // world)
         shape = tuple(n // slices if i == weight.axis else n for i, n in enumerate(weight.shape))
     drawn = [
-        Generator(Philox(key=stream_key(stream, seed, weight.name, c))).standard_normal(shape, dtype=np.float32)
+        Generator(Philox(key=stream_key(stream, seed, weight.name,
+                                        c))).standard_normal(shape, dtype=np.float32)
         for c in mine
     ]
     values = drawn[0] if len(drawn) == 1 else np.concatenate(drawn, axis=weight.axis or 0)
@@ -59,7 +61,8 @@ class InitialWeights(Protocol):
         """This tensor-parallel rank's shard of the dense weight, float32."""
 
     def mask_bits(self, weight: Weight, rank: int, world: int) -> np.ndarray | None:
-        """The mask of this rank's slices as `CompactWeight.mask_bits` keeps it; None: the one that the plan draws."""
+        """The mask of this rank's slices as `CompactWeight.mask_bits` keeps it; None: the one that
+        the plan draws."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,8 @@ class LoadedWeights:
     Args:
         read: canonical name -> the whole weight, dense.
         read_mask: canonical name -> the mask of all its slices, for weights that stay sparse.
-        revived: std of the entries of linear weights that are zero there, in units of the weight's initial std; 0: zero.
+        revived: std of the entries of linear weights that are zero there, in units of the weight's
+            initial std; 0: zero.
         seed, slices: of the revived entries, which are the same at every layout.
     """
 
@@ -106,18 +110,21 @@ class LoadedWeights:
         return values
 
     def mask_bits(self, weight: Weight, rank: int, world: int) -> np.ndarray | None:
-        return None if self.read_mask is None else np.split(self.read_mask(weight.name), world)[rank]
+        return None if self.read_mask is None else np.split(self.read_mask(weight.name),
+                                                            world)[rank]
 
 
 @torch.no_grad()
 def initialize(
-    module: nn.Module, name: str, weights: dict[str, Weight], source: InitialWeights, rank: int, world: int
+    module: nn.Module, name: str, weights: dict[str, Weight], source: InitialWeights, rank: int,
+    world: int
 ) -> None:
-    """Fills and marks the direct parameters of one module, `name` being its canonical name; on the meta device there
-    is nothing to fill.
+    """Fills and marks the direct parameters of one module, `name` being its canonical name; on the
+    meta device there is nothing to fill.
 
-    Megatron-Core marks parameters as tensor-parallel while it initialises them, which we do in its stead; without
-    the mark a shard counts as a copy and is left out of the gradient norm on all ranks but the first.
+    Megatron-Core marks parameters as tensor-parallel while it initialises them, which we do in its
+    stead; without the mark a shard counts as a copy and is left out of the gradient norm on all
+    ranks but the first.
     """
     compact = compact_of(module)
     for parameter, weight in owned_weights(module, name, weights):
@@ -136,7 +143,8 @@ def initialize(
 def owned_weights(
     module: nn.Module, name: str, weights: dict[str, Weight]
 ) -> Iterator[tuple[nn.Parameter, Weight]]:
-    """The direct parameters of a module, a compact one in place of its dense weight, and what they are."""
+    """The direct parameters of a module, a compact one in place of its dense weight, and what they
+    are."""
     owned = dict(module.named_parameters(recurse=False))
     if compact_of(module) is not None:
         owned["weight"] = module.parametrizations.weight.original

@@ -14,7 +14,8 @@ class Norm(torch.nn.LayerNorm):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_):
         super().__init__(hidden_size, eps=eps)
         for parameter in self.parameters():
-            # Each rank sees a slice of the tokens, so Megatron-Core must sum this gradient over the group.
+            # Each rank sees a slice of the tokens, so Megatron-Core must sum this gradient over the
+            # group.
             parameter.sequence_parallel = config.sequence_parallel
 
 

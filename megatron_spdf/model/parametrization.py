@@ -1,5 +1,6 @@
-"""Initialisation, learning rates and multipliers that keep activations and updates at one size, whatever the width and
-the density: SµPar (Dey et al. 2024, arXiv 2405.15743, table 1), which is µP (Yang et al. 2021) where all is dense.
+"""Initialisation, learning rates and multipliers that keep activations and updates at one size,
+whatever the width and the density: SµPar (Dey et al. 2024, arXiv 2405.15743, table 1), which is µP
+(Yang et al. 2021) where all is dense.
 
 With m_d = width / base width and m_rho = density of a weight / base density:
 
@@ -9,8 +10,9 @@ With m_d = width / base width and m_rho = density of a weight / base density:
     attention            Q K^T / d_head instead of / sqrt(d_head)
     the rest             as it is
 
-Weight decay is the same number for every weight, so that what it takes off in a step goes with the weight's learning
-rate, AdamW's usual coupling. Pure Python beside the folding of a model's multipliers into its weights.
+Weight decay is the same number for every weight, so that what it takes off in a step goes with the
+weight's learning rate, AdamW's usual coupling. Pure Python beside the folding of a model's
+multipliers into its weights.
 """
 
 from __future__ import annotations
@@ -52,7 +54,8 @@ class Parametrization:
 
     def initial(self, weight: Weight) -> Weight:
         """The weight with the spread of its initial values."""
-        return weight if weight.std is None else replace(weight, std=weight.std / math.sqrt(self._growth(weight)))
+        return weight if weight.std is None else replace(weight,
+                                                         std=weight.std / math.sqrt(self._growth(weight)))
 
     def learning_rate(self, weight: Weight) -> float:
         """Over the recipe's."""
@@ -73,7 +76,8 @@ class Parametrization:
         return 1.0 / head if self._maximal else 1.0 / math.sqrt(head)
 
     def folded(self, name: str) -> Tensor | float:
-        """What a parameter is multiplied by to make a standard GPT that computes the same: rows of one factor each.
+        """What a parameter is multiplied by to make a standard GPT that computes the same: rows of
+        one factor each.
 
         Args:
             name: canonical.
@@ -84,13 +88,15 @@ class Parametrization:
         if name.startswith("embedding."):
             return self.embedding_output
         if name.startswith("decoder.final_layernorm."):
-            return self.head_input / self.embedding_output  # the head is the embedding, which has been multiplied
+            # the head is the embedding, which has been multiplied
+            return self.head_input / self.embedding_output
         if ".linear_qkv." in name and self._maximal:
             return self._query_rows()
         return 1.0
 
     def _query_rows(self) -> Tensor:
-        """The fused weight's rows are those of each query group in turn: its queries, a key, a value."""
+        """The fused weight's rows are those of each query group in turn: its queries, a key, a
+        value."""
         m = self.recipe.model
         head, queries = m.hidden // m.heads, m.heads // m.query_groups
         group = torch.ones(queries + 2, head)
@@ -118,13 +124,16 @@ def _density(planned: SparseWeight | None) -> float:
 
 
 def render_parametrization(recipe: Recipe, plan: Plan, weights: list[Weight]) -> str:
-    """The rules of a recipe as a table, layers of one kind and density in one row; nothing under `standard`."""
+    """The rules of a recipe as a table, layers of one kind and density in one row; nothing under
+    `standard`."""
     if recipe.parametrization == "standard":
         return ""
     rules, base = Parametrization(recipe, plan), recipe.mup_base
-    lines = [f"parametrization mup, base width {base.hidden}, base density {base.density:g}: embeddings x "
-             f"{rules.embedding_output:g}, LM head's input x {rules.head_input:g}, Q K^T x {rules.attention_scale:g}",
-             f"  {'weight':<48}{'count':>6}{'density':>10}{'initial std':>14}{'learning rate x':>18}"]
+    lines = [f"parametrization mup, base width {base.hidden}, base density {base.density:g}: "
+             f"embeddings x {rules.embedding_output:g}, LM head's input x {rules.head_input:g}, Q "
+             f"K^T x {rules.attention_scale:g}",
+             "  "
+             f"{'weight':<48}{'count':>6}{'density':>10}{'initial std':>14}{'learning rate x':>18}"]
     rows: dict[tuple, int] = {}
     for weight in (w for w in weights if w.linear):
         kind = ".".join("*" if part.isdigit() else part for part in weight.name.split("."))

@@ -1,7 +1,9 @@
-"""Attention on PyTorch's scaled_dot_product_attention, and which of its kernels computes it on a GPU.
+"""Attention on PyTorch's scaled_dot_product_attention, and which of its kernels computes it on a
+GPU.
 
-PyTorch goes from one kernel to the next in silence, the last being its own operations one by one, which store T x T
-scores. Here fused kernels are asked for by name, and what they do not take is found out once, and said.
+PyTorch goes from one kernel to the next in silence, the last being its own operations one by one,
+which store T x T scores. Here fused kernels are asked for by name, and what they do not take is
+found out once, and said.
 """
 
 from __future__ import annotations
@@ -42,9 +44,11 @@ class Heads:
         return f"{self.queries} heads of {self.width}{groups} in {str(self.dtype).removeprefix('torch.')}{mask}"
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0, scale: float | None = None,
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0,
+           scale: float | None = None,
            ) -> Tensor:
-    """softmax(QK^T x scale) V, causal unless there is a mask: (B, nh, T, hs), (B, ng, T, hs) twice -> (B, nh, T, hs).
+    """softmax(QK^T x scale) V, causal unless there is a mask: (B, nh, T, hs), (B, ng, T, hs) twice
+    -> (B, nh, T, hs).
 
     Args:
         mask: (B, 1, T, T) bool, true where query i may attend to key j.
@@ -52,15 +56,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float 
     """
     if mask is not None and k.size(1) != q.size(1):  # kernels that take masks take no groups
         k, v = (t.repeat_interleave(q.size(1) // t.size(1), 1) for t in (k, v))
-    return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, scale=scale,
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                        dropout_p=dropout, scale=scale,
                                         enable_gqa=q.size(1) != k.size(1))
 
 
 def on_kernels(q: Tensor, k: Tensor, masked: bool, dropout: float) -> AbstractContextManager:
-    """A context in which attention runs on the kernels chosen for its device; on CPU there is no choice."""
+    """A context in which attention runs on the kernels chosen for its device; on CPU there is no
+    choice."""
     if not q.is_cuda:
         return nullcontext()
-    return sdpa_kernel(list(kernels_on_gpu(Heads(q.size(1), k.size(1), q.size(3), q.dtype, dropout, masked))))
+    return sdpa_kernel(list(kernels_on_gpu(Heads(q.size(1), k.size(1), q.size(3), q.dtype, dropout,
+                                                 masked))))
 
 
 @lru_cache
@@ -69,7 +76,8 @@ def kernels_on_gpu(heads: Heads) -> tuple[SDPBackend, ...]:
     return choose_kernels(heads, _runs_on_gpu)
 
 
-def choose_kernels(heads: Heads, runs: Callable[[Sequence[SDPBackend], Heads], bool]) -> tuple[SDPBackend, ...]:
+def choose_kernels(heads: Heads,
+                   runs: Callable[[Sequence[SDPBackend], Heads], bool]) -> tuple[SDPBackend, ...]:
     """The fused kernels alone if one of them takes these heads; else all.
 
     Args:
@@ -89,12 +97,15 @@ def describe_kernels(kernels: Sequence[SDPBackend], heads: Heads) -> str:
 def _runs_on_gpu(kernels: Sequence[SDPBackend], heads: Heads, length: int = 128) -> bool:
     """Forward and backward of one short sequence."""
     def zeros(count: int) -> Tensor:
-        return torch.zeros(1, count, length, heads.width, dtype=heads.dtype, device="cuda", requires_grad=True)
+        return torch.zeros(1, count, length, heads.width, dtype=heads.dtype, device="cuda",
+                           requires_grad=True)
 
-    mask = torch.ones(1, 1, length, length, dtype=torch.bool, device="cuda").tril() if heads.masked else None
+    mask = torch.ones(1, 1, length, length, dtype=torch.bool,
+                      device="cuda").tril() if heads.masked else None
     try:
         with sdpa_kernel(list(kernels)), torch.enable_grad():
-            attend(zeros(heads.queries), zeros(heads.groups), zeros(heads.groups), mask, heads.dropout).sum().backward()
+            attend(zeros(heads.queries), zeros(heads.groups), zeros(heads.groups), mask,
+                   heads.dropout).sum().backward()
     except RuntimeError:  # no available kernel
         return False
     return True

@@ -1,10 +1,12 @@
-"""A stand-in for the CUDA calls Megatron-Core makes, for machines without a GPU (gloo, CPU tensors).
+"""A stand-in for the CUDA calls Megatron-Core makes, for machines without a GPU (gloo, CPU
+tensors).
 
-What it stands in for, each with a test: `device="cuda"` in factory calls, `Tensor.cuda` and `Module.cuda`,
-`Tensor.type()` (Megatron-Core's optimizers look for the CUDA names), `torch.cuda.current_device`, `synchronize`,
-`current_stream`, the CUDA random state, which becomes the CPU's, and the compilation of Megatron-Core's fusions
-and DeepSpeed's Muon. On a machine with a GPU `install` does nothing. A dry run lets the meta device, which has
-shapes and no memory, stand in instead.
+What it stands in for, each with a test: `device="cuda"` in factory calls, `Tensor.cuda` and
+`Module.cuda`, `Tensor.type()` (Megatron-Core's optimizers look for the CUDA names),
+`torch.cuda.current_device`, `synchronize`, `current_stream`, the CUDA random state, which becomes
+the CPU's, and the compilation of Megatron-Core's fusions and DeepSpeed's Muon. On a machine with a
+GPU `install` does nothing. A dry run lets the meta device, which has shapes and no memory, stand in
+instead.
 """
 
 from __future__ import annotations
@@ -80,8 +82,9 @@ def _stand_in(device: torch.device) -> None:
 
 @contextmanager
 def without_torch_compile() -> Iterator[None]:
-    """Imports within leave alone what they decorate with torch.compile: Megatron-Core's fusions, DeepSpeed's Muon. None
-    runs here, and the import of the compiler is a third of the time a rank takes to start."""
+    """Imports within leave alone what they decorate with torch.compile: Megatron-Core's fusions,
+    DeepSpeed's Muon. None runs here, and the import of the compiler is a third of the time a rank
+    takes to start."""
     with patch.object(torch, "compile", _leave_as_it_is):
         yield
 

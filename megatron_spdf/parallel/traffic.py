@@ -16,8 +16,9 @@ _SILENT = {"barrier", "monitored_barrier"}
 class TrafficCounter(TorchDispatchMode):
     """While entered, adds up the payload bytes of every c10d operation of this thread.
 
-    Groups of one rank send nothing and are not counted. The payload is the larger of what goes in and what comes
-    out, so that a reduce-scatter and the all-gather of one buffer count alike; point-to-point counts what is sent.
+    Groups of one rank send nothing and are not counted. The payload is the larger of what goes in
+    and what comes out, so that a reduce-scatter and the all-gather of one buffer count alike;
+    point-to-point counts what is sent.
 
     Attributes:
         bytes: (operation, group) -> bytes.
@@ -42,7 +43,8 @@ class TrafficCounter(TorchDispatchMode):
             return
         group = next(g for g in map(_group_of, args) if g is not None)
         if group.size() > 1:
-            sides = (sum(t.nbytes for t in tree_flatten(a)[0] if isinstance(t, Tensor)) for a in args)
+            sides = (sum(t.nbytes for t in tree_flatten(a)[0] if isinstance(t, Tensor))
+                     for a in args)
             self.bytes[operation, group.group_desc] += max(sides)
 
 

@@ -1,7 +1,9 @@
-"""Bytes that a step needs beside weights and optimizer state, by closed form, after Korthikanti et al. 2022.
+"""Bytes that a step needs beside weights and optimizer state, by closed form, after Korthikanti et
+al. 2022.
 
-Per micro-batch and layer, with T tokens, B sequences, width h, feed-forward width f, t tensor-parallel ranks, w bytes a
-value, and 1/t more for what sequence parallelism shards (marked *):
+Per micro-batch and layer, with T tokens, B sequences, width h, feed-forward width f, t
+tensor-parallel ranks, w bytes a value, and 1/t more for what sequence parallelism shards (marked
+*):
 
     inputs of both norms             2 w T B h *
     their means and deviations      16 T B *           fp32
@@ -12,10 +14,11 @@ value, and 1/t more for what sequence parallelism shards (marked *):
     before and after GELU            2 w T B f / t
     two dropout masks                2 T B h *         with dropout only
 
-That is 32 T B h for bf16 at t = 1, the paper's 34 less the masks. Its 5 heads T / h term is absent: attention is
-`scaled_dot_product_attention` on a flash kernel, which stores no T x T scores (assumed of GPUs; the CPU's is one).
-Recomputing the attention core ("selective") therefore saves its log-sum-exp only; recomputing layers ("full") keeps
-the input of each, and one layer at a time in whole.
+That is 32 T B h for bf16 at t = 1, the paper's 34 less the masks. Its 5 heads T / h term is absent:
+attention is `scaled_dot_product_attention` on a flash kernel, which stores no T x T scores (assumed
+of GPUs; the CPU's is one). Recomputing the attention core ("selective") therefore saves its
+log-sum-exp only; recomputing layers ("full") keeps the input of each, and one layer at a time in
+whole.
 """
 
 from __future__ import annotations
@@ -32,21 +35,24 @@ from megatron_spdf.sparsity.plan import Plan
 
 @dataclass(frozen=True)
 class StepBytes:
-    """Bytes at the fullest moment of a step, on one rank: while a micro-batch goes back through the layers.
+    """Bytes at the fullest moment of a step, on one rank: while a micro-batch goes back through the
+    layers.
 
     Attributes:
-        running: kept by the transformer layers for the backward of that micro-batch, of one model chunk.
+        running: kept by the transformer layers for the backward of that micro-batch, of one model
+            chunk.
         waiting: the same of the other micro-batches in flight.
         embedding: kept by the embedding.
         pipeline: outputs sent to the next stage, kept until their gradient comes.
-        head: of the last stage, input and output of the last norm, logits and their softmax chunk by chunk, and the
-            gradients of the LM head; beside `running`.
-        workspace: the largest temporaries of a layer's backward, and the layer itself where it is recomputed. They
-            come after those of the head are gone.
-        late: what there is instead of all these when backward has reached the embedding: its gradients, and the dense
-            gradients of expanded weights. Autograd leaves cutting these to the active entries to the end of each
-            backward pass but the first, since it takes the newest nodes first and the expansion is the oldest; with
-            full recomputation, where every layer has a pass of its own, to the end of the layer.
+        head: of the last stage, input and output of the last norm, logits and their softmax chunk
+            by chunk, and the gradients of the LM head; beside `running`.
+        workspace: the largest temporaries of a layer's backward, and the layer itself where it is
+            recomputed. They come after those of the head are gone.
+        late: what there is instead of all these when backward has reached the embedding: its
+            gradients, and the dense gradients of expanded weights. Autograd leaves cutting these to
+            the active entries to the end of each backward pass but the first, since it takes the
+            newest nodes first and the expansion is the oldest; with full recomputation, where every
+            layer has a pass of its own, to the end of the layer.
         communication: the buffer that sequence parallelism gathers into.
     """
 
@@ -71,7 +77,8 @@ class StepBytes:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of one micro-batch's tensors on a rank: (T, B, h) whole and as kept between layers, and so on."""
+    """Bytes of one micro-batch's tensors on a rank: (T, B, h) whole and as kept between layers, and
+    so on."""
 
     width: int
     tokens: int
@@ -97,7 +104,8 @@ def layer_bytes(recipe: Recipe) -> dict[str, int]:
         "norm inputs": 2 * size.hidden,
         "norm statistics": int(16 * size.tokens * size.share),
         "linear inputs": 2 * size.hidden,
-        "queries, keys, values": size.width * size.tokens * (m.hidden * (2 if grouped else 1) + 2 * keys) // t,
+        "queries, keys, values": size.width * size.tokens
+        * (m.hidden * (2 if grouped else 1) + 2 * keys) // t,
         "attention output": size.whole // t,
         "log-sum-exp": 4 * size.tokens * m.heads // t,
         "GELU": 2 * size.width * size.tokens * m.ffn_hidden // t,
@@ -110,14 +118,15 @@ def kept_by_layer(recipe: Recipe) -> int:
     if recipe.train.recompute == "full":
         return Sizes.of(recipe).hidden
     parts = layer_bytes(recipe)
-    return sum(parts.values()) - (parts["log-sum-exp"] if recipe.train.recompute == "selective" else 0)
+    return sum(parts.values()) - (parts["log-sum-exp"] if recipe.train.recompute == "selective"
+                                  else 0)
 
 
 def in_flight(recipe: Recipe, stage: int) -> int:
     """Micro-batches whose activations a stage holds at once, counted in model chunks.
 
-    1F1B holds as many as there are stages from this one on; interleaved, 2 (P - p - 1) + (v - 1) P + 1 chunks
-    (Narayanan et al. 2021, section 2.2, as Megatron-Core schedules it).
+    1F1B holds as many as there are stages from this one on; interleaved, 2 (P - p - 1) + (v - 1) P
+    + 1 chunks (Narayanan et al. 2021, section 2.2, as Megatron-Core schedules it).
     """
     p = recipe.parallel
     after = p.pipeline - stage - 1
@@ -126,13 +135,15 @@ def in_flight(recipe: Recipe, stage: int) -> int:
 
 
 def step_bytes(recipe: Recipe, plan: Plan, stage: int) -> StepBytes:
-    """Bytes beside weights and optimizer state at the fullest moment of a step, on each rank of a stage."""
+    """Bytes beside weights and optimizer state at the fullest moment of a step, on each rank of a
+    stage."""
     p, m, size = recipe.parallel, recipe.model, Sizes.of(recipe)
     last = stage == p.pipeline - 1
     flying = in_flight(recipe, stage)
     running = m.layers // (p.pipeline * p.interleave) * kept_by_layer(recipe)
     sends = p.pipeline > 1 and not (last and p.interleave == 1)
-    # Token ids shifted to the shard (8 bytes) and which of them are other shards' (1), of each micro-batch.
+    # Token ids shifted to the shard (8 bytes) and which of them are other shards' (1), of each
+    # micro-batch.
     embedding = 9 * size.tokens * -(-flying // p.interleave) if stage == 0 and p.tensor > 1 else 0
     return StepBytes(
         running=running,
@@ -147,11 +158,13 @@ def step_bytes(recipe: Recipe, plan: Plan, stage: int) -> StepBytes:
 
 
 def _late(recipe: Recipe, plan: Plan, size: Sizes, stage: int) -> int:
-    """One chunk's dense gradients, of weights that were expanded before this micro-batch; and the larger of what the
-    end of a layer holds and the embedding's gradients, from the LM head, from the look-up, and their sum."""
+    """One chunk's dense gradients, of weights that were expanded before this micro-batch; and the
+    larger of what the end of a layer holds and the embedding's gradients, from the LM head, from
+    the look-up, and their sum."""
     p, dense = recipe.parallel, 0
     if recipe.micro_batches > 1 and recipe.train.recompute != "full":
-        dense = max(sum(q.expands_to for q in c if q.expands_to and plan.keeps_copy(q.name, on_gpu=True))
+        dense = max(sum(q.expands_to for q in c if q.expands_to
+                        and plan.keeps_copy(q.name, on_gpu=True))
                     for c in local_parameters(recipe.model, p, plan, stage))
     tied = _tied_gradient(recipe, size)
     waits, at_embedding = (tied, 3 * tied) if p.pipeline == 1 else (0, tied if stage == 0 else 0)
@@ -159,16 +172,17 @@ def _late(recipe: Recipe, plan: Plan, size: Sizes, stage: int) -> int:
 
 
 def _at_layer_end(recipe: Recipe, size: Sizes) -> int:
-    """At the backward of W_QKV: five tensors between layers (the output, its gradient, that of the residual path, the
-    norm's output and its gradient) and the gradients of Q, K and V."""
+    """At the backward of W_QKV: five tensors between layers (the output, its gradient, that of the
+    residual path, the norm's output and its gradient) and the gradients of Q, K and V."""
     return 5 * size.hidden + 3 * size.whole // recipe.parallel.tensor
 
 
 def _workspace(recipe: Recipe, plan: Plan, size: Sizes, stage: int) -> int:
-    """Backward of W_O, the fullest moment of a layer: the gradients of its output, of its input and of itself, whole
-    before it is cut to the active weights, unless it is of tiles. In one pipeline stage the embedding's gradient from the LM
-    head waits for that from the look-up. With full recomputation there is the layer too, whose input is kept anyway but
-    whose output is not; or, at its end, the dense gradients of its four weights."""
+    """Backward of W_O, the fullest moment of a layer: the gradients of its output, of its input and
+    of itself, whole before it is cut to the active weights, unless it is of tiles. In one pipeline
+    stage the embedding's gradient from the LM head waits for that from the look-up. With full
+    recomputation there is the layer too, whose input is kept anyway but whose output is not; or, at
+    its end, the dense gradients of its four weights."""
     m, p = recipe.model, recipe.parallel
     tied = _tied_gradient(recipe, size) if p.pipeline == 1 else 0
     down = [f"decoder.layers.{i}.mlp.linear_fc2.weight" for i in range(m.layers)]
@@ -185,9 +199,10 @@ def _workspace(recipe: Recipe, plan: Plan, size: Sizes, stage: int) -> int:
 
 
 def _head(recipe: Recipe, size: Sizes) -> int:
-    """Of a chunk of tokens, logits beside their softmax, which is fp32 and overwrites fp32 logits; or the logits'
-    gradient, and that of the LM head's weight, fp32 and a summand where there are several chunks. All along there are
-    the LM head's input, where sequence parallelism gathers it, and its gradient."""
+    """Of a chunk of tokens, logits beside their softmax, which is fp32 and overwrites fp32 logits;
+    or the logits' gradient, and that of the LM head's weight, fp32 and a summand where there are
+    several chunks. All along there are the LM head's input, where sequence parallelism gathers it,
+    and its gradient."""
     rows = padded_vocab(recipe.model) // recipe.parallel.tensor
     chunk, tied = tokens_at_once(rows, size.tokens), _tied_gradient(recipe, size)
     softmax, logits = 4 * chunk * rows, size.width * chunk * rows
@@ -202,6 +217,7 @@ def _tied_gradient(recipe: Recipe, size: Sizes) -> int:
 
 
 def peak_bytes(recipe: Recipe, plan: Plan, stage: int) -> int:
-    """Bytes on a GPU of a stage at the fullest moment: in forward and backward, since the update, by a fused Adam, has
-    no temporaries and needs neither activations nor expanded copies."""
-    return rank_bytes(recipe, plan, stage, on_gpu=True).total + step_bytes(recipe, plan, stage).total
+    """Bytes on a GPU of a stage at the fullest moment: in forward and backward, since the update,
+    by a fused Adam, has no temporaries and needs neither activations nor expanded copies."""
+    return rank_bytes(recipe, plan, stage, on_gpu=True).total + step_bytes(recipe, plan,
+                                                                           stage).total

@@ -1,9 +1,10 @@
 """Where Megatron-Core's DistributedDataParallel puts parameters and gradients, to the element.
 
-One buffer a model chunk, filled in reverse order of the parameters, cut into buckets. With the distributed optimizer
-(ZeRO-1) every parameter starts at a multiple of 64 elements, every bucket ends at a multiple of 128 and of the
-data-parallel degree, so that it can be cut evenly, and the tied embedding has a bucket of its own where it is on two
-pipeline stages. After `_ParamAndGradBuffer.__init__` of megatron-core 0.16.1, which in 0.19 is
+One buffer a model chunk, filled in reverse order of the parameters, cut into buckets. With the
+distributed optimizer (ZeRO-1) every parameter starts at a multiple of 64 elements, every bucket
+ends at a multiple of 128 and of the data-parallel degree, so that it can be cut evenly, and the
+tied embedding has a bucket of its own where it is on two pipeline stages. After
+`_ParamAndGradBuffer.__init__` of megatron-core 0.16.1, which in 0.19 is
 `DistributedOptimizer.compute_full_param_layout`; tests hold it against the real thing.
 """
 
@@ -21,7 +22,8 @@ from megatron_spdf.sparsity.plan import Plan
 
 PARAMETER_ALIGNMENT, BUCKET_ALIGNMENT = 64, 128  # elements
 SMALLEST_BUCKET, BUCKET_PER_RANK = 40_000_000, 1_000_000  # elements, Megatron-Core's defaults
-ORDER = ("input_layernorm", "linear_proj", "linear_qkv", "pre_mlp_layernorm", "linear_fc1", "linear_fc2")
+ORDER = ("input_layernorm", "linear_proj", "linear_qkv", "pre_mlp_layernorm", "linear_fc1",
+         "linear_fc2")
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class Local:
 
 @dataclass(frozen=True)
 class Buffer:
-    """One chunk's buffer, in elements: [start, end) of every bucket and of every parameter, in the buffer's order."""
+    """One chunk's buffer, in elements: [start, end) of every bucket and of every parameter, in the
+    buffer's order."""
 
     buckets: tuple[tuple[int, int], ...]
     parameters: tuple[tuple[int, int], ...]
@@ -53,7 +56,8 @@ class Buffer:
         return self.buckets[-1][1]
 
     def shard(self, data_rank: int, data: int) -> int:
-        """Elements of parameters in the even share of every bucket that a data-parallel rank updates."""
+        """Elements of parameters in the even share of every bucket that a data-parallel rank
+        updates."""
         owned, buckets = 0, iter(self.buckets)
         first, last = next(buckets)
         for start, end in self.parameters:
@@ -67,7 +71,8 @@ class Buffer:
 
 @lru_cache(maxsize=64)
 def weights_by_layer(model: Model) -> dict[int, tuple[Weight, ...]]:
-    """`model_weights` by layer, once for each model: a search over layouts asks thousands of times."""
+    """`model_weights` by layer, once for each model: a search over layouts asks thousands of
+    times."""
     layers: dict[int, list[Weight]] = {}
     for weight in model_weights(model):
         layers.setdefault(weight.layer, []).append(weight)
@@ -75,7 +80,8 @@ def weights_by_layer(model: Model) -> dict[int, tuple[Weight, ...]]:
 
 
 def layers_of(model: Model, parallel: Parallel, stage: int) -> list[list[int]]:
-    """Layers on a pipeline rank, chunk by chunk; -1 is what comes before the layers, `layers` what comes after."""
+    """Layers on a pipeline rank, chunk by chunk; -1 is what comes before the layers, `layers` what
+    comes after."""
     size = model.layers // (parallel.pipeline * parallel.interleave)
     chunks = []
     for chunk in range(parallel.interleave):
@@ -88,8 +94,10 @@ def layers_of(model: Model, parallel: Parallel, stage: int) -> list[list[int]]:
     return chunks
 
 
-def local_parameters(model: Model, parallel: Parallel, plan: Plan, stage: int) -> tuple[tuple[Local, ...], ...]:
-    """This rank's parameters, chunk by chunk, in the order in which Megatron-Core's modules name them.
+def local_parameters(model: Model, parallel: Parallel, plan: Plan,
+                     stage: int) -> tuple[tuple[Local, ...], ...]:
+    """This rank's parameters, chunk by chunk, in the order in which Megatron-Core's modules name
+    them.
 
     With more than one stage, the last holds the tied embedding a second time.
     """
@@ -117,22 +125,26 @@ def _local(weight: Weight, plan: Plan, tensor: int) -> Local:
 
 
 def _in_order(weights: Sequence[Weight], plan: Plan) -> list[Weight]:
-    """One layer's weights by module; compact values are a submodule's parameter, named after the module's own."""
+    """One layer's weights by module; compact values are a submodule's parameter, named after the
+    module's own."""
     def order(weight: Weight) -> tuple[int, bool]:
         module = next((i for i, name in enumerate(ORDER) if f".{name}." in weight.name), 0)
         base = weight.name.rpartition(".")[0]
-        return module, weight.name.endswith(".weight" if f"{base}.weight" in plan.weights else ".bias")
+        return module, weight.name.endswith(".weight" if f"{base}.weight" in plan.weights
+                                            else ".bias")
 
     return sorted(weights, key=order)
 
 
 @lru_cache(maxsize=4096)
-def lay_out(model: Model, parallel: Parallel, plan: Plan, stage: int, on_gpu: bool) -> tuple[Buffer, ...]:
+def lay_out(model: Model, parallel: Parallel, plan: Plan, stage: int,
+            on_gpu: bool) -> tuple[Buffer, ...]:
     """The buffers of a pipeline stage's chunks.
 
     Args:
-        on_gpu: only there are gradients reduced behind compute, and only then cut into several buckets; and only
-            those of the first stage's first chunk, since the others' traffic is not critical.
+        on_gpu: only there are gradients reduced behind compute, and only then cut into several
+            buckets; and only those of the first stage's first chunk, since the others' traffic is
+            not critical.
     """
     p = parallel
     overlaps = on_gpu and p.overlap and p.data > 1
@@ -140,7 +152,8 @@ def lay_out(model: Model, parallel: Parallel, plan: Plan, stage: int, on_gpu: bo
     buffers = []
     for number, chunk in enumerate(local_parameters(model, p, plan, stage)):
         bucketed = overlaps and stage == 0 and number == 0
-        buffers.append(_fill(chunk, p.data if p.zero_stage == 1 else 0, p.pipeline > 1, limit if bucketed else None))
+        buffers.append(_fill(chunk, p.data if p.zero_stage == 1 else 0, p.pipeline > 1,
+                             limit if bucketed else None))
     return tuple(buffers)
 
 

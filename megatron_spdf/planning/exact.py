@@ -42,8 +42,8 @@ class Count:
 
 
 def ranks_of_interest(recipe: Recipe) -> list[int]:
-    """One rank of each kind of stage: the first, one in the middle, the last of the pipeline; and the last of all,
-    whose share of the optimizer's state has the padding."""
+    """One rank of each kind of stage: the first, one in the middle, the last of the pipeline; and
+    the last of all, whose share of the optimizer's state has the padding."""
     p = recipe.parallel
     stages = sorted({0, p.pipeline // 2, p.pipeline - 1})
     return sorted({stage * p.tensor * p.data for stage in stages} | {p.world - 1})
@@ -53,7 +53,8 @@ def dry_run(recipe: Recipe, plan: Plan, ranks: list[int]) -> list[Count]:
     """Builds ranks of the recipe's layout on the meta device, in a process of its own, and counts.
 
     Raises:
-        ValueError: a rank that the layout does not have, or an engine whose buffers cannot be built.
+        ValueError: a rank that the layout does not have, or an engine whose buffers cannot be
+            built.
     """
     return dry_runs([(recipe, plan, ranks)])[0]
 
@@ -62,21 +63,28 @@ def dry_runs(wanted: Sequence[tuple[Recipe, Plan, list[int]]]) -> list[list[Coun
     """`dry_run` of several layouts in one process, which spares starting the engine for each."""
     for recipe, _, ranks in wanted:
         if recipe.engine != "megatron":
-            raise ValueError(f"engine={recipe.engine} makes its buffers while it trains; only Megatron-Core's can be "
-                             "counted before. Leave --exact out for the closed forms, or set engine=megatron")
+            raise ValueError(f"engine={recipe.engine} makes its buffers while it trains; only "
+                             "Megatron-Core's can be counted before. Leave --exact out for the "
+                             "closed forms, or set engine=megatron")
         world = recipe.parallel.world
         for rank in ranks:
             if not 0 <= rank < world:
-                raise ValueError(f"rank {rank} is not in this layout of {world} ranks; take one of 0 to {world - 1}")
-    requests = json.dumps([{"recipe": _plain(recipe), "ranks": ranks} for recipe, _, ranks in wanted])
+                raise ValueError(f"rank {rank} is not in this layout of {world} ranks; take one of "
+                                 f"0 to {world - 1}")
+    requests = json.dumps([{"recipe": _plain(recipe), "ranks": ranks} for recipe, _,
+                           ranks in wanted])
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore",
-                   "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
-    done = subprocess.run([sys.executable, "-m", "megatron_spdf.engine.base.dry_run"], input=requests, text=True,
-                          capture_output=True, env=environment, check=False)
+                   "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None,
+                                                                     [os.environ.get("PYTHONPATH")])])}
+    done = subprocess.run([sys.executable, "-m", "megatron_spdf.engine.base.dry_run"],
+                          input=requests, text=True, capture_output=True, env=environment,
+                          check=False)
     if done.returncode:
         raise RuntimeError(f"the dry run ended with {done.returncode}:\n{done.stderr[-2000:]}")
-    return [[_held_against_closed_form(recipe, plan, rank, f) for rank, f in zip(ranks, found, strict=True)]
-            for (recipe, plan, ranks), found in zip(wanted, json.loads(done.stdout.splitlines()[-1]), strict=True)]
+    return [[_held_against_closed_form(recipe, plan, rank, f) for rank,
+             f in zip(ranks, found, strict=True)]
+            for (recipe, plan, ranks),
+            found in zip(wanted, json.loads(done.stdout.splitlines()[-1]), strict=True)]
 
 
 def _plain(recipe: Recipe) -> dict:
@@ -91,8 +99,8 @@ def _held_against_closed_form(recipe: Recipe, plan: Plan, rank: int, found: dict
     predicted = rank_bytes(recipe, plan, stage, on_gpu=True, data_rank=data)
     buckets = [[end - start for start, end in buffer.buckets]
                for buffer in lay_out(recipe.model, recipe.parallel, plan, stage, on_gpu=True)]
-    return Count(rank, (tensor, stage, data), {k: found[k] for k in PARTS}, {k: getattr(predicted, k) for k in PARTS},
-                 found["buckets"], buckets)
+    return Count(rank, (tensor, stage, data), {k: found[k] for k in PARTS},
+                 {k: getattr(predicted, k) for k in PARTS}, found["buckets"], buckets)
 
 
 def render_counts(recipe: Recipe, counts: list[Count]) -> str:
@@ -105,7 +113,9 @@ def render_counts(recipe: Recipe, counts: list[Count]) -> str:
         off = [f"{k}: {c.predicted[k]:,} instead of {c.counted[k]:,} bytes"
                for k in PARTS if c.predicted[k] != c.counted[k]]
         off += ["other buckets"] * (c.buckets != c.predicted_buckets)
-        lines.append(f"  {c.rank:<8}{','.join(map(str, c.place)):<16}" + "".join(f"{n / 2**30:>12.4f}" for n in cells)
+        lines.append(f"  {c.rank:<8}{','.join(map(str, c.place)):<16}"
+                     + "".join(f"{n / 2**30:>12.4f}" for n in cells)
                      + f"{sum(map(len, c.buckets)):>9}   {'; '.join(off) or 'equal to the byte'}")
-    lines.append("  GiB; expanded: dense copies kept for the step; masks with what kernels derive from them")
+    lines.append("  GiB; expanded: dense copies kept for the step; masks with what kernels derive "
+                 "from them")
     return "\n".join(lines)

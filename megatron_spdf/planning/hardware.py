@@ -1,4 +1,5 @@
-"""GPUs as the planner sees them: rates and sizes from their makers' data sheets, or measured on this machine."""
+"""GPUs as the planner sees them: rates and sizes from their makers' data sheets, or measured on
+this machine."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ class Gpu:
 
     Attributes:
         name: as it occurs in the device name that PyTorch reports.
-        bf16, fp32: peak rates of dense matrix products, FLOP/s; fp32 without TF32, as PyTorch computes by default.
+        bf16, fp32: peak rates of dense matrix products, FLOP/s; fp32 without TF32, as PyTorch
+            computes by default.
         memory: bytes, as PyTorch reports them.
         memory_bandwidth: bytes/s.
         link: bytes/s that it can send to the other GPUs of the node.
@@ -38,8 +40,8 @@ class Gpu:
         return self.bf16 if precision == "bf16" else self.fp32
 
 
-# Data sheets: NVIDIA A100 80GB SXM, H100 SXM and PCIe, H200 SXM, HGX B200; AMD MI300X. Network: 200 Gb/s a GPU in DGX
-# A100, 400 Gb/s in DGX H100, H200 and B200 and their like.
+# Data sheets: NVIDIA A100 80GB SXM, H100 SXM and PCIe, H200 SXM, HGX B200; AMD MI300X. Network: 200
+# Gb/s a GPU in DGX A100, 400 Gb/s in DGX H100, H200 and B200 and their like.
 GPUS = {
     "a100": Gpu("A100", 312e12, 19.5e12, 79.2 * GIB, 2.039e12, 300e9, 25e9),
     "h100-pcie": Gpu("H100 PCIe", 756e12, 51e12, 79.1 * GIB, 2.0e12, 64e9, 25e9),
@@ -73,8 +75,8 @@ def find_gpu(
     elif name in GPUS:
         gpu = GPUS[name]
     else:
-        raise ValueError(f"gpu={name!r} is not in the table; known: {', '.join(GPUS)}, and {THIS_MACHINE}, which is "
-                         "measured")
+        raise ValueError(f"gpu={name!r} is not in the table; known: {', '.join(GPUS)}, and "
+                         f"{THIS_MACHINE}, which is measured")
     changes = {"memory": memory, "network": network, "gpus_per_node": gpus_per_node}
     return replace(gpu, **{k: v for k, v in changes.items() if v is not None})
 
@@ -82,7 +84,8 @@ def find_gpu(
 def measure_this_machine(precision: Precision, size: int = 2048, seconds: float = 0.5) -> Gpu:
     """Rates of this machine's first GPU, or of its CPU as one process uses it.
 
-    On a CPU ranks reach each other through memory: half its copy bandwidth stands for link and network.
+    On a CPU ranks reach each other through memory: half its copy bandwidth stands for link and
+    network.
 
     Args:
         size: of the square matrices that are multiplied.
@@ -104,7 +107,8 @@ def measure_this_machine(precision: Precision, size: int = 2048, seconds: float 
         known = next((gpu for gpu in GPUS.values() if gpu.name in name), None)
         link, network = (known.link, known.network) if known else (copied / 2, copied / 2)
         return Gpu(name, rate, rate, total, copied, link, network, torch.cuda.device_count())
-    return Gpu("CPU", rate, rate, psutil.virtual_memory().total, copied, copied / 2, copied / 2, os.cpu_count() or 1)
+    return Gpu("CPU", rate, rate, psutil.virtual_memory().total, copied, copied / 2, copied / 2,
+               os.cpu_count() or 1)
 
 
 def _seconds(work, at_least: float) -> float:

@@ -1,4 +1,5 @@
-"""Bytes that weights, gradients and optimizer state take on a rank, by closed form, padding included.
+"""Bytes that weights, gradients and optimizer state take on a rank, by closed form, padding
+included.
 
 What is kept between steps; what a step needs beside it is in `activations.py`.
 """
@@ -23,13 +24,15 @@ class RankBytes:
     """Bytes on one rank.
 
     Attributes:
-        parameters: compact values of sparse weights and all other parameters, in the training precision.
+        parameters: compact values of sparse weights and all other parameters, in the training
+            precision.
         gradients: fp32 buffer that micro-batches add into.
         master: fp32 weights of the optimizer, under bf16.
         moments: first and second, fp32.
         expanded: dense copies of the sparse weights that are kept for the step.
-        masks: one bit a weight, and what kernels derive from them: on CPU the positions of the active entries, 8 bytes
-            each; on a GPU 4 bytes for `SPAN` entries of a slice, and twice 4 bytes for every active tile.
+        masks: one bit a weight, and what kernels derive from them: on CPU the positions of the
+            active entries, 8 bytes each; on a GPU 4 bytes for `SPAN` entries of a slice, and twice
+            4 bytes for every active tile.
         gathered: ZeRO-3 only, whole parameters of the layers at work.
     """
 
@@ -50,9 +53,10 @@ class RankBytes:
         return sum(asdict(self).values())
 
 
-def rank_bytes(recipe: Recipe, plan: Plan, stage: int, on_gpu: bool, data_rank: int = 0) -> RankBytes:
-    """Bytes on a rank of a pipeline stage: as Megatron-Core's buffers take them, padding included, or by ZeRO's closed
-    form with DeepSpeed as the engine.
+def rank_bytes(recipe: Recipe, plan: Plan, stage: int, on_gpu: bool,
+               data_rank: int = 0) -> RankBytes:
+    """Bytes on a rank of a pipeline stage: as Megatron-Core's buffers take them, padding included,
+    or by ZeRO's closed form with DeepSpeed as the engine.
 
     Args:
         data_rank: shards of ZeRO-1 are even, but padding is no state, and it lies with some ranks.
@@ -66,11 +70,13 @@ def rank_bytes(recipe: Recipe, plan: Plan, stage: int, on_gpu: bool, data_rank: 
 
 @lru_cache(maxsize=4096)
 def _rank_bytes(
-    model: Model, parallel: Parallel, plan: Plan, width: int, stage: int, on_gpu: bool, data_rank: int
+    model: Model, parallel: Parallel, plan: Plan, width: int, stage: int, on_gpu: bool,
+    data_rank: int
 ) -> RankBytes:
     buffers = lay_out(model, parallel, plan, stage, on_gpu)
     elements = sum(b.elements for b in buffers)  # without ZeRO nothing is padded
-    owned = sum(b.shard(data_rank, parallel.data) for b in buffers) if parallel.zero_stage == 1 else elements
+    owned = sum(b.shard(data_rank, parallel.data)
+                for b in buffers) if parallel.zero_stage == 1 else elements
     expanded, masks = _sparse_bytes(model, parallel, plan, width, stage, on_gpu)
     return RankBytes(
         parameters=width * elements,
@@ -100,11 +106,13 @@ def _sparse_bytes(
 
 
 def zero_bytes(recipe: Recipe, plan: Plan, stage: int, zero_stage: int) -> RankBytes:
-    """Bytes on a GPU of each ZeRO stage 0 to 3 (Rajbhandari et al. 2020, figure 1), without any engine's padding.
+    """Bytes on a GPU of each ZeRO stage 0 to 3 (Rajbhandari et al. 2020, figure 1), without any
+    engine's padding.
 
-    ZeRO-1 shards the optimizer state over the data-parallel ranks, ZeRO-2 the gradients too, ZeRO-3 the parameters
-    too; then two layers at a time are gathered whole. Sparse weights are expanded in the forward pass and kept for the
-    backward pass there, or with full recomputation for their layer's only. Stages 2 and 3 are DeepSpeed's.
+    ZeRO-1 shards the optimizer state over the data-parallel ranks, ZeRO-2 the gradients too, ZeRO-3
+    the parameters too; then two layers at a time are gathered whole. Sparse weights are expanded in
+    the forward pass and kept for the backward pass there, or with full recomputation for their
+    layer's only. Stages 2 and 3 are DeepSpeed's.
 
     Raises:
         ValueError: no such stage.
@@ -113,7 +121,8 @@ def zero_bytes(recipe: Recipe, plan: Plan, stage: int, zero_stage: int) -> RankB
         raise ValueError(f"ZeRO has stages 0, 1, 2 and 3, not {zero_stage}")
     bf16 = recipe.train.precision == "bf16"
     width, data = 2 if bf16 else 4, recipe.parallel.data
-    parameters = [q for chunk in local_parameters(recipe.model, recipe.parallel, plan, stage) for q in chunk]
+    parameters = [q for chunk in local_parameters(recipe.model, recipe.parallel, plan, stage)
+                  for q in chunk]
     elements = sum(q.elements for q in parameters)
     share = math.ceil(elements / data)
     expanded, masks = _sparse_bytes(recipe.model, recipe.parallel, plan, width, stage, on_gpu=True)
@@ -122,7 +131,8 @@ def zero_bytes(recipe: Recipe, plan: Plan, stage: int, zero_stage: int) -> RankB
         remade, layers = recipe.train.recompute == "full", {}
         for q in parameters:
             layers[q.layer] = layers.get(q.layer, 0) + q.elements + q.expands_to * remade
-        largest = sorted((n for layer, n in layers.items() if 0 <= layer < recipe.model.layers), reverse=True)
+        largest = sorted((n for layer, n in layers.items() if 0 <= layer < recipe.model.layers),
+                         reverse=True)
         gathered = width * sum(largest[:GATHERED_LAYERS])
         expanded = 0 if remade else width * sum(q.expands_to for q in parameters)
     owned = share if zero_stage >= 1 else elements
@@ -143,8 +153,8 @@ def render_layout(recipe: Recipe, plan: Plan) -> str:
     lines = [
         f"layout: {render_parallel(recipe)}; {_render_micro_batches(recipe)} tokens",
         f"steps: {recipe.steps:,} of {recipe.tokens_per_step:,} tokens",
-        f"  {'GiB per GPU':<16}{'parameters':>12}{'gradients':>12}{'optimizer':>12}{'expanded':>12}{'masks':>12}"
-        f"{'total':>12}   (without activations: tools/plan.py)",
+        "  "
+        f"{'GiB per GPU':<16}{'parameters':>12}{'gradients':>12}{'optimizer':>12}{'expanded':>12}{'masks':>12}{'total':>12}   (without activations: tools/plan.py)",
     ]
     for stage in range(p.pipeline):
         b = rank_bytes(recipe, plan, stage, on_gpu=True)
@@ -160,8 +170,9 @@ def _render_micro_batches(recipe: Recipe) -> str:
 
 
 def render_parallel(recipe: Recipe) -> str:
-    """The layout in words, for example `8 ranks = tensor 2 + sequence x pipeline 2 x data 2, megatron ZeRO-1`."""
+    """The layout in words, for example `8 ranks = tensor 2 + sequence x pipeline 2 x data 2,
+    megatron ZeRO-1`."""
     p = recipe.parallel
-    return (f"{p.world} ranks = tensor {p.tensor}{' + sequence' if p.sequence else ''} x pipeline {p.pipeline}"
-            f"{f' (interleave {p.interleave})' if p.interleave > 1 else ''} x data {p.data}, "
-            f"{recipe.engine} ZeRO-{p.zero_stage}{' offloaded' if p.offload else ''}")
+    return (f"{p.world} ranks = tensor {p.tensor}{' + sequence' if p.sequence else ''} x pipeline "
+            f"{p.pipeline}{f' (interleave {p.interleave})' if p.interleave > 1 else ''} x data "
+            f"{p.data}, {recipe.engine} ZeRO-{p.zero_stage}{' offloaded' if p.offload else ''}")

@@ -1,4 +1,5 @@
-"""Everything the planner has to say about a recipe on so many GPUs, as plain values for text, JSON and HTML."""
+"""Everything the planner has to say about a recipe on so many GPUs, as plain values for text, JSON
+and HTML."""
 
 from __future__ import annotations
 
@@ -51,7 +52,8 @@ class Request:
 
 
 def make_overview(request: Request) -> dict[str, Any]:
-    """Plain nested values, see the renderers for their meaning; bytes, seconds and FLOPs throughout.
+    """Plain nested values, see the renderers for their meaning; bytes, seconds and FLOPs
+    throughout.
 
     Raises:
         ValueError: no layout fits or is possible; by how much it misses, and the nearest that does.
@@ -67,7 +69,8 @@ def make_overview(request: Request) -> dict[str, Any]:
         distinct.setdefault((p.tensor, p.pipeline, p.data, p.interleave), candidate)
     return {
         "request": {"gpus": request.gpus, "gpu": asdict(gpu), "usable_bytes": USABLE * gpu.memory,
-                    "efficiency": request.efficiency, "efficiency_from": request.source, "price": request.price},
+                    "efficiency": request.efficiency, "efficiency_from": request.source,
+                    "price": request.price},
         "model": _model(recipe, plan),
         "flops": _flops(best.recipe, plan),
         "own_layout": _own_layout(request),
@@ -91,8 +94,10 @@ def _model(recipe: Recipe, plan: Plan) -> dict[str, Any]:
     weights = model_weights(recipe.model)
     linear = sum(w.numel for w in weights if w.linear)
     return {
-        "layers": recipe.model.layers, "hidden": recipe.model.hidden, "parameters": sum(w.numel for w in weights),
-        "linear_weights": linear, "active": linear - plan.numel + plan.active, "sparsity": plan.sparsity,
+        "layers": recipe.model.layers, "hidden": recipe.model.hidden,
+        "parameters": sum(w.numel for w in weights),
+        "linear_weights": linear, "active": linear - plan.numel + plan.active,
+        "sparsity": plan.sparsity,
         "tokens": recipe.steps * recipe.tokens_per_step, "steps": recipe.steps,
         "tokens_per_step": recipe.tokens_per_step, "precision": recipe.train.precision,
         "sequence_length": recipe.train.sequence_length,
@@ -101,7 +106,8 @@ def _model(recipe: Recipe, plan: Plan) -> dict[str, Any]:
 
 
 def _flops(recipe: Recipe, plan: Plan) -> list[dict[str, Any]]:
-    """FLOPs per token by part, and of the whole run; `recipe` at the layout whose recomputation counts."""
+    """FLOPs per token by part, and of the whole run; `recipe` at the layout whose recomputation
+    counts."""
     model, length = recipe.model, recipe.train.sequence_length
     tokens = recipe.steps * recipe.tokens_per_step
     stages = stages_of(recipe)
@@ -113,7 +119,8 @@ def _flops(recipe: Recipe, plan: Plan) -> list[dict[str, Any]]:
         f"executed (expanded, causal, recompute {recipe.train.recompute})":
             training_flops(model, length, plan.on_tiles, "causal", recipe.train.recompute),
     }
-    return [{"what": what, **asdict(f), "total": f.total, "run": f.total * tokens} for what, f in kinds.items()]
+    return [{"what": what, **asdict(f), "total": f.total, "run": f.total * tokens} for what,
+            f in kinds.items()]
 
 
 def _row(candidate: Candidate, request: Request) -> dict[str, Any]:
@@ -152,7 +159,8 @@ def _memory(recipe: Recipe, plan: Plan) -> list[dict[str, Any]]:
     for stage in sorted({0, (last + 1) // 2, last}):
         state, step = rank_bytes(recipe, plan, stage, on_gpu=True), step_bytes(recipe, plan, stage)
         parts = {k: v for k, v in asdict(state).items() if k != "gathered"}
-        parts |= {"activations": step.activations, "temporaries": step.total - step.activations - step.communication,
+        parts |= {"activations": step.activations,
+                  "temporaries": step.total - step.activations - step.communication,
                   "buffers": step.communication}
         rows.append({"stage": stage, **parts, "total": sum(parts.values()), "step": asdict(step)})
     return rows
@@ -173,8 +181,10 @@ def _traffic(recipe: Recipe, plan: Plan, gpu: Gpu) -> list[dict[str, Any]]:
         stage = max(sent, key=lambda s: sent[s][0][key])
         way = route(key[0], recipe, gpu.gpus_per_node)
         payload, unmasked = (each[key] for each in sent[stage])
-        rows.append({"kind": key[0], "operation": key[1], "ranks": way.ranks, "link": way.link, "stage": stage,
-                     "payload": payload, "wire": payload * wire_share(key[1], way.ranks), "dense_payload": unmasked})
+        rows.append({"kind": key[0], "operation": key[1], "ranks": way.ranks, "link": way.link,
+                     "stage": stage,
+                     "payload": payload, "wire": payload * wire_share(key[1], way.ranks),
+                     "dense_payload": unmasked})
     return rows
 
 
@@ -184,7 +194,8 @@ def at_level(recipe: Recipe, level: float) -> Recipe:
 
 
 def _levels(plan: Plan) -> list[float | None]:
-    """Sparsities to compare; None stands for the recipe's own where it is not a level of all linear weights."""
+    """Sparsities to compare; None stands for the recipe's own where it is not a level of all linear
+    weights."""
     own = {w.level for w in plan.weights.values()}
     uniform = len(own) <= 1 and not any(w.tile for w in plan.weights.values())
     return sorted({*LEVELS, *(own if uniform else ())}) + ([] if uniform else [None])
@@ -197,7 +208,8 @@ def _level(recipe: Recipe, level: float | None, request: Request) -> dict[str, A
     length = recipe.train.sequence_length
     total = training_flops(recipe.model, length, plan).total
     least = smallest_world(other, plan, request.gpu)
-    data = [n for (kind, _), n in step_traffic(other, plan, 0).items() if kind in ("gradients", "parameters")]
+    data = [n for (kind, _),
+            n in step_traffic(other, plan, 0).items() if kind in ("gradients", "parameters")]
     return {
         "sparsity": plan.sparsity, "recipe": plan.weights == request.plan.weights,
         "tiles": any(w.tile for w in plan.weights.values()),
@@ -205,7 +217,8 @@ def _level(recipe: Recipe, level: float | None, request: Request) -> dict[str, A
         "flops_ratio": total / training_flops(recipe.model, length).total,
         "peak_bytes": fullest(other, plan).peak, "data_traffic": sum(data),
         "fewest_gpus": least and least.recipe.parallel.world,
-        "fewest_layout": least and {k: getattr(least.recipe.parallel, k) for k in ("tensor", "pipeline", "data")},
+        "fewest_layout": least
+        and {k: getattr(least.recipe.parallel, k) for k in ("tensor", "pipeline", "data")},
     }
 
 
@@ -215,18 +228,20 @@ def _impossible(request: Request, misfits: list[Misfit]) -> str:
     if not misfits or misfits[0].excess is None:
         why = misfits[0].reason if misfits else (
             f"no tensor x pipeline divides that number (tensor divides model.query_groups="
-            f"{recipe.model.query_groups} and a node's {gpu.gpus_per_node} GPUs, pipeline model.layers="
-            f"{recipe.model.layers})")
+            f"{recipe.model.query_groups} and a node's {gpu.gpus_per_node} GPUs, pipeline "
+            f"model.layers={recipe.model.layers})")
         near = usable_worlds(recipe, gpu, gpus)
         return f"{gpus} GPUs cannot be laid out: {why}. Numbers near it that can: {', '.join(map(str, near)) or 'none'}"
     p = misfits[0].recipe.parallel
-    lines = [f"no layout of {gpus} x {gpu.name} holds this run. The nearest, tensor {p.tensor} x pipeline {p.pipeline} "
-             f"x data {p.data}, {misfits[0].reason}: {USABLE * gpu.memory / 2**30:,.1f} of a GPU's "
-             f"{gpu.memory / 2**30:,.1f} GiB can be counted on. What does hold it:"]
+    lines = [f"no layout of {gpus} x {gpu.name} holds this run. The nearest, tensor {p.tensor} x "
+             f"pipeline {p.pipeline} x data {p.data}, {misfits[0].reason}: "
+             f"{USABLE * gpu.memory / 2**30:,.1f} of a GPU's {gpu.memory / 2**30:,.1f} GiB can be "
+             "counted on. What does hold it:"]
     least = smallest_world(recipe, plan, gpu)
     if least:
         q = least.recipe.parallel
-        lines.append(f"{q.world} x {gpu.name} (tensor {q.tensor} x pipeline {q.pipeline} x data {q.data})")
+        lines.append(f"{q.world} x {gpu.name} (tensor {q.tensor} x pipeline {q.pipeline} x data "
+                     f"{q.data})")
     for name, other in GPUS.items():
         if other.memory > gpu.memory and holds(recipe, plan, other, gpus):
             lines.append(f"{gpus} x {other.name} (--gpu {name})")
@@ -235,4 +250,5 @@ def _impossible(request: Request, misfits: list[Misfit]) -> str:
         if holds(sparser, plan_of(sparser), gpu, gpus):
             lines.append(f"{gpus} x {gpu.name} with sparsity={level}")
             break
-    return "\n  - ".join(lines if len(lines) > 1 else [*lines, "no number of GPUs up to 65,536; take a smaller model"])
+    return "\n  - ".join(lines if len(lines) > 1
+                         else [*lines, "no number of GPUs up to 65,536; take a smaller model"])

@@ -1,4 +1,5 @@
-"""Which layouts of a recipe fit on so many GPUs, which of them is fastest, and why the others do not do."""
+"""Which layouts of a recipe fit on so many GPUs, which of them is fastest, and why the others do
+not do."""
 
 from __future__ import annotations
 
@@ -41,21 +42,25 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Misfit:
-    """A TP x PP x DP that cannot be used: the smallest of its variants is too large, or a rule forbids all."""
+    """A TP x PP x DP that cannot be used: the smallest of its variants is too large, or a rule
+    forbids all."""
 
     recipe: Recipe
     reason: str
     excess: int | None
 
 
-def laid_out(recipe: Recipe, tensor: int, pipeline: int, data: int, interleave: int = 1, micro_batch: int = 1,
-             recompute: str = "none") -> Recipe:
-    """The recipe at another layout; sequence parallelism wherever it can be, since it costs nothing."""
+def laid_out(recipe: Recipe, tensor: int, pipeline: int, data: int, interleave: int = 1,
+             micro_batch: int = 1, recompute: str = "none") -> Recipe:
+    """The recipe at another layout; sequence parallelism wherever it can be, since it costs
+    nothing."""
     sequence = tensor > 1 and recipe.train.sequence_length % tensor == 0
-    parallel = {"tensor": tensor, "pipeline": pipeline, "data": data, "interleave": interleave, "sequence": sequence}
+    parallel = {"tensor": tensor, "pipeline": pipeline, "data": data, "interleave": interleave,
+                "sequence": sequence}
     return recipe.model_copy(update={
         "parallel": recipe.parallel.model_copy(update=parallel),
-        "train": recipe.train.model_copy(update={"micro_batch": micro_batch, "recompute": recompute})})
+        "train": recipe.train.model_copy(update={"micro_batch": micro_batch,
+                                                 "recompute": recompute})})
 
 
 def fullest(recipe: Recipe, plan: Plan) -> Candidate:
@@ -84,7 +89,8 @@ def search(recipe: Recipe, plan: Plan, gpu: Gpu, gpus: int, efficiency: float = 
             continue
         candidates = [fullest(v, plan) for v in allowed]
         fitting = [c for c in candidates if c.peak <= USABLE * gpu.memory]
-        found += [Candidate(c.recipe, c.peak, c.stage, step_time(c.recipe, plan, gpu, efficiency)) for c in fitting]
+        found += [Candidate(c.recipe, c.peak, c.stage, step_time(c.recipe, plan, gpu, efficiency))
+                  for c in fitting]
         if not fitting:
             least = min(candidates, key=lambda c: c.peak)
             misfits.append(_too_large(least, gpu))
@@ -119,13 +125,15 @@ def _too_large(least: Candidate, gpu: Gpu) -> Misfit:
     limit = USABLE * gpu.memory
     excess = math.ceil(least.peak - limit)
     train = least.recipe.train
-    reason = (f"needs {least.peak / 2**30:,.1f} GiB on stage {least.stage} (micro-batch {train.micro_batch}, recompute "
-              f"{train.recompute}), {excess / 2**30:,.1f} GiB too much")
+    reason = (f"needs {least.peak / 2**30:,.1f} GiB on stage {least.stage} (micro-batch "
+              f"{train.micro_batch}, recompute {train.recompute}), {excess / 2**30:,.1f} GiB too "
+              "much")
     return Misfit(least.recipe, reason, excess)
 
 
 def smallest_world(recipe: Recipe, plan: Plan, gpu: Gpu) -> Candidate | None:
-    """The layout with the fewest GPUs on which the recipe trains at all: one sequence at a time, layers recomputed.
+    """The layout with the fewest GPUs on which the recipe trains at all: one sequence at a time,
+    layers recomputed.
 
     Returns:
         None if even LARGEST_WORLD GPUs are too few.
@@ -133,11 +141,13 @@ def smallest_world(recipe: Recipe, plan: Plan, gpu: Gpu) -> Candidate | None:
     batch, choices = recipe.train.global_batch, []
     for tensor in tensor_degrees(recipe, gpu):
         for pipeline in divisors(recipe.model.layers):
-            choices += [(tensor * pipeline * data, pipeline, tensor, data) for data in divisors(batch)
+            choices += [(tensor * pipeline * data, pipeline, tensor, data)
+                        for data in divisors(batch)
                         if tensor * pipeline * data <= LARGEST_WORLD]
     for _, pipeline, tensor, data in sorted(choices):
         candidate = laid_out(recipe, tensor, pipeline, data, recompute="full")
-        if all(peak_bytes(candidate, plan, stage) <= USABLE * gpu.memory for stage in range(pipeline)):
+        if all(peak_bytes(candidate, plan, stage) <= USABLE * gpu.memory
+               for stage in range(pipeline)):
             return fullest(candidate, plan)
     return None
 
@@ -145,13 +155,15 @@ def smallest_world(recipe: Recipe, plan: Plan, gpu: Gpu) -> Candidate | None:
 def holds(recipe: Recipe, plan: Plan, gpu: Gpu, gpus: int) -> bool:
     """Whether some layout on `gpus` GPUs fits, layers recomputed."""
     least = (laid_out(recipe, *d, recompute="full") for d in degrees(recipe, gpu, gpus))
-    return any(not any(rule_violations(r)) and fullest(r, plan).peak <= USABLE * gpu.memory for r in least)
+    return any(not any(rule_violations(r)) and fullest(r, plan).peak <= USABLE * gpu.memory
+               for r in least)
 
 
 def usable_worlds(recipe: Recipe, gpu: Gpu, gpus: int) -> list[int]:
     """The nearest numbers of GPUs below and above `gpus` for which some layout obeys the rules."""
     def possible(world: int) -> bool:
-        return any(not any(rule_violations(laid_out(recipe, *d))) for d in degrees(recipe, gpu, world))
+        return any(not any(rule_violations(laid_out(recipe, *d)))
+                   for d in degrees(recipe, gpu, world))
 
     below = next((n for n in range(gpus - 1, 0, -1) if possible(n)), None)
     above = next((n for n in range(gpus + 1, 4 * gpus + 8) if possible(n)), None)

@@ -1,8 +1,10 @@
-"""How long a step takes: a roofline of the slowest stage, the pipeline's bubble, and traffic that nothing hides.
+"""How long a step takes: a roofline of the slowest stage, the pipeline's bubble, and traffic that
+nothing hides.
 
-Matrix products and attention run at `efficiency` x the GPU's peak, an assumption (EFFICIENCY) until a measured run
-calibrates it; everything else moves bytes at the memory's or the link's full rate. Unstructured sparse weights are
-expanded, so products run at their dense cost: the model says what our engine does, not what sparsity could do.
+Matrix products and attention run at `efficiency` x the GPU's peak, an assumption (EFFICIENCY) until
+a measured run calibrates it; everything else moves bytes at the memory's or the link's full rate.
+Unstructured sparse weights are expanded, so products run at their dense cost: the model says what
+our engine does, not what sparsity could do.
 """
 
 from __future__ import annotations
@@ -23,10 +25,12 @@ from megatron_spdf.sparsity.plan import Plan
 
 EFFICIENCY = 0.6
 FLASH_BACKWARD = 2.5  # forwards: five products where the forward has two (Dao 2023, section 3.1)
-# (T, B, h) and (T, B, f) tensors that one forward pass of our layer reads or writes outside of products: two norms (4),
-# two biases with dropout and residual, fused (6); bias and GELU, fused (2). Backward moves about twice as many.
+# (T, B, h) and (T, B, f) tensors that one forward pass of our layer reads or writes outside of
+# products: two norms (4), two biases with dropout and residual, fused (6); bias and GELU, fused
+# (2). Backward moves about twice as many.
 HIDDEN_PASSES, FEED_FORWARD_PASSES = 10, 2
-# (T, B, V / t) in fp32: cast (1.5), maximum (1), subtract (2), exponential (2), sum (1), scale (2), cast back (1.5).
+# (T, B, V / t) in fp32: cast (1.5), maximum (1), subtract (2), exponential (2), sum (1), scale (2),
+# cast back (1.5).
 LOGIT_PASSES = 11
 
 
@@ -40,7 +44,8 @@ class StepTime:
         tensor: tensor-parallel traffic that no product hides.
         pipeline: sends between stages.
         bubble: stages waiting for each other.
-        data: gradients and parameters that are not hidden behind the last backward and the first forward.
+        data: gradients and parameters that are not hidden behind the last backward and the first
+            forward.
         update: the optimizer.
     """
 
@@ -58,9 +63,11 @@ class StepTime:
 
 
 def step_time(recipe: Recipe, plan: Plan, gpu: Gpu, efficiency: float = EFFICIENCY) -> StepTime:
-    """Seconds of a step; the stage that takes longest, the first or the last, sets the pace of all."""
+    """Seconds of a step; the stage that takes longest, the first or the last, sets the pace of
+    all."""
     stages = {0, recipe.parallel.pipeline - 1}
-    return max((_stage_time(recipe, plan, gpu, efficiency, s) for s in stages), key=lambda t: t.total)
+    return max((_stage_time(recipe, plan, gpu, efficiency, s) for s in stages),
+               key=lambda t: t.total)
 
 
 def _stage_time(recipe: Recipe, plan: Plan, gpu: Gpu, efficiency: float, stage: int) -> StepTime:
@@ -71,16 +78,20 @@ def _stage_time(recipe: Recipe, plan: Plan, gpu: Gpu, efficiency: float, stage: 
     sent = step_traffic(recipe, plan, stage)
 
     def seconds(kind: str) -> float:
-        return sum(_wire_seconds(kind, op, n, recipe, gpu) for (k, op), n in sent.items() if k == kind)
+        return sum(_wire_seconds(kind, op, n, recipe, gpu) for (k, op),
+                   n in sent.items() if k == kind)
 
-    # Backward, the reduction of an input's gradient runs beside the product of the weight's gradient.
+    # Backward, the reduction of an input's gradient runs beside the product of the weight's
+    # gradient.
     tensor = seconds("tensor") / many
     tensor = max(tensor / 2, tensor - backward / 2)
-    pipeline = 0.0 if p.interleave > 1 else seconds("pipeline") / many  # interleaved, sends run behind compute
+    # interleaved, sends run behind compute
+    pipeline = 0.0 if p.interleave > 1 else seconds("pipeline") / many
     micro_batch = forward + backward + moved + tensor + pipeline
     rounds = many if p.zero_stage >= 2 else 1  # of data-parallel traffic in a step
     held = rank_bytes(recipe, plan, stage, on_gpu=True)
-    update = 2 * (held.optimizer + held.gradients // (p.data if p.zero_stage == 1 else 1)) + held.parameters
+    update = 2 * (held.optimizer + held.gradients
+                  // (p.data if p.zero_stage == 1 else 1)) + held.parameters
     return StepTime(
         compute=many * (forward + backward),
         memory=many * moved + _expand_bytes(recipe, plan, stage) / gpu.memory_bandwidth,
@@ -94,22 +105,25 @@ def _stage_time(recipe: Recipe, plan: Plan, gpu: Gpu, efficiency: float, stage: 
 
 
 def _executed(recipe: Recipe, plan: Plan, stage: int) -> tuple[float, float]:
-    """FLOPs that a rank executes for one micro-batch, (forward, backward with what is recomputed). Expanded weights
-    cost what dense ones do; tiles cost their active weights, at the rate of dense products, which is an assumption."""
+    """FLOPs that a rank executes for one micro-batch, (forward, backward with what is recomputed).
+    Expanded weights cost what dense ones do; tiles cost their active weights, at the rate of dense
+    products, which is an assumption."""
     m, t = recipe.model, recipe.train
     tokens = t.micro_batch * t.sequence_length
     whole = forward_flops(m, t.sequence_length, plan.on_tiles, "causal")
     share = tokens / recipe.parallel.tensor
-    linear, attention = (share * part * _layers(recipe) / m.layers for part in (whole.linear, whole.attention))
+    linear, attention = (share * part * _layers(recipe) / m.layers
+                         for part in (whole.linear, whole.attention))
     logits = share * whole.logits * padded_vocab(m) / m.vocab_size if stage == recipe.parallel.pipeline - 1 else 0.0
     again = linear * (t.recompute == "full") + attention * (t.recompute != "none")
     return linear + attention + logits, 2.0 * (linear + logits) + FLASH_BACKWARD * attention + again
 
 
 @lru_cache(maxsize=4096)
-def _elements(model: Model, parallel: Parallel, plan: Plan, stage: int) -> tuple[int, int, int, int]:
-    """(elements of dense parameters, of compact ones that are expanded, of what these expand to, of compact ones that
-    are multiplied as they are) on a rank."""
+def _elements(model: Model, parallel: Parallel, plan: Plan,
+              stage: int) -> tuple[int, int, int, int]:
+    """(elements of dense parameters, of compact ones that are expanded, of what these expand to, of
+    compact ones that are multiplied as they are) on a rank."""
     local = [q for chunk in local_parameters(model, parallel, plan, stage) for q in chunk]
     tiles = {q.name for q in local if q.expands_to and plan.multiplies_tiles(q.name)}
     return (sum(q.elements for q in local if not q.expands_to),
@@ -126,11 +140,13 @@ def _bytes_moved(recipe: Recipe, plan: Plan, stage: int) -> float:
     moved = forward * (3 + (recipe.train.recompute == "full"))
     if stage == p.pipeline - 1:
         moved += LOGIT_PASSES * 4 * size.tokens * padded_vocab(m) // p.tensor
-    # Weight gradients are written, and read to be added to the fp32 buffer; those of sparse weights are written dense,
-    # and read with the mask's bits, of which hardly a sector has no active entry; those of tiles are only added.
+    # Weight gradients are written, and read to be added to the fp32 buffer; those of sparse weights
+    # are written dense, and read with the mask's bits, of which hardly a sector has no active
+    # entry; those of tiles are only added.
     dense, active, whole, tiles = _elements(m, p, plan, stage)
     moved += (2 * size.width + 8) * dense + 8 * (active + tiles) + (2 * size.width + 1 / 8) * whole
-    return moved + (2 * _expand_once(recipe, plan, stage) if plan.dense_copy == "per_layer" else 0.0)
+    return moved + (2 * _expand_once(recipe, plan, stage) if plan.dense_copy == "per_layer"
+                    else 0.0)
 
 
 def _layers(recipe: Recipe) -> int:
@@ -151,8 +167,8 @@ def _expand_once(recipe: Recipe, plan: Plan, stage: int) -> float:
 
 
 def _wire_seconds(kind: str, operation: str, payload: int, recipe: Recipe, gpu: Gpu) -> float:
-    """Seconds of one kind of traffic by itself: what a ring sends over the link, or the lanes' share over the way out
-    of the node, whichever takes longer. Latency is left out."""
+    """Seconds of one kind of traffic by itself: what a ring sends over the link, or the lanes'
+    share over the way out of the node, whichever takes longer. Latency is left out."""
     way: Route = route(kind, recipe, gpu.gpus_per_node)
     sent = payload * wire_share(operation, way.ranks)
     if way.link == "inside node":
@@ -161,8 +177,9 @@ def _wire_seconds(kind: str, operation: str, payload: int, recipe: Recipe, gpu: 
 
 
 def _exposed(traffic: float, compute: float, recipe: Recipe, plan: Plan, stage: int) -> float:
-    """Seconds of data-parallel traffic that a micro-batch's `compute` does not hide. The first stage sends bucket
-    after bucket, at least the last of them behind nothing; later stages send all at once while they wait for it."""
+    """Seconds of data-parallel traffic that a micro-batch's `compute` does not hide. The first
+    stage sends bucket after bucket, at least the last of them behind nothing; later stages send all
+    at once while they wait for it."""
     p = recipe.parallel
     if not p.overlap:
         return traffic

@@ -1,7 +1,9 @@
-"""Bytes that a rank hands to its collectives in a step, by kind and operation, and over which link they go.
+"""Bytes that a rank hands to its collectives in a step, by kind and operation, and over which link
+they go.
 
-Payloads are counted as `parallel/traffic.py` counts them: a gather and a reduce-scatter of one tensor alike, by the
-whole tensor; tests hold the two equal. What a ring then puts on the wire is `wire_share` of it.
+Payloads are counted as `parallel/traffic.py` counts them: a gather and a reduce-scatter of one
+tensor alike, by the whole tensor; tests hold the two equal. What a ring then puts on the wire is
+`wire_share` of it.
 """
 
 from __future__ import annotations
@@ -20,23 +22,26 @@ Kind = Literal["tensor", "pipeline", "embedding", "gradients", "parameters", "co
 Operation = Literal["all-reduce", "all-gather", "reduce-scatter", "send"]
 Link = Literal["inside node", "between nodes"]
 Traffic = Counter[tuple[Kind, Operation]]
-# Defaults of DeepSpeed's stage3_param_persistence_threshold and stage3_max_reuse_distance, in elements.
+# Defaults of DeepSpeed's stage3_param_persistence_threshold and stage3_max_reuse_distance, in
+# elements.
 PERSISTENT, REUSE = 100_000, 1_000_000_000
 
 
 def step_traffic(recipe: Recipe, plan: Plan, stage: int, on_gpu: bool = True) -> Traffic:
-    """Payload bytes of one optimizer step, of each rank of a pipeline stage: (kind, operation) -> bytes.
+    """Payload bytes of one optimizer step, of each rank of a pipeline stage: (kind, operation) ->
+    bytes.
 
-    `tensor` are activations inside the tensor-parallel group; `pipeline` activations and their gradients between
-    stages; `embedding` the gradient of the tied embedding between its two copies; `gradients` and `parameters` what
-    data parallelism reduces and gathers: compact, so in proportion to the active weights; `control` the loss, the
-    stop flag and the gradient norm.
+    `tensor` are activations inside the tensor-parallel group; `pipeline` activations and their
+    gradients between stages; `embedding` the gradient of the tied embedding between its two copies;
+    `gradients` and `parameters` what data parallelism reduces and gathers: compact, so in
+    proportion to the active weights; `control` the loss, the stop flag and the gradient norm.
     """
     p, size = recipe.parallel, Sizes.of(recipe)
     first, last = stage == 0, stage == p.pipeline - 1
     sent: Traffic = _tensor(recipe, stage, size) if p.tensor > 1 else Counter()
     if p.pipeline > 1:
-        sends = 2 * p.interleave - first - last  # every chunk sends forward and back, the ends of the model one way
+        # every chunk sends forward and back, the ends of the model one way
+        sends = 2 * p.interleave - first - last
         sent["pipeline", "send"] += recipe.micro_batches * sends * size.hidden
         if first or last:
             sent["embedding", "all-reduce"] += 4 * padded_vocab(recipe.model) // p.tensor * recipe.model.hidden
@@ -56,13 +61,17 @@ def step_traffic(recipe: Recipe, plan: Plan, stage: int, on_gpu: bool = True) ->
 
 
 def _deepspeed(recipe: Recipe, plan: Plan, stage: int, size: Sizes) -> Traffic:
-    """Data-parallel traffic of DeepSpeed's ZeRO stages, gradients in fp32 as `config/deepspeed.py` has them sent.
+    """Data-parallel traffic of DeepSpeed's ZeRO stages, gradients in fp32 as `config/deepspeed.py`
+    has them sent.
 
-    Stages 2 and 3 reduce every micro-batch's gradients. Stage 3 gathers a parameter for every micro-batch, and for its
-    backward pass once more where the forward pass was too many parameters ago; small ones once a step.
+    Stages 2 and 3 reduce every micro-batch's gradients. Stage 3 gathers a parameter for every
+    micro-batch, and for its backward pass once more where the forward pass was too many parameters
+    ago; small ones once a step.
     """
     zero, many = recipe.parallel.zero_stage, recipe.micro_batches
-    parameters = [q.elements for chunk in local_parameters(recipe.model, recipe.parallel, plan, stage) for q in chunk]
+    parameters = [q.elements
+                  for chunk in local_parameters(recipe.model, recipe.parallel, plan, stage)
+                  for q in chunk]
     elements = sum(parameters)
     sent: Traffic = Counter()
     reduction: Operation = "reduce-scatter" if zero == 3 else "all-reduce"
@@ -77,12 +86,14 @@ def _deepspeed(recipe: Recipe, plan: Plan, stage: int, size: Sizes) -> Traffic:
 
 
 def _tensor(recipe: Recipe, stage: int, size: Sizes) -> Traffic:
-    """Per micro-batch a layer reduces two outputs forward and two input gradients back (Shoeybi et al. 2019, figure
-    4); under sequence parallelism each becomes a reduce-scatter and a gather, and the two gathered inputs are gathered
-    once more for the weight gradients (Korthikanti et al. 2022, section 4.2.2). The LM head makes its
-    gradients as it goes forward. Full recomputation repeats forward."""
+    """Per micro-batch a layer reduces two outputs forward and two input gradients back (Shoeybi et
+    al. 2019, figure 4); under sequence parallelism each becomes a reduce-scatter and a gather, and
+    the two gathered inputs are gathered once more for the weight gradients (Korthikanti et al.
+    2022, section 4.2.2). The LM head makes its gradients as it goes forward. Full recomputation
+    repeats forward."""
     p, h = recipe.parallel, recipe.model.hidden
-    layers = sum(0 <= layer < recipe.model.layers for chunk in layers_of(recipe.model, p, stage) for layer in chunk)
+    layers = sum(0 <= layer < recipe.model.layers for chunk in layers_of(recipe.model, p, stage)
+                 for layer in chunk)
     first, last = stage == 0, stage == p.pipeline - 1
     again = 2 * layers if recipe.train.recompute == "full" else 0
     sent: Traffic = Counter()
@@ -90,11 +101,13 @@ def _tensor(recipe: Recipe, stage: int, size: Sizes) -> Traffic:
     if p.sequence:
         sent["tensor", "all-gather"] += per_step * (6 * layers + again + first + last)
         sent["tensor", "reduce-scatter"] += per_step * (4 * layers + again + last)
-        # Gradients of norms and row-parallel biases, which each rank has for its part of the sequence only.
+        # Gradients of norms and row-parallel biases, which each rank has for its part of the
+        # sequence only.
         sent["tensor", "all-reduce"] += per_step * first + 4 * h * (6 * layers + 2 * last)
     else:
         sent["tensor", "all-reduce"] += per_step * (4 * layers + again + first + last)
-    if last:  # maximum, target's logit and sum of the softmax over the vocabulary, and the logits' mean, fp32
+    # maximum, target's logit and sum of the softmax over the vocabulary, and the logits' mean, fp32
+    if last:
         numbers = 4 if recipe.train.label_smoothing else 3
         sent["tensor", "all-reduce"] += recipe.micro_batches * numbers * 4 * size.tokens
     return sent
@@ -107,7 +120,8 @@ class Route:
     Attributes:
         ranks: in the group.
         link: the slowest on its way.
-        lanes: ranks of the group in one node, which share the way out and bring a network card each.
+        lanes: ranks of the group in one node, which share the way out and bring a network card
+            each.
     """
 
     ranks: int
@@ -116,7 +130,8 @@ class Route:
 
 
 def route(kind: Kind, recipe: Recipe, gpus_per_node: int) -> Route:
-    """Ranks are numbered tensor first, then data, then pipeline, and fill one node after the other."""
+    """Ranks are numbered tensor first, then data, then pipeline, and fill one node after the
+    other."""
     p = recipe.parallel
     replicas = p.tensor * p.data
     ranks, extent, stride = {
@@ -140,12 +155,14 @@ def wire_share(operation: Operation, ranks: int) -> float:
 
 
 def classify(operation: str, group: str) -> tuple[Kind, Operation]:
-    """Kind and operation of what `parallel/traffic.py` counted under c10d's and Megatron-Core's names."""
+    """Kind and operation of what `parallel/traffic.py` counted under c10d's and Megatron-Core's
+    names."""
     if operation == "send":  # two interleaved stages send through the world's group
         return "pipeline", "send"
     plain: Operation = ("all-gather" if "allgather" in operation else
                         "reduce-scatter" if "reduce_scatter" in operation else "all-reduce")
     if group.startswith("DATA_PARALLEL_GROUP"):
         return "parameters" if plain == "all-gather" else "gradients", plain
-    kinds: dict[str, Kind] = {"TENSOR_MODEL_PARALLEL_GROUP": "tensor", "EMBEDDING_GROUP": "embedding"}
+    kinds: dict[str, Kind] = {"TENSOR_MODEL_PARALLEL_GROUP": "tensor",
+                              "EMBEDDING_GROUP": "embedding"}
     return kinds.get(group, "control"), plain

@@ -1,1 +1,2 @@
-"""What a run is: typed, validated, documented field by field; loaded from configs/*.yaml plus overrides."""
+"""What a run is: typed, validated, documented field by field; loaded from configs/*.yaml plus
+overrides."""

@@ -12,7 +12,8 @@ from megatron_spdf.recipe.recipe import Recipe
 def changes_of_run(before: Recipe | Finetune, now: Recipe | Finetune) -> list[str]:
     """One phrase for every value that two starts of one run must share and do not.
 
-    The training data of a pre-training run may change where `data.on_blend_change` of the second is "continue".
+    The training data of a pre-training run may change where `data.on_blend_change` of the second is
+    "continue".
     """
     there, here = before.identity(), now.identity()
     if isinstance(now, Recipe) and now.data.on_blend_change == "continue":
@@ -25,6 +26,7 @@ def _differences(there: Any, here: Any, place: str = "") -> Iterator[str]:
     """Of two nested mappings, in the order of the first."""
     if isinstance(there, dict) and isinstance(here, dict):
         for key in {**there, **here}:
-            yield from _differences(there.get(key), here.get(key), f"{place}.{key}" if place else key)
+            yield from _differences(there.get(key), here.get(key),
+                                    f"{place}.{key}" if place else key)
     elif there != here:
         yield f"{place} is {there} there and {here} here"

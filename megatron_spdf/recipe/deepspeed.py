@@ -1,4 +1,5 @@
-"""DeepSpeed's configuration: what the recipe decides, and what a JSON file of the user adds to it."""
+"""DeepSpeed's configuration: what the recipe decides, and what a JSON file of the user adds to
+it."""
 
 from __future__ import annotations
 
@@ -27,21 +28,26 @@ _FIELDS = {
     "optimizer.params.weight_decay": "optimizer.weight_decay",
 }
 
-BUCKET = 50_000_000  # gradients, or parameters of stage 3, that travel at once; DeepSpeed's ten times as many take GiB
+# gradients, or parameters of stage 3, that travel at once; DeepSpeed's ten times as many take GiB
+BUCKET = 50_000_000
 
-# Sections of DeepSpeed's file that a run of ours may want, to tell a misspelt one by: DeepSpeed says nothing of those.
+# Sections of DeepSpeed's file that a run of ours may want, to tell a misspelt one by: DeepSpeed
+# says nothing of those.
 _SECTIONS = frozenset(key.partition(".")[0] for key in _FIELDS) | {
-    "activation_checkpointing", "aio", "autotuning", "comms_logger", "communication_data_type", "compile",
-    "csv_monitor", "data_types", "disable_allgather", "dump_state", "flops_profiler", "gradient_predivide_factor",
-    "memory_breakdown", "prescale_gradients", "scheduler", "seq_parallel_communication_data_type", "sparse_gradients",
+    "activation_checkpointing", "aio", "autotuning", "comms_logger", "communication_data_type",
+    "compile",
+    "csv_monitor", "data_types", "disable_allgather", "dump_state", "flops_profiler",
+    "gradient_predivide_factor",
+    "memory_breakdown", "prescale_gradients", "scheduler", "seq_parallel_communication_data_type",
+    "sparse_gradients",
     "steps_per_print", "tensorboard", "torch_autocast", "wall_clock_breakdown", "wandb",
     "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
 }
 
 
 def deepspeed_settings(recipe: Recipe) -> dict[str, Any]:
-    """The configuration for `deepspeed.initialize`: defaults of ours, then the recipe's JSON file, whose `auto` leaves
-    a value to the recipe, then the recipe."""
+    """The configuration for `deepspeed.initialize`: defaults of ours, then the recipe's JSON file,
+    whose `auto` leaves a value to the recipe, then the recipe."""
     bf16 = recipe.train.precision == "bf16"
     defaults: dict[str, Any] = {
         "communication_data_type": "fp32",
@@ -49,17 +55,21 @@ def deepspeed_settings(recipe: Recipe) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,  # it would be compiled on first use
         "bf16": {"check_grad_overflow": True} if bf16 else {},
         "data_types": {"grad_accum_dtype": "fp32"} if bf16 and recipe.parallel.zero_stage else {},
-        "zero_optimization": dict.fromkeys(("reduce_bucket_size", "stage3_prefetch_bucket_size"), BUCKET),
+        "zero_optimization": dict.fromkeys(("reduce_bucket_size", "stage3_prefetch_bucket_size"),
+                                           BUCKET),
     }
-    settings = _merge(_merge(defaults, _read(recipe.deepspeed) if recipe.deepspeed else {}), _nest(_decided(recipe)))
+    settings = _merge(_merge(defaults, _read(recipe.deepspeed) if recipe.deepspeed else {}),
+                      _nest(_decided(recipe)))
     del settings["optimizer"]  # the engine brings its own
     if recipe.parallel.zero_stage == 0 and not bf16:
-        settings["gradient_clipping"] = 0.0  # the engine clips, since DeepSpeed would not tell the norm
+        # the engine clips, since DeepSpeed would not tell the norm
+        settings["gradient_clipping"] = 0.0
     return settings
 
 
 def contradictions(recipe: Recipe) -> Iterator[str]:
-    """What is wrong with the JSON file, a sentence each; above all values that are not the recipe's."""
+    """What is wrong with the JSON file, a sentence each; above all values that are not the
+    recipe's."""
     if recipe.deepspeed is None:
         return
     try:
@@ -70,21 +80,22 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
     ours, leaves = _decided(recipe), dict(_leaves(there))
     for key, value in leaves.items():
         if key in ours and value != AUTO and not _same(value, ours[key]):
-            yield (f"{recipe.deepspeed} has {key}={_json(value)}, but the recipe's {_FIELDS[key]} makes it "
-                   f"{_json(ours[key])}; change one of them, or write {_json(AUTO)} there")
+            yield (f"{recipe.deepspeed} has {key}={_json(value)}, but the recipe's {_FIELDS[key]} "
+                   f"makes it {_json(ours[key])}; change one of them, or write {_json(AUTO)} there")
         if key not in ours and value == AUTO:
             yield f"{recipe.deepspeed} has {key}={_json(AUTO)}, which the recipe says nothing about; give a value"
     for key in there.keys() - _SECTIONS:
         if meant := difflib.get_close_matches(key, _SECTIONS, 1, 0.8):
-            yield (f"{recipe.deepspeed} has {key}, of which DeepSpeed knows nothing and would say nothing; write "
-                   f"{meant[0]} if that is meant")
+            yield (f"{recipe.deepspeed} has {key}, of which DeepSpeed knows nothing and would say "
+                   f"nothing; write {meant[0]} if that is meant")
     if "scheduler" in there:
-        yield (f"{recipe.deepspeed} has a scheduler, {_json(there['scheduler'])}, but the recipe's optimizer.decay, "
-               "warm-up and min_lr_ratio decide the learning rate; remove it there")
+        yield (f"{recipe.deepspeed} has a scheduler, {_json(there['scheduler'])}, but the recipe's "
+               "optimizer.decay, warm-up and min_lr_ratio decide the learning rate; remove it there")
     offloaded = leaves.get("zero_optimization.offload_param.device", "none")
     if offloaded != "none" and recipe.parallel.zero_stage != 3:
-        yield (f"{recipe.deepspeed} has zero_optimization.offload_param.device={_json(offloaded)}, but "
-               f"parallel.zero_stage={recipe.parallel.zero_stage}; parameters can be offloaded with zero_stage=3 only")
+        yield (f"{recipe.deepspeed} has zero_optimization.offload_param.device={_json(offloaded)}, "
+               f"but parallel.zero_stage={recipe.parallel.zero_stage}; parameters can be offloaded "
+               "with zero_stage=3 only")
 
 
 def _decided(recipe: Recipe) -> dict[str, Any]:
@@ -116,11 +127,13 @@ def _read(path: str) -> dict[str, Any]:
     try:
         values = json.loads(Path(path).read_text())
     except OSError as error:
-        raise ValueError(f"deepspeed={path} cannot be read ({error.strerror}); see configs/deepspeed") from None
+        raise ValueError(f"deepspeed={path} cannot be read ({error.strerror}); see "
+                         "configs/deepspeed") from None
     except ValueError as error:
         raise ValueError(f"deepspeed={path} is not JSON: {error}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"deepspeed={path} must hold one JSON object, not a {type(values).__name__}")
+        raise ValueError(f"deepspeed={path} must hold one JSON object, not a "
+                         f"{type(values).__name__}")
     return values
 
 

@@ -1,7 +1,8 @@
 """The typed recipe of a fine-tuning run, and the recipe of a training run that it comes to.
 
-What a step is, is the same before and after: the engines, the loop and the checkpoints know one kind of recipe. Of a
-fine-tuning run it follows from this one, the starting checkpoint's model and the number of examples.
+What a step is, is the same before and after: the engines, the loop and the checkpoints know one
+kind of recipe. Of a fine-tuning run it follows from this one, the starting checkpoint's model and
+the number of examples.
 """
 
 from __future__ import annotations
@@ -37,15 +38,18 @@ class Task(Section):
 
     task: Literal["e2e", "webnlg", "dart", "curation", "scitldr", "jsonl"] = Field(
         description="format of the data; jsonl: your own, lines of {context, completion}")
-    path: str = Field(description="directory with the splits under the names they are published with")
+    path: str = Field(description="directory with the splits under the names they are published "
+                                  "with")
 
 
 class Batches(Section):
     epochs: int = Field(5, gt=0, description="passes over the training examples")
     global_batch: Count = Field(gt=0, description="examples per optimizer step, over all ranks")
-    micro_batch: int = Field(gt=0, description="examples per forward pass of one data-parallel rank")
+    micro_batch: int = Field(gt=0,
+                             description="examples per forward pass of one data-parallel rank")
     sequence_length: Count | None = Field(
-        None, gt=0, description="longest context and completion, in tokens; default: the model's max_positions")
+        None, gt=0, description="longest context and completion, in tokens; default: the model's "
+                                "max_positions")
     precision: Literal["bf16", "fp32"] = Train.model_fields["precision"]
     recompute: Literal["none", "selective", "full"] = Train.model_fields["recompute"]
     label_smoothing: float = Train.model_fields["label_smoothing"]
@@ -53,11 +57,13 @@ class Batches(Section):
 
 
 class FinetuneAdamW(AdamW):
-    """AdamW with fresh moments; linear warm-up, then decay to lr x min_lr_ratio at the end of the last epoch."""
+    """AdamW with fresh moments; linear warm-up, then decay to lr x min_lr_ratio at the end of the
+    last epoch."""
 
     min_lr_ratio: float = Field(0.0, ge=0.0, le=1.0, description="final over peak learning rate")
     warmup_steps: int = Field(0, ge=0, description="length of the warm-up, in steps")
-    decay: Literal["cosine", "linear", "constant"] = Field("linear", description="shape after the warm-up")
+    decay: Literal["cosine", "linear", "constant"] = Field("linear",
+                                                           description="shape after the warm-up")
     weight_decay: float = Field(0.01, ge=0.0, description="decoupled; not on biases and norms")
 
 
@@ -67,21 +73,26 @@ class Validation(Section):
 
 
 class Saving(Section):
-    every: int = Field(0, ge=0, description="steps between checkpoints; 0: the best and the last only")
+    every: int = Field(0, ge=0,
+                       description="steps between checkpoints; 0: the best and the last only")
     keep: int = Field(1, gt=0, description="newest checkpoints that are kept, beside the best")
 
 
 class Finetune(Section):
     """One fine-tuning run."""
 
-    checkpoint: str = Field(description="where to start: a run, a checkpoint of one, or a Hugging Face GPT-2")
+    checkpoint: str = Field(description="where to start: a run, a checkpoint of one, or a Hugging "
+                                        "Face GPT-2")
     output: str = Field(description="run directory; everything the run writes goes there")
     seed: int = Field(1234, ge=0, description="of data order, dropout and revived weights")
     mode: Literal["dense", "sparse"] = Field(
-        "dense", description="dense: every weight trains; sparse: the starting checkpoint's mask holds to the end")
+        "dense", description="dense: every weight trains; sparse: the starting checkpoint's mask "
+                             "holds to the end")
     revived: Literal["zeros", "normal"] = Field(
-        "zeros", description="weights that the dense mode revives: zero, or normal with revived_scale x initial std")
-    revived_scale: float = Field(1.0, gt=0.0, description="std of revived=normal over the weight's initial std")
+        "zeros", description="weights that the dense mode revives: zero, or normal with "
+                             "revived_scale x initial std")
+    revived_scale: float = Field(1.0, gt=0.0,
+                                 description="std of revived=normal over the weight's initial std")
     engine: Literal["megatron", "deepspeed"] = Field("deepspeed", description="who runs a step")
     deepspeed: str | None = Recipe.model_fields["deepspeed"]
     data: Task
@@ -94,12 +105,14 @@ class Finetune(Section):
     fault_tolerance: FaultTolerance = Field(FaultTolerance())
     kernels: Kernels = Field(Kernels())
     sweep: dict[str, list[Any]] = Field(
-        {}, description="values to try, {optimizer.lr: [1e-4, 5e-5], ...}: one run for each combination, "
-                        "tools/sweep.py")
+        {}, description="values to try, {optimizer.lr: [1e-4, 5e-5], ...}: one run for each "
+                        "combination, tools/sweep.py")
 
     def identity(self) -> dict[str, Any]:
-        """What must not change between the starts of one run; layout, engine, logging and the like may."""
-        kept = self.model_dump(include={"checkpoint", "seed", "mode", "revived", "revived_scale", "data", "train",
+        """What must not change between the starts of one run; layout, engine, logging and the like
+        may."""
+        kept = self.model_dump(include={"checkpoint", "seed", "mode", "revived", "revived_scale",
+                                        "data", "train",
                                         "optimizer", "evaluate"})
         for key in ("micro_batch", "recompute"):
             kept["train"].pop(key)
@@ -110,7 +123,8 @@ class Finetune(Section):
         return -(-examples // self.train.global_batch)
 
 
-def load_finetune(path: str | Path, overrides: list[str] | tuple[str, ...] = (), world: int = 1) -> Finetune:
+def load_finetune(path: str | Path, overrides: list[str] | tuple[str, ...] = (),
+                  world: int = 1) -> Finetune:
     """`load_recipe` for a fine-tuning recipe."""
     return load_as(Finetune, _finetune_violations, path, overrides, world)
 
@@ -118,7 +132,8 @@ def load_finetune(path: str | Path, overrides: list[str] | tuple[str, ...] = (),
 def training_recipe(finetune: Finetune, model: Model, sparsity: Sparsity, examples: int) -> Recipe:
     """The recipe of the training run that a fine-tuning run is.
 
-    Its tokens are nominal, every sequence counted with full length, so that its schedules go by steps.
+    Its tokens are nominal, every sequence counted with full length, so that its schedules go by
+    steps.
 
     Args:
         model, sparsity: of the starting checkpoint.
@@ -134,15 +149,17 @@ def training_recipe(finetune: Finetune, model: Model, sparsity: Sparsity, exampl
     per_step, per_epoch = t.global_batch * length, f.steps_per_epoch(examples)
     steps = t.epochs * per_epoch
     if o.warmup_steps >= steps:
-        raise ValueError(f"optimizer.warmup_steps={o.warmup_steps} is not under the run's {steps} steps "
-                         f"({t.epochs} epochs of {per_epoch}); shorten the warm-up or train longer")
+        raise ValueError(f"optimizer.warmup_steps={o.warmup_steps} is not under the run's {steps} "
+                         f"steps ({t.epochs} epochs of {per_epoch}); shorten the warm-up or train "
+                         "longer")
     recipe = Recipe(
         output=f.output, seed=f.seed, engine=f.engine, deepspeed=f.deepspeed, model=model,
         sparsity=sparsity if f.mode == "sparse" else Sparsity(),
         data=Data(),
         train=Train(tokens=steps * per_step, sequence_length=length,
                     **t.model_dump(exclude={"epochs", "sequence_length", "dropout"})),
-        optimizer=Optimizer(warmup_tokens=o.warmup_steps * per_step, **o.model_dump(exclude={"warmup_steps"})),
+        optimizer=Optimizer(warmup_tokens=o.warmup_steps * per_step,
+                            **o.model_dump(exclude={"warmup_steps"})),
         parallel=f.parallel,
         evaluate=Evaluate(every=f.evaluate.every or per_epoch, patience=f.evaluate.patience),
         checkpoint=Checkpoint(every=f.save.every, keep=f.save.keep, best=True),
@@ -150,7 +167,8 @@ def training_recipe(finetune: Finetune, model: Model, sparsity: Sparsity, exampl
     assert recipe.steps == steps, (recipe.steps, steps)
     broken = list(rule_violations(recipe))
     if broken:
-        raise ValueError("the fine-tuning recipe does not fit:\n" + "\n".join(f"  - {b}" for b in broken))
+        raise ValueError("the fine-tuning recipe does not fit:\n"
+                         + "\n".join(f"  - {b}" for b in broken))
     return recipe
 
 
@@ -158,8 +176,8 @@ def _finetune_violations(finetune: Finetune) -> Iterator[str]:
     p, t = finetune.parallel, finetune.train
     yield from batch_violations(t.global_batch, t.micro_batch, p.data)
     if p.pipeline > 1:
-        yield (f"parallel.pipeline={p.pipeline}: pipeline stages here know sequences of one length only, and examples "
-               "differ; set pipeline=1 and a larger tensor or zero_stage")
+        yield (f"parallel.pipeline={p.pipeline}: pipeline stages here know sequences of one length "
+               "only, and examples differ; set pipeline=1 and a larger tensor or zero_stage")
     if finetune.mode == "sparse" and finetune.revived != "zeros":
-        yield (f"revived={finetune.revived} revives weights, and mode=sparse keeps the mask; set revived=zeros or "
-               "mode=dense")
+        yield (f"revived={finetune.revived} revives weights, and mode=sparse keeps the mask; set "
+               "revived=zeros or mode=dense")

@@ -1,4 +1,5 @@
-"""`--help`: every field of a recipe with type, default, unit and meaning, read off the typed recipe."""
+"""`--help`: every field of a recipe with type, default, unit and meaning, read off the typed
+recipe."""
 
 from __future__ import annotations
 
@@ -18,11 +19,13 @@ def render_help(section: type[BaseModel] = Recipe, prefix: str = "", width: int 
     for key, field in section.model_fields.items():
         nested = field.annotation
         if isinstance(nested, type) and issubclass(nested, BaseModel):
-            lines += ["", f"{prefix}{key}:  {_first_line(nested)}".rstrip(": "), render_help(nested, f"{prefix}{key}.")]
+            lines += ["", f"{prefix}{key}:  {_first_line(nested)}".rstrip(": "),
+                      render_help(nested, f"{prefix}{key}.")]
             continue
         default = "" if field.default is PydanticUndefined else f" = {_plain(field.default)}"
         head = f"  {prefix + key + ' ':<28}{_type_name(nested)}{default}  "
-        lines.append(textwrap.fill(head + (field.description or ""), width, subsequent_indent=" " * 30))
+        lines.append(textwrap.fill(head + (field.description or ""), width,
+                                   subsequent_indent=" " * 30))
     return "\n".join(lines)
 
 

@@ -19,7 +19,8 @@ R = TypeVar("R", bound=BaseModel)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), world: int = 1) -> Recipe:
-    """Reads a recipe, applies `section.key=value` words, validates every field and every rule between fields.
+    """Reads a recipe, applies `section.key=value` words, validates every field and every rule
+    between fields.
 
     Args:
         path: YAML file; its `extends:` names another one, relative to it, whose values it changes.
@@ -32,14 +33,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), world: int = 1)
     return load_as(Recipe, rule_violations, path, overrides, world)
 
 
-def load_as(kind: type[R], rules: Callable[[R], Iterable[str]], path: str | Path, overrides: Sequence[str],
-            world: int = 1) -> R:
+def load_as(kind: type[R], rules: Callable[[R], Iterable[str]], path: str | Path,
+            overrides: Sequence[str], world: int = 1) -> R:
     """`load_recipe` for a recipe of another kind, with the rules between its fields."""
     return _checked(_parse(kind, _read(Path(path), ()), overrides, path, world), rules, path)
 
 
 def make_recipe(values: dict[str, Any], overrides: Sequence[str], path: str | Path) -> Recipe:
-    """Like `load_recipe`, from the values of a recipe; messages name `path` as where they are from."""
+    """Like `load_recipe`, from the values of a recipe; messages name `path` as where they are
+    from."""
     return _checked(parse_recipe(values, overrides, path), rule_violations, path)
 
 
@@ -58,7 +60,8 @@ def render_recipe(recipe: BaseModel) -> str:
     return yaml.safe_dump(recipe.model_dump(), sort_keys=False)
 
 
-def _parse(kind: type[R], values: dict[str, Any], overrides: Sequence[str], path: str | Path, world: int = 1) -> R:
+def _parse(kind: type[R], values: dict[str, Any], overrides: Sequence[str], path: str | Path,
+           world: int = 1) -> R:
     values = dict(values)
     for word in overrides:
         _override(values, word)
@@ -79,19 +82,23 @@ def _checked(recipe: R, rules: Callable[[R], Iterable[str]], path: str | Path) -
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     path = path.resolve()
     if path in seen:
-        raise ValueError(f"recipe {path} extends itself through {' -> '.join(p.name for p in seen)}; break the circle")
+        raise ValueError(f"recipe {path} extends itself through "
+                         f"{' -> '.join(p.name for p in seen)}; break the circle")
     if not path.is_file():
         near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise ValueError(f"there is no recipe {path}; {path.parent} holds {', '.join(near) or 'no .yaml file'}")
+        raise ValueError(f"there is no recipe {path}; {path.parent} holds "
+                         f"{', '.join(near) or 'no .yaml file'}")
     try:
         values = yaml.safe_load(path.read_text()) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"recipe {path} is not YAML: {error}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"recipe {path} must be a mapping of sections, not a {type(values).__name__}")
+        raise ValueError(f"recipe {path} must be a mapping of sections, not a "
+                         f"{type(values).__name__}")
     base = values.pop("extends", None)
     if base is not None and not isinstance(base, str):
-        raise ValueError(f"recipe {path}: extends={base!r} must name one file; write for example extends: base.yaml")
+        raise ValueError(f"recipe {path}: extends={base!r} must name one file; write for example "
+                         "extends: base.yaml")
     return values if base is None else _merge(_read(path.parent / base, (*seen, path)), values)
 
 
@@ -100,7 +107,8 @@ def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     for key, value in change.items():
         if key == "sparsity":
             before, after = normalize_sparsity(merged.get(key, {})), normalize_sparsity(value)
-            merged[key] = _merge(before, after) if isinstance(before, dict) and isinstance(after, dict) else after
+            merged[key] = _merge(before, after) if isinstance(before,
+                                                              dict) and isinstance(after, dict) else after
         elif isinstance(value, dict) and isinstance(merged.get(key), dict):
             merged[key] = _merge(merged[key], value)
         else:
@@ -132,8 +140,9 @@ def _fill_data_parallel(values: dict[str, Any], world: int) -> None:
     if not (isinstance(tensor, int) and isinstance(pipeline, int) and tensor > 0 and pipeline > 0):
         data = 1  # validation says what is wrong with them
     elif world % (tensor * pipeline):
-        raise ValueError(f"parallel.data=auto: {world} processes do not make up whole replicas of parallel.tensor x "
-                         f"pipeline = {tensor} x {pipeline} = {tensor * pipeline}; start a multiple of that (--nodes, "
+        raise ValueError(f"parallel.data=auto: {world} processes do not make up whole replicas of "
+                         f"parallel.tensor x pipeline = {tensor} x {pipeline} = "
+                         f"{tensor * pipeline}; start a multiple of that (--nodes, "
                          "--ntasks-per-node) or change the two")
     else:
         data = world // (tensor * pipeline)
@@ -162,5 +171,6 @@ def _known_keys(place: list[str | int], kind: type[BaseModel]) -> list[str]:
     """Keys of the section at `place`."""
     section: Any = kind
     for key in place:
-        section = typing.get_args(section)[0] if isinstance(key, int) else section.model_fields[key].annotation
+        section = typing.get_args(section)[0] if isinstance(key,
+                                                            int) else section.model_fields[key].annotation
     return sorted(section.model_fields)

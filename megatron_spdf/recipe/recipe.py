@@ -23,7 +23,8 @@ class BlendSource(Section):
     """A training data set and how much of the samples come from it."""
 
     path: str = Field(description="prefix, or a pattern of prefixes, e.g. `data/pile/train/*`")
-    weight: float | None = Field(None, gt=0.0, description="share of the samples, relative to the other weights")
+    weight: float | None = Field(None, gt=0.0,
+                                 description="share of the samples, relative to the other weights")
     epochs: Annotated[float, Field(gt=0.0)] | Literal["pile"] | None = Field(
         None, description="passes relative to the others'; pile: those that the Pile gives its sets")
 
@@ -31,16 +32,26 @@ class BlendSource(Section):
 class Data(Section):
     """Where tokens come from: prefixes of Megatron's indexed datasets (PREFIX.bin, PREFIX.idx)."""
 
-    train: Paths = Field([], description="prefixes of the training data, drawn in proportion to their size")
+    train: Paths = Field([],
+                         description="prefixes of the training data, drawn in proportion to their "
+                                     "size")
     blend: list[BlendSource] = Field(
-        [], description="instead of train: data sets with weights, or with epochs, all in the same form")
+        [], description="instead of train: data sets with weights, or with epochs, all in the same "
+                        "form")
     on_blend_change: Literal["refuse", "continue"] = Field(
-        "refuse", description="when a run goes on with another blend; continue: each source goes on where it was")
+        "refuse", description="when a run goes on with another blend; continue: each source goes "
+                              "on where it was")
     valid: Paths = Field([], description="prefixes of the validation data; none: no evaluation")
-    tokenizer: str | None = Field(None, description="directory or file; default: the copy beside the data")
-    workers: int = Field(2, ge=0, description="loader processes per rank; 0 loads in the training process")
-    index_cache: str | None = Field(None, description="directory of the sample indices; default: inside the run")
-    reset_positions: bool = Field(False, description="positions start at 0 with every document of a sequence")
+    tokenizer: str | None = Field(None,
+                                  description="directory or file; default: the copy beside the data")
+    workers: int = Field(2, ge=0,
+                         description="loader processes per rank; 0 loads in the training process")
+    index_cache: str | None = Field(None,
+                                    description="directory of the sample indices; default: inside "
+                                                "the run")
+    reset_positions: bool = Field(False,
+                                  description="positions start at 0 with every document of a "
+                                              "sequence")
     reset_attention: bool = Field(False, description="tokens attend to their own document only")
 
 
@@ -48,14 +59,19 @@ class Train(Section):
     tokens: Count = Field(gt=0, description="length of the run, in tokens")
     global_batch: Count = Field(gt=0, description="sequences per optimizer step, over all ranks")
     micro_batch: Annotated[int | Literal["auto"], BeforeValidator(check_micro_batch)] = Field(
-        description="sequences per forward pass of one data-parallel rank; auto: what is fastest, tried at the start")
-    sequence_length: Count = Field(gt=0, description="tokens per sequence; default: model.max_positions")
+        description="sequences per forward pass of one data-parallel rank; auto: what is fastest, "
+                    "tried at the start")
+    sequence_length: Count = Field(gt=0,
+                                   description="tokens per sequence; default: model.max_positions")
     precision: Literal["bf16", "fp32"] = Field(
-        "bf16", description="of weights and activations; gradients, master weights and moments are fp32")
+        "bf16", description="of weights and activations; gradients, master weights and moments are "
+                            "fp32")
     recompute: Literal["none", "selective", "full"] = Field(
-        "none", description="activations computed again in backward: the attention core, or whole blocks")
+        "none", description="activations computed again in backward: the attention core, or whole "
+                            "blocks")
     label_smoothing: float = Field(
-        0.0, ge=0.0, lt=1.0, description="share of the target spread evenly over the vocabulary while training")
+        0.0, ge=0.0, lt=1.0,
+        description="share of the target spread evenly over the vocabulary while training")
 
 
 class AdamW(Section):
@@ -63,12 +79,14 @@ class AdamW(Section):
 
     lr: float = Field(gt=0.0, description="peak learning rate")
     min_lr_ratio: float = Field(0.1, ge=0.0, le=1.0, description="final over peak learning rate")
-    decay: Literal["cosine", "linear", "constant"] = Field("cosine", description="shape after the warm-up")
+    decay: Literal["cosine", "linear", "constant"] = Field("cosine",
+                                                           description="shape after the warm-up")
     beta1: float = Field(0.9, ge=0.0, lt=1.0, description="decay of the first moment")
     beta2: float = Field(0.999, ge=0.0, lt=1.0, description="decay of the second moment")
     eps: float = Field(1e-8, gt=0.0, description="added to the root of the second moment")
     weight_decay: float = Field(0.1, ge=0.0, description="decoupled; not on biases and norms")
-    clip_grad: float = Field(1.0, ge=0.0, description="largest global gradient norm; 0: no clipping")
+    clip_grad: float = Field(1.0, ge=0.0,
+                             description="largest global gradient norm; 0: no clipping")
 
 
 class Optimizer(AdamW):
@@ -81,7 +99,8 @@ SCHEDULE = ("lr", "min_lr_ratio", "decay", "warmup_tokens")
 
 
 class Stage(Section):
-    """A stretch of a run with a sparsity and a schedule of its own; what it leaves out is the optimizer's."""
+    """A stretch of a run with a sparsity and a schedule of its own; what it leaves out is the
+    optimizer's."""
 
     share: float = Field(gt=0.0, lt=1.0, description="of the run's tokens; the shares add up to 1")
     sparsity: Sparsity = Field(description="in this stage; 0 in every stage after the first")
@@ -95,17 +114,24 @@ class Parallel(Section):
     """The layout. The world has tensor x pipeline x data processes, one per GPU."""
 
     tensor: int = Field(1, gt=0, description="tensor-parallel degree; divides model.query_groups")
-    sequence: bool = Field(False, description="sequence parallelism inside the tensor-parallel group")
+    sequence: bool = Field(False,
+                           description="sequence parallelism inside the tensor-parallel group")
     pipeline: int = Field(1, gt=0, description="pipeline stages")
     interleave: int = Field(1, gt=0, description="model chunks per pipeline rank (virtual stages)")
     data: int = Field(
-        1, gt=0, description="data-parallel degree; auto: as many as the processes that were started make up")
+        1, gt=0, description="data-parallel degree; auto: as many as the processes that were "
+                             "started make up")
     zero_stage: Literal[0, 1, 2, 3] = Field(
-        1, description="sharded over data-parallel ranks: 1 optimizer state, 2 gradients too, 3 parameters too; 2 and "
-                       "3 need engine=deepspeed, whose 0 adds bf16 gradients up in bf16")
-    offload: bool = Field(False, description="optimizer state in the host's memory; needs engine=deepspeed and ZeRO")
-    overlap: bool = Field(True, description="gradient and parameter traffic behind compute, on GPUs")
-    timeout: int = Field(600, gt=0, description="seconds after which a collective that hangs ends the run")
+        1, description="sharded over data-parallel ranks: 1 optimizer state, 2 gradients too, 3 "
+                       "parameters too; 2 and 3 need engine=deepspeed, whose 0 adds bf16 gradients "
+                       "up in bf16")
+    offload: bool = Field(False,
+                          description="optimizer state in the host's memory; needs "
+                                      "engine=deepspeed and ZeRO")
+    overlap: bool = Field(True,
+                          description="gradient and parameter traffic behind compute, on GPUs")
+    timeout: int = Field(600, gt=0,
+                         description="seconds after which a collective that hangs ends the run")
 
     @property
     def world(self) -> int:
@@ -115,47 +141,62 @@ class Parallel(Section):
 
 class Evaluate(Section):
     every: int = Field(0, ge=0, description="steps between evaluations; 0: only at the end")
-    batches: int = Field(10, gt=0, description="global batches per evaluation, at most what the data holds")
+    batches: int = Field(10, gt=0,
+                         description="global batches per evaluation, at most what the data holds")
     patience: int = Field(
-        0, ge=0, description="evaluations in a row without a lower loss after which the run ends; 0: never")
+        0, ge=0, description="evaluations in a row without a lower loss after which the run ends; "
+                             "0: never")
 
 
 class Checkpoint(Section):
     every: int = Field(1000, ge=0, description="steps between checkpoints; 0: only at the end")
     keep: int = Field(2, gt=0, description="newest checkpoints that are kept")
-    keep_every: int = Field(0, ge=0, description="also keep those of every step that this divides; 0: none")
-    best: bool = Field(False, description="save whenever the validation loss is the lowest yet, and keep that one too")
+    keep_every: int = Field(0, ge=0,
+                            description="also keep those of every step that this divides; 0: none")
+    best: bool = Field(False,
+                       description="save whenever the validation loss is the lowest yet, and keep "
+                                   "that one too")
     asynchronous: bool = Field(
-        True, description="write behind the next steps; the loop waits for the copy out of the device only")
+        True, description="write behind the next steps; the loop waits for the copy out of the "
+                          "device only")
 
 
 class Log(Section):
     every: int = Field(10, gt=0, description="steps between records in log.jsonl and TensorBoard")
     tensorboard: bool = Field(True, description="write TensorBoard events beside log.jsonl")
-    ranks_every: int = Field(100, ge=0, description="steps between gathers of every rank's own step time; 0: never")
+    ranks_every: int = Field(100, ge=0,
+                             description="steps between gathers of every rank's own step time; 0: "
+                                         "never")
     slow_factor: float = Field(
-        1.3, gt=1.0, description="ranks whose own step time is over the median's by this factor are named")
+        1.3, gt=1.0, description="ranks whose own step time is over the median's by this factor "
+                                 "are named")
 
 
 class FaultTolerance(Section):
     max_skipped: int = Field(
-        10, ge=0, description="steps skipped in a row for a non-finite loss or gradient before the run stops")
+        10, ge=0, description="steps skipped in a row for a non-finite loss or gradient before the "
+                              "run stops")
     max_failed_saves: int = Field(
         1, ge=0, description="saves that may fail in a row (a full disk) before the run stops")
     max_starts: int = Field(
-        3, gt=0, description="starts in a row without a new checkpoint after which launch scripts give up")
+        3, gt=0, description="starts in a row without a new checkpoint after which launch scripts "
+                             "give up")
     join_seconds: float = Field(300.0, gt=0.0, description="that a start waits for its last rank")
     hang_seconds: float = Field(
-        300.0, gt=0.0, description="after which a rank that is silent, or a step that stands still, ends the run; "
-                                   "under parallel.timeout, to name the rank before a collective gives up")
+        300.0, gt=0.0, description="after which a rank that is silent, or a step that stands "
+                                   "still, ends the run; under parallel.timeout, to name the rank "
+                                   "before a collective gives up")
 
 
 class Kernels(Section):
     """Which implementation computes what; the choice is logged at start."""
 
     attention: Literal["sdpa", "transformer_engine"] = Field(
-        "sdpa", description="PyTorch's scaled_dot_product_attention, or Transformer Engine's where installed")
-    norm: Literal["auto", "torch"] = Field("auto", description="auto: NVIDIA Apex's fused LayerNorm where installed")
+        "sdpa", description="PyTorch's scaled_dot_product_attention, or Transformer Engine's where "
+                            "installed")
+    norm: Literal["auto", "torch"] = Field("auto",
+                                           description="auto: NVIDIA Apex's fused LayerNorm where "
+                                                       "installed")
 
 
 class MupBase(Section):
@@ -163,8 +204,10 @@ class MupBase(Section):
 
     hidden: int = Field(256, gt=0, description="its width")
     density: float = Field(1.0, gt=0.0, le=1.0, description="of its linear weights")
-    input_multiplier: float = Field(1.0, gt=0.0, description="of the embeddings' output, at every width")
-    output_multiplier: float = Field(1.0, gt=0.0, description="of the LM head's input; over the width's growth")
+    input_multiplier: float = Field(1.0, gt=0.0,
+                                    description="of the embeddings' output, at every width")
+    output_multiplier: float = Field(1.0, gt=0.0,
+                                     description="of the LM head's input; over the width's growth")
 
 
 class Recipe(Section):
@@ -173,14 +216,18 @@ class Recipe(Section):
     output: str = Field(description="run directory; everything the run writes goes there")
     seed: int = Field(1234, ge=0, description="of initial weights, data order and dropout")
     engine: Literal["megatron", "deepspeed"] = Field("megatron", description="who runs a step")
-    deepspeed: str | None = Field(None, description="JSON file of further DeepSpeed settings, see configs/deepspeed")
+    deepspeed: str | None = Field(None,
+                                  description="JSON file of further DeepSpeed settings, see "
+                                              "configs/deepspeed")
     model: Model
     parametrization: Literal["standard", "mup"] = Field(
-        "standard", description="mup: initial values, learning rates and multipliers follow width and density")
+        "standard", description="mup: initial values, learning rates and multipliers follow width "
+                                "and density")
     mup_base: MupBase = Field(MupBase())
     sparsity: Sparsity = Field(Sparsity())
     stages: list[Stage] = Field(
-        [], description="instead of one sparsity and learning rate: those of one stretch of the run after the other")
+        [], description="instead of one sparsity and learning rate: those of one stretch of the "
+                        "run after the other")
     data: Data = Field(Data())
     train: Train
     optimizer: Optimizer
@@ -231,13 +278,15 @@ class Recipe(Section):
     @property
     def stage_ends(self) -> list[int]:
         """The last step of every stage."""
-        return [round(self.steps * share) for share in accumulate(stage.share for stage in self.stages)]
+        return [round(self.steps * share)
+                for share in accumulate(stage.share for stage in self.stages)]
 
     def with_micro_batch(self, size: int) -> Recipe:
         return self.model_copy(update={"train": self.train.model_copy(update={"micro_batch": size})})
 
     def in_stage(self, number: int) -> Recipe:
-        """The recipe with the sparsity and the schedule of one of its stages, as that one's checkpoints have it."""
+        """The recipe with the sparsity and the schedule of one of its stages, as that one's
+        checkpoints have it."""
         stage = self.stages[number]
         optimizer = self.optimizer.model_copy(update={key: getattr(stage, key) for key in SCHEDULE})
         return self.model_copy(update={"sparsity": stage.sparsity, "optimizer": optimizer})
@@ -248,7 +297,8 @@ class Recipe(Section):
 
     def identity(self) -> dict[str, Any]:
         """What must not change between the starts of one run; layout, logging and the like may."""
-        kept = self.model_dump(include={"seed", "model", "parametrization", "mup_base", "sparsity", "stages", "data",
+        kept = self.model_dump(include={"seed", "model", "parametrization", "mup_base", "sparsity",
+                                        "stages", "data",
                                         "train", "optimizer"})
         patterns = [kept["sparsity"], *(stage["sparsity"] for stage in kept["stages"])]
         for sparsity in patterns:
@@ -262,7 +312,8 @@ class Recipe(Section):
         if self.parametrization == "standard":
             kept.pop("mup_base")
         kept["model"].pop("preset")
-        for section, key in (("data", "workers"), ("data", "index_cache"), ("data", "tokenizer"), ("data", "on_blend_change"),
-                             ("train", "micro_batch"), ("train", "recompute")):
+        for section, key in (("data", "workers"), ("data", "index_cache"), ("data", "tokenizer"),
+                             ("data", "on_blend_change"), ("train", "micro_batch"),
+                             ("train", "recompute")):
             kept[section].pop(key)
         return kept

@@ -1,4 +1,5 @@
-"""Rules between fields. Each finding names the value, the rule and the remedy; all are reported at once."""
+"""Rules between fields. Each finding names the value, the rule and the remedy; all are reported at
+once."""
 
 from __future__ import annotations
 
@@ -40,29 +41,31 @@ def _model(recipe: Recipe) -> Iterator[str]:
         yield (f"model.heads={m.heads} is not divisible by model.query_groups={m.query_groups}; "
                f"query_groups may be {divisors(m.heads)}")
     if m.ffn_hidden % m.query_groups:
-        yield (f"model.ffn_hidden={m.ffn_hidden} is not divisible by model.query_groups={m.query_groups}, the number "
-               f"of slices a weight is cut into; take a multiple of {m.query_groups}")
+        yield (f"model.ffn_hidden={m.ffn_hidden} is not divisible by "
+               f"model.query_groups={m.query_groups}, the number of slices a weight is cut into; "
+               f"take a multiple of {m.query_groups}")
     if recipe.train.sequence_length > m.max_positions:
-        yield (f"train.sequence_length={recipe.train.sequence_length} is over model.max_positions={m.max_positions}; "
-               "lower the first or raise the second")
+        yield (f"train.sequence_length={recipe.train.sequence_length} is over "
+               f"model.max_positions={m.max_positions}; lower the first or raise the second")
 
 
 def _layout(recipe: Recipe) -> Iterator[str]:
     m, p, t = recipe.model, recipe.parallel, recipe.train
     if m.query_groups % p.tensor:
-        yield (f"model.query_groups={m.query_groups} (heads={m.heads}) is not divisible by parallel.tensor={p.tensor}; "
-               f"tensor may be {divisors(m.query_groups)}")
+        yield (f"model.query_groups={m.query_groups} (heads={m.heads}) is not divisible by "
+               f"parallel.tensor={p.tensor}; tensor may be {divisors(m.query_groups)}")
     stages = p.pipeline * p.interleave
     if m.layers % stages:
-        yield (f"model.layers={m.layers} is not divisible by parallel.pipeline x interleave = {p.pipeline} x "
-               f"{p.interleave} = {stages}; the product may be {divisors(m.layers)}")
+        yield (f"model.layers={m.layers} is not divisible by parallel.pipeline x interleave = "
+               f"{p.pipeline} x {p.interleave} = {stages}; the product may be {divisors(m.layers)}")
     if p.interleave > 1 and p.pipeline == 1:
         yield f"parallel.interleave={p.interleave} needs parallel.pipeline > 1; set interleave=1 or more stages"
     if p.sequence and p.tensor == 1:
         yield "parallel.sequence=true needs parallel.tensor > 1; set sequence=false or a larger tensor"
     if p.sequence and t.sequence_length % p.tensor:
-        yield (f"train.sequence_length={t.sequence_length} is not divisible by parallel.tensor={p.tensor}, as "
-               "parallel.sequence=true asks; change one of the three")
+        yield (f"train.sequence_length={t.sequence_length} is not divisible by "
+               f"parallel.tensor={p.tensor}, as parallel.sequence=true asks; change one of the "
+               "three")
 
 
 @lru_cache(maxsize=256)  # a search over layouts asks thousands of times
@@ -76,7 +79,8 @@ def _pattern(model: Model, sparsity: str, tensor: int) -> tuple[str, ...]:
     from megatron_spdf.sparsity.plan import check_tensor, make_plan
 
     try:
-        plan = make_plan(Sparsity.model_validate_json(sparsity), model_weights(model), model.query_groups)
+        plan = make_plan(Sparsity.model_validate_json(sparsity), model_weights(model),
+                         model.query_groups)
         check_tensor(plan, tensor)
     except ValueError as error:
         return (str(error),)
@@ -86,8 +90,8 @@ def _pattern(model: Model, sparsity: str, tensor: int) -> tuple[str, ...]:
 def _engine(recipe: Recipe) -> Iterator[str]:
     p, engine = recipe.parallel, recipe.engine
     if engine == "deepspeed" and p.pipeline > 1:
-        yield (f"engine=deepspeed has no pipeline stages here, and parallel.pipeline={p.pipeline}; set pipeline=1 or "
-               "engine=megatron")
+        yield (f"engine=deepspeed has no pipeline stages here, and parallel.pipeline={p.pipeline}; "
+               "set pipeline=1 or engine=megatron")
     if engine == "megatron":
         for name, value, needed in (("parallel.zero_stage", p.zero_stage, p.zero_stage > 1),
                                     ("parallel.offload", p.offload, p.offload),
@@ -103,27 +107,30 @@ def _yaml(value: object) -> str:
 
 
 def batch_violations(global_batch: int, micro_batch: int, data: int) -> Iterator[str]:
-    """What is wrong where a step cannot be cut into micro-batches, in sequences, for so many replicas."""
+    """What is wrong where a step cannot be cut into micro-batches, in sequences, for so many
+    replicas."""
     share = micro_batch * data
     if global_batch % share:
         below = global_batch // share * share
-        yield (f"train.global_batch={global_batch} is not divisible by train.micro_batch x parallel.data = "
-               f"{micro_batch} x {data} = {share}; global_batch may be "
+        yield (f"train.global_batch={global_batch} is not divisible by train.micro_batch x "
+               f"parallel.data = {micro_batch} x {data} = {share}; global_batch may be "
                + (f"{below} or " if below else "") + f"{below + share}")
 
 
 def _batch(recipe: Recipe) -> Iterator[str]:
     if recipe.train.micro_batch == AUTO:
-        recipe = recipe.with_micro_batch(1)  # where one sequence does not do, no number of them does
+        # where one sequence does not do, no number of them does
+        recipe = recipe.with_micro_batch(1)
     p, t, o = recipe.parallel, recipe.train, recipe.optimizer
     indivisible = list(batch_violations(t.global_batch, t.micro_batch, p.data))
     yield from indivisible
     if not indivisible and p.interleave > 1 and recipe.micro_batches % p.pipeline:
-        yield (f"{recipe.micro_batches} micro-batches per step are not divisible by parallel.pipeline={p.pipeline}, as "
-               "parallel.interleave asks; change train.global_batch or train.micro_batch")
+        yield (f"{recipe.micro_batches} micro-batches per step are not divisible by "
+               f"parallel.pipeline={p.pipeline}, as parallel.interleave asks; change "
+               "train.global_batch or train.micro_batch")
     if o.warmup_tokens >= recipe.steps * recipe.tokens_per_step:
-        yield (f"optimizer.warmup_tokens={o.warmup_tokens:,} is not under train.tokens={t.tokens:,}; "
-               "shorten the warm-up or lengthen the run")
+        yield (f"optimizer.warmup_tokens={o.warmup_tokens:,} is not under "
+               f"train.tokens={t.tokens:,}; shorten the warm-up or lengthen the run")
 
 
 def _stages(recipe: Recipe) -> Iterator[str]:
@@ -134,31 +141,32 @@ def _stages(recipe: Recipe) -> Iterator[str]:
         yield "stages has one entry, and there is no border; add a second, or write sparsity and optimizer instead"
     total = sum(stage.share for stage in stages)
     if abs(total - 1.0) > 1e-6:
-        yield (f"stages: the shares {' + '.join(f'{stage.share:g}' for stage in stages)} = {total:g} must add up to 1; "
-               "change one of them")
+        yield (f"stages: the shares {' + '.join(f'{stage.share:g}' for stage in stages)} = "
+               f"{total:g} must add up to 1; change one of them")
     else:
         yield from _schedules_of_stages(recipe)
     if recipe.sparsity.level or recipe.sparsity.rules:
         yield "sparsity and stages both say what is sparse; leave sparsity out, each stage has its own"
     if recipe.evaluate.patience:
-        yield (f"evaluate.patience={recipe.evaluate.patience} ends a run before its last stage; set patience=0, or "
-               "leave out stages")
+        yield (f"evaluate.patience={recipe.evaluate.patience} ends a run before its last stage; "
+               "set patience=0, or leave out stages")
     for number, stage in enumerate(stages[1:], 1):
         if stage.sparsity.level or stage.sparsity.rules:
-            yield (f"stages.{number}.sparsity={stage.sparsity.level or 'rules'} is not dense, and a run is only ever "
-                   "densified; set it to 0, or begin with this stage")
+            yield (f"stages.{number}.sparsity={stage.sparsity.level or 'rules'} is not dense, and "
+                   "a run is only ever densified; set it to 0, or begin with this stage")
 
 
 def _schedules_of_stages(recipe: Recipe) -> Iterator[str]:
     stage_ends = recipe.stage_ends
-    for number, (stage, first, last) in enumerate(zip(recipe.stages, [0, *stage_ends], stage_ends, strict=False)):
+    for number, (stage, first,
+                 last) in enumerate(zip(recipe.stages, [0, *stage_ends], stage_ends, strict=False)):
         tokens = (last - first) * recipe.tokens_per_step
         if not tokens:
-            yield (f"stages.{number}.share={stage.share:g} of {recipe.steps} steps is no step; give it more or "
-                   "lengthen the run")
+            yield (f"stages.{number}.share={stage.share:g} of {recipe.steps} steps is no step; "
+                   "give it more or lengthen the run")
         elif stage.warmup_tokens >= tokens:
-            yield (f"stages.{number}.warmup_tokens={stage.warmup_tokens:,} is not under the stage's {tokens:,} tokens; "
-                   "shorten the warm-up or lengthen the stage")
+            yield (f"stages.{number}.warmup_tokens={stage.warmup_tokens:,} is not under the "
+                   f"stage's {tokens:,} tokens; shorten the warm-up or lengthen the stage")
 
 
 def _data(recipe: Recipe) -> Iterator[str]:
@@ -171,5 +179,5 @@ def _data(recipe: Recipe) -> Iterator[str]:
     if len({source.weight is None for source in data.blend}) > 1:
         yield "data.blend mixes weights and epochs; give one or the other to all data sets"
     if data.reset_attention and recipe.kernels.attention != "sdpa":
-        yield (f"data.reset_attention=true needs kernels.attention=sdpa, and it is {recipe.kernels.attention}; "
-               "change one of them")
+        yield ("data.reset_attention=true needs kernels.attention=sdpa, and it is "
+               f"{recipe.kernels.attention}; change one of them")

@@ -14,12 +14,16 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 # Okabe and Ito 2008: told apart by colour-blind readers too.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6A3D9A", "#404040", "#A6761D",
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6A3D9A", "#404040",
+           "#A6761D",
            "#B2DF8A")
 STYLE = {
-    "svg.fonttype": "none", "font.size": 9.5, "axes.edgecolor": "#8a919c", "axes.labelcolor": "#3d444f",
-    "xtick.color": "#5c6470", "ytick.color": "#5c6470", "axes.spines.top": False, "axes.spines.right": False,
-    "axes.grid": True, "grid.color": "#e7eaee", "grid.linewidth": 0.8, "axes.axisbelow": True, "legend.frameon": False,
+    "svg.fonttype": "none", "font.size": 9.5, "axes.edgecolor": "#8a919c",
+    "axes.labelcolor": "#3d444f",
+    "xtick.color": "#5c6470", "ytick.color": "#5c6470", "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True, "grid.color": "#e7eaee", "grid.linewidth": 0.8, "axes.axisbelow": True,
+    "legend.frameon": False,
 }
 
 
@@ -38,8 +42,9 @@ def colour(number: int) -> str:
     return COLOURS[number % len(COLOURS)]
 
 
-def line_chart(lines: Sequence[Line], xlabel: str, ylabel: str, name: str, log_y: bool = False, faint: bool = False,
-               legend: bool = True, plain: bool = False, from_zero: bool = False) -> str:
+def line_chart(lines: Sequence[Line], xlabel: str, ylabel: str, name: str, log_y: bool = False,
+               faint: bool = False, legend: bool = True, plain: bool = False,
+               from_zero: bool = False) -> str:
     """Lines over a common axis whose numbers are written with SI prefixes, unless `plain`.
 
     Args:
@@ -49,7 +54,8 @@ def line_chart(lines: Sequence[Line], xlabel: str, ylabel: str, name: str, log_y
     def draw(axes: Axes) -> None:
         for line in lines:
             axes.plot(line.x, line.y, color=line.colour, alpha=0.4 if faint else 1.0,
-                      label=None if len(line.points[0]) else line.label, linewidth=1.2 if faint else 1.6)
+                      label=None if len(line.points[0]) else line.label,
+                      linewidth=1.2 if faint else 1.6)
             if len(line.points[0]):
                 axes.plot(*line.points, "o-", color=line.colour, markersize=3.6, label=line.label)
         if log_y:
@@ -81,17 +87,19 @@ def stacked_bars(names: Sequence[str], parts: dict[str, Sequence[float]], xlabel
             left = [a + b for a, b in zip(left, values, strict=True)]
         if limit:
             axes.axvline(limit[0], color="#b3541e", linestyle="--", linewidth=1.2)
-            axes.annotate(limit[1], (limit[0], 1.0), xycoords=("data", "axes fraction"), fontsize=8.5, ha="right",
-                          va="bottom", color="#b3541e")
+            axes.annotate(limit[1], (limit[0], 1.0), xycoords=("data", "axes fraction"),
+                          fontsize=8.5, ha="right", va="bottom", color="#b3541e")
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
         axes.set(xlabel=xlabel)
-        axes.legend(fontsize=8.5, ncols=1, loc="upper left", bbox_to_anchor=(1.0, 1.0), handlelength=1.0)
+        axes.legend(fontsize=8.5, ncols=1, loc="upper left", bbox_to_anchor=(1.0, 1.0),
+                    handlelength=1.0)
 
     return draw_svg(draw, name, size=(10.5, 0.9 + 0.5 * max(3, len(names))))
 
 
-def draw_svg(draw: Callable[[Axes], None], name: str, size: tuple[float, float] = (5.4, 3.3)) -> str:
+def draw_svg(draw: Callable[[Axes], None], name: str,
+             size: tuple[float, float] = (5.4, 3.3)) -> str:
     """The SVG element of what `draw` puts on an axis."""
     with pyplot.rc_context({**STYLE, "svg.hashsalt": name}):
         plot, axes = pyplot.subplots(figsize=size, layout="constrained")

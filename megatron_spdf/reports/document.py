@@ -1,4 +1,5 @@
-"""A self-contained page: inline style and SVG, no script, nothing from the network; readable on paper too."""
+"""A self-contained page: inline style and SVG, no script, nothing from the network; readable on
+paper too."""
 
 from __future__ import annotations
 
@@ -56,8 +57,9 @@ pre { font-size: .8rem; background: var(--wash); padding: .7rem; overflow-x: aut
 def page(title: str, parts: Sequence[str]) -> str:
     """The document around its parts."""
     body = "\n".join(parts)
-    return (f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="viewport" '
-            f'content="width=device-width, initial-scale=1">\n<title>{escape(title)}</title>\n'
+    return ('<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta '
+            'name="viewport" content="width=device-width, '
+            f'initial-scale=1">\n<title>{escape(title)}</title>\n'
             f"<style>{STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n")
 
 
@@ -77,22 +79,25 @@ def bullets(sentences: Sequence[str]) -> str:
     return '<ul class="note">' + "".join(f"<li>{escape(s)}</li>" for s in sentences) + "</ul>"
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "", marked: Sequence[int] = (),
-          text_columns: Sequence[int] = ()) -> str:
-    """A table of cells that are HTML already; column names are text, in which a newline breaks the line.
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "",
+          marked: Sequence[int] = (), text_columns: Sequence[int] = ()) -> str:
+    """A table of cells that are HTML already; column names are text, in which a newline breaks the
+    line.
 
     Args:
         marked: rows with a wash behind them.
         text_columns: columns of sentences, which wrap.
     """
     def cells(values: Sequence[str], tag: str) -> str:
-        return "".join(f'<{tag}{" class=text" if i in text_columns else ""}>{v}</{tag}>' for i, v in enumerate(values))
+        return "".join(f'<{tag}{" class=text" if i in text_columns else ""}>{v}</{tag}>' for i,
+                       v in enumerate(values))
 
     names = cells([escape(name).replace("\n", "<br>") for name in head], "th")
     lines = "\n".join(f'<tr{" class=mark" if i in marked else ""}>{cells(row, "td")}</tr>'
                       for i, row in enumerate(rows))
     about = f"<caption>{escape(caption)}</caption>" if caption else ""
-    return (f'<div class="scroll"><table>{about}<thead><tr>{names}</tr></thead>\n<tbody>\n{lines}\n</tbody></table>'
+    return ('<div '
+            f'class="scroll"><table>{about}<thead><tr>{names}</tr></thead>\n<tbody>\n{lines}\n</tbody></table>'
             "</div>")
 
 

@@ -13,12 +13,15 @@ from matplotlib import pyplot
 from megatron_spdf.reports.charts import STYLE, colour
 
 
-def plot_results(rows: list[dict[str, Any]], x: str, lines: str | None, panels: list[str], path: Path) -> None:
-    """Draws the mean losses of `experiment.results` with their intervals; cells without a loss are left out. Intervals
-    of two seeds may be several times as wide as all means are apart: means decide the axis, and such bars are cut.
+def plot_results(rows: list[dict[str, Any]], x: str, lines: str | None, panels: list[str],
+                 path: Path) -> None:
+    """Draws the mean losses of `experiment.results` with their intervals; cells without a loss are
+    left out. Intervals of two seeds may be several times as wide as all means are apart: means
+    decide the axis, and such bars are cut.
 
     Args:
-        x, lines, panels: axes, see `experiment.Plot`; those named nowhere are told apart by lines too.
+        x, lines, panels: axes, see `experiment.Plot`; those named nowhere are told apart by lines
+            too.
     """
     rest = [axis for axis in rows[0]["labels"] if axis not in (x, *panels)]
     rest.sort(key=lambda axis: axis != lines)
@@ -30,16 +33,19 @@ def plot_results(rows: list[dict[str, Any]], x: str, lines: str | None, panels: 
     with pyplot.rc_context(STYLE):
         columns = min(3, max(1, len(pictures)))
         height = max(1, -(-len(pictures) // columns))
-        figure, grid = pyplot.subplots(height, columns, figsize=(4.4 * columns, 3.3 * height), dpi=140, squeeze=False,
-                                       sharey=True, layout="constrained")
+        figure, grid = pyplot.subplots(height, columns, figsize=(4.4 * columns, 3.3 * height),
+                                       dpi=140, squeeze=False, sharey=True, layout="constrained")
         for axes in grid.flat[len(pictures):]:
             axes.set_visible(False)
         for axes, (labels, picture) in zip(grid.flat, pictures.items(), strict=False):
             for number, (label, drawn) in enumerate(picture.items()):
-                axes.errorbar([places.index(row["labels"][x]) for row in drawn], [row["mean"] for row in drawn],
-                              yerr=[row["interval"] or 0.0 for row in drawn], fmt="o-", markersize=3.6, capsize=2,
-                              linewidth=1.4, color=colour(number), label=", ".join(map(_named, rest, label)))
-            tilted = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if max(map(len, places)) > 6 else {}
+                axes.errorbar([places.index(row["labels"][x]) for row in drawn],
+                              [row["mean"] for row in drawn],
+                              yerr=[row["interval"] or 0.0 for row in drawn], fmt="o-",
+                              markersize=3.6, capsize=2, linewidth=1.4, color=colour(number),
+                              label=", ".join(map(_named, rest, label)))
+            tilted = {"rotation": 35, "ha": "right",
+                      "rotation_mode": "anchor"} if max(map(len, places)) > 6 else {}
             axes.set_xticks(range(len(places)), places, **tilted)
             axes.set(xlabel=x, title=", ".join(map(_named, panels, labels)))
             if rest:

@@ -17,7 +17,8 @@ from megatron_spdf.reports.document import (
 )
 
 GIB, MIB = 2**30, 2**20
-MEMORY = ("parameters", "gradients", "master", "moments", "expanded", "masks", "activations", "temporaries", "buffers")
+MEMORY = ("parameters", "gradients", "master", "moments", "expanded", "masks", "activations",
+          "temporaries", "buffers")
 
 
 def render_plan_page(facts: dict[str, Any], recipe: str) -> str:
@@ -26,10 +27,10 @@ def render_plan_page(facts: dict[str, Any], recipe: str) -> str:
         recipe: its file, for the title.
     """
     request, model = facts["request"], facts["model"]
-    lead = (f"{model['parameters'] / 1e9:.4g}B parameters, linear weights {model['sparsity']:.2%} sparse; "
-            f"{model['tokens'] / 1e9:,.4g}B tokens in {model['steps']:,} steps, {model['precision']}; "
-            f"{request['gpus']:,} x {request['gpu']['name']}, matrix products at {request['efficiency']:.0%} of peak "
-            f"({request['efficiency_from']}).")
+    lead = (f"{model['parameters'] / 1e9:.4g}B parameters, linear weights {model['sparsity']:.2%} "
+            f"sparse; {model['tokens'] / 1e9:,.4g}B tokens in {model['steps']:,} steps, "
+            f"{model['precision']}; {request['gpus']:,} x {request['gpu']['name']}, matrix "
+            f"products at {request['efficiency']:.0%} of peak ({request['efficiency_from']}).")
     return page(f"Plan of {recipe}", [
         heading(f"Plan of {recipe}", 1), paragraph(lead, "lead"),
         heading("Layouts"), _layouts(facts), *_misfits(facts),
@@ -45,11 +46,14 @@ def _name(row: dict[str, Any]) -> str:
 
 def _layouts(facts: dict[str, Any]) -> str:
     cost = facts["request"]["price"] is not None
-    head = ["layout", "micro-\nbatch", "recompute", "GiB per\nGPU", "seconds\na step", "tokens/s", "MFU", "hours",
+    head = ["layout", "micro-\nbatch", "recompute", "GiB per\nGPU", "seconds\na step", "tokens/s",
+            "MFU", "hours",
             "GPU\nhours", *(["cost"] if cost else [])]
     rows = [[_name(r), str(r["micro_batch"]), r["recompute"], f"{r['peak_bytes'] / GIB:.1f}",
-             f"{r['step_seconds']:.4g}", f"{r['tokens_per_second']:,.0f}", f"{r['mfu']:.1%}", f"{r['hours']:,.1f}",
-             f"{r['gpu_hours']:,.1f}", *([f"{r['cost']:,.0f}"] if cost else [])] for r in facts["layouts"]]
+             f"{r['step_seconds']:.4g}", f"{r['tokens_per_second']:,.0f}", f"{r['mfu']:.1%}",
+             f"{r['hours']:,.1f}",
+             f"{r['gpu_hours']:,.1f}", *([f"{r['cost']:,.0f}"] if cost else [])]
+            for r in facts["layouts"]]
     about = f"{facts['fitting']:,} layouts fit; the fastest, with the best micro-batch and recomputation of each."
     return table(head, rows, about, marked=[0])
 
@@ -57,7 +61,8 @@ def _layouts(facts: dict[str, Any]) -> str:
 def _misfits(facts: dict[str, Any]) -> list[str]:
     if not facts["misfits"]:
         return []
-    reasons = [f"TP{m['tensor']} PP{m['pipeline']} DP{m['data']}: {m['reason']}" for m in facts["misfits"]]
+    reasons = [f"TP{m['tensor']} PP{m['pipeline']} DP{m['data']}: {m['reason']}"
+               for m in facts["misfits"]]
     return [paragraph("Those that do not do, nearest first:", "note"), bullets(reasons)]
 
 
@@ -66,7 +71,8 @@ def _memory_plot(facts: dict[str, Any]) -> str:
     limit = facts["request"]["usable_bytes"] / GIB
     parts = {k: [row[k] / GIB for row in stages] for k in MEMORY if any(row[k] for row in stages)}
     close = max(row["total"] for row in stages) / GIB > 0.4 * limit
-    svg = stacked_bars([f"stage {row['stage']}" for row in stages], parts, "GiB per GPU at the fullest moment",
+    svg = stacked_bars([f"stage {row['stage']}" for row in stages], parts,
+                       "GiB per GPU at the fullest moment",
                        "memory", (limit, "usable") if close else None)
     return figure(f"Memory of {_name(facts['layouts'][0])}", svg, wide=True)
 
@@ -80,17 +86,21 @@ def _time_plot(facts: dict[str, Any]) -> str:
 
 
 def _flops(facts: dict[str, Any]) -> str:
-    rows = [[escape(f["what"]), *(f"{f[k] / 1e9:.4g}" for k in ("linear", "attention", "logits", "total")),
+    rows = [[escape(f["what"]), *(f"{f[k] / 1e9:.4g}"
+                                  for k in ("linear", "attention", "logits", "total")),
              f"{f['run'] / 1e18:,.2f}"] for f in facts["flops"]]
-    return table(["1e9 per token", "linear", "attention", "logits", "total", "whole run\n(1e18)"], rows)
+    return table(["1e9 per token", "linear", "attention", "logits", "total", "whole run\n(1e18)"],
+                 rows)
 
 
 def _traffic(facts: dict[str, Any]) -> str:
     rows = [[t["kind"], t["operation"], str(t["ranks"]), t["link"], f"{t['payload'] / MIB:,.2f}",
-             f"{t['wire'] / MIB:,.2f}", f"{t['dense_payload'] / MIB:,.2f}"] for t in facts["best"]["traffic"]]
+             f"{t['wire'] / MIB:,.2f}", f"{t['dense_payload'] / MIB:,.2f}"]
+            for t in facts["best"]["traffic"]]
     if not rows:
         return paragraph("One GPU sends nothing.")
-    head = ["kind", "operation", "ranks", "link", "payload\n(MiB)", "on the wire\n(MiB)", "dense run\n(MiB)"]
+    head = ["kind", "operation", "ranks", "link", "payload\n(MiB)", "on the wire\n(MiB)",
+            "dense run\n(MiB)"]
     return table(head, rows, "Per step and GPU of the busiest stage.")
 
 
@@ -105,7 +115,9 @@ def _sparsity(facts: dict[str, Any]) -> str:
                      f"{row['peak_bytes'] / GIB:.2f}", f"{row['data_traffic'] / MIB:,.1f}",
                      str(row["fewest_gpus"] or "-"), where])
     tiles = ", except in tiles" if any(row["tiles"] for row in facts["sparsity"]) else ""
-    note = ("At the fastest layout; the fewest GPUs with one sequence a micro-batch and recomputed layers. FLOPs count "
-            f"active weights; this engine expands weights and runs products at the dense cost{tiles}.")
-    return table(["sparsity", "FLOPs\n(1e18)", "of dense", "GiB per\nGPU", "data-parallel\nMiB a step", "fewest\nGPUs",
+    note = ("At the fastest layout; the fewest GPUs with one sequence a micro-batch and recomputed "
+            "layers. FLOPs count active weights; this engine expands weights and runs products at "
+            f"the dense cost{tiles}.")
+    return table(["sparsity", "FLOPs\n(1e18)", "of dense", "GiB per\nGPU",
+                  "data-parallel\nMiB a step", "fewest\nGPUs",
                   "their layout"], rows, marked=marked) + paragraph(note, "note")

@@ -1,4 +1,5 @@
-"""Runs as a report shows them: pre-training and fine-tuning alike, by what their directories hold."""
+"""Runs as a report shows them: pre-training and fine-tuning alike, by what their directories
+hold."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ class Logged:
     @property
     def fine_tunes(self) -> str | None:
         """The checkpoint that a fine-tuning run started from; None for pre-training."""
-        return self.values.get("checkpoint") if isinstance(self.values.get("checkpoint"), str) else None
+        return self.values.get("checkpoint") if isinstance(self.values.get("checkpoint"),
+                                                           str) else None
 
     @property
     def sparsity(self) -> float:
@@ -49,7 +51,8 @@ class Logged:
     def planned_steps(self) -> int | None:
         """Of a pre-training run; a fine-tuning recipe counts in epochs."""
         train = self.values.get("train", {})
-        if self.fine_tunes or not all(k in train for k in ("tokens", "global_batch", "sequence_length")):
+        if self.fine_tunes or not all(k in train
+                                      for k in ("tokens", "global_batch", "sequence_length")):
             return None
         return max(1, round(train["tokens"] / (train["global_batch"] * train["sequence_length"])))
 
@@ -70,7 +73,8 @@ class Logged:
         return median(r["tokens_per_second"] for r in self.train)
 
     def hours(self) -> list[float]:
-        """Time of training up to each record: every step since the last one taken to be as long as the recorded."""
+        """Time of training up to each record: every step since the last one taken to be as long as
+        the recorded."""
         total, before, found = 0.0, 0, []
         for record in self.train:
             total += record["step_seconds"] * (record["step"] - before)
@@ -93,7 +97,8 @@ def read_all(directories: list[Path]) -> list[Logged]:
     twice = sorted({str(d) for d in resolved if resolved.count(d) > 1})
     if twice:
         raise ValueError(f"{', '.join(twice)} is named more than once; name each run once")
-    return [_read(directory, label) for directory, label in zip(resolved, _labels(resolved), strict=True)]
+    return [_read(directory, label) for directory,
+            label in zip(resolved, _labels(resolved), strict=True)]
 
 
 def _read(directory: Path, label: str) -> Logged:
@@ -112,7 +117,8 @@ def _labels(directories: list[Path]) -> list[str]:
 
 
 def _scores(directory: Path) -> dict[str, float]:
-    """Metric -> value of a run's evaluation; where it has several, their names are put before the metrics'.
+    """Metric -> value of a run's evaluation; where it has several, their names are put before the
+    metrics'.
 
     Raises:
         ValueError: an evaluation is not what tools/evaluate.py writes.
@@ -122,7 +128,9 @@ def _scores(directory: Path) -> dict[str, float]:
         try:
             found[file.parent.name] = json.loads(file.read_text())["scores"]["all"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{file} holds no scores ({error!r}); write it anew with tools/evaluate.py") from None
+            raise ValueError(f"{file} holds no scores ({error!r}); write it anew with "
+                             "tools/evaluate.py") from None
     if len(found) == 1:
         return next(iter(found.values()))
-    return {f"{name} {metric}": value for name, scores in found.items() for metric, value in scores.items()}
+    return {f"{name} {metric}": value for name, scores in found.items() for metric,
+            value in scores.items()}

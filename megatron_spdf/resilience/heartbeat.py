@@ -1,8 +1,10 @@
-"""While a run is on: rank 0 hears from every rank each second, and ends the run when one dies, hangs or fails.
+"""While a run is on: rank 0 hears from every rank each second, and ends the run when one dies,
+hangs or fails.
 
-Each rank keeps a connection to rank 0. A process that dies closes it; a process that is stopped, a node that is gone or
-a network that is cut falls silent; a training thread that hangs stands still while its beats go on. Whatever it is, the
-rank, its host and its last collective are named on standard error, and every rank ends with `exit_codes.LOST_RANK`.
+Each rank keeps a connection to rank 0. A process that dies closes it; a process that is stopped, a
+node that is gone or a network that is cut falls silent; a training thread that hangs stands still
+while its beats go on. Whatever it is, the rank, its host and its last collective are named on
+standard error, and every rank ends with `exit_codes.LOST_RANK`.
 """
 
 from __future__ import annotations
@@ -81,7 +83,8 @@ class Peer:
 
 
 def verdict(peers: list[Peer], now: float, seconds: float) -> str:
-    """What ends the run, or empty; deaths before silence, silence before standing still, since each causes the next.
+    """What ends the run, or empty; deaths before silence, silence before standing still, since each
+    causes the next.
 
     Args:
         now: time.monotonic().
@@ -98,19 +101,23 @@ def verdict(peers: list[Peer], now: float, seconds: float) -> str:
         return f"{failed[0].beat.who} failed {failed[0].beat.did}; {failed[0].beat.failed}"
     silent = [p for p in there if not p.closed and now - p.heard > seconds]
     if silent:
-        return "; ".join(f"{p.beat.who} has been silent for {now - p.heard:.0f} s (fault_tolerance.hang_seconds={seconds:g}), "
-                         f"last heard of {p.beat.did}" for p in silent)
+        return "; ".join(f"{p.beat.who} has been silent for {now - p.heard:.0f} s "
+                         f"(fault_tolerance.hang_seconds={seconds:g}), last heard of {p.beat.did}"
+                         for p in silent)
     if there and all(p.beat.still > seconds for p in there):
         outside = [p for p in there if not p.beat.inside]
-        behind = outside if 0 < len(outside) < len(there) else [max(there, key=lambda p: p.beat.still)]
-        named = "; ".join(f"{p.beat.who} has stood still for {p.beat.still:.0f} s (fault_tolerance.hang_seconds={seconds:g}) "
-                          f"{p.beat.did}" for p in behind)
+        behind = outside if 0 < len(outside) < len(there) else [max(there,
+                                                                    key=lambda p: p.beat.still)]
+        named = "; ".join(f"{p.beat.who} has stood still for {p.beat.still:.0f} s "
+                          f"(fault_tolerance.hang_seconds={seconds:g}) {p.beat.did}"
+                          for p in behind)
         return named + ("" if len(there) == len(behind) else "; others wait for it")
     return ""
 
 
 class Heartbeat:
-    """This rank's part; a context around all that follows the joining of the ranks. With one rank it does nothing.
+    """This rank's part; a context around all that follows the joining of the ranks. With one rank
+    it does nothing.
 
     Args:
         seconds: fault_tolerance.hang_seconds.
@@ -128,7 +135,8 @@ class Heartbeat:
         if self.ranks.rank == 0:
             door = socket.create_server(("", 0), backlog=self.ranks.world)
             token = secrets.token_hex(16)
-            store.set("heartbeat", json.dumps([os.environ["MASTER_ADDR"], door.getsockname()[1], token]))
+            store.set("heartbeat",
+                      json.dumps([os.environ["MASTER_ADDR"], door.getsockname()[1], token]))
             target, arguments = self._preside, (door, token)
         else:
             store.wait(["heartbeat"], timedelta(seconds=self.seconds))
@@ -136,12 +144,14 @@ class Heartbeat:
             line = socket.create_connection((host, port), timeout=self.seconds)
             line.sendall(token.encode() + b"\n")
             target, arguments = self._report, (line,)
-        self._thread = threading.Thread(target=target, args=arguments, name="heartbeat", daemon=True)
+        self._thread = threading.Thread(target=target, args=arguments, name="heartbeat",
+                                        daemon=True)
         self._thread.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        """Leaves; after an error only when rank 0 has had the time to name the cause, which may be another rank's."""
+        """Leaves; after an error only when rank 0 has had the time to name the cause, which may be
+        another rank's."""
         if not self._thread:
             return
         if error is not None and not isinstance(error, SystemExit):
@@ -154,7 +164,8 @@ class Heartbeat:
     def _beat(self) -> Beat:
         now = progress.PROGRESS
         return Beat(self.ranks.rank, self.host, now.activity, now.last_collective(), now.inside,
-                    time.monotonic() - now.moved if now.watched else 0.0, self.failed, self.leaving.is_set())
+                    time.monotonic() - now.moved if now.watched else 0.0, self.failed,
+                    self.leaving.is_set())
 
     def _report(self, line: socket.socket) -> None:
         """Of every other rank: a beat to rank 0 each second, and one of rank 0 in return."""
@@ -181,18 +192,22 @@ class Heartbeat:
                     pass
                 if head.leaving:
                     return
-                if time.monotonic() - heard > self.seconds + 2 * GRACE_SECONDS:  # its own verdict comes first
+                # its own verdict comes first
+                if time.monotonic() - heard > self.seconds + 2 * GRACE_SECONDS:
                     self._end(f"{head.who} has been silent for {time.monotonic() - heard:.0f} s "
-                              f"(fault_tolerance.hang_seconds={self.seconds:g}), last heard of {head.did}")
+                              f"(fault_tolerance.hang_seconds={self.seconds:g}), last heard of "
+                              f"{head.did}")
         except OSError:
             if not head.leaving and not self.leaving.is_set():
                 time.sleep(GRACE_SECONDS)
-                self._end(f"{head.who} died {head.did}" if not head.failed else f"{head.who} failed: {head.failed}")
+                self._end(f"{head.who} died {head.did}" if not head.failed
+                          else f"{head.who} failed: {head.failed}")
 
     def _preside(self, door: socket.socket, token: str) -> None:
         """Of rank 0: hears everyone, judges, tells everyone."""
         began = time.monotonic()
-        peers = {r: Peer(Beat(r, "a host that rank 0 has not heard of"), began) for r in range(self.ranks.world)}
+        peers = {r: Peer(Beat(r, "a host that rank 0 has not heard of"), began)
+                 for r in range(self.ranks.world)}
         lines = _Lines(door, token)
         while True:
             mine = self._beat()
@@ -207,8 +222,10 @@ class Heartbeat:
 
     def _end(self, said: str) -> None:
         if self.ranks.rank == 0 or self.ranks.local == 0 or self.ranks.rank == 1:
-            print(f"the run ends on rank {self.ranks.rank} on {self.host}: {said}", file=sys.stderr, flush=True)
-        os._exit(exit_codes.LOST_RANK)  # the training thread may be inside a collective that never returns
+            print(f"the run ends on rank {self.ranks.rank} on {self.host}: {said}",
+                  file=sys.stderr, flush=True)
+        # the training thread may be inside a collective that never returns
+        os._exit(exit_codes.LOST_RANK)
 
 
 class _Lines:
@@ -223,7 +240,8 @@ class _Lines:
         self.ready.register(door, selectors.EVENT_READ)
 
     def read(self, seconds: float) -> list[tuple[int, dict | None]]:
-        """(rank, beat) of all that came meanwhile; None instead of a beat where a rank's connection was closed."""
+        """(rank, beat) of all that came meanwhile; None instead of a beat where a rank's connection
+        was closed."""
         end, found = time.monotonic() + seconds, []
         while (left := end - time.monotonic()) > 0:
             for key, _ in self.ready.select(left):

@@ -1,8 +1,9 @@
-"""What this process is doing: the activity of the run, the last collective it entered, how long collectives blocked it.
+"""What this process is doing: the activity of the run, the last collective it entered, how long
+collectives blocked it.
 
-The collectives of `torch.distributed` are wrapped where callers look them up, at the price of two clock readings a
-call, so that a rank that hangs can be named with what it did last (`heartbeat.py`), and a slow one told from those that
-wait for it (`training/stragglers.py`).
+The collectives of `torch.distributed` are wrapped where callers look them up, at the price of two
+clock readings a call, so that a rank that hangs can be named with what it did last
+(`heartbeat.py`), and a slow one told from those that wait for it (`training/stragglers.py`).
 """
 
 from __future__ import annotations
@@ -18,10 +19,14 @@ import torch
 import torch.distributed as dist
 
 COLLECTIVES = (
-    "all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce", "all_reduce_coalesced", "all_to_all",
-    "all_to_all_single", "barrier", "batch_isend_irecv", "broadcast", "broadcast_object_list", "gather",
-    "gather_object", "monitored_barrier", "recv", "reduce", "reduce_scatter", "reduce_scatter_tensor", "scatter",
-    "send", "_all_gather_base", "_reduce_scatter_base")  # not isend and irecv: P2POp takes PyTorch's own alone
+    "all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce",
+    "all_reduce_coalesced", "all_to_all",
+    "all_to_all_single", "barrier", "batch_isend_irecv", "broadcast", "broadcast_object_list",
+    "gather",
+    "gather_object", "monitored_barrier", "recv", "reduce", "reduce_scatter",
+    "reduce_scatter_tensor", "scatter",
+    # not isend and irecv: P2POp takes PyTorch's own alone
+    "send", "_all_gather_base", "_reduce_scatter_base")
 
 
 @dataclass
@@ -70,13 +75,14 @@ _here = threading.local()
 
 
 def in_background() -> None:
-    """Says that the thread that calls is none of training's; those are the main one and, on a GPU, autograd's."""
+    """Says that the thread that calls is none of training's; those are the main one and, on a GPU,
+    autograd's."""
     _here.background = True
 
 
 def observe() -> None:
-    """Wraps the collectives for the rest of the process, to keep PROGRESS; before megatron.core is imported, which takes
-    some of them by name."""
+    """Wraps the collectives for the rest of the process, to keep PROGRESS; before megatron.core is
+    imported, which takes some of them by name."""
     if hasattr(dist.all_reduce, "observed"):
         return
     for name in COLLECTIVES:
@@ -86,7 +92,8 @@ def observe() -> None:
 
 
 def _observed(function: Callable, name: str) -> Callable:
-    """The function, noting where the training thread is; without a name it is a wait for the collective before."""
+    """The function, noting where the training thread is; without a name it is a wait for the
+    collective before."""
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         if PROGRESS.inside or getattr(_here, "background", False):

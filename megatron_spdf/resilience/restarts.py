@@ -1,9 +1,11 @@
-"""How often a run may be started again without getting anywhere: a bound, kept in the run directory.
+"""How often a run may be started again without getting anywhere: a bound, kept in the run
+directory.
 
     python -m megatron_spdf.resilience.restarts RUN
 
-says by its exit code whether another start makes sense: 0, or 3 with the reason. Launch scripts ask before they
-requeue. Nothing outside the standard library is imported, so the answer is there at once.
+says by its exit code whether another start makes sense: 0, or 3 with the reason. Launch scripts ask
+before they requeue. Nothing outside the standard library is imported, so the answer is there at
+once.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ def count_start(run: Path, allowed: int, job: str | None = None) -> None:
         raise RestartLimit(_reason(run, before))
     run.mkdir(parents=True, exist_ok=True)
     beside = run / f"{STARTS}.new"
-    beside.write_text(json.dumps({"job": job, "step": step, "starts": before["starts"] + 1 if goes_on else 1,
+    beside.write_text(json.dumps({"job": job, "step": step,
+                                  "starts": before["starts"] + 1 if goes_on else 1,
                                   "allowed": allowed}))
     beside.replace(run / STARTS)
 
@@ -54,7 +57,8 @@ def restart_refusal(run: Path) -> str:
 def newest_step(run: Path) -> int:
     """Step of the newest complete checkpoint; 0: none."""
     names = os.listdir(run / "checkpoints") if (run / "checkpoints").is_dir() else []
-    return max((int(found[1]) for name in names if (found := re.fullmatch(r"step_(\d+)", name))), default=0)
+    return max((int(found[1]) for name in names if (found := re.fullmatch(r"step_(\d+)", name))),
+               default=0)
 
 
 def _read(run: Path) -> dict:
@@ -65,9 +69,10 @@ def _read(run: Path) -> dict:
 
 
 def _reason(run: Path, before: dict) -> str:
-    return (f"{before['starts']} starts in a row (fault_tolerance.max_starts={before['allowed']}) made no checkpoint after step "
-            f"{before['step']} of {run}, so this job is not started again; the log above says what each ended with. "
-            "Submit anew when it is mended: the run goes on where it was")
+    return (f"{before['starts']} starts in a row (fault_tolerance.max_starts={before['allowed']}) "
+            f"made no checkpoint after step {before['step']} of {run}, so this job is not started "
+            "again; the log above says what each ended with. Submit anew when it is mended: the "
+            "run goes on where it was")
 
 
 def main() -> int:

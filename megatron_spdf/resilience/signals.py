@@ -1,7 +1,8 @@
 """A request to stop, and the helper processes that must survive it.
 
-SIGTERM (preemption, scancel, torchrun) and SIGUSR1 (`sbatch --signal`) go to every process of a job step, also to
-loader workers; were these to die of it, the last steps would fail. So they block the two signals.
+SIGTERM (preemption, scancel, torchrun) and SIGUSR1 (`sbatch --signal`) go to every process of a job
+step, also to loader workers; were these to die of it, the last steps would fail. So they block the
+two signals.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Installs the handlers; `requested` is true from the first signal on. The loop asks at every step and every
-    evaluation batch."""
+    """Installs the handlers; `requested` is true from the first signal on. The loop asks at every
+    step and every evaluation batch."""
 
     def __init__(self) -> None:
         self.requested = False

@@ -1,6 +1,8 @@
-"""Before step 1: every rank reports to rank 0, which names those that are missing, out of reach or out of step.
+"""Before step 1: every rank reports to rank 0, which names those that are missing, out of reach or
+out of step.
 
-All goes through the store that the process groups meet in, so nothing of this needs a working collective.
+All goes through the store that the process groups meet in, so nothing of this needs a working
+collective.
 """
 
 from __future__ import annotations
@@ -58,7 +60,8 @@ def check_in(rank: int, world: int, store: dist.Store, device: torch.device, sec
         Unhealthy: on every rank alike, naming the ranks at fault and their hosts.
     """
     with socket.create_server(("", 0), backlog=16) as door:
-        mine = Report(rank, socket.gethostname(), *_device(device), (_own_address(), door.getsockname()[1]))
+        mine = Report(rank, socket.gethostname(), *_device(device),
+                      (_own_address(), door.getsockname()[1]))
         store.set(f"report/{rank}", json.dumps(asdict(mine)))
         if rank == 0:
             verdict = _preside(world, store, seconds)
@@ -83,9 +86,9 @@ def _preside(world: int, store: dist.Store, seconds: float) -> dict[str, str]:
         named = ", ".join(f"{r} on {hosts[r]}" if r in hosts else str(r) for r in missing[:16])
         more = f" and {len(missing) - 16} more" if len(missing) > 16 else ""
         return {"said": "", "fault": (
-            f"{len(missing)} of {world} ranks did not report within fault_tolerance.join_seconds={seconds:g}: rank {named}"
-            f"{more}. Look at these nodes (sinfo -R, tools/doctor.py), exclude them (sbatch --exclude), or raise the "
-            "limit")}
+            f"{len(missing)} of {world} ranks did not report within "
+            f"fault_tolerance.join_seconds={seconds:g}: rank {named}{more}. Look at these nodes "
+            "(sinfo -R, tools/doctor.py), exclude them (sbatch --exclude), or raise the limit")}
     reports = [Report(**json.loads(store.get(f"report/{r}"))) for r in range(world)]
     asked = time.time()
     store.set("roll call", json.dumps(addresses(reports)))
@@ -103,24 +106,29 @@ def _preside(world: int, store: dist.Store, seconds: float) -> dict[str, str]:
         if answer["fault"]:
             there = reports[(report.rank + 1) % world]
             address = "{}:{}".format(*addresses(reports)[there.rank])
-            faults.append(f"rank {report.rank} on {report.host} cannot reach rank {there.rank} on {there.host} at "
-                          f"{address} ({answer['fault']})")
+            faults.append(f"rank {report.rank} on {report.host} cannot reach rank {there.rank} on "
+                          f"{there.host} at {address} ({answer['fault']})")
     if faults:
-        return {"said": "", "fault": "; ".join(faults) + ". Look at the network between these nodes and their "
-                                                         "firewalls; launch/common.sh says which interface is used"}
+        return {"said": "", "fault": "; ".join(faults)
+                + ". Look at the network between these nodes and their "
+                                                         "firewalls; launch/common.sh says which "
+                                                         "interface is used"}
     return {"said": render(reports, skews, spread), "fault": ""}
 
 
 def addresses(reports: Sequence[Report]) -> list[tuple[str, int]]:
-    """Where each rank can be reached. To a head node that has its own name as a loopback address, as Debian's
-    /etc/hosts has it, the way from there leads to itself; others know it by name."""
+    """Where each rank can be reached. To a head node that has its own name as a loopback address,
+    as Debian's /etc/hosts has it, the way from there leads to itself; others know it by name."""
     several = len({r.host for r in reports}) > 1
-    return [(r.host, r.address[1]) if several and r.address[0].startswith("127.") else tuple(r.address)
+    return [(r.host, r.address[1]) if several and r.address[0].startswith("127.")
+            else tuple(r.address)
             for r in reports]
 
 
-def _await_reports(world: int, store: dist.Store, seconds: float) -> tuple[list[int], tuple[float, int]]:
-    """The ranks that did not report in time, and by how much the last to come was behind the first."""
+def _await_reports(world: int, store: dist.Store, seconds: float) -> tuple[list[int],
+                                                                           tuple[float, int]]:
+    """The ranks that did not report in time, and by how much the last to come was behind the
+    first."""
     began = said = first = time.monotonic()
     waiting, last = list(range(world)), 0
     while waiting and time.monotonic() - began < seconds:
@@ -132,20 +140,23 @@ def _await_reports(world: int, store: dist.Store, seconds: float) -> tuple[list[
         if waiting and time.monotonic() - said > SAY_SECONDS:
             said, hosts = time.monotonic(), hosts_of_ranks()
             named = ", ".join(f"{r} on {hosts.get(r, '?')}" for r in waiting[:8])
-            print(f"waiting for rank {named}{' and others' if len(waiting) > 8 else ''}, {said - began:.0f} s",
+            print(f"waiting for rank {named}{' and others' if len(waiting) > 8 else ''}, "
+                  f"{said - began:.0f} s",
                   file=sys.stderr, flush=True)
         time.sleep(POLL_SECONDS)
     return waiting, (time.monotonic() - first, last)
 
 
 def _answer_roll_call(rank: int, store: dist.Store, seconds: float) -> None:
-    """The time of this host's clock as soon as it is asked for, then whether the next rank is within reach."""
+    """The time of this host's clock as soon as it is asked for, then whether the next rank is
+    within reach."""
     addresses = json.loads(_get(store, "roll call", seconds + REACH_SECONDS))
     if not addresses:
         return
     clock, fault = time.time(), ""
     try:
-        socket.create_connection(tuple(addresses[(rank + 1) % len(addresses)]), timeout=REACH_SECONDS).close()
+        socket.create_connection(tuple(addresses[(rank + 1) % len(addresses)]),
+                                 timeout=REACH_SECONDS).close()
     except OSError as error:
         fault = str(error)
     store.set(f"answer/{rank}", json.dumps({"clock": clock, "fault": fault}))
@@ -162,15 +173,17 @@ def render(reports: Sequence[Report], skews: Sequence[float], spread: tuple[floa
     for host in dict.fromkeys(r.host for r in reports):
         there = [r for r in reports if r.host == host]
         skew = max((skews[r.rank] for r in there), key=abs)
-        lines.append(f"{host}: rank {_span([r.rank for r in there])}, {', '.join(sorted({r.device for r in there}))}, "
+        lines.append(f"{host}: rank {_span([r.rank for r in there])}, "
+                     f"{', '.join(sorted({r.device for r in there}))}, "
                      f"{min(r.free for r in there) / 2**30:,.1f} GiB free, clock {skew:+.3f} s")
         if abs(skew) > SKEW_SECONDS:
-            lines.append(f"warning: the clock of {host} is {skew:+.1f} s off that of {reports[0].host}; logs of the "
-                         "two will not agree, have it synchronised")
+            lines.append(f"warning: the clock of {host} is {skew:+.1f} s off that of "
+                         f"{reports[0].host}; logs of the two will not agree, have it synchronised")
     lines.append(f"all {len(reports)} ranks reported within {seconds:.1f} s, rank {last} last")
     usual = statistics.median(r.free for r in reports)
-    lines += [f"warning: rank {r.rank} on {r.host} has {r.free / 2**30:,.1f} GiB free, others {usual / 2**30:,.1f}; is "
-              "another process on that device?" for r in reports if r.device != "cpu" and r.free < FREE_SHARE * usual]
+    lines += [f"warning: rank {r.rank} on {r.host} has {r.free / 2**30:,.1f} GiB free, others "
+              f"{usual / 2**30:,.1f}; is another process on that device?" for r in reports
+              if r.device != "cpu" and r.free < FREE_SHARE * usual]
     return "\n".join(lines)
 
 
@@ -179,14 +192,17 @@ def hosts_of_ranks(env: Mapping[str, str] = os.environ) -> dict[int, str]:
     nodes, tasks = env.get("SLURM_STEP_NODELIST"), env.get("SLURM_STEP_TASKS_PER_NODE")
     if not nodes or not tasks or not shutil.which("scontrol"):
         return {}
-    shown = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=False)
-    return dict(enumerate(host for host, n in zip(shown.stdout.split(), tasks_per_node(tasks), strict=False)
+    shown = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True,
+                           text=True, check=False)
+    return dict(enumerate(host for host,
+                          n in zip(shown.stdout.split(), tasks_per_node(tasks), strict=False)
                           for _ in range(n)))
 
 
 def tasks_per_node(text: str) -> list[int]:
     """Slurm's short form, `8(x2),4` -> [8, 8, 4]."""
-    return [int(n) for n, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text) for _ in range(int(times or 1))]
+    return [int(n) for n,
+            times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text) for _ in range(int(times or 1))]
 
 
 def _span(ranks: list[int]) -> str:
@@ -201,10 +217,12 @@ def _device(device: torch.device) -> tuple[str, int]:
 
 
 def _own_address() -> str:
-    """The address of the interface that leads to the head node, whatever the host's name resolves to."""
+    """The address of the interface that leads to the head node, whatever the host's name resolves
+    to."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])))  # sends nothing
+            # sends nothing
+            probe.connect((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])))
             return probe.getsockname()[0]
         except OSError:
             return socket.gethostname()
@@ -215,8 +233,8 @@ def _get(store: dist.Store, key: str, seconds: float) -> bytes:
         store.wait([key], timedelta(seconds=seconds))
         return store.get(key)
     except RuntimeError as error:
-        raise Unhealthy(f"rank 0 on {os.environ.get('MASTER_ADDR')} does not answer within {seconds:g} s "
-                        f"({str(error).splitlines()[0]}); look at that node") from None
+        raise Unhealthy(f"rank 0 on {os.environ.get('MASTER_ADDR')} does not answer within "
+                        f"{seconds:g} s ({str(error).splitlines()[0]}); look at that node") from None
 
 
 def _wait_for(store: dist.Store, keys: list[str], seconds: float) -> None:

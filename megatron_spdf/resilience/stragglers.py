@@ -1,7 +1,8 @@
 """Which rank is slow, where collectives make all of them take the same time.
 
-A rank's own time of a step is its wall time less what it spent in collectives, waiting for others or sending: on CPU by
-the clock, on a GPU by events in its stream. Ranks whose own time is over the median are those the others wait for.
+A rank's own time of a step is its wall time less what it spent in collectives, waiting for others
+or sending: on CPU by the clock, on a GPU by events in its stream. Ranks whose own time is over the
+median are those the others wait for.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ class Stragglers:
         self._started, self._blocked = time.perf_counter(), PROGRESS.blocked_seconds
 
     def end(self, step: int, data_seconds: float) -> None:
-        """After a step, whose results the host has seen; where it is due, all ranks gather their times."""
+        """After a step, whose results the host has seen; where it is due, all ranks gather their
+        times."""
         if not PROGRESS.measuring:
             return
         wall = time.perf_counter() - self._started
@@ -78,15 +80,17 @@ class Stragglers:
         dist.all_gather_object(times, mine)
         slow = slower(times, self.factor)
         usual = statistics.median_low(t.seconds for t in times)
-        self.log.record("ranks", step, own_seconds_median=usual, own_seconds_max=max(t.seconds for t in times),
-                        slow_ranks=len(slow), own_seconds={str(t.rank): t.seconds for t in slow})
+        self.log.record("ranks", step, own_seconds_median=usual,
+                        own_seconds_max=max(t.seconds for t in times), slow_ranks=len(slow),
+                        own_seconds={str(t.rank): t.seconds for t in slow})
         for t in slow:
-            self.log.say(f"step {step}: rank {t.rank} on {t.host} is slow, {t.seconds:.3g} s of its own per step "
-                         f"against {usual:.3g} s of the median rank; {t.data_seconds:.3g} s of it for data")
+            self.log.say(f"step {step}: rank {t.rank} on {t.host} is slow, {t.seconds:.3g} s of "
+                         f"its own per step against {usual:.3g} s of the median rank; "
+                         f"{t.data_seconds:.3g} s of it for data")
 
 
 def slower(times: Sequence[OwnTime], factor: float) -> list[OwnTime]:
-    """Those over the median by the factor, slowest first. The lower of two middle values counts as the median, so that
-    of two ranks one can be slow."""
+    """Those over the median by the factor, slowest first. The lower of two middle values counts as
+    the median, so that of two ranks one can be slow."""
     usual = statistics.median_low(t.seconds for t in times)
     return sorted((t for t in times if t.seconds > factor * usual), key=lambda t: -t.seconds)

@@ -22,27 +22,30 @@ class Ranks:
 
 
 def find_ranks(env: Mapping[str, str] = os.environ) -> Ranks:
-    """Reads RANK / WORLD_SIZE / LOCAL_RANK (torchrun, deepspeed), else SLURM_PROCID / SLURM_NTASKS /
-    SLURM_LOCALID of an srun step, else this is the only process.
+    """Reads RANK / WORLD_SIZE / LOCAL_RANK (torchrun, deepspeed), else SLURM_PROCID / SLURM_NTASKS
+    / SLURM_LOCALID of an srun step, else this is the only process.
 
     Raises:
         ValueError: some of a launcher's variables are there and others are not.
     """
     names = {"torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    if "SLURM_STEP_ID" in env or "SLURM_STEPID" in env:  # inside srun; an sbatch script alone has SLURM_PROCID too
+    # inside srun; an sbatch script alone has SLURM_PROCID too
+    if "SLURM_STEP_ID" in env or "SLURM_STEPID" in env:
         names["srun"] = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
     for launcher, keys in names.items():
         if not any(k in env for k in keys):
             continue
         missing = [k for k in keys if k not in env]
         if missing:
-            raise ValueError(f"{launcher} set {', '.join(k for k in keys if k in env)} but not {', '.join(missing)}; "
-                             f"start with torchrun or srun, or unset the others")
+            raise ValueError(f"{launcher} set {', '.join(k for k in keys if k in env)} but not "
+                             f"{', '.join(missing)}; start with torchrun or srun, or unset the "
+                             "others")
         try:
             return Ranks(*(int(env[k]) for k in keys), launcher=launcher)
         except ValueError:
             shown = ", ".join(f"{k}={env[k]!r}" for k in keys)
-            raise ValueError(f"{shown} must be whole numbers; start with torchrun or srun, or unset them") from None
+            raise ValueError(f"{shown} must be whole numbers; start with torchrun or srun, or "
+                             "unset them") from None
     return Ranks(0, 1, 0, "python")
 
 
@@ -55,12 +58,14 @@ def check_world(ranks: Ranks, parallel: Parallel) -> None:
     if ranks.world == parallel.world:
         return
     model_ranks = parallel.tensor * parallel.pipeline
-    ways = [f"start {parallel.world} processes (torchrun --nproc-per-node N, or srun --ntasks {parallel.world})"]
+    ways = [f"start {parallel.world} processes (torchrun --nproc-per-node N, or srun --ntasks "
+            f"{parallel.world})"]
     if ranks.world % model_ranks == 0:
         ways.append(f"set parallel.data={ranks.world // model_ranks}")
     raise ValueError(
-        f"the recipe's layout needs {parallel.world} processes (parallel.tensor {parallel.tensor} x pipeline "
-        f"{parallel.pipeline} x data {parallel.data}), but {ranks.launcher} started {ranks.world}; "
+        f"the recipe's layout needs {parallel.world} processes (parallel.tensor {parallel.tensor} "
+        f"x pipeline {parallel.pipeline} x data {parallel.data}), but {ranks.launcher} started "
+        f"{ranks.world}; "
         + " or ".join(ways))
 
 

@@ -14,7 +14,8 @@ LOWEST, HIGHEST = 0.01, 1.0
 
 
 def measured_step(run: Run) -> float:
-    """Seconds of a step: the median after the first fifth of the records, which hold warm-up and compilation."""
+    """Seconds of a step: the median after the first fifth of the records, which hold warm-up and
+    compilation."""
     seconds = [r["step_seconds"] for r in run.train]
     return median(seconds[len(seconds) // 5:])
 
@@ -27,8 +28,8 @@ def calibrate(run: Run, gpu: Gpu) -> float:
     """
     device = run.bytes.get("choices", "").partition(";")[0].removeprefix("device ")
     if device and gpu.name not in device:
-        raise ValueError(f"{run.directory} ran on {device}, not on {gpu.name}; calibrate with a run on the GPU that "
-                         "--gpu names, or name that one")
+        raise ValueError(f"{run.directory} ran on {device}, not on {gpu.name}; calibrate with a "
+                         "run on the GPU that --gpu names, or name that one")
     measured, recipe, plan = measured_step(run), run.recipe, run.plan
 
     def late(efficiency: float) -> float:
@@ -36,10 +37,10 @@ def calibrate(run: Run, gpu: Gpu) -> float:
 
     if late(HIGHEST) > 0.0:
         fastest = late(HIGHEST) + measured
-        raise ValueError(f"a step of {run.directory} took {measured:.4g} s, less than the {fastest:.4g} s that a "
-                         f"{gpu.name} needs at its peak rates; was it another GPU, or --gpu {gpu.name} with other "
-                         "rates?")
+        raise ValueError(f"a step of {run.directory} took {measured:.4g} s, less than the "
+                         f"{fastest:.4g} s that a {gpu.name} needs at its peak rates; was it "
+                         f"another GPU, or --gpu {gpu.name} with other rates?")
     if late(LOWEST) < 0.0:
-        raise ValueError(f"a step of {run.directory} took {measured:.4g} s, which would be under {LOWEST:.0%} of "
-                         f"{gpu.name}'s peak; was it another device?")
+        raise ValueError(f"a step of {run.directory} took {measured:.4g} s, which would be under "
+                         f"{LOWEST:.0%} of {gpu.name}'s peak; was it another device?")
     return float(brentq(late, LOWEST, HIGHEST, xtol=1e-9))

@@ -13,8 +13,8 @@
       - {width: 64, optimizer.lr: 1e-3}
     plot: {x: optimizer.lr, lines: width, panels: [parametrization]}
 
-`budget: flops` among the values stretches a cell's run until it has cost what the dense model's costs for the recipe's
-`train.tokens`.
+`budget: flops` among the values stretches a cell's run until it has cost what the dense model's
+costs for the recipe's `train.tokens`.
 """
 
 from __future__ import annotations
@@ -54,11 +54,14 @@ class Plot(Section):
 class Experiment(Section):
     """One file of configs/experiments."""
 
-    recipe: str = Field(description="pre-training recipe that every run starts from, relative to this file")
+    recipe: str = Field(description="pre-training recipe that every run starts from, relative to "
+                                    "this file")
     output: str = Field(description="directory of the runs and of the results")
     seeds: list[int] = Field(min_length=1, description="each cell is run with every one of them")
-    axes: dict[str, dict[str, dict[str, Any]]] = Field(min_length=1, description="name -> label -> key -> value")
-    exclude: list[dict[str, str]] = Field([], description="axis -> label; what has them all is left out")
+    axes: dict[str, dict[str, dict[str, Any]]] = Field(min_length=1,
+                                                       description="name -> label -> key -> value")
+    exclude: list[dict[str, str]] = Field([],
+                                          description="axis -> label; what has them all is left out")
     plot: Plot
 
     @model_validator(mode="before")
@@ -67,11 +70,13 @@ class Experiment(Section):
         if not isinstance(values, dict) or not isinstance(values.get("axes"), dict):
             return values
         axes = {name: {_plain(v): {name: v} for v in axis} if isinstance(axis, list)
-                else {str(label): v for label, v in axis.items()} if isinstance(axis, dict) else axis
+                else {str(label): v for label, v in axis.items()} if isinstance(axis, dict)
+                else axis
                 for name, axis in values["axes"].items()}
         exclude = values.get("exclude", [])
         if isinstance(exclude, list):
-            exclude = [{axis: _plain(label) for axis, label in labels.items()} if isinstance(labels, dict) else labels
+            exclude = [{axis: _plain(label) for axis, label in labels.items()}
+                       if isinstance(labels, dict) else labels
                        for labels in exclude]
         return {**values, "axes": axes, "exclude": exclude}
 
@@ -80,7 +85,8 @@ class Experiment(Section):
         for labels in self.exclude:
             for axis, label in labels.items():
                 if label not in self.axes.get(axis, {}):
-                    raise ValueError(f"exclude names {axis}={label}, and there is no such label; see axes")
+                    raise ValueError(f"exclude names {axis}={label}, and there is no such label; "
+                                     "see axes")
         return self
 
     @model_validator(mode="after")
@@ -142,13 +148,16 @@ def cells(experiment: Experiment, path: Path, words: list[str]) -> list[Cell]:
         named = dict(zip(experiment.axes, labels, strict=True))
         if any(left_out.items() <= named.items() for left_out in experiment.exclude):
             continue
-        values = {k: v for axis, label in named.items() for k, v in experiment.axes[axis][label].items()}
+        values = {k: v for axis, label in named.items() for k,
+                  v in experiment.axes[axis][label].items()}
         name = ",".join(f"{axis}={label}" for axis, label in named.items()).replace("/", "_")
         trials = {}
         for seed in experiment.seeds:
             output = Path(experiment.output) / name / f"seed={seed}"
-            trials[seed] = _trial({**values, "seed": seed, "sparsity.seed": seed}, output, recipe, words)
-        recipes = {seed: load_recipe(recipe, [*words, *trial.words]) for seed, trial in trials.items()}
+            trials[seed] = _trial({**values, "seed": seed, "sparsity.seed": seed}, output, recipe,
+                                  words)
+        recipes = {seed: load_recipe(recipe, [*words, *trial.words]) for seed,
+                   trial in trials.items()}
         found.append(Cell(named, trials, recipes))
     return found
 
@@ -181,15 +190,16 @@ def loss_of(trial: Trial, recipe: Recipe) -> float | None:
         return None
     changes = changes_of_run(run.recipe, recipe)
     if changes:
-        raise ValueError(f"{trial.output} holds another recipe's run: {'; '.join(changes)}. Choose another output, or "
-                         "remove it")
+        raise ValueError(f"{trial.output} holds another recipe's run: {'; '.join(changes)}. Choose "
+                         "another output, or remove it")
     ended = [r for r in run.valid if r["step"] == run.recipe.steps]
     return ended[-1]["loss"] if ended and math.isfinite(ended[-1]["loss"]) else None
 
 
 def results(experiment: Experiment, path: Path, words: list[str]) -> list[dict[str, Any]]:
-    """A row for every cell, as plain values: labels, tokens, FLOPs, loss of each seed, mean, and half the width of the
-    95% confidence interval of the mean (Student's t over seeds; None for fewer than two)."""
+    """A row for every cell, as plain values: labels, tokens, FLOPs, loss of each seed, mean, and
+    half the width of the 95% confidence interval of the mean (Student's t over seeds; None for
+    fewer than two)."""
     rows = []
     for cell in cells(experiment, path, words):
         losses = {}
@@ -199,9 +209,11 @@ def results(experiment: Experiment, path: Path, words: list[str]) -> list[dict[s
                 losses[seed] = loss
         stages = stages_of(cell.recipe)
         tokens = sum(stage.tokens for stage in stages)
-        rows.append({"labels": cell.labels, "tokens": tokens, "flops": mean_flops(stages).total * tokens,
+        rows.append({"labels": cell.labels, "tokens": tokens,
+                     "flops": mean_flops(stages).total * tokens,
                      "losses": losses, "missing": len(cell.trials) - len(losses),
-                     **dict(zip(("mean", "interval"), summary(list(losses.values())), strict=True))})
+                     **dict(zip(("mean", "interval"), summary(list(losses.values())),
+                                strict=True))})
     return rows
 
 
@@ -211,11 +223,13 @@ def summary(losses: list[float]) -> tuple[float | None, float | None]:
         return None, None
     if len(losses) == 1:
         return losses[0], None
-    return mean(losses), float(student.ppf(0.975, len(losses) - 1)) * stdev(losses) / math.sqrt(len(losses))
+    return mean(losses), float(student.ppf(0.975,
+                                           len(losses) - 1)) * stdev(losses) / math.sqrt(len(losses))
 
 
 def runs(experiment: Experiment, path: Path, words: list[str]) -> Iterator[tuple[Trial, Recipe]]:
-    """Every run with its recipe, one seed of all cells after the other, so that an interrupted grid is even."""
+    """Every run with its recipe, one seed of all cells after the other, so that an interrupted grid
+    is even."""
     grid = cells(experiment, path, words)
     for seed in experiment.seeds:
         for cell in grid:
@@ -229,7 +243,8 @@ def render(experiment: Experiment, rows: list[dict[str, Any]]) -> str:
     for row in rows:
         loss = "-" if row["mean"] is None else f"{row['mean']:.4f}"
         loss += "" if row["interval"] is None else f" ± {row['interval']:.4f}"
-        seeds = f"{len(row['losses'])}" + (f" of {len(row['losses']) + row['missing']}" if row["missing"] else "")
+        seeds = f"{len(row['losses'])}" + (f" of {len(row['losses']) + row['missing']}"
+                                           if row["missing"] else "")
         cols = [*row["labels"].values(), f"{row['tokens']:,}", f"{row['flops']:.4g}", loss, seeds]
         lines.append(f"| {' | '.join(cols)} |")
     return "\n".join(lines) + "\n\nNats per token at the end of the run; mean and 95% confidence interval over seeds.\n"

@@ -10,17 +10,19 @@ from megatron_spdf.scaling_law.fit import Point
 
 
 def point_of(run: Run) -> Point:
-    """A run as a point of the law: its last validation loss, else the mean of its last tenth of training losses.
+    """A run as a point of the law: its last validation loss, else the mean of its last tenth of
+    training losses.
 
     Raises:
         ValueError: the run is not at its end, where its learning rate has decayed.
     """
     if not run.finished:
-        raise ValueError(f"{run.directory} is at step {run.train[-1]['step']:,} of {run.recipe.steps:,}; a loss "
-                         "counts at the end of its schedule only: finish the run or leave it out")
+        raise ValueError(f"{run.directory} is at step {run.train[-1]['step']:,} of "
+                         f"{run.recipe.steps:,}; a loss counts at the end of its schedule only: "
+                         "finish the run or leave it out")
     if run.recipe.stages:
-        raise ValueError(f"{run.directory} changed its sparsity in stages, and the law is of one sparsity; leave it "
-                         "out")
+        raise ValueError(f"{run.directory} changed its sparsity in stages, and the law is of one "
+                         "sparsity; leave it out")
     plan = run.plan
     weights = sum(w.numel for w in linear_weights(run))
     nonzero = weights - plan.numel + plan.active

@@ -37,7 +37,8 @@ class Run:
 
     @property
     def plan(self) -> Plan:
-        return make_plan(self.recipe.sparsity, model_weights(self.recipe.model), self.recipe.model.query_groups)
+        return make_plan(self.recipe.sparsity, model_weights(self.recipe.model),
+                         self.recipe.model.query_groups)
 
     @property
     def finished(self) -> bool:
@@ -45,7 +46,8 @@ class Run:
 
 
 def read_run(directory: str | Path) -> Run:
-    """Reads the directory of a pre-training run; a last line that is still being written is left out.
+    """Reads the directory of a pre-training run; a last line that is still being written is left
+    out.
 
     Raises:
         ValueError: no run there, or no training step in its log.
@@ -64,7 +66,8 @@ def _settled(recipe: Recipe, directory: Path) -> Recipe:
     """With the micro-batch that a run chose last, where its recipe leaves it to the run."""
     if recipe.train.micro_batch != AUTO:
         return recipe
-    return recipe.with_micro_batch(json.loads((directory / MICRO_BATCHES).read_text())[-1]["micro_batch"])
+    return recipe.with_micro_batch(json.loads((directory
+                                               / MICRO_BATCHES).read_text())[-1]["micro_batch"])
 
 
 def read_logged(directory: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -76,8 +79,8 @@ def read_logged(directory: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     recipe, log = directory / RECIPE, directory / LOG
     for file in (recipe, log):
         if not file.is_file():
-            raise ValueError(f"{directory} is no run: it has no {file.name}; name the directory that `output` of a "
-                             "recipe names")
+            raise ValueError(f"{directory} is no run: it has no {file.name}; name the directory "
+                             "that `output` of a recipe names")
     try:
         values = yaml.safe_load(recipe.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -104,6 +107,6 @@ def _records(log: Path) -> list[dict[str, Any]]:
             records.append(json.loads(line))
         except ValueError:
             if number < len(lines):
-                raise ValueError(f"{log}, line {number}: not JSON: {line[:60]!r}; the log is damaged, take it out of "
-                                 "the comparison or mend that line") from None
+                raise ValueError(f"{log}, line {number}: not JSON: {line[:60]!r}; the log is "
+                                 "damaged, take it out of the comparison or mend that line") from None
     return records

@@ -35,7 +35,8 @@ class RunDir:
         self.cache = Path(getattr(recipe.data, "index_cache", None) or self.root / "cache")
 
     def check(self) -> None:
-        """Refuses a directory that holds another recipe's run, or something that is no run, or cannot be written.
+        """Refuses a directory that holds another recipe's run, or something that is no run, or
+        cannot be written.
 
         Raises:
             ValueError: naming each key that differs, with both values.
@@ -45,11 +46,12 @@ class RunDir:
         there = next(p for p in (root, *root.parents) if p.exists())
         if not there.is_dir() and there != root or there.is_dir() and not os.access(there, os.W_OK | os.X_OK):
             raise ValueError(f"output={self.root} cannot be written: {there} is "
-                             f"{'read-only for this user' if there.is_dir() else 'a file'}; choose another output")
+                             f"{'read-only for this user' if there.is_dir() else 'a file'}; choose "
+                             "another output")
         if not kept.is_file():
             if self.root.exists() and (not self.root.is_dir() or any(self._others())):
-                raise ValueError(f"output={self.root} exists and is not a run directory (it has no {RECIPE}); "
-                                 "choose another output")
+                raise ValueError(f"output={self.root} exists and is not a run directory (it has no "
+                                 f"{RECIPE}); choose another output")
             return
         try:
             before = type(self.recipe).model_validate(yaml.safe_load(kept.read_text()))
@@ -57,8 +59,9 @@ class RunDir:
             raise ValueError(f"{kept} cannot be read as a recipe ({error}); choose another output") from None
         changes = changes_of_run(before, self.recipe)
         if changes:
-            raise ValueError(f"output={self.root} holds another recipe's run: {'; '.join(changes)}. Choose another "
-                             "output, or set these back to go on with that run")
+            raise ValueError(f"output={self.root} holds another recipe's run: "
+                             f"{'; '.join(changes)}. Choose another output, or set these back to "
+                             "go on with that run")
 
     def preflight(self) -> None:
         """Counts a start, once before the ranks of a batch job; the directory exists afterwards.
@@ -104,5 +107,6 @@ class RunDir:
         check_shared(self.root)
 
     def _others(self) -> Iterator[Path]:
-        """What is in the directory before the first start of a run claims it, and not of this run."""
+        """What is in the directory before the first start of a run claims it, and not of this
+        run."""
         return (p for p in self.root.iterdir() if not p.name.startswith(restarts.STARTS))

@@ -21,7 +21,8 @@ class RunLog:
         run: whose log it is.
         step: where the run goes on; records after it, of a future that was lost, are dropped.
         steps: length of the run, for the progress bar, which appears on a terminal.
-        evaluated: step of its last evaluation, as far as it will not be done again; None: of `step` too.
+        evaluated: step of its last evaluation, as far as it will not be done again; None: of `step`
+            too.
     """
 
     def __init__(self, run: RunDir, step: int, steps: int, tensorboard: bool, active: bool,
@@ -42,7 +43,8 @@ class RunLog:
             sys.stdout.flush()
 
     def record(self, kind: str, step: int, **figures: Any) -> None:
-        """A record in log.jsonl and its numbers, and those of its mappings, in TensorBoard under `kind/`."""
+        """A record in log.jsonl and its numbers, and those of its mappings, in TensorBoard under
+        `kind/`."""
         if not self.active:
             return
         self._file.write(json.dumps({"kind": kind, "step": step, **figures}) + "\n")
@@ -63,7 +65,8 @@ class RunLog:
 
 
 def _forget_after(log: Path, step: int, evaluated: int) -> None:
-    """Keeps the records up to `step`, of evaluations up to `evaluated`; a last line cut short by a crash goes too."""
+    """Keeps the records up to `step`, of evaluations up to `evaluated`; a last line cut short by a
+    crash goes too."""
     if not log.exists():
         return
     kept = []

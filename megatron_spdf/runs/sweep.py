@@ -57,8 +57,9 @@ def trials(finetune: Finetune) -> list[Trial]:
     """
     empty = [key for key, values in finetune.sweep.items() if not values]
     if not finetune.sweep or empty:
-        raise ValueError(f"the recipe lists no values to try{' for ' + ', '.join(empty) if empty else ''}; write for "
-                         "example sweep: {optimizer.lr: [1e-4, 5e-5]}")
+        raise ValueError("the recipe lists no values to "
+                         f"try{' for ' + ', '.join(empty) if empty else ''}; write for example "
+                         "sweep: {optimizer.lr: [1e-4, 5e-5]}")
     found = []
     for combination in itertools.product(*finetune.sweep.values()):
         values = dict(zip(finetune.sweep, combination, strict=True))
@@ -75,13 +76,16 @@ def result_of(trial: Trial) -> Result:
     run = json.loads((found[-1] / store.RUN).read_text())
     state, recipe = run["state"], Recipe.model_validate(run["recipe"])
     stopped = 0 < recipe.evaluate.patience <= state["worse"]
-    return Result(stopped or state["step"] == recipe.steps, state["best_loss"], state["best_step"] or None)
+    return Result(stopped or state["step"] == recipe.steps, state["best_loss"],
+                  state["best_step"] or None)
 
 
 def select(finetune: Finetune) -> dict[str, Any]:
-    """The trials with their results, and the finished one with the lowest validation loss; as plain values."""
+    """The trials with their results, and the finished one with the lowest validation loss; as plain
+    values."""
     results = [(trial, result_of(trial)) for trial in trials(finetune)]
-    rows = [{"output": str(trial.output), "values": trial.values, "done": result.done, "validation_loss": result.loss,
+    rows = [{"output": str(trial.output), "values": trial.values, "done": result.done,
+             "validation_loss": result.loss,
              "step": result.step} for trial, result in results]
     finished = [row for row in rows if row["done"] and row["validation_loss"] is not None]
     return {"selected": min(finished, key=lambda row: row["validation_loss"], default=None),
@@ -98,7 +102,8 @@ def write_selection(finetune: Finetune, selection: dict[str, Any]) -> Path:
 
 def render(selection: dict[str, Any]) -> str:
     """The selection as a table, the best first."""
-    ranked = sorted(selection["runs"], key=lambda row: (not row["done"], row["validation_loss"] or float("inf")))
+    ranked = sorted(selection["runs"],
+                    key=lambda row: (not row["done"], row["validation_loss"] or float("inf")))
     lines = [f"{'validation loss':>15}{'step':>8}  run"]
     for row in ranked:
         loss = f"{row['validation_loss']:.4f}" if row["validation_loss"] is not None else "-"

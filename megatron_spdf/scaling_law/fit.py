@@ -1,4 +1,5 @@
-"""The scaling law fitted to a user's own runs: Huber loss on log losses, BFGS from many starts, bootstrap."""
+"""The scaling law fitted to a user's own runs: Huber loss on log losses, BFGS from many starts,
+bootstrap."""
 
 from __future__ import annotations
 
@@ -29,11 +30,9 @@ class Point:
 
 @dataclass(frozen=True)
 class Fit:
-    """Attributes:
-        error: root mean square of log(predicted / measured).
-        interval: coefficient -> 5% and 95% quantile over bootstrap samples.
-        gains: sparsity -> equivalent dense size, with its quantiles: what the data decide even where they do not
-            decide the coefficients.
+    """Attributes: error: root mean square of log(predicted / measured). interval: coefficient -> 5%
+        and 95% quantile over bootstrap samples. gains: sparsity -> equivalent dense size, with its
+        quantiles: what the data decide even where they do not decide the coefficients.
         doubts: why a coefficient should not be believed, as sentences.
     """
 
@@ -48,14 +47,15 @@ def shortcomings(points: Sequence[Point]) -> list[str]:
     """Why these points cannot determine the seven coefficients; empty if they may."""
     found = []
     if len(points) < len(COEFFICIENTS):
-        found.append(f"{len(points)} run{'s' * (len(points) != 1)} for {len(COEFFICIENTS)} coefficients; at least "
-                     f"{len(COEFFICIENTS)} are needed, and the published fit had 48")
+        found.append(f"{len(points)} run{'s' * (len(points) != 1)} for {len(COEFFICIENTS)} "
+                     f"coefficients; at least {len(COEFFICIENTS)} are needed, and the published "
+                     "fit had 48")
     for what, values in (("sparsities", {round(p.sparsity, 4) for p in points}),
                          ("numbers of non-zero weights", {p.nonzero for p in points}),
                          ("amounts of data", {p.data for p in points})):
         if len(values) < LEVELS:
-            found.append(f"{len(values)} different {what}; at least {LEVELS} are needed to tell scale, exponent and "
-                         "offset apart")
+            found.append(f"{len(values)} different {what}; at least {LEVELS} are needed to tell "
+                         "scale, exponent and offset apart")
     return found
 
 
@@ -74,22 +74,24 @@ def fit_law(points: Sequence[Point], starts: int = 32, samples: int = 100, seed:
         raise ValueError("the law is under-determined by these runs: " + "; ".join(missing))
     random = np.random.default_rng(seed)
     data = _Data.of(points)
-    ends = [_minimise(data, start) for start in random.uniform(-2.0, 1.0, size=(starts, len(COEFFICIENTS)))]
+    ends = [_minimise(data, start)
+            for start in random.uniform(-2.0, 1.0, size=(starts, len(COEFFICIENTS)))]
     best = min(ends, key=lambda end: end[1])[0]
     laws = []
     for _ in range(samples):
         chosen = random.integers(len(points), size=len(points))
         laws.append(data.law(_minimise(data.take(chosen), best)[0]))
     law = data.law(best)
-    return Fit(law, float(np.sqrt(np.mean(data.residuals(best)[0] ** 2))), _intervals(laws), _gains(law, laws, points),
-               _doubts(data, best, laws))
+    return Fit(law, float(np.sqrt(np.mean(data.residuals(best)[0] ** 2))), _intervals(laws),
+               _gains(law, laws, points), _doubts(data, best, laws))
 
 
 @dataclass(frozen=True)
 class _Data:
     """Points in units of their geometric means, so that all coefficients are of the size of one.
 
-    The vector x is log a_S, log b_S, log c_S, log b_N, log a_D, log b_D, log c in these units: all are positive.
+    The vector x is log a_S, log b_S, log c_S, log b_N, log a_D, log b_D, log c in these units: all
+    are positive.
     """
 
     density: ndarray
@@ -107,8 +109,8 @@ class _Data:
         return cls(1.0 - s, n / unit_n, d / unit_d, np.log(loss), unit_n, unit_d)
 
     def take(self, chosen: ndarray) -> _Data:
-        return _Data(self.density[chosen], self.nonzero[chosen], self.data[chosen], self.log_loss[chosen],
-                     self.unit_n, self.unit_d)
+        return _Data(self.density[chosen], self.nonzero[chosen], self.data[chosen],
+                     self.log_loss[chosen], self.unit_n, self.unit_d)
 
     def residuals(self, x: ndarray) -> tuple[ndarray, ndarray]:
         """log predicted - log measured, (n,), and its derivatives by x, (n, 7)."""
@@ -139,8 +141,10 @@ def _minimise(data: _Data, start: ndarray) -> tuple[ndarray, float]:
         loss = np.where(inside, 0.5 * r * r, np.abs(r) - 0.5)
         return float(loss.mean()), (np.where(inside, r, np.sign(r)) @ slopes) / DELTA / len(r)
 
-    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # starts that run away are not the best
-        end = minimize(objective, start, jac=True, method="BFGS", options={"gtol": 1e-10, "maxiter": 5000})
+    # starts that run away are not the best
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        end = minimize(objective, start, jac=True, method="BFGS",
+                       options={"gtol": 1e-10, "maxiter": 5000})
     return end.x, float(end.fun) if np.isfinite(end.fun) else float("inf")
 
 
@@ -157,34 +161,40 @@ def _gains(law: ScalingLaw, laws: list[ScalingLaw], points: Sequence[Point]) -> 
 
 
 def _doubts(data: _Data, best: ndarray, laws: list[ScalingLaw]) -> list[str]:
-    """Directions in which coefficients can move and losses do not, and intervals over a factor of two."""
+    """Directions in which coefficients can move and losses do not, and intervals over a factor of
+    two."""
     found = []
     _, slopes = data.residuals(best)
     _, values, directions = np.linalg.svd(slopes, full_matrices=False)
     if values[-1] < 1e-6 * values[0]:
         moved = [COEFFICIENTS[i] for i in np.flatnonzero(np.abs(directions[-1]) > 0.3)]
-        found.append(f"{', '.join(moved)} can change together without a change of any predicted loss")
+        found.append(f"{', '.join(moved)} can change together without a change of any predicted "
+                     "loss")
     wide = [k for k, (low, high) in _intervals(laws).items() if not 0.0 < high <= 2.0 * low]
     if wide:
-        found.append(f"{', '.join(wide)}: the bootstrap's 5% and 95% quantiles are more than a factor of two apart; "
-                     "trust the fitted losses and gains, not these coefficients")
+        found.append(f"{', '.join(wide)}: the bootstrap's 5% and 95% quantiles are more than a "
+                     "factor of two apart; trust the fitted losses and gains, not these "
+                     "coefficients")
     return found
 
 
 def render_points(points: Sequence[Point]) -> str:
     """The runs as the law sees them."""
     lines = [f"  {'run':<28}{'sparsity':>10}{'non-zero weights':>18}{'tokens':>12}{'loss':>10}"]
-    lines += [f"  {p.name:<28}{p.sparsity:>10.2%}{p.nonzero:>18,.0f}{p.data:>12.4g}{p.loss:>10.4f}" for p in points]
+    lines += [f"  {p.name:<28}{p.sparsity:>10.2%}{p.nonzero:>18,.0f}{p.data:>12.4g}{p.loss:>10.4f}"
+              for p in points]
     return "\n".join(lines)
 
 
 def render_fit(fit: Fit) -> str:
     """Coefficients and gains with their bootstrap quantiles, and the doubts about them."""
-    lines = [f"fitted, root mean square error of log losses {fit.error:.2e}; in brackets 5% and 95% of bootstrap:"]
+    lines = [f"fitted, root mean square error of log losses {fit.error:.2e}; in brackets 5% and "
+             "95% of bootstrap:"]
     lines += [f"  {k:<4} = {getattr(fit.law, k):<12.5g} [{low:.4g}, {high:.4g}]"
               for k, (low, high) in fit.interval.items()]
-    lines += [f"  a model of sparsity {s:.1%} equals a dense one of {gain:.3f}x its non-zero weights "
-              f"[{low:.3f}, {high:.3f}]" for s, (gain, low, high) in fit.gains.items()]
+    lines += [f"  a model of sparsity {s:.1%} equals a dense one of {gain:.3f}x its non-zero "
+              f"weights [{low:.3f}, {high:.3f}]" for s, (gain, low, high) in fit.gains.items()]
     lines += [f"  DOUBT: {doubt}" for doubt in fit.doubts]
-    lines.append("It holds for the way these runs were made sparse, and inside the range of their sizes and lengths.")
+    lines.append("It holds for the way these runs were made sparse, and inside the range of their "
+                 "sizes and lengths.")
     return "\n".join(lines)

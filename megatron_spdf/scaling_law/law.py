@@ -2,7 +2,8 @@
 
     L(S, N, D) = (a_S (1 - S)^b_S + c_S) N^(-b_N) + (a_D / D)^b_D + c
 
-S is the final sparsity, N the non-zero weights of the layers (no embeddings), D the data, tokens or images.
+S is the final sparsity, N the non-zero weights of the layers (no embeddings), D the data, tokens or
+images.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from scipy.optimize import minimize_scalar
 
 from megatron_spdf.schedule.flops import average_sparsity, gradual_pruning
 
-CAVEAT = ("CAUTION: the published fits are of models pruned gradually by magnitude (GMP) from dense ones. They do not "
-          "hold for static random masks, SPDF's, which end at a higher loss: fit your own runs (tools/plan.py fit).")
+CAVEAT = ("CAUTION: the published fits are of models pruned gradually by magnitude (GMP) from "
+          "dense ones. They do not hold for static random masks, SPDF's, which end at a higher "
+          "loss: fit your own runs (tools/plan.py fit).")
 Cost = Literal["dense", "gmp"]
 DENSEST, SPARSEST = 0.0, 1.0 - 1e-6
 
@@ -40,18 +42,21 @@ class ScalingLaw:
     def loss(self, sparsity, nonzero, data):
         """L of numbers or of arrays that broadcast."""
         capacity = self.a_s * (1.0 - np.asarray(sparsity)) ** self.b_s + self.c_s
-        return capacity * np.asarray(nonzero, float) ** -self.b_n + (self.a_d / np.asarray(data, float)) ** self.b_d \
+        return capacity * np.asarray(nonzero,
+                                     float) ** -self.b_n + (self.a_d
+                                                            / np.asarray(data, float)) ** self.b_d \
             + self.c
 
     def equivalent_dense(self, sparsity: float) -> float:
-        """Size of the dense model with the same loss at the same data, over the sparse one's non-zero weights; the
-        gain of equation 9 there."""
+        """Size of the dense model with the same loss at the same data, over the sparse one's
+        non-zero weights; the gain of equation 9 there."""
         sparse = self.a_s * (1.0 - sparsity) ** self.b_s + self.c_s
         return ((self.a_s + self.c_s) / sparse) ** (1.0 / self.b_n)
 
     def optimal_sparsity(self, nonzero: float, compute: float) -> float:
-        """The sparsity of least loss among models of `nonzero` weights trained with `compute` FLOPs, if training
-        costs what the dense model of the same shape costs: D = C (1 - S) / (6 N). Closed form.
+        """The sparsity of least loss among models of `nonzero` weights trained with `compute`
+        FLOPs, if training costs what the dense model of the same shape costs: D = C (1 - S) / (6
+        N). Closed form.
 
         Returns:
             In [0, 1); 0 where dense is best.
@@ -61,14 +66,17 @@ class ScalingLaw:
                      + self.b_d * math.log(6.0 * self.a_d * nonzero / compute)) / power
         return max(0.0, -math.expm1(logarithm))
 
-    def optimal_sparsity_numeric(self, nonzero: float, compute: float, cost: Cost = "dense") -> float:
+    def optimal_sparsity_numeric(self, nonzero: float, compute: float,
+                                 cost: Cost = "dense") -> float:
         """The same by minimisation, for any cost of training; 0 where dense is no worse."""
         multiplier = cost_multiplier(cost)
 
         def loss(sparsity: float) -> float:
-            return float(self.loss(sparsity, nonzero, compute / (6.0 * nonzero * multiplier(sparsity))))
+            return float(self.loss(sparsity, nonzero,
+                                   compute / (6.0 * nonzero * multiplier(sparsity))))
 
-        found = minimize_scalar(loss, bounds=(DENSEST, SPARSEST), method="bounded", options={"xatol": 1e-12})
+        found = minimize_scalar(loss, bounds=(DENSEST, SPARSEST), method="bounded",
+                                options={"xatol": 1e-12})
         return float(found.x) if found.fun < loss(DENSEST) else 0.0
 
 
@@ -80,17 +88,20 @@ PUBLISHED = {
 
 
 def gmp_cost(sparsity: float) -> float:
-    """FLOPs of training by gradual pruning, over those of the final sparse model all along: c_mul of the paper."""
+    """FLOPs of training by gradual pruning, over those of the final sparse model all along: c_mul
+    of the paper."""
     return (1.0 - average_sparsity(gradual_pruning(sparsity))) / (1.0 - sparsity)
 
 
 def cost_multiplier(cost: Cost) -> Callable[[float], float]:
-    """FLOPs per token over 6 N, as a function of the final sparsity: all of the dense shape, or gradual pruning."""
+    """FLOPs per token over 6 N, as a function of the final sparsity: all of the dense shape, or
+    gradual pruning."""
     return gmp_cost if cost == "gmp" else lambda sparsity: 1.0 / (1.0 - sparsity)
 
 
 def plot_contours(law: ScalingLaw, name: str, path: Path) -> None:
-    """Two panels: loss against sparsity at constant FLOPs, and contours of optimal sparsity over weights and FLOPs."""
+    """Two panels: loss against sparsity at constant FLOPs, and contours of optimal sparsity over
+    weights and FLOPs."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -99,7 +110,8 @@ def plot_contours(law: ScalingLaw, name: str, path: Path) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.6), dpi=140)
     _iso_flop_curves(law, left)
     _optimal_contours(law, right)
-    figure.suptitle(f"Scaling law of sparse models, {name} fit (GMP-trained models only, not static masks)", y=0.98)
+    figure.suptitle(f"Scaling law of sparse models, {name} fit (GMP-trained models only, not "
+                    "static masks)", y=0.98)
     figure.tight_layout()
     figure.savefig(path)
     pyplot.close(figure)
@@ -115,21 +127,25 @@ def _iso_flop_curves(law: ScalingLaw, axes) -> None:
         best = law.optimal_sparsity(nonzero, compute)
         axes.plot(best, law.loss(best, nonzero, compute * (1.0 - best) / (6.0 * nonzero)), "o",
                   color=line.get_color())
-    axes.set(xlabel="sparsity S", ylabel="loss", title=f"iso-FLOP curves, N = {nonzero:.0e} non-zero weights",
+    axes.set(xlabel="sparsity S", ylabel="loss",
+             title=f"iso-FLOP curves, N = {nonzero:.0e} non-zero weights",
              ylim=(None, axes.get_ylim()[0] + 0.8 * np.ptp(axes.get_ylim())))
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
 
 
 def _optimal_contours(law: ScalingLaw, axes) -> None:
-    """S_opt over (N, C): solid lines where training costs the dense shape's FLOPs, dashed with gradual pruning's."""
+    """S_opt over (N, C): solid lines where training costs the dense shape's FLOPs, dashed with
+    gradual pruning's."""
     nonzero, compute = np.logspace(6, 10, 17), np.logspace(16, 25, 19)
-    axes.set(xscale="log", yscale="log")  # before the labels, which cut their gaps in the lines as they are then drawn
-    optima = {"solid": law.optimal_sparsity, "dashed": lambda n, c: law.optimal_sparsity_numeric(n, c, "gmp")}
+    # before the labels, which cut their gaps in the lines as they are then drawn
+    axes.set(xscale="log", yscale="log")
+    optima = {"solid": law.optimal_sparsity, "dashed": lambda n,
+              c: law.optimal_sparsity_numeric(n, c, "gmp")}
     for style, optimum in optima.items():
         best = np.array([[optimum(n, c) for n in nonzero] for c in compute])
-        lines = axes.contour(nonzero, compute, best, levels=[0.25, 0.5, 0.75, 0.875], linestyles=style, cmap="plasma",
-                             vmax=1.1)
+        lines = axes.contour(nonzero, compute, best, levels=[0.25, 0.5, 0.75, 0.875],
+                             linestyles=style, cmap="plasma", vmax=1.1)
         axes.clabel(lines, fmt=lambda level: f"{level:.1%}", fontsize=8)
     axes.set(xlabel="non-zero weights N", ylabel="training FLOPs C",
              title="optimal sparsity; dashed: at the cost of GMP")
@@ -137,16 +153,19 @@ def _optimal_contours(law: ScalingLaw, axes) -> None:
 
 
 def describe_law(law: ScalingLaw, name: str, nonzero: float, compute: float) -> dict:
-    """The law's values for a size and a budget: gains and losses at sparsities, and the best sparsity."""
+    """The law's values for a size and a budget: gains and losses at sparsities, and the best
+    sparsity."""
     rows = []
     for sparsity in (0.0, 0.5, 0.75, 0.875, 0.9):
         data = compute * (1.0 - sparsity) / (6.0 * nonzero)
         rows.append({"sparsity": sparsity, "equivalent_dense": law.equivalent_dense(sparsity),
-                     "gmp_cost": gmp_cost(sparsity), "data": data, "loss": float(law.loss(sparsity, nonzero, data)),
+                     "gmp_cost": gmp_cost(sparsity), "data": data,
+                     "loss": float(law.loss(sparsity, nonzero, data)),
                      "data_gmp": compute / (6.0 * nonzero * gmp_cost(sparsity))})
         rows[-1]["loss_gmp"] = float(law.loss(sparsity, nonzero, rows[-1]["data_gmp"]))
     return {
-        "fit": name, "coefficients": asdict(law), "nonzero": nonzero, "compute": compute, "rows": rows,
+        "fit": name, "coefficients": asdict(law), "nonzero": nonzero, "compute": compute,
+        "rows": rows,
         "optimal_sparsity": law.optimal_sparsity(nonzero, compute),
         "optimal_sparsity_gmp": law.optimal_sparsity_numeric(nonzero, compute, "gmp"),
     }
@@ -159,7 +178,8 @@ def render_law(facts: dict) -> str:
         CAVEAT, "",
         f"L(S, N, D) = ({c['a_s']:g} (1 - S)^{c['b_s']:g} + {c['c_s']:g}) N^-{c['b_n']:g} + "
         f"({c['a_d']:g} / D)^{c['b_d']:g} + {c['c']:g}     ({facts['fit']}, D in {c['unit']})",
-        f"N = {facts['nonzero']:.3g} non-zero linear weights, C = {facts['compute']:.3g} training FLOPs", "",
+        f"N = {facts['nonzero']:.3g} non-zero linear weights, C = {facts['compute']:.3g} training "
+        "FLOPs", "",
         f"{'':<10}{'equivalent':>12}{'training at the dense cost':>34}{'training by gradual pruning':>42}",
         f"{'sparsity':>10}{'dense size':>12}{'FLOPs / 6ND':>14}{c['unit']:>12}{'loss':>8}{'FLOPs / 6ND':>20}"
         f"{c['unit']:>12}{'loss':>8}"]
@@ -167,6 +187,6 @@ def render_law(facts: dict) -> str:
         lines.append(f"{r['sparsity']:>10.1%}{r['equivalent_dense']:>11.2f}x{1 / (1 - r['sparsity']):>14.3f}"
                      f"{r['data']:>12.3g}{r['loss']:>8.4f}{r['gmp_cost']:>20.3f}{r['data_gmp']:>12.3g}"
                      f"{r['loss_gmp']:>8.4f}")
-    lines += ["", f"least loss at the dense cost: S = {facts['optimal_sparsity']:.4f}; by gradual pruning: "
-              f"S = {facts['optimal_sparsity_gmp']:.4f}"]
+    lines += ["", f"least loss at the dense cost: S = {facts['optimal_sparsity']:.4f}; by gradual "
+                  f"pruning: S = {facts['optimal_sparsity_gmp']:.4f}"]
     return "\n".join(lines)

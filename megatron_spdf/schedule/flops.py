@@ -1,9 +1,10 @@
 """FLOPs of training: the one count in the project, used by the plan, the log and the reports.
 
-A multiply-add is two FLOPs, the backward pass costs twice the forward pass, only active weights count; norms, biases
-and embedding look-ups are free. Two conventions differ in attention:
+A multiply-add is two FLOPs, the backward pass costs twice the forward pass, only active weights
+count; norms, biases and embedding look-ups are free. Two conventions differ in attention:
 
-- `spdf` does not halve it for causality. It reproduces SPDF's supplement, Table 2 (Thangarasa et al. 2023), within 1%:
+- `spdf` does not halve it for causality. It reproduces SPDF's supplement, Table 2 (Thangarasa et
+  al. 2023), within 1%:
 
       per sequence = 72 L d^2 T (1 - s) + 12 L T^2 d + 6 V d T
 
@@ -45,8 +46,8 @@ def forward_flops(
 
     Args:
         sequence_length: T, tokens.
-        plan: counts active weights only; None counts all, which is also what a GPU executes when the weights are
-            expanded, as unstructured ones are.
+        plan: counts active weights only; None counts all, which is also what a GPU executes when
+            the weights are expanded, as unstructured ones are.
         convention: see above.
     """
     weights = sum(w.numel for w in model_weights(model) if w.linear)
@@ -70,8 +71,9 @@ def training_flops(
     """FLOPs per trained token, forward and backward; arguments as of `forward_flops`.
 
     Args:
-        recompute: adds the forward passes done again, of the attention core (selective) or of whole layers (full):
-            "hardware FLOPs" of Korthikanti et al. 2022, section 6. The log and the paper's tables count none.
+        recompute: adds the forward passes done again, of the attention core (selective) or of whole
+            layers (full): "hardware FLOPs" of Korthikanti et al. 2022, section 6. The log and the
+            paper's tables count none.
     """
     once = forward_flops(model, sequence_length, plan, convention)
     return Flops(
@@ -83,7 +85,8 @@ def training_flops(
 
 @dataclass(frozen=True)
 class Stage:
-    """A stretch of a run in which sparsity goes from `start` to `end`: s(t) = end + (start - end) (1 - t)^power.
+    """A stretch of a run in which sparsity goes from `start` to `end`: s(t) = end + (start - end)
+    (1 - t)^power.
 
     Attributes:
         share: of the run's tokens, or any number in proportion to them.
@@ -101,7 +104,8 @@ class Stage:
 
 
 def gradual_pruning(level: float) -> list[Stage]:
-    """GMP as in Frantar et al. 2023: dense for a quarter, cubic to `level` for a half, sparse for a quarter."""
+    """GMP as in Frantar et al. 2023: dense for a quarter, cubic to `level` for a half, sparse for a
+    quarter."""
     return [Stage(0.25, 0.0, 0.0), Stage(0.5, 0.0, level, power=3.0), Stage(0.25, level, level)]
 
 
@@ -112,7 +116,8 @@ def average_sparsity(stages: Sequence[Stage]) -> float:
         ValueError: no stage, or a share that is not positive.
     """
     if not stages or any(p.share <= 0.0 for p in stages):
-        raise ValueError(f"a schedule needs stages of positive share, not {[p.share for p in stages]}")
+        raise ValueError("a schedule needs stages of positive share, not "
+                         f"{[p.share for p in stages]}")
     return sum(p.share * p.average for p in stages) / sum(p.share for p in stages)
 
 
@@ -123,11 +128,13 @@ def schedule_flops(
     convention: Convention = "spdf",
     dense_gradient_every: int | None = None,
 ) -> Flops:
-    """FLOPs per trained token of an algorithm whose uniform sparsity changes in time, averaged over the run.
+    """FLOPs per trained token of an algorithm whose uniform sparsity changes in time, averaged over
+    the run.
 
     Args:
-        dense_gradient_every: steps between two that compute the gradient of all weights to choose which to grow:
-            (3 f_S dT + 2 f_S + f_D) / (dT + 1) of RigL (Evci et al. 2020, appendix H), f being a forward pass.
+        dense_gradient_every: steps between two that compute the gradient of all weights to choose
+            which to grow: (3 f_S dT + 2 f_S + f_D) / (dT + 1) of RigL (Evci et al. 2020, appendix
+            H), f being a forward pass.
     """
     dense = training_flops(model, sequence_length, None, convention)
     linear = dense.linear * (1.0 - average_sparsity(stages))

@@ -1,8 +1,8 @@
 """The stages of a run: its steps, sparsity plan, schedule and FLOPs, one stretch after the other.
 
-Variable sparse pre-training (V-SPDF; Cerebras 2023, SPDF's successor at 6.7B parameters) is two of them: sparse for
-most of the tokens at a high learning rate, then densified, with the learning rate warmed up again. A recipe without
-`stages:` is a run of one.
+Variable sparse pre-training (V-SPDF; Cerebras 2023, SPDF's successor at 6.7B parameters) is two of
+them: sparse for most of the tokens at a high learning rate, then densified, with the learning rate
+warmed up again. A recipe without `stages:` is a run of one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ class RunStage:
     Attributes:
         number, count: which, from 1, and of how many.
         first, last: it has the steps first + 1 ... last of the run.
-        recipe: the run's, with the sparsity and the schedule of this stage; its checkpoints record it.
+        recipe: the run's, with the sparsity and the schedule of this stage; its checkpoints record
+            it.
         plan: what is sparse.
         flops_before: of training up to step `first`.
     """
@@ -42,7 +43,8 @@ class RunStage:
 
     @property
     def alone(self) -> Recipe:
-        """The recipe of a run of this stage alone, whose schedule begins and ends with it: what the engine sees."""
+        """The recipe of a run of this stage alone, whose schedule begins and ends with it: what the
+        engine sees."""
         if self.count == 1:
             return self.recipe
         train = self.recipe.train.model_copy(update={"tokens": self.tokens})
@@ -50,7 +52,8 @@ class RunStage:
 
     def flops(self, convention: Convention = "spdf") -> Flops:
         """Per trained token."""
-        return training_flops(self.recipe.model, self.recipe.train.sequence_length, self.plan, convention)
+        return training_flops(self.recipe.model, self.recipe.train.sequence_length, self.plan,
+                              convention)
 
     @property
     def heading(self) -> str:
@@ -59,9 +62,9 @@ class RunStage:
             return ""
         o = self.recipe.optimizer
         decay = o.decay if o.decay == "constant" else f"{o.decay} to {o.lr * o.min_lr_ratio:g}"
-        return (f"stage {self.number} of {self.count}: steps {self.first + 1:,} to {self.last:,}, {self.tokens:,} "
-                f"tokens, {self.flops().total * self.tokens:.4g} FLOPs; learning rate up to {o.lr:g} over "
-                f"{o.warmup_tokens:,} tokens, then {decay}"
+        return (f"stage {self.number} of {self.count}: steps {self.first + 1:,} to {self.last:,}, "
+                f"{self.tokens:,} tokens, {self.flops().total * self.tokens:.4g} FLOPs; learning "
+                f"rate up to {o.lr:g} over {o.warmup_tokens:,} tokens, then {decay}"
                 + ("" if self.number == 1 else "; densified, with fresh optimizer moments"))
 
 
@@ -87,7 +90,8 @@ def stages_left(stages: Sequence[RunStage], step: int) -> list[RunStage]:
 
 
 def mean_flops(stages: Sequence[RunStage], convention: Convention = "spdf") -> Flops:
-    """FLOPs per trained token over the whole run: the integral over its stages, active weights only."""
+    """FLOPs per trained token over the whole run: the integral over its stages, active weights
+    only."""
     tokens = sum(stage.tokens for stage in stages)
     linear = sum(stage.flops(convention).linear * stage.tokens for stage in stages) / tokens
     dense = stages[0].flops(convention)

@@ -1,9 +1,9 @@
 """Static random masks from a counter-based stream keyed by (seed, weight name, slice).
 
-A slice's mask depends on nothing else: not on the layout, not on the rank, not on what was drawn before. So every
-rank draws its own slices without communication, and the mask is the same at every layout. Philox's raw words are
-covered by NumPy's stream-compatibility promise, which its distributions are not; stored hashes in the tests hold
-the stream to what it is.
+A slice's mask depends on nothing else: not on the layout, not on the rank, not on what was drawn
+before. So every rank draws its own slices without communication, and the mask is the same at every
+layout. Philox's raw words are covered by NumPy's stream-compatibility promise, which its
+distributions are not; stored hashes in the tests hold the stream to what it is.
 """
 
 from __future__ import annotations

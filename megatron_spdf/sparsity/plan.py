@@ -16,15 +16,18 @@ from megatron_spdf.sparsity.settings import Sparsity
 
 @dataclass(frozen=True)
 class SparseWeight:
-    """A weight cut along its tensor-parallel axis into equal slices with the same number of active entries.
+    """A weight cut along its tensor-parallel axis into equal slices with the same number of active
+    entries.
 
     Attributes:
         name: canonical name; with the seed and the slice number it determines the mask.
         shape: (out, in) of the whole weight.
         axis: the axis that tensor parallelism, and so the slices, cut.
-        slices: number of slices C; every tensor-parallel degree that divides C keeps the slices whole.
+        slices: number of slices C; every tensor-parallel degree that divides C keeps the slices
+            whole.
         level: the sparsity asked for.
-        tile: size of the tiles that are active or zero as a whole, balanced in each slice; None: entries are.
+        tile: size of the tiles that are active or zero as a whole, balanced in each slice; None:
+            entries are.
         two_four: of every four entries of a row, and of a column, two are active.
     """
 
@@ -73,14 +76,16 @@ class SparseWeight:
 
     @property
     def sparsity(self) -> float:
-        """The sparsity that whole numbers, or balanced tiles, allow, which the measured one must equal."""
+        """The sparsity that whole numbers, or balanced tiles, allow, which the measured one must
+        equal."""
         return 1.0 - self.active / self.numel
 
 
-@dataclass(frozen=True, eq=False)  # a key by identity: the planner asks about one plan at thousands of layouts
+# a key by identity: the planner asks about one plan at thousands of layouts
+@dataclass(frozen=True, eq=False)
 class Plan:
-    """Canonical name -> sparse weight, for the weights that are sparse; `seed` is of the masks, `dense_copy` the recipe's
-    `sparsity.dense_copy`."""
+    """Canonical name -> sparse weight, for the weights that are sparse; `seed` is of the masks,
+    `dense_copy` the recipe's `sparsity.dense_copy`."""
 
     seed: int
     weights: dict[str, SparseWeight]
@@ -88,8 +93,10 @@ class Plan:
 
     @cached_property
     def on_tiles(self) -> Plan:
-        """The weights whose zeros a GPU skips; what it executes counts their active entries only."""
-        return Plan(self.seed, {n: w for n, w in self.weights.items() if self.multiplies_tiles(n)}, self.dense_copy)
+        """The weights whose zeros a GPU skips; what it executes counts their active entries
+        only."""
+        return Plan(self.seed, {n: w for n, w in self.weights.items() if self.multiplies_tiles(n)},
+                    self.dense_copy)
 
     def multiplies_tiles(self, name: str) -> bool:
         """Whether a GPU multiplies with this weight's active tiles alone."""
@@ -115,16 +122,17 @@ class Plan:
 
 
 def make_plan(sparsity: Sparsity, weights: list[Weight], slices: int) -> Plan:
-    """Gives every linear weight the level of the first rule that matches it, else the default level.
+    """Gives every linear weight the level of the first rule that matches it, else the default
+    level.
 
     Args:
         weights: all parameters of the model; only those marked `linear` can be sparse.
-        slices: C, the number of query groups: the largest tensor-parallel degree the model allows. Weights of tiles
-            may be cut into fewer, see `tiles.tile_slices`.
+        slices: C, the number of query groups: the largest tensor-parallel degree the model allows.
+            Weights of tiles may be cut into fewer, see `tiles.tile_slices`.
 
     Raises:
-        ValueError: a rule that matches nothing that can be sparse, or a weight that tiles do not divide, or that
-            cannot be 2:4.
+        ValueError: a rule that matches nothing that can be sparse, or a weight that tiles do not
+            divide, or that cannot be 2:4.
     """
     candidates = [w for w in weights if w.linear]
     used: set[int] = set()
@@ -156,10 +164,11 @@ def check_tensor(plan: Plan, tensor: int) -> None:
     """
     for w in plan.weights.values():
         if w.slices % tensor:
-            raise ValueError(f"parallel.tensor={tensor} does not divide the {w.slices} slices that balanced tiles of "
-                             f"sparsity.tile={w.tile} leave {w.name} ({w.shape[0]} x {w.shape[1]}) at level "
-                             f"{w.level}; tensor may be a divisor of {_fewest_slices(plan)}, or take smaller tiles, "
-                             "or a level that is a coarser fraction")
+            raise ValueError(f"parallel.tensor={tensor} does not divide the {w.slices} slices that "
+                             f"balanced tiles of sparsity.tile={w.tile} leave {w.name} "
+                             f"({w.shape[0]} x {w.shape[1]}) at level {w.level}; tensor may be a "
+                             f"divisor of {_fewest_slices(plan)}, or take smaller tiles, or a "
+                             "level that is a coarser fraction")
 
 
 def _fewest_slices(plan: Plan) -> int:
@@ -167,7 +176,8 @@ def _fewest_slices(plan: Plan) -> int:
     return math.gcd(*(w.slices for w in plan.weights.values()))
 
 
-def _refuse_idle_rules(sparsity: Sparsity, used: set[int], candidates: list[Weight], weights: list[Weight]) -> None:
+def _refuse_idle_rules(sparsity: Sparsity, used: set[int], candidates: list[Weight],
+                       weights: list[Weight]) -> None:
     for number, rule in enumerate(sparsity.rules):
         if number in used:
             continue
@@ -188,9 +198,10 @@ def render_plan(plan: Plan) -> str:
         rows.setdefault((kind, w.shape, w.level), []).append(w)
     if not rows:
         return "sparsity plan: dense, every weight is active"
-    lines = [f"sparsity plan (mask seed {plan.seed}): {plan.active:,} of {plan.numel:,} linear weights active, "
-             f"sparsity {plan.sparsity:.4%}{_render_pattern(plan)}",
-             f"  {'weight':<48}{'count':>6}{'shape':>16}{'slices':>8}{'active/slice':>14}{'sparsity':>11}"]
+    lines = [f"sparsity plan (mask seed {plan.seed}): {plan.active:,} of {plan.numel:,} linear "
+             f"weights active, sparsity {plan.sparsity:.4%}{_render_pattern(plan)}",
+             "  "
+             f"{'weight':<48}{'count':>6}{'shape':>16}{'slices':>8}{'active/slice':>14}{'sparsity':>11}"]
     for (kind, shape, _), group in rows.items():
         w = group[0]
         lines.append(f"  {kind:<48}{len(group):>6}{f'{shape[0]} x {shape[1]}':>16}{w.slices:>8}"
@@ -206,5 +217,5 @@ def _render_pattern(plan: Plan) -> str:
     if not tiles:
         return ""
     levels = ", ".join(f"{level:g}" for level in sorted({w.level for w in tiles}))
-    return (f"; balanced tiles of {tiles[0].tile} x {tiles[0].tile}, to which level {levels} is rounded below; "
-            f"tensor-parallel degrees: divisors of {_fewest_slices(plan)}")
+    return (f"; balanced tiles of {tiles[0].tile} x {tiles[0].tile}, to which level {levels} is "
+            f"rounded below; tensor-parallel degrees: divisors of {_fewest_slices(plan)}")

@@ -14,23 +14,30 @@ Level = Annotated[float, Field(ge=0.0, lt=1.0)]
 class SparsityRule(Section):
     """The sparsity of the weights whose canonical name matches a glob."""
 
-    weights: str = Field(description="glob on the canonical name, e.g. `*.mlp.*` or `decoder.layers.0.*`")
+    weights: str = Field(description="glob on the canonical name, e.g. `*.mlp.*` or "
+                                     "`decoder.layers.0.*`")
     level: Level = Field(description="fraction of zeros, in [0, 1)")
 
 
 class Sparsity(Section):
-    """Static random masks. Also written as a number, or as a list of rules with all other weights dense."""
+    """Static random masks. Also written as a number, or as a list of rules with all other weights
+    dense."""
 
-    level: Level = Field(0.0, description="fraction of zeros of every linear weight that no rule matches")
+    level: Level = Field(0.0,
+                         description="fraction of zeros of every linear weight that no rule matches")
     pattern: Literal["unstructured", "tile", "2:4"] = Field(
         "unstructured",
-        description="what is active or zero: single weights, square tiles of them, or two of every four both ways")
+        description="what is active or zero: single weights, square tiles of them, or two of every "
+                    "four both ways")
     tile: int = Field(
-        64, gt=0, description="side of a tile; levels are rounded to equally many tiles in every row and column")
+        64, gt=0, description="side of a tile; levels are rounded to equally many tiles in every "
+                              "row and column")
     dense_copy: Literal["per_step", "per_layer"] = Field(
-        "per_step", description="dense copies of sparse weights: kept for the step, or made again in forward and backward")
+        "per_step", description="dense copies of sparse weights: kept for the step, or made again "
+                                "in forward and backward")
     rules: list[SparsityRule] = Field([], description="the first rule that matches a weight wins")
-    seed: int = Field(0, ge=0, description="of the masks; they depend on it and the weight's name alone")
+    seed: int = Field(0, ge=0,
+                      description="of the masks; they depend on it and the weight's name alone")
 
     @model_validator(mode="before")
     @classmethod

@@ -19,14 +19,15 @@ def planned_mask(planned: SparseWeight, seed: int, slice_id: int) -> np.ndarray:
     if planned.two_four:
         return draw_two_four(seed, planned.name, slice_id, planned.slice_shape).reshape(-1)
     if planned.tile is None:
-        return draw_mask(seed, planned.name, slice_id, math.prod(planned.slice_shape), planned.active_per_slice)
+        return draw_mask(seed, planned.name, slice_id, math.prod(planned.slice_shape),
+                         planned.active_per_slice)
     grid = draw_tile_mask(seed, planned.name, slice_id, planned.grid, planned.per_row)
     return grid.repeat(planned.tile, 0).repeat(planned.tile, 1).reshape(-1)
 
 
 def follows_pattern(masks: np.ndarray, planned: SparseWeight) -> bool:
-    """Whether masks of slices, (slices, entries) bool, are of balanced tiles, or 2:4, as planned; without these any
-    do."""
+    """Whether masks of slices, (slices, entries) bool, are of balanced tiles, or 2:4, as planned;
+    without these any do."""
     if planned.two_four:
         return is_two_four(masks, planned.slice_shape)
     if planned.tile is None:

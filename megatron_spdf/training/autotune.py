@@ -1,5 +1,6 @@
-"""The micro-batch where the recipe leaves it to the run: whole steps on random tokens, from one sequence up, and the
-fastest of those that fit in memory. Kept in the run directory, so that every start at one layout takes the same."""
+"""The micro-batch where the recipe leaves it to the run: whole steps on random tokens, from one
+sequence up, and the fastest of those that fit in memory. Kept in the run directory, so that every
+start at one layout takes the same."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ class Trial:
     Attributes:
         seconds: of the fastest step; infinite if memory did not suffice.
         peak: bytes allocated at most.
-        next_peak: bytes that twice the micro-batch takes at most: weights and optimizer state stay as they are.
+        next_peak: bytes that twice the micro-batch takes at most: weights and optimizer state stay
+            as they are.
     """
 
     micro_batch: int
@@ -43,10 +45,13 @@ class Trial:
     next_peak: float
 
 
-def choose_micro_batch(stage: RunStage, run: RunDir, device: torch.device) -> tuple[RunStage, list[str]]:
-    """The stage with a number for its micro-batch, and lines on where it is from. All ranks call it together.
+def choose_micro_batch(stage: RunStage, run: RunDir,
+                       device: torch.device) -> tuple[RunStage, list[str]]:
+    """The stage with a number for its micro-batch, and lines on where it is from. All ranks call it
+    together.
 
-    What is tried are engines of their own, and gone afterwards: the stage's own begins as if there had been none.
+    What is tried are engines of their own, and gone afterwards: the stage's own begins as if there
+    had been none.
 
     Raises:
         ValueError: not even one sequence fits in memory.
@@ -63,12 +68,14 @@ def choose_micro_batch(stage: RunStage, run: RunDir, device: torch.device) -> tu
         lines = _render(trials, chosen)
         if dist.get_rank() == 0:
             run.claim()
-            _write(run, [*kept, {"of": key, "micro_batch": chosen, "trials": [asdict(t) for t in trials]}])
+            _write(run, [*kept, {"of": key, "micro_batch": chosen,
+                                 "trials": [asdict(t) for t in trials]}])
     return replace(stage, recipe=stage.recipe.with_micro_batch(chosen)), lines
 
 
 def candidates(recipe: Recipe, largest: int) -> list[int]:
-    """Powers of two that divide a data-parallel rank's share of the global batch and break no other rule."""
+    """Powers of two that divide a data-parallel rank's share of the global batch and break no other
+    rule."""
     sizes = [2**n for n in range(largest.bit_length()) if 2**n <= largest]
     return [size for size in sizes if not any(rule_violations(recipe.with_micro_batch(size)))]
 
@@ -92,8 +99,9 @@ def fastest(trials: list[Trial]) -> int:
     """
     best = min(trials, key=lambda trial: trial.seconds)
     if math.isinf(best.seconds):
-        raise ValueError(f"train.micro_batch={AUTO}: a step with micro-batch {best.micro_batch} does not fit memory; "
-                         "raise parallel.tensor, parallel.pipeline or parallel.zero_stage, or set train.recompute=full")
+        raise ValueError(f"train.micro_batch={AUTO}: a step with micro-batch {best.micro_batch} "
+                         "does not fit memory; raise parallel.tensor, parallel.pipeline or "
+                         "parallel.zero_stage, or set train.recompute=full")
     return best.micro_batch
 
 
@@ -107,8 +115,9 @@ def _try(stage: RunStage, device: torch.device) -> Trial:
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else held
     except torch.OutOfMemoryError:
         if dist.get_world_size() > 1:  # the other ranks are left in a collective
-            raise ValueError(f"train.micro_batch={AUTO}: a step with micro-batch {size} did not fit in the memory of "
-                             f"rank {dist.get_rank()}; set train.micro_batch to a smaller number") from None
+            raise ValueError(f"train.micro_batch={AUTO}: a step with micro-batch {size} did not "
+                             f"fit in the memory of rank {dist.get_rank()}; set train.micro_batch "
+                             "to a smaller number") from None
         seconds = peak = math.inf
         held = 0
     shared = torch.tensor([seconds, peak, 2 * peak - held], dtype=torch.float64, device=device)
@@ -117,7 +126,8 @@ def _try(stage: RunStage, device: torch.device) -> Trial:
 
 
 def _run(stage: RunStage, device: torch.device) -> tuple[float, int]:
-    """Seconds of the fastest step but the first, and the bytes of weights, gradients and optimizer state."""
+    """Seconds of the fastest step but the first, and the bytes of weights, gradients and optimizer
+    state."""
     recipe = stage.alone
     engine = make_engine(recipe, stage.plan, device)
     try:
@@ -138,7 +148,8 @@ def _random_batch(recipe: Recipe, engine: Engine) -> list[MicroBatch]:
     if not engine.needs_batches:
         return [{}] * recipe.micro_batches
     shape = (recipe.train.micro_batch, recipe.train.sequence_length)
-    tokens = torch.randint(recipe.model.vocab_size, shape, generator=torch.Generator().manual_seed(recipe.seed))
+    tokens = torch.randint(recipe.model.vocab_size, shape,
+                           generator=torch.Generator().manual_seed(recipe.seed))
     micro = {"tokens": tokens, "labels": tokens.roll(-1, 1), "loss_mask": torch.ones(shape),
              "position_ids": torch.arange(shape[1]).expand(shape).contiguous()}
     if recipe.data.reset_attention:
@@ -170,5 +181,6 @@ def _write(run: RunDir, entries: list[dict]) -> None:
 
 def _render(trials: list[Trial], chosen: int) -> list[str]:
     return [f"micro-batch {chosen} is the fastest of those tried:",
-            *(f"  micro-batch {t.micro_batch:>3}: {t.seconds:>8.4g} s a step, {t.peak / 2**30:>7.2f} GiB"
+            *(f"  micro-batch {t.micro_batch:>3}: {t.seconds:>8.4g} s a step, "
+              f"{t.peak / 2**30:>7.2f} GiB"
               for t in trials)]

@@ -1,4 +1,5 @@
-"""What a fine-tuning run asks of its starting checkpoint and its data before it touches a device."""
+"""What a fine-tuning run asks of its starting checkpoint and its data before it touches a
+device."""
 
 from __future__ import annotations
 
@@ -48,7 +49,8 @@ def prepare(finetune: Finetune, start: WeightSource) -> Prepared:
     model, path = start.model, Path(finetune.data.path)
     tokenizer = _tokenizer(start)
     window = min(finetune.train.sequence_length or model.max_positions, model.max_positions)
-    train, valid = (tokenise(finetune.data.task, path, split, tokenizer, window) for split in ("train", "validation"))
+    train, valid = (tokenise(finetune.data.task, path, split, tokenizer, window)
+                    for split in ("train", "validation"))
     recipe = training_recipe(finetune, model, _sparsity(finetune, start), len(train))
     plan = make_plan(recipe.sparsity, model_weights(recipe.model), recipe.model.query_groups)
     check_tensor(plan, recipe.parallel.tensor)
@@ -63,8 +65,8 @@ def _sparsity(finetune: Finetune, start: WeightSource) -> Sparsity:
     if finetune.mode == "dense":
         return Sparsity()
     if not isinstance(start, CheckpointReader) or not start.plan.weights:
-        raise ValueError(f"mode=sparse keeps the mask of the start, and checkpoint={start.path} has none; start from "
-                         "a sparse run, or set mode=dense")
+        raise ValueError(f"mode=sparse keeps the mask of the start, and checkpoint={start.path} "
+                         "has none; start from a sparse run, or set mode=dense")
     return start.recipe.sparsity
 
 
@@ -75,28 +77,33 @@ def _tokenizer(start: WeightSource) -> Tokenizer:
     except FileNotFoundError:
         tokenizer = None
     if tokenizer is None:
-        raise ValueError(f"{start.path} has no tokenizer, and a model means nothing without the tokenizer it was "
-                         "trained with; put its files there")
-    trained_with = start.run["tokenizer"]["sha256"] if isinstance(start, CheckpointReader) else tokenizer.sha256
+        raise ValueError(f"{start.path} has no tokenizer, and a model means nothing without the "
+                         "tokenizer it was trained with; put its files there")
+    trained_with = start.run["tokenizer"]["sha256"] if isinstance(start,
+                                                                  CheckpointReader) else tokenizer.sha256
     if tokenizer.sha256 != trained_with:
-        raise ValueError(f"{start.path}/tokenizer is another tokenizer (sha256 {tokenizer.sha256[:16]}) than the model "
-                         f"was trained with ({trained_with[:16]}); put that one back")
+        raise ValueError(f"{start.path}/tokenizer is another tokenizer (sha256 "
+                         f"{tokenizer.sha256[:16]}) than the model was trained with "
+                         f"({trained_with[:16]}); put that one back")
     if tokenizer.vocab_size > start.model.vocab_size:
-        raise ValueError(f"{start.path}: its tokenizer knows {tokenizer.vocab_size} tokens and its model "
-                         f"{start.model.vocab_size}; they do not belong together")
+        raise ValueError(f"{start.path}: its tokenizer knows {tokenizer.vocab_size} tokens and its "
+                         f"model {start.model.vocab_size}; they do not belong together")
     return tokenizer
 
 
 def _summary(
-    finetune: Finetune, start: WeightSource, recipe: Recipe, plan: Plan, train: Completions, valid: Completions
+    finetune: Finetune, start: WeightSource, recipe: Recipe, plan: Plan, train: Completions,
+    valid: Completions
 ) -> str:
-    mode = {"dense": f"dense, revived weights start {'at zero' if finetune.revived == 'zeros' else 'normal'}",
+    mode = {"dense": "dense, revived weights start "
+                     f"{'at zero' if finetune.revived == 'zeros' else 'normal'}",
              "sparse": "sparse, the mask holds"}[finetune.mode]
     lines = [
         f"starting from {start.origin}, {start.path}; {mode}",
         f"{finetune.data.task}: {len(train):,} training and {len(valid):,} validation pairs of "
         f"{train.lengths.mean():.0f} tokens on average; {finetune.train.epochs} epochs of "
         f"{finetune.steps_per_epoch(len(train)):,} steps"]
-    lines += [f"{pairs.truncated:,} {split} contexts lost their beginning to fit {recipe.train.sequence_length} tokens"
+    lines += [f"{pairs.truncated:,} {split} contexts lost their beginning to fit "
+              f"{recipe.train.sequence_length} tokens"
               for split, pairs in (("training", train), ("validation", valid)) if pairs.truncated]
     return "\n".join([*lines, render_plan(plan), render_layout(recipe, plan)])

@@ -1,4 +1,5 @@
-"""The training loop: batch -> step -> log -> maybe evaluate -> maybe save, until the tokens are spent."""
+"""The training loop: batch -> step -> log -> maybe evaluate -> maybe save, until the tokens are
+spent."""
 
 from __future__ import annotations
 
@@ -35,10 +36,12 @@ class NotFinite(RuntimeError):
 
 @dataclass
 class Trainer:
-    """One rank's view of a run, from where `state` stands to its end, or to that of one of its stages.
+    """One rank's view of a run, from where `state` stands to its end, or to that of one of its
+    stages.
 
     Attributes:
-        first, last: the stage has the steps first + 1 ... last; None: the run's last. The schedule begins with it.
+        first, last: the stage has the steps first + 1 ... last; None: the run's last. The schedule
+            begins with it.
         flops_before: of training up to step `first`.
     """
 
@@ -59,11 +62,14 @@ class Trainer:
         self.last = self.last or self.recipe.steps
 
     def run(self) -> int:
-        """Trains to the end, or to a request to stop; returns the exit code. Either way the state is saved.
+        """Trains to the end, or to a request to stop; returns the exit code. Either way the state
+        is saved.
 
         Raises:
-            NotFinite, SparsityDrift: the run cannot go on; nothing after the last good checkpoint is saved.
-            SaveFailed: the last save failed, or more in a row than `fault_tolerance.max_failed_saves`.
+            NotFinite, SparsityDrift: the run cannot go on; nothing after the last good checkpoint
+                is saved.
+            SaveFailed: the last save failed, or more in a row than
+                `fault_tolerance.max_failed_saves`.
         """
         try:
             self._train()
@@ -80,7 +86,8 @@ class Trainer:
         first = state.step + 1
         pace = Stragglers(recipe.log.ranks_every, recipe.log.slow_factor, self.log)
         while not self.finished and not self.stopping:
-            PROGRESS.enter(f"step {state.step + 1}", watched=state.step + 1 > first)  # the first one compiles and sets up
+            # the first one compiles and sets up
+            PROGRESS.enter(f"step {state.step + 1}", watched=state.step + 1 > first)
             pace.begin(state.step + 1)
             started = time.perf_counter()
             batch = next(batches)
@@ -93,7 +100,8 @@ class Trainer:
             if traffic:
                 self._report_bytes(traffic)
             if state.step % recipe.log.every == 0 or state.step == self.last:
-                self._report(result, seconds=time.perf_counter() - started, waited=fetched - started)
+                self._report(result, seconds=time.perf_counter() - started,
+                             waited=fetched - started)
             self.log.advance(result.loss)
             self.stopping = result.stop
             self._report_saved(self.checkpointer.poll())
@@ -117,10 +125,11 @@ class Trainer:
         """What rank 0 holds and sends in a step, counted at its buffers and collectives."""
         held = self.engine.state_bytes()
         sent = {f"{operation} {group}": n for (operation, group), n in traffic.bytes.items()}
-        self.log.record("bytes", self.state.step, **held, sent_per_step=traffic.total, sent_by_kind=sent,
-                        choices=self.engine.choices)
-        self.log.say(f"rank 0 holds {', '.join(f'{k} {n / 2**20:,.1f} MiB' for k, n in held.items())}; "
-                     f"sends {traffic.total / 2**20:,.1f} MiB per step")
+        self.log.record("bytes", self.state.step, **held, sent_per_step=traffic.total,
+                        sent_by_kind=sent, choices=self.engine.choices)
+        self.log.say("rank 0 holds "
+                     f"{', '.join(f'{k} {n / 2**20:,.1f} MiB' for k, n in held.items())}; sends "
+                     f"{traffic.total / 2**20:,.1f} MiB per step")
 
     def _count(self, result: StepResult) -> None:
         state = self.state
@@ -132,13 +141,15 @@ class Trainer:
             return
         state.skipped += 1
         state.skipped_in_a_row += 1
-        self.log.say(f"step {state.step}: skipped, loss {result.loss}, gradient norm {result.grad_norm}; "
-                     f"{state.skipped_in_a_row} in a row")
+        self.log.say(f"step {state.step}: skipped, loss {result.loss}, gradient norm "
+                     f"{result.grad_norm}; {state.skipped_in_a_row} in a row")
         if state.skipped_in_a_row > self.recipe.fault_tolerance.max_skipped:
             raise NotFinite(
-                f"{state.skipped_in_a_row} steps in a row up to step {state.step} had a non-finite loss or gradient, "
-                f"more than fault_tolerance.max_skipped={self.recipe.fault_tolerance.max_skipped}; nothing was saved since. Lower "
-                "optimizer.lr, lengthen the warm-up, or look at the data of these steps")
+                f"{state.skipped_in_a_row} steps in a row up to step {state.step} had a non-finite "
+                "loss or gradient, more than "
+                f"fault_tolerance.max_skipped={self.recipe.fault_tolerance.max_skipped}; nothing "
+                "was saved since. Lower optimizer.lr, lengthen the warm-up, or look at the data of "
+                "these steps")
 
     def _report(self, result: StepResult, seconds: float, waited: float) -> None:
         recipe, state = self.recipe, self.state
@@ -146,7 +157,8 @@ class Trainer:
         model, length = recipe.model, self.data.mean_length
         tokens = state.tokens - self.data.consumed(state.step - 1)  # of this step
         skipped = self.plan.on_tiles if torch.cuda.is_available() else None
-        executed = training_flops(model, length, skipped).total * tokens / seconds / recipe.parallel.world
+        executed = training_flops(model, length,
+                                  skipped).total * tokens / seconds / recipe.parallel.world
         figures = {
             "tokens": state.tokens,
             "loss": result.loss,
@@ -157,31 +169,36 @@ class Trainer:
             "flops": self.flops_before + training_flops(model, length, self.plan).total
             * (state.tokens - self.data.consumed(self.first)),
             "tokens_per_second": tokens / seconds,
-            "model_tflops_per_rank": executed / 1e12,  # of the dense matrix products that are executed
+            # of the dense matrix products that are executed
+            "model_tflops_per_rank": executed / 1e12,
             "step_seconds": seconds,
             "data_seconds": waited,
             "memory_bytes": _peak_memory(),
             "source_tokens": self.data.consumed_by_source(state.step),
         }
-        peak = torch.cuda.is_available() and peak_flops(torch.cuda.get_device_name(), recipe.train.precision)
+        peak = torch.cuda.is_available() and peak_flops(torch.cuda.get_device_name(),
+                                                        recipe.train.precision)
         if peak:
             figures["mfu"] = executed / peak
         self.log.record("train", state.step, **figures)
         self.log.say(
-            f"step {state.step:>{len(str(recipe.steps))}}/{recipe.steps} | loss {result.loss:.4f} | lr "
-            f"{figures['lr']:.2e} | grad norm {result.grad_norm:.3f} | {figures['tokens_per_second']:,.0f} tokens/s | "
+            f"step {state.step:>{len(str(recipe.steps))}}/{recipe.steps} | loss {result.loss:.4f} "
+            f"| lr {figures['lr']:.2e} | grad norm {result.grad_norm:.3f} | "
+            f"{figures['tokens_per_second']:,.0f} tokens/s | "
             f"{figures['model_tflops_per_rank']:.3g} TFLOP/s"
-            + (f" | MFU {figures['mfu']:.1%}" if peak else "") + f" | sparsity {figures['sparsity']:.2%}")
+            + (f" | MFU {figures['mfu']:.1%}" if peak else "")
+            + f" | sparsity {figures['sparsity']:.2%}")
 
     def _evaluate_if_due(self) -> bool:
-        """Evaluates every `evaluate.every` steps and at the end of a stage, once for each step however often it
-        resumes; returns whether the loss is the lowest yet."""
+        """Evaluates every `evaluate.every` steps and at the end of a stage, once for each step
+        however often it resumes; returns whether the loss is the lowest yet."""
         state, every = self.state, self.recipe.evaluate.every
         due = state.step in (self.first, self.last) or (every and state.step % every == 0)
         if not due or state.step == 0 or not self.data.valid_batches or state.evaluated == state.step or self.stopping:
             return False
         PROGRESS.enter(f"the evaluation at step {state.step}", watched=True)
-        loss = validation_loss(self.engine, self.data.validation_batches(), lambda: self.stop.requested)
+        loss = validation_loss(self.engine, self.data.validation_batches(),
+                               lambda: self.stop.requested)
         if loss is None:
             self.stopping = True
             return False
@@ -205,8 +222,10 @@ class Trainer:
             figures["bits_per_byte"] = bits_per_byte(loss, self.data.valid_tokens_per_byte)
         self.log.record("valid", state.step, **figures)
         self.log.say(f"step {state.step}: validation loss {loss:.4f}, perplexity {perplexity:.2f}"
-                     + (f", {figures['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in figures else "")
-                     + ("" if better else f"; no better than at step {state.best_step}, {state.worse} in a row"))
+                     + (f", {figures['bits_per_byte']:.4f} bits per byte"
+                        if "bits_per_byte" in figures else "")
+                     + ("" if better else f"; no better than at step {state.best_step}, "
+                                          f"{state.worse} in a row"))
 
     def _save(self) -> int:
         """Starts a save, when the one before is done; returns the step."""
@@ -224,15 +243,17 @@ class Trainer:
 
     def _report_saved(self, saving: Saving | None) -> None:
         if saving and saving.error:
-            self.log.say(f"could NOT save {saving.path}: {saving.error}; the checkpoints before it are untouched")
+            self.log.say(f"could NOT save {saving.path}: {saving.error}; the checkpoints before it "
+                         "are untouched")
         elif saving:
             self.log.say(f"saved {saving.path}, written in {saving.seconds:.1f} s")
 
     def _stop_if_saves_fail(self, allowed: int) -> None:
         failed = self.checkpointer.failed_in_a_row
         if failed > allowed:
-            raise SaveFailed(f"the last {failed} saves failed, see above; make room in {self.checkpointer.directory} "
-                             "and start the run again: it goes on from the last complete checkpoint")
+            raise SaveFailed(f"the last {failed} saves failed, see above; make room in "
+                             f"{self.checkpointer.directory} and start the run again: it goes on "
+                             "from the last complete checkpoint")
 
 
 def _peak_memory() -> int:

@@ -1,4 +1,5 @@
-"""Run directories that begin from given weights: what is written, what is refused, and that nothing is half there."""
+"""Run directories that begin from given weights: what is written, what is refused, and that nothing
+is half there."""
 
 import json
 import pickle
@@ -27,8 +28,10 @@ FC1 = "decoder.layers.1.mlp.linear_fc1.weight"
 @pytest.fixture
 def begin(gpt2, tokenizer, tmp_path):
     """Makes a run from the GPT-2 and reads it back."""
-    def begin(name: str = "run", source=None, select: str = "random", **sections) -> CheckpointReader:
-        write_initial_checkpoint(source or open_weights(gpt2), make_recipe(**sections), tokenizer, tmp_path / name, select)
+    def begin(name: str = "run", source=None, select: str = "random",
+              **sections) -> CheckpointReader:
+        write_initial_checkpoint(source or open_weights(gpt2), make_recipe(**sections), tokenizer,
+                                 tmp_path / name, select)
         return CheckpointReader(find_checkpoint(tmp_path / name), checksums=True)
     return begin
 
@@ -51,7 +54,8 @@ def test_masters_keep_what_bf16_loses(gpt2, begin):
     assert torch.equal(reader.weight(FC1), reader.master(FC1).bfloat16())
     denser = begin("densified", reader, sparsity=0.0)  # from the masters, not from bf16
     assert torch.equal(denser.master(FC1), reader.master(FC1))
-    pruned = begin("pruned", reader, train={"precision": "bf16"}, sparsity=0.75)  # its masks lie in the others
+    # its masks lie in the others
+    pruned = begin("pruned", reader, train={"precision": "bf16"}, sparsity=0.75)
     assert torch.equal(pruned.master(FC1), reader.master(FC1) * (pruned.master(FC1) != 0))
     assert not torch.equal(pruned.master(FC1), pruned.weight(FC1).float())
 
@@ -67,7 +71,8 @@ def test_random_masks_are_those_of_the_plan_and_magnitudes_are_not(gpt2, begin):
         for slice_id in range(6):
             entries = slice_of(source, planned, slice_id).numpy()
             mask = mask_of(entries, planned.active_per_slice, slice_id)
-            assert np.array_equal(slice_of(reader.master(FC1), planned, slice_id).numpy(), entries * mask)
+            assert np.array_equal(slice_of(reader.master(FC1), planned, slice_id).numpy(),
+                                  entries * mask)
         assert "8 masks are as planned" in verify(reader)
         assert f"masks {reader.masks['how']}" in render(describe(reader))
 
@@ -98,8 +103,8 @@ def test_the_directory_is_one_that_pretraining_goes_on_from(begin, tmp_path):
     RunDir(recipe).check()
     RunDir(make_recipe(output=str(tmp_path / "run"), sparsity=0.5)).check()
     assert (reader.path / "metadata.json").read_text() == (
-        '{"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", '
-        '"common_backend_version": 1}')
+        '{"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": '
+        '"torch", "common_backend_version": 1}')
     assert torch.load(reader.path / "common.pt", weights_only=True) == {}
     assert reader.run["origin"] == "the Hugging Face model gpt2" and reader.run["tokens"] == 0
     assert set(reader.run["state"].values()) <= {0, None}  # nothing done, and no best loss yet
@@ -127,23 +132,28 @@ def test_densify_and_prune_begin_from_runs(begin, tmp_path):
     assert not dense.plan.weights and dense.run["origin"] == "step 0 of the run run"
     assert all(torch.equal(dense.weight(name), sparse.weight(name)) for name in sparse.weights)
     pruned = begin("pruned", dense, select="magnitude", sparsity=0.75)
-    assert torch.equal(pruned.weight(FC1), sparse.weight(FC1))  # a quarter was left, and it is the largest
+    # a quarter was left, and it is the largest
+    assert torch.equal(pruned.weight(FC1), sparse.weight(FC1))
     half = begin("half", dense, select="magnitude", sparsity=0.5)
     assert half.run["sparsity"][FC1]["target"] == 0.5
-    assert half.run["sparsity"][FC1]["measured"] == pytest.approx(0.75, abs=0.01)  # a quarter of zeros was kept
+    # a quarter of zeros was kept
+    assert half.run["sparsity"][FC1]["measured"] == pytest.approx(0.75, abs=0.01)
 
 
 def test_another_shape_or_tokenizer_is_refused_with_both_values(gpt2, tokenizer, tmp_path):
     source = open_weights(gpt2)
     other = make_recipe(model=MODEL | {"layers": 4, "max_positions": 20})
-    with pytest.raises(ValueError, match="model.layers is 2 there and 4 in the recipe; model.max_positions is 10 there "
-                                         "and 20 in the recipe"):
+    with pytest.raises(ValueError,
+                       match="model.layers is 2 there and 4 in the recipe; model.max_positions is "
+                             "10 there and 20 in the recipe"):
         write_initial_checkpoint(source, other, tokenizer, tmp_path / "run")
     theirs = make_tokenizer(merges=3)
     theirs.save(tmp_path / "tokenizer")
     for name in theirs.file_names:
         (tmp_path / "tokenizer" / name).rename(gpt2 / name)
-    with pytest.raises(ValueError, match=f"{theirs.sha256} .gpt2-bpe, 260 tokens.*{tokenizer.sha256} .gpt2-bpe, 259"):
+    with pytest.raises(ValueError,
+                       match=f"{theirs.sha256} .gpt2-bpe, 260 tokens.*{tokenizer.sha256} "
+                             ".gpt2-bpe, 259"):
         write_initial_checkpoint(open_weights(gpt2), make_recipe(), tokenizer, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -186,17 +196,20 @@ def test_one_weight_at_a_time_is_dense(gpt2, begin, monkeypatch, sparsity):
 
     monkeypatch.setattr(source, "weight", watched)
     begin("run", source, sparsity=sparsity, parallel={"tensor": 3})
-    assert len(given) == (28 - 8 if sparsity else 28) * 2 + (8 if sparsity else 0)  # weight and master; pruned once
+    # weight and master; pruned once
+    assert len(given) == (28 - 8 if sparsity else 28) * 2 + (8 if sparsity else 0)
 
 
 def test_a_file_that_cannot_be_read_is_named(begin):
     reader = begin()
     file = reader.path / "__0_0.distcp"
     file.write_bytes(file.read_bytes()[:5000])
-    with pytest.raises(store.DamagedCheckpoint, match="decoder.final_layernorm.bias, in __0_0.distcp, cannot be read"):
+    with pytest.raises(store.DamagedCheckpoint,
+                       match="decoder.final_layernorm.bias, in __0_0.distcp, cannot be read"):
         TensorFiles(reader.path).tensor("decoder.final_layernorm.bias")
     file.unlink()
-    with pytest.raises(store.DamagedCheckpoint, match="in __0_0.distcp, cannot be read .FileNotFoundError"):
+    with pytest.raises(store.DamagedCheckpoint,
+                       match="in __0_0.distcp, cannot be read .FileNotFoundError"):
         TensorFiles(reader.path).tensor("decoder.final_layernorm.bias")
 
 
@@ -207,5 +220,6 @@ def test_the_other_half_of_a_tensor_is_missed(begin):
     del index.state_dict_metadata["embedding.word_embeddings.weight"].chunks[1]
     path.write_bytes(pickle.dumps(index))
     rows = reader.weights["embedding.word_embeddings.weight"].shape[0]
-    with pytest.raises(store.DamagedCheckpoint, match=f"holds {rows * 8} of {rows * 12} numbers of embedding"):
+    with pytest.raises(store.DamagedCheckpoint,
+                       match=f"holds {rows * 8} of {rows * 12} numbers of embedding"):
         TensorFiles(reader.path).tensor("embedding.word_embeddings.weight")

@@ -20,7 +20,8 @@ def same(one: HuggingFaceReader, other: HuggingFaceReader) -> bool:
 
 def test_every_weight_lies_where_megatron_core_has_it(gpt2):
     reader, theirs = open_weights(gpt2), gpt2_tensors()
-    assert {key: getattr(reader.model, key) for key in MODEL} == MODEL and reader.model.query_groups == 6
+    assert {key: getattr(reader.model, key)
+            for key in MODEL} == MODEL and reader.model.query_groups == 6
     assert all(reader.weight(name).shape == weight.shape for name, weight in reader.weights.items())
     block, h = "decoder.layers.1.", "transformer.h.1."
     fused, bias = reader.weight(f"{block}self_attention.linear_qkv.weight"), reader.weight(
@@ -31,15 +32,18 @@ def test_every_weight_lies_where_megatron_core_has_it(gpt2):
                 row, column = head * 6 + part * 2 + i, part * 12 + head * 2 + i
                 assert torch.equal(fused[row], theirs[f"{h}attn.c_attn.weight"][:, column])
                 assert bias[row] == theirs[f"{h}attn.c_attn.bias"][column]
-    for ours, name in (("self_attention.linear_proj", "attn.c_proj"), ("mlp.linear_fc1", "mlp.c_fc"),
-                       ("mlp.linear_fc2", "mlp.c_proj")):
+    for ours, name in (("self_attention.linear_proj", "attn.c_proj"),
+                       ("mlp.linear_fc1", "mlp.c_fc"), ("mlp.linear_fc2", "mlp.c_proj")):
         assert torch.equal(reader.weight(f"{block}{ours}.weight"), theirs[f"{h}{name}.weight"].T)
         assert torch.equal(reader.weight(f"{block}{ours}.bias"), theirs[f"{h}{name}.bias"])
     for ours, name in (("input_layernorm", "ln_1"), ("pre_mlp_layernorm", "ln_2")):
         assert torch.equal(reader.weight(f"{block}{ours}.weight"), theirs[f"{h}{name}.weight"])
-    assert torch.equal(reader.weight("embedding.word_embeddings.weight")[:259], theirs["transformer.wte.weight"])
-    assert torch.equal(reader.weight("embedding.position_embeddings.weight"), theirs["transformer.wpe.weight"])
-    assert torch.equal(reader.weight("decoder.final_layernorm.bias"), theirs["transformer.ln_f.bias"])
+    assert torch.equal(reader.weight("embedding.word_embeddings.weight")[:259],
+                       theirs["transformer.wte.weight"])
+    assert torch.equal(reader.weight("embedding.position_embeddings.weight"),
+                       theirs["transformer.wpe.weight"])
+    assert torch.equal(reader.weight("decoder.final_layernorm.bias"),
+                       theirs["transformer.ln_f.bias"])
 
 
 def bare(directory):
@@ -50,8 +54,10 @@ def bare(directory):
 def test_all_forms_of_the_files_hold_the_same(gpt2, tmp_path):
     tensors, reader = gpt2_tensors(), HuggingFaceReader(gpt2)
     head = {"lm_head.weight": tensors["transformer.wte.weight"].clone()}
-    masks = {"transformer.h.0.attn.bias": torch.ones(1, 1, 10, 10), "h.1.attn.masked_bias": torch.ones(())}
-    assert same(reader, HuggingFaceReader(write_gpt2(tmp_path / "bare names", gpt2_tensors(prefix=""))))
+    masks = {"transformer.h.0.attn.bias": torch.ones(1, 1, 10, 10),
+             "h.1.attn.masked_bias": torch.ones(())}
+    assert same(reader, HuggingFaceReader(write_gpt2(tmp_path / "bare names",
+                                                     gpt2_tensors(prefix=""))))
     assert same(reader, HuggingFaceReader(write_gpt2(tmp_path / "head", tensors | head | masks)))
     untied = write_gpt2(tmp_path / "untied", tensors | head, tie_word_embeddings=False)
     assert same(reader, HuggingFaceReader(untied))
@@ -71,9 +77,12 @@ def test_all_forms_of_the_files_hold_the_same(gpt2, tmp_path):
 
 def test_defaults_of_a_configuration_are_those_of_gpt2(tmp_path):
     place = write_gpt2(tmp_path / "gpt2", n_inner=None)
-    with pytest.raises(ValueError, match=r"mlp.c_fc.weight has shape \(12, 30\), and by config.json .* \(12, 48\)"):
+    with pytest.raises(ValueError,
+                       match=r"mlp.c_fc.weight has shape \(12, 30\), and by config.json .* \(12, "
+                             r"48\)"):
         HuggingFaceReader(place).weight("decoder.layers.0.mlp.linear_fc1.weight")
-    kept = {key: value for key, value in CONFIG.items() if key not in ("activation_function", "layer_norm_epsilon")}
+    kept = {key: value for key,
+            value in CONFIG.items() if key not in ("activation_function", "layer_norm_epsilon")}
     (place / "config.json").write_text(json.dumps(kept))
     assert HuggingFaceReader(place).model.ffn_hidden == 30
 
@@ -88,14 +97,16 @@ def test_half_precision_becomes_float32_masters(tmp_path):
 
 @pytest.mark.parametrize("config, message", [
     ({"model_type": "llama"}, "is a model of type 'llama'; only the GPT-2 family"),
-    ({"activation_function": "relu"}, "activation_function='relu', and our GPT computes 'gelu_new' or 'gelu_py"),
+    ({"activation_function": "relu"},
+     "activation_function='relu', and our GPT computes 'gelu_new' or 'gelu_py"),
     ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon=1e-06, and our GPT computes 1e-05"),
     ({"scale_attn_weights": False}, "scale_attn_weights=False, and our GPT computes True"),
     ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
     ({"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn=True"),
     ({"add_cross_attention": True}, "add_cross_attention=True"),
     ({"n_head": None}, "has no n_head"),
-    ({"n_layer": 3}, "has no tensor h.2.ln_1.weight, h.2.ln_1.bias, .* and 8 more, which a GPT-2 of 3 layers has"),
+    ({"n_layer": 3}, "has no tensor h.2.ln_1.weight, h.2.ln_1.bias, .* and 8 more, which a GPT-2 "
+                     "of 3 layers has"),
     ({"n_layer": 1}, "has transformer.h.1.attn.c_attn.bias, .*which would be lost"),
     ({"tie_word_embeddings": False}, "tie_word_embeddings false, but there is no lm_head.weight"),
 ])
@@ -110,10 +121,12 @@ def test_other_weights_are_refused(tmp_path):
     with pytest.raises(ValueError, match="lm_head.weight is not the token embedding"):
         HuggingFaceReader(write_gpt2(tmp_path / "head", tensors | other))
     with pytest.raises(ValueError, match="has score.weight, which GPT2LMHeadModel has not"):
-        HuggingFaceReader(write_gpt2(tmp_path / "score", tensors | {"score.weight": torch.ones(2, 12)}))
+        HuggingFaceReader(write_gpt2(tmp_path / "score",
+                                     tensors | {"score.weight": torch.ones(2, 12)}))
     quantized = tensors | {"transformer.wpe.weight": torch.ones(10, 12, dtype=torch.int8)}
     with pytest.raises(ValueError, match="wpe.weight is torch.int8; quantized"):
-        HuggingFaceReader(write_gpt2(tmp_path / "int8", quantized)).weight("embedding.position_embeddings.weight")
+        HuggingFaceReader(write_gpt2(tmp_path / "int8",
+                                     quantized)).weight("embedding.position_embeddings.weight")
 
 
 class Code:
@@ -127,27 +140,34 @@ def test_damaged_files_are_named(gpt2, tmp_path):
     with pytest.raises(ValueError, match="model.safetensors cannot be read"):
         HuggingFaceReader(gpt2)
     weights.unlink()
-    with pytest.raises(ValueError, match="has neither model.safetensors nor pytorch_model.bin.*there are config.json"):
+    with pytest.raises(ValueError,
+                       match="has neither model.safetensors nor pytorch_model.bin.*there are "
+                             "config.json"):
         HuggingFaceReader(gpt2)
     torch.save({"transformer.wte.weight": Code()}, gpt2 / "pytorch_model.bin")
     with pytest.raises(ValueError, match="pytorch_model.bin holds print beside tensors"):
         HuggingFaceReader(gpt2)
     (gpt2 / "pytorch_model.bin").rename(gpt2 / "0.bin")
     (gpt2 / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"a": "0.bin", "b": "1.bin"}}))
-    with pytest.raises(ValueError, match="has no file 1.bin, which pytorch_model.bin.index.json names"):
+    with pytest.raises(ValueError,
+                       match="has no file 1.bin, which pytorch_model.bin.index.json names"):
         HuggingFaceReader(gpt2)
     (gpt2 / "config.json").write_text("{")
     with pytest.raises(ValueError, match="config.json cannot be read"):
         open_weights(gpt2)
-    with pytest.raises(ValueError, match="nowhere holds no weights; give a run directory, a checkpoint of a run, or"):
+    with pytest.raises(ValueError,
+                       match="nowhere holds no weights; give a run directory, a checkpoint of a "
+                             "run, or"):
         open_weights(tmp_path / "nowhere")
 
 
 def test_padding_costs_a_trained_model_next_to_nothing():
-    """The loss grows by at most log(1 + padding / vocabulary), wherever the logits lie; with zeros it may explode."""
+    """The loss grows by at most log(1 + padding / vocabulary), wherever the logits lie; with zeros
+    it may explode."""
     numbers = np.random.default_rng(0)
     hidden = torch.from_numpy(numbers.normal(size=(50, 16)))
-    embedding = torch.from_numpy(numbers.normal(size=(97, 16))) - 4 * hidden.mean(0)  # (V, h), logits below zero
+    # (V, h), logits below zero
+    embedding = torch.from_numpy(numbers.normal(size=(97, 16))) - 4 * hidden.mean(0)
     hidden = hidden + 3 * hidden.mean(0) / hidden.mean(0).norm() ** 2
 
     def losses(rows):

@@ -1,5 +1,5 @@
-"""Megatron-LM's checkpoints of the weights, against the names of core_v0.16.1; tests/distributed/test_conversion.py
-holds both ways against megatron-core itself."""
+"""Megatron-LM's checkpoints of the weights, against the names of core_v0.16.1;
+tests/distributed/test_conversion.py holds both ways against megatron-core itself."""
 
 import pickle
 
@@ -34,7 +34,8 @@ def rewrite(saved, directory, **changes):
     files = TensorFiles(saved / "release")
     tensors = {name: files.tensor(name) for name in files.shapes} | changes
     directory.mkdir()
-    write_tensors(directory, [StoredTensor(name, tuple(t.shape), t.dtype, whole(tuple(t.shape)), lambda t=t: t)
+    write_tensors(directory,
+                  [StoredTensor(name, tuple(t.shape), t.dtype, whole(tuple(t.shape)), lambda t=t: t)
                               for name, t in tensors.items() if t is not None])
     return directory
 
@@ -53,8 +54,10 @@ def test_names_and_shapes_are_those_of_megatron(source, saved):
         "decoder.layers.self_attention.linear_proj.bias": (2, 12),
         "decoder.layers.mlp.linear_fc1.layer_norm_weight": (2, 12),
         "decoder.layers.mlp.linear_fc1.layer_norm_bias": (2, 12),
-        "decoder.layers.mlp.linear_fc1.weight": (2, 30, 12), "decoder.layers.mlp.linear_fc1.bias": (2, 30),
-        "decoder.layers.mlp.linear_fc2.weight": (2, 12, 30), "decoder.layers.mlp.linear_fc2.bias": (2, 12)}
+        "decoder.layers.mlp.linear_fc1.weight": (2, 30, 12),
+        "decoder.layers.mlp.linear_fc1.bias": (2, 30),
+        "decoder.layers.mlp.linear_fc2.weight": (2, 12, 30),
+        "decoder.layers.mlp.linear_fc2.bias": (2, 12)}
     index = pickle.loads((saved / "release" / ".metadata").read_bytes())
     extra = {name for name in index.state_dict_metadata if "_extra_state" in name}
     assert len(extra) == 2 * 5 + 1 and "decoder.layers.mlp.linear_fc1._extra_state/shard_1_2" in extra
@@ -62,7 +65,8 @@ def test_names_and_shapes_are_those_of_megatron(source, saved):
     assert common["checkpoint_version"] == 3.0 and "args" not in common
     assert (saved / "latest_checkpointed_iteration.txt").read_text() == "release"
     words = (saved / "arguments.txt").read_text().split()
-    assert {"--num-layers": "2", "--num-attention-heads": "6", "--ffn-hidden-size": "30"}.items() <= dict(
+    assert {"--num-layers": "2", "--num-attention-heads": "6",
+            "--ffn-hidden-size": "30"}.items() <= dict(
         zip(words[::2], words[1::2], strict=False)).items()
 
 
@@ -78,7 +82,8 @@ def test_layers_under_names_of_their_own_are_read_too(source, saved, tmp_path):
     directory.mkdir()
     write_tensors(directory, [
         StoredTensor(stored_name(name), weight.shape, torch.float32, whole(weight.shape),
-                     lambda name=name: source.weight(name)) for name, weight in source.weights.items()])
+                     lambda name=name: source.weight(name)) for name,
+        weight in source.weights.items()])
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("7\n")
     reader = MegatronReader(tmp_path, SHAPE)
     assert reader.path == directory
@@ -90,7 +95,8 @@ def test_the_padding_of_the_vocabulary_may_differ(source, saved, tmp_path, rows)
     embedding = torch.randn(rows, 12)
     reader = MegatronReader(rewrite(saved, tmp_path / "padded", **{EMBEDDING: embedding}), SHAPE)
     ours = reader.weight(EMBEDDING)
-    assert ours.shape == source.weights[EMBEDDING].shape and torch.equal(ours[:259], embedding[:259])
+    assert ours.shape == source.weights[EMBEDDING].shape and torch.equal(ours[:259],
+                                                                         embedding[:259])
     assert torch.equal(ours[259:], embedding[:259].mean(0).expand(125, -1))
 
 
@@ -106,21 +112,32 @@ def test_padding_cannot_win_megatrons_softmax(source, tmp_path):
 def test_the_tied_head_may_be_there(saved, tmp_path):
     head = TensorFiles(saved / "release").tensor(EMBEDDING)
     optimizer = {"optimizer.state.exp_avg.decoder.final_layernorm.bias": torch.zeros(12)}
-    MegatronReader(rewrite(saved, tmp_path / "tied", **{"output_layer.weight": head}, **optimizer), SHAPE)
-    with pytest.raises(ValueError, match="has output_layer.weight, which the recipe's model has not"):
-        MegatronReader(rewrite(saved, tmp_path / "untied", **{"output_layer.weight": head + 1}), SHAPE)
+    MegatronReader(rewrite(saved, tmp_path / "tied", **{"output_layer.weight": head}, **optimizer),
+                   SHAPE)
+    with pytest.raises(ValueError,
+                       match="has output_layer.weight, which the recipe's model has not"):
+        MegatronReader(rewrite(saved, tmp_path / "untied", **{"output_layer.weight": head + 1}),
+                       SHAPE)
 
 
 def test_other_models_are_refused(saved, tmp_path):
-    with pytest.raises(ValueError, match=r"linear_fc1.weight is \(2, 30, 12\) there and \(2, 48, 12\) in the recipe's"):
+    with pytest.raises(ValueError,
+                       match=r"linear_fc1.weight is \(2, 30, 12\) there and \(2, 48, 12\) in the "
+                             r"recipe's"):
         MegatronReader(saved, SHAPE.model_copy(update={"ffn_hidden": 48}))
-    with pytest.raises(ValueError, match=r"word_embeddings.weight is \(384, 12\) there and \(500, 12\) in the recipe"):
+    with pytest.raises(ValueError,
+                       match=r"word_embeddings.weight is \(384, 12\) there and \(500, 12\) in the "
+                             r"recipe"):
         MegatronReader(saved, SHAPE.model_copy(update={"vocab_size": 500}))
-    with pytest.raises(ValueError, match="has decoder.layers.self_attention.q_layernorm.weight, which"):
+    with pytest.raises(ValueError,
+                       match="has decoder.layers.self_attention.q_layernorm.weight, which"):
         MegatronReader(rewrite(saved, tmp_path / "more", **{
             "decoder.layers.self_attention.q_layernorm.weight": torch.ones(2, 4)}), SHAPE)
-    with pytest.raises(ValueError, match="no tensor embedding.position_embeddings.weight, which the recipe's model"):
-        MegatronReader(rewrite(saved, tmp_path / "rotary", **{"embedding.position_embeddings.weight": None}), SHAPE)
+    with pytest.raises(ValueError,
+                       match="no tensor embedding.position_embeddings.weight, which the recipe's "
+                             "model"):
+        MegatronReader(rewrite(saved, tmp_path / "rotary",
+                               **{"embedding.position_embeddings.weight": None}), SHAPE)
 
 
 class Code:
@@ -129,12 +146,15 @@ class Code:
 
 
 def test_other_directories_are_refused(saved, tmp_path):
-    with pytest.raises(ValueError, match="neither latest_checkpointed_iteration.txt nor .metadata.*mp_rank"):
+    with pytest.raises(ValueError,
+                       match="neither latest_checkpointed_iteration.txt nor .metadata.*mp_rank"):
         MegatronReader(tmp_path, SHAPE)
-    with pytest.raises(ValueError, match="make a run of it with tools/convert_checkpoint.py from-megatron"):
+    with pytest.raises(ValueError,
+                       match="make a run of it with tools/convert_checkpoint.py from-megatron"):
         open_weights(saved)
     (saved / "latest_checkpointed_iteration.txt").write_text("12")
-    with pytest.raises(ValueError, match="names '12', but .*iter_0000012 is no distributed checkpoint"):
+    with pytest.raises(ValueError,
+                       match="names '12', but .*iter_0000012 is no distributed checkpoint"):
         MegatronReader(saved, SHAPE)
     (saved / "release" / ".metadata").write_bytes(pickle.dumps(Code()))
     with pytest.raises(ValueError, match="it wants builtins.print"):

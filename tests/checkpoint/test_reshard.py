@@ -18,7 +18,8 @@ from megatron_spdf.recipe.recipe import Parallel
 
 @pytest.fixture
 def reader(gpt2, tokenizer, tmp_path):
-    write_initial_checkpoint(open_weights(gpt2), make_recipe(sparsity=0.5, parallel={"tensor": 3}), tokenizer, tmp_path / "run",
+    write_initial_checkpoint(open_weights(gpt2), make_recipe(sparsity=0.5, parallel={"tensor": 3}),
+                             tokenizer, tmp_path / "run",
               "magnitude")
     return CheckpointReader(find_checkpoint(tmp_path / "run"))
 
@@ -27,7 +28,8 @@ def test_every_tensor_and_the_state_of_the_run_are_the_same(reader, tmp_path):
     layout = Parallel(pipeline=2, data=2)
     checkpoint = reshard(reader, layout, tmp_path / "other")
     other = CheckpointReader(checkpoint, checksums=True)
-    assert other.recipe.parallel == layout and load_recipe(tmp_path / "other" / "recipe.yaml").parallel == layout
+    assert other.recipe.parallel == layout and load_recipe(tmp_path / "other"
+                                                           / "recipe.yaml").parallel == layout
     assert other.recipe.identity() == reader.recipe.identity()
     assert other.shapes == reader.shapes and other.dtypes == reader.dtypes
     assert all(torch.equal(other.tensor(name), reader.tensor(name)) for name in reader.shapes)
@@ -38,12 +40,16 @@ def test_every_tensor_and_the_state_of_the_run_are_the_same(reader, tmp_path):
 
 
 @pytest.mark.parametrize("layout, message", [
-    ({"tensor": 4}, r"query_groups=6 .* not divisible by parallel.tensor=4; .*nearest layout that the model allows is "
+    ({"tensor": 4}, r"query_groups=6 .* not divisible by parallel.tensor=4; .*nearest layout that "
+                    r"the model allows is "
                     "parallel.tensor=3 parallel.pipeline=1 parallel.interleave=1 parallel.data=1 "),
-    ({"pipeline": 3}, "layers=2 is not divisible by .* = 3; .*nearest .* parallel.tensor=1 parallel.pipeline=2 "),
-    ({"pipeline": 2, "interleave": 3}, "nearest .* parallel.pipeline=1 parallel.interleave=1|parallel.pipeline=2 "
+    ({"pipeline": 3}, "layers=2 is not divisible by .* = 3; .*nearest .* parallel.tensor=1 "
+                      "parallel.pipeline=2 "),
+    ({"pipeline": 2, "interleave": 3},
+     "nearest .* parallel.pipeline=1 parallel.interleave=1|parallel.pipeline=2 "
                                        "parallel.interleave=1"),
-    ({"tensor": 5, "data": 3, "sequence": True}, "nearest .* parallel.tensor=3 .* parallel.data=2|parallel.data=4"),
+    ({"tensor": 5, "data": 3, "sequence": True},
+     "nearest .* parallel.tensor=3 .* parallel.data=2|parallel.data=4"),
 ])
 def test_an_impossible_layout_is_refused_with_the_nearest(reader, tmp_path, layout, message):
     with pytest.raises(ValueError, match=message):
@@ -53,7 +59,8 @@ def test_an_impossible_layout_is_refused_with_the_nearest(reader, tmp_path, layo
 
 def test_the_nearest_layout_is_one(reader):
     with pytest.raises(ValueError) as refused:
-        check_layout(make_recipe(parallel={"tensor": 7, "pipeline": 7, "interleave": 7, "data": 7, "sequence": True}))
+        check_layout(make_recipe(parallel={"tensor": 7, "pipeline": 7, "interleave": 7, "data": 7,
+                                           "sequence": True}))
     words = dict(word.removeprefix("parallel.").split("=") for word in str(refused.value).split() if
                  word.startswith("parallel.") and "=" in word)
     layout = {key: words[key] for key in ("tensor", "pipeline", "interleave", "data", "sequence")}

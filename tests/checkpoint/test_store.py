@@ -21,7 +21,8 @@ def write_partial(directory: Path, step: int) -> Path:
 
 def save(directory: Path, step: int) -> Path:
     partial = write_partial(directory, step)
-    return store.publish(partial, {name: store.describe(partial / name) for name in store.files_of(partial)})
+    return store.publish(partial,
+                         {name: store.describe(partial / name) for name in store.files_of(partial)})
 
 
 def names(directory: Path) -> list[str]:
@@ -50,12 +51,14 @@ def test_list_names_every_file_with_bytes_and_checksum(checkpoint):
 def test_newest_is_the_highest_step_however_they_were_written(tmp_path):
     for step in (1000, 5, 50, 999):
         save(tmp_path, step)
-    assert [path.name for path in store.visible(tmp_path)] == [store.name_of(s) for s in (5, 50, 999, 1000)]
+    assert [path.name for path in store.visible(tmp_path)] == [store.name_of(s)
+                                                               for s in (5, 50, 999, 1000)]
 
 
 def test_partial_is_never_chosen(tmp_path, checkpoint):
     whole = write_partial(tmp_path, 600)
-    store.write_json(whole / store.FILES, {name: store.describe(whole / name) for name in store.files_of(whole)})
+    store.write_json(whole / store.FILES,
+                     {name: store.describe(whole / name) for name in store.files_of(whole)})
     assert store.visible(tmp_path) == [checkpoint]
 
 
@@ -94,7 +97,8 @@ def test_discarding_leaves_what_a_save_did_not_write(tmp_path, checkpoint):
     assert names(tmp_path) == ["notes", "step_00000500", "step_00000500_copy", "step_notes.txt"]
 
 
-@pytest.mark.parametrize("keep, left", [(1, [30]), (2, [20, 30]), (3, [10, 20, 30]), (9, [10, 20, 30])])
+@pytest.mark.parametrize("keep, left",
+                         [(1, [30]), (2, [20, 30]), (3, [10, 20, 30]), (9, [10, 20, 30])])
 def test_retain_keeps_the_newest(tmp_path, keep, left):
     for step in (20, 10, 30):
         save(tmp_path, step)
@@ -102,7 +106,8 @@ def test_retain_keeps_the_newest(tmp_path, keep, left):
     assert names(tmp_path) == [store.name_of(step) for step in left]
 
 
-@pytest.mark.parametrize("keep, every, left", [(1, 20, [20, 40, 50]), (2, 30, [30, 40, 50]), (1, 7, [50])])
+@pytest.mark.parametrize("keep, every, left",
+                         [(1, 20, [20, 40, 50]), (2, 30, [30, 40, 50]), (1, 7, [50])])
 def test_retain_keeps_every_mth_step_too(tmp_path, keep, every, left):
     for step in (10, 20, 30, 40, 50):
         save(tmp_path, step)
@@ -129,7 +134,8 @@ def test_crash_while_an_old_checkpoint_is_removed_leaves_no_half_checkpoint(tmp_
     assert [path.name for path in store.visible(tmp_path)] == ["step_00000020"]
 
 
-def test_crash_before_the_rename_leaves_the_previous_checkpoint_the_newest(tmp_path, checkpoint, monkeypatch):
+def test_crash_before_the_rename_leaves_the_previous_checkpoint_the_newest(tmp_path, checkpoint,
+                                                                           monkeypatch):
     monkeypatch.setattr(Path, "rename", crash)
     with pytest.raises(RuntimeError):
         save(tmp_path, 600)

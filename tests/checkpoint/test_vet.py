@@ -1,4 +1,5 @@
-"""The pickled index of a checkpoint: a real one passes, one that could run code is refused unrun."""
+"""The pickled index of a checkpoint: a real one passes, one that could run code is refused
+unrun."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ class Runs:
 
 
 def name(module: str, attribute: str) -> bytes:
-    """Pickle code that pushes an attribute of a module; unlike in text protocols it may be dotted."""
+    """Pickle code that pushes an attribute of a module; unlike in text protocols it may be
+    dotted."""
     words = b"".join(b"\x8c" + bytes([len(word)]) + word.encode() for word in (module, attribute))
     return words + b"\x93"
 
@@ -60,7 +62,8 @@ def evaluation(command: str) -> bytes:
 
 
 def system_by_a_helper_that_an_index_module_imports(command: str) -> bytes:
-    """`_get_device_module(x)` is `torch.x`: fetch torch._utils, make its `torch` be `os`, fetch `system`."""
+    """`_get_device_module(x)` is `torch.x`: fetch torch._utils, make its `torch` be `os`, fetch
+    `system`."""
     fetch = name(FILESYSTEM, "_get_device_module")
     swap = call(fetch, text("_utils")) + b"}" + text("torch") + name(FILESYSTEM, "os") + b"sb0"
     return program(swap, call(call(fetch, text("system")), text(command)))
@@ -77,7 +80,8 @@ def write(directory: Path, content: bytes) -> Path:
 @pytest.fixture
 def index(tmp_path) -> Path:
     """The directory of a real checkpoint."""
-    state = {"model": {"w": torch.ones(4, 3), "b": torch.ones(3, dtype=torch.bfloat16)}, "bits": torch.ones(2).byte(),
+    state = {"model": {"w": torch.ones(4, 3), "b": torch.ones(3, dtype=torch.bfloat16)},
+             "bits": torch.ones(2).byte(),
              "step": 3, "betas": (0.9, 0.999)}
     dcp.save(state, checkpoint_id=tmp_path / "real", no_dist=True)
     return tmp_path / "real"
@@ -91,7 +95,8 @@ def test_index_of_a_real_checkpoint_is_accepted(index):
 def test_code_is_refused_and_does_not_run(tmp_path, attack):
     ran = tmp_path / "ran"
     payload = attack(f"touch '{ran}'")
-    with pytest.raises(ValueError, match=r"\.metadata is not the index of a checkpoint.*could run code"):
+    with pytest.raises(ValueError,
+                       match=r"\.metadata is not the index of a checkpoint.*could run code"):
         vet_metadata(write(tmp_path, payload))
     assert not ran.exists()
     pickle.loads(payload)
@@ -99,7 +104,8 @@ def test_code_is_refused_and_does_not_run(tmp_path, attack):
 
 
 def test_helpers_that_an_index_module_imports_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch._utils, "torch", torch)  # put back what the payload swaps, should it run
+    # put back what the payload swaps, should it run
+    monkeypatch.setattr(torch._utils, "torch", torch)
     ran = tmp_path / "ran"
     payload = system_by_a_helper_that_an_index_module_imports(f"touch '{ran}'")
     with pytest.raises(ValueError, match="is not the index of a checkpoint"):
@@ -108,9 +114,10 @@ def test_helpers_that_an_index_module_imports_are_refused(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("module, attribute", [
-    ("os", "system"), ("builtins", "exec"), ("builtins", "getattr"), ("torch", "load"), ("torch", "os"),
-    ("torch.serialization", "load"), (FILESYSTEM, "FileSystem.rm_file"), (FILESYSTEM, "dataclass"),
-    (FILESYSTEM, "os"), (FILESYSTEM, "__builtins__"), ("torch.distributed.checkpoint.planner", "reduce")])
+    ("os", "system"), ("builtins", "exec"), ("builtins", "getattr"), ("torch", "load"),
+    ("torch", "os"), ("torch.serialization", "load"), (FILESYSTEM, "FileSystem.rm_file"),
+    (FILESYSTEM, "dataclass"), (FILESYSTEM, "os"), (FILESYSTEM, "__builtins__"),
+    ("torch.distributed.checkpoint.planner", "reduce")])
 def test_other_names_are_refused(tmp_path, module, attribute):
     with pytest.raises(ValueError, match="it wants " + f"{module}.{attribute}".replace(".", r"\.")):
         vet_metadata(write(tmp_path, program(name(module, attribute))))
@@ -124,7 +131,8 @@ def test_cut_index_is_refused(index, keep):
 
 
 @pytest.mark.parametrize("content", [b"not a pickle", b"\x80\x04K\x01", b"\x80\xff.", bytes(64),
-                                     b"\x80\x04\x8c\x02\xff\xfe.", b"\x80\x04}]K\x01s.", pickle.dumps({"a": 1})])
+                                     b"\x80\x04\x8c\x02\xff\xfe.", b"\x80\x04}]K\x01s.",
+                                     pickle.dumps({"a": 1})])
 def test_what_is_no_index_is_refused(tmp_path, content):
     with pytest.raises(ValueError, match="is not the index of a checkpoint"):
         vet_metadata(write(tmp_path, content))

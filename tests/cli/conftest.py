@@ -29,18 +29,23 @@ RECIPE = {
 
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory):
-    """A directory with data/train and data/valid, made by the tool from real text, and recipe.yaml."""
+    """A directory with data/train and data/valid, made by the tool from real text, and
+    recipe.yaml."""
     place = tmp_path_factory.mktemp("workplace")
     library = Path(sysconfig.get_paths()["stdlib"])
     (place / "text").mkdir()
     for name in ("argparse", "ast", "calendar", "datetime"):
         record = {"text": (library / f"{name}.py").read_text()}
         (place / "text" / f"{name}.jsonl").write_text(json.dumps(record) + "\n")
-    tool = [sys.executable, "-W", "ignore", str(ROOT / "tools/preprocess_data.py"), "--tokenizer", "tokenizer"]
+    tool = [sys.executable, "-W", "ignore", str(ROOT / "tools/preprocess_data.py"), "--tokenizer",
+            "tokenizer"]
     make = ["--train-tokenizer", "bpe", "--vocab-size", "300"]
-    for inputs, output, extra in (("text/[a-b]*.jsonl", "data/train", make), ("text/c*.jsonl", "data/valid", [])):
-        subprocess.run([*tool, "--input", inputs, "--output", output, *extra], cwd=place, check=True)
-    recipe = RECIPE | {"output": "run", "data": {"train": "data/train", "valid": "data/valid", "workers": 0}}
+    for inputs, output, extra in (("text/[a-b]*.jsonl", "data/train", make),
+                                  ("text/c*.jsonl", "data/valid", [])):
+        subprocess.run([*tool, "--input", inputs, "--output", output, *extra], cwd=place,
+                       check=True)
+    recipe = RECIPE | {"output": "run",
+                       "data": {"train": "data/train", "valid": "data/valid", "workers": 0}}
     (place / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return place
 
@@ -48,26 +53,28 @@ def workplace(tmp_path_factory):
 @pytest.fixture(scope="session")
 def start(workplace):
     """Starts pretrain.py in the workplace, on some ranks or as one plain process."""
-    def start(*words: str, ranks: int = 0, recipe: str = "recipe.yaml", launcher: tuple[str, ...] = FORKED,
+    def start(*words: str, ranks: int = 0, recipe: str = "recipe.yaml",
+              launcher: tuple[str, ...] = FORKED,
               **environment: str) -> subprocess.Popen:
         launch = [*launcher, str(ranks)] if ranks else []
         command = [sys.executable, *launch, str(ROOT / "pretrain.py"), recipe, *words]
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore",
                "CUDA_VISIBLE_DEVICES": "", **environment}
-        return subprocess.Popen(command, cwd=workplace, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                text=True)
+        return subprocess.Popen(command, cwd=workplace, env=env, stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE, text=True)
     return start
 
 
 class Ended:
-    """What an entry script says and returns that ends before it joins other ranks, like a process that has ended; run
-    in this one, since a process takes seconds to import PyTorch."""
+    """What an entry script says and returns that ends before it joins other ranks, like a process
+    that has ended; run in this one, since a process takes seconds to import PyTorch."""
 
     def __init__(self, script: str, words: tuple[str, ...], place: Path):
         sys.path.insert(0, str(ROOT))
         main = importlib.import_module(script).main
         self.out, self.err = io.StringIO(), io.StringIO()
-        with chdir(place), patch.object(sys, "argv", [f"{script}.py", *words]), redirect_stdout(self.out), \
+        with chdir(place), patch.object(sys, "argv",
+                                        [f"{script}.py", *words]), redirect_stdout(self.out), \
                 redirect_stderr(self.err):
             self.returncode = main()
 

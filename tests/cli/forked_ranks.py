@@ -1,9 +1,10 @@
-"""Runs an entry script on several ranks as torchrun does, which imports everything in every one of them; these are
-forks of one process that did so once.
+"""Runs an entry script on several ranks as torchrun does, which imports everything in every one of
+them; these are forks of one process that did so once.
 
     python tests/cli/forked_ranks.py RANKS SCRIPT.py WORD...
 
-SIGTERM is passed on to the ranks. When one fails, the others are asked to end. Exit code 0, or 1 if one failed.
+SIGTERM is passed on to the ranks. When one fails, the others are asked to end. Exit code 0, or 1 if
+one failed.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def fork(module, words: list[str], rank: int, world: int, port: int, said: str | None = None) -> int:
+def fork(module, words: list[str], rank: int, world: int, port: int,
+         said: str | None = None) -> int:
     """Forks a rank; returns its process id.
 
     Args:

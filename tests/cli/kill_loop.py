@@ -2,7 +2,8 @@
 
     python tests/cli/kill_loop.py RECIPE KILLS SEED     (in the directory of the recipe)
 
-Ranks are forked from a process that has imported everything, so that a start takes a second and not ten.
+Ranks are forked from a process that has imported everything, so that a start takes a second and not
+ten.
 """
 
 import json
@@ -18,13 +19,15 @@ import forked_ranks
 from megatron_spdf.checkpoint import store
 
 RANKS = 2
-PATIENCE = 90  # seconds for the rank that is left to notice: the recipe's limits, and what a busy machine adds
+# seconds for the rank that is left to notice: the recipe's limits, and what a busy machine adds
+PATIENCE = 90
 
 
 def start(module, recipe: str, output: str) -> list[int]:
     """Forks the ranks of a run; their output is appended to OUTPUT.txt."""
     words, port = [recipe, f"output={output}", "parallel.tensor=2"], forked_ranks.free_port()
-    return [forked_ranks.fork(module, words, rank, RANKS, port, said=f"{output}.txt") for rank in range(RANKS)]
+    return [forked_ranks.fork(module, words, rank, RANKS, port, said=f"{output}.txt")
+            for rank in range(RANKS)]
 
 
 def reap(pids: list[int], patience: float) -> list[int | None]:
@@ -54,8 +57,10 @@ def main() -> None:
     print(json.dumps(found))
 
 
-def run_once(module, recipe: str, output: str, chance: random.Random, found: dict, disturb: bool) -> bool:
-    """One start of a run, killed at a random moment unless it ends before; returns whether it ended."""
+def run_once(module, recipe: str, output: str, chance: random.Random, found: dict,
+             disturb: bool) -> bool:
+    """One start of a run, killed at a random moment unless it ends before; returns whether it
+    ended."""
     pids = start(module, recipe, output)
     limit = chance.uniform(0.2, 5.0) if disturb else 300.0
     begun = time.monotonic()

@@ -1,4 +1,5 @@
-"""tools/convert_checkpoint.py as it is typed; what converted models compute is in distributed/test_conversion.py."""
+"""tools/convert_checkpoint.py as it is typed; what converted models compute is in
+distributed/test_conversion.py."""
 
 import json
 import resource
@@ -61,12 +62,15 @@ def sparse(convert, gpt2, tmp_path):
 
 
 def start_tool(*words, cwd: Path, **options) -> subprocess.Popen:
-    command = [sys.executable, "-W", "ignore", str(ROOT / "tools/convert_checkpoint.py"), *map(str, words)]
-    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    command = [sys.executable, "-W", "ignore",
+               str(ROOT / "tools/convert_checkpoint.py"), *map(str, words)]
+    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, **options)
 
 
 def test_a_model_becomes_a_run_that_trains_and_a_model_again(convert, start, gpt2, workplace):
-    tool = start_tool("from-hf", gpt2, "pruned", "optimizer.lr=2e-3", "--recipe", "recipe.yaml", "--sparsity", "0.5",
+    tool = start_tool("from-hf", gpt2, "pruned", "optimizer.lr=2e-3", "--recipe", "recipe.yaml",
+                      "--sparsity", "0.5",
                       "train.tokens=1024", "--select", "magnitude", cwd=workplace)
     out, err = tool.communicate(timeout=300)
     assert (tool.returncode, err) == (0, "") and "50.00% of 98,304 linear weights zero" in out
@@ -80,14 +84,17 @@ def test_a_model_becomes_a_run_that_trains_and_a_model_again(convert, start, gpt
     exported = workplace / "out" / "trained"
     assert [p.name for p in exported.parent.iterdir()] == ["trained"]
     assert {p.name for p in exported.iterdir()} == {
-        "README.md", "config.json", "generation_config.json", "masks.safetensors", "merges.txt", "model.safetensors",
+        "README.md", "config.json", "generation_config.json", "masks.safetensors", "merges.txt",
+        "model.safetensors",
         "tokenizer_config.json", "vocab.json"}
-    before, after, masks = (load_file(path) for path in (gpt2 / WEIGHTS, exported / WEIGHTS, exported / MASKS))
+    before, after, masks = (load_file(path)
+                            for path in (gpt2 / WEIGHTS, exported / WEIGHTS, exported / MASKS))
     assert len(masks) == 8 and before.keys() == after.keys()
     for name, mask in masks.items():
         assert mask.dtype == torch.bool and int(mask.sum()) * 2 == mask.numel()
         assert not after[name][~mask].any() and after[name][mask].all()
-        assert before[name].abs()[mask].min() > 0 and not torch.equal(after[name][mask].float(), before[name][mask])
+        assert before[name].abs()[mask].min() > 0 and not torch.equal(after[name][mask].float(),
+                                                                      before[name][mask])
 
 
 def test_the_model_card_and_the_tokenizer(sparse, workplace, tmp_path):
@@ -95,36 +102,44 @@ def test_the_model_card_and_the_tokenizer(sparse, workplace, tmp_path):
 
     export(CheckpointReader(find_checkpoint(sparse)), tmp_path / "exported", masks=True)
     card = (tmp_path / "exported" / "README.md").read_text()
-    for said in ("75.00% of the 98,304 weights", "random, seed 0", "step 0, 0 tokens, in fp32", "level: 0.75",
-                 "- Weights: fp32.", "Begun from: the Hugging Face model gpt2.", "`masks.safetensors` holds a bool"):
+    for said in ("75.00% of the 98,304 weights", "random, seed 0", "step 0, 0 tokens, in fp32",
+                 "level: 0.75",
+                 "- Weights: fp32.", "Begun from: the Hugging Face model gpt2.",
+                 "`masks.safetensors` holds a bool"):
         assert said in card
     assert str(workplace) not in card and str(tmp_path) not in card
-    ours, theirs = load_tokenizer(workplace / "tokenizer"), AutoTokenizer.from_pretrained(tmp_path / "exported")
+    ours, theirs = load_tokenizer(workplace
+                                  / "tokenizer"), AutoTokenizer.from_pretrained(tmp_path / "exported")
     assert theirs(TEXT)["input_ids"] == ours.encode(TEXT) and theirs.decode(ours.encode(TEXT)) == TEXT
     assert theirs.eos_token_id == ours.eod == GenerationConfig.from_pretrained(tmp_path / "exported").eos_token_id
 
 
 def test_dense_weights_come_back_bit_for_bit(convert, gpt2, tmp_path):
-    assert convert("from-hf", gpt2, tmp_path / "run", "--recipe", "recipe.yaml", "sparsity=0")[0] == 0
+    assert convert("from-hf", gpt2, tmp_path / "run", "--recipe", "recipe.yaml",
+                   "sparsity=0")[0] == 0
     for dtype in ("fp32", "bf16"):
         assert convert("to-hf", tmp_path / "run", tmp_path / dtype, "--dtype", dtype)[0] == 0
-    first, again, half = (load_file(path / WEIGHTS) for path in (gpt2, tmp_path / "fp32", tmp_path / "bf16"))
+    first, again, half = (load_file(path / WEIGHTS)
+                          for path in (gpt2, tmp_path / "fp32", tmp_path / "bf16"))
     assert first.keys() == again.keys() == half.keys() and len(first) == 4 + 2 * 12
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert all(torch.equal(first[name].bfloat16(), half[name]) for name in first)
 
 
-@pytest.mark.parametrize("name", [name for name in huggingface_models.SHAPES if name != "workplace"])
+@pytest.mark.parametrize("name",
+                         [name for name in huggingface_models.SHAPES if name != "workplace"])
 def test_every_shape_comes_back_bit_for_bit(workplace, tmp_path, name):
     from megatron_spdf.convert.initial_checkpoint import write_initial_checkpoint
     from megatron_spdf.convert.source import open_weights
     from megatron_spdf.recipe.recipe import Recipe
 
     huggingface_models.save_gpt2(name, tmp_path / "gpt2")
-    recipe = load_recipe(workplace / "recipe.yaml").model_dump() | {"model": huggingface_models.shape_of(name)}
+    recipe = load_recipe(workplace
+                         / "recipe.yaml").model_dump() | {"model": huggingface_models.shape_of(name)}
     recipe["sparsity"], recipe["train"] = 0.0, recipe["train"] | {"sequence_length": 8}
     tokenizer = load_tokenizer(workplace / "tokenizer")
-    write_initial_checkpoint(open_weights(tmp_path / "gpt2"), Recipe.model_validate(recipe), tokenizer, tmp_path / "run")
+    write_initial_checkpoint(open_weights(tmp_path / "gpt2"), Recipe.model_validate(recipe),
+                             tokenizer, tmp_path / "run")
     export(CheckpointReader(find_checkpoint(tmp_path / "run")), tmp_path / "again")
     first, again = (load_file(tmp_path / place / WEIGHTS) for place in ("gpt2", "again"))
     assert first.keys() == again.keys() and all(torch.equal(first[n], again[n]) for n in first)
@@ -134,8 +149,10 @@ def test_runs_become_denser_sparser_and_are_laid_out_anew(convert, sparse, tmp_p
     weights = "decoder.layers.0.mlp.linear_fc1.weight"
     before = CheckpointReader(find_checkpoint(sparse))
     for words, out, zeros in ((["densify"], "dense", 0.75),
-                              (["prune", "--sparsity", "0.9"], "sparser", 0.9),  # masks of one seed are nested
-                              (["prune", "sparsity.level=0.9", "--select", "magnitude"], "largest", 0.9),
+                              # masks of one seed are nested
+                              (["prune", "--sparsity", "0.9"], "sparser", 0.9),
+                              (["prune", "sparsity.level=0.9", "--select", "magnitude"], "largest",
+                               0.9),
                               (["reshard", "parallel.tensor=4"], "wide", 0.75)):
         code, said, err = convert(words[0], sparse, tmp_path / out, *words[1:])
         assert code == 0 and f"train it: pretrain.py {tmp_path / out}/recipe.yaml" in said, err
@@ -151,12 +168,14 @@ def test_runs_become_denser_sparser_and_are_laid_out_anew(convert, sparse, tmp_p
 def test_megatron_and_back(convert, sparse, tmp_path):
     code, said, _ = convert("to-megatron", sparse, tmp_path / "megatron", "--dtype", "bf16")
     assert code == 0 and "Megatron-LM core_v0.16.1, bf16" in said and "--num-attention-heads 4" in said
-    code, said, err = convert("from-megatron", tmp_path / "megatron", tmp_path / "run", "--recipe", "recipe.yaml",
+    code, said, err = convert("from-megatron", tmp_path / "megatron", tmp_path / "run", "--recipe",
+                              "recipe.yaml",
                               "sparsity=0")
     tokenizer = CheckpointReader(find_checkpoint(sparse)).tokenizer.sha256
     assert code == 0 and f"that of the recipe's data is taken, sha256 {tokenizer}" in said, err
     run, before = (CheckpointReader(find_checkpoint(path)) for path in (tmp_path / "run", sparse))
-    real = {name: run.model.vocab_size if name == EMBEDDING else None for name in run.weights}  # rows, without padding
+    # rows, without padding
+    real = {name: run.model.vocab_size if name == EMBEDDING else None for name in run.weights}
     assert all(torch.equal(run.weight(name)[:rows], before.weight(name)[:rows].bfloat16().float())
                for name, rows in real.items())
 
@@ -168,24 +187,32 @@ def test_refusals(convert, gpt2, sparse, workplace, tmp_path):
     recipe, out = ["--recipe", "recipe.yaml"], tmp_path / "out"
     for words, message in (
         (["from-hf", wide, out, *recipe], "is a model of type 'llama'; only the GPT-2 family"),
-        (["from-hf", gpt2, out, *recipe, "model.layers=4"], "model.layers is 2 there and 4 in the recipe"),
-        (["from-hf", gpt2, out, *recipe, "model.vocab_size=50257"], "model.vocab_size=50257, but the data's tokenizer"),
+        (["from-hf", gpt2, out, *recipe, "model.layers=4"],
+         "model.layers is 2 there and 4 in the recipe"),
+        (["from-hf", gpt2, out, *recipe, "model.vocab_size=50257"],
+         "model.vocab_size=50257, but the data's tokenizer"),
         (["from-hf", gpt2, out, *recipe, "model.layer=4"], "did you mean model.layers?"),
-        (["from-hf", gpt2, out, *recipe, "--sparsity", "1.5"], "sparsity.level=1.5: input should be less than 1"),
+        (["from-hf", gpt2, out, *recipe, "--sparsity", "1.5"],
+         "sparsity.level=1.5: input should be less than 1"),
         (["from-hf", tmp_path, out, *recipe], "holds no weights; give a run directory"),
         (["from-megatron", gpt2, out, *recipe], "is no distributed checkpoint of Megatron-LM"),
         (["densify", sparse, sparse], "sparse exists; give a new directory"),
         (["to-hf", tmp_path / "none", out], "none is neither a checkpoint"),
-        (["reshard", sparse, out, "parallel.tensor=3"], "the nearest layout that the model allows is parallel.tensor="),
+        (["reshard", sparse, out, "parallel.tensor=3"],
+         "the nearest layout that the model allows is parallel.tensor="),
         (["reshard", sparse, out, "sparsity=0"], "sparsity=0: only parallel.* can change here"),
-        (["reshard", sparse, out, "parallel.tensor=two"], "parallel.tensor='two': input should be a valid integer"),
+        (["reshard", sparse, out, "parallel.tensor=two"],
+         "parallel.tensor='two': input should be a valid integer"),
     ):
         code, said, err = convert(*words)
-        assert (code, said) == (2, "") and err.startswith("error: ") and message in err, (words, err)
+        assert (code, said) == (2,
+                                "") and err.startswith("error: ") and message in err, (words, err)
         assert not out.exists() and not list(tmp_path.glob("*.partial"))
     code, _, err = convert("densify", sparse, tmp_path / "dense")
-    assert code == 0 and convert("to-hf", tmp_path / "dense", out, "--masks")[2].endswith("leave out --masks\n")
-    for words in (["to-hf", sparse, out, "parallel.tensor=2"], ["densify", sparse, out, "--selct", "random"]):
+    assert code == 0 and convert("to-hf", tmp_path / "dense", out,
+                                 "--masks")[2].endswith("leave out --masks\n")
+    for words in (["to-hf", sparse, out, "parallel.tensor=2"],
+                  ["densify", sparse, out, "--selct", "random"]):
         with pytest.raises(SystemExit, match="2"):
             convert(*words)
 
@@ -229,7 +256,8 @@ def test_a_file_that_grows_too_large_leaves_nothing(workplace, gpt2, tmp_path):
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 
-    tool = start_tool("from-hf", gpt2, tmp_path / "out", "--recipe", "recipe.yaml", cwd=workplace, preexec_fn=limit)
+    tool = start_tool("from-hf", gpt2, tmp_path / "out", "--recipe", "recipe.yaml", cwd=workplace,
+                      preexec_fn=limit)
     _, err = tool.communicate(timeout=120)
     assert tool.returncode == 2 and "error: [Errno 27] File too large" in err
     assert not list(tmp_path.iterdir())
@@ -242,8 +270,9 @@ def test_a_full_disk_leaves_nothing(convert, gpt2, sparse, tmp_path):
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("a file system can be mounted by root only")
     try:
-        for command in (["from-hf", gpt2, disk / "out", "--recipe", "recipe.yaml"], ["to-hf", sparse, disk / "out"],
-                        ["to-megatron", sparse, disk / "out"], ["reshard", sparse, disk / "out"]):
+        for command in (["from-hf", gpt2, disk / "out", "--recipe", "recipe.yaml"],
+                        ["to-hf", sparse, disk / "out"], ["to-megatron", sparse, disk / "out"],
+                        ["reshard", sparse, disk / "out"]):
             code, _, err = convert(*command)
             assert code == 2 and "error: [Errno 28] No space left on device" in err, err
             assert not list(disk.iterdir())
@@ -259,7 +288,8 @@ def test_what_gpt2_cannot_express_is_refused(sparse, tmp_path):
     listed = json.loads((checkpoint / store.FILES).read_text())
     listed[store.RUN] = store.describe(checkpoint / store.RUN)
     (checkpoint / store.FILES).write_text(json.dumps(listed))
-    with pytest.raises(ValueError, match="query_groups=2 and model.heads=4.*as many query groups as heads"):
+    with pytest.raises(ValueError,
+                       match="query_groups=2 and model.heads=4.*as many query groups as heads"):
         export(CheckpointReader(checkpoint), tmp_path / "grouped")
     assert [p.name for p in tmp_path.iterdir()] == ["sparse"]
 
@@ -282,7 +312,8 @@ def exported_tokenizer(sparse: Path, tokenizer, directory: Path):
 def test_a_tokenizer_json_is_exported(sparse, workplace, tmp_path):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    described = Tokenizer(models.BPE.from_file(*(str(workplace / "tokenizer" / n) for n in ("vocab.json",
+    described = Tokenizer(models.BPE.from_file(*(str(workplace / "tokenizer" / n)
+                                                 for n in ("vocab.json",
                                                                                            "merges.txt"))))
     described.pre_tokenizer, described.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     described.add_special_tokens(["<|endoftext|>"])
@@ -302,8 +333,12 @@ def test_a_sentencepiece_model_is_exported_where_the_ids_are_ours(sparse, workpl
         assert theirs(text, add_special_tokens=False)["input_ids"] == ours.encode(text)
     assert theirs.decode(ours.encode(TEXT)) == TEXT and theirs.eos_token_id == ours.eod
     assert load_tokenizer(tmp_path / "sentencepiece").sha256 == ours.sha256
-    sentencepiece.SentencePieceTrainer.train(  # with SentencePiece's defaults: normalised, a space put before
-        sentence_iterator=iter("\n".join(texts).splitlines()), model_prefix=str(tmp_path / "unigram"), vocab_size=300,
+    # with SentencePiece's defaults: normalised, a space put before
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter("\n".join(texts).splitlines()),
+        model_prefix=str(tmp_path / "unigram"), vocab_size=300,
         minloglevel=2)
-    with pytest.raises(ValueError, match="this SentencePiece model cannot be exported: transformers' LlamaTokenizer"):
+    with pytest.raises(ValueError,
+                       match="this SentencePiece model cannot be exported: transformers' "
+                             "LlamaTokenizer"):
         exported_tokenizer(sparse, load_tokenizer(tmp_path / "unigram.model"), tmp_path / "unigram")

@@ -1,4 +1,5 @@
-"""finetune.py as users start it: by deepspeed, torchrun or alone, stopped, started again, and given bad input."""
+"""finetune.py as users start it: by deepspeed, torchrun or alone, stopped, started again, and given
+bad input."""
 
 import csv
 import json
@@ -23,15 +24,18 @@ ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get("SPDF_DATA", ROOT.parent / "shared/data"))
 RECIPE = {
     "checkpoint": "start", "output": "tuned", "seed": 5, "data": {"task": "e2e", "path": "e2e"},
-    "train": {"epochs": 2, "global_batch": 8, "micro_batch": 4, "precision": "fp32", "label_smoothing": 0.1},
+    "train": {"epochs": 2, "global_batch": 8, "micro_batch": 4, "precision": "fp32",
+              "label_smoothing": 0.1},
     "optimizer": {"lr": 1e-3, "warmup_steps": 2}, "evaluate": {"every": 4}, "log": {"every": 1},
 }
-NAMES, FOODS, AREAS = ["Alimentum", "Aromi", "Clowns"], ["Italian", "Chinese", "English"], ["city", "riverside"]
+NAMES, FOODS, AREAS = ["Alimentum", "Aromi", "Clowns"], ["Italian", "Chinese",
+                                                         "English"], ["city", "riverside"]
 
 
 @pytest.fixture(scope="module")
 def e2e(workplace):
-    """Sixty training and ten validation rows of E2E's form: of the real data where they are, else of our own."""
+    """Sixty training and ten validation rows of E2E's form: of the real data where they are, else
+    of our own."""
     place, draw = workplace / "e2e", np.random.default_rng(0)
     place.mkdir()
     for split, count in (("trainset", 60), ("devset", 10)):
@@ -50,7 +54,8 @@ def own_row(draw) -> tuple[str, str]:
     return f"name[{name}], food[{food}], area[{area}]", f"{name} serves {food} food at the {area}."
 
 
-def write_rows(path: Path, rows: list[tuple[str, str]], header: tuple[str, str] = ("mr", "ref")) -> None:
+def write_rows(path: Path, rows: list[tuple[str, str]],
+               header: tuple[str, str] = ("mr", "ref")) -> None:
     with path.open("w", newline="") as file:
         csv.writer(file).writerows([header, *rows])
 
@@ -59,8 +64,10 @@ def write_rows(path: Path, rows: list[tuple[str, str]], header: tuple[str, str] 
 def tune(start, workplace, e2e):
     """Starts finetune.py in the workplace: alone, or by a launcher with its words."""
     for name, level in (("start", 0.75), ("start_dense", 0.0)):
-        finish(start(f"output={name}", f"sparsity={level}", "model.max_positions=512", "train.sequence_length=32",
-                     "train.tokens=2048", "evaluate.every=0", "checkpoint.every=0", "optimizer.warmup_tokens=256"))
+        finish(start(f"output={name}", f"sparsity={level}", "model.max_positions=512",
+                     "train.sequence_length=32",
+                     "train.tokens=2048", "evaluate.every=0", "checkpoint.every=0",
+                     "optimizer.warmup_tokens=256"))
     (workplace / "tune.yaml").write_text(yaml.safe_dump(RECIPE))
 
     def tune(*words: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
@@ -68,8 +75,8 @@ def tune(start, workplace, e2e):
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         env = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore",
                "CUDA_VISIBLE_DEVICES": ""}
-        return subprocess.Popen(command, cwd=workplace, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                text=True)
+        return subprocess.Popen(command, cwd=workplace, env=env, stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE, text=True)
     return tune
 
 
@@ -81,7 +88,8 @@ def deepspeed() -> tuple[str, ...]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    return (sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", port)
+    return (sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2",
+            "--master_port", port)
 
 
 @pytest.fixture(scope="module")
@@ -104,13 +112,16 @@ def test_a_run_reports_what_it_does(straight):
     assert train[-1]["loss"] < train[0]["loss"] - 0.2
     assert {r["sparsity"] for r in train} == {0.0}
     assert train[1]["lr"] == pytest.approx(1e-3) and train[-1]["lr"] == pytest.approx(0.0, abs=1e-9)
-    assert train[0]["tokens"] < train[7]["tokens"] == train[15]["tokens"] / 2  # an epoch reads what an epoch reads
+    # an epoch reads what an epoch reads
+    assert train[0]["tokens"] < train[7]["tokens"] == train[15]["tokens"] / 2
     for said in ("starting from step 8 of the run start", "dense, revived weights start at zero",
-                 "e2e: 60 training and 10 validation pairs", "2 epochs of 8 steps", "deepspeed ZeRO-1", "saved"):
+                 "e2e: 60 training and 10 validation pairs", "2 epochs of 8 steps",
+                 "deepspeed ZeRO-1", "saved"):
         assert said in out
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     assert recipe["checkpoint"] == "start" and recipe["train"]["epochs"] == 2
-    assert {p.name for p in run.iterdir()} == {"recipe.yaml", "log.jsonl", "tensorboard", "checkpoints"}
+    assert {p.name for p in run.iterdir()} == {"recipe.yaml", "log.jsonl", "tensorboard",
+                                               "checkpoints"}
 
 
 def test_the_best_and_the_last_checkpoint_are_kept_and_the_tools_read_the_best(straight, workplace):
@@ -119,17 +130,21 @@ def test_the_best_and_the_last_checkpoint_are_kept_and_the_tools_read_the_best(s
     valid = {r["step"]: r["loss"] for r in records(run) if r["kind"] == "valid"}
     step = min(valid, key=valid.get)
     assert best == {"checkpoint": f"step_{step:08d}", "loss": valid[step]}
-    assert {p.name for p in (run / "checkpoints").glob("step_*")} == {best["checkpoint"], "step_00000016"}
-    for tool, words, said in (("inspect_checkpoint.py", ["tuned_straight", "--verify"], f"step {step},"),
-                              ("convert_checkpoint.py", ["to-hf", "tuned_straight", "tuned_hf"], best["checkpoint"])):
-        done = subprocess.run([sys.executable, "-W", "ignore", str(ROOT / "tools" / tool), *words], cwd=workplace,
-                              capture_output=True, text=True, check=False)
+    assert {p.name for p in (run / "checkpoints").glob("step_*")} == {best["checkpoint"],
+                                                                      "step_00000016"}
+    for tool, words, said in (("inspect_checkpoint.py", ["tuned_straight", "--verify"],
+                               f"step {step},"),
+                              ("convert_checkpoint.py", ["to-hf", "tuned_straight", "tuned_hf"],
+                               best["checkpoint"])):
+        done = subprocess.run([sys.executable, "-W", "ignore", str(ROOT / "tools" / tool), *words],
+                              cwd=workplace, capture_output=True, text=True, check=False)
         assert done.returncode == 0 and said in done.stdout, done.stdout + done.stderr
 
 
 def test_deepspeeds_launcher(straight, tune, workplace):
     run = workplace / "zero3"
-    finish(tune(f"output={run.name}", "parallel.data=2", "parallel.zero_stage=3", launcher=deepspeed()))
+    finish(tune(f"output={run.name}", "parallel.data=2", "parallel.zero_stage=3",
+                launcher=deepspeed()))
     assert losses(run) == pytest.approx(losses(straight[0]), rel=1e-4)
     assert losses(run, "valid") == pytest.approx(losses(straight[0], "valid"), rel=1e-4)
 
@@ -148,14 +163,16 @@ def test_one_process_of_the_other_engine(straight, tune, workplace):
 def test_the_sparse_mode(tune, workplace):
     out = finish(tune("output=tuned_sparse", "mode=sparse"))
     assert "sparse, the mask holds" in out
-    assert {r["sparsity"] for r in records(workplace / "tuned_sparse") if r["kind"] == "train"} == {0.75}
+    assert {r["sparsity"] for r in records(workplace / "tuned_sparse") if r["kind"]
+            == "train"} == {0.75}
 
 
 def test_stopped_twice_by_a_signal_equals_straight(straight, tune, workplace):
     run = workplace / "tuned_stopped"
     for step in (3, 10):
         process = tune("output=tuned_stopped", "parallel.data=2", launcher=TWO)
-        while not ((run / "log.jsonl").exists() and f'"step": {step},' in (run / "log.jsonl").read_text()):
+        while not ((run / "log.jsonl").exists()
+                   and f'"step": {step},' in (run / "log.jsonl").read_text()):
             assert process.poll() is None, process.communicate()
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
@@ -186,7 +203,8 @@ LONG = "serves food " * 400
 
 @pytest.mark.parametrize(("words", "said"), [
     (["checkpoint=nowhere"], ["nowhere holds no weights", "run directory"]),
-    (["checkpoint=start_dense", "mode=sparse"], ["mode=sparse keeps the mask", "start_dense", "mode=dense"]),
+    (["checkpoint=start_dense", "mode=sparse"],
+     ["mode=sparse keeps the mask", "start_dense", "mode=dense"]),
     (["data.path=nowhere"], ["nowhere does not exist", "train"]),
     (["parallel.data=2"], ["needs 2 processes", "python started 1"]),
     (["train.sequence_length=1024"], ["train.sequence_length=1024", "model.max_positions=512"]),
@@ -195,7 +213,8 @@ LONG = "serves food " * 400
     (["deepspeed={root}/configs/deepspeed/zero3.json"],
      ["zero_optimization.stage=3", "parallel.zero_stage makes it 1"]),
     (["output=start"], ["start/recipe.yaml cannot be read as a recipe", "choose another output"]),
-    (["output=tuned_straight", "optimizer.lr=2e-3"], ["optimizer.lr is 0.001 there and 0.002 here"]),
+    (["output=tuned_straight", "optimizer.lr=2e-3"],
+     ["optimizer.lr is 0.001 there and 0.002 here"]),
 ])
 def test_bad_input_is_named(straight, ask_tune, workplace, words, said):
     message = refused(ask_tune(*(word.replace("{root}", str(ROOT)) for word in words)), workplace)
@@ -205,11 +224,14 @@ def test_bad_input_is_named(straight, ask_tune, workplace, words, said):
 
 @pytest.mark.parametrize(("rows", "header", "said"), [
     ([("name[A]", "fine")], ("meaning", "ref"), ["trainset.csv, line 1", "no column mr"]),
-    ([("name[A]", "fine"), ("nonsense", "no")], ("mr", "ref"), ["trainset.csv, line 3", "'nonsense'"]),
+    ([("name[A]", "fine"), ("nonsense", "no")], ("mr", "ref"),
+     ["trainset.csv, line 3", "'nonsense'"]),
     ([], ("mr", "ref"), ["the train split of e2e must not be empty"]),
-    ([("name[A]", "fine"), ("name[B]", LONG)], ("mr", "ref"), ["example 2 ('name : B')", "does not fit the window"]),
+    ([("name[A]", "fine"), ("name[B]", LONG)], ("mr", "ref"),
+     ["example 2 ('name : B')", "does not fit the window"]),
 ])
-def test_bad_data_are_named_with_file_and_place(tune, ask_tune, workplace, e2e, tmp_path, rows, header, said):
+def test_bad_data_are_named_with_file_and_place(tune, ask_tune, workplace, e2e, tmp_path, rows,
+                                                header, said):
     shutil.copytree(e2e, tmp_path / "bad")
     write_rows(tmp_path / "bad/trainset.csv", rows, header)
     message = refused(ask_tune(f"data.path={tmp_path}/bad"), workplace)
@@ -233,7 +255,8 @@ def test_dry_run_prints_what_would_run_and_touches_nothing(tune, workplace, tmp_
     for split in ("train", "validation"):
         record = {"context": "return self " * 40, "completion": "None"}
         (tmp_path / f"{split}.jsonl").write_text((json.dumps(record) + "\n") * 9)
-    words = ("--dry-run", "output=dry", "train.sequence_length=32", "data.task=jsonl", f"data.path={tmp_path}")
+    words = ("--dry-run", "output=dry", "train.sequence_length=32", "data.task=jsonl",
+             f"data.path={tmp_path}")
     out = finish(tune(*words))
     assert "9 training contexts lost their beginning to fit 32 tokens" in out and "layout: 1 ranks" in out
     assert not (workplace / "dry").exists()

@@ -1,4 +1,5 @@
-"""tools/inspect_checkpoint.py and the reader behind it, on the checkpoint of a real run on two ranks."""
+"""tools/inspect_checkpoint.py and the reader behind it, on the checkpoint of a real run on two
+ranks."""
 
 import io
 import json
@@ -62,12 +63,14 @@ def whole(checkpoint):
 def flatten(values: dict, prefix: str = "") -> dict[str, torch.Tensor]:
     found = {}
     for key, value in values.items():
-        found |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        found |= flatten(value, f"{prefix}{key}.") if isinstance(value,
+                                                                 dict) else {prefix + key: value}
     return found
 
 
 def start_tool(*words) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-W", "error", str(ROOT / "tools/inspect_checkpoint.py"), *map(str, words)]
+    command = [sys.executable, "-W", "error",
+               str(ROOT / "tools/inspect_checkpoint.py"), *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
@@ -86,7 +89,8 @@ def refusal(*words) -> str:
 
 
 def by_hand(values: np.ndarray, bits: np.ndarray, shape: tuple[int, int], axis: int) -> np.ndarray:
-    """The dense weight entry by entry: bit i of a slice, highest bit of a byte first, is its entry i in row order."""
+    """The dense weight entry by entry: bit i of a slice, highest bit of a byte first, is its entry
+    i in row order."""
     dense = np.zeros(shape, values.dtype)
     for slice, part in enumerate(np.split(dense, len(values), axis)):  # views
         left = iter(values[slice])
@@ -139,8 +143,10 @@ def test_a_run_directory_is_its_newest_complete_checkpoint(run, checkpoint):
 def test_it_says_what_is_there(run):
     done = start_tool(run, "--verify")
     assert done.returncode == 0 and done.stderr == "", done
-    for said in ("2 layers x 64 hidden, 4 heads", "vocabulary 300 (padded to 384), 32 positions", "tensor 2 x pipeline",
-                 "step 4, 1,024 tokens, 4 optimizer steps, 0 skipped", "linear_proj.weight", "89.9902%",
+    for said in ("2 layers x 64 hidden, 4 heads", "vocabulary 300 (padded to 384), 32 positions",
+                 "tensor 2 x pipeline",
+                 "step 4, 1,024 tokens, 4 optimizer steps, 0 skipped", "linear_proj.weight",
+                 "89.9902%",
                  f"megatron-core {version('megatron-core')}", "saved:", "verified: every file",
                  "6 masks are as planned"):
         assert said in done.stdout, done.stdout
@@ -149,13 +155,18 @@ def test_it_says_what_is_there(run):
 def test_json_holds_the_same_and_the_bytes_add_up(run, checkpoint, whole):
     facts = json.loads(inspect(run, "--json").stdout)
     assert facts["checkpoint"] == str(checkpoint) and facts["verified"] is None
-    counted = {key: facts["state"][key] for key in ("step", "optimizer_steps", "skipped", "skipped_in_a_row", "tokens")}
-    assert counted == {"step": 4, "optimizer_steps": 4, "skipped": 0, "skipped_in_a_row": 0, "tokens": 1024}
+    counted = {key: facts["state"][key]
+               for key in ("step", "optimizer_steps", "skipped", "skipped_in_a_row", "tokens")}
+    assert counted == {"step": 4, "optimizer_steps": 4, "skipped": 0, "skipped_in_a_row": 0,
+                       "tokens": 1024}
     assert facts["layout"]["tensor"] == 2
-    rows = {(row["kind"].split(".")[-2], row["count"], row["target"]) for row in facts["sparsity"]["weights"]}
+    rows = {(row["kind"].split(".")[-2], row["count"], row["target"])
+            for row in facts["sparsity"]["weights"]}
     fc2 = 1 - 4 * round(0.1 * 64 * 64) / (64 * 256)
-    assert rows == {("linear_qkv", 2, 0.75), ("linear_proj", 2, 0.75), ("linear_fc1", 1, 0.75), ("linear_fc2", 1, fc2)}
-    assert all(row["measured"] == pytest.approx([row["target"]] * 2) for row in facts["sparsity"]["weights"])
+    assert rows == {("linear_qkv", 2, 0.75), ("linear_proj", 2, 0.75), ("linear_fc1", 1, 0.75),
+                    ("linear_fc2", 1, fc2)}
+    assert all(row["measured"] == pytest.approx([row["target"]] * 2)
+               for row in facts["sparsity"]["weights"])
     parts = facts["bytes"]
     assert parts["total"] == sum(t.nbytes for t in whole.values())
     active = facts["model"]["active_parameters"]
@@ -198,7 +209,8 @@ def flipped(content: bytes) -> bytes:
     return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:]
 
 
-@pytest.mark.parametrize("damage", [flipped, lambda content: content[:-1], None], ids=["flip", "truncate", "delete"])
+@pytest.mark.parametrize("damage", [flipped, lambda content: content[:-1], None],
+                         ids=["flip", "truncate", "delete"])
 def test_verify_names_every_file_that_is_damaged(copy, damage):
     names = [*store.files_of(copy), store.FILES]
     assert {Path(n).suffix for n in names} >= {".distcp", ".json", ".pt", ""}  # "": .metadata

@@ -11,11 +11,13 @@ from test_pretrain import records
 
 pytestmark = pytest.mark.slow
 
-KILLS = int(os.environ.get("KILLS", "6"))  # 50 take minutes on two cores: KILLS=50 pytest tests/cli/test_kill_loop.py
+# 50 take minutes on two cores: KILLS=50 pytest tests/cli/test_kill_loop.py
+KILLS = int(os.environ.get("KILLS", "6"))
 
 
 def test_killed_over_and_over_equals_straight(workplace, start):
-    words = ("parallel.tensor=2", "checkpoint.every=2", "train.tokens=6144", "log.tensorboard=false")
+    words = ("parallel.tensor=2", "checkpoint.every=2", "train.tokens=6144",
+             "log.tensorboard=false")
     straight = start("output=kill-straight", *words, ranks=2)
     out, err = straight.communicate(timeout=300)
     assert straight.returncode == 0, out + err
@@ -23,7 +25,8 @@ def test_killed_over_and_over_equals_straight(workplace, start):
     recipe.write_text("extends: recipe.yaml\ncheckpoint: {every: 2}\nlog: {tensorboard: false}\n"
                       "parallel: {timeout: 30}\nguard: {join_seconds: 20, hang_seconds: 20}\n")
     script = Path(__file__).with_name("kill_loop.py")
-    done = subprocess.run([sys.executable, "-W", "ignore", str(script), "kill.yaml", str(KILLS), "1"], cwd=workplace,
+    done = subprocess.run([sys.executable, "-W", "ignore", str(script), "kill.yaml", str(KILLS),
+                           "1"], cwd=workplace,
                           capture_output=True, text=True, timeout=1500, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
@@ -32,5 +35,6 @@ def test_killed_over_and_over_equals_straight(workplace, start):
     for run in found["runs"]:
         assert records(workplace / run) == records(workplace / "kill-straight")
         assert not list((workplace / run / "checkpoints").glob("*.partial"))
-    said = sum((workplace / f"{run}.txt").read_text().count("a save that did not finish") for run in found["runs"])
+    said = sum((workplace / f"{run}.txt").read_text().count("a save that did not finish")
+               for run in found["runs"])
     assert (said > 0) == (found["while saving"] > 0)

@@ -15,13 +15,15 @@ from forked_ranks import TORCHRUN
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMING = {"tokens_per_second", "model_tflops_per_rank", "step_seconds", "data_seconds", "memory_bytes"}
+TIMING = {"tokens_per_second", "model_tflops_per_rank", "step_seconds", "data_seconds",
+          "memory_bytes"}
 
 
 def records(run: Path) -> list[dict]:
     """The log without what depends on the clock, and without the records that every start adds."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in r.items() if k not in TIMING} for r in lines if r["kind"] not in ("bytes", "save")]
+    return [{k: v for k, v in r.items() if k not in TIMING} for r in lines
+            if r["kind"] not in ("bytes", "save")]
 
 
 def finish(process, code=0):
@@ -31,7 +33,8 @@ def finish(process, code=0):
 
 
 def wait_for(run: Path, step: int, process) -> None:
-    while not ((run / "log.jsonl").exists() and f'"step": {step},' in (run / "log.jsonl").read_text()):
+    while not ((run / "log.jsonl").exists()
+               and f'"step": {step},' in (run / "log.jsonl").read_text()):
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
 
@@ -42,7 +45,8 @@ def straight(start, workplace):
     before = {p for p in workplace.rglob("*")}
     out = finish(start("output=straight", "parallel.tensor=2", ranks=2, launcher=TORCHRUN,
                        HOME=str(workplace / "home")))
-    return workplace / "straight", out, {p.relative_to(workplace).parts[0] for p in workplace.rglob("*")
+    return workplace / "straight", out, {p.relative_to(workplace).parts[0]
+                                         for p in workplace.rglob("*")
                                          if p not in before}
 
 
@@ -58,7 +62,8 @@ def test_a_run_reports_what_it_does(straight):
     assert train[11]["flops"] == pytest.approx(12 * train[0]["flops"])
     assert train[1]["lr"] == pytest.approx(1e-3)  # the end of the warm-up
     assert train[-1]["lr"] == pytest.approx(1e-4)
-    for said in ("sparsity plan", "layout: 2 ranks = tensor 2", "SdpaCoreAttention", "AdamW", "MiB per step"):
+    for said in ("sparsity plan", "layout: 2 ranks = tensor 2", "SdpaCoreAttention", "AdamW",
+                 "MiB per step"):
         assert said in out
 
 
@@ -73,7 +78,8 @@ def test_tensorboard_holds_the_same(straight):
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
     there = {e.step: e.value for e in events.Scalars("train/loss")}
-    assert there == pytest.approx({r["step"]: r["loss"] for r in records(run) if r["kind"] == "train"})
+    assert there == pytest.approx({r["step"]: r["loss"] for r in records(run) if r["kind"]
+                                   == "train"})
 
 
 def test_a_finished_run_is_left_alone(straight, start):
@@ -122,7 +128,8 @@ def test_sigusr1_saves_and_ends_with_the_documented_code(start, workplace):
 
 
 def kill_tree(process) -> None:
-    """kill -9 to the launcher and everything it started: stopped first, so that nothing new is born meanwhile."""
+    """kill -9 to the launcher and everything it started: stopped first, so that nothing new is born
+    meanwhile."""
     root = psutil.Process(process.pid)
     victims = {root}
     for signalled in (psutil.Process.suspend, psutil.Process.kill):
@@ -143,17 +150,20 @@ def small_disk(workplace):
     mount = ["mount", "-t", "tmpfs", "-o", "size=1024k", "tmpfs", str(place)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("no permission to mount a file system")
-    yield place, lambda size: subprocess.run(["mount", "-o", f"remount,size={size}k", str(place)], check=True)
+    yield place, lambda size: subprocess.run(["mount", "-o", f"remount,size={size}k", str(place)],
+                                             check=True)
     subprocess.run(["umount", str(place)], check=True)
 
 
 def test_a_full_disk_stops_the_run_and_loses_nothing(straight, start, small_disk):
     place, resize = small_disk
-    bytes_of_one = sum(p.stat().st_size for p in (straight[0] / "checkpoints" / "step_00000024").rglob("*"))
+    bytes_of_one = sum(p.stat().st_size
+                       for p in (straight[0] / "checkpoints" / "step_00000024").rglob("*"))
     resize(bytes_of_one * 3 // 2 // 1024)
     words = (f"output={place / 'run'}", "parallel.tensor=2", "log.tensorboard=false",
              f"data.index_cache={straight[0].parent / 'index'}")  # the disk is for checkpoints
-    out = finish(start(*words, "checkpoint.every=4", ranks=2), code=1)  # the launcher's, of a rank that ended with 3
+    # the launcher's, of a rank that ended with 3
+    out = finish(start(*words, "checkpoint.every=4", ranks=2), code=1)
     assert out.count("could NOT save") == 2 and "rank" in out and "bytes are free" in out
     assert "the last 2 saves failed" in out and "make room" in out
     assert [p.name for p in (place / "run" / "checkpoints").iterdir()] == ["step_00000004"]
@@ -178,7 +188,8 @@ def test_a_damaged_checkpoint_is_named_and_refused(straight, start, workplace):
 
 
 def test_dry_run_prints_the_plan_and_touches_nothing(workplace):
-    command = [sys.executable, str(ROOT / "pretrain.py"), str(ROOT / "configs/pretrain/gpt3_xl_s75.yaml"), "--dry-run",
+    command = [sys.executable, str(ROOT / "pretrain.py"),
+               str(ROOT / "configs/pretrain/gpt3_xl_s75.yaml"), "--dry-run",
                "parallel.pipeline=2"]
     done = subprocess.run(command, cwd=workplace, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

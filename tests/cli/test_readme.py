@@ -36,9 +36,11 @@ def copy(tmp_path_factory):
         (place / directory / "library.jsonl").write_text("".join(lines))
     (place / "pairs").mkdir()
     for split, names in (("train", "abcdefgh"), ("validation", "ij")):
-        pairs = [{"context": f"import {p.stem}", "completion": f"# {p.name}"} for p in sorted(library.glob("*.py"))
+        pairs = [{"context": f"import {p.stem}", "completion": f"# {p.name}"}
+                 for p in sorted(library.glob("*.py"))
                  if p.name[0] in names]
-        (place / "pairs" / f"{split}.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+        (place / "pairs" / f"{split}.jsonl").write_text("".join(json.dumps(pair) + "\n"
+                                                                for pair in pairs))
     return place
 
 
@@ -54,7 +56,8 @@ def test_commands(copy):
            "CUDA_VISIBLE_DEVICES": ""}
     outputs = {}
     for command in others:
-        done = subprocess.run(["bash", "-c", command], cwd=copy, env=env, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(["bash", "-c", command], cwd=copy, env=env, capture_output=True,
+                              text=True, timeout=300)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         outputs[command] = done.stdout
     (resumed,) = [out for command, out in outputs.items() if "parallel.data=2 output" in command]

@@ -1,4 +1,5 @@
-"""pretrain.py with stages, as users start it: killed on both sides of the border it is the straight run."""
+"""pretrain.py with stages, as users start it: killed on both sides of the border it is the straight
+run."""
 
 import subprocess
 import sys
@@ -7,7 +8,8 @@ import pytest
 import yaml
 from test_pretrain import ROOT, finish, kill_tree, records, wait_for
 
-STAGES = [{"share": 0.5, "sparsity": 0.75, "lr": 2e-3}, {"share": 0.5, "sparsity": 0, "warmup_tokens": 700}]
+STAGES = [{"share": 0.5, "sparsity": 0.75, "lr": 2e-3},
+          {"share": 0.5, "sparsity": 0, "warmup_tokens": 700}]
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +23,10 @@ def staged(workplace):
 
 def test_a_dry_run_prints_every_stage(ask, staged):
     out, _ = ask("--dry-run", recipe=staged).communicate()
-    for said in ("stage 1 of 2: steps 1 to 12, 3,072 tokens", "learning rate up to 0.002 over 512 tokens",
-                 "stage 2 of 2: steps 13 to 24, 3,072 tokens", "learning rate up to 0.001 over 700 tokens",
+    for said in ("stage 1 of 2: steps 1 to 12, 3,072 tokens",
+                 "learning rate up to 0.002 over 512 tokens",
+                 "stage 2 of 2: steps 13 to 24, 3,072 tokens",
+                 "learning rate up to 0.001 over 700 tokens",
                  "densified, with fresh optimizer moments", "75.0000%", "sparsity plan: dense"):
         assert said in out
     assert out.count("layout: 1 ranks") == 2
@@ -44,7 +48,8 @@ def straight(start, workplace, staged):
 def test_a_run_says_where_its_border_is(straight):
     run, out = straight
     assert out.count("stage 2 of 2") == 2 and "densified step_00000012" in out
-    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [f"step_{n:08}" for n in (8, 12, 16, 24)]
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [f"step_{n:08}"
+                                                                       for n in (8, 12, 16, 24)]
 
 
 @pytest.mark.slow
@@ -56,7 +61,8 @@ def test_killed_on_both_sides_of_the_border_equals_straight(straight, start, wor
         kill_tree(process)
     finish(start("output=stages_killed", recipe=staged))
     assert records(run) == records(straight[0])
-    changed = start("output=stages_killed", "stages=[{share: 0.5, sparsity: 0.5}, {share: 0.5, sparsity: 0}]",
+    changed = start("output=stages_killed",
+                    "stages=[{share: 0.5, sparsity: 0.5}, {share: 0.5, sparsity: 0}]",
                     recipe=staged)
     assert changed.wait(timeout=120) == 2 and "stages is " in changed.communicate()[1]
 
@@ -64,8 +70,8 @@ def test_killed_on_both_sides_of_the_border_equals_straight(straight, start, wor
 @pytest.mark.slow
 def test_tools_take_a_checkpoint_of_either_stage_as_what_it_is(straight, start, workplace, staged):
     def tool(name: str, *words: str) -> str:
-        done = subprocess.run([sys.executable, "-W", "ignore", str(ROOT / "tools" / name), *words], cwd=workplace,
-                              capture_output=True, text=True, check=False)
+        done = subprocess.run([sys.executable, "-W", "ignore", str(ROOT / "tools" / name), *words],
+                              cwd=workplace, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 

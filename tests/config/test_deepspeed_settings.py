@@ -1,4 +1,5 @@
-"""DeepSpeed's configuration follows the recipe; a JSON file that contradicts it is refused with both values."""
+"""DeepSpeed's configuration follows the recipe; a JSON file that contradicts it is refused with
+both values."""
 
 from __future__ import annotations
 
@@ -41,17 +42,20 @@ def test_shipped_file_agrees_with_its_stage(recipe, path):
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
 def test_shipped_file_is_refused_at_another_stage(recipe, path):
-    (wrong, *_) = rule_violations(recipe(engine="deepspeed", deepspeed=str(path), parallel={"zero_stage": 0}))
+    (wrong, *_) = rule_violations(recipe(engine="deepspeed", deepspeed=str(path),
+                                         parallel={"zero_stage": 0}))
     assert f"zero_optimization.stage={STAGES[path.stem]}" in wrong and "parallel.zero_stage makes it 0" in wrong
 
 
 def test_the_recipe_decides(recipe):
     settings = deepspeed_settings(recipe(
-        engine="deepspeed", parallel={"data": 2, "zero_stage": 2, "offload": True}, optimizer={"clip_grad": 0.5}))
+        engine="deepspeed", parallel={"data": 2, "zero_stage": 2, "offload": True},
+        optimizer={"clip_grad": 0.5}))
     assert (settings["train_batch_size"], settings["train_micro_batch_size_per_gpu"]) == (8, 2)
     assert settings["gradient_accumulation_steps"] == 2 and settings["gradient_clipping"] == 0.5
     assert settings["bf16"]["enabled"] and settings["data_types"] == {"grad_accum_dtype": "fp32"}
-    assert settings["zero_optimization"] == {"stage": 2, "offload_optimizer": {"device": "cpu"}, **BUCKETS}
+    assert settings["zero_optimization"] == {"stage": 2, "offload_optimizer": {"device": "cpu"},
+                                             **BUCKETS}
     assert "optimizer" not in settings and "scheduler" not in settings
 
 
@@ -69,23 +73,33 @@ def test_a_file_adds_what_the_recipe_says_nothing_about(with_json):
 
 
 CONTRADICTIONS = {
-    "stage": ({"zero_optimization": {"stage": 3}}, ["zero_optimization.stage=3", "parallel.zero_stage makes it 2"]),
+    "stage": ({"zero_optimization": {"stage": 3}},
+              ["zero_optimization.stage=3", "parallel.zero_stage makes it 2"]),
     "batch": ({"train_batch_size": 16}, ["train_batch_size=16", "train.global_batch makes it 8"]),
-    "micro-batch": ({"train_micro_batch_size_per_gpu": 4}, ["train_micro_batch_size_per_gpu=4", "makes it 2"]),
-    "accumulation": ({"gradient_accumulation_steps": 1}, ["gradient_accumulation_steps=1", "makes it 4"]),
-    "clipping": ({"gradient_clipping": 5.0}, ["gradient_clipping=5.0", "optimizer.clip_grad makes it 1.0"]),
+    "micro-batch": ({"train_micro_batch_size_per_gpu": 4},
+                    ["train_micro_batch_size_per_gpu=4", "makes it 2"]),
+    "accumulation": ({"gradient_accumulation_steps": 1},
+                     ["gradient_accumulation_steps=1", "makes it 4"]),
+    "clipping": ({"gradient_clipping": 5.0},
+                 ["gradient_clipping=5.0", "optimizer.clip_grad makes it 1.0"]),
     "bf16": ({"bf16": {"enabled": False}}, ["bf16.enabled=false", "train.precision makes it true"]),
     "fp16": ({"fp16": {"enabled": True}}, ["fp16.enabled=true", "train.precision makes it false"]),
     "offload": ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}},
                 ['offload_optimizer.device="nvme"', 'parallel.offload makes it "none"']),
-    "rate": ({"optimizer": {"type": "AdamW", "params": {"lr": 1}}}, ["optimizer.params.lr=1", "makes it 0.001"]),
-    "betas": ({"optimizer": {"params": {"betas": [0.9, 0.95]}}}, ["betas=[0.9, 0.95]", "makes it [0.9, 0.999]"]),
+    "rate": ({"optimizer": {"type": "AdamW", "params": {"lr": 1}}},
+             ["optimizer.params.lr=1", "makes it 0.001"]),
+    "betas": ({"optimizer": {"params": {"betas": [0.9, 0.95]}}},
+              ["betas=[0.9, 0.95]", "makes it [0.9, 0.999]"]),
     "optimizer": ({"optimizer": {"type": "Lamb"}}, ['optimizer.type="Lamb"', 'makes it "AdamW"']),
-    "scheduler": ({"scheduler": {"type": "WarmupLR"}}, ['has a scheduler, {"type": "WarmupLR"}', "remove it"]),
-    "auto": ({"zero_optimization": {"reduce_bucket_size": "auto"}}, ['reduce_bucket_size="auto"', "give a value"]),
+    "scheduler": ({"scheduler": {"type": "WarmupLR"}},
+                  ['has a scheduler, {"type": "WarmupLR"}', "remove it"]),
+    "auto": ({"zero_optimization": {"reduce_bucket_size": "auto"}},
+             ['reduce_bucket_size="auto"', "give a value"]),
     "parameters offloaded": ({"zero_optimization": {"offload_param": {"device": "cpu"}}},
-                             ['offload_param.device="cpu"', "parallel.zero_stage=2", "zero_stage=3 only"]),
-    "misspelt": ({"zero_optimisation": {"overlap_comm": True}}, ["has zero_optimisation,", "write zero_optimization"]),
+                             ['offload_param.device="cpu"', "parallel.zero_stage=2",
+                              "zero_stage=3 only"]),
+    "misspelt": ({"zero_optimisation": {"overlap_comm": True}},
+                 ["has zero_optimisation,", "write zero_optimization"]),
     "not JSON": ("{", ["is not JSON"]),
     "a list": ("[]", ["must hold one JSON object, not a list"]),
 }
@@ -101,7 +115,8 @@ def test_contradiction_is_named_with_both_values(with_json, content, parts):
 
 def test_values_that_agree_are_no_contradiction(with_json):
     _, broken = with_json({
-        "train_batch_size": 8, "gradient_clipping": 1, "bf16": {"enabled": True}, "fp16": {"enabled": False},
+        "train_batch_size": 8, "gradient_clipping": 1, "bf16": {"enabled": True},
+        "fp16": {"enabled": False},
         "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none"}},
         "optimizer": {"type": "AdamW", "params": {"lr": 0.001, "betas": [0.9, 0.999], "eps": 1e-8,
                                                   "weight_decay": 0.1}}})
@@ -114,12 +129,16 @@ def test_missing_file_is_named(recipe, tmp_path):
 
 
 @pytest.mark.parametrize("sections, parts", [
-    ({"engine": "deepspeed", "parallel": {"pipeline": 2}}, ["engine=deepspeed", "parallel.pipeline=2"]),
-    ({"parallel": {"zero_stage": 2}}, ["parallel.zero_stage=2 needs engine=deepspeed", "engine=megatron"]),
-    ({"parallel": {"zero_stage": 3}}, ["parallel.zero_stage=3 needs engine=deepspeed", "engine=megatron"]),
+    ({"engine": "deepspeed", "parallel": {"pipeline": 2}},
+     ["engine=deepspeed", "parallel.pipeline=2"]),
+    ({"parallel": {"zero_stage": 2}},
+     ["parallel.zero_stage=2 needs engine=deepspeed", "engine=megatron"]),
+    ({"parallel": {"zero_stage": 3}},
+     ["parallel.zero_stage=3 needs engine=deepspeed", "engine=megatron"]),
     ({"parallel": {"offload": True}}, ["parallel.offload=true needs engine=deepspeed"]),
     ({"deepspeed": "x.json"}, ["deepspeed=x.json needs engine=deepspeed"]),
-    ({"engine": "deepspeed", "parallel": {"zero_stage": 0, "offload": True}}, ["offload=true", "zero_stage=0"]),
+    ({"engine": "deepspeed", "parallel": {"zero_stage": 0, "offload": True}},
+     ["offload=true", "zero_stage=0"]),
 ])
 def test_what_an_engine_cannot_do_is_named(recipe, sections, parts):
     (wrong,) = rule_violations(recipe(**sections))

@@ -1,4 +1,5 @@
-"""Fine-tuning recipes: the shipped ones are the paper's, and what a run comes to follows from model and data."""
+"""Fine-tuning recipes: the shipped ones are the paper's, and what a run comes to follows from model
+and data."""
 
 from __future__ import annotations
 
@@ -42,11 +43,14 @@ def test_recipe_is_the_papers(name):
     o = recipe.optimizer
     assert (recipe.mode, recipe.revived, recipe.engine) == ("dense", "zeros", "deepspeed")
     assert (recipe.train.epochs, recipe.train.dropout, recipe.evaluate.patience) == (5, None, 1)
-    assert (o.decay, o.min_lr_ratio, o.beta1, o.beta2, o.eps, o.weight_decay) == ("linear", 0.0, 0.9, 0.999, 1e-8, 0.01)
+    assert (o.decay, o.min_lr_ratio, o.beta1, o.beta2, o.eps,
+            o.weight_decay) == ("linear", 0.0, 0.9, 0.999, 1e-8, 0.01)
     rates = [float(rate) for rate in recipe.sweep["optimizer.lr"]]
     if name in NLG:
-        assert (recipe.train.label_smoothing, o.warmup_steps, recipe.train.sequence_length) == (0.1, 500, 512)
-        assert rates == [1e-4, 5e-5, 2.5e-5] and recipe.sweep["train.global_batch"] == [8, 16, 32, 64]
+        assert (recipe.train.label_smoothing, o.warmup_steps,
+                recipe.train.sequence_length) == (0.1, 500, 512)
+        assert rates == [1e-4, 5e-5,
+                         2.5e-5] and recipe.sweep["train.global_batch"] == [8, 16, 32, 64]
     else:
         assert (recipe.train.global_batch, recipe.train.sequence_length) == (32, None)
         assert (max(rates), min(rates)) == (3e-3, 1e-5) and set(recipe.sweep) == {"optimizer.lr"}
@@ -60,7 +64,8 @@ def test_a_run_is_so_many_steps_of_the_training_recipe():
     assert recipe.steps == 5 * 658 and recipe.micro_batches == 4
     assert recipe.optimizer.warmup_tokens == 500 * recipe.tokens_per_step
     assert recipe.model == SMALL and recipe.sparsity == Sparsity()
-    assert (recipe.engine, recipe.parallel.zero_stage, recipe.checkpoint.best) == ("deepspeed", 3, True)
+    assert (recipe.engine, recipe.parallel.zero_stage,
+            recipe.checkpoint.best) == ("deepspeed", 3, True)
     assert Recipe.model_validate(recipe.model_dump()) == recipe
 
 
@@ -78,21 +83,26 @@ def test_a_batch_that_replicas_do_not_divide_is_refused_before_model_and_data_ar
 
 def test_the_sparse_mode_keeps_the_sparsity_of_the_start():
     sparsity = Sparsity(level=0.5, seed=3)
-    assert training_recipe(shipped("e2e", "mode=sparse"), SMALL, sparsity, 42_061).sparsity == sparsity
+    assert training_recipe(shipped("e2e", "mode=sparse"), SMALL, sparsity,
+                           42_061).sparsity == sparsity
 
 
 def test_dropout_and_length_may_differ_from_the_start():
-    recipe = training_recipe(shipped("e2e", "train.dropout=0.1", "train.sequence_length=256"), SMALL, Sparsity(), 9999)
+    recipe = training_recipe(shipped("e2e", "train.dropout=0.1", "train.sequence_length=256"),
+                             SMALL, Sparsity(), 9999)
     assert (recipe.model.dropout, recipe.train.sequence_length) == (0.1, 256)
-    assert training_recipe(shipped("curation"), SMALL, Sparsity(), 9999).train.sequence_length == SMALL.max_positions
+    assert training_recipe(shipped("curation"), SMALL, Sparsity(),
+                           9999).train.sequence_length == SMALL.max_positions
 
 
 @pytest.mark.parametrize("words, parts", [
     (["train.global_batch=6", "train.micro_batch=4"], ["train.global_batch=6", "4 or 8"]),
     (["train.sequence_length=4096"], ["train.sequence_length=4096", "model.max_positions=2048"]),
     (["parallel.tensor=5"], ["model.query_groups=12", "parallel.tensor=5"]),
-    (["optimizer.warmup_steps=99999"], ["optimizer.warmup_steps=99999", "13145 steps", "5 epochs of 2629"]),
-    (["engine=megatron", "parallel.zero_stage=3"], ["parallel.zero_stage=3 needs engine=deepspeed"]),
+    (["optimizer.warmup_steps=99999"],
+     ["optimizer.warmup_steps=99999", "13145 steps", "5 epochs of 2629"]),
+    (["engine=megatron", "parallel.zero_stage=3"],
+     ["parallel.zero_stage=3 needs engine=deepspeed"]),
 ])
 def test_what_does_not_fit_model_and_data_is_named(words, parts):
     with pytest.raises(ValueError) as caught:
@@ -105,7 +115,8 @@ def test_what_does_not_fit_model_and_data_is_named(words, parts):
     (["parallel.pipeline=2"], ["parallel.pipeline=2", "pipeline=1"]),
     (["mode=sparse", "revived=normal"], ["revived=normal", "mode=sparse"]),
     (["data.task=e3e"], ["data.task='e3e'", "'e2e'"]),
-    (["optimizer.warmup_tokens=1"], ["unknown key optimizer.warmup_tokens", "did you mean optimizer.warmup_steps?"]),
+    (["optimizer.warmup_tokens=1"],
+     ["unknown key optimizer.warmup_tokens", "did you mean optimizer.warmup_steps?"]),
     (["train.tokens=1"], ["unknown key train.tokens"]),
     (["sweep={optimizer.lr: 1e-4}"], ["sweep.optimizer.lr='1e-4'", "list"]),
 ])
@@ -117,15 +128,18 @@ def test_bad_value_is_named(words, parts):
 
 
 def test_a_recipe_without_a_start_says_how_to_name_one():
-    with pytest.raises(ValueError, match=r"checkpoint is missing; set it in the recipe or as checkpoint=VALUE"):
+    with pytest.raises(ValueError,
+                       match=r"checkpoint is missing; set it in the recipe or as checkpoint=VALUE"):
         load_finetune(SHIPPED["e2e"])
 
 
 def test_layout_and_engine_may_change_between_starts_and_the_rest_may_not():
     base = shipped("e2e").identity()
-    for word in ("engine=megatron", "parallel.tensor=2", "parallel.zero_stage=0", "train.micro_batch=4", "log.every=1",
+    for word in ("engine=megatron", "parallel.tensor=2", "parallel.zero_stage=0",
+                 "train.micro_batch=4", "log.every=1",
                  "train.recompute=full", "output=elsewhere"):
         assert shipped("e2e", word).identity() == base, word
-    for word in ("mode=sparse", "seed=1", "train.epochs=4", "optimizer.lr=1e-3", "data.path=x", "evaluate.patience=3",
+    for word in ("mode=sparse", "seed=1", "train.epochs=4", "optimizer.lr=1e-3", "data.path=x",
+                 "evaluate.patience=3",
                  "revived=normal", "train.global_batch=8"):
         assert shipped("e2e", word).identity() != base, word

@@ -35,8 +35,9 @@ def test_field_is_in_the_help_with_its_meaning(name):
 
 
 @pytest.mark.parametrize("name, text", [
-    ("optimizer.lr", "float"), ("optimizer.beta2", "float = 0.999"), ("log.tensorboard", "bool = true"),
-    ("data.index_cache", "str = none"), ("train.precision", "bf16|fp32 = bf16"), ("data.train", "list of str = []"),
+    ("optimizer.lr", "float"), ("optimizer.beta2", "float = 0.999"),
+    ("log.tensorboard", "bool = true"), ("data.index_cache", "str = none"),
+    ("train.precision", "bf16|fp32 = bf16"), ("data.train", "list of str = []"),
     ("sparsity.rules", "list of {weights, level}")])
 def test_help_shows_type_and_default(name, text):
     assert text in lines_of(name)

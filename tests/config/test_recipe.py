@@ -1,4 +1,5 @@
-"""Recipes: the shipped ones are the paper's, the loader reads every written form, bad input says what is wrong."""
+"""Recipes: the shipped ones are the paper's, the loader reads every written form, bad input says
+what is wrong."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from megatron_spdf.recipe.load import load_recipe, save_recipe
 from megatron_spdf.recipe.recipe import Recipe
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-SHIPPED = sorted(p for p in CONFIGS.rglob("*.yaml") if p.parent.name not in ("finetune", "experiments"))
+SHIPPED = sorted(p for p in CONFIGS.rglob("*.yaml")
+                 if p.parent.name not in ("finetune", "experiments"))
 
 SMALL = {"layers": 12, "hidden": 768, "heads": 12, "ffn_hidden": 4 * 768}
 XL = {"layers": 24, "hidden": 2048, "heads": 16, "ffn_hidden": 4 * 2048}
@@ -68,7 +70,8 @@ def test_recipes_are_shipped():
 def test_recipe_is_the_papers(size, level):
     recipe, paper = shipped(f"{size}_{level}"), PAPER[size]
     assert recipe.model.model_dump(include=set(SMALL)) == paper["shape"]
-    assert (recipe.model.vocab_size, recipe.model.max_positions, recipe.model.dropout) == (50257, 2048, 0.0)
+    assert (recipe.model.vocab_size, recipe.model.max_positions,
+            recipe.model.dropout) == (50257, 2048, 0.0)
     assert recipe.model.init_std == 0.02
     assert (recipe.sparsity.level, recipe.sparsity.rules) == (LEVELS[level], [])
     assert (recipe.train.global_batch, recipe.train.sequence_length) == (paper["batch"], 2048)
@@ -83,7 +86,8 @@ def test_recipe_is_the_papers(size, level):
 @pytest.mark.parametrize("size", PAPER)
 @pytest.mark.parametrize("level", ["s50", "s75"])
 def test_sparse_and_dense_recipe_differ_in_sparsity_only(size, level):
-    assert differences(shipped(f"{size}_{level}"), shipped(f"{size}_dense")) == {"output", "sparsity.level"}
+    assert differences(shipped(f"{size}_{level}"),
+                       shipped(f"{size}_dense")) == {"output", "sparsity.level"}
 
 
 def test_the_two_sizes_differ_in_shape_batch_rate_length_and_layout_only():
@@ -100,8 +104,10 @@ def test_no_two_recipes_share_an_output():
 def test_extends_is_a_chain_where_the_last_wins(write):
     write()
     write("extends: recipe.yaml\nseed: 1\noptimizer: {lr: 2.0e-3, beta2: 0.95}\n", "middle.yaml")
-    recipe = load_recipe(write("extends: middle.yaml\nseed: 2\noptimizer: {beta2: 0.9}\n", "last.yaml"))
-    assert (recipe.seed, recipe.optimizer.lr, recipe.optimizer.beta2, recipe.model.layers) == (2, 2e-3, 0.9, 4)
+    recipe = load_recipe(write("extends: middle.yaml\nseed: 2\noptimizer: {beta2: 0.9}\n",
+                               "last.yaml"))
+    assert (recipe.seed, recipe.optimizer.lr, recipe.optimizer.beta2,
+            recipe.model.layers) == (2, 2e-3, 0.9, 4)
 
 
 def test_extends_is_relative_to_the_file_that_says_it(write, tmp_path):
@@ -117,8 +123,11 @@ def test_circle_of_extends_is_refused(write):
 
 
 def test_override_wins_over_the_recipe(write):
-    recipe = load_recipe(write(), ["optimizer.lr=5e-4", "parallel.tensor=2", "log.tensorboard=false", "output=b"])
-    assert (recipe.optimizer.lr, recipe.parallel.tensor, recipe.log.tensorboard, recipe.output) == (5e-4, 2, False, "b")
+    recipe = load_recipe(write(),
+                         ["optimizer.lr=5e-4", "parallel.tensor=2", "log.tensorboard=false",
+                          "output=b"])
+    assert (recipe.optimizer.lr, recipe.parallel.tensor, recipe.log.tensorboard,
+            recipe.output) == (5e-4, 2, False, "b")
     assert recipe.optimizer.beta1 == 0.9
 
 
@@ -127,8 +136,9 @@ def test_last_override_wins(write):
 
 
 @pytest.mark.parametrize("text, tokens", [
-    ("2.5B", 2_500_000_000), ("375M", 375_000_000), ("26b", 26_000_000_000), ("10k", 10_000), ("1T", 10**12),
-    ("100_000", 100_000), ("2.5e9", 2_500_000_000), ('"2.5e9"', 2_500_000_000), ("2.5e+9", 2_500_000_000)])
+    ("2.5B", 2_500_000_000), ("375M", 375_000_000), ("26b", 26_000_000_000), ("10k", 10_000),
+    ("1T", 10**12), ("100_000", 100_000), ("2.5e9", 2_500_000_000), ('"2.5e9"', 2_500_000_000),
+    ("2.5e+9", 2_500_000_000)])
 def test_counts_are_read(write, text, tokens):
     found = load_recipe(write(), [f"train.tokens={text}"]).train.tokens
     assert found == tokens and type(found) is int
@@ -156,7 +166,8 @@ def test_sparsity_is_a_number_or_a_mapping(write, form, base):
 def test_sparsity_is_a_list_of_rules(write):
     for recipe in (load_recipe(write(f"{TINY}sparsity: {RULES}\n", "alone.yaml")),
                    load_recipe(write(), [f"sparsity={RULES}"])):
-        assert [(r.weights, r.level) for r in recipe.sparsity.rules] == [("*.mlp.*", 0.9), ("*", 0.5)]
+        assert [(r.weights, r.level) for r in recipe.sparsity.rules] == [("*.mlp.*", 0.9),
+                                                                         ("*", 0.5)]
         assert recipe.sparsity.level == 0.0
 
 
@@ -187,37 +198,52 @@ def test_saved_recipe_reads_back_equal(write, tmp_path):
 
 BAD = {
     "misspelt section": (["modle.layers=3"], "modle", "did you mean model?"),
-    "misspelt key": (["optimizer.lrr=1"], "optimizer.lrr", "(value 1)", "did you mean optimizer.lr?"),
+    "misspelt key": (["optimizer.lrr=1"], "optimizer.lrr", "(value 1)",
+                     "did you mean optimizer.lr?"),
     "unknown key": (["parallel.zzz=1"], "parallel.zzz", "known: data, interleave"),
-    "misspelt sparsity key": (["sparsity.lvel=0.4"], "sparsity.lvel", "did you mean sparsity.level?"),
+    "misspelt sparsity key": (["sparsity.lvel=0.4"], "sparsity.lvel",
+                              "did you mean sparsity.level?"),
     "misspelt rule key": (["sparsity=[{weights: a, level: 0.5}, {weights: b, levle: 0.5}]"],
                           "sparsity.rules.1.levle", "did you mean sparsity.rules.1.level?"),
-    "misspelt glob key": (["sparsity=[{wieghts: a, level: 0.5}]"], "did you mean sparsity.rules.0.weights?"),
-    "rule without level": (["sparsity=[{weights: a}]"], "sparsity.rules.0.level is missing", "set it"),
+    "misspelt glob key": (["sparsity=[{wieghts: a, level: 0.5}]"],
+                          "did you mean sparsity.rules.0.weights?"),
+    "rule without level": (["sparsity=[{weights: a}]"], "sparsity.rules.0.level is missing",
+                           "set it"),
     "all sparse": (["sparsity=1.0"], "sparsity.level=1.0", "less than 1"),
     "negative sparsity": (["sparsity=-0.1"], "sparsity.level=-0.1", "greater than or equal to 0"),
     "sparsity in words": (["sparsity=abc"], "sparsity.level='abc'", "valid number"),
-    "rule all sparse": (["sparsity=[{weights: a, level: 1.0}]"], "sparsity.rules.0.level=1.0", "less than 1"),
+    "rule all sparse": (["sparsity=[{weights: a, level: 1.0}]"], "sparsity.rules.0.level=1.0",
+                        "less than 1"),
     "unknown preset": (["model.preset=gpt9"], "model.preset='gpt9'", "'gpt3_xl'"),
-    "width not divisible by heads": (["model.hidden=66"], "model.hidden=66", "model.heads=4", "heads may be [1, 2, 3,"),
-    "heads not divisible by TP": (["parallel.tensor=3"], "heads=4", "parallel.tensor=3", "tensor may be [1, 2, 4]"),
-    "layers not divisible by PP": (["parallel.pipeline=3"], "model.layers=4", "3 x 1 = 3", "may be [1, 2, 4]"),
+    "width not divisible by heads": (["model.hidden=66"], "model.hidden=66", "model.heads=4",
+                                     "heads may be [1, 2, 3,"),
+    "heads not divisible by TP": (["parallel.tensor=3"], "heads=4", "parallel.tensor=3",
+                                  "tensor may be [1, 2, 4]"),
+    "layers not divisible by PP": (["parallel.pipeline=3"], "model.layers=4", "3 x 1 = 3",
+                                   "may be [1, 2, 4]"),
     "layers not divisible by PP x interleave": (
-        ["parallel.pipeline=2", "parallel.interleave=3"], "model.layers=4", "2 x 3 = 6", "may be [1, 2, 4]"),
-    "batch not divisible": (["parallel.data=3"], "train.global_batch=8", "2 x 3 = 6", "may be 6 or 12"),
-    "sequence too long": (["train.sequence_length=64"], "train.sequence_length=64", "model.max_positions=32", "lower"),
-    "interleave without pipeline": (["parallel.interleave=2"], "parallel.interleave=2", "parallel.pipeline > 1", "set"),
+        ["parallel.pipeline=2", "parallel.interleave=3"], "model.layers=4", "2 x 3 = 6",
+        "may be [1, 2, 4]"),
+    "batch not divisible": (["parallel.data=3"], "train.global_batch=8", "2 x 3 = 6",
+                            "may be 6 or 12"),
+    "sequence too long": (["train.sequence_length=64"], "train.sequence_length=64",
+                          "model.max_positions=32", "lower"),
+    "interleave without pipeline": (["parallel.interleave=2"], "parallel.interleave=2",
+                                    "parallel.pipeline > 1", "set"),
     "interleave with too few micro-batches": (
         ["parallel.pipeline=2", "parallel.interleave=2", "train.micro_batch=8"],
         "1 micro-batches", "parallel.pipeline=2", "change train.global_batch"),
     "sequence parallel without TP": (
-        ["parallel.sequence=true"], "parallel.sequence=true", "parallel.tensor > 1", "set sequence=false"),
+        ["parallel.sequence=true"], "parallel.sequence=true", "parallel.tensor > 1",
+        "set sequence=false"),
     "sequence not divisible by TP": (
         ["parallel.sequence=true", "parallel.tensor=2", "train.sequence_length=31"],
         "train.sequence_length=31", "parallel.tensor=2", "change one"),
     "warm-up longer than the run": (
-        ["optimizer.warmup_tokens=1M"], "optimizer.warmup_tokens=1,000,000", "train.tokens=2,560", "shorten"),
-    "override without value": (["parallel.tensor"], "'parallel.tensor'", "section.key=value", "parallel.tensor=2"),
+        ["optimizer.warmup_tokens=1M"], "optimizer.warmup_tokens=1,000,000", "train.tokens=2,560",
+        "shorten"),
+    "override without value": (["parallel.tensor"], "'parallel.tensor'", "section.key=value",
+                               "parallel.tensor=2"),
     "override without name": (["=3"], "'=3'", "section.key=value", "parallel.tensor=2"),
     "override that is not YAML": (["parallel.tensor=[1"], "parallel.tensor=[1"),
     "override that empties a section": (["train=null"], "train=None"),
@@ -226,7 +252,8 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("overrides, parts", [(case[0], case[1:]) for case in BAD.values()], ids=BAD)
+@pytest.mark.parametrize("overrides, parts", [(case[0], case[1:]) for case in BAD.values()],
+                         ids=BAD)
 def test_bad_value_is_named_with_rule_and_remedy(write, overrides, parts):
     with pytest.raises(ValueError) as caught:
         load_recipe(write(), overrides)
@@ -242,7 +269,8 @@ def test_bad_value_is_named_with_rule_and_remedy(write, overrides, parts):
     ("model: 3\n", ["model=3"]),
     ("extends: nowhere.yaml\n", ["there is no recipe", "nowhere.yaml", "holds recipe.yaml"]),
     ("extends: [recipe.yaml]\n", ["extends"]),
-], ids=["list", "not YAML", "control characters", "empty", "section is a number", "base missing", "base is a list"])
+], ids=["list", "not YAML", "control characters", "empty", "section is a number", "base missing",
+        "base is a list"])
 def test_bad_file_is_named_with_rule_and_remedy(write, text, parts):
     with pytest.raises(ValueError) as caught:
         load_recipe(write(text))
@@ -258,7 +286,8 @@ def test_binary_file_is_named(tmp_path):
 
 def test_missing_file_names_those_that_are_there(write, tmp_path):
     write(name="there.yaml")
-    with pytest.raises(ValueError, match=r"there is no recipe .*missing\.yaml; .* holds there\.yaml"):
+    with pytest.raises(ValueError,
+                       match=r"there is no recipe .*missing\.yaml; .* holds there\.yaml"):
         load_recipe(tmp_path / "missing.yaml")
 
 
@@ -285,14 +314,18 @@ def test_override_that_an_error_advises_works(write):
 
 
 @pytest.mark.parametrize("world, words, data", [
-    (8, [], 8), (8, ["parallel.tensor=4"], 2), (6, ["parallel.pipeline=3"], 2), (8, ["parallel.data=5"], 5),
-    (1, [], 1)])
+    (8, [], 8), (8, ["parallel.tensor=4"], 2), (6, ["parallel.pipeline=3"], 2),
+    (8, ["parallel.data=5"], 5), (1, [], 1)])
 def test_data_parallel_auto_goes_by_the_world(write, world, words, data):
     path = write()
-    assert load_recipe(path, ["train.global_batch=120", "train.micro_batch=1", "model.layers=6", "parallel.data=auto",
+    assert load_recipe(path,
+                       ["train.global_batch=120", "train.micro_batch=1", "model.layers=6",
+                        "parallel.data=auto",
                               *words], world).parallel.data == data
 
 
 def test_data_parallel_auto_that_does_not_divide_is_refused(write):
-    with pytest.raises(ValueError, match=r"6 processes do not make up whole replicas .* 4 x 1 = 4; start a multiple"):
+    with pytest.raises(ValueError,
+                       match=r"6 processes do not make up whole replicas .* 4 x 1 = 4; start a "
+                             r"multiple"):
         load_recipe(write(), ["parallel.data=auto", "parallel.tensor=4"], world=6)

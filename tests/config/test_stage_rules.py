@@ -41,22 +41,30 @@ def test_a_stage_inherits_the_optimizers_schedule_and_changes_it(load):
 def test_the_sparsity_of_a_stage_has_all_forms(load):
     rules = [{"weights": "*.mlp.*", "level": 0.5}]
     assert load({**SPARSE, "sparsity": rules}, DENSE).in_stage(0).sparsity.rules[0].level == 0.5
-    assert load({**SPARSE, "sparsity": {"level": 0.5, "seed": 3}}, DENSE).in_stage(0).sparsity.seed == 3
+    assert load({**SPARSE, "sparsity": {"level": 0.5, "seed": 3}},
+                DENSE).in_stage(0).sparsity.seed == 3
 
 
 @pytest.mark.parametrize(("stages", "words", "said"), [
     ((SPARSE, {**DENSE, "share": 0.2}), (), "the shares 0.9 + 0.2 = 1.1 must add up to 1"),
     ((SPARSE,), (), "stages has one entry"),
-    (({**SPARSE, "sparsity": {"level": 0.5, "pattern": "tile", "tile": 48}}, DENSE), (), "sparsity.tile=48"),
-    ((SPARSE, DENSE), ("sparsity=0.5",), "sparsity and stages both say what is sparse; leave sparsity out"),
+    (({**SPARSE, "sparsity": {"level": 0.5, "pattern": "tile", "tile": 48}}, DENSE), (),
+     "sparsity.tile=48"),
+    ((SPARSE, DENSE), ("sparsity=0.5",),
+     "sparsity and stages both say what is sparse; leave sparsity out"),
     ((SPARSE, {**DENSE, "sparsity": 0.5}), (), "stages.1.sparsity=0.5 is not dense"),
-    ((SPARSE, {**DENSE, "sparsity": [{"weights": "*.mlp.*", "level": 0.5}]}), (), "stages.1.sparsity=rules"),
-    (({**SPARSE, "share": 0.999}, {**DENSE, "share": 0.001}), (), "stages.1.share=0.001 of 100 steps is no step"),
-    ((SPARSE, {**DENSE, "warmup_tokens": 2560}), (), "stages.1.warmup_tokens=2,560 is not under the stage's 2,560"),
-    ((SPARSE, DENSE), ("evaluate.patience=3",), "evaluate.patience=3 ends a run before its last stage"),
+    ((SPARSE, {**DENSE, "sparsity": [{"weights": "*.mlp.*", "level": 0.5}]}), (),
+     "stages.1.sparsity=rules"),
+    (({**SPARSE, "share": 0.999}, {**DENSE, "share": 0.001}), (),
+     "stages.1.share=0.001 of 100 steps is no step"),
+    ((SPARSE, {**DENSE, "warmup_tokens": 2560}), (),
+     "stages.1.warmup_tokens=2,560 is not under the stage's 2,560"),
+    ((SPARSE, DENSE), ("evaluate.patience=3",),
+     "evaluate.patience=3 ends a run before its last stage"),
     ((SPARSE, {"share": 0.1}), (), "stages.1.sparsity is missing"),
     ((SPARSE, {**DENSE, "lr": -1}), (), "stages.1.lr=-1: input should be greater than 0"),
-    ((SPARSE, {**DENSE, "shares": 1}), (), "unknown key stages.1.shares (value 1); did you mean stages.1.share?"),
+    ((SPARSE, {**DENSE, "shares": 1}), (),
+     "unknown key stages.1.shares (value 1); did you mean stages.1.share?"),
 ])
 def test_what_does_not_fit_is_refused_by_name(load, stages, words, said):
     with pytest.raises(ValueError) as caught:

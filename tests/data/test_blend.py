@@ -1,4 +1,5 @@
-"""Blends: shares as asked for, an order that depends on nothing else, and a change of blend that loses no place."""
+"""Blends: shares as asked for, an order that depends on nothing else, and a change of blend that
+loses no place."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ from megatron_spdf.recipe.load import load_recipe
 
 def sources(**weights: float) -> list[Source]:
     total = sum(weights.values())
-    return [Source(f"data/{name}", f"content of {name}", 1000, weight / total) for name, weight in weights.items()]
+    return [Source(f"data/{name}", f"content of {name}", 1000, weight / total) for name,
+            weight in weights.items()]
 
 
 def history_of(directory: Path, *steps: tuple[int, dict[str, float]]) -> BlendHistory:
@@ -36,7 +38,8 @@ def history_of(directory: Path, *steps: tuple[int, dict[str, float]]) -> BlendHi
 def drawn(history: BlendHistory, samples: int) -> list[tuple[str, int]]:
     """(source, its sample) of each of the first samples of a run."""
     contents, places, numbers = history.order(samples)
-    return [(contents[place][-1], int(number)) for place, number in zip(places, numbers, strict=True)]
+    return [(contents[place][-1], int(number)) for place,
+            number in zip(places, numbers, strict=True)]
 
 
 def test_shares_are_those_asked_for_at_every_moment(tmp_path):
@@ -46,7 +49,8 @@ def test_shares_are_those_asked_for_at_every_moment(tmp_path):
         counts = Counter(name for name, _ in order[:end])
         for name, share in (("a", 0.5), ("b", 0.3), ("c", 0.2)):
             assert abs(counts[name] - share * end) <= 2
-    assert history.taken(1234) == {f"content of {n}": c for n, c in Counter(n for n, _ in order[:1234]).items()}
+    assert history.taken(1234) == {f"content of {n}": c for n,
+                                   c in Counter(n for n, _ in order[:1234]).items()}
 
 
 def test_every_source_is_read_in_its_own_order_without_a_gap(tmp_path):
@@ -71,7 +75,8 @@ CHANGES = [
 @pytest.mark.parametrize("steps", CHANGES)
 def test_after_a_change_each_source_goes_on_where_it_was(tmp_path, steps):
     order = drawn(history_of(tmp_path, *steps), 600)
-    assert order[:steps[1][0]] == drawn(history_of(tmp_path / "before", steps[0]), 600)[:steps[1][0]]
+    assert order[:steps[1][0]] == drawn(history_of(tmp_path / "before", steps[0]),
+                                        600)[:steps[1][0]]
     read = defaultdict(list)
     for name, number in order:
         read[name].append(number)
@@ -92,7 +97,8 @@ def test_a_resume_before_the_change_repeats_what_was(tmp_path):
 
 
 def test_a_change_further_back_takes_the_place_of_later_ones(tmp_path):
-    expected = drawn(history_of(tmp_path / "straight", (0, {"a": 1, "b": 1}), (50, {"b": 1, "d": 1})), 600)
+    expected = drawn(history_of(tmp_path / "straight", (0, {"a": 1, "b": 1}),
+                                (50, {"b": 1, "d": 1})), 600)
     assert drawn(history_of(tmp_path, *CHANGES[1], (50, {"b": 1, "d": 1})), 600) == expected
 
 
@@ -100,8 +106,10 @@ def test_a_change_that_nobody_asked_for_is_refused_with_both_shares(tmp_path):
     history_of(tmp_path, (0, {"a": 3, "b": 1}))
     with pytest.raises(ValueError) as error:
         BlendHistory(tmp_path, sources(a=1, c=1)).require_unchanged()
-    for said in ("data/a (content of a) had 0.75 of the samples and has 0.5", "data/b (content of b) had 0.25",
-                 "data/c (content of c) had 0 of the samples and has 0.5", "data.on_blend_change=continue"):
+    for said in ("data/a (content of a) had 0.75 of the samples and has 0.5",
+                 "data/b (content of b) had 0.25",
+                 "data/c (content of c) had 0 of the samples and has 0.5",
+                 "data.on_blend_change=continue"):
         assert said in str(error.value)
     BlendHistory(tmp_path, sources(b=1, a=3)).require_unchanged()
 
@@ -110,14 +118,16 @@ def test_the_cached_order_is_the_order(tmp_path):
     history = history_of(tmp_path, *CHANGES[0])
     for _ in range(2):
         order = BlendOrder.cached(history, 600, tmp_path / "cache")
-        named = [(order.contents[p][-1], int(n)) for p, n in zip(order.places, order.numbers, strict=True)]
+        named = [(order.contents[p][-1], int(n)) for p,
+                 n in zip(order.places, order.numbers, strict=True)]
         assert named == drawn(history, 600)
     assert isinstance(order.places, np.memmap)
 
 
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory, tiny_bpe) -> Path:
-    """sets/pile_cc, sets/wikipedia_en, sets/github; plain a, b of other sizes; a data set of no Pile."""
+    """sets/pile_cc, sets/wikipedia_en, sets/github; plain a, b of other sizes; a data set of no
+    Pile."""
     directory = tmp_path_factory.mktemp("corpora")
     tokenizer = load_tokenizer(tiny_bpe)
     write_shard(directory / "all.jsonl", records(120))
@@ -125,7 +135,8 @@ def corpora(tmp_path_factory, tiny_bpe) -> Path:
     for name, count in (("a", 30), ("b", 70)):
         write_shard(directory / f"{name}.jsonl", records(count, seed=count))
         preprocess([directory / f"{name}.jsonl"], directory / name, tokenizer)
-    (directory / "mine.jsonl").write_bytes(as_jsonl([{**records(1)[0], "meta": {"pile_set_name": "Mine"}}] * 9))
+    (directory / "mine.jsonl").write_bytes(as_jsonl([{**records(1)[0],
+                                                      "meta": {"pile_set_name": "Mine"}}] * 9))
     preprocess([directory / "mine.jsonl"], directory / "other", tokenizer, set_key="pile_set_name")
     return directory
 
@@ -156,40 +167,53 @@ def test_weights_epochs_and_sizes(chosen, corpora):
 
 def test_the_piles_epochs_by_set(chosen, corpora):
     names = {"pile_cc": "Pile-CC", "wikipedia_en": "Wikipedia (en)", "github": "Github"}
-    effective = {slug: PILE_EPOCHS[name] * tokens(corpora / "sets" / slug) for slug, name in names.items()}
+    effective = {slug: PILE_EPOCHS[name] * tokens(corpora / "sets" / slug) for slug,
+                 name in names.items()}
     expected = {slug: size / sum(effective.values()) for slug, size in effective.items()}
-    assert chosen(blend=[{"path": f"{corpora}/sets/*", "epochs": "pile"}]) == pytest.approx(expected)
-    with pytest.raises(ValueError, match="other/mine holds the set 'Mine', which is none of the Pile's"):
+    assert chosen(blend=[{"path": f"{corpora}/sets/*",
+                          "epochs": "pile"}]) == pytest.approx(expected)
+    with pytest.raises(ValueError,
+                       match="other/mine holds the set 'Mine', which is none of the Pile's"):
         chosen(blend=[{"path": f"{corpora}/other/*", "epochs": "pile"}])
 
 
 def test_the_piles_table_is_the_papers():
     """Raw GiB of each set, table 1 of the paper, give the effective size that it states."""
-    raw = dict(zip(PILE_EPOCHS, (227.12, 90.27, 100.96, 62.77, 56.21, 95.16, 51.15, 32.20, 22.90, 19.26, 10.88, 12.98,
-                                 6.38, 7.75, 5.52, 6.30, 4.59, 3.90, 3.73, 2.38, 1.89, 0.88), strict=True))
+    raw = dict(zip(PILE_EPOCHS,
+                   (227.12, 90.27, 100.96, 62.77, 56.21, 95.16, 51.15, 32.20, 22.90, 19.26, 10.88,
+                    12.98,
+                                 6.38, 7.75, 5.52, 6.30, 4.59, 3.90, 3.73, 2.38, 1.89, 0.88),
+                   strict=True))
     assert len(PILE_EPOCHS) == 22 and sum(raw.values()) == pytest.approx(825.18, abs=0.01)
-    assert sum(raw[name] * epochs for name, epochs in PILE_EPOCHS.items()) == pytest.approx(1254.20, abs=0.2)
+    assert sum(raw[name] * epochs for name,
+               epochs in PILE_EPOCHS.items()) == pytest.approx(1254.20, abs=0.2)
 
 
 def test_the_weight_of_a_pattern_is_shared_by_tokens(chosen, corpora):
-    sizes = {name: tokens(corpora / "sets" / name) for name in ("github", "pile_cc", "wikipedia_en")}
-    weights = chosen(blend=[{"path": f"{corpora}/sets/*", "weight": 1}, {"path": str(corpora / "a"), "weight": 3}])
+    sizes = {name: tokens(corpora / "sets" / name)
+             for name in ("github", "pile_cc", "wikipedia_en")}
+    weights = chosen(blend=[{"path": f"{corpora}/sets/*", "weight": 1},
+                            {"path": str(corpora / "a"), "weight": 3}])
     assert weights.pop("a") == pytest.approx(0.75)
-    assert weights == pytest.approx({n: 0.25 * size / sum(sizes.values()) for n, size in sizes.items()})
+    assert weights == pytest.approx({n: 0.25 * size / sum(sizes.values()) for n,
+                                     size in sizes.items()})
 
 
 def test_a_pattern_of_nothing_and_the_same_tokens_twice_are_refused(chosen, corpora):
     with pytest.raises(ValueError, match=r"nosuch/\*' matches no data set"):
         chosen(blend=[{"path": f"{corpora}/nosuch/*", "weight": 1}])
-    with pytest.raises(ValueError, match="hold the same tokens, and would be read in the same order"):
+    with pytest.raises(ValueError,
+                       match="hold the same tokens, and would be read in the same order"):
         chosen(train=[str(corpora / "a"), f"{corpora}/../{corpora.name}/a"])
 
 
 @pytest.mark.parametrize(("data", "said"), [
-    ("{train: x, blend: [{path: y, weight: 1}]}", "data.train and data.blend both name training data"),
+    ("{train: x, blend: [{path: y, weight: 1}]}",
+     "data.train and data.blend both name training data"),
     ("{blend: [{path: y}]}", "data.blend: y needs either a weight or epochs"),
     ("{blend: [{path: y, weight: 1, epochs: 2}]}", "data.blend: y needs either a weight or epochs"),
-    ("{blend: [{path: y, weight: 1}, {path: z, epochs: 2}]}", "data.blend mixes weights and epochs"),
+    ("{blend: [{path: y, weight: 1}, {path: z, epochs: 2}]}",
+     "data.blend mixes weights and epochs"),
     ("{blend: [{path: y, weight: 0}]}", "data.blend.0.weight=0: input should be greater than 0"),
     ("{blend: [{path: y, wieght: 1}]}", "did you mean data.blend.0.weight?"),
     ("{blend: [{path: y, epochs: many}]}", "data.blend.0.epochs"),
@@ -197,14 +221,16 @@ def test_a_pattern_of_nothing_and_the_same_tokens_twice_are_refused(chosen, corp
 ])
 def test_blends_that_are_none(tmp_path, data, said):
     (tmp_path / "recipe.yaml").write_text(
-        "output: run\nmodel: {layers: 4, hidden: 64, heads: 4, vocab_size: 256, max_positions: 32}\n"
-        f"train: {{tokens: 2560, global_batch: 8, micro_batch: 2}}\noptimizer: {{lr: 1.0e-3}}\ndata: {data}\n")
+        "output: run\nmodel: {layers: 4, hidden: 64, heads: 4, vocab_size: 256, max_positions: "
+        "32}\ntrain: {tokens: 2560, global_batch: 8, micro_batch: 2}\noptimizer: {lr: "
+        f"1.0e-3}}\ndata: {data}\n")
     with pytest.raises(ValueError) as error:
         load_recipe(tmp_path / "recipe.yaml")
     assert said in str(error.value)
 
 
-def test_a_run_refuses_another_blend_or_other_tokens_before_it_starts(recipe, corpora, tmp_path, tiny_bpe):
+def test_a_run_refuses_another_blend_or_other_tokens_before_it_starts(recipe, corpora, tmp_path,
+                                                                      tiny_bpe):
     model = {"vocab_size": 300}
     made = recipe(data={"train": str(corpora / "a")}, model=model)
     corpus = check_corpus(made)

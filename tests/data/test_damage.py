@@ -1,4 +1,5 @@
-"""Damaged input: named with its place, or skipped, counted and listed; never a silently shorter data set."""
+"""Damaged input: named with its place, or skipped, counted and listed; never a silently shorter
+data set."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ def write_raw(path: Path, raw: bytes) -> None:
 
     compress = {".zst": zstandard.compress, ".gz": gzip.compress}.get(path.suffix, bytes)
     pieces = raw.splitlines(keepends=True)
-    path.write_bytes(b"".join(compress(b"".join(pieces[i : i + 50])) for i in range(0, len(pieces), 50)))
+    path.write_bytes(b"".join(compress(b"".join(pieces[i : i + 50]))
+                              for i in range(0, len(pieces), 50)))
 
 
 def cut(share: float):
@@ -55,29 +57,38 @@ def flip(path: Path) -> None:
 # kind -> (file name, how it is made, what is said, line, documents that are there in spite of it)
 DAMAGE = {
     "bad JSON": ("x.jsonl.zst", with_line(b'{"text": "cut\n'), "not valid JSON", 101, COUNT),
-    "no text": ("x.jsonl.gz", with_line(b'{"body": "?", "id": 3}\n'), "no key 'text'; keys here: 'body'", 101, COUNT),
-    "text of another type": ("x.jsonl", with_line(b'{"text": null}\n'), "not a string but a NoneType", 101, COUNT),
-    "invalid UTF-8": ("x.jsonl.zst", with_line(b'{"text": "\xc3\x28"}\n'), "not UTF-8: 0xc3 at byte 10", 101, COUNT),
-    "invalid UTF-8 in a text file": ("x.txt", lambda path: path.write_bytes(b"a\n\xff"), "0xff in line 2", 1, 0),
+    "no text": ("x.jsonl.gz", with_line(b'{"body": "?", "id": 3}\n'),
+                "no key 'text'; keys here: 'body'", 101, COUNT),
+    "text of another type": ("x.jsonl", with_line(b'{"text": null}\n'),
+                             "not a string but a NoneType", 101, COUNT),
+    "invalid UTF-8": ("x.jsonl.zst", with_line(b'{"text": "\xc3\x28"}\n'),
+                      "not UTF-8: 0xc3 at byte 10", 101, COUNT),
+    "invalid UTF-8 in a text file": ("x.txt", lambda path: path.write_bytes(b"a\n\xff"),
+                                     "0xff in line 2", 1, 0),
     "zst cut off": ("x.jsonl.zst", cut(0.5), "damaged or cut off near byte", None, None),
     "zst with another byte": ("x.jsonl.zst", flip, "damaged or cut off near byte", None, None),
     "gz cut off": ("x.jsonl.gz", cut(0.9), "damaged or cut off near byte", None, None),
-    "not zst at all": ("x.jsonl.zst", lambda path: path.write_bytes(b"".join(LINES)), "damaged or cut off", 1, 0),
+    "not zst at all": ("x.jsonl.zst", lambda path: path.write_bytes(b"".join(LINES)),
+                       "damaged or cut off", 1, 0),
     "a line too long": ("x.jsonl.zst", with_line(b'{"text": "' + b"y" * 9000 + b'"}\n'),
                         "a record of 9,012 bytes, over the limit of 8,000", 101, COUNT),
-    "a last line too long": ("x.jsonl", lambda path: path.write_bytes(LINES[0] + b"z" * 8001), "of 8,001 bytes", 2, 1),
-    "a text file too long": ("x.txt", lambda path: path.write_bytes(b"z\n" * 5000), "of 10,000 bytes", 1, 0),
+    "a last line too long": ("x.jsonl", lambda path: path.write_bytes(LINES[0] + b"z" * 8001),
+                             "of 8,001 bytes", 2, 1),
+    "a text file too long": ("x.txt", lambda path: path.write_bytes(b"z\n" * 5000),
+                             "of 10,000 bytes", 1, 0),
     "an empty file": ("x.jsonl", lambda path: path.touch(), "the file holds no record", 1, 0),
     "an empty text file": ("x.txt", lambda path: path.touch(), "the file holds no record", 1, 0),
     "an empty zst": ("x.jsonl.zst", lambda path: path.touch(), "the file is empty", 1, 0),
     "an empty gz": ("x.jsonl.gz", lambda path: path.touch(), "the file is empty", 1, 0),
-    "a zst of nothing": ("x.jsonl.zst", lambda path: write_raw(path, b"\n"), "the file holds no record", 1, 0),
+    "a zst of nothing": ("x.jsonl.zst", lambda path: write_raw(path, b"\n"),
+                         "the file holds no record", 1, 0),
 }
 
 
 @pytest.mark.parametrize(("kind", "workers"), [
     *((kind, 1) for kind in DAMAGE),
-    *(pytest.param(kind, 2, marks=pytest.mark.slow) for kind in ("bad JSON", "zst cut off", "a line too long"))])
+    *(pytest.param(kind, 2, marks=pytest.mark.slow)
+      for kind in ("bad JSON", "zst cut off", "a line too long"))])
 def test_damage_stops_the_run_or_is_skipped_and_told(tmp_path, tiny_bpe, kind, workers):
     name, damage, said, line, survivors = DAMAGE[kind]
     tokenizer, bad = load_tokenizer(tiny_bpe), tmp_path / name
@@ -91,7 +102,8 @@ def test_damage_stops_the_run_or_is_skipped_and_told(tmp_path, tiny_bpe, kind, w
     assert "--on-error skip" in str(error.value)
     assert not list(tmp_path.glob("t*"))
 
-    manifest = preprocess([before, bad, after], tmp_path / "t", tokenizer, on_error="skip", **options)
+    manifest = preprocess([before, bad, after], tmp_path / "t", tokenizer, on_error="skip",
+                          **options)
     there = manifest.sources[1].documents
     assert survivors is None and 0 < there < COUNT or there == survivors
     assert [s.documents for s in manifest.sources] == [20, there, 30]
@@ -99,18 +111,23 @@ def test_damage_stops_the_run_or_is_skipped_and_told(tmp_path, tiny_bpe, kind, w
     [skipped] = manifest.skipped_lines
     assert (skipped.path, skipped.line) == (str(bad), line or there + 1) and said in skipped.reason
     expected = records(20, seed=1) + records(COUNT)[:there] + records(30, seed=2)
-    assert [tokenizer.decode(ids[:-1]) for ids in documents_of(tmp_path / "t")] == [item["text"] for item in expected]
+    assert [tokenizer.decode(ids[:-1])
+            for ids in documents_of(tmp_path / "t")] == [item["text"] for item in expected]
 
 
 def test_a_gz_with_another_byte(tmp_path, tiny_bpe):
-    """Its checksum comes last, so that lines may be garbage before it shows; each of them counts."""
+    """Its checksum comes last, so that lines may be garbage before it shows; each of them
+    counts."""
     flip(tmp_path / "x.jsonl.gz")
-    with pytest.raises(ValueError, match=r"x.jsonl.gz, line \d+: (not |damaged or cut off near byte)"):
+    with pytest.raises(ValueError,
+                       match=r"x.jsonl.gz, line \d+: (not |damaged or cut off near byte)"):
         preprocess([tmp_path / "x.jsonl.gz"], tmp_path / "t", load_tokenizer(tiny_bpe))
-    manifest = preprocess([tmp_path / "x.jsonl.gz"], tmp_path / "t", load_tokenizer(tiny_bpe), on_error="skip")
+    manifest = preprocess([tmp_path / "x.jsonl.gz"], tmp_path / "t", load_tokenizer(tiny_bpe),
+                          on_error="skip")
     [source] = manifest.sources
     assert source.records == source.documents + source.skipped and 100 <= source.documents < COUNT
-    assert any("damaged or cut off near byte" in skipped.reason for skipped in manifest.skipped_lines)
+    assert any("damaged or cut off near byte" in skipped.reason
+               for skipped in manifest.skipped_lines)
 
 
 @pytest.mark.slow
@@ -123,12 +140,14 @@ def test_the_first_bad_place_is_the_one_that_is_named(tmp_path, tiny_bpe, worker
     path.write_bytes(b"".join(lines))
     cut(0.3)(tmp_path / "b.jsonl.zst")
     with pytest.raises(ValueError, match="a.jsonl, line 701: not valid JSON"):
-        preprocess([path, tmp_path / "b.jsonl.zst"], tmp_path / "t", load_tokenizer(tiny_bpe), workers=int(workers))
+        preprocess([path, tmp_path / "b.jsonl.zst"], tmp_path / "t", load_tokenizer(tiny_bpe),
+                   workers=int(workers))
 
 
 def test_many_skipped_lines_are_counted_and_the_first_listed(tmp_path, tiny_bpe):
     (tmp_path / "a.jsonl").write_bytes(b"bad\n" * 1500 + LINES[0])
-    manifest = preprocess([tmp_path / "a.jsonl"], tmp_path / "t", load_tokenizer(tiny_bpe), on_error="skip")
+    manifest = preprocess([tmp_path / "a.jsonl"], tmp_path / "t", load_tokenizer(tiny_bpe),
+                          on_error="skip")
     assert (manifest.documents, manifest.skipped) == (1, 1500)
     assert [s.line for s in manifest.skipped_lines] == list(range(1, 1001))
 
@@ -161,7 +180,8 @@ def test_a_count_that_does_not_add_up_writes_nothing(tmp_path, tiny_bpe, monkeyp
     assert not list(tmp_path.glob("t*"))
 
 
-# Runs a script and says the most memory it took; what the parent is told of it counts the parent's own before the exec.
+# Runs a script and says the most memory it took; what the parent is told of it counts the parent's
+# own before the exec.
 WITH_PEAK = """
 import os, runpy, sys
 sys.argv = sys.argv[1:]
@@ -182,13 +202,13 @@ def test_a_single_line_of_200_mb(tmp_path, tiny_bpe):
         for _ in range(200):
             file.write(b"to be or not to be, that is the question: " * 25_000)
         file.write(b'"}\n' + LINES[1])
-    command = [sys.executable, str(ROOT / "tools/preprocess_data.py"), "--input", str(path), "--output",
-               str(tmp_path / "t"), "--tokenizer", str(tiny_bpe)]
+    command = [sys.executable, str(ROOT / "tools/preprocess_data.py"), "--input", str(path),
+               "--output", str(tmp_path / "t"), "--tokenizer", str(tiny_bpe)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert "line 2: a record of 210,000,012 bytes, over the limit of 100,000,000 (--max-document" in done.stderr
-    done = subprocess.run([sys.executable, "-c", WITH_PEAK, *command[1:], "--on-error", "skip"], capture_output=True,
-                          text=True)
+    done = subprocess.run([sys.executable, "-c", WITH_PEAK, *command[1:], "--on-error", "skip"],
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     manifest = json.loads((tmp_path / "t.json").read_bytes())
     assert (manifest["documents"], manifest["skipped"]) == (2, 1)
@@ -197,19 +217,22 @@ def test_a_single_line_of_200_mb(tmp_path, tiny_bpe):
 
 
 def can_mount() -> bool:
-    probe = ["unshare", "--user", "--map-root-user", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
-    return shutil.which("unshare") is not None and subprocess.run(probe, capture_output=True).returncode == 0
+    probe = ["unshare", "--user", "--map-root-user", "--mount", "mount", "-t", "tmpfs", "tmpfs",
+             "/mnt"]
+    return shutil.which("unshare") is not None and subprocess.run(probe,
+                                                                  capture_output=True).returncode == 0
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not can_mount(), reason="a full disk needs a file system of its own: no unshare, or not allowed")
+@pytest.mark.skipif(not can_mount(),
+                    reason="a full disk needs a file system of its own: no unshare, or not allowed")
 def test_a_full_disk(tmp_path, tiny_bpe):
     """The disk fills up in the third shard or so; with more room the same command goes on."""
     paths = [write_shard(tmp_path / f"{i}.jsonl.zst", records(3000, seed=i)) for i in range(4)]
     preprocess(paths, tmp_path / "t", load_tokenizer(tiny_bpe))
     size = (tmp_path / "t.bin").stat().st_size
-    command = [sys.executable, str(ROOT / "tools/preprocess_data.py"), "--input", *map(str, paths), "--tokenizer",
-               str(tiny_bpe), "--output"]
+    command = [sys.executable, str(ROOT / "tools/preprocess_data.py"), "--input", *map(str, paths),
+               "--tokenizer", str(tiny_bpe), "--output"]
     small, out = tmp_path / "small", tmp_path / "out"
     small.mkdir()
     script = f"""

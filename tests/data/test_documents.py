@@ -1,4 +1,5 @@
-"""Document readers: everything in the files comes out, and what cannot is named or accounted for."""
+"""Document readers: everything in the files comes out, and what cannot is named or accounted
+for."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ COMPRESS = {".jsonl": bytes, ".jsonl.zst": zstandard.compress, ".jsonl.gz": gzip
 
 
 def as_lines(texts: list[str]) -> bytes:
-    return b"".join(json.dumps({"text": t, "meta": {"n": i}}).encode() + b"\n" for i, t in enumerate(texts))
+    return b"".join(json.dumps({"text": t, "meta": {"n": i}}).encode() + b"\n" for i,
+                    t in enumerate(texts))
 
 
 def read(path: Path, **options) -> list[str]:
@@ -94,7 +96,8 @@ def test_blank_lines_bom_crlf_and_missing_last_newline(tmp_path):
     content = b'\xef\xbb\xbf{"text": "a"}\r\n\n  \t\r\n{"text": ""}\n{"text": " ", "meta": 3}\n{"text": "b"}'
     report = ReadReport()
     documents = list(iterate_documents([write(tmp_path / "a.jsonl", content)], report=report))
-    assert [(d.text, d.meta, d.line) for d in documents] == [("a", None, 1), (" ", None, 5), ("b", None, 6)]
+    assert [(d.text, d.meta, d.line) for d in documents] == [("a", None, 1), (" ", None, 5),
+                                                             ("b", None, 6)]
     assert (report.seen, report.documents, report.empty, report.skipped) == (4, 3, 1, 0)
 
 
@@ -112,7 +115,8 @@ BAD_RECORDS = [
 
 @pytest.mark.parametrize(("record", "reason"), BAD_RECORDS)
 def test_a_bad_record_stops_with_file_line_reason_and_remedy(tmp_path, record, reason):
-    path = write(tmp_path / "a.jsonl", as_lines(TEXTS[:3]) + b"\n" + record + b"\n" + as_lines(TEXTS[3:5]))
+    path = write(tmp_path / "a.jsonl",
+                 as_lines(TEXTS[:3]) + b"\n" + record + b"\n" + as_lines(TEXTS[3:5]))
     drawn = []
     with pytest.raises(ValueError) as error:
         for document in iterate_documents([path]):
@@ -128,7 +132,8 @@ def test_bad_records_are_skipped_and_accounted_for(tmp_path):
     report = ReadReport()
     assert read(path, on_error="skip", report=report) == [*TEXTS[:3], "last"]
     assert (report.seen, report.documents, report.empty, report.skipped) == (13, 4, 1, 8)
-    for line, (skipped, (_, reason)) in enumerate(zip(report.skipped_lines, BAD_RECORDS, strict=True), 4):
+    for line, (skipped, (_, reason)) in enumerate(zip(report.skipped_lines, BAD_RECORDS,
+                                                      strict=True), 4):
         assert (skipped.path, skipped.line) == (str(path), line)
         assert reason in skipped.reason
 
@@ -158,7 +163,8 @@ def test_a_file_cut_off_is_an_error_and_never_a_shorter_file(tmp_path, suffix, s
     whole = b"".join(COMPRESS[suffix](as_lines(TEXTS[i : i + 50])) for i in range(0, 200, 50))
     size = int(len(whole) * share)
     path = write(tmp_path / f"a{suffix}", whole[:size])
-    with pytest.raises(ValueError, match=rf"line \d+: damaged or cut off near byte {size} of {size}"):
+    with pytest.raises(ValueError,
+                       match=rf"line \d+: damaged or cut off near byte {size} of {size}"):
         read(path)
     report = ReadReport()
     texts = [document.text for document in read_shard(path, "text", "skip", report)]
@@ -172,11 +178,13 @@ def test_a_file_cut_off_is_an_error_and_never_a_shorter_file(tmp_path, suffix, s
 @pytest.mark.parametrize("suffix", [".jsonl.zst", ".jsonl.gz"])
 def test_damage_inside_a_file_is_named_with_its_byte(tmp_path, suffix):
     noise = [f"{i} " + bytes((i * j * 7919) % 251 for j in range(3000)).hex() for i in range(200)]
-    content = bytearray(COMPRESS[suffix](as_lines(noise[:100])) + COMPRESS[suffix](as_lines(noise[100:])))
+    content = bytearray(COMPRESS[suffix](as_lines(noise[:100]))
+                        + COMPRESS[suffix](as_lines(noise[100:])))
     middle = len(COMPRESS[suffix](as_lines(noise[:100]))) + 2
     content[middle] ^= 0xFF
     path = write(tmp_path / f"a{suffix}", bytes(content))
-    with pytest.raises(ValueError, match=rf"line 101: damaged or cut off near byte \d+ of {len(content)}"):
+    with pytest.raises(ValueError,
+                       match=rf"line 101: damaged or cut off near byte \d+ of {len(content)}"):
         read(path)
     report = ReadReport()
     assert read(path, on_error="skip", report=report) == noise[:100]
@@ -192,7 +200,8 @@ def test_a_gzip_checksum_is_checked(tmp_path):
 
 def test_garbage_after_the_last_frame(tmp_path):
     for suffix in (".jsonl.zst", ".jsonl.gz"):
-        path = write(tmp_path / f"a{suffix}", COMPRESS[suffix](as_lines(TEXTS)) + b"garbage garbage")
+        path = write(tmp_path / f"a{suffix}",
+                     COMPRESS[suffix](as_lines(TEXTS)) + b"garbage garbage")
         with pytest.raises(ValueError, match="line 201: damaged"):
             read(path)
 

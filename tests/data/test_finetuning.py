@@ -1,4 +1,5 @@
-"""Fine-tuning batches: what is a token of what, what carries loss, and that no layout changes it."""
+"""Fine-tuning batches: what is a token of what, what carries loss, and that no layout changes
+it."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ LAYOUTS = [{"data": 1}, {"data": 2}, {"data": 4}]
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return train_tokenizer("bpe", [" ".join(WORDS)] * 3, 300, tmp_path_factory.mktemp("tokenizer") / "bpe")
+    return train_tokenizer("bpe", [" ".join(WORDS)] * 3, 300,
+                           tmp_path_factory.mktemp("tokenizer") / "bpe")
 
 
 def sentence(draw, longest: int) -> str:
@@ -29,21 +31,24 @@ def task(tmp_path_factory):
     """A directory with 157 training and 23 validation records of very different lengths."""
     place, draw = tmp_path_factory.mktemp("task"), np.random.default_rng(0)
     for split, count in (("train", 157), ("validation", 23)):
-        lines = [json.dumps({"context": sentence(draw, 20), "completion": sentence(draw, 15)}) for _ in range(count)]
+        lines = [json.dumps({"context": sentence(draw, 20), "completion": sentence(draw, 15)})
+                 for _ in range(count)]
         (place / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
     return place
 
 
 def one_record(place, context: str, completion: str):
     (place / "train.jsonl").write_text(json.dumps({"context": "a", "completion": "b"}) + "\n"
-                                       + json.dumps({"context": context, "completion": completion}) + "\n")
+                                       + json.dumps({"context": context, "completion": completion})
+                                       + "\n")
     return place
 
 
 @pytest.fixture
 def make_data(recipe, tokenizer, task):
     """The data of a replica; a step has 8 examples."""
-    train, valid = (tokenise("jsonl", task, split, tokenizer, 64) for split in ("train", "validation"))
+    train, valid = (tokenise("jsonl", task, split, tokenizer, 64)
+                    for split in ("train", "validation"))
 
     def make(replica: int = 0, seed: int = 1, micro_batch: int = 2, **parallel) -> CompletionData:
         steps = 5 * -(-len(train) // 8)
@@ -58,7 +63,8 @@ def rows(batch: list[dict]) -> list[tuple[int, ...]]:
     """The pairs of micro-batches: tokens and last label of every row that carries loss."""
     found = []
     for micro in batch:
-        for tokens, labels, mask in zip(micro["tokens"], micro["labels"], micro["loss_mask"], strict=True):
+        for tokens, labels, mask in zip(micro["tokens"], micro["labels"], micro["loss_mask"],
+                                        strict=True):
             if mask.any():
                 end = int(mask.nonzero().max()) + 1
                 assert torch.equal(tokens[1:end], labels[: end - 1])
@@ -67,13 +73,16 @@ def rows(batch: list[dict]) -> list[tuple[int, ...]]:
 
 
 def global_batch(make_data, step: int, data: int, **options) -> list[tuple[int, ...]]:
-    shares = [next(make_data(replica, data=data, **options).training_batches(step)) for replica in range(data)]
+    shares = [next(make_data(replica, data=data, **options).training_batches(step))
+              for replica in range(data)]
     return sorted(row for share in shares for row in rows(share))
 
 
 def test_a_pair_is_context_eod_blank_completion_eod(tmp_path, tokenizer):
-    pairs = tokenise("jsonl", one_record(tmp_path, "the river", "is  good ."), "train", tokenizer, 64)
-    expected = [*tokenizer.encode("the river"), tokenizer.eod, *tokenizer.encode(" is  good ."), tokenizer.eod]
+    pairs = tokenise("jsonl", one_record(tmp_path, "the river", "is  good ."), "train", tokenizer,
+                     64)
+    expected = [*tokenizer.encode("the river"), tokenizer.eod, *tokenizer.encode(" is  good ."),
+                tokenizer.eod]
     assert pairs.tokens[1].tolist() == expected
     assert tokenizer.decode(expected[pairs.starts[1]:-1]) == " is  good ."
     assert pairs.truncated == 0
@@ -95,19 +104,24 @@ def test_a_completion_longer_than_the_window_is_named(tmp_path, tokenizer):
     completion = " ".join(WORDS)
     needed = len(tokenizer.encode(f" {completion}")) + 1
     with pytest.raises(ValueError) as caught:
-        tokenise("jsonl", one_record(tmp_path, "the river", completion), "train", tokenizer, needed - 1)
-    for part in (str(tmp_path), "train", "example 2", "'the river'", f"{needed} tokens", f"window of {needed - 1}"):
+        tokenise("jsonl", one_record(tmp_path, "the river", completion), "train", tokenizer,
+                 needed - 1)
+    for part in (str(tmp_path), "train", "example 2", "'the river'", f"{needed} tokens",
+                 f"window of {needed - 1}"):
         assert part in str(caught.value)
 
 
 def test_only_the_completion_carries_loss(make_data, tokenizer):
     data = make_data()
-    starts = {tuple(t): s for t, s in zip(map(tuple, data.train.tokens), data.train.starts, strict=True)}
+    starts = {tuple(t): s for t,
+              s in zip(map(tuple, data.train.tokens), data.train.starts, strict=True)}
     for batch in (next(data.training_batches(step)) for step in range(data.per_epoch)):
         for micro in batch:
-            for row, mask in zip(rows([micro]), micro["loss_mask"][micro["loss_mask"].any(1)], strict=True):
+            for row, mask in zip(rows([micro]), micro["loss_mask"][micro["loss_mask"].any(1)],
+                                 strict=True):
                 begin = starts[row] - 1
-                assert not mask[:begin].any() and mask[begin : len(row) - 1].all() and not mask[len(row) - 1 :].any()
+                assert not mask[:begin].any() and mask[begin : len(row)
+                                                       - 1].all() and not mask[len(row) - 1 :].any()
 
 
 def test_every_pair_comes_once_an_epoch_and_in_another_order_in_the_next(make_data):
@@ -133,14 +147,16 @@ def test_going_on_at_a_step_gives_what_a_straight_run_gives(make_data):
     straight = list(make_data().training_batches(0))
     for first in (1, 20, 21, 57):
         for batch, there in zip(make_data().training_batches(first), straight[first:], strict=True):
-            assert all(torch.equal(m[k], t[k]) for m, t in zip(batch, there, strict=True) for k in m)
+            assert all(torch.equal(m[k], t[k]) for m,
+                       t in zip(batch, there, strict=True) for k in m)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("micro_batch", [1, 2])
 def test_a_global_batch_is_the_same_at_every_layout(make_data, layout, micro_batch):
     for step in (0, 11, 19, 20, 30):
-        assert global_batch(make_data, step, micro_batch=micro_batch, **layout) == global_batch(make_data, step, data=1)
+        assert global_batch(make_data, step, micro_batch=micro_batch,
+                            **layout) == global_batch(make_data, step, data=1)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -161,11 +177,13 @@ def test_micro_batch_losses_average_to_the_mean_over_the_tokens(make_data, layou
     for step in (0, 7, 19):
         mean, total, counted = averaged([next(d.training_batches(step)) for d in data])
         assert mean == pytest.approx(total / counted)
-    outcomes = [averaged(shares) for shares in zip(*(d.validation_batches() for d in data), strict=True)]
+    outcomes = [averaged(shares)
+                for shares in zip(*(d.validation_batches() for d in data), strict=True)]
     counted = sum(count for _, _, count in outcomes)
     assert len(outcomes) == data[0].valid_batches == 3  # the last one is short
     assert counted == data[0].valid.targets.sum()
-    assert np.mean([mean for mean, _, _ in outcomes]) == pytest.approx(sum(t for _, t, _ in outcomes) / counted)
+    assert np.mean([mean for mean, _, _ in outcomes]) == pytest.approx(sum(t for _, t,
+                                                                           _ in outcomes) / counted)
 
 
 def test_batches_are_padded_to_their_longest_and_of_like_length(make_data):
@@ -175,7 +193,8 @@ def test_batches_are_padded_to_their_longest_and_of_like_length(make_data):
             longest = max((len(row) - 1 for row in rows([micro])), default=1)
             assert micro["tokens"].shape == micro["labels"].shape == micro["loss_mask"].shape
             assert micro["tokens"].shape == (2, -(-longest // 8) * 8)
-            padded, read = padded + micro["tokens"].numel(), read + sum(len(row) - 1 for row in rows([micro]))
+            padded, read = padded + micro["tokens"].numel(), read + sum(len(row) - 1
+                                                                        for row in rows([micro]))
     alone = -(-data.train.lengths // 8) * 8  # of every pair without a neighbour
     assert padded < 1.1 * alone.sum() < 2 * np.maximum(alone[:-1:2], alone[1::2]).sum()
     assert read == data.train.lengths.sum()
@@ -183,7 +202,8 @@ def test_batches_are_padded_to_their_longest_and_of_like_length(make_data):
 
 def test_no_row_is_longer_than_the_window(recipe, task, tokenizer):
     train = tokenise("jsonl", task, "train", tokenizer, 60)
-    made = recipe(model={"max_positions": 60}, parallel={"tensor": 2, "sequence": True}, train={"micro_batch": 8})
+    made = recipe(model={"max_positions": 60}, parallel={"tensor": 2, "sequence": True},
+                  train={"micro_batch": 8})
     data = CompletionData(made, train, train, pad=0, replica=0)
     assert train.truncated and max(train.lengths) == 60
     widths = {micro["tokens"].shape[1] for batch in data.validation_batches() for micro in batch}

@@ -32,7 +32,8 @@ def pristine(tmp_path_factory, tiny_bpe) -> Path:
     directory = tmp_path_factory.mktemp("pristine")
     paths = [write_shard(directory / f"{i}.jsonl", records(60, seed=i)) for i in range(2)]
     preprocess(paths, directory / "one", load_tokenizer(tiny_bpe))
-    preprocess(paths, directory / "parts", load_tokenizer(tiny_bpe), split=(8, 2), set_key="pile_set_name")
+    preprocess(paths, directory / "parts", load_tokenizer(tiny_bpe), split=(8, 2),
+               set_key="pile_set_name")
     return directory
 
 
@@ -50,13 +51,16 @@ def test_facts_are_those_of_the_documents(pristine):
     assert (spread["min"], spread["max"]) == (min(lengths), max(lengths))
     assert spread["mean"] == pytest.approx(np.mean(lengths)) and spread["50%"] == np.median(lengths)
     assert sum(c["documents"] for c in facts["histogram"]) == 120
-    assert sum(c["tokens"] for c in facts["histogram"]) == sum(lengths) == facts["manifest"]["tokens"]
+    assert sum(c["tokens"]
+               for c in facts["histogram"]) == sum(lengths) == facts["manifest"]["tokens"]
 
 
 def test_classes_of_the_histogram():
     assert histogram(np.array([1, 2, 3, 4, 7, 8, 1023, 1024], np.int32)) == [
-        {"from": 1, "below": 2, "documents": 1, "tokens": 1}, {"from": 2, "below": 4, "documents": 2, "tokens": 5},
-        {"from": 4, "below": 8, "documents": 2, "tokens": 11}, {"from": 8, "below": 16, "documents": 1, "tokens": 8},
+        {"from": 1, "below": 2, "documents": 1, "tokens": 1},
+        {"from": 2, "below": 4, "documents": 2, "tokens": 5},
+        {"from": 4, "below": 8, "documents": 2, "tokens": 11},
+        {"from": 8, "below": 16, "documents": 1, "tokens": 8},
         *({"from": 2**i, "below": 2 ** (i + 1), "documents": 0, "tokens": 0} for i in range(4, 9)),
         {"from": 512, "below": 1024, "documents": 1, "tokens": 1023},
         {"from": 1024, "below": 2048, "documents": 1, "tokens": 1024}]
@@ -100,7 +104,8 @@ def change_manifest(prefix: Path, **values) -> None:
 def test_other_damage_is_found(place, tiny_bpe):
     tokenizer = json.loads((place / "one.json").read_bytes())["tokenizer"]
     change_manifest(place / "one", tokenizer={**tokenizer, "vocab_size": 250})
-    assert any(re.search(r"id 2\d\d, and the tokenizer has 250", fault) for fault in verify(place / "one"))
+    assert any(re.search(r"id 2\d\d, and the tokenizer has 250", fault)
+               for fault in verify(place / "one"))
     change_manifest(place / "one", tokenizer={**tokenizer, "eod": 7})
     assert any("document 0 does not end with one" in fault for fault in verify(place / "one"))
     change_manifest(place / "one", tokenizer={**tokenizer, "sha256": "0" * 64})
@@ -125,7 +130,8 @@ def test_the_tool_tells_draws_and_verifies(pristine, tmp_path, tool, capsys):
     words = ["--sample", "3", "--png", str(tmp_path / "h.png"), "--verify"]
     assert tool.main([str(pristine / "one"), *words]) == 0
     out = capsys.readouterr().out
-    for said in ("120 documents", "gpt2-bpe of 300 ids", "2 inputs; 0 records skipped", "tokens a document: mean",
+    for said in ("120 documents", "gpt2-bpe of 300 ids", "2 inputs; 0 records skipped",
+                 "tokens a document: mean",
                  f"from {pristine}/0.jsonl:\n{records(60)[3]['text']}", "verified: every byte"):
         assert said in out
     assert (tmp_path / "h.png").read_bytes().startswith(b"\x89PNG")

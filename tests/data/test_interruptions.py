@@ -1,4 +1,5 @@
-"""Whatever ends a run, and however many workers it has: the result is that of an undisturbed run, byte for byte."""
+"""Whatever ends a run, and however many workers it has: the result is that of an undisturbed run,
+byte for byte."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ def shards(tmp_path_factory) -> list[Path]:
     """Six shards of about 1 MB of text, of all formats."""
     directory = tmp_path_factory.mktemp("shards")
     suffixes = ("jsonl", "jsonl.gz", "jsonl.zst") * 2
-    return [write_shard(directory / f"{i}.{suffix}", records(800, seed=i)) for i, suffix in enumerate(suffixes)]
+    return [write_shard(directory / f"{i}.{suffix}", records(800, seed=i)) for i,
+            suffix in enumerate(suffixes)]
 
 
 class Killed(BaseException):
@@ -42,10 +44,12 @@ class Killed(BaseException):
 
 
 def start(shards: list[Path], output: Path, tokenizer: Path, *words: str) -> subprocess.Popen:
-    command = [sys.executable, "tools/preprocess_data.py", "--input", *shards, "--output", output, "--tokenizer",
-               tokenizer, *words]
-    return subprocess.Popen([str(word) for word in command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, env={**os.environ, "PYTHONWARNINGS": "ignore"}, preexec_fn=hear_interrupts)
+    command = [sys.executable, "tools/preprocess_data.py", "--input", *shards, "--output", output,
+               "--tokenizer", tokenizer, *words]
+    return subprocess.Popen([str(word) for word in command], cwd=ROOT, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, "PYTHONWARNINGS": "ignore"},
+                            preexec_fn=hear_interrupts)
 
 
 def hear_interrupts() -> None:
@@ -85,18 +89,21 @@ def undisturbed(request, shards, tmp_path_factory, tiny_bpe) -> tuple[str, dict[
 def test_the_number_of_workers_changes_nothing(shards, undisturbed, tmp_path, tiny_bpe):
     kind, expected, _ = undisturbed
     for workers in ("1", "3"):
-        finish(start(shards, tmp_path / workers / "t", tiny_bpe, "--workers", workers, *KINDS[kind]))
+        finish(start(shards, tmp_path / workers / "t", tiny_bpe, "--workers",
+                     workers, *KINDS[kind]))
         assert content(tmp_path / workers / "t") == expected and expected
 
 
 @pytest.mark.slow
 def test_killed_at_random_moments_equals_undisturbed(shards, undisturbed, tmp_path, tiny_bpe):
-    """Kills fall anywhere: before the start, in an input, between two, while names are given. Every third comes soon
-    after another input is finished, so that a busy machine, on which time says little, gets on too."""
+    """Kills fall anywhere: before the start, in an input, between two, while names are given. Every
+    third comes soon after another input is finished, so that a busy machine, on which time says
+    little, gets on too."""
     kind, expected, duration = undisturbed
     words = ["--workers", "2", *KINDS[kind]]
     draw, killed, kept, kills = random.Random(kind), 0, set(), 10 if kind == "one data set" else 6
-    output, partial = tmp_path / "killed" / "t", Partial(tmp_path / "killed" / "t", bool(KINDS[kind]))
+    output, partial = tmp_path / "killed" / "t", Partial(tmp_path / "killed" / "t",
+                                                         bool(KINDS[kind]))
     while killed < kills:
         run, before = start(shards, output, tiny_bpe, *words), partial.finished_inputs
         if killed % 3 == 2:
@@ -129,7 +136,8 @@ def test_a_resumed_run_does_not_read_finished_inputs_again(shards, tmp_path, tin
     wait_for_inputs(partial, 2, run)
     run.kill()
     run.communicate()
-    entries = [json.loads(line) for line in (partial.directory / "ledger.jsonl").read_text().splitlines()]
+    entries = [json.loads(line)
+               for line in (partial.directory / "ledger.jsonl").read_text().splitlines()]
     before = sum(entry["source"]["tokens"] for entry in entries)
     said = finish(start(shards, output, tiny_bpe, "--progress"))
     total = json.loads(Path(f"{output}.json").read_bytes())["tokens"]
@@ -161,7 +169,8 @@ def test_a_dead_worker_ends_the_run_with_a_remedy(shards, tmp_path, tiny_bpe):
     output, partial = tmp_path / "t", Partial(tmp_path / "t", False)
     run = start(shards, output, tiny_bpe, "--workers", "2")
     wait_for_inputs(partial, 1, run)
-    victims = [p for p in psutil.Process(run.pid).children() if "spawn_main" in " ".join(p.cmdline())]
+    victims = [p for p in psutil.Process(run.pid).children()
+               if "spawn_main" in " ".join(p.cmdline())]
     victims[0].kill()
     said = finish(run, code=2)
     assert "a worker process died near" in said and "take fewer --workers" in said
@@ -207,8 +216,11 @@ def test_after_a_bad_record_the_run_goes_on(tmp_path, tiny_bpe, remedy, settings
     ({"ftfy": True}, "ftfy was False and is True"),
     ({"text_key": "body"}, "text_key was text and is body"),
 ])
-def test_other_settings_are_not_mixed_into_an_interrupted_run(tmp_path, stopped, tiny_bpe, change, said):
-    with pytest.raises(ValueError, match=f"t.partial holds an interrupted run with other settings: {said}.*remove"):
+def test_other_settings_are_not_mixed_into_an_interrupted_run(tmp_path, stopped, tiny_bpe, change,
+                                                              said):
+    with pytest.raises(ValueError,
+                       match="t.partial holds an interrupted run with other settings: "
+                             f"{said}.*remove"):
         preprocess(stopped, tmp_path / "t", load_tokenizer(tiny_bpe), **change)
     assert Partial(tmp_path / "t", False).finished_inputs == 2
 
@@ -224,7 +236,8 @@ def test_another_tokenizer_is_not_mixed_into_an_interrupted_run(tmp_path, stoppe
 
 def test_inputs_that_changed_under_an_interrupted_run_are_named(tmp_path, stopped, tiny_bpe):
     tokenizer = load_tokenizer(tiny_bpe)
-    with pytest.raises(ValueError, match="input 1, .*0.jsonl, is .*1.jsonl now. Give the same inputs"):
+    with pytest.raises(ValueError,
+                       match="input 1, .*0.jsonl, is .*1.jsonl now. Give the same inputs"):
         preprocess(stopped[1:], tmp_path / "t", tokenizer)
     with pytest.raises(ValueError, match="input 2, .*1.jsonl, is not given now"):
         preprocess(stopped[:1], tmp_path / "t", tokenizer)
@@ -235,14 +248,16 @@ def test_inputs_that_changed_under_an_interrupted_run_are_named(tmp_path, stoppe
 
 def test_tokens_that_a_crash_of_the_machine_lost_are_missed(tmp_path, stopped, tiny_bpe):
     os.truncate(tmp_path / "t.partial" / "part.bin", 1000)
-    with pytest.raises(ValueError, match="part.bin holds 1000 bytes and its ledger says .* the disk lost"):
+    with pytest.raises(ValueError,
+                       match="part.bin holds 1000 bytes and its ledger says .* the disk lost"):
         preprocess(stopped, tmp_path / "t", load_tokenizer(tiny_bpe), on_error="skip")
 
 
 @pytest.mark.parametrize("settings", [{}, {"split": (9, 1)}])
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("moves", [0, 1, 2, 3, 4])
-def test_an_interrupted_renaming_is_finished(tmp_path, tiny_bpe, monkeypatch, settings, overwrite, moves):
+def test_an_interrupted_renaming_is_finished(tmp_path, tiny_bpe, monkeypatch, settings, overwrite,
+                                             moves):
     tokenizer = load_tokenizer(tiny_bpe)
     old = write_shard(tmp_path / "old.jsonl", records(9))
     new = write_shard(tmp_path / "new.jsonl", records(90, seed=1))

@@ -1,4 +1,5 @@
-"""Splits, sets, shards apart, duplicates, normalisation: every document is where it belongs, once."""
+"""Splits, sets, shards apart, duplicates, normalisation: every document is where it belongs,
+once."""
 
 from __future__ import annotations
 
@@ -33,20 +34,24 @@ def test_a_split_is_by_text_alone_and_loses_nothing(tmp_path, tokenizer):
     two = write_shard(tmp_path / "b.jsonl", items[300:])
     preprocess([one], tmp_path / "few", tokenizer, split=(80, 15, 5))
     corpus = preprocess([two, one], tmp_path / "more", tokenizer, split=(80, 15, 5))
-    few = {name: texts_of(tokenizer, tmp_path / "few" / name) for name in ("train", "valid", "test")}
-    more = {name: texts_of(tokenizer, tmp_path / "more" / name) for name in ("train", "valid", "test")}
+    few = {name: texts_of(tokenizer, tmp_path / "few" / name)
+           for name in ("train", "valid", "test")}
+    more = {name: texts_of(tokenizer, tmp_path / "more" / name)
+            for name in ("train", "valid", "test")}
     assert sum(map(Counter, more.values()), Counter()) == Counter(item["text"] for item in items)
     for name, there in few.items():
         assert set(there) <= set(more[name])
     assert not set(more["train"]) & set(more["valid"]) and not set(more["train"]) & set(more["test"])
     shares = [corpus.data_sets[name].documents / 600 for name in ("train", "valid", "test")]
-    # Binomial: the standard deviation of the largest share is 1.6% of 600 documents, repeated texts apart.
+    # Binomial: the standard deviation of the largest share is 1.6% of 600 documents, repeated texts
+    #     apart.
     assert shares == pytest.approx([0.80, 0.15, 0.05], abs=0.07)
 
 
 def test_a_share_of_nothing_gets_nothing(tmp_path, tokenizer):
     write_shard(tmp_path / "a.jsonl", records(50))
-    assert list(preprocess([tmp_path / "a.jsonl"], tmp_path / "t", tokenizer, split=(1, 0, 0)).data_sets) == ["train"]
+    assert list(preprocess([tmp_path / "a.jsonl"], tmp_path / "t", tokenizer,
+                           split=(1, 0, 0)).data_sets) == ["train"]
 
 
 @pytest.mark.parametrize("shares", [(1,), (0, 1), (1, -1), (1, 1, 1, 1), (0, 0, 0)])
@@ -60,13 +65,15 @@ def test_shares_that_are_none(tmp_path, tokenizer, shares):
 def test_sets_hold_their_own_documents_in_order(tmp_path, tokenizer):
     items = records(200)
     write_shard(tmp_path / "a.jsonl.zst", items)
-    corpus = preprocess([tmp_path / "a.jsonl.zst"], tmp_path / "t", tokenizer, set_key="pile_set_name")
+    corpus = preprocess([tmp_path / "a.jsonl.zst"], tmp_path / "t", tokenizer,
+                        set_key="pile_set_name")
     for name in SETS:
         prefix = tmp_path / "t" / NAMES[name]
         expected = [item["text"] for item in items if item["meta"]["pile_set_name"] == name]
         assert texts_of(tokenizer, prefix) == expected
         manifest = check_prefix(prefix, tokenizer.sha256)
-        assert (manifest.set_name, manifest.split, manifest.documents) == (name, None, len(expected))
+        assert (manifest.set_name, manifest.split, manifest.documents) == (name, None,
+                                                                           len(expected))
         assert manifest.text_bytes == sum(len(text.encode()) for text in expected)
         assert load_tokenizer(f"{prefix}.tokenizer").sha256 == tokenizer.sha256
     assert set(corpus.data_sets) == set(NAMES.values())
@@ -75,8 +82,10 @@ def test_sets_hold_their_own_documents_in_order(tmp_path, tokenizer):
 
 def test_all_divisions_together(tmp_path, tokenizer):
     paths = [write_shard(tmp_path / f"{i}.jsonl", records(90, seed=i)) for i in range(3)]
-    corpus = preprocess(paths, tmp_path / "t", tokenizer, set_key="pile_set_name", split=(1, 1), per_shard=True)
-    assert set(corpus.data_sets) == {f"{s}/{n}/{i}" for s in ("train", "valid") for n in NAMES.values() for i in "012"}
+    corpus = preprocess(paths, tmp_path / "t", tokenizer, set_key="pile_set_name", split=(1, 1),
+                        per_shard=True)
+    assert set(corpus.data_sets) == {f"{s}/{n}/{i}" for s in ("train", "valid")
+                                     for n in NAMES.values() for i in "012"}
     for name, counts in corpus.data_sets.items():
         manifest = check_prefix(tmp_path / "t" / name)
         assert (manifest.documents, manifest.tokens) == (counts.documents, counts.tokens)
@@ -100,20 +109,24 @@ def test_a_record_without_a_set_is_a_bad_record(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_bytes(as_jsonl(items))
     with pytest.raises(ValueError, match="a.jsonl, line 2: no set name in meta.pile_set_name"):
         preprocess([tmp_path / "a.jsonl"], tmp_path / "t", tokenizer, set_key="pile_set_name")
-    corpus = preprocess([tmp_path / "a.jsonl"], tmp_path / "t", tokenizer, set_key="pile_set_name", on_error="skip")
-    assert (corpus.documents, corpus.skipped, [s.line for s in corpus.skipped_lines]) == (1, 2, [2, 3])
+    corpus = preprocess([tmp_path / "a.jsonl"], tmp_path / "t", tokenizer, set_key="pile_set_name",
+                        on_error="skip")
+    assert (corpus.documents, corpus.skipped,
+            [s.line for s in corpus.skipped_lines]) == (1, 2, [2, 3])
 
 
 def test_sets_whose_names_fall_together_are_refused(tmp_path, tokenizer):
     items = [{"text": "one", "meta": {"pile_set_name": name}} for name in ("Pile-CC", "pile cc")]
     (tmp_path / "a.jsonl").write_bytes(as_jsonl(items))
-    with pytest.raises(ValueError, match="'Pile-CC' and 'pile cc' would both be written to .*t/pile_cc"):
+    with pytest.raises(ValueError,
+                       match="'Pile-CC' and 'pile cc' would both be written to .*t/pile_cc"):
         preprocess([tmp_path / "a.jsonl"], tmp_path / "t", tokenizer, set_key="pile_set_name")
 
 
 def test_of_the_same_texts_the_first_is_kept(tmp_path, tokenizer):
     items = records(400) + records(100)
-    paths = [write_shard(tmp_path / "a.jsonl", items[:250]), write_shard(tmp_path / "b.jsonl.gz", items[250:])]
+    paths = [write_shard(tmp_path / "a.jsonl", items[:250]),
+             write_shard(tmp_path / "b.jsonl.gz", items[250:])]
     manifest = preprocess(paths, tmp_path / "t", tokenizer, deduplicate=True)
     expected = list(dict.fromkeys(item["text"] for item in items))
     assert texts_of(tokenizer, tmp_path / "t") == expected
@@ -128,7 +141,8 @@ def test_seen_texts_against_a_plain_set():
         numbers = rng.integers(0, 4000, size)
         digests = np.array([int(n).to_bytes(8, "little") * 2 for n in numbers], Encoded.DIGEST)
         new = seen.add(digests)
-        assert new.tolist() == [n not in plain and n not in numbers[:i] for i, n in enumerate(numbers)]
+        assert new.tolist() == [n not in plain and n not in numbers[:i] for i,
+                                n in enumerate(numbers)]
         plain |= set(numbers.tolist())
     assert sum(map(len, seen._runs)) == len(plain)
     everything = np.array([int(n).to_bytes(8, "little") * 2 for n in range(4000)], Encoded.DIGEST)
@@ -137,10 +151,12 @@ def test_seen_texts_against_a_plain_set():
 
 def test_ftfy_mends_before_anything_else_looks_at_the_text(tmp_path, tokenizer):
     broken, mended = "âœ” No problems", "✔ No problems"
-    (tmp_path / "a.jsonl").write_bytes(as_jsonl([{"text": broken}, {"text": mended}, {"text": "plain"}]))
+    (tmp_path / "a.jsonl").write_bytes(as_jsonl([{"text": broken}, {"text": mended},
+                                                 {"text": "plain"}]))
     preprocess([tmp_path / "a.jsonl"], tmp_path / "raw", tokenizer)
     assert texts_of(tokenizer, tmp_path / "raw") == [broken, mended, "plain"]
-    manifest = preprocess([tmp_path / "a.jsonl"], tmp_path / "t", tokenizer, ftfy=True, deduplicate=True)
+    manifest = preprocess([tmp_path / "a.jsonl"], tmp_path / "t", tokenizer, ftfy=True,
+                          deduplicate=True)
     assert texts_of(tokenizer, tmp_path / "t") == [mended, "plain"]
     assert manifest.text_bytes == len((mended + "plain").encode())
 
@@ -150,11 +166,14 @@ def test_a_directory_of_data_sets_is_replaced_as_one(tmp_path, tokenizer):
     (tmp_path / "b.jsonl").write_bytes(as_jsonl([{"text": "two", "meta": {"pile_set_name": "B"}}]))
     preprocess([tmp_path / "a.jsonl"], f"{tmp_path}/t/", tokenizer, set_key="pile_set_name")
     before = content(tmp_path / "t")
-    with pytest.raises(ValueError, match="output exists: .*t. Choose another prefix, or pass --overwrite"):
+    with pytest.raises(ValueError,
+                       match="output exists: .*t. Choose another prefix, or pass --overwrite"):
         preprocess([tmp_path / "b.jsonl"], tmp_path / "t", tokenizer, set_key="pile_set_name")
     assert content(tmp_path / "t") == before
-    preprocess([tmp_path / "b.jsonl"], tmp_path / "t", tokenizer, set_key="pile_set_name", overwrite=True)
-    assert {path.name for path in (tmp_path / "t").iterdir()} == {"corpus.json", *(f"b.{s}" for s in (
+    preprocess([tmp_path / "b.jsonl"], tmp_path / "t", tokenizer, set_key="pile_set_name",
+               overwrite=True)
+    assert {path.name for path in (tmp_path
+                                   / "t").iterdir()} == {"corpus.json", *(f"b.{s}" for s in (
         "bin", "idx", "json", "tokenizer"))}
     assert {path.name for path in tmp_path.iterdir()} == {"a.jsonl", "b.jsonl", "t"}
 

@@ -26,7 +26,8 @@ ROOT = Path(__file__).parents[2]
 SHARED = Path(os.environ.get("SPDF_DATA", ROOT / ".." / "shared" / "data"))
 PILE = SHARED / "pile_sample" / "val.jsonl.zst"
 GPT2 = SHARED / "gpt2_tokenizer"
-TEXTS = [f"Document {i}: " + "the best of times, 東京 🙂 <|endoftext|>\n" * (i % 9) for i in range(120)]
+TEXTS = [f"Document {i}: " + "the best of times, 東京 🙂 <|endoftext|>\n" * (i % 9)
+         for i in range(120)]
 SUFFIXES = {"bin", "idx", "json", "tokenizer"}
 
 
@@ -56,7 +57,8 @@ def write_shards(directory: Path) -> list[Path]:
     """TEXTS over four files of all formats, in order."""
     contents = {
         "a.jsonl": as_lines(TEXTS[:50]),
-        "b.jsonl.zst": b"".join(zstandard.compress(as_lines(TEXTS[i : i + 10])) for i in range(50, 90, 10)),
+        "b.jsonl.zst": b"".join(zstandard.compress(as_lines(TEXTS[i : i + 10]))
+                                for i in range(50, 90, 10)),
         "c.jsonl.gz": gzip.compress(as_lines(TEXTS[90:119])),
         "d.txt": TEXTS[119].encode(),
     }
@@ -75,7 +77,8 @@ def read_back(prefix: Path) -> list[list[int]]:
 
 def suffixes(prefix: Path) -> set[str]:
     """What lies under the name of a data set, PREFIX.partial included."""
-    return {path.name.removeprefix(f"{prefix.name}.") for path in prefix.parent.glob(f"{prefix.name}.*")}
+    return {path.name.removeprefix(f"{prefix.name}.")
+            for path in prefix.parent.glob(f"{prefix.name}.*")}
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +106,8 @@ def test_the_data_set_is_the_documents(tmp_path, bpe, append_eod):
     assert suffixes(prefix) == SUFFIXES
 
 
-@pytest.mark.skipif(not (PILE.exists() and GPT2.exists()), reason="no Pile-format sample in ../shared/data")
+@pytest.mark.skipif(not (PILE.exists() and GPT2.exists()),
+                    reason="no Pile-format sample in ../shared/data")
 def test_a_pile_shard_equals_a_plain_loop_over_tokenizers(tmp_path):
     import tokenizers
 
@@ -115,7 +119,8 @@ def test_a_pile_shard_equals_a_plain_loop_over_tokenizers(tmp_path):
     plain = io.TextIOWrapper(zstandard.open(PILE), encoding="utf-8", newline="\n")
     texts = [json.loads(line)["text"] for line in plain]
     assert read_back(tmp_path / "val") == [reference.encode(text).ids + [50256] for text in texts]
-    assert (manifest.documents, manifest.text_bytes) == (len(texts), sum(len(t.encode()) for t in texts))
+    assert (manifest.documents, manifest.text_bytes) == (len(texts),
+                                                         sum(len(t.encode()) for t in texts))
 
 
 def test_the_manifest_tells_what_is_there(tmp_path, bpe):
@@ -135,7 +140,8 @@ def test_the_manifest_tells_what_is_there(tmp_path, bpe):
     assert (manifest.dtype, manifest.bin_bytes) == ("uint16", 2 * sum(expected))
     assert manifest.idx_bytes == (tmp_path / "train.idx").stat().st_size
     assert [(s.path, s.size, s.documents) for s in manifest.sources] == [
-        (str(path), path.stat().st_size, count) for path, count in zip(paths, (50, 40, 29, 1), strict=True)
+        (str(path), path.stat().st_size, count) for path,
+        count in zip(paths, (50, 40, 29, 1), strict=True)
     ]
     assert manifest.versions["megatron-core"] and manifest.versions["tiktoken"]
     assert read_manifest(prefix) == manifest
@@ -143,7 +149,8 @@ def test_the_manifest_tells_what_is_there(tmp_path, bpe):
 
 
 @pytest.mark.parametrize(
-    ("vocab_size", "dtype"), [(65499, "uint16"), (65536, "uint16"), (65537, "int32"), (100_000, "int32")]
+    ("vocab_size", "dtype"),
+    [(65499, "uint16"), (65536, "uint16"), (65537, "int32"), (100_000, "int32")]
 )
 def test_the_largest_id_survives_at_every_vocabulary_size(tmp_path, vocab_size, dtype):
     from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -187,7 +194,8 @@ def test_records_in_are_records_out_plus_skipped_plus_empty(tmp_path, bpe):
     assert (manifest.documents, manifest.empty, manifest.skipped) == (len(texts), 1, 3)
     skipped = [(Path(s.path).name, s.line) for s in manifest.skipped_lines]
     assert skipped == [("a.jsonl", 4), ("a.jsonl", 7), ("b.jsonl.gz", len(texts) - 3)]
-    assert [(s.documents, s.empty, s.skipped) for s in manifest.sources][::2] == [(3, 1, 2), (1, 0, 0)]
+    assert [(s.documents, s.empty, s.skipped)
+            for s in manifest.sources][::2] == [(3, 1, 2), (1, 0, 0)]
 
 
 def test_a_document_without_tokens_is_empty(tmp_path):
@@ -195,11 +203,13 @@ def test_a_document_without_tokens_is_empty(tmp_path):
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXTS), model_writer=model, vocab_size=60, model_type="bpe", minloglevel=2
+        sentence_iterator=iter(TEXTS), model_writer=model, vocab_size=60, model_type="bpe",
+        minloglevel=2
     )
     (tmp_path / "m.model").write_bytes(model.getvalue())
     (tmp_path / "a.jsonl").write_bytes(as_lines(["best", "   ", "times"]))
-    manifest = preprocess([tmp_path / "a.jsonl"], tmp_path / "t", load_tokenizer(tmp_path / "m.model"))
+    manifest = preprocess([tmp_path / "a.jsonl"], tmp_path / "t",
+                          load_tokenizer(tmp_path / "m.model"))
     assert (manifest.documents, manifest.empty) == (2, 1)
     assert len(read_back(tmp_path / "t")) == 2
 
@@ -247,7 +257,8 @@ def start_long_run(tmp_path: Path, bpe: Path) -> subprocess.Popen:
     """The tool in a process of its own, returned when it is in the middle of writing."""
     long_text = as_lines(["to be or not to be " * 5000] * 1000)
     (tmp_path / "in.jsonl.zst").write_bytes(zstandard.compress(long_text))
-    arguments = ["--input", tmp_path / "in.jsonl.zst", "--output", tmp_path / "t", "--tokenizer", bpe]
+    arguments = ["--input", tmp_path / "in.jsonl.zst", "--output", tmp_path / "t", "--tokenizer",
+                 bpe]
     run = subprocess.Popen(
         [sys.executable, "tools/preprocess_data.py", *map(str, arguments)],
         cwd=ROOT,
@@ -265,7 +276,8 @@ def start_long_run(tmp_path: Path, bpe: Path) -> subprocess.Popen:
 
 def test_a_killed_run_leaves_nothing_under_the_final_names(tmp_path, bpe):
     run = start_long_run(tmp_path, bpe)
-    with pytest.raises(ValueError, match="t.partial is in use: another run is making this data set"):
+    with pytest.raises(ValueError,
+                       match="t.partial is in use: another run is making this data set"):
         preprocess([tmp_path / "in.jsonl.zst"], tmp_path / "t", load_tokenizer(bpe))
     run.kill()
     run.communicate()
@@ -313,7 +325,8 @@ def test_check_names_a_missing_file(data_set, suffix):
 
 
 @pytest.mark.parametrize("foreign", [False, True])
-@pytest.mark.parametrize(("suffix", "state"), [("bin", "cut off"), ("idx", "cut off"), ("bin", "too long")])
+@pytest.mark.parametrize(("suffix", "state"),
+                         [("bin", "cut off"), ("idx", "cut off"), ("bin", "too long")])
 def test_check_names_both_sizes_of_a_file_that_changed(data_set, foreign, suffix, state):
     path = Path(f"{data_set}.{suffix}")
     content = path.read_bytes()
@@ -330,7 +343,8 @@ def test_check_refuses_the_index_of_another_data_set(data_set, bpe):
     (data_set.parent / "one.txt").write_text("one")
     preprocess([data_set.parent / "one.txt"], data_set.parent / "one", load_tokenizer(bpe))
     shutil.copy(data_set.parent / "one.idx", f"{data_set}.idx")
-    with pytest.raises(ValueError, match=r"train\.idx is cut off: 62 bytes, and .*train\.json says"):
+    with pytest.raises(ValueError,
+                       match=r"train\.idx is cut off: 62 bytes, and .*train\.json says"):
         check_prefix(data_set)
 
 
@@ -354,7 +368,8 @@ def test_check_refuses_a_file_that_is_no_index(data_set, byte):
 
 def test_check_refuses_another_tokenizer_and_shows_both(data_set, bpe):
     ours, other = load_tokenizer(bpe).sha256, "f" * 64
-    with pytest.raises(ValueError, match=f"made with the tokenizer {ours}, and the run uses {other}"):
+    with pytest.raises(ValueError,
+                       match=f"made with the tokenizer {ours}, and the run uses {other}"):
         check_prefix(data_set, other)
 
 
@@ -398,11 +413,13 @@ def test_the_check_needs_neither_torch_nor_megatron(data_set):
 
 def test_the_tool_writes_and_sums_up_in_one_line(tmp_path, bpe, tool, capsys):
     write_shards(tmp_path)
-    arguments = ["--input", f"{tmp_path}/*.jsonl*", f"{tmp_path}/d.txt", "--output", f"{tmp_path}/t"]
+    arguments = ["--input", f"{tmp_path}/*.jsonl*", f"{tmp_path}/d.txt", "--output",
+                 f"{tmp_path}/t"]
     assert tool.main([*arguments, "--tokenizer", str(bpe)]) == 0
     out, err = capsys.readouterr()
     manifest = check_prefix(tmp_path / "t", load_tokenizer(bpe).sha256)
-    assert out.startswith(f"{tmp_path}/t: 120 documents, {manifest.tokens:,} tokens, 0.0 MB of text in ")
+    assert out.startswith(f"{tmp_path}/t: 120 documents, {manifest.tokens:,} tokens, 0.0 MB of "
+                          "text in ")
     assert out.endswith("MB/s), 0 skipped, 0 empty\n") and out.count("\n") == 1
     assert err == ""
 
@@ -410,8 +427,10 @@ def test_the_tool_writes_and_sums_up_in_one_line(tmp_path, bpe, tool, capsys):
 @pytest.mark.parametrize("kind", ["bpe", "sentencepiece"])
 def test_the_tool_trains_a_tokenizer_on_its_input(tmp_path, tool, kind, capsys):
     write_shards(tmp_path)
-    arguments = ["--input", f"{tmp_path}/*.jsonl*", "--output", f"{tmp_path}/t", "--no-eod", "--progress"]
-    arguments += ["--tokenizer", f"{tmp_path}/tok", "--train-tokenizer", kind, "--train-bytes", "20kB"]
+    arguments = ["--input", f"{tmp_path}/*.jsonl*", "--output", f"{tmp_path}/t", "--no-eod",
+                 "--progress"]
+    arguments += ["--tokenizer", f"{tmp_path}/tok", "--train-tokenizer", kind, "--train-bytes",
+                  "20kB"]
     assert tool.main([*arguments, "--vocab-size", "330"]) == 0
     tokenizer = load_tokenizer(tmp_path / "tok")
     assert tokenizer.vocab_size == 330
@@ -436,7 +455,8 @@ def test_the_tool_trains_a_tokenizer_on_its_input(tmp_path, tool, kind, capsys):
 )
 def test_user_errors_are_one_message_and_exit_code_2(tmp_path, bpe, tool, capsys, change, message):
     (tmp_path / "in.jsonl").write_bytes(as_lines(["x"]))
-    arguments = ["--input", f"{tmp_path}/in.jsonl", "--output", f"{tmp_path}/t", "--tokenizer", str(bpe)]
+    arguments = ["--input", f"{tmp_path}/in.jsonl", "--output", f"{tmp_path}/t", "--tokenizer",
+                 str(bpe)]
     try:
         code = tool.main([*arguments, *change])
     except SystemExit as end:
@@ -448,9 +468,11 @@ def test_user_errors_are_one_message_and_exit_code_2(tmp_path, bpe, tool, capsys
 
 
 def test_the_tool_runs_from_a_checkout_without_traceback(tmp_path):
-    arguments = ["--input", "nosuch.jsonl", "--output", str(tmp_path / "t"), "--tokenizer", "nosuch"]
+    arguments = ["--input", "nosuch.jsonl", "--output", str(tmp_path / "t"), "--tokenizer",
+                 "nosuch"]
     run = subprocess.run(
-        [sys.executable, "tools/preprocess_data.py", *arguments], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "tools/preprocess_data.py", *arguments], cwd=ROOT, capture_output=True,
+        text=True
     )
     assert (run.returncode, run.stdout) == (2, "")
     assert run.stderr.startswith("error: no tokenizer at nosuch") and run.stderr.count("\n") == 1

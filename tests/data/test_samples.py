@@ -1,4 +1,5 @@
-"""Samples and windows: every token once an epoch, in an order that depends on nothing it should not depend on."""
+"""Samples and windows: every token once an epoch, in an order that depends on nothing it should not
+depend on."""
 
 from __future__ import annotations
 
@@ -42,8 +43,10 @@ def tokenizer(tiny_bpe):
 @pytest.fixture
 def make(place, recipe, tmp_path, tokenizer):
     """Makes the pass `number` over data set "a", with changes to the recipe."""
-    def make_pass(number: int = 0, prefix: Path | None = None, cache: str = "cache", **changes) -> Pass:
-        made = recipe(train={"sequence_length": LENGTH}, data={"train": str(prefix or place / "a")}, **changes)
+    def make_pass(number: int = 0, prefix: Path | None = None, cache: str = "cache",
+                  **changes) -> Pass:
+        made = recipe(train={"sequence_length": LENGTH},
+                      data={"train": str(prefix or place / "a")}, **changes)
         [source] = training_sources(expand(made.data), tokenizer.sha256)
         return Pass(source, number, made, tokenizer, tmp_path / cache)
     return make_pass
@@ -51,7 +54,8 @@ def make(place, recipe, tmp_path, tokenizer):
 
 def texts(dataset) -> np.ndarray:
     """(samples, T + 1)."""
-    return np.stack([np.append(s["tokens"], s["labels"][-1]) for s in (dataset[i] for i in range(len(dataset)))])
+    return np.stack([np.append(s["tokens"], s["labels"][-1])
+                     for s in (dataset[i] for i in range(len(dataset)))])
 
 
 def stored(prefix: Path) -> np.ndarray:
@@ -66,11 +70,13 @@ def test_a_pass_of_one_epoch_is_megatrons(make, place, tokenizer, tmp_path, monk
     monkeypatch.setattr(samples, "_LEAST_SAMPLES", 1)
     ours = make()
     config = GPTDatasetConfig(
-        random_seed=ours.config.random_seed, sequence_length=LENGTH, blend=([str(place / "a")], None), split="1,0,0",
-        path_to_cache=str(tmp_path / "theirs"), tokenizer=tokenizer, reset_position_ids=False,
-        reset_attention_mask=False, eod_mask_loss=False, create_attention_mask=False)
+        random_seed=ours.config.random_seed, sequence_length=LENGTH,
+        blend=([str(place / "a")], None), split="1,0,0", path_to_cache=str(tmp_path / "theirs"),
+        tokenizer=tokenizer, reset_position_ids=False, reset_attention_mask=False,
+        eod_mask_loss=False, create_attention_mask=False)
     data = IndexedDataset(str(place / "a"))
-    theirs = GPTDataset(data, str(place / "a"), np.arange(len(data), dtype=np.int32), None, Split.train, config)
+    theirs = GPTDataset(data, str(place / "a"), np.arange(len(data), dtype=np.int32), None,
+                        Split.train, config)
     assert len(ours) == len(theirs) == (len(stored(place / "a")) - 1) // LENGTH
     for i in range(len(ours)):
         sample, expected = ours[i], theirs[i]
@@ -95,7 +101,8 @@ def test_every_epoch_holds_every_document_and_ends_before_the_next(make, place, 
     for epoch in made.document_index.reshape(epochs, -1):
         assert sorted(epoch) == list(range(len(made.dataset)))
     assert len({tuple(epoch) for epoch in made.document_index.reshape(epochs, -1)}) == epochs
-    # A sequence is of the epoch it starts in: their numbers, in the order they are drawn in, go up epoch by epoch.
+    # A sequence is of the epoch it starts in: their numbers, in the order they are drawn in, go up
+    # epoch by epoch.
     epoch_of = np.asarray(made.shuffle_index, np.int64) * LENGTH // tokens
     assert (np.diff(epoch_of) >= 0).all() and sorted(made.shuffle_index) == list(range(len(made)))
     assert len(made) == (epochs * tokens - 1) // LENGTH
@@ -120,13 +127,17 @@ def test_the_order_depends_on_seed_content_and_number_alone(make, place, tmp_pat
 
 def test_windows_are_the_text_in_order_whatever_the_seed(place, recipe, tokenizer):
     def windows(count: int, **changes) -> Windows:
-        made = recipe(train={"sequence_length": LENGTH}, data={"train": [str(place / n) for n in "ab"]}, **changes)
-        return Windows(training_sources(expand(made.data), tokenizer.sha256), count, made, tokenizer)
+        made = recipe(train={"sequence_length": LENGTH},
+                      data={"train": [str(place / n) for n in "ab"]}, **changes)
+        return Windows(training_sources(expand(made.data), tokenizer.sha256), count, made,
+                       tokenizer)
 
     streams = [stored(place / name).astype(np.int64) for name in "ab"]
-    plain = [text[i : i + LENGTH + 1] for text in streams for i in range(0, len(text) - LENGTH, LENGTH)]
+    plain = [text[i : i + LENGTH + 1] for text in streams
+             for i in range(0, len(text) - LENGTH, LENGTH)]
     everything = texts(windows(len(plain)))
-    assert (everything == np.stack(plain)).all() and (texts(windows(len(plain), seed=9)) == everything).all()
+    assert (everything == np.stack(plain)).all() and (texts(windows(len(plain), seed=9))
+                                                      == everything).all()
     even = [len(plain) * i // 20 for i in range(20)]
     assert (texts(windows(20)) == np.stack(plain)[even]).all()
 
@@ -148,8 +159,10 @@ def test_borders_of_documents_are_megatrons(text):
 
     from megatron_spdf.model.attention import document_mask
 
-    sample = Borders(eod=1, reset_positions=True, reset_attention=True).sample(np.array(text, np.uint16))
-    masked, loss_mask, positions = _get_ltor_masks_and_position_ids(sample["tokens"], 1, True, True, False, True)
+    sample = Borders(eod=1, reset_positions=True,
+                     reset_attention=True).sample(np.array(text, np.uint16))
+    masked, loss_mask, positions = _get_ltor_masks_and_position_ids(sample["tokens"], 1, True,
+                                                                    True, False, True)
     assert torch.equal(sample["position_ids"], positions)
     assert torch.equal(sample["loss_mask"], loss_mask)
     assert torch.equal(document_mask(sample["documents"][None])[0], ~masked)
@@ -173,7 +186,8 @@ def _want(cache: Path) -> None:
 def test_of_many_processes_one_builds(tmp_path):
     cache = tmp_path / "cache"
     cache.mkdir()
-    several = [multiprocessing.get_context("fork").Process(target=_want, args=(cache,)) for _ in range(6)]
+    several = [multiprocessing.get_context("fork").Process(target=_want, args=(cache,))
+               for _ in range(6)]
     for process in several:
         process.start()
     for process in several:
@@ -216,7 +230,8 @@ def test_a_failed_build_is_not_taken_for_a_result(tmp_path):
     with pytest.raises(OSError, match="No space left"):
         built_once(tmp_path, "key", fail)
     assert not (tmp_path / "key").exists()
-    assert built_once(tmp_path, "key", lambda directory: (directory / "whole").touch()) == tmp_path / "key"
+    assert built_once(tmp_path, "key",
+                      lambda directory: (directory / "whole").touch()) == tmp_path / "key"
 
 
 def test_length_of_a_pass_without_opening_it(make, recipe, place, tokenizer):

@@ -1,4 +1,5 @@
-"""Fine-tuning tasks: what the files hold comes out in its order, and what is malformed is named with its place."""
+"""Fine-tuning tasks: what the files hold comes out in its order, and what is malformed is named
+with its place."""
 
 from __future__ import annotations
 
@@ -23,8 +24,10 @@ E2E = 'mr,ref\r\n"name[The Vaults], eatType[pub], near[Café Adriatic]",The Vaul
       '"name[Zizzi], customer rating[5 out of 5]","A ""good"" one,\r\n of two lines."\r\n' \
       '"name[The Vaults], eatType[pub], near[Café Adriatic]",Second reference.\r\n'
 TRIPLE = {"subject": "Aarhus_Airport", "property": "runwayLength", "object": "2702.0"}
-ENTRY = {"category": "Airport", "modifiedtripleset": [TRIPLE, {**TRIPLE, "property": "cityServed", "object": "Aarhus"}],
-         "lexicalisations": [{"comment": "good", "lex": "One."}, {"comment": "toFix", "lex": "Won."},
+ENTRY = {"category": "Airport",
+         "modifiedtripleset": [TRIPLE, {**TRIPLE, "property": "cityServed", "object": "Aarhus"}],
+         "lexicalisations": [{"comment": "good", "lex": "One."},
+                             {"comment": "toFix", "lex": "Won."},
                              {"comment": "good", "lex": "Two ."}]}
 UNSEEN = {**ENTRY, "category": "Artist", "lexicalisations": ENTRY["lexicalisations"][:1]}
 XML = """<?xml version="1.0"?>
@@ -43,8 +46,10 @@ XML = """<?xml version="1.0"?>
 """
 AIRPORT = "Aarhus_Airport : runwayLength : 2702.0 | Aarhus_Airport : cityServed : Aarhus"
 WEBNLG = [Example(AIRPORT, ("One.", "Two ."), "seen"), Example(AIRPORT, ("One.",), "unseen")]
-RECORD = {"tripleset": [["Mars Hill College", "JOINED", "1973"], ["[TABLECONTEXT]", "[TITLE]", "Members"]],
-          "annotations": [{"source": "x", "text": "It joined in 1973. "}, {"source": "x", "text": ""}]}
+RECORD = {"tripleset": [["Mars Hill College", "JOINED", "1973"],
+                        ["[TABLECONTEXT]", "[TITLE]", "Members"]],
+          "annotations": [{"source": "x", "text": "It joined in 1973. "},
+                          {"source": "x", "text": ""}]}
 
 
 def write(path: Path, content) -> Path:
@@ -63,7 +68,8 @@ def test_e2e_is_grouped_by_meaning_and_spaced_as_in_the_data(tmp_path):
     examples = load_examples("e2e", tmp_path, "train")
     assert examples == [
         Example(vaults, ("The Vaults is a pub.  It is cheap.", "Second reference.")),
-        Example("name : Zizzi | customer rating : 5 out of 5", ('A "good" one,\r\n of two lines.',))]
+        Example("name : Zizzi | customer rating : 5 out of 5",
+                ('A "good" one,\r\n of two lines.',))]
     assert [pair for pair in training_pairs(examples) if pair[0] == vaults] == [
         (vaults, "The Vaults is a pub.  It is cheap."), (vaults, "Second reference.")]
 
@@ -80,7 +86,8 @@ def test_webnlg_from_json_and_from_xml_files_of_a_directory(tmp_path):
     write(tmp_path / "xml" / "train" / "2triples" / "a.xml", XML)
     write(tmp_path / "xml" / "test" / "testdata_no_lex.xml", "<benchmark/>")
     write(tmp_path / "xml" / "test" / "testdata_with_lex.xml", XML)
-    for path in (tmp_path / "json", tmp_path / "xml", tmp_path / "xml" / "train" / "2triples" / "a.xml"):
+    for path in (tmp_path / "json", tmp_path / "xml",
+                 tmp_path / "xml" / "train" / "2triples" / "a.xml"):
         assert load_examples("webnlg", path, "train") == WEBNLG
     assert load_examples("webnlg", tmp_path / "xml", "test") == WEBNLG
 
@@ -88,14 +95,16 @@ def test_webnlg_from_json_and_from_xml_files_of_a_directory(tmp_path):
 def test_an_input_without_reference_is_for_testing_only(tmp_path):
     bad = {**ENTRY, "lexicalisations": [{"comment": "toFix", "lex": "Won."}]}
     path = write(tmp_path / "entries.json", webnlg(bad, ENTRY))
-    assert [e.references for e in load_examples("webnlg", path, "validation")] == [("One.", "Two .")]
+    assert [e.references
+            for e in load_examples("webnlg", path, "validation")] == [("One.", "Two .")]
     assert [e.references for e in load_examples("webnlg", path, "test")] == [(), ("One.", "Two .")]
 
 
 def test_dart_lower_cases_relations_and_leaves_blank_texts_out(tmp_path):
     path = write(tmp_path / "dart-v1.1.1-full-train.regrouped.json", [RECORD, RECORD])
     context = "Mars Hill College : joined : 1973 | [TABLECONTEXT] : [title] : Members"
-    assert load_examples("dart", tmp_path, "train") == [Example(context, ("It joined in 1973. ",))] * 2
+    assert load_examples("dart", tmp_path,
+                         "train") == [Example(context, ("It joined in 1973. ",))] * 2
     assert load_examples("dart", path, "test")
 
 
@@ -110,13 +119,16 @@ def test_curation_reads_long_articles(tmp_path):
 def test_scitldr_joins_sentences(tmp_path):
     record = {"source": ["First. ", "  ", "Second."], "target": ["Short.", "Brief. "], "title": "T"}
     write(tmp_path / "test.jsonl", json.dumps(record))
-    assert load_examples("scitldr", tmp_path, "test") == [Example("First.  Second.", ("Short.", "Brief. "))]
+    assert load_examples("scitldr", tmp_path,
+                         "test") == [Example("First.  Second.", ("Short.", "Brief. "))]
 
 
 def test_json_lines_of_your_own(tmp_path):
-    lines = [{"context": "a", "completion": "b"}, {"context": "a", "completion": ["c", "d"]}, {"context": "e"}]
+    lines = [{"context": "a", "completion": "b"}, {"context": "a", "completion": ["c", "d"]},
+             {"context": "e"}]
     path = write(tmp_path / "mine.jsonl", "\n\n".join(map(json.dumps, lines)))
-    assert load_examples("jsonl", path, "test") == [Example("a", ("b",)), Example("a", ("c", "d")), Example("e", ())]
+    assert load_examples("jsonl", path, "test") == [Example("a", ("b",)), Example("a", ("c", "d")),
+                                                    Example("e", ())]
     assert load_examples("jsonl", path, "train") == [Example("a", ("b",)), Example("a", ("c", "d"))]
 
 
@@ -127,26 +139,39 @@ def without(record: dict, field: str) -> dict:
 @pytest.mark.parametrize("task, content, message", [
     ("e2e", "mr;ref\nname[A];B\n", r"file, line 1: no column mr"),
     ("e2e", "mr,ref\nname[A],B\nname[A],B,C\n", r"file, line 3: 3 fields where the header has 2"),
-    ("e2e", "mr,ref\nname A,B\n", r"file, line 2: the meaning representation 'name A' is not of the form slot\["),
-    ("e2e", "mr,ref\nname[A],B\nname[A], \n", r"file, line 3: field 'ref' must be a text that is not blank"),
+    ("e2e", "mr,ref\nname A,B\n",
+     r"file, line 2: the meaning representation 'name A' is not of the form slot\["),
+    ("e2e", "mr,ref\nname[A],B\nname[A], \n",
+     r"file, line 3: field 'ref' must be a text that is not blank"),
     ("e2e", 'mr,ref\nname[A],"B\n', r"file, line 2: not CSV"),
     ("webnlg", "{]", r"file: not JSON"),
     ("webnlg", [], r"file: a list instead of an object with the field 'entries'"),
     ("webnlg", webnlg(ENTRY, without(ENTRY, "category")), r"file, entry 2: no field 'category'"),
-    ("webnlg", webnlg({**ENTRY, "modifiedtripleset": []}), r"file, entry 1: field 'modifiedtripleset' is empty"),
-    ("webnlg", webnlg({**ENTRY, "modifiedtripleset": [without(TRIPLE, "object")]}), r"entry 1: no field 'object'"),
-    ("webnlg", webnlg({**ENTRY, "lexicalisations": [{"comment": "good"}]}), r"entry 1: no field 'lex'"),
+    ("webnlg", webnlg({**ENTRY, "modifiedtripleset": []}),
+     r"file, entry 1: field 'modifiedtripleset' is empty"),
+    ("webnlg", webnlg({**ENTRY, "modifiedtripleset": [without(TRIPLE, "object")]}),
+     r"entry 1: no field 'object'"),
+    ("webnlg", webnlg({**ENTRY, "lexicalisations": [{"comment": "good"}]}),
+     r"entry 1: no field 'lex'"),
     ("dart", {}, r"file: a dict instead of a list"),
-    ("dart", [RECORD, without(RECORD, "tripleset")], r"file, record 2: field 'tripleset' must be a list"),
-    ("dart", [{**RECORD, "tripleset": [["a", "b"]]}], r"file, record 1: a triple must be three texts"),
+    ("dart", [RECORD, without(RECORD, "tripleset")],
+     r"file, record 2: field 'tripleset' must be a list"),
+    ("dart", [{**RECORD, "tripleset": [["a", "b"]]}],
+     r"file, record 1: a triple must be three texts"),
     ("dart", [{**RECORD, "annotations": [{"source": "x"}]}], r"file, record 1: no field 'text'"),
     ("curation", "title,summary\na,b\n", r"file, line 1: no column article_content"),
-    ("scitldr", '{"source": "a", "target": ["b"]}\n', r"file, line 1: field 'source' must be a list"),
-    ("scitldr", '{"source": ["a"], "target": [" "]}\n', r"file, line 1: field 'target' has no text"),
-    ("jsonl", '{"context": "a", "completion": "b"}\n\n[1]\n', r"file, line 3: a list instead of an object"),
-    ("jsonl", '{"context": "a", "completion": "b"}\n{"completion": "b"}\n', r"file, line 2: no field 'context'"),
-    ("jsonl", '{"context": "a", "completion": 3}\n', r"file, line 1: field 'completion' must be a text"),
-    ("jsonl", '{"context": "a"}\n', r"file has no example with a reference; the train split of jsonl"),
+    ("scitldr", '{"source": "a", "target": ["b"]}\n',
+     r"file, line 1: field 'source' must be a list"),
+    ("scitldr", '{"source": ["a"], "target": [" "]}\n',
+     r"file, line 1: field 'target' has no text"),
+    ("jsonl", '{"context": "a", "completion": "b"}\n\n[1]\n',
+     r"file, line 3: a list instead of an object"),
+    ("jsonl", '{"context": "a", "completion": "b"}\n{"completion": "b"}\n',
+     r"file, line 2: no field 'context'"),
+    ("jsonl", '{"context": "a", "completion": 3}\n',
+     r"file, line 1: field 'completion' must be a text"),
+    ("jsonl", '{"context": "a"}\n',
+     r"file has no example with a reference; the train split of jsonl"),
     ("jsonl", "", r"file has no example"),
 ])
 def test_what_is_malformed_is_named(tmp_path, task, content, message):
@@ -156,7 +181,9 @@ def test_what_is_malformed_is_named(tmp_path, task, content, message):
 
 def test_malformed_xml_is_named(tmp_path):
     path = write(tmp_path / "a.xml", XML.replace("runwayLength |", "runwayLength", 1))
-    with pytest.raises(ValueError, match=r"a.xml, entry 1 \(Id1\): the triple .* is not of the form subject \| prop"):
+    with pytest.raises(ValueError,
+                       match=r"a.xml, entry 1 \(Id1\): the triple .* is not of the form subject \| "
+                             r"prop"):
         load_examples("webnlg", path, "train")
     with pytest.raises(ValueError, match=r"a.xml, line 4: not XML"):
         load_examples("webnlg", write(path, XML.replace("y | z", "y | <z")), "train")
@@ -165,19 +192,23 @@ def test_malformed_xml_is_named(tmp_path):
 def test_what_is_not_there_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist; give the test file of dart"):
         load_examples("dart", tmp_path / "none", "test")
-    with pytest.raises(FileNotFoundError, match="has no devset.csv or dev.csv, the validation split of e2e"):
+    with pytest.raises(FileNotFoundError,
+                       match="has no devset.csv or dev.csv, the validation split of e2e"):
         load_examples("e2e", tmp_path, "validation")
     with pytest.raises(ValueError, match="task 'e2' is unknown; choose one of e2e, webnlg"):
         load_examples("e2", tmp_path, "test")
-    with pytest.raises(ValueError, match="split 'dev' is unknown; choose one of train, validation, test"):
+    with pytest.raises(ValueError,
+                       match="split 'dev' is unknown; choose one of train, validation, test"):
         load_examples("e2e", tmp_path, "dev")
     assert set(TASKS) == {"e2e", "webnlg", "dart", "curation", "scitldr", "jsonl"}
 
 
-# Examples and (input, reference) pairs; the counts that the data's publishers state, or those of the files' READMEs.
+# Examples and (input, reference) pairs; the counts that the data's publishers state, or those of
+# the files' READMEs.
 PUBLISHED = {
     "e2e": ("e2e", {"train": (4862, 42061), "validation": (547, 4672), "test": (630, 4693)}),
-    "webnlg": ("webnlg2017", {"train": (6935, 18025), "validation": (871, 2258), "test": (1862, 4928)}),
+    "webnlg": ("webnlg2017",
+               {"train": (6935, 18025), "validation": (871, 2258), "test": (1862, 4928)}),
     "dart": ("dart", {"train": (30438, 62659), "validation": (2768, 6980), "test": (5097, 12551)}),
     "scitldr": ("scitldr", {"train": (1992, 1992), "validation": (619, 1453), "test": (618, 1967)}),
 }

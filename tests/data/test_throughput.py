@@ -25,12 +25,15 @@ def test_equal_and_different_documents(tmp_path, tiny_bpe):
     items = records(20)
     changed = [*items[:7], {"text": "another"}, *items[8:18]]
     for name, there in (("a", items), ("b", changed)):
-        preprocess([write_shard(tmp_path / f"{name}.jsonl", there)], tmp_path / name, load_tokenizer(tiny_bpe))
+        preprocess([write_shard(tmp_path / f"{name}.jsonl", there)], tmp_path / name,
+                   load_tokenizer(tiny_bpe))
     assert data_throughput._different(tmp_path / "a", tmp_path / "a") == 0
-    assert data_throughput._different(tmp_path / "a", tmp_path / "b") == 3  # one changed, two missing
+    # one changed, two missing
+    assert data_throughput._different(tmp_path / "a", tmp_path / "b") == 3
 
 
 def test_a_directory_without_the_other_tool_is_refused(tmp_path, tiny_bpe):
     shard = write_shard(tmp_path / "a.jsonl", records(3))
-    with pytest.raises(ValueError, match="has no tools/preprocess_data.py; name a checkout of Megatron-LM"):
+    with pytest.raises(ValueError,
+                       match="has no tools/preprocess_data.py; name a checkout of Megatron-LM"):
         data_throughput.measure([str(shard)], tiny_bpe, [1], 1, tmp_path, tmp_path)

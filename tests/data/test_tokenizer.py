@@ -1,4 +1,5 @@
-"""Tokenizers: the same tokens as the reference, text that round-trips, files that say what is wrong."""
+"""Tokenizers: the same tokens as the reference, text that round-trips, files that say what is
+wrong."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ needs_gpt2 = pytest.mark.skipif(not GPT2.exists(), reason="no GPT-2 BPE files in
 
 CORPUS = [
     "It was the best of times, it was the worst of times,\n\nit was the age of wisdom.\n",
-    "def double(x):\n    if x is None:\n        return None\n\treturn 2 * x  # they'll halve it later\n",
+    "def double(x):\n    if x is None:\n        return None\n\treturn 2 * x  # they'll halve it "
+    "later\n",
     "Grüße, señor: 東京 and Ελλάδα cost 12,345.67 € — nothing's free 🙂🙂\n",
     *Path(textwrap.__file__).read_text(encoding="utf-8").split("\n\n"),
 ]
@@ -99,7 +101,8 @@ def test_gpt2_cuts_at_every_character_where_tokenizers_does():
 
 
 def test_trained_bpe_tokens_are_those_of_tokenizers(trained):
-    assert_same_tokens(load_tokenizer(trained / "bpe"), reference_bpe(trained / "bpe"), HARD + CORPUS)
+    assert_same_tokens(load_tokenizer(trained / "bpe"), reference_bpe(trained / "bpe"),
+                       HARD + CORPUS)
 
 
 def test_bpe_trained_on_overlapping_runs_agrees_with_tokenizers(tmp_path):
@@ -126,7 +129,8 @@ def test_sentencepiece_ends_documents_with_eos(trained):
     import sentencepiece
 
     tokenizer = load_tokenizer(trained / "sentencepiece")
-    processor = sentencepiece.SentencePieceProcessor(str(trained / "sentencepiece" / "tokenizer.model"))
+    processor = sentencepiece.SentencePieceProcessor(str(trained / "sentencepiece"
+                                                         / "tokenizer.model"))
     assert tokenizer.kind == "sentencepiece"
     assert processor.id_to_piece(tokenizer.eod) == "</s>"
     assert tokenizer.encode(CORPUS[2]) == processor.encode(CORPUS[2])
@@ -202,7 +206,8 @@ def test_training_refuses_unknown_kinds_used_directories_and_no_text(tmp_path):
 
 
 def test_load_names_what_it_found_and_what_it_takes(trained, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no tokenizer at .*nowhere; accepted: .*tokenizer\.json"):
+    with pytest.raises(FileNotFoundError,
+                       match=r"no tokenizer at .*nowhere; accepted: .*tokenizer\.json"):
         load_tokenizer(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="no tokenizer; accepted.*Found: nothing"):
         load_tokenizer(tmp_path)
@@ -211,7 +216,8 @@ def test_load_names_what_it_found_and_what_it_takes(trained, tmp_path):
         load_tokenizer(tmp_path)
     for name in ("a.model", "b.model"):
         (tmp_path / name).write_bytes((trained / "sentencepiece" / "tokenizer.model").read_bytes())
-    with pytest.raises(ValueError, match="more than one tokenizer.*Found: a.model, b.model, vocab.json"):
+    with pytest.raises(ValueError,
+                       match="more than one tokenizer.*Found: a.model, b.model, vocab.json"):
         load_tokenizer(tmp_path)
     assert load_tokenizer(tmp_path / "a.model").vocab_size == 400
     (tmp_path / "notes.txt").write_text("mine")
@@ -255,7 +261,8 @@ def test_a_published_directory_is_read_in_the_way_that_keeps_its_tokens(trained,
     assert load_tokenizer(tmp_path).kind == "gpt2-bpe"
 
     description.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
-        [tokenizers.pre_tokenizers.Digits(), tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [tokenizers.pre_tokenizers.Digits(),
+         tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     description.save(str(tmp_path / "tokenizer.json"))
     tokenizer = load_tokenizer(tmp_path)
@@ -291,7 +298,8 @@ def test_megatron_takes_it_without_warning_and_masks_nothing(trained, tmp_path, 
             create_attention_mask=False,
         )
         data = IndexedDataset(str(tmp_path / "d"))
-        dataset = GPTDataset(data, str(tmp_path / "d"), np.arange(len(data)), 8, Split.train, config)
+        dataset = GPTDataset(data, str(tmp_path / "d"), np.arange(len(data)), 8, Split.train,
+                             config)
         samples = [dataset[i] for i in range(len(dataset))]
     assert samples and all(sample["loss_mask"].min() == 1.0 for sample in samples)
     assert any((sample["labels"] == tokenizer.eod).any() for sample in samples)
@@ -301,7 +309,8 @@ def test_megatron_takes_it_without_warning_and_masks_nothing(trained, tmp_path, 
 
 @pytest.mark.parametrize("blank", [" ", "\n", "\u3000", "\t \u2028"])
 def test_blanks_longer_than_the_regex_engine_can_stand(trained, blank):
-    """tiktoken's pattern runs out of stack somewhere below a million; U+001C is no blank to it, to Python it is."""
+    """tiktoken's pattern runs out of stack somewhere below a million; U+001C is no blank to it, to
+    Python it is."""
     text = f"x\x1c{blank * 1_000_000}y {blank * 1_000_000}\x1cz{blank * 9000}"
     tokenizer = load_tokenizer(trained / "bpe")
     with pytest.raises(ValueError, match="stack"):
@@ -310,7 +319,8 @@ def test_blanks_longer_than_the_regex_engine_can_stand(trained, blank):
     short = f"x\x1c{blank * 2000}y {blank * 3000}\x1cz{blank * 1500}"
     parts = kinds._before_last_blanks(short)
     assert len(parts) == 3 and "".join(parts) == short
-    assert [i for part in parts for i in tokenizer.encode(part)] == reference_bpe(trained / "bpe").encode(short).ids
+    assert [i for part in parts
+            for i in tokenizer.encode(part)] == reference_bpe(trained / "bpe").encode(short).ids
 
 
 def test_tokenizer_json_of_gpt2s_kind_is_run_by_tiktoken_and_others_are_not(trained, tmp_path):
@@ -322,7 +332,8 @@ def test_tokenizer_json_of_gpt2s_kind_is_run_by_tiktoken_and_others_are_not(trai
         {"pre_tokenizer": {**description["pre_tokenizer"], "add_prefix_space": True}},
         {"model": {**description["model"], "ignore_merges": True}},
         {"added_tokens": [{**description["added_tokens"][0], "special": False}]},
-        {"added_tokens": [*description["added_tokens"], {**description["added_tokens"][0], "id": 400, "content": "x"}]},
+        {"added_tokens": [*description["added_tokens"],
+                          {**description["added_tokens"][0], "id": 400, "content": "x"}]},
     ):
         (tmp_path / "tokenizer.json").write_text(json.dumps({**description, **change}))
         tokenizer = load_tokenizer(tmp_path / "tokenizer.json")

@@ -20,7 +20,8 @@ SETS = ("Pile-CC", "Wikipedia (en)", "Github")
 
 
 def records(count: int, seed: int = 0) -> list[dict]:
-    """Records in the Pile's form, some with the same text, of lengths from a few words to some pages."""
+    """Records in the Pile's form, some with the same text, of lengths from a few words to some
+    pages."""
     made = []
     for i in range(count):
         number = (i * 7919 + seed) % (count - count // 8)  # one in eight comes again
@@ -37,15 +38,19 @@ def write_shard(path: Path, items: list[dict]) -> Path:
     """A .jsonl, .jsonl.gz or .jsonl.zst file; compressed ones of several frames."""
     lines = as_jsonl(items).splitlines(keepends=True)
     pieces = [b"".join(lines[i : i + 100]) for i in range(0, len(lines), 100)]
-    compress = {".zst": zstandard.compress, ".gz": lambda piece: gzip.compress(piece, mtime=0)}.get(path.suffix, bytes)
+    compress = {".zst": zstandard.compress,
+                ".gz": lambda piece: gzip.compress(piece, mtime=0)}.get(path.suffix, bytes)
     path.write_bytes(b"".join(map(compress, pieces)))
     return path
 
 
 def content(prefix: Path) -> dict[str, str]:
-    """Everything under a prefix, a single data set or a directory of them: file -> hash of its bytes."""
-    files = [f for start in prefix.parent.glob(f"{prefix.name}*") for f in (start, *start.rglob("*")) if f.is_file()]
-    return {str(f.relative_to(prefix.parent)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+    """Everything under a prefix, a single data set or a directory of them: file -> hash of its
+    bytes."""
+    files = [f for start in prefix.parent.glob(f"{prefix.name}*")
+             for f in (start, *start.rglob("*")) if f.is_file()]
+    return {str(f.relative_to(prefix.parent)): hashlib.sha256(f.read_bytes()).hexdigest()
+            for f in files}
 
 
 def documents_of(prefix: Path) -> list[list[int]]:

@@ -1,4 +1,5 @@
-"""The demo's synthetic table-to-text set: right sentences, splits that share no record, the same every time."""
+"""The demo's synthetic table-to-text set: right sentences, splits that share no record, the same
+every time."""
 
 from __future__ import annotations
 
@@ -25,12 +26,14 @@ def test_sentences_say_all_of_a_record_and_nothing_else(tmp_path):
         for record, sentences in found:
             for sentence in sentences:
                 assert all(value in sentence for value in record.values()), (record, sentence)
-                assert all((f" {slot}" in sentence) == (slot in record) for slot in ("returns", "raises"))
+                assert all((f" {slot}" in sentence) == (slot in record)
+                           for slot in ("returns", "raises"))
 
 
 def test_splits_share_no_record(tmp_path):
     write_functions(tmp_path / "set")
-    contexts = {split: {e.context for e in load_examples("jsonl", tmp_path / "set", split)} for split in SPLITS}
+    contexts = {split: {e.context for e in load_examples("jsonl", tmp_path / "set", split)}
+                for split in SPLITS}
     assert sum(map(len, contexts.values())) == len(set.union(*contexts.values()))
 
 
@@ -44,6 +47,7 @@ def test_it_is_the_same_every_time(tmp_path):
     write_functions(tmp_path / "one")
     write_functions(tmp_path / "two")
     for split in SPLITS:
-        assert (tmp_path / "one" / f"{split}.jsonl").read_bytes() == (tmp_path / "two" / f"{split}.jsonl").read_bytes()
+        assert (tmp_path / "one" / f"{split}.jsonl").read_bytes() == (tmp_path / "two"
+                                                                      / f"{split}.jsonl").read_bytes()
     (record, sentences), *_ = records(tmp_path / "one" / "test.jsonl")
     assert set(sentences) <= set(realise(record))

@@ -1,4 +1,5 @@
-"""What runs on the ranks of a distributed test; each function is one case and returns plain values."""
+"""What runs on the ranks of a distributed test; each function is one case and returns plain
+values."""
 
 from __future__ import annotations
 
@@ -58,19 +59,22 @@ class Bench:
     def __init__(self, recipe: dict):
         self.recipe = Recipe.model_validate(recipe)
         assert not list(rule_violations(self.recipe))
-        self.plan = make_plan(self.recipe.sparsity, model_weights(self.recipe.model), self.recipe.model.query_groups)
+        self.plan = make_plan(self.recipe.sparsity, model_weights(self.recipe.model),
+                              self.recipe.model.query_groups)
         self.run = RunDir(self.recipe)
         self.corpus = check_corpus(self.recipe)
         agree_on_port()
         self.device = join(find_ranks(), self.recipe)
         self.engine = make_engine(self.recipe, self.plan, self.device)
         self.data = TokenData(self.recipe, self.corpus, self.run.cache, self.engine.needs_batches)
-        self.checkpointer = Checkpointer(self.run.checkpoints, self.recipe, self.plan, self.corpus.tokenizer)
+        self.checkpointer = Checkpointer(self.run.checkpoints, self.recipe, self.plan,
+                                         self.corpus.tokenizer)
 
     def steps(self, first: int, last: int) -> list[tuple[float, float]]:
         """(loss, gradient norm) of steps first + 1 ... last."""
         outcomes = []
-        for number, batch in zip(range(first + 1, last + 1), self.data.training_batches(first), strict=False):
+        for number, batch in zip(range(first + 1, last + 1), self.data.training_batches(first),
+                                 strict=False):
             result = self.engine.step(batch, number, number * self.recipe.tokens_per_step, False)
             outcomes.append((result.loss, result.grad_norm))
         return outcomes
@@ -84,8 +88,8 @@ def bench(recipe: dict):
 
 
 def close(opened) -> None:
-    """Leaves the process groups and lets go of what holds them: their threads poll, and hundreds of them slow down
-    every case that follows."""
+    """Leaves the process groups and lets go of what holds them: their threads poll, and hundreds of
+    them slow down every case that follows."""
     vars(opened).pop("engine").close()
     leave()
     gc.collect()
@@ -104,7 +108,8 @@ def masks(engine: Engine) -> dict[tuple[str, int], str]:
         bits = compact_of(module).mask_bits
         first = ps.get_tensor_model_parallel_rank() * len(bits)
         for i, row in enumerate(bits):
-            found[compact_of(module).planned.name, first + i] = hashlib.sha256(row.cpu().numpy().tobytes()).hexdigest()
+            found[compact_of(module).planned.name,
+                  first + i] = hashlib.sha256(row.cpu().numpy().tobytes()).hexdigest()
     return found
 
 
@@ -128,28 +133,34 @@ def overlapped_cut(recipes: list[dict], stops: list[int]) -> list[tuple[float, f
 
 
 def train(recipe: dict, steps: int) -> dict:
-    """Losses and gradient norms of `steps` steps, validation loss, masks, measured sparsity, bytes and traffic."""
+    """Losses and gradient norms of `steps` steps, validation loss, masks, measured sparsity, bytes
+    and traffic."""
     with bench(recipe) as b:
         curve = b.steps(0, steps - 1)
         with TrafficCounter() as traffic:
             curve += b.steps(steps - 1, steps)
         valid = [b.engine.evaluate(batch, False)[0] for batch in b.data.validation_batches()]
         return {
-            "curve": curve, "valid": valid, "masks": masks(b.engine), "held": b.engine.state_bytes(),
+            "curve": curve, "valid": valid, "masks": masks(b.engine),
+            "held": b.engine.state_bytes(),
             "sparsity": b.engine.measured_sparsity(),
-            "traffic": dict(traffic.bytes), "planned": {n: w.sparsity for n, w in b.plan.weights.items()},
+            "traffic": dict(traffic.bytes),
+            "planned": {n: w.sparsity for n, w in b.plan.weights.items()},
             "predicted": predicted_bytes(b),
-            "parameters": {n: p.numel() for model in b.engine.models for n, p in model.named_parameters()},
+            "parameters": {n: p.numel() for model in b.engine.models for n,
+                           p in model.named_parameters()},
         }
 
 
 def planned(recipe: dict, logits_bytes: int = weights.LOGITS_BYTES) -> dict:
-    """A step, counted and predicted: bytes of buffers, bytes sent, and most bytes of activations alive."""
+    """A step, counted and predicted: bytes of buffers, bytes sent, and most bytes of activations
+    alive."""
     with patch.object(weights, "LOGITS_BYTES", logits_bytes), bench(recipe) as b:
         stage = ps.get_pipeline_model_parallel_rank()
         return {
             **sent_in_a_step(b), "held": b.engine.state_bytes(), "predicted": predicted_bytes(b),
-            "alive": peak_alive(b), "predicted to be alive": step_bytes(b.recipe, b.plan, stage).total
+            "alive": peak_alive(b),
+            "predicted to be alive": step_bytes(b.recipe, b.plan, stage).total
             + rank_bytes(b.recipe, b.plan, stage, on_gpu=False).expanded,
         }
 
@@ -168,12 +179,13 @@ def sent_in_a_step(b: Bench) -> dict:
     for (operation, group), n in traffic.bytes.items():
         sent[classify(operation, group)] += n
     stage = ps.get_pipeline_model_parallel_rank()
-    return {"sent": dict(sent), "predicted to be sent": dict(step_traffic(b.recipe, b.plan, stage, on_gpu=False))}
+    return {"sent": dict(sent),
+            "predicted to be sent": dict(step_traffic(b.recipe, b.plan, stage, on_gpu=False))}
 
 
 def peak_alive(b: Bench) -> int:
-    """Most bytes alive in forward and backward of a step, beside parameters, gradient buffers and masks. Gradients
-    are not reduced: gloo copies them for that."""
+    """Most bytes alive in forward and backward of a step, beside parameters, gradient buffers and
+    masks. Gradients are not reduced: gloo copies them for that."""
     batch = next(b.data.training_batches(2))
     kept = [t for model in b.engine.models for t in (*model.parameters(), *model.buffers())]
     kept += [buffer.grad_data for chunk in b.engine.chunks for buffer in chunk.buffers]
@@ -188,11 +200,13 @@ def peak_alive(b: Bench) -> int:
 def predicted_bytes(b: Bench) -> dict[str, int]:
     found = rank_bytes(b.recipe, b.plan, ps.get_pipeline_model_parallel_rank(), on_gpu=False,
                        data_rank=ps.get_data_parallel_rank())
-    return {"parameters": found.parameters, "gradients": found.gradients, "optimizer": found.optimizer}
+    return {"parameters": found.parameters, "gradients": found.gradients,
+            "optimizer": found.optimizer}
 
 
 def cut(recipes: list[dict], stops: list[int]) -> list[tuple[float, float]]:
-    """One run in pieces: a fresh engine for each recipe (layout), restored from the piece before, up to each stop."""
+    """One run in pieces: a fresh engine for each recipe (layout), restored from the piece before,
+    up to each stop."""
     curve: list[tuple[float, float]] = []
     for recipe, stop in zip(recipes, stops, strict=True):
         with bench(recipe) as b:
@@ -206,17 +220,20 @@ def cut(recipes: list[dict], stops: list[int]) -> list[tuple[float, float]]:
 
 
 def go_on(recipe: dict, stop: int) -> list[tuple[float, float]]:
-    """The steps from the newest checkpoint of the run directory, if it has one, up to `stop`; saved there."""
+    """The steps from the newest checkpoint of the run directory, if it has one, up to `stop`; saved
+    there."""
     with bench(recipe) as b:
         state, _ = b.checkpointer.restore(b.engine)
         curve = b.steps(state.step, stop)
-        b.checkpointer.save(b.engine, RunState(stop, b.engine.optimizer_steps), b.engine.measured_sparsity())
+        b.checkpointer.save(b.engine, RunState(stop, b.engine.optimizer_steps),
+                            b.engine.measured_sparsity())
         assert b.checkpointer.wait().error is None
     return curve
 
 
 def damaged(recipe: dict) -> dict[tuple[str, str], str]:
-    """(file, damage) -> what a restore says, for every file of a checkpoint, restored to health after each."""
+    """(file, damage) -> what a restore says, for every file of a checkpoint, restored to health
+    after each."""
     with bench(recipe) as b:
         b.steps(0, 1)
         b.checkpointer.save(b.engine, RunState(1, 1), b.engine.measured_sparsity())
@@ -264,7 +281,8 @@ def failing_save(recipe: dict, rank: int) -> dict:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
             b.checkpointer.save(b.engine, RunState(step, step), b.engine.measured_sparsity())
             saving = b.checkpointer.wait()
-            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            resource.setrlimit(resource.RLIMIT_FSIZE,
+                               (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
             found[step] = (str(saving.error), sorted(p.name for p in b.run.checkpoints.iterdir()),
                            b.checkpointer.failed_in_a_row)
         state, _ = b.checkpointer.restore(b.engine)
@@ -281,7 +299,8 @@ def saved_first(recipe: dict, saves: bool) -> list[tuple[float, float]]:
 
 
 def unshared(recipe: dict, places: list[str]) -> list[str]:
-    """What is said where ranks have directories of their own under one name: of a run that begins, and of a save."""
+    """What is said where ranks have directories of their own under one name: of a run that begins,
+    and of a save."""
     shared_files.PATIENCE, said = 0.2, []
     with bench(recipe | {"output": places[0]}) as b:
         here = Path(places[dist.get_rank()])
@@ -302,7 +321,8 @@ def unshared(recipe: dict, places: list[str]) -> list[str]:
 
 
 def saved_behind(recipe: dict) -> dict:
-    """Whether steps taken while a checkpoint is written get into it: its own state against that of a waiting save."""
+    """Whether steps taken while a checkpoint is written get into it: its own state against that of
+    a waiting save."""
     with bench(recipe) as b:
         b.steps(0, 2)
         before = state_hash(b.engine)
@@ -316,7 +336,8 @@ def saved_behind(recipe: dict) -> dict:
         store.describe = describe
         after = state_hash(b.engine)
         b.checkpointer.restore(b.engine)
-        return {"early": early, "on disk": on_disk, "path": saving.path.name, "changed": before != after,
+        return {"early": early, "on disk": on_disk, "path": saving.path.name,
+                "changed": before != after,
                 "restored": state_hash(b.engine) == before, "again": b.steps(2, 4) == later}
 
 
@@ -334,7 +355,8 @@ def densified(recipe: dict, steps: int) -> dict:
         before = losses()
         sparse = len(list(sparse_modules(model)))
         densify(model)
-        linear = {n: p for n, p in model.named_parameters() if "linear" in n and n.endswith("weight")}
+        linear = {n: p for n,
+                  p in model.named_parameters() if "linear" in n and n.endswith("weight")}
         return {"difference": float((losses() - before).abs().max()), "sparse": sparse,
                 "left": len(list(sparse_modules(model))),
                 "marked": all(p.tensor_model_parallel for p in linear.values()),
@@ -342,10 +364,12 @@ def densified(recipe: dict, steps: int) -> dict:
 
 
 def against_plain(recipe: dict, steps: int) -> dict:
-    """The engine's curve and that of transformers' GPT-2 under plain PyTorch, from the same weights and batches."""
+    """The engine's curve and that of transformers' GPT-2 under plain PyTorch, from the same weights
+    and batches."""
     with bench(recipe) as b:
         reference = plain_gpt2(b.engine.models[0], b.recipe)
-        batches = [batch for _, batch in zip(range(steps), b.data.training_batches(0), strict=False)]
+        batches = [batch for _,
+                   batch in zip(range(steps), b.data.training_batches(0), strict=False)]
         plain = train_plain(reference, b.recipe, batches)
         curve = b.steps(0, steps)
         trained = plain_gpt2(b.engine.models[0], b.recipe).state_dict()
@@ -354,24 +378,29 @@ def against_plain(recipe: dict, steps: int) -> dict:
 
 
 def saved_by_deepspeed(recipe: dict, steps: int, directory: str) -> float:
-    """Largest difference of a weight between DeepSpeed's own checkpoint, which stays in the directory, and ours."""
+    """Largest difference of a weight between DeepSpeed's own checkpoint, which stays in the
+    directory, and ours."""
     with bench(recipe) as b:
         b.steps(0, steps)
         b.engine.zero.save_checkpoint(directory)
         b.checkpointer.save(b.engine, RunState(steps, steps), b.engine.measured_sparsity())
         saving = b.checkpointer.wait()
         assert saving.error is None
-        ours, theirs = CheckpointReader(saving.path), DeepSpeedReader(Path(directory), b.recipe.model)
-        return max(float((ours.master(name) - theirs.master(name)).abs().max()) for name in ours.weights)
+        ours, theirs = CheckpointReader(saving.path), DeepSpeedReader(Path(directory),
+                                                                      b.recipe.model)
+        return max(float((ours.master(name) - theirs.master(name)).abs().max())
+                   for name in ours.weights)
 
 
 def poisoned(recipe: dict, poison: dict[int, str]) -> dict:
-    """Steps of which some are poisoned on the last rank: by step, "loss" or "gradient"; with the state around them."""
+    """Steps of which some are poisoned on the last rank: by step, "loss" or "gradient"; with the
+    state around them."""
     with bench(recipe) as b:
         run, found = b.engine._run, []
 
         def poisoned_run(*arguments, **keywords):
-            kind = poison.get(len(found) + 1) if dist.get_rank() == dist.get_world_size() - 1 else None
+            kind = poison.get(len(found)
+                              + 1) if dist.get_rank() == dist.get_world_size() - 1 else None
             factor = float("inf") if kind == "gradient" else 1.0
             hook = next(b.engine.models[0].decoder.parameters()).register_hook(lambda gradient: gradient * factor)
             loss = run(*arguments, **keywords)
@@ -389,7 +418,8 @@ def poisoned(recipe: dict, poison: dict[int, str]) -> dict:
 def state_hash(engine: Engine) -> str:
     """Of weights and moments on this rank."""
     digest = hashlib.sha256()
-    adam = engine.adam if hasattr(engine, "adam") else engine.optimizer.chained_optimizers[0].optimizer
+    adam = engine.adam if hasattr(engine,
+                                  "adam") else engine.optimizer.chained_optimizers[0].optimizer
     tensors = [getattr(p, "ds_tensor", p) for model in engine.models for p in model.parameters()]
     tensors += [t for state in adam.state.values() for t in state.values()]
     for tensor in tensors:
@@ -422,7 +452,8 @@ def drifting(recipe: dict) -> dict:
 def ending(b: Bench) -> str:
     b.run.claim()
     log = RunLog(b.run, 0, b.recipe.steps, tensorboard=False, active=dist.get_rank() == 0)
-    trainer = Trainer(b.recipe, b.plan, b.engine, b.data, b.checkpointer, RunState(), log, StopRequest())
+    trainer = Trainer(b.recipe, b.plan, b.engine, b.data, b.checkpointer, RunState(), log,
+                      StopRequest())
     try:
         return f"exit code {trainer.run()}"
     except (NotFinite, SparsityDrift) as error:
@@ -432,8 +463,9 @@ def ending(b: Bench) -> str:
 
 
 def converted(recipe: dict, stop: int, ids: torch.Tensor, greedy: int = 0) -> dict:
-    """A run that was restored, trained up to a step and saved: logits before and after, on the ranks that have them,
-    losses, masks, and the text of the first row with `greedy` likeliest tokens after it, before the training."""
+    """A run that was restored, trained up to a step and saved: logits before and after, on the
+    ranks that have them, losses, masks, and the text of the first row with `greedy` likeliest
+    tokens after it, before the training."""
     with bench(recipe) as b:
         state, _ = b.checkpointer.restore(b.engine)
         before = logits(b.engine, ids)
@@ -441,9 +473,11 @@ def converted(recipe: dict, stop: int, ids: torch.Tensor, greedy: int = 0) -> di
         for _ in range(greedy):
             prompt = torch.cat([prompt, next_token(b, logits(b.engine, prompt))], dim=1)
         curve = b.steps(state.step, stop)
-        b.checkpointer.save(b.engine, RunState(stop, b.engine.optimizer_steps), b.engine.measured_sparsity())
+        b.checkpointer.save(b.engine, RunState(stop, b.engine.optimizer_steps),
+                            b.engine.measured_sparsity())
         assert b.checkpointer.wait().error is None
-        return {"before": before, "after": logits(b.engine, ids), "curve": curve, "masks": masks(b.engine),
+        return {"before": before, "after": logits(b.engine, ids), "curve": curve,
+                "masks": masks(b.engine),
                 "text": b.corpus.tokenizer.decode(prompt[0].tolist())}
 
 
@@ -467,25 +501,28 @@ def next_token(b: Bench, found: torch.Tensor | None) -> torch.Tensor:
 
 
 def resharded(source: str, recipe: dict, stop: int, ids: torch.Tensor) -> dict:
-    """`converted`, of a run whose newest checkpoint was rewritten for the recipe's layout by one rank."""
+    """`converted`, of a run whose newest checkpoint was rewritten for the recipe's layout by one
+    rank."""
     if os.environ["RANK"] == "0":
         reader = CheckpointReader(find_checkpoint(Path(source)), checksums=True)
         reshard(reader, Recipe.model_validate(recipe).parallel, Path(recipe["output"]))
     return converted(recipe, stop, ids)
 
 
-def through_megatron(directory: str, saved: str, shape: dict, ids: torch.Tensor) -> torch.Tensor | None:
+def through_megatron(directory: str, saved: str, shape: dict,
+                     ids: torch.Tensor) -> torch.Tensor | None:
     """`plain_megatron.load_and_save` on these ranks."""
     agree_on_port()
     return plain_megatron.load_and_save(directory, saved, shape, ids)
 
 
 def samples_of_run(recipe: dict, starts: list[int]) -> dict:
-    """This rank's samples of a run that was started at these steps, up to the next start or the end.
+    """This rank's samples of a run that was started at these steps, up to the next start or the
+    end.
 
     Returns:
-        Number in the run -> hash of its tokens and labels, from the run's indices and from what the batches hold; and
-        the tokens consumed of each source at each end.
+        Number in the run -> hash of its tokens and labels, from the run's indices and from what the
+        batches hold; and the tokens consumed of each source at each end.
     """
     made = Recipe.model_validate(recipe)
     agree_on_port()
@@ -505,24 +542,29 @@ def samples_of_run(recipe: dict, starts: list[int]) -> dict:
 
 
 def packed(recipe: dict) -> dict:
-    """Losses per token of documents in one sequence, boundaries observed, and of each of them in a sequence of its own."""
+    """Losses per token of documents in one sequence, boundaries observed, and of each of them in a
+    sequence of its own."""
     with bench(recipe) as b:
         b.steps(0, 2)  # away from the initial weights, of which biases are zero
         model, eod = b.engine.models[0].eval(), b.corpus.tokenizer.eod
         draw = torch.Generator().manual_seed(1)
-        documents = [torch.randint(0, eod, (length,), generator=draw).tolist() + [eod] for length in (7, 1, 12, 0, 5)]
+        documents = [torch.randint(0, eod, (length,), generator=draw).tolist() + [eod]
+                     for length in (7, 1, 12, 0, 5)]
 
         def losses(texts: list[list[int]]) -> list[float]:
             sample = b.data.boundaries.sample(np.array(sum(texts, [])))
             micro = {name: value[None] for name, value in sample.items()}
             mask = document_mask(micro["documents"])
             with torch.no_grad():
-                found = model(micro["tokens"], micro["position_ids"], mask, labels=micro["labels"])[0].tolist()
-            # The last token of each document predicts the first of the next: not a loss of the document's own.
+                found = model(micro["tokens"], micro["position_ids"], mask,
+                              labels=micro["labels"])[0].tolist()
+            # The last token of each document predicts the first of the next: not a loss of the
+            # document's own.
             ends = [sum(map(len, texts[: i + 1])) - 1 for i in range(len(texts))]
             return [loss for place, loss in enumerate(found) if place not in ends]
 
-        return {"together": losses(documents), "apart": [x for d in documents if len(d) > 1 for x in losses([d])]}
+        return {"together": losses(documents),
+                "apart": [x for d in documents if len(d) > 1 for x in losses([d])]}
 
 
 def coordinates(recipe: dict, steps: int) -> dict[str, float]:

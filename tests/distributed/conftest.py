@@ -26,14 +26,16 @@ def corpus(tmp_path_factory):
 
     directory = tmp_path_factory.mktemp("corpus")
     library = Path(sysconfig.get_paths()["stdlib"])
-    files = [str(library / f"{name}.py") for name in ("argparse", "ast", "calendar", "codecs", "datetime", "heapq")]
+    files = [str(library / f"{name}.py")
+             for name in ("argparse", "ast", "calendar", "codecs", "datetime", "heapq")]
     texts = [Path(f).read_text() for f in files]
     inputs = []
     for file, text in zip(files, texts, strict=True):
         inputs.append(directory / f"{Path(file).stem}.txt")
         inputs[-1].write_text(text)
     tokenizer = train_tokenizer("bpe", texts, 300, directory / "tokenizer")
-    preprocess(inputs, directory / "text", tokenizer, text_key="text", on_error="stop", progress=False)
+    preprocess(inputs, directory / "text", tokenizer, text_key="text", on_error="stop",
+               progress=False)
     return str(directory / "text")
 
 
@@ -46,7 +48,8 @@ def make_recipe(corpus, tmp_path_factory):
         recipe["output"] = output or str(tmp_path_factory.mktemp("run") / "run")
         for name, change in sections.items():
             before = recipe.get(name, {})
-            recipe[name] = {**before, **change} if isinstance(change, dict) and isinstance(before, dict) else change
+            recipe[name] = {**before, **change} if isinstance(change,
+                                                              dict) and isinstance(before, dict) else change
         return recipe
     return make
 

@@ -3,9 +3,11 @@
 import pytest
 
 
-def close(there: list[tuple[float, float]], reference: list[tuple[float, float]], tolerance: float = 1e-5) -> None:
+def close(there: list[tuple[float, float]], reference: list[tuple[float, float]],
+          tolerance: float = 1e-5) -> None:
     """Asserts that (loss, gradient norm) of every step agree."""
     assert len(there) == len(reference)
     for (loss, norm), (loss_there, norm_there) in zip(there, reference, strict=True):
         assert loss == pytest.approx(loss_there, rel=tolerance)
-        assert norm == pytest.approx(norm_there, rel=10 * tolerance)  # a root of a sum over all weights
+        # a root of a sum over all weights
+        assert norm == pytest.approx(norm_there, rel=10 * tolerance)

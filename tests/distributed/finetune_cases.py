@@ -45,10 +45,11 @@ class Tuning:
         self.weights = LoadedWeights(self.start.master, read_mask, revived, self.finetune.seed,
                                      self.recipe.model.query_groups)
         self.engine = make_engine(self.recipe, self.prepared.plan, device, self.weights)
-        self.data = CompletionData(self.recipe, self.prepared.train, self.prepared.valid, tokenizer.eod,
-                                   self.engine.data_parallel_rank)
+        self.data = CompletionData(self.recipe, self.prepared.train, self.prepared.valid,
+                                   tokenizer.eod, self.engine.data_parallel_rank)
         run = RunDir(self.finetune)
-        self.checkpointer = Checkpointer(run.checkpoints, self.recipe, self.prepared.plan, tokenizer)
+        self.checkpointer = Checkpointer(run.checkpoints, self.recipe, self.prepared.plan,
+                                         tokenizer)
 
     def validation_loss(self) -> float:
         losses = [self.engine.evaluate(batch, False)[0] for batch in self.data.validation_batches()]
@@ -56,7 +57,8 @@ class Tuning:
 
     def steps(self, first: int, last: int) -> list[tuple[float, float]]:
         outcomes = []
-        for number, batch in zip(range(first + 1, last + 1), self.data.training_batches(first), strict=False):
+        for number, batch in zip(range(first + 1, last + 1), self.data.training_batches(first),
+                                 strict=False):
             result = self.engine.step(batch, number, number * self.recipe.tokens_per_step, False)
             outcomes.append((result.loss, result.grad_norm))
         return outcomes
@@ -70,11 +72,13 @@ def tuning(recipe: dict):
 
 
 def finetuned(recipe: dict, steps: int) -> dict:
-    """Losses and gradient norms of `steps` steps, validation loss before and after, masks, measured sparsity."""
+    """Losses and gradient norms of `steps` steps, validation loss before and after, masks, measured
+    sparsity."""
     with tuning(recipe) as t:
         before = t.validation_loss()
         curve = t.steps(0, steps)
-        return {"before": before, "curve": curve, "after": t.validation_loss(), "masks": masks(t.engine),
+        return {"before": before, "curve": curve, "after": t.validation_loss(),
+                "masks": masks(t.engine),
                 "sparsity": t.engine.measured_sparsity(),
                 "planned": {n: w.sparsity for n, w in t.start.plan.weights.items()}}
 
@@ -94,7 +98,8 @@ def cut_finetuning(recipes: list[dict], stops: list[int]) -> list[tuple[float, f
 
 
 def densified_start(start: dict, recipe: dict) -> dict:
-    """Largest difference between the starting run's logits and those of the dense model of fine-tuning's first step."""
+    """Largest difference between the starting run's logits and those of the dense model of
+    fine-tuning's first step."""
     with bench(start) as b:
         b.checkpointer.restore(b.engine)
         batch = next(b.data.validation_batches())[0]
@@ -102,7 +107,8 @@ def densified_start(start: dict, recipe: dict) -> dict:
     with tuning(recipe) as t:
         parameters = sum(p.numel() for p in t.engine.models[0].parameters())
         dense = logits(t, batch)
-    return {"difference": float((sparse - dense).abs().max()), "spread": float(sparse.std()), "parameters": parameters}
+    return {"difference": float((sparse - dense).abs().max()), "spread": float(sparse.std()),
+            "parameters": parameters}
 
 
 def logits(b: Bench | Tuning, batch: dict) -> torch.Tensor:
@@ -112,12 +118,14 @@ def logits(b: Bench | Tuning, batch: dict) -> torch.Tensor:
 
 
 def against_plain(recipe: dict, steps: int) -> list[tuple[float, float, float, float]]:
-    """(loss, loss of transformers' GPT-2 with the same weights, gradient norm, its gradient norm) of every step."""
+    """(loss, loss of transformers' GPT-2 with the same weights, gradient norm, its gradient norm)
+    of every step."""
     outcomes = []
     with tuning(recipe) as t:
         for number, batch in zip(range(1, steps + 1), t.data.training_batches(0), strict=False):
             reference = plain_gpt2(t.engine.models[0], t.recipe)
-            loss = plain_loss(reference, batch, t.recipe.train.label_smoothing, t.recipe.model.vocab_size)
+            loss = plain_loss(reference, batch, t.recipe.train.label_smoothing,
+                              t.recipe.model.vocab_size)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), float("inf"))
             result = t.engine.step(batch, number, number * t.recipe.tokens_per_step, False)
@@ -126,22 +134,25 @@ def against_plain(recipe: dict, steps: int) -> list[tuple[float, float, float, f
 
 
 def plain_loss(reference, batch: list[dict], smoothing: float, vocab: int) -> torch.Tensor:
-    """Smoothed cross entropy, one pair after the other, mean over the completion tokens of all of them."""
+    """Smoothed cross entropy, one pair after the other, mean over the completion tokens of all of
+    them."""
     total, count = 0.0, 0
     for micro in batch:
-        for tokens, labels, mask in zip(micro["tokens"], micro["labels"], micro["loss_mask"].bool(), strict=True):
+        for tokens, labels, mask in zip(micro["tokens"], micro["labels"],
+                                        micro["loss_mask"].bool(), strict=True):
             read = int(mask.nonzero().max()) + 1 if mask.any() else 0
             if read:
                 log_p = reference(tokens[None, :read]).logits[0].log_softmax(-1)[mask[:read]]
                 hard = -log_p.gather(1, labels[:read][mask[:read], None]).squeeze(1)
-                total = total + ((1 - smoothing) * hard - smoothing * log_p[:, :vocab].mean(1)).sum()
+                total = total + ((1 - smoothing) * hard - smoothing
+                                 * log_p[:, :vocab].mean(1)).sum()
                 count += int(mask.sum())
     return total / count
 
 
 def revived(recipe: dict) -> dict:
-    """Of every sparse weight of the start: std of the revived entries over the initial one, and whether the others are
-    as they were; with the sums that tell layouts apart."""
+    """Of every sparse weight of the start: std of the revived entries over the initial one, and
+    whether the others are as they were; with the sums that tell layouts apart."""
     with tuning(recipe) as t:
         rank, world = ps.get_tensor_model_parallel_rank(), ps.get_tensor_model_parallel_world_size()
         weights, found = {w.name: w for w in model_weights(t.recipe.model)}, {}
@@ -153,22 +164,27 @@ def revived(recipe: dict) -> dict:
                 here = module.weight.detach()
                 assert compact_of(module) is None
                 new = here[before == 0]
-                found[full] = {"std": float(new.std()) / weights[full].std, "mean": float(new.mean()),
-                               "kept": torch.equal(here[before != 0], before[before != 0]), "sum": float(here.sum())}
+                found[full] = {"std": float(new.std()) / weights[full].std,
+                               "mean": float(new.mean()),
+                               "kept": torch.equal(here[before != 0], before[before != 0]),
+                               "sum": float(here.sum())}
         return found
 
 
 def stopped_early(recipe: dict, losses: list[float]) -> dict:
-    """A run whose validation losses are these, started twice: how each start ends, at which step, and what is saved."""
+    """A run whose validation losses are these, started twice: how each start ends, at which step,
+    and what is saved."""
     ends, given = [], iter(losses)
     for _ in range(2):
         with tuning(recipe) as t, replaced(loop, "validation_loss", lambda *_: next(given)):
             run = RunDir(t.finetune)
             run.claim()
             state, _ = t.checkpointer.restore(t.engine)
-            log = RunLog(run, state.step, t.recipe.steps, tensorboard=False, active=dist.get_rank() == 0)
+            log = RunLog(run, state.step, t.recipe.steps, tensorboard=False,
+                         active=dist.get_rank() == 0)
             trainer = loop.Trainer(
-                t.recipe, t.prepared.plan, t.engine, t.data, t.checkpointer, state, log, StopRequest())
+                t.recipe, t.prepared.plan, t.engine, t.data, t.checkpointer, state, log,
+                StopRequest())
             ends.append((trainer.run(), state.step, state.tokens == t.data.consumed(state.step)))
             log.close()
     return {"ends": ends, "saved": sorted(p.name for p in run.checkpoints.glob("step_*")),

@@ -1,5 +1,5 @@
-"""Runs cases on real gloo ranks: one group of processes for many cases, forked from a process that has imported the
-engines once, since that takes seconds.
+"""Runs cases on real gloo ranks: one group of processes for many cases, forked from a process that
+has imported the engines once, since that takes seconds.
 
     results = run_cases(world=2, cases={"tp2": ("train", {...}), ...}, directory=tmp)
     results["tp2"][rank]  ->  what tests/distributed/cases.py:train returned there, or a `Failure`
@@ -36,17 +36,21 @@ class Failure:
 
 
 def run_cases(
-    world: int, cases: dict[str, tuple[str, dict]], directory: Path, timeout: int = 600, gpu: bool = False
+    world: int, cases: dict[str, tuple[str, dict]], directory: Path, timeout: int = 600,
+    gpu: bool = False
 ) -> dict[str, list]:
-    """Runs every case on `world` fresh processes, one case after the other; returns case -> result of each rank.
+    """Runs every case on `world` fresh processes, one case after the other; returns case -> result
+    of each rank.
 
     On CPU, also where there are GPUs, unless `gpu`.
     """
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "cases.pickle").write_bytes(pickle.dumps(cases))
     environment = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "CASES": str(directory)}
-    make = multiprocessing.get_context("spawn") if gpu else _forks()  # a device cannot be used after a fork
-    ranks = [make.Process(target=_rank_main, args=(directory, rank, environment)) for rank in range(world)]
+    # a device cannot be used after a fork
+    make = multiprocessing.get_context("spawn") if gpu else _forks()
+    ranks = [make.Process(target=_rank_main, args=(directory, rank, environment))
+             for rank in range(world)]
     with patch.dict(os.environ, COMMON):
         for process in ranks:
             process.start()
@@ -58,13 +62,15 @@ def run_cases(
         process.kill()
     logs = "\n".join((directory / f"rank{r}.log").read_text()[-3000:] for r in range(world))
     assert not any(codes), f"exit codes {codes}\n{logs}"
-    return {name: [pickle.loads((directory / f"{name}.{rank}.pickle").read_bytes()) for rank in range(world)]
+    return {name: [pickle.loads((directory / f"{name}.{rank}.pickle").read_bytes())
+                   for rank in range(world)]
             for name in cases}
 
 
 @cache
 def _forks() -> multiprocessing.context.ForkServerContext:
-    """Makes processes that are forks of one with the engines in memory, which has no threads and sees no GPU."""
+    """Makes processes that are forks of one with the engines in memory, which has no threads and
+    sees no GPU."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["preloaded"])
     with patch.dict(os.environ, {**COMMON, "CUDA_VISIBLE_DEVICES": ""}):
@@ -87,7 +93,8 @@ def free_port() -> int:
 
 
 def agree_on_port() -> None:
-    """Sets MASTER_PORT anew: every joining of the ranks gets a port of its own, which rank 0 found free."""
+    """Sets MASTER_PORT anew: every joining of the ranks gets a port of its own, which rank 0 found
+    free."""
     global _joined
     _joined += 1
     file = Path(os.environ["CASES"]) / f"{_joined}.port"
@@ -109,11 +116,13 @@ def _rank_main(directory: Path, rank: int, environment: dict[str, str]) -> None:
     log = os.open(directory / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    multiprocessing.set_start_method("fork", force=True)  # of data loaders' workers, as in a process of its own
+    # of data loaders' workers, as in a process of its own
+    multiprocessing.set_start_method("fork", force=True)
     import preloaded
 
     cases = preloaded.cases
-    for name, (function, arguments) in pickle.loads((directory / "cases.pickle").read_bytes()).items():
+    for name, (function,
+               arguments) in pickle.loads((directory / "cases.pickle").read_bytes()).items():
         try:
             module, _, name_there = function.rpartition(".")
             result = getattr(importlib.import_module(module or "cases"), name_there)(**arguments)

@@ -1,4 +1,5 @@
-"""Bytes of tensors alive, and the most there were: a measure of activations where no GPU counts them."""
+"""Bytes of tensors alive, and the most there were: a measure of activations where no GPU counts
+them."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """While entered, follows the storage of every tensor that an operation returns until it is freed.
+    """While entered, follows the storage of every tensor that an operation returns until it is
+    freed.
 
     Args:
         kept: tensors that were there before and do not count.

@@ -1,4 +1,5 @@
-"""An independent reference: transformers' GPT-2, trained by plain PyTorch with masks multiplied into the weights."""
+"""An independent reference: transformers' GPT-2, trained by plain PyTorch with masks multiplied
+into the weights."""
 
 from __future__ import annotations
 
@@ -14,8 +15,9 @@ def plain_gpt2(model, recipe) -> GPT2LMHeadModel:
     m = recipe.model
     weights = {n: p for n, p in model.named_parameters() if "parametrizations" not in n}
     modules = dict(model.named_modules())
-    config = GPT2Config(vocab_size=m.vocab_size, n_positions=m.max_positions, n_embd=m.hidden, n_layer=m.layers,
-                        n_head=m.heads, n_inner=m.ffn_hidden, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    config = GPT2Config(vocab_size=m.vocab_size, n_positions=m.max_positions, n_embd=m.hidden,
+                        n_layer=m.layers, n_head=m.heads, n_inner=m.ffn_hidden, resid_pdrop=0.0,
+                        embd_pdrop=0.0, attn_pdrop=0.0)
     reference = GPT2LMHeadModel(config)
 
     def linear(name: str, target, order=None) -> None:
@@ -45,16 +47,20 @@ def plain_gpt2(model, recipe) -> GPT2LMHeadModel:
 
 
 def qkv_order(m) -> Tensor:
-    """Rows of Megatron-Core's fused weight (head 0: q, k, v; head 1: ...) in the order of GPT-2's (q; k; v)."""
+    """Rows of Megatron-Core's fused weight (head 0: q, k, v; head 1: ...) in the order of GPT-2's
+    (q; k; v)."""
     head = m.hidden // m.heads
     return torch.arange(3 * m.hidden).view(m.heads, 3, head).transpose(0, 1).reshape(-1)
 
 
-def train_plain(reference: GPT2LMHeadModel, recipe, steps: list[list[dict]]) -> list[tuple[float, float]]:
-    """(loss, gradient norm) of every step, weights that start at exactly zero in the blocks held there."""
+def train_plain(reference: GPT2LMHeadModel, recipe,
+                steps: list[list[dict]]) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of every step, weights that start at exactly zero in the blocks held
+    there."""
     o = recipe.optimizer
     masks = {n: p != 0 for n, p in reference.named_parameters() if ".h." in n and p.ndim == 2}
-    groups = [{"params": [p for p in reference.parameters() if p.ndim > 1], "weight_decay": o.weight_decay},
+    groups = [{"params": [p for p in reference.parameters() if p.ndim > 1],
+               "weight_decay": o.weight_decay},
               {"params": [p for p in reference.parameters() if p.ndim == 1], "weight_decay": 0.0}]
     adam = torch.optim.AdamW(groups, betas=(o.beta1, o.beta2), eps=o.eps)
     curve = []

@@ -9,6 +9,7 @@ fake_cuda.install()
 import cases  # noqa: E402
 import finetune_cases  # noqa: E402
 
-gc.freeze()  # the ranks collect garbage after every case, and need not go through the libraries for that
+# the ranks collect garbage after every case, and need not go through the libraries for that
+gc.freeze()
 
 __all__ = ["cases", "finetune_cases"]

@@ -26,7 +26,8 @@ from megatron_spdf.schedule.stages import stages_of
 sys.path.insert(0, str(ROOT))
 import pretrain  # noqa: E402
 
-TIMING = {"tokens_per_second", "model_tflops_per_rank", "step_seconds", "data_seconds", "memory_bytes"}
+TIMING = {"tokens_per_second", "model_tflops_per_rank", "step_seconds", "data_seconds",
+          "memory_bytes"}
 
 
 class StopAt:
@@ -43,7 +44,8 @@ class StopAt:
 
 
 def staged(recipes: list[dict], stops: list[int | None]) -> dict:
-    """A run as pretrain.py does it, started with each recipe (layout) in turn and stopped after so many steps.
+    """A run as pretrain.py does it, started with each recipe (layout) in turn and stopped after so
+    many steps.
 
     Returns:
         Exit codes, and the records of the log.
@@ -54,9 +56,11 @@ def staged(recipes: list[dict], stops: list[int | None]) -> dict:
         run, corpus = RunDir(recipe), check_corpus(recipe)
         agree_on_port()
         device = join(find_ranks(), recipe)
-        codes.append(pretrain.pretrain(stages_of(recipe), find_ranks(), run, corpus, "", StopAt(stop), device))
+        codes.append(pretrain.pretrain(stages_of(recipe), find_ranks(), run, corpus, "",
+                                       StopAt(stop), device))
     records = [json.loads(line) for line in run.log.read_text().splitlines()]
-    return {"codes": codes, "records": [{k: v for k, v in r.items() if k not in TIMING} for r in records
+    return {"codes": codes,
+            "records": [{k: v for k, v in r.items() if k not in TIMING} for r in records
                                         if r["kind"] in ("train", "valid")]}
 
 
@@ -80,39 +84,48 @@ def across(recipe: dict, ids: torch.Tensor) -> dict:
     """The border of a run with two stages, seen from both sides.
 
     Returns:
-        Logits on the ranks that have them; bytes of the first engine alive when the second is there; zeros of the
-        linear weights and sums of moments then; the losses of the second stage, and those of a plain dense run with
-        its schedule from the checkpoint that was densified on disk, on the same batches.
+        Logits on the ranks that have them; bytes of the first engine alive when the second is
+        there; zeros of the linear weights and sums of moments then; the losses of the second stage,
+        and those of a plain dense run with its schedule from the checkpoint that was densified on
+        disk, on the same batches.
     """
     made = Recipe.model_validate(recipe)
     sparse, dense = stages_of(made)
     corpus, run = check_corpus(made), RunDir(made)
     agree_on_port()
     device = join(find_ranks(), made)
-    engine, data, checkpointer = _opened(sparse.alone, sparse.recipe, sparse.plan, run, corpus, device)
+    engine, data, checkpointer = _opened(sparse.alone, sparse.recipe, sparse.plan, run, corpus,
+                                         device)
     for number, batch in zip(range(1, sparse.last + 1), data.training_batches(0), strict=False):
         engine.step(batch, number, number * made.tokens_per_step, False)
     before = logits(engine, ids) if hasattr(engine, "chunks") else None
     checkpointer.save(engine, RunState(sparse.last, sparse.last), engine.measured_sparsity())
     assert checkpointer.wait().error is None
     alive = [weakref.ref(p) for model in engine.models for p in model.parameters()]
-    alive += [weakref.ref(b.grad_data) for chunk in getattr(engine, "chunks", []) for b in chunk.buffers]
+    alive += [weakref.ref(b.grad_data) for chunk in getattr(engine, "chunks", [])
+              for b in chunk.buffers]
     engine.close()
 
     engine, data, checkpointer = _opened(dense.alone, dense.recipe, dense.plan, run, corpus, device)
     state, said = checkpointer.restore(engine, border=dense.first)
-    adam = engine.adam if hasattr(engine, "adam") else engine.optimizer.chained_optimizers[0].optimizer
+    adam = engine.adam if hasattr(engine,
+                                  "adam") else engine.optimizer.chained_optimizers[0].optimizer
     found = {
-        "before": before, "after": logits(engine, ids) if hasattr(engine, "chunks") else None, "state": state,
-        "said": said, "alive": sum(ref().untyped_storage().nbytes() for ref in alive if ref() is not None),
-        "moments": sum(float(t.abs().sum()) for s in adam.state.values() for k, t in s.items() if k != "step"),
-        "zeros": [float((p == 0).float().mean()) for model in engine.models for n, p in model.named_parameters()
+        "before": before, "after": logits(engine, ids) if hasattr(engine, "chunks") else None,
+        "state": state,
+        "said": said, "alive": sum(ref().untyped_storage().nbytes() for ref in alive
+                                   if ref() is not None),
+        "moments": sum(float(t.abs().sum()) for s in adam.state.values() for k,
+                       t in s.items() if k != "step"),
+        "zeros": [float((p == 0).float().mean()) for model in engine.models for n,
+                  p in model.named_parameters()
                   if "linear" in n and n.endswith("weight") and p.ndim == 2],
         "stage": _losses(engine, data, dense)}
     engine.close()
 
     plain = dense.alone.model_copy(update={"output": f"{made.output} plain"})
-    on_first(lambda: write_initial_checkpoint(CheckpointReader(find_checkpoint(run.root)), plain, corpus.tokenizer,
+    on_first(lambda: write_initial_checkpoint(CheckpointReader(find_checkpoint(run.root)), plain,
+                                              corpus.tokenizer,
                                Path(plain.output)))
     engine, _, checkpointer = _opened(plain, plain, dense.plan, RunDir(plain), corpus, device)
     assert checkpointer.restore(engine)[0].step == 0
@@ -130,7 +143,8 @@ def _opened(alone: Recipe, recorded: Recipe, plan, run: RunDir, corpus, device):
 
 def _losses(engine, data: TokenData, stage) -> list[tuple[float, float]]:
     """Losses and gradient norms of all steps of a stage."""
-    results = [engine.step(batch, number, (number - stage.first) * stage.recipe.tokens_per_step, False)
-               for number, batch in zip(range(stage.first + 1, stage.last + 1), data.training_batches(stage.first),
-                                        strict=False)]
+    results = [engine.step(batch, number, (number - stage.first) * stage.recipe.tokens_per_step,
+                           False)
+               for number, batch in zip(range(stage.first + 1, stage.last + 1),
+                                        data.training_batches(stage.first), strict=False)]
     return [(result.loss, result.grad_norm) for result in results]

@@ -18,13 +18,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_spdf.model import gpt
 
 # What makes the host wait for a GPU: values that Python sees, and shapes that depend on values.
-SEEN = {"item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "__array__", "nonzero"}
-SHAPED = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::_unique2",
+SEEN = {"item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__",
+        "__array__", "nonzero"}
+SHAPED = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal",
+          "aten::_unique2",
           "aten::bincount"}
 
 
 class Waits(TorchFunctionMode):
-    """Counts calls from Python that make the host wait for the device, on CPU too, where nothing waits."""
+    """Counts calls from Python that make the host wait for the device, on CPU too, where nothing
+    waits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +58,8 @@ def waits(recipe: dict) -> dict[str, dict[str, int]]:
     with bench(recipe) as b:
         b.steps(0, 1)
         batch, found = next(b.data.training_batches(1)), {}
-        for name, run in (("step", lambda: b.engine.step(batch, 2, 2 * b.recipe.tokens_per_step, False)),
+        for name, run in (("step",
+                           lambda: b.engine.step(batch, 2, 2 * b.recipe.tokens_per_step, False)),
                           ("evaluation", lambda: b.engine.evaluate(batch, False))):
             with Waits() as waits, ShapedByValues() as shaped:
                 run()
@@ -71,8 +75,8 @@ def fused(recipe: dict, steps: int) -> list[tuple[float, float]]:
 
 
 def masked_peer(recipe: dict) -> dict:
-    """Gradient norms of the benchmark's peer that multiplies masks into dense weights; and whether each of its weights
-    is zero where masked, and has learnt elsewhere."""
+    """Gradient norms of the benchmark's peer that multiplies masks into dense weights; and whether
+    each of its weights is zero where masked, and has learnt elsewhere."""
     with bench(recipe) as b:
         b.engine = baselines._MaskedEngine(b.engine)
         masks = b.engine.masks
@@ -85,15 +89,17 @@ def masked_peer(recipe: dict) -> dict:
 def adam(recipe: dict) -> dict:
     """Which form of AdamW an engine has."""
     with bench(recipe) as b:
-        adam = b.engine.adam if hasattr(b.engine, "adam") else b.engine.optimizer.chained_optimizers[0].optimizer
+        adam = b.engine.adam if hasattr(b.engine,
+                                        "adam") else b.engine.optimizer.chained_optimizers[0].optimizer
         b.steps(0, 1)
-        return {"fused": {group["fused"] for group in adam.param_groups}, "choices": b.engine.choices,
+        return {"fused": {group["fused"] for group in adam.param_groups},
+                "choices": b.engine.choices,
                 "steps": {float(state["step"]) for state in adam.state.values()}}
 
 
 def tuned(recipes: list[dict], stops: list[int | None], beside: str) -> dict:
-    """A run that chooses its micro-batch, started with each recipe in turn and stopped after so many steps; and a run
-    in another directory with the number that it chose first."""
+    """A run that chooses its micro-batch, started with each recipe in turn and stopped after so
+    many steps; and a run in another directory with the number that it chose first."""
     there = staged(recipes, stops)
     chosen = json.loads((Path(recipes[0]["output"]) / "micro_batch.json").read_text())
     train = {**recipes[0]["train"], "micro_batch": chosen[0]["micro_batch"]}

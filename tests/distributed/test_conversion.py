@@ -1,5 +1,5 @@
-"""Models of transformers become runs that compute the same at any layout, and what those runs save becomes models of
-transformers, of Megatron-LM and runs again."""
+"""Models of transformers become runs that compute the same at any layout, and what those runs save
+becomes models of transformers, of Megatron-LM and runs again."""
 
 import json
 import shutil
@@ -33,11 +33,13 @@ pytestmark = pytest.mark.slow
 
 TOLERANCE = 1e-4  # of logits with a spread near 1: some hundred roundings of fp32
 GREEDY = 6
-LAYOUTS = {"tp1": {"data": 4}, "tp2": {"tensor": 2, "data": 2}, "pp2": {"pipeline": 2, "data": 2}, "tp4": {"tensor": 4}}
+LAYOUTS = {"tp1": {"data": 4}, "tp2": {"tensor": 2, "data": 2}, "pp2": {"pipeline": 2, "data": 2},
+           "tp4": {"tensor": 4}}
 # Converted, trained for two steps and saved: shape, sparsity, layout.
 RUNS = {f"{level:.0%} {layout}": ("narrow", level, layout)
         for level, layouts in ((0.0, ("tp1", "tp2", "pp2")), (0.75, LAYOUTS)) for layout in layouts}
-RUNS |= {"75% twelve heads": ("twelve heads of 64", 0.75, "tp4"), "75% mup": ("narrow", 0.75, "tp2"),
+RUNS |= {"75% twelve heads": ("twelve heads of 64", 0.75, "tp4"),
+         "75% mup": ("narrow", 0.75, "tp2"),
          "0% odd vocabulary": ("odd vocabulary", 0.0, "tp2")}
 
 
@@ -48,17 +50,21 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data_of(place):
-    """Prefix of a small data set of real text, by size of the vocabulary; 50257 is mostly tokens of two bytes."""
+    """Prefix of a small data set of real text, by size of the vocabulary; 50257 is mostly tokens of
+    two bytes."""
     library = Path(sysconfig.get_paths()["stdlib"])
-    texts = [(library / f"{name}.py").read_text() for name in ("argparse", "ast", "calendar", "datetime")]
+    texts = [(library / f"{name}.py").read_text()
+             for name in ("argparse", "ast", "calendar", "datetime")]
 
     def make(vocabulary: int) -> str:
         prefix = place / f"data{vocabulary}"
         if not prefix.with_suffix(".bin").exists():
-            (place / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+            (place / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n"
+                                                      for text in texts))
             tokenizer = wide_tokenizer(vocabulary) if vocabulary > 1000 else train_tokenizer(
                 "bpe", texts, vocabulary, place / f"tokenizer{vocabulary}")
-            preprocess([place / "text.jsonl"], prefix, tokenizer, text_key="text", on_error="stop", progress=False)
+            preprocess([place / "text.jsonl"], prefix, tokenizer, text_key="text", on_error="stop",
+                       progress=False)
         return str(prefix)
     return make
 
@@ -75,7 +81,8 @@ def wide_tokenizer(vocabulary: int) -> Gpt2Bpe:
 
 @pytest.fixture(scope="module")
 def make_run(place, data_of, make_recipe):
-    """A run converted from a model of transformers, and its recipe; `how` goes to `write_initial_checkpoint`."""
+    """A run converted from a model of transformers, and its recipe; `how` goes to
+    `write_initial_checkpoint`."""
     def make(name: str, shape: str, level: float, layout: str, **how) -> dict:
         model = shape_of(shape)
         recipe = make_recipe(
@@ -87,23 +94,28 @@ def make_run(place, data_of, make_recipe):
         if not (place / shape).exists():
             save_gpt2(shape, place / shape)
         tokenizer = load_tokenizer(f"{data_of(model['vocab_size'])}.tokenizer")
-        write_initial_checkpoint(open_weights(place / shape), Recipe.model_validate(recipe), tokenizer, place / name, **how)
+        write_initial_checkpoint(open_weights(place / shape), Recipe.model_validate(recipe),
+                                 tokenizer, place / name, **how)
         return recipe
     return make
 
 
 def ids_of(shape: str) -> torch.Tensor:
     model = shape_of(shape)
-    return torch.from_numpy(np.random.default_rng(0).integers(0, model["vocab_size"], (2, model["max_positions"] // 2)))
+    return torch.from_numpy(np.random.default_rng(0).integers(0, model["vocab_size"],
+                                                              (2, model["max_positions"] // 2)))
 
 
 @pytest.fixture(scope="module")
 def results(place, make_run, tmp_path_factory):
     ids, cases = ids_of("narrow"), {}
     for name, (shape, level, layout) in RUNS.items():
-        cases[name] = ("converted", {"recipe": make_run(name, shape, level, layout), "stop": 2, "ids": ids_of(shape),
+        cases[name] = ("converted",
+                       {"recipe": make_run(name, shape, level, layout), "stop": 2,
+                        "ids": ids_of(shape),
                                      "greedy": GREEDY if layout in ("tp2", "pp2") else 0})
-    straight, pruned = (make_run(f"magnitude {n}", "narrow", 0.75, "tp1", select="magnitude") for n in ("one", "two"))
+    straight, pruned = (make_run(f"magnitude {n}", "narrow", 0.75, "tp1", select="magnitude")
+                        for n in ("one", "two"))
     elsewhere = pruned | {"parallel": LAYOUTS["tp4"]}
     again = pruned | {"parallel": {"tensor": 2, "pipeline": 2, "interleave": 2},
                       "output": str(place / "magnitude resharded")}
@@ -118,7 +130,8 @@ def results(place, make_run, tmp_path_factory):
     save_for_megatron(dense, place / "megatron", torch.float32)
     shape = shape_of("narrow") | {"rows": 384}
     cases["megatron"] = ("through_megatron", {
-        "directory": str(place / "megatron"), "saved": str(place / "megatron saved"), "shape": shape, "ids": ids})
+        "directory": str(place / "megatron"), "saved": str(place / "megatron saved"),
+        "shape": shape, "ids": ids})
     return run_cases(4, cases, tmp_path_factory.mktemp("conversion_ranks"))
 
 
@@ -136,9 +149,12 @@ def masked(place: Path, shape: str, run: Path) -> Path:
     """The model of transformers with the run's masks multiplied into its weights."""
     directory = place / f"{run.name} masked"
     shutil.copytree(place / shape, directory)
-    export(CheckpointReader(run / "checkpoints" / store.name_of(0)), place / f"{run.name} exported", masks=True)
-    weights, masks = load_file(directory / WEIGHTS), load_file(place / f"{run.name} exported" / MASKS)
-    save_file(weights | {n: weights[n] * mask for n, mask in masks.items()}, directory / WEIGHTS, {"format": "pt"})
+    export(CheckpointReader(run / "checkpoints" / store.name_of(0)),
+           place / f"{run.name} exported", masks=True)
+    weights, masks = load_file(directory / WEIGHTS), load_file(place / f"{run.name} exported"
+                                                               / MASKS)
+    save_file(weights | {n: weights[n] * mask for n, mask in masks.items()}, directory / WEIGHTS,
+              {"format": "pt"})
     return directory
 
 
@@ -158,12 +174,16 @@ def test_a_trained_run_exports_what_the_engine_computes(results, place, name):
     assert newest.name == store.name_of(2)
     export(CheckpointReader(newest), place / f"{name} trained")
     assert close(last(results, name)["after"], logits_of(place / f"{name} trained", ids_of(shape)))
-    blocks = {n: w for n, w in load_file(place / f"{name} trained" / WEIGHTS).items() if ".h." in n and w.ndim == 2}
+    blocks = {n: w for n,
+              w in load_file(place / f"{name} trained" / WEIGHTS).items() if ".h." in n and w.ndim
+              == 2}
     zeros = [float((w == 0).float().mean()) for w in blocks.values()]
     assert len(zeros) == 4 * shape_of(shape)["layers"] and zeros == pytest.approx([level] * len(zeros), abs=1e-3)
 
 
-@pytest.mark.parametrize("name", [name for name, (_, _, layout) in RUNS.items() if layout in ("tp2", "pp2")])
+@pytest.mark.parametrize("name",
+                         [name for name, (_, _, layout) in RUNS.items()
+                          if layout in ("tp2", "pp2")])
 def test_greedy_text_is_that_of_transformers(results, place, name):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -179,7 +199,8 @@ def test_greedy_text_is_that_of_transformers(results, place, name):
 
 @pytest.mark.parametrize("level", ["0%", "75%"])
 def test_a_converted_run_trains_alike_at_every_layout(results, level):
-    losses = {layout: [loss for loss, _ in last(results, f"{level} {layout}")["curve"]] for layout in LAYOUTS
+    losses = {layout: [loss for loss, _ in last(results, f"{level} {layout}")["curve"]]
+              for layout in LAYOUTS
               if f"{level} {layout}" in RUNS}
     for layout in losses:
         assert losses[layout] == pytest.approx(losses["tp1"], rel=1e-5), layout
@@ -189,27 +210,31 @@ def test_given_masks_survive_training_resuming_and_resharding(results, place):
     names = ["magnitude two", "magnitude two on", "magnitude two on resharded"]
     straight = last(results, "magnitude one")
     pieces = [loss for name in names for loss, _ in last(results, name)["curve"]]
-    assert pieces == pytest.approx([loss for loss, _ in straight["curve"]], rel=1e-5) and len(pieces) == 6
+    assert pieces == pytest.approx([loss for loss, _ in straight["curve"]],
+                                   rel=1e-5) and len(pieces) == 6
     for name in ["magnitude one", *names]:
         held = {chunk: mask for rank in results[name] for chunk, mask in rank["masks"].items()}
         assert held == straight["masks"]  # all of them, on its one model-parallel rank
     assert straight["masks"] != last(results, "75% tp1")["masks"]
     for run in ("magnitude two", "magnitude resharded"):
         reader = CheckpointReader(find_checkpoint(place / run), checksums=True)
-        assert reader.masks == {"kind": "given", "how": "the largest magnitudes in each chunk of the Hugging Face "
+        assert reader.masks == {"kind": "given",
+                                "how": "the largest magnitudes in each chunk of the Hugging Face "
                                                         "model narrow"}
         assert "16 masks" in verify(reader) and reader.run["origin"] == "the Hugging Face model narrow"
 
 
 def test_a_converted_run_is_recorded_like_one_that_the_engine_saved(results, place):
-    begun, saved = (json.loads((place / "75% tp2" / "checkpoints" / store.name_of(step) / store.RUN).read_text())
+    begun, saved = (json.loads((place / "75% tp2" / "checkpoints" / store.name_of(step)
+                                / store.RUN).read_text())
                     for step in (0, 2))
     assert begun.keys() == saved.keys() and begun["state"].keys() == saved["state"].keys()
     assert begun["masks"] == saved["masks"] and begun["versions"] == saved["versions"]
 
 
 def test_the_kept_weights_are_the_largest_of_each_chunk(results, place):
-    """By sorting, in GPT-2's own layout: chunks are heads, or their share of the feed-forward layer."""
+    """By sorting, in GPT-2's own layout: chunks are heads, or their share of the feed-forward
+    layer."""
     weights = load_file(place / "narrow" / WEIGHTS)
     reference = masked(place, "narrow", place / "magnitude one")
     assert close(last(results, "magnitude one")["before"], logits_of(reference, ids_of("narrow")))
@@ -218,10 +243,12 @@ def test_the_kept_weights_are_the_largest_of_each_chunk(results, place):
     for name, mask in masks.items():
         magnitudes = weights[name].abs()  # (in, out)
         if "attn.c_attn" in name:  # (in, 3, heads, head)
-            chunks = [(t.view(64, 3, 4, 16)[:, :, h].flatten()) for h in range(4) for t in (magnitudes, mask)]
+            chunks = [(t.view(64, 3, 4, 16)[:, :, h].flatten()) for h in range(4)
+                      for t in (magnitudes, mask)]
         else:
             axis = 1 if "c_fc" in name else 0
-            chunks = [c.flatten() for pair in zip(magnitudes.chunk(4, axis), mask.chunk(4, axis), strict=True)
+            chunks = [c.flatten()
+                      for pair in zip(magnitudes.chunk(4, axis), mask.chunk(4, axis), strict=True)
                       for c in pair]
         for values, kept in zip(chunks[::2], chunks[1::2], strict=True):
             assert kept.sum() == kept.numel() // 4

@@ -19,7 +19,8 @@ def results(make_recipe, tmp_path_factory):
         "damaged": ("damaged", {"recipe": recipe("damaged")}),
         "second rank": ("failing_save", {"recipe": recipe("second"), "rank": 1}),
         "first rank": ("failing_save", {"recipe": recipe("first"), "rank": 0}),
-        **{f"saved first: {saves}": ("saved_first", {"recipe": recipe(f"saved {saves}"), "saves": saves})
+        **{f"saved first: {saves}": ("saved_first",
+                                     {"recipe": recipe(f"saved {saves}"), "saves": saves})
            for saves in (True, False)},
         "unshared": ("unshared", {"recipe": recipe("unshared"),
                                   "places": [str(runs / f"of rank {r}") for r in (0, 1)]}),
@@ -68,5 +69,6 @@ def test_a_failed_write_names_the_rank_and_leaves_what_was_there(results, name, 
 @pytest.mark.parametrize("name", ["behind", "behind zero 0", "behind dense"])
 def test_steps_taken_meanwhile_do_not_get_into_the_checkpoint(results, name):
     assert outcome(results, name) == {
-        "early": True, "on disk": ["step_00000002.partial"], "path": "step_00000002", "changed": True,
+        "early": True, "on disk": ["step_00000002.partial"], "path": "step_00000002",
+        "changed": True,
         "restored": True, "again": True}

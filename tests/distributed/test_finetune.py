@@ -1,4 +1,5 @@
-"""Fine-tuning: from a sparse start to dense or sparse, the same at every layout and with both engines."""
+"""Fine-tuning: from a sparse start to dense or sparse, the same at every layout and with both
+engines."""
 
 import json
 
@@ -8,7 +9,8 @@ from harness import outcome, run_cases
 
 pytestmark = pytest.mark.slow
 
-STEPS = 10  # 61 pairs in batches of 8: the last batch of the first epoch is short, and the second epoch begins
+# 61 pairs in batches of 8: the last batch of the first epoch is short, and the second epoch begins
+STEPS = 10
 WORDS = "self return import class not for the if".split()
 LAYOUTS = {
     1: {
@@ -18,8 +20,10 @@ LAYOUTS = {
     2: {
         "dp2 megatron": {"parallel": {"data": 2}, "train": {"micro_batch": 1}},
         "dp2 zero 1": {"engine": "deepspeed", "parallel": {"data": 2}, "train": {"micro_batch": 2}},
-        "dp2 zero 3": {"engine": "deepspeed", "parallel": {"data": 2, "zero_stage": 3}, "train": {"micro_batch": 4}},
-        "tp2 sp zero 2": {"engine": "deepspeed", "parallel": {"tensor": 2, "sequence": True, "zero_stage": 2},
+        "dp2 zero 3": {"engine": "deepspeed", "parallel": {"data": 2, "zero_stage": 3},
+                       "train": {"micro_batch": 4}},
+        "tp2 sp zero 2": {"engine": "deepspeed",
+                          "parallel": {"tensor": 2, "sequence": True, "zero_stage": 2},
                           "train": {"micro_batch": 2}},
         "tp2 megatron": {"parallel": {"tensor": 2}, "train": {"micro_batch": 8}},
     },
@@ -53,9 +57,12 @@ def results(make_recipe, task, tmp_path_factory):
 
     def recipe(output: str = "none", **sections) -> dict:
         made = {
-            "checkpoint": str(runs / "start"), "output": str(runs / output), "engine": "megatron", "seed": 7,
-            "data": {"task": "jsonl", "path": str(task)}, "optimizer": {"lr": 1e-3, "warmup_steps": 2},
-            "train": {"epochs": 2, "global_batch": 8, "micro_batch": 8, "precision": "fp32", "label_smoothing": 0.1}}
+            "checkpoint": str(runs / "start"), "output": str(runs / output), "engine": "megatron",
+            "seed": 7,
+            "data": {"task": "jsonl", "path": str(task)},
+            "optimizer": {"lr": 1e-3, "warmup_steps": 2},
+            "train": {"epochs": 2, "global_batch": 8, "micro_batch": 8, "precision": "fp32",
+                      "label_smoothing": 0.1}}
         for name, change in sections.items():
             made[name] = {**made.get(name, {}), **change} if isinstance(change, dict) else change
         return made
@@ -64,7 +71,8 @@ def results(make_recipe, task, tmp_path_factory):
         return "finetune_cases.finetuned", {"recipe": recipe(**sections), "steps": STEPS}
 
     def cut(output: str, changes: list[dict], stops: list[int]) -> tuple[str, dict]:
-        return "finetune_cases.cut_finetuning", {"recipes": [recipe(output, **c) for c in changes], "stops": stops}
+        return "finetune_cases.cut_finetuning", {"recipes": [recipe(output, **c) for c in changes],
+                                                 "stops": stops}
 
     normal = {"revived": "normal", "revived_scale": 0.5}
     one = {
@@ -72,13 +80,17 @@ def results(make_recipe, task, tmp_path_factory):
         "reference": finetuned(),
         "sparse": finetuned(**SPARSE),
         "densified": ("finetune_cases.densified_start", {"start": start, "recipe": recipe()}),
-        "kept sparse": ("finetune_cases.densified_start", {"start": start, "recipe": recipe(**SPARSE)}),
-        "plain": ("finetune_cases.against_plain", {"recipe": recipe(train={"micro_batch": 2}), "steps": STEPS}),
+        "kept sparse": ("finetune_cases.densified_start",
+                        {"start": start, "recipe": recipe(**SPARSE)}),
+        "plain": ("finetune_cases.against_plain",
+                  {"recipe": recipe(train={"micro_batch": 2}), "steps": STEPS}),
         "revived": ("finetune_cases.revived", {"recipe": recipe(**normal)}),
         "early": ("finetune_cases.stopped_early", {
-            "recipe": recipe("early", evaluate={"every": 2, "patience": 2}), "losses": [3.0, 2.0, 2.5, 2.0, 0.0]}),
+            "recipe": recipe("early", evaluate={"every": 2, "patience": 2}),
+            "losses": [3.0, 2.0, 2.5, 2.0, 0.0]}),
         "to the end": ("finetune_cases.stopped_early", {
-            "recipe": recipe("to the end", evaluate={"every": 5, "patience": 9}), "losses": [3.0, 1.0, 2.0, 1.5, 0.0]}),
+            "recipe": recipe("to the end", evaluate={"every": 5, "patience": 9}),
+            "losses": [3.0, 1.0, 2.0, 1.5, 0.0]}),
     } | {name: finetuned(**sections) for name, sections in LAYOUTS[1].items()}
     two = {name: finetuned(**sections) for name, sections in LAYOUTS[2].items()}
     two |= {name: finetuned(**SPARSE, **sections) for name, sections in SPARSE_LAYOUTS.items()}
@@ -86,14 +98,18 @@ def results(make_recipe, task, tmp_path_factory):
         "revived": ("finetune_cases.revived", {"recipe": recipe(**normal, parallel={"tensor": 2})}),
         "straight": cut("straight", [LAYOUTS[2]["dp2 zero 1"]], [STEPS]),
         "cut": cut("cut", [LAYOUTS[2]["dp2 zero 1"]] * 3, [3, 8, STEPS]),
-        "chain": cut("chain", [LAYOUTS[2][n] for n in ("dp2 zero 3", "tp2 sp zero 2", "dp2 megatron")], [4, 9, STEPS]),
+        "chain": cut("chain",
+                     [LAYOUTS[2][n] for n in ("dp2 zero 3", "tp2 sp zero 2", "dp2 megatron")],
+                     [4, 9, STEPS]),
     }
     directory = tmp_path_factory.mktemp("finetune")
-    return {1: run_cases(1, one, directory / "1"), 2: run_cases(2, two, directory / "2", timeout=1200)}
+    return {1: run_cases(1, one, directory / "1"),
+            2: run_cases(2, two, directory / "2", timeout=1200)}
 
 
 def close(there: dict, reference: dict):
-    for (loss, norm), (loss_there, norm_there) in zip(there["curve"], reference["curve"], strict=True):
+    for (loss, norm), (loss_there, norm_there) in zip(there["curve"], reference["curve"],
+                                                      strict=True):
         assert loss == pytest.approx(loss_there, rel=1e-5)
         assert norm == pytest.approx(norm_there, rel=1e-4)  # a root of a sum over all weights
     for when in ("before", "after"):
@@ -122,7 +138,8 @@ def test_fine_tuning_learns(results, name):
     assert there["after"] < there["before"] - 0.5
 
 
-@pytest.mark.parametrize(("name", "parameters"), [("densified", 24 * 64 * 64), ("kept sparse", 6 * 64 * 64)])
+@pytest.mark.parametrize(("name", "parameters"),
+                         [("densified", 24 * 64 * 64), ("kept sparse", 6 * 64 * 64)])
 def test_the_start_changes_no_logit(results, name, parameters):
     there = outcome(results[1], name)
     assert there["difference"] == 0.0 and there["spread"] > 0.01
@@ -130,7 +147,8 @@ def test_the_start_changes_no_logit(results, name, parameters):
     assert others == 384 * 64 + 32 * 64 + 2 * (4 * 64 + 3 * 64 + 64 + 4 * 64 + 64) + 2 * 64
 
 
-@pytest.mark.parametrize(("world", "name"), [(1, "sparse"), *((2, name) for name in SPARSE_LAYOUTS)])
+@pytest.mark.parametrize(("world", "name"),
+                         [(1, "sparse"), *((2, name) for name in SPARSE_LAYOUTS)])
 def test_the_sparse_mode_keeps_the_mask(results, world, name):
     there = outcome(results[world], name)
     assert there["sparsity"] == pytest.approx(there["planned"], abs=1e-12)
@@ -146,7 +164,8 @@ def test_the_dense_mode_has_no_mask(results):
 
 
 def test_revived_weights_are_normal_and_the_same_at_every_layout(results):
-    one, two = outcome(results[1], "revived"), [outcome(results[2], "revived", rank) for rank in range(2)]
+    one, two = outcome(results[1],
+                       "revived"), [outcome(results[2], "revived", rank) for rank in range(2)]
     assert len(one) == 8
     for name, there in one.items():
         assert there["kept"] and all(shard[name]["kept"] for shard in two)
@@ -165,7 +184,8 @@ def test_a_run_ends_when_validation_stops_improving_and_keeps_its_best(results):
 def test_a_run_that_goes_to_its_end_keeps_its_best_too(results):
     there = outcome(results[1], "to the end")
     assert there["ends"] == [(0, 16, True), (0, 16, True)]
-    assert (there["saved"], there["chosen"]) == (["step_00000010", "step_00000016"], "step_00000010")
+    assert (there["saved"], there["chosen"]) == (["step_00000010", "step_00000016"],
+                                                 "step_00000010")
     assert there["left"] == [0.0]
 
 

@@ -1,4 +1,5 @@
-"""Invariants 1, 3, 4 and 5: layouts change neither masks nor losses; state and traffic follow the active weights."""
+"""Invariants 1, 3, 4 and 5: layouts change neither masks nor losses; state and traffic follow the
+active weights."""
 
 import math
 
@@ -60,14 +61,18 @@ def results(make_deep_recipe, tmp_path_factory):
         "bf16 tp2": train(train={"precision": "bf16"}, parallel={"tensor": 2}),
         "bf16 dp2": train(train={"precision": "bf16"}, parallel={"data": 2}),
         "mup tp2 sp": train(**MUP, sparsity=DENSITIES, parallel={"tensor": 2, "sequence": True}),
-        "mup pp2 interleaved": train(**MUP, sparsity=DENSITIES, parallel={"pipeline": 2, "interleave": 2}),
+        "mup pp2 interleaved": train(**MUP, sparsity=DENSITIES,
+                                     parallel={"pipeline": 2, "interleave": 2}),
         "mup dp2": train(**MUP, sparsity=DENSITIES, parallel={"data": 2}),
         "dense dp2": train(sparsity=0.0, parallel={"data": 2}),
         "dense dp2 zero 0": train(sparsity=0.0, parallel={"data": 2, "zero_stage": 0}),
-        "overlap": ("overlapped", {"recipe": make_deep_recipe(parallel={"data": 2}), "steps": STEPS}),
-        "overlap zero 0": ("overlapped", {"recipe": make_deep_recipe(parallel={"data": 2, "zero_stage": 0}),
+        "overlap": ("overlapped",
+                    {"recipe": make_deep_recipe(parallel={"data": 2}), "steps": STEPS}),
+        "overlap zero 0": ("overlapped",
+                           {"recipe": make_deep_recipe(parallel={"data": 2, "zero_stage": 0}),
                                           "steps": STEPS}),
-        "densified tp2": ("densified", {"recipe": make_deep_recipe(parallel={"tensor": 2}), "steps": 3}),
+        "densified tp2": ("densified",
+                          {"recipe": make_deep_recipe(parallel={"tensor": 2}), "steps": 3}),
     }
     directory = tmp_path_factory.mktemp("layouts")
     return {world: run_cases(world, cases, directory / str(world))
@@ -120,7 +125,8 @@ def test_overlapping_traffic_with_compute_changes_no_loss(results, name):
 
 
 def test_grouped_queries_too(results):
-    close(outcome(results[2], "grouped queries tp2")["curve"], outcome(results[1], "grouped queries")["curve"])
+    close(outcome(results[2], "grouped queries tp2")["curve"],
+          outcome(results[1], "grouped queries")["curve"])
 
 
 @pytest.mark.parametrize("name", ["bf16 tp2", "bf16 dp2"])
@@ -132,7 +138,8 @@ def test_bf16_layouts_agree_to_its_precision(results, name):
 
 def test_training_learns(results):
     curve = outcome(results[1], "reference")["curve"]
-    assert curve[0][0] == pytest.approx(math.log(300), rel=0.02)  # and not 384, the rows of the embedding
+    # and not 384, the rows of the embedding
+    assert curve[0][0] == pytest.approx(math.log(300), rel=0.02)
     assert curve[-1][0] < curve[0][0] - 0.5
 
 
@@ -143,7 +150,8 @@ def test_measured_sparsity_equals_the_plan(results, world, name):
     assert set(there["planned"].values()) == {0.75}
 
 
-@pytest.mark.parametrize(("world", "name"), [(1, "reference"), (1, "bf16"), (2, "dense dp2"), (2, "bf16 tp2"), *NAMES])
+@pytest.mark.parametrize(("world", "name"),
+                         [(1, "reference"), (1, "bf16"), (2, "dense dp2"), (2, "bf16 tp2"), *NAMES])
 def test_predicted_bytes_are_those_of_the_buffers(results, world, name):
     for rank in range(world):
         there = outcome(results[world], name, rank)

@@ -1,6 +1,6 @@
-"""What the planner predicts against what a step does: bytes of every buffer, bytes handed to every collective, and
-the most bytes of activations alive, on every rank of nine layouts, 75% sparse and on one rank dense, and of
-variants."""
+"""What the planner predicts against what a step does: bytes of every buffer, bytes handed to every
+collective, and the most bytes of activations alive, on every rank of nine layouts, 75% sparse and
+on one rank dense, and of variants."""
 
 import pytest
 from harness import outcome, run_cases
@@ -23,7 +23,8 @@ LAYOUTS = {
     },
 }
 LEVELS = {1: (0.0, 0.75), 2: (0.75,), 4: (0.75,)}  # of sparsity
-BIG = {"layers": 4, "hidden": 128, "heads": 4, "vocab_size": 300}  # activations above the small change of a step
+# activations above the small change of a step
+BIG = {"layers": 4, "hidden": 128, "heads": 4, "vocab_size": 300}
 VARIANTS = {  # of one layout each: (world, layout, changes)
     "recompute selective": (1, {}, {"train": {"recompute": "selective", "micro_batch": 1}}),
     "recompute full": (1, {}, {"train": {"recompute": "full", "micro_batch": 1}}),
@@ -34,7 +35,8 @@ VARIANTS = {  # of one layout each: (world, layout, changes)
     "chunked logits": (1, {}, {"train": {"micro_batch": 4}}),
     "chunked logits bf16": (1, {}, {"train": {"micro_batch": 4, "precision": "bf16"}}),
     "tp2 sp chunked logits": (2, {"tensor": 2, "sequence": True}, {"train": {"micro_batch": 4}}),
-    "tp2 sp bf16": (2, {"tensor": 2, "sequence": True}, {"train": {"precision": "bf16", "micro_batch": 1}}),
+    "tp2 sp bf16": (2, {"tensor": 2, "sequence": True},
+                    {"train": {"precision": "bf16", "micro_batch": 1}}),
 }
 CHUNKED = 4 * 384 * 40  # 40 tokens of 128
 DEEPSPEED = [(0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "bf16")]
@@ -45,7 +47,8 @@ NAMES = [(world, f"{name}, {level:.0%}") for world, layouts in LAYOUTS.items() f
 @pytest.fixture(scope="module")
 def results(make_recipe, tmp_path_factory):
     def case(**sections) -> tuple[str, dict]:
-        return "planned", {"recipe": make_recipe(**{"model": BIG, "train": {"micro_batch": 1}, **sections})}
+        return "planned", {"recipe": make_recipe(**{"model": BIG, "train": {"micro_batch": 1},
+                                                    **sections})}
 
     groups = {world: {f"{name}, {level:.0%}": case(parallel=layout, sparsity=level)
                       for name, layout in layouts.items() for level in LEVELS[world]}
@@ -56,9 +59,11 @@ def results(make_recipe, tmp_path_factory):
             groups[world][name][1]["logits_bytes"] = CHUNKED
     for zero, precision in DEEPSPEED:
         groups[2][f"deepspeed {zero} {precision}"] = ("planned_traffic", {"recipe": make_recipe(
-            engine="deepspeed", parallel={"data": 2, "zero_stage": zero}, train={"precision": precision})})
+            engine="deepspeed", parallel={"data": 2, "zero_stage": zero},
+            train={"precision": precision})})
     directory = tmp_path_factory.mktemp("planning")
-    return {world: run_cases(world, cases, directory / str(world), timeout=1800) for world, cases in groups.items()}
+    return {world: run_cases(world, cases, directory / str(world), timeout=1800) for world,
+            cases in groups.items()}
 
 
 @pytest.mark.parametrize(("world", "name"), NAMES)
@@ -75,8 +80,9 @@ def test_traffic(results, world, name):
         assert there["sent"] == there["predicted to be sent"]
 
 
-# What is left out: the loss and its masks, (B, T) each, and the seeds of recomputation; with pipeline stages what they
-# receive ahead of its use, which weighs in these small models, most where a chunk is one block.
+# What is left out: the loss and its masks, (B, T) each, and the seeds of recomputation; with
+# pipeline stages what they receive ahead of its use, which weighs in these small models, most where
+# a chunk is one block.
 @pytest.mark.parametrize(("world", "name"), NAMES)
 def test_activations(results, world, name):
     tolerance = 0.1 if "pp" in name else 0.02
@@ -90,4 +96,5 @@ def test_data_parallel_traffic_of_deepspeed(results, zero, precision):
     there = outcome(results[2], f"deepspeed {zero} {precision}")
     for key, predicted in there["predicted to be sent"].items():
         if key[0] in ("gradients", "parameters"):
-            assert there["sent"][key] == pytest.approx(predicted, abs=16), key  # its flags and norms are among them
+            # its flags and norms are among them
+            assert there["sent"][key] == pytest.approx(predicted, abs=16), key

@@ -1,4 +1,5 @@
-"""Invariant 2: an interrupted run equals a straight one; bit for bit at the same layout, to tolerance at another."""
+"""Invariant 2: an interrupted run equals a straight one; bit for bit at the same layout, to
+tolerance at another."""
 
 import pytest
 from harness import outcome, run_cases
@@ -17,7 +18,8 @@ LAYOUTS = {
 # Layouts of a chain of three, resumed from one another.
 CHAINS = {
     "tp2 -> pp2 -> dp2": [{"tensor": 2}, {"pipeline": 2}, {"data": 2}],
-    "zero 0 -> zero 1 -> interleaved": [{"data": 2, "zero_stage": 0}, {"data": 2}, {"pipeline": 2, "interleave": 2}],
+    "zero 0 -> zero 1 -> interleaved": [{"data": 2, "zero_stage": 0}, {"data": 2},
+                                        {"pipeline": 2, "interleave": 2}],
 }
 
 

@@ -1,4 +1,5 @@
-"""Stages of a run: nothing changes at the border but what may be learnt, and it is one run however it is cut."""
+"""Stages of a run: nothing changes at the border but what may be learnt, and it is one run however
+it is cut."""
 
 import pytest
 import torch
@@ -18,10 +19,15 @@ ACROSS = {  # name -> world, sections
     "tp2": (2, {"parallel": {"tensor": 2}}),
     "pp2": (2, {"parallel": {"pipeline": 2}}),
     "dp2 zero 1": (2, {"parallel": DATA_2}),
-    "deepspeed zero 1": (2, {**DEEPSPEED, "parallel": {**DATA_2, "zero_stage": 1}, "train": {"precision": "bf16"}}),
-    "deepspeed zero 3": (2, {**DEEPSPEED, "parallel": {**DATA_2, "zero_stage": 3}, "train": {"precision": "bf16"}}),
+    "deepspeed zero 1": (2,
+                         {**DEEPSPEED, "parallel": {**DATA_2, "zero_stage": 1},
+                          "train": {"precision": "bf16"}}),
+    "deepspeed zero 3": (2,
+                         {**DEEPSPEED, "parallel": {**DATA_2, "zero_stage": 3},
+                          "train": {"precision": "bf16"}}),
 }
-CUT = [2, BORDER - 2, 1]  # steps of every start but the last: it is stopped before, at and after the border
+# steps of every start but the last: it is stopped before, at and after the border
+CUT = [2, BORDER - 2, 1]
 LAYOUTS = {  # layouts of two starts, and the step where the first is stopped
     "dp2 -> tp2 at the border": ([DATA_2, {"tensor": 2}], BORDER),
     "pp2 -> dp2 zero 0 after it": ([{"pipeline": 2}, {**DATA_2, "zero_stage": 0}], BORDER + 1),
@@ -34,15 +40,16 @@ def results(make_recipe, tmp_path_factory):
 
     def recipe(name: str, **sections) -> dict:
         train = {"tokens": 8 * 32 * STEPS, "micro_batch": 4, **sections.pop("train", {})}
-        return make_recipe(str(runs / name), sparsity=0.0, stages=STAGES, train=train, log={"every": 1},
-                           evaluate={"every": 2, "batches": 1}, **sections)
+        return make_recipe(str(runs / name), sparsity=0.0, stages=STAGES, train=train,
+                           log={"every": 1}, evaluate={"every": 2, "batches": 1}, **sections)
 
     def staged(name: str, stops: list[int], layouts: list[dict]) -> tuple[str, dict]:
         recipes = [recipe(name, parallel=layout) for layout in layouts]
         return "stage_cases.staged", {"recipes": recipes, "stops": [*stops, None]}
 
     ids = torch.randint(0, 300, (2, 32), generator=torch.Generator().manual_seed(1))
-    cases = {world: {f"across {name}": ("stage_cases.across", {"recipe": recipe(f"across {name}", **sections),
+    cases = {world: {f"across {name}": ("stage_cases.across",
+                                        {"recipe": recipe(f"across {name}", **sections),
                                                                "ids": ids})
                      for name, (w, sections) in ACROSS.items() if w == world} for world in (1, 2)}
     cases[2] |= {
@@ -69,15 +76,18 @@ def test_the_border_changes_no_output_and_revives_at_zero(results, name):
         assert (rank["state"].step, rank["state"].optimizer_steps) == (BORDER, 0)
         assert rank["said"] == [f"densified step_{BORDER:08}"]
         if "zero 3" not in name:
-            assert rank["zeros"] == pytest.approx([0.75] * len(rank["zeros"]), abs=2e-3) and rank["zeros"]
+            assert rank["zeros"] == pytest.approx([0.75] * len(rank["zeros"]),
+                                                  abs=2e-3) and rank["zeros"]
 
 
 @pytest.mark.parametrize("name", ACROSS)
 def test_after_the_border_it_is_a_plain_dense_run(results, name):
     there = outcome(results[ACROSS[name][0]], f"across {name}")
-    curve, plain = ([figure for step in there[which] for figure in step] for which in ("stage", "plain"))
+    curve, plain = ([figure for step in there[which] for figure in step]
+                    for which in ("stage", "plain"))
     assert len(curve) == 2 * (STEPS - BORDER)
-    # Under `mup` the conversion on disk goes through a standard GPT and back, with a rounding each way.
+    # Under `mup` the conversion on disk goes through a standard GPT and back, with a rounding each
+    # way.
     assert curve == (pytest.approx(plain, rel=1e-6) if name == "mup" else plain)
 
 
@@ -85,7 +95,8 @@ def test_after_the_border_it_is_a_plain_dense_run(results, name):
 @pytest.mark.parametrize("name", [name for name in ACROSS if "zero 3" not in name])
 def test_two_engines_are_never_in_memory_together(results, name):
     world = ACROSS[name][0]
-    assert [outcome(results[world], f"across {name}", rank)["alive"] for rank in range(world)] == [0] * world
+    assert [outcome(results[world], f"across {name}", rank)["alive"]
+            for rank in range(world)] == [0] * world
 
 
 def test_a_run_is_one_log_with_the_schedules_of_its_stages(results):
@@ -96,9 +107,11 @@ def test_a_run_is_one_log_with_the_schedules_of_its_stages(results):
     assert [r["sparsity"] for r in train] == [0.75] * BORDER + [0.0] * (STEPS - BORDER)
     assert train[1]["lr"] == pytest.approx(3e-3) and train[BORDER - 1]["lr"] == pytest.approx(3e-4)
     # 256 tokens into a warm-up of 300
-    assert train[BORDER]["lr"] == pytest.approx(1e-3 * 256 / 300) and train[-1]["lr"] == pytest.approx(1e-4)
+    assert train[BORDER]["lr"] == pytest.approx(1e-3 * 256
+                                                / 300) and train[-1]["lr"] == pytest.approx(1e-4)
     assert [r["step"] for r in straight["records"] if r["kind"] == "valid"] == [2, 4, 6, 8, 9]
-    steps = [after["flops"] - before["flops"] for before, after in zip(train, train[1:], strict=False)]
+    steps = [after["flops"] - before["flops"] for before,
+             after in zip(train, train[1:], strict=False)]
     assert steps[: BORDER - 1] == pytest.approx([train[0]["flops"]] * (BORDER - 1))
     dense = train[0]["flops"] + 0.75 * 6 * 2 * 12 * 64 * 64 * 256  # 6 FLOPs a weight and token
     assert steps[BORDER - 1 :] == pytest.approx([dense] * (STEPS - BORDER))

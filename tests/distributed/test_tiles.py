@@ -1,5 +1,6 @@
-"""Weights of tiles: the same at every layout, resumed at another, equal to masked dense weights; and the way of a GPU,
-whose kernels multiply with the active tiles and add gradients to the fp32 buffers, in Triton's interpreter."""
+"""Weights of tiles: the same at every layout, resumed at another, equal to masked dense weights;
+and the way of a GPU, whose kernels multiply with the active tiles and add gradients to the fp32
+buffers, in Triton's interpreter."""
 
 import importlib.util
 
@@ -15,7 +16,8 @@ STEPS, FEW = 6, 2
 TILES = {"level": 0.75, "pattern": "tile", "tile": 8}
 SHORT = {"global_batch": 2, "micro_batch": 1, "sequence_length": 16}
 # As small as kernels for tensor cores take them; at half density, so that two slices are balanced.
-TILES = {"sparsity": {"level": 0.5, "pattern": "tile", "tile": 16}, "model": {"layers": 1, "ffn_hidden": 64},
+TILES = {"sparsity": {"level": 0.5, "pattern": "tile", "tile": 16},
+         "model": {"layers": 1, "ffn_hidden": 64},
          "train": SHORT}
 INTERPRETED = {1: ["tiles", "unstructured", "layer", "deepspeed"], 2: ["tp2", "tp2 sp", "zero 3"]}
 
@@ -28,13 +30,15 @@ def results(make_recipe, tmp_path_factory):
         return "train", {"recipe": make_recipe(model={"layers": 2}, **sections), "steps": STEPS}
 
     def triton(**sections) -> tuple[str, dict]:
-        return "tile_cases.with_triton", {"recipe": make_recipe(**{**TILES, **sections}), "steps": FEW}
+        return "tile_cases.with_triton", {"recipe": make_recipe(**{**TILES, **sections}),
+                                          "steps": FEW}
 
     def few(**sections) -> tuple[str, dict]:
         return "train", {"recipe": make_recipe(**{**TILES, **sections}), "steps": FEW}
 
     def cut(name: str, layouts: list[dict], stops: list[int]) -> tuple[str, dict]:
-        recipes = [make_recipe(str(runs / name), sparsity=TILES, model={"layers": 2}, parallel=layout)
+        recipes = [make_recipe(str(runs / name), sparsity=TILES, model={"layers": 2},
+                               parallel=layout)
                    for layout in layouts]
         return "cut", {"recipes": recipes, "stops": stops}
 
@@ -43,7 +47,8 @@ def results(make_recipe, tmp_path_factory):
         "layer by layer": train(sparsity={**TILES, "dense_copy": "per_layer"}),
         "unstructured": train(),
         "unstructured layer by layer": train(sparsity={"level": 0.75, "dense_copy": "per_layer"}),
-        "plain": ("against_plain", {"recipe": make_recipe(sparsity=TILES, model={"layers": 1}, train=SHORT),
+        "plain": ("against_plain",
+                  {"recipe": make_recipe(sparsity=TILES, model={"layers": 1}, train=SHORT),
                                     "steps": 50}),
         "tiles": few(), "few unstructured": few(sparsity=0.75),
     }
@@ -52,7 +57,8 @@ def results(make_recipe, tmp_path_factory):
         "tp2 sp layer by layer": train(sparsity={**TILES, "dense_copy": "per_layer"},
                                        parallel={"tensor": 2, "sequence": True}),
         "straight": cut("straight", [{"tensor": 2}], [STEPS]),
-        "tp2 -> dp2 -> tp2 sp": cut("chain", [{"tensor": 2}, {"data": 2}, {"tensor": 2, "sequence": True}],
+        "tp2 -> dp2 -> tp2 sp": cut("chain",
+                                    [{"tensor": 2}, {"data": 2}, {"tensor": 2, "sequence": True}],
                                     [2, 4, STEPS]),
     }
     if importlib.util.find_spec("triton"):
@@ -64,7 +70,8 @@ def results(make_recipe, tmp_path_factory):
             "triton deepspeed": triton(engine="deepspeed"),
             "triton plain": ("tile_cases.with_triton_against_plain",
                              {"recipe": make_recipe(**TILES), "steps": FEW}),
-            "triton densified": ("tile_cases.with_triton_densified", {"recipe": make_recipe(**TILES), "steps": 1}),
+            "triton densified": ("tile_cases.with_triton_densified",
+                                 {"recipe": make_recipe(**TILES), "steps": 1}),
             "triton cut": ("tile_cases.with_triton_cut", {"recipes": cut_twice, "stops": [1, FEW]}),
         }
         two |= {
@@ -73,7 +80,8 @@ def results(make_recipe, tmp_path_factory):
             "triton zero 3": triton(engine="deepspeed", parallel={"data": 2, "zero_stage": 3}),
         }
     directory = tmp_path_factory.mktemp("tiles")
-    return {world: run_cases(world, cases, directory / str(world)) for world, cases in ((1, one), (2, two))}
+    return {world: run_cases(world, cases, directory / str(world)) for world,
+            cases in ((1, one), (2, two))}
 
 
 @pytest.mark.parametrize("name", ["tp2", "tp2 sp layer by layer"])
@@ -83,7 +91,8 @@ def test_masks_and_losses_are_the_same_at_every_layout(results, name):
         there = outcome(results[2], name, rank)
         close(there["curve"], reference["curve"])
         together |= there["masks"]
-    assert together == reference["masks"] and len(together) == 2 * (2 + 2 + 4 + 4)  # layers, slices of each weight
+    # layers, slices of each weight
+    assert together == reference["masks"] and len(together) == 2 * (2 + 2 + 4 + 4)
 
 
 def test_measured_sparsity_equals_the_plan(results):
@@ -115,10 +124,12 @@ def test_expanding_layer_by_layer_changes_no_loss(results, name, reference):
 
 
 @needs_triton
-@pytest.mark.parametrize(("world", "name"), [(world, name) for world, names in INTERPRETED.items() for name in names])
+@pytest.mark.parametrize(("world", "name"),
+                         [(world, name) for world, names in INTERPRETED.items() for name in names])
 def test_kernels_change_no_loss_and_no_mask(results, world, name):
     there = outcome(results[world], f"triton {name}")
-    reference = outcome(results[1], "few unstructured" if name in ("unstructured", "layer") else "tiles")
+    reference = outcome(results[1],
+                        "few unstructured" if name in ("unstructured", "layer") else "tiles")
     close(there["curve"], reference["curve"])
     assert all(reference["masks"][slice] == mask for slice, mask in there["masks"].items())
     assert there["sparsity"] == pytest.approx(reference["planned"], abs=1e-12)

@@ -1,4 +1,5 @@
-"""The engine against an independent reference, and the guards that keep a bad step out of the weights."""
+"""The engine against an independent reference, and the guards that keep a bad step out of the
+weights."""
 
 import pytest
 from harness import outcome, run_cases
@@ -13,7 +14,8 @@ WORLDS = {1: {}, 2: {"data": 2}}
 def results(make_recipe, tmp_path_factory):
     short = {"tokens": 8 * 32 * 12}
     guard = {"train": short | {"global_batch": 8, "micro_batch": 8, "precision": "fp32"},
-             "optimizer": {"warmup_tokens": 256}, "checkpoint": {"every": 2, "keep": 9}, "fault_tolerance": {"max_skipped": 3}}
+             "optimizer": {"warmup_tokens": 256}, "checkpoint": {"every": 2, "keep": 9},
+             "fault_tolerance": {"max_skipped": 3}}
     one = {
         "sparse": ("against_plain", {"recipe": make_recipe(), "steps": 20}),
         "dense": ("against_plain", {"recipe": make_recipe(sparsity=0.0), "steps": 20}),
@@ -23,12 +25,15 @@ def results(make_recipe, tmp_path_factory):
     }
     two = {
         "poisoned": ("poisoned", {"recipe": make_recipe(parallel={"data": 2}), "poison": POISON}),
-        "poisoned zero 0": ("poisoned", {"recipe": make_recipe(parallel={"data": 2, "zero_stage": 0}),
+        "poisoned zero 0": ("poisoned",
+                            {"recipe": make_recipe(parallel={"data": 2, "zero_stage": 0}),
                                          "poison": POISON}),
-        "poisoned pp2": ("poisoned", {"recipe": make_recipe(parallel={"pipeline": 2}), "poison": POISON}),
+        "poisoned pp2": ("poisoned",
+                         {"recipe": make_recipe(parallel={"pipeline": 2}), "poison": POISON}),
     }
     directory = tmp_path_factory.mktemp("training")
-    return {world: run_cases(world, cases, directory / str(world)) for world, cases in ((1, one), (2, two))}
+    return {world: run_cases(world, cases, directory / str(world)) for world,
+            cases in ((1, one), (2, two))}
 
 
 @pytest.mark.parametrize("name", ["sparse", "dense"])
@@ -37,12 +42,13 @@ def test_equals_plain_pytorch_on_transformers_gpt2(results, name):
     for (loss, norm), (loss_plain, norm_plain) in zip(there["engine"], there["plain"], strict=True):
         assert loss == pytest.approx(loss_plain, rel=1e-5)
         assert norm == pytest.approx(norm_plain, rel=1e-4)
-    # Adam divides by the root of a tiny second moment: rounding of a gradient near zero moves a weight by up to
-    # about the learning rate, 1e-3, in one step.
+    # Adam divides by the root of a tiny second moment: rounding of a gradient near zero moves a
+    # weight by up to about the learning rate, 1e-3, in one step.
     assert there["weights apart"] < 1e-3
 
 
-@pytest.mark.parametrize(("world", "name"), [(1, "poisoned"), (2, "poisoned"), (2, "poisoned zero 0"),
+@pytest.mark.parametrize(("world", "name"),
+                         [(1, "poisoned"), (2, "poisoned"), (2, "poisoned zero 0"),
                                              (2, "poisoned pp2")])
 def test_a_non_finite_step_changes_nothing_on_any_rank(results, world, name):
     for rank in range(world):

@@ -1,5 +1,6 @@
-"""2:4 weights: the same at every layout, resumed at another, equal to masked dense weights; and the way of a GPU, whose
-sparse tensor cores multiply with the values, with a stand-in for their library."""
+"""2:4 weights: the same at every layout, resumed at another, equal to masked dense weights; and the
+way of a GPU, whose sparse tensor cores multiply with the values, with a stand-in for their
+library."""
 
 import pytest
 from curves import close
@@ -10,7 +11,8 @@ pytestmark = pytest.mark.slow
 STEPS, FEW = 6, 2
 HALF = {"level": 0.5, "pattern": "2:4"}
 SHORT = {"global_batch": 2, "micro_batch": 1, "sequence_length": 16}
-# As narrow as two tensor-parallel ranks can multiply on sparse tensor cores: shards of multiples of 64.
+# As narrow as two tensor-parallel ranks can multiply on sparse tensor cores: shards of multiples of
+# 64.
 WIDE = {"sparsity": HALF, "model": {"layers": 1, "hidden": 128, "ffn_hidden": 128}, "train": SHORT}
 ON_LIBRARY = {1: ["library", "deepspeed"], 2: ["tp2", "tp2 sp", "zero 3"]}
 
@@ -24,21 +26,26 @@ def results(make_recipe, tmp_path_factory):
         return "train", {"recipe": recipe, "steps": STEPS}
 
     def library(**sections) -> tuple[str, dict]:
-        return "two_four_cases.with_library", {"recipe": make_recipe(**WIDE, **sections), "steps": FEW}
+        return "two_four_cases.with_library", {"recipe": make_recipe(**WIDE, **sections),
+                                               "steps": FEW}
 
-    def cut(case: str, name: str, layouts: list[dict], stops: list[int], **sections) -> tuple[str, dict]:
-        return case, {"recipes": [make_recipe(str(runs / name), parallel=layout, **sections) for layout in layouts],
+    def cut(case: str, name: str, layouts: list[dict], stops: list[int],
+            **sections) -> tuple[str, dict]:
+        return case, {"recipes": [make_recipe(str(runs / name), parallel=layout, **sections)
+                                  for layout in layouts],
                       "stops": stops}
 
     small = {"sparsity": HALF, "model": {"layers": 2}}
     one = {
         "one": train(),
         "layer by layer": train({**HALF, "dense_copy": "per_layer"}),
-        "plain": ("against_plain", {"recipe": make_recipe(sparsity=HALF, model={"layers": 1}, train=SHORT),
+        "plain": ("against_plain",
+                  {"recipe": make_recipe(sparsity=HALF, model={"layers": 1}, train=SHORT),
                                     "steps": 50}),
         "wide": ("train", {"recipe": make_recipe(**WIDE), "steps": FEW}),
         "library": library(), "deepspeed": library(engine="deepspeed"),
-        "library cut": cut("two_four_cases.with_library_cut", "library", [{}, {}], [1, FEW], **WIDE),
+        "library cut": cut("two_four_cases.with_library_cut", "library", [{}, {}], [1, FEW],
+                           **WIDE),
     }
     two = {
         "two ranks": train(parallel={"tensor": 2}),
@@ -50,7 +57,8 @@ def results(make_recipe, tmp_path_factory):
         "zero 3": library(engine="deepspeed", parallel={"data": 2, "zero_stage": 3}),
     }
     directory = tmp_path_factory.mktemp("two_four")
-    return {world: run_cases(world, cases, directory / str(world)) for world, cases in ((1, one), (2, two))}
+    return {world: run_cases(world, cases, directory / str(world)) for world,
+            cases in ((1, one), (2, two))}
 
 
 @pytest.mark.parametrize("name", ["two ranks", "two ranks sp"])
@@ -64,7 +72,9 @@ def test_masks_and_losses_are_the_same_at_every_layout(results, name):
 
 
 def test_measured_sparsity_is_a_half(results):
-    assert outcome(results[1], "one")["sparsity"] == pytest.approx(outcome(results[1], "one")["planned"], abs=1e-12)
+    assert outcome(results[1],
+                   "one")["sparsity"] == pytest.approx(outcome(results[1], "one")["planned"],
+                                                       abs=1e-12)
     assert set(outcome(results[1], "one")["planned"].values()) == {0.5}
 
 
@@ -88,7 +98,8 @@ def test_expanding_layer_by_layer_changes_no_loss(results):
     close(outcome(results[1], "layer by layer")["curve"], outcome(results[1], "one")["curve"])
 
 
-@pytest.mark.parametrize(("world", "name"), [(world, name) for world, names in ON_LIBRARY.items() for name in names])
+@pytest.mark.parametrize(("world", "name"),
+                         [(world, name) for world, names in ON_LIBRARY.items() for name in names])
 def test_sparse_tensor_cores_change_no_loss_and_no_mask(results, world, name):
     there, reference = outcome(results[world], name), outcome(results[1], "wide")
     close(there["curve"], reference["curve"])

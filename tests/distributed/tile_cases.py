@@ -17,7 +17,8 @@ def triton_on_cpu():
     from megatron_spdf.kernels import triton_compact
 
     dispatch.tile_products.cache_clear()
-    with patch.object(dispatch, "implementation", lambda device: (triton_compact, triton_compact.NAME)):
+    with patch.object(dispatch, "implementation",
+                      lambda device: (triton_compact, triton_compact.NAME)):
         yield
     dispatch.tile_products.cache_clear()
 

@@ -1,4 +1,5 @@
-"""Cases of 2:4 weights, on a library for sparse tensor cores as a GPU has it: a stand-in on the CPU."""
+"""Cases of 2:4 weights, on a library for sparse tensor cores as a GPU has it: a stand-in on the
+CPU."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ def with_library(recipe: dict, steps: int) -> dict:
         curve = b.steps(0, steps)
         modules = [m for model in b.engine.models for m in sparse_modules(model)]
         return {"curve": curve, "choices": b.engine.choices, "masks": cases.masks(b.engine),
-                "kinds": {type(compact_of(m).product).__name__ for m in modules}, "products": library.products,
+                "kinds": {type(compact_of(m).product).__name__ for m in modules},
+                "products": library.products,
                 "sparsity": b.engine.measured_sparsity(), "held": b.engine.state_bytes()}
 
 

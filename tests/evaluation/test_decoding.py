@@ -1,4 +1,5 @@
-"""Decoding: the same text at every batch size and on every rank; beam search and perplexity against plain ones."""
+"""Decoding: the same text at every batch size and on every rank; beam search and perplexity against
+plain ones."""
 
 from __future__ import annotations
 
@@ -33,11 +34,13 @@ TOKENIZER = Characters()
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(1)
-    config = GPT2Config(vocab_size=97, n_positions=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0,
-                        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    config = GPT2Config(vocab_size=97, n_positions=64, n_embd=32, n_layer=2, n_head=4,
+                        bos_token_id=0, eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0,
+                        attn_pdrop=0.0)
     model = GPT2LMHeadModel(config).eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # far from uniform, so that prompts and positions matter
+        # far from uniform, so that prompts and positions matter
+        for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.3)
         model.lm_head.weight[0] *= 2.5  # so that some completions end by themselves
     return model
@@ -91,11 +94,13 @@ def greedy(model, prompt: list[int], steps: int, ngram: int) -> list[int]:
 def test_greedy_decoding_against_a_plain_loop(model, contexts, ngram):
     contexts = contexts[:8]
     decoded = texts(model, contexts, beams=1, no_repeat_ngram=ngram)
-    expected = [TOKENIZER.decode(greedy(model, TOKENIZER.encode(c) + [0], 12, ngram)).strip() for c in contexts]
+    expected = [TOKENIZER.decode(greedy(model, TOKENIZER.encode(c) + [0], 12, ngram)).strip()
+                for c in contexts]
     assert decoded == expected
     if ngram == 1:  # the prompt's own tokens stay allowed
         assert all(len(set(text)) == len(text) for text in decoded)
-        assert any(set(text) & set(context) for text, context in zip(decoded, contexts, strict=True))
+        assert any(set(text) & set(context) for text,
+                   context in zip(decoded, contexts, strict=True))
 
 
 @pytest.mark.parametrize("penalty", [0.0, 2.0])
@@ -106,19 +111,24 @@ def test_a_beam_as_wide_as_the_tree_finds_the_best(model, penalty):
         first = model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
         both = torch.tensor([[*prompt, token] for token in range(97)])
         second = first[:, None] + model(both).logits[:, -1].log_softmax(-1)
-    scores = {(a, b): float(second[a, b]) / 2**penalty for a, b in itertools.product(range(1, 97), range(97))}
+    scores = {(a, b): float(second[a, b]) / 2**penalty for a,
+              b in itertools.product(range(1, 97), range(97))}
     scores[(0,)] = float(first[0])
     best = [token for token in max(scores, key=scores.get) if token]
-    found = texts(model, ["a pub"], beams=97, length_penalty=penalty, max_new_tokens=2, no_repeat_ngram=0)
+    found = texts(model, ["a pub"], beams=97, length_penalty=penalty, max_new_tokens=2,
+                  no_repeat_ngram=0)
     assert found == [TOKENIZER.decode(best).strip()]
 
 
 def test_a_long_prompt_loses_its_beginning(model):
     settings = Settings(beams=1, max_new_tokens=10, no_repeat_ngram=0)
-    long, kept = "x" * 30 + "y" * 30 + "z" * 23, "y" * 30 + "z" * 23  # 64 = 53 + end of document + 10
+    # 64 = 53 + end of document + 10
+    long, kept = "x" * 30 + "y" * 30 + "z" * 23, "y" * 30 + "z" * 23
     decoded = decode(model, TOKENIZER, [long, kept], settings)
     assert decoded.texts[0] == decoded.texts[1] and decoded.truncated == 1
-    with pytest.raises(ValueError, match="max_new_tokens=63 leaves no room for a prompt in the window of 64 tokens"):
+    with pytest.raises(ValueError,
+                       match="max_new_tokens=63 leaves no room for a prompt in the window of 64 "
+                             "tokens"):
         decode(model, TOKENIZER, ["x"], Settings(max_new_tokens=63))
 
 
@@ -135,9 +145,12 @@ def test_perplexity_is_the_loss_of_transformers(model, contexts):
         tokens += len(target)
     for batch_tokens in (1, 200, 10_000):
         found = likelihood(model, TOKENIZER, pairs, batch_tokens=batch_tokens)
-        assert found.tokens == tokens and found.nats == pytest.approx(nats, rel=1e-5)  # sums of float32
+        # sums of float32
+        assert found.tokens == tokens and found.nats == pytest.approx(nats, rel=1e-5)
     shares = [likelihood(model, TOKENIZER, pairs, rank, 2) for rank in range(2)]
-    assert sum(s.nats for s in shares) == pytest.approx(nats, rel=1e-5) and sum(s.tokens for s in shares) == tokens
+    assert sum(s.nats for s in shares) == pytest.approx(nats,
+                                                        rel=1e-5) and sum(s.tokens
+                                                                          for s in shares) == tokens
 
 
 def test_perplexity_within_the_window(model):

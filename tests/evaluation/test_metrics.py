@@ -1,4 +1,5 @@
-"""The metrics against what the official scripts printed for the same texts, see official_figures.py."""
+"""The metrics against what the official scripts printed for the same texts, see
+official_figures.py."""
 
 from __future__ import annotations
 
@@ -17,17 +18,22 @@ from megatron_spdf.evaluation.references import References
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = References(tuple(REFERENCES), tuple(GROUPS))
-# What the scripts print: E2E all digits, NIST_mteval four decimals; BLEU of the others two decimals of percent.
+# What the scripts print: E2E all digits, NIST_mteval four decimals; BLEU of the others two decimals
+# of percent.
 TOLERANCE = {"e2e": {"NIST": 1e-4, "NIST_mteval": 1e-4},
-             "webnlg": {"BLEU": 5e-3, "METEOR": 1e-3, "TER": 1e-3}, "dart": {"BLEU": 5e-3, "METEOR": 1e-3, "TER": 1e-3}}
+             "webnlg": {"BLEU": 5e-3, "METEOR": 1e-3, "TER": 1e-3},
+             "dart": {"BLEU": 5e-3, "METEOR": 1e-3, "TER": 1e-3}}
 NEED_JAVA = ("METEOR", "ROUGE_L", "CIDEr")
-CASES = [(task, part, metric) for task, parts in (("e2e", {"all": E2E}), ("webnlg", WEBNLG), ("dart", DART))
-         for part, figures in parts.items() for metric in figures if (task, metric) != ("webnlg", "METEOR")]
+CASES = [(task, part, metric) for task,
+         parts in (("e2e", {"all": E2E}), ("webnlg", WEBNLG), ("dart", DART))
+         for part, figures in parts.items() for metric in figures if (task, metric)
+         != ("webnlg", "METEOR")]
 
 
 @pytest.fixture(scope="module")
 def scores():
-    """Java reads METEOR's tables for seconds for each figure: once for E2E's, once for a figure of the others."""
+    """Java reads METEOR's tables for seconds for each figure: once for E2E's, once for a figure of
+    the others."""
     one_part = References(TEXTS.texts, ("",) * len(OUTPUTS))
     found = {"e2e": score("e2e", OUTPUTS, one_part), "dart": score("dart", OUTPUTS, one_part)}
     with pytest.MonkeyPatch.context() as patch:
@@ -41,7 +47,8 @@ def test_figures_of_the_official_scripts(scores, task, part, metric):
     if metric in NEED_JAVA and not shutil.which("java"):
         pytest.skip("no Java here, which this metric needs")
     official = {"e2e": {"all": E2E}, "webnlg": WEBNLG, "dart": DART}[task][part][metric]
-    assert scores[task].values[part][metric] == pytest.approx(official, abs=TOLERANCE[task].get(metric, 1e-6))
+    assert scores[task].values[part][metric] == pytest.approx(official,
+                                                              abs=TOLERANCE[task].get(metric, 1e-6))
 
 
 def test_without_java_what_is_missing_is_said(monkeypatch):
@@ -55,7 +62,8 @@ def test_summaries_have_the_best_f1_of_their_references():
     scorer = RougeScorer(["rouge2"], use_stemmer=True)
     best = [max(scorer.score(text, output)["rouge2"].fmeasure for text in texts)
             for output, texts in zip(OUTPUTS, REFERENCES, strict=True)]
-    assert score("scitldr", OUTPUTS, TEXTS).values["all"]["ROUGE-2"] == pytest.approx(sum(best) / len(best))
+    assert score("scitldr", OUTPUTS,
+                 TEXTS).values["all"]["ROUGE-2"] == pytest.approx(sum(best) / len(best))
 
 
 def test_other_counts_are_refused():
@@ -69,8 +77,10 @@ def test_the_tool_prints_them_and_overwrites_nothing(tmp_path, capsys, monkeypat
     import evaluate
 
     (tmp_path / "out.txt").write_text("".join(f"{text}\n" for text in OUTPUTS))
-    (tmp_path / "references.txt").write_text("\n".join("".join(f"{t}\n" for t in texts) for texts in REFERENCES))
-    words = ["--predictions", str(tmp_path / "out.txt"), "--references", str(tmp_path / "references.txt"), "--task",
+    (tmp_path / "references.txt").write_text("\n".join("".join(f"{t}\n" for t in texts)
+                                                       for texts in REFERENCES))
+    words = ["--predictions", str(tmp_path / "out.txt"), "--references",
+             str(tmp_path / "references.txt"), "--task",
              "jsonl", "--output", str(tmp_path / "scores")]
     assert evaluate.main(words) == 0
     assert f"{E2E['BLEU']:.6f}" in capsys.readouterr().out

@@ -21,30 +21,35 @@ def main(place: Path) -> None:
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ["TRITON_CACHE_DIR"] = str(place)
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-    print(json.dumps([{**case, **compiled(place, number, **case)} for number, case in enumerate(cases())]))
+    print(json.dumps([{**case, **compiled(place, number, **case)} for number,
+                      case in enumerate(cases())]))
 
 
 def cases() -> list[dict]:
-    """Everything that may be taken in bf16 on Hopper; what is taken in bf16 on Ampere and in fp32 on Hopper."""
+    """Everything that may be taken in bf16 on Hopper; what is taken in bf16 on Ampere and in fp32
+    on Hopper."""
     from megatron_spdf.kernels.tile_shapes import CANDIDATES, WARPS, chosen
 
     found = []
     for kernel, warps in WARPS.items():
         found += [{"kernel": kernel, "target": target, "dtype": dtype, "options": {"num_warps": n}}
-                  for target, dtype, numbers in ((HOPPER, "bf16", warps), (AMPERE, "bf16", warps[:1]),
+                  for target, dtype, numbers in ((HOPPER, "bf16", warps),
+                                                 (AMPERE, "bf16", warps[:1]),
                                                  (HOPPER, "fp32", warps[:1])) for n in numbers]
     for (kernel, size), tiles in CANDIDATES.items():
         found += [{"kernel": kernel, "size": size, "target": target, "dtype": dtype, "tile": tile,
                    "options": {"num_warps": tile.warps, "num_stages": tile.stages}}
                   for target, dtype, some in ((HOPPER, "bf16", tiles), (AMPERE, "bf16", tiles[:1]),
-                                              (HOPPER, "fp32", [chosen(kernel, size, 4096, 4)] if size == 64 else []))
+                                              (HOPPER, "fp32", [chosen(kernel, size, 4096, 4)]
+                                               if size == 64 else []))
                   for tile in some]
     return found
 
 
-def compiled(place: Path, number: int, kernel: str, target: int, dtype: str, options: dict, size: int = 0,
-             tile: tuple | None = None) -> dict:
-    """Registers and bytes of the stack of a thread, bytes of shared memory of a program, instructions by name."""
+def compiled(place: Path, number: int, kernel: str, target: int, dtype: str, options: dict,
+             size: int = 0, tile: tuple | None = None) -> dict:
+    """Registers and bytes of the stack of a thread, bytes of shared memory of a program,
+    instructions by name."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -53,7 +58,8 @@ def compiled(place: Path, number: int, kernel: str, target: int, dtype: str, opt
 
     function = getattr(triton_tiles if size else triton_compact, f"_{kernel}")
     fixed = constants(kernel, size, tile)
-    kinds = {name: "constexpr" if name in fixed else kind(kernel, name, dtype) for name in function.arg_names}
+    kinds = {name: "constexpr" if name in fixed else kind(kernel, name, dtype)
+             for name in function.arg_names}
     aligned = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(function.arg_names)
                if name not in fixed}
     binary = triton.compile(ASTSource(function, kinds, constexprs=fixed, attrs=aligned),
@@ -61,10 +67,13 @@ def compiled(place: Path, number: int, kernel: str, target: int, dtype: str, opt
     file = place / f"{number}.cubin"
     file.write_bytes(binary.asm["cubin"])
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    usage, code = (subprocess.run([tool, f"--dump-{what}", file], capture_output=True, text=True, check=True).stdout
+    usage, code = (subprocess.run([tool, f"--dump-{what}", file], capture_output=True, text=True,
+                                  check=True).stdout
                    for what in ("resource-usage", "sass"))
-    names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?\s*([A-Z][\w.]*)", code, re.MULTILINE)
-    return {"registers": int(re.search(r"REG:(\d+)", usage)[1]), "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
+    names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?\s*([A-Z][\w.]*)", code,
+                       re.MULTILINE)
+    return {"registers": int(re.search(r"REG:(\d+)", usage)[1]),
+            "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
             "shared": binary.metadata.shared,
             "instructions": {name: names.count(name) for name in sorted(set(names) - {"NOP"})}}
 
@@ -76,8 +85,10 @@ def constants(kernel: str, size: int, tile: tuple | None) -> dict:
     if not size:
         return {"SPAN": SPAN, "stride_column": 1} | ({"ADDS": True} if kernel == "compress" else {})
     width, depth, *_ = tile
-    return {"SLOTS": 2048 // size // 4, "PER_ROW": 2048 // size // 4, "SIZE": size, "DEPTH": depth} | {
-        "forward": {"TOKENS": width}, "input_gradient": {"TOKENS": width, "IN_COLUMN": 2048 // size // 4},
+    return {"SLOTS": 2048 // size // 4, "PER_ROW": 2048 // size // 4, "SIZE": size,
+            "DEPTH": depth} | {
+        "forward": {"TOKENS": width},
+                "input_gradient": {"TOKENS": width, "IN_COLUMN": 2048 // size // 4},
         "weight_gradient": {"ROWS": width, "ADDS": True}}[kernel]
 
 

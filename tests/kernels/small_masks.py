@@ -1,4 +1,5 @@
-"""Masks for tests of kernels, and where these run: on a GPU, or on the CPU, Triton's in its interpreter."""
+"""Masks for tests of kernels, and where these run: on a GPU, or on the CPU, Triton's in its
+interpreter."""
 
 from __future__ import annotations
 
@@ -29,4 +30,5 @@ def whole(active: np.ndarray, axis: int) -> np.ndarray:
 
 def random_slices(slices: int, rows: int, columns: int, k: int, seed: int = 0) -> np.ndarray:
     draw = np.random.default_rng(seed)
-    return np.stack([draw.permutation(rows * columns) < k for _ in range(slices)]).reshape(slices, rows, columns)
+    return np.stack([draw.permutation(rows * columns) < k
+                     for _ in range(slices)]).reshape(slices, rows, columns)

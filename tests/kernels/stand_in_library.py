@@ -1,4 +1,5 @@
-"""In place of the libraries for sparse tensor cores: on the CPU, from the same values and metadata."""
+"""In place of the libraries for sparse tensor cores: on the CPU, from the same values and
+metadata."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ class StandIn:
 
 
 class AsCusparseLt:
-    """PyTorch's operations as cuSPARSELt and CUTLASS serve them, which know the strides of what they are handed."""
+    """PyTorch's operations as cuSPARSELt and CUTLASS serve them, which know the strides of what
+    they are handed."""
 
     @classmethod
     def install(cls, monkeypatch) -> None:
@@ -46,16 +48,19 @@ class AsCusparseLt:
 
     @staticmethod
     def _cslt_compress(dense: Tensor) -> Tensor:
-        """Values, then metadata of a sixteenth as many 16-bit words as the dense matrix has entries, and what the
-        library pads them with: one array after the other, handed out as a matrix of as many rows as the dense one."""
+        """Values, then metadata of a sixteenth as many 16-bit words as the dense matrix has
+        entries, and what the library pads them with: one array after the other, handed out as a
+        matrix of as many rows as the dense one."""
         assert dense.is_contiguous()
         values, metadata = sparse_semi_structured_from_dense_cutlass(dense)
         padding = values.new_zeros(PADDED * len(dense))
-        return torch.cat([values.flatten(), metadata.flatten().view(dense.dtype), padding]).view(len(dense), -1)
+        return torch.cat([values.flatten(), metadata.flatten().view(dense.dtype),
+                          padding]).view(len(dense), -1)
 
     @staticmethod
     def _cslt_sparse_mm(packed: Tensor, dense: Tensor, transpose_result: bool = False) -> Tensor:
-        """The packed matrix says by its rows how many the weight has, and how many columns by the other operand."""
+        """The packed matrix says by its rows how many the weight has, and how many columns by the
+        other operand."""
         assert dense.T.is_contiguous() and packed.is_contiguous() and packed.dim() == 2
         rows, columns = len(packed), len(dense)
         sizes = [rows * columns // 2, rows * columns // 16, PADDED * rows]

@@ -28,14 +28,18 @@ def kernels(tmp_path_factory):
     """All kernels, with an own name for each."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-W", "ignore", Path(__file__).with_name("compiled.py"),
-                           tmp_path_factory.mktemp("cubins")], env=environment, capture_output=True, text=True)
+                           tmp_path_factory.mktemp("cubins")], env=environment,
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    return {" ".join(str(k[word]) for word in ("kernel", "size", "target", "dtype", "tile", "options") if word in k): k
+    return {" ".join(str(k[word])
+                     for word in ("kernel", "size", "target", "dtype", "tile", "options")
+                     if word in k): k
             for k in json.loads(done.stdout)}
 
 
 def some(kernels, **wanted) -> dict[str, dict]:
-    found = {name: k for name, k in kernels.items() if all(k.get(word) == value for word, value in wanted.items())}
+    found = {name: k for name,
+             k in kernels.items() if all(k.get(word) == value for word, value in wanted.items())}
     assert found, wanted
     return found
 
@@ -59,14 +63,17 @@ def test_two_programs_of_a_product_fit_on_a_multiprocessor(kernels):
     for kernel in ("forward", "input_gradient"):
         for size in (64, 128):
             tile = [*chosen(kernel, size, 4096, 2)]
-            for name, k in some(kernels, kernel=kernel, size=size, target=HOPPER, dtype="bf16", tile=tile).items():
-                assert 2 * (k["shared"] + KIB) <= SHARED and 2 * k["registers"] * 32 * tile[2] <= REGISTERS, name
+            for name, k in some(kernels, kernel=kernel, size=size, target=HOPPER, dtype="bf16",
+                                tile=tile).items():
+                assert 2 * (k["shared"]
+                            + KIB) <= SHARED and 2 * k["registers"] * 32 * tile[2] <= REGISTERS, name
 
 
 def test_products_are_those_of_tensor_cores(kernels):
     products = {name: k for name, k in kernels.items() if k.get("size")}
     for name, k in some(products, dtype="bf16", target=HOPPER).items():
-        assert count(k, "HGMMA.64x") and not count(k, "HMMA", "FFMA"), name  # the warp group's, not a warp's
+        # the warp group's, not a warp's
+        assert count(k, "HGMMA.64x") and not count(k, "HMMA", "FFMA"), name
     for name, k in some(products, dtype="bf16", target=AMPERE).items():
         assert count(k, "HMMA") and not count(k, "FFMA"), name
     for name, k in some(products, dtype="fp32").items():
@@ -89,10 +96,14 @@ def test_dense_weights_move_16_bytes_at_a_time(kernels):
 
 
 def test_instructions_leave_expanding_and_compressing_seven_tenths_of_the_memory_s_speed(kernels):
-    """A Hopper multiprocessor begins an instruction of four warps a cycle; each is for 32 entries."""
-    bytes_a_cycle = 0.7 * 4.8e12 / 132 / 1.755e9  # of an H200's memory, by multiprocessor; NVIDIA's data sheet
-    for kernel, bytes_an_entry in (("expand", 2 + 2 / 4 + 1 / 8), ("compress", 2 + 8 / 4 + 1 / 8)):  # at 75%, bf16
+    """A Hopper multiprocessor begins an instruction of four warps a cycle; each is for 32
+    entries."""
+    # of an H200's memory, by multiprocessor; NVIDIA's data sheet
+    bytes_a_cycle = 0.7 * 4.8e12 / 132 / 1.755e9
+    # at 75%, bf16
+    for kernel, bytes_an_entry in (("expand", 2 + 2 / 4 + 1 / 8), ("compress", 2 + 8 / 4 + 1 / 8)):
         options = {"num_warps": WARPS[kernel][0]}
-        for name, k in some(kernels, kernel=kernel, options=options, target=HOPPER, dtype="bf16").items():
+        for name, k in some(kernels, kernel=kernel, options=options, target=HOPPER,
+                            dtype="bf16").items():
             of_a_thread = SPAN / (32 * options["num_warps"])
             assert sum(k["instructions"].values()) / of_a_thread <= 4 * 32 * bytes_an_entry / bytes_a_cycle, name

@@ -39,7 +39,8 @@ MASKS = {
     "exactly a span": random_slices(2, 32, SPAN // 32, 256),
     "all active": np.ones((2, 5, 9), bool),
     "empty and full rows": with_empty_and_full_rows(),
-    "empty spans": np.concatenate([np.ones((1, 1, 8), bool), np.zeros((1, 1, 3 * SPAN), bool)], axis=2),
+    "empty spans": np.concatenate([np.ones((1, 1, 8), bool), np.zeros((1, 1, 3 * SPAN), bool)],
+                                  axis=2),
 }
 each_mask = pytest.mark.parametrize("active", MASKS.values(), ids=MASKS)
 each_axis = pytest.mark.parametrize("axis", [0, 1])
@@ -73,7 +74,8 @@ def test_dtypes_are_kept(module, dtype, axis):
     values = module.compress(dense, mask)
     there = torch.from_numpy(whole(active, axis)).to(DEVICE)
     assert values.dtype is dtype and values.shape == (mask.slices, mask.active)
-    assert torch.equal(module.expand(values, mask), torch.where(there, dense, torch.zeros((), dtype=dtype)))
+    assert torch.equal(module.expand(values, mask),
+                       torch.where(there, dense, torch.zeros((), dtype=dtype)))
 
 
 @each_dtype
@@ -81,7 +83,8 @@ def test_compress_adds_in_the_precision_of_what_it_adds_to(module, dtype):
     mask = make_mask(random_slices(2, 19, 23, 100), 1, module)
     dense = torch.randn(mask.shape, device=DEVICE).to(dtype)
     before = torch.randn(mask.slices, mask.active, device=DEVICE)
-    buffer = torch.cat([before.flatten(), torch.full((7,), 5.0, device=DEVICE)])  # with what does not belong to it
+    # with what does not belong to it
+    buffer = torch.cat([before.flatten(), torch.full((7,), 5.0, device=DEVICE)])
     out = buffer[: before.numel()].view(before.shape)
     assert module.compress(dense, mask, out) is out
     assert torch.equal(out, before + module.compress(dense, mask).float())

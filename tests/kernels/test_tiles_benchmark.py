@@ -14,16 +14,19 @@ pytest.importorskip("triton", reason=NO_TRITON)
 from megatron_spdf.kernels import triton_compact  # noqa: E402
 from megatron_spdf.kernels.tile_shapes import CANDIDATES, WARPS, Tile  # noqa: E402
 
-KINDS = ["self_attention.linear_qkv.weight", "self_attention.linear_proj.weight", "mlp.linear_fc1.weight",
+KINDS = ["self_attention.linear_qkv.weight", "self_attention.linear_proj.weight",
+         "mlp.linear_fc1.weight",
          "mlp.linear_fc2.weight"]
-TRIED = {("forward", 16): [Tile(16, 16, 4, 3), Tile(32, 16, 4, 3)], ("input_gradient", 16): [Tile(16, 16, 4, 3)],
+TRIED = {("forward", 16): [Tile(16, 16, 4, 3), Tile(32, 16, 4, 3)],
+         ("input_gradient", 16): [Tile(16, 16, 4, 3)],
          ("weight_gradient", 16): [Tile(16, 16, 4, 3)]}
 
 
 @pytest.fixture
 def measured(recipe, monkeypatch):
     def measure(**sparsity) -> list[dict]:
-        small = recipe(sparsity={"level": 0.5, **sparsity}, train={"sequence_length": 16, "precision": "fp32"})
+        small = recipe(sparsity={"level": 0.5, **sparsity},
+                       train={"sequence_length": 16, "precision": "fp32"})
         return tiles.measure(small, plan_of(small), torch.device(DEVICE), 1e-4)
 
     def once(run, seconds: float) -> float:
@@ -31,7 +34,8 @@ def measured(recipe, monkeypatch):
         return seconds
 
     monkeypatch.setattr(tiles, "median_seconds", once)
-    monkeypatch.setattr(dispatch, "implementation", lambda device: (triton_compact, triton_compact.NAME))
+    monkeypatch.setattr(dispatch, "implementation",
+                        lambda device: (triton_compact, triton_compact.NAME))
     dispatch.tile_products.cache_clear()
     yield measure
     dispatch.tile_products.cache_clear()
@@ -42,7 +46,8 @@ def test_every_tile_is_tried_on_every_weight(measured, monkeypatch):
         monkeypatch.setitem(CANDIDATES, key, some)
     rows = measured(pattern="tile", tile=16)
     assert [(row["weight"], row["kernel"]) for row in rows] == [
-        (kind, kernel) for kind in KINDS for kernel in ("forward", "forward", "input_gradient", "weight_gradient")]
+        (kind, kernel) for kind in KINDS
+        for kernel in ("forward", "forward", "input_gradient", "weight_gradient")]
     assert all(row["seconds"] == 1e-4 for row in rows)  # each has run
     assert rows[1]["tile"] == "32 wide, 16 deep, 4 warps, 3 stages"
 

@@ -1,4 +1,5 @@
-"""Triton's kernels: products with tiles against float64, and what is done where they cannot serve."""
+"""Triton's kernels: products with tiles against float64, and what is done where they cannot
+serve."""
 
 from __future__ import annotations
 
@@ -32,16 +33,19 @@ def test_trial_accepts_products_and_nothing_that_computes_otherwise(monkeypatch,
     monkeypatch.setattr(triton_tiles, product, lambda *operands: right(*operands) + 1)
     with pytest.raises(RuntimeError, match="something else than those with the expanded weight"):
         dispatch._self_test_tiles(*tiles)
-    monkeypatch.setattr(dispatch, "implementation", lambda device: (triton_compact, triton_compact.NAME))
+    monkeypatch.setattr(dispatch, "implementation",
+                        lambda device: (triton_compact, triton_compact.NAME))
     dispatch.tile_products.cache_clear()
     module, name = dispatch.tile_products(DEVICE, 16, torch.bfloat16)
     dispatch.tile_products.cache_clear()
     assert module is None
-    assert name.startswith("expanded and multiplied as dense weights, since triton's products do not work here (Run")
+    assert name.startswith("expanded and multiplied as dense weights, since triton's products do "
+                           "not work here (Run")
 
 
 def test_what_kernels_do_not_take_goes_to_pytorch_with_one_line(monkeypatch, caplog):
-    monkeypatch.setattr(dispatch, "implementation", lambda device: (triton_compact, triton_compact.NAME))
+    monkeypatch.setattr(dispatch, "implementation",
+                        lambda device: (triton_compact, triton_compact.NAME))
     dispatch._say_once.cache_clear()
     mask = make_mask(random_slices(2, 5, 7, 11), 1, triton_compact)
     dense = torch.randn(mask.shape, dtype=torch.float64, device=DEVICE)
@@ -62,16 +66,19 @@ def test_a_gpu_on_which_triton_fails_is_served_by_pytorch(monkeypatch):
     module, name = dispatch.implementation("cuda")
     assert module is torch_reference
     assert name == "torch, since triton does not work here (RuntimeError: no ptxas)"
-    assert dispatch.tile_products("cuda", 64, torch.bfloat16) == (None, "expanded and multiplied as dense weights")
+    assert dispatch.tile_products("cuda", 64, torch.bfloat16) == (None,
+                                                                  "expanded and multiplied as "
+                                                                  "dense weights")
     for chosen in (dispatch.implementation, dispatch.tile_products):
         chosen.cache_clear()
 
 
 @pytest.mark.parametrize(("size", "dtype", "taken"), [
-    (16, torch.bfloat16, True), (128, torch.float32, True), (8, torch.bfloat16, False), (48, torch.float16, False),
-    (256, torch.bfloat16, False), (64, torch.float64, False)])
+    (16, torch.bfloat16, True), (128, torch.float32, True), (8, torch.bfloat16, False),
+    (48, torch.float16, False), (256, torch.bfloat16, False), (64, torch.float64, False)])
 def test_tiles_that_kernels_do_not_take_are_expanded(monkeypatch, size, dtype, taken):
-    monkeypatch.setattr(dispatch, "implementation", lambda device: (triton_compact, triton_compact.NAME))
+    monkeypatch.setattr(dispatch, "implementation",
+                        lambda device: (triton_compact, triton_compact.NAME))
     dispatch.tile_products.cache_clear()
     module, name = dispatch.tile_products(DEVICE, size, dtype)
     dispatch.tile_products.cache_clear()
@@ -79,7 +86,8 @@ def test_tiles_that_kernels_do_not_take_are_expanded(monkeypatch, size, dtype, t
     assert taken or f"not {size} of {dtype}" in name
 
 
-def random_tiles(slices: int, grid: tuple[int, int], per_row: int, size: int, seed: int = 0) -> np.ndarray:
+def random_tiles(slices: int, grid: tuple[int, int], per_row: int, size: int,
+                 seed: int = 0) -> np.ndarray:
     """Slices of balanced tiles: a circulant with its rows and columns shuffled."""
     draw = np.random.default_rng(seed)
     rows, columns = grid
@@ -108,7 +116,8 @@ each_tiles = pytest.mark.parametrize("case", TILES.values(), ids=TILES)
 
 
 class Product:
-    """A weight of tiles with its input and the gradient of its output, and what float64 makes of the same numbers."""
+    """A weight of tiles with its input and the gradient of its output, and what float64 makes of
+    the same numbers."""
 
     def __init__(self, case, dtype: torch.dtype):
         slices, grid, per_row, size, axis, tokens = case
@@ -137,7 +146,8 @@ def numbers(tensor: Tensor) -> np.ndarray:
 
 @pytest.fixture(autouse=True)
 def dot_of_bf16(monkeypatch):
-    """Triton's interpreter keeps bf16 in uint16, and multiplies these where the GPU multiplies bf16 into fp32."""
+    """Triton's interpreter keeps bf16 in uint16, and multiplies these where the GPU multiplies bf16
+    into fp32."""
     if DEVICE == "cuda":
         return
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -147,7 +157,8 @@ def dot_of_bf16(monkeypatch):
     def widened(handle):
         if handle.dtype != triton.language.bfloat16:
             return handle
-        return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), triton.language.float32)
+        return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32),
+                            triton.language.float32)
 
     monkeypatch.setattr(InterpreterBuilder, "create_dot",
                         lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest))
@@ -160,7 +171,8 @@ def test_tile_products_are_those_in_float64(case, dtype):
     p = Product(case, dtype)
     close(triton_tiles.forward(p.x, p.values, p.mask), numbers(p.x) @ p.weight.T)
     close(triton_tiles.input_gradient(p.gradient, p.values, p.mask), numbers(p.gradient) @ p.weight)
-    close(triton_tiles.weight_gradient(p.gradient, p.x, p.mask), p.compact(numbers(p.gradient).T @ numbers(p.x)))
+    close(triton_tiles.weight_gradient(p.gradient, p.x, p.mask),
+          p.compact(numbers(p.gradient).T @ numbers(p.x)))
 
 
 @each_dtype
@@ -174,18 +186,23 @@ def test_weight_gradient_is_added_in_fp32(dtype):
 
 def test_inputs_of_tile_products_need_not_be_contiguous():
     p = Product(TILES["output slices"], torch.float32)
-    x, gradient = p.x.T.contiguous().T, torch.randn(32, 3 * p.mask.shape[0], device=DEVICE)[:, :p.mask.shape[0]]
-    assert torch.equal(triton_tiles.forward(x, p.values, p.mask), triton_tiles.forward(p.x, p.values, p.mask))
+    x, gradient = p.x.T.contiguous().T, torch.randn(32, 3 * p.mask.shape[0],
+                                                    device=DEVICE)[:, :p.mask.shape[0]]
+    assert torch.equal(triton_tiles.forward(x, p.values, p.mask),
+                       triton_tiles.forward(p.x, p.values, p.mask))
     close(triton_tiles.input_gradient(gradient, p.values, p.mask), numbers(gradient) @ p.weight)
-    close(triton_tiles.weight_gradient(gradient, x, p.mask), p.compact(numbers(gradient).T @ numbers(p.x)))
+    close(triton_tiles.weight_gradient(gradient, x, p.mask),
+          p.compact(numbers(gradient).T @ numbers(p.x)))
 
 
-@pytest.mark.parametrize(("kernel", "size", "tile"), [(*key, t) for key, tiles in CANDIDATES.items() for t in tiles])
+@pytest.mark.parametrize(("kernel", "size", "tile"),
+                         [(*key, t) for key, tiles in CANDIDATES.items() for t in tiles])
 def test_products_are_the_same_with_every_tile(kernel, size, tile):
     p = Product((1, (2, 2), 1, size, 0, 70), torch.float16)
     operands = {"forward": (p.x, p.values), "input_gradient": (p.gradient, p.values),
                 "weight_gradient": (p.gradient, p.x)}[kernel]
-    wanted = {"forward": lambda: numbers(p.x) @ p.weight.T, "input_gradient": lambda: numbers(p.gradient) @ p.weight,
+    wanted = {"forward": lambda: numbers(p.x) @ p.weight.T,
+              "input_gradient": lambda: numbers(p.gradient) @ p.weight,
               "weight_gradient": lambda: p.compact(numbers(p.gradient).T @ numbers(p.x))}[kernel]()
     close(getattr(triton_tiles, kernel)(*operands, p.mask, tile=tile), wanted)
 

@@ -1,5 +1,6 @@
-"""2:4 weights on sparse tensor cores: what the libraries are handed is held to PyTorch's own converter on the CPU, and
-products with them to dense ones; on a GPU with the libraries themselves."""
+"""2:4 weights on sparse tensor cores: what the libraries are handed is held to PyTorch's own
+converter on the CPU, and products with them to dense ones; on a GPU with the libraries
+themselves."""
 
 from __future__ import annotations
 
@@ -27,11 +28,13 @@ from megatron_spdf.sparsity.plan import SparseWeight
 WEIGHTS = [SparseWeight("w.out", (256, 128), 0, 4, 0.5, two_four=True),
            SparseWeight("w.in", (64, 512), 1, 4, 0.5, two_four=True)]
 CASES = [(weight, world) for weight in WEIGHTS for world in (1, 2, 4)]
-each_layout = pytest.mark.parametrize(("weight", "world"), CASES, ids=lambda v: getattr(v, "name", v))
+each_layout = pytest.mark.parametrize(("weight", "world"), CASES,
+                                      ids=lambda v: getattr(v, "name", v))
 DTYPE = torch.bfloat16
 
 
-def compact_of_last_rank(weight: SparseWeight, world: int, library: two_four.Library) -> CompactWeight:
+def compact_of_last_rank(weight: SparseWeight, world: int,
+                         library: two_four.Library) -> CompactWeight:
     return CompactWeight(weight, 3, world - 1, world, "cpu", TwoFourProduct(library, DTYPE))
 
 
@@ -41,8 +44,10 @@ def test_values_and_metadata_unpack_to_the_weight_and_its_transpose(weight, worl
     compact = compact_of_last_rank(weight, world, Cutlass())
     values = torch.randn(compact.values_shape, dtype=DTYPE)
     dense, mask = compact(values), compact.mask
-    assert torch.equal(sparse_semi_structured_to_dense_cutlass(packed(values, mask), mask.two_four.metadata), dense)
-    found = sparse_semi_structured_to_dense_cutlass(packed_transposed(values, mask), mask.two_four.transposed)
+    assert torch.equal(sparse_semi_structured_to_dense_cutlass(packed(values, mask),
+                                                               mask.two_four.metadata), dense)
+    found = sparse_semi_structured_to_dense_cutlass(packed_transposed(values, mask),
+                                                    mask.two_four.transposed)
     assert torch.equal(found, dense.T)
 
 
@@ -52,8 +57,10 @@ def test_values_and_metadata_are_those_that_pytorch_makes_of_the_dense_weight(we
     values = torch.randn(compact.values_shape, dtype=DTYPE)
     mask = compact.mask
     for ours, theirs in (((packed(values, mask), mask.two_four.metadata), compact(values)),
-                         ((packed_transposed(values, mask), mask.two_four.transposed), compact(values).T.contiguous())):
-        for mine, wanted in zip(ours, sparse_semi_structured_from_dense_cutlass(theirs), strict=True):
+                         ((packed_transposed(values, mask), mask.two_four.transposed),
+                          compact(values).T.contiguous())):
+        for mine, wanted in zip(ours, sparse_semi_structured_from_dense_cutlass(theirs),
+                                strict=True):
             assert torch.equal(mine, wanted)
 
 
@@ -80,10 +87,12 @@ def test_products_are_those_of_the_dense_weight(weight, world, tokens):
     compact = compact_of_last_rank(weight, world, library)
     values = torch.randn(compact.values_shape, dtype=torch.float64)
     dense, product, mask = compact(values), compact.product, compact.mask
-    x, gradient = (torch.randn(tokens, n, dtype=torch.float64) for n in (dense.shape[1], dense.shape[0]))
+    x, gradient = (torch.randn(tokens, n, dtype=torch.float64)
+                   for n in (dense.shape[1], dense.shape[0]))
     torch.testing.assert_close(product.forward(x, values, mask), x @ dense.T)
     torch.testing.assert_close(product.input_gradient(gradient, values, mask), gradient @ dense)
-    torch.testing.assert_close(product.weight_gradient(gradient, x, mask, None), compact.right_inverse(gradient.T @ x))
+    torch.testing.assert_close(product.weight_gradient(gradient, x, mask, None),
+                               compact.right_inverse(gradient.T @ x))
     assert library.products == (2 if tokens == 16 else 0)
 
 
@@ -96,9 +105,11 @@ def test_a_library_is_handed_what_it_wants(library, monkeypatch):
     compact = compact_of_last_rank(weight, 1, library)
     values = torch.randn(compact.values_shape, dtype=DTYPE)
     dense, mask = compact(values), compact.mask
-    x, gradient = (torch.randn(n, 16, dtype=DTYPE).T for n in (dense.shape[1], dense.shape[0]))  # strided
+    # strided
+    x, gradient = (torch.randn(n, 16, dtype=DTYPE).T for n in (dense.shape[1], dense.shape[0]))
     for found, wanted in ((compact.product.forward(x, values, mask), x @ dense.T),
-                          (compact.product.input_gradient(gradient, values, mask), gradient @ dense)):
+                          (compact.product.input_gradient(gradient, values, mask),
+                           gradient @ dense)):
         assert found.is_contiguous() and found.dtype is DTYPE
         torch.testing.assert_close(found, wanted)
 
@@ -121,19 +132,22 @@ def test_the_first_library_that_works_is_taken_and_why_none_is_said(monkeypatch)
             raise RuntimeError("no such GPU")
 
     real = try_out
-    monkeypatch.setattr(two_four, "try_out", lambda library, device, dtype: real(library, torch.device("cpu"), dtype))
+    monkeypatch.setattr(two_four, "try_out", lambda library, device,
+                        dtype: real(library, torch.device("cpu"), dtype))
     choose = dispatch.two_four_products.__wrapped__
     monkeypatch.setattr(two_four, "LIBRARIES", (Broken(), StandIn()))
     library, name = choose("cuda", DTYPE)
     assert type(library) is StandIn and name == "stand-in"
     monkeypatch.setattr(two_four, "LIBRARIES", (Broken(),))
-    assert choose("cuda", DTYPE) == (None, "expanded and multiplied as dense weights, since broken does not work here "
-                                           "(RuntimeError: no such GPU)")
+    assert choose("cuda", DTYPE) == (None,
+                                     "expanded and multiplied as dense weights, since broken does "
+                                     "not work here (RuntimeError: no such GPU)")
     assert choose("cuda", torch.float32)[0] is None and choose("cpu", DTYPE)[0] is None
 
 
 def test_odd_shapes_are_expanded_with_a_word(monkeypatch, caplog):
-    monkeypatch.setattr(dispatch, "two_four_products", lambda device, dtype: (StandIn(), "stand-in"))
+    monkeypatch.setattr(dispatch, "two_four_products", lambda device,
+                        dtype: (StandIn(), "stand-in"))
     even, odd = (SparseWeight("w", (64, n), 0, 4, 0.5, two_four=True) for n in (128, 96))
     assert fits(even.shape) and not fits(odd.shape) and not fits(odd.shape[::-1])
     assert isinstance(choose_product(even, torch.empty(even.shape), "per_step"), TwoFourProduct)
@@ -154,10 +168,12 @@ def test_a_gpu_multiplies_on_its_sparse_tensor_cores():
     compact = CompactWeight(weight, 3, 0, 1, "cuda", TwoFourProduct(library, DTYPE))
     values = torch.randn(compact.values_shape, dtype=DTYPE, device="cuda")
     dense, mask = compact(values), compact.mask
-    x, gradient = (torch.randn(64, n, dtype=DTYPE, device="cuda") for n in (dense.shape[1], dense.shape[0]))
+    x, gradient = (torch.randn(64, n, dtype=DTYPE, device="cuda")
+                   for n in (dense.shape[1], dense.shape[0]))
     # Sums are fp32 and rounded once to the 8 bits of bf16's mantissa.
-    torch.testing.assert_close(compact.product.forward(x, values, mask), x @ dense.T, rtol=8e-3, atol=0.1)
-    torch.testing.assert_close(compact.product.input_gradient(gradient, values, mask), gradient @ dense, rtol=8e-3,
+    torch.testing.assert_close(compact.product.forward(x, values, mask), x @ dense.T, rtol=8e-3,
                                atol=0.1)
+    torch.testing.assert_close(compact.product.input_gradient(gradient, values, mask),
+                               gradient @ dense, rtol=8e-3, atol=0.1)
     bits = find_two_four(compact.mask_bits, weight.slice_shape, weight.axis, library, DTYPE)
     assert torch.equal(bits.order, mask.two_four.order)

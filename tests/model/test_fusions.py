@@ -1,4 +1,5 @@
-"""Megatron-Core's fusions, where torch.compile cannot be had; and what a run says before its first line."""
+"""Megatron-Core's fusions, where torch.compile cannot be had; and what a run says before its first
+line."""
 
 import subprocess
 import sys
@@ -10,7 +11,8 @@ from megatron_spdf.model import gpt
 
 def test_a_gpu_without_a_compiler_does_without_fusions_and_says_so_once(monkeypatch, caplog):
     def fails(function):
-        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.\nmore")
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment "
+                           "variable.\nmore")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "compile", fails)
@@ -20,12 +22,14 @@ def test_a_gpu_without_a_compiler_does_without_fusions_and_says_so_once(monkeypa
     finally:
         gpt._compiles.cache_clear()
     (said,) = caplog.messages
-    assert said == ("bias, GELU and dropout run one by one, since torch.compile does not work here (RuntimeError: "
-                    "Failed to find C compiler. Please specify via CC environment variable.)")
+    assert said == ("bias, GELU and dropout run one by one, since torch.compile does not work here "
+                    "(RuntimeError: Failed to find C compiler. Please specify via CC environment "
+                    "variable.)")
 
 
 def test_engines_say_nothing_while_they_are_imported(monkeypatch):
     monkeypatch.delenv("PYTHONWARNINGS", raising=False)
-    done = subprocess.run([sys.executable, "-c", "import megatron_spdf.engine.megatron, megatron_spdf.model.gpt"],
+    done = subprocess.run([sys.executable, "-c",
+                           "import megatron_spdf.engine.megatron, megatron_spdf.model.gpt"],
                           capture_output=True, text=True, check=True)
     assert done.stdout + done.stderr == ""

@@ -1,4 +1,5 @@
-"""SµPar's rules, computed by hand for cases of the paper's table; the same GPT with the multipliers in its weights."""
+"""SµPar's rules, computed by hand for cases of the paper's table; the same GPT with the multipliers
+in its weights."""
 
 from __future__ import annotations
 
@@ -40,19 +41,21 @@ def test_four_times_the_width_at_a_quarter_of_the_density_is_the_base():
 
 @pytest.mark.parametrize(("hidden", "level", "base", "growth"), [
     (256, 0.75, {}, 0.25), (256, 0.5, {}, 0.5), (1024, 0.0, {}, 4.0), (2048, 0.875, {}, 1.0),
-    (512, 0.9375, {"hidden": 128, "density": 0.25}, 1.0), (768, 0.5, {"hidden": 256, "density": 0.5}, 3.0)])
+    (512, 0.9375, {"hidden": 128, "density": 0.25}, 1.0),
+    (768, 0.5, {"hidden": 256, "density": 0.5}, 3.0)])
 def test_variance_and_learning_rate_go_with_one_over_width_and_density(hidden, level, base, growth):
     model = {"layers": 2, "hidden": hidden, "heads": 16, "vocab_size": 300}
     found, weights = rules(model=model, sparsity=level, mup_base=base)
     for name in (QKV, OUT):
         assert found.learning_rate(weights[name]) == pytest.approx(1 / growth)
-        assert found.initial(weights[name]).std ** 2 == pytest.approx(weights[name].std ** 2 / growth)
+        assert found.initial(weights[name]).std ** 2 == pytest.approx(weights[name].std ** 2
+                                                                      / growth)
 
 
 def test_the_rest_keeps_its_spread_and_rate():
     found, weights = rules(sparsity=0.0)
-    for name in (EMBEDDING, "embedding.position_embeddings.weight", "decoder.final_layernorm.weight",
-                 QKV.replace("weight", "bias")):
+    for name in (EMBEDDING, "embedding.position_embeddings.weight",
+                 "decoder.final_layernorm.weight", QKV.replace("weight", "bias")):
         assert found.learning_rate(weights[name]) == 1.0 and found.initial(weights[name]) == weights[name]
 
 
@@ -84,7 +87,8 @@ def test_folding_undone_is_nothing():
 
 
 def test_only_queries_are_scaled():
-    found, weights = rules(model={"layers": 2, "hidden": 64, "heads": 4, "query_groups": 2, "vocab_size": 300})
+    found, weights = rules(model={"layers": 2, "hidden": 64, "heads": 4, "query_groups": 2,
+                                  "vocab_size": 300})
     rows = found.folded(QKV).view(2, 4, 16)  # (group, two queries + key + value, d_head)
     assert (rows[:, :2] == 1 / 4).all() and (rows[:, 2:] == 1).all()
     assert found.folded(QKV).shape == weights[QKV].shape[:1]

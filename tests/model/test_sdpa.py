@@ -55,12 +55,14 @@ def test_what_no_fused_kernel_takes_runs_all_the_same_and_is_said():
     assert SDPBackend.MATH in kernels
     said = describe_kernels(kernels, ODD)
     assert said.startswith("PyTorch's operations one by one")
-    assert said.endswith("no fused kernel here takes 6 heads of 100 in 2 groups in bfloat16 and a mask")
+    assert said.endswith("no fused kernel here takes 6 heads of 100 in 2 groups in bfloat16 and a "
+                         "mask")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 @pytest.mark.parametrize("heads", [GPT2, replace(GPT2, masked=True), replace(GPT2, groups=4),
-                                   replace(GPT2, groups=4, masked=True), replace(GPT2, width=128, dropout=0.1)])
+                                   replace(GPT2, groups=4, masked=True),
+                                   replace(GPT2, width=128, dropout=0.1)])
 def test_a_fused_kernel_takes_it_on_a_gpu(heads):
     assert SDPBackend.MATH not in kernels_on_gpu(heads)

@@ -1,8 +1,10 @@
-"""Three ranks with heartbeats, forked from this process; something happens to one. Prints each case as JSON.
+"""Three ranks with heartbeats, forked from this process; something happens to one. Prints each case
+as JSON.
 
     python tests/parallel/heartbeat_ranks.py DIRECTORY CASE ...
 
-A case is `DEED RANK`: kill, stop, raise, stand (its training thread stands still), leave (all end as they should).
+A case is `DEED RANK`: kill, stop, raise, stand (its training thread stands still), leave (all end
+as they should).
 """
 
 import json
@@ -28,7 +30,8 @@ heartbeat.BEAT_SECONDS, heartbeat.GRACE_SECONDS = 0.2, 0.6
 def rank_main(rank: int, port: int, deed: str, victim: int) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     store = dist.TCPStore("127.0.0.1", port, is_master=rank == 0, wait_for_workers=False)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD,
+                            timeout=timedelta(seconds=60))
     progress.observe()
     with heartbeat.Heartbeat(Ranks(rank, WORLD, rank, "test"), HANG):
         for step in range(1, 1000):
@@ -85,7 +88,8 @@ def main() -> None:
             if rank not in codes:
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
-        print(json.dumps({"case": case, "codes": [codes.get(r) for r in range(WORLD)], "said": said.read_text()}))
+        print(json.dumps({"case": case, "codes": [codes.get(r) for r in range(WORLD)],
+                          "said": said.read_text()}))
 
 
 if __name__ == "__main__":

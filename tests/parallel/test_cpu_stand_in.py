@@ -1,5 +1,5 @@
-"""The stand-in for CUDA: what it stands in for, and that it keeps off a machine with a GPU. It replaces functions of
-torch for the rest of a process, so all is tried in one of its own."""
+"""The stand-in for CUDA: what it stands in for, and that it keeps off a machine with a GPU. It
+replaces functions of torch for the rest of a process, so all is tried in one of its own."""
 
 from __future__ import annotations
 
@@ -76,16 +76,19 @@ print("FOUND", json.dumps(found))
 
 CHECKS = [
     "refuses on a GPU", "replaces nothing on a GPU", "installs", "fusions are not compiled",
-    "the compiler is not imported", "installs once", "factory with device", "factory on current device", "Tensor.to",
-    "Tensor.cuda", "Module.cuda", "Tensor.type names", "Tensor.type conversion", "current_device", "synchronize",
+    "the compiler is not imported", "installs once", "factory with device",
+    "factory on current device", "Tensor.to",
+    "Tensor.cuda", "Module.cuda", "Tensor.type names", "Tensor.type conversion", "current_device",
+    "synchronize",
     "current_stream", "random state round trip", "manual_seed", "random state of Megatron-Core",
     "tracker of Megatron-Core"]
 
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, bool]:
-    done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-                          capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT,
+                          env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True,
+                          text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.rpartition("FOUND ")[2])
 

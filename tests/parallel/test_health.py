@@ -53,7 +53,8 @@ def test_all_there(call):
 
 
 def test_a_missing_rank_is_named_on_every_rank_with_its_host(call, monkeypatch):
-    monkeypatch.setattr(startup_check, "hosts_of_ranks", lambda: {0: "a1", 1: "a1", 2: "a2", 3: "a2"})
+    monkeypatch.setattr(startup_check, "hosts_of_ranks",
+                        lambda: {0: "a1", 1: "a1", 2: "a2", 3: "a2"})
     found = call([0, 1, 3], 4, seconds=0.5)
     assert {str(e) for e in found.values()} == {str(found[0])} and isinstance(found[0], Unhealthy)
     assert "1 of 4 ranks did not report within fault_tolerance.join_seconds=0.5: rank 2 on a2. " in str(found[0])
@@ -85,11 +86,13 @@ def test_a_neighbour_out_of_reach_is_named(call, monkeypatch):
 
 def test_a_rank_0_that_is_gone_is_named(call):
     found = call([1], 2, seconds=0.5)
-    assert isinstance(found[1], Unhealthy) and "rank 0 on 127.0.0.1 does not answer" in str(found[1])
+    assert isinstance(found[1],
+                      Unhealthy) and "rank 0 on 127.0.0.1 does not answer" in str(found[1])
 
 
 def test_what_is_out_of_the_ordinary_is_said():
-    reports = [Report(r, f"n{r // 2}", "H100", 2**30 * (30 if r == 3 else 70), ("", 0)) for r in range(4)]
+    reports = [Report(r, f"n{r // 2}", "H100", 2**30 * (30 if r == 3 else 70), ("", 0))
+               for r in range(4)]
     text = render(reports, [0.0, 0.0, -7.5, -7.5], (12.0, 3))
     assert "n1: rank 2, 3, H100, 30.0 GiB free, clock -7.500 s\n" in text
     assert "all 4 ranks reported within 12.0 s, rank 3 last" in text

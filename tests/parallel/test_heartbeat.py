@@ -1,4 +1,5 @@
-"""While a run is on, the rank that dies, hangs or fails is named, and nobody waits for it for ever."""
+"""While a run is on, the rank that dies, hangs or fails is named, and nobody waits for it for
+ever."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ import pytest
 
 from megatron_spdf.resilience.heartbeat import Beat, Peer, verdict
 
-CASES = [f"{deed} {rank}" for deed in ("kill", "stop", "raise", "stand") for rank in (0, 2)] + ["leave 0"]
+CASES = [f"{deed} {rank}" for deed in ("kill", "stop", "raise", "stand")
+         for rank in (0, 2)] + ["leave 0"]
 HOST = socket.gethostname()
 
 
@@ -20,7 +22,8 @@ HOST = socket.gethostname()
 def ended(tmp_path_factory):
     """case -> exit codes by rank and what was said."""
     script = Path(__file__).with_name("heartbeat_ranks.py")
-    done = subprocess.run([sys.executable, "-W", "ignore", str(script), str(tmp_path_factory.mktemp("beats")), *CASES],
+    done = subprocess.run([sys.executable, "-W", "ignore", str(script),
+                           str(tmp_path_factory.mktemp("beats")), *CASES],
                           capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]
@@ -39,7 +42,8 @@ def test_the_rank_at_fault_is_named_and_all_end(ended, deed, said, rank):
     others = [c for r, c in enumerate(codes) if r != rank]
     assert others == [4, 4], text
     verdicts = [line for line in text.splitlines() if line.startswith("the run ends")]
-    assert verdicts and all(f": rank {rank} on {HOST} " in v or "rank 0 on 127.0.0.1" in v for v in verdicts), text
+    assert verdicts and all(f": rank {rank} on {HOST} " in v or "rank 0 on 127.0.0.1" in v
+                            for v in verdicts), text
     assert any(said in v for v in verdicts), text
     if deed == "stand":
         assert "others wait for it" in text
@@ -51,8 +55,10 @@ def test_ranks_that_leave_are_not_missed(ended):
     assert codes == [0, 0, 0] and "the run ends" not in text
 
 
-def peer(rank: int, heard: float = 0.0, closed: bool = False, trouble: float | None = None, **beat) -> Peer:
-    return Peer(Beat(rank, f"n{rank}", "step 7", "all_reduce, number 3", **beat), heard, closed, trouble)
+def peer(rank: int, heard: float = 0.0, closed: bool = False, trouble: float | None = None,
+         **beat) -> Peer:
+    return Peer(Beat(rank, f"n{rank}", "step 7", "all_reduce, number 3", **beat), heard, closed,
+                trouble)
 
 
 def test_nothing_is_said_of_healthy_ranks():
@@ -61,7 +67,8 @@ def test_nothing_is_said_of_healthy_ranks():
 
 
 def test_a_death_explains_the_failures_that_follow_it():
-    peers = [peer(0, trouble=0.0, failed="RuntimeError: Connection closed by peer"), peer(1, trouble=0.5, closed=True)]
+    peers = [peer(0, trouble=0.0, failed="RuntimeError: Connection closed by peer"),
+             peer(1, trouble=0.5, closed=True)]
     assert verdict(peers, 2.0, 5.0) == ""  # the death of another may be heard of later
     assert verdict(peers, 4.0, 5.0).startswith("rank 1 on n1 died in step 7")
 
@@ -69,7 +76,8 @@ def test_a_death_explains_the_failures_that_follow_it():
 def test_the_first_failure_is_named():
     peers = [peer(0, trouble=2.0, failed="RuntimeError: Connection closed"),
              peer(1, trouble=1.0, failed="MemoryError: ")]
-    assert verdict(peers, 9.0, 50.0).startswith("rank 1 on n1 failed in step 7; its last collective")
+    assert verdict(peers, 9.0,
+                   50.0).startswith("rank 1 on n1 failed in step 7; its last collective")
 
 
 def test_who_is_outside_of_collectives_holds_up_the_others():

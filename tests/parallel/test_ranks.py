@@ -22,7 +22,8 @@ def test_torchrun():
 
 @pytest.mark.parametrize("step", ["SLURM_STEP_ID", "SLURM_STEPID"])
 def test_srun_step(step):
-    assert find_ranks({**SBATCH, step: "0", "SLURM_PROCID": "5", "SLURM_LOCALID": "2"}) == Ranks(5, 16, 2, "srun")
+    assert find_ranks({**SBATCH, step: "0", "SLURM_PROCID": "5",
+                       "SLURM_LOCALID": "2"}) == Ranks(5, 16, 2, "srun")
 
 
 def test_plain_start():
@@ -44,7 +45,8 @@ def test_torchrun_inside_an_srun_step():
 @pytest.mark.parametrize("launcher, env", [("torchrun", TORCHRUN), ("srun", SRUN)])
 @pytest.mark.parametrize("position", [0, 1, 2])
 def test_half_set_variables_are_refused(launcher, env, position):
-    keys = list(TORCHRUN) if launcher == "torchrun" else ["SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"]
+    keys = list(TORCHRUN) if launcher == "torchrun" else ["SLURM_PROCID", "SLURM_NTASKS",
+                                                          "SLURM_LOCALID"]
     missing = keys[position]
     with pytest.raises(ValueError) as caught:
         find_ranks({k: v for k, v in env.items() if k != missing})
@@ -74,7 +76,8 @@ def test_silent_world_of_one_is_refused_with_both_sizes_and_the_remedy():
 
 
 def test_data_parallel_degree_that_fits_is_named():
-    with pytest.raises(ValueError, match=r"needs 8 processes.*torchrun started 4; .* or set parallel\.data=2"):
+    with pytest.raises(ValueError,
+                       match=r"needs 8 processes.*torchrun started 4; .* or set parallel\.data=2"):
         check_world(Ranks(0, 4, 0, "torchrun"), Parallel(tensor=2, data=4))
 
 
@@ -82,14 +85,17 @@ def test_data_parallel_degree_that_fits_is_named():
 def head(monkeypatch):
     """Sets MASTER_ADDR and MASTER_PORT, which meeting sets too."""
     def head(address: str, port: int) -> None:
-        for key, value in {"MASTER_ADDR": address, "MASTER_PORT": str(port), "RANK": "", "WORLD_SIZE": ""}.items():
+        for key, value in {"MASTER_ADDR": address, "MASTER_PORT": str(port), "RANK": "",
+                           "WORLD_SIZE": ""}.items():
             monkeypatch.setenv(key, value)
     return head
 
 
 def test_a_head_node_that_cannot_be_resolved_is_named_with_the_remedy(head):
     head("no.such.host.invalid", 29999)
-    with pytest.raises(ValueError, match=r"head node 'no.such.host.invalid' cannot be resolved .* export MASTER_ADDR="):
+    with pytest.raises(ValueError,
+                       match=r"head node 'no.such.host.invalid' cannot be resolved .* export "
+                             r"MASTER_ADDR="):
         _meet(Ranks(1, 2, 1, "srun"), 1.0)
 
 
@@ -97,7 +103,8 @@ def test_a_busy_port_is_named_with_the_remedy(head):
     with socket.create_server(("", 0)) as other:
         port = other.getsockname()[1]
         head("127.0.0.1", port)
-        with pytest.raises(ValueError, match=rf"port {port} cannot .*; export MASTER_PORT=<a free port>"):
+        with pytest.raises(ValueError,
+                           match=rf"port {port} cannot .*; export MASTER_PORT=<a free port>"):
             _meet(Ranks(0, 2, 0, "srun"), 1.0)
 
 

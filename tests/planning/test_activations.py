@@ -1,4 +1,5 @@
-"""Activations by hand and by Korthikanti et al. 2022; tests/distributed/test_planning.py holds them against tensors."""
+"""Activations by hand and by Korthikanti et al. 2022; tests/distributed/test_planning.py holds them
+against tensors."""
 
 from __future__ import annotations
 
@@ -25,9 +26,12 @@ def plan_of(recipe):
     return make_plan(recipe.sparsity, model_weights(recipe.model), recipe.model.query_groups)
 
 
-def gpt(recipe, layers=8, batch=64, dropout=0.0, sparsity=0.0, heads=4, groups=4, parallel=None, **train) -> Recipe:
-    return recipe(model={"layers": layers, "hidden": 64, "heads": heads, "query_groups": groups, "dropout": dropout},
-                  sparsity=sparsity, train={"global_batch": batch, "micro_batch": 2, "sequence_length": 32,
+def gpt(recipe, layers=8, batch=64, dropout=0.0, sparsity=0.0, heads=4, groups=4, parallel=None,
+        **train) -> Recipe:
+    return recipe(model={"layers": layers, "hidden": 64, "heads": heads, "query_groups": groups,
+                         "dropout": dropout},
+                  sparsity=sparsity, train={"global_batch": batch, "micro_batch": 2,
+                                            "sequence_length": 32,
                                             "precision": "bf16", **train}, parallel=parallel or {})
 
 
@@ -37,7 +41,8 @@ SBH = 32 * 2 * 64  # T B h
 @pytest.mark.parametrize(("tensor", "sequence", "expected"), [
     (1, False, 34.0), (4, False, 10.0 + 24.0 / 4), (4, True, 34.0 / 4)])
 def test_block_is_korthikantis_without_scores(recipe, tensor, sequence, expected):
-    """Their table 2, s b h (34 + 5 a s / h) at t = 1, less the softmax terms that a flash kernel does not store."""
+    """Their table 2, s b h (34 + 5 a s / h) at t = 1, less the softmax terms that a flash kernel
+    does not store."""
     r = gpt(recipe, dropout=0.1, parallel={"tensor": tensor, "sequence": sequence})
     parts = layer_bytes(r)
     flash, theirs_not = parts.pop("log-sum-exp"), parts.pop("norm statistics")
@@ -51,7 +56,8 @@ def test_grouped_queries_keep_fewer_keys_and_a_copy_of_the_queries(recipe):
 
 
 def test_recomputation(recipe):
-    none, selective, full = (kept_by_layer(gpt(recipe, recompute=r)) for r in ("none", "selective", "full"))
+    none, selective, full = (kept_by_layer(gpt(recipe, recompute=r))
+                             for r in ("none", "selective", "full"))
     assert none - selective == 4 * 64 * 4  # the log-sum-exp alone
     assert full == 2 * SBH
 
@@ -80,10 +86,11 @@ def test_softmax_over_the_vocabulary_is_fp32(recipe):
 
 
 def test_logits_do_not_grow_with_the_micro_batch(recipe):
-    """Beyond as many tokens as fit into LOGITS_BYTES: those of GPT-2's vocabulary would take 9 GiB here, in bf16 and
-    fp32."""
+    """Beyond as many tokens as fit into LOGITS_BYTES: those of GPT-2's vocabulary would take 9 GiB
+    here, in bf16 and fp32."""
     def head(micro_batch: int) -> int:
-        r = recipe(model={"vocab_size": 50257}, train={"micro_batch": micro_batch, "global_batch": 1024,
+        r = recipe(model={"vocab_size": 50257},
+                   train={"micro_batch": micro_batch, "global_batch": 1024,
                                                        "sequence_length": 32, "precision": "bf16"})
         return step_bytes(r, plan_of(r), 0).head
 
@@ -91,7 +98,8 @@ def test_logits_do_not_grow_with_the_micro_batch(recipe):
     assert head(64) == pytest.approx(2 * head(32), rel=0.1)  # in one piece
 
 
-@pytest.mark.parametrize(("rows", "tokens"), [(50304, 16384), (50304, 2669), (50304, 7), (6288, 16384), (2**28, 5)])
+@pytest.mark.parametrize(("rows", "tokens"),
+                         [(50304, 16384), (50304, 2669), (50304, 7), (6288, 16384), (2**28, 5)])
 def test_chunks_of_tokens_are_even_and_within_the_bound(rows, tokens):
     size = tokens_at_once(rows, tokens)
     assert size == 1 or 4 * rows * size <= LOGITS_BYTES
@@ -101,7 +109,8 @@ def test_chunks_of_tokens_are_even_and_within_the_bound(rows, tokens):
 
 
 def test_dense_gradients_wait_for_the_end_of_backward(recipe):
-    """After the first micro-batch; with a single one, or blocks recomputed, they are cut one by one."""
+    """After the first micro-batch; with a single one, or blocks recomputed, they are cut one by
+    one."""
     def late(sparsity: float, **changes) -> int:
         r = gpt(recipe, sparsity=sparsity, **changes)
         return step_bytes(r, plan_of(r), 0).late
@@ -117,10 +126,13 @@ def test_sequence_parallelism_gathers_into_one_buffer(recipe):
     assert step_bytes(r, plan_of(r), 0).communication == 2 * SBH
 
 
-# GiB that PyTorch's CUDA allocator had at most in a step, tests/stand_in_gpu/measure.py; see docs/planning.md.
-ALLOCATED = [("sparsity=0.0", 47.385), ("sparsity=0.75", 34.600), ("sparsity={level: 0.75, dense_copy: per_layer}", 32.350),
+# GiB that PyTorch's CUDA allocator had at most in a step, tests/stand_in_gpu/measure.py; see
+# docs/planning.md.
+ALLOCATED = [("sparsity=0.0", 47.385), ("sparsity=0.75", 34.600),
+             ("sparsity={level: 0.75, dense_copy: per_layer}", 32.350),
              ("sparsity={level: 0.75, pattern: tile, tile: 64}", 32.319),
-             ("sparsity=0.0 train.recompute=full", 25.162), ("sparsity=0.75 train.recompute=full", 12.377),
+             ("sparsity=0.0 train.recompute=full", 25.162),
+             ("sparsity=0.75 train.recompute=full", 12.377),
              ("sparsity=0.75 engine=deepspeed parallel.zero_stage=2", 34.600),
              ("sparsity=0.0 engine=deepspeed parallel.zero_stage=3", 47.570),
              ("sparsity=0.75 engine=deepspeed parallel.zero_stage=3", 34.787)]

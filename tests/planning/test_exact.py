@@ -1,4 +1,5 @@
-"""The closed forms of memory against buffers that Megatron-Core builds on the meta device, to the byte."""
+"""The closed forms of memory against buffers that Megatron-Core builds on the meta device, to the
+byte."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ def layout(tensor=1, pipeline=1, data=1, **more) -> dict:
     return {"tensor": tensor, "pipeline": pipeline, "data": data, **more}
 
 
-SMALL = {"model": {"layers": 12, "hidden": 192, "heads": 12, "vocab_size": 50257, "max_positions": 64},
+SMALL = {"model": {"layers": 12, "hidden": 192, "heads": 12, "vocab_size": 50257,
+                   "max_positions": 64},
          "train": {"global_batch": 192, "micro_batch": 1, "sequence_length": 64}}
 LAYOUTS = {  # sparsity, layout, precision
     "one": (0.75, layout(), "bf16"),
@@ -32,21 +34,26 @@ LAYOUTS = {  # sparsity, layout, precision
     "interleaved": (0.75, layout(1, 2, 8, interleave=3), "bf16"),
     "zero 0": (0.5, layout(3, 4, 2, zero_stage=0), "bf16"),
     "blocks": ({"level": 0.75, "pattern": "tile", "tile": 16}, layout(3, 2, 2), "bf16"),
-    "small blocks": ({"level": 0.75, "pattern": "tile", "tile": 8}, layout(6), "fp32"),  # not for tensor cores
+    # not for tensor cores
+    "small blocks": ({"level": 0.75, "pattern": "tile", "tile": 8}, layout(6), "fp32"),
     "2:4": ({"level": 0.5, "pattern": "2:4"}, layout(3, 2), "bf16"),
     "layer by layer": ({"level": 0.75, "dense_copy": "per_layer"}, layout(2), "bf16"),
-    "many buckets": (0.75, layout(1, 1, 64), "fp32"),  # a bucket for every 64M elements, and the rest
+    # a bucket for every 64M elements, and the rest
+    "many buckets": (0.75, layout(1, 1, 64), "fp32"),
 }
 RULES = {"level": 0.5, "rules": [{"weights": "decoder.layers.0.*", "level": 0.0}]}
 
 
 @pytest.fixture(scope="module")
 def counts() -> dict:
-    """Name -> counts of one rank of every kind; of every rank of "every rank"; "off" is held against another plan."""
+    """Name -> counts of one rank of every kind; of every rank of "every rank"; "off" is held
+    against another plan."""
     def small(level, parallel, precision):
-        return Recipe.model_validate({"output": "x", "optimizer": {"lr": 1e-3}, "model": SMALL["model"],
+        return Recipe.model_validate({"output": "x", "optimizer": {"lr": 1e-3},
+                                      "model": SMALL["model"],
                                       "sparsity": level, "parallel": parallel,
-                                      "train": {**SMALL["train"], "tokens": 10**6, "precision": precision}})
+                                      "train": {**SMALL["train"], "tokens": 10**6,
+                                                "precision": precision}})
 
     wanted = {}
     for name, case in LAYOUTS.items():
@@ -71,7 +78,8 @@ def test_every_rank_of_a_layout_is_as_predicted(counts):
     found = counts["every rank"]
     assert [c.place for c in found] == [(rank % 2, rank // 8, rank // 2 % 4) for rank in range(16)]
     assert all(c.agrees for c in found)
-    assert len({c.counted["optimizer"] for c in found}) > 2  # shards differ by what of them is padding
+    # shards differ by what of them is padding
+    assert len({c.counted["optimizer"] for c in found}) > 2
 
 
 @pytest.mark.slow
@@ -84,14 +92,15 @@ def test_another_plan_does_not_agree(counts):
 def test_gpt3_175b_on_1024_ranks_in_little_memory():
     """In a process of its own, so that the memory of its children is that of the dry run."""
     code = ("import json, resource, sys; sys.path.insert(0, sys.argv[1]);"
-            "from megatron_spdf.recipe.load import load_recipe; from megatron_spdf.planning.overview import plan_of;"
-            "from megatron_spdf.planning.exact import dry_runs, ranks_of_interest;"
-            "both = [load_recipe(sys.argv[2], ['sparsity=' + level]) for level in ('0.0', '0.75')];"
-            "counts = dry_runs([(r, plan_of(r), ranks_of_interest(r)) for r in both]);"
-            "peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss;"
-            "print(json.dumps([both[0].parallel.world, [c.agrees for each in counts for c in each], peak]))")
-    done = subprocess.run([sys.executable, "-c", code, str(ROOT), str(PLAN_175B)], capture_output=True,
-                          text=True, check=True, env={**os.environ, "PYTHONWARNINGS": "ignore"})
+            "from megatron_spdf.recipe.load import load_recipe; from "
+            "megatron_spdf.planning.overview import plan_of;from megatron_spdf.planning.exact "
+            "import dry_runs, ranks_of_interest;both = [load_recipe(sys.argv[2], ['sparsity=' + "
+            "level]) for level in ('0.0', '0.75')];counts = dry_runs([(r, plan_of(r), "
+            "ranks_of_interest(r)) for r in both]);peak = "
+            "resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss;print(json.dumps([both[0].parallel.world, [c.agrees for each in counts for c in each], peak]))")
+    done = subprocess.run([sys.executable, "-c", code, str(ROOT), str(PLAN_175B)],
+                          capture_output=True, text=True, check=True,
+                          env={**os.environ, "PYTHONWARNINGS": "ignore"})
     world, agree, kilobytes = json.loads(done.stdout)
     assert world == 1024 and len(agree) == 8 and all(agree)
     assert kilobytes < 8 * 2**20
@@ -104,5 +113,6 @@ def test_ranks_of_interest_are_of_every_kind_of_stage():
 
 def test_a_rank_that_is_not_there(recipe):
     r = recipe(parallel={"data": 2})
-    with pytest.raises(ValueError, match="rank 2 is not in this layout of 2 ranks; take one of 0 to 1"):
+    with pytest.raises(ValueError,
+                       match="rank 2 is not in this layout of 2 ranks; take one of 0 to 1"):
         dry_run(r, plan_of(r), [2])

@@ -1,4 +1,5 @@
-"""FLOPs: every cell of the paper's tables (Thangarasa et al. 2023), and the parts of the count by themselves."""
+"""FLOPs: every cell of the paper's tables (Thangarasa et al. 2023), and the parts of the count by
+themselves."""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ def fine_tuning(model: str) -> float:
 def test_pre_training(model, level):
     each, total, ratio = paper.PRETRAINING[model][level]
     assert per_sequence(model, level) == pytest.approx(each, rel=WITHIN)
-    assert paper.SEQUENCES[model] * per_sequence(model, level) / 1e18 == pytest.approx(total, rel=WITHIN)
+    assert paper.SEQUENCES[model] * per_sequence(model,
+                                                 level) / 1e18 == pytest.approx(total, rel=WITHIN)
     assert per_sequence(model, level) / per_sequence(model, 0.0) == pytest.approx(ratio, rel=WITHIN)
 
 
@@ -53,7 +55,8 @@ def test_fine_tuning_per_sequence(model):
 
 
 def small_total_from_xl(task: str) -> float:
-    """GPT-2 Small's total from GPT-3 XL's cell: the number of sequences is not printed, but it is the task's."""
+    """GPT-2 Small's total from GPT-3 XL's cell: the number of sequences is not printed, but it is
+    the task's."""
     sequences = 1e18 * paper.FINE_TUNING["gpt3_xl"][1][task] / fine_tuning("gpt3_xl")
     return sequences * fine_tuning("gpt2_small") / 1e18
 
@@ -61,12 +64,14 @@ def small_total_from_xl(task: str) -> float:
 @pytest.mark.parametrize("task", ["WebNLG", "DART", "Curation"])
 def test_fine_tuning_totals_agree_between_models(task):
     printed = paper.FINE_TUNING["gpt2_small"][1][task]
-    assert small_total_from_xl(task) == pytest.approx(printed, abs=0.0005)  # three decimals are printed
+    # three decimals are printed
+    assert small_total_from_xl(task) == pytest.approx(printed, abs=0.0005)
 
 
 def test_fine_tuning_totals_of_e2e_contradict_each_other():
     assert "E2E" in paper.CONTRADICTIONS[0].cells
-    assert round(small_total_from_xl("E2E"), 3) == 0.051 != paper.FINE_TUNING["gpt2_small"][1]["E2E"]
+    assert round(small_total_from_xl("E2E"),
+                 3) == 0.051 != paper.FINE_TUNING["gpt2_small"][1]["E2E"]
 
 
 @pytest.mark.parametrize(("model", "level"), CELLS)
@@ -84,11 +89,13 @@ def test_pre_training_and_fine_tuning_together(model, level):
 @pytest.mark.parametrize("model", paper.PRETRAINING)
 def test_sequences_are_those_of_the_recipe(model):
     recipe = load_recipe(PRETRAIN / f"{model}_dense.yaml")
-    assert recipe.steps * recipe.train.global_batch == pytest.approx(paper.SEQUENCES[model], rel=0.005)
+    assert recipe.steps * recipe.train.global_batch == pytest.approx(paper.SEQUENCES[model],
+                                                                     rel=0.005)
 
 
 def test_speed_up_of_gpt3_xl_at_75_percent():
-    assert per_sequence("gpt3_xl", 0.0) / per_sequence("gpt3_xl", 0.75) == pytest.approx(2.5, abs=0.05)
+    assert per_sequence("gpt3_xl", 0.0) / per_sequence("gpt3_xl",
+                                                       0.75) == pytest.approx(2.5, abs=0.05)
 
 
 def test_shares_of_attention_and_vocabulary_are_not_those_of_the_text():
@@ -129,11 +136,15 @@ def test_backward_costs_two_forward_passes_and_recomputation_one(recipe):
         assert flops.logits == 3 * once.logits
 
 
-@pytest.mark.parametrize("stages", [gradual_pruning(0.8), [Stage(1, 0.5, 0.5)], [Stage(3, 0.0, 0.9, power=2.0)],
-                                    [Stage(0.1, 0.0, 0.0), Stage(0.2, 0.8, 0.8), Stage(0.1, 0.0, 0.0)]])
+@pytest.mark.parametrize("stages",
+                         [gradual_pruning(0.8), [Stage(1, 0.5, 0.5)],
+                          [Stage(3, 0.0, 0.9, power=2.0)],
+                                    [Stage(0.1, 0.0, 0.0), Stage(0.2, 0.8, 0.8),
+                                     Stage(0.1, 0.0, 0.0)]])
 def test_average_sparsity_is_the_integral_of_the_schedule(stages):
     total, t = sum(p.share for p in stages), (np.arange(100_000) + 0.5) / 100_000
-    curves = [(p.share / total) * np.mean(p.end + (p.start - p.end) * (1 - t) ** p.power) for p in stages]
+    curves = [(p.share / total) * np.mean(p.end + (p.start - p.end) * (1 - t) ** p.power)
+              for p in stages]
     assert average_sparsity(stages) == pytest.approx(sum(curves), abs=1e-9)
 
 
@@ -149,7 +160,8 @@ def test_gradual_pruning_costs_what_the_paper_says(recipe):
 def test_a_static_schedule_costs_what_the_plan_does(recipe):
     r = recipe(sparsity=0.75)
     plan = make_plan(r.sparsity, model_weights(r.model), r.model.query_groups)
-    assert schedule_flops(r.model, 32, [Stage(1.0, 0.75, 0.75)]) == training_flops(r.model, 32, plan)
+    assert schedule_flops(r.model, 32,
+                          [Stage(1.0, 0.75, 0.75)]) == training_flops(r.model, 32, plan)
 
 
 def test_dense_gradients_of_rigl(recipe):

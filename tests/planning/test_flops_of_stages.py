@@ -13,7 +13,8 @@ from megatron_spdf.schedule.flops import Stage, schedule_flops, training_flops
 from megatron_spdf.schedule.stages import mean_flops, stages_left, stages_of
 
 PRETRAIN = Path(__file__).resolve().parents[2] / "configs" / "pretrain"
-STAGES = [{"share": 0.7, "sparsity": 0.75}, {"share": 0.2, "sparsity": 0.0}, {"share": 0.1, "sparsity": 0.0}]
+STAGES = [{"share": 0.7, "sparsity": 0.75}, {"share": 0.2, "sparsity": 0.0},
+          {"share": 0.1, "sparsity": 0.0}]
 
 
 def test_stages_make_up_the_run(recipe):
@@ -45,8 +46,8 @@ def test_flops_are_the_integral(recipe):
 
 
 def test_the_published_run_saves_what_is_published():
-    # V-SPDF at 6.7B parameters: 90% for 133B tokens (20 a parameter, as the dense model it is held against), then dense
-    # for 20B, with about 65% fewer FLOPs.
+    # V-SPDF at 6.7B parameters: 90% for 133B tokens (20 a parameter, as the dense model it is held
+    # against), then dense for 20B, with about 65% fewer FLOPs.
     word = "stages=[{share: 0.8693, sparsity: 0.9}, {share: 0.1307, sparsity: 0}]"
     run = load_recipe(PRETRAIN / "gpt3_6b7_s90.yaml", ["sparsity=0", "train.tokens=153B", word])
     dense = training_flops(run.model, run.train.sequence_length).total * 133

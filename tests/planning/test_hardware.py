@@ -8,10 +8,12 @@ from megatron_spdf.planning.hardware import GPUS, find_gpu, measure_this_machine
 
 
 @pytest.mark.parametrize(("device", "name"), [
-    ("NVIDIA A100-SXM4-80GB", "a100"), ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H100 PCIe", "h100-pcie"),
-    ("NVIDIA H200", "h200"), ("NVIDIA B200", "b200"), ("AMD Instinct MI300X", "mi300x")])
+    ("NVIDIA A100-SXM4-80GB", "a100"), ("NVIDIA H100 80GB HBM3", "h100"),
+    ("NVIDIA H100 PCIe", "h100-pcie"), ("NVIDIA H200", "h200"), ("NVIDIA B200", "b200"),
+    ("AMD Instinct MI300X", "mi300x")])
 def test_device_names_of_pytorch(device, name):
-    assert (peak_flops(device, "bf16"), peak_flops(device, "fp32")) == (GPUS[name].bf16, GPUS[name].fp32)
+    assert (peak_flops(device, "bf16"), peak_flops(device, "fp32")) == (GPUS[name].bf16,
+                                                                        GPUS[name].fp32)
 
 
 def test_other_devices_have_no_peak():

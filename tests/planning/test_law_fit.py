@@ -27,7 +27,8 @@ GRID = [(s, n, d) for s in (0.0, 0.5, 0.75, 0.875) for n in (1.3e6, 5.3e6, 2.1e7
 
 def points(law=LAW, noise: float = 0.0, grid=GRID) -> list[Point]:
     random = np.random.default_rng(1)
-    return [Point(s, n, d, float(law.loss(s, n, d)) * float(np.exp(noise * random.standard_normal())))
+    return [Point(s, n, d,
+                  float(law.loss(s, n, d)) * float(np.exp(noise * random.standard_normal())))
             for s, n, d in grid]
 
 
@@ -37,7 +38,8 @@ def test_known_coefficients_are_recovered(name):
     grid = GRID if name == "t5" else [(s, n, d / 30) for s, n, d in GRID]
     fitted = fit_law(points(law, grid=grid), starts=8, samples=3)
     for coefficient in COEFFICIENTS:
-        assert getattr(fitted.law, coefficient) == pytest.approx(getattr(law, coefficient), rel=1e-4), coefficient
+        assert getattr(fitted.law, coefficient) == pytest.approx(getattr(law, coefficient),
+                                                                 rel=1e-4), coefficient
     assert fitted.error < 1e-8 and not fitted.doubts
 
 
@@ -47,14 +49,16 @@ def test_noise_leaves_the_gain_and_widens_the_intervals():
     assert gain == pytest.approx(LAW.equivalent_dense(0.75), rel=0.1) and low < gain < high
     assert fitted.error == pytest.approx(0.003, rel=0.4)
     assert all(high > low for low, high in fitted.interval.values())
-    assert any("b_d" in doubt for doubt in fitted.doubts)  # three lengths, a factor of four apart, at 0.3% noise
+    # three lengths, a factor of four apart, at 0.3% noise
+    assert any("b_d" in doubt for doubt in fitted.doubts)
     assert "DOUBT" in render_fit(fitted)
 
 
 def test_an_outlier_does_not_move_the_fit():
     spoilt = points()
     spoilt[7] = Point(*list(asdict(spoilt[7]).values())[:3], spoilt[7].loss * 1.2)
-    assert fit_law(spoilt, starts=8, samples=1).law.equivalent_dense(0.75) == pytest.approx(2.16, abs=0.01)
+    assert fit_law(spoilt, starts=8,
+                   samples=1).law.equivalent_dense(0.75) == pytest.approx(2.16, abs=0.01)
 
 
 @pytest.mark.parametrize(("grid", "said"), [
@@ -77,9 +81,11 @@ def run(recipe, tmp_path):
     (tmp_path / "a" / "recipe.yaml").write_text(yaml.safe_dump(r.model_dump()))
 
     def log(steps: int, *more: dict) -> None:
-        lines = [{"kind": "train", "step": s, "tokens": s * r.tokens_per_step, "loss": 9.0 - 0.1 * s,
+        lines = [{"kind": "train", "step": s, "tokens": s * r.tokens_per_step,
+                  "loss": 9.0 - 0.1 * s,
                   "step_seconds": 1.0} for s in range(1, steps + 1)]
-        (tmp_path / "a" / "log.jsonl").write_text("".join(json.dumps(x) + "\n" for x in [*lines, *more]))
+        (tmp_path / "a" / "log.jsonl").write_text("".join(json.dumps(x) + "\n"
+                                                          for x in [*lines, *more]))
         return tmp_path / "a"
     return r, log
 

@@ -1,4 +1,5 @@
-"""Bytes per rank: a case counted by hand, ZeRO's stages, proportion to active weights, placement on stages."""
+"""Bytes per rank: a case counted by hand, ZeRO's stages, proportion to active weights, placement on
+stages."""
 
 from __future__ import annotations
 
@@ -20,28 +21,30 @@ def plan_of(recipe):
 
 
 def small(recipe, precision="bf16", zero_stage=1, recompute="none"):
-    return recipe(model={"layers": 2, "hidden": 8, "heads": 2, "vocab_size": 100, "max_positions": 16}, sparsity=0.75,
+    return recipe(model={"layers": 2, "hidden": 8, "heads": 2, "vocab_size": 100,
+                         "max_positions": 16}, sparsity=0.75,
                   train={"precision": precision, "recompute": recompute},
                   parallel={"tensor": 2, "data": 2, "zero_stage": zero_stage})
 
 
-# On one of two tensor-parallel ranks, per layer: 96 of 384 sparse weights active (24 of 96, 8 of 32, 32 of 128, 32
-# of 128), biases 12 + 8 + 16 + 8, norms 4 * 8. Beside the layers: embedding 128 (padded) * 8 / 2, positions 16 * 8,
-# last norm 2 * 8.
+# On one of two tensor-parallel ranks, per layer: 96 of 384 sparse weights active (24 of 96, 8 of
+# 32, 32 of 128, 32 of 128), biases 12 + 8 + 16 + 8, norms 4 * 8. Beside the layers: embedding 128
+# (padded) * 8 / 2, positions 16 * 8, last norm 2 * 8.
 LOCAL = 2 * (96 + 44 + 32) + 512 + 128 + 16
-# With ZeRO-1 each of the 28 parameters begins at a multiple of 64 elements: only the embedding and the positions are
-# longer than that, and the bucket ends at a multiple of 128.
+# With ZeRO-1 each of the 28 parameters begins at a multiple of 64 elements: only the embedding and
+# the positions are longer than that, and the bucket ends at a multiple of 128.
 PADDED = 26 * 64 + 128 + 512
 
 
-# On a GPU one count for each of two layers' four weights, whose chunks are shorter than a span; on CPU all positions.
+# On a GPU one count for each of two layers' four weights, whose chunks are shorter than a span; on
+# CPU all positions.
 @pytest.mark.parametrize("on_gpu, derived", [(True, 2 * 4 * 4), (False, 2 * 96 * 8)])
 def test_bytes_counted_by_hand(recipe, on_gpu, derived):
     r = small(recipe, zero_stage=0)
     assert LOCAL == 1000
     assert rank_bytes(r, plan_of(r), 0, on_gpu) == RankBytes(
-        parameters=2 * 1000, gradients=4 * 1000, master=4 * 1000, moments=8 * 1000, expanded=2 * 2 * 384,
-        masks=2 * (12 + 4 + 16 + 16) + derived)
+        parameters=2 * 1000, gradients=4 * 1000, master=4 * 1000, moments=8 * 1000,
+        expanded=2 * 2 * 384, masks=2 * (12 + 4 + 16 + 16) + derived)
 
 
 def test_padding_counted_by_hand(recipe):
@@ -54,10 +57,12 @@ def test_padding_counted_by_hand(recipe):
 @pytest.mark.parametrize("data", [1, 2, 3, 8])
 @pytest.mark.parametrize("pipeline, interleave", [(1, 1), (2, 1), (2, 2)])
 def test_shards_of_zero_1_hold_every_element_once(recipe, data, pipeline, interleave):
-    r = recipe(parallel={"data": data, "pipeline": pipeline, "interleave": interleave}, sparsity=0.5)
+    r = recipe(parallel={"data": data, "pipeline": pipeline, "interleave": interleave},
+               sparsity=0.5)
     plan = plan_of(r)
     for stage in range(pipeline):
-        elements = sum(q.elements for chunk in local_parameters(r.model, r.parallel, plan, stage) for q in chunk)
+        elements = sum(q.elements for chunk in local_parameters(r.model, r.parallel, plan, stage)
+                       for q in chunk)
         buffers = lay_out(r.model, r.parallel, plan, stage, True)
         owned = [sum(b.shard(rank, data) for b in buffers) for rank in range(data)]
         assert sum(owned) == elements
@@ -77,19 +82,24 @@ def test_fp32_needs_no_master_weights(recipe):
     assert (found.optimizer, found.expanded) == (8000, 4 * 2 * 384)
 
 
-# Bytes a parameter, K = 12 for Adam in mixed precision (Rajbhandari et al. 2020, figure 1; gradients fp32 here).
-@pytest.mark.parametrize("stage, each", [(0, 2 + 4 + 12), (1, 2 + 4 + 12 / 2), (2, 2 + 4 / 2 + 12 / 2), (3, 18 / 2)])
+# Bytes a parameter, K = 12 for Adam in mixed precision (Rajbhandari et al. 2020, figure 1;
+# gradients fp32 here).
+@pytest.mark.parametrize("stage, each",
+                         [(0, 2 + 4 + 12), (1, 2 + 4 + 12 / 2), (2, 2 + 4 / 2 + 12 / 2),
+                          (3, 18 / 2)])
 def test_zero_stages(recipe, stage, each):
     r = small(recipe)
     found = zero_bytes(r, plan_of(r), 0, stage)
     assert found.parameters + found.gradients + found.optimizer == each * 1000
     assert found.masks == 96 + 32
-    assert (found.expanded, found.gathered) == (2 * 2 * 384, 2 * 2 * (96 + 44 + 32) if stage == 3 else 0)
+    assert (found.expanded, found.gathered) == (2 * 2 * 384,
+                                                2 * 2 * (96 + 44 + 32) if stage == 3 else 0)
 
 
 def test_zero_3_keeps_no_dense_weight_of_a_block_that_is_recomputed(recipe):
     r = small(recipe, recompute="full")
-    found = zero_bytes(r, plan_of(r), 0, 3)  # both blocks are gathered, compact values and what they expand to
+    # both blocks are gathered, compact values and what they expand to
+    found = zero_bytes(r, plan_of(r), 0, 3)
     assert (found.expanded, found.gathered) == (0, 2 * 2 * (96 + 44 + 32 + 384))
 
 
@@ -111,30 +121,36 @@ def test_sparse_layers_take_a_quarter_at_75_percent(name, what):
     dense, sparse = (load_recipe(PRETRAIN / f"{name}_{level}.yaml") for level in ("dense", "s75"))
     before, after = (getattr(rank_bytes(r, plan_of(r), 0, True), what) for r in (dense, sparse))
     weights = model_weights(dense.model)
-    in_sparse_layers = before * sum(w.numel for w in weights if w.linear) / sum(w.numel for w in weights)
+    in_sparse_layers = before * sum(w.numel for w in weights
+                                    if w.linear) / sum(w.numel for w in weights)
     rest = before - in_sparse_layers
     assert 0.24 <= (after - rest) / in_sparse_layers <= 0.27
 
 
 def test_dense_run_expands_and_masks_nothing(recipe):
     r = recipe()
-    assert (rank_bytes(r, plan_of(r), 0, True).expanded, rank_bytes(r, plan_of(r), 0, True).masks) == (0, 0)
+    assert (rank_bytes(r, plan_of(r), 0, True).expanded,
+            rank_bytes(r, plan_of(r), 0, True).masks) == (0, 0)
 
 
-@pytest.mark.parametrize("pipeline, interleave, layers", [(1, 1, 4), (2, 1, 4), (4, 1, 8), (2, 2, 8), (2, 4, 8),
+@pytest.mark.parametrize("pipeline, interleave, layers",
+                         [(1, 1, 4), (2, 1, 4), (4, 1, 8), (2, 2, 8), (2, 4, 8),
                                                           (4, 3, 24)])
 def test_layers_of_a_stage_are_megatrons(recipe, pipeline, interleave, layers):
     r = recipe(model={"layers": layers}, parallel={"pipeline": pipeline, "interleave": interleave})
     per_chunk = layers // (pipeline * interleave)
     for rank in range(pipeline):
-        held = [[(chunk * pipeline + rank) * per_chunk + i for i in range(per_chunk)] for chunk in range(interleave)]
-        assert [[n for n in chunk if 0 <= n < layers] for chunk in layers_of(r.model, r.parallel, rank)] == held
+        held = [[(chunk * pipeline + rank) * per_chunk + i for i in range(per_chunk)]
+                for chunk in range(interleave)]
+        assert [[n for n in chunk if 0 <= n < layers]
+                for chunk in layers_of(r.model, r.parallel, rank)] == held
         assert (-1 in layers_of(r.model, r.parallel, rank)[0]) == (rank == 0)
         assert (layers in layers_of(r.model, r.parallel, rank)[-1]) == (rank == pipeline - 1)
 
 
 @pytest.mark.parametrize("pipeline, interleave", [(1, 1), (2, 1), (4, 1), (2, 2)])
-def test_every_weight_is_on_one_stage_and_the_tied_embedding_on_both_ends(recipe, pipeline, interleave):
+def test_every_weight_is_on_one_stage_and_the_tied_embedding_on_both_ends(recipe, pipeline,
+                                                                          interleave):
     r = recipe(parallel={"pipeline": pipeline, "interleave": interleave})
     plan = plan_of(r)
     held = [local_parameters(r.model, r.parallel, plan, stage) for stage in range(pipeline)]
@@ -165,7 +181,8 @@ def test_tiles_that_a_gpu_multiplies_are_not_expanded_there(recipe):
     gpu, cpu = (rank_bytes(r, plan_of(r), 0, on_gpu) for on_gpu in (True, False))
     active, weights = 6 * 64 * 64 // 4, 6 * 64 * 64
     assert (gpu.expanded, cpu.expanded) == (0, 2 * weights)
-    # One chunk a weight: counts for 12, 4, 4 and 4 spans of 1024 entries, and two tables of 24 active blocks.
+    # One chunk a weight: counts for 12, 4, 4 and 4 spans of 1024 entries, and two tables of 24
+    # active blocks.
     assert gpu.masks == weights // 8 + 4 * 24 + 2 * 4 * 24
     assert cpu.masks == weights // 8 + 8 * active
 

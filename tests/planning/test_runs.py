@@ -18,12 +18,16 @@ GPU = GPUS["h100"]
 
 @pytest.fixture
 def write(recipe, tmp_path):
-    """Writes a run's directory whose steps took so many seconds each; returns (recipe, directory)."""
-    def write(seconds, choices: str | None = "device NVIDIA H100 80GB HBM3; attention torch", tail: str = ""):
-        model = {"layers": 12, "hidden": 1024, "heads": 16, "vocab_size": 50257, "max_positions": 1024}
+    """Writes a run's directory whose steps took so many seconds each; returns (recipe,
+    directory)."""
+    def write(seconds, choices: str | None = "device NVIDIA H100 80GB HBM3; attention torch",
+              tail: str = ""):
+        model = {"layers": 12, "hidden": 1024, "heads": 16, "vocab_size": 50257,
+                 "max_positions": 1024}
         train = {"global_batch": 64, "micro_batch": 8, "sequence_length": 1024, "tokens": 10**7}
         r = recipe(model=model, train=train, sparsity=0.75)
-        records = [{"kind": "bytes", "step": 1, "parameters": 1, **({"choices": choices} if choices else {})}]
+        records = [{"kind": "bytes", "step": 1, "parameters": 1,
+                    **({"choices": choices} if choices else {})}]
         records += [{"kind": "train", "step": i, "tokens": i, "loss": 1.0, "step_seconds": s}
                     for i, s in enumerate(seconds, 1)]
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(r.model_dump()))
@@ -47,7 +51,8 @@ def test_a_run_on_another_device_does_not_calibrate(write):
         calibrate(read_run(directory), GPU)
 
 
-@pytest.mark.parametrize(("seconds", "said"), [(1e-4, "less than the .* s that a H100 needs"), (500.0, "under 1%")])
+@pytest.mark.parametrize(("seconds", "said"),
+                         [(1e-4, "less than the .* s that a H100 needs"), (500.0, "under 1%")])
 def test_times_that_no_efficiency_explains(write, seconds, said):
     _, directory = write([seconds], choices=None)
     with pytest.raises(ValueError, match=said):
@@ -69,7 +74,8 @@ def test_a_damaged_line_is_named(write):
 @pytest.mark.parametrize(("file", "content", "said"), [
     ("log.jsonl", None, "it has no log.jsonl"), ("recipe.yaml", None, "it has no recipe.yaml"),
     ("log.jsonl", "", "holds no training step yet"), ("recipe.yaml", "a: [", "is not YAML"),
-    ("recipe.yaml", "a: 1", "cannot be read as a pre-training recipe"), ("recipe.yaml", "- 1", "no recipe but a list"),
+    ("recipe.yaml", "a: 1", "cannot be read as a pre-training recipe"),
+    ("recipe.yaml", "- 1", "no recipe but a list"),
 ])
 def test_directories_that_are_no_runs(write, file, content, said):
     _, directory = write([1.0])

@@ -1,4 +1,5 @@
-"""The law of Frantar et al. 2023 against the losses that were published with it, and its optimum against itself."""
+"""The law of Frantar et al. 2023 against the losses that were published with it, and its optimum
+against itself."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from megatron_spdf.scaling_law.law import (
 )
 
 DATA = Path(__file__).parent / "data"
-# Linear weights at scale 1: 24 blocks of T5-Base, 12 of ViT-B, both 768 wide; T5 saw 128 sequences of 512 a step.
+# Linear weights at scale 1: 24 blocks of T5-Base, 12 of ViT-B, both 768 wide; T5 saw 128 sequences
+# of 512 a step.
 T5_WEIGHTS, VIT_WEIGHTS, T5_TOKENS_A_STEP = 24 * 12 * 768**2, 12 * 12 * 768**2, 128 * 512
 GRID = [(n, c) for n in np.logspace(6, 10, 9) for c in np.logspace(17, 25, 9)]
 
@@ -34,7 +36,8 @@ def test_t5_losses_at_the_published_grid_points():
     for run in runs:
         nonzero = T5_WEIGHTS * run["scale"] * (1 - run["sparsity"])
         predicted = law.loss(run["sparsity"], nonzero, run["steps"] * T5_TOKENS_A_STEP)
-        assert predicted == pytest.approx(run["loss"], rel=0.03)  # the fit's own error: 1% rms, 2.8% at most
+        # the fit's own error: 1% rms, 2.8% at most
+        assert predicted == pytest.approx(run["loss"], rel=0.03)
 
 
 def test_vit_losses_at_the_published_grid_points():
@@ -47,7 +50,8 @@ def test_vit_losses_at_the_published_grid_points():
     assert np.abs(errors).max() < 0.04
 
 
-@pytest.mark.parametrize(("sparsity", "gain", "cost"), [(0.0, 1.0, 1.0), (0.5, 1.59, 1.375), (0.75, 2.16, 2.125),
+@pytest.mark.parametrize(("sparsity", "gain", "cost"),
+                         [(0.0, 1.0, 1.0), (0.5, 1.59, 1.375), (0.75, 2.16, 2.125),
                                                         (0.875, 2.63, 3.625)])
 def test_gains_and_costs_of_the_paper(sparsity, gain, cost):
     assert PUBLISHED["t5"].equivalent_dense(sparsity) == pytest.approx(gain, abs=0.005)
@@ -58,14 +62,16 @@ def test_gains_and_costs_of_the_paper(sparsity, gain, cost):
 def test_equivalent_dense_model_has_the_same_loss(name):
     law = PUBLISHED[name]
     for sparsity in (0.3, 0.75, 0.95):
-        assert law.loss(0.0, 1e8 * law.equivalent_dense(sparsity), 1e10) == pytest.approx(law.loss(sparsity, 1e8, 1e10))
+        assert law.loss(0.0, 1e8 * law.equivalent_dense(sparsity),
+                        1e10) == pytest.approx(law.loss(sparsity, 1e8, 1e10))
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_optimal_sparsity_is_the_minimum(name):
     law, zeros, inside = PUBLISHED[name], 0, 0
     for nonzero, compute in GRID:
-        closed, numeric = law.optimal_sparsity(nonzero, compute), law.optimal_sparsity_numeric(nonzero, compute)
+        closed, numeric = law.optimal_sparsity(nonzero,
+                                               compute), law.optimal_sparsity_numeric(nonzero, compute)
         assert closed == pytest.approx(numeric, abs=1e-6)
         zeros, inside = zeros + (closed == 0.0), inside + (0.0 < closed < 1.0)
     assert zeros > 5 and inside > 20
@@ -74,15 +80,18 @@ def test_optimal_sparsity_is_the_minimum(name):
 def test_cheaper_sparse_training_moves_the_optimum_up():
     law = PUBLISHED["t5"]
     for nonzero, compute in ((1e7, 1e19), (1e8, 1e21), (1e9, 1e23)):
-        dense, gmp = (law.optimal_sparsity_numeric(nonzero, compute, cost) for cost in ("dense", "gmp"))
+        dense, gmp = (law.optimal_sparsity_numeric(nonzero, compute, cost)
+                      for cost in ("dense", "gmp"))
         assert 0.0 < dense < gmp < 1.0
-        around = [law.loss(s, nonzero, compute / (6 * nonzero * gmp_cost(s))) for s in (gmp - 1e-3, gmp, gmp + 1e-3)]
+        around = [law.loss(s, nonzero, compute / (6 * nonzero * gmp_cost(s)))
+                  for s in (gmp - 1e-3, gmp, gmp + 1e-3)]
         assert around[1] < min(around[0], around[2])
 
 
 def test_contours_are_drawn(tmp_path):
     plot_contours(PUBLISHED["vit"], "vit", tmp_path / "law.png")
-    assert (tmp_path / "law.png").read_bytes().startswith(b"\x89PNG") and (tmp_path / "law.png").stat().st_size > 30_000
+    assert (tmp_path / "law.png").read_bytes().startswith(b"\x89PNG") and (tmp_path
+                                                                           / "law.png").stat().st_size > 30_000
 
 
 def test_the_caution_comes_first():

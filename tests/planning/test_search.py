@@ -25,8 +25,10 @@ GPU = GPUS["h100"]
 
 
 def gpt(recipe, **sections):
-    return recipe(**{"model": {"layers": 6, "hidden": 12288, "heads": 96, "vocab_size": 51200, "max_positions": 2048},
-                     "train": {"global_batch": 48, "micro_batch": 1, "sequence_length": 2048, "tokens": 10**9},
+    return recipe(**{"model": {"layers": 6, "hidden": 12288, "heads": 96, "vocab_size": 51200,
+                               "max_positions": 2048},
+                     "train": {"global_batch": 48, "micro_batch": 1, "sequence_length": 2048,
+                               "tokens": 10**9},
                      **sections})  # 11B parameters
 
 
@@ -43,19 +45,22 @@ def test_every_layout_that_fits_is_found_and_no_other(recipe):
         if 16 % (tensor * pipeline):
             continue
         data = 16 // (tensor * pipeline)
-        for interleave, micro, again in itertools.product(range(1, 9), range(1, 33), ("none", "selective", "full")):
+        for interleave, micro, again in itertools.product(range(1, 9), range(1, 33),
+                                                          ("none", "selective", "full")):
             if interleave > 1 and pipeline == 1 or 6 % (pipeline * interleave):
                 continue
             candidate = laid_out(r, tensor, pipeline, data, interleave, micro, again)
             if not any(rule_violations(candidate)) and fits(candidate, plan):
                 brute.add((tensor, pipeline, data, interleave, micro, again))
     layouts = [(c.recipe.parallel, c.recipe.train) for c in found]
-    assert brute == {(p.tensor, p.pipeline, p.data, p.interleave, t.micro_batch, t.recompute) for p, t in layouts}
+    assert brute == {(p.tensor, p.pipeline, p.data, p.interleave, t.micro_batch, t.recompute)
+                     for p, t in layouts}
     rates = [c.tokens_per_second for c in found]
     assert rates == sorted(rates, reverse=True) and len(found) > 20
     used = {(c.recipe.parallel.tensor, c.recipe.parallel.pipeline) for c in found}
     assert not used & {(m.recipe.parallel.tensor, m.recipe.parallel.pipeline) for m in misfits}
-    assert len(used) + len(misfits) == sum(16 % (t * p) == 0 for t in (1, 2, 4, 8) for p in divisors(6))
+    assert len(used) + len(misfits) == sum(16 % (t * p) == 0 for t in (1, 2, 4, 8)
+                                           for p in divisors(6))
 
 
 def test_misfits_say_by_how_much(recipe):
@@ -92,7 +97,8 @@ def request(r, gpus, gpu=GPU, price=None) -> Request:
 def test_numbers_that_cannot_be_laid_out(recipe):
     r = gpt(recipe)
     assert usable_worlds(r, GPU, 17) == [16, 18]
-    with pytest.raises(ValueError, match="17 GPUs cannot be laid out: .*global_batch=48.*that can: 16, 18"):
+    with pytest.raises(ValueError,
+                       match="17 GPUs cannot be laid out: .*global_batch=48.*that can: 16, 18"):
         make_overview(request(r, 17))
 
 
@@ -120,14 +126,16 @@ def test_more_memory_or_sparsity_is_offered(recipe):
 def test_overview_adds_up(recipe):
     facts = make_overview(request(gpt(recipe, sparsity=0.75), 16, price=2.5))
     best = facts["layouts"][0]
-    assert best["cost"] == pytest.approx(2.5 * best["gpu_hours"]) == pytest.approx(2.5 * 16 * best["hours"])
+    assert best["cost"] == pytest.approx(2.5
+                                         * best["gpu_hours"]) == pytest.approx(2.5 * 16 * best["hours"])
     assert best["step_seconds"] == pytest.approx(sum(best["time"].values()))
     for row in facts["best"]["memory"]:
         parts = [v for k, v in row.items() if k not in ("stage", "total", "step")]
         assert row["total"] == sum(parts)
     fullest_shown = max(row["total"] for row in facts["best"]["memory"])
     assert fullest_shown <= best["peak_bytes"] <= facts["request"]["usable_bytes"]
-    assert [row["sparsity"] for row in facts["sparsity"]] == pytest.approx([0.0, 0.5, 0.75, 0.9], abs=1e-6)
+    assert [row["sparsity"] for row in facts["sparsity"]] == pytest.approx([0.0, 0.5, 0.75, 0.9],
+                                                                           abs=1e-6)
     assert [row["recipe"] for row in facts["sparsity"]] == [False, False, True, False]
     zero = facts["best"]["zero"]
     assert zero == sorted(zero, reverse=True)
@@ -143,6 +151,7 @@ def test_a_sparsity_of_rules_is_compared_as_it_is(recipe):
 
 def test_overview_as_text(recipe):
     text = render_overview(make_overview(request(gpt(recipe, sparsity=0.75), 16)))
-    for words in ("layouts fit", "fullest moment", "on the wire", "What sparsity buys", "<- the recipe"):
+    for words in ("layouts fit", "fullest moment", "on the wire", "What sparsity buys",
+                  "<- the recipe"):
         assert words in text
     assert max(map(len, text.splitlines())) <= 160

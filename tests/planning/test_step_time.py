@@ -16,19 +16,22 @@ GPU = GPUS["h100"]
 
 
 def gpt(recipe, sparsity=0.0, parallel=None, **train):
-    return recipe(model={"layers": 8, "hidden": 1024, "heads": 8, "vocab_size": 51200, "max_positions": 512},
+    return recipe(model={"layers": 8, "hidden": 1024, "heads": 8, "vocab_size": 51200,
+                         "max_positions": 512},
                   sparsity=sparsity, parallel=parallel or {},
                   train={"global_batch": 64, "micro_batch": 2, "sequence_length": 512, **train})
 
 
 def times(r, gpu=GPU, efficiency=0.5):
-    return step_time(r, make_plan(r.sparsity, model_weights(r.model), r.model.query_groups), gpu, efficiency)
+    return step_time(r, make_plan(r.sparsity, model_weights(r.model), r.model.query_groups), gpu,
+                     efficiency)
 
 
 def test_compute_is_flops_over_the_rate(recipe):
     r = gpt(recipe)
     once = forward_flops(r.model, 512, None, "causal")
-    flops = r.tokens_per_step * (3 * once.linear + 3 * once.logits + (1 + FLASH_BACKWARD) * once.attention)
+    flops = r.tokens_per_step * (3 * once.linear + 3 * once.logits + (1 + FLASH_BACKWARD)
+                                 * once.attention)
     assert times(r, efficiency=0.5).compute == pytest.approx(flops / (0.5 * GPU.bf16), rel=1e-6)
 
 
@@ -46,10 +49,13 @@ def test_full_recomputation_adds_a_forward_pass(recipe):
 
 @pytest.mark.parametrize(("interleave", "chunks"), [(1, 1), (2, 2)])
 def test_bubble(recipe, interleave, chunks):
-    """(p - 1) / m of a step's work on a stage, less by the number of chunks (Narayanan et al. 2021, section 2.2)."""
+    """(p - 1) / m of a step's work on a stage, less by the number of chunks (Narayanan et al. 2021,
+    section 2.2)."""
     found = times(gpt(recipe, parallel={"pipeline": 4, "interleave": interleave}))
-    work = found.compute + found.memory + found.tensor + (found.pipeline if interleave == 1 else 0.0)
-    assert found.bubble == pytest.approx(3 / chunks / 32 * work, rel=0.02)  # embedding and expansion once a step
+    work = found.compute + found.memory + found.tensor + (found.pipeline if interleave == 1
+                                                          else 0.0)
+    # embedding and expansion once a step
+    assert found.bubble == pytest.approx(3 / chunks / 32 * work, rel=0.02)
 
 
 def test_one_rank_waits_for_nobody(recipe):
@@ -61,13 +67,15 @@ def test_one_rank_waits_for_nobody(recipe):
 def test_overlap_hides_data_parallel_traffic(recipe):
     shown = [times(gpt(recipe, parallel={"data": 16, "overlap": o})).data for o in (False, True)]
     assert shown[1] < shown[0]
-    fast, slow = (times(gpt(recipe, parallel={"data": 16}), replace(GPU, network=n)).data for n in (1e12, 1e9))
+    fast, slow = (times(gpt(recipe, parallel={"data": 16}), replace(GPU, network=n)).data
+                  for n in (1e12, 1e9))
     assert fast < slow
 
 
 def test_a_slower_network_matters_between_nodes_only(recipe):
     slow = replace(GPU, network=GPU.network / 10)
-    for parallel, slower in (({"data": 8, "overlap": False}, False), ({"data": 16, "overlap": False}, True)):
+    for parallel, slower in (({"data": 8, "overlap": False}, False),
+                             ({"data": 16, "overlap": False}, True)):
         r = gpt(recipe, parallel=parallel)
         assert (times(r, slow).total > times(r).total) == slower
 
@@ -80,5 +88,6 @@ def test_sparse_runs_exchange_less(recipe):
 def test_the_slowest_stage_sets_the_pace(recipe):
     r = gpt(recipe, parallel={"pipeline": 2})
     even = forward_flops(r.model, 512, None, "causal")
-    last = r.tokens_per_step * (1.5 * even.linear + 3 * even.logits + (1 + FLASH_BACKWARD) / 2 * even.attention)
+    last = r.tokens_per_step * (1.5 * even.linear + 3 * even.logits + (1 + FLASH_BACKWARD) / 2
+                                * even.attention)
     assert times(r, efficiency=0.5).compute == pytest.approx(last / (0.5 * GPU.bf16), rel=1e-6)

@@ -1,4 +1,5 @@
-"""Traffic by hand; tests/distributed/test_planning.py holds it against what the collectives are handed."""
+"""Traffic by hand; tests/distributed/test_planning.py holds it against what the collectives are
+handed."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ MICRO_BATCHES = 4
 
 
 def sent(recipe, stage=0, sparsity=0.0, **parallel) -> Counter:
-    r = recipe(parallel=parallel, sparsity=sparsity, train={"global_batch": 8 * parallel.get("data", 1)})
+    r = recipe(parallel=parallel, sparsity=sparsity,
+               train={"global_batch": 8 * parallel.get("data", 1)})
     plan = make_plan(r.sparsity, model_weights(r.model), r.model.query_groups)
     return step_traffic(r, plan, stage)
 
@@ -26,13 +28,15 @@ def test_one_rank_sends_nothing(recipe):
 
 
 def test_tensor_parallelism_reduces_four_times_a_block(recipe):
-    """And the embedding once, the gradient of the LM head's input once, and three numbers a token for the loss."""
+    """And the embedding once, the gradient of the LM head's input once, and three numbers a token
+    for the loss."""
     found = sent(recipe, tensor=2)
     assert found["tensor", "all-reduce"] == MICRO_BATCHES * ((4 * 4 + 2) * SBH + 3 * 4 * 2 * 32)
 
 
 def test_sequence_parallelism_gathers_its_inputs_twice(recipe):
-    """But for the LM head's, whose gradients are made in the forward pass; and the embedding's gradient once."""
+    """But for the LM head's, whose gradients are made in the forward pass; and the embedding's
+    gradient once."""
     found = sent(recipe, tensor=2, sequence=True)
     assert found["tensor", "reduce-scatter"] == MICRO_BATCHES * (4 * 4 + 1) * SBH
     assert found["tensor", "all-gather"] == MICRO_BATCHES * (6 * 4 + 2) * SBH
@@ -41,13 +45,15 @@ def test_sequence_parallelism_gathers_its_inputs_twice(recipe):
 @pytest.mark.parametrize(("interleave", "sends"), [(1, [1, 2, 2, 1]), (2, [3, 4, 4, 3])])
 def test_stages_send_forward_and_back(recipe, interleave, sends):
     for stage, times in enumerate(sends):
-        found = sent(lambda **s: recipe(model={"layers": 8}, **s), stage, pipeline=4, interleave=interleave)
+        found = sent(lambda **s: recipe(model={"layers": 8}, **s), stage, pipeline=4,
+                     interleave=interleave)
         assert found["pipeline", "send"] == MICRO_BATCHES * times * SBH
         assert bool(found["embedding", "all-reduce"]) == (stage in (0, 3))
 
 
 @pytest.mark.parametrize(("zero", "keys"), [(0, {("gradients", "all-reduce"): 4}),
-                                            (1, {("gradients", "reduce-scatter"): 4, ("parameters", "all-gather"): 2})])
+                                            (1, {("gradients", "reduce-scatter"): 4,
+                                                 ("parameters", "all-gather"): 2})])
 def test_data_parallelism_sends_the_buffers(recipe, zero, keys):
     r = recipe(parallel={"data": 2, "zero_stage": zero}, sparsity=0.75)
     plan = make_plan(r.sparsity, model_weights(r.model), r.model.query_groups)
@@ -57,7 +63,8 @@ def test_data_parallelism_sends_the_buffers(recipe, zero, keys):
 
 
 def test_compact_gradients_follow_the_active_weights(recipe):
-    dense, sparse = (sent(recipe, sparsity=s, data=2)["gradients", "reduce-scatter"] for s in (0.0, 0.75))
+    dense, sparse = (sent(recipe, sparsity=s, data=2)["gradients", "reduce-scatter"]
+                     for s in (0.0, 0.75))
     assert dense - sparse == pytest.approx(0.75 * 4 * 12 * 4 * 64**2, rel=1e-3)  # of padding
 
 
@@ -78,18 +85,22 @@ def test_route(recipe, kind, parallel, link, ranks, lanes):
 def test_routes_agree_with_the_numbering_of_ranks(recipe):
     """Every group's ranks, numbered as Megatron-Core numbers them, on the nodes they are on."""
     r = recipe(parallel={"tensor": 4, "pipeline": 2, "data": 4})
-    ranks = [(pipeline, data, tensor) for pipeline in range(2) for data in range(4) for tensor in range(4)]
+    ranks = [(pipeline, data, tensor) for pipeline in range(2) for data in range(4)
+             for tensor in range(4)]
     node = {place: number // 8 for number, place in enumerate(ranks)}
     for kind, varies in (("pipeline", 0), ("gradients", 1), ("tensor", 2)):
         groups: dict[tuple, set[int]] = {}
         for place in ranks:
-            groups.setdefault(tuple(v for i, v in enumerate(place) if i != varies), set()).add(node[place])
+            groups.setdefault(tuple(v for i, v in enumerate(place) if i != varies),
+                              set()).add(node[place])
         crosses = any(len(nodes) > 1 for nodes in groups.values())
         assert route(kind, r, 8).link == ("between nodes" if crosses else "inside node")
 
 
-@pytest.mark.parametrize(("operation", "ranks", "share"), [("all-reduce", 2, 1.0), ("all-reduce", 8, 1.75),
-                                                           ("all-gather", 8, 0.875), ("send", 2, 1.0)])
+@pytest.mark.parametrize(("operation", "ranks", "share"),
+                         [("all-reduce", 2, 1.0), ("all-reduce", 8, 1.75),
+                                                           ("all-gather", 8, 0.875),
+                          ("send", 2, 1.0)])
 def test_rings(operation, ranks, share):
     assert wire_share(operation, ranks) == share
 
@@ -97,8 +108,10 @@ def test_rings(operation, ranks, share):
 @pytest.mark.parametrize(("counted", "meant"), [
     (("_allgather_base", "TENSOR_MODEL_PARALLEL_GROUP"), ("tensor", "all-gather")),
     (("_reduce_scatter_base", "TENSOR_MODEL_PARALLEL_GROUP"), ("tensor", "reduce-scatter")),
-    (("reduce_scatter_tensor_coalesced", "DATA_PARALLEL_GROUP_WITH_CP"), ("gradients", "reduce-scatter")),
-    (("allgather_into_tensor_coalesced", "DATA_PARALLEL_GROUP_WITH_CP"), ("parameters", "all-gather")),
+    (("reduce_scatter_tensor_coalesced", "DATA_PARALLEL_GROUP_WITH_CP"),
+     ("gradients", "reduce-scatter")),
+    (("allgather_into_tensor_coalesced", "DATA_PARALLEL_GROUP_WITH_CP"),
+     ("parameters", "all-gather")),
     (("allreduce_coalesced", "DATA_PARALLEL_GROUP_WITH_CP"), ("gradients", "all-reduce")),
     (("send", "default_pg"), ("pipeline", "send")),
     (("allreduce", "default_pg"), ("control", "all-reduce")),

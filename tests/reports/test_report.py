@@ -31,13 +31,17 @@ def report():
     return module.main
 
 
-def write(directory: Path, recipe: dict, flops: float, sparsity: float, steps: int = 30, loss: float = 5.0) -> Path:
+def write(directory: Path, recipe: dict, flops: float, sparsity: float, steps: int = 30,
+          loss: float = 5.0) -> Path:
     directory.mkdir(parents=True)
     (directory / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    records = [{"kind": "bytes", "step": 1, "parameters": 2**20, "gradients": 2**20, "optimizer": 2**21,
+    records = [{"kind": "bytes", "step": 1, "parameters": 2**20, "gradients": 2**20,
+                "optimizer": 2**21,
                 "sent_per_step": 3 * 2**20}]
-    records += [{"kind": "train", "step": s, "tokens": 100 * s, "loss": loss - s / 100, "lr": 1e-3, "grad_norm": 1.0,
-                 "sparsity": sparsity, "flops": flops * s / steps, "tokens_per_second": 50.0, "step_seconds": 2.0,
+    records += [{"kind": "train", "step": s, "tokens": 100 * s, "loss": loss - s / 100, "lr": 1e-3,
+                 "grad_norm": 1.0,
+                 "sparsity": sparsity, "flops": flops * s / steps, "tokens_per_second": 50.0,
+                 "step_seconds": 2.0,
                  "memory_bytes": 2**30} for s in range(1, steps + 1)]
     records.append({"kind": "valid", "step": steps, "loss": loss - 0.5})
     (directory / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
@@ -45,7 +49,8 @@ def write(directory: Path, recipe: dict, flops: float, sparsity: float, steps: i
 
 
 def pretraining(sparsity: float) -> dict:
-    return {"sparsity": {"level": sparsity}, "model": {"layers": 2, "hidden": 64, "heads": 4, "vocab_size": 300},
+    return {"sparsity": {"level": sparsity},
+            "model": {"layers": 2, "hidden": 64, "heads": 4, "vocab_size": 300},
             "train": {"tokens": 3000, "global_batch": 1, "sequence_length": 100}}
 
 
@@ -57,9 +62,11 @@ def runs(tmp_path):
     found = [dense, sparse]
     for name, start in (("dense_e2e", dense), ("s75_e2e", sparse)):
         checkpoint = start / "checkpoints" / "step_00000030"
-        tuned = write(tmp_path / "runs" / name, {"checkpoint": str(checkpoint), "data": {"task": "e2e"}}, 0.4e12, 0.0)
+        tuned = write(tmp_path / "runs" / name,
+                      {"checkpoint": str(checkpoint), "data": {"task": "e2e"}}, 0.4e12, 0.0)
         (scored := tuned / "evaluation/e2e_test").mkdir(parents=True)
-        (scored / "scores.json").write_text(json.dumps({"task": "e2e", "scores": {"all": {"BLEU": 61.25}}}))
+        (scored / "scores.json").write_text(json.dumps({"task": "e2e",
+                                                        "scores": {"all": {"BLEU": 61.25}}}))
         found.append(tuned)
     return found
 
@@ -75,13 +82,17 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
-        self.links += [v for k, v in attributes if k in ("href", "src", "xlink:href") and not (v or "").startswith("#")]
+        self.links += [v for k,
+                       v in attributes if k in ("href", "src", "xlink:href")
+                       and not (v or "").startswith("#")]
         if tag not in VOID:
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attributes):
         self.tags.append(tag)
-        self.links += [v for k, v in attributes if k in ("href", "src", "xlink:href") and not (v or "").startswith("#")]
+        self.links += [v for k,
+                       v in attributes if k in ("href", "src", "xlink:href")
+                       and not (v or "").startswith("#")]
 
     def handle_endtag(self, tag):
         if tag not in VOID:
@@ -102,7 +113,8 @@ def test_page_stands_by_itself(report, runs, tmp_path, capsys):
     assert not re.search(r"url\((?!#)|@import", output.read_text())
     assert len(page.links) == 8  # each recipe, above and below
     for link in page.links:
-        assert (output.parent / Path(link.replace("%20", " ").replace("%3C", "<").replace("%3E", ">").replace(
+        assert (output.parent
+                / Path(link.replace("%20", " ").replace("%3C", "<").replace("%3E", ">").replace(
             "%26", "&"))).is_file()
     text = " ".join(page.text)
     assert "Mine & <others>" in text and "s75 <b>&" in text
@@ -111,7 +123,8 @@ def test_page_stands_by_itself(report, runs, tmp_path, capsys):
 def test_page_says_what_the_logs_say(report, runs, tmp_path):
     assert report([*map(str, runs), "-o", str(tmp_path / "r.html")]) == 0
     text = re.sub(r"\s+", " ", " ".join(Page((tmp_path / "r.html").read_text()).text))
-    for said in ("75.00%", "30 of 30", "4.5000", "4e+12", "1.6e+12", "1.00x", "2.20x", "61.25", "2.50x", "67.49",
+    for said in ("75.00%", "30 of 30", "4.5000", "4e+12", "1.6e+12", "1.00x", "2.20x", "61.25",
+                 "2.50x", "67.49",
                  "236.62", "contradicts itself"):
         assert said in text, said
 
@@ -151,7 +164,8 @@ def test_smoothing_keeps_means_and_short_curves():
 
 @pytest.mark.parametrize(("damage", "said"), [
     (lambda run: (run / "log.jsonl").unlink(), "it has no log.jsonl"),
-    (lambda run: (run / "evaluation/e2e_test/scores.json").write_text("{"), "scores.json holds no scores"),
+    (lambda run: (run / "evaluation/e2e_test/scores.json").write_text("{"),
+     "scores.json holds no scores"),
     (lambda run: (run / "log.jsonl").write_text(""), "holds no training step yet"),
 ])
 def test_what_cannot_be_read_gets_a_sentence(report, runs, tmp_path, capsys, damage, said):
@@ -166,7 +180,8 @@ def test_a_run_named_twice_is_refused(report, runs, tmp_path, capsys):
     assert "named more than once" in capsys.readouterr().err
 
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
+                None)
 
 
 @pytest.mark.slow
@@ -179,8 +194,10 @@ def test_rendered_page_has_no_sideways_overflow(report, runs, tmp_path, width):
     probe = ("<script>document.title = document.documentElement.scrollWidth + ' ' + "
              "document.querySelectorAll('svg').length</script>")
     output.write_text(output.read_text().replace("</body>", f"{probe}</body>"))
-    done = subprocess.run([CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},1000",
-                           f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", output.as_uri()],
+    done = subprocess.run([CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu",
+                           f"--window-size={width},1000",
+                           f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom",
+                           output.as_uri()],
                           capture_output=True, text=True, timeout=300, check=True)
     found, plots = map(int, re.search(r"<title>(\d+) (\d+)</title>", done.stdout).groups())
     assert found <= width and plots == 16

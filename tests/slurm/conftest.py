@@ -1,4 +1,5 @@
-"""A real Slurm cluster of three nodes on this machine, and a workplace for its jobs, with blanks in all paths."""
+"""A real Slurm cluster of three nodes on this machine, and a workplace for its jobs, with blanks in
+all paths."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ import yaml
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge", "iproute2", "procps")
-TIMING = {"tokens_per_second", "model_tflops_per_rank", "step_seconds", "data_seconds", "memory_bytes"}
+TIMING = {"tokens_per_second", "model_tflops_per_rank", "step_seconds", "data_seconds",
+          "memory_bytes"}
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY"}
 
 RECIPE = {
@@ -30,7 +32,8 @@ RECIPE = {
     "train": {"tokens": 8 * 32 * 24, "global_batch": 8, "micro_batch": 4, "precision": "fp32"},
     "optimizer": {"lr": 1e-3, "warmup_tokens": 512},
     "evaluate": {"every": 6, "batches": 2},
-    "checkpoint": {"every": 4, "asynchronous": False},  # so that a fault in a save meets nothing else
+    # so that a fault in a save meets nothing else
+    "checkpoint": {"every": 4, "asynchronous": False},
     "log": {"every": 1, "tensorboard": False},
     "fault_tolerance": {"hang_seconds": 8, "join_seconds": 120},
 }
@@ -42,7 +45,8 @@ def install_slurm() -> str:
         return "" if os.geteuid() == 0 else "starting slurmd needs root"
     if os.geteuid() or not shutil.which("apt-get"):
         return "Slurm is not installed, and cannot be without root and apt-get"
-    for command in (["apt-get", "update", "-qq"], ["apt-get", "install", "-qq", "--no-install-recommends", *PACKAGES]):
+    for command in (["apt-get", "update", "-qq"],
+                    ["apt-get", "install", "-qq", "--no-install-recommends", *PACKAGES]):
         done = subprocess.run(command, capture_output=True, text=True, check=False,
                               env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"})
         if done.returncode:
@@ -57,8 +61,8 @@ class Cluster:
         self.place, self.root, self.env = place, root, env
 
     def run(self, *command: str, check: bool = True, **env: str) -> subprocess.CompletedProcess:
-        done = subprocess.run(command, cwd=self.place, env={**self.env, **env}, capture_output=True, text=True,
-                              check=False, timeout=120)
+        done = subprocess.run(command, cwd=self.place, env={**self.env, **env},
+                              capture_output=True, text=True, check=False, timeout=120)
         assert not check or done.returncode == 0, (command, done.stdout, done.stderr)
         return done
 
@@ -66,9 +70,11 @@ class Cluster:
         """tests/slurm/local_slurm.sh."""
         self.run("bash", str(HERE / "local_slurm.sh"), *words)
 
-    def sbatch(self, script: str, *words: str, nodes: str = "2", options: tuple[str, ...] = (), **env: str) -> str:
+    def sbatch(self, script: str, *words: str, nodes: str = "2", options: tuple[str, ...] = (),
+               **env: str) -> str:
         """Submits a script of launch/ with one task on each node; returns the job's id."""
-        done = self.run("sbatch", "--parsable", f"--nodes={nodes}", "--ntasks-per-node=1", "--gpus-per-node=1",
+        done = self.run("sbatch", "--parsable", f"--nodes={nodes}", "--ntasks-per-node=1",
+                        "--gpus-per-node=1",
                         "--cpus-per-task=1", "--mem=1G", "--output=%j.out", *options,
                         str(self.root / "launch" / script), *words, **env)
         return done.stdout.strip().splitlines()[-1]
@@ -84,7 +90,8 @@ class Cluster:
         file = self.place / f"{job}.out"
         return file.read_text() if file.exists() else ""
 
-    def until(self, condition: Callable[[], object], what: str, job: str = "", seconds: float = 150) -> None:
+    def until(self, condition: Callable[[], object], what: str, job: str = "",
+              seconds: float = 150) -> None:
         end = time.monotonic() + seconds
         while not condition():
             said = self.output(job)[-4000:] if job else ""
@@ -109,12 +116,14 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
     place = tmp_path_factory.mktemp("slurm") / "work place"
     place.mkdir()
     state = tempfile.mkdtemp(prefix="spdf_")
-    env = {**os.environ, "LOCAL_SLURM_DIR": state, "SLURM_CONF": f"{state}/slurm.conf", "SPDF_DEVICE": "cpu",
+    env = {**os.environ, "LOCAL_SLURM_DIR": state, "SLURM_CONF": f"{state}/slurm.conf",
+           "SPDF_DEVICE": "cpu",
            "SPDF_PYTHON": str(place / "python"), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore",
            "SPDF_LAST_WORDS": "8"}
     for name in [n for n in env if n.startswith(("SLURM_", "SBATCH_")) and n != "SLURM_CONF"]:
         del env[name]
-    (place / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" -W ignore "{HERE / "faults.py"}" "$@"\n')
+    (place / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" -W ignore '
+                                  f'"{HERE / "faults.py"}" "$@"\n')
     (place / "python").chmod(0o755)
     root = place / "check out"
     shutil.copytree(ROOT / "launch", root / "launch", ignore=shutil.ignore_patterns("site.sh"))
@@ -138,14 +147,17 @@ def make_corpus(place: Path) -> None:
     for name in ("argparse", "ast", "calendar"):
         record = {"text": (library / f"{name}.py").read_text()}
         (place / "text" / f"{name}.jsonl").write_text(json.dumps(record) + "\n")
-    tool = [sys.executable, "-W", "ignore", str(ROOT / "tools/preprocess_data.py"), "--tokenizer", "tokenizer"]
+    tool = [sys.executable, "-W", "ignore", str(ROOT / "tools/preprocess_data.py"), "--tokenizer",
+            "tokenizer"]
     make = ["--train-tokenizer", "bpe", "--vocab-size", "300"]
-    for inputs, output, extra in (("text/a*.jsonl", "data/train", make), ("text/c*.jsonl", "data/valid", [])):
-        subprocess.run([*tool, "--input", inputs, "--output", output, *extra], cwd=place, check=True,
-                       capture_output=True)
+    for inputs, output, extra in (("text/a*.jsonl", "data/train", make),
+                                  ("text/c*.jsonl", "data/valid", [])):
+        subprocess.run([*tool, "--input", inputs, "--output", output, *extra], cwd=place,
+                       check=True, capture_output=True)
 
 
 def records(run: Path) -> list[dict]:
     """The log without what depends on the clock, and without the records that every start adds."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in r.items() if k not in TIMING} for r in lines if r["kind"] in ("train", "valid")]
+    return [{k: v for k, v in r.items() if k not in TIMING} for r in lines
+            if r["kind"] in ("train", "valid")]

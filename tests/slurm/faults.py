@@ -1,9 +1,11 @@
-"""Stands in for the Python of a job: runs what it is given, and does at a moment of a run what SPDF_FAULTS says.
+"""Stands in for the Python of a job: runs what it is given, and does at a moment of a run what
+SPDF_FAULTS says.
 
-SPDF_FAULTS is words of `OUTPUT:STAGE:STEP:RANK:DEED`, separated by blanks, each done once.
-STAGE is train, evaluate or save; DEED is KILL or STOP (the signal, to the rank itself); or PAUSE: the rank makes the
-file OUTPUT-paused and waits until it is gone, so that a test can act meanwhile; or WAIT, until it is asked to stop.
-STEP is a number, `every3` for every time that step 3 comes, or `all`, for every step: the deed is SLOW, to sleep 0.2 s.
+SPDF_FAULTS is words of `OUTPUT:STAGE:STEP:RANK:DEED`, separated by blanks, each done once. STAGE is
+train, evaluate or save; DEED is KILL or STOP (the signal, to the rank itself); or PAUSE: the rank
+makes the file OUTPUT-paused and waits until it is gone, so that a test can act meanwhile; or WAIT,
+until it is asked to stop. STEP is a number, `every3` for every time that step 3 comes, or `all`,
+for every step: the deed is SLOW, to sleep 0.2 s.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ def main() -> None:
 
 
 def arm(deeds: list[list[str]]) -> None:
-    """Waits until the ranks have joined, when the engine may be imported, and puts the deeds in their places."""
+    """Waits until the ranks have joined, when the engine may be imported, and puts the deeds in
+    their places."""
     from megatron_spdf.resilience.heartbeat import Heartbeat
     from megatron_spdf.resilience.progress import PROGRESS
     from megatron_spdf.resilience.signals import StopRequest

@@ -17,7 +17,8 @@ engine: megatron
 log: {tensorboard: false}
 sweep: {optimizer.lr: [1.0e-3, 1.0e-4]}
 """
-ONE = ("--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1", "--mem=1G", "--output=%j.out")
+ONE = ("--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1", "--mem=1G",
+       "--output=%j.out")
 
 
 @pytest.fixture(scope="module")
@@ -26,28 +27,35 @@ def chain(cluster):
     place = cluster.place
     (place / "pairs").mkdir()
     for split in ("train", "validation", "test"):
-        pairs = [{"context": f"import {name}", "completion": f"{name}.py"} for name in ("ast", "io", "re", "os")]
-        (place / "pairs" / f"{split}.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+        pairs = [{"context": f"import {name}", "completion": f"{name}.py"}
+                 for name in ("ast", "io", "re", "os")]
+        (place / "pairs" / f"{split}.jsonl").write_text("".join(json.dumps(pair) + "\n"
+                                                                for pair in pairs))
     (place / "sweep.yaml").write_text(SWEEP)
     done = cluster.run(
-        str(cluster.root / "launch/spdf.sh"), *ONE, "recipe.yaml", "jsonl", "output=chained", "train.tokens=2K",
-        "data.train=pile/train", "data.valid=pile/valid", "preprocess.input=text/*.jsonl", "preprocess.output=pile",
+        str(cluster.root / "launch/spdf.sh"), *ONE, "recipe.yaml", "jsonl", "output=chained",
+        "train.tokens=2K",
+        "data.train=pile/train", "data.valid=pile/valid", "preprocess.input=text/*.jsonl",
+        "preprocess.output=pile",
         "preprocess.tokenizer=tokenizer", "preprocess.split=80,20,0", "jsonl.data.path=pairs",
         "finetune.train.precision=fp32", "finetune.train.epochs=1", "finetune.train.global_batch=4",
         "finetune.optimizer.warmup_steps=0", "finetune.engine=megatron",
         "score.beams=2", "score.max-new-tokens=4", "score.batch-size=4")
     names = ["preprocess", "pretrain", "finetune jsonl", "evaluate jsonl", "report"]
-    assert [line.split(maxsplit=1)[1].split(":")[0] for line in done.stdout.splitlines()] == names, done.stdout
+    assert [line.split(maxsplit=1)[1].split(":")[0]
+            for line in done.stdout.splitlines()] == names, done.stdout
     return dict(zip(names, (line.split()[0] for line in done.stdout.splitlines()), strict=True))
 
 
 def test_the_chain_ends_in_its_report(cluster, chain):
     for name, job in chain.items():
-        cluster.until(lambda job=job: cluster.state(job) in ("COMPLETED", "FAILED", "CANCELLED"), name, seconds=200)
+        cluster.until(lambda job=job: cluster.state(job) in ("COMPLETED", "FAILED", "CANCELLED"),
+                      name, seconds=200)
         said = next(cluster.place.glob(f"*{job}.out")).read_text()
         assert cluster.end_of(job) == ["COMPLETED 0"], f"{name}\n{said}"
     assert "chained_jsonl" in (cluster.place / "chained_report.html").read_text()
-    scores = json.loads((cluster.place / "chained_jsonl/evaluation/jsonl_test/scores.json").read_text())
+    scores = json.loads((cluster.place
+                         / "chained_jsonl/evaluation/jsonl_test/scores.json").read_text())
     assert scores["task"] == "jsonl"
 
 
@@ -60,7 +68,8 @@ def test_an_array_sweeps_and_selects(cluster, chain):
     cluster.until(flag.exists, "step 1 of the second element", f"{job}_1")
     cluster.run("scancel", "--signal=USR1", "--batch", f"{job}_1")
     flag.unlink()
-    cluster.until(lambda: not cluster.run("squeue", "--noheader", "--jobs", job, check=False).stdout.strip(), "end",
+    cluster.until(lambda: not cluster.run("squeue", "--noheader", "--jobs", job,
+                                          check=False).stdout.strip(), "end",
                   seconds=200)
     said = [(cluster.place / f"array_{i}.out").read_text() for i in range(3)]
     found = json.loads((cluster.place / "swept/selection.json").read_text())
@@ -73,7 +82,8 @@ def test_an_array_sweeps_and_selects(cluster, chain):
 
 def test_the_chain_shows_its_commands_before_it_submits_them(cluster):
     before = cluster.run("squeue", "--noheader", "--states=all").stdout
-    done = cluster.run(str(cluster.root / "launch/spdf.sh"), "--dry-run", "--nodes=2", "recipe.yaml", "e2e,dart",
+    done = cluster.run(str(cluster.root / "launch/spdf.sh"), "--dry-run", "--nodes=2",
+                       "recipe.yaml", "e2e,dart",
                        "output=dry", "dart.train.epochs=2", "finetune.train.epochs=3")
     lines = done.stdout.splitlines()
     assert len(lines) == 6 and all(line.startswith("'sbatch'") for line in lines)

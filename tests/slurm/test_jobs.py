@@ -1,7 +1,8 @@
-"""sbatch launch/*.sh on a real cluster: to the end, through every kind of interruption, and not for ever.
+"""sbatch launch/*.sh on a real cluster: to the end, through every kind of interruption, and not for
+ever.
 
-FAULTS=all goes through every fault in every stage; without it each fault is met in one stage and each stage with two
-faults.
+FAULTS=all goes through every fault in every stage; without it each fault is met in one stage and
+each stage with two faults.
 """
 
 from __future__ import annotations
@@ -16,29 +17,34 @@ from conftest import Cluster, records
 
 pytestmark = pytest.mark.slow
 
-# A step right after a save is none of them: who outlives a peer in a save gets as far as there before it ends. And two
-# lie between those of a sequence: who is asked to stop goes on for as many.
-STEP = {"train": (3, 10, 21), "evaluate": (6, 12, 18), "save": (8, 16, 24)}  # evaluates each 6th, saves each 4th
+# A step right after a save is none of them: who outlives a peer in a save gets as far as there
+# before it ends. And two lie between those of a sequence: who is asked to stop goes on for as many.
+# evaluates each 6th, saves each 4th
+STEP = {"train": (3, 10, 21), "evaluate": (6, 12, 18), "save": (8, 16, 24)}
 
 
 @pytest.fixture(scope="module")
 def limited(cluster):
-    """A run that is told by Slurm that its time is nearly up; it waits for that in step 9. Others run meanwhile."""
-    return cluster.sbatch("pretrain_gpt2small.sh", "recipe.yaml", "output=limited", "fault_tolerance.hang_seconds=300",
-                          SPDF_FAULTS="limited:train:9:0:WAIT", options=("--time=2", "--signal=B:USR1@60"))
+    """A run that is told by Slurm that its time is nearly up; it waits for that in step 9. Others
+    run meanwhile."""
+    return cluster.sbatch("pretrain_gpt2small.sh", "recipe.yaml", "output=limited",
+                          "fault_tolerance.hang_seconds=300", SPDF_FAULTS="limited:train:9:0:WAIT",
+                          options=("--time=2", "--signal=B:USR1@60"))
 
 
 @pytest.fixture(scope="module")
 def loop(cluster):
     """A run that dies in step 3 whenever it is started."""
-    return cluster.sbatch("pretrain_gpt2small.sh", "recipe.yaml", "output=loop", "fault_tolerance.max_starts=2", nodes="1",
+    return cluster.sbatch("pretrain_gpt2small.sh", "recipe.yaml", "output=loop",
+                          "fault_tolerance.max_starts=2", nodes="1",
                           SPDF_FAULTS="loop:train:every3:0:KILL")
 
 
 @pytest.fixture(scope="module")
 def straight(cluster, limited, loop):
     """An undisturbed run on two nodes, of which one is slow."""
-    job = cluster.sbatch("pretrain_gpt3xl.sh", "recipe.yaml", "output=straight", "log.ranks_every=8",
+    job = cluster.sbatch("pretrain_gpt3xl.sh", "recipe.yaml", "output=straight",
+                         "log.ranks_every=8",
                          "log.tensorboard=true", SPDF_FAULTS="straight:train:all:1:SLOW")
     assert cluster.end_of(job) == ["COMPLETED 0"], cluster.output(job)
     return cluster.output(job), records(cluster.place / "straight")
@@ -56,7 +62,8 @@ def test_the_slow_rank_is_named_in_log_and_tensorboard(cluster, straight):
 
     said = re.findall(r"step (\d+): rank (\d) on (\w+) is slow", straight[0])
     assert said == [(step, "1", "node2") for step in ("8", "16", "24")], straight[0]
-    lines = [json.loads(line) for line in (cluster.place / "straight/log.jsonl").read_text().splitlines()]
+    lines = [json.loads(line)
+             for line in (cluster.place / "straight/log.jsonl").read_text().splitlines()]
     assert [list(r["own_seconds"]) for r in lines if r["kind"] == "ranks"] == [["1"]] * 3
     events = EventAccumulator(str(cluster.place / "straight/tensorboard"))
     events.Reload()
@@ -66,9 +73,11 @@ def test_the_slow_rank_is_named_in_log_and_tensorboard(cluster, straight):
 def kill_node(cluster: Cluster, job: str) -> None:
     """The node of rank 1 loses its power; the job is started again without it."""
     before = int(cluster.field(job, "Restarts"))
-    node = cluster.run("scontrol", "show", "hostnames", cluster.field(job, "NodeList")).stdout.split()[1]
+    node = cluster.run("scontrol", "show", "hostnames",
+                       cluster.field(job, "NodeList")).stdout.split()[1]
     cluster.local("kill-node", node)
-    cluster.until(lambda: int(cluster.field(job, "Restarts")) > before, f"restart after {node} died", job)
+    cluster.until(lambda: int(cluster.field(job, "Restarts")) > before,
+                  f"restart after {node} died", job)
     cluster.local("start-node", node)
 
 
@@ -85,8 +94,9 @@ DEEDS: dict[str, Callable[[Cluster, str], object] | str] = {
     "USR1": from_outside("scancel", "--signal=USR1", "--batch"),
     "node killed": kill_node,
 }
-SOME = [("rank killed", "train", 3, 1), ("rank stopped", "evaluate", 6, 1), ("requeue", "save", 8, 0),
-        ("TERM", "train", 11, 1), ("USR1", "evaluate", 12, 0), ("node killed", "save", 16, 1)]
+SOME = [("rank killed", "train", 3, 1), ("rank stopped", "evaluate", 6, 1),
+        ("requeue", "save", 8, 0), ("TERM", "train", 11, 1), ("USR1", "evaluate", 12, 0),
+        ("node killed", "save", 16, 1)]
 
 
 def sequences() -> list[list[tuple[str, str, int, int]]]:
@@ -107,16 +117,18 @@ def sequences() -> list[list[tuple[str, str, int, int]]]:
 def test_interrupted_in_every_way_equals_straight(cluster, straight, sequence, request):
     output = f"disturbed{request.node.callspec.indices['sequence']}"
     deeds = {name: deed if isinstance(deed, str) else "PAUSE" for name, deed in DEEDS.items()}
-    faults = " ".join(f"{output}:{stage}:{step}:{rank}:{deeds[name]}" for name, stage, step, rank in sequence)
+    faults = " ".join(f"{output}:{stage}:{step}:{rank}:{deeds[name]}" for name, stage, step,
+                      rank in sequence)
     # Faults may follow each other without a save between them, which is no crash loop.
-    job = cluster.sbatch("pretrain_gpt3xl.sh", "recipe.yaml", f"output={output}", f"fault_tolerance.max_starts={len(sequence)}",
-                         SPDF_FAULTS=faults)
+    job = cluster.sbatch("pretrain_gpt3xl.sh", "recipe.yaml", f"output={output}",
+                         f"fault_tolerance.max_starts={len(sequence)}", SPDF_FAULTS=faults)
     flag = cluster.place / f"{output}-paused"
     for name, stage, step, _ in sequence:
         if isinstance(DEEDS[name], str):
             continue
         where = f"{stage} {step}"
-        cluster.until(lambda where=where: flag.exists() and flag.read_text() == where, where, job, seconds=600)
+        cluster.until(lambda where=where: flag.exists() and flag.read_text() == where, where, job,
+                      seconds=600)
         DEEDS[name](cluster, job)
         flag.unlink()
     assert cluster.end_of(job) == ["COMPLETED 0"], cluster.output(job)
@@ -129,9 +141,11 @@ def test_interrupted_in_every_way_equals_straight(cluster, straight, sequence, r
 def check_what_was_said(sequence: list[tuple[str, str, int, int]], out: str) -> None:
     for name, _, _, rank in sequence:
         if name == "rank killed":
-            assert re.search(rf"the run ends .*: rank {rank} on node\d died .* last collective: ", out), out
+            assert re.search(rf"the run ends .*: rank {rank} on node\d died .* last collective: ",
+                             out), out
         if name == "rank stopped":
-            assert re.search(rf"the run ends .*: rank {rank} on node\d has been silent .* last collective: ", out), out
+            assert re.search(rf"the run ends .*: rank {rank} on node\d has been silent .* last "
+                             r"collective: ", out), out
         if name in ("TERM", "USR1"):
             assert "the run was asked to stop and has saved; back into the queue" in out
 
@@ -157,7 +171,8 @@ def test_another_number_of_nodes_at_every_start(cluster, straight):
         job = cluster.sbatch("pretrain_gpt2small.sh", "recipe.yaml", "output=moved", nodes=nodes,
                              SPDF_FAULTS="moved:train:7:0:PAUSE moved:train:15:0:PAUSE")
         if step:
-            cluster.until(lambda w=f"train {step}": flag.exists() and flag.read_text() == w, f"step {step}", job)
+            cluster.until(lambda w=f"train {step}": flag.exists() and flag.read_text() == w,
+                          f"step {step}", job)
             cluster.run("scancel", "--signal=USR1", "--batch", job)
             flag.unlink()
             cluster.until(lambda job=job: cluster.state(job) == "PENDING", "requeue", job)
@@ -178,7 +193,8 @@ def close(found: list[dict], wanted: list[dict]) -> bool:
         if isinstance(a, dict):
             return a.keys() == b.keys() and all(alike(a[k], b[k]) for k in a)
         return a == b
-    return len(found) == len(wanted) and all(alike(a, b) for a, b in zip(found, wanted, strict=True))
+    return len(found) == len(wanted) and all(alike(a, b) for a,
+                                             b in zip(found, wanted, strict=True))
 
 
 def test_a_job_that_is_cancelled_is_not_started_again(cluster):

@@ -1,4 +1,5 @@
-"""The compact weight: against plain boolean indexing, over ranks, in autograd, on an ordinary layer, and back."""
+"""The compact weight: against plain boolean indexing, over ranks, in autograd, on an ordinary
+layer, and back."""
 
 from __future__ import annotations
 
@@ -58,7 +59,8 @@ def dense_of(weight: SparseWeight) -> Tensor:
 def test_expanded_compressed_weight_is_the_masked_weight(weight, world):
     dense, mask = dense_of(weight), whole_mask(weight)
     for compact, part, active in zip(
-            compacts(weight, world), shards(dense, weight, world), shards(mask, weight, world), strict=True):
+            compacts(weight, world), shards(dense, weight, world), shards(mask, weight, world),
+        strict=True):
         assert torch.equal(compact(compact.right_inverse(part)), torch.where(active, part, 0.0))
 
 
@@ -68,7 +70,8 @@ def test_values_are_the_active_entries_slice_after_slice(weight, world):
     wanted = torch.stack([slice_id[mask] for slice_id, mask in zip(
         dense.chunk(weight.slices, dim=weight.axis), slice_masks(weight), strict=True)])
     parts = shards(dense, weight, world)
-    found = torch.cat([c.right_inverse(part) for c, part in zip(compacts(weight, world), parts, strict=True)])
+    found = torch.cat([c.right_inverse(part) for c,
+                       part in zip(compacts(weight, world), parts, strict=True)])
     assert torch.equal(found, wanted)
 
 
@@ -240,11 +243,13 @@ def test_gradients_add_up_under_recomputation(sparse, use_reentrant):
     wanted = summed_gradient(sparse, micro_batches())
     with expanded(sparse):
         for x in micro_batches():
-            checkpoint(sparse, x.requires_grad_(), use_reentrant=use_reentrant).square().sum().backward()
+            checkpoint(sparse, x.requires_grad_(),
+                       use_reentrant=use_reentrant).square().sum().backward()
     torch.testing.assert_close(values_of(sparse).grad, wanted)
 
 
 def test_a_copy_made_on_first_use_would_lose_the_gradient_under_recomputation(sparse):
     with parametrize.cached():
-        checkpoint(sparse, micro_batches()[0].requires_grad_(), use_reentrant=True).square().sum().backward()
+        checkpoint(sparse, micro_batches()[0].requires_grad_(),
+                   use_reentrant=True).square().sum().backward()
     assert values_of(sparse).grad is None

@@ -21,8 +21,10 @@ GOLDEN = {
     (0, FC2, 0, 63, 7): "35e0e921dfe243c2fb5b2a8806be57027fcaf0348644f75cc24a3b3dfa20f38f",
     (7, FC2, 5, 1001, 250): "ee3279ce0e8db96b600d7828e370ad79f7e980d4fea6d259d9944621e1810064",
     (2147483648, QKV, 3, 1, 1): "76be8b528d0075f7aae98d6fa57a6d3c83ae480a8469e668d7b0af968995ac71",
-    (1234, FC2, 11, 147456, 36864): "5373a817137127cbad3bce96bf16514e8498f25cdade382cd751501f4dd5214d",
-    (1234, QKV, 0, 147457, 73728): "48ba3313504603a959f7e1bd0114e9e9082216671807c1af49d6ab21a2cd02f1",
+    (1234, FC2, 11, 147456,
+     36864): "5373a817137127cbad3bce96bf16514e8498f25cdade382cd751501f4dd5214d",
+    (1234, QKV, 0, 147457,
+     73728): "48ba3313504603a959f7e1bd0114e9e9082216671807c1af49d6ab21a2cd02f1",
 }
 
 
@@ -32,10 +34,12 @@ def test_mask_is_the_stored_one(arguments):
 
 
 def test_positions_of_a_small_mask_are_the_stored_ones():
-    assert np.flatnonzero(draw_mask(0, QKV, 0, 40, 10)).tolist() == [4, 6, 9, 20, 21, 27, 31, 32, 35, 37]
+    assert np.flatnonzero(draw_mask(0, QKV, 0, 40, 10)).tolist() == [4, 6, 9, 20, 21, 27, 31, 32,
+                                                                     35, 37]
 
 
-@pytest.mark.parametrize("numel, active", [(1, 1), (2, 1), (7, 7), (63, 1), (64, 16), (65, 64), (1001, 250)])
+@pytest.mark.parametrize("numel, active",
+                         [(1, 1), (2, 1), (7, 7), (63, 1), (64, 16), (65, 64), (1001, 250)])
 def test_exactly_k_entries_are_set(numel, active):
     mask = draw_mask(3, QKV, 1, numel, active)
     assert mask.shape == (numel,) and mask.dtype == bool
@@ -69,7 +73,8 @@ def test_masks_of_other_seeds_names_and_slices_differ():
 
 
 def test_words_of_a_key_do_not_run_together():
-    keys = [masks.stream_key(1, "w", 12), masks.stream_key(1, "w1", 2), masks.stream_key(11, "w", 2)]
+    keys = [masks.stream_key(1, "w", 12), masks.stream_key(1, "w1", 2),
+            masks.stream_key(11, "w", 2)]
     assert len({key.tobytes() for key in keys}) == 3
 
 
@@ -83,7 +88,8 @@ def drawn() -> np.ndarray:
 
 def test_every_position_is_equally_likely(drawn):
     expected = DRAWS * K / N
-    chi_square = ((drawn.sum(axis=0) - expected) ** 2 / (expected * (1 - K / N))).sum() * (N - 1) / N
+    chi_square = ((drawn.sum(axis=0) - expected) ** 2
+                  / (expected * (1 - K / N))).sum() * (N - 1) / N
     assert N - 1 - 5 * (2 * N) ** 0.5 < chi_square < N - 1 + 5 * (2 * N) ** 0.5
 
 
@@ -110,5 +116,7 @@ def test_slices_are_uncorrelated(drawn):
 ])
 def test_ties_are_broken_by_position(monkeypatch, words, active, positions):
     raw = np.array(words, dtype="<u4").view("<u8").astype(np.uint64)
-    monkeypatch.setattr(masks, "Philox", lambda key: type("Raw", (), {"random_raw": lambda self, count: raw[:count]})())
+    monkeypatch.setattr(masks, "Philox",
+                        lambda key: type("Raw", (),
+                                         {"random_raw": lambda self, count: raw[:count]})())
     assert np.flatnonzero(draw_mask(0, QKV, 0, len(words), active)).tolist() == positions

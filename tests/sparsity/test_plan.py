@@ -8,7 +8,8 @@ from megatron_spdf.architecture.weights import model_weights
 from megatron_spdf.sparsity.plan import Plan, SparseWeight, make_plan, render_plan
 from megatron_spdf.sparsity.settings import Sparsity
 
-TILE = ["self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2"]
+TILE = ["self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1",
+        "mlp.linear_fc2"]
 
 
 @pytest.fixture
@@ -17,7 +18,8 @@ def plan(recipe):
     model = recipe().model
 
     def make(sparsity) -> Plan:
-        return make_plan(Sparsity.model_validate(sparsity), model_weights(model), model.query_groups)
+        return make_plan(Sparsity.model_validate(sparsity), model_weights(model),
+                         model.query_groups)
     return make
 
 
@@ -26,7 +28,8 @@ def levels(plan: Plan) -> dict[str, float]:
 
 
 def test_targets_are_the_four_matrices_of_every_tile(plan):
-    assert list(plan(0.75).weights) == [f"decoder.layers.{i}.{name}.weight" for i in range(4) for name in TILE]
+    assert list(plan(0.75).weights) == [f"decoder.layers.{i}.{name}.weight" for i in range(4)
+                                        for name in TILE]
 
 
 def test_shape_and_axis_are_the_weights(plan):
@@ -47,8 +50,8 @@ def test_default_level_is_of_every_weight_that_no_rule_matches(plan):
 
 
 def test_first_matching_rule_wins(plan):
-    rules = [{"weights": "decoder.layers.0.*", "level": 0.2}, {"weights": "*.linear_fc1.*", "level": 0.6},
-             {"weights": "*", "level": 0.4}]
+    rules = [{"weights": "decoder.layers.0.*", "level": 0.2},
+             {"weights": "*.linear_fc1.*", "level": 0.6}, {"weights": "*", "level": 0.4}]
     found = levels(plan(rules))
     assert found["decoder.layers.0.mlp.linear_fc1.weight"] == 0.2
     assert found["decoder.layers.1.mlp.linear_fc1.weight"] == 0.6
@@ -56,7 +59,8 @@ def test_first_matching_rule_wins(plan):
 
 
 def test_rule_of_level_zero_keeps_a_weight_dense(plan):
-    found = levels(plan({"level": 0.75, "rules": [{"weights": "decoder.layers.3.*", "level": 0.0}]}))
+    found = levels(plan({"level": 0.75,
+                         "rules": [{"weights": "decoder.layers.3.*", "level": 0.0}]}))
     assert len(found) == 12 and not any(".3." in name for name in found)
 
 
@@ -83,13 +87,15 @@ def test_rule_that_matches_nothing_sparse_is_refused(plan, glob, why):
 
 
 def test_shadowed_rule_is_refused(plan):
-    with pytest.raises(ValueError, match=r"sparsity\.rules\.1: .*taken by an earlier rule; put it before"):
+    with pytest.raises(ValueError,
+                       match=r"sparsity\.rules\.1: .*taken by an earlier rule; put it before"):
         plan([{"weights": "*", "level": 0.5}, {"weights": "*.mlp.*", "level": 0.9}])
 
 
 @pytest.mark.parametrize("level, shape, axis, slices, k", [
-    (0.75, (192, 64), 0, 4, 768), (0.75, (64, 192), 1, 4, 768), (0.5, (6, 5), 0, 2, 8), (0.9, (4, 4), 1, 1, 2),
-    (1 / 3, (10, 10), 0, 1, 67), (0.999, (4, 4), 0, 2, 1), (0.99999, (2, 2), 1, 2, 1)])
+    (0.75, (192, 64), 0, 4, 768), (0.75, (64, 192), 1, 4, 768), (0.5, (6, 5), 0, 2, 8),
+    (0.9, (4, 4), 1, 1, 2), (1 / 3, (10, 10), 0, 1, 67), (0.999, (4, 4), 0, 2, 1),
+    (0.99999, (2, 2), 1, 2, 1)])
 def test_active_per_slice_is_exact_and_at_least_one(level, shape, axis, slices, k):
     weight = SparseWeight("w", shape, axis, slices, level)
     assert (weight.active_per_slice, weight.active) == (k, k * slices)
@@ -97,7 +103,8 @@ def test_active_per_slice_is_exact_and_at_least_one(level, shape, axis, slices, 
 
 
 def test_sparsity_of_the_plan_is_of_all_sparse_weights_together(plan):
-    half = plan([{"weights": "*.mlp.linear_fc1.*", "level": 0.5}, {"weights": "*.linear_qkv.*", "level": 0.75}])
+    half = plan([{"weights": "*.mlp.linear_fc1.*", "level": 0.5},
+                 {"weights": "*.linear_qkv.*", "level": 0.75}])
     assert half.numel == 4 * (256 * 64 + 192 * 64)
     assert half.active == 4 * (256 * 64 // 2 + 192 * 64 // 4)
     assert half.sparsity == pytest.approx(1 - half.active / half.numel)
@@ -110,5 +117,6 @@ def test_seed_is_the_recipes(plan):
 
 def test_table_has_a_row_for_each_kind(plan):
     rows = render_plan(plan(0.75)).splitlines()[2:]
-    assert [row.split()[:2] for row in rows] == [[f"decoder.layers.*.{name}.weight", "4"] for name in TILE]
+    assert [row.split()[:2] for row in rows] == [[f"decoder.layers.*.{name}.weight", "4"]
+                                                 for name in TILE]
     assert all(row.endswith("75.0000%") for row in rows)

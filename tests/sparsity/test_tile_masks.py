@@ -1,4 +1,5 @@
-"""TileTable: balanced masks of a stored stream, levels that balance allows, compact weights of them, refusals."""
+"""TileTable: balanced masks of a stored stream, levels that balance allows, compact weights of
+them, refusals."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ from megatron_spdf.sparsity.plan import SparseWeight, make_plan, render_plan
 from megatron_spdf.sparsity.slices import follows_pattern, planned_mask
 
 NAME = "decoder.layers.0.mlp.linear_fc1.weight"
-GRIDS = [((1, 1), 1), ((2, 2), 1), ((4, 2), 1), ((12, 32), 8), ((32, 4), 1), ((5, 5), 5), ((7, 7), 3), ((9, 6), 2)]
+GRIDS = [((1, 1), 1), ((2, 2), 1), ((4, 2), 1), ((12, 32), 8), ((32, 4), 1), ((5, 5), 5),
+         ((7, 7), 3), ((9, 6), 2)]
 # A changed hash means that checkpoints made before the change can no longer be resumed.
 GOLDEN = {
     (0, NAME, 0, (12, 32), 8): "fbe406a8777847b6ce8ae7977fa1a55cc7a055f5cd8bf71382a55a49101f0aa0",
@@ -39,7 +41,8 @@ def test_every_row_and_every_column_has_as_many_tiles(grid, per_row):
     for seed in range(5):
         mask = draw_tile_mask(seed, NAME, 0, grid, per_row)
         assert mask.shape == grid and mask.dtype == bool
-        assert (mask.sum(1) == per_row).all() and (mask.sum(0) == per_row * grid[0] // grid[1]).all()
+        assert (mask.sum(1) == per_row).all() and (mask.sum(0) == per_row * grid[0]
+                                                   // grid[1]).all()
 
 
 def test_masks_of_other_seeds_names_and_slices_differ():
@@ -53,21 +56,24 @@ def test_every_tile_and_every_pair_of_tiles_in_a_row_is_equally_likely():
     drawn = np.array([draw_tile_mask(0, NAME, slice_id, (n, n), k) for slice_id in range(draws)])
     deviation = 5 * math.sqrt(draws * k / n)
     assert np.abs(drawn.sum(0) - draws * k / n).max() < deviation
-    together = np.einsum("drc,dre->ce", drawn.astype(int), drawn.astype(int))[~np.eye(n, dtype=bool)]
+    together = np.einsum("drc,dre->ce", drawn.astype(int),
+                         drawn.astype(int))[~np.eye(n, dtype=bool)]
     expected = draws * n * k * (k - 1) / (n * (n - 1))
     assert np.abs(together - expected).max() < 5 * math.sqrt(expected)
 
 
 @pytest.mark.parametrize(("grid", "level", "parts"), [
-    ((32, 32), 0.75, (8, 32)), ((12, 32), 0.75, (1, 4)), ((12, 32), 0.9, (1, 4)), ((32, 4), 0.5, (2, 4)),
-    ((8, 8), 0.999, (1, 8)), ((8, 8), 0.01, (8, 8))])
+    ((32, 32), 0.75, (8, 32)), ((12, 32), 0.75, (1, 4)), ((12, 32), 0.9, (1, 4)),
+    ((32, 4), 0.5, (2, 4)), ((8, 8), 0.999, (1, 8)), ((8, 8), 0.01, (8, 8))])
 def test_levels_are_rounded_to_balanced_ones(grid, level, parts):
     assert balanced_parts(grid, level) == parts
 
 
-@pytest.mark.parametrize(("shape", "axis", "size", "slices"), [  # GPT-3 XL's weights, in 16 query groups
-    ((6144, 2048), 0, 64, 8), ((2048, 2048), 1, 64, 8), ((8192, 2048), 0, 64, 16), ((2048, 8192), 1, 64, 16),
-    ((6144, 2048), 0, 128, 4), ((2048, 2048), 1, 128, 4), ((8192, 2048), 0, 128, 16), ((2048, 8192), 1, 128, 16)])
+# GPT-3 XL's weights, in 16 query groups
+@pytest.mark.parametrize(("shape", "axis", "size", "slices"), [
+    ((6144, 2048), 0, 64, 8), ((2048, 2048), 1, 64, 8), ((8192, 2048), 0, 64, 16),
+    ((2048, 8192), 1, 64, 16), ((6144, 2048), 0, 128, 4), ((2048, 2048), 1, 128, 4),
+    ((8192, 2048), 0, 128, 16), ((2048, 8192), 1, 128, 16)])
 def test_slices_are_as_many_as_the_level_allows(shape, axis, size, slices):
     assert tile_slices(NAME, shape, axis, 16, 0.75, size) == slices
     weight = SparseWeight(NAME, shape, axis, slices, 0.75, size)
@@ -76,17 +82,22 @@ def test_slices_are_as_many_as_the_level_allows(shape, axis, size, slices):
 
 
 def test_a_level_between_balanced_ones_takes_fewer_slices():
-    weight = SparseWeight(NAME, (512, 512), 0, tile_slices(NAME, (512, 512), 0, 8, 0.9, 64), 0.9, 64)
+    weight = SparseWeight(NAME, (512, 512), 0, tile_slices(NAME, (512, 512), 0, 8, 0.9, 64), 0.9,
+                          64)
     assert weight.slices == 1 and weight.sparsity == 0.875
 
 
 def test_weight_that_tiles_do_not_divide_is_refused():
-    with pytest.raises(ValueError, match=r"sparsity.tile=64 on .* \(96 x 128\): .* tile may be one of \[8, 16, 32\]"):
+    with pytest.raises(ValueError,
+                       match=r"sparsity.tile=64 on .* \(96 x 128\): .* tile may be one of \[8, 16, "
+                             r"32\]"):
         tile_slices(NAME, (96, 128), 0, 4, 0.75, 64)
 
 
 def test_level_that_no_balanced_mask_is_near_is_refused():
-    with pytest.raises(ValueError, match=r"level=0.9 is over 0.05 from any .* multiples of 1/2 under 1; take smaller"):
+    with pytest.raises(ValueError,
+                       match=r"level=0.9 is over 0.05 from any .* multiples of 1/2 under 1; take "
+                             r"smaller"):
         tile_slices(NAME, (128, 128), 0, 4, 0.9, 64)
     with pytest.raises(ValueError, match="take smaller tiles"):
         tile_slices(NAME, (64, 64), 0, 1, 0.02, 64)  # one tile, which would be dense
@@ -122,16 +133,19 @@ def test_identity_of_a_run_knows_its_tiles_but_not_how_it_expands(recipe):
     assert identity(pattern="unstructured", tile=16) == identity(pattern="unstructured")
 
 
-WEIGHTS = [SparseWeight("w.out", (48, 32), 0, 2, 0.75, 4), SparseWeight("w.in", (32, 64), 1, 4, 0.5, 8)]
+WEIGHTS = [SparseWeight("w.out", (48, 32), 0, 2, 0.75, 4),
+           SparseWeight("w.in", (32, 64), 1, 4, 0.5, 8)]
 CASES = [(weight, world) for weight in WEIGHTS for world in (1, 2, 4) if weight.slices % world == 0]
-each_layout = pytest.mark.parametrize(("weight", "world"), CASES, ids=lambda v: getattr(v, "name", v))
+each_layout = pytest.mark.parametrize(("weight", "world"), CASES,
+                                      ids=lambda v: getattr(v, "name", v))
 
 
 @each_layout
 def test_masks_of_all_ranks_together_are_the_plans(weight, world):
     ranks = [CompactWeight(weight, 3, rank, world, "cpu") for rank in range(world)]
     found = torch.cat([c(torch.ones(c.values_shape)) != 0 for c in ranks], dim=weight.axis)
-    wanted = [torch.from_numpy(planned_mask(weight, 3, c)).view(weight.slice_shape) for c in range(weight.slices)]
+    wanted = [torch.from_numpy(planned_mask(weight, 3, c)).view(weight.slice_shape)
+              for c in range(weight.slices)]
     assert torch.equal(found, torch.cat(wanted, dim=weight.axis))
     assert float((found == 0).double().mean()) == weight.sparsity
 
@@ -149,7 +163,8 @@ def test_tables_of_tiles_find_every_active_tile_where_its_values_are(weight, wor
             tile = torch.as_strided(flat, (b, b), (stride, 1), first)
             dense[row * b:][:b, column * b:][:, :b] = tile
     assert torch.equal(dense, compact(values))
-    by_column = [(int(e) // tiles.slots, tiles.columns[int(e) // tiles.slots, int(e) % tiles.slots].item())
+    by_column = [(int(e) // tiles.slots,
+                  tiles.columns[int(e) // tiles.slots, int(e) % tiles.slots].item())
                  for entries in tiles.entries for e in entries]
     assert by_column == [tuple(p[::-1]) for p in (dense[::b, ::b] != 0).T.nonzero().tolist()]
 
@@ -162,11 +177,13 @@ def test_mask_that_is_not_of_balanced_tiles_is_refused():
     first_rows, first_columns = np.zeros((2, 2, *weight.grid), bool)
     first_rows.reshape(2, -1)[:, : weight.active_per_slice // weight.tile**2] = True
     first_columns[:, :, : weight.per_row] = True  # as many in every row
-    of_tiles = [grid.repeat(4, 1).repeat(4, 2).reshape(2, -1) for grid in (first_rows, first_columns)]
+    of_tiles = [grid.repeat(4, 1).repeat(4, 2).reshape(2, -1)
+                for grid in (first_rows, first_columns)]
     for wrong in (np.roll(masks, 1, axis=1), *of_tiles):
         assert wrong.sum() == masks.sum()
         compact.mask_bits.copy_(torch.from_numpy(np.packbits(wrong, axis=1)))
-        with pytest.raises(ValueError, match="not of tiles of 4, equally many in every row and column"):
+        with pytest.raises(ValueError,
+                           match="not of tiles of 4, equally many in every row and column"):
             compact.index_mask()
 
 
@@ -182,6 +199,9 @@ def test_planner_and_kernels_agree_on_what_is_multiplied():
 def test_the_shipped_recipe_of_tiles_is_the_unstructured_one_otherwise():
     from megatron_spdf.recipe.load import load_recipe
 
-    tiles, entries = (load_recipe(f"configs/pretrain/gpt3_xl_s75{end}.yaml") for end in ("_tile", ""))
-    assert isinstance(tiles, Recipe) and (tiles.sparsity.pattern, tiles.sparsity.tile) == ("tile", 64)
-    assert tiles.model_copy(update={"sparsity": entries.sparsity, "output": entries.output}) == entries
+    tiles, entries = (load_recipe(f"configs/pretrain/gpt3_xl_s75{end}.yaml")
+                      for end in ("_tile", ""))
+    assert isinstance(tiles, Recipe) and (tiles.sparsity.pattern,
+                                          tiles.sparsity.tile) == ("tile", 64)
+    assert tiles.model_copy(update={"sparsity": entries.sparsity,
+                                    "output": entries.output}) == entries

@@ -78,14 +78,16 @@ def test_masks_of_other_seeds_names_and_slices_differ():
 WEIGHTS = [SparseWeight("w.out", (48, 32), 0, 4, 0.5, two_four=True),
            SparseWeight("w.in", (32, 64), 1, 4, 0.5, two_four=True)]
 CASES = [(weight, world) for weight in WEIGHTS for world in (1, 2, 4)]
-each_layout = pytest.mark.parametrize(("weight", "world"), CASES, ids=lambda v: getattr(v, "name", v))
+each_layout = pytest.mark.parametrize(("weight", "world"), CASES,
+                                      ids=lambda v: getattr(v, "name", v))
 
 
 @each_layout
 def test_masks_of_all_ranks_together_are_the_plans(weight, world):
     ranks = [CompactWeight(weight, 3, rank, world, "cpu") for rank in range(world)]
     found = torch.cat([c(torch.ones(c.values_shape)) != 0 for c in ranks], dim=weight.axis)
-    wanted = [torch.from_numpy(planned_mask(weight, 3, c)).view(weight.slice_shape) for c in range(weight.slices)]
+    wanted = [torch.from_numpy(planned_mask(weight, 3, c)).view(weight.slice_shape)
+              for c in range(weight.slices)]
     assert torch.equal(found, torch.cat(wanted, dim=weight.axis))
     assert (tiles(found.numpy()).sum(1) == 2).all() and (tiles(found.numpy()).sum(2) == 2).all()
 
@@ -96,18 +98,21 @@ def test_mask_that_is_2_4_one_way_only_is_refused():
     masks = np.stack([planned_mask(weight, 3, c) for c in range(4)])
     assert follows_pattern(masks, weight)
     by_rows = np.tile([True, True, False, False], masks.size // 4).reshape(masks.shape)
-    by_columns = np.repeat(np.tile([True, True, False, False], masks.size // 4 // 32), 32).reshape(masks.shape)
+    by_columns = np.repeat(np.tile([True, True, False, False], masks.size // 4 // 32),
+                           32).reshape(masks.shape)
     for wrong in (np.roll(masks, 1, axis=1), by_rows, by_columns):
         assert (wrong.sum(1) == weight.active_per_slice).all()
         compact.mask_bits.copy_(torch.from_numpy(np.packbits(wrong, axis=1)))
-        with pytest.raises(ValueError, match="masks of w.out are not 2:4 along rows and columns; use another"):
+        with pytest.raises(ValueError,
+                           match="masks of w.out are not 2:4 along rows and columns; use another"):
             compact.index_mask()
 
 
 def test_plan_is_2_4_and_its_table_says_so(recipe):
     r = recipe(sparsity=HALF)
     plan = make_plan(r.sparsity, model_weights(r.model), r.model.query_groups)
-    assert plan.sparsity == 0.5 and all(w.two_four and w.tile is None and w.slices == 4 for w in plan.weights.values())
+    assert plan.sparsity == 0.5 and all(w.two_four and w.tile is None and w.slices == 4
+                                        for w in plan.weights.values())
     assert "; 2:4, two of every four weights along rows and along columns" in render_plan(plan)
 
 
@@ -118,9 +123,12 @@ STAYS_DENSE = [{"weights": "decoder.layers.0.*", "level": 0.0}]
     (HALF, {}, None),
     ({**HALF, "level": 0.0}, {}, None),
     ({**HALF, "rules": STAYS_DENSE}, {}, None),
-    ({**HALF, "level": 0.75}, {}, r"pattern=2:4 on .*: level=0.75, and two of every four .* are level 0.5; take"),
-    ({**HALF, "rules": [{"weights": "*.mlp.*", "level": 0.25}]}, {}, "linear_fc1.weight .*: level=0.25"),
-    (HALF, {"ffn_hidden": 72}, r"its 4 slices, .* are 18 x 64, and tiles of 4 x 4 must fill them; take a .* of 16,"),
+    ({**HALF, "level": 0.75}, {},
+     r"pattern=2:4 on .*: level=0.75, and two of every four .* are level 0.5; take"),
+    ({**HALF, "rules": [{"weights": "*.mlp.*", "level": 0.25}]}, {},
+     "linear_fc1.weight .*: level=0.25"),
+    (HALF, {"ffn_hidden": 72},
+     r"its 4 slices, .* are 18 x 64, and tiles of 4 x 4 must fill them; take a .* of 16,"),
     (HALF, {"hidden": 24, "heads": 4}, r"its 4 slices, .* are 18 x 24, and tiles")])
 def test_recipe_is_held_to_what_2_4_allows(recipe, sparsity, model, said):
     found = list(rule_violations(recipe(sparsity=sparsity, model=model)))

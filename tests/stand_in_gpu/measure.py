@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""What a step of a recipe asks of a GPU: memory by PyTorch's allocator beside the planner's, launches, waits.
+"""What a step of a recipe asks of a GPU: memory by PyTorch's allocator beside the planner's,
+launches, waits.
 
     python tests/stand_in_gpu/run.py tests/stand_in_gpu/measure.py RECIPE [section.key=value ...]
 """
@@ -41,8 +42,10 @@ def main() -> None:
                    "allocated, most (GiB)": torch.cuda.max_memory_allocated() / GIB,
                    "reserved, most (GiB)": torch.cuda.max_memory_reserved() / GIB,
                    "allocated between steps (GiB)": state / GIB,
-                   "micro-batches": recipe.micro_batches, "host's time of a step (s)": statistics.median(seconds),
-                   **dict(zip(("launches", "waits", "copies to the host", "copies to the GPU"), counts, strict=True))}
+                   "micro-batches": recipe.micro_batches,
+                   "host's time of a step (s)": statistics.median(seconds),
+                   **dict(zip(("launches", "waits", "copies to the host", "copies to the GPU"),
+                              counts, strict=True))}
     print(json.dumps({k: round(v, 3) for k, v in figures.items()}))
 
 

@@ -1,4 +1,5 @@
-"""tools/benchmark.py --suite: what it measures and that nothing can stop it, not how fast anything is."""
+"""tools/benchmark.py --suite: what it measures and that nothing can stop it, not how fast anything
+is."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from megatron_spdf.planning.search import USABLE
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-PATTERNS = ["unstructured 75%, kept for the step", "unstructured 75%, layer by layer", "tiles of 16, 75%",
+PATTERNS = ["unstructured 75%, kept for the step", "unstructured 75%, layer by layer",
+            "tiles of 16, 75%",
             "tiles of 32, 75%", "2:4"]
 
 
@@ -34,7 +36,9 @@ def test_a_part_that_finishes_gives_its_rows():
 
 def test_a_part_that_hangs_is_ended_with_its_children_and_keeps_its_rows(tmp_path):
     alive = tmp_path / "alive"
-    outcome = suite.run_part("p", child(f"row 1; (while :; do date +%N > {alive}; sleep 0.05; done) & sleep 600"), 2)
+    outcome = suite.run_part("p",
+                             child(f"row 1; (while :; do date +%N > {alive}; sleep 0.05; done) & "
+                                   "sleep 600"), 2)
     assert (outcome.state, outcome.tables) == ("out of time after 2 s", {"t": [{"n": 1}]})
     assert outcome.seconds < 60
     last = alive.read_text()
@@ -43,7 +47,8 @@ def test_a_part_that_hangs_is_ended_with_its_children_and_keeps_its_rows(tmp_pat
 
 
 def test_a_part_that_fails_says_why_and_keeps_its_rows():
-    outcome = suite.run_part("p", child("""row 1; printf '{"table' >> "$file"; echo x; echo no more >&2; exit 3"""), 30)
+    outcome = suite.run_part("p",
+                             child("""row 1; printf '{"table' >> "$file"; echo x; echo no more >&2; exit 3"""), 30)
     assert (outcome.state, outcome.tables) == ("failed (3): no more", {"t": [{"n": 1}]})
     assert suite.run_part("p", child("kill -9 $$"), 30).state == "failed (-9): it said nothing"
 
@@ -57,21 +62,26 @@ def test_what_a_part_leaves_over_is_the_next_parts_and_failing_ones_do_not_stop_
 
     def run_part(part, command, budget):
         budgets.append((part, budget))
-        return suite.Outcome(part, "failed (1): no", 10.0, {"t": [{"x": 1.0, "at": "now"}]} if part == "peers" else {})
+        return suite.Outcome(part, "failed (1): no", 10.0,
+                             {"t": [{"x": 1.0, "at": "now"}]} if part == "peers" else {})
 
     monkeypatch.setattr(suite, "run_part", run_part)
     assert suite.run("cpu", ["kernels", "training", "peers"], tmp_path / "new") == 0
     seconds = suite.PARTS
-    assert budgets == [("kernels", seconds["kernels"]), ("training", seconds["training"] + seconds["kernels"] - 10),
+    assert budgets == [("kernels", seconds["kernels"]),
+                       ("training", seconds["training"] + seconds["kernels"] - 10),
                        ("peers", seconds["peers"] + seconds["training"] + seconds["kernels"] - 20)]
     assert suite.run("cpu", ["kernels"], tmp_path / "new") == 1
     assert "no GPU here" in capsys.readouterr().out
 
 
 def test_a_table_has_the_columns_of_all_rows():
-    rows = [{"what": "a", "step (s)": 0.123456, "at": "now"}, {"what": "b", "note": "no"}, {"what": "c", "n": 12345}]
-    lines = suite.render_part({"part": "p", "state": "finished", "seconds": 1.0, "tables": {"t": rows}})
-    assert lines[-6:-1] == ["| what | step (s) | note | n |", "|---|---|---|---|", "| a | 0.1235 | - | - |",
+    rows = [{"what": "a", "step (s)": 0.123456, "at": "now"}, {"what": "b", "note": "no"},
+            {"what": "c", "n": 12345}]
+    lines = suite.render_part({"part": "p", "state": "finished", "seconds": 1.0,
+                               "tables": {"t": rows}})
+    assert lines[-6:-1] == ["| what | step (s) | note | n |", "|---|---|---|---|",
+                            "| a | 0.1235 | - | - |",
                             "| b | - | no | - |", "| c | - | - | 12,345 |"]
 
 
@@ -84,8 +94,10 @@ def test_a_clock_books_every_moment_on_the_innermost_part():
     def fails():
         raise ValueError
 
-    clock.timed("rest", lambda: (outer(), pytest.raises(ValueError, clock.timed("optimizer", fails))))()
-    # Rest opens at 0, forward 1, expand 2 to 3 and 4 to 5, forward ends at 6, optimizer 7 to 8, rest ends at 9.
+    clock.timed("rest", lambda: (outer(),
+                                 pytest.raises(ValueError, clock.timed("optimizer", fails))))()
+    # Rest opens at 0, forward 1, expand 2 to 3 and 4 to 5, forward ends at 6, optimizer 7 to 8,
+    # rest ends at 9.
     assert clock.seconds == {"rest": 3.0, "forward": 3.0, "expand": 2.0, "optimizer": 1.0}
     assert sum(clock.seconds.values()) == 9.0
 
@@ -95,13 +107,14 @@ def test_the_gpu_trains_gpt3_xl_with_every_pattern():
     for pattern in [sizes.DENSE, *sizes.GPU.patterns.values()]:
         recipe = sizes.GPU.recipe(pattern)
         models.append(recipe.model)
-        assert (recipe.model.preset, recipe.train.sequence_length, recipe.train.precision) == ("gpt3_xl", 2048, "bf16")
+        assert (recipe.model.preset, recipe.train.sequence_length,
+                recipe.train.precision) == ("gpt3_xl", 2048, "bf16")
         assert recipe.parallel.world == 1
     assert all(model == models[0] for model in models)
     sparsity = [sizes.GPU.recipe(p).sparsity for p in sizes.GPU.patterns.values()]
     assert [(s.pattern, s.level, s.dense_copy) for s in sparsity] == [
-        ("unstructured", 0.75, "per_step"), ("unstructured", 0.75, "per_layer"), ("tile", 0.75, "per_step"),
-        ("tile", 0.75, "per_step"), ("2:4", 0.5, "per_step")]
+        ("unstructured", 0.75, "per_step"), ("unstructured", 0.75, "per_layer"),
+        ("tile", 0.75, "per_step"), ("tile", 0.75, "per_step"), ("2:4", 0.5, "per_step")]
     assert [s.tile for s in sparsity if s.pattern == "tile"] == [64, 128]
 
 
@@ -116,24 +129,27 @@ def test_the_planners_deepest_model_fits_and_one_layer_more_does_not(sparsity):
 
 
 def benchmark(*words: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "tools/benchmark.py", *words], cwd=ROOT, capture_output=True, text=True,
-                          check=False, env=ENVIRONMENT)
+    return subprocess.run([sys.executable, "tools/benchmark.py", *words], cwd=ROOT,
+                          capture_output=True, text=True, check=False, env=ENVIRONMENT)
 
 
 @pytest.mark.slow
 def test_the_whole_suite_runs_without_a_gpu(tmp_path):
     done = benchmark("--suite", "h200", "--output", str(tmp_path))
     assert done.returncode == 0, done.stderr
-    report, text = json.loads((tmp_path / "suite.json").read_text()), (tmp_path / "suite.md").read_text()
+    report, text = json.loads((tmp_path / "suite.json").read_text()), (tmp_path
+                                                                       / "suite.md").read_text()
     assert report["scale"] == "cpu" and "say nothing about a GPU" in text and "say nothing about a GPU" in done.stdout
     assert report["date"] and report["device"] and report["versions"]["torch"] and "--suite h200" in report["command"]
     parts = {outcome["part"]: outcome for outcome in report["parts"]}
-    assert {name: outcome["state"] for name, outcome in parts.items()} == dict.fromkeys(suite.PARTS, "finished")
+    assert {name: outcome["state"] for name,
+            outcome in parts.items()} == dict.fromkeys(suite.PARTS, "finished")
 
     trained = parts["training"]["tables"]["training"]
     assert [row["what"] for row in trained] == ["dense", *PATTERNS, "dense, again"]
     assert [row["sparsity (%)"] for row in trained] == pytest.approx([0, 75, 75, 75, 75, 50, 0])
-    assert all(row["step (s)"] > 0 and row["tokens/s"] > 0 and row["TFLOP/s"] > 0 and row["at"] for row in trained)
+    assert all(row["step (s)"] > 0 and row["tokens/s"] > 0 and row["TFLOP/s"] > 0 and row["at"]
+               for row in trained)
     by_part = {row["what"]: row for row in parts["training"]["tables"]["a step by part (ms)"]}
     assert list(by_part) == [row["what"] for row in trained]
     assert all(row["forward"] > 0 and row["backward"] > 0 for row in by_part.values())
@@ -148,7 +164,8 @@ def test_the_whole_suite_runs_without_a_gpu(tmp_path):
     assert by["2:4"] == by["tiles of 16"] == "expanded and multiplied as dense weights"
     peers = parts["peers"]["tables"]["peers"]
     assert len(peers) == 2 and all(row["tokens/s"] > 0 for row in peers)
-    depths = {row["what"]: row for row in parts["largest"]["tables"]["largest"] if row["note"] == "trained"}
+    depths = {row["what"]: row for row in parts["largest"]["tables"]["largest"] if row["note"]
+              == "trained"}
     assert depths["unstructured 75%, layer by layer"]["layers"] > depths["dense"]["layers"]
 
 
@@ -156,11 +173,13 @@ def test_the_whole_suite_runs_without_a_gpu(tmp_path):
 @pytest.mark.parametrize("what", ["step", "train"])
 def test_dense_and_sparse_are_measured_in_turn(what, tmp_path):
     out = tmp_path / "figures.json"
-    tiny = ["model.hidden=64", "model.heads=4", "model.layers=1", "model.vocab_size=256", "train.global_batch=4"]
+    tiny = ["model.hidden=64", "model.heads=4", "model.layers=1", "model.vocab_size=256",
+            "train.global_batch=4"]
     done = benchmark(what, *tiny, "--steps", "4", "--output", str(out))
     assert done.returncode == 0, done.stderr
     report = json.loads(out.read_text())
-    assert {name: run["sparsity"] for name, run in report["runs"].items()} == {"dense": 0.0, "sparse": 0.75}
+    assert {name: run["sparsity"] for name,
+            run in report["runs"].items()} == {"dense": 0.0, "sparse": 0.75}
     assert report["recipe"]["model"]["hidden"] == 64 and f"tools/benchmark.py {what}" in report["command"]
     assert all(run["tokens_per_second"] > 0 for run in report["runs"].values())
     if what == "step":
@@ -172,8 +191,10 @@ def test_dense_and_sparse_are_measured_in_turn(what, tmp_path):
 
 
 @pytest.mark.parametrize(("words", "said"), [
-    (["step", "nowhere.yaml"], "there is no recipe"), (["train", "a.yaml", "b.yaml"], "are 2 recipes; name one"),
-    (["step", "--steps", "1"], "take 2 or more"), (["step", "parallel.tensor=2"], "needs 2 processes")])
+    (["step", "nowhere.yaml"], "there is no recipe"),
+    (["train", "a.yaml", "b.yaml"], "are 2 recipes; name one"),
+    (["step", "--steps", "1"], "take 2 or more"),
+    (["step", "parallel.tensor=2"], "needs 2 processes")])
 def test_bad_input_is_refused(words, said, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *words])

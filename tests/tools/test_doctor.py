@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def report() -> list[dict]:
     """What the tool finds on this machine."""
-    done = subprocess.run([sys.executable, "tools/doctor.py", "--json"], cwd=ROOT, capture_output=True, text=True,
-                          timeout=120, check=False)
+    done = subprocess.run([sys.executable, "tools/doctor.py", "--json"], cwd=ROOT,
+                          capture_output=True, text=True, timeout=120, check=False)
     findings = json.loads(done.stdout)
     assert done.returncode == int(any(f["status"] == FAIL for f in findings))
     assert done.stderr == ""
@@ -52,11 +52,13 @@ def test_two_processes_reduce(report):
 
 def test_every_pinned_package_is_named(report):
     named = {f["fact"].split()[0] for f in report if f["check"] == "packages"}
-    pinned = [line.split("==")[0] for line in (ROOT / "requirements.txt").read_text().splitlines() if "==" in line]
+    pinned = [line.split("==")[0] for line in (ROOT / "requirements.txt").read_text().splitlines()
+              if "==" in line]
     assert named == set(pinned) and "torch" in named
 
 
-@pytest.mark.parametrize("python, release", [((3, 11), "0.16."), ((3, 12), "0.19."), ((3, 13), "0.19.")])
+@pytest.mark.parametrize("python, release",
+                         [((3, 11), "0.16."), ((3, 12), "0.19."), ((3, 13), "0.19.")])
 def test_the_engine_is_of_this_python(monkeypatch, python, release):
     monkeypatch.setattr(doctor.sys, "version_info", (*python, 0))
     pinned = doctor.pinned_requirements()
@@ -65,8 +67,8 @@ def test_the_engine_is_of_this_python(monkeypatch, python, release):
 
 def test_it_starts_where_nothing_is_installed(tmp_path):
     venv.create(tmp_path / "bare", symlinks=True)
-    done = subprocess.run([tmp_path / "bare" / "bin" / "python", "tools/doctor.py"], cwd=ROOT, capture_output=True,
-                          text=True, timeout=60, check=False)
+    done = subprocess.run([tmp_path / "bare" / "bin" / "python", "tools/doctor.py"], cwd=ROOT,
+                          capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1 and done.stderr == ""
     assert "FAIL packages: torch is not installed, 2." in done.stdout
     assert "FAIL packages: deepspeed is not installed" in done.stdout
@@ -76,8 +78,8 @@ def test_it_starts_where_nothing_is_installed(tmp_path):
 
 
 def test_closed_pipe_ends_quietly():
-    done = subprocess.run(f"'{sys.executable}' tools/doctor.py | head -1", shell=True, cwd=ROOT, capture_output=True,
-                          text=True, timeout=120, check=False)
+    done = subprocess.run(f"'{sys.executable}' tools/doctor.py | head -1", shell=True, cwd=ROOT,
+                          capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout.startswith(("ok   python: ", "warn python: ")) and done.stderr == ""
 
 
@@ -91,7 +93,8 @@ def test_missing_package_fails(monkeypatch):
     assert faults[0].remedy == "pip install -r requirements.txt"
 
 
-@pytest.mark.parametrize("found, status", [("{}", OK), ("{}+cu130", OK), ("0.1", WARN), ("{}.1", WARN)])
+@pytest.mark.parametrize("found, status",
+                         [("{}", OK), ("{}+cu130", OK), ("0.1", WARN), ("{}.1", WARN)])
 def test_other_version_warns(monkeypatch, found, status):
     wanted = doctor_checks.pinned_requirements()["torch"]
     monkeypatch.setattr(doctor_checks, "installed_version",
@@ -101,7 +104,8 @@ def test_other_version_warns(monkeypatch, found, status):
     assert finding.remedy == ("" if status == OK else "pip install -r requirements.txt")
 
 
-@pytest.mark.parametrize("version, status", [((3, 10), FAIL), ((3, 11), OK), ((3, 12), OK), ((3, 13), WARN)])
+@pytest.mark.parametrize("version, status",
+                         [((3, 10), FAIL), ((3, 11), OK), ((3, 12), OK), ((3, 13), WARN)])
 def test_python_version(monkeypatch, version, status):
     monkeypatch.setattr(doctor_checks.sys, "version_info", (*version, 0, "final", 0))
     (finding,) = findings_of("python", monkeypatch)
@@ -109,7 +113,8 @@ def test_python_version(monkeypatch, version, status):
 
 
 @pytest.mark.parametrize("check, probe, value, part", [
-    ("disk", "free_bytes", 3 * GIB, "3.0 GiB free"), ("shared memory", "total_bytes", GIB // 16, "0.1 GiB"),
+    ("disk", "free_bytes", 3 * GIB, "3.0 GiB free"),
+    ("shared memory", "total_bytes", GIB // 16, "0.1 GiB"),
     ("open files", "open_file_limits", (256, 4096), "limit 256")])
 def test_too_little_warns_with_a_remedy(monkeypatch, check, probe, value, part):
     monkeypatch.setattr(doctor_checks, probe, lambda *_: value)
@@ -150,11 +155,14 @@ def test_all_reduce_that_hangs_times_out(monkeypatch):
 
 
 def test_first_failed_process_is_not_hidden_by_one_that_waits(monkeypatch):
-    monkeypatch.setattr(doctor_checks, "ALL_REDUCE", "import sys, time\nif sys.argv[3] == '0': time.sleep(60)\n1 / 0")
+    monkeypatch.setattr(doctor_checks, "ALL_REDUCE",
+                        "import sys, time\nif sys.argv[3] == '0': time.sleep(60)\n1 / 0")
     assert doctor_checks.all_reduce("gloo", 2, seconds=30) == "ZeroDivisionError: division by zero"
 
 
-@pytest.mark.parametrize("error", [RuntimeError("driver\nis odd"), OSError("libcudart.so.13"), ImportError("x")])
+@pytest.mark.parametrize("error",
+                         [RuntimeError("driver\nis odd"), OSError("libcudart.so.13"),
+                          ImportError("x")])
 def test_check_that_breaks_is_a_failure_and_the_others_run(monkeypatch, error):
     def broken():
         yield OK, "half of it"
@@ -172,7 +180,8 @@ def apex(tmp_path, monkeypatch):
     def make(*parts: str) -> None:
         for part in ("", *parts):
             (tmp_path / "apex" / part).mkdir(parents=True)
-            (tmp_path / "apex" / part / "__init__.py").write_text("raise ImportError('must not be imported')")
+            (tmp_path / "apex" / part
+             / "__init__.py").write_text("raise ImportError('must not be imported')")
         monkeypatch.syspath_prepend(str(tmp_path))
     return make
 
@@ -218,7 +227,8 @@ def test_compiler_of_another_cuda_is_a_note_only(tmp_path, monkeypatch):
     assert finding.status == NOTE and "CUDA 11.8" in finding.fact and "13.0" in finding.fact
 
 
-@pytest.mark.parametrize("built_for, status, part", [(None, WARN, "CPU build"), ("13.0", FAIL, "cannot use the GPU")])
+@pytest.mark.parametrize("built_for, status, part",
+                         [(None, WARN, "CPU build"), ("13.0", FAIL, "cannot use the GPU")])
 def test_driver_that_torch_cannot_use_is_told(tmp_path, monkeypatch, built_for, status, part):
     import torch
 
@@ -234,11 +244,13 @@ def test_driver_that_torch_cannot_use_is_told(tmp_path, monkeypatch, built_for, 
 def test_gpus_are_described(monkeypatch):
     import torch
 
-    gpu = type("Properties", (), {"name": "NVIDIA H200", "total_memory": 139 * GIB, "major": 9, "minor": 0})
+    gpu = type("Properties", (),
+               {"name": "NVIDIA H200", "total_memory": 139 * GIB, "major": 9, "minor": 0})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: gpu)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported",
+                        lambda including_emulation=True: including_emulation)
     monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 29, 3))
     found = findings_of("device", monkeypatch)
     facts = [f.fact for f in found]
@@ -261,5 +273,6 @@ def test_nccl_is_tried_with_two_gpus(monkeypatch, fault, status):
 
 
 def test_report_for_people_has_status_fact_and_remedy():
-    assert str(Finding(WARN, "disk", "1.0 GiB free", "free some")) == "warn disk: 1.0 GiB free\n     -> free some"
+    assert str(Finding(WARN, "disk", "1.0 GiB free",
+                       "free some")) == "warn disk: 1.0 GiB free\n     -> free some"
     assert str(Finding(OK, "Java", "found")) == "ok   Java: found"

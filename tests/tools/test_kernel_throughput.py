@@ -17,13 +17,16 @@ KINDS = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 
 def test_every_kernel_of_a_layer_is_measured(tmp_path):
     out = tmp_path / "kernels.json"
-    done = subprocess.run([sys.executable, "tools/benchmark.py", "kernels", "--seconds", "1e-3", "--output", str(out)],
+    done = subprocess.run([sys.executable, "tools/benchmark.py", "kernels", "--seconds", "1e-3",
+                           "--output", str(out)],
                           cwd=ROOT, capture_output=True, text=True, check=False,
-                          env={"PATH": "/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
+                          env={"PATH": "/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": "",
+                               "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert "no GPU here" in done.stdout and "dense over tiles" in done.stdout
     found = json.loads(out.read_text())
-    names = ["expand", "compress", "tiles, forward", "tiles, input gradient", "tiles, weight gradient"]
+    names = ["expand", "compress", "tiles, forward", "tiles, input gradient",
+             "tiles, weight gradient"]
     assert [(f["kernel"], f["weight"].split(".")[-2]) for f in found["figures"]] == [
         (name, kind) for kind in KINDS for name in names]
     for f in found["figures"]:
@@ -37,6 +40,7 @@ def test_every_kernel_of_a_layer_is_measured(tmp_path):
     (("kernels", "train.micro_batch=auto"), "a benchmark is of one, give train.micro_batch=N"),
 ])
 def test_what_cannot_be_measured_is_refused(words, said):
-    done = subprocess.run([sys.executable, "tools/benchmark.py", *words], cwd=ROOT, capture_output=True, text=True,
-                          check=False, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    done = subprocess.run([sys.executable, "tools/benchmark.py", *words], cwd=ROOT,
+                          capture_output=True, text=True, check=False,
+                          env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 2 and said in done.stderr

@@ -37,7 +37,8 @@ def test_a_micro_batch_left_to_the_run_is_one_sequence(plan, capsys):
 
 
 def test_json_and_price(plan, capsys):
-    assert plan([DEMO, "sparsity=0.5", "--gpu", "a100", "--gpus", "4", "--price", "2", "--efficiency", "0.5",
+    assert plan([DEMO, "sparsity=0.5", "--gpu", "a100", "--gpus", "4", "--price", "2",
+                 "--efficiency", "0.5",
                  "--top", "3", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["request"]["gpus"] == 4 and facts["request"]["efficiency_from"] == "given"
@@ -53,7 +54,8 @@ def test_html(plan, capsys, tmp_path):
 
 def test_law(plan, capsys, tmp_path):
     plot = tmp_path / "law.png"
-    assert plan(["law", "--fit", "vit", "--nonzero", "100M", "--compute", "1e20", "--plot", str(plot)]) == 0
+    assert plan(["law", "--fit", "vit", "--nonzero", "100M", "--compute", "1e20", "--plot",
+                 str(plot)]) == 0
     assert capsys.readouterr().out.startswith("CAUTION") and plot.exists()
     assert plan(["law", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
@@ -70,11 +72,13 @@ def test_fit(plan, capsys, tmp_path):
                 directory.mkdir()
                 (directory / "recipe.yaml").write_text(yaml.safe_dump({
                     "output": "x", "sparsity": level, "optimizer": {"lr": 1e-3},
-                    "model": {"layers": 2, "hidden": hidden, "heads": 4, "vocab_size": 256, "max_positions": 32},
+                    "model": {"layers": 2, "hidden": hidden, "heads": 4, "vocab_size": 256,
+                              "max_positions": 32},
                     "train": {"tokens": tokens, "global_batch": 8, "micro_batch": 8}}))
                 nonzero = (1 - level) * 24 * hidden**2
                 records = [{"kind": "train", "step": tokens // 256, "tokens": tokens, "loss": 9.9},
-                           {"kind": "valid", "step": tokens // 256, "loss": float(law.loss(level, nonzero, tokens))}]
+                           {"kind": "valid", "step": tokens // 256,
+                            "loss": float(law.loss(level, nonzero, tokens))}]
                 (directory / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
                 runs.append(str(directory))
     assert plan(["fit", *runs, "--starts", "8", "--bootstrap", "2", "--json"]) == 0

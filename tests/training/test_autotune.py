@@ -21,12 +21,15 @@ GIB = 2**30
 
 
 def auto(recipe, **sections):
-    return recipe(**{**sections, "train": {"global_batch": 48, "micro_batch": "auto", **sections.get("train", {})}})
+    return recipe(**{**sections,
+                     "train": {"global_batch": 48, "micro_batch": "auto",
+                               **sections.get("train", {})}})
 
 
 @pytest.mark.parametrize(("parallel", "expected"), [
     ({}, [1, 2, 4, 8, 16]), ({"data": 3}, [1, 2, 4, 8, 16]), ({"data": 2}, [1, 2, 4, 8]),
-    ({"pipeline": 2, "interleave": 2}, [1, 2, 4, 8])])  # interleaved, the number of micro-batches must be even
+    # interleaved, the number of micro-batches must be even
+    ({"pipeline": 2, "interleave": 2}, [1, 2, 4, 8])])
 def test_powers_of_two_that_break_no_rule(recipe, parallel, expected):
     assert candidates(auto(recipe, parallel=parallel), 64) == expected
     assert candidates(auto(recipe, parallel=parallel), 4) == [1, 2, 4]
@@ -42,13 +45,16 @@ def test_the_fastest_is_chosen_and_of_equals_the_smallest():
 
 
 def test_not_even_one_sequence_fits():
-    with pytest.raises(ValueError, match=r"train.micro_batch=auto.*micro-batch 1 does not fit.*train.recompute=full"):
+    with pytest.raises(ValueError,
+                       match=r"train.micro_batch=auto.*micro-batch 1 does not "
+                             r"fit.*train.recompute=full"):
         fastest([trial(1, math.inf, math.inf, math.inf)])
 
 
 def test_trials_end_before_memory_does(recipe, monkeypatch):
     """State of 30 GiB and 8 GiB a sequence: twice four sequences would be over 80 GiB."""
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * GIB))
+    monkeypatch.setattr(torch.cuda, "get_device_properties",
+                        lambda _: SimpleNamespace(total_memory=80 * GIB))
     monkeypatch.setattr(autotune, "_try", lambda stage, _: (lambda m: trial(
         m, 1 / m, (30 + 8 * m) * GIB, (30 + 16 * m) * GIB))(stage.recipe.train.micro_batch))
     (stage,) = stages_of(auto(recipe))
@@ -67,12 +73,15 @@ def test_memory_that_runs_out_ends_the_trials_of_one_rank(recipe, monkeypatch):
     monkeypatch.setattr(autotune.dist, "get_world_size", lambda: 1)
     monkeypatch.setattr(autotune.dist, "all_reduce", lambda *_: None)
     (stage,) = stages_of(auto(recipe))
-    found = [autotune._try(p, torch.device("cpu")) for p in (stage_at(stage, 1), stage_at(stage, 2))]
+    found = [autotune._try(p, torch.device("cpu"))
+             for p in (stage_at(stage, 1), stage_at(stage, 2))]
     assert [t.seconds for t in found] == [1.0, math.inf]
     assert fastest(found) == 1
     monkeypatch.setattr(autotune.dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(autotune.dist, "get_rank", lambda: 1)
-    with pytest.raises(ValueError, match="micro-batch 2 did not fit in the memory of rank 1; set train.micro_batch to"):
+    with pytest.raises(ValueError,
+                       match="micro-batch 2 did not fit in the memory of rank 1; set "
+                             "train.micro_batch to"):
         autotune._try(stage_at(stage, 2), torch.device("cpu"))
 
 

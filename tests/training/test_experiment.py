@@ -1,4 +1,5 @@
-"""A grid is every combination once; it goes on where it was interrupted, and reports means and intervals over seeds."""
+"""A grid is every combination once; it goes on where it was interrupted, and reports means and
+intervals over seeds."""
 
 from __future__ import annotations
 
@@ -24,10 +25,12 @@ from megatron_spdf.schedule.stages import mean_flops, stages_of
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((ROOT / "configs/experiments").glob("*.yaml"))
-RECIPE = {"output": "run", "model": {"layers": 2, "hidden": 32, "heads": 2, "vocab_size": 300, "max_positions": 32},
+RECIPE = {"output": "run",
+          "model": {"layers": 2, "hidden": 32, "heads": 2, "vocab_size": 300, "max_positions": 32},
           "train": {"tokens": 8 * 32 * 4, "global_batch": 8, "micro_batch": 8, "precision": "fp32"},
           "optimizer": {"lr": 1e-3}, "log": {"every": 1, "tensorboard": False, "ranks_every": 0}}
-AXES = {"width": {32: {"model.hidden": 32}, 64: {"model.hidden": 64, "model.heads": 4}}, "sparsity": [0, 0.75]}
+AXES = {"width": {32: {"model.hidden": 32}, 64: {"model.hidden": 64, "model.heads": 4}},
+        "sparsity": [0, 0.75]}
 
 
 @pytest.fixture
@@ -37,7 +40,8 @@ def grid(tmp_path):
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
         path = tmp_path / "grid.yaml"
         path.write_text(yaml.safe_dump({
-            "recipe": "recipe.yaml", "output": str(tmp_path / "out"), "seeds": list(seeds), "axes": axes,
+            "recipe": "recipe.yaml", "output": str(tmp_path / "out"), "seeds": list(seeds),
+            "axes": axes,
             "exclude": list(exclude), "plot": plot or {"x": list(axes)[-1]}}, sort_keys=False))
         return path
     return write
@@ -70,18 +74,22 @@ def test_every_combination_has_its_recipe_and_every_seed_its_masks(grid):
     assert [(c.recipe.model.hidden, c.recipe.sparsity.level) for c in found] == [
         (32, 0.0), (32, 0.75), (64, 0.0), (64, 0.75)]
     made = list(runs(*[load_experiment(grid()), grid(), []]))
-    assert [(r.seed, r.sparsity.seed) for _, r in made] == [(1, 1)] * 4 + [(2, 2)] * 4  # a seed of all cells first
+    # a seed of all cells first
+    assert [(r.seed, r.sparsity.seed) for _, r in made] == [(1, 1)] * 4 + [(2, 2)] * 4
 
 
 def test_what_is_excluded_is_left_out(grid):
-    _, found = grid_of(grid(exclude=[{"width": 64, "sparsity": 0.75}, {"sparsity": 0, "width": 32}]))
-    assert [c.labels for c in found] == [{"width": "32", "sparsity": "0.75"}, {"width": "64", "sparsity": "0"}]
+    _, found = grid_of(grid(exclude=[{"width": 64, "sparsity": 0.75},
+                                     {"sparsity": 0, "width": 32}]))
+    assert [c.labels for c in found] == [{"width": "32", "sparsity": "0.75"},
+                                         {"width": "64", "sparsity": "0"}]
 
 
 def test_equal_flops_are_equal(grid):
     _, found = grid_of(grid(axes={"budget": ["tokens", "flops"], "sparsity": [0, 0.5, 0.75]},
                             recipe=RECIPE | {"train": RECIPE["train"] | {"tokens": 8 * 32 * 1000}}))
-    spent = {(c.labels["budget"], c.labels["sparsity"]): mean_flops(stages_of(c.recipe)).total * c.recipe.steps
+    spent = {(c.labels["budget"], c.labels["sparsity"]): mean_flops(stages_of(c.recipe)).total
+             * c.recipe.steps
              for c in found}
     assert [c.recipe.steps for c in found if c.labels["budget"] == "tokens"] == [1000] * 3
     assert spent["flops", "0"] == spent["tokens", "0"]
@@ -133,14 +141,18 @@ def test_what_is_no_grid_is_refused_before_a_run(grid, change, said):
 def test_a_grid_is_run_reported_and_not_run_again(grid, tmp_path):
     text = Path(argparse.__file__).read_text()
     (tmp_path / "text.jsonl").write_text(json.dumps({"text": text}) + "\n")
-    tool = [sys.executable, "-W", "ignore", str(ROOT / "tools/preprocess_data.py"), "--input", "text.jsonl",
-            "--output", "data", "--tokenizer", "tokenizer", "--train-tokenizer", "bpe", "--vocab-size", "300"]
+    tool = [sys.executable, "-W", "ignore", str(ROOT / "tools/preprocess_data.py"), "--input",
+            "text.jsonl",
+            "--output", "data", "--tokenizer", "tokenizer", "--train-tokenizer", "bpe",
+            "--vocab-size", "300"]
     subprocess.run(tool, cwd=tmp_path, check=True, capture_output=True)
     data = {"train": str(tmp_path / "data"), "valid": str(tmp_path / "data"), "workers": 0}
-    path = grid(seeds=[1], axes={"sparsity": [0, 0.75]}, recipe=RECIPE | {"data": data, "evaluate": {"batches": 1}})
+    path = grid(seeds=[1], axes={"sparsity": [0, 0.75]},
+                recipe=RECIPE | {"data": data, "evaluate": {"batches": 1}})
 
     def run(*words: str, code: int = 0) -> str:
-        done = subprocess.run([sys.executable, "-W", "ignore", str(ROOT / "tools/experiment.py"), str(path), *words],
+        done = subprocess.run([sys.executable, "-W", "ignore", str(ROOT / "tools/experiment.py"),
+                               str(path), *words],
                               cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout
@@ -151,10 +163,13 @@ def test_a_grid_is_run_reported_and_not_run_again(grid, tmp_path):
     assert "2 runs, 0 to do" in run()
     cells_there = json.loads((tmp_path / "out/results.json").read_text())["cells"]
     for cell in cells_there:
-        log = (tmp_path / "out" / f"sparsity={cell['labels']['sparsity']}" / "seed=1" / "log.jsonl").read_text()
+        log = (tmp_path / "out" / f"sparsity={cell['labels']['sparsity']}" / "seed=1"
+               / "log.jsonl").read_text()
         records = [json.loads(line) for line in log.splitlines()]
-        assert cell["losses"]["1"] == [r["loss"] for r in records if r["kind"] == "valid"][-1] == cell["mean"]
-        assert cell["flops"] == pytest.approx([r["flops"] for r in records if r["kind"] == "train"][-1])
+        assert cell["losses"]["1"] == [r["loss"] for r in records if r["kind"]
+                                       == "valid"][-1] == cell["mean"]
+        assert cell["flops"] == pytest.approx([r["flops"] for r in records if r["kind"]
+                                               == "train"][-1])
     assert cells_there[0]["mean"] != cells_there[1]["mean"]
     assert (tmp_path / "out/results.md").read_text().count("\n| 0") == 2
     assert (tmp_path / "out/results.png").stat().st_size > 1000

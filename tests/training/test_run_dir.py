@@ -43,8 +43,9 @@ def test_claiming_again_is_harmless(claimed):
 
 
 @pytest.mark.parametrize("change", [
-    {"parallel": {"tensor": 2, "data": 2, "zero_stage": 0}}, {"log": {"every": 1, "tensorboard": False}},
-    {"checkpoint": {"every": 3}}, {"evaluate": {"every": 5}}, {"kernels": {"norm": "torch"}},
+    {"parallel": {"tensor": 2, "data": 2, "zero_stage": 0}},
+    {"log": {"every": 1, "tensorboard": False}}, {"checkpoint": {"every": 3}},
+    {"evaluate": {"every": 5}}, {"kernels": {"norm": "torch"}},
     {"fault_tolerance": {"max_skipped": 1}}, {"train": {"micro_batch": 1, "recompute": "full"}},
     {"data": {"workers": 0, "index_cache": "elsewhere", "tokenizer": "elsewhere"}}])
 def test_layout_logging_and_the_like_may_change(claimed, recipe, change):
@@ -65,7 +66,8 @@ def test_layout_logging_and_the_like_may_change(claimed, recipe, change):
     ({"train": {"precision": "fp32"}}, "train.precision", "bf16", "fp32"),
     ({"data": {"train": "other"}}, "data.train", r"\[\]", r"\['other'\]"),
 ])
-def test_run_of_another_recipe_is_refused_with_both_values(claimed, recipe, change, key, before, now):
+def test_run_of_another_recipe_is_refused_with_both_values(claimed, recipe, change, key, before,
+                                                           now):
     with pytest.raises(ValueError, match=f"{key} is {before} there and {now} here") as caught:
         RunDir(recipe(**{"sparsity": 0.75, **change})).check()
     assert str(claimed.root) in str(caught.value) and "Choose another output" in str(caught.value)
@@ -97,13 +99,15 @@ def test_file_in_the_place_of_the_directory_is_refused(recipe):
                          ids=["not YAML", "list", "incomplete", "empty", "control character"])
 def test_damaged_recipe_is_refused(claimed, content):
     (claimed.root / RECIPE).write_text(content)
-    with pytest.raises(ValueError, match=r"(?s)recipe\.yaml cannot be read as a recipe.*choose another output"):
+    with pytest.raises(ValueError,
+                       match=r"(?s)recipe\.yaml cannot be read as a recipe.*choose another output"):
         claimed.check()
 
 
 def test_everything_a_run_writes_is_inside_its_directory(recipe):
     run = RunDir(recipe())
-    assert all(path.is_relative_to(run.root) for path in (run.checkpoints, run.log, run.tensorboard, run.cache))
+    assert all(path.is_relative_to(run.root)
+               for path in (run.checkpoints, run.log, run.tensorboard, run.cache))
 
 
 def test_cache_may_be_elsewhere(recipe, tmp_path):

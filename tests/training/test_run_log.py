@@ -1,4 +1,5 @@
-"""The log: a record for every step once, whatever was interrupted, and the same figures in TensorBoard."""
+"""The log: a record for every step once, whatever was interrupted, and the same figures in
+TensorBoard."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ def scalars(run: RunDir, name: str = "train/loss") -> list[tuple[int, float]]:
 
 def test_record_is_a_json_line_and_a_scalar(run):
     write(run, range(1, 4))
-    assert records(run) == [{"kind": "train", "step": s, "loss": float(s), "note": "text"} for s in (1, 2, 3)]
+    assert records(run) == [{"kind": "train", "step": s, "loss": float(s), "note": "text"}
+                            for s in (1, 2, 3)]
     assert scalars(run) == [(1, 1.0), (2, 2.0), (3, 3.0)]
 
 
@@ -65,7 +67,8 @@ def test_an_evaluation_that_will_be_done_again_is_dropped(run):
         log.record("valid", step, loss=2.0)
     log.close()
     RunLog(run, 4, 10, tensorboard=False, active=True, evaluated=2).close()
-    assert [(r["kind"], r["step"]) for r in records(run)] == [("train", 2), ("valid", 2), ("train", 4)]
+    assert [(r["kind"], r["step"]) for r in records(run)] == [("train", 2), ("valid", 2),
+                                                              ("train", 4)]
 
 
 def test_start_from_nothing_drops_all(run):
@@ -74,7 +77,9 @@ def test_start_from_nothing_drops_all(run):
     assert [(r["step"], r["loss"]) for r in records(run)] == [(1, 1.5)]
 
 
-@pytest.mark.parametrize("cut", ['{"kind": "train", "step": 4, "lo', '{"kind": "train", "st', "{", "\0\0\0\0"])
+@pytest.mark.parametrize("cut",
+                         ['{"kind": "train", "step": 4, "lo', '{"kind": "train", "st', "{",
+                          "\0\0\0\0"])
 def test_line_cut_by_a_crash_is_dropped(run, cut):
     write(run, range(1, 4))
     with run.log.open("a") as file:

@@ -49,4 +49,5 @@ def test_collectives_of_every_version_are_known():
     from megatron_spdf.resilience.progress import COLLECTIVES
 
     missing = [name for name in COLLECTIVES if not hasattr(dist, name)]
-    assert set(missing) <= {"all_reduce_coalesced", "monitored_barrier", "_all_gather_base", "_reduce_scatter_base"}
+    assert set(missing) <= {"all_reduce_coalesced", "monitored_barrier", "_all_gather_base",
+                            "_reduce_scatter_base"}

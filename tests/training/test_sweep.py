@@ -1,4 +1,5 @@
-"""A sweep runs every combination once, skips what is done, and selects by validation loss among what is."""
+"""A sweep runs every combination once, skips what is done, and selects by validation loss among
+what is."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ train: {{global_batch: 8, micro_batch: 2}}
 optimizer: {{lr: 1e-4}}
 sweep: {sweep}
 """
-# Stands in for finetune.py: its last words are the trial's. Losses by learning rate; one rate diverges.
+# Stands in for finetune.py: its last words are the trial's. Losses by learning rate; one rate
+# diverges.
 STUB = """
 import json, pathlib, sys
 words = dict(word.split("=", 1) for word in sys.argv if "=" in word)
@@ -45,8 +47,10 @@ def sweep(tmp_path, recipe):
 
     def run(values: str, *words: str) -> subprocess.CompletedProcess:
         (tmp_path / "recipe.yaml").write_text(RECIPE.format(output=tmp_path / "out", sweep=values))
-        return subprocess.run([sys.executable, str(ROOT / "tools/sweep.py"), "recipe.yaml", *words, "--launch",
-                               f"{sys.executable} stub.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+        return subprocess.run([sys.executable, str(ROOT / "tools/sweep.py"), "recipe.yaml", *words,
+                               "--launch",
+                               f"{sys.executable} stub.py"], cwd=tmp_path, capture_output=True,
+                              text=True, check=False)
     return run
 
 
@@ -54,7 +58,8 @@ TWO_BY_TWO = "{optimizer.lr: [0.5, 0.25], train.global_batch: [16, 8]}"
 
 
 def ran(done: subprocess.CompletedProcess) -> list[str]:
-    return [line.removeprefix("ran ") for line in done.stdout.splitlines() if line.startswith("ran ")]
+    return [line.removeprefix("ran ") for line in done.stdout.splitlines()
+            if line.startswith("ran ")]
 
 
 def selection(tmp_path) -> dict:
@@ -83,7 +88,8 @@ def test_a_run_that_is_not_done_goes_on(sweep, tmp_path):
         selected = sweep(TWO_BY_TWO, "--select")
         assert selection(tmp_path)["unfinished"] == len(expected) and not ran(selected)
         assert ("0.25" in str(selection(tmp_path)["selected"]["values"])) == (not expected) or expected
-    assert selection(tmp_path)["selected"]["values"] == {"optimizer.lr": 0.25, "train.global_batch": 8}
+    assert selection(tmp_path)["selected"]["values"] == {"optimizer.lr": 0.25,
+                                                         "train.global_batch": 8}
 
 
 def test_printing_runs_nothing_and_an_index_runs_one(sweep, tmp_path):

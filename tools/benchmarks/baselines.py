@@ -1,5 +1,6 @@
-"""What one would use instead, measured in the same run: plain PyTorch, Megatron-Core with masks multiplied into dense
-weights, and stanford-stk (Gale et al. 2022, MegaBlocks) for products with blocks."""
+"""What one would use instead, measured in the same run: plain PyTorch, Megatron-Core with masks
+multiplied into dense weights, and stanford-stk (Gale et al. 2022, MegaBlocks) for products with
+blocks."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ LEVEL = 0.75  # of the multiplied masks
 def stk_products(
     weight: SparseWeight, seed: int, device: torch.device, tokens: int, seconds: float
 ) -> Iterator[tuple[str, float, float]]:
-    """(kernel, its seconds, those of the dense product) of y = x W^T and both gradients, of a weight of blocks.
+    """(kernel, its seconds, those of the dense product) of y = x W^T and both gradients, of a
+    weight of blocks.
 
     Raises:
         ImportError: it is not installed.
@@ -33,19 +35,21 @@ def stk_products(
     compact = CompactWeight(weight, seed, 0, 1, device)
     dense = compact(torch.randn(compact.values_shape, device=device).bfloat16())
     sparse = stk.ops.to_sparse(dense, weight.tile)
-    x, gradient = (torch.randn(tokens, n, device=device).bfloat16() for n in reversed(compact.shape))
+    x, gradient = (torch.randn(tokens, n, device=device).bfloat16()
+                   for n in reversed(compact.shape))
     runs = {
         "stk, forward": (lambda: stk.ops.dds(x, sparse.t()), lambda: x @ dense.T),
         "stk, input gradient": (lambda: stk.ops.dds(gradient, sparse), lambda: gradient @ dense),
-        "stk, weight gradient": (lambda: stk.ops.sdd(gradient.t(), x, sparse), lambda: gradient.T @ x),
+        "stk, weight gradient": (lambda: stk.ops.sdd(gradient.t(), x, sparse),
+                                 lambda: gradient.T @ x),
     }
     for name, (run, plain) in runs.items():
         yield name, median_seconds(run, seconds), median_seconds(plain, seconds)
 
 
 def plain_pytorch(recipe: Recipe, steps: int) -> dict:
-    """transformers' GPT-2 of the recipe's size, dense, with fp32 weights under autocast and PyTorch's AdamW; figures as
-    `train.Run`'s."""
+    """transformers' GPT-2 of the recipe's size, dense, with fp32 weights under autocast and
+    PyTorch's AdamW; figures as `train.Run`'s."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     training, seconds = _PlainTraining(recipe, device), []
     for number in range(1, WARM_UP + 1):
@@ -56,7 +60,8 @@ def plain_pytorch(recipe: Recipe, steps: int) -> dict:
         training.step(number)
         _wait(device)
         seconds.append(time.perf_counter() - started)
-    peak = peak_of(lambda: training.step(number + 1), torch.cuda.memory_allocated() if device.type == "cuda" else 0)
+    peak = peak_of(lambda: training.step(number + 1),
+                   torch.cuda.memory_allocated() if device.type == "cuda" else 0)
     return {"sparsity": 0.0, **rates(recipe, seconds), "peak_bytes": peak}
 
 
@@ -67,33 +72,38 @@ class _PlainTraining:
         from transformers import GPT2Config, GPT2LMHeadModel
 
         m, o = recipe.model, recipe.optimizer
-        config = GPT2Config(vocab_size=m.vocab_size, n_positions=m.max_positions, n_embd=m.hidden, n_layer=m.layers,
-                            n_head=m.heads, n_inner=m.ffn_hidden, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-                            activation_function="gelu_pytorch_tanh", use_cache=False, attn_implementation="sdpa")
+        config = GPT2Config(vocab_size=m.vocab_size, n_positions=m.max_positions, n_embd=m.hidden,
+                            n_layer=m.layers, n_head=m.heads, n_inner=m.ffn_hidden,
+                            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+                            activation_function="gelu_pytorch_tanh", use_cache=False,
+                            attn_implementation="sdpa")
         with torch.device(device):
             self.model = GPT2LMHeadModel(config)
-        self.adam = torch.optim.AdamW(self.model.parameters(), lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps,
-                                      weight_decay=o.weight_decay, fused=device.type == "cuda")
+        self.adam = torch.optim.AdamW(self.model.parameters(), lr=o.lr, betas=(o.beta1, o.beta2),
+                                      eps=o.eps, weight_decay=o.weight_decay,
+                                      fused=device.type == "cuda")
         self.recipe, self.device = recipe, device
 
     def step(self, number: int) -> None:
         batch = synthetic_batch(self.recipe, number)
         for micro in batch:
-            (self._loss(micro["tokens"].to(self.device), micro["labels"].to(self.device)) / len(batch)).backward()
+            (self._loss(micro["tokens"].to(self.device), micro["labels"].to(self.device))
+             / len(batch)).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optimizer.clip_grad)
         self.adam.step()
         self.adam.zero_grad()
 
     def _loss(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """Of (B, T) tokens."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.train.precision == "bf16"):
+        with torch.autocast(self.device.type, torch.bfloat16,
+                            enabled=self.recipe.train.precision == "bf16"):
             logits = self.model(tokens).logits
         return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
 
 
 def multiplied_masks(recipe: Recipe, steps: int) -> dict:
-    """Megatron-Core's own dense training, and after each step the weights of the blocks multiplied by masks: what
-    pruning by hand does. Figures as `train.Run`'s."""
+    """Megatron-Core's own dense training, and after each step the weights of the blocks multiplied
+    by masks: what pruning by hand does. Figures as `train.Run`'s."""
     with joined(recipe) as device:
         run = train.start(recipe, device, quick=True)
         run.engine = _MaskedEngine(run.engine)
@@ -110,7 +120,8 @@ class _MaskedEngine:
 
     def __init__(self, engine):
         self.engine = engine
-        blocks = [p for model in engine.models for n, p in model.named_parameters() if ".layers." in n and p.ndim == 2]
+        blocks = [p for model in engine.models for n,
+                  p in model.named_parameters() if ".layers." in n and p.ndim == 2]
         self.masks = {p: torch.rand(p.shape, device=p.device) >= LEVEL for p in blocks}
 
     def __getattr__(self, name: str):

@@ -1,9 +1,10 @@
 """Where the time of an optimizer step goes.
 
-Clocks are set around the engine's parts and the device waits for each, so that a part's seconds are its own; what would
-run at the same time then runs one after the other, and the sum is more than a step takes. Each moment counts for the
-innermost part: expanding a weight in the forward pass is no forward. Products, of blocks too, are parts of forward and
-backward, from which nothing separates them.
+Clocks are set around the engine's parts and the device waits for each, so that a part's seconds are
+its own; what would run at the same time then runs one after the other, and the sum is more than a
+step takes. Each moment counts for the innermost part: expanding a weight in the forward pass is no
+forward. Products, of blocks too, are parts of forward and backward, from which nothing separates
+them.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ COLLECTIVES = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", 
 class Clock:
     """Books every moment on the innermost of the parts that are open."""
 
-    def __init__(self, synchronize: Callable[[], None], now: Callable[[], float] = time.perf_counter):
+    def __init__(self, synchronize: Callable[[], None],
+                 now: Callable[[], float] = time.perf_counter):
         self.seconds: dict[str, float] = defaultdict(float)
         self._synchronize, self._now = synchronize, now
         self._open: list[str] = []
@@ -85,7 +87,8 @@ def _clocks_set(clock: Clock, engine) -> Iterator[None]:
               (dispatch, "expand", "expand"), (dispatch, "compress", "compress"),
               (engine.optimizer, "prepare_grads", OPTIMIZER), (engine, "_squared_norm", OPTIMIZER),
               (engine, "_update", OPTIMIZER),
-              (layers, "dist_all_gather_func", "communication"), (layers, "dist_reduce_scatter_func", "communication")]
+              (layers, "dist_all_gather_func", "communication"),
+              (layers, "dist_reduce_scatter_func", "communication")]
     places += [(torch.distributed, name, "communication") for name in COLLECTIVES]
     with ExitStack() as stack:
         for owner, name, part in places:
@@ -100,5 +103,6 @@ def render_parts(parts: dict[str, dict[str, float]]) -> list[str]:
         parts: name of a run -> part -> seconds.
     """
     lines = [f"| by part (ms) | {' | '.join(parts)} |", "|---" * (1 + len(parts)) + "|"]
-    lines += [f"| {part} | {' | '.join(f'{of[part] * 1e3:.4g}' for of in parts.values())} |" for part in PARTS]
+    lines += [f"| {part} | {' | '.join(f'{of[part] * 1e3:.4g}' for of in parts.values())} |"
+              for part in PARTS]
     return lines

@@ -28,7 +28,8 @@ def plan_of(recipe: Recipe) -> Plan:
 
 @contextmanager
 def joined(recipe: Recipe) -> Iterator[torch.device]:
-    """Joins the ranks of a layout; gives this one's device, which on a machine without a GPU is the CPU."""
+    """Joins the ranks of a layout; gives this one's device, which on a machine without a GPU is the
+    CPU."""
     fake_cuda.install()  # before anything that imports megatron.core
     device = join(find_ranks(), recipe)
     try:
@@ -41,8 +42,8 @@ def build_engine(recipe: Recipe, device: torch.device, quick: bool = False):
     """The Megatron engine of a recipe, among ranks that are joined.
 
     Args:
-        quick: initial values are drawn on the device, and every layer has the masks of the first: those of billions of
-            weights take minutes otherwise, and speed does not depend on them.
+        quick: initial values are drawn on the device, and every layer has the masks of the first:
+            those of billions of weights take minutes otherwise, and speed does not depend on them.
     """
     from megatron_spdf.engine.megatron import MegatronEngine
 
@@ -63,7 +64,8 @@ class QuickWeights:
         shape = tuple(n // world if i == weight.axis else n for i, n in enumerate(weight.shape))
         if weight.std is not None:
             return torch.empty(shape, device=self.device).normal_(std=weight.std)
-        return torch.full(shape, 1.0 if weight.name.endswith(".weight") else 0.0, device=self.device)
+        return torch.full(shape, 1.0 if weight.name.endswith(".weight") else 0.0,
+                          device=self.device)
 
     def mask_bits(self, weight: Weight, rank: int, world: int) -> None:
         return None
@@ -76,10 +78,12 @@ def _masks_of_first_layer() -> Iterator[None]:
     drawn = cache(compact.planned_mask)
 
     def of_first_layer(planned: SparseWeight, seed: int, slice_id: int) -> np.ndarray:
-        return drawn(replace(planned, name=re.sub(r"layers\.\d+\.", "layers.0.", planned.name)), seed, slice_id)
+        return drawn(replace(planned, name=re.sub(r"layers\.\d+\.", "layers.0.", planned.name)),
+                     seed, slice_id)
 
     with (patch.object(compact, "planned_mask", of_first_layer),
-          patch.object(compact.CompactWeight, "_check_masks", lambda self: None)):  # they are as drawn
+          # they are as drawn
+          patch.object(compact.CompactWeight, "_check_masks", lambda self: None)):
         yield
 
 
@@ -92,7 +96,8 @@ def synthetic_batch(recipe: Recipe, number: int) -> list[dict]:
         text = torch.randint(recipe.model.vocab_size, shape, generator=draw)
         tokens = text[:, :-1].contiguous()
         position = torch.arange(tokens.size(1)).expand_as(tokens).contiguous()
-        batch.append({"tokens": tokens, "labels": text[:, 1:].contiguous(), "position_ids": position,
+        batch.append({"tokens": tokens, "labels": text[:, 1:].contiguous(),
+                      "position_ids": position,
                       "loss_mask": torch.ones(tokens.shape)})
     return batch
 
@@ -116,7 +121,8 @@ def allocated() -> int:
 
 
 def peak_of(run, before: int = 0) -> int | None:
-    """Most bytes of tensors on the GPU while something runs, without what others hold; None without a GPU.
+    """Most bytes of tensors on the GPU while something runs, without what others hold; None without
+    a GPU.
 
     Args:
         run: is called.

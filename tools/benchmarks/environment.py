@@ -1,4 +1,5 @@
-"""When, on what and with what a figure was measured, and the command: what every report of figures says."""
+"""When, on what and with what a figure was measured, and the command: what every report of figures
+says."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""Speed of the kernels on this machine: expand and compress against the time in which the bytes that they must move are
-copied, products of tiles and of 2:4 weights against dense ones, weight by weight of a recipe's first layer.
+"""Speed of the kernels on this machine: expand and compress against the time in which the bytes
+that they must move are copied, products of tiles and of 2:4 weights against dense ones, weight by
+weight of a recipe's first layer.
 
-On a GPU these are Triton's kernels, beside PyTorch's where both do the same. Without one, PyTorch's on the CPU, so that
-the command can be tried; figures of a CPU say nothing about a GPU.
+On a GPU these are Triton's kernels, beside PyTorch's where both do the same. Without one, PyTorch's
+on the CPU, so that the command can be tried; figures of a CPU say nothing about a GPU.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ class Figure:
 
     Attributes:
         seconds: median.
-        floor: seconds below which it cannot be: of a copy of as many bytes, or the active share of the dense product.
+        floor: seconds below which it cannot be: of a copy of as many bytes, or the active share of
+            the dense product.
         dense: seconds of the dense product that it stands for; None for expand and compress.
         torch: seconds of PyTorch's implementation on the same device, where it is another.
     """
@@ -48,7 +50,8 @@ def measure(recipe: Recipe, plan: Plan, seconds: float = 0.2) -> dict:
         seconds: that each measurement takes at least.
 
     Returns:
-        Plain values: tokens, dtype, bytes a second of a copy, names of the implementations, and the figures.
+        Plain values: tokens, dtype, bytes a second of a copy, names of the implementations, and the
+        figures.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
@@ -63,7 +66,8 @@ def measure(recipe: Recipe, plan: Plan, seconds: float = 0.2) -> dict:
     sizes = {w.tile for w in plan.weights.values()} - {None}
     tiles = [dispatch.tile_products(device.type, size, dtype)[1] for size in sizes]
     two_four = any(w.two_four for w in plan.weights.values())
-    return {"device_type": device.type, "tokens": tokens, "dtype": str(dtype).removeprefix("torch."),
+    return {"device_type": device.type, "tokens": tokens,
+            "dtype": str(dtype).removeprefix("torch."),
             "copy_bytes_per_second": bandwidth, "expand_compress": dispatch.describe(device.type),
             "tiles": tiles[0] if tiles else None,
             "2:4": dispatch.two_four_products(device.type, dtype)[1] if two_four else None,
@@ -77,9 +81,10 @@ def copy_bandwidth(device: torch.device, seconds: float) -> float:
     return 2 * size / median_seconds(lambda: target.copy_(source), seconds)
 
 
-def moves(weight: SparseWeight, seed: int, tensor: int, device: torch.device, dtype: torch.dtype, bandwidth: float,
-          seconds: float) -> list[Figure]:
-    """Expand, and compress added to an fp32 buffer; of the unstructured mask, whatever the recipe's pattern."""
+def moves(weight: SparseWeight, seed: int, tensor: int, device: torch.device, dtype: torch.dtype,
+          bandwidth: float, seconds: float) -> list[Figure]:
+    """Expand, and compress added to an fp32 buffer; of the unstructured mask, whatever the recipe's
+    pattern."""
     # A weight of tiles may have fewer slices; they stay, and so does the level that is reached.
     weight = replace(weight, tile=None, two_four=False, level=weight.sparsity)
     compact = CompactWeight(weight, seed, 0, tensor, device)
@@ -89,26 +94,30 @@ def moves(weight: SparseWeight, seed: int, tensor: int, device: torch.device, dt
     buffer = torch.zeros(compact.values_shape, device=device)
     peer = None
     if dispatch.implementation(device.type)[0] is not torch_reference:
-        peer = replace(mask, index=torch_reference.make_index(mask.bits, mask.slice_shape, mask.axis))
+        peer = replace(mask,
+                       index=torch_reference.make_index(mask.bits, mask.slice_shape, mask.axis))
     whole, active = dense.numel(), values.numel()
     bits = whole / 8
     runs = {
-        "expand": (lambda m: dispatch.expand(values, m), lambda m: torch_reference.expand(values, m),
-                   width * (whole + active) + bits),
+        "expand": (lambda m: dispatch.expand(values, m),
+                   lambda m: torch_reference.expand(values, m), width * (whole + active) + bits),
         "compress": (lambda m: dispatch.compress(dense, m, buffer),
                      lambda m: torch_reference.compress(dense, m, buffer),
                      width * whole + 8 * active + bits),
     }
     place = weight.name, compact.shape, weight.sparsity
-    return [Figure(name, *place, median_seconds(lambda run=run: run(mask), seconds), moved / bandwidth,
-                   torch=peer and median_seconds(lambda run=other: run(peer), seconds))
+    return [Figure(name, *place, median_seconds(lambda run=run: run(mask), seconds),
+                   moved / bandwidth, torch=peer
+                   and median_seconds(lambda run=other: run(peer), seconds))
             for name, (run, other, moved) in runs.items()]
 
 
-def products(weight: SparseWeight, seed: int, tensor: int, device: torch.device, dtype: torch.dtype, tokens: int,
-             seconds: float) -> list[Figure]:
-    """y = x W^T and both gradients with a weight of tiles, or a 2:4 one, against the same with a dense one."""
-    dense = torch.randn(CompactWeight(weight, seed, 0, tensor, "meta").shape, device=device).to(dtype)
+def products(weight: SparseWeight, seed: int, tensor: int, device: torch.device,
+             dtype: torch.dtype, tokens: int, seconds: float) -> list[Figure]:
+    """y = x W^T and both gradients with a weight of tiles, or a 2:4 one, against the same with a
+    dense one."""
+    dense = torch.randn(CompactWeight(weight, seed, 0, tensor, "meta").shape,
+                        device=device).to(dtype)
     product = choose_product(weight, dense, "per_layer")
     compact = CompactWeight(weight, seed, 0, tensor, device, product)
     mask, values = compact.mask, compact.right_inverse(dense)
@@ -116,13 +125,16 @@ def products(weight: SparseWeight, seed: int, tensor: int, device: torch.device,
     buffer = torch.zeros(compact.values_shape, device=device)
     runs = {
         "forward": (lambda: product.forward(x, values, mask), lambda: x @ dense.T),
-        "input gradient": (lambda: product.input_gradient(gradient, values, mask), lambda: gradient @ dense),
-        "weight gradient": (lambda: product.weight_gradient(gradient, x, mask, buffer), lambda: gradient.T @ x),
+        "input gradient": (lambda: product.input_gradient(gradient, values, mask),
+                           lambda: gradient @ dense),
+        "weight gradient": (lambda: product.weight_gradient(gradient, x, mask, buffer),
+                            lambda: gradient.T @ x),
     }
     pattern, found = "2:4" if weight.two_four else "tiles", []
     for name, (run, plain) in runs.items():
         full = median_seconds(plain, seconds)
-        whole = weight.two_four and name == "weight gradient"  # whose product has no operand with zeros
+        # whose product has no operand with zeros
+        whole = weight.two_four and name == "weight gradient"
         floor = full if whole else (1.0 - weight.sparsity) * full
         found.append(Figure(f"{pattern}, {name}", weight.name, compact.shape, weight.sparsity,
                             median_seconds(run, seconds), floor, dense=full))
@@ -143,17 +155,20 @@ def render(measured: dict) -> list[str]:
     """The figures as a Markdown table."""
     lines = []
     if measured["device_type"] == "cpu":
-        lines += ["no GPU here: PyTorch on the CPU, which says nothing about a GPU and shows that the command runs", ""]
+        lines += ["no GPU here: PyTorch on the CPU, which says nothing about a GPU and shows that "
+                  "the command runs", ""]
     lines += [f"{measured['tokens']} tokens, {measured['dtype']}; a copy moves "
-              f"{measured['copy_bytes_per_second'] / 1e9:.4g} GB/s; expand/compress {measured['expand_compress']}; "
-              f"tiles {measured['tiles']}{_two_four(measured)}", "",
-              "| kernel | weight | shape | sparsity | time (us) | floor (us) | floor / time | dense / time | "
-              "torch / time |", "|---|---|---|---|---|---|---|---|---|"]
+              f"{measured['copy_bytes_per_second'] / 1e9:.4g} GB/s; expand/compress "
+              f"{measured['expand_compress']}; tiles {measured['tiles']}{_two_four(measured)}", "",
+              "| kernel | weight | shape | sparsity | time (us) | floor (us) | floor / time | "
+              "dense / time | torch / time |", "|---|---|---|---|---|---|---|---|---|"]
     for f in measured["figures"]:
-        against = [f"{f[k] / f['seconds']:.3g}" if f[k] else "-" for k in ("floor", "dense", "torch")]
+        against = [f"{f[k] / f['seconds']:.3g}" if f[k] else "-"
+                   for k in ("floor", "dense", "torch")]
         kind = f["weight"].split(".layers.0.")[-1].removesuffix(".weight")
-        lines.append(f"| {f['kernel']} | {kind} | {f['shape'][0]} x {f['shape'][1]} | {f['sparsity']:.2%} | "
-                     f"{f['seconds'] * 1e6:.4g} | {f['floor'] * 1e6:.4g} | {' | '.join(against)} |")
+        lines.append(f"| {f['kernel']} | {kind} | {f['shape'][0]} x {f['shape'][1]} | "
+                     f"{f['sparsity']:.2%} | {f['seconds'] * 1e6:.4g} | {f['floor'] * 1e6:.4g} | "
+                     f"{' | '.join(against)} |")
     return [*lines, *_render_sums(measured["figures"])]
 
 

@@ -1,4 +1,5 @@
-"""The deepest GPT of a width that trains on one card: as the planner has it, and as it turns out."""
+"""The deepest GPT of a width that trains on one card: as the planner has it, and as it turns
+out."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ def planned_bytes(recipe: Recipe) -> int:
 
 
 def deepest(recipe: Recipe, memory: int) -> int:
-    """Most layers that by the planner's closed forms fit into `memory` bytes; 0 where not one does."""
+    """Most layers that by the planner's closed forms fit into `memory` bytes; 0 where not one
+    does."""
     def fits(layers: int) -> bool:
         return planned_bytes(with_layers(recipe, layers)) <= USABLE * memory
 
@@ -38,17 +40,20 @@ def deepest(recipe: Recipe, memory: int) -> int:
     return low
 
 
-def search(recipe: Recipe, device: torch.device, memory: int, tries: int, until: float) -> Iterator[dict]:
-    """Rows of a table: what the planner says, then what was tried, deeper by a tenth while it trains, or less deep
-    until it does.
+def search(recipe: Recipe, device: torch.device, memory: int, tries: int,
+           until: float) -> Iterator[dict]:
+    """Rows of a table: what the planner says, then what was tried, deeper by a tenth while it
+    trains, or less deep until it does.
 
     Args:
         memory: bytes of the card.
         tries: at most.
-        until: on the monotonic clock; no try begins that would not end by then if it took as long as the last.
+        until: on the monotonic clock; no try begins that would not end by then if it took as long
+            as the last.
     """
     layers = deepest(recipe, memory)
-    yield {**_size(with_layers(recipe, layers)), "note": f"the planner's largest, in {USABLE:.0%} of the memory"}
+    yield {**_size(with_layers(recipe, layers)),
+           "note": f"the planner's largest, in {USABLE:.0%} of the memory"}
     step, trained, seconds = max(1, layers // 10), None, 0.0
     for _ in range(tries):
         if layers < 1 or time.monotonic() + seconds > until:
@@ -66,7 +71,8 @@ def search(recipe: Recipe, device: torch.device, memory: int, tries: int, until:
 
 
 def try_out(recipe: Recipe, device: torch.device) -> int | None:
-    """Two steps; most bytes of tensors in the second, 0 without a GPU; None where memory ran out."""
+    """Two steps; most bytes of tensors in the second, 0 without a GPU; None where memory ran
+    out."""
     engine = None
     try:
         engine = build_engine(recipe, device, quick=True)

@@ -1,5 +1,6 @@
-"""For how long training stands still for a checkpoint: one that is written behind the steps, and one that it waits for,
-dense and sparse, with the bytes on disk; written to a temporary directory (TMPDIR) and removed."""
+"""For how long training stands still for a checkpoint: one that is written behind the steps, and
+one that it waits for, dense and sparse, with the bytes on disk; written to a temporary directory
+(TMPDIR) and removed."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from megatron_spdf.recipe.recipe import Recipe
 
 
 def measure_saves(recipes: dict[str, Recipe], saves: int) -> dict[str, dict]:
-    """Saves every engine's state after each step, waiting and behind the steps in turn; medians, in seconds."""
+    """Saves every engine's state after each step, waiting and behind the steps in turn; medians, in
+    seconds."""
     with joined(next(iter(recipes.values()))) as device:
         import torch.distributed as dist
 
@@ -62,7 +64,8 @@ class NoTokenizer:
 
 
 def render_saves(runs: dict[str, dict]) -> list[str]:
-    lines = [f"| {'':<8} | sparsity | stall, written behind (s) | stall, waited for (s) | writing (s) | disk (MiB) |",
+    lines = [f"| {'':<8} | sparsity | stall, written behind (s) | stall, waited for (s) | writing "
+             "(s) | disk (MiB) |",
              "|---|---|---|---|---|---|"]
     for name, f in runs.items():
         lines.append(f"| {name:<8} | {f['sparsity']:.2%} | {f['stall_seconds_behind']:.4f} | "

@@ -1,4 +1,5 @@
-"""How large the models of the suite are: GPT-3 XL on a GPU, and something tiny where the suite is only tried."""
+"""How large the models of the suite are: GPT-3 XL on a GPU, and something tiny where the suite is
+only tried."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ class Scale:
         return {
             "unstructured 75%, kept for the step": "{level: 0.75}",
             "unstructured 75%, layer by layer": "{level: 0.75, dense_copy: per_layer}",
-            **{f"tiles of {size}, 75%": f"{{level: 0.75, pattern: tile, tile: {size}}}" for size in self.tiles},
+            **{f"tiles of {size}, 75%": f"{{level: 0.75, pattern: tile, tile: {size}}}"
+               for size in self.tiles},
             "2:4": "{level: 0.5, pattern: '2:4'}",
         }
 
@@ -55,10 +57,12 @@ class Scale:
 
 GPU = Scale(CONFIGS / "pretrain/gpt3_xl_dense.yaml",
             ("parallel.data=1", "train.global_batch=16", "train.micro_batch=8"),
-            ("model.preset=gpt3_6b7", "train.global_batch=1", "train.micro_batch=1", "train.recompute=full"),
+            ("model.preset=gpt3_6b7", "train.global_batch=1", "train.micro_batch=1",
+             "train.recompute=full"),
             tiles=(64, 128), steps=8, by_part=2, seconds=0.2, tries=4)
 CPU = Scale(CONFIGS / "benchmark/cpu.yaml",
-            ("model.layers=1", "model.hidden=128", "model.heads=4", "model.vocab_size=512", "model.max_positions=32",
+            ("model.layers=1", "model.hidden=128", "model.heads=4", "model.vocab_size=512",
+             "model.max_positions=32",
              "train.global_batch=2", "train.micro_batch=1"),
             ("model.hidden=64", "train.global_batch=1", "train.recompute=full"),
             tiles=(16, 32), steps=4, by_part=1, seconds=1e-3, tries=1)

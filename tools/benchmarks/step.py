@@ -1,5 +1,6 @@
-"""Seconds of an optimizer step of a recipe, dense against its sparsity, both engines in one process and their steps in
-turn, so that what else the machine does hits both alike; and where those seconds go."""
+"""Seconds of an optimizer step of a recipe, dense against its sparsity, both engines in one process
+and their steps in turn, so that what else the machine does hits both alike; and where those seconds
+go."""
 
 from __future__ import annotations
 
@@ -39,15 +40,17 @@ def measure_steps(recipes: dict[str, Recipe], steps: int) -> dict[str, dict]:
         gc.enable()
         numbers = range(number + 1, number + 1 + min(BY_PART, steps))
         return {name: {**figures_of(recipes[name], engine, seconds[name]),
-                       "parts": measure_parts(recipes[name], engine, numbers)} for name, engine in engines.items()}
+                       "parts": measure_parts(recipes[name], engine, numbers)} for name,
+                engine in engines.items()}
 
 
 def figures_of(recipe: Recipe, engine, seconds: Sequence[float]) -> dict:
-    """Median and quartiles of the step time, and the rates that follow from the median. TFLOP/s and MFU are as in the
-    log of a run: of the matrix products as dense ones, but those of blocks, of which only the active ones count; 2:4
-    weights count whole, on sparse tensor cores too."""
+    """Median and quartiles of the step time, and the rates that follow from the median. TFLOP/s and
+    MFU are as in the log of a run: of the matrix products as dense ones, but those of blocks, of
+    which only the active ones count; 2:4 weights count whole, on sparse tensor cores too."""
     skipped = engine.plan.on_tiles if engine.device.type == "cuda" else None
-    return {"sparsity": engine.plan.sparsity, **rates(recipe, seconds, skipped), "state_bytes": engine.state_bytes(),
+    return {"sparsity": engine.plan.sparsity, **rates(recipe, seconds, skipped),
+            "state_bytes": engine.state_bytes(),
             "choices": engine.choices}
 
 
@@ -58,7 +61,8 @@ def rates(recipe: Recipe, seconds: Sequence[float], skipped: Plan | None = None)
         skipped: weights whose zeros are not multiplied.
     """
     low, middle, high = statistics.quantiles(seconds, n=4)
-    executed = training_flops(recipe.model, recipe.train.sequence_length, skipped).total * recipe.tokens_per_step
+    executed = training_flops(recipe.model, recipe.train.sequence_length,
+                              skipped).total * recipe.tokens_per_step
     rate = executed / middle / recipe.parallel.world
     peak = peak_flops(device_name(), recipe.train.precision)
     return {
@@ -71,15 +75,18 @@ def rates(recipe: Recipe, seconds: Sequence[float], skipped: Plan | None = None)
 
 
 def render_steps(runs: dict[str, dict]) -> list[str]:
-    lines = [f"| {'':<8} | sparsity | step (s), median | quartiles | tokens/s | TFLOP/s | MFU | state (MiB) |",
+    lines = [f"| {'':<8} | sparsity | step (s), median | quartiles | tokens/s | TFLOP/s | MFU | "
+             "state (MiB) |",
              "|---|---|---|---|---|---|---|---|"]
     for name, f in runs.items():
         state = sum(f["state_bytes"].values()) / 2**20
         lines.append(f"| {name:<8} | {f['sparsity']:.2%} | {f['step_seconds']:.4f} | "
-                     f"{f['quartiles'][0]:.4f} - {f['quartiles'][1]:.4f} | {f['tokens_per_second']:,.0f} | "
-                     f"{f['tflops_per_rank']:.3g} | {render_mfu(f)} | {state:,.1f} |")
+                     f"{f['quartiles'][0]:.4f} - {f['quartiles'][1]:.4f} | "
+                     f"{f['tokens_per_second']:,.0f} | {f['tflops_per_rank']:.3g} | "
+                     f"{render_mfu(f)} | {state:,.1f} |")
     return [*lines, "", *render_parts({name: f["parts"] for name, f in runs.items()}), "",
-            f"step time, sparse over dense: {runs['sparse']['step_seconds'] / runs['dense']['step_seconds']:.3f}"]
+            "step time, sparse over dense: "
+            f"{runs['sparse']['step_seconds'] / runs['dense']['step_seconds']:.3f}"]
 
 
 def render_mfu(figures: dict) -> str:

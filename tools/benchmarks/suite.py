@@ -1,10 +1,11 @@
-"""All figures of one GPU in one command of less than nine minutes: a copy's bandwidth, kernels against their floors and
-dense products, GPT-3 XL trained dense and with every pattern and where a step's time goes, peers in the same run, and
-the largest GPT that one card trains, dense and sparse.
+"""All figures of one GPU in one command of less than nine minutes: a copy's bandwidth, kernels
+against their floors and dense products, GPT-3 XL trained dense and with every pattern and where a
+step's time goes, peers in the same run, and the largest GPT that one card trains, dense and sparse.
 
-Every part runs in a process of its own and has a budget of seconds, to which comes what the parts before it left over.
-A part that fails or runs out of time keeps the rows that it had written by then, and the others go on. On a machine
-without a GPU everything is tiny: that shows that the suite runs, and nothing else.
+Every part runs in a process of its own and has a budget of seconds, to which comes what the parts
+before it left over. A part that fails or runs out of time keeps the rows that it had written by
+then, and the others go on. On a machine without a GPU everything is tiny: that shows that the suite
+runs, and nothing else.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from benchmarks.environment import circumstances, render_circumstances
 
 ROOT = Path(__file__).resolve().parents[2]
 SCALES = ("h200", "h100", "cpu")
-PARTS = {"kernels": 120, "training": 230, "peers": 100, "largest": 80}  # seconds on a GPU, 530 together
+# seconds on a GPU, 530 together
+PARTS = {"kernels": 120, "training": 230, "peers": 100, "largest": 80}
 LIBRARIES = ("torch", "triton", "megatron-core", "transformers", "stanford-stk", "numpy")
 NO_GPU = "no GPU here: tiny sizes on the CPU, which show that the suite runs and say nothing about a GPU"
 
@@ -60,7 +62,8 @@ def run(scale: str, parts: list[str], output: Path) -> int:
         scale = "cpu"
     output.mkdir(parents=True, exist_ok=True)
     report = {**circumstances(LIBRARIES), "scale": scale, "parts": []}
-    print("\n".join([*render_circumstances(report), *([NO_GPU, ""] if scale == "cpu" else [])]), flush=True)
+    print("\n".join([*render_circumstances(report), *([NO_GPU, ""] if scale == "cpu" else [])]),
+          flush=True)
     spare = 0.0
     for part in parts:
         budget = PARTS[part] + spare
@@ -85,8 +88,9 @@ def run_part(part: str, command: list[str], budget: float) -> Outcome:
     with tempfile.TemporaryDirectory(prefix="benchmark_suite_") as place:
         rows, said = Path(place) / "rows.jsonl", Path(place) / "said"
         with said.open("w") as log:
-            child = subprocess.Popen([*command, str(rows), f"{budget:.0f}"], stdout=log, stderr=log, cwd=ROOT,
-                                     env=_environment(), start_new_session=True)
+            child = subprocess.Popen([*command, str(rows), f"{budget:.0f}"], stdout=log,
+                                     stderr=log, cwd=ROOT, env=_environment(),
+                                     start_new_session=True)
         try:
             code = child.wait(budget)
             state = "finished" if code == 0 else f"failed ({code}): {_last_line(said)}"
@@ -129,7 +133,8 @@ def _last_line(said: Path) -> str:
 def render(report: dict) -> list[str]:
     """The report as Markdown."""
     lines = ["# Benchmark suite", "", f"{report['date']}, {report['device']}, "
-             + ", ".join(f"{k} {v}" for k, v in report["versions"].items()) + ".", "", f"    {report['command']}", ""]
+             + ", ".join(f"{k} {v}" for k, v in report["versions"].items()) + ".", "",
+             f"    {report['command']}", ""]
     if report["scale"] == "cpu":
         lines += [f"**{NO_GPU}.**", ""]
     for outcome in report["parts"]:

@@ -2,8 +2,8 @@
 
     python -m benchmarks.suite_parts PART SCALE ROWS.jsonl SECONDS
 
-A row is written as soon as it is there. What fails, runs out of memory or is not installed has a row that says so, and
-the next begins; nothing begins when the seconds are nearly spent.
+A row is written as soon as it is there. What fails, runs out of memory or is not installed has a
+row that says so, and the next begins; nothing begins when the seconds are nearly spent.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class Part:
         try:
             measure()
         except Exception as error:  # of whatever library: the others are to have their turn
-            self.write(table, what=what, note=f"failed, {type(error).__name__}: {first_line(error)}")
+            self.write(table, what=what,
+                       note=f"failed, {type(error).__name__}: {first_line(error)}")
             return False
         finally:
             free_memory()
@@ -61,27 +62,33 @@ class Part:
 
 
 def kernels(part: Part) -> None:
-    """A copy; expand and compress against it; products of tiles and 2:4 weights, and stk's, against dense ones."""
+    """A copy; expand and compress against it; products of tiles and 2:4 weights, and stk's, against
+    dense ones."""
     from benchmarks import kernel_throughput
 
-    device, seconds = torch.device("cuda" if torch.cuda.is_available() else "cpu"), part.scale.seconds
+    device, seconds = torch.device("cuda" if torch.cuda.is_available()
+                                   else "cpu"), part.scale.seconds
     bandwidth = kernel_throughput.copy_bandwidth(device, seconds)
     part.write("copy", **{"GB/s, read and written": bandwidth / 1e9})
     dtype = sizes.dtype_of(part.scale.recipe(sizes.DENSE))
-    for what, by in (("expand, compress", describe(device.type)), ("2:4", two_four_products(device.type, dtype)[1]),
-                     *((f"tiles of {n}", tile_products(device.type, n, dtype)[1]) for n in part.scale.tiles)):
+    for what, by in (("expand, compress", describe(device.type)),
+                     ("2:4", two_four_products(device.type, dtype)[1]),
+                     *((f"tiles of {n}", tile_products(device.type, n, dtype)[1])
+                       for n in part.scale.tiles)):
         part.write("what computes", what=what, by=by)
     for name, pattern in part.scale.patterns.items():
         recipe = part.scale.recipe(pattern)
         if recipe.sparsity.dense_copy == "layer":
             continue  # the same kernels as for the step
-        part.attempt("kernels", name, lambda name=name, recipe=recipe: _layer(part, name, recipe, bandwidth, device))
+        part.attempt("kernels", name, lambda name=name,
+                     recipe=recipe: _layer(part, name, recipe, bandwidth, device))
     tiles = part.scale.recipe(part.scale.patterns[f"tiles of {part.scale.tiles[-1]}, 75%"])
     part.attempt("kernels", "stanford-stk", lambda: _stk(part, tiles, device))
 
 
 def _layer(part: Part, name: str, recipe: Recipe, bandwidth: float, device: torch.device) -> None:
-    """The weights of one layer: expanded and compressed if they are unstructured, multiplied otherwise."""
+    """The weights of one layer: expanded and compressed if they are unstructured, multiplied
+    otherwise."""
     from benchmarks import kernel_throughput
 
     plan, dtype, tokens = plan_of(recipe), sizes.dtype_of(recipe), sizes.tokens_of(recipe)
@@ -101,15 +108,19 @@ def _layer(part: Part, name: str, recipe: Recipe, bandwidth: float, device: torc
 def _stk(part: Part, recipe: Recipe, device: torch.device) -> None:
     plan = plan_of(recipe)
     for weight in (w for n, w in plan.weights.items() if ".layers.0." in n):
-        for kernel, seconds, dense in baselines.stk_products(weight, plan.seed, device, sizes.tokens_of(recipe),
+        for kernel, seconds, dense in baselines.stk_products(weight, plan.seed, device,
+                                                             sizes.tokens_of(recipe),
                                                          part.scale.seconds):
-            part.write("kernels", what="stanford-stk", kernel=kernel, weight=f"{weight.shape[0]} x {weight.shape[1]}",
-                       **{"time (us)": seconds * 1e6, "floor / time": (1.0 - weight.sparsity) * dense / seconds,
+            part.write("kernels", what="stanford-stk", kernel=kernel,
+                       weight=f"{weight.shape[0]} x {weight.shape[1]}",
+                       **{"time (us)": seconds * 1e6,
+                          "floor / time": (1.0 - weight.sparsity) * dense / seconds,
                           "dense / time": dense / seconds})
 
 
 def training(part: Part) -> None:
-    """Every pattern trained, dense before and after it all, since a card's clock changes as it gets warm."""
+    """Every pattern trained, dense before and after it all, since a card's clock changes as it gets
+    warm."""
     from benchmarks.engines import joined
 
     runs = {"dense": sizes.DENSE, **part.scale.patterns, "dense, again": sizes.DENSE}
@@ -117,10 +128,12 @@ def training(part: Part) -> None:
     with joined(part.scale.recipe(sizes.DENSE)) as device:
         for name, pattern in runs.items():
             recipe = part.scale.recipe(pattern)
-            part.attempt("training", name, lambda name=name, recipe=recipe: _train(part, name, recipe, device, seconds))
+            part.attempt("training", name, lambda name=name,
+                         recipe=recipe: _train(part, name, recipe, device, seconds))
 
 
-def _train(part: Part, name: str, recipe: Recipe, device: torch.device, seconds: dict[str, float]) -> None:
+def _train(part: Part, name: str, recipe: Recipe, device: torch.device,
+           seconds: dict[str, float]) -> None:
     """Args:
         seconds: of a step of each run so far; this one's is put there.
     """
@@ -136,23 +149,28 @@ def _train(part: Part, name: str, recipe: Recipe, device: torch.device, seconds:
         faster = seconds["dense"] / seconds[name] if "dense" in seconds else None
         part.write("training", what=name, **row_of_training(figures), **{"dense / step": faster})
         part.write("what computes", what=name, by=figures["choices"])
-        parts = measure_parts(recipe, run.engine, range(run.step + 1, run.step + 1 + part.scale.by_part))
-        part.write("a step by part (ms)", what=name, **{k: 1e3 * spent for k, spent in parts.items()})
+        parts = measure_parts(recipe, run.engine,
+                              range(run.step + 1, run.step + 1 + part.scale.by_part))
+        part.write("a step by part (ms)", what=name,
+                   **{k: 1e3 * spent for k, spent in parts.items()})
     finally:
         run.engine.close()
 
 
 def row_of_training(figures: dict) -> dict:
-    """Columns that all tables of training share; `figures` of `train.Run`, or as much of them as a peer has."""
+    """Columns that all tables of training share; `figures` of `train.Run`, or as much of them as a
+    peer has."""
     peak, state = figures["peak_bytes"], figures.get("state_bytes")
     return {"sparsity (%)": 100 * figures["sparsity"], "step (s)": figures["step_seconds"],
             "tokens/s": figures["tokens_per_second"], "TFLOP/s": figures["tflops_per_rank"],
-            "MFU (%)": figures["mfu"] and 100 * figures["mfu"], "peak memory (GiB)": peak and peak / 2**30,
+            "MFU (%)": figures["mfu"] and 100 * figures["mfu"],
+            "peak memory (GiB)": peak and peak / 2**30,
             "state (GiB)": state and sum(state.values()) / 2**30}
 
 
 def peers_of_training(part: Part) -> None:
-    """What one would use instead: plain PyTorch, and Megatron-Core with masks multiplied into dense weights."""
+    """What one would use instead: plain PyTorch, and Megatron-Core with masks multiplied into dense
+    weights."""
     dense = part.scale.recipe(sizes.DENSE)
     for name, measure in baselines.TRAINED.items():
         part.attempt("peers", name, lambda name=name, measure=measure: part.write(
@@ -167,7 +185,8 @@ def largest_model(part: Part) -> None:
     with joined(part.scale.recipe(sizes.DENSE)) as device:
         for name, pattern in (("dense", sizes.DENSE), (deep, part.scale.patterns[deep])):
             recipe = part.scale.deep_recipe(pattern)
-            half = time.monotonic() + (part.until - time.monotonic()) / (2 if name == "dense" else 1)
+            half = time.monotonic() + (part.until - time.monotonic()) / (2 if name == "dense"
+                                                                         else 1)
             part.attempt("largest", name, lambda name=name, recipe=recipe, half=half: _search(
                 part, name, recipe, device, half))
 
@@ -177,7 +196,8 @@ def _search(part: Part, name: str, recipe: Recipe, device: torch.device, until: 
         part.write("largest", what=name, **row)
 
 
-PARTS = {"kernels": kernels, "training": training, "peers": peers_of_training, "largest": largest_model}
+PARTS = {"kernels": kernels, "training": training, "peers": peers_of_training,
+         "largest": largest_model}
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """Every way in which the kernels of a recipe's first layer may be cut up, on this GPU.
 
-What `kernels/tiles.py` takes should be the fastest. It is a table for a person to change: a run takes by size alone.
+What `kernels/tiles.py` takes should be the fastest. It is a table for a person to change: a run
+takes by size alone.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ def measure(recipe: Recipe, plan: Plan, device: torch.device, seconds: float) ->
     """
     moves, name = dispatch.implementation(device.type)
     if not hasattr(moves, "supports"):
-        raise ValueError(f"tiles are those of Triton's kernels, and on this machine's {device.type} it is {name} that "
-                         "computes; run it on a machine with a GPU")
+        raise ValueError("tiles are those of Triton's kernels, and on this machine's "
+                         f"{device.type} it is {name} that computes; run it on a machine with a GPU")
     rows = []
     for weight in (w for n, w in plan.weights.items() if ".layers.0." in n):
         what = {"weight": weight.name.split(".layers.0.")[-1], "shape": list(weight.shape)}
@@ -53,12 +54,15 @@ def _seconds(run: Callable[[], object], seconds: float) -> float | None:
         return None
 
 
-def _trials(weight: SparseWeight, seed: int, device: torch.device, recipe: Recipe) -> Iterator[Trial]:
+def _trials(weight: SparseWeight, seed: int, device: torch.device,
+            recipe: Recipe) -> Iterator[Trial]:
     """What is taken comes first of each kernel."""
     dtype, tokens = dtype_of(recipe), tokens_of(recipe)
-    products, _ = dispatch.tile_products(device.type, weight.tile, dtype) if weight.tile else (None, "")
+    products, _ = dispatch.tile_products(device.type, weight.tile,
+                                         dtype) if weight.tile else (None, "")
     if products is None:
-        yield from _moves(replace(weight, tile=None, two_four=False, level=weight.sparsity), seed, device, dtype)
+        yield from _moves(replace(weight, tile=None, two_four=False, level=weight.sparsity), seed,
+                          device, dtype)
         return
     from megatron_spdf.kernels.tile_shapes import CANDIDATES
     from megatron_spdf.layers.matmul import TileProduct
@@ -67,15 +71,18 @@ def _trials(weight: SparseWeight, seed: int, device: torch.device, recipe: Recip
     values = torch.randn(compact.values_shape, device=device).to(dtype)
     x, gradient = (torch.randn(tokens, n, device=device).to(dtype) for n in reversed(compact.shape))
     buffer = torch.zeros(compact.values_shape, device=device)
-    operands = {"forward": (x, values, compact.mask), "input_gradient": (gradient, values, compact.mask),
+    operands = {"forward": (x, values, compact.mask),
+                "input_gradient": (gradient, values, compact.mask),
                 "weight_gradient": (gradient, x, compact.mask, buffer)}
     for kernel, of_kernel in operands.items():
         for tile in CANDIDATES.get((kernel, weight.tile), []):
-            yield (kernel, f"{tile.width} wide, {tile.depth} deep, {tile.warps} warps, {tile.stages} stages",
+            yield (kernel, f"{tile.width} wide, {tile.depth} deep, {tile.warps} warps, "
+                           f"{tile.stages} stages",
                    partial(getattr(products, kernel), *of_kernel, tile=tile))
 
 
-def _moves(weight: SparseWeight, seed: int, device: torch.device, dtype: torch.dtype) -> Iterator[Trial]:
+def _moves(weight: SparseWeight, seed: int, device: torch.device,
+           dtype: torch.dtype) -> Iterator[Trial]:
     from megatron_spdf.kernels.tile_shapes import WARPS
 
     moves, _ = dispatch.implementation(device.type)
@@ -86,11 +93,13 @@ def _moves(weight: SparseWeight, seed: int, device: torch.device, dtype: torch.d
     for warps in WARPS["expand"]:
         yield "expand", f"{warps} warps", partial(moves.expand, values, compact.mask, warps=warps)
     for warps in WARPS["compress"]:
-        yield "compress", f"{warps} warps", partial(moves.compress, dense, compact.mask, buffer, warps=warps)
+        yield "compress", f"{warps} warps", partial(moves.compress, dense, compact.mask, buffer,
+                                                    warps=warps)
 
 
 def render(rows: list[dict]) -> list[str]:
-    """All weights together, by kernel and tile: the first of a kernel is the one that is taken, the fastest is bold."""
+    """All weights together, by kernel and tile: the first of a kernel is the one that is taken, the
+    fastest is bold."""
     together: dict[str, dict[str, list[float | None]]] = {}
     for row in rows:
         together.setdefault(row["kernel"], {}).setdefault(row["tile"], []).append(row["seconds"])
@@ -98,7 +107,8 @@ def render(rows: list[dict]) -> list[str]:
              "| kernel | tile | time (us) | time of what is taken / time |", "|---|---|---|---|"]
     for kernel, tiles in together.items():
         sums = {tile: None if None in each else math.fsum(each) for tile, each in tiles.items()}
-        taken, fastest = next(iter(sums.values())), min((s for s in sums.values() if s), default=None)
+        taken, fastest = next(iter(sums.values())), min((s for s in sums.values() if s),
+                                                        default=None)
         for tile, time in sums.items():
             figure = "does not fit this GPU" if time is None else f"{time * 1e6:.4g}"
             figure = f"**{figure}**" if time and time == fastest else figure

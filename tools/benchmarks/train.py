@@ -1,5 +1,5 @@
-"""Training as it runs: tokens a second, TFLOP/s, MFU and peak memory of a recipe, dense beside its sparsity, in one
-process and in turn, by stretches of steps that nothing waits for in between."""
+"""Training as it runs: tokens a second, TFLOP/s, MFU and peak memory of a recipe, dense beside its
+sparsity, in one process and in turn, by stretches of steps that nothing waits for in between."""
 
 from __future__ import annotations
 
@@ -72,12 +72,13 @@ def measure_training(recipes: dict[str, Recipe], steps: int) -> dict[str, dict]:
 
 
 def render_training(runs: dict[str, dict]) -> list[str]:
-    lines = [f"| {'':<8} | sparsity | tokens/s | step (s) | TFLOP/s | MFU | peak memory (GiB) | state (GiB) |",
+    lines = [f"| {'':<8} | sparsity | tokens/s | step (s) | TFLOP/s | MFU | peak memory (GiB) | "
+             "state (GiB) |",
              "|---|---|---|---|---|---|---|---|"]
     for name, f in runs.items():
         peak = f"{f['peak_bytes'] / 2**30:.2f}" if f["peak_bytes"] else "-"
-        lines.append(f"| {name:<8} | {f['sparsity']:.2%} | {f['tokens_per_second']:,.0f} | {f['step_seconds']:.4f} | "
-                     f"{f['tflops_per_rank']:.3g} | {render_mfu(f)} | {peak} | "
-                     f"{sum(f['state_bytes'].values()) / 2**30:.3f} |")
+        lines.append(f"| {name:<8} | {f['sparsity']:.2%} | {f['tokens_per_second']:,.0f} | "
+                     f"{f['step_seconds']:.4f} | {f['tflops_per_rank']:.3g} | {render_mfu(f)} | "
+                     f"{peak} | {sum(f['state_bytes'].values()) / 2**30:.3f} |")
     return [*lines, "", "tokens a second, sparse over dense: "
             f"{runs['sparse']['tokens_per_second'] / runs['dense']['tokens_per_second']:.3f}"]

@@ -1,4 +1,5 @@
-"""Real text that is on every machine with Python: the sources of its standard library, as Pile-format shards."""
+"""Real text that is on every machine with Python: the sources of its standard library, as
+Pile-format shards."""
 
 from __future__ import annotations
 
@@ -16,10 +17,13 @@ LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
 
 def write_shards(directory: Path, count: int = 4) -> tuple[int, int]:
-    """The standard library's modules as Pile-format JSON lines; returns documents and bytes of text."""
+    """The standard library's modules as Pile-format JSON lines; returns documents and bytes of
+    text."""
     directory.mkdir(parents=True)
     names = [f"train-{i}" for i in range(count)] + ["valid"]
-    files = {n: zstandard.ZstdCompressor(3).stream_writer((directory / f"{n}.jsonl.zst").open("wb")) for n in names}
+    files = {n: zstandard.ZstdCompressor(3).stream_writer((directory
+                                                           / f"{n}.jsonl.zst").open("wb"))
+             for n in names}
     lines = {n: io.TextIOWrapper(f, encoding="utf-8") for n, f in files.items()}
     documents = size = 0
     for name, text in standard_library():

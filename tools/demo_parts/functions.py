@@ -1,8 +1,9 @@
-"""A synthetic table-to-text set: records about functions that do not exist, and sentences that say what they hold.
+"""A synthetic table-to-text set: records about functions that do not exist, and sentences that say
+what they hold.
 
-A small grammar makes it, so it shows the mechanics of fine-tuning and nothing about language. As in E2E (Novikova et
-al. 2017), a record is a list of `slot : value` in which slots may be missing, several sentences are right for it, and
-no record of one split is in another.
+A small grammar makes it, so it shows the mechanics of fine-tuning and nothing about language. As in
+E2E (Novikova et al. 2017), a record is a list of `slot : value` in which slots may be missing,
+several sentences are right for it, and no record of one split is in another.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-VERBS = ("open", "read", "write", "parse", "copy", "find", "join", "split", "load", "dump", "check", "format")
-NOUNS = ("file", "line", "path", "header", "token", "message", "record", "name", "table", "date", "tree", "stream")
+VERBS = ("open", "read", "write", "parse", "copy", "find", "join", "split", "load", "dump",
+         "check", "format")
+NOUNS = ("file", "line", "path", "header", "token", "message", "record", "name", "table", "date",
+         "tree", "stream")
 MODULES = ("os", "json", "email", "http", "csv", "socket", "ast", "time", "string", "logging")
-THINGS = ("a string", "a list", "an integer", "a dictionary", "a tuple", "a bytes object", "an iterator", "a set")
+THINGS = ("a string", "a list", "an integer", "a dictionary", "a tuple", "a bytes object",
+          "an iterator", "a set")
 ERRORS = ("ValueError", "TypeError", "OSError", "KeyError", "IndexError", "RuntimeError")
 SPLITS = {"train": 800, "validation": 100, "test": 100}  # records
 RIGHT = 3  # sentences for a record of validation and test; training has one line for each of two
@@ -33,7 +37,8 @@ def write_functions(directory: Path, seed: int = 1234) -> dict[str, int]:
         for record in (next(records) for _ in range(count)):
             sentences = draw.sample(list(realise(record)), RIGHT)
             if split == "train":
-                examples += [{"context": linearise(record), "completion": text} for text in sentences[:2]]
+                examples += [{"context": linearise(record), "completion": text}
+                             for text in sentences[:2]]
             else:
                 examples.append({"context": linearise(record), "completion": sentences})
         (directory / f"{split}.jsonl").write_text("".join(json.dumps(e) + "\n" for e in examples))
@@ -45,7 +50,8 @@ def distinct_records(draw: random.Random) -> Iterator[Record]:
     """Records, each once."""
     seen = set()
     while True:
-        record = {"name": f"{draw.choice(VERBS)}_{draw.choice(NOUNS)}", "module": draw.choice(MODULES)}
+        record = {"name": f"{draw.choice(VERBS)}_{draw.choice(NOUNS)}",
+                  "module": draw.choice(MODULES)}
         for slot, values in (("takes", THINGS), ("returns", THINGS), ("raises", ERRORS)):
             if draw.random() < 0.7:
                 record[slot] = draw.choice(values)
@@ -62,7 +68,8 @@ def realise(record: Record) -> Iterator[str]:
     """Sentences that say all of a record and nothing else."""
     name, module = record["name"], record["module"]
     takes, returns, raises = (record.get(slot) for slot in ("takes", "returns", "raises"))
-    does = [f"{verb} {value}" for verb, value in (("takes", takes), ("returns", returns), ("raises", raises)) if value]
+    does = [f"{verb} {value}" for verb,
+            value in (("takes", takes), ("returns", returns), ("raises", raises)) if value]
     does = does or ["takes nothing"]
     yield f"The function {name} of the module {module} {_listed(does)}."
     yield f"{module} has a function {name}, which {_listed(does)}."

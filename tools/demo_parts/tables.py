@@ -36,10 +36,12 @@ def pretraining_table(runs: dict[str, Logged]) -> str:
         }.items():
             rows.setdefault(label, []).append(value)
     head = f"{'':<48}" + "".join(f"{name:>14}" for name in runs) + f"{'ratio':>9}"
-    lines = [f"{label:<48}" + "".join(f"{v:>14,.2f}" for v in values) + f"{values[-1] / values[0]:>9.3f}"
+    lines = [f"{label:<48}" + "".join(f"{v:>14,.2f}" for v in values)
+             + f"{values[-1] / values[0]:>9.3f}"
              for label, values in rows.items()]
-    note = ("* computed from the gradient buffers: gradients reduced and parameters gathered once a step, were there\n"
-            "  more than one replica. Embeddings, norms and biases are dense, and large in a model this small.")
+    note = ("* computed from the gradient buffers: gradients reduced and parameters gathered once "
+            "a step, were there\n  more than one replica. Embeddings, norms and biases are dense, "
+            "and large in a model this small.")
     return "\n".join([head, "-" * len(head), *lines, note])
 
 
@@ -56,8 +58,8 @@ def fine_tuning_table(runs: Sequence[Logged]) -> str:
                 f"{f'{start.sparsity:.0%} sparse' if start.sparsity else 'dense':<14}{run.values['mode']:<12}"
                 + "".join(f"{flops / 1e12:>14.2f}" for flops in (start.flops, run.flops, together))
                 + f"{speed_up:>9.2f}x" + "".join(f"{run.scores[m]:>12.4g}" for m in metrics))
-    note = ("Synthetic table-to-text made by a grammar, test records not seen in training; one seed. BLEU in [0, 1];\n"
-            "perplexity of the references. FLOPs are forward and backward.")
+    note = ("Synthetic table-to-text made by a grammar, test records not seen in training; one "
+            "seed. BLEU in [0, 1];\nperplexity of the references. FLOPs are forward and backward.")
     return "\n".join([head, unit, "-" * len(head), *lines, note])
 
 
@@ -73,8 +75,8 @@ def plot_losses(runs: dict[str, Logged], path: Path) -> None:
         flops = {step: flops / 1e12 for step, flops in run.at_steps("flops").items()}
         (line,) = axes.plot(flops.values(), [r["loss"] for r in run.train], alpha=0.35)
         valid = [r for r in run.valid if r["step"] in flops]
-        axes.plot([flops[r["step"]] for r in valid], [r["loss"] for r in valid], "o-", color=line.get_color(),
-                  label=name)
+        axes.plot([flops[r["step"]] for r in valid], [r["loss"] for r in valid], "o-",
+                  color=line.get_color(), label=name)
     axes.set(xlabel="training FLOPs (1e12)", ylabel="loss (nats per token)",
              title="Pre-training on Python's standard library: line training, points validation")
     axes.legend()

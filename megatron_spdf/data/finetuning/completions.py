@@ -1,7 +1,7 @@
 """Contexts and completions as tokens, and their batches: the same at every layout, padded little.
 
-An example is context + EOD + " " + completion + EOD (Hu et al. 2022, the NLG example of LoRA); the loss is on what
-comes after the first EOD, mean over the completion tokens of the global batch.
+An example is context + EOD + " " + completion + EOD (Hu et al. 2022, the NLG example of LoRA); the
+loss is on what comes after the first EOD, mean over the completion tokens of the global batch.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class Completions:
     """The tokenised pairs of a split.
 
     Attributes:
-        tokens: of every pair, context + EOD + completion + EOD, at most one over the context window.
+        tokens: of every pair, context + EOD + completion + EOD, at most one over the context
+            window.
         starts: where the completion begins.
         truncated: pairs whose context lost its beginning.
     """
@@ -64,7 +65,8 @@ def tokenise(task: str, path: Path, split: str, tokenizer: Tokenizer, window: in
         window: longest sequence the model reads, in tokens.
 
     Raises:
-        ValueError: the data are malformed, or a completion alone does not fit; with the file and the record.
+        ValueError: the data are malformed, or a completion alone does not fit; with the file and
+            the record.
         FileNotFoundError: the split is not there.
     """
     tokens, starts, truncated = [], [], 0
@@ -82,10 +84,12 @@ def tokenise(task: str, path: Path, split: str, tokenizer: Tokenizer, window: in
     return Completions(tokens, np.array(starts), truncated)
 
 
-def _too_long(path: Path, split: str, number: int, example: Example, length: int, window: int) -> str:
-    return (f"{path}, {split} split, example {number} ({example.context[:60]!r}): a completion of {length} tokens, its "
-            f"end-of-document token included, does not fit the window of {window}; raise train.sequence_length up to "
-            "the model's max_positions, or remove the example")
+def _too_long(path: Path, split: str, number: int, example: Example, length: int,
+              window: int) -> str:
+    return (f"{path}, {split} split, example {number} ({example.context[:60]!r}): a completion of "
+            f"{length} tokens, its end-of-document token included, does not fit the window of "
+            f"{window}; raise train.sequence_length up to the model's max_positions, or remove the "
+            "example")
 
 
 class CompletionData:
@@ -98,7 +102,8 @@ class CompletionData:
         replica: which data-parallel replica this rank belongs to.
     """
 
-    def __init__(self, recipe: Recipe, train: Completions, valid: Completions, pad: int, replica: int):
+    def __init__(self, recipe: Recipe, train: Completions, valid: Completions, pad: int,
+                 replica: int):
         self.recipe, self.train, self.valid, self.pad, self.replica = recipe, train, valid, pad, replica
         self.per_epoch = math.ceil(len(train) / recipe.train.global_batch)
         self.valid_batches = math.ceil(len(valid) / recipe.train.global_batch)
@@ -107,15 +112,16 @@ class CompletionData:
         self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
 
     def training_batches(self, first_step: int) -> Iterator[list[MicroBatch]]:
-        """This rank's micro-batches of every step from `first_step` (counted from 0) to the end of the run."""
+        """This rank's micro-batches of every step from `first_step` (counted from 0) to the end of
+        the run."""
         for step in range(first_step, self.recipe.steps):
             epoch, number = divmod(step, self.per_epoch)
             chosen = self._epoch(epoch)[number]
             yield self._micro_batches(self.train, chosen, self.train.targets[chosen].sum())
 
     def validation_batches(self) -> Iterator[list[MicroBatch]]:
-        """All of the validation pairs, in the same batches every time; the mean of their losses is the mean over all
-        completion tokens."""
+        """All of the validation pairs, in the same batches every time; the mean of their losses is
+        the mean over all completion tokens."""
         order, size = np.argsort(self.valid.lengths, kind="stable"), self.recipe.train.global_batch
         for start in range(0, len(order), size):
             yield self._micro_batches(self.valid, order[start : start + size],
@@ -125,17 +131,19 @@ class CompletionData:
         """Tokens, padding not counted, that the model has read after so many steps."""
         epochs, rest = divmod(steps, self.per_epoch)
         read = self._epoch(epochs)[:rest] if rest else []
-        return int(epochs * self.train.lengths.sum() + sum(self.train.lengths[chosen].sum() for chosen in read))
+        return int(epochs * self.train.lengths.sum()
+                   + sum(self.train.lengths[chosen].sum() for chosen in read))
 
     def consumed_by_source(self, steps: int) -> dict[str, int]:
         """Nothing: a fine-tuning run has one source."""
         return {}
 
     def _draw_epoch(self, epoch: int) -> list[np.ndarray]:
-        """The global batches of an epoch as positions in `train`; a function of the seed and the epoch alone.
+        """The global batches of an epoch as positions in `train`; a function of the seed and the
+        epoch alone.
 
-        A random order is cut into pools, a pool is sorted by length and cut into batches, and the batches are put into
-        a random order again.
+        A random order is cut into pools, a pool is sorted by length and cut into batches, and the
+        batches are put into a random order again.
         """
         size = self.recipe.train.global_batch
         order = _random_order(self.recipe.seed, epoch, "examples", len(self.train))
@@ -146,8 +154,10 @@ class CompletionData:
             batches += [pool[i : i + size] for i in range(0, len(pool), size)]
         return [batches[i] for i in _random_order(self.recipe.seed, epoch, "batches", len(batches))]
 
-    def _micro_batches(self, pairs: Completions, chosen: np.ndarray, targets: float) -> list[MicroBatch]:
-        """This rank's share of a global batch, of neighbours in length; empty rows fill a batch that is short.
+    def _micro_batches(self, pairs: Completions, chosen: np.ndarray,
+                       targets: float) -> list[MicroBatch]:
+        """This rank's share of a global batch, of neighbours in length; empty rows fill a batch
+        that is short.
 
         Args:
             targets: completion tokens by which the loss of a global batch is divided.
@@ -158,7 +168,8 @@ class CompletionData:
         batch = []
         for micro in range(self.recipe.micro_batches):
             start = (micro * replicas + self.replica) * size
-            batch.append(self._padded(pairs, chosen[start : start + size]) | {"loss_tokens": loss_tokens})
+            batch.append(self._padded(pairs, chosen[start : start + size])
+                         | {"loss_tokens": loss_tokens})
         return batch
 
     def _padded(self, pairs: Completions, rows: np.ndarray) -> MicroBatch:
@@ -174,10 +185,12 @@ class CompletionData:
             text[place, : len(tokens)] = tokens
             mask[place, pairs.starts[row] - 1 : len(tokens) - 1] = 1.0
         position = torch.arange(length).expand(train.micro_batch, -1).contiguous()
-        return {"tokens": torch.from_numpy(text[:, :-1].copy()), "labels": torch.from_numpy(text[:, 1:].copy()),
+        return {"tokens": torch.from_numpy(text[:, :-1].copy()),
+                "labels": torch.from_numpy(text[:, 1:].copy()),
                 "loss_mask": torch.from_numpy(mask), "position_ids": position}
 
 
 def _random_order(seed: int, epoch: int, what: str, count: int) -> np.ndarray:
     """A permutation of range(count) from a counter-based stream."""
-    return np.argsort(Philox(key=stream_key(STREAM, seed, epoch, what)).random_raw(count), kind="stable")
+    return np.argsort(Philox(key=stream_key(STREAM, seed, epoch, what)).random_raw(count),
+                      kind="stable")

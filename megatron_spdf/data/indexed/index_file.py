@@ -1,4 +1,5 @@
-"""Megatron's .idx file: a header, then length and offset of each sequence, then where documents end."""
+"""Megatron's .idx file: a header, then length and offset of each sequence, then where documents
+end."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ REBUILD = "Run tools/preprocess_data.py again, or copy the file again if it was 
 # Magic, version, dtype code, sequences, length of the document list.
 _HEADER = struct.Struct("<9sQBQQ")
 _MAGIC = b"MMIDIDX\x00\x00"
-_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64", 7: "float32", 8: "uint16"}
+_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64", 7: "float32",
+           8: "uint16"}
 _CODES = {name: code for code, name in _DTYPES.items()}
 _BYTES_PER_SEQUENCE = 4 + 8  # int32 length, int64 offset
 _BYTES_PER_DOCUMENT = 8
@@ -23,7 +25,8 @@ _CHUNK = 1 << 20  # entries in memory at a time
 
 
 class IndexHeader(NamedTuple):
-    """Start of a .idx file. Megatron's document list holds a leading 0, so `documents` is one less long."""
+    """Start of a .idx file. Megatron's document list holds a leading 0, so `documents` is one less
+    long."""
 
     dtype: str
     sequences: int
@@ -40,17 +43,19 @@ def read_index_header(path: Path) -> IndexHeader:
     """The header of a .idx file.
 
     Raises:
-        ValueError: the file is shorter than a header, or its magic, version or dtype is not Megatron's.
+        ValueError: the file is shorter than a header, or its magic, version or dtype is not
+            Megatron's.
     """
     with open(path, "rb") as file:
         start = file.read(_HEADER.size)
     if len(start) < _HEADER.size:
-        raise ValueError(f"{path} is cut off: {len(start)} bytes; its header has {_HEADER.size}. {REBUILD}")
+        raise ValueError(f"{path} is cut off: {len(start)} bytes; its header has {_HEADER.size}. "
+                         f"{REBUILD}")
     magic, version, code, sequences, document_list = _HEADER.unpack(start)
     if magic != _MAGIC or version != 1 or code not in _DTYPES or document_list < 1:
         raise ValueError(
-            f"{path} is not an index of Megatron: it starts with {magic!r}, version {version}, dtype code "
-            f"{code}; expected {_MAGIC!r}, version 1, a code in 1..8. {REBUILD}"
+            f"{path} is not an index of Megatron: it starts with {magic!r}, version {version}, "
+            f"dtype code {code}; expected {_MAGIC!r}, version 1, a code in 1..8. {REBUILD}"
         )
     return IndexHeader(_DTYPES[code], sequences, document_list - 1)
 
@@ -61,7 +66,8 @@ class Index(NamedTuple):
     Attributes:
         lengths: (sequences,) int32, tokens of each.
         offsets: (sequences,) int64, where each starts in the .bin file, in bytes.
-        document_ends: (documents + 1,) int64, the number of sequences before the end of each; a leading 0.
+        document_ends: (documents + 1,) int64, the number of sequences before the end of each; a
+            leading 0.
     """
 
     lengths: np.ndarray
@@ -72,7 +78,8 @@ class Index(NamedTuple):
 def read_index(path: Path) -> Index:
     """The arrays of a .idx file whose size has been checked."""
     header = read_index_header(path)
-    shapes = ((np.int32, header.sequences), (np.int64, header.sequences), (np.int64, header.documents + 1))
+    shapes = ((np.int32, header.sequences), (np.int64, header.sequences),
+              (np.int64, header.documents + 1))
     arrays, offset = [], _HEADER.size
     for dtype, count in shapes:
         arrays.append(np.memmap(path, dtype, "r", offset, (count,)))
@@ -86,7 +93,8 @@ def read_lengths(path: Path) -> np.ndarray:
 
 
 def write_index(path: Path, lengths: np.ndarray, dtype: np.dtype) -> str:
-    """Writes the .idx file of documents of one sequence each, in little memory; returns its SHA-256.
+    """Writes the .idx file of documents of one sequence each, in little memory; returns its
+    SHA-256.
 
     Args:
         lengths: tokens of each document, (documents,) of int32; may be memory-mapped.

@@ -1,4 +1,5 @@
-"""What a data set holds, as plain values and as text, and whether that is what its manifest says."""
+"""What a data set holds, as plain values and as text, and whether that is what its manifest
+says."""
 
 from __future__ import annotations
 
@@ -37,8 +38,10 @@ def describe(prefix: str | Path) -> dict[str, Any]:
         "prefix": str(prefix),
         "manifest": manifest.model_dump(mode="json"),
         "content_sha256": manifest.content_sha256,
-        "text_bytes_per_token": manifest.text_bytes / manifest.tokens if manifest.text_bytes else None,
-        "tokens_per_document": {"mean": float(lengths.mean()), "min": int(lengths.min()), "10%": float(low),
+        "text_bytes_per_token": manifest.text_bytes / manifest.tokens if manifest.text_bytes
+        else None,
+        "tokens_per_document": {"mean": float(lengths.mean()), "min": int(lengths.min()),
+                                "10%": float(low),
                                 "50%": float(middle), "90%": float(high), "99%": float(highest),
                                 "max": int(lengths.max())},
         "histogram": histogram(lengths),
@@ -55,7 +58,8 @@ def histogram(lengths: np.ndarray) -> list[dict[str, int]]:
     documents = np.bincount(classes)
     tokens = np.bincount(classes, weights=lengths)
     first = int(np.flatnonzero(documents)[0])
-    return [{"from": 2**i, "below": 2 ** (i + 1), "documents": int(documents[i]), "tokens": int(tokens[i])}
+    return [{"from": 2**i, "below": 2 ** (i + 1), "documents": int(documents[i]),
+             "tokens": int(tokens[i])}
             for i in range(first, len(documents))]
 
 
@@ -67,41 +71,48 @@ def sample(prefix: str | Path, number: int) -> dict[str, Any]:
     """
     manifest, index = check_prefix(prefix), read_index(file_of(prefix, "idx"))
     if not 0 <= number < len(index.lengths):
-        raise ValueError(f"{prefix} holds documents 0 to {len(index.lengths) - 1:,}; there is no document {number:,}")
+        raise ValueError(f"{prefix} holds documents 0 to {len(index.lengths) - 1:,}; there is no "
+                         f"document {number:,}")
     tokenizer = _tokenizer_of(prefix)
     if tokenizer is None:
-        raise ValueError(f"{prefix}.tokenizer is missing, and nothing else says how to decode the tokens")
+        raise ValueError(f"{prefix}.tokenizer is missing, and nothing else says how to decode the "
+                         "tokens")
     first = int(index.offsets[number]) // np.dtype(manifest.dtype).itemsize
     ids = _tokens(prefix, manifest)[first : first + int(index.lengths[number])].tolist()
     ends = np.cumsum([source.documents for source in manifest.sources])
-    origin = manifest.sources[int(np.searchsorted(ends, number, side="right"))].path if len(ends) else None
-    return {"document": number, "tokens": len(ids), "source": origin, "ids": ids, "text": tokenizer.decode(ids)}
+    origin = manifest.sources[int(np.searchsorted(ends, number,
+                                                  side="right"))].path if len(ends) else None
+    return {"document": number, "tokens": len(ids), "source": origin, "ids": ids,
+            "text": tokenizer.decode(ids)}
 
 
 def verify(prefix: str | Path) -> list[str]:
-    """Reads every byte of a data set and holds it against its manifest; the faults, as sentences."""
+    """Reads every byte of a data set and holds it against its manifest; the faults, as
+    sentences."""
     try:
         manifest = check_prefix(prefix)
     except (ValueError, OSError) as error:
         return [str(error)]
-    return [*_index_faults(prefix, manifest), *_token_faults(prefix, manifest), *_source_faults(prefix, manifest),
+    return [*_index_faults(prefix, manifest), *_token_faults(prefix,
+                                                             manifest), *_source_faults(prefix, manifest),
             *_tokenizer_faults(prefix, manifest)]
 
 
 def verify_corpus(prefix: str | Path) -> list[str]:
-    """Faults of a directory of data sets: of each of them, and of the counts that they should add up to."""
+    """Faults of a directory of data sets: of each of them, and of the counts that they should add
+    up to."""
     corpus, faults = read_corpus(prefix), []
     for name, counts in corpus.data_sets.items():
         path = str(Path(prefix) / name)
         found = verify(path)
         faults += found
         if not found and check_prefix(path).documents != counts.documents:
-            faults.append(f"{path} holds {check_prefix(path).documents:,} documents, and {CORPUS} says "
-                          f"{counts.documents:,}")
+            faults.append(f"{path} holds {check_prefix(path).documents:,} documents, and {CORPUS} "
+                          f"says {counts.documents:,}")
     total = sum(counts.documents for counts in corpus.data_sets.values())
     if total != corpus.documents:
-        faults.append(f"{prefix}: the data sets hold {total:,} documents together, and {CORPUS} says "
-                      f"{corpus.documents:,}")
+        faults.append(f"{prefix}: the data sets hold {total:,} documents together, and {CORPUS} "
+                      f"says {corpus.documents:,}")
     return faults
 
 
@@ -111,7 +122,8 @@ def _index_faults(prefix: str | Path, manifest: Manifest) -> Iterator[str]:
     if manifest.idx_sha256 and hashlib.sha256(path.read_bytes()).hexdigest() != manifest.idx_sha256:
         yield f"{path} has another content than was written"
     ends = np.cumsum(index.lengths, dtype=np.int64)
-    if len(ends) and ((index.lengths < 0).any() or (index.offsets != (ends - index.lengths) * size).any()
+    if len(ends) and ((index.lengths < 0).any()
+                      or (index.offsets != (ends - index.lengths) * size).any()
                       or ends[-1] * size != manifest.bin_bytes):
         yield f"{path}: its offsets do not follow from its lengths, or do not end where the tokens do"
     starts = index.document_ends
@@ -125,13 +137,14 @@ def _token_faults(prefix: str | Path, manifest: Manifest) -> Iterator[str]:
     """Ids beyond the vocabulary, and ends of documents that are not where documents end."""
     if manifest.tokenizer is None:
         return
-    tokens, known, eod = _tokens(prefix, manifest), manifest.tokenizer.vocab_size, manifest.tokenizer.eod
+    tokens, known, eod = _tokens(prefix,
+                                 manifest), manifest.tokenizer.vocab_size, manifest.tokenizer.eod
     ends_seen = 0
     for start in range(0, len(tokens), _CHUNK):
         chunk = tokens[start : start + _CHUNK]
         if (beyond := np.flatnonzero(chunk >= known)).size:
-            yield (f"{file_of(prefix, 'bin')}, token {start + int(beyond[0]):,}: id {int(chunk[beyond[0]])}, and the "
-                   f"tokenizer has {known:,}")
+            yield (f"{file_of(prefix, 'bin')}, token {start + int(beyond[0]):,}: id "
+                   f"{int(chunk[beyond[0]])}, and the tokenizer has {known:,}")
             return
         ends_seen += int((chunk == eod).sum())
     if manifest.append_eod:
@@ -150,10 +163,11 @@ def _source_faults(prefix: str | Path, manifest: Manifest) -> Iterator[str]:
             continue
         digest = hashlib.sha256()
         for first in range(start, start + source.tokens, _CHUNK):
-            digest.update(np.ascontiguousarray(tokens[first : min(first + _CHUNK, start + source.tokens)]))
+            digest.update(np.ascontiguousarray(tokens[first : min(first + _CHUNK,
+                                                                  start + source.tokens)]))
         if digest.hexdigest() != source.bin_sha256:
-            yield (f"{file_of(prefix, 'bin')}, tokens {start:,} to {start + source.tokens:,}: another content than was "
-                   f"made of {source.path}")
+            yield (f"{file_of(prefix, 'bin')}, tokens {start:,} to {start + source.tokens:,}: "
+                   f"another content than was made of {source.path}")
         start += source.tokens
 
 
@@ -181,26 +195,31 @@ def _tokenizer_of(prefix: str | Path) -> Tokenizer | None:
 def render(facts: dict[str, Any]) -> str:
     """`describe` for people."""
     manifest, lengths = facts["manifest"], facts["tokens_per_document"]
-    lines = [f"{facts['prefix']}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens of "
-             f"{manifest['dtype']}, {(manifest['bin_bytes'] + manifest['idx_bytes']) / 1e6:,.1f} MB"]
+    lines = [f"{facts['prefix']}: {manifest['documents']:,} documents, {manifest['tokens']:,} "
+             f"tokens of {manifest['dtype']}, "
+             f"{(manifest['bin_bytes'] + manifest['idx_bytes']) / 1e6:,.1f} MB"]
     if part := ", ".join(filter(None, (manifest["split"], manifest["set_name"]))):
         lines.append(f"  part of a corpus: {part}")
     if manifest["text_bytes"]:
-        lines.append(f"  text {manifest['text_bytes'] / 1e6:,.1f} MB, {facts['text_bytes_per_token']:.3f} bytes a "
-                     "token")
+        lines.append(f"  text {manifest['text_bytes'] / 1e6:,.1f} MB, "
+                     f"{facts['text_bytes_per_token']:.3f} bytes a token")
     if tokenizer := manifest["tokenizer"]:
-        end = {True: "after every document", False: "left out", None: "unknown"}[manifest["append_eod"]]
+        end = {True: "after every document", False: "left out",
+               None: "unknown"}[manifest["append_eod"]]
         lines.append(f"  tokenizer {tokenizer['kind']} of {tokenizer['vocab_size']:,} ids, sha256 "
                      f"{tokenizer['sha256'][:16]}; end of document {tokenizer['eod']}, {end}")
     else:
         lines.append("  no manifest: made by another tool")
     if manifest["sources"]:
-        lines.append(f"  {len(manifest['sources'])} inputs; {manifest['skipped']:,} records skipped, "
-                     f"{manifest['empty']:,} empty, {manifest['duplicates']:,} duplicates")
-    lines += [f"    {s['path']}: {s['documents']:,} documents, {s['size']:,} bytes, sha256 {(s['sha256'] or '?')[:16]}"
+        lines.append(f"  {len(manifest['sources'])} inputs; {manifest['skipped']:,} records "
+                     f"skipped, {manifest['empty']:,} empty, {manifest['duplicates']:,} duplicates")
+    lines += [f"    {s['path']}: {s['documents']:,} documents, {s['size']:,} bytes, sha256 "
+              f"{(s['sha256'] or '?')[:16]}"
               for s in manifest["sources"]]
-    lines += [f"    skipped: {s['path']}, line {s['line']}: {s['reason']}" for s in manifest["skipped_lines"][:10]]
-    lines.append("  tokens a document: " + ", ".join(f"{name} {value:,.0f}" for name, value in lengths.items()))
+    lines += [f"    skipped: {s['path']}, line {s['line']}: {s['reason']}"
+              for s in manifest["skipped_lines"][:10]]
+    lines.append("  tokens a document: "
+                 + ", ".join(f"{name} {value:,.0f}" for name, value in lengths.items()))
     return "\n".join([*lines, *_render_histogram(facts["histogram"])])
 
 
@@ -209,8 +228,8 @@ def _render_histogram(classes: list[dict[str, int]]) -> list[str]:
     lines = [f"  {'tokens':>21}  {'documents':>11}  {'of all tokens':>13}"]
     for c in classes:
         bar = "#" * -(-_BAR * c["documents"] // most)
-        lines.append(f"  {c['from']:>9,} - {c['below'] - 1:>9,}  {c['documents']:>11,}  {c['tokens'] / total:>13.1%}  "
-                     f"{bar}".rstrip())
+        lines.append(f"  {c['from']:>9,} - {c['below'] - 1:>9,}  {c['documents']:>11,}  "
+                     f"{c['tokens'] / total:>13.1%}  {bar}".rstrip())
     return lines
 
 
@@ -226,7 +245,8 @@ def plot_histogram(facts: dict[str, Any], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4), dpi=140)
     for key, style in (("documents", "-"), ("tokens", "--")):
         counts = [c[key] for c in classes]
-        axes.stairs([count / sum(counts) for count in counts], edges, label=f"share of {key}", linestyle=style)
+        axes.stairs([count / sum(counts) for count in counts], edges, label=f"share of {key}",
+                    linestyle=style)
     axes.set_xscale("log", base=2)
     axes.set(xlabel="tokens in a document", ylabel="share", title=facts["prefix"])
     axes.legend()

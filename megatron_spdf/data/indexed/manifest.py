@@ -49,7 +49,8 @@ class Settings(_Record):
         ftfy: texts go through `ftfy.fix_text` first.
         deduplicate: of documents with the same text the first is kept.
         split: shares of train, valid and test, which a hash of the text decides; None: no split.
-        set_key: a data set for each value of this key of "meta"; None: documents of all sets in one.
+        set_key: a data set for each value of this key of "meta"; None: documents of all sets in
+            one.
         per_shard: a data set for each input file.
     """
 
@@ -72,10 +73,11 @@ class Settings(_Record):
 
 
 class Source(_Record):
-    """One input file, and what became of its records: records = documents + empty + skipped + duplicates.
+    """One input file, and what became of its records: records = documents + empty + skipped +
+    duplicates.
 
-    In the manifest of one data set of several, `documents` and what follows count what went there, and what became of
-    all other records is told in PREFIX/corpus.json.
+    In the manifest of one data set of several, `documents` and what follows count what went there,
+    and what became of all other records is told in PREFIX/corpus.json.
 
     Attributes:
         size: bytes on disk; `sha256` is over them.
@@ -112,7 +114,8 @@ class _Origin(_Record):
         tokens: tokens in it, end-of-document tokens included.
         text_bytes: UTF-8 bytes of the documents' text.
         empty: records left out because they give no token.
-        skipped: records left out because they could not be read; `skipped_lines` lists the first 1,000.
+        skipped: records left out because they could not be read; `skipped_lines` lists the first
+            1,000.
         duplicates: records left out because their text was there before.
         versions: of the libraries that read, tokenized and wrote.
     """
@@ -134,8 +137,8 @@ class _Origin(_Record):
 class Manifest(_Origin):
     """What a data set PREFIX.bin, PREFIX.idx holds; kept in PREFIX.json.
 
-    A data set made by another tool has no such file. Its manifest is then made up from the .idx file, and
-    what that does not tell is None.
+    A data set made by another tool has no such file. Its manifest is then made up from the .idx
+    file, and what that does not tell is None.
 
     Attributes:
         append_eod: whether each document ends with the end-of-document token.
@@ -155,10 +158,12 @@ class Manifest(_Origin):
 
     @property
     def content_sha256(self) -> str | None:
-        """Fingerprint of the tokens, whatever their path; None where the checksums are not known."""
+        """Fingerprint of the tokens, whatever their path; None where the checksums are not
+        known."""
         if self.idx_sha256 is None:
             return None
-        parts = [self.idx_sha256, *(source.bin_sha256 for source in self.sources if source.bin_sha256)]
+        parts = [self.idx_sha256, *(source.bin_sha256 for source in self.sources
+                                    if source.bin_sha256)]
         return hashlib.sha256(f"{self.dtype} {' '.join(parts)}".encode()).hexdigest()
 
 
@@ -177,7 +182,8 @@ def read_manifest(prefix: str | Path) -> Manifest:
     """The manifest in PREFIX.json.
 
     Raises:
-        ValueError: it is missing, not a manifest, or of a format version that this code does not know.
+        ValueError: it is missing, not a manifest, or of a format version that this code does not
+            know.
     """
     path = file_of(prefix, "json")
     try:
@@ -198,7 +204,8 @@ def read_corpus(prefix: str | Path) -> CorpusManifest:
     try:
         return CorpusManifest.model_validate_json(path.read_bytes())
     except FileNotFoundError:
-        raise ValueError(f"{path} is missing, so {prefix} is no directory of data sets, or incomplete") from None
+        raise ValueError(f"{path} is missing, so {prefix} is no directory of data sets, or "
+                         "incomplete") from None
     except ValidationError as error:
         raise ValueError(f"{path} is not a manifest of format version 1: {error}. {REBUILD}") from None
 
@@ -206,8 +213,9 @@ def read_corpus(prefix: str | Path) -> CorpusManifest:
 def check_prefix(prefix: str | Path, tokenizer_sha256: str | None = None) -> Manifest:
     """Check that the data set at `prefix` is whole, not empty, and made with the tokenizer in use.
 
-    A data set with neither PREFIX.json nor PREFIX.tokenizer was made by another tool, such as Megatron-LM's:
-    its sizes are checked against its own .idx file, and its tokenizer cannot be checked.
+    A data set with neither PREFIX.json nor PREFIX.tokenizer was made by another tool, such as
+    Megatron-LM's: its sizes are checked against its own .idx file, and its tokenizer cannot be
+    checked.
 
     Args:
         tokenizer_sha256: `Tokenizer.sha256` of the tokenizer in use; None leaves that unchecked.
@@ -234,8 +242,9 @@ def check_prefix(prefix: str | Path, tokenizer_sha256: str | None = None) -> Man
     recorded = manifest.tokenizer.sha256 if manifest.tokenizer else None
     if tokenizer_sha256 and recorded and recorded != tokenizer_sha256:
         raise ValueError(
-            f"data set {prefix} was made with the tokenizer {recorded}, and the run uses {tokenizer_sha256} "
-            f"(sha256). Use the copy in {file_of(prefix, 'tokenizer')}, or preprocess the text again"
+            f"data set {prefix} was made with the tokenizer {recorded}, and the run uses "
+            f"{tokenizer_sha256} (sha256). Use the copy in {file_of(prefix, 'tokenizer')}, or "
+            "preprocess the text again"
         )
     return manifest
 

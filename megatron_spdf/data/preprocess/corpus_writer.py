@@ -35,11 +35,13 @@ class CorpusWriter:
         self._settings, self._dtype = ledger.work.settings, np.dtype(ledger.work.dtype)
         self._counts, self._part_of = ledger.counts(), ledger.part_of()
         self._remove_strays()
-        self._open = {name: self._grow(name) for name in self._counts if not self._settings.per_shard}
+        self._open = {name: self._grow(name) for name in self._counts
+                      if not self._settings.per_shard}
         self._seen, self._digests = None, None
         if self._settings.deduplicate:
             kept = sum(counts.documents for counts in self._counts.values())
-            self._digests = AppendFile(partial.directory / "digests", kept * Encoded.DIGEST.itemsize)
+            self._digests = AppendFile(partial.directory / "digests",
+                                       kept * Encoded.DIGEST.itemsize)
             self._seen = DigestSet(np.fromfile(self._digests.path, Encoded.DIGEST))
         self._start_input()
 
@@ -57,17 +59,20 @@ class CorpusWriter:
         for number, part in enumerate(encoded.parts):
             self._append(path, part, encoded, kept & (encoded.part_of == number))
         tokens = int(encoded.lengths[kept].sum())
-        return Counts(documents=int(kept.sum()), tokens=tokens, text_bytes=int(encoded.text_bytes[kept].sum()))
+        return Counts(documents=int(kept.sum()), tokens=tokens,
+                      text_bytes=int(encoded.text_bytes[kept].sum()))
 
     def end_input(self, path: Path, read: ReadReport, last: bool) -> None:
         """Notes that the input `path` is finished, of which `read` is what its reader counted."""
         parts = {name: data_set.end_input() for name, data_set in self._open.items()}
         parts = {name: part for name, part in parts.items() if part.documents}
         stat, documents = path.stat(), sum(part.documents for part in parts.values())
-        lines = sorted(read.skipped_lines + self._report.skipped_lines, key=lambda skipped: skipped.line)
+        lines = sorted(read.skipped_lines + self._report.skipped_lines,
+                       key=lambda skipped: skipped.line)
         source = Source(
-            path=str(path), size=stat.st_size, sha256=read.sha256, records=read.seen, documents=documents,
-            empty=self._report.empty, skipped=read.skipped + self._report.skipped, duplicates=self._duplicates,
+            path=str(path), size=stat.st_size, sha256=read.sha256, records=read.seen,
+            documents=documents, empty=self._report.empty,
+            skipped=read.skipped + self._report.skipped, duplicates=self._duplicates,
             tokens=sum(part.tokens for part in parts.values()),
             text_bytes=sum(part.text_bytes for part in parts.values()),
         )
@@ -76,7 +81,8 @@ class CorpusWriter:
         self._ledger.add(
             FinishedInput(
                 source=source, mtime_ns=stat.st_mtime_ns, parts=parts,
-                part_of={name: self._part_of[name] for name in parts}, skipped_lines=lines[:MAX_RECORDED_SKIPS],
+                part_of={name: self._part_of[name] for name in parts},
+                skipped_lines=lines[:MAX_RECORDED_SKIPS],
             ),
             files, last or self._settings.per_shard)
         if self._settings.per_shard:
@@ -88,28 +94,33 @@ class CorpusWriter:
             data_set.close()
         self._open = {}
 
-    def _append(self, path: Path, part: tuple[str | None, str | None], encoded: Encoded, chosen: np.ndarray) -> None:
+    def _append(self, path: Path, part: tuple[str | None, str | None], encoded: Encoded,
+                chosen: np.ndarray) -> None:
         if not chosen.any():
             return
         ids = encoded.ids if chosen.all() else encoded.ids[np.repeat(chosen, encoded.lengths)]
-        self._data_set(path, part).append(ids, encoded.lengths[chosen], int(encoded.text_bytes[chosen].sum()))
+        self._data_set(path, part).append(ids, encoded.lengths[chosen],
+                                          int(encoded.text_bytes[chosen].sum()))
 
     def _data_set(self, path: Path, part: tuple[str | None, str | None]) -> GrowingDataSet:
         split, set_name = part
         stem = stem_of(path) if self._settings.per_shard else None
         name = "/".join(p for p in (split, set_name and file_name_of(set_name), stem) if p)
         if self._part_of.setdefault(name, part) != part:
-            raise ValueError(f"the sets {self._part_of[name][1]!r} and {set_name!r} would both be written to "
-                             f"{self._partial.prefix}/{name}; rename one of them in the input")
+            raise ValueError(f"the sets {self._part_of[name][1]!r} and {set_name!r} would both be "
+                             f"written to {self._partial.prefix}/{name}; rename one of them in the "
+                             "input")
         if name not in self._open:
             if len(self._open) == _MOST_DATA_SETS:
-                raise ValueError(f"more than {_MOST_DATA_SETS} sets by meta.{self._settings.set_key}: {set_name!r} is "
-                                 "one more; name a key with fewer values to --by-set")
+                raise ValueError(f"more than {_MOST_DATA_SETS} sets by "
+                                 f"meta.{self._settings.set_key}: {set_name!r} is one more; name a "
+                                 "key with fewer values to --by-set")
             self._open[name] = self._grow(name)
         return self._open[name]
 
     def _grow(self, name: str) -> GrowingDataSet:
-        return GrowingDataSet(self._partial.base_of(name), self._dtype, self._counts.get(name, Counts()))
+        return GrowingDataSet(self._partial.base_of(name), self._dtype,
+                              self._counts.get(name, Counts()))
 
     def _remove_strays(self) -> None:
         """Data sets that only the input had which was cut off, and which may be another one now."""
@@ -131,6 +142,7 @@ def require_balance(source: Source) -> None:
     """Raise a RuntimeError unless every record of an input is accounted for."""
     out = source.documents + source.empty + source.skipped + source.duplicates
     if source.records != out:
-        raise RuntimeError(f"{source.path}: {source.records} records in, but {source.documents} documents + "
-                           f"{source.empty} empty + {source.skipped} skipped + {source.duplicates} duplicates = {out} "
-                           "out; this is a fault of the program, and no data set is written")
+        raise RuntimeError(f"{source.path}: {source.records} records in, but {source.documents} "
+                           f"documents + {source.empty} empty + {source.skipped} skipped + "
+                           f"{source.duplicates} duplicates = {out} out; this is a fault of the "
+                           "program, and no data set is written")

@@ -8,8 +8,9 @@ import numpy as np
 class DigestSet:
     """A growing set of 16-byte digests, 16 bytes of memory each.
 
-    Kept as sorted runs of which each is more than twice as long as the next, as in a log-structured merge tree: with n
-    digests there are log n runs to look in, and every digest is merged log n times.
+    Kept as sorted runs of which each is more than twice as long as the next, as in a log-structured
+    merge tree: with n digests there are log n runs to look in, and every digest is merged log n
+    times.
     """
 
     def __init__(self, digests: np.ndarray | None = None):
@@ -19,7 +20,8 @@ class DigestSet:
             self._runs.append(np.sort(digests))
 
     def add(self, digests: np.ndarray) -> np.ndarray:
-        """Takes digests (n,) in; tells of each (n,) whether it is new, not seen before nor earlier among these."""
+        """Takes digests (n,) in; tells of each (n,) whether it is new, not seen before nor earlier
+        among these."""
         unique, first = np.unique(digests, return_index=True)
         fresh = np.ones(len(unique), bool)
         for run in self._runs:

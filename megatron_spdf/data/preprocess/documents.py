@@ -1,6 +1,7 @@
 """The documents of JSON-lines shards (plain, .zst, .gz) and text files.
 
-A record that cannot be read is an error that names the place, or is skipped on request and then recorded.
+A record that cannot be read is an error that names the place, or is skipped on request and then
+recorded.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ FORMATS = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".txt")
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One document: its text, the record's "meta" object if it has one, and the place it came from."""
+    """One document: its text, the record's "meta" object if it has one, and the place it came
+    from."""
 
     text: str
     meta: dict | None
@@ -42,10 +44,12 @@ class BadRecord(Exception):
 
 
 def expand_inputs(inputs: Sequence[str | Path]) -> list[Path]:
-    """The files that `inputs`, paths or glob patterns, name; a pattern's matches are in sorted order.
+    """The files that `inputs`, paths or glob patterns, name; a pattern's matches are in sorted
+    order.
 
     Raises:
-        ValueError: an input that matches nothing, a directory, a file of unknown format, a file named twice.
+        ValueError: an input that matches nothing, a directory, a file of unknown format, a file
+            named twice.
     """
     paths: list[Path] = []
     for pattern in map(str, inputs):
@@ -54,12 +58,15 @@ def expand_inputs(inputs: Sequence[str | Path]) -> list[Path]:
             raise ValueError(f"input {pattern!r} matches no file")
         paths += map(Path, matches)
     if not paths:
-        raise ValueError("no input given; name at least one file or pattern, such as 'shards/*.jsonl.zst'")
+        raise ValueError("no input given; name at least one file or pattern, such as "
+                         "'shards/*.jsonl.zst'")
     for path in paths:
         if path.is_dir():
-            raise ValueError(f"input {path} is a directory; give its files, such as '{path}/*.jsonl.zst'")
+            raise ValueError(f"input {path} is a directory; give its files, such as "
+                             f"'{path}/*.jsonl.zst'")
         if not path.name.endswith(FORMATS):
-            raise ValueError(f"input {path} has no known format; its name must end with one of {FORMATS}")
+            raise ValueError(f"input {path} has no known format; its name must end with one of "
+                             f"{FORMATS}")
     path, times = Counter(paths).most_common(1)[0]
     if times > 1:
         raise ValueError(f"input {path} is named {times} times; name each file once")
@@ -74,35 +81,41 @@ def iterate_documents(
 ) -> Iterator[Document]:
     """The documents of all files, in order. Documents with an empty text are left out.
 
-    A .jsonl file holds one JSON object a line, its text under `text_key`; a .txt file is one document.
+    A .jsonl file holds one JSON object a line, its text under `text_key`; a .txt file is one
+    document.
 
     Args:
         paths: files or glob patterns, as in `expand_inputs`.
-        on_error: "stop" raises on a record that cannot be read; "skip" leaves it out and tells `report`.
+        on_error: "stop" raises on a record that cannot be read; "skip" leaves it out and tells
+            `report`.
         report: counts, kept up to date while documents are drawn.
 
     Raises:
-        ValueError: bad `paths`; under "stop", a bad record or a damaged file, with its line or byte; no
-            document at all.
+        ValueError: bad `paths`; under "stop", a bad record or a damaged file, with its line or
+            byte; no document at all.
     """
     report = report if report is not None else ReadReport()
     for path in expand_inputs(paths):
         yield from read_shard(path, text_key, on_error, report)
     if not report.documents:
-        raise ValueError(f"no document in the inputs: {report.empty} empty records, {report.skipped} skipped")
+        raise ValueError(f"no document in the inputs: {report.empty} empty records, "
+                         f"{report.skipped} skipped")
 
 
 def read_shard(
     path: Path, text_key: str, on_error: str, report: ReadReport, max_bytes: int = MAX_RECORD_BYTES
 ) -> Iterator[Document]:
     """The documents of one file; as `iterate_documents`, but a file may turn out to hold none."""
-    yield from parse_records(path, read_records(path, on_error, report, max_bytes), text_key, on_error, report)
+    yield from parse_records(path, read_records(path, on_error, report, max_bytes), text_key,
+                             on_error, report)
 
 
 def parse_records(
-    path: Path, records: Iterator[tuple[int, bytes]], text_key: str, on_error: str, report: ReadReport
+    path: Path, records: Iterator[tuple[int, bytes]], text_key: str, on_error: str,
+    report: ReadReport
 ) -> Iterator[Document]:
-    """The documents of records of `path`, given with their line numbers; `report.seen` is left to the reader."""
+    """The documents of records of `path`, given with their line numbers; `report.seen` is left to
+    the reader."""
     parse = _parse_text if path.suffix == ".txt" else _parse_json
     for line, record in records:
         try:
@@ -117,7 +130,8 @@ def parse_records(
             report.empty += 1
 
 
-def sample_texts(paths: Sequence[Path], text_bytes: int, text_key: str, on_error: str) -> Iterator[str]:
+def sample_texts(paths: Sequence[Path], text_bytes: int, text_key: str,
+                 on_error: str) -> Iterator[str]:
     """The first texts of every file, about `text_bytes` of UTF-8 in all, in even shares.
 
     What a short file leaves of its share goes to the files after it.

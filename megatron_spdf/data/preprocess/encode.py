@@ -17,13 +17,15 @@ from megatron_spdf.data.preprocess.records import ReadReport, read_records, reje
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
 
 SPLITS = ("train", "valid", "test")
-# Some 0.1 s of tokenizing: long beside what pass_through a batch to another process takes, short beside a shard.
+# Some 0.1 s of tokenizing: long beside what pass_through a batch to another process takes, short
+# beside a shard.
 _BATCH_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class RecordBatch:
-    """Consecutive records of an input with their line numbers; `bytes_read` of the file at its end."""
+    """Consecutive records of an input with their line numbers; `bytes_read` of the file at its
+    end."""
 
     path: Path
     records: list[tuple[int, bytes]]
@@ -49,7 +51,8 @@ class Encoded:
         text_bytes: (documents,), UTF-8 bytes of the text of each.
         parts: the (split, set name) that occur in the batch, None where there is no such division.
         part_of: (documents,), which of `parts` each belongs to.
-        digests: (documents,), 16 bytes of the SHA-256 of each text; empty unless duplicates are looked for.
+        digests: (documents,), 16 bytes of the SHA-256 of each text; empty unless duplicates are
+            looked for.
         report: what parsing counted.
     """
 
@@ -65,7 +68,8 @@ class Encoded:
 
 
 def read_batches(paths: Sequence[Path], settings: Settings) -> Iterator[RecordBatch | EndOfInput]:
-    """The inputs as batches, each input's followed by its end. What batches hold does not depend on who encodes them.
+    """The inputs as batches, each input's followed by its end. What batches hold does not depend on
+    who encodes them.
 
     Raises:
         ValueError: under on_error="stop", damage; the records before it have been handed out.
@@ -74,7 +78,8 @@ def read_batches(paths: Sequence[Path], settings: Settings) -> Iterator[RecordBa
         report = ReadReport()
         records, size, failure = [], 0, None
         try:
-            for line, record in read_records(path, settings.on_error, report, settings.max_document_bytes):
+            for line, record in read_records(path, settings.on_error, report,
+                                             settings.max_document_bytes):
                 records.append((line, record))
                 size += len(record)
                 if size >= _BATCH_BYTES:
@@ -90,9 +95,11 @@ def read_batches(paths: Sequence[Path], settings: Settings) -> Iterator[RecordBa
 
 
 def token_dtype(vocab_size: int) -> type[np.number]:
-    """The smallest type that holds every id, by the rule of Megatron's GPTDatasetConfig.token_dtype_code.
+    """The smallest type that holds every id, by the rule of Megatron's
+    GPTDatasetConfig.token_dtype_code.
 
-    Its DType.optimal_dtype takes int32 from 65,500 ids on, which a reader that trusts the former would misread.
+    Its DType.optimal_dtype takes int32 from 65,500 ids on, which a reader that trusts the former
+    would misread.
     """
     return np.uint16 if vocab_size <= np.iinfo(np.uint16).max + 1 else np.int32
 
@@ -104,15 +111,17 @@ def split_bounds(shares: Sequence[float]) -> list[int]:
         ValueError: not two or three shares, a negative one, or none for train.
     """
     if len(shares) not in (2, 3) or min(shares) < 0 or not shares[0] > 0:
-        raise ValueError(f"split {','.join(f'{s:g}' for s in shares)} is not train,valid[,test]; write for example "
-                         "98,1,1: shares that are not negative, and one for train that is not 0")
+        raise ValueError(f"split {','.join(f'{s:g}' for s in shares)} is not train,valid[,test]; "
+                         "write for example 98,1,1: shares that are not negative, and one for "
+                         "train that is not 0")
     ends = np.cumsum(shares) / np.sum(shares)
     return [*(round(float(end) * 2**64) for end in ends[:-1]), 2**64]
 
 
 @dataclass
 class Encoder:
-    """Parses and tokenizes a batch. Knows nothing of other batches, so that any process can have any batch."""
+    """Parses and tokenizes a batch. Knows nothing of other batches, so that any process can have
+    any batch."""
 
     tokenizer: Tokenizer
     settings: Settings
@@ -126,7 +135,8 @@ class Encoder:
         ids, lengths, sizes, digests, part_of = [], [], [], [], []
         parts: dict[tuple[str | None, str | None], int] = {}
         end = np.array([self.tokenizer.eod] if settings.append_eod else [])
-        for document in parse_records(batch.path, batch.records, settings.text_key, settings.on_error, report):
+        for document in parse_records(batch.path, batch.records, settings.text_key,
+                                      settings.on_error, report):
             name = self._set_name(document, report)
             if settings.set_key and not name:
                 continue

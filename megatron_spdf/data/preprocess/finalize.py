@@ -1,4 +1,5 @@
-"""What completes data sets in the making: index, tokenizer and manifest of each, and the count of all documents."""
+"""What completes data sets in the making: index, tokenizer and manifest of each, and the count of
+all documents."""
 
 from __future__ import annotations
 
@@ -33,8 +34,8 @@ def write_manifests(partial: Partial, ledger: Journal, tokenizer: Tokenizer) -> 
     """
     corpus = _describe_corpus(ledger, tokenizer)
     if not corpus.documents:
-        raise ValueError(f"no document in the inputs: {corpus.empty} empty records, {corpus.skipped} skipped. "
-                         "Check --input and --text-key")
+        raise ValueError(f"no document in the inputs: {corpus.empty} empty records, "
+                         f"{corpus.skipped} skipped. Check --input and --text-key")
     for name, counts in corpus.data_sets.items():
         _finish(partial, ledger, corpus, name, counts, tokenizer)
     if partial.several:
@@ -48,27 +49,32 @@ def _describe_corpus(ledger: Journal, tokenizer: Tokenizer) -> CorpusManifest:
     total = {key: sum(getattr(source, key) for source in sources)
              for key in ("documents", "tokens", "text_bytes", "empty", "skipped", "duplicates")}
     for key in ("documents", "tokens", "text_bytes"):
-        _require_equal(f"{key} of the data sets together", sum(getattr(c, key) for c in data_sets.values()), total[key])
+        _require_equal(f"{key} of the data sets together",
+                       sum(getattr(c, key) for c in data_sets.values()), total[key])
     return CorpusManifest(
-        tokenizer=TokenizerRecord(kind=tokenizer.kind, vocab_size=tokenizer.vocab_size, eod=tokenizer.eod,
-                                  sha256=tokenizer.sha256),
+        tokenizer=TokenizerRecord(kind=tokenizer.kind, vocab_size=tokenizer.vocab_size,
+                                  eod=tokenizer.eod, sha256=tokenizer.sha256),
         settings=ledger.work.settings,
         **total,
         sources=sources,
-        skipped_lines=[line for entry in ledger.finished for line in entry.skipped_lines][:MAX_RECORDED_SKIPS],
+        skipped_lines=[line for entry in ledger.finished
+                       for line in entry.skipped_lines][:MAX_RECORDED_SKIPS],
         versions=ledger.work.versions,
         data_sets=dict(sorted(data_sets.items())),
     )
 
 
 def _finish(
-    partial: Partial, ledger: Journal, corpus: CorpusManifest, name: str, counts: Counts, tokenizer: Tokenizer
+    partial: Partial, ledger: Journal, corpus: CorpusManifest, name: str, counts: Counts,
+    tokenizer: Tokenizer
 ) -> None:
     base, dtype = partial.base_of(name), np.dtype(ledger.work.dtype)
-    idx_sha256 = write_index(file_of(base, "idx"), np.memmap(file_of(base, "lengths"), LENGTH, "r"), dtype)
+    idx_sha256 = write_index(file_of(base, "idx"),
+                             np.memmap(file_of(base, "lengths"), LENGTH, "r"), dtype)
     header, bin_bytes = read_index_header(file_of(base, "idx")), file_of(base, "bin").stat().st_size
     _require_equal(f"documents in {name or 'the data set'}", header.sequences, counts.documents)
-    _require_equal(f"bytes of tokens in {name or 'the data set'}", bin_bytes, counts.tokens * dtype.itemsize)
+    _require_equal(f"bytes of tokens in {name or 'the data set'}", bin_bytes,
+                   counts.tokens * dtype.itemsize)
     split, set_name = ledger.part_of()[name]
     shared = {"tokenizer", "settings", "versions"}
     if not partial.several:
@@ -96,16 +102,19 @@ def _sources_of(ledger: Journal, name: str, several: bool) -> list[Source]:
     for entry in ledger.finished:
         part = entry.parts.get(name)
         if part and several:
-            sources.append(Source(path=entry.source.path, size=entry.source.size, sha256=entry.source.sha256,
+            sources.append(Source(path=entry.source.path, size=entry.source.size,
+                                  sha256=entry.source.sha256,
                                   **part.model_dump()))
         elif not several:
-            sources.append(entry.source.model_copy(update={"bin_sha256": part.bin_sha256 if part else None}))
+            sources.append(entry.source.model_copy(update={"bin_sha256": part.bin_sha256 if part
+                                                           else None}))
     return sources
 
 
 def _require_equal(what: str, found: int, expected: int) -> None:
     if found != expected:
-        raise RuntimeError(f"{what}: {found:,} in the files, and {expected:,} came in; no data set is written")
+        raise RuntimeError(f"{what}: {found:,} in the files, and {expected:,} came in; no data set "
+                           "is written")
 
 
 def _as_json(record: Manifest | CorpusManifest) -> bytes:

@@ -1,7 +1,8 @@
 """Data sets in the making: append-only files, and the ledger that says which inputs are in them.
 
-`DIRECTORY/ledger.jsonl` has a line for each finished input. It is written after the tokens are safely on disk, so an
-interrupted run goes on from what its lines sum up to: the files are cut back to there, and the next input is read.
+`DIRECTORY/ledger.jsonl` has a line for each finished input. It is written after the tokens are
+safely on disk, so an interrupted run goes on from what its lines sum up to: the files are cut back
+to there, and the next input is read.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class _Record(BaseModel):
 
 
 class Work(_Record):
-    """What the data sets in the making are; another tokenizer or other settings would not go with them.
+    """What the data sets in the making are; another tokenizer or other settings would not go with
+    them.
 
     Attributes:
         dtype: NumPy name of the type of a token.
@@ -64,7 +66,8 @@ class FinishedInput(_Record):
 
 
 class AppendFile:
-    """A file that is only ever appended to, from `size` bytes on; what is there beyond that is cut off."""
+    """A file that is only ever appended to, from `size` bytes on; what is there beyond that is cut
+    off."""
 
     def __init__(self, path: Path, size: int):
         self.path = path
@@ -72,8 +75,9 @@ class AppendFile:
         found = self._file.tell()
         if found < size:
             self._file.close()
-            raise ValueError(f"{path} holds {found} bytes and its ledger says {size}: the disk lost what it had taken. "
-                             "Remove the directory PREFIX.partial to start anew")
+            raise ValueError(f"{path} holds {found} bytes and its ledger says {size}: the disk "
+                             "lost what it had taken. Remove the directory PREFIX.partial to start "
+                             "anew")
         self._file.truncate(size)
 
     def append(self, content: bytes | np.ndarray) -> None:
@@ -92,7 +96,8 @@ class GrowingDataSet:
     """The tokens and document lengths of one data set.
 
     Args:
-        base: `base`.bin and `base`.lengths are its files, made or cut back to what `counts` says they hold.
+        base: `base`.bin and `base`.lengths are its files, made or cut back to what `counts` says
+            they hold.
         dtype: of a token.
     """
 
@@ -103,7 +108,8 @@ class GrowingDataSet:
         self._start_input()
 
     def append(self, ids: np.ndarray, lengths: np.ndarray, text_bytes: int) -> None:
-        """Takes in whole documents: ids (tokens,), lengths (documents,), bytes of text of all of them."""
+        """Takes in whole documents: ids (tokens,), lengths (documents,), bytes of text of all of
+        them."""
         self._bin.append(ids)
         self._lengths.append(lengths)
         self._digest.update(ids)
@@ -112,7 +118,8 @@ class GrowingDataSet:
     def end_input(self) -> Part:
         """What was appended since the last end of an input."""
         documents, tokens, text_bytes = self._counts.tolist()
-        part = Part(documents=documents, tokens=tokens, text_bytes=text_bytes, bin_sha256=self._digest.hexdigest())
+        part = Part(documents=documents, tokens=tokens, text_bytes=text_bytes,
+                    bin_sha256=self._digest.hexdigest())
         self._start_input()
         return part
 
@@ -151,12 +158,15 @@ class Journal:
         now = self.work.model_dump()
         for either in (before, now):
             either["settings"].pop("on_error")  # finished inputs are the same under both
-        changes = [f"{k} was {before[k]} and is {now[k]}" for k in now if k != "settings" and before[k] != now[k]]
-        changes += [f"{k} was {v} and is {now['settings'][k]}" for k, v in before["settings"].items()
+        changes = [f"{k} was {before[k]} and is {now[k]}" for k in now if k != "settings"
+                   and before[k] != now[k]]
+        changes += [f"{k} was {v} and is {now['settings'][k]}" for k,
+                    v in before["settings"].items()
                     if v != now["settings"][k]]
         if changes:
-            raise ValueError(f"{self.directory} holds an interrupted run with other settings: {'; '.join(changes)}. "
-                             "Give its settings to go on with it, or remove that directory to start anew")
+            raise ValueError(f"{self.directory} holds an interrupted run with other settings: "
+                             f"{'; '.join(changes)}. Give its settings to go on with it, or remove "
+                             "that directory to start anew")
 
     def _read(self) -> None:
         content = self._path.read_bytes() if self._path.exists() else b""
@@ -199,15 +209,18 @@ class Journal:
             now = f"is {path} now" if str(path) != entry.source.path else "has changed since"
             now = now if path else "is not given now"
             raise ValueError(f"{self.directory} holds an interrupted run whose input {number + 1}, "
-                             f"{entry.source.path}, {now}. Give the same inputs in the same order, and others after "
-                             "them, or remove that directory to start anew")
+                             f"{entry.source.path}, {now}. Give the same inputs in the same order, "
+                             "and others after them, or remove that directory to start anew")
         return len(self.finished)
 
-    def add(self, entry: FinishedInput, files: Sequence[AppendFile | GrowingDataSet], now: bool) -> None:
-        """Notes a finished input once `files` are safe; unless `now`, several small inputs at once."""
+    def add(self, entry: FinishedInput, files: Sequence[AppendFile | GrowingDataSet],
+            now: bool) -> None:
+        """Notes a finished input once `files` are safe; unless `now`, several small inputs at
+        once."""
         self._pending.append(entry)
         size = np.dtype(self.work.dtype).itemsize
-        if not now and sum(part.tokens for e in self._pending for part in e.parts.values()) * size < _SYNC_BYTES:
+        if not now and sum(part.tokens for e in self._pending
+                           for part in e.parts.values()) * size < _SYNC_BYTES:
             return
         for file in files:
             file.sync()

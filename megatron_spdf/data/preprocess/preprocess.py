@@ -1,9 +1,11 @@
-"""Text shards to Megatron's indexed dataset: PREFIX.bin, PREFIX.idx, with PREFIX.json and PREFIX.tokenizer.
+"""Text shards to Megatron's indexed dataset: PREFIX.bin, PREFIX.idx, with PREFIX.json and
+PREFIX.tokenizer.
 
-One process reads the inputs in turn and writes what the workers make of their batches, in order, so that the tokens are
-appended once to where they stay, the result does not depend on the number of workers, and memory does not depend on
-the size of the corpus. All is made in PREFIX.partial and renamed at the end; after an interruption PREFIX.partial holds
-the finished inputs, and the same call goes on from there.
+One process reads the inputs in turn and writes what the workers make of their batches, in order, so
+that the tokens are appended once to where they stay, the result does not depend on the number of
+workers, and memory does not depend on the size of the corpus. All is made in PREFIX.partial and
+renamed at the end; after an interruption PREFIX.partial holds the finished inputs, and the same
+call goes on from there.
 """
 
 from __future__ import annotations
@@ -35,9 +37,11 @@ from megatron_spdf.data.preprocess.staging import Partial
 from megatron_spdf.data.preprocess.workers import Workers
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
 
-__all__ = ["CorpusManifest", "Manifest", "check_prefix", "preprocess", "read_manifest", "usual_workers"]
+__all__ = ["CorpusManifest", "Manifest", "check_prefix", "preprocess", "read_manifest",
+           "usual_workers"]
 
-_LIBRARIES = ("ftfy", "megatron-core", "numpy", "sentencepiece", "tiktoken", "tokenizers", "zstandard")
+_LIBRARIES = ("ftfy", "megatron-core", "numpy", "sentencepiece", "tiktoken", "tokenizers",
+              "zstandard")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Starting a worker takes as long as tokenizing a few MB of text does.
 _BYTES_WORTH_A_WORKER = 4 << 20
@@ -53,12 +57,14 @@ def preprocess(
     progress: bool | None = None,
     **settings,
 ) -> Manifest | CorpusManifest:
-    """Tokenize `inputs` to the data set `prefix` and return its manifest, which is also in PREFIX.json.
+    """Tokenize `inputs` to the data set `prefix` and return its manifest, which is also in
+    PREFIX.json.
 
-    With a split, sets or shards apart, `prefix` is a directory of data sets, and PREFIX/corpus.json tells of them.
+    With a split, sets or shards apart, `prefix` is a directory of data sets, and PREFIX/corpus.json
+    tells of them.
 
-    A run that fails or is interrupted before its last step, the renaming, leaves what was under the final names, and
-    beside it PREFIX.partial with the inputs it has finished, if any.
+    A run that fails or is interrupted before its last step, the renaming, leaves what was under the
+    final names, and beside it PREFIX.partial with the inputs it has finished, if any.
 
     Args:
         inputs: files or glob patterns, as in `documents.expand_inputs`.
@@ -68,7 +74,8 @@ def preprocess(
         settings: fields of `manifest.Settings`.
 
     Raises:
-        ValueError: bad input or arguments, no document at all, `prefix` in use, or PREFIX.partial of other settings.
+        ValueError: bad input or arguments, no document at all, `prefix` in use, or PREFIX.partial
+            of other settings.
         OSError: of a full disk, with the remedy.
     """
     chosen = Settings(**settings)
@@ -88,7 +95,8 @@ def usual_workers(paths: Sequence[Path]) -> int:
 
 
 def _make(
-    partial: Partial, paths: list[Path], tokenizer: Tokenizer, settings: Settings, workers: int, progress: bool | None
+    partial: Partial, paths: list[Path], tokenizer: Tokenizer, settings: Settings, workers: int,
+    progress: bool | None
 ) -> None:
     """Everything of the data sets but their names."""
     work = Work(
@@ -108,16 +116,20 @@ def _make(
     except OSError as error:
         if error.errno not in _FULL:
             raise
-        raise OSError(error.errno, f"{error.strerror}: the disk or quota of {partial.directory} is full. It keeps "
-                      f"{partial.finished_inputs} of {len(paths)} inputs; make room and run the same command again"
+        raise OSError(error.errno,
+                      f"{error.strerror}: the disk or quota of {partial.directory} is full. It "
+                      f"keeps {partial.finished_inputs} of {len(paths)} inputs; make room and run "
+                      "the same command again"
                       ) from None
 
 
 def _tokenize(
-    partial: Partial, ledger: Journal, paths: list[Path], done: int, encoder: Encoder, count: int, progress: bool | None
+    partial: Partial, ledger: Journal, paths: list[Path], done: int, encoder: Encoder, count: int,
+    progress: bool | None
 ) -> None:
     """Brings the inputs after the first `done` into the data sets."""
-    writer, workers = CorpusWriter(partial, ledger), Workers(encoder, count if done < len(paths) else 1)
+    writer, workers = CorpusWriter(partial, ledger), Workers(encoder,
+                                                             count if done < len(paths) else 1)
     try:
         with Bar(paths, done, progress) as bar:
             for item, encoded in workers.map(read_batches(paths[done:], encoder.settings)):
@@ -135,5 +147,5 @@ def _require_names_apart(paths: Sequence[Path], settings: Settings) -> None:
     stem, times = Counter(map(stem_of, paths)).most_common(1)[0]
     if settings.per_shard and times > 1:
         same = ", ".join(str(path) for path in paths if stem_of(path) == stem)
-        raise ValueError(f"--per-shard names data sets after inputs, and {times} are called {stem!r}: {same}. Rename "
-                         "them, or leave --per-shard out")
+        raise ValueError(f"--per-shard names data sets after inputs, and {times} are called "
+                         f"{stem!r}: {same}. Rename them, or leave --per-shard out")

@@ -12,7 +12,8 @@ from megatron_spdf.data.indexed.manifest import Counts
 
 
 class Bar:
-    """Progress by bytes of the input files, which are known beforehand, with the speed in text and tokens.
+    """Progress by bytes of the input files, which are known beforehand, with the speed in text and
+    tokens.
 
     Args:
         paths: of all inputs.
@@ -24,8 +25,8 @@ class Bar:
         sizes = [path.stat().st_size for path in paths]
         disable = None if show is None else not show
         interval = 0.1 if sys.stderr.isatty() else 10.0
-        self._bar = tqdm(total=sum(sizes), initial=sum(sizes[:done]), unit="B", unit_scale=True, desc="input",
-                         disable=disable, mininterval=interval)
+        self._bar = tqdm(total=sum(sizes), initial=sum(sizes[:done]), unit="B", unit_scale=True,
+                         desc="input", disable=disable, mininterval=interval)
         self._start_of_input = self._bar.n
         self._text_bytes = self._documents = self._tokens = 0
 

@@ -1,7 +1,8 @@
 """Stream the records of JSON-lines shards (plain, .zst, .gz) and text files, as bytes.
 
-A shard is never held in memory, and never silently shorter than it is: a file that ends too early, or that cannot be
-read further, is an error that names the place, or is skipped on request and then recorded.
+A shard is never held in memory, and never silently shorter than it is: a file that ends too early,
+or that cannot be read further, is an error that names the place, or is skipped on request and then
+recorded.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class ReadReport:
     """What became of the records of the files read so far: seen = documents + empty + skipped.
 
     Attributes:
-        seen: records, blank lines not counted; a file's unreadable rest, or a file without records, counts as one.
+        seen: records, blank lines not counted; a file's unreadable rest, or a file without records,
+            counts as one.
         documents: records handed out.
         empty: records whose text is "".
         skipped: records that could not be read.
@@ -72,7 +74,8 @@ def reject(path: Path, line: int, reason: str, on_error: str, report: ReadReport
     """
     if on_error == "stop":
         raise ValueError(
-            f"{path}, line {line}: {reason}. Correct the file, or leave such records out with --on-error skip"
+            f"{path}, line {line}: {reason}. Correct the file, or leave such records out with "
+            "--on-error skip"
         )
     report.skip(path, line, reason)
 
@@ -80,11 +83,12 @@ def reject(path: Path, line: int, reason: str, on_error: str, report: ReadReport
 def read_records(
     path: Path, on_error: str, report: ReadReport, max_bytes: int = MAX_RECORD_BYTES
 ) -> Iterator[tuple[int, bytes]]:
-    """Line number (from 1) and bytes of each record of a file: a line of JSON lines, or a whole text file.
+    """Line number (from 1) and bytes of each record of a file: a line of JSON lines, or a whole
+    text file.
 
     Args:
-        on_error: "stop" or "skip", for what shows without parsing: damage, a record of more than `max_bytes`, a file
-            without records.
+        on_error: "stop" or "skip", for what shows without parsing: damage, a record of more than
+            `max_bytes`, a file without records.
         report: counts all records in `seen`, and in `skipped` those left out here.
 
     Raises:
@@ -112,7 +116,8 @@ def read_records(
         except _DAMAGE as error:
             report.seen += 1
             reason = f"damaged or cut off near byte {file.position} of {path.stat().st_size}: {error}"
-            reject(path, line + 1, f"{reason}; nothing after this line can be read", on_error, report)
+            reject(path, line + 1, f"{reason}; nothing after this line can be read", on_error,
+                   report)
         report.sha256 = file.digest_of_all()
         report.bytes_read = read_before + file.position
 
@@ -143,7 +148,8 @@ def _decompress(file: _HashedFile, path: Path) -> io.BufferedIOBase:
     if path.suffix == ".zst":
         return io.BufferedReader(ZstdStream(file), _BUFFER_BYTES)
     if path.suffix == ".gz":
-        return gzip.GzipFile(fileobj=file)  # another buffer around it would lose what precedes the damage
+        # another buffer around it would lose what precedes the damage
+        return gzip.GzipFile(fileobj=file)
     return io.BufferedReader(file, _BUFFER_BYTES)
 
 

@@ -1,8 +1,9 @@
-"""From PREFIX.partial to the final names: what lies under those is complete, whatever happens on the way.
+"""From PREFIX.partial to the final names: what lies under those is complete, whatever happens on
+the way.
 
-Several data sets are one directory, which is renamed. A single data set is four names, renamed one after the other,
-the manifest last; before the first, PREFIX.partial/ready says that all is made, so that an interrupted renaming is
-finished by the next run.
+Several data sets are one directory, which is renamed. A single data set is four names, renamed one
+after the other, the manifest last; before the first, PREFIX.partial/ready says that all is made, so
+that an interrupted renaming is finished by the next run.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from pathlib import Path
 from megatron_spdf.data.indexed.manifest import CORPUS, file_of
 from megatron_spdf.locks import locked
 
-# The order in which files go away and come in: at no moment do an old and a new file look like one data set.
+# The order in which files go away and come in: at no moment do an old and a new file look like one
+# data set.
 _REMOVE_ORDER = ("json", "idx", "bin", "tokenizer")
 _PUBLISH_ORDER = ("tokenizer", "bin", "idx", "json")
 
@@ -52,7 +54,8 @@ class Partial:
 
     @contextmanager
     def opened(self, overwrite: bool) -> Iterator[None]:
-        """Creates the directory, or takes over that of an interrupted run, and keeps other runs out.
+        """Creates the directory, or takes over that of an interrupted run, and keeps other runs
+        out.
 
         It is removed at the end; after an error, if no input is finished in it.
 
@@ -64,7 +67,8 @@ class Partial:
         self.directory.mkdir(parents=True, exist_ok=True)
         with locked(self.directory / "lock", wait=False) as held:
             if not held:
-                raise ValueError(f"{self.directory} is in use: another run is making this data set; wait for its end")
+                raise ValueError(f"{self.directory} is in use: another run is making this data "
+                                 "set; wait for its end")
             try:
                 yield
             except BaseException:
@@ -74,7 +78,8 @@ class Partial:
             self._remove()
 
     def _remove(self) -> None:
-        """`ready` goes last: a run that is killed meanwhile is finished by the next, like an interrupted renaming."""
+        """`ready` goes last: a run that is killed meanwhile is finished by the next, like an
+        interrupted renaming."""
         for entry in self.directory.iterdir():
             if entry.is_dir():
                 shutil.rmtree(entry)
@@ -83,23 +88,27 @@ class Partial:
         shutil.rmtree(self.directory)
 
     def require_free(self, overwrite: bool) -> None:
-        """Raise a ValueError if the output exists and `overwrite` is false, or cannot be written."""
+        """Raise a ValueError if the output exists and `overwrite` is false, or cannot be
+        written."""
         prefix = Path(self.prefix)
         if not self.several and self.prefix.endswith(os.sep):
-            raise ValueError(f"output {prefix}{os.sep} is a directory; add the start of the file names: "
-                             f"{self.prefix}train")
+            raise ValueError(f"output {prefix}{os.sep} is a directory; add the start of the file "
+                             f"names: {self.prefix}train")
         if self.several:
             existing = str(prefix) if prefix.exists() else ""
             if existing and not (prefix / CORPUS).is_file():
-                raise ValueError(f"output {prefix} exists and is no directory of data sets; choose another")
+                raise ValueError(f"output {prefix} exists and is no directory of data sets; choose "
+                                 "another")
         else:
             files = [file_of(prefix, suffix) for suffix in _PUBLISH_ORDER]
             existing = ", ".join(str(file) for file in files if file.exists())
         if existing and not overwrite:
-            raise ValueError(f"output exists: {existing}. Choose another prefix, or pass --overwrite")
+            raise ValueError(f"output exists: {existing}. Choose another prefix, or pass "
+                             "--overwrite")
 
     def publish(self) -> None:
-        """Moves what is made to its names, in place of what is older; goes on where an interrupted call stopped."""
+        """Moves what is made to its names, in place of what is older; goes on where an interrupted
+        call stopped."""
         self._ready.touch()
         if self.several:
             self._publish_tree()

@@ -1,7 +1,7 @@
 """Processes that encode batches, and hand back what they made in the order of the batches.
 
-Not a ProcessPoolExecutor: its processes outlive a parent that is killed, and it waits for work that nobody wants any
-more. Here a pipe leads to each process, and whichever end is left alone ends.
+Not a ProcessPoolExecutor: its processes outlive a parent that is killed, and it waits for work that
+nobody wants any more. Here a pipe leads to each process, and whichever end is left alone ends.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from multiprocessing.connection import Connection
 
 from megatron_spdf.data.preprocess.encode import Encoded, Encoder, EndOfInput, RecordBatch
 
-# Bytes of text that are read ahead for each worker: enough that none waits, and all the memory there is to it.
+# Bytes of text that are read ahead for each worker: enough that none waits, and all the memory
+# there is to it.
 _AHEAD_BYTES = 4 << 20
 _BATCHES_AT_A_WORKER = 2  # the one in work and the next
 
@@ -29,7 +30,8 @@ Item = RecordBatch | EndOfInput
 class Workers:
     """Encodes batches in `count` processes, or, if that is 1, in this one.
 
-    Processes are spawned: they share neither files nor locks with this one, and load no more than a tokenizer.
+    Processes are spawned: they share neither files nor locks with this one, and load no more than a
+    tokenizer.
     """
 
     def __init__(self, encoder: Encoder, count: int):
@@ -91,7 +93,8 @@ class Workers:
         return future
 
     def _serve(self, worker: Connection) -> None:
-        """Passes batches to one worker, the next before it is done with the last, and takes its results."""
+        """Passes batches to one worker, the next before it is done with the last, and takes its
+        results."""
         given: deque[tuple[RecordBatch, Future]] = deque()
         while True:
             try:
@@ -117,13 +120,14 @@ class Workers:
 def _fail(given: deque[tuple[RecordBatch, Future]]) -> None:
     for batch, future in given:
         future.set_exception(RuntimeError(
-            f"a worker process died near {batch.path}, line {batch.records[0][0]}; if memory ran out, take fewer "
-            "--workers"))
+            f"a worker process died near {batch.path}, line {batch.records[0][0]}; if memory ran "
+            "out, take fewer --workers"))
 
 
 def _work(parent: Connection, encoder: Encoder) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal, which signals all processes: the parent decides
+    # of a terminal, which signals all processes: the parent decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     batches: queue.Queue[RecordBatch] = queue.Queue(_BATCHES_AT_A_WORKER)
     threading.Thread(target=_receive, args=(parent, batches), daemon=True).start()
     while True:
@@ -133,12 +137,14 @@ def _work(parent: Connection, encoder: Encoder) -> None:
         except ValueError as error:
             result = error
         except BaseException:
-            result = RuntimeError(f"{batch.path}, near line {batch.records[0][0]}:\n{traceback.format_exc()}")
+            result = RuntimeError(f"{batch.path}, near line "
+                                  f"{batch.records[0][0]}:\n{traceback.format_exc()}")
         parent.send(result)
 
 
 def _receive(parent: Connection, batches: queue.Queue[RecordBatch]) -> None:
-    """Beside the work, so that the parent never waits to pass a batch on while its result waits to be taken."""
+    """Beside the work, so that the parent never waits to pass a batch on while its result waits to
+    be taken."""
     try:
         while True:
             batches.put(parent.recv())

@@ -15,7 +15,8 @@ _MAX_WINDOW_BYTES = 1 << 31
 class ZstdStream(io.RawIOBase):
     """The decompressed bytes of all frames of a .zst file.
 
-    `zstandard`'s own stream reader takes a file cut off inside a frame for a shorter file; this one raises.
+    `zstandard`'s own stream reader takes a file cut off inside a frame for a shorter file; this one
+    raises.
 
     Raises:
         EOFError: on a read, where the file ends inside a frame.

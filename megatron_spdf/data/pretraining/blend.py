@@ -1,8 +1,10 @@
-"""Which source a sample of a run comes from: the blend, and what becomes of it when a run changes it.
+"""Which source a sample of a run comes from: the blend, and what becomes of it when a run changes
+it.
 
-Sample k of the run is decided by the blend alone, by Megatron's rule: the source that is furthest behind its weight.
-It takes the next sample of that source, whose order is its own (`samples.Pass`). A blend that changes after c samples
-starts to count anew there, while each source goes on where it was.
+Sample k of the run is decided by the blend alone, by Megatron's rule: the source that is furthest
+behind its weight. It takes the next sample of that source, whose order is its own (`samples.Pass`).
+A blend that changes after c samples starts to count anew there, while each source goes on where it
+was.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ class Segment:
         first: number of its first sample in the run.
         sources: content fingerprint -> prefix, of the blend.
         weights: content fingerprint -> share of the samples, of the blend; they sum to 1.
-        taken: content fingerprint -> samples of that source before this segment, of all sources so far.
+        taken: content fingerprint -> samples of that source before this segment, of all sources so
+            far.
         paths: content fingerprint -> prefix, of all sources so far.
     """
 
@@ -49,7 +52,8 @@ class BlendHistory:
 
     def __init__(self, directory: Path, sources: list[Source]):
         self._path, self._sources = directory / HISTORY, sources
-        self.segments = [Segment(**s) for s in json.loads(self._path.read_bytes())] if self._path.exists() else []
+        self.segments = [Segment(**s)
+                         for s in json.loads(self._path.read_bytes())] if self._path.exists() else []
 
     @property
     def changed(self) -> str:
@@ -66,8 +70,9 @@ class BlendHistory:
         """Raises a ValueError if the recipe's blend is not the run's."""
         if self.changed:
             raise ValueError(
-                f"the blend is not the one that {self._path.parent} was trained with: {self.changed}. Set it back, or "
-                "set data.on_blend_change=continue to change it from here on, each source going on where it was")
+                f"the blend is not the one that {self._path.parent} was trained with: "
+                f"{self.changed}. Set it back, or set data.on_blend_change=continue to change it "
+                "from here on, each source going on where it was")
 
     def extend(self, first: int) -> None:
         """Brings the recipe's blend in, if it is another one, from sample `first` on."""
@@ -78,26 +83,30 @@ class BlendHistory:
         elif self.changed:
             taken, known = self.taken(first), self.segments[-1].paths
             self.segments = [s for s in self.segments if s.first < first]
-            self.segments.append(Segment(first, weights, dict.fromkeys(weights, 0) | taken, known | paths))
+            self.segments.append(Segment(first, weights, dict.fromkeys(weights, 0) | taken,
+                                         known | paths))
 
     def save(self) -> None:
         """Writes the history; the directory is made if it is missing."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        write_safely(self._path, (json.dumps([vars(s) for s in self.segments], indent=1) + "\n").encode())
+        write_safely(self._path,
+                     (json.dumps([vars(s) for s in self.segments], indent=1) + "\n").encode())
 
     def taken(self, samples: int) -> dict[str, int]:
-        """Samples of each source among the first `samples` of the run: content fingerprint -> count."""
+        """Samples of each source among the first `samples` of the run: content fingerprint ->
+        count."""
         segment = next(s for s in reversed(self.segments) if s.first <= samples)
         drawn, _ = blending_order(segment, samples - segment.first)
         counts = np.bincount(drawn, minlength=len(segment.weights))
-        return segment.taken | {c: segment.taken[c] + int(n) for c, n in zip(segment.weights, counts, strict=True)}
+        return segment.taken | {c: segment.taken[c] + int(n) for c,
+                                n in zip(segment.weights, counts, strict=True)}
 
     def order(self, samples: int) -> tuple[list[str], np.ndarray, np.ndarray]:
         """Where the first `samples` samples of the run come from.
 
         Returns:
-            Content fingerprints; for each sample the source's place among them, int16; and its number in the source's
-            own order, int64.
+            Content fingerprints; for each sample the source's place among them, int16; and its
+            number in the source's own order, int64.
         """
         contents = list(self.segments[-1].paths)
         places, numbers = [], []
@@ -110,11 +119,13 @@ class BlendHistory:
 
 
 def blending_order(segment: Segment, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """For the first `size` samples of a segment: which of its sources, int16, and how many it gave before, int64."""
+    """For the first `size` samples of a segment: which of its sources, int16, and how many it gave
+    before, int64."""
     from megatron.core.datasets import helpers
 
     source, number = np.zeros(size, np.int16), np.zeros(size, np.int64)
-    helpers.build_blending_indices(source, number, list(segment.weights.values()), len(segment.weights), size, False)
+    helpers.build_blending_indices(source, number, list(segment.weights.values()),
+                                   len(segment.weights), size, False)
     return source, number
 
 
@@ -139,5 +150,6 @@ class BlendOrder:
             np.save(directory / "numbers.npy", numbers)
 
         place = built_once(cache, key, build)
-        return cls(json.loads((place / "contents.json").read_text()), np.load(place / "places.npy", mmap_mode="r"),
+        return cls(json.loads((place / "contents.json").read_text()),
+                   np.load(place / "places.npy", mmap_mode="r"),
                    np.load(place / "numbers.npy", mmap_mode="r"))

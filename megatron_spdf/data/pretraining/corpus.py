@@ -1,4 +1,5 @@
-"""What training asks of its data before it touches a device: whole files, one tokenizer, a fitting vocabulary."""
+"""What training asks of its data before it touches a device: whole files, one tokenizer, a fitting
+vocabulary."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ class Corpus:
 
 
 def check_corpus(recipe: Recipe) -> Corpus:
-    """Checks every data set of a recipe against its manifest, its tokenizer, the model, and the run it goes on with.
+    """Checks every data set of a recipe against its manifest, its tokenizer, the model, and the run
+    it goes on with.
 
     Raises:
         ValueError, FileNotFoundError: with the value, the rule and the remedy.
@@ -30,7 +32,8 @@ def check_corpus(recipe: Recipe) -> Corpus:
     entries = expand(recipe.data)
     tokenizer = data_tokenizer(recipe)
     train = training_sources(entries, tokenizer.sha256)
-    valid = [make_source(prefix, check_prefix(prefix, tokenizer.sha256)) for prefix in recipe.data.valid]
+    valid = [make_source(prefix, check_prefix(prefix, tokenizer.sha256))
+             for prefix in recipe.data.valid]
     _check_sizes(recipe, train, valid)
     if recipe.data.on_blend_change == "refuse":
         BlendHistory(Path(recipe.output), train).require_unchanged()
@@ -47,8 +50,9 @@ def data_tokenizer(recipe: Recipe) -> Tokenizer:
     check_prefix(first)  # a prefix that is not there says so, and not that its tokenizer is not
     tokenizer = load_tokenizer(recipe.data.tokenizer or f"{first}.tokenizer")
     if tokenizer.vocab_size != recipe.model.vocab_size:
-        raise ValueError(f"model.vocab_size={recipe.model.vocab_size}, but the data's tokenizer knows "
-                         f"{tokenizer.vocab_size} tokens; set model.vocab_size={tokenizer.vocab_size}")
+        raise ValueError(f"model.vocab_size={recipe.model.vocab_size}, but the data's tokenizer "
+                         f"knows {tokenizer.vocab_size} tokens; set "
+                         f"model.vocab_size={tokenizer.vocab_size}")
     return tokenizer
 
 
@@ -56,9 +60,11 @@ def _check_sizes(recipe: Recipe, train: list[Source], valid: list[Source]) -> No
     length = recipe.train.sequence_length
     for source in train + valid:
         if source.tokens <= length:
-            raise ValueError(f"{source.prefix} holds {source.tokens:,} tokens, which is not one sequence of "
-                             f"train.sequence_length={length} and its label; use more text or a shorter sequence")
+            raise ValueError(f"{source.prefix} holds {source.tokens:,} tokens, which is not one "
+                             f"sequence of train.sequence_length={length} and its label; use more "
+                             "text or a shorter sequence")
     windows = sum((source.tokens - 1) // length for source in valid)
     if valid and windows < recipe.train.global_batch:
-        raise ValueError(f"the validation data hold {windows} sequences of {length} tokens, fewer than one batch of "
-                         f"train.global_batch={recipe.train.global_batch}; use more text or a smaller batch")
+        raise ValueError(f"the validation data hold {windows} sequences of {length} tokens, fewer "
+                         f"than one batch of train.global_batch={recipe.train.global_batch}; use "
+                         "more text or a smaller batch")

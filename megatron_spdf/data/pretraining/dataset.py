@@ -1,7 +1,8 @@
 """Training and validation batches of this rank, read by position.
 
-Sample i of the run is the same at every layout and after every resume: it depends on the seed, the blend and i alone.
-Step n takes samples [n G, (n + 1) G), and its micro-batches are dealt to the data-parallel ranks in turn.
+Sample i of the run is the same at every layout and after every resume: it depends on the seed, the
+blend and i alone. Step n takes samples [n G, (n + 1) G), and its micro-batches are dealt to the
+data-parallel ranks in turn.
 """
 
 from __future__ import annotations
@@ -36,10 +37,12 @@ class TrainingSamples(Dataset):
     """The samples of a run by their number.
 
     Args:
-        first: number of the first that will be asked for; indices of passes before it are not built.
+        first: number of the first that will be asked for; indices of passes before it are not
+            built.
     """
 
-    def __init__(self, recipe: Recipe, corpus: Corpus, history: BlendHistory, first: int, cache: Path):
+    def __init__(self, recipe: Recipe, corpus: Corpus, history: BlendHistory, first: int,
+                 cache: Path):
         total = recipe.steps * recipe.train.global_batch
         self.order = BlendOrder.cached(history, total, cache)
         before, after = history.taken(first), history.taken(total)
@@ -63,7 +66,8 @@ class TokenData:
         recipe: names the data and the batch sizes.
         corpus: the data, checked.
         cache: directory for the indices, shared by all ranks of a node or of the cluster.
-        reads: whether this rank needs tokens; ranks between the first and last pipeline stage may not.
+        reads: whether this rank needs tokens; ranks between the first and last pipeline stage may
+            not.
 
     Attributes:
         valid_batches: batches of an evaluation; 0: there are no validation data.
@@ -80,12 +84,15 @@ class TokenData:
         self.valid_batches = min(windows // batch, recipe.evaluate.batches)
         self._samples: TrainingSamples | None = None
         self._counted: tuple[int, dict[str, int]] = 0, {}
-        self.valid = Windows(corpus.valid, self.valid_batches * batch, recipe, corpus.tokenizer) if windows else None
+        self.valid = Windows(corpus.valid, self.valid_batches * batch, recipe,
+                             corpus.tokenizer) if windows else None
 
     def training_batches(self, first_step: int) -> Iterator[list[MicroBatch]]:
-        """This rank's micro-batches of every step from `first_step` (counted from 0) to the end of the run.
+        """This rank's micro-batches of every step from `first_step` (counted from 0) to the end of
+        the run.
 
-        All ranks call it together: indices that are missing are built first, and the run's blend is noted.
+        All ranks call it together: indices that are missing are built first, and the run's blend is
+        noted.
 
         Raises:
             ValueError: the blend is not the run's, and `data.on_blend_change` is not "continue".
@@ -98,7 +105,8 @@ class TokenData:
             if alone:
                 self.history.save()
             if self.reads:
-                self._samples = TrainingSamples(self.recipe, self.corpus, self.history, first, self.cache)
+                self._samples = TrainingSamples(self.recipe, self.corpus, self.history, first,
+                                                self.cache)
                 self._counted = first, self.history.taken(first)
         return self._batches(self._samples, first_step, self.recipe.steps)
 
@@ -117,17 +125,20 @@ class TokenData:
         order, (before, taken) = self._samples.order, self._counted
         now = steps * self.recipe.train.global_batch
         new = np.bincount(order.places[before:now], minlength=len(order.contents))
-        taken = taken | {c: taken[c] + int(n) for c, n in zip(order.contents, new, strict=True) if n}
+        taken = taken | {c: taken[c] + int(n) for c,
+                         n in zip(order.contents, new, strict=True) if n}
         self._counted = now, taken
         paths = self.history.segments[-1].paths
-        return {paths[content]: count * self.recipe.train.sequence_length for content, count in taken.items()}
+        return {paths[content]: count * self.recipe.train.sequence_length for content,
+                count in taken.items()}
 
     @cached_property
     def valid_tokens_per_byte(self) -> float:
         """Labels of the validation windows over the UTF-8 bytes of the text they stand for."""
         return len(self.valid) * self.recipe.train.sequence_length / self.valid.text_bytes
 
-    def _batches(self, dataset: Dataset | None, first: int, last: int) -> Iterator[list[MicroBatch]]:
+    def _batches(self, dataset: Dataset | None, first: int,
+                 last: int) -> Iterator[list[MicroBatch]]:
         per_step = self.recipe.micro_batches
         if not self.reads:
             yield from ([{}] * per_step for _ in range(first, last))
@@ -135,7 +146,8 @@ class TokenData:
         workers = self.recipe.data.workers
         loader = iter(DataLoader(
             dataset,
-            batch_sampler=(self._indices(step, m) for step in range(first, last) for m in range(per_step)),
+            batch_sampler=(self._indices(step, m) for step in range(first, last)
+                           for m in range(per_step)),
             num_workers=workers,
             worker_init_fn=block_in_worker,
             prefetch_factor=2 * per_step if workers else None,
@@ -146,13 +158,15 @@ class TokenData:
 
     def _indices(self, step: int, micro: int) -> list[int]:
         size, dp = self.recipe.train.micro_batch, self.recipe.parallel.data
-        start = step * self.recipe.train.global_batch + (micro * dp + ps.get_data_parallel_rank()) * size
+        start = step * self.recipe.train.global_batch + (micro * dp
+                                                         + ps.get_data_parallel_rank()) * size
         return list(range(start, start + size))
 
 
 @contextmanager
 def _rank_0_first() -> Iterator[bool]:
-    """Rank 0 passes before the others, so that of all ranks it alone builds what is missing on disks they share."""
+    """Rank 0 passes before the others, so that of all ranks it alone builds what is missing on
+    disks they share."""
     together = dist.is_initialized()
     alone = not together or dist.get_rank() == 0
     if not alone:

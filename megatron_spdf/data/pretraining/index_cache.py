@@ -1,7 +1,9 @@
-"""Files that are computed once: they appear whole or not at all, whoever else wants them at the same time.
+"""Files that are computed once: they appear whole or not at all, whoever else wants them at the
+same time.
 
-The first of several processes computes, those beside it wait for its lock. Where a file system has no locks between
-nodes, two nodes may compute the same; the first to finish gives its files the name, and the other one takes them.
+The first of several processes computes, those beside it wait for its lock. Where a file system has
+no locks between nodes, two nodes may compute the same; the first to finish gives its files the
+name, and the other one takes them.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ def built_once(cache: Path, key: str, build: Callable[[Path], None]) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     with locked(cache / f"{key}.lock", wait=True):
         here = f"{key}.{socket.gethostname()}"
-        for left in cache.glob(f"{here}.*.partial"):  # by a process that was killed: on this host the lock is ours
+        # by a process that was killed: on this host the lock is ours
+        for left in cache.glob(f"{here}.*.partial"):
             shutil.rmtree(left, ignore_errors=True)
         if not place.is_dir():
             partial = cache / f"{here}.{uuid.uuid4().hex}.partial"

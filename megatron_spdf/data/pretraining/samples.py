@@ -1,6 +1,8 @@
-"""Token sequences of fixed length: training samples from shuffled documents, validation windows from the text's order.
+"""Token sequences of fixed length: training samples from shuffled documents, validation windows
+from the text's order.
 
-Both are T + 1 tokens, inputs and labels shifted by one, and share document boundaries that options ask for.
+Both are T + 1 tokens, inputs and labels shifted by one, and share document boundaries that options
+ask for.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ _INDICES = ("document_index", "sample_index", "shuffle_index")
 
 @dataclass(frozen=True)
 class Borders:
-    """What happens at the end of a document inside a sequence; the end-of-document token belongs to the document.
+    """What happens at the end of a document inside a sequence; the end-of-document token belongs to
+    the document.
 
     Attributes:
         eod: the end-of-document token.
@@ -45,7 +48,8 @@ class Borders:
     def sample(self, text: np.ndarray) -> dict[str, Tensor]:
         """Inputs, labels, loss mask and positions, (T,) each, of T + 1 tokens.
 
-        With `reset_attention` also "documents", (T,), the number of the document a token is in, counted from 0.
+        With `reset_attention` also "documents", (T,), the number of the document a token is in,
+        counted from 0.
         """
         text = torch.from_numpy(text.astype(np.int64))
         tokens, labels = text[:-1].contiguous(), text[1:].contiguous()
@@ -54,7 +58,8 @@ class Borders:
         starts[1:] = tokens[:-1] == self.eod
         if self.reset_positions:
             positions = positions - torch.cummax(positions * starts, 0).values
-        sample = {"tokens": tokens, "labels": labels, "loss_mask": torch.ones(len(tokens)), "position_ids": positions}
+        sample = {"tokens": tokens, "labels": labels, "loss_mask": torch.ones(len(tokens)),
+                  "position_ids": positions}
         if self.reset_attention:
             sample["documents"] = torch.cumsum(starts, 0)
         return sample
@@ -66,7 +71,8 @@ def samples_in(tokens: int, length: int) -> int:
 
 
 def epochs_in_pass(source: Source, recipe: Recipe) -> int:
-    """Epochs that share an index: one of a source of any size, several of one that would need many indices."""
+    """Epochs that share an index: one of a source of any size, several of one that would need many
+    indices."""
     return max(1, _LEAST_SAMPLES // samples_in(source.tokens, recipe.train.sequence_length))
 
 
@@ -75,15 +81,18 @@ def samples_in_pass(source: Source, recipe: Recipe) -> int:
 
 
 class Pass(GPTDataset):
-    """A number of epochs over a source: documents in random order in each, cut into sequences, in random order again.
+    """A number of epochs over a source: documents in random order in each, cut into sequences, in
+    random order again.
 
-    Megatron-Core's dataset with an index of our own: the order depends on the seed, the content of the source and the
-    number of the pass, and neither on how many samples a run will ask for nor on where the files lie; and the index is
-    built once (`cache.built_once`) by any process, where Megatron-Core's is built by rank 0 into files that others may
-    read too soon, or not find on their own disk.
+    Megatron-Core's dataset with an index of our own: the order depends on the seed, the content of
+    the source and the number of the pass, and neither on how many samples a run will ask for nor on
+    where the files lie; and the index is built once (`cache.built_once`) by any process, where
+    Megatron-Core's is built by rank 0 into files that others may read too soon, or not find on
+    their own disk.
     """
 
-    def __init__(self, source: Source, number: int, recipe: Recipe, tokenizer: Tokenizer, cache: Path):
+    def __init__(self, source: Source, number: int, recipe: Recipe, tokenizer: Tokenizer,
+                 cache: Path):
         """The pass `number`, from 0, over `source`."""
         self._length, self._epochs = recipe.train.sequence_length, epochs_in_pass(source, recipe)
         self._tokens, self._cache, self._borders = source.tokens, cache, borders_of(recipe, tokenizer)
@@ -91,10 +100,12 @@ class Pass(GPTDataset):
         self._key = "pass-" + hashlib.sha256(f"{order} {self._length} {self._epochs}".encode()).hexdigest()[:32]
         config = GPTDatasetConfig(
             random_seed=int.from_bytes(hashlib.sha256(order.encode()).digest()[:4], "big"),
-            sequence_length=self._length, blend=([source.content], None), split="1,0,0", tokenizer=tokenizer,
-            reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False, create_attention_mask=False)
+            sequence_length=self._length, blend=([source.content], None), split="1,0,0",
+            tokenizer=tokenizer, reset_position_ids=False, reset_attention_mask=False,
+            eod_mask_loss=False, create_attention_mask=False)
         nothing = np.empty(0, np.int32)  # all documents, which the index tells
-        super().__init__(IndexedDataset(source.prefix), source.content, nothing, None, Split.train, config)
+        super().__init__(IndexedDataset(source.prefix), source.content, nothing, None, Split.train,
+                         config)
         assert len(self) == samples_in_pass(source, recipe)
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
@@ -114,8 +125,8 @@ class Pass(GPTDataset):
         for epoch in documents:
             draw.shuffle(epoch)
         samples = helpers.build_sample_idx(
-            np.array(self.dataset.sequence_lengths), documents.reshape(-1), self._length, self._epochs, self._tokens,
-            True, 1)
+            np.array(self.dataset.sequence_lengths), documents.reshape(-1), self._length,
+            self._epochs, self._tokens, True, 1)
         count = len(samples) - 1
         order = np.arange(count, dtype=np.uint32 if count < 2**32 else np.int64)
         # A sequence is of the epoch that it starts in.
@@ -129,8 +140,8 @@ class Pass(GPTDataset):
 class Windows(Dataset):
     """Validation sequences: fixed, without overlap, the same whatever the seed.
 
-    Window w of a source is tokens [w T, w T + T] in the order of the text, the last one a label only. Of the windows
-    of all sources in turn, `count` are taken at even distances.
+    Window w of a source is tokens [w T, w T + T] in the order of the text, the last one a label
+    only. Of the windows of all sources in turn, `count` are taken at even distances.
 
     Attributes:
         text_bytes: UTF-8 bytes of the text that the labels of all windows stand for.
@@ -151,7 +162,8 @@ class Windows(Dataset):
 
     @property
     def text_bytes(self) -> int:
-        return sum(self._tokenizer.text_bytes(self._text(number)[1:].tolist()) for number in range(len(self)))
+        return sum(self._tokenizer.text_bytes(self._text(number)[1:].tolist())
+                   for number in range(len(self)))
 
     def _text(self, number: int) -> np.ndarray:
         window = self._chosen[number]

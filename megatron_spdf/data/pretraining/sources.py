@@ -34,7 +34,8 @@ class Source:
 
 @dataclass(frozen=True)
 class Entry:
-    """One data set as the recipe names it; `pattern` is what matched it. Either `weight` or `epochs` is given."""
+    """One data set as the recipe names it; `pattern` is what matched it. Either `weight` or
+    `epochs` is given."""
 
     prefix: str
     pattern: str
@@ -43,21 +44,23 @@ class Entry:
 
 
 def expand(data: Data) -> list[Entry]:
-    """The training data sets that a recipe names: `data.train`, or `data.blend` with its patterns matched.
+    """The training data sets that a recipe names: `data.train`, or `data.blend` with its patterns
+    matched.
 
     Raises:
         ValueError: nothing is named, or a pattern matches nothing.
     """
     if not data.blend and not data.train:
-        raise ValueError("data.train is empty; name at least one prefix made by tools/preprocess_data.py")
+        raise ValueError("data.train is empty; name at least one prefix made by "
+                         "tools/preprocess_data.py")
     entries = [Entry(prefix, prefix, None, 1.0) for prefix in data.train]
     for named in data.blend:
         matches = [named.path]
         if glob.has_magic(named.path) and not file_of(named.path, "idx").exists():
             matches = sorted(path.removesuffix(".idx") for path in glob.glob(f"{named.path}.idx"))
         if not matches:
-            raise ValueError(f"data.blend: {named.path!r} matches no data set; a pattern matches prefixes, the names "
-                             "of .bin and .idx files without these endings")
+            raise ValueError(f"data.blend: {named.path!r} matches no data set; a pattern matches "
+                             "prefixes, the names of .bin and .idx files without these endings")
         entries += [Entry(path, named.path, named.weight, named.epochs) for path in matches]
     return entries
 
@@ -65,12 +68,12 @@ def expand(data: Data) -> list[Entry]:
 def training_sources(entries: list[Entry], tokenizer_sha256: str) -> list[Source]:
     """The training data sets, checked, with weights that sum to 1.
 
-    The weight of a pattern is shared by what it matches in proportion to the tokens. Epochs weigh tokens: a data set
-    of twice the epochs is read twice as often.
+    The weight of a pattern is shared by what it matches in proportion to the tokens. Epochs weigh
+    tokens: a data set of twice the epochs is read twice as often.
 
     Raises:
-        ValueError: a data set is not whole, of another tokenizer, named twice, or no set of the Pile and asked for as
-            one.
+        ValueError: a data set is not whole, of another tokenizer, named twice, or no set of the
+            Pile and asked for as one.
     """
     manifests = [check_prefix(entry.prefix, tokenizer_sha256) for entry in entries]
     matched: Counter[str] = Counter()
@@ -92,14 +95,15 @@ def _epochs(entry: Entry, manifest: Manifest) -> float:
     if entry.epochs != "pile":
         return entry.epochs
     if manifest.set_name not in PILE_EPOCHS:
-        raise ValueError(f"data.blend: {entry.prefix} holds the set {manifest.set_name!r}, which is none of the "
-                         f"Pile's, so that epochs=pile says nothing of it; give a number. Its sets are "
-                         f"{', '.join(PILE_EPOCHS)}")
+        raise ValueError(f"data.blend: {entry.prefix} holds the set {manifest.set_name!r}, which "
+                         "is none of the Pile's, so that epochs=pile says nothing of it; give a "
+                         f"number. Its sets are {', '.join(PILE_EPOCHS)}")
     return PILE_EPOCHS[manifest.set_name]
 
 
 def _fingerprint(prefix: str) -> str:
-    """Of a data set whose manifest has no checksums: of the sizes, and of start, middle and end of both files."""
+    """Of a data set whose manifest has no checksums: of the sizes, and of start, middle and end of
+    both files."""
     digest = hashlib.sha256()
     for suffix in ("idx", "bin"):
         path = file_of(prefix, suffix)
@@ -116,5 +120,5 @@ def _require_distinct(sources: list[Source]) -> None:
     content, times = Counter(source.content for source in sources).most_common(1)[0]
     if times > 1:
         same = ", ".join(source.prefix for source in sources if source.content == content)
-        raise ValueError(f"the data sets {same} hold the same tokens, and would be read in the same order; name one of "
-                         "them, with the sum of their weights or epochs")
+        raise ValueError(f"the data sets {same} hold the same tokens, and would be read in the "
+                         "same order; name one of them, with the sum of their weights or epochs")

@@ -1,4 +1,5 @@
-"""The tokenizer interface and its kinds: GPT-2 byte-level BPE, Hugging Face `tokenizers`, SentencePiece."""
+"""The tokenizer interface and its kinds: GPT-2 byte-level BPE, Hugging Face `tokenizers`,
+SentencePiece."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from typing import ClassVar
 import numpy as np
 
 END_OF_TEXT = "<|endoftext|>"
-# End-of-document tokens of published tokenizer.json files; the first that the vocabulary holds is taken.
+# End-of-document tokens of published tokenizer.json files; the first that the vocabulary holds is
+# taken.
 END_OF_DOCUMENT = (END_OF_TEXT, "<|end_of_text|>", "</s>")
 # Unicode's White_Space, which is what \s means to tiktoken; to Python it means more.
 _BLANKS = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
@@ -31,8 +33,8 @@ def well_formed(text: str) -> str:
 class Tokenizer(ABC):
     """Text to token ids and back; also what Megatron's `GPTDataset` asks of a tokenizer.
 
-    Built from the bytes of its files, which it keeps: `save` writes what was loaded, whatever has become
-    of the originals, and a tokenizer travels to another process as its files.
+    Built from the bytes of its files, which it keeps: `save` writes what was loaded, whatever has
+    become of the originals, and a tokenizer travels to another process as its files.
 
     Attributes:
         kind: "gpt2-bpe", "tokenizers" or "sentencepiece".
@@ -67,7 +69,8 @@ class Tokenizer(ABC):
     def text_bytes(self, ids: Iterable[int]) -> int:
         """UTF-8 bytes of the text of `ids`; end-of-document tokens have none.
 
-        Where `ids` start or end inside a character, of which byte-level tokens hold a part, a few bytes more.
+        Where `ids` start or end inside a character, of which byte-level tokens hold a part, a few
+        bytes more.
         """
         return len(self.decode(i for i in ids if i != self.eod).encode())
 
@@ -80,15 +83,18 @@ class Tokenizer(ABC):
         return [self.encode(text) for text in texts]
 
     def encode_array(self, text: str) -> np.ndarray:
-        """`encode` as an integer array (T,), without a Python list in between where the library can."""
+        """`encode` as an integer array (T,), without a Python list in between where the library
+        can."""
         return np.asarray(self.encode(text), dtype=np.int64)
 
     def save(self, directory: str | Path) -> None:
-        """Write the files to `directory`, new or empty; `load_tokenizer` gives this tokenizer from there."""
+        """Write the files to `directory`, new or empty; `load_tokenizer` gives this tokenizer from
+        there."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         if any(directory.iterdir()):
-            raise ValueError(f"{directory} is not empty; a tokenizer is saved to a directory of its own")
+            raise ValueError(f"{directory} is not empty; a tokenizer is saved to a directory of "
+                             "its own")
         for name, content in zip(self.file_names, self._files, strict=True):
             (directory / name).write_bytes(content)
 
@@ -109,8 +115,9 @@ class Tokenizer(ABC):
 class Gpt2Bpe(Tokenizer):
     """Byte-level BPE over GPT-2's word pattern, run by `tiktoken`.
 
-    `tiktoken` knows no merge list: it joins any two neighbours whose concatenation is a token, lowest id
-    first. That equals applying the merges when ids are in merge order, which is checked here.
+    `tiktoken` knows no merge list: it joins any two neighbours whose concatenation is a token,
+    lowest id first. That equals applying the merges when ids are in merge order, which is checked
+    here.
     """
 
     kind = "gpt2-bpe"
@@ -125,9 +132,11 @@ class Gpt2Bpe(Tokenizer):
         self.vocab_size, self.eod = len(ids), ids[END_OF_TEXT]
         _require_gpt2_form(ids, _read_merges(merges))
         byte_of = _byte_of_character()
-        ranks = {bytes(byte_of[c] for c in token): i for token, i in ids.items() if token != END_OF_TEXT}
+        ranks = {bytes(byte_of[c] for c in token): i for token,
+                 i in ids.items() if token != END_OF_TEXT}
         self._encoding = tiktoken.Encoding(
-            "gpt2-bpe", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: self.eod}
+            "gpt2-bpe", pat_str=r50k_pat_str, mergeable_ranks=ranks,
+            special_tokens={END_OF_TEXT: self.eod}
         )
 
     def _encode(self, text: str) -> list[int]:
@@ -139,7 +148,8 @@ class Gpt2Bpe(Tokenizer):
             return self._encoding.encode_to_numpy(text, disallowed_special=())
         except ValueError:  # a run of white space so long that the regex engine runs out of stack
             parts = _before_last_blanks(text)
-            return np.concatenate([self._encoding.encode_to_numpy(part, disallowed_special=()) for part in parts])
+            return np.concatenate([self._encoding.encode_to_numpy(part, disallowed_special=())
+                                   for part in parts])
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._encoding.decode([int(i) for i in ids])
@@ -149,15 +159,18 @@ class Gpt2Bpe(Tokenizer):
 
 
 def _before_last_blanks(text: str) -> list[str]:
-    """`text` cut before the last blank of every long run of blanks, where GPT-2's pattern cuts it in any case."""
+    """`text` cut before the last blank of every long run of blanks, where GPT-2's pattern cuts it
+    in any case."""
     cuts = [m.end() - 1 for m in re.finditer(rf"[{_BLANKS}]{{1000,}}(?=[^{_BLANKS}])", text)]
     return [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
 
 
 class HuggingFace(Tokenizer):
-    """Whatever a `tokenizer.json` describes, run by `tokenizers`; its special tokens are never added.
+    """Whatever a `tokenizer.json` describes, run by `tokenizers`; its special tokens are never
+    added.
 
-    One that describes GPT-2's kind of BPE and nothing else is run by `tiktoken`, which gives the same ids sooner.
+    One that describes GPT-2's kind of BPE and nothing else is run by `tiktoken`, which gives the
+    same ids sooner.
     """
 
     kind = "tokenizers"
@@ -177,7 +190,8 @@ class HuggingFace(Tokenizer):
         vocab = self._tokenizer.get_vocab(with_added_tokens=True)
         eod = next((vocab[token] for token in END_OF_DOCUMENT if token in vocab), None)
         if eod is None:
-            raise ValueError(f"no end-of-document token in tokenizer.json; it needs one of {END_OF_DOCUMENT}")
+            raise ValueError("no end-of-document token in tokenizer.json; it needs one of "
+                             f"{END_OF_DOCUMENT}")
         self.vocab_size, self.eod = max(vocab.values()) + 1, eod
         self.gpt2 = _as_gpt2(json.loads(description))
 
@@ -211,7 +225,8 @@ class SentencePiece(Tokenizer):
             raise ValueError(f"not a SentencePiece model: {error}") from None
         self.vocab_size, self.eod = self._processor.vocab_size(), self._processor.eos_id()
         if self.eod < 0:
-            raise ValueError("the SentencePiece model has no </s> to end documents; train it with an eos_id")
+            raise ValueError("the SentencePiece model has no </s> to end documents; train it with "
+                             "an eos_id")
 
     def _encode(self, text: str) -> list[int]:
         return self._processor.encode(text)
@@ -221,17 +236,21 @@ class SentencePiece(Tokenizer):
 
 
 def is_plain_byte_level(description: dict) -> bool:
-    """Whether a tokenizer.json cuts words as GPT-2 does, so that its vocabulary and merges tell all."""
+    """Whether a tokenizer.json cuts words as GPT-2 does, so that its vocabulary and merges tell
+    all."""
     cut = description.get("pre_tokenizer") or {}
-    byte_level = cut.get("type") == "ByteLevel" and cut.get("use_regex", True) and not cut.get("add_prefix_space", True)
+    byte_level = cut.get("type") == "ByteLevel" and cut.get("use_regex",
+                                                            True) and not cut.get("add_prefix_space", True)
     return byte_level and description.get("normalizer") is None
 
 
 def _as_gpt2(description: dict) -> Gpt2Bpe | None:
-    """The tokenizer that a tokenizer.json describes as GPT-2's kind, where it is that to the last detail."""
+    """The tokenizer that a tokenizer.json describes as GPT-2's kind, where it is that to the last
+    detail."""
     model = description.get("model") or {}
     plain = model.get("type") == "BPE" and not any(
-        model.get(option) for option in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix",
+        model.get(option) for option in ("dropout", "unk_token", "continuing_subword_prefix",
+                                         "end_of_word_suffix",
                                          "byte_fallback", "ignore_merges"))
     added = {token["content"]: token for token in description.get("added_tokens") or []}
     if not plain or not is_plain_byte_level(description) or not set(added) <= {END_OF_TEXT}:
@@ -253,9 +272,11 @@ def _read_vocab(content: bytes) -> Mapping[str, int]:
         raise ValueError(f"the BPE vocabulary is not JSON: {error}") from None
     numbered = isinstance(ids, dict) and all(isinstance(i, int) for i in ids.values())
     if not numbered or set(ids.values()) != set(range(len(ids))):
-        raise ValueError("the BPE vocabulary must be one JSON object: token -> id, ids 0 to n-1 without gaps")
+        raise ValueError("the BPE vocabulary must be one JSON object: token -> id, ids 0 to n-1 "
+                         "without gaps")
     if END_OF_TEXT not in ids:
-        raise ValueError(f"no {END_OF_TEXT} in the BPE vocabulary; if tokenizer.json adds it, give that file")
+        raise ValueError(f"no {END_OF_TEXT} in the BPE vocabulary; if tokenizer.json adds it, give "
+                         "that file")
     return ids
 
 
@@ -272,14 +293,15 @@ def _require_gpt2_form(ids: Mapping[str, int], merges: list[str]) -> None:
     if set(tokens[:256]) == set(_byte_of_character()) and tokens[256:] == merged:
         return
     raise ValueError(
-        f"the BPE files are not in GPT-2's form: their {len(ids)} tokens must be the 256 bytes, one token "
-        f"for each of the {len(merges)} merges in the order of the merges, and {END_OF_TEXT}. "
-        "Save this tokenizer as tokenizer.json and give that file"
+        f"the BPE files are not in GPT-2's form: their {len(ids)} tokens must be the 256 bytes, "
+        f"one token for each of the {len(merges)} merges in the order of the merges, and "
+        f"{END_OF_TEXT}. Save this tokenizer as tokenizer.json and give that file"
     )
 
 
 def _byte_of_character() -> dict[str, int]:
-    """GPT-2's visible character for each byte: Latin-1 where that is printable, else U+0100 and up."""
+    """GPT-2's visible character for each byte: Latin-1 where that is printable, else U+0100 and
+    up."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = sorted(set(range(256)) - set(printable))
     return {chr(b): b for b in printable} | {chr(0x100 + n): b for n, b in enumerate(others)}

@@ -32,8 +32,9 @@ _SENTENCE_BYTES = 4 * _SENTENCE_CHARACTERS
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer whose files lie in the directory `path`, or whose one file `path` is.
 
-    A directory with tokenizer.json and BPE files, as published with GPT-2 and its kin, is read from the BPE
-    files when tokenizer.json describes plain byte-level BPE, and from tokenizer.json otherwise.
+    A directory with tokenizer.json and BPE files, as published with GPT-2 and its kin, is read from
+    the BPE files when tokenizer.json describes plain byte-level BPE, and from tokenizer.json
+    otherwise.
 
     Raises:
         FileNotFoundError: nothing is at `path`.
@@ -52,7 +53,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 def _find_file(path: Path) -> tuple[type[Tokenizer], list[Path]]:
     kinds = {".json": HuggingFace, ".model": SentencePiece}
     if path.suffix not in kinds:
-        raise ValueError(f"{path} is not a tokenizer; accepted: a directory or file with {_ACCEPTED}")
+        raise ValueError(f"{path} is not a tokenizer; accepted: a directory or file with "
+                         f"{_ACCEPTED}")
     return kinds[path.suffix], [path]
 
 
@@ -82,24 +84,30 @@ def _is_plain_byte_level(file: Path) -> bool:
         return False
 
 
-def train_tokenizer(kind: str, texts: Iterable[str], vocab_size: int, directory: str | Path) -> Tokenizer:
-    """Train a tokenizer of exactly `vocab_size` ids on `texts` and save it to `directory`, new or empty.
+def train_tokenizer(kind: str, texts: Iterable[str], vocab_size: int,
+                    directory: str | Path) -> Tokenizer:
+    """Train a tokenizer of exactly `vocab_size` ids on `texts` and save it to `directory`, new or
+    empty.
 
     Args:
-        kind: "bpe", GPT-2's byte-level BPE, any text round-trips; or "sentencepiece", BPE over characters
-            with bytes for the rare ones, as in Llama: text round-trips but for U+2581, its mark for a space.
+        kind: "bpe", GPT-2's byte-level BPE, any text round-trips; or "sentencepiece", BPE over
+            characters with bytes for the rare ones, as in Llama: text round-trips but for U+2581,
+            its mark for a space.
         texts: read once, as a stream.
 
     Raises:
-        ValueError: unknown `kind`, a `directory` in use, or a `vocab_size` that these texts cannot fill or
-            that is too small for the alphabet; the largest or smallest possible size is named.
+        ValueError: unknown `kind`, a `directory` in use, or a `vocab_size` that these texts cannot
+            fill or that is too small for the alphabet; the largest or smallest possible size is
+            named.
     """
     trainers = {"bpe": _train_bpe, "sentencepiece": _train_sentencepiece}
     if kind not in trainers:
-        raise ValueError(f"cannot train a tokenizer of kind {kind!r}; choose one of {sorted(trainers)}")
+        raise ValueError(f"cannot train a tokenizer of kind {kind!r}; choose one of "
+                         f"{sorted(trainers)}")
     directory = Path(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ValueError(f"{directory} exists; give a new or empty directory for the trained tokenizer")
+        raise ValueError(f"{directory} exists; give a new or empty directory for the trained "
+                         "tokenizer")
     tokenizer = trainers[kind](map(well_formed, texts), vocab_size)
     assert tokenizer.vocab_size == vocab_size
     tokenizer.save(directory)
@@ -112,18 +120,21 @@ def _train_bpe(texts: Iterator[str], vocab_size: int) -> Gpt2Bpe:
 
     smallest = 256 + 1
     if vocab_size < smallest:
-        raise ValueError(f"vocab_size {vocab_size} is too small: 256 bytes and {END_OF_TEXT} need {smallest}")
+        raise ValueError(f"vocab_size {vocab_size} is too small: 256 bytes and {END_OF_TEXT} need "
+                         f"{smallest}")
     learner = HuggingFaceTokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet,
+                                  show_progress=False)
     learner.train_from_iterator(texts, trainer)
     model = json.loads(learner.to_str())["model"]
     ids = {**model["vocab"], END_OF_TEXT: len(model["vocab"])}
     if len(ids) < vocab_size:
         raise ValueError(_too_small_a_corpus(vocab_size, len(ids)))
     merges = ["#version: 0.2", *(" ".join(pair) for pair in model["merges"])]
-    return Gpt2Bpe(json.dumps(ids, ensure_ascii=False).encode(), ("\n".join(merges) + "\n").encode())
+    return Gpt2Bpe(json.dumps(ids, ensure_ascii=False).encode(),
+                   ("\n".join(merges) + "\n").encode())
 
 
 def _train_sentencepiece(texts: Iterator[str], vocab_size: int) -> SentencePiece:

@@ -23,8 +23,8 @@ class Scores:
     """What was computed, how, and what could not be.
 
     Attributes:
-        values: part of the test set -> metric -> score. The part "all" is there always; WebNLG's data have "seen" and
-            "unseen".
+        values: part of the test set -> metric -> score. The part "all" is there always; WebNLG's
+            data have "seen" and "unseen".
         signatures: metric -> the implementation and settings behind its values.
         missing: metric -> why it has no value.
     """
@@ -37,15 +37,16 @@ class Scores:
 def score(task: str, predictions: Sequence[str], references: References) -> Scores:
     """Scores predictions, one for each input.
 
-    E2E has BLEU, NIST, METEOR, ROUGE_L and CIDEr of its metrics; WebNLG and DART have BLEU, METEOR and TER of theirs;
-    summaries have ROUGE, and other tasks BLEU and ROUGE.
+    E2E has BLEU, NIST, METEOR, ROUGE_L and CIDEr of its metrics; WebNLG and DART have BLEU, METEOR
+    and TER of theirs; summaries have ROUGE, and other tasks BLEU and ROUGE.
 
     Raises:
         ValueError: predictions and references are of different counts, or there are none.
     """
     if len(predictions) != len(references.texts) or not predictions:
-        raise ValueError(f"{len(predictions)} predictions for {len(references.texts)} inputs with references; there "
-                         "must be one prediction for each, one per line, in the order of the references")
+        raise ValueError(f"{len(predictions)} predictions for {len(references.texts)} inputs with "
+                         "references; there must be one prediction for each, one per line, in the "
+                         "order of the references")
     if task in TOKENISED:
         return _score_tokenised(*in_official_form(task, predictions, references))
     scores = Scores()
@@ -64,16 +65,20 @@ def _add(scores: Scores, values: dict[str, float], signature: str, part: str = A
     scores.signatures.update(dict.fromkeys(values, signature))
 
 
-def _add_bleu(scores: Scores, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> None:
+def _add_bleu(scores: Scores, predictions: Sequence[str],
+              references: Sequence[Sequence[str]]) -> None:
     bleu, signature = bleu_raw(predictions, references)
     _add(scores, {"BLEU": bleu}, signature)
 
 
-def _score_e2e(scores: Scores, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> None:
+def _score_e2e(scores: Scores, predictions: Sequence[str],
+               references: Sequence[Sequence[str]]) -> None:
     _add_bleu(scores, predictions, references)
     both = nist(predictions, references)
-    _add(scores, {"NIST": both.port}, "own, length penalty of the official metrics' Python port (measure_scores.py -p)")
-    _add(scores, {"NIST_mteval": both.perl}, "own, length penalty of the official metrics' mteval-v13a (Perl)")
+    _add(scores, {"NIST": both.port},
+         "own, length penalty of the official metrics' Python port (measure_scores.py -p)")
+    _add(scores, {"NIST_mteval": both.perl},
+         "own, length penalty of the official metrics' mteval-v13a (Perl)")
     try:
         values = caption_scores(predictions, references)
         _add(scores, {"METEOR": values.pop("METEOR")}, f"PTB tokens, {_METEOR}")
@@ -86,7 +91,8 @@ def _score_tokenised(predictions: Sequence[str], references: References) -> Scor
     """BLEU in percent, METEOR and TER of each part; TER of all is from the sums of its parts."""
     scores = Scores()
     parts = sorted(set(references.groups))
-    inputs = {part: [i for i, group in enumerate(references.groups) if group == part] for part in parts}
+    inputs = {part: [i for i, group in enumerate(references.groups) if group == part]
+              for part in parts}
     edits, lengths = 0.0, 0.0
     for part in parts:
         outputs = [predictions[i] for i in inputs[part]]
@@ -101,7 +107,8 @@ def _score_tokenised(predictions: Sequence[str], references: References) -> Scor
     return scores
 
 
-def _add_bleu_and_meteor(scores: Scores, part: str, outputs: Sequence[str], targets: Sequence[Sequence[str]]) -> None:
+def _add_bleu_and_meteor(scores: Scores, part: str, outputs: Sequence[str],
+                         targets: Sequence[Sequence[str]]) -> None:
     bleu, signature = bleu_tokenised(outputs, targets)
     _add(scores, {"BLEU": bleu}, signature, part)
     try:
@@ -111,11 +118,13 @@ def _add_bleu_and_meteor(scores: Scores, part: str, outputs: Sequence[str], targ
 
 
 def render(scores: Scores) -> str:
-    """A line for each metric and a column for each part of the test set, then what is behind the figures."""
+    """A line for each metric and a column for each part of the test set, then what is behind the
+    figures."""
     parts = [ALL, *sorted(scores.values.keys() - {ALL})]
     names = list(dict.fromkeys(name for part in parts for name in scores.values[part]))
     head = [f"{'':<12}" + "".join(f"{part:>12}" for part in parts)] if len(parts) > 1 else []
-    rows = [f"{name:<12}" + "".join(f"{_figure(scores.values[part].get(name)):>12}" for part in parts)
+    rows = [f"{name:<12}"
+            + "".join(f"{_figure(scores.values[part].get(name)):>12}" for part in parts)
             for name in names]
     missing = [f"{name:<12}{'missing':>12}  ({why})" for name, why in scores.missing.items()]
     behind = [f"  {name}: {signature}" for name, signature in scores.signatures.items()]

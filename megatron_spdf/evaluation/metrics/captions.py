@@ -11,7 +11,8 @@ from pycocoevalcap.rouge.rouge import Rouge
 from megatron_spdf.evaluation.metrics.java import meteor, ptb_tokenise
 
 
-def caption_scores(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+def caption_scores(predictions: Sequence[str],
+                   references: Sequence[Sequence[str]]) -> dict[str, float]:
     """METEOR, ROUGE_L (Lin, 2004; with beta 1.2) and CIDEr (Vedantam et al., 2015) of raw texts.
 
     Raises:

@@ -1,4 +1,5 @@
-"""The two Java programs behind the captioning metrics, from `pycocoevalcap`: Stanford's tokenizer and METEOR."""
+"""The two Java programs behind the captioning metrics, from `pycocoevalcap`: Stanford's tokenizer
+and METEOR."""
 
 from __future__ import annotations
 
@@ -20,35 +21,41 @@ class JavaUnavailable(Exception):
 
 
 def ptb_tokenise(sentences: Sequence[str]) -> list[str]:
-    """Lower-cased Penn Treebank tokens without punctuation, joined by blanks: the captions of MS-COCO's metrics.
+    """Lower-cased Penn Treebank tokens without punctuation, joined by blanks: the captions of
+    MS-COCO's metrics.
 
     Raises:
         JavaUnavailable: Java is missing or fails.
     """
     text = "\n".join(map(_one_line, sentences))
-    out = _java("-cp", _STANFORD, "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase", stdin=text)
+    out = _java("-cp", _STANFORD, "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines",
+                "-lowerCase", stdin=text)
     lines = out.split("\n")[: len(sentences)]
     if len(lines) < len(sentences):
         raise JavaUnavailable(f"Stanford's tokenizer gave {len(lines)} lines of {len(sentences)}")
-    return [" ".join(w for w in line.rstrip().split(" ") if w not in ptb.PUNCTUATIONS) for line in lines]
+    return [" ".join(w for w in line.rstrip().split(" ") if w not in ptb.PUNCTUATIONS)
+            for line in lines]
 
 
 def meteor(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """METEOR 1.5 (Denkowski and Lavie, 2014) with `-l en -norm`, of several references.
 
-    It reads files, and not a pipe as `pycocoevalcap` has it, where an empty prediction would hang it; the figures are
-    the same.
+    It reads files, and not a pipe as `pycocoevalcap` has it, where an empty prediction would hang
+    it; the figures are the same.
 
     Raises:
         JavaUnavailable: Java is missing or fails.
     """
     most = max(map(len, references))
-    padded = [line for texts in references for line in [*map(_one_line, texts), *[""] * (most - len(texts))]]
+    padded = [line for texts in references
+              for line in [*map(_one_line, texts), *[""] * (most - len(texts))]]
     with tempfile.TemporaryDirectory() as directory:
         outputs, targets = Path(directory, "outputs"), Path(directory, "references")
-        outputs.write_text("".join(f"{_one_line(text)}\n" for text in predictions), encoding="utf-8")
+        outputs.write_text("".join(f"{_one_line(text)}\n" for text in predictions),
+                           encoding="utf-8")
         targets.write_text("".join(f"{line}\n" for line in padded), encoding="utf-8")
-        return float(_java("-Xmx2G", "-jar", _METEOR, outputs, targets, "-l", "en", "-norm", "-r", most, "-q"))
+        return float(_java("-Xmx2G", "-jar", _METEOR, outputs, targets, "-l", "en", "-norm", "-r",
+                           most, "-q"))
 
 
 def _one_line(text: str) -> str:
@@ -59,7 +66,8 @@ def _java(*words: object, stdin: str = "") -> str:
     program = shutil.which("java")
     if program is None:
         raise JavaUnavailable("needs Java, and there is no `java` in PATH")
-    done = subprocess.run([program, *map(str, words)], input=stdin.encode(), capture_output=True, check=False)
+    done = subprocess.run([program, *map(str, words)], input=stdin.encode(), capture_output=True,
+                          check=False)
     if done.returncode or not done.stdout:
         reason = done.stderr.decode(errors="replace").strip().splitlines() or ["no output"]
         raise JavaUnavailable(f"java failed: {reason[0]}")

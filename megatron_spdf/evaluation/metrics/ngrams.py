@@ -14,17 +14,19 @@ _PIECE = 64  # inputs that a process scores at a time
 
 
 def bleu_raw(predictions: Texts, references: Sequence[Texts]) -> tuple[float, str]:
-    """BLEU in [0, 1] of raw texts, lower-cased, as mteval-v13a has it; and the signature of its settings."""
+    """BLEU in [0, 1] of raw texts, lower-cased, as mteval-v13a has it; and the signature of its
+    settings."""
     metric = BLEU(lowercase=True, tokenize="13a", smooth_method="none", force=True)
     score = metric.corpus_score(predictions, _streams(references, None)).score / 100
     return score, str(metric.get_signature())
 
 
 def bleu_tokenised(predictions: Texts, references: Sequence[Texts]) -> tuple[float, str]:
-    """BLEU in percent of tokenised texts, lower-cased, as multi-bleu.perl has it; and the signature of its settings.
+    """BLEU in percent of tokenised texts, lower-cased, as multi-bleu.perl has it; and the signature
+    of its settings.
 
-    An input with fewer references than another has *empty* ones in multi-bleu's brevity penalty: short outputs then
-    count as long enough.
+    An input with fewer references than another has *empty* ones in multi-bleu's brevity penalty:
+    short outputs then count as long enough.
     """
     metric = BLEU(lowercase=True, tokenize="none", smooth_method="none", force=True)
     score = metric.corpus_score(predictions, _streams(references, "")).score
@@ -32,10 +34,12 @@ def bleu_tokenised(predictions: Texts, references: Sequence[Texts]) -> tuple[flo
 
 
 def ter_edits(predictions: Texts, references: Sequence[Texts]) -> tuple[float, float, str]:
-    """Edits, mean reference length, summed over inputs; their ratio is TER. And the signature of the settings.
+    """Edits, mean reference length, summed over inputs; their ratio is TER. And the signature of
+    the settings.
 
-    tercom's edit rate (Snover et al., 2006) over all references of an input; another than pyter's mean over inputs.
-    The work is shared among the processors, since `sacrebleu` takes tens of milliseconds for an input.
+    tercom's edit rate (Snover et al., 2006) over all references of an input; another than pyter's
+    mean over inputs. The work is shared among the processors, since `sacrebleu` takes tens of
+    milliseconds for an input.
     """
     pairs = list(zip(predictions, references, strict=True))
     pieces = [pairs[i : i + _PIECE] for i in range(0, len(pairs), _PIECE)]
@@ -50,7 +54,8 @@ def ter_edits(predictions: Texts, references: Sequence[Texts]) -> tuple[float, f
 
 def _edits(pairs: list[tuple[str, Texts]]) -> tuple[float, float, str]:
     metric = TER()
-    score = metric.corpus_score([text for text, _ in pairs], _streams([texts for _, texts in pairs], None))
+    score = metric.corpus_score([text for text, _ in pairs],
+                                _streams([texts for _, texts in pairs], None))
     return score.num_edits, score.ref_length, str(metric.get_signature())
 
 

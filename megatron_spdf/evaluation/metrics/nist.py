@@ -1,7 +1,8 @@
 """NIST (Doddington, 2002) as the official E2E scripts compute it; no library tried does.
 
-The E2E metrics hold two implementations that differ where inputs have different numbers of references: a Perl
-script, mteval-v13a, and its Python port. Tokens are lower-cased, after mteval-v13a.
+The E2E metrics hold two implementations that differ where inputs have different numbers of
+references: a Perl script, mteval-v13a, and its Python port. Tokens are lower-cased, after
+mteval-v13a.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from dataclasses import dataclass
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
 MAX_N = 5
-_BETA = -math.log(0.5) / math.log(1.5) ** 2  # a translation of 2/3 of the length gets half the score
+# a translation of 2/3 of the length gets half the score
+_BETA = -math.log(0.5) / math.log(1.5) ** 2
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,8 @@ class Nist:
     """Both scores.
 
     Attributes:
-        port: the Python port's: the expected length is the sum over inputs of their references' mean length.
+        port: the Python port's: the expected length is the sum over inputs of their references'
+            mean length.
         perl: mteval-v13a's: the expected length is all reference tokens / (references / inputs).
     """
 
@@ -38,13 +41,16 @@ def nist(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Nis
     pool = [text for texts in targets for text in texts]
     counts = Counter(gram for text in pool for n in range(1, MAX_N + 1) for gram in _grams(text, n))
     counts[()] = sum(map(len, pool))
-    found = [math.fsum(_gained(output, texts, n, counts) for output, texts in zip(outputs, targets, strict=True))
+    found = [math.fsum(_gained(output, texts, n, counts) for output,
+                       texts in zip(outputs, targets, strict=True))
              for n in range(1, MAX_N + 1)]
     length = sum(map(len, outputs))
     mean_lengths = math.fsum(sum(map(len, texts)) / len(texts) for texts in targets)
     pooled_length = counts[()] / len(pool) * len(targets)
-    return Nist(_brevity(length / mean_lengths) * _precision(found, [_places_port(outputs, n) for n in range(MAX_N)]),
-                _brevity(length / pooled_length) * _precision(found, [_places_perl(outputs, n) for n in range(MAX_N)]))
+    return Nist(_brevity(length / mean_lengths)
+                * _precision(found, [_places_port(outputs, n) for n in range(MAX_N)]),
+                _brevity(length / pooled_length)
+                * _precision(found, [_places_perl(outputs, n) for n in range(MAX_N)]))
 
 
 def _grams(tokens: list[str], n: int) -> list[tuple[str, ...]]:
@@ -57,11 +63,13 @@ def _gained(output: list[str], references: list[list[str]], n: int, counts: Coun
     for reference in references:
         allowed |= Counter(_grams(reference, n))
     shared = Counter(_grams(output, n)) & allowed
-    return math.fsum(times * math.log2(counts[gram[:-1]] / counts[gram]) for gram, times in shared.items())
+    return math.fsum(times * math.log2(counts[gram[:-1]] / counts[gram]) for gram,
+                     times in shared.items())
 
 
 def _precision(found: list[float], places: list[int]) -> float:
-    return sum(information / places for information, places in zip(found, places, strict=True) if places > 0)
+    return sum(information / places for information,
+               places in zip(found, places, strict=True) if places > 0)
 
 
 def _places_port(outputs: list[list[str]], n: int) -> int:

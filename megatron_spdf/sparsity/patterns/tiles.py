@@ -1,9 +1,10 @@
-"""Balanced masks of tiles: a slice is a grid of b x b tiles, active or zero as a whole, with the same number of
-active tiles in every tile row and the same in every tile column.
+"""Balanced masks of tiles: a slice is a grid of b x b tiles, active or zero as a whole, with the
+same number of active tiles in every tile row and the same in every tile column.
 
-So every program of a kernel has equal work, and the compact values of a slice are a dense matrix (`kernels.mask`).
-With R x C tiles and n active ones in a tile row there are n R / C in a tile column, a whole number where n is a
-multiple of C / gcd(R, C): balanced densities are the multiples of 1 / gcd(R, C).
+So every program of a kernel has equal work, and the compact values of a slice are a dense matrix
+(`kernels.mask`). With R x C tiles and n active ones in a tile row there are n R / C in a tile
+column, a whole number where n is a multiple of C / gcd(R, C): balanced densities are the multiples
+of 1 / gcd(R, C).
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ STREAM = "megatron_spdf block stream 1"
 ROUNDS = 32  # of trades; after few of them nothing is left of the first pattern
 CLOSE, FAR = 0.01, 0.05  # of a level: rounded to without cutting into fewer slices; refused
 def balanced_parts(grid: tuple[int, int], level: float) -> tuple[int, int]:
-    """The balanced density next to 1 - `level` as a fraction, which is at least one active tile in a row and column.
+    """The balanced density next to 1 - `level` as a fraction, which is at least one active tile in
+    a row and column.
 
     Args:
         grid: tiles (R, C) of a slice.
@@ -34,8 +36,8 @@ def balanced_parts(grid: tuple[int, int], level: float) -> tuple[int, int]:
 def tile_slices(
     name: str, shape: tuple[int, int], axis: int, groups: int, level: float, size: int | None
 ) -> int:
-    """Slices that a weight is cut into: `groups`, or with tiles the most, dividing `groups`, whose balanced tiles
-    come within `CLOSE` of the level; where none do, those that come next to it.
+    """Slices that a weight is cut into: `groups`, or with tiles the most, dividing `groups`, whose
+    balanced tiles come within `CLOSE` of the level; where none do, those that come next to it.
 
     Args:
         name, shape, axis: of the weight (out, in), and the axis that is cut.
@@ -50,26 +52,32 @@ def tile_slices(
     what = f"sparsity.tile={size} on {name} ({shape[0]} x {shape[1]})"
     if shape[0] % size or shape[1] % size:
         fitting = [b for b in (8, 16, 32, 64, 128) if shape[0] % b == 0 == shape[1] % b]
-        raise ValueError(f"{what}: tiles must divide both axes; tile may be one of {fitting or [1]}, or give the "
-                         "weight a rule with level 0 that keeps it dense")
+        raise ValueError(f"{what}: tiles must divide both axes; tile may be one of "
+                         f"{fitting or [1]}, or give the weight a rule with level 0 that keeps it "
+                         "dense")
     errors = {}
-    for slices in (c for c in range(groups, 0, -1) if groups % c == 0 and shape[axis] % (c * size) == 0):
+    for slices in (c for c in range(groups, 0, -1) if groups % c == 0 and shape[axis] % (c * size)
+                   == 0):
         rows, columns = (n // (slices if i == axis else 1) // size for i, n in enumerate(shape))
         active, parts = balanced_parts((rows, columns), level)
         errors[slices] = abs(1.0 - active / parts - level) if active < parts else 1.0
-    best = next((c for c, error in errors.items() if error <= CLOSE), min(errors, key=errors.__getitem__))
+    best = next((c for c, error in errors.items() if error <= CLOSE),
+                min(errors, key=errors.__getitem__))
     if errors[best] > FAR:
         parts = math.gcd(shape[0] // size, shape[1] // size)
-        raise ValueError(f"{what}: level={level:g} is over {FAR} from any that the same number of tiles in every row "
-                         f"and column allows, the multiples of 1/{parts} under 1; take smaller tiles or another level")
+        raise ValueError(f"{what}: level={level:g} is over {FAR} from any that the same number of "
+                         f"tiles in every row and column allows, the multiples of 1/{parts} under "
+                         "1; take smaller tiles or another level")
     return best
 
 
-def draw_tile_mask(seed: int, name: str, slice_id: int, grid: tuple[int, int], per_row: int) -> np.ndarray:
+def draw_tile_mask(seed: int, name: str, slice_id: int, grid: tuple[int, int],
+                   per_row: int) -> np.ndarray:
     """The balanced tiles of one slice, from the stream keyed by (seed, name, slice).
 
-    A pattern of consecutive tiles is stirred by trades (Strona et al. 2014): two tile rows share out anew, at random,
-    the columns that only one of them has, which keeps the number of tiles of every row and column.
+    A pattern of consecutive tiles is stirred by trades (Strona et al. 2014): two tile rows share
+    out anew, at random, the columns that only one of them has, which keeps the number of tiles of
+    every row and column.
 
     Args:
         grid: tiles (R, C) of the slice.
@@ -81,7 +89,8 @@ def draw_tile_mask(seed: int, name: str, slice_id: int, grid: tuple[int, int], p
     rows, columns = grid
     assert 0 < per_row <= columns and rows * per_row % columns == 0, (grid, per_row)
     mask = np.zeros(grid, bool)
-    mask[np.arange(rows)[:, None], (np.arange(rows)[:, None] * per_row + np.arange(per_row)) % columns] = True
+    mask[np.arange(rows)[:, None],
+         (np.arange(rows)[:, None] * per_row + np.arange(per_row)) % columns] = True
     stream = Philox(key=stream_key(STREAM, seed, name, slice_id))
     for _ in range(ROUNDS):
         pairs = _order(stream, (rows,))[: rows // 2 * 2].reshape(-1, 2)
@@ -94,7 +103,8 @@ def _trade(mask: np.ndarray, pairs: np.ndarray, stream: Philox) -> None:
     left, right = mask[pairs[:, 0]], mask[pairs[:, 1]]
     both, one = left & right, left ^ right
     order = _order(stream, one.shape)
-    rank = np.take_along_axis(np.take_along_axis(one, order, 1).cumsum(1), order.argsort(1, kind="stable"), 1)
+    rank = np.take_along_axis(np.take_along_axis(one, order, 1).cumsum(1),
+                              order.argsort(1, kind="stable"), 1)
     first = one & (rank <= one.sum(1, keepdims=True) // 2)
     mask[pairs[:, 0]], mask[pairs[:, 1]] = both | first, both | (one & ~first)
 

@@ -1,8 +1,10 @@
-"""Masks that are 2:4 both ways: of every four entries of a row, and of every four of a column, two are active.
+"""Masks that are 2:4 both ways: of every four entries of a row, and of every four of a column, two
+are active.
 
-Sparse tensor cores multiply with two of every four entries along the axis that is summed over. That is a weight's rows
-in the forward pass and its columns for the input's gradient, so a mask that serves both must be transposable (Hubara et
-al. 2021): every tile of 4 x 4 is one of the 90 0/1 matrices with two ones in each row and column.
+Sparse tensor cores multiply with two of every four entries along the axis that is summed over. That
+is a weight's rows in the forward pass and its columns for the input's gradient, so a mask that
+serves both must be transposable (Hubara et al. 2021): every tile of 4 x 4 is one of the 90 0/1
+matrices with two ones in each row and column.
 """
 
 from __future__ import annotations
@@ -32,25 +34,28 @@ def check_two_four(name: str, shape: tuple[int, int], axis: int, slices: int, le
     """That a weight can be 2:4.
 
     Args:
-        name, shape, axis, slices: of the weight (out, in), the axis that is cut, and into how many slices.
+        name, shape, axis, slices: of the weight (out, in), the axis that is cut, and into how many
+            slices.
 
     Raises:
         ValueError: at this level, or with slices that tiles of 4 x 4 do not fill.
     """
     what = f"sparsity.pattern=2:4 on {name} ({shape[0]} x {shape[1]})"
     if level != LEVEL:
-        raise ValueError(f"{what}: level={level:g}, and two of every four weights active are level {LEVEL}; take that, "
-                         "or 0 in a rule for weights that stay dense, or another pattern")
+        raise ValueError(f"{what}: level={level:g}, and two of every four weights active are level "
+                         f"{LEVEL}; take that, or 0 in a rule for weights that stay dense, or "
+                         "another pattern")
     rows, columns = (n // (slices if i == axis else 1) for i, n in enumerate(shape))
     if rows % SIDE or columns % SIDE:
-        raise ValueError(f"{what}: its {slices} slices, one for each of model.query_groups, are {rows} x {columns}, "
-                         f"and tiles of {SIDE} x {SIDE} must fill them; take a model.hidden and ffn_hidden that are "
-                         f"multiples of {SIDE * slices}, or give the weight a rule with level 0 that keeps it dense")
+        raise ValueError(f"{what}: its {slices} slices, one for each of model.query_groups, are "
+                         f"{rows} x {columns}, and tiles of {SIDE} x {SIDE} must fill them; take a "
+                         f"model.hidden and ffn_hidden that are multiples of {SIDE * slices}, or "
+                         "give the weight a rule with level 0 that keeps it dense")
 
 
 def draw_two_four(seed: int, name: str, slice_id: int, shape: tuple[int, int]) -> np.ndarray:
-    """The mask of one slice, every tile equally likely to be each of the 90, from the stream keyed by (seed, name,
-    slice).
+    """The mask of one slice, every tile equally likely to be each of the 90, from the stream keyed
+    by (seed, name, slice).
 
     Args:
         shape: (rows, columns) of the slice, multiples of 4.
@@ -62,7 +67,8 @@ def draw_two_four(seed: int, name: str, slice_id: int, shape: tuple[int, int]) -
     assert (rows * SIDE, columns * SIDE) == tuple(shape), shape
     words = Philox(key=stream_key(STREAM, seed, name, slice_id)).random_raw(-(-rows * columns // 2))
     words = words.astype("<u8", copy=False).view("<u4")[: rows * columns]
-    drawn = (words.astype(np.uint64) * len(TILES) >> 32).astype(np.intp)  # off from even by less than 2^-25
+    # off from even by less than 2^-25
+    drawn = (words.astype(np.uint64) * len(TILES) >> 32).astype(np.intp)
     return TILES[drawn].reshape(rows, columns, SIDE, SIDE).swapaxes(1, 2).reshape(shape)
 
 

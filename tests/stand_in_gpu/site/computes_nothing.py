@@ -1,4 +1,5 @@
-"""Where kernels do nothing, what a kernel is found to compute is taken on trust, and masks are indexed on the CPU."""
+"""Where kernels do nothing, what a kernel is found to compute is taken on trust, and masks are
+indexed on the CPU."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ def _computed(function):
 class _Changed(MetaPathFinder):
     """Finds modules as others do, and changes them when they have been run."""
 
-    CHANGES = {"megatron_spdf.kernels": _kernels, "megatron_spdf.kernels.torch_reference": _reference,
+    CHANGES = {"megatron_spdf.kernels": _kernels,
+               "megatron_spdf.kernels.torch_reference": _reference,
                "megatron_spdf.layers.compact": _compact}
 
     def find_spec(self, name, path, target=None):

@@ -1,7 +1,8 @@
 """Operations on the stand-in's tensors, computed on the CPU where they lie.
 
-An operation first runs as it is, so that PyTorch checks devices, types and shapes and allocates what it returns, and
-then once more on CPU tensors over the same memory. Shapes that depend on values come from the CPU.
+An operation first runs as it is, so that PyTorch checks devices, types and shapes and allocates
+what it returns, and then once more on CPU tensors over the same memory. Shapes that depend on
+values come from the CPU.
 """
 
 from __future__ import annotations
@@ -16,10 +17,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-AS_THEY_ARE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "alias", "set_",
-               "_local_scalar_dense", "resize_", "record_stream", "is_pinned", "_pin_memory", "lift_fresh",
-               "_cslt_compress"}  # the last has no CPU's counterpart: its form is right, its values are not
-SHAPED_BY_VALUES = {"nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "repeat_interleave",
+AS_THEY_ARE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach",
+               "alias", "set_",
+               "_local_scalar_dense", "resize_", "record_stream", "is_pinned", "_pin_memory",
+               "lift_fresh",
+               # the last has no CPU's counterpart: its form is right, its values are not
+               "_cslt_compress"}
+SHAPED_BY_VALUES = {"nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive",
+                    "repeat_interleave",
                     "bincount", "equal"}
 
 
@@ -27,9 +32,11 @@ def install() -> None:
     """For all that this process does from here on."""
     Computed().__enter__()
     torch.Tensor.__repr__ = torch.nn.Parameter.__repr__ = shown
-    torch.inference_mode = lambda mode=True: torch.no_grad()  # there, operations arrive that are made of others
+    # there, operations arrive that are made of others
+    torch.inference_mode = lambda mode=True: torch.no_grad()
     tolist = Tensor.tolist
-    Tensor.tolist = lambda self: tolist(self.cpu() if self.is_cuda else self)  # it would copy out of sight
+    # it would copy out of sight
+    Tensor.tolist = lambda self: tolist(self.cpu() if self.is_cuda else self)
     if os.environ.get("TRITON_INTERPRET") == "1":
         from triton.runtime.interpreter import GridExecutor
 
@@ -46,7 +53,8 @@ class Computed(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         leaves, name = tree_leaves((args, kwargs)), func._schema.name.partition("::")[2]
-        if not any(map(_there, leaves)) or func.namespace != "aten" or func.is_view or name in AS_THEY_ARE:
+        if not any(map(_there,
+                       leaves)) or func.namespace != "aten" or func.is_view or name in AS_THEY_ARE:
             return func(*args, **kwargs)
         if name in ATTENTION:
             out = func(*args, **kwargs)
@@ -54,11 +62,13 @@ class Computed(TorchDispatchMode):
             return out
         here, here_by_name = tree_map(_over_memory, (args, kwargs))
         here_by_name |= {key: value for key, value in
-                         {"device": torch.device("cpu"), "pin_memory": False, "generator": None}.items()
+                         {"device": torch.device("cpu"), "pin_memory": False,
+                          "generator": None}.items()
                          if key in here_by_name}
         if name == "_to_copy":
             here_by_name |= {"device": torch.device("cpu"), "non_blocking": False}
-        if name.startswith("native_layer_norm"):  # statistics are fp32 there and of the input's type here
+        # statistics are fp32 there and of the input's type here
+        if name.startswith("native_layer_norm"):
             here = tree_map(lambda t: t.float() if isinstance(t, Tensor) else t, here)
         if name in SHAPED_BY_VALUES or _picks_by_bools(name, args):
             done = func(*here, **here_by_name)
@@ -68,7 +78,8 @@ class Computed(TorchDispatchMode):
 
 
 def _there(value: Any) -> bool:
-    return (isinstance(value, Tensor) and value.is_cuda) or (isinstance(value, torch.device) and value.type == "cuda")
+    return (isinstance(value, Tensor) and value.is_cuda) or (isinstance(value, torch.device)
+                                                             and value.type == "cuda")
 
 
 def _over_memory(value: Any) -> Any:
@@ -80,7 +91,8 @@ def _over_memory(value: Any) -> Any:
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
     memory = (ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())
     bytes_there = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
-    return torch.empty(0, dtype=value.dtype).set_(bytes_there, value.storage_offset(), value.shape, value.stride())
+    return torch.empty(0, dtype=value.dtype).set_(bytes_there, value.storage_offset(), value.shape,
+                                                  value.stride())
 
 
 def _moved(value: Any) -> Any:
@@ -93,7 +105,8 @@ def _moved(value: Any) -> Any:
 
 def _picks_by_bools(name: str, args: tuple) -> bool:
     picked = name in ("index", "index_put", "index_put_", "_index_put_impl_")
-    return picked and any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in tree_leaves(args[1]))
+    return picked and any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8)
+                          for i in tree_leaves(args[1]))
 
 
 def _fill(out: Any, done: Any, changed: list) -> Any:
@@ -114,7 +127,8 @@ def _scores(q: Tensor, k: Tensor, causal: bool, scale: float | None, bias: Tenso
     """(B, heads, T, S) of queries (B, heads, T, hs) and as many keys (B, heads, S, hs)."""
     scores = q @ k.mT * (scale or 1 / math.sqrt(q.shape[-1]))
     if causal:
-        scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -torch.inf)
+        scores = scores.masked_fill(torch.ones(scores.shape[-2:],
+                                               dtype=torch.bool).triu(1), -torch.inf)
     if bias is None:
         return scores
     return scores.masked_fill(~bias, -torch.inf) if bias.dtype == torch.bool else scores + bias.float()

@@ -1,4 +1,5 @@
-"""Curation Corpus (Curation, 2020): CSV with columns title, article_content and summary; article to summary.
+"""Curation Corpus (Curation, 2020): CSV with columns title, article_content and summary; article to
+summary.
 
 The articles are not published with it: its users scrape them.
 """
@@ -10,7 +11,8 @@ from pathlib import Path
 from megatron_spdf.data.finetuning.tasks.example import Example
 from megatron_spdf.data.finetuning.tasks.files import csv_rows, text_of
 
-FILES = {"train": ("train.csv",), "validation": ("validation.csv", "valid.csv", "dev.csv"), "test": ("test.csv",)}
+FILES = {"train": ("train.csv",), "validation": ("validation.csv", "valid.csv", "dev.csv"),
+         "test": ("test.csv",)}
 
 
 def read(path: Path) -> list[Example]:

@@ -35,4 +35,5 @@ def linearise_slots(where: str, meaning: str) -> str:
     if not _SLOTS.fullmatch(meaning.strip()):
         raise ValueError(f"{where}: the meaning representation {meaning!r:.120} is not of the form "
                          "slot[value], slot[value], ...")
-    return " | ".join(f"{slot.strip()} : {value.strip()}" for slot, value in re.findall(_SLOT, meaning))
+    return " | ".join(f"{slot.strip()} : {value.strip()}" for slot,
+                      value in re.findall(_SLOT, meaning))

@@ -14,8 +14,8 @@ class Example:
     Attributes:
         context: the linearised input, without end-of-document token.
         references: the targets, spaced as in the data.
-        group: a part of the test set that is scored by itself as well: "seen" and "unseen" categories of WebNLG;
-            "" where the task has none.
+        group: a part of the test set that is scored by itself as well: "seen" and "unseen"
+            categories of WebNLG; "" where the task has none.
     """
 
     context: str

@@ -11,7 +11,8 @@ from typing import Any
 
 
 def find_file(path: Path, patterns: tuple[str, ...], task: str, split: str) -> Path:
-    """`path` where it is a file; the first match of the patterns, the better ones first, where it is a directory.
+    """`path` where it is a file; the first match of the patterns, the better ones first, where it
+    is a directory.
 
     Raises:
         FileNotFoundError: there is none.
@@ -19,18 +20,22 @@ def find_file(path: Path, patterns: tuple[str, ...], task: str, split: str) -> P
     if path.is_file():
         return path
     if not path.is_dir():
-        raise FileNotFoundError(f"{path} does not exist; give the {split} file of {task}, or its directory")
+        raise FileNotFoundError(f"{path} does not exist; give the {split} file of {task}, or its "
+                                "directory")
     for pattern in patterns:
         if matches := sorted(path.glob(pattern)):
             return matches[0]
     raise FileNotFoundError(f"{path} has no {' or '.join(patterns)}, the {split} split of {task}")
 
 
-def csv_rows(path: Path, required: tuple[str, ...], optional: tuple[str, ...] = ()) -> Iterator[tuple[str, dict]]:
-    """The records of a CSV file with a header: where each ends, "FILE, line N", and its fields by lower-case name.
+def csv_rows(path: Path, required: tuple[str, ...],
+             optional: tuple[str, ...] = ()) -> Iterator[tuple[str, dict]]:
+    """The records of a CSV file with a header: where each ends, "FILE, line N", and its fields by
+    lower-case name.
 
     Raises:
-        ValueError: a column is missing, a record has another number of fields, or the file is no UTF-8 CSV.
+        ValueError: a column is missing, a record has another number of fields, or the file is no
+            UTF-8 CSV.
     """
     csv.field_size_limit(sys.maxsize)  # articles are longer than the library's 128 KiB
     with path.open(encoding="utf-8-sig", newline="") as file:
@@ -39,12 +44,15 @@ def csv_rows(path: Path, required: tuple[str, ...], optional: tuple[str, ...] = 
             header = [name.strip().lower() for name in next(rows, [])]
             missing = [name for name in required if name not in header]
             if missing:
-                raise ValueError(f"{path}, line 1: no column {', '.join(missing)}; the header is {header}")
-            columns = {name: header.index(name) for name in (*required, *optional) if name in header}
+                raise ValueError(f"{path}, line 1: no column {', '.join(missing)}; the header is "
+                                 f"{header}")
+            columns = {name: header.index(name) for name in (*required, *optional)
+                       if name in header}
             for row in rows:
                 where = f"{path}, line {rows.line_num}"
                 if row and len(row) != len(header):
-                    raise ValueError(f"{where}: {len(row)} fields where the header has {len(header)}")
+                    raise ValueError(f"{where}: {len(row)} fields where the header has "
+                                     f"{len(header)}")
                 if row:
                     yield where, {name: row[column] for name, column in columns.items()}
         except csv.Error as error:
@@ -117,7 +125,8 @@ def texts_of(where: str, record: dict[str, Any], field: str) -> tuple[str, ...]:
         ValueError: the field is missing, no list, or holds what is no text, or blank ones only.
     """
     texts = list_of(where, record, field)
-    checked = tuple(checked_text(where, field, text) for text in texts if not isinstance(text, str) or text.strip())
+    checked = tuple(checked_text(where, field, text) for text in texts if not isinstance(text, str)
+                    or text.strip())
     if not checked:
         raise ValueError(f"{where}: field {field!r} has no text")
     return checked
@@ -125,5 +134,6 @@ def texts_of(where: str, record: dict[str, Any], field: str) -> tuple[str, ...]:
 
 def checked_text(where: str, field: str, text: Any) -> str:
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"{where}: field {field!r} must be a text that is not blank; it is {text!r:.80}")
+        raise ValueError(f"{where}: field {field!r} must be a text that is not blank; it is "
+                         f"{text!r:.80}")
     return text

@@ -1,4 +1,5 @@
-"""A task of your own: JSON lines of {"context": text, "completion": text, or a list of texts that are all right}."""
+"""A task of your own: JSON lines of {"context": text, "completion": text, or a list of texts that
+are all right}."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""SciTLDR-A (Cachola et al., 2020): JSON lines, the sentences of an abstract to one of its short summaries."""
+"""SciTLDR-A (Cachola et al., 2020): JSON lines, the sentences of an abstract to one of its short
+summaries."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ from pathlib import Path
 from megatron_spdf.data.finetuning.tasks.example import Example
 from megatron_spdf.data.finetuning.tasks.files import json_lines, texts_of
 
-FILES = {"train": ("train.jsonl",), "validation": ("dev.jsonl", "validation.jsonl"), "test": ("test.jsonl",)}
+FILES = {"train": ("train.jsonl",), "validation": ("dev.jsonl", "validation.jsonl"),
+         "test": ("test.jsonl",)}
 
 
 def read(path: Path) -> list[Example]:

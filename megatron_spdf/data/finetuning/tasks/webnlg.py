@@ -1,7 +1,9 @@
-"""WebNLG Challenge 2017 (Gardent et al., 2017): triples of an entry to texts that verbalise it; JSON or XML.
+"""WebNLG Challenge 2017 (Gardent et al., 2017): triples of an entry to texts that verbalise it;
+JSON or XML.
 
-JSON is one file per split. XML is a file, or per split a directory of them as published: train/1triples/*.xml.
-Texts that annotators marked as other than "good" are left out, as in LoRA's NLG examples.
+JSON is one file per split. XML is a file, or per split a directory of them as published:
+train/1triples/*.xml. Texts that annotators marked as other than "good" are left out, as in LoRA's
+NLG examples.
 """
 
 from __future__ import annotations
@@ -14,10 +16,13 @@ from typing import Any
 from megatron_spdf.data.finetuning.tasks.example import Example, linearise
 from megatron_spdf.data.finetuning.tasks.files import checked_text, json_file, list_of, text_of
 
-FILES = {"train": ("train.json", "train.xml", "train"), "validation": ("dev.json", "dev.xml", "dev"),
-         "test": ("test.json", "test.xml", "test/testdata_with_lex.xml", "testdata_with_lex.xml", "test")}
+FILES = {"train": ("train.json", "train.xml", "train"),
+         "validation": ("dev.json", "dev.xml", "dev"),
+         "test": ("test.json", "test.xml", "test/testdata_with_lex.xml", "testdata_with_lex.xml",
+                  "test")}
 # The categories of the training set; the test set has five others.
-SEEN = frozenset({"Airport", "Astronaut", "Building", "City", "ComicsCharacter", "Food", "Monument", "SportsTeam",
+SEEN = frozenset({"Airport", "Astronaut", "Building", "City", "ComicsCharacter", "Food",
+                  "Monument", "SportsTeam",
                   "University", "WrittenWork"})
 _GOOD = ("good", "")  # as which a text without a comment counts
 
@@ -36,29 +41,37 @@ def _example(category: str, triples: list[tuple[str, str, str]], texts: list[str
 def _read_json(path: Path) -> Iterator[Example]:
     content = json_file(path)
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: a {type(content).__name__} instead of an object with the field 'entries'")
+        raise ValueError(f"{path}: a {type(content).__name__} instead of an object with the field "
+                         "'entries'")
     for number, wrapped in enumerate(list_of(str(path), content, "entries"), start=1):
         where = f"{path}, entry {number}"
-        if not (isinstance(wrapped, dict) and len(wrapped) == 1 and isinstance(*wrapped.values(), dict)):
-            raise ValueError(f"{where}: an entry must be {{number: {{fields}}}}; it is {wrapped!r:.80}")
+        if not (isinstance(wrapped, dict) and len(wrapped) == 1
+                and isinstance(*wrapped.values(), dict)):
+            raise ValueError(f"{where}: an entry must be {{number: {{fields}}}}; it is "
+                             f"{wrapped!r:.80}")
         (entry,) = wrapped.values()
-        triples = [_json_triple(where, triple) for triple in list_of(where, entry, "modifiedtripleset")]
+        triples = [_json_triple(where, triple)
+                   for triple in list_of(where, entry, "modifiedtripleset")]
         if not triples:
             raise ValueError(f"{where}: field 'modifiedtripleset' is empty")
         yield _example(text_of(where, entry, "category"), triples,
-                       [text for lex in list_of(where, entry, "lexicalisations") for text in _json_texts(where, lex)])
+                       [text for lex in list_of(where, entry, "lexicalisations")
+                        for text in _json_texts(where, lex)])
 
 
 def _json_triple(where: str, triple: Any) -> tuple[str, str, str]:
     if not isinstance(triple, dict):
-        raise ValueError(f"{where}: a triple must have subject, property and object; it is {triple!r:.80}")
-    subject, relation, value = (text_of(where, triple, field) for field in ("subject", "property", "object"))
+        raise ValueError(f"{where}: a triple must have subject, property and object; it is "
+                         f"{triple!r:.80}")
+    subject, relation, value = (text_of(where, triple, field)
+                                for field in ("subject", "property", "object"))
     return subject, relation, value
 
 
 def _json_texts(where: str, lexicalisation: Any) -> Iterator[str]:
     if not isinstance(lexicalisation, dict):
-        raise ValueError(f"{where}: a lexicalisation must have the field 'lex'; it is {lexicalisation!r:.80}")
+        raise ValueError(f"{where}: a lexicalisation must have the field 'lex'; it is "
+                         f"{lexicalisation!r:.80}")
     if lexicalisation.get("comment", "") in _GOOD:
         yield text_of(where, lexicalisation, "lex")
 
@@ -70,7 +83,8 @@ def _read_xml(path: Path) -> Iterator[Example]:
         raise ValueError(f"{path}, line {error.position[0]}: not XML ({error})") from None
     for number, entry in enumerate(root.iter("entry"), start=1):
         where = f"{path}, entry {number} ({entry.get('eid', 'no eid')})"
-        triples = [_xml_triple(where, triple.text) for triple in entry.iterfind("modifiedtripleset/mtriple")]
+        triples = [_xml_triple(where, triple.text)
+                   for triple in entry.iterfind("modifiedtripleset/mtriple")]
         if not triples:
             raise ValueError(f"{where}: no modifiedtripleset/mtriple")
         yield _example(text_of(where, dict(entry.attrib), "category"), triples,
@@ -81,6 +95,7 @@ def _read_xml(path: Path) -> Iterator[Example]:
 def _xml_triple(where: str, text: str | None) -> tuple[str, str, str]:
     parts = (text or "").split(" | ", 2)
     if len(parts) != 3 or not all(part.strip() for part in parts):
-        raise ValueError(f"{where}: the triple {text!r:.80} is not of the form subject | property | object")
+        raise ValueError(f"{where}: the triple {text!r:.80} is not of the form subject | property "
+                         "| object")
     subject, relation, value = (part.strip() for part in parts)
     return subject, relation, value
