@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_spdf.resilience.restarts import RestartLimit, count_start, newest_step, restart_refusal
+from megatron_spdf.resilience.restarts import (
+    RestartLimit,
+    count_start,
+    newest_step,
+    restart_refusal,
+)
 
 
 def checkpoint(run, step):
