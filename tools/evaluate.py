@@ -13,7 +13,7 @@ scores.json go to RUN/evaluation/TASK_SPLIT.
 
 BLEU of E2E is in [0, 1] and that of WebNLG and DART in percent, as their scripts print them.
 METEOR, ROUGE_L and CIDEr need Java. TER is tercom's, not pyter's. Outputs for reference files of
-DART are scored as they are: give them tokenised and lower-cased like the references, or give the
+DART are scored as they are: give them tokenized and lower-cased like the references, or give the
 data.
 
 Exit code 0, or 2 for what the user can put right.

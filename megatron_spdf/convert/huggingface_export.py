@@ -147,7 +147,7 @@ def _save_tokenizer(source: WeightSource, directory: Path) -> None:
 
 
 def _compare_ids(tokenizer: Tokenizer, directory: Path) -> None:
-    """Refuses a SentencePiece model (unigram, normalising, ...) that `transformers` does not run as
+    """Refuses a SentencePiece model (unigram, normalizing, ...) that `transformers` does not run as
     we do."""
     from transformers import AutoTokenizer, LlamaTokenizer
 

@@ -179,7 +179,7 @@ def _hide_padding(vocab_size: int, layer: nn.Module, _,
 
 
 def _fill(model: GPTModel, rules: Parametrization, source: InitialWeights) -> None:
-    """Sparsifies and initialises module by module, so that one weight at a time is dense in
+    """Sparsifies and initializes module by module, so that one weight at a time is dense in
     float32."""
     rank, world = ps.get_tensor_model_parallel_rank(), ps.get_tensor_model_parallel_world_size()
     weights, plan = {w.name: rules.initial(w)

@@ -1,4 +1,4 @@
-"""Initialisation, learning rates and multipliers that keep activations and updates at one size,
+"""Initialization, learning rates and multipliers that keep activations and updates at one size,
 whatever the width and the density: SµPar (Dey et al. 2024, arXiv 2405.15743, table 1), which is µP
 (Yang et al. 2021) where all is dense.
 

@@ -110,6 +110,6 @@ def plots(figures: Sequence[str]) -> str:
     return '<div class="plots">' + "\n".join(figures) + "</div>"
 
 
-def key(colour: str) -> str:
+def key(color: str) -> str:
     """A coloured square that tells a run in the plots."""
-    return f'<span class="key" style="background:{colour}"></span>'
+    return f'<span class="key" style="background:{color}"></span>'

@@ -68,7 +68,7 @@ class ScalingLaw:
 
     def optimal_sparsity_numeric(self, nonzero: float, compute: float,
                                  cost: Cost = "dense") -> float:
-        """The same by minimisation, for any cost of training; 0 where dense is no worse."""
+        """The same by minimization, for any cost of training; 0 where dense is no worse."""
         multiplier = cost_multiplier(cost)
 
         def loss(sparsity: float) -> float:

@@ -10,7 +10,7 @@ from megatron_spdf.architecture.weights import model_weights
 from megatron_spdf.checkpoint.reader import CheckpointReader
 from megatron_spdf.checkpoint.run_metadata import Masks, drawn_masks
 from megatron_spdf.convert.source import WeightSource
-from megatron_spdf.data.finetuning.completions import Completions, tokenise
+from megatron_spdf.data.finetuning.completions import Completions, tokenize
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
 from megatron_spdf.planning.memory import render_layout
 from megatron_spdf.recipe.finetune import Finetune, training_recipe
@@ -49,7 +49,7 @@ def prepare(finetune: Finetune, start: WeightSource) -> Prepared:
     model, path = start.model, Path(finetune.data.path)
     tokenizer = _tokenizer(start)
     window = min(finetune.train.sequence_length or model.max_positions, model.max_positions)
-    train, valid = (tokenise(finetune.data.task, path, split, tokenizer, window)
+    train, valid = (tokenize(finetune.data.task, path, split, tokenizer, window)
                     for split in ("train", "validation"))
     recipe = training_recipe(finetune, model, _sparsity(finetune, start), len(train))
     plan = make_plan(recipe.sparsity, model_weights(recipe.model), recipe.model.query_groups)

@@ -333,7 +333,7 @@ def test_a_sentencepiece_model_is_exported_where_the_ids_are_ours(sparse, workpl
         assert theirs(text, add_special_tokens=False)["input_ids"] == ours.encode(text)
     assert theirs.decode(ours.encode(TEXT)) == TEXT and theirs.eos_token_id == ours.eod
     assert load_tokenizer(tmp_path / "sentencepiece").sha256 == ours.sha256
-    # with SentencePiece's defaults: normalised, a space put before
+    # with SentencePiece's defaults: normalized, a space put before
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter("\n".join(texts).splitlines()),
         model_prefix=str(tmp_path / "unigram"), vocab_size=300,

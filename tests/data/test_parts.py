@@ -1,4 +1,4 @@
-"""Splits, sets, shards apart, duplicates, normalisation: every document is where it belongs,
+"""Splits, sets, shards apart, duplicates, normalization: every document is where it belongs,
 once."""
 
 from __future__ import annotations

@@ -198,10 +198,10 @@ def close(found: list[dict], wanted: list[dict]) -> bool:
 
 
 def test_a_job_that_is_cancelled_is_not_started_again(cluster):
-    job = cluster.sbatch("pretrain_gpt2small.sh", "recipe.yaml", "output=cancelled", nodes="1",
-                         SPDF_FAULTS="cancelled:train:2:0:PAUSE")
-    cluster.until(lambda: (cluster.place / "cancelled-paused").exists(), "step 2", job)
+    job = cluster.sbatch("pretrain_gpt2small.sh", "recipe.yaml", "output=canceled", nodes="1",
+                         SPDF_FAULTS="canceled:train:2:0:PAUSE")
+    cluster.until(lambda: (cluster.place / "canceled-paused").exists(), "step 2", job)
     cluster.run("scancel", job)
-    (cluster.place / "cancelled-paused").unlink()
+    (cluster.place / "canceled-paused").unlink()
     cluster.until(lambda: cluster.state(job) == "CANCELLED", "end", job)
     assert cluster.field(job, "Restarts") == "0"

@@ -1,4 +1,4 @@
-"""TileTable: balanced masks of a stored stream, levels that balance allows, compact weights of
+"""Tiles: balanced masks of a stored stream, levels that balance allows, compact weights of
 them, refusals."""
 
 from __future__ import annotations

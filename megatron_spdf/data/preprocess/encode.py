@@ -1,4 +1,4 @@
-"""TileTable of records to token ids: the work that several processes share."""
+"""Batches of records to token ids: the work that several processes share."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ class Encoder:
             name = self._set_name(document, report)
             if settings.set_key and not name:
                 continue
-            text = self._normalise(document.text)
+            text = self._normalize(document.text)
             tokens = self.tokenizer.encode_array(text)
             if not len(tokens):
                 report.documents -= 1
@@ -164,7 +164,7 @@ class Encoder:
             report=report,
         )
 
-    def _normalise(self, text: str) -> str:
+    def _normalize(self, text: str) -> str:
         if not self.settings.ftfy:
             return text
         import ftfy

@@ -115,7 +115,7 @@ class Tokenizer(ABC):
 class Gpt2Bpe(Tokenizer):
     """Byte-level BPE over GPT-2's word pattern, run by `tiktoken`.
 
-    `tiktoken` knows no merge list: it joins any two neighbours whose concatenation is a token,
+    `tiktoken` knows no merge list: it joins any two neighbors whose concatenation is a token,
     lowest id first. That equals applying the merges when ids are in merge order, which is checked
     here.
     """
