@@ -2,8 +2,8 @@
 """Measures on this machine; nothing is timed in the tests.
 
     python tools/benchmark.py --suite h200 [--output DIR]
-    python tools/benchmark.py train [RECIPE] [section.key=value ...] [--steps 20] [--output FILE.json]
-    python tools/benchmark.py step [RECIPE] [section.key=value ...] [--steps 20] [--output FILE.json]
+    python tools/benchmark.py train [RECIPE] [section.key=value ...] [--steps 20] [--output FILE]
+    python tools/benchmark.py step [RECIPE] [section.key=value ...] [--steps 20] [--output FILE]
     torchrun --nproc-per-node 2 tools/benchmark.py step parallel.tensor=2
     python tools/benchmark.py save [RECIPE] [section.key=value ...] [--steps 5]
     python tools/benchmark.py kernels [RECIPE] [section.key=value ...] [--output FILE.json]
@@ -30,7 +30,7 @@ tiny where there is no GPU.
 Megatron-LM's own tool, with a comparison of the tokens; `data --help` has its options. Without a
 recipe, a model whose layers fit a CPU's caches as little as a real one's. On a GPU try for example
 
-    python tools/benchmark.py step configs/pretrain/gpt3_xl_s75.yaml parallel.data=1 train.global_batch=32 --steps 50
+    python tools/benchmark.py step configs/pretrain/gpt3_xl_s75.yaml parallel.data=1 --steps 50
 """
 
 from __future__ import annotations

@@ -67,7 +67,10 @@ def score_checkpoint(options: argparse.Namespace) -> int:
     from megatron_spdf.evaluation.scores_file import describe, write_all
     from megatron_spdf.resilience.world import find_ranks
 
-    output = options.output or run_directory(options.run) / "evaluation" / f"{options.task}_{options.split}"
+    output = (
+        options.output
+        or run_directory(options.run) / "evaluation" / f"{options.task}_{options.split}"
+    )
     require_free(output, options.force)
     settings = Settings(options.beams, options.length_penalty, options.no_repeat_ngram,
                         options.max_new_tokens, options.batch_size)

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """What a run will cost, fit in and be worth, before it starts.
 
-    python tools/plan.py RECIPE [section.key=value ...] --gpu h100 --gpus 64   FLOPs, bytes, traffic, time, layouts
-    python tools/plan.py RECIPE [section.key=value ...] --exact                real buffers, built without hardware
-    python tools/plan.py fit RUNS...                                           the scaling law of your own runs
-    python tools/plan.py law [--plot FILE.png]                                 the published law of sparse models
+    python tools/plan.py RECIPE [section.key=value ...] --gpu h100 --gpus 64   the estimate
+    python tools/plan.py RECIPE [section.key=value ...] --exact       real buffers, no hardware
+    python tools/plan.py fit RUNS...                                  the law of your own runs
+    python tools/plan.py law [--plot FILE.png]                        the published law
 
 Exit code 0, or 2 with a sentence on what to change.
 """
@@ -69,7 +69,10 @@ def plan(arguments: list[str]) -> int:
         raise ValueError(f"--gpus {gpus} must be at least 1")
     gpu = find_gpu(options.gpu, recipe.train.precision, options.memory and options.memory * 2**30,
                    options.network and options.network * 1e9, options.gpus_per_node)
-    efficiency, source = options.efficiency or EFFICIENCY, "given" if options.efficiency else "assumed"
+    efficiency, source = (
+        options.efficiency or EFFICIENCY,
+        "given" if options.efficiency else "assumed",
+    )
     if options.calibrate:
         run = read_run(options.calibrate)
         efficiency = calibrate(run, gpu)

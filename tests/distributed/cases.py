@@ -402,7 +402,9 @@ def poisoned(recipe: dict, poison: dict[int, str]) -> dict:
             kind = poison.get(len(found)
                               + 1) if dist.get_rank() == dist.get_world_size() - 1 else None
             factor = float("inf") if kind == "gradient" else 1.0
-            hook = next(b.engine.models[0].decoder.parameters()).register_hook(lambda gradient: gradient * factor)
+            hook = next(b.engine.models[0].decoder.parameters()).register_hook(
+                lambda gradient: gradient * factor
+            )
             loss = run(*arguments, **keywords)
             hook.remove()
             return loss * float("nan") if kind == "loss" else loss

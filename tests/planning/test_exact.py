@@ -91,13 +91,17 @@ def test_another_plan_does_not_agree(counts):
 @pytest.mark.slow
 def test_gpt3_175b_on_1024_ranks_in_little_memory():
     """In a process of its own, so that the memory of its children is that of the dry run."""
-    code = ("import json, resource, sys; sys.path.insert(0, sys.argv[1]);"
-            "from megatron_spdf.recipe.load import load_recipe; from "
-            "megatron_spdf.planning.overview import plan_of;from megatron_spdf.planning.exact "
-            "import dry_runs, ranks_of_interest;both = [load_recipe(sys.argv[2], ['sparsity=' + "
-            "level]) for level in ('0.0', '0.75')];counts = dry_runs([(r, plan_of(r), "
-            "ranks_of_interest(r)) for r in both]);peak = "
-            "resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss;print(json.dumps([both[0].parallel.world, [c.agrees for each in counts for c in each], peak]))")
+    code = (
+        "import json, resource, sys; sys.path.insert(0, sys.argv[1]);"
+        "from megatron_spdf.recipe.load import load_recipe; from "
+        "megatron_spdf.planning.overview import plan_of;from megatron_spdf.planning.exact "
+        "import dry_runs, ranks_of_interest;both = [load_recipe(sys.argv[2], ['sparsity=' + "
+        "level]) for level in ('0.0', '0.75')];counts = dry_runs([(r, plan_of(r), "
+        "ranks_of_interest(r)) for r in both]);peak = "
+        "resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss;"
+        "print(json.dumps([both[0].parallel.world, [c.agrees for each in counts for c in each], "
+        "peak]))"
+    )
     done = subprocess.run([sys.executable, "-c", code, str(ROOT), str(PLAN_175B)],
                           capture_output=True, text=True, check=True,
                           env={**os.environ, "PYTHONWARNINGS": "ignore"})

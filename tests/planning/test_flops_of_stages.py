@@ -58,6 +58,8 @@ def test_the_planner_counts_all_stages(recipe):
     run = recipe(stages=STAGES)
     facts = make_overview(Request(run, plan_of(run), GPUS["h100"], 1, 0.5, "given"))
     rows = {row["what"]: row for row in facts["flops"]}
-    assert rows["training, active weights"]["total"] == pytest.approx(mean_flops(stages_of(run)).total)
+    assert rows["training, active weights"]["total"] == pytest.approx(
+        mean_flops(stages_of(run)).total
+    )
     assert rows["training, active weights"]["total"] < rows["training, dense"]["total"]
     assert len(facts["model"]["stages"]) == 3 and "densified" in facts["model"]["stages"][1]

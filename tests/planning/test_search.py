@@ -106,7 +106,10 @@ def test_a_run_that_fits_nowhere_is_told_what_does(recipe):
     with pytest.raises(ValueError) as refused:
         make_overview(request(gpt(recipe), 1))
     message = str(refused.value)
-    assert "no layout of 1 x H100 holds this run. The nearest, tensor 1 x pipeline 1 x data 1, needs" in message
+    assert (
+        "no layout of 1 x H100 holds this run. The nearest, tensor 1 x pipeline 1 x data 1, needs"
+        in message
+    )
     assert "GiB too much" in message and " x H100 (tensor " in message
 
 
@@ -126,8 +129,11 @@ def test_more_memory_or_sparsity_is_offered(recipe):
 def test_overview_adds_up(recipe):
     facts = make_overview(request(gpt(recipe, sparsity=0.75), 16, price=2.5))
     best = facts["layouts"][0]
-    assert best["cost"] == pytest.approx(2.5
-                                         * best["gpu_hours"]) == pytest.approx(2.5 * 16 * best["hours"])
+    assert (
+        best["cost"]
+        == pytest.approx(2.5 * best["gpu_hours"])
+        == pytest.approx(2.5 * 16 * best["hours"])
+    )
     assert best["step_seconds"] == pytest.approx(sum(best["time"].values()))
     for row in facts["best"]["memory"]:
         parts = [v for k, v in row.items() if k not in ("stage", "total", "step")]

@@ -33,7 +33,10 @@ GOLDEN = {
 
 @pytest.mark.parametrize("arguments", GOLDEN, ids=str)
 def test_mask_is_the_stored_one(arguments):
-    assert hashlib.sha256(np.packbits(draw_tile_mask(*arguments)).tobytes()).hexdigest() == GOLDEN[arguments]
+    assert (
+        hashlib.sha256(np.packbits(draw_tile_mask(*arguments)).tobytes()).hexdigest()
+        == GOLDEN[arguments]
+    )
 
 
 @pytest.mark.parametrize(("grid", "per_row"), GRIDS)
@@ -159,7 +162,11 @@ def test_tables_of_tiles_find_every_active_tile_where_its_values_are(weight, wor
     dense, flat = torch.zeros(compact.shape), values.flatten()
     for row, columns in enumerate(tiles.columns.tolist()):
         for slot, column in enumerate(columns):
-            first = slot // weight.per_row * weight.active_per_slice + row * b * stride + slot % weight.per_row * b
+            first = (
+                slot // weight.per_row * weight.active_per_slice
+                + row * b * stride
+                + slot % weight.per_row * b
+            )
             tile = torch.as_strided(flat, (b, b), (stride, 1), first)
             dense[row * b:][:b, column * b:][:, :b] = tile
     assert torch.equal(dense, compact(values))

@@ -38,7 +38,10 @@ def tiles(mask: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("arguments", GOLDEN, ids=str)
 def test_mask_is_the_stored_one(arguments):
-    assert hashlib.sha256(np.packbits(draw_two_four(*arguments)).tobytes()).hexdigest() == GOLDEN[arguments]
+    assert (
+        hashlib.sha256(np.packbits(draw_two_four(*arguments)).tobytes()).hexdigest()
+        == GOLDEN[arguments]
+    )
 
 
 @pytest.mark.parametrize("shape", [(4, 4), (4, 20), (12, 32), (64, 4)])
