@@ -32,9 +32,11 @@ found["installs"] = fake_cuda.install() is True
 import sys, megatron.core.fusions.fused_bias_gelu as fused
 found["fusions are not compiled"] = not hasattr(fused.bias_gelu, "_torchdynamo_orig_callable")
 found["the compiler is not imported"] = (
-    "torch._inductor.compile_fx" not in sys.modules and torch.compile is compile)
+    (
+    "torch._inductor.compile_fx" not in sys.modules and torch.compile is compile))
 found["installs once"] = (
-    fake_cuda.install() is True and torch.ones(1).type() == "torch.cuda.FloatTensor")
+    (
+    fake_cuda.install() is True and torch.ones(1).type() == "torch.cuda.FloatTensor"))
 found["factory with device"] = [str(t.device) for t in (
     torch.zeros(2, device="cuda"), torch.empty(2, device=torch.device("cuda", 0)),
     torch.tensor([1], device="cuda:0"),
