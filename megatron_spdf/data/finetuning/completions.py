@@ -104,7 +104,13 @@ class CompletionData:
 
     def __init__(self, recipe: Recipe, train: Completions, valid: Completions, pad: int,
                  replica: int):
-        self.recipe, self.train, self.valid, self.pad, self.replica = recipe, train, valid, pad, replica
+        self.recipe, self.train, self.valid, self.pad, self.replica = (
+            recipe,
+            train,
+            valid,
+            pad,
+            replica,
+        )
         self.per_epoch = math.ceil(len(train) / recipe.train.global_batch)
         self.valid_batches = math.ceil(len(valid) / recipe.train.global_batch)
         self.mean_length = math.ceil(train.lengths.mean())

@@ -55,7 +55,9 @@ def score(task: str, predictions: Sequence[str], references: References) -> Scor
     else:
         if task == "jsonl":
             _add_bleu(scores, predictions, references.texts)
-        signature = f"F1, stemmed, best of the references, mean; rouge-score {version('rouge-score')}"
+        signature = (
+            f"F1, stemmed, best of the references, mean; rouge-score {version('rouge-score')}"
+        )
         _add(scores, rouge(predictions, references.texts), signature)
     return scores
 
