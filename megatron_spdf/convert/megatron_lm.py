@@ -6,7 +6,7 @@ specification:
 
     OUT/latest_checkpointed_iteration.txt   "release": Megatron-LM's word for weights without a run
     OUT/release/.metadata, metadata.json, *.distcp   tensors by name, layers along their first axis
-    OUT/release/common.pt                   checkpoint_version 3.0 (rows of linear_qkv by query group)
+    OUT/release/common.pt                   checkpoint_version 3.0 (linear_qkv by query group)
     OUT/arguments.txt                       Megatron-LM's arguments for this model
 
 A norm is saved as part of the layer it feeds, e.g.
