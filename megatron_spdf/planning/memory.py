@@ -10,7 +10,7 @@ import math
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 
-from megatron_spdf.architecture.model import Model
+from megatron_spdf.architecture.base import Model
 from megatron_spdf.planning.buffers import lay_out, local_parameters
 from megatron_spdf.recipe.recipe import AUTO, Parallel, Recipe
 from megatron_spdf.sparsity.plan import Plan
@@ -153,8 +153,9 @@ def render_layout(recipe: Recipe, plan: Plan) -> str:
     lines = [
         f"layout: {render_parallel(recipe)}; {_render_micro_batches(recipe)} tokens",
         f"steps: {recipe.steps:,} of {recipe.tokens_per_step:,} tokens",
-        "  "
-        f"{'GiB per GPU':<16}{'parameters':>12}{'gradients':>12}{'optimizer':>12}{'expanded':>12}{'masks':>12}{'total':>12}   (without activations: tools/plan.py)",
+        f"  {'GiB per GPU':<16}" + "".join(f"{part:>12}" for part in (
+            "parameters", "gradients", "optimizer", "expanded", "masks", "total"))
+        + "   (without activations: tools/plan.py)",
     ]
     for stage in range(p.pipeline):
         b = rank_bytes(recipe, plan, stage, on_gpu=True)
