@@ -40,12 +40,17 @@ def main() -> int:
 
 def record(options: argparse.Namespace) -> int:
     """Records cases of a tree, with those they need."""
-    names = options.only or list(CASES)
+    names = with_needed(options.only or list(CASES))
+    if not options.tree.is_dir():
+        print(f"error: {options.tree} is no directory; give a checkout", file=sys.stderr)
+        return 1
     options.directory.mkdir(parents=True, exist_ok=True)
+    for name in names:  # so that no case that fails leaves an older record
+        (options.directory / f"{name}.json").unlink(missing_ok=True)
     write_json(options.directory / META, describe(options.tree))
     with tempfile.TemporaryDirectory(prefix="golden.") as scratch:
         place = Place(options.tree.resolve(), Path(scratch))
-        return record_all(place, with_needed(names), options.directory)
+        return record_all(place, names, options.directory)
 
 
 def record_all(place: Place, names: list[str], directory: Path) -> int:
