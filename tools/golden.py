@@ -50,6 +50,11 @@ def record(options: argparse.Namespace) -> int:
     write_json(options.directory / META, describe(options.tree))
     with tempfile.TemporaryDirectory(prefix="golden.") as scratch:
         place = Place(options.tree.resolve(), Path(scratch))
+        try:
+            place.check()
+        except Failed as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
         return record_all(place, names, options.directory)
 
 

@@ -148,14 +148,21 @@ def decoded(place: Place) -> dict[str, Any]:
 
 
 def planned(place: Place) -> dict[str, Any]:
-    """Planner's JSON of every shipped recipe, on a GPU, and the exact bytes of its ranks."""
+    """Planner's JSON of every shipped recipe, on a GPU, and the law's."""
+    words = ("--gpu", "h100", "--price", "2")
+    return {"recipes": {file.name: plan(place, str(file), *words) for file in shipped(place)},
+            "law": plan(place, "law")}
+
+
+def built(place: Place) -> dict[str, Any]:
+    """Bytes of the ranks of every shipped recipe, built without hardware."""
+    return {file.name: plan(place, str(file), "--exact") for file in shipped(place)}
+
+
+def shipped(place: Place) -> list[Path]:
+    """Recipes in a tree."""
     folders = [place.tree / "configs" / name for name in ("pretrain", "plan")]
-    found: dict[str, Any] = {"recipes": {}, "exact": {}, "law": plan(place, "law")}
-    for recipe in sorted(file for folder in folders for file in folder.glob("*.yaml")):
-        words = (str(recipe), "--gpu", "h100", "--price", "2")
-        found["recipes"][recipe.name] = plan(place, *words)
-        found["exact"][recipe.name] = plan(place, str(recipe), "--exact")
-    return found
+    return sorted(file for folder in folders for file in folder.glob("*.yaml"))
 
 
 def plan(place: Place, *words: str) -> Any:
@@ -199,6 +206,7 @@ CASES: dict[str, Case] = {
     "exported": Case(exported, ("pretrain_s75",)),
     "imported": Case(imported, ("exported",)),
     "plan": Case(planned),
+    "plan_exact": Case(built),
 }
 
 

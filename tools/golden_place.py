@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader, load
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-CORES, SECONDS = 2, 900
+PACKAGE, CORES, SECONDS = "megatron_spdf", 2, 900
 # Figures of the log that depend on the clock or the machine, and texts for people.
 NOT_KEPT = re.compile(r"second|tflops|mfu|memory_bytes|choices")
 # Variables that a launcher sets, and those that make every run alike.
@@ -44,6 +44,14 @@ class Place:
         self._free, self._changed = CORES, threading.Condition()
         self._words: dict[str, Words] = {}
         self._asking = threading.Lock()
+
+    def check(self) -> None:
+        """Raises Failed where Python would import another tree's package, as an installed one."""
+        ask = f"import importlib.util as u; print(u.find_spec({PACKAGE!r}).origin)"
+        done = subprocess.run([sys.executable, "-c", ask], cwd=self.scratch, check=False, text=True,
+                              env=environments(self.tree, 1)[0], capture_output=True)
+        if not Path(done.stdout.strip()).is_relative_to(self.tree):
+            raise Failed(f"{PACKAGE} comes from {done.stdout or done.stderr}, not {self.tree}")
 
     def run(self, name: str, *words: str, ranks: int = 1) -> str:
         """Runs a script of the tree, on ranks as torchrun starts them.

@@ -14,18 +14,35 @@ from typing import Any
 
 RENAMED: dict[str, list[tuple]] = {
     # (old, new) key of a recipe: a dotted path or a stretch of one, without numbers of entries.
-    # Example: ("sparsity.expand", "sparsity.dense_copy"), ("phases", "stages").
-    "recipe keys": [],
+    "recipe keys": [
+        ("base", "mup_base"),
+        ("data.cache", "data.index_cache"),
+        ("guard", "fault_tolerance"),
+        ("phase", "mode"),
+        ("phases", "stages"),
+        ("sparsity.block", "sparsity.tile"),
+        ("sparsity.expand", "sparsity.dense_copy"),
+    ],
     # (old key, old value, new value) of a recipe, the key as in the line above.
-    # Example: ("sparsity.expand", "layer", "per_layer").
-    "recipe values": [],
+    "recipe values": [
+        ("sparsity.expand", "layer", "per_layer"),
+        ("sparsity.expand", "step", "per_step"),
+        ("sparsity.pattern", "block", "tile"),
+    ],
     # (old, new) stretch of a path in a record, whole parts; a path begins with the case's name.
-    # Example: ("plan/law", "plan/scaling_law"), ("grad_norm", "gradient_norm").
-    "record paths": [],
+    "record paths": [
+        ("blocks", "tiles"),
+        ("gpt3_xl_s75_block.yaml", "gpt3_xl_s75_tile.yaml"),
+        ("model/block_weights", "model/linear_weights"),
+        ("model/phases", "model/stages"),
+    ],
     # (old, new) piece of a tensor's name. Example: (".mask_bits", ".mask").
     "tensor names": [],
-    # (old, new) text among the values of a record, whole.
-    "record values": [],
+    # (old, new) piece of a text among the values of a record.
+    "record texts": [
+        ("phase 1 of 2: ", "stage 1 of 2: "),
+        ("phase 2 of 2: ", "stage 2 of 2: "),
+    ],
 }
 # Scripts of a tree, by the paths they have or had.
 SCRIPTS = {
@@ -107,8 +124,8 @@ def flatten(value: Any, path: str) -> dict[str, str]:
     if isinstance(value, dict | list) and value:
         entries = value.items() if isinstance(value, dict) else enumerate(value)
         return {p: v for key, entry in entries for p, v in flatten(entry, f"{path}/{key}").items()}
-    if isinstance(value, str):
-        value = dict(RENAMED["record values"]).get(value, value)
+    for old, new in RENAMED["record texts"] if isinstance(value, str) else ():
+        value = value.replace(old, new)
     return {_renamed(path): json.dumps(value)}
 
 
