@@ -226,7 +226,7 @@ def test_given_masks_survive_training_resuming_and_resharding(results, place):
     for run in ("magnitude two", "magnitude resharded"):
         reader = CheckpointReader(find_checkpoint(place / run), checksums=True)
         assert reader.masks == {"kind": "given",
-                                "how": "the largest magnitudes in each chunk of the Hugging Face "
+                                "how": "the largest magnitudes in each slice of the Hugging Face "
                                                         "model narrow"}
         assert (
             "16 masks" in verify(reader) and reader.run["origin"] == "the Hugging Face model narrow"
