@@ -235,7 +235,7 @@ CHECKS: dict[str, Callable[[], Iterator[tuple[str, ...]]]] = {
 
 
 def pinned_requirements() -> dict[str, str]:
-    """Package -> version of the `name==version` lines of requirements.txt that are for this Python."""
+    """Package -> version of the `name==version` lines of requirements.txt for this Python."""
     pins = filter(None, map(_PIN.match, REQUIREMENTS.read_text().splitlines()))
     return {pin["name"]: pin["version"] for pin in pins if _for_this_python(pin)}
 

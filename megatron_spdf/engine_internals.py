@@ -97,7 +97,8 @@ INTERNALS = (
              ("_forward_impl", "tp_group"), "multiplies with the values of a compact weight"),
     Internal("megatron.core.tensor_parallel.layers.RowParallelLinear",
              ("_forward_impl", "tp_group"), "the same"),
-    Internal("megatron.core.tensor_parallel.layers.linear_with_grad_accumulation_and_async_allreduce",
+    Internal("megatron.core.tensor_parallel.layers."
+             "linear_with_grad_accumulation_and_async_allreduce",
              ("input", "weight", "bias", "allreduce_dgrad", "sequence_parallel", "tp_group"),
              "the arguments that a layer's product is called with"),
     Internal("megatron.core.tensor_parallel.layers",

@@ -57,7 +57,8 @@ def test_every_pinned_package_is_named(report):
     assert named == set(pinned) and "torch" in named
 
 
-@pytest.mark.parametrize("python, release", [((3, 11), "0.16."), ((3, 12), "0.19."), ((3, 13), "0.19.")])
+@pytest.mark.parametrize("python, release",
+                         [((3, 11), "0.16."), ((3, 12), "0.19."), ((3, 13), "0.19.")])
 def test_the_engine_is_of_this_python(monkeypatch, python, release):
     monkeypatch.setattr(doctor.sys, "version_info", (*python, 0))
     pinned = doctor.pinned_requirements()
