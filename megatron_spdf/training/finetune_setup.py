@@ -11,6 +11,7 @@ from megatron_spdf.checkpoint.reader import CheckpointReader
 from megatron_spdf.checkpoint.run_metadata import Masks, drawn_masks
 from megatron_spdf.convert.source import WeightSource
 from megatron_spdf.data.finetuning.completions import Completions, tokenize
+from megatron_spdf.data.finetuning.task import TASKS
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
 from megatron_spdf.planning.memory import render_layout
 from megatron_spdf.recipe.finetune import Finetune, training_recipe
@@ -46,6 +47,7 @@ def prepare(finetune: Finetune, start: WeightSource) -> Prepared:
     Raises:
         ValueError, FileNotFoundError: with the value, the rule and the remedy.
     """
+    TASKS.get(finetune.data.task)
     model, path = start.model, Path(finetune.data.path)
     tokenizer = _tokenizer(start)
     window = min(finetune.train.sequence_length or model.max_positions, model.max_positions)
@@ -79,8 +81,8 @@ def _tokenizer(start: WeightSource) -> Tokenizer:
     if tokenizer is None:
         raise ValueError(f"{start.path} has no tokenizer, and a model means nothing without the "
                          "tokenizer it was trained with; put its files there")
-    trained_with = start.run["tokenizer"]["sha256"] if isinstance(start,
-                                                                  CheckpointReader) else tokenizer.sha256
+    trained_with = (start.run["tokenizer"]["sha256"] if isinstance(start, CheckpointReader)
+                    else tokenizer.sha256)
     if tokenizer.sha256 != trained_with:
         raise ValueError(f"{start.path}/tokenizer is another tokenizer (sha256 "
                          f"{tokenizer.sha256[:16]}) than the model was trained with "
