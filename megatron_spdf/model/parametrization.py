@@ -54,8 +54,11 @@ class Parametrization:
 
     def initial(self, weight: Weight) -> Weight:
         """The weight with the spread of its initial values."""
-        return weight if weight.std is None else replace(weight,
-                                                         std=weight.std / math.sqrt(self._growth(weight)))
+        return (
+            weight
+            if weight.std is None
+            else replace(weight, std=weight.std / math.sqrt(self._growth(weight)))
+        )
 
     def learning_rate(self, weight: Weight) -> float:
         """Over the recipe's."""

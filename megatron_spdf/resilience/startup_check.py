@@ -233,8 +233,10 @@ def _get(store: dist.Store, key: str, seconds: float) -> bytes:
         store.wait([key], timedelta(seconds=seconds))
         return store.get(key)
     except RuntimeError as error:
-        raise Unhealthy(f"rank 0 on {os.environ.get('MASTER_ADDR')} does not answer within "
-                        f"{seconds:g} s ({str(error).splitlines()[0]}); look at that node") from None
+        raise Unhealthy(
+            f"rank 0 on {os.environ.get('MASTER_ADDR')} does not answer within "
+            f"{seconds:g} s ({str(error).splitlines()[0]}); look at that node"
+        ) from None
 
 
 def _wait_for(store: dist.Store, keys: list[str], seconds: float) -> None:

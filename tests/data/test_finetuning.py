@@ -12,7 +12,8 @@ import torch
 from megatron_spdf.data.finetuning.completions import CompletionData, tokenize
 from megatron_spdf.data.tokenizers.tokenizer import train_tokenizer
 
-WORDS = "the cheap restaurant near river serves food and is very good for families in city centre".split()
+WORDS = ("the cheap restaurant near river serves food and is very good for families in city "
+         "centre").split()
 LAYOUTS = [{"data": 1}, {"data": 2}, {"data": 4}]
 
 
@@ -88,7 +89,9 @@ def test_a_pair_is_context_eod_blank_completion_eod(tmp_path, tokenizer):
     assert pairs.truncated == 0
 
 
-def test_truncation_takes_the_beginning_of_the_context_and_never_the_completion(tmp_path, tokenizer):
+def test_truncation_takes_the_beginning_of_the_context_and_never_the_completion(
+    tmp_path, tokenizer
+):
     context, completion = "the cheap restaurant near river", "serves food"
     place = one_record(tmp_path, context, completion)
     ending = [tokenizer.eod, *tokenizer.encode(f" {completion}"), tokenizer.eod]
@@ -139,8 +142,12 @@ def test_the_run_ends_after_its_epochs(make_data):
 
 
 def test_order_depends_on_the_seed_alone(make_data):
-    assert rows(next(make_data().training_batches(3))) == rows(next(make_data().training_batches(3)))
-    assert rows(next(make_data().training_batches(3))) != rows(next(make_data(seed=2).training_batches(3)))
+    assert rows(next(make_data().training_batches(3))) == rows(
+        next(make_data().training_batches(3))
+    )
+    assert rows(next(make_data().training_batches(3))) != rows(
+        next(make_data(seed=2).training_batches(3))
+    )
 
 
 def test_going_on_at_a_step_gives_what_a_straight_run_gives(make_data):

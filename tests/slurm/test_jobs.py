@@ -154,14 +154,20 @@ def test_ahead_of_its_time_limit_a_job_saves_and_goes_on(cluster, straight, limi
     assert cluster.end_of(limited) == ["COMPLETED 0"], cluster.output(limited)
     out = cluster.output(limited)
     saved = "the run was asked to stop and has saved; back into the queue"
-    assert out.index("== got USR1") < out.index(saved) < re.search("resumed from step_000000(09|10)", out).start()
+    assert (
+        out.index("== got USR1")
+        < out.index(saved)
+        < re.search("resumed from step_000000(09|10)", out).start()
+    )
     assert records(cluster.place / "limited") == straight[1]
 
 
 def test_a_crash_loop_stops_after_the_bound_with_the_reason(cluster, loop):
     assert cluster.end_of(loop) == ["FAILED 3"], cluster.output(loop)
     assert cluster.field(loop, "Restarts") == "1"
-    reason = "2 starts in a row (fault_tolerance.max_starts=2) made no checkpoint after step 0 of loop"
+    reason = (
+        "2 starts in a row (fault_tolerance.max_starts=2) made no checkpoint after step 0 of loop"
+    )
     assert reason in cluster.output(loop)
 
 

@@ -147,7 +147,9 @@ class Encoder:
                 report.empty += 1
                 continue
             content = text.encode("utf-8", "surrogatepass")
-            digest = hashlib.sha256(content).digest() if self._bounds or settings.deduplicate else b""
+            digest = (
+                hashlib.sha256(content).digest() if self._bounds or settings.deduplicate else b""
+            )
             ids += [tokens, end]
             lengths.append(len(tokens) + len(end))
             sizes.append(len(content))
