@@ -29,13 +29,14 @@ import signal
 import sys
 from pathlib import Path
 
-from megatron_spdf.data.finetuning.task import SPLITS, load_examples, render_tasks
+from megatron_spdf.data.finetuning.task import SPLITS, TASKS, load_examples, render_tasks
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the tool."""
     options = parse_arguments(arguments)
     try:
+        TASKS.get(options.task)
         return score_predictions(options) if options.predictions else score_checkpoint(options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
