@@ -89,7 +89,7 @@ class Sparsity(Section):
 
 def _unknown_key(key: str, algorithm: type[MaskAlgorithm]) -> str:
     known = list(algorithm.model_fields)
-    near = difflib.get_close_matches(key, known, n=len(known), cutoff=0.0)
+    near = difflib.get_close_matches(key, known, n=len(known) or 1, cutoff=0.0)
     return (f"the mask algorithm {algorithm.name} has no such key; known: "
             f"{', '.join(near) or 'none'}. Leave it out, or set sparsity.update=null to be rid of "
             "those of another algorithm")
