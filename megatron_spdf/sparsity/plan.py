@@ -61,7 +61,7 @@ class SparseWeight:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """TileTable of a slice, (tile rows, tile columns)."""
+        """Tiles of a slice, (tile rows, tile columns)."""
         assert self.tile is not None, self.name
         rows, columns = self.slice_shape
         return rows // self.tile, columns // self.tile
