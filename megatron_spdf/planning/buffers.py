@@ -70,7 +70,7 @@ class Buffer:
 
 @lru_cache(maxsize=64)
 def weights_by_layer(model: Model) -> dict[int, tuple[Weight, ...]]:
-    """`model_weights` by layer, once for each model: a search over layouts asks thousands of
+    """`Model.weights` by layer, once for each model: a search over layouts asks thousands of
     times."""
     layers: dict[int, list[Weight]] = {}
     for weight in model.weights():
