@@ -2,8 +2,8 @@
 """Measures on this machine; nothing is timed in the tests.
 
     python tools/benchmark.py --suite h200 [--output DIR]
-    python tools/benchmark.py train [RECIPE] [section.key=value ...] [--steps 20] [--output FILE.json]
-    python tools/benchmark.py step [RECIPE] [section.key=value ...] [--steps 20] [--output FILE.json]
+    python tools/benchmark.py train [RECIPE] [section.key=value ...] [--steps 20] [--output FILE]
+    python tools/benchmark.py step [RECIPE] [section.key=value ...] [--steps 20] [--output FILE]
     torchrun --nproc-per-node 2 tools/benchmark.py step parallel.tensor=2
     python tools/benchmark.py save [RECIPE] [section.key=value ...] [--steps 5]
     python tools/benchmark.py kernels [RECIPE] [section.key=value ...] [--output FILE.json]
@@ -30,7 +30,8 @@ tiny where there is no GPU.
 Megatron-LM's own tool, with a comparison of the tokens; `data --help` has its options. Without a
 recipe, a model whose layers fit a CPU's caches as little as a real one's. On a GPU try for example
 
-    python tools/benchmark.py step configs/pretrain/gpt3_xl_s75.yaml parallel.data=1 train.global_batch=32 --steps 50
+    python tools/benchmark.py step configs/pretrain/gpt3_xl_s75.yaml \\
+        parallel.data=1 train.global_batch=32 --steps 50
 """
 
 from __future__ import annotations
@@ -150,7 +151,8 @@ def measure_kernels(what: str, arguments: list[str]) -> int:
     """Kernels on the weights of one layer, as they are or cut up in every way."""
     import torch
     from benchmarks import kernel_throughput, tiles
-    from benchmarks.engines import plan_of
+
+    from megatron_spdf.sparsity.plan import Plan
 
     parser = argparse.ArgumentParser(prog=f"benchmark.py {what}", description=(
         kernel_throughput if what == "kernels" else tiles).__doc__,
@@ -167,11 +169,11 @@ def measure_kernels(what: str, arguments: list[str]) -> int:
     recipe = load_measured(path, overrides)
     report = {**circumstances((*LIBRARIES[::2], "triton")), "recipe": recipe.model_dump()}
     if what == "kernels":
-        figures = kernel_throughput.measure(recipe, plan_of(recipe), options.seconds)
+        figures = kernel_throughput.measure(recipe, Plan.of(recipe), options.seconds)
         publish({**report, **figures}, kernel_throughput.render(figures), options.output)
     else:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        rows = tiles.measure(recipe, plan_of(recipe), device, options.seconds)
+        rows = tiles.measure(recipe, Plan.of(recipe), device, options.seconds)
         publish({**report, "tiles": rows}, tiles.render(rows), options.output)
     return 0
 

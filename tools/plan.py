@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
 """What a run will cost, fit in and be worth, before it starts.
 
-    python tools/plan.py RECIPE [section.key=value ...] --gpu h100 --gpus 64   FLOPs, bytes, traffic, time, layouts
-    python tools/plan.py RECIPE [section.key=value ...] --exact                real buffers, built without hardware
-    python tools/plan.py fit RUNS...                                           the scaling law of your own runs
-    python tools/plan.py law [--plot FILE.png]                                 the published law of sparse models
+    python tools/plan.py RECIPE [section.key=value ...] --gpu h100 --gpus 64
+                                                  FLOPs, bytes, traffic, time, layouts
+    python tools/plan.py RECIPE [section.key=value ...] --exact
+                                                  real buffers, built without hardware
+    python tools/plan.py fit RUNS...              the scaling law of your own runs
+    python tools/plan.py law [--plot FILE.png]    the published law of sparse models
 
 Exit code 0, or 2 with a sentence on what to change.
 """
@@ -20,7 +22,7 @@ from pathlib import Path
 
 from megatron_spdf.planning.exact import dry_run, ranks_of_interest, render_counts
 from megatron_spdf.planning.hardware import GPUS, THIS_MACHINE, find_gpu
-from megatron_spdf.planning.overview import Request, make_overview, plan_of
+from megatron_spdf.planning.overview import Request, make_overview
 from megatron_spdf.planning.render import render_overview
 from megatron_spdf.planning.step_time import EFFICIENCY
 from megatron_spdf.recipe.load import load_recipe
@@ -32,6 +34,7 @@ from megatron_spdf.runs.measured import read_run
 from megatron_spdf.scaling_law.fit import fit_law, render_fit, render_points
 from megatron_spdf.scaling_law.law import CAVEAT, PUBLISHED, describe_law, plot_contours, render_law
 from megatron_spdf.section import parse_count
+from megatron_spdf.sparsity.plan import Plan
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -51,7 +54,7 @@ def plan(arguments: list[str]) -> int:
     recipe = load_recipe(options.recipe, options.overrides)
     if recipe.train.micro_batch == AUTO:
         recipe = recipe.with_micro_batch(1)  # of the recipe's own layout; a search tries all
-    sparsity = plan_of(recipe)
+    sparsity = Plan.of(recipe)
     if options.exact:
         if options.gpus not in (None, recipe.parallel.world):
             raise ValueError("--exact builds the recipe's own layout, which has "
@@ -69,7 +72,8 @@ def plan(arguments: list[str]) -> int:
         raise ValueError(f"--gpus {gpus} must be at least 1")
     gpu = find_gpu(options.gpu, recipe.train.precision, options.memory and options.memory * 2**30,
                    options.network and options.network * 1e9, options.gpus_per_node)
-    efficiency, source = options.efficiency or EFFICIENCY, "given" if options.efficiency else "assumed"
+    efficiency = options.efficiency or EFFICIENCY
+    source = "given" if options.efficiency else "assumed"
     if options.calibrate:
         run = read_run(options.calibrate)
         efficiency = calibrate(run, gpu)

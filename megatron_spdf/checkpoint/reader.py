@@ -19,7 +19,7 @@ from megatron_spdf.checkpoint.tensors import TensorFiles
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megatron_spdf.model.parametrization import Parametrization, fold
 from megatron_spdf.recipe.recipe import Recipe
-from megatron_spdf.sparsity.plan import make_plan
+from megatron_spdf.sparsity.plan import Plan
 from megatron_spdf.sparsity.slices import join_slices
 
 VALUES, MASK_BITS = ".values", ".mask_bits"  # after the name of a sparse weight
@@ -90,8 +90,7 @@ class CheckpointReader(TensorFiles):
         self.run, self.recipe = _read_run(path / store.RUN)
         self.model = self.recipe.model
         self.weights: dict[str, Weight] = {w.name: w for w in model_weights(self.model)}
-        self.plan = make_plan(self.recipe.sparsity, list(self.weights.values()),
-                              self.model.query_groups)
+        self.plan = Plan.of(self.recipe)
         self.rules = Parametrization(self.recipe, self.plan)
         self.masks: Masks = self.run.get("masks", drawn_masks(self.plan))
 

@@ -16,11 +16,10 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_spdf.architecture.weights import model_weights
 from megatron_spdf.parallel import fake_cuda
 from megatron_spdf.parallel.ranks import leave, set_up_groups
 from megatron_spdf.recipe.recipe import Recipe
-from megatron_spdf.sparsity.plan import make_plan
+from megatron_spdf.sparsity.plan import Plan
 
 META = torch.device("meta")
 
@@ -39,7 +38,7 @@ def count(recipe: Recipe, rank: int) -> dict:
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=recipe.parallel.world)
     set_up_groups(recipe)
-    plan = make_plan(recipe.sparsity, model_weights(recipe.model), recipe.model.query_groups)
+    plan = Plan.of(recipe)
     with META:
         engine = MegatronEngine(recipe, plan, META)
         (inner,) = engine.optimizer.chained_optimizers

@@ -11,14 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from megatron_spdf.architecture.weights import model_weights
 from megatron_spdf.data.pretraining.corpus import check_corpus
 from megatron_spdf.data.pretraining.dataset import TokenData
 from megatron_spdf.engine.factory import make_engine
 from megatron_spdf.parallel.ranks import join, leave
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.resilience.world import find_ranks
-from megatron_spdf.sparsity.plan import make_plan
+from megatron_spdf.sparsity.plan import Plan
 
 Sizes = dict[str, float]
 
@@ -30,7 +29,7 @@ def activation_sizes(recipe: Recipe, steps: int) -> list[Sizes]:
         For each step: "embedding", "layer N attention", "layer N mlp" (what they add to the
         residual stream) and "logits" -> size.
     """
-    plan = make_plan(recipe.sparsity, model_weights(recipe.model), recipe.model.query_groups)
+    plan = Plan.of(recipe)
     corpus = check_corpus(recipe)
     engine = make_engine(recipe, plan, join(find_ranks(), recipe))
     data = TokenData(recipe, corpus, Path(recipe.output) / "cache", reads=True)

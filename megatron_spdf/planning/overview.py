@@ -25,7 +25,7 @@ from megatron_spdf.planning.traffic import route, step_traffic, wire_share
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.schedule.flops import Flops, forward_flops, training_flops
 from megatron_spdf.schedule.stages import mean_flops, stages_of
-from megatron_spdf.sparsity.plan import Plan, make_plan
+from megatron_spdf.sparsity.plan import Plan
 from megatron_spdf.sparsity.settings import Sparsity
 
 LEVELS = (0.0, 0.5, 0.75, 0.9)  # compared beside the recipe's own sparsity
@@ -83,11 +83,6 @@ def make_overview(request: Request) -> dict[str, Any]:
                  "wire": wire_bytes(step_traffic(best.recipe, plan, 0), best.recipe, gpu)},
         "sparsity": [_level(best.recipe, level, request) for level in _levels(plan)],
     }
-
-
-def plan_of(recipe: Recipe) -> Plan:
-    """The recipe's sparsity plan."""
-    return make_plan(recipe.sparsity, model_weights(recipe.model), recipe.model.query_groups)
 
 
 def _model(recipe: Recipe, plan: Plan) -> dict[str, Any]:
@@ -173,7 +168,7 @@ def _zero(recipe: Recipe, plan: Plan) -> list[int]:
 
 def _traffic(recipe: Recipe, plan: Plan, gpu: Gpu) -> list[dict[str, Any]]:
     """By kind and operation: payload of the busiest stage, sparse and dense, and its way."""
-    dense = plan_of(at_level(recipe, 0.0))
+    dense = Plan.of(at_level(recipe, 0.0))
     rows = []
     stages = {0, recipe.parallel.pipeline // 2, recipe.parallel.pipeline - 1}
     sent = {s: (step_traffic(recipe, plan, s), step_traffic(recipe, dense, s)) for s in stages}
@@ -204,7 +199,7 @@ def _levels(plan: Plan) -> list[float | None]:
 def _level(recipe: Recipe, level: float | None, request: Request) -> dict[str, Any]:
     """What a run at a sparsity costs, at the best layout, and the fewest GPUs it needs."""
     other = recipe if level is None else at_level(recipe, level)
-    plan = request.plan if level is None else plan_of(other)
+    plan = request.plan if level is None else Plan.of(other)
     length = recipe.train.sequence_length
     total = training_flops(recipe.model, length, plan).total
     least = smallest_world(other, plan, request.gpu)
@@ -231,7 +226,8 @@ def _impossible(request: Request, misfits: list[Misfit]) -> str:
             f"{recipe.model.query_groups} and a node's {gpu.gpus_per_node} GPUs, pipeline "
             f"model.layers={recipe.model.layers})")
         near = usable_worlds(recipe, gpu, gpus)
-        return f"{gpus} GPUs cannot be laid out: {why}. Numbers near it that can: {', '.join(map(str, near)) or 'none'}"
+        return (f"{gpus} GPUs cannot be laid out: {why}. Numbers near it that can: "
+                f"{', '.join(map(str, near)) or 'none'}")
     p = misfits[0].recipe.parallel
     lines = [f"no layout of {gpus} x {gpu.name} holds this run. The nearest, tensor {p.tensor} x "
              f"pipeline {p.pipeline} x data {p.data}, {misfits[0].reason}: "
@@ -247,7 +243,7 @@ def _impossible(request: Request, misfits: list[Misfit]) -> str:
             lines.append(f"{gpus} x {other.name} (--gpu {name})")
     for level in (s for s in LEVELS if s > plan.sparsity):
         sparser = at_level(recipe, level)
-        if holds(sparser, plan_of(sparser), gpu, gpus):
+        if holds(sparser, Plan.of(sparser), gpu, gpus):
             lines.append(f"{gpus} x {gpu.name} with sparsity={level}")
             break
     return "\n  - ".join(lines if len(lines) > 1

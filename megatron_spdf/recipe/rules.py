@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from functools import lru_cache
 
 from megatron_spdf.architecture.model import Model
+from megatron_spdf.architecture.weights import model_weights
 from megatron_spdf.recipe.deepspeed import contradictions
 from megatron_spdf.recipe.recipe import AUTO, Recipe
+from megatron_spdf.sparsity.plan import check_tensor, make_plan
 from megatron_spdf.sparsity.settings import Sparsity
 
 
@@ -36,7 +38,8 @@ def rule_violations(recipe: Recipe) -> Iterator[str]:
 def _model(recipe: Recipe) -> Iterator[str]:
     m = recipe.model
     if m.hidden % m.heads:
-        yield f"model.hidden={m.hidden} is not divisible by model.heads={m.heads}; heads may be {divisors(m.hidden)}"
+        yield (f"model.hidden={m.hidden} is not divisible by model.heads={m.heads}; heads may be "
+               f"{divisors(m.hidden)}")
     if m.heads % m.query_groups:
         yield (f"model.heads={m.heads} is not divisible by model.query_groups={m.query_groups}; "
                f"query_groups may be {divisors(m.heads)}")
@@ -59,9 +62,11 @@ def _layout(recipe: Recipe) -> Iterator[str]:
         yield (f"model.layers={m.layers} is not divisible by parallel.pipeline x interleave = "
                f"{p.pipeline} x {p.interleave} = {stages}; the product may be {divisors(m.layers)}")
     if p.interleave > 1 and p.pipeline == 1:
-        yield f"parallel.interleave={p.interleave} needs parallel.pipeline > 1; set interleave=1 or more stages"
+        yield (f"parallel.interleave={p.interleave} needs parallel.pipeline > 1; set interleave=1 "
+               "or more stages")
     if p.sequence and p.tensor == 1:
-        yield "parallel.sequence=true needs parallel.tensor > 1; set sequence=false or a larger tensor"
+        yield ("parallel.sequence=true needs parallel.tensor > 1; set sequence=false or a larger "
+               "tensor")
     if p.sequence and t.sequence_length % p.tensor:
         yield (f"train.sequence_length={t.sequence_length} is not divisible by "
                f"parallel.tensor={p.tensor}, as parallel.sequence=true asks; change one of the "
@@ -75,9 +80,6 @@ def _pattern(model: Model, sparsity: str, tensor: int) -> tuple[str, ...]:
     Args:
         sparsity: as JSON, which can be a key.
     """
-    from megatron_spdf.architecture.weights import model_weights  # these import this package
-    from megatron_spdf.sparsity.plan import check_tensor, make_plan
-
     try:
         plan = make_plan(Sparsity.model_validate_json(sparsity), model_weights(model),
                          model.query_groups)
@@ -97,9 +99,11 @@ def _engine(recipe: Recipe) -> Iterator[str]:
                                     ("parallel.offload", p.offload, p.offload),
                                     ("deepspeed", recipe.deepspeed, recipe.deepspeed is not None)):
             if needed:
-                yield f"{name}={_yaml(value)} needs engine=deepspeed, and engine={engine}; change one of them"
+                yield (f"{name}={_yaml(value)} needs engine=deepspeed, and engine={engine}; change "
+                       "one of them")
     if p.offload and p.zero_stage == 0:
-        yield "parallel.offload=true needs sharded optimizer state, and parallel.zero_stage=0; set zero_stage=1 or more"
+        yield ("parallel.offload=true needs sharded optimizer state, and parallel.zero_stage=0; "
+               "set zero_stage=1 or more")
 
 
 def _yaml(value: object) -> str:
@@ -138,7 +142,8 @@ def _stages(recipe: Recipe) -> Iterator[str]:
     if not stages:
         return
     if len(stages) == 1:
-        yield "stages has one entry, and there is no border; add a second, or write sparsity and optimizer instead"
+        yield ("stages has one entry, and there is no border; add a second, or write sparsity and "
+               "optimizer instead")
     total = sum(stage.share for stage in stages)
     if abs(total - 1.0) > 1e-6:
         yield (f"stages: the shares {' + '.join(f'{stage.share:g}' for stage in stages)} = "
@@ -146,7 +151,8 @@ def _stages(recipe: Recipe) -> Iterator[str]:
     else:
         yield from _schedules_of_stages(recipe)
     if recipe.sparsity.level or recipe.sparsity.rules:
-        yield "sparsity and stages both say what is sparse; leave sparsity out, each stage has its own"
+        yield ("sparsity and stages both say what is sparse; leave sparsity out, each stage has "
+               "its own")
     if recipe.evaluate.patience:
         yield (f"evaluate.patience={recipe.evaluate.patience} ends a run before its last stage; "
                "set patience=0, or leave out stages")

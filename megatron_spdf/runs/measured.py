@@ -9,9 +9,8 @@ from typing import Any
 
 import yaml
 
-from megatron_spdf.architecture.weights import model_weights
 from megatron_spdf.recipe.recipe import AUTO, Recipe
-from megatron_spdf.sparsity.plan import Plan, make_plan
+from megatron_spdf.sparsity.plan import Plan
 
 RECIPE, LOG, MICRO_BATCHES = "recipe.yaml", "log.jsonl", "micro_batch.json"
 
@@ -37,8 +36,7 @@ class Run:
 
     @property
     def plan(self) -> Plan:
-        return make_plan(self.recipe.sparsity, model_weights(self.recipe.model),
-                         self.recipe.model.query_groups)
+        return Plan.of(self.recipe)
 
     @property
     def finished(self) -> bool:
@@ -57,7 +55,8 @@ def read_run(directory: str | Path) -> Run:
     try:
         recipe = _settled(Recipe.model_validate(values), directory)
     except (ValueError, OSError) as error:
-        raise ValueError(f"{directory / RECIPE} cannot be read as a pre-training recipe: {error}") from None
+        raise ValueError(f"{directory / RECIPE} cannot be read as a pre-training "
+                         f"recipe: {error}") from None
     return Run(directory, recipe, of_kind(records, "train"), of_kind(records, "valid"),
                next(iter(of_kind(records, "bytes")), {}))
 
@@ -86,7 +85,8 @@ def read_logged(directory: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{recipe} is not YAML: {error}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{recipe} is no recipe but a {type(values).__name__}; was it overwritten?")
+        raise ValueError(f"{recipe} is no recipe but a {type(values).__name__}; was it "
+                         "overwritten?")
     records = _records(log)
     if not of_kind(records, "train"):
         raise ValueError(f"{log} holds no training step yet; let the run go on to its first record "
@@ -108,5 +108,6 @@ def _records(log: Path) -> list[dict[str, Any]]:
         except ValueError:
             if number < len(lines):
                 raise ValueError(f"{log}, line {number}: not JSON: {line[:60]!r}; the log is "
-                                 "damaged, take it out of the comparison or mend that line") from None
+                                 "damaged, take it out of the comparison or mend that "
+                                 "line") from None
     return records

@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_spdf.architecture.weights import model_weights
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.schedule.flops import Convention, Flops, training_flops
-from megatron_spdf.sparsity.plan import Plan, make_plan
+from megatron_spdf.sparsity.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ def stages_of(recipe: Recipe) -> list[RunStage]:
     first, spent, stages = 0, 0.0, []
     for number, last in enumerate(recipe.stage_ends or [recipe.steps]):
         own = recipe.in_stage(number) if recipe.stages else recipe
-        plan = make_plan(own.sparsity, model_weights(own.model), own.model.query_groups)
+        plan = Plan.of(own)
         stages.append(RunStage(number + 1, count, first, last, own, plan, spent))
         first, spent = last, spent + stages[-1].flops().total * stages[-1].tokens
     return stages

@@ -6,8 +6,10 @@ import fnmatch
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
-from megatron_spdf.architecture.weights import Weight
+from megatron_spdf.architecture.model import Model
+from megatron_spdf.architecture.weights import Weight, model_weights
 from megatron_spdf.kernels.limits import multiplied
 from megatron_spdf.sparsity.patterns.tiles import balanced_parts, tile_slices
 from megatron_spdf.sparsity.patterns.two_four import check_two_four
@@ -59,7 +61,7 @@ class SparseWeight:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """TileTable of a slice, (tile rows, tile columns)."""
+        """Tiles of a slice, (tile rows, tile columns)."""
         assert self.tile is not None, self.name
         rows, columns = self.slice_shape
         return rows // self.tile, columns // self.tile
@@ -81,6 +83,16 @@ class SparseWeight:
         return 1.0 - self.active / self.numel
 
 
+class SparseModel(Protocol):
+    """A recipe, as far as its plan depends on it."""
+
+    @property
+    def sparsity(self) -> Sparsity: ...
+
+    @property
+    def model(self) -> Model: ...
+
+
 # a key by identity: the planner asks about one plan at thousands of layouts
 @dataclass(frozen=True, eq=False)
 class Plan:
@@ -90,6 +102,16 @@ class Plan:
     seed: int
     weights: dict[str, SparseWeight]
     dense_copy: str = "per_step"
+
+    @classmethod
+    def of(cls, recipe: SparseModel) -> Plan:
+        """Decides how sparse each weight of the recipe's model is.
+
+        Raises:
+            ValueError: see `make_plan`.
+        """
+        model = recipe.model
+        return make_plan(recipe.sparsity, model_weights(model), model.query_groups)
 
     @cached_property
     def on_tiles(self) -> Plan:
@@ -182,12 +204,15 @@ def _refuse_idle_rules(sparsity: Sparsity, used: set[int], candidates: list[Weig
         if number in used:
             continue
         if any(fnmatch.fnmatchcase(w.name, rule.weights) for w in candidates):
-            why = "every weight it matches is taken by an earlier rule; put it before that one or remove it"
+            why = ("every weight it matches is taken by an earlier rule; put it before that one or "
+                   "remove it")
         elif any(fnmatch.fnmatchcase(w.name, rule.weights) for w in weights):
             why = "it matches only embeddings, norms or biases, which stay dense; remove it"
         else:
-            why = f"no weight has such a name; they look like {', '.join(w.name for w in candidates[:4])}"
-        raise ValueError(f"sparsity.rules.{number}: weights={rule.weights!r} decides nothing: {why}")
+            why = ("no weight has such a name; they look like "
+                   f"{', '.join(w.name for w in candidates[:4])}")
+        raise ValueError(f"sparsity.rules.{number}: weights={rule.weights!r} decides nothing: "
+                         f"{why}")
 
 
 def render_plan(plan: Plan) -> str:

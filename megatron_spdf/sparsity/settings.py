@@ -23,8 +23,9 @@ class Sparsity(Section):
     """Static random masks. Also written as a number, or as a list of rules with all other weights
     dense."""
 
-    level: Level = Field(0.0,
-                         description="fraction of zeros of every linear weight that no rule matches")
+    level: Level = Field(
+        0.0, description="fraction of zeros of every linear weight that no rule matches"
+    )
     pattern: Literal["unstructured", "tile", "2:4"] = Field(
         "unstructured",
         description="what is active or zero: single weights, square tiles of them, or two of every "

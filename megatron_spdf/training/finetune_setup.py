@@ -6,16 +6,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_spdf.architecture.weights import model_weights
 from megatron_spdf.checkpoint.reader import CheckpointReader
 from megatron_spdf.checkpoint.run_metadata import Masks, drawn_masks
 from megatron_spdf.convert.source import WeightSource
-from megatron_spdf.data.finetuning.completions import Completions, tokenise
+from megatron_spdf.data.finetuning.completions import Completions, tokenize
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
 from megatron_spdf.planning.memory import render_layout
 from megatron_spdf.recipe.finetune import Finetune, training_recipe
 from megatron_spdf.recipe.recipe import Recipe
-from megatron_spdf.sparsity.plan import Plan, check_tensor, make_plan, render_plan
+from megatron_spdf.sparsity.plan import Plan, check_tensor, render_plan
 from megatron_spdf.sparsity.settings import Sparsity
 
 
@@ -49,10 +48,10 @@ def prepare(finetune: Finetune, start: WeightSource) -> Prepared:
     model, path = start.model, Path(finetune.data.path)
     tokenizer = _tokenizer(start)
     window = min(finetune.train.sequence_length or model.max_positions, model.max_positions)
-    train, valid = (tokenise(finetune.data.task, path, split, tokenizer, window)
+    train, valid = (tokenize(finetune.data.task, path, split, tokenizer, window)
                     for split in ("train", "validation"))
     recipe = training_recipe(finetune, model, _sparsity(finetune, start), len(train))
-    plan = make_plan(recipe.sparsity, model_weights(recipe.model), recipe.model.query_groups)
+    plan = Plan.of(recipe)
     check_tensor(plan, recipe.parallel.tensor)
     return Prepared(
         recipe, plan, tokenizer, train, valid,
@@ -79,8 +78,9 @@ def _tokenizer(start: WeightSource) -> Tokenizer:
     if tokenizer is None:
         raise ValueError(f"{start.path} has no tokenizer, and a model means nothing without the "
                          "tokenizer it was trained with; put its files there")
-    trained_with = start.run["tokenizer"]["sha256"] if isinstance(start,
-                                                                  CheckpointReader) else tokenizer.sha256
+    trained_with = tokenizer.sha256
+    if isinstance(start, CheckpointReader):
+        trained_with = start.run["tokenizer"]["sha256"]
     if tokenizer.sha256 != trained_with:
         raise ValueError(f"{start.path}/tokenizer is another tokenizer (sha256 "
                          f"{tokenizer.sha256[:16]}) than the model was trained with "

@@ -23,7 +23,6 @@ from megatron.core import parallel_state as ps
 from plain_gpt2 import plain_gpt2, train_plain
 
 from megatron_spdf.architecture import weights
-from megatron_spdf.architecture.weights import model_weights
 from megatron_spdf.checkpoint import shared_files, store
 from megatron_spdf.checkpoint.checkpointer import Checkpointer, RunState
 from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
@@ -49,7 +48,7 @@ from megatron_spdf.resilience.signals import StopRequest
 from megatron_spdf.resilience.world import find_ranks
 from megatron_spdf.runs.run_dir import RunDir
 from megatron_spdf.runs.run_log import RunLog
-from megatron_spdf.sparsity.plan import make_plan
+from megatron_spdf.sparsity.plan import Plan
 from megatron_spdf.training.loop import NotFinite, Trainer
 
 
@@ -59,8 +58,7 @@ class Bench:
     def __init__(self, recipe: dict):
         self.recipe = Recipe.model_validate(recipe)
         assert not list(rule_violations(self.recipe))
-        self.plan = make_plan(self.recipe.sparsity, model_weights(self.recipe.model),
-                              self.recipe.model.query_groups)
+        self.plan = Plan.of(self.recipe)
         self.run = RunDir(self.recipe)
         self.corpus = check_corpus(self.recipe)
         agree_on_port()
@@ -402,7 +400,8 @@ def poisoned(recipe: dict, poison: dict[int, str]) -> dict:
             kind = poison.get(len(found)
                               + 1) if dist.get_rank() == dist.get_world_size() - 1 else None
             factor = float("inf") if kind == "gradient" else 1.0
-            hook = next(b.engine.models[0].decoder.parameters()).register_hook(lambda gradient: gradient * factor)
+            parameter = next(b.engine.models[0].decoder.parameters())
+            hook = parameter.register_hook(lambda gradient: gradient * factor)
             loss = run(*arguments, **keywords)
             hook.remove()
             return loss * float("nan") if kind == "loss" else loss

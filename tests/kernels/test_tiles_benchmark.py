@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from benchmarks import tiles
-from benchmarks.engines import plan_of
 from small_masks import DEVICE, NO_TRITON
 
 from megatron_spdf.kernels import dispatch
+from megatron_spdf.sparsity.plan import Plan
 
 pytest.importorskip("triton", reason=NO_TRITON)
 from megatron_spdf.kernels import triton_compact  # noqa: E402
@@ -27,7 +27,7 @@ def measured(recipe, monkeypatch):
     def measure(**sparsity) -> list[dict]:
         small = recipe(sparsity={"level": 0.5, **sparsity},
                        train={"sequence_length": 16, "precision": "fp32"})
-        return tiles.measure(small, plan_of(small), torch.device(DEVICE), 1e-4)
+        return tiles.measure(small, Plan.of(small), torch.device(DEVICE), 1e-4)
 
     def once(run, seconds: float) -> float:
         run()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_spdf.architecture.weights import LOGITS_BYTES, model_weights, tokens_at_once
+from megatron_spdf.architecture.weights import LOGITS_BYTES, tokens_at_once
 from megatron_spdf.planning.activations import (
     in_flight,
     kept_by_layer,
@@ -17,13 +17,9 @@ from megatron_spdf.planning.activations import (
 )
 from megatron_spdf.recipe.load import load_recipe
 from megatron_spdf.recipe.recipe import Recipe
-from megatron_spdf.sparsity.plan import make_plan
+from megatron_spdf.sparsity.plan import Plan
 
 XL = Path(__file__).resolve().parents[2] / "configs/pretrain/gpt3_xl_dense.yaml"
-
-
-def plan_of(recipe):
-    return make_plan(recipe.sparsity, model_weights(recipe.model), recipe.model.query_groups)
 
 
 def gpt(recipe, layers=8, batch=64, dropout=0.0, sparsity=0.0, heads=4, groups=4, parallel=None,
@@ -72,7 +68,7 @@ def test_micro_batches_in_flight(recipe, pipeline, interleave, batch, expected):
 
 def test_activations_of_a_pipeline(recipe):
     r = gpt(recipe, parallel={"pipeline": 4})
-    stages = [step_bytes(r, plan_of(r), s) for s in range(4)]
+    stages = [step_bytes(r, Plan.of(r), s) for s in range(4)]
     block = kept_by_layer(r)
     assert [s.running + s.waiting for s in stages] == [2 * n * block for n in (4, 3, 2, 1)]
     assert [s.pipeline for s in stages] == [2 * n * SBH for n in (4, 3, 2, 0)]
@@ -82,7 +78,7 @@ def test_activations_of_a_pipeline(recipe):
 def test_softmax_over_the_vocabulary_is_fp32(recipe):
     r = gpt(recipe)
     logits = 32 * 2 * 256
-    assert step_bytes(r, plan_of(r), 0).head >= 4 * logits + 2 * logits
+    assert step_bytes(r, Plan.of(r), 0).head >= 4 * logits + 2 * logits
 
 
 def test_logits_do_not_grow_with_the_micro_batch(recipe):
@@ -92,7 +88,7 @@ def test_logits_do_not_grow_with_the_micro_batch(recipe):
         r = recipe(model={"vocab_size": 50257},
                    train={"micro_batch": micro_batch, "global_batch": 1024,
                                                        "sequence_length": 32, "precision": "bf16"})
-        return step_bytes(r, plan_of(r), 0).head
+        return step_bytes(r, Plan.of(r), 0).head
 
     assert head(1024) < 2 * LOGITS_BYTES
     assert head(64) == pytest.approx(2 * head(32), rel=0.1)  # in one piece
@@ -113,7 +109,7 @@ def test_dense_gradients_wait_for_the_end_of_backward(recipe):
     one."""
     def late(sparsity: float, **changes) -> int:
         r = gpt(recipe, sparsity=sparsity, **changes)
-        return step_bytes(r, plan_of(r), 0).late
+        return step_bytes(r, Plan.of(r), 0).late
 
     weights = 2 * 12 * 8 * 64**2
     assert late(0.75) - late(0.0) == weights
@@ -123,7 +119,7 @@ def test_dense_gradients_wait_for_the_end_of_backward(recipe):
 
 def test_sequence_parallelism_gathers_into_one_buffer(recipe):
     r = gpt(recipe, parallel={"tensor": 4, "sequence": True})
-    assert step_bytes(r, plan_of(r), 0).communication == 2 * SBH
+    assert step_bytes(r, Plan.of(r), 0).communication == 2 * SBH
 
 
 # GiB that PyTorch's CUDA allocator had at most in a step, tests/stand_in_gpu/measure.py; see
@@ -143,10 +139,10 @@ def test_peak_is_that_of_the_allocator_on_gpt3_xl(settings, gib):
     words = settings.split(" ") if "{" not in settings else [settings]
     r = load_recipe(XL, ["parallel.data=1", "train.global_batch=16", "train.micro_batch=8", *words])
     # Workspaces of libraries, token ids and the like are not counted.
-    assert peak_bytes(r, plan_of(r), 0) / 2**30 == pytest.approx(gib, rel=0.01)
+    assert peak_bytes(r, Plan.of(r), 0) / 2**30 == pytest.approx(gib, rel=0.01)
 
 
 def test_total_counts_the_head_or_the_block_but_not_both(recipe):
-    found = step_bytes(r := gpt(recipe), plan_of(r), 0)
+    found = step_bytes(r := gpt(recipe), Plan.of(r), 0)
     assert found.total == found.running + max(found.head, found.workspace)
     assert found.total < found.running + found.head + found.workspace

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from megatron_spdf.planning.exact import dry_run, dry_runs, ranks_of_interest, render_counts
-from megatron_spdf.planning.overview import at_level, plan_of
+from megatron_spdf.planning.overview import at_level
 from megatron_spdf.recipe.load import load_recipe
 from megatron_spdf.recipe.recipe import Recipe
+from megatron_spdf.sparsity.plan import Plan
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAN_175B = ROOT / "configs" / "plan" / "gpt3_175b.yaml"
@@ -58,10 +59,10 @@ def counts() -> dict:
     wanted = {}
     for name, case in LAYOUTS.items():
         r = small(*case)
-        wanted[name] = (r, plan_of(r), ranks_of_interest(r))
+        wanted[name] = (r, Plan.of(r), ranks_of_interest(r))
     every, off = small(RULES, layout(2, 2, 4), "bf16"), small(0.5, layout(), "bf16")
-    wanted["every rank"] = (every, plan_of(every), list(range(16)))
-    wanted["off"] = (off, plan_of(at_level(off, 0.4)), [0])
+    wanted["every rank"] = (every, Plan.of(every), list(range(16)))
+    wanted["off"] = (off, Plan.of(at_level(off, 0.4)), [0])
     return dict(zip(wanted, dry_runs(list(wanted.values())), strict=True)) | {"recipe": off}
 
 
@@ -88,17 +89,24 @@ def test_another_plan_does_not_agree(counts):
     assert not count.agrees and "instead of" in render_counts(counts["recipe"], [count])
 
 
+DRY_RUNS = """
+import json, resource, sys
+sys.path.insert(0, sys.argv[1])
+from megatron_spdf.planning.exact import dry_runs, ranks_of_interest
+from megatron_spdf.recipe.load import load_recipe
+from megatron_spdf.sparsity.plan import Plan
+
+both = [load_recipe(sys.argv[2], ["sparsity=" + level]) for level in ("0.0", "0.75")]
+counts = dry_runs([(r, Plan.of(r), ranks_of_interest(r)) for r in both])
+peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+print(json.dumps([both[0].parallel.world, [c.agrees for each in counts for c in each], peak]))
+"""
+
+
 @pytest.mark.slow
 def test_gpt3_175b_on_1024_ranks_in_little_memory():
     """In a process of its own, so that the memory of its children is that of the dry run."""
-    code = ("import json, resource, sys; sys.path.insert(0, sys.argv[1]);"
-            "from megatron_spdf.recipe.load import load_recipe; from "
-            "megatron_spdf.planning.overview import plan_of;from megatron_spdf.planning.exact "
-            "import dry_runs, ranks_of_interest;both = [load_recipe(sys.argv[2], ['sparsity=' + "
-            "level]) for level in ('0.0', '0.75')];counts = dry_runs([(r, plan_of(r), "
-            "ranks_of_interest(r)) for r in both]);peak = "
-            "resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss;print(json.dumps([both[0].parallel.world, [c.agrees for each in counts for c in each], peak]))")
-    done = subprocess.run([sys.executable, "-c", code, str(ROOT), str(PLAN_175B)],
+    done = subprocess.run([sys.executable, "-c", DRY_RUNS, str(ROOT), str(PLAN_175B)],
                           capture_output=True, text=True, check=True,
                           env={**os.environ, "PYTHONWARNINGS": "ignore"})
     world, agree, kilobytes = json.loads(done.stdout)
@@ -115,4 +123,4 @@ def test_a_rank_that_is_not_there(recipe):
     r = recipe(parallel={"data": 2})
     with pytest.raises(ValueError,
                        match="rank 2 is not in this layout of 2 ranks; take one of 0 to 1"):
-        dry_run(r, plan_of(r), [2])
+        dry_run(r, Plan.of(r), [2])

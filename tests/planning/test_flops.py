@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_spdf.architecture.weights import model_weights
 from megatron_spdf.recipe.load import load_recipe
 from megatron_spdf.reports import paper
 from megatron_spdf.schedule.flops import (
@@ -19,7 +18,7 @@ from megatron_spdf.schedule.flops import (
     schedule_flops,
     training_flops,
 )
-from megatron_spdf.sparsity.plan import make_plan
+from megatron_spdf.sparsity.plan import Plan
 
 PRETRAIN = Path(__file__).resolve().parents[2] / "configs" / "pretrain"
 FILES = {0.0: "dense", 0.5: "s50", 0.75: "s75"}
@@ -29,7 +28,7 @@ WITHIN = 0.015
 
 def per_sequence(model: str, level: float, counted_as_dense: bool = False) -> float:
     recipe = load_recipe(PRETRAIN / f"{model}_{FILES[level]}.yaml")
-    plan = make_plan(recipe.sparsity, model_weights(recipe.model), recipe.model.query_groups)
+    plan = Plan.of(recipe)
     length = recipe.train.sequence_length
     return length * training_flops(recipe.model, length, None if counted_as_dense else plan).total
 
@@ -159,7 +158,7 @@ def test_gradual_pruning_costs_what_the_paper_says(recipe):
 
 def test_a_static_schedule_costs_what_the_plan_does(recipe):
     r = recipe(sparsity=0.75)
-    plan = make_plan(r.sparsity, model_weights(r.model), r.model.query_groups)
+    plan = Plan.of(r)
     assert schedule_flops(r.model, 32,
                           [Stage(1.0, 0.75, 0.75)]) == training_flops(r.model, 32, plan)
 

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from megatron_spdf.planning.hardware import GPUS
-from megatron_spdf.planning.overview import Request, make_overview, plan_of
+from megatron_spdf.planning.overview import Request, make_overview
 from megatron_spdf.recipe.load import load_recipe
 from megatron_spdf.schedule.flops import Stage, schedule_flops, training_flops
 from megatron_spdf.schedule.stages import mean_flops, stages_left, stages_of
+from megatron_spdf.sparsity.plan import Plan
 
 PRETRAIN = Path(__file__).resolve().parents[2] / "configs" / "pretrain"
 STAGES = [{"share": 0.7, "sparsity": 0.75}, {"share": 0.2, "sparsity": 0.0},
@@ -56,8 +57,9 @@ def test_the_published_run_saves_what_is_published():
 
 def test_the_planner_counts_all_stages(recipe):
     run = recipe(stages=STAGES)
-    facts = make_overview(Request(run, plan_of(run), GPUS["h100"], 1, 0.5, "given"))
+    facts = make_overview(Request(run, Plan.of(run), GPUS["h100"], 1, 0.5, "given"))
     rows = {row["what"]: row for row in facts["flops"]}
-    assert rows["training, active weights"]["total"] == pytest.approx(mean_flops(stages_of(run)).total)
-    assert rows["training, active weights"]["total"] < rows["training, dense"]["total"]
+    active = rows["training, active weights"]["total"]
+    assert active == pytest.approx(mean_flops(stages_of(run)).total)
+    assert active < rows["training, dense"]["total"]
     assert len(facts["model"]["stages"]) == 3 and "densified" in facts["model"]["stages"][1]

@@ -11,13 +11,9 @@ from megatron_spdf.architecture.weights import EMBEDDING, TIED_OUTPUT, model_wei
 from megatron_spdf.planning.buffers import lay_out, layers_of, local_parameters
 from megatron_spdf.planning.memory import RankBytes, rank_bytes, render_layout, zero_bytes
 from megatron_spdf.recipe.load import load_recipe
-from megatron_spdf.sparsity.plan import make_plan
+from megatron_spdf.sparsity.plan import Plan
 
 PRETRAIN = Path(__file__).resolve().parents[2] / "configs" / "pretrain"
-
-
-def plan_of(recipe):
-    return make_plan(recipe.sparsity, model_weights(recipe.model), recipe.model.query_groups)
 
 
 def small(recipe, precision="bf16", zero_stage=1, recompute="none"):
@@ -42,14 +38,14 @@ PADDED = 26 * 64 + 128 + 512
 def test_bytes_counted_by_hand(recipe, on_gpu, derived):
     r = small(recipe, zero_stage=0)
     assert LOCAL == 1000
-    assert rank_bytes(r, plan_of(r), 0, on_gpu) == RankBytes(
+    assert rank_bytes(r, Plan.of(r), 0, on_gpu) == RankBytes(
         parameters=2 * 1000, gradients=4 * 1000, master=4 * 1000, moments=8 * 1000,
         expanded=2 * 2 * 384, masks=2 * (12 + 4 + 16 + 16) + derived)
 
 
 def test_padding_counted_by_hand(recipe):
     r = small(recipe)
-    found = rank_bytes(r, plan_of(r), 0, True)
+    found = rank_bytes(r, Plan.of(r), 0, True)
     assert PADDED == 2304
     assert (found.parameters, found.gradients) == (2 * PADDED, 4 * PADDED)
 
@@ -59,25 +55,25 @@ def test_padding_counted_by_hand(recipe):
 def test_shards_of_zero_1_hold_every_element_once(recipe, data, pipeline, interleave):
     r = recipe(parallel={"data": data, "pipeline": pipeline, "interleave": interleave},
                sparsity=0.5)
-    plan = plan_of(r)
+    plan = Plan.of(r)
     for stage in range(pipeline):
         elements = sum(q.elements for chunk in local_parameters(r.model, r.parallel, plan, stage)
                        for q in chunk)
         buffers = lay_out(r.model, r.parallel, plan, stage, True)
         owned = [sum(b.shard(rank, data) for b in buffers) for rank in range(data)]
         assert sum(owned) == elements
-        moments = [rank_bytes(r, plan_of(r), stage, True, rank).moments for rank in range(data)]
+        moments = [rank_bytes(r, Plan.of(r), stage, True, rank).moments for rank in range(data)]
         assert moments == [8 * n for n in owned]
 
 
 def test_total_is_the_sum(recipe):
     r = small(recipe, zero_stage=0)
-    assert rank_bytes(r, plan_of(r), 0, True).total == 2000 + 4000 + 12000 + 1536 + 96 + 32
+    assert rank_bytes(r, Plan.of(r), 0, True).total == 2000 + 4000 + 12000 + 1536 + 96 + 32
 
 
 def test_fp32_needs_no_master_weights(recipe):
     r = small(recipe, precision="fp32", zero_stage=0)
-    found = rank_bytes(r, plan_of(r), 0, True)
+    found = rank_bytes(r, Plan.of(r), 0, True)
     assert (found.parameters, found.gradients, found.master, found.moments) == (4000, 4000, 0, 8000)
     assert (found.optimizer, found.expanded) == (8000, 4 * 2 * 384)
 
@@ -89,7 +85,7 @@ def test_fp32_needs_no_master_weights(recipe):
                           (3, 18 / 2)])
 def test_zero_stages(recipe, stage, each):
     r = small(recipe)
-    found = zero_bytes(r, plan_of(r), 0, stage)
+    found = zero_bytes(r, Plan.of(r), 0, stage)
     assert found.parameters + found.gradients + found.optimizer == each * 1000
     assert found.masks == 96 + 32
     assert (found.expanded, found.gathered) == (2 * 2 * 384,
@@ -99,27 +95,27 @@ def test_zero_stages(recipe, stage, each):
 def test_zero_3_keeps_no_dense_weight_of_a_block_that_is_recomputed(recipe):
     r = small(recipe, recompute="full")
     # both blocks are gathered, compact values and what they expand to
-    found = zero_bytes(r, plan_of(r), 0, 3)
+    found = zero_bytes(r, Plan.of(r), 0, 3)
     assert (found.expanded, found.gathered) == (0, 2 * 2 * (96 + 44 + 32 + 384))
 
 
 @pytest.mark.parametrize("stage", [0, 1])
 def test_zero_stages_of_the_engine_differ_by_padding_alone(stage):
     r = load_recipe(PRETRAIN / "gpt3_xl_s75.yaml", [f"parallel.zero_stage={stage}"])
-    engine, plain = rank_bytes(r, plan_of(r), 0, True), zero_bytes(r, plan_of(r), 0, stage)
+    engine, plain = rank_bytes(r, Plan.of(r), 0, True), zero_bytes(r, Plan.of(r), 0, stage)
     assert engine.total == pytest.approx(plain.total, rel=1e-3)
 
 
 def test_no_other_zero_stage(recipe):
     with pytest.raises(ValueError, match="0, 1, 2 and 3, not 4"):
-        zero_bytes(small(recipe), plan_of(small(recipe)), 0, 4)
+        zero_bytes(small(recipe), Plan.of(small(recipe)), 0, 4)
 
 
 @pytest.mark.parametrize("name", ["gpt2_small", "gpt3_xl"])
 @pytest.mark.parametrize("what", ["parameters", "gradients", "optimizer"])
 def test_sparse_layers_take_a_quarter_at_75_percent(name, what):
     dense, sparse = (load_recipe(PRETRAIN / f"{name}_{level}.yaml") for level in ("dense", "s75"))
-    before, after = (getattr(rank_bytes(r, plan_of(r), 0, True), what) for r in (dense, sparse))
+    before, after = (getattr(rank_bytes(r, Plan.of(r), 0, True), what) for r in (dense, sparse))
     weights = model_weights(dense.model)
     in_sparse_layers = before * sum(w.numel for w in weights
                                     if w.linear) / sum(w.numel for w in weights)
@@ -129,8 +125,8 @@ def test_sparse_layers_take_a_quarter_at_75_percent(name, what):
 
 def test_dense_run_expands_and_masks_nothing(recipe):
     r = recipe()
-    assert (rank_bytes(r, plan_of(r), 0, True).expanded,
-            rank_bytes(r, plan_of(r), 0, True).masks) == (0, 0)
+    assert (rank_bytes(r, Plan.of(r), 0, True).expanded,
+            rank_bytes(r, Plan.of(r), 0, True).masks) == (0, 0)
 
 
 @pytest.mark.parametrize("pipeline, interleave, layers",
@@ -152,7 +148,7 @@ def test_layers_of_a_stage_are_megatrons(recipe, pipeline, interleave, layers):
 def test_every_weight_is_on_one_stage_and_the_tied_embedding_on_both_ends(recipe, pipeline,
                                                                           interleave):
     r = recipe(parallel={"pipeline": pipeline, "interleave": interleave})
-    plan = plan_of(r)
+    plan = Plan.of(r)
     held = [local_parameters(r.model, r.parallel, plan, stage) for stage in range(pipeline)]
     stages = [[q.name for chunk in chunks for q in chunk] for chunks in held]
     twice = [TIED_OUTPUT] if pipeline > 1 else []
@@ -164,13 +160,13 @@ def test_every_weight_is_on_one_stage_and_the_tied_embedding_on_both_ends(recipe
 def test_stages_together_hold_the_model_and_a_second_embedding(recipe):
     r = recipe(sparsity=0.5, parallel={"pipeline": 4, "zero_stage": 0})
     one = recipe(sparsity=0.5, parallel={"zero_stage": 0})
-    together = sum(rank_bytes(r, plan_of(r), stage, True).parameters for stage in range(4))
-    assert together - rank_bytes(one, plan_of(one), 0, True).parameters == 2 * 256 * 64
+    together = sum(rank_bytes(r, Plan.of(r), stage, True).parameters for stage in range(4))
+    assert together - rank_bytes(one, Plan.of(one), 0, True).parameters == 2 * 256 * 64
 
 
 def test_layout_is_shown_with_a_row_for_each_stage(recipe):
     r = recipe(parallel={"pipeline": 2, "data": 2, "tensor": 2})
-    text = render_layout(r, plan_of(r))
+    text = render_layout(r, Plan.of(r))
     assert "8 ranks = tensor 2 x pipeline 2 x data 2" in text
     assert sum(line.strip().startswith("stage ") for line in text.splitlines()) == 2
 
@@ -178,7 +174,7 @@ def test_layout_is_shown_with_a_row_for_each_stage(recipe):
 def test_tiles_that_a_gpu_multiplies_are_not_expanded_there(recipe):
     blocks = {"level": 0.75, "pattern": "tile", "tile": 16}
     r = recipe(sparsity=blocks, model={"layers": 1, "ffn_hidden": 64}, train={"precision": "bf16"})
-    gpu, cpu = (rank_bytes(r, plan_of(r), 0, on_gpu) for on_gpu in (True, False))
+    gpu, cpu = (rank_bytes(r, Plan.of(r), 0, on_gpu) for on_gpu in (True, False))
     active, weights = 6 * 64 * 64 // 4, 6 * 64 * 64
     assert (gpu.expanded, cpu.expanded) == (0, 2 * weights)
     # One chunk a weight: counts for 12, 4, 4 and 4 spans of 1024 entries, and two tables of 24
@@ -190,4 +186,4 @@ def test_tiles_that_a_gpu_multiplies_are_not_expanded_there(recipe):
 @pytest.mark.parametrize("pattern", ["unstructured", "tile"])
 def test_expanding_layer_by_layer_keeps_no_copy(recipe, pattern):
     r = recipe(sparsity={"level": 0.75, "pattern": pattern, "tile": 8, "dense_copy": "per_layer"})
-    assert [rank_bytes(r, plan_of(r), 0, on_gpu).expanded for on_gpu in (True, False)] == [0, 0]
+    assert [rank_bytes(r, Plan.of(r), 0, on_gpu).expanded for on_gpu in (True, False)] == [0, 0]

@@ -8,10 +8,10 @@ import pytest
 import yaml
 
 from megatron_spdf.planning.hardware import GPUS
-from megatron_spdf.planning.overview import plan_of
 from megatron_spdf.planning.step_time import step_time
 from megatron_spdf.runs.calibrate import calibrate, measured_step
 from megatron_spdf.runs.measured import read_run
+from megatron_spdf.sparsity.plan import Plan
 
 GPU = GPUS["h100"]
 
@@ -39,7 +39,7 @@ def write(recipe, tmp_path):
 @pytest.mark.parametrize("efficiency", [0.05, 0.45, 0.9])
 def test_efficiency_is_recovered_from_the_time_it_gives(write, recipe, efficiency):
     r, _ = write([1.0])
-    seconds = step_time(r, plan_of(r), GPU, efficiency).total
+    seconds = step_time(r, Plan.of(r), GPU, efficiency).total
     _, directory = write([10.0, 5.0] + [seconds] * 8)  # warm-up is not measured
     assert measured_step(read_run(directory)) == seconds
     assert calibrate(read_run(directory), GPU) == pytest.approx(efficiency, rel=1e-6)

@@ -6,11 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_spdf.architecture.weights import model_weights
 from megatron_spdf.planning.hardware import GPUS
 from megatron_spdf.planning.step_time import FLASH_BACKWARD, step_time
 from megatron_spdf.schedule.flops import forward_flops
-from megatron_spdf.sparsity.plan import make_plan
+from megatron_spdf.sparsity.plan import Plan
 
 GPU = GPUS["h100"]
 
@@ -23,7 +22,7 @@ def gpt(recipe, sparsity=0.0, parallel=None, **train):
 
 
 def times(r, gpu=GPU, efficiency=0.5):
-    return step_time(r, make_plan(r.sparsity, model_weights(r.model), r.model.query_groups), gpu,
+    return step_time(r, Plan.of(r), gpu,
                      efficiency)
 
 

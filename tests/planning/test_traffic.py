@@ -7,10 +7,9 @@ from collections import Counter
 
 import pytest
 
-from megatron_spdf.architecture.weights import model_weights
 from megatron_spdf.planning.buffers import lay_out
 from megatron_spdf.planning.traffic import classify, route, step_traffic, wire_share
-from megatron_spdf.sparsity.plan import make_plan
+from megatron_spdf.sparsity.plan import Plan
 
 SBH = 2 * 2 * 32 * 64  # bytes of (T, B, h) in bf16
 MICRO_BATCHES = 4
@@ -19,7 +18,7 @@ MICRO_BATCHES = 4
 def sent(recipe, stage=0, sparsity=0.0, **parallel) -> Counter:
     r = recipe(parallel=parallel, sparsity=sparsity,
                train={"global_batch": 8 * parallel.get("data", 1)})
-    plan = make_plan(r.sparsity, model_weights(r.model), r.model.query_groups)
+    plan = Plan.of(r)
     return step_traffic(r, plan, stage)
 
 
@@ -56,7 +55,7 @@ def test_stages_send_forward_and_back(recipe, interleave, sends):
                                                  ("parameters", "all-gather"): 2})])
 def test_data_parallelism_sends_the_buffers(recipe, zero, keys):
     r = recipe(parallel={"data": 2, "zero_stage": zero}, sparsity=0.75)
-    plan = make_plan(r.sparsity, model_weights(r.model), r.model.query_groups)
+    plan = Plan.of(r)
     (buffer,) = lay_out(r.model, r.parallel, plan, 0, True)
     found = step_traffic(r, plan, 0)
     assert {k: found[k] for k in keys} == {k: each * buffer.elements for k, each in keys.items()}

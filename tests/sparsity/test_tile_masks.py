@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_spdf.architecture.weights import model_weights
 from megatron_spdf.kernels.limits import multiplied
 from megatron_spdf.kernels.mask import find_tiles, multiplies_tiles
 from megatron_spdf.layers.compact import CompactWeight
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.recipe.rules import rule_violations
 from megatron_spdf.sparsity.patterns.tiles import balanced_parts, draw_tile_mask, tile_slices
-from megatron_spdf.sparsity.plan import SparseWeight, make_plan, render_plan
+from megatron_spdf.sparsity.plan import Plan, SparseWeight, render_plan
 from megatron_spdf.sparsity.slices import follows_pattern, planned_mask
 
 NAME = "decoder.layers.0.mlp.linear_fc1.weight"
@@ -33,7 +32,8 @@ GOLDEN = {
 
 @pytest.mark.parametrize("arguments", GOLDEN, ids=str)
 def test_mask_is_the_stored_one(arguments):
-    assert hashlib.sha256(np.packbits(draw_tile_mask(*arguments)).tobytes()).hexdigest() == GOLDEN[arguments]
+    bits = np.packbits(draw_tile_mask(*arguments))
+    assert hashlib.sha256(bits.tobytes()).hexdigest() == GOLDEN[arguments]
 
 
 @pytest.mark.parametrize(("grid", "per_row"), GRIDS)
@@ -107,8 +107,7 @@ TILES = {"level": 0.75, "pattern": "tile", "tile": 8}
 
 
 def test_plan_is_of_tiles_and_its_table_says_so(recipe):
-    model = recipe(sparsity=TILES).model
-    plan = make_plan(recipe(sparsity=TILES).sparsity, model_weights(model), model.query_groups)
+    plan = Plan.of(recipe(sparsity=TILES))
     assert {w.tile for w in plan.weights.values()} == {8} and plan.sparsity == 0.75
     assert {w.slices for w in plan.weights.values()} == {2, 4}
     table = render_plan(plan)
@@ -159,7 +158,8 @@ def test_tables_of_tiles_find_every_active_tile_where_its_values_are(weight, wor
     dense, flat = torch.zeros(compact.shape), values.flatten()
     for row, columns in enumerate(tiles.columns.tolist()):
         for slot, column in enumerate(columns):
-            first = slot // weight.per_row * weight.active_per_slice + row * b * stride + slot % weight.per_row * b
+            first = (slot // weight.per_row * weight.active_per_slice + row * b * stride
+                     + slot % weight.per_row * b)
             tile = torch.as_strided(flat, (b, b), (stride, 1), first)
             dense[row * b:][:b, column * b:][:, :b] = tile
     assert torch.equal(dense, compact(values))

@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_spdf.architecture.weights import model_weights
 from megatron_spdf.layers.compact import CompactWeight
 from megatron_spdf.recipe.load import load_recipe, save_recipe
 from megatron_spdf.recipe.rules import rule_violations
 from megatron_spdf.sparsity.patterns.two_four import draw_two_four
-from megatron_spdf.sparsity.plan import SparseWeight, make_plan, render_plan
+from megatron_spdf.sparsity.plan import Plan, SparseWeight, render_plan
 from megatron_spdf.sparsity.slices import follows_pattern, planned_mask
 
 NAME = "decoder.layers.0.mlp.linear_fc1.weight"
@@ -38,7 +37,8 @@ def tiles(mask: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("arguments", GOLDEN, ids=str)
 def test_mask_is_the_stored_one(arguments):
-    assert hashlib.sha256(np.packbits(draw_two_four(*arguments)).tobytes()).hexdigest() == GOLDEN[arguments]
+    bits = np.packbits(draw_two_four(*arguments))
+    assert hashlib.sha256(bits.tobytes()).hexdigest() == GOLDEN[arguments]
 
 
 @pytest.mark.parametrize("shape", [(4, 4), (4, 20), (12, 32), (64, 4)])
@@ -110,7 +110,7 @@ def test_mask_that_is_2_4_one_way_only_is_refused():
 
 def test_plan_is_2_4_and_its_table_says_so(recipe):
     r = recipe(sparsity=HALF)
-    plan = make_plan(r.sparsity, model_weights(r.model), r.model.query_groups)
+    plan = Plan.of(r)
     assert plan.sparsity == 0.5 and all(w.two_four and w.tile is None and w.slices == 4
                                         for w in plan.weights.values())
     assert "; 2:4, two of every four weights along rows and along columns" in render_plan(plan)

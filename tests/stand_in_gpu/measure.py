@@ -14,18 +14,19 @@ import sys
 import time
 
 import torch
-from benchmarks.engines import QuickWeights, _masks_of_first_layer, joined, plan_of, take_steps
+from benchmarks.engines import QuickWeights, _masks_of_first_layer, joined, take_steps
 
 from megatron_spdf.engine.factory import make_engine
 from megatron_spdf.planning.activations import peak_bytes
 from megatron_spdf.recipe.load import load_recipe
+from megatron_spdf.sparsity.plan import Plan
 
 GIB, WARM_UP, STEPS = 2**30, 2, 6
 
 
 def main() -> None:
     recipe = load_recipe(sys.argv[1], sys.argv[2:])
-    plan, stand_in = plan_of(recipe), ctypes.CDLL(None)
+    plan, stand_in = Plan.of(recipe), ctypes.CDLL(None)
     with joined(recipe) as device, _masks_of_first_layer():
         engine = make_engine(recipe, plan, device, QuickWeights(device))
         take_steps(recipe, engine, range(1, 1 + WARM_UP))

@@ -14,16 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_spdf.architecture.weights import Weight, model_weights
+from megatron_spdf.architecture.weights import Weight
 from megatron_spdf.parallel import fake_cuda
 from megatron_spdf.parallel.ranks import join, leave
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.resilience.world import find_ranks
-from megatron_spdf.sparsity.plan import Plan, SparseWeight, make_plan
-
-
-def plan_of(recipe: Recipe) -> Plan:
-    return make_plan(recipe.sparsity, model_weights(recipe.model), recipe.model.query_groups)
+from megatron_spdf.sparsity.plan import Plan, SparseWeight
 
 
 @contextmanager
@@ -47,7 +43,7 @@ def build_engine(recipe: Recipe, device: torch.device, quick: bool = False):
     """
     from megatron_spdf.engine.megatron import MegatronEngine
 
-    plan = plan_of(recipe)
+    plan = Plan.of(recipe)
     if not quick:
         return MegatronEngine(recipe, plan, device)
     with _masks_of_first_layer():

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 
 import torch
 
-from benchmarks.engines import build_engine, free_memory, peak_of, plan_of, take_steps
+from benchmarks.engines import build_engine, free_memory, peak_of, take_steps
 from megatron_spdf.architecture.weights import model_weights
 from megatron_spdf.planning.activations import peak_bytes
 from megatron_spdf.planning.search import USABLE
 from megatron_spdf.recipe.recipe import Recipe
+from megatron_spdf.sparsity.plan import Plan
 
 
 def with_layers(recipe: Recipe, layers: int) -> Recipe:
@@ -20,7 +21,7 @@ def with_layers(recipe: Recipe, layers: int) -> Recipe:
 
 
 def planned_bytes(recipe: Recipe) -> int:
-    return peak_bytes(recipe, plan_of(recipe), 0)
+    return peak_bytes(recipe, Plan.of(recipe), 0)
 
 
 def deepest(recipe: Recipe, memory: int) -> int:
@@ -88,7 +89,7 @@ def try_out(recipe: Recipe, device: torch.device) -> int | None:
 
 
 def _size(recipe: Recipe) -> dict:
-    weights, plan = model_weights(recipe.model), plan_of(recipe)
+    weights, plan = model_weights(recipe.model), Plan.of(recipe)
     whole = sum(w.numel for w in weights)
     return {"layers": recipe.model.layers, "weights (billions)": whole / 1e9,
             "active (billions)": (whole - plan.numel + plan.active) / 1e9,

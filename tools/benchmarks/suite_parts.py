@@ -19,10 +19,11 @@ from pathlib import Path
 import torch
 
 from benchmarks import baselines, max_depth, sizes
-from benchmarks.engines import free_memory, plan_of
+from benchmarks.engines import free_memory
 from benchmarks.sizes import Scale
 from megatron_spdf.kernels.dispatch import describe, tile_products, two_four_products
 from megatron_spdf.recipe.recipe import Recipe
+from megatron_spdf.sparsity.plan import Plan
 from megatron_spdf.text import first_line
 
 NEARLY = 0.85  # of the seconds
@@ -91,7 +92,7 @@ def _layer(part: Part, name: str, recipe: Recipe, bandwidth: float, device: torc
     otherwise."""
     from benchmarks import kernel_throughput
 
-    plan, dtype, tokens = plan_of(recipe), sizes.dtype_of(recipe), sizes.tokens_of(recipe)
+    plan, dtype, tokens = Plan.of(recipe), sizes.dtype_of(recipe), sizes.tokens_of(recipe)
     for weight in (w for n, w in plan.weights.items() if ".layers.0." in n):
         place = plan.seed, 1, device, dtype
         if weight.tile is None and not weight.two_four:
@@ -106,7 +107,7 @@ def _layer(part: Part, name: str, recipe: Recipe, bandwidth: float, device: torc
 
 
 def _stk(part: Part, recipe: Recipe, device: torch.device) -> None:
-    plan = plan_of(recipe)
+    plan = Plan.of(recipe)
     for weight in (w for n, w in plan.weights.items() if ".layers.0." in n):
         for kernel, seconds, dense in baselines.stk_products(weight, plan.seed, device,
                                                              sizes.tokens_of(recipe),

@@ -11,7 +11,7 @@ from megatron_spdf.recipe.load import load_recipe
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.reports.runs import Logged
 from megatron_spdf.reports.spdf_table import accounts
-from megatron_spdf.sparsity.plan import Plan, make_plan
+from megatron_spdf.sparsity.plan import Plan
 
 
 def pretraining_table(runs: dict[str, Logged]) -> str:
@@ -19,7 +19,7 @@ def pretraining_table(runs: dict[str, Logged]) -> str:
     rows: dict[str, list[float]] = {}
     for run in runs.values():
         recipe = load_recipe(run.recipe)
-        plan = make_plan(recipe.sparsity, model_weights(recipe.model), recipe.model.query_groups)
+        plan = Plan.of(recipe)
         losses = [r["loss"] for r in run.train]
         held = run.bytes
         state = held["parameters"] + held["gradients"] + held["optimizer"]
@@ -48,14 +48,16 @@ def pretraining_table(runs: dict[str, Logged]) -> str:
 def fine_tuning_table(runs: Sequence[Logged]) -> str:
     """The paper's table in small: FLOPs of both modes, and scores of the fine-tuned models."""
     metrics = ("BLEU", "ROUGE-L", "perplexity")
-    head = (f"{'pre-trained':<14}{'fine-tuned':<12}{'pre-train':>14}{'fine-tune':>14}{'together':>14}{'speed-up':>10}"
+    head = (f"{'pre-trained':<14}{'fine-tuned':<12}{'pre-train':>14}{'fine-tune':>14}"
+            f"{'together':>14}{'speed-up':>10}"
             + "".join(f"{m:>12}" for m in metrics))
     unit = f"{'':<26}" + f"{'(1e12 FLOPs)':>14}" * 3
     lines = []
     for run, start, together, speed_up in accounts(runs):
         if start is not None:
+            sparsity = f"{start.sparsity:.0%} sparse" if start.sparsity else "dense"
             lines.append(
-                f"{f'{start.sparsity:.0%} sparse' if start.sparsity else 'dense':<14}{run.values['mode']:<12}"
+                f"{sparsity:<14}{run.values['mode']:<12}"
                 + "".join(f"{flops / 1e12:>14.2f}" for flops in (start.flops, run.flops, together))
                 + f"{speed_up:>9.2f}x" + "".join(f"{run.scores[m]:>12.4g}" for m in metrics))
     note = ("Synthetic table-to-text made by a grammar, test records not seen in training; one "
