@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
@@ -13,12 +13,11 @@ if TYPE_CHECKING:
 
 
 class AdamW(Optimizer):
-    """AdamW; linear warm-up, then decay to lr x min_lr_ratio at the end of the run."""
+    """AdamW; linear warm-up, then decay to lr x min_lr_ratio; weight decay is decoupled."""
 
     states: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
     title: ClassVar[str] = "AdamW"
 
-    name: Literal["adamw"] = Field("adamw", description="AdamW, its weight decay decoupled")
     beta1: float = Field(0.9, ge=0.0, lt=1.0, description="decay of the first moment")
     beta2: float = Field(0.999, ge=0.0, lt=1.0, description="decay of the second moment")
     eps: float = Field(1e-8, gt=0.0, description="added to the root of the second moment")

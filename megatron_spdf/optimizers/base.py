@@ -37,7 +37,7 @@ class Optimizer(Section):
     states: ClassVar[tuple[str, ...]]
     title: ClassVar[str]
 
-    name: str = Field("adamw", description="of the algorithm")
+    name: str = Field("adamw", description="which optimizer; its fields follow from it")
     lr: float = Field(gt=0.0, description="peak learning rate")
     min_lr_ratio: float = Field(0.1, ge=0.0, le=1.0, description="final over peak learning rate")
     decay: Literal["cosine", "linear", "constant"] = Field("cosine",
