@@ -37,6 +37,7 @@ from megatron_spdf.model.batch import MicroBatch
 from megatron_spdf.model.gpt import build_model
 from megatron_spdf.model.init import InitialWeights
 from megatron_spdf.model.loss import batch_loss
+from megatron_spdf.optimizers.base import Optimizer
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.sparsity.plan import Plan
 
@@ -288,8 +289,18 @@ def _optimizer(recipe: Recipe, chunks: list[DistributedDataParallel],
     optimizer = get_megatron_optimizer(config, chunks, overrides, use_gloo_process_groups=False)
     (inner,) = optimizer.chained_optimizers
     if options is None:
-        adam = inner.optimizer
-        inner.optimizer = o.build([{k: v for k, v in group.items() if k not in adam.defaults}
-                                   for group in adam.param_groups])
+        inner.optimizer = _in_place_of(inner.optimizer, o)
     o.start(inner.optimizer, common.masters_of(inner.optimizer))
     return optimizer
+
+
+def _in_place_of(adam: torch.optim.Optimizer, settings: Optimizer) -> torch.optim.Optimizer:
+    """The recipe's optimizer of the parameters that an Adam has."""
+    groups = [{key: value for key, value in group.items() if key not in adam.defaults}
+              for group in adam.param_groups]
+    # ZeRO-1's shards are views of parameters, which PyTorch refuses when an optimizer is made.
+    built = settings.build([group | {"params": [p.detach() for p in group["params"]]}
+                            for group in groups])
+    for group, own in zip(built.param_groups, groups, strict=True):
+        group["params"] = own["params"]
+    return built
