@@ -220,7 +220,7 @@ INTERNALS = (
               "_reassign_or_swap_out_partitioned_parameters"),
              "master weights of ZeRO 3"),
     Internal("deepspeed.runtime.zero.partition_parameters.Init",
-             ("ds_id", "ds_tensor", "ds_process_group", "all_gather"),
+             ("ds_id", "ds_tensor", "ds_process_group", "all_gather", "partition"),
              "a parameter's part under ZeRO 3"),
 )
 
