@@ -68,7 +68,7 @@ def _sparsity(finetune: Finetune, start: WeightSource) -> Sparsity:
     if not isinstance(start, CheckpointReader) or not start.plan.weights:
         raise ValueError(f"mode=sparse keeps the mask of the start, and checkpoint={start.path} "
                          "has none; start from a sparse run, or set mode=dense")
-    return start.recipe.sparsity
+    return start.recipe.sparsity.held()
 
 
 def _tokenizer(start: WeightSource) -> Tokenizer:
