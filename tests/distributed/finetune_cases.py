@@ -17,7 +17,7 @@ from megatron_spdf.convert.source import open_weights
 from megatron_spdf.data.finetuning.completions import CompletionData
 from megatron_spdf.engine.factory import make_engine
 from megatron_spdf.layers.compact import compact_of
-from megatron_spdf.model.gpt import build_model, canonical_modules
+from megatron_spdf.model.decoder import build_model, canonical_modules
 from megatron_spdf.model.init import LoadedWeights
 from megatron_spdf.parallel.ranks import join
 from megatron_spdf.recipe.finetune import Finetune
