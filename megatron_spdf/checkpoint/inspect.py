@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from megatron_spdf.architecture.weights import padded_vocab
 from megatron_spdf.checkpoint.reader import (
     MASK_BITS,
     OPTIMIZER,
@@ -27,12 +26,10 @@ def describe(reader: CheckpointReader) -> dict[str, Any]:
     plain values."""
     run, recipe, plan = reader.run, reader.recipe, reader.plan
     parameters = sum(w.numel for w in reader.weights.values())
-    shape = ("layers", "hidden", "ffn_hidden", "heads", "query_groups", "vocab_size",
-             "max_positions")
     return {
         "checkpoint": str(reader.path),
-        "model": {**{key: getattr(recipe.model, key) for key in shape},
-                  "padded_vocab": padded_vocab(recipe.model),
+        "model": {**recipe.model.shape(),
+                  "padded_vocab": recipe.model.padded_vocab,
                   "parameters": parameters,
                   "active_parameters": parameters - plan.numel + plan.active},
         "layout": recipe.parallel.model_dump(exclude={"overlap", "timeout"}),
