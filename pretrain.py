@@ -16,7 +16,6 @@ from __future__ import annotations
 import sys
 
 from megatron_spdf import exit_codes
-from megatron_spdf.architecture.weights import model_weights
 from megatron_spdf.data.pretraining.corpus import check_corpus
 from megatron_spdf.model.parametrization import render_parametrization
 from megatron_spdf.planning.memory import render_layout
@@ -54,7 +53,7 @@ def main() -> int:
 
 def summarize(stage: RunStage) -> str:
     """Plan, parametrization, layout and bytes per rank of a stage."""
-    rules = render_parametrization(stage.recipe, stage.plan, model_weights(stage.recipe.model))
+    rules = render_parametrization(stage.recipe, stage.plan, stage.recipe.model.weights())
     return "\n".join(filter(None, [stage.heading, render_plan(stage.plan), rules,
                                    render_layout(stage.recipe, stage.plan)]))
 

@@ -59,7 +59,7 @@ class Prepared:
         finetune, start = self.finetune, self.start
         revived = finetune.revived_scale if finetune.revived == "normal" else 0.0
         return LoadedWeights(start.master, start.mask_bits if self.plan.weights else None, revived,
-                             finetune.seed, self.recipe.model.query_groups)
+                             finetune.seed, self.recipe.model.slices)
 
 
 def prepare(finetune: Finetune, start: WeightSource) -> Prepared:
