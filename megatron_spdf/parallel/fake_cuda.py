@@ -1,12 +1,10 @@
-"""A stand-in for the CUDA calls Megatron-Core makes, for machines without a GPU (gloo, CPU
-tensors).
+"""Stand-in for the CUDA calls of Megatron-Core, for machines without a GPU (gloo, CPU tensors).
 
-What it stands in for, each with a test: `device="cuda"` in factory calls, `Tensor.cuda` and
-`Module.cuda`, `Tensor.type()` (Megatron-Core's optimizers look for the CUDA names),
-`torch.cuda.current_device`, `synchronize`, `current_stream`, the CUDA random state, which becomes
-the CPU's, and the compilation of Megatron-Core's fusions and DeepSpeed's Muon. On a machine with a
-GPU `install` does nothing. A dry run lets the meta device, which has shapes and no memory, stand in
-instead.
+It replaces, each with a test: `device="cuda"` in factory calls, `Tensor.cuda` and `Module.cuda`,
+`Tensor.type()` (Megatron-Core's optimizers look for the CUDA names), `torch.cuda.current_device`,
+`synchronize`, `current_stream`, the CUDA random state, which becomes the CPU's, and the compilation
+of Megatron-Core's fusions and DeepSpeed's Muon. On a machine with a GPU `install` does nothing. In
+a dry run the meta device, which has shapes and no memory, takes the place of the CPU.
 """
 
 from __future__ import annotations
@@ -24,6 +22,8 @@ CPU = torch.device("cpu")
 
 
 class FakeCuda(TorchFunctionMode):
+    """Mode in which CUDA devices are another device, and its tensors have CUDA's type names."""
+
     def __init__(self, device: torch.device):
         super().__init__()
         self.device = device
@@ -42,13 +42,13 @@ _mode: FakeCuda | None = None
 
 
 def install(device: torch.device = CPU) -> bool:
-    """Installs the stand-in for the rest of the process; must run before megatron.core is imported.
+    """Installs the stand-in for the rest of the process, before megatron.core is imported.
 
     Args:
-        device: that stands in for the GPU.
+        device: takes the place of the GPU.
 
     Returns:
-        Whether this machine needs it, that is, has no usable GPU.
+        Whether it is installed, that is, whether this machine has no usable GPU.
     """
     global _mode
     if torch.cuda.is_available():
@@ -76,7 +76,7 @@ def _stand_in(device: torch.device) -> None:
     with without_torch_compile():
         import megatron.core.tensor_parallel.random as megatron_random
 
-    # It warns, in every dropout, where the CPU's state changed; here that is the state.
+    # It warns in every dropout that the CPU's random state changed, which here is the GPU's.
     logging.getLogger(megatron_random.__name__).setLevel(logging.ERROR)
     megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
@@ -84,12 +84,12 @@ def _stand_in(device: torch.device) -> None:
 
 @contextmanager
 def without_torch_compile() -> Iterator[None]:
-    """Imports within leave alone what they decorate with torch.compile: Megatron-Core's fusions,
-    DeepSpeed's Muon. None runs here, and the import of the compiler is a third of the time a rank
-    takes to start."""
-    with patch.object(torch, "compile", _leave_as_it_is):
+    """Makes torch.compile the identity for imports within: Megatron-Core's fusions and DeepSpeed's
+    Muon use it as a decorator. None of them runs here, and importing the compiler is a third of the
+    time in which a rank starts."""
+    with patch.object(torch, "compile", _identity):
         yield
 
 
-def _leave_as_it_is(function=None, **_):
-    return function or _leave_as_it_is
+def _identity(function=None, **_):
+    return function or _identity
