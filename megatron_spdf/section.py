@@ -45,6 +45,28 @@ class Section(BaseModel):
                               allow_inf_nan=False)
 
 
+def _known(registry: Registry, name: Any) -> Any:
+    """The tenant of a name; an error of pydantic's where there is none."""
+    try:
+        return registry.get(name)
+    except ValueError as error:
+        raise PydanticCustomError("name", "{said}", {"said": str(error)}) from None
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Annotation of a text that names a tenant of a seam."""
+
+    registry: Registry
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def _check(self, name: str) -> str:
+        _known(self.registry, name)
+        return name
+
+
 @dataclass(frozen=True)
 class ByName:
     """Annotation of a field whose section is that of the tenant it names:
