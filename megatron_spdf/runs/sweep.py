@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from megatron_spdf.checkpoint import store
+from megatron_spdf.files import write_json
 from megatron_spdf.recipe.finetune import Finetune
 from megatron_spdf.recipe.recipe import Recipe
 
@@ -96,7 +97,7 @@ def write_selection(finetune: Finetune, selection: dict[str, Any]) -> Path:
     """Writes `selection.json` into the directory of the sweep."""
     path = Path(finetune.output) / SELECTION
     path.parent.mkdir(parents=True, exist_ok=True)
-    store.write_json(path, selection)
+    write_json(path, selection)
     return path
 
 
