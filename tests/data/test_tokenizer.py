@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-import zstandard
+from backports import zstd
 
 from megatron_spdf.data.tokenizers import kinds
 from megatron_spdf.data.tokenizers.tokenizer import load_tokenizer, train_tokenizer
@@ -86,7 +86,7 @@ def test_gpt2_tokens_are_those_of_tokenizers():
     assert gpt2.encode("Hello world") == [15496, 995]
     texts = list(HARD)
     if PILE.exists():
-        lines = io.TextIOWrapper(zstandard.open(PILE), encoding="utf-8")
+        lines = io.TextIOWrapper(zstd.open(PILE), encoding="utf-8")
         texts += [json.loads(line)["text"] for line in itertools.islice(lines, 40)]
     assert_same_tokens(gpt2, reference_bpe(GPT2), texts)
 
