@@ -303,7 +303,7 @@ def test_an_interrupted_run_cleans_up(data_set, bpe, tool, capsys, monkeypatch):
         assert Path(f"{data_set}.partial").exists()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("megatron_spdf.data.tokenizers.kinds.Gpt2Bpe.encode_array", interrupt)
+    monkeypatch.setattr("megatron_spdf.data.tokenizers.gpt2.Gpt2Bpe.encode_array", interrupt)
     before = {suffix: Path(f"{data_set}.{suffix}").stat() for suffix in SUFFIXES}
     arguments = ["--input", f"{data_set.parent}/in.jsonl", "--output", str(data_set), "--overwrite"]
     assert tool.main([*arguments, "--tokenizer", str(bpe)]) == 128 + signal.SIGINT

@@ -16,7 +16,7 @@ import pytest
 import tokenizers
 from backports import zstd
 
-from megatron_spdf.data.tokenizers import kinds
+from megatron_spdf.data.tokenizers.gpt2 import _before_last_blanks
 from megatron_spdf.data.tokenizers.tokenizer import load_tokenizer, train_tokenizer
 
 SHARED = Path(os.environ.get("SPDF_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
@@ -319,7 +319,7 @@ def test_blanks_longer_than_the_regex_engine_can_stand(trained, blank):
         tokenizer._encoding.encode_to_numpy(text, disallowed_special=())
     assert tokenizer.decode(tokenizer.encode(text)) == text
     short = f"x\x1c{blank * 2000}y {blank * 3000}\x1cz{blank * 1500}"
-    parts = kinds._before_last_blanks(short)
+    parts = _before_last_blanks(short)
     assert len(parts) == 3 and "".join(parts) == short
     assert [i for part in parts
             for i in tokenizer.encode(part)] == reference_bpe(trained / "bpe").encode(short).ids

@@ -30,8 +30,10 @@ class Workers:
 
     def __init__(self, encoder: Encoder, count: int):
         self._encoder, self._limit = encoder, count * _AHEAD_BYTES
-        self._pool = ProcessPoolExecutor(
-            count, multiprocessing.get_context("spawn"), _prepare, (encoder,)) if count > 1 else None
+        self._pool = None
+        if count > 1:
+            self._pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"),
+                                             _prepare, (encoder,))
 
     def map(self, items: Iterator[Item]) -> Iterator[tuple[Item, Encoded | None]]:
         """Each item with what its batch gave, in order; None for the end of an input.
