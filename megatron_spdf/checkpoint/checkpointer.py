@@ -1,4 +1,4 @@
-"""Saves and restores a run: all ranks call, the directory appears complete or not at all."""
+"""Saves and restores a run. All ranks call, and a directory appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron.core import dist_checkpointing
 
 from megatron_spdf.checkpoint import store
 from megatron_spdf.checkpoint.densified import load_densified
-from megatron_spdf.checkpoint.run_metadata import INITIAL, drawn_masks, run_record
+from megatron_spdf.checkpoint.run_metadata import INITIAL, Masks, drawn_masks, run_record
 from megatron_spdf.checkpoint.safe_index import vet_metadata
 from megatron_spdf.checkpoint.saving import Saving
 from megatron_spdf.checkpoint.shared_files import newest_of_all
@@ -55,20 +55,21 @@ class RunState:
 
 
 class Checkpointer:
-    """Checkpoints of one run; one save is under way at a time.
+    """Checkpoints of one run, with at most one save under way.
 
     Args:
         directory: holds the run's checkpoints.
-        recipe, plan, tokenizer: kept with every checkpoint, and what a restored one must agree
-            with.
+        recipe, plan, tokenizer: recorded in every checkpoint, and checked against a restored one.
+        masks, origin: of the weights at step 0; masks None: those that the plan draws.
 
     Attributes:
-        failed_in_a_row: saves that failed since the last that did not; the same on every rank after
-            `wait`.
-        masks, origin: of the run, as its checkpoints record them; see `record.py`.
+        failed_in_a_row: saves that failed since the last that succeeded; after `wait` the same on
+            every rank.
+        masks, origin: of the run, as its checkpoints record them; see `run_metadata.py`.
     """
 
-    def __init__(self, directory: Path, recipe: Recipe, plan: Plan, tokenizer: Tokenizer):
+    def __init__(self, directory: Path, recipe: Recipe, plan: Plan, tokenizer: Tokenizer,
+                 masks: Masks | None = None, origin: str = INITIAL):
         self.directory, self.recipe, self.plan, self.tokenizer = directory, recipe, plan, tokenizer
         self.failed_in_a_row = 0
         self._saving: Saving | None = None
@@ -76,12 +77,19 @@ class Checkpointer:
         # A slow disk is not a hang: ranks that die meanwhile are found by the collectives of the
         # next step.
         self._group = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
-        self.masks, self.origin = drawn_masks(plan), INITIAL
+        self.masks, self.origin = masks or drawn_masks(plan), origin
 
     def save(self, engine: Engine, state: RunState, measured_sparsity: dict[str, float]) -> None:
-        """Starts to write a checkpoint, which becomes visible when it is complete; then those that
-        `checkpoint.keep` and `keep_every` do not keep are removed. The caller has waited for the
-        save before."""
+        """Starts to write a checkpoint, which becomes visible when it is complete.
+
+        After that, older checkpoints that `checkpoint.keep` and `keep_every` do not cover are
+        removed. The caller has waited for the previous save.
+
+        Args:
+            engine: holds weights, masks and optimizer state.
+            state: progress of the run.
+            measured_sparsity: canonical name of a sparse weight -> fraction of zeros.
+        """
         assert self._saving is None
         keep = self.recipe.checkpoint
         run = run_record(self.recipe, self.plan, self.tokenizer, self.masks, self.origin,
@@ -101,30 +109,30 @@ class Checkpointer:
         self._saving.start()
 
     def note_best(self, step: int, loss: float) -> None:
-        """Says beside the checkpoints which of them has the lowest validation loss."""
+        """Records beside the checkpoints which of them has the lowest validation loss."""
         if dist.get_rank() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
             write_json(self.directory / store.BEST,
                        {"checkpoint": store.name_of(step), "loss": loss})
 
     def poll(self) -> Saving | None:
-        """The save that has ended since, if there is one; each rank learns of it at a moment of its
-        own."""
+        """Returns the save that has ended, if there is one. Ranks may learn of it at different
+        steps."""
         return self.wait() if self._saving and not self._saving.is_alive() else None
 
     def wait(self) -> Saving | None:
-        """Waits for the save under way, if there is one, and gives it out unless `poll` has."""
+        """Waits for the save under way and returns it, unless `poll` has returned it before."""
         saving, self._saving = self._saving, None
         if saving:
             saving.join()
             self.failed_in_a_row = self.failed_in_a_row + 1 if saving.error else 0
         return saving
 
-    def restore(self, engine: Engine, border: int = 0) -> tuple[RunState, list[str]]:
+    def restore(self, engine: Engine, boundary: int = 0) -> tuple[RunState, list[str]]:
         """Loads the newest complete checkpoint, if there is one.
 
         Args:
-            border: step at which the stage before ended, if there was one; of its last checkpoint
+            boundary: step at which the stage before ended, if there was one; of its last checkpoint
                 the weights alone are taken, dense.
 
         Returns:
@@ -146,7 +154,7 @@ class Checkpointer:
         run = json.loads((newest / store.RUN).read_text())
         self._check_run(run, newest)
         state = RunState(**run["state"])
-        if border and state.step == border:
+        if boundary and state.step == boundary:
             load_densified(engine, newest)
             self.origin = run.get("origin", self.origin)
             state.optimizer_steps = 0
@@ -160,7 +168,8 @@ class Checkpointer:
         return state, [*said, f"resumed from {newest.name}"]
 
     def _check_run(self, run: dict[str, Any], checkpoint: Path) -> None:
-        """That the checkpoint is of this recipe's run, whatever directory it came from."""
+        """Raises a ValueError unless the checkpoint is of this recipe's run, in whatever directory
+        it lies."""
         changes = changes_of_run(Recipe.model_validate(run["recipe"]), self.recipe)
         if run["tokenizer"]["sha256"] != self.tokenizer.sha256:
             changes.append(f"tokenizer is {run['tokenizer']['sha256']} there and "
@@ -185,7 +194,8 @@ class Checkpointer:
 
 
 def _verify_shared(checkpoint: Path) -> None:
-    """`store.verify` with the reading shared among ranks; every rank raises what any one found."""
+    """Runs `store.verify` with the files divided among ranks, and raises on all what one of them
+    found."""
     names = store.files_of(checkpoint)
     fault = ""
     try:

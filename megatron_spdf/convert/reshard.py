@@ -8,13 +8,12 @@ import shutil
 from functools import partial
 from pathlib import Path
 
-from megatron_spdf.architecture.weights import Weight
+from megatron_spdf.architecture.base import Weight, divisors
 from megatron_spdf.checkpoint import store
 from megatron_spdf.checkpoint.inspect import wrong_shapes
 from megatron_spdf.checkpoint.reader import (
     MASK_BITS,
     OPTIMIZER,
-    STATES,
     VALUES,
     CheckpointReader,
     stored_name,
@@ -23,7 +22,7 @@ from megatron_spdf.checkpoint.writer import StoredTensor, cut, write_tensors
 from megatron_spdf.convert.initial_checkpoint import CHECKPOINTS, finish_run
 from megatron_spdf.files import atomic_directory, write_json
 from megatron_spdf.recipe.recipe import Parallel, Recipe
-from megatron_spdf.recipe.rules import divisors, rule_violations
+from megatron_spdf.recipe.rules import rule_violations
 
 
 def reshard(reader: CheckpointReader, parallel: Parallel, output: Path) -> Path:
@@ -63,8 +62,8 @@ def _tensors_of(weight: Weight, reader: CheckpointReader, recipe: Recipe) -> lis
     """All tensors of one parameter: values, mask and optimizer state."""
     sparse, name = weight.name in reader.plan.weights, stored_name(weight.name)
     axis, kept = (0, name + VALUES) if sparse else (weight.axis, name)
-    names = [kept, *(f"{OPTIMIZER}{state}.{kept}" for state in STATES), *([name + MASK_BITS]
-                                                                          if sparse else [])]
+    names = [kept, *(f"{OPTIMIZER}{state}.{kept}" for state in recipe.optimizer.saved)]
+    names += [name + MASK_BITS] if sparse else []
     return [StoredTensor(n, reader.shapes[n], reader.dtypes[n],
                          cut(reader.shapes[n], axis, weight.layer, recipe),
                          partial(reader.tensor, n)) for n in names]
@@ -91,7 +90,7 @@ def _nearest(recipe: Recipe) -> dict[str, int | bool] | None:
     wanted = (p.tensor, p.pipeline, p.interleave, p.data)
     stages = divisors(m.layers)
     best = None
-    for degrees in itertools.product(divisors(m.query_groups), stages, stages,
+    for degrees in itertools.product(divisors(m.slices), stages, stages,
                                      divisors(recipe.train.global_batch)):
         tensor, pipeline, interleave, data = degrees
         layout = {"tensor": tensor, "pipeline": pipeline, "interleave": interleave, "data": data,

@@ -89,8 +89,8 @@ class CompactWeight(nn.Module):
         self.index_mask()
 
     def index_mask(self) -> None:
-        """Derives what the kernels use from `mask_bits`: at the start, and where a checkpoint
-        brought another mask.
+        """Derives what the kernels use from `mask_bits`: at the start, and where a checkpoint or a
+        move brought another mask.
 
         Raises:
             ValueError: the mask has another density than planned, other tiles, or is not 2:4.
@@ -108,6 +108,12 @@ class CompactWeight(nn.Module):
             tables = self.product.tables(self.mask_bits, planned.slice_shape, planned.axis)
             for name, table in vars(tables).items():
                 self.register_buffer(f"two_four_{name}", table, persistent=False)
+
+    def move_mask(self, bits: Tensor) -> None:
+        """Takes other masks with as many active entries; what the values are then is the
+        caller's."""
+        self.mask_bits.copy_(bits)
+        self.index_mask()
 
     def _check_masks(self) -> None:
         """Holds the packed bits to the plan."""

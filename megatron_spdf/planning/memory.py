@@ -7,12 +7,11 @@ What is kept between steps; what a step needs beside it is in `activations.py`.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from dataclasses import asdict, dataclass
 
-from megatron_spdf.architecture.model import Model
-from megatron_spdf.planning.buffers import lay_out, local_parameters
-from megatron_spdf.recipe.recipe import AUTO, Parallel, Recipe
+from megatron_spdf.architecture.base import Model
+from megatron_spdf.planning.buffers import local_parameters
+from megatron_spdf.recipe.recipe import AUTO, ENGINES, Parallel, Recipe
 from megatron_spdf.sparsity.plan import Plan
 
 SPAN = 1024  # of `kernels.mask`, which needs PyTorch
@@ -28,7 +27,7 @@ class RankBytes:
             precision.
         gradients: fp32 buffer that micro-batches add into.
         master: fp32 weights of the optimizer, under bf16.
-        moments: first and second, fp32.
+        moments: named state of the optimizer, fp32.
         expanded: dense copies of the sparse weights that are kept for the step.
         masks: one bit a weight, and what kernels derive from them: on CPU the positions of the
             active entries, 8 bytes each; on a GPU 4 bytes for `SPAN` entries of a slice, and twice
@@ -55,40 +54,15 @@ class RankBytes:
 
 def rank_bytes(recipe: Recipe, plan: Plan, stage: int, on_gpu: bool,
                data_rank: int = 0) -> RankBytes:
-    """Bytes on a rank of a pipeline stage: as Megatron-Core's buffers take them, padding included,
-    or by ZeRO's closed form with DeepSpeed as the engine.
+    """Bytes on a rank of a pipeline stage, as the recipe's engine holds them.
 
     Args:
-        data_rank: shards of ZeRO-1 are even, but padding is no state, and it lies with some ranks.
+        data_rank: which of the replicas, where they do not hold equally much.
     """
-    if recipe.engine == "deepspeed":
-        held = zero_bytes(recipe, plan, stage, recipe.parallel.zero_stage)
-        return replace(held, master=0, moments=0) if recipe.parallel.offload else held
-    width = 2 if recipe.train.precision == "bf16" else 4
-    return _rank_bytes(recipe.model, recipe.parallel, plan, width, stage, on_gpu, data_rank)
+    return ENGINES.get(recipe.engine).rank_bytes(recipe, plan, stage, on_gpu, data_rank)
 
 
-@lru_cache(maxsize=4096)
-def _rank_bytes(
-    model: Model, parallel: Parallel, plan: Plan, width: int, stage: int, on_gpu: bool,
-    data_rank: int
-) -> RankBytes:
-    buffers = lay_out(model, parallel, plan, stage, on_gpu)
-    elements = sum(b.elements for b in buffers)  # without ZeRO nothing is padded
-    owned = sum(b.shard(data_rank, parallel.data)
-                for b in buffers) if parallel.zero_stage == 1 else elements
-    expanded, masks = _sparse_bytes(model, parallel, plan, width, stage, on_gpu)
-    return RankBytes(
-        parameters=width * elements,
-        gradients=4 * elements,
-        master=4 * owned if width == 2 else 0,
-        moments=8 * owned,
-        expanded=expanded,
-        masks=masks,
-    )
-
-
-def _sparse_bytes(
+def sparse_bytes(
     model: Model, parallel: Parallel, plan: Plan, width: int, stage: int, on_gpu: bool
 ) -> tuple[int, int]:
     """Expanded copies, and masks with what is derived from them."""
@@ -125,7 +99,7 @@ def zero_bytes(recipe: Recipe, plan: Plan, stage: int, zero_stage: int) -> RankB
                   for q in chunk]
     elements = sum(q.elements for q in parameters)
     share = math.ceil(elements / data)
-    expanded, masks = _sparse_bytes(recipe.model, recipe.parallel, plan, width, stage, on_gpu=True)
+    expanded, masks = sparse_bytes(recipe.model, recipe.parallel, plan, width, stage, on_gpu=True)
     gathered = 0
     if zero_stage == 3:
         remade, layers = recipe.train.recompute == "full", {}
@@ -140,7 +114,7 @@ def zero_bytes(recipe: Recipe, plan: Plan, stage: int, zero_stage: int) -> RankB
         parameters=width * (share if zero_stage == 3 else elements),
         gradients=4 * (share if zero_stage >= 2 else elements),
         master=4 * owned if bf16 else 0,
-        moments=8 * owned,
+        moments=recipe.optimizer.state_bytes * owned,
         expanded=expanded,
         masks=masks,
         gathered=gathered,
@@ -150,16 +124,17 @@ def zero_bytes(recipe: Recipe, plan: Plan, stage: int, zero_stage: int) -> RankB
 def render_layout(recipe: Recipe, plan: Plan) -> str:
     """The layout and the bytes per GPU of each pipeline stage, as text."""
     p = recipe.parallel
+    parts = ("parameters", "gradients", "optimizer", "expanded", "masks", "total")
     lines = [
         f"layout: {render_parallel(recipe)}; {_render_micro_batches(recipe)} tokens",
         f"steps: {recipe.steps:,} of {recipe.tokens_per_step:,} tokens",
-        "  "
-        f"{'GiB per GPU':<16}{'parameters':>12}{'gradients':>12}{'optimizer':>12}{'expanded':>12}{'masks':>12}{'total':>12}   (without activations: tools/plan.py)",
+        f"  {'GiB per GPU':<16}" + "".join(f"{part:>12}" for part in parts)
+        + "   (without activations: tools/plan.py)",
     ]
     for stage in range(p.pipeline):
         b = rank_bytes(recipe, plan, stage, on_gpu=True)
-        parts = (b.parameters, b.gradients, b.optimizer, b.expanded, b.masks, b.total)
-        lines.append(f"  {f'stage {stage}':<16}" + "".join(f"{n / 2**30:>12.3f}" for n in parts))
+        lines.append(f"  {f'stage {stage}':<16}"
+                     + "".join(f"{getattr(b, part) / 2**30:>12.3f}" for part in parts))
     return "\n".join(lines)
 
 

@@ -9,27 +9,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from megatron_spdf.architecture.model import Model
+from megatron_spdf.architecture.base import Model
+from megatron_spdf.optimizers.base import FINETUNING, Optimizer
 from megatron_spdf.recipe.load import load_as
 from megatron_spdf.recipe.recipe import (
-    AdamW,
+    ENGINES,
     Checkpoint,
     Data,
     Evaluate,
     FaultTolerance,
     Kernels,
     Log,
-    Optimizer,
     Parallel,
     Recipe,
     Train,
 )
 from megatron_spdf.recipe.rules import batch_violations, rule_violations
-from megatron_spdf.section import Count, Section
+from megatron_spdf.section import Count, OneOf, Section
 from megatron_spdf.sparsity.settings import Sparsity
 
 
@@ -54,17 +54,6 @@ class Batches(Section):
     recompute: Literal["none", "selective", "full"] = Train.model_fields["recompute"]
     label_smoothing: float = Train.model_fields["label_smoothing"]
     dropout: float | None = Field(None, ge=0.0, lt=1.0, description="default: the starting model's")
-
-
-class FinetuneAdamW(AdamW):
-    """AdamW with fresh moments; linear warm-up, then decay to lr x min_lr_ratio at the end of the
-    last epoch."""
-
-    min_lr_ratio: float = Field(0.0, ge=0.0, le=1.0, description="final over peak learning rate")
-    warmup_steps: int = Field(0, ge=0, description="length of the warm-up, in steps")
-    decay: Literal["cosine", "linear", "constant"] = Field("linear",
-                                                           description="shape after the warm-up")
-    weight_decay: float = Field(0.01, ge=0.0, description="decoupled; not on biases and norms")
 
 
 class Validation(Section):
@@ -93,11 +82,11 @@ class Finetune(Section):
                              "revived_scale x initial std")
     revived_scale: float = Field(1.0, gt=0.0,
                                  description="std of revived=normal over the weight's initial std")
-    engine: Literal["megatron", "deepspeed"] = Field("deepspeed", description="who runs a step")
+    engine: Annotated[str, OneOf(ENGINES)] = Field("deepspeed", description="who runs a step")
     deepspeed: str | None = Recipe.model_fields["deepspeed"]
     data: TaskData
     train: Batches
-    optimizer: FinetuneAdamW
+    optimizer: Annotated[Optimizer, FINETUNING]
     parallel: Parallel = Field(Parallel())
     evaluate: Validation = Field(Validation())
     save: Saving = Field(Saving())
@@ -158,8 +147,8 @@ def training_recipe(finetune: Finetune, model: Model, sparsity: Sparsity, exampl
         data=Data(),
         train=Train(tokens=steps * per_step, sequence_length=length,
                     **t.model_dump(exclude={"epochs", "sequence_length", "dropout"})),
-        optimizer=Optimizer(warmup_tokens=o.warmup_steps * per_step,
-                            **o.model_dump(exclude={"warmup_steps"})),
+        optimizer={"warmup_tokens": o.warmup_steps * per_step,
+                   **o.model_dump(exclude={"warmup_steps"})},
         parallel=f.parallel,
         evaluate=Evaluate(every=f.evaluate.every or per_epoch, patience=f.evaluate.patience),
         checkpoint=Checkpoint(every=f.save.every, keep=f.save.keep, best=True),

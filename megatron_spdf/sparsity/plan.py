@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
-from megatron_spdf.architecture.model import Model
-from megatron_spdf.architecture.weights import Weight, model_weights
+from megatron_spdf.architecture.base import Model, Weight
 from megatron_spdf.kernels.limits import multiplied
 from megatron_spdf.sparsity.patterns.tiles import balanced_parts, tile_slices
 from megatron_spdf.sparsity.patterns.two_four import check_two_four
@@ -111,7 +110,7 @@ class Plan:
             ValueError: see `make_plan`.
         """
         model = recipe.model
-        return make_plan(recipe.sparsity, model_weights(model), model.query_groups)
+        return make_plan(recipe.sparsity, model.weights(), model.slices)
 
     @cached_property
     def on_tiles(self) -> Plan:
@@ -191,6 +190,33 @@ def check_tensor(plan: Plan, tensor: int) -> None:
                              f"({w.shape[0]} x {w.shape[1]}) at level {w.level}; tensor may be a "
                              f"divisor of {_fewest_slices(plan)}, or take smaller tiles, or a "
                              "level that is a coarser fraction")
+
+
+def check_algorithm(plan: Plan, sparsity: Sparsity) -> None:
+    """That the masks of a plan can move as the recipe says.
+
+    Raises:
+        ValueError: no weight is sparse, the pattern ties entries to each other, or a slice has too
+            few zeros for so many to be born.
+    """
+    name = sparsity.algorithm
+    if name == "static":
+        return
+    if not plan.weights:
+        raise ValueError(f"sparsity.algorithm={name} moves masks, and no weight is sparse; set "
+                         "sparsity.level, or algorithm=static")
+    for w in plan.weights.values():
+        if w.tile or w.two_four:
+            raise ValueError(f"sparsity.algorithm={name} lets single entries die and be born, and "
+                             f"sparsity.pattern={sparsity.pattern} ties them to each other; set "
+                             "algorithm=static or pattern=unstructured")
+        active, moved = w.active_per_slice, sparsity.update.largest_move(w.active_per_slice)
+        zeros = math.prod(w.slice_shape) - active
+        if moved > zeros:
+            raise ValueError(f"sparsity.algorithm={name} moves {moved:,} of the {active:,} active "
+                             f"entries of a slice of {w.name} at once, which has {zeros:,} zeros "
+                             f"to take their place; lower sparsity.update.fraction to "
+                             f"{zeros / active:.3f} or raise the level {w.level:g}")
 
 
 def _fewest_slices(plan: Plan) -> int:

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import (
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from megatron_spdf.section import Section
+from megatron_spdf.sparsity.algorithms.base import ALGORITHMS, MaskAlgorithm
 
 Level = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -20,8 +30,8 @@ class SparsityRule(Section):
 
 
 class Sparsity(Section):
-    """Static random masks. Also written as a number, or as a list of rules with all other weights
-    dense."""
+    """Random masks, static or moved while training. Also written as a number, or as a list of rules
+    with all other weights dense."""
 
     level: Level = Field(
         0.0, description="fraction of zeros of every linear weight that no rule matches"
@@ -39,11 +49,50 @@ class Sparsity(Section):
     rules: list[SparsityRule] = Field([], description="the first rule that matches a weight wins")
     seed: int = Field(0, ge=0,
                       description="of the masks; they depend on it and the weight's name alone")
+    algorithm: str = Field("static", description="how masks move while training")
+    update: SerializeAsAny[MaskAlgorithm] = Field(
+        default_factory=dict, validate_default=True, description="the keys of the algorithm")
+
+    @field_validator("algorithm")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        try:
+            ALGORITHMS.get(name)
+        except ValueError as error:
+            raise PydanticCustomError("unknown_name", "{said}", {"said": str(error)}) from None
+        return name
+
+    @field_validator("update", mode="before")
+    @classmethod
+    def _keys_of_the_algorithm(cls, value: Any, info: ValidationInfo) -> Any:
+        """Reads the section as that of the algorithm, which refuses the keys of others."""
+        if not isinstance(value, dict | None) or "algorithm" not in info.data:
+            return value  # a section already, or for pydantic to refuse
+        algorithm, given = ALGORITHMS.get(info.data["algorithm"]), value or {}
+        if unknown := [key for key in given if key not in algorithm.model_fields]:
+            raise ValidationError.from_exception_data("update", [
+                InitErrorDetails(loc=(key,), input=given[key],
+                                 type=PydanticCustomError("unknown_key", "{said}", {
+                                     "said": _unknown_key(key, algorithm)})) for key in unknown])
+        return algorithm.model_validate(given)
+
+    def held(self) -> Sparsity:
+        """The same masks, which stay."""
+        return Sparsity.model_validate({**self.model_dump(exclude={"update"}),
+                                        "algorithm": "static"})
 
     @model_validator(mode="before")
     @classmethod
     def _short_forms(cls, value: Any) -> Any:
         return normalize_sparsity(value)
+
+
+def _unknown_key(key: str, algorithm: type[MaskAlgorithm]) -> str:
+    known = list(algorithm.model_fields)
+    near = difflib.get_close_matches(key, known, n=len(known) or 1, cutoff=0.0)
+    return (f"the mask algorithm {algorithm.name} has no such key; known: "
+            f"{', '.join(near) or 'none'}. Leave it out, or set sparsity.update=null to be rid of "
+            "those of another algorithm")
 
 
 def normalize_sparsity(value: Any) -> Any:
