@@ -77,13 +77,13 @@ def test_nothing_is_appended_through_a_link(tmp_path, victim):
 
 def test_a_runs_log_leaves_what_is_planted_beside_it_alone(recipe, victim):
     run = RunDir(recipe())
-    run.claim()
+    run.create()
     record = json.dumps({"kind": "train", "step": 1}) + "\n"
     run.log.write_text(record)
     for name in ("log.jsonl.new", "recipe.yaml.new", "starts.json.new"):
         (run.root / name).symlink_to(victim)
     RunLog(run, 1, 2, tensorboard=False, active=True).close()
-    run.claim()
+    run.create()
     run.preflight()
     assert victim.read_text() == "mine" and run.log.read_text() == record
 
