@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
+
+from megatron_spdf.registry import Registry
 
 MULTIPLES = {"k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
@@ -38,3 +43,31 @@ Paths = Annotated[list[str], BeforeValidator(as_list)]
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True,
                               allow_inf_nan=False)
+
+    @classmethod
+    def all_fields(cls) -> dict[str, FieldInfo]:
+        """Returns the fields by key, those too that only some values of another key bring."""
+        return dict(cls.model_fields)
+
+
+@dataclass(frozen=True)
+class _NameIn:
+    registry: Registry
+
+    def __call__(self, name: str) -> str:
+        try:
+            self.registry.get(name)
+        except ValueError as error:
+            raise PydanticCustomError("unknown_name", "{said}", {"said": str(error)}) from None
+        return name
+
+
+def Known(registry: Registry) -> AfterValidator:
+    """Makes a string the name of a tenant of a registry; `names_of` finds the names again."""
+    return AfterValidator(_NameIn(registry))
+
+
+def names_of(field: FieldInfo) -> list[str]:
+    """Returns the names that a field of `Known` may have; of others none."""
+    return [name for each in field.metadata if isinstance(getattr(each, "func", None), _NameIn)
+            for name in each.func.registry.names()]

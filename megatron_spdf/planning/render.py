@@ -123,13 +123,14 @@ def _sparsity(facts: dict[str, Any]) -> str:
     for row in facts["sparsity"]:
         least, layout = row["fewest_gpus"], row["fewest_layout"]
         where = f"TP {layout['tensor']} x PP {layout['pipeline']} x DP {layout['data']}" if layout else "none"
-        mark = f"  <- the recipe{', in tiles' if row['tiles'] else ''}" if row["recipe"] else ""
+        mark = "  <- the recipe" if row["recipe"] else ""
         lines.append("  "
                      f"{row['sparsity']:>8.2%}{row['run_flops'] / 1e18:>15,.2f}{row['flops_ratio']:>10.3f}{row['peak_bytes'] / GIB:>13.2f}{row['data_traffic'] / MIB:>13,.1f}"
                      f"{least if least else '-':>13}   {where}{mark}")
-    tiles = ", except in tiles" if any(row["tiles"] for row in facts["sparsity"]) else ""
+    skips = any(row["skips_zeros"] for row in facts["sparsity"])
+    but = ", except where its kernels skip zeros" if skips else ""
     lines.append("  FLOPs count active weights, the paper's way; this engine expands weights and "
-                 f"runs products at the dense cost{tiles}.")
+                 f"runs products at the dense cost{but}.")
     return "\n".join(lines)
 
 

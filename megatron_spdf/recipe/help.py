@@ -11,19 +11,21 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from megatron_spdf.recipe.recipe import Recipe
+from megatron_spdf.section import Section, names_of
 
 
-def render_help(section: type[BaseModel] = Recipe, prefix: str = "", width: int = 110) -> str:
+def render_help(section: type[Section] = Recipe, prefix: str = "", width: int = 110) -> str:
     """One line a field, `section.key  type = default  meaning`, wrapped to `width` columns."""
     lines: list[str] = []
-    for key, field in section.model_fields.items():
+    for key, field in section.all_fields().items():
         nested = field.annotation
         if isinstance(nested, type) and issubclass(nested, BaseModel):
             lines += ["", f"{prefix}{key}:  {_first_line(nested)}".rstrip(": "),
                       render_help(nested, f"{prefix}{key}.")]
             continue
         default = "" if field.default is PydanticUndefined else f" = {_plain(field.default)}"
-        head = f"  {prefix + key + ' ':<28}{_type_name(nested)}{default}  "
+        kind = "|".join(names_of(field)) or _type_name(nested)
+        head = f"  {prefix + key + ' ':<28}{kind}{default}  "
         lines.append(textwrap.fill(head + (field.description or ""), width,
                                    subsequent_indent=" " * 30))
     return "\n".join(lines)

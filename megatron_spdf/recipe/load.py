@@ -171,6 +171,6 @@ def _known_keys(place: list[str | int], kind: type[BaseModel]) -> list[str]:
     """Keys of the section at `place`."""
     section: Any = kind
     for key in place:
-        section = typing.get_args(section)[0] if isinstance(key,
-                                                            int) else section.model_fields[key].annotation
-    return sorted(section.model_fields)
+        section = (typing.get_args(section)[0] if isinstance(key, int)
+                   else section.model_fields[key].annotation)
+    return sorted(section.all_fields())

@@ -24,7 +24,7 @@ def rule_violations(recipe: Recipe) -> Iterator[str]:
     broken = list(_layout(recipe))
     yield from broken
     for sparsity in [recipe.sparsity, *(stage.sparsity for stage in recipe.stages)]:
-        if not broken and sparsity.pattern != "unstructured":
+        if not broken:
             yield from _pattern(recipe.model, sparsity.model_dump_json(), recipe.parallel.tensor)
     yield from _engine(recipe)
     yield from _data(recipe)
@@ -75,7 +75,7 @@ def _layout(recipe: Recipe) -> Iterator[str]:
 
 @lru_cache(maxsize=256)  # a search over layouts asks thousands of times
 def _pattern(model: Model, sparsity: str, tensor: int) -> tuple[str, ...]:
-    """What blocks and 2:4 ask of the weights.
+    """What a pattern asks of the weights.
 
     Args:
         sparsity: as JSON, which can be a key.

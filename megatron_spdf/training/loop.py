@@ -156,7 +156,7 @@ class Trainer:
         measured = self.engine.measured_sparsity()
         model, length = recipe.model, self.data.mean_length
         tokens = state.tokens - self.data.consumed(state.step - 1)  # of this step
-        skipped = self.plan.on_tiles if torch.cuda.is_available() else None
+        skipped = self.plan.skipped if torch.cuda.is_available() else None
         executed = training_flops(model, length,
                                   skipped).total * tokens / seconds / recipe.parallel.world
         figures = {
