@@ -2,9 +2,9 @@
 """Dense or sparse fine-tuning of a pre-trained GPT on contexts and completions.
 
     python finetune.py RECIPE.yaml checkpoint=RUN [section.key=value ...] [--dry-run]
-    deepspeed --num_gpus 2 finetune.py configs/finetune/e2e.yaml checkpoint=runs/gpt2_small_s75 parallel.data=2
-    torchrun --nproc-per-node 8 finetune.py configs/finetune/e2e.yaml checkpoint=runs/gpt2_small_s75 parallel.data=8
-    srun python finetune.py configs/finetune/e2e.yaml checkpoint=runs/gpt3_xl_s75 parallel.data=8 parallel.zero_stage=3
+    deepspeed --num_gpus 2 finetune.py configs/finetune/e2e.yaml checkpoint=RUN parallel.data=2
+    torchrun --nproc-per-node 8 finetune.py configs/finetune/e2e.yaml checkpoint=RUN parallel.data=8
+    srun python finetune.py configs/finetune/e2e.yaml checkpoint=RUN parallel.data=8
 
 One process per GPU. A run goes on from the newest complete checkpoint in its output directory by
 itself. Exit codes: 0 finished; 2 bad input; 3 stopped by a guard; 4 a rank is lost; 75 stopped on

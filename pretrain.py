@@ -44,7 +44,7 @@ def main() -> int:
         ranks = find_ranks()
         recipe = load_recipe(options.recipe, options.overrides, ranks.world)
         stages = stages_of(recipe)  # one, where the recipe names none
-        summary = "\n".join(summarise(stage) for stage in stages)
+        summary = "\n".join(summarize(stage) for stage in stages)
         if options.dry_run:
             print(f"{render_recipe(recipe)}\n{summary}")
             return exit_codes.FINISHED
@@ -63,7 +63,7 @@ def main() -> int:
     return join_and_pretrain(stages, ranks, run, corpus, summary)
 
 
-def summarise(stage: RunStage) -> str:
+def summarize(stage: RunStage) -> str:
     """What a stage of a run is: its plan, parametrization, layout and bytes per rank."""
     rules = render_parametrization(stage.recipe, stage.plan, model_weights(stage.recipe.model))
     return "\n".join(filter(None, [stage.heading, render_plan(stage.plan), rules,

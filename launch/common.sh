@@ -150,7 +150,7 @@ work() { # COMMAND...: what is no run: stopped ahead of the time limit, it start
   exit "$CODE"
 }
 
-requeue() { # WHY [RUN]: back into the queue, unless the job was cancelled or the run gets nowhere
+requeue() { # WHY [RUN]: back into the queue, unless the job was canceled or the run gets nowhere
   [[ -z ${2:-} ]] || PYTHONPATH=$SPDF_ROOT once "$SPDF_PYTHON" -m megatron_spdf.resilience.restarts "$2" || exit 3
   local state
   state=$(scontrol show job "$JOB" 2>/dev/null | sed -n 's/.*JobState=\([A-Z]*\).*/\1/p')

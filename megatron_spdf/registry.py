@@ -81,5 +81,7 @@ def load_plugins() -> None:
         try:
             importlib.import_module(name.strip())
         except ModuleNotFoundError as error:
-            raise ValueError(f"{PLUGINS} names {name.strip()!r}, which cannot be imported ({error}); "
-                             "put its directory on PYTHONPATH or leave it out") from None
+            raise ValueError(
+                f"{PLUGINS} names {name.strip()!r}, which cannot be imported ({error}); "
+                "put its directory on PYTHONPATH or leave it out"
+            ) from None

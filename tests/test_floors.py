@@ -17,7 +17,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "megatron_spdf"
 # From the ground up. What a module may import lies on its own floor or below.
 FLOORS = [
-    ("ground", ["", "registry", "text", "files", "locks", "exit_codes", "random_streams", "section"]),
+    (
+        "ground",
+        ["", "registry", "text", "files", "locks", "exit_codes", "random_streams", "section"],
+    ),
     ("architecture", ["architecture"]),
     ("sparsity and kernels", ["sparsity", "kernels"]),
     ("recipe", ["recipe"]),

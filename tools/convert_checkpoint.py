@@ -144,7 +144,9 @@ def begin(source: WeightSource, recipe: Recipe, tokenizer: Tokenizer,
           options: argparse.Namespace) -> str:
     plan = write_initial_checkpoint(source, recipe, tokenizer, options.output,
                                     getattr(options, "select", "random"))
-    sparse = f"{plan.sparsity:.2%} of {plan.numel:,} linear weights zero" if plan.weights else "dense"
+    sparse = (
+        f"{plan.sparsity:.2%} of {plan.numel:,} linear weights zero" if plan.weights else "dense"
+    )
     lines = [f"{options.output}: a run at step 0 with the weights of {source.origin}, {sparse}"]
     if source.tokenizer is None:
         lines.append("the source has no tokenizer; that of the recipe's data is taken, sha256 "
@@ -155,35 +157,59 @@ def begin(source: WeightSource, recipe: Recipe, tokenizer: Tokenizer,
 RUN = "a run directory, or one of its checkpoints"
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], str], str, list[str], str]] = {
     "to-hf": (to_hf, RUN, ["--dtype", "--masks"], ""),
-    "from-hf": (from_hf,
-                "directory with config.json and safetensors or pytorch_model.bin, or a run",
-                ["--recipe", "--sparsity", "--select", "words"], """\
-The recipe's model section must have the shape of the GPT-2: layers, hidden, heads, query_groups (= heads), ffn_hidden,
-vocab_size and max_positions. Dropout and initial spread are the recipe's. The GPT-2 must compute what ours does: tied
-embeddings, GELU (tanh), LayerNorm epsilon 1e-5, attention scaled by the head's width alone. Its tokenizer files must
-be those of the recipe's data; where there are none, the data's tokenizer is taken. Vocabulary rows that pad the
-embedding are the mean of the others."""),
+    "from-hf": (
+        from_hf,
+        "directory with config.json and safetensors or pytorch_model.bin, or a run",
+        ["--recipe", "--sparsity", "--select", "words"],
+        """\
+The recipe's model section must have the shape of the GPT-2: layers, hidden, heads, query_groups (=
+heads), ffn_hidden, vocab_size and max_positions. Dropout and initial spread are the recipe's. The
+GPT-2 must compute what ours does: tied embeddings, GELU (tanh), LayerNorm epsilon 1e-5, attention
+scaled by the head's width alone. Its tokenizer files must be those of the recipe's data; where
+there are none, the data's tokenizer is taken. Vocabulary rows that pad the embedding are the mean
+of the others.""",
+    ),
     "prune": (prune, RUN, ["--sparsity", "--select", "words"], ""),
     "densify": (densify, RUN, ["words"], ""),
-    "reshard": (reshard_run, RUN, ["words"], """\
-A checkpoint resumes at any layout as it is: no conversion is needed for that. This cuts its files anew, so that every
-rank reads one file, and makes the layout that of the new run's recipe."""),
-    "to-megatron": (to_megatron, RUN, ["--dtype"], f"""\
-Names, shapes and files are those of Megatron-LM {VERSION} (megatron-core 0.16.1, --ckpt-format torch_dist), for both
-its local and its Transformer Engine layers, as a release: --load needs no other flag, and starts at iteration 0. Its
-tensors are dense and fit any tensor and pipeline parallelism. OUT/arguments.txt has Megatron-LM's arguments."""),
-    "from-megatron": (from_megatron,
-                      "directory with latest_checkpointed_iteration.txt, or one checkpoint in it",
-                      ["--recipe", "--sparsity", "--select", "words"], f"""\
-A distributed checkpoint (--ckpt-format torch_dist) of a GPT of Megatron-LM {VERSION}, saved at any layout, with tied
-embeddings, learned positions, LayerNorm and biases. Only its tensors are read, not its pickled arguments, so the shape
-comes from the recipe's model section; the number of heads, the activation and the tokenizer cannot be checked."""),
-    "from-deepspeed": (from_deepspeed, "directory with a file `latest`, or one checkpoint in it",
-                       ["--recipe", "--sparsity", "--select", "words"], """\
-What engine.save_checkpoint of DeepSpeed 0.19 wrote for a GPT of Megatron-Core with our names, ZeRO 0 to 3, at any
-tensor and data parallelism; sparse weights of ours become dense. No pickled code is run. The shape comes from the
-recipe's model section; the number of heads, the activation and the tokenizer cannot be checked. Runs of finetune.py
-and of pretrain.py engine=deepspeed need no conversion: their checkpoints are this project's own."""),
+    "reshard": (
+        reshard_run,
+        RUN,
+        ["words"],
+        """\
+A checkpoint resumes at any layout as it is: no conversion is needed for that. This cuts its files
+anew, so that every rank reads one file, and makes the layout that of the new run's recipe.""",
+    ),
+    "to-megatron": (
+        to_megatron,
+        RUN,
+        ["--dtype"],
+        f"""\
+Names, shapes and files are those of Megatron-LM {VERSION} (megatron-core 0.16.1, --ckpt-format
+torch_dist), for both its local and its Transformer Engine layers, as a release: --load needs no
+other flag, and starts at iteration 0. Its tensors are dense and fit any tensor and pipeline
+parallelism. OUT/arguments.txt has Megatron-LM's arguments.""",
+    ),
+    "from-megatron": (
+        from_megatron,
+        "directory with latest_checkpointed_iteration.txt, or one checkpoint in it",
+        ["--recipe", "--sparsity", "--select", "words"],
+        f"""\
+A distributed checkpoint (--ckpt-format torch_dist) of a GPT of Megatron-LM {VERSION}, saved at any
+layout, with tied embeddings, learned positions, LayerNorm and biases. Only its tensors are read,
+not its pickled arguments, so the shape comes from the recipe's model section; the number of heads,
+the activation and the tokenizer cannot be checked.""",
+    ),
+    "from-deepspeed": (
+        from_deepspeed,
+        "directory with a file `latest`, or one checkpoint in it",
+        ["--recipe", "--sparsity", "--select", "words"],
+        """\
+What engine.save_checkpoint of DeepSpeed 0.19 wrote for a GPT of Megatron-Core with our names, ZeRO
+0 to 3, at any tensor and data parallelism; sparse weights of ours become dense. No pickled code is
+run. The shape comes from the recipe's model section; the number of heads, the activation and the
+tokenizer cannot be checked. Runs of finetune.py and of pretrain.py engine=deepspeed need no
+conversion: their checkpoints are this project's own.""",
+    ),
 }
 OPTIONS = {
     "--dtype": dict(choices=DTYPES, default="fp32", help="of the weights (default: fp32)"),

@@ -2,7 +2,7 @@
 """Are activations the same size at every width and sparsity? Flat under `parametrization: mup`, not
 under `standard`.
 
-    python tools/coord_check.py configs/pretrain/gpt_10m.yaml data.train=data/train -o coordinates.png
+    python tools/coord_check.py configs/pretrain/gpt_10m.yaml data.train=data/train -o C.png
 
 The recipe's model is trained for a few steps, at each width dense, and at the base width at each
 sparsity, with both parametrizations; the heads keep their size. Prints, for each part of the model,

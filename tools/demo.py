@@ -59,8 +59,10 @@ def main() -> int:
     plot_losses(runs, output / "loss.png")
     run([sys.executable, str(ROOT / "tools/report.py"), *map(str, directories), "-o",
          str(output / "report.html")])
-    print(f"\n{tables}\n\nplot: {output / 'loss.png'}\npage: {output / 'report.html'}\n"
-          f"runs: {', '.join(map(str, directories))}\ndone in {time.perf_counter() - started:.0f} s")
+    print(
+        f"\n{tables}\n\nplot: {output / 'loss.png'}\npage: {output / 'report.html'}\n"
+        f"runs: {', '.join(map(str, directories))}\ndone in {time.perf_counter() - started:.0f} s"
+    )
     return 0
 
 

@@ -65,11 +65,16 @@ def examine() -> Iterator[Finding]:
         try:
             for status, fact, *remedy in check():
                 yield Finding(status, name, fact, *remedy)
-        except Exception as error:  # whatever is broken in this environment is what the report is about
-            yield Finding(FAIL, name,
-                          f"the check broke: {type(error).__name__}: {_one_line(str(error))}",
-                          "mend what the exception names; `pip install -r requirements.txt` if it "
-                          "is a package")
+        except (
+            Exception
+        ) as error:  # whatever is broken in this environment is what the report is about
+            yield Finding(
+                FAIL,
+                name,
+                f"the check broke: {type(error).__name__}: {_one_line(str(error))}",
+                "mend what the exception names; `pip install -r requirements.txt` if it "
+                "is a package",
+            )
 
 
 def check_python() -> Iterator[tuple[str, ...]]:
@@ -101,12 +106,23 @@ def check_device() -> Iterator[tuple[str, ...]]:
     driver = driver.split("\n")[0] if driver else None
     if not torch.cuda.is_available():
         if driver and torch.version.cuda is None:
-            yield WARN, f"driver {driver} shows a GPU, but torch {torch.__version__} is a CPU build", (
-                "install the CUDA build of torch (pip install -r requirements.txt without a +cpu "
-                "index)")
+            yield (
+                WARN,
+                f"driver {driver} shows a GPU, but torch {torch.__version__} is a CPU build",
+                (
+                    "install the CUDA build of torch (pip install -r requirements.txt, not a +cpu "
+                    "index)"
+                ),
+            )
         elif driver:
-            yield FAIL, f"torch built for CUDA {torch.version.cuda} cannot use the GPU of driver {driver}", (
-                "update the driver, or check CUDA_VISIBLE_DEVICES and the container's --gpus option")
+            yield (
+                FAIL,
+                f"torch built for CUDA {torch.version.cuda} cannot use the GPU of driver {driver}",
+                (
+                    "update the driver, or check CUDA_VISIBLE_DEVICES and the container's "
+                    "--gpus option"
+                ),
+            )
         else:
             yield NOTE, "no GPU: CPU path (gloo, stand-in)"
         return
@@ -168,7 +184,11 @@ def check_accelerators() -> Iterator[tuple[str, ...]]:
     elif (apex / "normalization").is_dir():
         yield OK, "NVIDIA Apex"
     else:
-        yield WARN, f"the package apex in {apex} is not NVIDIA's: it has no apex.normalization", "pip uninstall apex"
+        yield (
+            WARN,
+            f"the package apex in {apex} is not NVIDIA's: it has no apex.normalization",
+            "pip uninstall apex",
+        )
 
 
 def check_compiler() -> Iterator[tuple[str, ...]]:
@@ -190,7 +210,12 @@ def check_disk() -> Iterator[tuple[str, ...]]:
     free = free_bytes(Path.cwd())
     fact = f"{free / GIB:.1f} GiB free in the current directory"
     if free < MIN_DISK:
-        yield WARN, fact, f"have {MIN_DISK // GIB} GiB for data and checkpoints: free some, or work on a larger disk"
+        yield (
+            WARN,
+            fact,
+            f"have {MIN_DISK // GIB} GiB for data and checkpoints: free some, or work on a "
+            "larger disk",
+        )
     else:
         yield OK, fact
 
@@ -198,7 +223,11 @@ def check_disk() -> Iterator[tuple[str, ...]]:
 def check_shared_memory() -> Iterator[tuple[str, ...]]:
     path = Path("/dev/shm")
     if not path.is_dir():
-        yield WARN, "there is no /dev/shm, which DataLoader workers pass data through", "run with data.workers=0"
+        yield (
+            WARN,
+            "there is no /dev/shm, which DataLoader workers pass data through",
+            "run with data.workers=0",
+        )
         return
     size = total_bytes(path)
     fact = f"/dev/shm has {size / GIB:.1f} GiB"
@@ -212,7 +241,11 @@ def check_shared_memory() -> Iterator[tuple[str, ...]]:
 def check_open_files() -> Iterator[tuple[str, ...]]:
     soft, hard = open_file_limits()
     if 0 <= soft < MIN_OPEN_FILES:
-        yield WARN, f"limit {soft}, under {MIN_OPEN_FILES}", f"ulimit -n {MIN_OPEN_FILES} (the hard limit is {hard})"
+        yield (
+            WARN,
+            f"limit {soft}, under {MIN_OPEN_FILES}",
+            f"ulimit -n {MIN_OPEN_FILES} (the hard limit is {hard})",
+        )
     else:
         yield OK, f"limit {'none' if soft < 0 else soft}"
 
@@ -224,7 +257,11 @@ def check_slurm() -> Iterator[tuple[str, ...]]:
         yield NOTE, "not found; single-node runs start with torchrun"
     elif len(found) < len(names):
         missing = ", ".join(n for n in names if n not in found)
-        yield WARN, f"{', '.join(found)} found, but not {missing}", "put Slurm's whole bin directory on PATH"
+        yield (
+            WARN,
+            f"{', '.join(found)} found, but not {missing}",
+            "put Slurm's whole bin directory on PATH",
+        )
     else:
         yield OK, f"{', '.join(found)} found"
 
@@ -269,7 +306,11 @@ def installed_version(package: str) -> str | None:
 def find_package(name: str) -> Path | None:
     """Directory of an importable package, found without importing it."""
     spec = importlib.util.find_spec(name)
-    return Path(next(iter(spec.submodule_search_locations))) if spec and spec.submodule_search_locations else None
+    return (
+        Path(next(iter(spec.submodule_search_locations)))
+        if spec and spec.submodule_search_locations
+        else None
+    )
 
 
 def free_bytes(directory: Path) -> int:

@@ -13,7 +13,7 @@ scores.json go to RUN/evaluation/TASK_SPLIT.
 
 BLEU of E2E is in [0, 1] and that of WebNLG and DART in percent, as their scripts print them.
 METEOR, ROUGE_L and CIDEr need Java. TER is tercom's, not pyter's. Outputs for reference files of
-DART are scored as they are: give them tokenised and lower-cased like the references, or give the
+DART are scored as they are: give them tokenized and lower-cased like the references, or give the
 data.
 
 Exit code 0, or 2 for what the user can put right.
@@ -67,7 +67,10 @@ def score_checkpoint(options: argparse.Namespace) -> int:
     from megatron_spdf.evaluation.scores_file import describe, write_all
     from megatron_spdf.resilience.world import find_ranks
 
-    output = options.output or run_directory(options.run) / "evaluation" / f"{options.task}_{options.split}"
+    output = (
+        options.output
+        or run_directory(options.run) / "evaluation" / f"{options.task}_{options.split}"
+    )
     require_free(output, options.force)
     settings = Settings(options.beams, options.length_penalty, options.no_repeat_ngram,
                         options.max_new_tokens, options.batch_size)

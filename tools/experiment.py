@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Runs a grid of pre-training runs, and says what came out: mean loss and its interval over seeds.
 
-    python tools/experiment.py configs/experiments/transfer.yaml                 runs what is missing, then reports
-    python tools/experiment.py configs/experiments/transfer.yaml --jobs 2        two runs at a time, a thread each
-    python tools/experiment.py configs/experiments/comparison.yaml --only sparsity=0.75 --only budget=flops
+    python tools/experiment.py configs/experiments/transfer.yaml            runs what is left
+    python tools/experiment.py configs/experiments/transfer.yaml --jobs 2   two runs at a time
+    python tools/experiment.py configs/experiments/comparison.yaml --only budget=flops
     python tools/experiment.py configs/experiments/transfer.yaml --print         one command a line
-    python tools/experiment.py configs/experiments/transfer.yaml --report        reports what there is
+    python tools/experiment.py configs/experiments/transfer.yaml --report   reports what there is
 
 Each run is pretrain.py's, in its own directory: one that is done is skipped, one that was stopped
 goes on, so that the grid may be interrupted at any moment. OUTPUT/results.json, results.md and

@@ -31,7 +31,9 @@ def parse_bytes(size: str) -> int:
     try:
         return TypeAdapter(ByteSize).validate_python(size)
     except ValidationError:
-        raise argparse.ArgumentTypeError(f"{size!r} is not a size; write for example 100MB or 1GiB") from None
+        raise argparse.ArgumentTypeError(
+            f"{size!r} is not a size; write for example 100MB or 1GiB"
+        ) from None
 
 
 def parse_shares(shares: str) -> tuple[float, ...]:
@@ -179,7 +181,11 @@ def obtain_tokenizer(options: argparse.Namespace, partial: Partial) -> Tokenizer
 def describe_kept(partial: Partial) -> str:
     """What an interrupted run leaves behind for the next."""
     count = partial.finished_inputs
-    return f"\n{partial.directory} keeps {count} finished inputs; the same command goes on from there" if count else ""
+    return (
+        f"\n{partial.directory} keeps {count} finished inputs; the same command goes on from there"
+        if count
+        else ""
+    )
 
 
 def summarize(prefix: str, manifest: Manifest | CorpusManifest, seconds: float) -> str:

@@ -3,7 +3,7 @@
 loss.
 
     python tools/sweep.py configs/finetune/e2e.yaml checkpoint=runs/gpt2_small_s75
-    python tools/sweep.py RECIPE checkpoint=RUN parallel.data=8 --launch "torchrun --nproc-per-node 8"
+    python tools/sweep.py RECIPE checkpoint=RUN --launch "torchrun --nproc-per-node 8"
     python tools/sweep.py RECIPE checkpoint=RUN --print          # one command a line
     python tools/sweep.py RECIPE checkpoint=RUN --index $SLURM_ARRAY_TASK_ID --launch "srun python"
     python tools/sweep.py RECIPE checkpoint=RUN --select         # after the array

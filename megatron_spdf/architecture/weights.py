@@ -2,7 +2,7 @@
 spread.
 
 The canonical name is Megatron-Core's own, with the layer counted over the whole model, so it is the
-same on every pipeline stage. Pure Python: the plan, the initialisation, the memory and FLOP counts
+same on every pipeline stage. Pure Python: the plan, the initialization, the memory and FLOP counts
 all read this list, and a test holds it against the parameters of the model that Megatron-Core
 builds.
 """

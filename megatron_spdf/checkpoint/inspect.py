@@ -100,8 +100,10 @@ def verify(reader: CheckpointReader) -> str:
         faults = [f for weight in reader.plan.weights.values() for f in _wrong_mask(reader, weight)]
     if faults:
         more = f"; and {len(faults) - _NAMED_FAULTS} more" if len(faults) > _NAMED_FAULTS else ""
-        raise DamagedCheckpoint(f"checkpoint {reader.path} is not what its recipe says: "
-                                f"{'; '.join(faults[:_NAMED_FAULTS])}{more}. Use another checkpoint")
+        raise DamagedCheckpoint(
+            f"checkpoint {reader.path} is not what its recipe says: "
+            f"{'; '.join(faults[:_NAMED_FAULTS])}{more}. Use another checkpoint"
+        )
     return (f"{len(reader.weights)} weights and their optimizer state are there, "
             f"{len(reader.plan.weights)} masks are as planned")
 
@@ -142,15 +144,16 @@ def render(facts: dict[str, Any]) -> str:
     lines = {
         "checkpoint": facts["checkpoint"],
         "model": f"{m['layers']} layers x {m['hidden']} hidden, {m['heads']} heads in "
-                 f"{m['query_groups']} query groups, feed-forward {m['ffn_hidden']}, vocabulary "
-                 f"{m['vocab_size']:,} (padded to {m['padded_vocab']:,}), {m['max_positions']:,} "
-                 "positions",
+        f"{m['query_groups']} query groups, feed-forward {m['ffn_hidden']}, vocabulary "
+        f"{m['vocab_size']:,} (padded to {m['padded_vocab']:,}), {m['max_positions']:,} "
+        "positions",
         "parameters": f"{m['parameters']:,}, of which {m['active_parameters']:,} active",
         "layout": f"tensor {p['tensor']}{' + sequence' if p['sequence'] else ''} x pipeline "
-                  f"{p['pipeline']}{' (interleave {})'.format(p['interleave']) if p['interleave'] > 1 else ''} x data {p['data']}, "
-                  f"ZeRO-{p['zero_stage']}, {facts['precision']}",
+        f"{p['pipeline']}"
+        f"{' (interleave {})'.format(p['interleave']) if p['interleave'] > 1 else ''} x "
+        f"data {p['data']}, ZeRO-{p['zero_stage']}, {facts['precision']}",
         "progress": f"step {state['step']:,}, {state['tokens']:,} tokens, "
-                    f"{state['optimizer_steps']:,} optimizer steps, {state['skipped']:,} skipped",
+        f"{state['optimizer_steps']:,} optimizer steps, {state['skipped']:,} skipped",
         "tokenizer": f"{facts['tokenizer']['kind']}, sha256 {facts['tokenizer']['sha256'][:16]}",
         "written by": versions,
         "saved": facts["saved"],

@@ -104,10 +104,14 @@ class Saving(threading.Thread):
             dcp.save(self._state, storage_writer=writer, planner=planner, process_group=self.group)
         except CheckpointException as error:  # on all ranks alike
             hosts = self._on_all(socket.gethostname)
-            said = [f"rank {r} on {hosts[r]}: {failure[0]}" for r,
-                    failure in sorted(error.failures.items())]
+            said = [
+                f"rank {r} on {hosts[r]}: {failure[0]}"
+                for r, failure in sorted(error.failures.items())
+            ]
             free = shutil.disk_usage(self.partial.parent).free
-            raise SaveFailed(f"{'; '.join(said)} ({free:,} bytes are free at {self.partial.parent})") from None
+            raise SaveFailed(
+                f"{'; '.join(said)} ({free:,} bytes are free at {self.partial.parent})"
+            ) from None
 
     def _complete_format(self) -> None:
         """What Megatron-Core's loader asks for beside the tensors, and what is ours."""

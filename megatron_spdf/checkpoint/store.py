@@ -1,7 +1,7 @@
 """The checkpoint directory on disk: complete by one rename, checked by size and checksum, never
 half-trusted.
 
-    checkpoints/step_00000500/            weights, masks, optimizer: Megatron-Core's distributed format
+    checkpoints/step_00000500/         weights, masks, optimizer: Megatron-Core's distributed format
     checkpoints/step_00000500/run.json    where the run stood, and what it was
     checkpoints/step_00000500/files.json  every file with its bytes and SHA-256, written last
     checkpoints/step_00001000.partial/    a save that did not finish; discarded at the next start

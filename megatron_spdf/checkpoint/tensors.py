@@ -71,9 +71,11 @@ class TensorFiles:
                 load({name: values}, storage_reader=self._storage, planner=planner, no_dist=True)
         except CheckpointException as error:
             cause = next(iter(error.failures.values()))[0]
-            raise DamagedCheckpoint(f"checkpoint {self.path}: {name}, in "
-                                    f"{' and '.join(self._files_of(name))}, cannot be read "
-                                    f"({type(cause).__name__}: {cause}); use another checkpoint") from None
+            raise DamagedCheckpoint(
+                f"checkpoint {self.path}: {name}, in "
+                f"{' and '.join(self._files_of(name))}, cannot be read "
+                f"({type(cause).__name__}: {cause}); use another checkpoint"
+            ) from None
         if planner.found != values.numel():
             raise DamagedCheckpoint(f"checkpoint {self.path} holds {planner.found} of "
                                     f"{values.numel()} numbers of {name}; use another checkpoint")

@@ -2,9 +2,9 @@
 weights alone.
 
     DIR/latest                                                     the tag of the newest checkpoint
-    DIR/TAG/mp_rank_00_model_states.pt                             weights, names and shapes; of every mp rank
-    DIR/TAG/zero_pp_rank_0_mp_rank_00_model_states.pt              the same under ZeRO-3, of every dp rank too
-    DIR/TAG/[bf16_]zero_pp_rank_0_mp_rank_00_optim_states.pt       flat fp32 partitions, of every dp and mp rank
+    DIR/TAG/mp_rank_00_model_states.pt                   weights, names and shapes; of every mp rank
+    DIR/TAG/zero_pp_rank_0_mp_rank_00_model_states.pt    the same under ZeRO-3, of every dp rank too
+    DIR/TAG/[bf16_]zero_pp_rank_0_mp_rank_00_optim_states.pt  flat fp32 partitions of all ranks
 
 DeepSpeed's format as of 0.19.8. Where its optimizer was sharded the flat fp32 partitions are the
 weights; the layout of each is in `param_shapes`. mp is the tensor-parallel rank, dp (in its names:
@@ -155,7 +155,11 @@ class _Rank:
         if not self._groups:
             return self._module[name].detach()
         numel, shape = math.prod(self.shapes[name]), self.shapes[name]
-        pieces = self._zero3_pieces(name) if "fp32_flat_groups" in self._partitions[0] else self._zero1_pieces(name)
+        pieces = (
+            self._zero3_pieces(name)
+            if "fp32_flat_groups" in self._partitions[0]
+            else self._zero1_pieces(name)
+        )
         return torch.cat([piece.detach() for piece in pieces])[:numel].view(shape)
 
     def _zero1_pieces(self, name: str) -> Iterator[Tensor]:

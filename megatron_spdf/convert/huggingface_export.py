@@ -147,7 +147,7 @@ def _save_tokenizer(source: WeightSource, directory: Path) -> None:
 
 
 def _compare_ids(tokenizer: Tokenizer, directory: Path) -> None:
-    """Refuses a SentencePiece model (unigram, normalising, ...) that `transformers` does not run as
+    """Refuses a SentencePiece model (unigram, normalizing, ...) that `transformers` does not run as
     we do."""
     from transformers import AutoTokenizer, LlamaTokenizer
 
@@ -240,9 +240,15 @@ tokenizer = AutoTokenizer.from_pretrained("this directory")
 def _history(source: CheckpointReader) -> list[str]:
     run, plan = source.run, source.plan
     how = source.masks["how"]
-    sparsity = f"{plan.sparsity:.2%} of the {plan.numel:,} weights in {len(plan.weights)} matrices of the blocks are " \
-               f"exactly zero (static masks, {how}), so {plan.active:,} of them are active. The weights are stored " \
-               "dense, zeros included" if plan.weights else "none, the model is dense"
+    sparsity = (
+        f"{plan.sparsity:.2%} of the {plan.numel:,} weights in {len(plan.weights)} matrices of "
+        "the blocks are "
+        f"exactly zero (static masks, {how}), so {plan.active:,} of them are active. The weights "
+        "are stored "
+        "dense, zeros included"
+        if plan.weights
+        else "none, the model is dense"
+    )
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
     return [
         f"- Sparsity: {sparsity}.",

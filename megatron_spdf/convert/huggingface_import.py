@@ -124,7 +124,9 @@ class HuggingFaceReader:
         try:
             return opened.get_tensor(name) if file.suffix == ".safetensors" else opened[name]
         except (SafetensorError, KeyError, OSError) as error:
-            raise ValueError(f"{file}: {name} cannot be read ({error}); copy the file again") from None
+            raise ValueError(
+                f"{file}: {name} cannot be read ({error}); copy the file again"
+            ) from None
 
     def _opened(self, file: Path) -> Any:
         """The file, opened once; its tensors come from the disk when they are asked for."""

@@ -4,10 +4,10 @@ Names and layout are those of Megatron-LM core_v0.16.1 (megatron-core 0.16.1), w
 `GPTModel.sharded_state_dict` gives them alike for the local and the Transformer Engine layer
 specification:
 
-    OUT/latest_checkpointed_iteration.txt              "release", Megatron-LM's word for weights without a run
-    OUT/release/.metadata, metadata.json, *.distcp     tensors by name, the layers along their first axis
-    OUT/release/common.pt                              checkpoint_version 3.0 (rows of linear_qkv by query group)
-    OUT/arguments.txt                                  Megatron-LM's arguments for this model
+    OUT/latest_checkpointed_iteration.txt   "release": Megatron-LM's word for weights without a run
+    OUT/release/.metadata, metadata.json, *.distcp   tensors by name, layers along their first axis
+    OUT/release/common.pt                   checkpoint_version 3.0 (linear_qkv by query group)
+    OUT/arguments.txt                       Megatron-LM's arguments for this model
 
 A norm is saved as part of the layer it feeds, e.g.
 decoder.layers.self_attention.linear_qkv.layer_norm_weight.
@@ -67,7 +67,9 @@ class MegatronReader(TensorFiles):
         super().__init__(find_checkpoint(path))
         self.model = model
         self.weights: dict[str, Weight] = {w.name: w for w in model_weights(model)}
-        self._stacked = _stacked(stored_name("decoder.layers.0.mlp.linear_fc1.weight"))[0] in self.shapes
+        self._stacked = (
+            _stacked(stored_name("decoder.layers.0.mlp.linear_fc1.weight"))[0] in self.shapes
+        )
         self._check()
 
     @property
@@ -121,7 +123,9 @@ class MegatronReader(TensorFiles):
 
     def _fits(self, name: str, shape: tuple[int, ...]) -> bool:
         there = self.shapes[name]
-        return there == shape or name == EMBEDDING and there[0] > shape[0] and there[1:] == shape[1:]
+        return (
+            there == shape or name == EMBEDDING and there[0] > shape[0] and there[1:] == shape[1:]
+        )
 
     def _is_tied(self) -> bool:
         rows = (self.model.vocab_size, self.model.hidden)

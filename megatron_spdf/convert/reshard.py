@@ -76,8 +76,12 @@ def check_layout(recipe: Recipe) -> None:
     broken = list(rule_violations(recipe))
     if broken:
         near = _nearest(recipe)
-        remedy = "" if near is None else "; the nearest layout that the model allows is " + " ".join(
-            f"parallel.{key}={str(value).lower()}" for key, value in near.items())
+        remedy = (
+            ""
+            if near is None
+            else "; the nearest layout that the model allows is "
+            + " ".join(f"parallel.{key}={str(value).lower()}" for key, value in near.items())
+        )
         raise ValueError("; ".join(broken) + remedy)
 
 
@@ -95,6 +99,8 @@ def _nearest(recipe: Recipe) -> dict[str, int | bool] | None:
         distance = sum(abs(math.log(a / b)) for a, b in zip(degrees, wanted, strict=True))
         if best is not None and distance >= best[0]:
             continue
-        if not list(rule_violations(recipe.model_copy(update={"parallel": p.model_copy(update=layout)}))):
+        if not list(
+            rule_violations(recipe.model_copy(update={"parallel": p.model_copy(update=layout)}))
+        ):
             best = distance, layout
     return best and best[1]

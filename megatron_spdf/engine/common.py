@@ -67,7 +67,10 @@ def seed_dropout(recipe: Recipe, number: int) -> None:
     """Dropout of a step depends on (seed, step, data and pipeline rank), so nothing needs saving
     for it."""
     if recipe.model.dropout > 0.0:
-        place = ps.get_data_parallel_rank() * recipe.parallel.pipeline + ps.get_pipeline_model_parallel_rank()
+        place = (
+            ps.get_data_parallel_rank() * recipe.parallel.pipeline
+            + ps.get_pipeline_model_parallel_rank()
+        )
         seed = int(stream_key("dropout", recipe.seed, number, place)[0] % 2**31)
         torch.manual_seed(seed)
         tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
@@ -131,7 +134,9 @@ def implementation_summary(recipe: Recipe, model: nn.Module, adam: type,
         names["attention"] += f" on {attention.describe(masked=recipe.data.reset_attention)}"
     if issubclass(adam, AdamW):
         names["Adam"] += " fused"
-    where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU (gloo, stand-in for CUDA)"
+    where = (
+        torch.cuda.get_device_name() if device.type == "cuda" else "CPU (gloo, stand-in for CUDA)"
+    )
     pointwise = "compiled" if model.config.bias_activation_fusion else "one by one"
     return (f"device {where}; {', '.join(names.values())}; bias, GELU and dropout {pointwise}; "
             f"expand/compress {dispatch.describe(device.type)}{_describe_patterns(model, device)}")

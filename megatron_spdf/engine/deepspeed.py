@@ -124,7 +124,8 @@ class DeepSpeedEngine:
     def choices(self) -> str:
         """Which implementation computes what."""
         wrapper = type(self.zero.optimizer).__name__
-        return f"{common.implementation_summary(self.recipe, self.model, AdamW, self.device)}; DeepSpeed {wrapper}"
+        return (f"{common.implementation_summary(self.recipe, self.model, AdamW, self.device)}; "
+                f"DeepSpeed {wrapper}")
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of parameters and optimizer state on this rank as they are held; of gradients,

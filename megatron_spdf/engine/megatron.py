@@ -152,7 +152,10 @@ class MegatronEngine:
         """Weights, mask bits and optimizer state as Megatron-Core's sharded tensors; to save,
         copies on the CPU."""
         self._gather_parameters()
-        metadata, group = common.model_metadata(), ps.get_data_parallel_group(with_context_parallel=True)
+        metadata, group = (
+            common.model_metadata(),
+            ps.get_data_parallel_group(with_context_parallel=True),
+        )
         model = {f"chunk{i}": common.tensors_only(m.sharded_state_dict(metadata=metadata))
                  for i, m in enumerate(self.models)}
         share_replicas(model, group.rank(), group.size())

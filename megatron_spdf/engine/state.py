@@ -135,7 +135,9 @@ def _whole(inner: MegatronOptimizer, models: list[nn.Module], mine: set[nn.Param
                 gathered = _gather_bucket(inner, bucket, name)
                 for parameter in mine & bucket.params:
                     start, end = (i - bucket.offset for i in buffer.param_index_map[parameter][:2])
-                    whole[parameter][name] = gathered[start:end].view(parameter.shape).to("cpu", copy=True)
+                    whole[parameter][name] = (
+                        gathered[start:end].view(parameter.shape).to("cpu", copy=True)
+                    )
     return whole
 
 

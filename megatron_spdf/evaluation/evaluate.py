@@ -66,7 +66,9 @@ def _scores(task: str, examples: Sequence[Example], shares: list[tuple[Likelihoo
     nats, tokens = (sum(getattr(measured, name) for measured, _ in shares)
                     for name in ("nats", "tokens"))
     scores.values[ALL]["perplexity"] = math.exp(nats / tokens)
-    scores.signatures["perplexity"] = f"of the references' {tokens:,} tokens after context and end of document, in fp32"
+    scores.signatures["perplexity"] = (
+        f"of the references' {tokens:,} tokens after context and end of document, in fp32"
+    )
     seconds = max(decoded.seconds for _, decoded in shares)
     generated = sum(decoded.tokens for _, decoded in shares)
     facts = {**asdict(settings), "inputs": len(examples), "ranks": len(shares),

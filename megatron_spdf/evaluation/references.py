@@ -14,7 +14,7 @@ from megatron_spdf.evaluation.normalize_text import (
     webnlg_reference,
 )
 
-TOKENISED = ("webnlg", "dart")  # tasks whose official scripts compare tokenised, lower-cased texts
+TOKENIZED = ("webnlg", "dart")  # tasks whose official scripts compare tokenized, lower-cased texts
 _DATA = (".csv", ".json", ".jsonl", ".xml")
 
 
@@ -25,12 +25,12 @@ class References:
     Attributes:
         texts: of every input its references, one or more.
         groups: of every input the part of the test set it belongs to, or "".
-        tokenised: the texts are in the form of the official reference files, not as in the data.
+        tokenized: the texts are in the form of the official reference files, not as in the data.
     """
 
     texts: tuple[tuple[str, ...], ...]
     groups: tuple[str, ...]
-    tokenised: bool = False
+    tokenized: bool = False
 
 
 def references_of(examples: Sequence[Example]) -> References:
@@ -69,7 +69,7 @@ def read_references(task: str, paths: Sequence[Path], split: str = "test") -> Re
         found = references_of(load_examples(task, paths[0], split))
     else:
         texts = _parallel(paths) if len(paths) > 1 else _one_or_many(paths[0])
-        found = References(texts, ("",) * len(texts), tokenised=task in TOKENISED)
+        found = References(texts, ("",) * len(texts), tokenized=task in TOKENIZED)
     for number, texts in enumerate(found.texts, start=1):
         if not texts:
             raise ValueError(f"{paths[0]}: input {number} has no reference; scoring needs at least "
@@ -104,15 +104,15 @@ def in_official_form(task: str, predictions: Sequence[str],
                      references: References) -> tuple[list[str], References]:
     """Both as the official scripts of WebNLG and DART compare them.
 
-    Predictions against data are tokenised as the references are. Against reference files those of
-    DART are taken as they are; those of WebNLG are tokenised, as its script does, if the files are
+    Predictions against data are tokenized as the references are. Against reference files those of
+    DART are taken as they are; those of WebNLG are tokenized, as its script does, if the files are
     in ASCII, as its script writes them.
     """
     output, reference = (webnlg_output,
                          webnlg_reference) if task == "webnlg" else (dart_text, dart_text)
-    if not references.tokenised:
+    if not references.tokenized:
         texts = tuple(tuple(map(reference, texts[:REFERENCES])) for texts in references.texts)
-        return list(map(output, predictions)), References(texts, references.groups, tokenised=True)
+        return list(map(output, predictions)), References(texts, references.groups, tokenized=True)
     if task == "webnlg" and all(text.isascii() for texts in references.texts for text in texts):
         return list(map(output, predictions)), references
     return list(predictions), references
@@ -122,16 +122,16 @@ def write_official(task: str, predictions: Sequence[str], references: References
                    directory: Path) -> None:
     """predictions.txt, one per line, and references as the official scripts read them.
 
-    WebNLG and DART: reference0, reference1, ... and predictions.tokenised.txt in the form of their
+    WebNLG and DART: reference0, reference1, ... and predictions.tokenized.txt in the form of their
     scripts. Others: references.txt, a blank line after the references of each input.
     """
     _write_lines(directory / "predictions.txt", predictions)
-    if task not in TOKENISED:
+    if task not in TOKENIZED:
         blocks = ("\n".join(map(_one_line, texts)) + "\n" for texts in references.texts)
         _write_lines(directory / "references.txt", blocks, joined=True)
         return
     outputs, official = in_official_form(task, predictions, references)
-    _write_lines(directory / "predictions.tokenised.txt", outputs)
+    _write_lines(directory / "predictions.tokenized.txt", outputs)
     for i in range(max(map(len, official.texts))):
         _write_lines(directory / f"reference{i}",
                      [texts[i] if i < len(texts) else "" for texts in official.texts])

@@ -28,7 +28,9 @@ def distances(before: WeightSource, after: WeightSource) -> list[dict[str, float
               for key in _SHAPE
               if getattr(before.model, key) != getattr(after.model, key)]
     if differ:
-        raise ValueError(f"{before.path} and {after.path} are different models: {'; '.join(differ)}")
+        raise ValueError(
+            f"{before.path} and {after.path} are different models: {'; '.join(differ)}"
+        )
     return [{name: cosine_distance(a, b) for (name, a), (_, b) in zip(
         matrices(before, layer), matrices(after, layer), strict=True)}
             for layer in range(before.model.layers)]

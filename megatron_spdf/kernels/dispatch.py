@@ -45,7 +45,10 @@ def implementation(device: str) -> tuple[ModuleType, str]:
         _self_test(triton_compact, torch.device(device))
         return triton_compact, triton_compact.NAME
     except Exception as error:  # whatever a compiler, a driver or a GPU it does not know may raise
-        return torch_reference, f"torch, since triton does not work here ({type(error).__name__}: {first_line(error)})"
+        return (
+            torch_reference,
+            f"torch, since triton does not work here ({type(error).__name__}: {first_line(error)})",
+        )
 
 
 @cache
@@ -69,7 +72,11 @@ def tile_products(device: str, size: int, dtype: torch.dtype) -> tuple[ModuleTyp
         _self_test_tiles(triton_tiles, chosen, torch.device(device), size, dtype)
         return triton_tiles, name
     except Exception as error:  # whatever a compiler, a driver or a GPU it does not know may raise
-        return None, f"{DENSE}, since triton's products do not work here ({type(error).__name__}: {first_line(error)})"
+        return (
+            None,
+            f"{DENSE}, since triton's products do not work here ({type(error).__name__}: "
+            f"{first_line(error)})",
+        )
 
 
 @cache
@@ -89,9 +96,12 @@ def two_four_products(device: str, dtype: torch.dtype) -> tuple[two_four.Library
         try:
             two_four.try_out(library, torch.device(device), dtype)
             return library, library.NAME
-        except Exception as error:  # whatever a library, a driver or a GPU it does not know may raise
-            said.append(f"{library.NAME} does not work here ({type(error).__name__}: "
-                        f"{first_line(error)})")
+        except (
+            Exception
+        ) as error:  # whatever a library, a driver or a GPU it does not know may raise
+            said.append(
+                f"{library.NAME} does not work here ({type(error).__name__}: {first_line(error)})"
+            )
     return None, f"{DENSE}, since {' and '.join(said)}"
 
 
@@ -176,8 +186,13 @@ def _self_test_tiles(module: ModuleType, moves: ModuleType, device: torch.device
         moves: what expands and compresses on the device.
     """
     shape = 2 * size, 2 * size
-    active = torch.eye(2, dtype=torch.uint8).fliplr().repeat_interleave(size,
-                                                                        0).repeat_interleave(size // 8, 1) * 255
+    active = (
+        torch.eye(2, dtype=torch.uint8)
+        .fliplr()
+        .repeat_interleave(size, 0)
+        .repeat_interleave(size // 8, 1)
+        * 255
+    )
     bits = active.view(1, -1).to(device)
     mask = Mask(bits, moves.make_index(bits, shape, 0), shape, shape, 0, 2 * size * size,
                 find_tiles(bits, shape, 0, size))

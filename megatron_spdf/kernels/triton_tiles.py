@@ -155,8 +155,11 @@ def _weight_gradient(gradient, x, out, columns, tokens, stride_gradient, stride_
         total = tl.dot(a, b, total, input_precision="ieee")
         gradient += DEPTH * stride_gradient
         x += DEPTH * stride_x
-    tile = _tile(out, row, slot, active, PER_ROW, SIZE) + outer[:,
-                                                                None] * (PER_ROW * SIZE) + side[None, :]
+    tile = (
+        _tile(out, row, slot, active, PER_ROW, SIZE)
+        + outer[:, None] * (PER_ROW * SIZE)
+        + side[None, :]
+    )
     if ADDS:
         total += tl.load(tile)
     tl.store(tile, total.to(out.dtype.element_ty))

@@ -188,7 +188,9 @@ def sparsify(
 
 def compact_of(module: nn.Module) -> CompactWeight | None:
     """The module's compact weight, None for a dense module."""
-    return module.parametrizations.weight[0] if parametrize.is_parametrized(module, "weight") else None
+    return (
+        module.parametrizations.weight[0] if parametrize.is_parametrized(module, "weight") else None
+    )
 
 
 def sparse_modules(model: nn.Module) -> Iterator[nn.Module]:

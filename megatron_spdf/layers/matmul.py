@@ -143,7 +143,13 @@ class _Multiply(torch.autograd.Function):
         gathers: bool
     ) -> Tensor:
         ctx.save_for_backward(x, values)
-        ctx.product, ctx.mask, ctx.group, ctx.sums, ctx.gathers = product, mask, group, sums, gathers
+        ctx.product, ctx.mask, ctx.group, ctx.sums, ctx.gathers = (
+            product,
+            mask,
+            group,
+            sums,
+            gathers,
+        )
         whole = _gathered(x, group)[0] if gathers else x
         return product.forward(_tokens(whole), values, mask).view(*whole.shape[:-1], -1)
 

@@ -41,7 +41,9 @@ def measure_sparsity(
         with gathered(values):
             if data_parallel_rank == 0:
                 # Not module.weight: under ZeRO-3 that would count as a forward pass.
-                non_zero[names.index(compact.planned.name)] = torch.count_nonzero(compact.forward(values))
+                non_zero[names.index(compact.planned.name)] = torch.count_nonzero(
+                    compact.forward(values)
+                )
     dist.all_reduce(non_zero)
     return {n: 1.0 - count / plan.weights[n].numel for n,
             count in zip(names, non_zero.tolist(), strict=True)}

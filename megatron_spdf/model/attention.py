@@ -47,7 +47,9 @@ class SdpaCoreAttention(MegatronModule):
         """
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # (B, nh, T, hs)
         dropout = self.dropout if self.training else 0.0
-        other_heads_other_masks = tensor_parallel.get_cuda_rng_tracker().fork() if dropout > 0.0 else nullcontext()
+        other_heads_other_masks = (
+            tensor_parallel.get_cuda_rng_tracker().fork() if dropout > 0.0 else nullcontext()
+        )
         with other_heads_other_masks, on_kernels(q, k, attention_mask is not None, self.dropout):
             out = attend(q, k, v, attention_mask, dropout, self.scale)
         return out.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)

@@ -135,7 +135,9 @@ def _build_chunk(
 ) -> Gpt:
     layer = get_gpt_layer_local_spec()
     norm = norm_class(recipe.kernels.norm)
-    layer.submodules.self_attention.submodules.core_attention = core_attention(recipe.kernels.attention)
+    layer.submodules.self_attention.submodules.core_attention = core_attention(
+        recipe.kernels.attention
+    )
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm
     block = TransformerBlockSubmodules(
         layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=stage), layer_norm=norm)
@@ -157,8 +159,9 @@ def _build_chunk(
     if rules.embedding_output != 1.0 and model.pre_process:
         model.embedding.register_forward_hook(lambda _, __, output: output * rules.embedding_output)
     if rules.head_input != 1.0 and model.post_process:
-        model.output_layer.register_forward_pre_hook(lambda _,
-                                                     inputs: (inputs[0] * rules.head_input, *inputs[1:]))
+        model.output_layer.register_forward_pre_hook(
+            lambda _, inputs: (inputs[0] * rules.head_input, *inputs[1:])
+        )
     if model.post_process:
         model.output_layer.register_forward_hook(partial(_hide_padding, recipe.model.vocab_size))
     return model
@@ -179,14 +182,16 @@ def _hide_padding(vocab_size: int, layer: nn.Module, _,
 
 
 def _fill(model: GPTModel, rules: Parametrization, source: InitialWeights) -> None:
-    """Sparsifies and initialises module by module, so that one weight at a time is dense in
+    """Sparsifies and initializes module by module, so that one weight at a time is dense in
     float32."""
     rank, world = ps.get_tensor_model_parallel_rank(), ps.get_tensor_model_parallel_world_size()
     weights, plan = {w.name: rules.initial(w)
                      for w in model_weights(rules.recipe.model)}, rules.plan
     # ZeRO-3 gathers a parameter for the expansion alone, and frees it before a product could use
     # it.
-    dense_copy = "always" if rules.recipe.parallel.zero_stage == 3 else rules.recipe.sparsity.dense_copy
+    dense_copy = (
+        "always" if rules.recipe.parallel.zero_stage == 3 else rules.recipe.sparsity.dense_copy
+    )
     for name, module in canonical_modules(model):
         if f"{name}.weight" in plan.weights:
             sparsify(module, plan.weights[f"{name}.weight"], plan.seed, rank, world, dense_copy)

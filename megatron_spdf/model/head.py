@@ -89,7 +89,11 @@ class _Softmax:
     """
 
     def __init__(self, rows: int, vocab_size: int, smoothing: float):
-        self.group, self.vocab_size, self.smoothing = ps.get_tensor_model_parallel_group(), vocab_size, smoothing
+        self.group, self.vocab_size, self.smoothing = (
+            ps.get_tensor_model_parallel_group(),
+            vocab_size,
+            smoothing,
+        )
         self.first = self.group.rank() * rows
         self.end = self.first + rows
         self.real = min(max(vocab_size - self.first, 0), rows)

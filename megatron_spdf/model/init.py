@@ -122,7 +122,7 @@ def initialize(
     """Fills and marks the direct parameters of one module, `name` being its canonical name; on the
     meta device there is nothing to fill.
 
-    Megatron-Core marks parameters as tensor-parallel while it initialises them, which we do in its
+    Megatron-Core marks parameters as tensor-parallel while it initializes them, which we do in its
     stead; without the mark a shard counts as a copy and is left out of the gradient norm on all
     ranks but the first.
     """

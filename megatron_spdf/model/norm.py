@@ -22,7 +22,9 @@ class Norm(torch.nn.LayerNorm):
 def have_apex() -> bool:
     """Whether NVIDIA Apex is importable; the PyPI package called `apex` has no `normalization`."""
     try:
-        return torch.cuda.is_available() and importlib.util.find_spec("apex.normalization") is not None
+        return (
+            torch.cuda.is_available() and importlib.util.find_spec("apex.normalization") is not None
+        )
     except ImportError:
         return False
 

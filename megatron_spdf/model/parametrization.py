@@ -1,4 +1,4 @@
-"""Initialisation, learning rates and multipliers that keep activations and updates at one size,
+"""Initialization, learning rates and multipliers that keep activations and updates at one size,
 whatever the width and the density: SµPar (Dey et al. 2024, arXiv 2405.15743, table 1), which is µP
 (Yang et al. 2021) where all is dense.
 
@@ -53,8 +53,11 @@ class Parametrization:
 
     def initial(self, weight: Weight) -> Weight:
         """The weight with the spread of its initial values."""
-        return weight if weight.std is None else replace(weight,
-                                                         std=weight.std / math.sqrt(self._growth(weight)))
+        return (
+            weight
+            if weight.std is None
+            else replace(weight, std=weight.std / math.sqrt(self._growth(weight)))
+        )
 
     def learning_rate(self, weight: Weight) -> float:
         """Over the recipe's."""

@@ -41,7 +41,8 @@ class Heads:
     def __str__(self) -> str:
         groups = f" in {self.groups} groups" if self.groups != self.queries else ""
         mask = " and a mask" if self.masked else ""
-        return f"{self.queries} heads of {self.width}{groups} in {str(self.dtype).removeprefix('torch.')}{mask}"
+        return (f"{self.queries} heads of {self.width}{groups} in "
+                f"{str(self.dtype).removeprefix('torch.')}{mask}")
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0,
@@ -90,7 +91,8 @@ def choose_kernels(heads: Heads,
 def describe_kernels(kernels: Sequence[SDPBackend], heads: Heads) -> str:
     """For the log."""
     if SDPBackend.MATH in kernels:
-        return f"PyTorch's operations one by one, slow and with T x T scores: no fused kernel here takes {heads}"
+        return ("PyTorch's operations one by one, slow and with T x T scores: no fused kernel "
+                f"here takes {heads}")
     return " or ".join(kernel.name.removesuffix("_ATTENTION").lower() for kernel in kernels)
 
 

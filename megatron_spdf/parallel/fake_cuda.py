@@ -54,7 +54,9 @@ def install(device: torch.device = CPU) -> bool:
     if torch.cuda.is_available():
         return False
     if _mode is None:
-        assert "megatron.core" not in sys.modules, "install the stand-in before importing megatron.core"
+        assert "megatron.core" not in sys.modules, (
+            "install the stand-in before importing megatron.core"
+        )
         _mode = FakeCuda(device)
         _mode.__enter__()
         _stand_in(device)

@@ -55,15 +55,21 @@ def _meet(ranks: Ranks, seconds: float) -> dist.Store:
     try:
         store = dist.TCPStore(head, port, is_master=keeps, wait_for_workers=False,
                               timeout=timedelta(seconds=seconds))
-    except RuntimeError as error:  # of torch.distributed, a class of which is for each cause in some versions only
+    except (
+        RuntimeError
+    ) as error:  # of torch.distributed, a class of which is for each cause in some versions only
         reason = str(error).splitlines()[0]
         if keeps:
-            raise ValueError(f"port {port} cannot be opened on {socket.gethostname()}, the head "
-                             f"node ({reason}); export MASTER_PORT=<a free port>") from None
-        raise startup_check.Unhealthy(f"rank {ranks.rank} on {socket.gethostname()} cannot reach "
-                                      f"rank 0 at {head}:{port} "
-                               f"within fault_tolerance.join_seconds={seconds:g} ({reason}); look "
-                               "at the head node, its firewall and the network") from None
+            raise ValueError(
+                f"port {port} cannot be opened on {socket.gethostname()}, the head "
+                f"node ({reason}); export MASTER_PORT=<a free port>"
+            ) from None
+        raise startup_check.Unhealthy(
+            f"rank {ranks.rank} on {socket.gethostname()} cannot reach "
+            f"rank 0 at {head}:{port} "
+            f"within fault_tolerance.join_seconds={seconds:g} ({reason}); look "
+            "at the head node, its firewall and the network"
+        ) from None
     return dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 

@@ -59,7 +59,15 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        return self.compute + self.memory + self.tensor + self.pipeline + self.bubble + self.data + self.update
+        return (
+            self.compute
+            + self.memory
+            + self.tensor
+            + self.pipeline
+            + self.bubble
+            + self.data
+            + self.update
+        )
 
 
 def step_time(recipe: Recipe, plan: Plan, gpu: Gpu, efficiency: float = EFFICIENCY) -> StepTime:
@@ -114,7 +122,11 @@ def _executed(recipe: Recipe, plan: Plan, stage: int) -> tuple[float, float]:
     share = tokens / recipe.parallel.tensor
     linear, attention = (share * part * _layers(recipe) / m.layers
                          for part in (whole.linear, whole.attention))
-    logits = share * whole.logits * padded_vocab(m) / m.vocab_size if stage == recipe.parallel.pipeline - 1 else 0.0
+    logits = (
+        share * whole.logits * padded_vocab(m) / m.vocab_size
+        if stage == recipe.parallel.pipeline - 1
+        else 0.0
+    )
     again = linear * (t.recompute == "full") + attention * (t.recompute != "none")
     return linear + attention + logits, 2.0 * (linear + logits) + FLASH_BACKWARD * attention + again
 

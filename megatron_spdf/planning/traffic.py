@@ -44,7 +44,9 @@ def step_traffic(recipe: Recipe, plan: Plan, stage: int, on_gpu: bool = True) ->
         sends = 2 * p.interleave - first - last
         sent["pipeline", "send"] += recipe.micro_batches * sends * size.hidden
         if first or last:
-            sent["embedding", "all-reduce"] += 4 * padded_vocab(recipe.model) // p.tensor * recipe.model.hidden
+            sent["embedding", "all-reduce"] += (
+                4 * padded_vocab(recipe.model) // p.tensor * recipe.model.hidden
+            )
     if p.data > 1 and recipe.engine == "deepspeed":
         sent += _deepspeed(recipe, plan, stage, size)
     elif p.data > 1:

@@ -83,14 +83,17 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
             yield (f"{recipe.deepspeed} has {key}={_json(value)}, but the recipe's {_FIELDS[key]} "
                    f"makes it {_json(ours[key])}; change one of them, or write {_json(AUTO)} there")
         if key not in ours and value == AUTO:
-            yield f"{recipe.deepspeed} has {key}={_json(AUTO)}, which the recipe says nothing about; give a value"
+            yield (f"{recipe.deepspeed} has {key}={_json(AUTO)}, which the recipe says nothing "
+                   "about; give a value")
     for key in there.keys() - _SECTIONS:
         if meant := difflib.get_close_matches(key, _SECTIONS, 1, 0.8):
             yield (f"{recipe.deepspeed} has {key}, of which DeepSpeed knows nothing and would say "
                    f"nothing; write {meant[0]} if that is meant")
     if "scheduler" in there:
-        yield (f"{recipe.deepspeed} has a scheduler, {_json(there['scheduler'])}, but the recipe's "
-               "optimizer.decay, warm-up and min_lr_ratio decide the learning rate; remove it there")
+        yield (
+            f"{recipe.deepspeed} has a scheduler, {_json(there['scheduler'])}, but the recipe's "
+            "optimizer.decay, warm-up and min_lr_ratio decide the learning rate; remove it there"
+        )
     offloaded = leaves.get("zero_optimization.offload_param.device", "none")
     if offloaded != "none" and recipe.parallel.zero_stage != 3:
         yield (f"{recipe.deepspeed} has zero_optimization.offload_param.device={_json(offloaded)}, "

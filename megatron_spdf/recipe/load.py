@@ -107,8 +107,11 @@ def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     for key, value in change.items():
         if key == "sparsity":
             before, after = normalize_sparsity(merged.get(key, {})), normalize_sparsity(value)
-            merged[key] = _merge(before, after) if isinstance(before,
-                                                              dict) and isinstance(after, dict) else after
+            merged[key] = (
+                _merge(before, after)
+                if isinstance(before, dict) and isinstance(after, dict)
+                else after
+            )
         elif isinstance(value, dict) and isinstance(merged.get(key), dict):
             merged[key] = _merge(merged[key], value)
         else:
@@ -159,7 +162,11 @@ def _sentence(error: dict[str, Any], kind: type[BaseModel]) -> str:
     if error["type"] == "extra_forbidden":
         known = _known_keys(place[:-1], kind)
         near = difflib.get_close_matches(str(place[-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean {'.'.join([*map(str, place[:-1]), near[0]])}?" if near else f"known: {', '.join(known)}"
+        hint = (
+            f"did you mean {'.'.join([*map(str, place[:-1]), near[0]])}?"
+            if near
+            else f"known: {', '.join(known)}"
+        )
         return f"unknown key {name} (value {error['input']!r}); {hint}"
     if error["type"] == "missing":
         way = "" if any(isinstance(p, int) for p in place) else f" or as {name}=VALUE"

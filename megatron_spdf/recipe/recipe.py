@@ -26,7 +26,8 @@ class BlendSource(Section):
     weight: float | None = Field(None, gt=0.0,
                                  description="share of the samples, relative to the other weights")
     epochs: Annotated[float, Field(gt=0.0)] | Literal["pile"] | None = Field(
-        None, description="passes relative to the others'; pile: those that the Pile gives its sets")
+        None, description="passes relative to the others'; pile: those that the Pile gives its sets"
+    )
 
 
 class Data(Section):
@@ -42,8 +43,9 @@ class Data(Section):
         "refuse", description="when a run goes on with another blend; continue: each source goes "
                               "on where it was")
     valid: Paths = Field([], description="prefixes of the validation data; none: no evaluation")
-    tokenizer: str | None = Field(None,
-                                  description="directory or file; default: the copy beside the data")
+    tokenizer: str | None = Field(
+        None, description="directory or file; default: the copy beside the data"
+    )
     workers: int = Field(2, ge=0,
                          description="loader processes per rank; 0 loads in the training process")
     index_cache: str | None = Field(None,
@@ -282,7 +284,9 @@ class Recipe(Section):
                 for share in accumulate(stage.share for stage in self.stages)]
 
     def with_micro_batch(self, size: int) -> Recipe:
-        return self.model_copy(update={"train": self.train.model_copy(update={"micro_batch": size})})
+        return self.model_copy(
+            update={"train": self.train.model_copy(update={"micro_batch": size})}
+        )
 
     def in_stage(self, number: int) -> Recipe:
         """The recipe with the sparsity and the schedule of one of its stages, as that one's

@@ -13,7 +13,7 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-# Okabe and Ito 2008: told apart by colour-blind readers too.
+# Okabe and Ito 2008: told apart by color-blind readers too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6A3D9A", "#404040",
            "#A6761D",
            "#B2DF8A")
@@ -32,13 +32,13 @@ class Line:
     """A series; `points` adds marks, of fewer places than the line has."""
 
     label: str
-    colour: str
+    color: str
     x: Sequence[float]
     y: Sequence[float]
     points: tuple[Sequence[float], Sequence[float]] = field(default=((), ()))
 
 
-def colour(number: int) -> str:
+def color(number: int) -> str:
     return COLOURS[number % len(COLOURS)]
 
 
@@ -53,11 +53,11 @@ def line_chart(lines: Sequence[Line], xlabel: str, ylabel: str, name: str, log_y
     """
     def draw(axes: Axes) -> None:
         for line in lines:
-            axes.plot(line.x, line.y, color=line.colour, alpha=0.4 if faint else 1.0,
+            axes.plot(line.x, line.y, color=line.color, alpha=0.4 if faint else 1.0,
                       label=None if len(line.points[0]) else line.label,
                       linewidth=1.2 if faint else 1.6)
             if len(line.points[0]):
-                axes.plot(*line.points, "o-", color=line.colour, markersize=3.6, label=line.label)
+                axes.plot(*line.points, "o-", color=line.color, markersize=3.6, label=line.label)
         if log_y:
             axes.set_yscale("log")
         axes.set(xlabel=xlabel, ylabel=ylabel)
@@ -83,7 +83,7 @@ def stacked_bars(names: Sequence[str], parts: dict[str, Sequence[float]], xlabel
     def draw(axes: Axes) -> None:
         left = [0.0] * len(names)
         for number, (part, values) in enumerate(parts.items()):
-            axes.barh(names, values, left=left, label=part, color=colour(number), height=0.62)
+            axes.barh(names, values, left=left, label=part, color=color(number), height=0.62)
             left = [a + b for a, b in zip(left, values, strict=True)]
         if limit:
             axes.axvline(limit[0], color="#b3541e", linestyle="--", linewidth=1.2)

@@ -10,7 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from megatron_spdf.reports.charts import STYLE, colour
+from megatron_spdf.reports.charts import STYLE, color
 
 
 def plot_results(rows: list[dict[str, Any]], x: str, lines: str | None, panels: list[str],
@@ -42,7 +42,7 @@ def plot_results(rows: list[dict[str, Any]], x: str, lines: str | None, panels: 
                 axes.errorbar([places.index(row["labels"][x]) for row in drawn],
                               [row["mean"] for row in drawn],
                               yerr=[row["interval"] or 0.0 for row in drawn], fmt="o-",
-                              markersize=3.6, capsize=2, linewidth=1.4, color=colour(number),
+                              markersize=3.6, capsize=2, linewidth=1.4, color=color(number),
                               label=", ".join(map(_named, rest, label)))
             tilted = {"rotation": 35, "ha": "right",
                       "rotation_mode": "anchor"} if max(map(len, places)) > 6 else {}

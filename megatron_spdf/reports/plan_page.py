@@ -54,7 +54,8 @@ def _layouts(facts: dict[str, Any]) -> str:
              f"{r['hours']:,.1f}",
              f"{r['gpu_hours']:,.1f}", *([f"{r['cost']:,.0f}"] if cost else [])]
             for r in facts["layouts"]]
-    about = f"{facts['fitting']:,} layouts fit; the fastest, with the best micro-batch and recomputation of each."
+    about = (f"{facts['fitting']:,} layouts fit; the fastest, with the best micro-batch and "
+             "recomputation of each.")
     return table(head, rows, about, marked=[0])
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from megatron_spdf.reports import paper
-from megatron_spdf.reports.charts import Line, colour, line_chart
+from megatron_spdf.reports.charts import Line, color, line_chart
 from megatron_spdf.reports.document import (
     bullets,
     escape,
@@ -30,30 +30,30 @@ SMOOTHING = 40  # points to which a noisy curve is averaged down
 
 
 def render_report(runs: Sequence[Logged], output: Path, title: str) -> str:
-    """The page. Colours tell runs apart in all plots.
+    """The page. Colors tell runs apart in all plots.
 
     Args:
         output: where the page goes; links to recipes are relative to it.
     """
     kinds = {"Pre-training": [r for r in runs if not r.fine_tunes],
              "Fine-tuning": [r for r in runs if r.fine_tunes]}
-    colours = {run.directory: colour(number) for number, run in enumerate(runs)}
+    colors = {run.directory: color(number) for number, run in enumerate(runs)}
     parts = [
         heading(title, 1),
         paragraph(f"{len(runs)} run{'s' * (len(runs) != 1)}, {date.today().isoformat()}. Losses "
                   "are in nats per token; FLOPs count active weights, SPDF's way.", "lead"),
-        heading("Runs"), _runs_table(runs, colours, output),
+        heading("Runs"), _runs_table(runs, colors, output),
         heading("FLOPs and scores, as in SPDF's table"),
-        own_table(runs, colours), *_papers_tables(), *(part for name,
+        own_table(runs, colors), *_papers_tables(), *(part for name,
                                                        chosen in kinds.items() if chosen
                                                        for part in (heading(name),
-                                                                    _curves(chosen, colours))),
+                                                                    _curves(chosen, colors))),
         heading("Recipes"), *(_recipe(run, output) for run in runs),
     ]
     return page(title, parts)
 
 
-def _runs_table(runs: Sequence[Logged], colours: dict[Path, str], output: Path) -> str:
+def _runs_table(runs: Sequence[Logged], colors: dict[Path, str], output: Path) -> str:
     head = ["run", "sparsity,\nmeasured", "tokens (M)", "steps", "validation\nloss", "perplexity",
             "training\nFLOPs",
             "tokens/s,\nmedian", "state of\nrank 0 (MiB)", "sent per\nstep (MiB)",
@@ -67,7 +67,7 @@ def _runs_table(runs: Sequence[Logged], colours: dict[Path, str], output: Path) 
         sent = run.bytes.get("sent_per_step")
         memory = max(run.at_steps("memory_bytes").values(), default=None)
         rows.append([
-            f'{key(colours[run.directory])}<a href="{_link(run, output)}">{escape(run.label)}</a>',
+            f'{key(colors[run.directory])}<a href="{_link(run, output)}">{escape(run.label)}</a>',
             f"{run.sparsity:.2%}", f"{run.tokens / 1e6:,.4g}", steps, _number(loss, ".4f"),
             _number(loss and math.exp(min(loss, 700.0)), ".2f"), f"{run.flops:.3g}",
             f"{run.tokens_per_second:,.4g}", _number(held / 2**20 if held else None, ",.1f"),
@@ -84,7 +84,7 @@ def _link(run: Logged, output: Path) -> str:
     return quote(os.path.relpath(run.recipe, output.resolve().parent))
 
 
-def _curves(runs: Sequence[Logged], colours: dict[Path, str]) -> str:
+def _curves(runs: Sequence[Logged], colors: dict[Path, str]) -> str:
     """Losses against tokens, FLOPs and time, and the other figures against steps."""
     longest = max(run.hours()[-1] for run in runs)
     clock, factor = ("hours", 1.0) if longest >= 2.0 else ("minutes", 60.0)
@@ -97,40 +97,40 @@ def _curves(runs: Sequence[Logged], colours: dict[Path, str]) -> str:
     }
     faint = any(run.valid for run in runs)
     figures = [figure(title,
-                      line_chart([_curve(run, colours[run.directory], places(run))
+                      line_chart([_curve(run, colors[run.directory], places(run))
                                   for run in runs], xlabel,
                                         "loss (nats)", title, faint=faint,
                                  plain=title.endswith("time")))
                for title, (xlabel, places) in views.items()]
     figures += [
         figure("Gradient norm",
-               _figure_chart(runs, colours, "grad_norm", "gradient norm", log_y=True)),
+               _figure_chart(runs, colors, "grad_norm", "gradient norm", log_y=True)),
         figure("Throughput",
-               _figure_chart(runs, colours, "tokens_per_second", "tokens/s", from_zero=True)),
+               _figure_chart(runs, colors, "tokens_per_second", "tokens/s", from_zero=True)),
         figure("Memory of rank 0",
-               _figure_chart(runs, colours, "memory_bytes", "GiB", scale=2**-30, from_zero=True)),
+               _figure_chart(runs, colors, "memory_bytes", "GiB", scale=2**-30, from_zero=True)),
         figure("Measured sparsity",
-               _figure_chart(runs, colours, "sparsity", "sparsity (%)", scale=100.0,
+               _figure_chart(runs, colors, "sparsity", "sparsity (%)", scale=100.0,
                              from_zero=True)),
-        figure("Learning rate", _figure_chart(runs, colours, "lr", "learning rate")),
+        figure("Learning rate", _figure_chart(runs, colors, "lr", "learning rate")),
     ]
-    note = ("Lines are averaged over neighbours; points are validation losses. Memory is the "
+    note = ("Lines are averaged over neighbors; points are validation losses. Memory is the "
             "largest allocation so far on a GPU, resident memory on a CPU. Time is that of "
             "training steps alone.")
     return plots(figures) + paragraph(note, "note")
 
 
-def _curve(run: Logged, colour: str, places: Sequence[float]) -> Line:
+def _curve(run: Logged, color: str, places: Sequence[float]) -> Line:
     """The training curve over `places`, one for each record, with the validation losses at the
     places of theirs."""
     at = {r["step"]: x for r, x in zip(run.train, places, strict=True)}
     points = [(at[r["step"]], r["loss"]) for r in run.valid if r["step"] in at]
     x, y = smooth(places, [r["loss"] for r in run.train])
-    return Line(run.label, colour, x, y, tuple(zip(*points, strict=True)) if points else ((), ()))
+    return Line(run.label, color, x, y, tuple(zip(*points, strict=True)) if points else ((), ()))
 
 
 def smooth(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
-    """Means over stretches of neighbours, so that about SMOOTHING points are left; short curves as
+    """Means over stretches of neighbors, so that about SMOOTHING points are left; short curves as
     they are."""
     width = max(1, len(y) // SMOOTHING)
     starts = range(0, len(y), width)
@@ -138,13 +138,13 @@ def smooth(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[fl
             [sum(y[s:s + width]) / len(y[s:s + width]) for s in starts])
 
 
-def _figure_chart(runs: Sequence[Logged], colours: dict[Path, str], name: str, ylabel: str,
+def _figure_chart(runs: Sequence[Logged], colors: dict[Path, str], name: str, ylabel: str,
                   scale: float = 1.0, log_y: bool = False, from_zero: bool = False) -> str:
     lines = []
     for run in runs:
         found = run.at_steps(name)
         x, y = smooth(list(found), [scale * v for v in found.values()])
-        lines.append(Line(run.label, colours[run.directory], x, y))
+        lines.append(Line(run.label, colors[run.directory], x, y))
     return line_chart(lines, "step", ylabel, ylabel, log_y=log_y, legend=False, from_zero=from_zero)
 
 

@@ -10,7 +10,7 @@ from megatron_spdf.reports.document import escape, key, paragraph, table
 from megatron_spdf.reports.runs import Logged
 
 
-def own_table(runs: Sequence[Logged], colours: dict[Path, str]) -> str:
+def own_table(runs: Sequence[Logged], colors: dict[Path, str]) -> str:
     """A row for each pre-training run, and one for each fine-tuning run under the one it started
     from."""
     metrics = sorted({name for run in runs for name in run.scores})
@@ -22,7 +22,7 @@ def own_table(runs: Sequence[Logged], colours: dict[Path, str]) -> str:
         indent = "&emsp;" if start else ""
         loss = run.validation_loss
         rows.append([
-            f"{indent}{key(colours[run.directory])}{escape(run.label)}",
+            f"{indent}{key(colors[run.directory])}{escape(run.label)}",
             f"{(start or run).sparsity:.2%}",
             _flops((start or run).flops if start or not run.fine_tunes else None),
             _flops(run.flops if run.fine_tunes else None), _flops(together),

@@ -24,6 +24,7 @@ from datetime import timedelta
 from megatron_spdf import exit_codes
 from megatron_spdf.resilience import progress
 from megatron_spdf.resilience.world import Ranks, shared_store
+from megatron_spdf.text import first_line
 
 BEAT_SECONDS = 1.0
 GRACE_SECONDS = 2.0  # after the first sign of trouble: its cause may be another rank's death
@@ -53,7 +54,8 @@ class Beat:
 
     @property
     def did(self) -> str:
-        return f"in {self.activity or 'setting up'}; its last collective: {self.collective or 'none yet'}"
+        return (f"in {self.activity or 'setting up'}; its last collective: "
+                f"{self.collective or 'none yet'}")
 
 
 @dataclass
@@ -156,7 +158,7 @@ class Heartbeat:
             return
         if error is not None and not isinstance(error, SystemExit):
             traceback.print_exception(error)
-            self.failed = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+            self.failed = f"{type(error).__name__}: {first_line(error)}"
             self._thread.join(2 * GRACE_SECONDS + 4 * BEAT_SECONDS)
         self.leaving.set()
         self._thread.join(4 * BEAT_SECONDS)

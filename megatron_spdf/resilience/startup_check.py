@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 POLL_SECONDS = 0.05
 SAY_SECONDS = 30.0  # between two sentences on who is waited for
-REACH_SECONDS = 20.0  # for a connection to a neighbour
+REACH_SECONDS = 20.0  # for a connection to a neighbor
 SKEW_SECONDS = 2.0  # of a clock, from where it is worth a warning
 FREE_SHARE = 0.8  # of the median, below which a GPU's free memory is worth a warning
 
@@ -37,7 +37,7 @@ class Unhealthy(RuntimeError):
 
 @dataclass(frozen=True)
 class Report:
-    """A rank's first words. `address` is where it listens for its neighbour, `free` in bytes."""
+    """A rank's first words. `address` is where it listens for its neighbor, `free` in bytes."""
 
     rank: int
     host: str
@@ -47,7 +47,7 @@ class Report:
 
 
 def check_in(rank: int, world: int, store: dist.Store, device: torch.device, seconds: float) -> str:
-    """Waits until all ranks are there and reach their neighbours; all ranks call.
+    """Waits until all ranks are there and reach their neighbors; all ranks call.
 
     Args:
         store: that all ranks share.
@@ -78,7 +78,7 @@ def check_in(rank: int, world: int, store: dist.Store, device: torch.device, sec
 
 
 def _preside(world: int, store: dist.Store, seconds: float) -> dict[str, str]:
-    """Rank 0's part: the roll call, the clocks, the neighbours."""
+    """Rank 0's part: the roll call, the clocks, the neighbors."""
     missing, spread = _await_reports(world, store, seconds)
     if missing:
         store.set("roll call", json.dumps([]))
@@ -178,7 +178,7 @@ def render(reports: Sequence[Report], skews: Sequence[float], spread: tuple[floa
                      f"{min(r.free for r in there) / 2**30:,.1f} GiB free, clock {skew:+.3f} s")
         if abs(skew) > SKEW_SECONDS:
             lines.append(f"warning: the clock of {host} is {skew:+.1f} s off that of "
-                         f"{reports[0].host}; logs of the two will not agree, have it synchronised")
+                         f"{reports[0].host}; logs of the two will not agree, have it synchronized")
     lines.append(f"all {len(reports)} ranks reported within {seconds:.1f} s, rank {last} last")
     usual = statistics.median(r.free for r in reports)
     lines += [f"warning: rank {r.rank} on {r.host} has {r.free / 2**30:,.1f} GiB free, others "
@@ -233,8 +233,10 @@ def _get(store: dist.Store, key: str, seconds: float) -> bytes:
         store.wait([key], timedelta(seconds=seconds))
         return store.get(key)
     except RuntimeError as error:
-        raise Unhealthy(f"rank 0 on {os.environ.get('MASTER_ADDR')} does not answer within "
-                        f"{seconds:g} s ({str(error).splitlines()[0]}); look at that node") from None
+        raise Unhealthy(
+            f"rank 0 on {os.environ.get('MASTER_ADDR')} does not answer within "
+            f"{seconds:g} s ({str(error).splitlines()[0]}); look at that node"
+        ) from None
 
 
 def _wait_for(store: dist.Store, keys: list[str], seconds: float) -> None:

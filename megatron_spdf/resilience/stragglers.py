@@ -66,7 +66,11 @@ class Stragglers:
         if not PROGRESS.measuring:
             return
         wall = time.perf_counter() - self._started
-        blocked = PROGRESS.blocked_on_gpu() if torch.cuda.is_available() else PROGRESS.blocked_seconds - self._blocked
+        blocked = (
+            PROGRESS.blocked_on_gpu()
+            if torch.cuda.is_available()
+            else PROGRESS.blocked_seconds - self._blocked
+        )
         self._seconds.append(max(0.0, wall - blocked))
         self._data_seconds.append(data_seconds)
         if step % self.every == 0:

@@ -5,11 +5,11 @@
     seeds: [1, 2, 3]                         # of weights, data order and masks
     axes:                                    # the last varies fastest
       parametrization: [standard, mup]       # a key of the recipe and its values,
-      width:                                 # or any name, and for each label the keys and values that it stands for
+      width:                # or any name, and for each label the keys and values that it stands for
         64: {model.hidden: 64, model.heads: 2}
         128: {model.hidden: 128, model.heads: 4}
       optimizer.lr: [1e-3, 2e-3]
-    exclude:                                 # combinations that are left out: those with these labels
+    exclude:                               # combinations that are left out: those with these labels
       - {width: 64, optimizer.lr: 1e-3}
     plot: {x: optimizer.lr, lines: width, panels: [parametrization]}
 
@@ -60,8 +60,9 @@ class Experiment(Section):
     seeds: list[int] = Field(min_length=1, description="each cell is run with every one of them")
     axes: dict[str, dict[str, dict[str, Any]]] = Field(min_length=1,
                                                        description="name -> label -> key -> value")
-    exclude: list[dict[str, str]] = Field([],
-                                          description="axis -> label; what has them all is left out")
+    exclude: list[dict[str, str]] = Field(
+        [], description="axis -> label; what has them all is left out"
+    )
     plot: Plot
 
     @model_validator(mode="before")
@@ -223,8 +224,9 @@ def summary(losses: list[float]) -> tuple[float | None, float | None]:
         return None, None
     if len(losses) == 1:
         return losses[0], None
-    return mean(losses), float(student.ppf(0.975,
-                                           len(losses) - 1)) * stdev(losses) / math.sqrt(len(losses))
+    return mean(losses), float(student.ppf(0.975, len(losses) - 1)) * stdev(losses) / math.sqrt(
+        len(losses)
+    )
 
 
 def runs(experiment: Experiment, path: Path, words: list[str]) -> Iterator[tuple[Trial, Recipe]]:
@@ -247,7 +249,10 @@ def render(experiment: Experiment, rows: list[dict[str, Any]]) -> str:
                                            if row["missing"] else "")
         cols = [*row["labels"].values(), f"{row['tokens']:,}", f"{row['flops']:.4g}", loss, seeds]
         lines.append(f"| {' | '.join(cols)} |")
-    return "\n".join(lines) + "\n\nNats per token at the end of the run; mean and 95% confidence interval over seeds.\n"
+    return (
+        "\n".join(lines)
+        + "\n\nNats per token at the end of the run; mean and 95% confidence interval over seeds.\n"
+    )
 
 
 def _plain(value: Any) -> str:

@@ -44,7 +44,12 @@ class RunDir:
         kept = self.root / RECIPE
         root = self.root.absolute()
         there = next(p for p in (root, *root.parents) if p.exists())
-        if not there.is_dir() and there != root or there.is_dir() and not os.access(there, os.W_OK | os.X_OK):
+        if (
+            not there.is_dir()
+            and there != root
+            or there.is_dir()
+            and not os.access(there, os.W_OK | os.X_OK)
+        ):
             raise ValueError(f"output={self.root} cannot be written: {there} is "
                              f"{'read-only for this user' if there.is_dir() else 'a file'}; choose "
                              "another output")
@@ -56,7 +61,9 @@ class RunDir:
         try:
             before = type(self.recipe).model_validate(yaml.safe_load(kept.read_text()))
         except (ValueError, yaml.YAMLError) as error:
-            raise ValueError(f"{kept} cannot be read as a recipe ({error}); choose another output") from None
+            raise ValueError(
+                f"{kept} cannot be read as a recipe ({error}); choose another output"
+            ) from None
         changes = changes_of_run(before, self.recipe)
         if changes:
             raise ValueError(f"output={self.root} holds another recipe's run: "
@@ -73,7 +80,9 @@ class RunDir:
         try:
             restarts.count_start(self.root, self.recipe.fault_tolerance.max_starts)
         except OSError as error:
-            raise ValueError(f"output={self.root} cannot be written: {error}; choose another output") from None
+            raise ValueError(
+                f"output={self.root} cannot be written: {error}; choose another output"
+            ) from None
 
     def claim(self) -> None:
         """Creates the directory and keeps the recipe in it.
@@ -87,7 +96,9 @@ class RunDir:
             save_recipe(self.recipe, beside)
             beside.replace(self.root / RECIPE)
         except OSError as error:
-            raise ValueError(f"output={self.root} cannot be written: {error}; choose another output") from None
+            raise ValueError(
+                f"output={self.root} cannot be written: {error}; choose another output"
+            ) from None
 
     def create_on_rank_0(self) -> None:
         """`claim` on rank 0; all ranks call, and see the directory afterwards.

@@ -74,13 +74,13 @@ def fit_law(points: Sequence[Point], starts: int = 32, samples: int = 100, seed:
         raise ValueError("the law is under-determined by these runs: " + "; ".join(missing))
     random = np.random.default_rng(seed)
     data = _Data.of(points)
-    ends = [_minimise(data, start)
+    ends = [_minimize(data, start)
             for start in random.uniform(-2.0, 1.0, size=(starts, len(COEFFICIENTS)))]
     best = min(ends, key=lambda end: end[1])[0]
     laws = []
     for _ in range(samples):
         chosen = random.integers(len(points), size=len(points))
-        laws.append(data.law(_minimise(data.take(chosen), best)[0]))
+        laws.append(data.law(_minimize(data.take(chosen), best)[0]))
     law = data.law(best)
     return Fit(law, float(np.sqrt(np.mean(data.residuals(best)[0] ** 2))), _intervals(laws),
                _gains(law, laws, points), _doubts(data, best, laws))
@@ -132,7 +132,7 @@ class _Data:
         return ScalingLaw(a_s * scale, b_s, c_s * scale, b_n, a_d * self.unit_d, b_d, c)
 
 
-def _minimise(data: _Data, start: ndarray) -> tuple[ndarray, float]:
+def _minimize(data: _Data, start: ndarray) -> tuple[ndarray, float]:
     """Least Huber loss from one start, in units of delta^2: (x, loss)."""
     def objective(x: ndarray) -> tuple[float, ndarray]:
         residual, slopes = data.residuals(x)

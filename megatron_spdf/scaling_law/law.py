@@ -68,7 +68,7 @@ class ScalingLaw:
 
     def optimal_sparsity_numeric(self, nonzero: float, compute: float,
                                  cost: Cost = "dense") -> float:
-        """The same by minimisation, for any cost of training; 0 where dense is no worse."""
+        """The same by minimization, for any cost of training; 0 where dense is no worse."""
         multiplier = cost_multiplier(cost)
 
         def loss(sparsity: float) -> float:
@@ -175,18 +175,24 @@ def render_law(facts: dict) -> str:
     """`describe_law` as text, the caution first."""
     c = facts["coefficients"]
     lines = [
-        CAVEAT, "",
+        CAVEAT,
+        "",
         f"L(S, N, D) = ({c['a_s']:g} (1 - S)^{c['b_s']:g} + {c['c_s']:g}) N^-{c['b_n']:g} + "
         f"({c['a_d']:g} / D)^{c['b_d']:g} + {c['c']:g}     ({facts['fit']}, D in {c['unit']})",
         f"N = {facts['nonzero']:.3g} non-zero linear weights, C = {facts['compute']:.3g} training "
-        "FLOPs", "",
-        f"{'':<10}{'equivalent':>12}{'training at the dense cost':>34}{'training by gradual pruning':>42}",
-        f"{'sparsity':>10}{'dense size':>12}{'FLOPs / 6ND':>14}{c['unit']:>12}{'loss':>8}{'FLOPs / 6ND':>20}"
-        f"{c['unit']:>12}{'loss':>8}"]
+        "FLOPs",
+        "",
+        f"{'':<10}{'equivalent':>12}{'training at the dense cost':>34}"
+        f"{'training by gradual pruning':>42}",
+        f"{'sparsity':>10}{'dense size':>12}{'FLOPs / 6ND':>14}{c['unit']:>12}{'loss':>8}"
+        f"{'FLOPs / 6ND':>20}{c['unit']:>12}{'loss':>8}",
+    ]
     for r in facts["rows"]:
-        lines.append(f"{r['sparsity']:>10.1%}{r['equivalent_dense']:>11.2f}x{1 / (1 - r['sparsity']):>14.3f}"
-                     f"{r['data']:>12.3g}{r['loss']:>8.4f}{r['gmp_cost']:>20.3f}{r['data_gmp']:>12.3g}"
-                     f"{r['loss_gmp']:>8.4f}")
+        lines.append(
+            f"{r['sparsity']:>10.1%}{r['equivalent_dense']:>11.2f}x{1 / (1 - r['sparsity']):>14.3f}"
+            f"{r['data']:>12.3g}{r['loss']:>8.4f}{r['gmp_cost']:>20.3f}{r['data_gmp']:>12.3g}"
+            f"{r['loss_gmp']:>8.4f}"
+        )
     lines += ["", f"least loss at the dense cost: S = {facts['optimal_sparsity']:.4f}; by gradual "
                   f"pruning: S = {facts['optimal_sparsity_gmp']:.4f}"]
     return "\n".join(lines)

@@ -28,8 +28,9 @@ class Sparsity(Section):
 
     model_config = ConfigDict(extra="allow")  # the pattern's keys, which the pattern validates
 
-    level: Level = Field(0.0,
-                         description="fraction of zeros of every linear weight that no rule matches")
+    level: Level = Field(
+        0.0, description="fraction of zeros of every linear weight that no rule matches"
+    )
     pattern: Annotated[str, Known(PATTERNS)] = Field(
         "unstructured",
         description="what is active or zero: single weights, square tiles of them, two of every "

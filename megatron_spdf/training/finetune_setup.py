@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_spdf.checkpoint.reader import CheckpointReader
 from megatron_spdf.checkpoint.run_metadata import Masks, drawn_masks
 from megatron_spdf.convert.source import WeightSource
-from megatron_spdf.data.finetuning.completions import Completions, tokenise
+from megatron_spdf.data.finetuning.completions import Completions, tokenize
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
 from megatron_spdf.planning.memory import render_layout
 from megatron_spdf.recipe.finetune import Finetune, training_recipe
@@ -48,7 +48,7 @@ def prepare(finetune: Finetune, start: WeightSource) -> Prepared:
     model, path = start.model, Path(finetune.data.path)
     tokenizer = _tokenizer(start)
     window = min(finetune.train.sequence_length or model.max_positions, model.max_positions)
-    train, valid = (tokenise(finetune.data.task, path, split, tokenizer, window)
+    train, valid = (tokenize(finetune.data.task, path, split, tokenizer, window)
                     for split in ("train", "validation"))
     recipe = training_recipe(finetune, model, _sparsity(finetune, start), len(train))
     plan = Plan.of(recipe)

@@ -194,7 +194,13 @@ class Trainer:
         however often it resumes; returns whether the loss is the lowest yet."""
         state, every = self.state, self.recipe.evaluate.every
         due = state.step in (self.first, self.last) or (every and state.step % every == 0)
-        if not due or state.step == 0 or not self.data.valid_batches or state.evaluated == state.step or self.stopping:
+        if (
+            not due
+            or state.step == 0
+            or not self.data.valid_batches
+            or state.evaluated == state.step
+            or self.stopping
+        ):
             return False
         PROGRESS.enter(f"the evaluation at step {state.step}", watched=True)
         loss = validation_loss(self.engine, self.data.validation_batches(),

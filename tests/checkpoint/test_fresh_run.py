@@ -120,9 +120,17 @@ def test_files_are_cut_for_the_layout(begin):
     assert files["embedding.word_embeddings.weight"] == {0, 1, 2}
     assert files["embedding.position_embeddings.weight"] == {0}
     assert files["decoder.layers.0.mlp.linear_fc1.weight.values"] == {0, 1, 2}
-    assert files["optimizer.state.exp_avg.decoder.layers.1.mlp.linear_fc1.weight.values"] == {3, 4, 5}
+    assert files["optimizer.state.exp_avg.decoder.layers.1.mlp.linear_fc1.weight.values"] == {
+        3,
+        4,
+        5,
+    }
     assert files["decoder.layers.1.mlp.linear_fc1.weight.mask_bits"] == {3, 4, 5}
-    assert files["decoder.layers.1.mlp.linear_fc2.bias"] == files["decoder.final_layernorm.bias"] == {3}
+    assert (
+        files["decoder.layers.1.mlp.linear_fc2.bias"]
+        == files["decoder.final_layernorm.bias"]
+        == {3}
+    )
     assert all(torch.equal(reader.tensor(name), whole.tensor(name)) for name in whole.shapes)
 
 

@@ -148,7 +148,9 @@ def test_damaged_files_are_named(gpt2, tmp_path):
     with pytest.raises(ValueError, match="pytorch_model.bin holds print beside tensors"):
         HuggingFaceReader(gpt2)
     (gpt2 / "pytorch_model.bin").rename(gpt2 / "0.bin")
-    (gpt2 / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"a": "0.bin", "b": "1.bin"}}))
+    (gpt2 / "pytorch_model.bin.index.json").write_text(
+        json.dumps({"weight_map": {"a": "0.bin", "b": "1.bin"}})
+    )
     with pytest.raises(ValueError,
                        match="has no file 1.bin, which pytorch_model.bin.index.json names"):
         HuggingFaceReader(gpt2)

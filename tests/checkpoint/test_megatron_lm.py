@@ -60,7 +60,9 @@ def test_names_and_shapes_are_those_of_megatron(source, saved):
         "decoder.layers.mlp.linear_fc2.bias": (2, 12)}
     index = pickle.loads((saved / "release" / ".metadata").read_bytes())
     extra = {name for name in index.state_dict_metadata if "_extra_state" in name}
-    assert len(extra) == 2 * 5 + 1 and "decoder.layers.mlp.linear_fc1._extra_state/shard_1_2" in extra
+    assert (
+        len(extra) == 2 * 5 + 1 and "decoder.layers.mlp.linear_fc1._extra_state/shard_1_2" in extra
+    )
     common = torch.load(saved / "release" / "common.pt", weights_only=True)
     assert common["checkpoint_version"] == 3.0 and "args" not in common
     assert (saved / "latest_checkpointed_iteration.txt").read_text() == "release"
@@ -73,7 +75,9 @@ def test_names_and_shapes_are_those_of_megatron(source, saved):
 def test_what_was_written_is_read_back(source, saved):
     (saved / "release" / "common.pt").unlink()  # its pickled arguments are not needed
     reader = MegatronReader(saved, SHAPE)
-    assert reader.tokenizer is None and reader.origin == "the Megatron-LM checkpoint megatron/release"
+    assert (
+        reader.tokenizer is None and reader.origin == "the Megatron-LM checkpoint megatron/release"
+    )
     assert all(torch.equal(reader.weight(name), source.weight(name)) for name in source.weights)
 
 

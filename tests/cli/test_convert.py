@@ -108,10 +108,18 @@ def test_the_model_card_and_the_tokenizer(sparse, workplace, tmp_path):
                  "`masks.safetensors` holds a bool"):
         assert said in card
     assert str(workplace) not in card and str(tmp_path) not in card
-    ours, theirs = load_tokenizer(workplace
-                                  / "tokenizer"), AutoTokenizer.from_pretrained(tmp_path / "exported")
-    assert theirs(TEXT)["input_ids"] == ours.encode(TEXT) and theirs.decode(ours.encode(TEXT)) == TEXT
-    assert theirs.eos_token_id == ours.eod == GenerationConfig.from_pretrained(tmp_path / "exported").eos_token_id
+    ours, theirs = (
+        load_tokenizer(workplace / "tokenizer"),
+        AutoTokenizer.from_pretrained(tmp_path / "exported"),
+    )
+    assert (
+        theirs(TEXT)["input_ids"] == ours.encode(TEXT) and theirs.decode(ours.encode(TEXT)) == TEXT
+    )
+    assert (
+        theirs.eos_token_id
+        == ours.eod
+        == GenerationConfig.from_pretrained(tmp_path / "exported").eos_token_id
+    )
 
 
 def test_dense_weights_come_back_bit_for_bit(convert, gpt2, tmp_path):
@@ -134,8 +142,9 @@ def test_every_shape_comes_back_bit_for_bit(workplace, tmp_path, name):
     from megatron_spdf.recipe.recipe import Recipe
 
     huggingface_models.save_gpt2(name, tmp_path / "gpt2")
-    recipe = load_recipe(workplace
-                         / "recipe.yaml").model_dump() | {"model": huggingface_models.shape_of(name)}
+    recipe = load_recipe(workplace / "recipe.yaml").model_dump() | {
+        "model": huggingface_models.shape_of(name)
+    }
     recipe["sparsity"], recipe["train"] = 0.0, recipe["train"] | {"sequence_length": 8}
     tokenizer = load_tokenizer(workplace / "tokenizer")
     write_initial_checkpoint(open_weights(tmp_path / "gpt2"), Recipe.model_validate(recipe),
@@ -167,7 +176,9 @@ def test_runs_become_denser_sparser_and_are_laid_out_anew(convert, sparse, tmp_p
 
 def test_megatron_and_back(convert, sparse, tmp_path):
     code, said, _ = convert("to-megatron", sparse, tmp_path / "megatron", "--dtype", "bf16")
-    assert code == 0 and "Megatron-LM core_v0.16.1, bf16" in said and "--num-attention-heads 4" in said
+    assert (
+        code == 0 and "Megatron-LM core_v0.16.1, bf16" in said and "--num-attention-heads 4" in said
+    )
     code, said, err = convert("from-megatron", tmp_path / "megatron", tmp_path / "run", "--recipe",
                               "recipe.yaml",
                               "sparsity=0")
@@ -315,7 +326,10 @@ def test_a_tokenizer_json_is_exported(sparse, workplace, tmp_path):
     described = Tokenizer(models.BPE.from_file(*(str(workplace / "tokenizer" / n)
                                                  for n in ("vocab.json",
                                                                                            "merges.txt"))))
-    described.pre_tokenizer, described.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    described.pre_tokenizer, described.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     described.add_special_tokens(["<|endoftext|>"])
     described.save(str(tmp_path / "tokenizer.json"))
     ours = load_tokenizer(tmp_path / "tokenizer.json")
@@ -333,7 +347,7 @@ def test_a_sentencepiece_model_is_exported_where_the_ids_are_ours(sparse, workpl
         assert theirs(text, add_special_tokens=False)["input_ids"] == ours.encode(text)
     assert theirs.decode(ours.encode(TEXT)) == TEXT and theirs.eos_token_id == ours.eod
     assert load_tokenizer(tmp_path / "sentencepiece").sha256 == ours.sha256
-    # with SentencePiece's defaults: normalised, a space put before
+    # with SentencePiece's defaults: normalized, a space put before
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter("\n".join(texts).splitlines()),
         model_prefix=str(tmp_path / "unigram"), vocab_size=300,

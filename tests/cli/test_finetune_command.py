@@ -258,5 +258,8 @@ def test_dry_run_prints_what_would_run_and_touches_nothing(tune, workplace, tmp_
     words = ("--dry-run", "output=dry", "train.sequence_length=32", "data.task=jsonl",
              f"data.path={tmp_path}")
     out = finish(tune(*words))
-    assert "9 training contexts lost their beginning to fit 32 tokens" in out and "layout: 1 ranks" in out
+    assert (
+        "9 training contexts lost their beginning to fit 32 tokens" in out
+        and "layout: 1 ranks" in out
+    )
     assert not (workplace / "dry").exists()

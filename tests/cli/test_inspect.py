@@ -30,7 +30,8 @@ QKV = "decoder.layers.1.self_attention.linear_qkv.weight"
 @pytest.fixture(scope="module")
 def run(start, workplace):
     """A short run at tensor-parallel degree 2, its first block dense in the feed-forward layers."""
-    rules = "sparsity.rules=[{weights: 'decoder.layers.0.mlp.*', level: 0.0}, {weights: '*_fc2.*', level: 0.9}]"
+    rules = ("sparsity.rules=[{weights: 'decoder.layers.0.mlp.*', level: 0.0}, "
+             "{weights: '*_fc2.*', level: 0.9}]")
     process = start("output=inspected", "parallel.tensor=2", "train.tokens=1024", rules, ranks=2)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, out + err
@@ -112,7 +113,10 @@ def test_the_reader_gives_every_weight_whole_and_dense(checkpoint, whole):
         if place in stored:
             expected = stored.pop(place).numpy()
         else:
-            values, bits = stored.pop(f"{place}.values").numpy(), stored.pop(f"{place}.mask_bits").numpy()
+            values, bits = (
+                stored.pop(f"{place}.values").numpy(),
+                stored.pop(f"{place}.mask_bits").numpy(),
+            )
             axis = 0 if "qkv" in name or "fc1" in name else 1
             expected = by_hand(values, bits, weight.shape, axis)
         got = reader.weight(name)
@@ -170,7 +174,10 @@ def test_json_holds_the_same_and_the_bytes_add_up(run, checkpoint, whole):
     parts = facts["bytes"]
     assert parts["total"] == sum(t.nbytes for t in whole.values())
     active = facts["model"]["active_parameters"]
-    assert parts["sparse_values"] + parts["other_weights"] == 4 * active and parts["optimizer"] == 12 * active
+    assert (
+        parts["sparse_values"] + parts["other_weights"] == 4 * active
+        and parts["optimizer"] == 12 * active
+    )
     assert 8 * parts["mask_bits"] == 2 * (3 + 1) * 64 * 64 + 2 * 4 * 64 * 64
     assert json.loads(inspect(run, "--json", "--verify").stdout)["verified"]
 

@@ -101,7 +101,10 @@ def test_another_recipes_run_is_refused(straight, start):
     process = start("output=straight", "optimizer.lr=2e-3", "sparsity=0.5")
     _, err = process.communicate(timeout=120)
     assert process.returncode == 2
-    assert "optimizer.lr is 0.001 there and 0.002 here" in err and "sparsity.level is 0.75 there and 0.5 here" in err
+    assert (
+        "optimizer.lr is 0.001 there and 0.002 here" in err
+        and "sparsity.level is 0.75 there and 0.5 here" in err
+    )
 
 
 def test_stopped_twice_by_a_signal_equals_straight(straight, start, workplace):

@@ -44,7 +44,10 @@ def test_shipped_file_agrees_with_its_stage(recipe, path):
 def test_shipped_file_is_refused_at_another_stage(recipe, path):
     (wrong, *_) = rule_violations(recipe(engine="deepspeed", deepspeed=str(path),
                                          parallel={"zero_stage": 0}))
-    assert f"zero_optimization.stage={STAGES[path.stem]}" in wrong and "parallel.zero_stage makes it 0" in wrong
+    assert (
+        f"zero_optimization.stage={STAGES[path.stem]}" in wrong
+        and "parallel.zero_stage makes it 0" in wrong
+    )
 
 
 def test_the_recipe_decides(recipe):

@@ -206,7 +206,10 @@ def test_a_single_line_of_200_mb(tmp_path, tiny_bpe):
                "--output", str(tmp_path / "t"), "--tokenizer", str(tiny_bpe)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "line 2: a record of 210,000,012 bytes, over the limit of 100,000,000 (--max-document" in done.stderr
+    assert (
+        "line 2: a record of 210,000,012 bytes, over the limit of 100,000,000 (--max-document"
+        in done.stderr
+    )
     done = subprocess.run([sys.executable, "-c", WITH_PEAK, *command[1:], "--on-error", "skip"],
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -219,8 +222,10 @@ def test_a_single_line_of_200_mb(tmp_path, tiny_bpe):
 def can_mount() -> bool:
     probe = ["unshare", "--user", "--map-root-user", "--mount", "mount", "-t", "tmpfs", "tmpfs",
              "/mnt"]
-    return shutil.which("unshare") is not None and subprocess.run(probe,
-                                                                  capture_output=True).returncode == 0
+    return (
+        shutil.which("unshare") is not None
+        and subprocess.run(probe, capture_output=True).returncode == 0
+    )
 
 
 @pytest.mark.slow
@@ -247,6 +252,9 @@ def test_a_full_disk(tmp_path, tiny_bpe):
                           capture_output=True, text=True)
     first, _, second = done.stdout.partition("code 2")
     assert second.split()[0] == "t.partial" and "code 0" in second, done.stdout + done.stderr
-    assert "No space left on device" in done.stderr and "make room and run the same command again" in done.stderr
+    assert (
+        "No space left on device" in done.stderr
+        and "make room and run the same command again" in done.stderr
+    )
     assert "Traceback" not in done.stderr
     assert content(out / "t") == content(tmp_path / "t")

@@ -63,7 +63,11 @@ def test_several_frames_cut_anywhere(tmp_path, suffix):
 
 def test_zstd_frames_that_hold_metadata_are_passed_over(tmp_path):
     skippable = (0x184D2A50).to_bytes(4, "little") + (5).to_bytes(4, "little") + b"extra"
-    frames = zstandard.compress(as_lines(TEXTS[:9])) + skippable + zstandard.compress(as_lines(TEXTS[9:]))
+    frames = (
+        zstandard.compress(as_lines(TEXTS[:9]))
+        + skippable
+        + zstandard.compress(as_lines(TEXTS[9:]))
+    )
     assert read(write(tmp_path / "a.jsonl.zst", skippable + frames + skippable)) == TEXTS
 
 
@@ -93,7 +97,8 @@ def test_a_text_file_is_one_document(tmp_path):
 
 
 def test_blank_lines_bom_crlf_and_missing_last_newline(tmp_path):
-    content = b'\xef\xbb\xbf{"text": "a"}\r\n\n  \t\r\n{"text": ""}\n{"text": " ", "meta": 3}\n{"text": "b"}'
+    content = (b'\xef\xbb\xbf{"text": "a"}\r\n\n  \t\r\n{"text": ""}\n'
+               b'{"text": " ", "meta": 3}\n{"text": "b"}')
     report = ReadReport()
     documents = list(iterate_documents([write(tmp_path / "a.jsonl", content)], report=report))
     assert [(d.text, d.meta, d.line) for d in documents] == [("a", None, 1), (" ", None, 5),

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_spdf.data.finetuning.completions import CompletionData, tokenise
+from megatron_spdf.data.finetuning.completions import CompletionData, tokenize
 from megatron_spdf.data.tokenizers.tokenizer import train_tokenizer
 
-WORDS = "the cheap restaurant near river serves food and is very good for families in city centre".split()
+WORDS = ("the cheap restaurant near river serves food and is very good for families in city "
+         "centre").split()
 LAYOUTS = [{"data": 1}, {"data": 2}, {"data": 4}]
 
 
@@ -47,7 +48,7 @@ def one_record(place, context: str, completion: str):
 @pytest.fixture
 def make_data(recipe, tokenizer, task):
     """The data of a replica; a step has 8 examples."""
-    train, valid = (tokenise("jsonl", task, split, tokenizer, 64)
+    train, valid = (tokenize("jsonl", task, split, tokenizer, 64)
                     for split in ("train", "validation"))
 
     def make(replica: int = 0, seed: int = 1, micro_batch: int = 2, **parallel) -> CompletionData:
@@ -79,7 +80,7 @@ def global_batch(make_data, step: int, data: int, **options) -> list[tuple[int, 
 
 
 def test_a_pair_is_context_eod_blank_completion_eod(tmp_path, tokenizer):
-    pairs = tokenise("jsonl", one_record(tmp_path, "the river", "is  good ."), "train", tokenizer,
+    pairs = tokenize("jsonl", one_record(tmp_path, "the river", "is  good ."), "train", tokenizer,
                      64)
     expected = [*tokenizer.encode("the river"), tokenizer.eod, *tokenizer.encode(" is  good ."),
                 tokenizer.eod]
@@ -88,13 +89,15 @@ def test_a_pair_is_context_eod_blank_completion_eod(tmp_path, tokenizer):
     assert pairs.truncated == 0
 
 
-def test_truncation_takes_the_beginning_of_the_context_and_never_the_completion(tmp_path, tokenizer):
+def test_truncation_takes_the_beginning_of_the_context_and_never_the_completion(
+    tmp_path, tokenizer
+):
     context, completion = "the cheap restaurant near river", "serves food"
     place = one_record(tmp_path, context, completion)
     ending = [tokenizer.eod, *tokenizer.encode(f" {completion}"), tokenizer.eod]
     whole = [*tokenizer.encode(context), *ending]
     for window in range(len(ending) - 1, len(whole) + 2):
-        pairs = tokenise("jsonl", place, "train", tokenizer, window)
+        pairs = tokenize("jsonl", place, "train", tokenizer, window)
         assert pairs.tokens[1].tolist() == whole[-window - 1:]  # the last token is a label only
         assert pairs.targets[1] == len(ending) - 1
         assert pairs.truncated == (window < len(whole) - 1)
@@ -104,7 +107,7 @@ def test_a_completion_longer_than_the_window_is_named(tmp_path, tokenizer):
     completion = " ".join(WORDS)
     needed = len(tokenizer.encode(f" {completion}")) + 1
     with pytest.raises(ValueError) as caught:
-        tokenise("jsonl", one_record(tmp_path, "the river", completion), "train", tokenizer,
+        tokenize("jsonl", one_record(tmp_path, "the river", completion), "train", tokenizer,
                  needed - 1)
     for part in (str(tmp_path), "train", "example 2", "'the river'", f"{needed} tokens",
                  f"window of {needed - 1}"):
@@ -139,8 +142,12 @@ def test_the_run_ends_after_its_epochs(make_data):
 
 
 def test_order_depends_on_the_seed_alone(make_data):
-    assert rows(next(make_data().training_batches(3))) == rows(next(make_data().training_batches(3)))
-    assert rows(next(make_data().training_batches(3))) != rows(next(make_data(seed=2).training_batches(3)))
+    assert rows(next(make_data().training_batches(3))) == rows(
+        next(make_data().training_batches(3))
+    )
+    assert rows(next(make_data().training_batches(3))) != rows(
+        next(make_data(seed=2).training_batches(3))
+    )
 
 
 def test_going_on_at_a_step_gives_what_a_straight_run_gives(make_data):
@@ -195,13 +202,13 @@ def test_batches_are_padded_to_their_longest_and_of_like_length(make_data):
             assert micro["tokens"].shape == (2, -(-longest // 8) * 8)
             padded, read = padded + micro["tokens"].numel(), read + sum(len(row) - 1
                                                                         for row in rows([micro]))
-    alone = -(-data.train.lengths // 8) * 8  # of every pair without a neighbour
+    alone = -(-data.train.lengths // 8) * 8  # of every pair without a neighbor
     assert padded < 1.1 * alone.sum() < 2 * np.maximum(alone[:-1:2], alone[1::2]).sum()
     assert read == data.train.lengths.sum()
 
 
 def test_no_row_is_longer_than_the_window(recipe, task, tokenizer):
-    train = tokenise("jsonl", task, "train", tokenizer, 60)
+    train = tokenize("jsonl", task, "train", tokenizer, 60)
     made = recipe(model={"max_positions": 60}, parallel={"tensor": 2, "sequence": True},
                   train={"micro_batch": 8})
     data = CompletionData(made, train, train, pad=0, replica=0)

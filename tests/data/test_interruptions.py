@@ -161,7 +161,10 @@ def test_a_stop_signal_keeps_what_is_finished_and_says_so(shards, tmp_path, tiny
     assert not psutil.wait_procs(workers, timeout=20)[1]
     assert partial.finished_inputs >= 1 and not Path(f"{output}.bin").exists()
     if number == signal.SIGINT:
-        assert f"{partial.directory} keeps {partial.finished_inputs} finished inputs; the same command" in said
+        assert (
+            f"{partial.directory} keeps {partial.finished_inputs} finished inputs; the same command"
+            in said
+        )
 
 
 @pytest.mark.slow
@@ -208,7 +211,9 @@ def test_after_a_bad_record_the_run_goes_on(tmp_path, tiny_bpe, remedy, settings
     assert read == paths[2:]
     preprocess(paths, tmp_path / "anew", load_tokenizer(tiny_bpe), on_error=on_error, **settings)
     made, anew = content(tmp_path / "t"), content(tmp_path / "anew")
-    assert list(made.values()) == list(anew.values()) or sorted(made.values()) == sorted(anew.values())
+    assert list(made.values()) == list(anew.values()) or sorted(made.values()) == sorted(
+        anew.values()
+    )
 
 
 @pytest.mark.parametrize(("change", "said"), [

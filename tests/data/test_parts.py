@@ -1,4 +1,4 @@
-"""Splits, sets, shards apart, duplicates, normalisation: every document is where it belongs,
+"""Splits, sets, shards apart, duplicates, normalization: every document is where it belongs,
 once."""
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def test_a_split_is_by_text_alone_and_loses_nothing(tmp_path, tokenizer):
     assert sum(map(Counter, more.values()), Counter()) == Counter(item["text"] for item in items)
     for name, there in few.items():
         assert set(there) <= set(more[name])
-    assert not set(more["train"]) & set(more["valid"]) and not set(more["train"]) & set(more["test"])
+    assert not set(more["train"]) & set(more["valid"]) and not set(more["train"]) & set(
+        more["test"]
+    )
     shares = [corpus.data_sets[name].documents / 600 for name in ("train", "valid", "test")]
     # Binomial: the standard deviation of the largest share is 1.6% of 600 documents, repeated texts
     #     apart.
@@ -146,7 +148,10 @@ def test_seen_texts_against_a_plain_set():
         plain |= set(numbers.tolist())
     assert sum(map(len, seen._runs)) == len(plain)
     everything = np.array([int(n).to_bytes(8, "little") * 2 for n in range(4000)], Encoded.DIGEST)
-    assert set(np.flatnonzero(~DigestSet(np.concatenate(seen._runs)).add(everything)).tolist()) == plain
+    assert (
+        set(np.flatnonzero(~DigestSet(np.concatenate(seen._runs)).add(everything)).tolist())
+        == plain
+    )
 
 
 def test_ftfy_mends_before_anything_else_looks_at_the_text(tmp_path, tokenizer):

@@ -20,9 +20,12 @@ from megatron_spdf.data.finetuning.tasks import (
 
 DATA = Path(os.environ.get("SPDF_DATA") or Path(__file__).parents[2] / ".." / "shared" / "data")
 
-E2E = 'mr,ref\r\n"name[The Vaults], eatType[pub], near[Café Adriatic]",The Vaults is a pub.  It is cheap.\r\n' \
-      '"name[Zizzi], customer rating[5 out of 5]","A ""good"" one,\r\n of two lines."\r\n' \
-      '"name[The Vaults], eatType[pub], near[Café Adriatic]",Second reference.\r\n'
+E2E = (
+    'mr,ref\r\n"name[The Vaults], eatType[pub], near[Café Adriatic]",'
+    'The Vaults is a pub.  It is cheap.\r\n'
+    '"name[Zizzi], customer rating[5 out of 5]","A ""good"" one,\r\n of two lines."\r\n'
+    '"name[The Vaults], eatType[pub], near[Café Adriatic]",Second reference.\r\n'
+)
 TRIPLE = {"subject": "Aarhus_Airport", "property": "runwayLength", "object": "2702.0"}
 ENTRY = {"category": "Airport",
          "modifiedtripleset": [TRIPLE, {**TRIPLE, "property": "cityServed", "object": "Aarhus"}],

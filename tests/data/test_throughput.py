@@ -14,7 +14,11 @@ def test_all_text_is_measured(tmp_path, tiny_bpe):
     texts = [r["text"] for i in range(2) for r in records(200, seed=i)]
     assert (facts["documents"], facts["text_bytes"]) == (400, sum(len(t.encode()) for t in texts))
     [rate] = facts["rates"]
-    assert rate["tool"] == data_throughput.OURS and rate["memory"] > 2**20 and facts["samples_per_second"] > 0
+    assert (
+        rate["tool"] == data_throughput.OURS
+        and rate["memory"] > 2**20
+        and facts["samples_per_second"] > 0
+    )
     assert "million tokens/s" in data_throughput.render(facts)[-1]
 
 

@@ -97,7 +97,9 @@ def test_gpt2_cuts_at_every_character_where_tokenizers_does():
     characters = [chr(c) for c in range(0x20000) if not 0xD800 <= c < 0xE000]
     for start in range(0, len(characters), 4096):
         text = "".join(f"a{c}1 {c}!{c}  " for c in characters[start : start + 4096])
-        assert gpt2.encode(text) == reference.encode(text).ids, f"from U+{ord(characters[start]):04X}"
+        assert gpt2.encode(text) == reference.encode(text).ids, (
+            f"from U+{ord(characters[start]):04X}"
+        )
 
 
 def test_trained_bpe_tokens_are_those_of_tokenizers(trained):

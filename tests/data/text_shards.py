@@ -25,7 +25,9 @@ def records(count: int, seed: int = 0) -> list[dict]:
     made = []
     for i in range(count):
         number = (i * 7919 + seed) % (count - count // 8)  # one in eight comes again
-        words = f"document {number} of {seed}: the best of times, the worst of times, 東京 🙂\n" * (1 + number % 40)
+        words = f"document {number} of {seed}: the best of times, the worst of times, 東京 🙂\n" * (
+            1 + number % 40
+        )
         made.append({"text": words, "meta": {"pile_set_name": SETS[number % len(SETS)]}})
     return made
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 
-from demo_parts.functions import RIGHT, realise, write_functions
+from demo_parts.functions import RIGHT, realize, write_functions
 
 from megatron_spdf.data.finetuning.tasks import SPLITS, load_examples
 
@@ -47,7 +47,8 @@ def test_it_is_the_same_every_time(tmp_path):
     write_functions(tmp_path / "one")
     write_functions(tmp_path / "two")
     for split in SPLITS:
-        assert (tmp_path / "one" / f"{split}.jsonl").read_bytes() == (tmp_path / "two"
-                                                                      / f"{split}.jsonl").read_bytes()
+        assert (tmp_path / "one" / f"{split}.jsonl").read_bytes() == (
+            tmp_path / "two" / f"{split}.jsonl"
+        ).read_bytes()
     (record, sentences), *_ = records(tmp_path / "one" / "test.jsonl")
-    assert set(sentences) <= set(realise(record))
+    assert set(sentences) <= set(realize(record))

@@ -48,8 +48,11 @@ def make_recipe(corpus, tmp_path_factory):
         recipe["output"] = output or str(tmp_path_factory.mktemp("run") / "run")
         for name, change in sections.items():
             before = recipe.get(name, {})
-            recipe[name] = {**before, **change} if isinstance(change,
-                                                              dict) and isinstance(before, dict) else change
+            recipe[name] = (
+                {**before, **change}
+                if isinstance(change, dict) and isinstance(before, dict)
+                else change
+            )
         return recipe
     return make
 

@@ -54,8 +54,9 @@ def _errors(dtype: torch.dtype, vocabulary: int, smoothing: float,
 
     x64, weight64 = (t.detach().double().requires_grad_() for t in (x, whole))
     logits = (x64 @ weight64.t())[..., :vocabulary].transpose(0, 1)  # (B, T, vocabulary)
-    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(),
-                                               reduction="none", label_smoothing=smoothing).view(B, T)
+    losses = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), reduction="none", label_smoothing=smoothing
+    ).view(B, T)
     expected = (losses * shares).sum()
     (expected / 3).backward()
     return (_apart(loss, expected), _apart(x.grad, x64.grad),

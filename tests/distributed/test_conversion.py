@@ -178,7 +178,9 @@ def test_a_trained_run_exports_what_the_engine_computes(results, place, name):
               w in load_file(place / f"{name} trained" / WEIGHTS).items() if ".h." in n and w.ndim
               == 2}
     zeros = [float((w == 0).float().mean()) for w in blocks.values()]
-    assert len(zeros) == 4 * shape_of(shape)["layers"] and zeros == pytest.approx([level] * len(zeros), abs=1e-3)
+    assert len(zeros) == 4 * shape_of(shape)["layers"] and zeros == pytest.approx(
+        [level] * len(zeros), abs=1e-3
+    )
 
 
 @pytest.mark.parametrize("name",
@@ -191,7 +193,10 @@ def test_greedy_text_is_that_of_transformers(results, place, name):
     exported = place / f"{name} at step 0"
     export(CheckpointReader(place / name / "checkpoints" / store.name_of(0)), exported)
     prompt = ids_of(shape)[:1]
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(exported), AutoTokenizer.from_pretrained(exported)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(exported),
+        AutoTokenizer.from_pretrained(exported),
+    )
     tokens = model.generate(prompt, do_sample=False, max_new_tokens=GREEDY, min_new_tokens=GREEDY)
     assert tokens.shape == (1, prompt.size(1) + GREEDY)
     assert tokenizer.decode(tokens[0]) == last(results, name)["text"]
@@ -221,7 +226,9 @@ def test_given_masks_survive_training_resuming_and_resharding(results, place):
         assert reader.masks == {"kind": "given",
                                 "how": "the largest magnitudes in each chunk of the Hugging Face "
                                                         "model narrow"}
-        assert "16 masks" in verify(reader) and reader.run["origin"] == "the Hugging Face model narrow"
+        assert (
+            "16 masks" in verify(reader) and reader.run["origin"] == "the Hugging Face model narrow"
+        )
 
 
 def test_a_converted_run_is_recorded_like_one_that_the_engine_saved(results, place):

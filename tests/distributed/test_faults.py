@@ -46,9 +46,14 @@ def test_a_save_before_the_first_update_changes_no_step(results):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_directory_that_ranks_do_not_share_is_refused_before_it_holds_half_a_checkpoint(results, rank):
+def test_a_directory_that_ranks_do_not_share_is_refused_before_it_holds_half_a_checkpoint(
+    results, rank
+):
     at_start, of_save, left, of_restore = outcome(results, "unshared", rank)
-    assert f"rank 1 on {socket.gethostname()} cannot see" in at_start and "file system that all nodes share" in at_start
+    assert (
+        f"rank 1 on {socket.gethostname()} cannot see" in at_start
+        and "file system that all nodes share" in at_start
+    )
     assert "rank 0 does not see __1_" in of_save and "all nodes share" in of_save
     assert left == "[]"
     assert "rank 1" in of_restore and "step_00000002" in of_restore

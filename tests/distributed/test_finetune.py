@@ -160,7 +160,11 @@ def test_the_sparse_mode_keeps_the_mask(results, world, name):
 
 def test_the_dense_mode_has_no_mask(results):
     there = outcome(results[1], "reference")
-    assert there["masks"] == {} and there["sparsity"] == {} and set(there["planned"].values()) == {0.75}
+    assert (
+        there["masks"] == {}
+        and there["sparsity"] == {}
+        and set(there["planned"].values()) == {0.75}
+    )
 
 
 def test_revived_weights_are_normal_and_the_same_at_every_layout(results):

@@ -53,7 +53,13 @@ def test_chunks_give_what_megatron_core_gives_on_whole_logits(results, world, na
 
 def test_logits_never_exist_as_a_whole(results):
     found = outcome(results[1], "peaks")
-    assert found["chunks"] < found["logits"] / 4 < found["logits"] < found["one chunk"] < 1.01 * found["megatron"]
+    assert (
+        found["chunks"]
+        < found["logits"] / 4
+        < found["logits"]
+        < found["one chunk"]
+        < 1.01 * found["megatron"]
+    )
 
 
 def test_labels_are_smoothed_behind_pipeline_stages_too(results):

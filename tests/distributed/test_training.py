@@ -68,5 +68,8 @@ def test_too_many_bad_steps_in_a_row_stop_the_run_before_anything_is_saved(resul
 
 def test_drifting_sparsity_stops_the_run_before_it_is_saved(results):
     there = outcome(results[1], "drifting")
-    assert there["end"].startswith("SparsityDrift") and "planned 0.750000, measured 0.000000" in there["end"]
+    assert (
+        there["end"].startswith("SparsityDrift")
+        and "planned 0.750000, measured 0.000000" in there["end"]
+    )
     assert there["saved"] == []

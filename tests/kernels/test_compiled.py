@@ -65,8 +65,10 @@ def test_two_programs_of_a_product_fit_on_a_multiprocessor(kernels):
             tile = [*chosen(kernel, size, 4096, 2)]
             for name, k in some(kernels, kernel=kernel, size=size, target=HOPPER, dtype="bf16",
                                 tile=tile).items():
-                assert 2 * (k["shared"]
-                            + KIB) <= SHARED and 2 * k["registers"] * 32 * tile[2] <= REGISTERS, name
+                assert (
+                    2 * (k["shared"] + KIB) <= SHARED
+                    and 2 * k["registers"] * 32 * tile[2] <= REGISTERS
+                ), name
 
 
 def test_products_are_those_of_tensor_cores(kernels):
@@ -106,4 +108,7 @@ def test_instructions_leave_expanding_and_compressing_seven_tenths_of_the_memory
         for name, k in some(kernels, kernel=kernel, options=options, target=HOPPER,
                             dtype="bf16").items():
             of_a_thread = SPAN / (32 * options["num_warps"])
-            assert sum(k["instructions"].values()) / of_a_thread <= 4 * 32 * bytes_an_entry / bytes_a_cycle, name
+            assert (
+                sum(k["instructions"].values()) / of_a_thread
+                <= 4 * 32 * bytes_an_entry / bytes_a_cycle
+            ), name

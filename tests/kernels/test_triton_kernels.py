@@ -53,7 +53,10 @@ def test_what_kernels_do_not_take_goes_to_pytorch_with_one_line(monkeypatch, cap
         values = dispatch.compress(dense, mask)
         assert torch.equal(dispatch.compress(dispatch.expand(values, mask), mask), values)
     assert values.dtype is torch.float64 and len(caplog.records) == 1
-    assert "10 x 7" not in caplog.text and "5 x 14 of torch.float64 is not for the kernels" in caplog.text
+    assert (
+        "10 x 7" not in caplog.text
+        and "5 x 14 of torch.float64 is not for the kernels" in caplog.text
+    )
 
 
 def test_a_gpu_on_which_triton_fails_is_served_by_pytorch(monkeypatch):

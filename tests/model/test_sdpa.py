@@ -31,7 +31,9 @@ def test_equals_float64(groups, masked):
     if masked:
         allowed[1, :, 5:, :5] = False  # two documents
     scores = (q.double() @ k.double().repeat_interleave(4 // groups, 1).mT) / math.sqrt(8)
-    expected = scores.masked_fill(~allowed, -math.inf).softmax(-1) @ v.double().repeat_interleave(4 // groups, 1)
+    expected = scores.masked_fill(~allowed, -math.inf).softmax(-1) @ v.double().repeat_interleave(
+        4 // groups, 1
+    )
     found = attend(q, k, v, allowed if masked else None)
     assert (found - expected).abs().max() < 1e-6
 

@@ -31,23 +31,31 @@ compile = torch.compile
 found["installs"] = fake_cuda.install() is True
 import sys, megatron.core.fusions.fused_bias_gelu as fused
 found["fusions are not compiled"] = not hasattr(fused.bias_gelu, "_torchdynamo_orig_callable")
-found["the compiler is not imported"] = "torch._inductor.compile_fx" not in sys.modules and torch.compile is compile
-found["installs once"] = fake_cuda.install() is True and torch.ones(1).type() == "torch.cuda.FloatTensor"
+found["the compiler is not imported"] = (
+    (
+    "torch._inductor.compile_fx" not in sys.modules and torch.compile is compile))
+found["installs once"] = (
+    (
+    fake_cuda.install() is True and torch.ones(1).type() == "torch.cuda.FloatTensor"))
 found["factory with device"] = [str(t.device) for t in (
-    torch.zeros(2, device="cuda"), torch.empty(2, device=torch.device("cuda", 0)), torch.tensor([1], device="cuda:0"),
+    torch.zeros(2, device="cuda"), torch.empty(2, device=torch.device("cuda", 0)),
+    torch.tensor([1], device="cuda:0"),
     torch.full((2,), 1.0, device="cuda"), torch.arange(3, device="cuda"))] == ["cpu"] * 5
-found["factory on current device"] = str(torch.ones(1, device=torch.cuda.current_device()).device) == "cpu"
+found["factory on current device"] = (
+    str(torch.ones(1, device=torch.cuda.current_device()).device) == "cpu")
 found["Tensor.to"] = str(torch.ones(1).to(device="cuda").device) == "cpu"
 x = torch.ones(2)
 found["Tensor.cuda"] = x.cuda() is x and x.cuda(0, non_blocking=True) is x
 layer = torch.nn.Linear(2, 2)
 found["Module.cuda"] = layer.cuda() is layer and layer.cuda(0) is layer
-found["Tensor.type names"] = [torch.ones(1, dtype=d).type() for d in (torch.float32, torch.bfloat16, torch.int64)] == [
+found["Tensor.type names"] = [
+    torch.ones(1, dtype=d).type() for d in (torch.float32, torch.bfloat16, torch.int64)] == [
     "torch.cuda.FloatTensor", "torch.cuda.BFloat16Tensor", "torch.cuda.LongTensor"]
 found["Tensor.type conversion"] = x.type(torch.int64).dtype == torch.int64
 found["current_device"] = str(torch.cuda.current_device()) == "cpu"
 found["synchronize"] = torch.cuda.synchronize() is None and torch.cuda.synchronize(0) is None
-found["current_stream"] = torch.cuda.current_stream() is None and torch.cuda.current_stream(0) is None
+found["current_stream"] = (
+    torch.cuda.current_stream() is None and torch.cuda.current_stream(0) is None)
 
 torch.cuda.manual_seed(3)
 state, first = torch.cuda.get_rng_state(), torch.rand(4)
@@ -68,9 +76,11 @@ tracker = megatron_random.get_cuda_rng_tracker()
 with tracker.fork():
     inside = torch.rand(4)
 outside = torch.rand(4)
-megatron_random.model_parallel_cuda_manual_seed(5, tp_rank=0, ep_rank=0, etp_rank=0, force_reset_rng=True)
+megatron_random.model_parallel_cuda_manual_seed(
+    5, tp_rank=0, ep_rank=0, etp_rank=0, force_reset_rng=True)
 with megatron_random.get_cuda_rng_tracker().fork():
-    found["tracker of Megatron-Core"] = torch.equal(torch.rand(4), inside) and not torch.equal(inside, outside)
+    found["tracker of Megatron-Core"] = (
+        torch.equal(torch.rand(4), inside) and not torch.equal(inside, outside))
 print("FOUND", json.dumps(found))
 """
 

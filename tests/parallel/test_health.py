@@ -57,7 +57,10 @@ def test_a_missing_rank_is_named_on_every_rank_with_its_host(call, monkeypatch):
                         lambda: {0: "a1", 1: "a1", 2: "a2", 3: "a2"})
     found = call([0, 1, 3], 4, seconds=0.5)
     assert {str(e) for e in found.values()} == {str(found[0])} and isinstance(found[0], Unhealthy)
-    assert "1 of 4 ranks did not report within fault_tolerance.join_seconds=0.5: rank 2 on a2. " in str(found[0])
+    assert (
+        "1 of 4 ranks did not report within fault_tolerance.join_seconds=0.5: rank 2 on a2. "
+        in str(found[0])
+    )
     assert "sbatch --exclude" in str(found[0])
 
 
@@ -81,7 +84,9 @@ def test_a_neighbour_out_of_reach_is_named(call, monkeypatch):
     found = call([0, 1], 2)
     said = str(found[0])
     assert isinstance(found[1], Unhealthy) and str(found[1]) == said
-    assert "cannot reach rank" in said and "(No route to host)" in said and f":{doors[0][1]}" in said
+    assert (
+        "cannot reach rank" in said and "(No route to host)" in said and f":{doors[0][1]}" in said
+    )
 
 
 def test_a_rank_0_that_is_gone_is_named(call):

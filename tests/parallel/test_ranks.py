@@ -51,7 +51,11 @@ def test_half_set_variables_are_refused(launcher, env, position):
     with pytest.raises(ValueError) as caught:
         find_ranks({k: v for k, v in env.items() if k != missing})
     message = str(caught.value)
-    assert message.startswith(f"{launcher} set ") and f"not {missing}" in message and "start with" in message
+    assert (
+        message.startswith(f"{launcher} set ")
+        and f"not {missing}" in message
+        and "start with" in message
+    )
 
 
 def test_environment_is_the_default(monkeypatch):

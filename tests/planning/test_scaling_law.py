@@ -70,8 +70,10 @@ def test_equivalent_dense_model_has_the_same_loss(name):
 def test_optimal_sparsity_is_the_minimum(name):
     law, zeros, inside = PUBLISHED[name], 0, 0
     for nonzero, compute in GRID:
-        closed, numeric = law.optimal_sparsity(nonzero,
-                                               compute), law.optimal_sparsity_numeric(nonzero, compute)
+        closed, numeric = (
+            law.optimal_sparsity(nonzero, compute),
+            law.optimal_sparsity_numeric(nonzero, compute),
+        )
         assert closed == pytest.approx(numeric, abs=1e-6)
         zeros, inside = zeros + (closed == 0.0), inside + (0.0 < closed < 1.0)
     assert zeros > 5 and inside > 20
@@ -90,8 +92,9 @@ def test_cheaper_sparse_training_moves_the_optimum_up():
 
 def test_contours_are_drawn(tmp_path):
     plot_contours(PUBLISHED["vit"], "vit", tmp_path / "law.png")
-    assert (tmp_path / "law.png").read_bytes().startswith(b"\x89PNG") and (tmp_path
-                                                                           / "law.png").stat().st_size > 30_000
+    assert (tmp_path / "law.png").read_bytes().startswith(b"\x89PNG") and (
+        tmp_path / "law.png"
+    ).stat().st_size > 30_000
 
 
 def test_the_caution_comes_first():

@@ -50,7 +50,8 @@ def install_slurm() -> str:
         done = subprocess.run(command, capture_output=True, text=True, check=False,
                               env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"})
         if done.returncode:
-            return f"Slurm cannot be installed: {' '.join(command)} said {done.stderr.strip().splitlines()[-1:]}"
+            return (f"Slurm cannot be installed: {' '.join(command)} said "
+                    f"{done.stderr.strip().splitlines()[-1:]}")
     return ""
 
 
@@ -95,7 +96,9 @@ class Cluster:
         end = time.monotonic() + seconds
         while not condition():
             said = self.output(job)[-4000:] if job else ""
-            assert time.monotonic() < end, f"no {what} within {seconds} s; job {job} is {self.state(job)}\n{said}"
+            assert time.monotonic() < end, (
+                f"no {what} within {seconds} s; job {job} is {self.state(job)}\n{said}"
+            )
             if job and self.state(job) in ENDED:
                 assert condition(), f"job {job} is {self.state(job)}, {what} did not come\n{said}"
                 return

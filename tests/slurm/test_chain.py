@@ -77,7 +77,11 @@ def test_an_array_sweeps_and_selects(cluster, chain):
     assert found["selected"] and found["unfinished"] == 0, said
     restarts = [cluster.field(f"{job}_{i}", "Restarts") for i in range(3)]
     assert restarts == ["0", "1", "0"], said
-    assert "array element 2: the sweep of sweep.yaml has 2 combinations; submit it with sbatch --array=0-1" in said[2]
+    assert (
+        "array element 2: the sweep of sweep.yaml has 2 combinations; submit it with sbatch "
+        "--array=0-1"
+        in said[2]
+    )
 
 
 def test_the_chain_shows_its_commands_before_it_submits_them(cluster):

@@ -154,14 +154,20 @@ def test_ahead_of_its_time_limit_a_job_saves_and_goes_on(cluster, straight, limi
     assert cluster.end_of(limited) == ["COMPLETED 0"], cluster.output(limited)
     out = cluster.output(limited)
     saved = "the run was asked to stop and has saved; back into the queue"
-    assert out.index("== got USR1") < out.index(saved) < re.search("resumed from step_000000(09|10)", out).start()
+    assert (
+        out.index("== got USR1")
+        < out.index(saved)
+        < re.search("resumed from step_000000(09|10)", out).start()
+    )
     assert records(cluster.place / "limited") == straight[1]
 
 
 def test_a_crash_loop_stops_after_the_bound_with_the_reason(cluster, loop):
     assert cluster.end_of(loop) == ["FAILED 3"], cluster.output(loop)
     assert cluster.field(loop, "Restarts") == "1"
-    reason = "2 starts in a row (fault_tolerance.max_starts=2) made no checkpoint after step 0 of loop"
+    reason = (
+        "2 starts in a row (fault_tolerance.max_starts=2) made no checkpoint after step 0 of loop"
+    )
     assert reason in cluster.output(loop)
 
 
@@ -198,10 +204,10 @@ def close(found: list[dict], wanted: list[dict]) -> bool:
 
 
 def test_a_job_that_is_cancelled_is_not_started_again(cluster):
-    job = cluster.sbatch("pretrain_gpt2small.sh", "recipe.yaml", "output=cancelled", nodes="1",
-                         SPDF_FAULTS="cancelled:train:2:0:PAUSE")
-    cluster.until(lambda: (cluster.place / "cancelled-paused").exists(), "step 2", job)
+    job = cluster.sbatch("pretrain_gpt2small.sh", "recipe.yaml", "output=canceled", nodes="1",
+                         SPDF_FAULTS="canceled:train:2:0:PAUSE")
+    cluster.until(lambda: (cluster.place / "canceled-paused").exists(), "step 2", job)
     cluster.run("scancel", job)
-    (cluster.place / "cancelled-paused").unlink()
+    (cluster.place / "canceled-paused").unlink()
     cluster.until(lambda: cluster.state(job) == "CANCELLED", "end", job)
     assert cluster.field(job, "Restarts") == "0"

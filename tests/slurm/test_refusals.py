@@ -57,4 +57,7 @@ def test_a_forgotten_task_is_asked_for(cluster, script):
 def test_outside_of_a_job(cluster, script):
     done = cluster.run(str(cluster.root / "launch" / script), "x", "y", check=False)
     assert done.returncode == 2
-    assert done.stderr.count("\n") == 1 and f"not in a Slurm job; submit it: sbatch launch/{script}" in done.stderr
+    assert (
+        done.stderr.count("\n") == 1
+        and f"not in a Slurm job; submit it: sbatch launch/{script}" in done.stderr
+    )

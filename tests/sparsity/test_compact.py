@@ -195,7 +195,11 @@ def test_densify_changes_no_output(sparse):
 
 def test_densified_layer_is_an_ordinary_one(sparse):
     densify(sparse)
-    assert type(sparse.weight) is nn.Parameter and sparse.weight.requires_grad and sparse.weight.is_leaf
+    assert (
+        type(sparse.weight) is nn.Parameter
+        and sparse.weight.requires_grad
+        and sparse.weight.is_leaf
+    )
     assert sorted(sparse.state_dict()) == ["bias", "weight"]
     assert list(sparse_modules(sparse)) == [] and "sharded_state_dict" not in vars(sparse)
     assert not sparse.weight[~whole_mask(WEIGHT)].any()

@@ -30,7 +30,10 @@ GOLDEN = {
 
 @pytest.mark.parametrize("arguments", GOLDEN, ids=str)
 def test_mask_is_the_stored_one(arguments):
-    assert hashlib.sha256(np.packbits(draw_mask(*arguments)).tobytes()).hexdigest() == GOLDEN[arguments]
+    assert (
+        hashlib.sha256(np.packbits(draw_mask(*arguments)).tobytes()).hexdigest()
+        == GOLDEN[arguments]
+    )
 
 
 def test_positions_of_a_small_mask_are_the_stored_ones():

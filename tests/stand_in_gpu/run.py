@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Runs a Python script on a GPU that is not there; see README.md beside this file.
 
-    python tests/stand_in_gpu/run.py [--compute] [--gib 79.1] [--name "NVIDIA H200"] SCRIPT [ARGUMENTS ...]
+    python tests/stand_in_gpu/run.py [--compute] [--gib 79.1] [--name "NVIDIA H200"] SCRIPT ...
     python tests/stand_in_gpu/run.py --compute -m pytest tests/distributed/test_gpu.py
 
 The interpreter is the one that runs this file; its PyTorch is one for CUDA 13. A C compiler is

@@ -26,7 +26,12 @@ PATTERNS = ["unstructured 75%, kept for the step", "unstructured 75%, layer by l
 
 def child(script: str) -> list[str]:
     """A part of the suite that runs a shell script; `row N` writes a row."""
-    return ["sh", "-c", """row() { echo '{"table": "t", "row": {"n": '$1'}}' >> "$file"; }; file=$1; """ + script, "sh"]
+    return [
+        "sh",
+        "-c",
+        """row() { echo '{"table": "t", "row": {"n": '$1'}}' >> "$file"; }; file=$1; """ + script,
+        "sh",
+    ]
 
 
 def test_a_part_that_finishes_gives_its_rows():
@@ -47,8 +52,9 @@ def test_a_part_that_hangs_is_ended_with_its_children_and_keeps_its_rows(tmp_pat
 
 
 def test_a_part_that_fails_says_why_and_keeps_its_rows():
-    outcome = suite.run_part("p",
-                             child("""row 1; printf '{"table' >> "$file"; echo x; echo no more >&2; exit 3"""), 30)
+    outcome = suite.run_part(
+        "p", child("""row 1; printf '{"table' >> "$file"; echo x; echo no more >&2; exit 3"""), 30
+    )
     assert (outcome.state, outcome.tables) == ("failed (3): no more", {"t": [{"n": 1}]})
     assert suite.run_part("p", child("kill -9 $$"), 30).state == "failed (-9): it said nothing"
 
@@ -57,7 +63,9 @@ def test_parts_together_take_less_than_nine_minutes():
     assert sum(suite.PARTS.values()) < 9 * 60
 
 
-def test_what_a_part_leaves_over_is_the_next_parts_and_failing_ones_do_not_stop_it(tmp_path, monkeypatch, capsys):
+def test_what_a_part_leaves_over_is_the_next_parts_and_failing_ones_do_not_stop_it(
+    tmp_path, monkeypatch, capsys
+):
     budgets = []
 
     def run_part(part, command, budget):
@@ -139,8 +147,17 @@ def test_the_whole_suite_runs_without_a_gpu(tmp_path):
     assert done.returncode == 0, done.stderr
     report, text = json.loads((tmp_path / "suite.json").read_text()), (tmp_path
                                                                        / "suite.md").read_text()
-    assert report["scale"] == "cpu" and "say nothing about a GPU" in text and "say nothing about a GPU" in done.stdout
-    assert report["date"] and report["device"] and report["versions"]["torch"] and "--suite h200" in report["command"]
+    assert (
+        report["scale"] == "cpu"
+        and "say nothing about a GPU" in text
+        and "say nothing about a GPU" in done.stdout
+    )
+    assert (
+        report["date"]
+        and report["device"]
+        and report["versions"]["torch"]
+        and "--suite h200" in report["command"]
+    )
     parts = {outcome["part"]: outcome for outcome in report["parts"]}
     assert {name: outcome["state"] for name,
             outcome in parts.items()} == dict.fromkeys(suite.PARTS, "finished")
@@ -180,14 +197,27 @@ def test_dense_and_sparse_are_measured_in_turn(what, tmp_path):
     report = json.loads(out.read_text())
     assert {name: run["sparsity"] for name,
             run in report["runs"].items()} == {"dense": 0.0, "sparse": 0.75}
-    assert report["recipe"]["model"]["hidden"] == 64 and f"tools/benchmark.py {what}" in report["command"]
+    assert (
+        report["recipe"]["model"]["hidden"] == 64
+        and f"tools/benchmark.py {what}" in report["command"]
+    )
     assert all(run["tokens_per_second"] > 0 for run in report["runs"].values())
     if what == "step":
-        assert "step time, sparse over dense" in done.stdout and "| by part (ms) | dense | sparse |" in done.stdout
+        assert (
+            "step time, sparse over dense" in done.stdout
+            and "| by part (ms) | dense | sparse |" in done.stdout
+        )
         sparse = report["runs"]["sparse"]["parts"]
-        assert sparse["expand"] > 0 and sparse["compress"] > 0 and report["runs"]["dense"]["parts"]["expand"] == 0
+        assert (
+            sparse["expand"] > 0
+            and sparse["compress"] > 0
+            and report["runs"]["dense"]["parts"]["expand"] == 0
+        )
     else:
-        assert "tokens a second, sparse over dense" in done.stdout and "peak memory (GiB)" in done.stdout
+        assert (
+            "tokens a second, sparse over dense" in done.stdout
+            and "peak memory (GiB)" in done.stdout
+        )
 
 
 @pytest.mark.parametrize(("words", "said"), [

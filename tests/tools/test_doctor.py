@@ -170,7 +170,11 @@ def test_check_that_breaks_is_a_failure_and_the_others_run(monkeypatch, error):
     monkeypatch.setattr(doctor_checks, "CHECKS", {"device": broken, "disk": CHECKS["disk"]})
     half, broke, disk = examine()
     assert (half.status, broke.status, disk.check) == (OK, FAIL, "disk")
-    assert type(error).__name__ in broke.fact and str(error).split("\n")[-1] in broke.fact and broke.remedy
+    assert (
+        type(error).__name__ in broke.fact
+        and str(error).split("\n")[-1] in broke.fact
+        and broke.remedy
+    )
     assert "\n" not in broke.fact
 
 
@@ -189,7 +193,11 @@ def apex(tmp_path, monkeypatch):
 def test_unrelated_apex_of_pypi_warns(apex, monkeypatch):
     apex("models")
     found = findings_of("accelerators", monkeypatch)[1]
-    assert found.status == WARN and "apex.normalization" in found.fact and found.remedy == "pip uninstall apex"
+    assert (
+        found.status == WARN
+        and "apex.normalization" in found.fact
+        and found.remedy == "pip uninstall apex"
+    )
 
 
 def test_nvidias_apex_is_found(apex, monkeypatch):
@@ -238,7 +246,12 @@ def test_driver_that_torch_cannot_use_is_told(tmp_path, monkeypatch, built_for, 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", built_for)
     (finding,) = findings_of("device", monkeypatch)
-    assert finding.status == status and part in finding.fact and "470.57" in finding.fact and finding.remedy
+    assert (
+        finding.status == status
+        and part in finding.fact
+        and "470.57" in finding.fact
+        and finding.remedy
+    )
 
 
 def test_gpus_are_described(monkeypatch):

@@ -28,7 +28,11 @@ def plan():
 def test_text(plan, capsys):
     assert plan([DEMO, "--gpu", "h100"]) == 0
     out = capsys.readouterr().out
-    assert "2 x H100" in out and "the recipe's own layout (tensor 2" in out and "What sparsity buys" in out
+    assert (
+        "2 x H100" in out
+        and "the recipe's own layout (tensor 2" in out
+        and "What sparsity buys" in out
+    )
 
 
 def test_a_micro_batch_left_to_the_run_is_one_sequence(plan, capsys):
@@ -59,7 +63,9 @@ def test_law(plan, capsys, tmp_path):
     assert capsys.readouterr().out.startswith("CAUTION") and plot.exists()
     assert plan(["law", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert "static random masks" in facts["caution"] and facts["optimal_sparsity"] == pytest.approx(0.714, abs=1e-3)
+    assert "static random masks" in facts["caution"] and facts["optimal_sparsity"] == pytest.approx(
+        0.714, abs=1e-3
+    )
 
 
 def test_fit(plan, capsys, tmp_path):
@@ -86,7 +92,10 @@ def test_fit(plan, capsys, tmp_path):
     assert fitted["law"]["b_n"] == pytest.approx(law.b_n, rel=1e-3) and len(fitted["points"]) == 27
     assert plan(["fit", *runs[:4]]) == 2
     captured = capsys.readouterr()
-    assert "under-determined by these runs: 4 runs for 7 coefficients" in captured.err and runs[0][-8:] in captured.out
+    assert (
+        "under-determined by these runs: 4 runs for 7 coefficients" in captured.err
+        and runs[0][-8:] in captured.out
+    )
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
@@ -107,7 +116,11 @@ def test_fit(plan, capsys, tmp_path):
 def test_what_cannot_be_answered_gets_a_sentence(plan, capsys, arguments, said):
     assert plan(arguments) == 2
     captured = capsys.readouterr()
-    assert captured.err.startswith("error: ") and said in captured.err and "Traceback" not in captured.err
+    assert (
+        captured.err.startswith("error: ")
+        and said in captured.err
+        and "Traceback" not in captured.err
+    )
 
 
 @pytest.mark.slow

@@ -92,7 +92,10 @@ def stage_at(stage, size: int):
 def test_rules_hold_for_the_smallest(recipe):
     assert not list(rule_violations(auto(recipe, parallel={"data": 3})))
     (wrong,) = rule_violations(auto(recipe, parallel={"data": 5}))
-    assert "train.global_batch=48 is not divisible by train.micro_batch x parallel.data = 1 x 5" in wrong
+    assert (
+        "train.global_batch=48 is not divisible by train.micro_batch x parallel.data = 1 x 5"
+        in wrong
+    )
 
 
 def test_a_dry_run_says_auto(recipe):

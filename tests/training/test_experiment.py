@@ -117,7 +117,9 @@ def test_results_are_those_of_finished_runs(grid):
     assert [row["missing"] for row in rows] == [0, 1, 1, 1]
     assert rows[0]["mean"] == pytest.approx(2.2) and rows[1]["interval"] is None
     table = render(experiment, rows)
-    assert "| 32 | 0 | 1,024 |" in table and "2.2000 ± 2.5412 | 2 |" in table and "1 of 2 |" in table
+    assert (
+        "| 32 | 0 | 1,024 |" in table and "2.2000 ± 2.5412 | 2 |" in table and "1 of 2 |" in table
+    )
     changed = planned[0][1].model_copy(update={"seed": 9})
     with pytest.raises(ValueError, match="holds another recipe's run: seed is 1 there and 9 here"):
         loss_of(planned[0][0], changed)

@@ -22,7 +22,10 @@ def test_starts_without_a_checkpoint_are_bounded(tmp_path):
         count_start(run, 3, job="7")
         assert restart_refusal(run) == ""
     count_start(run, 3, job="7")
-    assert "3 starts in a row (fault_tolerance.max_starts=3) made no checkpoint after step 0" in restart_refusal(run)
+    assert (
+        "3 starts in a row (fault_tolerance.max_starts=3) made no checkpoint after step 0"
+        in restart_refusal(run)
+    )
     with pytest.raises(RestartLimit, match="3 starts in a row"):
         count_start(run, 3, job="7")
 

@@ -31,7 +31,9 @@ def test_time_in_collectives_is_not_a_ranks_own():
     before, count = PROGRESS.blocked_seconds, PROGRESS.count
     wait(0.05)
     assert PROGRESS.blocked_seconds - before >= 0.05
-    assert PROGRESS.collective == "all_reduce" and PROGRESS.count == count + 1 and not PROGRESS.inside
+    assert (
+        PROGRESS.collective == "all_reduce" and PROGRESS.count == count + 1 and not PROGRESS.inside
+    )
 
 
 def test_autograds_thread_is_observed_and_one_that_saves_is_not():

@@ -32,7 +32,8 @@ if rate == 2.0:
     sys.exit(75)
 newest = output / "checkpoints/step_00000040"
 newest.mkdir(parents=True)
-state = {"step": 40, "best_step": 20, "best_loss": rate + int(words["train.global_batch"]), "worse": 1}
+loss = rate + int(words["train.global_batch"])
+state = {"step": 40, "best_step": 20, "best_loss": loss, "worse": 1}
 recipe = json.loads(pathlib.Path(sys.argv[0]).with_name("training.json").read_text())
 (newest / "run.json").write_text(json.dumps({"state": state, "recipe": recipe}))
 """
@@ -87,7 +88,9 @@ def test_a_run_that_is_not_done_goes_on(sweep, tmp_path):
         (cut / "run.json").write_text(json.dumps({**run, "state": {**run["state"], **state}}))
         selected = sweep(TWO_BY_TWO, "--select")
         assert selection(tmp_path)["unfinished"] == len(expected) and not ran(selected)
-        assert ("0.25" in str(selection(tmp_path)["selected"]["values"])) == (not expected) or expected
+        assert ("0.25" in str(selection(tmp_path)["selected"]["values"])) == (
+            not expected
+        ) or expected
     assert selection(tmp_path)["selected"]["values"] == {"optimizer.lr": 0.25,
                                                          "train.global_batch": 8}
 
@@ -96,7 +99,9 @@ def test_printing_runs_nothing_and_an_index_runs_one(sweep, tmp_path):
     printed = sweep(TWO_BY_TWO, "seed=3", "--print")
     lines = printed.stdout.splitlines()
     assert len(lines) == 4 and not (tmp_path / "out").exists()
-    assert "finetune.py recipe.yaml seed=3 optimizer.lr=0.5 train.global_batch=8 output=" in lines[1]
+    assert (
+        "finetune.py recipe.yaml seed=3 optimizer.lr=0.5 train.global_batch=8 output=" in lines[1]
+    )
     one = sweep(TWO_BY_TWO, "--index", "1")
     assert (one.returncode, ran(one)) == (0, ["0.5 8"])
     assert not (tmp_path / "out/selection.json").exists()  # the tasks of an array end together

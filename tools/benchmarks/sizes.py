@@ -75,7 +75,11 @@ def scale_of(name: str) -> Scale:
 
 def memory() -> int:
     """Bytes of this machine's GPU."""
-    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else CPU_MEMORY
+    return (
+        torch.cuda.get_device_properties(0).total_memory
+        if torch.cuda.is_available()
+        else CPU_MEMORY
+    )
 
 
 def dtype_of(recipe: Recipe) -> torch.dtype:

@@ -27,7 +27,9 @@ SCALES = ("h200", "h100", "cpu")
 # seconds on a GPU, 530 together
 PARTS = {"kernels": 120, "training": 230, "peers": 100, "largest": 80}
 LIBRARIES = ("torch", "triton", "megatron-core", "transformers", "stanford-stk", "numpy")
-NO_GPU = "no GPU here: tiny sizes on the CPU, which show that the suite runs and say nothing about a GPU"
+NO_GPU = (
+    "no GPU here: tiny sizes on the CPU, which show that the suite runs and say nothing about a GPU"
+)
 
 
 @dataclass

@@ -34,8 +34,10 @@ def measure(recipe: Recipe, plan: Plan, device: torch.device, seconds: float) ->
     """
     moves, name = dispatch.implementation(device.type)
     if not hasattr(moves, "supports"):
-        raise ValueError("tiles are those of Triton's kernels, and on this machine's "
-                         f"{device.type} it is {name} that computes; run it on a machine with a GPU")
+        raise ValueError(
+            "tiles are those of Triton's kernels, and on this machine's "
+            f"{device.type} it is {name} that computes; run it on a machine with a GPU"
+        )
     rows = []
     for weight in (w for n, w in plan.weights.items() if ".layers.0." in n):
         what = {"weight": weight.name.split(".layers.0.")[-1], "shape": list(weight.shape)}
@@ -103,8 +105,12 @@ def render(rows: list[dict]) -> list[str]:
     together: dict[str, dict[str, list[float | None]]] = {}
     for row in rows:
         together.setdefault(row["kernel"], {}).setdefault(row["tile"], []).append(row["seconds"])
-    lines = ["All weights of a layer together; the first of a kernel is taken, the fastest is bold.", "",
-             "| kernel | tile | time (us) | time of what is taken / time |", "|---|---|---|---|"]
+    lines = [
+        "All weights of a layer together; the first of a kernel is taken, the fastest is bold.",
+        "",
+        "| kernel | tile | time (us) | time of what is taken / time |",
+        "|---|---|---|---|",
+    ]
     for kernel, tiles in together.items():
         sums = {tile: None if None in each else math.fsum(each) for tile, each in tiles.items()}
         taken, fastest = next(iter(sums.values())), min((s for s in sums.values() if s),

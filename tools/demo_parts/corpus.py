@@ -28,7 +28,11 @@ def write_shards(directory: Path, count: int = 4) -> tuple[int, int]:
     documents = size = 0
     for name, text in standard_library():
         digest = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
-        shard = "valid" if digest % VALIDATION_SHARE == 0 else f"train-{digest // VALIDATION_SHARE % count}"
+        shard = (
+            "valid"
+            if digest % VALIDATION_SHARE == 0
+            else f"train-{digest // VALIDATION_SHARE % count}"
+        )
         record = {"text": text, "meta": {"pile_set_name": "Python standard library", "path": name}}
         lines[shard].write(json.dumps(record, ensure_ascii=False) + "\n")
         documents, size = documents + 1, size + len(text.encode())

@@ -35,12 +35,12 @@ def write_functions(directory: Path, seed: int = 1234) -> dict[str, int]:
     for split, count in SPLITS.items():
         examples = []
         for record in (next(records) for _ in range(count)):
-            sentences = draw.sample(list(realise(record)), RIGHT)
+            sentences = draw.sample(list(realize(record)), RIGHT)
             if split == "train":
-                examples += [{"context": linearise(record), "completion": text}
+                examples += [{"context": linearize(record), "completion": text}
                              for text in sentences[:2]]
             else:
-                examples.append({"context": linearise(record), "completion": sentences})
+                examples.append({"context": linearize(record), "completion": sentences})
         (directory / f"{split}.jsonl").write_text("".join(json.dumps(e) + "\n" for e in examples))
         lines[split] = len(examples)
     return lines
@@ -55,16 +55,16 @@ def distinct_records(draw: random.Random) -> Iterator[Record]:
         for slot, values in (("takes", THINGS), ("returns", THINGS), ("raises", ERRORS)):
             if draw.random() < 0.7:
                 record[slot] = draw.choice(values)
-        if linearise(record) not in seen:
-            seen.add(linearise(record))
+        if linearize(record) not in seen:
+            seen.add(linearize(record))
             yield record
 
 
-def linearise(record: Record) -> str:
+def linearize(record: Record) -> str:
     return " | ".join(f"{slot} : {value}" for slot, value in record.items())
 
 
-def realise(record: Record) -> Iterator[str]:
+def realize(record: Record) -> Iterator[str]:
     """Sentences that say all of a record and nothing else."""
     name, module = record["name"], record["module"]
     takes, returns, raises = (record.get(slot) for slot in ("takes", "returns", "raises"))

@@ -29,7 +29,7 @@ PAD_MULTIPLE = 8  # tensor cores
 
 @dataclass(frozen=True)
 class Completions:
-    """The tokenised pairs of a split.
+    """The tokenized pairs of a split.
 
     Attributes:
         tokens: of every pair, context + EOD + completion + EOD, at most one over the context
@@ -56,7 +56,7 @@ class Completions:
         return len(self.tokens)
 
 
-def tokenise(task: str, path: Path, split: str, tokenizer: Tokenizer, window: int) -> Completions:
+def tokenize(task: str, path: Path, split: str, tokenizer: Tokenizer, window: int) -> Completions:
     """Reads a split and makes tokens of its pairs.
 
     A pair that is too long loses the beginning of its context, never any of its completion.
@@ -97,14 +97,20 @@ class CompletionData:
 
     Args:
         recipe: of the training run.
-        train, valid: tokenised splits; the loss on all of `valid` is the validation loss.
+        train, valid: tokenized splits; the loss on all of `valid` is the validation loss.
         pad: any token; its places carry no loss.
         replica: which data-parallel replica this rank belongs to.
     """
 
     def __init__(self, recipe: Recipe, train: Completions, valid: Completions, pad: int,
                  replica: int):
-        self.recipe, self.train, self.valid, self.pad, self.replica = recipe, train, valid, pad, replica
+        self.recipe, self.train, self.valid, self.pad, self.replica = (
+            recipe,
+            train,
+            valid,
+            pad,
+            replica,
+        )
         self.per_epoch = math.ceil(len(train) / recipe.train.global_batch)
         self.valid_batches = math.ceil(len(valid) / recipe.train.global_batch)
         self.mean_length = math.ceil(train.lengths.mean())
@@ -156,7 +162,7 @@ class CompletionData:
 
     def _micro_batches(self, pairs: Completions, chosen: np.ndarray,
                        targets: float) -> list[MicroBatch]:
-        """This rank's share of a global batch, of neighbours in length; empty rows fill a batch
+        """This rank's share of a global batch, of neighbors in length; empty rows fill a batch
         that is short.
 
         Args:

@@ -93,9 +93,12 @@ def verify(prefix: str | Path) -> list[str]:
         manifest = check_prefix(prefix)
     except (ValueError, OSError) as error:
         return [str(error)]
-    return [*_index_faults(prefix, manifest), *_token_faults(prefix,
-                                                             manifest), *_source_faults(prefix, manifest),
-            *_tokenizer_faults(prefix, manifest)]
+    return [
+        *_index_faults(prefix, manifest),
+        *_token_faults(prefix, manifest),
+        *_source_faults(prefix, manifest),
+        *_tokenizer_faults(prefix, manifest),
+    ]
 
 
 def verify_corpus(prefix: str | Path) -> list[str]:
@@ -125,7 +128,8 @@ def _index_faults(prefix: str | Path, manifest: Manifest) -> Iterator[str]:
     if len(ends) and ((index.lengths < 0).any()
                       or (index.offsets != (ends - index.lengths) * size).any()
                       or ends[-1] * size != manifest.bin_bytes):
-        yield f"{path}: its offsets do not follow from its lengths, or do not end where the tokens do"
+        yield (f"{path}: its offsets do not follow from its lengths, or do not end where the "
+               "tokens do")
     starts = index.document_ends
     if starts[0] != 0 or starts[-1] != len(ends) or (np.diff(starts) <= 0).any():
         yield f"{path}: its documents do not cover its sequences in order"
@@ -151,8 +155,13 @@ def _token_faults(prefix: str | Path, manifest: Manifest) -> Iterator[str]:
         ends = np.cumsum(read_lengths(file_of(prefix, "idx")), dtype=np.int64) - 1
         wrong = np.flatnonzero(tokens[np.minimum(ends, len(tokens) - 1)] != eod)
         if wrong.size or ends_seen != len(ends):
-            which = f"document {int(wrong[0]):,} does not end with one" if wrong.size else "there are others"
-            yield f"{file_of(prefix, 'bin')}: end-of-document tokens are not the ends of the documents; {which}"
+            which = (
+                f"document {int(wrong[0]):,} does not end with one"
+                if wrong.size
+                else "there are others"
+            )
+            yield (f"{file_of(prefix, 'bin')}: end-of-document tokens are not the ends of the "
+                   f"documents; {which}")
 
 
 def _source_faults(prefix: str | Path, manifest: Manifest) -> Iterator[str]:
@@ -180,7 +189,8 @@ def _tokenizer_faults(prefix: str | Path, manifest: Manifest) -> Iterator[str]:
         yield str(error)
         return
     if found != manifest.tokenizer.sha256:
-        yield f"{file_of(prefix, 'tokenizer')} is {found} (sha256), and the manifest says {manifest.tokenizer.sha256}"
+        yield (f"{file_of(prefix, 'tokenizer')} is {found} (sha256), and the manifest says "
+               f"{manifest.tokenizer.sha256}")
 
 
 def _tokens(prefix: str | Path, manifest: Manifest) -> np.ndarray:

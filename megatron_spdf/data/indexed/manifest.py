@@ -191,7 +191,9 @@ def read_manifest(prefix: str | Path) -> Manifest:
     except FileNotFoundError:
         raise ValueError(f"{path} is missing, so the data set is incomplete. {REBUILD}") from None
     except ValidationError as error:
-        raise ValueError(f"{path} is not a manifest of format version 1: {error}. {REBUILD}") from None
+        raise ValueError(
+            f"{path} is not a manifest of format version 1: {error}. {REBUILD}"
+        ) from None
 
 
 def read_corpus(prefix: str | Path) -> CorpusManifest:
@@ -204,10 +206,13 @@ def read_corpus(prefix: str | Path) -> CorpusManifest:
     try:
         return CorpusManifest.model_validate_json(path.read_bytes())
     except FileNotFoundError:
-        raise ValueError(f"{path} is missing, so {prefix} is no directory of data sets, or "
-                         "incomplete") from None
+        raise ValueError(
+            f"{path} is missing, so {prefix} is no directory of data sets, or incomplete"
+        ) from None
     except ValidationError as error:
-        raise ValueError(f"{path} is not a manifest of format version 1: {error}. {REBUILD}") from None
+        raise ValueError(
+            f"{path} is not a manifest of format version 1: {error}. {REBUILD}"
+        ) from None
 
 
 def check_prefix(prefix: str | Path, tokenizer_sha256: str | None = None) -> Manifest:
@@ -264,4 +269,6 @@ def _require_size(path: Path, expected: int, source: object) -> None:
     size = path.stat().st_size
     if size != expected:
         state = "cut off" if size < expected else "too long"
-        raise ValueError(f"{path} is {state}: {size} bytes, and {source} says {expected}. {REBUILD}")
+        raise ValueError(
+            f"{path} is {state}: {size} bytes, and {source} says {expected}. {REBUILD}"
+        )

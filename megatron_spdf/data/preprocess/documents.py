@@ -53,7 +53,9 @@ def expand_inputs(inputs: Sequence[str | Path]) -> list[Path]:
     """
     paths: list[Path] = []
     for pattern in map(str, inputs):
-        matches = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
+        matches = (
+            [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
+        )
         if not matches:
             raise ValueError(f"input {pattern!r} matches no file")
         paths += map(Path, matches)
@@ -159,14 +161,18 @@ def _parse_json(record: bytes, text_key: str) -> tuple[str, dict | None]:
     try:
         value = json.loads(record.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise BadRecord(f"not UTF-8: 0x{record[error.start]:02x} at byte {error.start} of it") from None
+        raise BadRecord(
+            f"not UTF-8: 0x{record[error.start]:02x} at byte {error.start} of it"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise BadRecord(f"not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise BadRecord(f"not a JSON object but a {type(value).__name__}")
     if text_key not in value:
         keys = ", ".join(repr(key) for key in list(value)[:10]) or "none"
-        raise BadRecord(f"no key {text_key!r}; keys here: {keys} (--text-key names the one to take)")
+        raise BadRecord(
+            f"no key {text_key!r}; keys here: {keys} (--text-key names the one to take)"
+        )
     text, meta = value[text_key], value.get("meta")
     if not isinstance(text, str):
         raise BadRecord(f"the value of {text_key!r} is not a string but a {type(text).__name__}")

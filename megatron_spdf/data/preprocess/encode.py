@@ -1,4 +1,4 @@
-"""TileTable of records to token ids: the work that several processes share."""
+"""Batches of records to token ids: the work that several processes share."""
 
 from __future__ import annotations
 
@@ -140,14 +140,16 @@ class Encoder:
             name = self._set_name(document, report)
             if settings.set_key and not name:
                 continue
-            text = self._normalise(document.text)
+            text = self._normalize(document.text)
             tokens = self.tokenizer.encode_array(text)
             if not len(tokens):
                 report.documents -= 1
                 report.empty += 1
                 continue
             content = text.encode("utf-8", "surrogatepass")
-            digest = hashlib.sha256(content).digest() if self._bounds or settings.deduplicate else b""
+            digest = (
+                hashlib.sha256(content).digest() if self._bounds or settings.deduplicate else b""
+            )
             ids += [tokens, end]
             lengths.append(len(tokens) + len(end))
             sizes.append(len(content))
@@ -164,7 +166,7 @@ class Encoder:
             report=report,
         )
 
-    def _normalise(self, text: str) -> str:
+    def _normalize(self, text: str) -> str:
         if not self.settings.ftfy:
             return text
         import ftfy

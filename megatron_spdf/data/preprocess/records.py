@@ -108,14 +108,17 @@ def read_records(
                 if size <= max_bytes:
                     yield line, record
                 else:
-                    reason = f"a record of {size:,} bytes, over the limit of {max_bytes:,} (--max-document sets it)"
+                    reason = (f"a record of {size:,} bytes, over the limit of {max_bytes:,} "
+                              "(--max-document sets it)")
                     reject(path, line, reason, on_error, report)
             if report.seen == seen_before:
                 report.seen += 1
                 reject(path, 1, "the file holds no record", on_error, report)
         except _DAMAGE as error:
             report.seen += 1
-            reason = f"damaged or cut off near byte {file.position} of {path.stat().st_size}: {error}"
+            reason = (
+                f"damaged or cut off near byte {file.position} of {path.stat().st_size}: {error}"
+            )
             reject(path, line + 1, f"{reason}; nothing after this line can be read", on_error,
                    report)
         report.sha256 = file.digest_of_all()

@@ -50,7 +50,11 @@ class Partial:
     def finished_inputs(self) -> int:
         """Inputs that an interrupted run has finished; 0 also if there is no document in them."""
         ledger = self.directory / "ledger.jsonl"
-        return ledger.read_bytes().count(b"\n") if any(self.directory.rglob("*.bin")) and ledger.exists() else 0
+        return (
+            ledger.read_bytes().count(b"\n")
+            if any(self.directory.rglob("*.bin")) and ledger.exists()
+            else 0
+        )
 
     @contextmanager
     def opened(self, overwrite: bool) -> Iterator[None]:

@@ -52,8 +52,11 @@ class BlendHistory:
 
     def __init__(self, directory: Path, sources: list[Source]):
         self._path, self._sources = directory / HISTORY, sources
-        self.segments = [Segment(**s)
-                         for s in json.loads(self._path.read_bytes())] if self._path.exists() else []
+        self.segments = (
+            [Segment(**s) for s in json.loads(self._path.read_bytes())]
+            if self._path.exists()
+            else []
+        )
 
     @property
     def changed(self) -> str:

@@ -95,9 +95,16 @@ class Pass(GPTDataset):
                  cache: Path):
         """The pass `number`, from 0, over `source`."""
         self._length, self._epochs = recipe.train.sequence_length, epochs_in_pass(source, recipe)
-        self._tokens, self._cache, self._borders = source.tokens, cache, borders_of(recipe, tokenizer)
+        self._tokens, self._cache, self._borders = (
+            source.tokens,
+            cache,
+            borders_of(recipe, tokenizer),
+        )
         order = f"{recipe.seed} {source.content} {number}"
-        self._key = "pass-" + hashlib.sha256(f"{order} {self._length} {self._epochs}".encode()).hexdigest()[:32]
+        self._key = (
+            "pass-"
+            + hashlib.sha256(f"{order} {self._length} {self._epochs}".encode()).hexdigest()[:32]
+        )
         config = GPTDatasetConfig(
             random_seed=int.from_bytes(hashlib.sha256(order.encode()).digest()[:4], "big"),
             sequence_length=self._length, blend=([source.content], None), split="1,0,0",

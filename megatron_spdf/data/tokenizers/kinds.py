@@ -115,7 +115,7 @@ class Tokenizer(ABC):
 class Gpt2Bpe(Tokenizer):
     """Byte-level BPE over GPT-2's word pattern, run by `tiktoken`.
 
-    `tiktoken` knows no merge list: it joins any two neighbours whose concatenation is a token,
+    `tiktoken` knows no merge list: it joins any two neighbors whose concatenation is a token,
     lowest id first. That equals applying the merges when ids are in merge order, which is checked
     here.
     """
@@ -183,7 +183,9 @@ class HuggingFace(Tokenizer):
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(description)
         except Exception as error:  # the library raises no narrower class
-            raise ValueError(f"not a tokenizer.json of Hugging Face's `tokenizers`: {error}") from None
+            raise ValueError(
+                f"not a tokenizer.json of Hugging Face's `tokenizers`: {error}"
+            ) from None
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -239,8 +241,11 @@ def is_plain_byte_level(description: dict) -> bool:
     """Whether a tokenizer.json cuts words as GPT-2 does, so that its vocabulary and merges tell
     all."""
     cut = description.get("pre_tokenizer") or {}
-    byte_level = cut.get("type") == "ByteLevel" and cut.get("use_regex",
-                                                            True) and not cut.get("add_prefix_space", True)
+    byte_level = (
+        cut.get("type") == "ByteLevel"
+        and cut.get("use_regex", True)
+        and not cut.get("add_prefix_space", True)
+    )
     return byte_level and description.get("normalizer") is None
 
 

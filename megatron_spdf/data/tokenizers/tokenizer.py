@@ -72,7 +72,11 @@ def _find_in_directory(path: Path) -> tuple[type[Tokenizer], list[Path]]:
             found.append((HuggingFace, [path / "tokenizer.json"]))
     found += [(SentencePiece, [path / name]) for name in sorted(names) if name.endswith(".model")]
     if len(found) != 1:
-        rule = "more than one tokenizer; give one file" if found else f"no tokenizer; accepted: {_ACCEPTED}"
+        rule = (
+            "more than one tokenizer; give one file"
+            if found
+            else f"no tokenizer; accepted: {_ACCEPTED}"
+        )
         raise ValueError(f"{path} holds {rule}. Found: {', '.join(sorted(names)) or 'nothing'}")
     return found[0]
 
@@ -170,7 +174,8 @@ def _sentencepiece_remedy(vocab_size: int, error: str) -> str:
     if largest := re.search(r"Please set it to a value <= (\d+)", error):
         return _too_small_a_corpus(vocab_size, int(largest[1]))
     if smallest := re.search(r"smaller than required_chars\. \d+ vs (\d+)", error):
-        return f"vocab_size {vocab_size} is too small: 256 bytes and the texts' characters need {smallest[1]}"
+        return (f"vocab_size {vocab_size} is too small: 256 bytes and the texts' characters need "
+                f"{smallest[1]}")
     if "sentences_.empty()" in error:
         return "cannot train a tokenizer: the texts are empty"
     return f"SentencePiece could not train {vocab_size} pieces on these texts: {error}"

@@ -8,10 +8,10 @@ from importlib.metadata import version
 
 from megatron_spdf.evaluation.metrics.captions import caption_scores
 from megatron_spdf.evaluation.metrics.java import JavaUnavailable, meteor
-from megatron_spdf.evaluation.metrics.ngrams import bleu_raw, bleu_tokenised, ter_edits
+from megatron_spdf.evaluation.metrics.ngrams import bleu_raw, bleu_tokenized, ter_edits
 from megatron_spdf.evaluation.metrics.nist import nist
 from megatron_spdf.evaluation.metrics.summaries import rouge
-from megatron_spdf.evaluation.references import TOKENISED, References, in_official_form
+from megatron_spdf.evaluation.references import TOKENIZED, References, in_official_form
 
 ALL = "all"
 _METEOR = f"METEOR 1.5 -l en -norm, pycocoevalcap {version('pycocoevalcap')}"
@@ -47,15 +47,17 @@ def score(task: str, predictions: Sequence[str], references: References) -> Scor
         raise ValueError(f"{len(predictions)} predictions for {len(references.texts)} inputs with "
                          "references; there must be one prediction for each, one per line, in the "
                          "order of the references")
-    if task in TOKENISED:
-        return _score_tokenised(*in_official_form(task, predictions, references))
+    if task in TOKENIZED:
+        return _score_tokenized(*in_official_form(task, predictions, references))
     scores = Scores()
     if task == "e2e":
         _score_e2e(scores, predictions, references.texts)
     else:
         if task == "jsonl":
             _add_bleu(scores, predictions, references.texts)
-        signature = f"F1, stemmed, best of the references, mean; rouge-score {version('rouge-score')}"
+        signature = (
+            f"F1, stemmed, best of the references, mean; rouge-score {version('rouge-score')}"
+        )
         _add(scores, rouge(predictions, references.texts), signature)
     return scores
 
@@ -87,7 +89,7 @@ def _score_e2e(scores: Scores, predictions: Sequence[str],
         scores.missing.update(dict.fromkeys(("METEOR", "ROUGE_L", "CIDEr"), str(error)))
 
 
-def _score_tokenised(predictions: Sequence[str], references: References) -> Scores:
+def _score_tokenized(predictions: Sequence[str], references: References) -> Scores:
     """BLEU in percent, METEOR and TER of each part; TER of all is from the sums of its parts."""
     scores = Scores()
     parts = sorted(set(references.groups))
@@ -109,7 +111,7 @@ def _score_tokenised(predictions: Sequence[str], references: References) -> Scor
 
 def _add_bleu_and_meteor(scores: Scores, part: str, outputs: Sequence[str],
                          targets: Sequence[Sequence[str]]) -> None:
-    bleu, signature = bleu_tokenised(outputs, targets)
+    bleu, signature = bleu_tokenized(outputs, targets)
     _add(scores, {"BLEU": bleu}, signature, part)
     try:
         _add(scores, {"METEOR": meteor(outputs, targets)}, _METEOR, part)

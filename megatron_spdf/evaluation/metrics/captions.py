@@ -8,7 +8,7 @@ from itertools import accumulate, pairwise
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
-from megatron_spdf.evaluation.metrics.java import meteor, ptb_tokenise
+from megatron_spdf.evaluation.metrics.java import meteor, ptb_tokenize
 
 
 def caption_scores(predictions: Sequence[str],
@@ -18,7 +18,7 @@ def caption_scores(predictions: Sequence[str],
     Raises:
         JavaUnavailable: Java is missing or fails.
     """
-    tokens = ptb_tokenise([*predictions, *(text for texts in references for text in texts)])
+    tokens = ptb_tokenize([*predictions, *(text for texts in references for text in texts)])
     ends = accumulate(map(len, references), initial=len(predictions))
     targets = dict(enumerate(tokens[start:end] for start, end in pairwise(ends)))
     outputs = {i: [text] for i, text in enumerate(tokens[: len(predictions)])}

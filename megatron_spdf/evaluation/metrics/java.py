@@ -20,7 +20,7 @@ class JavaUnavailable(Exception):
     """A metric needs Java, and there is none or it fails; the message says which."""
 
 
-def ptb_tokenise(sentences: Sequence[str]) -> list[str]:
+def ptb_tokenize(sentences: Sequence[str]) -> list[str]:
     """Lower-cased Penn Treebank tokens without punctuation, joined by blanks: the captions of
     MS-COCO's metrics.
 

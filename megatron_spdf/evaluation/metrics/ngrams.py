@@ -21,8 +21,8 @@ def bleu_raw(predictions: Texts, references: Sequence[Texts]) -> tuple[float, st
     return score, str(metric.get_signature())
 
 
-def bleu_tokenised(predictions: Texts, references: Sequence[Texts]) -> tuple[float, str]:
-    """BLEU in percent of tokenised texts, lower-cased, as multi-bleu.perl has it; and the signature
+def bleu_tokenized(predictions: Texts, references: Sequence[Texts]) -> tuple[float, str]:
+    """BLEU in percent of tokenized texts, lower-cased, as multi-bleu.perl has it; and the signature
     of its settings.
 
     An input with fewer references than another has *empty* ones in multi-bleu's brevity penalty:

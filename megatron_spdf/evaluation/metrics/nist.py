@@ -35,9 +35,9 @@ class Nist:
 
 def nist(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Nist:
     """NIST of raw texts; an input has one reference or more."""
-    tokenise = Tokenizer13a()
-    outputs = [tokenise(text.lower()).split() for text in predictions]
-    targets = [[tokenise(text.lower()).split() for text in texts] for texts in references]
+    tokenize = Tokenizer13a()
+    outputs = [tokenize(text.lower()).split() for text in predictions]
+    targets = [[tokenize(text.lower()).split() for text in texts] for texts in references]
     pool = [text for texts in targets for text in texts]
     counts = Counter(gram for text in pool for n in range(1, MAX_N + 1) for gram in _grams(text, n))
     counts[()] = sum(map(len, pool))

@@ -131,7 +131,9 @@ def _scores(q: Tensor, k: Tensor, causal: bool, scale: float | None, bias: Tenso
                                                dtype=torch.bool).triu(1), -torch.inf)
     if bias is None:
         return scores
-    return scores.masked_fill(~bias, -torch.inf) if bias.dtype == torch.bool else scores + bias.float()
+    return (
+        scores.masked_fill(~bias, -torch.inf) if bias.dtype == torch.bool else scores + bias.float()
+    )
 
 
 def _heads(t: Tensor, heads: int) -> Tensor:

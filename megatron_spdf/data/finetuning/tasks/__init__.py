@@ -1,4 +1,4 @@
-"""Fine-tuning tasks: an input, linearised to text, and the texts that may follow it.
+"""Fine-tuning tasks: an input, linearized to text, and the texts that may follow it.
 
     examples = load_examples("e2e", Path("e2e"), "train")
     pairs = training_pairs(examples)  # (context, reference)

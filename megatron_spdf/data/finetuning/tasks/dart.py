@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_spdf.data.finetuning.tasks.example import Example, linearise
+from megatron_spdf.data.finetuning.tasks.example import Example, linearize
 from megatron_spdf.data.finetuning.tasks.files import json_file, list_of, text_of
 
 FILES = {"train": ("dart-*-full-train*.json", "train.json"),
@@ -41,7 +41,7 @@ def _example(where: str, record: Any) -> Example:
                              f"{annotation!r:.80}")
         if annotation.get("text") != "":
             texts.append(text_of(where, annotation, "text"))
-    return Example(linearise(triples), tuple(texts))
+    return Example(linearize(triples), tuple(texts))
 
 
 def _triple(where: str, triple: Any) -> tuple[str, str, str]:

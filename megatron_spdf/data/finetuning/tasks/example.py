@@ -12,7 +12,7 @@ class Example:
     """One input and the texts that may follow it.
 
     Attributes:
-        context: the linearised input, without end-of-document token.
+        context: the linearized input, without end-of-document token.
         references: the targets, spaced as in the data.
         group: a part of the test set that is scored by itself as well: "seen" and "unseen"
             categories of WebNLG; "" where the task has none.
@@ -23,7 +23,7 @@ class Example:
     group: str = ""
 
 
-def linearise(triples: list[tuple[str, str, str]]) -> str:
+def linearize(triples: list[tuple[str, str, str]]) -> str:
     """`subject : relation : object | ...`, as LoRA's NLG examples have it."""
     return " | ".join(" : ".join(triple) for triple in triples)
 

@@ -1,4 +1,4 @@
-"""WebNLG Challenge 2017 (Gardent et al., 2017): triples of an entry to texts that verbalise it;
+"""WebNLG Challenge 2017 (Gardent et al., 2017): triples of an entry to texts that verbalize it;
 JSON or XML.
 
 JSON is one file per split. XML is a file, or per split a directory of them as published:
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_spdf.data.finetuning.tasks.example import Example, linearise
+from megatron_spdf.data.finetuning.tasks.example import Example, linearize
 from megatron_spdf.data.finetuning.tasks.files import checked_text, json_file, list_of, text_of
 
 FILES = {"train": ("train.json", "train.xml", "train"),
@@ -35,7 +35,7 @@ def read(path: Path) -> list[Example]:
 
 
 def _example(category: str, triples: list[tuple[str, str, str]], texts: list[str]) -> Example:
-    return Example(linearise(triples), tuple(texts), "seen" if category in SEEN else "unseen")
+    return Example(linearize(triples), tuple(texts), "seen" if category in SEEN else "unseen")
 
 
 def _read_json(path: Path) -> Iterator[Example]:
