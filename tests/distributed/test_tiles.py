@@ -138,7 +138,7 @@ def test_kernels_change_no_loss_and_no_mask(results, world, name):
 
 @needs_triton
 def test_layers_multiply_as_the_recipe_says(results):
-    products = {"tiles": "TileProduct", "unstructured": "NoneType", "layer": "ExpandedProduct",
+    products = {"tiles": "TileProduct", "unstructured": "NoneType", "layer": "Product",
                 "deepspeed": "TileProduct"}
     assert {name: outcome(results[1], f"triton {name}")["products"] for name in products} == {
         name: {product} for name, product in products.items()}
