@@ -1,11 +1,13 @@
 """Score a checkpoint on a task, or outputs that anyone made, with figures equal to those of the
 official scripts.
 
-python tools/evaluate.py runs/finetune/e2e --task e2e --data data/e2e torchrun --nproc-per-node 8
-tools/evaluate.py runs/finetune/webnlg --task webnlg --data data/webnlg --beams 10 python
-tools/evaluate.py --predictions outputs.txt --references data/e2e/testset_w_refs.csv --task e2e
-python tools/evaluate.py --predictions outputs.txt --references reference0 reference1 reference2
---task dart
+    python tools/evaluate.py runs/finetune/e2e --task e2e --data data/e2e
+    torchrun --nproc-per-node 8 tools/evaluate.py runs/finetune/webnlg --task webnlg \\
+        --data data/webnlg --beams 10
+    python tools/evaluate.py --task e2e --predictions outputs.txt \\
+        --references data/e2e/testset_w_refs.csv
+    python tools/evaluate.py --task dart --predictions outputs.txt \\
+        --references reference0 reference1 reference2
 
 The checkpoint is a run directory, a checkpoint of a run, or a Hugging Face directory of the GPT-2
 family. It is decoded by transformers' beam search; predictions, references in the official form and
@@ -27,13 +29,14 @@ import signal
 import sys
 from pathlib import Path
 
-from megatron_spdf.data.finetuning.tasks import SPLITS, TASKS, load_examples
+from megatron_spdf.data.finetuning.task import SPLITS, TASKS, load_examples, render_tasks
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the tool."""
     options = parse_arguments(arguments)
     try:
+        TASKS.get(options.task)
         return score_predictions(options) if options.predictions else score_checkpoint(options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -42,8 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def score_predictions(options: argparse.Namespace) -> int:
     """Scores --predictions against --references; writes scores.json where --output is given."""
-    from megatron_spdf.evaluation.metrics import score
     from megatron_spdf.evaluation.references import read_predictions, read_references
+    from megatron_spdf.evaluation.scores import score
     from megatron_spdf.evaluation.scores_file import describe, write_scores
 
     require_free(options.output, options.force)
@@ -67,10 +70,8 @@ def score_checkpoint(options: argparse.Namespace) -> int:
     from megatron_spdf.evaluation.scores_file import describe, write_all
     from megatron_spdf.resilience.world import find_ranks
 
-    output = (
-        options.output
-        or run_directory(options.run) / "evaluation" / f"{options.task}_{options.split}"
-    )
+    output = options.output or (run_directory(options.run) / "evaluation"
+                                / f"{options.task}_{options.split}")
     require_free(output, options.force)
     settings = Settings(options.beams, options.length_penalty, options.no_repeat_ngram,
                         options.max_new_tokens, options.batch_size)
@@ -108,19 +109,19 @@ def require_free(output: Path | None, force: bool) -> None:
 
 
 def show(options: argparse.Namespace, scores, description: dict) -> None:
-    from megatron_spdf.evaluation.metrics import render
+    from megatron_spdf.evaluation.scores import render
 
     print(json.dumps(description, indent=1) if options.json else render(scores))
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False)
+        description=__doc__, epilog=f"tasks:\n{render_tasks()}", allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("run", nargs="?", type=Path, metavar="RUN",
         help="run directory, checkpoint, or Hugging Face directory")
-    add("--task", required=True, choices=TASKS)
+    add("--task", required=True, metavar="TASK", help="one of those below")
     add("--split", choices=SPLITS, default="test", help="default: test")
     add("--data", type=Path,
         help="the split's file or the directory of the splits (default: data/TASK)")

@@ -14,10 +14,11 @@ import torch.distributed as dist
 
 from megatron_spdf.convert.huggingface_export import in_memory
 from megatron_spdf.convert.source import WeightSource
-from megatron_spdf.data.finetuning.tasks import Example, training_pairs
+from megatron_spdf.data.finetuning.task import Example, training_pairs
 from megatron_spdf.evaluation.decoding import Decoded, Likelihood, Settings, decode, likelihood
-from megatron_spdf.evaluation.metrics import ALL, Scores, score
+from megatron_spdf.evaluation.metrics.metric import ALL
 from megatron_spdf.evaluation.references import references_of
+from megatron_spdf.evaluation.scores import Scores, metrics_of, score
 from megatron_spdf.parallel.ranks import init_gloo
 from megatron_spdf.resilience.world import Ranks
 
@@ -32,8 +33,10 @@ def evaluate(source: WeightSource, task: str, examples: Sequence[Example], setti
         On rank 0 predictions, scores and facts about the decoding; None on the others.
 
     Raises:
-        ValueError: a completion or a prompt does not fit the model's window.
+        ValueError: a metric of the task is unknown, or a completion or a prompt does not fit the
+            model's window.
     """
+    metrics_of(task)
     device = init_gloo(ranks, _WAIT)
     try:
         model = in_memory(source).to(device)
@@ -66,9 +69,8 @@ def _scores(task: str, examples: Sequence[Example], shares: list[tuple[Likelihoo
     nats, tokens = (sum(getattr(measured, name) for measured, _ in shares)
                     for name in ("nats", "tokens"))
     scores.values[ALL]["perplexity"] = math.exp(nats / tokens)
-    scores.signatures["perplexity"] = (
-        f"of the references' {tokens:,} tokens after context and end of document, in fp32"
-    )
+    scores.signatures["perplexity"] = (f"of the references' {tokens:,} tokens after context and "
+                                       "end of document, in fp32")
     seconds = max(decoded.seconds for _, decoded in shares)
     generated = sum(decoded.tokens for _, decoded in shares)
     facts = {**asdict(settings), "inputs": len(examples), "ranks": len(shares),

@@ -3,19 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_spdf.data.finetuning.tasks import Example, load_examples
-from megatron_spdf.evaluation.normalize_text import (
-    REFERENCES,
-    dart_text,
-    webnlg_output,
-    webnlg_reference,
-)
-
-TOKENIZED = ("webnlg", "dart")  # tasks whose official scripts compare tokenized, lower-cased texts
-_DATA = (".csv", ".json", ".jsonl", ".xml")
+from megatron_spdf.data.finetuning.task import TASKS, Example, Task, load_examples
 
 
 @dataclass(frozen=True)
@@ -25,12 +16,12 @@ class References:
     Attributes:
         texts: of every input its references, one or more.
         groups: of every input the part of the test set it belongs to, or "".
-        tokenized: the texts are in the form of the official reference files, not as in the data.
+        official: the texts are in the form of the official reference files, not as in the data.
     """
 
     texts: tuple[tuple[str, ...], ...]
     groups: tuple[str, ...]
-    tokenized: bool = False
+    official: bool = False
 
 
 def references_of(examples: Sequence[Example]) -> References:
@@ -65,14 +56,15 @@ def read_references(task: str, paths: Sequence[Path], split: str = "test") -> Re
             reference.
         FileNotFoundError: nothing is there.
     """
-    if len(paths) == 1 and (paths[0].is_dir() or paths[0].suffix.lower() in _DATA):
-        found = references_of(load_examples(task, paths[0], split))
+    known, first = TASKS.get(task), paths[0]
+    if len(paths) == 1 and (first.is_dir() or first.suffix.lower() in known.suffixes):
+        found = references_of(load_examples(task, first, split))
     else:
-        texts = _parallel(paths) if len(paths) > 1 else _one_or_many(paths[0])
-        found = References(texts, ("",) * len(texts), tokenized=task in TOKENIZED)
+        texts = _parallel(paths) if len(paths) > 1 else _one_or_many(first)
+        found = References(texts, ("",) * len(texts), official=known.form is not None)
     for number, texts in enumerate(found.texts, start=1):
         if not texts:
-            raise ValueError(f"{paths[0]}: input {number} has no reference; scoring needs at least "
+            raise ValueError(f"{first}: input {number} has no reference; scoring needs at least "
                              "one for each")
     return found
 
@@ -100,38 +92,33 @@ def _parallel(paths: Sequence[Path]) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(filter(None, texts)) for texts in zip(*columns, strict=True))
 
 
-def in_official_form(task: str, predictions: Sequence[str],
+def in_official_form(task: Task, predictions: Sequence[str],
                      references: References) -> tuple[list[str], References]:
-    """Both as the official scripts of WebNLG and DART compare them.
-
-    Predictions against data are tokenized as the references are. Against reference files those of
-    DART are taken as they are; those of WebNLG are tokenized, as its script does, if the files are
-    in ASCII, as its script writes them.
-    """
-    output, reference = (webnlg_output,
-                         webnlg_reference) if task == "webnlg" else (dart_text, dart_text)
-    if not references.tokenized:
-        texts = tuple(tuple(map(reference, texts[:REFERENCES])) for texts in references.texts)
-        return list(map(output, predictions)), References(texts, references.groups, tokenized=True)
-    if task == "webnlg" and all(text.isascii() for texts in references.texts for text in texts):
-        return list(map(output, predictions)), references
-    return list(predictions), references
+    """Predictions and references as the task's official scripts compare them."""
+    form = task.form
+    if form is None:
+        return list(predictions), references
+    if references.official:
+        ready = not form.applies_to(references.texts)
+        return list(predictions if ready else map(form.output, predictions)), references
+    texts = tuple(tuple(map(form.reference, texts[: form.most])) for texts in references.texts)
+    return list(map(form.output, predictions)), replace(references, texts=texts, official=True)
 
 
-def write_official(task: str, predictions: Sequence[str], references: References,
+def write_official(task: Task, predictions: Sequence[str], references: References,
                    directory: Path) -> None:
     """predictions.txt, one per line, and references as the official scripts read them.
 
-    WebNLG and DART: reference0, reference1, ... and predictions.tokenized.txt in the form of their
-    scripts. Others: references.txt, a blank line after the references of each input.
+    A task with an official form: reference0, reference1, ... and predictions.official.txt in that
+    form. Others: references.txt, a blank line after the references of each input.
     """
     _write_lines(directory / "predictions.txt", predictions)
-    if task not in TOKENIZED:
-        blocks = ("\n".join(map(_one_line, texts)) + "\n" for texts in references.texts)
-        _write_lines(directory / "references.txt", blocks, joined=True)
+    if task.form is None:
+        groups = ("\n".join(map(_one_line, texts)) + "\n" for texts in references.texts)
+        _write_lines(directory / "references.txt", groups, joined=True)
         return
     outputs, official = in_official_form(task, predictions, references)
-    _write_lines(directory / "predictions.tokenized.txt", outputs)
+    _write_lines(directory / "predictions.official.txt", outputs)
     for i in range(max(map(len, official.texts))):
         _write_lines(directory / f"reference{i}",
                      [texts[i] if i < len(texts) else "" for texts in official.texts])

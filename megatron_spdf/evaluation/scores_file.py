@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_spdf import __version__
-from megatron_spdf.data.finetuning.tasks import Example
-from megatron_spdf.evaluation.metrics import Scores
+from megatron_spdf.data.finetuning.task import TASKS, Example
 from megatron_spdf.evaluation.references import references_of, write_official
+from megatron_spdf.evaluation.scores import Scores
 
 SCORES = "scores.json"
 _LIBRARIES = ("torch", "transformers", "sacrebleu", "pycocoevalcap", "rouge-score", "Unidecode")
@@ -39,5 +39,5 @@ def write_all(output: Path, task: str, predictions: Sequence[str], examples: Seq
     """Predictions, references in the official form and, last, scores.json."""
     output.mkdir(parents=True, exist_ok=True)
     (output / SCORES).unlink(missing_ok=True)  # so that no old figures lie beside new predictions
-    write_official(task, predictions, references_of(examples), output)
+    write_official(TASKS.get(task), predictions, references_of(examples), output)
     write_scores(output, description)

@@ -47,12 +47,26 @@ class Mask:
         return math.prod(self.slice_shape)
 
 
+def unpack(bits: Tensor, entries: int) -> Tensor:
+    """The entries of slices, (slices, entries) bool, from their packed bits."""
+    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=bits.device)
+    return (bits.unsqueeze(-1) >> shifts & 1).view(len(bits), -1)[:, :entries].bool()
+
+
+def pack(masks: Tensor) -> Tensor:
+    """`unpack` undone: (slices, ceil(entries / 8)) uint8, numpy.packbits order."""
+    slices, entries = masks.shape
+    padded = masks.new_zeros(slices, -(-entries // 8), 8, dtype=torch.uint8)
+    padded.view(slices, -1)[:, :entries] = masks
+    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=masks.device)
+    return (padded << shifts).sum(-1, dtype=torch.uint8)
+
+
 def positions(bits: Tensor, slice_shape: tuple[int, int], axis: int) -> Tensor:
     """Row-major positions of the active entries in the dense weight, slice after slice: (n,)
     int64."""
     slices, (rows, columns) = len(bits), slice_shape
-    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=bits.device)
-    active = (bits.unsqueeze(-1) >> shifts & 1).view(slices, -1)[:, : rows * columns]
+    active = unpack(bits, rows * columns)
     slice_id, entry = active.nonzero(as_tuple=True)
     if axis == 0:
         return slice_id * (rows * columns) + entry

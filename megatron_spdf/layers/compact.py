@@ -84,8 +84,8 @@ class CompactWeight(nn.Module):
         self.index_mask()
 
     def index_mask(self) -> None:
-        """Derives what the kernels use from `mask_bits`: at the start, and where a checkpoint
-        brought another mask.
+        """Derives what the kernels use from `mask_bits`: at the start, and where a checkpoint or a
+        move brought another mask.
 
         Raises:
             ValueError: the mask has another density than planned, or another pattern.
@@ -102,6 +102,12 @@ class CompactWeight(nn.Module):
             self.register_buffer(TABLE + name, value, persistent=False)
         self._table_names = list(tensors)
         self._tables = tables and replace(tables, **dict.fromkeys(tensors))
+
+    def move_mask(self, bits: Tensor) -> None:
+        """Takes other masks with as many active entries; what the values are then is the
+        caller's."""
+        self.mask_bits.copy_(bits)
+        self.index_mask()
 
     def _check_masks(self) -> None:
         """Holds the packed bits to the plan."""

@@ -33,11 +33,11 @@ from megatron_spdf.section import Count, Section
 from megatron_spdf.sparsity.settings import Sparsity
 
 
-class Task(Section):
-    """Contexts and completions, see megatron_spdf/data/tasks."""
+class TaskData(Section):
+    """Contexts and completions, see megatron_spdf/data/finetuning/tasks."""
 
-    task: Literal["e2e", "webnlg", "dart", "curation", "scitldr", "jsonl"] = Field(
-        description="format of the data; jsonl: your own, lines of {context, completion}")
+    task: str = Field(description="format and scores of the data, `tools/evaluate.py --help` "
+                                  "lists them; jsonl: your own, lines of {context, completion}")
     path: str = Field(description="directory with the splits under the names they are published "
                                   "with")
 
@@ -95,7 +95,7 @@ class Finetune(Section):
                                  description="std of revived=normal over the weight's initial std")
     engine: Literal["megatron", "deepspeed"] = Field("deepspeed", description="who runs a step")
     deepspeed: str | None = Recipe.model_fields["deepspeed"]
-    data: Task
+    data: TaskData
     train: Batches
     optimizer: FinetuneAdamW
     parallel: Parallel = Field(Parallel())

@@ -10,7 +10,7 @@ from megatron_spdf.architecture.model import Model
 from megatron_spdf.architecture.weights import model_weights
 from megatron_spdf.recipe.deepspeed import contradictions
 from megatron_spdf.recipe.recipe import AUTO, Recipe
-from megatron_spdf.sparsity.plan import check_tensor, make_plan
+from megatron_spdf.sparsity.plan import check_algorithm, check_tensor, make_plan
 from megatron_spdf.sparsity.settings import Sparsity
 
 
@@ -25,7 +25,7 @@ def rule_violations(recipe: Recipe) -> Iterator[str]:
     yield from broken
     for sparsity in [recipe.sparsity, *(stage.sparsity for stage in recipe.stages)]:
         if not broken:
-            yield from _pattern(recipe.model, sparsity.model_dump_json(), recipe.parallel.tensor)
+            yield from _plan(recipe.model, sparsity.model_dump_json(), recipe.parallel.tensor)
     yield from _engine(recipe)
     yield from _data(recipe)
     broken = list(_batch(recipe))
@@ -74,16 +74,17 @@ def _layout(recipe: Recipe) -> Iterator[str]:
 
 
 @lru_cache(maxsize=256)  # a search over layouts asks thousands of times
-def _pattern(model: Model, sparsity: str, tensor: int) -> tuple[str, ...]:
-    """What a pattern asks of the weights.
+def _plan(model: Model, sparsity: str, tensor: int) -> tuple[str, ...]:
+    """What a pattern and an algorithm ask of the weights.
 
     Args:
         sparsity: as JSON, which can be a key.
     """
+    section = Sparsity.model_validate_json(sparsity)
     try:
-        plan = make_plan(Sparsity.model_validate_json(sparsity), model_weights(model),
-                         model.query_groups)
+        plan = make_plan(section, model_weights(model), model.query_groups)
         check_tensor(plan, tensor)
+        check_algorithm(plan, section)
     except ValueError as error:
         return (str(error),)
     return ()

@@ -195,6 +195,33 @@ def check_tensor(plan: Plan, tensor: int) -> None:
                              f"divisor of {_fewest_slices(plan)}, or take {w.pattern.remedy}")
 
 
+def check_algorithm(plan: Plan, sparsity: Sparsity) -> None:
+    """That the masks of a plan can move as the recipe says.
+
+    Raises:
+        ValueError: no weight is sparse, the pattern ties entries to each other, or a slice has too
+            few zeros for so many to be born.
+    """
+    name = sparsity.algorithm
+    if name == "static":
+        return
+    if not plan.weights:
+        raise ValueError(f"sparsity.algorithm={name} moves masks, and no weight is sparse; set "
+                         "sparsity.level, or algorithm=static")
+    for w in plan.weights.values():
+        if w.pattern.moving_unit != (1, 1):
+            raise ValueError(f"sparsity.algorithm={name} lets single entries die and be born, and "
+                             f"sparsity.pattern={sparsity.pattern} ties them to each other; set "
+                             "algorithm=static or pattern=unstructured")
+        active, moved = w.active_per_slice, sparsity.update.largest_move(w.active_per_slice)
+        zeros = math.prod(w.slice_shape) - active
+        if moved > zeros:
+            raise ValueError(f"sparsity.algorithm={name} moves {moved:,} of the {active:,} active "
+                             f"entries of a slice of {w.name} at once, which has {zeros:,} zeros "
+                             f"to take their place; lower sparsity.update.fraction to "
+                             f"{zeros / active:.3f} or raise the level {w.level:g}")
+
+
 def _fewest_slices(plan: Plan) -> int:
     """The largest tensor-parallel degree of a plan."""
     return math.gcd(*(w.slices for w in plan.weights.values()))

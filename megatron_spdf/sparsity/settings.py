@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    SerializeAsAny,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
-from pydantic_core import InitErrorDetails
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from megatron_spdf.section import Known, Section
+from megatron_spdf.sparsity.algorithms.base import ALGORITHMS, MaskAlgorithm
 from megatron_spdf.sparsity.patterns.base import PATTERNS, Pattern
 
 Level = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -23,8 +34,8 @@ class SparsityRule(Section):
 
 
 class Sparsity(Section):
-    """Static random masks. Also written as a number, or as a list of rules with all other weights
-    dense."""
+    """Random masks, static or moved while training. Also written as a number, or as a list of rules
+    with all other weights dense."""
 
     model_config = ConfigDict(extra="allow")  # the pattern's keys, which the pattern validates
 
@@ -41,6 +52,29 @@ class Sparsity(Section):
     rules: list[SparsityRule] = Field([], description="the first rule that matches a weight wins")
     seed: int = Field(0, ge=0,
                       description="of the masks; they depend on it and the weight's name alone")
+    algorithm: Annotated[str, Known(ALGORITHMS)] = Field(
+        "static", description="how masks move while training")
+    update: SerializeAsAny[MaskAlgorithm] = Field(
+        default_factory=dict, validate_default=True, description="the keys of the algorithm")
+
+    @field_validator("update", mode="before")
+    @classmethod
+    def _keys_of_the_algorithm(cls, value: Any, info: ValidationInfo) -> Any:
+        """Reads the section as that of the algorithm, which refuses the keys of others."""
+        if not isinstance(value, dict | None) or "algorithm" not in info.data:
+            return value  # a section already, or for pydantic to refuse
+        algorithm, given = ALGORITHMS.get(info.data["algorithm"]), value or {}
+        if unknown := [key for key in given if key not in algorithm.model_fields]:
+            raise ValidationError.from_exception_data("update", [
+                InitErrorDetails(loc=(key,), input=given[key],
+                                 type=PydanticCustomError("unknown_key", "{said}", {
+                                     "said": _unknown_key(key, algorithm)})) for key in unknown])
+        return algorithm.model_validate(given)
+
+    def held(self) -> Sparsity:
+        """The same masks, which stay."""
+        return Sparsity.model_validate({**self.model_dump(exclude={"update"}),
+                                        "algorithm": "static"})
 
     @model_validator(mode="wrap")
     @classmethod
@@ -73,6 +107,14 @@ class Sparsity(Section):
     def masks(self) -> Pattern:
         """The pattern with the values of its keys."""
         return PATTERNS.get(self.pattern).model_validate(self.model_extra)
+
+
+def _unknown_key(key: str, algorithm: type[MaskAlgorithm]) -> str:
+    known = list(algorithm.model_fields)
+    near = difflib.get_close_matches(key, known, n=len(known) or 1, cutoff=0.0)
+    return (f"the mask algorithm {algorithm.name} has no such key; known: "
+            f"{', '.join(near) or 'none'}. Leave it out, or set sparsity.update=null to be rid of "
+            "those of another algorithm")
 
 
 def normalize_sparsity(value: Any) -> Any:

@@ -10,6 +10,7 @@ from megatron_spdf.checkpoint.reader import CheckpointReader
 from megatron_spdf.checkpoint.run_metadata import Masks, drawn_masks
 from megatron_spdf.convert.source import WeightSource
 from megatron_spdf.data.finetuning.completions import Completions, tokenize
+from megatron_spdf.data.finetuning.task import TASKS
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
 from megatron_spdf.planning.memory import render_layout
 from megatron_spdf.recipe.finetune import Finetune, training_recipe
@@ -45,6 +46,7 @@ def prepare(finetune: Finetune, start: WeightSource) -> Prepared:
     Raises:
         ValueError, FileNotFoundError: with the value, the rule and the remedy.
     """
+    TASKS.get(finetune.data.task)
     model, path = start.model, Path(finetune.data.path)
     tokenizer = _tokenizer(start)
     window = min(finetune.train.sequence_length or model.max_positions, model.max_positions)
@@ -66,7 +68,7 @@ def _sparsity(finetune: Finetune, start: WeightSource) -> Sparsity:
     if not isinstance(start, CheckpointReader) or not start.plan.weights:
         raise ValueError(f"mode=sparse keeps the mask of the start, and checkpoint={start.path} "
                          "has none; start from a sparse run, or set mode=dense")
-    return start.recipe.sparsity
+    return start.recipe.sparsity.held()
 
 
 def _tokenizer(start: WeightSource) -> Tokenizer:

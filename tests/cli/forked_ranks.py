@@ -31,7 +31,7 @@ def load(script: str):
     from megatron_spdf.parallel import fake_cuda
 
     fake_cuda.install()
-    for name in ("checkpoint.checkpointer", "data.dataset", "training.loop",
+    for name in ("checkpoint.checkpointer", "data.pretraining.dataset", "training.loop",
                  *(f"engine.{engine}" for engine in ENGINES[script])):
         importlib.import_module(f"megatron_spdf.{name}")
     return module

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_spdf.architecture.model import Model
-from megatron_spdf.data.finetuning.tasks import TASKS
+from megatron_spdf.data.finetuning.task import TASKS
 from megatron_spdf.recipe.finetune import Finetune, load_finetune, training_recipe
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.runs.sweep import trials
@@ -27,14 +27,9 @@ def shipped(name: str, *words: str) -> Finetune:
 
 
 def test_a_recipe_is_shipped_for_every_task():
-    assert set(SHIPPED) - SMALL_RUNS == {*NLG, *SUMMARIES, "jsonl"} == set(TASKS)
+    assert set(SHIPPED) - SMALL_RUNS == {*NLG, *SUMMARIES, "jsonl"} <= set(TASKS.names())
     assert all(shipped(name).data.task == name for name in set(SHIPPED) - SMALL_RUNS)
     assert len({shipped(name).output for name in SHIPPED}) == len(SHIPPED)
-
-
-def test_every_task_can_be_named():
-    for task in TASKS:
-        assert shipped("e2e", f"data.task={task}").data.task == task
 
 
 @pytest.mark.parametrize("name", [*NLG, *SUMMARIES])
@@ -114,7 +109,6 @@ def test_what_does_not_fit_model_and_data_is_named(words, parts):
 @pytest.mark.parametrize("words, parts", [
     (["parallel.pipeline=2"], ["parallel.pipeline=2", "pipeline=1"]),
     (["mode=sparse", "revived=normal"], ["revived=normal", "mode=sparse"]),
-    (["data.task=e3e"], ["data.task='e3e'", "'e2e'"]),
     (["optimizer.warmup_tokens=1"],
      ["unknown key optimizer.warmup_tokens", "did you mean optimizer.warmup_steps?"]),
     (["train.tokens=1"], ["unknown key train.tokens"]),

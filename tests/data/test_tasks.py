@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_spdf.data.finetuning.tasks import (
+from megatron_spdf.data.finetuning.task import (
     SPLITS,
     TASKS,
     Example,
@@ -20,12 +20,10 @@ from megatron_spdf.data.finetuning.tasks import (
 
 DATA = Path(os.environ.get("SPDF_DATA") or Path(__file__).parents[2] / ".." / "shared" / "data")
 
-E2E = (
-    'mr,ref\r\n"name[The Vaults], eatType[pub], near[Café Adriatic]",'
-    'The Vaults is a pub.  It is cheap.\r\n'
-    '"name[Zizzi], customer rating[5 out of 5]","A ""good"" one,\r\n of two lines."\r\n'
-    '"name[The Vaults], eatType[pub], near[Café Adriatic]",Second reference.\r\n'
-)
+VAULTS = '"name[The Vaults], eatType[pub], near[Café Adriatic]"'
+E2E = (f"mr,ref\r\n{VAULTS},The Vaults is a pub.  It is cheap.\r\n"
+       '"name[Zizzi], customer rating[5 out of 5]","A ""good"" one,\r\n of two lines."\r\n'
+       f"{VAULTS},Second reference.\r\n")
 TRIPLE = {"subject": "Aarhus_Airport", "property": "runwayLength", "object": "2702.0"}
 ENTRY = {"category": "Airport",
          "modifiedtripleset": [TRIPLE, {**TRIPLE, "property": "cityServed", "object": "Aarhus"}],
@@ -198,12 +196,12 @@ def test_what_is_not_there_is_named(tmp_path):
     with pytest.raises(FileNotFoundError,
                        match="has no devset.csv or dev.csv, the validation split of e2e"):
         load_examples("e2e", tmp_path, "validation")
-    with pytest.raises(ValueError, match="task 'e2' is unknown; choose one of e2e, webnlg"):
+    with pytest.raises(ValueError, match="there is no task 'e2'; known: e2e, "):
         load_examples("e2", tmp_path, "test")
     with pytest.raises(ValueError,
                        match="split 'dev' is unknown; choose one of train, validation, test"):
         load_examples("e2e", tmp_path, "dev")
-    assert set(TASKS) == {"e2e", "webnlg", "dart", "curation", "scitldr", "jsonl"}
+    assert set(TASKS.names()) >= {"e2e", "webnlg", "dart", "curation", "scitldr", "jsonl"}
 
 
 # Examples and (input, reference) pairs; the counts that the data's publishers state, or those of

@@ -7,7 +7,7 @@ import json
 
 from demo_parts.functions import RIGHT, realize, write_functions
 
-from megatron_spdf.data.finetuning.tasks import SPLITS, load_examples
+from megatron_spdf.data.finetuning.task import SPLITS, load_examples
 
 
 def records(path):

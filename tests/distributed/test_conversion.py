@@ -122,9 +122,11 @@ def results(place, make_run, tmp_path_factory):
     cases |= {
         "magnitude one": ("converted", {"recipe": straight, "stop": 6, "ids": ids}),
         "magnitude two": ("converted", {"recipe": pruned, "stop": 2, "ids": ids}),
-        "magnitude two on": ("converted", {"recipe": elsewhere, "stop": 4, "ids": ids}),
+        "magnitude two on": ("converted", {"recipe": elsewhere, "stop": 4, "ids": ids},
+                             ["magnitude two"]),
         "magnitude two on resharded": (
-            "resharded", {"source": pruned["output"], "recipe": again, "stop": 6, "ids": ids}),
+            "resharded", {"source": pruned["output"], "recipe": again, "stop": 6, "ids": ids},
+            ["magnitude two on"]),
     }
     dense = open_weights(find_checkpoint(place / "0% tp1"))
     save_for_megatron(dense, place / "megatron", torch.float32)
@@ -224,7 +226,7 @@ def test_given_masks_survive_training_resuming_and_resharding(results, place):
     for run in ("magnitude two", "magnitude resharded"):
         reader = CheckpointReader(find_checkpoint(place / run), checksums=True)
         assert reader.masks == {"kind": "given",
-                                "how": "the largest magnitudes in each chunk of the Hugging Face "
+                                "how": "the largest magnitudes in each slice of the Hugging Face "
                                                         "model narrow"}
         assert (
             "16 masks" in verify(reader) and reader.run["origin"] == "the Hugging Face model narrow"

@@ -12,9 +12,9 @@ import pytest
 from official_figures import DART, E2E, GROUPS, OUTPUTS, REFERENCES, WEBNLG
 from rouge_score.rouge_scorer import RougeScorer
 
-from megatron_spdf.evaluation import metrics
-from megatron_spdf.evaluation.metrics import score
+from megatron_spdf.evaluation.metrics import java
 from megatron_spdf.evaluation.references import References
+from megatron_spdf.evaluation.scores import score
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = References(tuple(REFERENCES), tuple(GROUPS))
@@ -37,7 +37,7 @@ def scores():
     one_part = References(TEXTS.texts, ("",) * len(OUTPUTS))
     found = {"e2e": score("e2e", OUTPUTS, one_part), "dart": score("dart", OUTPUTS, one_part)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metrics, "meteor", lambda *_: 0.0)
+        patch.setattr(java, "meteor", lambda *_: 0.0)
         found["webnlg"] = score("webnlg", OUTPUTS, TEXTS)
     return found
 
@@ -64,6 +64,14 @@ def test_summaries_have_the_best_f1_of_their_references():
             for output, texts in zip(OUTPUTS, REFERENCES, strict=True)]
     assert score("scitldr", OUTPUTS,
                  TEXTS).values["all"]["ROUGE-2"] == pytest.approx(sum(best) / len(best))
+
+
+def test_a_part_of_the_test_set_is_scored_by_itself():
+    alone = [i for i, group in enumerate(GROUPS) if group == "seen"]
+    both = score("scitldr", OUTPUTS, TEXTS).values
+    assert both["seen"] == pytest.approx(score("scitldr", [OUTPUTS[i] for i in alone], References(
+        tuple(REFERENCES[i] for i in alone), ("",) * len(alone))).values["all"])
+    assert set(both) == {"all", "seen", "unseen"}
 
 
 def test_other_counts_are_refused():

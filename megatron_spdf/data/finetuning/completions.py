@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.random import Philox
 
-from megatron_spdf.data.finetuning.tasks import Example, load_examples, training_pairs
+from megatron_spdf.data.finetuning.task import Example, load_examples, training_pairs
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
 from megatron_spdf.model.batch import MicroBatch
 from megatron_spdf.random_streams import stream_key
@@ -104,13 +104,8 @@ class CompletionData:
 
     def __init__(self, recipe: Recipe, train: Completions, valid: Completions, pad: int,
                  replica: int):
-        self.recipe, self.train, self.valid, self.pad, self.replica = (
-            recipe,
-            train,
-            valid,
-            pad,
-            replica,
-        )
+        self.recipe, self.train, self.valid = recipe, train, valid
+        self.pad, self.replica = pad, replica
         self.per_epoch = math.ceil(len(train) / recipe.train.global_batch)
         self.valid_batches = math.ceil(len(valid) / recipe.train.global_batch)
         self.mean_length = math.ceil(train.lengths.mean())

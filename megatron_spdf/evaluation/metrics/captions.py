@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.metadata import version
 from itertools import accumulate, pairwise
 
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
-from megatron_spdf.evaluation.metrics.java import meteor, ptb_tokenize
+from megatron_spdf.evaluation.metrics.java import METEOR, meteor, ptb_tokenize
+from megatron_spdf.evaluation.metrics.metric import METRICS, Figure, Figures, Metric, by_part
+
+_COCO = f"PTB tokens, pycocoevalcap {version('pycocoevalcap')}"
 
 
-def caption_scores(predictions: Sequence[str],
-                   references: Sequence[Sequence[str]]) -> dict[str, float]:
+@by_part
+def captions(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Figures:
     """METEOR, ROUGE_L (Lin, 2004; with beta 1.2) and CIDEr (Vedantam et al., 2015) of raw texts.
 
     Raises:
-        JavaUnavailable: Java is missing or fails.
+        Unavailable: Java is missing or fails.
     """
     tokens = ptb_tokenize([*predictions, *(text for texts in references for text in texts)])
     ends = accumulate(map(len, references), initial=len(predictions))
     targets = dict(enumerate(tokens[start:end] for start, end in pairwise(ends)))
     outputs = {i: [text] for i, text in enumerate(tokens[: len(predictions)])}
-    return {"METEOR": meteor([text for (text,) in outputs.values()], list(targets.values())),
-            "ROUGE_L": float(Rouge().compute_score(targets, outputs)[0]),
-            "CIDEr": float(Cider().compute_score(targets, outputs)[0])}
+    of_meteor = meteor([text for (text,) in outputs.values()], list(targets.values()))
+    return {"METEOR": Figure(of_meteor, f"PTB tokens, {METEOR}"),
+            "ROUGE_L": Figure(float(Rouge().compute_score(targets, outputs)[0]), _COCO),
+            "CIDEr": Figure(float(Cider().compute_score(targets, outputs)[0]), _COCO)}
+
+
+METRICS.register("captions", Metric(("METEOR", "ROUGE_L", "CIDEr"), captions))

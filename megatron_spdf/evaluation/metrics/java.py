@@ -7,17 +7,24 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import pycocoevalcap.meteor.meteor
 import pycocoevalcap.tokenizer.ptbtokenizer as ptb
 
-_METEOR = Path(pycocoevalcap.meteor.meteor.__file__).with_name("meteor-1.5.jar")
-_STANFORD = Path(ptb.__file__).with_name(ptb.STANFORD_CORENLP_3_4_1_JAR)
+from megatron_spdf.evaluation.metrics.metric import (
+    METRICS,
+    Figure,
+    Figures,
+    Metric,
+    Unavailable,
+    by_part,
+)
 
-
-class JavaUnavailable(Exception):
-    """A metric needs Java, and there is none or it fails; the message says which."""
+METEOR = f"METEOR 1.5 -l en -norm, pycocoevalcap {version('pycocoevalcap')}"
+_METEOR_JAR = Path(pycocoevalcap.meteor.meteor.__file__).with_name("meteor-1.5.jar")
+_STANFORD_JAR = Path(ptb.__file__).with_name(ptb.STANFORD_CORENLP_3_4_1_JAR)
 
 
 def ptb_tokenize(sentences: Sequence[str]) -> list[str]:
@@ -25,14 +32,14 @@ def ptb_tokenize(sentences: Sequence[str]) -> list[str]:
     MS-COCO's metrics.
 
     Raises:
-        JavaUnavailable: Java is missing or fails.
+        Unavailable: Java is missing or fails.
     """
     text = "\n".join(map(_one_line, sentences))
-    out = _java("-cp", _STANFORD, "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines",
+    out = _java("-cp", _STANFORD_JAR, "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines",
                 "-lowerCase", stdin=text)
     lines = out.split("\n")[: len(sentences)]
     if len(lines) < len(sentences):
-        raise JavaUnavailable(f"Stanford's tokenizer gave {len(lines)} lines of {len(sentences)}")
+        raise Unavailable(f"Stanford's tokenizer gave {len(lines)} lines of {len(sentences)}")
     return [" ".join(w for w in line.rstrip().split(" ") if w not in ptb.PUNCTUATIONS)
             for line in lines]
 
@@ -44,7 +51,7 @@ def meteor(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> f
     it; the figures are the same.
 
     Raises:
-        JavaUnavailable: Java is missing or fails.
+        Unavailable: Java is missing or fails.
     """
     most = max(map(len, references))
     padded = [line for texts in references
@@ -54,8 +61,17 @@ def meteor(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> f
         outputs.write_text("".join(f"{_one_line(text)}\n" for text in predictions),
                            encoding="utf-8")
         targets.write_text("".join(f"{line}\n" for line in padded), encoding="utf-8")
-        return float(_java("-Xmx2G", "-jar", _METEOR, outputs, targets, "-l", "en", "-norm", "-r",
-                           most, "-q"))
+        return float(_java("-Xmx2G", "-jar", _METEOR_JAR, outputs, targets, "-l", "en", "-norm",
+                           "-r", most, "-q"))
+
+
+@by_part
+def meteor_score(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Figures:
+    """METEOR of tokenized texts."""
+    return {"METEOR": Figure(meteor(predictions, references), METEOR)}
+
+
+METRICS.register("meteor", Metric(("METEOR",), meteor_score))
 
 
 def _one_line(text: str) -> str:
@@ -65,10 +81,10 @@ def _one_line(text: str) -> str:
 def _java(*words: object, stdin: str = "") -> str:
     program = shutil.which("java")
     if program is None:
-        raise JavaUnavailable("needs Java, and there is no `java` in PATH")
+        raise Unavailable("needs Java, and there is no `java` in PATH")
     done = subprocess.run([program, *map(str, words)], input=stdin.encode(), capture_output=True,
                           check=False)
     if done.returncode or not done.stdout:
         reason = done.stderr.decode(errors="replace").strip().splitlines() or ["no output"]
-        raise JavaUnavailable(f"java failed: {reason[0]}")
+        raise Unavailable(f"java failed: {reason[0]}")
     return done.stdout.decode()

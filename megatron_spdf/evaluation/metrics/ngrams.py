@@ -9,37 +9,68 @@ from multiprocessing import get_context
 
 from sacrebleu.metrics import BLEU, TER
 
-Texts = Sequence[str]
+from megatron_spdf.evaluation.metrics.metric import (
+    ALL,
+    METRICS,
+    ByPart,
+    Figure,
+    Figures,
+    Metric,
+    Texts,
+    by_part,
+    parts_of,
+)
+from megatron_spdf.evaluation.references import References
+
 _PIECE = 64  # inputs that a process scores at a time
 
 
-def bleu_raw(predictions: Texts, references: Sequence[Texts]) -> tuple[float, str]:
-    """BLEU in [0, 1] of raw texts, lower-cased, as mteval-v13a has it; and the signature of its
-    settings."""
+@by_part
+def bleu_13a(predictions: Texts, references: Sequence[Texts]) -> Figures:
+    """BLEU in [0, 1] of raw texts, lower-cased, as mteval-v13a has it."""
     metric = BLEU(lowercase=True, tokenize="13a", smooth_method="none", force=True)
     score = metric.corpus_score(predictions, _streams(references, None)).score / 100
-    return score, str(metric.get_signature())
+    return {"BLEU": Figure(score, str(metric.get_signature()))}
 
 
-def bleu_tokenized(predictions: Texts, references: Sequence[Texts]) -> tuple[float, str]:
-    """BLEU in percent of tokenized texts, lower-cased, as multi-bleu.perl has it; and the signature
-    of its settings.
+@by_part
+def bleu_tokenized(predictions: Texts, references: Sequence[Texts]) -> Figures:
+    """BLEU in percent of tokenized texts, lower-cased, as multi-bleu.perl has it.
 
     An input with fewer references than another has *empty* ones in multi-bleu's brevity penalty:
     short outputs then count as long enough.
     """
     metric = BLEU(lowercase=True, tokenize="none", smooth_method="none", force=True)
     score = metric.corpus_score(predictions, _streams(references, "")).score
-    return score, str(metric.get_signature())
+    return {"BLEU": Figure(score, str(metric.get_signature()))}
+
+
+def ter(predictions: Texts, references: References) -> ByPart:
+    """TER: tercom's edit rate (Snover et al., 2006) over all references of an input; another than
+    pyter's mean over inputs.
+
+    That of all is from the sums of its parts, which are computed once.
+    """
+    parts, found, total_edits, total_length = parts_of(references), {}, 0.0, 0.0
+    for part, inputs in (parts or {ALL: range(len(predictions))}).items():
+        edits, length, signature = ter_edits([predictions[i] for i in inputs],
+                                             [references.texts[i] for i in inputs])
+        total_edits, total_length = total_edits + edits, total_length + length
+        signature = f"tercom's (not pyter's); sacrebleu {signature}"
+        found[part] = {"TER": Figure(edits / length, signature)}
+    return {**found, ALL: {"TER": Figure(total_edits / total_length, signature)}}
+
+
+METRICS.register("bleu_13a", Metric(("BLEU",), bleu_13a))
+METRICS.register("bleu_tokenized", Metric(("BLEU",), bleu_tokenized))
+METRICS.register("ter", Metric(("TER",), ter))
 
 
 def ter_edits(predictions: Texts, references: Sequence[Texts]) -> tuple[float, float, str]:
-    """Edits, mean reference length, summed over inputs; their ratio is TER. And the signature of
-    the settings.
+    """Edits and mean reference length, summed over inputs, and the signature of the settings.
 
-    tercom's edit rate (Snover et al., 2006) over all references of an input; another than pyter's
-    mean over inputs. The work is shared among the processors, since `sacrebleu` takes tens of
-    milliseconds for an input.
+    The work is shared among the processors, since `sacrebleu` takes tens of milliseconds for an
+    input.
     """
     pairs = list(zip(predictions, references, strict=True))
     pieces = [pairs[i : i + _PIECE] for i in range(0, len(pairs), _PIECE)]

@@ -10,31 +10,26 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
+from megatron_spdf.evaluation.metrics.metric import METRICS, Figure, Figures, Metric, by_part
+
 MAX_N = 5
+_PORT = "own, length penalty of the official metrics' Python port (measure_scores.py -p)"
+_MTEVAL = "own, length penalty of the official metrics' mteval-v13a (Perl)"
 # a translation of 2/3 of the length gets half the score
 _BETA = -math.log(0.5) / math.log(1.5) ** 2
 
 
-@dataclass(frozen=True)
-class Nist:
-    """Both scores.
+@by_part
+def nist(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Figures:
+    """NIST of raw texts; an input has one reference or more.
 
-    Attributes:
-        port: the Python port's: the expected length is the sum over inputs of their references'
-            mean length.
-        perl: mteval-v13a's: the expected length is all reference tokens / (references / inputs).
+    Returns:
+        NIST, the Python port's, whose expected length is the sum over inputs of their references'
+        mean length; and NIST_mteval, with all reference tokens / (references / inputs).
     """
-
-    port: float
-    perl: float
-
-
-def nist(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Nist:
-    """NIST of raw texts; an input has one reference or more."""
     tokenize = Tokenizer13a()
     outputs = [tokenize(text.lower()).split() for text in predictions]
     targets = [[tokenize(text.lower()).split() for text in texts] for texts in references]
@@ -47,10 +42,13 @@ def nist(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Nis
     length = sum(map(len, outputs))
     mean_lengths = math.fsum(sum(map(len, texts)) / len(texts) for texts in targets)
     pooled_length = counts[()] / len(pool) * len(targets)
-    return Nist(_brevity(length / mean_lengths)
-                * _precision(found, [_places_port(outputs, n) for n in range(MAX_N)]),
-                _brevity(length / pooled_length)
-                * _precision(found, [_places_perl(outputs, n) for n in range(MAX_N)]))
+    port = _precision(found, [_places_port(outputs, n) for n in range(MAX_N)])
+    perl = _precision(found, [_places_perl(outputs, n) for n in range(MAX_N)])
+    return {"NIST": Figure(_brevity(length / mean_lengths) * port, _PORT),
+            "NIST_mteval": Figure(_brevity(length / pooled_length) * perl, _MTEVAL)}
+
+
+METRICS.register("nist", Metric(("NIST", "NIST_mteval"), nist))
 
 
 def _grams(tokens: list[str], n: int) -> list[tuple[str, ...]]:

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.metadata import version
 
 from rouge_score.rouge_scorer import RougeScorer
 
+from megatron_spdf.evaluation.metrics.metric import METRICS, Figure, Figures, Metric, by_part
+
 KINDS = {"ROUGE-1": "rouge1", "ROUGE-2": "rouge2", "ROUGE-L": "rougeL"}
+_SIGNATURE = f"F1, stemmed, best of the references, mean; rouge-score {version('rouge-score')}"
 
 
-def rouge(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+@by_part
+def rouge(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Figures:
     """Mean over the inputs of the best F1 over an input's references, in [0, 1]."""
     scorer = RougeScorer(list(KINDS.values()), use_stemmer=True)
-    scores = [scorer.score_multi(texts, text) for text,
-              texts in zip(predictions, references, strict=True)]
-    return {name: sum(score[kind].fmeasure for score in scores) / len(scores) for name,
-            kind in KINDS.items()}
+    scores = [scorer.score_multi(texts, text)
+              for text, texts in zip(predictions, references, strict=True)]
+    means = {name: sum(score[kind].fmeasure for score in scores) / len(scores)
+             for name, kind in KINDS.items()}
+    return {name: Figure(mean, _SIGNATURE) for name, mean in means.items()}
+
+
+METRICS.register("rouge", Metric(tuple(KINDS), rouge))

@@ -10,12 +10,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_spdf.data.finetuning.tasks.example import Example, linearize
-from megatron_spdf.data.finetuning.tasks.files import json_file, list_of, text_of
-
-FILES = {"train": ("dart-*-full-train*.json", "train.json"),
-         "validation": ("dart-*-full-dev*.json", "dev.json"),
-         "test": ("dart-*-full-test*.json", "test.json")}
+from megatron_spdf.data.finetuning.files import json_file, list_of, text_of
+from megatron_spdf.data.finetuning.task import TASKS, Example, OfficialForm, Task
+from megatron_spdf.data.finetuning.texts import linearize, split_words
 
 
 def read(path: Path) -> list[Example]:
@@ -49,3 +46,17 @@ def _triple(where: str, triple: Any) -> tuple[str, str, str]:
             and all(isinstance(part, str) for part in triple)):
         raise ValueError(f"{where}: a triple must be three texts; it is {triple!r:.80}")
     return triple[0], triple[1].lower(), triple[2]
+
+
+def official(text: str) -> str:
+    """Lower-cased words of an output or a reference, which keep their alphabet."""
+    return split_words(text.lower())
+
+
+TASKS.register("dart", Task(
+    title="DART v1.1.1 (Nan et al., 2021)",
+    files={"train": ("dart-*-full-train*.json", "train.json"),
+           "validation": ("dart-*-full-dev*.json", "dev.json"),
+           "test": ("dart-*-full-test*.json", "test.json")},
+    read=read, metrics=("bleu_tokenized", "meteor", "ter"),
+    form=OfficialForm(official, official, most=3)))

@@ -8,11 +8,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from megatron_spdf.data.finetuning.tasks.example import Example, merge
-from megatron_spdf.data.finetuning.tasks.files import csv_rows, text_of
+from megatron_spdf.data.finetuning.files import csv_rows, text_of
+from megatron_spdf.data.finetuning.task import TASKS, Example, Task
+from megatron_spdf.data.finetuning.texts import merge
 
-FILES = {"train": ("trainset.csv", "train.csv"), "validation": ("devset.csv", "dev.csv"),
-         "test": ("testset_w_refs.csv", "test.csv", "testset.csv")}
 _SLOT = r"([^\[\],]+)\[([^\[\]]*)\]"
 _SLOTS = re.compile(rf"{_SLOT}(?:, *{_SLOT})*")
 
@@ -37,3 +36,10 @@ def linearise_slots(where: str, meaning: str) -> str:
                          "slot[value], slot[value], ...")
     return " | ".join(f"{slot.strip()} : {value.strip()}" for slot,
                       value in re.findall(_SLOT, meaning))
+
+
+TASKS.register("e2e", Task(
+    title="E2E NLG (Novikova et al., 2017)",
+    files={"train": ("trainset.csv", "train.csv"), "validation": ("devset.csv", "dev.csv"),
+           "test": ("testset_w_refs.csv", "test.csv", "testset.csv")},
+    read=read, metrics=("bleu_13a", "nist", "captions")))

@@ -5,11 +5,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_spdf.data.finetuning.tasks.example import Example
-from megatron_spdf.data.finetuning.tasks.files import json_lines, text_of, texts_of
-
-FILES = {"train": ("train.jsonl",), "validation": ("validation.jsonl", "valid.jsonl", "dev.jsonl"),
-         "test": ("test.jsonl",)}
+from megatron_spdf.data.finetuning.files import json_lines, text_of, texts_of
+from megatron_spdf.data.finetuning.task import TASKS, Example, Task
 
 
 def read(path: Path) -> list[Example]:
@@ -24,3 +21,11 @@ def read(path: Path) -> list[Example]:
             references = (text_of(where, record, "completion"),)
         examples.append(Example(text_of(where, record, "context"), references))
     return examples
+
+
+TASKS.register("jsonl", Task(
+    title='your own: lines of {"context", "completion"}',
+    files={"train": ("train.jsonl",),
+           "validation": ("validation.jsonl", "valid.jsonl", "dev.jsonl"),
+           "test": ("test.jsonl",)},
+    read=read, metrics=("bleu_13a", "rouge")))

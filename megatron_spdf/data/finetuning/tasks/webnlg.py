@@ -9,21 +9,19 @@ NLG examples.
 from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_spdf.data.finetuning.tasks.example import Example, linearize
-from megatron_spdf.data.finetuning.tasks.files import checked_text, json_file, list_of, text_of
+from unidecode import unidecode
 
-FILES = {"train": ("train.json", "train.xml", "train"),
-         "validation": ("dev.json", "dev.xml", "dev"),
-         "test": ("test.json", "test.xml", "test/testdata_with_lex.xml", "testdata_with_lex.xml",
-                  "test")}
+from megatron_spdf.data.finetuning.files import checked_text, json_file, list_of, text_of
+from megatron_spdf.data.finetuning.task import TASKS, Example, OfficialForm, Task
+from megatron_spdf.data.finetuning.texts import linearize, split_words
+
 # The categories of the training set; the test set has five others.
 SEEN = frozenset({"Airport", "Astronaut", "Building", "City", "ComicsCharacter", "Food",
-                  "Monument", "SportsTeam",
-                  "University", "WrittenWork"})
+                  "Monument", "SportsTeam", "University", "WrittenWork"})
 _GOOD = ("good", "")  # as which a text without a comment counts
 
 
@@ -99,3 +97,28 @@ def _xml_triple(where: str, text: str | None) -> tuple[str, str, str]:
                          "| object")
     subject, relation, value = (part.strip() for part in parts)
     return subject, relation, value
+
+
+def official_output(text: str) -> str:
+    """Lower-cased words of an output; transliterated to ASCII first, so `½` becomes `1 / 2`."""
+    return split_words(unidecode(text.strip()).lower())
+
+
+def official_reference(text: str) -> str:
+    """Lower-cased words of a reference; transliterated last, so `½` becomes `1/2`."""
+    return unidecode(split_words(text).lower())
+
+
+def in_ascii(references: Sequence[Sequence[str]]) -> bool:
+    """Whether reference files can be those that the official script writes."""
+    return all(text.isascii() for texts in references for text in texts)
+
+
+TASKS.register("webnlg", Task(
+    title="WebNLG Challenge 2017 (Gardent et al., 2017)",
+    files={"train": ("train.json", "train.xml", "train"),
+           "validation": ("dev.json", "dev.xml", "dev"),
+           "test": ("test.json", "test.xml", "test/testdata_with_lex.xml",
+                    "testdata_with_lex.xml", "test")},
+    read=read, metrics=("bleu_tokenized", "meteor", "ter"),
+    form=OfficialForm(official_output, official_reference, most=3, applies_to=in_ascii)))

@@ -114,9 +114,8 @@ def list_of(where: str, record: dict[str, Any], field: str) -> list[Any]:
         ValueError: the field is missing or no list.
     """
     if not isinstance(record.get(field), list):
-        raise ValueError(
-            f"{where}: field {field!r} must be a list; it is {record.get(field)!r:.80}"
-        )
+        raise ValueError(f"{where}: field {field!r} must be a list; it is "
+                         f"{record.get(field)!r:.80}")
     return record[field]
 
 

@@ -1,26 +1,10 @@
-"""What every task gives."""
+"""Text of tasks: inputs written out as text, and words as official scripts separate them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
 
-SPLITS = ("train", "validation", "test")
-
-
-@dataclass(frozen=True)
-class Example:
-    """One input and the texts that may follow it.
-
-    Attributes:
-        context: the linearized input, without end-of-document token.
-        references: the targets, spaced as in the data.
-        group: a part of the test set that is scored by itself as well: "seen" and "unseen"
-            categories of WebNLG; "" where the task has none.
-    """
-
-    context: str
-    references: tuple[str, ...]
-    group: str = ""
+from megatron_spdf.data.finetuning.task import Example
 
 
 def linearize(triples: list[tuple[str, str, str]]) -> str:
@@ -34,3 +18,8 @@ def merge(examples: list[Example]) -> list[Example]:
     for example in examples:
         references[example.context] = references.get(example.context, ()) + example.references
     return [Example(context, found) for context, found in references.items()]
+
+
+def split_words(text: str) -> str:
+    """Every character that belongs to no word stands alone, one blank between all."""
+    return " ".join(" ".join(re.split(r"(\W)", text)).split())

@@ -1,0 +1,121 @@
+"""Fine-tuning tasks: how their data are read, and how what a model writes for them is scored.
+
+    examples = load_examples("e2e", Path("data/e2e"), "train")
+    pairs = training_pairs(examples)  # (context, reference)
+
+A task is one file of the room `tasks` that registers itself in TASKS; docs/extending.md has an
+example.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_spdf.data.finetuning.files import find_file
+from megatron_spdf.registry import Registry
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One input and the texts that may follow it.
+
+    Attributes:
+        context: the linearized input, without end-of-document token.
+        references: the targets, spaced as in the data.
+        group: a part of the test set that is scored by itself as well: "seen" and "unseen"
+            categories of WebNLG; "" where the task has none.
+    """
+
+    context: str
+    references: tuple[str, ...]
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class OfficialForm:
+    """Texts as a task's official scripts compare them, where that is not as they are in the data.
+
+    Attributes:
+        output: brings a system's output into the form.
+        reference: brings a reference of the data into the form.
+        most: references of an input that the scripts read.
+        applies_to: whether the scripts bring outputs into the form when these are the references,
+            read from files that have it.
+    """
+
+    output: Callable[[str], str]
+    reference: Callable[[str], str]
+    most: int
+    applies_to: Callable[[Sequence[Sequence[str]]], bool] = lambda references: False
+
+
+@dataclass(frozen=True)
+class Task:
+    """A fine-tuning task.
+
+    Attributes:
+        title: its name and source, for people.
+        files: split -> patterns of its file's name as it is published, the better ones first.
+        read: the examples of a file, in its order. Raises ValueError with the file and the line or
+            record for what is malformed.
+        metrics: names in megatron_spdf/evaluation/metrics, in the order in which they are printed.
+        form: of the texts that are scored; None: as they are.
+    """
+
+    title: str
+    files: dict[str, tuple[str, ...]]
+    read: Callable[[Path], list[Example]]
+    metrics: tuple[str, ...]
+    form: OfficialForm | None = None
+
+    @property
+    def suffixes(self) -> set[str]:
+        """Endings of the names of its files: ".json"."""
+        return {Path(name).suffix for names in self.files.values() for name in names} - {""}
+
+
+TASKS: Registry[Task] = Registry("task", "megatron_spdf.data.finetuning.tasks")
+
+
+def render_tasks() -> str:
+    """A line for each task: its name in recipes and its title."""
+    return "\n".join(f"  {name:<10} {TASKS.get(name).title}" for name in TASKS.names())
+
+
+def load_examples(name: str, path: Path, split: str) -> list[Example]:
+    """The examples of a split, in the order of the data.
+
+    Args:
+        name: of a task.
+        path: the split's file, or the directory that holds the splits under the names they are
+            published with.
+        split: "train", "validation" or "test". In train and validation every example has a
+            reference; in test it may have none.
+
+    Raises:
+        ValueError: the task or split is unknown, a field is missing or malformed (with its file and
+            its line or record), or the split is empty.
+        FileNotFoundError: nothing is at `path`, or the directory has no file of this split.
+    """
+    task = TASKS.get(name)
+    if split not in SPLITS:
+        raise ValueError(f"split {split!r} is unknown; choose one of {', '.join(SPLITS)}")
+    file = find_file(Path(path), task.files[split], name, split)
+    examples = task.read(file)
+    if split != "test":
+        examples = [example for example in examples if example.references]
+    if not examples:
+        raise ValueError(f"{file} has no "
+                         f"{'example' if split == 'test' else 'example with a reference'}; the "
+                         f"{split} split of {name} must not be empty")
+    return examples
+
+
+def training_pairs(examples: Iterable[Example]) -> list[tuple[str, str]]:
+    """Every (context, reference)."""
+    return [(example.context, reference) for example in examples
+            for reference in example.references]

@@ -1,0 +1,76 @@
+"""Scores of a task: the figures that its official scripts print, and equal to them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from megatron_spdf.data.finetuning.task import TASKS
+from megatron_spdf.evaluation.metrics.metric import ALL, METRICS, Metric, Unavailable
+from megatron_spdf.evaluation.references import References, in_official_form
+
+
+@dataclass
+class Scores:
+    """What was computed, how, and what could not be.
+
+    Attributes:
+        values: part of the test set -> metric -> score. The part "all" is there always; WebNLG's
+            data have "seen" and "unseen".
+        signatures: metric -> the implementation and settings behind its values.
+        missing: metric -> why it has no value.
+    """
+
+    values: dict[str, dict[str, float]] = field(default_factory=lambda: {ALL: {}})
+    signatures: dict[str, str] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+
+
+def metrics_of(task: str) -> list[Metric]:
+    """The metrics that a task names.
+
+    Raises:
+        ValueError: the task or a metric is unknown.
+    """
+    return [METRICS.get(name) for name in TASKS.get(task).metrics]
+
+
+def score(task: str, predictions: Sequence[str], references: References) -> Scores:
+    """Scores predictions, one for each input, in the task's official form.
+
+    Raises:
+        ValueError: predictions and references are of different counts, or there are none.
+    """
+    if len(predictions) != len(references.texts) or not predictions:
+        raise ValueError(f"{len(predictions)} predictions for {len(references.texts)} inputs with "
+                         "references; there must be one prediction for each, one per line, in the "
+                         "order of the references")
+    outputs, official = in_official_form(TASKS.get(task), predictions, references)
+    scores = Scores()
+    for metric in metrics_of(task):
+        try:
+            for part, figures in metric.measure(outputs, official).items():
+                scores.values.setdefault(part, {}).update(
+                    {name: figure.value for name, figure in figures.items()})
+                scores.signatures |= {name: figure.signature for name, figure in figures.items()}
+        except Unavailable as error:
+            scores.missing |= dict.fromkeys(metric.figures, str(error))
+    return scores
+
+
+def render(scores: Scores) -> str:
+    """A line for each metric and a column for each part of the test set, then what is behind the
+    figures."""
+    parts = [ALL, *sorted(scores.values.keys() - {ALL})]
+    names = list(dict.fromkeys(name for part in parts for name in scores.values[part]))
+    head = [f"{'':<12}" + "".join(f"{part:>12}" for part in parts)] if len(parts) > 1 else []
+    rows = [f"{name:<12}"
+            + "".join(f"{_figure(scores.values[part].get(name)):>12}" for part in parts)
+            for name in names]
+    missing = [f"{name:<12}{'missing':>12}  ({why})" for name, why in scores.missing.items()]
+    behind = [f"  {name}: {signature}" for name, signature in scores.signatures.items()]
+    return "\n".join([*head, *rows, *missing, *behind])
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.6f}"

@@ -1,0 +1,1 @@
+"""Mask algorithms, one file each."""

@@ -1,0 +1,152 @@
+"""A mask algorithm: when masks move, and which entries of a slice die and which are born.
+
+A file of this room holds one algorithm and registers it. So does a file of somebody else's, see
+`registry.py`. An algorithm is also a section of the recipe: its fields are the keys of
+`sparsity.update`.
+
+    sparsity: {level: 0.75, algorithm: NAME, update: {every: 100, fraction: 0.3}}
+
+It sees one slice at a time and keeps the number of its active entries. So it needs no
+communication, and moves masks the same way at every layout. What carries values and optimizer
+state to their new places is the engine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
+
+from megatron_spdf.registry import Registry
+from megatron_spdf.section import Section
+
+if TYPE_CHECKING:  # the planner goes without PyTorch
+    from megatron_spdf.sparsity.mask_slice import MaskSlice, Move
+
+Needs = Literal["nothing", "values", "dense_gradient"]
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When a mask moves.
+
+    Attributes:
+        update: number of the move in the run, from 1.
+        step, steps: optimizer steps that are done of the run or its stage, and all that it has.
+    """
+
+    update: int
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class MoveCost:
+    """Cost of a move for one weight on a rank, beside that of carrying its state.
+
+    Attributes:
+        transient: bytes that are held from the step's first micro-batch until the move.
+        reduced: bytes that data-parallel ranks sum up.
+        flops: per token of the step, beside those of a step that moves nothing.
+    """
+
+    transient: int = 0
+    reduced: int = 0
+    flops: int = 0
+
+
+class MaskAlgorithm(Section):
+    """Keys of the algorithm: when masks move, and how much of them."""
+
+    name: ClassVar[str]
+    needs: ClassVar[Needs] = "nothing"  # to choose; the dense gradient comes with the values
+
+    def due(self, step: int, steps: int) -> bool:
+        """Whether masks move after an optimizer step.
+
+        Args:
+            step: from 1, steps that were skipped not counted.
+            steps: length of the run or stage.
+        """
+        return False
+
+    def largest_move(self, active: int) -> int:
+        """The most entries that die in one move of a slice with so many active ones."""
+        return 0
+
+    def select(self, part: MaskSlice, when: Moment) -> Move:
+        """Chooses the entries of one slice that die and those that are born, equally many.
+
+        What is born was inactive before, so that an entry that has just died is not born again.
+        Ties go by position: every replica must choose the same.
+        """
+        raise NotImplementedError
+
+    def cost(self, entries: int, active: int) -> MoveCost:
+        """Cost of a move.
+
+        Args:
+            entries, active: of a weight's part on a rank.
+        """
+        if self.needs != "dense_gradient":
+            return MoveCost()
+        gradient = 4 * entries  # fp32
+        return MoveCost(gradient, gradient, 2 * (entries - active))
+
+    def describe(self) -> str:
+        """Says in a line what the algorithm does."""
+        raise NotImplementedError
+
+    def moves(self, steps: int) -> int:
+        """The number of moves of a run or stage of so many steps."""
+        return sum(self.due(step, steps) for step in range(1, steps + 1))
+
+    @classmethod
+    def all_fields(cls) -> dict[str, FieldInfo]:
+        """The keys of every algorithm, for help."""
+        return {key: field for name in ALGORITHMS.names()
+                for key, field in ALGORITHMS.get(name).model_fields.items()}
+
+
+class MovingMasks(MaskAlgorithm):
+    """The schedule that algorithms share: a fraction of each slice's active entries every so many
+    steps."""
+
+    every: int = Field(100, gt=0, description="optimizer steps between moves of the masks")
+    fraction: float = Field(0.3, ge=0.0, le=1.0,
+                            description="of the active entries that die in a move")
+    start: float = Field(0.0, ge=0.0, le=1.0,
+                         description="share of the run's or stage's steps before the first move")
+    stop: float = Field(0.75, ge=0.0, le=1.0, description="share of the steps after which masks "
+                                                          "stay")
+
+    @model_validator(mode="after")
+    def _starts_before_it_stops(self) -> MovingMasks:
+        if self.start >= self.stop:
+            raise PydanticCustomError(
+                "order", "start={start} is not under stop={stop}, so that no mask would move; "
+                         "lower the first or raise the second",
+                {"start": self.start, "stop": self.stop})
+        return self
+
+    def due(self, step: int, steps: int) -> bool:
+        """After every step that `every` divides, from `start` on and before `stop`."""
+        return step % self.every == 0 and self.start * steps <= step < self.stop * steps
+
+    def largest_move(self, active: int) -> int:
+        return round(self.fraction * active)
+
+    def count(self, active: int, when: Moment) -> int:
+        """The number of entries that die in a slice; an algorithm may let it fall with time."""
+        return self.largest_move(active)
+
+    def describe(self) -> str:
+        return (f"{self.fraction:g} of the active entries of each slice every {self.every} steps, "
+                f"from {self.start:.0%} to {self.stop:.0%} of the steps")
+
+
+ALGORITHMS: Registry[type[MaskAlgorithm]] = Registry("mask algorithm",
+                                                     "megatron_spdf.sparsity.algorithms")

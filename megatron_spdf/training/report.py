@@ -1,0 +1,139 @@
+"""Figures of a run, for its log: steps, evaluations, saves, bytes held and sent."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+
+from megatron_spdf.checkpoint.checkpointer import RunState
+from megatron_spdf.checkpoint.saving import Saving
+from megatron_spdf.data.finetuning.completions import CompletionData
+from megatron_spdf.data.pretraining.dataset import TokenData
+from megatron_spdf.engine.base import Engine, StepResult
+from megatron_spdf.evaluation.perplexity import bits_per_byte
+from megatron_spdf.layers.measure import total_sparsity
+from megatron_spdf.parallel.traffic import TrafficCounter
+from megatron_spdf.planning.hardware import peak_flops
+from megatron_spdf.recipe.recipe import Recipe
+from megatron_spdf.runs.run_log import RunLog
+from megatron_spdf.schedule.flops import training_flops
+from megatron_spdf.sparsity.plan import Plan
+
+
+@dataclass(frozen=True)
+class Report:
+    """Writes records and lines to the log of a run, each at the step where `state` stands.
+
+    Attributes:
+        first: step at which the stage began.
+        flops_before: of training up to step `first`.
+    """
+
+    recipe: Recipe
+    plan: Plan
+    engine: Engine
+    data: TokenData | CompletionData
+    state: RunState
+    log: RunLog
+    first: int
+    flops_before: float
+
+    def step(self, result: StepResult, seconds: float, waited: float) -> None:
+        """Loss, speed, sparsity and FLOPs at a step.
+
+        Args:
+            seconds: of the step, its data included.
+            waited: seconds of it spent waiting for data.
+        """
+        recipe, figures = self.recipe, self._figures(result, seconds, waited)
+        mfu = f" | MFU {figures['mfu']:.1%}" if "mfu" in figures else ""
+        self.log.record("train", self.state.step, **figures)
+        self.log.say(
+            f"step {self.state.step:>{len(str(recipe.steps))}}/{recipe.steps} "
+            f"| loss {result.loss:.4f} | lr {figures['lr']:.2e} "
+            f"| grad norm {result.grad_norm:.3f} "
+            f"| {figures['tokens_per_second']:,.0f} tokens/s "
+            f"| {figures['model_tflops_per_rank']:.3g} TFLOP/s{mfu} "
+            f"| sparsity {figures['sparsity']:.2%}")
+
+    def _figures(self, result: StepResult, seconds: float, waited: float) -> dict[str, Any]:
+        state, data, on_gpu = self.state, self.data, torch.cuda.is_available()
+        model, length = self.recipe.model, data.mean_length
+        tokens = state.tokens - data.consumed(state.step - 1)  # of this step
+        # dense matrix products that are executed: a GPU skips the zeros of tiles only
+        skipped = self.plan.skipped if on_gpu else None
+        executed = (training_flops(model, length, skipped).total * tokens / seconds
+                    / self.recipe.parallel.world)
+        figures = {
+            "tokens": state.tokens,
+            "loss": result.loss,
+            "lr": self.engine.learning_rate,
+            "grad_norm": result.grad_norm,
+            "skipped": state.skipped,
+            "sparsity": total_sparsity(self.engine.measured_sparsity(), self.plan),
+            "flops": self.flops_before + training_flops(model, length, self.plan).total
+            * (state.tokens - data.consumed(self.first)),
+            "tokens_per_second": tokens / seconds,
+            "model_tflops_per_rank": executed / 1e12,
+            "step_seconds": seconds,
+            "data_seconds": waited,
+            "memory_bytes": _peak_memory(),
+            "source_tokens": data.consumed_by_source(state.step),
+        }
+        precision = self.recipe.train.precision
+        if on_gpu and (peak := peak_flops(torch.cuda.get_device_name(), precision)):
+            figures["mfu"] = executed / peak
+        return figures
+
+    def skipped(self, result: StepResult) -> None:
+        """A step that was skipped for non-finite numbers."""
+        self.log.say(f"step {self.state.step}: skipped, loss {result.loss}, gradient norm "
+                     f"{result.grad_norm}; {self.state.skipped_in_a_row} in a row")
+
+    def validation(self, loss: float, better: bool) -> None:
+        """The loss of an evaluation.
+
+        Args:
+            better: whether it is the lowest yet.
+        """
+        if not self.log.active:
+            return
+        perplexity = math.exp(min(loss, 700.0))  # of a run that diverged, within what a float holds
+        state, figures = self.state, {"loss": loss, "perplexity": perplexity}
+        line = f"step {state.step}: validation loss {loss:.4f}, perplexity {perplexity:.2f}"
+        if self.data.valid_tokens_per_byte is not None:
+            figures["bits_per_byte"] = bits_per_byte(loss, self.data.valid_tokens_per_byte)
+            line += f", {figures['bits_per_byte']:.4f} bits per byte"
+        if not better:
+            line += f"; no better than at step {state.best_step}, {state.worse} in a row"
+        self.log.record("valid", state.step, **figures)
+        self.log.say(line)
+
+    def saved(self, saving: Saving | None) -> None:
+        """A save that has ended; None: there was none."""
+        if saving and saving.error:
+            self.log.say(f"could NOT save {saving.path}: {saving.error}; the checkpoints before it "
+                         "are untouched")
+        elif saving:
+            self.log.say(f"saved {saving.path}, written in {saving.seconds:.1f} s")
+
+    def bytes(self, traffic: TrafficCounter) -> None:
+        """Bytes that rank 0 holds and sends in a step, counted at its buffers and collectives."""
+        held = self.engine.state_bytes()
+        sent = {f"{operation} {group}": n for (operation, group), n in traffic.bytes.items()}
+        self.log.record("bytes", self.state.step, **held, sent_per_step=traffic.total,
+                        sent_by_kind=sent, choices=self.engine.choices)
+        self.log.say("rank 0 holds "
+                     f"{', '.join(f'{k} {n / 2**20:,.1f} MiB' for k, n in held.items())}; sends "
+                     f"{traffic.total / 2**20:,.1f} MiB per step")
+
+
+def _peak_memory() -> int:
+    """Bytes: the largest allocation of this rank's GPU, or the process's resident memory on CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return psutil.Process().memory_info().rss

@@ -1,0 +1,84 @@
+"""Keys of a mask algorithm in a recipe: read as the algorithm's own, refused with what is known."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import Field
+
+from megatron_spdf.recipe.compare import changes_of_run
+from megatron_spdf.recipe.load import make_recipe
+from megatron_spdf.recipe.recipe import Recipe
+from megatron_spdf.sparsity.algorithms.base import ALGORITHMS, MovingMasks
+
+
+class Probe(MovingMasks):
+    """Nothing of its own but another default."""
+
+    name = "probe"
+    every: int = Field(7, gt=0)
+
+
+@pytest.fixture(autouse=True)
+def probe(monkeypatch):
+    ALGORITHMS.names()
+    monkeypatch.setitem(ALGORITHMS._tenants, "probe", Probe)
+
+
+def loaded(recipe, *overrides: str, **sparsity) -> Recipe:
+    values = recipe().model_dump()
+    values["sparsity"] = {"level": 0.75, **sparsity}
+    return make_recipe(values, overrides, "it")
+
+
+def test_masks_stay_without_an_algorithm(recipe):
+    assert loaded(recipe).model_dump()["sparsity"]["algorithm"] == "static"
+    assert loaded(recipe).sparsity.update.moves(1000) == 0
+
+
+def test_keys_have_the_algorithms_own_defaults(recipe):
+    found = loaded(recipe, algorithm="probe", update={"fraction": 0.2}).sparsity
+    assert found.update == Probe(every=7, fraction=0.2, start=0.0, stop=0.75)
+    assert Recipe.model_validate(recipe(sparsity=found.model_dump()).model_dump()).sparsity == found
+    words = loaded(recipe, "sparsity.algorithm=probe", "sparsity.update.every=9").sparsity
+    assert words.update.every == 9
+
+
+@pytest.mark.parametrize(("sparsity", "said"), [
+    ({"algorithm": "prob"}, "sparsity.algorithm='prob': there is no mask algorithm 'prob'; known: "
+                            "probe, static"),
+    ({"update": {"every": 3}}, r"sparsity.update.every=3: the mask algorithm static has no such "
+                               "key; known: none. Leave it out, or set sparsity.update=null"),
+    ({"algorithm": "probe", "update": {"fracton": 0.1}},
+     "sparsity.update.fracton=0.1: the mask algorithm probe has no such key; known: fraction, "),
+    ({"algorithm": "probe", "update": {"fraction": 1.5}},
+     "sparsity.update.fraction=1.5: input should be less than or equal to 1"),
+    ({"algorithm": "probe", "update": {"every": 0}}, "sparsity.update.every=0"),
+    ({"algorithm": "probe", "update": {"start": 0.8}},
+     "start=0.8 is not under stop=0.75, so that no mask would move; lower the first or"),
+    ({"algorithm": "probe", "level": 0.0}, "sparsity.algorithm=probe moves masks, and no weight "
+                                           "is sparse; set sparsity.level, or algorithm=static"),
+    ({"algorithm": "probe", "level": 0.1}, r"sparsity.algorithm=probe moves 830 of the 2,765 "
+     r"active entries of a slice of decoder\.\S+ at once, which has 307 zeros to take their "
+     r"place; lower sparsity.update.fraction to 0.111 or raise the level 0.1"),
+    ({"algorithm": "probe", "level": 0.5, "pattern": "2:4"}, "sparsity.algorithm=probe lets "
+     "single entries die and be born, and sparsity.pattern=2:4 ties them to each other; set "
+     "algorithm=static or pattern=unstructured"),
+    ({"algorithm": "probe", "pattern": "tile", "tile": 8}, "sparsity.pattern=tile ties them"),
+])
+def test_what_is_wrong_is_said(recipe, sparsity, said):
+    with pytest.raises(ValueError, match=said):
+        loaded(recipe, **sparsity)
+
+
+def test_a_run_goes_on_with_its_own_algorithm_only(recipe):
+    before = loaded(recipe, algorithm="probe")
+    assert changes_of_run(before, loaded(recipe, algorithm="probe")) == []
+    assert changes_of_run(before, loaded(recipe, algorithm="probe", update={"every": 8})) == [
+        "sparsity.update.every is 7 there and 8 here"]
+    assert "sparsity.algorithm is probe there and static here" in changes_of_run(before,
+                                                                                 loaded(recipe))
+
+
+def test_held_masks_are_the_same_ones(recipe):
+    moving = loaded(recipe, algorithm="probe", update={"every": 9}, seed=5).sparsity
+    assert moving.held() == loaded(recipe, seed=5).sparsity

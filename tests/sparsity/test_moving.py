@@ -1,0 +1,162 @@
+"""Moving a mask: exact counts, state at its place, born ones zero, the stored random stream."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_spdf.kernels.mask import pack, unpack
+from megatron_spdf.random_streams import random_words
+from megatron_spdf.sparsity.algorithms.base import Moment, MovingMasks
+from megatron_spdf.sparsity.algorithms.static import Static
+from megatron_spdf.sparsity.mask_slice import MaskSlice, Move
+from megatron_spdf.sparsity.moving import move_weight
+from megatron_spdf.sparsity.plan import SparseWeight
+from megatron_spdf.sparsity.slices import planned_mask, slice_of
+
+NAME = "decoder.layers.0.mlp.linear_fc1.weight"
+WHEN = Moment(update=1, step=10, steps=100)
+
+
+class Largest(MovingMasks):
+    """The smallest active entries die, those with the largest gradient are born."""
+
+    name = "largest"
+    needs = "dense_gradient"
+
+    def select(self, part: MaskSlice, when: Moment) -> Move:
+        count = self.count(len(part.active), when)
+        return Move(part.lowest(part.values.abs(), part.active, count),
+                    part.lowest(-part.gradient[part.inactive].abs(), part.inactive, count))
+
+
+class Random(MovingMasks):
+    name = "random"
+
+    def select(self, part: MaskSlice, when: Moment) -> Move:
+        assert part.values is None and part.gradient is None
+        count = self.count(len(part.active), when)
+        return Move(part.random("die", part.active, count),
+                    part.random("be born", part.inactive, count))
+
+
+def packed(weight: SparseWeight) -> torch.Tensor:
+    masks = [planned_mask(weight, 3, c) for c in range(weight.slices)]
+    return torch.from_numpy(np.packbits(masks, axis=1))
+
+
+def dense(weight: SparseWeight, bits: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """(slices, entries)."""
+    whole = torch.zeros(weight.slices, weight.numel // weight.slices)
+    whole[unpack(bits, whole.shape[1])] = values.flatten()
+    return whole
+
+
+@pytest.fixture(params=[0, 1], ids=["rows", "columns"])
+def weight(request) -> SparseWeight:
+    return SparseWeight(NAME, (12, 20), request.param, 4, 0.75)
+
+
+def test_words_are_those_of_splitmix64():
+    # the published outputs for this seed
+    assert [word % 2**64 for word in random_words(1234567, 3, "cpu").tolist()] == [
+        6457827717110365317, 3203168211198807973, 9817491932198370423]
+
+
+@pytest.mark.parametrize("entries", [1, 8, 9, 60])
+def test_bits_are_numpys(entries):
+    masks = np.random.default_rng(0).random((3, entries)) < 0.5
+    bits = pack(torch.from_numpy(masks))
+    assert np.array_equal(bits.numpy(), np.packbits(masks, axis=1))
+    assert np.array_equal(unpack(bits, entries).numpy(), masks)
+
+
+def test_a_move_keeps_k_and_every_kept_value_at_its_place(weight):
+    bits, k = packed(weight), weight.active_per_slice
+    values = torch.arange(1.0, weight.active + 1).view(weight.slices, k)
+    moved = move_weight(Random(fraction=0.3), WHEN, weight, 3, 0, bits, values, None)
+    before, after = unpack(bits, 60), unpack(moved.bits, 60)
+    count = round(0.3 * k)
+    assert (after.sum(1) == k).all() and ((before & ~after).sum(1) == count).all()
+    assert moved.born == count * weight.slices
+    there = dense(weight, moved.bits, moved.carry(values))
+    assert torch.equal(there, dense(weight, bits, values) * after)
+
+
+def test_a_move_is_the_same_however_slices_are_shared_out(weight):
+    bits, values = packed(weight), torch.zeros(weight.slices, weight.active_per_slice)
+    whole = move_weight(Random(), WHEN, weight, 3, 0, bits, values, None)
+    halves = [move_weight(Random(), WHEN, weight, 3, first, bits[first : first + 2],
+                          values[first : first + 2], None) for first in (0, 2)]
+    assert torch.equal(whole.bits, torch.cat([half.bits for half in halves]))
+    assert torch.equal(whole.source, torch.cat([half.source for half in halves]))
+
+
+@pytest.mark.parametrize("other", [{"seed": 4}, {"when": Moment(2, 10, 100)}, {"first": 1}])
+def test_seed_update_and_slice_give_other_moves(other):
+    weight = SparseWeight(NAME, (12, 20), 0, 1, 0.75)
+    bits, values = packed(weight), torch.zeros(1, weight.active)
+    arguments = {"when": WHEN, "seed": 3, "first": 0}
+    one, two = (move_weight(Random(), a["when"], weight, a["seed"], a["first"], bits, values, None)
+                for a in (arguments, arguments | other))
+    assert not torch.equal(one.bits, two.bits)
+
+
+def test_values_and_gradient_are_those_of_the_slice(weight):
+    bits = packed(weight)
+    draw = torch.Generator().manual_seed(0)
+    values = torch.randn(weight.slices, weight.active_per_slice, generator=draw)
+    gradient = torch.randn(*weight.shape, generator=draw)
+    moved = move_weight(Largest(fraction=0.2), WHEN, weight, 3, 0, bits, values, gradient)
+    for c in range(weight.slices):
+        mask, count = unpack(bits, 60)[c].numpy(), round(0.2 * weight.active_per_slice)
+        magnitudes = np.zeros(60)
+        magnitudes[mask] = values[c].abs().numpy()
+        died = sorted(np.flatnonzero(mask), key=lambda i, m=magnitudes: m[i])[:count]
+        scores = slice_of(gradient, weight, c).abs().numpy()
+        born = sorted(np.flatnonzero(~mask), key=lambda i, s=scores: -s[i])[:count]
+        mask[died], mask[born] = False, True
+        assert np.array_equal(unpack(moved.bits, 60)[c].numpy(), mask)
+
+
+def test_ties_go_by_position():
+    part = MaskSlice(NAME, 0, torch.ones(5, dtype=torch.bool), None, None, 0, 1)
+    scores = torch.tensor([2.0, 1.0, 0.0, 1.0, 1.0])
+    assert part.lowest(scores, part.active, 3).tolist() == [2, 1, 3]
+    assert part.lowest(scores, part.active, 0).tolist() == []
+
+
+def test_every_candidate_is_drawn_equally_often():
+    mask, drawn = torch.arange(40) < 30, torch.zeros(40)
+    for update in range(2000):
+        part = MaskSlice(NAME, 0, mask, None, None, 0, update)
+        drawn[part.random("die", part.active, 3)] += 1
+    # 200 each, with a standard deviation of 13.4
+    assert (drawn[:30] - 200).abs().max() < 5 * 13.4 and not drawn[30:].any()
+
+
+def test_nothing_moves_with_fraction_zero(weight):
+    bits, values = packed(weight), torch.ones(weight.slices, weight.active_per_slice)
+    assert move_weight(Random(fraction=0.0), WHEN, weight, 3, 0, bits, values, None) is None
+
+
+@pytest.mark.parametrize("born", [[0], [], [1, 2]], ids=["active", "too few", "too many"])
+def test_a_move_that_breaks_the_rules_is_caught(born):
+    class Wrong(Random):
+        def select(self, part, when):
+            return Move(part.active[1:2], torch.cat([part.active, part.inactive])[
+                torch.tensor([i and i + len(part.active) for i in born], dtype=torch.int64)])
+
+    weight = SparseWeight(NAME, (12, 20), 0, 4, 0.75)
+    with pytest.raises(AssertionError, match=r"random moves slice 0 of decoder\.layers\.0"):
+        move_weight(Wrong(), WHEN, weight, 3, 0, packed(weight),
+                    torch.ones(4, weight.active_per_slice), None)
+
+
+def test_masks_are_due_from_start_on_and_before_stop():
+    due = [step for step in range(1, 41) if Random(every=5, start=0.25, stop=0.75).due(step, 40)]
+    assert due == [10, 15, 20, 25]
+    assert Random(every=5, start=0.25, stop=0.75).moves(40) == 4
+    assert [step for step in range(1, 8) if Random(every=2, stop=1.0).due(step, 6)] == [2, 4]
+    assert not any(Static().due(step, 40) for step in range(1, 41))
