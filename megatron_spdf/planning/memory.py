@@ -10,7 +10,7 @@ import math
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 
-from megatron_spdf.architecture.model import Model
+from megatron_spdf.architecture.base import Model
 from megatron_spdf.planning.buffers import lay_out, local_parameters
 from megatron_spdf.recipe.recipe import AUTO, Parallel, Recipe
 from megatron_spdf.sparsity.plan import Plan

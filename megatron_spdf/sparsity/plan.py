@@ -10,8 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from megatron_spdf.architecture.model import Model
-from megatron_spdf.architecture.weights import Weight, model_weights
+from megatron_spdf.architecture.base import Model, Weight
 from megatron_spdf.sparsity.patterns.base import Pattern, Shape
 from megatron_spdf.sparsity.patterns.unstructured import Unstructured
 from megatron_spdf.sparsity.settings import Sparsity
@@ -118,7 +117,7 @@ class Plan:
             ValueError: see `make_plan`.
         """
         model = recipe.model
-        return make_plan(recipe.sparsity, model_weights(model), model.query_groups)
+        return make_plan(recipe.sparsity, model.weights(), model.slices)
 
     @cached_property
     def skipped(self) -> Plan:
