@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import InitErrorDetails, PydanticCustomError, core_schema
 
@@ -51,27 +51,26 @@ class Section(BaseModel):
         return dict(cls.model_fields)
 
 
+def _known(registry: Registry, name: Any) -> Any:
+    """The tenant of a name; an error of pydantic's where there is none."""
+    try:
+        return registry.get(name)
+    except ValueError as error:
+        raise PydanticCustomError("name", "{said}", {"said": str(error)}) from None
+
+
 @dataclass(frozen=True)
-class _NameIn:
+class OneOf:
+    """Annotation of a text that names a tenant of a seam."""
+
     registry: Registry
 
-    def __call__(self, name: str) -> str:
-        try:
-            self.registry.get(name)
-        except ValueError as error:
-            raise PydanticCustomError("unknown_name", "{said}", {"said": str(error)}) from None
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def _check(self, name: str) -> str:
+        _known(self.registry, name)
         return name
-
-
-def Known(registry: Registry) -> AfterValidator:
-    """Makes a string the name of a tenant of a registry; `names_of` finds the names again."""
-    return AfterValidator(_NameIn(registry))
-
-
-def names_of(field: FieldInfo) -> list[str]:
-    """Returns the names that a field of `Known` may have; of others none."""
-    return [name for each in field.metadata if isinstance(getattr(each, "func", None), _NameIn)
-            for name in each.func.registry.names()]
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from megatron_spdf.engine import common
 from megatron_spdf.engine.base import StepResult
+from megatron_spdf.engine.deepspeed_settings import deepspeed_settings
 from megatron_spdf.engine.deepspeed_state import ZeroState
 from megatron_spdf.layers.compact import expanded
 from megatron_spdf.layers.measure import measure_sparsity
@@ -24,7 +25,6 @@ from megatron_spdf.model.init import InitialWeights
 from megatron_spdf.model.loss import batch_loss
 from megatron_spdf.parallel import fake_cuda
 from megatron_spdf.planning.memory import rank_bytes
-from megatron_spdf.recipe.deepspeed import deepspeed_settings
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.sparsity.plan import Plan
 

@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from megatron_spdf.recipe.recipe import Recipe
-from megatron_spdf.section import ByName, Section, names_of
+from megatron_spdf.section import ByName, OneOf, Section
 
 
 def render_help(section: type[Section] = Recipe, prefix: str = "", width: int = 110,
@@ -28,7 +28,9 @@ def render_help(section: type[Section] = Recipe, prefix: str = "", width: int = 
             lines += _render_sections(field, f"{prefix}{key}", width)
             continue
         default = "" if field.default is PydanticUndefined else f" = {_plain(field.default)}"
-        kind = "|".join(names_of(field)) or _type_name(nested)
+        names = ["|".join(mark.registry.names()) for mark in field.metadata
+                 if isinstance(mark, OneOf)]
+        kind = names[0] if names else _type_name(nested)
         head = f"  {prefix + key + ' ':<28}{kind}{default}  "
         lines.append(textwrap.fill(head + (field.description or ""), width,
                                    subsequent_indent=" " * 30))

@@ -10,10 +10,13 @@ from pydantic_core import PydanticCustomError
 
 from megatron_spdf.architecture.base import BY_ARCHITECTURE, Model
 from megatron_spdf.optimizers.base import PRETRAINING, Optimizer, Pretraining
-from megatron_spdf.section import Count, Paths, Section
+from megatron_spdf.registry import Registry
+from megatron_spdf.section import Count, OneOf, Paths, Section
 from megatron_spdf.sparsity.settings import Sparsity
 
 AUTO = "auto"
+# Rows of planning/engines.py
+ENGINES: Registry[Any] = Registry("engine", "megatron_spdf.engine.table")
 def check_micro_batch(value: Any) -> Any:
     if value == AUTO or type(value) is int and value > 0:
         return value
@@ -197,7 +200,7 @@ class Recipe(Section):
 
     output: str = Field(description="run directory; everything the run writes goes there")
     seed: int = Field(1234, ge=0, description="of initial weights, data order and dropout")
-    engine: Literal["megatron", "deepspeed"] = Field("megatron", description="who runs a step")
+    engine: Annotated[str, OneOf(ENGINES)] = Field("megatron", description="who runs a step")
     deepspeed: str | None = Field(None,
                                   description="JSON file of further DeepSpeed settings, see "
                                               "configs/deepspeed")

@@ -18,7 +18,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from megatron_spdf.section import Known, Section
+from megatron_spdf.section import OneOf, Section
 from megatron_spdf.sparsity.algorithms.base import ALGORITHMS, MaskAlgorithm
 from megatron_spdf.sparsity.patterns.base import PATTERNS, Pattern
 
@@ -42,7 +42,7 @@ class Sparsity(Section):
     level: Level = Field(
         0.0, description="fraction of zeros of every linear weight that no rule matches"
     )
-    pattern: Annotated[str, Known(PATTERNS)] = Field(
+    pattern: Annotated[str, OneOf(PATTERNS)] = Field(
         "unstructured",
         description="what is active or zero: single weights, square tiles of them, two of every "
                     "four both ways, ...")
@@ -52,7 +52,7 @@ class Sparsity(Section):
     rules: list[SparsityRule] = Field([], description="the first rule that matches a weight wins")
     seed: int = Field(0, ge=0,
                       description="of the masks; they depend on it and the weight's name alone")
-    algorithm: Annotated[str, Known(ALGORITHMS)] = Field(
+    algorithm: Annotated[str, OneOf(ALGORITHMS)] = Field(
         "static", description="how masks move while training")
     update: SerializeAsAny[MaskAlgorithm] = Field(
         default_factory=dict, validate_default=True, description="the keys of the algorithm")

@@ -84,7 +84,7 @@ def try_all(stage: RunStage, device: torch.device) -> Iterator[Trial]:
     """Trials from one sequence up, until the next would not fit."""
     on_gpu = device.type == "cuda"
     room = USABLE * torch.cuda.get_device_properties(device).total_memory if on_gpu else math.inf
-    for size in candidates(stage.alone, LARGEST_MICRO_BATCH if on_gpu else LARGEST_ON_CPU):
+    for size in candidates(stage.as_single_run, LARGEST_MICRO_BATCH if on_gpu else LARGEST_ON_CPU):
         trial = _try(replace(stage, recipe=stage.recipe.with_micro_batch(size)), device)
         yield trial
         if trial.next_peak > room:
@@ -128,7 +128,7 @@ def _try(stage: RunStage, device: torch.device) -> Trial:
 def _run(stage: RunStage, device: torch.device) -> tuple[float, int]:
     """Seconds of the fastest step but the first, and the bytes of weights, gradients and optimizer
     state."""
-    recipe = stage.alone
+    recipe = stage.as_single_run
     engine = make_engine(recipe, stage.plan, device)
     try:
         batch, seconds = _random_batch(recipe, engine), []

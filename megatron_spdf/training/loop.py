@@ -16,12 +16,11 @@ from megatron_spdf.engine.base import Engine, StepResult
 from megatron_spdf.evaluation.perplexity import validation_loss
 from megatron_spdf.layers.measure import check_sparsity
 from megatron_spdf.parallel.traffic import TrafficCounter
-from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.resilience.progress import PROGRESS
 from megatron_spdf.resilience.signals import StopRequest
 from megatron_spdf.resilience.stragglers import Stragglers
 from megatron_spdf.runs.run_log import RunLog
-from megatron_spdf.sparsity.plan import Plan
+from megatron_spdf.schedule.stages import RunStage
 from megatron_spdf.training.report import Report
 
 
@@ -31,32 +30,20 @@ class NotFinite(RuntimeError):
 
 @dataclass
 class Trainer:
-    """One rank's view of a run, from where `state` stands to its end, or to that of one of its
-    stages.
+    """One rank's part in training a stage of a run, from where `state` stands to its end."""
 
-    Attributes:
-        first, last: the stage has the steps first + 1 ... last; None: the run's last. The schedule
-            begins with it.
-        flops_before: of training up to step `first`.
-    """
-
-    recipe: Recipe
-    plan: Plan
+    stage: RunStage
     engine: Engine
     data: TokenData | CompletionData
     checkpointer: Checkpointer
     state: RunState
     log: RunLog
     stop: StopRequest
-    first: int = 0
-    last: int | None = None
-    flops_before: float = 0.0
     stopping: bool = False  # some rank was asked to stop; all ranks agree on it
 
     def __post_init__(self) -> None:
-        self.last = self.last or self.recipe.steps
-        self.report = Report(self.recipe, self.plan, self.engine, self.data, self.state, self.log,
-                             self.first, self.flops_before)
+        self.recipe, self.last = self.stage.recipe, self.stage.last
+        self.report = Report(self.stage, self.engine, self.data, self.state, self.log)
 
     def run(self) -> int:
         """Trains to the end, or to a request to stop; returns the exit code. Either way the state
@@ -90,7 +77,7 @@ class Trainer:
             batch = next(batches)
             fetched = time.perf_counter()
             with TrafficCounter() if state.step + 1 == first else nullcontext() as traffic:
-                tokens = (state.step + 1 - self.first) * recipe.tokens_per_step
+                tokens = (state.step + 1 - self.stage.first) * recipe.tokens_per_step
                 result = self.engine.step(batch, state.step + 1, tokens, self.stop.requested)
             self._count(result)
             pace.end(state.step, fetched - started)
@@ -141,7 +128,7 @@ class Trainer:
         """Evaluates every `evaluate.every` steps and at the end of a stage, once for each step
         however often it resumes; returns whether the loss is the lowest yet."""
         state, every = self.state, self.recipe.evaluate.every
-        due = state.step in (self.first, self.last) or (every and state.step % every == 0)
+        due = state.step in (self.stage.first, self.last) or (every and state.step % every == 0)
         if (not due or state.step == 0 or not self.data.valid_batches
                 or state.evaluated == state.step or self.stopping):
             return False
@@ -169,7 +156,7 @@ class Trainer:
         self.report.saved(self.checkpointer.wait())
         self._stop_if_saves_fail(self.recipe.fault_tolerance.max_failed_saves)
         measured = self.engine.measured_sparsity()
-        check_sparsity(measured, self.plan)
+        check_sparsity(measured, self.stage.plan)
         self.checkpointer.save(self.engine, self.state, measured)
         if not self.recipe.checkpoint.asynchronous:
             self.report.saved(self.checkpointer.wait())

@@ -48,6 +48,7 @@ from megatron_spdf.resilience.signals import StopRequest
 from megatron_spdf.resilience.world import find_ranks
 from megatron_spdf.runs.run_dir import RunDir
 from megatron_spdf.runs.run_log import RunLog
+from megatron_spdf.schedule.stages import stages_of
 from megatron_spdf.sparsity.plan import Plan
 from megatron_spdf.training.loop import NotFinite, Trainer
 
@@ -450,8 +451,8 @@ def drifting(recipe: dict) -> dict:
 def ending(b: Bench) -> str:
     b.run.claim()
     log = RunLog(b.run, 0, b.recipe.steps, tensorboard=False, active=dist.get_rank() == 0)
-    trainer = Trainer(b.recipe, b.plan, b.engine, b.data, b.checkpointer, RunState(), log,
-                      StopRequest())
+    (stage,) = stages_of(b.recipe)
+    trainer = Trainer(stage, b.engine, b.data, b.checkpointer, RunState(), log, StopRequest())
     try:
         return f"exit code {trainer.run()}"
     except (NotFinite, SparsityDrift) as error:
