@@ -17,7 +17,7 @@ command -v "$SPDF_PYTHON" >/dev/null || [[ -n ${SPDF_CONTAINER:-} ]] || die "the
 SPDF_DEVICE=${SPDF_DEVICE:-gpu}       # cpu: try things out without GPUs, over gloo
 SPDF_CONTAINER=${SPDF_CONTAINER:-}    # *.sif: Apptainer; anything else: an image for Pyxis/Enroot; empty: none
 SPDF_MOUNTS=${SPDF_MOUNTS:-}          # further directories in the container, comma-separated: /data,/scratch
-SPDF_LAST_WORDS=${SPDF_LAST_WORDS:-30} # seconds from the end of the first rank until the others are killed
+SPDF_EXIT_GRACE_SECONDS=${SPDF_EXIT_GRACE_SECONDS:-30} # seconds from the end of the first rank until the others are killed
 SPDF_SRUN=${SPDF_SRUN:-}              # further options of srun, such as --cpu-bind=verbose --mpi=none
 
 network() { # NCCL and gloo, one place. NCCL finds InfiniBand by itself; set these only where it chooses wrongly.
@@ -164,8 +164,8 @@ requeue() { # WHY [RUN]: back into the queue, unless the job was canceled or the
 # ---- Parts.
 
 step() { # COMMAND...: one process for each GPU; $CODE is what they end with
-  local flags=(--nodes="$NODES" --ntasks="$TASKS" --distribution=block --kill-on-bad-exit=0 --wait="$SPDF_LAST_WORDS" --label) child
-  [[ $SPDF_LAST_WORDS -gt 0 ]] || flags+=(--kill-on-bad-exit=1)
+  local flags=(--nodes="$NODES" --ntasks="$TASKS" --distribution=block --kill-on-bad-exit=0 --wait="$SPDF_EXIT_GRACE_SECONDS" --label) child
+  [[ $SPDF_EXIT_GRACE_SECONDS -gt 0 ]] || flags+=(--kill-on-bad-exit=1)
   [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || flags+=(--cpus-per-task="$SLURM_CPUS_PER_TASK") # since 22.05 srun does not inherit it
   contain flags "$@"
   # shellcheck disable=SC2086 # a list of options

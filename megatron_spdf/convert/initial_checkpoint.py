@@ -80,7 +80,7 @@ def write_initial_checkpoint(source: WeightSource, recipe: Recipe, tokenizer: To
         masks = _describe_masks(source, plan, select)
         store.write_json(checkpoint / store.RUN, run_record(
             recipe, plan, tokenizer, masks, source.origin, _START, state.measured))
-        finish_run(checkpoint, recipe.whole())
+        finish_run(checkpoint, recipe.without_stages())
     return plan
 
 

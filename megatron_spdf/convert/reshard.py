@@ -41,7 +41,7 @@ def reshard(reader: CheckpointReader, parallel: Parallel, output: Path) -> Path:
         DamagedCheckpoint: a tensor is missing or not what the recipe says.
     """
     recipe = reader.recipe.model_copy(update={"parallel": parallel, "output": str(output)})
-    check_layout(recipe.whole())
+    check_layout(recipe.without_stages())
     faults = wrong_shapes(reader)
     if faults:
         raise store.DamagedCheckpoint(f"checkpoint {reader.path} is not what its recipe says: "
@@ -54,7 +54,7 @@ def reshard(reader: CheckpointReader, parallel: Parallel, output: Path) -> Path:
                       [t for w in reader.weights.values() for t in _tensors_of(w, reader, recipe)])
         shutil.copytree(reader.path / "tokenizer", checkpoint / "tokenizer")
         store.write_json(checkpoint / store.RUN, {**reader.run, "recipe": recipe.model_dump()})
-        finish_run(checkpoint, recipe.whole())
+        finish_run(checkpoint, recipe.without_stages())
     return output / place
 
 

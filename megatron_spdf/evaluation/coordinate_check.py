@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from megatron_spdf.data.pretraining.corpus import check_corpus
 from megatron_spdf.data.pretraining.dataset import TokenData
 from megatron_spdf.engine.factory import make_engine
-from megatron_spdf.parallel.ranks import join, leave
+from megatron_spdf.parallel.ranks import destroy, init_distributed
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.resilience.world import find_ranks
 from megatron_spdf.sparsity.plan import Plan
@@ -39,7 +39,7 @@ def activation_sizes(recipe: Recipe, steps: int) -> list[Sizes]:
     """
     plan = Plan.of(recipe)
     corpus = check_corpus(recipe)
-    engine = make_engine(recipe, plan, join(find_ranks(), recipe))
+    engine = make_engine(recipe, plan, init_distributed(find_ranks(), recipe))
     data = TokenData(recipe, corpus, Path(recipe.output) / "cache", reads=True)
     found = []
     with _recorded(engine.models[0], recipe.model.vocab_size) as sizes:
@@ -47,7 +47,7 @@ def activation_sizes(recipe: Recipe, steps: int) -> list[Sizes]:
             sizes.clear()
             engine.step(batch, number, number * recipe.tokens_per_step, stop_requested=False)
             found.append({place: sum(values) / len(values) for place, values in sizes.items()})
-    leave()
+    destroy()
     return found
 
 

@@ -278,7 +278,7 @@ class Recipe(Section):
         optimizer = self.optimizer.model_copy(update={key: getattr(stage, key) for key in SCHEDULE})
         return self.model_copy(update={"sparsity": stage.sparsity, "optimizer": optimizer})
 
-    def whole(self) -> Recipe:
+    def without_stages(self) -> Recipe:
         """The recipe of all stages: `in_stage` undone, as far as a recipe with stages reads it."""
         return self.model_copy(update={"sparsity": Sparsity()}) if self.stages else self
 

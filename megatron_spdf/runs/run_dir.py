@@ -20,7 +20,7 @@ RECIPE = "recipe.yaml"
 
 
 class RunDir:
-    """Paths of a run; `check` before a device is touched, `claim` once on rank 0.
+    """Paths of a run; `check` before a device is touched, `create` once on rank 0.
 
     Args:
         recipe: `recipe.output` names the directory.
@@ -84,7 +84,7 @@ class RunDir:
                 f"output={self.root} cannot be written: {error}; choose another output"
             ) from None
 
-    def claim(self) -> None:
+    def create(self) -> None:
         """Creates the directory and keeps the recipe in it.
 
         Raises:
@@ -101,7 +101,7 @@ class RunDir:
             ) from None
 
     def create_on_rank_0(self) -> None:
-        """`claim` on rank 0; all ranks call, and see the directory afterwards.
+        """`create` on rank 0; all ranks call, and see the directory afterwards.
 
         Raises:
             ValueError: it cannot be written, or some ranks do not see it; on all ranks alike.
@@ -109,7 +109,7 @@ class RunDir:
         fault = [""]
         if dist.get_rank() == 0:
             try:
-                self.claim()
+                self.create()
             except ValueError as error:
                 fault = [str(error)]
         dist.broadcast_object_list(fault, src=0)

@@ -67,7 +67,7 @@ def choose_micro_batch(stage: RunStage, run: RunDir,
         chosen = fastest(trials)
         lines = _render(trials, chosen)
         if dist.get_rank() == 0:
-            run.claim()
+            run.create()
             _write(run, [*kept, {"of": key, "micro_batch": chosen,
                                  "trials": [asdict(t) for t in trials]}])
     return replace(stage, recipe=stage.recipe.with_micro_batch(chosen)), lines
@@ -107,7 +107,7 @@ def fastest(trials: list[Trial]) -> int:
 
 def _try(stage: RunStage, device: torch.device) -> Trial:
     size = stage.recipe.train.micro_batch
-    PROGRESS.enter(f"the trial of micro-batch {size}")
+    PROGRESS.set_activity(f"the trial of micro-batch {size}")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     try:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_spdf.architecture.base import Weight
 from megatron_spdf.parallel import fake_cuda
-from megatron_spdf.parallel.ranks import join, leave
+from megatron_spdf.parallel.ranks import destroy, init_distributed
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.resilience.world import find_ranks
 from megatron_spdf.sparsity.plan import Plan, SparseWeight
@@ -27,11 +27,11 @@ def joined(recipe: Recipe) -> Iterator[torch.device]:
     """Joins the ranks of a layout; gives this one's device, which on a machine without a GPU is the
     CPU."""
     fake_cuda.install()  # before anything that imports megatron.core
-    device = join(find_ranks(), recipe)
+    device = init_distributed(find_ranks(), recipe)
     try:
         yield device
     finally:
-        leave()
+        destroy()
 
 
 def build_engine(recipe: Recipe, device: torch.device, quick: bool = False):
