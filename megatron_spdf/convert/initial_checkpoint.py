@@ -65,8 +65,8 @@ def write_initial_checkpoint(source: WeightSource, recipe: Recipe, tokenizer: To
     """
     check_shape(source, recipe)
     if select == "magnitude" and not recipe.sparsity.masks.selects:
-        raise ValueError(f"select=magnitude: sparsity.pattern={recipe.sparsity.pattern} has no mask "
-                         "of the largest magnitudes; use select=random or "
+        raise ValueError(f"select=magnitude: sparsity.pattern={recipe.sparsity.pattern} has no "
+                         "mask of the largest magnitudes; use select=random or "
                          "sparsity.pattern=unstructured")
     _check_tokenizer(source, tokenizer)
     begun = stages_of(recipe.model_copy(update={"output": str(output)}))[0]

@@ -43,8 +43,8 @@ def input_gradient(gradient: Tensor, values: Tensor, mask: Mask,
                    tile: Tile | None = None) -> Tensor:
     """dx = dy W: (N, in) in the dtype of dy (N, out)."""
     gradient, out = _rows(gradient), gradient.new_empty(len(gradient), mask.shape[1])
-    tile = tile or chosen("input_gradient", mask.tables.size, len(gradient), gradient.element_size())
-    entries = mask.tables.entries
+    entries, size = mask.tables.entries, mask.tables.size
+    tile = tile or chosen("input_gradient", size, len(gradient), gradient.element_size())
     grid = (len(entries), triton.cdiv(len(gradient), tile.width))
     _input_gradient[grid](gradient, values.contiguous(), out, entries, len(gradient),
                           gradient.stride(0), mask.shape[1], mask.active,
@@ -72,8 +72,8 @@ def weight_gradient(gradient: Tensor, x: Tensor, mask: Mask, out: Tensor | None 
     grid = (mask.tables.size // tile.width, mask.tables.columns.numel())
     _weight_gradient[grid](
         gradient, x, out, mask.tables.columns, len(x), gradient.stride(0), x.stride(0), mask.active,
-        SLOTS=mask.tables.slots, PER_ROW=mask.tables.per_row, SIZE=mask.tables.size, ROWS=tile.width,
-        DEPTH=tile.depth, ADDS=adds, num_warps=tile.warps, num_stages=tile.stages)
+        SLOTS=mask.tables.slots, PER_ROW=mask.tables.per_row, SIZE=mask.tables.size,
+        ROWS=tile.width, DEPTH=tile.depth, ADDS=adds, num_warps=tile.warps, num_stages=tile.stages)
     return out
 
 

@@ -87,7 +87,8 @@ class Sparsity(Section):
         section = validate(normalize_sparsity(value))
         given = dict(section.model_extra or {})
         wanted = PATTERNS.get(section.pattern)
-        pattern = wanted.model_validate({k: given.pop(k) for k in wanted.model_fields if k in given})
+        own = {key: given.pop(key) for key in wanted.model_fields if key in given}
+        pattern = wanted.model_validate(own)
         if unknown := [key for key in given if key not in cls.all_fields()]:
             raise ValidationError.from_exception_data(cls.__name__, [
                 InitErrorDetails(type="extra_forbidden", loc=(key,), input=given[key])

@@ -162,7 +162,8 @@ def test_tables_of_tiles_find_every_active_tile_where_its_values_are(weight, wor
     """The tile with a slot in a row of the weight is a strided tile of the compact values."""
     compact = CompactWeight(weight, 3, world - 1, world, "cpu")
     tiles = find_tiles(compact.mask_bits, weight.slice_shape, weight.axis, weight.pattern.tile)
-    values, b, stride = torch.randn(compact.values_shape), weight.pattern.tile, per_row_of(weight) * weight.pattern.tile
+    values, b = torch.randn(compact.values_shape), weight.pattern.tile
+    stride = per_row_of(weight) * b
     dense, flat = torch.zeros(compact.shape), values.flatten()
     for row, columns in enumerate(tiles.columns.tolist()):
         for slot, column in enumerate(columns):

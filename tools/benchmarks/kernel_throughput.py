@@ -114,8 +114,8 @@ def moves(weight: SparseWeight, seed: int, tensor: int, device: torch.device, dt
 
 def products(weight: SparseWeight, seed: int, tensor: int, device: torch.device,
              dtype: torch.dtype, tokens: int, seconds: float) -> list[Figure]:
-    """y = x W^T and both gradients with a weight of a pattern that has a product, against the same with a
-    dense one."""
+    """y = x W^T and both gradients with a weight of a pattern that has a product, against the same
+    with a dense one."""
     dense = torch.randn(CompactWeight(weight, seed, 0, tensor, "meta").shape,
                         device=device).to(dtype)
     product = choose_product(weight, dense, "per_layer")

@@ -1,7 +1,7 @@
 """Every way in which the kernels of a recipe's first layer may be cut up, on this GPU.
 
-What `kernels/tile_shapes.py` takes should be the fastest. It is a table for a person to change: a run
-takes by size alone.
+What `kernels/tile_shapes.py` takes should be the fastest. It is a table for a person to change: a
+run takes by size alone.
 """
 
 from __future__ import annotations
