@@ -26,7 +26,7 @@ from megatron_spdf.checkpoint.run_metadata import Masks, drawn_masks, run_record
 from megatron_spdf.checkpoint.writer import StoredTensor, cut, write_tensors
 from megatron_spdf.convert.source import WeightSource
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
-from megatron_spdf.files import appearing
+from megatron_spdf.files import atomic_directory, write_json
 from megatron_spdf.model.parametrization import Parametrization, unfold
 from megatron_spdf.optimizers.base import MASTER
 from megatron_spdf.recipe.load import save_recipe
@@ -72,13 +72,13 @@ def write_initial_checkpoint(source: WeightSource, recipe: Recipe, tokenizer: To
     begun = stages_of(recipe.model_copy(update={"output": str(output)}))[0]
     recipe, plan = begun.recipe, begun.plan
     state = _FreshState(source, recipe, plan, select)
-    with appearing(output) as directory:
+    with atomic_directory(output) as directory:
         checkpoint = directory / CHECKPOINTS / store.name_of(0)
         checkpoint.mkdir(parents=True)
         write_tensors(checkpoint, state.tensors())
         tokenizer.save(checkpoint / "tokenizer")
         masks = _describe_masks(source, plan, select)
-        store.write_json(checkpoint / store.RUN, run_record(
+        write_json(checkpoint / store.RUN, run_record(
             recipe, plan, tokenizer, masks, source.origin, _START, state.measured))
         finish_run(checkpoint, recipe.without_stages())
     return plan
@@ -86,9 +86,8 @@ def write_initial_checkpoint(source: WeightSource, recipe: Recipe, tokenizer: To
 
 def finish_run(checkpoint: Path, recipe: Recipe) -> None:
     """The list of a new checkpoint's files, and the recipe of the run directory it lies in."""
-    store.write_json(checkpoint / store.FILES,
-                     {name: store.describe(checkpoint / name)
-                      for name in store.files_of(checkpoint)})
+    write_json(checkpoint / store.FILES, {name: store.describe(checkpoint / name)
+                                          for name in store.files_of(checkpoint)})
     save_recipe(recipe, checkpoint.parents[1] / RECIPE)
 
 

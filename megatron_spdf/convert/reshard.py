@@ -20,7 +20,7 @@ from megatron_spdf.checkpoint.reader import (
 )
 from megatron_spdf.checkpoint.writer import StoredTensor, cut, write_tensors
 from megatron_spdf.convert.initial_checkpoint import CHECKPOINTS, finish_run
-from megatron_spdf.files import appearing
+from megatron_spdf.files import atomic_directory, write_json
 from megatron_spdf.recipe.recipe import Parallel, Recipe
 from megatron_spdf.recipe.rules import rule_violations
 
@@ -47,13 +47,13 @@ def reshard(reader: CheckpointReader, parallel: Parallel, output: Path) -> Path:
         raise store.DamagedCheckpoint(f"checkpoint {reader.path} is not what its recipe says: "
                                       f"{'; '.join(faults[:5])}")
     place = Path(CHECKPOINTS) / store.name_of(reader.run["state"]["step"])
-    with appearing(output) as directory:
+    with atomic_directory(output) as directory:
         checkpoint = directory / place
         checkpoint.mkdir(parents=True)
         write_tensors(checkpoint,
                       [t for w in reader.weights.values() for t in _tensors_of(w, reader, recipe)])
         shutil.copytree(reader.path / "tokenizer", checkpoint / "tokenizer")
-        store.write_json(checkpoint / store.RUN, {**reader.run, "recipe": recipe.model_dump()})
+        write_json(checkpoint / store.RUN, {**reader.run, "recipe": recipe.model_dump()})
         finish_run(checkpoint, recipe.without_stages())
     return output / place
 

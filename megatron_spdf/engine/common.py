@@ -143,9 +143,10 @@ def implementation_summary(recipe: Recipe, model: nn.Module, optimizer: torch.op
     where = (
         torch.cuda.get_device_name() if device.type == "cuda" else "CPU (gloo, stand-in for CUDA)"
     )
-    pointwise = "compiled" if model.config.bias_activation_fusion else "one by one"
-    return (f"device {where}; {', '.join(names.values())}; bias, GELU and dropout {pointwise}; "
-            f"expand/compress {dispatch.describe(device.type)}{_describe_patterns(model, device)}")
+    pointwise = "compiled" if model.config.bias_dropout_fusion else "one by one"
+    return (f"device {where}; {', '.join(names.values())}; bias, activation and dropout "
+            f"{pointwise}; expand/compress {dispatch.describe(device.type)}"
+            f"{_describe_patterns(model, device)}")
 
 
 def _describe_patterns(model: nn.Module, device: torch.device) -> str:
