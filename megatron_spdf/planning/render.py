@@ -19,8 +19,8 @@ def render_overview(facts: dict[str, Any]) -> str:
 def _head(facts: dict[str, Any]) -> str:
     model, request = facts["model"], facts["request"]
     gpu = request["gpu"]
-    sparse = (f"{model['active'] / 1e9:.3g}B of {model['linear_weights'] / 1e9:.3g}B linear weights "
-              f"active, sparsity {model['sparsity']:.2%}" if model["sparsity"] else "dense")
+    sparse = (f"{model['active'] / 1e9:.3g}B of {model['linear_weights'] / 1e9:.3g}B linear "
+              f"weights active, sparsity {model['sparsity']:.2%}" if model["sparsity"] else "dense")
     own = facts["own_layout"]
     lines = [
         f"GPT of {model['layers']} layers x {model['hidden']}, {model['parameters'] / 1e9:.4g}B "
