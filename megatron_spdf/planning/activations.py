@@ -181,8 +181,8 @@ def _workspace(recipe: Recipe, plan: Plan, size: Sizes, stage: int) -> int:
     """Backward of W_O, the fullest moment of a layer: the gradients of its output, of its input and
     of itself, whole before it is cut to the active weights, unless zeros are skipped. In one
     pipeline stage the embedding's gradient from the LM head waits for that from the look-up. With
-    full recomputation there is the layer too, whose input is kept anyway but whose output is not; or, at
-    its end, the dense gradients of its four weights."""
+    full recomputation there is the layer too, whose input is kept anyway but whose output is not;
+    or, at its end, the dense gradients of its four weights."""
     m, p = recipe.model, recipe.parallel
     tied = _tied_gradient(recipe, size) if p.pipeline == 1 else 0
     down = [f"decoder.layers.{i}.mlp.linear_fc2.weight" for i in range(m.layers)]
