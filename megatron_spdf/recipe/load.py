@@ -210,7 +210,7 @@ def _known_keys(place: list[str | int], kind: type[BaseModel], values: Any) -> l
         else:
             field, values = section.model_fields[key], _value(values, key)
             section = _section(field, values) or field.annotation
-    return sorted(section.model_fields)
+    return sorted(section.all_fields())
 
 
 def _value(values: Any, key: str | int) -> Any:
