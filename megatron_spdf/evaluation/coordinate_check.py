@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from megatron_spdf.data.pretraining.corpus import check_corpus
 from megatron_spdf.data.pretraining.dataset import TokenData
 from megatron_spdf.engine.factory import make_engine
+from megatron_spdf.model.decoder import Decoder
 from megatron_spdf.parallel.ranks import destroy, init_distributed
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.resilience.world import find_ranks
@@ -52,7 +53,7 @@ def activation_sizes(recipe: Recipe, steps: int) -> list[Sizes]:
 
 
 @contextmanager
-def _recorded(model: nn.Module, vocab_size: int) -> Iterator[dict[str, list[float]]]:
+def _recorded(model: Decoder, vocab_size: int) -> Iterator[dict[str, list[float]]]:
     """Yields part -> mean |output| of every forward pass while hooks are installed."""
     sizes: dict[str, list[float]] = {}
 
@@ -78,9 +79,9 @@ def _recorded(model: nn.Module, vocab_size: int) -> Iterator[dict[str, list[floa
 
 
 @torch.no_grad()
-def _score(model: nn.Module, x: Tensor) -> None:
+def _score(model: Decoder, x: Tensor) -> None:
     """Lets the LM head compute the logits of x (T, B, H)."""
-    model.output_layer(x, model.shared_embedding_or_output_weight())
+    model.output_layer(x, model.head_weight)
 
 
 def _tensors(output: Tensor | tuple[Tensor, Tensor | None]) -> list[Tensor]:

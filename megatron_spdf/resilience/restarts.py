@@ -3,7 +3,7 @@
     python -m megatron_spdf.resilience.restarts RUN
 
 exits with 0 if another start is allowed, or with 3 and the reason. Launch scripts ask before they
-requeue a job. Only the standard library is imported, so that the answer comes at once.
+requeue a job. Only the standard library is loaded, so that the answer comes at once.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import os
 import re
 import sys
 from pathlib import Path
+
+from megatron_spdf.files import write_json
 
 STARTS = "starts.json"
 
@@ -39,11 +41,8 @@ def count_start(run: Path, allowed: int, job: str | None = None) -> None:
     if goes_on and before["starts"] >= allowed:
         raise RestartLimit(_reason(run, before))
     run.mkdir(parents=True, exist_ok=True)
-    beside = run / f"{STARTS}.new"
-    beside.write_text(json.dumps({"job": job, "step": step,
-                                  "starts": before["starts"] + 1 if goes_on else 1,
-                                  "allowed": allowed}))
-    beside.replace(run / STARTS)
+    write_json(run / STARTS, {"job": job, "step": step, "allowed": allowed,
+                              "starts": before["starts"] + 1 if goes_on else 1})
 
 
 def restart_refusal(run: Path) -> str:

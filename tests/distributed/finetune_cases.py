@@ -16,7 +16,7 @@ from megatron_spdf.checkpoint.reader import find_checkpoint
 from megatron_spdf.convert.source import open_weights
 from megatron_spdf.engine.factory import make_engine
 from megatron_spdf.layers.compact import compact_of
-from megatron_spdf.model.gpt import build_model, canonical_modules
+from megatron_spdf.model.decoder import build_model, canonical_modules
 from megatron_spdf.parallel.ranks import init_distributed
 from megatron_spdf.recipe.finetune import Finetune
 from megatron_spdf.resilience.signals import StopRequest
