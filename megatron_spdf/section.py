@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import InitErrorDetails, PydanticCustomError, core_schema
 
 from megatron_spdf.registry import Registry
@@ -44,6 +45,33 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True,
                               allow_inf_nan=False)
 
+    @classmethod
+    def all_fields(cls) -> dict[str, FieldInfo]:
+        """Returns the fields by key, those too that only some values of another key bring."""
+        return dict(cls.model_fields)
+
+
+def _known(registry: Registry, name: Any) -> Any:
+    """The tenant of a name; an error of pydantic's where there is none."""
+    try:
+        return registry.get(name)
+    except ValueError as error:
+        raise PydanticCustomError("name", "{said}", {"said": str(error)}) from None
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Annotation of a text that names a tenant of a seam."""
+
+    registry: Registry
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def _check(self, name: str) -> str:
+        _known(self.registry, name)
+        return name
+
 
 @dataclass(frozen=True)
 class ByName:
@@ -53,12 +81,14 @@ class ByName:
     Args:
         registry: of the seam.
         default: name of the tenant where the section gives none.
-        section_of: tenant -> the class of its section, which has the field `name`.
+        section_of: tenant -> the class of its section.
+        key: of the section, whose value is the name.
     """
 
     registry: Registry
     default: str
     section_of: Callable[[Any], type[Section]]
+    key: str = "name"
 
     def section(self, values: Any) -> type[Section]:
         """The class for these values.
@@ -66,8 +96,8 @@ class ByName:
         Raises:
             ValueError: they name no tenant.
         """
-        name = values.get("name", self.default) if isinstance(values, dict) else self.default
-        return self.section_of(self.registry.get(name))
+        name = values.get(self.key, self.default) if isinstance(values, dict) else self.default
+        return self.section_of(self.registry.get(str(name)))
 
     def sections(self) -> dict[str, type[Section]]:
         """The classes of all tenants by name, the default's first."""
@@ -82,11 +112,11 @@ class ByName:
     def _read(self, values: Any) -> Any:
         if not isinstance(values, dict):
             return values  # a section already, or for pydantic to refuse
-        values = {"name": self.default, **values}
+        values = {self.key: self.default, **values}
         try:
             section = self.section(values)
         except ValueError as error:
             wrong = PydanticCustomError("name", "{said}", {"said": str(error)})
             raise ValidationError.from_exception_data("name", [
-                InitErrorDetails(type=wrong, loc=("name",), input=values["name"])]) from None
+                InitErrorDetails(type=wrong, loc=(self.key,), input=values[self.key])]) from None
         return section.model_validate(values)

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from megatron_spdf.architecture.weights import padded_vocab
 from megatron_spdf.checkpoint.reader import (
     MASK_BITS,
     OPTIMIZER,
@@ -17,7 +16,6 @@ from megatron_spdf.checkpoint.reader import (
 from megatron_spdf.checkpoint.run_metadata import INITIAL
 from megatron_spdf.checkpoint.store import DamagedCheckpoint
 from megatron_spdf.sparsity.plan import SparseWeight
-from megatron_spdf.sparsity.slices import planned_mask
 
 _NAMED_FAULTS = 5
 
@@ -27,12 +25,10 @@ def describe(reader: CheckpointReader) -> dict[str, Any]:
     plain values."""
     run, recipe, plan = reader.run, reader.recipe, reader.plan
     parameters = sum(w.numel for w in reader.weights.values())
-    shape = ("layers", "hidden", "ffn_hidden", "heads", "query_groups", "vocab_size",
-             "max_positions")
     return {
         "checkpoint": str(reader.path),
-        "model": {**{key: getattr(recipe.model, key) for key in shape},
-                  "padded_vocab": padded_vocab(recipe.model),
+        "model": {**recipe.model.shape(),
+                  "padded_vocab": recipe.model.padded_vocab,
                   "parameters": parameters,
                   "active_parameters": parameters - plan.numel + plan.active},
         "layout": recipe.parallel.model_dump(exclude={"overlap", "timeout"}),
@@ -134,7 +130,7 @@ def _wrong_mask(reader: CheckpointReader, weight: SparseWeight) -> list[str]:
         if active != k:
             return [f"slice {slice_id} of {weight.name} has {active} active entries instead of {k}"]
         if reader.masks["kind"] == "drawn" and not np.array_equal(
-                np.packbits(planned_mask(weight, reader.plan.seed, slice_id)), bits):
+                np.packbits(weight.draw(reader.plan.seed, slice_id)), bits):
             return [f"slice {slice_id} of {weight.name} has another mask than seed "
                     f"{reader.plan.seed} draws"]
     return []

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_spdf.architecture.weights import Weight, model_weights
+from megatron_spdf.architecture.base import Weight
 from megatron_spdf.checkpoint import store
 from megatron_spdf.checkpoint.run_metadata import Masks, drawn_masks
 from megatron_spdf.checkpoint.tensors import TensorFiles
@@ -92,7 +92,7 @@ class CheckpointReader(TensorFiles):
         super().__init__(path)
         self.run, self.recipe = _read_run(path / store.RUN)
         self.model = self.recipe.model
-        self.weights: dict[str, Weight] = {w.name: w for w in model_weights(self.model)}
+        self.weights: dict[str, Weight] = {w.name: w for w in self.model.weights()}
         self.plan = Plan.of(self.recipe)
         self.rules = Parametrization(self.recipe, self.plan)
         self.masks: Masks = self.run.get("masks", drawn_masks(self.plan))

@@ -19,26 +19,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_spdf.architecture.weights import Weight
+from megatron_spdf.architecture.base import Weight
 from megatron_spdf.checkpoint import store
 from megatron_spdf.checkpoint.reader import MASK_BITS, OPTIMIZER, VALUES, stored_name
 from megatron_spdf.checkpoint.run_metadata import Masks, drawn_masks, run_record
 from megatron_spdf.checkpoint.writer import StoredTensor, cut, write_tensors
 from megatron_spdf.convert.source import WeightSource
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
-from megatron_spdf.files import appearing
+from megatron_spdf.files import atomic_directory, write_json
 from megatron_spdf.model.parametrization import Parametrization, unfold
 from megatron_spdf.optimizers.base import MASTER
 from megatron_spdf.recipe.load import save_recipe
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.schedule.stages import stages_of
-from megatron_spdf.sparsity.masks import largest_mask
 from megatron_spdf.sparsity.plan import Plan
-from megatron_spdf.sparsity.slices import planned_mask, slice_of
+from megatron_spdf.sparsity.slices import slice_of
 
 RECIPE, CHECKPOINTS = "recipe.yaml", "checkpoints"  # as training/run_dir.py names them
 Select = Literal["random", "magnitude"]
-_SHAPE = ("layers", "hidden", "heads", "query_groups", "ffn_hidden", "vocab_size", "max_positions")
 _START = {"step": 0, "optimizer_steps": 0, "skipped": 0, "skipped_in_a_row": 0, "evaluated": 0,
           "best_step": 0,
           "best_loss": None, "worse": 0, "tokens": 0}
@@ -63,46 +61,41 @@ def write_initial_checkpoint(source: WeightSource, recipe: Recipe, tokenizer: To
 
     Raises:
         ValueError: the source has another shape or tokenizer than the recipe, or is damaged;
-            `output` exists; blocks or 2:4 are to be selected by magnitude.
+            `output` exists; the pattern has no mask of the largest magnitudes.
     """
     check_shape(source, recipe)
-    if select == "magnitude" and recipe.sparsity.pattern != "unstructured":
-        wanted = {"block": "whole blocks, as many in every row and column",
-                  "2:4": "two of every four"}
-        pattern = recipe.sparsity.pattern
-        raise ValueError("select=magnitude takes entries one by one, and "
-                         f"sparsity.pattern={pattern} wants {wanted[pattern]}; use select=random "
-                         "or sparsity.pattern=unstructured")
+    if select == "magnitude" and not recipe.sparsity.masks.selects:
+        raise ValueError(f"select=magnitude: sparsity.pattern={recipe.sparsity.pattern} has no "
+                         "mask of the largest magnitudes; use select=random or "
+                         "sparsity.pattern=unstructured")
     _check_tokenizer(source, tokenizer)
     begun = stages_of(recipe.model_copy(update={"output": str(output)}))[0]
     recipe, plan = begun.recipe, begun.plan
     state = _FreshState(source, recipe, plan, select)
-    with appearing(output) as directory:
+    with atomic_directory(output) as directory:
         checkpoint = directory / CHECKPOINTS / store.name_of(0)
         checkpoint.mkdir(parents=True)
         write_tensors(checkpoint, state.tensors())
         tokenizer.save(checkpoint / "tokenizer")
         masks = _describe_masks(source, plan, select)
-        store.write_json(checkpoint / store.RUN, run_record(
+        write_json(checkpoint / store.RUN, run_record(
             recipe, plan, tokenizer, masks, source.origin, _START, state.measured))
-        finish_run(checkpoint, recipe.whole())
+        finish_run(checkpoint, recipe.without_stages())
     return plan
 
 
 def finish_run(checkpoint: Path, recipe: Recipe) -> None:
     """The list of a new checkpoint's files, and the recipe of the run directory it lies in."""
-    store.write_json(checkpoint / store.FILES,
-                     {name: store.describe(checkpoint / name)
-                      for name in store.files_of(checkpoint)})
+    write_json(checkpoint / store.FILES, {name: store.describe(checkpoint / name)
+                                          for name in store.files_of(checkpoint)})
     save_recipe(recipe, checkpoint.parents[1] / RECIPE)
 
 
 def check_shape(source: WeightSource, recipe: Recipe) -> None:
     """Raises ValueError, with both values of each, where the model has another shape in the
     recipe."""
-    differ = [f"model.{key} is {getattr(source.model, key)} there and {getattr(recipe.model, key)} "
-              "in the recipe"
-              for key in _SHAPE if getattr(source.model, key) != getattr(recipe.model, key)]
+    differ = [f"model.{key} is {there} there and {here} in the recipe"
+              for key, (there, here) in source.model.differences(recipe.model).items()]
     if differ:
         raise ValueError(f"{source.path} is another model than the recipe's: {'; '.join(differ)}. "
                          "Set these to what is there, as section.key=value words or in the recipe")
@@ -183,11 +176,11 @@ class _FreshState:
 
     def _select(self, name: str) -> tuple[Tensor, Tensor]:
         planned, dense = self.plan.weights[name], self._master(name)
-        k, values, bits = planned.active_per_slice, [], []
+        values, bits = [], []
         for number in range(planned.slices):
             entries = slice_of(dense, planned, number).numpy()
-            mask = (largest_mask(entries, k) if self.select == "magnitude"
-                    else planned_mask(planned, self.plan.seed, number))
+            mask = (planned.largest(entries) if self.select == "magnitude"
+                    else planned.draw(self.plan.seed, number))
             values.append(entries[mask])
             bits.append(np.packbits(mask))
         self.measured[name] = 1.0 - sum(map(np.count_nonzero, values)) / planned.numel

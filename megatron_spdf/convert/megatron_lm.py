@@ -22,14 +22,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_spdf.architecture.model import Model
-from megatron_spdf.architecture.weights import EMBEDDING, Weight, model_weights
+from megatron_spdf.architecture.base import EMBEDDING, Model, Weight
 from megatron_spdf.checkpoint.reader import stored_name
 from megatron_spdf.checkpoint.tensors import TensorFiles
 from megatron_spdf.checkpoint.writer import StoredTensor, whole, write_tensors
 from megatron_spdf.convert.gpt2_state_dict import pad_vocabulary
 from megatron_spdf.convert.source import WeightSource
-from megatron_spdf.files import appearing
+from megatron_spdf.files import atomic_directory
 
 VERSION = "core_v0.16.1"
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -66,7 +65,7 @@ class MegatronReader(TensorFiles):
     def __init__(self, path: Path, model: Model):
         super().__init__(find_checkpoint(path))
         self.model = model
-        self.weights: dict[str, Weight] = {w.name: w for w in model_weights(model)}
+        self.weights: dict[str, Weight] = {w.name: w for w in model.weights()}
         self._stacked = (
             _stacked(stored_name("decoder.layers.0.mlp.linear_fc1.weight"))[0] in self.shapes
         )
@@ -178,7 +177,7 @@ def save_for_megatron(source: WeightSource, output: Path, dtype: torch.dtype) ->
     extra = {f"decoder.layers.{module}._extra_state/shard_{layer}_{model.layers}": [None]
              for module in _EXTRA for layer in range(model.layers)}
     extra["decoder.final_layernorm._extra_state/shard_0_1"] = [None]
-    with appearing(output) as directory:
+    with atomic_directory(output) as directory:
         (directory / "release").mkdir()
         write_tensors(directory / "release", tensors, extra, _COMMON)
         (directory / "arguments.txt").write_text(arguments(source))

@@ -6,16 +6,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import lru_cache
 
-from megatron_spdf.architecture.model import Model
-from megatron_spdf.architecture.weights import model_weights
-from megatron_spdf.recipe.deepspeed import contradictions
-from megatron_spdf.recipe.recipe import AUTO, Recipe
+from megatron_spdf.architecture.base import Model, divisors
+from megatron_spdf.recipe.recipe import AUTO, ENGINES, Recipe
 from megatron_spdf.sparsity.plan import check_algorithm, check_tensor, make_plan
 from megatron_spdf.sparsity.settings import Sparsity
-
-
-def divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
 
 
 def rule_violations(recipe: Recipe) -> Iterator[str]:
@@ -29,25 +23,13 @@ def rule_violations(recipe: Recipe) -> Iterator[str]:
             yield from _plan(recipe.model, sparsity.model_dump_json(), recipe.parallel.tensor)
     yield from _engine(recipe)
     yield from _data(recipe)
-    broken = list(_batch(recipe))
-    yield from broken
+    yield from _batch(recipe)
     yield from _stages(recipe)
-    if not broken and recipe.engine == "deepspeed":
-        yield from contradictions(recipe)
 
 
 def _model(recipe: Recipe) -> Iterator[str]:
     m = recipe.model
-    if m.hidden % m.heads:
-        yield (f"model.hidden={m.hidden} is not divisible by model.heads={m.heads}; heads may be "
-               f"{divisors(m.hidden)}")
-    if m.heads % m.query_groups:
-        yield (f"model.heads={m.heads} is not divisible by model.query_groups={m.query_groups}; "
-               f"query_groups may be {divisors(m.heads)}")
-    if m.ffn_hidden % m.query_groups:
-        yield (f"model.ffn_hidden={m.ffn_hidden} is not divisible by "
-               f"model.query_groups={m.query_groups}, the number of slices a weight is cut into; "
-               f"take a multiple of {m.query_groups}")
+    yield from m.rule_violations()
     if recipe.train.sequence_length > m.max_positions:
         yield (f"train.sequence_length={recipe.train.sequence_length} is over "
                f"model.max_positions={m.max_positions}; lower the first or raise the second")
@@ -63,9 +45,9 @@ def _optimizer(recipe: Recipe) -> Iterator[str]:
 
 def _layout(recipe: Recipe) -> Iterator[str]:
     m, p, t = recipe.model, recipe.parallel, recipe.train
-    if m.query_groups % p.tensor:
-        yield (f"model.query_groups={m.query_groups} (heads={m.heads}) is not divisible by "
-               f"parallel.tensor={p.tensor}; tensor may be {divisors(m.query_groups)}")
+    if m.slices % p.tensor:
+        yield (f"model.query_groups={m.slices} (heads={m.heads}) is not divisible by "
+               f"parallel.tensor={p.tensor}; tensor may be {divisors(m.slices)}")
     stages = p.pipeline * p.interleave
     if m.layers % stages:
         yield (f"model.layers={m.layers} is not divisible by parallel.pipeline x interleave = "
@@ -91,7 +73,7 @@ def _plan(model: Model, sparsity: str, tensor: int) -> tuple[str, ...]:
     """
     section = Sparsity.model_validate_json(sparsity)
     try:
-        plan = make_plan(section, model_weights(model), model.query_groups)
+        plan = make_plan(section, model.weights(), model.slices)
         check_tensor(plan, tensor)
         check_algorithm(plan, section)
     except ValueError as error:
@@ -100,24 +82,10 @@ def _plan(model: Model, sparsity: str, tensor: int) -> tuple[str, ...]:
 
 
 def _engine(recipe: Recipe) -> Iterator[str]:
-    p, engine = recipe.parallel, recipe.engine
-    if engine == "deepspeed" and p.pipeline > 1:
-        yield (f"engine=deepspeed has no pipeline stages here, and parallel.pipeline={p.pipeline}; "
-               "set pipeline=1 or engine=megatron")
-    if engine == "megatron":
-        for name, value, needed in (("parallel.zero_stage", p.zero_stage, p.zero_stage > 1),
-                                    ("parallel.offload", p.offload, p.offload),
-                                    ("deepspeed", recipe.deepspeed, recipe.deepspeed is not None)):
-            if needed:
-                yield (f"{name}={_yaml(value)} needs engine=deepspeed, and engine={engine}; change "
-                       "one of them")
-    if p.offload and p.zero_stage == 0:
+    yield from ENGINES.get(recipe.engine).rule_violations(recipe)
+    if recipe.parallel.offload and recipe.parallel.zero_stage == 0:
         yield ("parallel.offload=true needs sharded optimizer state, and parallel.zero_stage=0; "
                "set zero_stage=1 or more")
-
-
-def _yaml(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def batch_violations(global_batch: int, micro_batch: int, data: int) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The planner's overview as a page with plots."""
+"""Page of the planner's overview, with plots."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ MEMORY = ("parameters", "gradients", "master", "moments", "expanded", "masks", "
 
 
 def render_plan_page(facts: dict[str, Any], recipe: str) -> str:
-    """Args:
-        facts: of `planning.overview.make_overview`.
-        recipe: its file, for the title.
+    """HTML page of an overview.
+
+    Args:
+        facts: result of `planning.overview.make_overview`.
+        recipe: file of the recipe, for the title.
     """
     request, model = facts["request"], facts["model"]
     lead = (f"{model['parameters'] / 1e9:.4g}B parameters, linear weights {model['sparsity']:.2%} "
@@ -40,8 +42,8 @@ def render_plan_page(facts: dict[str, Any], recipe: str) -> str:
 
 
 def _name(row: dict[str, Any]) -> str:
-    chunks = f" v{row['interleave']}" if row["interleave"] > 1 else ""
-    return f"TP{row['tensor']} PP{row['pipeline']} DP{row['data']}{chunks}"
+    interleaved = f" v{row['interleave']}" if row["interleave"] > 1 else ""
+    return f"TP{row['tensor']} PP{row['pipeline']} DP{row['data']}{interleaved}"
 
 
 def _layouts(facts: dict[str, Any]) -> str:
@@ -64,7 +66,7 @@ def _misfits(facts: dict[str, Any]) -> list[str]:
         return []
     reasons = [f"TP{m['tensor']} PP{m['pipeline']} DP{m['data']}: {m['reason']}"
                for m in facts["misfits"]]
-    return [paragraph("Those that do not do, nearest first:", "note"), bullets(reasons)]
+    return [paragraph("Rejected layouts, closest first:", "note"), bullets(reasons)]
 
 
 def _memory_plot(facts: dict[str, Any]) -> str:
@@ -111,14 +113,15 @@ def _sparsity(facts: dict[str, Any]) -> str:
         least = row["fewest_layout"]
         where = f"TP{least['tensor']} PP{least['pipeline']} DP{least['data']}" if least else "-"
         marked += [number] if row["recipe"] else []
-        rows.append([f"{row['sparsity']:.2%}{', tiles' if row['tiles'] else ''}",
+        rows.append([f"{row['sparsity']:.2%}{', zeros skipped' if row['skips_zeros'] else ''}",
                      f"{row['run_flops'] / 1e18:,.2f}", f"{row['flops_ratio']:.3f}",
                      f"{row['peak_bytes'] / GIB:.2f}", f"{row['data_traffic'] / MIB:,.1f}",
                      str(row["fewest_gpus"] or "-"), where])
-    tiles = ", except in tiles" if any(row["tiles"] for row in facts["sparsity"]) else ""
+    skips = any(row["skips_zeros"] for row in facts["sparsity"])
+    but = ", except where its kernels skip zeros" if skips else ""
     note = ("At the fastest layout; the fewest GPUs with one sequence a micro-batch and recomputed "
             "layers. FLOPs count active weights; this engine expands weights and runs products at "
-            f"the dense cost{tiles}.")
+            f"the dense cost{but}.")
     return table(["sparsity", "FLOPs\n(1e18)", "of dense", "GiB per\nGPU",
                   "data-parallel\nMiB a step", "fewest\nGPUs",
                   "their layout"], rows, marked=marked) + paragraph(note, "note")

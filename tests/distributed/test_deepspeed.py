@@ -9,7 +9,7 @@ import torch
 from harness import outcome, run_cases
 from mup import MUP
 
-from megatron_spdf.architecture.model import Model
+from megatron_spdf.architecture.gpt import Gpt
 from megatron_spdf.convert.deepspeed_import import DeepSpeedReader
 
 pytestmark = pytest.mark.slow
@@ -169,7 +169,7 @@ def written(results, runs, make_recipe, tmp_path):
                                tmp_path / "own").glob("global_step*")
     model = make_recipe()["model"]
     return place, lambda **shape: DeepSpeedReader(tmp_path / "own",
-                                                  Model.model_validate(model | shape))
+                                                  Gpt.model_validate(model | shape))
 
 
 def test_files_of_a_missing_rank_are_named(written):
@@ -209,4 +209,4 @@ def test_what_could_be_code_is_refused(written, tmp_path):
 
 def test_a_directory_of_something_else_is_named(tmp_path):
     with pytest.raises(ValueError, match="is no checkpoint of DeepSpeed: it has neither"):
-        DeepSpeedReader(tmp_path, Model(preset="gpt2_small"))
+        DeepSpeedReader(tmp_path, Gpt(preset="gpt2_small"))
