@@ -44,8 +44,7 @@ class Parametrization:
         if not self._maximal or not weight.linear:
             return 1.0
         base, planned = self.recipe.mup_base, self.plan.weights.get(weight.name)
-        density = _density(planned)
-        return self._width * density / base.density
+        return self._width * _density(planned) / base.density
 
     @property
     def _width(self) -> float:
@@ -111,10 +110,8 @@ def unfold(values: Tensor, factor: Tensor | float) -> Tensor:
 
 
 def _density(planned: SparseWeight | None) -> float:
-    """Of a weight as planned; tiles may be far from the level asked for."""
-    if planned is None:
-        return 1.0
-    return 1.0 - (planned.level if planned.tile is None else planned.sparsity)
+    """Of a weight as planned."""
+    return 1.0 if planned is None else planned.density
 
 
 def render_parametrization(recipe: Recipe, plan: Plan, weights: list[Weight]) -> str:

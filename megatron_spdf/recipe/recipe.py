@@ -209,7 +209,7 @@ class Recipe(Section):
         "standard", description="mup: initial values, learning rates and multipliers follow width "
                                 "and density")
     mup_base: MupBase = Field(MupBase())
-    sparsity: Sparsity = Field(Sparsity())
+    sparsity: Sparsity = Field(default_factory=Sparsity)
     stages: list[Stage] = Field(
         [], description="instead of one sparsity and learning rate: those of one stretch of the "
                         "run after the other")
@@ -287,11 +287,8 @@ class Recipe(Section):
         kept = self.model_dump(include={"seed", "model", "parametrization", "mup_base", "sparsity",
                                         "stages", "data",
                                         "train", "optimizer"})
-        patterns = [kept["sparsity"], *(stage["sparsity"] for stage in kept["stages"])]
-        for sparsity in patterns:
+        for sparsity in [kept["sparsity"], *(stage["sparsity"] for stage in kept["stages"])]:
             sparsity.pop("dense_copy")
-            if sparsity["pattern"] != "tile":
-                sparsity.pop("tile")
         if self.stages:  # they say it all
             kept.pop("sparsity")
             for key in SCHEDULE:

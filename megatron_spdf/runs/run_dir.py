@@ -10,6 +10,7 @@ import torch.distributed as dist
 import yaml
 
 from megatron_spdf.checkpoint.shared_files import check_shared
+from megatron_spdf.files import NEW, links_out
 from megatron_spdf.recipe.compare import changes_of_run
 from megatron_spdf.recipe.finetune import Finetune
 from megatron_spdf.recipe.load import save_recipe
@@ -53,6 +54,10 @@ class RunDir:
             raise ValueError(f"output={self.root} cannot be written: {there} is "
                              f"{'read-only for this user' if there.is_dir() else 'a file'}; choose "
                              "another output")
+        if self.root.is_dir() and (links := links_out(self.root)):
+            raise ValueError(f"output={self.root}: {links[0].name} is a link to "
+                             f"{links[0].resolve()}, and a run writes to its own directory only; "
+                             "remove the link, or choose another output")
         if not kept.is_file():
             if self.root.exists() and (not self.root.is_dir() or any(self._others())):
                 raise ValueError(f"output={self.root} exists and is not a run directory (it has no "
@@ -90,11 +95,9 @@ class RunDir:
         Raises:
             ValueError: the directory cannot be written.
         """
-        beside = self.root / f"{RECIPE}.new"
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            save_recipe(self.recipe, beside)
-            beside.replace(self.root / RECIPE)
+            save_recipe(self.recipe, self.root / RECIPE)
         except OSError as error:
             raise ValueError(
                 f"output={self.root} cannot be written: {error}; choose another output"
@@ -120,4 +123,5 @@ class RunDir:
     def _others(self) -> Iterator[Path]:
         """What is in the directory before the first start of a run claims it, and not of this
         run."""
-        return (p for p in self.root.iterdir() if not p.name.startswith(restarts.STARTS))
+        return (p for p in self.root.iterdir()
+                if p.name != restarts.STARTS and not p.name.endswith(NEW))

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from megatron_spdf.engine.base import Engine
 from megatron_spdf.engine.factory import make_engine
+from megatron_spdf.files import write_json
 from megatron_spdf.model.batch import MicroBatch
 from megatron_spdf.planning.search import LARGEST_MICRO_BATCH, USABLE
 from megatron_spdf.recipe.recipe import AUTO, Recipe
@@ -174,9 +175,7 @@ def _read(run: RunDir) -> list[dict]:
 
 
 def _write(run: RunDir, entries: list[dict]) -> None:
-    beside = run.root / f"{MICRO_BATCHES}.new"
-    beside.write_text(json.dumps(entries, indent=1))
-    beside.replace(run.root / MICRO_BATCHES)
+    write_json(run.root / MICRO_BATCHES, entries)
 
 
 def _render(trials: list[Trial], chosen: int) -> list[str]:

@@ -71,13 +71,13 @@ class QuickWeights:
 def _masks_of_first_layer() -> Iterator[None]:
     from megatron_spdf.layers import compact
 
-    drawn = cache(compact.planned_mask)
+    drawn = cache(SparseWeight.draw)
 
     def of_first_layer(planned: SparseWeight, seed: int, slice_id: int) -> np.ndarray:
         return drawn(replace(planned, name=re.sub(r"layers\.\d+\.", "layers.0.", planned.name)),
                      seed, slice_id)
 
-    with (patch.object(compact, "planned_mask", of_first_layer),
+    with (patch.object(SparseWeight, "draw", of_first_layer),
           # they are as drawn
           patch.object(compact.CompactWeight, "_check_masks", lambda self: None)):
         yield
