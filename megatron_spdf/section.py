@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import InitErrorDetails, PydanticCustomError, core_schema
 
 from megatron_spdf.registry import Registry
@@ -43,6 +44,11 @@ Paths = Annotated[list[str], BeforeValidator(as_list)]
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True,
                               allow_inf_nan=False)
+
+    @classmethod
+    def all_fields(cls) -> dict[str, FieldInfo]:
+        """Returns the fields by key, those too that only some values of another key bring."""
+        return dict(cls.model_fields)
 
 
 def _known(registry: Registry, name: Any) -> Any:

@@ -20,6 +20,7 @@ from megatron_spdf.checkpoint.saving import Saving
 from megatron_spdf.checkpoint.shared_files import newest_of_all
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
 from megatron_spdf.engine.base import Engine
+from megatron_spdf.files import write_json
 from megatron_spdf.layers.compact import compact_of, sparse_modules
 from megatron_spdf.recipe.compare import changes_of_run
 from megatron_spdf.recipe.recipe import Recipe
@@ -96,7 +97,7 @@ class Checkpointer:
         partial = self.directory / (store.name_of(state.step) + store.PARTIAL)
 
         def add_files(partial: Path) -> None:
-            store.write_json(partial / store.RUN, run)
+            write_json(partial / store.RUN, run)
             self.tokenizer.save(partial / "tokenizer")
 
         best = store.name_of(state.best_step) if keep.best else None
@@ -111,8 +112,8 @@ class Checkpointer:
         """Records beside the checkpoints which of them has the lowest validation loss."""
         if dist.get_rank() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
-            store.write_json(self.directory / store.BEST,
-                             {"checkpoint": store.name_of(step), "loss": loss})
+            write_json(self.directory / store.BEST,
+                       {"checkpoint": store.name_of(step), "loss": loss})
 
     def poll(self) -> Saving | None:
         """Returns the save that has ended, if there is one. Ranks may learn of it at different

@@ -30,8 +30,8 @@ class RankBytes:
         moments: named state of the optimizer, fp32.
         expanded: dense copies of the sparse weights that are kept for the step.
         masks: one bit a weight, and what kernels derive from them: on CPU the positions of the
-            active entries, 8 bytes each; on a GPU 4 bytes for `SPAN` entries of a slice, and twice
-            4 bytes for every active tile.
+            active entries, 8 bytes each; on a GPU 4 bytes for `SPAN` entries of a slice, and what
+            the pattern's product needs.
         gathered: ZeRO-3 only, whole parameters of the layers at work.
     """
 
@@ -74,8 +74,8 @@ def sparse_bytes(
             slices, entries = weight.slices // parallel.tensor, math.prod(weight.slice_shape)
             masks += slices * math.ceil(entries / 8)
             masks += slices * 4 * math.ceil(entries / SPAN) if on_gpu else 8 * parameter.elements
-            if on_gpu and plan.multiplies_tiles(parameter.name):
-                masks += 2 * 4 * parameter.elements // weight.tile**2
+            if on_gpu:
+                masks += weight.pattern.table_bytes(parameter.elements)
     return expanded, masks
 
 

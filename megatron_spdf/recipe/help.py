@@ -12,15 +12,15 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from megatron_spdf.recipe.recipe import Recipe
-from megatron_spdf.section import ByName, OneOf
+from megatron_spdf.section import ByName, OneOf, Section
 
 
-def render_help(section: type[BaseModel] = Recipe, prefix: str = "", width: int = 110,
+def render_help(section: type[Section] = Recipe, prefix: str = "", width: int = 110,
                 leave_out: type[BaseModel] = BaseModel) -> str:
     """One line a field, `section.key  type = default  meaning`, wrapped to `width` columns; without
     those that are the same in the section `leave_out`."""
     lines: list[str] = []
-    for key, field in section.model_fields.items():
+    for key, field in section.all_fields().items():
         if key in leave_out.model_fields and repr(field) == repr(leave_out.model_fields[key]):
             continue
         nested = field.annotation

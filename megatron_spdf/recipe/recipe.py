@@ -279,7 +279,7 @@ class Recipe(Section):
         optimizer = self.optimizer.model_copy(update={key: getattr(stage, key) for key in SCHEDULE})
         return self.model_copy(update={"sparsity": stage.sparsity, "optimizer": optimizer})
 
-    def whole(self) -> Recipe:
+    def without_stages(self) -> Recipe:
         """The recipe of all stages: `in_stage` undone, as far as a recipe with stages reads it."""
         return self.model_copy(update={"sparsity": Sparsity()}) if self.stages else self
 
@@ -288,11 +288,8 @@ class Recipe(Section):
         kept = self.model_dump(include={"seed", "model", "parametrization", "mup_base", "sparsity",
                                         "stages", "data",
                                         "train", "optimizer"})
-        patterns = [kept["sparsity"], *(stage["sparsity"] for stage in kept["stages"])]
-        for sparsity in patterns:
+        for sparsity in [kept["sparsity"], *(stage["sparsity"] for stage in kept["stages"])]:
             sparsity.pop("dense_copy")
-            if sparsity["pattern"] != "tile":
-                sparsity.pop("tile")
         if self.stages:  # they say it all
             kept.pop("sparsity")
             for key in SCHEDULE:

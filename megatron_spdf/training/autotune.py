@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from megatron_spdf.engine.base import Engine
 from megatron_spdf.engine.factory import make_engine
+from megatron_spdf.files import write_json
 from megatron_spdf.model.batch import MicroBatch
 from megatron_spdf.planning.search import LARGEST_MICRO_BATCH, USABLE
 from megatron_spdf.recipe.recipe import AUTO, Recipe
@@ -67,7 +68,7 @@ def choose_micro_batch(stage: RunStage, run: RunDir,
         chosen = fastest(trials)
         lines = _render(trials, chosen)
         if dist.get_rank() == 0:
-            run.claim()
+            run.create()
             _write(run, [*kept, {"of": key, "micro_batch": chosen,
                                  "trials": [asdict(t) for t in trials]}])
     return replace(stage, recipe=stage.recipe.with_micro_batch(chosen)), lines
@@ -107,7 +108,7 @@ def fastest(trials: list[Trial]) -> int:
 
 def _try(stage: RunStage, device: torch.device) -> Trial:
     size = stage.recipe.train.micro_batch
-    PROGRESS.enter(f"the trial of micro-batch {size}")
+    PROGRESS.set_activity(f"the trial of micro-batch {size}")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     try:
@@ -174,9 +175,7 @@ def _read(run: RunDir) -> list[dict]:
 
 
 def _write(run: RunDir, entries: list[dict]) -> None:
-    beside = run.root / f"{MICRO_BATCHES}.new"
-    beside.write_text(json.dumps(entries, indent=1))
-    beside.replace(run.root / MICRO_BATCHES)
+    write_json(run.root / MICRO_BATCHES, entries)
 
 
 def _render(trials: list[Trial], chosen: int) -> list[str]:

@@ -22,7 +22,7 @@ from megatron_spdf.checkpoint.run_metadata import INITIAL, Masks
 from megatron_spdf.checkpoint.shared_files import newest_of_all
 from megatron_spdf.checkpoint.store import step_of
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
-from megatron_spdf.parallel.ranks import join, leave
+from megatron_spdf.parallel.ranks import destroy, init_distributed
 from megatron_spdf.recipe.finetune import Finetune
 from megatron_spdf.recipe.help import render_help
 from megatron_spdf.recipe.recipe import Recipe
@@ -139,10 +139,10 @@ def run_job(job: Job) -> int:
     from megatron_spdf.resilience.heartbeat import Heartbeat
 
     stop = StopRequest()
-    progress.observe()
+    progress.instrument_collectives()
     fake_cuda.install()  # before anything that imports megatron.core
     with refusals():
-        device = join(job.ranks, job.stages[0].recipe)
+        device = init_distributed(job.ranks, job.stages[0].recipe)
     with Heartbeat(job.ranks, job.run.recipe.fault_tolerance.hang_seconds):
         return train(job, stop, device)
 
@@ -159,7 +159,7 @@ def train(job: Job, stop: StopRequest, device: torch.device) -> int:
             job = replace(job, summary="")  # said by the stage before
         return code
     finally:
-        leave()
+        destroy()
 
 
 def train_stage(job: Job, stage: RunStage, stop: StopRequest, device: torch.device) -> int:

@@ -71,7 +71,7 @@ class Trainer:
         pace = Stragglers(recipe.log.ranks_every, recipe.log.slow_factor, self.log)
         while not self.finished and not self.stopping:
             # the first one compiles and sets up
-            PROGRESS.enter(f"step {state.step + 1}", watched=state.step + 1 > first)
+            PROGRESS.set_activity(f"step {state.step + 1}", watched=state.step + 1 > first)
             pace.begin(state.step + 1)
             started = time.perf_counter()
             batch = next(batches)
@@ -92,7 +92,7 @@ class Trainer:
             best = self._evaluate_if_due() and recipe.checkpoint.best
             if best or recipe.checkpoint.every and state.step % recipe.checkpoint.every == 0:
                 saved = self._save()
-        PROGRESS.enter(f"the save at step {state.step}")
+        PROGRESS.set_activity(f"the save at step {state.step}")
         self.report.saved(self.checkpointer.wait())
         if saved != state.step or self.checkpointer.failed_in_a_row:
             self._save()
@@ -132,7 +132,7 @@ class Trainer:
         if (not due or state.step == 0 or not self.data.valid_batches
                 or state.evaluated == state.step or self.stopping):
             return False
-        PROGRESS.enter(f"the evaluation at step {state.step}", watched=True)
+        PROGRESS.set_activity(f"the evaluation at step {state.step}", watched=True)
         loss = validation_loss(self.engine, self.data.validation_batches(),
                                lambda: self.stop.requested)
         if loss is None:
@@ -152,7 +152,7 @@ class Trainer:
     def _save(self) -> int:
         """Starts a save, when the one before is done; returns the step."""
         started = time.perf_counter()
-        PROGRESS.enter(f"the save at step {self.state.step}")
+        PROGRESS.set_activity(f"the save at step {self.state.step}")
         self.report.saved(self.checkpointer.wait())
         self._stop_if_saves_fail(self.recipe.fault_tolerance.max_failed_saves)
         measured = self.engine.measured_sparsity()

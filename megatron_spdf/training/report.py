@@ -56,8 +56,8 @@ class Report:
         recipe, plan, on_gpu = stage.recipe, stage.plan, torch.cuda.is_available()
         model, length = recipe.model, data.mean_length
         tokens = state.tokens - data.consumed(state.step - 1)  # of this step
-        # dense matrix products that are executed: a GPU skips the zeros of tiles only
-        skipped = plan.on_tiles if on_gpu else None
+        # dense matrix products that are executed: a GPU skips the zeros of some patterns only
+        skipped = plan.skipped if on_gpu else None
         executed = (training_flops(model, length, skipped).total * tokens / seconds
                     / recipe.parallel.world)
         figures = {

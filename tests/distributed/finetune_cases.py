@@ -16,8 +16,8 @@ from megatron_spdf.checkpoint.reader import find_checkpoint
 from megatron_spdf.convert.source import open_weights
 from megatron_spdf.engine.factory import make_engine
 from megatron_spdf.layers.compact import compact_of
-from megatron_spdf.model.gpt import build_model, canonical_modules
-from megatron_spdf.parallel.ranks import join
+from megatron_spdf.model.decoder import build_model, canonical_modules
+from megatron_spdf.parallel.ranks import init_distributed
 from megatron_spdf.recipe.finetune import Finetune
 from megatron_spdf.resilience.signals import StopRequest
 from megatron_spdf.resilience.world import find_ranks
@@ -37,7 +37,7 @@ class Tuning:
         self.prepared = prepare(self.finetune, self.start)
         self.recipe = self.prepared.recipe
         agree_on_port()
-        device = join(find_ranks(), self.recipe)
+        device = init_distributed(find_ranks(), self.recipe)
         self.weights = self.prepared.make_weights()
         self.engine = make_engine(self.recipe, self.prepared.plan, device, self.weights)
         self.data = self.prepared.make_data(self.recipe, self.engine)
@@ -172,7 +172,7 @@ def stopped_early(recipe: dict, losses: list[float]) -> dict:
     for _ in range(2):
         with tuning(recipe) as t, replaced(loop, "validation_loss", lambda *_: next(given)):
             run = RunDir(t.finetune)
-            run.claim()
+            run.create()
             state, _ = t.checkpointer.restore(t.engine)
             log = RunLog(run, state.step, t.recipe.steps, tensorboard=False,
                          active=dist.get_rank() == 0)

@@ -17,7 +17,7 @@ from megatron_spdf.convert.initial_checkpoint import write_initial_checkpoint
 from megatron_spdf.data.pretraining.corpus import check_corpus
 from megatron_spdf.data.pretraining.dataset import TokenData
 from megatron_spdf.engine.factory import make_engine
-from megatron_spdf.parallel.ranks import join, leave
+from megatron_spdf.parallel.ranks import destroy, init_distributed
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.resilience.world import find_ranks
 from megatron_spdf.runs.run_dir import RunDir
@@ -53,7 +53,7 @@ def staged(recipes: list[dict], stops: list[int | None]) -> dict:
         recipe = Recipe.model_validate(values)
         run, corpus = RunDir(recipe), check_corpus(recipe)
         agree_on_port()
-        device = join(find_ranks(), recipe)
+        device = init_distributed(find_ranks(), recipe)
         job = Job(find_ranks(), run, stages_of(recipe), "", corpus.tokenizer,
                   partial(_token_data, corpus, run.cache))
         codes.append(train(job, StopAt(stop), device))
@@ -92,7 +92,7 @@ def across(recipe: dict, ids: torch.Tensor) -> dict:
     sparse, dense = stages_of(made)
     corpus, run = check_corpus(made), RunDir(made)
     agree_on_port()
-    device = join(find_ranks(), made)
+    device = init_distributed(find_ranks(), made)
     engine, data, checkpointer = _opened(sparse.as_single_run, sparse.recipe, sparse.plan, run,
                                          corpus, device)
     for number, batch in zip(range(1, sparse.last + 1), data.training_batches(0), strict=False):
@@ -130,7 +130,7 @@ def across(recipe: dict, ids: torch.Tensor) -> dict:
     assert checkpointer.restore(engine)[0].step == 0
     found["plain"] = _losses(engine, data, dense)
     engine.close()
-    leave()
+    destroy()
     return found
 
 
