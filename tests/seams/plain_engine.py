@@ -53,7 +53,7 @@ class PlainEngine:
 
         from megatron_spdf.engine import common
         from megatron_spdf.engine.whole_state import WholeState
-        from megatron_spdf.model.gpt import build_model
+        from megatron_spdf.model.decoder import build_model
 
         self.recipe, self.plan, self.device, self._common = recipe, plan, device, common
         self.models = build_model(recipe, plan, weights)
