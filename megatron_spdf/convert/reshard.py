@@ -1,4 +1,4 @@
-"""The same checkpoint with its files cut for another layout."""
+"""Rewrites a checkpoint with its files cut for another layout."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from megatron_spdf.recipe.rules import rule_violations
 
 
 def reshard(reader: CheckpointReader, parallel: Parallel, output: Path) -> Path:
-    """Rewrites a checkpoint, optimizer and run state included, as a run directory of its own.
+    """Rewrites a checkpoint, optimizer and progress included, as a run directory of its own.
 
     Args:
-        parallel: the layout that the files are cut for and that the new recipe has; see
-            `check_layout`.
-        output: must not exist.
+        reader: of the checkpoint.
+        parallel: layout of the new files and the new recipe; see `check_layout`.
+        output: directory, which must not exist.
 
     Returns:
         The new checkpoint.
 
     Raises:
         ValueError: the model cannot have that layout, or `output` exists.
-        DamagedCheckpoint: a tensor is missing or not what the recipe says.
+        DamagedCheckpoint: a tensor is missing or has another shape than the recipe says.
     """
     recipe = reader.recipe.model_copy(update={"parallel": parallel, "output": str(output)})
     check_layout(recipe.without_stages())
@@ -59,7 +59,7 @@ def reshard(reader: CheckpointReader, parallel: Parallel, output: Path) -> Path:
 
 
 def _tensors_of(weight: Weight, reader: CheckpointReader, recipe: Recipe) -> list[StoredTensor]:
-    """All tensors of one parameter: values, mask and optimizer state."""
+    """Tensors of one parameter: values, mask and optimizer state."""
     sparse, name = weight.name in reader.plan.weights, stored_name(weight.name)
     axis, kept = (0, name + VALUES) if sparse else (weight.axis, name)
     names = [kept, *(f"{OPTIMIZER}{state}.{kept}" for state in recipe.optimizer.saved)]
@@ -70,8 +70,8 @@ def _tensors_of(weight: Weight, reader: CheckpointReader, recipe: Recipe) -> lis
 
 
 def check_layout(recipe: Recipe) -> None:
-    """Raises ValueError, with the nearest layout that there is, where the model or batch cannot
-    have the recipe's."""
+    """Raises a ValueError, with the nearest possible layout, if model or batch cannot have the
+    recipe's."""
     broken = list(rule_violations(recipe))
     if broken:
         near = _nearest(recipe)
@@ -85,7 +85,8 @@ def check_layout(recipe: Recipe) -> None:
 
 
 def _nearest(recipe: Recipe) -> dict[str, int | bool] | None:
-    """The allowed layout with the degrees nearest to a recipe's, by their ratios."""
+    """Allowed layout with the degrees nearest to a recipe's, by their ratios. None if there is
+    none."""
     p, m = recipe.parallel, recipe.model
     wanted = (p.tensor, p.pipeline, p.interleave, p.data)
     stages = divisors(m.layers)
