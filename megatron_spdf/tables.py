@@ -31,7 +31,13 @@ class Unit:
     size: float
 
 
-GIB, MIB, KIB = Unit("GiB", 2**30), Unit("MiB", 2**20), Unit("KiB", 2**10)
+GIB, MIB = Unit("GiB", 2**30), Unit("MiB", 2**20)
+SECONDS, MILLISECONDS, MICROSECONDS = Unit("s", 1.0), Unit("ms", 1e-3), Unit("us", 1e-6)
+
+
+def named(rows: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows that have their key in the mapping as "name"."""
+    return [{"name": name, **row} for name, row in rows.items()]
 
 
 class Html(str):

@@ -22,6 +22,7 @@ from megatron_spdf.layers.products.tiles import TileProduct
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.sparsity.patterns.unstructured import Unstructured
 from megatron_spdf.sparsity.plan import Plan, SparseWeight
+from megatron_spdf.tables import Column, Table
 
 Trial = tuple[str, str, Callable[[], object]]  # kernel; tile; what is timed
 
@@ -107,19 +108,21 @@ def render(rows: list[dict]) -> list[str]:
     together: dict[str, dict[str, list[float | None]]] = {}
     for row in rows:
         together.setdefault(row["kernel"], {}).setdefault(row["tile"], []).append(row["seconds"])
-    lines = [
-        "All weights of a layer together; the first of a kernel is taken, the fastest is bold.",
-        "",
-        "| kernel | tile | time (us) | time of what is taken / time |",
-        "|---|---|---|---|",
-    ]
+    found = []
     for kernel, tiles in together.items():
         sums = {tile: None if None in each else math.fsum(each) for tile, each in tiles.items()}
-        taken, fastest = next(iter(sums.values())), min((s for s in sums.values() if s),
-                                                        default=None)
-        for tile, time in sums.items():
-            figure = "does not fit this GPU" if time is None else f"{time * 1e6:.4g}"
-            figure = f"**{figure}**" if time and time == fastest else figure
-            against = f"{taken / time:.3f}" if taken and time else "-"
-            lines.append(f"| {kernel} | {tile} | {figure} | {against} |")
-    return lines
+        taken = next(iter(sums.values()))
+        fastest = min((s for s in sums.values() if s), default=None)
+        found += [{"kernel": kernel, "tile": tile, "time": _figure(time, fastest),
+                   "taken": taken / time if taken and time else None}
+                  for tile, time in sums.items()]
+    columns = [Column("kernel"), Column("tile"), Column("time (us)", "time", align="right"),
+               Column("time of what is taken / time", "taken", ".3f")]
+    return ["All weights of a layer together; the first of a kernel is taken, the fastest is bold.",
+            "", Table(columns, found).markdown()]
+
+
+def _figure(seconds: float | None, fastest: float | None) -> str:
+    if seconds is None:
+        return "does not fit this GPU"
+    return f"**{seconds * 1e6:.4g}**" if seconds == fastest else f"{seconds * 1e6:.4g}"
