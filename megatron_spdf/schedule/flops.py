@@ -50,15 +50,11 @@ def forward_flops(
             unstructured ones are expanded.
         convention: see above.
     """
-    weights = sum(w.numel for w in model.weights() if w.linear)
-    if plan is not None:
-        weights += plan.active - plan.numel
     keys = sequence_length if convention == "spdf" else (sequence_length + 1) / 2
-    return Flops(
-        linear=2.0 * weights,
-        attention=4.0 * model.layers * keys * model.hidden,
-        logits=2.0 * model.vocab_size * model.hidden,
-    )
+    linear, attention, logits = model.forward_flops(keys)
+    if plan is not None:
+        linear += 2.0 * (plan.active - plan.numel)
+    return Flops(linear, attention, logits)
 
 
 def training_flops(
