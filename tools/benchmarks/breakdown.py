@@ -67,7 +67,7 @@ def measure_parts(recipe: Recipe, engine, numbers: range) -> dict[str, float]:
     """Mean seconds of each part of some steps: part -> seconds.
 
     Args:
-        engine: the Megatron engine of the recipe, warmed up.
+        engine: of the recipe, warmed up.
         numbers: of the steps.
     """
     clock = Clock(torch.cuda.synchronize)
@@ -85,10 +85,12 @@ def _clocks_set(clock: Clock, engine) -> Iterator[None]:
 
     places = [(schedules, "forward_step", "forward"), (schedules, "backward_step", "backward"),
               (dispatch, "expand", "expand"), (dispatch, "compress", "compress"),
-              (engine.optimizer, "prepare_grads", OPTIMIZER), (engine, "_squared_norm", OPTIMIZER),
-              (engine, "_update", OPTIMIZER),
               (layers, "dist_all_gather_func", "communication"),
               (layers, "dist_reduce_scatter_func", "communication")]
+    for call, part in engine.timed.items():
+        owner, _, name = call.rpartition(".")
+        places.append((getattr(engine, owner) if owner else engine, name,
+                       OPTIMIZER if part == "optimizer" else part))
     places += [(torch.distributed, name, "communication") for name in COLLECTIVES]
     with ExitStack() as stack:
         for owner, name, part in places:

@@ -69,7 +69,8 @@ def measure(recipe: Recipe, plan: Plan, seconds: float = 0.2) -> dict:
            for p in patterns if product_of(p)}
     return {"device_type": device.type, "tokens": tokens,
             "dtype": str(dtype).removeprefix("torch."),
-            "copy_bytes_per_second": bandwidth, "expand_compress": dispatch.describe(device.type),
+            "copy_bytes_per_second": bandwidth,
+            "expand_compress": dispatch.backend_name(device.type),
             "products": own,
             "figures": [vars(f) for f in figures]}
 
@@ -93,7 +94,7 @@ def moves(weight: SparseWeight, seed: int, tensor: int, device: torch.device, dt
     dense = torch.randn(compact.shape, device=device).to(dtype)
     buffer = torch.zeros(compact.values_shape, device=device)
     peer = None
-    if dispatch.implementation(device.type)[0] is not torch_reference:
+    if dispatch.backend_for(device.type)[0] is not torch_reference:
         peer = replace(mask,
                        index=torch_reference.make_index(mask.bits, mask.slice_shape, mask.axis))
     whole, active = dense.numel(), values.numel()
