@@ -25,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
+from megatron_spdf.command_line import add_overrides, make_parser, refusing
 from megatron_spdf.convert.deepspeed_import import DeepSpeedReader
 from megatron_spdf.convert.huggingface_export import DTYPES, export
 from megatron_spdf.convert.initial_checkpoint import write_initial_checkpoint
@@ -38,15 +39,13 @@ from megatron_spdf.recipe.load import load_recipe, make_recipe, parse_recipe
 from megatron_spdf.recipe.recipe import Recipe
 
 
+@refusing
 def main(words: list[str] | None = None) -> int:
     """Run the tool; every byte of a checkpoint of ours is checked before anything is written."""
     options = parse(words)
     try:
         require_free(options.output)
         said = options.run(options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return 128 + signal.SIGINT
@@ -204,8 +203,8 @@ recipe's model section; the number of heads, the activation and the tokenizer ca
         "directory with a file `latest`, or one checkpoint in it",
         ["--recipe", "--sparsity", "--select", "words"],
         """\
-What engine.save_checkpoint of DeepSpeed 0.19 wrote for a model of Megatron-Core with our names, ZeRO
-0 to 3, at any tensor and data parallelism; sparse weights of ours become dense. No pickled code is
+What engine.save_checkpoint of DeepSpeed 0.19 wrote for a model of Megatron-Core with our names,
+ZeRO 0 to 3, at any tensor and data parallelism; sparse weights of ours become dense. No pickled code is
 run. The shape comes from the recipe's model section; the number of heads, the activation and the
 tokenizer cannot be checked. Runs of finetune.py and of pretrain.py engine=deepspeed need no
 conversion: their checkpoints are this project's own.""",
@@ -224,21 +223,20 @@ OPTIONS = {
 
 
 def parse(words: list[str] | None) -> argparse.Namespace:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
+    parser = make_parser(__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, (run, source, options, more) in COMMANDS.items():
         command = commands.add_parser(name, help=run.__doc__,
                                       description=f"{run.__doc__}\n\n{more}".strip(),
-                                      formatter_class=form, allow_abbrev=False)
+                                      formatter_class=parser.formatter_class,
+                                      allow_abbrev=False)
         command.add_argument("source", type=Path, metavar="DIR", help=source)
         command.add_argument("output", type=Path, metavar="OUT", help="directory to make")
         for option in options:
             if option != "words":
                 command.add_argument(option, **OPTIONS[option])
         if "words" in options:
-            command.add_argument("overrides", nargs="*", metavar="section.key=value",
-                                 help="values that win over the recipe's")
+            add_overrides(command)
         command.set_defaults(run=run, takes_words="words" in options)
     parsed, rest = parser.parse_known_args(words)
     if rest and (not parsed.takes_words or any(word.startswith("-") for word in rest)):

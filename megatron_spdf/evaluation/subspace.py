@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_spdf.convert.source import WeightSource
+from megatron_spdf.tables import Column, Table
 
 
 def distances(before: WeightSource, after: WeightSource) -> list[dict[str, float]]:
@@ -51,12 +52,11 @@ def cosine_distance(a: Tensor, b: Tensor) -> float:
 
 
 def render(layers: list[dict[str, float]]) -> str:
-    """A row for each layer and the mean of all."""
+    """Formats a row for each layer and the mean of all."""
     mean = {name: sum(row[name] for row in layers) / len(layers) for name in layers[0]}
-    rows = [(str(number), row) for number, row in enumerate(layers)] + [("mean", mean)]
-    return "\n".join([f"{'layer':<6}" + "".join(f"{name:>11}" for name in layers[0]),
-                      *(f"{label:<6}" + "".join(f"{row[name]:>11.3e}" for name in layers[0])
-                        for label, row in rows)])
+    rows = [{"layer": number, **row} for number, row in enumerate(layers)]
+    columns = [Column("layer"), *(Column(name, form=".3e") for name in layers[0])]
+    return Table(columns, [*rows, {"layer": "mean", **mean}]).text()
 
 
 def draw(layers: list[dict[str, float]], path: Path, title: str) -> None:

@@ -197,7 +197,8 @@ def test_refusals(convert, gpt2, sparse, workplace, tmp_path):
     (wide / "config.json").write_text(json.dumps({"model_type": "bert"}))
     recipe, out = ["--recipe", "recipe.yaml"], tmp_path / "out"
     for words, message in (
-        (["from-hf", wide, out, *recipe], "is a model of type 'bert'; those that can be read are gpt2"),
+        (["from-hf", wide, out, *recipe],
+         "is a model of type 'bert'; those that can be read are gpt2"),
         (["from-hf", gpt2, out, *recipe, "model.layers=4"],
          "model.layers is 2 there and 4 in the recipe"),
         (["from-hf", gpt2, out, *recipe, "model.vocab_size=50257"],
