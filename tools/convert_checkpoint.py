@@ -204,9 +204,9 @@ recipe's model section; the number of heads, the activation and the tokenizer ca
         ["--recipe", "--sparsity", "--select", "words"],
         """\
 What engine.save_checkpoint of DeepSpeed 0.19 wrote for a model of Megatron-Core with our names,
-ZeRO 0 to 3, at any tensor and data parallelism; sparse weights of ours become dense. No pickled code is
-run. The shape comes from the recipe's model section; the number of heads, the activation and the
-tokenizer cannot be checked. Runs of finetune.py and of pretrain.py engine=deepspeed need no
+ZeRO 0 to 3, at any tensor and data parallelism; sparse weights of ours become dense. No pickled
+code is run. The shape comes from the recipe's model section; the number of heads, the activation
+and the tokenizer cannot be checked. Runs of finetune.py and of pretrain.py engine=deepspeed need no
 conversion: their checkpoints are this project's own.""",
     ),
 }
