@@ -157,7 +157,7 @@ def implementation_summary(recipe: Recipe, model: nn.Module, optimizer: torch.op
     )
     pointwise = "compiled" if model.config.bias_dropout_fusion else "one by one"
     return (f"device {where}; {', '.join(names.values())}; bias, activation and dropout "
-            f"{pointwise}; expand/compress {dispatch.describe(device.type)}"
+            f"{pointwise}; expand/compress {dispatch.backend_name(device.type)}"
             f"{_describe_patterns(model, device)}")
 
 
