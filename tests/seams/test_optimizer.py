@@ -115,10 +115,9 @@ def test_a_recipe_is_read_and_written_with_its_fields(recipe, tmp_path):
 def test_a_fine_tuning_recipe_has_its_fields(recipe):
     values = yaml.safe_load((ROOT / "configs/finetune/e2e.yaml").read_text())
     values["optimizer"] = {**SGD, "warmup_steps": 3}
-    model = recipe().model
     values |= {"checkpoint": "start", "data": {"task": "e2e", "path": "data"}}
     finetune = Finetune.model_validate(values)
-    made = training_recipe(finetune, model, Sparsity(), examples=1000)
+    made = training_recipe(finetune, recipe(model={"max_positions": 512}).model, Sparsity(), 1000)
     assert isinstance(made.optimizer, sgd_tenant.Sgd) and made.optimizer.momentum == 0.8
     assert made.optimizer.warmup_tokens == 3 * made.tokens_per_step
     assert (finetune.optimizer.decay, made.optimizer.weight_decay) == ("linear", 0.01)
