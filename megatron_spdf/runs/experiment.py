@@ -37,6 +37,7 @@ from megatron_spdf.runs.measured import LOG, read_run
 from megatron_spdf.schedule.flops import training_flops
 from megatron_spdf.schedule.stages import mean_flops, stages_of
 from megatron_spdf.section import Section
+from megatron_spdf.tables import Column, Table
 
 BUDGET = "budget"  # the only key in an axis that is no key of the recipe
 
@@ -217,16 +218,22 @@ def summary(losses: list[float]) -> tuple[float | None, float | None]:
 
 def render(experiment: Experiment, rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
-    head = [*experiment.axes, "tokens", "FLOPs", "validation loss", "seeds"]
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    for row in rows:
-        loss = "-" if row["mean"] is None else f"{row['mean']:.4f}"
-        loss += "" if row["interval"] is None else f" ± {row['interval']:.4f}"
-        seeds = f"{len(row['losses'])}" + (f" of {len(row['losses']) + row['missing']}"
-                                           if row["missing"] else "")
-        cols = [*row["labels"].values(), f"{row['tokens']:,}", f"{row['flops']:.4g}", loss, seeds]
-        lines.append(f"| {' | '.join(cols)} |")
-    return (
-        "\n".join(lines)
-        + "\n\nNats per token at the end of the run; mean and 95% confidence interval over seeds.\n"
-    )
+    columns = [*(Column(axis, lambda row, axis=axis: row["labels"][axis])
+                 for axis in experiment.axes),
+               Column("tokens", form=","), Column("FLOPs", "flops", ".4g"),
+               Column("validation loss", _render_loss, align="right"),
+               Column("seeds", _render_seeds, align="right")]
+    return (f"{Table(columns, rows).markdown()}\n\nNats per token at the end of the run; mean and "
+            "95% confidence interval over seeds.\n")
+
+
+def _render_loss(row: dict[str, Any]) -> str | None:
+    if row["mean"] is None:
+        return None
+    interval = "" if row["interval"] is None else f" ± {row['interval']:.4f}"
+    return f"{row['mean']:.4f}{interval}"
+
+
+def _render_seeds(row: dict[str, Any]) -> str:
+    done, missing = len(row["losses"]), row["missing"]
+    return f"{done} of {done + missing}" if missing else str(done)

@@ -26,6 +26,7 @@ from megatron_spdf.resilience.progress import PROGRESS
 from megatron_spdf.runs.measured import MICRO_BATCHES
 from megatron_spdf.runs.run_dir import RunDir
 from megatron_spdf.schedule.stages import RunStage
+from megatron_spdf.tables import GIB, Column, Table
 
 LARGEST_ON_CPU = 4
 STEPS = 3  # the first sets up and is not timed
@@ -182,7 +183,6 @@ def _write(run: RunDir, entries: list[dict]) -> None:
 
 
 def _render(trials: list[Timing], chosen: int) -> list[str]:
-    return [f"micro-batch {chosen} is the fastest of those tried:",
-            *(f"  micro-batch {t.micro_batch:>3}: {t.seconds:>8.4g} s a step, "
-              f"{t.peak / 2**30:>7.2f} GiB"
-              for t in trials)]
+    table = Table([Column("micro-batch", "micro_batch", "d"), Column("seconds", form=".4g"),
+                   Column("peak memory", "peak", ".2f", GIB)], trials)
+    return [f"micro-batch {chosen} is the fastest of those tried:", table.text("  ")]

@@ -21,6 +21,7 @@ import torch
 from benchmarks.engines import synthetic_batch
 from megatron_spdf.kernels import dispatch
 from megatron_spdf.recipe.recipe import Recipe
+from megatron_spdf.tables import MILLISECONDS, Column, Table
 
 REST = "zeroing gradients, agreeing, and the rest"
 OPTIMIZER = "optimizer, with norm and clipping"
@@ -104,7 +105,6 @@ def render_parts(parts: dict[str, dict[str, float]]) -> list[str]:
     Args:
         parts: name of a run -> part -> seconds.
     """
-    lines = [f"| by part (ms) | {' | '.join(parts)} |", "|---" * (1 + len(parts)) + "|"]
-    lines += [f"| {part} | {' | '.join(f'{of[part] * 1e3:.4g}' for of in parts.values())} |"
-              for part in PARTS]
-    return lines
+    columns = [Column("by part", str), *(Column(name, of.get, ".4g", MILLISECONDS)
+                                         for name, of in parts.items())]
+    return [Table(columns, PARTS).markdown()]

@@ -20,6 +20,7 @@ from megatron_spdf.layers.products.base import choose_product, product_of
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.sparsity.patterns.unstructured import Unstructured
 from megatron_spdf.sparsity.plan import Plan, SparseWeight
+from megatron_spdf.tables import MICROSECONDS, Column, Table
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,13 @@ def median_seconds(run, seconds: float) -> float:
     return Timer("run()", globals={"run": run}).blocked_autorange(min_run_time=seconds).median
 
 
+_COLUMNS = [
+    Column("kernel"),
+    Column("weight", lambda f: f["weight"].split(".layers.0.")[-1].removesuffix(".weight")),
+    Column("shape", lambda f: " x ".join(map(str, f["shape"]))), Column("sparsity", form=".2%"),
+    Column("time", "seconds", ".4g", MICROSECONDS), Column("floor", form=".4g", unit=MICROSECONDS)]
+
+
 def render(measured: dict) -> list[str]:
     """The figures as a Markdown table."""
     lines, own = [], "; ".join(f"{what} {by}" for what, by in measured["products"].items())
@@ -161,15 +169,10 @@ def render(measured: dict) -> list[str]:
     lines += [f"{measured['tokens']} tokens, {measured['dtype']}; a copy moves "
               f"{measured['copy_bytes_per_second'] / 1e9:.4g} GB/s; expand/compress "
               f"{measured['expand_compress']}; {own or 'no products'}", "",
-              "| kernel | weight | shape | sparsity | time (us) | floor (us) | floor / time | "
-              "dense / time | torch / time |", "|---|---|---|---|---|---|---|---|---|"]
-    for f in measured["figures"]:
-        against = [f"{f[k] / f['seconds']:.3g}" if f[k] else "-"
-                   for k in ("floor", "dense", "torch")]
-        kind = f["weight"].split(".layers.0.")[-1].removesuffix(".weight")
-        lines.append(f"| {f['kernel']} | {kind} | {f['shape'][0]} x {f['shape'][1]} | "
-                     f"{f['sparsity']:.2%} | {f['seconds'] * 1e6:.4g} | {f['floor'] * 1e6:.4g} | "
-                     f"{' | '.join(against)} |")
+              Table([*_COLUMNS, *(Column(f"{other} / time", lambda f, other=other: f[other]
+                                         and f[other] / f["seconds"], ".3g")
+                                  for other in ("floor", "dense", "torch"))],
+                    measured["figures"]).markdown()]
     return [*lines, *_render_sums(measured["figures"])]
 
 

@@ -22,6 +22,7 @@ from megatron_spdf.layers.products.tiles import TileProduct
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.sparsity.patterns.unstructured import Unstructured
 from megatron_spdf.sparsity.plan import Plan, SparseWeight
+from megatron_spdf.tables import Column, Table
 
 Trial = tuple[str, str, Callable[[], object]]  # kernel, shape of a program, function to time
 
@@ -107,20 +108,22 @@ def render(rows: list[dict]) -> list[str]:
     together: dict[str, dict[str, list[float | None]]] = {}
     for row in rows:
         together.setdefault(row["kernel"], {}).setdefault(row["program"], []).append(row["seconds"])
-    lines = [
-        "All weights of a layer together. The first of a kernel is the default, the fastest bold.",
-        "",
-        "| kernel | program | time (us) | time of the default / time |",
-        "|---|---|---|---|",
-    ]
+    found = []
     for kernel, programs in together.items():
         sums = {program: None if None in each else math.fsum(each)
                 for program, each in programs.items()}
-        default, fastest = next(iter(sums.values())), min((s for s in sums.values() if s),
-                                                          default=None)
-        for program, time in sums.items():
-            figure = "does not fit this GPU" if time is None else f"{time * 1e6:.4g}"
-            figure = f"**{figure}**" if time and time == fastest else figure
-            against = f"{default / time:.3f}" if default and time else "-"
-            lines.append(f"| {kernel} | {program} | {figure} | {against} |")
-    return lines
+        default = next(iter(sums.values()))
+        fastest = min((s for s in sums.values() if s), default=None)
+        found += [{"kernel": kernel, "program": program, "time": _figure(time, fastest),
+                   "ratio": default / time if default and time else None}
+                  for program, time in sums.items()]
+    columns = [Column("kernel"), Column("program"), Column("time (us)", "time", align="right"),
+               Column("time of the default / time", "ratio", ".3f")]
+    return ["All weights of a layer together. The first of a kernel is the default, the fastest "
+            "bold.", "", Table(columns, found).markdown()]
+
+
+def _figure(seconds: float | None, fastest: float | None) -> str:
+    if seconds is None:
+        return "does not fit this GPU"
+    return f"**{seconds * 1e6:.4g}**" if seconds == fastest else f"{seconds * 1e6:.4g}"
