@@ -73,13 +73,13 @@ class OptimizerState:
         """
         places = _places(model_state)
         mine = {p for p in self._parameters if is_main_replica(places[id(p)].replica_id)}
-        return self._sharded(places, self._copies(mine), "meta")
+        return self._sharded_state(places, self._copies(mine), "meta")
 
     def to_load(self, model_state: dict) -> dict:
         """Sharded tensors like those of `to_save`, for a checkpoint to be read into."""
-        return self._sharded(_places(model_state), {}, "cpu")
+        return self._sharded_state(_places(model_state), {}, "cpu")
 
-    def _sharded(self, places: dict[int, ShardedTensor],
+    def _sharded_state(self, places: dict[int, ShardedTensor],
                  copies: dict[nn.Parameter, dict[str, Tensor]], device: str) -> dict:
         """Number of a parameter -> name of a state -> sharded tensor.
 
