@@ -71,7 +71,7 @@ class Finetune(Section):
     """One fine-tuning run."""
 
     checkpoint: str = Field(description="where to start: a run, a checkpoint of one, or a Hugging "
-                                        "Face GPT-2")
+                                        "Face directory")
     output: str = Field(description="run directory; everything the run writes goes there")
     seed: int = Field(1234, ge=0, description="of data order, dropout and revived weights")
     mode: Literal["dense", "sparse"] = Field(
