@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic_core import InitErrorDetails, PydanticCustomError, core_schema
+
+from megatron_spdf.registry import Registry
 
 MULTIPLES = {"k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
@@ -38,3 +43,50 @@ Paths = Annotated[list[str], BeforeValidator(as_list)]
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True,
                               allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class ByName:
+    """Annotation of a field whose section is that of the tenant it names:
+    `optimizer: {name: adamw, ...}` is read as the section of the optimizer adamw.
+
+    Args:
+        registry: of the seam.
+        default: name of the tenant where the section gives none.
+        section_of: tenant -> the class of its section, which has the field `name`.
+    """
+
+    registry: Registry
+    default: str
+    section_of: Callable[[Any], type[Section]]
+
+    def section(self, values: Any) -> type[Section]:
+        """The class for these values.
+
+        Raises:
+            ValueError: they name no tenant.
+        """
+        name = values.get("name", self.default) if isinstance(values, dict) else self.default
+        return self.section_of(self.registry.get(name))
+
+    def sections(self) -> dict[str, type[Section]]:
+        """The classes of all tenants by name, the default's first."""
+        names = sorted(self.registry.names(), key=lambda name: name != self.default)
+        return {name: self.section_of(self.registry.get(name)) for name in names}
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
+        # "any": dumped with all fields of the class that was chosen
+        return core_schema.no_info_before_validator_function(
+            self._read, handler(source), serialization=core_schema.simple_ser_schema("any"))
+
+    def _read(self, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values  # a section already, or for pydantic to refuse
+        values = {"name": self.default, **values}
+        try:
+            section = self.section(values)
+        except ValueError as error:
+            wrong = PydanticCustomError("name", "{said}", {"said": str(error)})
+            raise ValidationError.from_exception_data("name", [
+                InitErrorDetails(type=wrong, loc=("name",), input=values["name"])]) from None
+        return section.model_validate(values)

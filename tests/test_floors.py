@@ -23,6 +23,7 @@ FLOORS = [
     ),
     ("architecture", ["architecture"]),
     ("sparsity and kernels", ["sparsity", "kernels"]),
+    ("optimizers", ["optimizers"]),
     ("recipe", ["recipe"]),
     ("planning", ["schedule", "planning", "scaling_law"]),
     ("layers", ["layers"]),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_spdf.checkpoint.reader import OPTIMIZER, CheckpointReader, stored_name
 from megatron_spdf.engine.base import Engine
+from megatron_spdf.optimizers.base import MASTER
 
 
 def load_densified(engine: Engine, checkpoint: Path) -> None:
@@ -18,7 +19,7 @@ def load_densified(engine: Engine, checkpoint: Path) -> None:
     densified on disk.
 
     Values come from the fp32 master weights, entries that were masked are zero, so that outputs are
-    what they were. Moments are zero and Adam counts from one: those of revived weights have no
+    what they were. The optimizer's state is zero and it counts from one: revived weights have no
     past, and a fresh count is what the schedule's second warm-up is made for.
 
     Args:
@@ -30,7 +31,7 @@ def load_densified(engine: Engine, checkpoint: Path) -> None:
     def fill(wanted: dict | ShardedTensor) -> dict | Tensor:
         if isinstance(wanted, dict):
             return {key: fill(part) for key, part in wanted.items()}
-        stored = wanted.key.removeprefix(f"{OPTIMIZER}param.")
+        stored = wanted.key.removeprefix(f"{OPTIMIZER}{MASTER}.")
         if stored.startswith(OPTIMIZER):
             return torch.zeros(wanted.local_shape, dtype=wanted.dtype)
         return reader.parameter(names[stored])[wanted.global_slice()].to(wanted.dtype)

@@ -11,7 +11,6 @@ from megatron_spdf.architecture.weights import padded_vocab
 from megatron_spdf.checkpoint.reader import (
     MASK_BITS,
     OPTIMIZER,
-    STATES,
     VALUES,
     CheckpointReader,
     stored_name,
@@ -117,7 +116,8 @@ def wrong_shapes(reader: CheckpointReader) -> list[str]:
         sparse, stored, shape = reader.plan.weights.get(name), stored_name(name), weight.shape
         if sparse:
             stored, shape = stored + VALUES, (sparse.slices, sparse.active_per_slice)
-        expected |= {stored: shape, **{f"{OPTIMIZER}{state}.{stored}": shape for state in STATES}}
+        expected |= {stored: shape, **{f"{OPTIMIZER}{state}.{stored}": shape
+                                       for state in reader.recipe.optimizer.saved}}
     return [f"{name} is missing" if name not in reader.shapes else
             f"{name} has shape {reader.shapes[name]} instead of {shape}"
             for name, shape in expected.items() if reader.shapes.get(name) != shape]

@@ -18,13 +18,13 @@ from megatron_spdf.checkpoint.run_metadata import Masks, drawn_masks
 from megatron_spdf.checkpoint.tensors import TensorFiles
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megatron_spdf.model.parametrization import Parametrization, fold
+from megatron_spdf.optimizers.base import MASTER
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.sparsity.plan import Plan
 from megatron_spdf.sparsity.slices import join_slices
 
 VALUES, MASK_BITS = ".values", ".mask_bits"  # after the name of a sparse weight
-# before the name of a parameter
-OPTIMIZER, STATES = "optimizer.state.", ("param", "exp_avg", "exp_avg_sq")
+OPTIMIZER = "optimizer.state."  # before the name of a state and that of a parameter
 # Megatron-Core saves a block's norms as part of the layer they feed, where Transformer Engine fuses
 # them.
 _STORED = {".input_layernorm.": ".self_attention.linear_qkv.layer_norm_",
@@ -131,7 +131,7 @@ class CheckpointReader(TensorFiles):
     def parameter(self, name: str) -> Tensor:
         """Like `master`, as the run's own model holds it: multipliers of a parametrization are not
         in it."""
-        return self._dense(name, f"{OPTIMIZER}param.{stored_name(name)}")
+        return self._dense(name, f"{OPTIMIZER}{MASTER}.{stored_name(name)}")
 
     def _dense(self, name: str, stored: str) -> Tensor:
         planned = self.plan.weights.get(name)

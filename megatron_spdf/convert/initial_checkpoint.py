@@ -21,13 +21,14 @@ from torch import Tensor
 
 from megatron_spdf.architecture.weights import Weight
 from megatron_spdf.checkpoint import store
-from megatron_spdf.checkpoint.reader import MASK_BITS, OPTIMIZER, STATES, VALUES, stored_name
+from megatron_spdf.checkpoint.reader import MASK_BITS, OPTIMIZER, VALUES, stored_name
 from megatron_spdf.checkpoint.run_metadata import Masks, drawn_masks, run_record
 from megatron_spdf.checkpoint.writer import StoredTensor, cut, write_tensors
 from megatron_spdf.convert.source import WeightSource
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
 from megatron_spdf.files import appearing
 from megatron_spdf.model.parametrization import Parametrization, unfold
+from megatron_spdf.optimizers.base import MASTER
 from megatron_spdf.recipe.load import save_recipe
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.schedule.stages import stages_of
@@ -156,8 +157,8 @@ class _FreshState:
         values = partial(self._values, weight.name)
         tensors.append(self._stored(name, shape, axis, weight, self.dtype,
                                     lambda: values().to(self.dtype)))
-        for state in STATES:
-            read = values if state == "param" else lambda: torch.zeros(shape)
+        for state in self.recipe.optimizer.saved:
+            read = values if state == MASTER else lambda: torch.zeros(shape)
             tensors.append(self._stored(f"{OPTIMIZER}{state}.{name}", shape, axis, weight,
                                         torch.float32, read))
         return tensors

@@ -14,7 +14,6 @@ from megatron_spdf.checkpoint.inspect import wrong_shapes
 from megatron_spdf.checkpoint.reader import (
     MASK_BITS,
     OPTIMIZER,
-    STATES,
     VALUES,
     CheckpointReader,
     stored_name,
@@ -63,8 +62,8 @@ def _tensors_of(weight: Weight, reader: CheckpointReader, recipe: Recipe) -> lis
     """All tensors of one parameter: values, mask and optimizer state."""
     sparse, name = weight.name in reader.plan.weights, stored_name(weight.name)
     axis, kept = (0, name + VALUES) if sparse else (weight.axis, name)
-    names = [kept, *(f"{OPTIMIZER}{state}.{kept}" for state in STATES), *([name + MASK_BITS]
-                                                                          if sparse else [])]
+    names = [kept, *(f"{OPTIMIZER}{state}.{kept}" for state in recipe.optimizer.saved)]
+    names += [name + MASK_BITS] if sparse else []
     return [StoredTensor(n, reader.shapes[n], reader.dtypes[n],
                          cut(reader.shapes[n], axis, weight.layer, recipe),
                          partial(reader.tensor, n)) for n in names]

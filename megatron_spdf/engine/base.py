@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from megatron_spdf.model.batch import MicroBatch
 
@@ -28,11 +29,34 @@ class StepResult:
     stop: bool
 
 
+class ParameterState(Protocol):
+    """The optimizer's fp32 state of this rank's parameters, whole, whatever is sharded.
+
+    Attributes:
+        names: of the states: "param", the master weight, and those that the optimizer names.
+    """
+
+    names: tuple[str, ...]
+
+    def whole(self, name: str) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """One state of every parameter, of its shape: not to be written to, and of use until the
+        next is asked for. All data-parallel ranks iterate together, to the end."""
+
+    def put(self, parameter: nn.Parameter, name: str, value: Tensor) -> None:
+        """Sets one state of a parameter; all data-parallel ranks give the same value."""
+
+    def settle(self) -> None:
+        """Sets the weights that the model computes with to their masters; on all ranks, after
+        `put`."""
+
+
 class Engine(Protocol):
     """A model with its optimizer, laid out over the ranks.
 
     Attributes:
         models: this rank's model chunks.
+        state: the optimizer's, parameter by parameter.
+        torch_optimizer: the one that updates this rank's masters.
         needs_batches: whether this rank needs tokens.
         data_parallel_rank: which replica of its shard this rank holds.
         optimizer_steps: updates done, skipped steps not counted.
@@ -41,9 +65,13 @@ class Engine(Protocol):
     """
 
     models: list[nn.Module]
+    state: ParameterState
     needs_batches: bool
     data_parallel_rank: int
     optimizer_steps: int
+
+    @property
+    def torch_optimizer(self) -> torch.optim.Optimizer: ...
 
     @property
     def learning_rate(self) -> float: ...

@@ -12,7 +12,6 @@ from megatron.core import parallel_state as ps
 from megatron.core import tensor_parallel
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor, nn
-from torch.optim import AdamW
 
 from megatron_spdf.kernels import dispatch
 from megatron_spdf.layers.compact import compact_of, sparse_modules
@@ -122,18 +121,24 @@ def tensors_only(state: dict) -> dict:
     return {k: v for k, v in state.items() if not k.endswith("_extra_state")}
 
 
-def implementation_summary(recipe: Recipe, model: nn.Module, adam: type,
+def masters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The fp32 tensors that an optimizer updates."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def implementation_summary(recipe: Recipe, model: nn.Module, optimizer: torch.optim.Optimizer,
                            device: torch.device) -> str:
     """Which implementation computes what, for the log."""
     layer = model.decoder.layers[0]
     attention = layer.self_attention.core_attention
-    parts = {"attention": type(attention), "norm": type(layer.pre_mlp_layernorm), "Adam": adam}
+    parts = {"attention": type(attention), "norm": type(layer.pre_mlp_layernorm),
+             "optimizer": type(optimizer)}
     names = {part: f"{part} {kind.__module__.split('.')[0]}.{kind.__name__}" for part,
              kind in parts.items()}
     if device.type == "cuda" and isinstance(attention, SdpaCoreAttention):
         names["attention"] += f" on {attention.describe(masked=recipe.data.reset_attention)}"
-    if issubclass(adam, AdamW):
-        names["Adam"] += " fused"
+    if any(group.get("fused") for group in optimizer.param_groups):
+        names["optimizer"] += " fused"
     where = (
         torch.cuda.get_device_name() if device.type == "cuda" else "CPU (gloo, stand-in for CUDA)"
     )

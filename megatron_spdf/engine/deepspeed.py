@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as ps
 from torch import Tensor, nn
-from torch.optim import AdamW
 
 from megatron_spdf.engine import common
 from megatron_spdf.engine.base import StepResult
@@ -30,14 +29,21 @@ from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.sparsity.plan import Plan
 
 
-class GuardedAdamW(AdamW):
-    """AdamW that updates nothing while `held`: DeepSpeed steps its optimizer whatever the loss, and
-    one of its wrappers even while it sets itself up."""
+class Guard:
+    """Mixin of an optimizer that updates nothing while `held`: DeepSpeed steps its optimizer
+    whatever the loss, and one of its wrappers even while it sets itself up."""
 
     held = True
 
     def step(self, closure=None):
         return None if self.held else super().step(closure)
+
+
+def guarded(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The same optimizer with a `Guard`."""
+    kind = type(optimizer)
+    optimizer.__class__ = type(kind.__name__, (Guard, kind), {"__module__": kind.__module__})
+    return optimizer
 
 
 class ModelParallelUnit:
@@ -74,14 +80,14 @@ class DeepSpeedEngine:
         self.models = build_model(recipe, plan, weights)
         (self.model,) = self.models
         _sum_sequence_parallel_gradients(self.model)
-        self.adam = _adam(recipe, self.model)
-        state = ZeroState(self.model)  # while every rank holds whole parameters
-        self.zero, *_ = deepspeed.initialize(model=self.model, optimizer=self.adam,
+        self.torch_optimizer = guarded(_optimizer(recipe, self.model))
+        state = ZeroState(self.model, recipe.optimizer)  # while every rank holds whole parameters
+        self.zero, *_ = deepspeed.initialize(model=self.model, optimizer=self.torch_optimizer,
                                              mpu=ModelParallelUnit,
                                              config=deepspeed_settings(recipe),
                                              dist_init_required=False)
-        self.state = state.attach(self.zero.optimizer, self.adam)
-        self.scheduler = common.make_scheduler(recipe, self.adam)
+        self.state = state.attach(self.zero.optimizer, self.torch_optimizer)
+        self.scheduler = common.make_scheduler(recipe, self.torch_optimizer)
         self.optimizer_steps = 0
         self.data_parallel_rank = ps.get_data_parallel_rank()
         self._reports = ps.get_tensor_model_parallel_rank() == 0
@@ -95,14 +101,15 @@ class DeepSpeedEngine:
         common.set_learning_rate(self.scheduler, tokens)
         loss, stop = common.agree(self._run(batch, training=True), self.recipe.parallel.data,
                                   stop_requested)
-        norm = self._clip_whole_gradients() if self.zero.optimizer is self.adam else None
-        self.adam.held = not math.isfinite(loss) or norm is not None and not math.isfinite(norm)
+        ours = self.torch_optimizer
+        norm = self._clip_whole_gradients() if self.zero.optimizer is ours else None
+        ours.held = not math.isfinite(loss) or norm is not None and not math.isfinite(norm)
         self.zero.step()
         overflow = getattr(self.zero.optimizer, "overflow", False)
         if norm is None:
             norm = math.inf if overflow else float(self.zero.get_global_grad_norm())
-        skipped = self.adam.held or overflow
-        self.adam.held = True
+        skipped = ours.held or overflow
+        ours.held = True
         self.optimizer_steps += not skipped
         return StepResult(loss, norm, skipped=skipped, stop=stop)
 
@@ -124,13 +131,15 @@ class DeepSpeedEngine:
     def choices(self) -> str:
         """Which implementation computes what."""
         wrapper = type(self.zero.optimizer).__name__
-        return (f"{common.implementation_summary(self.recipe, self.model, AdamW, self.device)}; "
-                f"DeepSpeed {wrapper}")
+        summary = common.implementation_summary(self.recipe, self.model, self.torch_optimizer,
+                                                self.device)
+        return f"{summary}; DeepSpeed {wrapper}"
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of parameters and optimizer state on this rank as they are held; of gradients,
         which DeepSpeed frees in every step, by closed form."""
-        state = [t for s in self.adam.state.values() for name, t in s.items() if name != "step"]
+        state = [self.torch_optimizer.state[m][name] for m in self.state.masters
+                 for name in self.recipe.optimizer.states]
         state += [m for m in self.state.masters if m.dtype != self.model.config.params_dtype]
         return {
             "parameters": sum(getattr(p, "ds_tensor", p).nbytes for p in self.model.parameters()),
@@ -219,17 +228,15 @@ def _import_deepspeed(device: torch.device):
     return deepspeed
 
 
-def _adam(recipe: Recipe, model: nn.Module) -> GuardedAdamW:
-    """AdamW with weight decay on what has two axes, as Megatron-Core's optimizer decays."""
+def _optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+    """The recipe's, with weight decay on what has two axes, as Megatron-Core's decay."""
     o = recipe.optimizer
     groups = [{"params": [p for p in model.parameters() if (p.ndim > 1) == decays
                           and p.learning_rate == rate],
                "wd_mult": float(decays), "max_lr": o.lr * rate,
                "min_lr": o.lr * o.min_lr_ratio * rate}
               for rate in [1.0, *common.learning_rates([model])] for decays in (True, False)]
-    groups = [group for group in groups if group["params"]]
-    return GuardedAdamW(groups, lr=0.0, betas=(o.beta1, o.beta2), eps=o.eps,
-                        weight_decay=o.weight_decay, fused=True)
+    return o.build([group for group in groups if group["params"]])
 
 
 def _sum_sequence_parallel_gradients(model: nn.Module) -> None:

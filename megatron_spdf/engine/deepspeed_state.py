@@ -8,6 +8,7 @@ part of this project knows.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -18,19 +19,21 @@ from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_te
 from torch import Tensor, nn
 
 from megatron_spdf.engine.common import model_metadata, tensors_only
-from megatron_spdf.engine.state import MOMENTS, STATE, share_replicas, snapshot
+from megatron_spdf.engine.state import share_replicas, snapshot
+from megatron_spdf.optimizers.base import MASTER, Optimizer
 
 
 class ZeroState:
-    """The state of a model under ZeRO, parameter by parameter.
+    """The state of a model under ZeRO, parameter by parameter; see `base.ParameterState`.
 
     Args:
         model: before DeepSpeed cuts its parameters up; where each belongs in a checkpoint is noted
             then.
+        settings: the section of the recipe, which names the state.
     """
 
-    def __init__(self, model: nn.Module):
-        self.model = model
+    def __init__(self, model: nn.Module, settings: Optimizer):
+        self.model, self._settings, self.names = model, settings, settings.saved
         names = {id(p): name for name, p in model.named_parameters()}
         sharded = tensors_only(model.sharded_state_dict(metadata=model_metadata()))
         self._parameters = {names[id(s.data)]: s.without_data() for s in sharded.values()
@@ -38,20 +41,18 @@ class ZeroState:
         self._buffers = {key: s.without_data() for key,
                          s in sharded.items() if id(s.data) not in names}
 
-    def attach(self, optimizer, adam: torch.optim.Optimizer) -> ZeroState:
-        """Takes DeepSpeed's optimizer once it is made.
+    def attach(self, optimizer, inner: torch.optim.Optimizer) -> ZeroState:
+        """Takes DeepSpeed's optimizer, and PyTorch's in it, once it is made.
 
         Attributes:
-            masters: the flat or whole fp32 tensors that Adam updates; their moments are there from
-                here on.
+            masters: the flat or whole fp32 tensors that are updated; their state is there from here
+                on.
         """
-        self._optimizer, self._adam = optimizer, adam
+        self._optimizer, self._inner = optimizer, inner
         self.masters = _flat_masters(optimizer)
         self._owners = {} if self.masters else _whole_masters(optimizer, self.model)
         self.masters = self.masters or list(self._owners.values())
-        for master in self.masters:
-            adam.state[master] = {"step": torch.zeros((), device=master.device),
-                                  **{m: torch.zeros_like(master) for m in MOMENTS}}
+        self._settings.start(inner, self.masters)
         if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
             optimizer._lazy_init_hp_params_optimizer_state()
         return self
@@ -68,35 +69,39 @@ class ZeroState:
         share_replicas(state, group.rank(), group.size())
         snapshot({"masks": state["masks"]})
         for name, parameter in self.model.named_parameters():
-            place, whole = weights[name], {key: self._whole(parameter, key) for key in STATE}
+            place, whole = weights[name], {key: self._whole(parameter, key) for key in self.names}
             device = "cpu" if is_main_replica(place.replica_id) else "meta"
             whole = {key: t.to(device, torch.float32, copy=True) for key, t in whole.items()}
-            place.data = whole["param"].to(place.dtype, copy=True)
+            place.data = whole[MASTER].to(place.dtype, copy=True)
             optimizer[name] = _optimizer_places(place, whole)
         return {"model": state, "optimizer": optimizer}
 
     def places(self) -> dict:
         """What `load` wants, to be filled: mask bits and optimizer state, of which the master
         weights determine the weights."""
-        optimizer = {name: _optimizer_places(place,
-                                             {k: torch.empty(place.local_shape) for k in STATE})
-                     for name, place in self._parameters.items()}
+        optimizer = {
+            name: _optimizer_places(place, {k: torch.empty(place.local_shape) for k in self.names})
+            for name, place in self._parameters.items()}
         return {"masks": self._mask_bits(), "optimizer": optimizer}
 
     @torch.no_grad()
     def load(self, loaded: dict, steps: int) -> None:
-        """Puts master weights and moments in place, sets Adam's step count, and casts the weights
-        anew."""
+        """Puts master weights and named state in place, sets the number of updates done, and casts
+        the weights anew."""
         buffers = dict(self.model.named_buffers())
         # a dense model has none, and empty parts are not kept
         for key, bits in loaded.get("masks", {}).items():
             buffers[key].copy_(bits)
         for name, parameter in self.model.named_parameters():
-            for key in STATE:
-                self._put(parameter, key, loaded["optimizer"][name][key])
-        for master in self.masters:
-            self._adam.state[master]["step"].fill_(float(steps))
-        self._cast_weights()
+            for key in self.names:
+                self.put(parameter, key, loaded["optimizer"][name][key])
+        self._settings.set_steps(self._inner, steps)
+        self.settle()
+
+    @torch.no_grad()
+    def whole(self, name: str) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        for parameter in self.model.parameters():
+            yield parameter, self._whole(parameter, name)
 
     def _mask_bits(self) -> dict[str, ShardedTensor]:
         buffers = dict(self.model.named_buffers())
@@ -107,12 +112,13 @@ class ZeroState:
 
         if parameter in self._owners:
             master = self._owners[parameter]
-            return (master if key == "param" else self._adam.state[master][key]).detach()
-        if key == "param":
+            return (master if key == MASTER else self._inner.state[master][key]).detach()
+        if key == MASTER:
             return safe_get_full_fp32_param(parameter)
         return safe_get_full_optimizer_state(parameter, key)
 
-    def _put(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
+    @torch.no_grad()
+    def put(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
         from deepspeed.utils import (
             safe_set_full_fp32_param,
             safe_set_full_optimizer_state,
@@ -124,16 +130,17 @@ class ZeroState:
             self._whole(parameter, key).copy_(value)
         elif hasattr(parameter, "ds_id"):  # ZeRO-3; its setter of whole values forgets the padding
             value = _own_part(parameter, value)
-            if key == "param":
+            if key == MASTER:
                 safe_set_local_fp32_param(parameter, value)
             else:
                 safe_set_local_optimizer_state(parameter, value, key)
-        elif key == "param":
+        elif key == MASTER:
             safe_set_full_fp32_param(parameter, value)
         else:
             safe_set_full_optimizer_state(parameter, value, key)
 
-    def _cast_weights(self) -> None:
+    @torch.no_grad()
+    def settle(self) -> None:
         """The weights that the model computes with, from their masters."""
         optimizer = self._optimizer
         for parameter, master in self._owners.items():

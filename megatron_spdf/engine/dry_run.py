@@ -41,9 +41,6 @@ def count(recipe: Recipe, rank: int) -> dict:
     plan = Plan.of(recipe)
     with META:
         engine = MegatronEngine(recipe, plan, META)
-        (inner,) = engine.optimizer.chained_optimizers
-        # moments come with the first step, which there is not
-        inner.init_state_fn(inner.optimizer, inner.config)
         # Not module.weight: hooks on it would start a gather of parameters.
         expanded = sum(compact_of(m).forward(m.parametrizations.weight.original).nbytes
                        for model in engine.models for m in sparse_modules(model)

@@ -26,18 +26,18 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
-from torch.optim import AdamW
 
 from megatron_spdf.engine import common
 from megatron_spdf.engine.base import StepResult
 from megatron_spdf.engine.releases import gradients_for_norm
-from megatron_spdf.engine.state import load_optimizer, optimizer_state, share_replicas, snapshot
+from megatron_spdf.engine.state import OptimizerState, share_replicas, snapshot
 from megatron_spdf.layers.compact import expanded
 from megatron_spdf.layers.measure import measure_sparsity
 from megatron_spdf.model.batch import MicroBatch
 from megatron_spdf.model.gpt import build_model
 from megatron_spdf.model.init import InitialWeights
 from megatron_spdf.model.loss import batch_loss
+from megatron_spdf.optimizers.base import Optimizer
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.sparsity.plan import Plan
 
@@ -54,7 +54,7 @@ class MegatronEngine:
     Attributes:
         needs_batches: whether this rank needs tokens: on the first and last pipeline stage, and on
             all where attention stops at document boundaries.
-        optimizer_steps: updates done, skipped steps not counted; Adam's bias correction goes by it.
+        optimizer_steps: updates done, skipped steps not counted; bias correction goes by it.
     """
 
     def __init__(self, recipe: Recipe, plan: Plan, device: torch.device,
@@ -66,6 +66,7 @@ class MegatronEngine:
         self.chunks = [_data_parallel(recipe, model, overlaps, first=i == 0) for i,
                        model in enumerate(self.models)]
         self.optimizer = _optimizer(recipe, self.chunks, overlaps)
+        self.state = OptimizerState(self.optimizer, self.models, recipe.optimizer)
         self.scheduler = common.make_scheduler(recipe, self.optimizer)
         self.optimizer_steps = 0
         self.data_parallel_rank = ps.get_data_parallel_rank()
@@ -124,16 +125,21 @@ class MegatronEngine:
     @property
     def choices(self) -> str:
         """Which implementation computes what."""
-        adam = type(self.optimizer.chained_optimizers[0].optimizer)
-        return common.implementation_summary(self.recipe, self.models[0], adam, self.device)
+        return common.implementation_summary(self.recipe, self.models[0], self.torch_optimizer,
+                                             self.device)
+
+    @property
+    def torch_optimizer(self) -> torch.optim.Optimizer:
+        (inner,) = self.optimizer.chained_optimizers
+        return inner.optimizer
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of parameters, gradient buffers and optimizer state on this rank, read off the
         buffers themselves."""
         storages = {p.untyped_storage() for model in self.models for p in model.parameters()}
-        adam = self.optimizer.chained_optimizers[0].optimizer
-        masters = [p for group in adam.param_groups for p in group["params"]]
-        state = [t for s in adam.state.values() for name, t in s.items() if name != "step"]
+        masters = common.masters_of(self.torch_optimizer)
+        state = [self.torch_optimizer.state[p][name] for p in masters
+                 for name in self.recipe.optimizer.states]
         state += [p for p in masters if p.untyped_storage() not in storages]
         return {
             "parameters": sum(s.nbytes() for s in storages),
@@ -159,7 +165,7 @@ class MegatronEngine:
         model = {f"chunk{i}": common.tensors_only(m.sharded_state_dict(metadata=metadata))
                  for i, m in enumerate(self.models)}
         share_replicas(model, group.rank(), group.size())
-        optimizer = optimizer_state(self.optimizer, self.models, model, loading)
+        optimizer = self.state.sharded(model, loading)
         if not loading:
             snapshot(model)
         return {"model": model, "optimizer": optimizer}
@@ -170,7 +176,7 @@ class MegatronEngine:
             outcome = model.load_state_dict(loaded["model"][f"chunk{i}"], strict=False)
             missing = [k for k in outcome.missing_keys if not k.endswith("_extra_state")]
             assert not missing and not outcome.unexpected_keys, outcome
-        load_optimizer(self.optimizer, self.models, loaded["optimizer"], optimizer_steps)
+        self.state.load(loaded["optimizer"], optimizer_steps)
         self.optimizer_steps = optimizer_steps
 
     def close(self) -> None:
@@ -260,15 +266,15 @@ def _data_parallel(recipe: Recipe, model: nn.Module, overlaps: bool,
 
 def _optimizer(recipe: Recipe, chunks: list[DistributedDataParallel],
                overlaps: bool) -> MegatronOptimizer:
+    """Megatron-Core's wrapper around its own optimizer, or around the recipe's, which then takes
+    the place of an Adam: one wrapper takes no other when it is made."""
     o = recipe.optimizer
+    options = o.megatron_options()
     config = OptimizerConfig(
-        optimizer="adam",
+        **(options or {"optimizer": "adam"}),
         lr=o.lr,
         min_lr=o.lr * o.min_lr_ratio,
         weight_decay=o.weight_decay,
-        adam_beta1=o.beta1,
-        adam_beta2=o.beta2,
-        adam_eps=o.eps,
         clip_grad=o.clip_grad,
         bf16=recipe.train.precision == "bf16",
         params_dtype=chunks[0].config.params_dtype,
@@ -281,9 +287,20 @@ def _optimizer(recipe: Recipe, chunks: list[DistributedDataParallel],
                                                     partial(common.learns_at, rate)))] = {
             "max_lr": o.lr * rate, "min_lr": o.lr * o.min_lr_ratio * rate}
     optimizer = get_megatron_optimizer(config, chunks, overrides, use_gloo_process_groups=False)
-    adam = optimizer.chained_optimizers[0].optimizer
-    # where neither Transformer Engine nor Apex is; Megatron-Core cannot be told to fuse it
-    if isinstance(adam, AdamW):
-        for group in adam.param_groups:
-            group["fused"] = True
+    (inner,) = optimizer.chained_optimizers
+    if options is None:
+        inner.optimizer = _in_place_of(inner.optimizer, o)
+    o.start(inner.optimizer, common.masters_of(inner.optimizer))
     return optimizer
+
+
+def _in_place_of(adam: torch.optim.Optimizer, settings: Optimizer) -> torch.optim.Optimizer:
+    """The recipe's optimizer of the parameters that an Adam has."""
+    groups = [{key: value for key, value in group.items() if key not in adam.defaults}
+              for group in adam.param_groups]
+    # ZeRO-1's shards are views of parameters, which PyTorch refuses when an optimizer is made.
+    built = settings.build([group | {"params": [p.detach() for p in group["params"]]}
+                            for group in groups])
+    for group, own in zip(built.param_groups, groups, strict=True):
+        group["params"] = own["params"]
+    return built

@@ -4,7 +4,7 @@ whatever the width and the density: SµPar (Dey et al. 2024, arXiv 2405.15743, t
 
 With m_d = width / base width and m_rho = density of a weight / base density:
 
-    linear weights       initial variance x 1 / (m_d m_rho), Adam's learning rate x 1 / (m_d m_rho)
+    linear weights       initial variance x 1 / (m_d m_rho), AdamW's learning rate x 1 / (m_d m_rho)
     embeddings           output x input_multiplier
     LM head              input x output_multiplier / m_d
     attention            Q K^T / d_head instead of / sqrt(d_head)
@@ -62,7 +62,9 @@ class Parametrization:
 
     def learning_rate(self, weight: Weight) -> float:
         """Over the recipe's."""
-        return 1.0 / self._growth(weight)
+        if not self._maximal:
+            return 1.0
+        return self.recipe.optimizer.mup_rate(weight.linear, self._width, self._growth(weight))
 
     @property
     def embedding_output(self) -> float:

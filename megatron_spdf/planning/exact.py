@@ -76,7 +76,7 @@ def dry_runs(wanted: Sequence[tuple[Recipe, Plan, list[int]]]) -> list[list[Coun
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore",
                    "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None,
                                                                      [os.environ.get("PYTHONPATH")])])}
-    done = subprocess.run([sys.executable, "-m", "megatron_spdf.engine.base.dry_run"],
+    done = subprocess.run([sys.executable, "-m", "megatron_spdf.engine.dry_run"],
                           input=requests, text=True, capture_output=True, env=environment,
                           check=False)
     if done.returncode:

@@ -28,7 +28,7 @@ class RankBytes:
             precision.
         gradients: fp32 buffer that micro-batches add into.
         master: fp32 weights of the optimizer, under bf16.
-        moments: first and second, fp32.
+        moments: named state of the optimizer, fp32.
         expanded: dense copies of the sparse weights that are kept for the step.
         masks: one bit a weight, and what kernels derive from them: on CPU the positions of the
             active entries, 8 bytes each; on a GPU 4 bytes for `SPAN` entries of a slice, and twice
@@ -65,12 +65,13 @@ def rank_bytes(recipe: Recipe, plan: Plan, stage: int, on_gpu: bool,
         held = zero_bytes(recipe, plan, stage, recipe.parallel.zero_stage)
         return replace(held, master=0, moments=0) if recipe.parallel.offload else held
     width = 2 if recipe.train.precision == "bf16" else 4
-    return _rank_bytes(recipe.model, recipe.parallel, plan, width, stage, on_gpu, data_rank)
+    return _rank_bytes(recipe.model, recipe.parallel, plan, width, recipe.optimizer.state_bytes,
+                       stage, on_gpu, data_rank)
 
 
 @lru_cache(maxsize=4096)
 def _rank_bytes(
-    model: Model, parallel: Parallel, plan: Plan, width: int, stage: int, on_gpu: bool,
+    model: Model, parallel: Parallel, plan: Plan, width: int, state: int, stage: int, on_gpu: bool,
     data_rank: int
 ) -> RankBytes:
     buffers = lay_out(model, parallel, plan, stage, on_gpu)
@@ -82,7 +83,7 @@ def _rank_bytes(
         parameters=width * elements,
         gradients=4 * elements,
         master=4 * owned if width == 2 else 0,
-        moments=8 * owned,
+        moments=state * owned,
         expanded=expanded,
         masks=masks,
     )
@@ -140,7 +141,7 @@ def zero_bytes(recipe: Recipe, plan: Plan, stage: int, zero_stage: int) -> RankB
         parameters=width * (share if zero_stage == 3 else elements),
         gradients=4 * (share if zero_stage >= 2 else elements),
         master=4 * owned if bf16 else 0,
-        moments=8 * owned,
+        moments=recipe.optimizer.state_bytes * owned,
         expanded=expanded,
         masks=masks,
         gathered=gathered,

@@ -21,11 +21,6 @@ _FIELDS = {
     "fp16.enabled": "train.precision",
     "zero_optimization.stage": "parallel.zero_stage",
     "zero_optimization.offload_optimizer.device": "parallel.offload",
-    "optimizer.type": "optimizer",
-    "optimizer.params.lr": "optimizer.lr",
-    "optimizer.params.betas": "[optimizer.beta1, optimizer.beta2]",
-    "optimizer.params.eps": "optimizer.eps",
-    "optimizer.params.weight_decay": "optimizer.weight_decay",
 }
 
 # gradients, or parameters of stage 3, that travel at once; DeepSpeed's ten times as many take GiB
@@ -35,7 +30,7 @@ BUCKET = 50_000_000
 # says nothing of those.
 _SECTIONS = frozenset(key.partition(".")[0] for key in _FIELDS) | {
     "activation_checkpointing", "aio", "autotuning", "comms_logger", "communication_data_type",
-    "compile",
+    "compile", "optimizer",
     "csv_monitor", "data_types", "disable_allgather", "dump_state", "flops_profiler",
     "gradient_predivide_factor",
     "memory_breakdown", "prescale_gradients", "scheduler", "seq_parallel_communication_data_type",
@@ -51,7 +46,7 @@ def deepspeed_settings(recipe: Recipe) -> dict[str, Any]:
     bf16 = recipe.train.precision == "bf16"
     defaults: dict[str, Any] = {
         "communication_data_type": "fp32",
-        "zero_allow_untested_optimizer": True,  # AdamW with a guard, engine/deepspeed.py
+        "zero_allow_untested_optimizer": True,  # an optimizer with a guard, engine/deepspeed.py
         "zero_force_ds_cpu_optimizer": False,  # it would be compiled on first use
         "bf16": {"check_grad_overflow": True} if bf16 else {},
         "data_types": {"grad_accum_dtype": "fp32"} if bf16 and recipe.parallel.zero_stage else {},
@@ -78,9 +73,11 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
         yield str(error)
         return
     ours, leaves = _decided(recipe), dict(_leaves(there))
+    fields = _FIELDS | {f"optimizer.{key}": field
+                        for key, (field, _) in recipe.optimizer.deepspeed_options().items()}
     for key, value in leaves.items():
         if key in ours and value != AUTO and not _same(value, ours[key]):
-            yield (f"{recipe.deepspeed} has {key}={_json(value)}, but the recipe's {_FIELDS[key]} "
+            yield (f"{recipe.deepspeed} has {key}={_json(value)}, but the recipe's {fields[key]} "
                    f"makes it {_json(ours[key])}; change one of them, or write {_json(AUTO)} there")
         if key not in ours and value == AUTO:
             yield (f"{recipe.deepspeed} has {key}={_json(AUTO)}, which the recipe says nothing "
@@ -102,7 +99,7 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
 
 
 def _decided(recipe: Recipe) -> dict[str, Any]:
-    """Dotted key -> value of every setting in _FIELDS."""
+    """Dotted key -> value of every setting that the recipe decides."""
     t, o, p = recipe.train, recipe.optimizer, recipe.parallel
     return {
         "train_batch_size": t.global_batch,
@@ -113,11 +110,7 @@ def _decided(recipe: Recipe) -> dict[str, Any]:
         "fp16.enabled": False,
         "zero_optimization.stage": p.zero_stage,
         "zero_optimization.offload_optimizer.device": "cpu" if p.offload else "none",
-        "optimizer.type": "AdamW",
-        "optimizer.params.lr": o.lr,
-        "optimizer.params.betas": [o.beta1, o.beta2],
-        "optimizer.params.eps": o.eps,
-        "optimizer.params.weight_decay": o.weight_decay,
+        **{f"optimizer.{key}": value for key, (_, value) in o.deepspeed_options().items()},
     }
 
 

@@ -9,21 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from megatron_spdf.architecture.model import Model
+from megatron_spdf.optimizers.base import FINETUNING, Optimizer
 from megatron_spdf.recipe.load import load_as
 from megatron_spdf.recipe.recipe import (
-    AdamW,
     Checkpoint,
     Data,
     Evaluate,
     FaultTolerance,
     Kernels,
     Log,
-    Optimizer,
     Parallel,
     Recipe,
     Train,
@@ -56,17 +55,6 @@ class Batches(Section):
     dropout: float | None = Field(None, ge=0.0, lt=1.0, description="default: the starting model's")
 
 
-class FinetuneAdamW(AdamW):
-    """AdamW with fresh moments; linear warm-up, then decay to lr x min_lr_ratio at the end of the
-    last epoch."""
-
-    min_lr_ratio: float = Field(0.0, ge=0.0, le=1.0, description="final over peak learning rate")
-    warmup_steps: int = Field(0, ge=0, description="length of the warm-up, in steps")
-    decay: Literal["cosine", "linear", "constant"] = Field("linear",
-                                                           description="shape after the warm-up")
-    weight_decay: float = Field(0.01, ge=0.0, description="decoupled; not on biases and norms")
-
-
 class Validation(Section):
     every: int = Field(0, ge=0, description="steps between evaluations; 0: once an epoch")
     patience: int = Evaluate.model_fields["patience"]
@@ -97,7 +85,7 @@ class Finetune(Section):
     deepspeed: str | None = Recipe.model_fields["deepspeed"]
     data: TaskData
     train: Batches
-    optimizer: FinetuneAdamW
+    optimizer: Annotated[Optimizer, FINETUNING]
     parallel: Parallel = Field(Parallel())
     evaluate: Validation = Field(Validation())
     save: Saving = Field(Saving())
@@ -158,8 +146,8 @@ def training_recipe(finetune: Finetune, model: Model, sparsity: Sparsity, exampl
         data=Data(),
         train=Train(tokens=steps * per_step, sequence_length=length,
                     **t.model_dump(exclude={"epochs", "sequence_length", "dropout"})),
-        optimizer=Optimizer(warmup_tokens=o.warmup_steps * per_step,
-                            **o.model_dump(exclude={"warmup_steps"})),
+        optimizer={"warmup_tokens": o.warmup_steps * per_step,
+                   **o.model_dump(exclude={"warmup_steps"})},
         parallel=f.parallel,
         evaluate=Evaluate(every=f.evaluate.every or per_epoch, patience=f.evaluate.patience),
         checkpoint=Checkpoint(every=f.save.every, keep=f.save.keep, best=True),

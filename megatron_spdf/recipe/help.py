@@ -8,25 +8,49 @@ import types
 import typing
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from megatron_spdf.recipe.recipe import Recipe
+from megatron_spdf.section import ByName
 
 
-def render_help(section: type[BaseModel] = Recipe, prefix: str = "", width: int = 110) -> str:
-    """One line a field, `section.key  type = default  meaning`, wrapped to `width` columns."""
+def render_help(section: type[BaseModel] = Recipe, prefix: str = "", width: int = 110,
+                leave_out: type[BaseModel] = BaseModel) -> str:
+    """One line a field, `section.key  type = default  meaning`, wrapped to `width` columns; without
+    those that are the same in the section `leave_out`."""
     lines: list[str] = []
     for key, field in section.model_fields.items():
+        if key in leave_out.model_fields and repr(field) == repr(leave_out.model_fields[key]):
+            continue
         nested = field.annotation
         if isinstance(nested, type) and issubclass(nested, BaseModel):
-            lines += ["", f"{prefix}{key}:  {_first_line(nested)}".rstrip(": "),
-                      render_help(nested, f"{prefix}{key}.")]
+            lines += _render_sections(field, f"{prefix}{key}", width)
             continue
         default = "" if field.default is PydanticUndefined else f" = {_plain(field.default)}"
         head = f"  {prefix + key + ' ':<28}{_type_name(nested)}{default}  "
         lines.append(textwrap.fill(head + (field.description or ""), width,
                                    subsequent_indent=" " * 30))
     return "\n".join(lines)
+
+
+def _render_sections(field: FieldInfo, place: str, width: int) -> list[str]:
+    """The section that a field holds; where a name in it decides, those of all tenants, of the
+    others only what is theirs."""
+    by_name = next((mark for mark in field.metadata if isinstance(mark, ByName)), None)
+    if by_name is None:
+        return _render_section(field.annotation, place, width)
+    (_, first), *others = by_name.sections().items()
+    lines = _render_section(first, place, width)
+    for name, section in others:
+        lines += ["", f"{place}, name={name}:  {_first_line(section)}".rstrip(": "),
+                  render_help(section, f"{place}.", width, leave_out=first)]
+    return lines
+
+
+def _render_section(section: type[BaseModel], place: str, width: int) -> list[str]:
+    return ["", f"{place}:  {_first_line(section)}".rstrip(": "),
+            render_help(section, f"{place}.", width)]
 
 
 def _first_line(section: type[BaseModel]) -> str:

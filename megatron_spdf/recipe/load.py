@@ -10,9 +10,11 @@ from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.recipe.rules import rule_violations
+from megatron_spdf.section import ByName
 from megatron_spdf.sparsity.settings import normalize_sparsity
 
 R = TypeVar("R", bound=BaseModel)
@@ -36,7 +38,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), world: int = 1)
 def load_as(kind: type[R], rules: Callable[[R], Iterable[str]], path: str | Path,
             overrides: Sequence[str], world: int = 1) -> R:
     """`load_recipe` for a recipe of another kind, with the rules between its fields."""
-    return _checked(_parse(kind, _read(Path(path), ()), overrides, path, world), rules, path)
+    return _checked(_parse(kind, _read(kind, Path(path), ()), overrides, path, world), rules, path)
 
 
 def make_recipe(values: dict[str, Any], overrides: Sequence[str], path: str | Path) -> Recipe:
@@ -64,12 +66,13 @@ def _parse(kind: type[R], values: dict[str, Any], overrides: Sequence[str], path
            world: int = 1) -> R:
     values = dict(values)
     for word in overrides:
-        _override(values, word)
+        _override(kind, values, word)
     _fill_data_parallel(values, world)
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise ValueError(_explain(path, [_sentence(e, kind) for e in error.errors()])) from None
+        said = [_sentence(e, kind, values) for e in error.errors()]
+        raise ValueError(_explain(path, said)) from None
 
 
 def _checked(recipe: R, rules: Callable[[R], Iterable[str]], path: str | Path) -> R:
@@ -79,7 +82,7 @@ def _checked(recipe: R, rules: Callable[[R], Iterable[str]], path: str | Path) -
     return recipe
 
 
-def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+def _read(kind: type[BaseModel], path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     path = path.resolve()
     if path in seen:
         raise ValueError(f"recipe {path} extends itself through "
@@ -99,27 +102,50 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if base is not None and not isinstance(base, str):
         raise ValueError(f"recipe {path}: extends={base!r} must name one file; write for example "
                          "extends: base.yaml")
-    return values if base is None else _merge(_read(path.parent / base, (*seen, path)), values)
+    if base is None:
+        return values
+    return _merge(_read(kind, path.parent / base, (*seen, path)), values, kind)
 
 
-def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+def _merge(base: dict[str, Any], change: dict[str, Any],
+           kind: type[BaseModel] | None) -> dict[str, Any]:
+    """`change` over `base`, section by section; `kind` is the section that they are values of."""
     merged = dict(base)
     for key, value in change.items():
+        field = kind.model_fields.get(key) if kind else None
         if key == "sparsity":
-            before, after = normalize_sparsity(merged.get(key, {})), normalize_sparsity(value)
-            merged[key] = (
-                _merge(before, after)
-                if isinstance(before, dict) and isinstance(after, dict)
-                else after
-            )
-        elif isinstance(value, dict) and isinstance(merged.get(key), dict):
-            merged[key] = _merge(merged[key], value)
+            merged[key], value = normalize_sparsity(merged.get(key, {})), normalize_sparsity(value)
+        before = merged.get(key)
+        if isinstance(value, dict) and isinstance(before, dict):
+            old, new = _section(field, before), _section(field, before | value)
+            merged[key] = _merge(_without_fields_of(old, new, before), value, new)
         else:
             merged[key] = value
     return merged
 
 
-def _override(values: dict[str, Any], word: str) -> None:
+def _without_fields_of(old: type[BaseModel] | None, new: type[BaseModel] | None,
+                       values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a section less those that another tenant was meant by."""
+    if old is None or new is None:
+        return values
+    foreign = old.model_fields.keys() - new.model_fields.keys()
+    return {key: value for key, value in values.items() if key not in foreign}
+
+
+def _section(field: FieldInfo | None, values: Any) -> type[BaseModel] | None:
+    """The class of the section that a field holds, for these values; None: it holds none."""
+    for mark in field.metadata if field else ():
+        if isinstance(mark, ByName):
+            try:
+                return mark.section(values)
+            except ValueError:
+                return None  # validation says what is wrong with its name
+    kind = field.annotation if field else None
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+
+
+def _override(kind: type[BaseModel], values: dict[str, Any], word: str) -> None:
     name, equals, text = word.partition("=")
     if not equals or not name:
         raise ValueError(f"{word!r} is not section.key=value; write for example parallel.tensor=2")
@@ -129,7 +155,7 @@ def _override(values: dict[str, Any], word: str) -> None:
         raise ValueError(f"the value of {word!r} is not YAML: {error}") from None
     for key in reversed(name.split(".")):
         change = {key: change}
-    merged = _merge(values, change)
+    merged = _merge(values, change, kind)
     values.clear()
     values.update(merged)
 
@@ -156,11 +182,11 @@ def _explain(path: str | Path, sentences: list[str]) -> str:
     return f"recipe {path}:\n" + "\n".join(f"  - {s}" for s in sentences)
 
 
-def _sentence(error: dict[str, Any], kind: type[BaseModel]) -> str:
+def _sentence(error: dict[str, Any], kind: type[BaseModel], values: dict[str, Any]) -> str:
     place = [p for p in error["loc"] if isinstance(p, (str, int))]
     name = ".".join(map(str, place))
     if error["type"] == "extra_forbidden":
-        known = _known_keys(place[:-1], kind)
+        known = _known_keys(place[:-1], kind, values)
         near = difflib.get_close_matches(str(place[-1]), known, n=1, cutoff=0.5)
         hint = (
             f"did you mean {'.'.join([*map(str, place[:-1]), near[0]])}?"
@@ -174,13 +200,20 @@ def _sentence(error: dict[str, Any], kind: type[BaseModel]) -> str:
     return f"{name}={error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
-def _known_keys(place: list[str | int], kind: type[BaseModel]) -> list[str]:
+def _known_keys(place: list[str | int], kind: type[BaseModel], values: Any) -> list[str]:
     """Keys of the section at `place`."""
     section: Any = kind
     for key in place:
-        section = (
-            typing.get_args(section)[0]
-            if isinstance(key, int)
-            else section.model_fields[key].annotation
-        )
+        if isinstance(key, int):
+            section, values = typing.get_args(section)[0], _value(values, key)
+        else:
+            field, values = section.model_fields[key], _value(values, key)
+            section = _section(field, values) or field.annotation
     return sorted(section.model_fields)
+
+
+def _value(values: Any, key: str | int) -> Any:
+    try:
+        return values[key]
+    except (TypeError, KeyError, IndexError):
+        return None

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from megatron_spdf.architecture.model import Model
+from megatron_spdf.optimizers.base import PRETRAINING, Optimizer, Pretraining
 from megatron_spdf.section import Count, Paths, Section
 from megatron_spdf.sparsity.settings import Sparsity
 
@@ -76,27 +77,6 @@ class Train(Section):
         description="share of the target spread evenly over the vocabulary while training")
 
 
-class AdamW(Section):
-    """AdamW; linear warm-up, then decay to lr x min_lr_ratio at the end of the run."""
-
-    lr: float = Field(gt=0.0, description="peak learning rate")
-    min_lr_ratio: float = Field(0.1, ge=0.0, le=1.0, description="final over peak learning rate")
-    decay: Literal["cosine", "linear", "constant"] = Field("cosine",
-                                                           description="shape after the warm-up")
-    beta1: float = Field(0.9, ge=0.0, lt=1.0, description="decay of the first moment")
-    beta2: float = Field(0.999, ge=0.0, lt=1.0, description="decay of the second moment")
-    eps: float = Field(1e-8, gt=0.0, description="added to the root of the second moment")
-    weight_decay: float = Field(0.1, ge=0.0, description="decoupled; not on biases and norms")
-    clip_grad: float = Field(1.0, ge=0.0,
-                             description="largest global gradient norm; 0: no clipping")
-
-
-class Optimizer(AdamW):
-    """AdamW; linear warm-up, then decay to lr x min_lr_ratio at the end of the run."""
-
-    warmup_tokens: Count = Field(0, ge=0, description="length of the warm-up, in tokens")
-
-
 SCHEDULE = ("lr", "min_lr_ratio", "decay", "warmup_tokens")
 
 
@@ -106,10 +86,10 @@ class Stage(Section):
 
     share: float = Field(gt=0.0, lt=1.0, description="of the run's tokens; the shares add up to 1")
     sparsity: Sparsity = Field(description="in this stage; 0 in every stage after the first")
-    lr: float = AdamW.model_fields["lr"]
-    min_lr_ratio: float = AdamW.model_fields["min_lr_ratio"]
-    decay: Literal["cosine", "linear", "constant"] = AdamW.model_fields["decay"]
-    warmup_tokens: Count = Optimizer.model_fields["warmup_tokens"]
+    lr: float = Optimizer.model_fields["lr"]
+    min_lr_ratio: float = Optimizer.model_fields["min_lr_ratio"]
+    decay: Literal["cosine", "linear", "constant"] = Optimizer.model_fields["decay"]
+    warmup_tokens: Count = Pretraining.model_fields["warmup_tokens"]
 
 
 class Parallel(Section):
@@ -232,7 +212,7 @@ class Recipe(Section):
                         "run after the other")
     data: Data = Field(Data())
     train: Train
-    optimizer: Optimizer
+    optimizer: Annotated[Optimizer, PRETRAINING]
     parallel: Parallel = Field(Parallel())
     evaluate: Evaluate = Field(Evaluate())
     checkpoint: Checkpoint = Field(Checkpoint())

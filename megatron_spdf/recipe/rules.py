@@ -21,6 +21,7 @@ def divisors(n: int) -> list[int]:
 def rule_violations(recipe: Recipe) -> Iterator[str]:
     """Every broken rule of a recipe as one sentence."""
     yield from _model(recipe)
+    yield from _optimizer(recipe)
     broken = list(_layout(recipe))
     yield from broken
     for sparsity in [recipe.sparsity, *(stage.sparsity for stage in recipe.stages)]:
@@ -50,6 +51,14 @@ def _model(recipe: Recipe) -> Iterator[str]:
     if recipe.train.sequence_length > m.max_positions:
         yield (f"train.sequence_length={recipe.train.sequence_length} is over "
                f"model.max_positions={m.max_positions}; lower the first or raise the second")
+
+
+def _optimizer(recipe: Recipe) -> Iterator[str]:
+    if recipe.parametrization == "mup":
+        try:
+            recipe.optimizer.mup_rate(linear=True, width=1.0, growth=1.0)
+        except ValueError as error:
+            yield str(error)
 
 
 def _layout(recipe: Recipe) -> Iterator[str]:

@@ -13,7 +13,7 @@ from small_models import MODEL, make_recipe, make_tokenizer
 
 from megatron_spdf.checkpoint import store
 from megatron_spdf.checkpoint.inspect import describe, render, verify
-from megatron_spdf.checkpoint.reader import STATES, CheckpointReader, find_checkpoint, stored_name
+from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint, stored_name
 from megatron_spdf.checkpoint.tensors import TensorFiles
 from megatron_spdf.convert.initial_checkpoint import write_initial_checkpoint
 from megatron_spdf.convert.source import open_weights
@@ -42,7 +42,7 @@ def test_a_dense_run_holds_the_weights_and_a_fresh_optimizer(gpt2, begin):
     for name in reader.weights:
         assert torch.equal(reader.weight(name), source.weight(name))
         assert torch.equal(reader.master(name), source.weight(name))
-        for state in STATES[1:]:
+        for state in reader.recipe.optimizer.states:
             assert not reader.tensor(f"optimizer.state.{state}.{stored_name(name)}").any()
 
 

@@ -417,8 +417,7 @@ def poisoned(recipe: dict, poison: dict[int, str]) -> dict:
 def state_hash(engine: Engine) -> str:
     """Of weights and moments on this rank."""
     digest = hashlib.sha256()
-    adam = engine.adam if hasattr(engine,
-                                  "adam") else engine.optimizer.chained_optimizers[0].optimizer
+    adam = engine.torch_optimizer
     tensors = [getattr(p, "ds_tensor", p) for model in engine.models for p in model.parameters()]
     tensors += [t for state in adam.state.values() for t in state.values()]
     for tensor in tensors:

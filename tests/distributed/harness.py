@@ -25,6 +25,7 @@ from unittest.mock import patch
 ROOT = Path(__file__).resolve().parents[2]
 COMMON = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore",
           "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent),
+                                        str(Path(__file__).parents[1] / "seams"),
                                         *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 

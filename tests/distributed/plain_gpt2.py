@@ -53,28 +53,36 @@ def qkv_order(m) -> Tensor:
     return torch.arange(3 * m.hidden).view(m.heads, 3, head).transpose(0, 1).reshape(-1)
 
 
-def train_plain(reference: GPT2LMHeadModel, recipe,
-                steps: list[list[dict]]) -> list[tuple[float, float]]:
-    """(loss, gradient norm) of every step, weights that start at exactly zero in the blocks held
-    there."""
+def adamw(groups: list[dict], o) -> torch.optim.AdamW:
+    return torch.optim.AdamW(groups, betas=(o.beta1, o.beta2), eps=o.eps)
+
+
+def train_plain(reference: GPT2LMHeadModel, recipe, steps: list[list[dict]],
+                build=adamw) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of every step, weights that start at exactly zero in the layers held
+    there.
+
+    Args:
+        build: makes the optimizer of parameter groups and the recipe's section.
+    """
     o = recipe.optimizer
     masks = {n: p != 0 for n, p in reference.named_parameters() if ".h." in n and p.ndim == 2}
     groups = [{"params": [p for p in reference.parameters() if p.ndim > 1],
                "weight_decay": o.weight_decay},
               {"params": [p for p in reference.parameters() if p.ndim == 1], "weight_decay": 0.0}]
-    adam = torch.optim.AdamW(groups, betas=(o.beta1, o.beta2), eps=o.eps)
+    optimizer = build(groups, o)
     curve = []
     for number, batch in enumerate(steps, 1):
-        for group in adam.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = learning_rate(recipe, number * recipe.tokens_per_step)
-        adam.zero_grad()
+        optimizer.zero_grad()
         loss = sum(micro_loss(reference, micro) for micro in batch) / len(batch)
         loss.backward()
         for name, parameter in reference.named_parameters():
             if name in masks:
                 parameter.grad *= masks[name]
         norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), o.clip_grad)
-        adam.step()
+        optimizer.step()
         curve.append((float(loss), float(norm)))
     return curve
 

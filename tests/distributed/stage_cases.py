@@ -108,8 +108,7 @@ def across(recipe: dict, ids: torch.Tensor) -> dict:
 
     engine, data, checkpointer = _opened(dense.alone, dense.recipe, dense.plan, run, corpus, device)
     state, said = checkpointer.restore(engine, border=dense.first)
-    adam = engine.adam if hasattr(engine,
-                                  "adam") else engine.optimizer.chained_optimizers[0].optimizer
+    adam = engine.torch_optimizer
     found = {
         "before": before, "after": logits(engine, ids) if hasattr(engine, "chunks") else None,
         "state": state,

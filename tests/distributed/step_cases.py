@@ -89,11 +89,7 @@ def masked_peer(recipe: dict) -> dict:
 def adam(recipe: dict) -> dict:
     """Which form of AdamW an engine has."""
     with bench(recipe) as b:
-        adam = (
-            b.engine.adam
-            if hasattr(b.engine, "adam")
-            else b.engine.optimizer.chained_optimizers[0].optimizer
-        )
+        adam = b.engine.torch_optimizer
         b.steps(0, 1)
         return {"fused": {group["fused"] for group in adam.param_groups},
                 "choices": b.engine.choices,

@@ -79,7 +79,7 @@ def test_adam_is_fused(results, name):
     there = outcome(results[1], name)
     assert there["fused"] == {True}
     assert there["steps"] == {1.0}
-    assert "Adam torch.AdamW fused" in there["choices"]
+    assert "optimizer torch.AdamW fused" in there["choices"]
 
 
 @pytest.mark.parametrize(("world", "name"), [(1, "tuned"), (2, "tuned deepspeed")])

@@ -1,0 +1,134 @@
+"""The seam of optimizers: section of the recipe, named state per parameter, construction.
+
+A tenant is one file with a section class that registers itself (`adamw.py` is one). Engines,
+checkpoints, mask moves and the planner go by what the class says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field, create_model
+
+from megatron_spdf.registry import Registry
+from megatron_spdf.section import ByName, Count, Section
+
+if TYPE_CHECKING:  # the planner goes without PyTorch
+    import torch
+    from torch import Tensor
+
+MASTER = "param"  # the fp32 master weight, kept beside the named state
+STATE_BYTES = 4  # of an entry of one state: all states are fp32
+
+
+class Optimizer(Section):
+    """Linear warm-up, then decay to lr x min_lr_ratio at the end of the run.
+
+    A tenant derives from it, adds its fields, gives `states` and `build`, and registers.
+
+    Attributes:
+        states: names of the fp32 tensors that the optimizer keeps for every parameter, of its
+            shape, under these names in `torch.optim.Optimizer.state`; zero before the first update.
+        title: the algorithm as PyTorch and DeepSpeed call it.
+    """
+
+    states: ClassVar[tuple[str, ...]]
+    title: ClassVar[str]
+
+    name: str = Field("adamw", description="which optimizer; its fields follow from it")
+    lr: float = Field(gt=0.0, description="peak learning rate")
+    min_lr_ratio: float = Field(0.1, ge=0.0, le=1.0, description="final over peak learning rate")
+    decay: Literal["cosine", "linear", "constant"] = Field("cosine",
+                                                           description="shape after the warm-up")
+    weight_decay: float = Field(0.1, ge=0.0, description="not on biases and norms")
+    clip_grad: float = Field(1.0, ge=0.0,
+                             description="largest global gradient norm; 0: no clipping")
+
+    @property
+    def saved(self) -> tuple[str, ...]:
+        """Names of what a checkpoint holds for every parameter: master weight and named state."""
+        return (MASTER, *self.states)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the named state for one entry of a parameter, without its master weight."""
+        return STATE_BYTES * len(self.states)
+
+    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """The PyTorch optimizer of parameter groups; the engine sets their `lr` and `weight_decay`
+        before every update."""
+        raise NotImplementedError
+
+    def megatron_options(self) -> dict[str, Any] | None:
+        """Fields of Megatron-Core's `OptimizerConfig` where it has this optimizer, ZeRO-1 included;
+        None: the one of `build` is put into its wrappers."""
+        return None
+
+    def deepspeed_options(self) -> dict[str, tuple[str, Any]]:
+        """Keys of `optimizer` in DeepSpeed's file that the recipe decides: key -> (field of the
+        recipe, value)."""
+        return {"type": ("optimizer.name", self.title),
+                "params.lr": ("optimizer.lr", self.lr),
+                "params.weight_decay": ("optimizer.weight_decay", self.weight_decay)}
+
+    def set_steps(self, optimizer: torch.optim.Optimizer, steps: int) -> None:
+        """Sets the number of updates done, where the optimizer counts them."""
+
+    def start(self, optimizer: torch.optim.Optimizer, masters: Iterable[Tensor]) -> None:
+        """Gives fp32 masters the state that they have before the first update."""
+        import torch
+
+        for master in masters:
+            optimizer.state[master].update({s: torch.zeros_like(master) for s in self.states})
+        self.set_steps(optimizer, 0)
+
+    def mup_rate(self, linear: bool, width: float, growth: float) -> float:
+        """Learning rate under `parametrization: mup` over the recipe's.
+
+        Args:
+            linear: whether of a linear weight, not of an embedding, a bias or a norm.
+            width: m_d, the model's over the base model's.
+            growth: m_d m_rho of a linear weight, 1 of others.
+        """
+        raise ValueError(f"optimizer.name={self.name} has no rule for parametrization=mup; set "
+                         "parametrization=standard or another optimizer")
+
+
+OPTIMIZERS: Registry[type[Optimizer]] = Registry("optimizer", "megatron_spdf.optimizers")
+
+
+class Pretraining(Section):
+    """The schedule of pre-training."""
+
+    warmup_tokens: Count = Field(0, ge=0, description="length of the warm-up, in tokens")
+
+
+class Finetuning(Section):
+    """The schedule of fine-tuning."""
+
+    min_lr_ratio: float = Field(0.0, ge=0.0, le=1.0, description="final over peak learning rate")
+    decay: Literal["cosine", "linear", "constant"] = Field("linear",
+                                                           description="shape after the warm-up")
+    weight_decay: float = Field(0.01, ge=0.0, description="not on biases and norms")
+    warmup_steps: int = Field(0, ge=0, description="length of the warm-up, in steps")
+
+
+@cache
+def with_schedule(schedule: type[Section], tenant: type[Optimizer]) -> type[Optimizer]:
+    """The section of a tenant with the fields of a schedule."""
+    return create_model(tenant.__name__, __base__=(schedule, tenant), __doc__=tenant.__doc__,
+                        __module__=tenant.__module__)
+
+
+def _pretraining(tenant: type[Optimizer]) -> type[Optimizer]:
+    return with_schedule(Pretraining, tenant)
+
+
+def _finetuning(tenant: type[Optimizer]) -> type[Optimizer]:
+    return with_schedule(Finetuning, tenant)
+
+
+PRETRAINING = ByName(OPTIMIZERS, "adamw", _pretraining)
+FINETUNING = ByName(OPTIMIZERS, "adamw", _finetuning)

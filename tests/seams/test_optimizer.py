@@ -1,0 +1,147 @@
+"""An optimizer that lies outside the package, sgd_tenant.py, works wherever ours does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sgd_tenant
+import yaml
+
+from megatron_spdf.planning.memory import rank_bytes
+from megatron_spdf.recipe.finetune import Finetune
+from megatron_spdf.recipe.help import render_help
+from megatron_spdf.recipe.load import load_recipe, make_recipe, save_recipe
+from megatron_spdf.recipe.recipe import Recipe
+from megatron_spdf.recipe.rules import rule_violations
+from megatron_spdf.sparsity.plan import Plan
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 6
+SGD = {"name": "sgd", "lr": 0.5, "momentum": 0.8}
+DEEPSPEED = {"engine": "deepspeed"}
+LAYOUTS = {
+    "zero 0": {"parallel": {"data": 2, "zero_stage": 0}},
+    "zero 1": {"parallel": {"data": 2}},
+    "tp2": {"parallel": {"tensor": 2}},
+    "pp2": {"parallel": {"pipeline": 2}},
+    "deepspeed zero 0": DEEPSPEED | {"parallel": {"data": 2, "zero_stage": 0}},
+    "deepspeed zero 1": DEEPSPEED | {"parallel": {"data": 2, "zero_stage": 1}},
+    "deepspeed zero 2": DEEPSPEED | {"parallel": {"data": 2, "zero_stage": 2}},
+    "deepspeed zero 3": DEEPSPEED | {"parallel": {"data": 2, "zero_stage": 3}},
+}
+CHAINS = {"over layouts": ["zero 0", "tp2", "zero 1", "pp2"],
+          "over engines": ["zero 1", "deepspeed zero 1", "deepspeed zero 3", "deepspeed zero 2"]}
+
+
+@pytest.fixture(scope="module")
+def results(make_deep_recipe, tmp_path_factory):
+    from harness import run_cases
+
+    place = tmp_path_factory.mktemp("sgd")
+
+    def recipe(layout: dict, output: str | None = None) -> dict:
+        return make_deep_recipe(output, optimizer=SGD, **layout)
+
+    cases = {name: ("sgd_cases.train", {"recipe": recipe(layout), "steps": STEPS})
+             for name, layout in LAYOUTS.items()}
+    cases |= {name: ("sgd_cases.cut", {
+        "recipes": [recipe(LAYOUTS[layout], str(place / name)) for layout in chain],
+        "stops": [1, 3, 4, STEPS]}) for name, chain in CHAINS.items()}
+    one = {"plain": ("sgd_cases.plain", {"recipe": recipe({}), "steps": STEPS})}
+    return run_cases(1, one, place / "1") | run_cases(2, cases, place / "2", timeout=1200)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*LAYOUTS, *CHAINS])
+def test_losses_are_those_of_pytorchs_sgd(results, name):
+    from harness import outcome
+
+    found, plain = outcome(results, name), outcome(results, "plain")
+    curve = found if name in CHAINS else found["curve"]
+    for (loss, norm), (loss_plain, norm_plain) in zip(curve, plain, strict=True):
+        assert loss == pytest.approx(loss_plain, abs=1e-5)
+        assert norm == pytest.approx(norm_plain, rel=1e-4)  # a root of a sum over all weights
+    assert curve[-1][0] < curve[0][0] - 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_planner_knows_its_bytes(results, name):
+    from harness import outcome
+
+    there = outcome(results, name)
+    padding = 0.03 if "deepspeed" in name else 0.0
+    assert there["held"]["optimizer"] == pytest.approx(there["predicted"]["optimizer"], rel=padding)
+
+
+def test_one_state_takes_half_the_bytes_of_adams_two(recipe):
+    adamw, sgd = recipe(), recipe(optimizer=SGD)
+    held = [rank_bytes(r, Plan.of(r), 0, on_gpu=True) for r in (adamw, sgd)]
+    assert held[0].moments == 2 * held[1].moments > 0
+    assert held[0].parameters == held[1].parameters
+
+
+def test_a_recipe_is_read_and_written_with_its_fields(recipe, tmp_path):
+    made = recipe(optimizer=SGD)
+    assert isinstance(made.optimizer, sgd_tenant.Sgd) and made.optimizer.momentum == 0.8
+    save_recipe(made, tmp_path / "recipe.yaml")
+    assert load_recipe(tmp_path / "recipe.yaml") == made
+    assert made.identity()["optimizer"]["momentum"] == 0.8
+    assert not list(rule_violations(recipe(optimizer=SGD, parametrization="mup")))
+
+
+@pytest.mark.parametrize("words, said", [
+    (["optimizer.name=sdg"], "optimizer.name='sdg': there is no optimizer 'sdg'; known: sgd, "),
+    (["optimizer.momentun=0.5"], "did you mean optimizer.momentum?"),
+    (["optimizer.beta1=0.5"], "unknown key optimizer.beta1 (value 0.5); known: clip_grad, "),
+    (["optimizer.momentum=2"], "optimizer.momentum=2: input should be less than 1")])
+def test_bad_input_is_named(recipe, words, said):
+    values = recipe(optimizer=SGD).model_dump()
+    with pytest.raises(ValueError) as error:
+        make_recipe(values, words, "recipe.yaml")
+    assert said in str(error.value)
+
+
+def test_another_optimizer_takes_what_both_know(recipe):
+    values = recipe(optimizer={"beta2": 0.95}).model_dump()
+    changed = make_recipe(values, ["optimizer.name=sgd", "optimizer.momentum=0.7"], "recipe.yaml")
+    assert (changed.optimizer.momentum, changed.optimizer.lr) == (0.7, 1e-3)
+
+
+@pytest.mark.parametrize("kind", [Recipe, Finetune])
+def test_help_has_its_fields(kind):
+    text = render_help(kind)
+    assert "optimizer, name=sgd:  SGD with momentum" in text
+    assert text.count("  optimizer.momentum ") == text.count("  optimizer.beta1 ") == 1
+    assert text.count("  optimizer.lr ") == 1
+
+
+def run(place: Path, script: str, *words: str, plugins: str = "sgd_tenant"):
+    """A command of the project, as a user starts it who has the tenant's directory on the path."""
+    path = os.pathsep.join(map(str, (Path(__file__).parent, ROOT)))
+    env = {**os.environ, "SPDF_PLUGINS": plugins, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore",
+           "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run([sys.executable, str(ROOT / script), *words], cwd=place, env=env,
+                          capture_output=True, text=True, check=False, timeout=600)
+
+
+@pytest.mark.slow
+def test_it_is_trained_and_inspected_from_the_command_line(make_recipe, tmp_path):
+    values = make_recipe(str(tmp_path / "run"), optimizer=SGD, log={"every": 1})
+    values["train"] |= {"tokens": 8 * 32 * 5}
+    values["optimizer"]["warmup_tokens"] = 256
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    refused = run(tmp_path, "pretrain.py", "recipe.yaml", plugins="")
+    assert refused.returncode and "there is no optimizer 'sgd'; known: adamw" in refused.stderr
+    assert not (tmp_path / "run").exists()
+    done = run(tmp_path, "pretrain.py", "recipe.yaml")
+    assert done.returncode == 0, done.stderr
+    assert "optimizer torch.SGD" in done.stdout
+    looked = run(tmp_path, "tools/inspect_checkpoint.py", "run", "--verify", "--json")
+    assert looked.returncode == 0, looked.stderr
+    assert json.loads(looked.stdout)["state"]["step"] == 5
