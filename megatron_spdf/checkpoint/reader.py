@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_spdf.architecture.weights import Weight, model_weights
 from megatron_spdf.checkpoint import store
-from megatron_spdf.checkpoint.run_metadata import Masks, drawn_masks
+from megatron_spdf.checkpoint.run_metadata import Masks, seeded_masks
 from megatron_spdf.checkpoint.tensors import TensorFiles
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megatron_spdf.model.parametrization import Parametrization, fold
@@ -92,7 +92,7 @@ class CheckpointReader(TensorFiles):
         self.weights: dict[str, Weight] = {w.name: w for w in model_weights(self.model)}
         self.plan = Plan.of(self.recipe)
         self.rules = Parametrization(self.recipe, self.plan)
-        self.masks: Masks = self.run.get("masks", drawn_masks(self.plan))
+        self.masks: Masks = self.run.get("masks", seeded_masks(self.plan))
 
     @property
     def origin(self) -> str:

@@ -20,7 +20,7 @@ import yaml
 from torch import Tensor
 
 from megatron_spdf.checkpoint.reader import CheckpointReader
-from megatron_spdf.checkpoint.run_metadata import INITIAL
+from megatron_spdf.checkpoint.run_metadata import INITIAL, describe_masks
 from megatron_spdf.convert.gpt2_state_dict import PREFIX, gpt2_name, gpt2_shape, to_gpt2
 from megatron_spdf.convert.source import WeightSource
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
@@ -239,11 +239,11 @@ tokenizer = AutoTokenizer.from_pretrained("this directory")
 
 def _history(source: CheckpointReader) -> list[str]:
     run, plan = source.run, source.plan
-    how = source.masks["how"]
+    kind = "moving" if source.masks["kind"] == "moved" else "static"
     sparsity = (
         f"{plan.sparsity:.2%} of the {plan.numel:,} weights in {len(plan.weights)} matrices of "
         "the blocks are "
-        f"exactly zero (static masks, {how}), so {plan.active:,} of them are active. The weights "
+        f"exactly zero ({kind} masks, {describe_masks(source.masks)}), so {plan.active:,} of them are active. The weights "
         "are stored "
         "dense, zeros included"
         if plan.weights

@@ -1,11 +1,11 @@
-"""The training loop: batch -> step -> log -> maybe evaluate -> maybe save, until the tokens are
+"""The training loop: batch -> step -> log -> maybe move masks, evaluate, save, until the tokens are
 spent."""
 
 from __future__ import annotations
 
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megatron_spdf import exit_codes
 from megatron_spdf.checkpoint.checkpointer import Checkpointer, RunState
@@ -13,6 +13,7 @@ from megatron_spdf.checkpoint.saving import SaveFailed
 from megatron_spdf.data.finetuning.completions import CompletionData
 from megatron_spdf.data.pretraining.dataset import TokenData
 from megatron_spdf.engine.base import Engine, StepResult
+from megatron_spdf.engine.moving import move_masks
 from megatron_spdf.evaluation.perplexity import validation_loss
 from megatron_spdf.layers.measure import check_sparsity
 from megatron_spdf.parallel.traffic import TrafficCounter
@@ -21,6 +22,7 @@ from megatron_spdf.resilience.progress import PROGRESS
 from megatron_spdf.resilience.signals import StopRequest
 from megatron_spdf.resilience.stragglers import Stragglers
 from megatron_spdf.runs.run_log import RunLog
+from megatron_spdf.sparsity.algorithms.base import Moment
 from megatron_spdf.sparsity.plan import Plan
 from megatron_spdf.training.report import Report
 
@@ -52,6 +54,8 @@ class Trainer:
     last: int | None = None
     flops_before: float = 0.0
     stopping: bool = False  # some rank was asked to stop; all ranks agree on it
+    # Entries of each weight that were born since the last update, and are still zero.
+    born: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.last = self.last or self.recipe.steps
@@ -99,6 +103,7 @@ class Trainer:
             if state.step % recipe.log.every == 0 or state.step == self.last:
                 self.report.step(result, seconds=time.perf_counter() - started,
                                  waited=fetched - started)
+            self._move_masks_if_due(result)
             self.log.advance(result.loss)
             self.stopping = result.stop
             self.report.saved(self.checkpointer.poll())
@@ -137,6 +142,21 @@ class Trainer:
                 "was saved since. Lower optimizer.lr, lengthen the warm-up, or look at the data of "
                 "these steps")
 
+    def _move_masks_if_due(self, result: StepResult) -> None:
+        """Lets the mask algorithm move the masks, after a step that was not skipped."""
+        if result.skipped:
+            return
+        state, algorithm, self.born = self.state, self.recipe.sparsity.update, {}
+        steps = self.last - self.first
+        if not algorithm.due(state.optimizer_steps, steps):
+            return
+        started = time.perf_counter()
+        PROGRESS.enter(f"the move of the masks at step {state.step}", watched=True)
+        state.mask_updates += 1
+        self.born = move_masks(self.engine, self.plan, algorithm,
+                               Moment(state.mask_updates, state.optimizer_steps, steps))
+        self.report.moved(sum(self.born.values()), time.perf_counter() - started)
+
     def _evaluate_if_due(self) -> bool:
         """Evaluates every `evaluate.every` steps and at the end of a stage, once for each step
         however often it resumes; returns whether the loss is the lowest yet."""
@@ -168,7 +188,8 @@ class Trainer:
         PROGRESS.enter(f"the save at step {self.state.step}")
         self.report.saved(self.checkpointer.wait())
         self._stop_if_saves_fail(self.recipe.fault_tolerance.max_failed_saves)
-        measured = self.engine.measured_sparsity()
+        measured = {name: sparsity - self.born.get(name, 0) / self.plan.weights[name].numel
+                    for name, sparsity in self.engine.measured_sparsity().items()}
         check_sparsity(measured, self.plan)
         self.checkpointer.save(self.engine, self.state, measured)
         if not self.recipe.checkpoint.asynchronous:
