@@ -26,6 +26,7 @@ from megatron_spdf.data.pretraining.corpus import Corpus, check_corpus
 from megatron_spdf.model.parametrization import render_parametrization
 from megatron_spdf.parallel.ranks import join, leave
 from megatron_spdf.planning.memory import render_layout
+from megatron_spdf.planning.moves import render_moves
 from megatron_spdf.recipe.help import render_help
 from megatron_spdf.recipe.load import load_recipe, render_recipe
 from megatron_spdf.resilience.restarts import RestartLimit
@@ -66,7 +67,8 @@ def main() -> int:
 def summarize(stage: RunStage) -> str:
     """What a stage of a run is: its plan, parametrization, layout and bytes per rank."""
     rules = render_parametrization(stage.recipe, stage.plan, model_weights(stage.recipe.model))
-    return "\n".join(filter(None, [stage.heading, render_plan(stage.plan), rules,
+    moves = render_moves(stage.alone, stage.plan)
+    return "\n".join(filter(None, [stage.heading, render_plan(stage.plan), moves, rules,
                                    render_layout(stage.recipe, stage.plan)]))
 
 

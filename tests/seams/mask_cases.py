@@ -12,12 +12,15 @@ import torch
 import torch.distributed as dist
 import wander  # noqa: F401
 from cases import Bench, bench, masks, overlap_on_cpu
+from megatron.core import parallel_state as ps
 from plain_gpt2 import learning_rate, micro_loss, plain_gpt2, qkv_order
 
 from megatron_spdf.engine.base import Engine
 from megatron_spdf.kernels.mask import pack, unpack
 from megatron_spdf.layers.compact import compact_of, sparse_modules
 from megatron_spdf.optimizers.base import MASTER
+from megatron_spdf.parallel.traffic import TrafficCounter
+from megatron_spdf.planning.moves import moves_of
 from megatron_spdf.runs.run_log import RunLog
 from megatron_spdf.sparsity.algorithms.base import Moment
 from megatron_spdf.sparsity.moving import moved_masks
@@ -35,20 +38,23 @@ def trained(recipe: dict, stop: int | None = None, overlap: bool = False,
         skip: a step whose loss is not finite.
 
     Returns:
-        Losses, masks at the end, records of moves, and what run.json says.
+        Losses, masks at the end, records of moves, what run.json says, and bytes that a move sends,
+        counted and predicted.
     """
     with overlap_on_cpu() if overlap else nullcontext(), bench(recipe) as b:
         state, _ = b.checkpointer.restore(b.engine)
         b.run.create_on_rank_0()
         log = RunLog(b.run, state.step, b.recipe.steps, False, active=dist.get_rank() == 0)
-        losses = _watch(b, stop, skip)
-        with patch.object(loop, "move_masks", checked(loop.move_masks)):
-            Trainer(b.recipe, b.plan, b.engine, b.data, b.checkpointer, state, log, losses).run()
+        watch, sent = _watch(b, stop, skip), []
+        with patch.object(loop, "move_masks", checked(loop.move_masks, sent)):
+            Trainer(b.recipe, b.plan, b.engine, b.data, b.checkpointer, state, log, watch).run()
         log.close()
         dist.barrier()
         records = [json.loads(line) for line in b.run.log.read_text().splitlines()]
         newest = max(b.run.checkpoints.glob("step_*")) / "run.json"
-        return {"losses": losses.losses, "masks": masks(b.engine),
+        stage = ps.get_pipeline_model_parallel_rank()
+        return {"losses": watch.losses, "masks": masks(b.engine), "sent": sent,
+                "predicted": moves_of(b.recipe, b.plan, stage, on_gpu=False),
                 "moves": [r for r in records if r["kind"] == "mask"],
                 "run": json.loads(newest.read_text())}
 
@@ -68,11 +74,14 @@ def _watch(b: Bench, stop: int | None, skip: int | None) -> SimpleNamespace:
     return watch
 
 
-def checked(move):
-    """`move_masks` that holds what it leaves to what it found."""
+def checked(move, sent: list[int]):
+    """`move_masks` that holds what it leaves to what it found, and notes the bytes it sends."""
     def moved(engine: Engine, plan, algorithm, when):
         before = _dense_state(engine)
-        born = move(engine, plan, algorithm, when)
+        with TrafficCounter() as traffic:
+            born = move(engine, plan, algorithm, when)
+        # all but the counts of the log
+        sent.append(traffic.total - 8 * len(plan.weights))
         after = _dense_state(engine)
         for name, (mask, states) in after.items():
             old, old_states = before[name]

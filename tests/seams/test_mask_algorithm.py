@@ -3,11 +3,19 @@ with the masks at every layout, and a run goes on from any side of a move."""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
+import yaml
 from harness import outcome, run_cases
 
 pytestmark = pytest.mark.slow
 
+ROOT = Path(__file__).resolve().parents[2]
 EVERY, STEPS = 3, 12
 WANDER = {"level": 0.75, "algorithm": "wander", "update": {"every": EVERY, "stop": 1.0}}
 DEEPSPEED = {"engine": "deepspeed"}
@@ -132,6 +140,50 @@ def test_a_skipped_step_moves_nothing(results):
     assert [r["step"] for r in found["moves"]] == [3, 7, 10]
 
 
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if "zero" in name])
+def test_the_planner_knows_what_a_move_sends(results, name):
+    found = outcome(results, name)
+    assert len(found["sent"]) == found["predicted"].count == 3
+    exact = 0.1 if name == "deepspeed zero 3" else 1e-9  # which keeps some weights whole
+    assert found["sent"] == [pytest.approx(found["predicted"].carried, rel=exact)] * 3
+
+
 def test_the_state_of_another_optimizer_moves_too(results):
     close(outcome(results, "sgd zero 1")["losses"], outcome(results, "sgd")["losses"])
     assert outcome(results, "sgd zero 1")["masks"] == outcome(results, "one")["masks"]
+
+
+def run(place: Path, script: str, *words: str, plugins: str = "wander"):
+    """A command of the project, as a user starts it who has the tenant's directory on the path."""
+    path = os.pathsep.join(map(str, (Path(__file__).parent, ROOT)))
+    env = {**os.environ, "SPDF_PLUGINS": plugins, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore",
+           "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run([sys.executable, str(ROOT / script), *words], cwd=place, env=env,
+                          capture_output=True, text=True, check=False, timeout=600)
+
+
+def test_it_is_planned_trained_and_inspected_from_the_command_line(make_recipe, tmp_path):
+    values = make_recipe(str(tmp_path / "run"), sparsity=WANDER)
+    values["train"] |= {"tokens": 8 * 32 * 5}
+    values["optimizer"]["warmup_tokens"] = 256
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    refused = run(tmp_path, "pretrain.py", "recipe.yaml", plugins="")
+    assert refused.returncode == 2
+    assert "there is no mask algorithm 'wander'; known: static" in refused.stderr
+    assert not (tmp_path / "run").exists()
+    says = ("mask algorithm wander: at random, 0.1 of the active entries of each slice every 3 "
+            "steps, from 0% to 100% of the steps; 1 moves in 5 steps")
+    planned = run(tmp_path, "tools/plan.py", "recipe.yaml", "--gpu", "h100", "--gpus", "1")
+    assert says in planned.stdout, planned.stderr
+    done = run(tmp_path, "pretrain.py", "recipe.yaml")
+    assert done.returncode == 0, done.stderr
+    assert says in done.stdout and "step 3: wander moved" in done.stdout
+    looked = run(tmp_path, "tools/inspect_checkpoint.py", "run", "--verify")
+    assert looked.returncode == 0, looked.stderr
+    assert "masks random, seed 0, moved 1 times by wander" in looked.stdout
+    other = run(tmp_path, "tools/convert_checkpoint.py", "reshard", "run", "two",
+                "parallel.tensor=2")
+    assert other.returncode == 0, other.stderr
+    facts = [json.loads(run(tmp_path, "tools/inspect_checkpoint.py", where, "--verify",
+                            "--json").stdout) for where in ("run", "two")]
+    assert facts[0]["sparsity"] == facts[1]["sparsity"]
