@@ -93,7 +93,7 @@ def train(finetune: Finetune, start: WeightSource, prepared: Prepared, ranks: Ra
     recipe, plan = prepared.recipe, prepared.plan
     revived = finetune.revived_scale if finetune.revived == "normal" else 0.0
     weights = LoadedWeights(start.master, start.mask_bits if plan.weights else None, revived,
-                            finetune.seed, recipe.model.query_groups)
+                            finetune.seed, recipe.model.slices)
     try:
         engine = make_engine(recipe, plan, device, weights)
         run.create_on_rank_0()

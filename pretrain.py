@@ -19,7 +19,6 @@ import sys
 import torch
 
 from megatron_spdf import exit_codes
-from megatron_spdf.architecture.weights import model_weights
 from megatron_spdf.checkpoint.shared_files import NotSharedFilesystem, newest_of_all
 from megatron_spdf.checkpoint.store import step_of
 from megatron_spdf.data.pretraining.corpus import Corpus, check_corpus
@@ -66,7 +65,7 @@ def main() -> int:
 
 def summarize(stage: RunStage) -> str:
     """What a stage of a run is: its plan, parametrization, layout and bytes per rank."""
-    rules = render_parametrization(stage.recipe, stage.plan, model_weights(stage.recipe.model))
+    rules = render_parametrization(stage.recipe, stage.plan, stage.recipe.model.weights())
     moves = render_moves(stage.alone, stage.plan)
     return "\n".join(filter(None, [stage.heading, render_plan(stage.plan), moves, rules,
                                    render_layout(stage.recipe, stage.plan)]))

@@ -53,12 +53,14 @@ class ByName:
     Args:
         registry: of the seam.
         default: name of the tenant where the section gives none.
-        section_of: tenant -> the class of its section, which has the field `name`.
+        section_of: tenant -> the class of its section.
+        key: of the section, whose value is the name.
     """
 
     registry: Registry
     default: str
     section_of: Callable[[Any], type[Section]]
+    key: str = "name"
 
     def section(self, values: Any) -> type[Section]:
         """The class for these values.
@@ -66,8 +68,8 @@ class ByName:
         Raises:
             ValueError: they name no tenant.
         """
-        name = values.get("name", self.default) if isinstance(values, dict) else self.default
-        return self.section_of(self.registry.get(name))
+        name = values.get(self.key, self.default) if isinstance(values, dict) else self.default
+        return self.section_of(self.registry.get(str(name)))
 
     def sections(self) -> dict[str, type[Section]]:
         """The classes of all tenants by name, the default's first."""
@@ -82,11 +84,11 @@ class ByName:
     def _read(self, values: Any) -> Any:
         if not isinstance(values, dict):
             return values  # a section already, or for pydantic to refuse
-        values = {"name": self.default, **values}
+        values = {self.key: self.default, **values}
         try:
             section = self.section(values)
         except ValueError as error:
             wrong = PydanticCustomError("name", "{said}", {"said": str(error)})
             raise ValidationError.from_exception_data("name", [
-                InitErrorDetails(type=wrong, loc=("name",), input=values["name"])]) from None
+                InitErrorDetails(type=wrong, loc=(self.key,), input=values[self.key])]) from None
         return section.model_validate(values)

@@ -65,3 +65,12 @@ def make_deep_recipe(make_recipe):
     def make(output: str | None = None, model: dict | None = None, **sections) -> dict:
         return make_recipe(output, model={"layers": 4, **(model or {})}, **sections)
     return make
+
+
+@pytest.fixture(scope="module", autouse=True)
+def warm_ranks():
+    """Ends the ranks of a test file with it."""
+    from harness import stop_ranks
+
+    yield
+    stop_ranks()

@@ -1,1 +1,1 @@
-"""Checkpoints: a directory that is complete or not there, in Megatron-Core's distributed format."""
+"""Checkpoints: directories that are complete or absent, in Megatron-Core's distributed format."""

@@ -1,4 +1,4 @@
-"""Saves and restores a run: all ranks call, the directory appears complete or not at all."""
+"""Saves and restores a run. All ranks call, and a directory appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -56,17 +56,16 @@ class RunState:
 
 
 class Checkpointer:
-    """Checkpoints of one run; one save is under way at a time.
+    """Checkpoints of one run, with at most one save under way.
 
     Args:
         directory: holds the run's checkpoints.
-        recipe, plan, tokenizer: kept with every checkpoint, and what a restored one must agree
-            with.
+        recipe, plan, tokenizer: recorded in every checkpoint, and checked against a restored one.
 
     Attributes:
-        failed_in_a_row: saves that failed since the last that did not; the same on every rank after
-            `wait`.
-        masks, origin: of the run, as its checkpoints record them; see `record.py`.
+        failed_in_a_row: saves that failed since the last that succeeded; after `wait` the same on
+            every rank.
+        masks, origin: of the run, as its checkpoints record them; see `run_metadata.py`.
     """
 
     def __init__(self, directory: Path, recipe: Recipe, plan: Plan, tokenizer: Tokenizer):
@@ -80,9 +79,16 @@ class Checkpointer:
         self.masks, self.origin = seeded_masks(plan), INITIAL
 
     def save(self, engine: Engine, state: RunState, measured_sparsity: dict[str, float]) -> None:
-        """Starts to write a checkpoint, which becomes visible when it is complete; then those that
-        `checkpoint.keep` and `keep_every` do not keep are removed. The caller has waited for the
-        save before."""
+        """Starts to write a checkpoint, which becomes visible when it is complete.
+
+        After that, older checkpoints that `checkpoint.keep` and `keep_every` do not cover are
+        removed. The caller has waited for the previous save.
+
+        Args:
+            engine: holds weights, masks and optimizer state.
+            state: progress of the run.
+            measured_sparsity: canonical name of a sparse weight -> fraction of zeros.
+        """
         assert self._saving is None
         keep = self.recipe.checkpoint
         masks = after_moves(self.masks, self.recipe.sparsity.algorithm, state.mask_updates)
@@ -103,19 +109,19 @@ class Checkpointer:
         self._saving.start()
 
     def note_best(self, step: int, loss: float) -> None:
-        """Says beside the checkpoints which of them has the lowest validation loss."""
+        """Records beside the checkpoints which of them has the lowest validation loss."""
         if dist.get_rank() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
             store.write_json(self.directory / store.BEST,
                              {"checkpoint": store.name_of(step), "loss": loss})
 
     def poll(self) -> Saving | None:
-        """The save that has ended since, if there is one; each rank learns of it at a moment of its
-        own."""
+        """Returns the save that has ended, if there is one. Ranks may learn of it at different
+        steps."""
         return self.wait() if self._saving and not self._saving.is_alive() else None
 
     def wait(self) -> Saving | None:
-        """Waits for the save under way, if there is one, and gives it out unless `poll` has."""
+        """Waits for the save under way and returns it, unless `poll` has returned it before."""
         saving, self._saving = self._saving, None
         if saving:
             saving.join()
@@ -162,7 +168,8 @@ class Checkpointer:
         return state, [*said, f"resumed from {newest.name}"]
 
     def _check_run(self, run: dict[str, Any], checkpoint: Path) -> None:
-        """That the checkpoint is of this recipe's run, whatever directory it came from."""
+        """Raises a ValueError unless the checkpoint is of this recipe's run, in whatever directory
+        it lies."""
         changes = changes_of_run(Recipe.model_validate(run["recipe"]), self.recipe)
         if run["tokenizer"]["sha256"] != self.tokenizer.sha256:
             changes.append(f"tokenizer is {run['tokenizer']['sha256']} there and "
@@ -187,7 +194,8 @@ class Checkpointer:
 
 
 def _verify_shared(checkpoint: Path) -> None:
-    """`store.verify` with the reading shared among ranks; every rank raises what any one found."""
+    """Runs `store.verify` with the files divided among ranks, and raises on all what one of them
+    found."""
     names = store.files_of(checkpoint)
     fault = ""
     try:

@@ -1,5 +1,5 @@
-"""Between two stages of a run: the weights of a checkpoint, dense, in an engine with fresh
-optimizer moments."""
+"""Transition between two stages of a run: dense weights of a checkpoint in an engine without
+moments."""
 
 from __future__ import annotations
 

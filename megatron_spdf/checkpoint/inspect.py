@@ -1,5 +1,4 @@
-"""What a checkpoint holds, as plain values and as text, and whether that is what its recipe
-says."""
+"""Describes a checkpoint, as plain values and as text, and verifies it against its recipe."""
 
 from __future__ import annotations
 
@@ -7,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from megatron_spdf.architecture.weights import padded_vocab
 from megatron_spdf.checkpoint.reader import (
     MASK_BITS,
     OPTIMIZER,
@@ -24,16 +22,14 @@ _NAMED_FAULTS = 5
 
 
 def describe(reader: CheckpointReader) -> dict[str, Any]:
-    """What a checkpoint is: model, layout, state of the run, sparsity, bytes by part, origin. Plain
-    values."""
+    """Collects model, layout, progress, sparsity, bytes by part and origin of a checkpoint, as
+    plain values."""
     run, recipe, plan = reader.run, reader.recipe, reader.plan
     parameters = sum(w.numel for w in reader.weights.values())
-    shape = ("layers", "hidden", "ffn_hidden", "heads", "query_groups", "vocab_size",
-             "max_positions")
     return {
         "checkpoint": str(reader.path),
-        "model": {**{key: getattr(recipe.model, key) for key in shape},
-                  "padded_vocab": padded_vocab(recipe.model),
+        "model": {**recipe.model.shape(),
+                  "padded_vocab": recipe.model.padded_vocab,
                   "parameters": parameters,
                   "active_parameters": parameters - plan.numel + plan.active},
         "layout": recipe.parallel.model_dump(exclude={"overlap", "timeout"}),
@@ -50,7 +46,11 @@ def describe(reader: CheckpointReader) -> dict[str, Any]:
 
 
 def sparsity_by_kind(reader: CheckpointReader) -> list[dict[str, Any]]:
-    """Target and measured sparsity as saved, layers of one kind, shape and target in one row."""
+    """Target and measured sparsity as saved, one row for all layers of one kind, shape and target.
+
+    Raises:
+        ValueError: run.json lacks a weight that its recipe makes sparse.
+    """
     rows: dict[tuple, dict[str, Any]] = {}
     for name, weight in reader.plan.weights.items():
         kind = ".".join("*" if part.isdigit() else part for part in name.split("."))
@@ -87,7 +87,8 @@ def _part_of(name: str) -> str:
 def verify(reader: CheckpointReader) -> str:
     """Holds the tensors against the recipe: every weight and its optimizer state there with the
     right shape, every mask the one the plan draws, or where masks were chosen otherwise or have
-    moved, one of the planned density. The bytes of the files are `CheckpointReader(checksums=True)`'s to check.
+    moved, one of the planned density. The bytes of the files are
+    `CheckpointReader(checksums=True)`'s to check.
 
     Returns:
         What was checked, in a sentence.
@@ -109,8 +110,8 @@ def verify(reader: CheckpointReader) -> str:
 
 
 def wrong_shapes(reader: CheckpointReader) -> list[str]:
-    """Tensors of the model and its optimizer that are missing or have another shape than by the
-    recipe, in words."""
+    """Lists tensors of the model and its optimizer that are missing, or have another shape than the
+    recipe says, as sentences."""
     expected: dict[str, tuple[int, ...]] = {}
     for name, weight in reader.weights.items():
         sparse, stored, shape = reader.plan.weights.get(name), stored_name(name), weight.shape
@@ -124,8 +125,7 @@ def wrong_shapes(reader: CheckpointReader) -> list[str]:
 
 
 def _wrong_mask(reader: CheckpointReader, weight: SparseWeight) -> list[str]:
-    """The first slice of a weight whose mask is not the planned one, in words; nothing if all
-    are."""
+    """Describes the first slice of a weight whose mask is not the planned one. Empty if all are."""
     k = weight.active_per_slice
     for slice_id, bits in enumerate(reader.mask_bits(weight.name)):
         active = int(np.unpackbits(bits).sum(dtype=np.int64))
@@ -139,7 +139,7 @@ def _wrong_mask(reader: CheckpointReader, weight: SparseWeight) -> list[str]:
 
 
 def render(facts: dict[str, Any]) -> str:
-    """What `describe` found, as text."""
+    """Formats the result of `describe` as text."""
     m, p, state = facts["model"], facts["layout"], facts["state"]
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     lines = {
@@ -165,8 +165,8 @@ def render(facts: dict[str, Any]) -> str:
 
 
 def _render_bytes(parts: dict[str, int]) -> list[str]:
-    return ["bytes of the tensors"] + [f"  {name.replace('_', ' '):<16}{size:>20,}" for name,
-                                       size in parts.items()]
+    return ["bytes of the tensors"] + [f"  {name.replace('_', ' '):<16}{size:>20,}"
+                                       for name, size in parts.items()]
 
 
 def _render_sparsity(sparsity: dict[str, Any]) -> list[str]:

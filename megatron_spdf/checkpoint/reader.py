@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_spdf.architecture.weights import Weight, model_weights
+from megatron_spdf.architecture.base import Weight
 from megatron_spdf.checkpoint import store
 from megatron_spdf.checkpoint.run_metadata import Masks, seeded_masks
 from megatron_spdf.checkpoint.tensors import TensorFiles
@@ -25,22 +25,24 @@ from megatron_spdf.sparsity.slices import join_slices
 
 VALUES, MASK_BITS = ".values", ".mask_bits"  # after the name of a sparse weight
 OPTIMIZER = "optimizer.state."  # before the name of a state and that of a parameter
-# Megatron-Core saves a block's norms as part of the layer they feed, where Transformer Engine fuses
-# them.
+# Megatron-Core saves the two norms of a transformer layer as part of the linear layer that they
+# feed, as Transformer Engine fuses them.
 _STORED = {".input_layernorm.": ".self_attention.linear_qkv.layer_norm_",
            ".pre_mlp_layernorm.": ".mlp.linear_fc1.layer_norm_"}
 _RUN_KEYS = {"state", "tokens", "recipe", "tokenizer", "sparsity", "versions", "saved"}
 
 
 def find_checkpoint(path: Path, newest: bool = False) -> Path:
-    """The checkpoint that `path` is, or of the run that it is the best one, where the run keeps it,
-    else the newest.
+    """Finds the checkpoint of a path: itself, or that of a run directory.
+
+    Of a run it is the best one, if the run keeps that, else the newest.
 
     Args:
-        newest: of a run, always take the newest, which is where the run goes on.
+        path: checkpoint or run directory.
+        newest: of a run, always take the newest, from which the run goes on.
 
     Raises:
-        ValueError: it is neither, or no save of the run has finished.
+        ValueError: `path` is neither, or no save of the run has finished.
     """
     if path.name.endswith(store.PARTIAL):
         raise ValueError(f"{path} is a save that did not finish; use a complete checkpoint, "
@@ -58,30 +60,31 @@ def find_checkpoint(path: Path, newest: bool = False) -> Path:
 
 
 def stored_name(name: str) -> str:
-    """The name in the file of the parameter with this canonical name."""
+    """Name in the file of the parameter with this canonical name."""
     for canonical, stored in _STORED.items():
         name = name.replace(canonical, stored)
     return name
 
 
 class CheckpointReader(TensorFiles):
-    """A checkpoint directory, vetted; a `source.WeightSource`.
+    """Checkpoint directory, vetted, as a `source.WeightSource`.
 
     Args:
         path: of the checkpoint itself, see `find_checkpoint`.
-        checksums: also read every byte of every file first, not their sizes alone.
+        checksums: also read every byte of every file first, instead of checking sizes alone.
 
     Attributes:
-        run: the content of run.json.
-        recipe, model: what the checkpoint was made with.
-        plan: the sparsity plan of that recipe.
-        masks: whether its masks are those that the plan draws.
+        run: content of run.json.
+        recipe, model: that the checkpoint was made with.
+        plan: sparsity plan of that recipe.
+        rules: multipliers of the recipe's parametrization.
+        masks: origin of its masks.
         weights: canonical name -> parameter of the whole model.
         shapes, dtypes: of every tensor by its name in the file, weights and optimizer state alike.
 
     Raises:
         DamagedCheckpoint: files are missing, or have another size or content than was written.
-        ValueError: run.json cannot be understood, or the index is none or holds code.
+        ValueError: run.json cannot be understood, or the index is missing or holds code.
     """
 
     def __init__(self, path: Path, checksums: bool = False):
@@ -89,21 +92,23 @@ class CheckpointReader(TensorFiles):
         super().__init__(path)
         self.run, self.recipe = _read_run(path / store.RUN)
         self.model = self.recipe.model
-        self.weights: dict[str, Weight] = {w.name: w for w in model_weights(self.model)}
+        self.weights: dict[str, Weight] = {w.name: w for w in self.model.weights()}
         self.plan = Plan.of(self.recipe)
         self.rules = Parametrization(self.recipe, self.plan)
         self.masks: Masks = self.run.get("masks", seeded_masks(self.plan))
 
     @property
     def origin(self) -> str:
+        """Origin of the weights, in words."""
         return f"step {self.run['state']['step']:,} of the run {Path(self.recipe.output).name}"
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
+        """Tokenizer that was saved with the checkpoint."""
         return load_tokenizer(self.path / "tokenizer")
 
     def mask_bits(self, name: str) -> np.ndarray:
-        """The mask of a sparse weight as it is saved, (slices, ceil(entries per slice / 8)) uint8.
+        """Mask of a sparse weight as it is saved, (slices, ceil(entries per slice / 8)) uint8.
 
         Raises:
             DamagedCheckpoint: it is missing, or has another shape than planned.
@@ -113,10 +118,10 @@ class CheckpointReader(TensorFiles):
         return self._of_shape(stored_name(name) + MASK_BITS, shape).numpy()
 
     def weight(self, name: str) -> Tensor:
-        """A parameter by its canonical name, whole and dense: of a sparse weight, values at their
-        places in zeros.
+        """Whole dense parameter by its canonical name. Masked entries of a sparse weight are zero.
 
-        It is that of a standard GPT: the multipliers of the run's parametrization are in it.
+        It is the weight of a standard model: the multipliers of the run's parametrization are
+        folded in.
 
         Raises:
             DamagedCheckpoint: it is missing, has another shape than the model's, or a mask of
@@ -125,12 +130,12 @@ class CheckpointReader(TensorFiles):
         return fold(self._dense(name, stored_name(name)), self.rules.folded(name))
 
     def master(self, name: str) -> Tensor:
-        """Like `weight`, in float32 from the optimizer's master weights."""
+        """Parameter as `weight` gives it, but in float32 from the optimizer's master weights."""
         return fold(self.parameter(name), self.rules.folded(name))
 
     def parameter(self, name: str) -> Tensor:
-        """Like `master`, as the run's own model holds it: multipliers of a parametrization are not
-        in it."""
+        """Parameter as `master` gives it, but without the multipliers of the run's
+        parametrization."""
         return self._dense(name, f"{OPTIMIZER}{MASTER}.{stored_name(name)}")
 
     def _dense(self, name: str, stored: str) -> Tensor:

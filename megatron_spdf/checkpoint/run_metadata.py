@@ -1,4 +1,4 @@
-"""run.json: where a run stands, what it is, what its masks are."""
+"""Content of run.json: progress, recipe, tokenizer, masks and origin of a run."""
 
 from __future__ import annotations
 
@@ -58,11 +58,12 @@ def describe_masks(masks: Masks) -> str:
 def run_record(recipe: Recipe, plan: Plan, tokenizer: Tokenizer, masks: Masks, origin: str,
                state: dict[str, int | float | None],
                measured_sparsity: dict[str, float]) -> dict[str, Any]:
-    """What run.json holds.
+    """Content of run.json.
 
     Args:
+        recipe, plan, tokenizer, masks: of the run.
         origin: of the weights at step 0, in words.
-        state: of the run, see `checkpointer.RunState`.
+        state: progress of the run, the fields of `checkpointer.RunState`.
         measured_sparsity: canonical name of a sparse weight -> fraction of zeros.
     """
     return {
@@ -72,8 +73,8 @@ def run_record(recipe: Recipe, plan: Plan, tokenizer: Tokenizer, masks: Masks, o
         "tokenizer": {"kind": tokenizer.kind, "sha256": tokenizer.sha256},
         "masks": masks,
         "origin": origin,
-        "sparsity": {n: {"target": w.sparsity, "measured": measured_sparsity[n]} for n,
-                     w in plan.weights.items()},
+        "sparsity": {n: {"target": w.sparsity, "measured": measured_sparsity[n]}
+                     for n, w in plan.weights.items()},
         "versions": {"megatron_spdf": __version__, "torch": version("torch"),
                      "megatron-core": version("megatron-core")},
         "saved": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

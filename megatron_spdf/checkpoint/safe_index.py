@@ -1,9 +1,9 @@
-"""Refuses pickled code.
+"""Refuses pickled code in a checkpoint's index.
 
 Megatron-Core's format keeps its index, `.metadata`, as a pickle that PyTorch loads without
-restriction. Here it is read first by an unpickler that knows the classes of such an index, each by
-name, and nothing else: what those modules import (`os`, through several doors) would be enough to
-run a command.
+restriction. An unpickler that allows the classes of such an index, each by name, reads it first.
+Allowing whole modules would not do: they import others (`os`, through several doors) that can run a
+command.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from pathlib import Path
 _CLASSES = {
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"},
+        "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"},
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch.distributed.checkpoint.planner": {
         "BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
@@ -27,6 +26,8 @@ _DTYPES = {"float32", "float16", "bfloat16", "float64", "uint8", "int8", "int16"
 
 
 class _Vetting(pickle.Unpickler):
+    """Unpickler that allows index classes only."""
+
     def find_class(self, module: str, name: str):
         if name in _CLASSES.get(module, ()) or (module == "torch" and name in _DTYPES):
             return super().find_class(module, name)
@@ -36,8 +37,11 @@ class _Vetting(pickle.Unpickler):
 def vet_metadata(checkpoint: Path) -> None:
     """Reads a checkpoint's `.metadata` with nothing but index classes allowed.
 
+    Args:
+        checkpoint: directory of the checkpoint.
+
     Raises:
-        ValueError: it holds anything else, or cannot be read.
+        ValueError: the index holds anything else, or cannot be read.
     """
     path = checkpoint / ".metadata"
     try:

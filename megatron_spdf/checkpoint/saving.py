@@ -1,9 +1,8 @@
-"""One checkpoint on its way to disk: in a thread, over a process group of its own, while training
-goes on.
+"""Writes one checkpoint in a thread, over a process group of its own, while training goes on.
 
-Every stage is agreed on by all ranks: where one fails (a full disk, a file system that is gone),
-all of them end the save with the same error, which names the rank and its host, and nothing becomes
-visible.
+All ranks agree on the outcome of each part of a save. Where one fails (a full disk, a file system
+that is gone), all of them end the save with the same error, which names the rank and its host, and
+nothing becomes visible.
 """
 
 from __future__ import annotations
@@ -36,24 +35,24 @@ T = TypeVar("T")
 
 
 class SaveFailed(OSError):
-    """A checkpoint could not be written; the ones before it are untouched."""
+    """Raised if a checkpoint could not be written. Older checkpoints are untouched."""
 
 
 class Saving(threading.Thread):
-    """Writes a snapshot and makes it visible; all ranks make one at the same step.
+    """Thread that writes a snapshot and makes it visible. All ranks start one at the same step.
 
     Args:
         partial: directory to write to, a name that ends in `.partial`.
         state: `Engine.sharded_state(loading=False)`.
-        add_files: called on rank 0 with the directory, writes what is not a tensor.
-        after: called on rank 0 when the checkpoint is visible.
-        group: gloo process group of all ranks, used by nobody else meanwhile.
+        add_files: called on rank 0 with the directory, to write all files but the tensors'.
+        after: called on rank 0 once the checkpoint is visible.
+        group: gloo process group of all ranks, not used otherwise meanwhile.
         validate: check with all ranks that every part of every tensor is saved exactly once.
 
     Attributes:
         path: of the checkpoint.
-        error: why there is none, when the thread has ended; the same on every rank.
-        seconds: the thread took.
+        error: cause of a failure, the same on every rank; None before the thread ends.
+        seconds: duration of the thread.
     """
 
     def __init__(self, partial: Path, state: dict, add_files: Callable[[Path], None],
@@ -69,6 +68,7 @@ class Saving(threading.Thread):
         self._state = mcore_to_pyt_state_dict(flat, is_loading=False)
 
     def run(self) -> None:
+        """Writes the snapshot, as the thread's main function."""
         in_background()
         started = time.perf_counter()
         try:
@@ -76,7 +76,7 @@ class Saving(threading.Thread):
         except SaveFailed as error:
             self.error = error
             self._on_first(lambda: shutil.rmtree(self.partial, ignore_errors=True))
-        except Exception as error:  # a rank is gone, so nothing can be agreed on any more
+        except Exception as error:  # a rank is gone, so ranks can no longer agree
             self.error = SaveFailed(str(error))
         finally:
             self._state = {}
@@ -104,24 +104,20 @@ class Saving(threading.Thread):
             dcp.save(self._state, storage_writer=writer, planner=planner, process_group=self.group)
         except CheckpointException as error:  # on all ranks alike
             hosts = self._on_all(socket.gethostname)
-            said = [
-                f"rank {r} on {hosts[r]}: {failure[0]}"
-                for r, failure in sorted(error.failures.items())
-            ]
+            said = [f"rank {r} on {hosts[r]}: {failure[0]}"
+                    for r, failure in sorted(error.failures.items())]
             free = shutil.disk_usage(self.partial.parent).free
-            raise SaveFailed(
-                f"{'; '.join(said)} ({free:,} bytes are free at {self.partial.parent})"
-            ) from None
+            raise SaveFailed(f"{'; '.join(said)} ({free:,} bytes are free at "
+                             f"{self.partial.parent})") from None
 
     def _complete_format(self) -> None:
-        """What Megatron-Core's loader asks for beside the tensors, and what is ours."""
+        """Writes the files that Megatron-Core's loader wants beside the tensors, and our own."""
         save_config(CheckpointingConfig("torch_dist", 1), str(self.partial))
         torch.save({}, self.partial / "common.pt")
         self.add_files(self.partial)
 
     def _describe_share(self, names: list[str]) -> dict[str, dict[str, object]]:
-        """Sizes and checksums of this rank's share of all files, which are those that rank 0
-        sees."""
+        """Sizes and checksums of this rank's share of the files that rank 0 sees."""
         unseen = {p.name for p in self.partial.glob(f"__{self.group.rank()}_*")} - set(names)
         if unseen:
             raise OSError(f"rank 0 does not see {', '.join(sorted(unseen))} in {self.partial}; the "
@@ -130,11 +126,15 @@ class Saving(threading.Thread):
                 for n in names[self.group.rank()::self.group.size()]}
 
     def _on_first(self, action: Callable[[], object]) -> None:
+        """Runs an action on rank 0, and raises on all ranks if it fails there."""
         self._on_all(action if self.group.rank() == 0 else lambda: None)
 
     def _on_all(self, action: Callable[[], T]) -> list[T]:
-        """Runs an action on every rank; its results by rank, or the same SaveFailed on all where it
-        fails on one."""
+        """Runs an action on every rank and returns the results by rank.
+
+        Raises:
+            SaveFailed: on all ranks alike, if the action fails on any of them.
+        """
         outcome: tuple[object, str] = (None, "")
         try:
             outcome = (action(), "")

@@ -1,5 +1,8 @@
-"""What rank 0 finds or makes on disk, agreed on by all ranks: others see it on a network file
-system maybe seconds later, and where nodes do not share the file system never."""
+"""Agreement of all ranks on files that rank 0 finds or makes.
+
+On a network file system other ranks may see such a file seconds later. If nodes do not share the
+file system they never see it.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +19,14 @@ PATIENCE = 60.0  # seconds; NFS remembers for as long by default that a name was
 
 
 class NotSharedFilesystem(ValueError):
-    """Ranks do not see the same files."""
+    """Raised if ranks do not see the same files."""
 
 
 def newest_of_all(directory: Path) -> Path | None:
-    """The newest checkpoint that rank 0 sees, on every rank; None: there is none.
+    """Newest checkpoint that rank 0 sees, on every rank. None if there is none.
 
     Raises:
-        NotSharedFilesystem: a rank does not see it; on all alike.
+        NotSharedFilesystem: on all ranks alike, if one of them does not see it.
     """
     found: list[str | None] = [None]
     if dist.get_rank() == 0:
@@ -37,10 +40,10 @@ def newest_of_all(directory: Path) -> Path | None:
 
 
 def check_shared(directory: Path) -> None:
-    """Makes sure that all ranks see what rank 0 writes to a directory; all call.
+    """Makes sure that all ranks see files that rank 0 writes to a directory. All ranks call it.
 
     Raises:
-        NotSharedFilesystem: some do not; on all alike.
+        NotSharedFilesystem: on all ranks alike, if one of them does not.
     """
     name = [f".{uuid.uuid4().hex}"]
     dist.broadcast_object_list(name, src=0)
@@ -56,18 +59,17 @@ def check_shared(directory: Path) -> None:
 
 
 def await_everywhere(path: Path) -> None:
-    """Waits until every rank sees what rank 0 has written.
+    """Waits until every rank sees a file that rank 0 has written.
 
     Raises:
-        NotSharedFilesystem: naming, on every rank alike, those that do not.
+        NotSharedFilesystem: on all ranks alike; names those that do not see it.
     """
     end = time.monotonic() + PATIENCE
     while not path.exists() and time.monotonic() < end:
         time.sleep(0.1)
     blind = [""] * dist.get_world_size()
-    dist.all_gather_object(blind,
-                           "" if path.exists() else f"rank {dist.get_rank()} on "
-                                                    f"{socket.gethostname()}")
+    here = f"rank {dist.get_rank()} on {socket.gethostname()}"
+    dist.all_gather_object(blind, "" if path.exists() else here)
     named = [b for b in blind if b]
     if named:
         more = f" and {len(named) - 8} more" if len(named) > 8 else ""

@@ -1,8 +1,7 @@
-"""The checkpoint directory on disk: complete by one rename, checked by size and checksum, never
-half-trusted.
+"""Checkpoint directory on disk: completed by one rename, checked by size and checksum.
 
-    checkpoints/step_00000500/         weights, masks, optimizer: Megatron-Core's distributed format
-    checkpoints/step_00000500/run.json    where the run stood, and what it was
+    checkpoints/step_00000500/            weights, masks, optimizer: Megatron-Core's format
+    checkpoints/step_00000500/run.json    progress and recipe of the run
     checkpoints/step_00000500/files.json  every file with its bytes and SHA-256, written last
     checkpoints/step_00001000.partial/    a save that did not finish; discarded at the next start
 """
@@ -19,32 +18,34 @@ from pathlib import Path
 from megatron_spdf.files import PARTIAL, sync_directory, write_json
 
 FILES, RUN = "files.json", "run.json"
-BEST = "best.json"  # beside the checkpoints: which one has the lowest validation loss
+BEST = "best.json"  # beside the checkpoints: names the one with the lowest validation loss
 _NAME = re.compile(r"step_\d{8}")
 _UNFINISHED = re.compile(r"step_\d{8}\.partial")
 
 
 class DamagedCheckpoint(ValueError):
-    """A checkpoint whose files are not what its list says."""
+    """Raised if the files of a checkpoint are not those that its list says."""
 
 
 def name_of(step: int) -> str:
+    """Directory name of the checkpoint of a step."""
     return f"step_{step:08d}"
 
 
 def step_of(checkpoint: Path) -> int:
+    """Step of a checkpoint, from its directory name."""
     return int(checkpoint.name.removeprefix("step_"))
 
 
 def visible(directory: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first: they were complete when they got their names."""
+    """Lists the checkpoints of a run, oldest first. Each was complete when it got its name."""
     if not directory.is_dir():
         return []
     return sorted((p for p in directory.iterdir() if _NAME.fullmatch(p.name)), key=lambda p: p.name)
 
 
 def best(directory: Path) -> Path | None:
-    """The checkpoint of a run that has the lowest validation loss, where the run keeps it."""
+    """Checkpoint of a run with the lowest validation loss. None if the run does not keep it."""
     try:
         named = directory / json.loads((directory / BEST).read_text())["checkpoint"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -53,7 +54,7 @@ def best(directory: Path) -> Path | None:
 
 
 def discard_incomplete(directory: Path) -> list[str]:
-    """Removes saves that did not finish and checkpoints half removed; returns their names."""
+    """Removes saves that did not finish and checkpoints half removed, and returns their names."""
     if not directory.is_dir():
         return []
     gone = [p for p in directory.iterdir() if _UNFINISHED.fullmatch(p.name)]
@@ -63,9 +64,17 @@ def discard_incomplete(directory: Path) -> list[str]:
 
 
 def retain(directory: Path, keep: int, keep_every: int = 0, spare: str | None = None) -> None:
-    """Removes complete checkpoints but the newest `keep`, those of every `keep_every`th step and
-    the one named `spare`. Each leaves by a rename first, so that a crash in the middle leaves a
-    `.partial` and not a checkpoint with files missing."""
+    """Removes complete checkpoints that are not to be kept.
+
+    Each is renamed first, so that a crash in the middle leaves a `.partial` and not a checkpoint
+    with files missing.
+
+    Args:
+        directory: of the run's checkpoints.
+        keep: number of the newest to keep.
+        keep_every: keep also those of every `keep_every`th step; 0: none.
+        spare: name of one more to keep.
+    """
     for path in visible(directory)[:-keep]:
         if path.name == spare or keep_every and step_of(path) % keep_every == 0:
             continue
@@ -75,13 +84,13 @@ def retain(directory: Path, keep: int, keep_every: int = 0, spare: str | None = 
 
 
 def files_of(checkpoint: Path) -> list[str]:
-    """Names, relative to the checkpoint, of all its files but the list itself."""
+    """Lists the names, relative to the checkpoint, of all its files but the list itself."""
     names = (p.relative_to(checkpoint).as_posix() for p in checkpoint.rglob("*") if p.is_file())
     return sorted(n for n in names if n != FILES)
 
 
 def describe(path: Path) -> dict[str, object]:
-    """Bytes and SHA-256 of a file, which is on disk afterwards and not in a cache only."""
+    """Flushes a file to disk, and returns its bytes and SHA-256."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -99,9 +108,10 @@ def publish(partial: Path, files: dict[str, dict[str, object]]) -> Path:
 
 
 def verify(checkpoint: Path, checksums: bool = True, names: list[str] | None = None) -> None:
-    """Holds the files of a checkpoint against its list.
+    """Compares the files of a checkpoint with its list.
 
     Args:
+        checkpoint: directory of the checkpoint.
         checksums: also read every byte; sizes alone find truncation but not a flipped bit.
         names: checksum these files only (ranks share the work); sizes are always checked for all.
 
@@ -121,9 +131,9 @@ def verify(checkpoint: Path, checksums: bool = True, names: list[str] | None = N
         size = (checkpoint / name).stat().st_size
         if size != listed[name]["bytes"]:
             faults.append(f"{name} has {size} bytes instead of {listed[name]['bytes']}")
-        elif checksums and (names is None or name in names) and describe(checkpoint
-                                                                         / name) != listed[name]:
-            faults.append(f"{name} has another content than was written")
+        elif checksums and (names is None or name in names):
+            if describe(checkpoint / name) != listed[name]:
+                faults.append(f"{name} has another content than was written")
     if faults:
         raise DamagedCheckpoint(f"checkpoint {checkpoint} is damaged: {'; '.join(faults)}. "
                                 "Remove it to resume from the one before")

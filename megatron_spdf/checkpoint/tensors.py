@@ -1,5 +1,5 @@
-"""The tensors of a directory in Megatron-Core's `torch_dist` format, read in one process, one at a
-time."""
+"""Reads the tensors of a `torch_dist` directory, Megatron-Core's format, one at a time in one
+process."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from megatron_spdf.checkpoint.store import DamagedCheckpoint
 
 
 class TensorFiles:
-    """A `torch_dist` directory whose index has been vetted. Objects beside the tensors are never
+    """`torch_dist` directory whose index has been vetted. Objects beside the tensors are never
     read.
 
     Attributes:
         shapes, dtypes: of every tensor by its name in the file.
 
     Raises:
-        ValueError: the index is none, or holds code.
+        ValueError: the index is missing, or holds code.
     """
 
     def __init__(self, path: Path):
@@ -41,8 +41,8 @@ class TensorFiles:
         self.path = path
         self._storage = _Storage(path)
         entries = self._storage.read_metadata().state_dict_metadata.items()
-        self._tensors = {name: entry for name,
-                         entry in entries if isinstance(entry, TensorStorageMetadata)}
+        self._tensors = {name: entry for name, entry in entries
+                         if isinstance(entry, TensorStorageMetadata)}
         self.shapes = {name: tuple(entry.size) for name, entry in self._tensors.items()}
         self.dtypes = {name: entry.properties.dtype for name, entry in self._tensors.items()}
 
@@ -51,7 +51,7 @@ class TensorFiles:
         return math.prod(self.shapes[name]) * self.dtypes[name].itemsize
 
     def tensor(self, name: str) -> Tensor:
-        """A whole tensor by its name in the file, on CPU, in the type it was saved in.
+        """Reads a whole tensor by its name in the file, to CPU, in the dtype it was saved in.
 
         Raises:
             DamagedCheckpoint: it is missing, has gaps, or cannot be read.
@@ -62,7 +62,11 @@ class TensorFiles:
         return self.part(name, (0,) * len(self.shapes[name]), self.shapes[name])
 
     def part(self, name: str, offset: Sequence[int], size: Sequence[int]) -> Tensor:
-        """A box of a tensor that is there: `size` entries along each axis from `offset` on."""
+        """Reads a box of a tensor: `size` entries along each axis from `offset` on.
+
+        Raises:
+            DamagedCheckpoint: the box has gaps, or cannot be read.
+        """
         planner = _PartPlanner(offset)
         values = torch.empty(*size, dtype=self.dtypes[name])
         try:
@@ -71,11 +75,10 @@ class TensorFiles:
                 load({name: values}, storage_reader=self._storage, planner=planner, no_dist=True)
         except CheckpointException as error:
             cause = next(iter(error.failures.values()))[0]
-            raise DamagedCheckpoint(
-                f"checkpoint {self.path}: {name}, in "
-                f"{' and '.join(self._files_of(name))}, cannot be read "
-                f"({type(cause).__name__}: {cause}); use another checkpoint"
-            ) from None
+            raise DamagedCheckpoint(f"checkpoint {self.path}: {name}, in "
+                                    f"{' and '.join(self._files_of(name))}, cannot be read "
+                                    f"({type(cause).__name__}: {cause}); use another checkpoint"
+                                    ) from None
         if planner.found != values.numel():
             raise DamagedCheckpoint(f"checkpoint {self.path} holds {planner.found} of "
                                     f"{values.numel()} numbers of {name}; use another checkpoint")
@@ -83,13 +86,13 @@ class TensorFiles:
 
     def _files_of(self, name: str) -> list[str]:
         stored = self._storage.read_metadata().storage_data
-        chunks = [stored.get(MetadataIndex(name, chunk.offsets))
-                  for chunk in self._tensors[name].chunks]
-        return sorted({info.relative_path for info in chunks if info}) or ["no file"]
+        places = [stored.get(MetadataIndex(name, box.offsets))
+                  for box in self._tensors[name].chunks]
+        return sorted({place.relative_path for place in places if place}) or ["no file"]
 
 
 class _Storage(FileSystemReader):
-    """Reads the index once, and not again for every tensor."""
+    """Reader that keeps the index, instead of reading it again for every tensor."""
 
     _index: Metadata | None = None
 
@@ -99,7 +102,7 @@ class _Storage(FileSystemReader):
 
 
 class _PartPlanner(DefaultLoadPlanner):
-    """Fills tensors from the box of the saved ones that begins at `offset`; counts the numbers
+    """Planner that fills tensors from the box of the saved ones at `offset`, and counts the numbers
     `found`."""
 
     def __init__(self, offset: Sequence[int]):
@@ -110,9 +113,8 @@ class _PartPlanner(DefaultLoadPlanner):
         items = []
         for name, tensor in self.state_dict.items():
             box = ChunkStorageMetadata(self.offset, tensor.shape)
-            items += create_read_items_for_chunk_list(name,
-                                                      self.metadata.state_dict_metadata[name],
-                                                      [box])
+            saved = self.metadata.state_dict_metadata[name]
+            items += create_read_items_for_chunk_list(name, saved, [box])
         self.found = sum(math.prod(item.lengths) for item in items)
         return LoadPlan(items)
 

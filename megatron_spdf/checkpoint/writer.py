@@ -1,8 +1,8 @@
-"""Writes a directory in Megatron-Core's `torch_dist` format from one process, one tensor in memory
-at a time.
+"""Writes a `torch_dist` directory, Megatron-Core's format, from one process with one tensor in
+memory.
 
 The libraries that write this format want all tensors of a rank at once. `dist_checkpointing.load`
-reads what is written here like what an engine saved, at any layout.
+reads the result at any layout, like a checkpoint that an engine saved.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1,
 
 @dataclass(frozen=True)
 class Part:
-    """A box of what `StoredTensor.read` gives, and the file it goes to."""
+    """Box of the tensor that `StoredTensor.read` gives, and the file that stores it."""
 
     file: str
     offset: tuple[int, ...]
@@ -47,13 +47,13 @@ class Part:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor to write, or one layer of a tensor that has the layers along its first axis.
+    """Tensor to write, or one layer of a tensor that has the layers along its first axis.
 
     Attributes:
         name, shape, dtype: of the whole tensor in the checkpoint.
-        parts: how it is cut; together they are all that `read` gives.
-        read: gives the values, called once, when it is their turn.
-        layer: along the first axis where `read` gives one layer; None where it gives the whole.
+        parts: boxes that together cover the result of `read`.
+        read: returns the values; called once, when the tensor is written.
+        layer: index along the first axis if `read` gives one layer; None if it gives the whole.
     """
 
     name: str
@@ -67,9 +67,11 @@ class StoredTensor:
 def write_tensors(directory: Path, tensors: Sequence[StoredTensor],
                   objects: Mapping[str, Any] | None = None,
                   common: Mapping[str, Any] | None = None) -> None:
-    """Fills an empty directory.
+    """Writes tensors and objects to an empty directory.
 
     Args:
+        directory: to fill.
+        tensors: in the order in which they are written.
         objects: name in the file -> object beside the tensors, pickled by `torch.save`.
         common: content of common.pt, plain values.
     """
@@ -98,8 +100,8 @@ def write_tensors(directory: Path, tensors: Sequence[StoredTensor],
             values = tensor.read()
             assert values.dtype == tensor.dtype, (tensor.name, values.dtype)
             for part in tensor.parts:
-                box = values[tuple(slice(o, o + n) for o,
-                                   n in zip(part.offset, part.size, strict=True))]
+                box = values[tuple(slice(start, start + length) for start, length
+                                   in zip(part.offset, part.size, strict=True))]
                 offset = torch.Size(part.offset if tensor.layer is None
                                     else (tensor.layer, *part.offset))
                 box = box if tensor.layer is None else box[None]
@@ -112,22 +114,25 @@ def write_tensors(directory: Path, tensors: Sequence[StoredTensor],
 
 
 def file_name(rank: int) -> str:
-    """The file of one model-parallel rank."""
+    """Name of the file of one model-parallel rank."""
     return f"__{rank}_0.distcp"
 
 
 def whole(shape: tuple[int, ...]) -> tuple[Part, ...]:
-    """A tensor in one piece, in the first file."""
+    """Parts of a tensor in one piece, in the first file."""
     return (Part(file_name(0), (0,) * len(shape), shape),)
 
 
 def cut(shape: tuple[int, ...], axis: int | None, layer: int, recipe: Recipe) -> tuple[Part, ...]:
-    """A tensor cut as the model-parallel ranks of a recipe's layout hold it, each part in the file
-    of its rank.
+    """Parts of a tensor, one in the file of each model-parallel rank that holds it in a recipe's
+    layout.
 
     Args:
-        axis: that tensor parallelism cuts; None: the first rank of the stage writes it whole.
-        layer: -1 before the blocks, `layers` after them.
+        shape: of the tensor.
+        axis: along which tensor parallelism cuts; None: the first rank of the pipeline stage writes
+            it whole.
+        layer: number of the transformer layer; -1 before the layers, `layers` after them.
+        recipe: gives the layout.
     """
     first = _stage_of(layer, recipe) * recipe.parallel.tensor
     if axis is None:
@@ -140,8 +145,8 @@ def cut(shape: tuple[int, ...], axis: int | None, layer: int, recipe: Recipe) ->
 
 
 def _stage_of(layer: int, recipe: Recipe) -> int:
-    """The pipeline rank that holds a layer; interleaved chunks go round the ranks."""
-    stages, chunk = recipe.parallel.pipeline, recipe.model.layers // recipe.parallel.pipeline
-    if layer in (-1, recipe.model.layers):
+    """Pipeline rank that holds a layer. Interleaved stages go round the ranks."""
+    stages, layers = recipe.parallel.pipeline, recipe.model.layers
+    if layer in (-1, layers):
         return 0 if layer < 0 else stages - 1
-    return layer // (chunk // recipe.parallel.interleave) % stages
+    return layer // (layers // stages // recipe.parallel.interleave) % stages

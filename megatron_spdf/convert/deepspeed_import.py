@@ -25,8 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_spdf.architecture.model import Model
-from megatron_spdf.architecture.weights import TIED_OUTPUT, Weight, model_weights
+from megatron_spdf.architecture.base import HEAD, Model, Weight
 from megatron_spdf.sparsity.plan import SparseWeight
 from megatron_spdf.sparsity.slices import join_slices
 
@@ -76,7 +75,7 @@ class DeepSpeedReader:
 
     def __init__(self, path: Path, model: Model):
         self.path, self.model = find_checkpoint(path), model
-        self.weights: dict[str, Weight] = {w.name: w for w in model_weights(model)}
+        self.weights: dict[str, Weight] = {w.name: w for w in model.weights()}
         self._ranks = [_Rank(states, shards) for states, shards in _files_by_rank(self.path)]
         self._check()
 
@@ -125,7 +124,7 @@ class DeepSpeedReader:
             wrong = [f"{name} is {rank.shapes[name]} there and {shape} in the recipe's model"
                      for name, shape in expected.items() if shape and rank.shapes.get(name, shape)
                      != shape]
-            unknown = [name for name in rank.shapes if name not in expected and name != TIED_OUTPUT]
+            unknown = [name for name in rank.shapes if name not in expected and name != HEAD]
             if missing or wrong or unknown:
                 found = [*(f"it has no {name}"
                            for name in missing), *wrong, *(f"it has {n} too" for n in unknown)]

@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_spdf.architecture.model import Model
-from megatron_spdf.architecture.weights import EMBEDDING, Weight
+from megatron_spdf.architecture.base import EMBEDDING, Model, Weight
 
 PREFIX = "transformer."  # of every name in GPT2LMHeadModel
 _MODEL = {EMBEDDING: "wte.weight", "embedding.position_embeddings.weight": "wpe.weight",

@@ -242,10 +242,8 @@ def _history(source: CheckpointReader) -> list[str]:
     kind = "moving" if source.masks["kind"] == "moved" else "static"
     sparsity = (
         f"{plan.sparsity:.2%} of the {plan.numel:,} weights in {len(plan.weights)} matrices of "
-        "the blocks are "
-        f"exactly zero ({kind} masks, {describe_masks(source.masks)}), so {plan.active:,} of them are active. The weights "
-        "are stored "
-        "dense, zeros included"
+        f"the blocks are exactly zero ({kind} masks, {describe_masks(source.masks)}), so "
+        f"{plan.active:,} of them are active. The weights are stored dense, zeros included"
         if plan.weights
         else "none, the model is dense"
     )

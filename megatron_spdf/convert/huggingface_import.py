@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_spdf.architecture.model import Model
-from megatron_spdf.architecture.weights import EMBEDDING, Weight, model_weights
+from megatron_spdf.architecture.base import EMBEDDING, Model, Weight
+from megatron_spdf.architecture.gpt import Gpt
 from megatron_spdf.convert.gpt2_state_dict import PREFIX, from_gpt2, gpt2_name, gpt2_shape
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
@@ -55,7 +55,7 @@ class HuggingFaceReader:
         self.path = path
         self.config = _read_json(path / CONFIG)
         self.model = _model(self.config, path)
-        self.weights: dict[str, Weight] = {w.name: w for w in model_weights(self.model)}
+        self.weights: dict[str, Weight] = {w.name: w for w in self.model.weights()}
         self._files = _find_files(path)
         self._open: dict[str, Any] = {}
         names = {name.removeprefix(PREFIX): name for name in self._names()}
@@ -161,7 +161,7 @@ def _model(config: dict[str, Any], path: Path) -> Model:
     if missing:
         raise ValueError(f"{path / CONFIG} has no {', '.join(missing)}; use the config.json the "
                          "model was saved with")
-    return Model(**{ours: config[theirs] for ours, theirs in keys.items()},
+    return Gpt(**{ours: config[theirs] for ours, theirs in keys.items()},
                  ffn_hidden=config.get("n_inner") or 4 * config["n_embd"])
 
 

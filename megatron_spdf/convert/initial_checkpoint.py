@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_spdf.architecture.weights import Weight
+from megatron_spdf.architecture.base import Weight
 from megatron_spdf.checkpoint import store
 from megatron_spdf.checkpoint.reader import MASK_BITS, OPTIMIZER, VALUES, stored_name
 from megatron_spdf.checkpoint.run_metadata import Masks, run_record, seeded_masks, stored_masks
@@ -38,7 +38,6 @@ from megatron_spdf.sparsity.slices import planned_mask, slice_of
 
 RECIPE, CHECKPOINTS = "recipe.yaml", "checkpoints"  # as training/run_dir.py names them
 Select = Literal["random", "magnitude"]
-_SHAPE = ("layers", "hidden", "heads", "query_groups", "ffn_hidden", "vocab_size", "max_positions")
 _START = {"step": 0, "optimizer_steps": 0, "skipped": 0, "skipped_in_a_row": 0, "evaluated": 0,
           "best_step": 0,
           "best_loss": None, "worse": 0, "tokens": 0, "mask_updates": 0}
@@ -100,9 +99,8 @@ def finish_run(checkpoint: Path, recipe: Recipe) -> None:
 def check_shape(source: WeightSource, recipe: Recipe) -> None:
     """Raises ValueError, with both values of each, where the model has another shape in the
     recipe."""
-    differ = [f"model.{key} is {getattr(source.model, key)} there and {getattr(recipe.model, key)} "
-              "in the recipe"
-              for key in _SHAPE if getattr(source.model, key) != getattr(recipe.model, key)]
+    differ = [f"model.{key} is {there} there and {here} in the recipe"
+              for key, (there, here) in source.model.differences(recipe.model).items()]
     if differ:
         raise ValueError(f"{source.path} is another model than the recipe's: {'; '.join(differ)}. "
                          "Set these to what is there, as section.key=value words or in the recipe")

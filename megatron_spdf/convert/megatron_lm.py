@@ -22,8 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_spdf.architecture.model import Model
-from megatron_spdf.architecture.weights import EMBEDDING, Weight, model_weights
+from megatron_spdf.architecture.base import EMBEDDING, Model, Weight
 from megatron_spdf.checkpoint.reader import stored_name
 from megatron_spdf.checkpoint.tensors import TensorFiles
 from megatron_spdf.checkpoint.writer import StoredTensor, whole, write_tensors
@@ -66,7 +65,7 @@ class MegatronReader(TensorFiles):
     def __init__(self, path: Path, model: Model):
         super().__init__(find_checkpoint(path))
         self.model = model
-        self.weights: dict[str, Weight] = {w.name: w for w in model_weights(model)}
+        self.weights: dict[str, Weight] = {w.name: w for w in model.weights()}
         self._stacked = (
             _stacked(stored_name("decoder.layers.0.mlp.linear_fc1.weight"))[0] in self.shapes
         )

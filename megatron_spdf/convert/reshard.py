@@ -8,7 +8,7 @@ import shutil
 from functools import partial
 from pathlib import Path
 
-from megatron_spdf.architecture.weights import Weight
+from megatron_spdf.architecture.base import Weight, divisors
 from megatron_spdf.checkpoint import store
 from megatron_spdf.checkpoint.inspect import wrong_shapes
 from megatron_spdf.checkpoint.reader import (
@@ -22,7 +22,7 @@ from megatron_spdf.checkpoint.writer import StoredTensor, cut, write_tensors
 from megatron_spdf.convert.initial_checkpoint import CHECKPOINTS, finish_run
 from megatron_spdf.files import appearing
 from megatron_spdf.recipe.recipe import Parallel, Recipe
-from megatron_spdf.recipe.rules import divisors, rule_violations
+from megatron_spdf.recipe.rules import rule_violations
 
 
 def reshard(reader: CheckpointReader, parallel: Parallel, output: Path) -> Path:
@@ -90,7 +90,7 @@ def _nearest(recipe: Recipe) -> dict[str, int | bool] | None:
     wanted = (p.tensor, p.pipeline, p.interleave, p.data)
     stages = divisors(m.layers)
     best = None
-    for degrees in itertools.product(divisors(m.query_groups), stages, stages,
+    for degrees in itertools.product(divisors(m.slices), stages, stages,
                                      divisors(recipe.train.global_batch)):
         tensor, pipeline, interleave, data = degrees
         layout = {"tensor": tensor, "pipeline": pipeline, "interleave": interleave, "data": data,

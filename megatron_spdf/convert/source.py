@@ -7,8 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from megatron_spdf.architecture.model import Model
-from megatron_spdf.architecture.weights import Weight
+from megatron_spdf.architecture.base import Model, Weight
 from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
 from megatron_spdf.convert.huggingface_import import CONFIG, HuggingFaceReader
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer

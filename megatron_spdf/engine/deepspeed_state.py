@@ -151,7 +151,9 @@ class ZeroState:
             for number in range(len(optimizer.fp16_groups)):
                 optimizer._reassign_or_swap_out_partitioned_parameters(number)
             if optimizer.persistent_parameters:  # small ones that are kept whole
-                optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+                kept = optimizer.persistent_parameters
+                kept[0].partition(kept)  # who has them whole already would gather nothing
+                kept[0].all_gather(kept)
 
 
 def _whole_masters(optimizer, model: nn.Module) -> dict[nn.Parameter, Tensor]:

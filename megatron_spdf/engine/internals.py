@@ -84,6 +84,9 @@ INTERNALS = (
              "the head's loss a few tokens at a time; 0.19 has `output_processor` for this"),
     Internal("megatron.core.transformer.attention.SelfAttentionSubmodules", ("core_attention",),
              "attention by PyTorch's kernels"),
+    Internal("megatron.core.extensions.transformer_engine", ("HAVE_TE", "TEDotProductAttention"),
+             "attention by Transformer Engine"),
+    Internal("megatron.core.fusions.fused_layer_norm.FusedLayerNorm", (), "norms by Apex"),
     Internal("megatron.core.transformer.transformer_layer.TransformerLayerSubmodules",
              ("input_layernorm", "pre_mlp_layernorm"), "norms that know sequence parallelism"),
     Internal("megatron.core.transformer.transformer_block.TransformerBlockSubmodules",
@@ -94,7 +97,8 @@ INTERNALS = (
              ("_forward_impl", "tp_group"), "multiplies with the values of a compact weight"),
     Internal("megatron.core.tensor_parallel.layers.RowParallelLinear",
              ("_forward_impl", "tp_group"), "the same"),
-    Internal("megatron.core.tensor_parallel.layers.linear_with_grad_accumulation_and_async_allreduce",
+    Internal("megatron.core.tensor_parallel.layers."
+             "linear_with_grad_accumulation_and_async_allreduce",
              ("input", "weight", "bias", "allreduce_dgrad", "sequence_parallel", "tp_group"),
              "the arguments that a layer's product is called with"),
     Internal("megatron.core.tensor_parallel.layers",
@@ -130,6 +134,9 @@ INTERNALS = (
               "get_grad_stats_parallel_group",
               "get_grads_for_grad_norm|get_main_grads_for_grad_norm"),
              "a step in parts, with one wait of the host"),
+    Internal("megatron.core.model_parallel_config.ModelParallelConfig",
+             ("finalize_model_grads_func", "grad_scale_func", "no_sync_func", "grad_sync_func"),
+             "set on a configuration, where a name that nobody reads would go unnoticed"),
     Internal("megatron.core.optimizer.ChainedOptimizer", ("chained_optimizers",),
              "the one that has state; PyTorch's in it may be replaced"),
     Internal("megatron.core.optimizer.distrib_optimizer.DistributedOptimizer",
@@ -213,7 +220,7 @@ INTERNALS = (
               "_reassign_or_swap_out_partitioned_parameters"),
              "master weights of ZeRO 3"),
     Internal("deepspeed.runtime.zero.partition_parameters.Init",
-             ("ds_id", "ds_tensor", "ds_process_group", "all_gather"),
+             ("ds_id", "ds_tensor", "ds_process_group", "all_gather", "partition"),
              "a parameter's part under ZeRO 3"),
 )
 

@@ -38,9 +38,9 @@ def move_masks(engine: Engine, plan: Plan, algorithm: MaskAlgorithm,
         for parameter, values in engine.state.whole(name):
             if parameter in after:
                 compact, bits = sparse[parameter], after[parameter]
-                values = _as_values(values, compact)
-                engine.state.put(parameter, name,
-                                 moving.carry(values, compact.mask_bits, bits, compact.mask.entries))
+                carried = moving.carry(_as_values(values, compact), compact.mask_bits, bits,
+                                       compact.mask.entries)
+                engine.state.put(parameter, name, carried)
     if after:
         engine.state.settle()
     moved = {sparse[p].planned.name: moving.born(sparse[p].mask_bits, b) for p, b in after.items()}

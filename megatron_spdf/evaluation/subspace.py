@@ -9,12 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_spdf.architecture.model import Model
+from megatron_spdf.architecture.base import Model
 from megatron_spdf.convert.source import WeightSource
 
 MATRICES = ("W_Q", "W_K", "W_V", "W_D", "W_I", "W_O")
 _SINGLE = {"W_D": "self_attention.linear_proj", "W_I": "mlp.linear_fc1", "W_O": "mlp.linear_fc2"}
-_SHAPE = ("layers", "hidden", "heads", "query_groups", "ffn_hidden")
 
 
 def distances(before: WeightSource, after: WeightSource) -> list[dict[str, float]]:
@@ -24,9 +23,9 @@ def distances(before: WeightSource, after: WeightSource) -> list[dict[str, float
     Raises:
         ValueError: the models have different shapes, or a weight is missing or damaged.
     """
-    differ = [f"{key} is {getattr(before.model, key)} and {getattr(after.model, key)}"
-              for key in _SHAPE
-              if getattr(before.model, key) != getattr(after.model, key)]
+    differ = [f"{key} is {one} and {other}"
+              for key, (one, other) in before.model.differences(after.model).items()
+              if key not in ("vocab_size", "max_positions")]
     if differ:
         raise ValueError(
             f"{before.path} and {after.path} are different models: {'; '.join(differ)}"

@@ -18,7 +18,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from megatron_spdf.architecture.weights import model_weights, padded_vocab
 from megatron_spdf.layers.compact import sparsify
 from megatron_spdf.model.attention import core_attention
 from megatron_spdf.model.head import head_loss
@@ -123,7 +122,7 @@ def build_model(recipe: Recipe, plan: Plan,
     """
     rules = Parametrization(recipe, plan)
     config = transformer_config(recipe, rules)
-    source = source or DrawnWeights(recipe.seed, recipe.model.query_groups)
+    source = source or DrawnWeights(recipe.seed, recipe.model.slices)
     interleaved = recipe.parallel.interleave > 1
     return [_build_chunk(recipe, config, rules, source, stage if interleaved else None)
             for stage in range(recipe.parallel.interleave)]
@@ -145,7 +144,7 @@ def _build_chunk(
         rules,
         config,
         block,
-        vocab_size=padded_vocab(recipe.model),
+        vocab_size=recipe.model.padded_vocab,
         max_sequence_length=recipe.model.max_positions,
         pre_process=ps.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
         post_process=ps.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
@@ -186,7 +185,7 @@ def _fill(model: GPTModel, rules: Parametrization, source: InitialWeights) -> No
     float32."""
     rank, world = ps.get_tensor_model_parallel_rank(), ps.get_tensor_model_parallel_world_size()
     weights, plan = {w.name: rules.initial(w)
-                     for w in model_weights(rules.recipe.model)}, rules.plan
+                     for w in rules.recipe.model.weights()}, rules.plan
     # ZeRO-3 gathers a parameter for the expansion alone, and frees it before a product could use
     # it.
     dense_copy = (

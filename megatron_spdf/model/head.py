@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state as ps
 from torch import Tensor
 
-from megatron_spdf.architecture.weights import tokens_at_once
+from megatron_spdf.architecture.lm_head import tokens_at_once
 
 
 def head_loss(

@@ -20,7 +20,7 @@ from megatron.core.tensor_parallel.layers import (
 from numpy.random import Generator, Philox
 from torch import Tensor, nn
 
-from megatron_spdf.architecture.weights import EMBEDDING, TIED_OUTPUT, Weight
+from megatron_spdf.architecture.base import EMBEDDING, HEAD, Weight
 from megatron_spdf.layers.compact import compact_of
 from megatron_spdf.random_streams import stream_key
 
@@ -150,7 +150,7 @@ def owned_weights(
         owned["weight"] = module.parametrizations.weight.original
     for key, parameter in owned.items():
         full = f"{name}.{key}"
-        yield parameter, weights[EMBEDDING if full == TIED_OUTPUT else full]
+        yield parameter, weights[EMBEDDING if full == HEAD else full]
 
 
 def _mark(parameter: nn.Parameter, axis: int) -> None:

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megatron_spdf.architecture.weights import Weight
+from megatron_spdf.architecture.base import Weight
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.sparsity.plan import Plan, SparseWeight
 

@@ -26,7 +26,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from megatron_spdf.architecture.weights import padded_vocab, tokens_at_once
+from megatron_spdf.architecture.lm_head import tokens_at_once
 from megatron_spdf.planning.buffers import local_parameters
 from megatron_spdf.planning.memory import rank_bytes
 from megatron_spdf.recipe.recipe import Recipe
@@ -203,7 +203,7 @@ def _head(recipe: Recipe, size: Sizes) -> int:
     or the logits' gradient, and that of the LM head's weight, fp32 and a summand where there are
     several chunks. All along there are the LM head's input, where sequence parallelism gathers it,
     and its gradient."""
-    rows = padded_vocab(recipe.model) // recipe.parallel.tensor
+    rows = recipe.model.padded_vocab // recipe.parallel.tensor
     chunk, tied = tokens_at_once(rows, size.tokens), _tied_gradient(recipe, size)
     softmax, logits = 4 * chunk * rows, size.width * chunk * rows
     summed = 4 * rows * recipe.model.hidden if chunk < size.tokens else 0
@@ -213,7 +213,7 @@ def _head(recipe: Recipe, size: Sizes) -> int:
 
 
 def _tied_gradient(recipe: Recipe, size: Sizes) -> int:
-    return size.width * padded_vocab(recipe.model) // recipe.parallel.tensor * recipe.model.hidden
+    return size.width * recipe.model.padded_vocab // recipe.parallel.tensor * recipe.model.hidden
 
 
 def peak_bytes(recipe: Recipe, plan: Plan, stage: int) -> int:

@@ -15,8 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from megatron_spdf.architecture.model import Model
-from megatron_spdf.architecture.weights import EMBEDDING, TIED_OUTPUT, Weight, model_weights
+from megatron_spdf.architecture.base import EMBEDDING, HEAD, Model, Weight
 from megatron_spdf.recipe.recipe import Parallel
 from megatron_spdf.sparsity.plan import Plan
 
@@ -71,10 +70,10 @@ class Buffer:
 
 @lru_cache(maxsize=64)
 def weights_by_layer(model: Model) -> dict[int, tuple[Weight, ...]]:
-    """`model_weights` by layer, once for each model: a search over layouts asks thousands of
+    """`Model.weights` by layer, once for each model: a search over layouts asks thousands of
     times."""
     layers: dict[int, list[Weight]] = {}
-    for weight in model_weights(model):
+    for weight in model.weights():
         layers.setdefault(weight.layer, []).append(weight)
     return {layer: tuple(weights) for layer, weights in layers.items()}
 
@@ -114,7 +113,7 @@ def _local_parameters(
              for layers in chunks]
     if tied_twice and model.layers in chunks[-1]:
         embedding = _local(next(w for w in weights[-1] if w.name == EMBEDDING), plan, tensor)
-        local[-1].append(Local(TIED_OUTPUT, model.layers, embedding.elements, 0))
+        local[-1].append(Local(HEAD, model.layers, embedding.elements, 0))
     return tuple(map(tuple, local))
 
 
@@ -175,7 +174,7 @@ def _fill(chunk: Sequence[Local], shards: int, tied_twice: bool, limit: int | No
 
     for parameter in reversed(chunk):
         start = _round_up(end, PARAMETER_ALIGNMENT) if shards else end
-        alone = bool(shards) and tied_twice and parameter.name in (EMBEDDING, TIED_OUTPUT)
+        alone = bool(shards) and tied_twice and parameter.name in (EMBEDDING, HEAD)
         if alone and parameters and parameters[-1][1] > opened:
             start = close(start)
         end = start + parameter.elements

@@ -10,7 +10,7 @@ import math
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 
-from megatron_spdf.architecture.model import Model
+from megatron_spdf.architecture.base import Model
 from megatron_spdf.planning.buffers import lay_out, local_parameters
 from megatron_spdf.recipe.recipe import AUTO, Parallel, Recipe
 from megatron_spdf.sparsity.plan import Plan
@@ -151,16 +151,17 @@ def zero_bytes(recipe: Recipe, plan: Plan, stage: int, zero_stage: int) -> RankB
 def render_layout(recipe: Recipe, plan: Plan) -> str:
     """The layout and the bytes per GPU of each pipeline stage, as text."""
     p = recipe.parallel
+    parts = ("parameters", "gradients", "optimizer", "expanded", "masks", "total")
     lines = [
         f"layout: {render_parallel(recipe)}; {_render_micro_batches(recipe)} tokens",
         f"steps: {recipe.steps:,} of {recipe.tokens_per_step:,} tokens",
-        "  "
-        f"{'GiB per GPU':<16}{'parameters':>12}{'gradients':>12}{'optimizer':>12}{'expanded':>12}{'masks':>12}{'total':>12}   (without activations: tools/plan.py)",
+        f"  {'GiB per GPU':<16}" + "".join(f"{part:>12}" for part in parts)
+        + "   (without activations: tools/plan.py)",
     ]
     for stage in range(p.pipeline):
         b = rank_bytes(recipe, plan, stage, on_gpu=True)
-        parts = (b.parameters, b.gradients, b.optimizer, b.expanded, b.masks, b.total)
-        lines.append(f"  {f'stage {stage}':<16}" + "".join(f"{n / 2**30:>12.3f}" for n in parts))
+        lines.append(f"  {f'stage {stage}':<16}"
+                     + "".join(f"{getattr(b, part) / 2**30:>12.3f}" for part in parts))
     return "\n".join(lines)
 
 

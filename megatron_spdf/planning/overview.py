@@ -6,7 +6,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megatron_spdf.architecture.weights import model_weights
 from megatron_spdf.planning.activations import step_bytes
 from megatron_spdf.planning.hardware import GPUS, Gpu
 from megatron_spdf.planning.memory import rank_bytes, zero_bytes
@@ -87,7 +86,7 @@ def make_overview(request: Request) -> dict[str, Any]:
 
 
 def _model(recipe: Recipe, plan: Plan) -> dict[str, Any]:
-    weights = model_weights(recipe.model)
+    weights = recipe.model.weights()
     linear = sum(w.numel for w in weights if w.linear)
     stages = stages_of(recipe)
     moves = [text for stage in stages if (text := render_moves(stage.alone, stage.plan))]
@@ -227,7 +226,7 @@ def _impossible(request: Request, misfits: list[Misfit]) -> str:
     if not misfits or misfits[0].excess is None:
         why = misfits[0].reason if misfits else (
             f"no tensor x pipeline divides that number (tensor divides model.query_groups="
-            f"{recipe.model.query_groups} and a node's {gpu.gpus_per_node} GPUs, pipeline "
+            f"{recipe.model.slices} and a node's {gpu.gpus_per_node} GPUs, pipeline "
             f"model.layers={recipe.model.layers})")
         near = usable_worlds(recipe, gpu, gpus)
         return (f"{gpus} GPUs cannot be laid out: {why}. Numbers near it that can: "

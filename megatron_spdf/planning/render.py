@@ -19,8 +19,8 @@ def render_overview(facts: dict[str, Any]) -> str:
 def _head(facts: dict[str, Any]) -> str:
     model, request = facts["model"], facts["request"]
     gpu = request["gpu"]
-    sparse = f"{model['active'] / 1e9:.3g}B of {model['linear_weights'] / 1e9:.3g}B linear weights active, " \
-             f"sparsity {model['sparsity']:.2%}" if model["sparsity"] else "dense"
+    sparse = (f"{model['active'] / 1e9:.3g}B of {model['linear_weights'] / 1e9:.3g}B linear "
+              f"weights active, sparsity {model['sparsity']:.2%}" if model["sparsity"] else "dense")
     own = facts["own_layout"]
     lines = [
         f"GPT of {model['layers']} layers x {model['hidden']}, {model['parameters'] / 1e9:.4g}B "
@@ -49,8 +49,8 @@ def _layout(row: dict[str, Any]) -> str:
 
 
 def _flops(facts: dict[str, Any]) -> str:
-    lines = [f"{'FLOPs per token (1e9)':<52}{'linear':>10}{'attention':>11}{'logits':>9}{'total':>10}"
-             f"{'run (1e18)':>14}"]
+    lines = [f"{'FLOPs per token (1e9)':<52}{'linear':>10}{'attention':>11}{'logits':>9}"
+             f"{'total':>10}{'run (1e18)':>14}"]
     for f in facts["flops"]:
         parts = "".join(f"{f[k] / 1e9:>{w}.4g}" for k,
                         w in (("linear", 10), ("attention", 11), ("logits", 9),
@@ -64,11 +64,14 @@ def _layouts(facts: dict[str, Any]) -> str:
     lines = [f"{facts['fitting']:,} layouts fit; the fastest, with the best micro-batch and "
              "recomputation of each:",
              f"  {'TP':>4}{'PP':>4}{'DP':>6}{'v':>4}{'mb':>4} "
-             f"{'recompute':<10}{'GiB':>7}{'s/step':>10}{'tokens/s':>13}{'MFU':>7}{'hours':>10}{'GPU hours':>12}" + (f"{'cost':>14}" if cost else "")]
+             f"{'recompute':<10}{'GiB':>7}{'s/step':>10}{'tokens/s':>13}{'MFU':>7}{'hours':>10}"
+             f"{'GPU hours':>12}" + (f"{'cost':>14}" if cost else "")]
     for r in shown:
         lines.append("  "
-                     f"{r['tensor']:>4}{r['pipeline']:>4}{r['data']:>6}{r['interleave']:>4}{r['micro_batch']:>4} {r['recompute']:<10}{r['peak_bytes'] / GIB:>7.1f}{r['step_seconds']:>10.4g}"
-                     f"{r['tokens_per_second']:>13,.0f}{r['mfu']:>7.1%}{r['hours']:>10,.1f}{r['gpu_hours']:>12,.1f}"
+                     f"{r['tensor']:>4}{r['pipeline']:>4}{r['data']:>6}{r['interleave']:>4}"
+                     f"{r['micro_batch']:>4} {r['recompute']:<10}{r['peak_bytes'] / GIB:>7.1f}"
+                     f"{r['step_seconds']:>10.4g}{r['tokens_per_second']:>13,.0f}{r['mfu']:>7.1%}"
+                     f"{r['hours']:>10,.1f}{r['gpu_hours']:>12,.1f}"
                      + (f"{r['cost']:>14,.0f}" if cost else ""))
     lines.append("  v: model chunks per pipeline rank; mb: sequences per micro-batch; sequence "
                  "parallelism with TP > 1")
@@ -102,7 +105,8 @@ def _traffic(facts: dict[str, Any]) -> str:
              f"{'link':<15}{'payload':>12}{'on the wire':>13}{'dense run':>12}"]
     for t in facts["best"]["traffic"]:
         lines.append(f"  {t['kind']:<11}{t['operation']:<16}{t['ranks']:>6}  {t['link']:<15}"
-                     f"{t['payload'] / MIB:>12,.2f}{t['wire'] / MIB:>13,.2f}{t['dense_payload'] / MIB:>12,.2f}")
+                     f"{t['payload'] / MIB:>12,.2f}{t['wire'] / MIB:>13,.2f}"
+                     f"{t['dense_payload'] / MIB:>12,.2f}")
     if len(lines) == 2:
         lines = ["One GPU sends nothing."]
     return "\n".join(lines)
@@ -120,13 +124,17 @@ def _sparsity(facts: dict[str, Any]) -> str:
     lines = ["What sparsity buys (at that layout; the fewest GPUs at one sequence per micro-batch, "
              "layers recomputed):",
              "  "
-             f"{'sparsity':>8}{'FLOPs (1e18)':>15}{'of dense':>10}{'GiB per GPU':>13}{'DP MiB/step':>13}{'fewest GPUs':>13}   layout of these"]
+             f"{'sparsity':>8}{'FLOPs (1e18)':>15}{'of dense':>10}{'GiB per GPU':>13}"
+             f"{'DP MiB/step':>13}{'fewest GPUs':>13}   layout of these"]
     for row in facts["sparsity"]:
         least, layout = row["fewest_gpus"], row["fewest_layout"]
-        where = f"TP {layout['tensor']} x PP {layout['pipeline']} x DP {layout['data']}" if layout else "none"
+        where = (f"TP {layout['tensor']} x PP {layout['pipeline']} x DP {layout['data']}"
+                 if layout else "none")
         mark = f"  <- the recipe{', in tiles' if row['tiles'] else ''}" if row["recipe"] else ""
         lines.append("  "
-                     f"{row['sparsity']:>8.2%}{row['run_flops'] / 1e18:>15,.2f}{row['flops_ratio']:>10.3f}{row['peak_bytes'] / GIB:>13.2f}{row['data_traffic'] / MIB:>13,.1f}"
+                     f"{row['sparsity']:>8.2%}{row['run_flops'] / 1e18:>15,.2f}"
+                     f"{row['flops_ratio']:>10.3f}{row['peak_bytes'] / GIB:>13.2f}"
+                     f"{row['data_traffic'] / MIB:>13,.1f}"
                      f"{least if least else '-':>13}   {where}{mark}")
     tiles = ", except in tiles" if any(row["tiles"] for row in facts["sparsity"]) else ""
     lines.append("  FLOPs count active weights, the paper's way; this engine expands weights and "

@@ -7,11 +7,12 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megatron_spdf.architecture.base import divisors
 from megatron_spdf.planning.activations import peak_bytes
 from megatron_spdf.planning.hardware import Gpu
 from megatron_spdf.planning.step_time import EFFICIENCY, StepTime, step_time
 from megatron_spdf.recipe.recipe import Recipe
-from megatron_spdf.recipe.rules import divisors, rule_violations
+from megatron_spdf.recipe.rules import rule_violations
 from megatron_spdf.sparsity.plan import Plan
 
 USABLE = 0.92  # of a GPU's memory; the rest is for the CUDA context, NCCL, cuBLAS and fragmentation
@@ -108,7 +109,7 @@ def degrees(recipe: Recipe, gpu: Gpu, gpus: int) -> Iterator[tuple[int, int, int
 
 def tensor_degrees(recipe: Recipe, gpu: Gpu) -> list[int]:
     """Tensor-parallel degrees that the model allows and that fill nodes without a rest."""
-    return [t for t in divisors(recipe.model.query_groups) if gpu.gpus_per_node % t == 0]
+    return [t for t in divisors(recipe.model.slices) if gpu.gpus_per_node % t == 0]
 
 
 def _variants(recipe: Recipe, tensor: int, pipeline: int, data: int) -> Iterator[Recipe]:

@@ -12,8 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from megatron_spdf.architecture.model import Model
-from megatron_spdf.architecture.weights import padded_vocab
+from megatron_spdf.architecture.base import Model
 from megatron_spdf.planning.activations import Sizes
 from megatron_spdf.planning.buffers import lay_out, local_parameters
 from megatron_spdf.planning.hardware import Gpu
@@ -123,7 +122,7 @@ def _executed(recipe: Recipe, plan: Plan, stage: int) -> tuple[float, float]:
     linear, attention = (share * part * _layers(recipe) / m.layers
                          for part in (whole.linear, whole.attention))
     logits = (
-        share * whole.logits * padded_vocab(m) / m.vocab_size
+        share * whole.logits * m.padded_vocab / m.vocab_size
         if stage == recipe.parallel.pipeline - 1
         else 0.0
     )
@@ -151,7 +150,7 @@ def _bytes_moved(recipe: Recipe, plan: Plan, stage: int) -> float:
     forward = _layers(recipe) * (HIDDEN_PASSES * size.hidden + FEED_FORWARD_PASSES * feed_forward)
     moved = forward * (3 + (recipe.train.recompute == "full"))
     if stage == p.pipeline - 1:
-        moved += LOGIT_PASSES * 4 * size.tokens * padded_vocab(m) // p.tensor
+        moved += LOGIT_PASSES * 4 * size.tokens * m.padded_vocab // p.tensor
     # Weight gradients are written, and read to be added to the fp32 buffer; those of sparse weights
     # are written dense, and read with the mask's bits, of which hardly a sector has no active
     # entry; those of tiles are only added.

@@ -12,7 +12,6 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_spdf.architecture.weights import padded_vocab
 from megatron_spdf.planning.activations import Sizes
 from megatron_spdf.planning.buffers import lay_out, layers_of, local_parameters
 from megatron_spdf.recipe.recipe import Recipe
@@ -45,7 +44,7 @@ def step_traffic(recipe: Recipe, plan: Plan, stage: int, on_gpu: bool = True) ->
         sent["pipeline", "send"] += recipe.micro_batches * sends * size.hidden
         if first or last:
             sent["embedding", "all-reduce"] += (
-                4 * padded_vocab(recipe.model) // p.tensor * recipe.model.hidden
+                4 * recipe.model.padded_vocab // p.tensor * recipe.model.hidden
             )
     if p.data > 1 and recipe.engine == "deepspeed":
         sent += _deepspeed(recipe, plan, stage, size)

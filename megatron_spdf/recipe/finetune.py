@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from megatron_spdf.architecture.model import Model
+from megatron_spdf.architecture.base import Model
 from megatron_spdf.optimizers.base import FINETUNING, Optimizer
 from megatron_spdf.recipe.load import load_as
 from megatron_spdf.recipe.recipe import (

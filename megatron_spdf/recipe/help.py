@@ -43,7 +43,7 @@ def _render_sections(field: FieldInfo, place: str, width: int) -> list[str]:
     (_, first), *others = by_name.sections().items()
     lines = _render_section(first, place, width)
     for name, section in others:
-        lines += ["", f"{place}, name={name}:  {_first_line(section)}".rstrip(": "),
+        lines += ["", f"{place}, {by_name.key}={name}:  {_first_line(section)}".rstrip(": "),
                   render_help(section, f"{place}.", width, leave_out=first)]
     return lines
 

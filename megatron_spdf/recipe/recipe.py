@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from megatron_spdf.architecture.model import Model
+from megatron_spdf.architecture.base import BY_ARCHITECTURE, Model
 from megatron_spdf.optimizers.base import PRETRAINING, Optimizer, Pretraining
 from megatron_spdf.section import Count, Paths, Section
 from megatron_spdf.sparsity.settings import Sparsity
@@ -201,7 +201,7 @@ class Recipe(Section):
     deepspeed: str | None = Field(None,
                                   description="JSON file of further DeepSpeed settings, see "
                                               "configs/deepspeed")
-    model: Model
+    model: Annotated[Model, BY_ARCHITECTURE]
     parametrization: Literal["standard", "mup"] = Field(
         "standard", description="mup: initial values, learning rates and multipliers follow width "
                                 "and density")

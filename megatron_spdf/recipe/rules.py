@@ -6,16 +6,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import lru_cache
 
-from megatron_spdf.architecture.model import Model
-from megatron_spdf.architecture.weights import model_weights
+from megatron_spdf.architecture.base import Model, divisors
 from megatron_spdf.recipe.deepspeed import contradictions
 from megatron_spdf.recipe.recipe import AUTO, Recipe
 from megatron_spdf.sparsity.plan import check_algorithm, check_tensor, make_plan
 from megatron_spdf.sparsity.settings import Sparsity
-
-
-def divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
 
 
 def rule_violations(recipe: Recipe) -> Iterator[str]:
@@ -38,16 +33,7 @@ def rule_violations(recipe: Recipe) -> Iterator[str]:
 
 def _model(recipe: Recipe) -> Iterator[str]:
     m = recipe.model
-    if m.hidden % m.heads:
-        yield (f"model.hidden={m.hidden} is not divisible by model.heads={m.heads}; heads may be "
-               f"{divisors(m.hidden)}")
-    if m.heads % m.query_groups:
-        yield (f"model.heads={m.heads} is not divisible by model.query_groups={m.query_groups}; "
-               f"query_groups may be {divisors(m.heads)}")
-    if m.ffn_hidden % m.query_groups:
-        yield (f"model.ffn_hidden={m.ffn_hidden} is not divisible by "
-               f"model.query_groups={m.query_groups}, the number of slices a weight is cut into; "
-               f"take a multiple of {m.query_groups}")
+    yield from m.rule_violations()
     if recipe.train.sequence_length > m.max_positions:
         yield (f"train.sequence_length={recipe.train.sequence_length} is over "
                f"model.max_positions={m.max_positions}; lower the first or raise the second")
@@ -63,9 +49,9 @@ def _optimizer(recipe: Recipe) -> Iterator[str]:
 
 def _layout(recipe: Recipe) -> Iterator[str]:
     m, p, t = recipe.model, recipe.parallel, recipe.train
-    if m.query_groups % p.tensor:
-        yield (f"model.query_groups={m.query_groups} (heads={m.heads}) is not divisible by "
-               f"parallel.tensor={p.tensor}; tensor may be {divisors(m.query_groups)}")
+    if m.slices % p.tensor:
+        yield (f"model.query_groups={m.slices} (heads={m.heads}) is not divisible by "
+               f"parallel.tensor={p.tensor}; tensor may be {divisors(m.slices)}")
     stages = p.pipeline * p.interleave
     if m.layers % stages:
         yield (f"model.layers={m.layers} is not divisible by parallel.pipeline x interleave = "
@@ -91,7 +77,7 @@ def _plan(model: Model, sparsity: str, tensor: int) -> tuple[str, ...]:
     """
     section = Sparsity.model_validate_json(sparsity)
     try:
-        plan = make_plan(section, model_weights(model), model.query_groups)
+        plan = make_plan(section, model.weights(), model.slices)
         check_tensor(plan, tensor)
         check_algorithm(plan, section)
     except ValueError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from statistics import mean
 
-from megatron_spdf.architecture.weights import Weight, model_weights
+from megatron_spdf.architecture.base import Weight
 from megatron_spdf.runs.measured import Run
 from megatron_spdf.scaling_law.fit import Point
 
@@ -33,4 +33,4 @@ def point_of(run: Run) -> Point:
 
 def linear_weights(run: Run) -> list[Weight]:
     """Linear weights of the run's model, sparse or not."""
-    return [w for w in model_weights(run.recipe.model) if w.linear]
+    return [w for w in run.recipe.model.weights() if w.linear]

@@ -17,8 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_spdf.architecture.model import Model
-from megatron_spdf.architecture.weights import model_weights
+from megatron_spdf.architecture.base import Model
 from megatron_spdf.sparsity.plan import Plan
 
 Convention = Literal["spdf", "causal"]
@@ -50,7 +49,7 @@ def forward_flops(
             the weights are expanded, as unstructured ones are.
         convention: see above.
     """
-    weights = sum(w.numel for w in model_weights(model) if w.linear)
+    weights = sum(w.numel for w in model.weights() if w.linear)
     if plan is not None:
         weights += plan.active - plan.numel
     keys = sequence_length if convention == "spdf" else (sequence_length + 1) / 2

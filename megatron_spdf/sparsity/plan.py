@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
-from megatron_spdf.architecture.model import Model
-from megatron_spdf.architecture.weights import Weight, model_weights
+from megatron_spdf.architecture.base import Model, Weight
 from megatron_spdf.kernels.limits import multiplied
 from megatron_spdf.sparsity.patterns.tiles import balanced_parts, tile_slices
 from megatron_spdf.sparsity.patterns.two_four import check_two_four
@@ -111,7 +110,7 @@ class Plan:
             ValueError: see `make_plan`.
         """
         model = recipe.model
-        return make_plan(recipe.sparsity, model_weights(model), model.query_groups)
+        return make_plan(recipe.sparsity, model.weights(), model.slices)
 
     @cached_property
     def on_tiles(self) -> Plan:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from small_models import MODEL
 
-from megatron_spdf.architecture.model import Model
+from megatron_spdf.architecture.gpt import Gpt
 from megatron_spdf.checkpoint.reader import stored_name
 from megatron_spdf.checkpoint.tensors import TensorFiles
 from megatron_spdf.checkpoint.writer import StoredTensor, whole, write_tensors
@@ -15,7 +15,7 @@ from megatron_spdf.convert.megatron_lm import MegatronReader, save_for_megatron
 from megatron_spdf.convert.source import open_weights
 
 EMBEDDING = "embedding.word_embeddings.weight"
-SHAPE = Model.model_validate(MODEL)
+SHAPE = Gpt.model_validate(MODEL)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_spdf.architecture.weights import EMBEDDING
+from megatron_spdf.architecture.base import EMBEDDING
 from megatron_spdf.checkpoint import store
 from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
 from megatron_spdf.convert import huggingface_export

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_spdf.architecture.model import Model
+from megatron_spdf.architecture.gpt import Gpt
 from megatron_spdf.data.finetuning.task import TASKS
 from megatron_spdf.recipe.finetune import Finetune, load_finetune, training_recipe
 from megatron_spdf.recipe.recipe import Recipe
@@ -19,7 +19,7 @@ SHIPPED = {path.stem: path for path in sorted((CONFIGS / "finetune").glob("*.yam
 NLG = ["e2e", "webnlg", "dart"]
 SUMMARIES = ["curation", "scitldr"]
 SMALL_RUNS = {"demo", "e2e_10m"}
-SMALL = Model(preset="gpt2_small")
+SMALL = Gpt(preset="gpt2_small")
 
 
 def shipped(name: str, *words: str) -> Finetune:

@@ -18,7 +18,12 @@ from text_shards import records, write_shard
 from megatron_spdf.data.preprocess.preprocess import preprocess
 from megatron_spdf.data.pretraining import samples
 from megatron_spdf.data.pretraining.index_cache import built_once
-from megatron_spdf.data.pretraining.samples import Borders, Pass, Windows, samples_in_pass
+from megatron_spdf.data.pretraining.samples import (
+    DocumentBoundaries,
+    ShuffledEpochs,
+    Windows,
+    samples_per_index,
+)
 from megatron_spdf.data.pretraining.sources import expand, training_sources
 from megatron_spdf.data.tokenizers.tokenizer import load_tokenizer
 
@@ -44,11 +49,11 @@ def tokenizer(tiny_bpe):
 def make(place, recipe, tmp_path, tokenizer):
     """Makes the pass `number` over data set "a", with changes to the recipe."""
     def make_pass(number: int = 0, prefix: Path | None = None, cache: str = "cache",
-                  **changes) -> Pass:
+                  **changes) -> ShuffledEpochs:
         made = recipe(train={"sequence_length": LENGTH},
                       data={"train": str(prefix or place / "a")}, **changes)
         [source] = training_sources(expand(made.data), tokenizer.sha256)
-        return Pass(source, number, made, tokenizer, tmp_path / cache)
+        return ShuffledEpochs(source, number, made, tokenizer, tmp_path / cache)
     return make_pass
 
 
@@ -154,19 +159,19 @@ def test_bytes_of_the_windows_are_those_of_the_text(place, recipe, tokenizer):
 
 @pytest.mark.parametrize("text", [
     [5, 6, 7, 8, 5, 6, 7], [1, 1, 1, 1, 1, 1, 1], [2, 1, 3, 4, 1, 2, 1], [1, 2, 3, 3, 3, 3, 1]])
-def test_borders_of_documents_are_megatrons(text):
+def test_boundaries_of_documents_are_megatrons(text):
     from megatron.core.datasets.gpt_dataset import _get_ltor_masks_and_position_ids
 
     from megatron_spdf.model.attention import document_mask
 
-    sample = Borders(eod=1, reset_positions=True,
-                     reset_attention=True).sample(np.array(text, np.uint16))
+    boundaries = DocumentBoundaries(eod=1, reset_positions=True, reset_attention=True)
+    sample = boundaries.sample(np.array(text, np.uint16))
     masked, loss_mask, positions = _get_ltor_masks_and_position_ids(sample["tokens"], 1, True,
                                                                     True, False, True)
     assert torch.equal(sample["position_ids"], positions)
     assert torch.equal(sample["loss_mask"], loss_mask)
     assert torch.equal(document_mask(sample["documents"][None])[0], ~masked)
-    plain = Borders(eod=1).sample(np.array(text, np.uint16))
+    plain = DocumentBoundaries(eod=1).sample(np.array(text, np.uint16))
     assert torch.equal(plain["position_ids"], torch.arange(6)) and "documents" not in plain
 
 
@@ -237,4 +242,4 @@ def test_a_failed_build_is_not_taken_for_a_result(tmp_path):
 def test_length_of_a_pass_without_opening_it(make, recipe, place, tokenizer):
     made = recipe(train={"sequence_length": LENGTH}, data={"train": str(place / "a")})
     [source] = training_sources(expand(made.data), tokenizer.sha256)
-    assert samples_in_pass(source, made) == len(make())
+    assert samples_per_index(source, made) == len(make())

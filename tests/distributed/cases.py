@@ -22,7 +22,7 @@ from live_bytes import LiveBytes
 from megatron.core import parallel_state as ps
 from plain_gpt2 import plain_gpt2, train_plain
 
-from megatron_spdf.architecture import weights
+from megatron_spdf.architecture import lm_head
 from megatron_spdf.checkpoint import shared_files, store
 from megatron_spdf.checkpoint.checkpointer import Checkpointer, RunState
 from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
@@ -150,10 +150,10 @@ def train(recipe: dict, steps: int) -> dict:
         }
 
 
-def planned(recipe: dict, logits_bytes: int = weights.LOGITS_BYTES) -> dict:
+def planned(recipe: dict, logits_bytes: int = lm_head.LOGITS_BYTES) -> dict:
     """A step, counted and predicted: bytes of buffers, bytes sent, and most bytes of activations
     alive."""
-    with patch.object(weights, "LOGITS_BYTES", logits_bytes), bench(recipe) as b:
+    with patch.object(lm_head, "LOGITS_BYTES", logits_bytes), bench(recipe) as b:
         stage = ps.get_pipeline_model_parallel_rank()
         return {
             **sent_in_a_step(b), "held": b.engine.state_bytes(), "predicted": predicted_bytes(b),

@@ -11,7 +11,6 @@ from harness import agree_on_port
 from megatron.core import parallel_state as ps
 from plain_gpt2 import plain_gpt2
 
-from megatron_spdf.architecture.weights import model_weights
 from megatron_spdf.checkpoint.checkpointer import Checkpointer, RunState
 from megatron_spdf.checkpoint.reader import find_checkpoint
 from megatron_spdf.convert.source import open_weights
@@ -155,7 +154,7 @@ def revived(recipe: dict) -> dict:
     whether the others are as they were; with the sums that tell layouts apart."""
     with tuning(recipe) as t:
         rank, world = ps.get_tensor_model_parallel_rank(), ps.get_tensor_model_parallel_world_size()
-        weights, found = {w.name: w for w in model_weights(t.recipe.model)}, {}
+        weights, found = {w.name: w for w in t.recipe.model.weights()}, {}
         (model,) = build_model(t.recipe, t.prepared.plan, t.weights)
         for name, module in canonical_modules(model):
             full = f"{name}.weight"

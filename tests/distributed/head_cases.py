@@ -12,7 +12,7 @@ from megatron.core import parallel_state as ps
 from megatron.core import tensor_parallel
 from torch import Tensor
 
-from megatron_spdf.architecture import weights
+from megatron_spdf.architecture import lm_head
 from megatron_spdf.model import head
 from megatron_spdf.model.head import head_loss
 from megatron_spdf.model.loss import batch_loss
@@ -110,10 +110,10 @@ def peaks(recipe: dict) -> dict[str, int]:
             return head_loss(x, weight, labels, shares, rows)
 
         for name, loss, limit in (("megatron", megatron, 0),
-                                  ("one chunk", ours, weights.LOGITS_BYTES),
+                                  ("one chunk", ours, lm_head.LOGITS_BYTES),
                                   ("chunks", ours, 4 * rows * 64)):
             x, weight = (t.detach().requires_grad_() for t in (x, weight))
-            with patch.object(weights, "LOGITS_BYTES",
+            with patch.object(lm_head, "LOGITS_BYTES",
                               limit), LiveBytes((x, weight, labels, shares)) as live:
                 loss(x, weight).backward()
             found[name] = live.peak

@@ -123,9 +123,11 @@ def results(place, make_run, tmp_path_factory):
     cases |= {
         "magnitude one": ("converted", {"recipe": straight, "stop": 6, "ids": ids}),
         "magnitude two": ("converted", {"recipe": pruned, "stop": 2, "ids": ids}),
-        "magnitude two on": ("converted", {"recipe": elsewhere, "stop": 4, "ids": ids}),
+        "magnitude two on": ("converted", {"recipe": elsewhere, "stop": 4, "ids": ids},
+                             ["magnitude two"]),
         "magnitude two on resharded": (
-            "resharded", {"source": pruned["output"], "recipe": again, "stop": 6, "ids": ids}),
+            "resharded", {"source": pruned["output"], "recipe": again, "stop": 6, "ids": ids},
+            ["magnitude two on"]),
     }
     dense = open_weights(find_checkpoint(place / "0% tp1"))
     save_for_megatron(dense, place / "megatron", torch.float32)

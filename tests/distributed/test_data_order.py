@@ -1,12 +1,12 @@
 """The samples of a run: the same at every data-parallel degree, after every resume, and through a
 change of blend."""
 
-from collections import Counter
+from collections import ChainMap, Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import outcome, run_cases
+from harness import Outcomes, outcome, run_cases
 
 pytestmark = pytest.mark.slow
 
@@ -125,7 +125,7 @@ def bordered(make_deep_recipe, short_documents, corpus, tmp_path_factory):
                                                              model={"query_groups": 2})})
     directory = tmp_path_factory.mktemp("boundaries")
     found = {world: run_cases(world, cases[world], directory / str(world)) for world in cases}
-    return {name: outcome(results, name) for results in found.values() for name in results}
+    return Outcomes(ChainMap(*found.values()))
 
 
 @pytest.mark.parametrize("name", ["packed", "packed groups"])

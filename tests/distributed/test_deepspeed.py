@@ -9,7 +9,7 @@ import torch
 from harness import outcome, run_cases
 from mup import MUP
 
-from megatron_spdf.architecture.model import Model
+from megatron_spdf.architecture.gpt import Gpt
 from megatron_spdf.convert.deepspeed_import import DeepSpeedReader
 
 pytestmark = pytest.mark.slow
@@ -56,8 +56,13 @@ def with_stage(sections: dict, zero: int, **parallel) -> dict:
 
 
 @pytest.fixture(scope="module")
-def results(make_recipe, tmp_path_factory):
-    runs = tmp_path_factory.mktemp("runs")
+def runs(tmp_path_factory):
+    """Directory of the runs; `own` holds what DeepSpeed writes itself."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def results(make_recipe, runs, tmp_path_factory):
 
     def train(sections: dict) -> tuple[str, dict]:
         return "train", {"recipe": make_recipe(**sections), "steps": STEPS}
@@ -82,8 +87,7 @@ def results(make_recipe, tmp_path_factory):
             "recipe": make_recipe(**with_stage(sections, zero)), "steps": 2,
             "directory": str(runs / "own" / name)})
     cases["chain"] = cut("chain", CHAIN, [1, 2, 3, 4])
-    return run_cases(2, cases, tmp_path_factory.mktemp("deepspeed"),
-                     timeout=1800) | {"own": runs / "own"}
+    return run_cases(2, cases, tmp_path_factory.mktemp("deepspeed"))
 
 
 def close(there: dict, reference: dict, tolerance: float):
@@ -158,14 +162,14 @@ def test_deepspeeds_own_checkpoint_holds_the_same_weights(results, name):
 
 
 @pytest.fixture
-def written(results, make_recipe, tmp_path):
+def written(results, runs, make_recipe, tmp_path):
     """A copy of DeepSpeed's own checkpoint of two data-parallel ranks, and what reads it."""
     outcome(results, "written bf16 zero 2")
-    (place,) = shutil.copytree(results["own"] / "bf16 zero 2",
+    (place,) = shutil.copytree(runs / "own" / "bf16 zero 2",
                                tmp_path / "own").glob("global_step*")
     model = make_recipe()["model"]
     return place, lambda **shape: DeepSpeedReader(tmp_path / "own",
-                                                  Model.model_validate(model | shape))
+                                                  Gpt.model_validate(model | shape))
 
 
 def test_files_of_a_missing_rank_are_named(written):
@@ -205,4 +209,4 @@ def test_what_could_be_code_is_refused(written, tmp_path):
 
 def test_a_directory_of_something_else_is_named(tmp_path):
     with pytest.raises(ValueError, match="is no checkpoint of DeepSpeed: it has neither"):
-        DeepSpeedReader(tmp_path, Model(preset="gpt2_small"))
+        DeepSpeedReader(tmp_path, Gpt(preset="gpt2_small"))

@@ -8,10 +8,11 @@ does, and dense bf16 through three.
 import math
 import os
 import shutil
+from functools import cache
 from pathlib import Path
 
 import pytest
-from harness import outcome, run_cases
+from harness import Results, outcome, run_cases
 
 pytestmark = pytest.mark.slow
 
@@ -26,6 +27,7 @@ KINDS = {f"{sparsity} {precision}": {"sparsity": level,
 PLACES = {kind: LAYOUTS for kind in KINDS} if os.environ.get("LAYOUTS") == "all" else {
     "sparse fp32": LAYOUTS, "dense bf16": [(2, 1, 1), (1, 2, 1), (1, 1, 2)]}
 PAIRS = [(kind, place) for kind, places in PLACES.items() for place in places]
+ONE = (1, 1, 1)
 SMALL = {"layers": 4, "hidden": 32, "heads": 4, "max_positions": 16}
 # Parallel sums round otherwise. bf16: 8 bits of a loss near 5, and steps that differ from there on.
 TOLERANCE = {"fp32": {"rel": 1e-5}, "bf16": {"abs": 2e-2}}
@@ -38,8 +40,8 @@ def layout(tensor: int, pipeline: int, data: int) -> dict:
 
 @pytest.fixture(scope="module")
 def results(make_recipe, tmp_path_factory):
-    """(kind, layout) -> losses before and after the save; the second part at the layout after the
-    one that saved."""
+    """(part, kind, layout) -> losses: before the save, after it at the layout that follows in the
+    list, and of the run that was not stopped."""
     root = tmp_path_factory.mktemp("reshard")
 
     def recipe(kind: str, place: tuple, name: str) -> dict:
@@ -47,32 +49,36 @@ def results(make_recipe, tmp_path_factory):
                            parallel=layout(*place),
                            **KINDS[kind])
 
-    def run_all(name: str, stop: int, pairs=PAIRS) -> dict:
-        losses = {}
-        for world in sorted({math.prod(place) for _, place in pairs}):
-            cases = {f"{kind} {place}": ("go_on",
-                                         {"recipe": recipe(kind, place, name), "stop": stop})
-                     for kind, place in pairs if math.prod(place) == world}
-            results = run_cases(world, cases, root / f"{name} {world}")
-            losses |= {case: [loss for loss, _ in outcome(results, case)] for case in cases}
-        return losses
+    def cases(name: str, stop: int, world: int) -> Results:
+        pairs = [(kind, ONE) for kind in PLACES] if name == "straight" else PAIRS
+        there = {f"{kind} {place}": ("go_on", {"recipe": recipe(kind, place, name), "stop": stop})
+                 for kind, place in pairs if math.prod(place) == world}
+        return run_cases(world, there, root / f"{name} {world}")
 
-    before = run_all("first", SAVED)
-    for kind, places in PLACES.items():
-        for place, other in zip(places, places[-1:] + places[:-1], strict=True):
-            there, here = (Path(recipe(kind, p, n)["output"]) for p,
-                           n in ((other, "first"), (place, "second")))
-            shutil.copytree(there / "checkpoints", here / "checkpoints")
-    return {"before": before, "after": run_all("second", STEPS),
-            "straight": run_all("straight", STEPS, [(kind, (1, 1, 1)) for kind in PLACES])}
+    worlds = sorted({math.prod(place) for _, place in PAIRS} | {1})
+    found = {(name, world): cases(name, stop, world) for world in worlds
+             for name, stop in (("first", SAVED), ("second", STEPS), ("straight", STEPS))}
+
+    @cache
+    def losses(name: str, kind: str, place: tuple) -> list[float]:
+        if name == "second":
+            places = PLACES[kind]
+            other = places[places.index(place) - 1]
+            losses("first", kind, other)
+            copies = (Path(recipe(kind, p, n)["output"], "checkpoints")
+                      for p, n in ((other, "first"), (place, "second")))
+            shutil.copytree(*copies)
+        there = found[name, math.prod(place)]
+        return [loss for loss, _ in outcome(there, f"{kind} {place}")]
+
+    return losses
 
 
 @pytest.mark.parametrize(("kind", "place"), PAIRS, ids=str)
 def test_resumed_at_another_layout_equals_straight(results, kind, place):
-    straight = results["straight"][f"{kind} (1, 1, 1)"]
-    tolerance = TOLERANCE[kind.split()[1]]
-    assert results["before"][f"{kind} {place}"] == pytest.approx(straight[:SAVED], **tolerance)
-    assert results["after"][f"{kind} {place}"] == pytest.approx(straight[SAVED:], **tolerance)
+    straight, tolerance = results("straight", kind, ONE), TOLERANCE[kind.split()[1]]
+    assert results("first", kind, place) == pytest.approx(straight[:SAVED], **tolerance)
+    assert results("second", kind, place) == pytest.approx(straight[SAVED:], **tolerance)
 
 
 def test_three_heads_on_three_ranks(make_recipe, tmp_path_factory):

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from megatron_spdf.architecture.weights import EMBEDDING, model_weights
+from megatron_spdf.architecture.base import EMBEDDING
 from megatron_spdf.model.parametrization import (
     Parametrization,
     fold,
@@ -28,7 +28,7 @@ def rules(**changes) -> tuple[Parametrization, dict]:
               "train": {"tokens": 1000, "global_batch": 4, "micro_batch": 1},
               "optimizer": {"lr": 1e-3}, **changes}
     recipe = Recipe.model_validate(values)
-    weights = model_weights(recipe.model)
+    weights = recipe.model.weights()
     plan = Plan.of(recipe)
     return Parametrization(recipe, plan), {w.name: w for w in weights}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_spdf.architecture.weights import LOGITS_BYTES, tokens_at_once
+from megatron_spdf.architecture.lm_head import LOGITS_BYTES, tokens_at_once
 from megatron_spdf.planning.activations import (
     in_flight,
     kept_by_layer,

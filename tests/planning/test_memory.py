@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_spdf.architecture.weights import EMBEDDING, TIED_OUTPUT, model_weights
+from megatron_spdf.architecture.base import EMBEDDING, HEAD
 from megatron_spdf.planning.buffers import lay_out, layers_of, local_parameters
 from megatron_spdf.planning.memory import RankBytes, rank_bytes, render_layout, zero_bytes
 from megatron_spdf.recipe.load import load_recipe
@@ -116,7 +116,7 @@ def test_no_other_zero_stage(recipe):
 def test_sparse_layers_take_a_quarter_at_75_percent(name, what):
     dense, sparse = (load_recipe(PRETRAIN / f"{name}_{level}.yaml") for level in ("dense", "s75"))
     before, after = (getattr(rank_bytes(r, Plan.of(r), 0, True), what) for r in (dense, sparse))
-    weights = model_weights(dense.model)
+    weights = dense.model.weights()
     in_sparse_layers = before * sum(w.numel for w in weights
                                     if w.linear) / sum(w.numel for w in weights)
     rest = before - in_sparse_layers
@@ -151,10 +151,10 @@ def test_every_weight_is_on_one_stage_and_the_tied_embedding_on_both_ends(recipe
     plan = Plan.of(r)
     held = [local_parameters(r.model, r.parallel, plan, stage) for stage in range(pipeline)]
     stages = [[q.name for chunk in chunks for q in chunk] for chunks in held]
-    twice = [TIED_OUTPUT] if pipeline > 1 else []
-    assert sorted(sum(stages, [])) == sorted([w.name for w in model_weights(r.model)] + twice)
+    twice = [HEAD] if pipeline > 1 else []
+    assert sorted(sum(stages, [])) == sorted([w.name for w in r.model.weights()] + twice)
     assert EMBEDDING in stages[0]
-    assert pipeline == 1 or stages[-1][-1] == TIED_OUTPUT
+    assert pipeline == 1 or stages[-1][-1] == HEAD
 
 
 def test_stages_together_hold_the_model_and_a_second_embedding(recipe):

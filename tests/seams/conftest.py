@@ -1,1 +1,1 @@
-from small_runs import corpus, make_deep_recipe, make_recipe  # noqa: F401
+from small_runs import corpus, make_deep_recipe, make_recipe, warm_ranks  # noqa: F401

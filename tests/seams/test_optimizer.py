@@ -53,7 +53,11 @@ def results(make_deep_recipe, tmp_path_factory):
         "recipes": [recipe(LAYOUTS[layout], str(place / name)) for layout in chain],
         "stops": [1, 3, 4, STEPS]}) for name, chain in CHAINS.items()}
     one = {"plain": ("sgd_cases.plain", {"recipe": recipe({}), "steps": STEPS})}
-    return run_cases(1, one, place / "1") | run_cases(2, cases, place / "2", timeout=1200)
+    bf16 = {"train": {"precision": "bf16"}}
+    cases |= {f"{precision} {name} put back": ("sgd_cases.put_back", {"recipe": recipe(
+        layout | sections)}) for name, layout in LAYOUTS.items()
+        for precision, sections in (("fp32", {}), ("bf16", bf16))}
+    return {1: run_cases(1, one, place / "1"), 2: run_cases(2, cases, place / "2")}
 
 
 @pytest.mark.slow
@@ -61,7 +65,7 @@ def results(make_deep_recipe, tmp_path_factory):
 def test_losses_are_those_of_pytorchs_sgd(results, name):
     from harness import outcome
 
-    found, plain = outcome(results, name), outcome(results, "plain")
+    found, plain = outcome(results[2], name), outcome(results[1], "plain")
     curve = found if name in CHAINS else found["curve"]
     for (loss, norm), (loss_plain, norm_plain) in zip(curve, plain, strict=True):
         assert loss == pytest.approx(loss_plain, abs=1e-5)
@@ -74,9 +78,21 @@ def test_losses_are_those_of_pytorchs_sgd(results, name):
 def test_the_planner_knows_its_bytes(results, name):
     from harness import outcome
 
-    there = outcome(results, name)
+    there = outcome(results[2], name)
     padding = 0.03 if "deepspeed" in name else 0.0
     assert there["held"]["optimizer"] == pytest.approx(there["predicted"]["optimizer"], rel=padding)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_state_that_is_put_back_is_the_one_that_was_read(results, name, precision):
+    from harness import outcome
+
+    there = outcome(results[2], f"{precision} {name} put back")
+    fresh, trained, again = there["losses"]
+    assert there["same"] and again == fresh != trained
+    assert there["curves"][0] == there["curves"][1]
 
 
 def test_one_state_takes_half_the_bytes_of_adams_two(recipe):

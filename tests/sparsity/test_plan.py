@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_spdf.architecture.weights import model_weights
 from megatron_spdf.sparsity.plan import Plan, SparseWeight, make_plan, render_plan
 from megatron_spdf.sparsity.settings import Sparsity
 
@@ -18,7 +17,7 @@ def plan(recipe):
     model = recipe().model
 
     def make(sparsity) -> Plan:
-        return make_plan(Sparsity.model_validate(sparsity), model_weights(model),
+        return make_plan(Sparsity.model_validate(sparsity), model.weights(),
                          model.query_groups)
     return make
 

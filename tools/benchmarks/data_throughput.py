@@ -200,7 +200,7 @@ def _hub_form(tokenizer: Path, directory: Path) -> Path:
 def _samples_per_second(prefix: Path) -> float:
     """Samples in the random order of training, memory-mapped, tensors made; without collating, in
     this process."""
-    from megatron_spdf.data.pretraining.samples import Pass
+    from megatron_spdf.data.pretraining.samples import ShuffledEpochs
     from megatron_spdf.data.pretraining.sources import make_source
     from megatron_spdf.recipe.recipe import Recipe
 
@@ -210,8 +210,8 @@ def _samples_per_second(prefix: Path) -> float:
         "model": {"layers": 1, "hidden": 64, "heads": 1, "vocab_size": tokenizer.vocab_size,
                   "max_positions": SEQUENCE},
         "train": {"tokens": SEQUENCE, "global_batch": 1, "micro_batch": 1}})
-    samples = Pass(make_source(str(prefix), check_prefix(prefix)), 0, recipe, tokenizer,
-                   prefix.parent / "cache")
+    source = make_source(str(prefix), check_prefix(prefix))
+    samples = ShuffledEpochs(source, 0, recipe, tokenizer, prefix.parent / "cache")
     count, started = min(len(samples), 5000), time.perf_counter()
     for number in range(count):
         samples[number]

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_spdf.architecture.weights import Weight
+from megatron_spdf.architecture.base import Weight
 from megatron_spdf.parallel import fake_cuda
 from megatron_spdf.parallel.ranks import join, leave
 from megatron_spdf.recipe.recipe import Recipe

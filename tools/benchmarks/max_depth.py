@@ -9,7 +9,6 @@ from collections.abc import Iterator
 import torch
 
 from benchmarks.engines import build_engine, free_memory, peak_of, take_steps
-from megatron_spdf.architecture.weights import model_weights
 from megatron_spdf.planning.activations import peak_bytes
 from megatron_spdf.planning.search import USABLE
 from megatron_spdf.recipe.recipe import Recipe
@@ -89,7 +88,7 @@ def try_out(recipe: Recipe, device: torch.device) -> int | None:
 
 
 def _size(recipe: Recipe) -> dict:
-    weights, plan = model_weights(recipe.model), Plan.of(recipe)
+    weights, plan = recipe.model.weights(), Plan.of(recipe)
     whole = sum(w.numel for w in weights)
     return {"layers": recipe.model.layers, "weights (billions)": whole / 1e9,
             "active (billions)": (whole - plan.numel + plan.active) / 1e9,

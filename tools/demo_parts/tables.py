@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
-from megatron_spdf.architecture.weights import model_weights, padded_vocab
 from megatron_spdf.recipe.load import load_recipe
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.reports.runs import Logged
@@ -89,8 +88,9 @@ def plot_losses(runs: dict[str, Logged], path: Path) -> None:
 
 def _active_parameters(recipe: Recipe, plan: Plan) -> int:
     """Parameters that are not held at zero, without the padding of the vocabulary."""
-    total = sum(w.numel for w in model_weights(recipe.model))
-    padding = (padded_vocab(recipe.model) - recipe.model.vocab_size) * recipe.model.hidden
+    total = sum(w.numel for w in recipe.model.weights())
+    copies = 1 if recipe.model.tied else 2
+    padding = (recipe.model.padded_vocab - recipe.model.vocab_size) * recipe.model.hidden * copies
     return total - padding - plan.numel + plan.active
 
 

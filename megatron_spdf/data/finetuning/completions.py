@@ -1,7 +1,10 @@
-"""Contexts and completions as tokens, and their batches: the same at every layout, padded little.
+"""Contexts and completions as tokens, and their batches: the same at every layout, with little
+padding.
 
-An example is context + EOD + " " + completion + EOD (Hu et al. 2022, the NLG example of LoRA); the
-loss is on what comes after the first EOD, mean over the completion tokens of the global batch.
+An example is context + EOD + " " + completion + EOD (Hu et al. 2022, the NLG example of LoRA). The
+loss is on the tokens after the first EOD, mean over the completion tokens of the global batch.
+
+Shapes: N pairs of a split, G of a global batch, B rows of a micro-batch, T tokens of its longest.
 """
 
 from __future__ import annotations
@@ -24,18 +27,18 @@ from megatron_spdf.recipe.recipe import Recipe
 
 STREAM = "megatron_spdf fine-tuning order stream 1"
 POOL = 64  # global batches that are sorted by length together
-PAD_MULTIPLE = 8  # tensor cores
+PAD_MULTIPLE = 8  # tokens; tensor cores want it
 
 
 @dataclass(frozen=True)
 class Completions:
-    """The tokenized pairs of a split.
+    """Tokenized pairs of a split.
 
     Attributes:
-        tokens: of every pair, context + EOD + completion + EOD, at most one over the context
-            window.
-        starts: where the completion begins.
-        truncated: pairs whose context lost its beginning.
+        tokens: N arrays int32, context + EOD + completion + EOD of each pair, at most one token
+            longer than the context window.
+        starts: (N,), index of each completion's first token.
+        truncated: number of pairs whose context lost its beginning.
     """
 
     tokens: list[np.ndarray]
@@ -44,12 +47,13 @@ class Completions:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens that the model reads of each pair: all but the last, which is a label only."""
+        """Tokens of each pair that the model reads, (N,): all but the last, which is a label
+        only."""
         return np.array([len(t) - 1 for t in self.tokens])
 
     @property
     def targets(self) -> np.ndarray:
-        """Completion tokens of each pair, its EOD included."""
+        """Completion tokens of each pair, (N,), EOD included."""
         return self.lengths + 1 - self.starts
 
     def __len__(self) -> int:
@@ -57,16 +61,20 @@ class Completions:
 
 
 def tokenize(task: str, path: Path, split: str, tokenizer: Tokenizer, window: int) -> Completions:
-    """Reads a split and makes tokens of its pairs.
+    """Reads a split and tokenizes its pairs.
 
     A pair that is too long loses the beginning of its context, never any of its completion.
 
     Args:
-        window: longest sequence the model reads, in tokens.
+        task: name of the task that reads the file.
+        path: file of examples, or directory of splits.
+        split: train, valid or test.
+        tokenizer: of the model.
+        window: longest sequence that the model reads, in tokens.
 
     Raises:
-        ValueError: the data are malformed, or a completion alone does not fit; with the file and
-            the record.
+        ValueError: the data are malformed, or a completion alone does not fit; names file and
+            record.
         FileNotFoundError: the split is not there.
     """
     tokens, starts, truncated = [], [], 0
@@ -93,13 +101,13 @@ def _too_long(path: Path, split: str, number: int, example: Example, length: int
 
 
 class CompletionData:
-    """The run's batches on this rank, see `TokenData`.
+    """Batches of a fine-tuning run on this rank, with the interface of `TokenData`.
 
     Args:
         recipe: of the training run.
         train, valid: tokenized splits; the loss on all of `valid` is the validation loss.
         pad: any token; its places carry no loss.
-        replica: which data-parallel replica this rank belongs to.
+        replica: data-parallel rank.
     """
 
     def __init__(self, recipe: Recipe, train: Completions, valid: Completions, pad: int,
@@ -113,38 +121,40 @@ class CompletionData:
         self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
 
     def training_batches(self, first_step: int) -> Iterator[list[MicroBatch]]:
-        """This rank's micro-batches of every step from `first_step` (counted from 0) to the end of
-        the run."""
+        """Yields this rank's micro-batches of every step from `first_step`, counted from 0, to the
+        end of the run."""
         for step in range(first_step, self.recipe.steps):
             epoch, number = divmod(step, self.per_epoch)
             chosen = self._epoch(epoch)[number]
             yield self._micro_batches(self.train, chosen, self.train.targets[chosen].sum())
 
     def validation_batches(self) -> Iterator[list[MicroBatch]]:
-        """All of the validation pairs, in the same batches every time; the mean of their losses is
-        the mean over all completion tokens."""
+        """Yields all validation pairs, in the same batches every time.
+
+        The mean of the batches' losses is the mean over all completion tokens.
+        """
         order, size = np.argsort(self.valid.lengths, kind="stable"), self.recipe.train.global_batch
         for start in range(0, len(order), size):
             yield self._micro_batches(self.valid, order[start : start + size],
                                       self.valid.targets.sum() / self.valid_batches)
 
     def consumed(self, steps: int) -> int:
-        """Tokens, padding not counted, that the model has read after so many steps."""
+        """Number of tokens, without padding, that the model has read after `steps` steps."""
         epochs, rest = divmod(steps, self.per_epoch)
         read = self._epoch(epochs)[:rest] if rest else []
         return int(epochs * self.train.lengths.sum()
                    + sum(self.train.lengths[chosen].sum() for chosen in read))
 
     def consumed_by_source(self, steps: int) -> dict[str, int]:
-        """Nothing: a fine-tuning run has one source."""
+        """Returns nothing, since a fine-tuning run has one source."""
         return {}
 
     def _draw_epoch(self, epoch: int) -> list[np.ndarray]:
-        """The global batches of an epoch as positions in `train`; a function of the seed and the
+        """Draws the global batches of an epoch, as indices into `train`, from the seed and the
         epoch alone.
 
-        A random order is cut into pools, a pool is sorted by length and cut into batches, and the
-        batches are put into a random order again.
+        A random order is cut into pools, each pool is sorted by length and cut into batches, and
+        the batches are put into a random order again.
         """
         size = self.recipe.train.global_batch
         order = _random_order(self.recipe.seed, epoch, "examples", len(self.train))
@@ -157,11 +167,13 @@ class CompletionData:
 
     def _micro_batches(self, pairs: Completions, chosen: np.ndarray,
                        targets: float) -> list[MicroBatch]:
-        """This rank's share of a global batch, of neighbors in length; empty rows fill a batch
-        that is short.
+        """Takes this rank's share of a global batch, neighbors in length together. Empty rows fill
+        a short batch.
 
         Args:
-            targets: completion tokens by which the loss of a global batch is divided.
+            pairs: tokenized split.
+            chosen: (at most G,), indices into `pairs` of the global batch.
+            targets: completion tokens by which the loss of the global batch is divided.
         """
         train, replicas = self.recipe.train, self.recipe.parallel.data
         size = train.micro_batch
@@ -174,7 +186,8 @@ class CompletionData:
         return batch
 
     def _padded(self, pairs: Completions, rows: np.ndarray) -> MicroBatch:
-        """Rows padded on the right to the longest of them, (B, T)."""
+        """Pads rows on the right to the longest of them: tokens, labels, loss mask and positions,
+        (B, T)."""
         train = self.recipe.train
         multiple = math.lcm(PAD_MULTIPLE, self.recipe.parallel.tensor)
         longest = max((len(pairs.tokens[row]) - 1 for row in rows), default=1)
@@ -192,6 +205,6 @@ class CompletionData:
 
 
 def _random_order(seed: int, epoch: int, what: str, count: int) -> np.ndarray:
-    """A permutation of range(count) from a counter-based stream."""
+    """Draws a permutation of range(count) from a counter-based stream."""
     return np.argsort(Philox(key=stream_key(STREAM, seed, epoch, what)).random_raw(count),
                       kind="stable")

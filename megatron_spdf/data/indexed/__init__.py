@@ -1,1 +1,1 @@
-"""Megatron's indexed data sets on disk."""
+"""Megatron's indexed data sets on disk: reading, checking and describing them."""

@@ -1,5 +1,8 @@
-"""Megatron's .idx file: a header, then length and offset of each sequence, then where documents
-end."""
+"""Reads and writes Megatron's .idx file, the index of a .bin file of tokens.
+
+The file holds a header, the length and byte offset of each sequence, and the document list: the
+number of the sequence at which each document starts, and one more entry for the end.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +24,17 @@ _DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float6
 _CODES = {name: code for code, name in _DTYPES.items()}
 _BYTES_PER_SEQUENCE = 4 + 8  # int32 length, int64 offset
 _BYTES_PER_DOCUMENT = 8
-_CHUNK = 1 << 20  # entries in memory at a time
+_ENTRIES = 1 << 20  # that are in memory at a time
 
 
 class IndexHeader(NamedTuple):
-    """Start of a .idx file. Megatron's document list holds a leading 0, so `documents` is one less
-    long."""
+    """Header of a .idx file.
+
+    Attributes:
+        dtype: NumPy name of the type of a token in the .bin file.
+        sequences: number of sequences.
+        documents: number of documents; Megatron's document list is one entry longer.
+    """
 
     dtype: str
     sequences: int
@@ -40,7 +48,7 @@ class IndexHeader(NamedTuple):
 
 
 def read_index_header(path: Path) -> IndexHeader:
-    """The header of a .idx file.
+    """Reads the header of a .idx file.
 
     Raises:
         ValueError: the file is shorter than a header, or its magic, version or dtype is not
@@ -61,12 +69,12 @@ def read_index_header(path: Path) -> IndexHeader:
 
 
 class Index(NamedTuple):
-    """The arrays of a .idx file, memory-mapped.
+    """Arrays of a .idx file, memory-mapped.
 
     Attributes:
-        lengths: (sequences,) int32, tokens of each.
-        offsets: (sequences,) int64, where each starts in the .bin file, in bytes.
-        document_ends: (documents + 1,) int64, the number of sequences before the end of each; a
+        lengths: (sequences,) int32, tokens of each sequence.
+        offsets: (sequences,) int64, byte at which each sequence starts in the .bin file.
+        document_ends: (documents + 1,) int64, sequences before the end of each document, after a
             leading 0.
     """
 
@@ -76,7 +84,7 @@ class Index(NamedTuple):
 
 
 def read_index(path: Path) -> Index:
-    """The arrays of a .idx file whose size has been checked."""
+    """Maps the arrays of a .idx file, whose size the caller has checked."""
     header = read_index_header(path)
     shapes = ((np.int32, header.sequences), (np.int64, header.sequences),
               (np.int64, header.documents + 1))
@@ -88,17 +96,19 @@ def read_index(path: Path) -> Index:
 
 
 def read_lengths(path: Path) -> np.ndarray:
-    """Tokens of each sequence of a .idx file, (sequences,) of int32, memory-mapped."""
+    """Maps the tokens of each sequence of a .idx file, (sequences,) int32."""
     return read_index(path).lengths
 
 
 def write_index(path: Path, lengths: np.ndarray, dtype: np.dtype) -> str:
-    """Writes the .idx file of documents of one sequence each, in little memory; returns its
-    SHA-256.
+    """Writes the .idx file of documents of one sequence each, in little memory.
 
     Args:
-        lengths: tokens of each document, (documents,) of int32; may be memory-mapped.
-        dtype: of a token.
+        lengths: (documents,) int32, tokens of each document; may be memory-mapped.
+        dtype: type of a token in the .bin file.
+
+    Returns:
+        SHA-256 of the file, in hexadecimal.
     """
     digest = hashlib.sha256()
     with open(path, "wb") as file:
@@ -111,14 +121,15 @@ def write_index(path: Path, lengths: np.ndarray, dtype: np.dtype) -> str:
 
 
 def _pieces(lengths: np.ndarray, dtype: np.dtype) -> Iterator[bytes]:
+    """Yields the bytes of the file in order, at most `_ENTRIES` entries at a time."""
     count = len(lengths)
     yield _HEADER.pack(_MAGIC, 1, _CODES[dtype.name], count, count + 1)
-    starts = range(0, count, _CHUNK)
-    yield from (lengths[i : i + _CHUNK].tobytes() for i in starts)
+    starts = range(0, count, _ENTRIES)
+    yield from (lengths[i : i + _ENTRIES].tobytes() for i in starts)
     offset = 0
     for i in starts:
-        ends = offset + np.cumsum(lengths[i : i + _CHUNK], dtype=np.int64) * dtype.itemsize
+        ends = offset + np.cumsum(lengths[i : i + _ENTRIES], dtype=np.int64) * dtype.itemsize
         yield np.concatenate([[offset], ends[:-1]]).astype(np.int64).tobytes()
         offset = int(ends[-1])
-    for i in range(0, count + 1, _CHUNK):
-        yield np.arange(i, min(i + _CHUNK, count + 1), dtype=np.int64).tobytes()
+    for i in range(0, count + 1, _ENTRIES):
+        yield np.arange(i, min(i + _ENTRIES, count + 1), dtype=np.int64).tobytes()

@@ -1,5 +1,4 @@
-"""What a data set holds, as plain values and as text, and whether that is what its manifest
-says."""
+"""Describes a data set, decodes its documents, and verifies every byte against its manifest."""
 
 from __future__ import annotations
 
@@ -14,22 +13,23 @@ from megatron_spdf.data.indexed.index_file import read_index, read_lengths
 from megatron_spdf.data.indexed.manifest import CORPUS, Manifest, check_prefix, file_of, read_corpus
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
-_CHUNK = 1 << 24  # tokens in memory at a time
-_BAR = 40
+_TOKENS = 1 << 24  # that are in memory at a time
+_BAR = 40  # characters of the longest bar
 
 
 def data_sets(prefix: str | Path) -> list[str]:
-    """Prefixes of the data sets at `prefix`: itself, or those of a directory of data sets."""
+    """Lists the prefixes of the data sets at `prefix`: itself, or those of a directory of data
+    sets."""
     if (Path(prefix) / CORPUS).is_file():
         return [str(Path(prefix) / name) for name in read_corpus(prefix).data_sets]
     return [str(prefix)]
 
 
 def describe(prefix: str | Path) -> dict[str, Any]:
-    """Manifest, sizes and document lengths of one data set. Plain values.
+    """Collects manifest, sizes and document lengths of one data set, as plain values.
 
     Raises:
-        ValueError: files are missing, or of other sizes than the manifest says.
+        ValueError: files are missing, or have other sizes than the manifest says.
     """
     manifest = check_prefix(prefix)
     lengths = read_lengths(file_of(prefix, "idx"))
@@ -38,21 +38,21 @@ def describe(prefix: str | Path) -> dict[str, Any]:
         "prefix": str(prefix),
         "manifest": manifest.model_dump(mode="json"),
         "content_sha256": manifest.content_sha256,
-        "text_bytes_per_token": manifest.text_bytes / manifest.tokens if manifest.text_bytes
-        else None,
+        "text_bytes_per_token": (manifest.text_bytes / manifest.tokens if manifest.text_bytes
+                                 else None),
         "tokens_per_document": {"mean": float(lengths.mean()), "min": int(lengths.min()),
-                                "10%": float(low),
-                                "50%": float(middle), "90%": float(high), "99%": float(highest),
-                                "max": int(lengths.max())},
+                                "10%": float(low), "50%": float(middle), "90%": float(high),
+                                "99%": float(highest), "max": int(lengths.max())},
         "histogram": histogram(lengths),
     }
 
 
 def histogram(lengths: np.ndarray) -> list[dict[str, int]]:
-    """Documents and their tokens by length, in classes from a power of two to below the next.
+    """Counts documents and their tokens by length, in classes from a power of two to below the
+    next.
 
     Args:
-        lengths: (documents,), tokens of each.
+        lengths: (documents,), tokens of each document, at least 1.
     """
     classes = np.frexp(lengths.astype(np.float64))[1] - 1  # of length n: floor(log2 n)
     documents = np.bincount(classes)
@@ -64,7 +64,13 @@ def histogram(lengths: np.ndarray) -> list[dict[str, int]]:
 
 
 def sample(prefix: str | Path, number: int) -> dict[str, Any]:
-    """Document `number`, from 0, as text, with the input it came from.
+    """Decodes one document.
+
+    Args:
+        number: of the document, counted from 0.
+
+    Returns:
+        Its token ids, its text, and the input file that it came from.
 
     Raises:
         ValueError: there is no such document, or no tokenizer to decode it with.
@@ -80,15 +86,18 @@ def sample(prefix: str | Path, number: int) -> dict[str, Any]:
     first = int(index.offsets[number]) // np.dtype(manifest.dtype).itemsize
     ids = _tokens(prefix, manifest)[first : first + int(index.lengths[number])].tolist()
     ends = np.cumsum([source.documents for source in manifest.sources])
-    origin = manifest.sources[int(np.searchsorted(ends, number,
-                                                  side="right"))].path if len(ends) else None
-    return {"document": number, "tokens": len(ids), "source": origin, "ids": ids,
+    place = int(np.searchsorted(ends, number, side="right"))
+    return {"document": number, "tokens": len(ids),
+            "source": manifest.sources[place].path if len(ends) else None, "ids": ids,
             "text": tokenizer.decode(ids)}
 
 
 def verify(prefix: str | Path) -> list[str]:
-    """Reads every byte of a data set and holds it against its manifest; the faults, as
-    sentences."""
+    """Reads every byte of a data set and compares it with its manifest.
+
+    Returns:
+        Faults, as sentences; none if the data set is sound.
+    """
     try:
         manifest = check_prefix(prefix)
     except (ValueError, OSError) as error:
@@ -102,8 +111,11 @@ def verify(prefix: str | Path) -> list[str]:
 
 
 def verify_corpus(prefix: str | Path) -> list[str]:
-    """Faults of a directory of data sets: of each of them, and of the counts that they should add
-    up to."""
+    """Verifies a directory of data sets: each of them, and that their counts add up.
+
+    Returns:
+        Faults, as sentences.
+    """
     corpus, faults = read_corpus(prefix), []
     for name, counts in corpus.data_sets.items():
         path = str(Path(prefix) / name)
@@ -138,46 +150,43 @@ def _index_faults(prefix: str | Path, manifest: Manifest) -> Iterator[str]:
 
 
 def _token_faults(prefix: str | Path, manifest: Manifest) -> Iterator[str]:
-    """Ids beyond the vocabulary, and ends of documents that are not where documents end."""
+    """Finds ids beyond the vocabulary, and end-of-document tokens anywhere but at the ends."""
     if manifest.tokenizer is None:
         return
-    tokens, known, eod = _tokens(prefix,
-                                 manifest), manifest.tokenizer.vocab_size, manifest.tokenizer.eod
+    tokens = _tokens(prefix, manifest)
+    known, eod = manifest.tokenizer.vocab_size, manifest.tokenizer.eod
     ends_seen = 0
-    for start in range(0, len(tokens), _CHUNK):
-        chunk = tokens[start : start + _CHUNK]
-        if (beyond := np.flatnonzero(chunk >= known)).size:
+    for start in range(0, len(tokens), _TOKENS):
+        piece = tokens[start : start + _TOKENS]
+        if (beyond := np.flatnonzero(piece >= known)).size:
             yield (f"{file_of(prefix, 'bin')}, token {start + int(beyond[0]):,}: id "
-                   f"{int(chunk[beyond[0]])}, and the tokenizer has {known:,}")
+                   f"{int(piece[beyond[0]])}, and the tokenizer has {known:,}")
             return
-        ends_seen += int((chunk == eod).sum())
+        ends_seen += int((piece == eod).sum())
     if manifest.append_eod:
         ends = np.cumsum(read_lengths(file_of(prefix, "idx")), dtype=np.int64) - 1
         wrong = np.flatnonzero(tokens[np.minimum(ends, len(tokens) - 1)] != eod)
         if wrong.size or ends_seen != len(ends):
-            which = (
-                f"document {int(wrong[0]):,} does not end with one"
-                if wrong.size
-                else "there are others"
-            )
+            which = (f"document {int(wrong[0]):,} does not end with one" if wrong.size
+                     else "there are others")
             yield (f"{file_of(prefix, 'bin')}: end-of-document tokens are not the ends of the "
                    f"documents; {which}")
 
 
 def _source_faults(prefix: str | Path, manifest: Manifest) -> Iterator[str]:
-    """Tokens of an input that are not those that were written."""
+    """Finds inputs whose tokens are not the ones that were written."""
     tokens, start = _tokens(prefix, manifest), 0
     for source in manifest.sources:
         if source.bin_sha256 is None or source.tokens is None:
             continue
         digest = hashlib.sha256()
-        for first in range(start, start + source.tokens, _CHUNK):
-            digest.update(np.ascontiguousarray(tokens[first : min(first + _CHUNK,
-                                                                  start + source.tokens)]))
+        end = start + source.tokens
+        for first in range(start, end, _TOKENS):
+            digest.update(np.ascontiguousarray(tokens[first : min(first + _TOKENS, end)]))
         if digest.hexdigest() != source.bin_sha256:
-            yield (f"{file_of(prefix, 'bin')}, tokens {start:,} to {start + source.tokens:,}: "
-                   f"another content than was made of {source.path}")
-        start += source.tokens
+            yield (f"{file_of(prefix, 'bin')}, tokens {start:,} to {end:,}: another content than "
+                   f"was made of {source.path}")
+        start = end
 
 
 def _tokenizer_faults(prefix: str | Path, manifest: Manifest) -> Iterator[str]:
@@ -203,7 +212,7 @@ def _tokenizer_of(prefix: str | Path) -> Tokenizer | None:
 
 
 def render(facts: dict[str, Any]) -> str:
-    """`describe` for people."""
+    """Formats the result of `describe` as text."""
     manifest, lengths = facts["manifest"], facts["tokens_per_document"]
     lines = [f"{facts['prefix']}: {manifest['documents']:,} documents, {manifest['tokens']:,} "
              f"tokens of {manifest['dtype']}, "
@@ -244,7 +253,12 @@ def _render_histogram(classes: list[dict[str, int]]) -> list[str]:
 
 
 def plot_histogram(facts: dict[str, Any], path: Path) -> None:
-    """The histogram as a picture: documents and tokens by length."""
+    """Draws the shares of documents and of tokens by document length.
+
+    Args:
+        facts: result of `describe`.
+        path: picture to write.
+    """
     import matplotlib
 
     matplotlib.use("Agg")

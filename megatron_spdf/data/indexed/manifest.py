@@ -1,4 +1,4 @@
-"""The manifest of a preprocessed data set, and the check of a data set before training.
+"""Manifest of a preprocessed data set, and the check of a data set before training.
 
 Imports neither torch nor Megatron: the check runs before any device is touched.
 """
@@ -24,13 +24,14 @@ CORPUS = "corpus.json"
 
 
 class _Record(BaseModel):
-    """Fields that this code does not know, of an older or newer version of it, are passed over."""
+    """Base of all records. Unknown fields, which an older or newer version may have written, are
+    ignored."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
 class TokenizerRecord(_Record):
-    """The tokenizer that wrote the tokens; a copy of it lies in PREFIX.tokenizer."""
+    """Identity of the tokenizer that wrote the tokens. A copy of it lies in PREFIX.tokenizer."""
 
     kind: str
     vocab_size: int
@@ -39,19 +40,19 @@ class TokenizerRecord(_Record):
 
 
 class Settings(_Record):
-    """What decides, beside the inputs and the tokenizer, which tokens go where.
+    """Options of preprocessing that decide, with inputs and tokenizer, which tokens go where.
 
     Attributes:
         text_key: key of the text in a JSON record.
         on_error: "stop" or "skip", at a record that cannot be read.
         append_eod: end every document with the end-of-document token.
         max_document_bytes: longer records cannot be read.
-        ftfy: texts go through `ftfy.fix_text` first.
-        deduplicate: of documents with the same text the first is kept.
-        split: shares of train, valid and test, which a hash of the text decides; None: no split.
-        set_key: a data set for each value of this key of "meta"; None: documents of all sets in
-            one.
-        per_shard: a data set for each input file.
+        ftfy: pass texts through `ftfy.fix_text` first.
+        deduplicate: of documents with the same text keep the first.
+        split: shares of train, valid and test, by a hash of the text; None: no split.
+        set_key: write a data set for each value of this key of "meta"; None: documents of all sets
+            in one.
+        per_shard: write a data set for each input file.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -68,21 +69,21 @@ class Settings(_Record):
 
     @property
     def several(self) -> bool:
-        """Whether the output is a directory of data sets instead of one data set."""
+        """True if the output is a directory of data sets instead of one data set."""
         return self.split is not None or self.set_key is not None or self.per_shard
 
 
 class Source(_Record):
-    """One input file, and what became of its records: records = documents + empty + skipped +
+    """Input file, and the counts of its records: records = documents + empty + skipped +
     duplicates.
 
-    In the manifest of one data set of several, `documents` and what follows count what went there,
-    and what became of all other records is told in PREFIX/corpus.json.
+    In the manifest of one data set of several, `documents` and the fields after it count what went
+    into that data set; PREFIX/corpus.json counts all other records.
 
     Attributes:
         size: bytes on disk; `sha256` is over them.
-        tokens, text_bytes: of the documents written; text in UTF-8.
-        bin_sha256: of their tokens, which lie in PREFIX.bin in the order of the sources.
+        tokens, text_bytes: counts over the documents written; text in UTF-8.
+        bin_sha256: checksum of their tokens, which lie in PREFIX.bin in the order of the sources.
     """
 
     path: str
@@ -99,7 +100,7 @@ class Source(_Record):
 
 
 class Counts(_Record):
-    """Documents of one data set of several."""
+    """Counts of one data set of several."""
 
     documents: int = 0
     tokens: int = 0
@@ -107,11 +108,11 @@ class Counts(_Record):
 
 
 class _Origin(_Record):
-    """How data were made; the same command on the same files gives the same record, byte for byte.
+    """Origin of data. The same command on the same files gives the same record, byte for byte.
 
     Attributes:
-        documents: in the data set; this package writes one sequence for each.
-        tokens: tokens in it, end-of-document tokens included.
+        documents: number of documents; this package writes one sequence for each.
+        tokens: number of tokens, end-of-document tokens included.
         text_bytes: UTF-8 bytes of the documents' text.
         empty: records left out because they give no token.
         skipped: records left out because they could not be read; `skipped_lines` lists the first
@@ -135,17 +136,17 @@ class _Origin(_Record):
 
 
 class Manifest(_Origin):
-    """What a data set PREFIX.bin, PREFIX.idx holds; kept in PREFIX.json.
+    """Content of a data set PREFIX.bin, PREFIX.idx, kept in PREFIX.json.
 
-    A data set made by another tool has no such file. Its manifest is then made up from the .idx
-    file, and what that does not tell is None.
+    A data set made by another tool has no such file. Its manifest is made up from the .idx file,
+    and fields that the .idx file does not give are None.
 
     Attributes:
-        append_eod: whether each document ends with the end-of-document token.
-        split, set_name: which of several data sets this is.
+        append_eod: each document ends with the end-of-document token.
+        split, set_name: identify one data set of several.
         dtype: NumPy name of the type of a token in PREFIX.bin.
         bin_bytes, idx_bytes: sizes of the two files.
-        idx_sha256: of PREFIX.idx; that of PREFIX.bin is told source by source.
+        idx_sha256: checksum of PREFIX.idx; that of PREFIX.bin is kept source by source.
     """
 
     append_eod: bool | None = None
@@ -158,8 +159,7 @@ class Manifest(_Origin):
 
     @property
     def content_sha256(self) -> str | None:
-        """Fingerprint of the tokens, whatever their path; None where the checksums are not
-        known."""
+        """Fingerprint of the tokens, whatever their path. None if the checksums are unknown."""
         if self.idx_sha256 is None:
             return None
         parts = [self.idx_sha256, *(source.bin_sha256 for source in self.sources
@@ -168,22 +168,21 @@ class Manifest(_Origin):
 
 
 class CorpusManifest(_Origin):
-    """What a directory of data sets holds, in all and in each; kept in PREFIX/corpus.json."""
+    """Content of a directory of data sets, in all and in each, kept in PREFIX/corpus.json."""
 
     data_sets: dict[str, Counts]
 
 
 def file_of(prefix: str | Path, suffix: str) -> Path:
-    """PREFIX.suffix; a dot in the prefix's own name is kept."""
+    """Path PREFIX.suffix. A dot in the prefix's own name is kept."""
     return Path(f"{prefix}.{suffix}")
 
 
 def read_manifest(prefix: str | Path) -> Manifest:
-    """The manifest in PREFIX.json.
+    """Reads the manifest in PREFIX.json.
 
     Raises:
-        ValueError: it is missing, not a manifest, or of a format version that this code does not
-            know.
+        ValueError: it is missing, not a manifest, or of an unknown format version.
     """
     path = file_of(prefix, "json")
     try:
@@ -197,10 +196,10 @@ def read_manifest(prefix: str | Path) -> Manifest:
 
 
 def read_corpus(prefix: str | Path) -> CorpusManifest:
-    """The manifest of a directory of data sets.
+    """Reads the manifest of a directory of data sets.
 
     Raises:
-        ValueError: it is missing or not one.
+        ValueError: it is missing, or not a manifest of a directory.
     """
     path = Path(prefix) / CORPUS
     try:
@@ -216,17 +215,18 @@ def read_corpus(prefix: str | Path) -> CorpusManifest:
 
 
 def check_prefix(prefix: str | Path, tokenizer_sha256: str | None = None) -> Manifest:
-    """Check that the data set at `prefix` is whole, not empty, and made with the tokenizer in use.
+    """Checks that the data set at `prefix` is whole, not empty, and made with the tokenizer in use.
 
     A data set with neither PREFIX.json nor PREFIX.tokenizer was made by another tool, such as
     Megatron-LM's: its sizes are checked against its own .idx file, and its tokenizer cannot be
     checked.
 
     Args:
+        prefix: path of the data set without .bin and .idx.
         tokenizer_sha256: `Tokenizer.sha256` of the tokenizer in use; None leaves that unchecked.
 
     Raises:
-        ValueError: with the file, what is wrong with it, and the remedy.
+        ValueError: the data set is missing, incomplete, empty, or of another tokenizer.
     """
     idx, data = file_of(prefix, "idx"), file_of(prefix, "bin")
     for path in (data, idx):

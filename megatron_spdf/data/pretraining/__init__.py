@@ -1,1 +1,1 @@
-"""The order of training tokens."""
+"""Order of training tokens: sources, their blend, and batches read by position."""

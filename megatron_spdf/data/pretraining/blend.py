@@ -1,10 +1,9 @@
-"""Which source a sample of a run comes from: the blend, and what becomes of it when a run changes
-it.
+"""Blend of a run: assigns its samples to sources, and how a run may change it.
 
-Sample k of the run is decided by the blend alone, by Megatron's rule: the source that is furthest
-behind its weight. It takes the next sample of that source, whose order is its own (`samples.Pass`).
-A blend that changes after c samples starts to count anew there, while each source goes on where it
-was.
+The blend alone decides the source of sample k, by Megatron's rule: the source that is furthest
+behind its weight. Sample k is the next sample of that source, which has an order of its own
+(`samples.ShuffledEpochs`). A blend that changes after c samples counts anew from there, while each
+source goes on where it was.
 """
 
 from __future__ import annotations
@@ -25,15 +24,14 @@ HISTORY = "blend.json"
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of a run with one blend.
+    """Stretch of a run with one blend. All dictionaries are keyed by a source's content
+    fingerprint.
 
     Attributes:
-        first: number of its first sample in the run.
-        sources: content fingerprint -> prefix, of the blend.
-        weights: content fingerprint -> share of the samples, of the blend; they sum to 1.
-        taken: content fingerprint -> samples of that source before this segment, of all sources so
-            far.
-        paths: content fingerprint -> prefix, of all sources so far.
+        first: number, in the run, of its first sample.
+        weights: share of the samples of each source of the blend; they sum to 1.
+        taken: samples of each source before this segment, for all sources so far.
+        paths: prefix of each source, for all sources so far.
     """
 
     first: int
@@ -43,7 +41,7 @@ class Segment:
 
 
 class BlendHistory:
-    """The blends of a run, kept in its directory.
+    """Blends of a run, kept in its directory.
 
     Args:
         directory: of the run.
@@ -52,15 +50,13 @@ class BlendHistory:
 
     def __init__(self, directory: Path, sources: list[Source]):
         self._path, self._sources = directory / HISTORY, sources
-        self.segments = (
-            [Segment(**s) for s in json.loads(self._path.read_bytes())]
-            if self._path.exists()
-            else []
-        )
+        self.segments = ([Segment(**s) for s in json.loads(self._path.read_bytes())]
+                         if self._path.exists() else [])
 
     @property
     def changed(self) -> str:
-        """How the recipe's blend differs from the last one of the run; "" if it does not."""
+        """Difference between the recipe's blend and the run's last one, as a sentence, or ""
+        without any."""
         if not self.segments:
             return ""
         before, now = self.segments[-1], {s.content: s.weight for s in self._sources}
@@ -78,7 +74,11 @@ class BlendHistory:
                 "from here on, each source going on where it was")
 
     def extend(self, first: int) -> None:
-        """Brings the recipe's blend in, if it is another one, from sample `first` on."""
+        """Starts a segment with the recipe's blend, if that changed.
+
+        Args:
+            first: number of the segment's first sample.
+        """
         weights = {s.content: s.weight for s in self._sources}
         paths = {s.content: s.prefix for s in self._sources}
         if not self.segments:
@@ -90,26 +90,28 @@ class BlendHistory:
                                          known | paths))
 
     def save(self) -> None:
-        """Writes the history; the directory is made if it is missing."""
+        """Writes the history, and makes the directory if it is missing."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         write_safely(self._path,
                      (json.dumps([vars(s) for s in self.segments], indent=1) + "\n").encode())
 
     def taken(self, samples: int) -> dict[str, int]:
-        """Samples of each source among the first `samples` of the run: content fingerprint ->
-        count."""
+        """Counts the samples of each source among the first `samples` of the run, by content
+        fingerprint."""
         segment = next(s for s in reversed(self.segments) if s.first <= samples)
         drawn, _ = blending_order(segment, samples - segment.first)
         counts = np.bincount(drawn, minlength=len(segment.weights))
-        return segment.taken | {c: segment.taken[c] + int(n) for c,
-                                n in zip(segment.weights, counts, strict=True)}
+        return segment.taken | {c: segment.taken[c] + int(n)
+                                for c, n in zip(segment.weights, counts, strict=True)}
 
     def order(self, samples: int) -> tuple[list[str], np.ndarray, np.ndarray]:
-        """Where the first `samples` samples of the run come from.
+        """Assigns a source, and a place in that source's order, to each of the first `samples`
+        samples.
 
         Returns:
-            Content fingerprints; for each sample the source's place among them, int16; and its
-            number in the source's own order, int64.
+            Content fingerprints of the sources; (samples,) int16, index of each sample's source
+                among
+            them; (samples,) int64, each sample's number in the source's own order.
         """
         contents = list(self.segments[-1].paths)
         places, numbers = [], []
@@ -122,8 +124,12 @@ class BlendHistory:
 
 
 def blending_order(segment: Segment, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """For the first `size` samples of a segment: which of its sources, int16, and how many it gave
-    before, int64."""
+    """Assigns sources to the first `size` samples of a segment.
+
+    Returns:
+        (size,) int16, index of each sample's source in `segment.weights`; (size,) int64, samples
+        that the source gave before in this segment.
+    """
     from megatron.core.datasets import helpers
 
     source, number = np.zeros(size, np.int16), np.zeros(size, np.int64)
@@ -134,7 +140,7 @@ def blending_order(segment: Segment, size: int) -> tuple[np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class BlendOrder:
-    """`BlendHistory.order` of a run, memory-mapped from the cache."""
+    """Result of `BlendHistory.order`, memory-mapped from the cache."""
 
     contents: list[str]
     places: np.ndarray
@@ -142,7 +148,7 @@ class BlendOrder:
 
     @classmethod
     def cached(cls, history: BlendHistory, samples: int, cache: Path) -> BlendOrder:
-        """The order of all samples of the run, computed once."""
+        """Computes the order of the first `samples` samples of a run, once for all processes."""
         what = json.dumps([[vars(s) for s in history.segments], samples])
         key = f"blend-{hashlib.sha256(what.encode()).hexdigest()[:32]}"
 

@@ -1,5 +1,5 @@
-"""What training asks of its data before it touches a device: whole files, one tokenizer, a fitting
-vocabulary."""
+"""Checks the data of a run before a device is touched: whole files, one tokenizer, the vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_spdf.recipe.recipe import Recipe
 
 @dataclass(frozen=True)
 class Corpus:
-    """The checked data of a run: its tokenizer, its training and its validation data sets."""
+    """Checked data of a run: tokenizer, training sources and validation sources."""
 
     tokenizer: Tokenizer
     train: list[Source]
@@ -23,11 +23,13 @@ class Corpus:
 
 
 def check_corpus(recipe: Recipe) -> Corpus:
-    """Checks every data set of a recipe against its manifest, its tokenizer, the model, and the run
-    it goes on with.
+    """Checks every data set of a recipe against its manifest, its tokenizer, the model and the run
+    so far.
 
     Raises:
-        ValueError, FileNotFoundError: with the value, the rule and the remedy.
+        ValueError: a data set is damaged, too small or of another tokenizer, or the blend is not
+            the run's.
+        FileNotFoundError: a tokenizer is missing.
     """
     entries = expand(recipe.data)
     tokenizer = data_tokenizer(recipe)
@@ -41,13 +43,14 @@ def check_corpus(recipe: Recipe) -> Corpus:
 
 
 def data_tokenizer(recipe: Recipe) -> Tokenizer:
-    """The tokenizer of a recipe's data, which must know as many tokens as the model.
+    """Loads the tokenizer of a recipe's data, which must know as many tokens as the model.
 
     Raises:
-        ValueError, FileNotFoundError: with the value, the rule and the remedy.
+        ValueError: a data set is not whole, or the vocabularies differ.
+        FileNotFoundError: the tokenizer is missing.
     """
     first = expand(recipe.data)[0].prefix
-    check_prefix(first)  # a prefix that is not there says so, and not that its tokenizer is not
+    check_prefix(first)  # a wrong prefix is reported as such, not as a missing tokenizer
     tokenizer = load_tokenizer(recipe.data.tokenizer or f"{first}.tokenizer")
     if tokenizer.vocab_size != recipe.model.vocab_size:
         raise ValueError(f"model.vocab_size={recipe.model.vocab_size}, but the data's tokenizer "

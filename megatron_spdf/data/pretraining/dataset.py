@@ -3,6 +3,8 @@
 Sample i of the run is the same at every layout and after every resume: it depends on the seed, the
 blend and i alone. Step n takes samples [n G, (n + 1) G), and its micro-batches are dealt to the
 data-parallel ranks in turn.
+
+Shapes: G sequences of a global batch, B sequences of a micro-batch, T tokens of a sequence.
 """
 
 from __future__ import annotations
@@ -22,11 +24,11 @@ from torch.utils.data import DataLoader, Dataset
 from megatron_spdf.data.pretraining.blend import BlendHistory, BlendOrder
 from megatron_spdf.data.pretraining.corpus import Corpus
 from megatron_spdf.data.pretraining.samples import (
-    Pass,
+    ShuffledEpochs,
     Windows,
-    borders_of,
+    boundaries_of,
     samples_in,
-    samples_in_pass,
+    samples_per_index,
 )
 from megatron_spdf.model.batch import MicroBatch
 from megatron_spdf.recipe.recipe import Recipe
@@ -34,11 +36,15 @@ from megatron_spdf.resilience.signals import block_in_worker
 
 
 class TrainingSamples(Dataset):
-    """The samples of a run by their number.
+    """Samples of a run by their number.
 
     Args:
-        first: number of the first that will be asked for; indices of passes before it are not
+        recipe: gives the order's seed and the length of a sequence.
+        corpus: checked data sets.
+        history: blends of the run.
+        first: number of the first sample that will be read; indices before it are not
             built.
+        cache: directory for the indices.
     """
 
     def __init__(self, recipe: Recipe, corpus: Corpus, history: BlendHistory, first: int,
@@ -46,9 +52,9 @@ class TrainingSamples(Dataset):
         total = recipe.steps * recipe.train.global_batch
         self.order = BlendOrder.cached(history, total, cache)
         before, after = history.taken(first), history.taken(total)
-        self._sizes = {s.content: samples_in_pass(s, recipe) for s in corpus.train}
-        self._passes = {
-            (s.content, number): Pass(s, number, recipe, corpus.tokenizer, cache)
+        self._sizes = {s.content: samples_per_index(s, recipe) for s in corpus.train}
+        self._shuffled = {
+            (s.content, number): ShuffledEpochs(s, number, recipe, corpus.tokenizer, cache)
             for s in corpus.train
             for number in range(before[s.content] // self._sizes[s.content],
                                 -(-after[s.content] // self._sizes[s.content]))}
@@ -56,28 +62,28 @@ class TrainingSamples(Dataset):
     def __getitem__(self, number: int) -> dict[str, Tensor]:
         content = self.order.contents[self.order.places[number]]
         which, within = divmod(int(self.order.numbers[number]), self._sizes[content])
-        return self._passes[content, which][within]
+        return self._shuffled[content, which][within]
 
 
 class TokenData:
-    """The run's batches on this rank.
+    """Batches of the run on this rank. A micro-batch is tokens, labels, loss mask and positions,
+    (B, T) each.
 
     Args:
         recipe: names the data and the batch sizes.
-        corpus: the data, checked.
+        corpus: checked data sets.
         cache: directory for the indices, shared by all ranks of a node or of the cluster.
-        reads: whether this rank needs tokens; ranks between the first and last pipeline stage may
-            not.
+        reads: this rank needs tokens; ranks between the first and the last pipeline stage may not.
 
     Attributes:
-        valid_batches: batches of an evaluation; 0: there are no validation data.
-        mean_length: of a sequence, in tokens.
+        valid_batches: batches of an evaluation; 0 without validation data.
+        mean_length: mean length of a sequence, in tokens.
     """
 
     def __init__(self, recipe: Recipe, corpus: Corpus, cache: Path, reads: bool):
         self.recipe, self.corpus, self.cache, self.reads = recipe, corpus, cache, reads
         self.history = BlendHistory(Path(recipe.output), corpus.train)
-        self.boundaries = borders_of(recipe, corpus.tokenizer)
+        self.boundaries = boundaries_of(recipe, corpus.tokenizer)
         self.mean_length = recipe.train.sequence_length
         batch = recipe.train.global_batch
         windows = sum(samples_in(s.tokens, recipe.train.sequence_length) for s in corpus.valid)
@@ -88,11 +94,12 @@ class TokenData:
                              corpus.tokenizer) if windows else None
 
     def training_batches(self, first_step: int) -> Iterator[list[MicroBatch]]:
-        """This rank's micro-batches of every step from `first_step` (counted from 0) to the end of
-        the run.
+        """Yields this rank's micro-batches of every step from `first_step` to the end of the run.
 
-        All ranks call it together: indices that are missing are built first, and the run's blend is
-        noted.
+        All ranks call it together: missing indices are built first, and the run's blend is noted.
+
+        Args:
+            first_step: number of the first step, counted from 0.
 
         Raises:
             ValueError: the blend is not the run's, and `data.on_blend_change` is not "continue".
@@ -111,30 +118,30 @@ class TokenData:
         return self._batches(self._samples, first_step, self.recipe.steps)
 
     def validation_batches(self) -> Iterator[list[MicroBatch]]:
-        """The fixed validation batches: the same non-overlapping windows every time."""
+        """Yields the fixed validation batches, the same non-overlapping windows every time."""
         return self._batches(self.valid, 0, self.valid_batches)
 
     def consumed(self, steps: int) -> int:
-        """Tokens that the model has read after so many steps."""
+        """Number of tokens that the model has read after `steps` steps."""
         return steps * self.recipe.tokens_per_step
 
     def consumed_by_source(self, steps: int) -> dict[str, int]:
-        """Of those tokens, how many came from each source, on ranks that read: prefix -> tokens."""
+        """Number of those tokens by source, prefix -> tokens. Empty on ranks that read none."""
         if self._samples is None:
             return {}
         order, (before, taken) = self._samples.order, self._counted
         now = steps * self.recipe.train.global_batch
         new = np.bincount(order.places[before:now], minlength=len(order.contents))
-        taken = taken | {c: taken[c] + int(n) for c,
-                         n in zip(order.contents, new, strict=True) if n}
+        taken = taken | {c: taken[c] + int(n)
+                         for c, n in zip(order.contents, new, strict=True) if n}
         self._counted = now, taken
         paths = self.history.segments[-1].paths
-        return {paths[content]: count * self.recipe.train.sequence_length for content,
-                count in taken.items()}
+        return {paths[content]: count * self.recipe.train.sequence_length
+                for content, count in taken.items()}
 
     @cached_property
     def valid_tokens_per_byte(self) -> float:
-        """Labels of the validation windows over the UTF-8 bytes of the text they stand for."""
+        """Labels of the validation windows over the UTF-8 bytes of their text."""
         return len(self.valid) * self.recipe.train.sequence_length / self.valid.text_bytes
 
     def _batches(self, dataset: Dataset | None, first: int,
@@ -157,16 +164,17 @@ class TokenData:
             yield [next(loader) for _ in range(per_step)]
 
     def _indices(self, step: int, micro: int) -> list[int]:
+        """Numbers of the samples of a micro-batch on this rank, (B,)."""
         size, dp = self.recipe.train.micro_batch, self.recipe.parallel.data
-        start = step * self.recipe.train.global_batch + (micro * dp
-                                                         + ps.get_data_parallel_rank()) * size
+        place = micro * dp + ps.get_data_parallel_rank()
+        start = step * self.recipe.train.global_batch + place * size
         return list(range(start, start + size))
 
 
 @contextmanager
 def _rank_0_first() -> Iterator[bool]:
-    """Rank 0 passes before the others, so that of all ranks it alone builds what is missing on
-    disks they share."""
+    """Yields on rank 0 before it yields on the others, so that rank 0 alone builds indices that are
+    missing on disks they share."""
     together = dist.is_initialized()
     alone = not together or dist.get_rank() == 0
     if not alone:

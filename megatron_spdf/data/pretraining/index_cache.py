@@ -1,9 +1,8 @@
-"""Files that are computed once: they appear whole or not at all, whoever else wants them at the
-same time.
+"""Cache of index files that several processes want at the same time.
 
-The first of several processes computes, those beside it wait for its lock. Where a file system has
-no locks between nodes, two nodes may compute the same; the first to finish gives its files the
-name, and the other one takes them.
+A directory appears whole or not at all. The first of several processes computes, and the others
+wait for its lock. Where a file system has no locks between nodes, two nodes may compute the same
+directory: the first to finish names it, and the other one uses it.
 """
 
 from __future__ import annotations
@@ -19,10 +18,11 @@ from megatron_spdf.locks import locked
 
 
 def built_once(cache: Path, key: str, build: Callable[[Path], None]) -> Path:
-    """The directory `cache`/`key`, filled by `build` if it is not there.
+    """Returns the directory `cache`/`key`, filled by `build` if it is not there.
 
     Args:
-        key: says all that the content depends on, so that what is there is never stale.
+        cache: directory that all processes share.
+        key: names all that the content depends on, so that an existing directory is never stale.
         build: writes files into the directory it is given.
     """
     place = cache / key
@@ -31,7 +31,7 @@ def built_once(cache: Path, key: str, build: Callable[[Path], None]) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     with locked(cache / f"{key}.lock", wait=True):
         here = f"{key}.{socket.gethostname()}"
-        # by a process that was killed: on this host the lock is ours
+        # Left by a process that was killed: the lock of this host is ours.
         for left in cache.glob(f"{here}.*.partial"):
             shutil.rmtree(left, ignore_errors=True)
         if not place.is_dir():

@@ -1,4 +1,4 @@
-"""The sets of the Pile, and how often each is read in one pass over the whole.
+"""Sets of the Pile, and the epochs of each in one pass over the whole.
 
 Gao et al. 2020, "The Pile: An 800GB Dataset of Diverse Text for Language Modeling",
 arXiv:2101.00027, table 1.

@@ -1,8 +1,9 @@
-"""Token sequences of fixed length: training samples from shuffled documents, validation windows
-from the text's order.
+"""Token sequences of fixed length: training samples from shuffled documents, and validation windows
+in the order of the text.
 
-Both are T + 1 tokens, inputs and labels shifted by one, and share document boundaries that options
-ask for.
+Both are T + 1 tokens, inputs and labels shifted by one, and treat document boundaries alike.
+
+Shapes: T tokens of a sequence (`train.sequence_length`).
 """
 
 from __future__ import annotations
@@ -26,19 +27,19 @@ from megatron_spdf.data.pretraining.sources import Source
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
 from megatron_spdf.recipe.recipe import Recipe
 
-_LEAST_SAMPLES = 1 << 16
+_LEAST_SAMPLES = 1 << 16  # of an index, so that a small source does not need thousands of them
 _INDICES = ("document_index", "sample_index", "shuffle_index")
 
 
 @dataclass(frozen=True)
-class Borders:
-    """What happens at the end of a document inside a sequence; the end-of-document token belongs to
-    the document.
+class DocumentBoundaries:
+    """Rule for a document boundary inside a sequence. A document includes its end-of-document
+    token.
 
     Attributes:
         eod: the end-of-document token.
-        reset_positions: positions start at 0 with every document.
-        reset_attention: tokens attend to their own document only.
+        reset_positions: count positions from 0 in every document.
+        reset_attention: let tokens attend to their own document only.
     """
 
     eod: int
@@ -46,10 +47,10 @@ class Borders:
     reset_attention: bool = False
 
     def sample(self, text: np.ndarray) -> dict[str, Tensor]:
-        """Inputs, labels, loss mask and positions, (T,) each, of T + 1 tokens.
+        """Makes inputs, labels, loss mask and positions, (T,) each, from T + 1 tokens.
 
-        With `reset_attention` also "documents", (T,), the number of the document a token is in,
-        counted from 0.
+        With `reset_attention` also "documents", (T,), the number of each token's document, counted
+        from 0.
         """
         text = torch.from_numpy(text.astype(np.int64))
         tokens, labels = text[:-1].contiguous(), text[1:].contiguous()
@@ -66,65 +67,71 @@ class Borders:
 
 
 def samples_in(tokens: int, length: int) -> int:
-    """Sequences of `length` tokens and a label more that fit one after the other into `tokens`."""
+    """Counts the sequences of `length` tokens and one more label that fit one after another into
+    `tokens`."""
     return max(0, (tokens - 1) // length)
 
 
-def epochs_in_pass(source: Source, recipe: Recipe) -> int:
-    """Epochs that share an index: one of a source of any size, several of one that would need many
-    indices."""
+def epochs_per_index(source: Source, recipe: Recipe) -> int:
+    """Number of epochs that share an index: one, or several of a source so small that it would need
+    many indices."""
     return max(1, _LEAST_SAMPLES // samples_in(source.tokens, recipe.train.sequence_length))
 
 
-def samples_in_pass(source: Source, recipe: Recipe) -> int:
-    return samples_in(source.tokens * epochs_in_pass(source, recipe), recipe.train.sequence_length)
+def samples_per_index(source: Source, recipe: Recipe) -> int:
+    """Number of samples in the epochs that share an index."""
+    tokens = source.tokens * epochs_per_index(source, recipe)
+    return samples_in(tokens, recipe.train.sequence_length)
 
 
-class Pass(GPTDataset):
-    """A number of epochs over a source: documents in random order in each, cut into sequences, in
-    random order again.
+class ShuffledEpochs(GPTDataset):
+    """Several epochs over a source: documents in random order in each, cut into sequences, which
+    are shuffled again.
 
-    Megatron-Core's dataset with an index of our own: the order depends on the seed, the content of
-    the source and the number of the pass, and neither on how many samples a run will ask for nor on
-    where the files lie; and the index is built once (`cache.built_once`) by any process, where
-    Megatron-Core's is built by rank 0 into files that others may read too soon, or not find on
-    their own disk.
+    A Megatron-Core dataset with an index of ours. The order depends on the seed, the content of the
+    source and the number of the index alone: neither the samples that a run asks for nor the paths
+    of the files change it. Any process builds the index, once (`index_cache.built_once`), while
+    Megatron-Core's rank 0 builds it into files that others may read too soon, or miss on their own
+    disk.
+
+    Args:
+        source: of the tokens.
+        number: of the index over `source`, counted from 0; each holds `epochs_per_index` epochs.
+        recipe: gives seed, sequence length and document boundaries.
+        tokenizer: gives the end-of-document token.
+        cache: directory for the index.
     """
 
     def __init__(self, source: Source, number: int, recipe: Recipe, tokenizer: Tokenizer,
                  cache: Path):
-        """The pass `number`, from 0, over `source`."""
-        self._length, self._epochs = recipe.train.sequence_length, epochs_in_pass(source, recipe)
-        self._tokens, self._cache, self._borders = (
-            source.tokens,
-            cache,
-            borders_of(recipe, tokenizer),
-        )
+        """Opens the source, and builds the index if the cache has none."""
+        self._length, self._epochs = recipe.train.sequence_length, epochs_per_index(source, recipe)
+        self._tokens, self._cache = source.tokens, cache
+        self._boundaries = boundaries_of(recipe, tokenizer)
         order = f"{recipe.seed} {source.content} {number}"
-        self._key = (
-            "pass-"
-            + hashlib.sha256(f"{order} {self._length} {self._epochs}".encode()).hexdigest()[:32]
-        )
+        content = hashlib.sha256(f"{order} {self._length} {self._epochs}".encode())
+        self._key = f"epochs-{content.hexdigest()[:32]}"
         config = GPTDatasetConfig(
             random_seed=int.from_bytes(hashlib.sha256(order.encode()).digest()[:4], "big"),
             sequence_length=self._length, blend=([source.content], None), split="1,0,0",
             tokenizer=tokenizer, reset_position_ids=False, reset_attention_mask=False,
             eod_mask_loss=False, create_attention_mask=False)
-        nothing = np.empty(0, np.int32)  # all documents, which the index tells
+        nothing = np.empty(0, np.int32)  # the choice of documents; our index holds all of them
         super().__init__(IndexedDataset(source.prefix), source.content, nothing, None, Split.train,
                          config)
-        assert len(self) == samples_in_pass(source, recipe)
+        assert len(self) == samples_per_index(source, recipe)
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
+        """Sample `number` of the shuffled order, as `DocumentBoundaries.sample` makes it."""
         text, *_ = self._query_document_sample_shuffle_indices(number)
-        return self._borders.sample(text)
+        return self._boundaries.sample(text)
 
     def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, ...]:
         place = built_once(self._cache, self._key, self._build)
         return tuple(np.load(place / f"{name}.npy", mmap_mode="r") for name in _INDICES)
 
     def _build(self, directory: Path) -> None:
-        """For a single epoch, the index that Megatron-Core builds of this seed."""
+        """Writes the index. That of a single epoch equals Megatron-Core's for this seed."""
         from megatron.core.datasets import helpers
 
         draw = np.random.RandomState(self.config.random_seed)
@@ -136,7 +143,7 @@ class Pass(GPTDataset):
             self._epochs, self._tokens, True, 1)
         count = len(samples) - 1
         order = np.arange(count, dtype=np.uint32 if count < 2**32 else np.int64)
-        # A sequence is of the epoch that it starts in.
+        # A sequence belongs to the epoch in which it starts, and is shuffled within that.
         first = [-(-epoch * self._tokens // self._length) for epoch in range(self._epochs)]
         for start, end in zip(first, [*first[1:], count], strict=True):
             draw.shuffle(order[start:end])
@@ -145,18 +152,15 @@ class Pass(GPTDataset):
 
 
 class Windows(Dataset):
-    """Validation sequences: fixed, without overlap, the same whatever the seed.
+    """Validation sequences: fixed, without overlap, the same for every seed.
 
     Window w of a source is tokens [w T, w T + T] in the order of the text, the last one a label
     only. Of the windows of all sources in turn, `count` are taken at even distances.
-
-    Attributes:
-        text_bytes: UTF-8 bytes of the text that the labels of all windows stand for.
     """
 
     def __init__(self, sources: list[Source], count: int, recipe: Recipe, tokenizer: Tokenizer):
         self._length, self._tokenizer = recipe.train.sequence_length, tokenizer
-        self._borders = borders_of(recipe, tokenizer)
+        self._boundaries = boundaries_of(recipe, tokenizer)
         self._tokens = [_all_tokens(source.prefix) for source in sources]
         self._ends = np.cumsum([samples_in(s.tokens, self._length) for s in sources])
         self._chosen = np.arange(count) * int(self._ends[-1]) // max(count, 1)
@@ -165,10 +169,11 @@ class Windows(Dataset):
         return len(self._chosen)
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
-        return self._borders.sample(self._text(number))
+        return self._boundaries.sample(self._text(number))
 
     @property
     def text_bytes(self) -> int:
+        """UTF-8 bytes of the text that the labels of all windows stand for."""
         return sum(self._tokenizer.text_bytes(self._text(number)[1:].tolist())
                    for number in range(len(self)))
 
@@ -180,9 +185,11 @@ class Windows(Dataset):
 
 
 def _all_tokens(prefix: str) -> np.ndarray:
-    """(tokens,) of a data set, memory-mapped."""
+    """Maps the tokens of a data set, (tokens,)."""
     return np.memmap(file_of(prefix, "bin"), read_index_header(file_of(prefix, "idx")).dtype, "r")
 
 
-def borders_of(recipe: Recipe, tokenizer: Tokenizer) -> Borders:
-    return Borders(tokenizer.eod, recipe.data.reset_positions, recipe.data.reset_attention)
+def boundaries_of(recipe: Recipe, tokenizer: Tokenizer) -> DocumentBoundaries:
+    """Document boundaries as a recipe treats them."""
+    data = recipe.data
+    return DocumentBoundaries(tokenizer.eod, data.reset_positions, data.reset_attention)

@@ -1,4 +1,4 @@
-"""The data sets that training samples come from, and in what shares."""
+"""Sources of training samples: the data sets that a recipe names, and their weights."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from megatron_spdf.data.indexed.manifest import Manifest, check_prefix, file_of
 from megatron_spdf.data.pretraining.pile import PILE_EPOCHS
 from megatron_spdf.recipe.recipe import Data
 
-_SAMPLED_BYTES = 1 << 20
+_SAMPLED_BYTES = 1 << 20  # at each of three places of a file
 
 
 @dataclass(frozen=True)
 class Source:
-    """One data set of a run.
+    """Data set of a run.
 
     Attributes:
-        prefix: of its files.
+        prefix: path of its files without .bin and .idx.
         content: fingerprint of its tokens, wherever they lie.
-        tokens: in it.
+        tokens: number of its tokens.
         weight: share of the training samples that come from it.
     """
 
@@ -34,8 +34,14 @@ class Source:
 
 @dataclass(frozen=True)
 class Entry:
-    """One data set as the recipe names it; `pattern` is what matched it. Either `weight` or
-    `epochs` is given."""
+    """Data set as the recipe names it, with either `weight` or `epochs`.
+
+    Attributes:
+        prefix: path of its files without .bin and .idx.
+        pattern: entry of the recipe that matched it.
+        weight: share of the pattern; None if `epochs` is given.
+        epochs: number of times it is read, or "pile" for the Pile's own number.
+    """
 
     prefix: str
     pattern: str
@@ -44,7 +50,7 @@ class Entry:
 
 
 def expand(data: Data) -> list[Entry]:
-    """The training data sets that a recipe names: `data.train`, or `data.blend` with its patterns
+    """Lists the training data sets of a recipe: `data.train`, or `data.blend` with patterns
     matched.
 
     Raises:
@@ -66,14 +72,18 @@ def expand(data: Data) -> list[Entry]:
 
 
 def training_sources(entries: list[Entry], tokenizer_sha256: str) -> list[Source]:
-    """The training data sets, checked, with weights that sum to 1.
+    """Checks the training data sets and computes their weights, which sum to 1.
 
-    The weight of a pattern is shared by what it matches in proportion to the tokens. Epochs weigh
-    tokens: a data set of twice the epochs is read twice as often.
+    Data sets that match one pattern share its weight in proportion to their tokens. Epochs multiply
+    tokens: a data set of two epochs is read twice as often as one of one.
+
+    Args:
+        entries: result of `expand`.
+        tokenizer_sha256: `Tokenizer.sha256` of the tokenizer in use.
 
     Raises:
-        ValueError: a data set is not whole, of another tokenizer, named twice, or no set of the
-            Pile and asked for as one.
+        ValueError: a data set is not whole, of another tokenizer, named twice, or asked for as a
+            set of the Pile and none.
     """
     manifests = [check_prefix(entry.prefix, tokenizer_sha256) for entry in entries]
     matched: Counter[str] = Counter()
@@ -88,6 +98,7 @@ def training_sources(entries: list[Entry], tokenizer_sha256: str) -> list[Source
 
 
 def make_source(prefix: str, manifest: Manifest, weight: float = 0.0) -> Source:
+    """Makes the source of a checked data set."""
     return Source(prefix, manifest.content_sha256 or _fingerprint(prefix), manifest.tokens, weight)
 
 
@@ -102,8 +113,8 @@ def _epochs(entry: Entry, manifest: Manifest) -> float:
 
 
 def _fingerprint(prefix: str) -> str:
-    """Of a data set whose manifest has no checksums: of the sizes, and of start, middle and end of
-    both files."""
+    """Hashes the sizes, and the start, middle and end, of both files of a data set without
+    checksums."""
     digest = hashlib.sha256()
     for suffix in ("idx", "bin"):
         path = file_of(prefix, suffix)

@@ -1,0 +1,193 @@
+"""A family of decoders: its section of a recipe, and what follows from that.
+
+A file of this room holds one family, a subclass of `Model`, and registers it. So does a file of
+somebody else's, see `registry.py`. A subclass states facts (which norm, which positions, ...), from
+which the parameters, Megatron-Core's configuration and all costs follow; where they do not, it
+overrides the method.
+
+Canonical names are Megatron-Core's own, with layers counted over the whole model, so that they are
+the same on every pipeline stage.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from megatron_spdf.registry import Registry
+from megatron_spdf.section import ByName, Count, Section
+
+EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
+POSITIONS = "embedding.position_embeddings.weight"
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter tensor of the whole, unsharded model.
+
+    Attributes:
+        shape: of the unsharded tensor, (out, in) for matrices.
+        axis: the tensor-parallel axis, None where every rank holds all of it.
+        layer: number of the transformer layer from 0; -1 before the first, `layers` after the last.
+        std: of the normal initial values; None: ones for norm weights, zeros for biases.
+        linear: one of W_QKV, W_D, W_I, W_O of a layer, which SPDF makes sparse (Thangarasa et al.
+            2023, A.1).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    axis: int | None
+    layer: int
+    std: float | None = None
+    linear: bool = False
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+class Model(Section):
+    """A decoder, of the family that `architecture` names."""
+
+    # Facts of a family. One that a recipe may change is a field of the same name.
+    name: ClassVar[str]  # in a recipe's `model.architecture`
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
+    norm: ClassVar[Literal["LayerNorm", "RMSNorm"]]
+    norm_eps: ClassVar[float]
+    activation: ClassVar[str]  # name in torch.nn.functional; gelu is its tanh approximation
+    gated: ClassVar[bool]  # W_O's input is activation(gate) x up, both rows of W_I
+    biases: ClassVar[bool]  # of linear layers
+    positions: ClassVar[Literal["learned", "rotary"]]
+    tied: ClassVar[bool]  # the LM head is the word embedding
+
+    architecture: str = Field("gpt", description="family of the model")
+    preset: None = Field(
+        None, description="shape by name; layers, hidden and heads given beside it win")
+    layers: int = Field(gt=0, description="transformer layers")
+    hidden: int = Field(gt=0, description="width d_model")
+    heads: int = Field(gt=0, description="attention heads")
+    query_groups: int = Field(
+        gt=0, description="key/value groups, also the largest tensor-parallel degree; default: "
+                          "heads")
+    ffn_hidden: int = Field(gt=0,
+                            description="width of the feed-forward layer; default: 4 x hidden")
+    vocab_size: Count = Field(50257, gt=0, description="tokens the tokenizer knows")
+    max_positions: Count = Field(2048, gt=0, description="longest sequence, in tokens")
+    dropout: float = Field(0.0, ge=0.0, lt=1.0,
+                           description="of embeddings, attention and residuals")
+    init_std: float = Field(0.02, gt=0.0,
+                            description="std of the initial weights; residual outputs: / sqrt(2 "
+                                        "layers)")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        preset = values.get("preset")
+        known = cls.PRESETS.get(preset, {}) if isinstance(preset, str) else {}
+        values = {"architecture": cls.name, **known,
+                  **{k: v for k, v in values.items() if v is not None or k == "preset"}}
+        values.setdefault("query_groups", values.get("heads"))
+        if isinstance(values.get("hidden"), int):
+            values.setdefault("ffn_hidden", 4 * values["hidden"])
+        return values
+
+    def rule_violations(self) -> Iterator[str]:
+        """Every broken rule between the fields, as one sentence."""
+        if self.hidden % self.heads:
+            yield (f"model.hidden={self.hidden} is not divisible by model.heads={self.heads}; "
+                   f"heads may be {divisors(self.hidden)}")
+        if self.heads % self.query_groups:
+            yield (f"model.heads={self.heads} is not divisible by "
+                   f"model.query_groups={self.query_groups}; query_groups may be "
+                   f"{divisors(self.heads)}")
+        if self.ffn_hidden % self.slices:
+            yield (f"model.ffn_hidden={self.ffn_hidden} is not divisible by "
+                   f"model.query_groups={self.slices}, the number of slices a weight is cut into; "
+                   f"take a multiple of {self.slices}")
+
+    def shape(self) -> dict[str, Any]:
+        """Values of the fields that decide whether weights fit."""
+        return self.model_dump(exclude={"preset", "dropout", "init_std"})
+
+    def differences(self, other: Model) -> dict[str, tuple[Any, Any]]:
+        """Both values of every field of `shape` in which two models differ."""
+        ours, theirs = self.shape(), other.shape()
+        return {key: (ours.get(key), theirs.get(key)) for key in {**ours, **theirs}
+                if ours.get(key) != theirs.get(key)}
+
+    @property
+    def slices(self) -> int:
+        """Slices that weights are cut into, and so the largest tensor-parallel degree."""
+        return self.query_groups
+
+    @property
+    def head_width(self) -> int:
+        return self.hidden // self.heads
+
+    @property
+    def qkv_rows(self) -> int:
+        """Rows of the fused W_QKV, by query group: its queries, its key, its value."""
+        return (self.heads + 2 * self.query_groups) * self.head_width
+
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of the embedding: the vocabulary up to a multiple of 128 (tensor cores) and of the
+        slices, so that shards are even and one checkpoint serves every tensor-parallel degree."""
+        multiple = math.lcm(128, self.slices)
+        return -(-self.vocab_size // multiple) * multiple
+
+    def weights(self) -> list[Weight]:
+        """All parameters in model order; a tied LM head is the word embedding and not listed
+        again.
+
+        The rows of a gated W_I are, slice by slice, its gates and its ups. So a rank's shard is one
+        piece of the whole weight, as of every other.
+        """
+        vocabulary = (self.padded_vocab, self.hidden)
+        first = [Weight(EMBEDDING, vocabulary, 0, -1, self.init_std)]
+        if self.positions == "learned":
+            shape = (self.max_positions, self.hidden)
+            first.append(Weight(POSITIONS, shape, None, -1, self.init_std))
+        layers = [w for layer in range(self.layers) for w in self._layer(layer)]
+        last = self._norm("decoder.final_layernorm", self.layers)
+        if not self.tied:
+            last.append(Weight(HEAD, vocabulary, 0, self.layers, self.init_std))
+        return first + layers + last
+
+    def _layer(self, layer: int) -> list[Weight]:
+        at = f"decoder.layers.{layer}."
+        residual_std = self.init_std / math.sqrt(2 * self.layers)
+
+        def linear(name: str, out: int, inputs: int, axis: int, spread: float) -> list[Weight]:
+            weight = Weight(f"{at}{name}.weight", (out, inputs), axis, layer, spread, linear=True)
+            bias = Weight(f"{at}{name}.bias", (out,), 0 if axis == 0 else None, layer)
+            return [weight, bias] if self.biases else [weight]
+
+        up = (2 if self.gated else 1) * self.ffn_hidden
+        return [
+            *self._norm(f"{at}input_layernorm", layer),
+            *linear("self_attention.linear_qkv", self.qkv_rows, self.hidden, 0, self.init_std),
+            *linear("self_attention.linear_proj", self.hidden, self.heads * self.head_width, 1,
+                    residual_std),
+            *self._norm(f"{at}pre_mlp_layernorm", layer),
+            *linear("mlp.linear_fc1", up, self.hidden, 0, self.init_std),
+            *linear("mlp.linear_fc2", self.hidden, self.ffn_hidden, 1, residual_std),
+        ]
+
+    def _norm(self, name: str, layer: int) -> list[Weight]:
+        parameters = ("weight", "bias") if self.norm == "LayerNorm" else ("weight",)
+        return [Weight(f"{name}.{p}", (self.hidden,), None, layer) for p in parameters]
+
+
+def divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+ARCHITECTURES: Registry[type[Model]] = Registry("architecture", "megatron_spdf.architecture")
+BY_ARCHITECTURE = ByName(ARCHITECTURES, "gpt", lambda family: family, key="architecture")

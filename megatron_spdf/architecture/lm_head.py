@@ -1,0 +1,19 @@
+"""How many tokens go through the LM head together, so that logits of a micro-batch never exist as
+a whole."""
+
+from __future__ import annotations
+
+# fp32, at once: 2,668 tokens of GPT-2's vocabulary, enough to fill a GPU
+LOGITS_BYTES = 512 * 2**20
+
+
+def tokens_at_once(rows: int, tokens: int) -> int:
+    """Tokens of a micro-batch that go through the LM head together: all of them, or as many as have
+    `LOGITS_BYTES` of logits, in chunks of one size but for the last.
+
+    Args:
+        rows: of the LM head, on this tensor-parallel rank.
+        tokens: of the micro-batch, T B.
+    """
+    chunks = -(-tokens // max(1, LOGITS_BYTES // (4 * rows)))
+    return -(-tokens // chunks)
