@@ -32,10 +32,10 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    from megatron_spdf.evaluation.coordinates import growth, plot_sizes
+    from megatron_spdf.evaluation.coordinate_check import plot_sizes, scaling_exponents
 
-    slopes = {rule: {what: growth(sizes) for what, sizes in scaled.items()} for rule,
-              scaled in found.items()}
+    slopes = {rule: {what: scaling_exponents(sizes) for what, sizes in scaled.items()}
+              for rule, scaled in found.items()}
     print(json.dumps({"sizes": found, "slopes": slopes}) if options.json else render(slopes))
     if options.output:
         plot_sizes(found, options.output)
@@ -49,7 +49,7 @@ def check(options: argparse.Namespace) -> dict[str, dict[str, dict[float, dict[s
     from megatron_spdf.parallel import fake_cuda
 
     fake_cuda.install()  # before anything that imports megatron.core
-    from megatron_spdf.evaluation.coordinates import activation_sizes
+    from megatron_spdf.evaluation.coordinate_check import activation_sizes
 
     base = load_recipe(options.recipe, options.overrides)
     head = base.model.hidden // base.model.heads

@@ -65,7 +65,7 @@ def score_predictions(options: argparse.Namespace) -> int:
 def score_checkpoint(options: argparse.Namespace) -> int:
     """Decodes the split with the checkpoint, scores and keeps what came out."""
     from megatron_spdf.convert.source import open_weights
-    from megatron_spdf.evaluation.decoding import Settings
+    from megatron_spdf.evaluation.decoding import DecodingSettings
     from megatron_spdf.evaluation.evaluate import evaluate
     from megatron_spdf.evaluation.scores_file import describe, write_all
     from megatron_spdf.resilience.world import find_ranks
@@ -73,8 +73,8 @@ def score_checkpoint(options: argparse.Namespace) -> int:
     output = options.output or (run_directory(options.run) / "evaluation"
                                 / f"{options.task}_{options.split}")
     require_free(output, options.force)
-    settings = Settings(options.beams, options.length_penalty, options.no_repeat_ngram,
-                        options.max_new_tokens, options.batch_size)
+    settings = DecodingSettings(options.beams, options.length_penalty, options.no_repeat_ngram,
+                                options.max_new_tokens, options.batch_size)
     examples = load_examples(options.task, options.data or Path("data") / options.task,
                              options.split)
     ranks = find_ranks()

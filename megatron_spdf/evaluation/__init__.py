@@ -1,1 +1,1 @@
-"""How good a model is: loss and perplexity on held-out text."""
+"""Quality of a model: validation loss, decoding, task metrics, and checks of its weights."""

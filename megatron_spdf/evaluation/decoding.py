@@ -1,9 +1,11 @@
-"""Prompts, beam search by `transformers`, and the perplexity of completions, on one rank or
-several.
+"""Decoding of prompts by the beam search of `transformers`, and the perplexity of completions.
 
-A prompt is the context and the end-of-document token, as in fine-tuning; the model continues with "
-" + completion and ends with another end-of-document token, or at a blank line (Hu et al., 2022, the
-NLG examples of LoRA).
+A prompt is the context and the end-of-document token (EOD), as in fine-tuning. The model continues
+with " " + completion, and ends with another EOD or at a blank line (Hu et al. 2022, the NLG
+examples of LoRA). Several ranks share the prompts.
+
+Shapes: B prompts or pairs read together, T tokens of the longest, N completion tokens of them, H
+hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -27,12 +29,12 @@ from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How to decode; the defaults are LoRA's for E2E, which SPDF follows.
+class DecodingSettings:
+    """Options of decoding. The defaults are LoRA's for E2E, which SPDF follows.
 
     Attributes:
         beams: width of the beam; 1 is greedy.
-        length_penalty: the log-probability of a hypothesis is divided by its length to this power.
+        length_penalty: power of a hypothesis's length by which its log-probability is divided.
         no_repeat_ngram: no completion has an n-gram of this many tokens twice; 0 allows any.
             N-grams of the prompt may be repeated, since a text names what the prompt names.
         max_new_tokens: of a completion.
@@ -48,13 +50,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Decoded:
-    """A share of the completions.
+    """Completions of one rank.
 
     Attributes:
         texts: index of the prompt -> completion, outer blanks removed.
-        tokens: of all completions, the end included.
-        seconds: that decoding took.
-        truncated: prompts that lost the beginning of their context.
+        tokens: number of tokens of all completions, the end included.
+        seconds: duration of decoding.
+        truncated: number of prompts that lost the beginning of their context.
     """
 
     texts: dict[int, str]
@@ -64,26 +66,35 @@ class Decoded:
 
 
 class _NoRepeatInCompletion(NoRepeatNGramLogitsProcessor):
-    """Sees the completion only, where that of `transformers` bans n-grams of the prompt as well."""
+    """Bans repeated n-grams of the completion. The processor of `transformers` bans the prompt's as
+    well."""
 
     def __init__(self, size: int, prompt_length: int):
         super().__init__(size)
         self._prompt_length = prompt_length
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores (B, V) of the next token, with banned tokens at -inf, after input_ids (B, T)."""
         return super().__call__(input_ids[:, self._prompt_length :], scores)
 
 
 def window_of(model: PreTrainedModel) -> int:
-    """Tokens that the model can read at once."""
+    """Number of tokens that the model can read at once."""
     return model.config.max_position_embeddings
 
 
 def decode(model: PreTrainedModel, tokenizer: Tokenizer, contexts: Sequence[str],
-           settings: Settings, rank: int = 0, world: int = 1) -> Decoded:
-    """This rank's share of the completions; prompts of like length are decoded together.
+           settings: DecodingSettings, rank: int = 0, world: int = 1) -> Decoded:
+    """Decodes this rank's share of the prompts, those of like length together.
 
     A prompt that leaves no room for `max_new_tokens` loses the beginning of its context.
+
+    Args:
+        model: a Hugging Face causal language model.
+        tokenizer: of the model.
+        contexts: one for each prompt.
+        settings: of the search.
+        rank, world: of this process, and their number.
 
     Raises:
         ValueError: the window has no room for so many new tokens.
@@ -102,8 +113,8 @@ def decode(model: PreTrainedModel, tokenizer: Tokenizer, contexts: Sequence[str]
         for first in range(0, len(share), settings.batch_size):
             chosen = share[first : first + settings.batch_size]
             completions = _complete(model, tokenizer, [prompts[i] for i in chosen], settings)
-            texts |= {i: tokenizer.decode(ids).strip() for i,
-                      ids in zip(chosen, completions, strict=True)}
+            texts |= {i: tokenizer.decode(ids).strip()
+                      for i, ids in zip(chosen, completions, strict=True)}
             tokens += sum(len(ids) + 1 for ids in completions)
             bar.update(len(chosen))
             bar.set_postfix_str(f"{tokens / (time.monotonic() - start):.0f} tokens/s")
@@ -113,10 +124,10 @@ def decode(model: PreTrainedModel, tokenizer: Tokenizer, contexts: Sequence[str]
 
 @torch.inference_mode()
 def _complete(model: PreTrainedModel, tokenizer: Tokenizer, prompts: list[list[int]],
-              s: Settings) -> list[list[int]]:
-    """The best completion of each prompt, without what ends it."""
+              s: DecodingSettings) -> list[list[int]]:
+    """Token ids of the best completion of each prompt, without the end token."""
     longest = max(map(len, prompts))
-    # (B, T)
+    # ids, mask: (B, T), padded on the left, so that all completions begin at one position
     ids = torch.tensor([[tokenizer.eod] * (longest - len(p)) + p for p in prompts],
                        device=model.device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts],
@@ -135,22 +146,23 @@ def _complete(model: PreTrainedModel, tokenizer: Tokenizer, prompts: list[list[i
 
 
 def _ends(tokenizer: Tokenizer) -> list[int]:
-    """End of document, and the blank line where that is one token (628 in GPT-2's vocabulary)."""
+    """End tokens: EOD, and the blank line where that is one token (628 in GPT-2's vocabulary)."""
     blank = tokenizer.encode("\n\n")
     return [tokenizer.eod, *(blank if len(blank) == 1 else [])]
 
 
 def _until(ids: list[int], ends: set[int]) -> list[int]:
+    """Ids before the first end token."""
     return ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids))]
 
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Of a share of the completions given their contexts.
+    """Log-likelihood of one rank's share of the completions given their contexts.
 
     Attributes:
         nats: negative log-likelihood, summed over the tokens.
-        tokens: of the completions, the end-of-document tokens included.
+        tokens: number of completion tokens, EODs included.
     """
 
     nats: float
@@ -160,19 +172,23 @@ class Likelihood:
 @torch.inference_mode()
 def likelihood(model: PreTrainedModel, tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]],
                rank: int = 0, world: int = 1, batch_tokens: int = 8192) -> Likelihood:
-    """This rank's share of the completions' log-likelihood; exp(nats / tokens) over all is their
-    perplexity.
+    """Computes the log-likelihood of this rank's share of the completions.
+
+    The perplexity is exp(nats / tokens), both summed over all ranks.
 
     Args:
+        model: a Hugging Face causal language model.
+        tokenizer: of the model.
         pairs: (context, completion); a pair longer than the window loses the beginning of its
             context.
-        batch_tokens: at most that many tokens, padding included, are read at once.
+        rank, world: of this process, and their number.
+        batch_tokens: most tokens, padding included, that are read at once.
 
     Raises:
         ValueError: a completion alone is longer than the window.
     """
-    sequences = [_sequence(tokenizer, context, completion, window_of(model)) for context,
-                 completion in pairs]
+    window = window_of(model)
+    sequences = [_sequence(tokenizer, context, completion, window) for context, completion in pairs]
     share = sorted(sequences, key=lambda s: -len(s[0]))[rank::world]
     nats, tokens, first = 0.0, 0, 0
     with tqdm(total=len(share), unit="pair", desc=f"perplexity, rank 0 of {world}",
@@ -182,14 +198,13 @@ def likelihood(model: PreTrainedModel, tokenizer: Tokenizer, pairs: Sequence[tup
             batch = share[first : first + max(1, batch_tokens // longest)]
             first += len(batch)
             ids = torch.tensor([ids + [tokenizer.eod] * (longest - len(ids)) for ids, _ in batch],
-                               device=model.device)
-            # (B, T): token t is predicted from position t - 1; padding follows and is not looked at
-            # by what precedes it
-            counted = torch.tensor([[start <= t < len(ids) for t in range(1, longest)] for ids,
-                                    start in batch],
-                                   device=model.device)
+                               device=model.device)  # (B, T)
+            # (B, T - 1): token t is predicted from position t - 1. Padding is on the right, where
+            # causal attention never looks, so no mask is needed.
+            counted = torch.tensor([[start <= t < len(ids) for t in range(1, longest)]
+                                    for ids, start in batch], device=model.device)
             hidden = model.base_model(ids[:, :-1]).last_hidden_state[counted]  # (N, H)
-            logits = model.get_output_embeddings()(hidden).float()
+            logits = model.get_output_embeddings()(hidden).float()  # (N, V)
             nats += float(cross_entropy(logits, ids[:, 1:][counted], reduction="sum"))
             tokens += int(counted.sum())
             bar.update(len(batch))
@@ -198,8 +213,11 @@ def likelihood(model: PreTrainedModel, tokenizer: Tokenizer, pairs: Sequence[tup
 
 def _sequence(tokenizer: Tokenizer, context: str, completion: str,
               window: int) -> tuple[list[int], int]:
-    """context + EOD + " " + completion + EOD, whose last token is not read; and where the
-    completion begins."""
+    """Token ids of context + EOD + " " + completion + EOD, and the index at which the completion
+    begins.
+
+    The window holds all but the last token, which is a label only.
+    """
     target = [*tokenizer.encode(f" {completion}"), tokenizer.eod]
     room = window - len(target)
     if room < 0:

@@ -1,5 +1,5 @@
-"""A checkpoint on a task: perplexity of the references, decoding and scores, on one rank or
-several."""
+"""Evaluates a checkpoint on a task: perplexity of the references, decoding and scores, on one rank
+or several."""
 
 from __future__ import annotations
 
@@ -15,19 +15,33 @@ import torch.distributed as dist
 from megatron_spdf.convert.huggingface_export import in_memory
 from megatron_spdf.convert.source import WeightSource
 from megatron_spdf.data.finetuning.task import Example, training_pairs
-from megatron_spdf.evaluation.decoding import Decoded, Likelihood, Settings, decode, likelihood
+from megatron_spdf.evaluation.decoding import (
+    Decoded,
+    DecodingSettings,
+    Likelihood,
+    decode,
+    likelihood,
+)
 from megatron_spdf.evaluation.metrics.metric import ALL
 from megatron_spdf.evaluation.references import references_of
 from megatron_spdf.evaluation.scores import Scores, metrics_of, score
 from megatron_spdf.parallel.ranks import init_gloo
 from megatron_spdf.resilience.world import Ranks
 
-_WAIT = timedelta(hours=6)
+_WAIT = timedelta(hours=6)  # of a rank for the slowest one's share
 
 
-def evaluate(source: WeightSource, task: str, examples: Sequence[Example], settings: Settings,
+def evaluate(source: WeightSource, task: str, examples: Sequence[Example],
+             settings: DecodingSettings,
              ranks: Ranks) -> tuple[list[str], Scores, dict[str, Any]] | None:
     """Decodes and scores on all ranks.
+
+    Args:
+        source: weights and tokenizer.
+        task: name of the task.
+        examples: of the split.
+        settings: of decoding.
+        ranks: of this job.
 
     Returns:
         On rank 0 predictions, scores and facts about the decoding; None on the others.
@@ -62,7 +76,8 @@ def _gather(ranks: Ranks, share: Any) -> list[Any]:
 
 
 def _scores(task: str, examples: Sequence[Example], shares: list[tuple[Likelihood, Decoded]],
-            settings: Settings, device: torch.device) -> tuple[list[str], Scores, dict[str, Any]]:
+            settings: DecodingSettings,
+            device: torch.device) -> tuple[list[str], Scores, dict[str, Any]]:
     texts = {i: text for _, decoded in shares for i, text in decoded.texts.items()}
     predictions = [texts[i] for i in range(len(examples))]
     scores = score(task, predictions, references_of(examples))

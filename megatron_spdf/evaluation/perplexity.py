@@ -12,10 +12,15 @@ from megatron_spdf.model.batch import MicroBatch
 def validation_loss(
     engine: Engine, batches: Iterable[list[MicroBatch]], stop_requested: Callable[[], bool]
 ) -> float | None:
-    """Mean loss in nats per token over the batches; None when some rank was asked to stop on the
-    way.
+    """Mean loss in nats per token over the batches. Perplexity is its exponential.
 
-    Perplexity is its exponential.
+    Args:
+        engine: holds the model.
+        batches: this rank's micro-batches of each validation batch.
+        stop_requested: asked before each batch.
+
+    Returns:
+        The loss; None if a rank was asked to stop before the end.
     """
     losses = []
     for batch in batches:
@@ -27,5 +32,6 @@ def validation_loss(
 
 
 def bits_per_byte(loss: float, tokens_per_byte: float) -> float:
-    """A loss in nats per token as bits per byte of UTF-8 text, which compares across tokenizers."""
+    """Converts a loss in nats per token to bits per byte of UTF-8 text, which compares across
+    tokenizers."""
     return loss / math.log(2) * tokens_per_byte

@@ -1,4 +1,4 @@
-"""Scores of a task: the figures that its official scripts print, and equal to them."""
+"""Scores of a task, equal to the figures that its official scripts print."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from megatron_spdf.evaluation.references import References, in_official_form
 
 @dataclass
 class Scores:
-    """What was computed, how, and what could not be.
+    """Scores, with the implementations behind them, and metrics that could not be computed.
 
     Attributes:
-        values: part of the test set -> metric -> score. The part "all" is there always; WebNLG's
-            data have "seen" and "unseen".
-        signatures: metric -> the implementation and settings behind its values.
-        missing: metric -> why it has no value.
+        values: part of the test set -> metric -> score. "all" is always there; WebNLG's data also
+            have "seen" and "unseen".
+        signatures: metric -> implementation and settings behind its values.
+        missing: metric -> reason why it has no value.
     """
 
     values: dict[str, dict[str, float]] = field(default_factory=lambda: {ALL: {}})
@@ -27,7 +27,7 @@ class Scores:
 
 
 def metrics_of(task: str) -> list[Metric]:
-    """The metrics that a task names.
+    """Looks up the metrics that a task names.
 
     Raises:
         ValueError: the task or a metric is unknown.
@@ -36,7 +36,12 @@ def metrics_of(task: str) -> list[Metric]:
 
 
 def score(task: str, predictions: Sequence[str], references: References) -> Scores:
-    """Scores predictions, one for each input, in the task's official form.
+    """Scores predictions in the task's official form.
+
+    Args:
+        task: name of the task.
+        predictions: one for each input.
+        references: of the same inputs, in the same order.
 
     Raises:
         ValueError: predictions and references are of different counts, or there are none.

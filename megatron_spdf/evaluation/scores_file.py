@@ -1,4 +1,5 @@
-"""What an evaluation leaves behind: the figures and all that produced them."""
+"""Writes the results of an evaluation: scores, settings and versions, predictions and
+references."""
 
 from __future__ import annotations
 
@@ -19,7 +20,13 @@ _LIBRARIES = ("torch", "transformers", "sacrebleu", "pycocoevalcap", "rouge-scor
 
 
 def describe(task: str, split: str, scores: Scores, **facts: Any) -> dict[str, Any]:
-    """The content of scores.json."""
+    """Content of scores.json.
+
+    Args:
+        task, split: evaluated.
+        scores: result of `scores.score`.
+        facts: more entries, such as the settings of decoding.
+    """
     return {"task": task, "split": split, **facts, "scores": scores.values,
             "missing": scores.missing,
             "signatures": scores.signatures,
@@ -29,15 +36,15 @@ def describe(task: str, split: str, scores: Scores, **facts: Any) -> dict[str, A
 
 
 def write_scores(output: Path, description: dict[str, Any]) -> None:
-    """scores.json alone."""
+    """Writes scores.json alone."""
     output.mkdir(parents=True, exist_ok=True)
     (output / SCORES).write_text(json.dumps(description, indent=1) + "\n")
 
 
 def write_all(output: Path, task: str, predictions: Sequence[str], examples: Sequence[Example],
               description: dict[str, Any]) -> None:
-    """Predictions, references in the official form and, last, scores.json."""
+    """Writes predictions, references in the official form and, last, scores.json."""
     output.mkdir(parents=True, exist_ok=True)
-    (output / SCORES).unlink(missing_ok=True)  # so that no old figures lie beside new predictions
+    (output / SCORES).unlink(missing_ok=True)  # no old scores may lie beside new predictions
     write_official(TASKS.get(task), predictions, references_of(examples), output)
     write_scores(output, description)

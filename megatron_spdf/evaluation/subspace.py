@@ -1,5 +1,9 @@
-"""How far fine-tuning moves each weight: cosine distance per layer and matrix (Thangarasa et al.,
-2023, 3.4)."""
+"""Distance that fine-tuning moves each weight: cosine distance per layer and matrix.
+
+Source: Thangarasa et al. 2023, section 3.4.
+
+Shapes: G query groups, q queries of a group, D head size, H hidden size.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +21,12 @@ _SINGLE = {"W_D": "self_attention.linear_proj", "W_I": "mlp.linear_fc1", "W_O": 
 
 
 def distances(before: WeightSource, after: WeightSource) -> list[dict[str, float]]:
-    """Of each layer, matrix -> 1 - <A, B> / (|A| |B|), over the entries of the two dense matrices,
-    in float64.
+    """Cosine distance of each layer's matrices between two models.
+
+    Computed as 1 - <A, B> / (|A| |B|) over the entries of the two dense matrices, in float64.
+
+    Returns:
+        For each layer, matrix -> distance.
 
     Raises:
         ValueError: the models have different shapes, or a weight is missing or damaged.
@@ -36,11 +44,10 @@ def distances(before: WeightSource, after: WeightSource) -> list[dict[str, float
 
 
 def cosine_distance(a: Tensor, b: Tensor) -> float:
-    """Of two tensors of a shape, as vectors: 0 where they point the same way, 1 where they have
-    nothing in common.
+    """Cosine distance of two tensors of one shape, as vectors: 0 if parallel, 1 if orthogonal.
 
-    Taken from the difference of the unit vectors, |a - b|^2 / 2, so that a distance of 1e-10 is not
-    lost in 1 - cos.
+    Computed from the difference of the unit vectors, |a - b|^2 / 2, so that a distance of 1e-10 is
+    not lost in 1 - cos.
     """
     norms = [float(t.double().norm()) for t in (a, b)]
     if 0.0 in norms:
@@ -49,7 +56,8 @@ def cosine_distance(a: Tensor, b: Tensor) -> float:
 
 
 def matrices(source: WeightSource, layer: int) -> Iterator[tuple[str, Tensor]]:
-    """Name and dense weight (out, in) of each matrix of a layer, in the order of MATRICES."""
+    """Yields name and dense weight (out, in) of each matrix of a layer, in the order of
+    MATRICES."""
     qkv = source.weight(f"decoder.layers.{layer}.self_attention.linear_qkv.weight")
     yield from zip(MATRICES, split_qkv(qkv, source.model), strict=False)
     for name, module in _SINGLE.items():
@@ -57,11 +65,13 @@ def matrices(source: WeightSource, layer: int) -> Iterator[tuple[str, Tensor]]:
 
 
 def split_qkv(weight: Tensor, model: Model) -> tuple[Tensor, ...]:
-    """W_Q, W_K and W_V of the fused weight, whose rows are grouped by query group: its heads'
-    queries, key, value."""
+    """Splits the fused weight (G (q + 2) D, H) into W_Q (G q D, H), W_K (G D, H) and W_V (G D, H).
+
+    Its rows are grouped by query group: queries of the group's heads, key, value.
+    """
     head = model.hidden // model.heads
     per_group = model.heads // model.query_groups
-    grouped = weight.view(model.query_groups, per_group + 2, head, -1)  # (G, q.. k v, D, H)
+    grouped = weight.view(model.query_groups, per_group + 2, head, -1)  # (G, q + 2, D, H)
     return tuple(part.flatten(0, 2) for part in grouped.split([per_group, 1, 1], dim=1))
 
 
@@ -75,7 +85,7 @@ def render(layers: list[dict[str, float]]) -> str:
 
 
 def draw(layers: list[dict[str, float]], path: Path, title: str) -> None:
-    """The heat map: layers from left to right, matrices from top to bottom."""
+    """Draws the distances as a heat map: layers from left to right, matrices from top to bottom."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""Plots as inline SVG, one look for all pages."""
+"""Plots as inline SVG, in one style for all pages."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 # Okabe and Ito 2008: told apart by color-blind readers too.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6A3D9A", "#404040",
-           "#A6761D",
-           "#B2DF8A")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6A3D9A", "#404040",
+          "#A6761D", "#B2DF8A")
 STYLE = {
-    "svg.fonttype": "none", "font.size": 9.5, "axes.edgecolor": "#8a919c",
-    "axes.labelcolor": "#3d444f",
-    "xtick.color": "#5c6470", "ytick.color": "#5c6470", "axes.spines.top": False,
-    "axes.spines.right": False,
+    "svg.fonttype": "none", "font.size": 9.5,
+    "axes.edgecolor": "#8a919c", "axes.labelcolor": "#3d444f",
+    "xtick.color": "#5c6470", "ytick.color": "#5c6470",
+    "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "grid.color": "#e7eaee", "grid.linewidth": 0.8, "axes.axisbelow": True,
     "legend.frameon": False,
 }
@@ -29,7 +28,11 @@ STYLE = {
 
 @dataclass(frozen=True)
 class Line:
-    """A series; `points` adds marks, of fewer places than the line has."""
+    """Series of a line chart.
+
+    Attributes:
+        points: (x, y) of marks, at fewer places than the line has.
+    """
 
     label: str
     color: str
@@ -39,17 +42,27 @@ class Line:
 
 
 def color(number: int) -> str:
-    return COLOURS[number % len(COLOURS)]
+    """Color of a series by its number, repeated after ten."""
+    return COLORS[number % len(COLORS)]
 
 
 def line_chart(lines: Sequence[Line], xlabel: str, ylabel: str, name: str, log_y: bool = False,
                faint: bool = False, legend: bool = True, plain: bool = False,
                from_zero: bool = False) -> str:
-    """Lines over a common axis whose numbers are written with SI prefixes, unless `plain`.
+    """Draws lines over a common axis, whose numbers have SI prefixes.
 
     Args:
+        lines: series.
+        xlabel, ylabel: of the axes.
         name: of the plot, for screen readers and the SVG's identifiers.
-        faint: lines are noise behind their points.
+        log_y: logarithmic y axis.
+        faint: draw lines as noise behind their points.
+        legend: name the series, if there are several.
+        plain: numbers without SI prefixes.
+        from_zero: let the y axis begin at 0.
+
+    Returns:
+        An SVG element.
     """
     def draw(axes: Axes) -> None:
         for line in lines:
@@ -74,11 +87,17 @@ def line_chart(lines: Sequence[Line], xlabel: str, ylabel: str, name: str, log_y
 
 def stacked_bars(names: Sequence[str], parts: dict[str, Sequence[float]], xlabel: str, name: str,
                  limit: tuple[float, str] | None = None) -> str:
-    """Horizontal bars, a row of parts each.
+    """Draws horizontal bars, each a row of parts.
 
     Args:
-        parts: part -> value in every bar.
-        limit: a line across all bars, with its label.
+        names: of the bars.
+        parts: part -> its value in every bar.
+        xlabel: of the values.
+        name: of the plot, for screen readers and the SVG's identifiers.
+        limit: value and label of a line across all bars.
+
+    Returns:
+        An SVG element.
     """
     def draw(axes: Axes) -> None:
         left = [0.0] * len(names)
@@ -100,7 +119,13 @@ def stacked_bars(names: Sequence[str], parts: dict[str, Sequence[float]], xlabel
 
 def draw_svg(draw: Callable[[Axes], None], name: str,
              size: tuple[float, float] = (5.4, 3.3)) -> str:
-    """The SVG element of what `draw` puts on an axis."""
+    """Renders what `draw` puts on an axis as an SVG element.
+
+    Args:
+        draw: called with the axes.
+        name: of the plot, for screen readers and the SVG's identifiers.
+        size: width and height in inches.
+    """
     with pyplot.rc_context({**STYLE, "svg.hashsalt": name}):
         plot, axes = pyplot.subplots(figsize=size, layout="constrained")
         draw(axes)

@@ -1,4 +1,4 @@
-"""The picture of an experiment: loss against one axis, with its interval."""
+"""Plot of an experiment: loss against one axis, with its interval."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from megatron_spdf.reports.charts import STYLE, color
 
 def plot_results(rows: list[dict[str, Any]], x: str, lines: str | None, panels: list[str],
                  path: Path) -> None:
-    """Draws the mean losses of `experiment.results` with their intervals; cells without a loss are
-    left out. Intervals of two seeds may be several times as wide as all means are apart: means
-    decide the axis, and such bars are cut.
+    """Draws the mean losses of `experiment.results` with their intervals.
+
+    Cells without a loss are left out. Intervals of two seeds may be several times as wide as the
+    spread of all means, so means set the range of the axis, and such bars are cut.
 
     Args:
-        x, lines, panels: axes, see `experiment.Plot`; those named nowhere are told apart by lines
-            too.
+        rows: result of `experiment.results`.
+        x, lines, panels: axes, see `experiment.Plot`; axes named nowhere get lines of their own.
+        path: picture to write.
     """
     rest = [axis for axis in rows[0]["labels"] if axis not in (x, *panels)]
     rest.sort(key=lambda axis: axis != lines)

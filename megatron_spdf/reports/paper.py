@@ -1,5 +1,4 @@
-"""SPDF's published figures (Thangarasa et al. 2023), as printed, for tables beside a user's own and
-for tests."""
+"""Published figures of SPDF (Thangarasa et al. 2023), as printed, for reports and for tests."""
 
 from __future__ import annotations
 
@@ -13,13 +12,13 @@ PRETRAINING = {
                 0.75: (7.46e12, 94.76, 0.401)},
 }
 SEQUENCES = {"gpt2_small": 1.22e6, "gpt3_xl": 1.27e7}
-# Supplement, table 3. Fine-tuning, whatever the sparsity: FLOPs per sequence, and totals (1e18) by
-# task.
+# Supplement, table 3. Fine-tuning, the same at any sparsity: FLOPs per sequence, and totals (1e18)
+# by task.
 FINE_TUNING = {
     "gpt2_small": (1.36e11, {"E2E": 0.052, "WebNLG": 0.022, "DART": 0.051, "Curation": 0.014}),
     "gpt3_xl": (1.39e12, {"E2E": 0.524, "WebNLG": 0.226, "DART": 0.524, "Curation": 0.141}),
 }
-# tokens a sequence: with it, forward passes alone come to the printed figures
+# Tokens of a sequence. With this length the FLOPs of forward passes alone equal the printed ones.
 FINE_TUNING_LENGTH = 512
 # Paper, table 2. Pre-training and fine-tuning on E2E together: total (1e18), speed-up over dense.
 TOGETHER = {
@@ -39,7 +38,7 @@ NAMES = {"gpt2_small": "GPT-2 Small", "gpt3_xl": "GPT-3 XL"}
 
 @dataclass(frozen=True)
 class Contradiction:
-    """Cells of the paper that cannot all be right; no formula is bent to match them."""
+    """Cells of the paper that cannot all be right. No formula is bent to match them."""
 
     cells: str
     why: str

@@ -1,4 +1,4 @@
-"""The planner's overview as a page with plots."""
+"""Page of the planner's overview, with plots."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ MEMORY = ("parameters", "gradients", "master", "moments", "expanded", "masks", "
 
 
 def render_plan_page(facts: dict[str, Any], recipe: str) -> str:
-    """Args:
-        facts: of `planning.overview.make_overview`.
-        recipe: its file, for the title.
+    """HTML page of an overview.
+
+    Args:
+        facts: result of `planning.overview.make_overview`.
+        recipe: file of the recipe, for the title.
     """
     request, model = facts["request"], facts["model"]
     lead = (f"{model['parameters'] / 1e9:.4g}B parameters, linear weights {model['sparsity']:.2%} "
@@ -40,8 +42,8 @@ def render_plan_page(facts: dict[str, Any], recipe: str) -> str:
 
 
 def _name(row: dict[str, Any]) -> str:
-    chunks = f" v{row['interleave']}" if row["interleave"] > 1 else ""
-    return f"TP{row['tensor']} PP{row['pipeline']} DP{row['data']}{chunks}"
+    interleaved = f" v{row['interleave']}" if row["interleave"] > 1 else ""
+    return f"TP{row['tensor']} PP{row['pipeline']} DP{row['data']}{interleaved}"
 
 
 def _layouts(facts: dict[str, Any]) -> str:
@@ -64,7 +66,7 @@ def _misfits(facts: dict[str, Any]) -> list[str]:
         return []
     reasons = [f"TP{m['tensor']} PP{m['pipeline']} DP{m['data']}: {m['reason']}"
                for m in facts["misfits"]]
-    return [paragraph("Those that do not do, nearest first:", "note"), bullets(reasons)]
+    return [paragraph("Rejected layouts, closest first:", "note"), bullets(reasons)]
 
 
 def _memory_plot(facts: dict[str, Any]) -> str:

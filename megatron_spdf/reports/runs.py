@@ -1,5 +1,4 @@
-"""Runs as a report shows them: pre-training and fine-tuning alike, by what their directories
-hold."""
+"""Runs of a report, read from their directories: pre-training and fine-tuning alike."""
 
 from __future__ import annotations
 
@@ -16,11 +15,13 @@ EVALUATIONS = "evaluation/*/scores.json"
 
 @dataclass(frozen=True)
 class Logged:
-    """A run's directory, read.
+    """Run directory, read.
 
     Attributes:
-        label: its name, with as much of its path as tells it from the others.
+        label: name of the directory, with as much of its path as distinguishes the run.
         values: of its recipe.
+        train, valid: records of training steps and of evaluations.
+        bytes: record of memory and traffic.
         scores: metric -> value on all of the test set, from tools/evaluate.py.
     """
 
@@ -34,22 +35,23 @@ class Logged:
 
     @property
     def recipe(self) -> Path:
+        """Recipe file of the run."""
         return self.directory / RECIPE
 
     @property
     def fine_tunes(self) -> str | None:
-        """The checkpoint that a fine-tuning run started from; None for pre-training."""
-        return self.values.get("checkpoint") if isinstance(self.values.get("checkpoint"),
-                                                           str) else None
+        """Checkpoint that a fine-tuning run started from. None for pre-training."""
+        checkpoint = self.values.get("checkpoint")
+        return checkpoint if isinstance(checkpoint, str) else None
 
     @property
     def sparsity(self) -> float:
-        """As measured at the last record."""
+        """Sparsity measured at the last record."""
         return self.train[-1]["sparsity"]
 
     @property
     def planned_steps(self) -> int | None:
-        """Of a pre-training run; a fine-tuning recipe counts in epochs."""
+        """Steps of a pre-training run. None for fine-tuning, whose recipe counts epochs."""
         train = self.values.get("train", {})
         if self.fine_tunes or not all(k in train
                                       for k in ("tokens", "global_batch", "sequence_length")):
@@ -58,23 +60,27 @@ class Logged:
 
     @property
     def tokens(self) -> int:
+        """Tokens consumed at the last record."""
         return self.train[-1]["tokens"]
 
     @property
     def flops(self) -> float:
+        """Training FLOPs at the last record."""
         return self.train[-1]["flops"]
 
     @property
     def validation_loss(self) -> float | None:
+        """Loss of the last evaluation, in nats per token. None without one."""
         return self.valid[-1]["loss"] if self.valid else None
 
     @property
     def tokens_per_second(self) -> float:
+        """Median over the records."""
         return median(r["tokens_per_second"] for r in self.train)
 
     def hours(self) -> list[float]:
-        """Time of training up to each record: every step since the last one taken to be as long as
-        the recorded."""
+        """Training time up to each record. Steps without a record count as long as the next
+        recorded one."""
         total, before, found = 0.0, 0, []
         for record in self.train:
             total += record["step_seconds"] * (record["step"] - before)
@@ -83,22 +89,23 @@ class Logged:
         return found
 
     def at_steps(self, figure: str) -> dict[int, float]:
-        """A figure of the training records by step; records without it left out."""
+        """Values of one figure of the training records, step -> value. Records without it are left
+        out."""
         return {r["step"]: r[figure] for r in self.train if r.get(figure) is not None}
 
 
 def read_all(directories: list[Path]) -> list[Logged]:
-    """Reads the runs, in the order given.
+    """Reads runs, in the order given.
 
     Raises:
-        ValueError: a directory that is no run, or the same one twice.
+        ValueError: a directory is not a run, or is named twice.
     """
     resolved = [d.resolve() for d in directories]
     twice = sorted({str(d) for d in resolved if resolved.count(d) > 1})
     if twice:
         raise ValueError(f"{', '.join(twice)} is named more than once; name each run once")
-    return [_read(directory, label) for directory,
-            label in zip(resolved, _labels(resolved), strict=True)]
+    return [_read(directory, label)
+            for directory, label in zip(resolved, _labels(resolved), strict=True)]
 
 
 def _read(directory: Path, label: str) -> Logged:
@@ -108,7 +115,7 @@ def _read(directory: Path, label: str) -> Logged:
 
 
 def _labels(directories: list[Path]) -> list[str]:
-    """The shortest endings of the paths that differ."""
+    """Shortest endings of the paths that differ from one another."""
     for parts in range(1, max(len(d.parts) for d in directories) + 1):
         labels = ["/".join(d.parts[-parts:]) for d in directories]
         if len(set(labels)) == len(labels):
@@ -117,11 +124,11 @@ def _labels(directories: list[Path]) -> list[str]:
 
 
 def _scores(directory: Path) -> dict[str, float]:
-    """Metric -> value of a run's evaluation; where it has several, their names are put before the
-    metrics'.
+    """Metric -> value of a run's evaluation. Names of several evaluations precede those of the
+    metrics.
 
     Raises:
-        ValueError: an evaluation is not what tools/evaluate.py writes.
+        ValueError: an evaluation is not a file of tools/evaluate.py.
     """
     found = {}
     for file in sorted(directory.glob(EVALUATIONS)):
@@ -132,5 +139,5 @@ def _scores(directory: Path) -> dict[str, float]:
                              "tools/evaluate.py") from None
     if len(found) == 1:
         return next(iter(found.values()))
-    return {f"{name} {metric}": value for name, scores in found.items() for metric,
-            value in scores.items()}
+    return {f"{name} {metric}": value
+            for name, scores in found.items() for metric, value in scores.items()}

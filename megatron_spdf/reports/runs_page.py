@@ -1,4 +1,4 @@
-"""The report of any runs: what they are, their curves, and SPDF's table of them beside the
+"""Report of any runs: their configuration, their curves, and SPDF's table of them beside the
 paper's."""
 
 from __future__ import annotations
@@ -30,10 +30,12 @@ SMOOTHING = 40  # points to which a noisy curve is averaged down
 
 
 def render_report(runs: Sequence[Logged], output: Path, title: str) -> str:
-    """The page. Colors tell runs apart in all plots.
+    """HTML page of runs. One color identifies a run in all plots.
 
     Args:
-        output: where the page goes; links to recipes are relative to it.
+        runs: to report.
+        output: file of the page; links to recipes are relative to it.
+        title: of the page.
     """
     kinds = {"Pre-training": [r for r in runs if not r.fine_tunes],
              "Fine-tuning": [r for r in runs if r.fine_tunes]}
@@ -44,10 +46,9 @@ def render_report(runs: Sequence[Logged], output: Path, title: str) -> str:
                   "are in nats per token; FLOPs count active weights, SPDF's way.", "lead"),
         heading("Runs"), _runs_table(runs, colors, output),
         heading("FLOPs and scores, as in SPDF's table"),
-        own_table(runs, colors), *_papers_tables(), *(part for name,
-                                                       chosen in kinds.items() if chosen
-                                                       for part in (heading(name),
-                                                                    _curves(chosen, colors))),
+        own_table(runs, colors), *_papers_tables(),
+        *(part for name, chosen in kinds.items() if chosen
+          for part in (heading(name), _curves(chosen, colors))),
         heading("Recipes"), *(_recipe(run, output) for run in runs),
     ]
     return page(title, parts)
@@ -85,7 +86,7 @@ def _link(run: Logged, output: Path) -> str:
 
 
 def _curves(runs: Sequence[Logged], colors: dict[Path, str]) -> str:
-    """Losses against tokens, FLOPs and time, and the other figures against steps."""
+    """Plots losses against tokens, FLOPs and time, and other figures against steps."""
     longest = max(run.hours()[-1] for run in runs)
     clock, factor = ("hours", 1.0) if longest >= 2.0 else ("minutes", 60.0)
     views: dict[str, tuple[str, Callable[[Logged], list[float]]]] = {
@@ -96,11 +97,9 @@ def _curves(runs: Sequence[Logged], colors: dict[Path, str]) -> str:
                               lambda run: [factor * h for h in run.hours()]),
     }
     faint = any(run.valid for run in runs)
-    figures = [figure(title,
-                      line_chart([_curve(run, colors[run.directory], places(run))
-                                  for run in runs], xlabel,
-                                        "loss (nats)", title, faint=faint,
-                                 plain=title.endswith("time")))
+    figures = [figure(title, line_chart(
+        [_curve(run, colors[run.directory], places(run)) for run in runs], xlabel, "loss (nats)",
+        title, faint=faint, plain=title.endswith("time")))
                for title, (xlabel, places) in views.items()]
     figures += [
         figure("Gradient norm",
@@ -121,8 +120,8 @@ def _curves(runs: Sequence[Logged], colors: dict[Path, str]) -> str:
 
 
 def _curve(run: Logged, color: str, places: Sequence[float]) -> Line:
-    """The training curve over `places`, one for each record, with the validation losses at the
-    places of theirs."""
+    """Training curve over `places`, one for each record, with the validation losses at their
+    steps."""
     at = {r["step"]: x for r, x in zip(run.train, places, strict=True)}
     points = [(at[r["step"]], r["loss"]) for r in run.valid if r["step"] in at]
     x, y = smooth(places, [r["loss"] for r in run.train])
@@ -130,8 +129,8 @@ def _curve(run: Logged, color: str, places: Sequence[float]) -> Line:
 
 
 def smooth(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
-    """Means over stretches of neighbors, so that about SMOOTHING points are left; short curves as
-    they are."""
+    """Averages stretches of neighbors, so that about SMOOTHING points are left. Short curves are
+    kept."""
     width = max(1, len(y) // SMOOTHING)
     starts = range(0, len(y), width)
     return ([sum(x[s:s + width]) / len(x[s:s + width]) for s in starts],
@@ -149,7 +148,7 @@ def _figure_chart(runs: Sequence[Logged], colors: dict[Path, str], name: str, yl
 
 
 def _papers_tables() -> list[str]:
-    """The published tables 1 and 2, and what is wrong with them."""
+    """Published tables 1 and 2, and their contradictions."""
     rows = []
     for model, name in paper.NAMES.items():
         for level, (total, speed_up) in paper.TOGETHER[model].items():

@@ -1,5 +1,4 @@
-"""SPDF's table of a user's own runs: FLOPs of pre-training and of the fine-tuning that started from
-it, and scores."""
+"""SPDF's table of a user's own runs: FLOPs of pre-training and of fine-tuning, and scores."""
 
 from __future__ import annotations
 
@@ -11,8 +10,8 @@ from megatron_spdf.reports.runs import Logged
 
 
 def own_table(runs: Sequence[Logged], colors: dict[Path, str]) -> str:
-    """A row for each pre-training run, and one for each fine-tuning run under the one it started
-    from."""
+    """HTML table with a row for each pre-training run, and below it one for each fine-tuning of
+    it."""
     metrics = sorted({name for run in runs for name in run.scores})
     head = ["run", "sparsity", "pre-training\n(FLOPs)", "fine-tuning\n(FLOPs)", "together",
             "speed-up\nover dense",
@@ -36,10 +35,12 @@ def own_table(runs: Sequence[Logged], colors: dict[Path, str]) -> str:
 
 def accounts(runs: Sequence[Logged]) -> list[tuple[Logged, Logged | None, float | None,
                                                    float | None]]:
-    """(run, the pre-training run it started from, FLOPs of both, speed-up over the dense
-    counterpart).
+    """Pairs fine-tuning runs with the pre-training runs they started from, and sums their FLOPs.
 
     Fine-tuning runs whose start is not among the runs come last and have no sums.
+
+    Returns:
+        (run, pre-training run it started from, FLOPs of both, speed-up over the dense counterpart).
     """
     pretrained = [r for r in runs if not r.fine_tunes]
     found: list[tuple[Logged, Logged | None, float | None, float | None]] = []
@@ -57,7 +58,7 @@ def accounts(runs: Sequence[Logged]) -> list[tuple[Logged, Logged | None, float 
 
 
 def started_from(run: Logged, runs: Sequence[Logged]) -> list[Logged]:
-    """Fine-tuning runs whose checkpoint is this run or inside its directory."""
+    """Fine-tuning runs whose checkpoint is this run or lies in its directory."""
     def starts_here(checkpoint: str | None) -> bool:
         return checkpoint is not None and Path(checkpoint).resolve().is_relative_to(run.directory)
 
@@ -69,8 +70,8 @@ def _task(run: Logged) -> object:
 
 
 def _dense_counterpart(run: Logged, pretrained: Sequence[Logged]) -> Logged | None:
-    """The dense run of the same model with the same tokens, which may be the run itself; None if
-    there is none."""
+    """Dense run of the same model with the same tokens, which may be the run itself. None if
+    missing."""
     def shape(other: Logged) -> tuple:
         model = other.values.get("model", {})
         return other.tokens, *(model.get(k)

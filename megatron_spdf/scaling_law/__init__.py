@@ -1,1 +1,1 @@
-"""The sparse scaling law: its form, its fit."""
+"""Scaling law of sparse models: its form and its fit."""

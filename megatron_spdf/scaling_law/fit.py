@@ -1,5 +1,8 @@
-"""The scaling law fitted to a user's own runs: Huber loss on log losses, BFGS from many starts,
-bootstrap."""
+"""Fits the scaling law to a user's own runs: Huber loss on log losses, BFGS from many starts, and
+bootstrap.
+
+Symbols as in law.py. Shapes: n runs.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ LEVELS = 3  # different values of S, of N and of D that three coefficients each 
 
 @dataclass(frozen=True)
 class Point:
-    """One finished training: final sparsity, non-zero linear weights, tokens, loss."""
+    """Finished training: final sparsity, non-zero linear weights, tokens, loss in nats."""
 
     sparsity: float
     nonzero: float
@@ -30,10 +33,15 @@ class Point:
 
 @dataclass(frozen=True)
 class Fit:
-    """Attributes: error: root mean square of log(predicted / measured). interval: coefficient -> 5%
-        and 95% quantile over bootstrap samples. gains: sparsity -> equivalent dense size, with its
-        quantiles: what the data decide even where they do not decide the coefficients.
-        doubts: why a coefficient should not be believed, as sentences.
+    """Fitted law and its uncertainty.
+
+    Attributes:
+        law: with the fitted coefficients.
+        error: root mean square of log(predicted / measured).
+        interval: coefficient -> 5% and 95% quantile over bootstrap samples.
+        gains: sparsity -> equivalent dense size, with its quantiles; the data may determine these
+            even where they do not determine the coefficients.
+        doubts: reasons not to trust a coefficient, as sentences.
     """
 
     law: ScalingLaw
@@ -44,7 +52,7 @@ class Fit:
 
 
 def shortcomings(points: Sequence[Point]) -> list[str]:
-    """Why these points cannot determine the seven coefficients; empty if they may."""
+    """Lists reasons why points cannot determine the seven coefficients. Empty if they may."""
     found = []
     if len(points) < len(COEFFICIENTS):
         found.append(f"{len(points)} run{'s' * (len(points) != 1)} for {len(COEFFICIENTS)} "
@@ -63,8 +71,10 @@ def fit_law(points: Sequence[Point], starts: int = 32, samples: int = 100, seed:
     """Fits the law.
 
     Args:
-        starts: random starting points; the best end counts.
+        points: finished runs.
+        starts: number of random starting points; the best end counts.
         samples: bootstrap resamplings of the points, each fitted from the best end.
+        seed: of starting points and resamplings.
 
     Raises:
         ValueError: the points cannot determine the coefficients.
@@ -88,10 +98,10 @@ def fit_law(points: Sequence[Point], starts: int = 32, samples: int = 100, seed:
 
 @dataclass(frozen=True)
 class _Data:
-    """Points in units of their geometric means, so that all coefficients are of the size of one.
+    """Points in units of their geometric means, so that all coefficients are of the order of one.
 
-    The vector x is log a_S, log b_S, log c_S, log b_N, log a_D, log b_D, log c in these units: all
-    are positive.
+    The vector x is log a_S, log b_S, log c_S, log b_N, log a_D, log b_D, log c in these units. The
+    logarithm keeps all of them positive.
     """
 
     density: ndarray
@@ -103,12 +113,14 @@ class _Data:
 
     @classmethod
     def of(cls, points: Sequence[Point]) -> _Data:
+        """Scales points to their geometric means."""
         s, n, d, loss = (np.array([getattr(p, k) for p in points], float)
                          for k in ("sparsity", "nonzero", "data", "loss"))
         unit_n, unit_d = (float(np.exp(np.mean(np.log(v)))) for v in (n, d))
         return cls(1.0 - s, n / unit_n, d / unit_d, np.log(loss), unit_n, unit_d)
 
     def take(self, chosen: ndarray) -> _Data:
+        """Resamples the points by index."""
         return _Data(self.density[chosen], self.nonzero[chosen], self.data[chosen],
                      self.log_loss[chosen], self.unit_n, self.unit_d)
 
@@ -126,14 +138,14 @@ class _Data:
         return np.log(loss) - self.log_loss, slopes / loss[:, None]
 
     def law(self, x: ndarray) -> ScalingLaw:
-        """In raw units."""
+        """Law of the vector x, in raw units."""
         a_s, b_s, c_s, b_n, a_d, b_d, c = (float(v) for v in np.exp(x))
         scale = self.unit_n**b_n
         return ScalingLaw(a_s * scale, b_s, c_s * scale, b_n, a_d * self.unit_d, b_d, c)
 
 
 def _minimize(data: _Data, start: ndarray) -> tuple[ndarray, float]:
-    """Least Huber loss from one start, in units of delta^2: (x, loss)."""
+    """Minimizes the Huber loss from one start: (x, loss), the loss in units of delta^2."""
     def objective(x: ndarray) -> tuple[float, ndarray]:
         residual, slopes = data.residuals(x)
         r = residual / DELTA
@@ -141,7 +153,7 @@ def _minimize(data: _Data, start: ndarray) -> tuple[ndarray, float]:
         loss = np.where(inside, 0.5 * r * r, np.abs(r) - 0.5)
         return float(loss.mean()), (np.where(inside, r, np.sign(r)) @ slopes) / DELTA / len(r)
 
-    # starts that run away are not the best
+    # Starts may run away to infinity. Those are not the best, and their warnings say nothing.
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         end = minimize(objective, start, jac=True, method="BFGS",
                        options={"gtol": 1e-10, "maxiter": 5000})
@@ -161,8 +173,8 @@ def _gains(law: ScalingLaw, laws: list[ScalingLaw], points: Sequence[Point]) -> 
 
 
 def _doubts(data: _Data, best: ndarray, laws: list[ScalingLaw]) -> list[str]:
-    """Directions in which coefficients can move and losses do not, and intervals over a factor of
-    two."""
+    """Finds directions in which coefficients can move without a change of losses, and intervals
+    over a factor of two."""
     found = []
     _, slopes = data.residuals(best)
     _, values, directions = np.linalg.svd(slopes, full_matrices=False)
@@ -179,7 +191,7 @@ def _doubts(data: _Data, best: ndarray, laws: list[ScalingLaw]) -> list[str]:
 
 
 def render_points(points: Sequence[Point]) -> str:
-    """The runs as the law sees them."""
+    """Formats the runs as the law sees them."""
     lines = [f"  {'run':<28}{'sparsity':>10}{'non-zero weights':>18}{'tokens':>12}{'loss':>10}"]
     lines += [f"  {p.name:<28}{p.sparsity:>10.2%}{p.nonzero:>18,.0f}{p.data:>12.4g}{p.loss:>10.4f}"
               for p in points]
@@ -187,7 +199,7 @@ def render_points(points: Sequence[Point]) -> str:
 
 
 def render_fit(fit: Fit) -> str:
-    """Coefficients and gains with their bootstrap quantiles, and the doubts about them."""
+    """Formats coefficients and gains with their bootstrap quantiles, and the doubts about them."""
     lines = [f"fitted, root mean square error of log losses {fit.error:.2e}; in brackets 5% and "
              "95% of bootstrap:"]
     lines += [f"  {k:<4} = {getattr(fit.law, k):<12.5g} [{low:.4g}, {high:.4g}]"

@@ -1,9 +1,11 @@
-"""The scaling law of sparsely-connected foundation models (Frantar et al. 2023, arXiv 2309.08520):
+"""Scaling law of sparsely-connected foundation models.
 
     L(S, N, D) = (a_S (1 - S)^b_S + c_S) N^(-b_N) + (a_D / D)^b_D + c
 
-S is the final sparsity, N the non-zero weights of the layers (no embeddings), D the data, tokens or
-images.
+L is the loss, S the final sparsity, N the non-zero weights of the layers (no embeddings), D the
+data in tokens or images. C stands for training FLOPs.
+
+Source: Frantar et al. 2023, arXiv:2309.08520.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ DENSEST, SPARSEST = 0.0, 1.0 - 1e-6
 
 @dataclass(frozen=True)
 class ScalingLaw:
-    """The law with its coefficients, N in weights and D in `unit`s."""
+    """Law with its coefficients, N in weights and D in `unit`."""
 
     a_s: float
     b_s: float
@@ -40,26 +42,31 @@ class ScalingLaw:
     unit: str = "tokens"
 
     def loss(self, sparsity, nonzero, data):
-        """L of numbers or of arrays that broadcast."""
+        """Loss of sparsity S, non-zero weights N and data D: numbers, or arrays that broadcast."""
         capacity = self.a_s * (1.0 - np.asarray(sparsity)) ** self.b_s + self.c_s
-        return capacity * np.asarray(nonzero,
-                                     float) ** -self.b_n + (self.a_d
-                                                            / np.asarray(data, float)) ** self.b_d \
-            + self.c
+        return (capacity * np.asarray(nonzero, float) ** -self.b_n
+                + (self.a_d / np.asarray(data, float)) ** self.b_d + self.c)
 
     def equivalent_dense(self, sparsity: float) -> float:
-        """Size of the dense model with the same loss at the same data, over the sparse one's
-        non-zero weights; the gain of equation 9 there."""
+        """Size of the dense model with the same loss at the same data, over the sparse model's N.
+
+        Source: the gain of equation 9 in Frantar et al. 2023.
+        """
         sparse = self.a_s * (1.0 - sparsity) ** self.b_s + self.c_s
         return ((self.a_s + self.c_s) / sparse) ** (1.0 / self.b_n)
 
     def optimal_sparsity(self, nonzero: float, compute: float) -> float:
-        """The sparsity of least loss among models of `nonzero` weights trained with `compute`
-        FLOPs, if training costs what the dense model of the same shape costs: D = C (1 - S) / (6
-        N). Closed form.
+        """Sparsity of least loss among models of N non-zero weights trained with C FLOPs, in closed
+        form.
+
+        Training costs what the dense model of the same shape costs: D = C (1 - S) / (6 N).
+
+        Args:
+            nonzero: N.
+            compute: C, in FLOPs.
 
         Returns:
-            In [0, 1); 0 where dense is best.
+            S in [0, 1); 0 if dense is best.
         """
         power = self.b_d + self.b_s
         logarithm = (math.log(self.b_d / (self.a_s * self.b_s)) + self.b_n * math.log(nonzero)
@@ -68,7 +75,8 @@ class ScalingLaw:
 
     def optimal_sparsity_numeric(self, nonzero: float, compute: float,
                                  cost: Cost = "dense") -> float:
-        """The same by minimization, for any cost of training; 0 where dense is no worse."""
+        """Sparsity of least loss by minimization, for any cost of training. 0 if dense is no
+        worse."""
         multiplier = cost_multiplier(cost)
 
         def loss(sparsity: float) -> float:
@@ -88,20 +96,25 @@ PUBLISHED = {
 
 
 def gmp_cost(sparsity: float) -> float:
-    """FLOPs of training by gradual pruning, over those of the final sparse model all along: c_mul
-    of the paper."""
+    """FLOPs of training by gradual pruning, over those of the final sparse model all along.
+
+    Source: c_mul of Frantar et al. 2023.
+    """
     return (1.0 - average_sparsity(gradual_pruning(sparsity))) / (1.0 - sparsity)
 
 
 def cost_multiplier(cost: Cost) -> Callable[[float], float]:
-    """FLOPs per token over 6 N, as a function of the final sparsity: all of the dense shape, or
-    gradual pruning."""
+    """FLOPs per token over 6 N, as a function of the final sparsity.
+
+    Args:
+        cost: "dense", the FLOPs of the dense shape; or "gmp", those of gradual pruning.
+    """
     return gmp_cost if cost == "gmp" else lambda sparsity: 1.0 / (1.0 - sparsity)
 
 
 def plot_contours(law: ScalingLaw, name: str, path: Path) -> None:
-    """Two panels: loss against sparsity at constant FLOPs, and contours of optimal sparsity over
-    weights and FLOPs."""
+    """Plots loss against sparsity at constant FLOPs, and contours of optimal sparsity over N and
+    C."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -118,7 +131,8 @@ def plot_contours(law: ScalingLaw, name: str, path: Path) -> None:
 
 
 def _iso_flop_curves(law: ScalingLaw, axes) -> None:
-    """L(S) of one size at several budgets, S from 0 to 97%, with the least loss of each marked."""
+    """Plots L(S) of one size at several budgets, S from 0 to 97%, with the least loss of each
+    marked."""
     nonzero, levels = 1e8, np.linspace(0.0, 0.97, 200)
     for exponent in range(18, 23):
         compute = 10.0**exponent
@@ -135,13 +149,13 @@ def _iso_flop_curves(law: ScalingLaw, axes) -> None:
 
 
 def _optimal_contours(law: ScalingLaw, axes) -> None:
-    """S_opt over (N, C): solid lines where training costs the dense shape's FLOPs, dashed with
-    gradual pruning's."""
+    """Plots S_opt over (N, C): solid lines at the dense shape's FLOPs, dashed with gradual
+    pruning's."""
     nonzero, compute = np.logspace(6, 10, 17), np.logspace(16, 25, 19)
-    # before the labels, which cut their gaps in the lines as they are then drawn
+    # Before the labels: their gaps are cut for the scales at the time of drawing.
     axes.set(xscale="log", yscale="log")
-    optima = {"solid": law.optimal_sparsity, "dashed": lambda n,
-              c: law.optimal_sparsity_numeric(n, c, "gmp")}
+    optima = {"solid": law.optimal_sparsity,
+              "dashed": lambda n, c: law.optimal_sparsity_numeric(n, c, "gmp")}
     for style, optimum in optima.items():
         best = np.array([[optimum(n, c) for n in nonzero] for c in compute])
         lines = axes.contour(nonzero, compute, best, levels=[0.25, 0.5, 0.75, 0.875],
@@ -153,7 +167,7 @@ def _optimal_contours(law: ScalingLaw, axes) -> None:
 
 
 def describe_law(law: ScalingLaw, name: str, nonzero: float, compute: float) -> dict:
-    """The law's values for a size and a budget: gains and losses at sparsities, and the best
+    """Values of the law for a size and a budget: gains and losses at sparsities, and the best
     sparsity."""
     rows = []
     for sparsity in (0.0, 0.5, 0.75, 0.875, 0.9):
@@ -172,7 +186,7 @@ def describe_law(law: ScalingLaw, name: str, nonzero: float, compute: float) -> 
 
 
 def render_law(facts: dict) -> str:
-    """`describe_law` as text, the caution first."""
+    """Formats the result of `describe_law` as text, the caution first."""
     c = facts["coefficients"]
     lines = [
         CAVEAT,

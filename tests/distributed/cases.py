@@ -33,7 +33,7 @@ from megatron_spdf.data.pretraining.dataset import TokenData
 from megatron_spdf.engine import megatron
 from megatron_spdf.engine.base import Engine
 from megatron_spdf.engine.factory import make_engine
-from megatron_spdf.evaluation.coordinates import activation_sizes
+from megatron_spdf.evaluation.coordinate_check import activation_sizes
 from megatron_spdf.layers.compact import compact_of, densify, sparse_modules
 from megatron_spdf.layers.measure import SparsityDrift
 from megatron_spdf.model.attention import document_mask

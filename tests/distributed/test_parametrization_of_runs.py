@@ -4,7 +4,7 @@ density, under `standard` they grow with both."""
 import pytest
 from harness import outcome, run_cases
 
-from megatron_spdf.evaluation.coordinates import growth
+from megatron_spdf.evaluation.coordinate_check import scaling_exponents
 
 pytestmark = pytest.mark.slow
 
@@ -27,7 +27,8 @@ def results(make_recipe, tmp_path_factory):
 
 
 def slopes(results, rule: str, what: str) -> dict[str, float]:
-    return growth({scale: outcome(results, f"{rule} {what} {scale}") for scale in CELLS[what]})
+    return scaling_exponents({scale: outcome(results, f"{rule} {what} {scale}")
+                              for scale in CELLS[what]})
 
 
 @pytest.mark.parametrize("what", CELLS)

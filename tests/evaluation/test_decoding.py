@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from megatron_spdf.evaluation.decoding import Settings, decode, likelihood
+from megatron_spdf.evaluation.decoding import DecodingSettings, decode, likelihood
 
 WORDS = "name eatType food area near price the a pub cheap riverside".split()
 
@@ -53,7 +53,8 @@ def contexts():
 
 
 def texts(model, contexts, **settings) -> list[str]:
-    chosen = Settings(**{"beams": 4, "max_new_tokens": 12, "length_penalty": 1.5, **settings})
+    chosen = DecodingSettings(
+        **{"beams": 4, "max_new_tokens": 12, "length_penalty": 1.5, **settings})
     found = decode(model, TOKENIZER, contexts, chosen).texts
     return [found[i] for i in range(len(contexts))]
 
@@ -66,7 +67,7 @@ def test_batch_size_changes_no_text(model, contexts, beams):
 
 
 def test_ranks_share_the_work(model, contexts):
-    settings = Settings(beams=2, max_new_tokens=8, batch_size=4)
+    settings = DecodingSettings(beams=2, max_new_tokens=8, batch_size=4)
     whole = decode(model, TOKENIZER, contexts, settings)
     shares = [decode(model, TOKENIZER, contexts, settings, rank, 3) for rank in range(3)]
     assert sorted(i for share in shares for i in share.texts) == list(range(len(contexts)))
@@ -121,7 +122,7 @@ def test_a_beam_as_wide_as_the_tree_finds_the_best(model, penalty):
 
 
 def test_a_long_prompt_loses_its_beginning(model):
-    settings = Settings(beams=1, max_new_tokens=10, no_repeat_ngram=0)
+    settings = DecodingSettings(beams=1, max_new_tokens=10, no_repeat_ngram=0)
     # 64 = 53 + end of document + 10
     long, kept = "x" * 30 + "y" * 30 + "z" * 23, "y" * 30 + "z" * 23
     decoded = decode(model, TOKENIZER, [long, kept], settings)
@@ -129,7 +130,7 @@ def test_a_long_prompt_loses_its_beginning(model):
     with pytest.raises(ValueError,
                        match="max_new_tokens=63 leaves no room for a prompt in the window of 64 "
                              "tokens"):
-        decode(model, TOKENIZER, ["x"], Settings(max_new_tokens=63))
+        decode(model, TOKENIZER, ["x"], DecodingSettings(max_new_tokens=63))
 
 
 def test_perplexity_is_the_loss_of_transformers(model, contexts):

@@ -1,1 +1,2 @@
-"""Metrics, a family a file; megatron_spdf/data/finetuning/tasks says which a task has."""
+"""Metrics, one family per file. Tasks in megatron_spdf/data/finetuning/tasks name those they
+use."""

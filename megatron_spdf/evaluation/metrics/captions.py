@@ -1,4 +1,5 @@
-"""METEOR, ROUGE-L and CIDEr of MS-COCO's caption evaluation, which the official E2E metrics use."""
+"""METEOR, ROUGE-L and CIDEr of MS-COCO's caption evaluation, as the official E2E metrics use
+them."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ _COCO = f"PTB tokens, pycocoevalcap {version('pycocoevalcap')}"
 
 @by_part
 def captions(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Figures:
-    """METEOR, ROUGE_L (Lin, 2004; with beta 1.2) and CIDEr (Vedantam et al., 2015) of raw texts.
+    """METEOR, ROUGE_L (Lin 2004, with beta 1.2) and CIDEr (Vedantam et al. 2015) of raw texts.
 
     Raises:
         Unavailable: Java is missing or fails.

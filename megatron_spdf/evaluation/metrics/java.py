@@ -1,5 +1,5 @@
-"""The two Java programs behind the captioning metrics, from `pycocoevalcap`: Stanford's tokenizer
-and METEOR."""
+"""Java programs behind the captioning metrics, from `pycocoevalcap`: Stanford's tokenizer and
+METEOR."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _STANFORD_JAR = Path(ptb.__file__).with_name(ptb.STANFORD_CORENLP_3_4_1_JAR)
 
 
 def ptb_tokenize(sentences: Sequence[str]) -> list[str]:
-    """Lower-cased Penn Treebank tokens without punctuation, joined by blanks: the captions of
-    MS-COCO's metrics.
+    """Tokenizes captions as MS-COCO's metrics do: lower-cased Penn Treebank tokens without
+    punctuation, joined by blanks.
 
     Raises:
         Unavailable: Java is missing or fails.
@@ -45,10 +45,10 @@ def ptb_tokenize(sentences: Sequence[str]) -> list[str]:
 
 
 def meteor(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """METEOR 1.5 (Denkowski and Lavie, 2014) with `-l en -norm`, of several references.
+    """METEOR 1.5 (Denkowski and Lavie 2014) with `-l en -norm`, of several references.
 
-    It reads files, and not a pipe as `pycocoevalcap` has it, where an empty prediction would hang
-    it; the figures are the same.
+    Reads files instead of the pipe of `pycocoevalcap`, in which an empty prediction would hang it.
+    The figures are the same.
 
     Raises:
         Unavailable: Java is missing or fails.

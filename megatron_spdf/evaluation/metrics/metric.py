@@ -1,4 +1,4 @@
-"""Metrics by name. A task names those it is scored with; each is one file of this room, which
+"""Registry of metrics. A task names those that score it; a metric is one file of this room, which
 registers itself in METRICS."""
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ Texts = Sequence[str]
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of a metric.
+    """Figure of a metric.
 
     Attributes:
-        signature: the implementation and settings behind the value.
+        value: in the unit of the official script.
+        signature: implementation and settings behind the value.
     """
 
     value: float
@@ -31,17 +32,17 @@ ByPart = dict[str, Figures]
 
 
 class Unavailable(Exception):
-    """A metric cannot be computed on this machine; the message says why."""
+    """Raised if this machine cannot compute a metric. The message says why."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A way to score outputs.
+    """Metric that scores outputs.
 
     Attributes:
-        figures: names of what it gives.
-        measure: outputs and their references -> part of the test set -> name -> figure. Raises
-            Unavailable where the machine lacks something.
+        figures: names of its figures.
+        measure: (outputs, references) -> part of the test set -> name -> figure. Raises Unavailable
+            if the machine lacks a program.
     """
 
     figures: tuple[str, ...]
@@ -52,7 +53,8 @@ METRICS: Registry[Metric] = Registry("metric", "megatron_spdf.evaluation.metrics
 
 
 def parts_of(references: References) -> dict[str, list[int]]:
-    """Part of the test set -> its inputs, in alphabetical order; none where there is one part."""
+    """Part of the test set -> indices of its inputs, in alphabetical order. Empty if there is one
+    part."""
     groups = references.groups
     found = {part: [i for i, group in enumerate(groups) if group == part]
              for part in sorted(set(groups))}
@@ -60,7 +62,7 @@ def parts_of(references: References) -> dict[str, list[int]]:
 
 
 def by_part(measure: Callable[[Texts, Sequence[Texts]], Figures]) -> Callable[..., ByPart]:
-    """Measures each part of the test set by itself, and all of it."""
+    """Applies a measure to each part of the test set, and to all of it."""
     @wraps(measure)
     def measured(outputs: Texts, references: References) -> ByPart:
         found = {part: measure([outputs[i] for i in inputs], [references.texts[i] for i in inputs])

@@ -46,10 +46,10 @@ def bleu_tokenized(predictions: Texts, references: Sequence[Texts]) -> Figures:
 
 
 def ter(predictions: Texts, references: References) -> ByPart:
-    """TER: tercom's edit rate (Snover et al., 2006) over all references of an input; another than
-    pyter's mean over inputs.
+    """TER: tercom's edit rate (Snover et al. 2006) over all references of an input.
 
-    That of all is from the sums of its parts, which are computed once.
+    It differs from pyter's mean over inputs. That of the whole test set is computed from the sums
+    of its parts.
     """
     parts, found, total_edits, total_length = parts_of(references), {}, 0.0, 0.0
     for part, inputs in (parts or {ALL: range(len(predictions))}).items():
@@ -69,8 +69,7 @@ METRICS.register("ter", Metric(("TER",), ter))
 def ter_edits(predictions: Texts, references: Sequence[Texts]) -> tuple[float, float, str]:
     """Edits and mean reference length, summed over inputs, and the signature of the settings.
 
-    The work is shared among the processors, since `sacrebleu` takes tens of milliseconds for an
-    input.
+    Processes share the work, since `sacrebleu` takes tens of milliseconds for an input.
     """
     pairs = list(zip(predictions, references, strict=True))
     pieces = [pairs[i : i + _PIECE] for i in range(0, len(pairs), _PIECE)]
@@ -91,6 +90,6 @@ def _edits(pairs: list[tuple[str, Texts]]) -> tuple[float, float, str]:
 
 
 def _streams(references: Sequence[Texts], missing: str | None) -> list[list[str | None]]:
-    """The first reference of every input, the second, ..."""
+    """Transposes references: the first of every input, the second of every input, and so on."""
     most = max(map(len, references))
     return [[texts[i] if i < len(texts) else missing for texts in references] for i in range(most)]

@@ -1,4 +1,4 @@
-"""NIST (Doddington, 2002) as the official E2E scripts compute it; no library tried does.
+"""NIST (Doddington 2002) as the official E2E scripts compute it, which no library tried does.
 
 The E2E metrics hold two implementations that differ where inputs have different numbers of
 references: a Perl script, mteval-v13a, and its Python port. Tokens are lower-cased, after
@@ -18,17 +18,18 @@ from megatron_spdf.evaluation.metrics.metric import METRICS, Figure, Figures, Me
 MAX_N = 5
 _PORT = "own, length penalty of the official metrics' Python port (measure_scores.py -p)"
 _MTEVAL = "own, length penalty of the official metrics' mteval-v13a (Perl)"
-# a translation of 2/3 of the length gets half the score
+# An output of 2/3 of the references' length gets half the score.
 _BETA = -math.log(0.5) / math.log(1.5) ** 2
 
 
 @by_part
 def nist(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Figures:
-    """NIST of raw texts; an input has one reference or more.
+    """NIST of raw texts with one reference or more each.
 
     Returns:
-        NIST, the Python port's, whose expected length is the sum over inputs of their references'
-        mean length; and NIST_mteval, with all reference tokens / (references / inputs).
+        NIST of the Python port, whose expected length is the sum over inputs of the mean length of
+        their references; and NIST_mteval, whose expected length is the number of all reference
+        tokens, times inputs, over references.
     """
     tokenize = Tokenizer13a()
     outputs = [tokenize(text.lower()).split() for text in predictions]
@@ -36,8 +37,8 @@ def nist(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Fig
     pool = [text for texts in targets for text in texts]
     counts = Counter(gram for text in pool for n in range(1, MAX_N + 1) for gram in _grams(text, n))
     counts[()] = sum(map(len, pool))
-    found = [math.fsum(_gained(output, texts, n, counts) for output,
-                       texts in zip(outputs, targets, strict=True))
+    found = [math.fsum(_gained(output, texts, n, counts)
+                       for output, texts in zip(outputs, targets, strict=True))
              for n in range(1, MAX_N + 1)]
     length = sum(map(len, outputs))
     mean_lengths = math.fsum(sum(map(len, texts)) / len(texts) for texts in targets)
@@ -61,24 +62,25 @@ def _gained(output: list[str], references: list[list[str]], n: int, counts: Coun
     for reference in references:
         allowed |= Counter(_grams(reference, n))
     shared = Counter(_grams(output, n)) & allowed
-    return math.fsum(times * math.log2(counts[gram[:-1]] / counts[gram]) for gram,
-                     times in shared.items())
+    return math.fsum(times * math.log2(counts[gram[:-1]] / counts[gram])
+                     for gram, times in shared.items())
 
 
 def _precision(found: list[float], places: list[int]) -> float:
-    return sum(information / places for information,
-               places in zip(found, places, strict=True) if places > 0)
+    return sum(information / count
+               for information, count in zip(found, places, strict=True) if count > 0)
 
 
 def _places_port(outputs: list[list[str]], n: int) -> int:
-    """The port lets an output that is shorter than the n-gram count negatively."""
+    """Number of n-grams in the outputs. In the port an output shorter than n counts negatively."""
     return sum(len(output) - n for output in outputs)
 
 
 def _places_perl(outputs: list[list[str]], n: int) -> int:
+    """Number of n-grams in the outputs. In the Perl script an output shorter than n counts zero."""
     return sum(max(len(output) - n, 0) for output in outputs)
 
 
 def _brevity(ratio: float) -> float:
-    """Doddington (2002), equation 4."""
+    """Brevity penalty, equation 4 of Doddington (2002)."""
     return 1.0 if ratio >= 1 else math.exp(-_BETA * math.log(ratio) ** 2) if ratio > 0 else 0.0

@@ -1,6 +1,10 @@
-"""The coordinate check (Yang et al. 2021, appendix D.1; Dey et al. 2024, figure 3): how large
-activations are in the first steps, layer by layer. Under rules that are right their sizes depend on
-neither width nor density."""
+"""Coordinate check: size of the activations, layer by layer, in the first steps of training.
+
+Under a correct parametrization sizes depend on neither width nor density (Yang et al. 2021,
+appendix D.1; Dey et al. 2024, figure 3).
+
+Shapes: T tokens of a sequence, B sequences, H hidden size.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +27,15 @@ Sizes = dict[str, float]
 
 
 def activation_sizes(recipe: Recipe, steps: int) -> list[Sizes]:
-    """Mean |x| of each part's output in the forward pass of the first steps, on one rank.
+    """Measures mean |x| of each part's output in the forward pass of the first steps, on one rank.
+
+    Args:
+        recipe: of the run; names model, data and parametrization.
+        steps: number of training steps.
 
     Returns:
-        For each step: "embedding", "layer N attention", "layer N mlp" (what they add to the
-        residual stream) and "logits" -> size.
+        For each step, part -> size. Parts are "embedding", "layer N attention" and "layer N mlp"
+        (what they add to the residual stream), and "logits".
     """
     plan = Plan.of(recipe)
     corpus = check_corpus(recipe)
@@ -45,7 +53,7 @@ def activation_sizes(recipe: Recipe, steps: int) -> list[Sizes]:
 
 @contextmanager
 def _recorded(model: nn.Module, vocab_size: int) -> Iterator[dict[str, list[float]]]:
-    """Place -> mean |output| of every forward pass."""
+    """Yields part -> mean |output| of every forward pass while hooks are installed."""
     sizes: dict[str, list[float]] = {}
 
     def watch(place: str, module: nn.Module, columns: int | None = None):
@@ -59,9 +67,9 @@ def _recorded(model: nn.Module, vocab_size: int) -> Iterator[dict[str, list[floa
         places += [(f"layer {number} attention", layer.self_attention),
                    (f"layer {number} mlp", layer.mlp)]
     hooks = [watch(*place) for place in places] + [watch("logits", model.output_layer, vocab_size)]
-    # A step takes its loss without them.
-    hooks.append(model.decoder.final_layernorm.register_forward_hook(lambda _, __,
-                                                                     x: _score(model, x)))
+    # A training step computes its loss without calling the output layer, so the hook does.
+    hooks.append(model.decoder.final_layernorm.register_forward_hook(
+        lambda _, __, x: _score(model, x)))
     try:
         yield sizes
     finally:
@@ -71,39 +79,41 @@ def _recorded(model: nn.Module, vocab_size: int) -> Iterator[dict[str, list[floa
 
 @torch.no_grad()
 def _score(model: nn.Module, x: Tensor) -> None:
-    """Lets the LM head compute the logits of (T, B, H)."""
+    """Lets the LM head compute the logits of x (T, B, H)."""
     model.output_layer(x, model.shared_embedding_or_output_weight())
 
 
 def _tensors(output: Tensor | tuple[Tensor, Tensor | None]) -> list[Tensor]:
-    """An output, or one and the bias that is still to be added to it."""
+    """Splits a module's output into tensors: the output, and a bias that is still to be added to
+    it."""
     together = output if isinstance(output, tuple) else (output,)
     return [part for part in together if isinstance(part, Tensor)]
 
 
-def growth(sizes: dict[float, Sizes]) -> dict[str, float]:
-    """Slope of log size over log scale for each place: 0 where the size does not depend on the
+def scaling_exponents(sizes: dict[float, Sizes]) -> dict[str, float]:
+    """Fits the slope of log size over log scale for each part. A slope of 0 is independence of the
     scale.
 
     Args:
-        sizes: scale (a width, or a density) -> sizes at one step.
+        sizes: scale (a width or a density) -> sizes at one step.
     """
     scales = torch.tensor(sorted(sizes), dtype=torch.float64).log2()
-    centred = scales - scales.mean()
+    centered = scales - scales.mean()
     found = {}
     for place in sizes[min(sizes)]:
         values = torch.tensor([sizes[scale][place] for scale in sorted(sizes)],
                               dtype=torch.float64).log2()
-        found[place] = float((centred * values).sum() / (centred * centred).sum())
+        found[place] = float((centered * values).sum() / (centered * centered).sum())
     return found
 
 
 def plot_sizes(found: dict[str, dict[str, dict[float, Sizes]]], path: Path) -> None:
-    """Size against scale, a line for each part of the model.
+    """Plots size against scale, one line for each part of the model.
 
     Args:
-        found: parametrization -> what is scaled ("width", "density") -> scale -> sizes at the last
+        found: parametrization -> scaled quantity ("width", "density") -> scale -> sizes at the last
             step.
+        path: picture to write.
     """
     import matplotlib
 
