@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import ChainMap
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ LAYOUTS = {
 BF16 = {name: sections | {"train": {"precision": "bf16"}} for name, sections in LAYOUTS.items()
         if "zero" in name}
 # Layouts before and after a stop: one step before a move, at it, and one step after it.
-RESUMED = {5: ("zero 1", "tp2"), 6: ("tp2", "pp2"), 7: ("pp2", "zero 0"),
+RESUMED = {"at 5": ("zero 1", "tp2"), "at 6": ("tp2", "pp2"), "at 7": ("pp2", "zero 0"),
            "deepspeed 5": ("deepspeed zero 3", "deepspeed zero 1"),
            "deepspeed 6": ("zero 1", "deepspeed zero 3"),
            "deepspeed 7": ("deepspeed zero 2", "tp2")}
@@ -53,9 +54,10 @@ def results(make_deep_recipe, tmp_path_factory):
         return make_deep_recipe(output and str(place / output), sparsity=sparsity,
                                 checkpoint={"asynchronous": False}, log={"every": 1}, **sections)
 
-    def trained(sections: dict, **keywords) -> tuple[str, dict]:
+    def trained(sections: dict, before: str | None = None, **keywords) -> tuple:
         own = {key: keywords.pop(key) for key in ("output", "sparsity") if key in keywords}
-        return "mask_cases.trained", {"recipe": recipe(sections, **own), **keywords}
+        return ("mask_cases.trained", {"recipe": recipe(sections, **own), **keywords},
+                [before] if before else [])
 
     one = {"one": trained({}), "plain": ("mask_cases.plain", {"recipe": recipe({})}),
            "sgd": trained({"optimizer": {"name": "sgd", "lr": 0.5}})}
@@ -68,13 +70,15 @@ def results(make_deep_recipe, tmp_path_factory):
         still = {**WANDER, "update": {"every": EVERY, "fraction": 0.0}}
         two[f"{name} still"] = trained(LAYOUTS[name], sparsity=still)
         two[f"{name} static"] = trained(LAYOUTS[name], sparsity=0.75)
-        for part, stop in (("first", 6), ("second", 7), ("third", None)):
-            two[f"{name} {part}"] = trained(LAYOUTS[name], output=f"{name} cut", stop=stop)
+        for part, stop in enumerate((6, 7, None)):
+            two[f"{name} part {part}"] = trained(
+                LAYOUTS[name], f"{name} part {part - 1}" if part else None, output=name, stop=stop)
     for name, layouts in RESUMED.items():
         for part, layout in enumerate(layouts):
-            stop = int(str(name)[-1]) if part == 0 else None
-            two[f"{name} part {part}"] = trained(LAYOUTS[layout], output=f"at {name}", stop=stop)
-    return run_cases(1, one, place / "1") | run_cases(2, two, place / "2", timeout=2400)
+            two[f"{name} part {part}"] = trained(
+                LAYOUTS[layout], f"{name} part 0" if part else None, output=name,
+                stop=None if part else int(name[-1]))
+    return ChainMap(run_cases(1, one, place / "1"), run_cases(2, two, place / "2"))
 
 
 def close(losses: list[float], reference: list[float]) -> None:
@@ -119,7 +123,7 @@ def test_nothing_moves_with_fraction_zero(results, name):
 
 @pytest.mark.parametrize("name", SAME)
 def test_a_run_stopped_at_a_move_and_after_it_goes_on_bit_for_bit(results, name):
-    parts = [outcome(results, f"{name} {part}") for part in ("first", "second", "third")]
+    parts = [outcome(results, f"{name} part {part}") for part in range(3)]
     assert sum((part["losses"] for part in parts), []) == outcome(results, name)["losses"]
     assert parts[-1]["masks"] == outcome(results, name)["masks"]
 
@@ -127,7 +131,7 @@ def test_a_run_stopped_at_a_move_and_after_it_goes_on_bit_for_bit(results, name)
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_run_stopped_around_a_move_goes_on_at_another_layout(results, name):
     first, second = (outcome(results, f"{name} part {part}") for part in range(2))
-    assert len(first["losses"]) == int(str(name)[-1])
+    assert len(first["losses"]) == int(name[-1])
     close(first["losses"] + second["losses"], outcome(results, "one")["losses"])
     held = {key: mask for rank in range(2)
             for key, mask in outcome(results, f"{name} part 1", rank)["masks"].items()}
