@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# What all batch scripts share: where things are, what is checked before ranks start, how they are started, and what
-# happens when they end. docs/slurm.md says how to use it, launch/site.sh (yours, ignored by git) what a site changes.
+# Shared by all batch scripts: settings, checks before ranks start, the start of ranks, and requeueing by exit code.
+# docs/slurm.md is the manual. launch/site.sh, which git ignores, holds the settings of a site.
 set -uo pipefail
 
 SPDF_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -9,53 +9,53 @@ die() { echo "${ME:-launch}: $1" >&2; exit "${2:-2}"; }
 # shellcheck source=/dev/null
 [[ ! -f $SPDF_ROOT/launch/site.sh ]] || source "$SPDF_ROOT/launch/site.sh"
 
-# ---- Settings: each can be exported before sbatch, or set in launch/site.sh.
+# ---- Settings. Export them before sbatch, or set them in launch/site.sh.
 if [[ -z ${SPDF_PYTHON:-} ]]; then # the interpreter, as the ranks see it
   if [[ -z ${SPDF_CONTAINER:-} && -x $SPDF_ROOT/.venv/bin/python ]]; then SPDF_PYTHON=$SPDF_ROOT/.venv/bin/python; else SPDF_PYTHON=python3; fi
 fi
 command -v "$SPDF_PYTHON" >/dev/null || [[ -n ${SPDF_CONTAINER:-} ]] || die "there is no Python at $SPDF_PYTHON; export SPDF_PYTHON=<the interpreter the project is installed for>"
-SPDF_DEVICE=${SPDF_DEVICE:-gpu}       # cpu: try things out without GPUs, over gloo
+SPDF_DEVICE=${SPDF_DEVICE:-gpu}       # cpu: no GPUs, over gloo, to try things out
 SPDF_CONTAINER=${SPDF_CONTAINER:-}    # *.sif: Apptainer; anything else: an image for Pyxis/Enroot; empty: none
 SPDF_MOUNTS=${SPDF_MOUNTS:-}          # further directories in the container, comma-separated: /data,/scratch
-SPDF_LAST_WORDS=${SPDF_LAST_WORDS:-30} # seconds from the end of the first rank until the others are killed
+SPDF_EXIT_GRACE_SECONDS=${SPDF_EXIT_GRACE_SECONDS:-30} # from the end of the first rank until the others are killed
 SPDF_SRUN=${SPDF_SRUN:-}              # further options of srun, such as --cpu-bind=verbose --mpi=none
 
-network() { # NCCL and gloo, one place. NCCL finds InfiniBand by itself; set these only where it chooses wrongly.
+network() { # sets up NCCL and gloo. NCCL finds InfiniBand by itself; set a variable only if it chooses wrongly
   export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} # Megatron-Core's overlap relies on launch order
   export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1} # a failed collective ends its rank
   export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000} # collectives remembered when one times out
-  export NCCL_DEBUG=${NCCL_DEBUG:-WARN} # INFO says which interfaces and protocols it takes
-  # export NCCL_SOCKET_IFNAME=ib0   # interface of NCCL's first contact; with a wrong one, ranks hang or are refused
-  # export GLOO_SOCKET_IFNAME=ib0   # the same for gloo, which carries checkpoints' agreement
-  # export NCCL_IB_HCA=mlx5         # InfiniBand adapters to use, where some are for storage
-  # export NCCL_IB_TIMEOUT=22       # 4.096 us x 2^22 = 17 s for a reply; longer for large or busy fabrics
-  # export NCCL_NET_GDR_LEVEL=PHB   # how far GPU and adapter may be apart for GPUDirect RDMA
-  # export NCCL_IB_DISABLE=1        # sockets only, to tell whether the fabric is at fault
+  export NCCL_DEBUG=${NCCL_DEBUG:-WARN} # INFO prints the interfaces and protocols it takes
+  # export NCCL_SOCKET_IFNAME=ib0   # interface of NCCL's bootstrap; with a wrong one, ranks hang or are refused
+  # export GLOO_SOCKET_IFNAME=ib0   # the same for gloo, over which ranks agree on checkpoints
+  # export NCCL_IB_HCA=mlx5         # InfiniBand adapters to use, if some are for storage
+  # export NCCL_IB_TIMEOUT=22       # 4.096 us x 2^22 = 17 s for a reply; raise it on large or busy fabrics
+  # export NCCL_NET_GDR_LEVEL=PHB   # largest distance of GPU and adapter for GPUDirect RDMA
+  # export NCCL_IB_DISABLE=1        # sockets only, to find out if the fabric is at fault
 }
 
-# ---- Entry points, one a script.
+# ---- Entry points, one for each script.
 
-pretrain() { # RECIPE WORD...: pre-training; a first word that ends in .yaml takes the recipe's place
+pretrain() { # RECIPE ARGUMENT...: pre-trains; a first argument that ends in .yaml replaces the recipe
   local recipe=$1
   shift
   begin "$@"
-  [[ ${WORDS[0]:-} != *.yaml ]] || { recipe=${WORDS[0]}; WORDS=("${WORDS[@]:1}"); }
-  train pretrain.py "$(recipe_file "$recipe" pretrain)" parallel.data=auto "${WORDS[@]}"
+  [[ ${ARGUMENTS[0]:-} != *.yaml ]] || { recipe=${ARGUMENTS[0]}; ARGUMENTS=("${ARGUMENTS[@]:1}"); }
+  train pretrain.py "$(recipe_file "$recipe" pretrain)" parallel.data=auto "${ARGUMENTS[@]}"
 }
 
-finetune() { # TASK RUN WORD...: fine-tuning of a run on a task, a name under configs/finetune or a .yaml file
+finetune() { # TASK RUN OVERRIDE...: fine-tunes a run on a task, which is a name under configs/finetune or a .yaml file
   begin "$@"
-  local task=${WORDS[0]:-} run=${WORDS[1]:-}
+  local task=${ARGUMENTS[0]:-} run=${ARGUMENTS[1]:-}
   [[ -n $task && -n $run && $run != *=* ]] || die "which task and which run? write: sbatch launch/finetune.sh TASK RUN [section.key=value ...], TASK one of $(tasks)"
-  train finetune.py "$(recipe_file "$task" finetune)" "checkpoint=$run" parallel.data=auto "${WORDS[@]:2}"
+  train finetune.py "$(recipe_file "$task" finetune)" "checkpoint=$run" parallel.data=auto "${ARGUMENTS[@]:2}"
 }
 
-finetune_sweep() { # TASK RUN WORD...: one combination of the recipe's sweep: for each element of the job array
+finetune_sweep() { # TASK RUN OVERRIDE...: runs one combination of the recipe's `sweep:` in each element of the job array
   begin "$@"
-  local task=${WORDS[0]:-} run=${WORDS[1]:-} recipe lines index=${SLURM_ARRAY_TASK_ID:-0} command=() sweep
+  local task=${ARGUMENTS[0]:-} run=${ARGUMENTS[1]:-} recipe lines index=${SLURM_ARRAY_TASK_ID:-0} command=() sweep
   [[ -n $task && -n $run && $run != *=* ]] || die "which task and which run? write: sbatch --array=0-11 launch/finetune_sweep.sh TASK RUN [section.key=value ...], TASK one of $(tasks)"
   recipe=$(recipe_file "$task" finetune)
-  sweep=("$recipe" "checkpoint=$run" parallel.data=auto "${WORDS[@]:2}")
+  sweep=("$recipe" "checkpoint=$run" parallel.data=auto "${ARGUMENTS[@]:2}")
   lines=$(once "$SPDF_PYTHON" "$SPDF_ROOT/tools/sweep.py" "${sweep[@]}" --print) || exit $?
   mapfile -t lines <<<"$lines"
   ((index < ${#lines[@]})) || die "array element $index: the sweep of $recipe has ${#lines[@]} combinations; submit it with sbatch --array=0-$((${#lines[@]} - 1))"
@@ -64,35 +64,35 @@ finetune_sweep() { # TASK RUN WORD...: one combination of the recipe's sweep: fo
   train finetune.py "${command[@]:2}"
 }
 
-evaluate() { # TASK RUN OPTION...: scores the best checkpoint of a run on a task's test split; options of tools/evaluate.py
+evaluate() { # TASK RUN OPTION...: scores the best checkpoint of a run on a task's test split, with options of tools/evaluate.py
   begin "$@"
-  local task=${WORDS[0]:-} run=${WORDS[1]:-}
+  local task=${ARGUMENTS[0]:-} run=${ARGUMENTS[1]:-}
   [[ -n $task && -n $run ]] || die "which task and which run? write: sbatch launch/evaluate.sh TASK RUN [options of tools/evaluate.py]"
   local data=()
-  [[ " ${WORDS[*]:2} " = *" --data "* || ! -f $run/recipe.yaml ]] ||
-    data=(--data "$(sed -n '/^data:/,/^[a-z]/s/^  path: //p' "$run/recipe.yaml")") # where the run's own splits are
-  work "$SPDF_PYTHON" "$SPDF_ROOT/tools/evaluate.py" "$run" --task "$task" "${data[@]}" "${WORDS[@]:2}"
+  [[ " ${ARGUMENTS[*]:2} " = *" --data "* || ! -f $run/recipe.yaml ]] ||
+    data=(--data "$(sed -n '/^data:/,/^[a-z]/s/^  path: //p' "$run/recipe.yaml")") # the directory of the run's own splits
+  work "$SPDF_PYTHON" "$SPDF_ROOT/tools/evaluate.py" "$run" --task "$task" "${data[@]}" "${ARGUMENTS[@]:2}"
 }
 
-tool() { # NAME OPTION...: one of tools/*.py, one process, without GPUs
+tool() { # NAME OPTION...: runs one of tools/*.py in one process without GPUs
   SPDF_DEVICE=cpu
   begin "$@"
-  [[ -f $SPDF_ROOT/tools/${WORDS[0]:-}.py ]] || die "which tool? write: sbatch launch/tool.sh NAME [its options], NAME one of $(cd "$SPDF_ROOT/tools" && echo [a-z]*.py | sed 's/\.py//g')"
+  [[ -f $SPDF_ROOT/tools/${ARGUMENTS[0]:-}.py ]] || die "which tool? write: sbatch launch/tool.sh NAME [its options], NAME one of $(cd "$SPDF_ROOT/tools" && echo [a-z]*.py | sed 's/\.py//g')"
   NODES=1 TASKS=1
-  work "$SPDF_PYTHON" "$SPDF_ROOT/tools/${WORDS[0]}.py" "${WORDS[@]:1}"
+  work "$SPDF_PYTHON" "$SPDF_ROOT/tools/${ARGUMENTS[0]}.py" "${ARGUMENTS[@]:1}"
 }
 
-# ---- The course of a job.
+# ---- Course of a job.
 
-begin() { # WORD...: sorts the words, finds out about the job
+begin() { # ARGUMENT...: parses the arguments, and checks job, GPUs, head node and port
   ME=launch/$(basename "$SCRIPT")
-  DRY=0 STOPPING=0 CODE=0 WORDS=() SBATCH_WORDS=() AFTERWARDS=()
-  local word
-  for word in "$@"; do
-    case $word in
+  DRY=0 STOPPING=0 CODE=0 ARGUMENTS=() SBATCH_ARGUMENTS=() AFTERWARDS=()
+  local argument
+  for argument in "$@"; do
+    case $argument in
       --dry-run) DRY=1 ;;
-      --nodes=* | --ntasks-per-node=* | --array=*) if [[ -z ${SLURM_JOB_ID:-} ]]; then SBATCH_WORDS+=("$word"); else WORDS+=("$word"); fi ;;
-      *) WORDS+=("$word") ;;
+      --nodes=* | --ntasks-per-node=* | --array=*) if [[ -z ${SLURM_JOB_ID:-} ]]; then SBATCH_ARGUMENTS+=("$argument"); else ARGUMENTS+=("$argument"); fi ;;
+      *) ARGUMENTS+=("$argument") ;;
     esac
   done
   if ((DRY)); then
@@ -102,7 +102,7 @@ begin() { # WORD...: sorts the words, finds out about the job
   JOB=${SLURM_ARRAY_TASK_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} JOB=${JOB:-${SLURM_JOB_ID:-}} # an array's last element has the array's id
   [[ -n $JOB ]] || die "not in a Slurm job; submit it: sbatch $ME ${*@Q}, or look at what it would do: $ME ${*@Q} --dry-run"
   NODES=${SLURM_JOB_NUM_NODES:-1} TASKS=${SLURM_NTASKS:-1}
-  [[ -z ${SLURM_NTASKS_PER_NODE:-} ]] || TASKS=$((NODES * SLURM_NTASKS_PER_NODE)) # of --nodes=1-4, what was granted
+  [[ -z ${SLURM_NTASKS_PER_NODE:-} ]] || TASKS=$((NODES * SLURM_NTASKS_PER_NODE)) # --nodes=1-4 asks for a range; NODES is the number granted
   [[ $SPDF_DEVICE = cpu ]] || nvidia-smi -L >/dev/null 2>&1 ||
     die "$(hostname) has no GPU (nvidia-smi -L finds none); ask for some with --gpus-per-node, or export SPDF_DEVICE=cpu to try things out"
   [[ $SPDF_DEVICE != cpu ]] || export CUDA_VISIBLE_DEVICES=
@@ -120,7 +120,7 @@ begin() { # WORD...: sorts the words, finds out about the job
   echo "== job $JOB on ${SLURM_JOB_NODELIST:-?}, $TASKS ranks, start $((${SLURM_RESTART_COUNT:-0} + 1)), $(date -Is)"
 }
 
-train() { # SCRIPT RECIPE WORD...: preflight, the ranks, and what comes of how they end
+train() { # SCRIPT RECIPE OVERRIDE...: checks in one process, starts the ranks, and requeues or ends by their exit code
   COMMAND=("$SPDF_PYTHON" "$SPDF_ROOT/$1" "${@:2}")
   if ((DRY)); then
     RANK=0 WORLD_SIZE=$TASKS LOCAL_RANK=0 "${COMMAND[@]}" --dry-run || exit $?
@@ -142,7 +142,7 @@ train() { # SCRIPT RECIPE WORD...: preflight, the ranks, and what comes of how t
   exit "$CODE"
 }
 
-work() { # COMMAND...: what is no run: stopped ahead of the time limit, it starts anew or goes on, as it can
+work() { # COMMAND...: runs a command other than training, and requeues it if it was stopped ahead of the time limit
   COMMAND=("$@")
   if ((DRY)); then show_command; exit 0; fi
   step "${COMMAND[@]}"
@@ -150,7 +150,7 @@ work() { # COMMAND...: what is no run: stopped ahead of the time limit, it start
   exit "$CODE"
 }
 
-requeue() { # WHY [RUN]: back into the queue, unless the job was canceled or the run gets nowhere
+requeue() { # REASON [RUN]: puts the job back into the queue, unless it was canceled or the run makes no progress
   [[ -z ${2:-} ]] || PYTHONPATH=$SPDF_ROOT once "$SPDF_PYTHON" -m megatron_spdf.resilience.restarts "$2" || exit 3
   local state
   state=$(scontrol show job "$JOB" 2>/dev/null | sed -n 's/.*JobState=\([A-Z]*\).*/\1/p')
@@ -161,11 +161,11 @@ requeue() { # WHY [RUN]: back into the queue, unless the job was canceled or the
   exit "$CODE"
 }
 
-# ---- Parts.
+# ---- Helpers.
 
-step() { # COMMAND...: one process for each GPU; $CODE is what they end with
-  local flags=(--nodes="$NODES" --ntasks="$TASKS" --distribution=block --kill-on-bad-exit=0 --wait="$SPDF_LAST_WORDS" --label) child
-  [[ $SPDF_LAST_WORDS -gt 0 ]] || flags+=(--kill-on-bad-exit=1)
+step() { # COMMAND...: starts one process for each GPU, and sets $CODE to their exit code
+  local flags=(--nodes="$NODES" --ntasks="$TASKS" --distribution=block --kill-on-bad-exit=0 --wait="$SPDF_EXIT_GRACE_SECONDS" --label) child
+  [[ $SPDF_EXIT_GRACE_SECONDS -gt 0 ]] || flags+=(--kill-on-bad-exit=1)
   [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || flags+=(--cpus-per-task="$SLURM_CPUS_PER_TASK") # since 22.05 srun does not inherit it
   contain flags "$@"
   # shellcheck disable=SC2086 # a list of options
@@ -175,19 +175,19 @@ step() { # COMMAND...: one process for each GPU; $CODE is what they end with
   CHILD=
 }
 
-stop() { # SIGNAL: asks the ranks to save and end; srun hands USR1 to all of them, but takes TERM for itself
+stop() { # SIGNAL: asks the ranks to save and end. srun forwards USR1 to all of them, but ends the step on TERM
   STOPPING=1
   echo "== got $1, $(date -Is)"
   [[ -z ${CHILD:-} ]] || kill -USR1 "$CHILD" 2>/dev/null
 }
 
-once() { # COMMAND...: one process on this node, in the container where there is one
+once() { # COMMAND...: runs one process on this node, in the container if there is one
   local flags=(--nodes=1 --ntasks=1 --overlap --nodelist="$(hostname -s)")
   contain flags "$@"
   if [[ -n $SPDF_CONTAINER && $SPDF_CONTAINER != *.sif ]]; then srun "${flags[@]}" "${CONTAINED[@]}"; else "${CONTAINED[@]}"; fi
 }
 
-contain() { # NAME_OF_FLAGS COMMAND...: $CONTAINED, and what srun needs besides
+contain() { # NAME_OF_FLAGS COMMAND...: sets $CONTAINED to the command in its container, and adds flags for srun
   local -n srun_flags=$1
   local mounts=$SPDF_ROOT,$PWD${SPDF_MOUNTS:+,$SPDF_MOUNTS} each=() mount
   shift
@@ -203,23 +203,25 @@ contain() { # NAME_OF_FLAGS COMMAND...: $CONTAINED, and what srun needs besides
   fi
 }
 
-option() { # NAME DEFAULT: of a dry run, from the command line or the script's #SBATCH lines
-  local word value
+option() { # NAME DEFAULT: prints an option of sbatch for a dry run, from the command line or the script's #SBATCH lines
+  local argument value
   value=$(sed -n "s/^#SBATCH --$1=\([0-9]*\).*/\1/p" "$SCRIPT" | tail -n 1)
-  for word in "${SBATCH_WORDS[@]}"; do [[ $word != "--$1="* ]] || value=${word#*=}; done
+  for argument in "${SBATCH_ARGUMENTS[@]}"; do [[ $argument != "--$1="* ]] || value=${argument#*=}; done
   echo "${value:-$2}"
 }
 
-show_command() {
-  echo "command: sbatch ${SBATCH_WORDS[*]@Q} $ME ${WORDS[*]@Q}"
+show_command() { # prints the command of a dry run
+  echo "command: sbatch ${SBATCH_ARGUMENTS[*]@Q} $ME ${ARGUMENTS[*]@Q}"
   echo "which runs on $NODES nodes: srun --ntasks=$TASKS ${COMMAND[*]@Q}"
 }
 
-recipe_file() { # NAME KIND: a file as it is, or a name under configs/KIND
+recipe_file() { # NAME KIND: prints the path of a recipe, a .yaml file or a name under configs/KIND
   if [[ $1 = *.yaml ]]; then echo "$1"; else
     [[ -f $SPDF_ROOT/configs/$2/$1.yaml ]] || die "there is no recipe '$1'; choose one of $(tasks "$2"), or give a .yaml file"
     echo "$SPDF_ROOT/configs/$2/$1.yaml"
   fi
 }
 
-tasks() { (cd "$SPDF_ROOT/configs/${1:-finetune}" && echo *.yaml | sed 's/\.yaml//g'); }
+tasks() { # [KIND]: prints the names under configs/KIND, of tasks by default
+  (cd "$SPDF_ROOT/configs/${1:-finetune}" && echo *.yaml | sed 's/\.yaml//g')
+}

@@ -1,24 +1,25 @@
 #!/usr/bin/env bash
-# The whole of SPDF as a chain of jobs, each after the success of the one before; on the login node:
+# All of SPDF as a chain of jobs, each started after the success of the one before. Run it on the login node:
 #
-#   launch/spdf.sh [--name=value ...] RECIPE TASK[,TASK...] [words ...]
+#   launch/spdf.sh [--name=value ...] RECIPE TASK[,TASK...] [argument ...]
 #
 #   preprocess.input='pile/*.jsonl.zst' preprocess.output=data/pile ...   options of tools/preprocess_data.py;
-#                                      without any, the recipe's data are there already
-#   section.key=value                  of the pre-training recipe
-#   finetune.section.key=value         of every task's recipe; TASK.section.key=value of one
+#                                      without any, the recipe's data must exist
+#   section.key=value                  override of the pre-training recipe
+#   finetune.section.key=value         override of every task's recipe; TASK.section.key=value of one
 #   score.beams=4                      options of tools/evaluate.py
 #   --dry-run                          print the commands, submit nothing
 #
-#   --nodes=N                          of pre-training; batches of fine-tuning fill one node
+#   --nodes=N                          for pre-training; batches of fine-tuning fill one node
 #
-# Other --name=value go to sbatch, for the jobs with GPUs. The runs are OUTPUT, OUTPUT_TASK; the report OUTPUT_report.html.
+# Other --name=value go to sbatch, for the jobs with GPUs. Runs are named OUTPUT and OUTPUT_TASK, the report
+# OUTPUT_report.html.
 SCRIPT=$0
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "$SCRIPT")/common.sh"
 ME=launch/$(basename "$SCRIPT") DRY=0 JOB=''
 
-submit() { # WHAT DEPENDENCIES SBATCH_OPTION... SCRIPT WORD...: $JOB is the job's id; dependencies are a:b:c, or empty
+submit() { # NAME DEPENDENCIES SBATCH_OPTION... SCRIPT ARGUMENT...: submits a job after jobs a:b:c, or none, and sets $JOB to its id
   local what=$1 after=${2:+--dependency=afterok:$2} options=()
   shift 2
   while [[ $1 = --* ]]; do options+=("$1"); shift; done
@@ -33,28 +34,28 @@ submit() { # WHAT DEPENDENCIES SBATCH_OPTION... SCRIPT WORD...: $JOB is the job'
   echo "$JOB $what${2:+: $*}"
 }
 
-gpu_options=() nodes=() words=() prepare=() scoring=() finetuning=()
-for word in "$@"; do
-  case $word in
+gpu_options=() nodes=() arguments=() prepare=() scoring=() finetuning=()
+for argument in "$@"; do
+  case $argument in
     --dry-run) DRY=1 ;;
-    --nodes=*) nodes=("$word") ;;
-    --*=*) gpu_options+=("$word") ;;
-    preprocess.*=*) word=${word#preprocess.}; prepare+=("--${word%%=*}" "${word#*=}") ;;
-    score.*=*) word=${word#score.}; scoring+=("--${word%%=*}" "${word#*=}") ;;
-    finetune.*=*) finetuning+=("${word#finetune.}") ;;
-    *) words+=("$word") ;;
+    --nodes=*) nodes=("$argument") ;;
+    --*=*) gpu_options+=("$argument") ;;
+    preprocess.*=*) argument=${argument#preprocess.}; prepare+=("--${argument%%=*}" "${argument#*=}") ;;
+    score.*=*) argument=${argument#score.}; scoring+=("--${argument%%=*}" "${argument#*=}") ;;
+    finetune.*=*) finetuning+=("${argument#finetune.}") ;;
+    *) arguments+=("$argument") ;;
   esac
 done
-[[ ${words[0]:-=} != *=* && ${words[1]:-=} != *=* ]] ||
-  die "which recipe and which tasks? write: $ME RECIPE TASK[,TASK...] [words ...]; recipes are $(tasks pretrain), tasks $(tasks)"
-recipe=$(recipe_file "${words[0]}" pretrain) || exit $?
-IFS=, read -ra tasks <<<"${words[1]}"
+[[ ${arguments[0]:-=} != *=* && ${arguments[1]:-=} != *=* ]] ||
+  die "which recipe and which tasks? write: $ME RECIPE TASK[,TASK...] [section.key=value ...]; recipes are $(tasks pretrain), tasks $(tasks)"
+recipe=$(recipe_file "${arguments[0]}" pretrain) || exit $?
+IFS=, read -ra tasks <<<"${arguments[1]}"
 for task in "${tasks[@]}"; do recipe_file "$task" finetune >/dev/null || exit $?; done
 
-own=() # words of the pre-training recipe
-for word in "${words[@]:2}"; do
-  for task in "${tasks[@]}"; do [[ $word != "$task".*=* ]] || continue 2; done
-  own+=("$word")
+own=() # overrides of the pre-training recipe
+for argument in "${arguments[@]:2}"; do
+  for task in "${tasks[@]}"; do [[ $argument != "$task".*=* ]] || continue 2; done
+  own+=("$argument")
 done
 shown=$(RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 "$SPDF_PYTHON" "$SPDF_ROOT/pretrain.py" "$recipe" "${own[@]}" --dry-run) || exit $?
 run=$(sed -n '1s/^output: //p' <<<"$shown")
@@ -69,7 +70,7 @@ submit pretrain "$JOB" "${gpu_options[@]}" "${nodes[@]}" "$script" "$recipe" "${
 pretrained=$JOB runs=("$run") scored=''
 for task in "${tasks[@]}"; do
   own=()
-  for word in "${words[@]:2}"; do [[ $word != "$task".*=* ]] || own+=("${word#"$task".}"); done
+  for argument in "${arguments[@]:2}"; do [[ $argument != "$task".*=* ]] || own+=("${argument#"$task".}"); done
   submit "finetune $task" "$pretrained" "${gpu_options[@]}" finetune.sh "$task" "$run" "output=${run}_$task" "${finetuning[@]}" "${own[@]}"
   submit "evaluate $task" "$JOB" "${gpu_options[@]}" evaluate.sh "$task" "${run}_$task" "${scoring[@]}"
   scored+=${scored:+:}$JOB runs+=("${run}_$task")

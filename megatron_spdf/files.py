@@ -1,84 +1,120 @@
-"""A directory that appears complete or not at all, and the progress towards it."""
+"""Files and directories that appear whole or not at all, and are on disk once they have their name.
+
+Nothing is ever written through a symbolic link that someone has laid where a file is to appear.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import IO
 
-from tqdm import tqdm
-
-PARTIAL = ".partial"
-_T = TypeVar("_T")
+PARTIAL = ".partial"  # ends the name of a directory in the making
+NEW = ".new"  # ends the name of a file in the making
 
 
-def require_free(output: Path) -> None:
-    """Raises ValueError where something is at `output` already."""
-    if output.exists() or output.is_symlink():
-        raise ValueError(f"{output} exists; give a new directory")
+class AlreadyThere(OSError, ValueError):
+    """Something has the name that a new directory was to get."""
 
 
-@contextmanager
-def appearing(output: Path) -> Iterator[Path]:
-    """A directory beside `output` to fill; at the end it is on disk and becomes `output` by one
-    rename. Where anything goes wrong, an interrupt included, it is removed.
+def write_file(path: Path, content: str | bytes) -> None:
+    """Writes a file; a reader sees all of it or what was there before.
 
-    Raises:
-        ValueError: `output` exists.
+    The bytes go to a random name beside it, which must be new, and the file takes its name from
+    there. A link at `path` is replaced, what it leads to is left alone.
     """
-    require_free(output)
-    partial = output.with_name(output.name + PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
+    beside = path.with_name(f"{path.name}.{secrets.token_hex(6)}{NEW}")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        _sync(partial)
-        partial.rename(output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    sync_directory(output.parent)
-
-
-def _sync(directory: Path) -> None:
-    for path in [directory, *directory.rglob("*")]:
-        if path.is_dir():
-            sync_directory(path)
-            continue
-        with path.open("rb") as file:
+        with open(os.open(beside, flags, 0o666), "wb") as file:
+            file.write(content if isinstance(content, bytes) else content.encode())
+            file.flush()
             os.fsync(file.fileno())
-
-
-def with_progress(items: Iterable[_T], total: int) -> Iterator[_T]:
-    """The items, with a bar on standard error where that is a terminal."""
-    return iter(tqdm(items, total=total, unit="tensor", dynamic_ncols=True, disable=None))
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
 
 
 def write_json(path: Path, content: object) -> None:
-    """Writes JSON so that a reader sees all of it or the old file."""
-    beside = path.with_name(path.name + ".new")
-    with beside.open("w") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    """`write_file` of JSON."""
+    write_file(path, json.dumps(content, indent=1) + "\n")
 
 
-def sync_directory(path: Path) -> None:
+def open_to_append(path: Path, **options: int) -> IO[bytes]:
+    """Opens a file, made if it is missing, for what is added at its end.
+
+    Raises:
+        OSError: `path` is a link.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+    return open(os.open(path, flags, 0o666), "ab", **options)
+
+
+def links_out(directory: Path) -> list[Path]:
+    """Links in a directory that lead out of it."""
+    inside = directory.resolve()
+    return [path for path in sorted(directory.iterdir())
+            if path.is_symlink() and not path.resolve().is_relative_to(inside)]
+
+
+def require_free(output: Path) -> None:
+    """Raises AlreadyThere where something is at `output`."""
+    if output.exists() or output.is_symlink():
+        raise AlreadyThere(f"{output} exists; give a new directory")
+
+
+@contextmanager
+def atomic_directory(output: Path, beside: str = "") -> Iterator[Path]:
+    """A directory to fill, which becomes `output` at the end; removed where anything goes wrong, an
+    interrupt included.
+
+    Args:
+        beside: its name before `output`'s, ".partial" at the end; default: that of `output`. What a
+            killed process left under this name is removed.
+
+    Raises:
+        AlreadyThere: `output` exists, at the start or at the end.
+    """
+    require_free(output)
+    partial = output.with_name((beside or output.name) + PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for path in partial.rglob("*"):
+            sync(path)
+        publish(partial, output)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def publish(partial: Path, output: Path) -> None:
+    """Gives a directory, whose files are on disk, its name by one rename.
+
+    Raises:
+        AlreadyThere: there is something of this name.
+    """
+    sync(partial)
+    try:
+        partial.rename(output)
+    except OSError:
+        require_free(output)
+        raise
+    sync(output.parent)
+
+
+def sync(path: Path) -> None:
+    """Returns when a file, or the names in a directory, outlive a loss of power."""
     handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
-
-
-def write_safely(path: Path, content: bytes) -> None:
-    """Writes a file that appears whole or not at all."""
-    beside = path.with_name(f"{path.name}.new")
-    with open(beside, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_spdf.files import open_to_append
+
 # File systems without locks: what is guarded here is then guarded by atomic renames alone.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -20,7 +22,7 @@ def locked(path: Path, wait: bool) -> Iterator[bool]:
     Args:
         wait: for another process to let go; otherwise False is yielded while one holds it.
     """
-    with open(path, "ab") as file:
+    with open_to_append(path) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             held = True

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import InitErrorDetails, PydanticCustomError, core_schema
 
 from megatron_spdf.registry import Registry
@@ -43,6 +44,33 @@ Paths = Annotated[list[str], BeforeValidator(as_list)]
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True,
                               allow_inf_nan=False)
+
+    @classmethod
+    def all_fields(cls) -> dict[str, FieldInfo]:
+        """Returns the fields by key, those too that only some values of another key bring."""
+        return dict(cls.model_fields)
+
+
+def _known(registry: Registry, name: Any) -> Any:
+    """The tenant of a name; an error of pydantic's where there is none."""
+    try:
+        return registry.get(name)
+    except ValueError as error:
+        raise PydanticCustomError("name", "{said}", {"said": str(error)}) from None
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Annotation of a text that names a tenant of a seam."""
+
+    registry: Registry
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def _check(self, name: str) -> str:
+        _known(self.registry, name)
+        return name
 
 
 @dataclass(frozen=True)

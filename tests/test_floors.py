@@ -19,7 +19,8 @@ PACKAGE = "megatron_spdf"
 FLOORS = [
     (
         "ground",
-        ["", "registry", "text", "files", "locks", "exit_codes", "random_streams", "section"],
+        ["", "registry", "text", "files", "locks", "command_line", "exit_codes",
+         "random_streams", "section"],
     ),
     ("architecture", ["architecture"]),
     ("sparsity and kernels", ["sparsity", "kernels"]),

@@ -16,44 +16,44 @@ was stopped on a signal; 3 if a run has no result.
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from megatron_spdf import exit_codes
+from megatron_spdf.command_line import add_overrides, make_parser, refusing
 from megatron_spdf.files import write_json
 from megatron_spdf.reports.experiment_plot import plot_results
 from megatron_spdf.runs.experiment import (
+    Cell,
     Experiment,
+    cells,
     load_experiment,
     loss_of,
     render,
     results,
-    runs,
 )
-from megatron_spdf.runs.sweep import Trial
-
-PRETRAIN = Path(__file__).resolve().parent.parent / "pretrain.py"
+from megatron_spdf.runs.grid import command, ends_grid, run_all
 
 
+@refusing
 def main() -> int:
     options = parse_arguments()
-    try:
-        experiment = chosen(load_experiment(options.experiment), options.only)
-        planned = list(runs(experiment, options.experiment, options.overrides))
-        left = [] if options.report else [t for t, recipe in planned if loss_of(t, recipe) is None]
-        if options.print:
-            print("\n".join(shlex.join(command(options, experiment, trial)) for trial in left))
-            return exit_codes.FINISHED
-        print(f"{len(planned)} runs, {len(left)} to do", flush=True)
-        stopped = run_all(options, experiment, left)
-        return stopped or report(options, experiment)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return exit_codes.BAD_INPUT
+    experiment = chosen(load_experiment(options.experiment), options.only)
+    grid = cells(experiment, options.experiment, options.overrides)
+    # one seed of all cells after the other, so that an interrupted grid is even
+    planned = [(cell.trials[seed], cell.recipes[seed]) for seed in experiment.seeds
+               for cell in grid]
+    recipe = options.experiment.parent / experiment.recipe
+    commands = {trial.output: command(options.launch, "pretrain.py", recipe, options.overrides,
+                                      trial)
+                for trial, own in planned if not options.report and loss_of(trial, own) is None}
+    if options.print:
+        print("\n".join(map(shlex.join, commands.values())))
+        return exit_codes.FINISHED
+    print(f"{len(planned)} runs, {len(commands)} to do", flush=True)
+    return (ends_grid(run_all(commands, options.jobs))
+            or report(options.experiment.name, experiment, grid, ask=options.report))
 
 
 def chosen(experiment: Experiment, only: list[str]) -> Experiment:
@@ -69,44 +69,18 @@ def chosen(experiment: Experiment, only: list[str]) -> Experiment:
     return experiment.model_copy(update={"axes": axes})
 
 
-def run_all(options: argparse.Namespace, experiment: Experiment, left: list[Trial]) -> int:
-    """Runs what is left, as many at a time as asked for; a code to end with if a run says so, else
-    0."""
-    ends = []
+def report(name: str, experiment: Experiment, grid: list[Cell], ask: bool) -> int:
+    """Writes and shows the table, and draws it.
 
-    def run(trial: Trial) -> None:
-        if ends:
-            return
-        words = command(options, experiment, trial)
-        print(f"$ {shlex.join(words)}", flush=True)
-        trial.output.parent.mkdir(parents=True, exist_ok=True)
-        with trial.output.with_suffix(".txt").open("a") as log:
-            code = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT, check=False, env={
-                "OMP_NUM_THREADS": "1", **os.environ} if options.jobs > 1 else None).returncode
-        if code:
-            print(f"{trial.output} ended with exit code {code}, see {log.name}", file=sys.stderr,
-                  flush=True)
-        if code in (exit_codes.BAD_INPUT, exit_codes.STOPPED_ON_SIGNAL):
-            ends.append(code)
-
-    with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(run, left))
-    return ends[0] if ends else 0
-
-
-def command(options: argparse.Namespace, experiment: Experiment, trial: Trial) -> list[str]:
-    """The command line of a run."""
-    return [*shlex.split(options.launch or sys.executable), str(PRETRAIN),
-            str(options.experiment.parent / experiment.recipe), *options.overrides, *trial.words]
-
-
-def report(options: argparse.Namespace, experiment: Experiment) -> int:
-    """Writes and shows the table, and draws it."""
-    rows = results(experiment, options.experiment, options.overrides)
+    Args:
+        name: of the experiment's file.
+        ask: whether the user asked for what there is, so that missing runs are no error.
+    """
+    rows = results(grid)
     output = Path(experiment.output)
     output.mkdir(parents=True, exist_ok=True)
     table = render(experiment, rows)
-    write_json(output / "results.json", {"experiment": options.experiment.name, "cells": rows})
+    write_json(output / "results.json", {"experiment": name, "cells": rows})
     (output / "results.md").write_text(table)
     plot_results(rows, experiment.plot.x, experiment.plot.lines, experiment.plot.panels,
                  output / "results.png")
@@ -115,15 +89,13 @@ def report(options: argparse.Namespace, experiment: Experiment) -> int:
     if missing:
         print(f"error: {missing} runs have no loss at their end: not begun, unfinished, or not "
               "finite", file=sys.stderr)
-    return exit_codes.GUARD_STOPPED if missing and not options.report else exit_codes.FINISHED
+    return exit_codes.GUARD_STOPPED if missing and not ask else exit_codes.FINISHED
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False)
+    parser = make_parser(__doc__)
     parser.add_argument("experiment", type=Path, help="a grid, see configs/experiments")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for every run")
+    add_overrides(parser, "for every run")
     parser.add_argument("--only", action="append", default=[], metavar="AXIS=LABEL",
                         help="may be repeated")
     parser.add_argument("--jobs", type=int, default=1, metavar="N",

@@ -17,66 +17,57 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 from megatron_spdf import exit_codes
+from megatron_spdf.command_line import add_overrides, make_parser, refusing
+from megatron_spdf.files import write_json
 from megatron_spdf.recipe.finetune import Finetune, load_finetune
-from megatron_spdf.runs.sweep import Trial, render, result_of, select, trials, write_selection
+from megatron_spdf.runs.grid import Trial, command, ends_grid, run_all
+from megatron_spdf.runs.selection import render, result_of, select, trials
 
-FINETUNE = Path(__file__).resolve().parent.parent / "finetune.py"
 
-
+@refusing
 def main() -> int:
     options = parse_arguments()
-    try:
-        finetune = load_finetune(options.recipe, options.overrides)
-        chosen = trials(finetune)
-        for trial in chosen:  # every combination is checked before the first runs
-            load_finetune(options.recipe, [*options.overrides, *trial.words])
-        if options.index is not None:
-            if not 0 <= options.index < len(chosen):
-                raise ValueError(f"--index {options.index}: the sweep has {len(chosen)} runs, 0 to "
-                                 f"{len(chosen) - 1}")
-            chosen = [chosen[options.index]]
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return exit_codes.BAD_INPUT
+    finetune = load_finetune(options.recipe, options.overrides)
+    chosen = trials(finetune)
+    for trial in chosen:  # every combination is checked before the first runs
+        load_finetune(options.recipe, [*options.overrides, *trial.words])
+    if options.index is not None:
+        if not 0 <= options.index < len(chosen):
+            raise ValueError(f"--index {options.index}: the sweep has {len(chosen)} runs, 0 to "
+                             f"{len(chosen) - 1}")
+        chosen = [chosen[options.index]]
     if options.print:
-        print("\n".join(shlex.join(command(options, trial)) for trial in chosen))
+        print("\n".join(map(shlex.join, commands(options, chosen).values())))
         return exit_codes.FINISHED
-    for trial in [] if options.select else chosen:
-        code = run(options, trial)
-        if code in (exit_codes.BAD_INPUT,
-                    exit_codes.STOPPED_ON_SIGNAL) or options.index is not None:
-            return code
-    return report(finetune)
+    codes = [] if options.select else run_all(commands(options, left_of(chosen)))
+    if options.index is not None:
+        return codes[0] if codes else exit_codes.FINISHED
+    return ends_grid(codes) or report(finetune)
 
 
-def command(options: argparse.Namespace, trial: Trial) -> list[str]:
-    """The command line of a trial."""
-    return [*shlex.split(options.launch or sys.executable), str(FINETUNE),
-            options.recipe, *options.overrides, *trial.words]
+def commands(options: argparse.Namespace, chosen: list[Trial]) -> dict[Path, list[str]]:
+    return {trial.output: command(options.launch, "finetune.py", options.recipe, options.overrides,
+                                  trial) for trial in chosen}
 
 
-def run(options: argparse.Namespace, trial: Trial) -> int:
-    """Runs a trial that is not done yet; returns its exit code."""
-    if result_of(trial).done:
+def left_of(chosen: list[Trial]) -> list[Trial]:
+    """The runs that are not done yet."""
+    done = [trial for trial in chosen if result_of(trial)["done"]]
+    for trial in done:
         print(f"done before: {trial.output}", flush=True)
-        return exit_codes.FINISHED
-    words = command(options, trial)
-    print(f"$ {shlex.join(words)}", flush=True)
-    code = subprocess.run(words, check=False).returncode
-    if code:
-        print(f"{trial.output} ended with exit code {code}", file=sys.stderr, flush=True)
-    return code
+    return [trial for trial in chosen if trial not in done]
 
 
 def report(finetune: Finetune) -> int:
     """Writes and shows the choice among the runs that are done."""
-    selection = select(finetune)
-    path = write_selection(finetune, selection)
+    selection = select([result_of(trial) for trial in trials(finetune)])
+    path = Path(finetune.output) / "selection.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, selection)
     print(render(selection))
     if selection["selected"] is None:
         print("error: no run of the sweep is done, so none can be selected", file=sys.stderr)
@@ -87,12 +78,9 @@ def report(finetune: Finetune) -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False)
+    parser = make_parser(__doc__)
     parser.add_argument("recipe", help="fine-tuning recipe with sweep:, see configs/finetune")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value",
-                        help="values that win over the recipe's")
+    add_overrides(parser)
     parser.add_argument("--launch", default="",
                         help="what starts finetune.py; default: this Python, one process")
     mode = parser.add_mutually_exclusive_group()

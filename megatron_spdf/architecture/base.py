@@ -62,6 +62,7 @@ class Model(Section):
     gated: ClassVar[bool]  # W_O's input is activation(gate) x up, both rows of W_I
     biases: ClassVar[bool]  # of linear layers
     positions: ClassVar[Literal["learned", "rotary"]]
+    rotary_base: ClassVar[float]  # frequencies are its powers -2 i / head_width
     tied: ClassVar[bool]  # the LM head is the word embedding
 
     architecture: str = Field("gpt", description="family of the model")
@@ -142,6 +143,26 @@ class Model(Section):
         multiple = math.lcm(128, self.slices)
         return -(-self.vocab_size // multiple) * multiple
 
+    def transformer_config(self) -> dict[str, Any]:
+        """Keywords of Megatron-Core's `TransformerConfig`, the activation function left out."""
+        return {
+            "num_layers": self.layers, "hidden_size": self.hidden,
+            "num_attention_heads": self.heads, "num_query_groups": self.query_groups,
+            "kv_channels": self.head_width, "ffn_hidden_size": self.ffn_hidden,
+            "gated_linear_unit": self.gated, "add_bias_linear": self.biases,
+            "normalization": self.norm, "layernorm_epsilon": self.norm_eps,
+            "hidden_dropout": self.dropout, "attention_dropout": self.dropout,
+            "init_method_std": self.init_std,
+        }
+
+    def gpt_model(self) -> dict[str, Any]:
+        """Keywords of Megatron-Core's `GPTModel`."""
+        positions: dict[str, Any] = {"position_embedding_type": "learned_absolute"}
+        if self.positions == "rotary":
+            positions = {"position_embedding_type": "rope", "rotary_base": self.rotary_base}
+        return {"vocab_size": self.padded_vocab, "max_sequence_length": self.max_positions,
+                "share_embeddings_and_output_weights": self.tied, **positions}
+
     def weights(self) -> list[Weight]:
         """All parameters in model order; a tied LM head is the word embedding and not listed
         again.
@@ -159,6 +180,30 @@ class Model(Section):
         if not self.tied:
             last.append(Weight(HEAD, vocabulary, 0, self.layers, self.init_std))
         return first + layers + last
+
+    def folded(self, name: str, embedding_output: float, head_input: float,
+               queries: float) -> float | list[float]:
+        """What a parameter is multiplied by to make a model without multipliers that computes the
+        same.
+
+        Args:
+            name: canonical.
+            embedding_output, head_input: multipliers of the embeddings' output and of the LM head's
+                input.
+            queries: multiplier of Q K^T / sqrt(head_width).
+
+        Returns:
+            A number, or one for each row.
+        """
+        if name.startswith("embedding."):
+            return embedding_output
+        if name.startswith("decoder.final_layernorm."):
+            # a tied head is the embedding, which has been multiplied
+            return head_input / embedding_output if self.tied else head_input
+        if ".linear_qkv." in name:
+            group = [queries] * (self.heads // self.query_groups) + [1.0, 1.0]
+            return [factor for factor in group for _ in range(self.head_width)] * self.query_groups
+        return 1.0
 
     def _layer(self, layer: int) -> list[Weight]:
         at = f"decoder.layers.{layer}."

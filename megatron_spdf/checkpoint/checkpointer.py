@@ -14,12 +14,19 @@ from megatron.core import dist_checkpointing
 
 from megatron_spdf.checkpoint import store
 from megatron_spdf.checkpoint.densified import load_densified
-from megatron_spdf.checkpoint.run_metadata import INITIAL, after_moves, run_record, seeded_masks
+from megatron_spdf.checkpoint.run_metadata import (
+    INITIAL,
+    Masks,
+    after_moves,
+    run_record,
+    seeded_masks,
+)
 from megatron_spdf.checkpoint.safe_index import vet_metadata
 from megatron_spdf.checkpoint.saving import Saving
 from megatron_spdf.checkpoint.shared_files import newest_of_all
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
 from megatron_spdf.engine.base import Engine
+from megatron_spdf.files import write_json
 from megatron_spdf.layers.compact import compact_of, sparse_modules
 from megatron_spdf.recipe.compare import changes_of_run
 from megatron_spdf.recipe.recipe import Recipe
@@ -61,6 +68,7 @@ class Checkpointer:
     Args:
         directory: holds the run's checkpoints.
         recipe, plan, tokenizer: recorded in every checkpoint, and checked against a restored one.
+        masks, origin: of the weights at step 0; masks None: those that the plan draws.
 
     Attributes:
         failed_in_a_row: saves that failed since the last that succeeded; after `wait` the same on
@@ -68,7 +76,8 @@ class Checkpointer:
         masks, origin: of the run, as its checkpoints record them; see `run_metadata.py`.
     """
 
-    def __init__(self, directory: Path, recipe: Recipe, plan: Plan, tokenizer: Tokenizer):
+    def __init__(self, directory: Path, recipe: Recipe, plan: Plan, tokenizer: Tokenizer,
+                 masks: Masks | None = None, origin: str = INITIAL):
         self.directory, self.recipe, self.plan, self.tokenizer = directory, recipe, plan, tokenizer
         self.failed_in_a_row = 0
         self._saving: Saving | None = None
@@ -76,7 +85,7 @@ class Checkpointer:
         # A slow disk is not a hang: ranks that die meanwhile are found by the collectives of the
         # next step.
         self._group = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
-        self.masks, self.origin = seeded_masks(plan), INITIAL
+        self.masks, self.origin = masks or seeded_masks(plan), origin
 
     def save(self, engine: Engine, state: RunState, measured_sparsity: dict[str, float]) -> None:
         """Starts to write a checkpoint, which becomes visible when it is complete.
@@ -97,7 +106,7 @@ class Checkpointer:
         partial = self.directory / (store.name_of(state.step) + store.PARTIAL)
 
         def add_files(partial: Path) -> None:
-            store.write_json(partial / store.RUN, run)
+            write_json(partial / store.RUN, run)
             self.tokenizer.save(partial / "tokenizer")
 
         best = store.name_of(state.best_step) if keep.best else None
@@ -112,8 +121,8 @@ class Checkpointer:
         """Records beside the checkpoints which of them has the lowest validation loss."""
         if dist.get_rank() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
-            store.write_json(self.directory / store.BEST,
-                             {"checkpoint": store.name_of(step), "loss": loss})
+            write_json(self.directory / store.BEST,
+                       {"checkpoint": store.name_of(step), "loss": loss})
 
     def poll(self) -> Saving | None:
         """Returns the save that has ended, if there is one. Ranks may learn of it at different
@@ -128,11 +137,11 @@ class Checkpointer:
             self.failed_in_a_row = self.failed_in_a_row + 1 if saving.error else 0
         return saving
 
-    def restore(self, engine: Engine, border: int = 0) -> tuple[RunState, list[str]]:
+    def restore(self, engine: Engine, boundary: int = 0) -> tuple[RunState, list[str]]:
         """Loads the newest complete checkpoint, if there is one.
 
         Args:
-            border: step at which the stage before ended, if there was one; of its last checkpoint
+            boundary: step at which the stage before ended, if there was one; of its last checkpoint
                 the weights alone are taken, dense.
 
         Returns:
@@ -154,7 +163,7 @@ class Checkpointer:
         run = json.loads((newest / store.RUN).read_text())
         self._check_run(run, newest)
         state = RunState(**run["state"])
-        if border and state.step == border:
+        if boundary and state.step == boundary:
             load_densified(engine, newest)
             self.origin = run.get("origin", self.origin)
             state.optimizer_steps = 0

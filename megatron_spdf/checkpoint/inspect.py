@@ -16,7 +16,6 @@ from megatron_spdf.checkpoint.reader import (
 from megatron_spdf.checkpoint.run_metadata import INITIAL, describe_masks
 from megatron_spdf.checkpoint.store import DamagedCheckpoint
 from megatron_spdf.sparsity.plan import SparseWeight
-from megatron_spdf.sparsity.slices import planned_mask
 
 _NAMED_FAULTS = 5
 
@@ -132,7 +131,7 @@ def _wrong_mask(reader: CheckpointReader, weight: SparseWeight) -> list[str]:
         if active != k:
             return [f"slice {slice_id} of {weight.name} has {active} active entries instead of {k}"]
         if reader.masks["kind"] == "seeded" and not np.array_equal(
-                np.packbits(planned_mask(weight, reader.plan.seed, slice_id)), bits):
+                np.packbits(weight.draw(reader.plan.seed, slice_id)), bits):
             return [f"slice {slice_id} of {weight.name} has another mask than seed "
                     f"{reader.plan.seed} draws"]
     return []

@@ -90,7 +90,7 @@ class Saving(threading.Thread):
                              else [])[0]
         shares = self._on_all(lambda: self._describe_share(names))
         files = {name: entry for share in shares for name, entry in sorted(share.items())}
-        self._on_first(lambda: store.publish(self.partial, files))
+        self._on_first(lambda: store.complete(self.partial, files))
         self._on_first(self.after)
 
     def _prepare(self) -> None:

@@ -15,7 +15,7 @@ import re
 import shutil
 from pathlib import Path
 
-from megatron_spdf.files import PARTIAL, sync_directory, write_json
+from megatron_spdf.files import PARTIAL, publish, write_json
 
 FILES, RUN = "files.json", "run.json"
 BEST = "best.json"  # beside the checkpoints: names the one with the lowest validation loss
@@ -97,13 +97,11 @@ def describe(path: Path) -> dict[str, object]:
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 
-def publish(partial: Path, files: dict[str, dict[str, object]]) -> Path:
-    """Writes the list of files and makes the checkpoint visible by one rename."""
+def complete(partial: Path, files: dict[str, dict[str, object]]) -> Path:
+    """Writes the list of files, which are on disk, and makes the checkpoint visible."""
     write_json(partial / FILES, files)
-    sync_directory(partial)
     final = partial.with_name(partial.name.removesuffix(PARTIAL))
-    partial.rename(final)
-    sync_directory(final.parent)
+    publish(partial, final)
     return final
 
 

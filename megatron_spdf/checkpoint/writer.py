@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,10 +28,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.storage import WriteResult
+from tqdm import tqdm
 
-from megatron_spdf.files import with_progress
 from megatron_spdf.recipe.recipe import Recipe
 
+T = TypeVar("T")
 _FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1,
            "common_backend": "torch", "common_backend_version": 1}
 
@@ -111,6 +112,11 @@ def write_tensors(directory: Path, tensors: Sequence[StoredTensor],
     FileSystemWriter(directory).finish(index, [results])
     torch.save(dict(common or {}), directory / "common.pt")
     (directory / "metadata.json").write_text(json.dumps(_FORMAT))
+
+
+def with_progress(items: Iterable[T], total: int) -> Iterator[T]:
+    """The items, with a bar on standard error where that is a terminal."""
+    return iter(tqdm(items, total=total, unit="tensor", dynamic_ncols=True, disable=None))
 
 
 def file_name(rank: int) -> str:

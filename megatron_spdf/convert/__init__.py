@@ -1,1 +1,1 @@
-"""Formats of others, both ways."""
+"""Foreign checkpoint formats, both ways, and new runs from given weights."""

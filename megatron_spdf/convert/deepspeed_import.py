@@ -1,14 +1,14 @@
-"""DeepSpeed's own checkpoints of this project's models, ZeRO 0 to 3 and tensor parallelism: the
-weights alone.
+"""Reads the weights of this project's models in DeepSpeed's own checkpoints.
 
-    DIR/latest                                                     the tag of the newest checkpoint
-    DIR/TAG/mp_rank_00_model_states.pt                   weights, names and shapes; of every mp rank
-    DIR/TAG/zero_pp_rank_0_mp_rank_00_model_states.pt    the same under ZeRO-3, of every dp rank too
-    DIR/TAG/[bf16_]zero_pp_rank_0_mp_rank_00_optim_states.pt  flat fp32 partitions of all ranks
+ZeRO 0 to 3 and tensor parallelism are supported, in the format of DeepSpeed 0.19.8:
 
-DeepSpeed's format as of 0.19.8. Where its optimizer was sharded the flat fp32 partitions are the
-weights; the layout of each is in `param_shapes`. mp is the tensor-parallel rank, dp (in its names:
-pp) the data-parallel one.
+    DIR/latest                                                     tag of the newest checkpoint
+    DIR/TAG/mp_rank_00_model_states.pt                   weights, names and shapes; one per mp rank
+    DIR/TAG/zero_pp_rank_0_mp_rank_00_model_states.pt    the same under ZeRO-3, one per dp rank too
+    DIR/TAG/[bf16_]zero_pp_rank_0_mp_rank_00_optim_states.pt  flat fp32 partitions, one per rank
+
+mp is the tensor-parallel rank, and dp (pp in the files' names) the data-parallel one. Where the
+optimizer was sharded, the weights are in the flat fp32 partitions, in the layout of `param_shapes`.
 """
 
 from __future__ import annotations
@@ -37,8 +37,7 @@ _OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim
 
 
 class _Ignored:
-    """Stands in for a class of DeepSpeed's that its files mention and that says nothing about the
-    weights."""
+    """Stand-in for a class of DeepSpeed that its files mention and that holds no weights."""
 
     def __init__(self, *_: object):
         pass
@@ -47,8 +46,8 @@ class _Ignored:
         pass
 
 
-# What `torch.load(weights_only=True)` may meet beside tensors and plain values; none of it is
-# DeepSpeed's code.
+# Classes that `torch.load(weights_only=True)` may meet beside tensors and plain values. Stand-ins
+# take their place, so no code of DeepSpeed runs.
 _ALLOWED = [(type(name.rpartition(".")[2], (_Ignored,), {}), name) for name in (
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
@@ -58,17 +57,17 @@ _ALLOWED = [(type(name.rpartition(".")[2], (_Ignored,), {}), name) for name in (
 
 
 class DeepSpeedReader:
-    """The GPT weights of a checkpoint that `DeepSpeedEngine.save_checkpoint` made; a
-    `source.WeightSource`. No pickled code is run. The files do not tell the model's shape, which
-    comes from a recipe.
+    """Weights of a checkpoint of `DeepSpeedEngine.save_checkpoint`, as a `source.WeightSource`.
+
+    No pickled code is run. The files do not hold the model's shape, which comes from a recipe.
 
     Args:
-        path: the directory with `latest`, or one checkpoint in it.
-        model: what the weights must be.
+        path: directory with `latest`, or one checkpoint in it.
+        model: shape that the weights must have.
 
     Raises:
-        ValueError: it is no such checkpoint, files of some ranks are missing, they hold what could
-            be code, or the weights are of another model.
+        ValueError: it is no such checkpoint, lacks files of some ranks, holds objects that could
+            run code, or is of another model.
     """
 
     tokenizer = None
@@ -81,11 +80,11 @@ class DeepSpeedReader:
 
     @property
     def origin(self) -> str:
+        """Origin of the weights, in words."""
         return f"the DeepSpeed checkpoint {'/'.join(self.path.resolve().parts[-2:])}"
 
     def weight(self, name: str) -> Tensor:
-        """A parameter by its canonical name, whole and dense; float32 where the optimizer was
-        sharded."""
+        """Whole dense parameter by its canonical name, in float32 if the optimizer was sharded."""
         weight, compact = self.weights[name], _compact_name(name)
         if compact in self._ranks[0].shapes:
             return self._expanded(weight, compact)
@@ -93,10 +92,11 @@ class DeepSpeedReader:
         return shards[0].clone() if weight.axis is None else torch.cat(shards, weight.axis)
 
     def master(self, name: str) -> Tensor:
-        """Like `weight`, in float32."""
+        """Parameter as `weight` gives it, in float32."""
         return self.weight(name).float()
 
     def _expanded(self, weight: Weight, compact: str) -> Tensor:
+        """Dense weight of the compact values (slices, active per slice) and their mask."""
         values = torch.cat([rank.tensor(compact) for rank in self._ranks])  # (slices, active)
         bits = torch.cat([rank.buffers[compact.replace(_VALUES, _MASK)] for rank in self._ranks])
         planned = SparseWeight(weight.name, weight.shape, weight.axis, len(values), 0.0)
@@ -111,7 +111,8 @@ class DeepSpeedReader:
         return join_slices(slices, planned)
 
     def _check(self) -> None:
-        """Every weight of the model is there, of its shape, and no other is."""
+        """Raises a ValueError unless the files hold every weight of the model, in its shape, and no
+        other."""
         tp = len(self._ranks)
         expected = {}
         for name, weight in self.weights.items():
@@ -126,16 +127,16 @@ class DeepSpeedReader:
                      != shape]
             unknown = [name for name in rank.shapes if name not in expected and name != HEAD]
             if missing or wrong or unknown:
-                found = [*(f"it has no {name}"
-                           for name in missing), *wrong, *(f"it has {n} too" for n in unknown)]
+                found = [*(f"it has no {name}" for name in missing), *wrong,
+                         *(f"it has {n} too" for n in unknown)]
                 raise ValueError(f"{self.path} is another model than the recipe's, cut for {tp} "
                                  f"tensor-parallel ranks: {'; '.join(found[:4])}. Set the recipe's "
                                  "model section to what is there")
 
 
 class _Rank:
-    """One tensor-parallel rank's part: its parameters by name, cut out of the flat partitions where
-    there are some."""
+    """Part of one tensor-parallel rank: its parameters by name, cut out of flat partitions if
+    sharded."""
 
     def __init__(self, states: Path, shards: list[Path]):
         state = _load(states)
@@ -144,13 +145,14 @@ class _Rank:
         self._groups: list[dict[str, Any]] = state["param_shapes"] or []
         self._partitions = [_load(path)["optimizer_state_dict"] for path in shards]
         if self._groups:
-            self.shapes = {name: tuple(shape) for group in self._groups for name,
-                           shape in group.items()}
+            self.shapes = {name: tuple(shape)
+                           for group in self._groups for name, shape in group.items()}
         else:  # nothing was sharded
             self.shapes = {n: tuple(t.shape) for n, t in self._module.items()
                            if isinstance(t, Tensor) and n not in self.buffers}
 
     def tensor(self, name: str) -> Tensor:
+        """Parameter of this rank by its name in the file."""
         if not self._groups:
             return self._module[name].detach()
         numel, shape = math.prod(self.shapes[name]), self.shapes[name]
@@ -162,8 +164,8 @@ class _Rank:
         return torch.cat([piece.detach() for piece in pieces])[:numel].view(shape)
 
     def _zero1_pieces(self, name: str) -> Iterator[Tensor]:
-        """ZeRO-1 and 2: a group of parameters is one flat vector, cut into as many parts as there
-        are ranks."""
+        """Pieces of a parameter under ZeRO-1 and 2, which cut a group of parameters, as one flat
+        vector, evenly among the ranks."""
         group, start = self._places[name]
         end = start + math.prod(self.shapes[name])
         offset = 0
@@ -175,8 +177,8 @@ class _Rank:
             offset += part.numel()
 
     def _zero3_pieces(self, name: str) -> Iterator[Tensor]:
-        """ZeRO-3: every parameter is cut into as many parts as there are ranks, and a rank's parts
-        are one vector."""
+        """Pieces of a parameter under ZeRO-3, which cuts every parameter evenly among the ranks.
+        The pieces of one rank form one vector."""
         size = -(-math.prod(self.shapes[name]) // len(self._partitions))
         start = self._zero3_places[name]
         for flat in self._flats:
@@ -184,7 +186,7 @@ class _Rank:
 
     @cached_property
     def _places(self) -> dict[str, tuple[int, int]]:
-        """Name -> its group and where it begins there."""
+        """Name -> number of its group and offset in it."""
         paddings = self._partitions[0].get("param_alignment_paddings")
         places = {}
         for number, group in enumerate(self._groups):
@@ -196,6 +198,7 @@ class _Rank:
 
     @cached_property
     def _zero3_places(self) -> dict[str, int]:
+        """Name -> offset in every rank's vector."""
         places, offset = {}, 0
         for name, shape in self.shapes.items():
             places[name] = offset
@@ -208,7 +211,12 @@ class _Rank:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The newest checkpoint of a DeepSpeed directory, or the checkpoint that `path` is itself."""
+    """Finds the newest checkpoint of a DeepSpeed directory, or returns `path` if it is a
+    checkpoint.
+
+    Raises:
+        ValueError: it is neither.
+    """
     if any(path.glob("*_model_states.pt")):
         return path
     latest = path / LATEST
@@ -220,8 +228,12 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def _files_by_rank(path: Path) -> Iterator[tuple[Path, list[Path]]]:
-    """Of every tensor-parallel rank, its model states and its optimizer states by data-parallel
-    rank."""
+    """Yields model states of every tensor-parallel rank, with its optimizer states by data-parallel
+    rank.
+
+    Raises:
+        ValueError: files of some ranks are missing.
+    """
     states = {int(found[1]): file for file in path.iterdir()
               if (found := _MODEL.fullmatch(file.name))}
     shards = {(int(found[2]), int(found[1])): file for file in path.iterdir()

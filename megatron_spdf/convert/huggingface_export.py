@@ -21,10 +21,11 @@ from torch import Tensor
 
 from megatron_spdf.checkpoint.reader import CheckpointReader
 from megatron_spdf.checkpoint.run_metadata import INITIAL, describe_masks
+from megatron_spdf.checkpoint.writer import with_progress
 from megatron_spdf.convert.gpt2_state_dict import PREFIX, gpt2_name, gpt2_shape, to_gpt2
 from megatron_spdf.convert.source import WeightSource
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
-from megatron_spdf.files import appearing, with_progress
+from megatron_spdf.files import atomic_directory
 from megatron_spdf.sparsity.slices import join_slices
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def export(source: WeightSource, output: Path, dtype: str = "fp32", masks: bool 
         DamagedCheckpoint: a weight is missing or not what the recipe says.
     """
     _check(source, masks)
-    with appearing(output) as partial_:
+    with atomic_directory(output) as partial_:
         _save_tokenizer(source, partial_)
         _save_config(source, dtype, partial_)
         (partial_ / CARD).write_text(model_card(source, dtype, masks))

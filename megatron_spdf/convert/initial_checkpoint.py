@@ -26,15 +26,14 @@ from megatron_spdf.checkpoint.run_metadata import Masks, run_record, seeded_mask
 from megatron_spdf.checkpoint.writer import StoredTensor, cut, write_tensors
 from megatron_spdf.convert.source import WeightSource
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
-from megatron_spdf.files import appearing
+from megatron_spdf.files import atomic_directory, write_json
 from megatron_spdf.model.parametrization import Parametrization, unfold
 from megatron_spdf.optimizers.base import MASTER
 from megatron_spdf.recipe.load import save_recipe
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.schedule.stages import stages_of
-from megatron_spdf.sparsity.masks import largest_mask
 from megatron_spdf.sparsity.plan import Plan
-from megatron_spdf.sparsity.slices import planned_mask, slice_of
+from megatron_spdf.sparsity.slices import slice_of
 
 RECIPE, CHECKPOINTS = "recipe.yaml", "checkpoints"  # as training/run_dir.py names them
 Select = Literal["random", "magnitude"]
@@ -62,37 +61,33 @@ def write_initial_checkpoint(source: WeightSource, recipe: Recipe, tokenizer: To
 
     Raises:
         ValueError: the source has another shape or tokenizer than the recipe, or is damaged;
-            `output` exists; blocks or 2:4 are to be selected by magnitude.
+            `output` exists; the pattern has no mask of the largest magnitudes.
     """
     check_shape(source, recipe)
-    if select == "magnitude" and recipe.sparsity.pattern != "unstructured":
-        wanted = {"block": "whole blocks, as many in every row and column",
-                  "2:4": "two of every four"}
-        pattern = recipe.sparsity.pattern
-        raise ValueError("select=magnitude takes entries one by one, and "
-                         f"sparsity.pattern={pattern} wants {wanted[pattern]}; use select=random "
-                         "or sparsity.pattern=unstructured")
+    if select == "magnitude" and not recipe.sparsity.masks.selects:
+        raise ValueError(f"select=magnitude: sparsity.pattern={recipe.sparsity.pattern} has no "
+                         "mask of the largest magnitudes; use select=random or "
+                         "sparsity.pattern=unstructured")
     _check_tokenizer(source, tokenizer)
     begun = stages_of(recipe.model_copy(update={"output": str(output)}))[0]
     recipe, plan = begun.recipe, begun.plan
     state = _FreshState(source, recipe, plan, select)
-    with appearing(output) as directory:
+    with atomic_directory(output) as directory:
         checkpoint = directory / CHECKPOINTS / store.name_of(0)
         checkpoint.mkdir(parents=True)
         write_tensors(checkpoint, state.tensors())
         tokenizer.save(checkpoint / "tokenizer")
         masks = _describe_masks(source, plan, select)
-        store.write_json(checkpoint / store.RUN, run_record(
+        write_json(checkpoint / store.RUN, run_record(
             recipe, plan, tokenizer, masks, source.origin, _START, state.measured))
-        finish_run(checkpoint, recipe.whole())
+        finish_run(checkpoint, recipe.without_stages())
     return plan
 
 
 def finish_run(checkpoint: Path, recipe: Recipe) -> None:
     """The list of a new checkpoint's files, and the recipe of the run directory it lies in."""
-    store.write_json(checkpoint / store.FILES,
-                     {name: store.describe(checkpoint / name)
-                      for name in store.files_of(checkpoint)})
+    write_json(checkpoint / store.FILES, {name: store.describe(checkpoint / name)
+                                          for name in store.files_of(checkpoint)})
     save_recipe(recipe, checkpoint.parents[1] / RECIPE)
 
 
@@ -181,11 +176,11 @@ class _FreshState:
 
     def _select(self, name: str) -> tuple[Tensor, Tensor]:
         planned, dense = self.plan.weights[name], self._master(name)
-        k, values, bits = planned.active_per_slice, [], []
+        values, bits = [], []
         for number in range(planned.slices):
             entries = slice_of(dense, planned, number).numpy()
-            mask = (largest_mask(entries, k) if self.select == "magnitude"
-                    else planned_mask(planned, self.plan.seed, number))
+            mask = (planned.largest(entries) if self.select == "magnitude"
+                    else planned.draw(self.plan.seed, number))
             values.append(entries[mask])
             bits.append(np.packbits(mask))
         self.measured[name] = 1.0 - sum(map(np.count_nonzero, values)) / planned.numel

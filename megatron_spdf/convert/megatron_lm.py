@@ -28,7 +28,7 @@ from megatron_spdf.checkpoint.tensors import TensorFiles
 from megatron_spdf.checkpoint.writer import StoredTensor, whole, write_tensors
 from megatron_spdf.convert.gpt2_state_dict import pad_vocabulary
 from megatron_spdf.convert.source import WeightSource
-from megatron_spdf.files import appearing
+from megatron_spdf.files import atomic_directory
 
 VERSION = "core_v0.16.1"
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -177,7 +177,7 @@ def save_for_megatron(source: WeightSource, output: Path, dtype: torch.dtype) ->
     extra = {f"decoder.layers.{module}._extra_state/shard_{layer}_{model.layers}": [None]
              for module in _EXTRA for layer in range(model.layers)}
     extra["decoder.final_layernorm._extra_state/shard_0_1"] = [None]
-    with appearing(output) as directory:
+    with atomic_directory(output) as directory:
         (directory / "release").mkdir()
         write_tensors(directory / "release", tensors, extra, _COMMON)
         (directory / "arguments.txt").write_text(arguments(source))

@@ -1,4 +1,4 @@
-"""The same checkpoint with its files cut for another layout."""
+"""Rewrites a checkpoint with its files cut for another layout."""
 
 from __future__ import annotations
 
@@ -20,46 +20,46 @@ from megatron_spdf.checkpoint.reader import (
 )
 from megatron_spdf.checkpoint.writer import StoredTensor, cut, write_tensors
 from megatron_spdf.convert.initial_checkpoint import CHECKPOINTS, finish_run
-from megatron_spdf.files import appearing
+from megatron_spdf.files import atomic_directory, write_json
 from megatron_spdf.recipe.recipe import Parallel, Recipe
 from megatron_spdf.recipe.rules import rule_violations
 
 
 def reshard(reader: CheckpointReader, parallel: Parallel, output: Path) -> Path:
-    """Rewrites a checkpoint, optimizer and run state included, as a run directory of its own.
+    """Rewrites a checkpoint, optimizer and progress included, as a run directory of its own.
 
     Args:
-        parallel: the layout that the files are cut for and that the new recipe has; see
-            `check_layout`.
-        output: must not exist.
+        reader: of the checkpoint.
+        parallel: layout of the new files and the new recipe; see `check_layout`.
+        output: directory, which must not exist.
 
     Returns:
         The new checkpoint.
 
     Raises:
         ValueError: the model cannot have that layout, or `output` exists.
-        DamagedCheckpoint: a tensor is missing or not what the recipe says.
+        DamagedCheckpoint: a tensor is missing or has another shape than the recipe says.
     """
     recipe = reader.recipe.model_copy(update={"parallel": parallel, "output": str(output)})
-    check_layout(recipe.whole())
+    check_layout(recipe.without_stages())
     faults = wrong_shapes(reader)
     if faults:
         raise store.DamagedCheckpoint(f"checkpoint {reader.path} is not what its recipe says: "
                                       f"{'; '.join(faults[:5])}")
     place = Path(CHECKPOINTS) / store.name_of(reader.run["state"]["step"])
-    with appearing(output) as directory:
+    with atomic_directory(output) as directory:
         checkpoint = directory / place
         checkpoint.mkdir(parents=True)
         write_tensors(checkpoint,
                       [t for w in reader.weights.values() for t in _tensors_of(w, reader, recipe)])
         shutil.copytree(reader.path / "tokenizer", checkpoint / "tokenizer")
-        store.write_json(checkpoint / store.RUN, {**reader.run, "recipe": recipe.model_dump()})
-        finish_run(checkpoint, recipe.whole())
+        write_json(checkpoint / store.RUN, {**reader.run, "recipe": recipe.model_dump()})
+        finish_run(checkpoint, recipe.without_stages())
     return output / place
 
 
 def _tensors_of(weight: Weight, reader: CheckpointReader, recipe: Recipe) -> list[StoredTensor]:
-    """All tensors of one parameter: values, mask and optimizer state."""
+    """Tensors of one parameter: values, mask and optimizer state."""
     sparse, name = weight.name in reader.plan.weights, stored_name(weight.name)
     axis, kept = (0, name + VALUES) if sparse else (weight.axis, name)
     names = [kept, *(f"{OPTIMIZER}{state}.{kept}" for state in recipe.optimizer.saved)]
@@ -70,8 +70,8 @@ def _tensors_of(weight: Weight, reader: CheckpointReader, recipe: Recipe) -> lis
 
 
 def check_layout(recipe: Recipe) -> None:
-    """Raises ValueError, with the nearest layout that there is, where the model or batch cannot
-    have the recipe's."""
+    """Raises a ValueError, with the nearest possible layout, if model or batch cannot have the
+    recipe's."""
     broken = list(rule_violations(recipe))
     if broken:
         near = _nearest(recipe)
@@ -85,7 +85,8 @@ def check_layout(recipe: Recipe) -> None:
 
 
 def _nearest(recipe: Recipe) -> dict[str, int | bool] | None:
-    """The allowed layout with the degrees nearest to a recipe's, by their ratios."""
+    """Allowed layout with the degrees nearest to a recipe's, by their ratios. None if there is
+    none."""
     p, m = recipe.parallel, recipe.model
     wanted = (p.tensor, p.pipeline, p.interleave, p.data)
     stages = divisors(m.layers)

@@ -1,4 +1,4 @@
-"""Something that holds the weights of a dense GPT by canonical name, wherever it comes from."""
+"""Interface of anything that holds the weights of a dense model by canonical name."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
 
 
 class WeightSource(Protocol):
-    """Weights to convert, or to start a fine-tuning from.
+    """Weights to convert, or to start a run from.
 
     Attributes:
-        path: where they lie.
+        path: of the files.
         model: shape of the model.
-        weights: canonical name -> parameter of the whole model (`model/weights.py`).
-        tokenizer: what its ids mean; None where the files of none lie with the weights.
-        origin: what they are, in words, without the directories above.
+        weights: canonical name -> parameter of the whole model.
+        tokenizer: that gives the ids their meaning; None if no tokenizer's files lie with the
+            weights.
+        origin: description of the weights, without the directories above.
     """
 
     path: Path
@@ -35,22 +36,23 @@ class WeightSource(Protocol):
     def origin(self) -> str: ...
 
     def weight(self, name: str) -> Tensor:
-        """A parameter whole and dense, with the shape that `weights` says, in the type it is kept
-        in.
+        """Whole dense parameter, with the shape in `weights` and the dtype of the file.
 
         Raises:
             ValueError: it is missing, damaged, or has another shape.
         """
 
     def master(self, name: str) -> Tensor:
-        """Like `weight`, in float32 and with all the precision there is."""
+        """Parameter as `weight` gives it, but in float32, from the most precise copy in the
+        files."""
 
 
 def open_weights(path: str | Path, checksums: bool = True) -> WeightSource:
-    """The weights at `path`: a run directory (see `reader.find_checkpoint`), a checkpoint of a run,
-    or a Hugging Face directory of the GPT-2 family.
+    """Opens the weights at `path`.
 
     Args:
+        path: a run directory (see `reader.find_checkpoint`), a checkpoint of a run, or a Hugging
+            Face directory of the GPT-2 family.
         checksums: of a checkpoint of ours, check every byte first.
 
     Raises:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from megatron_spdf.kernels import dispatch
 from megatron_spdf.layers.compact import compact_of, sparse_modules
+from megatron_spdf.layers.products.base import product_of
 from megatron_spdf.model.attention import SdpaCoreAttention
 from megatron_spdf.model.batch import MicroBatch
 from megatron_spdf.random_streams import stream_key
@@ -142,17 +143,15 @@ def implementation_summary(recipe: Recipe, model: nn.Module, optimizer: torch.op
     where = (
         torch.cuda.get_device_name() if device.type == "cuda" else "CPU (gloo, stand-in for CUDA)"
     )
-    pointwise = "compiled" if model.config.bias_activation_fusion else "one by one"
-    return (f"device {where}; {', '.join(names.values())}; bias, GELU and dropout {pointwise}; "
-            f"expand/compress {dispatch.describe(device.type)}{_describe_patterns(model, device)}")
+    pointwise = "compiled" if model.config.bias_dropout_fusion else "one by one"
+    return (f"device {where}; {', '.join(names.values())}; bias, activation and dropout "
+            f"{pointwise}; expand/compress {dispatch.describe(device.type)}"
+            f"{_describe_patterns(model, device)}")
 
 
 def _describe_patterns(model: nn.Module, device: torch.device) -> str:
-    """How weights of tiles, and 2:4 ones, are multiplied; nothing where there are none."""
-    planned, dtype = [compact_of(m).planned
-                      for m in sparse_modules(model)], model.config.params_dtype
-    said = [f"tiles {dispatch.tile_products(device.type, size, dtype)[1]}"
-            for size in sorted({w.tile for w in planned} - {None})]
-    if any(w.two_four for w in planned):
-        said.append(f"2:4 {dispatch.two_four_products(device.type, dtype)[1]}")
-    return "".join(f"; {text}" for text in said)
+    """How weights are multiplied whose patterns have products of their own."""
+    patterns = {compact_of(m).planned.pattern for m in sparse_modules(model)}
+    said = [f"; {own.title} {own.describe(pattern, device.type, model.config.params_dtype)}"
+            for pattern in patterns if (own := product_of(pattern))]
+    return "".join(sorted(said))

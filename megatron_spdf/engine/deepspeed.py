@@ -15,16 +15,16 @@ from torch import Tensor, nn
 
 from megatron_spdf.engine import common
 from megatron_spdf.engine.base import StepResult
+from megatron_spdf.engine.deepspeed_settings import deepspeed_settings
 from megatron_spdf.engine.deepspeed_state import ZeroState
 from megatron_spdf.layers.compact import expanded
 from megatron_spdf.layers.measure import measure_sparsity
 from megatron_spdf.model.batch import MicroBatch
-from megatron_spdf.model.gpt import build_model
+from megatron_spdf.model.decoder import build_model
 from megatron_spdf.model.init import InitialWeights
 from megatron_spdf.model.loss import batch_loss
 from megatron_spdf.parallel import fake_cuda
 from megatron_spdf.planning.memory import rank_bytes
-from megatron_spdf.recipe.deepspeed import deepspeed_settings
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.sparsity.plan import Plan
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_spdf.parallel import fake_cuda
-from megatron_spdf.parallel.ranks import leave, set_up_groups
+from megatron_spdf.parallel.ranks import destroy, set_up_groups
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.sparsity.plan import Plan
 
@@ -54,7 +54,7 @@ def count(recipe: Recipe, rank: int) -> dict:
         "place": [ps.get_tensor_model_parallel_rank(), ps.get_pipeline_model_parallel_rank(),
                   ps.get_data_parallel_rank()],
     }
-    leave()
+    destroy()
     return found
 
 

@@ -6,13 +6,13 @@ from torch import device
 
 from megatron_spdf.engine.base import Engine
 from megatron_spdf.model.init import InitialWeights
-from megatron_spdf.recipe.recipe import Recipe
+from megatron_spdf.recipe.recipe import ENGINES, Recipe
 from megatron_spdf.sparsity.plan import Plan
 
 
 def make_engine(recipe: Recipe, plan: Plan, where: device,
                 weights: InitialWeights | None = None) -> Engine:
-    """The engine that the recipe names.
+    """Builds the engine that the recipe names.
 
     Args:
         where: this rank's device.
@@ -24,10 +24,4 @@ def make_engine(recipe: Recipe, plan: Plan, where: device,
     if recipe.train.micro_batch == "auto":
         raise ValueError("train.micro_batch=auto is for pretrain.py, which tries what is fastest; "
                          "set a number here")
-    if recipe.engine == "deepspeed":
-        from megatron_spdf.engine.deepspeed import DeepSpeedEngine
-
-        return DeepSpeedEngine(recipe, plan, where, weights)
-    from megatron_spdf.engine.megatron import MegatronEngine
-
-    return MegatronEngine(recipe, plan, where, weights)
+    return ENGINES.get(recipe.engine).load()(recipe, plan, where, weights)

@@ -34,7 +34,7 @@ from megatron_spdf.engine.state import OptimizerState, share_replicas, snapshot
 from megatron_spdf.layers.compact import expanded
 from megatron_spdf.layers.measure import measure_sparsity
 from megatron_spdf.model.batch import MicroBatch
-from megatron_spdf.model.gpt import build_model
+from megatron_spdf.model.decoder import build_model
 from megatron_spdf.model.init import InitialWeights
 from megatron_spdf.model.loss import batch_loss
 from megatron_spdf.optimizers.base import Optimizer

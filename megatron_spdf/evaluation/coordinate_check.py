@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from megatron_spdf.data.pretraining.corpus import check_corpus
 from megatron_spdf.data.pretraining.dataset import TokenData
 from megatron_spdf.engine.factory import make_engine
-from megatron_spdf.parallel.ranks import join, leave
+from megatron_spdf.model.decoder import Decoder
+from megatron_spdf.parallel.ranks import destroy, init_distributed
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.resilience.world import find_ranks
 from megatron_spdf.sparsity.plan import Plan
@@ -39,7 +40,7 @@ def activation_sizes(recipe: Recipe, steps: int) -> list[Sizes]:
     """
     plan = Plan.of(recipe)
     corpus = check_corpus(recipe)
-    engine = make_engine(recipe, plan, join(find_ranks(), recipe))
+    engine = make_engine(recipe, plan, init_distributed(find_ranks(), recipe))
     data = TokenData(recipe, corpus, Path(recipe.output) / "cache", reads=True)
     found = []
     with _recorded(engine.models[0], recipe.model.vocab_size) as sizes:
@@ -47,12 +48,12 @@ def activation_sizes(recipe: Recipe, steps: int) -> list[Sizes]:
             sizes.clear()
             engine.step(batch, number, number * recipe.tokens_per_step, stop_requested=False)
             found.append({place: sum(values) / len(values) for place, values in sizes.items()})
-    leave()
+    destroy()
     return found
 
 
 @contextmanager
-def _recorded(model: nn.Module, vocab_size: int) -> Iterator[dict[str, list[float]]]:
+def _recorded(model: Decoder, vocab_size: int) -> Iterator[dict[str, list[float]]]:
     """Yields part -> mean |output| of every forward pass while hooks are installed."""
     sizes: dict[str, list[float]] = {}
 
@@ -78,9 +79,9 @@ def _recorded(model: nn.Module, vocab_size: int) -> Iterator[dict[str, list[floa
 
 
 @torch.no_grad()
-def _score(model: nn.Module, x: Tensor) -> None:
+def _score(model: Decoder, x: Tensor) -> None:
     """Lets the LM head compute the logits of x (T, B, H)."""
-    model.output_layer(x, model.shared_embedding_or_output_weight())
+    model.output_layer(x, model.head_weight)
 
 
 def _tensors(output: Tensor | tuple[Tensor, Tensor | None]) -> list[Tensor]:

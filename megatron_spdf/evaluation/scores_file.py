@@ -3,7 +3,6 @@ references."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -14,6 +13,7 @@ from megatron_spdf import __version__
 from megatron_spdf.data.finetuning.task import TASKS, Example
 from megatron_spdf.evaluation.references import references_of, write_official
 from megatron_spdf.evaluation.scores import Scores
+from megatron_spdf.files import write_json
 
 SCORES = "scores.json"
 _LIBRARIES = ("torch", "transformers", "sacrebleu", "pycocoevalcap", "rouge-score", "Unidecode")
@@ -38,7 +38,7 @@ def describe(task: str, split: str, scores: Scores, **facts: Any) -> dict[str, A
 def write_scores(output: Path, description: dict[str, Any]) -> None:
     """Writes scores.json alone."""
     output.mkdir(parents=True, exist_ok=True)
-    (output / SCORES).write_text(json.dumps(description, indent=1) + "\n")
+    write_json(output / SCORES, description)
 
 
 def write_all(output: Path, task: str, predictions: Sequence[str], examples: Sequence[Example],

@@ -1,7 +1,7 @@
 """Products with a weight of b x b tiles in Triton that compute on the active tiles only, where they
 lie.
 
-A tile is a tile of the compact values with a row stride of `per_row * b`; see `mask.TileTable`.
+A tile is a tile of the compact values with a row stride of `per_row * b`; see `tiles.TileTable`.
 Every tile row and tile column of a slice has the same number of active tiles, so that all programs
 of a launch do the same work. Sums are fp32; fp32 operands are multiplied as such, not as TF32.
 Results are made transposed, a tile's rows or columns by
@@ -30,11 +30,11 @@ def forward(x: Tensor, values: Tensor, mask: Mask, tile: Tile | None = None) -> 
         (N, out) in the dtype of x.
     """
     x, out = _rows(x), x.new_empty(len(x), mask.shape[0])
-    tile = tile or chosen("forward", mask.tiles.size, len(x), x.element_size())
-    grid = (mask.shape[0] // mask.tiles.size, triton.cdiv(len(x), tile.width))
-    _forward[grid](x, values.contiguous(), out, mask.tiles.columns, len(x), x.stride(0),
-                   mask.shape[0], mask.active, SLOTS=mask.tiles.slots, PER_ROW=mask.tiles.per_row,
-                   SIZE=mask.tiles.size, TOKENS=tile.width, DEPTH=tile.depth, num_warps=tile.warps,
+    tile = tile or chosen("forward", mask.tables.size, len(x), x.element_size())
+    grid = (mask.shape[0] // mask.tables.size, triton.cdiv(len(x), tile.width))
+    _forward[grid](x, values.contiguous(), out, mask.tables.columns, len(x), x.stride(0),
+                   mask.shape[0], mask.active, SLOTS=mask.tables.slots, PER_ROW=mask.tables.per_row,
+                   SIZE=mask.tables.size, TOKENS=tile.width, DEPTH=tile.depth, num_warps=tile.warps,
                    num_stages=tile.stages)
     return out
 
@@ -43,13 +43,13 @@ def input_gradient(gradient: Tensor, values: Tensor, mask: Mask,
                    tile: Tile | None = None) -> Tensor:
     """dx = dy W: (N, in) in the dtype of dy (N, out)."""
     gradient, out = _rows(gradient), gradient.new_empty(len(gradient), mask.shape[1])
-    tile = tile or chosen("input_gradient", mask.tiles.size, len(gradient), gradient.element_size())
-    entries = mask.tiles.entries
+    entries, size = mask.tables.entries, mask.tables.size
+    tile = tile or chosen("input_gradient", size, len(gradient), gradient.element_size())
     grid = (len(entries), triton.cdiv(len(gradient), tile.width))
     _input_gradient[grid](gradient, values.contiguous(), out, entries, len(gradient),
                           gradient.stride(0), mask.shape[1], mask.active,
-                          IN_COLUMN=entries.shape[1], SLOTS=mask.tiles.slots,
-                          PER_ROW=mask.tiles.per_row, SIZE=mask.tiles.size, TOKENS=tile.width,
+                          IN_COLUMN=entries.shape[1], SLOTS=mask.tables.slots,
+                          PER_ROW=mask.tables.per_row, SIZE=mask.tables.size, TOKENS=tile.width,
                           DEPTH=tile.depth, num_warps=tile.warps, num_stages=tile.stages)
     return out
 
@@ -68,12 +68,12 @@ def weight_gradient(gradient: Tensor, x: Tensor, mask: Mask, out: Tensor | None 
     if out is None:
         out = x.new_empty(mask.slices, mask.active)
     assert out.is_contiguous() and out.numel() == mask.slices * mask.active, (out.shape, mask.shape)
-    tile = tile or chosen("weight_gradient", mask.tiles.size, len(x), x.element_size())
-    grid = (mask.tiles.size // tile.width, mask.tiles.columns.numel())
+    tile = tile or chosen("weight_gradient", mask.tables.size, len(x), x.element_size())
+    grid = (mask.tables.size // tile.width, mask.tables.columns.numel())
     _weight_gradient[grid](
-        gradient, x, out, mask.tiles.columns, len(x), gradient.stride(0), x.stride(0), mask.active,
-        SLOTS=mask.tiles.slots, PER_ROW=mask.tiles.per_row, SIZE=mask.tiles.size, ROWS=tile.width,
-        DEPTH=tile.depth, ADDS=adds, num_warps=tile.warps, num_stages=tile.stages)
+        gradient, x, out, mask.tables.columns, len(x), gradient.stride(0), x.stride(0), mask.active,
+        SLOTS=mask.tables.slots, PER_ROW=mask.tables.per_row, SIZE=mask.tables.size,
+        ROWS=tile.width, DEPTH=tile.depth, ADDS=adds, num_warps=tile.warps, num_stages=tile.stages)
     return out
 
 

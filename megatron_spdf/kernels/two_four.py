@@ -10,16 +10,36 @@ for compute capability 8.x and nothing else, and their result is transposed by a
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
-from megatron_spdf.kernels.mask import Mask, TwoFour, positions
+from megatron_spdf.kernels.dispatch import DENSE, say_once
+from megatron_spdf.kernels.mask import Mask, positions
+from megatron_spdf.text import first_line
 
 DTYPES = (torch.bfloat16, torch.float16)  # TF32 would be 1:2
 SIDE, TOKENS = 64, 8  # what both axes of a weight, and the tokens, must be multiples of
+
+
+@dataclass(frozen=True)
+class TwoFourTable:
+    """What multiplying by a 2:4 weight on sparse tensor cores needs beside its values.
+
+    Attributes:
+        metadata, transposed: where the active entries of the weight (out, in), and of its
+            transpose, are; as a library wants it.
+        order: (active entries,) int32: the place among the values of each active entry of the
+            transpose, row by row.
+    """
+
+    metadata: Tensor
+    transposed: Tensor
+    order: Tensor
 
 
 class Library(Protocol):
@@ -86,7 +106,7 @@ def fits(shape: tuple[int, int]) -> bool:
 
 def find_two_four(
     bits: Tensor, slice_shape: tuple[int, int], axis: int, library: Library, dtype: torch.dtype
-) -> TwoFour:
+) -> TwoFourTable:
     """The tables of a 2:4 mask for a library, on the device of its bits."""
     places = positions(bits, slice_shape, axis)
     rows, columns = (n * (len(bits) if i == axis else 1) for i, n in enumerate(slice_shape))
@@ -94,7 +114,7 @@ def find_two_four(
     pattern[places] = True
     pattern = pattern.view(rows, columns)
     order = (places % columns * rows + places // columns).argsort()
-    return TwoFour(library.metadata(pattern, dtype), library.metadata(pattern.T, dtype),
+    return TwoFourTable(library.metadata(pattern, dtype), library.metadata(pattern.T, dtype),
                    order.int())
 
 
@@ -110,7 +130,7 @@ def packed(values: Tensor, mask: Mask) -> Tensor:
 def packed_transposed(values: Tensor, mask: Mask) -> Tensor:
     """The active values of each column of the weight, (in, out / 2)."""
     rows, columns = mask.shape
-    return values.reshape(-1).index_select(0, mask.two_four.order).view(columns, rows // 2)
+    return values.reshape(-1).index_select(0, mask.tables.order).view(columns, rows // 2)
 
 
 def try_out(library: Library, device: torch.device, dtype: torch.dtype) -> None:
@@ -124,3 +144,40 @@ def try_out(library: Library, device: torch.device, dtype: torch.dtype) -> None:
     found = library.multiply(values, library.metadata((weight != 0).to(device), dtype), x)
     if not torch.equal(found, x @ weight.to(device, dtype).T):
         raise RuntimeError("it computes something else than a dense product")
+
+
+@cache
+def two_four_products(device: str, dtype: torch.dtype) -> tuple[Library | None, str]:
+    """What multiplies with 2:4 weights on sparse tensor cores, None where nothing does; and its
+    name, or why.
+
+    Args:
+        device: as of `implementation`.
+    """
+    if device != "cuda":
+        return None, DENSE
+    if dtype not in DTYPES:
+        return None, f"{DENSE}, since sparse tensor cores are for 16 bits here, not {dtype}"
+    said = []
+    for library in LIBRARIES:
+        try:
+            try_out(library, torch.device(device), dtype)
+            return library, library.NAME
+        except (
+            Exception
+        ) as error:  # whatever a library, a driver or a GPU it does not know may raise
+            said.append(
+                f"{library.NAME} does not work here ({type(error).__name__}: {first_line(error)})"
+            )
+    return None, f"{DENSE}, since {' and '.join(said)}"
+
+
+def two_four_library(dense: Tensor) -> Library | None:
+    """What multiplies with a 2:4 weight that stands for this dense one, None where it is
+    expanded."""
+    library, _ = two_four_products(dense.device.type, dense.dtype)
+    if library is None or fits(dense.shape):
+        return library
+    say_once(f"a 2:4 weight {dense.shape[0]} x {dense.shape[1]} is {DENSE}: {library.NAME} is "
+              f"asked for multiples of {SIDE} along both axes only")
+    return None

@@ -12,6 +12,7 @@ import math
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -20,19 +21,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from megatron_spdf.kernels import dispatch
-from megatron_spdf.kernels.mask import Mask, TileTable, TwoFour
-from megatron_spdf.layers.matmul import (
-    Product,
-    TileProduct,
-    TwoFourProduct,
-    add_gradient,
-    choose_product,
-    install_matmul,
-)
+from megatron_spdf.kernels.mask import Mask
+from megatron_spdf.layers.matmul import add_gradient, install_matmul
+from megatron_spdf.layers.products.base import Product, choose_product
 from megatron_spdf.sparsity.plan import SparseWeight
-from megatron_spdf.sparsity.slices import follows_pattern, planned_mask
 
 DenseCopy = Literal["per_step", "per_layer", "always"]
+TABLE = "table_"  # how names of buffers with a product's tables begin
 
 
 class _Expand(torch.autograd.Function):
@@ -83,7 +78,7 @@ class CompactWeight(nn.Module):
         if torch.device(device).type == "meta":
             bits = torch.empty((local, math.ceil(numel / 8)), dtype=torch.uint8, device=device)
         else:
-            masks = [planned_mask(weight, seed, rank * local + c) for c in range(local)]
+            masks = [weight.draw(seed, rank * local + c) for c in range(local)]
             bits = torch.from_numpy(np.packbits(masks, axis=1)).to(device)
         self.register_buffer("mask_bits", bits)
         self.index_mask()
@@ -93,21 +88,20 @@ class CompactWeight(nn.Module):
         move brought another mask.
 
         Raises:
-            ValueError: the mask has another density than planned, other tiles, or is not 2:4.
+            ValueError: the mask has another density than planned, or another pattern.
         """
         planned = self.planned
         if not self.mask_bits.is_meta:
             self._check_masks()
         index = dispatch.make_index(self.mask_bits, planned.slice_shape, planned.axis)
         self.register_buffer("index", index, persistent=False)
-        if isinstance(self.product, TileProduct):
-            tiles = self._find_tiles()
-            self.register_buffer("tile_columns", tiles.columns, persistent=False)
-            self.register_buffer("tile_entries", tiles.entries, persistent=False)
-        elif isinstance(self.product, TwoFourProduct):
-            tables = self.product.tables(self.mask_bits, planned.slice_shape, planned.axis)
-            for name, table in vars(tables).items():
-                self.register_buffer(f"two_four_{name}", table, persistent=False)
+        tables = self.product.tables(self.mask_bits, planned) if self.product else None
+        tensors = {} if tables is None else {
+            name: value for name, value in vars(tables).items() if isinstance(value, Tensor)}
+        for name, value in tensors.items():  # buffers follow the module from device to device
+            self.register_buffer(TABLE + name, value, persistent=False)
+        self._table_names = list(tensors)
+        self._tables = tables and replace(tables, **dict.fromkeys(tensors))
 
     def move_mask(self, bits: Tensor) -> None:
         """Takes other masks with as many active entries; what the values are then is the
@@ -124,34 +118,17 @@ class CompactWeight(nn.Module):
         if any(count != k for count in counts):
             raise ValueError(f"the slices of {self.planned.name} have {counts} active entries in "
                              f"their masks instead of {k} each; use another checkpoint")
-        if not follows_pattern(masks, self.planned):
-            pattern = ("2:4 along rows and columns" if self.planned.two_four else
-                       f"of tiles of {self.planned.tile}, equally many in every row and column")
-            raise ValueError(f"the masks of {self.planned.name} are not {pattern}; use another "
+        if fault := self.planned.fault(masks):
+            raise ValueError(f"the masks of {self.planned.name} are not {fault}; use another "
                              "checkpoint")
-
-    def _find_tiles(self) -> TileTable:
-        planned = self.planned
-        if not self.mask_bits.is_meta:
-            return dispatch.find_tiles(self.mask_bits, planned.slice_shape, planned.axis,
-                                       planned.tile)
-        tiles = self.values_shape[0] * planned.active_per_slice // planned.tile**2
-        rows, columns = (n // planned.tile for n in self.shape)
-        tables = (self.mask_bits.new_empty((n, tiles // n), dtype=torch.int32)
-                  for n in (rows, columns))
-        return TileTable(planned.tile, planned.per_row, *tables)
 
     @property
     def mask(self) -> Mask:
         """For the kernels."""
-        planned, tiles, two_four = self.planned, None, None
-        if hasattr(self, "tile_columns"):
-            tiles = TileTable(planned.tile, planned.per_row, self.tile_columns, self.tile_entries)
-        if hasattr(self, "two_four_order"):
-            two_four = TwoFour(self.two_four_metadata, self.two_four_transposed,
-                               self.two_four_order)
-        return Mask(self.mask_bits, self.index, self.shape, planned.slice_shape, planned.axis,
-                    self.values_shape[1], tiles, two_four)
+        tables = self._tables and replace(
+            self._tables, **{name: getattr(self, TABLE + name) for name in self._table_names})
+        return Mask(self.mask_bits, self.index, self.shape, self.planned.slice_shape,
+                    self.planned.axis, self.values_shape[1], tables)
 
     def forward(self, values: Tensor) -> Tensor:
         return values if self.pass_through else _Expand.apply(values, self.mask)

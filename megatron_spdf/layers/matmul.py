@@ -1,6 +1,5 @@
 """Products with a compact weight in Megatron-Core's parallel linear layers that keep no dense copy
-of it: on its tiles alone, on sparse tensor cores, or expanded for the layer, in forward and again
-in backward.
+of it: those of `products`.
 
 Communication is that of Megatron-Core's own product,
 `LinearWithGradAccumulationAndAsyncCommunication`: the input is gathered and its gradient scattered
@@ -11,110 +10,16 @@ weight's gradient; and that goes straight into the fp32 buffer where there is on
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_spdf.kernels import dispatch, two_four
-from megatron_spdf.kernels.mask import Mask, TwoFour
-from megatron_spdf.sparsity.plan import SparseWeight
-
-
-class Product(Protocol):
-    """y = x W^T of a compact weight W (out, in) and its gradients, over N tokens."""
-
-    def forward(self, x: Tensor, values: Tensor, mask: Mask) -> Tensor:
-        """(N, out) of x (N, in)."""
-
-    def input_gradient(self, gradient: Tensor, values: Tensor, mask: Mask) -> Tensor:
-        """(N, in) of that of y (N, out)."""
-
-    def weight_gradient(self, gradient: Tensor, x: Tensor, mask: Mask,
-                        out: Tensor | None) -> Tensor:
-        """(slices, active per slice), added to `out` if there is one."""
-
-
-class ExpandedProduct:
-    """With the weight expanded for the moment: no copy is kept, and every micro-batch pays for
-    two."""
-
-    def forward(self, x: Tensor, values: Tensor, mask: Mask) -> Tensor:
-        return x @ dispatch.expand(values, mask).T
-
-    def input_gradient(self, gradient: Tensor, values: Tensor, mask: Mask) -> Tensor:
-        return gradient @ dispatch.expand(values, mask)
-
-    def weight_gradient(self, gradient: Tensor, x: Tensor, mask: Mask,
-                        out: Tensor | None) -> Tensor:
-        return dispatch.compress(gradient.T @ x, mask, out)
-
-
-@dataclass(frozen=True)
-class TileProduct:
-    """With the active tiles alone."""
-
-    kernels: ModuleType | None  # None on the meta device, where nothing is multiplied
-
-    def forward(self, x: Tensor, values: Tensor, mask: Mask) -> Tensor:
-        return self.kernels.forward(x, values, mask)
-
-    def input_gradient(self, gradient: Tensor, values: Tensor, mask: Mask) -> Tensor:
-        return self.kernels.input_gradient(gradient, values, mask)
-
-    def weight_gradient(self, gradient: Tensor, x: Tensor, mask: Mask,
-                        out: Tensor | None) -> Tensor:
-        return self.kernels.weight_gradient(gradient, x, mask, out)
-
-
-@dataclass(frozen=True)
-class TwoFourProduct(ExpandedProduct):
-    """With the active values of a 2:4 weight, on sparse tensor cores. The weight's gradient, of
-    dense operands, is made whole and cut; and the weight is expanded where the kernels do not take
-    the number of tokens."""
-
-    library: two_four.Library
-    dtype: torch.dtype
-
-    def tables(self, bits: Tensor, slice_shape: tuple[int, int], axis: int) -> TwoFour:
-        """Of a mask, once."""
-        return two_four.find_two_four(bits, slice_shape, axis, self.library, self.dtype)
-
-    def forward(self, x: Tensor, values: Tensor, mask: Mask) -> Tensor:
-        if len(x) % two_four.TOKENS:
-            return super().forward(x, values, mask)
-        return self.library.multiply(two_four.packed(values, mask), mask.two_four.metadata, x)
-
-    def input_gradient(self, gradient: Tensor, values: Tensor, mask: Mask) -> Tensor:
-        if len(gradient) % two_four.TOKENS:
-            return super().input_gradient(gradient, values, mask)
-        return self.library.multiply(two_four.packed_transposed(values, mask),
-                                     mask.two_four.transposed, gradient)
-
-
-def choose_product(weight: SparseWeight, dense: Tensor, dense_copy: str) -> Product | None:
-    """What multiplies with the values of a compact weight; None where the layer multiplies with the
-    expanded weight.
-
-    Args:
-        dense: the weight that becomes compact.
-        dense_copy: as of `compact.sparsify`.
-    """
-    if dense_copy == "always":
-        return None
-    if weight.tile is not None:
-        if dense.is_meta and dispatch.multiplies_tiles(weight.tile, dense.dtype):
-            return TileProduct(None)
-        found, _ = dispatch.tile_products(dense.device.type, weight.tile, dense.dtype)
-        if found is not None:
-            return TileProduct(found)
-    if weight.two_four and (library := dispatch.two_four_library(dense)) is not None:
-        return TwoFourProduct(library, dense.dtype)
-    return ExpandedProduct() if dense_copy == "per_layer" else None
+from megatron_spdf.kernels import dispatch
+from megatron_spdf.kernels.mask import Mask
+from megatron_spdf.layers.products.base import Product
 
 
 def add_gradient(values: Tensor, compute: Callable[[Tensor | None], Tensor]) -> Tensor:

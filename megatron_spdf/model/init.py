@@ -20,7 +20,7 @@ from megatron.core.tensor_parallel.layers import (
 from numpy.random import Generator, Philox
 from torch import Tensor, nn
 
-from megatron_spdf.architecture.base import EMBEDDING, HEAD, Weight
+from megatron_spdf.architecture.base import EMBEDDING, Weight
 from megatron_spdf.layers.compact import compact_of
 from megatron_spdf.random_streams import stream_key
 
@@ -150,7 +150,8 @@ def owned_weights(
         owned["weight"] = module.parametrizations.weight.original
     for key, parameter in owned.items():
         full = f"{name}.{key}"
-        yield parameter, weights[EMBEDDING if full == HEAD else full]
+        # a tied LM head is no weight of its own
+        yield parameter, weights[full if full in weights else EMBEDDING]
 
 
 def _mark(parameter: nn.Parameter, axis: int) -> None:

@@ -44,8 +44,7 @@ class Parametrization:
         if not self._maximal or not weight.linear:
             return 1.0
         base, planned = self.recipe.mup_base, self.plan.weights.get(weight.name)
-        density = _density(planned)
-        return self._width * density / base.density
+        return self._width * _density(planned) / base.density
 
     @property
     def _width(self) -> float:
@@ -77,12 +76,12 @@ class Parametrization:
     @property
     def attention_scale(self) -> float:
         """What Q K^T is multiplied by."""
-        head = self.recipe.model.hidden // self.recipe.model.heads
+        head = self.recipe.model.head_width
         return 1.0 / head if self._maximal else 1.0 / math.sqrt(head)
 
     def folded(self, name: str) -> Tensor | float:
-        """What a parameter is multiplied by to make a standard GPT that computes the same: rows of
-        one factor each.
+        """What a parameter is multiplied by to make a standard model that computes the same: rows
+        of one factor each.
 
         Args:
             name: canonical.
@@ -90,23 +89,12 @@ class Parametrization:
         Returns:
             A number, or (rows of the parameter,).
         """
-        if name.startswith("embedding."):
-            return self.embedding_output
-        if name.startswith("decoder.final_layernorm."):
-            # the head is the embedding, which has been multiplied
-            return self.head_input / self.embedding_output
-        if ".linear_qkv." in name and self._maximal:
-            return self._query_rows()
-        return 1.0
-
-    def _query_rows(self) -> Tensor:
-        """The fused weight's rows are those of each query group in turn: its queries, a key, a
-        value."""
-        m = self.recipe.model
-        head, queries = m.hidden // m.heads, m.heads // m.query_groups
-        group = torch.ones(queries + 2, head)
-        group[:queries] = self.attention_scale * math.sqrt(head)
-        return group.flatten().repeat(m.query_groups)
+        if not self._maximal:
+            return 1.0
+        model = self.recipe.model
+        queries = self.attention_scale * math.sqrt(model.head_width)
+        factor = model.folded(name, self.embedding_output, self.head_input, queries)
+        return factor if isinstance(factor, float) else torch.tensor(factor)
 
 
 def fold(values: Tensor, factor: Tensor | float) -> Tensor:
@@ -122,10 +110,8 @@ def unfold(values: Tensor, factor: Tensor | float) -> Tensor:
 
 
 def _density(planned: SparseWeight | None) -> float:
-    """Of a weight as planned; tiles may be far from the level asked for."""
-    if planned is None:
-        return 1.0
-    return 1.0 - (planned.level if planned.tile is None else planned.sparsity)
+    """Of a weight as planned."""
+    return 1.0 if planned is None else planned.density
 
 
 def render_parametrization(recipe: Recipe, plan: Plan, weights: list[Weight]) -> str:

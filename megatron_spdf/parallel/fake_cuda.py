@@ -1,12 +1,8 @@
-"""A stand-in for the CUDA calls Megatron-Core makes, for machines without a GPU (gloo, CPU
-tensors).
+"""Stand-ins for the CUDA calls that Megatron-Core and DeepSpeed make, on machines without a GPU.
 
-What it stands in for, each with a test: `device="cuda"` in factory calls, `Tensor.cuda` and
-`Module.cuda`, `Tensor.type()` (Megatron-Core's optimizers look for the CUDA names),
-`torch.cuda.current_device`, `synchronize`, `current_stream`, the CUDA random state, which becomes
-the CPU's, and the compilation of Megatron-Core's fusions and DeepSpeed's Muon. On a machine with a
-GPU `install` does nothing. A dry run lets the meta device, which has shapes and no memory, stand in
-instead.
+Ranks then train over gloo with tensors on the CPU. In a dry run the meta device, which has shapes
+and no memory, takes the CPU's place. On a machine with a GPU `install` does nothing. Every stand-in
+has a test in tests/parallel/test_cpu_stand_in.py.
 """
 
 from __future__ import annotations
@@ -24,11 +20,22 @@ CPU = torch.device("cpu")
 
 
 class FakeCuda(TorchFunctionMode):
+    """Mode of PyTorch that changes two kinds of calls while it is entered.
+
+    - `device="cuda"` in any call, such as `torch.empty` or `Tensor.to`: replaced by `device`.
+    - `Tensor.type()`: answered with the name of the CUDA type, such as `torch.cuda.FloatTensor`,
+      since Megatron-Core's optimizers sort parameters by these names.
+
+    Args:
+        device: that takes the GPU's place.
+    """
+
     def __init__(self, device: torch.device):
         super().__init__()
         self.device = device
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        """Calls `func`, with device or answer changed."""
         if kwargs:
             if "cuda" in str(kwargs.get("device", "")):
                 kwargs["device"] = self.device
@@ -42,13 +49,13 @@ _mode: FakeCuda | None = None
 
 
 def install(device: torch.device = CPU) -> bool:
-    """Installs the stand-in for the rest of the process; must run before megatron.core is imported.
+    """Installs the stand-ins for the rest of the process, before megatron.core is imported.
 
     Args:
-        device: that stands in for the GPU.
+        device: that takes the GPU's place.
 
     Returns:
-        Whether this machine needs it, that is, has no usable GPU.
+        True if this machine has no usable GPU, and so needs them.
     """
     global _mode
     if torch.cuda.is_available():
@@ -59,24 +66,33 @@ def install(device: torch.device = CPU) -> bool:
         )
         _mode = FakeCuda(device)
         _mode.__enter__()
-        _stand_in(device)
+        _patch_torch(device)
+        _patch_megatron()
     return True
 
 
-def _stand_in(device: torch.device) -> None:
+def _patch_torch(device: torch.device) -> None:
+    """Replaces functions of `torch.cuda`, and methods that move to a GPU."""
+    # The device that factory calls are given where no "cuda" is spelled out.
     torch.cuda.current_device = lambda: device
+    # Work on the CPU is done when its call returns, so there is nothing to wait for.
     torch.cuda.synchronize = lambda *_, **__: None
     torch.cuda.current_stream = lambda *_, **__: None
+    # The CPU's random state serves as the GPU's.
     torch.cuda.manual_seed = torch.manual_seed
     torch.cuda.get_rng_state = lambda device=None: torch.get_rng_state()
     torch.cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
+    # Tensors and modules are on their device already.
     torch.Tensor.cuda = lambda self, *_, **__: self
     torch.nn.Module.cuda = lambda self, *_, **__: self
 
+
+def _patch_megatron() -> None:
+    """Lets Megatron-Core's random states of tensor-parallel ranks switch the CPU's state."""
     with without_torch_compile():
         import megatron.core.tensor_parallel.random as megatron_random
 
-    # It warns, in every dropout, where the CPU's state changed; here that is the state.
+    # In every dropout it warns that the CPU's state changed, which is the purpose here.
     logging.getLogger(megatron_random.__name__).setLevel(logging.ERROR)
     megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
@@ -84,12 +100,15 @@ def _stand_in(device: torch.device) -> None:
 
 @contextmanager
 def without_torch_compile() -> Iterator[None]:
-    """Imports within leave alone what they decorate with torch.compile: Megatron-Core's fusions,
-    DeepSpeed's Muon. None runs here, and the import of the compiler is a third of the time a rank
-    takes to start."""
-    with patch.object(torch, "compile", _leave_as_it_is):
+    """Makes `torch.compile` return functions unchanged, for imports that use it as a decorator.
+
+    These are Megatron-Core's fusions and DeepSpeed's Muon, none of which runs here. Importing the
+    compiler would be a third of the time that a rank takes to start.
+    """
+    with patch.object(torch, "compile", _identity):
         yield
 
 
-def _leave_as_it_is(function=None, **_):
-    return function or _leave_as_it_is
+def _identity(function=None, **_):
+    """Stand-in for `torch.compile`, as a function, or as a decorator with or without arguments."""
+    return function or _identity

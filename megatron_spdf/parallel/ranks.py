@@ -18,7 +18,7 @@ from megatron_spdf.resilience import startup_check
 from megatron_spdf.resilience.world import Ranks
 
 
-def join(ranks: Ranks, recipe: Recipe) -> torch.device:
+def init_distributed(ranks: Ranks, recipe: Recipe) -> torch.device:
     """Joins all ranks of the run, has each of them report, and sets up Megatron-Core's process
     groups; returns this rank's device.
 
@@ -35,7 +35,7 @@ def join(ranks: Ranks, recipe: Recipe) -> torch.device:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1,
                                 timeout=timeout)
     else:
-        store = _meet(ranks, recipe.fault_tolerance.join_seconds)
+        store = _rendezvous(ranks, recipe.fault_tolerance.join_seconds)
         said = startup_check.check_in(ranks.rank, ranks.world, dist.PrefixStore("health", store),
                                       device,
                                recipe.fault_tolerance.join_seconds)
@@ -47,7 +47,7 @@ def join(ranks: Ranks, recipe: Recipe) -> torch.device:
     return device
 
 
-def _meet(ranks: Ranks, seconds: float) -> dist.Store:
+def _rendezvous(ranks: Ranks, seconds: float) -> dist.Store:
     """The store that all ranks share, kept by rank 0 or by torchrun's agent."""
     _find_head_node(ranks)
     head, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -102,7 +102,7 @@ def init_gloo(ranks: Ranks, timeout: timedelta) -> torch.device:
     return device
 
 
-def leave() -> None:
+def destroy() -> None:
     """Takes the process groups down."""
     from megatron.core import parallel_state
 

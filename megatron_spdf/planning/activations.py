@@ -179,14 +179,14 @@ def _at_layer_end(recipe: Recipe, size: Sizes) -> int:
 
 def _workspace(recipe: Recipe, plan: Plan, size: Sizes, stage: int) -> int:
     """Backward of W_O, the fullest moment of a layer: the gradients of its output, of its input and
-    of itself, whole before it is cut to the active weights, unless it is of tiles. In one pipeline
-    stage the embedding's gradient from the LM head waits for that from the look-up. With full
-    recomputation there is the layer too, whose input is kept anyway but whose output is not; or, at
-    its end, the dense gradients of its four weights."""
+    of itself, whole before it is cut to the active weights, unless zeros are skipped. In one
+    pipeline stage the embedding's gradient from the LM head waits for that from the look-up. With
+    full recomputation there is the layer too, whose input is kept anyway but whose output is not;
+    or, at its end, the dense gradients of its four weights."""
     m, p = recipe.model, recipe.parallel
     tied = _tied_gradient(recipe, size) if p.pipeline == 1 else 0
     down = [f"decoder.layers.{i}.mlp.linear_fc2.weight" for i in range(m.layers)]
-    itself = 0 if all(n in plan.weights and plan.multiplies_tiles(n) for n in down) else m.hidden
+    itself = 0 if all(n in plan.weights and plan.skips_zeros(n) for n in down) else m.hidden
     gradients = size.hidden + size.width * m.ffn_hidden * (size.tokens + itself) // p.tensor
     gradients += size.whole if p.sequence else 0  # the output's, gathered
     if recipe.train.recompute != "full":

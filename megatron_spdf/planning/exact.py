@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_spdf.planning.buffers import lay_out
+from megatron_spdf.planning.engines import engines_with
 from megatron_spdf.planning.memory import rank_bytes, render_parallel
-from megatron_spdf.recipe.recipe import Recipe
+from megatron_spdf.recipe.recipe import ENGINES, Recipe
 from megatron_spdf.sparsity.plan import Plan
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,10 +63,10 @@ def dry_run(recipe: Recipe, plan: Plan, ranks: list[int]) -> list[Count]:
 def dry_runs(wanted: Sequence[tuple[Recipe, Plan, list[int]]]) -> list[list[Count]]:
     """`dry_run` of several layouts in one process, which spares starting the engine for each."""
     for recipe, _, ranks in wanted:
-        if recipe.engine != "megatron":
-            raise ValueError(f"engine={recipe.engine} makes its buffers while it trains; only "
-                             "Megatron-Core's can be counted before. Leave --exact out for the "
-                             "closed forms, or set engine=megatron")
+        if not ENGINES.get(recipe.engine).dry_run:
+            raise ValueError(f"engine={recipe.engine} makes its buffers while it trains and cannot "
+                             "be counted before; leave --exact out for the closed forms, or set "
+                             f"{engines_with(lambda row: row.dry_run)}")
         world = recipe.parallel.world
         for rank in ranks:
             if not 0 <= rank < world:
@@ -76,7 +77,8 @@ def dry_runs(wanted: Sequence[tuple[Recipe, Plan, list[int]]]) -> list[list[Coun
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore",
                    "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None,
                                                                      [os.environ.get("PYTHONPATH")])])}
-    done = subprocess.run([sys.executable, "-m", "megatron_spdf.engine.dry_run"],
+    (module,) = {ENGINES.get(recipe.engine).dry_run for recipe, _, _ in wanted}
+    done = subprocess.run([sys.executable, "-m", module],
                           input=requests, text=True, capture_output=True, env=environment,
                           check=False)
     if done.returncode:

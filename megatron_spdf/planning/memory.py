@@ -7,12 +7,11 @@ What is kept between steps; what a step needs beside it is in `activations.py`.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from dataclasses import asdict, dataclass
 
 from megatron_spdf.architecture.base import Model
-from megatron_spdf.planning.buffers import lay_out, local_parameters
-from megatron_spdf.recipe.recipe import AUTO, Parallel, Recipe
+from megatron_spdf.planning.buffers import local_parameters
+from megatron_spdf.recipe.recipe import AUTO, ENGINES, Parallel, Recipe
 from megatron_spdf.sparsity.plan import Plan
 
 SPAN = 1024  # of `kernels.mask`, which needs PyTorch
@@ -31,8 +30,8 @@ class RankBytes:
         moments: named state of the optimizer, fp32.
         expanded: dense copies of the sparse weights that are kept for the step.
         masks: one bit a weight, and what kernels derive from them: on CPU the positions of the
-            active entries, 8 bytes each; on a GPU 4 bytes for `SPAN` entries of a slice, and twice
-            4 bytes for every active tile.
+            active entries, 8 bytes each; on a GPU 4 bytes for `SPAN` entries of a slice, and what
+            the pattern's product needs.
         gathered: ZeRO-3 only, whole parameters of the layers at work.
     """
 
@@ -55,41 +54,15 @@ class RankBytes:
 
 def rank_bytes(recipe: Recipe, plan: Plan, stage: int, on_gpu: bool,
                data_rank: int = 0) -> RankBytes:
-    """Bytes on a rank of a pipeline stage: as Megatron-Core's buffers take them, padding included,
-    or by ZeRO's closed form with DeepSpeed as the engine.
+    """Bytes on a rank of a pipeline stage, as the recipe's engine holds them.
 
     Args:
-        data_rank: shards of ZeRO-1 are even, but padding is no state, and it lies with some ranks.
+        data_rank: which of the replicas, where they do not hold equally much.
     """
-    if recipe.engine == "deepspeed":
-        held = zero_bytes(recipe, plan, stage, recipe.parallel.zero_stage)
-        return replace(held, master=0, moments=0) if recipe.parallel.offload else held
-    width = 2 if recipe.train.precision == "bf16" else 4
-    return _rank_bytes(recipe.model, recipe.parallel, plan, width, recipe.optimizer.state_bytes,
-                       stage, on_gpu, data_rank)
+    return ENGINES.get(recipe.engine).rank_bytes(recipe, plan, stage, on_gpu, data_rank)
 
 
-@lru_cache(maxsize=4096)
-def _rank_bytes(
-    model: Model, parallel: Parallel, plan: Plan, width: int, state: int, stage: int, on_gpu: bool,
-    data_rank: int
-) -> RankBytes:
-    buffers = lay_out(model, parallel, plan, stage, on_gpu)
-    elements = sum(b.elements for b in buffers)  # without ZeRO nothing is padded
-    owned = sum(b.shard(data_rank, parallel.data)
-                for b in buffers) if parallel.zero_stage == 1 else elements
-    expanded, masks = _sparse_bytes(model, parallel, plan, width, stage, on_gpu)
-    return RankBytes(
-        parameters=width * elements,
-        gradients=4 * elements,
-        master=4 * owned if width == 2 else 0,
-        moments=state * owned,
-        expanded=expanded,
-        masks=masks,
-    )
-
-
-def _sparse_bytes(
+def sparse_bytes(
     model: Model, parallel: Parallel, plan: Plan, width: int, stage: int, on_gpu: bool
 ) -> tuple[int, int]:
     """Expanded copies, and masks with what is derived from them."""
@@ -101,8 +74,8 @@ def _sparse_bytes(
             slices, entries = weight.slices // parallel.tensor, math.prod(weight.slice_shape)
             masks += slices * math.ceil(entries / 8)
             masks += slices * 4 * math.ceil(entries / SPAN) if on_gpu else 8 * parameter.elements
-            if on_gpu and plan.multiplies_tiles(parameter.name):
-                masks += 2 * 4 * parameter.elements // weight.tile**2
+            if on_gpu:
+                masks += weight.pattern.table_bytes(parameter.elements)
     return expanded, masks
 
 
@@ -126,7 +99,7 @@ def zero_bytes(recipe: Recipe, plan: Plan, stage: int, zero_stage: int) -> RankB
                   for q in chunk]
     elements = sum(q.elements for q in parameters)
     share = math.ceil(elements / data)
-    expanded, masks = _sparse_bytes(recipe.model, recipe.parallel, plan, width, stage, on_gpu=True)
+    expanded, masks = sparse_bytes(recipe.model, recipe.parallel, plan, width, stage, on_gpu=True)
     gathered = 0
     if zero_stage == 3:
         remade, layers = recipe.train.recompute == "full", {}

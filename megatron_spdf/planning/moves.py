@@ -36,7 +36,7 @@ def moves_of(recipe: Recipe, plan: Plan, stage: int, on_gpu: bool = True) -> Mov
     """Counts the moves of a run and what they cost.
 
     Args:
-        recipe: of the run, or of a stage alone.
+        recipe: of the run, or of a stage as a single run.
         stage: pipeline stage of the rank.
     """
     algorithm, p = recipe.sparsity.update, recipe.parallel

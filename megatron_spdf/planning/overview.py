@@ -81,7 +81,7 @@ def make_overview(request: Request) -> dict[str, Any]:
         "best": {"memory": _memory(best.recipe, plan), "zero": _zero(best.recipe, plan),
                  "traffic": _traffic(best.recipe, plan, gpu), "time": asdict(best.time),
                  "wire": wire_bytes(step_traffic(best.recipe, plan, 0), best.recipe, gpu)},
-        "sparsity": [_level(best.recipe, level, request) for level in _levels(plan)],
+        "sparsity": [_level(best.recipe, level, request) for level in _levels(recipe, plan)],
     }
 
 
@@ -89,7 +89,7 @@ def _model(recipe: Recipe, plan: Plan) -> dict[str, Any]:
     weights = recipe.model.weights()
     linear = sum(w.numel for w in weights if w.linear)
     stages = stages_of(recipe)
-    moves = [text for stage in stages if (text := render_moves(stage.alone, stage.plan))]
+    moves = [text for stage in stages if (text := render_moves(stage.as_single_run, stage.plan))]
     return {
         "layers": recipe.model.layers, "hidden": recipe.model.hidden,
         "parameters": sum(w.numel for w in weights),
@@ -115,7 +115,7 @@ def _flops(recipe: Recipe, plan: Plan) -> list[dict[str, Any]]:
         "training, active weights": mean_flops(stages),
         "the same, causal attention": mean_flops(stages, "causal"),
         f"executed (expanded, causal, recompute {recipe.train.recompute})":
-            training_flops(model, length, plan.on_tiles, "causal", recipe.train.recompute),
+            training_flops(model, length, plan.skipped, "causal", recipe.train.recompute),
     }
     return [{"what": what, **asdict(f), "total": f.total, "run": f.total * tokens} for what,
             f in kinds.items()]
@@ -125,7 +125,7 @@ def _row(candidate: Candidate, request: Request) -> dict[str, Any]:
     recipe = candidate.recipe
     p, seconds = recipe.parallel, candidate.time.total
     hours = recipe.steps * seconds / 3600
-    length, skipped = recipe.train.sequence_length, request.plan.on_tiles
+    length, skipped = recipe.train.sequence_length, request.plan.skipped
     executed = training_flops(recipe.model, length, skipped).total  # as the log counts MFU
     rate = candidate.tokens_per_second
     return {
@@ -191,11 +191,11 @@ def at_level(recipe: Recipe, level: float) -> Recipe:
     return recipe.model_copy(update={"sparsity": Sparsity(level=level, seed=recipe.sparsity.seed)})
 
 
-def _levels(plan: Plan) -> list[float | None]:
+def _levels(recipe: Recipe, plan: Plan) -> list[float | None]:
     """Sparsities to compare; None stands for the recipe's own where it is not a level of all linear
-    weights."""
+    weights with unstructured masks."""
     own = {w.level for w in plan.weights.values()}
-    uniform = len(own) <= 1 and not any(w.tile for w in plan.weights.values())
+    uniform = all(Plan.of(at_level(recipe, level)).weights == plan.weights for level in own)
     return sorted({*LEVELS, *(own if uniform else ())}) + ([] if uniform else [None])
 
 
@@ -210,7 +210,7 @@ def _level(recipe: Recipe, level: float | None, request: Request) -> dict[str, A
             n in step_traffic(other, plan, 0).items() if kind in ("gradients", "parameters")]
     return {
         "sparsity": plan.sparsity, "recipe": plan.weights == request.plan.weights,
-        "tiles": any(w.tile for w in plan.weights.values()),
+        "skips_zeros": bool(plan.skipped.weights),
         "run_flops": total * recipe.steps * recipe.tokens_per_step,
         "flops_ratio": total / training_flops(recipe.model, length).total,
         "peak_bytes": fullest(other, plan).peak, "data_traffic": sum(data),

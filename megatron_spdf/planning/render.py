@@ -67,8 +67,7 @@ def _layouts(facts: dict[str, Any]) -> str:
              f"{'recompute':<10}{'GiB':>7}{'s/step':>10}{'tokens/s':>13}{'MFU':>7}{'hours':>10}"
              f"{'GPU hours':>12}" + (f"{'cost':>14}" if cost else "")]
     for r in shown:
-        lines.append("  "
-                     f"{r['tensor']:>4}{r['pipeline']:>4}{r['data']:>6}{r['interleave']:>4}"
+        lines.append(f"  {r['tensor']:>4}{r['pipeline']:>4}{r['data']:>6}{r['interleave']:>4}"
                      f"{r['micro_batch']:>4} {r['recompute']:<10}{r['peak_bytes'] / GIB:>7.1f}"
                      f"{r['step_seconds']:>10.4g}{r['tokens_per_second']:>13,.0f}{r['mfu']:>7.1%}"
                      f"{r['hours']:>10,.1f}{r['gpu_hours']:>12,.1f}"
@@ -123,22 +122,21 @@ def _time(facts: dict[str, Any]) -> str:
 def _sparsity(facts: dict[str, Any]) -> str:
     lines = ["What sparsity buys (at that layout; the fewest GPUs at one sequence per micro-batch, "
              "layers recomputed):",
-             "  "
-             f"{'sparsity':>8}{'FLOPs (1e18)':>15}{'of dense':>10}{'GiB per GPU':>13}"
+             f"  {'sparsity':>8}{'FLOPs (1e18)':>15}{'of dense':>10}{'GiB per GPU':>13}"
              f"{'DP MiB/step':>13}{'fewest GPUs':>13}   layout of these"]
     for row in facts["sparsity"]:
         least, layout = row["fewest_gpus"], row["fewest_layout"]
-        where = (f"TP {layout['tensor']} x PP {layout['pipeline']} x DP {layout['data']}"
-                 if layout else "none")
-        mark = f"  <- the recipe{', in tiles' if row['tiles'] else ''}" if row["recipe"] else ""
-        lines.append("  "
-                     f"{row['sparsity']:>8.2%}{row['run_flops'] / 1e18:>15,.2f}"
+        where = (f"TP {layout['tensor']} x PP {layout['pipeline']} x DP {layout['data']}" if layout
+                 else "none")
+        mark = "  <- the recipe" if row["recipe"] else ""
+        lines.append(f"  {row['sparsity']:>8.2%}{row['run_flops'] / 1e18:>15,.2f}"
                      f"{row['flops_ratio']:>10.3f}{row['peak_bytes'] / GIB:>13.2f}"
                      f"{row['data_traffic'] / MIB:>13,.1f}"
                      f"{least if least else '-':>13}   {where}{mark}")
-    tiles = ", except in tiles" if any(row["tiles"] for row in facts["sparsity"]) else ""
+    skips = any(row["skips_zeros"] for row in facts["sparsity"])
+    but = ", except where its kernels skip zeros" if skips else ""
     lines.append("  FLOPs count active weights, the paper's way; this engine expands weights and "
-                 f"runs products at the dense cost{tiles}.")
+                 f"runs products at the dense cost{but}.")
     return "\n".join(lines)
 
 

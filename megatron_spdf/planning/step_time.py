@@ -113,11 +113,11 @@ def _stage_time(recipe: Recipe, plan: Plan, gpu: Gpu, efficiency: float, stage: 
 
 def _executed(recipe: Recipe, plan: Plan, stage: int) -> tuple[float, float]:
     """FLOPs that a rank executes for one micro-batch, (forward, backward with what is recomputed).
-    Expanded weights cost what dense ones do; tiles cost their active weights, at the rate of dense
-    products, which is an assumption."""
+    Expanded weights cost what dense ones do; where zeros are skipped, active weights cost it, at
+    the rate of dense products, which is an assumption."""
     m, t = recipe.model, recipe.train
     tokens = t.micro_batch * t.sequence_length
-    whole = forward_flops(m, t.sequence_length, plan.on_tiles, "causal")
+    whole = forward_flops(m, t.sequence_length, plan.skipped, "causal")
     share = tokens / recipe.parallel.tensor
     linear, attention = (share * part * _layers(recipe) / m.layers
                          for part in (whole.linear, whole.attention))
@@ -136,11 +136,11 @@ def _elements(model: Model, parallel: Parallel, plan: Plan,
     """(elements of dense parameters, of compact ones that are expanded, of what these expand to, of
     compact ones that are multiplied as they are) on a rank."""
     local = [q for chunk in local_parameters(model, parallel, plan, stage) for q in chunk]
-    tiles = {q.name for q in local if q.expands_to and plan.multiplies_tiles(q.name)}
+    direct = {q.name for q in local if q.expands_to and plan.skips_zeros(q.name)}
     return (sum(q.elements for q in local if not q.expands_to),
-            sum(q.elements for q in local if q.expands_to and q.name not in tiles),
-            sum(q.expands_to for q in local if q.name not in tiles),
-            sum(q.elements for q in local if q.name in tiles))
+            sum(q.elements for q in local if q.expands_to and q.name not in direct),
+            sum(q.expands_to for q in local if q.name not in direct),
+            sum(q.elements for q in local if q.name in direct))
 
 
 def _bytes_moved(recipe: Recipe, plan: Plan, stage: int) -> float:
@@ -153,9 +153,9 @@ def _bytes_moved(recipe: Recipe, plan: Plan, stage: int) -> float:
         moved += LOGIT_PASSES * 4 * size.tokens * m.padded_vocab // p.tensor
     # Weight gradients are written, and read to be added to the fp32 buffer; those of sparse weights
     # are written dense, and read with the mask's bits, of which hardly a sector has no active
-    # entry; those of tiles are only added.
-    dense, active, whole, tiles = _elements(m, p, plan, stage)
-    moved += (2 * size.width + 8) * dense + 8 * (active + tiles) + (2 * size.width + 1 / 8) * whole
+    # entry; where zeros are skipped they are only added.
+    dense, active, whole, direct = _elements(m, p, plan, stage)
+    moved += (2 * size.width + 8) * dense + 8 * (active + direct) + (2 * size.width + 1 / 8) * whole
     return moved + (2 * _expand_once(recipe, plan, stage) if plan.dense_copy == "per_layer"
                     else 0.0)
 

@@ -13,17 +13,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_spdf.planning.activations import Sizes
-from megatron_spdf.planning.buffers import lay_out, layers_of, local_parameters
-from megatron_spdf.recipe.recipe import Recipe
+from megatron_spdf.planning.buffers import layers_of
+from megatron_spdf.recipe.recipe import ENGINES, Recipe
 from megatron_spdf.sparsity.plan import Plan
 
 Kind = Literal["tensor", "pipeline", "embedding", "gradients", "parameters", "control"]
 Operation = Literal["all-reduce", "all-gather", "reduce-scatter", "send"]
 Link = Literal["inside node", "between nodes"]
 Traffic = Counter[tuple[Kind, Operation]]
-# Defaults of DeepSpeed's stage3_param_persistence_threshold and stage3_max_reuse_distance, in
-# elements.
-PERSISTENT, REUSE = 100_000, 1_000_000_000
 
 
 def step_traffic(recipe: Recipe, plan: Plan, stage: int, on_gpu: bool = True) -> Traffic:
@@ -46,43 +43,11 @@ def step_traffic(recipe: Recipe, plan: Plan, stage: int, on_gpu: bool = True) ->
             sent["embedding", "all-reduce"] += (
                 4 * recipe.model.padded_vocab // p.tensor * recipe.model.hidden
             )
-    if p.data > 1 and recipe.engine == "deepspeed":
-        sent += _deepspeed(recipe, plan, stage, size)
-    elif p.data > 1:
-        elements = sum(b.elements for b in lay_out(recipe.model, p, plan, stage, on_gpu))
-        if p.zero_stage == 1:
-            sent["gradients", "reduce-scatter"] += 4 * elements
-            sent["parameters", "all-gather"] += size.width * elements
-        else:
-            sent["gradients", "all-reduce"] += 4 * elements
+    if p.data > 1:
+        sent += ENGINES.get(recipe.engine).data_traffic(recipe, plan, stage, on_gpu)
     if p.world > 1:
         norm_group = p.world if p.zero_stage == 1 else p.tensor * p.pipeline
         sent["control", "all-reduce"] += 8 + (4 if norm_group > 1 else 0)
-    return sent
-
-
-def _deepspeed(recipe: Recipe, plan: Plan, stage: int, size: Sizes) -> Traffic:
-    """Data-parallel traffic of DeepSpeed's ZeRO stages, gradients in fp32 as `config/deepspeed.py`
-    has them sent.
-
-    Stages 2 and 3 reduce every micro-batch's gradients. Stage 3 gathers a parameter for every
-    micro-batch, and for its backward pass once more where the forward pass was too many parameters
-    ago; small ones once a step.
-    """
-    zero, many = recipe.parallel.zero_stage, recipe.micro_batches
-    parameters = [q.elements
-                  for chunk in local_parameters(recipe.model, recipe.parallel, plan, stage)
-                  for q in chunk]
-    elements = sum(parameters)
-    sent: Traffic = Counter()
-    reduction: Operation = "reduce-scatter" if zero == 3 else "all-reduce"
-    sent["gradients", reduction] += 4 * elements * (many if zero >= 2 else 1)
-    if zero == 3:
-        kept = sum(n for n in parameters if n <= PERSISTENT)
-        gathers = many * (2 if elements > REUSE else 1)
-        sent["parameters", "all-gather"] += size.width * (kept + gathers * (elements - kept))
-    elif zero >= 1:
-        sent["parameters", "all-gather"] += size.width * elements
     return sent
 
 

@@ -17,6 +17,7 @@ from megatron_spdf.architecture.base import Model
 from megatron_spdf.optimizers.base import FINETUNING, Optimizer
 from megatron_spdf.recipe.load import load_as
 from megatron_spdf.recipe.recipe import (
+    ENGINES,
     Checkpoint,
     Data,
     Evaluate,
@@ -28,7 +29,7 @@ from megatron_spdf.recipe.recipe import (
     Train,
 )
 from megatron_spdf.recipe.rules import batch_violations, rule_violations
-from megatron_spdf.section import Count, Section
+from megatron_spdf.section import Count, OneOf, Section
 from megatron_spdf.sparsity.settings import Sparsity
 
 
@@ -81,7 +82,7 @@ class Finetune(Section):
                              "revived_scale x initial std")
     revived_scale: float = Field(1.0, gt=0.0,
                                  description="std of revived=normal over the weight's initial std")
-    engine: Literal["megatron", "deepspeed"] = Field("deepspeed", description="who runs a step")
+    engine: Annotated[str, OneOf(ENGINES)] = Field("deepspeed", description="who runs a step")
     deepspeed: str | None = Recipe.model_fields["deepspeed"]
     data: TaskData
     train: Batches

@@ -12,15 +12,15 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from megatron_spdf.recipe.recipe import Recipe
-from megatron_spdf.section import ByName
+from megatron_spdf.section import ByName, OneOf, Section
 
 
-def render_help(section: type[BaseModel] = Recipe, prefix: str = "", width: int = 110,
+def render_help(section: type[Section] = Recipe, prefix: str = "", width: int = 110,
                 leave_out: type[BaseModel] = BaseModel) -> str:
     """One line a field, `section.key  type = default  meaning`, wrapped to `width` columns; without
     those that are the same in the section `leave_out`."""
     lines: list[str] = []
-    for key, field in section.model_fields.items():
+    for key, field in section.all_fields().items():
         if key in leave_out.model_fields and repr(field) == repr(leave_out.model_fields[key]):
             continue
         nested = field.annotation
@@ -28,7 +28,10 @@ def render_help(section: type[BaseModel] = Recipe, prefix: str = "", width: int 
             lines += _render_sections(field, f"{prefix}{key}", width)
             continue
         default = "" if field.default is PydanticUndefined else f" = {_plain(field.default)}"
-        head = f"  {prefix + key + ' ':<28}{_type_name(nested)}{default}  "
+        names = ["|".join(mark.registry.names()) for mark in field.metadata
+                 if isinstance(mark, OneOf)]
+        kind = names[0] if names else _type_name(nested)
+        head = f"  {prefix + key + ' ':<28}{kind}{default}  "
         lines.append(textwrap.fill(head + (field.description or ""), width,
                                    subsequent_indent=" " * 30))
     return "\n".join(lines)

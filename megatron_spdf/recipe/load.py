@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from megatron_spdf.files import write_file
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.recipe.rules import rule_violations
 from megatron_spdf.section import ByName
@@ -54,7 +55,7 @@ def parse_recipe(values: dict[str, Any], overrides: Sequence[str], path: str | P
 
 def save_recipe(recipe: BaseModel, path: str | Path) -> None:
     """Writes the recipe with every default filled in."""
-    Path(path).write_text(render_recipe(recipe))
+    write_file(Path(path), render_recipe(recipe))
 
 
 def render_recipe(recipe: BaseModel) -> str:
@@ -209,7 +210,7 @@ def _known_keys(place: list[str | int], kind: type[BaseModel], values: Any) -> l
         else:
             field, values = section.model_fields[key], _value(values, key)
             section = _section(field, values) or field.annotation
-    return sorted(section.model_fields)
+    return sorted(section.all_fields())
 
 
 def _value(values: Any, key: str | int) -> Any:

@@ -10,10 +10,13 @@ from pydantic_core import PydanticCustomError
 
 from megatron_spdf.architecture.base import BY_ARCHITECTURE, Model
 from megatron_spdf.optimizers.base import PRETRAINING, Optimizer, Pretraining
-from megatron_spdf.section import Count, Paths, Section
+from megatron_spdf.registry import Registry
+from megatron_spdf.section import Count, OneOf, Paths, Section
 from megatron_spdf.sparsity.settings import Sparsity
 
 AUTO = "auto"
+# Rows of planning/engines.py
+ENGINES: Registry[Any] = Registry("engine", "megatron_spdf.engine.table")
 def check_micro_batch(value: Any) -> Any:
     if value == AUTO or type(value) is int and value > 0:
         return value
@@ -197,7 +200,7 @@ class Recipe(Section):
 
     output: str = Field(description="run directory; everything the run writes goes there")
     seed: int = Field(1234, ge=0, description="of initial weights, data order and dropout")
-    engine: Literal["megatron", "deepspeed"] = Field("megatron", description="who runs a step")
+    engine: Annotated[str, OneOf(ENGINES)] = Field("megatron", description="who runs a step")
     deepspeed: str | None = Field(None,
                                   description="JSON file of further DeepSpeed settings, see "
                                               "configs/deepspeed")
@@ -206,7 +209,7 @@ class Recipe(Section):
         "standard", description="mup: initial values, learning rates and multipliers follow width "
                                 "and density")
     mup_base: MupBase = Field(MupBase())
-    sparsity: Sparsity = Field(Sparsity())
+    sparsity: Sparsity = Field(default_factory=Sparsity)
     stages: list[Stage] = Field(
         [], description="instead of one sparsity and learning rate: those of one stretch of the "
                         "run after the other")
@@ -275,7 +278,7 @@ class Recipe(Section):
         optimizer = self.optimizer.model_copy(update={key: getattr(stage, key) for key in SCHEDULE})
         return self.model_copy(update={"sparsity": stage.sparsity, "optimizer": optimizer})
 
-    def whole(self) -> Recipe:
+    def without_stages(self) -> Recipe:
         """The recipe of all stages: `in_stage` undone, as far as a recipe with stages reads it."""
         return self.model_copy(update={"sparsity": Sparsity()}) if self.stages else self
 
@@ -284,11 +287,8 @@ class Recipe(Section):
         kept = self.model_dump(include={"seed", "model", "parametrization", "mup_base", "sparsity",
                                         "stages", "data",
                                         "train", "optimizer"})
-        patterns = [kept["sparsity"], *(stage["sparsity"] for stage in kept["stages"])]
-        for sparsity in patterns:
+        for sparsity in [kept["sparsity"], *(stage["sparsity"] for stage in kept["stages"])]:
             sparsity.pop("dense_copy")
-            if sparsity["pattern"] != "tile":
-                sparsity.pop("tile")
         if self.stages:  # they say it all
             kept.pop("sparsity")
             for key in SCHEDULE:

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 
 from megatron_spdf.architecture.base import Model, divisors
-from megatron_spdf.recipe.deepspeed import contradictions
-from megatron_spdf.recipe.recipe import AUTO, Recipe
+from megatron_spdf.recipe.recipe import AUTO, ENGINES, Recipe
 from megatron_spdf.sparsity.plan import check_algorithm, check_tensor, make_plan
 from megatron_spdf.sparsity.settings import Sparsity
 
@@ -24,11 +23,8 @@ def rule_violations(recipe: Recipe) -> Iterator[str]:
             yield from _plan(recipe.model, sparsity.model_dump_json(), recipe.parallel.tensor)
     yield from _engine(recipe)
     yield from _data(recipe)
-    broken = list(_batch(recipe))
-    yield from broken
+    yield from _batch(recipe)
     yield from _stages(recipe)
-    if not broken and recipe.engine == "deepspeed":
-        yield from contradictions(recipe)
 
 
 def _model(recipe: Recipe) -> Iterator[str]:
@@ -86,24 +82,10 @@ def _plan(model: Model, sparsity: str, tensor: int) -> tuple[str, ...]:
 
 
 def _engine(recipe: Recipe) -> Iterator[str]:
-    p, engine = recipe.parallel, recipe.engine
-    if engine == "deepspeed" and p.pipeline > 1:
-        yield (f"engine=deepspeed has no pipeline stages here, and parallel.pipeline={p.pipeline}; "
-               "set pipeline=1 or engine=megatron")
-    if engine == "megatron":
-        for name, value, needed in (("parallel.zero_stage", p.zero_stage, p.zero_stage > 1),
-                                    ("parallel.offload", p.offload, p.offload),
-                                    ("deepspeed", recipe.deepspeed, recipe.deepspeed is not None)):
-            if needed:
-                yield (f"{name}={_yaml(value)} needs engine=deepspeed, and engine={engine}; change "
-                       "one of them")
-    if p.offload and p.zero_stage == 0:
+    yield from ENGINES.get(recipe.engine).rule_violations(recipe)
+    if recipe.parallel.offload and recipe.parallel.zero_stage == 0:
         yield ("parallel.offload=true needs sharded optimizer state, and parallel.zero_stage=0; "
                "set zero_stage=1 or more")
-
-
-def _yaml(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def batch_violations(global_batch: int, micro_batch: int, data: int) -> Iterator[str]:

@@ -113,14 +113,15 @@ def _sparsity(facts: dict[str, Any]) -> str:
         least = row["fewest_layout"]
         where = f"TP{least['tensor']} PP{least['pipeline']} DP{least['data']}" if least else "-"
         marked += [number] if row["recipe"] else []
-        rows.append([f"{row['sparsity']:.2%}{', tiles' if row['tiles'] else ''}",
+        rows.append([f"{row['sparsity']:.2%}{', zeros skipped' if row['skips_zeros'] else ''}",
                      f"{row['run_flops'] / 1e18:,.2f}", f"{row['flops_ratio']:.3f}",
                      f"{row['peak_bytes'] / GIB:.2f}", f"{row['data_traffic'] / MIB:,.1f}",
                      str(row["fewest_gpus"] or "-"), where])
-    tiles = ", except in tiles" if any(row["tiles"] for row in facts["sparsity"]) else ""
+    skips = any(row["skips_zeros"] for row in facts["sparsity"])
+    but = ", except where its kernels skip zeros" if skips else ""
     note = ("At the fastest layout; the fewest GPUs with one sequence a micro-batch and recomputed "
             "layers. FLOPs count active weights; this engine expands weights and runs products at "
-            f"the dense cost{tiles}.")
+            f"the dense cost{but}.")
     return table(["sparsity", "FLOPs\n(1e18)", "of dense", "GiB per\nGPU",
                   "data-parallel\nMiB a step", "fewest\nGPUs",
                   "their layout"], rows, marked=marked) + paragraph(note, "note")

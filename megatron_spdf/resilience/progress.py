@@ -54,7 +54,7 @@ class Activity:
     measuring: bool = False
     _events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
 
-    def enter(self, activity: str, watched: bool = False) -> None:
+    def set_activity(self, activity: str, watched: bool = False) -> None:
         """Notes that the training thread begins an activity."""
         self.activity, self.watched, self.moved = activity, watched, time.monotonic()
 
@@ -80,7 +80,7 @@ def in_background() -> None:
     _here.background = True
 
 
-def observe() -> None:
+def instrument_collectives() -> None:
     """Wraps the collectives for the rest of the process, to keep PROGRESS; before megatron.core is
     imported, which takes some of them by name."""
     if hasattr(dist.all_reduce, "observed"):

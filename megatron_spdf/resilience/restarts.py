@@ -4,8 +4,7 @@ directory.
     python -m megatron_spdf.resilience.restarts RUN
 
 says by its exit code whether another start makes sense: 0, or 3 with the reason. Launch scripts ask
-before they requeue. Nothing outside the standard library is imported, so the answer is there at
-once.
+before they requeue. Nothing but the standard library is loaded, so the answer is there at once.
 """
 
 from __future__ import annotations
@@ -15,6 +14,8 @@ import os
 import re
 import sys
 from pathlib import Path
+
+from megatron_spdf.files import write_json
 
 STARTS = "starts.json"
 
@@ -40,11 +41,8 @@ def count_start(run: Path, allowed: int, job: str | None = None) -> None:
     if goes_on and before["starts"] >= allowed:
         raise RestartLimit(_reason(run, before))
     run.mkdir(parents=True, exist_ok=True)
-    beside = run / f"{STARTS}.new"
-    beside.write_text(json.dumps({"job": job, "step": step,
-                                  "starts": before["starts"] + 1 if goes_on else 1,
-                                  "allowed": allowed}))
-    beside.replace(run / STARTS)
+    write_json(run / STARTS, {"job": job, "step": step, "allowed": allowed,
+                              "starts": before["starts"] + 1 if goes_on else 1})
 
 
 def restart_refusal(run: Path) -> str:

@@ -19,10 +19,8 @@ costs for the recipe's `train.tokens`.
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -34,8 +32,8 @@ from scipy.stats import t as student
 from megatron_spdf.recipe.compare import changes_of_run
 from megatron_spdf.recipe.load import load_recipe
 from megatron_spdf.recipe.recipe import Recipe
+from megatron_spdf.runs.grid import Trial, as_text, axis_of, combinations
 from megatron_spdf.runs.measured import LOG, read_run
-from megatron_spdf.runs.sweep import Trial, as_words
 from megatron_spdf.schedule.flops import training_flops
 from megatron_spdf.schedule.stages import mean_flops, stages_of
 from megatron_spdf.section import Section
@@ -70,13 +68,13 @@ class Experiment(Section):
     def _short_axes(cls, values: Any) -> Any:
         if not isinstance(values, dict) or not isinstance(values.get("axes"), dict):
             return values
-        axes = {name: {_plain(v): {name: v} for v in axis} if isinstance(axis, list)
+        axes = {name: axis_of(name, axis) if isinstance(axis, list)
                 else {str(label): v for label, v in axis.items()} if isinstance(axis, dict)
                 else axis
                 for name, axis in values["axes"].items()}
         exclude = values.get("exclude", [])
         if isinstance(exclude, list):
-            exclude = [{axis: _plain(label) for axis, label in labels.items()}
+            exclude = [{axis: as_text(label) for axis, label in labels.items()}
                        if isinstance(labels, dict) else labels
                        for labels in exclude]
         return {**values, "axes": axes, "exclude": exclude}
@@ -113,11 +111,6 @@ class Cell:
     trials: dict[int, Trial]
     recipes: dict[int, Recipe]
 
-    @property
-    def recipe(self) -> Recipe:
-        """Of the first seed's run; the others differ in their seeds alone."""
-        return next(iter(self.recipes.values()))
-
 
 def load_experiment(path: Path) -> Experiment:
     """Reads a file of configs/experiments.
@@ -145,36 +138,28 @@ def cells(experiment: Experiment, path: Path, words: list[str]) -> list[Cell]:
         ValueError: a combination is no valid recipe.
     """
     recipe, found = path.parent / experiment.recipe, []
-    for labels in itertools.product(*experiment.axes.values()):
-        named = dict(zip(experiment.axes, labels, strict=True))
-        if any(left_out.items() <= named.items() for left_out in experiment.exclude):
+    for trial in combinations(experiment.axes, experiment.output):
+        if any(left_out.items() <= trial.labels.items() for left_out in experiment.exclude):
             continue
-        values = {k: v for axis, label in named.items() for k,
-                  v in experiment.axes[axis][label].items()}
-        name = ",".join(f"{axis}={label}" for axis, label in named.items()).replace("/", "_")
-        trials = {}
-        for seed in experiment.seeds:
-            output = Path(experiment.output) / name / f"seed={seed}"
-            trials[seed] = _trial({**values, "seed": seed, "sparsity.seed": seed}, output, recipe,
-                                  words)
-        recipes = {seed: load_recipe(recipe, [*words, *trial.words]) for seed,
-                   trial in trials.items()}
-        found.append(Cell(named, trials, recipes))
+        seeded = {seed: _seeded(trial, seed, recipe, words) for seed in experiment.seeds}
+        found.append(Cell(trial.labels, seeded, {seed: load_recipe(recipe, [*words, *t.words])
+                                                 for seed, t in seeded.items()}))
     return found
 
 
-def _trial(values: dict[str, Any], output: Path, recipe: Path, words: list[str]) -> Trial:
-    values = dict(values)
+def _seeded(trial: Trial, seed: int, recipe: Path, words: list[str]) -> Trial:
+    """The run of a cell with a seed, and with as many tokens as its budget gives it."""
+    values = {**trial.values, "seed": seed, "sparsity.seed": seed}
     budget = values.pop(BUDGET, "tokens")
     if budget not in ("tokens", "flops"):
         raise ValueError(f"{BUDGET}={budget} must be tokens or flops")
-    trial = Trial(values, output)
+    trial = replace(trial, values=values, output=trial.output / f"seed={seed}")
     if budget == "tokens":
         return trial
     run = load_recipe(recipe, [*words, *trial.words])
     dense = training_flops(run.model, run.train.sequence_length).total
     tokens = round(run.steps * dense / mean_flops(stages_of(run)).total) * run.tokens_per_step
-    return Trial({**values, "train.tokens": tokens}, output)
+    return replace(trial, values={**values, "train.tokens": tokens})
 
 
 def loss_of(trial: Trial, recipe: Recipe) -> float | None:
@@ -197,24 +182,21 @@ def loss_of(trial: Trial, recipe: Recipe) -> float | None:
     return ended[-1]["loss"] if ended and math.isfinite(ended[-1]["loss"]) else None
 
 
-def results(experiment: Experiment, path: Path, words: list[str]) -> list[dict[str, Any]]:
+def results(grid: list[Cell]) -> list[dict[str, Any]]:
     """A row for every cell, as plain values: labels, tokens, FLOPs, loss of each seed, mean, and
     half the width of the 95% confidence interval of the mean (Student's t over seeds; None for
     fewer than two)."""
     rows = []
-    for cell in cells(experiment, path, words):
-        losses = {}
-        for seed, trial in cell.trials.items():
-            loss = loss_of(trial, cell.recipes[seed])
-            if loss is not None:
-                losses[seed] = loss
-        stages = stages_of(cell.recipe)
+    for cell in grid:
+        losses = {seed: loss for seed, trial in cell.trials.items()
+                  if (loss := loss_of(trial, cell.recipes[seed])) is not None}
+        stages = stages_of(next(iter(cell.recipes.values())))  # seeds change nothing in them
         tokens = sum(stage.tokens for stage in stages)
+        center, interval = summary(list(losses.values()))
         rows.append({"labels": cell.labels, "tokens": tokens,
-                     "flops": mean_flops(stages).total * tokens,
-                     "losses": losses, "missing": len(cell.trials) - len(losses),
-                     **dict(zip(("mean", "interval"), summary(list(losses.values())),
-                                strict=True))})
+                     "flops": mean_flops(stages).total * tokens, "losses": losses,
+                     "missing": len(cell.trials) - len(losses), "mean": center,
+                     "interval": interval})
     return rows
 
 
@@ -227,15 +209,6 @@ def summary(losses: list[float]) -> tuple[float | None, float | None]:
     return mean(losses), float(student.ppf(0.975, len(losses) - 1)) * stdev(losses) / math.sqrt(
         len(losses)
     )
-
-
-def runs(experiment: Experiment, path: Path, words: list[str]) -> Iterator[tuple[Trial, Recipe]]:
-    """Every run with its recipe, one seed of all cells after the other, so that an interrupted grid
-    is even."""
-    grid = cells(experiment, path, words)
-    for seed in experiment.seeds:
-        for cell in grid:
-            yield cell.trials[seed], cell.recipes[seed]
 
 
 def render(experiment: Experiment, rows: list[dict[str, Any]]) -> str:
@@ -253,7 +226,3 @@ def render(experiment: Experiment, rows: list[dict[str, Any]]) -> str:
         "\n".join(lines)
         + "\n\nNats per token at the end of the run; mean and 95% confidence interval over seeds.\n"
     )
-
-
-def _plain(value: Any) -> str:
-    return as_words({"": value})[0].removeprefix("=")

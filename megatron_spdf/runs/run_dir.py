@@ -10,6 +10,7 @@ import torch.distributed as dist
 import yaml
 
 from megatron_spdf.checkpoint.shared_files import check_shared
+from megatron_spdf.files import NEW, links_out
 from megatron_spdf.recipe.compare import changes_of_run
 from megatron_spdf.recipe.finetune import Finetune
 from megatron_spdf.recipe.load import save_recipe
@@ -20,7 +21,7 @@ RECIPE = "recipe.yaml"
 
 
 class RunDir:
-    """Paths of a run; `check` before a device is touched, `claim` once on rank 0.
+    """Paths of a run; `check` before a device is touched, `create` once on rank 0.
 
     Args:
         recipe: `recipe.output` names the directory.
@@ -53,6 +54,10 @@ class RunDir:
             raise ValueError(f"output={self.root} cannot be written: {there} is "
                              f"{'read-only for this user' if there.is_dir() else 'a file'}; choose "
                              "another output")
+        if self.root.is_dir() and (links := links_out(self.root)):
+            raise ValueError(f"output={self.root}: {links[0].name} is a link to "
+                             f"{links[0].resolve()}, and a run writes to its own directory only; "
+                             "remove the link, or choose another output")
         if not kept.is_file():
             if self.root.exists() and (not self.root.is_dir() or any(self._others())):
                 raise ValueError(f"output={self.root} exists and is not a run directory (it has no "
@@ -84,24 +89,22 @@ class RunDir:
                 f"output={self.root} cannot be written: {error}; choose another output"
             ) from None
 
-    def claim(self) -> None:
+    def create(self) -> None:
         """Creates the directory and keeps the recipe in it.
 
         Raises:
             ValueError: the directory cannot be written.
         """
-        beside = self.root / f"{RECIPE}.new"
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            save_recipe(self.recipe, beside)
-            beside.replace(self.root / RECIPE)
+            save_recipe(self.recipe, self.root / RECIPE)
         except OSError as error:
             raise ValueError(
                 f"output={self.root} cannot be written: {error}; choose another output"
             ) from None
 
     def create_on_rank_0(self) -> None:
-        """`claim` on rank 0; all ranks call, and see the directory afterwards.
+        """`create` on rank 0; all ranks call, and see the directory afterwards.
 
         Raises:
             ValueError: it cannot be written, or some ranks do not see it; on all ranks alike.
@@ -109,7 +112,7 @@ class RunDir:
         fault = [""]
         if dist.get_rank() == 0:
             try:
-                self.claim()
+                self.create()
             except ValueError as error:
                 fault = [str(error)]
         dist.broadcast_object_list(fault, src=0)
@@ -120,4 +123,5 @@ class RunDir:
     def _others(self) -> Iterator[Path]:
         """What is in the directory before the first start of a run claims it, and not of this
         run."""
-        return (p for p in self.root.iterdir() if not p.name.startswith(restarts.STARTS))
+        return (p for p in self.root.iterdir()
+                if p.name != restarts.STARTS and not p.name.endswith(NEW))

@@ -11,6 +11,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from megatron_spdf.files import open_to_append, write_file
 from megatron_spdf.runs.run_dir import RunDir
 
 
@@ -33,7 +34,7 @@ class RunLog:
         if not active:
             return
         _forget_after(run.log, step, step if evaluated is None else evaluated)
-        self._file = run.log.open("a", buffering=1)
+        self._file = open_to_append(run.log, buffering=0)
         self._board = SummaryWriter(run.tensorboard, purge_step=step + 1) if tensorboard else None
 
     def say(self, text: str) -> None:
@@ -47,7 +48,7 @@ class RunLog:
         `kind/`."""
         if not self.active:
             return
-        self._file.write(json.dumps({"kind": kind, "step": step, **figures}) + "\n")
+        self._file.write(json.dumps({"kind": kind, "step": step, **figures}).encode() + b"\n")
         if self._board:
             for name, value in _numbers(f"{kind}/", figures):
                 self._board.add_scalar(name, value, step)
@@ -77,9 +78,7 @@ def _forget_after(log: Path, step: int, evaluated: int) -> None:
                 kept.append(line + "\n")
         except ValueError:
             continue
-    beside = log.with_name(log.name + ".new")
-    beside.write_text("".join(kept))
-    beside.replace(log)
+    write_file(log, "".join(kept))
 
 
 def _numbers(start: str, figures: dict[str, Any]) -> Iterator[tuple[str, float]]:

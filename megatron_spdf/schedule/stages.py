@@ -41,7 +41,7 @@ class RunStage:
         return (self.last - self.first) * self.recipe.tokens_per_step
 
     @property
-    def alone(self) -> Recipe:
+    def as_single_run(self) -> Recipe:
         """The recipe of a run of this stage alone, whose schedule begins and ends with it: what the
         engine sees."""
         if self.count == 1:

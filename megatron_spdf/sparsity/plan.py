@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
+import numpy as np
+
 from megatron_spdf.architecture.base import Model, Weight
-from megatron_spdf.kernels.limits import multiplied
-from megatron_spdf.sparsity.patterns.tiles import balanced_parts, tile_slices
-from megatron_spdf.sparsity.patterns.two_four import check_two_four
+from megatron_spdf.sparsity.patterns.base import Pattern, Shape
+from megatron_spdf.sparsity.patterns.unstructured import Unstructured
 from megatron_spdf.sparsity.settings import Sparsity
 
 
@@ -27,21 +28,18 @@ class SparseWeight:
         slices: number of slices C; every tensor-parallel degree that divides C keeps the slices
             whole.
         level: the sparsity asked for.
-        tile: size of the tiles that are active or zero as a whole, balanced in each slice; None:
-            entries are.
-        two_four: of every four entries of a row, and of a column, two are active.
+        pattern: of the masks.
     """
 
     name: str
-    shape: tuple[int, int]
+    shape: Shape
     axis: int
     slices: int
     level: float
-    tile: int | None = None
-    two_four: bool = False
+    pattern: Pattern = Unstructured()
 
     @property
-    def slice_shape(self) -> tuple[int, int]:
+    def slice_shape(self) -> Shape:
         out, inputs = self.shape
         return (out // self.slices, inputs) if self.axis == 0 else (out, inputs // self.slices)
 
@@ -52,24 +50,7 @@ class SparseWeight:
     @property
     def active_per_slice(self) -> int:
         """Exact number of active entries k of each slice."""
-        entries = math.prod(self.slice_shape)
-        if self.tile is None:
-            return max(1, round((1.0 - self.level) * entries))
-        active, parts = balanced_parts(self.grid, self.level)
-        return entries // parts * active
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Tiles of a slice, (tile rows, tile columns)."""
-        assert self.tile is not None, self.name
-        rows, columns = self.slice_shape
-        return rows // self.tile, columns // self.tile
-
-    @property
-    def per_row(self) -> int:
-        """Active tiles of a tile row of a slice."""
-        active, parts = balanced_parts(self.grid, self.level)
-        return self.grid[1] // parts * active
+        return self.pattern.active(self.slice_shape, self.level)
 
     @property
     def active(self) -> int:
@@ -77,9 +58,35 @@ class SparseWeight:
 
     @property
     def sparsity(self) -> float:
-        """The sparsity that whole numbers, or balanced tiles, allow, which the measured one must
+        """The sparsity that whole numbers and the pattern allow, which the measured one must
         equal."""
         return 1.0 - self.active / self.numel
+
+    @property
+    def density(self) -> float:
+        """The density that initial values and learning rates go by."""
+        return 1.0 - self.pattern.rounded(self.slice_shape, self.level)
+
+    def draw(self, seed: int, slice_id: int) -> np.ndarray:
+        """Draws the mask of one slice: (entries,) bool, in row-major order."""
+        mask = self.pattern.draw(seed, self.name, slice_id, self.slice_shape, self.level)
+        return mask.reshape(-1)
+
+    def fault(self, masks: np.ndarray) -> str | None:
+        """Returns what the pattern misses in masks of slices, (slices, entries) bool, in words.
+
+        None: they are as they should be.
+        """
+        masks = masks.reshape(-1, *self.slice_shape)
+        return self.pattern.fault(masks, self.slice_shape, self.level)
+
+    def largest(self, entries: np.ndarray) -> np.ndarray:
+        """Returns the mask of the largest magnitudes of a slice, (entries,) bool.
+
+        Args:
+            entries: (entries,) of the slice in row-major order, floating point.
+        """
+        return self.pattern.largest(entries.reshape(self.slice_shape), self.level).reshape(-1)
 
 
 class SparseModel(Protocol):
@@ -113,20 +120,19 @@ class Plan:
         return make_plan(recipe.sparsity, model.weights(), model.slices)
 
     @cached_property
-    def on_tiles(self) -> Plan:
+    def skipped(self) -> Plan:
         """The weights whose zeros a GPU skips; what it executes counts their active entries
         only."""
-        return Plan(self.seed, {n: w for n, w in self.weights.items() if self.multiplies_tiles(n)},
+        return Plan(self.seed, {n: w for n, w in self.weights.items() if w.pattern.skips_zeros},
                     self.dense_copy)
 
-    def multiplies_tiles(self, name: str) -> bool:
-        """Whether a GPU multiplies with this weight's active tiles alone."""
-        tile = self.weights[name].tile
-        return tile is not None and multiplied(tile)
+    def skips_zeros(self, name: str) -> bool:
+        """Whether a GPU multiplies with this weight's active entries alone."""
+        return self.weights[name].pattern.skips_zeros
 
     def keeps_copy(self, name: str, on_gpu: bool) -> bool:
         """Whether a dense copy of this weight is kept for the step."""
-        return self.dense_copy == "per_step" and not (on_gpu and self.multiplies_tiles(name))
+        return self.dense_copy == "per_step" and not (on_gpu and self.skips_zeros(name))
 
     @property
     def numel(self) -> int:
@@ -149,14 +155,15 @@ def make_plan(sparsity: Sparsity, weights: list[Weight], slices: int) -> Plan:
     Args:
         weights: all parameters of the model; only those marked `linear` can be sparse.
         slices: C, the number of query groups: the largest tensor-parallel degree the model allows.
-            Weights of tiles may be cut into fewer, see `tiles.tile_slices`.
+            The pattern may cut a weight into fewer.
 
     Raises:
-        ValueError: a rule that matches nothing that can be sparse, or a weight that tiles do not
-            divide, or that cannot be 2:4.
+        ValueError: a rule that matches nothing that can be sparse, or a weight that cannot have the
+            pattern.
     """
     candidates = [w for w in weights if w.linear]
     used: set[int] = set()
+    pattern = sparsity.masks
     plan: dict[str, SparseWeight] = {}
     for weight in candidates:
         level = sparsity.level
@@ -166,13 +173,9 @@ def make_plan(sparsity: Sparsity, weights: list[Weight], slices: int) -> Plan:
                 used.add(number)
                 break
         if level > 0.0:
-            tile = sparsity.tile if sparsity.pattern == "tile" else None
             place = weight.name, weight.shape, weight.axis
-            cut = tile_slices(*place, slices, level, tile)
-            two_four = sparsity.pattern == "2:4"
-            if two_four:
-                check_two_four(*place, cut, level)
-            plan[weight.name] = SparseWeight(*place, cut, level, tile, two_four)
+            cut = pattern.cut(*place, slices, level)
+            plan[weight.name] = SparseWeight(*place, cut, level, pattern)
     _refuse_idle_rules(sparsity, used, candidates, weights)
     return Plan(sparsity.seed, plan, sparsity.dense_copy)
 
@@ -181,15 +184,14 @@ def check_tensor(plan: Plan, tensor: int) -> None:
     """That every tensor-parallel rank holds whole slices.
 
     Raises:
-        ValueError: a weight of tiles has too few slices for that.
+        ValueError: the pattern leaves a weight too few slices for that.
     """
     for w in plan.weights.values():
         if w.slices % tensor:
             raise ValueError(f"parallel.tensor={tensor} does not divide the {w.slices} slices that "
-                             f"balanced tiles of sparsity.tile={w.tile} leave {w.name} "
+                             f"sparsity.pattern={w.pattern.name} leaves {w.name} "
                              f"({w.shape[0]} x {w.shape[1]}) at level {w.level}; tensor may be a "
-                             f"divisor of {_fewest_slices(plan)}, or take smaller tiles, or a "
-                             "level that is a coarser fraction")
+                             f"divisor of {_fewest_slices(plan)}, or take {w.pattern.remedy}")
 
 
 def check_algorithm(plan: Plan, sparsity: Sparsity) -> None:
@@ -206,7 +208,7 @@ def check_algorithm(plan: Plan, sparsity: Sparsity) -> None:
         raise ValueError(f"sparsity.algorithm={name} moves masks, and no weight is sparse; set "
                          "sparsity.level, or algorithm=static")
     for w in plan.weights.values():
-        if w.tile or w.two_four:
+        if w.pattern.moving_unit != (1, 1):
             raise ValueError(f"sparsity.algorithm={name} lets single entries die and be born, and "
                              f"sparsity.pattern={sparsity.pattern} ties them to each other; set "
                              "algorithm=static or pattern=unstructured")
@@ -261,12 +263,8 @@ def render_plan(plan: Plan) -> str:
 
 
 def _render_pattern(plan: Plan) -> str:
-    """What tiles make of the levels asked for; nothing for unstructured masks."""
-    if any(w.two_four for w in plan.weights.values()):
-        return "; 2:4, two of every four weights along rows and along columns"
-    tiles = [w for w in plan.weights.values() if w.tile]
-    if not tiles:
-        return ""
-    levels = ", ".join(f"{level:g}" for level in sorted({w.level for w in tiles}))
-    return (f"; balanced tiles of {tiles[0].tile} x {tiles[0].tile}, to which level {levels} is "
-            f"rounded below; tensor-parallel degrees: divisors of {_fewest_slices(plan)}")
+    """What the pattern makes of the levels asked for; all weights of a plan have one."""
+    (pattern,) = {w.pattern for w in plan.weights.values()}
+    levels = sorted({w.level for w in plan.weights.values()})
+    said = pattern.describe(levels, _fewest_slices(plan))
+    return f"; {said}" if said else ""

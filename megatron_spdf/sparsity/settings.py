@@ -6,17 +6,21 @@ import difflib
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    ConfigDict,
     Field,
+    ModelWrapValidatorHandler,
     SerializeAsAny,
     ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from megatron_spdf.section import Section
+from megatron_spdf.section import OneOf, Section
 from megatron_spdf.sparsity.algorithms.base import ALGORITHMS, MaskAlgorithm
+from megatron_spdf.sparsity.patterns.base import PATTERNS, Pattern
 
 Level = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -33,34 +37,25 @@ class Sparsity(Section):
     """Random masks, static or moved while training. Also written as a number, or as a list of rules
     with all other weights dense."""
 
+    model_config = ConfigDict(extra="allow")  # the pattern's keys, which the pattern validates
+
     level: Level = Field(
         0.0, description="fraction of zeros of every linear weight that no rule matches"
     )
-    pattern: Literal["unstructured", "tile", "2:4"] = Field(
+    pattern: Annotated[str, OneOf(PATTERNS)] = Field(
         "unstructured",
-        description="what is active or zero: single weights, square tiles of them, or two of every "
-                    "four both ways")
-    tile: int = Field(
-        64, gt=0, description="side of a tile; levels are rounded to equally many tiles in every "
-                              "row and column")
+        description="what is active or zero: single weights, square tiles of them, two of every "
+                    "four both ways, ...")
     dense_copy: Literal["per_step", "per_layer"] = Field(
         "per_step", description="dense copies of sparse weights: kept for the step, or made again "
                                 "in forward and backward")
     rules: list[SparsityRule] = Field([], description="the first rule that matches a weight wins")
     seed: int = Field(0, ge=0,
                       description="of the masks; they depend on it and the weight's name alone")
-    algorithm: str = Field("static", description="how masks move while training")
+    algorithm: Annotated[str, OneOf(ALGORITHMS)] = Field(
+        "static", description="how masks move while training")
     update: SerializeAsAny[MaskAlgorithm] = Field(
         default_factory=dict, validate_default=True, description="the keys of the algorithm")
-
-    @field_validator("algorithm")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        try:
-            ALGORITHMS.get(name)
-        except ValueError as error:
-            raise PydanticCustomError("unknown_name", "{said}", {"said": str(error)}) from None
-        return name
 
     @field_validator("update", mode="before")
     @classmethod
@@ -81,10 +76,38 @@ class Sparsity(Section):
         return Sparsity.model_validate({**self.model_dump(exclude={"update"}),
                                         "algorithm": "static"})
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _short_forms(cls, value: Any) -> Any:
-        return normalize_sparsity(value)
+    def _with_keys_of_the_pattern(cls, value: Any,
+                                  validate: ModelWrapValidatorHandler[Sparsity]) -> Sparsity:
+        """Holds the keys beside the section's own to the pattern.
+
+        Those of other patterns wait for a word that changes the pattern.
+        """
+        section = validate(normalize_sparsity(value))
+        given = dict(section.model_extra or {})
+        wanted = PATTERNS.get(section.pattern)
+        own = {key: given.pop(key) for key in wanted.model_fields if key in given}
+        pattern = wanted.model_validate(own)
+        if unknown := [key for key in given if key not in cls.all_fields()]:
+            raise ValidationError.from_exception_data(cls.__name__, [
+                InitErrorDetails(type="extra_forbidden", loc=(key,), input=given[key])
+                for key in unknown])
+        section.__pydantic_extra__.clear()
+        section.__pydantic_extra__.update(pattern.model_dump())
+        return section
+
+    @classmethod
+    def all_fields(cls) -> dict[str, FieldInfo]:
+        fields = super().all_fields()
+        for name in PATTERNS.names():
+            fields |= PATTERNS.get(name).model_fields
+        return fields
+
+    @property
+    def masks(self) -> Pattern:
+        """The pattern with the values of its keys."""
+        return PATTERNS.get(self.pattern).model_validate(self.model_extra)
 
 
 def _unknown_key(key: str, algorithm: type[MaskAlgorithm]) -> str:
@@ -101,6 +124,7 @@ def normalize_sparsity(value: Any) -> Any:
         return {"level": value, "rules": []}
     if isinstance(value, list):
         return {"level": 0.0, "rules": value}
-    if isinstance(value, dict) and value.get("pattern") == 124:
-        return {**value, "pattern": "2:4"}  # which YAML 1.1 reads as a number to base 60
+    if isinstance(value, dict) and type(number := value.get("pattern")) is int:
+        # YAML 1.1 reads n:m as a number to base 60
+        return {**value, "pattern": f"{number // 60}:{number % 60}"}
     return value

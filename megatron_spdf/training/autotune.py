@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from megatron_spdf.engine.base import Engine
 from megatron_spdf.engine.factory import make_engine
+from megatron_spdf.files import write_json
 from megatron_spdf.model.batch import MicroBatch
 from megatron_spdf.planning.search import LARGEST_MICRO_BATCH, USABLE
 from megatron_spdf.recipe.recipe import AUTO, Recipe
@@ -67,7 +68,7 @@ def choose_micro_batch(stage: RunStage, run: RunDir,
         chosen = fastest(trials)
         lines = _render(trials, chosen)
         if dist.get_rank() == 0:
-            run.claim()
+            run.create()
             _write(run, [*kept, {"of": key, "micro_batch": chosen,
                                  "trials": [asdict(t) for t in trials]}])
     return replace(stage, recipe=stage.recipe.with_micro_batch(chosen)), lines
@@ -84,7 +85,7 @@ def try_all(stage: RunStage, device: torch.device) -> Iterator[Trial]:
     """Trials from one sequence up, until the next would not fit."""
     on_gpu = device.type == "cuda"
     room = USABLE * torch.cuda.get_device_properties(device).total_memory if on_gpu else math.inf
-    for size in candidates(stage.alone, LARGEST_MICRO_BATCH if on_gpu else LARGEST_ON_CPU):
+    for size in candidates(stage.as_single_run, LARGEST_MICRO_BATCH if on_gpu else LARGEST_ON_CPU):
         trial = _try(replace(stage, recipe=stage.recipe.with_micro_batch(size)), device)
         yield trial
         if trial.next_peak > room:
@@ -107,7 +108,7 @@ def fastest(trials: list[Trial]) -> int:
 
 def _try(stage: RunStage, device: torch.device) -> Trial:
     size = stage.recipe.train.micro_batch
-    PROGRESS.enter(f"the trial of micro-batch {size}")
+    PROGRESS.set_activity(f"the trial of micro-batch {size}")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     try:
@@ -128,7 +129,7 @@ def _try(stage: RunStage, device: torch.device) -> Trial:
 def _run(stage: RunStage, device: torch.device) -> tuple[float, int]:
     """Seconds of the fastest step but the first, and the bytes of weights, gradients and optimizer
     state."""
-    recipe = stage.alone
+    recipe = stage.as_single_run
     engine = make_engine(recipe, stage.plan, device)
     try:
         batch, seconds = _random_batch(recipe, engine), []
@@ -174,9 +175,7 @@ def _read(run: RunDir) -> list[dict]:
 
 
 def _write(run: RunDir, entries: list[dict]) -> None:
-    beside = run.root / f"{MICRO_BATCHES}.new"
-    beside.write_text(json.dumps(entries, indent=1))
-    beside.replace(run.root / MICRO_BATCHES)
+    write_json(run.root / MICRO_BATCHES, entries)
 
 
 def _render(trials: list[Trial], chosen: int) -> list[str]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_spdf.checkpoint.reader import CheckpointReader
 from megatron_spdf.checkpoint.run_metadata import Masks, seeded_masks
 from megatron_spdf.convert.source import WeightSource
-from megatron_spdf.data.finetuning.completions import Completions, tokenize
+from megatron_spdf.data.finetuning.completions import CompletionData, Completions, tokenize
 from megatron_spdf.data.finetuning.task import TASKS
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
 from megatron_spdf.planning.memory import render_layout
@@ -18,18 +19,25 @@ from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.sparsity.plan import Plan, check_tensor, render_plan
 from megatron_spdf.sparsity.settings import Sparsity
 
+if TYPE_CHECKING:  # these import megatron.core
+    from megatron_spdf.engine.base import Engine
+    from megatron_spdf.model.init import LoadedWeights
+
 
 @dataclass(frozen=True)
 class Prepared:
-    """A fine-tuning run, ready to start.
+    """A fine-tuning run that has passed its checks.
 
     Attributes:
-        recipe: of the training run that it comes to.
-        plan: what stays sparse.
-        masks, origin: for the record of its checkpoints.
-        summary: for people.
+        start: the weights that it starts from.
+        recipe: its translation to a training run.
+        plan: the weights that stay sparse.
+        masks, origin: recorded in its checkpoints.
+        summary: for the log.
     """
 
+    finetune: Finetune
+    start: WeightSource
     recipe: Recipe
     plan: Plan
     tokenizer: Tokenizer
@@ -38,6 +46,20 @@ class Prepared:
     masks: Masks
     origin: str
     summary: str
+
+    def make_data(self, recipe: Recipe, engine: Engine) -> CompletionData:
+        """Makes this rank's batches."""
+        return CompletionData(recipe, self.train, self.valid, self.tokenizer.eod,
+                              engine.data_parallel_rank)
+
+    def make_weights(self) -> LoadedWeights:
+        """Opens the starting weights, and draws those that the dense mode revives."""
+        from megatron_spdf.model.init import LoadedWeights  # imports megatron.core
+
+        finetune, start = self.finetune, self.start
+        revived = finetune.revived_scale if finetune.revived == "normal" else 0.0
+        return LoadedWeights(start.master, start.mask_bits if self.plan.weights else None, revived,
+                             finetune.seed, self.recipe.model.slices)
 
 
 def prepare(finetune: Finetune, start: WeightSource) -> Prepared:
@@ -56,7 +78,7 @@ def prepare(finetune: Finetune, start: WeightSource) -> Prepared:
     plan = Plan.of(recipe)
     check_tensor(plan, recipe.parallel.tensor)
     return Prepared(
-        recipe, plan, tokenizer, train, valid,
+        finetune, start, recipe, plan, tokenizer, train, valid,
         masks=start.masks if plan.weights else seeded_masks(plan),
         origin=f"{finetune.mode} fine-tuning from {start.origin}",
         summary=_summary(finetune, start, recipe, plan, train, valid))

@@ -17,13 +17,12 @@ from megatron_spdf.engine.moving import move_masks
 from megatron_spdf.evaluation.perplexity import validation_loss
 from megatron_spdf.layers.measure import check_sparsity
 from megatron_spdf.parallel.traffic import TrafficCounter
-from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.resilience.progress import PROGRESS
 from megatron_spdf.resilience.signals import StopRequest
 from megatron_spdf.resilience.stragglers import Stragglers
 from megatron_spdf.runs.run_log import RunLog
+from megatron_spdf.schedule.stages import RunStage
 from megatron_spdf.sparsity.algorithms.base import Moment
-from megatron_spdf.sparsity.plan import Plan
 from megatron_spdf.training.report import Report
 
 
@@ -33,34 +32,22 @@ class NotFinite(RuntimeError):
 
 @dataclass
 class Trainer:
-    """One rank's view of a run, from where `state` stands to its end, or to that of one of its
-    stages.
+    """One rank's part in training a stage of a run, from where `state` stands to its end."""
 
-    Attributes:
-        first, last: the stage has the steps first + 1 ... last; None: the run's last. The schedule
-            begins with it.
-        flops_before: of training up to step `first`.
-    """
-
-    recipe: Recipe
-    plan: Plan
+    stage: RunStage
     engine: Engine
     data: TokenData | CompletionData
     checkpointer: Checkpointer
     state: RunState
     log: RunLog
     stop: StopRequest
-    first: int = 0
-    last: int | None = None
-    flops_before: float = 0.0
     stopping: bool = False  # some rank was asked to stop; all ranks agree on it
     # Entries of each weight that were born since the last update, and are still zero.
     born: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.last = self.last or self.recipe.steps
-        self.report = Report(self.recipe, self.plan, self.engine, self.data, self.state, self.log,
-                             self.first, self.flops_before)
+        self.recipe, self.last = self.stage.recipe, self.stage.last
+        self.report = Report(self.stage, self.engine, self.data, self.state, self.log)
 
     def run(self) -> int:
         """Trains to the end, or to a request to stop; returns the exit code. Either way the state
@@ -88,13 +75,13 @@ class Trainer:
         pace = Stragglers(recipe.log.ranks_every, recipe.log.slow_factor, self.log)
         while not self.finished and not self.stopping:
             # the first one compiles and sets up
-            PROGRESS.enter(f"step {state.step + 1}", watched=state.step + 1 > first)
+            PROGRESS.set_activity(f"step {state.step + 1}", watched=state.step + 1 > first)
             pace.begin(state.step + 1)
             started = time.perf_counter()
             batch = next(batches)
             fetched = time.perf_counter()
             with TrafficCounter() if state.step + 1 == first else nullcontext() as traffic:
-                tokens = (state.step + 1 - self.first) * recipe.tokens_per_step
+                tokens = (state.step + 1 - self.stage.first) * recipe.tokens_per_step
                 result = self.engine.step(batch, state.step + 1, tokens, self.stop.requested)
             self._count(result)
             pace.end(state.step, fetched - started)
@@ -110,7 +97,7 @@ class Trainer:
             best = self._evaluate_if_due() and recipe.checkpoint.best
             if best or recipe.checkpoint.every and state.step % recipe.checkpoint.every == 0:
                 saved = self._save()
-        PROGRESS.enter(f"the save at step {state.step}")
+        PROGRESS.set_activity(f"the save at step {state.step}")
         self.report.saved(self.checkpointer.wait())
         if saved != state.step or self.checkpointer.failed_in_a_row:
             self._save()
@@ -147,13 +134,13 @@ class Trainer:
         if result.skipped:
             return
         state, algorithm, self.born = self.state, self.recipe.sparsity.update, {}
-        steps = self.last - self.first
+        steps = self.last - self.stage.first
         if not algorithm.due(state.optimizer_steps, steps):
             return
         started = time.perf_counter()
-        PROGRESS.enter(f"the move of the masks at step {state.step}", watched=True)
+        PROGRESS.set_activity(f"the move of the masks at step {state.step}", watched=True)
         state.mask_updates += 1
-        self.born = move_masks(self.engine, self.plan, algorithm,
+        self.born = move_masks(self.engine, self.stage.plan, algorithm,
                                Moment(state.mask_updates, state.optimizer_steps, steps))
         self.report.moved(sum(self.born.values()), time.perf_counter() - started)
 
@@ -161,11 +148,11 @@ class Trainer:
         """Evaluates every `evaluate.every` steps and at the end of a stage, once for each step
         however often it resumes; returns whether the loss is the lowest yet."""
         state, every = self.state, self.recipe.evaluate.every
-        due = state.step in (self.first, self.last) or (every and state.step % every == 0)
+        due = state.step in (self.stage.first, self.last) or (every and state.step % every == 0)
         if (not due or state.step == 0 or not self.data.valid_batches
                 or state.evaluated == state.step or self.stopping):
             return False
-        PROGRESS.enter(f"the evaluation at step {state.step}", watched=True)
+        PROGRESS.set_activity(f"the evaluation at step {state.step}", watched=True)
         loss = validation_loss(self.engine, self.data.validation_batches(),
                                lambda: self.stop.requested)
         if loss is None:
@@ -185,12 +172,13 @@ class Trainer:
     def _save(self) -> int:
         """Starts a save, when the one before is done; returns the step."""
         started = time.perf_counter()
-        PROGRESS.enter(f"the save at step {self.state.step}")
+        PROGRESS.set_activity(f"the save at step {self.state.step}")
         self.report.saved(self.checkpointer.wait())
         self._stop_if_saves_fail(self.recipe.fault_tolerance.max_failed_saves)
-        measured = {name: sparsity - self.born.get(name, 0) / self.plan.weights[name].numel
+        plan = self.stage.plan
+        measured = {name: sparsity - self.born.get(name, 0) / plan.weights[name].numel
                     for name, sparsity in self.engine.measured_sparsity().items()}
-        check_sparsity(measured, self.plan)
+        check_sparsity(measured, plan)
         self.checkpointer.save(self.engine, self.state, measured)
         if not self.recipe.checkpoint.asynchronous:
             self.report.saved(self.checkpointer.wait())

@@ -18,29 +18,20 @@ from megatron_spdf.evaluation.perplexity import bits_per_byte
 from megatron_spdf.layers.measure import total_sparsity
 from megatron_spdf.parallel.traffic import TrafficCounter
 from megatron_spdf.planning.hardware import peak_flops
-from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.runs.run_log import RunLog
 from megatron_spdf.schedule.flops import training_flops
-from megatron_spdf.sparsity.plan import Plan
+from megatron_spdf.schedule.stages import RunStage
 
 
 @dataclass(frozen=True)
 class Report:
-    """Writes records and lines to the log of a run, each at the step where `state` stands.
+    """Writes records and lines to the log of a run, each at the step where `state` stands."""
 
-    Attributes:
-        first: step at which the stage began.
-        flops_before: of training up to step `first`.
-    """
-
-    recipe: Recipe
-    plan: Plan
+    stage: RunStage
     engine: Engine
     data: TokenData | CompletionData
     state: RunState
     log: RunLog
-    first: int
-    flops_before: float
 
     def step(self, result: StepResult, seconds: float, waited: float) -> None:
         """Loss, speed, sparsity and FLOPs at a step.
@@ -49,7 +40,7 @@ class Report:
             seconds: of the step, its data included.
             waited: seconds of it spent waiting for data.
         """
-        recipe, figures = self.recipe, self._figures(result, seconds, waited)
+        recipe, figures = self.stage.recipe, self._figures(result, seconds, waited)
         mfu = f" | MFU {figures['mfu']:.1%}" if "mfu" in figures else ""
         self.log.record("train", self.state.step, **figures)
         self.log.say(
@@ -61,22 +52,23 @@ class Report:
             f"| sparsity {figures['sparsity']:.2%}")
 
     def _figures(self, result: StepResult, seconds: float, waited: float) -> dict[str, Any]:
-        state, data, on_gpu = self.state, self.data, torch.cuda.is_available()
-        model, length = self.recipe.model, data.mean_length
+        stage, state, data = self.stage, self.state, self.data
+        recipe, plan, on_gpu = stage.recipe, stage.plan, torch.cuda.is_available()
+        model, length = recipe.model, data.mean_length
         tokens = state.tokens - data.consumed(state.step - 1)  # of this step
-        # dense matrix products that are executed: a GPU skips the zeros of tiles only
-        skipped = self.plan.on_tiles if on_gpu else None
+        # dense matrix products that are executed: a GPU skips the zeros of some patterns only
+        skipped = plan.skipped if on_gpu else None
         executed = (training_flops(model, length, skipped).total * tokens / seconds
-                    / self.recipe.parallel.world)
+                    / recipe.parallel.world)
         figures = {
             "tokens": state.tokens,
             "loss": result.loss,
             "lr": self.engine.learning_rate,
             "grad_norm": result.grad_norm,
             "skipped": state.skipped,
-            "sparsity": total_sparsity(self.engine.measured_sparsity(), self.plan),
-            "flops": self.flops_before + training_flops(model, length, self.plan).total
-            * (state.tokens - data.consumed(self.first)),
+            "sparsity": total_sparsity(self.engine.measured_sparsity(), plan),
+            "flops": stage.flops_before + training_flops(model, length, plan).total
+            * (state.tokens - data.consumed(stage.first)),
             "tokens_per_second": tokens / seconds,
             "model_tflops_per_rank": executed / 1e12,
             "step_seconds": seconds,
@@ -84,8 +76,7 @@ class Report:
             "memory_bytes": _peak_memory(),
             "source_tokens": data.consumed_by_source(state.step),
         }
-        precision = self.recipe.train.precision
-        if on_gpu and (peak := peak_flops(torch.cuda.get_device_name(), precision)):
+        if on_gpu and (peak := peak_flops(torch.cuda.get_device_name(), recipe.train.precision)):
             figures["mfu"] = executed / peak
         return figures
 
@@ -101,11 +92,12 @@ class Report:
             entries: that died, and as many that were born, over all weights.
             seconds: it took.
         """
-        state, name = self.state, self.recipe.sparsity.algorithm
+        state, name = self.state, self.stage.recipe.sparsity.algorithm
+        active = self.stage.plan.active
         self.log.record("mask", state.step, algorithm=name, update=state.mask_updates,
-                        moved=entries, share=entries / self.plan.active, seconds=seconds)
-        self.log.say(f"step {state.step}: {name} moved {entries:,} of {self.plan.active:,} active "
-                     f"entries, update {state.mask_updates}")
+                        moved=entries, share=entries / active, seconds=seconds)
+        self.log.say(f"step {state.step}: {name} moved {entries:,} of {active:,} active entries, "
+                     f"update {state.mask_updates}")
 
     def validation(self, loss: float, better: bool) -> None:
         """The loss of an evaluation.

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from megatron_spdf.data.tokenizers.kinds import END_OF_TEXT, Gpt2Bpe
+from megatron_spdf.data.tokenizers.gpt2 import END_OF_TEXT, Gpt2Bpe
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
 from megatron_spdf.recipe.recipe import Recipe
 

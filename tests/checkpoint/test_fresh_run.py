@@ -20,7 +20,7 @@ from megatron_spdf.convert.initial_checkpoint import write_initial_checkpoint
 from megatron_spdf.convert.source import open_weights
 from megatron_spdf.recipe.load import load_recipe
 from megatron_spdf.runs.run_dir import RECIPE, RunDir
-from megatron_spdf.sparsity.masks import draw_mask, largest_mask
+from megatron_spdf.sparsity.patterns.unstructured import draw_mask, largest_mask
 from megatron_spdf.sparsity.slices import slice_of
 
 FC1 = "decoder.layers.1.mlp.linear_fc1.weight"

@@ -76,7 +76,10 @@ class Ended:
         with chdir(place), patch.object(sys, "argv",
                                         [f"{script}.py", *words]), redirect_stdout(self.out), \
                 redirect_stderr(self.err):
-            self.returncode = main()
+            try:
+                self.returncode = main()
+            except SystemExit as end:
+                self.returncode = end.code
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         return self.out.getvalue(), self.err.getvalue()

@@ -66,6 +66,8 @@ def fork(module, words: list[str], rank: int, world: int, port: int,
             os.dup2(to, 2)
         sys.argv = [f"{module.__name__}.py", *words]
         code = module.main()
+    except SystemExit as end:
+        code = end.code
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -23,7 +23,8 @@ def test_killed_over_and_over_equals_straight(workplace, start):
     assert straight.returncode == 0, out + err
     recipe = workplace / "kill.yaml"
     recipe.write_text("extends: recipe.yaml\ncheckpoint: {every: 2}\nlog: {tensorboard: false}\n"
-                      "parallel: {timeout: 30}\nguard: {join_seconds: 20, hang_seconds: 20}\n")
+                      "parallel: {timeout: 30}\n"
+                      "fault_tolerance: {join_seconds: 20, hang_seconds: 20}\n")
     script = Path(__file__).with_name("kill_loop.py")
     done = subprocess.run([sys.executable, "-W", "ignore", str(script), "kill.yaml", str(KILLS),
                            "1"], cwd=workplace,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_spdf.recipe.deepspeed import deepspeed_settings
+from megatron_spdf.engine.deepspeed_settings import deepspeed_settings
 from megatron_spdf.recipe.rules import rule_violations
 
 SHIPPED = sorted((Path(__file__).resolve().parents[2] / "configs/deepspeed").glob("*.json"))

@@ -11,7 +11,7 @@ from megatron_spdf.architecture.gpt import Gpt
 from megatron_spdf.data.finetuning.task import TASKS
 from megatron_spdf.recipe.finetune import Finetune, load_finetune, training_recipe
 from megatron_spdf.recipe.recipe import Recipe
-from megatron_spdf.runs.sweep import trials
+from megatron_spdf.runs.selection import trials
 from megatron_spdf.sparsity.settings import Sparsity
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

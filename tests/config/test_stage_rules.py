@@ -77,7 +77,7 @@ def test_a_run_is_the_same_in_all_its_stages_and_another_with_others(load):
     for number in (0, 1):
         recorded = recipe.in_stage(number)
         assert changes_of_run(recorded, recipe) == changes_of_run(recipe, recorded) == []
-        assert recorded.whole().sparsity == recipe.sparsity
+        assert recorded.without_stages().sparsity == recipe.sparsity
     (said,) = changes_of_run(recipe, load({**SPARSE, "lr": 3e-3}, DENSE))
     assert said.startswith("stages is ") and "0.002" in said and "0.003" in said
     assert any("optimizer.weight_decay" in c for c in changes_of_run(

@@ -30,9 +30,9 @@ def with_line(line: bytes):
 def write_raw(path: Path, raw: bytes) -> None:
     import gzip
 
-    import zstandard
+    from backports import zstd
 
-    compress = {".zst": zstandard.compress, ".gz": gzip.compress}.get(path.suffix, bytes)
+    compress = {".zst": zstd.compress, ".gz": gzip.compress}.get(path.suffix, bytes)
     pieces = raw.splitlines(keepends=True)
     path.write_bytes(b"".join(compress(b"".join(pieces[i : i + 50]))
                               for i in range(0, len(pieces), 50)))

@@ -11,7 +11,7 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
-import zstandard
+from backports import zstd
 
 from megatron_spdf.data.preprocess.documents import (
     ReadReport,
@@ -25,7 +25,7 @@ from megatron_spdf.data.preprocess.documents import (
 SHARED = Path(os.environ.get("SPDF_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
 PILE = SHARED / "pile_sample" / "val.jsonl.zst"
 TEXTS = [f"document {i} " + "Grüße 東京 🙂\n\t\x00 " * (i % 7) for i in range(200)]
-COMPRESS = {".jsonl": bytes, ".jsonl.zst": zstandard.compress, ".jsonl.gz": gzip.compress}
+COMPRESS = {".jsonl": bytes, ".jsonl.zst": zstd.compress, ".jsonl.gz": gzip.compress}
 
 
 def as_lines(texts: list[str]) -> bytes:
@@ -64,23 +64,23 @@ def test_several_frames_cut_anywhere(tmp_path, suffix):
 def test_zstd_frames_that_hold_metadata_are_passed_over(tmp_path):
     skippable = (0x184D2A50).to_bytes(4, "little") + (5).to_bytes(4, "little") + b"extra"
     frames = (
-        zstandard.compress(as_lines(TEXTS[:9]))
+        zstd.compress(as_lines(TEXTS[:9]))
         + skippable
-        + zstandard.compress(as_lines(TEXTS[9:]))
+        + zstd.compress(as_lines(TEXTS[9:]))
     )
     assert read(write(tmp_path / "a.jsonl.zst", skippable + frames + skippable)) == TEXTS
 
 
 @pytest.mark.skipif(not PILE.exists(), reason="no Pile-format sample in ../shared/data")
 def test_pile_shard_equals_a_plain_reading():
-    plain = io.TextIOWrapper(zstandard.open(PILE), encoding="utf-8", newline="\n")
+    plain = io.TextIOWrapper(zstd.open(PILE), encoding="utf-8", newline="\n")
     assert read(PILE) == [json.loads(line)["text"] for line in plain]
 
 
 def test_a_shard_is_never_in_memory(tmp_path):
     path = tmp_path / "a.jsonl.zst"
     line = as_lines(["x" * 10_000])
-    path.write_bytes(b"".join(zstandard.compress(line * 100) for _ in range(40)))
+    path.write_bytes(b"".join(zstd.compress(line * 100) for _ in range(40)))
     tracemalloc.start()
     count = sum(1 for _ in iterate_documents([path]))
     peak = tracemalloc.get_traced_memory()[1]
@@ -267,3 +267,21 @@ def test_sample_is_spread_over_the_files(tmp_path):
     ]
     texts = list(sample_texts(paths, 600, "text", "stop"))
     assert {name: sum(t[0] == name for t in texts) for name in sizes} == {"a": 20, "b": 3, "c": 37}
+
+
+def test_a_frame_of_the_largest_window(tmp_path):
+    """As `zstd --long=31` writes it."""
+    options = {zstd.CompressionParameter.window_log: 31, zstd.CompressionParameter.hash_log: 10,
+               zstd.CompressionParameter.chain_log: 10}
+    compressor = zstd.ZstdCompressor(options=options)
+    # piece by piece, so that the frame names its window and not the size of its content
+    frame = compressor.compress(as_lines(TEXTS)) + compressor.flush()
+    assert read(write(tmp_path / "a.jsonl.zst", frame)) == TEXTS
+
+
+def test_a_cut_in_any_frame_is_found(tmp_path):
+    first, second = (zstd.compress(as_lines(part)) for part in (TEXTS[:9], TEXTS[9:]))
+    for cut in (1, 5, len(first) - 1, len(first) + 1, len(first) + 5, len(first + second) - 1):
+        path = write(tmp_path / "a.jsonl.zst", (first + second)[:cut])
+        with pytest.raises(ValueError, match=f"damaged or cut off near byte {cut} of {cut}"):
+            read(path)

@@ -7,7 +7,7 @@ import json
 
 import numpy as np
 import pytest
-import zstandard
+from backports import zstd
 from text_shards import GPT2, HAS_PILE, NO_PILE, PILE
 
 from megatron_spdf.data.indexed.inspect import verify
@@ -31,7 +31,7 @@ def test_every_token_is_that_of_a_plain_loop(tmp_path):
     manifest = preprocess(shards, tmp_path / "all", load_tokenizer(GPT2), workers=2)
     ours, start, documents = np.fromfile(tmp_path / "all.bin", np.uint16), 0, 0
     for shard, source in zip(shards, manifest.sources, strict=True):
-        lines = io.TextIOWrapper(zstandard.open(shard), encoding="utf-8", newline="\n")
+        lines = io.TextIOWrapper(zstd.open(shard), encoding="utf-8", newline="\n")
         expected = [[*reference.encode_ordinary(json.loads(line)["text"]), 50256] for line in lines]
         there = np.concatenate(expected).astype(np.uint16)
         assert (source.documents, source.tokens) == (len(expected), len(there))

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import zstandard
+from backports import zstd
 
 from megatron_spdf.data.preprocess.preprocess import check_prefix, preprocess, read_manifest
 from megatron_spdf.data.tokenizers.tokenizer import load_tokenizer, train_tokenizer
@@ -57,7 +57,7 @@ def write_shards(directory: Path) -> list[Path]:
     """TEXTS over four files of all formats, in order."""
     contents = {
         "a.jsonl": as_lines(TEXTS[:50]),
-        "b.jsonl.zst": b"".join(zstandard.compress(as_lines(TEXTS[i : i + 10]))
+        "b.jsonl.zst": b"".join(zstd.compress(as_lines(TEXTS[i : i + 10]))
                                 for i in range(50, 90, 10)),
         "c.jsonl.gz": gzip.compress(as_lines(TEXTS[90:119])),
         "d.txt": TEXTS[119].encode(),
@@ -116,7 +116,7 @@ def test_a_pile_shard_equals_a_plain_loop_over_tokenizers(tmp_path):
     )
     reference.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     manifest = preprocess([PILE], tmp_path / "val", load_tokenizer(GPT2))
-    plain = io.TextIOWrapper(zstandard.open(PILE), encoding="utf-8", newline="\n")
+    plain = io.TextIOWrapper(zstd.open(PILE), encoding="utf-8", newline="\n")
     texts = [json.loads(line)["text"] for line in plain]
     assert read_back(tmp_path / "val") == [reference.encode(text).ids + [50256] for text in texts]
     assert (manifest.documents, manifest.text_bytes) == (len(texts),
@@ -256,7 +256,7 @@ def test_output_must_be_a_prefix(tmp_path, bpe):
 def start_long_run(tmp_path: Path, bpe: Path) -> subprocess.Popen:
     """The tool in a process of its own, returned when it is in the middle of writing."""
     long_text = as_lines(["to be or not to be " * 5000] * 1000)
-    (tmp_path / "in.jsonl.zst").write_bytes(zstandard.compress(long_text))
+    (tmp_path / "in.jsonl.zst").write_bytes(zstd.compress(long_text))
     arguments = ["--input", tmp_path / "in.jsonl.zst", "--output", tmp_path / "t", "--tokenizer",
                  bpe]
     run = subprocess.Popen(
@@ -284,7 +284,7 @@ def test_a_killed_run_leaves_nothing_under_the_final_names(tmp_path, bpe):
     assert suffixes(tmp_path / "t") == {"partial"}
     with pytest.raises(ValueError, match="no file .*t.bin"):
         check_prefix(tmp_path / "t")
-    (tmp_path / "in.jsonl.zst").write_bytes(zstandard.compress(as_lines(TEXTS)))
+    (tmp_path / "in.jsonl.zst").write_bytes(zstd.compress(as_lines(TEXTS)))
     preprocess([tmp_path / "in.jsonl.zst"], tmp_path / "t", load_tokenizer(bpe))
     assert len(read_back(tmp_path / "t")) == len(TEXTS)
 
@@ -303,7 +303,7 @@ def test_an_interrupted_run_cleans_up(data_set, bpe, tool, capsys, monkeypatch):
         assert Path(f"{data_set}.partial").exists()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("megatron_spdf.data.tokenizers.kinds.Gpt2Bpe.encode_array", interrupt)
+    monkeypatch.setattr("megatron_spdf.data.tokenizers.gpt2.Gpt2Bpe.encode_array", interrupt)
     before = {suffix: Path(f"{data_set}.{suffix}").stat() for suffix in SUFFIXES}
     arguments = ["--input", f"{data_set.parent}/in.jsonl", "--output", str(data_set), "--overwrite"]
     assert tool.main([*arguments, "--tokenizer", str(bpe)]) == 128 + signal.SIGINT

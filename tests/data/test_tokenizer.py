@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-import zstandard
+from backports import zstd
 
-from megatron_spdf.data.tokenizers import kinds
+from megatron_spdf.data.tokenizers.gpt2 import _before_last_blanks
 from megatron_spdf.data.tokenizers.tokenizer import load_tokenizer, train_tokenizer
 
 SHARED = Path(os.environ.get("SPDF_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
@@ -86,7 +86,7 @@ def test_gpt2_tokens_are_those_of_tokenizers():
     assert gpt2.encode("Hello world") == [15496, 995]
     texts = list(HARD)
     if PILE.exists():
-        lines = io.TextIOWrapper(zstandard.open(PILE), encoding="utf-8")
+        lines = io.TextIOWrapper(zstd.open(PILE), encoding="utf-8")
         texts += [json.loads(line)["text"] for line in itertools.islice(lines, 40)]
     assert_same_tokens(gpt2, reference_bpe(GPT2), texts)
 
@@ -319,7 +319,7 @@ def test_blanks_longer_than_the_regex_engine_can_stand(trained, blank):
         tokenizer._encoding.encode_to_numpy(text, disallowed_special=())
     assert tokenizer.decode(tokenizer.encode(text)) == text
     short = f"x\x1c{blank * 2000}y {blank * 3000}\x1cz{blank * 1500}"
-    parts = kinds._before_last_blanks(short)
+    parts = _before_last_blanks(short)
     assert len(parts) == 3 and "".join(parts) == short
     assert [i for part in parts
             for i in tokenizer.encode(part)] == reference_bpe(trained / "bpe").encode(short).ids

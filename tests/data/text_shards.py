@@ -8,7 +8,7 @@ import json
 import os
 from pathlib import Path
 
-import zstandard
+from backports import zstd
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = Path(os.environ.get("SPDF_DATA", ROOT / ".." / "shared" / "data"))
@@ -40,7 +40,7 @@ def write_shard(path: Path, items: list[dict]) -> Path:
     """A .jsonl, .jsonl.gz or .jsonl.zst file; compressed ones of several frames."""
     lines = as_jsonl(items).splitlines(keepends=True)
     pieces = [b"".join(lines[i : i + 100]) for i in range(0, len(lines), 100)]
-    compress = {".zst": zstandard.compress,
+    compress = {".zst": zstd.compress,
                 ".gz": lambda piece: gzip.compress(piece, mtime=0)}.get(path.suffix, bytes)
     path.write_bytes(b"".join(map(compress, pieces)))
     return path

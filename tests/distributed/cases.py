@@ -37,7 +37,7 @@ from megatron_spdf.evaluation.coordinate_check import activation_sizes
 from megatron_spdf.layers.compact import compact_of, densify, sparse_modules
 from megatron_spdf.layers.measure import SparsityDrift
 from megatron_spdf.model.attention import document_mask
-from megatron_spdf.parallel.ranks import join, leave
+from megatron_spdf.parallel.ranks import destroy, init_distributed
 from megatron_spdf.parallel.traffic import TrafficCounter
 from megatron_spdf.planning.activations import step_bytes
 from megatron_spdf.planning.memory import rank_bytes
@@ -48,6 +48,7 @@ from megatron_spdf.resilience.signals import StopRequest
 from megatron_spdf.resilience.world import find_ranks
 from megatron_spdf.runs.run_dir import RunDir
 from megatron_spdf.runs.run_log import RunLog
+from megatron_spdf.schedule.stages import stages_of
 from megatron_spdf.sparsity.plan import Plan
 from megatron_spdf.training.loop import NotFinite, Trainer
 
@@ -62,7 +63,7 @@ class Bench:
         self.run = RunDir(self.recipe)
         self.corpus = check_corpus(self.recipe)
         agree_on_port()
-        self.device = join(find_ranks(), self.recipe)
+        self.device = init_distributed(find_ranks(), self.recipe)
         self.engine = make_engine(self.recipe, self.plan, self.device)
         self.data = TokenData(self.recipe, self.corpus, self.run.cache, self.engine.needs_batches)
         self.checkpointer = Checkpointer(self.run.checkpoints, self.recipe, self.plan,
@@ -89,14 +90,14 @@ def close(opened) -> None:
     """Leaves the process groups and lets go of what holds them: their threads poll, and hundreds of
     them slow down every case that follows."""
     vars(opened).pop("engine").close()
-    leave()
+    destroy()
     gc.collect()
 
 
 def abandon() -> None:
     """After a case that raised: whatever is left of its process groups goes."""
     if dist.is_initialized():
-        leave()
+        destroy()
 
 
 def masks(engine: Engine) -> dict[tuple[str, int], str]:
@@ -448,10 +449,10 @@ def drifting(recipe: dict) -> dict:
 
 
 def ending(b: Bench) -> str:
-    b.run.claim()
+    b.run.create()
     log = RunLog(b.run, 0, b.recipe.steps, tensorboard=False, active=dist.get_rank() == 0)
-    trainer = Trainer(b.recipe, b.plan, b.engine, b.data, b.checkpointer, RunState(), log,
-                      StopRequest())
+    (stage,) = stages_of(b.recipe)
+    trainer = Trainer(stage, b.engine, b.data, b.checkpointer, RunState(), log, StopRequest())
     try:
         return f"exit code {trainer.run()}"
     except (NotFinite, SparsityDrift) as error:
@@ -524,7 +525,7 @@ def samples_of_run(recipe: dict, starts: list[int]) -> dict:
     """
     made = Recipe.model_validate(recipe)
     agree_on_port()
-    join(find_ranks(), made)
+    init_distributed(find_ranks(), made)
     found, consumed = {}, []
     for start, end in zip(starts, [*starts[1:], made.steps], strict=True):
         data = TokenData(made, check_corpus(made), RunDir(made).cache, reads=True)
@@ -535,7 +536,7 @@ def samples_of_run(recipe: dict, starts: list[int]) -> dict:
                     assert place not in found
                     found[place] = hashlib.sha256(text.tobytes()).hexdigest()
         consumed.append(data.consumed_by_source(end))
-    leave()
+    destroy()
     return {"samples": found, "consumed": consumed}
 
 

@@ -14,17 +14,16 @@ from plain_gpt2 import plain_gpt2
 from megatron_spdf.checkpoint.checkpointer import Checkpointer, RunState
 from megatron_spdf.checkpoint.reader import find_checkpoint
 from megatron_spdf.convert.source import open_weights
-from megatron_spdf.data.finetuning.completions import CompletionData
 from megatron_spdf.engine.factory import make_engine
 from megatron_spdf.layers.compact import compact_of
-from megatron_spdf.model.gpt import build_model, canonical_modules
-from megatron_spdf.model.init import LoadedWeights
-from megatron_spdf.parallel.ranks import join
+from megatron_spdf.model.decoder import build_model, canonical_modules
+from megatron_spdf.parallel.ranks import init_distributed
 from megatron_spdf.recipe.finetune import Finetune
 from megatron_spdf.resilience.signals import StopRequest
 from megatron_spdf.resilience.world import find_ranks
 from megatron_spdf.runs.run_dir import RunDir
 from megatron_spdf.runs.run_log import RunLog
+from megatron_spdf.schedule.stages import stages_of
 from megatron_spdf.training import loop
 from megatron_spdf.training.finetune_setup import prepare
 
@@ -36,19 +35,15 @@ class Tuning:
         self.finetune = Finetune.model_validate(recipe)
         self.start = open_weights(self.finetune.checkpoint)
         self.prepared = prepare(self.finetune, self.start)
-        self.recipe, tokenizer = self.prepared.recipe, self.prepared.tokenizer
+        self.recipe = self.prepared.recipe
         agree_on_port()
-        device = join(find_ranks(), self.recipe)
-        revived = self.finetune.revived_scale if self.finetune.revived == "normal" else 0.0
-        read_mask = self.start.mask_bits if self.prepared.plan.weights else None
-        self.weights = LoadedWeights(self.start.master, read_mask, revived, self.finetune.seed,
-                                     self.recipe.model.query_groups)
+        device = init_distributed(find_ranks(), self.recipe)
+        self.weights = self.prepared.make_weights()
         self.engine = make_engine(self.recipe, self.prepared.plan, device, self.weights)
-        self.data = CompletionData(self.recipe, self.prepared.train, self.prepared.valid,
-                                   tokenizer.eod, self.engine.data_parallel_rank)
+        self.data = self.prepared.make_data(self.recipe, self.engine)
         run = RunDir(self.finetune)
         self.checkpointer = Checkpointer(run.checkpoints, self.recipe, self.prepared.plan,
-                                         tokenizer)
+                                         self.prepared.tokenizer)
 
     def validation_loss(self) -> float:
         losses = [self.engine.evaluate(batch, False)[0] for batch in self.data.validation_batches()]
@@ -177,13 +172,13 @@ def stopped_early(recipe: dict, losses: list[float]) -> dict:
     for _ in range(2):
         with tuning(recipe) as t, replaced(loop, "validation_loss", lambda *_: next(given)):
             run = RunDir(t.finetune)
-            run.claim()
+            run.create()
             state, _ = t.checkpointer.restore(t.engine)
             log = RunLog(run, state.step, t.recipe.steps, tensorboard=False,
                          active=dist.get_rank() == 0)
-            trainer = loop.Trainer(
-                t.recipe, t.prepared.plan, t.engine, t.data, t.checkpointer, state, log,
-                StopRequest())
+            (stage,) = stages_of(t.recipe)
+            trainer = loop.Trainer(stage, t.engine, t.data, t.checkpointer, state, log,
+                                   StopRequest())
             ends.append((trainer.run(), state.step, state.tokens == t.data.consumed(state.step)))
             log.close()
     return {"ends": ends, "saved": sorted(p.name for p in run.checkpoints.glob("step_*")),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 import weakref
+from functools import partial
 from pathlib import Path
 
 import torch
 from cases import logits, on_first
-from harness import ROOT, agree_on_port
+from harness import agree_on_port
 
 from megatron_spdf.checkpoint.checkpointer import Checkpointer, RunState
 from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
@@ -17,14 +17,12 @@ from megatron_spdf.convert.initial_checkpoint import write_initial_checkpoint
 from megatron_spdf.data.pretraining.corpus import check_corpus
 from megatron_spdf.data.pretraining.dataset import TokenData
 from megatron_spdf.engine.factory import make_engine
-from megatron_spdf.parallel.ranks import join, leave
+from megatron_spdf.parallel.ranks import destroy, init_distributed
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.resilience.world import find_ranks
 from megatron_spdf.runs.run_dir import RunDir
 from megatron_spdf.schedule.stages import stages_of
-
-sys.path.insert(0, str(ROOT))
-import pretrain  # noqa: E402
+from megatron_spdf.training.job import Job, train
 
 TIMING = {"tokens_per_second", "model_tflops_per_rank", "step_seconds", "data_seconds",
           "memory_bytes"}
@@ -55,9 +53,10 @@ def staged(recipes: list[dict], stops: list[int | None]) -> dict:
         recipe = Recipe.model_validate(values)
         run, corpus = RunDir(recipe), check_corpus(recipe)
         agree_on_port()
-        device = join(find_ranks(), recipe)
-        codes.append(pretrain.pretrain(stages_of(recipe), find_ranks(), run, corpus, "",
-                                       StopAt(stop), device))
+        device = init_distributed(find_ranks(), recipe)
+        job = Job(find_ranks(), run, stages_of(recipe), "", corpus.tokenizer,
+                  partial(_token_data, corpus, run.cache))
+        codes.append(train(job, StopAt(stop), device))
     records = [json.loads(line) for line in run.log.read_text().splitlines()]
     return {"codes": codes,
             "records": [{k: v for k, v in r.items() if k not in TIMING} for r in records
@@ -93,9 +92,9 @@ def across(recipe: dict, ids: torch.Tensor) -> dict:
     sparse, dense = stages_of(made)
     corpus, run = check_corpus(made), RunDir(made)
     agree_on_port()
-    device = join(find_ranks(), made)
-    engine, data, checkpointer = _opened(sparse.alone, sparse.recipe, sparse.plan, run, corpus,
-                                         device)
+    device = init_distributed(find_ranks(), made)
+    engine, data, checkpointer = _opened(sparse.as_single_run, sparse.recipe, sparse.plan, run,
+                                         corpus, device)
     for number, batch in zip(range(1, sparse.last + 1), data.training_batches(0), strict=False):
         engine.step(batch, number, number * made.tokens_per_step, False)
     before = logits(engine, ids) if hasattr(engine, "chunks") else None
@@ -106,8 +105,9 @@ def across(recipe: dict, ids: torch.Tensor) -> dict:
               for b in chunk.buffers]
     engine.close()
 
-    engine, data, checkpointer = _opened(dense.alone, dense.recipe, dense.plan, run, corpus, device)
-    state, said = checkpointer.restore(engine, border=dense.first)
+    engine, data, checkpointer = _opened(dense.as_single_run, dense.recipe, dense.plan, run, corpus,
+                                         device)
+    state, said = checkpointer.restore(engine, boundary=dense.first)
     adam = engine.torch_optimizer
     found = {
         "before": before, "after": logits(engine, ids) if hasattr(engine, "chunks") else None,
@@ -122,7 +122,7 @@ def across(recipe: dict, ids: torch.Tensor) -> dict:
         "stage": _losses(engine, data, dense)}
     engine.close()
 
-    plain = dense.alone.model_copy(update={"output": f"{made.output} plain"})
+    plain = dense.as_single_run.model_copy(update={"output": f"{made.output} plain"})
     on_first(lambda: write_initial_checkpoint(CheckpointReader(find_checkpoint(run.root)), plain,
                                               corpus.tokenizer,
                                Path(plain.output)))
@@ -130,14 +130,18 @@ def across(recipe: dict, ids: torch.Tensor) -> dict:
     assert checkpointer.restore(engine)[0].step == 0
     found["plain"] = _losses(engine, data, dense)
     engine.close()
-    leave()
+    destroy()
     return found
 
 
 def _opened(alone: Recipe, recorded: Recipe, plan, run: RunDir, corpus, device):
     engine = make_engine(alone, plan, device)
-    return (engine, TokenData(recorded, corpus, run.cache, engine.needs_batches),
+    return (engine, _token_data(corpus, run.cache, recorded, engine),
             Checkpointer(run.checkpoints, recorded, plan, corpus.tokenizer))
+
+
+def _token_data(corpus, cache: Path, recipe: Recipe, engine) -> TokenData:
+    return TokenData(recipe, corpus, cache, engine.needs_batches)
 
 
 def _losses(engine, data: TokenData, stage) -> list[tuple[float, float]]:

@@ -15,7 +15,7 @@ from stage_cases import staged
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_spdf.model import gpt
+from megatron_spdf.model import decoder
 
 # What makes the host wait for a GPU: values that Python sees, and shapes that depend on values.
 SEEN = {"item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__",
@@ -70,7 +70,7 @@ def waits(recipe: dict) -> dict[str, dict[str, int]]:
 def fused(recipe: dict, steps: int) -> list[tuple[float, float]]:
     """Losses and gradient norms with Megatron-Core's fusions, which nothing compiles on CPU."""
     with ExitStack() as stack:
-        stack.enter_context(patch.object(gpt, "_compiles", lambda: True))
+        stack.enter_context(patch.object(decoder, "_compiles", lambda: True))
         return cases.train(recipe, steps)["curve"]
 
 

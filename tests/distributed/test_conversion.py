@@ -23,7 +23,7 @@ from megatron_spdf.convert.initial_checkpoint import write_initial_checkpoint
 from megatron_spdf.convert.megatron_lm import MegatronReader, save_for_megatron
 from megatron_spdf.convert.source import open_weights
 from megatron_spdf.data.preprocess.preprocess import preprocess
-from megatron_spdf.data.tokenizers.kinds import END_OF_TEXT, Gpt2Bpe
+from megatron_spdf.data.tokenizers.gpt2 import END_OF_TEXT, Gpt2Bpe
 from megatron_spdf.data.tokenizers.tokenizer import load_tokenizer, train_tokenizer
 from megatron_spdf.recipe.recipe import Recipe
 

@@ -13,7 +13,7 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None,
                                   reason="triton is not installed; PyTorch for CUDA brings it")
 
 STEPS, FEW = 6, 2
-TILES = {"level": 0.75, "pattern": "tile", "tile": 8}
+TILE = {"level": 0.75, "pattern": "tile", "tile": 8}
 SHORT = {"global_batch": 2, "micro_batch": 1, "sequence_length": 16}
 # As small as kernels for tensor cores take them; at half density, so that two slices are balanced.
 TILES = {"sparsity": {"level": 0.5, "pattern": "tile", "tile": 16},
@@ -37,24 +37,24 @@ def results(make_recipe, tmp_path_factory):
         return "train", {"recipe": make_recipe(**{**TILES, **sections}), "steps": FEW}
 
     def cut(name: str, layouts: list[dict], stops: list[int]) -> tuple[str, dict]:
-        recipes = [make_recipe(str(runs / name), sparsity=TILES, model={"layers": 2},
+        recipes = [make_recipe(str(runs / name), sparsity=TILE, model={"layers": 2},
                                parallel=layout)
                    for layout in layouts]
         return "cut", {"recipes": recipes, "stops": stops}
 
     one = {
-        "one": train(sparsity=TILES),
-        "layer by layer": train(sparsity={**TILES, "dense_copy": "per_layer"}),
+        "one": train(sparsity=TILE),
+        "layer by layer": train(sparsity={**TILE, "dense_copy": "per_layer"}),
         "unstructured": train(),
         "unstructured layer by layer": train(sparsity={"level": 0.75, "dense_copy": "per_layer"}),
         "plain": ("against_plain",
-                  {"recipe": make_recipe(sparsity=TILES, model={"layers": 1}, train=SHORT),
+                  {"recipe": make_recipe(sparsity=TILE, model={"layers": 1}, train=SHORT),
                                     "steps": 50}),
         "tiles": few(), "few unstructured": few(sparsity=0.75),
     }
     two = {
-        "tp2": train(sparsity=TILES, parallel={"tensor": 2}),
-        "tp2 sp layer by layer": train(sparsity={**TILES, "dense_copy": "per_layer"},
+        "tp2": train(sparsity=TILE, parallel={"tensor": 2}),
+        "tp2 sp layer by layer": train(sparsity={**TILE, "dense_copy": "per_layer"},
                                        parallel={"tensor": 2, "sequence": True}),
         "straight": cut("straight", [{"tensor": 2}], [STEPS]),
         "tp2 -> dp2 -> tp2 sp": cut("chain",
@@ -138,7 +138,7 @@ def test_kernels_change_no_loss_and_no_mask(results, world, name):
 
 @needs_triton
 def test_layers_multiply_as_the_recipe_says(results):
-    products = {"tiles": "TileProduct", "unstructured": "NoneType", "layer": "ExpandedProduct",
+    products = {"tiles": "TileProduct", "unstructured": "NoneType", "layer": "Product",
                 "deepspeed": "TileProduct"}
     assert {name: outcome(results[1], f"triton {name}")["products"] for name in products} == {
         name: {product} for name, product in products.items()}

@@ -7,7 +7,7 @@ from unittest.mock import patch
 
 import cases
 
-from megatron_spdf.kernels import dispatch
+from megatron_spdf.kernels import dispatch, tiles
 from megatron_spdf.layers.compact import compact_of, sparse_modules
 
 
@@ -16,11 +16,11 @@ def triton_on_cpu():
     """Lets the CPU take what a GPU takes."""
     from megatron_spdf.kernels import triton_compact
 
-    dispatch.tile_products.cache_clear()
+    tiles.tile_products.cache_clear()
     with patch.object(dispatch, "implementation",
                       lambda device: (triton_compact, triton_compact.NAME)):
         yield
-    dispatch.tile_products.cache_clear()
+    tiles.tile_products.cache_clear()
 
 
 def with_triton(recipe: dict, steps: int) -> dict:

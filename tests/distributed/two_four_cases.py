@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import cases
 
-from megatron_spdf.kernels import dispatch
+from megatron_spdf.kernels import two_four
 from megatron_spdf.layers.compact import compact_of, sparse_modules
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
@@ -21,7 +21,7 @@ from stand_in_library import StandIn  # noqa: E402
 def sparse_tensor_cores():
     """Lets the CPU take what a GPU takes; gives the library, which counts its products."""
     library = StandIn()
-    with patch.object(dispatch, "two_four_products", lambda device, dtype: (library, library.NAME)):
+    with patch.object(two_four, "two_four_products", lambda device, dtype: (library, library.NAME)):
         yield library
 
 

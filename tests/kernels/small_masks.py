@@ -6,7 +6,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from megatron_spdf.kernels.mask import Mask, find_tiles
+from megatron_spdf.kernels.mask import Mask
+from megatron_spdf.kernels.tiles import find_tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The unit in the last place of a result, relative: sums are fp32 and rounded once.

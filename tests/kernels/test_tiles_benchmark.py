@@ -8,6 +8,7 @@ from benchmarks import tiles
 from small_masks import DEVICE, NO_TRITON
 
 from megatron_spdf.kernels import dispatch
+from megatron_spdf.kernels.tiles import tile_products
 from megatron_spdf.sparsity.plan import Plan
 
 pytest.importorskip("triton", reason=NO_TRITON)
@@ -36,9 +37,9 @@ def measured(recipe, monkeypatch):
     monkeypatch.setattr(tiles, "median_seconds", once)
     monkeypatch.setattr(dispatch, "implementation",
                         lambda device: (triton_compact, triton_compact.NAME))
-    dispatch.tile_products.cache_clear()
+    tile_products.cache_clear()
     yield measure
-    dispatch.tile_products.cache_clear()
+    tile_products.cache_clear()
 
 
 def test_every_tile_is_tried_on_every_weight(measured, monkeypatch):

@@ -9,7 +9,7 @@ import torch
 from small_masks import DEVICE, NO_TRITON, TOLERANCE, make_mask, random_slices, whole
 from torch import Tensor
 
-from megatron_spdf.kernels import dispatch, torch_reference
+from megatron_spdf.kernels import dispatch, tiles, torch_reference
 
 triton = pytest.importorskip("triton", reason=NO_TRITON)
 from megatron_spdf.kernels import triton_compact, triton_tiles  # noqa: E402
@@ -27,17 +27,17 @@ def test_trial_accepts_the_kernels_and_nothing_that_computes_otherwise(monkeypat
 
 @pytest.mark.parametrize("product", ["forward", "input_gradient", "weight_gradient"])
 def test_trial_accepts_products_and_nothing_that_computes_otherwise(monkeypatch, product):
-    tiles = triton_tiles, triton_compact, torch.device(DEVICE), 16, torch.bfloat16
-    dispatch._self_test_tiles(*tiles)
+    arguments = triton_tiles, triton_compact, torch.device(DEVICE), 16, torch.bfloat16
+    tiles._self_test(*arguments)
     right = getattr(triton_tiles, product)
     monkeypatch.setattr(triton_tiles, product, lambda *operands: right(*operands) + 1)
     with pytest.raises(RuntimeError, match="something else than those with the expanded weight"):
-        dispatch._self_test_tiles(*tiles)
+        tiles._self_test(*arguments)
     monkeypatch.setattr(dispatch, "implementation",
                         lambda device: (triton_compact, triton_compact.NAME))
-    dispatch.tile_products.cache_clear()
-    module, name = dispatch.tile_products(DEVICE, 16, torch.bfloat16)
-    dispatch.tile_products.cache_clear()
+    tiles.tile_products.cache_clear()
+    module, name = tiles.tile_products(DEVICE, 16, torch.bfloat16)
+    tiles.tile_products.cache_clear()
     assert module is None
     assert name.startswith("expanded and multiplied as dense weights, since triton's products do "
                            "not work here (Run")
@@ -46,7 +46,7 @@ def test_trial_accepts_products_and_nothing_that_computes_otherwise(monkeypatch,
 def test_what_kernels_do_not_take_goes_to_pytorch_with_one_line(monkeypatch, caplog):
     monkeypatch.setattr(dispatch, "implementation",
                         lambda device: (triton_compact, triton_compact.NAME))
-    dispatch._say_once.cache_clear()
+    dispatch.say_once.cache_clear()
     mask = make_mask(random_slices(2, 5, 7, 11), 1, triton_compact)
     dense = torch.randn(mask.shape, dtype=torch.float64, device=DEVICE)
     for _ in range(2):
@@ -64,15 +64,15 @@ def test_a_gpu_on_which_triton_fails_is_served_by_pytorch(monkeypatch):
         raise RuntimeError("no ptxas\nat all")
 
     monkeypatch.setattr(dispatch, "_self_test", fails)
-    for chosen in (dispatch.implementation, dispatch.tile_products):
+    for chosen in (dispatch.implementation, tiles.tile_products):
         chosen.cache_clear()
     module, name = dispatch.implementation("cuda")
     assert module is torch_reference
     assert name == "torch, since triton does not work here (RuntimeError: no ptxas)"
-    assert dispatch.tile_products("cuda", 64, torch.bfloat16) == (None,
+    assert tiles.tile_products("cuda", 64, torch.bfloat16) == (None,
                                                                   "expanded and multiplied as "
                                                                   "dense weights")
-    for chosen in (dispatch.implementation, dispatch.tile_products):
+    for chosen in (dispatch.implementation, tiles.tile_products):
         chosen.cache_clear()
 
 
@@ -82,9 +82,9 @@ def test_a_gpu_on_which_triton_fails_is_served_by_pytorch(monkeypatch):
 def test_tiles_that_kernels_do_not_take_are_expanded(monkeypatch, size, dtype, taken):
     monkeypatch.setattr(dispatch, "implementation",
                         lambda device: (triton_compact, triton_compact.NAME))
-    dispatch.tile_products.cache_clear()
-    module, name = dispatch.tile_products(DEVICE, size, dtype)
-    dispatch.tile_products.cache_clear()
+    tiles.tile_products.cache_clear()
+    module, name = tiles.tile_products(DEVICE, size, dtype)
+    tiles.tile_products.cache_clear()
     assert (module is triton_tiles) == taken == (name == triton_compact.NAME)
     assert taken or f"not {size} of {dtype}" in name
 

@@ -12,7 +12,7 @@ from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_to_dense_cutlass,
 )
 
-from megatron_spdf.kernels import dispatch, two_four
+from megatron_spdf.kernels import two_four
 from megatron_spdf.kernels.two_four import (
     Cutlass,
     find_two_four,
@@ -22,11 +22,13 @@ from megatron_spdf.kernels.two_four import (
     try_out,
 )
 from megatron_spdf.layers.compact import CompactWeight
-from megatron_spdf.layers.matmul import ExpandedProduct, TwoFourProduct, choose_product
+from megatron_spdf.layers.products.base import Product, choose_product
+from megatron_spdf.layers.products.two_four import TwoFourProduct
+from megatron_spdf.sparsity.patterns.two_four import TwoFour
 from megatron_spdf.sparsity.plan import SparseWeight
 
-WEIGHTS = [SparseWeight("w.out", (256, 128), 0, 4, 0.5, two_four=True),
-           SparseWeight("w.in", (64, 512), 1, 4, 0.5, two_four=True)]
+WEIGHTS = [SparseWeight("w.out", (256, 128), 0, 4, 0.5, TwoFour()),
+           SparseWeight("w.in", (64, 512), 1, 4, 0.5, TwoFour())]
 CASES = [(weight, world) for weight in WEIGHTS for world in (1, 2, 4)]
 each_layout = pytest.mark.parametrize(("weight", "world"), CASES,
                                       ids=lambda v: getattr(v, "name", v))
@@ -45,9 +47,9 @@ def test_values_and_metadata_unpack_to_the_weight_and_its_transpose(weight, worl
     values = torch.randn(compact.values_shape, dtype=DTYPE)
     dense, mask = compact(values), compact.mask
     assert torch.equal(sparse_semi_structured_to_dense_cutlass(packed(values, mask),
-                                                               mask.two_four.metadata), dense)
+                                                               mask.tables.metadata), dense)
     found = sparse_semi_structured_to_dense_cutlass(packed_transposed(values, mask),
-                                                    mask.two_four.transposed)
+                                                    mask.tables.transposed)
     assert torch.equal(found, dense.T)
 
 
@@ -56,8 +58,8 @@ def test_values_and_metadata_are_those_that_pytorch_makes_of_the_dense_weight(we
     compact = compact_of_last_rank(weight, world, Cutlass())
     values = torch.randn(compact.values_shape, dtype=DTYPE)
     mask = compact.mask
-    for ours, theirs in (((packed(values, mask), mask.two_four.metadata), compact(values)),
-                         ((packed_transposed(values, mask), mask.two_four.transposed),
+    for ours, theirs in (((packed(values, mask), mask.tables.metadata), compact(values)),
+                         ((packed_transposed(values, mask), mask.tables.transposed),
                           compact(values).T.contiguous())):
         for mine, wanted in zip(ours, sparse_semi_structured_from_dense_cutlass(theirs),
                                 strict=True):
@@ -70,7 +72,7 @@ def test_an_active_value_of_zero_stays_where_it_is():
     values = torch.randn(compact.values_shape, dtype=DTYPE)
     values[:, ::3] = 0.0
     mask = compact.mask
-    found = sparse_semi_structured_to_dense_cutlass(packed(values, mask), mask.two_four.metadata)
+    found = sparse_semi_structured_to_dense_cutlass(packed(values, mask), mask.tables.metadata)
     assert torch.equal(found, compact(values))
 
 
@@ -134,7 +136,7 @@ def test_the_first_library_that_works_is_taken_and_why_none_is_said(monkeypatch)
     real = try_out
     monkeypatch.setattr(two_four, "try_out", lambda library, device,
                         dtype: real(library, torch.device("cpu"), dtype))
-    choose = dispatch.two_four_products.__wrapped__
+    choose = two_four.two_four_products.__wrapped__
     monkeypatch.setattr(two_four, "LIBRARIES", (Broken(), StandIn()))
     library, name = choose("cuda", DTYPE)
     assert type(library) is StandIn and name == "stand-in"
@@ -146,14 +148,14 @@ def test_the_first_library_that_works_is_taken_and_why_none_is_said(monkeypatch)
 
 
 def test_odd_shapes_are_expanded_with_a_word(monkeypatch, caplog):
-    monkeypatch.setattr(dispatch, "two_four_products", lambda device,
+    monkeypatch.setattr(two_four, "two_four_products", lambda device,
                         dtype: (StandIn(), "stand-in"))
-    even, odd = (SparseWeight("w", (64, n), 0, 4, 0.5, two_four=True) for n in (128, 96))
+    even, odd = (SparseWeight("w", (64, n), 0, 4, 0.5, TwoFour()) for n in (128, 96))
     assert fits(even.shape) and not fits(odd.shape) and not fits(odd.shape[::-1])
     assert isinstance(choose_product(even, torch.empty(even.shape), "per_step"), TwoFourProduct)
     assert caplog.messages == []
     assert choose_product(odd, torch.empty(odd.shape), "per_step") is None
-    assert type(choose_product(odd, torch.empty(odd.shape), "per_layer")) is ExpandedProduct
+    assert type(choose_product(odd, torch.empty(odd.shape), "per_layer")) is Product
     (said,) = caplog.messages
     assert "64 x 96" in said and "multiples of 64" in said
     assert choose_product(even, torch.empty(even.shape), "always") is None
@@ -162,7 +164,7 @@ def test_odd_shapes_are_expanded_with_a_word(monkeypatch, caplog):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 def test_a_gpu_multiplies_on_its_sparse_tensor_cores():
-    library, name = dispatch.two_four_products("cuda", DTYPE)
+    library, name = two_four.two_four_products("cuda", DTYPE)
     assert library is not None, name
     weight = WEIGHTS[1]
     compact = CompactWeight(weight, 3, 0, 1, "cuda", TwoFourProduct(library, DTYPE))
@@ -176,4 +178,4 @@ def test_a_gpu_multiplies_on_its_sparse_tensor_cores():
     torch.testing.assert_close(compact.product.input_gradient(gradient, values, mask),
                                gradient @ dense, rtol=8e-3, atol=0.1)
     bits = find_two_four(compact.mask_bits, weight.slice_shape, weight.axis, library, DTYPE)
-    assert torch.equal(bits.order, mask.two_four.order)
+    assert torch.equal(bits.order, mask.tables.order)

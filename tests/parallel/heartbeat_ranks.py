@@ -32,10 +32,10 @@ def rank_main(rank: int, port: int, deed: str, victim: int) -> None:
     store = dist.TCPStore("127.0.0.1", port, is_master=rank == 0, wait_for_workers=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD,
                             timeout=timedelta(seconds=60))
-    progress.observe()
+    progress.instrument_collectives()
     with heartbeat.Heartbeat(Ranks(rank, WORLD, rank, "test"), HANG):
         for step in range(1, 1000):
-            progress.PROGRESS.enter(f"step {step}", watched=True)
+            progress.PROGRESS.set_activity(f"step {step}", watched=True)
             dist.barrier()
             time.sleep(0.05)
             if step == 20 and deed == "leave":

@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from megatron_spdf.parallel.ranks import _meet
+from megatron_spdf.parallel.ranks import _rendezvous
 from megatron_spdf.recipe.recipe import Parallel
 from megatron_spdf.resilience.startup_check import Unhealthy
 from megatron_spdf.resilience.world import Ranks, check_world, find_ranks
@@ -100,7 +100,7 @@ def test_a_head_node_that_cannot_be_resolved_is_named_with_the_remedy(head):
     with pytest.raises(ValueError,
                        match=r"head node 'no.such.host.invalid' cannot be resolved .* export "
                              r"MASTER_ADDR="):
-        _meet(Ranks(1, 2, 1, "srun"), 1.0)
+        _rendezvous(Ranks(1, 2, 1, "srun"), 1.0)
 
 
 def test_a_busy_port_is_named_with_the_remedy(head):
@@ -109,7 +109,7 @@ def test_a_busy_port_is_named_with_the_remedy(head):
         head("127.0.0.1", port)
         with pytest.raises(ValueError,
                            match=rf"port {port} cannot .*; export MASTER_PORT=<a free port>"):
-            _meet(Ranks(0, 2, 0, "srun"), 1.0)
+            _rendezvous(Ranks(0, 2, 0, "srun"), 1.0)
 
 
 def test_a_head_node_that_does_not_answer_is_named(head):
@@ -117,4 +117,4 @@ def test_a_head_node_that_does_not_answer_is_named(head):
         port = probe.getsockname()[1]
     head("127.0.0.1", port)
     with pytest.raises(Unhealthy, match=rf"rank 1 on .* cannot reach rank 0 at 127.0.0.1:{port}"):
-        _meet(Ranks(1, 2, 1, "srun"), 1.0)
+        _rendezvous(Ranks(1, 2, 1, "srun"), 1.0)

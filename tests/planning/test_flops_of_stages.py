@@ -21,10 +21,10 @@ STAGES = [{"share": 0.7, "sparsity": 0.75}, {"share": 0.2, "sparsity": 0.0},
 def test_stages_make_up_the_run(recipe):
     run = recipe(stages=STAGES)
     stages = stages_of(run)
-    assert [(p.first, p.last, p.alone.steps, p.recipe.steps) for p in stages] == [
+    assert [(p.first, p.last, p.as_single_run.steps, p.recipe.steps) for p in stages] == [
         (0, 7, 7, 10), (7, 9, 2, 10), (9, 10, 1, 10)]
     assert sum(p.tokens for p in stages) == run.steps * run.tokens_per_step
-    assert all(p.alone.stages == [] and p.recipe.stages == run.stages for p in stages)
+    assert all(p.as_single_run.stages == [] and p.recipe.stages == run.stages for p in stages)
     assert [[p.number for p in stages_left(stages, step)] for step in (0, 6, 7, 9, 10)] == [
         [1, 2, 3], [1, 2, 3], [2, 3], [3], [3]]
 
@@ -32,7 +32,7 @@ def test_stages_make_up_the_run(recipe):
 def test_a_run_without_stages_is_one(recipe):
     run = recipe(sparsity=0.5)
     (stage,) = stages_of(run)
-    assert stage.recipe is run and stage.alone is run and stage.heading == ""
+    assert stage.recipe is run and stage.as_single_run is run and stage.heading == ""
     assert (stage.first, stage.last, stage.flops_before) == (0, run.steps, 0.0)
 
 

@@ -22,10 +22,11 @@ from megatron_spdf.optimizers.base import MASTER
 from megatron_spdf.parallel.traffic import TrafficCounter
 from megatron_spdf.planning.moves import moves_of
 from megatron_spdf.runs.run_log import RunLog
+from megatron_spdf.schedule.stages import stages_of
 from megatron_spdf.sparsity.algorithms.base import Moment
 from megatron_spdf.sparsity.moving import moved_masks
 from megatron_spdf.sparsity.plan import SparseWeight
-from megatron_spdf.sparsity.slices import join_slices, planned_mask
+from megatron_spdf.sparsity.slices import join_slices
 from megatron_spdf.training import loop
 from megatron_spdf.training.loop import Trainer
 
@@ -47,7 +48,8 @@ def trained(recipe: dict, stop: int | None = None, overlap: bool = False,
         log = RunLog(b.run, state.step, b.recipe.steps, False, active=dist.get_rank() == 0)
         watch, sent = _watch(b, stop, skip), []
         with patch.object(loop, "move_masks", checked(loop.move_masks, sent)):
-            Trainer(b.recipe, b.plan, b.engine, b.data, b.checkpointer, state, log, watch).run()
+            (stage,) = stages_of(b.recipe)
+            Trainer(stage, b.engine, b.data, b.checkpointer, state, log, watch).run()
         log.close()
         dist.barrier()
         records = [json.loads(line) for line in b.run.log.read_text().splitlines()]
@@ -170,7 +172,7 @@ def plain(recipe: dict) -> list[float]:
 
 def _drawn(w: SparseWeight, seed: int) -> torch.Tensor:
     """Packed masks, drawn by the plan."""
-    return pack(torch.stack([torch.from_numpy(planned_mask(w, seed, c)) for c in range(w.slices)]))
+    return pack(torch.stack([torch.from_numpy(w.draw(seed, c)) for c in range(w.slices)]))
 
 
 def _parameter(reference, name: str) -> torch.nn.Parameter:

@@ -22,7 +22,7 @@ from megatron_spdf.layers.compact import (
     sparse_modules,
     sparsify,
 )
-from megatron_spdf.sparsity.masks import draw_mask
+from megatron_spdf.sparsity.patterns.unstructured import draw_mask
 from megatron_spdf.sparsity.plan import SparseWeight
 
 SEED = 5

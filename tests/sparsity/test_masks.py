@@ -7,8 +7,8 @@ import hashlib
 import numpy as np
 import pytest
 
-from megatron_spdf.sparsity import masks
-from megatron_spdf.sparsity.masks import draw_mask
+from megatron_spdf.sparsity.patterns import unstructured
+from megatron_spdf.sparsity.patterns.unstructured import draw_mask
 
 QKV = "decoder.layers.0.self_attention.linear_qkv.weight"
 FC2 = "decoder.layers.11.mlp.linear_fc2.weight"
@@ -76,8 +76,8 @@ def test_masks_of_other_seeds_names_and_slices_differ():
 
 
 def test_words_of_a_key_do_not_run_together():
-    keys = [masks.stream_key(1, "w", 12), masks.stream_key(1, "w1", 2),
-            masks.stream_key(11, "w", 2)]
+    keys = [unstructured.stream_key(1, "w", 12), unstructured.stream_key(1, "w1", 2),
+            unstructured.stream_key(11, "w", 2)]
     assert len({key.tobytes() for key in keys}) == 3
 
 
@@ -119,7 +119,7 @@ def test_slices_are_uncorrelated(drawn):
 ])
 def test_ties_are_broken_by_position(monkeypatch, words, active, positions):
     raw = np.array(words, dtype="<u4").view("<u8").astype(np.uint64)
-    monkeypatch.setattr(masks, "Philox",
+    monkeypatch.setattr(unstructured, "Philox",
                         lambda key: type("Raw", (),
                                          {"random_raw": lambda self, count: raw[:count]})())
     assert np.flatnonzero(draw_mask(0, QKV, 0, len(words), active)).tolist() == positions

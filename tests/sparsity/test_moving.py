@@ -13,7 +13,7 @@ from megatron_spdf.sparsity.algorithms.static import Static
 from megatron_spdf.sparsity.mask_slice import MaskSlice, Move
 from megatron_spdf.sparsity.moving import born, carry, moved_masks
 from megatron_spdf.sparsity.plan import SparseWeight
-from megatron_spdf.sparsity.slices import planned_mask, slice_of
+from megatron_spdf.sparsity.slices import slice_of
 
 NAME = "decoder.layers.0.mlp.linear_fc1.weight"
 WHEN = Moment(update=1, step=10, steps=100)
@@ -42,7 +42,7 @@ class Random(MovingMasks):
 
 
 def packed(weight: SparseWeight) -> torch.Tensor:
-    masks = [planned_mask(weight, 3, c) for c in range(weight.slices)]
+    masks = [weight.draw(3, c) for c in range(weight.slices)]
     return torch.from_numpy(np.packbits(masks, axis=1))
 
 

@@ -11,13 +11,12 @@ import pytest
 import torch
 
 from megatron_spdf.kernels.limits import multiplied
-from megatron_spdf.kernels.mask import find_tiles, multiplies_tiles
+from megatron_spdf.kernels.tiles import find_tiles, multiplies_tiles
 from megatron_spdf.layers.compact import CompactWeight
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.recipe.rules import rule_violations
-from megatron_spdf.sparsity.patterns.tiles import balanced_parts, draw_tile_mask, tile_slices
+from megatron_spdf.sparsity.patterns.tiles import Tiles, balanced_parts, draw_tile_mask, tile_slices
 from megatron_spdf.sparsity.plan import Plan, SparseWeight, render_plan
-from megatron_spdf.sparsity.slices import follows_pattern, planned_mask
 
 NAME = "decoder.layers.0.mlp.linear_fc1.weight"
 GRIDS = [((1, 1), 1), ((2, 2), 1), ((4, 2), 1), ((12, 32), 8), ((32, 4), 1), ((5, 5), 5),
@@ -28,6 +27,14 @@ GOLDEN = {
     (1, NAME, 0, (12, 32), 8): "26505d419c41a0aa24340b685a0f2a15543df37795c473da175ef11ac24d7444",
     (0, NAME, 5, (7, 7), 3): "8d986182272f32117dffcc379d9cc70b7ad1639c9243d0676fbcdba9a90e4139",
 }
+
+
+def grid_of(weight: SparseWeight) -> tuple[int, int]:
+    return weight.pattern.grid(weight.slice_shape)
+
+
+def per_row_of(weight: SparseWeight) -> int:
+    return weight.pattern.per_row(weight.slice_shape, weight.level)
 
 
 @pytest.mark.parametrize("arguments", GOLDEN, ids=str)
@@ -76,14 +83,15 @@ def test_levels_are_rounded_to_balanced_ones(grid, level, parts):
     ((8192, 2048), 0, 128, 16), ((2048, 8192), 1, 128, 16)])
 def test_slices_are_as_many_as_the_level_allows(shape, axis, size, slices):
     assert tile_slices(NAME, shape, axis, 16, 0.75, size) == slices
-    weight = SparseWeight(NAME, shape, axis, slices, 0.75, size)
+    weight = SparseWeight(NAME, shape, axis, slices, 0.75, Tiles(tile=size))
     assert weight.sparsity == 0.75
-    assert weight.active_per_slice == weight.grid[0] * weight.per_row * size**2
+    rows, per_row = grid_of(weight)[0], per_row_of(weight)
+    assert weight.active_per_slice == rows * per_row * size**2
 
 
 def test_a_level_between_balanced_ones_takes_fewer_slices():
     weight = SparseWeight(NAME, (512, 512), 0, tile_slices(NAME, (512, 512), 0, 8, 0.9, 64), 0.9,
-                          64)
+                          Tiles(tile=64))
     assert weight.slices == 1 and weight.sparsity == 0.875
 
 
@@ -108,7 +116,7 @@ TILES = {"level": 0.75, "pattern": "tile", "tile": 8}
 
 def test_plan_is_of_tiles_and_its_table_says_so(recipe):
     plan = Plan.of(recipe(sparsity=TILES))
-    assert {w.tile for w in plan.weights.values()} == {8} and plan.sparsity == 0.75
+    assert {w.pattern for w in plan.weights.values()} == {Tiles(tile=8)} and plan.sparsity == 0.75
     assert {w.slices for w in plan.weights.values()} == {2, 4}
     table = render_plan(plan)
     assert "balanced tiles of 8 x 8" in table and "level 0.75" in table and "divisors of 2" in table
@@ -132,8 +140,8 @@ def test_identity_of_a_run_knows_its_tiles_but_not_how_it_expands(recipe):
     assert identity(pattern="unstructured", tile=16) == identity(pattern="unstructured")
 
 
-WEIGHTS = [SparseWeight("w.out", (48, 32), 0, 2, 0.75, 4),
-           SparseWeight("w.in", (32, 64), 1, 4, 0.5, 8)]
+WEIGHTS = [SparseWeight("w.out", (48, 32), 0, 2, 0.75, Tiles(tile=4)),
+           SparseWeight("w.in", (32, 64), 1, 4, 0.5, Tiles(tile=8))]
 CASES = [(weight, world) for weight in WEIGHTS for world in (1, 2, 4) if weight.slices % world == 0]
 each_layout = pytest.mark.parametrize(("weight", "world"), CASES,
                                       ids=lambda v: getattr(v, "name", v))
@@ -143,7 +151,7 @@ each_layout = pytest.mark.parametrize(("weight", "world"), CASES,
 def test_masks_of_all_ranks_together_are_the_plans(weight, world):
     ranks = [CompactWeight(weight, 3, rank, world, "cpu") for rank in range(world)]
     found = torch.cat([c(torch.ones(c.values_shape)) != 0 for c in ranks], dim=weight.axis)
-    wanted = [torch.from_numpy(planned_mask(weight, 3, c)).view(weight.slice_shape)
+    wanted = [torch.from_numpy(weight.draw(3, c)).view(weight.slice_shape)
               for c in range(weight.slices)]
     assert torch.equal(found, torch.cat(wanted, dim=weight.axis))
     assert float((found == 0).double().mean()) == weight.sparsity
@@ -153,13 +161,14 @@ def test_masks_of_all_ranks_together_are_the_plans(weight, world):
 def test_tables_of_tiles_find_every_active_tile_where_its_values_are(weight, world):
     """The tile with a slot in a row of the weight is a strided tile of the compact values."""
     compact = CompactWeight(weight, 3, world - 1, world, "cpu")
-    tiles = find_tiles(compact.mask_bits, weight.slice_shape, weight.axis, weight.tile)
-    values, b, stride = torch.randn(compact.values_shape), weight.tile, weight.per_row * weight.tile
+    tiles = find_tiles(compact.mask_bits, weight.slice_shape, weight.axis, weight.pattern.tile)
+    values, b = torch.randn(compact.values_shape), weight.pattern.tile
+    stride = per_row_of(weight) * b
     dense, flat = torch.zeros(compact.shape), values.flatten()
     for row, columns in enumerate(tiles.columns.tolist()):
         for slot, column in enumerate(columns):
-            first = (slot // weight.per_row * weight.active_per_slice + row * b * stride
-                     + slot % weight.per_row * b)
+            first = (slot // per_row_of(weight) * weight.active_per_slice + row * b * stride
+                     + slot % per_row_of(weight) * b)
             tile = torch.as_strided(flat, (b, b), (stride, 1), first)
             dense[row * b:][:b, column * b:][:, :b] = tile
     assert torch.equal(dense, compact(values))
@@ -172,11 +181,11 @@ def test_tables_of_tiles_find_every_active_tile_where_its_values_are(weight, wor
 def test_mask_that_is_not_of_balanced_tiles_is_refused():
     weight = WEIGHTS[0]
     compact = CompactWeight(weight, 3, 0, 1, "cpu")
-    masks = np.stack([planned_mask(weight, 3, c) for c in range(2)])
-    assert follows_pattern(masks, weight)
-    first_rows, first_columns = np.zeros((2, 2, *weight.grid), bool)
-    first_rows.reshape(2, -1)[:, : weight.active_per_slice // weight.tile**2] = True
-    first_columns[:, :, : weight.per_row] = True  # as many in every row
+    masks = np.stack([weight.draw(3, c) for c in range(2)])
+    assert weight.fault(masks) is None
+    first_rows, first_columns = np.zeros((2, 2, *grid_of(weight)), bool)
+    first_rows.reshape(2, -1)[:, : weight.active_per_slice // weight.pattern.tile**2] = True
+    first_columns[:, :, : per_row_of(weight)] = True  # as many in every row
     of_tiles = [grid.repeat(4, 1).repeat(4, 2).reshape(2, -1)
                 for grid in (first_rows, first_columns)]
     for wrong in (np.roll(masks, 1, axis=1), *of_tiles):

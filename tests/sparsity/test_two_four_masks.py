@@ -15,9 +15,8 @@ import torch
 from megatron_spdf.layers.compact import CompactWeight
 from megatron_spdf.recipe.load import load_recipe, save_recipe
 from megatron_spdf.recipe.rules import rule_violations
-from megatron_spdf.sparsity.patterns.two_four import draw_two_four
+from megatron_spdf.sparsity.patterns.two_four import TwoFour, draw_two_four
 from megatron_spdf.sparsity.plan import Plan, SparseWeight, render_plan
-from megatron_spdf.sparsity.slices import follows_pattern, planned_mask
 
 NAME = "decoder.layers.0.mlp.linear_fc1.weight"
 HALF = {"level": 0.5, "pattern": "2:4"}
@@ -75,8 +74,8 @@ def test_masks_of_other_seeds_names_and_slices_differ():
     assert len(drawn) == 2 * 3 * 3
 
 
-WEIGHTS = [SparseWeight("w.out", (48, 32), 0, 4, 0.5, two_four=True),
-           SparseWeight("w.in", (32, 64), 1, 4, 0.5, two_four=True)]
+WEIGHTS = [SparseWeight("w.out", (48, 32), 0, 4, 0.5, TwoFour()),
+           SparseWeight("w.in", (32, 64), 1, 4, 0.5, TwoFour())]
 CASES = [(weight, world) for weight in WEIGHTS for world in (1, 2, 4)]
 each_layout = pytest.mark.parametrize(("weight", "world"), CASES,
                                       ids=lambda v: getattr(v, "name", v))
@@ -86,7 +85,7 @@ each_layout = pytest.mark.parametrize(("weight", "world"), CASES,
 def test_masks_of_all_ranks_together_are_the_plans(weight, world):
     ranks = [CompactWeight(weight, 3, rank, world, "cpu") for rank in range(world)]
     found = torch.cat([c(torch.ones(c.values_shape)) != 0 for c in ranks], dim=weight.axis)
-    wanted = [torch.from_numpy(planned_mask(weight, 3, c)).view(weight.slice_shape)
+    wanted = [torch.from_numpy(weight.draw(3, c)).view(weight.slice_shape)
               for c in range(weight.slices)]
     assert torch.equal(found, torch.cat(wanted, dim=weight.axis))
     assert (tiles(found.numpy()).sum(1) == 2).all() and (tiles(found.numpy()).sum(2) == 2).all()
@@ -95,8 +94,8 @@ def test_masks_of_all_ranks_together_are_the_plans(weight, world):
 def test_mask_that_is_2_4_one_way_only_is_refused():
     weight = WEIGHTS[0]
     compact = CompactWeight(weight, 3, 0, 1, "cpu")
-    masks = np.stack([planned_mask(weight, 3, c) for c in range(4)])
-    assert follows_pattern(masks, weight)
+    masks = np.stack([weight.draw(3, c) for c in range(4)])
+    assert weight.fault(masks) is None
     by_rows = np.tile([True, True, False, False], masks.size // 4).reshape(masks.shape)
     by_columns = np.repeat(np.tile([True, True, False, False], masks.size // 4 // 32),
                            32).reshape(masks.shape)
@@ -111,7 +110,7 @@ def test_mask_that_is_2_4_one_way_only_is_refused():
 def test_plan_is_2_4_and_its_table_says_so(recipe):
     r = recipe(sparsity=HALF)
     plan = Plan.of(r)
-    assert plan.sparsity == 0.5 and all(w.two_four and w.tile is None and w.slices == 4
+    assert plan.sparsity == 0.5 and all(w.pattern == TwoFour() and w.slices == 4
                                         for w in plan.weights.values())
     assert "; 2:4, two of every four weights along rows and along columns" in render_plan(plan)
 

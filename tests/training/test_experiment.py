@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.runs.experiment import (
     cells,
     load_experiment,
     loss_of,
     render,
     results,
-    runs,
     summary,
 )
 from megatron_spdf.schedule.stages import mean_flops, stages_of
@@ -52,6 +52,11 @@ def grid_of(path: Path):
     return experiment, cells(experiment, path, [])
 
 
+def of(cell) -> Recipe:
+    """The recipe of a cell's first run."""
+    return next(iter(cell.recipes.values()))
+
+
 def finish(trial, recipe, loss: float) -> None:
     """Writes what a run leaves behind that came to its end."""
     trial.output.mkdir(parents=True)
@@ -66,16 +71,15 @@ def test_a_shipped_grid_is_valid(path):
     experiment, found = grid_of(path)
     assert len(found) == {"comparison": 20, "transfer": 90}[path.stem]
     assert len({t.output for c in found for t in c.trials.values()}) == 3 * len(found)
-    assert not any(c.recipe.output == experiment.output for c in found)
+    assert not any(of(c).output == experiment.output for c in found)
 
 
 def test_every_combination_has_its_recipe_and_every_seed_its_masks(grid):
     _, found = grid_of(grid())
-    assert [(c.recipe.model.hidden, c.recipe.sparsity.level) for c in found] == [
+    assert [(of(c).model.hidden, of(c).sparsity.level) for c in found] == [
         (32, 0.0), (32, 0.75), (64, 0.0), (64, 0.75)]
-    made = list(runs(*[load_experiment(grid()), grid(), []]))
-    # a seed of all cells first
-    assert [(r.seed, r.sparsity.seed) for _, r in made] == [(1, 1)] * 4 + [(2, 2)] * 4
+    assert [[(r.seed, r.sparsity.seed) for r in c.recipes.values()] for c in found] == [
+        [(1, 1), (2, 2)]] * 4
 
 
 def test_what_is_excluded_is_left_out(grid):
@@ -88,10 +92,10 @@ def test_what_is_excluded_is_left_out(grid):
 def test_equal_flops_are_equal(grid):
     _, found = grid_of(grid(axes={"budget": ["tokens", "flops"], "sparsity": [0, 0.5, 0.75]},
                             recipe=RECIPE | {"train": RECIPE["train"] | {"tokens": 8 * 32 * 1000}}))
-    spent = {(c.labels["budget"], c.labels["sparsity"]): mean_flops(stages_of(c.recipe)).total
-             * c.recipe.steps
+    spent = {(c.labels["budget"], c.labels["sparsity"]): mean_flops(stages_of(of(c))).total
+             * of(c).steps
              for c in found}
-    assert [c.recipe.steps for c in found if c.labels["budget"] == "tokens"] == [1000] * 3
+    assert [of(c).steps for c in found if c.labels["budget"] == "tokens"] == [1000] * 3
     assert spent["flops", "0"] == spent["tokens", "0"]
     for level in ("0.5", "0.75"):
         assert spent["flops", level] == pytest.approx(spent["tokens", "0"], rel=1e-3)
@@ -108,11 +112,11 @@ def test_means_and_intervals_are_those_of_a_reference():
 def test_results_are_those_of_finished_runs(grid):
     path = grid()
     experiment, found = grid_of(path)
-    planned = list(runs(experiment, path, []))
+    planned = [(c.trials[seed], c.recipes[seed]) for seed in (1, 2) for c in found]
     for number, (trial, recipe) in enumerate(planned[:5]):
         finish(trial, recipe, 2.0 + number / 10)
     finish(planned[5][0], planned[5][1], float("nan"))
-    rows = results(experiment, path, [])
+    rows = results(found)
     assert [row["losses"] for row in rows] == [{1: 2.0, 2: 2.4}, {1: 2.1}, {1: 2.2}, {1: 2.3}]
     assert [row["missing"] for row in rows] == [0, 1, 1, 1]
     assert rows[0]["mean"] == pytest.approx(2.2) and rows[1]["interval"] is None

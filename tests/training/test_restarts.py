@@ -80,4 +80,4 @@ def test_an_output_that_cannot_be_written_is_refused(recipe, tmp_path, place):
     with pytest.raises(ValueError, match="cannot be written.*choose another output"):
         run.preflight()
     with pytest.raises(ValueError, match="cannot be written.*choose another output"):
-        run.claim()
+        run.create()

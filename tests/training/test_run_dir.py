@@ -13,7 +13,7 @@ def claimed(recipe):
     """The directory of a run that has begun."""
     run = RunDir(recipe(sparsity=0.75))
     run.check()
-    run.claim()
+    run.create()
     return run
 
 
@@ -38,7 +38,7 @@ def test_same_recipe_goes_on(claimed, recipe):
 
 
 def test_claiming_again_is_harmless(claimed):
-    claimed.claim()
+    claimed.create()
     claimed.check()
 
 

@@ -15,7 +15,7 @@ from megatron_spdf.runs.run_log import RunLog
 @pytest.fixture
 def run(recipe) -> RunDir:
     run = RunDir(recipe())
-    run.claim()
+    run.create()
     return run
 
 

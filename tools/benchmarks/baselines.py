@@ -34,7 +34,7 @@ def stk_products(
 
     compact = CompactWeight(weight, seed, 0, 1, device)
     dense = compact(torch.randn(compact.values_shape, device=device).bfloat16())
-    sparse = stk.ops.to_sparse(dense, weight.tile)
+    sparse = stk.ops.to_sparse(dense, weight.pattern.tile)
     x, gradient = (torch.randn(tokens, n, device=device).bfloat16()
                    for n in reversed(compact.shape))
     runs = {

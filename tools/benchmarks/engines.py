@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_spdf.architecture.base import Weight
 from megatron_spdf.parallel import fake_cuda
-from megatron_spdf.parallel.ranks import join, leave
+from megatron_spdf.parallel.ranks import destroy, init_distributed
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.resilience.world import find_ranks
 from megatron_spdf.sparsity.plan import Plan, SparseWeight
@@ -27,11 +27,11 @@ def joined(recipe: Recipe) -> Iterator[torch.device]:
     """Joins the ranks of a layout; gives this one's device, which on a machine without a GPU is the
     CPU."""
     fake_cuda.install()  # before anything that imports megatron.core
-    device = join(find_ranks(), recipe)
+    device = init_distributed(find_ranks(), recipe)
     try:
         yield device
     finally:
-        leave()
+        destroy()
 
 
 def build_engine(recipe: Recipe, device: torch.device, quick: bool = False):
@@ -71,13 +71,13 @@ class QuickWeights:
 def _masks_of_first_layer() -> Iterator[None]:
     from megatron_spdf.layers import compact
 
-    drawn = cache(compact.planned_mask)
+    drawn = cache(SparseWeight.draw)
 
     def of_first_layer(planned: SparseWeight, seed: int, slice_id: int) -> np.ndarray:
         return drawn(replace(planned, name=re.sub(r"layers\.\d+\.", "layers.0.", planned.name)),
                      seed, slice_id)
 
-    with (patch.object(compact, "planned_mask", of_first_layer),
+    with (patch.object(SparseWeight, "draw", of_first_layer),
           # they are as drawn
           patch.object(compact.CompactWeight, "_check_masks", lambda self: None)):
         yield

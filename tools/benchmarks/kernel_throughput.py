@@ -16,8 +16,9 @@ from torch.utils.benchmark import Timer
 
 from megatron_spdf.kernels import dispatch, torch_reference
 from megatron_spdf.layers.compact import CompactWeight
-from megatron_spdf.layers.matmul import choose_product
+from megatron_spdf.layers.products.base import choose_product, product_of
 from megatron_spdf.recipe.recipe import Recipe
+from megatron_spdf.sparsity.patterns.unstructured import Unstructured
 from megatron_spdf.sparsity.plan import Plan, SparseWeight
 
 
@@ -61,16 +62,15 @@ def measure(recipe: Recipe, plan: Plan, seconds: float = 0.2) -> dict:
     for weight in (w for n, w in plan.weights.items() if ".layers.0." in n):
         place = plan.seed, recipe.parallel.tensor, device, dtype
         figures += moves(weight, *place, bandwidth, seconds)
-        if weight.tile is not None or weight.two_four:
+        if product_of(weight.pattern):
             figures += products(weight, *place, tokens, seconds)
-    sizes = {w.tile for w in plan.weights.values()} - {None}
-    tiles = [dispatch.tile_products(device.type, size, dtype)[1] for size in sizes]
-    two_four = any(w.two_four for w in plan.weights.values())
+    patterns = {w.pattern for w in plan.weights.values()}
+    own = {(kind := product_of(p)).title: kind.describe(p, device.type, dtype)
+           for p in patterns if product_of(p)}
     return {"device_type": device.type, "tokens": tokens,
             "dtype": str(dtype).removeprefix("torch."),
             "copy_bytes_per_second": bandwidth, "expand_compress": dispatch.describe(device.type),
-            "tiles": tiles[0] if tiles else None,
-            "2:4": dispatch.two_four_products(device.type, dtype)[1] if two_four else None,
+            "products": own,
             "figures": [vars(f) for f in figures]}
 
 
@@ -86,7 +86,7 @@ def moves(weight: SparseWeight, seed: int, tensor: int, device: torch.device, dt
     """Expand, and compress added to an fp32 buffer; of the unstructured mask, whatever the recipe's
     pattern."""
     # A weight of tiles may have fewer slices; they stay, and so does the level that is reached.
-    weight = replace(weight, tile=None, two_four=False, level=weight.sparsity)
+    weight = replace(weight, pattern=Unstructured(), level=weight.sparsity)
     compact = CompactWeight(weight, seed, 0, tensor, device)
     mask, width = compact.mask, dtype.itemsize
     values = torch.randn(compact.values_shape, device=device).to(dtype)
@@ -114,8 +114,8 @@ def moves(weight: SparseWeight, seed: int, tensor: int, device: torch.device, dt
 
 def products(weight: SparseWeight, seed: int, tensor: int, device: torch.device,
              dtype: torch.dtype, tokens: int, seconds: float) -> list[Figure]:
-    """y = x W^T and both gradients with a weight of tiles, or a 2:4 one, against the same with a
-    dense one."""
+    """y = x W^T and both gradients with a weight of a pattern that has a product, against the same
+    with a dense one."""
     dense = torch.randn(CompactWeight(weight, seed, 0, tensor, "meta").shape,
                         device=device).to(dtype)
     product = choose_product(weight, dense, "per_layer")
@@ -130,11 +130,11 @@ def products(weight: SparseWeight, seed: int, tensor: int, device: torch.device,
         "weight gradient": (lambda: product.weight_gradient(gradient, x, mask, buffer),
                             lambda: gradient.T @ x),
     }
-    pattern, found = "2:4" if weight.two_four else "tiles", []
+    pattern, found = product_of(weight.pattern).title, []
     for name, (run, plain) in runs.items():
         full = median_seconds(plain, seconds)
         # whose product has no operand with zeros
-        whole = weight.two_four and name == "weight gradient"
+        whole = not weight.pattern.skips_zeros and name == "weight gradient"
         floor = full if whole else (1.0 - weight.sparsity) * full
         found.append(Figure(f"{pattern}, {name}", weight.name, compact.shape, weight.sparsity,
                             median_seconds(run, seconds), floor, dense=full))
@@ -153,13 +153,13 @@ def median_seconds(run, seconds: float) -> float:
 
 def render(measured: dict) -> list[str]:
     """The figures as a Markdown table."""
-    lines = []
+    lines, own = [], "; ".join(f"{what} {by}" for what, by in measured["products"].items())
     if measured["device_type"] == "cpu":
         lines += ["no GPU here: PyTorch on the CPU, which says nothing about a GPU and shows that "
                   "the command runs", ""]
     lines += [f"{measured['tokens']} tokens, {measured['dtype']}; a copy moves "
               f"{measured['copy_bytes_per_second'] / 1e9:.4g} GB/s; expand/compress "
-              f"{measured['expand_compress']}; tiles {measured['tiles']}{_two_four(measured)}", "",
+              f"{measured['expand_compress']}; {own or 'no products'}", "",
               "| kernel | weight | shape | sparsity | time (us) | floor (us) | floor / time | "
               "dense / time | torch / time |", "|---|---|---|---|---|---|---|---|---|"]
     for f in measured["figures"]:
@@ -173,14 +173,10 @@ def render(measured: dict) -> list[str]:
 
 
 def _render_sums(figures: list[dict]) -> list[str]:
-    """Dense over tiles, all products of the layer together."""
+    """Dense over sparse, all products of the layer together."""
     products = [f for f in figures if f["dense"]]
     if not products:
         return []
     ratio = math.fsum(f["dense"] for f in products) / math.fsum(f["seconds"] for f in products)
     pattern = products[0]["kernel"].split(",")[0]
     return ["", f"linear layers, forward and backward, dense over {pattern}: {ratio:.3f}"]
-
-
-def _two_four(measured: dict) -> str:
-    return f"; 2:4 {measured['2:4']}" if measured["2:4"] else ""

@@ -48,7 +48,7 @@ def figures_of(recipe: Recipe, engine, seconds: Sequence[float]) -> dict:
     """Median and quartiles of the step time, and the rates that follow from the median. TFLOP/s and
     MFU are as in the log of a run: of the matrix products as dense ones, but those of blocks, of
     which only the active ones count; 2:4 weights count whole, on sparse tensor cores too."""
-    skipped = engine.plan.on_tiles if engine.device.type == "cuda" else None
+    skipped = engine.plan.skipped if engine.device.type == "cuda" else None
     return {"sparsity": engine.plan.sparsity, **rates(recipe, seconds, skipped),
             "state_bytes": engine.state_bytes(),
             "choices": engine.choices}

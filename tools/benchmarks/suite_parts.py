@@ -21,7 +21,10 @@ import torch
 from benchmarks import baselines, max_depth, sizes
 from benchmarks.engines import free_memory
 from benchmarks.sizes import Scale
-from megatron_spdf.kernels.dispatch import describe, tile_products, two_four_products
+from megatron_spdf.kernels.dispatch import describe
+from megatron_spdf.kernels.tiles import tile_products
+from megatron_spdf.kernels.two_four import two_four_products
+from megatron_spdf.layers.products.base import product_of
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.sparsity.plan import Plan
 from megatron_spdf.text import first_line
@@ -95,7 +98,7 @@ def _layer(part: Part, name: str, recipe: Recipe, bandwidth: float, device: torc
     plan, dtype, tokens = Plan.of(recipe), sizes.dtype_of(recipe), sizes.tokens_of(recipe)
     for weight in (w for n, w in plan.weights.items() if ".layers.0." in n):
         place = plan.seed, 1, device, dtype
-        if weight.tile is None and not weight.two_four:
+        if product_of(weight.pattern) is None:
             figures = kernel_throughput.moves(weight, *place, bandwidth, part.scale.seconds)
         else:
             figures = kernel_throughput.products(weight, *place, tokens, part.scale.seconds)

@@ -1,7 +1,7 @@
 """Every way in which the kernels of a recipe's first layer may be cut up, on this GPU.
 
-What `kernels/tiles.py` takes should be the fastest. It is a table for a person to change: a run
-takes by size alone.
+What `kernels/tile_shapes.py` takes should be the fastest. It is a table for a person to change: a
+run takes by size alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from benchmarks.kernel_throughput import median_seconds
 from benchmarks.sizes import dtype_of, tokens_of
 from megatron_spdf.kernels import dispatch
 from megatron_spdf.layers.compact import CompactWeight
+from megatron_spdf.layers.products.base import choose_product
+from megatron_spdf.layers.products.tiles import TileProduct
 from megatron_spdf.recipe.recipe import Recipe
+from megatron_spdf.sparsity.patterns.unstructured import Unstructured
 from megatron_spdf.sparsity.plan import Plan, SparseWeight
 
 Trial = tuple[str, str, Callable[[], object]]  # kernel; tile; what is timed
@@ -60,16 +63,15 @@ def _trials(weight: SparseWeight, seed: int, device: torch.device,
             recipe: Recipe) -> Iterator[Trial]:
     """What is taken comes first of each kernel."""
     dtype, tokens = dtype_of(recipe), tokens_of(recipe)
-    products, _ = dispatch.tile_products(device.type, weight.tile,
-                                         dtype) if weight.tile else (None, "")
-    if products is None:
-        yield from _moves(replace(weight, tile=None, two_four=False, level=weight.sparsity), seed,
+    product = choose_product(weight, torch.empty(weight.shape, dtype=dtype, device=device),
+                             "per_step")
+    if not isinstance(product, TileProduct):
+        yield from _moves(replace(weight, pattern=Unstructured(), level=weight.sparsity), seed,
                           device, dtype)
         return
     from megatron_spdf.kernels.tile_shapes import CANDIDATES
-    from megatron_spdf.layers.matmul import TileProduct
 
-    compact = CompactWeight(weight, seed, 0, 1, device, TileProduct(products))
+    compact = CompactWeight(weight, seed, 0, 1, device, product)
     values = torch.randn(compact.values_shape, device=device).to(dtype)
     x, gradient = (torch.randn(tokens, n, device=device).to(dtype) for n in reversed(compact.shape))
     buffer = torch.zeros(compact.values_shape, device=device)
@@ -77,10 +79,10 @@ def _trials(weight: SparseWeight, seed: int, device: torch.device,
                 "input_gradient": (gradient, values, compact.mask),
                 "weight_gradient": (gradient, x, compact.mask, buffer)}
     for kernel, of_kernel in operands.items():
-        for tile in CANDIDATES.get((kernel, weight.tile), []):
+        for tile in CANDIDATES.get((kernel, weight.pattern.tile), []):
             yield (kernel, f"{tile.width} wide, {tile.depth} deep, {tile.warps} warps, "
                            f"{tile.stages} stages",
-                   partial(getattr(products, kernel), *of_kernel, tile=tile))
+                   partial(getattr(product.kernels, kernel), *of_kernel, tile=tile))
 
 
 def _moves(weight: SparseWeight, seed: int, device: torch.device,

@@ -4,13 +4,12 @@ Pile-format shards."""
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-import zstandard
+from backports import zstd
 
 VALIDATION_SHARE = 16  # one document in so many
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
@@ -21,10 +20,7 @@ def write_shards(directory: Path, count: int = 4) -> tuple[int, int]:
     text."""
     directory.mkdir(parents=True)
     names = [f"train-{i}" for i in range(count)] + ["valid"]
-    files = {n: zstandard.ZstdCompressor(3).stream_writer((directory
-                                                           / f"{n}.jsonl.zst").open("wb"))
-             for n in names}
-    lines = {n: io.TextIOWrapper(f, encoding="utf-8") for n, f in files.items()}
+    lines = {n: zstd.open(directory / f"{n}.jsonl.zst", "wt", encoding="utf-8") for n in names}
     documents = size = 0
     for name, text in standard_library():
         digest = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")

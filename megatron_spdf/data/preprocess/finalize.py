@@ -22,7 +22,7 @@ from megatron_spdf.data.preprocess.incremental import LENGTH, Journal
 from megatron_spdf.data.preprocess.records import MAX_RECORDED_SKIPS
 from megatron_spdf.data.preprocess.staging import Partial
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
-from megatron_spdf.files import write_safely
+from megatron_spdf.files import write_file
 
 
 def write_manifests(partial: Partial, ledger: Journal, tokenizer: Tokenizer) -> None:
@@ -39,7 +39,7 @@ def write_manifests(partial: Partial, ledger: Journal, tokenizer: Tokenizer) -> 
     for name, counts in corpus.data_sets.items():
         _finish(partial, ledger, corpus, name, counts, tokenizer)
     if partial.several:
-        write_safely(partial.tree / CORPUS, _as_json(corpus))
+        write_file(partial.tree / CORPUS, _as_json(corpus))
 
 
 def _describe_corpus(ledger: Journal, tokenizer: Tokenizer) -> CorpusManifest:
@@ -93,7 +93,7 @@ def _finish(
     )
     shutil.rmtree(file_of(base, "tokenizer"), ignore_errors=True)
     tokenizer.save(file_of(base, "tokenizer"))
-    write_safely(file_of(base, "json"), _as_json(manifest))
+    write_file(file_of(base, "json"), _as_json(manifest))
 
 
 def _sources_of(ledger: Journal, name: str, several: bool) -> list[Source]:
@@ -117,5 +117,5 @@ def _require_equal(what: str, found: int, expected: int) -> None:
                            "is written")
 
 
-def _as_json(record: Manifest | CorpusManifest) -> bytes:
-    return (record.model_dump_json(indent=2) + "\n").encode()
+def _as_json(record: Manifest | CorpusManifest) -> str:
+    return record.model_dump_json(indent=2) + "\n"

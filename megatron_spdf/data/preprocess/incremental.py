@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megatron_spdf.data.indexed.manifest import Counts, Settings, Source, file_of
 from megatron_spdf.data.preprocess.records import Skipped
-from megatron_spdf.files import write_safely
+from megatron_spdf.files import open_to_append, write_file
 
 # Inputs smaller than this, in bytes of tokens, are made safe together: a sync takes milliseconds.
 _SYNC_BYTES = 1 << 20
@@ -71,7 +71,7 @@ class AppendFile:
 
     def __init__(self, path: Path, size: int):
         self.path = path
-        self._file = open(path, "ab")
+        self._file = open_to_append(path)
         found = self._file.tell()
         if found < size:
             self._file.close()
@@ -153,7 +153,7 @@ class Journal:
     def _check_work(self) -> None:
         path = self.directory / "work.json"
         if not path.exists():
-            write_safely(path, self.work.model_dump_json(indent=1).encode())
+            write_file(path, self.work.model_dump_json(indent=1))
         before = Work.model_validate_json(path.read_bytes()).model_dump()
         now = self.work.model_dump()
         for either in (before, now):

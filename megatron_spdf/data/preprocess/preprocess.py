@@ -40,8 +40,8 @@ from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
 __all__ = ["CorpusManifest", "Manifest", "check_prefix", "preprocess", "read_manifest",
            "usual_workers"]
 
-_LIBRARIES = ("ftfy", "megatron-core", "numpy", "sentencepiece", "tiktoken", "tokenizers",
-              "zstandard")
+_LIBRARIES = ("backports.zstd", "ftfy", "megatron-core", "numpy", "sentencepiece", "tiktoken",
+              "tokenizers")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Starting a worker takes as long as tokenizing a few MB of text does.
 _BYTES_WORTH_A_WORKER = 4 << 20

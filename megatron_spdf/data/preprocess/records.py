@@ -16,16 +16,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-import zstandard
-
-from megatron_spdf.data.preprocess.zstd_stream import ZstdStream
+from backports import zstd
 
 ON_ERROR = ("stop", "skip")
 MAX_RECORDED_SKIPS = 1000
 # Larger than any document of the Pile; a record must fit in memory several times over.
 MAX_RECORD_BYTES = 100_000_000
 _BUFFER_BYTES = 1 << 20
-_DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError)
+# Shards written with `zstd --long=31` need this window; a frame allocates only what it declares.
+_LARGEST_WINDOW = {zstd.DecompressionParameter.window_log_max: 31}
+_DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, zstd.ZstdError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,10 +148,10 @@ def _pieces(file: _HashedFile, path: Path, max_bytes: int) -> Iterator[tuple[byt
 def _decompress(file: _HashedFile, path: Path) -> io.BufferedIOBase:
     if path.suffix in (".zst", ".gz") and path.stat().st_size == 0:
         raise EOFError("the file is empty, which no compressed file is")
+    # Another buffer around these two would lose what precedes the damage.
     if path.suffix == ".zst":
-        return io.BufferedReader(ZstdStream(file), _BUFFER_BYTES)
+        return zstd.ZstdFile(file, options=_LARGEST_WINDOW)
     if path.suffix == ".gz":
-        # another buffer around it would lose what precedes the damage
         return gzip.GzipFile(fileobj=file)
     return io.BufferedReader(file, _BUFFER_BYTES)
 

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_spdf.data.indexed.manifest import CORPUS, file_of
+from megatron_spdf.files import publish
 from megatron_spdf.locks import locked
 
 # The order in which files go away and come in: at no moment do an old and a new file look like one
@@ -128,7 +129,7 @@ class Partial:
         if prefix.exists():
             shutil.rmtree(self.directory / "old", ignore_errors=True)
             prefix.rename(self.directory / "old")
-        self.tree.rename(prefix)
+        publish(self.tree, prefix)
 
     def _publish_files(self) -> None:
         waiting = {suffix for suffix in _PUBLISH_ORDER if file_of(self.base, suffix).exists()}

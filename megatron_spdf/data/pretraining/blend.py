@@ -17,7 +17,7 @@ import numpy as np
 
 from megatron_spdf.data.pretraining.index_cache import built_once
 from megatron_spdf.data.pretraining.sources import Source
-from megatron_spdf.files import write_safely
+from megatron_spdf.files import write_json
 
 HISTORY = "blend.json"
 
@@ -92,8 +92,7 @@ class BlendHistory:
     def save(self) -> None:
         """Writes the history, and makes the directory if it is missing."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        write_safely(self._path,
-                     (json.dumps([vars(s) for s in self.segments], indent=1) + "\n").encode())
+        write_json(self._path, [vars(s) for s in self.segments])
 
     def taken(self, samples: int) -> dict[str, int]:
         """Counts the samples of each source among the first `samples` of the run, by content

@@ -7,13 +7,14 @@ directory: the first to finish names it, and the other one uses it.
 
 from __future__ import annotations
 
-import os
 import shutil
 import socket
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+from megatron_spdf.files import PARTIAL, AlreadyThere, atomic_directory
 from megatron_spdf.locks import locked
 
 
@@ -32,23 +33,11 @@ def built_once(cache: Path, key: str, build: Callable[[Path], None]) -> Path:
     with locked(cache / f"{key}.lock", wait=True):
         here = f"{key}.{socket.gethostname()}"
         # Left by a process that was killed: the lock of this host is ours.
-        for left in cache.glob(f"{here}.*.partial"):
+        for left in cache.glob(f"{here}.*{PARTIAL}"):
             shutil.rmtree(left, ignore_errors=True)
         if not place.is_dir():
-            partial = cache / f"{here}.{uuid.uuid4().hex}.partial"
-            partial.mkdir()
-            build(partial)
-            _publish(partial, place)
+            name = f"{here}.{uuid.uuid4().hex}"
+            with suppress(AlreadyThere), atomic_directory(place, name) as partial:
+                build(partial)
     return place
 
-
-def _publish(partial: Path, place: Path) -> None:
-    for file in partial.iterdir():
-        with open(file, "rb") as written:
-            os.fsync(written.fileno())
-    try:
-        partial.rename(place)
-    except OSError:
-        if not place.is_dir():
-            raise
-        shutil.rmtree(partial)

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import json
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
-from megatron_spdf.data.tokenizers.kinds import (
-    END_OF_TEXT,
-    Gpt2Bpe,
-    HuggingFace,
-    SentencePiece,
-    Tokenizer,
-    is_plain_byte_level,
-    well_formed,
-)
+from megatron_spdf.data.tokenizers import gpt2, sentencepiece
+from megatron_spdf.data.tokenizers.base import Tokenizer, well_formed
+from megatron_spdf.data.tokenizers.gpt2 import Gpt2Bpe
+from megatron_spdf.data.tokenizers.huggingface import HuggingFace, is_plain_byte_level
+from megatron_spdf.data.tokenizers.sentencepiece import SentencePiece
 
 __all__ = ["Tokenizer", "load_tokenizer", "train_tokenizer"]
 
@@ -24,9 +18,6 @@ _ACCEPTED = (
     "GPT-2 BPE files (encoder.json or vocab.json, with vocab.bpe or merges.txt), "
     "a Hugging Face tokenizer.json, or one SentencePiece *.model"
 )
-# SentencePiece drops training sentences longer than its limit in bytes; a character has at most 4.
-_SENTENCE_CHARACTERS = 2048
-_SENTENCE_BYTES = 4 * _SENTENCE_CHARACTERS
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -104,7 +95,7 @@ def train_tokenizer(kind: str, texts: Iterable[str], vocab_size: int,
             fill or that is too small for the alphabet; the largest or smallest possible size is
             named.
     """
-    trainers = {"bpe": _train_bpe, "sentencepiece": _train_sentencepiece}
+    trainers = {"bpe": gpt2.train, "sentencepiece": sentencepiece.train}
     if kind not in trainers:
         raise ValueError(f"cannot train a tokenizer of kind {kind!r}; choose one of "
                          f"{sorted(trainers)}")
@@ -116,73 +107,3 @@ def train_tokenizer(kind: str, texts: Iterable[str], vocab_size: int,
     assert tokenizer.vocab_size == vocab_size
     tokenizer.save(directory)
     return tokenizer
-
-
-def _train_bpe(texts: Iterator[str], vocab_size: int) -> Gpt2Bpe:
-    from tokenizers import Tokenizer as HuggingFaceTokenizer
-    from tokenizers import models, pre_tokenizers, trainers
-
-    smallest = 256 + 1
-    if vocab_size < smallest:
-        raise ValueError(f"vocab_size {vocab_size} is too small: 256 bytes and {END_OF_TEXT} need "
-                         f"{smallest}")
-    learner = HuggingFaceTokenizer(models.BPE())
-    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet,
-                                  show_progress=False)
-    learner.train_from_iterator(texts, trainer)
-    model = json.loads(learner.to_str())["model"]
-    ids = {**model["vocab"], END_OF_TEXT: len(model["vocab"])}
-    if len(ids) < vocab_size:
-        raise ValueError(_too_small_a_corpus(vocab_size, len(ids)))
-    merges = ["#version: 0.2", *(" ".join(pair) for pair in model["merges"])]
-    return Gpt2Bpe(json.dumps(ids, ensure_ascii=False).encode(),
-                   ("\n".join(merges) + "\n").encode())
-
-
-def _train_sentencepiece(texts: Iterator[str], vocab_size: int) -> SentencePiece:
-    import sentencepiece
-
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_sentences(texts),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            allow_whitespace_only_pieces=True,
-            max_sentence_length=_SENTENCE_BYTES,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        raise ValueError(_sentencepiece_remedy(vocab_size, str(error))) from None
-    return SentencePiece(model.getvalue())
-
-
-def _sentences(texts: Iterator[str]) -> Iterator[str]:
-    for text in texts:
-        for start in range(0, len(text), _SENTENCE_CHARACTERS):
-            yield text[start : start + _SENTENCE_CHARACTERS]
-
-
-def _sentencepiece_remedy(vocab_size: int, error: str) -> str:
-    if largest := re.search(r"Please set it to a value <= (\d+)", error):
-        return _too_small_a_corpus(vocab_size, int(largest[1]))
-    if smallest := re.search(r"smaller than required_chars\. \d+ vs (\d+)", error):
-        return (f"vocab_size {vocab_size} is too small: 256 bytes and the texts' characters need "
-                f"{smallest[1]}")
-    if "sentences_.empty()" in error:
-        return "cannot train a tokenizer: the texts are empty"
-    return f"SentencePiece could not train {vocab_size} pieces on these texts: {error}"
-
-
-def _too_small_a_corpus(vocab_size: int, largest: int) -> str:
-    return (
-        f"vocab_size {vocab_size} is more than these texts give: at most {largest}. "
-        "Ask for that or less, or train on more text"
-    )

@@ -13,13 +13,76 @@ import math
 
 import numpy as np
 from numpy.random import Philox
+from pydantic import Field
 
+from megatron_spdf.kernels.limits import multiplied
 from megatron_spdf.random_streams import stream_key
+from megatron_spdf.sparsity.patterns.base import PATTERNS, Pattern, Shape
 
 STREAM = "megatron_spdf block stream 1"
 ROUNDS = 32  # of trades; after few of them nothing is left of the first pattern
 CLOSE, FAR = 0.01, 0.05  # of a level: rounded to without cutting into fewer slices; refused
-def balanced_parts(grid: tuple[int, int], level: float) -> tuple[int, int]:
+
+
+class Tiles(Pattern):
+    """Square tiles, active or zero as a whole, balanced in each slice."""
+
+    name = "tile"
+    remedy = "smaller tiles, or a level that is a coarser fraction"
+
+    tile: int = Field(
+        64, gt=0, description="side of a tile; levels are rounded to equally many tiles in every "
+                              "row and column")
+
+    def cut(self, name: str, shape: Shape, axis: int, most: int, level: float) -> int:
+        return tile_slices(name, shape, axis, most, level, self.tile)
+
+    def active(self, shape: Shape, level: float) -> int:
+        active, parts = balanced_parts(self.grid(shape), level)
+        return shape[0] * shape[1] // parts * active
+
+    def rounded(self, shape: Shape, level: float) -> float:
+        active, parts = balanced_parts(self.grid(shape), level)
+        return 1.0 - active / parts
+
+    def draw(self, seed: int, name: str, slice_id: int, shape: Shape, level: float) -> np.ndarray:
+        grid = draw_tile_mask(seed, name, slice_id, self.grid(shape), self.per_row(shape, level))
+        return grid.repeat(self.tile, 0).repeat(self.tile, 1)
+
+    def fault(self, masks: np.ndarray, shape: Shape, level: float) -> str | None:
+        (rows, columns), size, per_row = self.grid(shape), self.tile, self.per_row(shape, level)
+        inside = masks.reshape(-1, rows, size, columns, size).sum((2, 4), dtype=np.int64)
+        active = inside > 0
+        if ((inside[active] == size**2).all() and (active.sum(2) == per_row).all()
+                and (active.sum(1) == per_row * rows // columns).all()):
+            return None
+        return f"of tiles of {size}, equally many in every row and column"
+
+    @property
+    def skips_zeros(self) -> bool:
+        return multiplied(self.tile)
+
+    def table_bytes(self, active: int) -> int:
+        # each active tile by row and by column
+        return 2 * 4 * active // self.tile**2 if self.skips_zeros else 0
+
+    def describe(self, levels: list[float], degrees: int) -> str:
+        asked = ", ".join(f"{level:g}" for level in levels)
+        return (f"balanced tiles of {self.tile} x {self.tile}, to which level {asked} is rounded "
+                f"below; tensor-parallel degrees: divisors of {degrees}")
+
+    def grid(self, shape: Shape) -> Shape:
+        """Returns (tile rows, tile columns) of a slice."""
+        return shape[0] // self.tile, shape[1] // self.tile
+
+    def per_row(self, shape: Shape, level: float) -> int:
+        """Returns the number of active tiles in a tile row of a slice."""
+        grid = self.grid(shape)
+        active, parts = balanced_parts(grid, level)
+        return grid[1] // parts * active
+
+
+def balanced_parts(grid: Shape, level: float) -> Shape:
     """The balanced density next to 1 - `level` as a fraction, which is at least one active tile in
     a row and column.
 
@@ -34,21 +97,19 @@ def balanced_parts(grid: tuple[int, int], level: float) -> tuple[int, int]:
 
 
 def tile_slices(
-    name: str, shape: tuple[int, int], axis: int, groups: int, level: float, size: int | None
+    name: str, shape: Shape, axis: int, groups: int, level: float, size: int
 ) -> int:
-    """Slices that a weight is cut into: `groups`, or with tiles the most, dividing `groups`, whose
-    balanced tiles come within `CLOSE` of the level; where none do, those that come next to it.
+    """Slices that a weight is cut into: the most, dividing `groups`, whose balanced tiles come
+    within `CLOSE` of the level; where none do, those that come next to it.
 
     Args:
         name, shape, axis: of the weight (out, in), and the axis that is cut.
         groups: most slices, the number of query groups.
-        size: of the tiles; None: there are none.
+        size: of the tiles.
 
     Raises:
         ValueError: tiles do not divide the weight, or allow nothing near the level.
     """
-    if size is None:
-        return groups
     what = f"sparsity.tile={size} on {name} ({shape[0]} x {shape[1]})"
     if shape[0] % size or shape[1] % size:
         fitting = [b for b in (8, 16, 32, 64, 128) if shape[0] % b == 0 == shape[1] % b]
@@ -71,7 +132,7 @@ def tile_slices(
     return best
 
 
-def draw_tile_mask(seed: int, name: str, slice_id: int, grid: tuple[int, int],
+def draw_tile_mask(seed: int, name: str, slice_id: int, grid: Shape,
                    per_row: int) -> np.ndarray:
     """The balanced tiles of one slice, from the stream keyed by (seed, name, slice).
 
@@ -112,3 +173,6 @@ def _trade(mask: np.ndarray, pairs: np.ndarray, stream: Philox) -> None:
 def _order(stream: Philox, shape: tuple[int, ...]) -> np.ndarray:
     """A random order along the last axis; ties, of 64-bit words, by position."""
     return stream.random_raw(math.prod(shape)).reshape(shape).argsort(-1, kind="stable")
+
+
+PATTERNS.register(Tiles.name, Tiles)

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.random import Philox
 
 from megatron_spdf.random_streams import stream_key
+from megatron_spdf.sparsity.patterns.base import PATTERNS, Pattern, Shape
 
 STREAM = "megatron_spdf 2:4 stream 1"
 LEVEL, SIDE = 0.5, 4
@@ -30,7 +31,32 @@ def _all_tiles() -> np.ndarray:
 TILES = _all_tiles()
 
 
-def check_two_four(name: str, shape: tuple[int, int], axis: int, slices: int, level: float) -> None:
+class TwoFour(Pattern):
+    """Two of every four entries of a row, and two of every four of a column."""
+
+    name = "2:4"
+
+    def cut(self, name: str, shape: Shape, axis: int, most: int, level: float) -> int:
+        check_two_four(name, shape, axis, most, level)
+        return most
+
+    def draw(self, seed: int, name: str, slice_id: int, shape: Shape, level: float) -> np.ndarray:
+        return draw_two_four(seed, name, slice_id, shape)
+
+    def fault(self, masks: np.ndarray, shape: Shape, level: float) -> str | None:
+        return None if is_two_four(masks, shape) else "2:4 along rows and columns"
+
+    def largest(self, values: np.ndarray, level: float) -> np.ndarray:
+        rows, columns = (n // SIDE for n in values.shape)
+        magnitudes = np.abs(values).reshape(rows, SIDE, columns, SIDE).swapaxes(1, 2)
+        best = (magnitudes.reshape(-1, SIDE**2) @ TILES.reshape(len(TILES), -1).T).argmax(1)
+        return _joined(best, values.shape)
+
+    def describe(self, levels: list[float], degrees: int) -> str:
+        return "2:4, two of every four weights along rows and along columns"
+
+
+def check_two_four(name: str, shape: Shape, axis: int, slices: int, level: float) -> None:
     """That a weight can be 2:4.
 
     Args:
@@ -53,7 +79,7 @@ def check_two_four(name: str, shape: tuple[int, int], axis: int, slices: int, le
                          "give the weight a rule with level 0 that keeps it dense")
 
 
-def draw_two_four(seed: int, name: str, slice_id: int, shape: tuple[int, int]) -> np.ndarray:
+def draw_two_four(seed: int, name: str, slice_id: int, shape: Shape) -> np.ndarray:
     """The mask of one slice, every tile equally likely to be each of the 90, from the stream keyed
     by (seed, name, slice).
 
@@ -69,10 +95,16 @@ def draw_two_four(seed: int, name: str, slice_id: int, shape: tuple[int, int]) -
     words = words.astype("<u8", copy=False).view("<u4")[: rows * columns]
     # off from even by less than 2^-25
     drawn = (words.astype(np.uint64) * len(TILES) >> 32).astype(np.intp)
-    return TILES[drawn].reshape(rows, columns, SIDE, SIDE).swapaxes(1, 2).reshape(shape)
+    return _joined(drawn, shape)
 
 
-def is_two_four(masks: np.ndarray, shape: tuple[int, int]) -> bool:
+def _joined(numbers: np.ndarray, shape: Shape) -> np.ndarray:
+    """The mask whose tiles have these numbers, row by row."""
+    rows, columns = (n // SIDE for n in shape)
+    return TILES[numbers].reshape(rows, columns, SIDE, SIDE).swapaxes(1, 2).reshape(shape)
+
+
+def is_two_four(masks: np.ndarray, shape: Shape) -> bool:
     """Whether masks of slices of a shape, (slices, entries) bool, are 2:4 both ways."""
     rows, columns = (n // SIDE for n in shape)
     entries = masks.astype(np.uint8, copy=False).reshape(len(masks), rows, SIDE, columns, SIDE)
@@ -80,3 +112,6 @@ def is_two_four(masks: np.ndarray, shape: tuple[int, int]) -> bool:
     along_columns = sum(entries[:, :, i] for i in range(SIDE))
     along_rows = sum(entries[..., i] for i in range(SIDE))
     return bool((along_columns == 2).all() and (along_rows == 2).all())
+
+
+PATTERNS.register(TwoFour.name, TwoFour)

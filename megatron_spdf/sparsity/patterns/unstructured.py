@@ -1,4 +1,6 @@
-"""Static random masks from a counter-based stream keyed by (seed, weight name, slice).
+"""Unstructured masks: every set of as many entries of a slice is equally likely.
+
+Random masks come from a counter-based stream keyed by (seed, weight name, slice).
 
 A slice's mask depends on nothing else: not on the layout, not on the rank, not on what was drawn
 before. So every rank draws its own slices without communication, and the mask is the same at every
@@ -12,8 +14,24 @@ import numpy as np
 from numpy.random import Philox
 
 from megatron_spdf.random_streams import stream_key
+from megatron_spdf.sparsity.patterns.base import PATTERNS, Pattern, Shape
 
 STREAM = "megatron_spdf mask stream 1"
+
+
+class Unstructured(Pattern):
+    """Any entries."""
+
+    name = "unstructured"
+    moving_unit = (1, 1)
+
+    def draw(self, seed: int, name: str, slice_id: int, shape: Shape, level: float) -> np.ndarray:
+        numel, active = shape[0] * shape[1], self.active(shape, level)
+        return draw_mask(seed, name, slice_id, numel, active).reshape(shape)
+
+    def largest(self, values: np.ndarray, level: float) -> np.ndarray:
+        active = self.active(values.shape, level)
+        return largest_mask(values.reshape(-1), active).reshape(values.shape)
 
 
 def draw_mask(seed: int, name: str, slice_id: int, numel: int, active: int) -> np.ndarray:
@@ -48,3 +66,6 @@ def _smallest(keys: np.ndarray, active: int) -> np.ndarray:
     ties = np.flatnonzero(keys == threshold)
     mask[ties[: active - np.count_nonzero(mask)]] = True
     return mask
+
+
+PATTERNS.register(Unstructured.name, Unstructured)

@@ -1,11 +1,13 @@
-"""Builds this rank's part of the GPT from Megatron-Core, sparse where the plan says so."""
+"""Builds this rank's part of a decoder from Megatron-Core, sparse where the plan says so."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import cache, partial
 
 import torch
+import torch.nn.functional as F
 from megatron.core import parallel_state as ps
 from megatron.core import tensor_parallel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -16,12 +18,13 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
-from torch.nn.functional import gelu
 
+from megatron_spdf.architecture.base import Model
 from megatron_spdf.layers.compact import sparsify
 from megatron_spdf.model.attention import core_attention
 from megatron_spdf.model.head import head_loss
 from megatron_spdf.model.init import DrawnWeights, InitialWeights, initialize, owned_weights
+from megatron_spdf.model.mlp import GatedMlp
 from megatron_spdf.model.norm import norm_class
 from megatron_spdf.model.parametrization import Parametrization
 from megatron_spdf.recipe.recipe import Recipe
@@ -42,17 +45,9 @@ def transformer_config(recipe: Recipe, rules: Parametrization) -> TransformerCon
     if recipe.train.recompute == "full":
         recompute |= {"recompute_method": "uniform", "recompute_num_layers": 1}
     return TransformerConfig(
-        num_layers=m.layers,
-        hidden_size=m.hidden,
-        num_attention_heads=m.heads,
-        num_query_groups=m.query_groups,
-        ffn_hidden_size=m.ffn_hidden,
-        # as in GPT-2; the fused one always is
-        activation_func=gelu if fuses else partial(gelu, approximate="tanh"),
-        hidden_dropout=m.dropout,
-        attention_dropout=m.dropout,
+        **m.transformer_config(),
+        activation_func=_activation(m, fuses),
         softmax_scale=rules.attention_scale,
-        init_method_std=m.init_std,
         perform_initialization=False,  # model/init.py fills the weights, the same at every layout
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -66,11 +61,26 @@ def transformer_config(recipe: Recipe, rules: Parametrization) -> TransformerCon
         overlap_p2p_comm=p.interleave > 1,
         batch_p2p_comm=p.interleave == 1,
         gradient_accumulation_fusion=False,
-        bias_activation_fusion=fuses,
+        bias_activation_fusion=_fuses_activation(m, fuses),
         bias_dropout_fusion=fuses,
         masked_softmax_fusion=False,
         **recompute,
     )
+
+
+def _activation(model: Model, fuses: bool) -> Callable[[Tensor], Tensor]:
+    """The activation function of the feed-forward layer."""
+    if model.activation == "gelu" and not fuses:  # the fused one is its tanh approximation
+        return partial(F.gelu, approximate="tanh")
+    return getattr(F, model.activation)
+
+
+def _fuses_activation(model: Model, compiles: bool) -> bool:
+    """Whether Megatron-Core has the activation and what is beside it as one function: SwiGLU, which
+    saves memory without a compiler too, and GELU with a bias."""
+    if model.gated:
+        return model.activation == "silu" and (compiles or not torch.cuda.is_available())
+    return compiles and model.activation == "gelu" and model.biases
 
 
 @cache
@@ -81,21 +91,28 @@ def _compiles() -> bool:
     if not torch.cuda.is_available():
         return False
     try:
-        torch.compile(gelu)(torch.zeros(8, device="cuda", requires_grad=True)).sum().backward()
+        torch.compile(F.gelu)(torch.zeros(8, device="cuda", requires_grad=True)).sum().backward()
     except Exception as error:  # whatever a compiler, a driver or a GPU it does not know may raise
-        logger.warning("bias, GELU and dropout run one by one, since torch.compile does not work "
-                       f"here ({type(error).__name__}: {first_line(error)})")
+        logger.warning("bias, activation and dropout run one by one, since torch.compile does not "
+                       f"work here ({type(error).__name__}: {first_line(error)})")
         return False
     return True
 
 
-class Gpt(GPTModel):
-    """Megatron-Core's GPT, whose loss is that of `head.py`, (), where tokens have weights,
+class Decoder(GPTModel):
+    """Megatron-Core's decoder, whose loss is that of `head.py`, (), where tokens have weights,
     `loss_mask` (B, T), beside their labels. Labels are smoothed in training mode only."""
 
     def __init__(self, rules: Parametrization, *arguments, **keywords):
         super().__init__(*arguments, **keywords)
         self.rules = rules
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(rows, H), this rank's rows of the LM head, on the last pipeline stage."""
+        if self.rules.recipe.model.tied:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
 
     def _postprocess(self, hidden_states: Tensor, labels: Tensor | None = None,
                      loss_mask: Tensor | None = None,
@@ -108,7 +125,7 @@ class Gpt(GPTModel):
         x, recipe = shared(hidden_states), self.rules.recipe
         if self.rules.head_input != 1.0:
             x = x * self.rules.head_input
-        return head_loss(x, self.shared_embedding_or_output_weight(), labels, loss_mask,
+        return head_loss(x, self.head_weight, labels, loss_mask,
                          recipe.model.vocab_size,
                          recipe.train.label_smoothing if self.training else 0.0)
 
@@ -131,26 +148,27 @@ def build_model(recipe: Recipe, plan: Plan,
 def _build_chunk(
     recipe: Recipe, config: TransformerConfig, rules: Parametrization, source: InitialWeights,
     stage: int | None
-) -> Gpt:
+) -> Decoder:
     layer = get_gpt_layer_local_spec()
-    norm = norm_class(recipe.kernels.norm)
+    norm = norm_class(recipe.kernels.norm, recipe.model.norm)
     layer.submodules.self_attention.submodules.core_attention = core_attention(
         recipe.kernels.attention
     )
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm
     block = TransformerBlockSubmodules(
         layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=stage), layer_norm=norm)
-    model = Gpt(
+    model = Decoder(
         rules,
         config,
         block,
-        vocab_size=recipe.model.padded_vocab,
-        max_sequence_length=recipe.model.max_positions,
+        **recipe.model.gpt_model(),
         pre_process=ps.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
         post_process=ps.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
-        share_embeddings_and_output_weights=True,
         vp_stage=stage,
     )
+    if recipe.model.gated:
+        for layer in model.decoder.layers:
+            GatedMlp.convert(layer.mlp, recipe.model.slices // recipe.parallel.tensor)
     model.cuda(torch.cuda.current_device())
     if config.bf16:
         model.bfloat16()

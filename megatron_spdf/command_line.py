@@ -1,0 +1,37 @@
+"""Parts of a command line that tools share."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from collections.abc import Callable
+
+from megatron_spdf import exit_codes
+
+
+def make_parser(text: str | None, **settings) -> argparse.ArgumentParser:
+    """A parser whose help shows a text as it is written, and that takes options in full only."""
+    return argparse.ArgumentParser(description=text, allow_abbrev=False,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+
+
+def add_overrides(parser: argparse.ArgumentParser, meaning: str = "values that win over the "
+                  "recipe's") -> None:
+    """Adds `section.key=value` words; a parser that also has options needs
+    `parse_intermixed_args`."""
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value",
+                        help=meaning)
+
+
+def refusing(main: Callable[..., int]) -> Callable[..., int]:
+    """The function, which says an error that a user can put right and returns the exit code for
+    it."""
+    @functools.wraps(main)
+    def run(*arguments) -> int:
+        try:
+            return main(*arguments)
+        except (ValueError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return exit_codes.BAD_INPUT
+    return run

@@ -1,0 +1,110 @@
+"""The tokenizer interface; each kind is a file beside this one."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+
+def well_formed(text: str) -> str:
+    """`text` with lone surrogates, which have no UTF-8 form, replaced by U+FFFD."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+class Tokenizer(ABC):
+    """Text to token ids and back; also what Megatron's `GPTDataset` asks of a tokenizer.
+
+    Built from the bytes of its files, which it keeps: `save` writes what was loaded, whatever has
+    become of the originals, and a tokenizer travels to another process as its files.
+
+    Attributes:
+        kind: "gpt2-bpe", "tokenizers" or "sentencepiece".
+        vocab_size: number of ids; every id is in [0, vocab_size).
+        eod: id of the end-of-document token. `encode` never returns it.
+        sha256: fingerprint of the files, independent of their names and place.
+        pad: -1, an id that no text has, so that Megatron masks no token as padding.
+    """
+
+    kind: ClassVar[str]
+    file_names: ClassVar[tuple[str, ...]]
+    vocab_size: int
+    eod: int
+    pad: ClassVar[int] = -1
+
+    def __init__(self, *files: bytes):
+        assert len(files) == len(self.file_names), f"{self.kind} is made of {self.file_names}"
+        self._files = files
+        digest = hashlib.sha256(self.kind.encode())
+        for content in files:
+            digest.update(hashlib.sha256(content).digest())
+        self.sha256 = digest.hexdigest()
+
+    @abstractmethod
+    def _encode(self, text: str) -> list[int]:
+        """`encode` for well-formed text."""
+
+    @abstractmethod
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`; bytes that are not UTF-8 become U+FFFD."""
+
+    def text_bytes(self, ids: Iterable[int]) -> int:
+        """UTF-8 bytes of the text of `ids`; end-of-document tokens have none.
+
+        Where `ids` start or end inside a character, of which byte-level tokens hold a part, a few
+        bytes more.
+        """
+        return len(self.decode(i for i in ids if i != self.eod).encode())
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`; the names of special tokens in it are ordinary text."""
+        return self._encode(well_formed(text))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text."""
+        return [self.encode(text) for text in texts]
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """`encode` as an integer array (T,), without a Python list in between where the library
+        can."""
+        return np.asarray(self.encode(text), dtype=np.int64)
+
+    def save(self, directory: str | Path) -> None:
+        """Write the files to `directory`, new or empty; `load_tokenizer` gives this tokenizer from
+        there."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        if any(directory.iterdir()):
+            raise ValueError(f"{directory} is not empty; a tokenizer is saved to a directory of "
+                             "its own")
+        for name, content in zip(self.file_names, self._files, strict=True):
+            (directory / name).write_bytes(content)
+
+    @property
+    def eos(self) -> int:
+        """Megatron's second name for `eod`."""
+        return self.eod
+
+    @property
+    def unique_identifiers(self) -> dict[str, str]:
+        """What Megatron hashes into the names of its cached sample indices."""
+        return {"class": type(self).__name__, "kind": self.kind, "sha256": self.sha256}
+
+    def __reduce__(self):
+        return type(self), self._files
+
+
+def too_small_a_corpus(vocab_size: int, largest: int) -> str:
+    """Says that texts give fewer tokens than are asked for."""
+    return (
+        f"vocab_size {vocab_size} is more than these texts give: at most {largest}. "
+        "Ask for that or less, or train on more text"
+    )

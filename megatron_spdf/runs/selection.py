@@ -1,0 +1,64 @@
+"""The fine-tuning runs of a recipe's `sweep:`, and the choice among them by validation loss."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_spdf.checkpoint import store
+from megatron_spdf.recipe.finetune import Finetune
+from megatron_spdf.recipe.recipe import Recipe
+from megatron_spdf.runs.grid import Trial, axis_of, combinations
+
+
+def trials(finetune: Finetune) -> list[Trial]:
+    """Every combination, the last key of `sweep` varying fastest.
+
+    Raises:
+        ValueError: there is nothing to sweep.
+    """
+    empty = [key for key, values in finetune.sweep.items() if not values]
+    if not finetune.sweep or empty:
+        raise ValueError("the recipe lists no values to "
+                         f"try{' for ' + ', '.join(empty) if empty else ''}; write for example "
+                         "sweep: {optimizer.lr: [1e-4, 5e-5]}")
+    axes = {key: axis_of(key, values) for key, values in finetune.sweep.items()}
+    return list(combinations(axes, finetune.output))
+
+
+def result_of(trial: Trial) -> dict[str, Any]:
+    """A run as plain values, read from its newest checkpoint; a run without one has not begun.
+
+    Returns:
+        `done`: its last step is done, or it was stopped early; `validation_loss`, `step`: of its
+        best evaluation, None where there was none yet.
+    """
+    row = {"output": str(trial.output), "values": trial.values, "done": False,
+           "validation_loss": None, "step": None}
+    if found := store.visible(trial.output / "checkpoints"):
+        run = json.loads((found[-1] / store.RUN).read_text())
+        state, recipe = run["state"], Recipe.model_validate(run["recipe"])
+        stopped = 0 < recipe.evaluate.patience <= state["worse"]
+        row |= {"done": stopped or state["step"] == recipe.steps,
+                "validation_loss": state["best_loss"], "step": state["best_step"] or None}
+    return row
+
+
+def select(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The runs, and the finished one with the lowest validation loss."""
+    finished = [row for row in rows if row["done"] and row["validation_loss"] is not None]
+    return {"selected": min(finished, key=lambda row: row["validation_loss"], default=None),
+            "unfinished": sum(not row["done"] for row in rows), "runs": rows}
+
+
+def render(selection: dict[str, Any]) -> str:
+    """The selection as a table, the best first."""
+    ranked = sorted(selection["runs"],
+                    key=lambda row: (not row["done"], row["validation_loss"] or float("inf")))
+    lines = [f"{'validation loss':>15}{'step':>8}  run"]
+    for row in ranked:
+        loss = f"{row['validation_loss']:.4f}" if row["validation_loss"] is not None else "-"
+        note = "" if row["done"] else "  (unfinished)"
+        lines.append(f"{loss:>15}{row['step'] or '-':>8}  {Path(row['output']).name}{note}")
+    return "\n".join(lines)

@@ -1,0 +1,132 @@
+"""Files and directories appear whole or not at all, and nothing is written through a link."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from megatron_spdf import files
+from megatron_spdf.files import (
+    AlreadyThere,
+    atomic_directory,
+    open_to_append,
+    publish,
+    write_file,
+    write_json,
+)
+from megatron_spdf.locks import locked
+from megatron_spdf.runs.run_dir import RunDir
+from megatron_spdf.runs.run_log import RunLog
+
+
+@pytest.fixture
+def victim(tmp_path) -> Path:
+    """A file that nothing may change."""
+    path = tmp_path / "victim"
+    path.write_text("mine")
+    return path
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    write_json(path, {"old": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"new": object()})
+    monkeypatch.setattr(os, "fsync", lambda handle: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write_json(path, {"new": 1})
+    assert json.loads(path.read_text()) == {"old": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_has_the_users_permissions(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_file(tmp_path / "a", "x")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_link_in_the_place_of_a_file_is_replaced(tmp_path, victim):
+    (tmp_path / "a").symlink_to(victim)
+    write_file(tmp_path / "a", "x")
+    assert victim.read_text() == "mine"
+    assert (tmp_path / "a").read_text() == "x" and not (tmp_path / "a").is_symlink()
+
+
+def test_a_link_under_the_name_before_the_name_is_not_followed(tmp_path, victim, monkeypatch):
+    monkeypatch.setattr(files.secrets, "token_hex", lambda size: "guessed")
+    (tmp_path / f"a.guessed{files.NEW}").symlink_to(victim)
+    with pytest.raises(FileExistsError):
+        write_file(tmp_path / "a", "x")
+    assert victim.read_text() == "mine"
+
+
+def test_nothing_is_appended_through_a_link(tmp_path, victim):
+    (tmp_path / "log").symlink_to(victim)
+    with pytest.raises(OSError, match="symbolic links"):
+        open_to_append(tmp_path / "log")
+    with pytest.raises(OSError, match="symbolic links"), locked(tmp_path / "log", wait=True):
+        pass
+    assert victim.read_text() == "mine"
+
+
+def test_a_runs_log_leaves_what_is_planted_beside_it_alone(recipe, victim):
+    run = RunDir(recipe())
+    run.create()
+    record = json.dumps({"kind": "train", "step": 1}) + "\n"
+    run.log.write_text(record)
+    for name in ("log.jsonl.new", "recipe.yaml.new", "starts.json.new"):
+        (run.root / name).symlink_to(victim)
+    RunLog(run, 1, 2, tensorboard=False, active=True).close()
+    run.create()
+    run.preflight()
+    assert victim.read_text() == "mine" and run.log.read_text() == record
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "log.jsonl", "recipe.yaml"])
+def test_a_run_directory_with_a_link_that_leads_out_is_refused(recipe, tmp_path, name):
+    run = RunDir(recipe())
+    run.root.mkdir()
+    (run.root / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=f"{name} is a link to .*elsewhere.* remove the link"):
+        run.check()
+
+
+def test_a_directory_appears_when_it_is_complete(tmp_path):
+    with atomic_directory(tmp_path / "made") as partial:
+        (partial / "inner").mkdir()
+        (partial / "inner" / "file").write_text("x")
+        assert not (tmp_path / "made").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+    assert (tmp_path / "made" / "inner" / "file").read_text() == "x"
+
+
+def test_a_directory_that_fails_leaves_nothing(tmp_path):
+    with pytest.raises(KeyboardInterrupt), atomic_directory(tmp_path / "made") as partial:
+        (partial / "file").write_text("x")
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_link_under_the_name_of_a_directory_in_the_making_is_not_filled(tmp_path):
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "made.partial").symlink_to(tmp_path / "victim")
+    with pytest.raises(FileExistsError), atomic_directory(tmp_path / "made") as partial:
+        (partial / "file").write_text("x")
+    assert not list((tmp_path / "victim").iterdir())
+
+
+def test_a_directory_that_is_there_is_kept(tmp_path):
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    with pytest.raises(AlreadyThere, match="old exists"), atomic_directory(tmp_path / "old"):
+        pass
+    with pytest.raises(AlreadyThere, match="old exists"):
+        publish(tmp_path / "new", tmp_path / "old")
+    assert [path.name for path in (tmp_path / "old").iterdir()] == ["old"]
