@@ -5,6 +5,8 @@ set -uo pipefail
 
 SPDF_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export SPDF_ROOT
+# This checkout's package, whatever an environment or a container has installed.
+export PYTHONPATH=$SPDF_ROOT${PYTHONPATH:+:$PYTHONPATH}
 die() { echo "${ME:-launch}: $1" >&2; exit "${2:-2}"; }
 # shellcheck source=/dev/null
 [[ ! -f $SPDF_ROOT/launch/site.sh ]] || source "$SPDF_ROOT/launch/site.sh"
@@ -151,7 +153,7 @@ work() { # COMMAND...: runs a command other than training, and requeues it if it
 }
 
 requeue() { # REASON [RUN]: puts the job back into the queue, unless it was canceled or the run makes no progress
-  [[ -z ${2:-} ]] || PYTHONPATH=$SPDF_ROOT once "$SPDF_PYTHON" -m megatron_spdf.resilience.restarts "$2" || exit 3
+  [[ -z ${2:-} ]] || once "$SPDF_PYTHON" -m megatron_spdf.resilience.restarts "$2" || exit 3
   local state
   state=$(scontrol show job "$JOB" 2>/dev/null | sed -n 's/.*JobState=\([A-Z]*\).*/\1/p')
   [[ $state = RUNNING ]] || { echo "$ME: $1; the job is $state, so it is not started again" >&2; exit "$CODE"; }

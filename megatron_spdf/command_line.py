@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import signal
 import sys
 from collections.abc import Callable
 
@@ -35,3 +36,10 @@ def refusing(main: Callable[..., int]) -> Callable[..., int]:
             print(f"error: {error}", file=sys.stderr)
             return exit_codes.BAD_INPUT
     return run
+
+
+def end_quietly() -> None:
+    """Lets an interrupt, or a pipe that is closed as by `head`, end the program without a
+    traceback."""
+    for number in (signal.SIGINT, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_DFL)

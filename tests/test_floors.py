@@ -20,7 +20,7 @@ FLOORS = [
     (
         "ground",
         ["", "registry", "text", "files", "locks", "command_line", "exit_codes",
-         "random_streams", "section"],
+         "random_streams", "section", "tables"],
     ),
     ("architecture", ["architecture"]),
     ("sparsity and kernels", ["sparsity", "kernels"]),

@@ -44,6 +44,7 @@ from pathlib import Path
 
 from benchmarks.environment import LIBRARIES, circumstances, publish
 
+from megatron_spdf.command_line import make_parser, refusing
 from megatron_spdf.recipe.load import load_recipe
 from megatron_spdf.recipe.recipe import AUTO, Recipe
 from megatron_spdf.resilience.world import check_world, find_ranks
@@ -54,19 +55,16 @@ TINY = ["model.hidden=128", "model.heads=4", "sparsity.pattern=tile", "sparsity.
         "train.micro_batch=1"]
 
 
+@refusing
 def main() -> int:
     first = sys.argv[1:2]
-    try:
-        if first == ["data"]:
-            return measure_data(sys.argv[2:])
-        if first in (["kernels"], ["tiles"]):
-            return measure_kernels(*first, sys.argv[2:])
-        if any(word.startswith("--suite") for word in first):
-            return measure_suite(sys.argv[1:])
-        return measure_recipe()
-    except (ValueError, OSError) as error:
-        print(f"benchmark.py: {error}", file=sys.stderr)
-        return 2
+    if first == ["data"]:
+        return measure_data(sys.argv[2:])
+    if first in (["kernels"], ["tiles"]):
+        return measure_kernels(*first, sys.argv[2:])
+    if any(word.startswith("--suite") for word in first):
+        return measure_suite(sys.argv[1:])
+    return measure_recipe()
 
 
 def measure_recipe() -> int:
@@ -76,8 +74,7 @@ def measure_recipe() -> int:
     kinds = {"step": (step.measure_steps, step.render_steps),
              "save": (save.measure_saves, save.render_saves),
              "train": (train.measure_training, train.render_training)}
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("what", choices=list(kinds))
     parser.add_argument("words", nargs="*", metavar="[RECIPE] section.key=value")
     parser.add_argument("--steps", type=int, default=20,
@@ -104,8 +101,7 @@ def measure_suite(arguments: list[str]) -> int:
     """Everything."""
     from benchmarks import suite
 
-    parser = argparse.ArgumentParser(prog="benchmark.py", description=suite.__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(suite.__doc__, prog="benchmark.py")
     parser.add_argument("--suite", choices=suite.SCALES, required=True,
                         help="the GPU, of which either has the same sizes; cpu: tiny, to try the "
                              "suite")
@@ -121,8 +117,7 @@ def measure_data(arguments: list[str]) -> int:
     """Preprocessing, in a temporary directory."""
     from benchmarks import data_throughput
 
-    parser = argparse.ArgumentParser(prog="benchmark.py data", description=data_throughput.__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(data_throughput.__doc__, prog="benchmark.py data")
     parser.add_argument("inputs", nargs="+", metavar="FILE",
                         help="shards, as tools/preprocess_data.py takes them")
     parser.add_argument("--tokenizer", type=Path, required=True,
@@ -154,9 +149,8 @@ def measure_kernels(what: str, arguments: list[str]) -> int:
 
     from megatron_spdf.sparsity.plan import Plan
 
-    parser = argparse.ArgumentParser(prog=f"benchmark.py {what}", description=(
-        kernel_throughput if what == "kernels" else tiles).__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    module = kernel_throughput if what == "kernels" else tiles
+    parser = make_parser(module.__doc__, prog=f"benchmark.py {what}")
     parser.add_argument("words", nargs="*", metavar="[RECIPE] section.key=value")
     parser.add_argument("--seconds", type=float, default=0.2,
                         help="that each measurement takes at least")

@@ -13,38 +13,32 @@ written at.
 
 from __future__ import annotations
 
-import argparse
 import json
-import signal
 import sys
 from pathlib import Path
 
+from megatron_spdf.command_line import end_quietly, make_parser, refusing
 from megatron_spdf.convert.source import open_weights
 from megatron_spdf.evaluation.subspace import distances, draw, render
 
 
+@refusing
 def main(arguments: list[str] | None = None) -> int:
     """Run the tool."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False)
+    parser = make_parser(__doc__)
     parser.add_argument("before", type=Path, metavar="A", help="for example the pre-trained model")
     parser.add_argument("after", type=Path, metavar="B", help="for example the fine-tuned model")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw a heat map")
     parser.add_argument("--force", action="store_true", help="overwrite the picture")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
-    try:
-        if options.png and options.png.exists() and not options.force:
-            raise ValueError(f"{options.png} exists; give another file, or --force to overwrite it")
-        before, after = (open_weights(path, checksums=False)
-                         for path in (options.before, options.after))
-        layers = distances(before, after)
-        if options.png:
-            draw(layers, options.png, f"{before.origin}\nagainst {after.origin}")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if options.png and options.png.exists() and not options.force:
+        raise ValueError(f"{options.png} exists; give another file, or --force to overwrite it")
+    before, after = (open_weights(path, checksums=False)
+                     for path in (options.before, options.after))
+    layers = distances(before, after)
+    if options.png:
+        draw(layers, options.png, f"{before.origin}\nagainst {after.origin}")
     facts = {"a": before.origin, "b": after.origin, "cosine_distance": layers}
     print(json.dumps(facts, indent=1) if options.json
           else f"{before.origin}\n{after.origin}\n{render(layers)}")
@@ -52,6 +46,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    end_quietly()
     sys.exit(main())

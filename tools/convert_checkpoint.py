@@ -25,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
+from megatron_spdf.command_line import add_overrides, make_parser, refusing
 from megatron_spdf.convert.deepspeed_import import DeepSpeedReader
 from megatron_spdf.convert.huggingface_export import DTYPES, export
 from megatron_spdf.convert.initial_checkpoint import write_initial_checkpoint
@@ -38,15 +39,13 @@ from megatron_spdf.recipe.load import load_recipe, make_recipe, parse_recipe
 from megatron_spdf.recipe.recipe import Recipe
 
 
+@refusing
 def main(words: list[str] | None = None) -> int:
     """Run the tool; every byte of a checkpoint of ours is checked before anything is written."""
     options = parse(words)
     try:
         require_free(options.output)
         said = options.run(options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return 128 + signal.SIGINT
@@ -224,21 +223,20 @@ OPTIONS = {
 
 
 def parse(words: list[str] | None) -> argparse.Namespace:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
+    parser = make_parser(__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, (run, source, options, more) in COMMANDS.items():
         command = commands.add_parser(name, help=run.__doc__,
                                       description=f"{run.__doc__}\n\n{more}".strip(),
-                                      formatter_class=form, allow_abbrev=False)
+                                      formatter_class=parser.formatter_class,
+                                      allow_abbrev=False)
         command.add_argument("source", type=Path, metavar="DIR", help=source)
         command.add_argument("output", type=Path, metavar="OUT", help="directory to make")
         for option in options:
             if option != "words":
                 command.add_argument(option, **OPTIONS[option])
         if "words" in options:
-            command.add_argument("overrides", nargs="*", metavar="section.key=value",
-                                 help="values that win over the recipe's")
+            add_overrides(command)
         command.set_defaults(run=run, takes_words="words" in options)
     parsed, rest = parser.parse_known_args(words)
     if rest and (not parsed.takes_words or any(word.startswith("-") for word in rest)):

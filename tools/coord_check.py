@@ -20,18 +20,17 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from megatron_spdf.command_line import add_overrides, make_parser, refusing
 from megatron_spdf.recipe.load import load_recipe
+from megatron_spdf.tables import Column, Table
 
 RULES = ("standard", "mup")
 
 
+@refusing
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    try:
-        found = check(options)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    found = check(options)
     from megatron_spdf.evaluation.coordinate_check import plot_sizes, scaling_exponents
 
     slopes = {rule: {what: scaling_exponents(sizes) for what, sizes in scaled.items()}
@@ -80,21 +79,17 @@ def check(options: argparse.Namespace) -> dict[str, dict[str, dict[float, dict[s
 
 def render(slopes: dict[str, dict[str, dict[str, float]]]) -> str:
     """A row for each part of the model, a column for each parametrization and what is scaled."""
-    columns = [(rule, what) for rule in slopes for what in slopes[rule]]
-    lines = ["slope of log2 mean |activation|",
-             f"{'':<20}" + "".join(f"{f'{r}, {w}':>20}" for r, w in columns)]
-    for part in slopes[columns[0][0]][columns[0][1]]:
-        lines.append(f"{part:<20}" + "".join(f"{slopes[r][w][part]:>20.3f}" for r, w in columns))
-    return "\n".join(lines)
+    columns = [Column("", str)]
+    for rule, scaled in slopes.items():
+        columns += [Column(f"{rule}, {what}", found.get, ".3f") for what, found in scaled.items()]
+    parts = list(next(iter(next(iter(slopes.values())).values())))
+    return f"slope of log2 mean |activation|\n{Table(columns, parts).text()}"
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = make_parser(__doc__)
     parser.add_argument("recipe", help="a pre-training recipe, see configs/pretrain")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value",
-                        help="values that win over the recipe's")
+    add_overrides(parser)
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256, 512, 1024],
                         metavar="N")
     parser.add_argument("--sparsities", type=float, nargs="+",

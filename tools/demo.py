@@ -13,7 +13,6 @@ plot of the losses against training FLOPs, and a report page.
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
 import shutil
@@ -26,6 +25,7 @@ from demo_parts.corpus import write_shards
 from demo_parts.functions import write_functions
 from demo_parts.tables import fine_tuning_table, plot_losses, pretraining_table
 
+from megatron_spdf.command_line import add_overrides, make_parser
 from megatron_spdf.recipe.finetune import load_finetune
 from megatron_spdf.recipe.load import load_recipe
 from megatron_spdf.reports.runs import read_all
@@ -38,12 +38,10 @@ MODES = {"dense": ["dense"], "75% sparse": ["dense", "sparse"]}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--output", type=Path, default=Path("runs/demo"),
                         help="everything goes there; made anew")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value",
-                        help="changes to the pre-training recipe")
+    add_overrides(parser, "changes to the pre-training recipe")
     options = parser.parse_args()
     started, output = time.perf_counter(), options.output
     shutil.rmtree(output, ignore_errors=True)

@@ -7,19 +7,18 @@ Exit code 0, or 1 if a line says FAIL.
 
 from __future__ import annotations
 
-import argparse
 import json
-import signal
 import sys
 from dataclasses import asdict
 
 from doctor_checks import FAIL, examine
 
+from megatron_spdf.command_line import end_quietly, make_parser
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the report; the exit code is 1 if something fails."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--json", action="store_true", help="print the findings as one JSON list")
     options = parser.parse_args(arguments)
     findings = []
@@ -33,6 +32,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `doctor.py | head` ends quietly
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    end_quietly()
     sys.exit(main())

@@ -25,22 +25,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 from pathlib import Path
 
+from megatron_spdf.command_line import end_quietly, make_parser, refusing
 from megatron_spdf.data.finetuning.task import SPLITS, TASKS, load_examples, render_tasks
 
 
+@refusing
 def main(arguments: list[str] | None = None) -> int:
     """Run the tool."""
     options = parse_arguments(arguments)
-    try:
-        TASKS.get(options.task)
-        return score_predictions(options) if options.predictions else score_checkpoint(options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    TASKS.get(options.task)
+    return score_predictions(options) if options.predictions else score_checkpoint(options)
 
 
 def score_predictions(options: argparse.Namespace) -> int:
@@ -115,9 +112,7 @@ def show(options: argparse.Namespace, scores, description: dict) -> None:
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=f"tasks:\n{render_tasks()}", allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, epilog=f"tasks:\n{render_tasks()}")
     add = parser.add_argument
     add("run", nargs="?", type=Path, metavar="RUN",
         help="run directory, checkpoint, or Hugging Face directory")
@@ -156,5 +151,5 @@ def positive(text: str) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    end_quietly()
     sys.exit(main())

@@ -10,35 +10,28 @@ written at.
 
 from __future__ import annotations
 
-import argparse
 import json
-import signal
 import sys
 from pathlib import Path
 
 from megatron_spdf.checkpoint.inspect import describe, render, verify
 from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
+from megatron_spdf.command_line import end_quietly, make_parser, refusing
 
 
+@refusing
 def main(arguments: list[str] | None = None) -> int:
     """Print what is there; the exit code is 2 where it cannot be trusted."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("directory", type=Path, metavar="DIR",
                         help="a checkpoint, or a run directory: its newest complete checkpoint")
     parser.add_argument("--verify", action="store_true",
                         help="check every byte, every shape and every mask")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
-    try:
-        reader = CheckpointReader(find_checkpoint(options.directory), checksums=options.verify)
-        facts = describe(reader)
-        facts["verified"] = verify(reader) if options.verify else None
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    reader = CheckpointReader(find_checkpoint(options.directory), checksums=options.verify)
+    facts = describe(reader)
+    facts["verified"] = verify(reader) if options.verify else None
     if options.json:
         print(json.dumps(facts, indent=1))
     else:
@@ -49,6 +42,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `inspect_checkpoint.py | head` ends quietly
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    end_quietly()
     sys.exit(main())

@@ -10,12 +10,11 @@ Exit code 0, or 2 if it is no data set or a damaged one.
 
 from __future__ import annotations
 
-import argparse
 import json
-import signal
 import sys
 from pathlib import Path
 
+from megatron_spdf.command_line import end_quietly, make_parser, refusing
 from megatron_spdf.data.indexed.inspect import (
     data_sets,
     describe,
@@ -28,12 +27,10 @@ from megatron_spdf.data.indexed.inspect import (
 from megatron_spdf.data.indexed.manifest import CORPUS
 
 
+@refusing
 def main(arguments: list[str] | None = None) -> int:
     """Print what is there; the exit code is 2 where it cannot be trusted."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("prefix", metavar="PREFIX",
                         help="of a data set, or a directory of data sets")
     parser.add_argument("--sample", type=int, metavar="N", help="decode document N, counted from 0")
@@ -42,23 +39,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--verify", action="store_true", help="read everything and check it")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
-    try:
-        prefixes = data_sets(options.prefix)
-        if len(prefixes) > 1 and (options.sample is not None or options.png):
-            raise ValueError(f"{options.prefix} holds {len(prefixes)} data sets; name one for "
-                             "--sample or --png: "
-                             + ", ".join(prefixes))
-        facts = {"data_sets": [describe(prefix) for prefix in prefixes]}
-        if options.sample is not None:
-            facts["sample"] = sample(prefixes[0], options.sample)
-        if options.png:
-            plot_histogram(facts["data_sets"][0], options.png)
-        if options.verify:
-            is_corpus = (Path(options.prefix) / CORPUS).is_file()
-            facts["faults"] = verify_corpus(options.prefix) if is_corpus else verify(prefixes[0])
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    prefixes = data_sets(options.prefix)
+    if len(prefixes) > 1 and (options.sample is not None or options.png):
+        raise ValueError(f"{options.prefix} holds {len(prefixes)} data sets; name one for "
+                         "--sample or --png: "
+                         + ", ".join(prefixes))
+    facts = {"data_sets": [describe(prefix) for prefix in prefixes]}
+    if options.sample is not None:
+        facts["sample"] = sample(prefixes[0], options.sample)
+    if options.png:
+        plot_histogram(facts["data_sets"][0], options.png)
+    if options.verify:
+        is_corpus = (Path(options.prefix) / CORPUS).is_file()
+        facts["faults"] = verify_corpus(options.prefix) if is_corpus else verify(prefixes[0])
     print(json.dumps(facts, indent=1) if options.json else as_text(facts))
     for fault in facts.get("faults", []):
         print(f"error: {fault}", file=sys.stderr)
@@ -78,6 +71,5 @@ def as_text(facts: dict) -> str:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `inspect_data.py | head` ends quietly
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    end_quietly()
     sys.exit(main())

@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from megatron_spdf.command_line import add_overrides, end_quietly, make_parser, refusing
 from megatron_spdf.planning.exact import dry_run, ranks_of_interest, render_counts
 from megatron_spdf.planning.hardware import GPUS, THIS_MACHINE, find_gpu
 from megatron_spdf.planning.overview import Request, make_overview
@@ -37,15 +37,12 @@ from megatron_spdf.section import parse_count
 from megatron_spdf.sparsity.plan import Plan
 
 
+@refusing
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     commands = {"fit": fit, "law": law}
     command = commands.get(arguments[0]) if arguments else None
-    try:
-        return command(arguments[1:]) if command else plan(arguments)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return command(arguments[1:]) if command else plan(arguments)
 
 
 def plan(arguments: list[str]) -> int:
@@ -87,11 +84,10 @@ def plan(arguments: list[str]) -> int:
 
 
 def _plan_parser() -> argparse.ArgumentParser:
-    parser = _parser(__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("recipe",
                         help="YAML file, see configs/; its layout is one among those tried")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value",
-                        help="values that win over the recipe's")
+    add_overrides(parser)
     parser.add_argument("--gpus", type=int, metavar="N",
                         help="how many (default: the recipe's layout)")
     parser.add_argument("--gpu", metavar="NAME",
@@ -123,8 +119,9 @@ def _plan_parser() -> argparse.ArgumentParser:
 
 def fit(arguments: list[str]) -> int:
     """Fits the law to finished runs."""
-    parser = _parser("The scaling law of sparse models fitted to your own finished runs: at least "
-                     "seven, with three different sparsities, sizes and lengths.", "plan.py fit")
+    parser = make_parser("The scaling law of sparse models fitted to your own finished runs: at "
+                         "least seven, with three different sparsities, sizes and lengths.",
+                         prog="plan.py fit")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
     parser.add_argument("--starts", type=int, default=32, metavar="N",
                         help="random starting points (default: 32)")
@@ -144,7 +141,8 @@ def fit(arguments: list[str]) -> int:
 
 def law(arguments: list[str]) -> int:
     """Values of a published law."""
-    parser = _parser("The published scaling laws of sparse models. " + CAVEAT, "plan.py law")
+    parser = make_parser(f"The published scaling laws of sparse models. {CAVEAT}",
+                         prog="plan.py law")
     parser.add_argument("--fit", choices=sorted(PUBLISHED), default="t5",
                         help="which of the two (default: t5)")
     parser.add_argument("--nonzero", type=_count, default=10**8, metavar="N",
@@ -167,11 +165,6 @@ def law(arguments: list[str]) -> int:
     return 0
 
 
-def _parser(text: str, name: str | None = None) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(prog=name, description=text, allow_abbrev=False,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-
-
 def _share(text: str) -> float:
     value = float(text)
     if not 0.0 < value <= 1.0:
@@ -187,6 +180,5 @@ def _count(text: str) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `plan.py ... | head` ends quietly
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    end_quietly()
     sys.exit(main())

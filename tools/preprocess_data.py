@@ -17,6 +17,7 @@ from pathlib import Path
 
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
+from megatron_spdf.command_line import make_parser
 from megatron_spdf.data.indexed.manifest import CorpusManifest
 from megatron_spdf.data.preprocess.documents import FORMATS, expand_inputs, sample_texts
 from megatron_spdf.data.preprocess.encode import SPLITS, split_bounds
@@ -156,10 +157,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False
-    )
+    parser = make_parser(__doc__)
     for name, settings in OPTIONS.items():
         parser.add_argument(name, **settings)
     return parser

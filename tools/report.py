@@ -10,19 +10,17 @@ to change.
 
 from __future__ import annotations
 
-import argparse
-import signal
 import sys
 from pathlib import Path
 
+from megatron_spdf.command_line import end_quietly, make_parser, refusing
 from megatron_spdf.reports.runs import read_all
 from megatron_spdf.reports.runs_page import render_report
 
 
+@refusing
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = make_parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN",
                         help="directories of pre-training or fine-tuning")
     parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), metavar="FILE",
@@ -30,17 +28,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--title", default="Sparse pre-training, dense fine-tuning: runs",
                         help="of the page")
     options = parser.parse_args(arguments)
-    try:
-        runs = read_all(options.runs)
-        options.output.write_text(render_report(runs, options.output, options.title),
-                                  encoding="utf-8")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    runs = read_all(options.runs)
+    options.output.write_text(render_report(runs, options.output, options.title),
+                              encoding="utf-8")
     print(f"{options.output}: {len(runs)} runs, {options.output.stat().st_size / 1024:,.0f} KiB")
     return 0
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    end_quietly()
     sys.exit(main())

@@ -1,9 +1,9 @@
 """A family of decoders: its section of a recipe, and what follows from that.
 
-A file of this room holds one family, a subclass of `Model`, and registers it. So does a file of
-somebody else's, see `registry.py`. A subclass states facts (which norm, which positions, ...), from
-which the parameters, Megatron-Core's configuration and all costs follow; where they do not, it
-overrides the method.
+A file beside this one (`gpt.py`) holds one family, a subclass of `Model`, and registers it. So does
+a file of somebody else's, see `registry.py`. A subclass states facts (which norm, which positions,
+...), from which the parameters, Megatron-Core's configuration and all costs follow; where they do
+not, it overrides the method.
 
 Canonical names are Megatron-Core's own, with layers counted over the whole model, so that they are
 the same on every pipeline stage.
@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from megatron_spdf.architecture.costs import Costs
 from megatron_spdf.registry import Registry
 from megatron_spdf.section import ByName, Count, Section
 
@@ -50,9 +51,12 @@ class Weight:
         return math.prod(self.shape)
 
 
-class Model(Section):
+class Model(Costs, Section):
     """A decoder, of the family that `architecture` names."""
 
+    # in which Megatron-Core's modules name their parameters
+    ORDER: ClassVar = ("input_layernorm", "linear_proj", "linear_qkv", "pre_mlp_layernorm",
+                       "linear_fc1", "linear_fc2", "final_layernorm", "output_layer")
     # Facts of a family. One that a recipe may change is a field of the same name.
     name: ClassVar[str]  # in a recipe's `model.architecture`
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from megatron_spdf.model.batch import MicroBatch
+from megatron_spdf.recipe.recipe import Recipe
+from megatron_spdf.sparsity.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Engine(Protocol):
     """A model with its optimizer, laid out over the ranks.
 
     Attributes:
+        recipe, plan, device: built for.
         models: this rank's model chunks.
         state: the optimizer's, parameter by parameter.
         torch_optimizer: the one that updates this rank's masters.
@@ -62,13 +65,19 @@ class Engine(Protocol):
         optimizer_steps: updates done, skipped steps not counted.
         learning_rate: of the last step.
         choices: which implementation computes what, for the log.
+        timed: calls of the engine, "attribute.method", whose time a benchmark counts -> "forward",
+            "backward" or "optimizer".
     """
 
+    recipe: Recipe
+    plan: Plan
+    device: torch.device
     models: list[nn.Module]
     state: ParameterState
     needs_batches: bool
     data_parallel_rank: int
     optimizer_steps: int
+    timed: Mapping[str, str]
 
     @property
     def torch_optimizer(self) -> torch.optim.Optimizer: ...

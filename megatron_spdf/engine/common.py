@@ -55,6 +55,18 @@ def learning_rates(models: Sequence[nn.Module]) -> list[float]:
     return sorted(set.union(*found) - {1.0})
 
 
+def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+    """The recipe's optimizer as PyTorch has it, with weight decay on what has two axes, as
+    Megatron-Core's decay."""
+    o = recipe.optimizer
+    groups = [{"params": [p for p in model.parameters() if (p.ndim > 1) == decays
+                          and p.learning_rate == rate],
+               "wd_mult": float(decays), "max_lr": o.lr * rate,
+               "min_lr": o.lr * o.min_lr_ratio * rate}
+              for rate in [1.0, *learning_rates([model])] for decays in (True, False)]
+    return o.build([group for group in groups if group["params"]])
+
+
 def learns_at(rate: float, parameter: nn.Parameter) -> bool:
     return parameter.learning_rate == rate
 
@@ -145,7 +157,7 @@ def implementation_summary(recipe: Recipe, model: nn.Module, optimizer: torch.op
     )
     pointwise = "compiled" if model.config.bias_dropout_fusion else "one by one"
     return (f"device {where}; {', '.join(names.values())}; bias, activation and dropout "
-            f"{pointwise}; expand/compress {dispatch.describe(device.type)}"
+            f"{pointwise}; expand/compress {dispatch.backend_name(device.type)}"
             f"{_describe_patterns(model, device)}")
 
 

@@ -72,6 +72,8 @@ class DeepSpeedEngine:
     """
 
     needs_batches = True  # there are no pipeline stages
+    timed = {"zero.forward": "forward", "zero.backward": "backward", "zero.step": "optimizer",
+             "_clip_whole_gradients": "optimizer"}
 
     def __init__(self, recipe: Recipe, plan: Plan, device: torch.device,
                  weights: InitialWeights | None = None):
@@ -80,13 +82,14 @@ class DeepSpeedEngine:
         self.models = build_model(recipe, plan, weights)
         (self.model,) = self.models
         _sum_sequence_parallel_gradients(self.model)
-        self.torch_optimizer = guarded(_optimizer(recipe, self.model))
-        state = ZeroState(self.model, recipe.optimizer)  # while every rank holds whole parameters
+        self.torch_optimizer = guarded(common.build_optimizer(recipe, self.model))
+        # while every rank holds whole parameters
+        self.state = ZeroState(self.model, recipe.optimizer)
         self.zero, *_ = deepspeed.initialize(model=self.model, optimizer=self.torch_optimizer,
                                              mpu=ModelParallelUnit,
                                              config=deepspeed_settings(recipe),
                                              dist_init_required=False)
-        self.state = state.attach(self.zero.optimizer, self.torch_optimizer)
+        self.state.attach(self.torch_optimizer, self.zero.optimizer)
         self.scheduler = common.make_scheduler(recipe, self.torch_optimizer)
         self.optimizer_steps = 0
         self.data_parallel_rank = ps.get_data_parallel_rank()
@@ -226,17 +229,6 @@ def _import_deepspeed(device: torch.device):
             import deepspeed.runtime.zero.muon.muon_optimizer
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
     return deepspeed
-
-
-def _optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    """The recipe's, with weight decay on what has two axes, as Megatron-Core's decay."""
-    o = recipe.optimizer
-    groups = [{"params": [p for p in model.parameters() if (p.ndim > 1) == decays
-                          and p.learning_rate == rate],
-               "wd_mult": float(decays), "max_lr": o.lr * rate,
-               "min_lr": o.lr * o.min_lr_ratio * rate}
-              for rate in [1.0, *common.learning_rates([model])] for decays in (True, False)]
-    return o.build([group for group in groups if group["params"]])
 
 
 def _sum_sequence_parallel_gradients(model: nn.Module) -> None:

@@ -57,6 +57,9 @@ class MegatronEngine:
         optimizer_steps: updates done, skipped steps not counted; bias correction goes by it.
     """
 
+    timed = {"optimizer.prepare_grads": "optimizer", "_squared_norm": "optimizer",
+             "_update": "optimizer"}
+
     def __init__(self, recipe: Recipe, plan: Plan, device: torch.device,
                  weights: InitialWeights | None = None):
         self.recipe, self.plan, self.device = recipe, plan, device

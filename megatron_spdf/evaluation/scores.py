@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from megatron_spdf.data.finetuning.task import TASKS
 from megatron_spdf.evaluation.metrics.metric import ALL, METRICS, Metric, Unavailable
 from megatron_spdf.evaluation.references import References, in_official_form
+from megatron_spdf.tables import Column, Table
 
 
 @dataclass
@@ -64,18 +65,12 @@ def score(task: str, predictions: Sequence[str], references: References) -> Scor
 
 
 def render(scores: Scores) -> str:
-    """A line for each metric and a column for each part of the test set, then what is behind the
+    """A row for each metric and a column for each part of the test set, then what is behind the
     figures."""
     parts = [ALL, *sorted(scores.values.keys() - {ALL})]
     names = list(dict.fromkeys(name for part in parts for name in scores.values[part]))
-    head = [f"{'':<12}" + "".join(f"{part:>12}" for part in parts)] if len(parts) > 1 else []
-    rows = [f"{name:<12}"
-            + "".join(f"{_figure(scores.values[part].get(name)):>12}" for part in parts)
-            for name in names]
-    missing = [f"{name:<12}{'missing':>12}  ({why})" for name, why in scores.missing.items()]
+    columns = [Column("metric", str),
+               *(Column(part, scores.values[part].get, ".6f") for part in parts)]
+    missing = [f"{name}: missing ({why})" for name, why in scores.missing.items()]
     behind = [f"  {name}: {signature}" for name, signature in scores.signatures.items()]
-    return "\n".join([*head, *rows, *missing, *behind])
-
-
-def _figure(value: float | None) -> str:
-    return "" if value is None else f"{value:.6f}"
+    return "\n".join([Table(columns, names).text(), *missing, *behind])

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_spdf.architecture.base import Model
 from megatron_spdf.convert.source import WeightSource
+from megatron_spdf.tables import Column, Table
 
 MATRICES = ("W_Q", "W_K", "W_V", "W_D", "W_I", "W_O")
 _SINGLE = {"W_D": "self_attention.linear_proj", "W_I": "mlp.linear_fc1", "W_O": "mlp.linear_fc2"}
@@ -76,12 +77,11 @@ def split_qkv(weight: Tensor, model: Model) -> tuple[Tensor, ...]:
 
 
 def render(layers: list[dict[str, float]]) -> str:
-    """A row for each layer and the mean of all."""
+    """Formats a row for each layer and the mean of all."""
     mean = {name: sum(row[name] for row in layers) / len(layers) for name in MATRICES}
-    rows = [(str(number), row) for number, row in enumerate(layers)] + [("mean", mean)]
-    return "\n".join([f"{'layer':<6}" + "".join(f"{name:>11}" for name in MATRICES),
-                      *(f"{label:<6}" + "".join(f"{row[name]:>11.3e}" for name in MATRICES)
-                        for label, row in rows)])
+    rows = [{"layer": number, **row} for number, row in enumerate(layers)]
+    columns = [Column("layer"), *(Column(name, form=".3e") for name in MATRICES)]
+    return Table(columns, [*rows, {"layer": "mean", **mean}]).text()
 
 
 def draw(layers: list[dict[str, float]], path: Path, title: str) -> None:

@@ -1,2 +1,1 @@
-"""Between a compact vector and the dense weight it stands for: `dispatch` picks the
-implementation."""
+"""Kernels of compact weights: expand, compress, and products with tiles and 2:4 weights."""

@@ -1,12 +1,12 @@
-"""What the kernels for GPUs take, known without PyTorch."""
+"""Limits of the kernels for GPUs, known without PyTorch."""
 
 from __future__ import annotations
 
-# TileTable that kernels multiply with, in powers of two; others are expanded. Below, tensor cores
-# have no such tile; above, sums leave the registers.
+# Sides of the tiles that kernels multiply with, in powers of two. Weights of other tiles are
+# expanded. Tensor cores have no smaller tile, and the sums of a larger one do not fit in registers.
 SMALLEST, LARGEST = 16, 128
 
 
-def multiplied(size: int) -> bool:
-    """Whether kernels for GPUs multiply with tiles of this size."""
+def has_tile_kernel(size: int) -> bool:
+    """True if kernels for GPUs multiply with tiles of `size` x `size`."""
     return SMALLEST <= size <= LARGEST and size & (size - 1) == 0

@@ -1,11 +1,14 @@
-"""Products with a weight of b x b tiles in Triton that compute on the active tiles only, where they
-lie.
+"""Products with a weight of b x b tiles in Triton, on the active tiles alone, in place.
 
-A tile is a tile of the compact values with a row stride of `per_row * b`; see `tiles.TileTable`.
-Every tile row and tile column of a slice has the same number of active tiles, so that all programs
-of a launch do the same work. Sums are fp32; fp32 operands are multiplied as such, not as TF32.
-Results are made transposed, a tile's rows or columns by
-tokens: tensor cores take 64 rows at a time and up to 256 columns, and a tile may have only 64.
+A tile is a strided square of the compact values, with rows `per_row * b` apart; see
+`tiles.TileTable`. Every tile row and tile column of a slice has the same number of active tiles, so
+all programs of a launch do the same work. Sums are fp32, and fp32 operands are multiplied as such,
+not as TF32. Programs compute transposed results, a tile's rows or columns by tokens: tensor cores
+take 64 rows and up to 256 columns at a time, and a tile may have only 64 rows or columns.
+
+Shapes: N tokens; W (out, in) is the dense weight of this rank; `values` are its active values,
+(slices, active per slice). In kernels SIZE is b, and SLOTS, PER_ROW and IN_COLUMN are numbers of
+active tiles: in a tile row, in a tile row of one slice, and in a tile column.
 """
 
 from __future__ import annotations
@@ -15,77 +18,93 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_spdf.kernels.mask import Mask
-from megatron_spdf.kernels.tile_shapes import Tile, chosen
+from megatron_spdf.kernels.program_shapes import ProgramShape, select_shape
 
 
-def forward(x: Tensor, values: Tensor, mask: Mask, tile: Tile | None = None) -> Tensor:
-    """y = x W^T.
+def forward(x: Tensor, values: Tensor, mask: Mask, shape: ProgramShape | None = None) -> Tensor:
+    """Product y = x W^T.
 
     Args:
-        x: (N, in), N tokens.
-        values: (slices, active per slice) of W (out, in).
-        tile: of tokens; by default the one of `tiles`.
+        x: (N, in).
+        values: (slices, active per slice).
+        mask: of W, with a `TileTable`.
+        shape: of a program; default: `select_shape`.
 
     Returns:
         (N, out) in the dtype of x.
     """
-    x, out = _rows(x), x.new_empty(len(x), mask.shape[0])
-    tile = tile or chosen("forward", mask.tables.size, len(x), x.element_size())
-    grid = (mask.shape[0] // mask.tables.size, triton.cdiv(len(x), tile.width))
-    _forward[grid](x, values.contiguous(), out, mask.tables.columns, len(x), x.stride(0),
-                   mask.shape[0], mask.active, SLOTS=mask.tables.slots, PER_ROW=mask.tables.per_row,
-                   SIZE=mask.tables.size, TOKENS=tile.width, DEPTH=tile.depth, num_warps=tile.warps,
-                   num_stages=tile.stages)
+    x, out, table = _rows(x), x.new_empty(len(x), mask.shape[0]), mask.tables
+    shape = shape or select_shape("forward", table.size, len(x), x.element_size())
+    grid = (mask.shape[0] // table.size, triton.cdiv(len(x), shape.width))
+    _forward[grid](x, values.contiguous(), out, table.columns, len(x), x.stride(0), mask.shape[0],
+                   mask.active, SLOTS=table.slots, PER_ROW=table.per_row, SIZE=table.size,
+                   TOKENS=shape.width, DEPTH=shape.depth, num_warps=shape.warps,
+                   num_stages=shape.stages)
     return out
 
 
 def input_gradient(gradient: Tensor, values: Tensor, mask: Mask,
-                   tile: Tile | None = None) -> Tensor:
-    """dx = dy W: (N, in) in the dtype of dy (N, out)."""
+                   shape: ProgramShape | None = None) -> Tensor:
+    """Product dx = dy W.
+
+    Args:
+        gradient: dy, (N, out).
+        values: (slices, active per slice).
+        mask: of W, with a `TileTable`.
+        shape: of a program; default: `select_shape`.
+
+    Returns:
+        (N, in) in the dtype of dy.
+    """
     gradient, out = _rows(gradient), gradient.new_empty(len(gradient), mask.shape[1])
-    entries, size = mask.tables.entries, mask.tables.size
-    tile = tile or chosen("input_gradient", size, len(gradient), gradient.element_size())
-    grid = (len(entries), triton.cdiv(len(gradient), tile.width))
-    _input_gradient[grid](gradient, values.contiguous(), out, entries, len(gradient),
+    table, tokens = mask.tables, len(gradient)
+    shape = shape or select_shape("input_gradient", table.size, tokens, gradient.element_size())
+    grid = (len(table.entries), triton.cdiv(tokens, shape.width))
+    _input_gradient[grid](gradient, values.contiguous(), out, table.entries, tokens,
                           gradient.stride(0), mask.shape[1], mask.active,
-                          IN_COLUMN=entries.shape[1], SLOTS=mask.tables.slots,
-                          PER_ROW=mask.tables.per_row, SIZE=mask.tables.size, TOKENS=tile.width,
-                          DEPTH=tile.depth, num_warps=tile.warps, num_stages=tile.stages)
+                          IN_COLUMN=table.entries.shape[1], SLOTS=table.slots,
+                          PER_ROW=table.per_row, SIZE=table.size, TOKENS=shape.width,
+                          DEPTH=shape.depth, num_warps=shape.warps, num_stages=shape.stages)
     return out
 
 
 def weight_gradient(gradient: Tensor, x: Tensor, mask: Mask, out: Tensor | None = None,
-                    tile: Tile | None = None) -> Tensor:
-    """dW = dy^T x at the active tiles: (slices, active per slice).
+                    shape: ProgramShape | None = None) -> Tensor:
+    """Product dW = dy^T x at the active tiles.
 
     Args:
         gradient: dy, (N, out).
         x: (N, in).
-        out: contiguous; what it is added to, in place, in its own precision.
-        tile: of rows of a tile; by default the one of `tiles`.
+        mask: of W, with a `TileTable`.
+        out: (slices, active per slice), contiguous; the product is added to it in place, in its
+            own precision.
+        shape: of a program; default: `select_shape`.
+
+    Returns:
+        (slices, active per slice).
     """
-    gradient, x, adds = _rows(gradient), _rows(x), out is not None
+    gradient, x, adds, table = _rows(gradient), _rows(x), out is not None, mask.tables
     if out is None:
         out = x.new_empty(mask.slices, mask.active)
     assert out.is_contiguous() and out.numel() == mask.slices * mask.active, (out.shape, mask.shape)
-    tile = tile or chosen("weight_gradient", mask.tables.size, len(x), x.element_size())
-    grid = (mask.tables.size // tile.width, mask.tables.columns.numel())
+    shape = shape or select_shape("weight_gradient", table.size, len(x), x.element_size())
+    grid = (table.size // shape.width, table.columns.numel())
     _weight_gradient[grid](
-        gradient, x, out, mask.tables.columns, len(x), gradient.stride(0), x.stride(0), mask.active,
-        SLOTS=mask.tables.slots, PER_ROW=mask.tables.per_row, SIZE=mask.tables.size,
-        ROWS=tile.width, DEPTH=tile.depth, ADDS=adds, num_warps=tile.warps, num_stages=tile.stages)
+        gradient, x, out, table.columns, len(x), gradient.stride(0), x.stride(0), mask.active,
+        SLOTS=table.slots, PER_ROW=table.per_row, SIZE=table.size, ROWS=shape.width,
+        DEPTH=shape.depth, ADDS=adds, num_warps=shape.warps, num_stages=shape.stages)
     return out
 
 
 def _rows(x: Tensor) -> Tensor:
-    """With values of a row side by side."""
+    """The tensor, or a copy of it, contiguous along the last axis."""
     return x if x.stride(1) == 1 else x.contiguous()
 
 
 @triton.jit
 def _tile(values, row, slot, active, PER_ROW: tl.constexpr, SIZE: tl.constexpr):
-    """Where the active tile with this tile row and slot begins; its rows are PER_ROW * SIZE
-    apart."""
+    """Address of the first entry of the active tile in a tile row and slot. Its rows are PER_ROW *
+    SIZE apart."""
     values += slot // PER_ROW * active.to(tl.int64) + row.to(tl.int64) * (SIZE * PER_ROW * SIZE)
     return values + slot % PER_ROW * SIZE
 
@@ -93,6 +112,7 @@ def _tile(values, row, slot, active, PER_ROW: tl.constexpr, SIZE: tl.constexpr):
 @triton.jit
 def _forward(x, values, y, columns, tokens, stride_x, stride_y, active, SLOTS: tl.constexpr,
              PER_ROW: tl.constexpr, SIZE: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr):
+    """Computes y^T, (SIZE, TOKENS), of one tile row, summed over its active tiles."""
     row = tl.program_id(0)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     there = (token < tokens)[None, :]
@@ -100,7 +120,8 @@ def _forward(x, values, y, columns, tokens, stride_x, stride_y, active, SLOTS: t
     x += token.to(tl.int64)[None, :] * stride_x + inner[:, None]  # x^T, (DEPTH, TOKENS)
     tile = outer[:, None] * (PER_ROW * SIZE) + inner[None, :]  # of W, (SIZE, DEPTH)
     total = tl.zeros((SIZE, TOKENS), tl.float32)
-    # one loop: an inner one would begin with nothing on its way
+    # A single loop over tiles and their depth keeps loads in flight. Those of an inner loop would
+    # end with every tile.
     for step in range(SLOTS * (SIZE // DEPTH)):
         slot, start = step // (SIZE // DEPTH), step % (SIZE // DEPTH) * DEPTH
         column = tl.load(columns + row * SLOTS + slot)
@@ -115,6 +136,7 @@ def _forward(x, values, y, columns, tokens, stride_x, stride_y, active, SLOTS: t
 def _input_gradient(gradient, values, out, entries, tokens, stride_gradient, stride_out, active,
                     IN_COLUMN: tl.constexpr, SLOTS: tl.constexpr, PER_ROW: tl.constexpr,
                     SIZE: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr):
+    """Computes dx^T, (SIZE, TOKENS), of one tile column, summed over its active tiles."""
     column = tl.program_id(0)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     there = (token < tokens)[None, :]
@@ -126,9 +148,9 @@ def _input_gradient(gradient, values, out, entries, tokens, stride_gradient, str
     for step in range(IN_COLUMN * (SIZE // DEPTH)):
         number, start = step // (SIZE // DEPTH), step % (SIZE // DEPTH) * DEPTH
         entry = tl.load(entries + column * IN_COLUMN + number)
-        row = entry // SLOTS
-        w = tl.load(_tile(values, row, entry % SLOTS, active, PER_ROW, SIZE) + tile + start
-                    * (PER_ROW * SIZE))
+        row = entry // SLOTS  # an entry is tile row * SLOTS + slot
+        w = tl.load(_tile(values, row, entry % SLOTS, active, PER_ROW, SIZE) + tile
+                    + start * (PER_ROW * SIZE))
         a = tl.load(gradient + row * SIZE + start, mask=there, other=0.0)
         total = tl.dot(w, a, total, input_precision="ieee")
     out += token.to(tl.int64)[None, :] * stride_out + column * SIZE + outer[:, None]
@@ -139,6 +161,7 @@ def _input_gradient(gradient, values, out, entries, tokens, stride_gradient, str
 def _weight_gradient(gradient, x, out, columns, tokens, stride_gradient, stride_x, active,
                      SLOTS: tl.constexpr, PER_ROW: tl.constexpr, SIZE: tl.constexpr,
                      ROWS: tl.constexpr, DEPTH: tl.constexpr, ADDS: tl.constexpr):
+    """Computes ROWS rows of one active tile of dW, summed over the tokens."""
     entry = tl.program_id(1)
     row, slot = entry // SLOTS, entry % SLOTS
     column = tl.load(columns + entry)
@@ -155,11 +178,8 @@ def _weight_gradient(gradient, x, out, columns, tokens, stride_gradient, stride_
         total = tl.dot(a, b, total, input_precision="ieee")
         gradient += DEPTH * stride_gradient
         x += DEPTH * stride_x
-    tile = (
-        _tile(out, row, slot, active, PER_ROW, SIZE)
-        + outer[:, None] * (PER_ROW * SIZE)
-        + side[None, :]
-    )
+    tile = (_tile(out, row, slot, active, PER_ROW, SIZE)
+            + outer[:, None] * (PER_ROW * SIZE) + side[None, :])
     if ADDS:
         total += tl.load(tile)
     tl.store(tile, total.to(out.dtype.element_ty))

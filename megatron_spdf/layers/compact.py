@@ -1,19 +1,18 @@
-"""The compact weight: a parametrization of Megatron-Core's parallel linear layers.
+"""The compact weight: a parametrization of any layer that has a `weight` (out, in).
 
 `module.parametrizations.weight.original` is the parameter, (slices of this rank, active per slice):
-two axes, so that Megatron-Core decays it like the matrix it is, and cut along the first by tensor
-parallelism like any weight. `module.weight` is computed from it, and the layer multiplies with
-that; or, where the layer's product knows how to, with the values themselves (`product.py`).
+two axes, so that optimizers decay it like the matrix it is, and cut along the first by parallelism
+like any weight. `module.weight` is computed from it. What Megatron-Core's layers need beside that
+is in `megatron.py`.
 """
 
 from __future__ import annotations
 
 import math
-import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,12 +21,14 @@ from torch.nn.utils import parametrize
 
 from megatron_spdf.kernels import dispatch
 from megatron_spdf.kernels.mask import Mask
-from megatron_spdf.layers.matmul import add_gradient, install_matmul
-from megatron_spdf.layers.products.base import Product, choose_product
+from megatron_spdf.layers.products.base import Product
 from megatron_spdf.sparsity.plan import SparseWeight
 
-DenseCopy = Literal["per_step", "per_layer", "always"]
 TABLE = "table_"  # how names of buffers with a product's tables begin
+
+
+# Makes a gradient, or adds it to the buffer that it is given.
+Compute = Callable[[Tensor | None], Tensor]
 
 
 class _Expand(torch.autograd.Function):
@@ -35,15 +36,15 @@ class _Expand(torch.autograd.Function):
     positions."""
 
     @staticmethod
-    def forward(ctx, values: Tensor, mask: Mask) -> Tensor:
+    def forward(ctx, values: Tensor, compact: CompactWeight) -> Tensor:
         # On ctx, not in save_for_backward: one expansion serves all micro-batches of a step, and
         # saved tensors would be freed by the backward of the first.
-        ctx.values, ctx.mask = values, mask
-        return dispatch.expand(values, mask)
+        ctx.values, ctx.mask, ctx.deliver = values, compact.mask, compact.deliver
+        return dispatch.expand(values, ctx.mask)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return add_gradient(ctx.values, lambda out: dispatch.compress(grad, ctx.mask, out)), None
+        return ctx.deliver(ctx.values, lambda out: dispatch.compress(grad, ctx.mask, out)), None
 
 
 class CompactWeight(nn.Module):
@@ -56,11 +57,14 @@ class CompactWeight(nn.Module):
             world.
         device: where the weight lives; on the meta device nothing is drawn and buffers have shapes
             only.
-        product: multiplies with the values without a dense weight, if any does.
+        product: multiplies with the values without a kept dense weight, if the layer can use one.
 
     Attributes:
         pass_through: `forward` hands the values on as they are, to the product of the layer that is
             running.
+        deliver: takes the values and what computes their gradient, and returns it; a framework may
+            want it elsewhere.
+        replaced: names of what the layer has of its own while its weight is compact.
     """
 
     mask_bits: Tensor  # (local slices, ceil(entries per slice / 8)) uint8, numpy.packbits order
@@ -73,6 +77,8 @@ class CompactWeight(nn.Module):
         local = weight.slices // world
         numel, k = math.prod(weight.slice_shape), weight.active_per_slice
         self.planned, self.product, self.pass_through = weight, product, False
+        self.deliver: Callable[[Tensor, Compute], Tensor] = _return_gradient
+        self.replaced: list[str] = []
         self.shape = _local_shape(weight, world)
         self.values_shape = (local, k)
         if torch.device(device).type == "meta":
@@ -82,6 +88,7 @@ class CompactWeight(nn.Module):
             bits = torch.from_numpy(np.packbits(masks, axis=1)).to(device)
         self.register_buffer("mask_bits", bits)
         self.index_mask()
+        self.register_load_state_dict_post_hook(lambda compact, _: compact.index_mask())
 
     def index_mask(self) -> None:
         """Derives what the kernels use from `mask_bits`: at the start, and where a checkpoint or a
@@ -131,10 +138,14 @@ class CompactWeight(nn.Module):
                     self.planned.axis, self.values_shape[1], tables)
 
     def forward(self, values: Tensor) -> Tensor:
-        return values if self.pass_through else _Expand.apply(values, self.mask)
+        return values if self.pass_through else _Expand.apply(values, self)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         return dispatch.compress(weight, self.mask)
+
+
+def _return_gradient(values: Tensor, compute: Compute) -> Tensor:
+    return compute(None)
 
 
 def _local_shape(weight: SparseWeight, world: int) -> tuple[int, int]:
@@ -142,31 +153,24 @@ def _local_shape(weight: SparseWeight, world: int) -> tuple[int, int]:
     return (out // world, inputs) if weight.axis == 0 else (out, inputs // world)
 
 
-def sparsify(
-    module: nn.Module, weight: SparseWeight, seed: int, rank: int, world: int,
-    dense_copy: DenseCopy = "per_step"
-) -> None:
+def make_compact(module: nn.Module, compact: CompactWeight, **replaced: Any) -> None:
     """Makes `module.weight` compact: from here on the module's parameter is the vector of active
     values.
 
     Args:
-        dense_copy: how the dense weight comes about where no kernel multiplies with the values:
-            once for all the time that `expanded` is entered; for each layer, in forward and again
-            in backward; "always" where the layer reads it, and never a product with the values.
+        replaced: attributes that the module has until `densify`, methods for example.
     """
     dense = module.weight
-    # tensor_model_parallel, partition_dim, ...: Megatron-Core reads them off parameters
+    # what frameworks read off parameters: tensor_model_parallel, partition_dim, ...
     marks = dict(vars(dense))
-    product = choose_product(weight, dense, dense_copy) if hasattr(module,
-                                                                   "_forward_impl") else None
-    compact = CompactWeight(weight, seed, rank, world, dense.device, product)
-    assert tuple(dense.shape) == compact.shape, (weight.name, tuple(dense.shape), compact.shape)
+    assert tuple(dense.shape) == compact.shape, (
+        compact.planned.name, tuple(dense.shape), compact.shape)
     parametrize.register_parametrization(module, "weight", compact, unsafe=True)
     for key, value in marks.items():
         setattr(module.parametrizations.weight.original, key, value)
-    if product is not None:
-        install_matmul(module, compact)
-    module.sharded_state_dict = types.MethodType(_sharded_state_dict, module)
+    for key, value in replaced.items():
+        setattr(module, key, value)
+    compact.replaced = list(replaced)
 
 
 def compact_of(module: nn.Module) -> CompactWeight | None:
@@ -181,16 +185,22 @@ def sparse_modules(model: nn.Module) -> Iterator[nn.Module]:
     return (m for m in model.modules() if parametrize.is_parametrized(m, "weight"))
 
 
-def densify(model: nn.Module) -> None:
+def densify(model: nn.Module) -> nn.Module:
     """Turns every compact weight into an ordinary parameter; revived entries start at zero, outputs
-    are unchanged."""
+    are unchanged.
+
+    Returns:
+        The model.
+    """
     for module in list(sparse_modules(model)):
         marks = dict(vars(module.parametrizations.weight.original))
+        replaced = compact_of(module).replaced
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
-        for own in {"sharded_state_dict", "forward", "_forward_impl"} & vars(module).keys():
-            delattr(module, own)
+        for name in replaced:
+            delattr(module, name)
         for key, value in marks.items():
             setattr(module.weight, key, value)
+    return model
 
 
 @contextmanager
@@ -210,23 +220,3 @@ def expanded(model: nn.Module, at_once: bool = True) -> Iterator[None]:
                 if compact_of(module).product is None:
                     _ = module.weight
         yield
-
-
-def _sharded_state_dict(module, prefix: str = "", sharded_offsets=(), metadata=None) -> dict:
-    """What a compact layer puts into Megatron-Core's distributed checkpoint: values and mask bits
-    as tensors cut along their first axis, the slices; the bias as before."""
-    from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
-
-    axes = {"parametrizations.weight.original": 0, "parametrizations.weight.0.mask_bits": 0}
-    if compact_of(module).planned.axis == 0:
-        axes["bias"] = 0
-    state = {k: v for k,
-             v in module.state_dict(keep_vars=True).items() if v is not None
-             and "_extra_state" not in k}
-    sharded = make_sharded_tensors_for_checkpoint(
-        state, prefix, axes, sharded_offsets, tp_group=module.tp_group,
-        dp_cp_group=metadata["dp_cp_group"])
-    for tensor in sharded.values():  # the names in the file
-        tensor.key = tensor.key.replace("parametrizations.weight.original", "weight.values")
-        tensor.key = tensor.key.replace("parametrizations.weight.0.mask_bits", "weight.mask_bits")
-    return sharded

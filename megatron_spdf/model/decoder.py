@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_spdf.architecture.base import Model
-from megatron_spdf.layers.compact import sparsify
+from megatron_spdf.layers.megatron import sparsify_layer
 from megatron_spdf.model.attention import core_attention
 from megatron_spdf.model.head import head_loss
 from megatron_spdf.model.init import DrawnWeights, InitialWeights, initialize, owned_weights
@@ -211,7 +211,8 @@ def _fill(model: GPTModel, rules: Parametrization, source: InitialWeights) -> No
     )
     for name, module in canonical_modules(model):
         if f"{name}.weight" in plan.weights:
-            sparsify(module, plan.weights[f"{name}.weight"], plan.seed, rank, world, dense_copy)
+            sparsify_layer(module, plan.weights[f"{name}.weight"], plan.seed, rank, world,
+                           dense_copy)
         initialize(module, name, weights, source, rank, world)
         for parameter, weight in owned_weights(module, name, weights):
             # over the recipe's, for the optimizer's groups

@@ -1,1 +1,1 @@
-"""Ranks from srun or torchrun, process groups, traffic counts, and the CPU stand-in for CUDA."""
+"""Process groups, traffic counts, and the stand-in for CUDA on machines without a GPU."""

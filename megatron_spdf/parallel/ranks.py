@@ -1,5 +1,4 @@
-"""Who this process is: rank, world and local rank from torchrun, srun or a plain start, and the
-joining of ranks."""
+"""Joining of ranks: rendezvous, start-up check, process groups."""
 
 from __future__ import annotations
 
@@ -16,29 +15,37 @@ import torch.distributed as dist
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.resilience import startup_check
 from megatron_spdf.resilience.world import Ranks
+from megatron_spdf.text import first_line
 
 
 def init_distributed(ranks: Ranks, recipe: Recipe) -> torch.device:
-    """Joins all ranks of the run, has each of them report, and sets up Megatron-Core's process
-    groups; returns this rank's device.
+    """Joins all ranks of the run, checks that each is there, and makes Megatron-Core's process
+    groups.
+
+    Args:
+        ranks: this process among all.
+        recipe: gives the layout and the timeouts.
+
+    Returns:
+        The device of this rank.
 
     Raises:
         ValueError: more local ranks than GPUs, no way to find the head node, or its port is taken.
-        Unhealthy: a rank is missing, or out of reach of another.
+        Unhealthy: a rank is missing, or cannot reach another.
     """
-    # Megatron-Core's overlap relies on launch order
+    # Megatron-Core overlaps traffic with compute by the order of launches
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     device = _device(ranks)
     timeout = timedelta(seconds=recipe.parallel.timeout)
+    join_seconds = recipe.fault_tolerance.join_seconds
     backend = "nccl" if device.type == "cuda" else "gloo"
     if ranks.world == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1,
                                 timeout=timeout)
     else:
-        store = _rendezvous(ranks, recipe.fault_tolerance.join_seconds)
+        store = _rendezvous(ranks, join_seconds)
         said = startup_check.check_in(ranks.rank, ranks.world, dist.PrefixStore("health", store),
-                                      device,
-                               recipe.fault_tolerance.join_seconds)
+                                      device, join_seconds)
         if ranks.rank == 0:
             print(said, flush=True)
         dist.init_process_group(backend, store=dist.PrefixStore("groups", store), rank=ranks.rank,
@@ -48,33 +55,27 @@ def init_distributed(ranks: Ranks, recipe: Recipe) -> torch.device:
 
 
 def _rendezvous(ranks: Ranks, seconds: float) -> dist.Store:
-    """The store that all ranks share, kept by rank 0 or by torchrun's agent."""
+    """Connects to the store that all ranks share, hosted by rank 0 or by torchrun's agent."""
     _find_head_node(ranks)
     head, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    keeps = ranks.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    hosts = ranks.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
-        store = dist.TCPStore(head, port, is_master=keeps, wait_for_workers=False,
+        store = dist.TCPStore(head, port, is_master=hosts, wait_for_workers=False,
                               timeout=timedelta(seconds=seconds))
-    except (
-        RuntimeError
-    ) as error:  # of torch.distributed, a class of which is for each cause in some versions only
-        reason = str(error).splitlines()[0]
-        if keeps:
-            raise ValueError(
-                f"port {port} cannot be opened on {socket.gethostname()}, the head "
-                f"node ({reason}); export MASTER_PORT=<a free port>"
-            ) from None
+    except RuntimeError as error:  # some versions of PyTorch have no class for each cause
+        reason = first_line(error)
+        if hosts:
+            raise ValueError(f"port {port} cannot be opened on {socket.gethostname()}, the head "
+                             f"node ({reason}); export MASTER_PORT=<a free port>") from None
         raise startup_check.Unhealthy(
-            f"rank {ranks.rank} on {socket.gethostname()} cannot reach "
-            f"rank 0 at {head}:{port} "
-            f"within fault_tolerance.join_seconds={seconds:g} ({reason}); look "
-            "at the head node, its firewall and the network"
-        ) from None
+            f"rank {ranks.rank} on {socket.gethostname()} cannot reach rank 0 at {head}:{port} "
+            f"within fault_tolerance.join_seconds={seconds:g} ({reason}); look at the head node, "
+            "its firewall and the network") from None
     return dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def set_up_groups(recipe: Recipe) -> None:
-    """Megatron-Core's process groups of the recipe's layout, among ranks that are joined."""
+    """Makes Megatron-Core's process groups for the layout of the recipe, among joined ranks."""
     from megatron.core import parallel_state, tensor_parallel
 
     p = recipe.parallel
@@ -86,11 +87,14 @@ def set_up_groups(recipe: Recipe) -> None:
 
 
 def init_gloo(ranks: Ranks, timeout: timedelta) -> torch.device:
-    """Joins ranks that each do a share of the work and exchange small objects at its end; returns
-    this rank's device.
+    """Joins ranks that divide some work and exchange small objects at its end.
 
     Args:
-        timeout: how long the fastest may wait for the slowest.
+        ranks: this process among all.
+        timeout: longest wait of the fastest rank for the slowest.
+
+    Returns:
+        The device of this rank.
 
     Raises:
         ValueError: more local ranks than GPUs, or no way to find the head node.
@@ -103,12 +107,12 @@ def init_gloo(ranks: Ranks, timeout: timedelta) -> torch.device:
 
 
 def destroy() -> None:
-    """Takes the process groups down."""
+    """Destroys the process groups, DeepSpeed's too."""
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
     deepspeed = sys.modules.get("deepspeed.comm")
-    if deepspeed and deepspeed.is_initialized():  # it remembers groups
+    if deepspeed and deepspeed.is_initialized():  # it keeps references to groups
         deepspeed.destroy_process_group()
     else:
         dist.destroy_process_group()
@@ -118,11 +122,8 @@ def _device(ranks: Ranks) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     visible = torch.cuda.device_count()
-    # --gpus-per-task or --gpu-bind shows each task its own GPU
-    if visible == 1 and ranks.launcher == "srun":
-        local = 0
-    else:
-        local = ranks.local
+    # --gpus-per-task and --gpu-bind show each task its own GPU only
+    local = 0 if visible == 1 and ranks.launcher == "srun" else ranks.local
     if local >= visible:
         raise ValueError(f"local rank {local} has no GPU: {visible} visible here; start at most "
                          "one process per GPU (--ntasks-per-node or --nproc-per-node)")
@@ -131,8 +132,8 @@ def _device(ranks: Ranks) -> torch.device:
 
 
 def _find_head_node(ranks: Ranks) -> None:
-    """Fills MASTER_ADDR and MASTER_PORT under srun: the first host of the step, a port derived from
-    the job."""
+    """Sets MASTER_ADDR and MASTER_PORT where the launcher has not: the first host of srun's step,
+    and a port that follows from the job."""
     os.environ["RANK"], os.environ["WORLD_SIZE"] = str(ranks.rank), str(ranks.world)
     if "MASTER_ADDR" not in os.environ:
         nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST")
@@ -150,7 +151,6 @@ def _find_head_node(ranks: Ranks) -> None:
     except OSError as error:
         raise ValueError(f"the head node {os.environ['MASTER_ADDR']!r} cannot be resolved on "
                          f"{socket.gethostname()} ({error}); export MASTER_ADDR=<a name or address "
-                         "of rank 0's host that all nodes know>"
-                         ) from None
+                         "of rank 0's host that all nodes know>") from None
     os.environ.setdefault("MASTER_PORT",
                           str(20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000))

@@ -1,4 +1,4 @@
-"""Counts what a rank hands to its collectives, by operation and process group."""
+"""Bytes that a rank hands to its collectives, by operation and process group."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _SILENT = {"barrier", "monitored_barrier"}
 
 
 class TrafficCounter(TorchDispatchMode):
-    """While entered, adds up the payload bytes of every c10d operation of this thread.
+    """Context that adds up the payload of every c10d operation of this thread.
 
-    Groups of one rank send nothing and are not counted. The payload is the larger of what goes in
-    and what comes out, so that a reduce-scatter and the all-gather of one buffer count alike;
-    point-to-point counts what is sent.
+    Groups of one rank send nothing and are not counted. The payload is the larger of input and
+    output, so that a reduce-scatter and the all-gather of one buffer count alike. Of point-to-point
+    operations the sends count.
 
     Attributes:
         bytes: (operation, group) -> bytes.
@@ -53,5 +53,5 @@ def _group_of(argument: object) -> ProcessGroup | None:
         return None
     try:
         return ProcessGroup.unbox(argument)
-    except (RuntimeError, TypeError):  # a reduce operation, which is an object too
+    except (RuntimeError, TypeError):  # a reduce operation, which is a ScriptObject too
         return None

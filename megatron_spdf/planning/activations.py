@@ -1,24 +1,12 @@
 """Bytes that a step needs beside weights and optimizer state, by closed form, after Korthikanti et
 al. 2022.
 
-Per micro-batch and layer, with T tokens, B sequences, width h, feed-forward width f, t
-tensor-parallel ranks, w bytes a value, and 1/t more for what sequence parallelism shards (marked
-*):
-
-    inputs of both norms             2 w T B h *
-    their means and deviations      16 T B *           fp32
-    inputs of W_QKV and W_I          2 w T B h *
-    Q, K, V                          w T B (h + 2 kv) / t
-    attention output                 w T B h / t
-    log-sum-exp of the softmax       4 B heads T / t   fp32
-    before and after GELU            2 w T B f / t
-    two dropout masks                2 T B h *         with dropout only
-
-That is 32 T B h for bf16 at t = 1, the paper's 34 less the masks. Its 5 heads T / h term is absent:
-attention is `scaled_dot_product_attention` on a flash kernel, which stores no T x T scores (assumed
-of GPUs; the CPU's is one). Recomputing the attention core ("selective") therefore saves its
-log-sum-exp only; recomputing layers ("full") keeps the input of each, and one layer at a time in
-whole.
+What a layer keeps of a micro-batch is the architecture's to say (`Model.layer_activations`). Of a
+GPT that is 32 T B h for bf16 at t = 1, the paper's 34 less the masks. Its 5 heads T / h term is
+absent: attention is `scaled_dot_product_attention` on a flash kernel, which stores no T x T scores
+(assumed of GPUs; the CPU's is one). Recomputing the attention core ("selective") therefore saves
+its log-sum-exp only; recomputing layers ("full") keeps the input of each, and one layer at a time
+in whole.
 """
 
 from __future__ import annotations
@@ -27,6 +15,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from megatron_spdf.architecture.lm_head import tokens_at_once
+from megatron_spdf.architecture.sizes import Sizes
 from megatron_spdf.planning.buffers import local_parameters
 from megatron_spdf.planning.memory import rank_bytes
 from megatron_spdf.recipe.recipe import Recipe
@@ -75,48 +64,24 @@ class StepBytes:
         return self.waiting + self.embedding + self.pipeline + self.communication + fullest
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Bytes of one micro-batch's tensors on a rank: (T, B, h) whole and as kept between layers, and
-    so on."""
-
-    width: int
-    tokens: int
-    whole: int
-    hidden: int
-    share: float
-
-    @classmethod
-    def of(cls, recipe: Recipe) -> Sizes:
-        width = 2 if recipe.train.precision == "bf16" else 4
-        tokens = recipe.train.sequence_length * recipe.train.micro_batch
-        share = 1 / recipe.parallel.tensor if recipe.parallel.sequence else 1.0
-        whole = width * tokens * recipe.model.hidden
-        return cls(width, tokens, whole, int(whole * share), share)
+def sizes_of(recipe: Recipe) -> Sizes:
+    """Sizes of one of the recipe's micro-batches."""
+    width = 2 if recipe.train.precision == "bf16" else 4
+    tokens = recipe.train.sequence_length * recipe.train.micro_batch
+    tensor = recipe.parallel.tensor
+    share = 1 / tensor if recipe.parallel.sequence else 1.0
+    return Sizes(width, tokens, tensor, share, width * tokens * recipe.model.hidden)
 
 
 def layer_bytes(recipe: Recipe) -> dict[str, int]:
     """What one layer keeps of one micro-batch for backward, by tensor; nothing recomputed."""
-    m, t, size = recipe.model, recipe.parallel.tensor, Sizes.of(recipe)
-    keys = m.query_groups * (m.hidden // m.heads)
-    grouped = m.query_groups != m.heads  # then the queries are copied out of the common product
-    return {
-        "norm inputs": 2 * size.hidden,
-        "norm statistics": int(16 * size.tokens * size.share),
-        "linear inputs": 2 * size.hidden,
-        "queries, keys, values": size.width * size.tokens
-        * (m.hidden * (2 if grouped else 1) + 2 * keys) // t,
-        "attention output": size.whole // t,
-        "log-sum-exp": 4 * size.tokens * m.heads // t,
-        "GELU": 2 * size.width * size.tokens * m.ffn_hidden // t,
-        "dropout masks": int(2 * size.tokens * m.hidden * size.share) if m.dropout > 0.0 else 0,
-    }
+    return recipe.model.layer_activations(sizes_of(recipe))
 
 
 def kept_by_layer(recipe: Recipe) -> int:
     """`layer_bytes` together, less what is recomputed."""
     if recipe.train.recompute == "full":
-        return Sizes.of(recipe).hidden
+        return sizes_of(recipe).hidden
     parts = layer_bytes(recipe)
     return sum(parts.values()) - (parts["log-sum-exp"] if recipe.train.recompute == "selective"
                                   else 0)
@@ -137,7 +102,7 @@ def in_flight(recipe: Recipe, stage: int) -> int:
 def step_bytes(recipe: Recipe, plan: Plan, stage: int) -> StepBytes:
     """Bytes beside weights and optimizer state at the fullest moment of a step, on each rank of a
     stage."""
-    p, m, size = recipe.parallel, recipe.model, Sizes.of(recipe)
+    p, m, size = recipe.parallel, recipe.model, sizes_of(recipe)
     last = stage == p.pipeline - 1
     flying = in_flight(recipe, stage)
     running = m.layers // (p.pipeline * p.interleave) * kept_by_layer(recipe)
@@ -166,15 +131,17 @@ def _late(recipe: Recipe, plan: Plan, size: Sizes, stage: int) -> int:
         dense = max(sum(q.expands_to for q in c if q.expands_to
                         and plan.keeps_copy(q.name, on_gpu=True))
                     for c in local_parameters(recipe.model, p, plan, stage))
-    tied = _tied_gradient(recipe, size)
-    waits, at_embedding = (tied, 3 * tied) if p.pipeline == 1 else (0, tied if stage == 0 else 0)
+    vocabulary = _vocabulary_gradient(recipe, size)
+    waits, at_embedding = 0, vocabulary if stage == 0 else 0
+    if _waits_for_embedding(recipe):
+        waits, at_embedding = vocabulary, 3 * vocabulary
     return size.width * dense + max(waits + _at_layer_end(recipe, size), at_embedding)
 
 
 def _at_layer_end(recipe: Recipe, size: Sizes) -> int:
     """At the backward of W_QKV: five tensors between layers (the output, its gradient, that of the
     residual path, the norm's output and its gradient) and the gradients of Q, K and V."""
-    return 5 * size.hidden + 3 * size.whole // recipe.parallel.tensor
+    return 5 * size.hidden + size.sharded(3 * recipe.model.heads * recipe.model.head_width)
 
 
 def _workspace(recipe: Recipe, plan: Plan, size: Sizes, stage: int) -> int:
@@ -184,18 +151,18 @@ def _workspace(recipe: Recipe, plan: Plan, size: Sizes, stage: int) -> int:
     full recomputation there is the layer too, whose input is kept anyway but whose output is not;
     or, at its end, the dense gradients of its four weights."""
     m, p = recipe.model, recipe.parallel
-    tied = _tied_gradient(recipe, size) if p.pipeline == 1 else 0
+    waits = _vocabulary_gradient(recipe, size) if _waits_for_embedding(recipe) else 0
     down = [f"decoder.layers.{i}.mlp.linear_fc2.weight" for i in range(m.layers)]
-    itself = 0 if all(n in plan.weights and plan.skips_zeros(n) for n in down) else m.hidden
-    gradients = size.hidden + size.width * m.ffn_hidden * (size.tokens + itself) // p.tensor
+    whole = not all(n in plan.weights and plan.skips_zeros(n) for n in down)
+    gradients = m.feed_forward_backward(size, whole)
     gradients += size.whole if p.sequence else 0  # the output's, gathered
     if recipe.train.recompute != "full":
-        return gradients + tied
+        return gradients + waits
     dense: Counter[int] = Counter()
     for q in (q for chunk in local_parameters(m, p, plan, stage) for q in chunk):
         dense[q.layer] += q.expands_to * (q.expands_to > 0 and plan.keeps_copy(q.name, on_gpu=True))
     at_end = size.width * max(dense.values()) + _at_layer_end(recipe, size)
-    return max(gradients + sum(layer_bytes(recipe).values()), at_end) + tied
+    return max(gradients + sum(layer_bytes(recipe).values()), at_end) + waits
 
 
 def _head(recipe: Recipe, size: Sizes) -> int:
@@ -204,15 +171,21 @@ def _head(recipe: Recipe, size: Sizes) -> int:
     several chunks. All along there are the LM head's input, where sequence parallelism gathers it,
     and its gradient."""
     rows = recipe.model.padded_vocab // recipe.parallel.tensor
-    chunk, tied = tokens_at_once(rows, size.tokens), _tied_gradient(recipe, size)
+    chunk, gradient = tokens_at_once(rows, size.tokens), _vocabulary_gradient(recipe, size)
     softmax, logits = 4 * chunk * rows, size.width * chunk * rows
     summed = 4 * rows * recipe.model.hidden if chunk < size.tokens else 0
-    fullest = max(softmax + (logits if size.width == 2 else 0), logits + tied)
+    fullest = max(softmax + (logits if size.width == 2 else 0), logits + gradient)
     inputs = 2 * size.hidden + (2 if recipe.parallel.sequence else 1) * size.whole
-    return inputs + int(8 * size.tokens * size.share) + summed + fullest
+    return inputs + int(recipe.model.norm_statistics * size.tokens * size.share) + summed + fullest
 
 
-def _tied_gradient(recipe: Recipe, size: Sizes) -> int:
+def _waits_for_embedding(recipe: Recipe) -> bool:
+    """Whether the LM head's gradient of its weight waits for that of the embedding's look-up."""
+    return recipe.model.tied and recipe.parallel.pipeline == 1
+
+
+def _vocabulary_gradient(recipe: Recipe, size: Sizes) -> int:
+    """Bytes of the gradient of the embedding, or of the LM head's weight."""
     return size.width * recipe.model.padded_vocab // recipe.parallel.tensor * recipe.model.hidden
 
 

@@ -21,8 +21,6 @@ from megatron_spdf.sparsity.plan import Plan
 
 PARAMETER_ALIGNMENT, BUCKET_ALIGNMENT = 64, 128  # elements
 SMALLEST_BUCKET, BUCKET_PER_RANK = 40_000_000, 1_000_000  # elements, Megatron-Core's defaults
-ORDER = ("input_layernorm", "linear_proj", "linear_qkv", "pre_mlp_layernorm", "linear_fc1",
-         "linear_fc2")
 
 
 @dataclass(frozen=True)
@@ -98,10 +96,11 @@ def local_parameters(model: Model, parallel: Parallel, plan: Plan,
     """This rank's parameters, chunk by chunk, in the order in which Megatron-Core's modules name
     them.
 
-    With more than one stage, the last holds the tied embedding a second time.
+    With more than one stage, the last holds a tied embedding a second time.
     """
     chunks = tuple(tuple(layers) for layers in layers_of(model, parallel, stage))
-    return _local_parameters(model, parallel.tensor, parallel.pipeline > 1, plan, chunks)
+    tied_twice = model.tied and parallel.pipeline > 1
+    return _local_parameters(model, parallel.tensor, tied_twice, plan, chunks)
 
 
 @lru_cache(maxsize=4096)
@@ -109,8 +108,8 @@ def _local_parameters(
     model: Model, tensor: int, tied_twice: bool, plan: Plan, chunks: tuple[tuple[int, ...], ...]
 ) -> tuple[tuple[Local, ...], ...]:
     weights = weights_by_layer(model)
-    local = [[_local(w, plan, tensor) for layer in layers for w in _in_order(weights[layer], plan)]
-             for layers in chunks]
+    local = [[_local(w, plan, tensor) for layer in layers
+              for w in _in_order(weights[layer], model.ORDER, plan)] for layers in chunks]
     if tied_twice and model.layers in chunks[-1]:
         embedding = _local(next(w for w in weights[-1] if w.name == EMBEDDING), plan, tensor)
         local[-1].append(Local(HEAD, model.layers, embedding.elements, 0))
@@ -123,11 +122,12 @@ def _local(weight: Weight, plan: Plan, tensor: int) -> Local:
     return Local(weight.name, weight.layer, elements, weight.numel // shards if sparse else 0)
 
 
-def _in_order(weights: Sequence[Weight], plan: Plan) -> list[Weight]:
+def _in_order(weights: Sequence[Weight], modules: Sequence[str], plan: Plan) -> list[Weight]:
     """One layer's weights by module; compact values are a submodule's parameter, named after the
     module's own."""
     def order(weight: Weight) -> tuple[int, bool]:
-        module = next((i for i, name in enumerate(ORDER) if f".{name}." in weight.name), 0)
+        parts = weight.name.split(".")
+        module = next((i for i, name in enumerate(modules) if name in parts), 0)
         base = weight.name.rpartition(".")[0]
         return module, weight.name.endswith(".weight" if f"{base}.weight" in plan.weights
                                             else ".bias")
@@ -151,8 +151,8 @@ def lay_out(model: Model, parallel: Parallel, plan: Plan, stage: int,
     buffers = []
     for number, chunk in enumerate(local_parameters(model, p, plan, stage)):
         bucketed = overlaps and stage == 0 and number == 0
-        buffers.append(_fill(chunk, p.data if p.zero_stage == 1 else 0, p.pipeline > 1,
-                             limit if bucketed else None))
+        buffers.append(_fill(chunk, p.data if p.zero_stage == 1 else 0,
+                             model.tied and p.pipeline > 1, limit if bucketed else None))
     return tuple(buffers)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from megatron_spdf.architecture.base import Model
-from megatron_spdf.planning.activations import Sizes
+from megatron_spdf.planning.activations import sizes_of
 from megatron_spdf.planning.buffers import lay_out, local_parameters
 from megatron_spdf.planning.hardware import Gpu
 from megatron_spdf.planning.memory import rank_bytes
@@ -24,10 +24,6 @@ from megatron_spdf.sparsity.plan import Plan
 
 EFFICIENCY = 0.6
 FLASH_BACKWARD = 2.5  # forwards: five products where the forward has two (Dao 2023, section 3.1)
-# (T, B, h) and (T, B, f) tensors that one forward pass of our layer reads or writes outside of
-# products: two norms (4), two biases with dropout and residual, fused (6); bias and GELU, fused
-# (2). Backward moves about twice as many.
-HIDDEN_PASSES, FEED_FORWARD_PASSES = 10, 2
 # (T, B, V / t) in fp32: cast (1.5), maximum (1), subtract (2), exponential (2), sum (1), scale (2),
 # cast back (1.5).
 LOGIT_PASSES = 11
@@ -145,10 +141,9 @@ def _elements(model: Model, parallel: Parallel, plan: Plan,
 
 def _bytes_moved(recipe: Recipe, plan: Plan, stage: int) -> float:
     """Bytes that one micro-batch moves through a rank's memory outside of matrix products."""
-    m, p, size = recipe.model, recipe.parallel, Sizes.of(recipe)
-    feed_forward = size.width * size.tokens * m.ffn_hidden // p.tensor
-    forward = _layers(recipe) * (HIDDEN_PASSES * size.hidden + FEED_FORWARD_PASSES * feed_forward)
-    moved = forward * (3 + (recipe.train.recompute == "full"))
+    m, p, size = recipe.model, recipe.parallel, sizes_of(recipe)
+    # backward moves about twice as many as forward
+    moved = _layers(recipe) * m.forward_passes(size) * (3 + (recipe.train.recompute == "full"))
     if stage == p.pipeline - 1:
         moved += LOGIT_PASSES * 4 * size.tokens * m.padded_vocab // p.tensor
     # Weight gradients are written, and read to be added to the fp32 buffer; those of sparse weights
@@ -173,7 +168,7 @@ def _expand_bytes(recipe: Recipe, plan: Plan, stage: int) -> float:
 def _expand_once(recipe: Recipe, plan: Plan, stage: int) -> float:
     """Values and the mask's bits are read, dense weights written."""
     _, active, whole, _ = _elements(recipe.model, recipe.parallel, plan, stage)
-    width = Sizes.of(recipe).width
+    width = sizes_of(recipe).width
     return width * (whole + active) + whole / 8
 
 

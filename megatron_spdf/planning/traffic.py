@@ -12,8 +12,9 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_spdf.planning.activations import Sizes
-from megatron_spdf.planning.buffers import layers_of
+from megatron_spdf.architecture.sizes import Sizes
+from megatron_spdf.planning.activations import sizes_of
+from megatron_spdf.planning.buffers import layers_of, weights_by_layer
 from megatron_spdf.recipe.recipe import ENGINES, Recipe
 from megatron_spdf.sparsity.plan import Plan
 
@@ -32,17 +33,15 @@ def step_traffic(recipe: Recipe, plan: Plan, stage: int, on_gpu: bool = True) ->
     `gradients` and `parameters` what data parallelism reduces and gathers: compact, so in
     proportion to the active weights; `control` the loss, the stop flag and the gradient norm.
     """
-    p, size = recipe.parallel, Sizes.of(recipe)
+    p, model, size = recipe.parallel, recipe.model, sizes_of(recipe)
     first, last = stage == 0, stage == p.pipeline - 1
     sent: Traffic = _tensor(recipe, stage, size) if p.tensor > 1 else Counter()
     if p.pipeline > 1:
         # every chunk sends forward and back, the ends of the model one way
         sends = 2 * p.interleave - first - last
         sent["pipeline", "send"] += recipe.micro_batches * sends * size.hidden
-        if first or last:
-            sent["embedding", "all-reduce"] += (
-                4 * recipe.model.padded_vocab // p.tensor * recipe.model.hidden
-            )
+        if model.tied and (first or last):
+            sent["embedding", "all-reduce"] += 4 * model.padded_vocab // p.tensor * model.hidden
     if p.data > 1:
         sent += ENGINES.get(recipe.engine).data_traffic(recipe, plan, stage, on_gpu)
     if p.world > 1:
@@ -57,9 +56,9 @@ def _tensor(recipe: Recipe, stage: int, size: Sizes) -> Traffic:
     the two gathered inputs are gathered once more for the weight gradients (Korthikanti et al.
     2022, section 4.2.2). The LM head makes its gradients as it goes forward. Full recomputation
     repeats forward."""
-    p, h = recipe.parallel, recipe.model.hidden
-    layers = sum(0 <= layer < recipe.model.layers for chunk in layers_of(recipe.model, p, stage)
-                 for layer in chunk)
+    p, model = recipe.parallel, recipe.model
+    here = [layer for chunk in layers_of(model, p, stage) for layer in chunk]
+    layers = sum(0 <= layer < model.layers for layer in here)
     first, last = stage == 0, stage == p.pipeline - 1
     again = 2 * layers if recipe.train.recompute == "full" else 0
     sent: Traffic = Counter()
@@ -67,9 +66,14 @@ def _tensor(recipe: Recipe, stage: int, size: Sizes) -> Traffic:
     if p.sequence:
         sent["tensor", "all-gather"] += per_step * (6 * layers + again + first + last)
         sent["tensor", "reduce-scatter"] += per_step * (4 * layers + again + last)
+        # The embeddings' output, to which every rank adds the same learned positions, or none.
+        learned = model.positions == "learned"
+        sent["tensor", "all-reduce" if learned else "reduce-scatter"] += per_step * first
         # Gradients of norms and row-parallel biases, which each rank has for its part of the
         # sequence only.
-        sent["tensor", "all-reduce"] += per_step * first + 4 * h * (6 * layers + 2 * last)
+        sent["tensor", "all-reduce"] += 4 * sum(
+            w.numel for layer in here if layer >= 0 for w in weights_by_layer(model)[layer]
+            if w.axis is None)
     else:
         sent["tensor", "all-reduce"] += per_step * (4 * layers + again + first + last)
     # maximum, target's logit and sum of the softmax over the vocabulary, and the logits' mean, fp32

@@ -209,6 +209,7 @@ class Recipe(Section):
         "standard", description="mup: initial values, learning rates and multipliers follow width "
                                 "and density")
     mup_base: MupBase = Field(MupBase())
+    # not made yet: algorithms of plugins may need this module
     sparsity: Sparsity = Field(default_factory=Sparsity)
     stages: list[Stage] = Field(
         [], description="instead of one sparsity and learning rate: those of one stretch of the "

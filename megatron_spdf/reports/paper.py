@@ -27,6 +27,7 @@ TOGETHER = {
 }
 # Paper, table 1. BLEU on E2E, WebNLG and DART, perplexity on the Curation Corpus, after dense
 # fine-tuning.
+SCORED = ("E2E BLEU", "WebNLG BLEU", "DART BLEU", "Curation perplexity")
 SCORES = {
     "gpt2_small": {0.0: (67.49, 63.42, 46.30, 13.38), 0.5: (67.39, 63.10, 45.74, 15.09),
                    0.75: (66.50, 62.64, 44.97, 17.14)},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -72,6 +73,22 @@ class Logged:
     def validation_loss(self) -> float | None:
         """Loss of the last evaluation, in nats per token. None without one."""
         return self.valid[-1]["loss"] if self.valid else None
+
+    @property
+    def perplexity(self) -> float | None:
+        """Perplexity of the last evaluation, where it did not blow up."""
+        loss = self.validation_loss
+        return None if loss is None else math.exp(min(loss, 700.0))
+
+    @property
+    def state_bytes(self) -> int | None:
+        """Bytes of weights, gradients and optimizer of rank 0."""
+        return sum(self.bytes.get(k, 0) for k in ("parameters", "gradients", "optimizer")) or None
+
+    @property
+    def peak_bytes(self) -> float | None:
+        """Most memory of rank 0 in any record."""
+        return max(self.at_steps("memory_bytes").values(), default=None)
 
     @property
     def tokens_per_second(self) -> float:

@@ -3,7 +3,6 @@ paper's."""
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Sequence
 from datetime import date
@@ -21,11 +20,12 @@ from megatron_spdf.reports.document import (
     page,
     paragraph,
     plots,
-    table,
 )
 from megatron_spdf.reports.runs import Logged
 from megatron_spdf.reports.spdf_table import own_table
+from megatron_spdf.tables import GIB, MIB, Column, Html, Table, Unit
 
+MILLION, PRINTED = Unit("M", 1e6), Unit("1e18 FLOPs", 1.0)
 SMOOTHING = 40  # points to which a noisy curve is averaged down
 
 
@@ -55,30 +55,24 @@ def render_report(runs: Sequence[Logged], output: Path, title: str) -> str:
 
 
 def _runs_table(runs: Sequence[Logged], colors: dict[Path, str], output: Path) -> str:
-    head = ["run", "sparsity,\nmeasured", "tokens (M)", "steps", "validation\nloss", "perplexity",
-            "training\nFLOPs",
-            "tokens/s,\nmedian", "state of\nrank 0 (MiB)", "sent per\nstep (MiB)",
-            "peak memory\n(GiB)"]
-    rows = []
-    for run in runs:
-        loss, steps = run.validation_loss, f"{run.train[-1]['step']:,}"
-        if run.planned_steps:
-            steps += f" of {run.planned_steps:,}"
-        held = sum(run.bytes.get(k, 0) for k in ("parameters", "gradients", "optimizer"))
-        sent = run.bytes.get("sent_per_step")
-        memory = max(run.at_steps("memory_bytes").values(), default=None)
-        rows.append([
-            f'{key(colors[run.directory])}<a href="{_link(run, output)}">{escape(run.label)}</a>',
-            f"{run.sparsity:.2%}", f"{run.tokens / 1e6:,.4g}", steps, _number(loss, ".4f"),
-            _number(loss and math.exp(min(loss, 700.0)), ".2f"), f"{run.flops:.3g}",
-            f"{run.tokens_per_second:,.4g}", _number(held / 2**20 if held else None, ",.1f"),
-            _number(None if sent is None else sent / 2**20, ",.1f"),
-            _number(memory and memory / 2**30, ",.2f")])
-    return table(head, rows)
+    columns = [
+        Column("run", lambda run: Html(f'{key(colors[run.directory])}<a href="'
+                                       f'{_link(run, output)}">{escape(run.label)}</a>')),
+        Column("sparsity, measured", "sparsity", ".2%"),
+        Column("tokens", form=",.4g", unit=MILLION),
+        Column("steps", _steps, align="right"),
+        Column("validation loss", "validation_loss", ".4f"), Column("perplexity", form=".2f"),
+        Column("training FLOPs", "flops", ".3g"),
+        Column("tokens/s, median", "tokens_per_second", ",.4g"),
+        Column("state of rank 0", "state_bytes", ",.1f", MIB),
+        Column("sent per step", lambda run: run.bytes.get("sent_per_step"), ",.1f", MIB),
+        Column("peak memory", "peak_bytes", ",.2f", GIB)]
+    return Table(columns, runs).html()
 
 
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+def _steps(run: Logged) -> str:
+    steps = f"{run.train[-1]['step']:,}"
+    return f"{steps} of {run.planned_steps:,}" if run.planned_steps else steps
 
 
 def _link(run: Logged, output: Path) -> str:
@@ -149,20 +143,20 @@ def _figure_chart(runs: Sequence[Logged], colors: dict[Path, str], name: str, yl
 
 def _papers_tables() -> list[str]:
     """Published tables 1 and 2, and their contradictions."""
-    rows = []
-    for model, name in paper.NAMES.items():
-        for level, (total, speed_up) in paper.TOGETHER[model].items():
-            bleu, pretraining = paper.SCORES[model][level], paper.PRETRAINING[model][level][1]
-            rows.append([escape(name) if level == 0.0 else "", f"{level:.0%}", f"{pretraining:.2f}",
-                         f"{paper.FINE_TUNING[model][1]['E2E']:.3f}", f"{total:.2f}",
-                         f"{speed_up:.2f}x", *(f"{score:.2f}" for score in bleu)])
-    head = ["published", "sparsity", "pre-training\n(1e18 FLOPs)", "fine-tuning,\nE2E", "together",
-            "speed-up",
-            "E2E\nBLEU", "WebNLG\nBLEU", "DART\nBLEU", "Curation\nperplexity"]
+    columns = [
+        Column("published", lambda r: paper.NAMES[r[0]] if r[1] == 0.0 else ""),
+        Column("sparsity", lambda r: r[1], ".0%"),
+        Column("pre-training", lambda r: paper.PRETRAINING[r[0]][r[1]][1], ".2f", PRINTED),
+        Column("fine-tuning, E2E", lambda r: paper.FINE_TUNING[r[0]][1]["E2E"], ".3f", PRINTED),
+        Column("together", lambda r: paper.TOGETHER[r[0]][r[1]][0], ".2f", PRINTED),
+        Column("speed-up", lambda r: paper.TOGETHER[r[0]][r[1]][1], ".2f", suffix="x"),
+        *(Column(score, lambda r, i=i: paper.SCORES[r[0]][r[1]][i], ".2f")
+          for i, score in enumerate(paper.SCORED))]
+    rows = [(model, level) for model in paper.NAMES for level in paper.TOGETHER[model]]
     source = "Thangarasa et al. 2023, tables 1 and 2, and supplement, tables 2 and 3, as printed."
     doubts = [f"{c.cells}: {c.why}." for c in paper.CONTRADICTIONS]
-    return [table(head, rows, source), paragraph("Where the paper contradicts itself:", "note"),
-            bullets(doubts)]
+    return [Table(columns, rows).html(source),
+            paragraph("Where the paper contradicts itself:", "note"), bullets(doubts)]
 
 
 def _recipe(run: Logged, output: Path) -> str:

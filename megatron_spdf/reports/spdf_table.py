@@ -4,57 +4,76 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from megatron_spdf.reports.document import escape, key, paragraph, table
+from megatron_spdf.reports.document import escape, key, paragraph
 from megatron_spdf.reports.runs import Logged
+from megatron_spdf.tables import Column, Html, Table
 
 
 def own_table(runs: Sequence[Logged], colors: dict[Path, str]) -> str:
     """HTML table with a row for each pre-training run, and below it one for each fine-tuning of
     it."""
     metrics = sorted({name for run in runs for name in run.scores})
-    head = ["run", "sparsity", "pre-training\n(FLOPs)", "fine-tuning\n(FLOPs)", "together",
-            "speed-up\nover dense",
-            "validation\nloss", *metrics]
-    rows = []
-    for run, start, together, speed_up in accounts(runs):
-        indent = "&emsp;" if start else ""
-        loss = run.validation_loss
-        rows.append([
-            f"{indent}{key(colors[run.directory])}{escape(run.label)}",
-            f"{(start or run).sparsity:.2%}",
-            _flops((start or run).flops if start or not run.fine_tunes else None),
-            _flops(run.flops if run.fine_tunes else None), _flops(together),
-            f"{speed_up:.2f}x" if speed_up else "-", "-" if loss is None else f"{loss:.4f}",
-            *(f"{run.scores[m]:.4g}" if m in run.scores else "-" for m in metrics)])
+    columns = [
+        Column("run", lambda a: Html(f"{'&emsp;' if a.start else ''}{key(colors[a.run.directory])}"
+                                     f"{escape(a.run.label)}")),
+        Column("sparsity", lambda a: (a.start or a.run).sparsity, ".2%"),
+        Column("pre-training (FLOPs)", "pretraining", ".4g"),
+        Column("fine-tuning (FLOPs)", "fine_tuning", ".4g"), Column("together", form=".4g"),
+        Column("speed-up over dense", "speed_up", ".2f", suffix="x"),
+        Column("validation loss", lambda a: a.run.validation_loss, ".4f"),
+        *(Column(name, lambda a, name=name: a.run.scores.get(name), ".4g") for name in metrics)]
     note = ("Speed-up: FLOPs of the dense run of the same model and tokens (fine-tuned on the same "
             "task) over these; sparsity is that of pre-training. FLOPs are forward and backward; "
             "the paper's of fine-tuning are forward.")
-    return table(head, rows) + paragraph(note, "note")
+    return Table(columns, accounts(runs)).html() + paragraph(note, "note")
 
 
-def accounts(runs: Sequence[Logged]) -> list[tuple[Logged, Logged | None, float | None,
-                                                   float | None]]:
+class Account(NamedTuple):
+    """FLOPs of a run.
+
+    Attributes:
+        start: pre-training run that a fine-tuning run started from, if it is known.
+        together: FLOPs of both.
+        speed_up: over the dense counterpart.
+    """
+
+    run: Logged
+    start: Logged | None
+    together: float | None
+    speed_up: float | None
+
+    @property
+    def pretraining(self) -> float | None:
+        if self.start:
+            return self.start.flops
+        return None if self.run.fine_tunes else self.run.flops
+
+    @property
+    def fine_tuning(self) -> float | None:
+        return self.run.flops if self.run.fine_tunes else None
+
+
+def accounts(runs: Sequence[Logged]) -> list[Account]:
     """Pairs fine-tuning runs with the pre-training runs they started from, and sums their FLOPs.
 
     Fine-tuning runs whose start is not among the runs come last and have no sums.
-
-    Returns:
-        (run, pre-training run it started from, FLOPs of both, speed-up over the dense counterpart).
     """
     pretrained = [r for r in runs if not r.fine_tunes]
-    found: list[tuple[Logged, Logged | None, float | None, float | None]] = []
+    found: list[Account] = []
     for run in pretrained:
         dense = _dense_counterpart(run, pretrained)
-        found.append((run, None, run.flops, dense.flops / run.flops if dense else None))
+        found.append(Account(run, None, run.flops, dense.flops / run.flops if dense else None))
         for tuned in started_from(run, runs):
             together = run.flops + tuned.flops
             other = next((t for t in started_from(dense, runs) if _task(t) == _task(tuned)),
                          None) if dense else None
-            found.append((tuned, run, together,
-                          (dense.flops + other.flops) / together if dense and other else None))
-    known = {id(run) for run, *_ in found}
-    return found + [(run, None, None, None) for run in runs if id(run) not in known]
+            found.append(Account(
+                tuned, run, together,
+                (dense.flops + other.flops) / together if dense and other else None))
+    known = {id(account.run) for account in found}
+    return found + [Account(run, None, None, None) for run in runs if id(run) not in known]
 
 
 def started_from(run: Logged, runs: Sequence[Logged]) -> list[Logged]:
@@ -78,7 +97,3 @@ def _dense_counterpart(run: Logged, pretrained: Sequence[Logged]) -> Logged | No
                                for k in ("layers", "hidden", "heads", "ffn_hidden", "vocab_size"))
 
     return next((r for r in pretrained if r.sparsity == 0.0 and shape(r) == shape(run)), None)
-
-
-def _flops(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"

@@ -1,10 +1,9 @@
-"""While a run is on: rank 0 hears from every rank each second, and ends the run when one dies,
-hangs or fails.
+"""Heartbeats of all ranks: rank 0 collects them, and ends the run when a rank dies, hangs or fails.
 
-Each rank keeps a connection to rank 0. A process that dies closes it; a process that is stopped, a
-node that is gone or a network that is cut falls silent; a training thread that hangs stands still
-while its beats go on. Whatever it is, the rank, its host and its last collective are named on
-standard error, and every rank ends with `exit_codes.LOST_RANK`.
+Each rank sends a beat to rank 0 every second over a connection of its own. A process that dies
+closes the connection. A stopped process, a lost node or a cut network falls silent. A training
+thread that hangs makes no progress while its beats go on. The rank at fault, its host and its last
+collective are named on standard error, and every rank exits with `exit_codes.LOST_RANK`.
 """
 
 from __future__ import annotations
@@ -27,16 +26,21 @@ from megatron_spdf.resilience.world import Ranks, shared_store
 from megatron_spdf.text import first_line
 
 BEAT_SECONDS = 1.0
-GRACE_SECONDS = 2.0  # after the first sign of trouble: its cause may be another rank's death
+# after the first sign of trouble: its cause may be the death of another rank, known a little later
+GRACE_SECONDS = 2.0
 
 
 @dataclass
 class Beat:
-    """What a rank says of itself.
+    """State of a rank, as it reports it.
 
     Attributes:
+        activity: current one, in words.
+        collective: last one entered, with its number.
+        inside: whether the training thread is inside a collective.
         still: seconds without progress in a watched activity; 0 in others.
-        failed: the error that ends it; leaving: it ends as it should.
+        failed: error that ends the rank; empty: none.
+        leaving: whether the rank is about to exit normally.
     """
 
     rank: int
@@ -60,12 +64,13 @@ class Beat:
 
 @dataclass
 class Peer:
-    """A rank as rank 0 knows it.
+    """State of a rank, as rank 0 knows it. Times are `time.monotonic()`.
 
     Attributes:
-        heard: when its last beat was.
-        closed: whether its connection was, as of a process that is no more.
-        trouble: since when it is closed, or has failed.
+        beat: the last one.
+        heard: time of the last beat.
+        closed: whether its connection is closed, as that of a dead process is.
+        trouble: time when it was closed or failed; None: neither.
     """
 
     beat: Beat
@@ -73,8 +78,8 @@ class Peer:
     closed: bool = False
     trouble: float | None = None
 
-    def hear(self, beat: dict | None) -> None:
-        """Takes a beat; None: the connection was closed."""
+    def update(self, beat: dict | None) -> None:
+        """Records a beat; None: the connection was closed."""
         self.heard = time.monotonic()
         if beat is None:
             self.closed = True
@@ -84,12 +89,13 @@ class Peer:
             self.trouble = self.heard
 
 
-def verdict(peers: list[Peer], now: float, seconds: float) -> str:
-    """What ends the run, or empty; deaths before silence, silence before standing still, since each
-    causes the next.
+def diagnose(peers: list[Peer], now: float, seconds: float) -> str:
+    """Finds the fault that ends the run, as a sentence; empty: none.
+
+    Deaths come before silence, and silence before standing still, since each causes the next.
 
     Args:
-        now: time.monotonic().
+        now: `time.monotonic()`.
         seconds: fault_tolerance.hang_seconds.
     """
     there = [p for p in peers if not p.beat.leaving]
@@ -106,22 +112,29 @@ def verdict(peers: list[Peer], now: float, seconds: float) -> str:
         return "; ".join(f"{p.beat.who} has been silent for {now - p.heard:.0f} s "
                          f"(fault_tolerance.hang_seconds={seconds:g}), last heard of {p.beat.did}"
                          for p in silent)
-    if there and all(p.beat.still > seconds for p in there):
-        outside = [p for p in there if not p.beat.inside]
-        behind = outside if 0 < len(outside) < len(there) else [max(there,
-                                                                    key=lambda p: p.beat.still)]
-        named = "; ".join(f"{p.beat.who} has stood still for {p.beat.still:.0f} s "
-                          f"(fault_tolerance.hang_seconds={seconds:g}) {p.beat.did}"
-                          for p in behind)
-        return named + ("" if len(there) == len(behind) else "; others wait for it")
-    return ""
+    return _diagnose_hang(there, seconds)
+
+
+def _diagnose_hang(there: list[Peer], seconds: float) -> str:
+    """Names the ranks that hold up the others; empty while any rank makes progress."""
+    if not there or any(p.beat.still <= seconds for p in there):
+        return ""
+    # Those outside of collectives are waited for. Where all or none are inside, the cause is the
+    # rank that has stood still longest.
+    behind = [p for p in there if not p.beat.inside]
+    if len(behind) in (0, len(there)):
+        behind = [max(there, key=lambda p: p.beat.still)]
+    named = "; ".join(f"{p.beat.who} has stood still for {p.beat.still:.0f} s "
+                      f"(fault_tolerance.hang_seconds={seconds:g}) {p.beat.did}" for p in behind)
+    return named + ("" if len(there) == len(behind) else "; others wait for it")
 
 
 class Heartbeat:
-    """This rank's part; a context around all that follows the joining of the ranks. With one rank
-    it does nothing.
+    """Context that exchanges heartbeats in a thread, once the ranks are joined. With one rank it
+    does nothing.
 
     Args:
+        ranks: this process among all.
         seconds: fault_tolerance.hang_seconds.
     """
 
@@ -135,25 +148,25 @@ class Heartbeat:
             return self
         store = shared_store()
         if self.ranks.rank == 0:
-            door = socket.create_server(("", 0), backlog=self.ranks.world)
+            listener = socket.create_server(("", 0), backlog=self.ranks.world)
             token = secrets.token_hex(16)
             store.set("heartbeat",
-                      json.dumps([os.environ["MASTER_ADDR"], door.getsockname()[1], token]))
-            target, arguments = self._preside, (door, token)
+                      json.dumps([os.environ["MASTER_ADDR"], listener.getsockname()[1], token]))
+            target, arguments = self._coordinate, (listener, token)
         else:
             store.wait(["heartbeat"], timedelta(seconds=self.seconds))
             host, port, token = json.loads(store.get("heartbeat"))
-            line = socket.create_connection((host, port), timeout=self.seconds)
-            line.sendall(token.encode() + b"\n")
-            target, arguments = self._report, (line,)
+            connection = socket.create_connection((host, port), timeout=self.seconds)
+            connection.sendall(token.encode() + b"\n")
+            target, arguments = self._report, (connection,)
         self._thread = threading.Thread(target=target, args=arguments, name="heartbeat",
                                         daemon=True)
         self._thread.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        """Leaves; after an error only when rank 0 has had the time to name the cause, which may be
-        another rank's."""
+        """Ends the thread. After an error it first gives rank 0 the time to name the cause, which
+        may lie on another rank."""
         if not self._thread:
             return
         if error is not None and not isinstance(error, SystemExit):
@@ -169,32 +182,32 @@ class Heartbeat:
                     time.monotonic() - now.moved if now.watched else 0.0, self.failed,
                     self.leaving.is_set())
 
-    def _report(self, line: socket.socket) -> None:
-        """Of every other rank: a beat to rank 0 each second, and one of rank 0 in return."""
-        line.settimeout(BEAT_SECONDS)
+    def _report(self, connection: socket.socket) -> None:
+        """Other ranks: exchange beats with rank 0, and exit on a fault that it names."""
+        connection.settimeout(BEAT_SECONDS)
         head, heard, rest = Beat(0, os.environ["MASTER_ADDR"]), time.monotonic(), b""
         try:
             while True:
                 mine = self._beat()
-                line.sendall(json.dumps(asdict(mine)).encode() + b"\n")
+                connection.sendall(json.dumps(asdict(mine)).encode() + b"\n")
                 if mine.leaving:
                     return
                 self.leaving.wait(BEAT_SECONDS / 2)
                 try:
-                    read = line.recv(1 << 16)
+                    read = connection.recv(1 << 16)
                     if not read:
                         raise ConnectionResetError
                     *lines, rest = (rest + read).split(b"\n")
                     for text in lines:
                         said, heard = json.loads(text), time.monotonic()
-                        if said["verdict"]:
-                            os._exit(exit_codes.LOST_RANK)  # rank 0 has said why
+                        if said["fault"]:
+                            os._exit(exit_codes.LOST_RANK)  # rank 0 has printed it
                         head = Beat(**said["beat"])
                 except TimeoutError:
                     pass
                 if head.leaving:
                     return
-                # its own verdict comes first
+                # rank 0, if it lives, names a fault earlier
                 if time.monotonic() - heard > self.seconds + 2 * GRACE_SECONDS:
                     self._end(f"{head.who} has been silent for {time.monotonic() - heard:.0f} s "
                               f"(fault_tolerance.hang_seconds={self.seconds:g}), last heard of "
@@ -205,96 +218,103 @@ class Heartbeat:
                 self._end(f"{head.who} died {head.did}" if not head.failed
                           else f"{head.who} failed: {head.failed}")
 
-    def _preside(self, door: socket.socket, token: str) -> None:
-        """Of rank 0: hears everyone, judges, tells everyone."""
+    def _coordinate(self, listener: socket.socket, token: str) -> None:
+        """Rank 0: collects beats, detects faults, broadcasts both."""
         began = time.monotonic()
         peers = {r: Peer(Beat(r, "a host that rank 0 has not heard of"), began)
                  for r in range(self.ranks.world)}
-        lines = _Lines(door, token)
+        connections = _Connections(listener, token)
         while True:
             mine = self._beat()
-            for rank, beat in [*lines.read(BEAT_SECONDS / 2), (0, asdict(mine))]:
-                peers[rank].hear(beat)
-            said = verdict(list(peers.values()), time.monotonic(), self.seconds)
-            lines.tell(json.dumps({"beat": asdict(mine), "verdict": said}))
-            if said:
-                self._end(said)
+            for rank, beat in [*connections.read(BEAT_SECONDS / 2), (0, asdict(mine))]:
+                peers[rank].update(beat)
+            fault = diagnose(list(peers.values()), time.monotonic(), self.seconds)
+            connections.broadcast(json.dumps({"beat": asdict(mine), "fault": fault}))
+            if fault:
+                self._end(fault)
             if mine.leaving:
                 return
 
-    def _end(self, said: str) -> None:
+    def _end(self, fault: str) -> None:
+        """Prints the fault, on some ranks in case rank 0 is gone, and exits."""
         if self.ranks.rank == 0 or self.ranks.local == 0 or self.ranks.rank == 1:
-            print(f"the run ends on rank {self.ranks.rank} on {self.host}: {said}",
+            print(f"the run ends on rank {self.ranks.rank} on {self.host}: {fault}",
                   file=sys.stderr, flush=True)
         # the training thread may be inside a collective that never returns
         os._exit(exit_codes.LOST_RANK)
 
 
-class _Lines:
-    """Rank 0's connections: JSON lines from ranks that gave the token first."""
+class _Connections:
+    """Rank 0's connections: JSON lines from ranks that have sent the token first.
 
-    def __init__(self, door: socket.socket, token: str):
+    Attributes:
+        rest: connection -> start of a line whose end has not come yet.
+        ranks: connection -> rank; -1 before its first beat, None before its token.
+    """
+
+    def __init__(self, listener: socket.socket, token: str):
         self.token, self.ready = token.encode(), selectors.DefaultSelector()
         self.rest: dict[socket.socket, bytes] = {}
         self.ranks: dict[socket.socket, int | None] = {}
-        self.door = door
-        door.setblocking(False)
-        self.ready.register(door, selectors.EVENT_READ)
+        self.listener = listener
+        listener.setblocking(False)
+        self.ready.register(listener, selectors.EVENT_READ)
 
     def read(self, seconds: float) -> list[tuple[int, dict | None]]:
-        """(rank, beat) of all that came meanwhile; None instead of a beat where a rank's connection
-        was closed."""
+        """Waits for so long; returns (rank, beat) of all that came, beat None where the connection
+        of a rank was closed."""
         end, found = time.monotonic() + seconds, []
         while (left := end - time.monotonic()) > 0:
             for key, _ in self.ready.select(left):
-                line = key.fileobj
-                if line is self.door:
-                    self._let_in()
+                if key.fileobj is self.listener:
+                    self._accept()
                 else:
-                    found += self._hear(line)
+                    found += self._receive(key.fileobj)
         return found
 
-    def tell(self, text: str) -> None:
-        for line, rank in list(self.ranks.items()):
+    def broadcast(self, text: str) -> None:
+        """Sends a line to every rank that is connected."""
+        for connection, rank in list(self.ranks.items()):
             if rank is not None:
                 try:
-                    line.sendall(text.encode() + b"\n")
-                except OSError:  # heard of when it is read
+                    connection.sendall(text.encode() + b"\n")
+                except OSError:  # `read` finds the connection closed
                     continue
 
-    def _let_in(self) -> None:
-        line, _ = self.door.accept()
-        line.setblocking(False)
-        self.ready.register(line, selectors.EVENT_READ)
-        self.rest[line], self.ranks[line] = b"", None
+    def _accept(self) -> None:
+        connection, _ = self.listener.accept()
+        connection.setblocking(False)
+        self.ready.register(connection, selectors.EVENT_READ)
+        self.rest[connection], self.ranks[connection] = b"", None
 
-    def _hear(self, line: socket.socket) -> list[tuple[int, dict | None]]:
+    def _receive(self, connection: socket.socket) -> list[tuple[int, dict | None]]:
         try:
-            read = line.recv(1 << 16)
+            read = connection.recv(1 << 16)
         except OSError:
             read = b""
         if not read:
-            rank = self._drop(line)
+            rank = self._drop(connection)
             return [] if rank is None else [(rank, None)]
-        *texts, self.rest[line] = (self.rest[line] + read).split(b"\n")
+        *texts, self.rest[connection] = (self.rest[connection] + read).split(b"\n")
         found = []
         for text in texts:
-            if line not in self.ranks:
+            if connection not in self.ranks:
                 break
-            if self.ranks[line] is None:
+            if self.ranks[connection] is None:
                 if text == self.token:
-                    self.ranks[line] = -1  # its first beat says which
+                    self.ranks[connection] = -1  # its first beat says which
                 else:
-                    self._drop(line)
+                    self._drop(connection)
                 continue
             beat = json.loads(text)
-            self.ranks[line] = beat["rank"]
+            self.ranks[connection] = beat["rank"]
             found.append((beat["rank"], beat))
         return found
 
-    def _drop(self, line: socket.socket) -> int | None:
-        self.ready.unregister(line)
-        line.close()
-        self.rest.pop(line)
-        rank = self.ranks.pop(line)
+    def _drop(self, connection: socket.socket) -> int | None:
+        """Closes a connection; returns its rank, None if it is not known."""
+        self.ready.unregister(connection)
+        connection.close()
+        self.rest.pop(connection)
+        rank = self.ranks.pop(connection)
         return None if rank in (None, -1) else rank

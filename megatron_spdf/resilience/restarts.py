@@ -1,10 +1,9 @@
-"""How often a run may be started again without getting anywhere: a bound, kept in the run
-directory.
+"""Limit on starts of a run in a row that made no new checkpoint, counted in the run directory.
 
     python -m megatron_spdf.resilience.restarts RUN
 
-says by its exit code whether another start makes sense: 0, or 3 with the reason. Launch scripts ask
-before they requeue. Nothing but the standard library is loaded, so the answer is there at once.
+exits with 0 if another start is allowed, or with 3 and the reason. Launch scripts ask before they
+requeue a job. Only the standard library is loaded, so that the answer comes at once.
 """
 
 from __future__ import annotations
@@ -25,15 +24,16 @@ class RestartLimit(RuntimeError):
 
 
 def count_start(run: Path, allowed: int, job: str | None = None) -> None:
-    """Notes a start of the run; once for each start, before its ranks.
+    """Counts a start of the run, once for each, before its ranks start.
 
     Args:
-        run: its directory, created where it is missing.
+        run: run directory, created where it is missing.
         allowed: starts in a row without a new checkpoint.
-        job: the batch job, which counts from 1: whoever submits anew has looked at the log.
+        job: batch job; a new one counts from 1, since its user has looked at the log. None: the
+            one that Slurm names.
 
     Raises:
-        RestartLimit: as many have been made.
+        RestartLimit: that many have been made.
     """
     job = job or os.environ.get("SLURM_JOB_ID", "")
     before, step = _read(run), newest_step(run)
@@ -46,7 +46,7 @@ def count_start(run: Path, allowed: int, job: str | None = None) -> None:
 
 
 def restart_refusal(run: Path) -> str:
-    """Empty, or the reason why not."""
+    """Reason not to start the run again; empty: there is none."""
     before = _read(run)
     spent = before and before["step"] == newest_step(run) and before["starts"] >= before["allowed"]
     return _reason(run, before) if spent else ""
@@ -62,7 +62,7 @@ def newest_step(run: Path) -> int:
 def _read(run: Path) -> dict:
     try:
         return json.loads((run / STARTS).read_text())
-    except (FileNotFoundError, ValueError):  # the second: cut short by a crash
+    except (FileNotFoundError, ValueError):  # ValueError: cut short by a crash
         return {}
 
 
@@ -74,6 +74,7 @@ def _reason(run: Path, before: dict) -> str:
 
 
 def main() -> int:
+    """Prints the refusal for the run named on the command line; returns the exit code."""
     reason = restart_refusal(Path(sys.argv[1]))
     if reason:
         print(reason, file=sys.stderr)

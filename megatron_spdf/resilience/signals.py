@@ -1,8 +1,8 @@
-"""A request to stop, and the helper processes that must survive it.
+"""Requests to stop by signal, and helper processes that ignore them.
 
 SIGTERM (preemption, scancel, torchrun) and SIGUSR1 (`sbatch --signal`) go to every process of a job
-step, also to loader workers; were these to die of it, the last steps would fail. So they block the
-two signals.
+step, loader workers included. Workers block both signals, since the last steps and the save still
+need them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Installs the handlers; `requested` is true from the first signal on. The loop asks at every
+    """Installs handlers; `requested` is true from the first signal on. The loop reads it at every
     step and every evaluation batch."""
 
     def __init__(self) -> None:
@@ -26,5 +26,5 @@ class StopRequest:
 
 
 def block_in_worker(_: int) -> None:
-    """`worker_init_fn` of a DataLoader: the worker never sees the two signals."""
+    """Blocks both signals in a DataLoader's worker, as its `worker_init_fn`."""
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)

@@ -1,8 +1,7 @@
-"""Before step 1: every rank reports to rank 0, which names those that are missing, out of reach or
-out of step.
+"""Start-up check: every rank reports to rank 0, which names ranks that are missing or cannot be
+reached, and clocks that are off.
 
-All goes through the store that the process groups meet in, so nothing of this needs a working
-collective.
+Everything goes through the store that process groups are made with, so no collective has to work.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ import torch
 import torch.distributed as dist
 
 POLL_SECONDS = 0.05
-SAY_SECONDS = 30.0  # between two sentences on who is waited for
+SAY_SECONDS = 30.0  # between two lines about missing ranks
 REACH_SECONDS = 20.0  # for a connection to a neighbor
-SKEW_SECONDS = 2.0  # of a clock, from where it is worth a warning
-FREE_SHARE = 0.8  # of the median, below which a GPU's free memory is worth a warning
+SKEW_SECONDS = 2.0  # of a clock, above which there is a warning
+FREE_SHARE = 0.8  # of the median free memory, below which there is a warning
 
 
 class Unhealthy(RuntimeError):
@@ -36,8 +35,14 @@ class Unhealthy(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Report:
-    """A rank's first words. `address` is where it listens for its neighbor, `free` in bytes."""
+class RankReport:
+    """Report of a rank at startup.
+
+    Attributes:
+        device: name of the GPU, or "cpu".
+        free: free memory of the device in bytes.
+        address: host and port where the rank listens for its neighbor.
+    """
 
     rank: int
     host: str
@@ -50,38 +55,44 @@ def check_in(rank: int, world: int, store: dist.Store, device: torch.device, sec
     """Waits until all ranks are there and reach their neighbors; all ranks call.
 
     Args:
-        store: that all ranks share.
-        seconds: that the first waits for the last.
+        rank, world: this process and the number of processes.
+        store: shared by all ranks.
+        device: of this rank.
+        seconds: longest wait of the first rank for the last.
 
     Returns:
-        A line for each host and each thing out of the ordinary, for rank 0 to say.
+        A line for each host and each warning, for rank 0 to print.
 
     Raises:
         Unhealthy: on every rank alike, naming the ranks at fault and their hosts.
     """
-    with socket.create_server(("", 0), backlog=16) as door:
-        mine = Report(rank, socket.gethostname(), *_device(device),
-                      (_own_address(), door.getsockname()[1]))
+    with socket.create_server(("", 0), backlog=16) as listener:
+        mine = RankReport(rank, socket.gethostname(), *_device(device),
+                          (_own_address(), listener.getsockname()[1]))
         store.set(f"report/{rank}", json.dumps(asdict(mine)))
         if rank == 0:
-            verdict = _preside(world, store, seconds)
-            store.set("verdict", json.dumps(verdict))
+            outcome = _coordinate(world, store, seconds)
+            store.set("outcome", json.dumps(outcome))
         else:
-            _answer_roll_call(rank, store, seconds)
-        verdict = json.loads(_get(store, "verdict", seconds + 2 * REACH_SECONDS))
+            _reply(rank, store, seconds)
+        outcome = json.loads(_get(store, "outcome", seconds + 2 * REACH_SECONDS))
     store.set(f"read/{rank}", "")
-    if verdict["fault"]:
-        if rank == 0:  # who keeps the store leaves last
+    if outcome["fault"]:
+        if rank == 0:  # hosts the store, so it exits last
             _wait_for(store, [f"read/{r}" for r in range(world)], 5.0)
-        raise Unhealthy(verdict["fault"])
-    return verdict["said"]
+        raise Unhealthy(outcome["fault"])
+    return outcome["said"]
 
 
-def _preside(world: int, store: dist.Store, seconds: float) -> dict[str, str]:
-    """Rank 0's part: the roll call, the clocks, the neighbors."""
+def _coordinate(world: int, store: dist.Store, seconds: float) -> dict[str, str]:
+    """Rank 0: collects the reports, compares clocks, has every rank reach the next.
+
+    Returns:
+        `fault`, empty where there is none, and `said`, the lines to print.
+    """
     missing, spread = _await_reports(world, store, seconds)
     if missing:
-        store.set("roll call", json.dumps([]))
+        store.set("addresses", json.dumps([]))
         hosts = hosts_of_ranks()
         named = ", ".join(f"{r} on {hosts[r]}" if r in hosts else str(r) for r in missing[:16])
         more = f" and {len(missing) - 16} more" if len(missing) > 16 else ""
@@ -89,46 +100,59 @@ def _preside(world: int, store: dist.Store, seconds: float) -> dict[str, str]:
             f"{len(missing)} of {world} ranks did not report within "
             f"fault_tolerance.join_seconds={seconds:g}: rank {named}{more}. Look at these nodes "
             "(sinfo -R, tools/doctor.py), exclude them (sbatch --exclude), or raise the limit")}
-    reports = [Report(**json.loads(store.get(f"report/{r}"))) for r in range(world)]
+    reports = [RankReport(**json.loads(store.get(f"report/{r}"))) for r in range(world)]
     asked = time.time()
-    store.set("roll call", json.dumps(addresses(reports)))
-    _answer_roll_call(0, store, seconds)
-    _wait_for(store, [f"answer/{r}" for r in range(world)], 2 * REACH_SECONDS)
+    store.set("addresses", json.dumps(addresses(reports)))
+    _reply(0, store, seconds)
+    _wait_for(store, [f"reply/{r}" for r in range(world)], 2 * REACH_SECONDS)
     ended = time.time()
-    faults, skews = [], []
-    for report in reports:
-        if not store.check([f"answer/{report.rank}"]):
-            faults.append(f"rank {report.rank} on {report.host} reported and then fell silent")
-            skews.append(0.0)
-            continue
-        answer = json.loads(store.get(f"answer/{report.rank}"))
-        skews.append(min(0.0, answer["clock"] - asked) + max(0.0, answer["clock"] - ended))
-        if answer["fault"]:
-            there = reports[(report.rank + 1) % world]
-            address = "{}:{}".format(*addresses(reports)[there.rank])
-            faults.append(f"rank {report.rank} on {report.host} cannot reach rank {there.rank} on "
-                          f"{there.host} at {address} ({answer['fault']})")
+    faults, skews = _read_replies(reports, store, asked, ended)
     if faults:
-        return {"said": "", "fault": "; ".join(faults)
-                + ". Look at the network between these nodes and their "
-                                                         "firewalls; launch/common.sh says which "
-                                                         "interface is used"}
+        return {"said": "", "fault": (
+            f"{'; '.join(faults)}. Look at the network between these nodes and their firewalls; "
+            "launch/common.sh says which interface is used")}
     return {"said": render(reports, skews, spread), "fault": ""}
 
 
-def addresses(reports: Sequence[Report]) -> list[tuple[str, int]]:
-    """Where each rank can be reached. To a head node that has its own name as a loopback address,
-    as Debian's /etc/hosts has it, the way from there leads to itself; others know it by name."""
+def _read_replies(reports: Sequence[RankReport], store: dist.Store, asked: float,
+                  ended: float) -> tuple[list[str], list[float]]:
+    """Faults as sentences, and the least skew of each rank's clock in seconds.
+
+    Args:
+        asked, ended: times on rank 0's clock between which the replies were given.
+    """
+    faults, skews = [], []
+    for report in reports:
+        if not store.check([f"reply/{report.rank}"]):
+            faults.append(f"rank {report.rank} on {report.host} reported and then fell silent")
+            skews.append(0.0)
+            continue
+        reply = json.loads(store.get(f"reply/{report.rank}"))
+        skews.append(min(0.0, reply["clock"] - asked) + max(0.0, reply["clock"] - ended))
+        if reply["fault"]:
+            there = reports[(report.rank + 1) % len(reports)]
+            address = "{}:{}".format(*addresses(reports)[there.rank])
+            faults.append(f"rank {report.rank} on {report.host} cannot reach rank {there.rank} on "
+                          f"{there.host} at {address} ({reply['fault']})")
+    return faults, skews
+
+
+def addresses(reports: Sequence[RankReport]) -> list[tuple[str, int]]:
+    """Host and port of each rank.
+
+    Debian's /etc/hosts maps the name of a host to a loopback address, so a head node may report
+    one. Among several hosts it is replaced by the name, which the others resolve.
+    """
     several = len({r.host for r in reports}) > 1
     return [(r.host, r.address[1]) if several and r.address[0].startswith("127.")
             else tuple(r.address)
             for r in reports]
 
 
-def _await_reports(world: int, store: dist.Store, seconds: float) -> tuple[list[int],
-                                                                           tuple[float, int]]:
-    """The ranks that did not report in time, and by how much the last to come was behind the
-    first."""
+def _await_reports(world: int, store: dist.Store,
+                   seconds: float) -> tuple[list[int], tuple[float, int]]:
+    """Ranks that did not report in time, and (seconds between the first report and the last, rank
+    of the last)."""
     began = said = first = time.monotonic()
     waiting, last = list(range(world)), 0
     while waiting and time.monotonic() - began < seconds:
@@ -141,16 +165,15 @@ def _await_reports(world: int, store: dist.Store, seconds: float) -> tuple[list[
             said, hosts = time.monotonic(), hosts_of_ranks()
             named = ", ".join(f"{r} on {hosts.get(r, '?')}" for r in waiting[:8])
             print(f"waiting for rank {named}{' and others' if len(waiting) > 8 else ''}, "
-                  f"{said - began:.0f} s",
-                  file=sys.stderr, flush=True)
+                  f"{said - began:.0f} s", file=sys.stderr, flush=True)
         time.sleep(POLL_SECONDS)
     return waiting, (time.monotonic() - first, last)
 
 
-def _answer_roll_call(rank: int, store: dist.Store, seconds: float) -> None:
-    """The time of this host's clock as soon as it is asked for, then whether the next rank is
-    within reach."""
-    addresses = json.loads(_get(store, "roll call", seconds + REACH_SECONDS))
+def _reply(rank: int, store: dist.Store, seconds: float) -> None:
+    """Reads the clock as soon as it is asked for, connects to the next rank, and replies with
+    both."""
+    addresses = json.loads(_get(store, "addresses", seconds + REACH_SECONDS))
     if not addresses:
         return
     clock, fault = time.time(), ""
@@ -159,15 +182,15 @@ def _answer_roll_call(rank: int, store: dist.Store, seconds: float) -> None:
                                  timeout=REACH_SECONDS).close()
     except OSError as error:
         fault = str(error)
-    store.set(f"answer/{rank}", json.dumps({"clock": clock, "fault": fault}))
+    store.set(f"reply/{rank}", json.dumps({"clock": clock, "fault": fault}))
 
 
-def render(reports: Sequence[Report], skews: Sequence[float], spread: tuple[float, int]) -> str:
-    """A line for each host, then what is out of the ordinary.
+def render(reports: Sequence[RankReport], skews: Sequence[float], spread: tuple[float, int]) -> str:
+    """Lines for people: one for each host, then the warnings.
 
     Args:
-        skews: seconds by which each rank's clock is off at least, seen from rank 0.
-        spread: seconds between the first report and the last, and whose that was.
+        skews: least offset of each rank's clock from rank 0's, in seconds.
+        spread: seconds between the first report and the last, and the last rank.
     """
     lines, seconds, last = [], *spread
     for host in dict.fromkeys(r.host for r in reports):
@@ -188,21 +211,20 @@ def render(reports: Sequence[Report], skews: Sequence[float], spread: tuple[floa
 
 
 def hosts_of_ranks(env: Mapping[str, str] = os.environ) -> dict[int, str]:
-    """Rank -> host of an srun step in block distribution; empty where there is none."""
+    """Maps ranks of an srun step in block distribution to hosts; empty without Slurm."""
     nodes, tasks = env.get("SLURM_STEP_NODELIST"), env.get("SLURM_STEP_TASKS_PER_NODE")
     if not nodes or not tasks or not shutil.which("scontrol"):
         return {}
     shown = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True,
                            text=True, check=False)
-    return dict(enumerate(host for host,
-                          n in zip(shown.stdout.split(), tasks_per_node(tasks), strict=False)
-                          for _ in range(n)))
+    counted = zip(shown.stdout.split(), tasks_per_node(tasks), strict=False)
+    return dict(enumerate(host for host, count in counted for _ in range(count)))
 
 
 def tasks_per_node(text: str) -> list[int]:
-    """Slurm's short form, `8(x2),4` -> [8, 8, 4]."""
-    return [int(n) for n,
-            times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text) for _ in range(int(times or 1))]
+    """Expands Slurm's short form, `8(x2),4` -> [8, 8, 4]."""
+    found = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
+    return [int(n) for n, times in found for _ in range(int(times or 1))]
 
 
 def _span(ranks: list[int]) -> str:
@@ -211,14 +233,15 @@ def _span(ranks: list[int]) -> str:
 
 
 def _device(device: torch.device) -> tuple[str, int]:
+    """Name and free bytes."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)[0]
     return "cpu", psutil.virtual_memory().available
 
 
 def _own_address() -> str:
-    """The address of the interface that leads to the head node, whatever the host's name resolves
-    to."""
+    """Address of the interface that leads to the head node; the name of a host may resolve to
+    another."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             # sends nothing
@@ -240,7 +263,7 @@ def _get(store: dist.Store, key: str, seconds: float) -> bytes:
 
 
 def _wait_for(store: dist.Store, keys: list[str], seconds: float) -> None:
-    """Until all keys are there, or for so long."""
+    """Waits until all keys are set, at most for so long."""
     end = time.monotonic() + seconds
     while not store.check(keys) and time.monotonic() < end:
         time.sleep(POLL_SECONDS / 5)

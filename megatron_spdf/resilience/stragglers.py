@@ -1,8 +1,8 @@
-"""Which rank is slow, where collectives make all of them take the same time.
+"""Detection of slow ranks, where collectives make the steps of all ranks equally long.
 
-A rank's own time of a step is its wall time less what it spent in collectives, waiting for others
-or sending: on CPU by the clock, on a GPU by events in its stream. Ranks whose own time is over the
-median are those the others wait for.
+The own time of a rank is the wall time of a step less the time in collectives, waiting or sending:
+on CPU by the clock, on a GPU by events in its stream. The others wait for ranks whose own time is
+over the median.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import torch.distributed as dist
 
 from megatron_spdf.resilience.progress import PROGRESS
 
-WINDOW = 5  # steps before a gather that are measured
+WINDOW = 5  # measured steps before a gather
 
 
 class Log(Protocol):
-    """The log of a run, `runs.run_log.RunLog`."""
+    """Log of a run, see `runs.run_log.RunLog`."""
 
     def record(self, kind: str, step: int, **figures: Any) -> None: ...
 
@@ -32,7 +32,8 @@ class Log(Protocol):
 
 @dataclass(frozen=True)
 class OwnTime:
-    """Seconds per step that a rank spent on its own work, and those of them on fetching data."""
+    """Seconds per step that a rank spent on its own work, and the part of them spent on fetching
+    data."""
 
     rank: int
     host: str
@@ -41,11 +42,12 @@ class OwnTime:
 
 
 class Stragglers:
-    """Measures this rank's own step time, and gathers everyone's.
+    """Measures the own time of this rank, and logs the ranks that are slow.
 
     Args:
         every: steps between gathers; 0: never.
-        factor: over the median, from which a rank is named.
+        factor: own time over the median, above which a rank is named.
+        log: of the run.
     """
 
     def __init__(self, every: int, factor: float, log: Log):
@@ -56,13 +58,13 @@ class Stragglers:
         self._started = self._blocked = 0.0
 
     def begin(self, step: int) -> None:
-        """Before a step fetches its data."""
+        """Starts the clock, before a step fetches its data."""
         PROGRESS.measuring = bool(self.every) and (-step) % self.every < WINDOW
         self._started, self._blocked = time.perf_counter(), PROGRESS.blocked_seconds
 
     def end(self, step: int, data_seconds: float) -> None:
-        """After a step, whose results the host has seen; where it is due, all ranks gather their
-        times."""
+        """Stops the clock, after the host has read the results of a step. All ranks gather their
+        times when that is due."""
         if not PROGRESS.measuring:
             return
         wall = time.perf_counter() - self._started
@@ -94,7 +96,9 @@ class Stragglers:
 
 
 def slower(times: Sequence[OwnTime], factor: float) -> list[OwnTime]:
-    """Those over the median by the factor, slowest first. The lower of two middle values counts as
-    the median, so that of two ranks one can be slow."""
+    """Ranks whose time is over the median by the factor, slowest first.
+
+    Of two middle values the lower is the median, so that one of two ranks can be slow.
+    """
     usual = statistics.median_low(t.seconds for t in times)
     return sorted((t for t in times if t.seconds > factor * usual), key=lambda t: -t.seconds)

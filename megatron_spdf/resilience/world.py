@@ -1,4 +1,4 @@
-"""Who this process is: rank, world and local rank from torchrun, srun or a plain start."""
+"""Rank, world size and local rank of this process, from torchrun, srun or a plain start."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ from megatron_spdf.recipe.recipe import Parallel
 
 @dataclass(frozen=True)
 class Ranks:
-    """Place of this process among all; `launcher` is torchrun, srun or python."""
+    """Place of this process among all.
+
+    Attributes:
+        rank, world: among all processes of the run.
+        local: rank on this host.
+        launcher: torchrun, srun or python.
+    """
 
     rank: int
     world: int
@@ -22,11 +28,11 @@ class Ranks:
 
 
 def find_ranks(env: Mapping[str, str] = os.environ) -> Ranks:
-    """Reads RANK / WORLD_SIZE / LOCAL_RANK (torchrun, deepspeed), else SLURM_PROCID / SLURM_NTASKS
-    / SLURM_LOCALID of an srun step, else this is the only process.
+    """Reads RANK, WORLD_SIZE, LOCAL_RANK (torchrun, deepspeed), else SLURM_PROCID, SLURM_NTASKS,
+    SLURM_LOCALID of an srun step; else this is the only process.
 
     Raises:
-        ValueError: some of a launcher's variables are there and others are not.
+        ValueError: a launcher has set some of its variables and not all, or not to numbers.
     """
     names = {"torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     # inside srun; an sbatch script alone has SLURM_PROCID too
@@ -50,10 +56,10 @@ def find_ranks(env: Mapping[str, str] = os.environ) -> Ranks:
 
 
 def check_world(ranks: Ranks, parallel: Parallel) -> None:
-    """Refuses a world of another size than the layout needs, above all a silent world of one.
+    """Refuses a world of another size than the layout, above all a world of one by mistake.
 
     Raises:
-        ValueError: with both sizes and the ways to make them agree.
+        ValueError: naming both sizes and the ways to make them agree.
     """
     if ranks.world == parallel.world:
         return
@@ -65,10 +71,9 @@ def check_world(ranks: Ranks, parallel: Parallel) -> None:
     raise ValueError(
         f"the recipe's layout needs {parallel.world} processes (parallel.tensor {parallel.tensor} "
         f"x pipeline {parallel.pipeline} x data {parallel.data}), but {ranks.launcher} started "
-        f"{ranks.world}; "
-        + " or ".join(ways))
+        f"{ranks.world}; {' or '.join(ways)}")
 
 
 def shared_store() -> dist.Store:
-    """A place for small values that all joined ranks see."""
+    """Store for small values, shared by all joined ranks."""
     return dist.PrefixStore("shared", dist.distributed_c10d._get_default_store())

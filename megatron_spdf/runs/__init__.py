@@ -1,1 +1,1 @@
-"""The run directory, its log, and grids of runs."""
+"""Run directories, their logs, and grids of runs."""

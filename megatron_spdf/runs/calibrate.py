@@ -1,4 +1,5 @@
-"""The efficiency of matrix products that makes the predicted step as long as a measured run's."""
+"""Calibration: the efficiency of matrix products at which the planner predicts the measured step
+time of a run."""
 
 from __future__ import annotations
 
@@ -14,14 +15,18 @@ LOWEST, HIGHEST = 0.01, 1.0
 
 
 def measured_step(run: Run) -> float:
-    """Seconds of a step: the median after the first fifth of the records, which hold warm-up and
+    """Median seconds of a step, without the first fifth of the records, which hold warm-up and
     compilation."""
     seconds = [r["step_seconds"] for r in run.train]
     return median(seconds[len(seconds) // 5:])
 
 
 def calibrate(run: Run, gpu: Gpu) -> float:
-    """Efficiency in (0, 1]; the run's own recipe and layout count, on the GPU that it ran on.
+    """Finds the efficiency in (0, 1], for the recipe and the layout of the run.
+
+    Args:
+        run: gives the measured step time.
+        gpu: the one that it ran on.
 
     Raises:
         ValueError: the run was on another device, or no efficiency explains its time.

@@ -1,4 +1,4 @@
-"""A grid of pre-training runs: every combination of its axes, with every seed, and what came out.
+"""Experiments: a grid of pre-training runs, each combination with every seed, and its results.
 
     recipe: ../pretrain/gpt_tiny.yaml        # relative to this file
     output: runs/experiments/transfer
@@ -13,8 +13,8 @@
       - {width: 64, optimizer.lr: 1e-3}
     plot: {x: optimizer.lr, lines: width, panels: [parametrization]}
 
-`budget: flops` among the values stretches a cell's run until it has cost what the dense model's
-costs for the recipe's `train.tokens`.
+`budget: flops` among the values of a label lengthens a run until it costs as many FLOPs as the
+dense model for the recipe's `train.tokens`.
 """
 
 from __future__ import annotations
@@ -37,12 +37,13 @@ from megatron_spdf.runs.measured import LOG, read_run
 from megatron_spdf.schedule.flops import training_flops
 from megatron_spdf.schedule.stages import mean_flops, stages_of
 from megatron_spdf.section import Section
+from megatron_spdf.tables import Column, Table
 
-BUDGET = "budget"  # the one key among an axis's values that is not of the recipe
+BUDGET = "budget"  # the only key in an axis that is no key of the recipe
 
 
 class Plot(Section):
-    """What the picture shows; axes that it does not name are drawn as further lines."""
+    """Axes of the picture; those that it does not name are drawn as further lines."""
 
     x: str = Field(description="axis along which the loss is drawn")
     lines: str | None = Field(None, description="axis with a line for each of its labels")
@@ -50,7 +51,7 @@ class Plot(Section):
 
 
 class Experiment(Section):
-    """One file of configs/experiments."""
+    """Experiment, as a file of configs/experiments describes it."""
 
     recipe: str = Field(description="pre-training recipe that every run starts from, relative to "
                                     "this file")
@@ -99,12 +100,12 @@ class Experiment(Section):
 
 @dataclass(frozen=True)
 class Cell:
-    """One combination.
+    """One combination of labels.
 
     Attributes:
         labels: axis -> label.
-        trials: seed -> its run.
-        recipes: seed -> its recipe.
+        trials: seed -> run.
+        recipes: seed -> recipe of the run.
     """
 
     labels: dict[str, str]
@@ -113,10 +114,10 @@ class Cell:
 
 
 def load_experiment(path: Path) -> Experiment:
-    """Reads a file of configs/experiments.
+    """Reads the file of an experiment.
 
     Raises:
-        ValueError: it is none; naming the keys at fault.
+        ValueError: naming the keys that are wrong.
     """
     try:
         return Experiment.model_validate(yaml.safe_load(path.read_text()))
@@ -128,14 +129,14 @@ def load_experiment(path: Path) -> Experiment:
 
 
 def cells(experiment: Experiment, path: Path, words: list[str]) -> list[Cell]:
-    """Every combination with its runs, each of which has been checked as a recipe.
+    """Every combination with its runs, whose recipes are checked.
 
     Args:
-        path: of the experiment.
-        words: `section.key=value`, for every run.
+        path: file of the experiment.
+        words: overrides for every run.
 
     Raises:
-        ValueError: a combination is no valid recipe.
+        ValueError: the recipe of a run is not valid.
     """
     recipe, found = path.parent / experiment.recipe, []
     for trial in combinations(experiment.axes, experiment.output):
@@ -148,7 +149,7 @@ def cells(experiment: Experiment, path: Path, words: list[str]) -> list[Cell]:
 
 
 def _seeded(trial: Trial, seed: int, recipe: Path, words: list[str]) -> Trial:
-    """The run of a cell with a seed, and with as many tokens as its budget gives it."""
+    """A run of the combination with a seed, and with the tokens that its budget gives."""
     values = {**trial.values, "seed": seed, "sparsity.seed": seed}
     budget = values.pop(BUDGET, "tokens")
     if budget not in ("tokens", "flops"):
@@ -163,7 +164,7 @@ def _seeded(trial: Trial, seed: int, recipe: Path, words: list[str]) -> Trial:
 
 
 def loss_of(trial: Trial, recipe: Recipe) -> float | None:
-    """The validation loss at the end of a run; None if it has not come there.
+    """Validation loss at the end of a run; None: it is not finished, or the loss is not finite.
 
     Raises:
         ValueError: the directory holds another recipe's run.
@@ -183,9 +184,13 @@ def loss_of(trial: Trial, recipe: Recipe) -> float | None:
 
 
 def results(grid: list[Cell]) -> list[dict[str, Any]]:
-    """A row for every cell, as plain values: labels, tokens, FLOPs, loss of each seed, mean, and
-    half the width of the 95% confidence interval of the mean (Student's t over seeds; None for
-    fewer than two)."""
+    """Results of every cell, as plain values.
+
+    Returns:
+        For each cell: `labels`, `tokens`, `flops`, `losses` by seed, `missing` runs, `mean`, and
+        `interval`, half the width of the 95% confidence interval of the mean (Student's t over
+        seeds; None for fewer than two).
+    """
     rows = []
     for cell in grid:
         losses = {seed: loss for seed, trial in cell.trials.items()
@@ -201,7 +206,7 @@ def results(grid: list[Cell]) -> list[dict[str, Any]]:
 
 
 def summary(losses: list[float]) -> tuple[float | None, float | None]:
-    """Mean, and half the width of its 95% confidence interval."""
+    """Mean, and half the width of its 95% confidence interval (None for fewer than two)."""
     if not losses:
         return None, None
     if len(losses) == 1:
@@ -213,16 +218,22 @@ def summary(losses: list[float]) -> tuple[float | None, float | None]:
 
 def render(experiment: Experiment, rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
-    head = [*experiment.axes, "tokens", "FLOPs", "validation loss", "seeds"]
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    for row in rows:
-        loss = "-" if row["mean"] is None else f"{row['mean']:.4f}"
-        loss += "" if row["interval"] is None else f" ± {row['interval']:.4f}"
-        seeds = f"{len(row['losses'])}" + (f" of {len(row['losses']) + row['missing']}"
-                                           if row["missing"] else "")
-        cols = [*row["labels"].values(), f"{row['tokens']:,}", f"{row['flops']:.4g}", loss, seeds]
-        lines.append(f"| {' | '.join(cols)} |")
-    return (
-        "\n".join(lines)
-        + "\n\nNats per token at the end of the run; mean and 95% confidence interval over seeds.\n"
-    )
+    columns = [*(Column(axis, lambda row, axis=axis: row["labels"][axis])
+                 for axis in experiment.axes),
+               Column("tokens", form=","), Column("FLOPs", "flops", ".4g"),
+               Column("validation loss", _render_loss, align="right"),
+               Column("seeds", _render_seeds, align="right")]
+    return (f"{Table(columns, rows).markdown()}\n\nNats per token at the end of the run; mean and "
+            "95% confidence interval over seeds.\n")
+
+
+def _render_loss(row: dict[str, Any]) -> str | None:
+    if row["mean"] is None:
+        return None
+    interval = "" if row["interval"] is None else f" ± {row['interval']:.4f}"
+    return f"{row['mean']:.4f}{interval}"
+
+
+def _render_seeds(row: dict[str, Any]) -> str:
+    done, missing = len(row["losses"]), row["missing"]
+    return f"{done} of {done + missing}" if missing else str(done)

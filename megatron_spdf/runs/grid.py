@@ -1,7 +1,7 @@
 """Grids of runs: every combination of the labels of some axes, each in a run directory of its own.
 
-An axis gives values to keys of the recipe under labels; `optimizer.lr: [1e-4, 5e-5]` is short for
-an axis of that name whose labels are its values.
+An axis has labels, and a label gives values to keys of the recipe. `optimizer.lr: [1e-4, 5e-5]` is
+short for an axis of that name whose labels are the values.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from megatron_spdf.scaling_law.fit import Point
 
 
 def point_of(run: Run) -> Point:
-    """A run as a point of the law: its last validation loss, else the mean of its last tenth of
+    """Makes a point of a run, with the last validation loss, else the mean of the last tenth of
     training losses.
 
     Raises:

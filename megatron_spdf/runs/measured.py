@@ -1,4 +1,4 @@
-"""What runs have logged, read back: recipe.yaml and log.jsonl of a run directory."""
+"""Reader of what runs have logged: recipe.yaml and log.jsonl of a run directory."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ RECIPE, LOG, MICRO_BATCHES = "recipe.yaml", "log.jsonl", "micro_batch.json"
 
 @dataclass(frozen=True)
 class Run:
-    """A pre-training run's directory as it stands, finished or not.
+    """A pre-training run, finished or not.
 
     Attributes:
         train, valid: records of their kind, by step.
-        bytes: what rank 0 held and sent at the first step; empty if it was not logged.
+        bytes: record of the bytes that rank 0 held and sent at the first step; empty: none.
     """
 
     directory: Path
@@ -44,8 +44,7 @@ class Run:
 
 
 def read_run(directory: str | Path) -> Run:
-    """Reads the directory of a pre-training run; a last line that is still being written is left
-    out.
+    """Reads the directory of a pre-training run, without a last line that is still being written.
 
     Raises:
         ValueError: no run there, or no training step in its log.
@@ -53,7 +52,7 @@ def read_run(directory: str | Path) -> Run:
     directory = Path(directory)
     values, records = read_logged(directory)
     try:
-        recipe = _settled(Recipe.model_validate(values), directory)
+        recipe = _with_micro_batch(Recipe.model_validate(values), directory)
     except (ValueError, OSError) as error:
         raise ValueError(f"{directory / RECIPE} cannot be read as a pre-training "
                          f"recipe: {error}") from None
@@ -61,19 +60,19 @@ def read_run(directory: str | Path) -> Run:
                next(iter(of_kind(records, "bytes")), {}))
 
 
-def _settled(recipe: Recipe, directory: Path) -> Recipe:
-    """With the micro-batch that a run chose last, where its recipe leaves it to the run."""
+def _with_micro_batch(recipe: Recipe, directory: Path) -> Recipe:
+    """The recipe with the micro-batch that the run chose last, where it is `auto`."""
     if recipe.train.micro_batch != AUTO:
         return recipe
-    return recipe.with_micro_batch(json.loads((directory
-                                               / MICRO_BATCHES).read_text())[-1]["micro_batch"])
+    chosen = json.loads((directory / MICRO_BATCHES).read_text())
+    return recipe.with_micro_batch(chosen[-1]["micro_batch"])
 
 
 def read_logged(directory: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The values of a run's recipe, of pre-training or fine-tuning, and the records of its log.
+    """Values of the recipe, of pre-training or fine-tuning, and records of the log of a run.
 
     Raises:
-        ValueError: as `read_run`.
+        ValueError: no run there, or no training step in its log.
     """
     recipe, log = directory / RECIPE, directory / LOG
     for file in (recipe, log):
@@ -95,7 +94,7 @@ def read_logged(directory: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def of_kind(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
-    """The records of one kind, in order."""
+    """Records of one kind, in order."""
     return [r for r in records if r.get("kind") == kind]
 
 

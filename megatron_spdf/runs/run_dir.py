@@ -1,9 +1,10 @@
-"""The run directory: one recipe's run, and everything that run writes."""
+"""The run directory: holds everything that the run of a recipe writes."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch.distributed as dist
@@ -21,10 +22,11 @@ RECIPE = "recipe.yaml"
 
 
 class RunDir:
-    """Paths of a run; `check` before a device is touched, `create` once on rank 0.
+    """Paths of a run. `check` comes before a device is touched, `create` after the ranks are
+    joined.
 
     Args:
-        recipe: `recipe.output` names the directory.
+        recipe: its `output` names the directory.
     """
 
     def __init__(self, recipe: Recipe | Finetune):
@@ -36,21 +38,17 @@ class RunDir:
         self.cache = Path(getattr(recipe.data, "index_cache", None) or self.root / "cache")
 
     def check(self) -> None:
-        """Refuses a directory that holds another recipe's run, or something that is no run, or
-        cannot be written.
+        """Refuses a directory that cannot be written, is no run directory, or holds the run of
+        another recipe.
 
         Raises:
-            ValueError: naming each key that differs, with both values.
+            ValueError: naming the reason, and each key that differs with both values.
         """
         kept = self.root / RECIPE
         root = self.root.absolute()
         there = next(p for p in (root, *root.parents) if p.exists())
-        if (
-            not there.is_dir()
-            and there != root
-            or there.is_dir()
-            and not os.access(there, os.W_OK | os.X_OK)
-        ):
+        writable = os.access(there, os.W_OK | os.X_OK) if there.is_dir() else there == root
+        if not writable:
             raise ValueError(f"output={self.root} cannot be written: {there} is "
                              f"{'read-only for this user' if there.is_dir() else 'a file'}; choose "
                              "another output")
@@ -66,9 +64,8 @@ class RunDir:
         try:
             before = type(self.recipe).model_validate(yaml.safe_load(kept.read_text()))
         except (ValueError, yaml.YAMLError) as error:
-            raise ValueError(
-                f"{kept} cannot be read as a recipe ({error}); choose another output"
-            ) from None
+            raise ValueError(f"{kept} cannot be read as a recipe ({error}); choose another "
+                             "output") from None
         changes = changes_of_run(before, self.recipe)
         if changes:
             raise ValueError(f"output={self.root} holds another recipe's run: "
@@ -76,38 +73,30 @@ class RunDir:
                              "go on with that run")
 
     def preflight(self) -> None:
-        """Counts a start, once before the ranks of a batch job; the directory exists afterwards.
+        """Counts a start, once before the ranks of a batch job, and makes the directory.
 
         Raises:
             ValueError: the directory cannot be written.
             RestartLimit: too many starts in a row made no checkpoint.
         """
-        try:
+        with self._writing():
             restarts.count_start(self.root, self.recipe.fault_tolerance.max_starts)
-        except OSError as error:
-            raise ValueError(
-                f"output={self.root} cannot be written: {error}; choose another output"
-            ) from None
 
     def create(self) -> None:
-        """Creates the directory and keeps the recipe in it.
+        """Makes the directory and writes the recipe into it.
 
         Raises:
             ValueError: the directory cannot be written.
         """
-        try:
+        with self._writing():
             self.root.mkdir(parents=True, exist_ok=True)
             save_recipe(self.recipe, self.root / RECIPE)
-        except OSError as error:
-            raise ValueError(
-                f"output={self.root} cannot be written: {error}; choose another output"
-            ) from None
 
     def create_on_rank_0(self) -> None:
-        """`create` on rank 0; all ranks call, and see the directory afterwards.
+        """Calls `create` on rank 0 and waits until every rank sees the directory; all ranks call.
 
         Raises:
-            ValueError: it cannot be written, or some ranks do not see it; on all ranks alike.
+            ValueError: on all ranks alike: it cannot be written, or some ranks do not see it.
         """
         fault = [""]
         if dist.get_rank() == 0:
@@ -120,8 +109,15 @@ class RunDir:
             raise ValueError(fault[0])
         check_shared(self.root)
 
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ValueError(f"output={self.root} cannot be written: {error}; choose another "
+                             "output") from None
+
     def _others(self) -> Iterator[Path]:
-        """What is in the directory before the first start of a run claims it, and not of this
-        run."""
+        """Files in the directory that no run of ours writes before its first `create`."""
         return (p for p in self.root.iterdir()
                 if p.name != restarts.STARTS and not p.name.endswith(NEW))

@@ -1,4 +1,4 @@
-"""What a run reports: a line for people, a record in log.jsonl, the same figures in TensorBoard."""
+"""Log of a run: lines for people, records in log.jsonl, the same figures in TensorBoard."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ from megatron_spdf.runs.run_dir import RunDir
 
 
 class RunLog:
-    """Writes on rank 0, does nothing elsewhere.
+    """Writes the log on one rank, and does nothing on others.
 
     Args:
-        run: whose log it is.
-        step: where the run goes on; records after it, of a future that was lost, are dropped.
-        steps: length of the run, for the progress bar, which appears on a terminal.
-        evaluated: step of its last evaluation, as far as it will not be done again; None: of `step`
-            too.
+        run: directory of the run.
+        step: where the run goes on; later records, written before a crash, are dropped.
+        steps: length of the run, for the progress bar on a terminal.
+        tensorboard: whether to write its event files.
+        active: whether this rank writes.
+        evaluated: step of the last evaluation; later records of evaluations are dropped; None:
+            `step`.
     """
 
     def __init__(self, run: RunDir, step: int, steps: int, tensorboard: bool, active: bool,
@@ -38,14 +40,19 @@ class RunLog:
         self._board = SummaryWriter(run.tensorboard, purge_step=step + 1) if tensorboard else None
 
     def say(self, text: str) -> None:
-        """A line for people, on standard output."""
+        """Prints a line for people on standard output."""
         if self.active:
             self._bar.write(text, file=sys.stdout)
             sys.stdout.flush()
 
     def record(self, kind: str, step: int, **figures: Any) -> None:
-        """A record in log.jsonl and its numbers, and those of its mappings, in TensorBoard under
-        `kind/`."""
+        """Writes a record to log.jsonl, and its numbers, nested ones too, to TensorBoard under
+        `kind/`.
+
+        Args:
+            kind: of record, such as "train" or "valid".
+            figures: name -> value, or mapping of values.
+        """
         if not self.active:
             return
         self._file.write(json.dumps({"kind": kind, "step": step, **figures}).encode() + b"\n")
@@ -54,10 +61,12 @@ class RunLog:
                 self._board.add_scalar(name, value, step)
 
     def advance(self, loss: float) -> None:
+        """Moves the progress bar on by a step."""
         self._bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         self._bar.update()
 
     def close(self) -> None:
+        """Closes bar and files."""
         self._bar.close()
         if self.active:
             self._file.close()
@@ -66,8 +75,8 @@ class RunLog:
 
 
 def _forget_after(log: Path, step: int, evaluated: int) -> None:
-    """Keeps the records up to `step`, of evaluations up to `evaluated`; a last line cut short by a
-    crash goes too."""
+    """Drops records after `step`, of evaluations after `evaluated`, and a last line that a crash
+    cut short."""
     if not log.exists():
         return
     kept = []

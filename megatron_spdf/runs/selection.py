@@ -10,6 +10,7 @@ from megatron_spdf.checkpoint import store
 from megatron_spdf.recipe.finetune import Finetune
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.runs.grid import Trial, axis_of, combinations
+from megatron_spdf.tables import Column, Table
 
 
 def trials(finetune: Finetune) -> list[Trial]:
@@ -56,9 +57,7 @@ def render(selection: dict[str, Any]) -> str:
     """The selection as a table, the best first."""
     ranked = sorted(selection["runs"],
                     key=lambda row: (not row["done"], row["validation_loss"] or float("inf")))
-    lines = [f"{'validation loss':>15}{'step':>8}  run"]
-    for row in ranked:
-        loss = f"{row['validation_loss']:.4f}" if row["validation_loss"] is not None else "-"
-        note = "" if row["done"] else "  (unfinished)"
-        lines.append(f"{loss:>15}{row['step'] or '-':>8}  {Path(row['output']).name}{note}")
-    return "\n".join(lines)
+    columns = [Column("validation loss", "validation_loss", ".4f"), Column("step", form="d"),
+               Column("run", lambda row: Path(row["output"]).name),
+               Column("", lambda row: "" if row["done"] else "unfinished")]
+    return Table(columns, ranked).text()

@@ -14,6 +14,7 @@ from numpy import ndarray
 from scipy.optimize import minimize
 
 from megatron_spdf.scaling_law.law import ScalingLaw
+from megatron_spdf.tables import Column, Table
 
 COEFFICIENTS = ("a_s", "b_s", "c_s", "b_n", "a_d", "b_d", "c")
 DELTA = 1e-3  # of the Huber loss on log losses, the paper's for T5
@@ -192,10 +193,9 @@ def _doubts(data: _Data, best: ndarray, laws: list[ScalingLaw]) -> list[str]:
 
 def render_points(points: Sequence[Point]) -> str:
     """Formats the runs as the law sees them."""
-    lines = [f"  {'run':<28}{'sparsity':>10}{'non-zero weights':>18}{'tokens':>12}{'loss':>10}"]
-    lines += [f"  {p.name:<28}{p.sparsity:>10.2%}{p.nonzero:>18,.0f}{p.data:>12.4g}{p.loss:>10.4f}"
-              for p in points]
-    return "\n".join(lines)
+    return Table([Column("run", "name"), Column("sparsity", form=".2%"),
+                  Column("non-zero weights", "nonzero", ",.0f"), Column("tokens", "data", ".4g"),
+                  Column("loss", form=".4f")], points).text("  ")
 
 
 def render_fit(fit: Fit) -> str:

@@ -20,6 +20,7 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 
 from megatron_spdf.schedule.flops import average_sparsity, gradual_pruning
+from megatron_spdf.tables import Column, Table
 
 CAVEAT = ("CAUTION: the published fits are of models pruned gradually by magnitude (GMP) from "
           "dense ones. They do not hold for static random masks, SPDF's, which end at a higher "
@@ -188,6 +189,13 @@ def describe_law(law: ScalingLaw, name: str, nonzero: float, compute: float) -> 
 def render_law(facts: dict) -> str:
     """Formats the result of `describe_law` as text, the caution first."""
     c = facts["coefficients"]
+    columns = [
+        Column("sparsity", form=".1%"),
+        Column("equivalent dense size", "equivalent_dense", ".2f", suffix="x"),
+        Column("at the dense cost: FLOPs / 6ND", lambda r: 1 / (1 - r["sparsity"]), ".3f"),
+        Column(c["unit"], "data", ".3g"), Column("loss", form=".4f"),
+        Column("by gradual pruning: FLOPs / 6ND", "gmp_cost", ".3f"),
+        Column(c["unit"], "data_gmp", ".3g"), Column("loss", "loss_gmp", ".4f")]
     lines = [
         CAVEAT,
         "",
@@ -196,17 +204,9 @@ def render_law(facts: dict) -> str:
         f"N = {facts['nonzero']:.3g} non-zero linear weights, C = {facts['compute']:.3g} training "
         "FLOPs",
         "",
-        f"{'':<10}{'equivalent':>12}{'training at the dense cost':>34}"
-        f"{'training by gradual pruning':>42}",
-        f"{'sparsity':>10}{'dense size':>12}{'FLOPs / 6ND':>14}{c['unit']:>12}{'loss':>8}"
-        f"{'FLOPs / 6ND':>20}{c['unit']:>12}{'loss':>8}",
+        Table(columns, facts["rows"]).text(),
+        "",
+        f"least loss at the dense cost: S = {facts['optimal_sparsity']:.4f}; by gradual pruning: "
+        f"S = {facts['optimal_sparsity_gmp']:.4f}",
     ]
-    for r in facts["rows"]:
-        lines.append(
-            f"{r['sparsity']:>10.1%}{r['equivalent_dense']:>11.2f}x{1 / (1 - r['sparsity']):>14.3f}"
-            f"{r['data']:>12.3g}{r['loss']:>8.4f}{r['gmp_cost']:>20.3f}{r['data_gmp']:>12.3g}"
-            f"{r['loss_gmp']:>8.4f}"
-        )
-    lines += ["", f"least loss at the dense cost: S = {facts['optimal_sparsity']:.4f}; by gradual "
-                  f"pruning: S = {facts['optimal_sparsity_gmp']:.4f}"]
     return "\n".join(lines)

@@ -1,1 +1,1 @@
-"""What a run does when: its stages and the FLOPs of training."""
+"""Stages of a run, and FLOPs of training."""

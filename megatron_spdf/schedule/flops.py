@@ -1,4 +1,4 @@
-"""FLOPs of training: the one count in the project, used by the plan, the log and the reports.
+"""FLOPs of training, for planner, log and reports.
 
 A multiply-add is two FLOPs, the backward pass costs twice the forward pass, only active weights
 count; norms, biases and embedding look-ups are free. Two conventions differ in attention:
@@ -8,7 +8,8 @@ count; norms, biases and embedding look-ups are free. Two conventions differ in 
 
       per sequence = 72 L d^2 T (1 - s) + 12 L T^2 d + 6 V d T
 
-- `causal` counts the keys that a query sees, (T + 1) / 2 on average: what a causal kernel computes.
+  L layers, d hidden, T tokens of a sequence, s sparsity, V rows of the vocabulary.
+- `causal` counts the keys that a query attends to, (T + 1) / 2 on average, as a causal kernel does.
 """
 
 from __future__ import annotations
@@ -41,23 +42,19 @@ class Flops:
 def forward_flops(
     model: Model, sequence_length: int, plan: Plan | None = None, convention: Convention = "spdf"
 ) -> Flops:
-    """FLOPs per token of a forward pass, which is inference too.
+    """FLOPs per token of a forward pass, in training or inference.
 
     Args:
         sequence_length: T, tokens.
-        plan: counts active weights only; None counts all, which is also what a GPU executes when
-            the weights are expanded, as unstructured ones are.
+        plan: counts active weights only; None counts all weights, as a GPU executes them after
+            unstructured ones are expanded.
         convention: see above.
     """
-    weights = sum(w.numel for w in model.weights() if w.linear)
-    if plan is not None:
-        weights += plan.active - plan.numel
     keys = sequence_length if convention == "spdf" else (sequence_length + 1) / 2
-    return Flops(
-        linear=2.0 * weights,
-        attention=4.0 * model.layers * keys * model.hidden,
-        logits=2.0 * model.vocab_size * model.hidden,
-    )
+    linear, attention, logits = model.forward_flops(keys)
+    if plan is not None:
+        linear += 2.0 * (plan.active - plan.numel)
+    return Flops(linear, attention, logits)
 
 
 def training_flops(
@@ -67,10 +64,11 @@ def training_flops(
     convention: Convention = "spdf",
     recompute: Recompute = "none",
 ) -> Flops:
-    """FLOPs per trained token, forward and backward; arguments as of `forward_flops`.
+    """FLOPs per trained token, forward and backward.
 
     Args:
-        recompute: adds the forward passes done again, of the attention core (selective) or of whole
+        model, sequence_length, plan, convention: see `forward_flops`.
+        recompute: adds the repeated forward passes of the attention core (selective) or of whole
             layers (full): "hardware FLOPs" of Korthikanti et al. 2022, section 6. The log and the
             paper's tables count none.
     """
@@ -84,11 +82,11 @@ def training_flops(
 
 @dataclass(frozen=True)
 class Stage:
-    """A stretch of a run in which sparsity goes from `start` to `end`: s(t) = end + (start - end)
-    (1 - t)^power.
+    """Part of a sparsity schedule: s(t) = end + (start - end) (1 - t)^power, t from 0 to 1.
 
     Attributes:
-        share: of the run's tokens, or any number in proportion to them.
+        share: tokens of the part, in any unit.
+        start, end: sparsity at its start and end.
     """
 
     share: float
@@ -98,21 +96,21 @@ class Stage:
 
     @property
     def average(self) -> float:
-        """The integral of s(t) over t from 0 to 1."""
+        """Mean of s(t)."""
         return self.end + (self.start - self.end) / (self.power + 1.0)
 
 
 def gradual_pruning(level: float) -> list[Stage]:
-    """GMP as in Frantar et al. 2023: dense for a quarter, cubic to `level` for a half, sparse for a
-    quarter."""
+    """Schedule of gradual magnitude pruning (Frantar et al. 2023): dense for a quarter, cubic to
+    `level` for a half, sparse for a quarter."""
     return [Stage(0.25, 0.0, 0.0), Stage(0.5, 0.0, level, power=3.0), Stage(0.25, level, level)]
 
 
 def average_sparsity(stages: Sequence[Stage]) -> float:
-    """Sparsity of a schedule, averaged over its tokens; FLOPs of linear weights are linear in it.
+    """Mean sparsity over the tokens of a schedule. FLOPs of linear weights are linear in it.
 
     Raises:
-        ValueError: no stage, or a share that is not positive.
+        ValueError: there is no stage, or a share is not positive.
     """
     if not stages or any(p.share <= 0.0 for p in stages):
         raise ValueError("a schedule needs stages of positive share, not "
@@ -127,13 +125,14 @@ def schedule_flops(
     convention: Convention = "spdf",
     dense_gradient_every: int | None = None,
 ) -> Flops:
-    """FLOPs per trained token of an algorithm whose uniform sparsity changes in time, averaged over
-    the run.
+    """Mean FLOPs per trained token of a run whose uniform sparsity changes in time.
 
     Args:
-        dense_gradient_every: steps between two that compute the gradient of all weights to choose
-            which to grow: (3 f_S dT + 2 f_S + f_D) / (dT + 1) of RigL (Evci et al. 2020, appendix
-            H), f being a forward pass.
+        model, sequence_length, convention: see `forward_flops`.
+        stages: the schedule.
+        dense_gradient_every: steps dT between two that compute the gradient of all weights, to
+            choose which to grow: (3 f_S dT + 2 f_S + f_D) / (dT + 1) in RigL (Evci et al. 2020,
+            appendix H), f_S and f_D being sparse and dense forward passes.
     """
     dense = training_flops(model, sequence_length, None, convention)
     linear = dense.linear * (1.0 - average_sparsity(stages))

@@ -1,8 +1,8 @@
-"""The stages of a run: its steps, sparsity plan, schedule and FLOPs, one stretch after the other.
+"""Stages of a run, each with its steps, sparsity plan, schedule and FLOPs.
 
-Variable sparse pre-training (V-SPDF; Cerebras 2023, SPDF's successor at 6.7B parameters) is two of
-them: sparse for most of the tokens at a high learning rate, then densified, with the learning rate
-warmed up again. A recipe without `stages:` is a run of one.
+Variable sparse pre-training (V-SPDF; Cerebras 2023, SPDF's successor at 6.7B parameters) has two:
+sparse for most of the tokens at a high learning rate, then densified, with another warm-up of the
+learning rate. A recipe without `stages:` makes a run of one stage.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ from megatron_spdf.sparsity.plan import Plan
 
 @dataclass(frozen=True)
 class RunStage:
-    """One stage, resolved.
+    """Stage of a run.
 
     Attributes:
-        number, count: which, from 1, and of how many.
-        first, last: it has the steps first + 1 ... last of the run.
-        recipe: the run's, with the sparsity and the schedule of this stage; its checkpoints record
-            it.
-        plan: what is sparse.
-        flops_before: of training up to step `first`.
+        number, count: of this stage, from 1, and of all stages.
+        first, last: its steps are first + 1 ... last of the run.
+        recipe: of the run, with the sparsity and schedule of this stage, as checkpoints record it.
+        plan: its sparsity plan.
+        flops_before: FLOPs of training up to step `first`.
     """
 
     number: int
@@ -42,21 +41,21 @@ class RunStage:
 
     @property
     def as_single_run(self) -> Recipe:
-        """The recipe of a run of this stage alone, whose schedule begins and ends with it: what the
-        engine sees."""
+        """Recipe of a run that is this stage only, so that its schedule starts and ends with the
+        stage. Engines get this one."""
         if self.count == 1:
             return self.recipe
         train = self.recipe.train.model_copy(update={"tokens": self.tokens})
         return self.recipe.model_copy(update={"stages": [], "train": train})
 
     def flops(self, convention: Convention = "spdf") -> Flops:
-        """Per trained token."""
+        """FLOPs per trained token."""
         return training_flops(self.recipe.model, self.recipe.train.sequence_length, self.plan,
                               convention)
 
     @property
     def heading(self) -> str:
-        """The stage in a line; nothing for the only one."""
+        """The stage in a line; empty for the only one of a run."""
         if self.count == 1:
             return ""
         o = self.recipe.optimizer
@@ -68,7 +67,7 @@ class RunStage:
 
 
 def stages_of(recipe: Recipe) -> list[RunStage]:
-    """The stages of a run, in order.
+    """Stages of a run, in order.
 
     Raises:
         ValueError: a sparsity rule that matches nothing that can be sparse.
@@ -84,13 +83,12 @@ def stages_of(recipe: Recipe) -> list[RunStage]:
 
 
 def stages_left(stages: Sequence[RunStage], step: int) -> list[RunStage]:
-    """The stages that a run at this step has still to do; at the end of the run, the last one."""
+    """Stages that are not finished at this step; at the end of the run, the last one."""
     return [stage for stage in stages if stage.last > step] or [stages[-1]]
 
 
 def mean_flops(stages: Sequence[RunStage], convention: Convention = "spdf") -> Flops:
-    """FLOPs per trained token over the whole run: the integral over its stages, active weights
-    only."""
+    """Mean FLOPs per trained token over the stages of a run, active weights only."""
     tokens = sum(stage.tokens for stage in stages)
     linear = sum(stage.flops(convention).linear * stage.tokens for stage in stages) / tokens
     dense = stages[0].flops(convention)

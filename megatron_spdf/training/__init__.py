@@ -1,1 +1,1 @@
-"""The loop and what stands around it: the run directory, logging, signals."""
+"""The training loop, the job around it, its report, and the choice of the micro-batch."""

@@ -1,6 +1,8 @@
-"""The micro-batch where the recipe leaves it to the run: whole steps on random tokens, from one
-sequence up, and the fastest of those that fit in memory. Kept in the run directory, so that every
-start at one layout takes the same."""
+"""Choice of the micro-batch for `train.micro_batch: auto`.
+
+Whole steps on random tokens are timed from one sequence up, and the fastest of those that fit in
+memory is taken. The run directory records it, so that every start at one layout takes the same.
+"""
 
 from __future__ import annotations
 
@@ -24,20 +26,21 @@ from megatron_spdf.resilience.progress import PROGRESS
 from megatron_spdf.runs.measured import MICRO_BATCHES
 from megatron_spdf.runs.run_dir import RunDir
 from megatron_spdf.schedule.stages import RunStage
+from megatron_spdf.tables import GIB, Column, Table
 
 LARGEST_ON_CPU = 4
-STEPS = 3  # of which the first sets up and is not timed
+STEPS = 3  # the first sets up and is not timed
 
 
 @dataclass(frozen=True)
-class Trial:
-    """Steps with one micro-batch, the slowest and the fullest rank of all.
+class Timing:
+    """Time and memory of steps with one micro-batch, the largest of all ranks.
 
     Attributes:
         seconds: of the fastest step; infinite if memory did not suffice.
         peak: bytes allocated at most.
-        next_peak: bytes that twice the micro-batch takes at most: weights and optimizer state stay
-            as they are.
+        next_peak: upper bound of the peak in bytes at twice the micro-batch, at which weights and
+            optimizer state are the same.
     """
 
     micro_batch: int
@@ -48,11 +51,13 @@ class Trial:
 
 def choose_micro_batch(stage: RunStage, run: RunDir,
                        device: torch.device) -> tuple[RunStage, list[str]]:
-    """The stage with a number for its micro-batch, and lines on where it is from. All ranks call it
-    together.
+    """Replaces `auto` by a number; all ranks call.
 
-    What is tried are engines of their own, and gone afterwards: the stage's own begins as if there
-    had been none.
+    Candidates are timed on engines of their own, which are closed afterwards, so that training
+    starts as it does without them.
+
+    Returns:
+        The stage with its micro-batch, and lines for the log.
 
     Raises:
         ValueError: not even one sequence fits in memory.
@@ -75,14 +80,13 @@ def choose_micro_batch(stage: RunStage, run: RunDir,
 
 
 def candidates(recipe: Recipe, largest: int) -> list[int]:
-    """Powers of two that divide a data-parallel rank's share of the global batch and break no other
-    rule."""
+    """Powers of two up to `largest` that break no rule of the recipe."""
     sizes = [2**n for n in range(largest.bit_length()) if 2**n <= largest]
     return [size for size in sizes if not any(rule_violations(recipe.with_micro_batch(size)))]
 
 
-def try_all(stage: RunStage, device: torch.device) -> Iterator[Trial]:
-    """Trials from one sequence up, until the next would not fit."""
+def try_all(stage: RunStage, device: torch.device) -> Iterator[Timing]:
+    """Times micro-batches from one sequence up, until the next would not fit in memory."""
     on_gpu = device.type == "cuda"
     room = USABLE * torch.cuda.get_device_properties(device).total_memory if on_gpu else math.inf
     for size in candidates(stage.as_single_run, LARGEST_MICRO_BATCH if on_gpu else LARGEST_ON_CPU):
@@ -92,11 +96,11 @@ def try_all(stage: RunStage, device: torch.device) -> Iterator[Trial]:
             return
 
 
-def fastest(trials: list[Trial]) -> int:
-    """The micro-batch of the fastest steps; of equally fast ones the smallest.
+def fastest(trials: list[Timing]) -> int:
+    """Micro-batch of the fastest steps; of equally fast ones the smallest.
 
     Raises:
-        ValueError: none fitted in memory.
+        ValueError: none fits in memory.
     """
     best = min(trials, key=lambda trial: trial.seconds)
     if math.isinf(best.seconds):
@@ -106,7 +110,7 @@ def fastest(trials: list[Trial]) -> int:
     return best.micro_batch
 
 
-def _try(stage: RunStage, device: torch.device) -> Trial:
+def _try(stage: RunStage, device: torch.device) -> Timing:
     size = stage.recipe.train.micro_batch
     PROGRESS.set_activity(f"the trial of micro-batch {size}")
     if device.type == "cuda":
@@ -123,11 +127,11 @@ def _try(stage: RunStage, device: torch.device) -> Trial:
         held = 0
     shared = torch.tensor([seconds, peak, 2 * peak - held], dtype=torch.float64, device=device)
     dist.all_reduce(shared, dist.ReduceOp.MAX)
-    return Trial(size, *shared.tolist())
+    return Timing(size, *shared.tolist())
 
 
 def _run(stage: RunStage, device: torch.device) -> tuple[float, int]:
-    """Seconds of the fastest step but the first, and the bytes of weights, gradients and optimizer
+    """Seconds of the fastest step after the first, and bytes of weights, gradients and optimizer
     state."""
     recipe = stage.as_single_run
     engine = make_engine(recipe, stage.plan, device)
@@ -145,7 +149,7 @@ def _run(stage: RunStage, device: torch.device) -> tuple[float, int]:
 
 
 def _random_batch(recipe: Recipe, engine: Engine) -> list[MicroBatch]:
-    """A rank's micro-batches, all of them the same random tokens."""
+    """Micro-batches of this rank, all of the same random tokens."""
     if not engine.needs_batches:
         return [{}] * recipe.micro_batches
     shape = (recipe.train.micro_batch, recipe.train.sequence_length)
@@ -159,14 +163,14 @@ def _random_batch(recipe: Recipe, engine: Engine) -> list[MicroBatch]:
 
 
 def _layout(recipe: Recipe, device: torch.device) -> dict:
-    """What the choice holds for, as JSON has it."""
+    """Settings that a choice is valid for, as JSON has them."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return {"device": name, "engine": recipe.engine, "recompute": recipe.train.recompute,
             **recipe.parallel.model_dump(exclude={"timeout"})}
 
 
 def _read(run: RunDir) -> list[dict]:
-    """What rank 0 finds in the run directory, on every rank."""
+    """Reads recorded choices on rank 0, for every rank."""
     file, found = run.root / MICRO_BATCHES, [[]]
     if dist.get_rank() == 0 and file.is_file():
         found = [json.loads(file.read_text())]
@@ -178,8 +182,7 @@ def _write(run: RunDir, entries: list[dict]) -> None:
     write_json(run.root / MICRO_BATCHES, entries)
 
 
-def _render(trials: list[Trial], chosen: int) -> list[str]:
-    return [f"micro-batch {chosen} is the fastest of those tried:",
-            *(f"  micro-batch {t.micro_batch:>3}: {t.seconds:>8.4g} s a step, "
-              f"{t.peak / 2**30:>7.2f} GiB"
-              for t in trials)]
+def _render(trials: list[Timing], chosen: int) -> list[str]:
+    table = Table([Column("micro-batch", "micro_batch", "d"), Column("seconds", form=".4g"),
+                   Column("peak memory", "peak", ".2f", GIB)], trials)
+    return [f"micro-batch {chosen} is the fastest of those tried:", table.text("  ")]

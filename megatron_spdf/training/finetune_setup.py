@@ -1,5 +1,4 @@
-"""What a fine-tuning run asks of its starting checkpoint and its data before it touches a
-device."""
+"""Checks of a fine-tuning run against its starting checkpoint and its data, without a device."""
 
 from __future__ import annotations
 
@@ -66,7 +65,7 @@ def prepare(finetune: Finetune, start: WeightSource) -> Prepared:
     """Checks a fine-tuning recipe against its starting weights and its data.
 
     Raises:
-        ValueError, FileNotFoundError: with the value, the rule and the remedy.
+        ValueError, FileNotFoundError: naming the value, the rule and the remedy.
     """
     TASKS.get(finetune.data.task)
     model, path = start.model, Path(finetune.data.path)
@@ -85,6 +84,7 @@ def prepare(finetune: Finetune, start: WeightSource) -> Prepared:
 
 
 def _sparsity(finetune: Finetune, start: WeightSource) -> Sparsity:
+    """Sparsity of the training run: none in dense mode, that of the start in sparse mode."""
     if finetune.mode == "dense":
         return Sparsity()
     if not isinstance(start, CheckpointReader) or not start.plan.weights:
@@ -94,7 +94,7 @@ def _sparsity(finetune: Finetune, start: WeightSource) -> Sparsity:
 
 
 def _tokenizer(start: WeightSource) -> Tokenizer:
-    """The tokenizer that the starting model was trained with."""
+    """Tokenizer that the starting model was trained with."""
     try:
         tokenizer = start.tokenizer
     except FileNotFoundError:
@@ -115,10 +115,9 @@ def _tokenizer(start: WeightSource) -> Tokenizer:
     return tokenizer
 
 
-def _summary(
-    finetune: Finetune, start: WeightSource, recipe: Recipe, plan: Plan, train: Completions,
-    valid: Completions
-) -> str:
+def _summary(finetune: Finetune, start: WeightSource, recipe: Recipe, plan: Plan,
+             train: Completions, valid: Completions) -> str:
+    """Start, data, plan and layout, as lines for the log."""
     mode = {"dense": "dense, revived weights start "
                      f"{'at zero' if finetune.revived == 'zeros' else 'normal'}",
              "sparse": "sparse, the mask holds"}[finetune.mode]

@@ -21,6 +21,7 @@ from megatron_spdf import exit_codes
 from megatron_spdf.checkpoint.run_metadata import INITIAL, Masks
 from megatron_spdf.checkpoint.shared_files import newest_of_all
 from megatron_spdf.checkpoint.store import step_of
+from megatron_spdf.command_line import add_overrides, make_parser
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
 from megatron_spdf.parallel.ranks import destroy, init_distributed
 from megatron_spdf.recipe.finetune import Finetune
@@ -77,13 +78,10 @@ def parse_arguments(text: str, kind: type[BaseModel], recipes: str) -> argparse.
         kind: of recipe, whose fields the help lists.
         recipes: directory of examples.
     """
-    parser = argparse.ArgumentParser(
-        description=text,
-        epilog=f"fields of a recipe (name, type, default, meaning):\n\n{render_help(kind)}",
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(text, epilog="fields of a recipe (name, type, default, meaning):\n\n"
+                                      f"{render_help(kind)}")
     parser.add_argument("recipe", help=f"YAML file, see {recipes}")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value",
-                        help="values that win over the recipe's")
+    add_overrides(parser)
     parser.add_argument("--dry-run", action="store_true",
                         help="validate the recipe, and the checkpoint and data of fine-tuning; "
                              "print it with every default, sparsity plan, layout and bytes per "

@@ -1,5 +1,4 @@
-"""The training loop: batch -> step -> log -> maybe move masks, evaluate, save, until the tokens are
-spent."""
+"""The training loop: batch -> step -> log -> maybe move masks -> maybe evaluate -> maybe save."""
 
 from __future__ import annotations
 
@@ -32,7 +31,12 @@ class NotFinite(RuntimeError):
 
 @dataclass
 class Trainer:
-    """One rank's part in training a stage of a run, from where `state` stands to its end."""
+    """Trains a stage of a run from the step of `state` to its end, on one rank.
+
+    Attributes:
+        stopping: whether some rank was asked to stop, on which all ranks agree.
+        born: by weight, the entries born since the last update, which are still zero.
+    """
 
     stage: RunStage
     engine: Engine
@@ -41,8 +45,7 @@ class Trainer:
     state: RunState
     log: RunLog
     stop: StopRequest
-    stopping: bool = False  # some rank was asked to stop; all ranks agree on it
-    # Entries of each weight that were born since the last update, and are still zero.
+    stopping: bool = False
     born: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -50,8 +53,7 @@ class Trainer:
         self.report = Report(self.stage, self.engine, self.data, self.state, self.log)
 
     def run(self) -> int:
-        """Trains to the end, or to a request to stop; returns the exit code. Either way the state
-        is saved.
+        """Trains to the end of the stage or a request to stop, and saves; returns the exit code.
 
         Raises:
             NotFinite, SparsityDrift: the run cannot go on; nothing after the last good checkpoint
@@ -62,19 +64,20 @@ class Trainer:
         try:
             self._train()
         finally:
-            self.report.saved(self.checkpointer.wait())  # a good state, whatever happened since
+            self.report.saved(self.checkpointer.wait())  # of a good state, also after an error
         more = not self.finished or self.stopping and self.last < self.recipe.steps
         return exit_codes.STOPPED_ON_SIGNAL if more else exit_codes.FINISHED
 
     def _train(self) -> None:
+        """The loop."""
         recipe, state = self.recipe, self.state
         saved = state.step
-        self._evaluate_if_due()  # the evaluation that a stop cut off
+        self._evaluate_if_due()  # a stop may have cut off the evaluation at this step
         batches = self.data.training_batches(state.step)
         first = state.step + 1
         pace = Stragglers(recipe.log.ranks_every, recipe.log.slow_factor, self.log)
         while not self.finished and not self.stopping:
-            # the first one compiles and sets up
+            # a watched step must not stand still; the first one compiles and sets up for long
             PROGRESS.set_activity(f"step {state.step + 1}", watched=state.step + 1 > first)
             pace.begin(state.step + 1)
             started = time.perf_counter()
@@ -106,11 +109,17 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """The last step is done, or validation has not improved for too long."""
+        """Whether the last step is done, or validation has not improved for `evaluate.patience`
+        evaluations."""
         state, patience = self.state, self.recipe.evaluate.patience
         return state.step == self.last or patience > 0 and state.worse >= patience
 
     def _count(self, result: StepResult) -> None:
+        """Updates the state after a step.
+
+        Raises:
+            NotFinite: too many steps in a row were skipped.
+        """
         state = self.state
         state.step += 1
         state.tokens = self.data.consumed(state.step)
@@ -145,8 +154,12 @@ class Trainer:
         self.report.moved(sum(self.born.values()), time.perf_counter() - started)
 
     def _evaluate_if_due(self) -> bool:
-        """Evaluates every `evaluate.every` steps and at the end of a stage, once for each step
-        however often it resumes; returns whether the loss is the lowest yet."""
+        """Evaluates every `evaluate.every` steps and at both ends of a stage, once for each step
+        however often a run resumes there.
+
+        Returns:
+            Whether the loss is the lowest yet.
+        """
         state, every = self.state, self.recipe.evaluate.every
         due = state.step in (self.stage.first, self.last) or (every and state.step % every == 0)
         if (not due or state.step == 0 or not self.data.valid_batches
@@ -170,7 +183,7 @@ class Trainer:
         return better
 
     def _save(self) -> int:
-        """Starts a save, when the one before is done; returns the step."""
+        """Starts a save, once the previous one has ended; returns the step."""
         started = time.perf_counter()
         PROGRESS.set_activity(f"the save at step {self.state.step}")
         self.report.saved(self.checkpointer.wait())
@@ -186,6 +199,7 @@ class Trainer:
         return self.state.step
 
     def _stop_if_saves_fail(self, allowed: int) -> None:
+        """Raises SaveFailed after more than `allowed` failed saves in a row."""
         failed = self.checkpointer.failed_in_a_row
         if failed > allowed:
             raise SaveFailed(f"the last {failed} saves failed, see above; make room in "

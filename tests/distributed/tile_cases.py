@@ -17,7 +17,7 @@ def triton_on_cpu():
     from megatron_spdf.kernels import triton_compact
 
     tiles.tile_products.cache_clear()
-    with patch.object(dispatch, "implementation",
+    with patch.object(dispatch, "backend_for",
                       lambda device: (triton_compact, triton_compact.NAME)):
         yield
     tiles.tile_products.cache_clear()

@@ -28,7 +28,7 @@ def main(place: Path) -> None:
 def cases() -> list[dict]:
     """Everything that may be taken in bf16 on Hopper; what is taken in bf16 on Ampere and in fp32
     on Hopper."""
-    from megatron_spdf.kernels.tile_shapes import CANDIDATES, WARPS, chosen
+    from megatron_spdf.kernels.program_shapes import CANDIDATES, WARPS, select_shape
 
     found = []
     for kernel, warps in WARPS.items():
@@ -36,18 +36,18 @@ def cases() -> list[dict]:
                   for target, dtype, numbers in ((HOPPER, "bf16", warps),
                                                  (AMPERE, "bf16", warps[:1]),
                                                  (HOPPER, "fp32", warps[:1])) for n in numbers]
-    for (kernel, size), tiles in CANDIDATES.items():
-        found += [{"kernel": kernel, "size": size, "target": target, "dtype": dtype, "tile": tile,
-                   "options": {"num_warps": tile.warps, "num_stages": tile.stages}}
-                  for target, dtype, some in ((HOPPER, "bf16", tiles), (AMPERE, "bf16", tiles[:1]),
-                                              (HOPPER, "fp32", [chosen(kernel, size, 4096, 4)]
-                                               if size == 64 else []))
-                  for tile in some]
+    for (kernel, size), shapes in CANDIDATES.items():
+        fp32 = [select_shape(kernel, size, 4096, 4)] if size == 64 else []
+        found += [{"kernel": kernel, "size": size, "target": target, "dtype": dtype, "shape": shape,
+                   "options": {"num_warps": shape.warps, "num_stages": shape.stages}}
+                  for target, dtype, some in ((HOPPER, "bf16", shapes),
+                                              (AMPERE, "bf16", shapes[:1]), (HOPPER, "fp32", fp32))
+                  for shape in some]
     return found
 
 
 def compiled(place: Path, number: int, kernel: str, target: int, dtype: str, options: dict,
-             size: int = 0, tile: tuple | None = None) -> dict:
+             size: int = 0, shape: tuple | None = None) -> dict:
     """Registers and bytes of the stack of a thread, bytes of shared memory of a program,
     instructions by name."""
     import triton
@@ -57,7 +57,7 @@ def compiled(place: Path, number: int, kernel: str, target: int, dtype: str, opt
     from megatron_spdf.kernels import triton_compact, triton_tiles
 
     function = getattr(triton_tiles if size else triton_compact, f"_{kernel}")
-    fixed = constants(kernel, size, tile)
+    fixed = constants(kernel, size, shape)
     kinds = {name: "constexpr" if name in fixed else kind(kernel, name, dtype)
              for name in function.arg_names}
     aligned = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(function.arg_names)
@@ -78,13 +78,13 @@ def compiled(place: Path, number: int, kernel: str, target: int, dtype: str, opt
             "instructions": {name: names.count(name) for name in sorted(set(names) - {"NOP"})}}
 
 
-def constants(kernel: str, size: int, tile: tuple | None) -> dict:
+def constants(kernel: str, size: int, shape: tuple | None) -> dict:
     """As for the weights of GPT-3 XL; a column's stride of one is a constant to Triton, too."""
     from megatron_spdf.kernels.mask import SPAN
 
     if not size:
         return {"SPAN": SPAN, "stride_column": 1} | ({"ADDS": True} if kernel == "compress" else {})
-    width, depth, *_ = tile
+    width, depth, *_ = shape
     return {"SLOTS": 2048 // size // 4, "PER_ROW": 2048 // size // 4, "SIZE": size,
             "DEPTH": depth} | {
         "forward": {"TOKENS": width},

@@ -14,7 +14,7 @@ from small_masks import NO_TRITON
 
 pytest.importorskip("triton", reason=NO_TRITON)
 from megatron_spdf.kernels.mask import SPAN  # noqa: E402
-from megatron_spdf.kernels.tile_shapes import WARPS, chosen  # noqa: E402
+from megatron_spdf.kernels.program_shapes import WARPS, select_shape  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -32,7 +32,7 @@ def kernels(tmp_path_factory):
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return {" ".join(str(k[word])
-                     for word in ("kernel", "size", "target", "dtype", "tile", "options")
+                     for word in ("kernel", "size", "target", "dtype", "shape", "options")
                      if word in k): k
             for k in json.loads(done.stdout)}
 
@@ -62,12 +62,12 @@ def test_what_is_taken_fits_on_gpus_with_little_shared_memory(kernels):
 def test_two_programs_of_a_product_fit_on_a_multiprocessor(kernels):
     for kernel in ("forward", "input_gradient"):
         for size in (64, 128):
-            tile = [*chosen(kernel, size, 4096, 2)]
+            shape = [*select_shape(kernel, size, 4096, 2)]
             for name, k in some(kernels, kernel=kernel, size=size, target=HOPPER, dtype="bf16",
-                                tile=tile).items():
+                                shape=shape).items():
                 assert (
                     2 * (k["shared"] + KIB) <= SHARED
-                    and 2 * k["registers"] * 32 * tile[2] <= REGISTERS
+                    and 2 * k["registers"] * 32 * shape[2] <= REGISTERS
                 ), name
 
 

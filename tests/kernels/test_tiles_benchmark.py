@@ -13,14 +13,14 @@ from megatron_spdf.sparsity.plan import Plan
 
 pytest.importorskip("triton", reason=NO_TRITON)
 from megatron_spdf.kernels import triton_compact  # noqa: E402
-from megatron_spdf.kernels.tile_shapes import CANDIDATES, WARPS, Tile  # noqa: E402
+from megatron_spdf.kernels.program_shapes import CANDIDATES, WARPS, ProgramShape  # noqa: E402
 
 KINDS = ["self_attention.linear_qkv.weight", "self_attention.linear_proj.weight",
          "mlp.linear_fc1.weight",
          "mlp.linear_fc2.weight"]
-TRIED = {("forward", 16): [Tile(16, 16, 4, 3), Tile(32, 16, 4, 3)],
-         ("input_gradient", 16): [Tile(16, 16, 4, 3)],
-         ("weight_gradient", 16): [Tile(16, 16, 4, 3)]}
+TRIED = {("forward", 16): [ProgramShape(16, 16, 4, 3), ProgramShape(32, 16, 4, 3)],
+         ("input_gradient", 16): [ProgramShape(16, 16, 4, 3)],
+         ("weight_gradient", 16): [ProgramShape(16, 16, 4, 3)]}
 
 
 @pytest.fixture
@@ -35,14 +35,14 @@ def measured(recipe, monkeypatch):
         return seconds
 
     monkeypatch.setattr(tiles, "median_seconds", once)
-    monkeypatch.setattr(dispatch, "implementation",
+    monkeypatch.setattr(dispatch, "backend_for",
                         lambda device: (triton_compact, triton_compact.NAME))
     tile_products.cache_clear()
     yield measure
     tile_products.cache_clear()
 
 
-def test_every_tile_is_tried_on_every_weight(measured, monkeypatch):
+def test_every_program_shape_is_tried_on_every_weight(measured, monkeypatch):
     for key, some in TRIED.items():
         monkeypatch.setitem(CANDIDATES, key, some)
     rows = measured(pattern="tile", tile=16)
@@ -50,19 +50,19 @@ def test_every_tile_is_tried_on_every_weight(measured, monkeypatch):
         (kind, kernel) for kind in KINDS
         for kernel in ("forward", "forward", "input_gradient", "weight_gradient")]
     assert all(row["seconds"] == 1e-4 for row in rows)  # each has run
-    assert rows[1]["tile"] == "32 wide, 16 deep, 4 warps, 3 stages"
+    assert rows[1]["program"] == "32 wide, 16 deep, 4 warps, 3 stages"
 
 
 def test_unstructured_weights_are_moved_with_every_number_of_warps(measured):
     rows = measured()
-    assert [(row["kernel"], row["tile"]) for row in rows[:6]] == [
+    assert [(row["kernel"], row["program"]) for row in rows[:6]] == [
         (kernel, f"{n} warps") for kernel in ("expand", "compress") for n in WARPS[kernel]]
 
 
 def test_a_tile_that_does_not_fit_is_told_from_the_fastest(measured, monkeypatch):
     times = iter([3e-6, 2e-6, None] * 100)
     monkeypatch.setattr(tiles, "_seconds", lambda run, seconds: next(times))
-    lines = tiles.render(measured())
+    lines = [" ".join(line.split()) for line in "\n".join(tiles.render(measured())).splitlines()]
     assert lines[4] == "| expand | 1 warps | 12 | 1.000 |"
     assert lines[5] == "| expand | 2 warps | **8** | 1.500 |"
     assert lines[6] == "| expand | 4 warps | does not fit this GPU | - |"

@@ -13,7 +13,7 @@ from megatron_spdf.kernels import dispatch, tiles, torch_reference
 
 triton = pytest.importorskip("triton", reason=NO_TRITON)
 from megatron_spdf.kernels import triton_compact, triton_tiles  # noqa: E402
-from megatron_spdf.kernels.tile_shapes import CANDIDATES, WARPS  # noqa: E402
+from megatron_spdf.kernels.program_shapes import CANDIDATES, WARPS  # noqa: E402
 
 each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
@@ -33,7 +33,7 @@ def test_trial_accepts_products_and_nothing_that_computes_otherwise(monkeypatch,
     monkeypatch.setattr(triton_tiles, product, lambda *operands: right(*operands) + 1)
     with pytest.raises(RuntimeError, match="something else than those with the expanded weight"):
         tiles._self_test(*arguments)
-    monkeypatch.setattr(dispatch, "implementation",
+    monkeypatch.setattr(dispatch, "backend_for",
                         lambda device: (triton_compact, triton_compact.NAME))
     tiles.tile_products.cache_clear()
     module, name = tiles.tile_products(DEVICE, 16, torch.bfloat16)
@@ -44,9 +44,9 @@ def test_trial_accepts_products_and_nothing_that_computes_otherwise(monkeypatch,
 
 
 def test_what_kernels_do_not_take_goes_to_pytorch_with_one_line(monkeypatch, caplog):
-    monkeypatch.setattr(dispatch, "implementation",
+    monkeypatch.setattr(dispatch, "backend_for",
                         lambda device: (triton_compact, triton_compact.NAME))
-    dispatch.say_once.cache_clear()
+    dispatch.warn_once.cache_clear()
     mask = make_mask(random_slices(2, 5, 7, 11), 1, triton_compact)
     dense = torch.randn(mask.shape, dtype=torch.float64, device=DEVICE)
     for _ in range(2):
@@ -64,15 +64,15 @@ def test_a_gpu_on_which_triton_fails_is_served_by_pytorch(monkeypatch):
         raise RuntimeError("no ptxas\nat all")
 
     monkeypatch.setattr(dispatch, "_self_test", fails)
-    for chosen in (dispatch.implementation, tiles.tile_products):
+    for chosen in (dispatch.backend_for, tiles.tile_products):
         chosen.cache_clear()
-    module, name = dispatch.implementation("cuda")
+    module, name = dispatch.backend_for("cuda")
     assert module is torch_reference
     assert name == "torch, since triton does not work here (RuntimeError: no ptxas)"
     assert tiles.tile_products("cuda", 64, torch.bfloat16) == (None,
                                                                   "expanded and multiplied as "
                                                                   "dense weights")
-    for chosen in (dispatch.implementation, tiles.tile_products):
+    for chosen in (dispatch.backend_for, tiles.tile_products):
         chosen.cache_clear()
 
 
@@ -80,7 +80,7 @@ def test_a_gpu_on_which_triton_fails_is_served_by_pytorch(monkeypatch):
     (16, torch.bfloat16, True), (128, torch.float32, True), (8, torch.bfloat16, False),
     (48, torch.float16, False), (256, torch.bfloat16, False), (64, torch.float64, False)])
 def test_tiles_that_kernels_do_not_take_are_expanded(monkeypatch, size, dtype, taken):
-    monkeypatch.setattr(dispatch, "implementation",
+    monkeypatch.setattr(dispatch, "backend_for",
                         lambda device: (triton_compact, triton_compact.NAME))
     tiles.tile_products.cache_clear()
     module, name = tiles.tile_products(DEVICE, size, dtype)
@@ -198,16 +198,16 @@ def test_inputs_of_tile_products_need_not_be_contiguous():
           p.compact(numbers(gradient).T @ numbers(p.x)))
 
 
-@pytest.mark.parametrize(("kernel", "size", "tile"),
-                         [(*key, t) for key, tiles in CANDIDATES.items() for t in tiles])
-def test_products_are_the_same_with_every_tile(kernel, size, tile):
+@pytest.mark.parametrize(("kernel", "size", "shape"),
+                         [(*key, s) for key, shapes in CANDIDATES.items() for s in shapes])
+def test_products_are_the_same_with_every_program_shape(kernel, size, shape):
     p = Product((1, (2, 2), 1, size, 0, 70), torch.float16)
     operands = {"forward": (p.x, p.values), "input_gradient": (p.gradient, p.values),
                 "weight_gradient": (p.gradient, p.x)}[kernel]
     wanted = {"forward": lambda: numbers(p.x) @ p.weight.T,
               "input_gradient": lambda: numbers(p.gradient) @ p.weight,
               "weight_gradient": lambda: p.compact(numbers(p.gradient).T @ numbers(p.x))}[kernel]()
-    close(getattr(triton_tiles, kernel)(*operands, p.mask, tile=tile), wanted)
+    close(getattr(triton_tiles, kernel)(*operands, p.mask, shape=shape), wanted)
 
 
 @pytest.mark.parametrize("warps", sorted({n for some in WARPS.values() for n in some}))

@@ -15,11 +15,11 @@ from torch.sparse._semi_structured_conversions import (
 from megatron_spdf.kernels import two_four
 from megatron_spdf.kernels.two_four import (
     Cutlass,
+    _self_test,
     find_two_four,
     fits,
     packed,
     packed_transposed,
-    try_out,
 )
 from megatron_spdf.layers.compact import CompactWeight
 from megatron_spdf.layers.products.base import Product, choose_product
@@ -102,7 +102,7 @@ def test_products_are_those_of_the_dense_weight(weight, world, tokens):
 def test_a_library_is_handed_what_it_wants(library, monkeypatch):
     """Its operations replaced by what they are documented to compute."""
     AsCusparseLt.install(monkeypatch)
-    try_out(library, torch.device("cpu"), DTYPE)
+    _self_test(library, torch.device("cpu"), DTYPE)
     weight = WEIGHTS[1]
     compact = compact_of_last_rank(weight, 1, library)
     values = torch.randn(compact.values_shape, dtype=DTYPE)
@@ -122,8 +122,8 @@ def test_a_library_that_computes_something_else_is_found_out(monkeypatch):
             return super().multiply(values.flip(1), metadata, x)
 
     with pytest.raises(RuntimeError, match="something else than a dense product"):
-        try_out(Wrong(), torch.device("cpu"), DTYPE)
-    try_out(StandIn(), torch.device("cpu"), DTYPE)
+        _self_test(Wrong(), torch.device("cpu"), DTYPE)
+    _self_test(StandIn(), torch.device("cpu"), DTYPE)
 
 
 def test_the_first_library_that_works_is_taken_and_why_none_is_said(monkeypatch):
@@ -133,9 +133,9 @@ def test_the_first_library_that_works_is_taken_and_why_none_is_said(monkeypatch)
         def multiply(self, values, metadata, x):
             raise RuntimeError("no such GPU")
 
-    real = try_out
-    monkeypatch.setattr(two_four, "try_out", lambda library, device,
-                        dtype: real(library, torch.device("cpu"), dtype))
+    real = _self_test
+    monkeypatch.setattr(two_four, "_self_test",
+                        lambda library, device, dtype: real(library, torch.device("cpu"), dtype))
     choose = two_four.two_four_products.__wrapped__
     monkeypatch.setattr(two_four, "LIBRARIES", (Broken(), StandIn()))
     library, name = choose("cuda", DTYPE)

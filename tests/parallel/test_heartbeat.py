@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_spdf.resilience.heartbeat import Beat, Peer, verdict
+from megatron_spdf.resilience.heartbeat import Beat, Peer, diagnose
 
 CASES = [f"{deed} {rank}" for deed in ("kill", "stop", "raise", "stand")
          for rank in (0, 2)] + ["leave 0"]
@@ -41,10 +41,10 @@ def test_the_rank_at_fault_is_named_and_all_end(ended, deed, said, rank):
     codes, text = ended[f"{deed} {rank}"]
     others = [c for r, c in enumerate(codes) if r != rank]
     assert others == [4, 4], text
-    verdicts = [line for line in text.splitlines() if line.startswith("the run ends")]
-    assert verdicts and all(f": rank {rank} on {HOST} " in v or "rank 0 on 127.0.0.1" in v
-                            for v in verdicts), text
-    assert any(said in v for v in verdicts), text
+    faults = [line for line in text.splitlines() if line.startswith("the run ends")]
+    assert faults and all(f": rank {rank} on {HOST} " in v or "rank 0 on 127.0.0.1" in v
+                            for v in faults), text
+    assert any(said in v for v in faults), text
     if deed == "stand":
         assert "others wait for it" in text
 
@@ -62,30 +62,30 @@ def peer(rank: int, heard: float = 0.0, closed: bool = False, trouble: float | N
 
 
 def test_nothing_is_said_of_healthy_ranks():
-    assert verdict([peer(0), peer(1, heard=-4.0), peer(2, still=4.0)], 0.0, 5.0) == ""
-    assert verdict([peer(0), peer(1, closed=True, leaving=True)], 100.0, 500.0) == ""
+    assert diagnose([peer(0), peer(1, heard=-4.0), peer(2, still=4.0)], 0.0, 5.0) == ""
+    assert diagnose([peer(0), peer(1, closed=True, leaving=True)], 100.0, 500.0) == ""
 
 
 def test_a_death_explains_the_failures_that_follow_it():
     peers = [peer(0, trouble=0.0, failed="RuntimeError: Connection closed by peer"),
              peer(1, trouble=0.5, closed=True)]
-    assert verdict(peers, 2.0, 5.0) == ""  # the death of another may be heard of later
-    assert verdict(peers, 4.0, 5.0).startswith("rank 1 on n1 died in step 7")
+    assert diagnose(peers, 2.0, 5.0) == ""  # the death of another may be heard of later
+    assert diagnose(peers, 4.0, 5.0).startswith("rank 1 on n1 died in step 7")
 
 
 def test_the_first_failure_is_named():
     peers = [peer(0, trouble=2.0, failed="RuntimeError: Connection closed"),
              peer(1, trouble=1.0, failed="MemoryError: ")]
-    assert verdict(peers, 9.0,
-                   50.0).startswith("rank 1 on n1 failed in step 7; its last collective")
+    assert diagnose(peers, 9.0, 50.0).startswith(
+        "rank 1 on n1 failed in step 7; its last collective")
 
 
 def test_who_is_outside_of_collectives_holds_up_the_others():
     peers = [peer(0, still=9.0, inside=True), peer(1, still=8.0), peer(2, still=9.5, inside=True)]
-    assert verdict(peers, 0.0, 5.0).startswith("rank 1 on n1 has stood still for 8 s")
-    assert verdict([peer(0, still=9.0, inside=True), peer(1, still=2.0)], 0.0, 5.0) == ""
+    assert diagnose(peers, 0.0, 5.0).startswith("rank 1 on n1 has stood still for 8 s")
+    assert diagnose([peer(0, still=9.0, inside=True), peer(1, still=2.0)], 0.0, 5.0) == ""
 
 
 def test_all_inside_of_collectives_the_one_that_stopped_first_is_named():
     peers = [peer(0, still=9.0, inside=True), peer(1, still=9.5, inside=True)]
-    assert verdict(peers, 0.0, 5.0).startswith("rank 1 on n1")
+    assert diagnose(peers, 0.0, 5.0).startswith("rank 1 on n1")

@@ -19,8 +19,8 @@ from megatron_spdf.layers.compact import (
     compact_of,
     densify,
     expanded,
+    make_compact,
     sparse_modules,
-    sparsify,
 )
 from megatron_spdf.sparsity.patterns.unstructured import draw_mask
 from megatron_spdf.sparsity.plan import SparseWeight
@@ -114,7 +114,7 @@ def test_gradient_is_that_of_an_explicitly_masked_weight(weight):
 def test_gradcheck(weight, world):
     compact = compacts(weight, world)[-1]
     values = torch.randn(compact.values_shape, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda v: _Expand.apply(v, compact.mask), (values,))
+    assert torch.autograd.gradcheck(lambda v: _Expand.apply(v, compact), (values,))
 
 
 WEIGHT = SparseWeight("layer.weight", (8, 12), 0, 2, 0.75)
@@ -130,7 +130,7 @@ def layer() -> nn.Linear:
 
 @pytest.fixture
 def sparse(layer) -> nn.Linear:
-    sparsify(layer, WEIGHT, SEED, 0, 1)
+    make_compact(layer, CompactWeight(WEIGHT, SEED, 0, 1, "cpu"))
     return layer
 
 
@@ -150,7 +150,7 @@ def test_the_only_parameters_are_active_values_and_bias(sparse):
 
 def test_sparse_layer_computes_with_the_masked_weight(layer):
     masked = torch.where(whole_mask(WEIGHT), layer.weight.detach(), 0.0)
-    sparsify(layer, WEIGHT, SEED, 0, 1)
+    make_compact(layer, CompactWeight(WEIGHT, SEED, 0, 1, "cpu"))
     assert torch.equal(layer.weight, masked)
     x = micro_batches()[0]
     assert torch.equal(layer(x), nn.functional.linear(x, masked, layer.bias))
@@ -173,7 +173,7 @@ def test_sparse_modules_are_found(sparse):
 
 def test_shard_of_another_shape_is_refused(layer):
     with pytest.raises(AssertionError):
-        sparsify(layer, WEIGHT, SEED, 0, 2)
+        make_compact(layer, CompactWeight(WEIGHT, SEED, 0, 2, "cpu"))
 
 
 def test_no_optimizer_step_revives_a_masked_weight(sparse):
@@ -193,6 +193,12 @@ def test_densify_changes_no_output(sparse):
     assert torch.equal(sparse.weight, weight)
 
 
+def test_what_a_layer_has_of_its_own_while_it_is_compact_goes_with_that(layer):
+    make_compact(layer, CompactWeight(WEIGHT, SEED, 0, 1, "cpu"), forward=lambda x: 2 * x)
+    assert layer(3) == 6
+    assert "forward" not in vars(densify(layer)) and layer(torch.zeros(1, 12)).shape == (1, 8)
+
+
 def test_densified_layer_is_an_ordinary_one(sparse):
     densify(sparse)
     assert (
@@ -201,7 +207,7 @@ def test_densified_layer_is_an_ordinary_one(sparse):
         and sparse.weight.is_leaf
     )
     assert sorted(sparse.state_dict()) == ["bias", "weight"]
-    assert list(sparse_modules(sparse)) == [] and "sharded_state_dict" not in vars(sparse)
+    assert list(sparse_modules(sparse)) == []
     assert not sparse.weight[~whole_mask(WEIGHT)].any()
     sparse(micro_batches()[0]).square().sum().backward()
     assert sparse.weight.grad[~whole_mask(WEIGHT)].any()

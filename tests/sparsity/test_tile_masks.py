@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_spdf.kernels.limits import multiplied
-from megatron_spdf.kernels.tiles import find_tiles, multiplies_tiles
+from megatron_spdf.kernels.limits import has_tile_kernel
+from megatron_spdf.kernels.tiles import find_tiles, supports_tiles
 from megatron_spdf.layers.compact import CompactWeight
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.recipe.rules import rule_violations
@@ -198,7 +198,7 @@ def test_mask_that_is_not_of_balanced_tiles_is_refused():
 
 def test_planner_and_kernels_agree_on_what_is_multiplied():
     for size in range(1, 300):
-        assert multiplied(size) == multiplies_tiles(size, torch.bfloat16)
+        assert has_tile_kernel(size) == supports_tiles(size, torch.bfloat16)
     from megatron_spdf.kernels import mask
     from megatron_spdf.planning import memory
 

@@ -15,7 +15,7 @@ from megatron_spdf.recipe.rules import rule_violations
 from megatron_spdf.runs.measured import read_run
 from megatron_spdf.schedule.stages import stages_of
 from megatron_spdf.training import autotune
-from megatron_spdf.training.autotune import Trial, candidates, fastest, try_all
+from megatron_spdf.training.autotune import Timing, candidates, fastest, try_all
 
 GIB = 2**30
 
@@ -35,27 +35,27 @@ def test_powers_of_two_that_break_no_rule(recipe, parallel, expected):
     assert candidates(auto(recipe, parallel=parallel), 4) == [1, 2, 4]
 
 
-def trial(size: int, seconds: float, peak: float = 0.0, next_peak: float = 0.0) -> Trial:
-    return Trial(size, seconds, peak, next_peak)
+def timing(size: int, seconds: float, peak: float = 0.0, next_peak: float = 0.0) -> Timing:
+    return Timing(size, seconds, peak, next_peak)
 
 
 def test_the_fastest_is_chosen_and_of_equals_the_smallest():
-    assert fastest([trial(1, 2.0), trial(2, 1.0), trial(4, 1.0), trial(8, 3.0)]) == 2
-    assert fastest([trial(1, 2.0), trial(2, math.inf)]) == 1
+    assert fastest([timing(1, 2.0), timing(2, 1.0), timing(4, 1.0), timing(8, 3.0)]) == 2
+    assert fastest([timing(1, 2.0), timing(2, math.inf)]) == 1
 
 
 def test_not_even_one_sequence_fits():
     with pytest.raises(ValueError,
                        match=r"train.micro_batch=auto.*micro-batch 1 does not "
                              r"fit.*train.recompute=full"):
-        fastest([trial(1, math.inf, math.inf, math.inf)])
+        fastest([timing(1, math.inf, math.inf, math.inf)])
 
 
 def test_trials_end_before_memory_does(recipe, monkeypatch):
     """State of 30 GiB and 8 GiB a sequence: twice four sequences would be over 80 GiB."""
     monkeypatch.setattr(torch.cuda, "get_device_properties",
                         lambda _: SimpleNamespace(total_memory=80 * GIB))
-    monkeypatch.setattr(autotune, "_try", lambda stage, _: (lambda m: trial(
+    monkeypatch.setattr(autotune, "_try", lambda stage, _: (lambda m: timing(
         m, 1 / m, (30 + 8 * m) * GIB, (30 + 16 * m) * GIB))(stage.recipe.train.micro_batch))
     (stage,) = stages_of(auto(recipe))
     found = list(try_all(stage, torch.device("cuda")))

@@ -120,7 +120,7 @@ def test_results_are_those_of_finished_runs(grid):
     assert [row["losses"] for row in rows] == [{1: 2.0, 2: 2.4}, {1: 2.1}, {1: 2.2}, {1: 2.3}]
     assert [row["missing"] for row in rows] == [0, 1, 1, 1]
     assert rows[0]["mean"] == pytest.approx(2.2) and rows[1]["interval"] is None
-    table = render(experiment, rows)
+    table = " ".join(render(experiment, rows).split())
     assert (
         "| 32 | 0 | 1,024 |" in table and "2.2000 ± 2.5412 | 2 |" in table and "1 of 2 |" in table
     )

@@ -8,7 +8,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from megatron_spdf.resilience.progress import PROGRESS, _observed, in_background
+from megatron_spdf.resilience.progress import PROGRESS, _instrumented, in_background
 from megatron_spdf.resilience.stragglers import OwnTime, slower
 
 
@@ -27,7 +27,7 @@ def test_half_the_ranks_may_be_slow():
 
 
 def test_time_in_collectives_is_not_a_ranks_own():
-    wait = _observed(lambda seconds: time.sleep(seconds), "all_reduce")
+    wait = _instrumented(lambda seconds: time.sleep(seconds), "all_reduce")
     before, count = PROGRESS.blocked_seconds, PROGRESS.count
     wait(0.05)
     assert PROGRESS.blocked_seconds - before >= 0.05
@@ -36,9 +36,9 @@ def test_time_in_collectives_is_not_a_ranks_own():
     )
 
 
-def test_autograds_thread_is_observed_and_one_that_saves_is_not():
+def test_autograds_thread_is_instrumented_and_one_that_saves_is_not():
     """On a GPU collectives of the backward pass are entered by a thread of autograd's."""
-    observed, counts = _observed(torch.ones, "all_reduce"), [PROGRESS.count]
+    observed, counts = _instrumented(torch.ones, "all_reduce"), [PROGRESS.count]
     for first in (lambda: None, in_background):
         thread = threading.Thread(target=lambda first=first: (first(), observed(1)))
         thread.start()

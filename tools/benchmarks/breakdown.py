@@ -21,6 +21,7 @@ import torch
 from benchmarks.engines import synthetic_batch
 from megatron_spdf.kernels import dispatch
 from megatron_spdf.recipe.recipe import Recipe
+from megatron_spdf.tables import MILLISECONDS, Column, Table
 
 REST = "zeroing gradients, agreeing, and the rest"
 OPTIMIZER = "optimizer, with norm and clipping"
@@ -67,7 +68,7 @@ def measure_parts(recipe: Recipe, engine, numbers: range) -> dict[str, float]:
     """Mean seconds of each part of some steps: part -> seconds.
 
     Args:
-        engine: the Megatron engine of the recipe, warmed up.
+        engine: of the recipe, warmed up.
         numbers: of the steps.
     """
     clock = Clock(torch.cuda.synchronize)
@@ -85,10 +86,12 @@ def _clocks_set(clock: Clock, engine) -> Iterator[None]:
 
     places = [(schedules, "forward_step", "forward"), (schedules, "backward_step", "backward"),
               (dispatch, "expand", "expand"), (dispatch, "compress", "compress"),
-              (engine.optimizer, "prepare_grads", OPTIMIZER), (engine, "_squared_norm", OPTIMIZER),
-              (engine, "_update", OPTIMIZER),
               (layers, "dist_all_gather_func", "communication"),
               (layers, "dist_reduce_scatter_func", "communication")]
+    for call, part in engine.timed.items():
+        owner, _, name = call.rpartition(".")
+        places.append((getattr(engine, owner) if owner else engine, name,
+                       OPTIMIZER if part == "optimizer" else part))
     places += [(torch.distributed, name, "communication") for name in COLLECTIVES]
     with ExitStack() as stack:
         for owner, name, part in places:
@@ -102,7 +105,6 @@ def render_parts(parts: dict[str, dict[str, float]]) -> list[str]:
     Args:
         parts: name of a run -> part -> seconds.
     """
-    lines = [f"| by part (ms) | {' | '.join(parts)} |", "|---" * (1 + len(parts)) + "|"]
-    lines += [f"| {part} | {' | '.join(f'{of[part] * 1e3:.4g}' for of in parts.values())} |"
-              for part in PARTS]
-    return lines
+    columns = [Column("by part", str), *(Column(name, of.get, ".4g", MILLISECONDS)
+                                         for name, of in parts.items())]
+    return [Table(columns, PARTS).markdown()]

@@ -22,6 +22,7 @@ from pathlib import Path
 from megatron_spdf.data.indexed.manifest import check_prefix
 from megatron_spdf.data.preprocess.documents import expand_inputs, iterate_documents
 from megatron_spdf.data.tokenizers.tokenizer import load_tokenizer
+from megatron_spdf.tables import MIB, SECONDS, Column, Table
 
 ROOT = Path(__file__).resolve().parents[2]
 OURS, THEIRS = "tools/preprocess_data.py", "Megatron-LM"
@@ -107,12 +108,11 @@ def render(facts: dict) -> list[str]:
     lines = [f"{facts['text_bytes'] / 1e6:,.1f} MB of text in {facts['documents']:,} documents, "
              f"{facts['tokens']:,} tokens; medians of {facts['rounds']} rounds, start subtracted",
              "",
-             "| tool | workers | MB/s | MB per CPU second | start (s) | largest process (MiB) |",
-             "|---|---|---|---|---|---|"]
-    lines += [f"| {r['tool']} | {r['workers']} | {r['megabytes_per_second']:.2f} | "
-              f"{r['megabytes_per_cpu_second']:.2f} | {r['start']:.1f} | "
-              f"{r['memory'] / 2**20:,.0f} |"
-              for r in facts["rates"]]
+             Table([Column("tool"), Column("workers", form="d"),
+                    Column("MB/s", "megabytes_per_second", ".2f"),
+                    Column("MB per CPU second", "megabytes_per_cpu_second", ".2f"),
+                    Column("start", form=".1f", unit=SECONDS),
+                    Column("largest process", "memory", ",.0f", MIB)], facts["rates"]).markdown()]
     lines.append("")
     ours, theirs = ([r for r in facts["rates"] if r["tool"] == tool] for tool in (OURS, THEIRS))
     for more in ours[1:]:

@@ -35,19 +35,19 @@ def joined(recipe: Recipe) -> Iterator[torch.device]:
 
 
 def build_engine(recipe: Recipe, device: torch.device, quick: bool = False):
-    """The Megatron engine of a recipe, among ranks that are joined.
+    """Builds the engine that a recipe names, among ranks that are joined.
 
     Args:
         quick: initial values are drawn on the device, and every layer has the masks of the first:
             those of billions of weights take minutes otherwise, and speed does not depend on them.
     """
-    from megatron_spdf.engine.megatron import MegatronEngine
+    from megatron_spdf.engine.factory import make_engine
 
     plan = Plan.of(recipe)
     if not quick:
-        return MegatronEngine(recipe, plan, device)
+        return make_engine(recipe, plan, device)
     with _masks_of_first_layer():
-        return MegatronEngine(recipe, plan, device, QuickWeights(device))
+        return make_engine(recipe, plan, device, QuickWeights(device))
 
 
 @dataclass(frozen=True)

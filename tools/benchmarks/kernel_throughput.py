@@ -20,6 +20,7 @@ from megatron_spdf.layers.products.base import choose_product, product_of
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.sparsity.patterns.unstructured import Unstructured
 from megatron_spdf.sparsity.plan import Plan, SparseWeight
+from megatron_spdf.tables import MICROSECONDS, Column, Table
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ def measure(recipe: Recipe, plan: Plan, seconds: float = 0.2) -> dict:
            for p in patterns if product_of(p)}
     return {"device_type": device.type, "tokens": tokens,
             "dtype": str(dtype).removeprefix("torch."),
-            "copy_bytes_per_second": bandwidth, "expand_compress": dispatch.describe(device.type),
+            "copy_bytes_per_second": bandwidth,
+            "expand_compress": dispatch.backend_name(device.type),
             "products": own,
             "figures": [vars(f) for f in figures]}
 
@@ -93,7 +95,7 @@ def moves(weight: SparseWeight, seed: int, tensor: int, device: torch.device, dt
     dense = torch.randn(compact.shape, device=device).to(dtype)
     buffer = torch.zeros(compact.values_shape, device=device)
     peer = None
-    if dispatch.implementation(device.type)[0] is not torch_reference:
+    if dispatch.backend_for(device.type)[0] is not torch_reference:
         peer = replace(mask,
                        index=torch_reference.make_index(mask.bits, mask.slice_shape, mask.axis))
     whole, active = dense.numel(), values.numel()
@@ -151,6 +153,13 @@ def median_seconds(run, seconds: float) -> float:
     return Timer("run()", globals={"run": run}).blocked_autorange(min_run_time=seconds).median
 
 
+_COLUMNS = [
+    Column("kernel"),
+    Column("weight", lambda f: f["weight"].split(".layers.0.")[-1].removesuffix(".weight")),
+    Column("shape", lambda f: " x ".join(map(str, f["shape"]))), Column("sparsity", form=".2%"),
+    Column("time", "seconds", ".4g", MICROSECONDS), Column("floor", form=".4g", unit=MICROSECONDS)]
+
+
 def render(measured: dict) -> list[str]:
     """The figures as a Markdown table."""
     lines, own = [], "; ".join(f"{what} {by}" for what, by in measured["products"].items())
@@ -160,15 +169,10 @@ def render(measured: dict) -> list[str]:
     lines += [f"{measured['tokens']} tokens, {measured['dtype']}; a copy moves "
               f"{measured['copy_bytes_per_second'] / 1e9:.4g} GB/s; expand/compress "
               f"{measured['expand_compress']}; {own or 'no products'}", "",
-              "| kernel | weight | shape | sparsity | time (us) | floor (us) | floor / time | "
-              "dense / time | torch / time |", "|---|---|---|---|---|---|---|---|---|"]
-    for f in measured["figures"]:
-        against = [f"{f[k] / f['seconds']:.3g}" if f[k] else "-"
-                   for k in ("floor", "dense", "torch")]
-        kind = f["weight"].split(".layers.0.")[-1].removesuffix(".weight")
-        lines.append(f"| {f['kernel']} | {kind} | {f['shape'][0]} x {f['shape'][1]} | "
-                     f"{f['sparsity']:.2%} | {f['seconds'] * 1e6:.4g} | {f['floor'] * 1e6:.4g} | "
-                     f"{' | '.join(against)} |")
+              Table([*_COLUMNS, *(Column(f"{other} / time", lambda f, other=other: f[other]
+                                         and f[other] / f["seconds"], ".3g")
+                                  for other in ("floor", "dense", "torch"))],
+                    measured["figures"]).markdown()]
     return [*lines, *_render_sums(measured["figures"])]
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from benchmarks.engines import build_engine, joined, synthetic_batch
 from megatron_spdf.recipe.recipe import Recipe
+from megatron_spdf.tables import MIB, SECONDS, Column, Table, named
 
 
 def measure_saves(recipes: dict[str, Recipe], saves: int) -> dict[str, dict]:
@@ -64,11 +65,9 @@ class NoTokenizer:
 
 
 def render_saves(runs: dict[str, dict]) -> list[str]:
-    lines = [f"| {'':<8} | sparsity | stall, written behind (s) | stall, waited for (s) | writing "
-             "(s) | disk (MiB) |",
-             "|---|---|---|---|---|---|"]
-    for name, f in runs.items():
-        lines.append(f"| {name:<8} | {f['sparsity']:.2%} | {f['stall_seconds_behind']:.4f} | "
-                     f"{f['stall_seconds_waiting']:.4f} | {f['write_seconds']:.4f} | "
-                     f"{f['bytes_on_disk'] / 2**20:,.1f} |")
-    return lines
+    columns = [Column("", "name"), Column("sparsity", form=".2%"),
+               Column("stall, written behind", "stall_seconds_behind", ".4f", SECONDS),
+               Column("stall, waited for", "stall_seconds_waiting", ".4f", SECONDS),
+               Column("writing", "write_seconds", ".4f", SECONDS),
+               Column("disk", "bytes_on_disk", ",.1f", MIB)]
+    return [Table(columns, named(runs)).markdown()]

@@ -18,6 +18,7 @@ from megatron_spdf.planning.hardware import peak_flops
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.schedule.flops import training_flops
 from megatron_spdf.sparsity.plan import Plan
+from megatron_spdf.tables import MIB, SECONDS, Column, Table, named
 
 WARM_UP, BY_PART = 2, 3  # steps
 
@@ -75,19 +76,18 @@ def rates(recipe: Recipe, seconds: Sequence[float], skipped: Plan | None = None)
 
 
 def render_steps(runs: dict[str, dict]) -> list[str]:
-    lines = [f"| {'':<8} | sparsity | step (s), median | quartiles | tokens/s | TFLOP/s | MFU | "
-             "state (MiB) |",
-             "|---|---|---|---|---|---|---|---|"]
-    for name, f in runs.items():
-        state = sum(f["state_bytes"].values()) / 2**20
-        lines.append(f"| {name:<8} | {f['sparsity']:.2%} | {f['step_seconds']:.4f} | "
-                     f"{f['quartiles'][0]:.4f} - {f['quartiles'][1]:.4f} | "
-                     f"{f['tokens_per_second']:,.0f} | {f['tflops_per_rank']:.3g} | "
-                     f"{render_mfu(f)} | {state:,.1f} |")
-    return [*lines, "", *render_parts({name: f["parts"] for name, f in runs.items()}), "",
+    columns = [Column("", "name"), Column("sparsity", form=".2%"),
+               Column("step, median", "step_seconds", ".4f", SECONDS),
+               Column("quartiles", lambda f: " - ".join(f"{s:.4f}" for s in f["quartiles"])),
+               Column("tokens/s", "tokens_per_second", ",.0f"),
+               Column("TFLOP/s", "tflops_per_rank", ".3g"), Column("MFU", "mfu", ".1%"),
+               Column("state", state_bytes, ",.1f", MIB)]
+    return [Table(columns, named(runs)).markdown(), "",
+            *render_parts({name: f["parts"] for name, f in runs.items()}), "",
             "step time, sparse over dense: "
             f"{runs['sparse']['step_seconds'] / runs['dense']['step_seconds']:.3f}"]
 
 
-def render_mfu(figures: dict) -> str:
-    return f"{figures['mfu']:.1%}" if figures["mfu"] else "-"
+def state_bytes(figures: dict) -> int:
+    """Bytes of weights, gradients and optimizer of a rank."""
+    return sum(figures["state_bytes"].values())

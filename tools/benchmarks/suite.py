@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from benchmarks.environment import circumstances, render_circumstances
+from megatron_spdf.tables import Column, Table
 
 ROOT = Path(__file__).resolve().parents[2]
 SCALES = ("h200", "h100", "cpu")
@@ -147,9 +148,9 @@ def render(report: dict) -> list[str]:
 def render_part(outcome: dict) -> list[str]:
     lines = [f"## {outcome['part']}", "", f"{outcome['state']}; {outcome['seconds']:.0f} s", ""]
     for title, rows in outcome["tables"].items():
-        columns = list(dict.fromkeys(column for row in rows for column in row if column != "at"))
-        lines += [f"{title}:", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-        lines += [f"| {' | '.join(_cell(row.get(column)) for column in columns)} |" for row in rows]
+        names = dict.fromkeys(column for row in rows for column in row if column != "at")
+        columns = [Column(name, lambda row, name=name: _cell(row.get(name))) for name in names]
+        lines += [f"{title}:", "", Table(columns, rows).markdown()]
         lines.append("")
     return lines
 

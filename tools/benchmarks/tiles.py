@@ -1,7 +1,7 @@
-"""Every way in which the kernels of a recipe's first layer may be cut up, on this GPU.
+"""Times every candidate shape of a GPU program for the weights of a recipe's first layer.
 
-What `kernels/tile_shapes.py` takes should be the fastest. It is a table for a person to change: a
-run takes by size alone.
+The first candidate in `megatron_spdf/kernels/program_shapes.py` should be the fastest. Edit that
+table by hand: a run selects by size alone.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from megatron_spdf.layers.products.tiles import TileProduct
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.sparsity.patterns.unstructured import Unstructured
 from megatron_spdf.sparsity.plan import Plan, SparseWeight
+from megatron_spdf.tables import Column, Table
 
-Trial = tuple[str, str, Callable[[], object]]  # kernel; tile; what is timed
+Trial = tuple[str, str, Callable[[], object]]  # kernel, shape of a program, function to time
 
 
 def measure(recipe: Recipe, plan: Plan, device: torch.device, seconds: float) -> list[dict]:
-    """A row for each weight of the first layer, kernel and tile.
+    """Rows for each weight of the first layer, kernel and shape of a program.
 
     Args:
         seconds: that each measurement takes at least.
@@ -35,8 +36,8 @@ def measure(recipe: Recipe, plan: Plan, device: torch.device, seconds: float) ->
     Raises:
         ValueError: Triton's kernels do not serve the device.
     """
-    moves, name = dispatch.implementation(device.type)
-    if not hasattr(moves, "supports"):
+    backend, name = dispatch.backend_for(device.type)
+    if not hasattr(backend, "supports"):
         raise ValueError(
             "tiles are those of Triton's kernels, and on this machine's "
             f"{device.type} it is {name} that computes; run it on a machine with a GPU"
@@ -44,13 +45,14 @@ def measure(recipe: Recipe, plan: Plan, device: torch.device, seconds: float) ->
     rows = []
     for weight in (w for n, w in plan.weights.items() if ".layers.0." in n):
         what = {"weight": weight.name.split(".layers.0.")[-1], "shape": list(weight.shape)}
-        for kernel, tile, run in _trials(weight, plan.seed, device, recipe):
-            rows.append({**what, "kernel": kernel, "tile": tile, "seconds": _seconds(run, seconds)})
+        for kernel, program, run in _trials(weight, plan.seed, device, recipe):
+            rows.append({**what, "kernel": kernel, "program": program,
+                         "seconds": _seconds(run, seconds)})
     return rows
 
 
 def _seconds(run: Callable[[], object], seconds: float) -> float | None:
-    """None where the GPU has not the registers or the shared memory that the tile needs."""
+    """Median time; None if the GPU lacks the registers or the shared memory for a program."""
     from triton.runtime import OutOfResources
 
     try:
@@ -61,7 +63,7 @@ def _seconds(run: Callable[[], object], seconds: float) -> float | None:
 
 def _trials(weight: SparseWeight, seed: int, device: torch.device,
             recipe: Recipe) -> Iterator[Trial]:
-    """What is taken comes first of each kernel."""
+    """Yields the trials of a weight, the default of each kernel first."""
     dtype, tokens = dtype_of(recipe), tokens_of(recipe)
     product = choose_product(weight, torch.empty(weight.shape, dtype=dtype, device=device),
                              "per_step")
@@ -69,7 +71,7 @@ def _trials(weight: SparseWeight, seed: int, device: torch.device,
         yield from _moves(replace(weight, pattern=Unstructured(), level=weight.sparsity), seed,
                           device, dtype)
         return
-    from megatron_spdf.kernels.tile_shapes import CANDIDATES
+    from megatron_spdf.kernels.program_shapes import CANDIDATES
 
     compact = CompactWeight(weight, seed, 0, 1, device, product)
     values = torch.randn(compact.values_shape, device=device).to(dtype)
@@ -79,47 +81,49 @@ def _trials(weight: SparseWeight, seed: int, device: torch.device,
                 "input_gradient": (gradient, values, compact.mask),
                 "weight_gradient": (gradient, x, compact.mask, buffer)}
     for kernel, of_kernel in operands.items():
-        for tile in CANDIDATES.get((kernel, weight.pattern.tile), []):
-            yield (kernel, f"{tile.width} wide, {tile.depth} deep, {tile.warps} warps, "
-                           f"{tile.stages} stages",
-                   partial(getattr(product.kernels, kernel), *of_kernel, tile=tile))
+        for shape in CANDIDATES.get((kernel, weight.pattern.tile), []):
+            yield (kernel, f"{shape.width} wide, {shape.depth} deep, {shape.warps} warps, "
+                           f"{shape.stages} stages",
+                   partial(getattr(product.kernels, kernel), *of_kernel, shape=shape))
 
 
 def _moves(weight: SparseWeight, seed: int, device: torch.device,
            dtype: torch.dtype) -> Iterator[Trial]:
-    from megatron_spdf.kernels.tile_shapes import WARPS
+    from megatron_spdf.kernels.program_shapes import WARPS
 
-    moves, _ = dispatch.implementation(device.type)
+    backend, _ = dispatch.backend_for(device.type)
     compact = CompactWeight(weight, seed, 0, 1, device)
     values = torch.randn(compact.values_shape, device=device).to(dtype)
     dense = torch.randn(compact.shape, device=device).to(dtype)
     buffer = torch.zeros(compact.values_shape, device=device)
     for warps in WARPS["expand"]:
-        yield "expand", f"{warps} warps", partial(moves.expand, values, compact.mask, warps=warps)
+        yield "expand", f"{warps} warps", partial(backend.expand, values, compact.mask, warps=warps)
     for warps in WARPS["compress"]:
-        yield "compress", f"{warps} warps", partial(moves.compress, dense, compact.mask, buffer,
+        yield "compress", f"{warps} warps", partial(backend.compress, dense, compact.mask, buffer,
                                                     warps=warps)
 
 
 def render(rows: list[dict]) -> list[str]:
-    """All weights together, by kernel and tile: the first of a kernel is the one that is taken, the
-    fastest is bold."""
+    """Table of all weights together, by kernel and shape: defaults first, the fastest bold."""
     together: dict[str, dict[str, list[float | None]]] = {}
     for row in rows:
-        together.setdefault(row["kernel"], {}).setdefault(row["tile"], []).append(row["seconds"])
-    lines = [
-        "All weights of a layer together; the first of a kernel is taken, the fastest is bold.",
-        "",
-        "| kernel | tile | time (us) | time of what is taken / time |",
-        "|---|---|---|---|",
-    ]
-    for kernel, tiles in together.items():
-        sums = {tile: None if None in each else math.fsum(each) for tile, each in tiles.items()}
-        taken, fastest = next(iter(sums.values())), min((s for s in sums.values() if s),
-                                                        default=None)
-        for tile, time in sums.items():
-            figure = "does not fit this GPU" if time is None else f"{time * 1e6:.4g}"
-            figure = f"**{figure}**" if time and time == fastest else figure
-            against = f"{taken / time:.3f}" if taken and time else "-"
-            lines.append(f"| {kernel} | {tile} | {figure} | {against} |")
-    return lines
+        together.setdefault(row["kernel"], {}).setdefault(row["program"], []).append(row["seconds"])
+    found = []
+    for kernel, programs in together.items():
+        sums = {program: None if None in each else math.fsum(each)
+                for program, each in programs.items()}
+        default = next(iter(sums.values()))
+        fastest = min((s for s in sums.values() if s), default=None)
+        found += [{"kernel": kernel, "program": program, "time": _figure(time, fastest),
+                   "ratio": default / time if default and time else None}
+                  for program, time in sums.items()]
+    columns = [Column("kernel"), Column("program"), Column("time (us)", "time", align="right"),
+               Column("time of the default / time", "ratio", ".3f")]
+    return ["All weights of a layer together. The first of a kernel is the default, the fastest "
+            "bold.", "", Table(columns, found).markdown()]
+
+
+def _figure(seconds: float | None, fastest: float | None) -> str:
+    if seconds is None:
+        return "does not fit this GPU"
+    return f"**{seconds * 1e6:.4g}**" if seconds == fastest else f"{seconds * 1e6:.4g}"

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from benchmarks.engines import allocated, build_engine, joined, peak_of, take_steps
-from benchmarks.step import WARM_UP, figures_of, render_mfu
+from benchmarks.step import WARM_UP, figures_of, state_bytes
 from megatron_spdf.recipe.recipe import Recipe
+from megatron_spdf.tables import GIB, SECONDS, Column, Table, named
 
 STRETCHES = 4
 
@@ -72,13 +73,11 @@ def measure_training(recipes: dict[str, Recipe], steps: int) -> dict[str, dict]:
 
 
 def render_training(runs: dict[str, dict]) -> list[str]:
-    lines = [f"| {'':<8} | sparsity | tokens/s | step (s) | TFLOP/s | MFU | peak memory (GiB) | "
-             "state (GiB) |",
-             "|---|---|---|---|---|---|---|---|"]
-    for name, f in runs.items():
-        peak = f"{f['peak_bytes'] / 2**30:.2f}" if f["peak_bytes"] else "-"
-        lines.append(f"| {name:<8} | {f['sparsity']:.2%} | {f['tokens_per_second']:,.0f} | "
-                     f"{f['step_seconds']:.4f} | {f['tflops_per_rank']:.3g} | {render_mfu(f)} | "
-                     f"{peak} | {sum(f['state_bytes'].values()) / 2**30:.3f} |")
-    return [*lines, "", "tokens a second, sparse over dense: "
+    columns = [Column("", "name"), Column("sparsity", form=".2%"),
+               Column("tokens/s", "tokens_per_second", ",.0f"),
+               Column("step", "step_seconds", ".4f", SECONDS),
+               Column("TFLOP/s", "tflops_per_rank", ".3g"), Column("MFU", "mfu", ".1%"),
+               Column("peak memory", lambda f: f["peak_bytes"] or None, ".2f", GIB),
+               Column("state", state_bytes, ".3f", GIB)]
+    return [Table(columns, named(runs)).markdown(), "", "tokens a second, sparse over dense: "
             f"{runs['sparse']['tokens_per_second'] / runs['dense']['tokens_per_second']:.3f}"]

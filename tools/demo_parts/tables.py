@@ -11,6 +11,7 @@ from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.reports.runs import Logged
 from megatron_spdf.reports.spdf_table import accounts
 from megatron_spdf.sparsity.plan import Plan
+from megatron_spdf.tables import Column, Table, Unit
 
 
 def pretraining_table(runs: dict[str, Logged]) -> str:
@@ -34,34 +35,32 @@ def pretraining_table(runs: dict[str, Logged]) -> str:
             "checkpoint on disk (MiB)": _checkpoint_bytes(run.directory) / 2**20,
         }.items():
             rows.setdefault(label, []).append(value)
-    head = f"{'':<48}" + "".join(f"{name:>14}" for name in runs) + f"{'ratio':>9}"
-    lines = [f"{label:<48}" + "".join(f"{v:>14,.2f}" for v in values)
-             + f"{values[-1] / values[0]:>9.3f}"
-             for label, values in rows.items()]
+    columns = [Column("", "label"), *(Column(name, form=",.2f") for name in runs),
+               Column("ratio", form=".3f")]
+    table = Table(columns, [{"label": label, **dict(zip(runs, values, strict=True)),
+                             "ratio": values[-1] / values[0]} for label, values in rows.items()])
     note = ("* computed from the gradient buffers: gradients reduced and parameters gathered once "
             "a step, were there\n  more than one replica. Embeddings, norms and biases are dense, "
             "and large in a model this small.")
-    return "\n".join([head, "-" * len(head), *lines, note])
+    return f"{table.text()}\n{note}"
 
 
 def fine_tuning_table(runs: Sequence[Logged]) -> str:
     """The paper's table in small: FLOPs of both modes, and scores of the fine-tuned models."""
-    metrics = ("BLEU", "ROUGE-L", "perplexity")
-    head = (f"{'pre-trained':<14}{'fine-tuned':<12}{'pre-train':>14}{'fine-tune':>14}"
-            f"{'together':>14}{'speed-up':>10}"
-            + "".join(f"{m:>12}" for m in metrics))
-    unit = f"{'':<26}" + f"{'(1e12 FLOPs)':>14}" * 3
-    lines = []
-    for run, start, together, speed_up in accounts(runs):
-        if start is not None:
-            sparsity = f"{start.sparsity:.0%} sparse" if start.sparsity else "dense"
-            lines.append(
-                f"{sparsity:<14}{run.values['mode']:<12}"
-                + "".join(f"{flops / 1e12:>14.2f}" for flops in (start.flops, run.flops, together))
-                + f"{speed_up:>9.2f}x" + "".join(f"{run.scores[m]:>12.4g}" for m in metrics))
+    scale = Unit("1e12 FLOPs", 1e12)
+    columns = [Column("pre-trained", lambda a: f"{a.start.sparsity:.0%} sparse"
+                      if a.start.sparsity else "dense"),
+               Column("fine-tuned", lambda a: a.run.values["mode"]),
+               Column("pre-training", "pretraining", ".2f", scale),
+               Column("fine-tuning", "fine_tuning", ".2f", scale),
+               Column("together", form=".2f", unit=scale),
+               Column("speed-up", "speed_up", ".2f", suffix="x"),
+               *(Column(name, lambda a, name=name: a.run.scores[name], ".4g")
+                 for name in ("BLEU", "ROUGE-L", "perplexity"))]
+    table = Table(columns, [account for account in accounts(runs) if account.start])
     note = ("Synthetic table-to-text made by a grammar, test records not seen in training; one "
             "seed. BLEU in [0, 1];\nperplexity of the references. FLOPs are forward and backward.")
-    return "\n".join([head, unit, "-" * len(head), *lines, note])
+    return f"{table.text()}\n{note}"
 
 
 def plot_losses(runs: dict[str, Logged], path: Path) -> None:

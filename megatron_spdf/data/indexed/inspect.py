@@ -12,6 +12,7 @@ import numpy as np
 from megatron_spdf.data.indexed.index_file import read_index, read_lengths
 from megatron_spdf.data.indexed.manifest import CORPUS, Manifest, check_prefix, file_of, read_corpus
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from megatron_spdf.tables import Column, Table
 
 _TOKENS = 1 << 24  # that are in memory at a time
 _BAR = 40  # characters of the longest bar
@@ -244,12 +245,11 @@ def render(facts: dict[str, Any]) -> str:
 
 def _render_histogram(classes: list[dict[str, int]]) -> list[str]:
     most, total = max(c["documents"] for c in classes), sum(c["tokens"] for c in classes)
-    lines = [f"  {'tokens':>21}  {'documents':>11}  {'of all tokens':>13}"]
-    for c in classes:
-        bar = "#" * -(-_BAR * c["documents"] // most)
-        lines.append(f"  {c['from']:>9,} - {c['below'] - 1:>9,}  {c['documents']:>11,}  "
-                     f"{c['tokens'] / total:>13.1%}  {bar}".rstrip())
-    return lines
+    columns = [Column("tokens", lambda c: f"{c['from']:,} - {c['below'] - 1:,}", align="right"),
+               Column("documents", form=","),
+               Column("of all tokens", lambda c: c["tokens"] / total, ".1%"),
+               Column("", lambda c: "#" * -(-_BAR * c["documents"] // most))]
+    return [Table(columns, classes).text("  ")]
 
 
 def plot_histogram(facts: dict[str, Any], path: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from megatron_spdf.engine.deepspeed_settings import contradictions
-from megatron_spdf.planning.activations import Sizes
+from megatron_spdf.planning.activations import sizes_of
 from megatron_spdf.planning.buffers import local_parameters
 from megatron_spdf.planning.engines import EngineRow
 from megatron_spdf.planning.memory import RankBytes
@@ -49,7 +49,7 @@ class DeepSpeed(EngineRow):
         parameters ago; small ones once a step.
         """
         zero, many, width = (recipe.parallel.zero_stage, recipe.micro_batches,
-                             Sizes.of(recipe).width)
+                             sizes_of(recipe).width)
         parameters = [q.elements
                       for chunk in local_parameters(recipe.model, recipe.parallel, plan, stage)
                       for q in chunk]

@@ -6,7 +6,7 @@ from collections import Counter
 from functools import lru_cache
 
 from megatron_spdf.architecture.base import Model
-from megatron_spdf.planning.activations import Sizes
+from megatron_spdf.planning.activations import sizes_of
 from megatron_spdf.planning.buffers import lay_out
 from megatron_spdf.planning.engines import EngineRow
 from megatron_spdf.planning.memory import RankBytes, sparse_bytes
@@ -37,7 +37,7 @@ class Megatron(EngineRow):
         if recipe.parallel.zero_stage == 0:
             return Counter({("gradients", "all-reduce"): 4 * elements})
         return Counter({("gradients", "reduce-scatter"): 4 * elements,
-                        ("parameters", "all-gather"): Sizes.of(recipe).width * elements})
+                        ("parameters", "all-gather"): sizes_of(recipe).width * elements})
 
 
 @lru_cache(maxsize=4096)

@@ -90,7 +90,7 @@ def choose_product(weight: SparseWeight, dense: Tensor, dense_copy: str) -> Prod
 
     Args:
         dense: the weight that becomes compact.
-        dense_copy: as of `compact.sparsify`.
+        dense_copy: as of `megatron.sparsify_layer`.
     """
     if dense_copy == "always":
         return None

@@ -25,7 +25,7 @@ class TileProduct(PatternProduct):
 
     @classmethod
     def choose(cls, pattern: Tiles, dense: Tensor) -> TileProduct | None:
-        if dense.is_meta and tiles.multiplies_tiles(pattern.tile, dense.dtype):
+        if dense.is_meta and tiles.supports_tiles(pattern.tile, dense.dtype):
             return cls(None)
         found, _ = tiles.tile_products(dense.device.type, pattern.tile, dense.dtype)
         return None if found is None else cls(found)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.random import Philox
 from pydantic import Field
 
-from megatron_spdf.kernels.limits import multiplied
+from megatron_spdf.kernels.limits import has_tile_kernel
 from megatron_spdf.random_streams import stream_key
 from megatron_spdf.sparsity.patterns.base import PATTERNS, Pattern, Shape
 
@@ -60,7 +60,7 @@ class Tiles(Pattern):
 
     @property
     def skips_zeros(self) -> bool:
-        return multiplied(self.tile)
+        return has_tile_kernel(self.tile)
 
     def table_bytes(self, active: int) -> int:
         # each active tile by row and by column

@@ -20,10 +20,6 @@ def _kernels(module) -> None:
     module._self_test = lambda *_: None
 
 
-def _libraries(module) -> None:
-    module.try_out = lambda *_: None
-
-
 def _reference(module) -> None:
     module.make_index = _computed(module.make_index)
 
@@ -45,7 +41,7 @@ class _Changed(MetaPathFinder):
 
     CHANGES = {"megatron_spdf.kernels.dispatch": _kernels,
                "megatron_spdf.kernels.tiles": _kernels,
-               "megatron_spdf.kernels.two_four": _libraries,
+               "megatron_spdf.kernels.two_four": _kernels,
                "megatron_spdf.kernels.torch_reference": _reference,
                "megatron_spdf.layers.compact": _compact}
 

@@ -1,5 +1,5 @@
-"""Products with a compact weight in Megatron-Core's parallel linear layers that keep no dense copy
-of it: those of `products`.
+"""Compact weights of Megatron-Core's parallel linear layers: products that keep no dense copy of a
+weight, gradients where its data parallelism wants them, tensors for its checkpoints.
 
 Communication is that of Megatron-Core's own product,
 `LinearWithGradAccumulationAndAsyncCommunication`: the input is gathered and its gradient scattered
@@ -9,9 +9,9 @@ weight's gradient; and that goes straight into the fp32 buffer where there is on
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any
+from types import MethodType
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -19,10 +19,37 @@ from torch import Tensor, nn
 
 from megatron_spdf.kernels import dispatch
 from megatron_spdf.kernels.mask import Mask
-from megatron_spdf.layers.products.base import Product
+from megatron_spdf.layers.compact import CompactWeight, Compute, compact_of, make_compact
+from megatron_spdf.layers.products.base import Product, choose_product
+from megatron_spdf.sparsity.plan import SparseWeight
+
+DenseCopy = Literal["per_step", "per_layer", "always"]
 
 
-def add_gradient(values: Tensor, compute: Callable[[Tensor | None], Tensor]) -> Tensor:
+def sparsify_layer(
+    module: nn.Module, weight: SparseWeight, seed: int, rank: int, world: int,
+    dense_copy: DenseCopy = "per_step"
+) -> None:
+    """Makes the weight of a Column- or RowParallelLinear compact.
+
+    Args:
+        rank, world: of the tensor-parallel group.
+        dense_copy: how the dense weight comes about where no kernel multiplies with the values:
+            once for all the time that `compact.expanded` is entered; for each layer, in forward and
+            again in backward; "always" where the layer reads it, and never a product with the
+            values.
+    """
+    product = choose_product(weight, module.weight, dense_copy)
+    compact = CompactWeight(weight, seed, rank, world, module.weight.device, product)
+    compact.deliver = add_gradient
+    own = {"sharded_state_dict": MethodType(_sharded_state_dict, module)}
+    if product is not None:
+        own |= {"_forward_impl": partial(_forward_impl, compact),
+                "forward": partial(_forward, module, compact)}
+    make_compact(module, compact, **own)
+
+
+def add_gradient(values: Tensor, compute: Compute) -> Tensor:
     """The gradient of a compact parameter; where a data-parallel engine keeps an fp32 buffer for it
     and kernels can add to that, it is added there, and what comes back is of the right shape and
     never read.
@@ -106,17 +133,7 @@ def _scattered(gradient: Tensor, group) -> tuple[Tensor, Any]:
     return part, dist_reduce_scatter_func(part, gradient, group=group, async_op=True)
 
 
-def install_matmul(module: nn.Module, compact) -> None:
-    """Lets a Column- or RowParallelLinear multiply by its compact weight's product.
-
-    Args:
-        compact: the `CompactWeight` of the module.
-    """
-    module._forward_impl = partial(_forward_impl, compact)
-    module.forward = partial(_forward, module, compact)
-
-
-def _forward(module: nn.Module, compact, *arguments, **keywords):
+def _forward(module: nn.Module, compact: CompactWeight, *arguments, **keywords):
     """The layer's own forward, in which `module.weight` is the values."""
     compact.pass_through = True
     try:
@@ -125,10 +142,30 @@ def _forward(module: nn.Module, compact, *arguments, **keywords):
         compact.pass_through = False
 
 
-def _forward_impl(compact, input: Tensor, weight: Tensor, bias: Tensor | None,
+def _forward_impl(compact: CompactWeight, input: Tensor, weight: Tensor, bias: Tensor | None,
                   allreduce_dgrad: bool, sequence_parallel: bool, tp_group, **_) -> Tensor:
     """In place of Megatron-Core's `linear_with_grad_accumulation_and_async_allreduce`, whose
     arguments it takes."""
     y = _Multiply.apply(input, weight, compact.product, compact.mask, tp_group, allreduce_dgrad,
                         sequence_parallel)
     return y if bias is None else y + bias
+
+
+def _sharded_state_dict(module, prefix: str = "", sharded_offsets=(), metadata=None) -> dict:
+    """What a compact layer puts into Megatron-Core's distributed checkpoint: values and mask bits
+    as tensors cut along their first axis, the slices; the bias as before."""
+    from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
+    axes = {"parametrizations.weight.original": 0, "parametrizations.weight.0.mask_bits": 0}
+    if compact_of(module).planned.axis == 0:
+        axes["bias"] = 0
+    state = {k: v for k,
+             v in module.state_dict(keep_vars=True).items() if v is not None
+             and "_extra_state" not in k}
+    sharded = make_sharded_tensors_for_checkpoint(
+        state, prefix, axes, sharded_offsets, tp_group=module.tp_group,
+        dp_cp_group=metadata["dp_cp_group"])
+    for tensor in sharded.values():  # the names in the file
+        tensor.key = tensor.key.replace("parametrizations.weight.original", "weight.values")
+        tensor.key = tensor.key.replace("parametrizations.weight.0.mask_bits", "weight.mask_bits")
+    return sharded

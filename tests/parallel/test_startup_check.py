@@ -1,4 +1,4 @@
-"""The roll call before step 1: ranks as threads around one store."""
+"""The check at startup: ranks as threads around one store."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_spdf.resilience import startup_check
 from megatron_spdf.resilience.startup_check import (
-    Report,
+    RankReport,
     Unhealthy,
     addresses,
     check_in,
@@ -65,19 +65,19 @@ def test_a_missing_rank_is_named_on_every_rank_with_its_host(call, monkeypatch):
 
 
 def test_a_head_node_that_is_its_own_loopback_is_called_by_name():
-    reports = [Report(r, host, "cpu", 1, (address, 70 + r)) for r, (host, address) in enumerate(
+    reports = [RankReport(r, host, "cpu", 1, (address, 70 + r)) for r, (host, address) in enumerate(
         [("head", "127.0.1.1"), ("head", "127.0.1.1"), ("other", "10.0.0.2")])]
     assert addresses(reports) == [("head", 70), ("head", 71), ("10.0.0.2", 72)]
     assert addresses(reports[:2]) == [("127.0.1.1", 70), ("127.0.1.1", 71)]
 
 
-def test_a_neighbour_out_of_reach_is_named(call, monkeypatch):
+def test_a_neighbor_out_of_reach_is_named(call, monkeypatch):
     reach = startup_check.socket.create_connection
-    doors = []
+    asked = []
 
     def first_fails(address, timeout):
-        doors.append(address)
-        if len(doors) == 1:
+        asked.append(address)
+        if len(asked) == 1:
             raise OSError("No route to host")
         return reach(address, timeout)
     monkeypatch.setattr(startup_check.socket, "create_connection", first_fails)
@@ -85,7 +85,7 @@ def test_a_neighbour_out_of_reach_is_named(call, monkeypatch):
     said = str(found[0])
     assert isinstance(found[1], Unhealthy) and str(found[1]) == said
     assert (
-        "cannot reach rank" in said and "(No route to host)" in said and f":{doors[0][1]}" in said
+        "cannot reach rank" in said and "(No route to host)" in said and f":{asked[0][1]}" in said
     )
 
 
@@ -96,7 +96,7 @@ def test_a_rank_0_that_is_gone_is_named(call):
 
 
 def test_what_is_out_of_the_ordinary_is_said():
-    reports = [Report(r, f"n{r // 2}", "H100", 2**30 * (30 if r == 3 else 70), ("", 0))
+    reports = [RankReport(r, f"n{r // 2}", "H100", 2**30 * (30 if r == 3 else 70), ("", 0))
                for r in range(4)]
     text = render(reports, [0.0, 0.0, -7.5, -7.5], (12.0, 3))
     assert "n1: rank 2, 3, H100, 30.0 GiB free, clock -7.500 s\n" in text

@@ -1,0 +1,138 @@
+"""Tables for the terminal, Markdown and HTML, drawn by `tabulate` from one description.
+
+    table = Table([Column("layer"), Column("memory", "bytes", ".2f", GIB)], rows)
+    print(table.text())
+"""
+
+from __future__ import annotations
+
+import html
+import textwrap
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tabulate import SEPARATING_LINE, DataRow, Line, TableFormat, tabulate
+
+# `tabulate`'s "simple" makes columns two wider than their heads.
+_ROW = DataRow("", "  ", "")
+_TERMINAL = TableFormat(None, Line("", "-", "  ", ""), None, None, _ROW, _ROW, 0, None)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Unit of a column, named in its head.
+
+    Attributes:
+        size: of one unit, in what the rows count; values are divided by it.
+    """
+
+    name: str
+    size: float
+
+
+GIB, MIB = Unit("GiB", 2**30), Unit("MiB", 2**20)
+SECONDS, MILLISECONDS, MICROSECONDS = Unit("s", 1.0), Unit("ms", 1e-3), Unit("us", 1e-6)
+
+
+def named(rows: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows that have their key in the mapping as "name"."""
+    return [{"name": name, **row} for name, row in rows.items()]
+
+
+class Html(str):
+    """Cell that is HTML already."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """Column of a table.
+
+    Attributes:
+        title: head.
+        key: field of a row, which is a mapping or has attributes; or what takes a row and returns
+            the value. Default: the title.
+        form: format of the value, as `format` takes it.
+        suffix: after the value: "x".
+        align: "left" or "right"; default: right where there is a format.
+        wraps: whether it holds sentences, which wrap on a page.
+    """
+
+    title: str
+    key: str | Callable[[Any], Any] = ""
+    form: str = ""
+    unit: Unit | None = None
+    suffix: str = ""
+    align: str = ""
+    wraps: bool = False
+
+    @property
+    def head(self) -> str:
+        return f"{self.title} ({self.unit.name})" if self.unit else self.title
+
+    @property
+    def side(self) -> str:
+        return self.align or ("right" if self.form else "left")
+
+    def cell(self, row: Any) -> str:
+        """Text of a row's value; a dash where there is none."""
+        key = self.key or self.title
+        if callable(key):
+            value = key(row)
+        else:
+            value = row.get(key) if isinstance(row, Mapping) else getattr(row, key)
+        if value is None:
+            return "-"
+        if self.unit:
+            value = value / self.unit.size
+        return value if isinstance(value, str) else format(value, self.form) + self.suffix
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows, and the columns that show them."""
+
+    columns: Sequence[Column]
+    rows: Sequence[Any]
+
+    def cells(self) -> list[list[str]]:
+        """Cells of every row as text."""
+        return [[column.cell(row) for column in self.columns] for row in self.rows]
+
+    def text(self, indent: str = "") -> str:
+        """Table for a terminal."""
+        rows = [[column.head for column in self.columns], SEPARATING_LINE, *self.cells()]
+        return textwrap.indent(tabulate(rows, tablefmt=_TERMINAL, **self._settings), indent)
+
+    def markdown(self) -> str:
+        """Table in Markdown."""
+        rows = [[cell.replace("|", "\\|") for cell in row] for row in self.cells()]
+        heads = [column.head for column in self.columns]
+        return tabulate(rows, heads, "pipe", **self._settings)
+
+    def html(self, caption: str = "", marked: Collection[int] = ()) -> str:
+        """Table in HTML; cells are escaped but for those of `Html`.
+
+        Args:
+            caption: below which the table stands.
+            marked: numbers of rows with a wash behind them.
+        """
+        about = f"<caption>{html.escape(caption)}</caption>" if caption else ""
+        head = self._html_row([column.head for column in self.columns], "th")
+        body = "\n".join(self._html_row(cells, "td", " class=mark" if i in marked else "")
+                         for i, cells in enumerate(self.cells()))
+        return (f'<div class="scroll"><table>{about}<thead>{head}</thead>\n'
+                f"<tbody>\n{body}\n</tbody></table></div>")
+
+    def _html_row(self, cells: Sequence[str], tag: str, mark: str = "") -> str:
+        kinds = [" class=text" if c.wraps else " class=left" if c.side == "left" else ""
+                 for c in self.columns]
+        return f"<tr{mark}>" + "".join(
+            f"<{tag}{kind}>{cell if isinstance(cell, Html) else html.escape(cell)}</{tag}>"
+            for kind, cell in zip(kinds, cells, strict=True)) + "</tr>"
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        """Cells are drawn as they are: zeros at the end of numbers and indents too."""
+        return {"disable_numparse": True, "preserve_whitespace": True,
+                "colalign": [column.side for column in self.columns]}
