@@ -38,7 +38,7 @@ _FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1,
 
 
 @dataclass(frozen=True)
-class Part:
+class Shard:
     """Box of the tensor that `StoredTensor.read` gives, and the file that stores it."""
 
     file: str
@@ -52,7 +52,7 @@ class StoredTensor:
 
     Attributes:
         name, shape, dtype: of the whole tensor in the checkpoint.
-        parts: boxes that together cover the result of `read`.
+        shards: boxes that together cover the result of `read`.
         read: returns the values; called once, when the tensor is written.
         layer: index along the first axis if `read` gives one layer; None if it gives the whole.
     """
@@ -60,7 +60,7 @@ class StoredTensor:
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    parts: tuple[Part, ...]
+    shards: tuple[Shard, ...]
     read: Callable[[], Tensor]
     layer: int | None = None
 
@@ -100,13 +100,13 @@ def write_tensors(directory: Path, tensors: Sequence[StoredTensor],
                 TensorProperties(dtype=tensor.dtype), torch.Size(tensor.shape), []))
             values = tensor.read()
             assert values.dtype == tensor.dtype, (tensor.name, values.dtype)
-            for part in tensor.parts:
+            for shard in tensor.shards:
                 box = values[tuple(slice(start, start + length) for start, length
-                                   in zip(part.offset, part.size, strict=True))]
-                offset = torch.Size(part.offset if tensor.layer is None
-                                    else (tensor.layer, *part.offset))
+                                   in zip(shard.offset, shard.size, strict=True))]
+                offset = torch.Size(shard.offset if tensor.layer is None
+                                    else (tensor.layer, *shard.offset))
                 box = box if tensor.layer is None else box[None]
-                append(part.file, box.clone(memory_format=torch.contiguous_format),
+                append(shard.file, box.clone(memory_format=torch.contiguous_format),
                        MetadataIndex(tensor.name, offset, len(entry.chunks)))
                 entry.chunks.append(ChunkStorageMetadata(offset, box.size()))
     FileSystemWriter(directory).finish(index, [results])
@@ -124,13 +124,13 @@ def file_name(rank: int) -> str:
     return f"__{rank}_0.distcp"
 
 
-def whole(shape: tuple[int, ...]) -> tuple[Part, ...]:
-    """Parts of a tensor in one piece, in the first file."""
-    return (Part(file_name(0), (0,) * len(shape), shape),)
+def whole(shape: tuple[int, ...]) -> tuple[Shard, ...]:
+    """The single shard of a tensor in one piece, in the first file."""
+    return (Shard(file_name(0), (0,) * len(shape), shape),)
 
 
-def cut(shape: tuple[int, ...], axis: int | None, layer: int, recipe: Recipe) -> tuple[Part, ...]:
-    """Parts of a tensor, one in the file of each model-parallel rank that holds it in a recipe's
+def cut(shape: tuple[int, ...], axis: int | None, layer: int, recipe: Recipe) -> tuple[Shard, ...]:
+    """Shards of a tensor, one in the file of each model-parallel rank that holds it in a recipe's
     layout.
 
     Args:
@@ -142,11 +142,11 @@ def cut(shape: tuple[int, ...], axis: int | None, layer: int, recipe: Recipe) ->
     """
     first = _stage_of(layer, recipe) * recipe.parallel.tensor
     if axis is None:
-        return (Part(file_name(first), (0,) * len(shape), shape),)
+        return (Shard(file_name(first), (0,) * len(shape), shape),)
     share = shape[axis] // recipe.parallel.tensor
     size = tuple(share if i == axis else n for i, n in enumerate(shape))
-    return tuple(Part(file_name(first + rank),
-                      tuple(rank * share if i == axis else 0 for i in range(len(shape))), size)
+    return tuple(Shard(file_name(first + rank),
+                       tuple(rank * share if i == axis else 0 for i in range(len(shape))), size)
                  for rank in range(recipe.parallel.tensor))
 
 

@@ -80,7 +80,7 @@ def _layouts(facts: dict[str, Any]) -> str:
 def _misfits(facts: dict[str, Any]) -> str:
     if not facts["misfits"]:
         return "Every TP x PP x DP has a variant that fits."
-    lines = ["Those that do not do, nearest first:"]
+    lines = ["Rejected layouts, closest first:"]
     lines += [f"  TP {m['tensor']} x PP {m['pipeline']} x DP {m['data']}: {m['reason']}"
               for m in facts["misfits"]]
     return "\n".join(lines)

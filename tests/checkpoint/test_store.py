@@ -1,4 +1,4 @@
-"""The checkpoint directory: visible only when complete, damage is named, the newest is kept."""
+"""Invariant 6: a checkpoint is visible only when complete, damage is named, the newest is kept."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The pickled index of a checkpoint: a real one passes, one that could run code is refused
-unrun."""
+"""Invariant 8: no code is loaded from a checkpoint. A real index passes, and one that could run
+code is refused before it does."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Bad input ends with one readable message and exit code 2, before a file is written or a device
-touched."""
+"""Invariant 9: bad input ends with one readable message and exit code 2, before a file is written
+or a device touched."""
 
 import shutil
 

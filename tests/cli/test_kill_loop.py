@@ -1,4 +1,4 @@
-"""Nothing is lost, however often and whenever a run is killed."""
+"""Invariant 6: a run that is killed at any moment, any number of times, loses no checkpoint."""
 
 import json
 import os

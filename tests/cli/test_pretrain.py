@@ -1,4 +1,5 @@
-"""pretrain.py as users start it: to the end, stopped, killed, and started again."""
+"""Invariant 8: pretrain.py, as users start it, writes into its run directory alone. It is run to
+the end, stopped, killed, and started again."""
 
 import json
 import signal

@@ -1,5 +1,5 @@
-"""Models of transformers become runs that compute the same at any layout, and what those runs save
-becomes models of transformers, of Megatron-LM and runs again."""
+"""Invariant 7: models of transformers become runs that compute the same at any layout. Checkpoints
+of those runs become models of transformers and of Megatron-LM, and runs again."""
 
 import json
 import shutil

@@ -1,5 +1,5 @@
-"""The DeepSpeed engine against the Megatron-Core engine: the same losses, gradient norms, masks and
-checkpoints."""
+"""Invariant 1 on DeepSpeed: losses, gradient norms, masks and checkpoints equal those of the
+Megatron-Core engine."""
 
 import os
 import shutil

@@ -1,5 +1,5 @@
-"""Invariant 2: an interrupted run equals a straight one; bit for bit at the same layout, to
-tolerance at another."""
+"""Invariant 2: an interrupted run equals a straight one, bit for bit at the same layout, within
+rounding at another."""
 
 import pytest
 from harness import outcome, run_cases

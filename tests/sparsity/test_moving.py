@@ -1,4 +1,5 @@
-"""Moving a mask: exact counts, state at its place, born ones zero, the stored random stream."""
+"""Invariant 4: a move keeps the number of active weights in every slice. State moves to its new
+place, born weights are zero, and the random stream is the stored one."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class TokenizerRecord(_Record):
     sha256: str
 
 
-class Settings(_Record):
+class PreprocessSettings(_Record):
     """Options of preprocessing that decide, with inputs and tokenizer, which tokens go where.
 
     Attributes:
@@ -73,7 +73,7 @@ class Settings(_Record):
         return self.split is not None or self.set_key is not None or self.per_shard
 
 
-class Source(_Record):
+class InputFile(_Record):
     """Input file, and the counts of its records: records = documents + empty + skipped +
     duplicates.
 
@@ -123,14 +123,14 @@ class _Origin(_Record):
 
     format_version: Literal[1] = 1
     tokenizer: TokenizerRecord | None = None
-    settings: Settings | None = None
+    settings: PreprocessSettings | None = None
     documents: int
     tokens: int
     text_bytes: int | None = None
     empty: int = 0
     skipped: int = 0
     duplicates: int = 0
-    sources: list[Source] = []
+    sources: list[InputFile] = []
     skipped_lines: list[Skipped] = []
     versions: dict[str, str] = {}
 

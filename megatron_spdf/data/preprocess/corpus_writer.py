@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_spdf.data.indexed.manifest import Counts, Source
+from megatron_spdf.data.indexed.manifest import Counts, InputFile
 from megatron_spdf.data.preprocess.deduplicate import DigestSet
 from megatron_spdf.data.preprocess.documents import FORMATS
 from megatron_spdf.data.preprocess.encode import Encoded, file_name_of
@@ -69,7 +69,7 @@ class CorpusWriter:
         stat, documents = path.stat(), sum(part.documents for part in parts.values())
         lines = sorted(read.skipped_lines + self._report.skipped_lines,
                        key=lambda skipped: skipped.line)
-        source = Source(
+        source = InputFile(
             path=str(path), size=stat.st_size, sha256=read.sha256, records=read.seen,
             documents=documents, empty=self._report.empty,
             skipped=read.skipped + self._report.skipped, duplicates=self._duplicates,
@@ -138,7 +138,7 @@ def stem_of(path: Path) -> str:
     return path.name[: -len(max((f for f in FORMATS if path.name.endswith(f)), key=len))]
 
 
-def require_balance(source: Source) -> None:
+def require_balance(source: InputFile) -> None:
     """Raise a RuntimeError unless every record of an input is accounted for."""
     out = source.documents + source.empty + source.skipped + source.duplicates
     if source.records != out:

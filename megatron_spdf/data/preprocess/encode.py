@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from megatron_spdf.data.indexed.manifest import Settings
+from megatron_spdf.data.indexed.manifest import PreprocessSettings
 from megatron_spdf.data.preprocess.documents import Document, parse_records
 from megatron_spdf.data.preprocess.records import ReadReport, read_records, reject
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
@@ -67,7 +67,8 @@ class Encoded:
     DIGEST: ClassVar[np.dtype] = np.dtype("S16")
 
 
-def read_batches(paths: Sequence[Path], settings: Settings) -> Iterator[RecordBatch | EndOfInput]:
+def read_batches(paths: Sequence[Path],
+                 settings: PreprocessSettings) -> Iterator[RecordBatch | EndOfInput]:
     """The inputs as batches, each input's followed by its end. What batches hold does not depend on
     who encodes them.
 
@@ -124,7 +125,7 @@ class Encoder:
     any batch."""
 
     tokenizer: Tokenizer
-    settings: Settings
+    settings: PreprocessSettings
     _bounds: list[int] = field(init=False)
 
     def __post_init__(self):

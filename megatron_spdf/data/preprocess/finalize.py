@@ -12,8 +12,8 @@ from megatron_spdf.data.indexed.manifest import (
     CORPUS,
     CorpusManifest,
     Counts,
+    InputFile,
     Manifest,
-    Source,
     TokenizerRecord,
     file_of,
 )
@@ -96,13 +96,13 @@ def _finish(
     write_file(file_of(base, "json"), _as_json(manifest))
 
 
-def _sources_of(ledger: Journal, name: str, several: bool) -> list[Source]:
+def _sources_of(ledger: Journal, name: str, several: bool) -> list[InputFile]:
     """The inputs of one data set; of several, those that gave it something, and what they gave."""
     sources = []
     for entry in ledger.finished:
         part = entry.parts.get(name)
         if part and several:
-            sources.append(Source(path=entry.source.path, size=entry.source.size,
+            sources.append(InputFile(path=entry.source.path, size=entry.source.size,
                                   sha256=entry.source.sha256,
                                   **part.model_dump()))
         elif not several:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from megatron_spdf.data.indexed.manifest import Counts, Settings, Source, file_of
+from megatron_spdf.data.indexed.manifest import Counts, InputFile, PreprocessSettings, file_of
 from megatron_spdf.data.preprocess.records import Skipped
 from megatron_spdf.files import open_to_append, write_file
 
@@ -37,7 +37,7 @@ class Work(_Record):
         versions: of the libraries that make the tokens.
     """
 
-    settings: Settings
+    settings: PreprocessSettings
     tokenizer_sha256: str
     dtype: str
     versions: dict[str, str]
@@ -58,7 +58,7 @@ class FinishedInput(_Record):
         part_of: data set -> (split, set name).
     """
 
-    source: Source
+    source: InputFile
     mtime_ns: int
     parts: dict[str, Part]
     part_of: dict[str, tuple[str | None, str | None]]

@@ -22,7 +22,7 @@ import numpy as np
 from megatron_spdf.data.indexed.manifest import (
     CorpusManifest,
     Manifest,
-    Settings,
+    PreprocessSettings,
     check_prefix,
     read_corpus,
     read_manifest,
@@ -71,14 +71,14 @@ def preprocess(
         workers: processes that tokenize; 1: this one does all.
         overwrite: replace a data set of this name.
         progress: show a bar on stderr; None shows it on a terminal only.
-        settings: fields of `manifest.Settings`.
+        settings: fields of `manifest.PreprocessSettings`.
 
     Raises:
         ValueError: bad input or arguments, no document at all, `prefix` in use, or PREFIX.partial
             of other settings.
         OSError: of a full disk, with the remedy.
     """
-    chosen = Settings(**settings)
+    chosen = PreprocessSettings(**settings)
     paths = expand_inputs(inputs)
     _require_names_apart(paths, chosen)
     partial = Partial(prefix, chosen.several)
@@ -95,8 +95,8 @@ def usual_workers(paths: Sequence[Path]) -> int:
 
 
 def _make(
-    partial: Partial, paths: list[Path], tokenizer: Tokenizer, settings: Settings, workers: int,
-    progress: bool | None
+    partial: Partial, paths: list[Path], tokenizer: Tokenizer, settings: PreprocessSettings,
+    workers: int, progress: bool | None
 ) -> None:
     """Everything of the data sets but their names."""
     work = Work(
@@ -143,7 +143,7 @@ def _tokenize(
         writer.close()
 
 
-def _require_names_apart(paths: Sequence[Path], settings: Settings) -> None:
+def _require_names_apart(paths: Sequence[Path], settings: PreprocessSettings) -> None:
     stem, times = Counter(map(stem_of, paths)).most_common(1)[0]
     if settings.per_shard and times > 1:
         same = ", ".join(str(path) for path in paths if stem_of(path) == stem)

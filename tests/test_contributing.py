@@ -1,0 +1,62 @@
+"""Pages name files that exist. CONTRIBUTING.md names all rooms, floors, and tests of invariants."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from test_floors import FLOORS, PACKAGE
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = (ROOT / "CONTRIBUTING.md").read_text()
+PAGES = ["CONTRIBUTING.md", "tests/README.md", "docker/README.md",
+         *(f"docs/{name}.md" for name in ("checkpoints", "data", "parametrization", "performance",
+                                          "planning", "reproducing_spdf", "slurm", "stages"))]
+PATH = re.compile(r"`((?:megatron_spdf|tests|tools|launch|docs|docker)/[\w./]*\w)`")
+MADE_BY_USERS = {"launch/site.sh"}
+
+
+def mapped() -> set[str]:
+    """Paths of the code map, whose indentation nests them."""
+    tree = PAGE.split("## Code map\n\n```\n")[1].split("\n```")[0]
+    above, found = [], set()
+    for line in tree.splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        above[depth:] = [line.split()[0]]
+        found.add("".join(above))
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_pages_name_exist(page):
+    named = set(PATH.findall((ROOT / page).read_text())) - MADE_BY_USERS
+    assert not (missing := sorted(name for name in named if not (ROOT / name).exists())), missing
+
+
+def test_the_code_map_has_every_room():
+    there = {str(path.parent.relative_to(ROOT)) + "/"
+             for path in (ROOT / PACKAGE).rglob("__init__.py")}
+    found = mapped()
+    assert all((ROOT / path).exists() for path in found)
+    deeper = {f"{PACKAGE}/layers/products/"}  # a room inside one that the map describes
+    assert there - deeper <= found
+
+
+def test_floors_are_those_of_the_imports():
+    rows = re.findall(r"^\| ([a-z ]+) \| (.*) \|$", PAGE.split("| floor,")[1], re.M)
+    floors = {name: re.findall(r"`(\w+)`", rooms) for name, rooms in rows}
+    assert list(floors.items())[1:] == [(name, rooms) for name, rooms in FLOORS[1:]]
+
+
+def test_every_invariant_is_named_by_its_tests():
+    rows = re.findall(r"^\| (\d+) \| .* \| (.*) \|$", PAGE, re.M)
+    assert [int(number) for number, _ in rows] == list(range(1, 11))
+    for number, tests in rows:
+        paths = PATH.findall(tests)
+        assert paths, number
+        for path in paths:
+            said = ast.get_docstring(ast.parse((ROOT / path).read_text())).split("\n\n")[0]
+            named = re.search(r"Invariants? ([\d, and]+)", said)
+            assert named and number in re.findall(r"\d+", named[1]), (path, number)
