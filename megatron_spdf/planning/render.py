@@ -30,6 +30,7 @@ def _head(facts: dict[str, Any]) -> str:
         *(f"  {stage}" for stage in model["stages"]),
         *(["bytes and times are those of the last stage, which is dense; FLOPs are of all"]
           if model["stages"] else []),
+        *model.get("moves", []),
         f"{request['gpus']:,} x {gpu['name']}: {gpu['memory'] / GIB:.1f} GiB, of which "
         f"{request['usable_bytes'] / GIB:.1f} are counted on; "
         f"{gpu[model['precision']] / 1e12:,.4g} TFLOP/s, products at {request['efficiency']:.0%} "
@@ -79,7 +80,7 @@ def _layouts(facts: dict[str, Any]) -> str:
 def _misfits(facts: dict[str, Any]) -> str:
     if not facts["misfits"]:
         return "Every TP x PP x DP has a variant that fits."
-    lines = ["Those that do not do, nearest first:"]
+    lines = ["Rejected layouts, closest first:"]
     lines += [f"  TP {m['tensor']} x PP {m['pipeline']} x DP {m['data']}: {m['reason']}"
               for m in facts["misfits"]]
     return "\n".join(lines)
