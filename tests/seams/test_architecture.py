@@ -176,8 +176,9 @@ def test_weights_come_back_from_both_formats_as_they_went(results, place):
             rows = 300 if weight.shape[0] == reader.model.padded_vocab else None
             assert torch.equal(back.weight(name)[:rows], reader.weight(name)[:rows]), name
     words = arguments(reader)
-    for word in ("--swiglu", "--normalization RMSNorm", "--disable-bias-linear", "--rotary-base 500",
-                 "--untie-embeddings-and-output-weights", "--position-embedding-type rope"):
+    for word in ("--swiglu", "--normalization RMSNorm", "--disable-bias-linear",
+                 "--position-embedding-type rope", "--rotary-base 500",
+                 "--untie-embeddings-and-output-weights"):
         assert word in words
     (moved, *_) = distances(reader, open_weights(directory))
     assert list(moved) == ["W_Q", "W_K", "W_V", "W_D", "W_I gate", "W_I up", "W_O"]
@@ -283,7 +284,8 @@ def test_it_is_planned_and_trained_from_the_command_line(make, tmp_path):
     values["optimizer"] |= {"warmup_tokens": 256}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
     refused = run(tmp_path, "pretrain.py", "recipe.yaml", plugins="")
-    assert refused.returncode == 2 and "there is no architecture 'toy'; known: gpt" in refused.stderr
+    assert refused.returncode == 2
+    assert "there is no architecture 'toy'; known: gpt" in refused.stderr
     assert not (tmp_path / "run").exists()
     planned = run(tmp_path, "tools/plan.py", "recipe.yaml", "--gpus", "1", "--gpu", "a100",
                   "--json")
