@@ -84,13 +84,14 @@ def _part_of(name: str) -> str:
 
 
 def verify(reader: CheckpointReader) -> str:
-    """Holds the tensors against the recipe: every weight and its optimizer state there with the
-    right shape, every mask the one the plan draws, or where masks were chosen otherwise or have
-    moved, one of the planned density. The bytes of the files are
-    `CheckpointReader(checksums=True)`'s to check.
+    """Compares the tensors with the recipe.
+
+    Every weight and its optimizer state must be there with the right shape. Every seeded mask must
+    be the one that the plan draws, and any other must have the planned density. Bytes of the files
+    are checked by `CheckpointReader(checksums=True)` instead.
 
     Returns:
-        What was checked, in a sentence.
+        Summary, in a sentence.
 
     Raises:
         DamagedCheckpoint: naming the tensors at fault and what is wrong with each.
