@@ -35,7 +35,7 @@ from megatron_spdf.convert.source import WeightSource, open_weights
 from megatron_spdf.data.pretraining.corpus import data_tokenizer
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
 from megatron_spdf.files import require_free
-from megatron_spdf.recipe.load import load_recipe, make_recipe, parse_recipe
+from megatron_spdf.recipe.load import load_recipe, make_recipe
 from megatron_spdf.recipe.recipe import Recipe
 
 
@@ -88,8 +88,8 @@ def reshard_run(options: argparse.Namespace) -> str:
         raise ValueError(f"{' '.join(other)}: only parallel.* can change here, as in "
                          "parallel.tensor=2")
     source = CheckpointReader(find_checkpoint(options.source, newest=True), checksums=True)
-    layout = parse_recipe(source.recipe.model_dump(), options.overrides,
-                          source.path / "run.json").parallel
+    layout = make_recipe(source.recipe.model_dump(), options.overrides, source.path / "run.json",
+                         rules=lambda _: ()).parallel  # `reshard` checks those of layouts
     checkpoint = reshard(source, layout, options.output)
     return (f"{checkpoint}: {source.origin}, for tensor {layout.tensor} x pipeline "
             f"{layout.pipeline} x data {layout.data}\ntrain it: pretrain.py "

@@ -102,7 +102,7 @@ class Checkpointer:
 
         best = store.name_of(state.best_step) if keep.best else None
         self._saving = Saving(
-            partial, engine.sharded_state(loading=False), add_files,
+            partial, engine.state_to_save(), add_files,
             lambda: store.retain(self.directory, keep.keep, keep.keep_every, best),
             self._group, not self._validated)
         self._validated = True
@@ -162,7 +162,7 @@ class Checkpointer:
         self.masks, self.origin = run.get("masks", self.masks), run.get("origin", self.origin)
         drawn = [compact_of(m).mask_bits.clone() for model in engine.models
                  for m in sparse_modules(model)]
-        loaded = dist_checkpointing.load(engine.sharded_state(loading=True), str(newest))
+        loaded = dist_checkpointing.load(engine.state_to_load(), str(newest))
         engine.load_state(loaded, state.optimizer_steps)
         self._check_masks(engine, drawn, newest)
         return state, [*said, f"resumed from {newest.name}"]

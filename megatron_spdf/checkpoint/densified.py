@@ -36,4 +36,4 @@ def load_densified(engine: Engine, checkpoint: Path) -> None:
             return torch.zeros(wanted.local_shape, dtype=wanted.dtype)
         return reader.parameter(names[stored])[wanted.global_slice()].to(wanted.dtype)
 
-    engine.load_state(fill(engine.sharded_state(loading=True)), optimizer_steps=0)
+    engine.load_state(fill(engine.state_to_load()), optimizer_steps=0)

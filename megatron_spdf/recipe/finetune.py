@@ -15,7 +15,7 @@ from pydantic import Field
 
 from megatron_spdf.architecture.base import Model
 from megatron_spdf.optimizers.base import FINETUNING, Optimizer
-from megatron_spdf.recipe.load import load_as
+from megatron_spdf.recipe.load import load_recipe
 from megatron_spdf.recipe.recipe import (
     ENGINES,
     Checkpoint,
@@ -115,7 +115,7 @@ class Finetune(Section):
 def load_finetune(path: str | Path, overrides: list[str] | tuple[str, ...] = (),
                   world: int = 1) -> Finetune:
     """`load_recipe` for a fine-tuning recipe."""
-    return load_as(Finetune, _finetune_violations, path, overrides, world)
+    return load_recipe(path, overrides, world, Finetune, _finetune_violations)
 
 
 def training_recipe(finetune: Finetune, model: Model, sparsity: Sparsity, examples: int) -> Recipe:

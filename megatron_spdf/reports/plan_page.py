@@ -5,18 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_spdf.reports.charts import stacked_bars
-from megatron_spdf.reports.document import (
-    bullets,
-    escape,
-    figure,
-    heading,
-    page,
-    paragraph,
-    plots,
-    table,
-)
+from megatron_spdf.reports.document import bullets, figure, heading, page, paragraph, plots
+from megatron_spdf.tables import GIB, MIB, Column, Table, Unit
 
-GIB, MIB = 2**30, 2**20
+RUN_FLOPS, TOKEN_FLOPS = Unit("1e18", 1e18), Unit("1e9 per token", 1e9)
 MEMORY = ("parameters", "gradients", "master", "moments", "expanded", "masks", "activations",
           "temporaries", "buffers")
 
@@ -47,18 +39,17 @@ def _name(row: dict[str, Any]) -> str:
 
 
 def _layouts(facts: dict[str, Any]) -> str:
-    cost = facts["request"]["price"] is not None
-    head = ["layout", "micro-\nbatch", "recompute", "GiB per\nGPU", "seconds\na step", "tokens/s",
-            "MFU", "hours",
-            "GPU\nhours", *(["cost"] if cost else [])]
-    rows = [[_name(r), str(r["micro_batch"]), r["recompute"], f"{r['peak_bytes'] / GIB:.1f}",
-             f"{r['step_seconds']:.4g}", f"{r['tokens_per_second']:,.0f}", f"{r['mfu']:.1%}",
-             f"{r['hours']:,.1f}",
-             f"{r['gpu_hours']:,.1f}", *([f"{r['cost']:,.0f}"] if cost else [])]
-            for r in facts["layouts"]]
+    columns = [
+        Column("layout", _name), Column("micro-batch", "micro_batch", "d"), Column("recompute"),
+        Column("per GPU", "peak_bytes", ".1f", GIB),
+        Column("seconds a step", "step_seconds", ".4g"),
+        Column("tokens/s", "tokens_per_second", ",.0f"), Column("MFU", "mfu", ".1%"),
+        Column("hours", form=",.1f"), Column("GPU hours", "gpu_hours", ",.1f")]
+    if facts["request"]["price"] is not None:
+        columns.append(Column("cost", form=",.0f"))
     about = (f"{facts['fitting']:,} layouts fit; the fastest, with the best micro-batch and "
              "recomputation of each.")
-    return table(head, rows, about, marked=[0])
+    return Table(columns, facts["layouts"]).html(about, marked=[0])
 
 
 def _misfits(facts: dict[str, Any]) -> list[str]:
@@ -71,9 +62,10 @@ def _misfits(facts: dict[str, Any]) -> list[str]:
 
 def _memory_plot(facts: dict[str, Any]) -> str:
     stages = facts["best"]["memory"]
-    limit = facts["request"]["usable_bytes"] / GIB
-    parts = {k: [row[k] / GIB for row in stages] for k in MEMORY if any(row[k] for row in stages)}
-    close = max(row["total"] for row in stages) / GIB > 0.4 * limit
+    limit = facts["request"]["usable_bytes"] / GIB.size
+    parts = {k: [row[k] / GIB.size for row in stages] for k in MEMORY
+             if any(row[k] for row in stages)}
+    close = max(row["total"] for row in stages) / GIB.size > 0.4 * limit
     svg = stacked_bars([f"stage {row['stage']}" for row in stages], parts,
                        "GiB per GPU at the fullest moment",
                        "memory", (limit, "usable") if close else None)
@@ -89,39 +81,43 @@ def _time_plot(facts: dict[str, Any]) -> str:
 
 
 def _flops(facts: dict[str, Any]) -> str:
-    rows = [[escape(f["what"]), *(f"{f[k] / 1e9:.4g}"
-                                  for k in ("linear", "attention", "logits", "total")),
-             f"{f['run'] / 1e18:,.2f}"] for f in facts["flops"]]
-    return table(["1e9 per token", "linear", "attention", "logits", "total", "whole run\n(1e18)"],
-                 rows)
+    parts = ("linear", "attention", "logits", "total")
+    columns = [Column("FLOPs", "what"), *(Column(p, form=".4g", unit=TOKEN_FLOPS) for p in parts),
+               Column("whole run", "run", ",.2f", RUN_FLOPS)]
+    return Table(columns, facts["flops"]).html()
 
 
 def _traffic(facts: dict[str, Any]) -> str:
-    rows = [[t["kind"], t["operation"], str(t["ranks"]), t["link"], f"{t['payload'] / MIB:,.2f}",
-             f"{t['wire'] / MIB:,.2f}", f"{t['dense_payload'] / MIB:,.2f}"]
-            for t in facts["best"]["traffic"]]
+    columns = [Column("kind"), Column("operation"), Column("ranks", form="d"), Column("link"),
+               Column("payload", form=",.2f", unit=MIB),
+               Column("on the wire", "wire", ",.2f", MIB),
+               Column("dense run", "dense_payload", ",.2f", MIB)]
+    rows = facts["best"]["traffic"]
     if not rows:
         return paragraph("One GPU sends nothing.")
-    head = ["kind", "operation", "ranks", "link", "payload\n(MiB)", "on the wire\n(MiB)",
-            "dense run\n(MiB)"]
-    return table(head, rows, "Per step and GPU of the busiest stage.")
+    return Table(columns, rows).html("Per step and GPU of the busiest stage.")
 
 
 def _sparsity(facts: dict[str, Any]) -> str:
-    rows, marked = [], []
-    for number, row in enumerate(facts["sparsity"]):
-        least = row["fewest_layout"]
-        where = f"TP{least['tensor']} PP{least['pipeline']} DP{least['data']}" if least else "-"
-        marked += [number] if row["recipe"] else []
-        rows.append([f"{row['sparsity']:.2%}{', zeros skipped' if row['skips_zeros'] else ''}",
-                     f"{row['run_flops'] / 1e18:,.2f}", f"{row['flops_ratio']:.3f}",
-                     f"{row['peak_bytes'] / GIB:.2f}", f"{row['data_traffic'] / MIB:,.1f}",
-                     str(row["fewest_gpus"] or "-"), where])
-    skips = any(row["skips_zeros"] for row in facts["sparsity"])
-    but = ", except where its kernels skip zeros" if skips else ""
+    rows = facts["sparsity"]
+    columns = [
+        Column("sparsity", _level), Column("FLOPs", "run_flops", ",.2f", RUN_FLOPS),
+        Column("of dense", "flops_ratio", ".3f"), Column("per GPU", "peak_bytes", ".2f", GIB),
+        Column("data-parallel, a step", "data_traffic", ",.1f", MIB),
+        Column("fewest GPUs", lambda row: row["fewest_gpus"] or None, "d"),
+        Column("their layout", _fewest_layout)]
+    but = ", except where its kernels skip zeros" if any(r["skips_zeros"] for r in rows) else ""
     note = ("At the fastest layout; the fewest GPUs with one sequence a micro-batch and recomputed "
             "layers. FLOPs count active weights; this engine expands weights and runs products at "
             f"the dense cost{but}.")
-    return table(["sparsity", "FLOPs\n(1e18)", "of dense", "GiB per\nGPU",
-                  "data-parallel\nMiB a step", "fewest\nGPUs",
-                  "their layout"], rows, marked=marked) + paragraph(note, "note")
+    marked = [number for number, row in enumerate(rows) if row["recipe"]]
+    return Table(columns, rows).html(marked=marked) + paragraph(note, "note")
+
+
+def _level(row: dict[str, Any]) -> str:
+    return f"{row['sparsity']:.2%}{', zeros skipped' if row['skips_zeros'] else ''}"
+
+
+def _fewest_layout(row: dict[str, Any]) -> str | None:
+    least = row["fewest_layout"]
+    return f"TP{least['tensor']} PP{least['pipeline']} DP{least['data']}" if least else None
