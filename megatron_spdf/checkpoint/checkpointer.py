@@ -14,7 +14,13 @@ from megatron.core import dist_checkpointing
 
 from megatron_spdf.checkpoint import store
 from megatron_spdf.checkpoint.densified import load_densified
-from megatron_spdf.checkpoint.run_metadata import INITIAL, Masks, drawn_masks, run_record
+from megatron_spdf.checkpoint.run_metadata import (
+    INITIAL,
+    Masks,
+    after_moves,
+    run_record,
+    seeded_masks,
+)
 from megatron_spdf.checkpoint.safe_index import vet_metadata
 from megatron_spdf.checkpoint.saving import Saving
 from megatron_spdf.checkpoint.shared_files import newest_of_all
@@ -41,6 +47,7 @@ class RunState:
         best_step, best_loss: of the evaluation with the lowest loss; step 0: none yet.
         worse: evaluations since.
         tokens: that the model has read.
+        mask_updates: moves of the masks.
     """
 
     step: int = 0
@@ -52,6 +59,7 @@ class RunState:
     best_loss: float | None = None
     worse: int = 0
     tokens: int = 0
+    mask_updates: int = 0
 
 
 class Checkpointer:
@@ -77,7 +85,7 @@ class Checkpointer:
         # A slow disk is not a hang: ranks that die meanwhile are found by the collectives of the
         # next step.
         self._group = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
-        self.masks, self.origin = masks or drawn_masks(plan), origin
+        self.masks, self.origin = masks or seeded_masks(plan), origin
 
     def save(self, engine: Engine, state: RunState, measured_sparsity: dict[str, float]) -> None:
         """Starts to write a checkpoint, which becomes visible when it is complete.
@@ -92,8 +100,9 @@ class Checkpointer:
         """
         assert self._saving is None
         keep = self.recipe.checkpoint
-        run = run_record(self.recipe, self.plan, self.tokenizer, self.masks, self.origin,
-                         asdict(state), measured_sparsity)
+        masks = after_moves(self.masks, self.recipe.sparsity.algorithm, state.mask_updates)
+        run = run_record(self.recipe, self.plan, self.tokenizer, masks, self.origin, asdict(state),
+                         measured_sparsity)
         partial = self.directory / (store.name_of(state.step) + store.PARTIAL)
 
         def add_files(partial: Path) -> None:
@@ -179,12 +188,12 @@ class Checkpointer:
                              "Use the recipe and the data it was made with, or another output")
 
     def _check_masks(self, engine: Engine, drawn: list[torch.Tensor], checkpoint: Path) -> None:
-        """That the masks are those drawn before; where the run's masks were given, they are taken
-        as they are."""
+        """That the masks are those drawn before; where they were chosen otherwise or have moved,
+        they are taken as they are."""
         modules = [m for model in engine.models for m in sparse_modules(model)]
         for module, bits in zip(modules, drawn, strict=True):
             compact = compact_of(module)
-            if self.masks["kind"] == "given":
+            if self.masks["kind"] != "seeded":
                 compact.index_mask()
             elif not torch.equal(compact.mask_bits, bits):
                 raise ValueError(f"checkpoint {checkpoint} holds another mask of "

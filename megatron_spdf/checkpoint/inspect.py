@@ -13,7 +13,7 @@ from megatron_spdf.checkpoint.reader import (
     CheckpointReader,
     stored_name,
 )
-from megatron_spdf.checkpoint.run_metadata import INITIAL
+from megatron_spdf.checkpoint.run_metadata import INITIAL, describe_masks
 from megatron_spdf.checkpoint.store import DamagedCheckpoint
 from megatron_spdf.sparsity.plan import SparseWeight
 from megatron_spdf.tables import Column, Table
@@ -87,8 +87,9 @@ def _part_of(name: str) -> str:
 
 def verify(reader: CheckpointReader) -> str:
     """Holds the tensors against the recipe: every weight and its optimizer state there with the
-    right shape, every mask the one the plan draws, or where the run's masks were given, one of the
-    planned density. The bytes of the files are `CheckpointReader(checksums=True)`'s to check.
+    right shape, every mask the one the plan draws, or where masks were chosen otherwise or have
+    moved, one of the planned density. The bytes of the files are
+    `CheckpointReader(checksums=True)`'s to check.
 
     Returns:
         What was checked, in a sentence.
@@ -131,7 +132,7 @@ def _wrong_mask(reader: CheckpointReader, weight: SparseWeight) -> list[str]:
         active = int(np.unpackbits(bits).sum(dtype=np.int64))
         if active != k:
             return [f"slice {slice_id} of {weight.name} has {active} active entries instead of {k}"]
-        if reader.masks["kind"] == "drawn" and not np.array_equal(
+        if reader.masks["kind"] == "seeded" and not np.array_equal(
                 np.packbits(weight.draw(reader.plan.seed, slice_id)), bits):
             return [f"slice {slice_id} of {weight.name} has another mask than seed "
                     f"{reader.plan.seed} draws"]
@@ -179,5 +180,5 @@ def _render_sparsity(sparsity: dict[str, Any]) -> list[str]:
                Column("measured", lambda row: " to ".join(
                    dict.fromkeys(f"{share:.4%}" for share in row["measured"])))]
     return [f"sparsity: {sparsity['target']:.4%} of the weights below, masks "
-            f"{sparsity['masks']['how']}",
+            f"{describe_masks(sparsity['masks'])}",
             Table(columns, sparsity["weights"]).text("  ")]

@@ -13,18 +13,46 @@ from megatron_spdf.sparsity.plan import Plan
 
 
 class Masks(TypedDict):
-    """What masks a run has: those that the plan draws, which every start can draw again, or given
-    ones, which live in the checkpoints alone. `how` says it in words."""
+    """The masks of a checkpoint: `seeded`, which every start can draw again from the plan's seed;
+    `stored`, chosen otherwise before the run; or `moved` since. The last two live in the
+    checkpoints alone.
 
-    kind: Literal["drawn", "given"]
+    Attributes:
+        how: they came about before they moved, in words.
+        algorithm: name of the one that moves them, or moved them last.
+        updates: number of moves.
+    """
+
+    kind: Literal["seeded", "stored", "moved"]
     how: str
+    algorithm: str
+    updates: int
 
 
 INITIAL = "initial values"  # the origin of most runs
 
 
-def drawn_masks(plan: Plan) -> Masks:
-    return {"kind": "drawn", "how": f"random, seed {plan.seed}"}
+def seeded_masks(plan: Plan) -> Masks:
+    return {"kind": "seeded", "how": f"random, seed {plan.seed}", "algorithm": "static",
+            "updates": 0}
+
+
+def stored_masks(how: str) -> Masks:
+    """Masks that were chosen before the run."""
+    return {"kind": "stored", "how": how, "algorithm": "static", "updates": 0}
+
+
+def after_moves(masks: Masks, algorithm: str, updates: int) -> Masks:
+    """The masks of a run that has moved them so many times."""
+    if not updates:
+        return {**masks, "algorithm": algorithm} if masks["kind"] != "moved" else masks
+    return {**masks, "kind": "moved", "algorithm": algorithm, "updates": updates}
+
+
+def describe_masks(masks: Masks) -> str:
+    """How the masks came about, in words."""
+    times = f", moved {masks['updates']:,} times by {masks['algorithm']}"
+    return masks["how"] + (times if masks["kind"] == "moved" else "")
 
 
 def run_record(recipe: Recipe, plan: Plan, tokenizer: Tokenizer, masks: Masks, origin: str,

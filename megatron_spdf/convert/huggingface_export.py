@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_spdf.architecture.forms import Form
 from megatron_spdf.checkpoint.reader import CheckpointReader
-from megatron_spdf.checkpoint.run_metadata import INITIAL
+from megatron_spdf.checkpoint.run_metadata import INITIAL, describe_masks
 from megatron_spdf.checkpoint.writer import with_progress
 from megatron_spdf.convert.source import WeightSource
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
@@ -242,13 +242,11 @@ tokenizer = AutoTokenizer.from_pretrained("this directory")
 
 def _history(source: CheckpointReader) -> list[str]:
     run, plan = source.run, source.plan
-    how = source.masks["how"]
+    kind = "moving" if source.masks["kind"] == "moved" else "static"
     sparsity = (
         f"{plan.sparsity:.2%} of the {plan.numel:,} weights in {len(plan.weights)} matrices of "
-        "the blocks are "
-        f"exactly zero (static masks, {how}), so {plan.active:,} of them are active. The weights "
-        "are stored "
-        "dense, zeros included"
+        f"the blocks are exactly zero ({kind} masks, {describe_masks(source.masks)}), so "
+        f"{plan.active:,} of them are active. The weights are stored dense, zeros included"
         if plan.weights
         else "none, the model is dense"
     )

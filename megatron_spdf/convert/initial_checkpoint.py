@@ -22,7 +22,7 @@ from torch import Tensor
 from megatron_spdf.architecture.base import Weight
 from megatron_spdf.checkpoint import store
 from megatron_spdf.checkpoint.reader import MASK_BITS, OPTIMIZER, VALUES, stored_name
-from megatron_spdf.checkpoint.run_metadata import Masks, drawn_masks, run_record
+from megatron_spdf.checkpoint.run_metadata import Masks, run_record, seeded_masks, stored_masks
 from megatron_spdf.checkpoint.writer import StoredTensor, cut, write_tensors
 from megatron_spdf.convert.source import WeightSource
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
@@ -39,7 +39,7 @@ RECIPE, CHECKPOINTS = "recipe.yaml", "checkpoints"  # as training/run_dir.py nam
 Select = Literal["random", "magnitude"]
 _START = {"step": 0, "optimizer_steps": 0, "skipped": 0, "skipped_in_a_row": 0, "evaluated": 0,
           "best_step": 0,
-          "best_loss": None, "worse": 0, "tokens": 0}
+          "best_loss": None, "worse": 0, "tokens": 0, "mask_updates": 0}
 _MODEL_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -114,8 +114,8 @@ def _check_tokenizer(source: WeightSource, tokenizer: Tokenizer) -> None:
 
 def _describe_masks(source: WeightSource, plan: Plan, select: Select) -> Masks:
     if select == "magnitude" and plan.weights:
-        return {"kind": "given", "how": f"the largest magnitudes in each slice of {source.origin}"}
-    return drawn_masks(plan)
+        return stored_masks(f"the largest magnitudes in each slice of {source.origin}")
+    return seeded_masks(plan)
 
 
 class _FreshState:

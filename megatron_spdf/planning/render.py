@@ -31,6 +31,7 @@ def _head(facts: dict[str, Any]) -> str:
         *(f"  {stage}" for stage in model["stages"]),
         *(["bytes and times are those of the last stage, which is dense; FLOPs are of all"]
           if model["stages"] else []),
+        *model.get("moves", []),
         f"{request['gpus']:,} x {gpu['name']}: {gpu['memory'] / GIB.size:.1f} GiB, of which "
         f"{request['usable_bytes'] / GIB.size:.1f} are counted on; "
         f"{gpu[model['precision']] / 1e12:,.4g} TFLOP/s, products at {request['efficiency']:.0%} "

@@ -1,10 +1,10 @@
-"""The training loop: batch -> step -> log -> maybe evaluate -> maybe save."""
+"""The training loop: batch -> step -> log -> maybe move masks -> maybe evaluate -> maybe save."""
 
 from __future__ import annotations
 
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megatron_spdf import exit_codes
 from megatron_spdf.checkpoint.checkpointer import Checkpointer, RunState
@@ -12,6 +12,7 @@ from megatron_spdf.checkpoint.saving import SaveFailed
 from megatron_spdf.data.finetuning.completions import CompletionData
 from megatron_spdf.data.pretraining.dataset import TokenData
 from megatron_spdf.engine.base import Engine, StepResult
+from megatron_spdf.engine.moving import move_masks
 from megatron_spdf.evaluation.perplexity import validation_loss
 from megatron_spdf.layers.measure import check_sparsity
 from megatron_spdf.parallel.traffic import TrafficCounter
@@ -20,6 +21,7 @@ from megatron_spdf.resilience.signals import StopRequest
 from megatron_spdf.resilience.stragglers import Stragglers
 from megatron_spdf.runs.run_log import RunLog
 from megatron_spdf.schedule.stages import RunStage
+from megatron_spdf.sparsity.algorithms.base import Moment
 from megatron_spdf.training.report import Report
 
 
@@ -33,6 +35,7 @@ class Trainer:
 
     Attributes:
         stopping: whether some rank was asked to stop, on which all ranks agree.
+        born: by weight, the entries born since the last update, which are still zero.
     """
 
     stage: RunStage
@@ -43,6 +46,7 @@ class Trainer:
     log: RunLog
     stop: StopRequest
     stopping: bool = False
+    born: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.recipe, self.last = self.stage.recipe, self.stage.last
@@ -89,6 +93,7 @@ class Trainer:
             if state.step % recipe.log.every == 0 or state.step == self.last:
                 self.report.step(result, seconds=time.perf_counter() - started,
                                  waited=fetched - started)
+            self._move_masks_if_due(result)
             self.log.advance(result.loss)
             self.stopping = result.stop
             self.report.saved(self.checkpointer.poll())
@@ -133,6 +138,21 @@ class Trainer:
                 "was saved since. Lower optimizer.lr, lengthen the warm-up, or look at the data of "
                 "these steps")
 
+    def _move_masks_if_due(self, result: StepResult) -> None:
+        """Lets the mask algorithm move the masks, after a step that was not skipped."""
+        if result.skipped:
+            return
+        state, algorithm, self.born = self.state, self.recipe.sparsity.update, {}
+        steps = self.last - self.stage.first
+        if not algorithm.due(state.optimizer_steps, steps):
+            return
+        started = time.perf_counter()
+        PROGRESS.set_activity(f"the move of the masks at step {state.step}", watched=True)
+        state.mask_updates += 1
+        self.born = move_masks(self.engine, self.stage.plan, algorithm,
+                               Moment(state.mask_updates, state.optimizer_steps, steps))
+        self.report.moved(sum(self.born.values()), time.perf_counter() - started)
+
     def _evaluate_if_due(self) -> bool:
         """Evaluates every `evaluate.every` steps and at both ends of a stage, once for each step
         however often a run resumes there.
@@ -168,8 +188,10 @@ class Trainer:
         PROGRESS.set_activity(f"the save at step {self.state.step}")
         self.report.saved(self.checkpointer.wait())
         self._stop_if_saves_fail(self.recipe.fault_tolerance.max_failed_saves)
-        measured = self.engine.measured_sparsity()
-        check_sparsity(measured, self.stage.plan)
+        plan = self.stage.plan
+        measured = {name: sparsity - self.born.get(name, 0) / plan.weights[name].numel
+                    for name, sparsity in self.engine.measured_sparsity().items()}
+        check_sparsity(measured, plan)
         self.checkpointer.save(self.engine, self.state, measured)
         if not self.recipe.checkpoint.asynchronous:
             self.report.saved(self.checkpointer.wait())

@@ -85,6 +85,20 @@ class Report:
         self.log.say(f"step {self.state.step}: skipped, loss {result.loss}, gradient norm "
                      f"{result.grad_norm}; {self.state.skipped_in_a_row} in a row")
 
+    def moved(self, entries: int, seconds: float) -> None:
+        """A move of the masks.
+
+        Args:
+            entries: that died, and as many that were born, over all weights.
+            seconds: it took.
+        """
+        state, name = self.state, self.stage.recipe.sparsity.algorithm
+        active = self.stage.plan.active
+        self.log.record("mask", state.step, algorithm=name, update=state.mask_updates,
+                        moved=entries, share=entries / active, seconds=seconds)
+        self.log.say(f"step {state.step}: {name} moved {entries:,} of {active:,} active entries, "
+                     f"update {state.mask_updates}")
+
     def validation(self, loss: float, better: bool) -> None:
         """The loss of an evaluation.
 
