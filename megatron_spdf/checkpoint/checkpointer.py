@@ -35,18 +35,19 @@ from megatron_spdf.sparsity.plan import Plan
 
 @dataclass
 class RunState:
-    """Where a run stands. With the recipe it determines learning rate, data position and random
+    """Progress of a run. With the recipe it determines learning rate, data position and random
     numbers.
 
     Attributes:
         step: batches consumed, skipped ones included.
-        optimizer_steps: updates done since the optimizer's moments were zero: at the start, or at
-            that of a stage.
-        skipped: steps skipped for non-finite numbers, in all and in a row.
+        optimizer_steps: updates since the optimizer's state was zero, at the start of the run or of
+            a stage.
+        skipped: steps skipped for non-finite numbers.
+        skipped_in_a_row: those since the last step that was not skipped.
         evaluated: step of the last evaluation.
-        best_step, best_loss: of the evaluation with the lowest loss; step 0: none yet.
-        worse: evaluations since.
-        tokens: that the model has read.
+        best_step, best_loss: of the evaluation with the lowest loss; step 0 before there is one.
+        worse: evaluations since the best.
+        tokens: number that the model has read.
         mask_updates: moves of the masks.
     """
 
@@ -141,11 +142,12 @@ class Checkpointer:
         """Loads the newest complete checkpoint, if there is one.
 
         Args:
-            boundary: step at which the stage before ended, if there was one; of its last checkpoint
-                the weights alone are taken, dense.
+            engine: to fill.
+            boundary: step at which the previous stage ended; from its last checkpoint only the
+                weights are loaded, dense; 0: there is no previous stage.
 
         Returns:
-            Where the run stands, and what was found and done, as sentences for the log.
+            Progress of the run, and sentences for the log.
 
         Raises:
             ValueError: the checkpoint is damaged, holds code, is of another recipe or tokenizer,
@@ -188,8 +190,8 @@ class Checkpointer:
                              "Use the recipe and the data it was made with, or another output")
 
     def _check_masks(self, engine: Engine, drawn: list[torch.Tensor], checkpoint: Path) -> None:
-        """That the masks are those drawn before; where they were chosen otherwise or have moved,
-        they are taken as they are."""
+        """Raises a ValueError unless seeded masks equal those drawn before. Other masks are
+        accepted."""
         modules = [m for model in engine.models for m in sparse_modules(model)]
         for module, bits in zip(modules, drawn, strict=True):
             compact = compact_of(module)

@@ -1,4 +1,4 @@
-"""The training loop: batch -> step -> log -> maybe move masks -> maybe evaluate -> maybe save."""
+"""Training loop: batch -> step -> log -> maybe move masks -> maybe evaluate -> maybe save."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Trainer:
         self.moves = MaskMoves(self.stage, self.engine, self.state, self.report)
 
     def run(self) -> int:
-        """Trains to the end of the stage or a request to stop, and saves; returns the exit code.
+        """Trains to the end of the stage or a request to stop, saves, and returns the exit code.
 
         Raises:
             NotFinite, SparsityDrift: the run cannot go on; nothing after the last good checkpoint
@@ -67,7 +67,7 @@ class Trainer:
         return exit_codes.STOPPED_ON_SIGNAL if more else exit_codes.FINISHED
 
     def _train(self) -> None:
-        """The loop."""
+        """Runs the loop."""
         recipe, state = self.recipe, self.state
         saved = state.step
         self._evaluate_if_due()  # a stop may have cut off the evaluation at this step
@@ -108,7 +108,7 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Whether the last step is done, or validation has not improved for `evaluate.patience`
+        """True once the last step is done, or validation has not improved for `evaluate.patience`
         evaluations."""
         state, patience = self.state, self.recipe.evaluate.patience
         return state.step == self.last or patience > 0 and state.worse >= patience
@@ -167,7 +167,7 @@ class Trainer:
         return better
 
     def _save(self) -> int:
-        """Starts a save, once the previous one has ended; returns the step."""
+        """Starts a save, once the previous one has ended, and returns the step."""
         started = time.perf_counter()
         PROGRESS.set_activity(f"the save at step {self.state.step}")
         self.report.saved(self.checkpointer.wait())

@@ -1,5 +1,5 @@
-"""A mask algorithm that lies outside the package, wander.py, works wherever ours does: state moves
-with the masks at every layout, and a run goes on from any side of a move."""
+"""Invariants 1 and 2 while masks move: layouts change neither masks nor losses, and a run resumes
+on either side of a move. The algorithm, wander.py, lies outside the package."""
 
 from __future__ import annotations
 

@@ -48,8 +48,8 @@ def stk_products(
 
 
 def plain_pytorch(recipe: Recipe, steps: int) -> dict:
-    """The recipe's model in transformers, dense, with fp32 weights under autocast and
-    PyTorch's AdamW; figures as `train.Run`'s."""
+    """The recipe's model in transformers, dense, with fp32 weights under autocast and the recipe's
+    optimizer as PyTorch has it; figures as `train.Run`'s."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     training, seconds = _PlainTraining(recipe, device), []
     for number in range(1, WARM_UP + 1):
@@ -80,9 +80,7 @@ class _PlainTraining:
                                       attn_implementation="sdpa")
         with torch.device(device):
             self.model = AutoModelForCausalLM.from_config(config)
-        self.adam = torch.optim.AdamW(self.model.parameters(), lr=o.lr, betas=(o.beta1, o.beta2),
-                                      eps=o.eps, weight_decay=o.weight_decay,
-                                      fused=device.type == "cuda")
+        self.optimizer = o.build([{"params": list(self.model.parameters()), "lr": o.lr}])
         self.recipe, self.device = recipe, device
 
     def step(self, number: int) -> None:
@@ -91,8 +89,8 @@ class _PlainTraining:
             (self._loss(micro["tokens"].to(self.device), micro["labels"].to(self.device))
              / len(batch)).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optimizer.clip_grad)
-        self.adam.step()
-        self.adam.zero_grad()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
     def _loss(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """Of (B, T) tokens."""
