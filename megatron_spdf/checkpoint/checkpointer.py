@@ -22,7 +22,7 @@ from megatron_spdf.checkpoint.run_metadata import (
     seeded_masks,
 )
 from megatron_spdf.checkpoint.safe_index import vet_metadata
-from megatron_spdf.checkpoint.saving import Saving
+from megatron_spdf.checkpoint.saving import SaveThread
 from megatron_spdf.checkpoint.shared_files import newest_of_all
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
 from megatron_spdf.engine.base import Engine
@@ -81,7 +81,7 @@ class Checkpointer:
                  masks: Masks | None = None, origin: str = INITIAL):
         self.directory, self.recipe, self.plan, self.tokenizer = directory, recipe, plan, tokenizer
         self.failed_in_a_row = 0
-        self._saving: Saving | None = None
+        self._saving: SaveThread | None = None
         self._validated = False
         # A slow disk is not a hang: ranks that die meanwhile are found by the collectives of the
         # next step.
@@ -111,7 +111,7 @@ class Checkpointer:
             self.tokenizer.save(partial / "tokenizer")
 
         best = store.name_of(state.best_step) if keep.best else None
-        self._saving = Saving(
+        self._saving = SaveThread(
             partial, engine.state_to_save(), add_files,
             lambda: store.retain(self.directory, keep.keep, keep.keep_every, best),
             self._group, not self._validated)
@@ -125,12 +125,12 @@ class Checkpointer:
             write_json(self.directory / store.BEST,
                        {"checkpoint": store.name_of(step), "loss": loss})
 
-    def poll(self) -> Saving | None:
+    def poll(self) -> SaveThread | None:
         """Returns the save that has ended, if there is one. Ranks may learn of it at different
         steps."""
         return self.wait() if self._saving and not self._saving.is_alive() else None
 
-    def wait(self) -> Saving | None:
+    def wait(self) -> SaveThread | None:
         """Waits for the save under way and returns it, unless `poll` has returned it before."""
         saving, self._saving = self._saving, None
         if saving:
