@@ -1,10 +1,10 @@
-"""The training loop: batch -> step -> log -> maybe move masks -> maybe evaluate -> maybe save."""
+"""Training loop: batch -> step -> log -> maybe move masks -> maybe evaluate -> maybe save."""
 
 from __future__ import annotations
 
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from megatron_spdf import exit_codes
 from megatron_spdf.checkpoint.checkpointer import Checkpointer, RunState
@@ -12,7 +12,6 @@ from megatron_spdf.checkpoint.saving import SaveFailed
 from megatron_spdf.data.finetuning.completions import CompletionData
 from megatron_spdf.data.pretraining.dataset import TokenData
 from megatron_spdf.engine.base import Engine, StepResult
-from megatron_spdf.engine.moving import move_masks
 from megatron_spdf.evaluation.perplexity import validation_loss
 from megatron_spdf.layers.measure import check_sparsity
 from megatron_spdf.parallel.traffic import TrafficCounter
@@ -21,7 +20,7 @@ from megatron_spdf.resilience.signals import StopRequest
 from megatron_spdf.resilience.stragglers import Stragglers
 from megatron_spdf.runs.run_log import RunLog
 from megatron_spdf.schedule.stages import RunStage
-from megatron_spdf.sparsity.algorithms.base import Moment
+from megatron_spdf.training.mask_moves import MaskMoves
 from megatron_spdf.training.report import Report
 
 
@@ -35,7 +34,6 @@ class Trainer:
 
     Attributes:
         stopping: whether some rank was asked to stop, on which all ranks agree.
-        born: by weight, the entries born since the last update, which are still zero.
     """
 
     stage: RunStage
@@ -46,14 +44,14 @@ class Trainer:
     log: RunLog
     stop: StopRequest
     stopping: bool = False
-    born: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.recipe, self.last = self.stage.recipe, self.stage.last
         self.report = Report(self.stage, self.engine, self.data, self.state, self.log)
+        self.moves = MaskMoves(self.stage, self.engine, self.state, self.report)
 
     def run(self) -> int:
-        """Trains to the end of the stage or a request to stop, and saves; returns the exit code.
+        """Trains to the end of the stage or a request to stop, saves, and returns the exit code.
 
         Raises:
             NotFinite, SparsityDrift: the run cannot go on; nothing after the last good checkpoint
@@ -69,7 +67,7 @@ class Trainer:
         return exit_codes.STOPPED_ON_SIGNAL if more else exit_codes.FINISHED
 
     def _train(self) -> None:
-        """The loop."""
+        """Runs the loop."""
         recipe, state = self.recipe, self.state
         saved = state.step
         self._evaluate_if_due()  # a stop may have cut off the evaluation at this step
@@ -83,6 +81,7 @@ class Trainer:
             started = time.perf_counter()
             batch = next(batches)
             fetched = time.perf_counter()
+            self.moves.before_step()
             with TrafficCounter() if state.step + 1 == first else nullcontext() as traffic:
                 tokens = (state.step + 1 - self.stage.first) * recipe.tokens_per_step
                 result = self.engine.step(batch, state.step + 1, tokens, self.stop.requested)
@@ -93,7 +92,7 @@ class Trainer:
             if state.step % recipe.log.every == 0 or state.step == self.last:
                 self.report.step(result, seconds=time.perf_counter() - started,
                                  waited=fetched - started)
-            self._move_masks_if_due(result)
+            self.moves.after_step(result)
             self.log.advance(result.loss)
             self.stopping = result.stop
             self.report.saved(self.checkpointer.poll())
@@ -109,7 +108,7 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Whether the last step is done, or validation has not improved for `evaluate.patience`
+        """True once the last step is done, or validation has not improved for `evaluate.patience`
         evaluations."""
         state, patience = self.state, self.recipe.evaluate.patience
         return state.step == self.last or patience > 0 and state.worse >= patience
@@ -137,21 +136,6 @@ class Trainer:
                 f"fault_tolerance.max_skipped={self.recipe.fault_tolerance.max_skipped}; nothing "
                 "was saved since. Lower optimizer.lr, lengthen the warm-up, or look at the data of "
                 "these steps")
-
-    def _move_masks_if_due(self, result: StepResult) -> None:
-        """Lets the mask algorithm move the masks, after a step that was not skipped."""
-        if result.skipped:
-            return
-        state, algorithm, self.born = self.state, self.recipe.sparsity.update, {}
-        steps = self.last - self.stage.first
-        if not algorithm.due(state.optimizer_steps, steps):
-            return
-        started = time.perf_counter()
-        PROGRESS.set_activity(f"the move of the masks at step {state.step}", watched=True)
-        state.mask_updates += 1
-        self.born = move_masks(self.engine, self.stage.plan, algorithm,
-                               Moment(state.mask_updates, state.optimizer_steps, steps))
-        self.report.moved(sum(self.born.values()), time.perf_counter() - started)
 
     def _evaluate_if_due(self) -> bool:
         """Evaluates every `evaluate.every` steps and at both ends of a stage, once for each step
@@ -183,15 +167,13 @@ class Trainer:
         return better
 
     def _save(self) -> int:
-        """Starts a save, once the previous one has ended; returns the step."""
+        """Starts a save, once the previous one has ended, and returns the step."""
         started = time.perf_counter()
         PROGRESS.set_activity(f"the save at step {self.state.step}")
         self.report.saved(self.checkpointer.wait())
         self._stop_if_saves_fail(self.recipe.fault_tolerance.max_failed_saves)
-        plan = self.stage.plan
-        measured = {name: sparsity - self.born.get(name, 0) / plan.weights[name].numel
-                    for name, sparsity in self.engine.measured_sparsity().items()}
-        check_sparsity(measured, plan)
+        measured = self.moves.without_newborn(self.engine.measured_sparsity())
+        check_sparsity(measured, self.stage.plan)
         self.checkpointer.save(self.engine, self.state, measured)
         if not self.recipe.checkpoint.asynchronous:
             self.report.saved(self.checkpointer.wait())
