@@ -1,4 +1,4 @@
-"""Sparse pre-training, dense fine-tuning (SPDF) of GPT models on Megatron-Core and DeepSpeed."""
+"""Sparse pre-training, dense fine-tuning (SPDF) of decoders on Megatron-Core and DeepSpeed."""
 
 import logging
 import sys

@@ -256,7 +256,7 @@ def test_its_section_of_a_recipe(make):
     for words, said in [
         (["model.architecture=tay"], "there is no architecture 'tay'; known: toy"),
         (["model.rotary_bas=1"], "did you mean model.rotary_base?"),
-        (["model.preset=gpt2_small"], "model.preset='gpt2_small': input should be None"),
+        (["model.preset=gpt2_small"], "unknown key model.preset"),
         (["model.norm_eps=0"], "model.norm_eps=0: input should be greater than 0"),
         (["data.reset_positions=true"], "data.reset_positions=true"),
     ]:
