@@ -22,7 +22,7 @@ from megatron_spdf.checkpoint.run_metadata import (
     seeded_masks,
 )
 from megatron_spdf.checkpoint.safe_index import vet_metadata
-from megatron_spdf.checkpoint.saving import Saving
+from megatron_spdf.checkpoint.saving import SaveThread
 from megatron_spdf.checkpoint.shared_files import newest_of_all
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
 from megatron_spdf.engine.base import Engine
@@ -35,18 +35,19 @@ from megatron_spdf.sparsity.plan import Plan
 
 @dataclass
 class RunState:
-    """Where a run stands. With the recipe it determines learning rate, data position and random
+    """Progress of a run. With the recipe it determines learning rate, data position and random
     numbers.
 
     Attributes:
         step: batches consumed, skipped ones included.
-        optimizer_steps: updates done since the optimizer's moments were zero: at the start, or at
-            that of a stage.
-        skipped: steps skipped for non-finite numbers, in all and in a row.
+        optimizer_steps: updates since the optimizer's state was zero, at the start of the run or of
+            a stage.
+        skipped: steps skipped for non-finite numbers.
+        skipped_in_a_row: those since the last step that was not skipped.
         evaluated: step of the last evaluation.
-        best_step, best_loss: of the evaluation with the lowest loss; step 0: none yet.
-        worse: evaluations since.
-        tokens: that the model has read.
+        best_step, best_loss: of the evaluation with the lowest loss; step 0 before there is one.
+        worse: evaluations since the best.
+        tokens: number that the model has read.
         mask_updates: moves of the masks.
     """
 
@@ -80,7 +81,7 @@ class Checkpointer:
                  masks: Masks | None = None, origin: str = INITIAL):
         self.directory, self.recipe, self.plan, self.tokenizer = directory, recipe, plan, tokenizer
         self.failed_in_a_row = 0
-        self._saving: Saving | None = None
+        self._saving: SaveThread | None = None
         self._validated = False
         # A slow disk is not a hang: ranks that die meanwhile are found by the collectives of the
         # next step.
@@ -110,7 +111,7 @@ class Checkpointer:
             self.tokenizer.save(partial / "tokenizer")
 
         best = store.name_of(state.best_step) if keep.best else None
-        self._saving = Saving(
+        self._saving = SaveThread(
             partial, engine.state_to_save(), add_files,
             lambda: store.retain(self.directory, keep.keep, keep.keep_every, best),
             self._group, not self._validated)
@@ -124,12 +125,12 @@ class Checkpointer:
             write_json(self.directory / store.BEST,
                        {"checkpoint": store.name_of(step), "loss": loss})
 
-    def poll(self) -> Saving | None:
+    def poll(self) -> SaveThread | None:
         """Returns the save that has ended, if there is one. Ranks may learn of it at different
         steps."""
         return self.wait() if self._saving and not self._saving.is_alive() else None
 
-    def wait(self) -> Saving | None:
+    def wait(self) -> SaveThread | None:
         """Waits for the save under way and returns it, unless `poll` has returned it before."""
         saving, self._saving = self._saving, None
         if saving:
@@ -141,11 +142,12 @@ class Checkpointer:
         """Loads the newest complete checkpoint, if there is one.
 
         Args:
-            boundary: step at which the stage before ended, if there was one; of its last checkpoint
-                the weights alone are taken, dense.
+            engine: to fill.
+            boundary: step at which the previous stage ended; from its last checkpoint only the
+                weights are loaded, dense; 0: there is no previous stage.
 
         Returns:
-            Where the run stands, and what was found and done, as sentences for the log.
+            Progress of the run, and sentences for the log.
 
         Raises:
             ValueError: the checkpoint is damaged, holds code, is of another recipe or tokenizer,
@@ -188,8 +190,8 @@ class Checkpointer:
                              "Use the recipe and the data it was made with, or another output")
 
     def _check_masks(self, engine: Engine, drawn: list[torch.Tensor], checkpoint: Path) -> None:
-        """That the masks are those drawn before; where they were chosen otherwise or have moved,
-        they are taken as they are."""
+        """Raises a ValueError unless seeded masks equal those drawn before. Other masks are
+        accepted."""
         modules = [m for model in engine.models for m in sparse_modules(model)]
         for module, bits in zip(modules, drawn, strict=True):
             compact = compact_of(module)

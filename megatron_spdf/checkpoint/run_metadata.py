@@ -13,13 +13,15 @@ from megatron_spdf.sparsity.plan import Plan
 
 
 class Masks(TypedDict):
-    """The masks of a checkpoint: `seeded`, which every start can draw again from the plan's seed;
-    `stored`, chosen otherwise before the run; or `moved` since. The last two live in the
-    checkpoints alone.
+    """Origin of the masks of a checkpoint.
+
+    Seeded masks can be drawn again at every start. The others exist in the checkpoints alone.
 
     Attributes:
-        how: they came about before they moved, in words.
-        algorithm: name of the one that moves them, or moved them last.
+        kind: "seeded": drawn from the plan's seed; "stored": chosen otherwise before the run;
+            "moved": changed since.
+        how: origin before any move, in words.
+        algorithm: name of the one that moves them, or that moved them last.
         updates: number of moves.
     """
 
@@ -33,6 +35,7 @@ INITIAL = "initial values"  # the origin of most runs
 
 
 def seeded_masks(plan: Plan) -> Masks:
+    """Masks that the plan draws."""
     return {"kind": "seeded", "how": f"random, seed {plan.seed}", "algorithm": "static",
             "updates": 0}
 
@@ -43,14 +46,14 @@ def stored_masks(how: str) -> Masks:
 
 
 def after_moves(masks: Masks, algorithm: str, updates: int) -> Masks:
-    """The masks of a run that has moved them so many times."""
+    """Masks of a run after `updates` moves."""
     if not updates:
         return {**masks, "algorithm": algorithm} if masks["kind"] != "moved" else masks
     return {**masks, "kind": "moved", "algorithm": algorithm, "updates": updates}
 
 
 def describe_masks(masks: Masks) -> str:
-    """How the masks came about, in words."""
+    """Origin of the masks, in words."""
     times = f", moved {masks['updates']:,} times by {masks['algorithm']}"
     return masks["how"] + (times if masks["kind"] == "moved" else "")
 

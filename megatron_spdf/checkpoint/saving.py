@@ -38,7 +38,7 @@ class SaveFailed(OSError):
     """Raised if a checkpoint could not be written. Older checkpoints are untouched."""
 
 
-class Saving(threading.Thread):
+class SaveThread(threading.Thread):
     """Thread that writes a snapshot and makes it visible. All ranks start one at the same step.
 
     Args:

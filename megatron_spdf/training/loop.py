@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from megatron_spdf import exit_codes
 from megatron_spdf.checkpoint.checkpointer import Checkpointer, RunState
@@ -12,7 +12,6 @@ from megatron_spdf.checkpoint.saving import SaveFailed
 from megatron_spdf.data.finetuning.completions import CompletionData
 from megatron_spdf.data.pretraining.dataset import TokenData
 from megatron_spdf.engine.base import Engine, StepResult
-from megatron_spdf.engine.moving import move_masks
 from megatron_spdf.evaluation.perplexity import validation_loss
 from megatron_spdf.layers.measure import check_sparsity
 from megatron_spdf.parallel.traffic import TrafficCounter
@@ -21,7 +20,7 @@ from megatron_spdf.resilience.signals import StopRequest
 from megatron_spdf.resilience.stragglers import Stragglers
 from megatron_spdf.runs.run_log import RunLog
 from megatron_spdf.schedule.stages import RunStage
-from megatron_spdf.sparsity.algorithms.base import Moment
+from megatron_spdf.training.mask_moves import MaskMoves
 from megatron_spdf.training.report import Report
 
 
@@ -35,7 +34,6 @@ class Trainer:
 
     Attributes:
         stopping: whether some rank was asked to stop, on which all ranks agree.
-        born: by weight, the entries born since the last update, which are still zero.
     """
 
     stage: RunStage
@@ -46,11 +44,11 @@ class Trainer:
     log: RunLog
     stop: StopRequest
     stopping: bool = False
-    born: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.recipe, self.last = self.stage.recipe, self.stage.last
         self.report = Report(self.stage, self.engine, self.data, self.state, self.log)
+        self.moves = MaskMoves(self.stage, self.engine, self.state, self.report)
 
     def run(self) -> int:
         """Trains to the end of the stage or a request to stop, saves, and returns the exit code.
@@ -83,6 +81,7 @@ class Trainer:
             started = time.perf_counter()
             batch = next(batches)
             fetched = time.perf_counter()
+            self.moves.before_step()
             with TrafficCounter() if state.step + 1 == first else nullcontext() as traffic:
                 tokens = (state.step + 1 - self.stage.first) * recipe.tokens_per_step
                 result = self.engine.step(batch, state.step + 1, tokens, self.stop.requested)
@@ -93,7 +92,7 @@ class Trainer:
             if state.step % recipe.log.every == 0 or state.step == self.last:
                 self.report.step(result, seconds=time.perf_counter() - started,
                                  waited=fetched - started)
-            self._move_masks_if_due(result)
+            self.moves.after_step(result)
             self.log.advance(result.loss)
             self.stopping = result.stop
             self.report.saved(self.checkpointer.poll())
@@ -138,21 +137,6 @@ class Trainer:
                 "was saved since. Lower optimizer.lr, lengthen the warm-up, or look at the data of "
                 "these steps")
 
-    def _move_masks_if_due(self, result: StepResult) -> None:
-        """Lets the mask algorithm move the masks, after a step that was not skipped."""
-        if result.skipped:
-            return
-        state, algorithm, self.born = self.state, self.recipe.sparsity.update, {}
-        steps = self.last - self.stage.first
-        if not algorithm.due(state.optimizer_steps, steps):
-            return
-        started = time.perf_counter()
-        PROGRESS.set_activity(f"the move of the masks at step {state.step}", watched=True)
-        state.mask_updates += 1
-        self.born = move_masks(self.engine, self.stage.plan, algorithm,
-                               Moment(state.mask_updates, state.optimizer_steps, steps))
-        self.report.moved(sum(self.born.values()), time.perf_counter() - started)
-
     def _evaluate_if_due(self) -> bool:
         """Evaluates every `evaluate.every` steps and at both ends of a stage, once for each step
         however often a run resumes there.
@@ -188,10 +172,8 @@ class Trainer:
         PROGRESS.set_activity(f"the save at step {self.state.step}")
         self.report.saved(self.checkpointer.wait())
         self._stop_if_saves_fail(self.recipe.fault_tolerance.max_failed_saves)
-        plan = self.stage.plan
-        measured = {name: sparsity - self.born.get(name, 0) / plan.weights[name].numel
-                    for name, sparsity in self.engine.measured_sparsity().items()}
-        check_sparsity(measured, plan)
+        measured = self.moves.without_newborn(self.engine.measured_sparsity())
+        check_sparsity(measured, self.stage.plan)
         self.checkpointer.save(self.engine, self.state, measured)
         if not self.recipe.checkpoint.asynchronous:
             self.report.saved(self.checkpointer.wait())

@@ -10,7 +10,7 @@ import psutil
 import torch
 
 from megatron_spdf.checkpoint.checkpointer import RunState
-from megatron_spdf.checkpoint.saving import Saving
+from megatron_spdf.checkpoint.saving import SaveThread
 from megatron_spdf.data.finetuning.completions import CompletionData
 from megatron_spdf.data.pretraining.dataset import TokenData
 from megatron_spdf.engine.base import Engine, StepResult
@@ -118,7 +118,7 @@ class Report:
         self.log.record("valid", state.step, **figures)
         self.log.say(line)
 
-    def saved(self, saving: Saving | None) -> None:
+    def saved(self, saving: SaveThread | None) -> None:
         """Reports a save that has ended, if there is one."""
         if saving and saving.error:
             self.log.say(f"could NOT save {saving.path}: {saving.error}; the checkpoints before it "

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from contextlib import nullcontext
 from types import SimpleNamespace
 from unittest.mock import patch
 
+import by_gradient  # noqa: F401
+import numpy as np
 import sgd_tenant  # noqa: F401
 import torch
 import torch.distributed as dist
@@ -25,9 +28,8 @@ from megatron_spdf.runs.run_log import RunLog
 from megatron_spdf.schedule.stages import stages_of
 from megatron_spdf.sparsity.algorithms.base import Moment
 from megatron_spdf.sparsity.moving import moved_masks
-from megatron_spdf.sparsity.plan import SparseWeight
-from megatron_spdf.sparsity.slices import join_slices
-from megatron_spdf.training import loop
+from megatron_spdf.sparsity.slices import join_slices, slice_of
+from megatron_spdf.training import mask_moves
 from megatron_spdf.training.loop import Trainer
 
 
@@ -47,7 +49,7 @@ def trained(recipe: dict, stop: int | None = None, overlap: bool = False,
         b.run.create_on_rank_0()
         log = RunLog(b.run, state.step, b.recipe.steps, False, active=dist.get_rank() == 0)
         watch, sent = _watch(b, stop, skip), []
-        with patch.object(loop, "move_masks", checked(loop.move_masks, sent)):
+        with patch.object(mask_moves, "move_masks", checked(mask_moves.move_masks, sent)):
             (stage,) = stages_of(b.recipe)
             Trainer(stage, b.engine, b.data, b.checkpointer, state, log, watch).run()
         log.close()
@@ -55,10 +57,21 @@ def trained(recipe: dict, stop: int | None = None, overlap: bool = False,
         records = [json.loads(line) for line in b.run.log.read_text().splitlines()]
         newest = max(b.run.checkpoints.glob("step_*")) / "run.json"
         stage = ps.get_pipeline_model_parallel_rank()
-        return {"losses": watch.losses, "masks": masks(b.engine), "sent": sent,
+        return {"losses": watch.losses, "masks": masks(b.engine), "active": active(b.engine),
+                "sent": sent,
                 "predicted": moves_of(b.recipe, b.plan, stage, on_gpu=False),
                 "moves": [r for r in records if r["kind"] == "mask"],
                 "run": json.loads(newest.read_text())}
+
+
+def active(engine: Engine) -> dict[tuple[str, int], np.ndarray]:
+    """(weight, slice) -> its mask, of this rank's slices."""
+    found = {}
+    for compact in (compact_of(m) for model in engine.models for m in sparse_modules(model)):
+        first = ps.get_tensor_model_parallel_rank() * len(compact.mask_bits)
+        for i, mask in enumerate(unpack(compact.mask_bits, compact.mask.entries)):
+            found[compact.planned.name, first + i] = mask.numpy()
+    return found
 
 
 def _watch(b: Bench, stop: int | None, skip: int | None) -> SimpleNamespace:
@@ -78,10 +91,10 @@ def _watch(b: Bench, stop: int | None, skip: int | None) -> SimpleNamespace:
 
 def checked(move, sent: list[int]):
     """`move_masks` that holds what it leaves to what it found, and notes the bytes it sends."""
-    def moved(engine: Engine, plan, algorithm, when):
-        before = _dense_state(engine)
+    def moved(engine: Engine, algorithm, when):
+        before, plan = _dense_state(engine), engine.plan
         with TrafficCounter() as traffic:
-            born = move(engine, plan, algorithm, when)
+            born = move(engine, algorithm, when)
         # all but the counts of the log
         sent.append(traffic.total - 8 * len(plan.weights))
         after = _dense_state(engine)
@@ -131,48 +144,72 @@ def _check_replicas(engine: Engine) -> None:
         assert len({found[key] for found in all_masks if key in found}) == 1, key
 
 
-def plain(recipe: dict) -> list[float]:
+def plain(recipe: dict) -> dict:
     """Losses of transformers' GPT-2 under plain PyTorch, masks multiplied into dense weights and
-    their moments, which move as the algorithm says."""
+    their moments, which move as the algorithm says; and the masks at the end."""
     with bench(recipe) as b:
-        o, steps = b.recipe.optimizer, b.recipe.steps
-        reference = plain_gpt2(b.engine.models[0], b.recipe)
-        parameters = {name: _parameter(reference, name) for name in b.plan.weights}
-        bits = {name: _drawn(w, b.plan.seed) for name, w in b.plan.weights.items()}
-        adam = torch.optim.AdamW(
-            [{"params": [p for p in reference.parameters() if (p.ndim > 1) == decays],
+        reference = _Plain(b)
+        losses = [reference.step(number, batch)
+                  for number, batch in enumerate(b.data.training_batches(0), 1)]
+        return {"losses": losses, "active": {
+            (name, c): mask.numpy() for name, bits in reference.bits.items()
+            for c, mask in enumerate(unpack(bits, math.prod(b.plan.weights[name].slice_shape)))}}
+
+
+class _Plain:
+    """Dense weights with masks that move."""
+
+    def __init__(self, b: Bench):
+        self.recipe, self.plan, self.updates = b.recipe, b.plan, 0
+        self.model = plain_gpt2(b.engine.models[0], b.recipe)
+        self.parameters = {name: _parameter(self.model, name) for name in b.plan.weights}
+        self.bits = {name: pack(torch.stack([torch.from_numpy(w.draw(b.plan.seed, c))
+                                             for c in range(w.slices)]))
+                     for name, w in b.plan.weights.items()}
+        o = b.recipe.optimizer
+        self.adam = torch.optim.AdamW(
+            [{"params": [p for p in self.model.parameters() if (p.ndim > 1) == decays],
               "weight_decay": o.weight_decay * decays} for decays in (True, False)],
             betas=(o.beta1, o.beta2), eps=o.eps)
-        losses, update = [], 0
-        for number, batch in enumerate(b.data.training_batches(0), 1):
-            for group in adam.param_groups:
-                group["lr"] = learning_rate(b.recipe, number * b.recipe.tokens_per_step)
-            adam.zero_grad()
-            loss = sum(micro_loss(reference, micro) for micro in batch) / len(batch)
-            loss.backward()
-            for name, parameter in parameters.items():
-                parameter.grad *= _dense(b, name, bits[name])
-            torch.nn.utils.clip_grad_norm_(reference.parameters(), o.clip_grad)
-            adam.step()
-            losses.append(float(loss))
-            if b.recipe.sparsity.update.due(number, steps):
-                update += 1
-                when = Moment(update, number, steps)
-                for name, parameter in parameters.items():
-                    w = b.plan.weights[name]
-                    values = torch.zeros(w.slices, w.active_per_slice)
-                    bits[name] = moved_masks(b.recipe.sparsity.update, when, w, b.plan.seed, 0,
-                                             bits[name], values, None)
-                    kept = _dense(b, name, bits[name])
-                    for tensor in (parameter.data, adam.state[parameter]["exp_avg"],
-                                   adam.state[parameter]["exp_avg_sq"]):
-                        tensor *= kept
-        return losses
 
+    def step(self, number: int, batch: list[dict]) -> float:
+        for group in self.adam.param_groups:
+            group["lr"] = learning_rate(self.recipe, number * self.recipe.tokens_per_step)
+        self.adam.zero_grad()
+        loss = sum(micro_loss(self.model, micro) for micro in batch) / len(batch)
+        loss.backward()
+        gradients = {name: self._ours(name, p.grad).clone() for name, p in self.parameters.items()}
+        for name, parameter in self.parameters.items():
+            parameter.grad *= self._mask(name)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optimizer.clip_grad)
+        self.adam.step()
+        if self.recipe.sparsity.update.due(number, self.recipe.steps):
+            self.updates += 1
+            for name in self.parameters:
+                self._move(name, Moment(self.updates, number, self.recipe.steps), gradients[name])
+        return float(loss)
 
-def _drawn(w: SparseWeight, seed: int) -> torch.Tensor:
-    """Packed masks, drawn by the plan."""
-    return pack(torch.stack([torch.from_numpy(w.draw(seed, c)) for c in range(w.slices)]))
+    def _move(self, name: str, when: Moment, gradient: torch.Tensor) -> None:
+        w, parameter = self.plan.weights[name], self.parameters[name]
+        dense = self._ours(name, parameter.data)
+        whole = torch.stack([slice_of(dense, w, c) for c in range(w.slices)])
+        values = whole[unpack(self.bits[name], w.numel // w.slices)].view(w.slices, -1)
+        self.bits[name] = moved_masks(self.recipe.sparsity.update, when, w, self.plan.seed, 0,
+                                      self.bits[name], values, gradient)
+        state = self.adam.state[parameter]
+        for tensor in (parameter.data, state["exp_avg"], state["exp_avg_sq"]):
+            tensor *= self._mask(name)
+
+    def _mask(self, name: str) -> torch.Tensor:
+        """As transformers lays the weight out, (in, out)."""
+        w = self.plan.weights[name]
+        dense = join_slices(unpack(self.bits[name], w.numel // w.slices), w)
+        return (dense[qkv_order(self.recipe.model)] if "linear_qkv" in name else dense).T
+
+    def _ours(self, name: str, theirs: torch.Tensor) -> torch.Tensor:
+        """A weight or its gradient as Megatron-Core lays it out, (out, in)."""
+        dense = theirs.T
+        return dense[qkv_order(self.recipe.model).argsort()] if "linear_qkv" in name else dense
 
 
 def _parameter(reference, name: str) -> torch.nn.Parameter:
@@ -181,10 +218,3 @@ def _parameter(reference, name: str) -> torch.nn.Parameter:
     block = reference.transformer.h[int(layer)]
     return {"linear_qkv": block.attn.c_attn, "linear_proj": block.attn.c_proj,
             "linear_fc1": block.mlp.c_fc, "linear_fc2": block.mlp.c_proj}[linear].weight
-
-
-def _dense(b: Bench, name: str, bits: torch.Tensor) -> torch.Tensor:
-    """A mask as transformers lays the weight out, (in, out)."""
-    w = b.plan.weights[name]
-    dense = join_slices(unpack(bits, w.numel // w.slices), w)
-    return (dense[qkv_order(b.recipe.model)] if "linear_qkv" in name else dense).T

@@ -1,5 +1,5 @@
-"""A mask algorithm that lies outside the package, wander.py, works wherever ours does: state moves
-with the masks at every layout, and a run goes on from any side of a move."""
+"""Invariants 1 and 2 while masks move: layouts change neither masks nor losses, and a run resumes
+on either side of a move. The algorithm, wander.py, lies outside the package."""
 
 from __future__ import annotations
 
@@ -42,6 +42,11 @@ RESUMED = {"at 5": ("zero 1", "tp2"), "at 6": ("tp2", "pp2"), "at 7": ("pp2", "z
            "deepspeed 5": ("deepspeed zero 3", "deepspeed zero 1"),
            "deepspeed 6": ("zero 1", "deepspeed zero 3"),
            "deepspeed 7": ("deepspeed zero 2", "tp2")}
+# Layouts for an algorithm that needs the gradient of the dense weights.
+BY_GRADIENT = {"level": 0.75, "algorithm": "by_gradient",
+               "update": {"every": EVERY, "fraction": 0.1, "stop": 1.0}}
+GRADIENTS = ["tp2", "tp2 sp", "pp2 interleaved", "zero 0", "zero 1", "deepspeed zero 0",
+             "deepspeed zero 1", "deepspeed zero 2", "deepspeed zero 3", "recompute"]
 SAME = ["zero 1", "deepspeed zero 2"]  # layouts at which a run goes on bit for bit
 
 
@@ -63,6 +68,14 @@ def results(make_deep_recipe, tmp_path_factory):
            "sgd": trained({"optimizer": {"name": "sgd", "lr": 0.5}})}
     two = {name: trained(sections) for name, sections in LAYOUTS.items()}
     two |= {f"{name} bf16": trained(sections) for name, sections in BF16.items()}
+    one["by gradient plain"] = ("mask_cases.plain", {"recipe": recipe({}, sparsity=BY_GRADIENT)})
+    one["by gradient one"] = trained({}, sparsity=BY_GRADIENT)
+    two |= {f"by gradient {name}": trained(LAYOUTS[name], sparsity=BY_GRADIENT)
+            for name in GRADIENTS}
+    two["by gradient per layer"] = trained(
+        LAYOUTS["tp2 sp"], sparsity=BY_GRADIENT | {"dense_copy": "per_layer"})
+    two["by gradient still"] = trained(LAYOUTS["zero 1"], sparsity={
+        **BY_GRADIENT, "update": {"every": EVERY, "fraction": 0.0}})
     two["overlapped"] = trained(LAYOUTS["zero 1"], overlap=True)
     two["sgd zero 1"] = trained({**LAYOUTS["zero 1"], "optimizer": {"name": "sgd", "lr": 0.5}})
     two["skipped"] = trained(LAYOUTS["zero 1"], skip=6)
@@ -86,7 +99,7 @@ def close(losses: list[float], reference: list[float]) -> None:
 
 
 def test_losses_are_those_of_plain_pytorch_with_masks_that_move(results):
-    close(outcome(results, "one")["losses"], outcome(results, "plain"))
+    close(outcome(results, "one")["losses"], outcome(results, "plain")["losses"])
 
 
 @pytest.mark.parametrize("name", [*LAYOUTS, "overlapped"])
@@ -101,6 +114,24 @@ def test_losses_and_masks_are_the_same_at_every_layout(results, name):
 @pytest.mark.parametrize("name", BF16)
 def test_masks_move_alike_in_bf16(results, name):
     assert outcome(results, f"{name} bf16")["masks"] == outcome(results, "one")["masks"]
+
+
+@pytest.mark.parametrize("name", ["one", *GRADIENTS, "per layer"])
+def test_the_dense_gradient_is_that_of_the_whole_batch(results, name):
+    """Entries within rounding of the last that dies or is born may go the other way."""
+    plain = outcome(results, "by gradient plain")
+    ranks = [outcome(results, f"by gradient {name}", rank) for rank in
+             range(len(results[f"by gradient {name}"]))]
+    close(ranks[0]["losses"], plain["losses"])
+    active = {key: mask for rank in ranks for key, mask in rank["active"].items()}
+    apart = sum(int((mask & ~active[key]).sum()) for key, mask in plain["active"].items())
+    assert apart <= 1e-3 * sum(move["moved"] for move in ranks[0]["moves"])
+    assert len(active) == len(plain["active"]) and len(ranks[0]["moves"]) == 3
+
+
+def test_collecting_the_gradient_changes_no_digit(results):
+    assert (outcome(results, "by gradient still")["losses"]
+            == outcome(results, "zero 1 static")["losses"])
 
 
 def test_every_move_is_in_the_log_and_in_the_checkpoint(results):
@@ -150,6 +181,9 @@ def test_the_planner_knows_what_a_move_sends(results, name):
     assert len(found["sent"]) == found["predicted"].count == 3
     exact = 0.1 if name == "deepspeed zero 3" else 1e-9  # which keeps some weights whole
     assert found["sent"] == [pytest.approx(found["predicted"].carried, rel=exact)] * 3
+    found = outcome(results, f"by gradient {name}")
+    predicted = found["predicted"].carried + found["predicted"].reduced
+    assert found["sent"] == [pytest.approx(predicted, rel=exact)] * 3
 
 
 def test_the_state_of_another_optimizer_moves_too(results):
