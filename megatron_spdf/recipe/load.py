@@ -72,7 +72,7 @@ def _parse(kind: type[R], values: dict[str, Any], overrides: Sequence[str], path
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        said = [_sentence(e, kind, values) for e in error.errors()]
+        said = [sentence(e, kind, values) for e in error.errors()]
         raise ValueError(_explain(path, said)) from None
 
 
@@ -183,7 +183,13 @@ def _explain(path: str | Path, sentences: list[str]) -> str:
     return f"recipe {path}:\n" + "\n".join(f"  - {s}" for s in sentences)
 
 
-def _sentence(error: dict[str, Any], kind: type[BaseModel], values: dict[str, Any]) -> str:
+def sentence(error: dict[str, Any], kind: type[BaseModel], values: dict[str, Any]) -> str:
+    """One of pydantic's errors with the key, the value, the rule and the known keys.
+
+    Args:
+        kind: of the section that was to be read.
+        values: that it was to be read from.
+    """
     place = [p for p in error["loc"] if isinstance(p, (str, int))]
     name = ".".join(map(str, place))
     if error["type"] == "extra_forbidden":
