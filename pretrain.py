@@ -19,6 +19,7 @@ from megatron_spdf import exit_codes
 from megatron_spdf.data.pretraining.corpus import check_corpus
 from megatron_spdf.model.parametrization import render_parametrization
 from megatron_spdf.planning.memory import render_layout
+from megatron_spdf.planning.moves import render_moves
 from megatron_spdf.recipe.load import load_recipe, render_recipe
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.resilience.world import find_ranks
@@ -54,7 +55,8 @@ def main() -> int:
 def summarize(stage: RunStage) -> str:
     """Plan, parametrization, layout and bytes per rank of a stage."""
     rules = render_parametrization(stage.recipe, stage.plan, stage.recipe.model.weights())
-    return "\n".join(filter(None, [stage.heading, render_plan(stage.plan), rules,
+    moves = render_moves(stage.as_single_run, stage.plan)
+    return "\n".join(filter(None, [stage.heading, render_plan(stage.plan), moves, rules,
                                    render_layout(stage.recipe, stage.plan)]))
 
 

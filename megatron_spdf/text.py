@@ -6,3 +6,8 @@ from __future__ import annotations
 def first_line(error: Exception) -> str:
     """Of its message, for the log."""
     return (str(error).strip().splitlines() or [""])[0][:200]
+
+
+def any_layer(name: str) -> str:
+    """Name of a weight with a star for the number of its layer."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))

@@ -5,7 +5,7 @@ python tools/compare_checkpoints.py runs/pretrained runs/finetuned
 python tools/compare_checkpoints.py runs/pretrained runs/finetuned --png distance.png
 
 Each is a run directory (its newest complete checkpoint), a checkpoint of a run, or a Hugging Face
-directory of the GPT-2 family; sparse weights are compared dense, zeros included.
+directory; sparse weights are compared dense, zeros included.
 
 Exit code 0, or 2 for what the user can put right. Needs neither a GPU nor the layout they were
 written at.

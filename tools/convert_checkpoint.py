@@ -35,7 +35,7 @@ from megatron_spdf.convert.source import WeightSource, open_weights
 from megatron_spdf.data.pretraining.corpus import data_tokenizer
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
 from megatron_spdf.files import require_free
-from megatron_spdf.recipe.load import load_recipe, make_recipe, parse_recipe
+from megatron_spdf.recipe.load import load_recipe, make_recipe
 from megatron_spdf.recipe.recipe import Recipe
 
 
@@ -57,11 +57,12 @@ def to_hf(options: argparse.Namespace) -> str:
     """A directory for transformers' from_pretrained."""
     source = read_run(options)
     export(source, options.output, options.dtype, options.masks)
-    return f"{options.output}: {source.path} as a GPT-2 of transformers, {options.dtype}"
+    return (f"{options.output}: {source.path} as a {source.model.title} of transformers, "
+            f"{options.dtype}")
 
 
 def from_hf(options: argparse.Namespace) -> str:
-    """A run whose step 0 has the weights of a Hugging Face GPT-2, or of a run of ours, in another
+    """A run whose step 0 has the weights of a Hugging Face model, or of a run of ours, in another
     recipe."""
     recipe = given_recipe(options)
     return begin(open_weights(options.source), recipe, data_tokenizer(recipe), options)
@@ -87,8 +88,8 @@ def reshard_run(options: argparse.Namespace) -> str:
         raise ValueError(f"{' '.join(other)}: only parallel.* can change here, as in "
                          "parallel.tensor=2")
     source = CheckpointReader(find_checkpoint(options.source, newest=True), checksums=True)
-    layout = parse_recipe(source.recipe.model_dump(), options.overrides,
-                          source.path / "run.json").parallel
+    layout = make_recipe(source.recipe.model_dump(), options.overrides, source.path / "run.json",
+                         rules=lambda _: ()).parallel  # `reshard` checks those of layouts
     checkpoint = reshard(source, layout, options.output)
     return (f"{checkpoint}: {source.origin}, for tensor {layout.tensor} x pipeline "
             f"{layout.pipeline} x data {layout.data}\ntrain it: pretrain.py "
@@ -106,7 +107,7 @@ def to_megatron(options: argparse.Namespace) -> str:
 
 
 def from_megatron(options: argparse.Namespace) -> str:
-    """A run whose step 0 has the weights of a GPT of Megatron-LM."""
+    """A run whose step 0 has the weights of a checkpoint of Megatron-LM."""
     recipe = given_recipe(options)
     return begin(MegatronReader(options.source, recipe.model), recipe, data_tokenizer(recipe),
                  options)
@@ -161,12 +162,12 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], str], str, list[str], s
         "directory with config.json and safetensors or pytorch_model.bin, or a run",
         ["--recipe", "--sparsity", "--select", "words"],
         """\
-The recipe's model section must have the shape of the GPT-2: layers, hidden, heads, query_groups (=
-heads), ffn_hidden, vocab_size and max_positions. Dropout and initial spread are the recipe's. The
-GPT-2 must compute what ours does: tied embeddings, GELU (tanh), LayerNorm epsilon 1e-5, attention
-scaled by the head's width alone. Its tokenizer files must be those of the recipe's data; where
-there are none, the data's tokenizer is taken. Vocabulary rows that pad the embedding are the mean
-of the others.""",
+The recipe's model section must have the architecture and the shape of the model: layers, hidden,
+heads, query_groups, ffn_hidden, vocab_size, max_positions. Dropout and initial spread are the
+recipe's. The model must compute what ours does; a GPT-2: tied embeddings, GELU (tanh), LayerNorm
+epsilon 1e-5, attention scaled by the head's width alone. Its tokenizer files must be those of the
+recipe's data; where there are none, the data's tokenizer is taken. Vocabulary rows that pad the
+embedding are the mean of the others.""",
     ),
     "prune": (prune, RUN, ["--sparsity", "--select", "words"], ""),
     "densify": (densify, RUN, ["words"], ""),
@@ -193,20 +194,19 @@ parallelism. OUT/arguments.txt has Megatron-LM's arguments.""",
         "directory with latest_checkpointed_iteration.txt, or one checkpoint in it",
         ["--recipe", "--sparsity", "--select", "words"],
         f"""\
-A distributed checkpoint (--ckpt-format torch_dist) of a GPT of Megatron-LM {VERSION}, saved at any
-layout, with tied embeddings, learned positions, LayerNorm and biases. Only its tensors are read,
-not its pickled arguments, so the shape comes from the recipe's model section; the number of heads,
-the activation and the tokenizer cannot be checked.""",
+A distributed checkpoint (--ckpt-format torch_dist) of Megatron-LM {VERSION}, saved at any layout.
+Only its tensors are read, not its pickled arguments, so architecture and shape come from the
+recipe's model section; the number of heads, the activation and the tokenizer cannot be checked.""",
     ),
     "from-deepspeed": (
         from_deepspeed,
         "directory with a file `latest`, or one checkpoint in it",
         ["--recipe", "--sparsity", "--select", "words"],
         """\
-What engine.save_checkpoint of DeepSpeed 0.19 wrote for a GPT of Megatron-Core with our names, ZeRO
-0 to 3, at any tensor and data parallelism; sparse weights of ours become dense. No pickled code is
-run. The shape comes from the recipe's model section; the number of heads, the activation and the
-tokenizer cannot be checked. Runs of finetune.py and of pretrain.py engine=deepspeed need no
+What engine.save_checkpoint of DeepSpeed 0.19 wrote for a model of Megatron-Core with our names,
+ZeRO 0 to 3, at any tensor and data parallelism; sparse weights of ours become dense. No pickled
+code is run. The shape comes from the recipe's model section; the number of heads, the activation
+and the tokenizer cannot be checked. Runs of finetune.py and of pretrain.py engine=deepspeed need no
 conversion: their checkpoints are this project's own.""",
     ),
 }

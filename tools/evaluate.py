@@ -9,9 +9,9 @@ official scripts.
     python tools/evaluate.py --task dart --predictions outputs.txt \\
         --references reference0 reference1 reference2
 
-The checkpoint is a run directory, a checkpoint of a run, or a Hugging Face directory of the GPT-2
-family. It is decoded by transformers' beam search; predictions, references in the official form and
-scores.json go to RUN/evaluation/TASK_SPLIT.
+The checkpoint is a run directory, a checkpoint of a run, or a Hugging Face directory. It is decoded
+by transformers' beam search; predictions, references in the official form and scores.json go to
+RUN/evaluation/TASK_SPLIT.
 
 BLEU of E2E is in [0, 1] and that of WebNLG and DART in percent, as their scripts print them.
 METEOR, ROUGE_L and CIDEr need Java. TER is tercom's, not pyter's. Outputs for reference files of

@@ -31,7 +31,8 @@ RENAMED: dict[str, list[tuple]] = {
     ],
     # (old, new) stretch of a path in a record, whole parts; a path begins with the case's name.
     "record paths": [
-        ("blocks", "tiles"),
+        ("blocks", "skips_zeros"),
+        ("tiles", "skips_zeros"),
         ("gpt3_xl_s75_block.yaml", "gpt3_xl_s75_tile.yaml"),
         ("model/block_weights", "model/linear_weights"),
         ("model/phases", "model/stages"),

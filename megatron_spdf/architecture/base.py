@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from megatron_spdf.architecture.costs import Costs
+from megatron_spdf.architecture.forms import Forms
 from megatron_spdf.registry import Registry
 from megatron_spdf.section import ByName, Count, Section
 
@@ -51,7 +52,7 @@ class Weight:
         return math.prod(self.shape)
 
 
-class Model(Costs, Section):
+class Model(Costs, Forms, Section):
     """A decoder, of the family that `architecture` names."""
 
     # in which Megatron-Core's modules name their parameters

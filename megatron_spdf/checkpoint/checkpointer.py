@@ -14,9 +14,15 @@ from megatron.core import dist_checkpointing
 
 from megatron_spdf.checkpoint import store
 from megatron_spdf.checkpoint.densified import load_densified
-from megatron_spdf.checkpoint.run_metadata import INITIAL, Masks, drawn_masks, run_record
+from megatron_spdf.checkpoint.run_metadata import (
+    INITIAL,
+    Masks,
+    after_moves,
+    run_record,
+    seeded_masks,
+)
 from megatron_spdf.checkpoint.safe_index import vet_metadata
-from megatron_spdf.checkpoint.saving import Saving
+from megatron_spdf.checkpoint.saving import SaveThread
 from megatron_spdf.checkpoint.shared_files import newest_of_all
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
 from megatron_spdf.engine.base import Engine
@@ -29,18 +35,20 @@ from megatron_spdf.sparsity.plan import Plan
 
 @dataclass
 class RunState:
-    """Where a run stands. With the recipe it determines learning rate, data position and random
+    """Progress of a run. With the recipe it determines learning rate, data position and random
     numbers.
 
     Attributes:
         step: batches consumed, skipped ones included.
-        optimizer_steps: updates done since the optimizer's moments were zero: at the start, or at
-            that of a stage.
-        skipped: steps skipped for non-finite numbers, in all and in a row.
+        optimizer_steps: updates since the optimizer's state was zero, at the start of the run or of
+            a stage.
+        skipped: steps skipped for non-finite numbers.
+        skipped_in_a_row: those since the last step that was not skipped.
         evaluated: step of the last evaluation.
-        best_step, best_loss: of the evaluation with the lowest loss; step 0: none yet.
-        worse: evaluations since.
-        tokens: that the model has read.
+        best_step, best_loss: of the evaluation with the lowest loss; step 0 before there is one.
+        worse: evaluations since the best.
+        tokens: number that the model has read.
+        mask_updates: moves of the masks.
     """
 
     step: int = 0
@@ -52,6 +60,7 @@ class RunState:
     best_loss: float | None = None
     worse: int = 0
     tokens: int = 0
+    mask_updates: int = 0
 
 
 class Checkpointer:
@@ -72,12 +81,12 @@ class Checkpointer:
                  masks: Masks | None = None, origin: str = INITIAL):
         self.directory, self.recipe, self.plan, self.tokenizer = directory, recipe, plan, tokenizer
         self.failed_in_a_row = 0
-        self._saving: Saving | None = None
+        self._saving: SaveThread | None = None
         self._validated = False
         # A slow disk is not a hang: ranks that die meanwhile are found by the collectives of the
         # next step.
         self._group = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
-        self.masks, self.origin = masks or drawn_masks(plan), origin
+        self.masks, self.origin = masks or seeded_masks(plan), origin
 
     def save(self, engine: Engine, state: RunState, measured_sparsity: dict[str, float]) -> None:
         """Starts to write a checkpoint, which becomes visible when it is complete.
@@ -92,8 +101,9 @@ class Checkpointer:
         """
         assert self._saving is None
         keep = self.recipe.checkpoint
-        run = run_record(self.recipe, self.plan, self.tokenizer, self.masks, self.origin,
-                         asdict(state), measured_sparsity)
+        masks = after_moves(self.masks, self.recipe.sparsity.algorithm, state.mask_updates)
+        run = run_record(self.recipe, self.plan, self.tokenizer, masks, self.origin, asdict(state),
+                         measured_sparsity)
         partial = self.directory / (store.name_of(state.step) + store.PARTIAL)
 
         def add_files(partial: Path) -> None:
@@ -101,8 +111,8 @@ class Checkpointer:
             self.tokenizer.save(partial / "tokenizer")
 
         best = store.name_of(state.best_step) if keep.best else None
-        self._saving = Saving(
-            partial, engine.sharded_state(loading=False), add_files,
+        self._saving = SaveThread(
+            partial, engine.state_to_save(), add_files,
             lambda: store.retain(self.directory, keep.keep, keep.keep_every, best),
             self._group, not self._validated)
         self._validated = True
@@ -115,12 +125,12 @@ class Checkpointer:
             write_json(self.directory / store.BEST,
                        {"checkpoint": store.name_of(step), "loss": loss})
 
-    def poll(self) -> Saving | None:
+    def poll(self) -> SaveThread | None:
         """Returns the save that has ended, if there is one. Ranks may learn of it at different
         steps."""
         return self.wait() if self._saving and not self._saving.is_alive() else None
 
-    def wait(self) -> Saving | None:
+    def wait(self) -> SaveThread | None:
         """Waits for the save under way and returns it, unless `poll` has returned it before."""
         saving, self._saving = self._saving, None
         if saving:
@@ -132,11 +142,12 @@ class Checkpointer:
         """Loads the newest complete checkpoint, if there is one.
 
         Args:
-            boundary: step at which the stage before ended, if there was one; of its last checkpoint
-                the weights alone are taken, dense.
+            engine: to fill.
+            boundary: step at which the previous stage ended; from its last checkpoint only the
+                weights are loaded, dense; 0: there is no previous stage.
 
         Returns:
-            Where the run stands, and what was found and done, as sentences for the log.
+            Progress of the run, and sentences for the log.
 
         Raises:
             ValueError: the checkpoint is damaged, holds code, is of another recipe or tokenizer,
@@ -162,7 +173,7 @@ class Checkpointer:
         self.masks, self.origin = run.get("masks", self.masks), run.get("origin", self.origin)
         drawn = [compact_of(m).mask_bits.clone() for model in engine.models
                  for m in sparse_modules(model)]
-        loaded = dist_checkpointing.load(engine.sharded_state(loading=True), str(newest))
+        loaded = dist_checkpointing.load(engine.state_to_load(), str(newest))
         engine.load_state(loaded, state.optimizer_steps)
         self._check_masks(engine, drawn, newest)
         return state, [*said, f"resumed from {newest.name}"]
@@ -179,12 +190,12 @@ class Checkpointer:
                              "Use the recipe and the data it was made with, or another output")
 
     def _check_masks(self, engine: Engine, drawn: list[torch.Tensor], checkpoint: Path) -> None:
-        """That the masks are those drawn before; where the run's masks were given, they are taken
-        as they are."""
+        """Raises a ValueError unless seeded masks equal those drawn before. Other masks are
+        accepted."""
         modules = [m for model in engine.models for m in sparse_modules(model)]
         for module, bits in zip(modules, drawn, strict=True):
             compact = compact_of(module)
-            if self.masks["kind"] == "given":
+            if self.masks["kind"] != "seeded":
                 compact.index_mask()
             elif not torch.equal(compact.mask_bits, bits):
                 raise ValueError(f"checkpoint {checkpoint} holds another mask of "

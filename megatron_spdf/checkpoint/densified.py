@@ -15,14 +15,15 @@ from megatron_spdf.optimizers.base import MASTER
 
 
 def load_densified(engine: Engine, checkpoint: Path) -> None:
-    """Fills a dense engine from a checkpoint of either kind, at any layout, as if that had been
-    densified on disk.
+    """Fills a dense engine from a checkpoint of any layout, sparse or dense.
 
-    Values come from the fp32 master weights, entries that were masked are zero, so that outputs are
-    what they were. The optimizer's state is zero and it counts from one: revived weights have no
-    past, and a fresh count is what the schedule's second warm-up is made for.
+    The result equals a load of the checkpoint densified on disk. Values come from the fp32 master
+    weights, and masked entries are zero, so outputs do not change. The optimizer's state is zero
+    and its count starts at one: revived weights have no moments, and the schedule's second warm-up
+    makes up for a fresh count.
 
     Args:
+        engine: to fill.
         checkpoint: verified, and of the engine's model.
     """
     reader = CheckpointReader(checkpoint)
@@ -36,4 +37,4 @@ def load_densified(engine: Engine, checkpoint: Path) -> None:
             return torch.zeros(wanted.local_shape, dtype=wanted.dtype)
         return reader.parameter(names[stored])[wanted.global_slice()].to(wanted.dtype)
 
-    engine.load_state(fill(engine.sharded_state(loading=True)), optimizer_steps=0)
+    engine.load_state(fill(engine.state_to_load()), optimizer_steps=0)

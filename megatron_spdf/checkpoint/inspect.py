@@ -13,9 +13,11 @@ from megatron_spdf.checkpoint.reader import (
     CheckpointReader,
     stored_name,
 )
-from megatron_spdf.checkpoint.run_metadata import INITIAL
+from megatron_spdf.checkpoint.run_metadata import INITIAL, describe_masks
 from megatron_spdf.checkpoint.store import DamagedCheckpoint
 from megatron_spdf.sparsity.plan import SparseWeight
+from megatron_spdf.tables import Column, Table
+from megatron_spdf.text import any_layer
 
 _NAMED_FAULTS = 5
 
@@ -52,7 +54,7 @@ def sparsity_by_kind(reader: CheckpointReader) -> list[dict[str, Any]]:
     """
     rows: dict[tuple, dict[str, Any]] = {}
     for name, weight in reader.plan.weights.items():
-        kind = ".".join("*" if part.isdigit() else part for part in name.split("."))
+        kind = any_layer(name)
         saved = reader.run["sparsity"].get(name)
         if saved is None:
             raise ValueError(f"{reader.path}: run.json has no sparsity of {name}, which its recipe "
@@ -84,12 +86,14 @@ def _part_of(name: str) -> str:
 
 
 def verify(reader: CheckpointReader) -> str:
-    """Holds the tensors against the recipe: every weight and its optimizer state there with the
-    right shape, every mask the one the plan draws, or where the run's masks were given, one of the
-    planned density. The bytes of the files are `CheckpointReader(checksums=True)`'s to check.
+    """Compares the tensors with the recipe.
+
+    Every weight and its optimizer state must be there with the right shape. Every seeded mask must
+    be the one that the plan draws, and any other must have the planned density. Bytes of the files
+    are checked by `CheckpointReader(checksums=True)` instead.
 
     Returns:
-        What was checked, in a sentence.
+        Summary, in a sentence.
 
     Raises:
         DamagedCheckpoint: naming the tensors at fault and what is wrong with each.
@@ -129,7 +133,7 @@ def _wrong_mask(reader: CheckpointReader, weight: SparseWeight) -> list[str]:
         active = int(np.unpackbits(bits).sum(dtype=np.int64))
         if active != k:
             return [f"slice {slice_id} of {weight.name} has {active} active entries instead of {k}"]
-        if reader.masks["kind"] == "drawn" and not np.array_equal(
+        if reader.masks["kind"] == "seeded" and not np.array_equal(
                 np.packbits(weight.draw(reader.plan.seed, slice_id)), bits):
             return [f"slice {slice_id} of {weight.name} has another mask than seed "
                     f"{reader.plan.seed} draws"]
@@ -163,20 +167,19 @@ def render(facts: dict[str, Any]) -> str:
 
 
 def _render_bytes(parts: dict[str, int]) -> list[str]:
-    return ["bytes of the tensors"] + [f"  {name.replace('_', ' '):<16}{size:>20,}"
-                                       for name, size in parts.items()]
+    table = Table([Column("part", lambda part: part[0].replace("_", " ")),
+                   Column("bytes", lambda part: part[1], ",")], list(parts.items()))
+    return ["bytes of the tensors", table.text("  ")]
 
 
 def _render_sparsity(sparsity: dict[str, Any]) -> list[str]:
     if not sparsity["weights"]:
         return ["sparsity: dense, every weight is active"]
-    width = max(len(row["kind"]) for row in sparsity["weights"])
-    lines = [f"sparsity: {sparsity['target']:.4%} of the weights below, masks "
-             f"{sparsity['masks']['how']}",
-             f"  {'weight':<{width}}{'count':>6}{'shape':>16}{'target':>11}   measured"]
-    for row in sparsity["weights"]:
-        measured = " to ".join(dict.fromkeys(f"{s:.4%}" for s in row["measured"]))
-        shape = " x ".join(map(str, row["shape"]))
-        lines.append(f"  {row['kind']:<{width}}{row['count']:>6}{shape:>16}{row['target']:>11.4%}  "
-                     f" {measured}")
-    return lines
+    columns = [Column("weight", "kind"), Column("count", form="d"),
+               Column("shape", lambda row: " x ".join(map(str, row["shape"])), align="right"),
+               Column("target", form=".4%"),
+               Column("measured", lambda row: " to ".join(
+                   dict.fromkeys(f"{share:.4%}" for share in row["measured"])))]
+    return [f"sparsity: {sparsity['target']:.4%} of the weights below, masks "
+            f"{describe_masks(sparsity['masks'])}",
+            Table(columns, sparsity["weights"]).text("  ")]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_spdf.architecture.base import Weight
 from megatron_spdf.checkpoint import store
-from megatron_spdf.checkpoint.run_metadata import Masks, drawn_masks
+from megatron_spdf.checkpoint.run_metadata import Masks, seeded_masks
 from megatron_spdf.checkpoint.tensors import TensorFiles
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megatron_spdf.model.parametrization import Parametrization, fold
@@ -95,7 +95,7 @@ class CheckpointReader(TensorFiles):
         self.weights: dict[str, Weight] = {w.name: w for w in self.model.weights()}
         self.plan = Plan.of(self.recipe)
         self.rules = Parametrization(self.recipe, self.plan)
-        self.masks: Masks = self.run.get("masks", drawn_masks(self.plan))
+        self.masks: Masks = self.run.get("masks", seeded_masks(self.plan))
 
     @property
     def origin(self) -> str:

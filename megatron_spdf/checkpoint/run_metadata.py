@@ -13,18 +13,49 @@ from megatron_spdf.version import __version__
 
 
 class Masks(TypedDict):
-    """What masks a run has: those that the plan draws, which every start can draw again, or given
-    ones, which live in the checkpoints alone. `how` says it in words."""
+    """Origin of the masks of a checkpoint.
 
-    kind: Literal["drawn", "given"]
+    Seeded masks can be drawn again at every start. The others exist in the checkpoints alone.
+
+    Attributes:
+        kind: "seeded": drawn from the plan's seed; "stored": chosen otherwise before the run;
+            "moved": changed since.
+        how: origin before any move, in words.
+        algorithm: name of the one that moves them, or that moved them last.
+        updates: number of moves.
+    """
+
+    kind: Literal["seeded", "stored", "moved"]
     how: str
+    algorithm: str
+    updates: int
 
 
 INITIAL = "initial values"  # the origin of most runs
 
 
-def drawn_masks(plan: Plan) -> Masks:
-    return {"kind": "drawn", "how": f"random, seed {plan.seed}"}
+def seeded_masks(plan: Plan) -> Masks:
+    """Masks that the plan draws."""
+    return {"kind": "seeded", "how": f"random, seed {plan.seed}", "algorithm": "static",
+            "updates": 0}
+
+
+def stored_masks(how: str) -> Masks:
+    """Masks that were chosen before the run."""
+    return {"kind": "stored", "how": how, "algorithm": "static", "updates": 0}
+
+
+def after_moves(masks: Masks, algorithm: str, updates: int) -> Masks:
+    """Masks of a run after `updates` moves."""
+    if not updates:
+        return {**masks, "algorithm": algorithm} if masks["kind"] != "moved" else masks
+    return {**masks, "kind": "moved", "algorithm": algorithm, "updates": updates}
+
+
+def describe_masks(masks: Masks) -> str:
+    """Origin of the masks, in words."""
+    times = f", moved {masks['updates']:,} times by {masks['algorithm']}"
+    return masks["how"] + (times if masks["kind"] == "moved" else "")
 
 
 def run_record(recipe: Recipe, plan: Plan, tokenizer: Tokenizer, masks: Masks, origin: str,

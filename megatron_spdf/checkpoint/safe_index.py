@@ -29,6 +29,11 @@ class _Vetting(pickle.Unpickler):
     """Unpickler that allows index classes only."""
 
     def find_class(self, module: str, name: str):
+        """Looks up an allowed class.
+
+        Raises:
+            UnpicklingError: the class is another.
+        """
         if name in _CLASSES.get(module, ()) or (module == "torch" and name in _DTYPES):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it wants {module}.{name}")

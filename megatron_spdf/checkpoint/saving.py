@@ -38,12 +38,12 @@ class SaveFailed(OSError):
     """Raised if a checkpoint could not be written. Older checkpoints are untouched."""
 
 
-class Saving(threading.Thread):
+class SaveThread(threading.Thread):
     """Thread that writes a snapshot and makes it visible. All ranks start one at the same step.
 
     Args:
         partial: directory to write to, a name that ends in `.partial`.
-        state: `Engine.sharded_state(loading=False)`.
+        state: `Engine.state_to_save()`.
         add_files: called on rank 0 with the directory, to write all files but the tensors'.
         after: called on rank 0 once the checkpoint is visible.
         group: gloo process group of all ranks, not used otherwise meanwhile.

@@ -97,6 +97,7 @@ class _Storage(FileSystemReader):
     _index: Metadata | None = None
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        """Index of the checkpoint, read once."""
         self._index = self._index or super().read_metadata()
         return self._index
 
@@ -110,6 +111,7 @@ class _PartPlanner(DefaultLoadPlanner):
         self.offset, self.found = torch.Size(offset), 0
 
     def create_local_plan(self) -> LoadPlan:
+        """Reads that fill the box, from whichever saved boxes overlap it."""
         items = []
         for name, tensor in self.state_dict.items():
             box = ChunkStorageMetadata(self.offset, tensor.shape)
@@ -119,4 +121,5 @@ class _PartPlanner(DefaultLoadPlanner):
         return LoadPlan(items)
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        """Tensor to fill."""
         return self.state_dict[index.fqn]

@@ -1,5 +1,5 @@
-"""Weights as a Hugging Face model: GPT-2's architecture, dense with zeros, no code of ours to load
-it.
+"""Weights as a Hugging Face model: an architecture of theirs, dense with zeros, no code of ours to
+load it.
 
     AutoModelForCausalLM.from_pretrained(directory), AutoTokenizer.from_pretrained(directory)
 """
@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,17 +18,17 @@ import torch
 import yaml
 from torch import Tensor
 
+from megatron_spdf.architecture.forms import Form
 from megatron_spdf.checkpoint.reader import CheckpointReader
-from megatron_spdf.checkpoint.run_metadata import INITIAL
+from megatron_spdf.checkpoint.run_metadata import INITIAL, describe_masks
 from megatron_spdf.checkpoint.writer import with_progress
-from megatron_spdf.convert.gpt2_state_dict import PREFIX, gpt2_name, gpt2_shape, to_gpt2
 from megatron_spdf.convert.source import WeightSource
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
 from megatron_spdf.files import atomic_directory
 from megatron_spdf.sparsity.slices import join_slices
 
 if TYPE_CHECKING:
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 WEIGHTS, MASKS, CARD = "model.safetensors", "masks.safetensors", "README.md"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -61,7 +60,7 @@ def export(source: WeightSource, output: Path, dtype: str = "fp32", masks: bool 
             where it is active.
 
     Raises:
-        ValueError: `output` exists, GPT-2's architecture or tokenizers cannot express the model's,
+        ValueError: `output` exists, transformers' architecture or tokenizers cannot express ours,
             or masks are wanted of weights that have none.
         DamagedCheckpoint: a weight is missing or not what the recipe says.
     """
@@ -76,11 +75,7 @@ def export(source: WeightSource, output: Path, dtype: str = "fp32", masks: bool 
 
 
 def _check(source: WeightSource, masks: bool) -> None:
-    model = source.model
-    if model.query_groups != model.heads:
-        raise ValueError(f"model.query_groups={model.query_groups} and model.heads={model.heads}: "
-                         "in GPT-2's architecture every head has a key and a value of its own, so "
-                         "only a model with as many query groups as heads can be exported")
+    source.model.huggingface_config()  # which says what cannot be exported
     if source.tokenizer is None:
         raise ValueError(f"{source.path} has no tokenizer to export with the weights")
     if masks and not _plan(source):
@@ -92,12 +87,8 @@ def _plan(source: WeightSource) -> dict:
 
 
 def _tensors(source: WeightSource) -> list[_Tensor]:
-    """All tensors of the exported model; the tied LM head is the embedding and not listed again."""
-    def read(name: str) -> Tensor:
-        return to_gpt2(source.weight(name), source.weights[name], source.model)
-
-    return [_Tensor(PREFIX + gpt2_name(name), gpt2_shape(weight, source.model), partial(read, name))
-            for name, weight in source.weights.items()]
+    """All tensors of the exported model; a tied LM head is the embedding and not listed again."""
+    return _forms(source, source.weights, source.weight)
 
 
 def _masks(source: CheckpointReader) -> list[_Tensor]:
@@ -105,12 +96,27 @@ def _masks(source: CheckpointReader) -> list[_Tensor]:
     def read(name: str) -> Tensor:
         planned = source.plan.weights[name]
         active = np.unpackbits(source.mask_bits(name), axis=1, count=math.prod(planned.slice_shape))
-        return to_gpt2(join_slices(torch.from_numpy(active).bool(), planned), source.weights[name],
-                       source.model)
+        return join_slices(torch.from_numpy(active).bool(), planned)
 
-    return [_Tensor(PREFIX + gpt2_name(name), gpt2_shape(source.weights[name], source.model),
-                    partial(read, name))
-            for name in source.plan.weights]
+    return _forms(source, source.plan.weights, read)
+
+
+def _forms(source: WeightSource, names: Iterable[str],
+           read: Callable[[str], Tensor]) -> list[_Tensor]:
+    """The tensors that transformers has for weights of these names, which are to be read in this
+    order: so each weight is read once and let go of."""
+    parts: list[Tensor] = []
+    tensors = []
+    for name in names:
+        form = source.model.huggingface_form(source.weights[name])
+
+        def part(name: str = name, form: Form = form) -> Tensor:
+            parts[:] = parts or form.split(read(name))
+            return parts.pop(0)
+
+        tensors += [_Tensor(there, shape, part)
+                    for there, shape in zip(form.names, form.shapes, strict=True)]
+    return tensors
 
 
 def _save_tensors(tensors: Sequence[_Tensor], dtype: torch.dtype, path: Path) -> None:
@@ -171,30 +177,25 @@ def _save_config(source: WeightSource, dtype: str, directory: Path) -> None:
                      pad_token_id=end).save_pretrained(directory)
 
 
-def _config(source: WeightSource, dtype: str) -> GPT2Config:
-    from transformers import GPT2Config
+def _config(source: WeightSource, dtype: str) -> PretrainedConfig:
+    from transformers import AutoConfig
 
-    m, end = source.model, source.tokenizer.eod
-    return GPT2Config(
-        vocab_size=m.vocab_size, n_positions=m.max_positions, n_embd=m.hidden, n_layer=m.layers,
-        n_head=m.heads, n_inner=m.ffn_hidden, activation_function="gelu_new",
-        layer_norm_epsilon=1e-5, tie_word_embeddings=True,
-        resid_pdrop=m.dropout, embd_pdrop=m.dropout, attn_pdrop=m.dropout, bos_token_id=end,
-        eos_token_id=end, architectures=["GPT2LMHeadModel"], dtype=DTYPES[dtype],
-    )
+    model, end = source.model, source.tokenizer.eod
+    return AutoConfig.for_model(model.huggingface, **model.huggingface_config(), bos_token_id=end,
+                                eos_token_id=end, dtype=DTYPES[dtype])
 
 
-def in_memory(source: WeightSource) -> GPT2LMHeadModel:
+def in_memory(source: WeightSource) -> PreTrainedModel:
     """The model that `export` writes, in float32 and for inference, without a directory in between.
 
     Raises:
-        ValueError: GPT-2's architecture cannot express the model, or it has no tokenizer.
+        ValueError: transformers cannot express the model, or it has no tokenizer.
         DamagedCheckpoint: a weight is missing or not what the recipe says.
     """
-    from transformers import GPT2LMHeadModel
+    from transformers import AutoModelForCausalLM
 
     _check(source, masks=False)
-    model = GPT2LMHeadModel(_config(source, "fp32"))
+    model = AutoModelForCausalLM.from_config(_config(source, "fp32"))
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for tensor in _tensors(source):
@@ -206,7 +207,8 @@ def in_memory(source: WeightSource) -> GPT2LMHeadModel:
 def model_card(source: WeightSource, dtype: str, masks: bool) -> str:
     """README.md of the exported model: what it is, how it was made, how to load it."""
     model, parameters = source.model, sum(w.numel for w in source.weights.values())
-    lines = [f"- Architecture: GPT-2, tied embeddings, {parameters:,} parameters (counted with the "
+    head = "tied embeddings" if model.tied else "an LM head of its own"
+    lines = [f"- Architecture: {model.title}, {head}, {parameters:,} parameters (counted with the "
              "padding of the vocabulary, which is cut off here)."]
     recipe = ""
     if isinstance(source, CheckpointReader):
@@ -221,9 +223,9 @@ def model_card(source: WeightSource, dtype: str, masks: bool) -> str:
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
-tags: [gpt2, sparse]
+tags: [{model.huggingface}, sparse]
 ---
-# GPT, {model.layers} layers x {model.hidden}
+# {model.title}, {model.layers} layers x {model.hidden}
 
 Made with megatron_spdf (sparse pre-training, dense fine-tuning, https://arxiv.org/abs/2303.10464).
 
@@ -240,13 +242,11 @@ tokenizer = AutoTokenizer.from_pretrained("this directory")
 
 def _history(source: CheckpointReader) -> list[str]:
     run, plan = source.run, source.plan
-    how = source.masks["how"]
+    kind = "moving" if source.masks["kind"] == "moved" else "static"
     sparsity = (
         f"{plan.sparsity:.2%} of the {plan.numel:,} weights in {len(plan.weights)} matrices of "
-        "the blocks are "
-        f"exactly zero (static masks, {how}), so {plan.active:,} of them are active. The weights "
-        "are stored "
-        "dense, zeros included"
+        f"the blocks are exactly zero ({kind} masks, {describe_masks(source.masks)}), so "
+        f"{plan.active:,} of them are active. The weights are stored dense, zeros included"
         if plan.weights
         else "none, the model is dense"
     )

@@ -1,4 +1,4 @@
-"""Reads a Hugging Face directory of the GPT-2 family, tensor by tensor, with no code from it."""
+"""Reads a Hugging Face directory, tensor by tensor, with no code from it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_spdf.architecture.base import EMBEDDING, Model, Weight
-from megatron_spdf.architecture.gpt import Gpt
-from megatron_spdf.convert.gpt2_state_dict import PREFIX, from_gpt2, gpt2_name, gpt2_shape
+from megatron_spdf.architecture.base import ARCHITECTURES, EMBEDDING, Model, Weight
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 CONFIG = "config.json"
@@ -25,29 +23,19 @@ _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _HEAD = "lm_head.weight"
 _TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer.model")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-# What our GPT computes, as GPT-2's configuration says it, and what GPT2Config says where a key is
-# missing.
-_COMPUTES = {
-    "activation_function": (("gelu_new", "gelu_pytorch_tanh"), "gelu_new"),
-    "layer_norm_epsilon": ((1e-5,), 1e-5),
-    "scale_attn_weights": ((True,), True),
-    "scale_attn_by_inverse_layer_idx": ((False,), False),
-    "reorder_and_upcast_attn": ((False,), False),
-    "add_cross_attention": ((False,), False),
-}
 
 
 class HuggingFaceReader:
-    """A GPT-2 as `transformers` saves it: safetensors or pytorch_model.bin, in one file or several;
+    """A model as `transformers` saves it: safetensors or pytorch_model.bin, in one file or several;
     a `source.WeightSource`.
 
     Attributes:
         config: the content of config.json.
-        model: its shape; what a GPT-2's configuration does not say has our defaults.
+        model: its shape; what its configuration does not say has our defaults.
         weights: canonical name -> parameter.
 
     Raises:
-        ValueError: another architecture, a GPT-2 that computes what ours does not, weights that are
+        ValueError: no architecture here, one that computes what ours does not, weights that are
             missing, of the wrong shape or unknown, or files that cannot be read.
     """
 
@@ -58,9 +46,9 @@ class HuggingFaceReader:
         self.weights: dict[str, Weight] = {w.name: w for w in self.model.weights()}
         self._files = _find_files(path)
         self._open: dict[str, Any] = {}
-        names = {name.removeprefix(PREFIX): name for name in self._names()}
-        self._place = {name: names.pop(gpt2_name(name), None) for name in self.weights}
-        self._check(names)
+        self._forms = {name: self.model.huggingface_form(w) for name, w in self.weights.items()}
+        self._places = {self._plain(name): name for name in self._names()}
+        self._check()
 
     @property
     def origin(self) -> str:
@@ -75,9 +63,12 @@ class HuggingFaceReader:
     def weight(self, name: str) -> Tensor:
         """A parameter by its canonical name, in the type of the file; the vocabulary padded with
         its mean."""
-        place, weight = self._place[name], self.weights[name]
+        form = self._forms[name]
+        return form.join([self._part(self._places[self._plain(there)], shape)
+                          for there, shape in zip(form.names, form.shapes, strict=True)])
+
+    def _part(self, place: str, shape: tuple[int, ...]) -> Tensor:
         tensor = self._tensor(place)
-        shape = gpt2_shape(weight, self.model)
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{self.path}: {place} has shape {tuple(tensor.shape)}, and by "
                              f"{CONFIG} it must have {shape}; use a model whose files belong "
@@ -85,32 +76,44 @@ class HuggingFaceReader:
         if tensor.dtype not in _FLOATS:
             raise ValueError(f"{self.path}: {place} is {tensor.dtype}; quantized weights cannot be "
                              "read, use the model they were made from")
-        return from_gpt2(tensor, weight, self.model)
+        return tensor
 
     def master(self, name: str) -> Tensor:
         """Like `weight`, in float32."""
         return self.weight(name).float()
 
-    def _check(self, rest: dict[str, str]) -> None:
-        """That every weight is there, and nothing that would be left out; `rest` is what none of
-        our names took."""
-        missing = [gpt2_name(name) for name, place in self._place.items() if place is None]
-        if missing:
-            raise ValueError(f"{self.path} has no tensor {_some(missing)}, which a GPT-2 of "
-                             f"{self.model.layers} layers has; use a complete model")
-        if head := rest.pop(_HEAD, None):
-            if not torch.equal(self._tensor(head), self._tensor(self._place[EMBEDDING])):
+    def _plain(self, name: str) -> str:
+        """A name there without the prefix that a model saved without its LM head lacks."""
+        return name.removeprefix(self.model.huggingface_prefix)
+
+    def _check(self) -> None:
+        """That every weight is there, and nothing that would be left out."""
+        wanted = [self._plain(name) for form in self._forms.values() for name in form.names]
+        if missing := [name for name in wanted if name not in self._places]:
+            raise ValueError(f"{self.path} has no tensor {_some(missing)}, which a "
+                             f"{self.model.title} of {self.model.layers} layers has; use a "
+                             "complete model")
+        rest = {name: place for name, place in self._places.items() if name not in wanted}
+        if self.model.tied:
+            self._check_tied(rest.pop(_HEAD, None))
+        unknown = [place for name, place in rest.items()
+                   if not name.endswith(self.model.huggingface_ignored)]
+        if unknown:
+            (kind,) = self.model.huggingface_config()["architectures"]
+            raise ValueError(f"{self.path} has {_some(unknown)}, which {kind} has not and which "
+                             "would be lost; use a plain language model")
+
+    def _check_tied(self, head: str | None) -> None:
+        """That an LM head, where there is one, is the embedding."""
+        if head:
+            (embedding,) = self._forms[EMBEDDING].names
+            if not torch.equal(self._tensor(head),
+                               self._tensor(self._places[self._plain(embedding)])):
                 raise ValueError(f"{self.path}: {head} is not the token embedding; here the two "
                                  "are tied, so a model with a head of its own cannot be read")
         elif not self.config.get("tie_word_embeddings", True):
             raise ValueError(f"{self.path}: {CONFIG} has tie_word_embeddings false, but there is "
                              f"no {_HEAD}; use a complete model")
-        # GPT-2's causal masks used to be saved with it.
-        unknown = [place for name,
-                   place in rest.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))]
-        if unknown:
-            raise ValueError(f"{self.path} has {_some(unknown)}, which GPT2LMHeadModel has not and "
-                             "which would be lost; use a plain language model")
 
     def _names(self) -> list[str]:
         if isinstance(self._files, dict):
@@ -148,21 +151,16 @@ class HuggingFaceReader:
 
 def _model(config: dict[str, Any], path: Path) -> Model:
     kind = config.get("model_type")
-    if kind != "gpt2":
-        raise ValueError(f"{path} is a model of type {kind!r}; only the GPT-2 family (model_type "
-                         "gpt2) can be read")
-    for key, (allowed, default) in _COMPUTES.items():
-        if config.get(key, default) not in allowed:
-            raise ValueError(f"{path}: {CONFIG} has {key}={config[key]!r}, and our GPT computes "
-                             f"{' or '.join(map(repr, allowed))} only; its outputs would differ")
-    keys = {"layers": "n_layer", "hidden": "n_embd", "heads": "n_head", "vocab_size": "vocab_size",
-            "max_positions": "n_positions"}
-    missing = [key for key in keys.values() if not isinstance(config.get(key), int)]
-    if missing:
-        raise ValueError(f"{path / CONFIG} has no {', '.join(missing)}; use the config.json the "
-                         "model was saved with")
-    return Gpt(**{ours: config[theirs] for ours, theirs in keys.items()},
-                 ffn_hidden=config.get("n_inner") or 4 * config["n_embd"])
+    families = {family.huggingface: family for family in map(ARCHITECTURES.get,
+                                                             ARCHITECTURES.names())
+                if family.huggingface}
+    if kind not in families:
+        raise ValueError(f"{path} is a model of type {kind!r}; those that can be read are "
+                         f"{', '.join(sorted(families))}")
+    try:
+        return families[kind].from_huggingface(config)
+    except ValueError as error:
+        raise ValueError(f"{path / CONFIG} {error}") from None
 
 
 def _find_files(path: Path) -> Path | dict[str, Path]:

@@ -1,10 +1,11 @@
-"""A run directory whose step 0 has given weights: from another format, with other masks, or with
-none.
+"""Writes a run directory whose step 0 has given weights: of another format, or with other masks.
 
     OUT/recipe.yaml
     OUT/checkpoints/step_00000000/    weights, compact where the recipe is sparse; a fresh optimizer
 
-`pretrain.py` with the same recipe goes on from it like from any checkpoint.
+`pretrain.py` with the same recipe resumes from it as from any checkpoint.
+
+Shapes: S slices of a weight, A active entries of each.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor
 from megatron_spdf.architecture.base import Weight
 from megatron_spdf.checkpoint import store
 from megatron_spdf.checkpoint.reader import MASK_BITS, OPTIMIZER, VALUES, stored_name
-from megatron_spdf.checkpoint.run_metadata import Masks, drawn_masks, run_record
+from megatron_spdf.checkpoint.run_metadata import Masks, run_record, seeded_masks, stored_masks
 from megatron_spdf.checkpoint.writer import StoredTensor, cut, write_tensors
 from megatron_spdf.convert.source import WeightSource
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
@@ -35,29 +36,28 @@ from megatron_spdf.schedule.stages import stages_of
 from megatron_spdf.sparsity.plan import Plan
 from megatron_spdf.sparsity.slices import slice_of
 
-RECIPE, CHECKPOINTS = "recipe.yaml", "checkpoints"  # as training/run_dir.py names them
+RECIPE, CHECKPOINTS = "recipe.yaml", "checkpoints"  # as in runs/run_dir.py
 Select = Literal["random", "magnitude"]
 _START = {"step": 0, "optimizer_steps": 0, "skipped": 0, "skipped_in_a_row": 0, "evaluated": 0,
-          "best_step": 0,
-          "best_loss": None, "worse": 0, "tokens": 0}
+          "best_step": 0, "best_loss": None, "worse": 0, "tokens": 0, "mask_updates": 0}
 _MODEL_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def write_initial_checkpoint(source: WeightSource, recipe: Recipe, tokenizer: Tokenizer,
-                             output: Path,
-              select: Select = "random") -> Plan:
-    """Writes the run directory; it appears complete or not at all. One weight at a time is dense in
+                             output: Path, select: Select = "random") -> Plan:
+    """Writes the run directory, which appears complete or not at all, with one dense weight in
     memory.
 
     Args:
+        source: of the weights.
         recipe: of the run to come; its `output` is replaced.
         tokenizer: of the recipe's data.
-        output: must not exist.
-        select: which entries of a sparse weight stay: those of the masks that the plan draws, or in
-            each slice the largest magnitudes. The latter are kept with the run's checkpoints.
+        output: directory, which must not exist.
+        select: entries of a sparse weight that stay: "random" for the masks that the plan draws,
+            "magnitude" for the largest of each slice, whose masks live in the run's checkpoints.
 
     Returns:
-        What is sparse.
+        Sparsity plan of the run's first stage.
 
     Raises:
         ValueError: the source has another shape or tokenizer than the recipe, or is damaged;
@@ -85,20 +85,20 @@ def write_initial_checkpoint(source: WeightSource, recipe: Recipe, tokenizer: To
 
 
 def finish_run(checkpoint: Path, recipe: Recipe) -> None:
-    """The list of a new checkpoint's files, and the recipe of the run directory it lies in."""
+    """Writes the list of a new checkpoint's files, and the recipe of its run directory."""
     write_json(checkpoint / store.FILES, {name: store.describe(checkpoint / name)
                                           for name in store.files_of(checkpoint)})
     save_recipe(recipe, checkpoint.parents[1] / RECIPE)
 
 
 def check_shape(source: WeightSource, recipe: Recipe) -> None:
-    """Raises ValueError, with both values of each, where the model has another shape in the
-    recipe."""
+    """Raises a ValueError, naming both values of each difference, if the recipe's model has another
+    shape."""
     differ = [f"model.{key} is {there} there and {here} in the recipe"
               for key, (there, here) in source.model.differences(recipe.model).items()]
     if differ:
         raise ValueError(f"{source.path} is another model than the recipe's: {'; '.join(differ)}. "
-                         "Set these to what is there, as section.key=value words or in the recipe")
+                         "Set these to what is there, as section.key=value or in the recipe")
 
 
 def _check_tokenizer(source: WeightSource, tokenizer: Tokenizer) -> None:
@@ -114,15 +114,15 @@ def _check_tokenizer(source: WeightSource, tokenizer: Tokenizer) -> None:
 
 def _describe_masks(source: WeightSource, plan: Plan, select: Select) -> Masks:
     if select == "magnitude" and plan.weights:
-        return {"kind": "given", "how": f"the largest magnitudes in each slice of {source.origin}"}
-    return drawn_masks(plan)
+        return stored_masks(f"the largest magnitudes in each slice of {source.origin}")
+    return seeded_masks(plan)
 
 
 class _FreshState:
-    """The tensors of a checkpoint at step 0.
+    """Tensors of a checkpoint at step 0.
 
     Attributes:
-        measured: canonical name of a sparse weight -> fraction of zeros, of those that were read.
+        measured: canonical name of a sparse weight -> fraction of zeros, for weights read so far.
     """
 
     def __init__(self, source: WeightSource, recipe: Recipe, plan: Plan, select: Select):
@@ -133,7 +133,7 @@ class _FreshState:
         self._last: tuple[str, Tensor, Tensor] | None = None
 
     def tensors(self) -> list[StoredTensor]:
-        """All tensors, those of one parameter together, so that it is read and cut to its mask
+        """All tensors, grouped by parameter, so that each parameter is read and cut to its mask
         once."""
         return [tensor for weight in self.source.weights.values() for tensor in self._of(weight)]
 
@@ -161,20 +161,23 @@ class _FreshState:
         return StoredTensor(name, shape, dtype, cut(shape, axis, weight.layer, self.recipe), read)
 
     def _values(self, name: str) -> Tensor:
-        """What the model keeps of a parameter, float32: all of it, or its active values (C, k)."""
+        """Values that the model keeps of a parameter, float32: all of them, or the active ones (S,
+        A)."""
         return self._compact(name)[0] if name in self.plan.weights else self._master(name)
 
     def _master(self, name: str) -> Tensor:
-        """A weight, dense, as a model of the recipe's parametrization holds it."""
+        """Dense weight in the parametrization of the recipe."""
         return unfold(self.source.master(name), self.rules.folded(name))
 
     def _compact(self, name: str) -> tuple[Tensor, Tensor]:
-        """Active values (C, k) and mask bits of a sparse weight; the last one is kept."""
+        """Active values (S, A) and mask bits (S, bytes) of a sparse weight. The last result is
+        kept."""
         if self._last is None or self._last[0] != name:
             self._last = (name, *self._select(name))
         return self._last[1:]
 
     def _select(self, name: str) -> tuple[Tensor, Tensor]:
+        """Cuts a dense weight to its mask, slice by slice, and measures its sparsity."""
         planned, dense = self.plan.weights[name], self._master(name)
         values, bits = [], []
         for number in range(planned.slices):

@@ -1,4 +1,4 @@
-"""Megatron-LM's distributed checkpoint (`torch_dist`) of a dense GPT, weights only, both ways.
+"""Megatron-LM's distributed checkpoint (`torch_dist`) of a dense decoder, weights only, both ways.
 
 Names and layout are those of Megatron-LM core_v0.16.1 (megatron-core 0.16.1), whose
 `GPTModel.sharded_state_dict` gives them alike for the local and the Transformer Engine layer
@@ -22,11 +22,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_spdf.architecture.base import EMBEDDING, Model, Weight
+from megatron_spdf.architecture.base import EMBEDDING, HEAD, Model, Weight
+from megatron_spdf.architecture.forms import pad_vocabulary
 from megatron_spdf.checkpoint.reader import stored_name
 from megatron_spdf.checkpoint.tensors import TensorFiles
 from megatron_spdf.checkpoint.writer import StoredTensor, whole, write_tensors
-from megatron_spdf.convert.gpt2_state_dict import pad_vocabulary
 from megatron_spdf.convert.source import WeightSource
 from megatron_spdf.files import atomic_directory
 
@@ -42,11 +42,11 @@ _EXTRA = ("self_attention.core_attention", "self_attention.linear_qkv",
           "mlp.linear_fc2")
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
 _TRAINING = ("optimizer.", "chained_")  # tensors of a training run beside the weights
-_TIED_HEAD = "output_layer.weight"
+_VOCABULARY = (EMBEDDING, HEAD)  # of which the rows are tokens
 
 
 class MegatronReader(TensorFiles):
-    """The GPT weights of a Megatron-LM checkpoint, saved at any layout; a `source.WeightSource`. Of
+    """The weights of a Megatron-LM checkpoint, saved at any layout; a `source.WeightSource`. Of
     its files the vetted index and tensors are read, nothing that is pickled; so the shape comes
     from a recipe, and what the tensors do not tell (the number of heads, the activation) is taken
     on trust.
@@ -79,12 +79,13 @@ class MegatronReader(TensorFiles):
         """A parameter by its canonical name; the vocabulary padded to our length with its mean."""
         place, layer = self._place(name)
         shape = self.weights[name].shape
-        if name == EMBEDDING:
+        if name in _VOCABULARY:
             return pad_vocabulary(self.part(place, (0, 0),
                                             (self.model.vocab_size, self.model.hidden)), shape[0])
         if layer is None:
-            return self.tensor(place)
-        return self.part(place, (layer,) + (0,) * len(shape), (1, *shape))[0]
+            return self.model.from_megatron(name, self.tensor(place))
+        part = self.part(place, (layer,) + (0,) * len(shape), (1, *shape))[0]
+        return self.model.from_megatron(name, part)
 
     def master(self, name: str) -> Tensor:
         """Like `weight`, in float32."""
@@ -102,10 +103,11 @@ class MegatronReader(TensorFiles):
         missing = [name for name in expected if name not in self.shapes]
         if missing:
             raise ValueError(f"{self.path} has no tensor {', '.join(missing[:4])}, which the "
-                             "recipe's model has: tied embeddings, learned positions, LayerNorm, "
-                             f"biases; names as in Megatron-LM {VERSION}")
+                             f"recipe's model ({self.model.architecture}) has; names as in "
+                             f"Megatron-LM {VERSION}")
         # and as much padding as it was trained with
-        expected[EMBEDDING] = (self.model.vocab_size, self.model.hidden)
+        expected |= {name: (self.model.vocab_size, self.model.hidden)
+                     for name in _VOCABULARY if name in expected}
         wrong = [f"{name} is {self.shapes[name]} there and {shape} in the recipe's model"
                  for name, shape in expected.items() if not self._fits(name, shape)]
         if wrong:
@@ -114,21 +116,21 @@ class MegatronReader(TensorFiles):
                              "there")
         unknown = [name for name in self.shapes if name not in expected
                    and not name.startswith(_TRAINING)]
-        unknown = [name for name in unknown if name != _TIED_HEAD or not self._is_tied()]
+        unknown = [name for name in unknown if name != HEAD or not self._is_tied()]
         if unknown:
             raise ValueError(f"{self.path} has {', '.join(unknown[:4])}, which the recipe's model "
-                             "has not and which would be lost; only a GPT with tied embeddings and "
-                             "GPT-2's layers can be read")
+                             "has not and which would be lost; set model.architecture="
+                             f"{self.model.architecture} to what is there")
 
     def _fits(self, name: str, shape: tuple[int, ...]) -> bool:
         there = self.shapes[name]
         return (
-            there == shape or name == EMBEDDING and there[0] > shape[0] and there[1:] == shape[1:]
+            there == shape or name in _VOCABULARY and there[0] > shape[0] and there[1:] == shape[1:]
         )
 
     def _is_tied(self) -> bool:
         rows = (self.model.vocab_size, self.model.hidden)
-        return torch.equal(self.part(_TIED_HEAD, (0, 0), rows), self.part(EMBEDDING, (0, 0), rows))
+        return torch.equal(self.part(HEAD, (0, 0), rows), self.part(EMBEDDING, (0, 0), rows))
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -162,8 +164,9 @@ def save_for_megatron(source: WeightSource, output: Path, dtype: torch.dtype) ->
 
     def read(name: str) -> Tensor:
         weight = source.weight(name).to(dtype)
-        return pad_vocabulary(weight[: model.vocab_size],
-                              len(weight)) if name == EMBEDDING else weight
+        if name in _VOCABULARY:
+            return pad_vocabulary(weight[: model.vocab_size], len(weight))
+        return model.to_megatron(name, weight)
 
     tensors = []
     for name, weight in source.weights.items():
@@ -192,17 +195,8 @@ def _stacked(stored: str) -> tuple[str, int | None]:
 
 
 def arguments(source: WeightSource) -> str:
-    """Megatron-LM's arguments for a model, which its checkpoints of weights alone do not hold. Its
-    default, --bias-gelu-fusion, is the activation the model was trained with."""
-    model = source.model
-    rows = source.weights[EMBEDDING].shape[0]
-    words = ["--ckpt-format torch_dist", f"--num-layers {model.layers}",
-             f"--hidden-size {model.hidden}",
-             f"--ffn-hidden-size {model.ffn_hidden}", f"--num-attention-heads {model.heads}",
-             f"--max-position-embeddings {model.max_positions}",
-             "--position-embedding-type learned_absolute",
+    """Megatron-LM's arguments for a model, which its checkpoints of weights alone do not hold."""
+    words = ["--ckpt-format torch_dist", *source.model.megatron_arguments(),
              # over the tensor-parallel degree, for the same padding
-             f"--make-vocab-size-divisible-by {rows}"]
-    if model.query_groups != model.heads:
-        words += ["--group-query-attention", f"--num-query-groups {model.query_groups}"]
+             f"--make-vocab-size-divisible-by {source.model.padded_vocab}"]
     return "\n".join(words) + "\n"

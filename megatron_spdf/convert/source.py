@@ -52,7 +52,7 @@ def open_weights(path: str | Path, checksums: bool = True) -> WeightSource:
 
     Args:
         path: a run directory (see `reader.find_checkpoint`), a checkpoint of a run, or a Hugging
-            Face directory of the GPT-2 family.
+            Face directory.
         checksums: of a checkpoint of ours, check every byte first.
 
     Raises:

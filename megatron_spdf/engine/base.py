@@ -103,13 +103,15 @@ class Engine(Protocol):
         """Fraction of zeros of every sparse weight as expanded: canonical name -> sparsity, on
         every rank."""
 
-    def sharded_state(self, loading: bool) -> dict:
-        """Weights, mask bits and optimizer state as Megatron-Core's sharded tensors, to load into
-        or to save: then copies on the CPU, which later steps do not change, of what this rank saves
-        for the others too."""
+    def state_to_save(self) -> dict:
+        """Weights, mask bits and optimizer state as Megatron-Core's sharded tensors: copies on the
+        CPU, which later steps do not change, of what this rank saves for its replicas too."""
+
+    def state_to_load(self) -> dict:
+        """Sharded tensors like those of `state_to_save`, for a checkpoint to be read into."""
 
     def load_state(self, loaded: dict, optimizer_steps: int) -> None:
-        """Takes a filled `sharded_state(loading=True)`."""
+        """Takes a filled `state_to_load()`."""
 
     def close(self) -> None:
         """Frees what the engine holds, to make room for another; it is of no use afterwards."""

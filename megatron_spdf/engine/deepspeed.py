@@ -156,13 +156,17 @@ class DeepSpeedEngine:
         every rank."""
         return measure_sparsity(self.models, self.data_parallel_rank, self.plan, self._gathered)
 
-    def sharded_state(self, loading: bool) -> dict:
-        """Weights, mask bits and optimizer state as Megatron-Core's sharded tensors, of the
+    def state_to_save(self) -> dict:
+        """Copies on the CPU of weights, mask bits and optimizer state, as sharded tensors of the
         Megatron engine's form."""
-        return self.state.places() if loading else self.state.shards()
+        return self.state.to_save()
+
+    def state_to_load(self) -> dict:
+        """Sharded tensors for weights, mask bits and optimizer state to be read into."""
+        return self.state.to_load()
 
     def load_state(self, loaded: dict, optimizer_steps: int) -> None:
-        """Takes what `sharded_state(loading=True)` asked for, filled from a checkpoint."""
+        """Takes a `state_to_load()` that was filled from a checkpoint."""
         self.state.load(loaded, optimizer_steps)
         self.optimizer_steps = optimizer_steps
 

@@ -157,24 +157,30 @@ class MegatronEngine:
         self._gather_parameters()
         return measure_sparsity(self.models, self.data_parallel_rank, self.plan)
 
-    def sharded_state(self, loading: bool) -> dict:
-        """Weights, mask bits and optimizer state as Megatron-Core's sharded tensors; to save,
-        copies on the CPU."""
+    def state_to_save(self) -> dict:
+        """Copies on the CPU of weights, mask bits and optimizer state, as sharded tensors."""
+        model = self._sharded_model()
+        optimizer = self.state.to_save(model)
+        snapshot(model)
+        return {"model": model, "optimizer": optimizer}
+
+    def state_to_load(self) -> dict:
+        """Sharded tensors for weights, mask bits and optimizer state to be read into."""
+        model = self._sharded_model()
+        return {"model": model, "optimizer": self.state.to_load(model)}
+
+    def _sharded_model(self) -> dict:
+        """Weights and mask bits, chunk name -> key -> ShardedTensor; replicas divide the saving."""
         self._gather_parameters()
-        metadata, group = (
-            common.model_metadata(),
-            ps.get_data_parallel_group(with_context_parallel=True),
-        )
+        metadata = common.model_metadata()
+        group = ps.get_data_parallel_group(with_context_parallel=True)
         model = {f"chunk{i}": common.tensors_only(m.sharded_state_dict(metadata=metadata))
                  for i, m in enumerate(self.models)}
         share_replicas(model, group.rank(), group.size())
-        optimizer = self.state.sharded(model, loading)
-        if not loading:
-            snapshot(model)
-        return {"model": model, "optimizer": optimizer}
+        return model
 
     def load_state(self, loaded: dict, optimizer_steps: int) -> None:
-        """Takes what `sharded_state(loading=True)` asked for, filled from a checkpoint."""
+        """Takes a `state_to_load()` that was filled from a checkpoint."""
         for i, model in enumerate(self.models):
             outcome = model.load_state_dict(loaded["model"][f"chunk{i}"], strict=False)
             missing = [k for k in outcome.missing_keys if not k.endswith("_extra_state")]

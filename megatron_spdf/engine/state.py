@@ -64,22 +64,32 @@ class OptimizerState:
         self._parameters = [p for model in models for p in model.parameters() if p.requires_grad]
         self._sharded = isinstance(self._inner, DistributedOptimizer)
 
-    def sharded(self, model_state: dict, loading: bool) -> dict:
-        """Sharded tensors, each shaped like its parameter, of all parameters of this rank.
+    def to_save(self, model_state: dict) -> dict:
+        """Sharded tensors, each shaped like its parameter: copies on the CPU of what this rank
+        saves, and tensors without content for what its replicas save.
 
         Args:
             model_state: the models' sharded tensors, chunk name -> key -> ShardedTensor.
-            loading: whether to make place for a checkpoint's state instead of giving out ours:
-                copies on the CPU of what this rank saves, and tensors without content for what
-                others save.
         """
-        places = {id(s.data): s for chunk in model_state.values() for s in chunk.values()
-                  if isinstance(s, ShardedTensor)}
+        places = _places(model_state)
         mine = {p for p in self._parameters if is_main_replica(places[id(p)].replica_id)}
-        copies = {} if loading else self._copies(mine)
+        return self._sharded_state(places, self._copies(mine), "meta")
+
+    def to_load(self, model_state: dict) -> dict:
+        """Sharded tensors like those of `to_save`, for a checkpoint to be read into."""
+        return self._sharded_state(_places(model_state), {}, "cpu")
+
+    def _sharded_state(self, places: dict[int, ShardedTensor],
+                 copies: dict[nn.Parameter, dict[str, Tensor]], device: str) -> dict:
+        """Number of a parameter -> name of a state -> sharded tensor.
+
+        Args:
+            places: id of a parameter -> its own sharded tensor.
+            copies: parameter -> name -> tensor; of other parameters, tensors without content on
+                `device`.
+        """
         state = {}
         for number, parameter in enumerate(self._parameters):
-            device = "cpu" if loading else "meta"
             tensors = copies.get(parameter) or {
                 name: torch.empty(parameter.shape, dtype=torch.float32, device=device)
                 for name in self.names}
@@ -91,7 +101,7 @@ class OptimizerState:
 
     @torch.no_grad()
     def load(self, loaded: dict, steps: int) -> None:
-        """Puts a loaded `sharded(loading=True)` in place and sets the number of updates done."""
+        """Puts a filled `to_load` in place and sets the number of updates done."""
         for number, parameter in enumerate(self._parameters):
             for name in self.names:
                 self._put(parameter, name, loaded[number][name])
@@ -164,3 +174,9 @@ class OptimizerState:
                 shard[place.start : place.end].copy_(owned[name].flatten())
         dist.all_gather_into_tensor(gathered, shard, group=group)
         return gathered
+
+
+def _places(model_state: dict) -> dict[int, ShardedTensor]:
+    """Id of a parameter -> its sharded tensor."""
+    return {id(s.data): s for chunk in model_state.values() for s in chunk.values()
+            if isinstance(s, ShardedTensor)}

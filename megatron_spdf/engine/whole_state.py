@@ -52,7 +52,7 @@ class WholeState:
         self._settings.start(inner, self.masters)
 
     @torch.no_grad()
-    def shards(self) -> dict:
+    def to_save(self) -> dict:
         """Weights, mask bits and optimizer state, copies on the CPU of what this rank saves;
         gathered from the data-parallel ranks one parameter at a time."""
         weights = {name: _filled(place,
@@ -70,9 +70,9 @@ class WholeState:
             optimizer[name] = _optimizer_places(place, whole)
         return {"model": state, "optimizer": optimizer}
 
-    def places(self) -> dict:
-        """What `load` wants, to be filled: mask bits and optimizer state, of which the master
-        weights determine the weights."""
+    def to_load(self) -> dict:
+        """Sharded tensors for `load`, to be filled from a checkpoint: mask bits and optimizer
+        state, whose master weights determine the weights."""
         optimizer = {
             name: _optimizer_places(place, {k: torch.empty(place.local_shape) for k in self.names})
             for name, place in self._parameters.items()}

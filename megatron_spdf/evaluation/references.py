@@ -1,4 +1,4 @@
-"""Predictions and references in the forms in which the tasks' official scripts have them."""
+"""Predictions and references, in the forms of the tasks' official scripts."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from megatron_spdf.data.finetuning.task import TASKS, Example, Task, load_exampl
 
 @dataclass(frozen=True)
 class References:
-    """What predictions are held against.
+    """References of predictions.
 
     Attributes:
-        texts: of every input its references, one or more.
-        groups: of every input the part of the test set it belongs to, or "".
+        texts: references of every input, one or more each.
+        groups: part of the test set of every input, or "".
         official: the texts are in the form of the official reference files, not as in the data.
     """
 
@@ -25,15 +25,15 @@ class References:
 
 
 def references_of(examples: Sequence[Example]) -> References:
-    """Those of a task's data."""
+    """References in a task's data."""
     return References(tuple(e.references for e in examples), tuple(e.group for e in examples))
 
 
 def read_predictions(path: Path) -> list[str]:
-    """One per line, outer blanks removed.
+    """Reads predictions, one per line, with outer blanks removed.
 
     Raises:
-        ValueError: it is no UTF-8 text.
+        ValueError: the file is not UTF-8 text.
         FileNotFoundError: nothing is at `path`.
     """
     try:
@@ -44,17 +44,23 @@ def read_predictions(path: Path) -> list[str]:
 
 
 def read_references(task: str, paths: Sequence[Path], split: str = "test") -> References:
-    """References from the task's data (a file, or the directory of the splits), or from text files.
+    """Reads references from the task's data (a file, or the directory of the splits), or from text
+    files.
 
-    Text files are one with a blank line after the references of each input, or without blank lines
-    and one reference an input; or several whose lines belong together, where a blank line is a
-    missing reference. Several may be named by what their names begin with: `reference` for
-    reference0, reference1, ...
+    A single text file has a blank line after the references of each input, or one reference per
+    line. Several text files have the references of an input in the same line, where a blank line is
+    a missing one. They may be named by the beginning of their names: `reference` for reference0,
+    reference1, ...
+
+    Args:
+        task: name of the task.
+        paths: one or more files, or a directory.
+        split: of the task's data.
 
     Raises:
-        ValueError: they cannot be read, have different numbers of lines, or an input has no
+        ValueError: files cannot be read, have different numbers of lines, or an input has no
             reference.
-        FileNotFoundError: nothing is there.
+        FileNotFoundError: nothing is at a path.
     """
     known, first = TASKS.get(task), paths[0]
     if len(paths) == 1 and (first.is_dir() or first.suffix.lower() in known.suffixes):
@@ -94,7 +100,8 @@ def _parallel(paths: Sequence[Path]) -> tuple[tuple[str, ...], ...]:
 
 def in_official_form(task: Task, predictions: Sequence[str],
                      references: References) -> tuple[list[str], References]:
-    """Predictions and references as the task's official scripts compare them."""
+    """Converts predictions and references to the form in which the task's official scripts compare
+    them."""
     form = task.form
     if form is None:
         return list(predictions), references
@@ -107,10 +114,11 @@ def in_official_form(task: Task, predictions: Sequence[str],
 
 def write_official(task: Task, predictions: Sequence[str], references: References,
                    directory: Path) -> None:
-    """predictions.txt, one per line, and references as the official scripts read them.
+    """Writes predictions, one per line, and references as the official scripts read them.
 
-    A task with an official form: reference0, reference1, ... and predictions.official.txt in that
-    form. Others: references.txt, a blank line after the references of each input.
+    For a task with an official form these are reference0, reference1, ... and
+    predictions.official.txt in that form. For others it is references.txt, with a blank line after
+    the references of each input.
     """
     _write_lines(directory / "predictions.txt", predictions)
     if task.form is None:

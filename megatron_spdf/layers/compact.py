@@ -9,7 +9,7 @@ is in `megatron.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -39,12 +39,15 @@ class _Expand(torch.autograd.Function):
     def forward(ctx, values: Tensor, compact: CompactWeight) -> Tensor:
         # On ctx, not in save_for_backward: one expansion serves all micro-batches of a step, and
         # saved tensors would be freed by the backward of the first.
-        ctx.values, ctx.mask, ctx.deliver = values, compact.mask, compact.deliver
+        ctx.values, ctx.mask, ctx.compact = values, compact.mask, compact
         return dispatch.expand(values, ctx.mask)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.deliver(ctx.values, lambda out: dispatch.compress(grad, ctx.mask, out)), None
+        if ctx.compact.dense_gradient is not None:
+            ctx.compact.dense_gradient += grad
+        return ctx.compact.deliver(ctx.values,
+                                   lambda out: dispatch.compress(grad, ctx.mask, out)), None
 
 
 class CompactWeight(nn.Module):
@@ -65,6 +68,8 @@ class CompactWeight(nn.Module):
         deliver: takes the values and what computes their gradient, and returns it; a framework may
             want it elsewhere.
         replaced: names of what the layer has of its own while its weight is compact.
+        dense_gradient: (out, in) fp32, to which every backward adds the gradient of the dense
+            weight; None: none is wanted.
     """
 
     mask_bits: Tensor  # (local slices, ceil(entries per slice / 8)) uint8, numpy.packbits order
@@ -79,6 +84,7 @@ class CompactWeight(nn.Module):
         self.planned, self.product, self.pass_through = weight, product, False
         self.deliver: Callable[[Tensor, Compute], Tensor] = _return_gradient
         self.replaced: list[str] = []
+        self.dense_gradient: Tensor | None = None
         self.shape = _local_shape(weight, world)
         self.values_shape = (local, k)
         if torch.device(device).type == "meta":
@@ -192,6 +198,19 @@ def compact_of(module: nn.Module) -> CompactWeight | None:
 def sparse_modules(model: nn.Module) -> Iterator[nn.Module]:
     """The modules whose weight is compact."""
     return (m for m in model.modules() if compact_of(m) is not None)
+
+
+def collect_dense_gradients(models: Iterable[nn.Module]) -> None:
+    """Has every backward from here on add up the gradients of the dense weights of these models."""
+    for module in (m for model in models for m in sparse_modules(model)):
+        compact = compact_of(module)
+        compact.dense_gradient = torch.zeros(compact.shape, device=compact.mask_bits.device)
+
+
+def drop_dense_gradients(models: Iterable[nn.Module]) -> None:
+    """Undoes `collect_dense_gradients`."""
+    for module in (m for model in models for m in sparse_modules(model)):
+        compact_of(module).dense_gradient = None
 
 
 def densify(model: nn.Module) -> nn.Module:

@@ -18,9 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_spdf.kernels import dispatch
-from megatron_spdf.kernels.mask import Mask
 from megatron_spdf.layers.compact import CompactWeight, Compute, compact_of, make_compact
-from megatron_spdf.layers.products.base import Product, choose_product
+from megatron_spdf.layers.products.base import choose_product
 from megatron_spdf.sparsity.plan import SparseWeight
 
 DenseCopy = Literal["per_step", "per_layer", "always"]
@@ -71,23 +70,18 @@ class _Multiply(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, values: Tensor, product: Product, mask: Mask, group, sums: bool,
-        gathers: bool
+        ctx, x: Tensor, values: Tensor, compact: CompactWeight, group, sums: bool, gathers: bool
     ) -> Tensor:
         ctx.save_for_backward(x, values)
-        ctx.product, ctx.mask, ctx.group, ctx.sums, ctx.gathers = (
-            product,
-            mask,
-            group,
-            sums,
-            gathers,
-        )
+        ctx.compact, ctx.mask = compact, compact.mask
+        ctx.group, ctx.sums, ctx.gathers = group, sums, gathers
+        product, mask = compact.product, ctx.mask
         whole = _gathered(x, group)[0] if gathers else x
         return product.forward(_tokens(whole), values, mask).view(*whole.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (x, values), product, mask = ctx.saved_tensors, ctx.product, ctx.mask
+        (x, values), product, mask = ctx.saved_tensors, ctx.compact.product, ctx.mask
         whole, gathering = _gathered(x, ctx.group, behind=True) if ctx.gathers else (x, None)
         rows = _tokens(gradient)
         input_gradient = product.input_gradient(rows, values, mask).view(whole.shape)
@@ -101,12 +95,14 @@ class _Multiply(torch.autograd.Function):
         elif ctx.sums:
             exchange = dist.all_reduce(input_gradient, group=ctx.group, async_op=True)
         values_gradient = None
+        if ctx.compact.dense_gradient is not None:
+            ctx.compact.dense_gradient += rows.T @ _tokens(whole)
         if ctx.needs_input_grad[1]:
             values_gradient = add_gradient(
                 values, lambda out: product.weight_gradient(rows, _tokens(whole), mask, out))
         if exchange is not None:
             exchange.wait()
-        return input_gradient, values_gradient, None, None, None, None, None
+        return input_gradient, values_gradient, None, None, None, None
 
 
 def _tokens(x: Tensor) -> Tensor:
@@ -146,8 +142,7 @@ def _forward_impl(compact: CompactWeight, input: Tensor, weight: Tensor, bias: T
                   allreduce_dgrad: bool, sequence_parallel: bool, tp_group, **_) -> Tensor:
     """In place of Megatron-Core's `linear_with_grad_accumulation_and_async_allreduce`, whose
     arguments it takes."""
-    y = _Multiply.apply(input, weight, compact.product, compact.mask, tp_group, allreduce_dgrad,
-                        sequence_parallel)
+    y = _Multiply.apply(input, weight, compact, tp_group, allreduce_dgrad, sequence_parallel)
     return y if bias is None else y + bias
 
 

@@ -18,6 +18,7 @@ multipliers into its weights.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,6 +27,8 @@ from torch import Tensor
 from megatron_spdf.architecture.base import Weight
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.sparsity.plan import Plan, SparseWeight
+from megatron_spdf.tables import Column, Table
+from megatron_spdf.text import any_layer
 
 
 @dataclass(frozen=True)
@@ -120,17 +123,14 @@ def render_parametrization(recipe: Recipe, plan: Plan, weights: list[Weight]) ->
     if recipe.parametrization == "standard":
         return ""
     rules, base = Parametrization(recipe, plan), recipe.mup_base
-    lines = [f"parametrization mup, base width {base.hidden}, base density {base.density:g}: "
+    columns = [Column("weight"), Column("count", form="d"), Column("density", form=".4f"),
+               Column("initial std", form=".4g"), Column("learning rate x", form=".4g")]
+    said = (f"parametrization mup, base width {base.hidden}, base density {base.density:g}: "
              f"embeddings x {rules.embedding_output:g}, LM head's input x {rules.head_input:g}, Q "
-             f"K^T x {rules.attention_scale:g}",
-             "  "
-             f"{'weight':<48}{'count':>6}{'density':>10}{'initial std':>14}{'learning rate x':>18}"]
-    rows: dict[tuple, int] = {}
-    for weight in (w for w in weights if w.linear):
-        kind = ".".join("*" if part.isdigit() else part for part in weight.name.split("."))
-        planned = plan.weights.get(weight.name)
-        row = (kind, _density(planned), rules.initial(weight).std, rules.learning_rate(weight))
-        rows[row] = rows.get(row, 0) + 1
-    lines += [f"  {kind:<48}{count:>6}{density:>10.4f}{std:>14.4g}{rate:>18.4g}"
-              for (kind, density, std, rate), count in rows.items()]
-    return "\n".join(lines)
+             f"K^T x {rules.attention_scale:g}")
+    counts = Counter((any_layer(weight.name), _density(plan.weights.get(weight.name)),
+                      rules.initial(weight).std, rules.learning_rate(weight))
+                     for weight in weights if weight.linear)
+    rows = [dict(zip((column.title for column in columns), (kind, count, *values), strict=True))
+            for (kind, *values), count in counts.items()]
+    return f"{said}\n{Table(columns, rows).text('  ')}"

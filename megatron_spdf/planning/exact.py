@@ -15,6 +15,7 @@ from megatron_spdf.planning.engines import engines_with
 from megatron_spdf.planning.memory import rank_bytes, render_parallel
 from megatron_spdf.recipe.recipe import ENGINES, Recipe
 from megatron_spdf.sparsity.plan import Plan
+from megatron_spdf.tables import GIB, Column, Table
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("parameters", "gradients", "optimizer", "expanded", "masks")
@@ -107,17 +108,21 @@ def _held_against_closed_form(recipe: Recipe, plan: Plan, rank: int, found: dict
 
 def render_counts(recipe: Recipe, counts: list[Count]) -> str:
     """A row a rank: GiB as counted, and whether the closed form gives the same bytes."""
-    lines = [f"built on the meta device, {render_parallel(recipe)}",
-             f"  {'rank':<8}{'TP,PP,DP rank':<16}" + "".join(f"{p:>12}" for p in PARTS)
-             + f"{'total':>12}{'buckets':>9}   closed form"]
-    for c in counts:
-        cells = [*c.counted.values(), sum(c.counted.values())]
-        off = [f"{k}: {c.predicted[k]:,} instead of {c.counted[k]:,} bytes"
-               for k in PARTS if c.predicted[k] != c.counted[k]]
-        off += ["other buckets"] * (c.buckets != c.predicted_buckets)
-        lines.append(f"  {c.rank:<8}{','.join(map(str, c.place)):<16}"
-                     + "".join(f"{n / 2**30:>12.4f}" for n in cells)
-                     + f"{sum(map(len, c.buckets)):>9}   {'; '.join(off) or 'equal to the byte'}")
-    lines.append("  GiB; expanded: dense copies kept for the step; masks with what kernels derive "
-                 "from them")
-    return "\n".join(lines)
+    parts = [Column(part, lambda c, part=part: c.counted[part] / GIB.size, ".4f")
+             for part in PARTS]
+    columns = [Column("rank", form="d"),
+               Column("TP,PP,DP rank", lambda c: ",".join(map(str, c.place))), *parts,
+               Column("total", lambda c: sum(c.counted.values()) / GIB.size, ".4f"),
+               Column("buckets", lambda c: sum(map(len, c.buckets)), "d"),
+               Column("closed form", _difference)]
+    return (f"built on the meta device, {render_parallel(recipe)}\n"
+            f"{Table(columns, counts).text('  ')}\n"
+            "  GiB; expanded: dense copies kept for the step; masks with what kernels derive from "
+            "them")
+
+
+def _difference(count: Count) -> str:
+    off = [f"{k}: {count.predicted[k]:,} instead of {count.counted[k]:,} bytes"
+           for k in PARTS if count.predicted[k] != count.counted[k]]
+    off += ["other buckets"] * (count.buckets != count.predicted_buckets)
+    return "; ".join(off) or "equal to the byte"

@@ -13,6 +13,7 @@ from megatron_spdf.architecture.base import Model
 from megatron_spdf.planning.buffers import local_parameters
 from megatron_spdf.recipe.recipe import AUTO, ENGINES, Parallel, Recipe
 from megatron_spdf.sparsity.plan import Plan
+from megatron_spdf.tables import GIB, Column, Table
 
 SPAN = 1024  # of `kernels.mask`, which needs PyTorch
 GATHERED_LAYERS = 2  # ZeRO-3: the layer that runs, and the one fetched behind it
@@ -125,16 +126,14 @@ def render_layout(recipe: Recipe, plan: Plan) -> str:
     """The layout and the bytes per GPU of each pipeline stage, as text."""
     p = recipe.parallel
     parts = ("parameters", "gradients", "optimizer", "expanded", "masks", "total")
+    columns = [Column("GiB per GPU", lambda row: f"stage {row[0]}"),
+               *(Column(part, lambda row, part=part: getattr(row[1], part) / GIB.size, ".3f")
+                 for part in parts)]
+    stages = [(stage, rank_bytes(recipe, plan, stage, on_gpu=True)) for stage in range(p.pipeline)]
     lines = [
         f"layout: {render_parallel(recipe)}; {_render_micro_batches(recipe)} tokens",
         f"steps: {recipe.steps:,} of {recipe.tokens_per_step:,} tokens",
-        f"  {'GiB per GPU':<16}" + "".join(f"{part:>12}" for part in parts)
-        + "   (without activations: tools/plan.py)",
-    ]
-    for stage in range(p.pipeline):
-        b = rank_bytes(recipe, plan, stage, on_gpu=True)
-        lines.append(f"  {f'stage {stage}':<16}"
-                     + "".join(f"{getattr(b, part) / 2**30:>12.3f}" for part in parts))
+        Table(columns, stages).text("  ") + "  (without activations: tools/plan.py)"]
     return "\n".join(lines)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from megatron_spdf.planning.activations import step_bytes
 from megatron_spdf.planning.hardware import GPUS, Gpu
 from megatron_spdf.planning.memory import rank_bytes, zero_bytes
+from megatron_spdf.planning.moves import render_moves
 from megatron_spdf.planning.search import (
     USABLE,
     Candidate,
@@ -87,6 +88,8 @@ def make_overview(request: Request) -> dict[str, Any]:
 def _model(recipe: Recipe, plan: Plan) -> dict[str, Any]:
     weights = recipe.model.weights()
     linear = sum(w.numel for w in weights if w.linear)
+    stages = stages_of(recipe)
+    moves = [text for stage in stages if (text := render_moves(stage.as_single_run, stage.plan))]
     return {
         "layers": recipe.model.layers, "hidden": recipe.model.hidden,
         "parameters": sum(w.numel for w in weights),
@@ -95,7 +98,8 @@ def _model(recipe: Recipe, plan: Plan) -> dict[str, Any]:
         "tokens": recipe.steps * recipe.tokens_per_step, "steps": recipe.steps,
         "tokens_per_step": recipe.tokens_per_step, "precision": recipe.train.precision,
         "sequence_length": recipe.train.sequence_length,
-        "stages": [stage.heading for stage in stages_of(recipe) if stage.heading],
+        "stages": [stage.heading for stage in stages if stage.heading],
+        **({"moves": moves} if moves else {}),
     }
 
 

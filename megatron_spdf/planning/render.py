@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-GIB, MIB = 2**30, 2**20
+from megatron_spdf.tables import GIB, MIB, SECONDS, Column, Table, Unit
+
+RUN_FLOPS = Unit("1e18", 1e18)
 MEMORY = ("parameters", "gradients", "master", "moments", "expanded", "masks", "activations",
-          "temporaries", "buffers",
-          "total")
+          "temporaries", "buffers", "total")
 
 
 def render_overview(facts: dict[str, Any]) -> str:
@@ -30,14 +31,15 @@ def _head(facts: dict[str, Any]) -> str:
         *(f"  {stage}" for stage in model["stages"]),
         *(["bytes and times are those of the last stage, which is dense; FLOPs are of all"]
           if model["stages"] else []),
-        f"{request['gpus']:,} x {gpu['name']}: {gpu['memory'] / GIB:.1f} GiB, of which "
-        f"{request['usable_bytes'] / GIB:.1f} are counted on; "
+        *model.get("moves", []),
+        f"{request['gpus']:,} x {gpu['name']}: {gpu['memory'] / GIB.size:.1f} GiB, of which "
+        f"{request['usable_bytes'] / GIB.size:.1f} are counted on; "
         f"{gpu[model['precision']] / 1e12:,.4g} TFLOP/s, products at {request['efficiency']:.0%} "
         f"of that ({request['efficiency_from']})"]
     if own:
         fits = "fits" if own["fits"] else "does not fit"
         lines.append(f"the recipe's own layout ({_layout(own)}) {fits}: "
-                     f"{own['peak_bytes'] / GIB:,.1f} GiB on stage {own['fullest_stage']}, "
+                     f"{own['peak_bytes'] / GIB.size:,.1f} GiB on stage {own['fullest_stage']}, "
                      f"{own['step_seconds']:.3g} s a step")
     return "\n".join(lines)
 
@@ -47,67 +49,93 @@ def _layout(row: dict[str, Any]) -> str:
             f"{row['interleave']}, micro-batch {row['micro_batch']}, recompute {row['recompute']}")
 
 
+def layout_name(row: dict[str, Any]) -> str:
+    """Short name of a layout: TP2 PP4 DP8, with v2 where pipeline stages are interleaved."""
+    interleaved = f" v{row['interleave']}" if row.get("interleave", 1) > 1 else ""
+    return f"TP{row['tensor']} PP{row['pipeline']} DP{row['data']}{interleaved}"
+
+
+def flops_table(facts: dict[str, Any]) -> Table:
+    """FLOPs by stage and sparsity."""
+    parts = ("linear", "attention", "logits", "total")
+    return Table([Column("FLOPs per token (1e9)", "what"),
+                  *(Column(part, lambda row, part=part: row[part] / 1e9, ".4g") for part in parts),
+                  Column("whole run", "run", ",.2f", RUN_FLOPS)], facts["flops"])
+
+
+def layouts_table(facts: dict[str, Any]) -> Table:
+    """The fastest layouts."""
+    columns = [Column("layout", layout_name), Column("micro-batch", "micro_batch", "d"),
+               Column("recompute"), Column("memory", "peak_bytes", ".1f", GIB),
+               Column("step", "step_seconds", ".4g", SECONDS),
+               Column("tokens/s", "tokens_per_second", ",.0f"), Column("MFU", "mfu", ".1%"),
+               Column("hours", form=",.1f"), Column("GPU hours", "gpu_hours", ",.1f")]
+    if facts["request"]["price"] is not None:
+        columns.append(Column("cost", form=",.0f"))
+    return Table(columns, facts["layouts"])
+
+
+def traffic_table(facts: dict[str, Any]) -> Table:
+    """Bytes that a GPU sends in a step."""
+    return Table([Column("kind"), Column("operation"), Column("ranks", form="d"), Column("link"),
+                  Column("payload", form=",.2f", unit=MIB),
+                  Column("on the wire", "wire", ",.2f", MIB),
+                  Column("dense run", "dense_payload", ",.2f", MIB)], facts["best"]["traffic"])
+
+
+def sparsity_table(facts: dict[str, Any]) -> Table:
+    """The run at other sparsities."""
+    return Table([Column("sparsity", form=".2%"), Column("", _mark),
+                  Column("FLOPs", "run_flops", ",.2f", RUN_FLOPS),
+                  Column("of dense", "flops_ratio", ".3f"),
+                  Column("memory", "peak_bytes", ".2f", GIB),
+                  Column("data-parallel, a step", "data_traffic", ",.1f", MIB),
+                  Column("fewest GPUs", lambda row: row["fewest_gpus"] or None, "d"),
+                  Column("their layout", _fewest_layout)], facts["sparsity"])
+
+
+def _mark(row: dict[str, Any]) -> str:
+    return ", ".join(["the recipe"] * row["recipe"] + ["zeros skipped"] * row["skips_zeros"])
+
+
+def _fewest_layout(row: dict[str, Any]) -> str | None:
+    return layout_name(row["fewest_layout"]) if row["fewest_layout"] else None
+
+
 def _flops(facts: dict[str, Any]) -> str:
-    lines = [f"{'FLOPs per token (1e9)':<52}{'linear':>10}{'attention':>11}{'logits':>9}"
-             f"{'total':>10}{'run (1e18)':>14}"]
-    for f in facts["flops"]:
-        parts = "".join(f"{f[k] / 1e9:>{w}.4g}" for k,
-                        w in (("linear", 10), ("attention", 11), ("logits", 9),
-                                                            ("total", 10)))
-        lines.append(f"  {f['what']:<50}{parts}{f['run'] / 1e18:>14,.2f}")
-    return "\n".join(lines)
+    return flops_table(facts).text()
 
 
 def _layouts(facts: dict[str, Any]) -> str:
-    shown, cost = facts["layouts"], facts["request"]["price"] is not None
-    lines = [f"{facts['fitting']:,} layouts fit; the fastest, with the best micro-batch and "
-             "recomputation of each:",
-             f"  {'TP':>4}{'PP':>4}{'DP':>6}{'v':>4}{'mb':>4} "
-             f"{'recompute':<10}{'GiB':>7}{'s/step':>10}{'tokens/s':>13}{'MFU':>7}{'hours':>10}"
-             f"{'GPU hours':>12}" + (f"{'cost':>14}" if cost else "")]
-    for r in shown:
-        lines.append(f"  {r['tensor']:>4}{r['pipeline']:>4}{r['data']:>6}{r['interleave']:>4}"
-                     f"{r['micro_batch']:>4} {r['recompute']:<10}{r['peak_bytes'] / GIB:>7.1f}"
-                     f"{r['step_seconds']:>10.4g}{r['tokens_per_second']:>13,.0f}{r['mfu']:>7.1%}"
-                     f"{r['hours']:>10,.1f}{r['gpu_hours']:>12,.1f}"
-                     + (f"{r['cost']:>14,.0f}" if cost else ""))
-    lines.append("  v: model chunks per pipeline rank; mb: sequences per micro-batch; sequence "
-                 "parallelism with TP > 1")
-    return "\n".join(lines)
+    return (f"{facts['fitting']:,} layouts fit; the fastest, with the best micro-batch and "
+            f"recomputation of each:\n{layouts_table(facts).text('  ')}\n"
+            "  v: model chunks per pipeline rank; micro-batch: sequences; memory: of a GPU, at "
+            "most; sequence parallelism with TP > 1")
 
 
 def _misfits(facts: dict[str, Any]) -> str:
     if not facts["misfits"]:
         return "Every TP x PP x DP has a variant that fits."
-    lines = ["Those that do not do, nearest first:"]
-    lines += [f"  TP {m['tensor']} x PP {m['pipeline']} x DP {m['data']}: {m['reason']}"
-              for m in facts["misfits"]]
-    return "\n".join(lines)
+    return "\n".join(["Rejected layouts, closest first:",
+                      *(f"  {layout_name(m)}: {m['reason']}" for m in facts["misfits"])])
 
 
 def _memory(facts: dict[str, Any]) -> str:
-    lines = ["The fastest layout, GiB per GPU at the fullest moment of a step:",
-             f"  {'':<9}" + "".join(f"{name:>12}" for name in MEMORY)]
-    for row in facts["best"]["memory"]:
-        lines.append(f"  {'stage ' + str(row['stage']):<9}"
-                     + "".join(f"{row[k] / GIB:>12.3f}" for k in MEMORY))
-    zero = " / ".join(f"{n / GIB:.2f}" for n in facts["best"]["zero"])
-    lines.append(f"  state of stage 0, without activations, at ZeRO-0 / 1 / 2 / 3: {zero}  (2 and "
-                 "3: DeepSpeed)")
-    return "\n".join(lines)
+    columns = [Column("", lambda row: f"stage {row['stage']}"),
+               *(Column(part, lambda row, part=part: row[part] / GIB.size, ".3f")
+                 for part in MEMORY)]
+    zero = " / ".join(f"{n / GIB.size:.2f}" for n in facts["best"]["zero"])
+    return ("The fastest layout, GiB per GPU at the fullest moment of a step:\n"
+            f"{Table(columns, facts['best']['memory']).text('  ')}\n"
+            f"  state of stage 0, without activations, at ZeRO-0 / 1 / 2 / 3: {zero}  (2 and 3: "
+            "DeepSpeed)")
 
 
 def _traffic(facts: dict[str, Any]) -> str:
-    lines = ["Sent per step by a GPU of the busiest stage, MiB:",
-             f"  {'kind':<11}{'operation':<16}{'ranks':>6}  "
-             f"{'link':<15}{'payload':>12}{'on the wire':>13}{'dense run':>12}"]
-    for t in facts["best"]["traffic"]:
-        lines.append(f"  {t['kind']:<11}{t['operation']:<16}{t['ranks']:>6}  {t['link']:<15}"
-                     f"{t['payload'] / MIB:>12,.2f}{t['wire'] / MIB:>13,.2f}"
-                     f"{t['dense_payload'] / MIB:>12,.2f}")
-    if len(lines) == 2:
-        lines = ["One GPU sends nothing."]
-    return "\n".join(lines)
+    table = traffic_table(facts)
+    if not table.rows:
+        return "One GPU sends nothing."
+    return f"Sent per step by a GPU of the busiest stage:\n{table.text('  ')}"
 
 
 def _time(facts: dict[str, Any]) -> str:
@@ -119,24 +147,16 @@ def _time(facts: dict[str, Any]) -> str:
 
 
 def _sparsity(facts: dict[str, Any]) -> str:
-    lines = ["What sparsity buys (at that layout; the fewest GPUs at one sequence per micro-batch, "
-             "layers recomputed):",
-             f"  {'sparsity':>8}{'FLOPs (1e18)':>15}{'of dense':>10}{'GiB per GPU':>13}"
-             f"{'DP MiB/step':>13}{'fewest GPUs':>13}   layout of these"]
-    for row in facts["sparsity"]:
-        least, layout = row["fewest_gpus"], row["fewest_layout"]
-        where = (f"TP {layout['tensor']} x PP {layout['pipeline']} x DP {layout['data']}" if layout
-                 else "none")
-        mark = "  <- the recipe" if row["recipe"] else ""
-        lines.append(f"  {row['sparsity']:>8.2%}{row['run_flops'] / 1e18:>15,.2f}"
-                     f"{row['flops_ratio']:>10.3f}{row['peak_bytes'] / GIB:>13.2f}"
-                     f"{row['data_traffic'] / MIB:>13,.1f}"
-                     f"{least if least else '-':>13}   {where}{mark}")
+    return ("What sparsity buys (at that layout; the fewest GPUs at one sequence per micro-batch, "
+            f"layers recomputed):\n{sparsity_table(facts).text('  ')}\n  {flops_note(facts)}")
+
+
+def flops_note(facts: dict[str, Any]) -> str:
+    """What FLOPs of a sparse run are, and what a step costs."""
     skips = any(row["skips_zeros"] for row in facts["sparsity"])
     but = ", except where its kernels skip zeros" if skips else ""
-    lines.append("  FLOPs count active weights, the paper's way; this engine expands weights and "
-                 f"runs products at the dense cost{but}.")
-    return "\n".join(lines)
+    return ("FLOPs count active weights, the paper's way; this engine expands weights and runs "
+            f"products at the dense cost{but}.")
 
 
 def _assumptions(facts: dict[str, Any]) -> str:

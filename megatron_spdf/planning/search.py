@@ -78,7 +78,7 @@ def search(recipe: Recipe, plan: Plan, gpu: Gpu, gpus: int, efficiency: float = 
     Tensor parallelism stays inside a node; ZeRO stage and sequence length are the recipe's.
 
     Returns:
-        Those that fit, fastest first; and the TP x PP x DP that do not do, nearest first.
+        Layouts that fit, fastest first, and rejected TP x PP x DP, closest first.
     """
     found, misfits = [], []
     for tensor, pipeline, data in degrees(recipe, gpu, gpus):

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from megatron_spdf.architecture.base import Model
 from megatron_spdf.optimizers.base import FINETUNING, Optimizer
-from megatron_spdf.recipe.load import load_as
+from megatron_spdf.recipe.load import load_recipe
 from megatron_spdf.recipe.recipe import (
     ENGINES,
     Checkpoint,
@@ -36,8 +36,8 @@ from megatron_spdf.sparsity.settings import Sparsity
 class TaskData(Section):
     """Contexts and completions, see megatron_spdf/data/finetuning/tasks."""
 
-    task: str = Field(description="format and scores of the data, `tools/evaluate.py --help` "
-                                  "lists them; jsonl: your own, lines of {context, completion}")
+    task: str = Field(description="format and scores of the data, one of the tasks above; "
+                                  "jsonl: your own, lines of {context, completion}")
     path: str = Field(description="directory with the splits under the names they are published "
                                   "with")
 
@@ -71,7 +71,7 @@ class Finetune(Section):
     """One fine-tuning run."""
 
     checkpoint: str = Field(description="where to start: a run, a checkpoint of one, or a Hugging "
-                                        "Face GPT-2")
+                                        "Face directory")
     output: str = Field(description="run directory; everything the run writes goes there")
     seed: int = Field(1234, ge=0, description="of data order, dropout and revived weights")
     mode: Literal["dense", "sparse"] = Field(
@@ -115,7 +115,7 @@ class Finetune(Section):
 def load_finetune(path: str | Path, overrides: list[str] | tuple[str, ...] = (),
                   world: int = 1) -> Finetune:
     """`load_recipe` for a fine-tuning recipe."""
-    return load_as(Finetune, _finetune_violations, path, overrides, world)
+    return load_recipe(path, overrides, world, Finetune, _finetune_violations)
 
 
 def training_recipe(finetune: Finetune, model: Model, sparsity: Sparsity, examples: int) -> Recipe:

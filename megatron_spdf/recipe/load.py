@@ -21,36 +21,41 @@ from megatron_spdf.sparsity.settings import normalize_sparsity
 R = TypeVar("R", bound=BaseModel)
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = (), world: int = 1) -> Recipe:
-    """Reads a recipe, applies `section.key=value` words, validates every field and every rule
-    between fields.
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), world: int = 1,
+                kind: type[R] = Recipe,
+                rules: Callable[[R], Iterable[str]] = rule_violations) -> R:
+    """Reads a recipe, applies overrides, validates every field and every rule between fields.
 
     Args:
         path: YAML file; its `extends:` names another one, relative to it, whose values it changes.
         overrides: words such as `parallel.tensor=2` or `sparsity=0.5`; values are YAML.
-        world: processes that were started; `parallel.data=auto` goes by it.
+        world: number of processes, from which `parallel.data=auto` follows.
+        kind: of recipe.
+        rules: between the fields of that kind.
 
     Raises:
         ValueError: naming each wrong key or value, the rule it breaks and the remedy.
     """
-    return load_as(Recipe, rule_violations, path, overrides, world)
+    return make_recipe(_read(kind, Path(path), ()), overrides, path, world, kind, rules)
 
 
-def load_as(kind: type[R], rules: Callable[[R], Iterable[str]], path: str | Path,
-            overrides: Sequence[str], world: int = 1) -> R:
-    """`load_recipe` for a recipe of another kind, with the rules between its fields."""
-    return _checked(_parse(kind, _read(kind, Path(path), ()), overrides, path, world), rules, path)
-
-
-def make_recipe(values: dict[str, Any], overrides: Sequence[str], path: str | Path) -> Recipe:
-    """Like `load_recipe`, from the values of a recipe; messages name `path` as where they are
-    from."""
-    return _checked(parse_recipe(values, overrides, path), rule_violations, path)
-
-
-def parse_recipe(values: dict[str, Any], overrides: Sequence[str], path: str | Path) -> Recipe:
-    """Like `make_recipe`, every field validated, but not the rules between them."""
-    return _parse(Recipe, values, overrides, path)
+def make_recipe(values: dict[str, Any], overrides: Sequence[str], path: str | Path, world: int = 1,
+                kind: type[R] = Recipe,
+                rules: Callable[[R], Iterable[str]] = rule_violations) -> R:
+    """Makes a recipe of values, as `load_recipe` does of a file; messages name `path`."""
+    values = dict(values)
+    for word in overrides:
+        _override(kind, values, word)
+    _fill_data_parallel(values, world)
+    try:
+        recipe = kind.model_validate(values)
+    except ValidationError as error:
+        broken = [sentence(e, kind, values) for e in error.errors()]
+    else:
+        broken = list(rules(recipe))
+    if broken:
+        raise ValueError(f"recipe {path}:\n" + "\n".join(f"  - {s}" for s in broken))
+    return recipe
 
 
 def save_recipe(recipe: BaseModel, path: str | Path) -> None:
@@ -61,26 +66,6 @@ def save_recipe(recipe: BaseModel, path: str | Path) -> None:
 def render_recipe(recipe: BaseModel) -> str:
     """The recipe with every default filled in, as YAML."""
     return yaml.safe_dump(recipe.model_dump(), sort_keys=False)
-
-
-def _parse(kind: type[R], values: dict[str, Any], overrides: Sequence[str], path: str | Path,
-           world: int = 1) -> R:
-    values = dict(values)
-    for word in overrides:
-        _override(kind, values, word)
-    _fill_data_parallel(values, world)
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        said = [sentence(e, kind, values) for e in error.errors()]
-        raise ValueError(_explain(path, said)) from None
-
-
-def _checked(recipe: R, rules: Callable[[R], Iterable[str]], path: str | Path) -> R:
-    broken = list(rules(recipe))
-    if broken:
-        raise ValueError(_explain(path, broken))
-    return recipe
 
 
 def _read(kind: type[BaseModel], path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -177,10 +162,6 @@ def _fill_data_parallel(values: dict[str, Any], world: int) -> None:
     else:
         data = world // (tensor * pipeline)
     values["parallel"] = {**parallel, "data": data}
-
-
-def _explain(path: str | Path, sentences: list[str]) -> str:
-    return f"recipe {path}:\n" + "\n".join(f"  - {s}" for s in sentences)
 
 
 def sentence(error: dict[str, Any], kind: type[BaseModel], values: dict[str, Any]) -> str:

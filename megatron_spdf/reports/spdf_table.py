@@ -34,6 +34,7 @@ class Account(NamedTuple):
     """FLOPs of a run.
 
     Attributes:
+        run: pre-training or fine-tuning run.
         start: pre-training run that a fine-tuning run started from, if it is known.
         together: FLOPs of both.
         speed_up: over the dense counterpart.
@@ -46,12 +47,14 @@ class Account(NamedTuple):
 
     @property
     def pretraining(self) -> float | None:
+        """FLOPs of pre-training. None for a fine-tuning run without a known start."""
         if self.start:
             return self.start.flops
         return None if self.run.fine_tunes else self.run.flops
 
     @property
     def fine_tuning(self) -> float | None:
+        """FLOPs of fine-tuning. None for pre-training."""
         return self.run.flops if self.run.fine_tunes else None
 
 

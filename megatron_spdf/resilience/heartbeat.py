@@ -79,7 +79,7 @@ class Peer:
     trouble: float | None = None
 
     def update(self, beat: dict | None) -> None:
-        """Records a beat; None: the connection was closed."""
+        """Records a beat, or with None that the connection was closed."""
         self.heard = time.monotonic()
         if beat is None:
             self.closed = True
@@ -90,7 +90,7 @@ class Peer:
 
 
 def diagnose(peers: list[Peer], now: float, seconds: float) -> str:
-    """Finds the fault that ends the run, as a sentence; empty: none.
+    """Finds the fault that ends the run, as a sentence, which is empty without one.
 
     Deaths come before silence, and silence before standing still, since each causes the next.
 
@@ -116,7 +116,7 @@ def diagnose(peers: list[Peer], now: float, seconds: float) -> str:
 
 
 def _diagnose_hang(there: list[Peer], seconds: float) -> str:
-    """Names the ranks that hold up the others; empty while any rank makes progress."""
+    """Names the ranks that hold up the others. Empty while any rank makes progress."""
     if not there or any(p.beat.still <= seconds for p in there):
         return ""
     # Those outside of collectives are waited for. Where all or none are inside, the cause is the
@@ -261,8 +261,11 @@ class _Connections:
         self.ready.register(listener, selectors.EVENT_READ)
 
     def read(self, seconds: float) -> list[tuple[int, dict | None]]:
-        """Waits for so long; returns (rank, beat) of all that came, beat None where the connection
-        of a rank was closed."""
+        """Collects beats for so long.
+
+        Returns:
+            (rank, beat) pairs, beat None where the connection of a rank was closed.
+        """
         end, found = time.monotonic() + seconds, []
         while (left := end - time.monotonic()) > 0:
             for key, _ in self.ready.select(left):
@@ -312,7 +315,7 @@ class _Connections:
         return found
 
     def _drop(self, connection: socket.socket) -> int | None:
-        """Closes a connection; returns its rank, None if it is not known."""
+        """Closes a connection and returns its rank, None if it is not known."""
         self.ready.unregister(connection)
         connection.close()
         self.rest.pop(connection)

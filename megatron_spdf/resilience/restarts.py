@@ -46,14 +46,14 @@ def count_start(run: Path, allowed: int, job: str | None = None) -> None:
 
 
 def restart_refusal(run: Path) -> str:
-    """Reason not to start the run again; empty: there is none."""
+    """Gives the reason not to start the run again, which is empty if there is none."""
     before = _read(run)
     spent = before and before["step"] == newest_step(run) and before["starts"] >= before["allowed"]
     return _reason(run, before) if spent else ""
 
 
 def newest_step(run: Path) -> int:
-    """Step of the newest complete checkpoint; 0: none."""
+    """Step of the newest complete checkpoint, 0 without one."""
     names = os.listdir(run / "checkpoints") if (run / "checkpoints").is_dir() else []
     return max((int(found[1]) for name in names if (found := re.fullmatch(r"step_(\d+)", name))),
                default=0)
@@ -74,7 +74,7 @@ def _reason(run: Path, before: dict) -> str:
 
 
 def main() -> int:
-    """Prints the refusal for the run named on the command line; returns the exit code."""
+    """Prints the refusal for the run named on the command line and returns the exit code."""
     reason = restart_refusal(Path(sys.argv[1]))
     if reason:
         print(reason, file=sys.stderr)

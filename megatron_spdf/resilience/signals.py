@@ -13,8 +13,12 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Installs handlers; `requested` is true from the first signal on. The loop reads it at every
-    step and every evaluation batch."""
+    """Handlers of the signals.
+
+    Attributes:
+        requested: true from the first signal on. The loop reads it at every step and every
+            evaluation batch.
+    """
 
     def __init__(self) -> None:
         self.requested = False

@@ -52,7 +52,7 @@ class RankReport:
 
 
 def check_in(rank: int, world: int, store: dist.Store, device: torch.device, seconds: float) -> str:
-    """Waits until all ranks are there and reach their neighbors; all ranks call.
+    """Waits until all ranks are there and reach their neighbors. All ranks call.
 
     Args:
         rank, world: this process and the number of processes.
@@ -211,7 +211,7 @@ def render(reports: Sequence[RankReport], skews: Sequence[float], spread: tuple[
 
 
 def hosts_of_ranks(env: Mapping[str, str] = os.environ) -> dict[int, str]:
-    """Maps ranks of an srun step in block distribution to hosts; empty without Slurm."""
+    """Maps ranks of an srun step in block distribution to hosts. Empty without Slurm."""
     nodes, tasks = env.get("SLURM_STEP_NODELIST"), env.get("SLURM_STEP_TASKS_PER_NODE")
     if not nodes or not tasks or not shutil.which("scontrol"):
         return {}
@@ -240,8 +240,8 @@ def _device(device: torch.device) -> tuple[str, int]:
 
 
 def _own_address() -> str:
-    """Address of the interface that leads to the head node; the name of a host may resolve to
-    another."""
+    """Address of the interface that leads to the head node, to which the name of this host need
+    not resolve."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             # sends nothing

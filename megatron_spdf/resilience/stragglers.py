@@ -22,7 +22,7 @@ from megatron_spdf.resilience.progress import PROGRESS
 WINDOW = 5  # measured steps before a gather
 
 
-class Log(Protocol):
+class LogWriter(Protocol):
     """Log of a run, see `runs.run_log.RunLog`."""
 
     def record(self, kind: str, step: int, **figures: Any) -> None: ...
@@ -50,7 +50,7 @@ class Stragglers:
         log: of the run.
     """
 
-    def __init__(self, every: int, factor: float, log: Log):
+    def __init__(self, every: int, factor: float, log: LogWriter):
         self.every = every if dist.get_world_size() > 1 else 0
         self.factor, self.log = factor, log
         self._seconds: list[float] = []

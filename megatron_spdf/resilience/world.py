@@ -29,7 +29,7 @@ class Ranks:
 
 def find_ranks(env: Mapping[str, str] = os.environ) -> Ranks:
     """Reads RANK, WORLD_SIZE, LOCAL_RANK (torchrun, deepspeed), else SLURM_PROCID, SLURM_NTASKS,
-    SLURM_LOCALID of an srun step; else this is the only process.
+    SLURM_LOCALID of an srun step. Without them this is the only process.
 
     Raises:
         ValueError: a launcher has set some of its variables and not all, or not to numbers.

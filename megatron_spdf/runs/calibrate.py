@@ -9,19 +9,19 @@ from scipy.optimize import brentq
 
 from megatron_spdf.planning.hardware import Gpu
 from megatron_spdf.planning.step_time import step_time
-from megatron_spdf.runs.measured import Run
+from megatron_spdf.runs.measured import MeasuredRun
 
 LOWEST, HIGHEST = 0.01, 1.0
 
 
-def measured_step(run: Run) -> float:
+def measured_step(run: MeasuredRun) -> float:
     """Median seconds of a step, without the first fifth of the records, which hold warm-up and
     compilation."""
     seconds = [r["step_seconds"] for r in run.train]
     return median(seconds[len(seconds) // 5:])
 
 
-def calibrate(run: Run, gpu: Gpu) -> float:
+def calibrate(run: MeasuredRun, gpu: Gpu) -> float:
     """Finds the efficiency in (0, 1], for the recipe and the layout of the run.
 
     Args:

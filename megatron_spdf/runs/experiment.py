@@ -43,7 +43,7 @@ BUDGET = "budget"  # the only key in an axis that is no key of the recipe
 
 
 class Plot(Section):
-    """Axes of the picture; those that it does not name are drawn as further lines."""
+    """Axes of the picture. Those that it does not name are drawn as further lines."""
 
     x: str = Field(description="axis along which the loss is drawn")
     lines: str | None = Field(None, description="axis with a line for each of its labels")
@@ -164,7 +164,7 @@ def _seeded(trial: Trial, seed: int, recipe: Path, words: list[str]) -> Trial:
 
 
 def loss_of(trial: Trial, recipe: Recipe) -> float | None:
-    """Validation loss at the end of a run; None: it is not finished, or the loss is not finite.
+    """Validation loss at the end of a run, None if the run or the loss is not finite.
 
     Raises:
         ValueError: the directory holds another recipe's run.
@@ -217,7 +217,7 @@ def summary(losses: list[float]) -> tuple[float | None, float | None]:
 
 
 def render(experiment: Experiment, rows: list[dict[str, Any]]) -> str:
-    """The rows as a Markdown table."""
+    """Markdown table of the rows."""
     columns = [*(Column(axis, lambda row, axis=axis: row["labels"][axis])
                  for axis in experiment.axes),
                Column("tokens", form=","), Column("FLOPs", "flops", ".4g"),

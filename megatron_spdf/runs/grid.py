@@ -74,7 +74,7 @@ def as_text(value: Any) -> str:
 
 def command(launch: str, script: str, recipe: str | Path, overrides: Sequence[str],
             trial: Trial) -> list[str]:
-    """The command line of a run.
+    """Command line of a run.
 
     Args:
         launch: command that starts a script; empty: this Python, one process.
@@ -119,6 +119,6 @@ def run_all(commands: Mapping[Path, Sequence[str]], jobs: int | None = None) -> 
 
 
 def ends_grid(codes: Sequence[int]) -> int:
-    """The first exit code of a run after which no other is started, or 0."""
+    """First exit code after which no other run is started, or 0."""
     ends = (exit_codes.BAD_INPUT, exit_codes.STOPPED_ON_SIGNAL)
     return next((code for code in codes if code in ends), exit_codes.FINISHED)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from statistics import mean
 
 from megatron_spdf.architecture.base import Weight
-from megatron_spdf.runs.measured import Run
+from megatron_spdf.runs.measured import MeasuredRun
 from megatron_spdf.scaling_law.fit import Point
 
 
-def point_of(run: Run) -> Point:
+def point_of(run: MeasuredRun) -> Point:
     """Makes a point of a run, with the last validation loss, else the mean of the last tenth of
     training losses.
 
@@ -31,6 +31,6 @@ def point_of(run: Run) -> Point:
     return Point(1.0 - nonzero / weights, nonzero, run.train[-1]["tokens"], loss, run.name)
 
 
-def linear_weights(run: Run) -> list[Weight]:
+def linear_weights(run: MeasuredRun) -> list[Weight]:
     """Linear weights of the run's model, sparse or not."""
     return [w for w in run.recipe.model.weights() if w.linear]

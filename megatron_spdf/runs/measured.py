@@ -16,7 +16,7 @@ RECIPE, LOG, MICRO_BATCHES = "recipe.yaml", "log.jsonl", "micro_batch.json"
 
 
 @dataclass(frozen=True)
-class Run:
+class MeasuredRun:
     """A pre-training run, finished or not.
 
     Attributes:
@@ -43,7 +43,7 @@ class Run:
         return bool(self.train) and self.train[-1]["step"] >= self.recipe.steps
 
 
-def read_run(directory: str | Path) -> Run:
+def read_run(directory: str | Path) -> MeasuredRun:
     """Reads the directory of a pre-training run, without a last line that is still being written.
 
     Raises:
@@ -56,12 +56,12 @@ def read_run(directory: str | Path) -> Run:
     except (ValueError, OSError) as error:
         raise ValueError(f"{directory / RECIPE} cannot be read as a pre-training "
                          f"recipe: {error}") from None
-    return Run(directory, recipe, of_kind(records, "train"), of_kind(records, "valid"),
+    return MeasuredRun(directory, recipe, of_kind(records, "train"), of_kind(records, "valid"),
                next(iter(of_kind(records, "bytes")), {}))
 
 
 def _with_micro_batch(recipe: Recipe, directory: Path) -> Recipe:
-    """The recipe with the micro-batch that the run chose last, where it is `auto`."""
+    """Replaces a micro-batch `auto` by the one that the run chose last."""
     if recipe.train.micro_batch != AUTO:
         return recipe
     chosen = json.loads((directory / MICRO_BATCHES).read_text())

@@ -1,4 +1,4 @@
-"""The run directory: holds everything that the run of a recipe writes."""
+"""Run directory, which holds everything that the run of a recipe writes."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class RunDir:
             save_recipe(self.recipe, self.root / RECIPE)
 
     def create_on_rank_0(self) -> None:
-        """Calls `create` on rank 0 and waits until every rank sees the directory; all ranks call.
+        """Calls `create` on rank 0 and waits until every rank sees the directory. All ranks call.
 
         Raises:
             ValueError: on all ranks alike: it cannot be written, or some ranks do not see it.

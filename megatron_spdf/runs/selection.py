@@ -1,4 +1,4 @@
-"""The fine-tuning runs of a recipe's `sweep:`, and the choice among them by validation loss."""
+"""Sweeps: the fine-tuning runs of a recipe's `sweep:`, and the choice by validation loss."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def trials(finetune: Finetune) -> list[Trial]:
 
 
 def result_of(trial: Trial) -> dict[str, Any]:
-    """A run as plain values, read from its newest checkpoint; a run without one has not begun.
+    """Result of a run, read from its newest checkpoint. A run without one has not begun.
 
     Returns:
-        `done`: its last step is done, or it was stopped early; `validation_loss`, `step`: of its
-        best evaluation, None where there was none yet.
+        Plain values: `output`, `values`; `done`, whether its last step is done or it was stopped
+        early; `validation_loss` and `step` of its best evaluation, None without one.
     """
     row = {"output": str(trial.output), "values": trial.values, "done": False,
            "validation_loss": None, "step": None}
@@ -47,14 +47,14 @@ def result_of(trial: Trial) -> dict[str, Any]:
 
 
 def select(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The runs, and the finished one with the lowest validation loss."""
+    """Selects the finished run with the lowest validation loss."""
     finished = [row for row in rows if row["done"] and row["validation_loss"] is not None]
     return {"selected": min(finished, key=lambda row: row["validation_loss"], default=None),
             "unfinished": sum(not row["done"] for row in rows), "runs": rows}
 
 
 def render(selection: dict[str, Any]) -> str:
-    """The selection as a table, the best first."""
+    """Table of the selection, the best first."""
     ranked = sorted(selection["runs"],
                     key=lambda row: (not row["done"], row["validation_loss"] or float("inf")))
     columns = [Column("validation loss", "validation_loss", ".4f"), Column("step", form="d"),

@@ -81,7 +81,7 @@ def training_flops(
 
 
 @dataclass(frozen=True)
-class Stage:
+class Ramp:
     """Part of a sparsity schedule: s(t) = end + (start - end) (1 - t)^power, t from 0 to 1.
 
     Attributes:
@@ -100,28 +100,28 @@ class Stage:
         return self.end + (self.start - self.end) / (self.power + 1.0)
 
 
-def gradual_pruning(level: float) -> list[Stage]:
+def gradual_pruning(level: float) -> list[Ramp]:
     """Schedule of gradual magnitude pruning (Frantar et al. 2023): dense for a quarter, cubic to
     `level` for a half, sparse for a quarter."""
-    return [Stage(0.25, 0.0, 0.0), Stage(0.5, 0.0, level, power=3.0), Stage(0.25, level, level)]
+    return [Ramp(0.25, 0.0, 0.0), Ramp(0.5, 0.0, level, power=3.0), Ramp(0.25, level, level)]
 
 
-def average_sparsity(stages: Sequence[Stage]) -> float:
+def average_sparsity(ramps: Sequence[Ramp]) -> float:
     """Mean sparsity over the tokens of a schedule. FLOPs of linear weights are linear in it.
 
     Raises:
-        ValueError: there is no stage, or a share is not positive.
+        ValueError: there is no ramp, or a share is not positive.
     """
-    if not stages or any(p.share <= 0.0 for p in stages):
-        raise ValueError("a schedule needs stages of positive share, not "
-                         f"{[p.share for p in stages]}")
-    return sum(p.share * p.average for p in stages) / sum(p.share for p in stages)
+    if not ramps or any(p.share <= 0.0 for p in ramps):
+        raise ValueError("a schedule needs ramps of positive share, not "
+                         f"{[p.share for p in ramps]}")
+    return sum(p.share * p.average for p in ramps) / sum(p.share for p in ramps)
 
 
 def schedule_flops(
     model: Model,
     sequence_length: int,
-    stages: Sequence[Stage],
+    ramps: Sequence[Ramp],
     convention: Convention = "spdf",
     dense_gradient_every: int | None = None,
 ) -> Flops:
@@ -129,13 +129,13 @@ def schedule_flops(
 
     Args:
         model, sequence_length, convention: see `forward_flops`.
-        stages: the schedule.
+        ramps: the schedule.
         dense_gradient_every: steps dT between two that compute the gradient of all weights, to
             choose which to grow: (3 f_S dT + 2 f_S + f_D) / (dT + 1) in RigL (Evci et al. 2020,
             appendix H), f_S and f_D being sparse and dense forward passes.
     """
     dense = training_flops(model, sequence_length, None, convention)
-    linear = dense.linear * (1.0 - average_sparsity(stages))
+    linear = dense.linear * (1.0 - average_sparsity(ramps))
     if dense_gradient_every is not None:
         update = (2.0 * linear + dense.linear) / FORWARD_AND_BACKWARD
         linear = (linear * dense_gradient_every + update) / (dense_gradient_every + 1.0)

@@ -55,7 +55,7 @@ class RunStage:
 
     @property
     def heading(self) -> str:
-        """The stage in a line; empty for the only one of a run."""
+        """Line about the stage, empty for the only one of a run."""
         if self.count == 1:
             return ""
         o = self.recipe.optimizer
@@ -83,7 +83,7 @@ def stages_of(recipe: Recipe) -> list[RunStage]:
 
 
 def stages_left(stages: Sequence[RunStage], step: int) -> list[RunStage]:
-    """Stages that are not finished at this step; at the end of the run, the last one."""
+    """Stages that are not finished at this step, or at the end of the run the last one."""
     return [stage for stage in stages if stage.last > step] or [stages[-1]]
 
 

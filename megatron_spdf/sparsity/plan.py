@@ -14,6 +14,8 @@ from megatron_spdf.architecture.base import Model, Weight
 from megatron_spdf.sparsity.patterns.base import Pattern, Shape
 from megatron_spdf.sparsity.patterns.unstructured import Unstructured
 from megatron_spdf.sparsity.settings import Sparsity
+from megatron_spdf.tables import Column, Table
+from megatron_spdf.text import any_layer
 
 
 @dataclass(frozen=True)
@@ -248,19 +250,17 @@ def render_plan(plan: Plan) -> str:
     """The plan as a table, layers of one kind and level in one row."""
     rows: dict[tuple[str, tuple[int, int], float], list[SparseWeight]] = {}
     for w in plan.weights.values():
-        kind = ".".join("*" if part.isdigit() else part for part in w.name.split("."))
-        rows.setdefault((kind, w.shape, w.level), []).append(w)
+        rows.setdefault((any_layer(w.name), w.shape, w.level), []).append(w)
     if not rows:
         return "sparsity plan: dense, every weight is active"
-    lines = [f"sparsity plan (mask seed {plan.seed}): {plan.active:,} of {plan.numel:,} linear "
-             f"weights active, sparsity {plan.sparsity:.4%}{_render_pattern(plan)}",
-             "  "
-             f"{'weight':<48}{'count':>6}{'shape':>16}{'slices':>8}{'active/slice':>14}{'sparsity':>11}"]
-    for (kind, shape, _), group in rows.items():
-        w = group[0]
-        lines.append(f"  {kind:<48}{len(group):>6}{f'{shape[0]} x {shape[1]}':>16}{w.slices:>8}"
-                     f"{w.active_per_slice:>14,}{w.sparsity:>11.4%}")
-    return "\n".join(lines)
+    columns = [Column("weight", lambda group: any_layer(group[0].name)), Column("count", len, "d"),
+               Column("shape", lambda group: " x ".join(map(str, group[0].shape)), align="right"),
+               Column("slices", lambda group: group[0].slices, "d"),
+               Column("active/slice", lambda group: group[0].active_per_slice, ","),
+               Column("sparsity", lambda group: group[0].sparsity, ".4%")]
+    return (f"sparsity plan (mask seed {plan.seed}): {plan.active:,} of {plan.numel:,} linear "
+            f"weights active, sparsity {plan.sparsity:.4%}{_render_pattern(plan)}\n"
+            f"{Table(columns, list(rows.values())).text('  ')}")
 
 
 def _render_pattern(plan: Plan) -> str:

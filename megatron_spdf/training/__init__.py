@@ -1,1 +1,1 @@
-"""The training loop, the job around it, its report, and the choice of the micro-batch."""
+"""Training loop, the job around it, its report, and the choice of the micro-batch."""

@@ -51,7 +51,7 @@ class Timing:
 
 def choose_micro_batch(stage: RunStage, run: RunDir,
                        device: torch.device) -> tuple[RunStage, list[str]]:
-    """Replaces `auto` by a number; all ranks call.
+    """Replaces `auto` by a number. All ranks call.
 
     Candidates are timed on engines of their own, which are closed afterwards, so that training
     starts as it does without them.
@@ -97,7 +97,7 @@ def try_all(stage: RunStage, device: torch.device) -> Iterator[Timing]:
 
 
 def fastest(trials: list[Timing]) -> int:
-    """Micro-batch of the fastest steps; of equally fast ones the smallest.
+    """Micro-batch of the fastest steps, of equally fast ones the smallest.
 
     Raises:
         ValueError: none fits in memory.

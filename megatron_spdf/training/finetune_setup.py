@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_spdf.checkpoint.reader import CheckpointReader
-from megatron_spdf.checkpoint.run_metadata import Masks, drawn_masks
+from megatron_spdf.checkpoint.run_metadata import Masks, seeded_masks
 from megatron_spdf.convert.source import WeightSource
 from megatron_spdf.data.finetuning.completions import CompletionData, Completions, tokenize
 from megatron_spdf.data.finetuning.task import TASKS
@@ -78,7 +78,7 @@ def prepare(finetune: Finetune, start: WeightSource) -> Prepared:
     check_tensor(plan, recipe.parallel.tensor)
     return Prepared(
         finetune, start, recipe, plan, tokenizer, train, valid,
-        masks=start.masks if plan.weights else drawn_masks(plan),
+        masks=start.masks if plan.weights else seeded_masks(plan),
         origin=f"{finetune.mode} fine-tuning from {start.origin}",
         summary=_summary(finetune, start, recipe, plan, train, valid))
 

@@ -1,4 +1,4 @@
-"""The path of a run: checks that need no device -> join ranks -> for each stage: build the engine,
+"""Path of a run: checks that need no device -> join ranks -> for each stage: build the engine,
 restore the newest checkpoint, train.
 
 `pretrain.py` and `finetune.py` make a `Job` of their recipe and run it.
@@ -108,7 +108,7 @@ def refusals() -> Iterator[None]:
 
 
 def open_run(ranks: Ranks, recipe: Recipe | Finetune) -> RunDir:
-    """The directory of a run, which may start there with these ranks.
+    """Opens the directory of a run, after checking that it may start there with these ranks.
 
     Raises:
         ValueError: another number of ranks than the layout has, or another run's directory.
@@ -120,7 +120,7 @@ def open_run(ranks: Ranks, recipe: Recipe | Finetune) -> RunDir:
 
 
 def preflight(run: RunDir) -> int:
-    """Counts a start of the run and prints its directory; returns the exit code.
+    """Counts a start of the run, prints its directory and returns the exit code.
 
     Raises:
         ValueError, RestartLimit: see `RunDir.preflight`.
@@ -131,7 +131,7 @@ def preflight(run: RunDir) -> int:
 
 
 def run_job(job: Job) -> int:
-    """Joins the ranks and trains, with a heartbeat between them; returns the exit code."""
+    """Joins the ranks, trains with a heartbeat between them, and returns the exit code."""
     from megatron_spdf.parallel import fake_cuda
     from megatron_spdf.resilience import progress
     from megatron_spdf.resilience.heartbeat import Heartbeat

@@ -1,4 +1,4 @@
-"""The training loop: batch -> step -> log -> maybe evaluate -> maybe save."""
+"""Training loop: batch -> step -> log -> maybe move masks -> maybe evaluate -> maybe save."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from megatron_spdf.resilience.signals import StopRequest
 from megatron_spdf.resilience.stragglers import Stragglers
 from megatron_spdf.runs.run_log import RunLog
 from megatron_spdf.schedule.stages import RunStage
+from megatron_spdf.training.mask_moves import MaskMoves
 from megatron_spdf.training.report import Report
 
 
@@ -47,9 +48,10 @@ class Trainer:
     def __post_init__(self) -> None:
         self.recipe, self.last = self.stage.recipe, self.stage.last
         self.report = Report(self.stage, self.engine, self.data, self.state, self.log)
+        self.moves = MaskMoves(self.stage, self.engine, self.state, self.report)
 
     def run(self) -> int:
-        """Trains to the end of the stage or a request to stop, and saves; returns the exit code.
+        """Trains to the end of the stage or a request to stop, saves, and returns the exit code.
 
         Raises:
             NotFinite, SparsityDrift: the run cannot go on; nothing after the last good checkpoint
@@ -65,7 +67,7 @@ class Trainer:
         return exit_codes.STOPPED_ON_SIGNAL if more else exit_codes.FINISHED
 
     def _train(self) -> None:
-        """The loop."""
+        """Runs the loop."""
         recipe, state = self.recipe, self.state
         saved = state.step
         self._evaluate_if_due()  # a stop may have cut off the evaluation at this step
@@ -79,6 +81,7 @@ class Trainer:
             started = time.perf_counter()
             batch = next(batches)
             fetched = time.perf_counter()
+            self.moves.before_step()
             with TrafficCounter() if state.step + 1 == first else nullcontext() as traffic:
                 tokens = (state.step + 1 - self.stage.first) * recipe.tokens_per_step
                 result = self.engine.step(batch, state.step + 1, tokens, self.stop.requested)
@@ -89,6 +92,7 @@ class Trainer:
             if state.step % recipe.log.every == 0 or state.step == self.last:
                 self.report.step(result, seconds=time.perf_counter() - started,
                                  waited=fetched - started)
+            self.moves.after_step(result)
             self.log.advance(result.loss)
             self.stopping = result.stop
             self.report.saved(self.checkpointer.poll())
@@ -104,7 +108,7 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Whether the last step is done, or validation has not improved for `evaluate.patience`
+        """True once the last step is done, or validation has not improved for `evaluate.patience`
         evaluations."""
         state, patience = self.state, self.recipe.evaluate.patience
         return state.step == self.last or patience > 0 and state.worse >= patience
@@ -163,12 +167,12 @@ class Trainer:
         return better
 
     def _save(self) -> int:
-        """Starts a save, once the previous one has ended; returns the step."""
+        """Starts a save, once the previous one has ended, and returns the step."""
         started = time.perf_counter()
         PROGRESS.set_activity(f"the save at step {self.state.step}")
         self.report.saved(self.checkpointer.wait())
         self._stop_if_saves_fail(self.recipe.fault_tolerance.max_failed_saves)
-        measured = self.engine.measured_sparsity()
+        measured = self.moves.without_newborn(self.engine.measured_sparsity())
         check_sparsity(measured, self.stage.plan)
         self.checkpointer.save(self.engine, self.state, measured)
         if not self.recipe.checkpoint.asynchronous:

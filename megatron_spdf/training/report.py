@@ -10,7 +10,7 @@ import psutil
 import torch
 
 from megatron_spdf.checkpoint.checkpointer import RunState
-from megatron_spdf.checkpoint.saving import Saving
+from megatron_spdf.checkpoint.saving import SaveThread
 from megatron_spdf.data.finetuning.completions import CompletionData
 from megatron_spdf.data.pretraining.dataset import TokenData
 from megatron_spdf.engine.base import Engine, StepResult
@@ -34,7 +34,7 @@ class Report:
     log: RunLog
 
     def step(self, result: StepResult, seconds: float, waited: float) -> None:
-        """Loss, speed, sparsity and FLOPs at a step.
+        """Reports loss, speed, sparsity and FLOPs at a step.
 
         Args:
             seconds: of the step, its data included.
@@ -81,12 +81,26 @@ class Report:
         return figures
 
     def skipped(self, result: StepResult) -> None:
-        """A step that was skipped for non-finite numbers."""
+        """Reports a step that was skipped for non-finite numbers."""
         self.log.say(f"step {self.state.step}: skipped, loss {result.loss}, gradient norm "
                      f"{result.grad_norm}; {self.state.skipped_in_a_row} in a row")
 
+    def moved(self, entries: int, seconds: float) -> None:
+        """A move of the masks.
+
+        Args:
+            entries: that died, and as many that were born, over all weights.
+            seconds: it took.
+        """
+        state, name = self.state, self.stage.recipe.sparsity.algorithm
+        active = self.stage.plan.active
+        self.log.record("mask", state.step, algorithm=name, update=state.mask_updates,
+                        moved=entries, share=entries / active, seconds=seconds)
+        self.log.say(f"step {state.step}: {name} moved {entries:,} of {active:,} active entries, "
+                     f"update {state.mask_updates}")
+
     def validation(self, loss: float, better: bool) -> None:
-        """The loss of an evaluation.
+        """Reports the loss of an evaluation.
 
         Args:
             better: whether it is the lowest yet.
@@ -104,8 +118,8 @@ class Report:
         self.log.record("valid", state.step, **figures)
         self.log.say(line)
 
-    def saved(self, saving: Saving | None) -> None:
-        """A save that has ended; None: there was none."""
+    def saved(self, saving: SaveThread | None) -> None:
+        """Reports a save that has ended, if there is one."""
         if saving and saving.error:
             self.log.say(f"could NOT save {saving.path}: {saving.error}; the checkpoints before it "
                          "are untouched")
@@ -113,7 +127,8 @@ class Report:
             self.log.say(f"saved {saving.path}, written in {saving.seconds:.1f} s")
 
     def bytes(self, traffic: TrafficCounter) -> None:
-        """Bytes that rank 0 holds and sends in a step, counted at its buffers and collectives."""
+        """Reports the bytes that rank 0 holds and sends in a step, counted at its buffers and
+        collectives."""
         held = self.engine.state_bytes()
         sent = {f"{operation} {group}": n for (operation, group), n in traffic.bytes.items()}
         self.log.record("bytes", self.state.step, **held, sent_per_step=traffic.total,

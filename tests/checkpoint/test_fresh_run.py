@@ -14,6 +14,7 @@ from small_models import MODEL, make_recipe, make_tokenizer
 from megatron_spdf.checkpoint import store
 from megatron_spdf.checkpoint.inspect import describe, render, verify
 from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint, stored_name
+from megatron_spdf.checkpoint.run_metadata import seeded_masks
 from megatron_spdf.checkpoint.tensors import TensorFiles
 from megatron_spdf.convert.initial_checkpoint import write_initial_checkpoint
 from megatron_spdf.convert.source import open_weights
@@ -62,8 +63,8 @@ def test_masters_keep_what_bf16_loses(gpt2, begin):
 
 def test_random_masks_are_those_of_the_plan_and_magnitudes_are_not(gpt2, begin):
     drawn, largest = begin(sparsity=0.5), begin("largest", select="magnitude", sparsity=0.5)
-    assert drawn.masks == {"kind": "drawn", "how": "random, seed 0"}
-    assert largest.masks["kind"] == "given"
+    assert drawn.masks == seeded_masks(drawn.plan)
+    assert largest.masks["kind"] == "stored"
     source = open_weights(gpt2).weight(FC1)
     for reader, mask_of in ((drawn, lambda entries, k, c: draw_mask(0, FC1, c, entries.size, k)),
                             (largest, lambda entries, k, c: largest_mask(entries, k))):
@@ -87,7 +88,7 @@ def test_the_largest_are_kept_ties_by_position():
 def test_given_masks_are_held_to_their_density_only(begin, tmp_path):
     reader = begin(sparsity=0.5, select="magnitude")
     run = json.loads((reader.path / store.RUN).read_text())
-    run["masks"] = {"kind": "drawn", "how": "random, seed 0"}
+    run["masks"] = seeded_masks(reader.plan)
     (reader.path / store.RUN).write_text(json.dumps(run))
     (reader.path / store.FILES).write_text(json.dumps(
         {name: store.describe(reader.path / name) for name in store.files_of(reader.path)}))

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from small_models import CONFIG, MODEL, gpt2_tensors, write_gpt2
 
-from megatron_spdf.convert.gpt2_state_dict import pad_vocabulary
+from megatron_spdf.architecture.forms import pad_vocabulary
 from megatron_spdf.convert.huggingface_import import HuggingFaceReader
 from megatron_spdf.convert.source import open_weights
 
@@ -96,7 +96,7 @@ def test_half_precision_becomes_float32_masters(tmp_path):
 
 
 @pytest.mark.parametrize("config, message", [
-    ({"model_type": "llama"}, "is a model of type 'llama'; only the GPT-2 family"),
+    ({"model_type": "bert"}, "is a model of type 'bert'; those that can be read are gpt2"),
     ({"activation_function": "relu"},
      "activation_function='relu', and our GPT computes 'gelu_new' or 'gelu_py"),
     ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon=1e-06, and our GPT computes 1e-05"),

@@ -192,12 +192,13 @@ def test_megatron_and_back(convert, sparse, tmp_path):
 
 
 def test_refusals(convert, gpt2, sparse, workplace, tmp_path):
-    wide = tmp_path / "llama"
+    wide = tmp_path / "bert"
     shutil.copytree(gpt2, wide)
-    (wide / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (wide / "config.json").write_text(json.dumps({"model_type": "bert"}))
     recipe, out = ["--recipe", "recipe.yaml"], tmp_path / "out"
     for words, message in (
-        (["from-hf", wide, out, *recipe], "is a model of type 'llama'; only the GPT-2 family"),
+        (["from-hf", wide, out, *recipe],
+         "is a model of type 'bert'; those that can be read are gpt2"),
         (["from-hf", gpt2, out, *recipe, "model.layers=4"],
          "model.layers is 2 there and 4 in the recipe"),
         (["from-hf", gpt2, out, *recipe, "model.vocab_size=50257"],

@@ -260,7 +260,7 @@ def flip(file: Path) -> None:
 
 
 def truncate(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-1])
+    file.write_bytes(file.read_bytes()[:-2])  # more than the line end of JSON
 
 
 def on_first(action) -> None:

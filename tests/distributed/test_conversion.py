@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from megatron_spdf.checkpoint import store
 from megatron_spdf.checkpoint.inspect import verify
 from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
+from megatron_spdf.checkpoint.run_metadata import stored_masks
 from megatron_spdf.convert.huggingface_export import MASKS, WEIGHTS, export
 from megatron_spdf.convert.initial_checkpoint import write_initial_checkpoint
 from megatron_spdf.convert.megatron_lm import MegatronReader, save_for_megatron
@@ -225,9 +226,8 @@ def test_given_masks_survive_training_resuming_and_resharding(results, place):
     assert straight["masks"] != last(results, "75% tp1")["masks"]
     for run in ("magnitude two", "magnitude resharded"):
         reader = CheckpointReader(find_checkpoint(place / run), checksums=True)
-        assert reader.masks == {"kind": "given",
-                                "how": "the largest magnitudes in each slice of the Hugging Face "
-                                                        "model narrow"}
+        assert reader.masks == stored_masks("the largest magnitudes in each slice of the Hugging "
+                                            "Face model narrow")
         assert (
             "16 masks" in verify(reader) and reader.run["origin"] == "the Hugging Face model narrow"
         )

@@ -100,4 +100,4 @@ def test_the_table():
     found, weights = rules(sparsity=[{"weights": "*.mlp.*", "level": 0.5}])
     table = render_parametrization(found.recipe, found.plan, list(weights.values()))
     assert "base width 256" in table and "0.5000" in table and "1.0000" in table
-    assert table.count("\n") == 5
+    assert table.count("\n") == 6

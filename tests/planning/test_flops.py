@@ -11,7 +11,7 @@ import pytest
 from megatron_spdf.recipe.load import load_recipe
 from megatron_spdf.reports import paper
 from megatron_spdf.schedule.flops import (
-    Stage,
+    Ramp,
     average_sparsity,
     forward_flops,
     gradual_pruning,
@@ -136,10 +136,10 @@ def test_backward_costs_two_forward_passes_and_recomputation_one(recipe):
 
 
 @pytest.mark.parametrize("stages",
-                         [gradual_pruning(0.8), [Stage(1, 0.5, 0.5)],
-                          [Stage(3, 0.0, 0.9, power=2.0)],
-                                    [Stage(0.1, 0.0, 0.0), Stage(0.2, 0.8, 0.8),
-                                     Stage(0.1, 0.0, 0.0)]])
+                         [gradual_pruning(0.8), [Ramp(1, 0.5, 0.5)],
+                          [Ramp(3, 0.0, 0.9, power=2.0)],
+                                    [Ramp(0.1, 0.0, 0.0), Ramp(0.2, 0.8, 0.8),
+                                     Ramp(0.1, 0.0, 0.0)]])
 def test_average_sparsity_is_the_integral_of_the_schedule(stages):
     total, t = sum(p.share for p in stages), (np.arange(100_000) + 0.5) / 100_000
     curves = [(p.share / total) * np.mean(p.end + (p.start - p.end) * (1 - t) ** p.power)
@@ -160,17 +160,17 @@ def test_a_static_schedule_costs_what_the_plan_does(recipe):
     r = recipe(sparsity=0.75)
     plan = Plan.of(r)
     assert schedule_flops(r.model, 32,
-                          [Stage(1.0, 0.75, 0.75)]) == training_flops(r.model, 32, plan)
+                          [Ramp(1.0, 0.75, 0.75)]) == training_flops(r.model, 32, plan)
 
 
 def test_dense_gradients_of_rigl(recipe):
     model, every = recipe().model, 100
     sparse, dense = (forward_flops(model, 32).linear * density for density in (0.2, 1.0))
-    flops = schedule_flops(model, 32, [Stage(1.0, 0.8, 0.8)], dense_gradient_every=every)
+    flops = schedule_flops(model, 32, [Ramp(1.0, 0.8, 0.8)], dense_gradient_every=every)
     assert flops.linear == pytest.approx((3 * sparse * every + 2 * sparse + dense) / (every + 1))
 
 
-@pytest.mark.parametrize("stages", [[], [Stage(0.0, 0.5, 0.5)]])
+@pytest.mark.parametrize("stages", [[], [Ramp(0.0, 0.5, 0.5)]])
 def test_a_schedule_needs_stages(stages):
     with pytest.raises(ValueError, match="positive share"):
         average_sparsity(stages)

@@ -9,7 +9,7 @@ import pytest
 from megatron_spdf.planning.hardware import GPUS
 from megatron_spdf.planning.overview import Request, make_overview
 from megatron_spdf.recipe.load import load_recipe
-from megatron_spdf.schedule.flops import Stage, schedule_flops, training_flops
+from megatron_spdf.schedule.flops import Ramp, schedule_flops, training_flops
 from megatron_spdf.schedule.stages import mean_flops, stages_left, stages_of
 from megatron_spdf.sparsity.plan import Plan
 
@@ -39,7 +39,7 @@ def test_a_run_without_stages_is_one(recipe):
 def test_flops_are_the_integral(recipe):
     run = recipe(stages=STAGES)
     stages, length = stages_of(run), run.train.sequence_length
-    by_schedule = schedule_flops(run.model, length, [Stage(0.7, 0.75, 0.75), Stage(0.3, 0.0, 0.0)])
+    by_schedule = schedule_flops(run.model, length, [Ramp(0.7, 0.75, 0.75), Ramp(0.3, 0.0, 0.0)])
     assert mean_flops(stages).total == pytest.approx(by_schedule.total)
     dense = training_flops(run.model, length).total
     spent = stages[-1].flops_before + dense * stages[-1].tokens

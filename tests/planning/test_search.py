@@ -154,6 +154,6 @@ def test_a_sparsity_of_rules_is_compared_as_it_is(recipe):
 def test_overview_as_text(recipe):
     text = render_overview(make_overview(request(gpt(recipe, sparsity=0.75), 16)))
     for words in ("layouts fit", "fullest moment", "on the wire", "What sparsity buys",
-                  "<- the recipe"):
+                  "the recipe"):
         assert words in text
     assert max(map(len, text.splitlines())) <= 160

@@ -112,8 +112,11 @@ class PlainEngine:
 
         return measure_sparsity(self.models, self.data_parallel_rank, self.plan)
 
-    def sharded_state(self, loading: bool) -> dict:
-        return self.state.places() if loading else self.state.shards()
+    def state_to_save(self) -> dict:
+        return self.state.to_save()
+
+    def state_to_load(self) -> dict:
+        return self.state.to_load()
 
     def load_state(self, loaded: dict, optimizer_steps: int) -> None:
         self.state.load(loaded, optimizer_steps)

@@ -13,12 +13,13 @@ import sgd_tenant
 import yaml
 
 from megatron_spdf.planning.memory import rank_bytes
-from megatron_spdf.recipe.finetune import Finetune
+from megatron_spdf.recipe.finetune import Finetune, training_recipe
 from megatron_spdf.recipe.help import render_help
 from megatron_spdf.recipe.load import load_recipe, make_recipe, save_recipe
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.recipe.rules import rule_violations
 from megatron_spdf.sparsity.plan import Plan
+from megatron_spdf.sparsity.settings import Sparsity
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 6
@@ -109,6 +110,17 @@ def test_a_recipe_is_read_and_written_with_its_fields(recipe, tmp_path):
     assert load_recipe(tmp_path / "recipe.yaml") == made
     assert made.identity()["optimizer"]["momentum"] == 0.8
     assert not list(rule_violations(recipe(optimizer=SGD, parametrization="mup")))
+
+
+def test_a_fine_tuning_recipe_has_its_fields(recipe):
+    values = yaml.safe_load((ROOT / "configs/finetune/e2e.yaml").read_text())
+    values["optimizer"] = {**SGD, "warmup_steps": 3}
+    values |= {"checkpoint": "start", "data": {"task": "e2e", "path": "data"}}
+    finetune = Finetune.model_validate(values)
+    made = training_recipe(finetune, recipe(model={"max_positions": 512}).model, Sparsity(), 1000)
+    assert isinstance(made.optimizer, sgd_tenant.Sgd) and made.optimizer.momentum == 0.8
+    assert made.optimizer.warmup_tokens == 3 * made.tokens_per_step
+    assert (finetune.optimizer.decay, made.optimizer.weight_decay) == ("linear", 0.01)
 
 
 @pytest.mark.parametrize("words, said", [

@@ -67,7 +67,7 @@ def arm(deeds: list[list[str]]) -> None:
                     yield batch
             return inner(engine, through(), stop)
 
-        def write(self, inner=saving.Saving._write_tensors):
+        def write(self, inner=saving.SaveThread._write_tensors):
             meet("save", int(self.path.name.removeprefix("step_")))
             return inner(self)
 
@@ -79,7 +79,7 @@ def arm(deeds: list[list[str]]) -> None:
                     do(Path(output), stage, number, deed, every=at.startswith("every"))
 
         engine.MegatronEngine.step = step
-        loop.validation_loss, saving.Saving._write_tensors = validation_loss, write
+        loop.validation_loss, saving.SaveThread._write_tensors = validation_loss, write
         return enter(self)
 
     Heartbeat.__enter__, StopRequest._note = enter_and_arm, noted

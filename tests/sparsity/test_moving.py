@@ -12,7 +12,7 @@ from megatron_spdf.random_streams import random_words
 from megatron_spdf.sparsity.algorithms.base import Moment, MovingMasks
 from megatron_spdf.sparsity.algorithms.static import Static
 from megatron_spdf.sparsity.mask_slice import MaskSlice, Move
-from megatron_spdf.sparsity.moving import move_weight
+from megatron_spdf.sparsity.moving import born, carry, moved_masks
 from megatron_spdf.sparsity.plan import SparseWeight
 from megatron_spdf.sparsity.slices import slice_of
 
@@ -76,22 +76,21 @@ def test_bits_are_numpys(entries):
 def test_a_move_keeps_k_and_every_kept_value_at_its_place(weight):
     bits, k = packed(weight), weight.active_per_slice
     values = torch.arange(1.0, weight.active + 1).view(weight.slices, k)
-    moved = move_weight(Random(fraction=0.3), WHEN, weight, 3, 0, bits, values, None)
-    before, after = unpack(bits, 60), unpack(moved.bits, 60)
+    moved = moved_masks(Random(fraction=0.3), WHEN, weight, 3, 0, bits, values, None)
+    before, after = unpack(bits, 60), unpack(moved, 60)
     count = round(0.3 * k)
     assert (after.sum(1) == k).all() and ((before & ~after).sum(1) == count).all()
-    assert moved.born == count * weight.slices
-    there = dense(weight, moved.bits, moved.carry(values))
+    assert born(bits, moved) == count * weight.slices
+    there = dense(weight, moved, carry(values, bits, moved, 60))
     assert torch.equal(there, dense(weight, bits, values) * after)
 
 
 def test_a_move_is_the_same_however_slices_are_shared_out(weight):
     bits, values = packed(weight), torch.zeros(weight.slices, weight.active_per_slice)
-    whole = move_weight(Random(), WHEN, weight, 3, 0, bits, values, None)
-    halves = [move_weight(Random(), WHEN, weight, 3, first, bits[first : first + 2],
+    whole = moved_masks(Random(), WHEN, weight, 3, 0, bits, values, None)
+    halves = [moved_masks(Random(), WHEN, weight, 3, first, bits[first : first + 2],
                           values[first : first + 2], None) for first in (0, 2)]
-    assert torch.equal(whole.bits, torch.cat([half.bits for half in halves]))
-    assert torch.equal(whole.source, torch.cat([half.source for half in halves]))
+    assert torch.equal(whole, torch.cat(halves))
 
 
 @pytest.mark.parametrize("other", [{"seed": 4}, {"when": Moment(2, 10, 100)}, {"first": 1}])
@@ -99,9 +98,9 @@ def test_seed_update_and_slice_give_other_moves(other):
     weight = SparseWeight(NAME, (12, 20), 0, 1, 0.75)
     bits, values = packed(weight), torch.zeros(1, weight.active)
     arguments = {"when": WHEN, "seed": 3, "first": 0}
-    one, two = (move_weight(Random(), a["when"], weight, a["seed"], a["first"], bits, values, None)
+    one, two = (moved_masks(Random(), a["when"], weight, a["seed"], a["first"], bits, values, None)
                 for a in (arguments, arguments | other))
-    assert not torch.equal(one.bits, two.bits)
+    assert not torch.equal(one, two)
 
 
 def test_values_and_gradient_are_those_of_the_slice(weight):
@@ -109,7 +108,7 @@ def test_values_and_gradient_are_those_of_the_slice(weight):
     draw = torch.Generator().manual_seed(0)
     values = torch.randn(weight.slices, weight.active_per_slice, generator=draw)
     gradient = torch.randn(*weight.shape, generator=draw)
-    moved = move_weight(Largest(fraction=0.2), WHEN, weight, 3, 0, bits, values, gradient)
+    moved = moved_masks(Largest(fraction=0.2), WHEN, weight, 3, 0, bits, values, gradient)
     for c in range(weight.slices):
         mask, count = unpack(bits, 60)[c].numpy(), round(0.2 * weight.active_per_slice)
         magnitudes = np.zeros(60)
@@ -118,7 +117,7 @@ def test_values_and_gradient_are_those_of_the_slice(weight):
         scores = slice_of(gradient, weight, c).abs().numpy()
         born = sorted(np.flatnonzero(~mask), key=lambda i, s=scores: -s[i])[:count]
         mask[died], mask[born] = False, True
-        assert np.array_equal(unpack(moved.bits, 60)[c].numpy(), mask)
+        assert np.array_equal(unpack(moved, 60)[c].numpy(), mask)
 
 
 def test_ties_go_by_position():
@@ -139,7 +138,8 @@ def test_every_candidate_is_drawn_equally_often():
 
 def test_nothing_moves_with_fraction_zero(weight):
     bits, values = packed(weight), torch.ones(weight.slices, weight.active_per_slice)
-    assert move_weight(Random(fraction=0.0), WHEN, weight, 3, 0, bits, values, None) is None
+    moved = moved_masks(Random(fraction=0.0), WHEN, weight, 3, 0, bits, values, None)
+    assert torch.equal(moved, bits)
 
 
 @pytest.mark.parametrize("born", [[0], [], [1, 2]], ids=["active", "too few", "too many"])
@@ -151,7 +151,7 @@ def test_a_move_that_breaks_the_rules_is_caught(born):
 
     weight = SparseWeight(NAME, (12, 20), 0, 4, 0.75)
     with pytest.raises(AssertionError, match=r"random moves slice 0 of decoder\.layers\.0"):
-        move_weight(Wrong(), WHEN, weight, 3, 0, packed(weight),
+        moved_masks(Wrong(), WHEN, weight, 3, 0, packed(weight),
                     torch.ones(4, weight.active_per_slice), None)
 
 

@@ -115,7 +115,7 @@ def test_seed_is_the_recipes(plan):
 
 
 def test_table_has_a_row_for_each_kind(plan):
-    rows = render_plan(plan(0.75)).splitlines()[2:]
+    rows = render_plan(plan(0.75)).splitlines()[3:]
     assert [row.split()[:2] for row in rows] == [[f"decoder.layers.*.{name}.weight", "4"]
                                                  for name in TILE]
     assert all(row.endswith("75.0000%") for row in rows)

@@ -204,10 +204,8 @@ def test_dense_and_sparse_are_measured_in_turn(what, tmp_path):
     )
     assert all(run["tokens_per_second"] > 0 for run in report["runs"].values())
     if what == "step":
-        assert (
-            "step time, sparse over dense" in done.stdout
-            and "| by part (ms) | dense | sparse |" in done.stdout
-        )
+        assert "step time, sparse over dense" in done.stdout
+        assert "| by part " in done.stdout and "sparse (ms) |" in done.stdout
         sparse = report["runs"]["sparse"]["parts"]
         assert (
             sparse["expand"] > 0

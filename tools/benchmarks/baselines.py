@@ -48,8 +48,8 @@ def stk_products(
 
 
 def plain_pytorch(recipe: Recipe, steps: int) -> dict:
-    """transformers' GPT-2 of the recipe's size, dense, with fp32 weights under autocast and
-    PyTorch's AdamW; figures as `train.Run`'s."""
+    """The recipe's model in transformers, dense, with fp32 weights under autocast and the recipe's
+    optimizer as PyTorch has it; figures as `train.Run`'s."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     training, seconds = _PlainTraining(recipe, device), []
     for number in range(1, WARM_UP + 1):
@@ -69,19 +69,18 @@ class _PlainTraining:
     """A loop as one writes it by hand."""
 
     def __init__(self, recipe: Recipe, device: torch.device):
-        from transformers import GPT2Config, GPT2LMHeadModel
+        from transformers import AutoConfig, AutoModelForCausalLM
 
-        m, o = recipe.model, recipe.optimizer
-        config = GPT2Config(vocab_size=m.vocab_size, n_positions=m.max_positions, n_embd=m.hidden,
-                            n_layer=m.layers, n_head=m.heads, n_inner=m.ffn_hidden,
-                            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-                            activation_function="gelu_pytorch_tanh", use_cache=False,
-                            attn_implementation="sdpa")
+        o = recipe.optimizer
+        model = recipe.model.model_copy(update={"dropout": 0.0})
+        faster = {"gelu_new": "gelu_pytorch_tanh"}  # the same function
+        keywords = {key: faster.get(str(value), value)
+                    for key, value in model.huggingface_config().items()}
+        config = AutoConfig.for_model(model.huggingface, **keywords, use_cache=False,
+                                      attn_implementation="sdpa")
         with torch.device(device):
-            self.model = GPT2LMHeadModel(config)
-        self.adam = torch.optim.AdamW(self.model.parameters(), lr=o.lr, betas=(o.beta1, o.beta2),
-                                      eps=o.eps, weight_decay=o.weight_decay,
-                                      fused=device.type == "cuda")
+            self.model = AutoModelForCausalLM.from_config(config)
+        self.optimizer = o.build([{"params": list(self.model.parameters()), "lr": o.lr}])
         self.recipe, self.device = recipe, device
 
     def step(self, number: int) -> None:
@@ -90,8 +89,8 @@ class _PlainTraining:
             (self._loss(micro["tokens"].to(self.device), micro["labels"].to(self.device))
              / len(batch)).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optimizer.clip_grad)
-        self.adam.step()
-        self.adam.zero_grad()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
     def _loss(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """Of (B, T) tokens."""
@@ -140,5 +139,5 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-TRAINED = {"plain PyTorch, dense: transformers' GPT-2, autocast": plain_pytorch,
+TRAINED = {"plain PyTorch, dense: transformers, autocast": plain_pytorch,
            "Megatron-Core, dense weights x masks of 75%": multiplied_masks}

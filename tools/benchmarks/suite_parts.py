@@ -21,7 +21,7 @@ import torch
 from benchmarks import baselines, max_depth, sizes
 from benchmarks.engines import free_memory
 from benchmarks.sizes import Scale
-from megatron_spdf.kernels.dispatch import describe
+from megatron_spdf.kernels.dispatch import backend_name
 from megatron_spdf.kernels.tiles import tile_products
 from megatron_spdf.kernels.two_four import two_four_products
 from megatron_spdf.layers.products.base import product_of
@@ -75,7 +75,7 @@ def kernels(part: Part) -> None:
     bandwidth = kernel_throughput.copy_bandwidth(device, seconds)
     part.write("copy", **{"GB/s, read and written": bandwidth / 1e9})
     dtype = sizes.dtype_of(part.scale.recipe(sizes.DENSE))
-    for what, by in (("expand, compress", describe(device.type)),
+    for what, by in (("expand, compress", backend_name(device.type)),
                      ("2:4", two_four_products(device.type, dtype)[1]),
                      *((f"tiles of {n}", tile_products(device.type, n, dtype)[1])
                        for n in part.scale.tiles)):

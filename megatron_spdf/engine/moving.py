@@ -1,0 +1,84 @@
+"""Moving the masks of a run: every rank chooses for its slices, and all that belongs to an active
+entry goes where it goes, whatever the engine shards.
+
+An engine shows master weights and named optimizer state whole, parameter by parameter
+(`base.ParameterState`), so that all data-parallel ranks choose alike and carry alike. What is held
+beside them at a time is one kind of state of one bucket or parameter.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as ps
+from torch import Tensor, nn
+
+from megatron_spdf.engine.base import Engine
+from megatron_spdf.layers.compact import CompactWeight, compact_of, sparse_modules
+from megatron_spdf.optimizers.base import MASTER
+from megatron_spdf.sparsity import moving
+from megatron_spdf.sparsity.algorithms.base import MaskAlgorithm, Moment
+
+
+@torch.no_grad()
+def move_masks(engine: Engine, algorithm: MaskAlgorithm, when: Moment) -> dict[str, int]:
+    """Moves the masks of all sparse weights, between two steps; all ranks call.
+
+    Kept entries keep their master weight and optimizer state, those that are born have zeros. Where
+    the algorithm needs the dense gradient, the step before has collected it.
+
+    Returns:
+        Canonical name -> number of entries born in the whole weight, on every rank.
+    """
+    sparse = {m.parametrizations.weight.original: compact_of(m)
+              for model in engine.models for m in sparse_modules(model)}
+    after = _choose(engine, algorithm, when, sparse)
+    for name in engine.state.names if after else ():
+        for parameter, values in engine.state.whole(name):
+            if parameter in after:
+                compact, bits = sparse[parameter], after[parameter]
+                carried = moving.carry(_as_values(values, compact), compact.mask_bits, bits,
+                                       compact.mask.entries)
+                engine.state.put(parameter, name, carried)
+    if after:
+        engine.state.settle()
+    moved = {sparse[p].planned.name: moving.born(sparse[p].mask_bits, b) for p, b in after.items()}
+    for parameter, bits in after.items():
+        sparse[parameter].move_mask(bits)
+    return _over_all_ranks(moved, engine)
+
+
+def _choose(engine: Engine, algorithm: MaskAlgorithm, when: Moment,
+            sparse: dict[nn.Parameter, CompactWeight]) -> dict[nn.Parameter, Tensor]:
+    """The next mask bits of the weights whose masks change; data-parallel ranks have the same."""
+    after = {}
+    for parameter, master in engine.state.whole(MASTER):
+        if compact := sparse.get(parameter):
+            gradient = _sum_gradient(compact) if algorithm.needs == "dense_gradient" else None
+            first = ps.get_tensor_model_parallel_rank() * len(compact.mask_bits)
+            bits = moving.moved_masks(algorithm, when, compact.planned, engine.plan.seed, first,
+                                      compact.mask_bits, _as_values(master, compact), gradient)
+            if not torch.equal(bits, compact.mask_bits):
+                after[parameter] = bits
+    return after
+
+
+def _sum_gradient(compact: CompactWeight) -> Tensor:
+    """The gradient of the whole batch's loss with respect to this rank's part of a dense weight,
+    (out, in): signed, so that what replicas disagree on cancels out."""
+    group = ps.get_data_parallel_group(with_context_parallel=True)
+    dist.all_reduce(compact.dense_gradient, group=group)
+    return compact.dense_gradient / group.size()
+
+
+def _as_values(state: Tensor, compact: CompactWeight) -> Tensor:
+    """(slices, k) where the mask is; offloaded state lies in the host's memory."""
+    return state.view(compact.values_shape).to(compact.mask_bits.device)
+
+
+def _over_all_ranks(moved: dict[str, int], engine: Engine) -> dict[str, int]:
+    """Sums over the ranks; replicas after the first count nothing."""
+    counts = [moved.get(name, 0) * (engine.data_parallel_rank == 0) for name in engine.plan.weights]
+    total = torch.tensor(counts, device=next(engine.models[0].parameters()).device)
+    dist.all_reduce(total)
+    return dict(zip(engine.plan.weights, total.tolist(), strict=True))

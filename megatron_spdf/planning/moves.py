@@ -1,0 +1,74 @@
+"""Cost of moving masks: bytes held and sent in a move, FLOPs over the run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_spdf.planning.buffers import lay_out, local_parameters
+from megatron_spdf.recipe.recipe import Recipe
+from megatron_spdf.schedule.flops import training_flops
+from megatron_spdf.sparsity.plan import Plan
+
+FP32 = 4  # bytes
+
+
+@dataclass(frozen=True)
+class Moves:
+    """Moves of the masks in a run or stage, on a rank of a pipeline stage.
+
+    Attributes:
+        count: in the run.
+        carried: bytes of master weights and optimizer state that a data-parallel rank gathers to
+            carry them in a move; 0 where each has all of it.
+        reduced: bytes that the algorithm has data-parallel ranks sum up in a move.
+        transient: bytes that the algorithm holds from the beginning of the step until the move.
+        flops: over those of the run's training.
+    """
+
+    count: int
+    carried: int
+    reduced: int
+    transient: int
+    flops: float
+
+
+def moves_of(recipe: Recipe, plan: Plan, stage: int, on_gpu: bool = True) -> Moves:
+    """Counts the moves of a run and what they cost.
+
+    Args:
+        recipe: of the run, or of a stage as a single run.
+        stage: pipeline stage of the rank.
+    """
+    algorithm, p = recipe.sparsity.update, recipe.parallel
+    local = [q for chunk in local_parameters(recipe.model, p, plan, stage) for q in chunk]
+    costs = [algorithm.cost(q.expands_to, q.elements) for q in local if q.expands_to]
+    # the master weight once more, to choose by
+    width, elements = FP32 * (len(recipe.optimizer.saved) + 1), sum(q.elements for q in local)
+    if recipe.engine == "megatron":  # in buckets, padding included
+        elements = sum(b.elements for b in lay_out(recipe.model, p, plan, stage, on_gpu))
+    else:  # which then gathers the weights themselves
+        width += 2 if recipe.train.precision == "bf16" else 4
+    count = algorithm.moves(recipe.steps)
+    trained = training_flops(recipe.model, recipe.train.sequence_length, plan).total * recipe.steps
+    flops = sum(algorithm.cost(w.numel, w.active).flops for w in plan.weights.values())
+    return Moves(
+        count=count,
+        carried=width * elements * (p.data > 1 and p.zero_stage > 0),
+        reduced=sum(c.reduced for c in costs) * (p.data > 1),
+        transient=sum(c.transient for c in costs),
+        flops=count * flops / trained)
+
+
+def render_moves(recipe: Recipe, plan: Plan) -> str:
+    """The algorithm of a run and its cost as text; nothing where masks stay."""
+    algorithm = recipe.sparsity.update
+    if recipe.sparsity.algorithm == "static":
+        return ""
+    every = [moves_of(recipe, plan, stage) for stage in range(recipe.parallel.pipeline)]
+    carried, reduced, transient = (max(getattr(m, key) for m in every) / 2**20
+                                   for key in ("carried", "reduced", "transient"))
+    return (f"mask algorithm {algorithm.name}: {algorithm.describe()}; {every[0].count:,} moves in "
+            f"{recipe.steps:,} steps\n"
+            f"  in a move, per GPU: {carried:,.1f} MiB of state gathered, {reduced:,.1f} MiB "
+            f"summed up, {transient:,.1f} MiB held for the step; over the run {every[0].flops:.3%} "
+            "more FLOPs")

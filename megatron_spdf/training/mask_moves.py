@@ -1,0 +1,69 @@
+"""Moves of the masks in a run: when the algorithm says so, after an optimizer step."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from megatron_spdf.checkpoint.checkpointer import RunState
+from megatron_spdf.engine.base import Engine, StepResult
+from megatron_spdf.engine.moving import move_masks
+from megatron_spdf.layers.compact import collect_dense_gradients, drop_dense_gradients
+from megatron_spdf.resilience.progress import PROGRESS
+from megatron_spdf.schedule.stages import RunStage
+from megatron_spdf.sparsity.algorithms.base import Moment
+from megatron_spdf.training.report import Report
+
+
+@dataclass
+class MaskMoves:
+    """Moves the masks of a stage of a run; `before_step` and `after_step` stand around every step.
+
+    Moves are due by the number of optimizer steps, so that a step that is skipped for numbers that
+    are not finite moves nothing, and the next one makes up for it.
+
+    Attributes:
+        born: by weight, the entries born since the last update, which are still zero.
+    """
+
+    stage: RunStage
+    engine: Engine
+    state: RunState
+    report: Report
+    born: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.algorithm = self.stage.recipe.sparsity.update
+        self.steps = self.stage.last - self.stage.first
+        self._due = self._collects = False
+
+    def before_step(self) -> None:
+        """Lets the step collect the gradients of dense weights if the algorithm needs them then,
+        which all ranks know from the number of the step."""
+        self._due = self.algorithm.due(self.engine.optimizer_steps + 1, self.steps)
+        self._collects = self._due and self.algorithm.needs == "dense_gradient"
+        if self._collects:
+            collect_dense_gradients(self.engine.models)
+
+    def after_step(self, result: StepResult) -> None:
+        """Moves the masks if they are due and the step was not skipped."""
+        if not result.skipped:
+            self.born = self._move() if self._due else {}
+        if self._collects:
+            drop_dense_gradients(self.engine.models)
+
+    def _move(self) -> dict[str, int]:
+        state, started = self.state, time.perf_counter()
+        PROGRESS.set_activity(f"the move of the masks at step {state.step}", watched=True)
+        state.mask_updates += 1
+        born = move_masks(self.engine, self.algorithm,
+                          Moment(state.mask_updates, state.optimizer_steps, self.steps))
+        self.report.moved(sum(born.values()), time.perf_counter() - started)
+        return born
+
+    def without_newborn(self, measured: dict[str, float]) -> dict[str, float]:
+        """Measured sparsity by weight, in which entries that were just born do not count as
+        zeros."""
+        weights = self.stage.plan.weights
+        return {name: sparsity - self.born.get(name, 0) / weights[name].numel
+                for name, sparsity in measured.items()}

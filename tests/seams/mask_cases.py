@@ -1,0 +1,220 @@
+"""What runs on the ranks of test_mask_algorithm.py, which know the algorithm of wander.py."""
+
+from __future__ import annotations
+
+import json
+import math
+from contextlib import nullcontext
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import by_gradient  # noqa: F401
+import numpy as np
+import sgd_tenant  # noqa: F401
+import torch
+import torch.distributed as dist
+import wander  # noqa: F401
+from cases import Bench, bench, masks, overlap_on_cpu
+from megatron.core import parallel_state as ps
+from plain_gpt2 import learning_rate, micro_loss, plain_gpt2, qkv_order
+
+from megatron_spdf.engine.base import Engine
+from megatron_spdf.kernels.mask import pack, unpack
+from megatron_spdf.layers.compact import compact_of, sparse_modules
+from megatron_spdf.optimizers.base import MASTER
+from megatron_spdf.parallel.traffic import TrafficCounter
+from megatron_spdf.planning.moves import moves_of
+from megatron_spdf.runs.run_log import RunLog
+from megatron_spdf.schedule.stages import stages_of
+from megatron_spdf.sparsity.algorithms.base import Moment
+from megatron_spdf.sparsity.moving import moved_masks
+from megatron_spdf.sparsity.slices import join_slices, slice_of
+from megatron_spdf.training import mask_moves
+from megatron_spdf.training.loop import Trainer
+
+
+def trained(recipe: dict, stop: int | None = None, overlap: bool = False,
+            skip: int | None = None) -> dict:
+    """A run from its newest checkpoint to its end, or to a step at which it is asked to stop.
+
+    Args:
+        skip: a step whose loss is not finite.
+
+    Returns:
+        Losses, masks at the end, records of moves, what run.json says, and bytes that a move sends,
+        counted and predicted.
+    """
+    with overlap_on_cpu() if overlap else nullcontext(), bench(recipe) as b:
+        state, _ = b.checkpointer.restore(b.engine)
+        b.run.create_on_rank_0()
+        log = RunLog(b.run, state.step, b.recipe.steps, False, active=dist.get_rank() == 0)
+        watch, sent = _watch(b, stop, skip), []
+        with patch.object(mask_moves, "move_masks", checked(mask_moves.move_masks, sent)):
+            (stage,) = stages_of(b.recipe)
+            Trainer(stage, b.engine, b.data, b.checkpointer, state, log, watch).run()
+        log.close()
+        dist.barrier()
+        records = [json.loads(line) for line in b.run.log.read_text().splitlines()]
+        newest = max(b.run.checkpoints.glob("step_*")) / "run.json"
+        stage = ps.get_pipeline_model_parallel_rank()
+        return {"losses": watch.losses, "masks": masks(b.engine), "active": active(b.engine),
+                "sent": sent,
+                "predicted": moves_of(b.recipe, b.plan, stage, on_gpu=False),
+                "moves": [r for r in records if r["kind"] == "mask"],
+                "run": json.loads(newest.read_text())}
+
+
+def active(engine: Engine) -> dict[tuple[str, int], np.ndarray]:
+    """(weight, slice) -> its mask, of this rank's slices."""
+    found = {}
+    for compact in (compact_of(m) for model in engine.models for m in sparse_modules(model)):
+        first = ps.get_tensor_model_parallel_rank() * len(compact.mask_bits)
+        for i, mask in enumerate(unpack(compact.mask_bits, compact.mask.entries)):
+            found[compact.planned.name, first + i] = mask.numpy()
+    return found
+
+
+def _watch(b: Bench, stop: int | None, skip: int | None) -> SimpleNamespace:
+    """A request to stop that comes at a step, and the losses of all steps."""
+    watch, step, run = SimpleNamespace(requested=False, losses=[]), b.engine.step, b.engine._run
+
+    def watched(batch, number, tokens, stop_requested):
+        poison = float("nan") if number == skip else 1.0
+        b.engine._run = lambda *a, **k: run(*a, **k) * poison
+        result = step(batch, number, tokens, number == stop)
+        watch.losses.append(result.loss)
+        return result
+
+    b.engine.step = watched
+    return watch
+
+
+def checked(move, sent: list[int]):
+    """`move_masks` that holds what it leaves to what it found, and notes the bytes it sends."""
+    def moved(engine: Engine, algorithm, when):
+        before, plan = _dense_state(engine), engine.plan
+        with TrafficCounter() as traffic:
+            born = move(engine, algorithm, when)
+        # all but the counts of the log
+        sent.append(traffic.total - 8 * len(plan.weights))
+        after = _dense_state(engine)
+        for name, (mask, states) in after.items():
+            old, old_states = before[name]
+            k = plan.weights[name].active_per_slice
+            assert (mask.sum(1) == k).all(), name
+            assert ((mask & ~old).sum(1) == algorithm.count(k, when)).all(), name
+            for key, state in states.items():
+                assert torch.equal(state, old_states[key] * mask), (name, key)
+                assert state[mask & old].any() and not state[mask & ~old].any()
+        assert set(born) == set(plan.weights)
+        assert sum(born.values()) == sum(algorithm.count(w.active_per_slice, when) * w.slices
+                                         for w in plan.weights.values())
+        _check_replicas(engine)
+        return born
+
+    return moved
+
+
+def _dense_state(engine: Engine) -> dict[str, tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    """Of every sparse weight: masks (slices, entries), and by name the state there, zero elsewhere;
+    `weights` is what the model computes with."""
+    compacts = {m.parametrizations.weight.original: compact_of(m)
+                for model in engine.models for m in sparse_modules(model)}
+    found = {c.planned.name: (unpack(c.mask_bits, c.mask.entries), {}) for c in compacts.values()}
+    for name in engine.state.names:
+        for parameter, values in engine.state.whole(name):
+            if compact := compacts.get(parameter):
+                mask, states = found[compact.planned.name]
+                states[name] = torch.zeros(mask.shape)
+                states[name][mask] = values.float().flatten()
+    for parameter, compact in compacts.items():
+        with getattr(engine, "_gathered", nullcontext)(parameter):
+            mask, states = found[compact.planned.name]
+            states["weights"] = torch.zeros(mask.shape)
+            states["weights"][mask] = parameter.detach().float().flatten()
+            assert torch.equal(states["weights"], states[MASTER].to(parameter.dtype).float())
+    return found
+
+
+def _check_replicas(engine: Engine) -> None:
+    """That no two ranks have different masks of one slice."""
+    all_masks: list[dict] = [{}] * dist.get_world_size()
+    dist.all_gather_object(all_masks, masks(engine))
+    for key in set().union(*all_masks):
+        assert len({found[key] for found in all_masks if key in found}) == 1, key
+
+
+def plain(recipe: dict) -> dict:
+    """Losses of transformers' GPT-2 under plain PyTorch, masks multiplied into dense weights and
+    their moments, which move as the algorithm says; and the masks at the end."""
+    with bench(recipe) as b:
+        reference = _Plain(b)
+        losses = [reference.step(number, batch)
+                  for number, batch in enumerate(b.data.training_batches(0), 1)]
+        return {"losses": losses, "active": {
+            (name, c): mask.numpy() for name, bits in reference.bits.items()
+            for c, mask in enumerate(unpack(bits, math.prod(b.plan.weights[name].slice_shape)))}}
+
+
+class _Plain:
+    """Dense weights with masks that move."""
+
+    def __init__(self, b: Bench):
+        self.recipe, self.plan, self.updates = b.recipe, b.plan, 0
+        self.model = plain_gpt2(b.engine.models[0], b.recipe)
+        self.parameters = {name: _parameter(self.model, name) for name in b.plan.weights}
+        self.bits = {name: pack(torch.stack([torch.from_numpy(w.draw(b.plan.seed, c))
+                                             for c in range(w.slices)]))
+                     for name, w in b.plan.weights.items()}
+        o = b.recipe.optimizer
+        self.adam = torch.optim.AdamW(
+            [{"params": [p for p in self.model.parameters() if (p.ndim > 1) == decays],
+              "weight_decay": o.weight_decay * decays} for decays in (True, False)],
+            betas=(o.beta1, o.beta2), eps=o.eps)
+
+    def step(self, number: int, batch: list[dict]) -> float:
+        for group in self.adam.param_groups:
+            group["lr"] = learning_rate(self.recipe, number * self.recipe.tokens_per_step)
+        self.adam.zero_grad()
+        loss = sum(micro_loss(self.model, micro) for micro in batch) / len(batch)
+        loss.backward()
+        gradients = {name: self._ours(name, p.grad).clone() for name, p in self.parameters.items()}
+        for name, parameter in self.parameters.items():
+            parameter.grad *= self._mask(name)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optimizer.clip_grad)
+        self.adam.step()
+        if self.recipe.sparsity.update.due(number, self.recipe.steps):
+            self.updates += 1
+            for name in self.parameters:
+                self._move(name, Moment(self.updates, number, self.recipe.steps), gradients[name])
+        return float(loss)
+
+    def _move(self, name: str, when: Moment, gradient: torch.Tensor) -> None:
+        w, parameter = self.plan.weights[name], self.parameters[name]
+        dense = self._ours(name, parameter.data)
+        whole = torch.stack([slice_of(dense, w, c) for c in range(w.slices)])
+        values = whole[unpack(self.bits[name], w.numel // w.slices)].view(w.slices, -1)
+        self.bits[name] = moved_masks(self.recipe.sparsity.update, when, w, self.plan.seed, 0,
+                                      self.bits[name], values, gradient)
+        state = self.adam.state[parameter]
+        for tensor in (parameter.data, state["exp_avg"], state["exp_avg_sq"]):
+            tensor *= self._mask(name)
+
+    def _mask(self, name: str) -> torch.Tensor:
+        """As transformers lays the weight out, (in, out)."""
+        w = self.plan.weights[name]
+        dense = join_slices(unpack(self.bits[name], w.numel // w.slices), w)
+        return (dense[qkv_order(self.recipe.model)] if "linear_qkv" in name else dense).T
+
+    def _ours(self, name: str, theirs: torch.Tensor) -> torch.Tensor:
+        """A weight or its gradient as Megatron-Core lays it out, (out, in)."""
+        dense = theirs.T
+        return dense[qkv_order(self.recipe.model).argsort()] if "linear_qkv" in name else dense
+
+
+def _parameter(reference, name: str) -> torch.nn.Parameter:
+    """Of transformers' GPT-2, by the canonical name."""
+    _, _, layer, _, linear, _ = name.split(".")
+    block = reference.transformer.h[int(layer)]
+    return {"linear_qkv": block.attn.c_attn, "linear_proj": block.attn.c_proj,
+            "linear_fc1": block.mlp.c_fc, "linear_fc2": block.mlp.c_proj}[linear].weight
