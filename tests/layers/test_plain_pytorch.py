@@ -1,5 +1,5 @@
-"""`sparsify` in anybody's PyTorch, against multiplied masks: optimizers, DDP, FSDP2, state_dict, and
-back to dense."""
+"""`sparsify` in anybody's PyTorch, against multiplied masks: optimizers, DDP, FSDP2, state_dict,
+and back to dense."""
 
 from __future__ import annotations
 
