@@ -17,6 +17,7 @@ import sys
 
 from megatron_spdf import exit_codes
 from megatron_spdf.convert.source import open_weights
+from megatron_spdf.data.finetuning.task import render_tasks
 from megatron_spdf.recipe.finetune import Finetune, load_finetune
 from megatron_spdf.recipe.load import render_recipe
 from megatron_spdf.resilience.world import find_ranks
@@ -27,7 +28,8 @@ from megatron_spdf.training.job import Job, open_run, parse_arguments, preflight
 
 def main() -> int:
     """Checks everything that can be checked without a device, then trains."""
-    options = parse_arguments(__doc__, Finetune, "configs/finetune")
+    description = f"{__doc__}\ntasks:\n{render_tasks()}\n"
+    options = parse_arguments(description, Finetune, "configs/finetune")
     with refusals():
         ranks = find_ranks()
         finetune = load_finetune(options.recipe, options.overrides, ranks.world)

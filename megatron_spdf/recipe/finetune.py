@@ -36,8 +36,8 @@ from megatron_spdf.sparsity.settings import Sparsity
 class TaskData(Section):
     """Contexts and completions, see megatron_spdf/data/finetuning/tasks."""
 
-    task: str = Field(description="format and scores of the data, `tools/evaluate.py --help` "
-                                  "lists them; jsonl: your own, lines of {context, completion}")
+    task: str = Field(description="format and scores of the data, one of the tasks above; "
+                                  "jsonl: your own, lines of {context, completion}")
     path: str = Field(description="directory with the splits under the names they are published "
                                   "with")
 
