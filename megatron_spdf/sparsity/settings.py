@@ -121,7 +121,8 @@ def _unknown_key(key: str, algorithm: type[MaskAlgorithm]) -> str:
 def normalize_sparsity(value: Any) -> Any:
     """The short forms of `sparsity:` as the mapping they stand for."""
     if isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        return {"level": value, "rules": []}
+        dense = {"algorithm": "static", "update": None} if value == 0 else {}
+        return {"level": value, "rules": [], **dense}
     if isinstance(value, list):
         return {"level": 0.0, "rules": value}
     if isinstance(value, dict) and type(number := value.get("pattern")) is int:

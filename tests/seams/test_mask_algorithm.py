@@ -10,9 +10,13 @@ import sys
 from collections import ChainMap
 from pathlib import Path
 
+import numpy as np
 import pytest
+import wander  # noqa: F401
 import yaml
 from harness import outcome, run_cases
+
+from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -225,3 +229,49 @@ def test_it_is_planned_trained_and_inspected_from_the_command_line(make_recipe, 
     facts = [json.loads(run(tmp_path, "tools/inspect_checkpoint.py", where, "--verify",
                             "--json").stdout) for where in ("run", "two")]
     assert facts[0]["sparsity"] == facts[1]["sparsity"]
+
+
+def test_moved_masks_are_kept_by_what_goes_on_from_them(make_recipe, tmp_path):
+    """Fine-tuning, resumed once, takes them as they are; so does densifying."""
+    values = make_recipe(str(tmp_path / "run"), sparsity=WANDER)
+    values["train"] |= {"tokens": 8 * 32 * 5}
+    values["optimizer"]["warmup_tokens"] = 256
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    (tmp_path / "data").mkdir()
+    for split in ("train", "validation"):
+        lines = [json.dumps({"context": word, "completion": word[::-1]}) for word in ("ab", "cd")]
+        (tmp_path / "data" / f"{split}.jsonl").write_text("\n".join(lines))
+    (tmp_path / "tune.yaml").write_text(yaml.safe_dump({
+        "checkpoint": "run", "output": "tuned", "mode": "sparse", "engine": "megatron",
+        "data": {"task": "jsonl", "path": "data"}, "optimizer": {"lr": 1e-3},
+        "train": {"epochs": 2, "global_batch": 2, "micro_batch": 1, "precision": "fp32"}}))
+    for words in (("pretrain.py", "recipe.yaml"), ("finetune.py", "tune.yaml"),
+                  ("finetune.py", "tune.yaml"),
+                  ("tools/convert_checkpoint.py", "densify", "run", "dense"),
+                  ("tools/inspect_checkpoint.py", "tuned", "--verify")):
+        done = run(tmp_path, *words)
+        assert done.returncode == 0, (words, done.stderr)
+    moved, tuned, dense = (CheckpointReader(find_checkpoint(tmp_path / name))
+                           for name in ("run", "tuned", "dense"))
+    assert moved.masks == tuned.masks and moved.masks["kind"] == "moved"
+    assert tuned.recipe.sparsity.algorithm == dense.recipe.sparsity.algorithm == "static"
+    for name, weight in moved.plan.weights.items():
+        assert (moved.mask_bits(name) == tuned.mask_bits(name)).all()
+        assert (dense.master(name) == moved.master(name)).all()
+        drawn = np.stack([weight.draw(0, c) for c in range(weight.slices)])
+        assert (np.packbits(drawn, axis=1) != moved.mask_bits(name)).any()
+
+
+def test_a_stage_has_an_algorithm_of_its_own(make_recipe, tmp_path):
+    values = make_recipe(str(tmp_path / "run"), log={"every": 1})
+    values["train"] |= {"tokens": 8 * 32 * 16}
+    values["optimizer"]["warmup_tokens"] = 256
+    del values["sparsity"]
+    values["stages"] = [{"share": 0.5, "sparsity": WANDER}, {"share": 0.5, "sparsity": 0}]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    done = run(tmp_path, "pretrain.py", "recipe.yaml")
+    assert done.returncode == 0, done.stderr
+    assert "2 moves in 8 steps" in done.stdout
+    records = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if r["kind"] == "mask"] == [3, 6]
+    assert {r["sparsity"] for r in records if r["kind"] == "train" and r["step"] > 8} == {0.0}
