@@ -4,8 +4,8 @@ A prompt is the context and the end-of-document token (EOD), as in fine-tuning. 
 with " " + completion, and ends with another EOD or at a blank line (Hu et al. 2022, the NLG
 examples of LoRA). Several ranks share the prompts.
 
-Shapes: B prompts or pairs read together, T tokens of the longest, N completion tokens of them, H
-hidden size, V vocabulary.
+Shapes: B prompts or pairs read together, T tokens of the longest, N completion tokens of them, K
+hypotheses of the search over a batch, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class _NoRepeatInCompletion(NoRepeatNGramLogitsProcessor):
         self._prompt_length = prompt_length
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores (B, V) of the next token, with banned tokens at -inf, after input_ids (B, T)."""
+        """Scores (K, V) of the next token after input_ids (K, T), with banned tokens at -inf."""
         return super().__call__(input_ids[:, self._prompt_length :], scores)
 
 
