@@ -91,6 +91,20 @@ def test_masks_of_all_ranks_together_are_the_plans(weight, world):
     assert (tiles(found.numpy()).sum(1) == 2).all() and (tiles(found.numpy()).sum(2) == 2).all()
 
 
+def test_largest_mask_keeps_the_most_of_every_tile():
+    """Against all 90 tiles, one by one."""
+    possible = [np.array(rows) for rows in itertools.product(
+        [row for row in itertools.product((0, 1), repeat=4) if sum(row) == 2], repeat=4)
+        if all(sum(column) == 2 for column in zip(*rows, strict=True))]
+    weight = WEIGHTS[0]
+    values = np.random.default_rng(0).normal(size=weight.slice_shape).astype(np.float32)
+    mask = weight.largest(values.reshape(-1))
+    assert weight.fault(mask[None]) is None
+    kept = tiles(np.abs(values) * mask.reshape(values.shape)).sum((1, 2))
+    best = [max((tile * each).sum() for each in possible) for tile in tiles(np.abs(values))]
+    assert kept == pytest.approx(np.array(best), rel=1e-6)
+
+
 def test_mask_that_is_2_4_one_way_only_is_refused():
     weight = WEIGHTS[0]
     compact = CompactWeight(weight, 3, 0, 1, "cpu")
