@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Dense or sparse fine-tuning of a pre-trained GPT on contexts and completions.
+"""Dense or sparse fine-tuning of a pre-trained decoder on contexts and completions.
 
     python finetune.py RECIPE.yaml checkpoint=RUN [section.key=value ...] [--dry-run]
     deepspeed --num_gpus 2 finetune.py configs/finetune/e2e.yaml checkpoint=RUN parallel.data=2

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Sparse or dense pre-training of a GPT.
+"""Sparse or dense pre-training of a decoder.
 
     python pretrain.py RECIPE.yaml [section.key=value ...] [--dry-run]
     torchrun --nproc-per-node 8 pretrain.py configs/pretrain/gpt2_small_s75.yaml

@@ -1,10 +1,16 @@
-"""Sparse pre-training, dense fine-tuning (SPDF) of GPT models on Megatron-Core and DeepSpeed."""
+"""Sparse pre-training, dense fine-tuning (SPDF) of decoders on Megatron-Core and DeepSpeed.
+
+For any module of PyTorch there are `sparsify`, `densify` and `expanded`, see `layers/plain.py`.
+"""
 
 import logging
 import sys
 import warnings
+from typing import Any
 
-__version__ = "0.1.0"
+from megatron_spdf.version import __version__
+
+__all__ = ["__version__", "densify", "expanded", "sparsify"]
 
 # What Megatron-Core and PyTorch say of their own code on every rank of every run: that libraries
 # are missing which are optional (the log's first lines have what is used instead), and that some
@@ -33,3 +39,16 @@ if not sys.warnoptions:  # -W and PYTHONWARNINGS are the user's
 for _name, _start in _KNOWN_LOGGED.items():
     logging.getLogger(_name).addFilter(
         lambda record, start=_start: not record.getMessage().startswith(start))
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what needs PyTorch when it is first asked for."""
+    if name == "sparsify":
+        from megatron_spdf.layers.plain import sparsify
+
+        return sparsify
+    if name in ("densify", "expanded"):
+        from megatron_spdf.layers import compact
+
+        return getattr(compact, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,8 +12,7 @@ from test_floors import FLOORS, PACKAGE
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "CONTRIBUTING.md").read_text()
 PAGES = ["CONTRIBUTING.md", "tests/README.md", "docker/README.md",
-         *(f"docs/{name}.md" for name in ("checkpoints", "data", "parametrization", "performance",
-                                          "planning", "reproducing_spdf", "slurm", "stages"))]
+         *(str(page.relative_to(ROOT)) for page in sorted(ROOT.glob("docs/*.md")))]
 PATH = re.compile(r"`((?:megatron_spdf|tests|tools|launch|docs|docker)/[\w./]*\w)`")
 MADE_BY_USERS = {"launch/site.sh"}
 

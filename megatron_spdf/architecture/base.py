@@ -60,7 +60,7 @@ class Model(Costs, Forms, Section):
                        "linear_fc1", "linear_fc2", "final_layernorm", "output_layer")
     # Facts of a family. One that a recipe may change is a field of the same name.
     name: ClassVar[str]  # in a recipe's `model.architecture`
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}  # of a field `preset`, if there is one
     norm: ClassVar[Literal["LayerNorm", "RMSNorm"]]
     norm_eps: ClassVar[float]
     activation: ClassVar[str]  # name in torch.nn.functional; gelu is its tanh approximation
@@ -71,8 +71,6 @@ class Model(Costs, Forms, Section):
     tied: ClassVar[bool]  # the LM head is the word embedding
 
     architecture: str = Field("gpt", description="family of the model")
-    preset: None = Field(
-        None, description="shape by name; layers, hidden and heads given beside it win")
     layers: int = Field(gt=0, description="transformer layers")
     hidden: int = Field(gt=0, description="width d_model")
     heads: int = Field(gt=0, description="attention heads")

@@ -35,6 +35,7 @@ class Costs:
             Q, K, V                          w T B (n + 2 g) d / t
             Q again, in groups               w T B n d / t        copied out of the common product
             Q, K again, rotated              w T B (n + g) d / t
+            cosines, sines of Q and K        4 w T d
             attention output                 w T B n d / t
             log-sum-exp of the softmax       4 T B n / t          fp32
             before and after activation      2 w T B f / t        gated: 3 w T B f / t
@@ -48,6 +49,8 @@ class Costs:
             "norm statistics": int(2 * self.norm_statistics * size.tokens * size.share),
             "linear inputs": 2 * size.hidden,
             "queries, keys, values": size.sharded(self.qkv_rows + copied * self.head_width),
+            "cosines and sines": (4 * size.width * size.length * self.head_width
+                                  if self.positions == "rotary" else 0),
             "attention output": size.sharded(self.heads * self.head_width),
             "log-sum-exp": 4 * size.tokens * self.heads // size.tensor,
             "activation function": (3 if self.gated else 2) * size.sharded(self.ffn_hidden),

@@ -11,6 +11,7 @@ class Sizes:
 
     Attributes:
         width: bytes a value.
+        length: T, of a sequence.
         tokens: T B.
         tensor: the tensor-parallel degree, t.
         share: of what lies between layers, 1/t under sequence parallelism, else 1.
@@ -18,6 +19,7 @@ class Sizes:
     """
 
     width: int
+    length: int
     tokens: int
     tensor: int
     share: float

@@ -6,10 +6,10 @@ import time
 from importlib.metadata import version
 from typing import Any, Literal, TypedDict
 
-from megatron_spdf import __version__
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.sparsity.plan import Plan
+from megatron_spdf.version import __version__
 
 
 class Masks(TypedDict):

@@ -9,11 +9,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from megatron_spdf import __version__
 from megatron_spdf.data.finetuning.task import TASKS, Example
 from megatron_spdf.evaluation.references import references_of, write_official
 from megatron_spdf.evaluation.scores import Scores
 from megatron_spdf.files import write_json
+from megatron_spdf.version import __version__
 
 SCORES = "scores.json"
 _LIBRARIES = ("torch", "transformers", "sacrebleu", "pycocoevalcap", "rouge-score", "Unidecode")

@@ -124,6 +124,14 @@ class CompactWeight(nn.Module):
         self.mask_bits.copy_(bits)
         self._derive()
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompactWeight:
+        """Moves to another device, whose kernels want the mask in their own form."""
+        before = self.mask_bits.device
+        super()._apply(fn, recurse)
+        if self.mask_bits.device != before and before.type != "meta":
+            self.index_mask()
+        return self
+
     def _check_masks(self) -> None:
         """Holds the packed bits to the plan."""
         k = self.values_shape[1]
@@ -183,14 +191,15 @@ def make_compact(module: nn.Module, compact: CompactWeight, **replaced: Any) -> 
 
 def compact_of(module: nn.Module) -> CompactWeight | None:
     """The module's compact weight, None for a dense module."""
-    return (
-        module.parametrizations.weight[0] if parametrize.is_parametrized(module, "weight") else None
-    )
+    if not parametrize.is_parametrized(module, "weight"):
+        return None
+    first = module.parametrizations.weight[0]
+    return first if isinstance(first, CompactWeight) else None
 
 
 def sparse_modules(model: nn.Module) -> Iterator[nn.Module]:
     """The modules whose weight is compact."""
-    return (m for m in model.modules() if parametrize.is_parametrized(m, "weight"))
+    return (m for m in model.modules() if compact_of(m) is not None)
 
 
 def collect_dense_gradients(models: Iterable[nn.Module]) -> None:
@@ -208,15 +217,24 @@ def drop_dense_gradients(models: Iterable[nn.Module]) -> None:
 
 def densify(model: nn.Module) -> nn.Module:
     """Turns every compact weight into an ordinary parameter; revived entries start at zero, outputs
-    are unchanged.
+    are unchanged. The parameters are new ones, for a new optimizer.
 
     Returns:
         The model.
+
+    Raises:
+        ValueError: a weight is sharded by `fully_shard`.
     """
     for module in list(sparse_modules(model)):
-        marks = dict(vars(module.parametrizations.weight.original))
-        replaced = compact_of(module).replaced
+        values, replaced = module.parametrizations.weight.original, compact_of(module).replaced
+        if hasattr(values, "device_mesh"):
+            raise ValueError(f"densify: {compact_of(module).planned.name} is sharded over ranks; "
+                             "load the full state (get_model_state_dict) into a sparse module that "
+                             "is not, and densify that")
+        marks, trains = dict(vars(values)), values.requires_grad
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+        # PyTorch gives the values the weight's shape, which a graph that knows them has not.
+        module.weight = nn.Parameter(module.weight.detach(), trains)
         for name in replaced:
             delattr(module, name)
         for key, value in marks.items():

@@ -1,2 +1,1 @@
-"""GPT from Megatron-Core's layers: its weights by name, its initial values, its attention core and
-norms."""
+"""Decoders from Megatron-Core's layers: initial values, attention core, norms, LM head."""

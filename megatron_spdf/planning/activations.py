@@ -67,10 +67,11 @@ class StepBytes:
 def sizes_of(recipe: Recipe) -> Sizes:
     """Sizes of one of the recipe's micro-batches."""
     width = 2 if recipe.train.precision == "bf16" else 4
-    tokens = recipe.train.sequence_length * recipe.train.micro_batch
+    length = recipe.train.sequence_length
+    tokens = length * recipe.train.micro_batch
     tensor = recipe.parallel.tensor
     share = 1 / tensor if recipe.parallel.sequence else 1.0
-    return Sizes(width, tokens, tensor, share, width * tokens * recipe.model.hidden)
+    return Sizes(width, length, tokens, tensor, share, width * tokens * recipe.model.hidden)
 
 
 def layer_bytes(recipe: Recipe) -> dict[str, int]:

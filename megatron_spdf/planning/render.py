@@ -24,8 +24,8 @@ def _head(facts: dict[str, Any]) -> str:
               f"weights active, sparsity {model['sparsity']:.2%}" if model["sparsity"] else "dense")
     own = facts["own_layout"]
     lines = [
-        f"GPT of {model['layers']} layers x {model['hidden']}, {model['parameters'] / 1e9:.4g}B "
-        f"parameters; {sparse}",
+        f"decoder of {model['layers']} layers x {model['hidden']}, "
+        f"{model['parameters'] / 1e9:.4g}B parameters; {sparse}",
         f"{model['tokens'] / 1e9:,.4g}B tokens in {model['steps']:,} steps of "
         f"{model['tokens_per_step']:,}; {model['precision']}",
         *(f"  {stage}" for stage in model["stages"]),

@@ -50,7 +50,7 @@ def make_recipe(values: dict[str, Any], overrides: Sequence[str], path: str | Pa
     try:
         recipe = kind.model_validate(values)
     except ValidationError as error:
-        broken = [_sentence(e, kind, values) for e in error.errors()]
+        broken = [sentence(e, kind, values) for e in error.errors()]
     else:
         broken = list(rules(recipe))
     if broken:
@@ -164,7 +164,13 @@ def _fill_data_parallel(values: dict[str, Any], world: int) -> None:
     values["parallel"] = {**parallel, "data": data}
 
 
-def _sentence(error: dict[str, Any], kind: type[BaseModel], values: dict[str, Any]) -> str:
+def sentence(error: dict[str, Any], kind: type[BaseModel], values: dict[str, Any]) -> str:
+    """One of pydantic's errors with the key, the value, the rule and the known keys.
+
+    Args:
+        kind: of the section that was to be read.
+        values: that it was to be read from.
+    """
     place = [p for p in error["loc"] if isinstance(p, (str, int))]
     name = ".".join(map(str, place))
     if error["type"] == "extra_forbidden":

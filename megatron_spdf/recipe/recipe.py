@@ -296,7 +296,7 @@ class Recipe(Section):
                 kept["optimizer"].pop(key)
         if self.parametrization == "standard":
             kept.pop("mup_base")
-        kept["model"].pop("preset")
+        kept["model"].pop("preset", None)
         for section, key in (("data", "workers"), ("data", "index_cache"), ("data", "tokenizer"),
                              ("data", "on_blend_change"), ("train", "micro_batch"),
                              ("train", "recompute")):

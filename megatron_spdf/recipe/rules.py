@@ -162,6 +162,10 @@ def _data(recipe: Recipe) -> Iterator[str]:
             yield f"data.blend: {source.path} needs either a weight or epochs"
     if len({source.weight is None for source in data.blend}) > 1:
         yield "data.blend mixes weights and epochs; give one or the other to all data sets"
+    if data.reset_positions and not data.reset_attention and recipe.model.positions == "rotary":
+        yield ("data.reset_positions=true does nothing to model.architecture="
+               f"{recipe.model.architecture}, whose positions are rotary and so relative; set "
+               "reset_attention=true too, or reset_positions=false")
     if data.reset_attention and recipe.kernels.attention != "sdpa":
         yield ("data.reset_attention=true needs kernels.attention=sdpa, and it is "
                f"{recipe.kernels.attention}; change one of them")

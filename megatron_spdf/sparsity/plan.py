@@ -157,7 +157,7 @@ def make_plan(sparsity: Sparsity, weights: list[Weight], slices: int) -> Plan:
     Args:
         weights: all parameters of the model; only those marked `linear` can be sparse.
         slices: C, the number of query groups: the largest tensor-parallel degree the model allows.
-            The pattern may cut a weight into fewer.
+            An axis that this does not divide, or the pattern, may leave a weight fewer.
 
     Raises:
         ValueError: a rule that matches nothing that can be sparse, or a weight that cannot have the
@@ -176,7 +176,8 @@ def make_plan(sparsity: Sparsity, weights: list[Weight], slices: int) -> Plan:
                 break
         if level > 0.0:
             place = weight.name, weight.shape, weight.axis
-            cut = pattern.cut(*place, slices, level)
+            most = math.gcd(slices, weight.shape[weight.axis])
+            cut = pattern.cut(*place, most, level)
             plan[weight.name] = SparseWeight(*place, cut, level, pattern)
     _refuse_idle_rules(sparsity, used, candidates, weights)
     return Plan(sparsity.seed, plan, sparsity.dense_copy)

@@ -1,4 +1,5 @@
-"""The commands of the README do what it says, run in its order in one directory."""
+"""The commands of the README do what it says, run in its order in one directory; so does its
+Python."""
 
 import json
 import os
@@ -62,6 +63,19 @@ def test_commands(copy):
         outputs[command] = done.stdout
     (resumed,) = [out for command, out in outputs.items() if "parallel.data=2 output" in command]
     assert "resumed from step_000000" in resumed and "tensor 1 x pipeline 1 x data 2" in resumed
+
+
+def test_python(copy):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert len(blocks) == 1 and len(blocks[0].splitlines()) == 5
+    check = """
+layers = [layer for layer in model if isinstance(layer, torch.nn.Linear)]
+assert [int((layer.weight != 0).sum()) for layer in layers] == [64 * 256 // 4, 256 * 8 // 4]
+assert [tuple(layer.weight.shape) for layer in layers] == [(256, 64), (8, 256)]
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", blocks[0] + check], cwd=copy,
+                          capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_links_of_the_documents_lead_somewhere():

@@ -63,7 +63,7 @@ def arm(deeds: list[list[str]]) -> None:
             def through():
                 for i, batch in enumerate(batches):
                     if i == 1:
-                        meet("evaluate", int(PROGRESS.stage.split()[-1]))
+                        meet("evaluate", int(PROGRESS.activity.split()[-1]))
                     yield batch
             return inner(engine, through(), stop)
 

@@ -1,0 +1,1 @@
+from small_runs import warm_ranks  # noqa: F401
