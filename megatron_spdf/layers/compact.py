@@ -97,8 +97,8 @@ class CompactWeight(nn.Module):
         self.register_load_state_dict_post_hook(lambda compact, _: compact.index_mask())
 
     def index_mask(self) -> None:
-        """Derives what the kernels use from `mask_bits`: at the start, and where a checkpoint brought
-        another mask.
+        """Derives what the kernels use from `mask_bits`: at the start, and where a checkpoint
+        brought another mask.
 
         Raises:
             ValueError: the mask has another density than planned, or another pattern.
