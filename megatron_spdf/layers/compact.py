@@ -97,15 +97,18 @@ class CompactWeight(nn.Module):
         self.register_load_state_dict_post_hook(lambda compact, _: compact.index_mask())
 
     def index_mask(self) -> None:
-        """Derives what the kernels use from `mask_bits`: at the start, and where a checkpoint or a
-        move brought another mask.
+        """Derives what the kernels use from `mask_bits`: at the start, and where a checkpoint
+        brought another mask.
 
         Raises:
             ValueError: the mask has another density than planned, or another pattern.
         """
-        planned = self.planned
         if not self.mask_bits.is_meta:
             self._check_masks()
+        self._derive()
+
+    def _derive(self) -> None:
+        planned = self.planned
         index = dispatch.make_index(self.mask_bits, planned.slice_shape, planned.axis)
         self.register_buffer("index", index, persistent=False)
         tables = self.product.tables(self.mask_bits, planned) if self.product else None
@@ -117,10 +120,9 @@ class CompactWeight(nn.Module):
         self._tables = tables and replace(tables, **dict.fromkeys(tensors))
 
     def move_mask(self, bits: Tensor) -> None:
-        """Takes other masks with as many active entries; what the values are then is the
-        caller's."""
+        """Takes other masks of the plan's; what the values are then is the caller's."""
         self.mask_bits.copy_(bits)
-        self.index_mask()
+        self._derive()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompactWeight:
         """Moves to another device, whose kernels want the mask in their own form."""

@@ -18,6 +18,7 @@ from megatron_spdf.architecture.lm_head import tokens_at_once
 from megatron_spdf.architecture.sizes import Sizes
 from megatron_spdf.planning.buffers import local_parameters
 from megatron_spdf.planning.memory import rank_bytes
+from megatron_spdf.planning.moves import transient_bytes
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.sparsity.plan import Plan
 
@@ -193,5 +194,5 @@ def _vocabulary_gradient(recipe: Recipe, size: Sizes) -> int:
 def peak_bytes(recipe: Recipe, plan: Plan, stage: int) -> int:
     """Bytes on a GPU of a stage at the fullest moment: in forward and backward, since the update,
     by a fused Adam, has no temporaries and needs neither activations nor expanded copies."""
-    return rank_bytes(recipe, plan, stage, on_gpu=True).total + step_bytes(recipe, plan,
-                                                                           stage).total
+    return (rank_bytes(recipe, plan, stage, on_gpu=True).total
+            + step_bytes(recipe, plan, stage).total + transient_bytes(recipe, plan, stage))

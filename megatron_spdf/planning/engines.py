@@ -10,7 +10,9 @@ import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from megatron_spdf.planning.buffers import local_parameters
 from megatron_spdf.planning.memory import RankBytes, zero_bytes
+from megatron_spdf.planning.moves import gathered_state
 from megatron_spdf.planning.traffic import Traffic
 from megatron_spdf.recipe.recipe import ENGINES, Recipe
 from megatron_spdf.sparsity.plan import Plan
@@ -71,6 +73,11 @@ class EngineRow:
     def data_traffic(self, recipe: Recipe, plan: Plan, stage: int, on_gpu: bool) -> Traffic:
         """Payload bytes of gradients and parameters between the replicas in one optimizer step."""
         raise NotImplementedError
+
+    def move_bytes(self, recipe: Recipe, plan: Plan, stage: int, on_gpu: bool) -> int:
+        """Payload bytes that a rank gathers from the other replicas when masks move."""
+        chunks = local_parameters(recipe.model, recipe.parallel, plan, stage)
+        return gathered_state(recipe, sum(q.elements for chunk in chunks for q in chunk))
 
 
 def _fields() -> list[str]:

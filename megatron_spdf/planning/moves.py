@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_spdf.planning.buffers import lay_out, local_parameters
-from megatron_spdf.recipe.recipe import Recipe
+from megatron_spdf.optimizers.base import STATE_BYTES
+from megatron_spdf.planning.buffers import local_parameters
+from megatron_spdf.recipe.recipe import ENGINES, Recipe
 from megatron_spdf.schedule.flops import training_flops
+from megatron_spdf.sparsity.algorithms.base import MoveCost
 from megatron_spdf.sparsity.plan import Plan
-
-FP32 = 4  # bytes
 
 
 @dataclass(frozen=True)
@@ -39,24 +39,40 @@ def moves_of(recipe: Recipe, plan: Plan, stage: int, on_gpu: bool = True) -> Mov
         recipe: of the run, or of a stage as a single run.
         stage: pipeline stage of the rank.
     """
-    algorithm, p = recipe.sparsity.update, recipe.parallel
-    local = [q for chunk in local_parameters(recipe.model, p, plan, stage) for q in chunk]
-    costs = [algorithm.cost(q.expands_to, q.elements) for q in local if q.expands_to]
-    # the master weight once more, to choose by
-    width, elements = FP32 * (len(recipe.optimizer.saved) + 1), sum(q.elements for q in local)
-    if recipe.engine == "megatron":  # in buckets, padding included
-        elements = sum(b.elements for b in lay_out(recipe.model, p, plan, stage, on_gpu))
-    else:  # which then gathers the weights themselves
-        width += 2 if recipe.train.precision == "bf16" else 4
+    algorithm, costs = recipe.sparsity.update, _costs(recipe, plan, stage)
     count = algorithm.moves(recipe.steps)
     trained = training_flops(recipe.model, recipe.train.sequence_length, plan).total * recipe.steps
     flops = sum(algorithm.cost(w.numel, w.active).flops for w in plan.weights.values())
     return Moves(
         count=count,
-        carried=width * elements * (p.data > 1 and p.zero_stage > 0),
-        reduced=sum(c.reduced for c in costs) * (p.data > 1),
+        carried=ENGINES.get(recipe.engine).move_bytes(recipe, plan, stage, on_gpu),
+        reduced=sum(c.reduced for c in costs) * (recipe.parallel.data > 1),
         transient=sum(c.transient for c in costs),
         flops=count * flops / trained)
+
+
+def transient_bytes(recipe: Recipe, plan: Plan, stage: int) -> int:
+    """Bytes that a rank holds in a step after which masks move, beside those of other steps."""
+    return sum(cost.transient for cost in _costs(recipe, plan, stage))
+
+
+def gathered_state(recipe: Recipe, elements: int) -> int:
+    """Bytes of master weights and named state that a rank gathers in a move, the master twice: to
+    choose by and to carry.
+
+    Args:
+        elements: of the parameters that are gathered.
+    """
+    if recipe.parallel.data == 1 or recipe.parallel.zero_stage == 0:
+        return 0  # every replica has all of it
+    return STATE_BYTES * (len(recipe.optimizer.saved) + 1) * elements
+
+
+def _costs(recipe: Recipe, plan: Plan, stage: int) -> list[MoveCost]:
+    """Of every sparse weight on a rank."""
+    chunks = local_parameters(recipe.model, recipe.parallel, plan, stage)
+    return [recipe.sparsity.update.cost(q.expands_to, q.elements)
+            for chunk in chunks for q in chunk if q.expands_to]
 
 
 def render_moves(recipe: Recipe, plan: Plan) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from megatron_spdf.engine.deepspeed_settings import contradictions
+from megatron_spdf.optimizers.base import STATE_BYTES
 from megatron_spdf.planning.activations import sizes_of
 from megatron_spdf.planning.buffers import local_parameters
 from megatron_spdf.planning.engines import EngineRow
@@ -64,6 +65,12 @@ class DeepSpeed(EngineRow):
         elif zero >= 1:
             sent["parameters", "all-gather"] += width * elements
         return sent
+
+    def move_bytes(self, recipe: Recipe, plan: Plan, stage: int, on_gpu: bool) -> int:
+        """After the state, the weights themselves are gathered anew."""
+        gathered = super().move_bytes(recipe, plan, stage, on_gpu)
+        states = STATE_BYTES * (len(recipe.optimizer.saved) + 1)
+        return gathered + gathered // states * sizes_of(recipe).width
 
 
 ENGINES.register("deepspeed", DeepSpeed())

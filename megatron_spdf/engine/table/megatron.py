@@ -10,6 +10,7 @@ from megatron_spdf.planning.activations import sizes_of
 from megatron_spdf.planning.buffers import lay_out
 from megatron_spdf.planning.engines import EngineRow
 from megatron_spdf.planning.memory import RankBytes, sparse_bytes
+from megatron_spdf.planning.moves import gathered_state
 from megatron_spdf.planning.traffic import Traffic
 from megatron_spdf.recipe.recipe import ENGINES, Parallel, Recipe
 from megatron_spdf.sparsity.plan import Plan
@@ -38,6 +39,10 @@ class Megatron(EngineRow):
             return Counter({("gradients", "all-reduce"): 4 * elements})
         return Counter({("gradients", "reduce-scatter"): 4 * elements,
                         ("parameters", "all-gather"): sizes_of(recipe).width * elements})
+
+    def move_bytes(self, recipe: Recipe, plan: Plan, stage: int, on_gpu: bool) -> int:
+        buffers = lay_out(recipe.model, recipe.parallel, plan, stage, on_gpu)
+        return gathered_state(recipe, sum(b.elements for b in buffers))
 
 
 @lru_cache(maxsize=4096)
