@@ -7,18 +7,20 @@ Exit code 0, or 1 if a line says FAIL.
 
 from __future__ import annotations
 
+import argparse
 import json
+import signal
 import sys
 from dataclasses import asdict
 
+# Nothing else: it tells what is missing, this package too.
 from doctor_checks import FAIL, examine
-
-from megatron_spdf.command_line import end_quietly, make_parser
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the report; the exit code is 1 if something fails."""
-    parser = make_parser(__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print the findings as one JSON list")
     options = parser.parse_args(arguments)
     findings = []
@@ -32,5 +34,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    end_quietly()
+    for number in (signal.SIGINT, signal.SIGPIPE):  # `doctor.py | head` ends quietly
+        signal.signal(number, signal.SIG_DFL)
     sys.exit(main())
