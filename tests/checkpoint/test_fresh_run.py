@@ -85,17 +85,6 @@ def test_the_largest_are_kept_ties_by_position():
     assert largest_mask(np.zeros(5, np.float32), 2).tolist() == [True, True, False, False, False]
 
 
-def test_2_4_takes_the_largest_and_tiles_say_that_they_cannot(begin, tmp_path):
-    only = [{"weights": "*.linear_fc1.weight", "level": 0.5}]
-    reader = begin(sparsity={"pattern": "2:4", "rules": only}, select="magnitude")
-    planned, dense = reader.plan.weights[FC1], reader.master(FC1)
-    masks = (dense != 0).numpy().reshape(planned.slices, -1)
-    assert planned.axis == 0 and planned.fault(masks) is None
-    with pytest.raises(ValueError, match="sparsity.pattern=tile has no mask of the largest"):
-        begin("tiles", sparsity={"level": 0.5, "pattern": "tile", "tile": 4}, select="magnitude")
-    assert not (tmp_path / "tiles").exists()
-
-
 def test_given_masks_are_held_to_their_density_only(begin, tmp_path):
     reader = begin(sparsity=0.5, select="magnitude")
     run = json.loads((reader.path / store.RUN).read_text())
