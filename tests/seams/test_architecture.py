@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from curves import close
 from harness import outcome, run_cases
 from mup import MUP
 from toy_decoder import Toy
+from user_command import run_with
 
 from megatron_spdf.architecture.base import HEAD
 from megatron_spdf.checkpoint.inspect import describe, verify
@@ -268,13 +269,7 @@ def test_its_section_of_a_recipe(make):
     assert gpt.model.architecture == "gpt" and not hasattr(gpt.model, "rotary_base")
 
 
-def run(place: Path, script: str, *words: str, plugins: str = "toy_decoder"):
-    """A command of the project, as a user starts it who has the tenant's directory on the path."""
-    path = os.pathsep.join(map(str, (Path(__file__).parent, ROOT)))
-    env = {**os.environ, "SPDF_PLUGINS": plugins, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore",
-           "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run([sys.executable, str(ROOT / script), *words], cwd=place, env=env,
-                          capture_output=True, text=True, check=False, timeout=600)
+run = partial(run_with, plugins="toy_decoder")
 
 
 @pytest.mark.slow

@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import plain_engine
 import pytest
 import yaml
+from user_command import run_with
 
 from megatron_spdf.planning.memory import rank_bytes
 from megatron_spdf.planning.traffic import step_traffic
@@ -130,13 +132,7 @@ def test_planning_imports_no_engine():
     assert done.stdout.strip() == "[]"
 
 
-def run(place: Path, script: str, *words: str, plugins: str = "plain_engine"):
-    """A command of the project, as a user starts it who has the tenant's directory on the path."""
-    path = os.pathsep.join(map(str, (Path(__file__).parent, ROOT)))
-    env = {**os.environ, "SPDF_PLUGINS": plugins, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore",
-           "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run([sys.executable, str(ROOT / script), *words], cwd=place, env=env,
-                          capture_output=True, text=True, check=False, timeout=600)
+run = partial(run_with, plugins="plain_engine")
 
 
 @pytest.mark.slow

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import sgd_tenant
 import yaml
+from user_command import run_with
 
 from megatron_spdf.planning.memory import rank_bytes
 from megatron_spdf.recipe.finetune import Finetune, training_recipe
@@ -149,13 +148,7 @@ def test_help_has_its_fields(kind):
     assert text.count("  optimizer.lr ") == 1
 
 
-def run(place: Path, script: str, *words: str, plugins: str = "sgd_tenant"):
-    """A command of the project, as a user starts it who has the tenant's directory on the path."""
-    path = os.pathsep.join(map(str, (Path(__file__).parent, ROOT)))
-    env = {**os.environ, "SPDF_PLUGINS": plugins, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore",
-           "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run([sys.executable, str(ROOT / script), *words], cwd=place, env=env,
-                          capture_output=True, text=True, check=False, timeout=600)
+run = partial(run_with, plugins="sgd_tenant")
 
 
 @pytest.mark.slow

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +11,7 @@ import pytest
 import yaml
 from diagonal_pattern import Diagonal
 from harness import outcome, run_cases
+from user_command import run_with
 
 from megatron_spdf.layers.compact import CompactWeight
 from megatron_spdf.planning.step_time import step_time
@@ -154,13 +153,7 @@ def test_masks_of_another_pattern_are_refused(axis):
         compact.index_mask()
 
 
-def run(place: Path, script: str, *words: str, plugins: str = "diagonal_pattern"):
-    """A command of the project, as a user starts it who has the tenant's directory on the path."""
-    path = os.pathsep.join(map(str, (Path(__file__).parent, ROOT)))
-    env = {**os.environ, "SPDF_PLUGINS": plugins, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore",
-           "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run([sys.executable, str(ROOT / script), *words], cwd=place, env=env,
-                          capture_output=True, text=True, check=False, timeout=600)
+run = partial(run_with, plugins="diagonal_pattern")
 
 
 @pytest.mark.slow

@@ -1,0 +1,19 @@
+"""Commands of the project, as a user starts them who has a tenant's directory on the path."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_with(place: Path, script: str, *words: str, plugins: str) -> subprocess.CompletedProcess:
+    """Runs a script in a directory, with the modules `plugins` imported by name."""
+    path = os.pathsep.join(map(str, (Path(__file__).parent, ROOT)))
+    env = {**os.environ, "SPDF_PLUGINS": plugins, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore",
+           "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run([sys.executable, str(ROOT / script), *words], cwd=place, env=env,
+                          capture_output=True, text=True, check=False, timeout=600)
