@@ -2,7 +2,7 @@
 
 Ranks then train over gloo with tensors on the CPU. In a dry run the meta device, which has shapes
 and no memory, takes the CPU's place. On a machine with a GPU `install` does nothing. Every stand-in
-has a test in tests/parallel/test_cpu_stand_in.py.
+has a test in tests/parallel/test_fake_cuda.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Three ranks with heartbeats, forked from this process; something happens to one. Prints each case
 as JSON.
 
-    python tests/parallel/heartbeat_ranks.py DIRECTORY CASE ...
+    python tests/resilience/heartbeat_ranks.py DIRECTORY CASE ...
 
 A case is `DEED RANK`: kill, stop, raise, stand (its training thread stands still), leave (all end
 as they should).
