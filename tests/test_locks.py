@@ -21,8 +21,14 @@ from megatron_spdf.locks import DirectoryLock, Held, Holder
 
 ELSEWHERE = {"host": "node7", "machine": "another machine", "pid": 4711}
 # Takes the lock of the directory, says so, and holds it until it is killed.
-HOLD = ("import sys, time; from pathlib import Path; from megatron_spdf.locks import DirectoryLock; "
-        "DirectoryLock(Path(sys.argv[1]), print).take(); print('taken', flush=True); time.sleep(99)")
+HOLD = """
+import sys, time
+from pathlib import Path
+from megatron_spdf.locks import DirectoryLock
+DirectoryLock(Path(sys.argv[1]), print).take()
+print("taken", flush=True)
+time.sleep(99)
+"""
 
 
 @pytest.fixture(autouse=True)
