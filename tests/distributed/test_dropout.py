@@ -6,7 +6,6 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import bench
-from harness import outcome, run_cases
 from megatron.core import parallel_state as ps
 
 from megatron_spdf.engine import common
@@ -55,40 +54,40 @@ def dropped(model: torch.nn.Module, micro: dict, mode: str) -> tuple[float, floa
 
 
 @pytest.fixture(scope="module")
-def results(make_recipe, tmp_path_factory):
-    cases = {f"{engine} {rate}": ("test_dropout.of_one_batch", {"recipe": make_recipe(
-        model={"dropout": rate}, parallel={"data": 2}, optimizer=STILL, **sections)})
-        for engine, sections in ENGINES.items() for rate in (0.0, RATE)}
-    return run_cases(2, cases, tmp_path_factory.mktemp("dropout"))
+def at(ranks, make_recipe):
+    """What each of two replicas gives with an engine and a rate."""
+    def run(engine: str, rate: float = RATE) -> list[dict]:
+        return ranks(2).run_all(of_one_batch, make_recipe(
+            model={"dropout": rate}, parallel={"data": 2}, optimizer=STILL, **ENGINES[engine]))
+    return run
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_every_step_and_every_replica_drops_others(results, engine):
-    ranks = [outcome(results, f"{engine} {RATE}", rank)["local"] for rank in (0, 1)]
-    for first, _, second, _, again in ranks:
+def test_every_step_and_every_replica_drops_others(at, engine):
+    one, other = (there["local"] for there in at(engine))
+    for first, _, second, _, again in (one, other):
         assert again == first != second
-    assert ranks[0][0] != ranks[1][0] and ranks[0][2] != ranks[1][2]
+    assert one[0] != other[0] and one[2] != other[2]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_an_evaluation_drops_nothing(results, engine):
-    plain = outcome(results, f"{engine} 0.0")["local"]
+def test_an_evaluation_drops_nothing(at, engine):
+    plain = at(engine, 0.0)[0]["local"]
     assert plain == [plain[0]] * 5
-    for rank in (0, 1):
-        found = outcome(results, f"{engine} {RATE}", rank)["local"]
-        assert found[1::2] == plain[1::2] and plain[0] not in found[::2]
+    for there in at(engine):
+        assert there["local"][1::2] == plain[1::2] and plain[0] not in there["local"][::2]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_embedding_and_attention_drop_the_recipes_share(results, engine):
-    there = outcome(results, f"{engine} {RATE}")
+def test_embedding_and_attention_drop_the_recipes_share(at, engine):
+    there = at(engine)[0]
     assert there["train"] == pytest.approx((RATE, RATE), abs=0.03)  # of 8,000 draws and more
     assert there["eval"] == (0.0, 0.0)
-    assert outcome(results, f"{engine} 0.0")["train"] == (0.0, 0.0)
+    assert at(engine, 0.0)[0]["train"] == (0.0, 0.0)
 
 
 def test_steps_replicas_and_pipeline_stages_have_seeds_of_their_own(make_recipe, monkeypatch):
-    recipe = Recipe.model_validate(make_recipe(model={"dropout": RATE, "layers": 4},
+    recipe = Recipe.model_validate(make_recipe("run", model={"dropout": RATE, "layers": 4},
                                                parallel={"pipeline": 4, "data": 2}))
     seeds = set()
     monkeypatch.setattr(common.torch, "manual_seed", seeds.add)

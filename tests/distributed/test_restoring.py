@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import pickle
+from functools import cache
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
 from cases import bench, ending, masks
-from harness import outcome, run_cases
 
 from megatron_spdf.checkpoint import store
 from megatron_spdf.convert.initial_checkpoint import finish_run, write_initial_checkpoint
@@ -117,28 +117,16 @@ def ends_on_a_full_disk(recipe: dict, failures: int) -> dict:
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("ran") / "ran"
-
-
-@pytest.fixture(scope="module")
-def results(begin, ran, make_recipe, tmp_path_factory):
-    short = {"train": {"tokens": 8 * 32 * 4, "micro_batch": 4}, "parallel": {"data": 2},
-             "optimizer": {"warmup_tokens": 256}, "checkpoint": {"every": 2, "keep": 9}}
-    cases = {f"{kind} {select}": ("test_restoring.restored",
-                                  {"recipe": begin(select, **sections)})
-             for kind, sections in ENGINES.items() for select in ("magnitude", "random")}
-    cases |= {"moved": ("test_restoring.restored", {"recipe": one_entry_moved(begin)}),
-              "code": ("test_restoring.restored", {"recipe": code_in_the_index(begin, ran)})}
-    cases |= {f"failed {failures}": ("test_restoring.ends_on_a_full_disk", {
-        "recipe": make_recipe(**short), "failures": failures}) for failures in (1, 9)}
-    return run_cases(2, cases, tmp_path_factory.mktemp("restoring"))
+def start(ranks, begin):
+    """Of a run that begins with such masks, what each rank of an engine gives."""
+    begun = cache(lambda kind, select: begin(select, **ENGINES[kind]))
+    return lambda kind, select: ranks(2).run(restored, begun(kind, select))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in ENGINES if kind != "megatron"])
-def test_given_masks_are_taken_by_every_engine(results, kind):
-    drawn, theirs = (outcome(results, f"megatron {select}") for select in ("random", "magnitude"))
-    ours = outcome(results, f"{kind} magnitude")
+def test_given_masks_are_taken_by_every_engine(start, kind):
+    drawn, theirs = (start("megatron", select) for select in ("random", "magnitude"))
+    ours = start(kind, "magnitude")
     assert ours["masks"] == theirs["masks"] and len(theirs["masks"]) == 8 * 4
     assert not set(theirs["masks"].items()) & set(drawn["masks"].items())
     assert ours["valid"] == pytest.approx(theirs["valid"], rel=1e-5)
@@ -147,22 +135,23 @@ def test_given_masks_are_taken_by_every_engine(results, kind):
     assert theirs["valid"] != pytest.approx(drawn["valid"], rel=1e-3)
 
 
-def test_a_seeded_mask_that_is_another_is_refused(results):
-    for rank in (0, 1):
-        assert f"holds another mask of {MOVED} than the recipe draws" in outcome(results, "moved",
-                                                                                 rank)
+def test_a_seeded_mask_that_is_another_is_refused(ranks, begin):
+    for said in ranks(2).run_all(restored, one_entry_moved(begin)):
+        assert f"holds another mask of {MOVED} than the recipe draws" in said
 
 
-def test_code_in_the_index_is_refused_and_does_not_run(results, ran):
-    for rank in (0, 1):
-        assert ".metadata is not the index of a checkpoint" in outcome(results, "code", rank)
-    assert not ran.exists()
+def test_code_in_the_index_is_refused_and_does_not_run(ranks, begin, tmp_path):
+    for said in ranks(2).run_all(restored, code_in_the_index(begin, tmp_path / "ran")):
+        assert ".metadata is not the index of a checkpoint" in said
+    assert not (tmp_path / "ran").exists()
 
 
-def test_a_last_save_that_failed_is_tried_once_more(results):
-    found = outcome(results, "failed 1")
-    assert (found["end"], found["failed"]) == ("exit code 0", 1)
-    assert found["saved"] == [store.name_of(2), store.name_of(4)]
-    found = outcome(results, "failed 9")
-    assert "saves failed" in found["end"] and found["failed"] == 2
-    assert found["saved"] == [store.name_of(2)]
+@pytest.mark.parametrize(("failures", "end", "failed", "saved"), [
+    (1, "exit code 0", 1, [2, 4]), (9, "saves failed", 2, [2])])
+def test_a_last_save_that_failed_is_tried_once_more(ranks, make_recipe, failures, end, failed,
+                                                    saved):
+    recipe = make_recipe(parallel={"data": 2}, train={"tokens": 8 * 32 * 4, "micro_batch": 4},
+                         optimizer={"warmup_tokens": 256}, checkpoint={"every": 2, "keep": 9})
+    found = ranks(2).run(ends_on_a_full_disk, recipe, failures)
+    assert end in found["end"] and found["failed"] == failed
+    assert found["saved"] == [store.name_of(step) for step in saved]
