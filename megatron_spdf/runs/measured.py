@@ -115,8 +115,8 @@ def _with_micro_batch(recipe: Recipe, directory: Path) -> Recipe:
         return recipe
     file = directory / MICRO_BATCHES
     if not file.is_file():
-        raise ValueError(f"{directory} has train.micro_batch={AUTO} and no {file.name}; let the run "
-                         "go on to its first record")
+        raise ValueError(f"{directory} has train.micro_batch={AUTO} and no {file.name}; let the "
+                         "run go on to its first record")
     chosen = read_json(file, Annotated[list[Choice], Field(min_length=1)], constants=True)
     return recipe.with_micro_batch(chosen[-1]["micro_batch"])
 
