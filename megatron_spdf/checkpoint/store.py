@@ -12,10 +12,10 @@ import hashlib
 import os
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NotRequired
 
 from pydantic import Field
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 from megatron_spdf.files import PARTIAL, publish, remove, write_json
 from megatron_spdf.records import read_json
