@@ -226,7 +226,7 @@ def check_prefix(prefix: str | Path, tokenizer_sha256: str | None = None) -> Man
         tokenizer_sha256: `Tokenizer.sha256` of the tokenizer in use; None leaves that unchecked.
 
     Raises:
-        ValueError: the data set is missing, incomplete, empty, or of another tokenizer, or its index
+        ValueError: the data set is missing, incomplete, empty, of another tokenizer, or its index
             does not fit.
     """
     idx, data = file_of(prefix, "idx"), file_of(prefix, "bin")
