@@ -83,15 +83,11 @@ def open_weights(path: str | Path, checksums: bool = True) -> WeightSource:
         checksums: of a checkpoint of ours, check every byte first.
 
     Raises:
-        ValueError: it is none of these, is damaged, is a model of another architecture, or has a
-            tokenizer that cannot be its own.
+        ValueError: it is none of these, is damaged, or is a model of another architecture.
     """
     path = Path(path)
     if (path / CONFIG).is_file():
-        reader = HuggingFaceReader(path)
-        if reader.tokenizer:
-            tokenizer_of(reader)
-        return reader
+        return HuggingFaceReader(path)
     if (path / "latest_checkpointed_iteration.txt").is_file():
         raise ValueError(f"{path} is a checkpoint directory of Megatron-LM, whose files do not "
                          "tell the model's shape; make a run of it with "
