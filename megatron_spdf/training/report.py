@@ -124,7 +124,8 @@ class Report:
             self.log.say(f"could NOT save {saving.path}: {saving.error}; the checkpoints before it "
                          "are untouched")
         elif saving:
-            self.log.say(f"saved {saving.path}, written in {saving.seconds:.1f} s")
+            self.log.say("; ".join([f"saved {saving.path}, written in {saving.seconds:.1f} s",
+                                    *saving.said]))
 
     def bytes(self, traffic: TrafficCounter) -> None:
         """Reports the bytes that rank 0 holds and sends in a step, counted at its buffers and
