@@ -5,7 +5,6 @@ Nothing is ever written through a symbolic link that someone has laid where a fi
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import shutil
@@ -13,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+from megatron_spdf.records import to_json
 
 PARTIAL = ".partial"  # ends the name of a directory in the making
 NEW = ".new"  # ends the name of a file in the making
@@ -43,8 +44,8 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 
 def write_json(path: Path, content: object) -> None:
-    """`write_file` of JSON."""
-    write_file(path, json.dumps(content, indent=1) + "\n")
+    """`write_file` of JSON; see `to_json`."""
+    write_file(path, to_json(content, indent=1) + "\n")
 
 
 def open_to_append(path: Path, **options: int) -> IO[bytes]:
@@ -57,11 +58,23 @@ def open_to_append(path: Path, **options: int) -> IO[bytes]:
     return open(os.open(path, flags, 0o666), "ab", **options)
 
 
+def remove(path: Path) -> None:
+    """Removes a file, a directory and all in it, or a link, and never what a link leads to.
+
+    Raises:
+        OSError: a part of it could not be removed.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def links_out(directory: Path) -> list[Path]:
-    """Links in a directory that lead out of it."""
-    inside = directory.resolve()
-    return [path for path in sorted(directory.iterdir())
-            if path.is_symlink() and not path.resolve().is_relative_to(inside)]
+    """Links in a directory that lead out of it, or nowhere."""
+    inside = os.path.realpath(directory)
+    return [path for path in sorted(directory.iterdir()) if path.is_symlink() and not
+            (os.path.exists(path) and Path(os.path.realpath(path)).is_relative_to(inside))]
 
 
 def require_free(output: Path) -> None:
