@@ -30,6 +30,7 @@ from pathlib import Path
 
 from megatron_spdf.command_line import end_quietly, make_parser, refusing
 from megatron_spdf.data.finetuning.task import SPLITS, TASKS, load_examples, render_tasks
+from megatron_spdf.files import inside, require_outside_checkpoints
 
 
 @refusing
@@ -61,14 +62,15 @@ def score_predictions(options: argparse.Namespace) -> int:
 
 def score_checkpoint(options: argparse.Namespace) -> int:
     """Decodes the split with the checkpoint, scores and keeps what came out."""
+    from megatron_spdf.checkpoint.store import run_of
     from megatron_spdf.convert.source import open_weights
     from megatron_spdf.evaluation.decoding import DecodingSettings
     from megatron_spdf.evaluation.evaluate import evaluate
     from megatron_spdf.evaluation.scores_file import describe, write_all
     from megatron_spdf.resilience.world import find_ranks
 
-    output = options.output or (run_directory(options.run) / "evaluation"
-                                / f"{options.task}_{options.split}")
+    output = options.output or inside(run_of(options.run),
+                                      f"evaluation/{options.task}_{options.split}")
     require_free(output, options.force)
     settings = DecodingSettings(options.beams, options.length_penalty, options.no_repeat_ngram,
                                 options.max_new_tokens, options.batch_size)
@@ -91,15 +93,13 @@ def score_checkpoint(options: argparse.Namespace) -> int:
     return 0
 
 
-def run_directory(path: Path) -> Path:
-    """The run that a checkpoint belongs to; any other directory is itself."""
-    return path.parents[1] if path.parent.name == "checkpoints" else path
-
-
 def require_free(output: Path | None, force: bool) -> None:
-    """Raises ValueError where the output has figures already and may not be overwritten."""
+    """Raises ValueError where the output has figures already and may not be overwritten, or is in
+    a checkpoint."""
     from megatron_spdf.evaluation.scores_file import SCORES
 
+    if output:
+        require_outside_checkpoints(output)
     if output and (output / SCORES).exists() and not force:
         raise ValueError(f"{output / SCORES} exists; give another --output, or --force to "
                          "overwrite it")

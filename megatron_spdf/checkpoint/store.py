@@ -17,10 +17,9 @@ from typing import Annotated, NotRequired
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from megatron_spdf.files import PARTIAL, publish, remove, write_json
+from megatron_spdf.files import FILES, PARTIAL, RUN, publish, remove, write_json
 from megatron_spdf.records import read_json
 
-FILES, RUN = "files.json", "run.json"
 BEST = "best.json"  # beside the checkpoints: names the one with the lowest validation loss
 _NAME = re.compile(r"step_\d{8}")
 _UNFINISHED = re.compile(r"step_\d{8}\.partial")
@@ -95,6 +94,22 @@ def may_be_elsewhere(link: Path) -> bool:
         return False
     ours = all(_NAME.fullmatch(n) or _UNFINISHED.fullmatch(n) or n == BEST for n in names)
     return owned and ours and bool(visible(there)) and not (there.parent / "recipe.yaml").exists()
+
+
+def run_of(path: Path) -> Path:
+    """Run that a checkpoint belongs to, by whatever path it is named. Any other directory is
+    itself.
+
+    Raises:
+        ValueError: the checkpoint lies in no run directory.
+    """
+    if not ((path / RUN).is_file() and (path / FILES).is_file()):
+        return path
+    for named in (Path(os.path.abspath(path)), Path(os.path.realpath(path))):
+        if named.parent.name == "checkpoints":
+            return named.parents[1]
+    raise ValueError(f"{path} is a checkpoint outside of a run directory, so there is no place for "
+                     "what is made of it; name one (--output)")
 
 
 def discard_incomplete(directory: Path) -> list[str]:

@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 
 from megatron_spdf import exit_codes
+from megatron_spdf.files import open_to_append
 
 Axes = Mapping[str, Mapping[str, Mapping[str, Any]]]  # name -> label -> key of the recipe -> value
 
@@ -105,7 +106,7 @@ def run_all(commands: Mapping[Path, Sequence[str]], jobs: int | None = None) -> 
         print(f"$ {shlex.join(words)}", flush=True)
         output.parent.mkdir(parents=True, exist_ok=True)
         log = output.with_suffix(".txt") if jobs else None
-        with log.open("a") if log else nullcontext() as file:
+        with open_to_append(log) if log else nullcontext() as file:
             code = subprocess.run(words, stdout=file, stderr=file, check=False,
                                   env={**threads, **os.environ}).returncode
         if code:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron_spdf.checkpoint import store
 from megatron_spdf.checkpoint.shared_files import check_shared
 from megatron_spdf.exit_codes import GUARD_STOPPED
-from megatron_spdf.files import NEW, links_out
+from megatron_spdf.files import NEW, links_out, require_outside_checkpoints
 from megatron_spdf.locks import DirectoryLock, Held, is_lock
 from megatron_spdf.recipe.compare import changes_of_run
 from megatron_spdf.recipe.finetune import Finetune
@@ -53,6 +53,8 @@ class RunDir:
         Raises:
             ValueError: naming the reason, and each key that differs with both values.
         """
+        for place in (self.root, self.cache):
+            require_outside_checkpoints(place)
         kept = self.root / RECIPE
         root = self.root.absolute()
         there = next(p for p in (root, *root.parents) if p.exists())

@@ -10,6 +10,8 @@ from typing import ClassVar
 
 import numpy as np
 
+from megatron_spdf.files import write_file
+
 
 def well_formed(text: str) -> str:
     """`text` with lone surrogates, which have no UTF-8 form, replaced by U+FFFD."""
@@ -96,7 +98,7 @@ class Tokenizer(ABC):
             raise ValueError(f"{directory} is not empty; a tokenizer is saved to a directory of "
                              "its own")
         for name, content in zip(self.file_names, self._files, strict=True):
-            (directory / name).write_bytes(content)
+            write_file(directory / name, content)
 
     @property
     def eos(self) -> int:
