@@ -16,6 +16,7 @@ from __future__ import annotations
 import sys
 
 from megatron_spdf import exit_codes
+from megatron_spdf.command_line import print_words
 from megatron_spdf.data.pretraining.corpus import check_corpus
 from megatron_spdf.model.parametrization import render_parametrization
 from megatron_spdf.planning.memory import render_layout
@@ -36,6 +37,9 @@ def main() -> int:
         recipe = load_recipe(options.recipe, options.overrides, ranks.world)
         stages = stages_of(recipe)  # one, where the recipe names none
         summary = "\n".join(summarize(stage) for stage in stages)
+        if options.print_output:
+            print_words([recipe.output])
+            return exit_codes.FINISHED
         if options.dry_run:
             print(f"{render_recipe(recipe)}\n{summary}")
             return exit_codes.FINISHED
