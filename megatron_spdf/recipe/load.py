@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 from megatron_spdf.files import write_file
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.recipe.rules import rule_violations
+from megatron_spdf.records import parse_yaml, read_yaml
 from megatron_spdf.section import ByName
 from megatron_spdf.sparsity.settings import normalize_sparsity
 
@@ -77,10 +78,7 @@ def _read(kind: type[BaseModel], path: Path, seen: tuple[Path, ...]) -> dict[str
         near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise ValueError(f"there is no recipe {path}; {path.parent} holds "
                          f"{', '.join(near) or 'no .yaml file'}")
-    try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"recipe {path} is not YAML: {error}") from None
+    values = read_yaml(path) or {}
     if not isinstance(values, dict):
         raise ValueError(f"recipe {path} must be a mapping of sections, not a "
                          f"{type(values).__name__}")
@@ -135,11 +133,8 @@ def _override(kind: type[BaseModel], values: dict[str, Any], word: str) -> None:
     name, equals, text = word.partition("=")
     if not equals or not name:
         raise ValueError(f"{word!r} is not section.key=value; write for example parallel.tensor=2")
-    field = _field_at(kind, values, name.split("."))
-    try:
-        change: Any = text if _is_literal(field, text) else read_value(text)
-    except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"the value of {word!r} is not YAML: {error}") from None
+    literal = _is_literal(_field_at(kind, values, name.split(".")), text)
+    change: Any = text if literal else read_value(text, f"the value of {word!r:.80}")
     for key in reversed(name.split(".")):
         change = {key: change}
     merged = _merge(values, change, kind)
@@ -147,23 +142,26 @@ def _override(kind: type[BaseModel], values: dict[str, Any], word: str) -> None:
     values.update(merged)
 
 
-def read_value(text: str) -> Any:
+def read_value(text: str, name: str = "the text") -> Any:
     """The value that the text of an override means.
 
-    The text is YAML of one line, without its comments: a plain text stands for itself to its last
-    character, `#`, blanks and colons included.
+    The text is YAML without comments: a plain text stands for itself to its last character, `#`,
+    blanks and colons included.
+
+    Args:
+        name: of the text, for the message.
 
     Raises:
-        yaml.YAMLError: it is no YAML.
-        ValueError: something follows the value.
+        ValueError: it is no YAML, or something follows the value.
     """
-    root, value = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
+    value = parse_yaml(text, name=name)
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
     rest = text[root.end_mark.index:].strip() if root else text.strip()
     plain = root is None or (isinstance(root, yaml.ScalarNode) and root.style is None)
     if plain and not text.startswith("!") and (isinstance(value, str) or rest):
         return text
     if rest:
-        raise ValueError(f"{rest!r} follows its end; write all of it in quotes")
+        raise ValueError(f"{name} ends before {rest!r:.80}; write all of it in quotes")
     return value
 
 
@@ -173,7 +171,7 @@ def write_value(value: Any) -> str:
         try:
             if read_value(value) == value:
                 return value
-        except (yaml.YAMLError, ValueError):
+        except ValueError:
             pass
     text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"),
                           allow_unicode=True).strip()
