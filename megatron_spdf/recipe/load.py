@@ -195,7 +195,7 @@ def _is_literal(field: FieldInfo | None, text: str) -> bool:
         return False
     quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
     nothing = text.strip() in ("", "~") or text.strip().lower() == "null"
-    return not quoted and not (nothing and (field.annotation != str or not text.strip()))
+    return not quoted and not (nothing and (field.annotation is not str or not text.strip()))
 
 
 def _fill_data_parallel(values: dict[str, Any], world: int) -> None:
