@@ -15,7 +15,6 @@ from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
     MetadataIndex,
-    TensorStorageMetadata,
 )
 
 from megatron_spdf.checkpoint.safe_index import read_index
