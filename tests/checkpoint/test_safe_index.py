@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -152,7 +153,7 @@ def test_helpers_that_an_index_module_imports_are_refused(tmp_path, monkeypatch)
     (FILESYSTEM, "dataclass"), (FILESYSTEM, "os"), (FILESYSTEM, "__builtins__"),
     ("torch.distributed.checkpoint.planner", "reduce")])
 def test_other_names_are_refused(tmp_path, module, attribute):
-    with pytest.raises(ValueError, match="it wants '" + f"{module}.{attribute}".replace(".", r"\.")):
+    with pytest.raises(ValueError, match=re.escape(f"it wants '{module}.{attribute}'")):
         read_index(write(tmp_path, program(name(module, attribute))))
 
 
@@ -271,7 +272,7 @@ WRONG = {
     "hidden": (rename_a_file(".hidden.distcp"), "names the file '.hidden.distcp'"),
     "path object": (rename_a_file(Path("__0_0.distcp")), "something else in place of str"),
     "missing file": (rename_a_file("__9_0.distcp"), "names __9_0.distcp, which is missing"),
-    "behind the end": (place(offset=10**6), "says that w ends at byte 1,0.* of __1_0.distcp, which"),
+    "behind the end": (place(offset=10**6), "says that w ends at byte 1,0.* of __1_0.distcp"),
     "too long": (place(length=10**12), "says that w ends at byte 1,000,000,000,000"),
     "before the start": (place(offset=-1), "in place of whole numbers"),
     "no number": (place(offset="0"), "in place of whole numbers"),
@@ -418,8 +419,8 @@ SET_STATE = name("torch.distributed.checkpoint.metadata", "Metadata") + b"}" + t
     (b"I" + b"9" * 10**6 + b"\n.", "cannot be read"),
     (b"\x80\x02\x82\x01.", "opcode EXT1"),
     (b"(ios\nsystem\n.", "opcode INST"),
-], ids=["class", "dtype", "marks", "memo", "lists", "tuples", "hash", "long text", "frame", "digits",
-        "extension", "instance"])
+], ids=["class", "dtype", "marks", "memo", "lists", "tuples", "hash", "long text", "frame",
+        "digits", "extension", "instance"])
 def test_bombs_and_states_of_classes_are_refused(tmp_path, content, said):
     with pytest.raises(ValueError, match=said):
         read_index(write(tmp_path, content))
