@@ -17,6 +17,7 @@ import sys
 
 from megatron_spdf import exit_codes
 from megatron_spdf.data.pretraining.corpus import check_corpus
+from megatron_spdf.data.tokenizers.base import render_padding
 from megatron_spdf.model.parametrization import render_parametrization
 from megatron_spdf.planning.memory import render_layout
 from megatron_spdf.planning.moves import render_moves
@@ -49,6 +50,8 @@ def main() -> int:
 
         return TokenData(recipe, corpus, run.cache, engine.needs_batches)
 
+    summary = "\n".join(filter(None, [
+        summary, render_padding(corpus.tokenizer, recipe.model.vocab_size)]))
     return run_job(Job(ranks, run, stages, summary, corpus.tokenizer, make_data))
 
 

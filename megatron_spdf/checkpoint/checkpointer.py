@@ -158,8 +158,7 @@ class Checkpointer:
         """
         said = []
         if dist.get_rank() == 0:
-            said = [f"discarded {name}, a save that did not finish"
-                    for name in store.discard_incomplete(self.directory)]
+            said = store.discard_incomplete(self.directory)
         newest = newest_of_all(self.directory)
         if newest is None:
             return RunState(), said

@@ -12,10 +12,9 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from pathlib import Path
 
-from megatron_spdf.files import PARTIAL, publish, write_json
+from megatron_spdf.files import PARTIAL, publish, remove, write_json
 
 FILES, RUN = "files.json", "run.json"
 BEST = "best.json"  # beside the checkpoints: names the one with the lowest validation loss
@@ -53,18 +52,44 @@ def best(directory: Path) -> Path | None:
     return named if named in visible(directory) else None
 
 
+def require_present(directory: Path) -> None:
+    """Raises a ValueError where a checkpoint of a run is a link that leads nowhere, or a file."""
+    for path in visible(directory):
+        if not path.is_dir():
+            leads = f"leads to {path.readlink()}, which is not there" if path.is_symlink() else (
+                "is a file")
+            raise ValueError(f"checkpoint {path} {leads}; bring it back, or remove {path.name} to "
+                             "resume from the one before")
+
+
+def may_be_elsewhere(link: Path) -> bool:
+    """Whether a run's directory of checkpoints may be this link: the user has made it, and it leads
+    to checkpoints that are no other run's, with nothing beside them."""
+    try:
+        owned = link.lstat().st_uid in (0, os.geteuid())
+        there = Path(os.path.realpath(link))
+        names = [path.name for path in there.iterdir()]
+    except OSError:
+        return False
+    ours = all(_NAME.fullmatch(n) or _UNFINISHED.fullmatch(n) or n == BEST for n in names)
+    return owned and ours and bool(visible(there)) and not (there.parent / "recipe.yaml").exists()
+
+
 def discard_incomplete(directory: Path) -> list[str]:
-    """Removes saves that did not finish and checkpoints half removed, and returns their names."""
+    """Removes saves that did not finish and checkpoints half removed.
+
+    Returns:
+        A sentence for each, which says so where it could not be removed.
+    """
     if not directory.is_dir():
         return []
-    gone = [p for p in directory.iterdir() if _UNFINISHED.fullmatch(p.name)]
-    for path in gone:
-        shutil.rmtree(path)
-    return sorted(p.name for p in gone)
+    gone = sorted(p for p in directory.iterdir() if _UNFINISHED.fullmatch(p.name))
+    return [_try_to_remove(path) or f"discarded {path.name}, a save that did not finish"
+            for path in gone]
 
 
-def retain(directory: Path, keep: int, keep_every: int = 0, spare: str | None = None) -> None:
-    """Removes complete checkpoints that are not to be kept.
+def retain(directory: Path, keep: int, keep_every: int = 0, spare: str | None = None) -> list[str]:
+    """Removes complete checkpoints that are not to be kept. Of one that is a link, the link.
 
     Each is renamed first, so that a crash in the middle leaves a `.partial` and not a checkpoint
     with files missing.
@@ -74,13 +99,31 @@ def retain(directory: Path, keep: int, keep_every: int = 0, spare: str | None = 
         keep: number of the newest to keep.
         keep_every: keep also those of every `keep_every`th step; 0: none.
         spare: name of one more to keep.
+
+    Returns:
+        A sentence for each that could not be removed.
     """
+    said = []
     for path in visible(directory)[:-keep]:
         if path.name == spare or keep_every and step_of(path) % keep_every == 0:
             continue
         dying = path.with_name(path.name + PARTIAL)
-        path.rename(dying)
-        shutil.rmtree(dying)
+        try:
+            path.rename(dying)
+        except OSError as error:
+            said.append(f"could not remove {path.name}: {error}")
+            continue
+        said.append(_try_to_remove(dying))
+    return [sentence for sentence in said if sentence]
+
+
+def _try_to_remove(path: Path) -> str:
+    """Removes something, and returns why that could not be done, which is empty if it is gone."""
+    try:
+        remove(path)
+    except OSError as error:
+        return f"could not remove {path.name}: {error}"
+    return ""
 
 
 def files_of(checkpoint: Path) -> list[str]:

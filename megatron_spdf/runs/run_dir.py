@@ -11,6 +11,7 @@ from pathlib import Path
 import torch.distributed as dist
 import yaml
 
+from megatron_spdf.checkpoint import store
 from megatron_spdf.checkpoint.shared_files import check_shared
 from megatron_spdf.exit_codes import GUARD_STOPPED
 from megatron_spdf.files import NEW, links_out
@@ -60,10 +61,7 @@ class RunDir:
             raise ValueError(f"output={self.root} cannot be written: {there} is "
                              f"{'read-only for this user' if there.is_dir() else 'a file'}; choose "
                              "another output")
-        if self.root.is_dir() and (links := links_out(self.root)):
-            raise ValueError(f"output={self.root}: {links[0].name} is a link to "
-                             f"{links[0].resolve()}, and a run writes to its own directory only; "
-                             "remove the link, or choose another output")
+        self._check_links()
         if not kept.is_file():
             if self.root.exists() and (not self.root.is_dir() or any(self._others())):
                 raise ValueError(f"output={self.root} exists and is not a run directory (it has no "
@@ -79,6 +77,17 @@ class RunDir:
             raise ValueError(f"output={self.root} holds another recipe's run: "
                              f"{'; '.join(changes)}. Choose another output, or set these back to "
                              "go on with that run")
+
+    def _check_links(self) -> None:
+        """Raises a ValueError where the run would write through a link to another place. Saved
+        checkpoints that the user has moved to another disk and linked are no such place."""
+        for link in links_out(self.root) if self.root.is_dir() else []:
+            if link == self.checkpoints and store.may_be_elsewhere(link):
+                continue
+            raise ValueError(f"output={self.root}: {link.name} is a link to "
+                             f"{os.path.realpath(link)}, and a run writes to its own directory "
+                             "only; remove the link, or choose another output")
+        store.require_present(self.checkpoints)
 
     def take(self) -> None:
         """Takes the directory for this process, which is rank 0, or notes in `held` who has it.

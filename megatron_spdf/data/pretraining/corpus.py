@@ -12,6 +12,8 @@ from megatron_spdf.data.pretraining.sources import Source, expand, make_source, 
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megatron_spdf.recipe.recipe import Recipe
 
+MOST_PADDING = 4096  # rows of a published vocabulary without an id; a small one may be doubled
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -43,19 +45,21 @@ def check_corpus(recipe: Recipe) -> Corpus:
 
 
 def data_tokenizer(recipe: Recipe) -> Tokenizer:
-    """Loads the tokenizer of a recipe's data, which must know as many tokens as the model.
+    """Loads the tokenizer of a recipe's data. The model must have a row for each of its ids, and
+    may have some that pad the vocabulary.
 
     Raises:
-        ValueError: a data set is not whole, or the vocabularies differ.
+        ValueError: a data set is not whole, or the vocabularies differ by more than padding.
         FileNotFoundError: the tokenizer is missing.
     """
     first = expand(recipe.data)[0].prefix
     check_prefix(first)  # a wrong prefix is reported as such, not as a missing tokenizer
     tokenizer = load_tokenizer(recipe.data.tokenizer or f"{first}.tokenizer")
-    if tokenizer.vocab_size != recipe.model.vocab_size:
-        raise ValueError(f"model.vocab_size={recipe.model.vocab_size}, but the data's tokenizer "
-                         f"knows {tokenizer.vocab_size} tokens; set "
-                         f"model.vocab_size={tokenizer.vocab_size}")
+    rows, ids = recipe.model.vocab_size, tokenizer.vocab_size
+    if not ids <= rows <= ids + max(ids, MOST_PADDING):
+        raise ValueError(f"model.vocab_size={rows}, but the data's tokenizer knows {ids} tokens; "
+                         f"set model.vocab_size={ids}, or somewhat more to pad it. A model that "
+                         "is given with more rows has another tokenizer: use data of that one")
     return tokenizer
 
 
