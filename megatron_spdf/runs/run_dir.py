@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch.distributed as dist
-import yaml
 
 from megatron_spdf.checkpoint import store
 from megatron_spdf.checkpoint.shared_files import check_shared
@@ -20,6 +19,7 @@ from megatron_spdf.recipe.compare import changes_of_run
 from megatron_spdf.recipe.finetune import Finetune
 from megatron_spdf.recipe.load import save_recipe
 from megatron_spdf.recipe.recipe import Recipe
+from megatron_spdf.records import read_yaml
 from megatron_spdf.resilience import restarts
 
 RECIPE = "recipe.yaml"
@@ -68,8 +68,8 @@ class RunDir:
                                  f"{RECIPE}); choose another output")
             return
         try:
-            before = type(self.recipe).model_validate(yaml.safe_load(kept.read_text()))
-        except (ValueError, yaml.YAMLError) as error:
+            before = read_yaml(kept, type(self.recipe))
+        except ValueError as error:
             raise ValueError(f"{kept} cannot be read as a recipe ({error}); choose another "
                              "output") from None
         changes = changes_of_run(before, self.recipe)

@@ -7,6 +7,7 @@ restore the newest checkpoint, train.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from megatron_spdf.checkpoint.run_metadata import INITIAL, Masks
 from megatron_spdf.checkpoint.shared_files import newest_of_all
 from megatron_spdf.checkpoint.store import step_of
 from megatron_spdf.command_line import add_overrides, make_parser
+from megatron_spdf.data.indexed.tokens import DataFault
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
 from megatron_spdf.locks import Held
 from megatron_spdf.parallel.ranks import destroy, init_distributed
@@ -158,6 +160,7 @@ def _run_job(job: Job) -> int:
     from megatron_spdf.resilience import progress
     from megatron_spdf.resilience.heartbeat import Heartbeat
 
+    faulthandler.enable()  # a bus error, of a file that vanished, says where
     stop = StopRequest()
     progress.instrument_collectives()
     fake_cuda.install()  # before anything that imports megatron.core
@@ -215,5 +218,10 @@ def train_stage(job: Job, stage: RunStage, stop: StopRequest, device: torch.devi
     except (NotFinite, SparsityDrift, SaveFailed) as error:
         log.say(f"stopped: {error}")
         return exit_codes.GUARD_STOPPED
+    except DataFault as fault:
+        if job.ranks.world > 1:
+            raise  # the heartbeat tells the other ranks, which wait for this one
+        log.say(f"stopped: {fault}")
+        return exit_codes.BAD_INPUT
     finally:
         log.close()

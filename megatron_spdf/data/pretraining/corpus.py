@@ -6,7 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_spdf.data.indexed.manifest import check_prefix
+from megatron_spdf.data.indexed.manifest import check_prefix, is_foreign
+from megatron_spdf.data.indexed.tokens import look_at_ids
 from megatron_spdf.data.pretraining.blend import BlendHistory
 from megatron_spdf.data.pretraining.sources import Source, expand, make_source, training_sources
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
@@ -26,7 +27,7 @@ class Corpus:
 
 def check_corpus(recipe: Recipe) -> Corpus:
     """Checks every data set of a recipe against its manifest, its tokenizer, the model and the run
-    so far.
+    so far; of one that another tool made, the ids.
 
     Raises:
         ValueError: a data set is damaged, too small or of another tokenizer, or the blend is not
@@ -39,6 +40,9 @@ def check_corpus(recipe: Recipe) -> Corpus:
     valid = [make_source(prefix, check_prefix(prefix, tokenizer.sha256))
              for prefix in recipe.data.valid]
     _check_sizes(recipe, train, valid)
+    for source in train + valid:
+        if is_foreign(source.prefix):
+            look_at_ids(source.prefix, tokenizer.vocab_size)
     if recipe.data.on_blend_change == "refuse":
         BlendHistory(Path(recipe.output), train).require_unchanged()
     return Corpus(tokenizer, train, valid)
