@@ -13,6 +13,7 @@ state to their new places is the engine.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:  # the planner goes without PyTorch
     from megatron_spdf.sparsity.mask_slice import MaskSlice, Move
 
 Needs = Literal["nothing", "values", "dense_gradient"]
+Anneal = Literal["constant", "cosine"]
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,8 @@ class MovingMasks(MaskAlgorithm):
                          description="share of the run's or stage's steps before the first move")
     stop: float = Field(0.75, ge=0.0, le=1.0, description="share of the steps after which masks "
                                                           "stay")
+    anneal: Anneal = Field("constant", description="how `fraction` goes from `start` to `stop`; "
+                                                   "cosine: down to 0")
 
     @model_validator(mode="after")
     def _starts_before_it_stops(self) -> MovingMasks:
@@ -139,13 +143,22 @@ class MovingMasks(MaskAlgorithm):
     def largest_move(self, active: int) -> int:
         return round(self.fraction * active)
 
+    def fraction_at(self, when: Moment) -> float:
+        """The fraction that dies now: a (1 + cos(pi t)) / 2 with t from 0 at `start` to 1 at `stop`
+        (Evci et al. 2020, section 3)."""
+        if self.anneal == "constant":
+            return self.fraction
+        share = (when.step / when.steps - self.start) / (self.stop - self.start)
+        return self.fraction * (1.0 + math.cos(math.pi * share)) / 2.0
+
     def count(self, active: int, when: Moment) -> int:
-        """The number of entries that die in a slice; an algorithm may let it fall with time."""
-        return self.largest_move(active)
+        """The number of entries that die in a slice with so many active ones."""
+        return round(self.fraction_at(when) * active)
 
     def describe(self) -> str:
-        return (f"{self.fraction:g} of the active entries of each slice every {self.every} steps, "
-                f"from {self.start:.0%} to {self.stop:.0%} of the steps")
+        falling = ", falling to none," if self.anneal == "cosine" else ""
+        return (f"{self.fraction:g} of the active entries of each slice{falling} every "
+                f"{self.every} steps, from {self.start:.0%} to {self.stop:.0%} of the steps")
 
 
 ALGORITHMS: Registry[type[MaskAlgorithm]] = Registry("mask algorithm",
