@@ -13,13 +13,14 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
 from megatron_spdf.checkpoint import store
-from megatron_spdf.checkpoint.densified import load_densified
+from megatron_spdf.checkpoint.border import load_across_border
 from megatron_spdf.checkpoint.run_metadata import (
     INITIAL,
     Masks,
     after_moves,
     run_record,
     seeded_masks,
+    stored_masks,
 )
 from megatron_spdf.checkpoint.safe_index import vet_metadata
 from megatron_spdf.checkpoint.saving import SaveThread
@@ -138,13 +139,15 @@ class Checkpointer:
             self.failed_in_a_row = self.failed_in_a_row + 1 if saving.error else 0
         return saving
 
-    def restore(self, engine: Engine, boundary: int = 0) -> tuple[RunState, list[str]]:
+    def restore(self, engine: Engine, boundary: int = 0,
+                continues: bool = False) -> tuple[RunState, list[str]]:
         """Loads the newest complete checkpoint, if there is one.
 
         Args:
             engine: to fill.
-            boundary: step at which the previous stage ended; from its last checkpoint only the
-                weights are loaded, dense; 0: there is no previous stage.
+            boundary: step at which the previous stage ended, whose last checkpoint is loaded as
+                `border.py` says; 0: there is no previous stage.
+            continues: whether the optimizer goes on across the boundary.
 
         Returns:
             Progress of the run, and sentences for the log.
@@ -166,10 +169,13 @@ class Checkpointer:
         self._check_run(run, newest)
         state = RunState(**run["state"])
         if boundary and state.step == boundary:
-            load_densified(engine, newest)
+            state.optimizer_steps *= continues
+            load_across_border(engine, newest, state.optimizer_steps)
             self.origin = run.get("origin", self.origin)
-            state.optimizer_steps = 0
-            return state, [*said, f"densified {newest.name}"]
+            if not self.plan.weights:
+                return state, [*said, f"densified {newest.name}"]
+            self.masks = stored_masks(f"largest magnitudes at step {state.step:,}")
+            return state, [*said, f"pruned {newest.name} by magnitude"]
         self.masks, self.origin = run.get("masks", self.masks), run.get("origin", self.origin)
         drawn = [compact_of(m).mask_bits.clone() for model in engine.models
                  for m in sparse_modules(model)]

@@ -83,7 +83,7 @@ class Trainer:
             fetched = time.perf_counter()
             self.moves.before_step()
             with TrafficCounter() if state.step + 1 == first else nullcontext() as traffic:
-                tokens = (state.step + 1 - self.stage.first) * recipe.tokens_per_step
+                tokens = (state.step + 1 - self.stage.begin) * recipe.tokens_per_step
                 result = self.engine.step(batch, state.step + 1, tokens, self.stop.requested)
             self._count(result)
             pace.end(state.step, fetched - started)

@@ -34,7 +34,7 @@ class MaskMoves:
 
     def __post_init__(self) -> None:
         self.algorithm = self.stage.recipe.sparsity.update
-        self.steps = self.stage.last - self.stage.first
+        self.steps = self.stage.steps
         self._due = self._collects = False
 
     def before_step(self) -> None:

@@ -46,6 +46,19 @@ class Moment:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Part of a run that stores its sparse weights at one density.
+
+    Attributes:
+        last: its last step.
+        reached: share of their levels that weights are stored at, 0 being dense.
+    """
+
+    last: int
+    reached: float
+
+
+@dataclass(frozen=True)
 class MoveCost:
     """Cost of a move for one weight on a rank, beside that of carrying its state.
 
@@ -61,10 +74,16 @@ class MoveCost:
 
 
 class MaskAlgorithm(Section):
-    """Keys of the algorithm: when masks move, and how much of them."""
+    """Keys of the algorithm: when masks move, and how much of them.
+
+    Attributes:
+        needs: to choose; the dense gradient comes with the values.
+        holds: what dies is held at zero in its place, and nothing is born.
+    """
 
     name: ClassVar[str]
-    needs: ClassVar[Needs] = "nothing"  # to choose; the dense gradient comes with the values
+    needs: ClassVar[Needs] = "nothing"
+    holds: ClassVar[bool] = False
 
     def due(self, step: int, steps: int) -> bool:
         """Whether masks move after an optimizer step.
@@ -74,6 +93,11 @@ class MaskAlgorithm(Section):
             steps: length of the run or stage.
         """
         return False
+
+    def parts(self, steps: int) -> list[Part]:
+        """The parts of a run or stage of so many steps, each with storage of its own. At a border
+        the largest magnitudes stay, with their optimizer state, and what is born is zero."""
+        return [Part(steps, 1.0)]
 
     def largest_move(self, active: int) -> int:
         """The most entries that die in one move of a slice with so many active ones."""
