@@ -27,6 +27,10 @@ def rule_violations(recipe: Recipe) -> Iterator[str]:
     yield from _data(recipe)
     yield from _batch(recipe)
     yield from _stages(recipe)
+    ends = recipe.stage_ends or [recipe.steps]
+    for number, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        sparsity = recipe.stages[number].sparsity if recipe.stages else recipe.sparsity
+        yield from sparsity.update.rule_violations(end - begin)
 
 
 def _model(recipe: Recipe) -> Iterator[str]:

@@ -29,6 +29,7 @@ class RunStage:
         begin, end: steps after which its schedule begins and ends.
         recipe: of the run, with the sparsity and schedule of this stage, as checkpoints record it.
         plan: its sparsity plan.
+        mean_plan: at the mean density over its steps, which FLOPs go by.
         flops_before: FLOPs of training up to step `first`.
     """
 
@@ -40,6 +41,7 @@ class RunStage:
     end: int
     recipe: Recipe
     plan: Plan
+    mean_plan: Plan
     flops_before: float = 0.0
 
     @property
@@ -67,7 +69,8 @@ class RunStage:
 
     def flops(self, convention: Convention = "spdf") -> Flops:
         """FLOPs per trained token."""
-        return training_flops(self.recipe.model, self.recipe.train.sequence_length, self.plan,
+        return training_flops(self.recipe.model, self.recipe.train.sequence_length,
+                              self.mean_plan,
                               convention)
 
     @property
@@ -113,9 +116,20 @@ def stages_of(recipe: Recipe) -> list[RunStage]:
     first, spent, stages = 0, 0.0, []
     for number, (begin, end, part, own) in enumerate(cut, 1):
         last, own = begin + part.last, own.stored_at(part.reached)
-        stages.append(RunStage(number, len(cut), first, last, begin, end, own, Plan.of(own), spent))
+        plan = Plan.of(own)
+        mean = _mean_plan(own, first - begin, part.last, end - begin) or plan
+        stages.append(RunStage(number, len(cut), first, last, begin, end, own, plan, mean, spent))
         first, spent = last, spent + stages[-1].flops().total * stages[-1].tokens
     return stages
+
+
+def _mean_plan(recipe: Recipe, first: int, last: int, steps: int) -> Plan | None:
+    """The plan at the mean density over steps first + 1 ... last of a stage; None: it stays."""
+    algorithm = recipe.sparsity.update
+    if not algorithm.holds:
+        return None
+    shares = [algorithm.share(step, steps) for step in range(first + 1, last + 1)]
+    return Plan.of(recipe.stored_at(sum(shares) / len(shares)))
 
 
 def stages_left(stages: Sequence[RunStage], step: int) -> list[RunStage]:

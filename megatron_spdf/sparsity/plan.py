@@ -61,7 +61,11 @@ class SparseWeight:
     @property
     def active_per_slice(self) -> int:
         """Exact number of active entries k of each slice."""
-        return self.pattern.active(self.slice_shape, self.stored)
+        return self.active_at(self.reached)
+
+    def active_at(self, share: float) -> int:
+        """Exact number of active entries of each slice at a share of the level."""
+        return self.pattern.active(self.slice_shape, self.level * share)
 
     @property
     def active(self) -> int:

@@ -172,7 +172,7 @@ class Trainer:
         PROGRESS.set_activity(f"the save at step {self.state.step}")
         self.report.saved(self.checkpointer.wait())
         self._stop_if_saves_fail(self.recipe.fault_tolerance.max_failed_saves)
-        measured = self.moves.without_newborn(self.engine.measured_sparsity())
+        measured = self.moves.as_stored(self.engine.measured_sparsity())
         check_sparsity(measured, self.stage.plan)
         self.checkpointer.save(self.engine, self.state, measured)
         if not self.recipe.checkpoint.asynchronous:

@@ -14,6 +14,7 @@ state to their new places is the engine.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -99,6 +100,14 @@ class MaskAlgorithm(Section):
         the largest magnitudes stay, with their optimizer state, and what is born is zero."""
         return [Part(steps, 1.0)]
 
+    def share(self, step: int, steps: int) -> float:
+        """The share of its level that a weight has at a step, which FLOPs go by."""
+        return next(part.reached for part in self.parts(steps) if step <= part.last)
+
+    def rule_violations(self, steps: int) -> Iterator[str]:
+        """What does not go in a run or stage of so many steps, as sentences."""
+        return iter(())
+
     def largest_move(self, active: int) -> int:
         """The most entries that die in one move of a slice with so many active ones."""
         return 0
@@ -174,6 +183,12 @@ class MovingMasks(MaskAlgorithm):
             return self.fraction
         share = (when.step / when.steps - self.start) / (self.stop - self.start)
         return self.fraction * (1.0 + math.cos(math.pi * share)) / 2.0
+
+    def rule_violations(self, steps: int) -> Iterator[str]:
+        if not self.moves(steps):
+            yield (f"sparsity.update.every={self.every} from start={self.start:g} to "
+                   f"stop={self.stop:g} of {steps:,} steps moves no mask; lower every, or train "
+                   "longer")
 
     def count(self, active: int, when: Moment) -> int:
         """The number of entries that die in a slice with so many active ones."""
