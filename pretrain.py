@@ -39,8 +39,8 @@ def main() -> int:
         if options.dry_run:
             print(f"{render_recipe(recipe)}\n{summary}")
             return exit_codes.FINISHED
-        run = open_run(ranks, recipe)
         corpus = check_corpus(recipe)
+        run = open_run(ranks, recipe, alone=options.preflight)
         if options.preflight:
             return preflight(run)
 

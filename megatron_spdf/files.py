@@ -5,7 +5,6 @@ Nothing is ever written through a symbolic link that someone has laid where a fi
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import shutil
@@ -13,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+from megatron_spdf.records import to_json
 
 PARTIAL = ".partial"  # ends the name of a directory in the making
 NEW = ".new"  # ends the name of a file in the making
@@ -43,8 +44,8 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 
 def write_json(path: Path, content: object) -> None:
-    """`write_file` of JSON."""
-    write_file(path, json.dumps(content, indent=1) + "\n")
+    """`write_file` of JSON; see `to_json`."""
+    write_file(path, to_json(content, indent=1) + "\n")
 
 
 def open_to_append(path: Path, **options: int) -> IO[bytes]:

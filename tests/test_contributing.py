@@ -1,4 +1,8 @@
-"""Pages name files that exist. CONTRIBUTING.md names all rooms, floors, and tests of invariants."""
+"""Pages name files and tests that exist.
+
+CONTRIBUTING.md names all rooms, floors, and tests of invariants. docs/trust.md names a test of each
+sentence.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,8 @@ PAGE = (ROOT / "CONTRIBUTING.md").read_text()
 PAGES = ["CONTRIBUTING.md", "tests/README.md", "docker/README.md",
          *(str(page.relative_to(ROOT)) for page in sorted(ROOT.glob("docs/*.md")))]
 PATH = re.compile(r"`((?:megatron_spdf|tests|tools|launch|docs|docker)/[\w./]*\w)`")
+TEST = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
+PROMISES = (ROOT / "docs/trust.md").read_text()
 MADE_BY_USERS = {"launch/site.sh"}
 
 
@@ -32,6 +38,19 @@ def mapped() -> set[str]:
 def test_files_that_pages_name_exist(page):
     named = set(PATH.findall((ROOT / page).read_text())) - MADE_BY_USERS
     assert not (missing := sorted(name for name in named if not (ROOT / name).exists())), missing
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_tests_that_pages_name_exist(page):
+    for path, name in TEST.findall((ROOT / page).read_text()):
+        tree = ast.parse((ROOT / path).read_text())
+        assert name in {part.name for part in tree.body if isinstance(part, ast.FunctionDef)}, path
+
+
+def test_every_sentence_about_trust_has_a_test():
+    rows = [row for row in re.findall(r"^\| (.*) \| (.*) \|$", PROMISES, re.M)
+            if row[0] != "sentence"]
+    assert rows and all(TEST.search(tests) for _, tests in rows), rows
 
 
 def test_the_code_map_has_every_room():

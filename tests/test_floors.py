@@ -20,7 +20,7 @@ PACKAGE = "megatron_spdf"
 FLOORS = [
     (
         "ground",
-        ["version", "registry", "text", "files", "locks", "command_line", "exit_codes",
+        ["version", "registry", "text", "files", "records", "locks", "command_line", "exit_codes",
          "random_streams", "section", "tables"],
     ),
     ("architecture", ["architecture"]),

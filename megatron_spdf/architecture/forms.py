@@ -144,6 +144,40 @@ class Forms:
         return words + [flag for flag, given in flags.items() if given]
 
 
+class UnknownFamily(ValueError):
+    """A model_type of transformers that no family here has, or that more than one can read."""
+
+
+def model_of(config: dict[str, Any], families: Sequence[type[Forms]]) -> Forms:
+    """The model of a config.json. Where several families have its `model_type`, it is of the one
+    that computes what the configuration says.
+
+    Raises:
+        UnknownFamily: no family has this `model_type`, or several compute what it says.
+        ValueError: see `Forms.from_huggingface`.
+    """
+    kind = config.get("model_type")
+    claiming = [family for family in families if family.huggingface and family.huggingface == kind]
+    if not claiming:
+        known = sorted({family.huggingface for family in families if family.huggingface})
+        raise UnknownFamily(f"is a model of type {kind!r}; those that can be read are "
+                            f"{', '.join(known)}")
+    models, refused = [], []
+    for family in claiming:
+        try:
+            models.append(family.from_huggingface(config))
+        except ValueError as error:
+            refused.append(error)
+    if len(models) > 1:
+        named = " and ".join(f"{type(model).name!r}" for model in models)
+        raise UnknownFamily(f"is a model of type {kind!r}, which the architectures {named} both "
+                            "read; leave one of them out, or let its from_huggingface refuse what "
+                            "is the other's")
+    if not models:
+        raise ValueError("; and ".join(map(str, refused)))
+    return models[0]
+
+
 def pad_vocabulary(rows: Tensor, number: int) -> Tensor:
     """An embedding with `number` rows, those past the vocabulary being the mean of it.
 

@@ -40,9 +40,11 @@ NAMES = {EMBEDDING: "wte.weight", POSITIONS: "wpe.weight",
          "mlp.linear_fc1": "mlp.c_fc", "mlp.linear_fc2": "mlp.c_proj"}
 SIZES = {"layers": "n_layer", "hidden": "n_embd", "heads": "n_head", "vocab_size": "vocab_size",
          "max_positions": "n_positions"}
+# transformers' names of GELU's tanh approximation, equal up to rounding
+GELU_TANH = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate", "gelu_python_tanh")
 # What a GPT computes, as GPT2Config says it, and what that says where a key is missing.
 COMPUTES = {
-    "activation_function": (("gelu_new", "gelu_pytorch_tanh"), "gelu_new"),
+    "activation_function": (GELU_TANH, "gelu_new"),
     "layer_norm_epsilon": ((1e-5,), 1e-5),
     "scale_attn_weights": ((True,), True),
     "scale_attn_by_inverse_layer_idx": ((False,), False),

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from megatron_spdf.architecture.base import HEAD, Model, Weight
+from megatron_spdf.convert.foreign import require_finite
 from megatron_spdf.sparsity.plan import SparseWeight
 from megatron_spdf.sparsity.slices import join_slices
 
@@ -85,6 +86,9 @@ class DeepSpeedReader:
 
     def weight(self, name: str) -> Tensor:
         """Whole dense parameter by its canonical name, in float32 if the optimizer was sharded."""
+        return require_finite(self._weight(name), name, self.path)
+
+    def _weight(self, name: str) -> Tensor:
         weight, compact = self.weights[name], _compact_name(name)
         if compact in self._ranks[0].shapes:
             return self._expanded(weight, compact)

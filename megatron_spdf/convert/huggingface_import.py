@@ -6,22 +6,29 @@ import json
 import pickle
 import re
 import zipfile
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_spdf.architecture.base import ARCHITECTURES, EMBEDDING, Model, Weight
+from megatron_spdf.architecture.forms import UnknownFamily, model_of
+from megatron_spdf.convert.foreign import require_finite
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
+T = TypeVar("T")
 CONFIG = "config.json"
 # or the same with .index.json, in several files
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _HEAD = "lm_head.weight"
 _TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer.model")
+# parts of names that wrappers add: DistributedDataParallel, torch.compile, FSDP, checkpointing
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_PREFIXES = ("transformer.", "model.")  # what a family has around its decoder, or a user around it
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -47,7 +54,7 @@ class HuggingFaceReader:
         self._files = _find_files(path)
         self._open: dict[str, Any] = {}
         self._forms = {name: self.model.huggingface_form(w) for name, w in self.weights.items()}
-        self._places = {self._plain(name): name for name in self._names()}
+        self._places = self._find_places()
         self._check()
 
     @property
@@ -63,52 +70,82 @@ class HuggingFaceReader:
     def weight(self, name: str) -> Tensor:
         """A parameter by its canonical name, in the type of the file; the vocabulary padded with
         its mean."""
-        form = self._forms[name]
-        return form.join([self._part(self._places[self._plain(there)], shape)
-                          for there, shape in zip(form.names, form.shapes, strict=True)])
-
-    def _part(self, place: str, shape: tuple[int, ...]) -> Tensor:
-        tensor = self._tensor(place)
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{self.path}: {place} has shape {tuple(tensor.shape)}, and by "
-                             f"{CONFIG} it must have {shape}; use a model whose files belong "
-                             "together")
-        if tensor.dtype not in _FLOATS:
-            raise ValueError(f"{self.path}: {place} is {tensor.dtype}; quantized weights cannot be "
-                             "read, use the model they were made from")
-        return tensor
+        places = [self._places[self._plain(there)] for there in self._forms[name].names]
+        return self._forms[name].join([
+            require_finite(self._tensor(place), place, self.path) for place in places])
 
     def master(self, name: str) -> Tensor:
         """Like `weight`, in float32."""
         return self.weight(name).float()
 
+    def _find_places(self) -> dict[str, str]:
+        """Plain name -> name in the files; a tied model may have its embedding as LM head only.
+
+        Raises:
+            ValueError: two names in the files are one weight's.
+        """
+        places: dict[str, str] = {}
+        for name in self._names():
+            plain = self._plain(name)
+            if plain in places:
+                raise ValueError(f"{self.path} has both {places[plain]} and {name}, which are one "
+                                 f"weight of a {self.model.title}; remove one from a copy of it")
+            places[plain] = name
+        (embedding,) = map(self._plain, self._forms[EMBEDDING].names)
+        tied = self.model.tied and self.config.get("tie_word_embeddings", True)
+        if tied and embedding not in places and _HEAD in places:
+            places[embedding] = places[_HEAD]
+        return places
+
     def _plain(self, name: str) -> str:
-        """A name there without the prefix that a model saved without its LM head lacks."""
-        return name.removeprefix(self.model.huggingface_prefix)
+        """A name there without what wrappers put into it, and without the prefix that a model saved
+        without its LM head lacks."""
+        plain = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+        prefixes = (*_PREFIXES, self.model.huggingface_prefix or _PREFIXES[0])
+        while found := next(filter(plain.startswith, prefixes), None):
+            plain = plain.removeprefix(found)
+        return plain
 
     def _check(self) -> None:
-        """That every weight is there, and nothing that would be left out."""
-        wanted = [self._plain(name) for form in self._forms.values() for name in form.names]
-        if missing := [name for name in wanted if name not in self._places]:
+        """That every weight is there, of its shape, and nothing that would be left out."""
+        shapes = {self._plain(name): shape for form in self._forms.values()
+                  for name, shape in zip(form.names, form.shapes, strict=True)}
+        if missing := [name for name in shapes if name not in self._places]:
             raise ValueError(f"{self.path} has no tensor {_some(missing)}, which a "
                              f"{self.model.title} of {self.model.layers} layers has; use a "
                              "complete model")
-        rest = {name: place for name, place in self._places.items() if name not in wanted}
-        if self.model.tied:
-            self._check_tied(rest.pop(_HEAD, None))
+        rest = {name: place for name, place in self._places.items() if name not in shapes}
         unknown = [place for name, place in rest.items()
-                   if not name.endswith(self.model.huggingface_ignored)]
+                   if not name.endswith(self.model.huggingface_ignored)
+                   and not (self.model.tied and name == _HEAD)]
         if unknown:
             (kind,) = self.model.huggingface_config()["architectures"]
             raise ValueError(f"{self.path} has {_some(unknown)}, which {kind} has not and which "
                              "would be lost; use a plain language model")
+        self._check_forms(shapes)
+        if self.model.tied:
+            self._check_tied(self._places.get(_HEAD))
+
+    def _check_forms(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """That every tensor has the shape that config.json gives it, and is one of floats."""
+        found = {place: (self._form_of(place), shape)
+                 for place, shape in ((self._places[name], shape)
+                                      for name, shape in shapes.items())}
+        if wrong := [f"{place} has shape {there}, and by {CONFIG} it must have {shape}"
+                     for place, ((there, _), shape) in found.items() if there != shape]:
+            raise ValueError(f"{self.path}: {_some(wrong, '; ')}; use a model whose files belong "
+                             "together")
+        if wrong := [f"{place} is {dtype}" for place, ((_, dtype), _) in found.items()
+                     if dtype not in _FLOATS]:
+            raise ValueError(f"{self.path}: {_some(wrong)}; quantized weights cannot be read, use "
+                             "the model they were made from")
 
     def _check_tied(self, head: str | None) -> None:
         """That an LM head, where there is one, is the embedding."""
         if head:
             (embedding,) = self._forms[EMBEDDING].names
-            if not torch.equal(self._tensor(head),
-                               self._tensor(self._places[self._plain(embedding)])):
+            place = self._places[self._plain(embedding)]
+            if place != head and not torch.equal(self._tensor(head), self._tensor(place)):
                 raise ValueError(f"{self.path}: {head} is not the token embedding; here the two "
                                  "are tied, so a model with a head of its own cannot be read")
         elif not self.config.get("tie_word_embeddings", True):
@@ -122,10 +159,24 @@ class HuggingFaceReader:
         return list(opened.keys())
 
     def _tensor(self, name: str) -> Tensor:
+        return self._read(name, lambda opened: opened.get_tensor(name), lambda tensor: tensor)
+
+    def _form_of(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and type of a tensor, which is not read."""
+        def of_slice(opened: Any) -> tuple[tuple[int, ...], torch.dtype]:
+            there = opened.get_slice(name)
+            shape = tuple(there.get_shape())
+            return shape, (there[:0] if shape else opened.get_tensor(name)).dtype
+
+        return self._read(name, of_slice, lambda tensor: (tuple(tensor.shape), tensor.dtype))
+
+    def _read(self, name: str, safe: Callable[[Any], T], loaded: Callable[[Tensor], T]) -> T:
+        """What one of the two makes of a tensor: of an open safetensors file, or of what a
+        pytorch_model.bin holds."""
         file = self._files[name] if isinstance(self._files, dict) else self._files
         opened = self._opened(file)
         try:
-            return opened.get_tensor(name) if file.suffix == ".safetensors" else opened[name]
+            return safe(opened) if file.suffix == ".safetensors" else loaded(opened[name])
         except (SafetensorError, KeyError, OSError) as error:
             raise ValueError(
                 f"{file}: {name} cannot be read ({error}); copy the file again"
@@ -137,8 +188,9 @@ class HuggingFaceReader:
             try:
                 self._open[file.name] = (
                     safe_open(file, framework="pt") if file.suffix == ".safetensors"
-                    else torch.load(file, map_location="cpu", weights_only=True,
-                                    mmap=zipfile.is_zipfile(file)))
+                    else _only_tensors(file, torch.load(file, map_location="cpu",
+                                                        weights_only=True,
+                                                        mmap=zipfile.is_zipfile(file))))
             except pickle.UnpicklingError as error:
                 named = re.search(r"GLOBAL (\S+)", str(error))
                 raise ValueError(f"{file} holds {named[1] if named else 'something'} beside "
@@ -149,16 +201,25 @@ class HuggingFaceReader:
         return self._open[file.name]
 
 
+def _only_tensors(file: Path, content: Any) -> dict[str, Tensor]:
+    """The content of a pytorch_model.bin, which must be a state dict and nothing else."""
+    others = ([str(name) for name, value in content.items() if not isinstance(value, Tensor)]
+              if isinstance(content, dict) else [f"a {type(content).__name__}"])
+    if others:
+        raise ValueError(f"{file} holds {_some(others)} beside tensors; save the model's "
+                         "state_dict() alone, as safetensors")
+    return content
+
+
 def _model(config: dict[str, Any], path: Path) -> Model:
-    kind = config.get("model_type")
-    families = {family.huggingface: family for family in map(ARCHITECTURES.get,
-                                                             ARCHITECTURES.names())
-                if family.huggingface}
-    if kind not in families:
-        raise ValueError(f"{path} is a model of type {kind!r}; those that can be read are "
-                         f"{', '.join(sorted(families))}")
     try:
-        return families[kind].from_huggingface(config)
+        model = model_of(config, [ARCHITECTURES.get(name) for name in ARCHITECTURES.names()])
+        if model.hidden % model.heads:
+            raise ValueError(f"has {model.heads} attention heads for a width of {model.hidden}, "
+                             "which they do not divide; use the config.json of the weights")
+        return model
+    except UnknownFamily as error:
+        raise ValueError(f"{path} {error}") from None
     except ValueError as error:
         raise ValueError(f"{path / CONFIG} {error}") from None
 
@@ -192,5 +253,5 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read ({error}); copy the file again") from None
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+def _some(names: list[str], between: str = ", ") -> str:
+    return between.join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

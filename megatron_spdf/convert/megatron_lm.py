@@ -27,6 +27,7 @@ from megatron_spdf.architecture.forms import pad_vocabulary
 from megatron_spdf.checkpoint.reader import stored_name
 from megatron_spdf.checkpoint.tensors import TensorFiles
 from megatron_spdf.checkpoint.writer import StoredTensor, whole, write_tensors
+from megatron_spdf.convert.foreign import require_finite
 from megatron_spdf.convert.source import WeightSource
 from megatron_spdf.files import atomic_directory
 
@@ -77,6 +78,9 @@ class MegatronReader(TensorFiles):
 
     def weight(self, name: str) -> Tensor:
         """A parameter by its canonical name; the vocabulary padded to our length with its mean."""
+        return require_finite(self._weight(name), name, self.path)
+
+    def _weight(self, name: str) -> Tensor:
         place, layer = self._place(name)
         shape = self.weights[name].shape
         if name in _VOCABULARY:

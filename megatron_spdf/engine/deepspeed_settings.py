@@ -6,10 +6,10 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from megatron_spdf.recipe.recipe import AUTO, Recipe
+from megatron_spdf.records import read_json
 
 # Settings of DeepSpeed that the recipe decides, with the names it has for them.
 _FIELDS = {
@@ -118,19 +118,13 @@ def _read(path: str) -> dict[str, Any]:
     """The JSON file.
 
     Raises:
-        ValueError: it is not there, not JSON, or not an object.
+        ValueError: it is not there, not JSON, ambiguous, or not an object.
     """
     try:
-        values = json.loads(Path(path).read_text())
+        return read_json(path, dict[str, Any], remedy="see configs/deepspeed")
     except OSError as error:
         raise ValueError(f"deepspeed={path} cannot be read ({error.strerror}); see "
                          "configs/deepspeed") from None
-    except ValueError as error:
-        raise ValueError(f"deepspeed={path} is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"deepspeed={path} must hold one JSON object, not a "
-                         f"{type(values).__name__}")
-    return values
 
 
 def _leaves(values: dict[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:

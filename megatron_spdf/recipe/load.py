@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 from megatron_spdf.files import write_file
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.recipe.rules import rule_violations
+from megatron_spdf.records import parse_yaml, read_yaml
 from megatron_spdf.section import ByName
 from megatron_spdf.sparsity.settings import normalize_sparsity
 
@@ -77,10 +78,7 @@ def _read(kind: type[BaseModel], path: Path, seen: tuple[Path, ...]) -> dict[str
         near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise ValueError(f"there is no recipe {path}; {path.parent} holds "
                          f"{', '.join(near) or 'no .yaml file'}")
-    try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"recipe {path} is not YAML: {error}") from None
+    values = read_yaml(path) or {}
     if not isinstance(values, dict):
         raise ValueError(f"recipe {path} must be a mapping of sections, not a "
                          f"{type(values).__name__}")
@@ -135,10 +133,7 @@ def _override(kind: type[BaseModel], values: dict[str, Any], word: str) -> None:
     name, equals, text = word.partition("=")
     if not equals or not name:
         raise ValueError(f"{word!r} is not section.key=value; write for example parallel.tensor=2")
-    try:
-        change: Any = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"the value of {word!r} is not YAML: {error}") from None
+    change: Any = parse_yaml(text, name=f"the value of {word!r:.80}")
     for key in reversed(name.split(".")):
         change = {key: change}
     merged = _merge(values, change, kind)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,9 @@ import torch.distributed as dist
 import yaml
 
 from megatron_spdf.checkpoint.shared_files import check_shared
+from megatron_spdf.exit_codes import GUARD_STOPPED
 from megatron_spdf.files import NEW, links_out
+from megatron_spdf.locks import DirectoryLock, Held, is_lock
 from megatron_spdf.recipe.compare import changes_of_run
 from megatron_spdf.recipe.finetune import Finetune
 from megatron_spdf.recipe.load import save_recipe
@@ -27,6 +30,9 @@ class RunDir:
 
     Args:
         recipe: its `output` names the directory.
+
+    Attributes:
+        held: on rank 0, who else holds the directory; empty: nobody.
     """
 
     def __init__(self, recipe: Recipe | Finetune):
@@ -35,6 +41,8 @@ class RunDir:
         self.checkpoints = self.root / "checkpoints"
         self.log = self.root / "log.jsonl"
         self.tensorboard = self.root / "tensorboard"
+        self.lock = DirectoryLock(self.root, _end_at_once)
+        self.held = ""
         self.cache = Path(getattr(recipe.data, "index_cache", None) or self.root / "cache")
 
     def check(self) -> None:
@@ -71,6 +79,31 @@ class RunDir:
             raise ValueError(f"output={self.root} holds another recipe's run: "
                              f"{'; '.join(changes)}. Choose another output, or set these back to "
                              "go on with that run")
+
+    def take(self) -> None:
+        """Takes the directory for this process, which is rank 0, or notes in `held` who has it.
+
+        Raises:
+            ValueError: the directory cannot be written, or does not pass `check` any more.
+        """
+        with self._writing():
+            try:
+                self.lock.take()
+            except Held as error:
+                self.held = str(error)
+                return
+        try:
+            self.check()  # another process may have begun a run since
+        except ValueError:
+            self.lock.let_go()
+            raise
+
+    def require_taken(self) -> None:
+        """Raises a ValueError on all joined ranks alike where another process has the directory."""
+        held = [self.held]
+        dist.broadcast_object_list(held, src=0)
+        if held[0]:
+            raise Held(held[0])
 
     def preflight(self) -> None:
         """Counts a start, once before the ranks of a batch job, and makes the directory.
@@ -120,4 +153,10 @@ class RunDir:
     def _others(self) -> Iterator[Path]:
         """Files in the directory that no run of ours writes before its first `create`."""
         return (p for p in self.root.iterdir()
-                if p.name != restarts.STARTS and not p.name.endswith(NEW))
+                if p.name != restarts.STARTS and not is_lock(p.name) and not p.name.endswith(NEW))
+
+
+def _end_at_once(reason: str) -> None:
+    """Ends this process, which must write no more."""
+    print(f"stopped: {reason}", file=sys.stderr, flush=True)
+    os._exit(GUARD_STOPPED)

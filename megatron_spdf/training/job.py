@@ -23,6 +23,7 @@ from megatron_spdf.checkpoint.shared_files import newest_of_all
 from megatron_spdf.checkpoint.store import step_of
 from megatron_spdf.command_line import add_overrides, make_parser
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
+from megatron_spdf.locks import Held
 from megatron_spdf.parallel.ranks import destroy, init_distributed
 from megatron_spdf.recipe.finetune import Finetune
 from megatron_spdf.recipe.help import render_help
@@ -107,15 +108,26 @@ def refusals() -> Iterator[None]:
         raise SystemExit(code) from None
 
 
-def open_run(ranks: Ranks, recipe: Recipe | Finetune) -> RunDir:
-    """Opens the directory of a run, after checking that it may start there with these ranks.
+def open_run(ranks: Ranks, recipe: Recipe | Finetune, alone: bool) -> RunDir:
+    """Opens the directory of a run, after checking that it may start there with these ranks. Rank 0
+    takes it, until the process ends; the others learn in `run_job` if it could not.
+
+    Args:
+        ranks: this process among all.
+        recipe: of the run.
+        alone: whether this process does not join the others.
 
     Raises:
-        ValueError: another number of ranks than the layout has, or another run's directory.
+        ValueError: another number of ranks than the layout has, another run's directory, or one
+            that another job has.
     """
     check_world(ranks, recipe.parallel)
     run = RunDir(recipe)
     run.check()
+    if ranks.rank == 0:
+        run.take()
+    if run.held and (ranks.world == 1 or alone):
+        raise Held(run.held)
     return run
 
 
@@ -125,13 +137,23 @@ def preflight(run: RunDir) -> int:
     Raises:
         ValueError, RestartLimit: see `RunDir.preflight`.
     """
-    run.preflight()
+    try:
+        run.preflight()
+    finally:
+        run.lock.let_go()
     print(run.root)
     return exit_codes.FINISHED
 
 
 def run_job(job: Job) -> int:
     """Joins the ranks, trains with a heartbeat between them, and returns the exit code."""
+    try:
+        return _run_job(job)
+    finally:
+        job.run.lock.let_go()
+
+
+def _run_job(job: Job) -> int:
     from megatron_spdf.parallel import fake_cuda
     from megatron_spdf.resilience import progress
     from megatron_spdf.resilience.heartbeat import Heartbeat
@@ -141,6 +163,7 @@ def run_job(job: Job) -> int:
     fake_cuda.install()  # before anything that imports megatron.core
     with refusals():
         device = init_distributed(job.ranks, job.stages[0].recipe)
+        job.run.require_taken()
     with Heartbeat(job.ranks, job.run.recipe.fault_tolerance.hang_seconds):
         return train(job, stop, device)
 

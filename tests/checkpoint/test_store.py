@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from megatron_spdf.checkpoint import store
+from megatron_spdf.checkpoint.reader import find_checkpoint
 
 
 def write_partial(directory: Path, step: int) -> Path:
@@ -46,6 +48,32 @@ def test_list_names_every_file_with_bytes_and_checksum(checkpoint):
     assert sorted(listed) == ["run.json", "tokenizer/tokenizer.json", "weights.distcp"]
     assert listed["weights.distcp"] == {
         "bytes": 1024, "sha256": "785b0751fc2c53dc14a4ce3d800e69ef9ce1009eb327ccf458afe09c242c26c9"}
+
+
+def test_every_file_is_on_disk_before_the_checkpoint_is_visible(tmp_path, monkeypatch):
+    synced, sync = [], os.fsync
+
+    def noted(number: int) -> None:
+        synced.append((os.path.relpath(os.readlink(f"/proc/self/fd/{number}"), tmp_path),
+                       bool(store.visible(tmp_path))))
+        sync(number)
+    monkeypatch.setattr(os, "fsync", noted)
+    checkpoint = save(tmp_path, 500)
+    files = json.loads((checkpoint / store.FILES).read_text())
+    before = {name for name, visible in synced if not visible}
+    assert {f"{checkpoint.name}.partial/{name}" for name in files} <= before
+
+
+def test_the_best_one_is_the_newest_where_it_is_gone(tmp_path):
+    run = tmp_path / "run"
+    for step in (10, 20, 30):
+        save(run / "checkpoints", step)
+    for named, found in ((10, 10), (20, 20), (40, 30), (15, 30)):
+        store.write_json(run / "checkpoints" / store.BEST, {"checkpoint": store.name_of(named)})
+        assert find_checkpoint(run).name == store.name_of(found)
+        assert find_checkpoint(run, newest=True).name == store.name_of(30)
+        best = store.best(run / "checkpoints")
+        assert best == (run / "checkpoints" / store.name_of(named) if found == named else None)
 
 
 def test_newest_is_the_highest_step_however_they_were_written(tmp_path):

@@ -18,6 +18,8 @@ import yaml
 from forked_ranks import FORKED, TORCHRUN
 from test_pretrain import finish, records
 
+from megatron_spdf.locks import DirectoryLock
+
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -263,3 +265,14 @@ def test_dry_run_prints_what_would_run_and_touches_nothing(tune, workplace, tmp_
         and "layout: 1 ranks" in out
     )
     assert not (workplace / "dry").exists()
+
+
+def test_a_run_that_another_job_has_is_refused(tune, ask_tune, workplace):
+    lock = DirectoryLock(workplace / "held", pytest.fail)
+    lock.take()
+    for words in ([], ["--preflight"]):
+        refused = ask_tune("output=held", *words)
+        assert refused.returncode == 2 and "held is in use by process" in refused.err.getvalue()
+    lock.let_go()
+    assert ask_tune("output=held", "--preflight").returncode == 0
+    assert ask_tune("output=held", "--preflight").returncode == 0

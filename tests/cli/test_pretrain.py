@@ -3,6 +3,7 @@ the end, stopped, killed, and started again."""
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from forked_ranks import TORCHRUN
+from forked_ranks import TORCHRUN, free_port
 
 pytestmark = pytest.mark.slow
 
@@ -144,6 +145,24 @@ def kill_tree(process) -> None:
     process.wait(timeout=60)
     process.stdout.close()
     process.stderr.close()
+
+
+def test_a_second_job_is_refused_on_all_its_ranks_and_a_killed_one_does_not_block(start, workplace):
+    first = start("output=twice")
+    wait_for(workplace / "twice", 2, first)
+    first.send_signal(signal.SIGSTOP)
+    ranks = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    others = [start("output=twice", "parallel.tensor=2", RANK=str(rank), LOCAL_RANK=str(rank),
+                    **ranks) for rank in range(2)]
+    for other in others:
+        _, err = other.communicate(timeout=120)
+        assert other.returncode == 2
+        assert f"twice is in use by process {first.pid} on {socket.gethostname()}" in err
+    first.kill()
+    finish(first, code=-signal.SIGKILL)
+    finish(start("output=twice"))
+    assert [r["step"] for r in records(workplace / "twice") if r["kind"] == "train"] == list(
+        range(1, 25))
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from megatron_spdf.sparsity.patterns.unstructured import draw_mask, largest_mask
 from megatron_spdf.sparsity.slices import slice_of
 
 FC1 = "decoder.layers.1.mlp.linear_fc1.weight"
+QKV = "decoder.layers.0.self_attention.linear_qkv.weight"
 
 
 @pytest.fixture
@@ -232,3 +233,21 @@ def test_the_other_half_of_a_tensor_is_missed(begin):
     with pytest.raises(store.DamagedCheckpoint,
                        match=f"holds {rows * 8} of {rows * 12} numbers of embedding"):
         TensorFiles(reader.path).tensor("embedding.word_embeddings.weight")
+
+
+@pytest.mark.parametrize("base", [{"hidden": 3, "input_multiplier": 3.0, "output_multiplier": 2.0},
+                                  {"hidden": 6, "density": 0.5}, {}])
+@pytest.mark.parametrize("level", [0.75, 0.0])
+def test_a_run_of_another_parametrization_computes_with_the_same_weights(begin, gpt2, base, level):
+    """`weight` and `master` are those of the standard model, whatever a run's parameters are."""
+    rules = {"parametrization": "mup", "train": {"precision": "fp32"},
+             "mup_base": {"hidden": 4, "input_multiplier": 5.0, "output_multiplier": 0.5}}
+    sparse, given = begin(sparsity=0.5, **rules), open_weights(gpt2)
+    assert not torch.equal(sparse.parameter(QKV), sparse.master(QKV))
+    other = rules | {"mup_base": base} if base else {"train": rules["train"]}
+    became = begin("other", sparse, sparsity=level, **other)
+    for name in sparse.weights:
+        kept = became.weight(name) != 0
+        assert torch.allclose(became.weight(name), kept * sparse.weight(name)), name
+        assert torch.allclose(sparse.weight(name)[kept], given.weight(name)[kept]), name
+        assert torch.allclose(became.master(name), became.weight(name)), name

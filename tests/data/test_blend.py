@@ -253,3 +253,23 @@ def test_a_run_refuses_another_blend_or_other_tokens_before_it_starts(recipe, co
     finally:
         for suffix in ("bin", "idx", "json"):
             Path(f"{corpora}/a.{suffix}.kept").rename(f"{corpora}/a.{suffix}")
+
+
+def test_other_tokens_of_the_same_lengths_are_another_source(recipe, tmp_path, tiny_bpe):
+    """Two data sets that differ in a byte that no token joins with others."""
+    made = {}
+    for name, mark in (("a", "\x01"), ("b", "\x02")):
+        write_shard(tmp_path / f"{name}.jsonl", [{"text": f"{mark} {r['text']} {mark}"}
+                                                 for r in records(30)])
+        preprocess([tmp_path / f"{name}.jsonl"], tmp_path / name, load_tokenizer(tiny_bpe))
+        made[name] = check_corpus(recipe(data={"train": str(tmp_path / name)},
+                                         model={"vocab_size": 300}, output=str(tmp_path / "run")))
+    (a,), (b,) = made["a"].train, made["b"].train
+    assert (tmp_path / "a.idx").read_bytes() == (tmp_path / "b.idx").read_bytes()
+    assert a.tokens == b.tokens and a.content != b.content
+    history = BlendHistory(tmp_path / "run", made["a"].train)
+    history.extend(0)
+    history.save()
+    with pytest.raises(ValueError, match="the blend is not the one that"):
+        check_corpus(recipe(data={"train": str(tmp_path / "b")}, model={"vocab_size": 300},
+                            output=str(tmp_path / "run")))

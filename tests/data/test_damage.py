@@ -258,3 +258,12 @@ def test_a_full_disk(tmp_path, tiny_bpe):
     )
     assert "Traceback" not in done.stderr
     assert content(out / "t") == content(tmp_path / "t")
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+def test_a_bad_record_before_a_damaged_place_is_the_one_that_is_named(tmp_path, tiny_bpe, suffix):
+    path = tmp_path / f"x.jsonl.{suffix}"
+    with_line(b'{"text": "cut\n')(path)
+    os.truncate(path, int(path.stat().st_size * 0.7))
+    with pytest.raises(ValueError, match="line 101: not valid JSON"):
+        preprocess([path], tmp_path / "t", load_tokenizer(tiny_bpe))

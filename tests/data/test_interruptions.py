@@ -19,6 +19,8 @@ import psutil
 import pytest
 from text_shards import ROOT, content, records, write_shard
 
+from megatron_spdf.data.indexed.manifest import InputFile, PreprocessSettings
+from megatron_spdf.data.preprocess.incremental import FinishedInput, Journal, Work
 from megatron_spdf.data.preprocess.preprocess import preprocess
 from megatron_spdf.data.preprocess.staging import Partial
 from megatron_spdf.data.tokenizers.tokenizer import load_tokenizer
@@ -249,6 +251,9 @@ def test_inputs_that_changed_under_an_interrupted_run_are_named(tmp_path, stoppe
     write_shard(stopped[1], records(2999, seed=1))
     with pytest.raises(ValueError, match="input 2, .*1.jsonl, has changed since"):
         preprocess(stopped, tmp_path / "t", tokenizer)
+    os.utime(stopped[0])  # of the same size
+    with pytest.raises(ValueError, match="input 1, .*0.jsonl, has changed since"):
+        preprocess(stopped, tmp_path / "t", tokenizer)
 
 
 def test_tokens_that_a_crash_of_the_machine_lost_are_missed(tmp_path, stopped, tiny_bpe):
@@ -293,3 +298,26 @@ def test_an_interrupted_renaming_is_finished(tmp_path, tiny_bpe, monkeypatch, se
     if (tmp_path / "t.partial").exists():
         preprocess([new], tmp_path / "t", tokenizer, **settings)
     assert content(tmp_path / "t") == expected
+
+
+def test_a_ledger_cut_at_any_byte_of_its_last_line_loses_that_line_only(tmp_path):
+    work = Work(settings=PreprocessSettings(), tokenizer_sha256="0", dtype="uint16", versions={})
+    entries = [FinishedInput(source=InputFile(path=f"{n}.jsonl", size=n, documents=n), mtime_ns=n,
+                             parts={}, part_of={}, skipped_lines=[]) for n in range(3)]
+    ledger = tmp_path / "ledger.jsonl"
+
+    def add(*more: FinishedInput) -> list[FinishedInput]:
+        journal = Journal(tmp_path, work)
+        there = list(journal.finished)
+        for entry in more:
+            journal.add(entry, [], now=True)
+        journal.close()
+        return there
+
+    add(*entries)
+    whole = ledger.read_bytes()
+    last = whole[:-1].rindex(b"\n") + 1
+    for end in range(last, len(whole)):
+        ledger.write_bytes(whole[:end])
+        assert add(entries[2]) == entries[:2]
+        assert ledger.read_bytes() == whole

@@ -16,6 +16,8 @@ from megatron_spdf.data.preprocess.encode import Encoded
 from megatron_spdf.data.preprocess.preprocess import preprocess
 from megatron_spdf.data.tokenizers.tokenizer import load_tokenizer
 
+# Texts that are not for training, of 24 shared out 2 : 1 : 1, by their SHA-256.
+STORED = {"valid": [0, 1, 2, 4, 5, 8, 9, 16, 23], "test": [22]}
 NAMES = {"Pile-CC": "pile_cc", "Wikipedia (en)": "wikipedia_en", "Github": "github"}
 
 
@@ -48,6 +50,15 @@ def test_a_split_is_by_text_alone_and_loses_nothing(tmp_path, tokenizer):
     # Binomial: the standard deviation of the largest share is 1.6% of 600 documents, repeated texts
     #     apart.
     assert shares == pytest.approx([0.80, 0.15, 0.05], abs=0.07)
+
+
+def test_the_split_of_a_text_is_the_stored_one(tmp_path, tokenizer):
+    """Another one would move texts from validation to training where data grow."""
+    write_shard(tmp_path / "a.jsonl", [{"text": f"text {n}"} for n in range(24)])
+    preprocess([tmp_path / "a.jsonl"], tmp_path / "t", tokenizer, split=(2, 1, 1))
+    found = {name: [int(text.split()[1]) for text in texts_of(tokenizer, tmp_path / "t" / name)]
+             for name in ("valid", "test")}
+    assert found == STORED
 
 
 def test_a_share_of_nothing_gets_nothing(tmp_path, tokenizer):

@@ -50,8 +50,8 @@ def make(place, recipe, tmp_path, tokenizer):
     """Makes the pass `number` over data set "a", with changes to the recipe."""
     def make_pass(number: int = 0, prefix: Path | None = None, cache: str = "cache",
                   **changes) -> ShuffledEpochs:
-        made = recipe(train={"sequence_length": LENGTH},
-                      data={"train": str(prefix or place / "a")}, **changes)
+        made = recipe(data={"train": str(prefix or place / "a")},
+                      **{"train": {"sequence_length": LENGTH}, **changes})
         [source] = training_sources(expand(made.data), tokenizer.sha256)
         return ShuffledEpochs(source, number, made, tokenizer, tmp_path / cache)
     return make_pass
@@ -87,6 +87,15 @@ def test_a_pass_of_one_epoch_is_megatrons(make, place, tokenizer, tmp_path, monk
         sample, expected = ours[i], theirs[i]
         assert set(sample) == set(expected)
         assert all(torch.equal(sample[key], expected[key]) for key in expected)
+
+
+def test_another_length_has_an_index_of_its_own(make, place, monkeypatch):
+    """Also where one epoch is an index of either, as of a large source."""
+    monkeypatch.setattr(samples, "_LEAST_SAMPLES", 1)
+    for length in (LENGTH, LENGTH // 2, 3 * LENGTH, LENGTH):
+        made = make(train={"sequence_length": length})
+        assert len(made) == (len(stored(place / "a")) - 1) // length
+        assert texts(made).shape == (len(made), length + 1)
 
 
 def test_labels_are_the_next_tokens_and_every_one_counts(make):

@@ -13,6 +13,7 @@ from official_figures import DART, E2E, GROUPS, OUTPUTS, REFERENCES, WEBNLG
 from rouge_score.rouge_scorer import RougeScorer
 
 from megatron_spdf.evaluation.metrics import java
+from megatron_spdf.evaluation.metrics.ngrams import bleu_tokenized
 from megatron_spdf.evaluation.references import References
 from megatron_spdf.evaluation.scores import score
 
@@ -64,6 +65,18 @@ def test_summaries_have_the_best_f1_of_their_references():
             for output, texts in zip(OUTPUTS, REFERENCES, strict=True)]
     assert score("scitldr", OUTPUTS,
                  TEXTS).values["all"]["ROUGE-2"] == pytest.approx(sum(best) / len(best))
+
+
+# What multi-bleu.perl -lc prints for "the pub ..." and "it is ...", all of whose n-grams are in
+# references of 8 and 11 tokens, and of 9 and, where there is one, none: its length is the closest.
+@pytest.mark.parametrize(("second", "figure"), [((), 41.11), (("",), 100.0)])
+def test_an_empty_reference_counts_as_multi_bleu_counts_it(second, figure):
+    outputs = ["The pub serves cheap food", "it is by river"]
+    first = ["the pub serves cheap food near the river",
+             "the pub serves cheap food and it is near the river"][: 1 + len(second)]
+    references = [first, ["in fact it is by river and quite cheap"]]
+    found = bleu_tokenized(outputs, References(tuple(references), ("", "")))
+    assert found["all"]["BLEU"].value == pytest.approx(figure, abs=5e-3)
 
 
 def test_a_part_of_the_test_set_is_scored_by_itself():

@@ -53,6 +53,15 @@ def test_variance_and_learning_rate_go_with_one_over_width_and_density(hidden, l
                                                                       / growth)
 
 
+def test_the_density_is_the_one_that_tiles_are_rounded_to():
+    model = {"layers": 2, "hidden": 512, "heads": 8, "vocab_size": 300}
+    found, weights = rules(model=model, mup_base={"hidden": 256},
+                           sparsity={"level": 0.9, "pattern": "tile", "tile": 64})
+    assert found.plan.weights[QKV].sparsity == 0.875
+    assert found.learning_rate(weights[QKV]) == 1 / (2 * 0.125)
+    assert found.initial(weights[QKV]).std == pytest.approx(0.02 / math.sqrt(2 * 0.125))
+
+
 def test_the_rest_keeps_its_spread_and_rate():
     found, weights = rules(sparsity=0.0)
     for name in (EMBEDDING, "embedding.position_embeddings.weight",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
@@ -157,3 +158,20 @@ def test_overview_as_text(recipe):
                   "the recipe"):
         assert words in text
     assert max(map(len, text.splitlines())) <= 160
+
+
+def test_the_last_stage_may_be_the_fullest(recipe):
+    """With a large vocabulary, a head that is not the embedding, and one micro-batch in flight."""
+    r = recipe(model={"layers": 2, "hidden": 1024, "heads": 8, "vocab_size": 400_000,
+                      "max_positions": 64},
+               train={"global_batch": 1, "micro_batch": 1, "sequence_length": 64},
+               parallel={"pipeline": 2})
+    plan = Plan.of(r)
+    first, last = (peak_bytes(r, plan, stage) for stage in (0, 1))
+    found = fullest(r, plan)
+    assert first < last and (found.stage, found.peak) == (1, last)
+    between = replace(GPU, memory=(first + last) // 2 / USABLE)
+    fitting, misfits = search(r, plan, between, 2)
+    assert not [c for c in fitting if c.recipe.parallel.pipeline == 2]
+    (misfit,) = [m for m in misfits if m.recipe.parallel.pipeline == 2]
+    assert "GiB on stage 1" in misfit.reason

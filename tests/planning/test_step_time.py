@@ -90,3 +90,14 @@ def test_the_slowest_stage_sets_the_pace(recipe):
     last = r.tokens_per_step * (1.5 * even.linear + 3 * even.logits + (1 + FLASH_BACKWARD) / 2
                                 * even.attention)
     assert times(r, efficiency=0.5).compute == pytest.approx(last / (0.5 * GPU.bf16), rel=1e-6)
+
+
+@pytest.mark.parametrize(("zero_stage", "data"), [(0, 8), (1, 8), (1, 1), (0, 1)])
+def test_the_update_reads_and_writes_what_a_rank_updates(recipe, zero_stage, data):
+    """Of every weight it updates 12 bytes of state and 4 of gradient are read and written, and the
+    bf16 weights of the whole model are written."""
+    r = gpt(recipe, parallel={"data": data, "zero_stage": zero_stage})
+    weights = sum(w.numel for w in r.model.weights())
+    updated = weights / (data if zero_stage == 1 else 1)
+    moved = 2 * (12 + 4) * updated + 2 * weights
+    assert times(r).update == pytest.approx(moved / GPU.memory_bandwidth, rel=0.01)

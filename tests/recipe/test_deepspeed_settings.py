@@ -103,8 +103,10 @@ CONTRADICTIONS = {
                               "zero_stage=3 only"]),
     "misspelt": ({"zero_optimisation": {"overlap_comm": True}},
                  ["has zero_optimisation,", "write zero_optimization"]),
-    "not JSON": ("{", ["is not JSON"]),
-    "a list": ("[]", ["must hold one JSON object, not a list"]),
+    "not JSON": ("{", ["line 1: not JSON"]),
+    "a list": ("[]", ["should be a valid dictionary"]),
+    "a key twice": ('{"gradient_clipping": 1,\n"gradient_clipping": 2}',
+                    ["line 2: the key 'gradient_clipping' is given twice"]),
 }
 
 

@@ -267,14 +267,15 @@ def test_bad_value_is_named_with_rule_and_remedy(write, overrides, parts):
 
 @pytest.mark.parametrize("text, parts", [
     ("- 1\n- 2\n", ["must be a mapping", "not a list"]),
-    ("a: b: c\n", ["is not YAML"]),
-    ("\x00\x01", ["is not YAML"]),
+    ("a: b: c\n", ["line 1: not YAML"]),
+    ("\x00\x01", ["line 1: not YAML"]),
+    ("seed: 1\nseed: 2\n", ["line 2: the key 'seed' is given twice"]),
     ("", ["output is missing", "model is missing", "set it in the recipe"]),
     ("model: 3\n", ["model=3"]),
     ("extends: nowhere.yaml\n", ["there is no recipe", "nowhere.yaml", "holds recipe.yaml"]),
     ("extends: [recipe.yaml]\n", ["extends"]),
-], ids=["list", "not YAML", "control characters", "empty", "section is a number", "base missing",
-        "base is a list"])
+], ids=["list", "not YAML", "control characters", "a key twice", "empty",
+        "section is a number", "base missing", "base is a list"])
 def test_bad_file_is_named_with_rule_and_remedy(write, text, parts):
     with pytest.raises(ValueError) as caught:
         load_recipe(write(text))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import threading
+import time
 
 import pytest
 import torch
@@ -37,7 +39,8 @@ def call(monkeypatch):
                 found[rank] = check_in(rank, world, store, CPU, seconds)
             except Exception as error:
                 found[rank] = error
-        threads = [threading.Thread(target=one, args=(rank,)) for rank in ranks]
+        threads = [threading.Thread(target=one, args=(rank,), name=f"rank {rank}")
+                   for rank in ranks]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -50,6 +53,21 @@ def test_all_there(call):
     found = call([0, 1, 2], 3)
     assert len(set(found.values())) == 1
     assert "rank 0-2, cpu" in found[0] and "clock +0.000 s\nall 3 ranks reported within" in found[0]
+
+
+@pytest.mark.parametrize(("skew", "said"), [(10.0, r"\+(10\.0|9\.\d)"), (-10.0, r"-(10\.0|9\.\d)"),
+                                          (1.0, None)])
+def test_a_clock_that_is_off_is_measured(call, monkeypatch, skew, said):
+    true = time.time
+
+    def of_rank() -> float:
+        return true() + (skew if threading.current_thread().name == "rank 2" else 0.0)
+    monkeypatch.setattr(startup_check.time, "time", of_rank)
+    lines = call([0, 1, 2], 3)[0]
+    if said is None:
+        assert "warning" not in lines
+    else:
+        assert re.search(rf"warning: the clock of \S+ is {said} s off that of", lines), lines
 
 
 def test_a_missing_rank_is_named_on_every_rank_with_its_host(call, monkeypatch):

@@ -57,12 +57,15 @@ def of(cell) -> Recipe:
     return next(iter(cell.recipes.values()))
 
 
-def finish(trial, recipe, loss: float) -> None:
-    """Writes what a run leaves behind that came to its end."""
+def finish(trial, recipe, *losses: float, step: int | None = None) -> None:
+    """Writes what a run leaves behind that came to its end, or to `step`: evaluations with these
+    losses, one after each of the last steps."""
+    step = step or recipe.steps
     trial.output.mkdir(parents=True)
     (trial.output / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump()))
-    records = [{"kind": "train", "step": recipe.steps, "tokens": 1, "loss": 1.0},
-               {"kind": "valid", "step": recipe.steps, "loss": loss}]
+    records = [{"kind": "train", "step": step, "tokens": 1, "loss": 1.0},
+               *({"kind": "valid", "step": step - back, "loss": loss}
+                 for back, loss in zip(reversed(range(len(losses))), losses, strict=True))]
     (trial.output / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
 
 
@@ -127,6 +130,16 @@ def test_results_are_those_of_finished_runs(grid):
     changed = planned[0][1].model_copy(update={"seed": 9})
     with pytest.raises(ValueError, match="holds another recipe's run: seed is 1 there and 9 here"):
         loss_of(planned[0][0], changed)
+
+
+def test_a_run_that_stopped_half_way_has_no_result(grid):
+    _, found = grid_of(grid(seeds=(1, 2, 3)))
+    cell = found[0]
+    finish(cell.trials[1], cell.recipes[1], 3.0, 2.0, 2.5)  # the last counts, not the lowest
+    finish(cell.trials[2], cell.recipes[2], 9.0, step=2)
+    finish(cell.trials[3], cell.recipes[3])  # at its end, and not evaluated there
+    row = results(found)[0]
+    assert (row["losses"], row["missing"], row["mean"]) == ({1: 2.5}, 2, 2.5)
 
 
 @pytest.mark.parametrize(("change", "said"), [

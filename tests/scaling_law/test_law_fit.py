@@ -98,6 +98,13 @@ def test_a_run_is_a_point(run):
     assert (point.data, point.loss) == (r.steps * r.tokens_per_step, 4.5)
 
 
+def test_of_several_validation_losses_the_last_counts(run):
+    r, log = run
+    evaluated = [{"kind": "valid", "step": r.steps - back, "loss": loss}
+                 for back, loss in ((2, 5.0), (1, 4.0), (0, 4.5))]
+    assert point_of(read_run(log(r.steps, *evaluated))).loss == 4.5
+
+
 def test_without_validation_the_last_tenth_counts(run):
     r, log = run
     assert point_of(read_run(log(r.steps))).loss == pytest.approx(9.0 - 0.1 * r.steps)

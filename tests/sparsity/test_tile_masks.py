@@ -95,6 +95,14 @@ def test_a_level_between_balanced_ones_takes_fewer_slices():
     assert weight.slices == 1 and weight.sparsity == 0.875
 
 
+def test_the_most_slices_near_the_level_and_not_the_nearest_level():
+    """Of 16 slices with tiles of 16 the grid is 32 x 128: 3/32 are 0.00625 off the level, of 4
+    slices 13/128 are 0.0016 off."""
+    slices = tile_slices(NAME, (8192, 2048), 0, 16, 0.9, 16)
+    weight = SparseWeight(NAME, (8192, 2048), 0, slices, 0.9, Tiles(tile=16))
+    assert (slices, weight.sparsity) == (16, 1 - 3 / 32)
+
+
 def test_weight_that_tiles_do_not_divide_is_refused():
     with pytest.raises(ValueError,
                        match=r"sparsity.tile=64 on .* \(96 x 128\): .* tile may be one of \[8, 16, "
