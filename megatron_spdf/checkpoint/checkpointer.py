@@ -201,9 +201,7 @@ class Checkpointer:
         modules = [m for model in engine.models for m in sparse_modules(model)]
         for module, bits in zip(modules, drawn, strict=True):
             compact = compact_of(module)
-            if self.masks["kind"] != "seeded":
-                compact.index_mask()
-            elif not torch.equal(compact.mask_bits, bits):
+            if self.masks["kind"] == "seeded" and not torch.equal(compact.mask_bits, bits):
                 raise ValueError(f"checkpoint {checkpoint} holds another mask of "
                                  f"{compact.planned.name} than the recipe draws "
                                  f"(sparsity.seed={self.plan.seed}); use the recipe it was made "

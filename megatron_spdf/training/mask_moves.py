@@ -40,7 +40,8 @@ class MaskMoves:
     def before_step(self) -> None:
         """Lets the step collect the gradients of dense weights if the algorithm needs them then,
         which all ranks know from the number of the step."""
-        self._due = self.algorithm.due(self.engine.optimizer_steps + 1, self.steps)
+        due = self.algorithm.due(self.engine.optimizer_steps + 1, self.steps)
+        self._due = due and bool(self.stage.plan.weights)  # of dense weights the border prunes
         self._collects = self._due and self.algorithm.needs == "dense_gradient"
         if self._collects:
             collect_dense_gradients(self.engine.models)
