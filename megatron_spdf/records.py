@@ -18,6 +18,7 @@ import os
 import re
 import stat
 from collections.abc import Hashable, Iterator
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,9 +45,9 @@ def read_json(path: str | Path, kind: type[T] = Any, constants: bool = False,
     """Reads a JSON file.
 
     Args:
-        kind: type of its content: a pydantic model is made, of any other type the content is
-            returned as it is.
-        constants: whether NaN and Infinity, which JSON does not have, are read.
+        kind: type of its content: a pydantic model or a dataclass is made, of any other type the
+            content is returned as it is.
+        constants: whether NaN and Infinity, which JSON does not have, are read, as null.
         remedy: for the message.
 
     Raises:
@@ -79,8 +80,8 @@ def parse_json(text: str | bytes, kind: type[T] = Any, name: str = "the text", l
 
 
 def json_lines(path: str | Path, kind: type[T] = Any, constants: bool = False, remedy: str = "",
-               cut_short: bool = False) -> Iterator[T]:
-    """Reads a file with a JSON value a line; blank lines are passed over.
+               cut_short: bool = False) -> Iterator[tuple[str, T]]:
+    """Reads a file with a JSON value a line, each with its place; blank lines are passed over.
 
     Args:
         cut_short: whether a last line without its end is left out, which a writer may have been
@@ -95,7 +96,8 @@ def json_lines(path: str | Path, kind: type[T] = Any, constants: bool = False, r
             if cut_short and not line.endswith(b"\n"):
                 return
             if line.strip():
-                yield parse_json(line, kind, str(path), number, constants, remedy)
+                yield (f"{path}, line {number}",
+                       parse_json(line, kind, str(path), number, constants, remedy))
 
 
 def read_yaml(path: str | Path, kind: type[T] = Any, remedy: str = "") -> T:
@@ -149,6 +151,18 @@ def foreign_record(line: bytes) -> Any:
                          "it") from None
     except ValueError as error:
         raise Unreadable(f"not JSON ({error})") from None
+
+
+def typed(value: Any, kind: type[T], place: str, remedy: str = "") -> T:
+    """A value that was read, of a type as `read_json` takes it.
+
+    Args:
+        place: begins the message.
+
+    Raises:
+        Unreadable: it is of another type.
+    """
+    return _typed(kind, value, lambda keys: 0, functools.partial(_fault, place, remedy))
 
 
 class DuplicateKey:
@@ -223,6 +237,8 @@ def _typed(kind: Any, value: Any, line_of: Any, fault: Any) -> Any:
     try:
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             return kind.model_validate(value)
+        if is_dataclass(kind):
+            return _adapter(kind).validate_json(json.dumps(value), strict=True)
         _adapter(kind).validate_python(value, strict=True)
         return value
     except ValidationError as error:
@@ -277,8 +293,11 @@ def _refuse(token: str) -> Any:
 
 
 def _number(token: str) -> float:
-    number = float(token)
-    return number if math.isfinite(number) else _refuse(token)
+    return number if math.isfinite(number := float(token)) else _refuse(token)
+
+
+def _number_or_none(token: str) -> float | None:
+    return number if math.isfinite(number := float(token)) else None
 
 
 def _integer(token: str) -> int | float:
@@ -286,7 +305,8 @@ def _integer(token: str) -> int | float:
 
 
 _STRICT = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_number)
-_WITH_CONSTANTS = json.JSONDecoder(object_pairs_hook=_unique)
+_WITH_CONSTANTS = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=lambda token: None,
+                                   parse_float=_number_or_none)
 _FOREIGN = json.JSONDecoder(object_pairs_hook=_marked)
 _LONG_NUMBERS = json.JSONDecoder(object_pairs_hook=_marked, parse_int=_integer)
 

@@ -3,6 +3,8 @@
 import copy
 import sys
 import sysconfig
+from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -42,12 +44,13 @@ def corpus(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def make_recipe(corpus, tmp_path_factory):
-    """A small recipe as nested values, with sections changed by keyword."""
+def make_recipe(corpus):
+    """A small recipe as nested values, with sections changed by keyword. Without `output` every
+    call on ranks has a directory of its own."""
     def make(output: str | None = None, **sections) -> dict:
         recipe = copy.deepcopy(SMALL)
         recipe["data"] |= {"train": [corpus], "valid": [corpus]}
-        recipe["output"] = output or str(tmp_path_factory.mktemp("run") / "run")
+        recipe["output"] = output
         for name, change in sections.items():
             before = recipe.get(name, {})
             recipe[name] = (
@@ -65,6 +68,24 @@ def make_deep_recipe(make_recipe):
     def make(output: str | None = None, model: dict | None = None, **sections) -> dict:
         return make_recipe(output, model={"layers": 4, **(model or {})}, **sections)
     return make
+
+
+@pytest.fixture(scope="module")
+def ranks(request, tmp_path_factory):
+    """Number -> so many ranks, see harness.py; warm until the test file ends. They load what
+    `PLUGINS` names in the test file."""
+    from harness import Ranks, forks
+
+    forks()  # which takes seconds, meanwhile others make the corpus
+    with ExitStack() as stack:
+        @cache
+        def of(world: int, gpu: bool = False) -> Ranks:
+            made = Ranks(world, tmp_path_factory.mktemp(f"{world}ranks"),
+                         getattr(request.module, "PLUGINS", ""), gpu)
+            stack.callback(made.stop)
+            return made
+
+        yield of
 
 
 @pytest.fixture(scope="module", autouse=True)

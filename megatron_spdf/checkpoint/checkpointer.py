@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,7 +15,10 @@ from megatron_spdf.checkpoint.border import load_across_border
 from megatron_spdf.checkpoint.run_metadata import (
     INITIAL,
     Masks,
+    RunRecord,
+    RunState,
     after_moves,
+    read_run_record,
     run_record,
     seeded_masks,
     stored_masks,
@@ -32,36 +33,6 @@ from megatron_spdf.layers.compact import compact_of, sparse_modules
 from megatron_spdf.recipe.compare import changes_of_run
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.sparsity.plan import Plan
-
-
-@dataclass
-class RunState:
-    """Progress of a run. With the recipe it determines learning rate, data position and random
-    numbers.
-
-    Attributes:
-        step: batches consumed, skipped ones included.
-        optimizer_steps: updates since the optimizer's state was zero, at the start of the run or of
-            a stage.
-        skipped: steps skipped for non-finite numbers.
-        skipped_in_a_row: those since the last step that was not skipped.
-        evaluated: step of the last evaluation.
-        best_step, best_loss: of the evaluation with the lowest loss; step 0 before there is one.
-        worse: evaluations since the best.
-        tokens: number that the model has read.
-        mask_updates: moves of the masks.
-    """
-
-    step: int = 0
-    optimizer_steps: int = 0
-    skipped: int = 0
-    skipped_in_a_row: int = 0
-    evaluated: int = 0
-    best_step: int = 0
-    best_loss: float | None = None
-    worse: int = 0
-    tokens: int = 0
-    mask_updates: int = 0
 
 
 class Checkpointer:
@@ -158,14 +129,13 @@ class Checkpointer:
         """
         said = []
         if dist.get_rank() == 0:
-            said = [f"discarded {name}, a save that did not finish"
-                    for name in store.discard_incomplete(self.directory)]
+            said = store.discard_incomplete(self.directory)
         newest = newest_of_all(self.directory)
         if newest is None:
             return RunState(), said
         _verify_shared(newest)
         vet_metadata(newest)
-        run = json.loads((newest / store.RUN).read_text())
+        run = read_run_record(newest / store.RUN)
         self._check_run(run, newest)
         state = RunState(**run["state"])
         if boundary and state.step == boundary:
@@ -184,7 +154,7 @@ class Checkpointer:
         self._check_masks(engine, drawn, newest)
         return state, [*said, f"resumed from {newest.name}"]
 
-    def _check_run(self, run: dict[str, Any], checkpoint: Path) -> None:
+    def _check_run(self, run: RunRecord, checkpoint: Path) -> None:
         """Raises a ValueError unless the checkpoint is of this recipe's run, in whatever directory
         it lies."""
         changes = changes_of_run(Recipe.model_validate(run["recipe"]), self.recipe)

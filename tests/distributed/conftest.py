@@ -1,1 +1,7 @@
-from small_runs import corpus, make_deep_recipe, make_recipe, warm_ranks  # noqa: F401
+from small_runs import (  # noqa: F401
+    corpus,
+    make_deep_recipe,
+    make_recipe,
+    ranks,
+    warm_ranks,
+)

@@ -11,3 +11,9 @@ def close(there: list[tuple[float, float]], reference: list[tuple[float, float]]
         assert loss == pytest.approx(loss_there, rel=tolerance)
         # a root of a sum over all weights
         assert norm == pytest.approx(norm_there, rel=10 * tolerance)
+
+
+def close_runs(there: dict, reference: dict, tolerance: float = 1e-5) -> None:
+    """Asserts that the curves and the validation losses of `cases.train` agree."""
+    close(there["curve"], reference["curve"], tolerance)
+    assert there["valid"] == pytest.approx(reference["valid"], rel=tolerance)

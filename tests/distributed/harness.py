@@ -1,25 +1,24 @@
-"""Runs cases on real gloo ranks. A case runs when an assertion first asks for it.
+"""Runs functions on real gloo ranks, which a test asks for where it asserts.
 
-    results = run_cases(world=2, cases={"tp2": ("train", {...}), ...}, directory=tmp)
-    outcome(results, "tp2", rank=1)  ->  what tests/distributed/cases.py:train returned there
+    there = ranks(2).run(train, make_recipe(parallel={"tensor": 2}), steps=4)
 
-The ranks of a world are forks of a process that has imported the engines once, since that takes
-seconds. They start with the first case and stay warm for the others, until the test file ends. So
-`pytest -k one` runs the one case that it needs. A function of another module beside cases.py is
-named with it: "finetune_cases.finetuned". A case that reads what others wrote names them as a third
-entry: ("resumed", {...}, ["saved"]).
+is what tests/distributed/cases.py:train returned on rank 0, and `run_all` what it did on each rank.
+The same call is run once in a test file. The ranks of a world are forks of a process that has
+imported the engines once, since that takes seconds. They start with the first call and stay warm
+for the others, until the test file ends. The fixture `ranks` is in tests/small_runs.py.
 """
 
 from __future__ import annotations
 
-import importlib
+import hashlib
+import json
 import multiprocessing
 import os
 import pickle
 import socket
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing import connection, forkserver
@@ -27,59 +26,69 @@ from pathlib import Path
 from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT = 600  # seconds that a call may take
 COMMON = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore",
           "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent),
                                         str(Path(__file__).parents[1] / "seams"),
                                         *filter(None, [os.environ.get("PYTHONPATH")])])}
-STARTED: list[Results] = []  # whose ranks may be running; `stop_ranks` ends them
 
 
 @dataclass
 class Failure:
-    """A case that raised on a rank."""
+    """A call that raised on a rank."""
 
     trace: str
 
 
-class Results(Mapping):
-    """Case -> what it returned on each rank, or a `Failure`; runs a case when it is first read.
+class Ranks:
+    """Processes that run a function together, and what their calls returned.
 
     Args:
         world: number of ranks.
-        cases: name -> (function, arguments) or (function, arguments, cases that go before).
-        directory: for logs of the ranks.
-        timeout: seconds that a case may take.
+        directory: for logs of the ranks, and what runs write that have no directory of their own.
+        plugins: modules that the ranks load, as `SPDF_PLUGINS` names them.
         gpu: let the ranks see a GPU.
     """
 
-    def __init__(self, world: int, cases: dict[str, tuple], directory: Path, timeout: int,
-                 gpu: bool):
-        self.world, self.cases, self.directory = world, cases, directory
-        self.timeout, self.gpu = timeout, gpu
+    def __init__(self, world: int, directory: Path, plugins: str = "", gpu: bool = False):
+        self.world, self.directory, self.plugins, self.gpu = world, directory, plugins, gpu
         self._found: dict[str, list] = {}
         self._ranks: list[multiprocessing.Process] = []
         self._ends: list[connection.Connection] = []
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.cases)
+    def run(self, function: Callable, *arguments, **keywords):
+        """Returns what a function gives on rank 0, see `run_all`."""
+        return self.run_all(function, *arguments, **keywords)[0]
 
-    def __len__(self) -> int:
-        return len(self.cases)
+    def run_all(self, function: Callable, *arguments, **keywords) -> list:
+        """Returns what a function gives on each rank; it runs with the first call of its kind.
 
-    def __getitem__(self, name: str) -> list:
-        if name not in self._found:
-            function, arguments, *before = self.cases[name]
-            for other in before[0] if before else ():
-                _ = self[other]
-            self._found[name] = self._run(function, arguments)
-        return self._found[name]
+        Args:
+            function: of a module that the ranks can import; returns plain values and tensors, which
+                are pickled.
+            arguments, keywords: plain values and tensors. Recipes whose `output` is None get a
+                directory that calls of another kind do not have.
 
-    def _run(self, function: str, arguments: dict) -> list:
+        Raises:
+            AssertionError: it raised on a rank, with its trace; a rank died or was not done in
+                time, with the logs.
+        """
+        call = json.dumps([function.__module__, function.__qualname__, arguments, keywords],
+                          default=lambda value: value.tolist(), sort_keys=True)
+        if call not in self._found:
+            output = self.directory / hashlib.sha256(call.encode()).hexdigest()[:16]
+            self._found[call] = self._run(function, *_with_output([arguments, keywords],
+                                                                  str(output)))
+        for result in self._found[call]:
+            assert not isinstance(result, Failure), f"{function.__name__}:\n{result.trace}"
+        return self._found[call]
+
+    def _run(self, function: Callable, arguments: list, keywords: dict) -> list:
         if not self._ranks:
             self._start()
         for end in self._ends:
-            end.send_bytes(pickle.dumps((function, arguments)))
-        waiting, deadline = dict(enumerate(self._ends)), time.monotonic() + self.timeout
+            end.send_bytes(pickle.dumps((function, arguments, keywords)))
+        waiting, deadline = dict(enumerate(self._ends)), time.monotonic() + TIMEOUT
         results: list = [None] * self.world
         while waiting:
             ready = connection.wait(waiting.values(), max(0.0, deadline - time.monotonic()))
@@ -89,16 +98,14 @@ class Results(Mapping):
                 except EOFError:
                     self._fail(f"rank {rank} died")
             if not ready:
-                self._fail(f"ranks {list(waiting)} were not done after {self.timeout} s")
+                self._fail(f"ranks {list(waiting)} were not done after {TIMEOUT} s")
         return results
 
     def _start(self) -> None:
-        self.directory.mkdir(parents=True, exist_ok=True)
         environment = {"WORLD_SIZE": str(self.world), "MASTER_ADDR": "127.0.0.1",
-                       "CASES": str(self.directory)}
+                       "CASES": str(self.directory), "SPDF_PLUGINS": self.plugins}
         # A device cannot be used after a fork.
-        make = multiprocessing.get_context("spawn") if self.gpu else _forks()
-        STARTED.append(self)
+        make = multiprocessing.get_context("spawn") if self.gpu else forks()
         with patch.dict(os.environ, COMMON):
             for rank in range(self.world):
                 ours, theirs = make.Pipe()
@@ -116,7 +123,7 @@ class Results(Mapping):
         raise AssertionError(f"{why}; exit codes {codes}\n{logs}")
 
     def stop(self) -> None:
-        """Ends the ranks; results that are there stay."""
+        """Ends the ranks; what they returned stays."""
         for end in self._ends:
             end.close()
         for process in self._ranks:
@@ -125,20 +132,17 @@ class Results(Mapping):
         self._ranks, self._ends = [], []
 
 
-def run_cases(world: int, cases: dict[str, tuple], directory: Path, timeout: int = 600,
-              gpu: bool = False) -> Results:
-    """Cases for `world` ranks, on CPU unless `gpu`; see `Results`."""
-    return Results(world, cases, directory, timeout, gpu)
-
-
-def stop_ranks() -> None:
-    """Ends all ranks that were started."""
-    while STARTED:
-        STARTED.pop().stop()
+def _with_output(value, output: str):
+    """A copy of nested values, in which every `output` that is None is this one."""
+    if isinstance(value, dict):
+        return {name: output if name == "output" and inner is None else _with_output(inner, output)
+                for name, inner in value.items()}
+    return ([_with_output(inner, output) for inner in value]
+            if isinstance(value, list | tuple) else value)
 
 
 @cache
-def _forks() -> multiprocessing.context.ForkServerContext:
+def forks() -> multiprocessing.context.ForkServerContext:
     """Makes processes that are forks of one with the engines in memory, which has no threads and
     sees no GPU."""
     context = multiprocessing.get_context("forkserver")
@@ -148,23 +152,10 @@ def _forks() -> multiprocessing.context.ForkServerContext:
     return context
 
 
-def outcome(results: Mapping[str, list], name: str, rank: int = 0):
-    """Returns what a case gave on a rank; fails the test with the trace where the case raised."""
-    found = results[name]
-    for result in found:
-        assert not isinstance(result, Failure), f"case {name}:\n{result.trace}"
-    return found[rank]
-
-
-class Outcomes(dict):
-    """Case -> what it gave on rank 0, of results that run when they are first asked for."""
-
-    def __init__(self, results: Mapping[str, list]):
-        self.results = results
-
-    def __missing__(self, name: str):
-        self[name] = outcome(self.results, name)
-        return self[name]
+def world_of(recipe: dict) -> int:
+    """Ranks of a recipe's layout."""
+    layout = recipe.get("parallel", {})
+    return layout.get("tensor", 1) * layout.get("pipeline", 1) * layout.get("data", 1)
 
 
 def free_port() -> int:
@@ -194,7 +185,7 @@ _joined = 0
 
 def _rank_main(directory: Path, rank: int, environment: dict[str, str],
                end: connection.Connection) -> None:
-    """Runs case after case of those that come through `end`, until it is closed."""
+    """Runs call after call of those that come through `end`, until it is closed."""
     os.environ |= {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.chdir(ROOT)
     log = os.open(directory / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -206,16 +197,74 @@ def _rank_main(directory: Path, rank: int, environment: dict[str, str],
 
     while True:
         try:
-            function, arguments = pickle.loads(end.recv_bytes())
+            call = end.recv_bytes()
         except EOFError:
             return
-        end.send_bytes(pickle.dumps(_result_of(function, arguments, preloaded.cases.abandon)))
+        end.send_bytes(pickle.dumps(_result_of(call, preloaded.cases.abandon)))
 
 
-def _result_of(function: str, arguments: dict, abandon) -> object:
-    module, _, name = function.rpartition(".")
+def _result_of(call: bytes, abandon: Callable) -> object:
     try:
-        return getattr(importlib.import_module(module or "cases"), name)(**arguments)
+        function, arguments, keywords = pickle.loads(call)
+        return function(*arguments, **keywords)
     except Exception:
         abandon()
         return Failure(traceback.format_exc())
+
+
+STARTED: list[Ranks] = []
+
+
+class _Named:
+    def __init__(self, name: str):
+        self.name = name
+
+    def __call__(self, **arguments):
+        import importlib
+        module, _, name = self.name.rpartition(".")
+        return getattr(importlib.import_module(module or "cases"), name)(**arguments)
+
+
+class Results(dict):
+    """Old way, until all files are converted."""
+
+    def __init__(self, world: int, cases: dict[str, tuple], directory: Path, timeout: int = 600,
+                 gpu: bool = False):
+        directory.mkdir(parents=True, exist_ok=True)
+        self.cases, self.pool = cases, Ranks(world, directory, gpu=gpu)
+        STARTED.append(self.pool)
+
+    def __iter__(self):
+        return iter(self.cases)
+
+    def __missing__(self, name: str):
+        function, arguments, *before = self.cases[name]
+        for other in before[0] if before else ():
+            _ = self[other]
+        output = str(self.pool.directory / hashlib.sha256(name.encode()).hexdigest()[:16])
+        self[name] = self.pool._run(_Named(function), [], _with_output(arguments, output))
+        return self[name]
+
+
+run_cases = Results
+
+
+def stop_ranks() -> None:
+    while STARTED:
+        STARTED.pop().stop()
+
+
+def outcome(results, name: str, rank: int = 0):
+    found = results[name]
+    for result in found:
+        assert not isinstance(result, Failure), f"case {name}:\n{result.trace}"
+    return found[rank]
+
+
+class Outcomes(dict):
+    def __init__(self, results):
+        self.results = results
+
+    def __missing__(self, name: str):
+        self[name] = outcome(self.results, name)
+        return self[name]

@@ -6,7 +6,8 @@ import shutil
 
 import pytest
 import torch
-from harness import outcome, run_cases
+from cases import cut, poisoned, saved_by_deepspeed, train
+from curves import close_runs
 from mup import MUP
 
 from megatron_spdf.architecture.gpt import Gpt
@@ -16,8 +17,7 @@ pytestmark = pytest.mark.slow
 
 STEPS = 4
 STAGES = range(4)
-# Cases with their sections; each runs with both engines.
-RUNS = {
+RUNS = {  # names -> sections; each runs with both engines
     "dp2": {"parallel": {"data": 2}, "train": {"micro_batch": 2}},
     "tp2": {"parallel": {"tensor": 2}},
     "tp2 sp": {"parallel": {"tensor": 2, "sequence": True}},
@@ -29,144 +29,102 @@ RUNS = {
     "mup": {"parallel": {"tensor": 2}, **MUP},
     "no clipping": {"parallel": {"data": 2}, "optimizer": {"clip_grad": 0.0}},
 }
-ALL_STAGES = ["dp2", "tp2"]
-PAIRS = [(name, zero) for name in ALL_STAGES for zero in STAGES] + [
+PAIRS = [(name, zero) for name in ("dp2", "tp2") for zero in STAGES] + [
     ("tp2 sp", 2), ("dense", 1), ("dense", 3), ("dropout", 1), ("smoothing", 2), ("mup", 0),
     ("mup", 3), ("recompute", 2), ("no clipping", 2)]
-OFFLOADED = [2, 3]
-# A chain of starts: engine and layout of each.
-CHAIN = [
-    {"engine": "deepspeed", "parallel": {"data": 2, "zero_stage": 3}},
-    {"engine": "deepspeed", "parallel": {"tensor": 2, "zero_stage": 2}},
-    {"engine": "megatron", "parallel": {"data": 2}},
-    {"engine": "deepspeed", "parallel": {"tensor": 2, "zero_stage": 3}},
-]
-
-# Checkpoints that DeepSpeed writes itself: sections and ZeRO stage.
-WRITTEN = {
-    "tp2 zero 0": (RUNS["tp2"], 0), "dp2 zero 1": (RUNS["dp2"], 1),
-    "bf16 zero 2": (RUNS["bf16"], 2),
-    "bf16 zero 3": (RUNS["bf16"], 3), "tp2 zero 3": (RUNS["tp2"], 3),
-}
 
 
-def with_stage(sections: dict, zero: int, **parallel) -> dict:
-    return {**sections, "engine": "deepspeed",
-            "parallel": {**sections["parallel"], "zero_stage": zero, **parallel}}
+def at_stage(name: str, zero: int, **parallel) -> dict:
+    return {**RUNS[name], "engine": "deepspeed",
+            "parallel": {**RUNS[name]["parallel"], "zero_stage": zero, **parallel}}
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Directory of the runs; `own` holds what DeepSpeed writes itself."""
-    return tmp_path_factory.mktemp("runs")
-
-
-@pytest.fixture(scope="module")
-def results(make_recipe, runs, tmp_path_factory):
-
-    def train(sections: dict) -> tuple[str, dict]:
-        return "train", {"recipe": make_recipe(**sections), "steps": STEPS}
-
-    def cut(name: str, recipes: list[dict], stops: list[int]) -> tuple[str, dict]:
-        return "cut", {"recipes": [make_recipe(str(runs / name), **r) for r in recipes],
-                       "stops": stops}
-
-    cases = {f"{name} megatron": train(sections) for name, sections in RUNS.items()}
-    cases |= {f"{name} {zero}": train(with_stage(RUNS[name], zero)) for name, zero in PAIRS}
-    cases |= {f"bf16 {zero}": train(with_stage(RUNS["bf16"], zero)) for zero in STAGES}
-    cases |= {f"offloaded {zero}": train(with_stage(RUNS["dp2"], zero, offload=True))
-              for zero in OFFLOADED}
-    for zero in STAGES:
-        recipe = with_stage(RUNS["bf16"] if zero % 2 else RUNS["dp2"], zero)
-        cases[f"straight {zero}"] = cut(f"straight {zero}", [recipe], [4])
-        cases[f"cut {zero}"] = cut(f"cut {zero}", [recipe] * 3, [1, 2, 4])
-        cases[f"poisoned {zero}"] = ("poisoned", {
-            "recipe": make_recipe(**recipe), "poison": {2: "loss", 4: "gradient"}})
-    for name, (sections, zero) in WRITTEN.items():
-        cases[f"written {name}"] = ("saved_by_deepspeed", {
-            "recipe": make_recipe(**with_stage(sections, zero)), "steps": 2,
-            "directory": str(runs / "own" / name)})
-    cases["chain"] = cut("chain", CHAIN, [1, 2, 3, 4])
-    return run_cases(2, cases, tmp_path_factory.mktemp("deepspeed"))
-
-
-def close(there: dict, reference: dict, tolerance: float):
-    for (loss, norm), (loss_there, norm_there) in zip(there["curve"], reference["curve"],
-                                                      strict=True):
-        assert loss == pytest.approx(loss_there, rel=tolerance)
-        # a root of a sum over all weights
-        assert norm == pytest.approx(norm_there, rel=10 * tolerance)
-    assert there["valid"] == pytest.approx(reference["valid"], rel=tolerance)
+def run(ranks, make_recipe):
+    """What each rank gives of a run with these sections."""
+    return lambda sections: ranks(2).run_all(train, make_recipe(**sections), steps=STEPS)
 
 
 @pytest.mark.parametrize(("name", "zero"), PAIRS)
-def test_losses_and_gradient_norms_are_the_megatron_engines(results, name, zero):
-    close(outcome(results, f"{name} {zero}"), outcome(results, f"{name} megatron"), 1e-5)
+def test_losses_and_gradient_norms_are_the_megatron_engines(run, name, zero):
+    close_runs(run(at_stage(name, zero))[0], run(RUNS[name])[0])
 
 
-@pytest.mark.parametrize("zero", OFFLOADED)
-def test_offloading_changes_no_loss(results, zero):
-    close(outcome(results, f"offloaded {zero}"), outcome(results, "dp2 megatron"), 1e-5)
+@pytest.mark.parametrize("zero", [2, 3])
+def test_offloading_changes_no_loss(run, zero):
+    close_runs(run(at_stage("dp2", zero, offload=True))[0], run(RUNS["dp2"])[0])
 
 
 @pytest.mark.parametrize("zero", STAGES)
-def test_bf16_agrees_to_its_precision(results, zero):
+def test_bf16_agrees_to_its_precision(run, zero):
     # 8 bits of mantissa. Master weights, gradients and their sums are fp32 with both engines but at
     # stage 0, which adds gradients up in bf16.
-    close(outcome(results, f"bf16 {zero}"), outcome(results, "bf16 megatron"),
-          1e-3 if zero == 0 else 1e-4)
+    close_runs(run(at_stage("bf16", zero))[0], run(RUNS["bf16"])[0], 1e-3 if zero == 0 else 1e-4)
 
 
 @pytest.mark.parametrize(("name", "zero"), PAIRS)
-def test_masks_and_measured_sparsity_are_the_same(results, name, zero):
-    for rank in range(2):
-        there, reference = outcome(results, f"{name} {zero}",
-                                   rank), outcome(results, f"{name} megatron", rank)
+def test_masks_and_measured_sparsity_are_the_same(run, name, zero):
+    for there, reference in zip(run(at_stage(name, zero)), run(RUNS[name]), strict=True):
         assert there["masks"] == reference["masks"]
         assert there["sparsity"] == reference["sparsity"]
-    assert bool(there["masks"]) == (name != "dense")
+        assert bool(there["masks"]) == (name != "dense")
 
 
 @pytest.mark.parametrize(("name", "zero"), [*PAIRS, *(("bf16", zero) for zero in STAGES)])
-def test_predicted_bytes_are_those_held(results, name, zero):
-    there = outcome(results, f"{name} {zero}")
+def test_predicted_bytes_are_those_held(run, name, zero):
+    there = run(at_stage(name, zero))[0]
     for what in ("parameters", "optimizer"):
         # DeepSpeed pads
         assert there["held"][what] == pytest.approx(there["predicted"][what], rel=0.03), what
 
 
 @pytest.mark.parametrize("zero", STAGES)
-def test_resumed_twice_equals_straight_bit_for_bit(results, zero):
-    assert outcome(results, f"cut {zero}") == outcome(results, f"straight {zero}")
+def test_resumed_twice_equals_straight_bit_for_bit(ranks, make_recipe, zero):
+    recipe = make_recipe(**at_stage("bf16" if zero % 2 else "dp2", zero))
+    straight = ranks(2).run(cut, [recipe], [4])
+    assert ranks(2).run(cut, [recipe] * 3, [1, 2, 4]) == straight
 
 
-def test_a_run_goes_on_at_any_stage_layout_and_engine(results):
-    losses = [loss for loss, _ in outcome(results, "chain")]
-    assert losses == pytest.approx([loss for loss, _ in outcome(results, "dp2 megatron")["curve"]],
-                                   rel=1e-5)
+def test_a_run_goes_on_at_any_stage_layout_and_engine(ranks, run, make_recipe):
+    chain = [make_recipe(**sections) for sections in (
+        {"engine": "deepspeed", "parallel": {"data": 2, "zero_stage": 3}},
+        {"engine": "deepspeed", "parallel": {"tensor": 2, "zero_stage": 2}},
+        {"engine": "megatron", "parallel": {"data": 2}},
+        {"engine": "deepspeed", "parallel": {"tensor": 2, "zero_stage": 3}})]
+    losses = [loss for loss, _ in ranks(2).run(cut, chain, [1, 2, 3, 4])]
+    straight = [loss for loss, _ in run(RUNS["dp2"])[0]["curve"]]
+    assert losses == pytest.approx(straight, rel=1e-5)
 
 
 @pytest.mark.parametrize("zero", STAGES)
-def test_a_non_finite_step_changes_nothing_on_any_rank(results, zero):
-    for rank in range(2):
-        there = outcome(results, f"poisoned {zero}", rank)
+def test_a_non_finite_step_changes_nothing_on_any_rank(ranks, make_recipe, zero):
+    recipe = make_recipe(**at_stage("bf16" if zero % 2 else "dp2", zero))
+    for there in ranks(2).run_all(poisoned, recipe, {2: "loss", 4: "gradient"}):
         assert [s["skipped"] for s in there["steps"]] == [False, True, False, True, False]
         assert [s["changed"] for s in there["steps"]] == [True, False, True, False, True]
         assert there["optimizer_steps"] == 3
 
 
-@pytest.mark.parametrize("name", WRITTEN)
-def test_deepspeeds_own_checkpoint_holds_the_same_weights(results, name):
-    for rank in range(2):
-        assert outcome(results, f"written {name}", rank) == 0.0
+@pytest.mark.parametrize(("name", "zero"), [("tp2", 0), ("dp2", 1), ("bf16", 2), ("bf16", 3),
+                                            ("tp2", 3)])
+def test_deepspeeds_own_checkpoint_holds_the_same_weights(ranks, make_recipe, tmp_path, name,
+                                                          zero):
+    recipe = make_recipe(**at_stage(name, zero))
+    assert ranks(2).run_all(saved_by_deepspeed, recipe, 2, str(tmp_path)) == [0.0, 0.0]
+
+
+@pytest.fixture(scope="module")
+def own(ranks, make_recipe, tmp_path_factory):
+    """DeepSpeed's own checkpoint of two data-parallel ranks."""
+    place = tmp_path_factory.mktemp("own")
+    ranks(2).run(saved_by_deepspeed, make_recipe(**at_stage("bf16", 2)), 2, str(place))
+    return place
 
 
 @pytest.fixture
-def written(results, runs, make_recipe, tmp_path):
-    """A copy of DeepSpeed's own checkpoint of two data-parallel ranks, and what reads it."""
-    outcome(results, "written bf16 zero 2")
-    (place,) = shutil.copytree(runs / "own" / "bf16 zero 2",
-                               tmp_path / "own").glob("global_step*")
+def written(own, make_recipe, tmp_path):
+    """A copy of that checkpoint, and what reads it."""
+    (place,) = shutil.copytree(own, tmp_path / "own").glob("global_step*")
     model = make_recipe()["model"]
     return place, lambda **shape: DeepSpeedReader(tmp_path / "own",
                                                   Gpt.model_validate(model | shape))

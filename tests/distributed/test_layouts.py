@@ -4,8 +4,9 @@ active weights."""
 import math
 
 import pytest
-from curves import close
-from harness import outcome, run_cases
+from cases import densified, overlapped, train
+from curves import close, close_runs
+from harness import world_of
 from mup import MUP
 
 pytestmark = pytest.mark.slow
@@ -13,157 +14,130 @@ pytestmark = pytest.mark.slow
 STEPS, FEW = 20, 8  # of runs at every layout; of others
 DENSITIES = [{"weights": "decoder.layers.0.*", "level": 0.5}, {"weights": "*.mlp.*", "level": 0.75}]
 LAYOUTS = {
-    1: {
-        "zero 0": {"zero_stage": 0},
-    },
-    2: {
-        "tp2": {"tensor": 2},
-        "tp2 sp": {"tensor": 2, "sequence": True},
-        "pp2": {"pipeline": 2},
-        "pp2 interleaved": {"pipeline": 2, "interleave": 2},
-        "dp2 zero 1": {"data": 2},
-        "dp2 zero 0": {"data": 2, "zero_stage": 0},
-    },
-    4: {
-        "tp2 pp2": {"tensor": 2, "pipeline": 2},
-        "tp2 dp2": {"tensor": 2, "data": 2},
-        "tp4": {"tensor": 4},
-    },
+    "zero 0": {"zero_stage": 0},
+    "tp2": {"tensor": 2},
+    "tp2 sp": {"tensor": 2, "sequence": True},
+    "pp2": {"pipeline": 2},
+    "pp2 interleaved": {"pipeline": 2, "interleave": 2},
+    "dp2 zero 1": {"data": 2},
+    "dp2 zero 0": {"data": 2, "zero_stage": 0},
+    "tp2 pp2": {"tensor": 2, "pipeline": 2},
+    "tp2 dp2": {"tensor": 2, "data": 2},
+    "tp4": {"tensor": 4},
 }
-NAMES = [(world, name) for world, layouts in LAYOUTS.items() for name in layouts]
+ZERO = {1: LAYOUTS["dp2 zero 1"], 0: LAYOUTS["dp2 zero 0"]}
+at_layouts = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 
 
 @pytest.fixture(scope="module")
-def results(make_deep_recipe, tmp_path_factory):
-    def group(world: int) -> dict[str, tuple[str, dict]]:
-        # Two micro-batches a step for each replica.
-        return {name: run(parallel=layout, train={"micro_batch": 4 // layout.get("data", 1)})
-                for name, layout in LAYOUTS[world].items()}
-
-    def train(**sections) -> tuple[str, dict]:
-        return "train", {"recipe": make_deep_recipe(**sections), "steps": FEW}
-
-    def run(**sections) -> tuple[str, dict]:
-        return "train", {"recipe": make_deep_recipe(**sections), "steps": STEPS}
-
-    one = group(1) | {
-        "reference": run(),
-        "recompute full": train(train={"recompute": "full"}),
-        "recompute selective": train(train={"recompute": "selective"}),
-        "micro-batch 2": train(train={"micro_batch": 2}),
-        "grouped queries": train(model={"query_groups": 2}),
-        "bf16": train(train={"precision": "bf16"}),
-        "densified": ("densified", {"recipe": make_deep_recipe(), "steps": 3}),
-        "mup": train(**MUP, sparsity=DENSITIES),
-    }
-    two = group(2) | {
-        "grouped queries tp2": train(model={"query_groups": 2}, parallel={"tensor": 2}),
-        "bf16 tp2": train(train={"precision": "bf16"}, parallel={"tensor": 2}),
-        "bf16 dp2": train(train={"precision": "bf16"}, parallel={"data": 2}),
-        "mup tp2 sp": train(**MUP, sparsity=DENSITIES, parallel={"tensor": 2, "sequence": True}),
-        "mup pp2 interleaved": train(**MUP, sparsity=DENSITIES,
-                                     parallel={"pipeline": 2, "interleave": 2}),
-        "mup dp2": train(**MUP, sparsity=DENSITIES, parallel={"data": 2}),
-        "dense dp2": train(sparsity=0.0, parallel={"data": 2}),
-        "dense dp2 zero 0": train(sparsity=0.0, parallel={"data": 2, "zero_stage": 0}),
-        "overlap": ("overlapped",
-                    {"recipe": make_deep_recipe(parallel={"data": 2}), "steps": STEPS}),
-        "overlap zero 0": ("overlapped",
-                           {"recipe": make_deep_recipe(parallel={"data": 2, "zero_stage": 0}),
-                                          "steps": STEPS}),
-        "densified tp2": ("densified",
-                          {"recipe": make_deep_recipe(parallel={"tensor": 2}), "steps": 3}),
-    }
-    directory = tmp_path_factory.mktemp("layouts")
-    return {world: run_cases(world, cases, directory / str(world))
-            for world, cases in ((1, one), (2, two), (4, group(4)))}
+def run(ranks, make_deep_recipe):
+    """What each rank gives of a run with these sections."""
+    def trained(steps: int = FEW, function=train, **sections) -> list[dict]:
+        recipe = make_deep_recipe(**sections)
+        return ranks(world_of(recipe)).run_all(function, recipe, steps=steps)
+    return trained
 
 
-@pytest.mark.parametrize(("world", "name"), NAMES)
-def test_losses_are_the_same_at_every_layout(results, world, name):
-    reference, there = outcome(results[1], "reference"), outcome(results[world], name)
+@pytest.fixture(scope="module")
+def at(run):
+    """The same at a layout, with two micro-batches a step for each replica."""
+    return lambda layout: run(STEPS, parallel=layout,
+                              train={"micro_batch": 4 // layout.get("data", 1)})
+
+
+@pytest.fixture(scope="module")
+def reference(run):
+    return run(STEPS)[0]
+
+
+@at_layouts
+def test_losses_are_the_same_at_every_layout(at, reference, layout):
+    there = at(layout)[0]
     assert len(there["curve"]) == STEPS
-    close(there["curve"], reference["curve"])
-    assert there["valid"] == pytest.approx(reference["valid"], rel=1e-5)
+    close_runs(there, reference)
 
 
-@pytest.mark.parametrize(("world", "name"), NAMES)
-def test_every_rank_reports_the_same(results, world, name):
-    curves = [outcome(results[world], name, rank)["curve"] for rank in range(world)]
+@at_layouts
+def test_every_rank_reports_the_same(at, layout):
+    curves = [there["curve"] for there in at(layout)]
     assert all(curve == curves[0] for curve in curves)
 
 
-@pytest.mark.parametrize(("world", "name"), NAMES)
-def test_masks_are_the_same_at_every_layout(results, world, name):
-    reference = outcome(results[1], "reference")["masks"]
+@at_layouts
+def test_masks_are_the_same_at_every_layout(at, reference, layout):
     together = {}
-    for rank in range(world):
-        for chunk, mask in outcome(results[world], name, rank)["masks"].items():
+    for there in at(layout):
+        for chunk, mask in there["masks"].items():
             assert together.setdefault(chunk, mask) == mask
-    assert together == reference
-    assert len(reference) == 4 * 4 * 4  # layers, weights, chunks
+    assert together == reference["masks"]
+    assert len(together) == 4 * 4 * 4  # layers, weights, chunks
 
 
-@pytest.mark.parametrize("name", ["recompute full", "recompute selective", "micro-batch 2"])
-def test_recomputation_and_micro_batches_change_no_loss(results, name):
-    close(outcome(results[1], name)["curve"], outcome(results[1], "reference")["curve"][:FEW])
+@pytest.mark.parametrize("change", [{"recompute": "full"}, {"recompute": "selective"},
+                                    {"micro_batch": 2}], ids=str)
+def test_recomputation_and_micro_batches_change_no_loss(run, reference, change):
+    close(run(train=change)[0]["curve"], reference["curve"][:FEW])
 
 
-@pytest.mark.parametrize("name", ["mup tp2 sp", "mup pp2 interleaved", "mup dp2"])
-def test_learning_rates_of_several_densities_are_the_same_at_every_layout(results, name):
-    there, reference = outcome(results[2], name)["curve"], outcome(results[1], "mup")["curve"]
+@pytest.mark.parametrize("name", ["tp2 sp", "pp2 interleaved", "dp2 zero 1"])
+def test_learning_rates_of_several_densities_are_the_same_at_every_layout(run, reference, name):
+    there = run(**MUP, sparsity=DENSITIES, parallel=LAYOUTS[name])[0]["curve"]
     assert len(there) == FEW
-    close(there, reference)
-    assert abs(there[-1][0] - outcome(results[1], "reference")["curve"][FEW - 1][0]) > 1e-2
+    close(there, run(**MUP, sparsity=DENSITIES)[0]["curve"])
+    assert abs(there[-1][0] - reference["curve"][FEW - 1][0]) > 1e-2
 
 
-@pytest.mark.parametrize("name", ["overlap", "overlap zero 0"])
-def test_overlapping_traffic_with_compute_changes_no_loss(results, name):
-    there, reference = outcome(results[2], name), outcome(results[1], "reference")
-    close(there["curve"], reference["curve"])
-    assert there["valid"] == pytest.approx(reference["valid"], rel=1e-5)
+@pytest.mark.parametrize("zero", ZERO)
+def test_overlapping_traffic_with_compute_changes_no_loss(run, reference, zero):
+    there = run(STEPS, overlapped, parallel=ZERO[zero])[0]
+    close_runs(there, reference)
 
 
-def test_grouped_queries_too(results):
-    close(outcome(results[2], "grouped queries tp2")["curve"],
-          outcome(results[1], "grouped queries")["curve"])
+def test_grouped_queries_too(run):
+    groups = {"query_groups": 2}
+    close(run(model=groups, parallel={"tensor": 2})[0]["curve"], run(model=groups)[0]["curve"])
 
 
-@pytest.mark.parametrize("name", ["bf16 tp2", "bf16 dp2"])
-def test_bf16_layouts_agree_to_its_precision(results, name):
+@pytest.mark.parametrize("layout", [{"tensor": 2}, {"data": 2}], ids=str)
+def test_bf16_layouts_agree_to_its_precision(run, layout):
     # 8 bits of mantissa, and TP rounds partial sums: 2e-2 absolute on losses near 5.
-    curve, reference = outcome(results[2], name)["curve"], outcome(results[1], "bf16")["curve"]
+    bf16 = {"train": {"precision": "bf16"}}
+    curve, reference = run(**bf16, parallel=layout)[0]["curve"], run(**bf16)[0]["curve"]
     assert [loss for loss, _ in curve] == pytest.approx([loss for loss, _ in reference], abs=2e-2)
 
 
-def test_training_learns(results):
-    curve = outcome(results[1], "reference")["curve"]
+def test_training_learns(reference):
+    curve = reference["curve"]
     # and not 384, the rows of the embedding
     assert curve[0][0] == pytest.approx(math.log(300), rel=0.02)
     assert curve[-1][0] < curve[0][0] - 0.5
 
 
-@pytest.mark.parametrize(("world", "name"), [(1, "reference"), *NAMES])
-def test_measured_sparsity_equals_the_plan(results, world, name):
-    there = outcome(results[world], name)
+@pytest.mark.parametrize("layout", [{}, *LAYOUTS.values()], ids=["one", *LAYOUTS])
+def test_measured_sparsity_equals_the_plan(at, layout):
+    there = at(layout)[0]
     assert there["sparsity"] == pytest.approx(there["planned"], abs=1e-12)
     assert set(there["planned"].values()) == {0.75}
 
 
-@pytest.mark.parametrize(("world", "name"),
-                         [(1, "reference"), (1, "bf16"), (2, "dense dp2"), (2, "bf16 tp2"), *NAMES])
-def test_predicted_bytes_are_those_of_the_buffers(results, world, name):
-    for rank in range(world):
-        there = outcome(results[world], name, rank)
-        for what, held in there["held"].items():
-            assert held == there["predicted"][what], what
+@pytest.mark.parametrize("layout", [{}, *LAYOUTS.values()], ids=["one", *LAYOUTS])
+def test_predicted_bytes_are_those_of_the_buffers(at, layout):
+    for there in at(layout):
+        assert there["held"] == there["predicted"]
 
 
-@pytest.mark.parametrize("zero", [0, 1])
-def test_bytes_of_the_sparse_layers_follow_the_active_weights(results, zero):
-    name = f"dp2 zero {zero}"
-    dense_name = "dense dp2" if zero else "dense dp2 zero 0"
-    sparse, dense = outcome(results[2], name), outcome(results[2], dense_name)
+@pytest.mark.parametrize("sections", [
+    {"train": {"precision": "bf16"}},
+    {"train": {"precision": "bf16"}, "parallel": {"tensor": 2}},
+    {"sparsity": 0.0, "parallel": {"data": 2}}], ids=str)
+def test_predicted_bytes_of_bf16_and_dense_runs_are_too(run, sections):
+    for there in run(**sections):
+        assert there["held"] == there["predicted"]
+
+
+@pytest.mark.parametrize("zero", ZERO)
+def test_bytes_of_the_sparse_layers_follow_the_active_weights(at, run, zero):
+    sparse, dense = at(ZERO[zero])[0], run(sparsity=0.0, parallel=ZERO[zero])[0]
     block = 4 * 12 * 64 * 64  # weights of the block matrices, all of them sparse
     others = sum(dense["parameters"].values()) - block
     share = 2 if zero else 1
@@ -176,11 +150,9 @@ def test_bytes_of_the_sparse_layers_follow_the_active_weights(results, zero):
     (1, ["reduce_scatter_tensor_coalesced", "allgather_into_tensor_coalesced"]),
     (0, ["allreduce_coalesced"]),
 ])
-def test_traffic_of_the_sparse_layers_follows_the_active_weights(results, zero, kinds):
-    sparse = outcome(results[2], f"dp2 zero {zero}")["traffic"]
-    dense_there = outcome(results[2], "dense dp2" if zero else "dense dp2 zero 0")
-    dense = dense_there["traffic"]
-    others = 4 * (sum(dense_there["parameters"].values()) - 4 * 12 * 64 * 64)
+def test_traffic_of_the_sparse_layers_follows_the_active_weights(at, run, zero, kinds):
+    sparse, there = at(ZERO[zero])[0]["traffic"], run(sparsity=0.0, parallel=ZERO[zero])[0]
+    dense, others = there["traffic"], 4 * (sum(there["parameters"].values()) - 4 * 12 * 64 * 64)
     for kind in kinds:
         (key,) = [k for k in dense if k[0] == kind]
         ratio = (sparse[key] - others) / (dense[key] - others)
@@ -189,9 +161,9 @@ def test_traffic_of_the_sparse_layers_follows_the_active_weights(results, zero, 
     assert sum(rest) < 1024  # nothing else of size is sent
 
 
-@pytest.mark.parametrize(("world", "name"), [(1, "densified"), (2, "densified tp2")])
-def test_densifying_changes_no_output(results, world, name):
-    there = outcome(results[world], name)
+@pytest.mark.parametrize("layout", [{}, {"tensor": 2}], ids=str)
+def test_densifying_changes_no_output(run, layout):
+    there = run(3, densified, parallel=layout)[0]
     assert there["sparse"] == 16 and there["left"] == 0
     assert there["difference"] == 0.0
     assert there["marked"]

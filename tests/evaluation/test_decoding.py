@@ -19,7 +19,7 @@ WORDS = "name eatType food area near price the a pub cheap riverside".split()
 class Characters:
     """A tokenizer of one token per character."""
 
-    eod = 0
+    eod, vocab_size = 0, 97
 
     def encode(self, text: str) -> list[int]:
         return [1 + ord(c) % 96 for c in text]
