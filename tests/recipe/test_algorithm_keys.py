@@ -55,6 +55,16 @@ def test_keys_have_the_algorithms_own_defaults(recipe):
     ({"algorithm": "probe", "update": {"every": 0}}, "sparsity.update.every=0"),
     ({"algorithm": "probe", "update": {"start": 0.8}},
      "start=0.8 is not under stop=0.75, so that no mask would move; lower the first or"),
+    ({"algorithm": "probe", "update": {"every": 9}}, "sparsity.update.every=9 from start=0 to "
+     "stop=0.75 of 10 steps moves no mask; lower every, or train longer"),
+    ({"algorithm": "gmp", "update": {"start": 0.99, "stop": 1.0}},
+     "sparsity.update.start=0.99 and stop=1 of 10 steps leave none to prune in; lower start"),
+    ({"algorithm": "gmp", "update": {"start": 0.5, "stop": 0.5}},
+     "start=0.5 is not under stop=0.5, so that nothing would be pruned"),
+    ({"algorithm": "acdc"}, "sparsity.update.turn=0.05 of 10 steps is no step; raise it, or train"),
+    ({"algorithm": "acdc", "update": {"last_dense": 0.9}},
+     "start=0.1, last_dense=0.9 and stop=0.85 must ascend; change one of them"),
+    ({"reached": 0.5}, "sparsity.reached=0.5 is set by the run itself; leave it out"),
     ({"algorithm": "probe", "level": 0.0}, "sparsity.algorithm=probe moves masks, and no weight "
                                            "is sparse; set sparsity.level, or algorithm=static"),
     ({"algorithm": "probe", "level": 0.1}, r"sparsity.algorithm=probe moves 830 of the 2,765 "

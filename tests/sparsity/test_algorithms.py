@@ -1,4 +1,4 @@
-"""SET and RigL choose what their papers say, slice by slice, against NumPy on dense weights."""
+"""Mask algorithms choose what their papers say, slice by slice, against NumPy on dense weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_spdf.sparsity.algorithms.base import ALGORITHMS, Moment
+from megatron_spdf.sparsity.algorithms.acdc import AcDc
+from megatron_spdf.sparsity.algorithms.base import ALGORITHMS, Moment, Part
+from megatron_spdf.sparsity.algorithms.gmp import Gmp
 from megatron_spdf.sparsity.algorithms.rigl import Rigl
 from megatron_spdf.sparsity.algorithms.set import Set
 from megatron_spdf.sparsity.mask_slice import MaskSlice, Move
@@ -102,3 +104,58 @@ def test_the_fraction_falls_as_a_cosine_from_start_to_stop(name):
 def test_defaults_are_the_published_ones(name):
     assert ALGORITHMS.get(name)().model_dump() == {
         "every": 100, "fraction": 0.3, "start": 0.0, "stop": 0.75, "anneal": "cosine"}
+
+
+def test_gmp_follows_the_cubic_and_is_at_the_level_at_its_end():
+    """s(t) = s (1 - (1 - t)^3) (Zhu and Gupta 2017): 0, 7/8 half-way, 1."""
+    algorithm = Gmp()  # a quarter dense, pruning for half of the steps
+    assert [algorithm.share(step, 4000) for step in (1, 1000, 2000, 3000, 4000)] == [
+        0.0, 0.0, 0.875, 1.0, 1.0]
+    due = [step for step in range(1, 4001) if algorithm.due(step, 4000)]
+    assert due == list(range(1100, 3001, 100))
+    mean = sum(1.0 - 0.75 * algorithm.share(step, 20_000) for step in range(1, 20_001)) / 20_000
+    assert mean == pytest.approx(17 / 32, abs=1e-4)  # the average density of its recipe at 75%
+
+
+@pytest.mark.parametrize("steps", [57, 60, 999, 1000, 12_345])
+@pytest.mark.parametrize("stores", [1, 2, 3, 7])
+def test_gmps_parts_end_where_it_prunes(steps, stores):
+    algorithm = Gmp(every=5, stores=stores)
+    parts = algorithm.parts(steps)
+    assert [p.reached for p in parts] == sorted(p.reached for p in parts)
+    assert (parts[0].reached, parts[-1].last) == (0.0, steps)
+    assert len(parts) == stores + 1 or steps < 100 and len(parts) <= stores
+    for before, part in zip(parts, parts[1:], strict=False):
+        assert algorithm.due(before.last, steps)
+        assert part.reached == algorithm.share(before.last, steps) > before.reached
+    assert stores == 1 or parts[-1].reached == 1.0
+    # nothing is due while weights are stored dense
+    assert not any(algorithm.due(step, steps) for step in range(1, parts[0].last))
+
+
+def test_gmp_kills_the_smallest_up_to_the_cubic(values):
+    one = part(values)
+    one = MaskSlice(one.name, 0, one.mask, one.values, None, 3, 1,
+                    lambda share: max(1, round((1.0 - 0.9 * share) * N)))
+    when = Moment(1, 45_000, 100_000)
+    move = Gmp().select(one, when)  # t = 0.4, s = 0.784 of 0.9: 118 of 400 may stay, and 100 do
+    assert not len(move.died) and not len(move.born)
+    move = Gmp().select(one, Moment(1, 75_000, 100_000))
+    assert set(move.died.tolist()) == {4 * i for i in np.argsort(np.abs(values))[:60].tolist()}
+
+
+def test_acdcs_parts_are_those_of_the_paper():
+    """Of 100 epochs; pruned after 10, 20, ... 70 and 85, dense again after 15, 25, ... 75."""
+    ends = [*range(10, 80, 5), 85, 100]
+    assert AcDc().parts(100) == [Part(end, float(number % 2)) for number, end in enumerate(ends)]
+    dense = sum(1 - AcDc().share(step, 100) for step in range(1, 101))
+    assert dense == 50
+
+
+@pytest.mark.parametrize("keys", [{"turn": 0.2}, {"turn": 0.3, "last_dense": 0.7},
+                                  {"start": 0.0, "turn": 0.25}, {"turn": 0.5}])
+def test_acdc_ends_sparse_whatever_its_keys(keys):
+    parts = AcDc(**keys).parts(1000)
+    assert parts[-1] == Part(1000, 1.0) and parts[-2] == Part(850, 0.0)
+    assert all(a.last < b.last and a.reached != b.reached
+               for a, b in zip(parts, parts[1:], strict=False))

@@ -66,7 +66,7 @@ class Gmp(MaskAlgorithm):
         borders: list[int] = []
         for store in range(self.stores):  # the levels at which storage shrinks are evenly spaced
             wanted = store / max(1, self.stores - 1)
-            step = next(s for s in due if self.share(s, steps) >= wanted - 1e-9)
+            step = next(s for s in due if self.share(s, steps) >= wanted)
             if step not in borders and step < steps:
                 borders.append(step)
         begins = [0.0, *(self.share(step, steps) for step in borders)]
