@@ -197,6 +197,11 @@ def _fill(wanted: dict | ShardedTensor, files: TensorFiles) -> None:
         raise store.DamagedCheckpoint(f"checkpoint {files.path}: {wanted.key} has shape {there} "
                                       f"instead of {tuple(wanted.global_shape)}; use another "
                                       "checkpoint")
+    if files.dtypes.get(wanted.key, wanted.dtype).is_floating_point != (
+            wanted.dtype.is_floating_point):
+        raise store.DamagedCheckpoint(f"checkpoint {files.path}: {wanted.key} is "
+                                      f"{files.dtypes[wanted.key]} instead of {wanted.dtype}; use "
+                                      "another checkpoint")
     files.fill(wanted.key, wanted.global_offset, wanted.data.detach())
 
 
