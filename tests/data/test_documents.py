@@ -178,7 +178,7 @@ def test_a_file_cut_off_is_an_error_and_never_a_shorter_file(tmp_path, suffix, s
     assert (report.skipped, report.seen) == (1, len(texts) + 1)
     [skipped] = report.skipped_lines
     assert skipped.line == len(texts) + 1
-    assert "nothing after this line can be read" in skipped.reason
+    assert "nothing after this line is read" in skipped.reason
 
 
 @pytest.mark.parametrize("suffix", [".jsonl.zst", ".jsonl.gz"])
