@@ -16,7 +16,9 @@ from __future__ import annotations
 import sys
 
 from megatron_spdf import exit_codes
+from megatron_spdf.command_line import print_words
 from megatron_spdf.data.pretraining.corpus import check_corpus
+from megatron_spdf.data.tokenizers.base import render_padding
 from megatron_spdf.model.parametrization import render_parametrization
 from megatron_spdf.planning.memory import render_layout
 from megatron_spdf.planning.moves import render_moves
@@ -36,6 +38,9 @@ def main() -> int:
         recipe = load_recipe(options.recipe, options.overrides, ranks.world)
         stages = stages_of(recipe)  # one, where the recipe names none
         summary = "\n".join(summarize(stage) for stage in stages)
+        if options.print_output:
+            print_words([recipe.output])
+            return exit_codes.FINISHED
         if options.dry_run:
             print(f"{render_recipe(recipe)}\n{summary}")
             return exit_codes.FINISHED
@@ -49,6 +54,8 @@ def main() -> int:
 
         return TokenData(recipe, corpus, run.cache, engine.needs_batches)
 
+    summary = "\n".join(filter(None, [
+        summary, render_padding(corpus.tokenizer, recipe.model.vocab_size)]))
     return run_job(Job(ranks, run, stages, summary, corpus.tokenizer, make_data))
 
 

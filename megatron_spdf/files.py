@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,11 +59,36 @@ def open_to_append(path: Path, **options: int) -> IO[bytes]:
     return open(os.open(path, flags, 0o666), "ab", **options)
 
 
+def open_regular(path: Path) -> IO[bytes]:
+    """Opens a file for reading.
+
+    Raises:
+        OSError: `path` is a link, a directory, a pipe or a device. None of them is waited for.
+    """
+    file = open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(f"{path} is no regular file")
+    return file
+
+
+def remove(path: Path) -> None:
+    """Removes a file, a directory and all in it, or a link, and never what a link leads to.
+
+    Raises:
+        OSError: a part of it could not be removed.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def links_out(directory: Path) -> list[Path]:
-    """Links in a directory that lead out of it."""
-    inside = directory.resolve()
-    return [path for path in sorted(directory.iterdir())
-            if path.is_symlink() and not path.resolve().is_relative_to(inside)]
+    """Links in a directory that lead out of it, or nowhere."""
+    inside = os.path.realpath(directory)
+    return [path for path in sorted(directory.iterdir()) if path.is_symlink() and not
+            (os.path.exists(path) and Path(os.path.realpath(path)).is_relative_to(inside))]
 
 
 def require_free(output: Path) -> None:

@@ -88,13 +88,48 @@ def test_a_runs_log_leaves_what_is_planted_beside_it_alone(recipe, victim):
     assert victim.read_text() == "mine" and run.log.read_text() == record
 
 
-@pytest.mark.parametrize("name", ["checkpoints", "log.jsonl", "recipe.yaml"])
-def test_a_run_directory_with_a_link_that_leads_out_is_refused(recipe, tmp_path, name):
-    run = RunDir(recipe())
+@pytest.mark.parametrize("there", ["nothing", "file", "directory", "loop"])
+@pytest.mark.parametrize("name", ["checkpoints", "log.jsonl", "recipe.yaml", "starts.json",
+                                  "lock.1", "tensorboard", "cache", "evaluation", "anything"])
+def test_a_run_directory_with_a_link_that_leads_out_is_refused(recipe, tmp_path, name, there):
+    run, elsewhere = RunDir(recipe()), tmp_path / "elsewhere"
     run.root.mkdir()
-    (run.root / name).symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match=f"{name} is a link to .*elsewhere.* remove the link"):
+    (run.root / name).symlink_to(elsewhere)
+    {"nothing": lambda: None, "file": elsewhere.touch, "directory": elsewhere.mkdir,
+     "loop": lambda: elsewhere.symlink_to(run.root / name)}[there]()
+    with pytest.raises(ValueError, match=f"{name} is a link to .*remove the link"):
         run.check()
+
+
+@pytest.fixture
+def linked(recipe, tmp_path):
+    """A run whose checkpoints its user has moved to another disk and linked."""
+    run = RunDir(recipe())
+    run.create()
+    (tmp_path / "disk" / "step_00000010").mkdir(parents=True)
+    run.checkpoints.symlink_to(tmp_path / "disk")
+    return run
+
+
+def test_checkpoints_that_the_user_has_moved_and_linked_are_accepted(linked):
+    (linked.checkpoints / "best.json").touch()
+    (linked.checkpoints / "step_00000020.partial").touch()
+    linked.check()
+
+
+@pytest.mark.parametrize("why", ["another's link", "another run's", "none in it", "something else"])
+def test_other_linked_directories_of_checkpoints_are_refused(linked, tmp_path, why, monkeypatch):
+    if why == "another's link":
+        monkeypatch.setattr(os, "geteuid", lambda: 4711)
+        os.lchown(linked.checkpoints, 4712, -1)
+    elif why == "another run's":
+        (tmp_path / "recipe.yaml").touch()
+    elif why == "none in it":
+        (tmp_path / "disk" / "step_00000010").rmdir()
+    else:
+        (tmp_path / "disk" / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="checkpoints is a link to .*disk"):
+        linked.check()
 
 
 def test_a_directory_appears_when_it_is_complete(tmp_path):

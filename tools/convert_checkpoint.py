@@ -33,7 +33,7 @@ from megatron_spdf.convert.megatron_lm import VERSION, MegatronReader, arguments
 from megatron_spdf.convert.reshard import reshard
 from megatron_spdf.convert.source import WeightSource, open_weights
 from megatron_spdf.data.pretraining.corpus import data_tokenizer
-from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
+from megatron_spdf.data.tokenizers.base import Tokenizer, render_padding
 from megatron_spdf.files import require_free
 from megatron_spdf.recipe.load import load_recipe, make_recipe
 from megatron_spdf.recipe.recipe import Recipe
@@ -151,6 +151,7 @@ def begin(source: WeightSource, recipe: Recipe, tokenizer: Tokenizer,
     if source.tokenizer is None:
         lines.append("the source has no tokenizer; that of the recipe's data is taken, sha256 "
                      f"{tokenizer.sha256}")
+    lines += filter(None, [render_padding(tokenizer, recipe.model.vocab_size)])
     return "\n".join([*lines, f"train it: pretrain.py {options.output}/recipe.yaml"])
 
 

@@ -18,6 +18,7 @@ from megatron_spdf.command_line import end_quietly, make_parser, refusing
 from megatron_spdf.data.indexed.inspect import (
     data_sets,
     describe,
+    highest_id,
     plot_histogram,
     render,
     sample,
@@ -25,6 +26,7 @@ from megatron_spdf.data.indexed.inspect import (
     verify_corpus,
 )
 from megatron_spdf.data.indexed.manifest import CORPUS
+from megatron_spdf.data.tokenizers.tokenizer import load_tokenizer
 
 
 @refusing
@@ -37,6 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--png", type=Path, metavar="FILE",
                         help="draw the histogram of document lengths")
     parser.add_argument("--verify", action="store_true", help="read everything and check it")
+    parser.add_argument("--tokenizer", type=Path, metavar="PATH",
+                        help="that the ids must belong to (default: the copy beside the data)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
     prefixes = data_sets(options.prefix)
@@ -44,14 +48,18 @@ def main(arguments: list[str] | None = None) -> int:
         raise ValueError(f"{options.prefix} holds {len(prefixes)} data sets; name one for "
                          "--sample or --png: "
                          + ", ".join(prefixes))
+    tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
     facts = {"data_sets": [describe(prefix) for prefix in prefixes]}
     if options.sample is not None:
-        facts["sample"] = sample(prefixes[0], options.sample)
+        facts["sample"] = sample(prefixes[0], options.sample, tokenizer)
     if options.png:
         plot_histogram(facts["data_sets"][0], options.png)
     if options.verify:
         is_corpus = (Path(options.prefix) / CORPUS).is_file()
-        facts["faults"] = verify_corpus(options.prefix) if is_corpus else verify(prefixes[0])
+        look = verify_corpus if is_corpus else verify
+        facts["faults"] = look(options.prefix, tokenizer)
+        if not (facts["faults"] or tokenizer or facts["data_sets"][0]["manifest"]["tokenizer"]):
+            facts["highest_id"] = highest_id(options.prefix)
     print(json.dumps(facts, indent=1) if options.json else as_text(facts))
     for fault in facts.get("faults", []):
         print(f"error: {fault}", file=sys.stderr)
@@ -65,7 +73,11 @@ def as_text(facts: dict) -> str:
         origin = f", from {found['source']}" if found["source"] else ""
         lines += [f"document {found['document']:,}, {found['tokens']:,} tokens{origin}:",
                   found["text"]]
-    if facts.get("faults") == []:
+    if "highest_id" in facts:
+        lines.append("no fault found: the index fits the tokens, whose ids are 0 to "
+                     f"{facts['highest_id']:,}. Another tool made them: nothing says what was "
+                     "written, nor which ids there are; --tokenizer PATH checks the ids")
+    elif facts.get("faults") == []:
         lines.append("verified: every byte is as it was written, and the counts add up")
     return "\n".join(lines)
 

@@ -28,6 +28,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_spdf.checkpoint import store
+from megatron_spdf.files import remove
 from megatron_spdf.resilience.progress import in_background
 
 WRITERS = 2  # files, and threads that write them, per rank
@@ -45,22 +46,25 @@ class SaveThread(threading.Thread):
         partial: directory to write to, a name that ends in `.partial`.
         state: `Engine.state_to_save()`.
         add_files: called on rank 0 with the directory, to write all files but the tensors'.
-        after: called on rank 0 once the checkpoint is visible.
+        after: called on rank 0 once the checkpoint is visible, to tidy up; gives sentences about
+            what it could not do, which is no failure of the save.
         group: gloo process group of all ranks, not used otherwise meanwhile.
         validate: check with all ranks that every part of every tensor is saved exactly once.
 
     Attributes:
         path: of the checkpoint.
         error: cause of a failure, the same on every rank; None before the thread ends.
+        said: by `after`.
         seconds: duration of the thread.
     """
 
     def __init__(self, partial: Path, state: dict, add_files: Callable[[Path], None],
-                 after: Callable[[], None], group: dist.ProcessGroup, validate: bool):
+                 after: Callable[[], list[str]], group: dist.ProcessGroup, validate: bool):
         super().__init__(name=f"save {partial.name}", daemon=True)
         self.partial, self.add_files, self.after, self.group = partial, add_files, after, group
         self.path = partial.with_name(partial.name.removesuffix(store.PARTIAL))
         self.error: SaveFailed | None = None
+        self.said: list[str] = []
         self.seconds = 0.0
         tensors, _ = save_preprocess(state, validate)
         flat, _, _ = _replace_state_dict_keys_with_sharded_keys(tensors,
@@ -91,10 +95,16 @@ class SaveThread(threading.Thread):
         shares = self._on_all(lambda: self._describe_share(names))
         files = {name: entry for share in shares for name, entry in sorted(share.items())}
         self._on_first(lambda: store.complete(self.partial, files))
-        self._on_first(self.after)
+        self._on_first(self._tidy_up)
+
+    def _tidy_up(self) -> None:
+        try:
+            self.said = self.after()
+        except OSError as error:
+            self.said = [f"could not tidy up: {error}"]
 
     def _prepare(self) -> None:
-        shutil.rmtree(self.partial, ignore_errors=True)
+        remove(self.partial)
         self.partial.mkdir(parents=True)
 
     def _write_tensors(self) -> None:

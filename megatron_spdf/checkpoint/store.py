@@ -9,18 +9,35 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
-import shutil
 from pathlib import Path
+from typing import Annotated, NotRequired
 
-from megatron_spdf.files import PARTIAL, publish, write_json
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from megatron_spdf.files import PARTIAL, publish, remove, write_json
+from megatron_spdf.records import read_json
 
 FILES, RUN = "files.json", "run.json"
 BEST = "best.json"  # beside the checkpoints: names the one with the lowest validation loss
 _NAME = re.compile(r"step_\d{8}")
 _UNFINISHED = re.compile(r"step_\d{8}\.partial")
+
+
+class Best(TypedDict):
+    """Content of best.json."""
+
+    checkpoint: str
+    loss: NotRequired[float | None]
+
+
+class Listed(TypedDict):
+    """Entry of files.json."""
+
+    bytes: Annotated[int, Field(ge=0)]
+    sha256: str
 
 
 class DamagedCheckpoint(ValueError):
@@ -45,26 +62,56 @@ def visible(directory: Path) -> list[Path]:
 
 
 def best(directory: Path) -> Path | None:
-    """Checkpoint of a run with the lowest validation loss. None if the run does not keep it."""
+    """Checkpoint of a run with the lowest validation loss. None if the run does not keep it.
+
+    Raises:
+        ValueError: the record of it is damaged.
+    """
     try:
-        named = directory / json.loads((directory / BEST).read_text())["checkpoint"]
-    except (OSError, ValueError, KeyError, TypeError):
+        named = directory / read_json(directory / BEST, Best, constants=True)["checkpoint"]
+    except FileNotFoundError:
         return None
     return named if named in visible(directory) else None
 
 
+def require_present(directory: Path) -> None:
+    """Raises a ValueError where a checkpoint of a run is a link that leads nowhere, or a file."""
+    for path in visible(directory):
+        if not path.is_dir():
+            leads = f"leads to {path.readlink()}, which is not there" if path.is_symlink() else (
+                "is a file")
+            raise ValueError(f"checkpoint {path} {leads}; bring it back, or remove {path.name} to "
+                             "resume from the one before")
+
+
+def may_be_elsewhere(link: Path) -> bool:
+    """Whether a run's directory of checkpoints may be this link: the user has made it, and it leads
+    to checkpoints that are no other run's, with nothing beside them."""
+    try:
+        owned = link.lstat().st_uid in (0, os.geteuid())
+        there = Path(os.path.realpath(link))
+        names = [path.name for path in there.iterdir()]
+    except OSError:
+        return False
+    ours = all(_NAME.fullmatch(n) or _UNFINISHED.fullmatch(n) or n == BEST for n in names)
+    return owned and ours and bool(visible(there)) and not (there.parent / "recipe.yaml").exists()
+
+
 def discard_incomplete(directory: Path) -> list[str]:
-    """Removes saves that did not finish and checkpoints half removed, and returns their names."""
+    """Removes saves that did not finish and checkpoints half removed.
+
+    Returns:
+        A sentence for each, which says so where it could not be removed.
+    """
     if not directory.is_dir():
         return []
-    gone = [p for p in directory.iterdir() if _UNFINISHED.fullmatch(p.name)]
-    for path in gone:
-        shutil.rmtree(path)
-    return sorted(p.name for p in gone)
+    gone = sorted(p for p in directory.iterdir() if _UNFINISHED.fullmatch(p.name))
+    return [_try_to_remove(path) or f"discarded {path.name}, a save that did not finish"
+            for path in gone]
 
 
-def retain(directory: Path, keep: int, keep_every: int = 0, spare: str | None = None) -> None:
-    """Removes complete checkpoints that are not to be kept.
+def retain(directory: Path, keep: int, keep_every: int = 0, spare: str | None = None) -> list[str]:
+    """Removes complete checkpoints that are not to be kept. Of one that is a link, the link.
 
     Each is renamed first, so that a crash in the middle leaves a `.partial` and not a checkpoint
     with files missing.
@@ -74,13 +121,31 @@ def retain(directory: Path, keep: int, keep_every: int = 0, spare: str | None = 
         keep: number of the newest to keep.
         keep_every: keep also those of every `keep_every`th step; 0: none.
         spare: name of one more to keep.
+
+    Returns:
+        A sentence for each that could not be removed.
     """
+    said = []
     for path in visible(directory)[:-keep]:
         if path.name == spare or keep_every and step_of(path) % keep_every == 0:
             continue
         dying = path.with_name(path.name + PARTIAL)
-        path.rename(dying)
-        shutil.rmtree(dying)
+        try:
+            path.rename(dying)
+        except OSError as error:
+            said.append(f"could not remove {path.name}: {error}")
+            continue
+        said.append(_try_to_remove(dying))
+    return [sentence for sentence in said if sentence]
+
+
+def _try_to_remove(path: Path) -> str:
+    """Removes something, and returns why that could not be done, which is empty if it is gone."""
+    try:
+        remove(path)
+    except OSError as error:
+        return f"could not remove {path.name}: {error}"
+    return ""
 
 
 def files_of(checkpoint: Path) -> list[str]:
@@ -89,7 +154,7 @@ def files_of(checkpoint: Path) -> list[str]:
     return sorted(n for n in names if n != FILES)
 
 
-def describe(path: Path) -> dict[str, object]:
+def describe(path: Path) -> Listed:
     """Flushes a file to disk, and returns its bytes and SHA-256."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
@@ -97,7 +162,7 @@ def describe(path: Path) -> dict[str, object]:
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 
-def complete(partial: Path, files: dict[str, dict[str, object]]) -> Path:
+def complete(partial: Path, files: dict[str, Listed]) -> Path:
     """Writes the list of files, which are on disk, and makes the checkpoint visible."""
     write_json(partial / FILES, files)
     final = partial.with_name(partial.name.removesuffix(PARTIAL))
@@ -118,7 +183,7 @@ def verify(checkpoint: Path, checksums: bool = True, names: list[str] | None = N
             the list.
     """
     try:
-        listed = json.loads((checkpoint / FILES).read_text())
+        listed = read_json(checkpoint / FILES, dict[str, Listed])
     except (OSError, ValueError) as error:
         raise DamagedCheckpoint(f"{checkpoint / FILES} cannot be read ({error}); use another "
                                 "checkpoint") from None

@@ -22,7 +22,7 @@ from megatron_spdf.architecture.forms import Form
 from megatron_spdf.checkpoint.reader import CheckpointReader
 from megatron_spdf.checkpoint.run_metadata import INITIAL, describe_masks
 from megatron_spdf.checkpoint.writer import with_progress
-from megatron_spdf.convert.source import WeightSource
+from megatron_spdf.convert.source import WeightSource, tokenizer_of
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
 from megatron_spdf.files import atomic_directory
 from megatron_spdf.sparsity.slices import join_slices
@@ -76,8 +76,7 @@ def export(source: WeightSource, output: Path, dtype: str = "fp32", masks: bool 
 
 def _check(source: WeightSource, masks: bool) -> None:
     source.model.huggingface_config()  # which says what cannot be exported
-    if source.tokenizer is None:
-        raise ValueError(f"{source.path} has no tokenizer to export with the weights")
+    tokenizer_of(source)
     if masks and not _plan(source):
         raise ValueError(f"{source.path} is dense and has no masks; leave out --masks")
 
@@ -173,8 +172,9 @@ def _save_config(source: WeightSource, dtype: str, directory: Path) -> None:
 
     end = source.tokenizer.eod
     _config(source, dtype).save_pretrained(directory)
-    GenerationConfig(bos_token_id=end, eos_token_id=end,
-                     pad_token_id=end).save_pretrained(directory)
+    padding = list(range(source.tokenizer.vocab_size, source.model.vocab_size))
+    GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=end,
+                     suppress_tokens=padding or None).save_pretrained(directory)
 
 
 def _config(source: WeightSource, dtype: str) -> PretrainedConfig:

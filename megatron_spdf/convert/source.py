@@ -47,6 +47,33 @@ class WeightSource(Protocol):
         files."""
 
 
+def tokenizer_of(source: WeightSource) -> Tokenizer:
+    """The tokenizer that a model was trained with.
+
+    Raises:
+        ValueError: it is missing, is another one, or has more ids than the model has rows.
+    """
+    try:
+        tokenizer = source.tokenizer
+    except FileNotFoundError:
+        tokenizer = None
+    if tokenizer is None:
+        raise ValueError(f"{source.path} has no tokenizer, and a model means nothing without the "
+                         "tokenizer it was trained with; put its files there")
+    trained_with = tokenizer.sha256
+    if isinstance(source, CheckpointReader):
+        trained_with = source.run["tokenizer"]["sha256"]
+    if tokenizer.sha256 != trained_with:
+        raise ValueError(f"{source.path}/tokenizer is another tokenizer (sha256 "
+                         f"{tokenizer.sha256[:16]}) than the model was trained with "
+                         f"({trained_with[:16]}); put that one back")
+    if tokenizer.vocab_size > source.model.vocab_size:
+        raise ValueError(f"{source.path}: its tokenizer knows {tokenizer.vocab_size} tokens and "
+                         f"its model {source.model.vocab_size}; they do not belong together, so "
+                         "put the tokenizer there that the model was trained with")
+    return tokenizer
+
+
 def open_weights(path: str | Path, checksums: bool = True) -> WeightSource:
     """Opens the weights at `path`.
 

@@ -4,6 +4,9 @@ A prompt is the context and the end-of-document token (EOD), as in fine-tuning. 
 with " " + completion, and ends with another EOD or at a blank line (Hu et al. 2022, the NLG
 examples of LoRA). Several ranks share the prompts.
 
+Rows of the vocabulary that no id of the tokenizer has are never decoded. They keep their share of
+the softmax, as in transformers, so they do count in perplexity.
+
 Shapes: B prompts or pairs read together, T tokens of the longest, N completion tokens of them, K
 hypotheses of the search over a batch, H hidden size, V vocabulary.
 """
@@ -136,7 +139,8 @@ def _complete(model: PreTrainedModel, tokenizer: Tokenizer, prompts: list[list[i
     config = GenerationConfig(
         num_beams=s.beams, length_penalty=s.length_penalty if s.beams > 1 else None,
         max_new_tokens=s.max_new_tokens, do_sample=False, eos_token_id=ends,
-        pad_token_id=tokenizer.eod, bos_token_id=tokenizer.eod)
+        pad_token_id=tokenizer.eod, bos_token_id=tokenizer.eod,
+        suppress_tokens=list(range(tokenizer.vocab_size, model.config.vocab_size)) or None)
     processors = LogitsProcessorList()
     if s.no_repeat_ngram:
         processors.append(_NoRepeatInCompletion(s.no_repeat_ngram, longest))

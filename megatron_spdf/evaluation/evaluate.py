@@ -3,7 +3,6 @@ or several."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import timedelta
@@ -13,8 +12,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_spdf.convert.huggingface_export import in_memory
-from megatron_spdf.convert.source import WeightSource
+from megatron_spdf.convert.source import WeightSource, tokenizer_of
 from megatron_spdf.data.finetuning.task import Example, training_pairs
+from megatron_spdf.data.tokenizers.base import render_padding
 from megatron_spdf.evaluation.decoding import (
     Decoded,
     DecodingSettings,
@@ -23,6 +23,7 @@ from megatron_spdf.evaluation.decoding import (
     likelihood,
 )
 from megatron_spdf.evaluation.metrics.metric import ALL
+from megatron_spdf.evaluation.perplexity import perplexity
 from megatron_spdf.evaluation.references import references_of
 from megatron_spdf.evaluation.scores import Scores, metrics_of, score
 from megatron_spdf.parallel.ranks import init_gloo
@@ -51,12 +52,13 @@ def evaluate(source: WeightSource, task: str, examples: Sequence[Example],
             model's window.
     """
     metrics_of(task)
+    tokenizer = tokenizer_of(source)
     device = init_gloo(ranks, _WAIT)
     try:
         model = in_memory(source).to(device)
         pairs = training_pairs(examples)
-        measured = likelihood(model, source.tokenizer, pairs, ranks.rank, ranks.world)
-        decoded = decode(model, source.tokenizer, [e.context for e in examples], settings,
+        measured = likelihood(model, tokenizer, pairs, ranks.rank, ranks.world)
+        decoded = decode(model, tokenizer, [e.context for e in examples], settings,
                          ranks.rank, ranks.world)
         shares = _gather(ranks, (measured, decoded))
     finally:
@@ -64,7 +66,10 @@ def evaluate(source: WeightSource, task: str, examples: Sequence[Example],
             dist.destroy_process_group()
     if ranks.rank > 0:
         return None
-    return _scores(task, examples, shares, settings, device)
+    predictions, scores, facts = _scores(task, examples, shares, settings, device)
+    if padding := render_padding(tokenizer, source.model.vocab_size):
+        scores.signatures["perplexity"] += f"; {padding}, but they are part of the softmax"
+    return predictions, scores, facts
 
 
 def _gather(ranks: Ranks, share: Any) -> list[Any]:
@@ -83,9 +88,12 @@ def _scores(task: str, examples: Sequence[Example], shares: list[tuple[Likelihoo
     scores = score(task, predictions, references_of(examples))
     nats, tokens = (sum(getattr(measured, name) for measured, _ in shares)
                     for name in ("nats", "tokens"))
-    scores.values[ALL]["perplexity"] = math.exp(nats / tokens)
+    scores.values[ALL]["perplexity"] = perplexity(nats / tokens)
     scores.signatures["perplexity"] = (f"of the references' {tokens:,} tokens after context and "
                                        "end of document, in fp32")
+    if scores.values[ALL]["perplexity"] is None:
+        scores.missing["perplexity"] = (f"the loss is {nats / tokens:.4g} nats per token, whose "
+                                        "exponential is no number: the model has diverged")
     seconds = max(decoded.seconds for _, decoded in shares)
     generated = sum(decoded.tokens for _, decoded in shares)
     facts = {**asdict(settings), "inputs": len(examples), "ranks": len(shares),

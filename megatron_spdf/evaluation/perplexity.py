@@ -31,6 +31,16 @@ def validation_loss(
     return sum(losses) / len(losses)
 
 
+def perplexity(loss: float) -> float | None:
+    """Exponential of a loss in nats per token; None where it is no finite number, as of a model
+    that has diverged."""
+    try:
+        value = math.exp(loss)
+    except OverflowError:
+        return None
+    return value if math.isfinite(value) else None
+
+
 def bits_per_byte(loss: float, tokens_per_byte: float) -> float:
     """Converts a loss in nats per token to bits per byte of UTF-8 text, which compares across
     tokenizers."""

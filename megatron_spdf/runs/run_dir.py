@@ -9,19 +9,34 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch.distributed as dist
-import yaml
 
+from megatron_spdf.checkpoint import store
 from megatron_spdf.checkpoint.shared_files import check_shared
 from megatron_spdf.exit_codes import GUARD_STOPPED
 from megatron_spdf.files import NEW, links_out
 from megatron_spdf.locks import DirectoryLock, Held, is_lock
 from megatron_spdf.recipe.compare import changes_of_run
-from megatron_spdf.recipe.finetune import Finetune
+from megatron_spdf.recipe.finetune import Finetune, load_finetune
 from megatron_spdf.recipe.load import save_recipe
 from megatron_spdf.recipe.recipe import Recipe
+from megatron_spdf.records import read_yaml
 from megatron_spdf.resilience import restarts
 
 RECIPE = "recipe.yaml"
+
+
+def splits_of(run: Path, task: str) -> Path | None:
+    """Where the data of a task are that a run was fine-tuned on; None: it was not.
+
+    Raises:
+        ValueError: the run's recipe cannot be read.
+    """
+    kept = run / RECIPE
+    values = read_yaml(kept) if kept.is_file() else None
+    data = values.get("data") if isinstance(values, dict) else None
+    if not isinstance(data, dict) or data.get("task") != task:
+        return None
+    return Path(load_finetune(kept).data.path)
 
 
 class RunDir:
@@ -60,18 +75,15 @@ class RunDir:
             raise ValueError(f"output={self.root} cannot be written: {there} is "
                              f"{'read-only for this user' if there.is_dir() else 'a file'}; choose "
                              "another output")
-        if self.root.is_dir() and (links := links_out(self.root)):
-            raise ValueError(f"output={self.root}: {links[0].name} is a link to "
-                             f"{links[0].resolve()}, and a run writes to its own directory only; "
-                             "remove the link, or choose another output")
+        self._check_links()
         if not kept.is_file():
             if self.root.exists() and (not self.root.is_dir() or any(self._others())):
                 raise ValueError(f"output={self.root} exists and is not a run directory (it has no "
                                  f"{RECIPE}); choose another output")
             return
         try:
-            before = type(self.recipe).model_validate(yaml.safe_load(kept.read_text()))
-        except (ValueError, yaml.YAMLError) as error:
+            before = read_yaml(kept, type(self.recipe))
+        except ValueError as error:
             raise ValueError(f"{kept} cannot be read as a recipe ({error}); choose another "
                              "output") from None
         changes = changes_of_run(before, self.recipe)
@@ -79,6 +91,17 @@ class RunDir:
             raise ValueError(f"output={self.root} holds another recipe's run: "
                              f"{'; '.join(changes)}. Choose another output, or set these back to "
                              "go on with that run")
+
+    def _check_links(self) -> None:
+        """Raises a ValueError where the run would write through a link to another place. Saved
+        checkpoints that the user has moved to another disk and linked are no such place."""
+        for link in links_out(self.root) if self.root.is_dir() else []:
+            if link == self.checkpoints and store.may_be_elsewhere(link):
+                continue
+            raise ValueError(f"output={self.root}: {link.name} is a link to "
+                             f"{os.path.realpath(link)}, and a run writes to its own directory "
+                             "only; remove the link, or choose another output")
+        store.require_present(self.checkpoints)
 
     def take(self) -> None:
         """Takes the directory for this process, which is rank 0, or notes in `held` who has it.

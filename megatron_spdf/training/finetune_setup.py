@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from megatron_spdf.checkpoint.reader import CheckpointReader
 from megatron_spdf.checkpoint.run_metadata import Masks, seeded_masks
-from megatron_spdf.convert.source import WeightSource
+from megatron_spdf.convert.source import WeightSource, tokenizer_of
 from megatron_spdf.data.finetuning.completions import CompletionData, Completions, tokenize
 from megatron_spdf.data.finetuning.task import TASKS
-from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
+from megatron_spdf.data.tokenizers.base import Tokenizer, render_padding
 from megatron_spdf.planning.memory import render_layout
 from megatron_spdf.recipe.finetune import Finetune, training_recipe
 from megatron_spdf.recipe.recipe import Recipe
@@ -69,7 +69,7 @@ def prepare(finetune: Finetune, start: WeightSource) -> Prepared:
     """
     TASKS.get(finetune.data.task)
     model, path = start.model, Path(finetune.data.path)
-    tokenizer = _tokenizer(start)
+    tokenizer = tokenizer_of(start)
     window = min(finetune.train.sequence_length or model.max_positions, model.max_positions)
     train, valid = (tokenize(finetune.data.task, path, split, tokenizer, window)
                     for split in ("train", "validation"))
@@ -80,7 +80,7 @@ def prepare(finetune: Finetune, start: WeightSource) -> Prepared:
         finetune, start, recipe, plan, tokenizer, train, valid,
         masks=start.masks if plan.weights else seeded_masks(plan),
         origin=f"{finetune.mode} fine-tuning from {start.origin}",
-        summary=_summary(finetune, start, recipe, plan, train, valid))
+        summary=_summary(finetune, start, recipe, plan, tokenizer, train, valid))
 
 
 def _sparsity(finetune: Finetune, start: WeightSource) -> Sparsity:
@@ -93,30 +93,8 @@ def _sparsity(finetune: Finetune, start: WeightSource) -> Sparsity:
     return start.recipe.sparsity.held()
 
 
-def _tokenizer(start: WeightSource) -> Tokenizer:
-    """Tokenizer that the starting model was trained with."""
-    try:
-        tokenizer = start.tokenizer
-    except FileNotFoundError:
-        tokenizer = None
-    if tokenizer is None:
-        raise ValueError(f"{start.path} has no tokenizer, and a model means nothing without the "
-                         "tokenizer it was trained with; put its files there")
-    trained_with = tokenizer.sha256
-    if isinstance(start, CheckpointReader):
-        trained_with = start.run["tokenizer"]["sha256"]
-    if tokenizer.sha256 != trained_with:
-        raise ValueError(f"{start.path}/tokenizer is another tokenizer (sha256 "
-                         f"{tokenizer.sha256[:16]}) than the model was trained with "
-                         f"({trained_with[:16]}); put that one back")
-    if tokenizer.vocab_size > start.model.vocab_size:
-        raise ValueError(f"{start.path}: its tokenizer knows {tokenizer.vocab_size} tokens and its "
-                         f"model {start.model.vocab_size}; they do not belong together")
-    return tokenizer
-
-
 def _summary(finetune: Finetune, start: WeightSource, recipe: Recipe, plan: Plan,
-             train: Completions, valid: Completions) -> str:
+             tokenizer: Tokenizer, train: Completions, valid: Completions) -> str:
     """Start, data, plan and layout, as lines for the log."""
     mode = {"dense": "dense, revived weights start "
                      f"{'at zero' if finetune.revived == 'zeros' else 'normal'}",
@@ -129,4 +107,5 @@ def _summary(finetune: Finetune, start: WeightSource, recipe: Recipe, plan: Plan
     lines += [f"{pairs.truncated:,} {split} contexts lost their beginning to fit "
               f"{recipe.train.sequence_length} tokens"
               for split, pairs in (("training", train), ("validation", valid)) if pairs.truncated]
-    return "\n".join([*lines, render_plan(plan), render_layout(recipe, plan)])
+    lines.append(render_padding(tokenizer, start.model.vocab_size))
+    return "\n".join([*filter(None, lines), render_plan(plan), render_layout(recipe, plan)])

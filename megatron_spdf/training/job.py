@@ -7,6 +7,7 @@ restore the newest checkpoint, train.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,8 @@ from megatron_spdf import exit_codes
 from megatron_spdf.checkpoint.run_metadata import INITIAL, Masks
 from megatron_spdf.checkpoint.shared_files import newest_of_all
 from megatron_spdf.checkpoint.store import step_of
-from megatron_spdf.command_line import add_overrides, make_parser
+from megatron_spdf.command_line import add_overrides, make_parser, print_words
+from megatron_spdf.data.indexed.tokens import DataFault
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
 from megatron_spdf.locks import Held
 from megatron_spdf.parallel.ranks import destroy, init_distributed
@@ -90,7 +92,10 @@ def parse_arguments(text: str, kind: type[BaseModel], recipes: str) -> argparse.
     parser.add_argument("--preflight", action="store_true",
                         help="once before the ranks of a batch job: check all that needs no "
                              "device, count the start (fault_tolerance.max_starts), print the run "
-                             "directory, and exit")
+                             "directory as --print-output does, and exit")
+    parser.add_argument("--print-output", action="store_true",
+                        help="for a script: print the run directory, a NUL before and after it, "
+                             "after the checks of the recipe, and exit")
     # from deepspeed's launcher, like LOCAL_RANK
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_intermixed_args()
@@ -141,7 +146,7 @@ def preflight(run: RunDir) -> int:
         run.preflight()
     finally:
         run.lock.let_go()
-    print(run.root)
+    print_words([str(run.root)])
     return exit_codes.FINISHED
 
 
@@ -158,6 +163,7 @@ def _run_job(job: Job) -> int:
     from megatron_spdf.resilience import progress
     from megatron_spdf.resilience.heartbeat import Heartbeat
 
+    faulthandler.enable()  # a bus error, of a file that vanished, says where
     stop = StopRequest()
     progress.instrument_collectives()
     fake_cuda.install()  # before anything that imports megatron.core
@@ -215,5 +221,10 @@ def train_stage(job: Job, stage: RunStage, stop: StopRequest, device: torch.devi
     except (NotFinite, SparsityDrift, SaveFailed) as error:
         log.say(f"stopped: {error}")
         return exit_codes.GUARD_STOPPED
+    except DataFault as fault:
+        if job.ranks.world > 1:
+            raise  # the heartbeat tells the other ranks, which wait for this one
+        log.say(f"stopped: {fault}")
+        return exit_codes.BAD_INPUT
     finally:
         log.close()

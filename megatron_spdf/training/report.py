@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import psutil
 import torch
 
-from megatron_spdf.checkpoint.checkpointer import RunState
+from megatron_spdf.checkpoint.run_metadata import RunState
 from megatron_spdf.checkpoint.saving import SaveThread
 from megatron_spdf.data.finetuning.completions import CompletionData
 from megatron_spdf.data.pretraining.dataset import TokenData
 from megatron_spdf.engine.base import Engine, StepResult
-from megatron_spdf.evaluation.perplexity import bits_per_byte
+from megatron_spdf.evaluation.perplexity import bits_per_byte, perplexity
 from megatron_spdf.layers.measure import total_sparsity
 from megatron_spdf.parallel.traffic import TrafficCounter
 from megatron_spdf.planning.hardware import peak_flops
@@ -107,9 +106,10 @@ class Report:
         """
         if not self.log.active:
             return
-        perplexity = math.exp(min(loss, 700.0))  # of a run that diverged, within what a float holds
-        state, figures = self.state, {"loss": loss, "perplexity": perplexity}
-        line = f"step {state.step}: validation loss {loss:.4f}, perplexity {perplexity:.2f}"
+        state, figures = self.state, {"loss": loss, "perplexity": perplexity(loss)}
+        line = f"step {state.step}: validation loss {loss:.4f}, " + (
+            "no perplexity, since the model has diverged" if figures["perplexity"] is None
+            else f"perplexity {figures['perplexity']:.2f}")
         if self.data.valid_tokens_per_byte is not None:
             figures["bits_per_byte"] = bits_per_byte(loss, self.data.valid_tokens_per_byte)
             line += f", {figures['bits_per_byte']:.4f} bits per byte"
@@ -124,7 +124,8 @@ class Report:
             self.log.say(f"could NOT save {saving.path}: {saving.error}; the checkpoints before it "
                          "are untouched")
         elif saving:
-            self.log.say(f"saved {saving.path}, written in {saving.seconds:.1f} s")
+            self.log.say("; ".join([f"saved {saving.path}, written in {saving.seconds:.1f} s",
+                                    *saving.said]))
 
     def bytes(self, traffic: TrafficCounter) -> None:
         """Reports the bytes that rank 0 holds and sends in a step, counted at its buffers and

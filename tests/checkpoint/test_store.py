@@ -112,7 +112,8 @@ def test_no_directory_holds_no_checkpoint(tmp_path):
 def test_unfinished_saves_are_discarded_and_named(tmp_path, checkpoint):
     write_partial(tmp_path, 600)
     save(tmp_path, 700).rename(tmp_path / "step_00000700.partial")  # a crash while it was removed
-    assert store.discard_incomplete(tmp_path) == ["step_00000600.partial", "step_00000700.partial"]
+    assert store.discard_incomplete(tmp_path) == [
+        f"discarded step_00000{n}.partial, a save that did not finish" for n in (600, 700)]
     assert names(tmp_path) == ["step_00000500"]
     store.verify(checkpoint)
 
@@ -149,6 +150,53 @@ def test_retain_counts_no_unfinished_save(tmp_path, checkpoint):
     assert store.visible(tmp_path) == [checkpoint]
 
 
+@pytest.fixture
+def moved(tmp_path):
+    """Moves something to another place and links it, as a user does whose disk is full."""
+    def move(path: Path) -> Path:
+        there = tmp_path.parent / f"{tmp_path.name}_{path.name}_elsewhere"
+        path.rename(there)
+        path.symlink_to(there)
+        return there
+    return move
+
+
+def test_of_a_checkpoint_that_was_moved_and_linked_the_link_is_removed(tmp_path, moved):
+    for step in (10, 20, 30):
+        save(tmp_path, step)
+    there = moved(tmp_path / "step_00000010")
+    assert store.retain(tmp_path, 1) == []
+    assert names(tmp_path) == ["step_00000030"]
+    store.verify(there)
+
+
+def test_of_an_unfinished_save_that_is_a_link_the_link_is_removed(tmp_path, moved, checkpoint):
+    write_partial(tmp_path, 600)
+    there = moved(tmp_path / "step_00000600.partial")
+    (tmp_path / "step_00000700.partial").write_text("a file")
+    (tmp_path / "step_00000800.partial").symlink_to("nowhere")
+    assert len(store.discard_incomplete(tmp_path)) == 3
+    assert names(tmp_path) == ["step_00000500"] and (there / "weights.distcp").exists()
+
+
+def test_what_cannot_be_removed_is_said(tmp_path, monkeypatch):
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", "weights")
+    save(tmp_path, 10)
+    save(tmp_path, 20)
+    monkeypatch.setattr(store, "remove", refuse)
+    said = "could not remove step_00000010.partial: [Errno 13] Permission denied: 'weights'"
+    assert store.retain(tmp_path, 1) == [said] and store.discard_incomplete(tmp_path) == [said]
+    assert [path.name for path in store.visible(tmp_path)] == ["step_00000020"]
+
+
+def test_a_checkpoint_whose_disk_is_gone_is_named(tmp_path, checkpoint):
+    store.require_present(tmp_path)
+    (tmp_path / "step_00000600").symlink_to(tmp_path / "disk")
+    with pytest.raises(ValueError, match="step_00000600 leads to .*disk, which is not there"):
+        store.require_present(tmp_path)
+
+
 def crash(*_, **__):
     raise RuntimeError("crash")
 
@@ -156,7 +204,7 @@ def crash(*_, **__):
 def test_crash_while_an_old_checkpoint_is_removed_leaves_no_half_checkpoint(tmp_path, monkeypatch):
     save(tmp_path, 10)
     save(tmp_path, 20)
-    monkeypatch.setattr(store.shutil, "rmtree", crash)
+    monkeypatch.setattr(store, "remove", crash)
     with pytest.raises(RuntimeError):
         store.retain(tmp_path, 1)
     assert [path.name for path in store.visible(tmp_path)] == ["step_00000020"]

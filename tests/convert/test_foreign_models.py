@@ -21,6 +21,7 @@ from megatron_spdf.convert.source import open_weights
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from huggingface_models import logits_of, make_gpt2  # noqa: E402
 
+STUB = type("Tokenizer", (), {"eod": 96, "vocab_size": 97, "sha256": ""})
 IDS = torch.arange(14).view(2, 7)
 TOLERANCE = 2e-5  # of logits with a spread near 1: some roundings of fp32
 
@@ -38,7 +39,7 @@ def rename(directory: Path, change) -> None:
 
 def read_logits(directory: Path, monkeypatch) -> torch.Tensor:
     source = open_weights(directory)
-    monkeypatch.setattr(type(source), "tokenizer", type("Ids", (), {"eod": 96, "vocab_size": 97}))
+    monkeypatch.setattr(type(source), "tokenizer", STUB)
     with torch.no_grad():
         return in_memory(source)(IDS).logits
 

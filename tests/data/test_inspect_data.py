@@ -56,6 +56,9 @@ def test_facts_are_those_of_the_documents(pristine):
 
 
 def test_classes_of_the_histogram():
+    assert histogram(np.array([0, 0, 1], np.int32)) == [
+        {"from": 0, "below": 1, "documents": 2, "tokens": 0},
+        {"from": 1, "below": 2, "documents": 1, "tokens": 1}]
     assert histogram(np.array([1, 2, 3, 4, 7, 8, 1023, 1024], np.int32)) == [
         {"from": 1, "below": 2, "documents": 1, "tokens": 1},
         {"from": 2, "below": 4, "documents": 2, "tokens": 5},
@@ -86,9 +89,9 @@ def flip(path: Path, place: int) -> None:
 @pytest.mark.parametrize(("suffix", "share", "said"), [
     ("bin", 0.1, r"tokens 0 to [\d,]+: another content than was made of .*/0.jsonl"),
     ("bin", 0.9, r"tokens [\d,]+ to [\d,]+: another content than was made of .*/1.jsonl"),
-    ("idx", 0.2, "one.idx has another content than was written"),
+    ("idx", 0.2, "its offsets do not follow from its lengths"),
     ("idx", 0.6, "its offsets do not follow from its lengths"),
-    ("idx", 0.9, "its documents do not cover its sequences"),
+    ("idx", 0.9, "one.idx has another content than was written"),
 ])
 def test_a_flipped_bit_is_found(place, suffix, share, said):
     path = place / f"one.{suffix}"
@@ -104,14 +107,14 @@ def change_manifest(prefix: Path, **values) -> None:
 def test_other_damage_is_found(place, tiny_bpe):
     tokenizer = json.loads((place / "one.json").read_bytes())["tokenizer"]
     change_manifest(place / "one", tokenizer={**tokenizer, "vocab_size": 250})
-    assert any(re.search(r"id 2\d\d, and the tokenizer has 250", fault)
+    assert any(re.search(r"id 2\d\d, and the tokenizer has the ids 0 to 249", fault)
                for fault in verify(place / "one"))
     change_manifest(place / "one", tokenizer={**tokenizer, "eod": 7})
     assert any("document 0 does not end with one" in fault for fault in verify(place / "one"))
     change_manifest(place / "one", tokenizer={**tokenizer, "sha256": "0" * 64})
     assert any("the manifest says 000000" in fault for fault in verify(place / "one"))
     change_manifest(place / "one", tokenizer=tokenizer, tokens=5)
-    assert any("and the manifest says 5" in fault for fault in verify(place / "one"))
+    assert any("one.json says 5" in fault for fault in verify(place / "one"))
     (place / "one.bin").write_bytes(b"xx")
     assert len(verify(place / "one")) == 1 and "one.bin is cut off" in verify(place / "one")[0]
 

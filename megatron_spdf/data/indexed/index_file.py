@@ -22,6 +22,7 @@ _MAGIC = b"MMIDIDX\x00\x00"
 _DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64", 7: "float32",
            8: "uint16"}
 _CODES = {name: code for code, name in _DTYPES.items()}
+_WHOLE_NUMBERS = tuple(name for name in _DTYPES.values() if "int" in name)
 _BYTES_PER_SEQUENCE = 4 + 8  # int32 length, int64 offset
 _BYTES_PER_DOCUMENT = 8
 _ENTRIES = 1 << 20  # that are in memory at a time
@@ -51,8 +52,8 @@ def read_index_header(path: Path) -> IndexHeader:
     """Reads the header of a .idx file.
 
     Raises:
-        ValueError: the file is shorter than a header, or its magic, version or dtype is not
-            Megatron's.
+        ValueError: the file is shorter than a header, its magic, version or dtype is not
+            Megatron's, or the dtype is none of whole numbers.
     """
     with open(path, "rb") as file:
         start = file.read(_HEADER.size)
@@ -65,6 +66,9 @@ def read_index_header(path: Path) -> IndexHeader:
             f"{path} is not an index of Megatron: it starts with {magic!r}, version {version}, "
             f"dtype code {code}; expected {_MAGIC!r}, version 1, a code in 1..8. {REBUILD}"
         )
+    if _DTYPES[code] not in _WHOLE_NUMBERS:
+        raise ValueError(f"{path} is the index of {_DTYPES[code]} numbers, and token ids are whole "
+                         f"numbers: {', '.join(_WHOLE_NUMBERS)}")
     return IndexHeader(_DTYPES[code], sequences, document_list - 1)
 
 
@@ -86,18 +90,45 @@ class Index(NamedTuple):
 def read_index(path: Path) -> Index:
     """Maps the arrays of a .idx file, whose size the caller has checked."""
     header = read_index_header(path)
-    shapes = ((np.int32, header.sequences), (np.int64, header.sequences),
-              (np.int64, header.documents + 1))
-    arrays, offset = [], _HEADER.size
-    for dtype, count in shapes:
-        arrays.append(np.memmap(path, dtype, "r", offset, (count,)))
+    mapped, offset, arrays = np.memmap(path, np.uint8, "r"), _HEADER.size, []
+    for dtype, count in ((np.int32, header.sequences), (np.int64, header.sequences),
+                         (np.int64, header.documents + 1)):
+        arrays.append(np.frombuffer(mapped, dtype, count, offset))
         offset += arrays[-1].nbytes
     return Index(*arrays)
 
 
-def read_lengths(path: Path) -> np.ndarray:
-    """Maps the tokens of each sequence of a .idx file, (sequences,) int32."""
-    return read_index(path).lengths
+def check_index(path: Path) -> Index:
+    """Maps the arrays of a .idx file, whose size the caller has checked, if they go together.
+
+    Raises:
+        ValueError: a length is negative, the offsets do not follow from the lengths, or the
+            document list does not cover the sequences in order.
+    """
+    index, size = read_index(path), np.dtype(read_index_header(path).dtype).itemsize
+    count, documents, offset = len(index.lengths), index.document_ends, 0
+    for start in range(0, count, _ENTRIES):
+        lengths = index.lengths[start : start + _ENTRIES]
+        ends = offset + np.cumsum(lengths, dtype=np.int64) * size
+        if (lengths < 0).any() or (index.offsets[start : start + _ENTRIES]
+                                   != ends - lengths.astype(np.int64) * size).any():
+            raise ValueError(f"{path}: its offsets do not follow from its lengths. {REBUILD}")
+        offset = int(ends[-1])
+    steps = (np.diff(documents[start : start + _ENTRIES + 1])
+             for start in range(0, len(documents), _ENTRIES))
+    first, last = int(documents[0]), int(documents[-1])
+    if first != 0 or last != count or any((step < 0).any() for step in steps):
+        raise ValueError(f"{path}: its document list goes from sequence {first:,} to {last:,} and "
+                         f"must cover its {count:,} sequences in order, from 0 on; old tools that "
+                         "merge data sets leave such lists. Merge again with a newer one")
+    return index
+
+
+def tokens_of_documents(path: Path) -> np.ndarray:
+    """Counts the tokens of every document, (documents,) int64; a document may have none."""
+    index = read_index(path)
+    ends = np.concatenate([[0], np.cumsum(index.lengths, dtype=np.int64)])
+    return np.diff(ends[index.document_ends])
 
 
 def write_index(path: Path, lengths: np.ndarray, dtype: np.dtype) -> str:

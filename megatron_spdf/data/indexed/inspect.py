@@ -9,12 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from megatron_spdf.data.indexed.index_file import read_index, read_lengths
+from megatron_spdf.data.indexed.index_file import read_index, tokens_of_documents
 from megatron_spdf.data.indexed.manifest import CORPUS, Manifest, check_prefix, file_of, read_corpus
+from megatron_spdf.data.indexed.tokens import (
+    PIECE_TOKENS,
+    DataFault,
+    IndexedTokens,
+    pieces,
+)
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megatron_spdf.tables import Column, Table
 
-_TOKENS = 1 << 24  # that are in memory at a time
 _BAR = 40  # characters of the longest bar
 
 
@@ -33,7 +38,7 @@ def describe(prefix: str | Path) -> dict[str, Any]:
         ValueError: files are missing, or have other sizes than the manifest says.
     """
     manifest = check_prefix(prefix)
-    lengths = read_lengths(file_of(prefix, "idx"))
+    lengths = tokens_of_documents(file_of(prefix, "idx"))
     low, middle, high, highest = np.percentile(lengths, (10, 50, 90, 99))
     return {
         "prefix": str(prefix),
@@ -50,25 +55,26 @@ def describe(prefix: str | Path) -> dict[str, Any]:
 
 def histogram(lengths: np.ndarray) -> list[dict[str, int]]:
     """Counts documents and their tokens by length, in classes from a power of two to below the
-    next.
+    next; empty documents are a class of their own.
 
     Args:
-        lengths: (documents,), tokens of each document, at least 1.
+        lengths: (documents,), tokens of each document.
     """
-    classes = np.frexp(lengths.astype(np.float64))[1] - 1  # of length n: floor(log2 n)
+    classes = np.frexp(lengths.astype(np.float64))[1]  # of length n: floor(log2 n) + 1, of 0: 0
     documents = np.bincount(classes)
     tokens = np.bincount(classes, weights=lengths)
     first = int(np.flatnonzero(documents)[0])
-    return [{"from": 2**i, "below": 2 ** (i + 1), "documents": int(documents[i]),
+    return [{"from": 2**i // 2, "below": 2**i, "documents": int(documents[i]),
              "tokens": int(tokens[i])}
             for i in range(first, len(documents))]
 
 
-def sample(prefix: str | Path, number: int) -> dict[str, Any]:
+def sample(prefix: str | Path, number: int, tokenizer: Tokenizer | None = None) -> dict[str, Any]:
     """Decodes one document.
 
     Args:
         number: of the document, counted from 0.
+        tokenizer: default: the copy beside the data set.
 
     Returns:
         Its token ids, its text, and the input file that it came from.
@@ -77,15 +83,16 @@ def sample(prefix: str | Path, number: int) -> dict[str, Any]:
         ValueError: there is no such document, or no tokenizer to decode it with.
     """
     manifest, index = check_prefix(prefix), read_index(file_of(prefix, "idx"))
-    if not 0 <= number < len(index.lengths):
-        raise ValueError(f"{prefix} holds documents 0 to {len(index.lengths) - 1:,}; there is no "
+    if not 0 <= number < manifest.documents:
+        raise ValueError(f"{prefix} holds documents 0 to {manifest.documents - 1:,}; there is no "
                          f"document {number:,}")
-    tokenizer = _tokenizer_of(prefix)
+    tokenizer = tokenizer or _tokenizer_of(prefix)
     if tokenizer is None:
         raise ValueError(f"{prefix}.tokenizer is missing, and nothing else says how to decode the "
-                         "tokens")
-    first = int(index.offsets[number]) // np.dtype(manifest.dtype).itemsize
-    ids = _tokens(prefix, manifest)[first : first + int(index.lengths[number])].tolist()
+                         "tokens; name a tokenizer with --tokenizer")
+    tokens = IndexedTokens(prefix, tokenizer.vocab_size)
+    first, end = index.document_ends[number : number + 2].tolist()
+    ids = [i for sequence in range(first, end) for i in tokens.get(sequence).tolist()]
     ends = np.cumsum([source.documents for source in manifest.sources])
     place = int(np.searchsorted(ends, number, side="right"))
     return {"document": number, "tokens": len(ids),
@@ -93,25 +100,39 @@ def sample(prefix: str | Path, number: int) -> dict[str, Any]:
             "text": tokenizer.decode(ids)}
 
 
-def verify(prefix: str | Path) -> list[str]:
+def verify(prefix: str | Path, tokenizer: Tokenizer | None = None) -> list[str]:
     """Reads every byte of a data set and compares it with its manifest.
+
+    Args:
+        tokenizer: that the ids must belong to; default: the one of the manifest.
 
     Returns:
         Faults, as sentences; none if the data set is sound.
     """
     try:
-        manifest = check_prefix(prefix)
+        manifest = check_prefix(prefix, tokenizer and tokenizer.sha256)
     except (ValueError, OSError) as error:
         return [str(error)]
+    recorded = tokenizer or manifest.tokenizer
+    try:
+        for _ in pieces(IndexedTokens(prefix, recorded and recorded.vocab_size)):
+            pass
+    except DataFault as fault:
+        return [str(fault)]
     return [
         *_index_faults(prefix, manifest),
-        *_token_faults(prefix, manifest),
+        *_end_faults(prefix, manifest),
         *_source_faults(prefix, manifest),
         *_tokenizer_faults(prefix, manifest),
     ]
 
 
-def verify_corpus(prefix: str | Path) -> list[str]:
+def highest_id(prefix: str | Path) -> int:
+    """The highest token id of a data set."""
+    return max(int(piece.max()) for piece in pieces(IndexedTokens(prefix)))
+
+
+def verify_corpus(prefix: str | Path, tokenizer: Tokenizer | None = None) -> list[str]:
     """Verifies a directory of data sets: each of them, and that their counts add up.
 
     Returns:
@@ -120,7 +141,7 @@ def verify_corpus(prefix: str | Path) -> list[str]:
     corpus, faults = read_corpus(prefix), []
     for name, counts in corpus.data_sets.items():
         path = str(Path(prefix) / name)
-        found = verify(path)
+        found = verify(path, tokenizer)
         faults += found
         if not found and check_prefix(path).documents != counts.documents:
             faults.append(f"{path} holds {check_prefix(path).documents:,} documents, and {CORPUS} "
@@ -134,56 +155,41 @@ def verify_corpus(prefix: str | Path) -> list[str]:
 
 def _index_faults(prefix: str | Path, manifest: Manifest) -> Iterator[str]:
     path = file_of(prefix, "idx")
-    index, size = read_index(path), np.dtype(manifest.dtype).itemsize
     if manifest.idx_sha256 and hashlib.sha256(path.read_bytes()).hexdigest() != manifest.idx_sha256:
         yield f"{path} has another content than was written"
-    ends = np.cumsum(index.lengths, dtype=np.int64)
-    if len(ends) and ((index.lengths < 0).any()
-                      or (index.offsets != (ends - index.lengths) * size).any()
-                      or ends[-1] * size != manifest.bin_bytes):
-        yield (f"{path}: its offsets do not follow from its lengths, or do not end where the "
-               "tokens do")
-    starts = index.document_ends
-    if starts[0] != 0 or starts[-1] != len(ends) or (np.diff(starts) <= 0).any():
-        yield f"{path}: its documents do not cover its sequences in order"
-    if manifest.tokens != (int(ends[-1]) if len(ends) else 0):
-        yield f"{path} counts {int(ends[-1]):,} tokens, and the manifest says {manifest.tokens:,}"
 
 
-def _token_faults(prefix: str | Path, manifest: Manifest) -> Iterator[str]:
-    """Finds ids beyond the vocabulary, and end-of-document tokens anywhere but at the ends."""
-    if manifest.tokenizer is None:
+def _end_faults(prefix: str | Path, manifest: Manifest) -> Iterator[str]:
+    """Finds end-of-document tokens anywhere but at the ends of documents."""
+    if not (manifest.tokenizer and manifest.append_eod):
         return
-    tokens = _tokens(prefix, manifest)
-    known, eod = manifest.tokenizer.vocab_size, manifest.tokenizer.eod
-    ends_seen = 0
-    for start in range(0, len(tokens), _TOKENS):
-        piece = tokens[start : start + _TOKENS]
-        if (beyond := np.flatnonzero(piece >= known)).size:
-            yield (f"{file_of(prefix, 'bin')}, token {start + int(beyond[0]):,}: id "
-                   f"{int(piece[beyond[0]])}, and the tokenizer has {known:,}")
-            return
-        ends_seen += int((piece == eod).sum())
-    if manifest.append_eod:
-        ends = np.cumsum(read_lengths(file_of(prefix, "idx")), dtype=np.int64) - 1
-        wrong = np.flatnonzero(tokens[np.minimum(ends, len(tokens) - 1)] != eod)
-        if wrong.size or ends_seen != len(ends):
-            which = (f"document {int(wrong[0]):,} does not end with one" if wrong.size
-                     else "there are others")
-            yield (f"{file_of(prefix, 'bin')}: end-of-document tokens are not the ends of the "
-                   f"documents; {which}")
+    eod, tokens = manifest.tokenizer.eod, IndexedTokens(prefix)
+    seen, lengths = 0, tokens_of_documents(file_of(prefix, "idx"))
+    missing = [first for first in np.flatnonzero(lengths == 0)[:1].tolist()]
+    ends, first = np.cumsum(lengths) - 1, 0
+    for piece in pieces(tokens):
+        seen += int((piece == eod).sum())
+        here = ends[np.searchsorted(ends, first) : np.searchsorted(ends, first + len(piece))]
+        wrong = here[piece[here - first] != eod]
+        missing += np.searchsorted(ends, wrong[:1]).tolist()
+        first += len(piece)
+    if missing or seen != len(ends):
+        which = (f"document {missing[0]:,} does not end with one" if missing
+                 else "there are others")
+        yield (f"{file_of(prefix, 'bin')}: end-of-document tokens are not the ends of the "
+               f"documents; {which}")
 
 
 def _source_faults(prefix: str | Path, manifest: Manifest) -> Iterator[str]:
     """Finds inputs whose tokens are not the ones that were written."""
-    tokens, start = _tokens(prefix, manifest), 0
+    tokens, start = IndexedTokens(prefix), 0
     for source in manifest.sources:
         if source.bin_sha256 is None or source.tokens is None:
             continue
         digest = hashlib.sha256()
         end = start + source.tokens
-        for first in range(start, end, _TOKENS):
-            digest.update(np.ascontiguousarray(tokens[first : min(first + _TOKENS, end)]))
+        for first in range(start, end, PIECE_TOKENS):
+            digest.update(tokens.read(first, min(PIECE_TOKENS, end - first)))
         if digest.hexdigest() != source.bin_sha256:
             yield (f"{file_of(prefix, 'bin')}, tokens {start:,} to {end:,}: another content than "
                    f"was made of {source.path}")
@@ -201,10 +207,6 @@ def _tokenizer_faults(prefix: str | Path, manifest: Manifest) -> Iterator[str]:
     if found != manifest.tokenizer.sha256:
         yield (f"{file_of(prefix, 'tokenizer')} is {found} (sha256), and the manifest says "
                f"{manifest.tokenizer.sha256}")
-
-
-def _tokens(prefix: str | Path, manifest: Manifest) -> np.ndarray:
-    return np.memmap(file_of(prefix, "bin"), manifest.dtype, "r")
 
 
 def _tokenizer_of(prefix: str | Path) -> Tokenizer | None:
@@ -271,7 +273,7 @@ def plot_histogram(facts: dict[str, Any], path: Path) -> None:
         counts = [c[key] for c in classes]
         axes.stairs([count / sum(counts) for count in counts], edges, label=f"share of {key}",
                     linestyle=style)
-    axes.set_xscale("log", base=2)
+    axes.set_xscale("log" if edges[0] else "symlog", base=2)  # empty documents lie at 0
     axes.set(xlabel="tokens in a document", ylabel="share", title=facts["prefix"])
     axes.legend()
     axes.grid(alpha=0.3)

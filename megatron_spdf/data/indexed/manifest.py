@@ -10,17 +10,19 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from megatron_spdf.data.indexed.index_file import (
     REBUILD,
     IndexHeader,
+    check_index,
     read_index_header,
-    read_lengths,
 )
 from megatron_spdf.data.preprocess.records import MAX_RECORD_BYTES, Skipped
+from megatron_spdf.records import read_json
 
 CORPUS = "corpus.json"
+NO_MANIFEST = f"it is not a manifest of format version 1. {REBUILD}"
 
 
 class _Record(BaseModel):
@@ -186,13 +188,9 @@ def read_manifest(prefix: str | Path) -> Manifest:
     """
     path = file_of(prefix, "json")
     try:
-        return Manifest.model_validate_json(path.read_bytes())
+        return read_json(path, Manifest, remedy=NO_MANIFEST)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing, so the data set is incomplete. {REBUILD}") from None
-    except ValidationError as error:
-        raise ValueError(
-            f"{path} is not a manifest of format version 1: {error}. {REBUILD}"
-        ) from None
 
 
 def read_corpus(prefix: str | Path) -> CorpusManifest:
@@ -203,14 +201,10 @@ def read_corpus(prefix: str | Path) -> CorpusManifest:
     """
     path = Path(prefix) / CORPUS
     try:
-        return CorpusManifest.model_validate_json(path.read_bytes())
+        return read_json(path, CorpusManifest, remedy=NO_MANIFEST)
     except FileNotFoundError:
         raise ValueError(
             f"{path} is missing, so {prefix} is no directory of data sets, or incomplete"
-        ) from None
-    except ValidationError as error:
-        raise ValueError(
-            f"{path} is not a manifest of format version 1: {error}. {REBUILD}"
         ) from None
 
 
@@ -219,14 +213,15 @@ def check_prefix(prefix: str | Path, tokenizer_sha256: str | None = None) -> Man
 
     A data set with neither PREFIX.json nor PREFIX.tokenizer was made by another tool, such as
     Megatron-LM's: its sizes are checked against its own .idx file, and its tokenizer cannot be
-    checked.
+    checked; `tokens.look_at_ids` looks at its ids instead.
 
     Args:
         prefix: path of the data set without .bin and .idx.
         tokenizer_sha256: `Tokenizer.sha256` of the tokenizer in use; None leaves that unchecked.
 
     Raises:
-        ValueError: the data set is missing, incomplete, empty, or of another tokenizer.
+        ValueError: the data set is missing, incomplete, empty, of another tokenizer, or its index
+            does not fit.
     """
     idx, data = file_of(prefix, "idx"), file_of(prefix, "bin")
     for path in (data, idx):
@@ -239,11 +234,17 @@ def check_prefix(prefix: str | Path, tokenizer_sha256: str | None = None) -> Man
     _require_size(idx, header.file_bytes, "its header")
     if not header.sequences:
         raise ValueError(f"data set {prefix} holds no document. Make it from input that has text")
-    foreign = not file_of(prefix, "json").exists() and not file_of(prefix, "tokenizer").exists()
-    manifest = _describe_foreign(idx, header) if foreign else read_manifest(prefix)
+    foreign = is_foreign(prefix)
+    tokens = int(check_index(idx).lengths.sum(dtype=np.int64))
+    manifest = _describe_foreign(tokens, header) if foreign else read_manifest(prefix)
     source = idx if foreign else file_of(prefix, "json")
     _require_size(data, manifest.bin_bytes, source)
     _require_size(idx, manifest.idx_bytes, source)
+    if not tokens:
+        raise ValueError(f"data set {prefix} holds no token. Make it from input that has text")
+    if manifest.tokens != tokens:
+        raise ValueError(f"{idx} counts {tokens:,} tokens, and {source} says {manifest.tokens:,}. "
+                         f"{REBUILD}")
     recorded = manifest.tokenizer.sha256 if manifest.tokenizer else None
     if tokenizer_sha256 and recorded and recorded != tokenizer_sha256:
         raise ValueError(
@@ -254,8 +255,12 @@ def check_prefix(prefix: str | Path, tokenizer_sha256: str | None = None) -> Man
     return manifest
 
 
-def _describe_foreign(idx: Path, header: IndexHeader) -> Manifest:
-    tokens = int(read_lengths(idx).sum(dtype=np.int64))
+def is_foreign(prefix: str | Path) -> bool:
+    """Whether a data set was made by another tool: nothing beside it says what it holds."""
+    return not file_of(prefix, "json").exists() and not file_of(prefix, "tokenizer").exists()
+
+
+def _describe_foreign(tokens: int, header: IndexHeader) -> Manifest:
     return Manifest(
         documents=header.documents,
         tokens=tokens,

@@ -6,11 +6,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_spdf.data.indexed.manifest import check_prefix
+from megatron_spdf.data.indexed.manifest import check_prefix, is_foreign
+from megatron_spdf.data.indexed.tokens import look_at_ids
 from megatron_spdf.data.pretraining.blend import BlendHistory
 from megatron_spdf.data.pretraining.sources import Source, expand, make_source, training_sources
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megatron_spdf.recipe.recipe import Recipe
+
+MOST_PADDING = 4096  # rows of a published vocabulary without an id; a small one may be doubled
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Corpus:
 
 def check_corpus(recipe: Recipe) -> Corpus:
     """Checks every data set of a recipe against its manifest, its tokenizer, the model and the run
-    so far.
+    so far; of one that another tool made, the ids.
 
     Raises:
         ValueError: a data set is damaged, too small or of another tokenizer, or the blend is not
@@ -37,25 +40,30 @@ def check_corpus(recipe: Recipe) -> Corpus:
     valid = [make_source(prefix, check_prefix(prefix, tokenizer.sha256))
              for prefix in recipe.data.valid]
     _check_sizes(recipe, train, valid)
+    for source in train + valid:
+        if is_foreign(source.prefix):
+            look_at_ids(source.prefix, tokenizer.vocab_size)
     if recipe.data.on_blend_change == "refuse":
         BlendHistory(Path(recipe.output), train).require_unchanged()
     return Corpus(tokenizer, train, valid)
 
 
 def data_tokenizer(recipe: Recipe) -> Tokenizer:
-    """Loads the tokenizer of a recipe's data, which must know as many tokens as the model.
+    """Loads the tokenizer of a recipe's data. The model must have a row for each of its ids, and
+    may have some that pad the vocabulary.
 
     Raises:
-        ValueError: a data set is not whole, or the vocabularies differ.
+        ValueError: a data set is not whole, or the vocabularies differ by more than padding.
         FileNotFoundError: the tokenizer is missing.
     """
     first = expand(recipe.data)[0].prefix
     check_prefix(first)  # a wrong prefix is reported as such, not as a missing tokenizer
     tokenizer = load_tokenizer(recipe.data.tokenizer or f"{first}.tokenizer")
-    if tokenizer.vocab_size != recipe.model.vocab_size:
-        raise ValueError(f"model.vocab_size={recipe.model.vocab_size}, but the data's tokenizer "
-                         f"knows {tokenizer.vocab_size} tokens; set "
-                         f"model.vocab_size={tokenizer.vocab_size}")
+    rows, ids = recipe.model.vocab_size, tokenizer.vocab_size
+    if not ids <= rows <= ids + max(ids, MOST_PADDING):
+        raise ValueError(f"model.vocab_size={rows}, but the data's tokenizer knows {ids} tokens; "
+                         f"set model.vocab_size={ids}, or somewhat more to pad it. A model that "
+                         "is given with more rows has another tokenizer: use data of that one")
     return tokenizer
 
 

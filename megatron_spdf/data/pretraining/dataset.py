@@ -19,8 +19,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as ps
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
+from megatron_spdf.data.indexed.tokens import DataFault, IndexedTokens
 from megatron_spdf.data.pretraining.blend import BlendHistory, BlendOrder
 from megatron_spdf.data.pretraining.corpus import Corpus
 from megatron_spdf.data.pretraining.samples import (
@@ -58,6 +59,11 @@ class TrainingSamples(Dataset):
             for s in corpus.train
             for number in range(before[s.content] // self._sizes[s.content],
                                 -(-after[s.content] // self._sizes[s.content]))}
+
+    @property
+    def read_from(self) -> list[IndexedTokens]:
+        """The data sets."""
+        return [shuffled.dataset for shuffled in self._shuffled.values()]
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
         content = self.order.contents[self.order.places[number]]
@@ -144,24 +150,30 @@ class TokenData:
         """Labels of the validation windows over the UTF-8 bytes of their text."""
         return len(self.valid) * self.recipe.train.sequence_length / self.valid.text_bytes
 
-    def _batches(self, dataset: Dataset | None, first: int,
+    def _batches(self, dataset: TrainingSamples | Windows | None, first: int,
                  last: int) -> Iterator[list[MicroBatch]]:
+        """Yields the micro-batches of steps.
+
+        Raises:
+            DataFault: a data set cannot be read further, or holds what is no token.
+        """
         per_step = self.recipe.micro_batches
         if not self.reads:
             yield from ([{}] * per_step for _ in range(first, last))
             return
         workers = self.recipe.data.workers
         loader = iter(DataLoader(
-            dataset,
+            _FaultsInPlace(dataset),
             batch_sampler=(self._indices(step, m) for step in range(first, last)
                            for m in range(per_step)),
             num_workers=workers,
+            collate_fn=_collate,
             worker_init_fn=block_in_worker,
             prefetch_factor=2 * per_step if workers else None,
             pin_memory=torch.cuda.is_available(),
         ))
         for _ in range(first, last):
-            yield [next(loader) for _ in range(per_step)]
+            yield [_next(loader, dataset) for _ in range(per_step)]
 
     def _indices(self, step: int, micro: int) -> list[int]:
         """Numbers of the samples of a micro-batch on this rank, (B,)."""
@@ -169,6 +181,39 @@ class TokenData:
         place = micro * dp + ps.get_data_parallel_rank()
         start = step * self.recipe.train.global_batch + place * size
         return list(range(start, start + size))
+
+
+class _FaultsInPlace(Dataset):
+    """Samples, or a fault in the place of one: raised in a loader process, it would arrive as a
+    trace."""
+
+    def __init__(self, samples: Dataset):
+        self._samples = samples
+
+    def __getitem__(self, number: int) -> dict[str, Tensor] | DataFault:
+        try:
+            return self._samples[number]
+        except DataFault as fault:
+            return fault
+
+
+def _collate(samples: list[dict[str, Tensor] | DataFault]) -> MicroBatch | DataFault:
+    faults = (sample for sample in samples if isinstance(sample, DataFault))
+    return next(faults, None) or default_collate(samples)
+
+
+def _next(loader: Iterator[MicroBatch | DataFault],
+          samples: TrainingSamples | Windows) -> MicroBatch:
+    """The next micro-batch; raises the fault that came in its place."""
+    try:
+        batch = next(loader)
+    except RuntimeError:  # a loader process died, perhaps of an index that was cut off as it read
+        for tokens in samples.read_from:
+            tokens.require_whole_index()
+        raise
+    if isinstance(batch, DataFault):
+        raise batch
+    return batch
 
 
 @contextmanager

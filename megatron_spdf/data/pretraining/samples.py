@@ -15,13 +15,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from megatron_spdf.data.indexed.index_file import read_index_header
-from megatron_spdf.data.indexed.manifest import file_of
+from megatron_spdf.data.indexed.tokens import IndexedTokens
 from megatron_spdf.data.pretraining.index_cache import built_once
 from megatron_spdf.data.pretraining.sources import Source
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
@@ -117,8 +115,8 @@ class ShuffledEpochs(GPTDataset):
             tokenizer=tokenizer, reset_position_ids=False, reset_attention_mask=False,
             eod_mask_loss=False, create_attention_mask=False)
         nothing = np.empty(0, np.int32)  # the choice of documents; our index holds all of them
-        super().__init__(IndexedDataset(source.prefix), source.content, nothing, None, Split.train,
-                         config)
+        super().__init__(IndexedTokens(source.prefix, tokenizer.vocab_size), source.content,
+                         nothing, None, Split.train, config)
         assert len(self) == samples_per_index(source, recipe)
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
@@ -156,12 +154,15 @@ class Windows(Dataset):
 
     Window w of a source is tokens [w T, w T + T] in the order of the text, the last one a label
     only. Of the windows of all sources in turn, `count` are taken at even distances.
+
+    Attributes:
+        read_from: the data sets.
     """
 
     def __init__(self, sources: list[Source], count: int, recipe: Recipe, tokenizer: Tokenizer):
         self._length, self._tokenizer = recipe.train.sequence_length, tokenizer
         self._boundaries = boundaries_of(recipe, tokenizer)
-        self._tokens = [_all_tokens(source.prefix) for source in sources]
+        self.read_from = [IndexedTokens(s.prefix, tokenizer.vocab_size) for s in sources]
         self._ends = np.cumsum([samples_in(s.tokens, self._length) for s in sources])
         self._chosen = np.arange(count) * int(self._ends[-1]) // max(count, 1)
 
@@ -181,12 +182,7 @@ class Windows(Dataset):
         window = self._chosen[number]
         source = int(np.searchsorted(self._ends, window, side="right"))
         start = int(window - (self._ends[source - 1] if source else 0)) * self._length
-        return self._tokens[source][start : start + self._length + 1]
-
-
-def _all_tokens(prefix: str) -> np.ndarray:
-    """Maps the tokens of a data set, (tokens,)."""
-    return np.memmap(file_of(prefix, "bin"), read_index_header(file_of(prefix, "idx")).dtype, "r")
+        return self.read_from[source].read(start, self._length + 1)
 
 
 def boundaries_of(recipe: Recipe, tokenizer: Tokenizer) -> DocumentBoundaries:

@@ -53,8 +53,18 @@ class Tokenizer(ABC):
         """`encode` for well-formed text."""
 
     @abstractmethod
+    def _decode(self, ids: list[int]) -> str:
+        """`decode` for ids that all have a token."""
+
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`; bytes that are not UTF-8 become U+FFFD."""
+        """Text of `ids`; bytes that are not UTF-8, and ids that no token has, such as those of rows
+        that pad a model's vocabulary, become U+FFFD."""
+        ids = [int(i) for i in ids]
+        if all(0 <= i < self.vocab_size for i in ids):
+            return self._decode(ids)
+        ends = [n for n, i in enumerate(ids) if not 0 <= i < self.vocab_size]
+        return "\ufffd".join(self._decode(ids[start + 1:end]) for start, end in
+                             zip([-1, *ends], [*ends, len(ids)], strict=True))
 
     def text_bytes(self, ids: Iterable[int]) -> int:
         """UTF-8 bytes of the text of `ids`; end-of-document tokens have none.
@@ -100,6 +110,14 @@ class Tokenizer(ABC):
 
     def __reduce__(self):
         return type(self), self._files
+
+
+def render_padding(tokenizer: Tokenizer, rows: int) -> str:
+    """What the rows of a model's vocabulary are that no id of its tokenizer has, in a line; nothing
+    where there are none."""
+    ids = tokenizer.vocab_size
+    return (f"{rows - ids:,} of the model's {rows:,} rows of the vocabulary pad it: the tokenizer "
+            f"has {ids:,} ids, and none is ever decoded from the others") if rows > ids else ""
 
 
 def too_small_a_corpus(vocab_size: int, largest: int) -> str:

@@ -54,11 +54,13 @@ class Gpt2Bpe(Tokenizer):
             return np.concatenate([self._encoding.encode_to_numpy(part, disallowed_special=())
                                    for part in parts])
 
-    def decode(self, ids: Iterable[int]) -> str:
-        return self._encoding.decode([int(i) for i in ids])
+    def _decode(self, ids: list[int]) -> str:
+        return self._encoding.decode(ids)
 
     def text_bytes(self, ids: Iterable[int]) -> int:
-        return len(self._encoding.decode_bytes([int(i) for i in ids if i != self.eod]))
+        known = range(self.vocab_size)
+        return len(self._encoding.decode_bytes([int(i) for i in ids
+                                                if i != self.eod and i in known]))
 
 
 def train(texts: Iterator[str], vocab_size: int) -> Gpt2Bpe:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from megatron_spdf.data.tokenizers.base import Tokenizer, too_small_a_corpus
 
@@ -35,8 +35,8 @@ class SentencePiece(Tokenizer):
     def _encode(self, text: str) -> list[int]:
         return self._processor.encode(text)
 
-    def decode(self, ids: Iterable[int]) -> str:
-        return self._processor.decode([int(i) for i in ids])
+    def _decode(self, ids: list[int]) -> str:
+        return self._processor.decode(ids)
 
 
 def train(texts: Iterator[str], vocab_size: int) -> SentencePiece:
