@@ -10,6 +10,7 @@ import io
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -111,6 +112,19 @@ def inside(directory: Path, name: str) -> Path:
         raise ValueError(f"{path} is reached by a link that leads to {os.path.realpath(path)}; "
                          "remove the link, or name another place for the output")
     return path
+
+
+def open_regular(path: Path) -> IO[bytes]:
+    """Opens a file for reading.
+
+    Raises:
+        OSError: `path` is a link, a directory, a pipe or a device. None of them is waited for.
+    """
+    file = open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(f"{path} is no regular file")
+    return file
 
 
 def remove(path: Path) -> None:

@@ -29,10 +29,10 @@ from pydantic import Field, model_validator
 from scipy.stats import t as student
 
 from megatron_spdf.recipe.compare import changes_of_run
-from megatron_spdf.recipe.load import load_recipe
+from megatron_spdf.recipe.load import load_recipe, write_value
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.records import read_yaml
-from megatron_spdf.runs.grid import Trial, as_text, axis_of, combinations
+from megatron_spdf.runs.grid import Trial, axis_of, combinations
 from megatron_spdf.runs.measured import LOG, read_run
 from megatron_spdf.schedule.flops import training_flops
 from megatron_spdf.schedule.stages import mean_flops, stages_of
@@ -75,7 +75,8 @@ class Experiment(Section):
                 for name, axis in values["axes"].items()}
         exclude = values.get("exclude", [])
         if isinstance(exclude, list):
-            exclude = [{axis: as_text(label) for axis, label in labels.items()}
+            exclude = [{axis: write_value(label) if isinstance(values["axes"].get(axis), list)
+                        else str(label) for axis, label in labels.items()}
                        if isinstance(labels, dict) else labels
                        for labels in exclude]
         return {**values, "axes": axes, "exclude": exclude}

@@ -22,7 +22,7 @@ from megatron_spdf import exit_codes
 from megatron_spdf.checkpoint.run_metadata import INITIAL, Masks
 from megatron_spdf.checkpoint.shared_files import newest_of_all
 from megatron_spdf.checkpoint.store import step_of
-from megatron_spdf.command_line import add_overrides, make_parser
+from megatron_spdf.command_line import add_overrides, make_parser, print_words
 from megatron_spdf.data.indexed.tokens import DataFault
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
 from megatron_spdf.locks import Held
@@ -92,7 +92,10 @@ def parse_arguments(text: str, kind: type[BaseModel], recipes: str) -> argparse.
     parser.add_argument("--preflight", action="store_true",
                         help="once before the ranks of a batch job: check all that needs no "
                              "device, count the start (fault_tolerance.max_starts), print the run "
-                             "directory, and exit")
+                             "directory as --print-output does, and exit")
+    parser.add_argument("--print-output", action="store_true",
+                        help="for a script: print the run directory, a NUL before and after it, "
+                             "after the checks of the recipe, and exit")
     # from deepspeed's launcher, like LOCAL_RANK
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_intermixed_args()
@@ -143,7 +146,7 @@ def preflight(run: RunDir) -> int:
         run.preflight()
     finally:
         run.lock.let_go()
-    print(run.root)
+    print_words([str(run.root)])
     return exit_codes.FINISHED
 
 
@@ -187,8 +190,8 @@ def train(job: Job, stop: StopRequest, device: torch.device) -> int:
 
 
 def train_stage(job: Job, stage: RunStage, stop: StopRequest, device: torch.device) -> int:
-    """Builds the engine, restores the newest checkpoint, or densifies that of the stage before, and
-    trains to the end of the stage."""
+    """Builds the engine, restores the newest checkpoint, or densifies or prunes that of the stage
+    before, and trains to the end of the stage."""
     from megatron_spdf.checkpoint.checkpointer import Checkpointer
     from megatron_spdf.checkpoint.saving import SaveFailed
     from megatron_spdf.engine.factory import make_engine
@@ -205,7 +208,7 @@ def train_stage(job: Job, stage: RunStage, stop: StopRequest, device: torch.devi
         run.create_on_rank_0()
         checkpointer = Checkpointer(run.checkpoints, recipe, plan, job.tokenizer, job.masks,
                                     job.origin)
-        state, found = checkpointer.restore(engine, boundary=stage.first)
+        state, found = checkpointer.restore(engine, stage.first, stage.continues)
     data = job.make_data(recipe, engine)
     log = RunLog(run, state.step, recipe.steps, recipe.log.tensorboard, active=job.ranks.rank == 0,
                  evaluated=state.evaluated)
