@@ -16,6 +16,7 @@ from __future__ import annotations
 import sys
 
 from megatron_spdf import exit_codes
+from megatron_spdf.command_line import print_words
 from megatron_spdf.convert.source import open_weights
 from megatron_spdf.data.finetuning.task import render_tasks
 from megatron_spdf.recipe.finetune import Finetune, load_finetune
@@ -33,6 +34,9 @@ def main() -> int:
     with refusals():
         ranks = find_ranks()
         finetune = load_finetune(options.recipe, options.overrides, ranks.world)
+        if options.print_output:
+            print_words([finetune.output])
+            return exit_codes.FINISHED
         prepared = prepare(finetune, open_weights(finetune.checkpoint, checksums=False))
         if options.dry_run:
             print(f"{render_recipe(finetune)}\n{prepared.summary}")

@@ -16,6 +16,7 @@ from __future__ import annotations
 import sys
 
 from megatron_spdf import exit_codes
+from megatron_spdf.command_line import print_words
 from megatron_spdf.data.pretraining.corpus import check_corpus
 from megatron_spdf.data.tokenizers.base import render_padding
 from megatron_spdf.model.parametrization import render_parametrization
@@ -37,6 +38,9 @@ def main() -> int:
         recipe = load_recipe(options.recipe, options.overrides, ranks.world)
         stages = stages_of(recipe)  # one, where the recipe names none
         summary = "\n".join(summarize(stage) for stage in stages)
+        if options.print_output:
+            print_words([recipe.output])
+            return exit_codes.FINISHED
         if options.dry_run:
             print(f"{render_recipe(recipe)}\n{summary}")
             return exit_codes.FINISHED

@@ -8,6 +8,7 @@ export SPDF_ROOT
 # This checkout's package, whatever an environment or a container has installed.
 export PYTHONPATH=$SPDF_ROOT${PYTHONPATH:+:$PYTHONPATH}
 die() { echo "${ME:-launch}: $1" >&2; exit "${2:-2}"; }
+[[ $SPDF_ROOT != *:* ]] || die "the path of the checkout, $SPDF_ROOT, has a colon, which ends a directory in PYTHONPATH; move the checkout"
 # shellcheck source=/dev/null
 [[ ! -f $SPDF_ROOT/launch/site.sh ]] || source "$SPDF_ROOT/launch/site.sh"
 
@@ -21,6 +22,8 @@ SPDF_CONTAINER=${SPDF_CONTAINER:-}    # *.sif: Apptainer; anything else: an imag
 SPDF_MOUNTS=${SPDF_MOUNTS:-}          # further directories in the container, comma-separated: /data,/scratch
 SPDF_EXIT_GRACE_SECONDS=${SPDF_EXIT_GRACE_SECONDS:-30} # from the end of the first rank until the others are killed
 SPDF_SRUN=${SPDF_SRUN:-}              # further options of srun, such as --cpu-bind=verbose --mpi=none
+
+INTERACTIVE_STEP=4294967290 # number of the step that salloc opens, SLURM_INTERACTIVE_STEP in slurm.h
 
 network() { # sets up NCCL and gloo. NCCL finds InfiniBand by itself; set a variable only if it chooses wrongly
   export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} # Megatron-Core's overlap relies on launch order
@@ -42,38 +45,35 @@ pretrain() { # RECIPE ARGUMENT...: pre-trains; a first argument that ends in .ya
   shift
   begin "$@"
   [[ ${ARGUMENTS[0]:-} != *.yaml ]] || { recipe=${ARGUMENTS[0]}; ARGUMENTS=("${ARGUMENTS[@]:1}"); }
-  train pretrain.py "$(recipe_file "$recipe" pretrain)" parallel.data=auto "${ARGUMENTS[@]}"
+  recipe=$(recipe_file "$recipe" pretrain) || exit $?
+  train pretrain.py "$recipe" parallel.data=auto "${ARGUMENTS[@]}"
 }
 
 finetune() { # TASK RUN OVERRIDE...: fine-tunes a run on a task, which is a name under configs/finetune or a .yaml file
   begin "$@"
   local task=${ARGUMENTS[0]:-} run=${ARGUMENTS[1]:-}
   [[ -n $task && -n $run && $run != *=* ]] || die "which task and which run? write: sbatch launch/finetune.sh TASK RUN [section.key=value ...], TASK one of $(tasks)"
-  train finetune.py "$(recipe_file "$task" finetune)" "checkpoint=$run" parallel.data=auto "${ARGUMENTS[@]:2}"
+  local recipe
+  recipe=$(recipe_file "$task" finetune) || exit $?
+  train finetune.py "$recipe" "checkpoint=$run" parallel.data=auto "${ARGUMENTS[@]:2}"
 }
 
 finetune_sweep() { # TASK RUN OVERRIDE...: runs one combination of the recipe's `sweep:` in each element of the job array
   begin "$@"
-  local task=${ARGUMENTS[0]:-} run=${ARGUMENTS[1]:-} recipe lines index=${SLURM_ARRAY_TASK_ID:-0} command=() sweep
+  local task=${ARGUMENTS[0]:-} run=${ARGUMENTS[1]:-} recipe trial sweep
   [[ -n $task && -n $run && $run != *=* ]] || die "which task and which run? write: sbatch --array=0-11 launch/finetune_sweep.sh TASK RUN [section.key=value ...], TASK one of $(tasks)"
-  recipe=$(recipe_file "$task" finetune)
+  recipe=$(recipe_file "$task" finetune) || exit $?
   sweep=("$recipe" "checkpoint=$run" parallel.data=auto "${ARGUMENTS[@]:2}")
-  lines=$(once "$SPDF_PYTHON" "$SPDF_ROOT/tools/sweep.py" "${sweep[@]}" --print) || exit $?
-  mapfile -t lines <<<"$lines"
-  ((index < ${#lines[@]})) || die "array element $index: the sweep of $recipe has ${#lines[@]} combinations; submit it with sbatch --array=0-$((${#lines[@]} - 1))"
-  eval "command=(${lines[index]})" # tools/sweep.py quotes for the shell
+  words_of trial once "$SPDF_PYTHON" "$SPDF_ROOT/tools/sweep.py" "${sweep[@]}" --index "${SLURM_ARRAY_TASK_ID:-0}" --words
   AFTERWARDS=("$SPDF_PYTHON" "$SPDF_ROOT/tools/sweep.py" "${sweep[@]}" --select)
-  train finetune.py "${command[@]:2}"
+  train finetune.py "$recipe" "${trial[@]}"
 }
 
 evaluate() { # TASK RUN OPTION...: scores the best checkpoint of a run on a task's test split, with options of tools/evaluate.py
   begin "$@"
   local task=${ARGUMENTS[0]:-} run=${ARGUMENTS[1]:-}
   [[ -n $task && -n $run ]] || die "which task and which run? write: sbatch launch/evaluate.sh TASK RUN [options of tools/evaluate.py]"
-  local data=()
-  [[ " ${ARGUMENTS[*]:2} " = *" --data "* || ! -f $run/recipe.yaml ]] ||
-    data=(--data "$(sed -n '/^data:/,/^[a-z]/s/^  path: //p' "$run/recipe.yaml")") # the directory of the run's own splits
-  work "$SPDF_PYTHON" "$SPDF_ROOT/tools/evaluate.py" "$run" --task "$task" "${data[@]}" "${ARGUMENTS[@]:2}"
+  work "$SPDF_PYTHON" "$SPDF_ROOT/tools/evaluate.py" "$(as_path "$run")" --task="$task" "${ARGUMENTS[@]:2}"
 }
 
 tool() { # NAME OPTION...: runs one of tools/*.py in one process without GPUs
@@ -93,26 +93,28 @@ begin() { # ARGUMENT...: parses the arguments, and checks job, GPUs, head node a
   for argument in "$@"; do
     case $argument in
       --dry-run) DRY=1 ;;
-      --nodes=* | --ntasks-per-node=* | --array=*) if [[ -z ${SLURM_JOB_ID:-} ]]; then SBATCH_ARGUMENTS+=("$argument"); else ARGUMENTS+=("$argument"); fi ;;
+      --nodes=* | --ntasks=* | --ntasks-per-node=* | --array=*) if [[ -z ${SLURM_JOB_ID:-} ]]; then SBATCH_ARGUMENTS+=("$argument"); else ARGUMENTS+=("$argument"); fi ;;
       *) ARGUMENTS+=("$argument") ;;
     esac
   done
   if ((DRY)); then
-    NODES=$(option nodes 1) TASKS=$(($(option nodes 1) * $(option ntasks-per-node 1)))
+    NODES=$(option nodes 1) TASKS=$(option ntasks $(($(option nodes 1) * $(option ntasks-per-node 1))))
     return
   fi
   JOB=${SLURM_ARRAY_TASK_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} JOB=${JOB:-${SLURM_JOB_ID:-}} # an array's last element has the array's id
   [[ -n $JOB ]] || die "not in a Slurm job; submit it: sbatch $ME ${*@Q}, or look at what it would do: $ME ${*@Q} --dry-run"
-  NODES=${SLURM_JOB_NUM_NODES:-1} TASKS=${SLURM_NTASKS:-1}
-  [[ -z ${SLURM_NTASKS_PER_NODE:-} ]] || TASKS=$((NODES * SLURM_NTASKS_PER_NODE)) # --nodes=1-4 asks for a range; NODES is the number granted
-  [[ $SPDF_DEVICE = cpu ]] || nvidia-smi -L >/dev/null 2>&1 ||
+  ((${SLURM_HET_SIZE:-1} == 1)) || die "job $JOB is heterogeneous ($SLURM_HET_SIZE components), and ranks would start in its first component only; submit a job without ':', whose nodes are alike"
+  # the variables of a step also reach a job that is submitted in it
+  [[ -z ${SLURM_STEP_ID:-} || $SLURM_STEP_ID = "$INTERACTIVE_STEP" ]] || ! scontrol show step "$SLURM_JOB_ID.$SLURM_STEP_ID" >/dev/null 2>&1 ||
+    die "this shell is step $SLURM_STEP_ID of job $JOB (srun --pty) and holds its CPUs, so that ranks would wait for them for ever; submit with sbatch $ME, or start it in the shell that salloc opens"
+  NODES=${SLURM_JOB_NUM_NODES:-1}
+  TASKS=${SLURM_NTASKS:-$((NODES * ${SLURM_NTASKS_PER_NODE:-1}))} # --ntasks-per-node is a limit where both are given
+  [[ $SPDF_DEVICE = cpu || -z ${SLURMD_NODENAME:-} ]] || nvidia-smi -L >/dev/null 2>&1 || # salloc's shell may be on the login node
     die "$(hostname) has no GPU (nvidia-smi -L finds none); ask for some with --gpus-per-node, or export SPDF_DEVICE=cpu to try things out"
   [[ $SPDF_DEVICE != cpu ]] || export CUDA_VISIBLE_DEVICES=
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONUNBUFFERED=1
   network
-  local head
-  head=$(scontrol show hostnames "${SLURM_JOB_NODELIST:-}" 2>/dev/null | head -n 1)
-  export MASTER_ADDR=${MASTER_ADDR:-$head} MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
+  export MASTER_ADDR=${MASTER_ADDR:-$(head_node)} MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
   getent ahosts "${MASTER_ADDR:-.}" >/dev/null ||
     die "the head node '${MASTER_ADDR}' cannot be resolved on $(hostname); export MASTER_ADDR=<a name or address of the first node that all nodes know>"
   ! { : <"/dev/tcp/$MASTER_ADDR/$MASTER_PORT"; } 2>/dev/null ||
@@ -130,8 +132,7 @@ train() { # SCRIPT RECIPE OVERRIDE...: checks in one process, starts the ranks, 
     exit 0
   fi
   local run
-  run=$(RANK=0 WORLD_SIZE=$TASKS LOCAL_RANK=0 once "${COMMAND[@]}" --preflight) || exit $?
-  run=$(tail -n 1 <<<"$run")
+  RANK=0 WORLD_SIZE=$TASKS LOCAL_RANK=0 words_of run once "${COMMAND[@]}" --preflight
   if ((STOPPING)); then CODE=75; else step "${COMMAND[@]}"; fi
   case $CODE in
     0) ((${#AFTERWARDS[@]} == 0)) || once "${AFTERWARDS[@]}" || CODE=$? ;;
@@ -139,7 +140,7 @@ train() { # SCRIPT RECIPE OVERRIDE...: checks in one process, starts the ranks, 
     3) echo "$ME: stopped by a guard, see above; the job is not started again" >&2 ;;
     75) requeue "the run was asked to stop and has saved" ;;
     *) ((STOPPING)) && requeue "the run was asked to stop and ended with exit code $CODE"
-      requeue "the run ended with exit code $CODE" "$run" ;;
+      requeue "the run ended with exit code $CODE" "${run[0]}" ;;
   esac
   exit "$CODE"
 }
@@ -155,7 +156,7 @@ work() { # COMMAND...: runs a command other than training, and requeues it if it
 requeue() { # REASON [RUN]: puts the job back into the queue, unless it was canceled or the run makes no progress
   [[ -z ${2:-} ]] || once "$SPDF_PYTHON" -m megatron_spdf.resilience.restarts "$2" || exit 3
   local state
-  state=$(scontrol show job "$JOB" 2>/dev/null | sed -n 's/.*JobState=\([A-Z]*\).*/\1/p')
+  state=$(scontrol show job "$JOB" 2>/dev/null | sed -n 's/^ *JobState=\([A-Z]*\).*/\1/p' | head -n 1)
   [[ $state = RUNNING ]] || { echo "$ME: $1; the job is $state, so it is not started again" >&2; exit "$CODE"; }
   echo "== $1; back into the queue, $(date -Is)"
   scontrol requeue "$JOB" || die "$1, but the job cannot be requeued (scontrol, see above); submit it again: it goes on where it was" 1
@@ -184,7 +185,8 @@ stop() { # SIGNAL: asks the ranks to save and end. srun forwards USR1 to all of 
 }
 
 once() { # COMMAND...: runs one process on this node, in the container if there is one
-  local flags=(--nodes=1 --ntasks=1 --overlap --nodelist="$(hostname -s)")
+  local flags=(--nodes=1 --ntasks=1 --overlap)
+  [[ -z ${SLURMD_NODENAME:-} ]] || flags+=(--nodelist="$SLURMD_NODENAME") # which need not be the host's name
   contain flags "$@"
   if [[ -n $SPDF_CONTAINER && $SPDF_CONTAINER != *.sif ]]; then srun "${flags[@]}" "${CONTAINED[@]}"; else "${CONTAINED[@]}"; fi
 }
@@ -193,6 +195,7 @@ contain() { # NAME_OF_FLAGS COMMAND...: sets $CONTAINED to the command in its co
   local -n srun_flags=$1
   local mounts=$SPDF_ROOT,$PWD${SPDF_MOUNTS:+,$SPDF_MOUNTS} each=() mount
   shift
+  [[ -z $SPDF_CONTAINER || $SPDF_ROOT$PWD != *[,:]* ]] || die "neither $SPDF_ROOT nor $PWD can be mounted in a container, since one has a comma or a colon; choose another directory"
   CONTAINED=("$@")
   if [[ $SPDF_CONTAINER = *.sif ]]; then
     [[ $SPDF_DEVICE = cpu ]] || each+=(--nv) # the node's driver libraries
@@ -203,6 +206,30 @@ contain() { # NAME_OF_FLAGS COMMAND...: sets $CONTAINED to the command in its co
     mounts=$(printf '%s\n' "${mount[@]}" | awk '!seen[$0]++ { printf "%s%s", comma, /:/ ? $0 : $0 ":" $0; comma = "," }')
     srun_flags+=(--container-image="$SPDF_CONTAINER" --container-mounts="$mounts" --container-workdir="$PWD" --no-container-mount-home)
   fi
+}
+
+words_of() { # NAME COMMAND...: sets the array NAME to the words that a command prints, see print_words in megatron_spdf/command_line.py
+  local -n into=$1
+  local word reader code
+  into=()
+  while IFS= read -r -d '' word; do into+=("$word"); done < <("${@:2}")
+  reader=$!
+  while wait "$reader"; code=$?; kill -0 "$reader" 2>/dev/null; do :; done
+  ((code == 0)) || exit "$code"
+  into=("${into[@]:1}") # before the first NUL stands what libraries print
+}
+
+head_node() { # prints the first node's name, or where this host cannot resolve it, an address that Slurm has
+  local node known
+  node=$(scontrol show hostnames "${SLURM_JOB_NODELIST:-}" 2>/dev/null | head -n 1)
+  for known in "$node" $(scontrol show node "$node" 2>/dev/null | sed -n 's/.*\bNodeAddr=\([^ ]*\) *NodeHostName=\([^ ]*\).*/\1 \2/p'); do
+    ! getent ahosts "${known:-.}" >/dev/null || { echo "$known"; return; }
+  done
+  echo "$node"
+}
+
+as_path() { # PATH: prints it so that no program takes it for an option
+  if [[ $1 = -* ]]; then printf './%s\n' "$1"; else printf '%s\n' "$1"; fi
 }
 
 option() { # NAME DEFAULT: prints an option of sbatch for a dry run, from the command line or the script's #SBATCH lines
@@ -218,7 +245,7 @@ show_command() { # prints the command of a dry run
 }
 
 recipe_file() { # NAME KIND: prints the path of a recipe, a .yaml file or a name under configs/KIND
-  if [[ $1 = *.yaml ]]; then echo "$1"; else
+  if [[ $1 = *.yaml ]]; then as_path "$1"; else
     [[ -f $SPDF_ROOT/configs/$2/$1.yaml ]] || die "there is no recipe '$1'; choose one of $(tasks "$2"), or give a .yaml file"
     echo "$SPDF_ROOT/configs/$2/$1.yaml"
   fi

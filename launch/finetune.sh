@@ -11,8 +11,8 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
-SCRIPT=$(scontrol show job "${SLURM_JOB_ID:--}" 2>/dev/null | sed -n 's|^ *Command=\(.*/launch/[^/]*\.sh\).*|\1|p' | head -n 1) # sbatch runs a copy
-SCRIPT=${SCRIPT:-$0}
+SCRIPT=$0 # sbatch runs a copy, beside which there is no common.sh
+[[ -f $(dirname "$0")/common.sh ]] || SCRIPT=$(scontrol show job "${SLURM_JOB_ID:--}" | sed -n 's|^ *Command=\(.*/launch/[^/]*\.sh\).*|\1|p' | head -n 1)
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "$SCRIPT")/common.sh"
 finetune "$@"

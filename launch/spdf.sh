@@ -40,8 +40,8 @@ for argument in "$@"; do
     --dry-run) DRY=1 ;;
     --nodes=*) nodes=("$argument") ;;
     --*=*) gpu_options+=("$argument") ;;
-    preprocess.*=*) argument=${argument#preprocess.}; prepare+=("--${argument%%=*}" "${argument#*=}") ;;
-    score.*=*) argument=${argument#score.}; scoring+=("--${argument%%=*}" "${argument#*=}") ;;
+    preprocess.*=*) argument=${argument#preprocess.}; prepare+=("--$argument") ;;
+    score.*=*) argument=${argument#score.}; scoring+=("--$argument") ;;
     finetune.*=*) finetuning+=("${argument#finetune.}") ;;
     *) arguments+=("$argument") ;;
   esac
@@ -50,15 +50,18 @@ done
   die "which recipe and which tasks? write: $ME RECIPE TASK[,TASK...] [section.key=value ...]; recipes are $(tasks pretrain), tasks $(tasks)"
 recipe=$(recipe_file "${arguments[0]}" pretrain) || exit $?
 IFS=, read -ra tasks <<<"${arguments[1]}"
-for task in "${tasks[@]}"; do recipe_file "$task" finetune >/dev/null || exit $?; done
+for task in "${tasks[@]}"; do
+  [[ $task != *.yaml ]] || die "in a chain, TASK is a name under configs/finetune, which names runs and scores, and not a file such as $task; choose from $(tasks)"
+  recipe_file "$task" finetune >/dev/null || exit $?
+done
 
 own=() # overrides of the pre-training recipe
 for argument in "${arguments[@]:2}"; do
   for task in "${tasks[@]}"; do [[ $argument != "$task".*=* ]] || continue 2; done
   own+=("$argument")
 done
-shown=$(RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 "$SPDF_PYTHON" "$SPDF_ROOT/pretrain.py" "$recipe" "${own[@]}" --dry-run) || exit $?
-run=$(sed -n '1s/^output: //p' <<<"$shown")
+RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 words_of run "$SPDF_PYTHON" "$SPDF_ROOT/pretrain.py" "$recipe" "${own[@]}" --print-output
+run=$(as_path "${run[0]}")
 case $(basename "$recipe") in
   gpt3_xl*) script=pretrain_gpt3xl.sh ;;
   gpt3_6b7*) script=pretrain_gpt3_6b7.sh ;;
@@ -75,4 +78,4 @@ for task in "${tasks[@]}"; do
   submit "evaluate $task" "$JOB" "${gpu_options[@]}" evaluate.sh "$task" "${run}_$task" "${scoring[@]}"
   scored+=${scored:+:}$JOB runs+=("${run}_$task")
 done
-submit report "$scored" tool.sh report "${runs[@]}" --output "${run}_report.html"
+submit report "$scored" tool.sh report "${runs[@]}" --output="${run}_report.html"

@@ -6,7 +6,7 @@ import argparse
 import functools
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from megatron_spdf import exit_codes
 
@@ -36,6 +36,12 @@ def refusing(main: Callable[..., int]) -> Callable[..., int]:
             print(f"error: {error}", file=sys.stderr)
             return exit_codes.BAD_INPUT
     return run
+
+
+def print_words(words: Iterable[str]) -> None:
+    """Prints words for a script, a NUL before them all and after each, so that a path may have
+    every character and nothing that a library prints is taken for a word."""
+    print("", *words, "", sep="\0", end="", flush=True)
 
 
 def end_quietly() -> None:

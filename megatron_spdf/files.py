@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,6 +57,19 @@ def open_to_append(path: Path, **options: int) -> IO[bytes]:
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
     return open(os.open(path, flags, 0o666), "ab", **options)
+
+
+def open_regular(path: Path) -> IO[bytes]:
+    """Opens a file for reading.
+
+    Raises:
+        OSError: `path` is a link, a directory, a pipe or a device. None of them is waited for.
+    """
+    file = open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(f"{path} is no regular file")
+    return file
 
 
 def remove(path: Path) -> None:

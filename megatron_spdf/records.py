@@ -18,6 +18,7 @@ import os
 import re
 import stat
 from collections.abc import Hashable, Iterator
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,16 +45,16 @@ def read_json(path: str | Path, kind: type[T] = Any, constants: bool = False,
     """Reads a JSON file.
 
     Args:
-        kind: type of its content: a pydantic model is made, of any other type the content is
-            returned as it is.
-        constants: whether NaN and Infinity, which JSON does not have, are read.
+        kind: type of its content: a pydantic model or a dataclass is made, of any other type the
+            content is returned as it is.
+        constants: whether NaN and Infinity, which JSON does not have, are read, as null.
         remedy: for the message.
 
     Raises:
         Unreadable: it is too large, not UTF-8, not JSON, ambiguous, or of another type.
         OSError: it cannot be opened.
     """
-    return parse_json(_read(Path(path), MOST_BYTES, remedy), kind, str(path), constants=constants,
+    return parse_json(read_bytes(path, MOST_BYTES, remedy), kind, str(path), constants=constants,
                       remedy=remedy)
 
 
@@ -79,8 +80,8 @@ def parse_json(text: str | bytes, kind: type[T] = Any, name: str = "the text", l
 
 
 def json_lines(path: str | Path, kind: type[T] = Any, constants: bool = False, remedy: str = "",
-               cut_short: bool = False) -> Iterator[T]:
-    """Reads a file with a JSON value a line; blank lines are passed over.
+               cut_short: bool = False) -> Iterator[tuple[str, T]]:
+    """Reads a file with a JSON value a line, each with its place; blank lines are passed over.
 
     Args:
         cut_short: whether a last line without its end is left out, which a writer may have been
@@ -95,12 +96,13 @@ def json_lines(path: str | Path, kind: type[T] = Any, constants: bool = False, r
             if cut_short and not line.endswith(b"\n"):
                 return
             if line.strip():
-                yield parse_json(line, kind, str(path), number, constants, remedy)
+                yield (f"{path}, line {number}",
+                       parse_json(line, kind, str(path), number, constants, remedy))
 
 
 def read_yaml(path: str | Path, kind: type[T] = Any, remedy: str = "") -> T:
     """Reads a YAML file, as `read_json` does; nothing for an empty one."""
-    return parse_yaml(_read(Path(path), MOST_YAML_BYTES, remedy), kind, str(path), remedy)
+    return parse_yaml(read_bytes(path, MOST_YAML_BYTES, remedy), kind, str(path), remedy)
 
 
 def parse_yaml(text: str | bytes, kind: type[T] = Any, name: str = "the text",
@@ -148,7 +150,19 @@ def foreign_record(line: bytes) -> Any:
         raise Unreadable(f"not UTF-8: 0x{error.object[error.start]:02x} at byte {error.start} of "
                          "it") from None
     except ValueError as error:
-        raise Unreadable(f"not JSON ({error})") from None
+        raise Unreadable(f"not valid JSON: {error}") from None
+
+
+def typed(value: Any, kind: type[T], place: str, remedy: str = "") -> T:
+    """A value that was read, of a type as `read_json` takes it.
+
+    Args:
+        place: begins the message.
+
+    Raises:
+        Unreadable: it is of another type.
+    """
+    return _typed(kind, value, lambda keys: 0, functools.partial(_fault, place, remedy))
 
 
 class DuplicateKey:
@@ -159,6 +173,11 @@ class DuplicateKey:
 
     def __repr__(self) -> str:
         return f"given {len(self.values)} times: {', '.join(map(repr, self.values))}"
+
+
+def describe(value: Any) -> str:
+    """What a value of a corpus is, where it is not what it should be."""
+    return repr(value) if isinstance(value, DuplicateKey) else f"a {type(value).__name__}"
 
 
 def to_json(value: Any, **options: Any) -> str:
@@ -177,6 +196,20 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def read_bytes(path: str | Path, most: int, remedy: str = "") -> bytes:
+    """Reads a regular file of at most so many bytes.
+
+    Raises:
+        Unreadable: it is none, or larger.
+        OSError: it cannot be opened.
+    """
+    with _open(Path(path), remedy) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise _fault(str(path), remedy, 0, f"over {most:,} bytes long")
+    return content
+
+
 # Files
 
 def _open(path: Path, remedy: str):
@@ -185,14 +218,6 @@ def _open(path: Path, remedy: str):
         os.close(handle)
         raise _fault(str(path), remedy, 0, "no regular file")
     return open(handle, "rb")
-
-
-def _read(path: Path, most: int, remedy: str) -> bytes:
-    with _open(path, remedy) as file:
-        content = file.read(most + 1)
-    if len(content) > most:
-        raise _fault(str(path), remedy, 0, f"over {most:,} bytes long")
-    return content
 
 
 def _decoded(text: str | bytes, name: str, remedy: str) -> str:
@@ -223,6 +248,8 @@ def _typed(kind: Any, value: Any, line_of: Any, fault: Any) -> Any:
     try:
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             return kind.model_validate(value)
+        if is_dataclass(kind):
+            return _adapter(kind).validate_json(json.dumps(value), strict=True)
         _adapter(kind).validate_python(value, strict=True)
         return value
     except ValidationError as error:
@@ -277,8 +304,11 @@ def _refuse(token: str) -> Any:
 
 
 def _number(token: str) -> float:
-    number = float(token)
-    return number if math.isfinite(number) else _refuse(token)
+    return number if math.isfinite(number := float(token)) else _refuse(token)
+
+
+def _number_or_none(token: str) -> float | None:
+    return number if math.isfinite(number := float(token)) else None
 
 
 def _integer(token: str) -> int | float:
@@ -286,7 +316,8 @@ def _integer(token: str) -> int | float:
 
 
 _STRICT = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_number)
-_WITH_CONSTANTS = json.JSONDecoder(object_pairs_hook=_unique)
+_WITH_CONSTANTS = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=lambda token: None,
+                                   parse_float=_number_or_none)
 _FOREIGN = json.JSONDecoder(object_pairs_hook=_marked)
 _LONG_NUMBERS = json.JSONDecoder(object_pairs_hook=_marked, parse_int=_integer)
 

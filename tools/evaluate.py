@@ -66,14 +66,15 @@ def score_checkpoint(options: argparse.Namespace) -> int:
     from megatron_spdf.evaluation.evaluate import evaluate
     from megatron_spdf.evaluation.scores_file import describe, write_all
     from megatron_spdf.resilience.world import find_ranks
+    from megatron_spdf.runs.run_dir import splits_of
 
     output = options.output or (run_directory(options.run) / "evaluation"
                                 / f"{options.task}_{options.split}")
     require_free(output, options.force)
     settings = DecodingSettings(options.beams, options.length_penalty, options.no_repeat_ngram,
                                 options.max_new_tokens, options.batch_size)
-    examples = load_examples(options.task, options.data or Path("data") / options.task,
-                             options.split)
+    data = options.data or splits_of(run_directory(options.run), options.task)
+    examples = load_examples(options.task, data or Path("data") / options.task, options.split)
     ranks = find_ranks()
     source = open_weights(options.run, checksums=False)
     found = evaluate(source, options.task, examples, settings, ranks)
@@ -119,7 +120,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--task", required=True, metavar="TASK", help="one of those below")
     add("--split", choices=SPLITS, default="test", help="default: test")
     add("--data", type=Path,
-        help="the split's file or the directory of the splits (default: data/TASK)")
+        help="the split's file or the directory of the splits (default: the run's own, else "
+             "data/TASK)")
     add("--predictions", type=Path, metavar="FILE",
         help="score these outputs, one per line, instead of a checkpoint")
     add("--references", type=Path, nargs="+", metavar="FILE",

@@ -129,7 +129,13 @@ def fit(arguments: list[str]) -> int:
                         help="resamplings (default: 100)")
     parser.add_argument("--json", action="store_true", help="print one JSON value")
     options = parser.parse_args(arguments)
-    points = [point_of(read_run(run)) for run in options.runs]
+    runs = [read_run(run) for run in options.runs]
+    found = [point_of(run) for run in runs]
+    points = [point for point in found if point]
+    for run, point in zip(runs, found, strict=True):
+        if not point:
+            print(f"{run.directory} is left out: its loss at the end is not finite",
+                  file=sys.stderr)
     if not options.json:
         print(render_points(points))
     fitted = fit_law(points, options.starts, options.bootstrap)

@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 
 from megatron_spdf import exit_codes
-from megatron_spdf.command_line import add_overrides, make_parser, refusing
+from megatron_spdf.command_line import add_overrides, make_parser, print_words, refusing
 from megatron_spdf.files import write_json
 from megatron_spdf.recipe.finetune import Finetune, load_finetune
 from megatron_spdf.runs.grid import Trial, command, ends_grid, run_all
@@ -38,8 +38,11 @@ def main() -> int:
     if options.index is not None:
         if not 0 <= options.index < len(chosen):
             raise ValueError(f"--index {options.index}: the sweep has {len(chosen)} runs, 0 to "
-                             f"{len(chosen) - 1}")
+                             f"{len(chosen) - 1} (sbatch --array=0-{len(chosen) - 1})")
         chosen = [chosen[options.index]]
+    if options.words:
+        print_words(word for trial in chosen for word in [*options.overrides, *trial.words])
+        return exit_codes.FINISHED
     if options.print:
         print("\n".join(map(shlex.join, commands(options, chosen).values())))
         return exit_codes.FINISHED
@@ -83,14 +86,20 @@ def parse_arguments() -> argparse.Namespace:
     add_overrides(parser)
     parser.add_argument("--launch", default="",
                         help="what starts finetune.py; default: this Python, one process")
+    parser.add_argument("--index", type=int, metavar="N",
+                        help="the Nth combination only, counted from 0")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--print", action="store_true",
                       help="print the commands, one a line, and run nothing")
-    mode.add_argument("--index", type=int, metavar="N",
-                      help="run the Nth combination only, counted from 0")
+    mode.add_argument("--words", action="store_true",
+                      help="print the overrides of the combination for a script, a NUL before them "
+                           "and after each, and run nothing")
     mode.add_argument("--select", action="store_true",
                       help="run nothing, select among the runs that are done")
-    return parser.parse_intermixed_args()
+    options = parser.parse_intermixed_args()
+    if options.index is None if options.words else options.index is not None and options.select:
+        parser.error("--words goes with --index, and --select without")
+    return options
 
 
 if __name__ == "__main__":

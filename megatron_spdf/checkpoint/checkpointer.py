@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megatron_spdf.checkpoint import store
 from megatron_spdf.checkpoint.densified import load_densified
 from megatron_spdf.checkpoint.run_metadata import (
     INITIAL,
     Masks,
+    RunRecord,
+    RunState,
     after_moves,
+    read_run_record,
     run_record,
     seeded_masks,
 )
-from megatron_spdf.checkpoint.safe_index import vet_metadata
 from megatron_spdf.checkpoint.saving import SaveThread
 from megatron_spdf.checkpoint.shared_files import newest_of_all
+from megatron_spdf.checkpoint.tensors import TensorFiles
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
 from megatron_spdf.engine.base import Engine
 from megatron_spdf.files import write_json
@@ -32,35 +35,7 @@ from megatron_spdf.recipe.compare import changes_of_run
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.sparsity.plan import Plan
 
-
-@dataclass
-class RunState:
-    """Progress of a run. With the recipe it determines learning rate, data position and random
-    numbers.
-
-    Attributes:
-        step: batches consumed, skipped ones included.
-        optimizer_steps: updates since the optimizer's state was zero, at the start of the run or of
-            a stage.
-        skipped: steps skipped for non-finite numbers.
-        skipped_in_a_row: those since the last step that was not skipped.
-        evaluated: step of the last evaluation.
-        best_step, best_loss: of the evaluation with the lowest loss; step 0 before there is one.
-        worse: evaluations since the best.
-        tokens: number that the model has read.
-        mask_updates: moves of the masks.
-    """
-
-    step: int = 0
-    optimizer_steps: int = 0
-    skipped: int = 0
-    skipped_in_a_row: int = 0
-    evaluated: int = 0
-    best_step: int = 0
-    best_loss: float | None = None
-    worse: int = 0
-    tokens: int = 0
-    mask_updates: int = 0
+T = TypeVar("T")
 
 
 class Checkpointer:
@@ -159,9 +134,8 @@ class Checkpointer:
         newest = newest_of_all(self.directory)
         if newest is None:
             return RunState(), said
-        _verify_shared(newest)
-        vet_metadata(newest)
-        run = json.loads((newest / store.RUN).read_text())
+        files = _on_all_ranks(lambda: _open_verified(newest))
+        run = read_run_record(newest / store.RUN)
         self._check_run(run, newest)
         state = RunState(**run["state"])
         if boundary and state.step == boundary:
@@ -172,12 +146,13 @@ class Checkpointer:
         self.masks, self.origin = run.get("masks", self.masks), run.get("origin", self.origin)
         drawn = [compact_of(m).mask_bits.clone() for model in engine.models
                  for m in sparse_modules(model)]
-        loaded = dist_checkpointing.load(engine.state_to_load(), str(newest))
-        engine.load_state(loaded, state.optimizer_steps)
+        wanted = engine.state_to_load()
+        _on_all_ranks(lambda: _fill(wanted, files))
+        engine.load_state(_tensors_of(wanted), state.optimizer_steps)
         self._check_masks(engine, drawn, newest)
         return state, [*said, f"resumed from {newest.name}"]
 
-    def _check_run(self, run: dict[str, Any], checkpoint: Path) -> None:
+    def _check_run(self, run: RunRecord, checkpoint: Path) -> None:
         """Raises a ValueError unless the checkpoint is of this recipe's run, in whatever directory
         it lies."""
         changes = changes_of_run(Recipe.model_validate(run["recipe"]), self.recipe)
@@ -203,17 +178,44 @@ class Checkpointer:
                                  "with")
 
 
-def _verify_shared(checkpoint: Path) -> None:
-    """Runs `store.verify` with the files divided among ranks, and raises on all what one of them
-    found."""
+def _open_verified(checkpoint: Path) -> TensorFiles:
+    """Vets a checkpoint's index, and verifies this rank's share of the files."""
+    files = TensorFiles(checkpoint)
     names = store.files_of(checkpoint)
-    fault = ""
+    store.verify(checkpoint, names=names[dist.get_rank()::dist.get_world_size()])
+    return files
+
+
+def _fill(wanted: dict | ShardedTensor, files: TensorFiles) -> None:
+    """Reads sharded tensors, in nested dictionaries, from a checkpoint of any layout."""
+    if isinstance(wanted, dict):
+        for part in wanted.values():
+            _fill(part, files)
+        return
+    there = files.shapes.get(wanted.key, wanted.global_shape)
+    if there != tuple(wanted.global_shape):
+        raise store.DamagedCheckpoint(f"checkpoint {files.path}: {wanted.key} has shape {there} "
+                                      f"instead of {tuple(wanted.global_shape)}; use another "
+                                      "checkpoint")
+    files.fill(wanted.key, wanted.global_offset, wanted.data.detach())
+
+
+def _tensors_of(wanted: dict | ShardedTensor) -> dict | torch.Tensor:
+    if isinstance(wanted, dict):
+        return {key: _tensors_of(part) for key, part in wanted.items()}
+    return wanted.data
+
+
+def _on_all_ranks(action: Callable[[], T]) -> T:
+    """Result of an action on this rank. What it finds on one of them is raised on all."""
+    fault, result = "", None
     try:
-        store.verify(checkpoint, names=names[dist.get_rank()::dist.get_world_size()])
-    except store.DamagedCheckpoint as error:
+        result = action()
+    except (ValueError, OSError) as error:
         fault = str(error)
     faults = [""] * dist.get_world_size()
     dist.all_gather_object(faults, fault)
     found = next((f for f in faults if f), None)
     if found:
         raise store.DamagedCheckpoint(found)
+    return result

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +12,7 @@ from torch import Tensor
 
 from megatron_spdf.architecture.base import Weight
 from megatron_spdf.checkpoint import store
-from megatron_spdf.checkpoint.run_metadata import Masks, seeded_masks
+from megatron_spdf.checkpoint.run_metadata import Masks, read_run_record, seeded_masks
 from megatron_spdf.checkpoint.tensors import TensorFiles
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megatron_spdf.model.parametrization import Parametrization, fold
@@ -29,7 +27,6 @@ OPTIMIZER = "optimizer.state."  # before the name of a state and that of a param
 # feed, as Transformer Engine fuses them.
 _STORED = {".input_layernorm.": ".self_attention.linear_qkv.layer_norm_",
            ".pre_mlp_layernorm.": ".mlp.linear_fc1.layer_norm_"}
-_RUN_KEYS = {"state", "tokens", "recipe", "tokenizer", "sparsity", "versions", "saved"}
 
 
 def find_checkpoint(path: Path, newest: bool = False) -> Path:
@@ -90,7 +87,8 @@ class CheckpointReader(TensorFiles):
     def __init__(self, path: Path, checksums: bool = False):
         store.verify(path, checksums)
         super().__init__(path)
-        self.run, self.recipe = _read_run(path / store.RUN)
+        self.run = read_run_record(path / store.RUN)
+        self.recipe = Recipe.model_validate(self.run["recipe"])
         self.model = self.recipe.model
         self.weights: dict[str, Weight] = {w.name: w for w in self.model.weights()}
         self.plan = Plan.of(self.recipe)
@@ -159,15 +157,3 @@ class CheckpointReader(TensorFiles):
                                           f"{self.shapes[stored]} instead of {shape}; use another "
                                           "checkpoint")
         return self.tensor(stored)
-
-
-def _read_run(path: Path) -> tuple[dict[str, Any], Recipe]:
-    try:
-        run = json.loads(path.read_text())
-        missing = _RUN_KEYS - run.keys()
-        if missing:
-            raise ValueError(f"it has no {', '.join(sorted(missing))}")
-        return run, Recipe.model_validate(run["recipe"])
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} does not describe a run: {error}. Use a checkpoint that this "
-                         "program wrote, or the version of this program that wrote it") from None

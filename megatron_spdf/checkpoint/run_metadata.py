@@ -3,13 +3,54 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, Literal, TypedDict
+from pathlib import Path
+from typing import Annotated, Any, Literal, NotRequired
+
+from pydantic import ConfigDict, Field
+from typing_extensions import TypedDict
 
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
 from megatron_spdf.recipe.recipe import Recipe
+from megatron_spdf.records import read_json, typed
 from megatron_spdf.sparsity.plan import Plan
 from megatron_spdf.version import __version__
+
+Whole = Annotated[int, Field(ge=0)]
+REMEDY = ("use a checkpoint that this program wrote, or the version of this program that wrote it")
+
+
+@dataclass
+class RunState:
+    """Progress of a run. With the recipe it determines learning rate, data position and random
+    numbers.
+
+    Attributes:
+        step: batches consumed, skipped ones included.
+        optimizer_steps: updates since the optimizer's state was zero, at the start of the run or of
+            a stage.
+        skipped: steps skipped for non-finite numbers.
+        skipped_in_a_row: those since the last step that was not skipped.
+        evaluated: step of the last evaluation.
+        best_step, best_loss: of the evaluation with the lowest loss; step 0 before there is one.
+        worse: evaluations since the best.
+        tokens: number that the model has read.
+        mask_updates: moves of the masks.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    step: Whole = 0
+    optimizer_steps: Whole = 0
+    skipped: Whole = 0
+    skipped_in_a_row: Whole = 0
+    evaluated: Whole = 0
+    best_step: Whole = 0
+    best_loss: float | None = None
+    worse: Whole = 0
+    tokens: Whole = 0
+    mask_updates: Whole = 0
 
 
 class Masks(TypedDict):
@@ -29,6 +70,47 @@ class Masks(TypedDict):
     how: str
     algorithm: str
     updates: int
+
+
+class SavedTokenizer(TypedDict):
+    """Identity of the tokenizer of a run."""
+
+    kind: str
+    sha256: str
+
+
+class SavedSparsity(TypedDict):
+    """Planned and measured fraction of zeros of a weight."""
+
+    target: float
+    measured: float
+
+
+class RunRecord(TypedDict):
+    """Content of run.json; `state` has the fields of `RunState`."""
+
+    state: dict[str, Any]
+    tokens: Whole
+    recipe: dict[str, Any]
+    tokenizer: SavedTokenizer
+    masks: NotRequired[Masks]
+    origin: NotRequired[str]
+    sparsity: dict[str, SavedSparsity]
+    versions: dict[str, str]
+    saved: str
+
+
+def read_run_record(path: Path) -> RunRecord:
+    """Reads run.json.
+
+    Raises:
+        ValueError: it cannot be read, or does not describe a run.
+        OSError: it cannot be opened.
+    """
+    run = read_json(path, RunRecord, constants=True, remedy=REMEDY)
+    typed(run["state"], RunState, f"{path}: state", REMEDY)
+    typed(run["recipe"], Recipe, f"{path}: recipe", REMEDY)
+    return run
 
 
 INITIAL = "initial values"  # the origin of most runs
@@ -60,13 +142,13 @@ def describe_masks(masks: Masks) -> str:
 
 def run_record(recipe: Recipe, plan: Plan, tokenizer: Tokenizer, masks: Masks, origin: str,
                state: dict[str, int | float | None],
-               measured_sparsity: dict[str, float]) -> dict[str, Any]:
+               measured_sparsity: dict[str, float]) -> RunRecord:
     """Content of run.json.
 
     Args:
         recipe, plan, tokenizer, masks: of the run.
         origin: of the weights at step 0, in words.
-        state: progress of the run, the fields of `checkpointer.RunState`.
+        state: progress of the run, the fields of `RunState`.
         measured_sparsity: canonical name of a sparse weight -> fraction of zeros.
     """
     return {

@@ -9,17 +9,35 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from pathlib import Path
+from typing import Annotated, NotRequired
+
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from megatron_spdf.files import PARTIAL, publish, remove, write_json
+from megatron_spdf.records import read_json
 
 FILES, RUN = "files.json", "run.json"
 BEST = "best.json"  # beside the checkpoints: names the one with the lowest validation loss
 _NAME = re.compile(r"step_\d{8}")
 _UNFINISHED = re.compile(r"step_\d{8}\.partial")
+
+
+class Best(TypedDict):
+    """Content of best.json."""
+
+    checkpoint: str
+    loss: NotRequired[float | None]
+
+
+class Listed(TypedDict):
+    """Entry of files.json."""
+
+    bytes: Annotated[int, Field(ge=0)]
+    sha256: str
 
 
 class DamagedCheckpoint(ValueError):
@@ -44,10 +62,14 @@ def visible(directory: Path) -> list[Path]:
 
 
 def best(directory: Path) -> Path | None:
-    """Checkpoint of a run with the lowest validation loss. None if the run does not keep it."""
+    """Checkpoint of a run with the lowest validation loss. None if the run does not keep it.
+
+    Raises:
+        ValueError: the record of it is damaged.
+    """
     try:
-        named = directory / json.loads((directory / BEST).read_text())["checkpoint"]
-    except (OSError, ValueError, KeyError, TypeError):
+        named = directory / read_json(directory / BEST, Best, constants=True)["checkpoint"]
+    except FileNotFoundError:
         return None
     return named if named in visible(directory) else None
 
@@ -132,7 +154,7 @@ def files_of(checkpoint: Path) -> list[str]:
     return sorted(n for n in names if n != FILES)
 
 
-def describe(path: Path) -> dict[str, object]:
+def describe(path: Path) -> Listed:
     """Flushes a file to disk, and returns its bytes and SHA-256."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
@@ -140,7 +162,7 @@ def describe(path: Path) -> dict[str, object]:
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 
-def complete(partial: Path, files: dict[str, dict[str, object]]) -> Path:
+def complete(partial: Path, files: dict[str, Listed]) -> Path:
     """Writes the list of files, which are on disk, and makes the checkpoint visible."""
     write_json(partial / FILES, files)
     final = partial.with_name(partial.name.removesuffix(PARTIAL))
@@ -161,7 +183,7 @@ def verify(checkpoint: Path, checksums: bool = True, names: list[str] | None = N
             the list.
     """
     try:
-        listed = json.loads((checkpoint / FILES).read_text())
+        listed = read_json(checkpoint / FILES, dict[str, Listed])
     except (OSError, ValueError) as error:
         raise DamagedCheckpoint(f"{checkpoint / FILES} cannot be read ({error}); use another "
                                 "checkpoint") from None

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
-import subprocess
 import sys
 from datetime import timedelta
 
@@ -13,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_spdf.recipe.recipe import Recipe
-from megatron_spdf.resilience import startup_check
+from megatron_spdf.resilience import slurm, startup_check
 from megatron_spdf.resilience.world import Ranks
 from megatron_spdf.text import first_line
 
@@ -136,21 +134,10 @@ def _find_head_node(ranks: Ranks) -> None:
     and a port that follows from the job."""
     os.environ["RANK"], os.environ["WORLD_SIZE"] = str(ranks.rank), str(ranks.world)
     if "MASTER_ADDR" not in os.environ:
-        nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST")
-        if not nodes or not shutil.which("scontrol"):
-            raise ValueError("MASTER_ADDR is not set and there is no Slurm node list to find the "
-                             "head node in; export MASTER_ADDR=<host of rank 0>")
-        shown = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True,
-                               text=True, check=False)
-        if shown.returncode or not shown.stdout.split():
-            raise ValueError(f"scontrol cannot expand the node list {nodes!r} "
-                             f"({shown.stderr.strip()}); export MASTER_ADDR=<host of rank 0>")
-        os.environ["MASTER_ADDR"] = shown.stdout.split()[0]
-    try:
-        socket.getaddrinfo(os.environ["MASTER_ADDR"], None)
-    except OSError as error:
+        os.environ["MASTER_ADDR"] = slurm.head_node()
+    if not slurm.resolves(os.environ["MASTER_ADDR"]):
         raise ValueError(f"the head node {os.environ['MASTER_ADDR']!r} cannot be resolved on "
-                         f"{socket.gethostname()} ({error}); export MASTER_ADDR=<a name or address "
-                         "of rank 0's host that all nodes know>") from None
+                         f"{socket.gethostname()}; export MASTER_ADDR=<a name or address of rank "
+                         "0's host that all nodes know>")
     os.environ.setdefault("MASTER_PORT",
                           str(20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000))

@@ -133,12 +133,69 @@ def _override(kind: type[BaseModel], values: dict[str, Any], word: str) -> None:
     name, equals, text = word.partition("=")
     if not equals or not name:
         raise ValueError(f"{word!r} is not section.key=value; write for example parallel.tensor=2")
-    change: Any = parse_yaml(text, name=f"the value of {word!r:.80}")
+    literal = _is_literal(_field_at(kind, values, name.split(".")), text)
+    change: Any = text if literal else read_value(text, f"the value of {word!r:.80}")
     for key in reversed(name.split(".")):
         change = {key: change}
     merged = _merge(values, change, kind)
     values.clear()
     values.update(merged)
+
+
+def read_value(text: str, name: str = "the text") -> Any:
+    """The value that the text of an override means.
+
+    The text is YAML without comments: a plain text stands for itself to its last character, `#`,
+    blanks and colons included.
+
+    Args:
+        name: of the text, for the message.
+
+    Raises:
+        ValueError: it is no YAML, or something follows the value.
+    """
+    value = parse_yaml(text, name=name)
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    rest = text[root.end_mark.index:].strip() if root else text.strip()
+    plain = root is None or (isinstance(root, yaml.ScalarNode) and root.style is None)
+    if plain and not text.startswith("!") and (isinstance(value, str) or rest):
+        return text
+    if rest:
+        raise ValueError(f"{name} ends before {rest!r:.80}; write all of it in quotes")
+    return value
+
+
+def write_value(value: Any) -> str:
+    """The shortest text that `read_value` reads as this value, and fields of text too."""
+    if isinstance(value, str) and value == value.strip() and value[:1] not in "'\"":
+        try:
+            if read_value(value) == value:
+                return value
+        except ValueError:
+            pass
+    text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"),
+                          allow_unicode=True).strip()
+    return text.removesuffix("...").strip()
+
+
+def _field_at(kind: type[BaseModel] | None, values: Any, names: Sequence[str]) -> FieldInfo | None:
+    """The field of a key in these values; None: no section has it."""
+    field = None
+    for name in names:
+        field = kind.model_fields.get(name) if kind else None
+        values = values.get(name) if isinstance(values, dict) else None
+        kind = _section(field, values)
+    return field
+
+
+def _is_literal(field: FieldInfo | None, text: str) -> bool:
+    """Whether a text is the value as it stands, as it is for a field of text. Quotes around it and
+    nothing mean what they mean in YAML."""
+    if field is None or field.annotation not in (str, str | None):
+        return False
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    nothing = text.strip() in ("", "~") or text.strip().lower() == "null"
+    return not quoted and not (nothing and (field.annotation is not str or not text.strip()))
 
 
 def _fill_data_parallel(values: dict[str, Any], world: int) -> None:

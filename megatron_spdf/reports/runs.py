@@ -2,16 +2,53 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import NotRequired
 
-from megatron_spdf.runs.measured import RECIPE, of_kind, read_logged
+from typing_extensions import TypedDict
+
+from megatron_spdf.records import read_json
+from megatron_spdf.runs.measured import (
+    RECIPE,
+    Bytes,
+    Evaluated,
+    Figure,
+    Settings,
+    Step,
+    Whole,
+    finite_losses,
+    of_kind,
+    read_logged,
+)
 
 EVALUATIONS = "evaluation/*/scores.json"
+
+
+class ReportedStep(Step):
+    """Training step, with what a report shows of it."""
+
+    flops: Figure
+    sparsity: Figure
+    tokens_per_second: Figure
+    step_seconds: Figure
+    grad_norm: NotRequired[float | None]
+    lr: NotRequired[float | None]
+    memory_bytes: NotRequired[Whole]
+
+
+class Parts(TypedDict):
+    """Scores on parts of the test set."""
+
+    all: dict[str, float | None]
+
+
+class Evaluation(TypedDict):
+    """Content of scores.json."""
+
+    scores: Parts
 
 
 @dataclass(frozen=True)
@@ -21,18 +58,21 @@ class Logged:
     Attributes:
         label: name of the directory, with as much of its path as distinguishes the run.
         values: of its recipe.
-        train, valid: records of training steps and of evaluations.
+        train: records of training steps.
+        valid: records of evaluations with a finite loss.
         bytes: record of memory and traffic.
         scores: metric -> value on all of the test set, from tools/evaluate.py.
+        notes: sentences on figures that are not finite.
     """
 
     directory: Path
     label: str
-    values: dict[str, Any]
-    train: list[dict[str, Any]]
-    valid: list[dict[str, Any]]
-    bytes: dict[str, Any]
-    scores: dict[str, float]
+    values: Settings
+    train: list[ReportedStep]
+    valid: list[Evaluated]
+    bytes: Bytes
+    scores: dict[str, float | None]
+    notes: list[str]
 
     @property
     def recipe(self) -> Path:
@@ -54,10 +94,11 @@ class Logged:
     def planned_steps(self) -> int | None:
         """Steps of a pre-training run. None for fine-tuning, whose recipe counts epochs."""
         train = self.values.get("train", {})
-        if self.fine_tunes or not all(k in train
-                                      for k in ("tokens", "global_batch", "sequence_length")):
+        counts = [train.get(k) for k in ("tokens", "global_batch", "sequence_length")]
+        if self.fine_tunes or not all(isinstance(n, int) and n > 0 for n in counts):
             return None
-        return max(1, round(train["tokens"] / (train["global_batch"] * train["sequence_length"])))
+        tokens, batch, length = counts
+        return max(1, round(tokens / (batch * length)))
 
     @property
     def tokens(self) -> int:
@@ -126,9 +167,10 @@ def read_all(directories: list[Path]) -> list[Logged]:
 
 
 def _read(directory: Path, label: str) -> Logged:
-    values, records = read_logged(directory)
-    return Logged(directory, label, values, of_kind(records, "train"), of_kind(records, "valid"),
-                  next(iter(of_kind(records, "bytes")), {}), _scores(directory))
+    values, records, notes = read_logged(directory, ReportedStep)
+    return Logged(directory, label, values, of_kind(records, "train"),
+                  finite_losses(of_kind(records, "valid")),
+                  next(iter(of_kind(records, "bytes")), {}), _scores(directory), notes)
 
 
 def _labels(directories: list[Path]) -> list[str]:
@@ -140,7 +182,7 @@ def _labels(directories: list[Path]) -> list[str]:
     raise AssertionError(directories)
 
 
-def _scores(directory: Path) -> dict[str, float]:
+def _scores(directory: Path) -> dict[str, float | None]:
     """Metric -> value of a run's evaluation. Names of several evaluations precede those of the
     metrics.
 
@@ -149,11 +191,9 @@ def _scores(directory: Path) -> dict[str, float]:
     """
     found = {}
     for file in sorted(directory.glob(EVALUATIONS)):
-        try:
-            found[file.parent.name] = json.loads(file.read_text())["scores"]["all"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{file} holds no scores ({error!r}); write it anew with "
-                             "tools/evaluate.py") from None
+        found[file.parent.name] = read_json(
+            file, Evaluation, constants=True,
+            remedy="write it anew with tools/evaluate.py")["scores"]["all"]
     if len(found) == 1:
         return next(iter(found.values()))
     return {f"{name} {metric}": value

@@ -23,6 +23,7 @@ from megatron_spdf.reports.document import (
 )
 from megatron_spdf.reports.runs import Logged
 from megatron_spdf.reports.spdf_table import own_table
+from megatron_spdf.runs.measured import finite_losses
 from megatron_spdf.tables import GIB, MIB, Column, Html, Table, Unit
 
 MILLION, PRINTED = Unit("M", 1e6), Unit("1e18 FLOPs", 1.0)
@@ -40,11 +41,12 @@ def render_report(runs: Sequence[Logged], output: Path, title: str) -> str:
     kinds = {"Pre-training": [r for r in runs if not r.fine_tunes],
              "Fine-tuning": [r for r in runs if r.fine_tunes]}
     colors = {run.directory: color(number) for number, run in enumerate(runs)}
+    notes = [note for run in runs for note in run.notes]
     parts = [
         heading(title, 1),
         paragraph(f"{len(runs)} run{'s' * (len(runs) != 1)}, {date.today().isoformat()}. Losses "
                   "are in nats per token; FLOPs count active weights, SPDF's way.", "lead"),
-        heading("Runs"), _runs_table(runs, colors, output),
+        heading("Runs"), _runs_table(runs, colors, output), bullets(notes) if notes else "",
         heading("FLOPs and scores, as in SPDF's table"),
         own_table(runs, colors), *_papers_tables(),
         *(part for name, chosen in kinds.items() if chosen
@@ -118,7 +120,8 @@ def _curve(run: Logged, color: str, places: Sequence[float]) -> Line:
     steps."""
     at = {r["step"]: x for r, x in zip(run.train, places, strict=True)}
     points = [(at[r["step"]], r["loss"]) for r in run.valid if r["step"] in at]
-    x, y = smooth(places, [r["loss"] for r in run.train])
+    known = finite_losses(run.train)
+    x, y = smooth([at[r["step"]] for r in known], [r["loss"] for r in known])
     return Line(run.label, color, x, y, tuple(zip(*points, strict=True)) if points else ((), ()))
 
 

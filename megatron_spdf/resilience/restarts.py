@@ -3,20 +3,31 @@
     python -m megatron_spdf.resilience.restarts RUN
 
 exits with 0 if another start is allowed, or with 3 and the reason. Launch scripts ask before they
-requeue a job. Only the standard library is loaded, so that the answer comes at once.
+requeue a job. No engine is loaded, so that the answer comes at once.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
 from pathlib import Path
 
+from typing_extensions import TypedDict
+
 from megatron_spdf.files import write_json
+from megatron_spdf.records import read_json
 
 STARTS = "starts.json"
+
+
+class Starts(TypedDict):
+    """Content of starts.json."""
+
+    job: str
+    step: int
+    allowed: int
+    starts: int
 
 
 class RestartLimit(RuntimeError):
@@ -59,9 +70,9 @@ def newest_step(run: Path) -> int:
                default=0)
 
 
-def _read(run: Path) -> dict:
+def _read(run: Path) -> Starts | dict:
     try:
-        return json.loads((run / STARTS).read_text())
+        return read_json(run / STARTS, Starts)
     except (FileNotFoundError, ValueError):  # ValueError: cut short by a crash
         return {}
 

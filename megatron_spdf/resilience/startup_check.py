@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import shutil
 import socket
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 
 import psutil
 import torch
 import torch.distributed as dist
+
+from megatron_spdf.resilience.slurm import hosts_of_ranks
 
 POLL_SECONDS = 0.05
 SAY_SECONDS = 30.0  # between two lines about missing ranks
@@ -208,23 +207,6 @@ def render(reports: Sequence[RankReport], skews: Sequence[float], spread: tuple[
               f"{usual / 2**30:,.1f}; is another process on that device?" for r in reports
               if r.device != "cpu" and r.free < FREE_SHARE * usual]
     return "\n".join(lines)
-
-
-def hosts_of_ranks(env: Mapping[str, str] = os.environ) -> dict[int, str]:
-    """Maps ranks of an srun step in block distribution to hosts. Empty without Slurm."""
-    nodes, tasks = env.get("SLURM_STEP_NODELIST"), env.get("SLURM_STEP_TASKS_PER_NODE")
-    if not nodes or not tasks or not shutil.which("scontrol"):
-        return {}
-    shown = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True,
-                           text=True, check=False)
-    counted = zip(shown.stdout.split(), tasks_per_node(tasks), strict=False)
-    return dict(enumerate(host for host, count in counted for _ in range(count)))
-
-
-def tasks_per_node(text: str) -> list[int]:
-    """Expands Slurm's short form, `8(x2),4` -> [8, 8, 4]."""
-    found = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
-    return [int(n) for n, times in found for _ in range(int(times or 1))]
 
 
 def _span(ranks: list[int]) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from megatron_spdf.recipe.recipe import Parallel
+from megatron_spdf.resilience.slurm import is_task
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,11 @@ def find_ranks(env: Mapping[str, str] = os.environ) -> Ranks:
     SLURM_LOCALID of an srun step. Without them this is the only process.
 
     Raises:
-        ValueError: a launcher has set some of its variables and not all, or not to numbers.
+        ValueError: a launcher has set some of its variables and not all, or not to numbers, or
+            srun has not started all ranks.
     """
     names = {"torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    # inside srun; an sbatch script alone has SLURM_PROCID too
-    if "SLURM_STEP_ID" in env or "SLURM_STEPID" in env:
+    if "RANK" not in env and is_task(env):  # an sbatch script alone has SLURM_PROCID too
         names["srun"] = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
     for launcher, keys in names.items():
         if not any(k in env for k in keys):

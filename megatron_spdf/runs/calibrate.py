@@ -16,8 +16,15 @@ LOWEST, HIGHEST = 0.01, 1.0
 
 def measured_step(run: MeasuredRun) -> float:
     """Median seconds of a step, without the first fifth of the records, which hold warm-up and
-    compilation."""
-    seconds = [r["step_seconds"] for r in run.train]
+    compilation.
+
+    Raises:
+        ValueError: the log has none.
+    """
+    seconds = [r["step_seconds"] for r in run.train if "step_seconds" in r]
+    if not seconds:
+        raise ValueError(f"the log of {run.directory} has no step_seconds; calibrate with a run "
+                         "whose log is whole")
     return median(seconds[len(seconds) // 5:])
 
 

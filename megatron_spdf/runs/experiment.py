@@ -25,14 +25,14 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 from scipy.stats import t as student
 
 from megatron_spdf.recipe.compare import changes_of_run
-from megatron_spdf.recipe.load import load_recipe
+from megatron_spdf.recipe.load import load_recipe, write_value
 from megatron_spdf.recipe.recipe import Recipe
-from megatron_spdf.runs.grid import Trial, as_text, axis_of, combinations
+from megatron_spdf.records import read_yaml
+from megatron_spdf.runs.grid import Trial, axis_of, combinations
 from megatron_spdf.runs.measured import LOG, read_run
 from megatron_spdf.schedule.flops import training_flops
 from megatron_spdf.schedule.stages import mean_flops, stages_of
@@ -75,7 +75,8 @@ class Experiment(Section):
                 for name, axis in values["axes"].items()}
         exclude = values.get("exclude", [])
         if isinstance(exclude, list):
-            exclude = [{axis: as_text(label) for axis, label in labels.items()}
+            exclude = [{axis: write_value(label) if isinstance(values["axes"].get(axis), list)
+                        else str(label) for axis, label in labels.items()}
                        if isinstance(labels, dict) else labels
                        for labels in exclude]
         return {**values, "axes": axes, "exclude": exclude}
@@ -119,13 +120,7 @@ def load_experiment(path: Path) -> Experiment:
     Raises:
         ValueError: naming the keys that are wrong.
     """
-    try:
-        return Experiment.model_validate(yaml.safe_load(path.read_text()))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {error}") from None
-    except ValidationError as error:
-        said = [f"{'.'.join(map(str, e['loc'])) or 'the file'}: {e['msg']}" for e in error.errors()]
-        raise ValueError(f"experiment {path}: {'; '.join(said)}; see configs/experiments") from None
+    return read_yaml(path, Experiment, remedy="see configs/experiments")
 
 
 def cells(experiment: Experiment, path: Path, words: list[str]) -> list[Cell]:
@@ -180,7 +175,7 @@ def loss_of(trial: Trial, recipe: Recipe) -> float | None:
         raise ValueError(f"{trial.output} holds another recipe's run: {'; '.join(changes)}. Choose "
                          "another output, or remove it")
     ended = [r for r in run.valid if r["step"] == run.recipe.steps]
-    return ended[-1]["loss"] if ended and math.isfinite(ended[-1]["loss"]) else None
+    return ended[-1]["loss"] if ended else None
 
 
 def results(grid: list[Cell]) -> list[dict[str, Any]]:

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_spdf import exit_codes
+from megatron_spdf.recipe.load import write_value
 
+NAME_BYTES = 255 - len(".txt")  # of a file name on common file systems; logs stand beside
 Axes = Mapping[str, Mapping[str, Mapping[str, Any]]]  # name -> label -> key of the recipe -> value
 
 
@@ -42,8 +42,8 @@ class Trial:
     @property
     def words(self) -> list[str]:
         """Overrides that make the grid's recipe this run's."""
-        return [*(f"{key}={as_text(value)}" for key, value in self.values.items()),
-                f"output={self.output}"]
+        values = {**self.values, "output": str(self.output)}
+        return [f"{key}={write_value(value)}" for key, value in values.items()]
 
 
 def combinations(axes: Axes, output: str | Path) -> Iterator[Trial]:
@@ -51,25 +51,55 @@ def combinations(axes: Axes, output: str | Path) -> Iterator[Trial]:
 
     Args:
         output: directory of the grid.
+
+    Raises:
+        ValueError: a label that names no directory, or two combinations with one directory.
     """
+    seen: dict[Path, dict[str, str]] = {}
     for labels in itertools.product(*axes.values()):
         named = dict(zip(axes, labels, strict=True))
         values: dict[str, Any] = {}
         for axis, label in named.items():
             values |= axes[axis][label]
-        name = ",".join(map("=".join, named.items())).replace("/", "_")
-        yield Trial(named, values, Path(output) / name)
+        refuse_control_characters([named, values])
+        trial = Trial(named, values, Path(output) / directory_name(named))
+        if trial.output in seen:
+            raise ValueError(f"{seen[trial.output]} and {named} would both write to "
+                             f"{trial.output}; give one of them another label")
+        seen[trial.output] = named
+        yield trial
+
+
+def directory_name(labels: Mapping[str, str]) -> str:
+    """Name of a run directory.
+
+    Raises:
+        ValueError: it would be too long.
+    """
+    name = ",".join(map("=".join, labels.items())).replace("/", "_")
+    if len(name.encode()) > NAME_BYTES:
+        raise ValueError(f"the run {name[:60]!r}... would have a directory name of "
+                         f"{len(name.encode())} bytes, and {NAME_BYTES} are possible; take shorter "
+                         "values, or labels of your own in an experiment")
+    return name
+
+
+def refuse_control_characters(value: Any) -> None:
+    """Raises ValueError where a text in a value has a character that cannot be printed, such as the
+    end of a line."""
+    if isinstance(value, Mapping):
+        value = [*value, *value.values()]
+    if isinstance(value, str) and not value.isprintable():
+        raise ValueError(f"the value {value!r} has a character that cannot be printed; a value to "
+                         "try is one line of printable text")
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        for part in value:
+            refuse_control_characters(part)
 
 
 def axis_of(key: str, values: Sequence[Any]) -> dict[str, dict[str, Any]]:
     """Label -> key -> value, for values of one key."""
-    return {as_text(value): {key: value} for value in values}
-
-
-def as_text(value: Any) -> str:
-    """A value as an override writes it, which is YAML."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=float("inf")).strip()
-    return text.removesuffix("...").strip().strip("'")
+    return {write_value(value): {key: value} for value in values}
 
 
 def command(launch: str, script: str, recipe: str | Path, overrides: Sequence[str],

@@ -9,9 +9,12 @@ from megatron_spdf.runs.measured import MeasuredRun
 from megatron_spdf.scaling_law.fit import Point
 
 
-def point_of(run: MeasuredRun) -> Point:
+def point_of(run: MeasuredRun) -> Point | None:
     """Makes a point of a run, with the last validation loss, else the mean of the last tenth of
     training losses.
+
+    Returns:
+        None where the loss at the end is not finite.
 
     Raises:
         ValueError: the run is not at its end, where its learning rate has decayed.
@@ -26,8 +29,10 @@ def point_of(run: MeasuredRun) -> Point:
     plan = run.plan
     weights = sum(w.numel for w in linear_weights(run))
     nonzero = weights - plan.numel + plan.active
-    losses = [r["loss"] for r in run.train]
-    loss = run.valid[-1]["loss"] if run.valid else mean(losses[-max(1, len(losses) // 10):])
+    last = run.valid[-1:] or run.train[-max(1, len(run.train) // 10):]
+    if any(r["loss"] is None for r in last):
+        return None
+    loss = mean(r["loss"] for r in last)
     return Point(1.0 - nonzero / weights, nonzero, run.train[-1]["tokens"], loss, run.name)
 
 

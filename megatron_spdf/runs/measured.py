@@ -2,17 +2,67 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
 
-import yaml
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from megatron_spdf.recipe.recipe import AUTO, Recipe
+from megatron_spdf.records import json_lines, read_json, read_yaml, typed
 from megatron_spdf.sparsity.plan import Plan
 
 RECIPE, LOG, MICRO_BATCHES = "recipe.yaml", "log.jsonl", "micro_batch.json"
+DAMAGED = "the log is damaged, take it out of the comparison or mend that line"
+Whole = Annotated[int, Field(ge=0)]
+Figure = Annotated[float, Field(ge=0.0)]
+
+
+class Record(TypedDict):
+    """Line of log.jsonl."""
+
+    kind: str
+    step: Whole
+
+
+class Evaluated(Record):
+    """Evaluation; None: the loss is not finite."""
+
+    loss: float | None
+
+
+class Step(Evaluated):
+    """Training step."""
+
+    tokens: Whole
+    step_seconds: NotRequired[Figure]
+
+
+class Bytes(Record):
+    """Bytes that rank 0 holds and sends in a step."""
+
+    parameters: NotRequired[Whole]
+    gradients: NotRequired[Whole]
+    optimizer: NotRequired[Whole]
+    sent_per_step: NotRequired[Whole]
+    choices: NotRequired[str]
+
+
+class Settings(TypedDict, total=False):
+    """Sections of a recipe, of pre-training or fine-tuning."""
+
+    train: dict[str, Any]
+    model: dict[str, Any]
+    data: dict[str, Any]
+    log: dict[str, Any]
+
+
+class Choice(TypedDict):
+    """Entry of micro_batch.json: a micro-batch, and the layout that it was chosen for."""
+
+    of: NotRequired[dict[str, Any]]
+    micro_batch: Annotated[int, Field(gt=0)]
 
 
 @dataclass(frozen=True)
@@ -22,13 +72,15 @@ class MeasuredRun:
     Attributes:
         train, valid: records of their kind, by step.
         bytes: record of the bytes that rank 0 held and sent at the first step; empty: none.
+        notes: sentences on figures that are not finite.
     """
 
     directory: Path
     recipe: Recipe
-    train: list[dict[str, Any]]
-    valid: list[dict[str, Any]]
-    bytes: dict[str, Any]
+    train: list[Step]
+    valid: list[Evaluated]
+    bytes: Bytes
+    notes: list[str]
 
     @property
     def name(self) -> str:
@@ -50,63 +102,66 @@ def read_run(directory: str | Path) -> MeasuredRun:
         ValueError: no run there, or no training step in its log.
     """
     directory = Path(directory)
-    values, records = read_logged(directory)
-    try:
-        recipe = _with_micro_batch(Recipe.model_validate(values), directory)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{directory / RECIPE} cannot be read as a pre-training "
-                         f"recipe: {error}") from None
+    values, records, notes = read_logged(directory)
+    recipe = _with_micro_batch(typed(values, Recipe, f"{directory / RECIPE} cannot be read as a "
+                                     "pre-training recipe"), directory)
     return MeasuredRun(directory, recipe, of_kind(records, "train"), of_kind(records, "valid"),
-               next(iter(of_kind(records, "bytes")), {}))
+                       next(iter(of_kind(records, "bytes")), {}), notes)
 
 
 def _with_micro_batch(recipe: Recipe, directory: Path) -> Recipe:
     """Replaces a micro-batch `auto` by the one that the run chose last."""
     if recipe.train.micro_batch != AUTO:
         return recipe
-    chosen = json.loads((directory / MICRO_BATCHES).read_text())
+    file = directory / MICRO_BATCHES
+    if not file.is_file():
+        raise ValueError(f"{directory} has train.micro_batch={AUTO} and no {file.name}; let the "
+                         "run go on to its first record")
+    chosen = read_json(file, Annotated[list[Choice], Field(min_length=1)], constants=True)
     return recipe.with_micro_batch(chosen[-1]["micro_batch"])
 
 
-def read_logged(directory: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def read_logged(directory: Path,
+                step: type[Step] = Step) -> tuple[Settings, list[Record], list[str]]:
     """Values of the recipe, of pre-training or fine-tuning, and records of the log of a run.
 
+    Args:
+        step: kind of the records of training steps.
+
+    Returns:
+        Values, records, and a sentence on losses that are not finite, if there are any.
+
     Raises:
-        ValueError: no run there, or no training step in its log.
+        ValueError: no run there, files that are damaged, or no training step in the log.
     """
     recipe, log = directory / RECIPE, directory / LOG
     for file in (recipe, log):
         if not file.is_file():
             raise ValueError(f"{directory} is no run: it has no {file.name}; name the directory "
                              "that `output` of a recipe names")
-    try:
-        values = yaml.safe_load(recipe.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{recipe} is not YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{recipe} is no recipe but a {type(values).__name__}; was it "
-                         "overwritten?")
-    records = _records(log)
+    values = read_yaml(recipe, Settings, remedy="was it overwritten?")
+    kinds = {"train": step, "valid": Evaluated, "bytes": Bytes}
+    records = [typed(record, kinds.get(record["kind"], Record), place, DAMAGED) for place, record
+               in json_lines(log, Record, constants=True, remedy=DAMAGED, cut_short=True)]
     if not of_kind(records, "train"):
         raise ValueError(f"{log} holds no training step yet; let the run go on to its first record "
                          f"(log.every={values.get('log', {}).get('every', '?')} steps)")
-    return values, records
+    return values, records, _not_finite(records, log)
 
 
-def of_kind(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+def of_kind(records: list[Record], kind: str) -> list[Any]:
     """Records of one kind, in order."""
-    return [r for r in records if r.get("kind") == kind]
+    return [r for r in records if r["kind"] == kind]
 
 
-def _records(log: Path) -> list[dict[str, Any]]:
-    lines = log.read_text().splitlines()
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            if number < len(lines):
-                raise ValueError(f"{log}, line {number}: not JSON: {line[:60]!r}; the log is "
-                                 "damaged, take it out of the comparison or mend that "
-                                 "line") from None
-    return records
+def finite_losses(records: list[Evaluated]) -> list[Evaluated]:
+    """Records whose loss is finite."""
+    return [r for r in records if r["loss"] is not None]
+
+
+def _not_finite(records: list[Record], log: Path) -> list[str]:
+    lost = {kind: [r["step"] for r in of_kind(records, kind) if r["loss"] is None]
+            for kind in ("train", "valid")}
+    return [f"{log}: {len(steps)} {kind} record{'s' * (len(steps) != 1)} without a finite loss "
+            f"{'are' if len(steps) != 1 else 'is'} left out, the first at step {steps[0]:,}"
+            for kind, steps in lost.items() if steps]

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch.distributed as dist
-import yaml
 
 from megatron_spdf.checkpoint import store
 from megatron_spdf.checkpoint.shared_files import check_shared
@@ -17,12 +16,27 @@ from megatron_spdf.exit_codes import GUARD_STOPPED
 from megatron_spdf.files import NEW, links_out
 from megatron_spdf.locks import DirectoryLock, Held, is_lock
 from megatron_spdf.recipe.compare import changes_of_run
-from megatron_spdf.recipe.finetune import Finetune
+from megatron_spdf.recipe.finetune import Finetune, load_finetune
 from megatron_spdf.recipe.load import save_recipe
 from megatron_spdf.recipe.recipe import Recipe
+from megatron_spdf.records import read_yaml
 from megatron_spdf.resilience import restarts
 
 RECIPE = "recipe.yaml"
+
+
+def splits_of(run: Path, task: str) -> Path | None:
+    """Where the data of a task are that a run was fine-tuned on; None: it was not.
+
+    Raises:
+        ValueError: the run's recipe cannot be read.
+    """
+    kept = run / RECIPE
+    values = read_yaml(kept) if kept.is_file() else None
+    data = values.get("data") if isinstance(values, dict) else None
+    if not isinstance(data, dict) or data.get("task") != task:
+        return None
+    return Path(load_finetune(kept).data.path)
 
 
 class RunDir:
@@ -68,8 +82,8 @@ class RunDir:
                                  f"{RECIPE}); choose another output")
             return
         try:
-            before = type(self.recipe).model_validate(yaml.safe_load(kept.read_text()))
-        except (ValueError, yaml.YAMLError) as error:
+            before = read_yaml(kept, type(self.recipe))
+        except ValueError as error:
             raise ValueError(f"{kept} cannot be read as a recipe ({error}); choose another "
                              "output") from None
         changes = changes_of_run(before, self.recipe)

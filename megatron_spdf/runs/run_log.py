@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +12,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from megatron_spdf.files import open_to_append, write_file
+from megatron_spdf.records import Unreadable, parse_json, to_json
+from megatron_spdf.runs.measured import Record
 from megatron_spdf.runs.run_dir import RunDir
 
 
@@ -51,11 +53,11 @@ class RunLog:
 
         Args:
             kind: of record, such as "train" or "valid".
-            figures: name -> value, or mapping of values.
+            figures: name -> value, or mapping of values; None: it is not finite.
         """
         if not self.active:
             return
-        self._file.write(json.dumps({"kind": kind, "step": step, **figures}).encode() + b"\n")
+        self._file.write(to_json({"kind": kind, "step": step, **figures}).encode() + b"\n")
         if self._board:
             for name, value in _numbers(f"{kind}/", figures):
                 self._board.add_scalar(name, value, step)
@@ -75,24 +77,24 @@ class RunLog:
 
 
 def _forget_after(log: Path, step: int, evaluated: int) -> None:
-    """Drops records after `step`, of evaluations after `evaluated`, and a last line that a crash
-    cut short."""
+    """Drops records after `step`, of evaluations after `evaluated`, and lines that are no records,
+    such as a last one that a crash cut short."""
     if not log.exists():
         return
     kept = []
-    for line in log.read_text().splitlines():
+    for line in log.read_bytes().split(b"\n"):
         try:
-            record = json.loads(line)
-            if record["step"] <= (evaluated if record["kind"] == "valid" else step):
-                kept.append(line + "\n")
-        except ValueError:
+            record = parse_json(line, Record, constants=True)
+        except Unreadable:
             continue
-    write_file(log, "".join(kept))
+        if record["step"] <= (evaluated if record["kind"] == "valid" else step):
+            kept.append(line + b"\n")
+    write_file(log, b"".join(kept))
 
 
 def _numbers(start: str, figures: dict[str, Any]) -> Iterator[tuple[str, float]]:
     for name, value in figures.items():
         if isinstance(value, dict):
             yield from _numbers(f"{start}{name}/", value)
-        elif isinstance(value, (int, float)):
+        elif isinstance(value, (int, float)) and math.isfinite(value):
             yield start + name, value

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from megatron_spdf.checkpoint import store
+from megatron_spdf.checkpoint.run_metadata import RunState, read_run_record
 from megatron_spdf.recipe.finetune import Finetune
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.runs.grid import Trial, axis_of, combinations
@@ -38,11 +38,11 @@ def result_of(trial: Trial) -> dict[str, Any]:
     row = {"output": str(trial.output), "values": trial.values, "done": False,
            "validation_loss": None, "step": None}
     if found := store.visible(trial.output / "checkpoints"):
-        run = json.loads((found[-1] / store.RUN).read_text())
-        state, recipe = run["state"], Recipe.model_validate(run["recipe"])
-        stopped = 0 < recipe.evaluate.patience <= state["worse"]
-        row |= {"done": stopped or state["step"] == recipe.steps,
-                "validation_loss": state["best_loss"], "step": state["best_step"] or None}
+        run = read_run_record(found[-1] / store.RUN)
+        state, recipe = RunState(**run["state"]), Recipe.model_validate(run["recipe"])
+        stopped = 0 < recipe.evaluate.patience <= state.worse
+        row |= {"done": stopped or state.step == recipe.steps,
+                "validation_loss": state.best_loss, "step": state.best_step or None}
     return row
 
 

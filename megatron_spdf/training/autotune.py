@@ -6,7 +6,6 @@ memory is taken. The run directory records it, so that every start at one layout
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -22,8 +21,9 @@ from megatron_spdf.model.batch import MicroBatch
 from megatron_spdf.planning.search import LARGEST_MICRO_BATCH, USABLE
 from megatron_spdf.recipe.recipe import AUTO, Recipe
 from megatron_spdf.recipe.rules import rule_violations
+from megatron_spdf.records import read_json
 from megatron_spdf.resilience.progress import PROGRESS
-from megatron_spdf.runs.measured import MICRO_BATCHES
+from megatron_spdf.runs.measured import MICRO_BATCHES, Choice
 from megatron_spdf.runs.run_dir import RunDir
 from megatron_spdf.schedule.stages import RunStage
 from megatron_spdf.tables import GIB, Column, Table
@@ -66,7 +66,7 @@ def choose_micro_batch(stage: RunStage, run: RunDir,
         return stage, []
     key = {"stage": stage.number, **_layout(stage.recipe, device)}
     kept = _read(run)
-    chosen = next((entry["micro_batch"] for entry in kept if entry["of"] == key), None)
+    chosen = next((entry["micro_batch"] for entry in kept if entry.get("of") == key), None)
     lines = [f"micro-batch {chosen}, as chosen when this run first had this layout"]
     if chosen is None:
         trials = list(try_all(stage, device))
@@ -169,16 +169,27 @@ def _layout(recipe: Recipe, device: torch.device) -> dict:
             **recipe.parallel.model_dump(exclude={"timeout"})}
 
 
-def _read(run: RunDir) -> list[dict]:
-    """Reads recorded choices on rank 0, for every rank."""
-    file, found = run.root / MICRO_BATCHES, [[]]
+def _read(run: RunDir) -> list[Choice]:
+    """Reads recorded choices on rank 0, for every rank.
+
+    Raises:
+        ValueError: on all ranks alike: the record is damaged.
+    """
+    file, found, fault = run.root / MICRO_BATCHES, [], ""
     if dist.get_rank() == 0 and file.is_file():
-        found = [json.loads(file.read_text())]
-    dist.broadcast_object_list(found, src=0)
-    return found[0]
+        try:
+            found = read_json(file, list[Choice], constants=True,
+                              remedy="remove it, so that the run chooses anew")
+        except ValueError as error:
+            fault = str(error)
+    shared = [found, fault]
+    dist.broadcast_object_list(shared, src=0)
+    if shared[1]:
+        raise ValueError(shared[1])
+    return shared[0]
 
 
-def _write(run: RunDir, entries: list[dict]) -> None:
+def _write(run: RunDir, entries: list[Choice]) -> None:
     write_json(run.root / MICRO_BATCHES, entries)
 
 

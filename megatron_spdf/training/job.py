@@ -22,7 +22,7 @@ from megatron_spdf import exit_codes
 from megatron_spdf.checkpoint.run_metadata import INITIAL, Masks
 from megatron_spdf.checkpoint.shared_files import newest_of_all
 from megatron_spdf.checkpoint.store import step_of
-from megatron_spdf.command_line import add_overrides, make_parser
+from megatron_spdf.command_line import add_overrides, make_parser, print_words
 from megatron_spdf.data.indexed.tokens import DataFault
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
 from megatron_spdf.locks import Held
@@ -92,7 +92,10 @@ def parse_arguments(text: str, kind: type[BaseModel], recipes: str) -> argparse.
     parser.add_argument("--preflight", action="store_true",
                         help="once before the ranks of a batch job: check all that needs no "
                              "device, count the start (fault_tolerance.max_starts), print the run "
-                             "directory, and exit")
+                             "directory as --print-output does, and exit")
+    parser.add_argument("--print-output", action="store_true",
+                        help="for a script: print the run directory, a NUL before and after it, "
+                             "after the checks of the recipe, and exit")
     # from deepspeed's launcher, like LOCAL_RANK
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_intermixed_args()
@@ -143,7 +146,7 @@ def preflight(run: RunDir) -> int:
         run.preflight()
     finally:
         run.lock.let_go()
-    print(run.root)
+    print_words([str(run.root)])
     return exit_codes.FINISHED
 
 

@@ -7,7 +7,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 from megatron_spdf import exit_codes
-from megatron_spdf.checkpoint.checkpointer import Checkpointer, RunState
+from megatron_spdf.checkpoint.checkpointer import Checkpointer
+from megatron_spdf.checkpoint.run_metadata import RunState
 from megatron_spdf.checkpoint.saving import SaveFailed
 from megatron_spdf.data.finetuning.completions import CompletionData
 from megatron_spdf.data.pretraining.dataset import TokenData

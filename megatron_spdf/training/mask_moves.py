@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from megatron_spdf.checkpoint.checkpointer import RunState
+from megatron_spdf.checkpoint.run_metadata import RunState
 from megatron_spdf.engine.base import Engine, StepResult
 from megatron_spdf.engine.moving import move_masks
 from megatron_spdf.layers.compact import collect_dense_gradients, drop_dense_gradients

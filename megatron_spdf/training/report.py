@@ -8,7 +8,7 @@ from typing import Any
 import psutil
 import torch
 
-from megatron_spdf.checkpoint.checkpointer import RunState
+from megatron_spdf.checkpoint.run_metadata import RunState
 from megatron_spdf.checkpoint.saving import SaveThread
 from megatron_spdf.data.finetuning.completions import CompletionData
 from megatron_spdf.data.pretraining.dataset import TokenData

@@ -263,4 +263,4 @@ def test_weights_that_are_not_there_are_refused(copy):
 
 def test_a_run_file_that_says_too_little_is_refused(copy):
     changed_run(copy, lambda run: run.pop("state"))
-    assert "does not describe a run: it has no state" in refusal(copy)
+    assert "run.json, line 1: state is missing" in refusal(copy)

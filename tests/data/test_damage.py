@@ -3,6 +3,7 @@ data set."""
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
@@ -28,7 +29,6 @@ def with_line(line: bytes):
 
 
 def write_raw(path: Path, raw: bytes) -> None:
-    import gzip
 
     from backports import zstd
 
@@ -267,3 +267,59 @@ def test_a_bad_record_before_a_damaged_place_is_the_one_that_is_named(tmp_path, 
     os.truncate(path, int(path.stat().st_size * 0.7))
     with pytest.raises(ValueError, match="line 101: not valid JSON"):
         preprocess([path], tmp_path / "t", load_tokenizer(tiny_bpe))
+
+
+def bomb(window: int, content: bytes, times: int) -> bytes:
+    """A zstd frame of `content`, `times` over, that declares a window of 2**window bytes."""
+    from backports import zstd
+
+    parameter = zstd.CompressionParameter
+    compressor = zstd.ZstdCompressor(options={parameter.window_log: window, parameter.hash_log: 6,
+                                              parameter.chain_log: 6, parameter.strategy: 1})
+    return b"".join(compressor.compress(content) for _ in range(times)) + compressor.flush()
+
+
+# what bytes become more than any text is -> (file name, how it is made, what is said)
+BOMBS = {
+    "a window of 2 GiB and no line end": (
+        "x.jsonl.zst", lambda: bomb(31, b"a" * (1 << 20), 700), "a record of more than"),
+    "a window of 2 GiB and many lines": (
+        "x.jsonl.zst", lambda: bomb(31, b'{"text": ""}' + b" " * 1011 + b"\n", 400_000),
+        "a zstd frame with a window of 2,147,483,648 bytes"),
+    "such a window behind a sound frame": (
+        "x.jsonl.zst", lambda: bomb(20, LINES[0], 1) + bomb(31, b"{}" + b" " * 999 + b"\n",
+                                                            400_000),
+        "a zstd frame with a window of 2,147,483,648 bytes"),
+    "a usual window and no line end": (
+        "x.jsonl.zst", lambda: bomb(20, b"a" * (1 << 20), 700), "a record of more than"),
+    "gzip and no line end": (
+        "x.json.gz", lambda: gzip.compress(b"a" * (200 << 20), 1),
+        "a record of more than"),
+    "blank lines": ("x.jsonl.zst", lambda: bomb(20, b"\n" * (1 << 20), 2),
+                    "more than 1,000,000 blank lines in a row"),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_bomb_is_refused_in_little_memory(tmp_path, name):
+    """Within 400 MB of more memory than before, whatever the frame declares."""
+    file, make, said = BOMBS[name]
+    (tmp_path / file).write_bytes(make())
+    program = ("import resource, sys\n"
+               "from pathlib import Path\n"
+               "from megatron_spdf.data.preprocess.records import ReadReport, read_records\n"
+               "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+               "for on_error in ('skip', 'stop'):\n"
+               "    report = ReadReport()\n"
+               "    try:\n"
+               "        for _ in read_records(Path(sys.argv[1]), on_error, report, 10_000_000):\n"
+               "            pass\n"
+               "        print(report.skipped_lines[-1].reason)\n"
+               "    except ValueError as error:\n"
+               "        print(error)\n"
+               "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n")
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path / file)], text=True,
+                          capture_output=True, cwd=ROOT)
+    skipped, stopped, peak = done.stdout.strip().split("\n")
+    assert said in skipped and said in stopped and f"{tmp_path / file}, line " in stopped
+    assert int(peak) < 400e3, f"{int(peak) / 1e3:.0f} MB"

@@ -47,6 +47,7 @@ def test_the_sparsity_of_a_stage_has_all_forms(load):
 
 @pytest.mark.parametrize(("stages", "words", "said"), [
     ((SPARSE, {**DENSE, "share": 0.2}), (), "the shares 0.9 + 0.2 = 1.1 must add up to 1"),
+    (({**SPARSE, "share": 0.8}, DENSE), (), "the shares 0.8 + 0.1 = 0.9 must add up to 1"),
     ((SPARSE,), (), "stages has one entry"),
     (({**SPARSE, "sparsity": {"level": 0.5, "pattern": "tile", "tile": 48}}, DENSE), (),
      "sparsity.tile=48"),

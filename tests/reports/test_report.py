@@ -165,7 +165,7 @@ def test_smoothing_keeps_means_and_short_curves():
 @pytest.mark.parametrize(("damage", "said"), [
     (lambda run: (run / "log.jsonl").unlink(), "it has no log.jsonl"),
     (lambda run: (run / "evaluation/e2e_test/scores.json").write_text("{"),
-     "scores.json holds no scores"),
+     "scores.json, line 1: not JSON"),
     (lambda run: (run / "log.jsonl").write_text(""), "holds no training step yet"),
 ])
 def test_what_cannot_be_read_gets_a_sentence(report, runs, tmp_path, capsys, damage, said):

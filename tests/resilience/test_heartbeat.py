@@ -67,6 +67,20 @@ def test_nothing_is_said_of_healthy_ranks():
     assert diagnose([peer(0), peer(1, closed=True, leaving=True)], 100.0, 500.0) == ""
 
 
+def test_who_is_silent_is_named_and_neither_who_left_nor_who_died():
+    peers = [peer(0, heard=99.0), peer(1, heard=0.0, leaving=True), peer(2, heard=0.0, closed=True,
+                                                                         trouble=99.0)]
+    assert diagnose(peers, 100.0, 5.0) == ""  # of the dead one more may be heard
+    assert diagnose([*peers, peer(3, heard=0.0)], 100.0, 5.0).startswith(
+        "rank 3 on n3 has been silent for 100 s")
+    assert "rank 1" not in diagnose([*peers, peer(3, heard=0.0)], 100.0, 5.0)
+
+
+def test_who_leaves_and_closes_its_connection_has_not_died():
+    peers = [peer(0, heard=99.0), peer(1, closed=True, trouble=0.0, leaving=True)]
+    assert diagnose(peers, 100.0, 5.0) == ""
+
+
 def test_a_death_explains_the_failures_that_follow_it():
     peers = [peer(0, trouble=0.0, failed="RuntimeError: Connection closed by peer"),
              peer(1, trouble=0.5, closed=True)]

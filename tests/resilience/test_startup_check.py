@@ -16,9 +16,7 @@ from megatron_spdf.resilience.startup_check import (
     Unhealthy,
     addresses,
     check_in,
-    hosts_of_ranks,
     render,
-    tasks_per_node,
 )
 
 CPU = torch.device("cpu")
@@ -122,17 +120,3 @@ def test_what_is_out_of_the_ordinary_is_said():
     assert "the clock of n1 is -7.5 s off that of n0" in text
     assert "rank 3 on n1 has 30.0 GiB free, others 70.0" in text
     assert text.count("warning") == 2
-
-
-def test_tasks_per_node():
-    assert tasks_per_node("8(x2),4") == [8, 8, 4]
-    assert tasks_per_node("1") == [1]
-
-
-def test_hosts_of_ranks(monkeypatch, tmp_path):
-    (tmp_path / "scontrol").write_text("#!/bin/sh\nprintf 'a1\\na2\\n'\n")
-    (tmp_path / "scontrol").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    env = {"SLURM_STEP_NODELIST": "a[1-2]", "SLURM_STEP_TASKS_PER_NODE": "2,1"}
-    assert hosts_of_ranks(env) == {0: "a1", 1: "a1", 2: "a2"}
-    assert hosts_of_ranks({}) == {}

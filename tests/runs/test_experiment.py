@@ -145,8 +145,8 @@ def test_a_run_that_stopped_half_way_has_no_result(grid):
 @pytest.mark.parametrize(("change", "said"), [
     ({"plot": {"x": "depth"}}, "plot names depth, and the axes are width, sparsity"),
     ({"exclude": [{"width": 128}]}, "exclude names width=128, and there is no such label"),
-    ({"exclude": ["dense"]}, "exclude.0: Input should be a valid dictionary"),
-    ({"seeds": ()}, "seeds: List should have at least 1 item"),
+    ({"exclude": ["dense"]}, "exclude.0='dense': input should be a valid dictionary"),
+    ({"seeds": ()}, "list should have at least 1 item"),
     ({"axes": {"model.hiden": [32]}}, "unknown key model.hiden"),
     ({"axes": {"budget": ["time"]}}, "budget=time must be tokens or flops"),
 ])

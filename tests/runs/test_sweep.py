@@ -35,7 +35,9 @@ newest.mkdir(parents=True)
 loss = rate + int(words["train.global_batch"])
 state = {"step": 40, "best_step": 20, "best_loss": loss, "worse": 1}
 recipe = json.loads(pathlib.Path(sys.argv[0]).with_name("training.json").read_text())
-(newest / "run.json").write_text(json.dumps({"state": state, "recipe": recipe}))
+(newest / "run.json").write_text(json.dumps({
+    "state": state, "recipe": recipe, "tokens": 1, "tokenizer": {"kind": "gpt2", "sha256": "0"},
+    "sparsity": {}, "versions": {}, "saved": ""}))
 """
 
 

@@ -78,9 +78,7 @@ def test_an_array_sweeps_and_selects(cluster, chain):
     restarts = [cluster.field(f"{job}_{i}", "Restarts") for i in range(3)]
     assert restarts == ["0", "1", "0"], said
     assert (
-        "array element 2: the sweep of sweep.yaml has 2 combinations; submit it with sbatch "
-        "--array=0-1"
-        in said[2]
+        "--index 2: the sweep has 2 runs, 0 to 1 (sbatch --array=0-1)" in said[2]
     )
 
 

@@ -49,7 +49,7 @@ def test_scripts_are_thin(script):
     ("pretrain_gpt3xl.sh", ["{root}/configs/pretrain/gpt3_xl_dense.yaml", "--ntasks-per-node=4"],
      ["output: runs/gpt3_xl_dense", "8 ranks ="]),
     ("evaluate.sh", ["e2e", "runs/a b", "--beams", "4"],
-     ["tools/evaluate.py' 'runs/a b' '--task' 'e2e' '--beams' '4'"]),
+     ["tools/evaluate.py' 'runs/a b' '--task=e2e' '--beams' '4'"]),
 ])
 def test_dry_run_shows_what_a_job_would_do(tmp_path, script, words, said):
     env = {**os.environ, "SPDF_PYTHON": sys.executable, "PATH": f"{tmp_path}:{os.environ['PATH']}"}

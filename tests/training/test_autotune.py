@@ -117,7 +117,8 @@ def test_neither_a_number_nor_auto(recipe, value):
 
 def test_a_runs_records_are_of_the_micro_batch_that_it_chose_last(recipe, tmp_path):
     save_recipe(auto(recipe), tmp_path / "recipe.yaml")
-    (tmp_path / "log.jsonl").write_text('{"kind": "train", "step": 1}\n')
+    (tmp_path / "log.jsonl").write_text(
+        '{"kind": "train", "step": 1, "tokens": 1, "loss": 1.0}\n')
     with pytest.raises(ValueError, match="micro_batch.json"):
         read_run(tmp_path)
     (tmp_path / "micro_batch.json").write_text('[{"micro_batch": 2}, {"micro_batch": 8}]')

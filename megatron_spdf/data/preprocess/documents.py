@@ -7,7 +7,6 @@ recorded.
 from __future__ import annotations
 
 import glob
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from megatron_spdf.data.preprocess.records import (
     read_records,
     reject,
 )
+from megatron_spdf.records import Unreadable, describe, foreign_record
 
 __all__ = ["MAX_RECORDED_SKIPS", "ON_ERROR", "ReadReport", "Skipped"]
 
@@ -159,13 +159,9 @@ def _parse_text(record: bytes, _: str) -> tuple[str, None]:
 
 def _parse_json(record: bytes, text_key: str) -> tuple[str, dict | None]:
     try:
-        value = json.loads(record.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise BadRecord(
-            f"not UTF-8: 0x{record[error.start]:02x} at byte {error.start} of it"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise BadRecord(f"not valid JSON: {error}") from None
+        value = foreign_record(record)
+    except Unreadable as error:
+        raise BadRecord(str(error)) from None
     if not isinstance(value, dict):
         raise BadRecord(f"not a JSON object but a {type(value).__name__}")
     if text_key not in value:
@@ -175,5 +171,5 @@ def _parse_json(record: bytes, text_key: str) -> tuple[str, dict | None]:
         )
     text, meta = value[text_key], value.get("meta")
     if not isinstance(text, str):
-        raise BadRecord(f"the value of {text_key!r} is not a string but a {type(text).__name__}")
+        raise BadRecord(f"the value of {text_key!r} is not a string but {describe(text)}")
     return text, meta if isinstance(meta, dict) else None

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, ClassVar
 
 from backports import zstd
 
@@ -23,9 +23,9 @@ MAX_RECORDED_SKIPS = 1000
 # Larger than any document of the Pile; a record must fit in memory several times over.
 MAX_RECORD_BYTES = 100_000_000
 _BUFFER_BYTES = 1 << 20
-# Shards written with `zstd --long=31` need this window; a frame allocates only what it declares.
-_LARGEST_WINDOW = {zstd.DecompressionParameter.window_log_max: 31}
-_DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, zstd.ZstdError)
+# What a reader skips of a record that is too long, in limits of one, before it gives the file up.
+_MOST_TIMES = 10
+_MOST_BLANK = 1_000_000  # lines in a row
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,14 +96,18 @@ def read_records(
     """
     if on_error not in ON_ERROR:
         raise ValueError(f"on_error is {on_error!r}; choose one of {ON_ERROR}")
-    read_before, seen_before, line = report.bytes_read, report.seen, 0
+    read_before, seen_before, line, blank = report.bytes_read, report.seen, 0, 0
     with open(path, "rb", buffering=0) as raw:
         file = _HashedFile(raw)
         try:
             for line, (record, size) in enumerate(_pieces(file, path, max_bytes), 1):
                 report.bytes_read = read_before + file.position
                 if record.isspace():
+                    blank += 1
+                    if blank > _MOST_BLANK:
+                        raise _Bomb(f"more than {_MOST_BLANK:,} blank lines in a row")
                     continue
+                blank = 0
                 report.seen += 1
                 if size <= max_bytes:
                     yield line, record
@@ -116,11 +120,11 @@ def read_records(
                 reject(path, 1, "the file holds no record", on_error, report)
         except _DAMAGE as error:
             report.seen += 1
-            reason = (
-                f"damaged or cut off near byte {file.position} of {path.stat().st_size}: {error}"
-            )
-            reject(path, line + 1, f"{reason}; nothing after this line can be read", on_error,
-                   report)
+            what = "" if isinstance(error, _Bomb) else "damaged or cut off "
+            after = isinstance(error, gzip.BadGzipFile) and line > 0
+            reason = (f"{what}near byte {file.position} of {path.stat().st_size}: "
+                      f"{'behind the last gzip member: ' if after else ''}{error}")
+            reject(path, line + 1, f"{reason}; nothing after this line is read", on_error, report)
         report.sha256 = file.digest_of_all()
         report.bytes_read = read_before + file.position
 
@@ -138,6 +142,9 @@ def _pieces(file: _HashedFile, path: Path, max_bytes: int) -> Iterator[tuple[byt
         elif size > max_bytes:
             while piece := read(_BUFFER_BYTES):
                 size += len(piece)
+                if size > _MOST_TIMES * max_bytes:
+                    raise _Bomb(f"a record of more than {size - 1:,} bytes, {_MOST_TIMES} times "
+                                f"the limit of {max_bytes:,} (--max-document sets it)")
                 if not whole and piece.endswith(b"\n"):
                     size -= 1
                     break
@@ -148,12 +155,87 @@ def _pieces(file: _HashedFile, path: Path, max_bytes: int) -> Iterator[tuple[byt
 def _decompress(file: _HashedFile, path: Path) -> io.BufferedIOBase:
     if path.suffix in (".zst", ".gz") and path.stat().st_size == 0:
         raise EOFError("the file is empty, which no compressed file is")
-    # Another buffer around these two would lose what precedes the damage.
     if path.suffix == ".zst":
-        return zstd.ZstdFile(file, options=_LARGEST_WINDOW)
-    if path.suffix == ".gz":
+        return io.BufferedReader(_ZstdFrames(file), _ZstdFrames._CHUNK)
+    if path.suffix == ".gz":  # another buffer around it would lose what precedes the damage
         return gzip.GzipFile(fileobj=file)
     return io.BufferedReader(file, _BUFFER_BYTES)
+
+
+class _Bomb(Exception):
+    """What little bytes are to become is more than any text is; says what."""
+
+
+_DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile, zstd.ZstdError, _Bomb)
+
+
+class _ZstdFrames(io.RawIOBase):
+    """What the frames of a .zst file decompress to, one after the other.
+
+    A frame may refer back by as much as it declares, up to 2 GiB (`zstd --long=31`), and memory
+    grows with what comes out until then. So a frame that declares more than zstd's own default must
+    not come out larger than text does.
+    """
+
+    _CHUNK = 1 << 17  # compressed bytes that are read at a time
+    _USUAL_WINDOW = 1 << 27  # zstd's own limit, without --long
+    _MOST_TIMES_LARGER = 200
+    _LARGEST_HEADER = 18
+    _OPTIONS: ClassVar = {zstd.DecompressionParameter.window_log_max: 31}
+
+    def __init__(self, file: BinaryIO):
+        self._file, self._decoder, self._window, self._taken, self._made = file, None, 0, 0, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while True:
+            fed = b""
+            if self._decoder is None or self._decoder.eof:
+                if not (fed := self._start_frame()):
+                    return 0
+            elif self._decoder.needs_input and not (fed := self._file.read(self._CHUNK)):
+                raise EOFError("the file ends inside of a zstd frame")
+            if made := self._decompress(fed, len(buffer)):
+                buffer[: len(made)] = made
+                return len(made)
+
+    def _start_frame(self) -> bytes:
+        """Makes a decoder for the next frame and returns its first bytes; none at the file's
+        end."""
+        head = self._decoder.unused_data if self._decoder else b""
+        while len(head) < self._LARGEST_HEADER and (more := self._file.read(self._CHUNK)):
+            head += more
+        if head:
+            self._window, self._taken, self._made = _window_of(head), 0, 0
+            self._decoder = zstd.ZstdDecompressor(options=self._OPTIONS)
+        return head
+
+    def _decompress(self, fed: bytes, most: int) -> bytes:
+        self._taken += len(fed)
+        made = self._decoder.decompress(fed, most)
+        self._made += len(made)
+        limit = self._USUAL_WINDOW + self._MOST_TIMES_LARGER * self._taken
+        if self._window > self._USUAL_WINDOW and self._made > limit:
+            raise _Bomb(f"a zstd frame with a window of {self._window:,} bytes, of which "
+                        f"{self._taken:,} bytes become more than {limit:,}: no text is that small")
+        return made
+
+
+def _window_of(frame: bytes) -> int:
+    """Bytes that a zstd frame may refer back by, from its first 18 bytes (RFC 8878, 3.1.1.1); 0
+    where it is no frame of data.
+
+    Raises:
+        zstd.ZstdError: the frame is cut off in its header.
+    """
+    if int.from_bytes(frame[:4], "little") != 0xFD2FB528 or len(frame) < 6:
+        return 0
+    if frame[4] & 0b10_0000:  # a single segment: all of the content
+        return zstd.get_frame_info(frame[:18]).decompressed_size
+    exponent, eighths = frame[5] >> 3, frame[5] & 7
+    return (1 << 10 + exponent) // 8 * (8 + eighths)
 
 
 class _HashedFile(io.RawIOBase):

@@ -12,12 +12,14 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from megatron_spdf.data.pretraining.index_cache import built_once
 from megatron_spdf.data.pretraining.sources import Source
 from megatron_spdf.files import write_json
+from megatron_spdf.records import read_json, typed
 
 HISTORY = "blend.json"
 
@@ -50,8 +52,9 @@ class BlendHistory:
 
     def __init__(self, directory: Path, sources: list[Source]):
         self._path, self._sources = directory / HISTORY, sources
-        self.segments = ([Segment(**s) for s in json.loads(self._path.read_bytes())]
-                         if self._path.exists() else [])
+        kept = read_json(self._path, list[dict[str, Any]]) if self._path.exists() else []
+        self.segments = [typed(segment, Segment, f"{self._path}: segment {number}")
+                         for number, segment in enumerate(kept, start=1)]
 
     @property
     def changed(self) -> str:
@@ -158,6 +161,6 @@ class BlendOrder:
             np.save(directory / "numbers.npy", numbers)
 
         place = built_once(cache, key, build)
-        return cls(json.loads((place / "contents.json").read_text()),
+        return cls(read_json(place / "contents.json", list[str]),
                    np.load(place / "places.npy", mmap_mode="r"),
                    np.load(place / "numbers.npy", mmap_mode="r"))
