@@ -5,14 +5,18 @@ from __future__ import annotations
 
 import io
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import sentencepiece
 import tokenizers
-from small_models import write_gpt2
+from small_models import make_recipe, write_gpt2
 from tokenizers import decoders, models, pre_tokenizers
 
 from megatron_spdf.convert.source import open_weights
+from megatron_spdf.data.indexed.inspect import verify
+from megatron_spdf.data.pretraining.corpus import check_corpus
 from megatron_spdf.data.tokenizers.tokenizer import load_tokenizer, tokenizer_files, train_tokenizer
 
 TEXTS = ["one two three four five six seven eight nine ten", "a line\nand another </s> <pad>"] * 9
@@ -143,6 +147,41 @@ def test_tokens_that_a_separate_file_adds_are_said(place, caplog):
     (place / "added_tokens.json").write_text(json.dumps({"<pad>": 280, "<|endoftext|>": 279}))
     assert load_tokenizer(place).vocab_size == 280
     assert "added_tokens.json adds '<pad>', which the files beside it do not have" in caplog.text
+
+
+def test_the_end_of_documents_is_named_once_and_goes_along(place, tmp_path, capsys):
+    """From preprocessing to the data set's own copy, and from there to a run."""
+    sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+    import preprocess_data
+
+    describe(place, "<end>")
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS))
+    words = ["--input", str(tmp_path / "text.jsonl"), "--tokenizer", str(place), "--workers", "1"]
+    for name, more in (("usual", []), ("named", ["--end-of-document", "<end>"])):
+        assert preprocess_data.main([*words, "--output", str(tmp_path / name), *more]) == 0
+    facts = {name: json.loads((tmp_path / f"{name}.json").read_text())["tokenizer"]
+             for name in ("usual", "named")}
+    assert (facts["usual"]["eod"], facts["named"]["eod"]) == (279, 280)
+    assert list(verify(tmp_path / "named")) == []
+
+    def tokenizer_of(data: str, **more: str) -> int:
+        recipe = make_recipe(model={"vocab_size": 281},
+                             data={"train": [str(tmp_path / data)], "valid": [], **more})
+        return check_corpus(recipe).tokenizer.eod
+
+    assert (tokenizer_of("usual"), tokenizer_of("named")) == (279, 280)
+    assert tokenizer_of("named", tokenizer=str(place), end_of_document="<end>") == 280
+    for data, more in (("named", {"tokenizer": str(place)}),
+                       ("usual", {"end_of_document": "<end>"})):
+        with pytest.raises(ValueError, match="was made with the tokenizer"):
+            tokenizer_of(data, **more)
+    with pytest.raises(SystemExit):
+        preprocess_data.main([*words, "--output", str(tmp_path / "x"), "--train-tokenizer", "bpe",
+                              "--vocab-size", "300", "--end-of-document", "<end>"])
+    assert preprocess_data.main([*words, "--output", str(tmp_path / "x"), "--end-of-document",
+                                 "<ent>"]) == 2
+    assert "no token '<ent>' to end documents with; those most like it: ['<end>'" in (
+        capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("names", [("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"),

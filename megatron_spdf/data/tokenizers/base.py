@@ -79,7 +79,9 @@ class Tokenizer(ABC):
             ValueError: there is none, or texts are full of it.
         """
         if named is None and usual is None:
-            raise ValueError(f"{missing}, or name another token with --end-of-document")
+            raise ValueError(f"{missing}, or name another token: --end-of-document of "
+                             "tools/preprocess_data.py, data.end_of_document of a recipe, or a "
+                             f"file {END_FILE} beside it")
         token = usual if named is None else named
         if token not in self.vocabulary:
             near = difflib.get_close_matches(token, [t for t in self.vocabulary if len(t) > 2], 3)
