@@ -31,6 +31,8 @@ class SparseWeight:
             whole.
         level: the sparsity asked for.
         pattern: of the masks.
+        reached: share of the level that the weight is stored at while an algorithm prunes it.
+        holds: whether the algorithm holds entries at zero in their places.
     """
 
     name: str
@@ -39,6 +41,13 @@ class SparseWeight:
     slices: int
     level: float
     pattern: Pattern = Unstructured()
+    reached: float = 1.0
+    holds: bool = False
+
+    @property
+    def stored(self) -> float:
+        """The sparsity that the weight is stored at, asked for."""
+        return self.level * self.reached
 
     @property
     def slice_shape(self) -> Shape:
@@ -52,7 +61,11 @@ class SparseWeight:
     @property
     def active_per_slice(self) -> int:
         """Exact number of active entries k of each slice."""
-        return self.pattern.active(self.slice_shape, self.level)
+        return self.active_at(self.reached)
+
+    def active_at(self, share: float) -> int:
+        """Exact number of active entries of each slice at a share of the level."""
+        return self.pattern.active(self.slice_shape, self.level * share)
 
     @property
     def active(self) -> int:
@@ -67,11 +80,11 @@ class SparseWeight:
     @property
     def density(self) -> float:
         """The density that initial values and learning rates go by."""
-        return 1.0 - self.pattern.rounded(self.slice_shape, self.level)
+        return 1.0 - self.pattern.rounded(self.slice_shape, self.stored)
 
     def draw(self, seed: int, slice_id: int) -> np.ndarray:
         """Draws the mask of one slice: (entries,) bool, in row-major order."""
-        mask = self.pattern.draw(seed, self.name, slice_id, self.slice_shape, self.level)
+        mask = self.pattern.draw(seed, self.name, slice_id, self.slice_shape, self.stored)
         return mask.reshape(-1)
 
     def fault(self, masks: np.ndarray) -> str | None:
@@ -80,7 +93,7 @@ class SparseWeight:
         None: they are as they should be.
         """
         masks = masks.reshape(-1, *self.slice_shape)
-        return self.pattern.fault(masks, self.slice_shape, self.level)
+        return self.pattern.fault(masks, self.slice_shape, self.stored)
 
     def largest(self, entries: np.ndarray) -> np.ndarray:
         """Returns the mask of the largest magnitudes of a slice, (entries,) bool.
@@ -88,7 +101,7 @@ class SparseWeight:
         Args:
             entries: (entries,) of the slice in row-major order, floating point.
         """
-        return self.pattern.largest(entries.reshape(self.slice_shape), self.level).reshape(-1)
+        return self.pattern.largest(entries.reshape(self.slice_shape), self.stored).reshape(-1)
 
 
 class SparseModel(Protocol):
@@ -174,11 +187,12 @@ def make_plan(sparsity: Sparsity, weights: list[Weight], slices: int) -> Plan:
                 level = rule.level
                 used.add(number)
                 break
-        if level > 0.0:
+        if level * sparsity.reached > 0.0:
             place = weight.name, weight.shape, weight.axis
             most = math.gcd(slices, weight.shape[weight.axis])
             cut = pattern.cut(*place, most, level)
-            plan[weight.name] = SparseWeight(*place, cut, level, pattern)
+            plan[weight.name] = SparseWeight(*place, cut, level, pattern, sparsity.reached,
+                                             sparsity.update.holds)
     _refuse_idle_rules(sparsity, used, candidates, weights)
     return Plan(sparsity.seed, plan, sparsity.dense_copy)
 

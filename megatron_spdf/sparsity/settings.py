@@ -56,6 +56,9 @@ class Sparsity(Section):
         "static", description="how masks move while training")
     update: SerializeAsAny[MaskAlgorithm] = Field(
         default_factory=dict, validate_default=True, description="the keys of the algorithm")
+    reached: float = Field(
+        1.0, ge=0.0, le=1.0, description="share of the levels that this part of a run stores its "
+                                         "weights at; set by the run where the algorithm prunes")
 
     @field_validator("update", mode="before")
     @classmethod

@@ -10,6 +10,7 @@ import pytest
 from megatron_spdf.architecture.base import EMBEDDING, HEAD
 from megatron_spdf.planning.buffers import lay_out, layers_of, local_parameters
 from megatron_spdf.planning.memory import RankBytes, rank_bytes, render_layout, zero_bytes
+from megatron_spdf.planning.moves import moves_of
 from megatron_spdf.recipe.load import load_recipe
 from megatron_spdf.sparsity.plan import Plan
 
@@ -64,6 +65,38 @@ def test_shards_of_zero_1_hold_every_element_once(recipe, data, pipeline, interl
         assert sum(owned) == elements
         moments = [rank_bytes(r, Plan.of(r), stage, True, rank).moments for rank in range(data)]
         assert moments == [8 * n for n in owned]
+
+
+@pytest.mark.parametrize(("data", "least"), [(2, 40e6), (64, 64e6)])
+def test_buckets_grow_with_the_ranks_and_only_the_first_chunk_has_several(recipe, data, least):
+    """Megatron-Core's 40 million elements, or a million for each data-parallel rank."""
+    r = recipe(model={"layers": 16, "hidden": 1024, "vocab_size": 50257},
+               parallel={"data": data, "pipeline": 2, "interleave": 2})
+    plan = Plan.of(r)
+    first, other = lay_out(r.model, r.parallel, plan, 0, True)
+    sizes = [end - start for start, end in first.buckets]
+    largest = 4 * 1024**2 + 64
+    # from the last layer to the first, and the tied embedding, which lies on two stages, alone
+    *regular, rest, embedding = sizes
+    assert regular or data == 64
+    assert all(least <= n <= least + largest for n in regular) and rest < least + largest
+    assert embedding == 50304 * 1024
+    for buffers in (lay_out(r.model, r.parallel, plan, 1, True),
+                    lay_out(r.model, r.parallel, plan, 0, False)):
+        assert len(buffers[0].buckets) <= 2
+    assert len(other.buckets) == 1
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_state_that_is_gathered_for_a_move(recipe, zero_stage):
+    """The master weights twice, to choose by and to carry, and two moments, 4 bytes each."""
+    for data in (1, 2):
+        r = recipe(sparsity={"level": 0.75, "algorithm": "static"},
+                   parallel={"data": data, "zero_stage": zero_stage})
+        (buffer,) = lay_out(r.model, r.parallel, Plan.of(r), 0, True)
+        found = moves_of(r, Plan.of(r), 0)
+        assert found.carried == (4 * 4 * buffer.elements if data > 1 and zero_stage else 0)
+        assert found.reduced == 0
 
 
 def test_total_is_the_sum(recipe):
