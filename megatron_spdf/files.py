@@ -97,6 +97,22 @@ def require_free(output: Path) -> None:
         raise AlreadyThere(f"{output} exists; give a new directory")
 
 
+def require_directory(output: Path, key: str = "output") -> None:
+    """Raises a ValueError where `output` is no directory that can be written, or made.
+
+    Args:
+        key: names it in the message.
+    """
+    path = output.absolute()
+    there = next(p for p in (path, *path.parents) if p.exists() or p.is_symlink())
+    if not there.is_dir():
+        raise ValueError(f"{key}={output} cannot be written: {there} is a file; choose another "
+                         f"{key}")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{key}={output} cannot be written: {there} is read-only for this user; "
+                         f"choose another {key}")
+
+
 @contextmanager
 def atomic_directory(output: Path, beside: str = "") -> Iterator[Path]:
     """A directory to fill, which becomes `output` at the end; removed where anything goes wrong, an

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from megatron_spdf.command_line import make_parser
+from megatron_spdf.command_line import make_parser, positive
 from megatron_spdf.data.indexed.manifest import CorpusManifest
 from megatron_spdf.data.preprocess.documents import FORMATS, expand_inputs, sample_texts
 from megatron_spdf.data.preprocess.encode import SPLITS, split_bounds
@@ -75,7 +75,7 @@ OPTIONS = {
         help="train a tokenizer on the input and write it to the directory --tokenizer, which must "
              "not exist",
     ),
-    "--vocab-size": dict(type=int, metavar="N",
+    "--vocab-size": dict(type=positive, metavar="N",
                          help="exact number of ids of the trained tokenizer"),
     "--train-bytes": dict(
         type=parse_bytes, default="100MB", metavar="SIZE",
