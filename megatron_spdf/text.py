@@ -13,8 +13,8 @@ def any_layer(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
-def shown(name: str) -> str:
-    """Name that a stranger gave, for a message: 100 characters of it, and quoted where some of them
-    are for the terminal."""
-    short = name if len(name) <= 100 else name[:100] + "..."
+def shown(name: str, most: int = 100) -> str:
+    """Name that a stranger gave, for a message: so many characters of it, and quoted where some of
+    them are for the terminal."""
+    short = name if len(name) <= most else name[:most] + "..."
     return short if short.isprintable() else repr(short)
