@@ -29,7 +29,7 @@ from megatron_spdf.architecture.base import HEAD, Model, Weight
 from megatron_spdf.convert.foreign import place_of, read_pickled, read_word, require_finite
 from megatron_spdf.sparsity.plan import SparseWeight
 from megatron_spdf.sparsity.slices import join_slices
-from megatron_spdf.text import first_line, shown
+from megatron_spdf.text import first_line, printable
 
 T = TypeVar("T")
 LATEST = "latest"
@@ -127,7 +127,7 @@ class DeepSpeedReader:
             unknown = [name for name in rank.shapes if name not in expected and name != HEAD]
             if missing or wrong or unknown:
                 found = [*(f"it has no {name}" for name in missing), *wrong,
-                         *(f"it has {shown(n)} too" for n in unknown)]
+                         *(f"it has {printable(n[:100])} too" for n in unknown)]
                 raise ValueError(f"{self.path} is another model than the recipe's, cut for {tp} "
                                  f"tensor-parallel ranks: {'; '.join(found[:4])}. Set the recipe's "
                                  "model section to what is there")
@@ -277,8 +277,8 @@ def _sound(path: Path) -> Iterator[None]:
         yield
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
         raise ValueError(f"{path} is damaged: its files are not as DeepSpeed writes them "
-                         f"({type(error).__name__}: {shown(first_line(error))}); copy them again"
-                         ) from None
+                         f"({type(error).__name__}: {printable(first_line(error))}); copy "
+                         "them again") from None
 
 
 def _compact_name(name: str) -> str:

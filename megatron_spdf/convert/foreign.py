@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_spdf.checkpoint.pickles import Forbidden, NotData
 from megatron_spdf.checkpoint.torch_file import read_file
 from megatron_spdf.files import open_regular
-from megatron_spdf.text import shown
+from megatron_spdf.text import printable
 
 _MOST_WORD = 200  # bytes of a file that names a directory
 
@@ -45,8 +45,8 @@ def place_of(directory: Path, name: object, said_by: Path) -> Path:
     """
     if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or (
             not name.isprintable() or len(name) > 255):
-        raise ValueError(f"{said_by} names {shown(str(name))!r}; it may only name what lies in "
-                         f"{directory}, without a path")
+        raise ValueError(f"{said_by} names {printable(str(name)[:100])!r}, which is no file "
+                         f"beside it; it may only name what lies in {directory}, without a path")
     inside, found = directory.resolve(), (directory / name).resolve()
     blobs = inside.parent.parent / "blobs" if inside.parent.name == "snapshots" else inside
     if not any(found.is_relative_to(root) for root in (inside, blobs)):

@@ -14,16 +14,15 @@ from torch import Tensor
 from megatron_spdf.architecture.base import ARCHITECTURES, EMBEDDING, Model, Weight
 from megatron_spdf.architecture.forms import UnknownFamily, model_of
 from megatron_spdf.convert.foreign import place_of, read_pickled, require_finite
-from megatron_spdf.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from megatron_spdf.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, tokenizer_files
 from megatron_spdf.records import read_json
-from megatron_spdf.text import shown
+from megatron_spdf.text import printable
 
 T = TypeVar("T")
 CONFIG = "config.json"
 # or the same with .index.json, in several files
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _HEAD = "lm_head.weight"
-_TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer.model")
 # parts of names that wrappers add: DistributedDataParallel, torch.compile, FSDP, checkpointing
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _PREFIXES = ("transformer.", "model.")  # what a family has around its decoder, or a user around it
@@ -61,9 +60,7 @@ class HuggingFaceReader:
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
-        if not any((self.path / name).is_file() for name in _TOKENIZER_FILES):
-            return None
-        return load_tokenizer(self.path)
+        return load_tokenizer(self.path) if tokenizer_files(self.path) else None
 
     def weight(self, name: str) -> Tensor:
         """A parameter by its canonical name, in the type of the file; the vocabulary padded with
@@ -143,7 +140,8 @@ class HuggingFaceReader:
         if head:
             (embedding,) = self._forms[EMBEDDING].names
             place = self._places[self._plain(embedding)]
-            if place != head and not torch.equal(self._tensor(head), self._tensor(place)):
+            one, other = (require_finite(self._tensor(p), p, self.path) for p in (place, head))
+            if place != head and not torch.equal(one, other):
                 raise ValueError(f"{self.path}: {head} is not the token embedding; here the two "
                                  "are tied, so a model with a head of its own cannot be read")
         elif not self.config.get("tie_word_embeddings", True):
@@ -238,8 +236,8 @@ def _find_files(path: Path) -> Path | dict[str, Path]:
 def _names_in(listed: dict[str, Any], index: Path) -> set[str]:
     """Files that an index names."""
     if not all(isinstance(file, str) for file in listed.values()):
-        raise ValueError(f"{index} has a weight_map of something else than names of files; copy "
-                         "the file again")
+        raise ValueError(f"{index} names something which is no file beside it; copy the file "
+                         "again")
     return set(listed.values())
 
 
@@ -252,4 +250,4 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _some(names: list[str], between: str = ", ") -> str:
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return between.join(shown(name, 300) for name in names[:4]) + more
+    return between.join(printable(name[:300]) for name in names[:4]) + more

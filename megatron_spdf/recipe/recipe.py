@@ -50,6 +50,8 @@ class Data(Section):
     tokenizer: str | None = Field(
         None, description="directory or file; default: the copy beside the data"
     )
+    end_of_document: str | None = Field(
+        None, description="token that ends documents; default: what the tokenizer says")
     workers: int = Field(2, ge=0,
                          description="loader processes per rank; 0 loads in the training process")
     index_cache: str | None = Field(None,
@@ -306,7 +308,8 @@ class Recipe(Section):
             kept.pop("mup_base")
         kept["model"].pop("preset", None)
         for section, key in (("data", "workers"), ("data", "index_cache"), ("data", "tokenizer"),
-                             ("data", "on_blend_change"), ("train", "micro_batch"),
+                             ("data", "end_of_document"), ("data", "on_blend_change"),
+                             ("train", "micro_batch"),
                              ("train", "recompute")):
             kept[section].pop(key)
         return kept
