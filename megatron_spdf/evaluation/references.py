@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_spdf.data.finetuning.task import TASKS, Example, Task, load_examples
+from megatron_spdf.files import write_file
 
 
 @dataclass(frozen=True)
@@ -141,8 +142,7 @@ def write_official(task: Task, predictions: Sequence[str], references: Reference
 
 
 def _write_lines(path: Path, lines, joined: bool = False) -> None:
-    path.write_text("".join(f"{line if joined else _one_line(line)}\n" for line in lines),
-                    encoding="utf-8")
+    write_file(path, "".join(f"{line if joined else _one_line(line)}\n" for line in lines))
 
 
 def _one_line(text: str) -> str:
