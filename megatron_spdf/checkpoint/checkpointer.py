@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megatron_spdf.checkpoint import store
-from megatron_spdf.checkpoint.densified import load_densified
+from megatron_spdf.checkpoint.border import load_across_border
 from megatron_spdf.checkpoint.run_metadata import (
     INITIAL,
     Masks,
@@ -23,6 +23,7 @@ from megatron_spdf.checkpoint.run_metadata import (
     read_run_record,
     run_record,
     seeded_masks,
+    stored_masks,
 )
 from megatron_spdf.checkpoint.saving import SaveThread
 from megatron_spdf.checkpoint.shared_files import newest_of_all
@@ -113,13 +114,15 @@ class Checkpointer:
             self.failed_in_a_row = self.failed_in_a_row + 1 if saving.error else 0
         return saving
 
-    def restore(self, engine: Engine, boundary: int = 0) -> tuple[RunState, list[str]]:
+    def restore(self, engine: Engine, boundary: int = 0,
+                continues: bool = False) -> tuple[RunState, list[str]]:
         """Loads the newest complete checkpoint, if there is one.
 
         Args:
             engine: to fill.
-            boundary: step at which the previous stage ended; from its last checkpoint only the
-                weights are loaded, dense; 0: there is no previous stage.
+            boundary: step at which the previous stage ended, whose last checkpoint is loaded as
+                `border.py` says; 0: there is no previous stage.
+            continues: whether the optimizer goes on across the boundary.
 
         Returns:
             Progress of the run, and sentences for the log.
@@ -139,10 +142,13 @@ class Checkpointer:
         self._check_run(run, newest)
         state = RunState(**run["state"])
         if boundary and state.step == boundary:
-            load_densified(engine, newest)
+            state.optimizer_steps *= continues
+            load_across_border(engine, newest, state.optimizer_steps)
             self.origin = run.get("origin", self.origin)
-            state.optimizer_steps = 0
-            return state, [*said, f"densified {newest.name}"]
+            if not self.plan.weights:
+                return state, [*said, f"densified {newest.name}"]
+            self.masks = stored_masks(f"largest magnitudes at step {state.step:,}")
+            return state, [*said, f"pruned {newest.name} by magnitude"]
         self.masks, self.origin = run.get("masks", self.masks), run.get("origin", self.origin)
         drawn = [compact_of(m).mask_bits.clone() for model in engine.models
                  for m in sparse_modules(model)]
@@ -169,9 +175,7 @@ class Checkpointer:
         modules = [m for model in engine.models for m in sparse_modules(model)]
         for module, bits in zip(modules, drawn, strict=True):
             compact = compact_of(module)
-            if self.masks["kind"] != "seeded":
-                compact.index_mask()
-            elif not torch.equal(compact.mask_bits, bits):
+            if self.masks["kind"] == "seeded" and not torch.equal(compact.mask_bits, bits):
                 raise ValueError(f"checkpoint {checkpoint} holds another mask of "
                                  f"{compact.planned.name} than the recipe draws "
                                  f"(sparsity.seed={self.plan.seed}); use the recipe it was made "
@@ -197,6 +201,11 @@ def _fill(wanted: dict | ShardedTensor, files: TensorFiles) -> None:
         raise store.DamagedCheckpoint(f"checkpoint {files.path}: {wanted.key} has shape {there} "
                                       f"instead of {tuple(wanted.global_shape)}; use another "
                                       "checkpoint")
+    if files.dtypes.get(wanted.key, wanted.dtype).is_floating_point != (
+            wanted.dtype.is_floating_point):
+        raise store.DamagedCheckpoint(f"checkpoint {files.path}: {wanted.key} is "
+                                      f"{files.dtypes[wanted.key]} instead of {wanted.dtype}; use "
+                                      "another checkpoint")
     files.fill(wanted.key, wanted.global_offset, wanted.data.detach())
 
 
