@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import pickle
 import socket
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -102,7 +103,8 @@ class Ranks:
 
     def _start(self) -> None:
         environment = {"WORLD_SIZE": str(self.world), "MASTER_ADDR": "127.0.0.1",
-                       "CASES": str(self.directory), "SPDF_PLUGINS": self.plugins}
+                       "PORTS": tempfile.mkdtemp(dir=self.directory),
+                       "SPDF_PLUGINS": self.plugins}
         # A device cannot be used after a fork.
         make = multiprocessing.get_context("spawn") if self.gpu else forks()
         with patch.dict(os.environ, COMMON):
@@ -174,7 +176,7 @@ def agree_on_port() -> None:
     free."""
     global _joined
     _joined += 1
-    file = Path(os.environ["CASES"]) / f"{_joined}.port"
+    file = Path(os.environ["PORTS"]) / f"{_joined}.port"
     if os.environ["RANK"] == "0":
         beside = file.with_suffix(".new")
         beside.write_text(str(free_port()))
