@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import signal
 import sys
 from collections.abc import Callable, Iterable
@@ -59,6 +60,38 @@ def add_overrides(parser: argparse.ArgumentParser, meaning: str = "values that w
     `parse_intermixed_args`."""
     parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value",
                         help=meaning)
+
+
+def number(kind: type[int] | type[float], least: float | None = None, most: float | None = None,
+           above: float | None = None) -> Callable[[str], int | float]:
+    """Type of an argument that is a finite number.
+
+    Args:
+        kind: int or float.
+        least, most: bounds that it may have; None: none.
+        above: bound that it may not have.
+    """
+    rules = [words for words in (
+        f"at least {least}" if least is not None else "", f"over {above}" if above is not None
+        else "", f"at most {most}" if most is not None else "") if words]
+    rule = ", ".join([f"must be a {'whole' if kind is int else 'finite'} number", *rules])
+
+    def parse(text: str) -> int | float:
+        try:
+            value = kind(text)
+        except (ValueError, OverflowError):
+            raise argparse.ArgumentTypeError(f"{text!r:.60} {rule}") from None
+        if (not math.isfinite(value) or least is not None and value < least
+                or most is not None and value > most or above is not None and value <= above):
+            raise argparse.ArgumentTypeError(f"{text!r:.60} {rule}")
+        return value
+    return parse
+
+
+# Most that any cluster, data set or patience has.
+MOST = 10**6
+positive = number(int, least=1, most=MOST)
+positive_real = number(float, above=0.0)
 
 
 def refusing(main: Callable[..., int]) -> Callable[..., int]:

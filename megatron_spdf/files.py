@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,6 +59,19 @@ def open_to_append(path: Path, **options: int) -> IO[bytes]:
     return open(os.open(path, flags, 0o666), "ab", **options)
 
 
+def open_regular(path: Path) -> IO[bytes]:
+    """Opens a file for reading.
+
+    Raises:
+        OSError: `path` is a link, a directory, a pipe or a device. None of them is waited for.
+    """
+    file = open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(f"{path} is no regular file")
+    return file
+
+
 def remove(path: Path) -> None:
     """Removes a file, a directory and all in it, or a link, and never what a link leads to.
 
@@ -81,6 +95,22 @@ def require_free(output: Path) -> None:
     """Raises AlreadyThere where something is at `output`."""
     if output.exists() or output.is_symlink():
         raise AlreadyThere(f"{output} exists; give a new directory")
+
+
+def require_directory(output: Path, key: str = "output") -> None:
+    """Raises a ValueError where `output` is no directory that can be written, or made.
+
+    Args:
+        key: names it in the message.
+    """
+    path = output.absolute()
+    there = next(p for p in (path, *path.parents) if p.exists() or p.is_symlink())
+    if not there.is_dir():
+        raise ValueError(f"{key}={output} cannot be written: {there} is a file; choose another "
+                         f"{key}")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{key}={output} cannot be written: {there} is read-only for this user; "
+                         f"choose another {key}")
 
 
 @contextmanager

@@ -54,7 +54,7 @@ def read_json(path: str | Path, kind: type[T] = Any, constants: bool = False,
         Unreadable: it is too large, not UTF-8, not JSON, ambiguous, or of another type.
         OSError: it cannot be opened.
     """
-    return parse_json(_read(Path(path), MOST_BYTES, remedy), kind, str(path), constants=constants,
+    return parse_json(read_bytes(path, MOST_BYTES, remedy), kind, str(path), constants=constants,
                       remedy=remedy)
 
 
@@ -102,7 +102,7 @@ def json_lines(path: str | Path, kind: type[T] = Any, constants: bool = False, r
 
 def read_yaml(path: str | Path, kind: type[T] = Any, remedy: str = "") -> T:
     """Reads a YAML file, as `read_json` does; nothing for an empty one."""
-    return parse_yaml(_read(Path(path), MOST_YAML_BYTES, remedy), kind, str(path), remedy)
+    return parse_yaml(read_bytes(path, MOST_YAML_BYTES, remedy), kind, str(path), remedy)
 
 
 def parse_yaml(text: str | bytes, kind: type[T] = Any, name: str = "the text",
@@ -150,7 +150,7 @@ def foreign_record(line: bytes) -> Any:
         raise Unreadable(f"not UTF-8: 0x{error.object[error.start]:02x} at byte {error.start} of "
                          "it") from None
     except ValueError as error:
-        raise Unreadable(f"not JSON ({error})") from None
+        raise Unreadable(f"not valid JSON: {error}") from None
 
 
 def typed(value: Any, kind: type[T], place: str, remedy: str = "") -> T:
@@ -175,6 +175,11 @@ class DuplicateKey:
         return f"given {len(self.values)} times: {', '.join(map(repr, self.values))}"
 
 
+def describe(value: Any) -> str:
+    """What a value of a corpus is, where it is not what it should be."""
+    return repr(value) if isinstance(value, DuplicateKey) else f"a {type(value).__name__}"
+
+
 def to_json(value: Any, **options: Any) -> str:
     """JSON of a value; numbers that are not finite, which JSON does not have, become null."""
     try:
@@ -191,6 +196,20 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def read_bytes(path: str | Path, most: int, remedy: str = "") -> bytes:
+    """Reads a regular file of at most so many bytes.
+
+    Raises:
+        Unreadable: it is none, or larger.
+        OSError: it cannot be opened.
+    """
+    with _open(Path(path), remedy) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise _fault(str(path), remedy, 0, f"over {most:,} bytes long")
+    return content
+
+
 # Files
 
 def _open(path: Path, remedy: str):
@@ -199,14 +218,6 @@ def _open(path: Path, remedy: str):
         os.close(handle)
         raise _fault(str(path), remedy, 0, "no regular file")
     return open(handle, "rb")
-
-
-def _read(path: Path, most: int, remedy: str) -> bytes:
-    with _open(path, remedy) as file:
-        content = file.read(most + 1)
-    if len(content) > most:
-        raise _fault(str(path), remedy, 0, f"over {most:,} bytes long")
-    return content
 
 
 def _decoded(text: str | bytes, name: str, remedy: str) -> str:

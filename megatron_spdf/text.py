@@ -22,6 +22,19 @@ def in_one_line(text: str) -> str:
     return " ".join(re.split("\r\n|\r|\n", text.removesuffix("\n")))
 
 
+def printable(text: str) -> str:
+    """A text with a question mark for each character that cannot be printed, such as those that a
+    terminal obeys."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
 def any_layer(name: str) -> str:
     """Name of a weight with a star for the number of its layer."""
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def shown(name: str) -> str:
+    """Name that a stranger gave, for a message: 100 characters of it, and quoted where some of them
+    are for the terminal."""
+    short = name if len(name) <= 100 else name[:100] + "..."
+    return short if short.isprintable() else repr(short)

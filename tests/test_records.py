@@ -171,8 +171,8 @@ def test_what_nobody_reads_of_a_corpus_may_be_odd(odd):
 
 @pytest.mark.parametrize("line,said", [
     (b'{"a": "\xff"}', "not UTF-8: 0xff at byte 7"), (b"[" * 5000, "5000 brackets are not closed"),
-    (b'{"a":' + b"[" * 100 + b"}" * 100 + b"}", "not JSON"), (b"{'a': 1}", "not JSON"),
-    (b'{"a": ' + b"7" * 5000 + b", }", "not JSON"),
+    (b'{"a":' + b"[" * 100 + b"}" * 100 + b"}", "not valid JSON"), (b"{'a': 1}", "not valid JSON"),
+    (b'{"a": ' + b"7" * 5000 + b", }", "not valid JSON"),
 ])
 def test_a_record_that_is_no_json(line, said):
     with pytest.raises(Unreadable, match=said):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megatron_spdf.checkpoint import store
-from megatron_spdf.checkpoint.densified import load_densified
+from megatron_spdf.checkpoint.border import load_across_border
 from megatron_spdf.checkpoint.run_metadata import (
     INITIAL,
     Masks,
@@ -21,10 +23,11 @@ from megatron_spdf.checkpoint.run_metadata import (
     read_run_record,
     run_record,
     seeded_masks,
+    stored_masks,
 )
-from megatron_spdf.checkpoint.safe_index import vet_metadata
 from megatron_spdf.checkpoint.saving import SaveThread
 from megatron_spdf.checkpoint.shared_files import newest_of_all
+from megatron_spdf.checkpoint.tensors import TensorFiles
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
 from megatron_spdf.engine.base import Engine
 from megatron_spdf.files import write_json
@@ -32,6 +35,8 @@ from megatron_spdf.layers.compact import compact_of, sparse_modules
 from megatron_spdf.recipe.compare import changes_of_run
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.sparsity.plan import Plan
+
+T = TypeVar("T")
 
 
 class Checkpointer:
@@ -109,13 +114,15 @@ class Checkpointer:
             self.failed_in_a_row = self.failed_in_a_row + 1 if saving.error else 0
         return saving
 
-    def restore(self, engine: Engine, boundary: int = 0) -> tuple[RunState, list[str]]:
+    def restore(self, engine: Engine, boundary: int = 0,
+                continues: bool = False) -> tuple[RunState, list[str]]:
         """Loads the newest complete checkpoint, if there is one.
 
         Args:
             engine: to fill.
-            boundary: step at which the previous stage ended; from its last checkpoint only the
-                weights are loaded, dense; 0: there is no previous stage.
+            boundary: step at which the previous stage ended, whose last checkpoint is loaded as
+                `border.py` says; 0: there is no previous stage.
+            continues: whether the optimizer goes on across the boundary.
 
         Returns:
             Progress of the run, and sentences for the log.
@@ -130,21 +137,24 @@ class Checkpointer:
         newest = newest_of_all(self.directory)
         if newest is None:
             return RunState(), said
-        _verify_shared(newest)
-        vet_metadata(newest)
+        files = _on_all_ranks(lambda: _open_verified(newest))
         run = read_run_record(newest / store.RUN)
         self._check_run(run, newest)
         state = RunState(**run["state"])
         if boundary and state.step == boundary:
-            load_densified(engine, newest)
+            state.optimizer_steps *= continues
+            load_across_border(engine, newest, state.optimizer_steps)
             self.origin = run.get("origin", self.origin)
-            state.optimizer_steps = 0
-            return state, [*said, f"densified {newest.name}"]
+            if not self.plan.weights:
+                return state, [*said, f"densified {newest.name}"]
+            self.masks = stored_masks(f"largest magnitudes at step {state.step:,}")
+            return state, [*said, f"pruned {newest.name} by magnitude"]
         self.masks, self.origin = run.get("masks", self.masks), run.get("origin", self.origin)
         drawn = [compact_of(m).mask_bits.clone() for model in engine.models
                  for m in sparse_modules(model)]
-        loaded = dist_checkpointing.load(engine.state_to_load(), str(newest))
-        engine.load_state(loaded, state.optimizer_steps)
+        wanted = engine.state_to_load()
+        _on_all_ranks(lambda: _fill(wanted, files))
+        engine.load_state(_tensors_of(wanted), state.optimizer_steps)
         self._check_masks(engine, drawn, newest)
         return state, [*said, f"resumed from {newest.name}"]
 
@@ -165,26 +175,56 @@ class Checkpointer:
         modules = [m for model in engine.models for m in sparse_modules(model)]
         for module, bits in zip(modules, drawn, strict=True):
             compact = compact_of(module)
-            if self.masks["kind"] != "seeded":
-                compact.index_mask()
-            elif not torch.equal(compact.mask_bits, bits):
+            if self.masks["kind"] == "seeded" and not torch.equal(compact.mask_bits, bits):
                 raise ValueError(f"checkpoint {checkpoint} holds another mask of "
                                  f"{compact.planned.name} than the recipe draws "
                                  f"(sparsity.seed={self.plan.seed}); use the recipe it was made "
                                  "with")
 
 
-def _verify_shared(checkpoint: Path) -> None:
-    """Runs `store.verify` with the files divided among ranks, and raises on all what one of them
-    found."""
+def _open_verified(checkpoint: Path) -> TensorFiles:
+    """Vets a checkpoint's index, and verifies this rank's share of the files."""
+    files = TensorFiles(checkpoint)
     names = store.files_of(checkpoint)
-    fault = ""
+    store.verify(checkpoint, names=names[dist.get_rank()::dist.get_world_size()])
+    return files
+
+
+def _fill(wanted: dict | ShardedTensor, files: TensorFiles) -> None:
+    """Reads sharded tensors, in nested dictionaries, from a checkpoint of any layout."""
+    if isinstance(wanted, dict):
+        for part in wanted.values():
+            _fill(part, files)
+        return
+    there = files.shapes.get(wanted.key, wanted.global_shape)
+    if there != tuple(wanted.global_shape):
+        raise store.DamagedCheckpoint(f"checkpoint {files.path}: {wanted.key} has shape {there} "
+                                      f"instead of {tuple(wanted.global_shape)}; use another "
+                                      "checkpoint")
+    if files.dtypes.get(wanted.key, wanted.dtype).is_floating_point != (
+            wanted.dtype.is_floating_point):
+        raise store.DamagedCheckpoint(f"checkpoint {files.path}: {wanted.key} is "
+                                      f"{files.dtypes[wanted.key]} instead of {wanted.dtype}; use "
+                                      "another checkpoint")
+    files.fill(wanted.key, wanted.global_offset, wanted.data.detach())
+
+
+def _tensors_of(wanted: dict | ShardedTensor) -> dict | torch.Tensor:
+    if isinstance(wanted, dict):
+        return {key: _tensors_of(part) for key, part in wanted.items()}
+    return wanted.data
+
+
+def _on_all_ranks(action: Callable[[], T]) -> T:
+    """Result of an action on this rank. What it finds on one of them is raised on all."""
+    fault, result = "", None
     try:
-        store.verify(checkpoint, names=names[dist.get_rank()::dist.get_world_size()])
-    except store.DamagedCheckpoint as error:
+        result = action()
+    except (ValueError, OSError) as error:
         fault = str(error)
     faults = [""] * dist.get_world_size()
     dist.all_gather_object(faults, fault)
     found = next((f for f in faults if f), None)
     if found:
         raise store.DamagedCheckpoint(found)
+    return result

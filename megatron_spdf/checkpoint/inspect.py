@@ -88,7 +88,8 @@ def _part_of(name: str) -> str:
 def verify(reader: CheckpointReader) -> str:
     """Compares the tensors with the recipe.
 
-    Every weight and its optimizer state must be there with the right shape. Every seeded mask must
+    Every weight and its optimizer state must be there with the right shape, every tensor must lie
+    where the index says, and there must be no other. Every seeded mask must
     be the one that the plan draws, and any other must have the planned density. Bytes of the files
     are checked by `CheckpointReader(checksums=True)` instead.
 
@@ -100,6 +101,8 @@ def verify(reader: CheckpointReader) -> str:
     """
     faults = wrong_shapes(reader)
     if not faults:
+        for name in reader.shapes:
+            reader.check(name)
         faults = [f for weight in reader.plan.weights.values() for f in _wrong_mask(reader, weight)]
     if faults:
         more = f"; and {len(faults) - _NAMED_FAULTS} more" if len(faults) > _NAMED_FAULTS else ""
@@ -112,8 +115,8 @@ def verify(reader: CheckpointReader) -> str:
 
 
 def wrong_shapes(reader: CheckpointReader) -> list[str]:
-    """Lists tensors of the model and its optimizer that are missing, or have another shape than the
-    recipe says, as sentences."""
+    """Lists tensors of the model and its optimizer that are missing, have another shape than the
+    recipe says, or are not the model's, as sentences."""
     expected: dict[str, tuple[int, ...]] = {}
     for name, weight in reader.weights.items():
         sparse, stored, shape = reader.plan.weights.get(name), stored_name(name), weight.shape
@@ -121,9 +124,12 @@ def wrong_shapes(reader: CheckpointReader) -> list[str]:
             stored, shape = stored + VALUES, (sparse.slices, sparse.active_per_slice)
         expected |= {stored: shape, **{f"{OPTIMIZER}{state}.{stored}": shape
                                        for state in reader.recipe.optimizer.saved}}
+    masks = {stored_name(name) + MASK_BITS for name in reader.plan.weights}
     return [f"{name} is missing" if name not in reader.shapes else
             f"{name} has shape {reader.shapes[name]} instead of {shape}"
-            for name, shape in expected.items() if reader.shapes.get(name) != shape]
+            for name, shape in expected.items() if reader.shapes.get(name) != shape] + [
+            f"{name} is no tensor of its model" for name in reader.shapes
+            if name not in expected and name not in masks]
 
 
 def _wrong_mask(reader: CheckpointReader, weight: SparseWeight) -> list[str]:

@@ -21,7 +21,8 @@ from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.sparsity.plan import Plan
 from megatron_spdf.sparsity.slices import join_slices
 
-VALUES, MASK_BITS = ".values", ".mask_bits"  # after the name of a sparse weight
+# after the name of a sparse weight
+VALUES, MASK_BITS, HELD_BITS = ".values", ".mask_bits", ".held_bits"
 OPTIMIZER = "optimizer.state."  # before the name of a state and that of a parameter
 # Megatron-Core saves the two norms of a transformer layer as part of the linear layer that they
 # feed, as Transformer Engine fuses them.
@@ -134,7 +135,15 @@ class CheckpointReader(TensorFiles):
     def parameter(self, name: str) -> Tensor:
         """Parameter as `master` gives it, but without the multipliers of the run's
         parametrization."""
-        return self._dense(name, f"{OPTIMIZER}{MASTER}.{stored_name(name)}")
+        return self.state(name, MASTER)
+
+    def state(self, name: str, state: str) -> Tensor:
+        """One fp32 state of the optimizer for a whole dense parameter; zero where it is masked.
+
+        Args:
+            state: `MASTER`, or one that the recipe's optimizer names.
+        """
+        return self._dense(name, f"{OPTIMIZER}{state}.{stored_name(name)}")
 
     def _dense(self, name: str, stored: str) -> Tensor:
         planned = self.plan.weights.get(name)

@@ -11,18 +11,22 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, NotRequired
 
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from megatron_spdf.files import PARTIAL, publish, remove, write_json
+from megatron_spdf.files import PARTIAL, open_regular, publish, remove, write_json
 from megatron_spdf.records import read_json
+from megatron_spdf.text import shown
 
 FILES, RUN = "files.json", "run.json"
 BEST = "best.json"  # beside the checkpoints: names the one with the lowest validation loss
 _NAME = re.compile(r"step_\d{8}")
+_NAMED = 20  # faults that one message names
 _UNFINISHED = re.compile(r"step_\d{8}\.partial")
 
 
@@ -150,16 +154,28 @@ def _try_to_remove(path: Path) -> str:
 
 def files_of(checkpoint: Path) -> list[str]:
     """Lists the names, relative to the checkpoint, of all its files but the list itself."""
-    names = (p.relative_to(checkpoint).as_posix() for p in checkpoint.rglob("*") if p.is_file())
-    return sorted(n for n in names if n != FILES)
+    return sorted(name for name, kind in _contents(checkpoint) if kind == "file" and name != FILES)
+
+
+def _contents(checkpoint: Path) -> Iterator[tuple[str, str]]:
+    """Names of everything in a checkpoint but directories, and what each is. No link is
+    followed."""
+    for directory, names, files in os.walk(checkpoint):
+        for name in files + [name for name in names if os.path.islink(os.path.join(directory,
+                                                                                    name))]:
+            path = Path(directory, name)
+            mode = path.lstat().st_mode
+            kind = "file" if stat.S_ISREG(mode) else "link" if stat.S_ISLNK(mode) else (
+                "pipe, socket or device")
+            yield path.relative_to(checkpoint).as_posix(), kind
 
 
 def describe(path: Path) -> Listed:
     """Flushes a file to disk, and returns its bytes and SHA-256."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         os.fsync(file.fileno())
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}
+        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": digest}
 
 
 def complete(partial: Path, files: dict[str, Listed]) -> Path:
@@ -187,16 +203,31 @@ def verify(checkpoint: Path, checksums: bool = True, names: list[str] | None = N
     except (OSError, ValueError) as error:
         raise DamagedCheckpoint(f"{checkpoint / FILES} cannot be read ({error}); use another "
                                 "checkpoint") from None
-    there = set(files_of(checkpoint))
-    faults = [f"{name} is missing" for name in sorted(listed.keys() - there)]
-    faults += [f"{name} is not in the list" for name in sorted(there - listed.keys())]
-    for name in sorted(listed.keys() & there):
-        size = (checkpoint / name).stat().st_size
-        if size != listed[name]["bytes"]:
-            faults.append(f"{name} has {size} bytes instead of {listed[name]['bytes']}")
-        elif checksums and (names is None or name in names):
-            if describe(checkpoint / name) != listed[name]:
-                faults.append(f"{name} has another content than was written")
+    found = dict(_contents(checkpoint))
+    if found.get(FILES) == "file":
+        del found[FILES]
+    faults = [f"{shown(name)} is missing" for name in sorted(listed.keys() - found.keys())]
+    for name, kind in sorted(found.items()):
+        if kind != "file":
+            faults.append(f"{shown(name)} is a {kind} and no file")
+        elif name not in listed:
+            faults.append(f"{shown(name)} is not in the list")
+        elif fault := _other_than_listed(checkpoint / name, listed[name],
+                                         checksums and (names is None or name in names)):
+            faults.append(f"{name} {fault}")
     if faults:
-        raise DamagedCheckpoint(f"checkpoint {checkpoint} is damaged: {'; '.join(faults)}. "
+        raise DamagedCheckpoint(f"checkpoint {checkpoint} is damaged: "
+                                f"{_some(faults)}. "
                                 "Remove it to resume from the one before")
+
+
+def _other_than_listed(path: Path, listed: Listed, checksum: bool) -> str:
+    size = path.lstat().st_size
+    if size != listed["bytes"]:
+        return f"has {size} bytes instead of {listed['bytes']}"
+    return ("has another content than was written" if checksum and describe(path) != listed else "")
+
+
+def _some(faults: list[str]) -> str:
+    more = f"; and {len(faults) - _NAMED} more" if len(faults) > _NAMED else ""
+    return "; ".join(faults[:_NAMED]) + more

@@ -138,7 +138,7 @@ def _save_tensors(tensors: Sequence[_Tensor], dtype: torch.dtype, path: Path) ->
 
 def _save_tokenizer(source: WeightSource, directory: Path) -> None:
     tokenizer = source.tokenizer
-    end = tokenizer.decode([tokenizer.eod]) or "</s>"  # SentencePiece gives control pieces no text
+    end = tokenizer.end_token
     tokenizer.save(directory)  # first, to an empty directory
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "bos_token": end,
               "model_max_length": source.model.max_positions, "clean_up_tokenization_spaces": False}

@@ -18,14 +18,13 @@ from torch import Tensor
 from megatron_spdf.architecture.base import ARCHITECTURES, EMBEDDING, Model, Weight
 from megatron_spdf.architecture.forms import UnknownFamily, model_of
 from megatron_spdf.convert.foreign import require_finite
-from megatron_spdf.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from megatron_spdf.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, tokenizer_files
 
 T = TypeVar("T")
 CONFIG = "config.json"
 # or the same with .index.json, in several files
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _HEAD = "lm_head.weight"
-_TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer.model")
 # parts of names that wrappers add: DistributedDataParallel, torch.compile, FSDP, checkpointing
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _PREFIXES = ("transformer.", "model.")  # what a family has around its decoder, or a user around it
@@ -63,9 +62,7 @@ class HuggingFaceReader:
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
-        if not any((self.path / name).is_file() for name in _TOKENIZER_FILES):
-            return None
-        return load_tokenizer(self.path)
+        return load_tokenizer(self.path) if tokenizer_files(self.path) else None
 
     def weight(self, name: str) -> Tensor:
         """A parameter by its canonical name, in the type of the file; the vocabulary padded with

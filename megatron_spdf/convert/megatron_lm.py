@@ -64,7 +64,7 @@ class MegatronReader(TensorFiles):
     tokenizer = None
 
     def __init__(self, path: Path, model: Model):
-        super().__init__(find_checkpoint(path))
+        super().__init__(find_checkpoint(path), objects=True)
         self.model = model
         self.weights: dict[str, Weight] = {w.name: w for w in model.weights()}
         self._stacked = (

@@ -52,7 +52,8 @@ def reshard(reader: CheckpointReader, parallel: Parallel, output: Path) -> Path:
         checkpoint.mkdir(parents=True)
         write_tensors(checkpoint,
                       [t for w in reader.weights.values() for t in _tensors_of(w, reader, recipe)])
-        shutil.copytree(reader.path / "tokenizer", checkpoint / "tokenizer")
+        shutil.copytree(reader.path / "tokenizer", checkpoint / "tokenizer",
+                        symlinks=True)
         write_json(checkpoint / store.RUN, {**reader.run, "recipe": recipe.model_dump()})
         finish_run(checkpoint, recipe.without_stages())
     return output / place

@@ -163,7 +163,8 @@ INTERNALS = (
 
     # Checkpoints and data.
     Internal("megatron.core.dist_checkpointing.mapping.ShardedTensor",
-             ("key", "data", "replica_id", "local_shape", "without_data", "global_slice"),
+             ("key", "data", "replica_id", "local_shape", "without_data", "global_slice",
+              "global_shape", "global_offset"),
              "what a rank saves for the others, and how a compact weight is called in the file"),
     Internal("megatron.core.dist_checkpointing.optimizer.make_sharded_optimizer_tensor", (),
              "optimizer state shaped like its parameter"),
@@ -179,13 +180,6 @@ INTERNALS = (
              "writes a checkpoint's index"),
     Internal("torch.distributed.checkpoint.FileSystemWriter", ("finish",),
              "writes a checkpoint's index"),
-    Internal("torch.distributed.checkpoint.FileSystemReader", ("read_metadata", "storage_data"),
-             "reads an index once"),
-    Internal("torch.distributed.checkpoint.DefaultLoadPlanner",
-             ("create_local_plan", "lookup_tensor", "state_dict", "metadata"),
-             "reads a box of a tensor"),
-    Internal("torch.distributed.checkpoint.planner_helpers.create_read_items_for_chunk_list", (),
-             "reads a box of a tensor"),
     Internal("torch.distributed.checkpoint.metadata",
              ("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex",
               "StorageMeta", "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),

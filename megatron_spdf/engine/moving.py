@@ -30,8 +30,7 @@ def move_masks(engine: Engine, algorithm: MaskAlgorithm, when: Moment) -> dict[s
     Returns:
         Canonical name -> number of entries born in the whole weight, on every rank.
     """
-    sparse = {m.parametrizations.weight.original: compact_of(m)
-              for model in engine.models for m in sparse_modules(model)}
+    sparse = _sparse_parameters(engine)
     after = _choose(engine, algorithm, when, sparse)
     for name in engine.state.names if after else ():
         for parameter, values in engine.state.whole(name):
@@ -48,6 +47,48 @@ def move_masks(engine: Engine, algorithm: MaskAlgorithm, when: Moment) -> dict[s
     return _over_all_ranks(moved, engine)
 
 
+@torch.no_grad()
+def hold_entries(engine: Engine, algorithm: MaskAlgorithm, when: Moment) -> dict[str, int]:
+    """Holds entries at zero that an algorithm chooses, with all their state; all ranks call.
+
+    Returns:
+        Canonical name -> number of entries that died, in the whole weight, on every rank.
+    """
+    sparse, kept = _sparse_parameters(engine), {}
+    before = count_held(engine)
+    for parameter, master in engine.state.whole(MASTER):
+        if compact := sparse.get(parameter):
+            kept[parameter] = moving.kept_entries(
+                algorithm, when, compact.planned, engine.plan.seed, _first_slice(compact),
+                compact.mask_bits, compact.kept, _as_values(master, compact))
+    for name in engine.state.names:
+        for parameter, values in engine.state.whole(name):
+            if parameter in kept:
+                compact = sparse[parameter]
+                engine.state.put(parameter, name, _as_values(values, compact) * kept[parameter])
+    engine.state.settle()
+    for parameter, entries in kept.items():
+        sparse[parameter].hold(entries)
+    return {name: held - before[name] for name, held in count_held(engine).items()}
+
+
+def count_held(engine: Engine) -> dict[str, int]:
+    """Canonical name -> number of entries held at zero in the whole weight, on every rank."""
+    held = {c.planned.name: int((~c.kept).sum()) for c in _sparse_parameters(engine).values()
+            if c.kept is not None}
+    return _over_all_ranks(held, engine)
+
+
+def _sparse_parameters(engine: Engine) -> dict[nn.Parameter, CompactWeight]:
+    return {m.parametrizations.weight.original: compact_of(m)
+            for model in engine.models for m in sparse_modules(model)}
+
+
+def _first_slice(compact: CompactWeight) -> int:
+    """Number of this rank's first slice of a weight."""
+    return ps.get_tensor_model_parallel_rank() * len(compact.mask_bits)
+
+
 def _choose(engine: Engine, algorithm: MaskAlgorithm, when: Moment,
             sparse: dict[nn.Parameter, CompactWeight]) -> dict[nn.Parameter, Tensor]:
     """The next mask bits of the weights whose masks change; data-parallel ranks have the same."""
@@ -55,9 +96,9 @@ def _choose(engine: Engine, algorithm: MaskAlgorithm, when: Moment,
     for parameter, master in engine.state.whole(MASTER):
         if compact := sparse.get(parameter):
             gradient = _sum_gradient(compact) if algorithm.needs == "dense_gradient" else None
-            first = ps.get_tensor_model_parallel_rank() * len(compact.mask_bits)
-            bits = moving.moved_masks(algorithm, when, compact.planned, engine.plan.seed, first,
-                                      compact.mask_bits, _as_values(master, compact), gradient)
+            bits = moving.moved_masks(
+                algorithm, when, compact.planned, engine.plan.seed, _first_slice(compact),
+                compact.mask_bits, _as_values(master, compact), gradient)
             if not torch.equal(bits, compact.mask_bits):
                 after[parameter] = bits
     return after

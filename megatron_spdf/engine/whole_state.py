@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from megatron_spdf.engine.common import model_metadata, tensors_only
 from megatron_spdf.engine.state import share_replicas, snapshot
+from megatron_spdf.layers.compact import compact_of, sparse_modules
 from megatron_spdf.optimizers.base import MASTER, Optimizer
 
 
@@ -86,6 +87,8 @@ class WholeState:
         # a dense model has none, and empty parts are not kept
         for key, bits in loaded.get("masks", {}).items():
             buffers[key].copy_(bits)
+        for module in sparse_modules(self.model):
+            compact_of(module).index_mask()
         for name, parameter in self.model.named_parameters():
             for key in self.names:
                 self.put(parameter, key, loaded["optimizer"][name][key])

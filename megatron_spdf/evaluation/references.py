@@ -25,6 +25,11 @@ class References:
     groups: tuple[str, ...]
     official: bool = False
 
+    def of(self, inputs: Sequence[int]) -> References:
+        """References of some inputs."""
+        return replace(self, texts=tuple(self.texts[i] for i in inputs),
+                       groups=tuple(self.groups[i] for i in inputs))
+
 
 def references_of(examples: Sequence[Example]) -> References:
     """References in a task's data."""
@@ -32,7 +37,7 @@ def references_of(examples: Sequence[Example]) -> References:
 
 
 def read_predictions(path: Path) -> list[str]:
-    """Reads predictions, one per line, with outer blanks removed.
+    """Reads predictions, one per line, with outer blanks removed. A line ends at LF or CR LF.
 
     Raises:
         ValueError: the file is not UTF-8 text.
@@ -60,8 +65,8 @@ def read_references(task: str, paths: Sequence[Path], split: str = "test") -> Re
         split: of the task's data.
 
     Raises:
-        ValueError: files cannot be read, have different numbers of lines, or an input has no
-            reference.
+        ValueError: files cannot be read, have different numbers of lines, or have no reference;
+            an input of a text file has none.
         FileNotFoundError: nothing is at a path.
     """
     known, first = TASKS.get(task), paths[0]
@@ -70,10 +75,13 @@ def read_references(task: str, paths: Sequence[Path], split: str = "test") -> Re
     else:
         texts = _parallel(paths) if len(paths) > 1 else _one_or_many(first)
         found = References(texts, ("",) * len(texts), official=known.form is not None)
-    for number, texts in enumerate(found.texts, start=1):
-        if not texts:
-            raise ValueError(f"{first}: input {number} has no reference; scoring needs at least "
-                             "one for each")
+        for number, texts in enumerate(found.texts, start=1):
+            if not texts:
+                raise ValueError(f"{first}: input {number} has no reference; scoring needs at "
+                                 "least one for each")
+    if not any(found.texts):
+        raise ValueError(f"{first} has no reference at all; name the file that has them, such as "
+                         f"{known.files[split][0]}")
     return found
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from megatron_spdf.kernels import dispatch
-from megatron_spdf.kernels.mask import Mask
+from megatron_spdf.kernels.mask import Mask, pack, unpack
 from megatron_spdf.layers.products.base import Product
 from megatron_spdf.sparsity.plan import SparseWeight
 
@@ -44,10 +44,11 @@ class _Expand(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        if ctx.compact.dense_gradient is not None:
-            ctx.compact.dense_gradient += grad
-        return ctx.compact.deliver(ctx.values,
-                                   lambda out: dispatch.compress(grad, ctx.mask, out)), None
+        compact = ctx.compact
+        if compact.dense_gradient is not None:
+            compact.dense_gradient += grad
+        return compact.deliver(ctx.values, lambda out: compact.without_held(
+            dispatch.compress(grad, ctx.mask, out))), None
 
 
 class CompactWeight(nn.Module):
@@ -70,9 +71,12 @@ class CompactWeight(nn.Module):
         replaced: names of what the layer has of its own while its weight is compact.
         dense_gradient: (out, in) fp32, to which every backward adds the gradient of the dense
             weight; None: none is wanted.
+        held_bits: the active entries that are held at zero until the stage of the run ends, if the
+            plan's algorithm holds any; their gradient is zero too.
     """
 
     mask_bits: Tensor  # (local slices, ceil(entries per slice / 8)) uint8, numpy.packbits order
+    held_bits: Tensor  # (local slices, ceil(k / 8)) uint8
     index: Tensor
 
     def __init__(self, weight: SparseWeight, seed: int, rank: int, world: int,
@@ -93,6 +97,10 @@ class CompactWeight(nn.Module):
             masks = [weight.draw(seed, rank * local + c) for c in range(local)]
             bits = torch.from_numpy(np.packbits(masks, axis=1)).to(device)
         self.register_buffer("mask_bits", bits)
+        if weight.holds:
+            held = torch.zeros((local, math.ceil(k / 8)), dtype=torch.uint8, device=device)
+            self.register_buffer("held_bits", held)
+        self._kept: tuple[int, Tensor | None] = (-1, None)  # version of held_bits -> what it leaves
         self.index_mask()
         self.register_load_state_dict_post_hook(lambda compact, _: compact.index_mask())
 
@@ -123,6 +131,26 @@ class CompactWeight(nn.Module):
         """Takes other masks of the plan's; what the values are then is the caller's."""
         self.mask_bits.copy_(bits)
         self._derive()
+
+    @property
+    def kept(self) -> Tensor | None:
+        """(slices, k) bool, the active entries that are not held; None: no entry is."""
+        if not self.planned.holds:
+            return None
+        if self._kept[0] != self.held_bits._version:
+            kept = ~unpack(self.held_bits, self.values_shape[1])
+            self._kept = self.held_bits._version, None if kept.all() else kept
+        return self._kept[1]
+
+    def hold(self, kept: Tensor) -> None:
+        """Holds all entries but these, (slices, k) bool; that they are zero is the caller's."""
+        self.held_bits.copy_(pack(~kept))
+
+    def without_held(self, gradient: Tensor) -> Tensor:
+        """A gradient of the values, or the buffer that it was added to, with zeros for entries that
+        are held; in place."""
+        kept = self.kept
+        return gradient if kept is None else gradient.mul_(kept)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompactWeight:
         """Moves to another device, whose kernels want the mask in their own form."""

@@ -22,6 +22,10 @@ from megatron_spdf.layers.compact import CompactWeight, Compute, compact_of, mak
 from megatron_spdf.layers.products.base import choose_product
 from megatron_spdf.sparsity.plan import SparseWeight
 
+# Tensors of a compact layer, and their names in a checkpoint.
+_IN_FILE = {"parametrizations.weight.original": "weight.values",
+            "parametrizations.weight.0.mask_bits": "weight.mask_bits",
+            "parametrizations.weight.0.held_bits": "weight.held_bits"}
 DenseCopy = Literal["per_step", "per_layer", "always"]
 
 
@@ -151,7 +155,7 @@ def _sharded_state_dict(module, prefix: str = "", sharded_offsets=(), metadata=N
     as tensors cut along their first axis, the slices; the bias as before."""
     from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
-    axes = {"parametrizations.weight.original": 0, "parametrizations.weight.0.mask_bits": 0}
+    axes = dict.fromkeys(_IN_FILE, 0)
     if compact_of(module).planned.axis == 0:
         axes["bias"] = 0
     state = {k: v for k,
@@ -160,7 +164,7 @@ def _sharded_state_dict(module, prefix: str = "", sharded_offsets=(), metadata=N
     sharded = make_sharded_tensors_for_checkpoint(
         state, prefix, axes, sharded_offsets, tp_group=module.tp_group,
         dp_cp_group=metadata["dp_cp_group"])
-    for tensor in sharded.values():  # the names in the file
-        tensor.key = tensor.key.replace("parametrizations.weight.original", "weight.values")
-        tensor.key = tensor.key.replace("parametrizations.weight.0.mask_bits", "weight.mask_bits")
+    for tensor in sharded.values():
+        for name, stored in _IN_FILE.items():
+            tensor.key = tensor.key.replace(name, stored)
     return sharded

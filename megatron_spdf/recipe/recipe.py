@@ -50,6 +50,8 @@ class Data(Section):
     tokenizer: PathText | None = Field(
         None, description="directory or file; default: the copy beside the data"
     )
+    end_of_document: str | None = Field(
+        None, description="token that ends documents; default: what the tokenizer says")
     workers: int = Field(2, ge=0,
                          description="loader processes per rank; 0 loads in the training process")
     index_cache: PathText | None = Field(
@@ -87,7 +89,7 @@ class Stage(Section):
     optimizer's."""
 
     share: float = Field(gt=0.0, lt=1.0, description="of the run's tokens; the shares add up to 1")
-    sparsity: Sparsity = Field(description="in this stage; 0 in every stage after the first")
+    sparsity: Sparsity = Field(description="in this stage; dense, or no denser than before")
     lr: float = Optimizer.model_fields["lr"]
     min_lr_ratio: float = Optimizer.model_fields["min_lr_ratio"]
     decay: Literal["cosine", "linear", "constant"] = Optimizer.model_fields["decay"]
@@ -277,6 +279,14 @@ class Recipe(Section):
         optimizer = self.optimizer.model_copy(update={key: getattr(stage, key) for key in SCHEDULE})
         return self.model_copy(update={"sparsity": stage.sparsity, "optimizer": optimizer})
 
+    def stored_at(self, reached: float) -> Recipe:
+        """The recipe of a part of a run that stores sparse weights at this share of their
+        levels."""
+        if reached == self.sparsity.reached:
+            return self
+        return self.model_copy(
+            update={"sparsity": self.sparsity.model_copy(update={"reached": reached})})
+
     def without_stages(self) -> Recipe:
         """The recipe of all stages: `in_stage` undone, as far as a recipe with stages reads it."""
         return self.model_copy(update={"sparsity": Sparsity()}) if self.stages else self
@@ -287,7 +297,7 @@ class Recipe(Section):
                                         "stages", "data",
                                         "train", "optimizer"})
         for sparsity in [kept["sparsity"], *(stage["sparsity"] for stage in kept["stages"])]:
-            sparsity.pop("dense_copy")
+            sparsity.pop("dense_copy"), sparsity.pop("reached")
         if self.stages:  # they say it all
             kept.pop("sparsity")
             for key in SCHEDULE:
@@ -296,7 +306,8 @@ class Recipe(Section):
             kept.pop("mup_base")
         kept["model"].pop("preset", None)
         for section, key in (("data", "workers"), ("data", "index_cache"), ("data", "tokenizer"),
-                             ("data", "on_blend_change"), ("train", "micro_batch"),
+                             ("data", "end_of_document"), ("data", "on_blend_change"),
+                             ("train", "micro_batch"),
                              ("train", "recompute")):
             kept[section].pop(key)
         return kept

@@ -19,12 +19,18 @@ def rule_violations(recipe: Recipe) -> Iterator[str]:
     broken = list(_layout(recipe))
     yield from broken
     for sparsity in [recipe.sparsity, *(stage.sparsity for stage in recipe.stages)]:
+        if sparsity.reached != 1.0:
+            yield (f"sparsity.reached={sparsity.reached:g} is set by the run itself; leave it out")
         if not broken:
             yield from _plan(recipe.model, sparsity.model_dump_json(), recipe.parallel.tensor)
     yield from _engine(recipe)
     yield from _data(recipe)
     yield from _batch(recipe)
     yield from _stages(recipe)
+    ends = recipe.stage_ends or [recipe.steps]
+    for number, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        sparsity = recipe.stages[number].sparsity if recipe.stages else recipe.sparsity
+        yield from sparsity.update.rule_violations(end - begin)
 
 
 def _model(recipe: Recipe) -> Iterator[str]:
@@ -134,10 +140,34 @@ def _stages(recipe: Recipe) -> Iterator[str]:
     if recipe.evaluate.patience:
         yield (f"evaluate.patience={recipe.evaluate.patience} ends a run before its last stage; "
                "set patience=0, or leave out stages")
-    for number, stage in enumerate(stages[1:], 1):
-        if stage.sparsity.level or stage.sparsity.rules:
-            yield (f"stages.{number}.sparsity={stage.sparsity.level or 'rules'} is not dense, and "
-                   "a run is only ever densified; set it to 0, or begin with this stage")
+    sparsities = [stage.sparsity.model_dump_json() for stage in stages]
+    for number, (before, after) in enumerate(zip(sparsities, sparsities[1:], strict=False), 1):
+        yield from (f"stages.{number}.sparsity: {rule}"
+                    for rule in _border(recipe.model, before, after))
+
+
+@lru_cache(maxsize=256)
+def _border(model: Model, before: str, after: str) -> tuple[str, ...]:
+    """What does not go at a border between stages, which densifies or prunes by magnitude.
+
+    Args:
+        before, after: sparsity as JSON.
+    """
+    sections = [Sparsity.model_validate_json(sparsity) for sparsity in (before, after)]
+    try:
+        there, here = (make_plan(section, model.weights(), model.slices) for section in sections)
+    except ValueError:
+        return ()  # said by `_plan`
+    for name, w in here.weights.items():
+        old = there.weights.get(name)
+        if old and old.active_per_slice < w.active_per_slice:
+            return (f"{name} has {old.active:,} active entries before the border and {w.active:,} "
+                    "after it, and nothing says which are born; make the stage dense, or no denser "
+                    "than the one before",)
+        if not w.pattern.selects:
+            return (f"pattern={w.pattern.name} has no mask of the largest magnitudes, which stay "
+                    "at a border; begin with this stage, or take another pattern",)
+    return ()
 
 
 def _schedules_of_stages(recipe: Recipe) -> Iterator[str]:

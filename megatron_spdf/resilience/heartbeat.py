@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
-import selectors
 import socket
 import sys
 import threading
@@ -19,11 +17,24 @@ import time
 import traceback
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from typing import Annotated
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from megatron_spdf import exit_codes
 from megatron_spdf.resilience import progress
+from megatron_spdf.resilience.connections import (
+    MOST_LINE_BYTES,
+    Connection,
+    Listener,
+    Notices,
+    connect,
+    own_address,
+    shared_token,
+)
+from megatron_spdf.resilience.slurm import this_host
 from megatron_spdf.resilience.world import Ranks, shared_store
-from megatron_spdf.text import first_line
+from megatron_spdf.text import first_line, printable
 
 BEAT_SECONDS = 1.0
 # after the first sign of trouble: its cause may be the death of another rank, known a little later
@@ -43,12 +54,14 @@ class Beat:
         leaving: whether the rank is about to exit normally.
     """
 
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+
     rank: int
     host: str
     activity: str = ""
     collective: str = ""
     inside: bool = False
-    still: float = 0.0
+    still: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     failed: str = ""
     leaving: bool = False
 
@@ -60,6 +73,24 @@ class Beat:
     def did(self) -> str:
         return (f"in {self.activity or 'setting up'}; its last collective: "
                 f"{self.collective or 'none yet'}")
+
+
+@dataclass
+class Answer:
+    """Line of rank 0 to the others.
+
+    Attributes:
+        beat: its own.
+        fault: what ends the run; empty: nothing.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+
+    beat: Beat
+    fault: str
+
+
+BEATS, ANSWERS = TypeAdapter(Beat), TypeAdapter(Answer)
 
 
 @dataclass
@@ -78,13 +109,13 @@ class Peer:
     closed: bool = False
     trouble: float | None = None
 
-    def update(self, beat: dict | None) -> None:
+    def update(self, beat: Beat | None) -> None:
         """Records a beat, or with None that the connection was closed."""
         self.heard = time.monotonic()
         if beat is None:
             self.closed = True
         else:
-            self.beat = Beat(**beat)
+            self.beat = beat
         if self.trouble is None and (self.closed or self.beat.failed):
             self.trouble = self.heard
 
@@ -139,25 +170,24 @@ class Heartbeat:
     """
 
     def __init__(self, ranks: Ranks, seconds: float):
-        self.ranks, self.seconds, self.host = ranks, seconds, socket.gethostname()
+        self.ranks, self.seconds, self.host = ranks, seconds, this_host()
         self.failed, self.leaving = "", threading.Event()
+        self.say = Notices(f"heartbeat of rank {ranks.rank}")
         self._thread: threading.Thread | None = None
+        self._looked = self._woke = time.monotonic()
 
     def __enter__(self) -> Heartbeat:
         if self.ranks.world == 1:
             return self
         store = shared_store()
         if self.ranks.rank == 0:
-            listener = socket.create_server(("", 0), backlog=self.ranks.world)
-            token = secrets.token_hex(16)
-            store.set("heartbeat",
-                      json.dumps([os.environ["MASTER_ADDR"], listener.getsockname()[1], token]))
-            target, arguments = self._coordinate, (listener, token)
+            listener = Listener(own_address(), shared_token(store), self.say.name)
+            store.set("heartbeat", json.dumps([*listener.address, listener.token.decode()]))
+            target, arguments = self._coordinate, (listener,)
         else:
             store.wait(["heartbeat"], timedelta(seconds=self.seconds))
             host, port, token = json.loads(store.get("heartbeat"))
-            connection = socket.create_connection((host, port), timeout=self.seconds)
-            connection.sendall(token.encode() + b"\n")
+            connection = connect((host, port), token, self.seconds)
             target, arguments = self._report, (connection,)
         self._thread = threading.Thread(target=target, args=arguments, name="heartbeat",
                                         daemon=True)
@@ -171,153 +201,184 @@ class Heartbeat:
             return
         if error is not None and not isinstance(error, SystemExit):
             traceback.print_exception(error)
-            self.failed = f"{type(error).__name__}: {first_line(error)}"
+            self.failed = printable(f"{type(error).__name__}: {first_line(error)}")
             self._thread.join(2 * GRACE_SECONDS + 4 * BEAT_SECONDS)
         self.leaving.set()
         self._thread.join(4 * BEAT_SECONDS)
 
     def _beat(self) -> Beat:
-        now = progress.PROGRESS
-        return Beat(self.ranks.rank, self.host, now.activity, now.last_collective(), now.inside,
-                    time.monotonic() - now.moved if now.watched else 0.0, self.failed,
+        """State of this rank. What stood still while the whole process was stopped, as in a
+        suspended job, is no fault of its training thread."""
+        now, done = time.monotonic(), progress.PROGRESS
+        if now - self._looked > self.seconds / 2:
+            self._woke = now
+        self._looked = now
+        return Beat(self.ranks.rank, self.host, done.activity, done.last_collective(), done.inside,
+                    now - max(done.moved, self._woke) if done.watched else 0.0, self.failed,
                     self.leaving.is_set())
 
     def _report(self, connection: socket.socket) -> None:
         """Other ranks: exchange beats with rank 0, and exit on a fault that it names."""
         connection.settimeout(BEAT_SECONDS)
-        head, heard, rest = Beat(0, os.environ["MASTER_ADDR"]), time.monotonic(), b""
-        try:
-            while True:
-                mine = self._beat()
-                connection.sendall(json.dumps(asdict(mine)).encode() + b"\n")
-                if mine.leaving:
-                    return
-                self.leaving.wait(BEAT_SECONDS / 2)
+        answers = _Answers(connection, Beat(0, os.environ["MASTER_ADDR"]), self.say)
+        while not answers.head.leaving:
+            with self.say.what_fails():
                 try:
-                    read = connection.recv(1 << 16)
-                    if not read:
-                        raise ConnectionResetError
-                    *lines, rest = (rest + read).split(b"\n")
-                    for text in lines:
-                        said, heard = json.loads(text), time.monotonic()
-                        if said["fault"]:
-                            os._exit(exit_codes.LOST_RANK)  # rank 0 has printed it
-                        head = Beat(**said["beat"])
+                    mine = self._beat()
+                    connection.sendall(json.dumps(asdict(mine)).encode() + b"\n")
+                    if mine.leaving:
+                        return
+                    self.leaving.wait(BEAT_SECONDS / 2)
+                    answers.read()
                 except TimeoutError:
                     pass
-                if head.leaving:
+                except OSError:
+                    self._lost(answers)
                     return
-                # rank 0, if it lives, names a fault earlier
-                if time.monotonic() - heard > self.seconds + 2 * GRACE_SECONDS:
-                    self._end(f"{head.who} has been silent for {time.monotonic() - heard:.0f} s "
-                              f"(fault_tolerance.hang_seconds={self.seconds:g}), last heard of "
-                              f"{head.did}")
-        except OSError:
-            if not head.leaving and not self.leaving.is_set():
-                time.sleep(GRACE_SECONDS)
-                self._end(f"{head.who} died {head.did}" if not head.failed
-                          else f"{head.who} failed: {head.failed}")
+                self._heed(answers)
 
-    def _coordinate(self, listener: socket.socket, token: str) -> None:
+    def _heed(self, answers: _Answers) -> None:
+        """Ends this rank where rank 0 has named a fault, or is silent."""
+        head, silent = answers.head, time.monotonic() - max(answers.heard, self._woke)
+        if answers.fault:
+            os._exit(exit_codes.LOST_RANK)  # rank 0 has printed it
+        # rank 0, if it lives, names a fault earlier
+        if not head.leaving and silent > self.seconds + 2 * GRACE_SECONDS:
+            self._end(f"{head.who} has been silent for {silent:.0f} s (fault_tolerance."
+                      f"hang_seconds={self.seconds:g}), last heard of {head.did}")
+
+    def _lost(self, answers: _Answers) -> None:
+        """Ends this rank after the connection to rank 0, whose last words may still be there: it
+        may have ended the run while this rank was stopped."""
+        answers.read_rest()
+        self._heed(answers)
+        head = answers.head
+        if not head.leaving and not self.leaving.is_set():
+            time.sleep(GRACE_SECONDS)
+            self._end(f"{head.who} died {head.did}" if not head.failed
+                      else f"{head.who} failed: {head.failed}")
+
+    def _coordinate(self, listener: Listener) -> None:
         """Rank 0: collects beats, detects faults, broadcasts both."""
         began = time.monotonic()
-        peers = {r: Peer(Beat(r, "a host that rank 0 has not heard of"), began)
-                 for r in range(self.ranks.world)}
-        connections = _Connections(listener, token)
-        while True:
-            mine = self._beat()
-            for rank, beat in [*connections.read(BEAT_SECONDS / 2), (0, asdict(mine))]:
-                peers[rank].update(beat)
-            fault = diagnose(list(peers.values()), time.monotonic(), self.seconds)
-            connections.broadcast(json.dumps({"beat": asdict(mine), "fault": fault}))
-            if fault:
-                self._end(fault)
-            if mine.leaving:
-                return
+        peers = [Peer(Beat(r, "a host that rank 0 has not heard of"), began)
+                 for r in range(self.ranks.world)]
+        beats, left = _Beats(listener, self.ranks.world), False
+        while not left:
+            with self.say.what_fails():
+                left = self._round(beats, peers)
+        listener.close()
+
+    def _round(self, beats: _Beats, peers: list[Peer]) -> bool:
+        """Collects beats once, and broadcasts. Returns whether rank 0 is about to leave."""
+        mine = self._beat()
+        for rank, beat in [*beats.read(BEAT_SECONDS / 2), (0, mine)]:
+            peers[rank].update(beat)
+        for one in peers:  # nobody is silent while rank 0 is stopped
+            one.heard = max(one.heard, self._woke)
+        fault = diagnose(peers, time.monotonic(), self.seconds)
+        beats.listener.broadcast(json.dumps(asdict(Answer(mine, fault))).encode())
+        if fault:
+            self._end(fault)
+        return mine.leaving
 
     def _end(self, fault: str) -> None:
         """Prints the fault, on some ranks in case rank 0 is gone, and exits."""
         if self.ranks.rank == 0 or self.ranks.local == 0 or self.ranks.rank == 1:
-            print(f"the run ends on rank {self.ranks.rank} on {self.host}: {fault}",
+            print(f"the run ends on rank {self.ranks.rank} on {self.host}: {printable(fault)}",
                   file=sys.stderr, flush=True)
         # the training thread may be inside a collective that never returns
         os._exit(exit_codes.LOST_RANK)
 
 
-class _Connections:
-    """Rank 0's connections: JSON lines from ranks that have sent the token first.
+class _Beats:
+    """Beats that come to rank 0.
 
     Attributes:
-        rest: connection -> start of a line whose end has not come yet.
-        ranks: connection -> rank; -1 before its first beat, None before its token.
+        ranks: connection -> rank, as its first beat says.
     """
 
-    def __init__(self, listener: socket.socket, token: str):
-        self.token, self.ready = token.encode(), selectors.DefaultSelector()
-        self.rest: dict[socket.socket, bytes] = {}
-        self.ranks: dict[socket.socket, int | None] = {}
-        self.listener = listener
-        listener.setblocking(False)
-        self.ready.register(listener, selectors.EVENT_READ)
+    def __init__(self, listener: Listener, world: int):
+        self.listener, self.world = listener, world
+        self.ranks: dict[Connection, int] = {}
 
-    def read(self, seconds: float) -> list[tuple[int, dict | None]]:
+    def read(self, seconds: float) -> list[tuple[int, Beat | None]]:
         """Collects beats for so long.
 
         Returns:
             (rank, beat) pairs, beat None where the connection of a rank was closed.
         """
-        end, found = time.monotonic() + seconds, []
-        while (left := end - time.monotonic()) > 0:
-            for key, _ in self.ready.select(left):
-                if key.fileobj is self.listener:
-                    self._accept()
-                else:
-                    found += self._receive(key.fileobj)
+        found: list[tuple[int, Beat | None]] = []
+        for connection, line in self.listener.read(seconds):
+            if line is None:
+                if connection in self.ranks:
+                    found.append((self.ranks.pop(connection), None))
+            elif beat := self._beat(connection, line):
+                self.ranks[connection] = beat.rank
+                found.append((beat.rank, beat))
         return found
 
-    def broadcast(self, text: str) -> None:
-        """Sends a line to every rank that is connected."""
-        for connection, rank in list(self.ranks.items()):
-            if rank is not None:
-                try:
-                    connection.sendall(text.encode() + b"\n")
-                except OSError:  # `read` finds the connection closed
-                    continue
-
-    def _accept(self) -> None:
-        connection, _ = self.listener.accept()
-        connection.setblocking(False)
-        self.ready.register(connection, selectors.EVENT_READ)
-        self.rest[connection], self.ranks[connection] = b"", None
-
-    def _receive(self, connection: socket.socket) -> list[tuple[int, dict | None]]:
+    def _beat(self, connection: Connection, line: bytes) -> Beat | None:
+        """The beat that a line is; what is none is said and left out."""
+        known = self.ranks.get(connection)
         try:
-            read = connection.recv(1 << 16)
-        except OSError:
-            read = b""
-        if not read:
-            rank = self._drop(connection)
-            return [] if rank is None else [(rank, None)]
-        *texts, self.rest[connection] = (self.rest[connection] + read).split(b"\n")
-        found = []
-        for text in texts:
-            if connection not in self.ranks:
-                break
-            if self.ranks[connection] is None:
-                if text == self.token:
-                    self.ranks[connection] = -1  # its first beat says which
-                else:
-                    self._drop(connection)
-                continue
-            beat = json.loads(text)
-            self.ranks[connection] = beat["rank"]
-            found.append((beat["rank"], beat))
-        return found
+            beat = BEATS.validate_json(line)
+            others = self.ranks.values() if known is None else range(self.world)
+            if not 0 < beat.rank < self.world or (beat.rank != known and beat.rank in others):
+                raise ValueError(f"rank={beat.rank} is not its rank")
+            return beat
+        except ValueError as error:
+            who = connection.name if known is None else f"rank {known} at {connection.name}"
+            self.listener.say(f"line of {who}", f"a line of {who} is no beat and was left out "
+                                                f"({_reason(error)})")
+            return None
 
-    def _drop(self, connection: socket.socket) -> int | None:
-        """Closes a connection and returns its rank, None if it is not known."""
-        self.ready.unregister(connection)
-        connection.close()
-        self.rest.pop(connection)
-        rank = self.ranks.pop(connection)
-        return None if rank in (None, -1) else rank
+
+class _Answers:
+    """Answers of rank 0 to another rank.
+
+    Attributes:
+        head: last beat of rank 0.
+        heard: `time.monotonic()` of the last answer.
+        fault: that rank 0 has named.
+    """
+
+    def __init__(self, connection: socket.socket, head: Beat, say: Notices):
+        self.connection, self.head, self.say = connection, head, say
+        self.heard, self.fault, self._rest = time.monotonic(), "", b""
+
+    def read(self) -> None:
+        """Reads what has come.
+
+        Raises:
+            OSError: nothing has, or the connection is closed.
+        """
+        read = self.connection.recv(1 << 16)
+        if not read:
+            raise ConnectionResetError("closed")
+        *lines, rest = (self._rest + read).split(b"\n")
+        self._rest = rest[:MOST_LINE_BYTES]
+        for line in lines:
+            try:
+                said = ANSWERS.validate_json(line)
+            except ValueError as error:
+                self.say("answer", f"a line of rank 0 is no answer and was left out "
+                                   f"({_reason(error)})")
+                continue
+            self.head, self.heard = said.beat, time.monotonic()
+            self.fault = self.fault or said.fault
+
+    def read_rest(self) -> None:
+        """Reads what came before the connection was closed."""
+        try:
+            while not self.fault:
+                self.read()
+        except OSError:
+            return
+
+
+def _reason(error: ValueError) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors(include_input=False, include_url=False)[0]
+        return ".".join([*map(str, first["loc"]), first["msg"]])[:200]
+    return str(error)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import statistics
 import sys
 import time
@@ -20,7 +19,14 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from megatron_spdf.resilience.slurm import hosts_of_ranks
+from megatron_spdf.resilience.connections import (
+    Listener,
+    answering,
+    connect,
+    own_address,
+    shared_token,
+)
+from megatron_spdf.resilience.slurm import hosts_of_ranks, this_host
 
 POLL_SECONDS = 0.05
 SAY_SECONDS = 30.0  # between two lines about missing ranks
@@ -65,9 +71,9 @@ def check_in(rank: int, world: int, store: dist.Store, device: torch.device, sec
     Raises:
         Unhealthy: on every rank alike, naming the ranks at fault and their hosts.
     """
-    with socket.create_server(("", 0), backlog=16) as listener:
-        mine = RankReport(rank, socket.gethostname(), *_device(device),
-                          (_own_address(), listener.getsockname()[1]))
+    token = shared_token(store)
+    with answering(Listener(own_address(), token, f"start-up check of rank {rank}")) as listener:
+        mine = RankReport(rank, this_host(), *_device(device), listener.address)
         store.set(f"report/{rank}", json.dumps(asdict(mine)))
         if rank == 0:
             outcome = _coordinate(world, store, seconds)
@@ -101,10 +107,11 @@ def _coordinate(world: int, store: dist.Store, seconds: float) -> dict[str, str]
             "(sinfo -R, tools/doctor.py), exclude them (sbatch --exclude), or raise the limit")}
     reports = [RankReport(**json.loads(store.get(f"report/{r}"))) for r in range(world)]
     asked = time.time()
-    store.set("addresses", json.dumps(addresses(reports)))
+    began = time.monotonic()
+    store.set("addresses", json.dumps([r.address for r in reports]))
     _reply(0, store, seconds)
     _wait_for(store, [f"reply/{r}" for r in range(world)], 2 * REACH_SECONDS)
-    ended = time.time()
+    ended = asked + time.monotonic() - began  # the clock may have been set meanwhile
     faults, skews = _read_replies(reports, store, asked, ended)
     if faults:
         return {"said": "", "fault": (
@@ -130,22 +137,10 @@ def _read_replies(reports: Sequence[RankReport], store: dist.Store, asked: float
         skews.append(min(0.0, reply["clock"] - asked) + max(0.0, reply["clock"] - ended))
         if reply["fault"]:
             there = reports[(report.rank + 1) % len(reports)]
-            address = "{}:{}".format(*addresses(reports)[there.rank])
             faults.append(f"rank {report.rank} on {report.host} cannot reach rank {there.rank} on "
-                          f"{there.host} at {address} ({reply['fault']})")
+                          f"{there.host} at {there.address[0]}, port {there.address[1]} "
+                          f"({reply['fault']})")
     return faults, skews
-
-
-def addresses(reports: Sequence[RankReport]) -> list[tuple[str, int]]:
-    """Host and port of each rank.
-
-    Debian's /etc/hosts maps the name of a host to a loopback address, so a head node may report
-    one. Among several hosts it is replaced by the name, which the others resolve.
-    """
-    several = len({r.host for r in reports}) > 1
-    return [(r.host, r.address[1]) if several and r.address[0].startswith("127.")
-            else tuple(r.address)
-            for r in reports]
 
 
 def _await_reports(world: int, store: dist.Store,
@@ -177,8 +172,8 @@ def _reply(rank: int, store: dist.Store, seconds: float) -> None:
         return
     clock, fault = time.time(), ""
     try:
-        socket.create_connection(tuple(addresses[(rank + 1) % len(addresses)]),
-                                 timeout=REACH_SECONDS).close()
+        host, port = addresses[(rank + 1) % len(addresses)]
+        connect((host, port), shared_token(store), REACH_SECONDS).close()
     except OSError as error:
         fault = str(error)
     store.set(f"reply/{rank}", json.dumps({"clock": clock, "fault": fault}))
@@ -219,18 +214,6 @@ def _device(device: torch.device) -> tuple[str, int]:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)[0]
     return "cpu", psutil.virtual_memory().available
-
-
-def _own_address() -> str:
-    """Address of the interface that leads to the head node, to which the name of this host need
-    not resolve."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            # sends nothing
-            probe.connect((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])))
-            return probe.getsockname()[0]
-        except OSError:
-            return socket.gethostname()
 
 
 def _get(store: dist.Store, key: str, seconds: float) -> bytes:

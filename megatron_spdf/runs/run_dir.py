@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron_spdf.checkpoint import store
 from megatron_spdf.checkpoint.shared_files import check_shared
 from megatron_spdf.exit_codes import GUARD_STOPPED
-from megatron_spdf.files import NEW, links_out
+from megatron_spdf.files import NEW, links_out, require_directory
 from megatron_spdf.locks import DirectoryLock, Held, is_lock
 from megatron_spdf.recipe.compare import changes_of_run
 from megatron_spdf.recipe.finetune import Finetune, load_finetune
@@ -68,13 +68,7 @@ class RunDir:
             ValueError: naming the reason, and each key that differs with both values.
         """
         kept = self.root / RECIPE
-        root = self.root.absolute()
-        there = next(p for p in (root, *root.parents) if p.exists())
-        writable = os.access(there, os.W_OK | os.X_OK) if there.is_dir() else there == root
-        if not writable:
-            raise ValueError(f"output={self.root} cannot be written: {there} is "
-                             f"{'read-only for this user' if there.is_dir() else 'a file'}; choose "
-                             "another output")
+        require_directory(self.root)
         self._check_links()
         if not kept.is_file():
             if self.root.exists() and (not self.root.is_dir() or any(self._others())):

@@ -3,6 +3,9 @@
 Variable sparse pre-training (V-SPDF; Cerebras 2023, SPDF's successor at 6.7B parameters) has two:
 sparse for most of the tokens at a high learning rate, then densified, with another warm-up of the
 learning rate. A recipe without `stages:` makes a run of one stage.
+
+An algorithm that prunes divides a stage of the recipe further, into parts that store sparse weights
+at one density each. The learning rate, the optimizer's state and its count go on from part to part.
 """
 
 from __future__ import annotations
@@ -12,18 +15,21 @@ from dataclasses import dataclass
 
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.schedule.flops import Convention, Flops, training_flops
+from megatron_spdf.sparsity.algorithms.base import Part
 from megatron_spdf.sparsity.plan import Plan
 
 
 @dataclass(frozen=True)
 class RunStage:
-    """Stage of a run.
+    """Stage of a run, or part of one.
 
     Attributes:
         number, count: of this stage, from 1, and of all stages.
         first, last: its steps are first + 1 ... last of the run.
+        begin, end: steps after which its schedule begins and ends.
         recipe: of the run, with the sparsity and schedule of this stage, as checkpoints record it.
         plan: its sparsity plan.
+        mean_plan: at the mean density over its steps, which FLOPs go by.
         flops_before: FLOPs of training up to step `first`.
     """
 
@@ -31,8 +37,11 @@ class RunStage:
     count: int
     first: int
     last: int
+    begin: int
+    end: int
     recipe: Recipe
     plan: Plan
+    mean_plan: Plan
     flops_before: float = 0.0
 
     @property
@@ -40,17 +49,28 @@ class RunStage:
         return (self.last - self.first) * self.recipe.tokens_per_step
 
     @property
+    def steps(self) -> int:
+        """Steps of its schedule."""
+        return self.end - self.begin
+
+    @property
+    def continues(self) -> bool:
+        """Whether the schedule began in the stage before."""
+        return self.first > self.begin
+
+    @property
     def as_single_run(self) -> Recipe:
-        """Recipe of a run that is this stage only, so that its schedule starts and ends with the
-        stage. Engines get this one."""
-        if self.count == 1:
+        """Recipe of a run of this schedule only. Engines get this one."""
+        if self.steps == self.recipe.steps:
             return self.recipe
-        train = self.recipe.train.model_copy(update={"tokens": self.tokens})
+        train = self.recipe.train.model_copy(
+            update={"tokens": self.steps * self.recipe.tokens_per_step})
         return self.recipe.model_copy(update={"stages": [], "train": train})
 
     def flops(self, convention: Convention = "spdf") -> Flops:
         """FLOPs per trained token."""
-        return training_flops(self.recipe.model, self.recipe.train.sequence_length, self.plan,
+        return training_flops(self.recipe.model, self.recipe.train.sequence_length,
+                              self.mean_plan,
                               convention)
 
     @property
@@ -58,12 +78,28 @@ class RunStage:
         """Line about the stage, empty for the only one of a run."""
         if self.count == 1:
             return ""
+        if self.recipe.sparsity.algorithm != "static" and self.steps != self.last - self.first:
+            return self._heading_of_part
         o = self.recipe.optimizer
         decay = o.decay if o.decay == "constant" else f"{o.decay} to {o.lr * o.min_lr_ratio:g}"
         return (f"stage {self.number} of {self.count}: steps {self.first + 1:,} to {self.last:,}, "
                 f"{self.tokens:,} tokens, {self.flops().total * self.tokens:.4g} FLOPs; learning "
                 f"rate up to {o.lr:g} over {o.warmup_tokens:,} tokens, then {decay}"
-                + ("" if self.number == 1 else "; densified, with fresh optimizer moments"))
+                + ("" if self.number == 1 else f"; {self._border}, with fresh optimizer moments"))
+
+    @property
+    def _heading_of_part(self) -> str:
+        return (f"stage {self.number} of {self.count}: steps {self.first + 1:,} to {self.last:,}, "
+                f"{self.tokens:,} tokens; {self._stored}")
+
+    @property
+    def _border(self) -> str:
+        return "pruned by magnitude" if self.plan.weights else "densified"
+
+    @property
+    def _stored(self) -> str:
+        return (f"weights stored at {self.plan.sparsity:.2%} sparsity" if self.plan.weights
+                else "weights stored dense")
 
 
 def stages_of(recipe: Recipe) -> list[RunStage]:
@@ -72,14 +108,28 @@ def stages_of(recipe: Recipe) -> list[RunStage]:
     Raises:
         ValueError: a sparsity rule that matches nothing that can be sparse.
     """
-    count = max(1, len(recipe.stages))
-    first, spent, stages = 0, 0.0, []
-    for number, last in enumerate(recipe.stage_ends or [recipe.steps]):
+    ends = recipe.stage_ends or [recipe.steps]
+    cut: list[tuple[int, int, Part, Recipe]] = []
+    for number, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
         own = recipe.in_stage(number) if recipe.stages else recipe
+        cut += [(begin, end, part, own) for part in own.sparsity.update.parts(end - begin)]
+    first, spent, stages = 0, 0.0, []
+    for number, (begin, end, part, own) in enumerate(cut, 1):
+        last, own = begin + part.last, own.stored_at(part.reached)
         plan = Plan.of(own)
-        stages.append(RunStage(number + 1, count, first, last, own, plan, spent))
+        mean = _mean_plan(own, first - begin, part.last, end - begin) or plan
+        stages.append(RunStage(number, len(cut), first, last, begin, end, own, plan, mean, spent))
         first, spent = last, spent + stages[-1].flops().total * stages[-1].tokens
     return stages
+
+
+def _mean_plan(recipe: Recipe, first: int, last: int, steps: int) -> Plan | None:
+    """The plan at the mean density over steps first + 1 ... last of a stage; None: it stays."""
+    algorithm = recipe.sparsity.update
+    if not algorithm.holds:
+        return None
+    shares = [algorithm.share(step, steps) for step in range(first + 1, last + 1)]
+    return Plan.of(recipe.stored_at(sum(shares) / len(shares)))
 
 
 def stages_left(stages: Sequence[RunStage], step: int) -> list[RunStage]:

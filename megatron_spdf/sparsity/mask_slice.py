@@ -8,6 +8,7 @@ Letters: n entries of a slice, k of them active.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -30,6 +31,7 @@ class MaskSlice:
         gradient: (n,) fp32, of the loss of the whole batch with respect to the dense weight, if the
             algorithm needs that.
         seed, update: with name and number they determine the random words.
+        active_at: share of the weight's level -> number of entries of a slice that are active.
     """
 
     name: str
@@ -39,6 +41,7 @@ class MaskSlice:
     gradient: Tensor | None
     seed: int
     update: int
+    active_at: Callable[[float], int] | None = None
 
     @cached_property
     def active(self) -> Tensor:
@@ -76,7 +79,8 @@ class MaskSlice:
 
 @dataclass(frozen=True)
 class Move:
-    """The entries of a slice that die and those that are born, as positions: equally many."""
+    """The entries of a slice that die and those that are born, as positions: equally many, or none
+    are born where the algorithm holds the dead at zero."""
 
     died: Tensor
     born: Tensor

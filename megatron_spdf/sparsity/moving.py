@@ -55,6 +55,31 @@ def _next_mask(algorithm: MaskAlgorithm, part: MaskSlice, when: Moment) -> Tenso
     return mask
 
 
+def kept_entries(algorithm: MaskAlgorithm, when: Moment, planned: SparseWeight, seed: int,
+                 first: int, bits: Tensor, kept: Tensor | None, values: Tensor) -> Tensor:
+    """Lets an algorithm choose which active entries are held at zero from now on.
+
+    Args:
+        bits, values, seed, first: see `moved_masks`.
+        kept: (slices, k) bool, those that are not held yet; None: all.
+
+    Returns:
+        (slices, k) bool, those that are not held.
+    """
+    masks, left = unpack(bits, planned.numel // planned.slices), []
+    for i, mask in enumerate(masks):
+        alive, here = mask.clone(), torch.ones_like(values[i], dtype=torch.bool)
+        if kept is not None:
+            alive[mask], here = kept[i], kept[i]
+        part = MaskSlice(planned.name, first + i, alive, values[i][here], None, seed, when.update,
+                         planned.active_at)
+        move = algorithm.select(part, when)
+        assert alive[move.died].all() and not len(move.born), (algorithm.name, planned.name)
+        alive[move.died] = False
+        left.append(alive[mask])
+    return torch.stack(left)
+
+
 def carry(values: Tensor, before: Tensor, after: Tensor, entries: int) -> Tensor:
     """Carries a state of a weight, (slices, k), from one mask to another; the born are zero.
 

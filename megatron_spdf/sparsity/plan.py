@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from megatron_spdf.architecture.base import Model, Weight
+from megatron_spdf.sparsity.distribution import erk_densities, whole_entries
 from megatron_spdf.sparsity.patterns.base import Pattern, Shape
 from megatron_spdf.sparsity.patterns.unstructured import Unstructured
 from megatron_spdf.sparsity.settings import Sparsity
@@ -31,6 +32,8 @@ class SparseWeight:
             whole.
         level: the sparsity asked for.
         pattern: of the masks.
+        reached: share of the level that the weight is stored at while an algorithm prunes it.
+        holds: whether the algorithm holds entries at zero in their places.
     """
 
     name: str
@@ -39,6 +42,13 @@ class SparseWeight:
     slices: int
     level: float
     pattern: Pattern = Unstructured()
+    reached: float = 1.0
+    holds: bool = False
+
+    @property
+    def stored(self) -> float:
+        """The sparsity that the weight is stored at, asked for."""
+        return self.level * self.reached
 
     @property
     def slice_shape(self) -> Shape:
@@ -52,7 +62,11 @@ class SparseWeight:
     @property
     def active_per_slice(self) -> int:
         """Exact number of active entries k of each slice."""
-        return self.pattern.active(self.slice_shape, self.level)
+        return self.active_at(self.reached)
+
+    def active_at(self, share: float) -> int:
+        """Exact number of active entries of each slice at a share of the level."""
+        return self.pattern.active(self.slice_shape, self.level * share)
 
     @property
     def active(self) -> int:
@@ -67,11 +81,11 @@ class SparseWeight:
     @property
     def density(self) -> float:
         """The density that initial values and learning rates go by."""
-        return 1.0 - self.pattern.rounded(self.slice_shape, self.level)
+        return 1.0 - self.pattern.rounded(self.slice_shape, self.stored)
 
     def draw(self, seed: int, slice_id: int) -> np.ndarray:
         """Draws the mask of one slice: (entries,) bool, in row-major order."""
-        mask = self.pattern.draw(seed, self.name, slice_id, self.slice_shape, self.level)
+        mask = self.pattern.draw(seed, self.name, slice_id, self.slice_shape, self.stored)
         return mask.reshape(-1)
 
     def fault(self, masks: np.ndarray) -> str | None:
@@ -80,7 +94,7 @@ class SparseWeight:
         None: they are as they should be.
         """
         masks = masks.reshape(-1, *self.slice_shape)
-        return self.pattern.fault(masks, self.slice_shape, self.level)
+        return self.pattern.fault(masks, self.slice_shape, self.stored)
 
     def largest(self, entries: np.ndarray) -> np.ndarray:
         """Returns the mask of the largest magnitudes of a slice, (entries,) bool.
@@ -88,7 +102,7 @@ class SparseWeight:
         Args:
             entries: (entries,) of the slice in row-major order, floating point.
         """
-        return self.pattern.largest(entries.reshape(self.slice_shape), self.level).reshape(-1)
+        return self.pattern.largest(entries.reshape(self.slice_shape), self.stored).reshape(-1)
 
 
 class SparseModel(Protocol):
@@ -151,8 +165,8 @@ class Plan:
 
 
 def make_plan(sparsity: Sparsity, weights: list[Weight], slices: int) -> Plan:
-    """Gives every linear weight the level of the first rule that matches it, else the default
-    level.
+    """Gives every linear weight the level of the first rule that matches it, else what
+    `distribution` makes of the default level.
 
     Args:
         weights: all parameters of the model; only those marked `linear` can be sparse.
@@ -164,23 +178,48 @@ def make_plan(sparsity: Sparsity, weights: list[Weight], slices: int) -> Plan:
             pattern.
     """
     candidates = [w for w in weights if w.linear]
-    used: set[int] = set()
-    pattern = sparsity.masks
-    plan: dict[str, SparseWeight] = {}
-    for weight in candidates:
-        level = sparsity.level
-        for number, rule in enumerate(sparsity.rules):
-            if fnmatch.fnmatchcase(weight.name, rule.weights):
-                level = rule.level
-                used.add(number)
-                break
-        if level > 0.0:
+    levels, used = _levels(sparsity, candidates, slices)
+    pattern, plan = sparsity.masks, {}
+    for weight, level in zip(candidates, levels, strict=True):
+        if level * sparsity.reached > 0.0:
             place = weight.name, weight.shape, weight.axis
-            most = math.gcd(slices, weight.shape[weight.axis])
-            cut = pattern.cut(*place, most, level)
-            plan[weight.name] = SparseWeight(*place, cut, level, pattern)
+            cut = pattern.cut(*place, _most_slices(weight, slices), level)
+            plan[weight.name] = SparseWeight(*place, cut, level, pattern, sparsity.reached,
+                                             sparsity.update.holds)
     _refuse_idle_rules(sparsity, used, candidates, weights)
     return Plan(sparsity.seed, plan, sparsity.dense_copy)
+
+
+def _most_slices(weight: Weight, slices: int) -> int:
+    return math.gcd(slices, weight.shape[weight.axis])
+
+
+def _levels(sparsity: Sparsity, weights: list[Weight],
+            slices: int) -> tuple[list[float], set[int]]:
+    """Level of each weight, and the rules that matched."""
+    levels, used, free = [sparsity.level] * len(weights), set(), []
+    for i, weight in enumerate(weights):
+        matching = (number for number, rule in enumerate(sparsity.rules)
+                    if fnmatch.fnmatchcase(weight.name, rule.weights))
+        if (number := next(matching, None)) is None:
+            free.append(i)
+        else:
+            levels[i] = sparsity.rules[number].level
+            used.add(number)
+    if sparsity.distribution == "erk" and sparsity.level and free:
+        cut = [_most_slices(weights[i], slices) for i in free]
+        by_erk = _erk_levels([weights[i] for i in free], sparsity.level, cut)
+        for i, level in zip(free, by_erk, strict=True):
+            levels[i] = level
+    return levels, used
+
+
+def _erk_levels(weights: list[Weight], level: float, slices: list[int]) -> list[float]:
+    entries = [w.numel // c for w, c in zip(weights, slices, strict=True)]
+    budget = sum(Unstructured().active((1, n), level) * c
+                 for n, c in zip(entries, slices, strict=True))
+    active = whole_entries(erk_densities(weights, 1.0 - level), entries, slices, budget)
+    return [1.0 - k / n for k, n in zip(active, entries, strict=True)]
 
 
 def check_tensor(plan: Plan, tensor: int) -> None:

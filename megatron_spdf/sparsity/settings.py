@@ -46,6 +46,10 @@ class Sparsity(Section):
         "unstructured",
         description="what is active or zero: single weights, square tiles of them, two of every "
                     "four both ways, ...")
+    distribution: Literal["uniform", "erk"] = Field(
+        "uniform", description="of the zeros over weights that no rule matches: the same level, or "
+                               "by Erdos-Renyi kernel, denser where a weight is smaller; with as "
+                               "many active in all")
     dense_copy: Literal["per_step", "per_layer"] = Field(
         "per_step", description="dense copies of sparse weights: kept for the step, or made again "
                                 "in forward and backward")
@@ -56,6 +60,9 @@ class Sparsity(Section):
         "static", description="how masks move while training")
     update: SerializeAsAny[MaskAlgorithm] = Field(
         default_factory=dict, validate_default=True, description="the keys of the algorithm")
+    reached: float = Field(
+        1.0, ge=0.0, le=1.0, description="share of the levels that this part of a run stores its "
+                                         "weights at; set by the run where the algorithm prunes")
 
     @field_validator("update", mode="before")
     @classmethod

@@ -190,8 +190,8 @@ def train(job: Job, stop: StopRequest, device: torch.device) -> int:
 
 
 def train_stage(job: Job, stage: RunStage, stop: StopRequest, device: torch.device) -> int:
-    """Builds the engine, restores the newest checkpoint, or densifies that of the stage before, and
-    trains to the end of the stage."""
+    """Builds the engine, restores the newest checkpoint, or densifies or prunes that of the stage
+    before, and trains to the end of the stage."""
     from megatron_spdf.checkpoint.checkpointer import Checkpointer
     from megatron_spdf.checkpoint.saving import SaveFailed
     from megatron_spdf.engine.factory import make_engine
@@ -208,7 +208,7 @@ def train_stage(job: Job, stage: RunStage, stop: StopRequest, device: torch.devi
         run.create_on_rank_0()
         checkpointer = Checkpointer(run.checkpoints, recipe, plan, job.tokenizer, job.masks,
                                     job.origin)
-        state, found = checkpointer.restore(engine, boundary=stage.first)
+        state, found = checkpointer.restore(engine, stage.first, stage.continues)
     data = job.make_data(recipe, engine)
     log = RunLog(run, state.step, recipe.steps, recipe.log.tensorboard, active=job.ranks.rank == 0,
                  evaluated=state.evaluated)

@@ -84,7 +84,7 @@ class Trainer:
             fetched = time.perf_counter()
             self.moves.before_step()
             with TrafficCounter() if state.step + 1 == first else nullcontext() as traffic:
-                tokens = (state.step + 1 - self.stage.first) * recipe.tokens_per_step
+                tokens = (state.step + 1 - self.stage.begin) * recipe.tokens_per_step
                 result = self.engine.step(batch, state.step + 1, tokens, self.stop.requested)
             self._count(result)
             pace.end(state.step, fetched - started)
@@ -173,7 +173,7 @@ class Trainer:
         PROGRESS.set_activity(f"the save at step {self.state.step}")
         self.report.saved(self.checkpointer.wait())
         self._stop_if_saves_fail(self.recipe.fault_tolerance.max_failed_saves)
-        measured = self.moves.without_newborn(self.engine.measured_sparsity())
+        measured = self.moves.as_stored(self.engine.measured_sparsity())
         check_sparsity(measured, self.stage.plan)
         self.checkpointer.save(self.engine, self.state, measured)
         if not self.recipe.checkpoint.asynchronous:

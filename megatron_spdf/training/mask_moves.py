@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from megatron_spdf.checkpoint.run_metadata import RunState
 from megatron_spdf.engine.base import Engine, StepResult
-from megatron_spdf.engine.moving import move_masks
+from megatron_spdf.engine.moving import count_held, hold_entries, move_masks
 from megatron_spdf.layers.compact import collect_dense_gradients, drop_dense_gradients
 from megatron_spdf.resilience.progress import PROGRESS
 from megatron_spdf.schedule.stages import RunStage
@@ -34,13 +34,14 @@ class MaskMoves:
 
     def __post_init__(self) -> None:
         self.algorithm = self.stage.recipe.sparsity.update
-        self.steps = self.stage.last - self.stage.first
+        self.steps = self.stage.steps
         self._due = self._collects = False
 
     def before_step(self) -> None:
         """Lets the step collect the gradients of dense weights if the algorithm needs them then,
         which all ranks know from the number of the step."""
-        self._due = self.algorithm.due(self.engine.optimizer_steps + 1, self.steps)
+        due = self.algorithm.due(self.engine.optimizer_steps + 1, self.steps)
+        self._due = due and bool(self.stage.plan.weights)  # of dense weights the border prunes
         self._collects = self._due and self.algorithm.needs == "dense_gradient"
         if self._collects:
             collect_dense_gradients(self.engine.models)
@@ -56,14 +57,16 @@ class MaskMoves:
         state, started = self.state, time.perf_counter()
         PROGRESS.set_activity(f"the move of the masks at step {state.step}", watched=True)
         state.mask_updates += 1
-        born = move_masks(self.engine, self.algorithm,
-                          Moment(state.mask_updates, state.optimizer_steps, self.steps))
-        self.report.moved(sum(born.values()), time.perf_counter() - started)
-        return born
+        when = Moment(state.mask_updates, state.optimizer_steps, self.steps)
+        act = hold_entries if self.algorithm.holds else move_masks
+        changed = act(self.engine, self.algorithm, when)
+        self.report.moved(sum(changed.values()), time.perf_counter() - started)
+        return {} if self.algorithm.holds else changed
 
-    def without_newborn(self, measured: dict[str, float]) -> dict[str, float]:
-        """Measured sparsity by weight, in which entries that were just born do not count as
-        zeros."""
+    def as_stored(self, measured: dict[str, float]) -> dict[str, float]:
+        """Measured sparsity by weight, in which active entries that were just born or are held do
+        not count as zeros."""
         weights = self.stage.plan.weights
-        return {name: sparsity - self.born.get(name, 0) / weights[name].numel
+        zeros = count_held(self.engine) if self.algorithm.holds else self.born
+        return {name: sparsity - zeros.get(name, 0) / weights[name].numel
                 for name, sparsity in measured.items()}

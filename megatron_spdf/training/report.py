@@ -66,7 +66,7 @@ class Report:
             "grad_norm": result.grad_norm,
             "skipped": state.skipped,
             "sparsity": total_sparsity(self.engine.measured_sparsity(), plan),
-            "flops": stage.flops_before + training_flops(model, length, plan).total
+            "flops": stage.flops_before + training_flops(model, length, stage.mean_plan).total
             * (state.tokens - data.consumed(stage.first)),
             "tokens_per_second": tokens / seconds,
             "model_tflops_per_rank": executed / 1e12,
@@ -88,7 +88,7 @@ class Report:
         """A move of the masks.
 
         Args:
-            entries: that died, and as many that were born, over all weights.
+            entries: that died, over all weights; as many were born, or they are held at zero.
             seconds: it took.
         """
         state, name = self.state, self.stage.recipe.sparsity.algorithm

@@ -294,3 +294,88 @@ def test_a_share_of_the_names_checks_the_content_of_those_and_the_size_of_all(ch
     truncate(checkpoint)
     with pytest.raises(store.DamagedCheckpoint, match=r"weights\.distcp"):
         store.verify(checkpoint, names=["run.json"])
+
+
+def elsewhere(path: Path) -> Path:
+    """The same file outside of the checkpoint."""
+    target = path.parents[1] / f"elsewhere_{path.name}"
+    path.rename(target)
+    return target
+
+
+def link(checkpoint: Path) -> str:
+    path = checkpoint / "weights.distcp"
+    path.symlink_to(elsewhere(path))
+    return "weights.distcp is a link and no file"
+
+
+def linked_directory(checkpoint: Path) -> str:
+    path = checkpoint / "tokenizer"
+    path.symlink_to(elsewhere(path))
+    return "tokenizer is a link and no file"
+
+
+def pipe(checkpoint: Path) -> str:
+    (checkpoint / "weights.distcp").unlink()
+    os.mkfifo(checkpoint / "weights.distcp")
+    return "weights.distcp is a pipe, socket or device and no file"
+
+
+def new_pipe(checkpoint: Path) -> str:
+    os.mkfifo(checkpoint / "tokenizer" / "more")
+    return "tokenizer/more is a pipe, socket or device and no file"
+
+
+def pipe_for_the_list(checkpoint: Path) -> str:
+    (checkpoint / store.FILES).unlink()
+    os.mkfifo(checkpoint / store.FILES)
+    return "files.json cannot be read"
+
+
+def link_for_the_list(checkpoint: Path) -> str:
+    path = checkpoint / store.FILES
+    path.symlink_to(elsewhere(path))
+    return "files.json is a link and no file"
+
+
+def device_for_the_list(checkpoint: Path) -> str:
+    (checkpoint / store.FILES).unlink()
+    (checkpoint / store.FILES).symlink_to("/dev/zero")
+    return "files.json cannot be read"
+
+
+def file_outside(checkpoint: Path) -> str:
+    (checkpoint.parent / "outside").write_text("{}")
+    relist(checkpoint, "../outside", store.describe(checkpoint.parent / "outside"))
+    return "../outside is missing"
+
+
+def file_of_the_system(checkpoint: Path) -> str:
+    relist(checkpoint, "/etc/hostname", {"bytes": 1, "sha256": "0" * 64})
+    return "/etc/hostname is missing"
+
+
+def escape(checkpoint: Path) -> str:
+    relist(checkpoint, "\033[2J", {"bytes": 1, "sha256": "0" * 64})
+    return r"'\\x1b\[2J' is missing"
+
+
+def no_size(checkpoint: Path) -> str:
+    relist(checkpoint, "weights.distcp", {"bytes": -1, "sha256": "0" * 64})
+    return "files.json cannot be read"
+
+
+def relist(checkpoint: Path, name: str, entry: dict) -> None:
+    listed = json.loads((checkpoint / store.FILES).read_text())
+    (checkpoint / store.FILES).write_text(json.dumps(listed | {name: entry}))
+
+
+@pytest.mark.parametrize("plant", [
+    link, linked_directory, pipe, new_pipe, pipe_for_the_list, link_for_the_list,
+    device_for_the_list, file_outside, file_of_the_system, escape, no_size])
+@pytest.mark.parametrize("checksums", [True, False])
+def test_what_is_no_file_of_the_checkpoint_is_refused_and_not_waited_for(checkpoint, plant,
+                                                                         checksums):
+    with pytest.raises(store.DamagedCheckpoint, match=plant(checkpoint)) as caught:
+        store.verify(checkpoint, checksums)
+    assert "\033" not in str(caught.value)

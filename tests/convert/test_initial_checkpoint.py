@@ -216,11 +216,14 @@ def test_a_file_that_cannot_be_read_is_named(begin):
     file.write_bytes(file.read_bytes()[:5000])
     with pytest.raises(store.DamagedCheckpoint,
                        match="decoder.final_layernorm.bias, in __0_0.distcp, cannot be read"):
-        TensorFiles(reader.path).tensor("decoder.final_layernorm.bias")
+        reader.tensor("decoder.final_layernorm.bias")
+    with pytest.raises(store.DamagedCheckpoint, match="of __0_0.distcp, which has 5,000"):
+        TensorFiles(reader.path)
     file.unlink()
-    with pytest.raises(store.DamagedCheckpoint,
-                       match="in __0_0.distcp, cannot be read .FileNotFoundError"):
-        TensorFiles(reader.path).tensor("decoder.final_layernorm.bias")
+    with pytest.raises(store.DamagedCheckpoint, match="in __0_0.distcp, cannot be read"):
+        reader.tensor("decoder.final_layernorm.bias")
+    with pytest.raises(store.DamagedCheckpoint, match="names __0_0.distcp, which is missing"):
+        TensorFiles(reader.path)
 
 
 def test_the_other_half_of_a_tensor_is_missed(begin):
@@ -229,9 +232,7 @@ def test_the_other_half_of_a_tensor_is_missed(begin):
     index = pickle.loads(path.read_bytes())
     del index.state_dict_metadata["embedding.word_embeddings.weight"].chunks[1]
     path.write_bytes(pickle.dumps(index))
-    rows = reader.weights["embedding.word_embeddings.weight"].shape[0]
-    with pytest.raises(store.DamagedCheckpoint,
-                       match=f"holds {rows * 8} of {rows * 12} numbers of embedding"):
+    with pytest.raises(store.DamagedCheckpoint, match="not hold every number of embedding"):
         TensorFiles(reader.path).tensor("embedding.word_embeddings.weight")
 
 

@@ -21,7 +21,7 @@ from megatron_spdf.data.preprocess.preprocess import preprocess
 from megatron_spdf.data.pretraining.corpus import check_corpus, data_tokenizer
 from megatron_spdf.data.tokenizers.tokenizer import train_tokenizer
 from megatron_spdf.evaluation.decoding import DecodingSettings, decode, likelihood
-from megatron_spdf.evaluation.evaluate import evaluate
+from megatron_spdf.evaluation.evaluate import evaluate, scores_of
 from megatron_spdf.resilience.world import find_ranks
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -164,7 +164,8 @@ def test_a_diverged_model_has_no_perplexity(place, tmp_path, factor):
     source.weight = lambda name: weight(name) * (factor if "final_layernorm.w" in name else 1)
     settings = DecodingSettings(beams=2, max_new_tokens=3)
     examples = [Example(f"context {n}", (f"completion {n}",)) for n in range(3)]
-    _, scores, _ = evaluate(source, "jsonl", examples, settings, find_ranks())
+    scores = scores_of("jsonl", examples,
+                       evaluate(source, "jsonl", examples, settings, find_ranks()))
     assert "the model has diverged" in scores.missing["perplexity"]
     assert f"perplexity  {'-':>8}".split() == [line.split() for line in render(scores).splitlines()
                                                if line.startswith("perplexity ")][0]

@@ -114,6 +114,7 @@ BAD_RECORDS = [
     (b'{"content": "x", "id": 1}', "no key 'text'; keys here: 'content', 'id'"),
     (b'{"text": null}', "'text' is not a string but a NoneType"),
     (b'{"text": ["x"]}', "'text' is not a string but a list"),
+    (b'{"text": "a", "text": "b"}', "'text' is not a string but given 2 times: 'a', 'b'"),
     (b'{"text": "\xff"}', "not UTF-8: 0xff at byte 10"),
 ]
 
@@ -136,7 +137,7 @@ def test_bad_records_are_skipped_and_accounted_for(tmp_path):
     path = write(tmp_path / "a.jsonl", as_lines(TEXTS[:3]) + bad + as_lines(["", "last"]))
     report = ReadReport()
     assert read(path, on_error="skip", report=report) == [*TEXTS[:3], "last"]
-    assert (report.seen, report.documents, report.empty, report.skipped) == (13, 4, 1, 8)
+    assert (report.seen, report.documents, report.empty, report.skipped) == (14, 4, 1, 9)
     for line, (skipped, (_, reason)) in enumerate(zip(report.skipped_lines, BAD_RECORDS,
                                                       strict=True), 4):
         assert (skipped.path, skipped.line) == (str(path), line)

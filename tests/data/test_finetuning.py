@@ -10,6 +10,7 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
+from megatron_spdf.data.finetuning import completions
 from megatron_spdf.data.finetuning.completions import CompletionData, tokenize
 from megatron_spdf.data.tokenizers.tokenizer import train_tokenizer
 
@@ -136,6 +137,26 @@ def test_every_pair_comes_once_an_epoch_and_in_another_order_in_the_next(make_da
     everything = sorted(tuple(t.tolist()) for t in data.train.tokens)
     assert sorted(epochs[0]) == sorted(epochs[1]) == everything
     assert epochs[0] != epochs[1]
+
+
+def test_batches_of_another_epoch_are_of_other_pairs(recipe, make_data, monkeypatch):
+    """Not the same ones in another order, where an epoch has several pools."""
+    monkeypatch.setattr(completions, "POOL", 2)
+    data = make_data()
+    first, second = ({frozenset(chosen.tolist()) for chosen in data._draw_epoch(epoch)}
+                     for epoch in (0, 1))
+    assert len(first & second) < len(first) // 4
+
+
+@pytest.mark.parametrize("tensor", [3, 5])
+def test_padding_divides_among_ranks_of_any_number(recipe, task, tokenizer, tensor):
+    """Under sequence parallelism each has as many tokens."""
+    train = tokenize("jsonl", task, "train", tokenizer, 64)
+    made = recipe(model={"max_positions": 600, "hidden": 60, "heads": tensor},
+                  parallel={"tensor": tensor, "sequence": True})
+    data = CompletionData(made, train, train, pad=0, replica=0)
+    for micro in next(data.training_batches(0)):
+        assert micro["tokens"].shape[1] % (8 * tensor) == 0
 
 
 def test_lengths_of_batches_come_in_no_order(make_data):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import time
@@ -87,6 +88,20 @@ def test_a_pass_of_one_epoch_is_megatrons(make, place, tokenizer, tmp_path, monk
         sample, expected = ours[i], theirs[i]
         assert set(sample) == set(expected)
         assert all(torch.equal(sample[key], expected[key]) for key in expected)
+
+
+def test_seed_pass_and_content_each_give_another_order(make, place, tmp_path, monkeypatch):
+    """Two data sets of as many documents, so that nothing but the order could be alike."""
+    monkeypatch.setattr(samples, "_LEAST_SAMPLES", 1)
+    for suffix in ("bin", "idx", "json"):
+        shutil.copy(f"{place}/a.{suffix}", f"{tmp_path}/copy.{suffix}")
+    shutil.copytree(place / "a.tokenizer", tmp_path / "copy.tokenizer")
+    manifest = tmp_path / "copy.json"
+    manifest.write_text(re.sub('"bin_sha256": ?"[0-9a-f]{2}', '"bin_sha256": "00',
+                               manifest.read_text()))
+    made = [make(), make(number=1), make(seed=5), make(prefix=tmp_path / "copy")]
+    assert len({one.document_index.tobytes() for one in made}) == len(made)
+    assert len({one.shuffle_index.tobytes() for one in made}) == len(made)
 
 
 def test_another_length_has_an_index_of_its_own(make, place, monkeypatch):

@@ -133,6 +133,21 @@ def test_json_lines_of_your_own(tmp_path):
     assert load_examples("jsonl", path, "train") == [Example("a", ("b",)), Example("a", ("c", "d"))]
 
 
+@pytest.mark.parametrize("odd", ["[" * 5000 + "]" * 5000, "7" * 5000, "NaN", '{"a": 1, "a": 2}'])
+def test_fields_that_nobody_reads_may_be_odd(tmp_path, odd):
+    path = write(tmp_path / "mine.jsonl", f'{{"context": "a", "completion": "b", "more": {odd}}}\n')
+    assert load_examples("jsonl", path, "test") == [Example("a", ("b",))]
+
+
+@pytest.mark.parametrize("entities", [
+    '<!ENTITY a "x"><!ENTITY b "&a;&a;">', '<!ENTITY a SYSTEM "file:///etc/passwd">'])
+def test_an_xml_file_declares_no_entities(tmp_path, entities):
+    declared = XML.replace("<benchmark>", f"<!DOCTYPE benchmark [{entities}]><benchmark>", 1)
+    path = write(tmp_path / "test.xml", declared.replace("One.", "&a;"))
+    with pytest.raises(ValueError, match="test.xml declares a document type"):
+        load_examples("webnlg", path, "test")
+
+
 def without(record: dict, field: str) -> dict:
     return {name: value for name, value in record.items() if name != field}
 
@@ -145,7 +160,13 @@ def without(record: dict, field: str) -> dict:
     ("e2e", "mr,ref\nname[A],B\nname[A], \n",
      r"file, line 3: field 'ref' must be a text that is not blank"),
     ("e2e", 'mr,ref\nname[A],"B\n', r"file, line 2: not CSV"),
-    ("webnlg", "{]", r"file: not JSON"),
+    ("webnlg", "{]", r"file: not valid JSON"),
+    ("jsonl", '{"context": "a", "completion": "b \\ud83d c"}\n',
+     r"file, line 1: field 'completion' has half of a surrogate pair, '.ud83d', at character 2"),
+    ("jsonl", '{"context": "a", "completion": "b", "completion": "c"}\n',
+     r"line 1: field 'completion' must be a text .* it is given 2 times: 'b', 'c'"),
+    ("dart", [{**RECORD, "tripleset": [["a", "\ud83d", "c"]]}],
+     r"file, record 1: field 'tripleset' has half of a surrogate pair"),
     ("webnlg", [], r"file: a list instead of an object with the field 'entries'"),
     ("webnlg", webnlg(ENTRY, without(ENTRY, "category")), r"file, entry 2: no field 'category'"),
     ("webnlg", webnlg({**ENTRY, "modifiedtripleset": []}),

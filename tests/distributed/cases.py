@@ -9,6 +9,7 @@ import os
 import resource
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
@@ -112,28 +113,16 @@ def masks(engine: Engine) -> dict[tuple[str, int], str]:
     return found
 
 
-@contextmanager
-def overlap_on_cpu():
-    """Lets the engine overlap traffic as it does on GPUs; gloo has asynchronous operations too."""
-    overlaps = megatron._overlaps
-    megatron._overlaps = lambda recipe, device: recipe.parallel.data > 1
-    yield
-    megatron._overlaps = overlaps
-
-
-def overlapped(recipe: dict, steps: int) -> dict:
-    with overlap_on_cpu():
-        return train(recipe, steps)
-
-
-def overlapped_cut(recipes: list[dict], stops: list[int]) -> list[tuple[float, float]]:
-    with overlap_on_cpu():
-        return cut(recipes, stops)
+def overlapped(case: Callable, *arguments, **keywords):
+    """What a case gives where traffic overlaps with compute as on GPUs; gloo has asynchronous
+    operations too."""
+    with patch.object(megatron, "_overlaps", lambda recipe, device: recipe.parallel.data > 1):
+        return case(*arguments, **keywords)
 
 
 def train(recipe: dict, steps: int) -> dict:
     """Losses and gradient norms of `steps` steps, validation loss, masks, measured sparsity, bytes
-    and traffic."""
+    and traffic, and what multiplied."""
     with bench(recipe) as b:
         curve = b.steps(0, steps - 1)
         with TrafficCounter() as traffic:
@@ -141,7 +130,9 @@ def train(recipe: dict, steps: int) -> dict:
         valid = [b.engine.evaluate(batch, False)[0] for batch in b.data.validation_batches()]
         return {
             "curve": curve, "valid": valid, "masks": masks(b.engine),
-            "held": b.engine.state_bytes(),
+            "held": b.engine.state_bytes(), "choices": b.engine.choices,
+            "products": {type(compact_of(m).product).__name__
+                         for model in b.engine.models for m in sparse_modules(model)},
             "sparsity": b.engine.measured_sparsity(),
             "traffic": dict(traffic.bytes),
             "planned": {n: w.sparsity for n, w in b.plan.weights.items()},
@@ -297,12 +288,12 @@ def saved_first(recipe: dict, saves: bool) -> list[tuple[float, float]]:
         return b.steps(0, 3)
 
 
-def unshared(recipe: dict, places: list[str]) -> list[str]:
+def unshared(recipe: dict) -> list[str]:
     """What is said where ranks have directories of their own under one name: of a run that begins,
     and of a save."""
     shared_files.PATIENCE, said = 0.2, []
-    with bench(recipe | {"output": places[0]}) as b:
-        here = Path(places[dist.get_rank()])
+    with bench(recipe) as b:
+        here = Path(f"{recipe['output']} of rank {dist.get_rank()}")
         b.run.root, b.checkpointer.directory = here, here / "checkpoints"
         try:
             b.run.create_on_rank_0()

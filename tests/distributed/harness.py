@@ -66,15 +66,14 @@ class Ranks:
         Args:
             function: of a module that the ranks can import; returns plain values and tensors, which
                 are pickled.
-            arguments, keywords: plain values and tensors. Recipes whose `output` is None get a
-                directory that calls of another kind do not have.
+            arguments, keywords: plain values, tensors and such functions. Recipes whose `output` is
+                None get a directory that calls of another kind do not have.
 
         Raises:
             AssertionError: it raised on a rank, with its trace; a rank died or was not done in
                 time, with the logs.
         """
-        call = json.dumps([function.__module__, function.__qualname__, arguments, keywords],
-                          default=lambda value: value.tolist(), sort_keys=True)
+        call = json.dumps([function, arguments, keywords], default=_plain, sort_keys=True)
         if call not in self._found:
             output = self.directory / hashlib.sha256(call.encode()).hexdigest()[:16]
             self._found[call] = self._run(function, *_with_output([arguments, keywords],
@@ -130,6 +129,11 @@ class Ranks:
             process.kill()
             process.join()
         self._ranks, self._ends = [], []
+
+
+def _plain(value) -> list | str:
+    """What tells a tensor or a function from others."""
+    return value.tolist() if hasattr(value, "tolist") else f"{value.__module__}.{value.__name__}"
 
 
 def _with_output(value, output: str):

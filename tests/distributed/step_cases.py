@@ -96,11 +96,12 @@ def adam(recipe: dict) -> dict:
                 "steps": {float(state["step"]) for state in adam.state.values()}}
 
 
-def tuned(recipes: list[dict], stops: list[int | None], beside: str) -> dict:
+def tuned(recipes: list[dict], stops: list[int | None]) -> dict:
     """A run that chooses its micro-batch, started with each recipe in turn and stopped after so
     many steps; and a run in another directory with the number that it chose first."""
     there = staged(recipes, stops)
     chosen = json.loads((Path(recipes[0]["output"]) / "micro_batch.json").read_text())
     train = {**recipes[0]["train"], "micro_batch": chosen[0]["micro_batch"]}
-    fixed = staged([{**recipes[0], "train": train, "output": beside}], [None])
+    beside = {"train": train, "output": f"{recipes[0]['output']} fixed"}
+    fixed = staged([recipes[0] | beside], [None])
     return {"auto": there, "chosen": chosen, "fixed": fixed}

@@ -5,12 +5,13 @@ import json
 import shutil
 import sys
 import sysconfig
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from harness import outcome, run_cases
+from cases import converted, resharded, through_megatron
 from mup import MUP
 from safetensors.torch import load_file, save_file
 
@@ -108,39 +109,21 @@ def ids_of(shape: str) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def results(place, make_run, tmp_path_factory):
-    ids, cases = ids_of("narrow"), {}
-    for name, (shape, level, layout) in RUNS.items():
-        cases[name] = ("converted",
-                       {"recipe": make_run(name, shape, level, layout), "stop": 2,
-                        "ids": ids_of(shape),
-                                     "greedy": GREEDY if layout in ("tp2", "pp2") else 0})
-    straight, pruned = (make_run(f"magnitude {n}", "narrow", 0.75, "tp1", select="magnitude")
-                        for n in ("one", "two"))
-    elsewhere = pruned | {"parallel": LAYOUTS["tp4"]}
-    again = pruned | {"parallel": {"tensor": 2, "pipeline": 2, "interleave": 2},
-                      "output": str(place / "magnitude resharded")}
-    cases |= {
-        "magnitude one": ("converted", {"recipe": straight, "stop": 6, "ids": ids}),
-        "magnitude two": ("converted", {"recipe": pruned, "stop": 2, "ids": ids}),
-        "magnitude two on": ("converted", {"recipe": elsewhere, "stop": 4, "ids": ids},
-                             ["magnitude two"]),
-        "magnitude two on resharded": (
-            "resharded", {"source": pruned["output"], "recipe": again, "stop": 6, "ids": ids},
-            ["magnitude two on"]),
-    }
-    dense = open_weights(find_checkpoint(place / "0% tp1"))
-    save_for_megatron(dense, place / "megatron", torch.float32)
-    shape = shape_of("narrow") | {"rows": 384}
-    cases["megatron"] = ("through_megatron", {
-        "directory": str(place / "megatron"), "saved": str(place / "megatron saved"),
-        "shape": shape, "ids": ids})
-    return run_cases(4, cases, tmp_path_factory.mktemp("conversion_ranks"))
+def conversion(ranks, make_run):
+    """What the last rank, which is on the last pipeline stage, gives of a run of RUNS."""
+    @cache
+    def of(name: str) -> dict:
+        shape, level, layout = RUNS[name]
+        return ranks(4).run_all(converted, make_run(name, shape, level, layout), 2, ids_of(shape),
+                                GREEDY if layout in ("tp2", "pp2") else 0)[-1]
+    return of
 
 
-def last(results: dict, name: str) -> dict:
-    """Of the last rank, which is on the last pipeline stage."""
-    return outcome(results, name, rank=-1)
+@pytest.fixture(scope="module")
+def magnitude(ranks, make_run):
+    """What each rank gives of a run whose masks are the largest magnitudes."""
+    recipe = make_run("magnitude one", "narrow", 0.75, "tp1", select="magnitude")
+    return ranks(4).run_all(converted, recipe, 6, ids_of("narrow"))
 
 
 def close(engine: torch.Tensor, transformers: torch.Tensor) -> bool:
@@ -162,21 +145,22 @@ def masked(place: Path, shape: str, run: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_converted_run_computes_what_transformers_does(results, place, name):
+def test_a_converted_run_computes_what_transformers_does(conversion, place, name):
     shape, level, _ = RUNS[name]
-    found = last(results, name)
+    found = conversion(name)
     assert (found["before"] - found["after"]).abs().max() > 0.01  # it was trained
     reference = masked(place, shape, place / name) if level else place / shape
     assert close(found["before"], logits_of(reference, ids_of(shape)))
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_trained_run_exports_what_the_engine_computes(results, place, name):
+def test_a_trained_run_exports_what_the_engine_computes(conversion, place, name):
     shape, level, _ = RUNS[name]
+    after = conversion(name)["after"]
     newest = find_checkpoint(place / name)
     assert newest.name == store.name_of(2)
     export(CheckpointReader(newest), place / f"{name} trained")
-    assert close(last(results, name)["after"], logits_of(place / f"{name} trained", ids_of(shape)))
+    assert close(after, logits_of(place / f"{name} trained", ids_of(shape)))
     blocks = {n: w for n,
               w in load_file(place / f"{name} trained" / WEIGHTS).items() if ".h." in n and w.ndim
               == 2}
@@ -189,10 +173,10 @@ def test_a_trained_run_exports_what_the_engine_computes(results, place, name):
 @pytest.mark.parametrize("name",
                          [name for name, (_, _, layout) in RUNS.items()
                           if layout in ("tp2", "pp2")])
-def test_greedy_text_is_that_of_transformers(results, place, name):
+def test_greedy_text_is_that_of_transformers(conversion, place, name):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    shape, level, _ = RUNS[name]
+    (shape, *_), found = RUNS[name], conversion(name)
     exported = place / f"{name} at step 0"
     export(CheckpointReader(place / name / "checkpoints" / store.name_of(0)), exported)
     prompt = ids_of(shape)[:1]
@@ -202,28 +186,35 @@ def test_greedy_text_is_that_of_transformers(results, place, name):
     )
     tokens = model.generate(prompt, do_sample=False, max_new_tokens=GREEDY, min_new_tokens=GREEDY)
     assert tokens.shape == (1, prompt.size(1) + GREEDY)
-    assert tokenizer.decode(tokens[0]) == last(results, name)["text"]
+    assert tokenizer.decode(tokens[0]) == found["text"]
 
 
 @pytest.mark.parametrize("level", ["0%", "75%"])
-def test_a_converted_run_trains_alike_at_every_layout(results, level):
-    losses = {layout: [loss for loss, _ in last(results, f"{level} {layout}")["curve"]]
+def test_a_converted_run_trains_alike_at_every_layout(conversion, level):
+    losses = {layout: [loss for loss, _ in conversion(f"{level} {layout}")["curve"]]
               for layout in LAYOUTS
               if f"{level} {layout}" in RUNS}
     for layout in losses:
         assert losses[layout] == pytest.approx(losses["tp1"], rel=1e-5), layout
 
 
-def test_given_masks_survive_training_resuming_and_resharding(results, place):
-    names = ["magnitude two", "magnitude two on", "magnitude two on resharded"]
-    straight = last(results, "magnitude one")
-    pieces = [loss for name in names for loss, _ in last(results, name)["curve"]]
-    assert pieces == pytest.approx([loss for loss, _ in straight["curve"]],
-                                   rel=1e-5) and len(pieces) == 6
-    for name in ["magnitude one", *names]:
-        held = {chunk: mask for rank in results[name] for chunk, mask in rank["masks"].items()}
+def test_given_masks_survive_training_resuming_and_resharding(ranks, conversion, magnitude, place,
+                                                              make_run):
+    ids, pruned = ids_of("narrow"), make_run("magnitude two", "narrow", 0.75, "tp1",
+                                             select="magnitude")
+    again = pruned | {"parallel": {"tensor": 2, "pipeline": 2, "interleave": 2},
+                      "output": str(place / "magnitude resharded")}
+    pieces = [ranks(4).run_all(converted, pruned, 2, ids),
+              ranks(4).run_all(converted, pruned | {"parallel": LAYOUTS["tp4"]}, 4, ids),
+              ranks(4).run_all(resharded, pruned["output"], again, 6, ids)]
+    straight = magnitude[-1]
+    losses = [loss for piece in pieces for loss, _ in piece[-1]["curve"]]
+    assert losses == pytest.approx([loss for loss, _ in straight["curve"]],
+                                   rel=1e-5) and len(losses) == 6
+    for piece in (magnitude, *pieces):
+        held = {chunk: mask for there in piece for chunk, mask in there["masks"].items()}
         assert held == straight["masks"]  # all of them, on its one model-parallel rank
-    assert straight["masks"] != last(results, "75% tp1")["masks"]
+    assert straight["masks"] != conversion("75% tp1")["masks"]
     for run in ("magnitude two", "magnitude resharded"):
         reader = CheckpointReader(find_checkpoint(place / run), checksums=True)
         assert reader.masks == stored_masks("the largest magnitudes in each slice of the Hugging "
@@ -233,7 +224,8 @@ def test_given_masks_survive_training_resuming_and_resharding(results, place):
         )
 
 
-def test_a_converted_run_is_recorded_like_one_that_the_engine_saved(results, place):
+def test_a_converted_run_is_recorded_like_one_that_the_engine_saved(conversion, place):
+    conversion("75% tp2")
     begun, saved = (json.loads((place / "75% tp2" / "checkpoints" / store.name_of(step)
                                 / store.RUN).read_text())
                     for step in (0, 2))
@@ -241,12 +233,12 @@ def test_a_converted_run_is_recorded_like_one_that_the_engine_saved(results, pla
     assert begun["masks"] == saved["masks"] and begun["versions"] == saved["versions"]
 
 
-def test_the_kept_weights_are_the_largest_of_each_chunk(results, place):
+def test_the_kept_weights_are_the_largest_of_each_chunk(magnitude, place):
     """By sorting, in GPT-2's own layout: chunks are heads, or their share of the feed-forward
     layer."""
     weights = load_file(place / "narrow" / WEIGHTS)
     reference = masked(place, "narrow", place / "magnitude one")
-    assert close(last(results, "magnitude one")["before"], logits_of(reference, ids_of("narrow")))
+    assert close(magnitude[-1]["before"], logits_of(reference, ids_of("narrow")))
     masks = load_file(place / "magnitude one exported" / MASKS)
     assert len(masks) == 16
     for name, mask in masks.items():
@@ -264,11 +256,16 @@ def test_the_kept_weights_are_the_largest_of_each_chunk(results, place):
             assert values[kept].min() >= values[~kept].max(), name
 
 
-def test_plain_megatron_loads_what_is_written_for_it_and_is_read_back(results, place):
-    found = last(results, "megatron")
+def test_plain_megatron_loads_what_is_written_for_it_and_is_read_back(ranks, conversion, place):
+    conversion("0% tp1")
+    ids, dense = ids_of("narrow"), CheckpointReader(place / "0% tp1" / "checkpoints"
+                                                    / store.name_of(0))
+    save_for_megatron(dense, place / "megatron", torch.float32)
+    found = ranks(4).run_all(through_megatron, str(place / "megatron"),
+                             str(place / "megatron saved"),
+                             shape_of("narrow") | {"rows": 384}, ids)[-1]
     assert found.shape[-1] == 384
-    assert close(found, logits_of(place / "narrow", ids_of("narrow")))
-    dense = CheckpointReader(find_checkpoint(place / "0% tp1").parent / store.name_of(0))
+    assert close(found, logits_of(place / "narrow", ids))
     theirs = MegatronReader(place / "megatron saved", dense.model)
     assert theirs.path.name == "iter_0000005"
     for name in dense.weights:

@@ -88,8 +88,9 @@ def test_learning_rates_of_several_densities_are_the_same_at_every_layout(run, r
 
 
 @pytest.mark.parametrize("zero", ZERO)
-def test_overlapping_traffic_with_compute_changes_no_loss(run, reference, zero):
-    there = run(STEPS, overlapped, parallel=ZERO[zero])[0]
+def test_overlapping_traffic_with_compute_changes_no_loss(ranks, make_deep_recipe, reference,
+                                                          zero):
+    there = ranks(2).run(overlapped, train, make_deep_recipe(parallel=ZERO[zero]), STEPS)
     close_runs(there, reference)
 
 

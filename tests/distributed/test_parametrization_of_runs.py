@@ -2,7 +2,7 @@
 density, under `standard` they grow with both."""
 
 import pytest
-from harness import outcome, run_cases
+from cases import coordinates
 
 from megatron_spdf.evaluation.coordinate_check import scaling_exponents
 
@@ -14,26 +14,21 @@ CELLS = {"width": {width: (width, 0.0) for width in (32, 64, 128, 256)},
 
 
 @pytest.fixture(scope="module")
-def results(make_recipe, tmp_path_factory):
-    def recipe(rule: str, width: int, level: float) -> dict:
+def slopes(ranks, make_recipe):
+    """Exponents of the sizes of activations in width or density, under a parametrization."""
+    def sizes(rule: str, width: int, level: float) -> dict[str, float]:
         model = {"hidden": width, "heads": width // HEAD, "layers": 2}
-        return make_recipe(parametrization=rule, model=model, sparsity=level,
-                           mup_base={"hidden": 128}, optimizer={"warmup_tokens": 0, "lr": 3e-3})
+        recipe = make_recipe(parametrization=rule, model=model, sparsity=level,
+                             mup_base={"hidden": 128}, optimizer={"warmup_tokens": 0, "lr": 3e-3})
+        return ranks(1).run(coordinates, recipe, steps=4)
 
-    cases = {f"{rule} {what} {scale}": ("coordinates", {"recipe": recipe(rule, *cell), "steps": 4})
-             for rule in ("standard", "mup") for what, scales in CELLS.items() for scale,
-             cell in scales.items()}
-    return run_cases(1, cases, tmp_path_factory.mktemp("coordinates"))
-
-
-def slopes(results, rule: str, what: str) -> dict[str, float]:
-    return scaling_exponents({scale: outcome(results, f"{rule} {what} {scale}")
-                              for scale in CELLS[what]})
+    return lambda rule, what: scaling_exponents({scale: sizes(rule, *cell)
+                                                 for scale, cell in CELLS[what].items()})
 
 
 @pytest.mark.parametrize("what", CELLS)
-def test_activations_are_of_one_size(results, what):
-    found = slopes(results, "mup", what)
+def test_activations_are_of_one_size(slopes, what):
+    found = slopes("mup", what)
     assert len(found) == 6  # embedding, logits, attention and MLP of two layers
     # Not zero: four steps of small models on a few sequences, and finite widths. Without the rules
     # it is about one.
@@ -41,6 +36,6 @@ def test_activations_are_of_one_size(results, what):
 
 
 @pytest.mark.parametrize("what", CELLS)
-def test_without_the_rules_they_grow(results, what):
-    found = slopes(results, "standard", what)
+def test_without_the_rules_they_grow(slopes, what):
+    found = slopes("standard", what)
     assert all(found[f"layer {n} mlp"] > 0.6 for n in (0, 1)), found

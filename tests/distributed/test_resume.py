@@ -2,7 +2,7 @@
 rounding at another."""
 
 import pytest
-from harness import outcome, run_cases
+from cases import cut, overlapped
 
 pytestmark = pytest.mark.slow
 
@@ -15,7 +15,6 @@ LAYOUTS = {
     "dense": ({"sparsity": 0.0}, {"data": 2}),
     "dropout": ({"model": {"dropout": 0.1}}, {"tensor": 2}),
 }
-# Layouts of a chain of three, resumed from one another.
 CHAINS = {
     "tp2 -> pp2 -> dp2": [{"tensor": 2}, {"pipeline": 2}, {"data": 2}],
     "zero 0 -> zero 1 -> interleaved": [{"data": 2, "zero_stage": 0}, {"data": 2},
@@ -24,33 +23,26 @@ CHAINS = {
 
 
 @pytest.fixture(scope="module")
-def results(make_deep_recipe, tmp_path_factory):
-    runs = tmp_path_factory.mktemp("runs")
-    cases = {}
-    for name, (sections, parallel) in LAYOUTS.items():
-        straight = make_deep_recipe(str(runs / f"{name} straight"), parallel=parallel, **sections)
-        pieces = make_deep_recipe(str(runs / f"{name} cut"), parallel=parallel, **sections)
-        cases[f"{name} straight"] = ("cut", {"recipes": [straight], "stops": [STEPS]})
-        cases[f"{name} cut"] = ("cut", {"recipes": [pieces] * 3, "stops": [2, 3, STEPS]})
-    for name, layouts in CHAINS.items():
-        recipes = [make_deep_recipe(str(runs / name), parallel=layout) for layout in layouts]
-        cases[name] = ("cut", {"recipes": recipes, "stops": [2, 4, STEPS]})
-    recipe = make_deep_recipe(str(runs / "overlap"), parallel={"data": 2})
-    cases["overlap cut"] = ("overlapped_cut", {"recipes": [recipe] * 2, "stops": [3, STEPS]})
-    return run_cases(2, cases, tmp_path_factory.mktemp("resume"))
+def straight(ranks, make_deep_recipe):
+    return ranks(2).run(cut, [make_deep_recipe(parallel={"data": 2})], [STEPS])
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_resumed_twice_equals_straight_bit_for_bit(results, name):
-    assert outcome(results, f"{name} cut") == outcome(results, f"{name} straight")
+@pytest.mark.parametrize(("sections", "layout"), LAYOUTS.values(), ids=LAYOUTS)
+def test_resumed_twice_equals_straight_bit_for_bit(ranks, make_deep_recipe, sections, layout):
+    recipe = make_deep_recipe(parallel=layout, **sections)
+    straight = ranks(2).run(cut, [recipe], [STEPS])
+    assert ranks(2).run(cut, [recipe] * 3, [2, 3, STEPS]) == straight
 
 
-def test_a_checkpoint_holds_what_an_overlapped_gather_has_still_to_bring(results):
-    assert outcome(results, "overlap cut") == outcome(results, "fp32 zero 1 straight")
+def test_a_checkpoint_holds_what_an_overlapped_gather_has_still_to_bring(
+    ranks, make_deep_recipe, straight
+):
+    recipe = make_deep_recipe(parallel={"data": 2})
+    assert ranks(2).run(overlapped, cut, [recipe] * 2, [3, STEPS]) == straight
 
 
-@pytest.mark.parametrize("name", CHAINS)
-def test_resumed_at_other_layouts_equals_straight(results, name):
-    losses = [loss for loss, _ in outcome(results, name)]
-    straight = [loss for loss, _ in outcome(results, "fp32 zero 1 straight")]
-    assert losses == pytest.approx(straight, rel=1e-5)
+@pytest.mark.parametrize("layouts", CHAINS.values(), ids=CHAINS)
+def test_resumed_at_other_layouts_equals_straight(ranks, make_deep_recipe, straight, layouts):
+    chain = [make_deep_recipe(parallel=layout) for layout in layouts]
+    losses = [loss for loss, _ in ranks(2).run(cut, chain, [2, 4, STEPS])]
+    assert losses == pytest.approx([loss for loss, _ in straight], rel=1e-5)

@@ -3,8 +3,9 @@ it is cut."""
 
 import pytest
 import torch
-from harness import outcome, run_cases
+from harness import world_of
 from mup import MUP
+from stage_cases import across, samples_of_stages, staged
 
 pytestmark = pytest.mark.slow
 
@@ -12,60 +13,44 @@ STEPS, BORDER = 9, 6
 STAGES = [{"share": 2 / 3, "sparsity": 0.75, "lr": 3e-3, "warmup_tokens": 512},
           {"share": 1 / 3, "sparsity": 0.0, "lr": 1e-3, "warmup_tokens": 300}]
 DATA_2, DEEPSPEED = {"data": 2}, {"engine": "deepspeed"}
-ACROSS = {  # name -> world, sections
-    "one rank": (1, {}),
-    "bf16": (1, {"train": {"precision": "bf16"}}),
-    "mup": (1, MUP),
-    "tp2": (2, {"parallel": {"tensor": 2}}),
-    "pp2": (2, {"parallel": {"pipeline": 2}}),
-    "dp2 zero 1": (2, {"parallel": DATA_2}),
-    "deepspeed zero 1": (2,
-                         {**DEEPSPEED, "parallel": {**DATA_2, "zero_stage": 1},
-                          "train": {"precision": "bf16"}}),
-    "deepspeed zero 3": (2,
-                         {**DEEPSPEED, "parallel": {**DATA_2, "zero_stage": 3},
-                          "train": {"precision": "bf16"}}),
-}
-# steps of every start but the last: it is stopped before, at and after the border
-CUT = [2, BORDER - 2, 1]
-LAYOUTS = {  # layouts of two starts, and the step where the first is stopped
-    "dp2 -> tp2 at the border": ([DATA_2, {"tensor": 2}], BORDER),
-    "pp2 -> dp2 zero 0 after it": ([{"pipeline": 2}, {**DATA_2, "zero_stage": 0}], BORDER + 1),
+ACROSS = {
+    "one rank": {},
+    "bf16": {"train": {"precision": "bf16"}},
+    "mup": MUP,
+    "tp2": {"parallel": {"tensor": 2}},
+    "pp2": {"parallel": {"pipeline": 2}},
+    "dp2 zero 1": {"parallel": DATA_2},
+    "deepspeed zero 1": {**DEEPSPEED, "parallel": {**DATA_2, "zero_stage": 1},
+                         "train": {"precision": "bf16"}},
+    "deepspeed zero 3": {**DEEPSPEED, "parallel": {**DATA_2, "zero_stage": 3},
+                         "train": {"precision": "bf16"}},
 }
 
 
 @pytest.fixture(scope="module")
-def results(make_recipe, tmp_path_factory):
-    runs = tmp_path_factory.mktemp("stages")
-
-    def recipe(name: str, **sections) -> dict:
+def recipe(make_recipe):
+    """A run of two stages, with sections changed by keyword."""
+    def make(**sections) -> dict:
         train = {"tokens": 8 * 32 * STEPS, "micro_batch": 4, **sections.pop("train", {})}
-        return make_recipe(str(runs / name), sparsity=0.0, stages=STAGES, train=train,
-                           log={"every": 1}, evaluate={"every": 2, "batches": 1}, **sections)
+        return make_recipe(sparsity=0.0, stages=STAGES, train=train, log={"every": 1},
+                           evaluate={"every": 2, "batches": 1}, **sections)
+    return make
 
-    def staged(name: str, stops: list[int], layouts: list[dict]) -> tuple[str, dict]:
-        recipes = [recipe(name, parallel=layout) for layout in layouts]
-        return "stage_cases.staged", {"recipes": recipes, "stops": [*stops, None]}
 
+@pytest.fixture(scope="module")
+def border(ranks, recipe):
+    """What each rank sees at the border of a run."""
     ids = torch.randint(0, 300, (2, 32), generator=torch.Generator().manual_seed(1))
-    cases = {world: {f"across {name}": ("stage_cases.across",
-                                        {"recipe": recipe(f"across {name}", **sections),
-                                                               "ids": ids})
-                     for name, (w, sections) in ACROSS.items() if w == world} for world in (1, 2)}
-    cases[2] |= {
-        "straight": staged("straight", [], [DATA_2]),
-        "samples": ("stage_cases.samples_of_stages", {
-            "recipe": recipe("samples", parallel=DATA_2, data={"valid": []})}),
-        "cut": staged("cut", CUT, [DATA_2] * (len(CUT) + 1)),
-        **{name: staged(name, [stop], layouts) for name, (layouts, stop) in LAYOUTS.items()},
-    }
-    return {world: run_cases(world, group, runs / str(world)) for world, group in cases.items()}
+
+    def seen(name: str) -> list[dict]:
+        made = recipe(**ACROSS[name])
+        return ranks(world_of(made)).run_all(across, made, ids)
+    return seen
 
 
 @pytest.mark.parametrize("name", ACROSS)
-def test_the_border_changes_no_output_and_revives_at_zero(results, name):
-    world = ACROSS[name][0]
-    ranks = [outcome(results[world], f"across {name}", rank) for rank in range(world)]
+def test_the_border_changes_no_output_and_revives_at_zero(border, name):
+    ranks = border(name)
     seen = [r for r in ranks if r["before"] is not None]
     assert seen or "deepspeed" in name
     for rank in seen:
@@ -81,8 +66,8 @@ def test_the_border_changes_no_output_and_revives_at_zero(results, name):
 
 
 @pytest.mark.parametrize("name", ACROSS)
-def test_after_the_border_it_is_a_plain_dense_run(results, name):
-    there = outcome(results[ACROSS[name][0]], f"across {name}")
+def test_after_the_border_it_is_a_plain_dense_run(border, name):
+    there = border(name)[0]
     curve, plain = ([figure for step in there[which] for figure in step]
                     for which in ("stage", "plain"))
     assert len(curve) == 2 * (STEPS - BORDER)
@@ -93,14 +78,16 @@ def test_after_the_border_it_is_a_plain_dense_run(results, name):
 
 # DeepSpeed's ZeRO-3 leaves small parameters behind.
 @pytest.mark.parametrize("name", [name for name in ACROSS if "zero 3" not in name])
-def test_two_engines_are_never_in_memory_together(results, name):
-    world = ACROSS[name][0]
-    assert [outcome(results[world], f"across {name}", rank)["alive"]
-            for rank in range(world)] == [0] * world
+def test_two_engines_are_never_in_memory_together(border, name):
+    assert {there["alive"] for there in border(name)} == {0}
 
 
-def test_a_run_is_one_log_with_the_schedules_of_its_stages(results):
-    straight = outcome(results[2], "straight")
+@pytest.fixture(scope="module")
+def straight(ranks, recipe):
+    return ranks(2).run(staged, [recipe(parallel=DATA_2)], [None])
+
+
+def test_a_run_is_one_log_with_the_schedules_of_its_stages(straight):
     train = [r for r in straight["records"] if r["kind"] == "train"]
     assert straight["codes"] == [0]
     assert [r["step"] for r in train] == list(range(1, STEPS + 1))
@@ -117,20 +104,26 @@ def test_a_run_is_one_log_with_the_schedules_of_its_stages(results):
     assert steps[BORDER - 1 :] == pytest.approx([dense] * (STEPS - BORDER))
 
 
-def test_no_sample_is_read_twice(results):
-    read = [number for rank in range(2) for number in outcome(results[2], "samples", rank)]
-    assert sorted(read) == list(range(8 * STEPS))
+def test_no_sample_is_read_twice(ranks, recipe):
+    numbers = ranks(2).run_all(samples_of_stages, recipe(parallel=DATA_2, data={"valid": []}))
+    assert sorted(sum(numbers, [])) == list(range(8 * STEPS))
 
 
-def test_stopped_before_at_and_after_the_border_equals_straight(results):
-    there = outcome(results[2], "cut")
-    assert there["codes"] == [75] * len(CUT) + [0]
-    assert there["records"] == outcome(results[2], "straight")["records"]
+def test_stopped_before_at_and_after_the_border_equals_straight(ranks, recipe, straight):
+    stops = [2, BORDER - 2, 1, None]  # steps of every start
+    there = ranks(2).run(staged, [recipe(parallel=DATA_2)] * 4, stops)
+    assert there["codes"] == [75, 75, 75, 0]
+    assert there["records"] == straight["records"]
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_the_layout_may_change_across_the_border(results, name):
-    there, straight = (outcome(results[2], case)["records"] for case in (name, "straight"))
+@pytest.mark.parametrize(("layouts", "stop"), [
+    ([DATA_2, {"tensor": 2}], BORDER),
+    ([{"pipeline": 2}, {**DATA_2, "zero_stage": 0}], BORDER + 1),
+], ids=["dp2 -> tp2 at the border", "pp2 -> dp2 zero 0 after it"])
+def test_the_layout_may_change_across_the_border(ranks, recipe, straight, layouts, stop):
+    recipes = [recipe(parallel=layout) for layout in layouts]
+    there = ranks(2).run(staged, recipes, [stop, None])["records"]
     for key in ("step", "sparsity", "lr", "tokens", "flops"):
-        assert [r.get(key) for r in there] == [r.get(key) for r in straight]
-    assert [r["loss"] for r in there] == pytest.approx([r["loss"] for r in straight], rel=1e-5)
+        assert [r.get(key) for r in there] == [r.get(key) for r in straight["records"]]
+    assert [r["loss"] for r in there] == pytest.approx([r["loss"] for r in straight["records"]],
+                                                       rel=1e-5)

@@ -121,6 +121,44 @@ def test_a_beam_as_wide_as_the_tree_finds_the_best(model, penalty):
     assert found == [TOKENIZER.decode(best).strip()]
 
 
+def test_the_length_penalty_is_the_one_that_is_asked_for(model, contexts):
+    """Long completions are favored more, the larger it is; 1 is the default of transformers."""
+    found = [texts(model, contexts, length_penalty=penalty) for penalty in (-4.0, 1.0, 4.0)]
+    lengths = [sum(map(len, chosen)) for chosen in found]
+    assert lengths == sorted(lengths) and len(set(lengths)) == 3
+
+
+class Scripted(GPT2LMHeadModel):
+    """Says a text after every prompt, one token a step."""
+
+    def __init__(self, said: list[int]):
+        super().__init__(GPT2Config(vocab_size=97, n_positions=64, n_embd=4, n_layer=1, n_head=1,
+                                    bos_token_id=0, eos_token_id=0))
+        self.said, self.step = said, 0
+
+    def forward(self, *arguments, **keywords):
+        found = super().forward(*arguments, **keywords)
+        found.logits[:, -1] = torch.eye(97)[self.said[self.step]] * 100
+        self.step += 1
+        return found
+
+
+@pytest.mark.parametrize(("end", "blank"), [([0], True), ([90], True), ([0], False)])
+def test_a_completion_ends_at_the_end_of_document_or_at_a_blank_line(end, blank):
+    class WithBlankLine(Characters):
+        """Its token 90 is a blank line, or it has none."""
+
+        def encode(self, text: str) -> list[int]:
+            return [90] if blank and text == "\n\n" else super().encode(text)
+
+    words = TOKENIZER.encode("  a pub ")
+    settings = DecodingSettings(beams=1, max_new_tokens=12, no_repeat_ngram=0)
+    said = [*words, *([] if blank else [90]), *end, *words]
+    found = decode(Scripted(said).eval(), WithBlankLine(), ["x"], settings)
+    assert found.texts == {0: TOKENIZER.decode(said[: said.index(end[0])]).strip()}
+    assert found.tokens == said.index(end[0]) + 1
+
+
 def test_a_long_prompt_loses_its_beginning(model):
     settings = DecodingSettings(beams=1, max_new_tokens=10, no_repeat_ngram=0)
     # 64 = 53 + end of document + 10

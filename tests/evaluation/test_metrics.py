@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from math import log, log2
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from megatron_spdf.evaluation.metrics import java
 from megatron_spdf.evaluation.metrics.ngrams import bleu_tokenized
+from megatron_spdf.evaluation.metrics.nist import nist
+from megatron_spdf.evaluation.metrics.summaries import rouge
 from megatron_spdf.evaluation.references import References
 from megatron_spdf.evaluation.scores import score
 
@@ -77,6 +80,28 @@ def test_an_empty_reference_counts_as_multi_bleu_counts_it(second, figure):
     references = [first, ["in fact it is by river and quite cheap"]]
     found = bleu_tokenized(outputs, References(tuple(references), ("", "")))
     assert found["all"]["BLEU"].value == pytest.approx(figure, abs=5e-3)
+
+
+def test_nist_of_outputs_shorter_than_an_n_gram():
+    """By hand. In the references a has 3 of 9 places, b and d 2, c and x 1; "a b" comes twice. The
+    second output has one word, so that the Python port counts 2 - 1 trigrams, as it prints
+    3.664260834727569, and the Perl script 2, with 5 words for 9 / 3 x 2 expected."""
+    references = References((["a b c d", "a b x d"], ["a"]), ("", ""))
+    found = nist(["a b c d", "a"], references)["all"]
+    words = (2 * log2(9 / 3) + 2 * log2(9 / 2) + log2(9 / 1)) / 5
+    pairs = (log2(3 / 2) + log2(2 / 1)) / 3
+    assert found["NIST"].value == pytest.approx(words + pairs + 1.0)
+    brevity = 0.5 ** ((log(5 / 6) / log(2 / 3)) ** 2)
+    assert found["NIST_mteval"].value == pytest.approx(brevity * (words + pairs + 1 / 2))
+
+
+def test_summaries_by_hand():
+    """Stems count, the better reference, and the longest common subsequence."""
+    references = References((["nothing alike", "dogs run and a cat jumped"],), ("",))
+    found = rouge(["a cat jumps and dogs running"], references)["all"]
+    # all six stems; of five pairs "a cat", "cat jump", "dog run"; the subsequence "a cat jump"
+    assert {name: figure.value for name, figure in found.items()} == pytest.approx(
+        {"ROUGE-1": 1.0, "ROUGE-2": 3 / 5, "ROUGE-L": 3 / 6})
 
 
 def test_a_part_of_the_test_set_is_scored_by_itself():

@@ -81,6 +81,61 @@ def test_softmax_over_the_vocabulary_is_fp32(recipe):
     assert step_bytes(r, Plan.of(r), 0).head >= 4 * logits + 2 * logits
 
 
+@pytest.mark.parametrize(("tensor", "sequence"), [(1, False), (2, False), (2, True)])
+def test_the_head_counted_by_hand(recipe, tensor, sequence):
+    """Logits in bf16 beside their softmax in fp32; the norm's input and output, 8 bytes of its
+    statistics a token; the gradient of the head's input, and that input where it is gathered."""
+    r = gpt(recipe, parallel={"tensor": tensor, "sequence": sequence})
+    tokens, share = 32 * 2, (tensor if sequence else 1)
+    logits = (2 + 4) * tokens * 256 // tensor
+    inputs = 2 * 2 * SBH // share + 8 * tokens // share + 2 * SBH * (2 if sequence else 1)
+    assert step_bytes(r, Plan.of(r), 0).head == logits + inputs
+
+
+@pytest.mark.parametrize(("tensor", "sequence"), [(1, False), (2, False), (2, True)])
+def test_the_backward_of_the_last_matrix_counted_by_hand(recipe, tensor, sequence):
+    """The gradients of its output, gathered under sequence parallelism, of its input, and of
+    itself, and the tied embedding's, which waits."""
+    r = gpt(recipe, parallel={"tensor": tensor, "sequence": sequence})
+    share = tensor if sequence else 1
+    output = 2 * SBH // share + (2 * SBH if sequence else 0)
+    matrix = 2 * (4 * SBH + 4 * 64 * 64) // tensor
+    assert step_bytes(r, Plan.of(r), 0).workspace == output + matrix + 2 * 256 * 64 // tensor
+
+
+@pytest.mark.parametrize(("pipeline", "stage", "embeddings"), [(1, 0, 3), (2, 0, 1), (2, 1, 0)])
+def test_the_end_of_backward_counted_by_hand(recipe, pipeline, stage, embeddings):
+    """The embedding's gradients from the LM head, the look-up and their sum; or, with the first of
+    these, five tensors between layers and the gradients of queries, keys and values."""
+    r = gpt(recipe, parallel={"pipeline": pipeline})
+    vocabulary = 2 * 256 * 64
+    between = (vocabulary if pipeline == 1 else 0) + 5 * 2 * SBH + 3 * 2 * SBH
+    assert step_bytes(r, Plan.of(r), stage).late == max(between, embeddings * vocabulary)
+    wide = recipe(model={"hidden": 8, "heads": 4, "vocab_size": 50257},
+                  train={"sequence_length": 4, "micro_batch": 1, "precision": "bf16"},
+                  parallel={"pipeline": pipeline})
+    assert (step_bytes(wide, Plan.of(wide), stage).late // (2 * 50304 * 8)) == embeddings
+
+
+@pytest.mark.parametrize(("interleave", "chunks"), [(1, [2, 1]), (2, [5, 3])])
+def test_what_the_embedding_keeps_and_stages_send(recipe, interleave, chunks):
+    """9 bytes a token of every micro-batch in flight, where the vocabulary is cut; outputs of every
+    chunk in flight, but the model's last one has nobody to send to where it is a stage's only."""
+    r = gpt(recipe, parallel={"tensor": 2, "pipeline": 2, "interleave": interleave})
+    first, last = (step_bytes(r, Plan.of(r), stage) for stage in (0, 1))
+    assert first.embedding == 9 * 64 * -(-chunks[0] // interleave) and last.embedding == 0
+    assert first.pipeline == 2 * SBH * chunks[0]
+    assert last.pipeline == (0 if interleave == 1 else 2 * SBH * chunks[1])
+
+
+def test_a_recomputed_layer_ends_with_the_gradients_of_its_four_weights(recipe):
+    """Where few tokens make these larger than what the layer keeps."""
+    r = gpt(recipe, sparsity=0.75, recompute="full", sequence_length=2, micro_batch=1)
+    of_weights, tokens = 2 * 12 * 64**2, 2
+    at_end = of_weights + (5 + 3) * 2 * tokens * 64
+    assert step_bytes(r, Plan.of(r), 0).workspace == at_end + 2 * 256 * 64
+
+
 def test_logits_do_not_grow_with_the_micro_batch(recipe):
     """Beyond as many tokens as fit into LOGITS_BYTES: those of GPT-2's vocabulary would take 9 GiB
     here, in bf16 and fp32."""

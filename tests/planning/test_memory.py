@@ -10,7 +10,9 @@ import pytest
 from megatron_spdf.architecture.base import EMBEDDING, HEAD
 from megatron_spdf.planning.buffers import lay_out, layers_of, local_parameters
 from megatron_spdf.planning.memory import RankBytes, rank_bytes, render_layout, zero_bytes
+from megatron_spdf.planning.moves import moves_of
 from megatron_spdf.recipe.load import load_recipe
+from megatron_spdf.sparsity.algorithms.base import MovingMasks
 from megatron_spdf.sparsity.plan import Plan
 
 PRETRAIN = Path(__file__).resolve().parents[2] / "configs" / "pretrain"
@@ -64,6 +66,62 @@ def test_shards_of_zero_1_hold_every_element_once(recipe, data, pipeline, interl
         assert sum(owned) == elements
         moments = [rank_bytes(r, Plan.of(r), stage, True, rank).moments for rank in range(data)]
         assert moments == [8 * n for n in owned]
+
+
+@pytest.mark.parametrize(("data", "least"), [(2, 40e6), (64, 64e6)])
+def test_buckets_grow_with_the_ranks_and_only_the_first_chunk_has_several(recipe, data, least):
+    """Megatron-Core's 40 million elements, or a million for each data-parallel rank."""
+    r = recipe(model={"layers": 16, "hidden": 1024, "vocab_size": 50257},
+               parallel={"data": data, "pipeline": 2, "interleave": 2})
+    plan = Plan.of(r)
+    first, other = lay_out(r.model, r.parallel, plan, 0, True)
+    sizes = [end - start for start, end in first.buckets]
+    largest = 4 * 1024**2 + 64
+    # from the last layer to the first, and the tied embedding, which lies on two stages, alone
+    *regular, rest, embedding = sizes
+    assert regular or data == 64
+    assert all(least <= n <= least + largest for n in regular) and rest < least + largest
+    assert embedding == 50304 * 1024
+    for buffers in (lay_out(r.model, r.parallel, plan, 1, True),
+                    lay_out(r.model, r.parallel, plan, 0, False)):
+        assert len(buffers[0].buckets) <= 2
+    assert len(other.buckets) == 1
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_state_that_is_gathered_for_a_move(recipe, zero_stage):
+    """The master weights twice, to choose by and to carry, and two moments, 4 bytes each."""
+    for data in (1, 2):
+        r = recipe(sparsity={"level": 0.75, "algorithm": "static"},
+                   parallel={"data": data, "zero_stage": zero_stage})
+        (buffer,) = lay_out(r.model, r.parallel, Plan.of(r), 0, True)
+        assert moves_of(r, Plan.of(r), 0).carried == (
+            4 * 4 * buffer.elements if data > 1 and zero_stage else 0)
+
+
+class Gradients(MovingMasks):
+    """Needs the dense gradient."""
+
+    name, needs = "gradients", "dense_gradient"
+
+
+@pytest.mark.parametrize("data", [1, 2])
+def test_a_dense_gradient_is_held_by_all_and_summed_up_by_replicas(recipe, data):
+    r = recipe(sparsity=0.75, parallel={"data": data, "tensor": 2})
+    moving = r.sparsity.model_copy(update={"update": Gradients(every=8, stop=1.0)})
+    r = r.model_copy(update={"sparsity": moving})
+    found, dense = moves_of(r, Plan.of(r), 0), 4 * 4 * 12 * 64**2 // 2
+    assert (found.transient, found.reduced) == (dense, dense * (data > 1))
+    assert found.count == 1  # at step 8 of 10
+
+
+def test_offloaded_state_is_not_on_the_gpu(recipe):
+    for offload in (False, True):
+        r = recipe(engine="deepspeed", parallel={"data": 2, "offload": offload})
+        found = rank_bytes(r, Plan.of(r), 0, True)
+        weights = sum(w.numel for w in r.model.weights())
+        assert found.optimizer == (0 if offload else 12 * weights // 2)
+        assert found.gradients == 4 * weights
 
 
 def test_total_is_the_sum(recipe):

@@ -8,6 +8,7 @@ import pytest
 
 from megatron_spdf.planning.hardware import GPUS
 from megatron_spdf.planning.step_time import FLASH_BACKWARD, step_time
+from megatron_spdf.planning.traffic import step_traffic
 from megatron_spdf.schedule.flops import forward_flops
 from megatron_spdf.sparsity.plan import Plan
 
@@ -101,3 +102,91 @@ def test_the_update_reads_and_writes_what_a_rank_updates(recipe, zero_stage, dat
     updated = weights / (data if zero_stage == 1 else 1)
     moved = 2 * (12 + 4) * updated + 2 * weights
     assert times(r).update == pytest.approx(moved / GPU.memory_bandwidth, rel=0.01)
+
+
+def sums(r) -> tuple[float, float]:
+    """Seconds of the forward and the backward pass of one micro-batch, by FLOPs."""
+    once = forward_flops(r.model, 512, None, "causal")
+    tokens, rate = r.train.micro_batch * 512, 0.5 * GPU.bf16
+    forward = tokens * (once.linear + once.attention + once.logits) / rate
+    backward = tokens * (2 * once.linear + FLASH_BACKWARD * once.attention + 2 * once.logits) / rate
+    return forward, backward
+
+
+def test_padding_of_the_vocabulary_is_multiplied_too(recipe):
+    r = recipe(model={"layers": 1, "hidden": 64, "heads": 2, "vocab_size": 129,
+                      "max_positions": 512}, train={"sequence_length": 512})
+    once = forward_flops(r.model, 512, None, "causal")
+    logits = once.logits * 256 / 129
+    flops = r.tokens_per_step * (3 * once.linear + 3 * logits + (1 + FLASH_BACKWARD)
+                                 * once.attention)
+    assert times(r, efficiency=0.5).compute == pytest.approx(flops / (0.5 * GPU.bf16), rel=1e-6)
+
+
+@pytest.mark.parametrize(("link", "hidden"), [(1e15, False), (1e9, True)])
+def test_half_of_tensor_parallel_traffic_runs_behind_backward(recipe, link, hidden):
+    """That of the backward pass, beside the product of the weight's gradient, half of backward."""
+    r, plan = (made := gpt(recipe, parallel={"tensor": 2})), Plan.of(made)
+    sent = step_traffic(r, plan, 0)["tensor", "all-reduce"] * 1.0 / link  # of two ranks
+    behind = min(sent / 2, 32 * sums(r)[1] / 2 / 2)  # 32 micro-batches, two ranks
+    assert (behind < sent / 2) == hidden
+    assert times(r, replace(GPU, link=link)).tensor == pytest.approx(sent - behind, rel=1e-3)
+
+
+def test_the_softmax_passes_over_the_vocabulary_eleven_times_in_fp32(recipe):
+    """Beside weight gradients: written and read in bf16, read and written in fp32."""
+    small, large = (times(recipe(
+        model={"layers": 1, "hidden": 64, "heads": 2, "vocab_size": v, "max_positions": 512},
+        train={"sequence_length": 512, "global_batch": 8, "micro_batch": 2})).memory
+        for v in (128, 128 * 9))
+    moved = 4 * 1024 * (11 * 4 * 1024 + (2 + 2 + 8) * 64)
+    assert large - small == pytest.approx(moved / GPU.memory_bandwidth, rel=1e-6)
+
+
+def test_weights_are_expanded_once_a_step_or_twice_a_micro_batch(recipe):
+    step, layer = (gpt(recipe, {"level": 0.75, "dense_copy": copy})
+                   for copy in ("per_step", "per_layer"))
+    weights = 12 * 8 * 1024**2
+    once = 2 * (1 + 0.25) * weights + weights / 8  # bf16, and the mask's bits
+    assert times(layer).memory - times(step).memory == pytest.approx(
+        (2 * 32 - 1) * once / GPU.memory_bandwidth, rel=1e-6)
+
+
+@pytest.mark.parametrize(("link", "network"), [(450e9, 5e9), (1e9, 50e9)])
+def test_a_group_of_several_nodes_sends_over_all_their_cards(recipe, link, network):
+    """A ring of 16 ranks on two nodes: eight cards lead out of each, or its links are slower."""
+    r = gpt(recipe, parallel={"data": 16, "overlap": False})
+    gpu = replace(GPU, link=link, network=network)
+    weights = sum(w.numel for w in r.model.weights())
+    sent = (4 + 2) * weights * 15 / 16
+    assert times(r, gpu).data == pytest.approx(max(sent / link, sent / (8 * network)), rel=0.01)
+
+
+@pytest.mark.parametrize(("interleave", "share"), [(1, 1.0), (2, 0.5)])
+def test_a_later_stage_sends_while_it_waits_for_the_first(recipe, interleave, share):
+    """Gradients for a backward pass of one of its chunks, parameters for a forward pass."""
+    r = recipe(model={"layers": 4, "hidden": 512, "heads": 4, "vocab_size": 500_000,
+                      "max_positions": 512}, train={"global_batch": 32, "micro_batch": 2},
+               parallel={"pipeline": 2, "data": 2, "interleave": interleave})
+    plan, slow = Plan.of(r), replace(GPU, link=1e9)
+    once = forward_flops(r.model, 512, None, "causal")
+    layers = (once.linear + (1 + FLASH_BACKWARD) / 3 * once.attention) / 2
+    whole = 3 * 1024 * (layers + once.logits * 500_096 / 500_000) / (0.5 * GPU.bf16)
+    sent = step_traffic(r, plan, 1)
+    traffic = (sent["gradients", "reduce-scatter"] + sent["parameters", "all-gather"]) / 2 / 1e9
+    assert times(r, slow).data == pytest.approx(traffic - share * whole, rel=1e-3)
+
+
+def test_zero_2_hides_every_micro_batchs_gradients_behind_its_own_backward(recipe):
+    slow = replace(GPU, link=1e9)
+    for zero, rounds in ((1, 1), (2, 32)):
+        r = gpt(recipe, parallel={"data": 2, "zero_stage": zero}, global_batch=128)
+        r = r.model_copy(update={"engine": "deepspeed"})
+        sent = step_traffic(r, Plan.of(r), 0)
+        traffic = (sent["gradients", "all-reduce"] + sent["parameters", "all-gather"] / 2) / 1e9
+        forward, backward = sums(r)
+        hidden = rounds * (backward + forward if zero == 1 else backward)
+        parameters = sent["parameters", "all-gather"] / 2 / 1e9
+        if zero == 2:  # gathered once, and counted in as many parts
+            hidden += rounds * min(forward, parameters / rounds)
+        assert times(r, slow).data == pytest.approx(traffic - hidden, rel=1e-6), zero

@@ -61,6 +61,27 @@ def test_data_parallelism_sends_the_buffers(recipe, zero, keys):
     assert {k: found[k] for k in keys} == {k: each * buffer.elements for k, each in keys.items()}
 
 
+@pytest.mark.parametrize(("layout", "size"), [
+    ({"data": 2, "zero_stage": 0}, 8), ({"data": 2, "zero_stage": 1}, 12),
+    ({"tensor": 2, "zero_stage": 0}, 12), ({"pipeline": 2, "data": 2, "zero_stage": 0}, 12)])
+def test_loss_and_stop_flag_are_agreed_on_and_the_norm_where_shards_differ(recipe, layout, size):
+    assert sent(recipe, **layout)["control", "all-reduce"] == size
+
+
+@pytest.mark.parametrize(("layers", "times"), [(4, 1), (128, 2)])
+def test_zero_3_gathers_again_for_backward_what_is_long_ago(recipe, layers, times):
+    """Of more than 1e9 elements, but for parameters of up to 100,000, which stay for the step."""
+    r = recipe(model={"layers": layers, "hidden": 1024}, engine="deepspeed",
+               parallel={"data": 2, "zero_stage": 3}, train={"global_batch": 16})
+    sizes = [w.numel for w in r.model.weights()]
+    small = sum(n for n in sizes if n <= 100_000)
+    assert (sum(sizes) > 1e9) == (times == 2)
+    found = step_traffic(r, Plan.of(r), 0)
+    assert found["parameters", "all-gather"] == 2 * (
+        small + MICRO_BATCHES * times * (sum(sizes) - small))
+    assert found["gradients", "reduce-scatter"] == 4 * MICRO_BATCHES * sum(sizes)
+
+
 def test_compact_gradients_follow_the_active_weights(recipe):
     dense, sparse = (sent(recipe, sparsity=s, data=2)["gradients", "reduce-scatter"]
                      for s in (0.0, 0.75))
@@ -75,6 +96,9 @@ def test_compact_gradients_follow_the_active_weights(recipe):
     ("pipeline", {"tensor": 2, "pipeline": 4}, "inside node", 4, 4),
     ("pipeline", {"tensor": 4, "pipeline": 4, "data": 2}, "between nodes", 4, 1),
     ("control", {"data": 16}, "between nodes", 16, 8),
+    ("embedding", {"tensor": 4, "pipeline": 4, "data": 2}, "between nodes", 2, 1),
+    ("embedding", {"pipeline": 8}, "inside node", 2, 2),
+    ("embedding", {"pipeline": 16}, "between nodes", 2, 1),
 ])
 def test_route(recipe, kind, parallel, link, ranks, lanes):
     way = route(kind, recipe(parallel=parallel), gpus_per_node=8)

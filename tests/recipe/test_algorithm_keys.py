@@ -39,8 +39,8 @@ def test_keys_have_the_algorithms_own_defaults(recipe):
     found = loaded(recipe, algorithm="probe", update={"fraction": 0.2}).sparsity
     assert found.update == Probe(every=7, fraction=0.2, start=0.0, stop=0.75)
     assert Recipe.model_validate(recipe(sparsity=found.model_dump()).model_dump()).sparsity == found
-    words = loaded(recipe, "sparsity.algorithm=probe", "sparsity.update.every=9").sparsity
-    assert words.update.every == 9
+    words = loaded(recipe, "sparsity.algorithm=probe", "sparsity.update.every=5").sparsity
+    assert words.update.every == 5
 
 
 @pytest.mark.parametrize(("sparsity", "said"), [
@@ -55,6 +55,16 @@ def test_keys_have_the_algorithms_own_defaults(recipe):
     ({"algorithm": "probe", "update": {"every": 0}}, "sparsity.update.every=0"),
     ({"algorithm": "probe", "update": {"start": 0.8}},
      "start=0.8 is not under stop=0.75, so that no mask would move; lower the first or"),
+    ({"algorithm": "probe", "update": {"every": 9}}, "sparsity.update.every=9 from start=0 to "
+     "stop=0.75 of 10 steps moves no mask; lower every, or train longer"),
+    ({"algorithm": "gmp", "update": {"start": 0.99, "stop": 1.0}},
+     "sparsity.update.start=0.99 and stop=1 of 10 steps leave none to prune in; lower start"),
+    ({"algorithm": "gmp", "update": {"start": 0.5, "stop": 0.5}},
+     "start=0.5 is not under stop=0.5, so that nothing would be pruned"),
+    ({"algorithm": "acdc"}, "sparsity.update.turn=0.05 of 10 steps is no step; raise it, or train"),
+    ({"algorithm": "acdc", "update": {"last_dense": 0.9}},
+     "start=0.1, last_dense=0.9 and stop=0.85 must ascend; change one of them"),
+    ({"reached": 0.5}, "sparsity.reached=0.5 is set by the run itself; leave it out"),
     ({"algorithm": "probe", "level": 0.0}, "sparsity.algorithm=probe moves masks, and no weight "
                                            "is sparse; set sparsity.level, or algorithm=static"),
     ({"algorithm": "probe", "level": 0.1}, r"sparsity.algorithm=probe moves 830 of the 2,765 "
@@ -73,18 +83,18 @@ def test_what_is_wrong_is_said(recipe, sparsity, said):
 def test_a_run_goes_on_with_its_own_algorithm_only(recipe):
     before = loaded(recipe, algorithm="probe")
     assert changes_of_run(before, loaded(recipe, algorithm="probe")) == []
-    assert changes_of_run(before, loaded(recipe, algorithm="probe", update={"every": 8})) == [
-        "sparsity.update.every is 7 there and 8 here"]
+    assert changes_of_run(before, loaded(recipe, algorithm="probe", update={"every": 6})) == [
+        "sparsity.update.every is 7 there and 6 here"]
     assert "sparsity.algorithm is probe there and static here" in changes_of_run(before,
                                                                                  loaded(recipe))
 
 
 def test_a_dense_run_of_the_same_recipe_moves_nothing(recipe):
-    moving = {"algorithm": "probe", "update": {"every": 9}}
+    moving = {"algorithm": "probe", "update": {"every": 5}}
     assert loaded(recipe, "sparsity=0", **moving).sparsity.algorithm == "static"
-    assert loaded(recipe, "sparsity=0.5", **moving).sparsity.update.every == 9
+    assert loaded(recipe, "sparsity=0.5", **moving).sparsity.update.every == 5
 
 
 def test_held_masks_are_the_same_ones(recipe):
-    moving = loaded(recipe, algorithm="probe", update={"every": 9}, seed=5).sparsity
+    moving = loaded(recipe, algorithm="probe", update={"every": 5}, seed=5).sparsity
     assert moving.held() == loaded(recipe, seed=5).sparsity

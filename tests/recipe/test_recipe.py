@@ -246,6 +246,11 @@ BAD = {
     "warm-up longer than the run": (
         ["optimizer.warmup_tokens=1M"], "optimizer.warmup_tokens=1,000,000", "train.tokens=2,560",
         "shorten"),
+    "warm-up as long as the run": (
+        ["optimizer.warmup_tokens=2560"], "optimizer.warmup_tokens=2,560 is not under"),
+    "boundaries in other kernels": (
+        ["data.reset_attention=true", "kernels.attention=transformer_engine"],
+        "data.reset_attention=true needs kernels.attention=sdpa", "transformer_engine"),
     "override without value": (["parallel.tensor"], "'parallel.tensor'", "section.key=value",
                                "parallel.tensor=2"),
     "override without name": (["=3"], "'=3'", "section.key=value", "parallel.tensor=2"),

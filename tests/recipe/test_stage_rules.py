@@ -38,6 +38,12 @@ def test_a_stage_inherits_the_optimizers_schedule_and_changes_it(load):
     assert recipe.stage_ends == [90, 100] and one.steps == 100
 
 
+def test_a_stage_may_prune_what_was_dense_or_denser(load):
+    levels = [0.0, 0.5, 0.75, 0.75, 0.0]
+    recipe = load(*({"share": 0.2, "sparsity": level} for level in levels))
+    assert [recipe.in_stage(n).sparsity.level for n in range(5)] == levels
+
+
 def test_the_sparsity_of_a_stage_has_all_forms(load):
     rules = [{"weights": "*.mlp.*", "level": 0.5}]
     assert load({**SPARSE, "sparsity": rules}, DENSE).in_stage(0).sparsity.rules[0].level == 0.5
@@ -47,14 +53,19 @@ def test_the_sparsity_of_a_stage_has_all_forms(load):
 
 @pytest.mark.parametrize(("stages", "words", "said"), [
     ((SPARSE, {**DENSE, "share": 0.2}), (), "the shares 0.9 + 0.2 = 1.1 must add up to 1"),
+    (({**SPARSE, "share": 0.8}, DENSE), (), "the shares 0.8 + 0.1 = 0.9 must add up to 1"),
     ((SPARSE,), (), "stages has one entry"),
     (({**SPARSE, "sparsity": {"level": 0.5, "pattern": "tile", "tile": 48}}, DENSE), (),
      "sparsity.tile=48"),
     ((SPARSE, DENSE), ("sparsity=0.5",),
      "sparsity and stages both say what is sparse; leave sparsity out"),
-    ((SPARSE, {**DENSE, "sparsity": 0.5}), (), "stages.1.sparsity=0.5 is not dense"),
+    ((SPARSE, {**DENSE, "sparsity": 0.5}), (),
+     "active entries before the border and 6,144 after it, and nothing says which are born; make"),
     ((SPARSE, {**DENSE, "sparsity": [{"weights": "*.mlp.*", "level": 0.5}]}), (),
-     "stages.1.sparsity=rules"),
+     "stages.1.sparsity: decoder.layers.0.mlp.linear_fc1.weight has "),
+    ((DENSE | {"share": 0.9}, {**SPARSE, "share": 0.1,
+                               "sparsity": {"level": 0.5, "pattern": "tile", "tile": 16}}), (),
+     "stages.1.sparsity: pattern=tile has no mask of the largest magnitudes"),
     (({**SPARSE, "share": 0.999}, {**DENSE, "share": 0.001}), (),
      "stages.1.share=0.001 of 100 steps is no step"),
     ((SPARSE, {**DENSE, "warmup_tokens": 2560}), (),

@@ -3,8 +3,10 @@ as JSON.
 
     python tests/resilience/heartbeat_ranks.py DIRECTORY CASE ...
 
-A case is `DEED RANK`: kill, stop, raise, stand (its training thread stands still), leave (all end
-as they should).
+A case is `DEED RANK`: kill, stop, raise, stand (its training thread stands still), pause (it is
+stopped for less than HANG seconds), wake (it is stopped for longer, and goes on after the others
+have ended), suspend (all are stopped for longer, as in a suspended job), leave (all end as they
+should).
 """
 
 import json
@@ -24,6 +26,8 @@ from megatron_spdf.resilience import heartbeat, progress
 from megatron_spdf.resilience.world import Ranks
 
 WORLD, HANG = 3, 2.0
+STOPPED_SECONDS = {"pause": 1.2, "suspend": 3.0, "wake": 6.0}
+LAST = {"leave": 20, "pause": 40, "suspend": 40}  # step
 heartbeat.BEAT_SECONDS, heartbeat.GRACE_SECONDS = 0.2, 0.6
 
 
@@ -38,9 +42,9 @@ def rank_main(rank: int, port: int, deed: str, victim: int) -> None:
             progress.PROGRESS.set_activity(f"step {step}", watched=True)
             dist.barrier()
             time.sleep(0.05)
-            if step == 20 and deed == "leave":
+            if step == LAST.get(deed):
                 break
-            if step == 20 and rank == victim:
+            if step == 20 and (rank == victim or deed == "suspend"):
                 suffer(deed)
     dist.destroy_process_group()
 
@@ -50,7 +54,12 @@ def suffer(deed: str) -> None:
         raise ZeroDivisionError("a batch of nothing")
     if deed == "stand":
         time.sleep(600)
-    os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[deed])
+    if deed in STOPPED_SECONDS and os.fork() == 0:
+        time.sleep(STOPPED_SECONDS[deed])
+        os.kill(os.getppid(), signal.SIGCONT)
+        os._exit(0)
+    if deed != "leave":
+        os.kill(os.getpid(), signal.SIGKILL if deed == "kill" else signal.SIGSTOP)
 
 
 def fork(rank: int, port: int, case: str, said: Path) -> int:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import socket
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,11 +17,11 @@ from megatron_spdf.resilience import startup_check
 from megatron_spdf.resilience.startup_check import (
     RankReport,
     Unhealthy,
-    addresses,
     check_in,
     render,
 )
 
+ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 
 
@@ -80,29 +83,55 @@ def test_a_missing_rank_is_named_on_every_rank_with_its_host(call, monkeypatch):
     assert "sbatch --exclude" in str(found[0])
 
 
-def test_a_head_node_that_is_its_own_loopback_is_called_by_name():
-    reports = [RankReport(r, host, "cpu", 1, (address, 70 + r)) for r, (host, address) in enumerate(
-        [("head", "127.0.1.1"), ("head", "127.0.1.1"), ("other", "10.0.0.2")])]
-    assert addresses(reports) == [("head", 70), ("head", 71), ("10.0.0.2", 72)]
-    assert addresses(reports[:2]) == [("127.0.1.1", 70), ("127.0.1.1", 71)]
-
-
 def test_a_neighbor_out_of_reach_is_named(call, monkeypatch):
-    reach = startup_check.socket.create_connection
-    asked = []
+    reach, asked = startup_check.connect, []
 
-    def first_fails(address, timeout):
+    def first_fails(address, token, seconds):
         asked.append(address)
         if len(asked) == 1:
             raise OSError("No route to host")
-        return reach(address, timeout)
-    monkeypatch.setattr(startup_check.socket, "create_connection", first_fails)
+        return reach(address, token, seconds)
+    monkeypatch.setattr(startup_check, "connect", first_fails)
     found = call([0, 1], 2)
     said = str(found[0])
     assert isinstance(found[1], Unhealthy) and str(found[1]) == said
-    assert (
-        "cannot reach rank" in said and "(No route to host)" in said and f":{asked[0][1]}" in said
-    )
+    assert "cannot reach rank" in said and "(No route to host)" in said
+    assert f"port {asked[0][1]} " in said
+
+
+def test_a_neighbor_is_reached_among_strangers(call, monkeypatch):
+    """Who listens is found out from the reports; strangers come before the neighbor does."""
+    reach, opened = startup_check.connect, []
+
+    def after_strangers(address, token, seconds):
+        for text in [b""] * 100 + [b"not the token\n", b"x" * 5000]:
+            opened.append(socket.create_connection(address, timeout=5))
+            with contextlib.suppress(OSError):
+                opened[-1].sendall(text)
+        return reach(address, token, seconds)
+    monkeypatch.setattr(startup_check, "connect", after_strangers)
+    found = call([0, 1, 2], 3)
+    for one in opened:
+        one.close()
+    assert "all 3 ranks reported" in found[0] and len(set(found.values())) == 1
+
+
+def test_a_clock_that_is_set_back_during_the_check_is_no_skew(call, monkeypatch):
+    true, calls = time.time, []
+
+    def set_back() -> float:
+        calls.append(true())
+        return calls[-1] - (3600 if len(calls) > 4 else 0)
+    monkeypatch.setattr(startup_check.time, "time", set_back)
+    assert "warning" not in call([0, 1, 2], 3)[0]
+
+
+def test_durations_do_not_go_by_the_clock_of_the_day():
+    """Only clocks are compared by it; what is measured goes by a clock that is never set."""
+    read = {path.name: len(re.findall(r"\btime\(\)|\btime_ns\(\)|CLOCK_REALTIME", text))
+            for path in (ROOT / "megatron_spdf").rglob("*.py")
+            if "time()" in (text := path.read_text()) or "time_ns()" in text}
+    assert {name: count for name, count in read.items() if count} == {"startup_check.py": 2}
 
 
 def test_a_rank_0_that_is_gone_is_named(call):

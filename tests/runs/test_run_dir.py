@@ -91,7 +91,7 @@ def test_directory_of_something_else_is_refused(recipe):
 def test_file_in_the_place_of_the_directory_is_refused(recipe):
     run = RunDir(recipe())
     run.root.touch()
-    with pytest.raises(ValueError, match="is not a run directory"):
+    with pytest.raises(ValueError, match="is a file; choose another output"):
         run.check()
 
 

@@ -14,7 +14,7 @@ import sgd_tenant  # noqa: F401
 import torch
 import torch.distributed as dist
 import wander  # noqa: F401
-from cases import Bench, bench, masks, overlap_on_cpu
+from cases import Bench, bench, masks, overlapped
 from megatron.core import parallel_state as ps
 from plain_gpt2 import learning_rate, micro_loss, plain_gpt2, qkv_order
 
@@ -44,7 +44,9 @@ def trained(recipe: dict, stop: int | None = None, overlap: bool = False,
         Losses, masks at the end, records of moves, what run.json says, and bytes that a move sends,
         counted and predicted.
     """
-    with overlap_on_cpu() if overlap else nullcontext(), bench(recipe) as b:
+    if overlap:
+        return overlapped(trained, recipe, stop, skip=skip)
+    with bench(recipe) as b:
         state, _ = b.checkpointer.restore(b.engine)
         b.run.create_on_rank_0()
         log = RunLog(b.run, state.step, b.recipe.steps, False, active=dist.get_rank() == 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -205,6 +206,15 @@ def test_where_ranks_would_wait_for_ever_the_script_refuses(job, env, said):
 def test_shells_that_hold_no_cpus_start_ranks(job, step):
     done, said = job("finetune.sh", "e2e", "start", SLURM_STEP_ID=step)
     assert done.returncode == 0 and words_of(said)[1].endswith("e2e.yaml"), done.stderr
+
+
+def test_no_script_evaluates_a_text():
+    """Nor reads YAML with anything but the package."""
+    for script in sorted((ROOT / "launch").glob("*.sh")):
+        code = re.sub(r"(^|\s)#.*", "", script.read_text(), flags=re.M)
+        assert not re.search(r"\beval\b|\b(ba)?sh -c\b|\$\{[^}]*@[PEA]\}", code), script
+        assert not re.search(r"\b(sed|awk|grep|cut)\b[^\n]*\.ya?ml", code.replace(
+            r"echo *.yaml | sed 's/\.yaml//g'", "")), script
 
 
 def test_a_chain_names_every_job_after_the_whole_output(job, tmp_path):

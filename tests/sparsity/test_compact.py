@@ -263,3 +263,24 @@ def test_a_copy_made_on_first_use_would_lose_the_gradient_under_recomputation(sp
         checkpoint(sparse, micro_batches()[0].requires_grad_(),
                    use_reentrant=True).square().sum().backward()
     assert values_of(sparse).grad is None
+
+
+def test_held_entries_get_no_gradient_and_others_theirs():
+    weight = SparseWeight("w", (24, 6), 0, 4, 0.5, holds=True)
+    compact, free = (CompactWeight(w, SEED, 0, 1, "cpu") for w in
+                     (weight, SparseWeight("w", (24, 6), 0, 4, 0.5)))
+    assert compact.kept is None
+    kept = torch.rand(compact.values_shape, generator=torch.Generator().manual_seed(0)) < 0.7
+    compact.hold(kept)
+    assert torch.equal(compact.kept, kept)
+    found = []
+    for each in (compact, free):
+        values = torch.ones(each.values_shape, requires_grad=True)
+        (each(values) * torch.arange(144.0).view(24, 6)).sum().backward()
+        found.append(values.grad)
+    assert torch.equal(found[0], found[1] * kept) and not torch.equal(found[0], found[1])
+    # a checkpoint that is read in takes the place of what was held
+    other = CompactWeight(weight, SEED, 0, 1, "cpu")
+    assert other.kept is None
+    other.load_state_dict(compact.state_dict())
+    assert torch.equal(other.kept, kept)

@@ -136,6 +136,29 @@ def test_every_candidate_is_drawn_equally_often():
     assert (drawn[:30] - 200).abs().max() < 5 * 13.4 and not drawn[30:].any()
 
 
+@pytest.mark.parametrize("other", [{"number": 1}, {"seed": 1}, {"update": 2}, {"name": "w"},
+                                   {"purpose": "be born"}], ids=str)
+def test_each_part_of_the_key_gives_other_draws(other):
+    """Dying and being born also where an algorithm draws both from the same candidates."""
+    mask = torch.ones(200, dtype=torch.bool)
+
+    def drawn(purpose: str = "die", **changes) -> set[int]:
+        place = {"name": NAME, "number": 0, "seed": 0, "update": 1, **changes}
+        part = MaskSlice(mask=mask, values=None, gradient=None, **place)
+        return set(part.random(purpose, part.active, 20).tolist())
+
+    assert drawn() == drawn() and len(drawn()) == 20
+    assert len(drawn() & drawn(**other)) < 10  # by chance 2
+
+
+@pytest.mark.parametrize("kind", [Static, Random, Largest])
+def test_the_cost_of_a_move_is_that_of_the_dense_gradient(kind):
+    """fp32, held and summed up whole; its products at the inactive entries, 2 FLOPs each."""
+    found = kind().cost(entries=1000, active=100)
+    wanted = (4000, 4000, 2 * 900) if kind is Largest else (0, 0, 0)
+    assert (found.transient, found.reduced, found.flops) == wanted
+
+
 def test_nothing_moves_with_fraction_zero(weight):
     bits, values = packed(weight), torch.ones(weight.slices, weight.active_per_slice)
     moved = moved_masks(Random(fraction=0.0), WHEN, weight, 3, 0, bits, values, None)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from megatron_spdf.records import Unreadable, foreign_record, read_bytes
+
+MOST_BYTES = 1 << 30  # of a data set in one JSON value
 
 
 def find_file(path: Path, patterns: tuple[str, ...], task: str, split: str) -> Path:
@@ -81,16 +84,16 @@ def json_file(path: Path) -> Any:
         ValueError: it is no JSON.
     """
     try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
+        return foreign_record(read_bytes(path, MOST_BYTES))
+    except Unreadable as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _object(where: str, line: bytes) -> dict[str, Any]:
     try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where}: not JSON ({error})") from None
+        record = foreign_record(line)
+    except Unreadable as error:
+        raise ValueError(f"{where}: {error}") from None
     if not isinstance(record, dict):
         raise ValueError(f"{where}: a {type(record).__name__} instead of an object")
     return record
@@ -134,7 +137,23 @@ def texts_of(where: str, record: dict[str, Any], field: str) -> tuple[str, ...]:
 
 
 def checked_text(where: str, field: str, text: Any) -> str:
+    """A text that is not blank and can be written as UTF-8.
+
+    Raises:
+        ValueError: it is none.
+    """
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{where}: field {field!r} must be a text that is not blank; it is "
                          f"{text!r:.80}")
+    require_whole(where, field, text)
     return text
+
+
+def require_whole(where: str, field: str, text: str) -> None:
+    """Raises a ValueError where a text has half of a surrogate pair, which no file can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: field {field!r} has half of a surrogate pair, "
+                         f"{text[error.start]!r}, at character {error.start} of it; mend or remove "
+                         "that character") from None

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from megatron_spdf.data.indexed.index_file import (
     REBUILD,
@@ -19,8 +19,10 @@ from megatron_spdf.data.indexed.index_file import (
     read_index_header,
 )
 from megatron_spdf.data.preprocess.records import MAX_RECORD_BYTES, Skipped
+from megatron_spdf.records import read_json
 
 CORPUS = "corpus.json"
+NO_MANIFEST = f"it is not a manifest of format version 1. {REBUILD}"
 
 
 class _Record(BaseModel):
@@ -186,13 +188,9 @@ def read_manifest(prefix: str | Path) -> Manifest:
     """
     path = file_of(prefix, "json")
     try:
-        return Manifest.model_validate_json(path.read_bytes())
+        return read_json(path, Manifest, remedy=NO_MANIFEST)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing, so the data set is incomplete. {REBUILD}") from None
-    except ValidationError as error:
-        raise ValueError(
-            f"{path} is not a manifest of format version 1: {error}. {REBUILD}"
-        ) from None
 
 
 def read_corpus(prefix: str | Path) -> CorpusManifest:
@@ -203,14 +201,10 @@ def read_corpus(prefix: str | Path) -> CorpusManifest:
     """
     path = Path(prefix) / CORPUS
     try:
-        return CorpusManifest.model_validate_json(path.read_bytes())
+        return read_json(path, CorpusManifest, remedy=NO_MANIFEST)
     except FileNotFoundError:
         raise ValueError(
             f"{path} is missing, so {prefix} is no directory of data sets, or incomplete"
-        ) from None
-    except ValidationError as error:
-        raise ValueError(
-            f"{path} is not a manifest of format version 1: {error}. {REBUILD}"
         ) from None
 
 

@@ -6,7 +6,6 @@ recorded.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from megatron_spdf.data.preprocess.records import (
     reject,
 )
 from megatron_spdf.paths import named_by, same_file
+from megatron_spdf.records import Unreadable, describe, foreign_record
 
 __all__ = ["MAX_RECORDED_SKIPS", "ON_ERROR", "ReadReport", "Skipped"]
 
@@ -166,14 +166,10 @@ def _parse_text(record: bytes, _: str) -> tuple[str, None]:
 
 def _parse_json(record: bytes, text_key: str) -> tuple[str, dict]:
     try:
-        value = json.loads(record.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise BadRecord(
-            f"not UTF-8: 0x{record[error.start]:02x} at byte {error.start} of it"
-        ) from None
-    except (ValueError, RecursionError) as error:
+        value = foreign_record(record)
+    except Unreadable as error:
         hint = "; a record is one line" if record.strip() in (b"{", b"[") else ""
-        raise BadRecord(f"not valid JSON: {error}{hint}") from None
+        raise BadRecord(f"{error}{hint}") from None
     if not isinstance(value, dict):
         raise BadRecord(f"not a JSON object but a {type(value).__name__}")
     if text_key not in value:
@@ -183,5 +179,5 @@ def _parse_json(record: bytes, text_key: str) -> tuple[str, dict]:
         )
     text = value[text_key]
     if not isinstance(text, str):
-        raise BadRecord(f"the value of {text_key!r} is not a string but a {type(text).__name__}")
+        raise BadRecord(f"the value of {text_key!r} is not a string but {describe(text)}")
     return text, value

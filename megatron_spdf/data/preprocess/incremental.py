@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from megatron_spdf.data.indexed.manifest import Counts, InputFile, PreprocessSettings, file_of
 from megatron_spdf.data.preprocess.records import Skipped
 from megatron_spdf.files import open_to_append, write_file
+from megatron_spdf.records import Unreadable, parse_json, read_json
 
 # Inputs smaller than this, in bytes of tokens, are made safe together: a sync takes milliseconds.
 _SYNC_BYTES = 1 << 20
@@ -154,7 +155,7 @@ class Journal:
         path = self.directory / "work.json"
         if not path.exists():
             write_file(path, self.work.model_dump_json(indent=1))
-        before = Work.model_validate_json(path.read_bytes()).model_dump()
+        before = read_json(path, Work, remedy=f"remove {self.directory} to start anew").model_dump()
         now = self.work.model_dump()
         for either in (before, now):
             either["settings"].pop("on_error")  # finished inputs are the same under both
@@ -173,8 +174,8 @@ class Journal:
         whole = 0
         for line in content.splitlines(keepends=True):
             try:
-                entry = FinishedInput.model_validate_json(line)
-            except ValidationError:
+                entry = parse_json(line, FinishedInput)
+            except Unreadable:
                 break
             if not line.endswith(b"\n"):
                 break

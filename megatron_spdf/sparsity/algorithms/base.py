@@ -13,6 +13,8 @@ state to their new places is the engine.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:  # the planner goes without PyTorch
     from megatron_spdf.sparsity.mask_slice import MaskSlice, Move
 
 Needs = Literal["nothing", "values", "dense_gradient"]
+Anneal = Literal["constant", "cosine"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,19 @@ class Moment:
     update: int
     step: int
     steps: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """Part of a run that stores its sparse weights at one density.
+
+    Attributes:
+        last: its last step.
+        reached: share of their levels that weights are stored at, 0 being dense.
+    """
+
+    last: int
+    reached: float
 
 
 @dataclass(frozen=True)
@@ -59,10 +75,16 @@ class MoveCost:
 
 
 class MaskAlgorithm(Section):
-    """Keys of the algorithm: when masks move, and how much of them."""
+    """Keys of the algorithm: when masks move, and how much of them.
+
+    Attributes:
+        needs: to choose; the dense gradient comes with the values.
+        holds: what dies is held at zero in its place, and nothing is born.
+    """
 
     name: ClassVar[str]
-    needs: ClassVar[Needs] = "nothing"  # to choose; the dense gradient comes with the values
+    needs: ClassVar[Needs] = "nothing"
+    holds: ClassVar[bool] = False
 
     def due(self, step: int, steps: int) -> bool:
         """Whether masks move after an optimizer step.
@@ -72,6 +94,19 @@ class MaskAlgorithm(Section):
             steps: length of the run or stage.
         """
         return False
+
+    def parts(self, steps: int) -> list[Part]:
+        """The parts of a run or stage of so many steps, each with storage of its own. At a border
+        the largest magnitudes stay, with their optimizer state, and what is born is zero."""
+        return [Part(steps, 1.0)]
+
+    def share(self, step: int, steps: int) -> float:
+        """The share of its level that a weight has at a step, which FLOPs go by."""
+        return next(part.reached for part in self.parts(steps) if step <= part.last)
+
+    def rule_violations(self, steps: int) -> Iterator[str]:
+        """What does not go in a run or stage of so many steps, as sentences."""
+        return iter(())
 
     def largest_move(self, active: int) -> int:
         """The most entries that die in one move of a slice with so many active ones."""
@@ -122,6 +157,8 @@ class MovingMasks(MaskAlgorithm):
                          description="share of the run's or stage's steps before the first move")
     stop: float = Field(0.75, ge=0.0, le=1.0, description="share of the steps after which masks "
                                                           "stay")
+    anneal: Anneal = Field("constant", description="how `fraction` goes from `start` to `stop`; "
+                                                   "cosine: down to 0")
 
     @model_validator(mode="after")
     def _starts_before_it_stops(self) -> MovingMasks:
@@ -139,13 +176,28 @@ class MovingMasks(MaskAlgorithm):
     def largest_move(self, active: int) -> int:
         return round(self.fraction * active)
 
+    def fraction_at(self, when: Moment) -> float:
+        """The fraction that dies now: a (1 + cos(pi t)) / 2 with t from 0 at `start` to 1 at `stop`
+        (Evci et al. 2020, section 3)."""
+        if self.anneal == "constant":
+            return self.fraction
+        share = (when.step / when.steps - self.start) / (self.stop - self.start)
+        return self.fraction * (1.0 + math.cos(math.pi * share)) / 2.0
+
+    def rule_violations(self, steps: int) -> Iterator[str]:
+        if not self.moves(steps):
+            yield (f"sparsity.update.every={self.every} from start={self.start:g} to "
+                   f"stop={self.stop:g} of {steps:,} steps moves no mask; lower every, or train "
+                   "longer")
+
     def count(self, active: int, when: Moment) -> int:
-        """The number of entries that die in a slice; an algorithm may let it fall with time."""
-        return self.largest_move(active)
+        """The number of entries that die in a slice with so many active ones."""
+        return round(self.fraction_at(when) * active)
 
     def describe(self) -> str:
-        return (f"{self.fraction:g} of the active entries of each slice every {self.every} steps, "
-                f"from {self.start:.0%} to {self.stop:.0%} of the steps")
+        falling = ", falling to none," if self.anneal == "cosine" else ""
+        return (f"{self.fraction:g} of the active entries of each slice{falling} every "
+                f"{self.every} steps, from {self.start:.0%} to {self.stop:.0%} of the steps")
 
 
 ALGORITHMS: Registry[type[MaskAlgorithm]] = Registry("mask algorithm",

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_spdf.data.finetuning.files import json_file, list_of, text_of
+from megatron_spdf.data.finetuning.files import json_file, list_of, require_whole, text_of
 from megatron_spdf.data.finetuning.task import TASKS, Example, OfficialForm, Task
 from megatron_spdf.data.finetuning.texts import linearize, split_words
 
@@ -45,6 +45,8 @@ def _triple(where: str, triple: Any) -> tuple[str, str, str]:
     if not (isinstance(triple, list) and len(triple) == 3
             and all(isinstance(part, str) for part in triple)):
         raise ValueError(f"{where}: a triple must be three texts; it is {triple!r:.80}")
+    for part in triple:
+        require_whole(where, "tripleset", part)
     return triple[0], triple[1].lower(), triple[2]
 
 

@@ -9,11 +9,11 @@ are read, or in the one language that there is.
 
 from __future__ import annotations
 
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from defusedxml import DefusedXmlException, ElementTree
 from unidecode import unidecode
 
 from megatron_spdf.data.finetuning.files import checked_text, json_file, list_of, text_of
@@ -91,9 +91,12 @@ def _json_texts(where: str, lexicalisation: Any) -> Iterator[tuple[str, str]]:
 
 def _read_xml(path: Path) -> Iterator[_Entry]:
     try:
-        root = ElementTree.parse(path).getroot()
+        root = ElementTree.parse(path, forbid_dtd=True).getroot()
     except ElementTree.ParseError as error:
         raise ValueError(f"{path}, line {error.position[0]}: not XML ({error})") from None
+    except DefusedXmlException:
+        raise ValueError(f"{path} declares a document type, whose entities may grow without end; "
+                         "WebNLG has none, remove the declaration") from None
     for number, entry in enumerate(root.iter("entry"), start=1):
         where = f"{path}, entry {number} ({entry.get('eid', 'no eid')})"
         triples = [_xml_triple(where, triple.text)

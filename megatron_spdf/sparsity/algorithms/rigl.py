@@ -1,0 +1,35 @@
+"""RigL (Evci et al. 2020): the smallest weights die, those with the largest gradient are born.
+
+Within each slice, by the fp32 master weights and the gradient of the loss of the whole batch with
+respect to the dense weight: summed with its sign over micro-batches and replicas, and ranked by
+magnitude after that. Ties go by position. What has just died is not born again in the same move,
+which the paper leaves open. Unlike the paper's code, the step before a move trains as all others.
+"""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from megatron_spdf.sparsity.algorithms.base import ALGORITHMS, Anneal, Moment, MovingMasks
+from megatron_spdf.sparsity.mask_slice import MaskSlice, Move
+
+
+class Rigl(MovingMasks):
+    """Keys of RigL, with the paper's defaults."""
+
+    name = "rigl"
+    needs = "dense_gradient"
+
+    anneal: Anneal = Field("cosine", description=MovingMasks.model_fields["anneal"].description)
+
+    def select(self, part: MaskSlice, when: Moment) -> Move:
+        count = self.count(len(part.active), when)
+        return Move(part.lowest(part.values.abs(), part.active, count),
+                    part.lowest(-part.gradient[part.inactive].abs(), part.inactive, count))
+
+    def describe(self) -> str:
+        return ("smallest magnitudes die, entries with the largest gradients are born: "
+                f"{super().describe()}")
+
+
+ALGORITHMS.register(Rigl.name, Rigl)

@@ -1,0 +1,34 @@
+"""Sparse evolutionary training (Mocanu et al. 2018): the smallest weights die, random ones are
+born.
+
+Within each slice, by the fp32 master weights, ties by position. What has just died is not born
+again in the same move. The defaults are those of GPT-3 recipes with SET (Cerebras model zoo): the
+paper itself moves 0.3 after every epoch, to the end.
+"""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from megatron_spdf.sparsity.algorithms.base import ALGORITHMS, Anneal, Moment, MovingMasks
+from megatron_spdf.sparsity.mask_slice import MaskSlice, Move
+
+
+class Set(MovingMasks):
+    """Keys of SET, with the defaults of the GPT-3 recipes."""
+
+    name = "set"
+    needs = "values"
+
+    anneal: Anneal = Field("cosine", description=MovingMasks.model_fields["anneal"].description)
+
+    def select(self, part: MaskSlice, when: Moment) -> Move:
+        count = self.count(len(part.active), when)
+        return Move(part.lowest(part.values.abs(), part.active, count),
+                    part.random("be born", part.inactive, count))
+
+    def describe(self) -> str:
+        return f"smallest magnitudes die, random entries are born: {super().describe()}"
+
+
+ALGORITHMS.register(Set.name, Set)

@@ -1,0 +1,136 @@
+"""What runs on the ranks of test_pruning.py: runs that prune, and the rules of their papers on the
+dense weights of transformers' GPT-2 under plain PyTorch."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from harness import agree_on_port
+from plain_gpt2 import learning_rate, micro_loss, plain_gpt2, qkv_order
+from stage_cases import _opened, staged
+
+from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
+from megatron_spdf.data.pretraining.corpus import check_corpus
+from megatron_spdf.parallel.ranks import destroy, init_distributed
+from megatron_spdf.recipe.recipe import Recipe
+from megatron_spdf.resilience.world import find_ranks
+from megatron_spdf.runs.run_dir import RunDir
+from megatron_spdf.schedule.stages import stages_of
+from megatron_spdf.sparsity.plan import Plan, SparseWeight
+from megatron_spdf.sparsity.slices import join_slices, slice_of
+
+
+def pruned(recipes: list[dict], stops: list[int | None]) -> dict:
+    """A run to its end, started with each recipe (layout) in turn and stopped after so many steps.
+
+    Returns:
+        Losses of all steps, exit codes, and whole dense weights at the end by name.
+    """
+    found = staged(recipes, stops)
+    losses = [r["loss"] for r in found["records"] if r["kind"] == "train"]
+    reader = CheckpointReader(find_checkpoint(RunDir(Recipe.model_validate(recipes[0])).root))
+    names = Plan.of(Recipe.model_validate(recipes[0])).weights
+    return {"losses": losses, "codes": found["codes"], "records": found["records"],
+            "weights": {name: reader.parameter(name).numpy() for name in names}}
+
+
+def plain(recipe: dict, rule: str) -> dict:
+    """The same by a rule of `RULES`, with dense weights."""
+    made = Recipe.model_validate(recipe)
+    first, corpus, run = stages_of(made)[0], check_corpus(made), RunDir(made)
+    agree_on_port()
+    device = init_distributed(find_ranks(), made)
+    engine, data, _ = _opened(first.as_single_run, first.recipe, first.plan, run, corpus, device)
+    trained = _Plain(plain_gpt2(engine.models[0], made), made, rule)
+    losses = [trained.step(number, batch)
+              for number, batch in enumerate(data.training_batches(0), 1)]
+    engine.close()
+    destroy()
+    return {"losses": losses, "weights": {name: trained.ours(name, p.data).numpy()
+                                          for name, p in trained.parameters.items()}}
+
+
+def gmp(step: int, steps: int, update: dict) -> float | None:
+    """s(t) / s after a step at which weights are pruned (Zhu and Gupta 2017, equation 1)."""
+    begin, end = update["start"] * steps, update["stop"] * steps
+    if step != end and (step % update["every"] or not begin < step < end):
+        return None
+    return 1.0 - (1.0 - (step - begin) / (end - begin)) ** 3
+
+
+def acdc(step: int, steps: int, update: dict) -> float | None:
+    """1 after a step at which a sparse phase begins, 0 where a dense one does (Peste et al. 2021,
+    algorithm 1, with the phases of its ImageNet schedule)."""
+    percent = 100 * step / steps
+    if percent in (10, 20, 30, 40, 50, 60, 70, 85):
+        return 1.0
+    return 0.0 if percent in (15, 25, 35, 45, 55, 65, 75) else None
+
+
+RULES = {"gmp": gmp, "acdc": acdc}
+
+
+class _Plain:
+    """Dense weights, masks beside them, and AdamW."""
+
+    def __init__(self, model, recipe: Recipe, rule: str):
+        self.model, self.recipe, self.rule = model, recipe, RULES[rule]
+        self.plan = Plan.of(recipe).weights
+        self.parameters = {name: _parameter(model, name) for name in self.plan}
+        self.masks = {name: torch.ones_like(p) for name, p in self.parameters.items()}
+        o = recipe.optimizer
+        self.adam = torch.optim.AdamW(
+            [{"params": [p for p in model.parameters() if (p.ndim > 1) == decays],
+              "weight_decay": o.weight_decay * decays} for decays in (True, False)],
+            betas=(o.beta1, o.beta2), eps=o.eps)
+
+    def step(self, number: int, batch: list[dict]) -> float:
+        for group in self.adam.param_groups:
+            group["lr"] = learning_rate(self.recipe, number * self.recipe.tokens_per_step)
+        self.adam.zero_grad()
+        loss = sum(micro_loss(self.model, micro) for micro in batch) / len(batch)
+        loss.backward()
+        for name, parameter in self.parameters.items():
+            parameter.grad *= self.masks[name]
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optimizer.clip_grad)
+        self.adam.step()
+        share = self.rule(number, self.recipe.steps, self.recipe.sparsity.update.model_dump())
+        if share is not None:
+            for name in self.parameters:
+                self._prune(name, share)
+        return float(loss)
+
+    def _prune(self, name: str, share: float) -> None:
+        w, parameter = self.plan[name], self.parameters[name]
+        self.masks[name] = self._theirs(name, _largest(self.ours(name, parameter.data), w, share))
+        state = self.adam.state[parameter]
+        for tensor in (parameter.data, state["exp_avg"], state["exp_avg_sq"]):
+            tensor *= self.masks[name]
+
+    def _theirs(self, name: str, ours: torch.Tensor) -> torch.Tensor:
+        """As transformers lays a weight out, (in, out)."""
+        return (ours[qkv_order(self.recipe.model)] if "linear_qkv" in name else ours).T
+
+    def ours(self, name: str, theirs: torch.Tensor) -> torch.Tensor:
+        """As Megatron-Core lays a weight out, (out, in)."""
+        dense = theirs.T
+        return dense[qkv_order(self.recipe.model).argsort()] if "linear_qkv" in name else dense
+
+
+def _largest(dense: torch.Tensor, w: SparseWeight, share: float) -> torch.Tensor:
+    """1 at the largest magnitudes of each slice, by a stable sort."""
+    masks = []
+    for number in range(w.slices):
+        entries = slice_of(dense, w, number).abs().numpy()
+        mask = np.zeros(len(entries), np.float32)
+        mask[np.argsort(-entries, kind="stable")[: round((1 - w.level * share) * len(entries))]] = 1
+        masks.append(torch.from_numpy(mask))
+    return join_slices(torch.stack(masks), w)
+
+
+def _parameter(reference, name: str) -> torch.nn.Parameter:
+    """Of transformers' GPT-2, by the canonical name."""
+    _, _, layer, _, linear, _ = name.split(".")
+    block = reference.transformer.h[int(layer)]
+    return {"linear_qkv": block.attn.c_attn, "linear_proj": block.attn.c_proj,
+            "linear_fc1": block.mlp.c_fc, "linear_fc2": block.mlp.c_proj}[linear].weight

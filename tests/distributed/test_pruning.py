@@ -1,0 +1,75 @@
+"""GMP and AC/DC follow their papers' rules on dense weights, step by step, at every layout and
+across every stop."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from pruning_cases import plain, pruned
+
+pytestmark = pytest.mark.slow
+
+STEPS = 60
+GMP = {"level": 0.75, "algorithm": "gmp", "update": {"every": 5, "stores": 3}}
+ACDC = {"level": 0.75, "algorithm": "acdc"}
+SPARSITY = {"gmp": GMP, "acdc": ACDC}
+DEEPSPEED = {"engine": "deepspeed"}
+LAYOUTS = {
+    "tp2 sp": {"parallel": {"tensor": 2, "sequence": True}},
+    "pp2 interleaved": {"parallel": {"pipeline": 2, "interleave": 2}},
+    "dp2 zero 1": {"parallel": {"data": 2}},
+    "deepspeed zero 2": DEEPSPEED | {"parallel": {"data": 2, "zero_stage": 2}},
+    "deepspeed zero 3": DEEPSPEED | {"parallel": {"data": 2, "zero_stage": 3}},
+}
+
+
+@pytest.fixture
+def recipe(make_deep_recipe):
+    """A recipe that prunes by a rule, at a layout."""
+    def make(rule: str, layout: dict | None = None) -> dict:
+        return make_deep_recipe(sparsity=SPARSITY[rule], train={"tokens": 8 * 32 * STEPS},
+                                log={"every": 1}, checkpoint={"every": 0, "asynchronous": False},
+                                **(layout or {}))
+    return make
+
+
+def agree(found: dict, expected: dict) -> None:
+    """Losses to rounding; the same entries are zero, but for a near tie or two."""
+    assert found["losses"] == pytest.approx(expected["losses"], abs=1e-5)
+    assert len(found["losses"]) == STEPS
+    apart = sum(int(((w != 0) != (expected["weights"][name] != 0)).sum())
+                for name, w in found["weights"].items())
+    assert apart <= 4
+
+
+@pytest.mark.parametrize("rule", SPARSITY)
+def test_a_run_equals_the_rule_on_dense_weights(ranks, recipe, rule):
+    found = ranks(1).run(pruned, [recipe(rule)], [None])
+    agree(found, ranks(1).run(plain, recipe(rule), rule))
+    for name, weight in found["weights"].items():
+        assert np.count_nonzero(weight) == pytest.approx(0.25 * weight.size, abs=2), name
+
+
+@pytest.mark.parametrize("rule", SPARSITY)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_prunes_alike(ranks, recipe, name, rule):
+    agree(ranks(2).run(pruned, [recipe(rule, LAYOUTS[name])], [None]),
+          ranks(1).run(pruned, [recipe(rule)], [None]))
+
+
+@pytest.mark.parametrize(("rule", "names", "stops"), [
+    ("gmp", ["dp2 zero 1", "tp2 sp", "deepspeed zero 3"], [28, 17]),
+    ("acdc", ["deepspeed zero 2", "pp2 interleaved", "dp2 zero 1"], [7, 5]),
+])
+def test_a_run_stopped_in_a_part_and_at_a_border_goes_on_at_another_layout(ranks, recipe, rule,
+                                                                           names, stops):
+    recipes = [recipe(rule, LAYOUTS[name]) for name in names]
+    agree(ranks(2).run(pruned, recipes, [*stops, None]),
+          ranks(1).run(pruned, [recipe(rule)], [None]))
+
+
+def test_zeros_and_memory_follow_the_parts(ranks, recipe):
+    records = ranks(1).run(pruned, [recipe("gmp")], [None])["records"]
+    sparsities = [r["sparsity"] for r in records if r["kind"] == "train"]
+    assert sparsities[:15] == [0.0] * 15 and sparsities[-1] == pytest.approx(0.75, abs=1e-3)
+    assert all(b >= a - 1e-9 for a, b in zip(sparsities, sparsities[1:], strict=False))
