@@ -14,6 +14,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_spdf.checkpoint import store
+from megatron_spdf.files import new_file
 
 PATIENCE = 60.0  # seconds; NFS remembers for as long by default that a name was not there
 
@@ -49,7 +50,7 @@ def check_shared(directory: Path) -> None:
     dist.broadcast_object_list(name, src=0)
     token = directory / name[0]
     if dist.get_rank() == 0:
-        token.write_text("")
+        new_file(token).close()
     dist.barrier()
     try:
         await_everywhere(token)

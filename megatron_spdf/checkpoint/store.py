@@ -19,11 +19,10 @@ from typing import Annotated, NotRequired
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from megatron_spdf.files import PARTIAL, open_regular, publish, remove, write_json
+from megatron_spdf.files import FILES, PARTIAL, RUN, open_regular, publish, remove, write_json
 from megatron_spdf.records import read_json
 from megatron_spdf.text import shown
 
-FILES, RUN = "files.json", "run.json"
 BEST = "best.json"  # beside the checkpoints: names the one with the lowest validation loss
 _NAME = re.compile(r"step_\d{8}")
 _NAMED = 20  # faults that one message names
@@ -99,6 +98,17 @@ def may_be_elsewhere(link: Path) -> bool:
         return False
     ours = all(_NAME.fullmatch(n) or _UNFINISHED.fullmatch(n) or n == BEST for n in names)
     return owned and ours and bool(visible(there)) and not (there.parent / "recipe.yaml").exists()
+
+
+def run_of(path: Path) -> Path | None:
+    """Run that a checkpoint belongs to, by whatever path it is named; None: it lies in none. Any
+    other directory is itself."""
+    if not ((path / RUN).is_file() and (path / FILES).is_file()):
+        return path
+    for named in (Path(os.path.abspath(path)), Path(os.path.realpath(path))):
+        if named.parent.name == "checkpoints":
+            return named.parents[1]
+    return None
 
 
 def discard_incomplete(directory: Path) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 import zipfile
@@ -19,6 +18,7 @@ from megatron_spdf.architecture.base import ARCHITECTURES, EMBEDDING, Model, Wei
 from megatron_spdf.architecture.forms import UnknownFamily, model_of
 from megatron_spdf.convert.foreign import require_finite
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, tokenizer_files
+from megatron_spdf.records import read_json
 
 T = TypeVar("T")
 CONFIG = "config.json"
@@ -142,7 +142,8 @@ class HuggingFaceReader:
         if head:
             (embedding,) = self._forms[EMBEDDING].names
             place = self._places[self._plain(embedding)]
-            if place != head and not torch.equal(self._tensor(head), self._tensor(place)):
+            one, other = (require_finite(self._tensor(p), p, self.path) for p in (place, head))
+            if place != head and not torch.equal(one, other):
                 raise ValueError(f"{self.path}: {head} is not the token embedding; here the two "
                                  "are tied, so a model with a head of its own cannot be read")
         elif not self.config.get("tie_word_embeddings", True):
@@ -231,6 +232,10 @@ def _find_files(path: Path) -> Path | dict[str, Path]:
             listed = _read_json(index).get("weight_map")
             if not isinstance(listed, dict):
                 raise ValueError(f"{index} has no weight_map; copy the file again")
+            if other := sorted({str(file) for file in listed.values()
+                                if not isinstance(file, str) or Path(file).name != file}):
+                raise ValueError(f"{index} names {_some(other)}, which is no file beside it; put "
+                                 "the weights there")
             missing = sorted({file for file in listed.values() if not (path / file).is_file()})
             if missing:
                 raise ValueError(f"{path} has no file {_some(missing)}, which {index.name} names; "
@@ -242,10 +247,7 @@ def _find_files(path: Path) -> Path | dict[str, Path]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
-        if not isinstance(content, dict):
-            raise ValueError("it is not an object")
-        return content
+        return read_json(path, dict[str, Any])
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error}); copy the file again") from None
 

@@ -29,7 +29,7 @@ from megatron_spdf.checkpoint.tensors import TensorFiles
 from megatron_spdf.checkpoint.writer import StoredTensor, whole, write_tensors
 from megatron_spdf.convert.foreign import require_finite
 from megatron_spdf.convert.source import WeightSource
-from megatron_spdf.files import atomic_directory
+from megatron_spdf.files import atomic_directory, write_file
 
 VERSION = "core_v0.16.1"
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -187,8 +187,8 @@ def save_for_megatron(source: WeightSource, output: Path, dtype: torch.dtype) ->
     with atomic_directory(output) as directory:
         (directory / "release").mkdir()
         write_tensors(directory / "release", tensors, extra, _COMMON)
-        (directory / "arguments.txt").write_text(arguments(source))
-        (directory / TRACKER).write_text("release")
+        write_file(directory / "arguments.txt", arguments(source))
+        write_file(directory / TRACKER, "release")
 
 
 def _stacked(stored: str) -> tuple[str, int | None]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_spdf.data.finetuning.task import TASKS, Example, Task, load_examples
+from megatron_spdf.files import write_file
 from megatron_spdf.text import in_one_line, lines_of
 
 
@@ -144,5 +145,4 @@ def write_official(task: Task, predictions: Sequence[str], references: Reference
 
 
 def _write_lines(path: Path, lines, joined: bool = False) -> None:
-    path.write_text("".join(f"{line if joined else in_one_line(line)}\n" for line in lines),
-                    encoding="utf-8")
+    write_file(path, "".join(f"{line if joined else in_one_line(line)}\n" for line in lines))

@@ -18,7 +18,7 @@ import numpy as np
 
 from megatron_spdf.data.pretraining.index_cache import built_once
 from megatron_spdf.data.pretraining.sources import Source
-from megatron_spdf.files import write_json
+from megatron_spdf.files import new_file, write_json
 from megatron_spdf.records import read_json, typed
 
 HISTORY = "blend.json"
@@ -156,9 +156,10 @@ class BlendOrder:
 
         def build(directory: Path) -> None:
             contents, places, numbers = history.order(samples)
-            (directory / "contents.json").write_text(json.dumps(contents))
-            np.save(directory / "places.npy", places)
-            np.save(directory / "numbers.npy", numbers)
+            write_json(directory / "contents.json", contents)
+            for name, values in (("places", places), ("numbers", numbers)):
+                with new_file(directory / f"{name}.npy") as file:
+                    np.save(file, values)
 
         place = built_once(cache, key, build)
         return cls(read_json(place / "contents.json", list[str]),

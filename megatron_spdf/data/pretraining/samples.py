@@ -23,6 +23,7 @@ from megatron_spdf.data.indexed.tokens import IndexedTokens
 from megatron_spdf.data.pretraining.index_cache import built_once
 from megatron_spdf.data.pretraining.sources import Source
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
+from megatron_spdf.files import new_file
 from megatron_spdf.recipe.recipe import Recipe
 
 _LEAST_SAMPLES = 1 << 16  # of an index, so that a small source does not need thousands of them
@@ -146,7 +147,8 @@ class ShuffledEpochs(GPTDataset):
         for start, end in zip(first, [*first[1:], count], strict=True):
             draw.shuffle(order[start:end])
         for name, index in zip(_INDICES, (documents.reshape(-1), samples, order), strict=True):
-            np.save(directory / f"{name}.npy", index)
+            with new_file(directory / f"{name}.npy") as file:
+                np.save(file, index)
 
 
 class Windows(Dataset):
