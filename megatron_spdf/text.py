@@ -31,10 +31,3 @@ def printable(text: str) -> str:
 def any_layer(name: str) -> str:
     """Name of a weight with a star for the number of its layer."""
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
-
-
-def shown(name: str) -> str:
-    """Name that a stranger gave, for a message: 100 characters of it, and quoted where some of them
-    are for the terminal."""
-    short = name if len(name) <= 100 else name[:100] + "..."
-    return short if short.isprintable() else repr(short)
