@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -58,3 +60,21 @@ def test_what_a_loader_process_died_of_is_named(death, free):
 def test_another_death_is_passed_on():
     with pytest.raises(RuntimeError, match="Killed"), _named(Samples()):
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+
+def test_a_program_ends_though_an_error_has_left_loader_processes():
+    """They block the signal with which Python ends such processes."""
+    program = """
+import multiprocessing, time
+from megatron_spdf.resilience.signals import block_in_worker
+def work(ready):
+    block_in_worker(0)
+    ready.set()
+    time.sleep(600)
+context = multiprocessing.get_context("fork")
+ready = context.Event()
+context.Process(target=work, args=(ready,), daemon=True).start()
+ready.wait()
+raise SystemExit(7)
+"""
+    assert subprocess.run([sys.executable, "-c", program], timeout=60, check=False).returncode == 7
