@@ -44,7 +44,7 @@ from pathlib import Path
 
 from benchmarks.environment import LIBRARIES, circumstances, publish
 
-from megatron_spdf.command_line import make_parser, refusing
+from megatron_spdf.command_line import make_parser, path_text, positive, positive_real, refusing
 from megatron_spdf.recipe.load import load_recipe
 from megatron_spdf.recipe.recipe import AUTO, Recipe
 from megatron_spdf.resilience.world import check_world, find_ranks
@@ -77,7 +77,7 @@ def measure_recipe() -> int:
     parser = make_parser(__doc__)
     parser.add_argument("what", choices=list(kinds))
     parser.add_argument("words", nargs="*", metavar="[RECIPE] section.key=value")
-    parser.add_argument("--steps", type=int, default=20,
+    parser.add_argument("--steps", type=positive, default=20,
                         help="measured steps, or saves, of each run")
     add_output(parser)
     options = parser.parse_intermixed_args()
@@ -118,13 +118,13 @@ def measure_data(arguments: list[str]) -> int:
     from benchmarks import data_throughput
 
     parser = make_parser(data_throughput.__doc__, prog="benchmark.py data")
-    parser.add_argument("inputs", nargs="+", metavar="FILE",
+    parser.add_argument("inputs", nargs="+", type=path_text, metavar="FILE",
                         help="shards, as tools/preprocess_data.py takes them")
     parser.add_argument("--tokenizer", type=Path, required=True,
                         help="directory of GPT-2 BPE files")
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], metavar="N",
+    parser.add_argument("--workers", type=positive, nargs="+", default=[1, 2], metavar="N",
                         help="(default: 1 2)")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N",
+    parser.add_argument("--rounds", type=positive, default=3, metavar="N",
                         help="of all tools in turn (default: 3)")
     parser.add_argument("--megatron-lm", type=Path, metavar="DIR",
                         help="a checkout, of the release that "
@@ -152,7 +152,7 @@ def measure_kernels(what: str, arguments: list[str]) -> int:
     module = kernel_throughput if what == "kernels" else tiles
     parser = make_parser(module.__doc__, prog=f"benchmark.py {what}")
     parser.add_argument("words", nargs="*", metavar="[RECIPE] section.key=value")
-    parser.add_argument("--seconds", type=float, default=0.2,
+    parser.add_argument("--seconds", type=positive_real, default=0.2,
                         help="that each measurement takes at least")
     add_output(parser)
     options = parser.parse_intermixed_args(arguments)

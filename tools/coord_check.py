@@ -13,15 +13,15 @@ the slope of log2 size over log2 width and over log2 density at the last step: 0
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_spdf.command_line import add_overrides, make_parser, refusing
+from megatron_spdf.command_line import add_overrides, make_parser, number, positive, refusing
 from megatron_spdf.recipe.load import load_recipe
+from megatron_spdf.records import to_json
 from megatron_spdf.tables import Column, Table
 
 RULES = ("standard", "mup")
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     slopes = {rule: {what: scaling_exponents(sizes) for what, sizes in scaled.items()}
               for rule, scaled in found.items()}
-    print(json.dumps({"sizes": found, "slopes": slopes}) if options.json else render(slopes))
+    print(to_json({"sizes": found, "slopes": slopes}) if options.json else render(slopes))
     if options.output:
         plot_sizes(found, options.output)
         print(f"wrote {options.output}", file=sys.stderr)
@@ -90,11 +90,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("recipe", help="a pre-training recipe, see configs/pretrain")
     add_overrides(parser)
-    parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256, 512, 1024],
+    parser.add_argument("--widths", type=positive, nargs="+", default=[64, 128, 256, 512, 1024],
                         metavar="N")
-    parser.add_argument("--sparsities", type=float, nargs="+",
+    parser.add_argument("--sparsities", type=number(float, least=0.0, most=1.0), nargs="+",
                         default=[0.0, 0.5, 0.75, 0.875, 0.9375], metavar="S")
-    parser.add_argument("--steps", type=int, default=5, metavar="N", help="default: 5")
+    parser.add_argument("--steps", type=positive, default=5, metavar="N", help="default: 5")
     parser.add_argument("--json", action="store_true", help="print one JSON object with every size")
     parser.add_argument("-o", "--output", type=Path, metavar="PNG", help="draw the sizes")
     return parser.parse_intermixed_args(arguments)

@@ -24,12 +24,20 @@ Exit code 0, or 2 for what the user can put right.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
-from megatron_spdf.command_line import end_quietly, make_parser, refusing
+from megatron_spdf.command_line import (
+    MOST,
+    end_quietly,
+    make_parser,
+    number,
+    positive,
+    refusing,
+)
 from megatron_spdf.data.finetuning.task import SPLITS, TASKS, load_examples, render_tasks
+from megatron_spdf.files import inside, require_directory
+from megatron_spdf.records import to_json
 
 
 @refusing
@@ -61,29 +69,34 @@ def score_predictions(options: argparse.Namespace) -> int:
 
 def score_checkpoint(options: argparse.Namespace) -> int:
     """Decodes the split with the checkpoint, scores and keeps what came out."""
+    from megatron_spdf.checkpoint.store import run_of
     from megatron_spdf.convert.source import open_weights
     from megatron_spdf.evaluation.decoding import DecodingSettings
-    from megatron_spdf.evaluation.evaluate import evaluate
-    from megatron_spdf.evaluation.scores_file import describe, write_all
+    from megatron_spdf.evaluation.evaluate import evaluate, scores_of
+    from megatron_spdf.evaluation.scores_file import describe, write_scores, write_texts
     from megatron_spdf.resilience.world import find_ranks
     from megatron_spdf.runs.run_dir import splits_of
 
-    output = options.output or (run_directory(options.run) / "evaluation"
-                                / f"{options.task}_{options.split}")
+    run = run_of(options.run)
+    output = options.output or (run and inside(run, f"evaluation/{options.task}_{options.split}"))
+    if output is None:
+        raise ValueError(f"{options.run} is a checkpoint outside of a run directory; give --output")
     require_free(output, options.force)
     settings = DecodingSettings(options.beams, options.length_penalty, options.no_repeat_ngram,
                                 options.max_new_tokens, options.batch_size)
-    data = options.data or splits_of(run_directory(options.run), options.task)
+    data = options.data or (run and splits_of(run, options.task))
     examples = load_examples(options.task, data or Path("data") / options.task, options.split)
     ranks = find_ranks()
     source = open_weights(options.run, checksums=False)
     found = evaluate(source, options.task, examples, settings, ranks)
     if found is None:
         return 0
-    predictions, scores, facts = found
+    facts = found.facts
+    write_texts(output, options.task, found.predictions, examples)  # whatever becomes of the scores
+    scores = scores_of(options.task, examples, found)
     description = describe(options.task, options.split, scores, checkpoint=str(source.path),
                            origin=source.origin, decoding=facts)
-    write_all(output, options.task, predictions, examples, description)
+    write_scores(output, description)
     show(options, scores, description)
     if not options.json:
         print(f"{facts['inputs']:,} inputs, {facts['tokens']:,} tokens in {facts['seconds']:,} s: "
@@ -92,15 +105,13 @@ def score_checkpoint(options: argparse.Namespace) -> int:
     return 0
 
 
-def run_directory(path: Path) -> Path:
-    """The run that a checkpoint belongs to; any other directory is itself."""
-    return path.parents[1] if path.parent.name == "checkpoints" else path
-
-
 def require_free(output: Path | None, force: bool) -> None:
-    """Raises ValueError where the output has figures already and may not be overwritten."""
+    """Raises ValueError where the output has figures already and may not be overwritten, or is in
+    a checkpoint."""
     from megatron_spdf.evaluation.scores_file import SCORES
 
+    if output:
+        require_directory(output, "--output")
     if output and (output / SCORES).exists() and not force:
         raise ValueError(f"{output / SCORES} exists; give another --output, or --force to "
                          "overwrite it")
@@ -109,7 +120,7 @@ def require_free(output: Path | None, force: bool) -> None:
 def show(options: argparse.Namespace, scores, description: dict) -> None:
     from megatron_spdf.evaluation.scores import render
 
-    print(json.dumps(description, indent=1) if options.json else render(scores))
+    print(to_json(description, indent=1) if options.json else render(scores))
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -129,8 +140,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
              "one text file for the first reference of every input, one for the second, ..., or "
              "what their names begin with")
     add("--beams", type=positive, default=10, help="default: 10")
-    add("--length-penalty", type=float, default=0.8, help="default: 0.8")
-    add("--no-repeat-ngram", type=int, default=4, help="default: 4; 0 for none")
+    add("--length-penalty", type=number(float), default=0.8, help="default: 0.8")
+    add("--no-repeat-ngram", type=number(int, least=0, most=MOST), default=4,
+        help="default: 4; 0 for none")
     add("--max-new-tokens", type=positive, default=64, help="default: 64")
     add("--batch-size", type=positive, default=32, help="prompts decoded together (default: 32)")
     add("--output", type=Path, metavar="DIR",
@@ -143,13 +155,6 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     if bool(options.references) != bool(options.predictions):
         parser.error("--predictions and --references go together")
     return options
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not positive")
-    return value
 
 
 if __name__ == "__main__":

@@ -10,13 +10,13 @@ written at.
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
 from megatron_spdf.checkpoint.inspect import describe, render, verify
 from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
 from megatron_spdf.command_line import end_quietly, make_parser, refusing
+from megatron_spdf.records import to_json
 
 
 @refusing
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     facts = describe(reader)
     facts["verified"] = verify(reader) if options.verify else None
     if options.json:
-        print(json.dumps(facts, indent=1))
+        print(to_json(facts, indent=1))
     else:
         print(render(facts))
         if options.verify:

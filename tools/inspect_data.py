@@ -10,11 +10,10 @@ Exit code 0, or 2 if it is no data set or a damaged one.
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
-from megatron_spdf.command_line import end_quietly, make_parser, refusing
+from megatron_spdf.command_line import end_quietly, make_parser, number, path_text, refusing
 from megatron_spdf.data.indexed.inspect import (
     data_sets,
     describe,
@@ -27,15 +26,17 @@ from megatron_spdf.data.indexed.inspect import (
 )
 from megatron_spdf.data.indexed.manifest import CORPUS
 from megatron_spdf.data.tokenizers.tokenizer import load_tokenizer
+from megatron_spdf.records import to_json
 
 
 @refusing
 def main(arguments: list[str] | None = None) -> int:
     """Print what is there; the exit code is 2 where it cannot be trusted."""
     parser = make_parser(__doc__)
-    parser.add_argument("prefix", metavar="PREFIX",
+    parser.add_argument("prefix", type=path_text, metavar="PREFIX",
                         help="of a data set, or a directory of data sets")
-    parser.add_argument("--sample", type=int, metavar="N", help="decode document N, counted from 0")
+    parser.add_argument("--sample", type=number(int, least=0), metavar="N",
+                        help="decode document N, counted from 0")
     parser.add_argument("--png", type=Path, metavar="FILE",
                         help="draw the histogram of document lengths")
     parser.add_argument("--verify", action="store_true", help="read everything and check it")
@@ -60,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
         facts["faults"] = look(options.prefix, tokenizer)
         if not (facts["faults"] or tokenizer or facts["data_sets"][0]["manifest"]["tokenizer"]):
             facts["highest_id"] = highest_id(options.prefix)
-    print(json.dumps(facts, indent=1) if options.json else as_text(facts))
+    print(to_json(facts, indent=1) if options.json else as_text(facts))
     for fault in facts.get("faults", []):
         print(f"error: {fault}", file=sys.stderr)
     return 2 if facts.get("faults") else 0

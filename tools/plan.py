@@ -14,12 +14,20 @@ Exit code 0, or 2 with a sentence on what to change.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from megatron_spdf.command_line import add_overrides, end_quietly, make_parser, refusing
+from megatron_spdf.command_line import (
+    add_overrides,
+    end_quietly,
+    make_parser,
+    number,
+    positive,
+    positive_real,
+    refusing,
+)
+from megatron_spdf.files import write_file
 from megatron_spdf.planning.exact import dry_run, ranks_of_interest, render_counts
 from megatron_spdf.planning.hardware import GPUS, THIS_MACHINE, find_gpu
 from megatron_spdf.planning.overview import Request, make_overview
@@ -27,6 +35,7 @@ from megatron_spdf.planning.render import render_overview
 from megatron_spdf.planning.step_time import EFFICIENCY
 from megatron_spdf.recipe.load import load_recipe
 from megatron_spdf.recipe.recipe import AUTO
+from megatron_spdf.records import to_json
 from megatron_spdf.reports.plan_page import render_plan_page
 from megatron_spdf.runs.calibrate import calibrate, measured_step
 from megatron_spdf.runs.law_points import point_of
@@ -58,15 +67,13 @@ def plan(arguments: list[str]) -> int:
                              f"{recipe.parallel.world} ranks, not --gpus {options.gpus}; set "
                              "parallel.tensor=, parallel.pipeline= and parallel.data=")
         counts = dry_run(recipe, sparsity, options.rank or ranks_of_interest(recipe))
-        print(json.dumps([asdict(c) for c in counts], indent=1) if options.json
+        print(to_json([asdict(c) for c in counts], indent=1) if options.json
               else render_counts(recipe, counts))
         return 0
     if options.gpu is None:
         raise ValueError(f"which GPU? Say --gpu and one of {', '.join(GPUS)}, or --gpu "
                          f"{THIS_MACHINE} to measure it")
     gpus = recipe.parallel.world if options.gpus is None else options.gpus
-    if gpus < 1:
-        raise ValueError(f"--gpus {gpus} must be at least 1")
     gpu = find_gpu(options.gpu, recipe.train.precision, options.memory and options.memory * 2**30,
                    options.network and options.network * 1e9, options.gpus_per_node)
     efficiency = options.efficiency or EFFICIENCY
@@ -78,8 +85,8 @@ def plan(arguments: list[str]) -> int:
     facts = make_overview(Request(recipe, sparsity, gpu, gpus, efficiency, source, options.price,
                                   options.top))
     if options.html:
-        options.html.write_text(render_plan_page(facts, str(options.recipe)))
-    print(json.dumps(facts, indent=1) if options.json else render_overview(facts))
+        write_file(options.html, render_plan_page(facts, str(options.recipe)))
+    print(to_json(facts, indent=1) if options.json else render_overview(facts))
     return 0
 
 
@@ -88,28 +95,29 @@ def _plan_parser() -> argparse.ArgumentParser:
     parser.add_argument("recipe",
                         help="YAML file, see configs/; its layout is one among those tried")
     add_overrides(parser)
-    parser.add_argument("--gpus", type=int, metavar="N",
+    parser.add_argument("--gpus", type=positive, metavar="N",
                         help="how many (default: the recipe's layout)")
     parser.add_argument("--gpu", metavar="NAME",
                         help=f"{', '.join(GPUS)}, or {THIS_MACHINE}, which is measured")
-    parser.add_argument("--price", type=float, metavar="P",
+    parser.add_argument("--price", type=number(float, least=0.0), metavar="P",
                         help="of a GPU hour; adds the cost, in the same currency")
-    parser.add_argument("--memory", type=float, metavar="GIB",
+    parser.add_argument("--memory", type=positive_real, metavar="GIB",
                         help="of a GPU, in place of the table's")
-    parser.add_argument("--network", type=float, metavar="GB/S",
+    parser.add_argument("--network", type=positive_real, metavar="GB/S",
                         help="of a GPU to other nodes, likewise")
-    parser.add_argument("--gpus-per-node", type=int, metavar="N", help="in place of the table's")
+    parser.add_argument("--gpus-per-node", type=positive, metavar="N",
+                        help="in place of the table's")
     speed = parser.add_mutually_exclusive_group()
-    speed.add_argument("--efficiency", type=_share, metavar="E",
+    speed.add_argument("--efficiency", type=number(float, above=0.0, most=1.0), metavar="E",
                        help=f"of matrix products, share of the peak (default: {EFFICIENCY}, an "
                             "assumption)")
     speed.add_argument("--calibrate", type=Path, metavar="RUN", help="take it from this run's log")
-    parser.add_argument("--top", type=int, default=8, metavar="N",
+    parser.add_argument("--top", type=positive, default=8, metavar="N",
                         help="layouts shown (default: 8)")
     parser.add_argument("--exact", action="store_true",
                         help="build ranks of the recipe's layout on the meta device and count what "
                              "they hold")
-    parser.add_argument("--rank", type=int, action="append", metavar="R",
+    parser.add_argument("--rank", type=number(int, least=0), action="append", metavar="R",
                         help="with --exact: this rank, may be repeated (default: one of each kind "
                              "of stage)")
     parser.add_argument("--json", action="store_true", help="print one JSON value")
@@ -123,9 +131,9 @@ def fit(arguments: list[str]) -> int:
                          "least seven, with three different sparsities, sizes and lengths.",
                          prog="plan.py fit")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
-    parser.add_argument("--starts", type=int, default=32, metavar="N",
+    parser.add_argument("--starts", type=positive, default=32, metavar="N",
                         help="random starting points (default: 32)")
-    parser.add_argument("--bootstrap", type=int, default=100, metavar="N",
+    parser.add_argument("--bootstrap", type=positive, default=100, metavar="N",
                         help="resamplings (default: 100)")
     parser.add_argument("--json", action="store_true", help="print one JSON value")
     options = parser.parse_args(arguments)
@@ -139,7 +147,7 @@ def fit(arguments: list[str]) -> int:
     if not options.json:
         print(render_points(points))
     fitted = fit_law(points, options.starts, options.bootstrap)
-    print(json.dumps({**asdict(fitted), "points": [asdict(p) for p in points]}, indent=1)
+    print(to_json({**asdict(fitted), "points": [asdict(p) for p in points]}, indent=1)
           if options.json
           else render_fit(fitted))
     return 0
@@ -153,17 +161,14 @@ def law(arguments: list[str]) -> int:
                         help="which of the two (default: t5)")
     parser.add_argument("--nonzero", type=_count, default=10**8, metavar="N",
                         help="non-zero linear weights")
-    parser.add_argument("--compute", type=float, default=1e21, metavar="C",
+    parser.add_argument("--compute", type=positive_real, default=1e21, metavar="C",
                         help="training FLOPs (default: 1e21)")
     parser.add_argument("--plot", type=Path, metavar="FILE.png",
                         help="iso-FLOP curves and contours of the optimum")
     parser.add_argument("--json", action="store_true", help="print one JSON value")
     options = parser.parse_args(arguments)
-    if options.nonzero <= 0 or options.compute <= 0.0:
-        raise ValueError(f"--nonzero {options.nonzero} and --compute {options.compute} must be "
-                         "positive")
     facts = describe_law(PUBLISHED[options.fit], options.fit, options.nonzero, options.compute)
-    print(json.dumps({**facts, "caution": CAVEAT}, indent=1) if options.json else render_law(facts))
+    print(to_json({**facts, "caution": CAVEAT}, indent=1) if options.json else render_law(facts))
     if options.plot:
         plot_contours(PUBLISHED[options.fit], options.fit, options.plot)
         if not options.json:
@@ -171,17 +176,11 @@ def law(arguments: list[str]) -> int:
     return 0
 
 
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0.0 < value <= 1.0:
-        raise argparse.ArgumentTypeError(f"{text} must be over 0 and at most 1")
-    return value
-
-
 def _count(text: str) -> int:
     value = parse_count(text)
-    if not isinstance(value, int):
-        raise argparse.ArgumentTypeError(f"{text!r} is no count; write for example 100M or 1e8")
+    if not isinstance(value, int) or value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is no positive count; write for example "
+                                         "100M or 1e8")
     return value
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from megatron_spdf.command_line import make_parser
+from megatron_spdf.command_line import make_parser, path_text, positive
 from megatron_spdf.data.indexed.manifest import CorpusManifest
 from megatron_spdf.data.preprocess.documents import FORMATS, expand_inputs, sample_texts
 from megatron_spdf.data.preprocess.encode import SPLITS, split_bounds
@@ -54,10 +54,10 @@ def parse_workers(count: str) -> int:
 
 
 OPTIONS = {
-    "--input": dict(nargs="+", required=True,
+    "--input": dict(nargs="+", required=True, type=path_text,
                     help=f"files or quoted patterns, of {', '.join(FORMATS)}"),
     "--output": dict(
-        required=True, metavar="PREFIX",
+        required=True, type=path_text, metavar="PREFIX",
         help="writes PREFIX.bin, .idx, .json and .tokenizer; with --split, --by-set or --per-shard "
              "a directory PREFIX of such data sets",
     ),
@@ -65,12 +65,17 @@ OPTIONS = {
         required=True, type=Path, metavar="PATH",
         help="directory of GPT-2 BPE files, a tokenizer.json, or a SentencePiece *.model",
     ),
+    "--end-of-document": dict(
+        metavar="TOKEN",
+        help="token of the tokenizer that ends documents (default: <|endoftext|>, </s> or what the "
+             "tokenizer says)",
+    ),
     "--train-tokenizer": dict(
         choices=("bpe", "sentencepiece"),
         help="train a tokenizer on the input and write it to the directory --tokenizer, which must "
              "not exist",
     ),
-    "--vocab-size": dict(type=int, metavar="N",
+    "--vocab-size": dict(type=positive, metavar="N",
                          help="exact number of ids of the trained tokenizer"),
     "--train-bytes": dict(
         type=parse_bytes, default="100MB", metavar="SIZE",
@@ -121,6 +126,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if bool(options.train_tokenizer) != bool(options.vocab_size):
         parser.error("--train-tokenizer and --vocab-size go together")
+    if options.train_tokenizer and options.end_of_document:
+        parser.error("--end-of-document names a token of a tokenizer that is there; one that is "
+                     "trained gets <|endoftext|> or </s>")
     # so that clean-up runs
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     partial = Partial(options.output, bool(options.split or options.by_set or options.per_shard))
@@ -167,7 +175,7 @@ def obtain_tokenizer(options: argparse.Namespace, partial: Partial) -> Tokenizer
     """Load the tokenizer, or train it on the first texts of all inputs."""
     interrupted = partial.finished_inputs or partial.ready
     if not options.train_tokenizer or (interrupted and options.tokenizer.exists()):
-        return load_tokenizer(options.tokenizer)
+        return load_tokenizer(options.tokenizer, options.end_of_document)
     if options.tokenizer.exists():
         raise ValueError(f"{options.tokenizer} exists; use it without --train-tokenizer, or give a "
                          "new path")

@@ -38,6 +38,7 @@ class Weight:
         std: of the normal initial values; None: ones for norm weights, zeros for biases.
         linear: one of W_QKV, W_D, W_I, W_O of a layer, which SPDF makes sparse (Thangarasa et al.
             2023, A.1).
+        matrices: rows of each matrix, where several are one weight; they may be interleaved.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Weight:
     layer: int
     std: float | None = None
     linear: bool = False
+    matrices: tuple[int, ...] = ()
 
     @property
     def numel(self) -> int:
@@ -212,20 +214,25 @@ class Model(Costs, Forms, Section):
         at = f"decoder.layers.{layer}."
         residual_std = self.init_std / math.sqrt(2 * self.layers)
 
-        def linear(name: str, out: int, inputs: int, axis: int, spread: float) -> list[Weight]:
-            weight = Weight(f"{at}{name}.weight", (out, inputs), axis, layer, spread, linear=True)
+        def linear(name: str, matrices: list[int], inputs: int, axis: int,
+                   spread: float) -> list[Weight]:
+            out = sum(matrices)
+            weight = Weight(f"{at}{name}.weight", (out, inputs), axis, layer, spread, linear=True,
+                            matrices=tuple(matrices))
             bias = Weight(f"{at}{name}.bias", (out,), 0 if axis == 0 else None, layer)
             return [weight, bias] if self.biases else [weight]
 
-        up = (2 if self.gated else 1) * self.ffn_hidden
+        up = [self.ffn_hidden] * (2 if self.gated else 1)
+        queries, keys = (n * self.head_width for n in (self.heads, self.query_groups))
         return [
             *self._norm(f"{at}input_layernorm", layer),
-            *linear("self_attention.linear_qkv", self.qkv_rows, self.hidden, 0, self.init_std),
-            *linear("self_attention.linear_proj", self.hidden, self.heads * self.head_width, 1,
+            *linear("self_attention.linear_qkv", [queries, keys, keys], self.hidden, 0,
+                    self.init_std),
+            *linear("self_attention.linear_proj", [self.hidden], self.heads * self.head_width, 1,
                     residual_std),
             *self._norm(f"{at}pre_mlp_layernorm", layer),
             *linear("mlp.linear_fc1", up, self.hidden, 0, self.init_std),
-            *linear("mlp.linear_fc2", self.hidden, self.ffn_hidden, 1, residual_std),
+            *linear("mlp.linear_fc2", [self.hidden], self.ffn_hidden, 1, residual_std),
         ]
 
     def _norm(self, name: str, layer: int) -> list[Weight]:

@@ -86,6 +86,19 @@ def window_of(model: PreTrainedModel) -> int:
     return model.config.max_position_embeddings
 
 
+def room_for_prompts(window: int, settings: DecodingSettings) -> int:
+    """Number of context tokens that a window has room for, besides end of document and completion.
+
+    Raises:
+        ValueError: there is none.
+    """
+    room = window - settings.max_new_tokens - 1
+    if room < 1:
+        raise ValueError(f"max_new_tokens={settings.max_new_tokens} leaves no room for a prompt in "
+                         f"the window of {window} tokens; give at most {window - 2}")
+    return room
+
+
 def decode(model: PreTrainedModel, tokenizer: Tokenizer, contexts: Sequence[str],
            settings: DecodingSettings, rank: int = 0, world: int = 1) -> Decoded:
     """Decodes this rank's share of the prompts, those of like length together.
@@ -102,11 +115,7 @@ def decode(model: PreTrainedModel, tokenizer: Tokenizer, contexts: Sequence[str]
     Raises:
         ValueError: the window has no room for so many new tokens.
     """
-    room = window_of(model) - settings.max_new_tokens - 1
-    if room < 1:
-        raise ValueError(f"max_new_tokens={settings.max_new_tokens} leaves no room for a prompt in "
-                         f"the window of {window_of(model)} tokens; give at most "
-                         f"{window_of(model) - 2}")
+    room = room_for_prompts(window_of(model), settings)
     encoded = [tokenizer.encode(context) for context in contexts]
     prompts = [ids[max(0, len(ids) - room) :] + [tokenizer.eod] for ids in encoded]
     share = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))[rank::world]

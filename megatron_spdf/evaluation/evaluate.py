@@ -4,7 +4,7 @@ or several."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -21,21 +21,38 @@ from megatron_spdf.evaluation.decoding import (
     Likelihood,
     decode,
     likelihood,
+    room_for_prompts,
 )
 from megatron_spdf.evaluation.metrics.metric import ALL
 from megatron_spdf.evaluation.perplexity import perplexity
 from megatron_spdf.evaluation.references import references_of
-from megatron_spdf.evaluation.scores import Scores, metrics_of, score
+from megatron_spdf.evaluation.scores import NO_REFERENCE, Scores, metrics_of, score
 from megatron_spdf.parallel.ranks import init_gloo
 from megatron_spdf.resilience.world import Ranks
 
 _WAIT = timedelta(hours=6)  # of a rank for the slowest one's share
 
 
+@dataclass(frozen=True)
+class Evaluated:
+    """What a checkpoint made of a test set.
+
+    Attributes:
+        predictions: one for each input.
+        likelihood: of all references.
+        padding: sentence on rows of the vocabulary without a token; empty: there are none.
+        facts: about the decoding.
+    """
+
+    predictions: list[str]
+    likelihood: Likelihood
+    padding: str
+    facts: dict[str, Any]
+
+
 def evaluate(source: WeightSource, task: str, examples: Sequence[Example],
-             settings: DecodingSettings,
-             ranks: Ranks) -> tuple[list[str], Scores, dict[str, Any]] | None:
-    """Decodes and scores on all ranks.
+             settings: DecodingSettings, ranks: Ranks) -> Evaluated | None:
+    """Decodes on all ranks, and computes the likelihood of the references.
 
     Args:
         source: weights and tokenizer.
@@ -45,13 +62,14 @@ def evaluate(source: WeightSource, task: str, examples: Sequence[Example],
         ranks: of this job.
 
     Returns:
-        On rank 0 predictions, scores and facts about the decoding; None on the others.
+        On rank 0 what came out; None on the others.
 
     Raises:
         ValueError: a metric of the task is unknown, or a completion or a prompt does not fit the
             model's window.
     """
     metrics_of(task)
+    room_for_prompts(source.model.max_positions, settings)
     tokenizer = tokenizer_of(source)
     device = init_gloo(ranks, _WAIT)
     try:
@@ -66,10 +84,7 @@ def evaluate(source: WeightSource, task: str, examples: Sequence[Example],
             dist.destroy_process_group()
     if ranks.rank > 0:
         return None
-    predictions, scores, facts = _scores(task, examples, shares, settings, device)
-    if padding := render_padding(tokenizer, source.model.vocab_size):
-        scores.signatures["perplexity"] += f"; {padding}, but they are part of the softmax"
-    return predictions, scores, facts
+    return _joined(shares, settings, device, render_padding(tokenizer, source.model.vocab_size))
 
 
 def _gather(ranks: Ranks, share: Any) -> list[Any]:
@@ -80,28 +95,38 @@ def _gather(ranks: Ranks, share: Any) -> list[Any]:
     return shares
 
 
-def _scores(task: str, examples: Sequence[Example], shares: list[tuple[Likelihood, Decoded]],
-            settings: DecodingSettings,
-            device: torch.device) -> tuple[list[str], Scores, dict[str, Any]]:
+def _joined(shares: list[tuple[Likelihood, Decoded]], settings: DecodingSettings,
+            device: torch.device, padding: str) -> Evaluated:
     texts = {i: text for _, decoded in shares for i, text in decoded.texts.items()}
-    predictions = [texts[i] for i in range(len(examples))]
-    scores = score(task, predictions, references_of(examples))
     nats, tokens = (sum(getattr(measured, name) for measured, _ in shares)
                     for name in ("nats", "tokens"))
-    scores.values[ALL]["perplexity"] = perplexity(nats / tokens)
-    scores.signatures["perplexity"] = (f"of the references' {tokens:,} tokens after context and "
-                                       "end of document, in fp32")
-    if scores.values[ALL]["perplexity"] is None:
-        scores.missing["perplexity"] = (f"the loss is {nats / tokens:.4g} nats per token, whose "
-                                        "exponential is no number: the model has diverged")
     seconds = max(decoded.seconds for _, decoded in shares)
     generated = sum(decoded.tokens for _, decoded in shares)
-    facts = {**asdict(settings), "inputs": len(examples), "ranks": len(shares),
+    facts = {**asdict(settings), "inputs": len(texts), "ranks": len(shares),
              "device": _name(device),
              "tokens": generated, "seconds": round(seconds, 1),
              "tokens_per_second": round(generated / seconds, 1),
              "truncated_prompts": sum(decoded.truncated for _, decoded in shares)}
-    return predictions, scores, facts
+    return Evaluated([texts[i] for i in range(len(texts))], Likelihood(nats, tokens), padding,
+                     facts)
+
+
+def scores_of(task: str, examples: Sequence[Example], evaluated: Evaluated) -> Scores:
+    """Scores of the predictions, and the perplexity of the references."""
+    scores = score(task, evaluated.predictions, references_of(examples))
+    measured = evaluated.likelihood
+    if not measured.tokens:
+        scores.missing["perplexity"] = NO_REFERENCE
+        return scores
+    loss = measured.nats / measured.tokens
+    scores.values[ALL]["perplexity"] = perplexity(loss)
+    scores.signatures["perplexity"] = (
+        f"of the references' {measured.tokens:,} tokens after context and end of document, in fp32"
+        + (f"; {evaluated.padding}, but they are part of the softmax" if evaluated.padding else ""))
+    if scores.values[ALL]["perplexity"] is None:
+        scores.missing["perplexity"] = (f"the loss is {loss:.4g} nats per token, whose exponential "
+                                        "is no number: the model has diverged")
+    return scores
 
 
 def _name(device: torch.device) -> str:

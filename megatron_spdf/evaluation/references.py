@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_spdf.data.finetuning.task import TASKS, Example, Task, load_examples
+from megatron_spdf.files import write_file
+from megatron_spdf.text import in_one_line, lines_of
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,11 @@ class References:
     groups: tuple[str, ...]
     official: bool = False
 
+    def of(self, inputs: Sequence[int]) -> References:
+        """References of some inputs."""
+        return replace(self, texts=tuple(self.texts[i] for i in inputs),
+                       groups=tuple(self.groups[i] for i in inputs))
+
 
 def references_of(examples: Sequence[Example]) -> References:
     """References in a task's data."""
@@ -30,17 +38,17 @@ def references_of(examples: Sequence[Example]) -> References:
 
 
 def read_predictions(path: Path) -> list[str]:
-    """Reads predictions, one per line, with outer blanks removed.
+    """Reads predictions, one per line, with outer blanks removed. A line ends at LF or CR LF.
 
     Raises:
         ValueError: the file is not UTF-8 text.
         FileNotFoundError: nothing is at `path`.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 ({error})") from None
-    return [line.strip() for line in text.removesuffix("\n").split("\n")] if text else []
+    return [line.strip() for line in lines_of(text)]
 
 
 def read_references(task: str, paths: Sequence[Path], split: str = "test") -> References:
@@ -58,8 +66,8 @@ def read_references(task: str, paths: Sequence[Path], split: str = "test") -> Re
         split: of the task's data.
 
     Raises:
-        ValueError: files cannot be read, have different numbers of lines, or an input has no
-            reference.
+        ValueError: files cannot be read, have different numbers of lines, or have no reference;
+            an input of a text file has none.
         FileNotFoundError: nothing is at a path.
     """
     known, first = TASKS.get(task), paths[0]
@@ -68,15 +76,19 @@ def read_references(task: str, paths: Sequence[Path], split: str = "test") -> Re
     else:
         texts = _parallel(paths) if len(paths) > 1 else _one_or_many(first)
         found = References(texts, ("",) * len(texts), official=known.form is not None)
-    for number, texts in enumerate(found.texts, start=1):
-        if not texts:
-            raise ValueError(f"{first}: input {number} has no reference; scoring needs at least "
-                             "one for each")
+        for number, texts in enumerate(found.texts, start=1):
+            if not texts:
+                raise ValueError(f"{first}: input {number} has no reference; scoring needs at "
+                                 "least one for each")
+    if not any(found.texts):
+        raise ValueError(f"{first} has no reference at all; name the file that has them, such as "
+                         f"{known.files[split][0]}")
     return found
 
 
 def _one_or_many(path: Path) -> tuple[tuple[str, ...], ...]:
-    numbered = sorted(path.parent.glob(f"{path.name}[0-9]*"), key=lambda p: (len(p.name), p.name))
+    numbered = sorted(path.parent.glob(f"{glob.escape(path.name)}[0-9]*"),
+                      key=lambda p: (len(p.name), p.name))
     if not path.exists() and numbered:
         return _parallel(numbered)
     groups: list[list[str]] = [[]]
@@ -122,7 +134,7 @@ def write_official(task: Task, predictions: Sequence[str], references: Reference
     """
     _write_lines(directory / "predictions.txt", predictions)
     if task.form is None:
-        groups = ("\n".join(map(_one_line, texts)) + "\n" for texts in references.texts)
+        groups = ("\n".join(map(in_one_line, texts)) + "\n" for texts in references.texts)
         _write_lines(directory / "references.txt", groups, joined=True)
         return
     outputs, official = in_official_form(task, predictions, references)
@@ -133,9 +145,4 @@ def write_official(task: Task, predictions: Sequence[str], references: Reference
 
 
 def _write_lines(path: Path, lines, joined: bool = False) -> None:
-    path.write_text("".join(f"{line if joined else _one_line(line)}\n" for line in lines),
-                    encoding="utf-8")
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.splitlines())
+    write_file(path, "".join(f"{line if joined else in_one_line(line)}\n" for line in lines))

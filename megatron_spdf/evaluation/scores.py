@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from megatron_spdf.data.finetuning.task import TASKS
-from megatron_spdf.evaluation.metrics.metric import ALL, METRICS, Metric, Unavailable
+from megatron_spdf.evaluation.metrics.metric import ALL, METRICS, ByPart, Metric, Unavailable
 from megatron_spdf.evaluation.references import References, in_official_form
 from megatron_spdf.tables import Column, Table
+from megatron_spdf.text import first_line
+
+NO_REFERENCE = "no input has a reference"
 
 
 @dataclass
@@ -20,11 +24,13 @@ class Scores:
             have "seen" and "unseen".
         signatures: metric -> implementation and settings behind its values.
         missing: metric -> reason why it has no value.
+        left_out: inputs without a reference, on which nothing is scored.
     """
 
     values: dict[str, dict[str, float]] = field(default_factory=lambda: {ALL: {}})
     signatures: dict[str, str] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
+    left_out: int = 0
 
 
 def metrics_of(task: str) -> list[Metric]:
@@ -51,17 +57,32 @@ def score(task: str, predictions: Sequence[str], references: References) -> Scor
         raise ValueError(f"{len(predictions)} predictions for {len(references.texts)} inputs with "
                          "references; there must be one prediction for each, one per line, in the "
                          "order of the references")
-    outputs, official = in_official_form(TASKS.get(task), predictions, references)
-    scores = Scores()
+    kept = [i for i, texts in enumerate(references.texts) if texts]
+    scores = Scores(left_out=len(predictions) - len(kept))
+    outputs, official = in_official_form(TASKS.get(task), [predictions[i] for i in kept],
+                                         references.of(kept))
     for metric in metrics_of(task):
+        if not kept:
+            scores.missing |= dict.fromkeys(metric.figures, NO_REFERENCE)
+            continue
         try:
-            for part, figures in metric.measure(outputs, official).items():
-                scores.values.setdefault(part, {}).update(
-                    {name: figure.value for name, figure in figures.items()})
-                scores.signatures |= {name: figure.signature for name, figure in figures.items()}
+            _add(scores, metric.measure(outputs, official))
         except Unavailable as error:
             scores.missing |= dict.fromkeys(metric.figures, str(error))
+        except Exception as error:  # of a library, on texts of others: the other scores are sound
+            scores.missing |= dict.fromkeys(
+                metric.figures, f"{type(error).__name__}: {first_line(error)}")
     return scores
+
+
+def _add(scores: Scores, found: ByPart) -> None:
+    for part, figures in found.items():
+        for name, figure in figures.items():
+            scores.signatures[name] = figure.signature
+            if math.isfinite(figure.value):
+                scores.values.setdefault(part, {})[name] = figure.value
+            else:
+                scores.missing[name] = f"it is {figure.value} on the part {part!r}"
 
 
 def render(scores: Scores) -> str:
@@ -72,5 +93,7 @@ def render(scores: Scores) -> str:
     columns = [Column("metric", str),
                *(Column(part, scores.values[part].get, ".6f") for part in parts)]
     missing = [f"{name}: missing ({why})" for name, why in scores.missing.items()]
+    if scores.left_out:
+        missing.append(f"{scores.left_out:,} inputs have no reference and are not scored")
     behind = [f"  {name}: {signature}" for name, signature in scores.signatures.items()]
     return "\n".join([Table(columns, names).text(), *missing, *behind])

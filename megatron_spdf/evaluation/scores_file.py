@@ -29,6 +29,7 @@ def describe(task: str, split: str, scores: Scores, **facts: Any) -> dict[str, A
     """
     return {"task": task, "split": split, **facts, "scores": scores.values,
             "missing": scores.missing,
+            **({"without_reference": scores.left_out} if scores.left_out else {}),
             "signatures": scores.signatures,
             "versions": {"megatron_spdf": __version__,
                          **{name: version(name) for name in _LIBRARIES}},
@@ -41,10 +42,9 @@ def write_scores(output: Path, description: dict[str, Any]) -> None:
     write_json(output / SCORES, description)
 
 
-def write_all(output: Path, task: str, predictions: Sequence[str], examples: Sequence[Example],
-              description: dict[str, Any]) -> None:
-    """Writes predictions, references in the official form and, last, scores.json."""
+def write_texts(output: Path, task: str, predictions: Sequence[str],
+                examples: Sequence[Example]) -> None:
+    """Writes predictions, and references in the official form; scores of others are removed."""
     output.mkdir(parents=True, exist_ok=True)
     (output / SCORES).unlink(missing_ok=True)  # no old scores may lie beside new predictions
     write_official(TASKS.get(task), predictions, references_of(examples), output)
-    write_scores(output, description)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_spdf.convert.source import WeightSource
+from megatron_spdf.files import save_figure
 from megatron_spdf.tables import Column, Table
 
 
@@ -73,5 +74,5 @@ def draw(layers: list[dict[str, float]], path: Path, title: str) -> None:
              xticks=range(len(layers)), title=title)
     figure.colorbar(image, label="cosine distance")
     figure.tight_layout()
-    figure.savefig(path, format="png")
+    save_figure(figure, path)
     pyplot.close(figure)

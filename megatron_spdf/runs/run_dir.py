@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron_spdf.checkpoint import store
 from megatron_spdf.checkpoint.shared_files import check_shared
 from megatron_spdf.exit_codes import GUARD_STOPPED
-from megatron_spdf.files import NEW, links_out
+from megatron_spdf.files import NEW, links_out, require_directory, require_outside_checkpoints
 from megatron_spdf.locks import DirectoryLock, Held, is_lock
 from megatron_spdf.recipe.compare import changes_of_run
 from megatron_spdf.recipe.finetune import Finetune, load_finetune
@@ -68,13 +68,8 @@ class RunDir:
             ValueError: naming the reason, and each key that differs with both values.
         """
         kept = self.root / RECIPE
-        root = self.root.absolute()
-        there = next(p for p in (root, *root.parents) if p.exists())
-        writable = os.access(there, os.W_OK | os.X_OK) if there.is_dir() else there == root
-        if not writable:
-            raise ValueError(f"output={self.root} cannot be written: {there} is "
-                             f"{'read-only for this user' if there.is_dir() else 'a file'}; choose "
-                             "another output")
+        require_directory(self.root)
+        require_outside_checkpoints(self.cache)
         self._check_links()
         if not kept.is_file():
             if self.root.exists() and (not self.root.is_dir() or any(self._others())):
@@ -86,11 +81,12 @@ class RunDir:
         except ValueError as error:
             raise ValueError(f"{kept} cannot be read as a recipe ({error}); choose another "
                              "output") from None
-        changes = changes_of_run(before, self.recipe)
+        changes = changes_of_run(before, self.recipe, longer=True)
         if changes:
             raise ValueError(f"output={self.root} holds another recipe's run: "
                              f"{'; '.join(changes)}. Choose another output, or set these back to "
-                             "go on with that run")
+                             "go on with that run (it can be lengthened where it has one stage, "
+                             "masks that stay and optimizer.decay=constant)")
 
     def _check_links(self) -> None:
         """Raises a ValueError where the run would write through a link to another place. Saved

@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from megatron_spdf.architecture.base import Model, Weight
+from megatron_spdf.sparsity.distribution import erk_densities, whole_entries
 from megatron_spdf.sparsity.patterns.base import Pattern, Shape
 from megatron_spdf.sparsity.patterns.unstructured import Unstructured
 from megatron_spdf.sparsity.settings import Sparsity
@@ -164,8 +165,8 @@ class Plan:
 
 
 def make_plan(sparsity: Sparsity, weights: list[Weight], slices: int) -> Plan:
-    """Gives every linear weight the level of the first rule that matches it, else the default
-    level.
+    """Gives every linear weight the level of the first rule that matches it, else what
+    `distribution` makes of the default level.
 
     Args:
         weights: all parameters of the model; only those marked `linear` can be sparse.
@@ -177,24 +178,48 @@ def make_plan(sparsity: Sparsity, weights: list[Weight], slices: int) -> Plan:
             pattern.
     """
     candidates = [w for w in weights if w.linear]
-    used: set[int] = set()
-    pattern = sparsity.masks
-    plan: dict[str, SparseWeight] = {}
-    for weight in candidates:
-        level = sparsity.level
-        for number, rule in enumerate(sparsity.rules):
-            if fnmatch.fnmatchcase(weight.name, rule.weights):
-                level = rule.level
-                used.add(number)
-                break
+    levels, used = _levels(sparsity, candidates, slices)
+    pattern, plan = sparsity.masks, {}
+    for weight, level in zip(candidates, levels, strict=True):
         if level * sparsity.reached > 0.0:
             place = weight.name, weight.shape, weight.axis
-            most = math.gcd(slices, weight.shape[weight.axis])
-            cut = pattern.cut(*place, most, level)
+            cut = pattern.cut(*place, _most_slices(weight, slices), level)
             plan[weight.name] = SparseWeight(*place, cut, level, pattern, sparsity.reached,
                                              sparsity.update.holds)
     _refuse_idle_rules(sparsity, used, candidates, weights)
     return Plan(sparsity.seed, plan, sparsity.dense_copy)
+
+
+def _most_slices(weight: Weight, slices: int) -> int:
+    return math.gcd(slices, weight.shape[weight.axis])
+
+
+def _levels(sparsity: Sparsity, weights: list[Weight],
+            slices: int) -> tuple[list[float], set[int]]:
+    """Level of each weight, and the rules that matched."""
+    levels, used, free = [sparsity.level] * len(weights), set(), []
+    for i, weight in enumerate(weights):
+        matching = (number for number, rule in enumerate(sparsity.rules)
+                    if fnmatch.fnmatchcase(weight.name, rule.weights))
+        if (number := next(matching, None)) is None:
+            free.append(i)
+        else:
+            levels[i] = sparsity.rules[number].level
+            used.add(number)
+    if sparsity.distribution == "erk" and sparsity.level and free:
+        cut = [_most_slices(weights[i], slices) for i in free]
+        by_erk = _erk_levels([weights[i] for i in free], sparsity.level, cut)
+        for i, level in zip(free, by_erk, strict=True):
+            levels[i] = level
+    return levels, used
+
+
+def _erk_levels(weights: list[Weight], level: float, slices: list[int]) -> list[float]:
+    entries = [w.numel // c for w, c in zip(weights, slices, strict=True)]
+    budget = sum(Unstructured().active((1, n), level) * c
+                 for n, c in zip(entries, slices, strict=True))
+    active = whole_entries(erk_densities(weights, 1.0 - level), entries, slices, budget)
+    return [1.0 - k / n for k, n in zip(active, entries, strict=True)]
 
 
 def check_tensor(plan: Plan, tensor: int) -> None:

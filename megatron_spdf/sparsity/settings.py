@@ -46,6 +46,10 @@ class Sparsity(Section):
         "unstructured",
         description="what is active or zero: single weights, square tiles of them, two of every "
                     "four both ways, ...")
+    distribution: Literal["uniform", "erk"] = Field(
+        "uniform", description="of the zeros over weights that no rule matches: the same level, or "
+                               "by Erdos-Renyi kernel, denser where a weight is smaller; with as "
+                               "many active in all")
     dense_copy: Literal["per_step", "per_layer"] = Field(
         "per_step", description="dense copies of sparse weights: kept for the step, or made again "
                                 "in forward and backward")

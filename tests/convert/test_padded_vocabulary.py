@@ -21,7 +21,7 @@ from megatron_spdf.data.preprocess.preprocess import preprocess
 from megatron_spdf.data.pretraining.corpus import check_corpus, data_tokenizer
 from megatron_spdf.data.tokenizers.tokenizer import train_tokenizer
 from megatron_spdf.evaluation.decoding import DecodingSettings, decode, likelihood
-from megatron_spdf.evaluation.evaluate import evaluate
+from megatron_spdf.evaluation.evaluate import evaluate, scores_of
 from megatron_spdf.resilience.world import find_ranks
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -99,6 +99,14 @@ def test_no_remedy_leads_in_a_circle(place, recipe, tmp_path):
     write_initial_checkpoint(source, recipe, data_tokenizer(recipe), tmp_path / "run")
 
 
+def test_data_of_another_tokenizer_are_not_the_models(place, tmp_path, recipe):
+    """More ids than the model has rows: neither number is set, the data are."""
+    directory = write_gpt2(tmp_path / "small")
+    with pytest.raises(ValueError, match="has 259 rows for tokens.*260 ids.*Preprocess the data"):
+        write_initial_checkpoint(open_weights(directory), recipe, data_tokenizer(recipe),
+                                 tmp_path / "run")
+
+
 @torch.no_grad()
 def greedy(model, ids: list[int], steps: int) -> list[int]:
     """One token after another, of those that are tokens."""
@@ -164,7 +172,8 @@ def test_a_diverged_model_has_no_perplexity(place, tmp_path, factor):
     source.weight = lambda name: weight(name) * (factor if "final_layernorm.w" in name else 1)
     settings = DecodingSettings(beams=2, max_new_tokens=3)
     examples = [Example(f"context {n}", (f"completion {n}",)) for n in range(3)]
-    _, scores, _ = evaluate(source, "jsonl", examples, settings, find_ranks())
+    scores = scores_of("jsonl", examples,
+                       evaluate(source, "jsonl", examples, settings, find_ranks()))
     assert "the model has diverged" in scores.missing["perplexity"]
     assert f"perplexity  {'-':>8}".split() == [line.split() for line in render(scores).splitlines()
                                                if line.startswith("perplexity ")][0]

@@ -12,6 +12,7 @@ from megatron_spdf.planning.buffers import lay_out, layers_of, local_parameters
 from megatron_spdf.planning.memory import RankBytes, rank_bytes, render_layout, zero_bytes
 from megatron_spdf.planning.moves import moves_of
 from megatron_spdf.recipe.load import load_recipe
+from megatron_spdf.sparsity.algorithms.base import MovingMasks
 from megatron_spdf.sparsity.plan import Plan
 
 PRETRAIN = Path(__file__).resolve().parents[2] / "configs" / "pretrain"
@@ -94,9 +95,33 @@ def test_state_that_is_gathered_for_a_move(recipe, zero_stage):
         r = recipe(sparsity={"level": 0.75, "algorithm": "static"},
                    parallel={"data": data, "zero_stage": zero_stage})
         (buffer,) = lay_out(r.model, r.parallel, Plan.of(r), 0, True)
-        found = moves_of(r, Plan.of(r), 0)
-        assert found.carried == (4 * 4 * buffer.elements if data > 1 and zero_stage else 0)
-        assert found.reduced == 0
+        assert moves_of(r, Plan.of(r), 0).carried == (
+            4 * 4 * buffer.elements if data > 1 and zero_stage else 0)
+
+
+class Gradients(MovingMasks):
+    """Needs the dense gradient."""
+
+    name, needs = "gradients", "dense_gradient"
+
+
+@pytest.mark.parametrize("data", [1, 2])
+def test_a_dense_gradient_is_held_by_all_and_summed_up_by_replicas(recipe, data):
+    r = recipe(sparsity=0.75, parallel={"data": data, "tensor": 2})
+    moving = r.sparsity.model_copy(update={"update": Gradients(every=8, stop=1.0)})
+    r = r.model_copy(update={"sparsity": moving})
+    found, dense = moves_of(r, Plan.of(r), 0), 4 * 4 * 12 * 64**2 // 2
+    assert (found.transient, found.reduced) == (dense, dense * (data > 1))
+    assert found.count == 1  # at step 8 of 10
+
+
+def test_offloaded_state_is_not_on_the_gpu(recipe):
+    for offload in (False, True):
+        r = recipe(engine="deepspeed", parallel={"data": 2, "offload": offload})
+        found = rank_bytes(r, Plan.of(r), 0, True)
+        weights = sum(w.numel for w in r.model.weights())
+        assert found.optimizer == (0 if offload else 12 * weights // 2)
+        assert found.gradients == 4 * weights
 
 
 def test_total_is_the_sum(recipe):

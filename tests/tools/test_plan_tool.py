@@ -101,7 +101,6 @@ def test_fit(plan, capsys, tmp_path):
 @pytest.mark.parametrize(("arguments", "said"), [
     ([DEMO], "which GPU? Say --gpu and one of a100"),
     ([DEMO, "--gpu", "v100"], "gpu='v100' is not in the table"),
-    ([DEMO, "--gpu", "h100", "--gpus", "0"], "--gpus 0 must be at least 1"),
     ([DEMO, "--gpu", "h100", "--gpus", "7"], "7 GPUs cannot be laid out"),
     ([DEMO, "--gpu", "h100", "--memory", "0.001"], "no layout of 2 x H100 holds this run"),
     ([DEMO, "--gpu", "h100", "model.layer=3"], "did you mean model.layers?"),
@@ -111,7 +110,6 @@ def test_fit(plan, capsys, tmp_path):
     ([DEMO, "--exact", "--rank", "2"], "rank 2 is not in this layout"),
     ([DEMO, "--exact", "engine=deepspeed"], "engine=deepspeed makes its buffers while it trains"),
     (["fit", "nowhere"], "nowhere is no run"),
-    (["law", "--nonzero", "0"], "must be positive"),
 ])
 def test_what_cannot_be_answered_gets_a_sentence(plan, capsys, arguments, said):
     assert plan(arguments) == 2
@@ -121,6 +119,28 @@ def test_what_cannot_be_answered_gets_a_sentence(plan, capsys, arguments, said):
         and said in captured.err
         and "Traceback" not in captured.err
     )
+
+
+@pytest.mark.parametrize("option", ["--gpus", "--gpus-per-node", "--top", "--network", "--memory",
+                                    "--efficiency", "--price"])
+@pytest.mark.parametrize("value", ["0", "-8", "nan", "inf", "1e999", "", "x", "9" * 5000])
+def test_arguments_are_numbers_that_a_cluster_can_have(plan, capsys, option, value):
+    if (option, value) == ("--price", "0"):
+        return  # of a machine of one's own
+    with pytest.raises(SystemExit) as ended:
+        plan([DEMO, "--gpu", "h100", f"{option}={value}"])
+    assert ended.value.code == 2
+    assert f"argument {option}: " in (said := capsys.readouterr().err) and "must be a" in said
+    assert len(said) < 2000
+
+
+@pytest.mark.parametrize(("option", "value"), [
+    ("--nonzero", "0"), ("--nonzero", "-1e6"), ("--nonzero", "inf"), ("--compute", "nan"),
+    ("--compute", "0")])
+def test_arguments_of_the_law_are_positive(plan, capsys, option, value):
+    with pytest.raises(SystemExit) as ended:
+        plan(["law", f"{option}={value}"])
+    assert ended.value.code == 2 and f"argument {option}: " in capsys.readouterr().err
 
 
 @pytest.mark.slow

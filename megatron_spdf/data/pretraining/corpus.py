@@ -60,7 +60,8 @@ def data_tokenizer(recipe: Recipe) -> Tokenizer:
     """
     first = expand(recipe.data)[0].prefix
     check_prefix(first)  # a wrong prefix is reported as such, not as a missing tokenizer
-    tokenizer = load_tokenizer(recipe.data.tokenizer or f"{first}.tokenizer")
+    tokenizer = load_tokenizer(recipe.data.tokenizer or f"{first}.tokenizer",
+                               recipe.data.end_of_document)
     rows, ids = recipe.model.vocab_size, tokenizer.vocab_size
     if not ids <= rows <= ids + max(ids, MOST_PADDING):
         raise ValueError(f"model.vocab_size={rows}, but the data's tokenizer knows {ids} tokens; "

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+
+from megatron_spdf.files import write_file
+
+END_FILE = "end_of_document.txt"  # beside a tokenizer's files: the token, where one was named
+END_OF_TEXT = "<|endoftext|>"
+# End-of-document tokens of published tokenizers; the first that a vocabulary holds is taken.
+END_OF_DOCUMENT = (END_OF_TEXT, "<|end_of_text|>", "</s>")
 
 
 def well_formed(text: str) -> str:
@@ -30,7 +39,11 @@ class Tokenizer(ABC):
         kind: "gpt2-bpe", "tokenizers" or "sentencepiece".
         vocab_size: number of ids; every id is in [0, vocab_size).
         eod: id of the end-of-document token. `encode` never returns it.
-        sha256: fingerprint of the files, independent of their names and place.
+        end_token: that token, as the vocabulary has it.
+        named_end: the same where it was named by somebody, None where it is the kind's usual one.
+        vocabulary: token -> id.
+        sha256: fingerprint of the files and of `named_end`, independent of names and place of the
+            files.
         pad: -1, an id that no text has, so that Megatron masks no token as padding.
     """
 
@@ -38,15 +51,49 @@ class Tokenizer(ABC):
     file_names: ClassVar[tuple[str, ...]]
     vocab_size: int
     eod: int
+    end_token: str
+    named_end: str | None = None
+    vocabulary: Mapping[str, int]
     pad: ClassVar[int] = -1
 
     def __init__(self, *files: bytes):
         assert len(files) == len(self.file_names), f"{self.kind} is made of {self.file_names}"
         self._files = files
+
+    @cached_property
+    def sha256(self) -> str:
         digest = hashlib.sha256(self.kind.encode())
-        for content in files:
+        for content in self._files:
             digest.update(hashlib.sha256(content).digest())
-        self.sha256 = digest.hexdigest()
+        if self.named_end:
+            digest.update(self.named_end.encode())
+        return digest.hexdigest()
+
+    def _end_documents(self, usual: str | None, named: str | None, missing: str) -> None:
+        """Chooses the token that ends documents.
+
+        Args:
+            usual: of this kind of tokenizer, where the vocabulary has one.
+            named: by somebody; it goes before.
+            missing: says that there is no usual one.
+
+        Raises:
+            ValueError: there is none, or texts are full of it.
+        """
+        if named is None and usual is None:
+            raise ValueError(f"{missing}, or name another token: --end-of-document of "
+                             "tools/preprocess_data.py, data.end_of_document of a recipe, or a "
+                             f"file {END_FILE} beside it")
+        token = usual if named is None else named
+        if token not in self.vocabulary:
+            near = difflib.get_close_matches(token, [t for t in self.vocabulary if len(t) > 2], 3)
+            raise ValueError(f"the vocabulary has no token {token!r} to end documents with; those "
+                             f"most like it: {near or 'none'}")
+        if len(token) < 2:
+            raise ValueError(f"{token!r} cannot end documents, since texts have that character; "
+                             "name a token that is a word of its own")
+        self.eod, self.end_token = self.vocabulary[token], token
+        self.named_end = None if token == usual else token
 
     @abstractmethod
     def _encode(self, text: str) -> list[int]:
@@ -96,7 +143,9 @@ class Tokenizer(ABC):
             raise ValueError(f"{directory} is not empty; a tokenizer is saved to a directory of "
                              "its own")
         for name, content in zip(self.file_names, self._files, strict=True):
-            (directory / name).write_bytes(content)
+            write_file(directory / name, content)
+        if self.named_end:
+            write_file(directory / END_FILE, self.named_end)
 
     @property
     def eos(self) -> int:
@@ -109,7 +158,7 @@ class Tokenizer(ABC):
         return {"class": type(self).__name__, "kind": self.kind, "sha256": self.sha256}
 
     def __reduce__(self):
-        return type(self), self._files
+        return partial(type(self), end=self.named_end), self._files
 
 
 def render_padding(tokenizer: Tokenizer, rows: int) -> str:

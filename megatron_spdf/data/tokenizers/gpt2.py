@@ -8,9 +8,14 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
-from megatron_spdf.data.tokenizers.base import Tokenizer, too_small_a_corpus, well_formed
+from megatron_spdf.data.tokenizers.base import (
+    END_OF_TEXT,
+    Tokenizer,
+    too_small_a_corpus,
+    well_formed,
+)
+from megatron_spdf.records import parse_json
 
-END_OF_TEXT = "<|endoftext|>"
 # Unicode's White_Space, which is what \s means to tiktoken; to Python it means more.
 _BLANKS = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 
@@ -26,20 +31,23 @@ class Gpt2Bpe(Tokenizer):
     kind = "gpt2-bpe"
     file_names = ("vocab.json", "merges.txt")
 
-    def __init__(self, vocab: bytes, merges: bytes):
+    def __init__(self, vocab: bytes, merges: bytes, end: str | None = None):
         super().__init__(vocab, merges)
         import tiktoken
         from tiktoken_ext.openai_public import r50k_pat_str
 
-        ids = _read_vocab(vocab)
-        self.vocab_size, self.eod = len(ids), ids[END_OF_TEXT]
-        _require_gpt2_form(ids, _read_merges(merges))
+        self.vocabulary = ids = _read_vocab(vocab)
+        self.vocab_size = len(ids)
+        self._end_documents(END_OF_TEXT if END_OF_TEXT in ids else None, end,
+                            f"no {END_OF_TEXT} in the BPE vocabulary; if tokenizer.json adds it, "
+                            "give that file")
+        _require_gpt2_form(ids, _read_merges(merges), self.end_token)
         byte_of = _byte_of_character()
-        ranks = {bytes(byte_of[c] for c in token): i for token,
-                 i in ids.items() if token != END_OF_TEXT}
+        self.ranks = {bytes(byte_of[c] for c in token): i for token, i in ids.items()
+                      if token != self.end_token}
         self._encoding = tiktoken.Encoding(
-            "gpt2-bpe", pat_str=r50k_pat_str, mergeable_ranks=ranks,
-            special_tokens={END_OF_TEXT: self.eod}
+            "gpt2-bpe", pat_str=r50k_pat_str, mergeable_ranks=self.ranks,
+            special_tokens={self.end_token: self.eod}
         )
 
     def _encode(self, text: str) -> list[int]:
@@ -99,17 +107,11 @@ def _before_last_blanks(text: str) -> list[str]:
 
 
 def _read_vocab(content: bytes) -> Mapping[str, int]:
-    try:
-        ids = json.loads(content)
-    except ValueError as error:
-        raise ValueError(f"the BPE vocabulary is not JSON: {error}") from None
+    ids = parse_json(content, name="the BPE vocabulary")
     numbered = isinstance(ids, dict) and all(isinstance(i, int) for i in ids.values())
     if not numbered or set(ids.values()) != set(range(len(ids))):
         raise ValueError("the BPE vocabulary must be one JSON object: token -> id, ids 0 to n-1 "
                          "without gaps")
-    if END_OF_TEXT not in ids:
-        raise ValueError(f"no {END_OF_TEXT} in the BPE vocabulary; if tokenizer.json adds it, give "
-                         "that file")
     return ids
 
 
@@ -120,15 +122,15 @@ def _read_merges(content: bytes) -> list[str]:
     return [line.rstrip("\r") for line in lines if line.strip()]
 
 
-def _require_gpt2_form(ids: Mapping[str, int], merges: list[str]) -> None:
-    tokens = [token for token in sorted(ids, key=ids.get) if token != END_OF_TEXT]
+def _require_gpt2_form(ids: Mapping[str, int], merges: list[str], end: str) -> None:
+    tokens = [token for token in sorted(ids, key=ids.get) if token != end]
     merged = [merge.replace(" ", "") for merge in merges]
     if set(tokens[:256]) == set(_byte_of_character()) and tokens[256:] == merged:
         return
     raise ValueError(
         f"the BPE files are not in GPT-2's form: their {len(ids)} tokens must be the 256 bytes, "
         f"one token for each of the {len(merges)} merges in the order of the merges, and "
-        f"{END_OF_TEXT}. Save this tokenizer as tokenizer.json and give that file"
+        f"{end}. Save this tokenizer as tokenizer.json and give that file"
     )
 
 

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 
-from megatron_spdf.data.tokenizers.base import Tokenizer, well_formed
-from megatron_spdf.data.tokenizers.gpt2 import END_OF_TEXT, Gpt2Bpe
-
-# End-of-document tokens of published tokenizer.json files; the first that the vocabulary holds is
-# taken.
-END_OF_DOCUMENT = (END_OF_TEXT, "<|end_of_text|>", "</s>")
+from megatron_spdf.data.tokenizers.base import END_OF_DOCUMENT, Tokenizer, well_formed
+from megatron_spdf.data.tokenizers.gpt2 import Gpt2Bpe
+from megatron_spdf.data.tokenizers.special_tokens import unspellable
+from megatron_spdf.records import parse_json
 
 
 class HuggingFace(Tokenizer):
     """Whatever a `tokenizer.json` describes, run by `tokenizers`; its special tokens are never
-    added.
+    added, and never found in text.
 
     One that describes GPT-2's kind of BPE and nothing else is run by `tiktoken`, which gives the
     same ids sooner.
@@ -26,42 +26,71 @@ class HuggingFace(Tokenizer):
     kind = "tokenizers"
     file_names = ("tokenizer.json",)
 
-    def __init__(self, description: bytes):
-        super().__init__(description)
+    def __init__(self, content: bytes, end: str | None = None):
+        super().__init__(content)
         import tokenizers
 
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_buffer(description)
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises no narrower class
             raise ValueError(
                 f"not a tokenizer.json of Hugging Face's `tokenizers`: {error}"
             ) from None
-        self._tokenizer.encode_special_tokens = True
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        vocab = self._tokenizer.get_vocab(with_added_tokens=True)
-        eod = next((vocab[token] for token in END_OF_DOCUMENT if token in vocab), None)
-        if eod is None:
-            raise ValueError("no end-of-document token in tokenizer.json; it needs one of "
-                             f"{END_OF_DOCUMENT}")
-        self.vocab_size, self.eod = max(vocab.values()) + 1, eod
-        self.gpt2 = _as_gpt2(json.loads(description))
+        description = parse_json(content, dict[str, Any], "tokenizer.json")
+        self._specials = {token["content"] for token in description.get("added_tokens") or []
+                          if token["special"]}
+        usual = next((token for tokens in (self._specials, self.vocabulary)
+                      for token in END_OF_DOCUMENT if token in tokens), None)
+        self.vocab_size = max(self.vocabulary.values(), default=-1) + 1
+        self._end_documents(usual, end, "no end-of-document token in tokenizer.json; it needs "
+                            f"one of {END_OF_DOCUMENT}")
+        self.gpt2 = _as_gpt2(description, self.end_token)
+        self._encoder = self._tokenizer if self.gpt2 else self._without_specials(description)
+        self._encoder.encode_special_tokens = True
+        self._encoder.no_truncation()
+        self._encoder.no_padding()
+
+    @cached_property
+    def vocabulary(self) -> dict[str, int]:
+        return self._tokenizer.get_vocab(with_added_tokens=True)
+
+    def _without_specials(self, description: dict[str, Any]) -> Any:
+        """The tokenizer for text, which special tokens cannot come from.
+
+        Raises:
+            ValueError: what it does not know would become the end of a document.
+        """
+        import tokenizers
+
+        model = description["model"]
+        unknown = model.get("unk_token")
+        if isinstance(model.get("vocab"), list) and model.get("unk_id") is not None:
+            unknown = model["vocab"][model["unk_id"]][0]
+        if unknown == self.end_token and "merges" in model:  # BPE can do without
+            description = {**description, "model": {**model, "unk_token": None}}
+        elif unknown == self.end_token:
+            raise ValueError(f"{self.end_token!r} is the token of unknown text, which would end "
+                             "documents; name another token as their end")
+        names = self._specials | {self.end_token}
+        encoder = tokenizers.Tokenizer.from_buffer(unspellable(description, names))
+        assert len(encoder.get_vocab()) == len(self.vocabulary), "the ids are no longer the same"
+        return encoder
 
     def _encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        return self._encoder.encode(text, add_special_tokens=False).ids
 
     def encode_array(self, text: str) -> np.ndarray:
         return self.gpt2.encode_array(text) if self.gpt2 else super().encode_array(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         texts = [well_formed(text) for text in texts]
-        return [e.ids for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        return [e.ids for e in self._encoder.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
 
-def is_plain_byte_level(description: dict) -> bool:
+def _is_plain_byte_level(description: dict[str, Any]) -> bool:
     """Whether a tokenizer.json cuts words as GPT-2 does, so that its vocabulary and merges tell
     all."""
     cut = description.get("pre_tokenizer") or {}
@@ -73,7 +102,7 @@ def is_plain_byte_level(description: dict) -> bool:
     return byte_level and description.get("normalizer") is None
 
 
-def _as_gpt2(description: dict) -> Gpt2Bpe | None:
+def _as_gpt2(description: dict[str, Any], end: str) -> Gpt2Bpe | None:
     """The tokenizer that a tokenizer.json describes as GPT-2's kind, where it is that to the last
     detail."""
     model = description.get("model") or {}
@@ -82,13 +111,14 @@ def _as_gpt2(description: dict) -> Gpt2Bpe | None:
                                          "end_of_word_suffix",
                                          "byte_fallback", "ignore_merges"))
     added = {token["content"]: token for token in description.get("added_tokens") or []}
-    if not plain or not is_plain_byte_level(description) or not set(added) <= {END_OF_TEXT}:
+    if not plain or not _is_plain_byte_level(description) or not set(added) <= {end}:
         return None
     if any(not token["special"] for token in added.values()):
         return None
     vocab = model["vocab"] | {content: token["id"] for content, token in added.items()}
     merges = (merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"])
     try:
-        return Gpt2Bpe(json.dumps(vocab).encode(), "\n".join(["#version: 0.2", *merges]).encode())
+        return Gpt2Bpe(json.dumps(vocab).encode(), "\n".join(["#version: 0.2", *merges]).encode(),
+                       end)
     except ValueError:
         return None

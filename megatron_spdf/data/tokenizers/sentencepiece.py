@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterator
+from functools import cached_property
 
-from megatron_spdf.data.tokenizers.base import Tokenizer, too_small_a_corpus
+from megatron_spdf.data.tokenizers.base import END_OF_DOCUMENT, Tokenizer, too_small_a_corpus
 
 # SentencePiece drops training sentences longer than its limit in bytes; a character has at most 4.
 _SENTENCE_CHARACTERS = 2048
@@ -14,12 +15,12 @@ _SENTENCE_BYTES = 4 * _SENTENCE_CHARACTERS
 
 
 class SentencePiece(Tokenizer):
-    """A SentencePiece model; its end-of-sentence piece `</s>` ends documents."""
+    """A SentencePiece model; its end-of-sentence piece, `</s>`, ends documents."""
 
     kind = "sentencepiece"
     file_names = ("tokenizer.model",)
 
-    def __init__(self, model: bytes):
+    def __init__(self, model: bytes, end: str | None = None):
         super().__init__(model)
         import sentencepiece
 
@@ -27,16 +28,37 @@ class SentencePiece(Tokenizer):
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
             raise ValueError(f"not a SentencePiece model: {error}") from None
-        self.vocab_size, self.eod = self._processor.vocab_size(), self._processor.eos_id()
-        if self.eod < 0:
-            raise ValueError("the SentencePiece model has no </s> to end documents; train it with "
-                             "an eos_id")
+        self.vocab_size, eos = self._processor.vocab_size(), self._processor.eos_id()
+        usual = (self._processor.id_to_piece(eos) if eos >= 0 else
+                 next((token for token in END_OF_DOCUMENT if token in self.vocabulary), None))
+        self._end_documents(usual, end, "the SentencePiece model has no </s> to end documents; "
+                            "train it with an eos_id")
+        if self.eod == self._processor.unk_id():
+            raise ValueError(f"{self.end_token!r} is the piece of unknown text, which would end "
+                             "documents; name another as their end")
+        self._encoder = self._processor
+        if not self._processor.is_control(self.eod):
+            self._encoder = sentencepiece.SentencePieceProcessor(
+                model_proto=_as_control(model, self.eod))
+
+    @cached_property
+    def vocabulary(self) -> dict[str, int]:
+        return {self._processor.id_to_piece(i): i for i in range(self.vocab_size)}
 
     def _encode(self, text: str) -> list[int]:
-        return self._processor.encode(text)
+        return self._encoder.encode(text)
 
     def _decode(self, ids: list[int]) -> str:
         return self._processor.decode(ids)
+
+
+def _as_control(model: bytes, piece: int) -> bytes:
+    """The model with a piece that text cannot become, as it does with a symbol of a user's."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    described = sentencepiece_model_pb2.ModelProto.FromString(model)
+    described.pieces[piece].type = described.SentencePiece.CONTROL
+    return described.SerializeToString()
 
 
 def train(texts: Iterator[str], vocab_size: int) -> SentencePiece:

@@ -1,44 +1,85 @@
-"""Load a tokenizer from its files, or train a new one."""
+"""Load a tokenizer from its files, or train a new one.
+
+This is where a tokenizer that somebody else made is looked at: what it cannot promise is refused,
+and what it loses of a text is said.
+"""
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from megatron_spdf.data.tokenizers import gpt2, sentencepiece
-from megatron_spdf.data.tokenizers.base import Tokenizer, well_formed
+from megatron_spdf.data.tokenizers.base import END_FILE, Tokenizer, well_formed
 from megatron_spdf.data.tokenizers.gpt2 import Gpt2Bpe
-from megatron_spdf.data.tokenizers.huggingface import HuggingFace, is_plain_byte_level
+from megatron_spdf.data.tokenizers.huggingface import HuggingFace
 from megatron_spdf.data.tokenizers.sentencepiece import SentencePiece
+from megatron_spdf.records import read_json
 
-__all__ = ["Tokenizer", "load_tokenizer", "train_tokenizer"]
+__all__ = ["Tokenizer", "load_tokenizer", "tokenizer_files", "train_tokenizer"]
 
 _ACCEPTED = (
     "GPT-2 BPE files (encoder.json or vocab.json, with vocab.bpe or merges.txt), "
     "a Hugging Face tokenizer.json, or one SentencePiece *.model"
 )
+# The files of each kind, by every name that they are published under; the kind that says most about
+# a tokenizer comes first.
+_FILES: dict[type[Tokenizer], tuple[tuple[str, ...], ...]] = {
+    HuggingFace: (("tokenizer.json",),),
+    Gpt2Bpe: (("encoder.json", "vocab.json"), ("vocab.bpe", "merges.txt")),
+    SentencePiece: (("*.model",),),
+}
+_CONFIG, _ADDED = "tokenizer_config.json", "added_tokens.json"  # beside them, of transformers
+# What a tokenizer may lose of a text, and a text that shows it.
+_LOSSES = {"runs of blanks": "a  b", "blanks at the ends": " a ", "line breaks": "a\nb",
+           "tabs": "a\tb", "capitals": "a A", "composed characters": "e\u0301",
+           "compatibility characters": "\ufb01 \uff21 \u2460", "rare characters":
+           "\u6f22\u0436\U0001f600\U00010380", "control characters": "a\x01b"}
+logger = logging.getLogger(__name__)
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | Path, end: str | None = None) -> Tokenizer:
     """The tokenizer whose files lie in the directory `path`, or whose one file `path` is.
 
-    A directory with tokenizer.json and BPE files, as published with GPT-2 and its kin, is read from
-    the BPE files when tokenizer.json describes plain byte-level BPE, and from tokenizer.json
-    otherwise.
+    Where a directory describes a tokenizer more than once, as published models do, the description
+    of the most ids is taken, and of equals tokenizer.json; a difference is said. The end of
+    documents is `end`, else what was named when the tokenizer was saved, else a token that usually
+    is, else the eos_token of tokenizer_config.json.
+
+    Args:
+        end: token that ends documents.
 
     Raises:
         FileNotFoundError: nothing is at `path`.
-        ValueError: `path` holds no tokenizer, more than one, or a damaged one.
+        ValueError: `path` holds no tokenizer, more than one, or a damaged one; or one that would
+            make text into special tokens, or that cannot encode every text.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no tokenizer at {path}; accepted: {_ACCEPTED}")
-    kind, files = _find_in_directory(path) if path.is_dir() else _find_file(path)
+    if path.is_dir():
+        end = end or _saved_end(path)
+    candidates = _find_in_directory(path) if path.is_dir() else [_find_file(path)]
     try:
-        return kind(*(file.read_bytes() for file in files))
+        tokenizer = _richest(path, candidates, end)
+        lost = _losses(tokenizer)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    if lost:
+        _say(f"{path}: this tokenizer does not keep {', '.join(lost)}; texts are trained on and "
+             "decoded without them")
+    if path.is_dir():
+        _compare_with_config(path, tokenizer)
+    return tokenizer
+
+
+def tokenizer_files(directory: Path) -> list[Path]:
+    """Files in a directory that describe a tokenizer, or are a part of one that does."""
+    patterns = [name for files in _FILES.values() for names in files for name in names]
+    return sorted(file for file in directory.iterdir() if any(map(file.match, patterns)))
 
 
 def _find_file(path: Path) -> tuple[type[Tokenizer], list[Path]]:
@@ -49,34 +90,124 @@ def _find_file(path: Path) -> tuple[type[Tokenizer], list[Path]]:
     return kinds[path.suffix], [path]
 
 
-def _find_in_directory(path: Path) -> tuple[type[Tokenizer], list[Path]]:
-    names = {file.name for file in path.iterdir()}
-    vocab = [path / name for name in ("encoder.json", "vocab.json") if name in names]
-    merges = [path / name for name in ("vocab.bpe", "merges.txt") if name in names]
-    found: list[tuple[type[Tokenizer], list[Path]]] = []
-    if vocab and merges:
-        found.append((Gpt2Bpe, [vocab[0], merges[0]]))
-    if "tokenizer.json" in names:
-        if found and not _is_plain_byte_level(path / "tokenizer.json"):
-            found.clear()
-        if not found:
-            found.append((HuggingFace, [path / "tokenizer.json"]))
-    found += [(SentencePiece, [path / name]) for name in sorted(names) if name.endswith(".model")]
-    if len(found) != 1:
-        rule = (
-            "more than one tokenizer; give one file"
-            if found
-            else f"no tokenizer; accepted: {_ACCEPTED}"
-        )
-        raise ValueError(f"{path} holds {rule}. Found: {', '.join(sorted(names)) or 'nothing'}")
-    return found[0]
+def _find_in_directory(path: Path) -> list[tuple[type[Tokenizer], list[Path]]]:
+    """All whole descriptions of a tokenizer in a directory."""
+    found, there = [], tokenizer_files(path)
+    for kind, files in _FILES.items():
+        parts = [[file for name in names for file in there if file.match(name)] for names in files]
+        found += [(kind, [part[0] for part in parts])] if all(parts) else []
+    rule = f"no tokenizer; accepted: {_ACCEPTED}" if not found else ""
+    if sum(file.match("*.model") for file in there) > 1:
+        rule = "more than one tokenizer; give one file"
+    if rule:
+        names = sorted(file.name for file in path.iterdir())
+        raise ValueError(f"{path} holds {rule}. Found: {', '.join(names) or 'nothing'}")
+    return found
 
 
-def _is_plain_byte_level(file: Path) -> bool:
+def _richest(path: Path, candidates: list[tuple[type[Tokenizer], list[Path]]],
+             end: str | None) -> Tokenizer:
+    """The tokenizer that most is said of. One that GPT-2's files describe as well as tokenizer.json
+    is theirs."""
+    made: dict[str, Tokenizer] = {}
+    for kind, files in candidates:
+        contents = [file.read_bytes() for file in files]
+        try:
+            made[files[0].name] = _with_end(path, kind, contents, end)
+        except ValueError:
+            if kind is HuggingFace or len(candidates) == 1:
+                raise
+    name, best = max(made.items(), key=lambda item: item[1].vocab_size)
+    same = [other for other in made.values()
+            if isinstance(best, HuggingFace) and isinstance(other, Gpt2Bpe) and best.gpt2
+            and (best.gpt2.ranks, best.eod) == (other.ranks, other.eod)]
+    for rival, other in made.items():
+        if other not in (best, *same) and (why := _difference(best, other)):
+            _say(f"{path} describes two tokenizers: {why}; {name} is used, and not {rival}. Remove "
+                 "the one that the model was not trained with")
+    return (same or [best])[0]
+
+
+def _with_end(path: Path, kind: type[Tokenizer], contents: list[bytes],
+              end: str | None) -> Tokenizer:
     try:
-        return is_plain_byte_level(json.loads(file.read_bytes()))
-    except (ValueError, AttributeError, TypeError):
-        return False
+        return kind(*contents, end=end)
+    except ValueError:
+        configured = _configured_end(path)
+        if end or not configured:
+            raise
+        return kind(*contents, end=configured)
+
+
+def _difference(one: Tokenizer, other: Tokenizer) -> str:
+    """In what two tokenizers differ; nothing where they give the same ids."""
+    if one.vocab_size != other.vocab_size:
+        return f"one of {one.vocab_size:,} and one of {other.vocab_size:,} ids"
+    if one.eod != other.eod:
+        return f"one ends documents with {one.end_token!r} and one with {other.end_token!r}"
+    for text in (*_LOSSES.values(), "The quick brown fox, 12 times; it's done."):
+        if one.encode(text) != other.encode(text):
+            return f"{text!r} has the ids {one.encode(text)} in one and {other.encode(text)} in one"
+    return ""
+
+
+def _losses(tokenizer: Tokenizer) -> list[str]:
+    """What texts lose as ids.
+
+    Raises:
+        ValueError: one cannot be encoded, or becomes the end of a document.
+    """
+    if isinstance(tokenizer, Gpt2Bpe):  # of a form that keeps every byte, as has been checked
+        return []
+    lost = []
+    for what, text in {**_LOSSES, "the name of its end-of-document token": tokenizer.end_token,
+                       "": f"a {tokenizer.end_token}b"}.items():
+        try:
+            ids = tokenizer.encode(text)
+        except Exception as error:  # the libraries raise no narrower class
+            raise ValueError(f"it cannot encode {text!r} ({error}); give it a token for what it "
+                             "does not know") from None
+        if tokenizer.eod in ids:
+            raise ValueError(f"it makes the end of a document, {tokenizer.end_token!r}, of the "
+                             f"text {text!r}; name another token as the end of documents")
+        lost += [what] if what and tokenizer.decode(ids) != text else []
+    return lost
+
+
+def _saved_end(directory: Path) -> str | None:
+    file = directory / END_FILE
+    return file.read_text(encoding="utf-8").strip() or None if file.is_file() else None
+
+
+def _configured_end(path: Path) -> str | None:
+    """The eos_token of transformers' configuration beside a tokenizer."""
+    file = path / _CONFIG
+    if not file.is_file():
+        return None
+    token = read_json(file, dict[str, Any]).get("eos_token")
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
+
+
+def _compare_with_config(path: Path, tokenizer: Tokenizer) -> None:
+    """Says what transformers' files beside a tokenizer say otherwise."""
+    configured = _configured_end(path)
+    if configured and not tokenizer.named_end and configured != tokenizer.end_token:
+        _say(f"{path}: documents end with {tokenizer.end_token!r}, and {_CONFIG} says "
+             f"{configured!r}; where that is meant, write it to {END_FILE} there")
+    added = path / _ADDED
+    if added.is_file() and not isinstance(tokenizer, HuggingFace):
+        more = sorted(read_json(added, dict[str, int]).keys() - tokenizer.vocabulary.keys())
+        if more:
+            _say(f"{path}: {_ADDED} adds {', '.join(map(repr, more[:4]))}"
+                 f"{' and more' if len(more) > 4 else ''}, which the files beside it do not have; "
+                 "no text becomes these tokens. Save the tokenizer as tokenizer.json to have them")
+
+
+@cache
+def _say(sentence: str) -> None:
+    """A warning, once."""
+    logger.warning(sentence)
 
 
 def train_tokenizer(kind: str, texts: Iterable[str], vocab_size: int,
