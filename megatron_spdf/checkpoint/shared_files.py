@@ -46,12 +46,17 @@ def check_shared(directory: Path) -> None:
     Raises:
         NotSharedFilesystem: on all ranks alike, if one of them does not.
     """
-    name = [f".{uuid.uuid4().hex}"]
-    dist.broadcast_object_list(name, src=0)
-    token = directory / name[0]
+    said = [f".{uuid.uuid4().hex}", ""]
     if dist.get_rank() == 0:
-        new_file(token).close()
-    dist.barrier()
+        try:
+            new_file(directory / said[0]).close()
+        except OSError as error:
+            said[1] = str(error)
+    dist.broadcast_object_list(said, src=0)
+    if said[1]:
+        raise NotSharedFilesystem(f"{directory} cannot be written: {said[1]}; make room, or choose "
+                                  "another output")
+    token = directory / said[0]
     try:
         await_everywhere(token)
     finally:

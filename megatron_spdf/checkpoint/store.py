@@ -21,7 +21,7 @@ from typing_extensions import TypedDict
 
 from megatron_spdf.files import FILES, PARTIAL, RUN, open_regular, publish, remove, write_json
 from megatron_spdf.records import read_json
-from megatron_spdf.text import shown
+from megatron_spdf.text import printable
 
 BEST = "best.json"  # beside the checkpoints: names the one with the lowest validation loss
 _NAME = re.compile(r"step_\d{8}")
@@ -216,12 +216,13 @@ def verify(checkpoint: Path, checksums: bool = True, names: list[str] | None = N
     found = dict(_contents(checkpoint))
     if found.get(FILES) == "file":
         del found[FILES]
-    faults = [f"{shown(name)} is missing" for name in sorted(listed.keys() - found.keys())]
+    faults = [f"{printable(name[:100])} is missing"
+              for name in sorted(listed.keys() - found.keys())]
     for name, kind in sorted(found.items()):
         if kind != "file":
-            faults.append(f"{shown(name)} is a {kind} and no file")
+            faults.append(f"{printable(name[:100])} is a {kind} and no file")
         elif name not in listed:
-            faults.append(f"{shown(name)} is not in the list")
+            faults.append(f"{printable(name[:100])} is not in the list")
         elif fault := _other_than_listed(checkpoint / name, listed[name],
                                          checksums and (names is None or name in names)):
             faults.append(f"{name} {fault}")

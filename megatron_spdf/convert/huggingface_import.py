@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
-import re
-import zipfile
+import logging
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -16,11 +14,14 @@ from torch import Tensor
 
 from megatron_spdf.architecture.base import ARCHITECTURES, EMBEDDING, Model, Weight
 from megatron_spdf.architecture.forms import UnknownFamily, model_of
-from megatron_spdf.convert.foreign import require_finite
+from megatron_spdf.convert.foreign import place_of, read_pickled, require_finite
+from megatron_spdf.data.tokenizers.base import END_FILE
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, tokenizer_files
 from megatron_spdf.records import read_json
+from megatron_spdf.text import printable
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 CONFIG = "config.json"
 # or the same with .index.json, in several files
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -62,7 +63,14 @@ class HuggingFaceReader:
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
-        return load_tokenizer(self.path) if tokenizer_files(self.path) else None
+        if not tokenizer_files(self.path):
+            return None
+        tokenizer, end = load_tokenizer(self.path), self.config.get("eos_token_id")
+        if isinstance(end, int) and end != tokenizer.eod:
+            logger.warning(f"{self.path}: {CONFIG} ends texts with the id {end}, and the tokenizer "
+                           f"documents with {tokenizer.end_token!r}, id {tokenizer.eod}; where it "
+                           f"should be the other, write that token to {END_FILE} there")
+        return tokenizer
 
     def weight(self, name: str) -> Tensor:
         """A parameter by its canonical name, in the type of the file; the vocabulary padded with
@@ -186,15 +194,8 @@ class HuggingFaceReader:
             try:
                 self._open[file.name] = (
                     safe_open(file, framework="pt") if file.suffix == ".safetensors"
-                    else _only_tensors(file, torch.load(file, map_location="cpu",
-                                                        weights_only=True,
-                                                        mmap=zipfile.is_zipfile(file))))
-            except pickle.UnpicklingError as error:
-                named = re.search(r"GLOBAL (\S+)", str(error))
-                raise ValueError(f"{file} holds {named[1] if named else 'something'} beside "
-                                 "tensors; it is a pickle that could run code, so it is refused; "
-                                 "save the model as safetensors") from None
-            except (SafetensorError, OSError, RuntimeError, EOFError) as error:
+                    else _only_tensors(file, read_pickled(file, "save the model as safetensors")))
+            except (SafetensorError, OSError) as error:
                 raise ValueError(f"{file} cannot be read ({error}); copy the file again") from None
         return self._open[file.name]
 
@@ -226,23 +227,28 @@ def _find_files(path: Path) -> Path | dict[str, Path]:
     """The one file of weights, or tensor name -> file where there are several."""
     for name in _WEIGHTS:
         if (path / name).is_file():
-            return path / name
+            return place_of(path, name, path)
         index = path / f"{name}.index.json"
         if index.is_file():
             listed = _read_json(index).get("weight_map")
             if not isinstance(listed, dict):
                 raise ValueError(f"{index} has no weight_map; copy the file again")
-            if other := sorted({str(file) for file in listed.values()
-                                if not isinstance(file, str) or Path(file).name != file}):
-                raise ValueError(f"{index} names {_some(other)}, which is no file beside it; put "
-                                 "the weights there")
-            missing = sorted({file for file in listed.values() if not (path / file).is_file()})
+            files = {file: place_of(path, file, index) for file in _names_in(listed, index)}
+            missing = sorted(name for name, file in files.items() if not file.is_file())
             if missing:
                 raise ValueError(f"{path} has no file {_some(missing)}, which {index.name} names; "
                                  "copy it again")
-            return {tensor: path / file for tensor, file in listed.items()}
+            return {tensor: files[file] for tensor, file in listed.items()}
     raise ValueError(f"{path} has neither {' nor '.join(_WEIGHTS)}, whole or with an index; there "
                      f"are {', '.join(sorted(p.name for p in path.iterdir()))}")
+
+
+def _names_in(listed: dict[str, Any], index: Path) -> set[str]:
+    """Files that an index names."""
+    if not all(isinstance(file, str) for file in listed.values()):
+        raise ValueError(f"{index} names something which is no file beside it; copy the file "
+                         "again")
+    return set(listed.values())
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -253,4 +259,5 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _some(names: list[str], between: str = ", ") -> str:
-    return between.join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return between.join(printable(name[:300]) for name in names[:4]) + more

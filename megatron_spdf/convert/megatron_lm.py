@@ -27,7 +27,7 @@ from megatron_spdf.architecture.forms import pad_vocabulary
 from megatron_spdf.checkpoint.reader import stored_name
 from megatron_spdf.checkpoint.tensors import TensorFiles
 from megatron_spdf.checkpoint.writer import StoredTensor, whole, write_tensors
-from megatron_spdf.convert.foreign import require_finite
+from megatron_spdf.convert.foreign import read_word, require_finite
 from megatron_spdf.convert.source import WeightSource
 from megatron_spdf.files import atomic_directory, write_file
 
@@ -146,9 +146,9 @@ def find_checkpoint(path: Path) -> Path:
         raise ValueError(f"{path} is no distributed checkpoint of Megatron-LM: it has neither "
                          f"{TRACKER} nor .metadata. Checkpoints with mp_rank_* files are of its "
                          "older format; save with --ckpt-format torch_dist")
-    newest = tracker.read_text().strip()
+    newest = read_word(tracker)
     place = path / (newest if newest == "release" else f"iter_{int(newest):07d}"
-                    if newest.isdigit() else "")
+                    if newest.isascii() and newest.isdecimal() else "")
     if place == path or not (place / ".metadata").is_file():
         raise ValueError(f"{tracker} names {newest!r}, but {place} is no distributed checkpoint; "
                          "save with --ckpt-format torch_dist, or give the checkpoint's own "
