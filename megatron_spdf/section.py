@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import InitErrorDetails, PydanticCustomError, core_schema
 
+from megatron_spdf.paths import expand_home
 from megatron_spdf.registry import Registry
 
 MULTIPLES = {"k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
@@ -38,7 +39,9 @@ def as_list(value: Any) -> Any:
 Count = Annotated[int, BeforeValidator(parse_count)]
 
 
-Paths = Annotated[list[str], BeforeValidator(as_list)]
+# `~` is the home directory, as in a shell
+PathText = Annotated[str, AfterValidator(expand_home)]
+Paths = Annotated[list[PathText], BeforeValidator(as_list)]
 
 
 class Section(BaseModel):

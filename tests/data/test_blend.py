@@ -112,7 +112,7 @@ def test_a_change_that_nobody_asked_for_is_refused_with_both_shares(tmp_path):
                  "data.on_blend_change=continue"):
         assert said in str(error.value)
     BlendHistory(tmp_path, sources(b=1, a=3)).require_unchanged()
-    with pytest.raises(ValueError, match="had 0.75 of the samples and has 0.7494"):
+    with pytest.raises(ValueError, match="had 0.75 of the samples and has 0.749373"):
         BlendHistory(tmp_path, sources(a=2.99, b=1)).require_unchanged()
 
 
