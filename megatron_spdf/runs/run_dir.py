@@ -90,7 +90,8 @@ class RunDir:
 
     def _check_links(self) -> None:
         """Raises a ValueError where the run would write through a link to another place, or to a
-        pipe. Saved checkpoints that the user has moved to another disk and linked are no such place."""
+        pipe. Saved checkpoints that the user has moved to another disk and linked are no such
+        place."""
         for link in links_out(self.root) if self.root.is_dir() else []:
             if link == self.checkpoints and store.may_be_elsewhere(link):
                 continue
