@@ -31,6 +31,7 @@ from megatron_spdf.planning.exact import dry_run, ranks_of_interest, render_coun
 from megatron_spdf.planning.hardware import GPUS, THIS_MACHINE, find_gpu
 from megatron_spdf.planning.overview import Request, make_overview
 from megatron_spdf.planning.render import render_overview
+from megatron_spdf.planning.search import LARGEST_WORLD
 from megatron_spdf.planning.step_time import EFFICIENCY
 from megatron_spdf.recipe.load import load_recipe
 from megatron_spdf.recipe.recipe import AUTO
@@ -94,7 +95,7 @@ def _plan_parser() -> argparse.ArgumentParser:
     parser.add_argument("recipe",
                         help="YAML file, see configs/; its layout is one among those tried")
     add_overrides(parser)
-    parser.add_argument("--gpus", type=positive, metavar="N",
+    parser.add_argument("--gpus", type=number(int, least=1, most=LARGEST_WORLD), metavar="N",
                         help="how many (default: the recipe's layout)")
     parser.add_argument("--gpu", metavar="NAME",
                         help=f"{', '.join(GPUS)}, or {THIS_MACHINE}, which is measured")
