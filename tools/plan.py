@@ -26,6 +26,7 @@ from megatron_spdf.command_line import (
     positive,
     positive_real,
     refusing,
+    say,
 )
 from megatron_spdf.planning.exact import dry_run, ranks_of_interest, render_counts
 from megatron_spdf.planning.hardware import GPUS, THIS_MACHINE, find_gpu
@@ -86,7 +87,7 @@ def plan(arguments: list[str]) -> int:
                                   options.top))
     if options.html:
         options.html.write_text(render_plan_page(facts, str(options.recipe)))
-    print(to_json(facts, indent=1) if options.json else render_overview(facts))
+    say(to_json(facts, indent=1) if options.json else render_overview(facts))
     return 0
 
 
@@ -142,8 +143,7 @@ def fit(arguments: list[str]) -> int:
     points = [point for point in found if point]
     for run, point in zip(runs, found, strict=True):
         if not point:
-            print(f"{run.directory} is left out: its loss at the end is not finite",
-                  file=sys.stderr)
+            say(f"{run.directory} is left out: its loss at the end is not finite", sys.stderr)
     if not options.json:
         print(render_points(points))
     fitted = fit_law(points, options.starts, options.bootstrap)

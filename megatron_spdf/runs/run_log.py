@@ -15,6 +15,7 @@ from megatron_spdf.files import open_to_append, write_file
 from megatron_spdf.records import Unreadable, parse_json, to_json
 from megatron_spdf.runs.measured import Record
 from megatron_spdf.runs.run_dir import RunDir
+from megatron_spdf.text import printable_lines
 
 
 class RunLog:
@@ -44,7 +45,7 @@ class RunLog:
     def say(self, text: str) -> None:
         """Prints a line for people on standard output."""
         if self.active:
-            self._bar.write(text, file=sys.stdout)
+            self._bar.write(printable_lines(text), file=sys.stdout)
             sys.stdout.flush()
 
     def record(self, kind: str, step: int, **figures: Any) -> None:
