@@ -8,16 +8,52 @@ import math
 import signal
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TextIO
 
 from megatron_spdf import exit_codes
+from megatron_spdf.paths import expand_home
 from megatron_spdf.text import printable_lines
+
+
+class _Given(argparse.Action):
+    """Stores the value of an option. Given again, a list of values goes on, and a single value is
+    refused: which of the two was meant, nobody knows."""
+
+    _namespace: argparse.Namespace | None = None  # in which it is stored already
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        if option_string and self._namespace is namespace:
+            if not isinstance(values, list):
+                parser.error(f"{option_string} is given twice; give it once")
+            values = [*getattr(namespace, self.dest), *values]
+        self._namespace = namespace
+        setattr(namespace, self.dest, values)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser of whose options none is overruled by another of its name, and that reads `~` in
+    paths (`type=Path`, or `type=path_text` for those that must stay text)."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.register("action", None, _Given)
+        self.register("action", "store", _Given)
+        self.register("type", Path, lambda text: Path(path_text(text)))
+
+
+def path_text(text: str) -> str:
+    """A path as a user writes it; the type of an argument."""
+    try:
+        return expand_home(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def make_parser(text: str | None, **settings) -> argparse.ArgumentParser:
     """A parser whose help shows a text as it is written, and that takes options in full only."""
-    return argparse.ArgumentParser(description=text, allow_abbrev=False,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+    return _Parser(description=text, allow_abbrev=False,
+                   formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
 
 
 def add_overrides(parser: argparse.ArgumentParser, meaning: str = "values that win over the "

@@ -1,10 +1,12 @@
 """Files and directories that appear whole or not at all, and are on disk once they have their name.
 
-Nothing is ever written through a symbolic link that someone has laid where a file is to appear.
+Nothing is ever written through a symbolic link that someone has laid where a file is to appear, and
+nothing into a complete checkpoint. Every file that the package and the tools write is written here.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import secrets
 import shutil
@@ -12,12 +14,17 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from megatron_spdf.records import to_json
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 PARTIAL = ".partial"  # ends the name of a directory in the making
 NEW = ".new"  # ends the name of a file in the making
+# Both are in a complete checkpoint: progress of the run, and the list of all its files.
+RUN, FILES = "run.json", "files.json"
 
 
 class AlreadyThere(OSError, ValueError):
@@ -29,11 +36,16 @@ def write_file(path: Path, content: str | bytes) -> None:
 
     The bytes go to a random name beside it, which must be new, and the file takes its name from
     there. A link at `path` is replaced, what it leads to is left alone.
+
+    Raises:
+        ValueError: `path` lies in a checkpoint, or something that is no file has the name.
     """
+    require_outside_checkpoints(path.parent)
+    if path.exists() and not path.is_file() or path.parent == Path("/dev"):
+        raise ValueError(f"{path} is no ordinary file; give the name of one")
     beside = path.with_name(f"{path.name}.{secrets.token_hex(6)}{NEW}")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
     try:
-        with open(os.open(beside, flags, 0o666), "wb") as file:
+        with new_file(beside) as file:
             file.write(content if isinstance(content, bytes) else content.encode())
             file.flush()
             os.fsync(file.fileno())
@@ -49,14 +61,57 @@ def write_json(path: Path, content: object) -> None:
     write_file(path, to_json(content, indent=1) + "\n")
 
 
+def save_figure(figure: Figure, path: Path) -> None:
+    """`write_file` of a picture, in the format that the name ends in, else as PNG."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format=path.suffix[1:] or "png")
+    write_file(path, picture.getvalue())
+
+
+def new_file(path: Path) -> IO[bytes]:
+    """Opens a file that is not there yet, to be filled.
+
+    Raises:
+        FileExistsError: something has the name, be it a link.
+        ValueError: `path` lies in a checkpoint.
+    """
+    require_outside_checkpoints(path.parent)
+    return open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666), "wb")
+
+
 def open_to_append(path: Path, **options: int) -> IO[bytes]:
     """Opens a file, made if it is missing, for what is added at its end.
 
     Raises:
         OSError: `path` is a link.
+        ValueError: it lies in a checkpoint.
     """
+    require_outside_checkpoints(path.parent)
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
     return open(os.open(path, flags, 0o666), "ab", **options)
+
+
+def require_outside_checkpoints(place: Path) -> None:
+    """Raises a ValueError where a directory is a complete checkpoint or lies in one, by whatever
+    path it is named: a checkpoint with another file in it is damaged."""
+    real = Path(os.path.realpath(place))
+    for directory in (real, *real.parents):
+        if all((directory / name).is_file() for name in (RUN, FILES)):
+            raise ValueError(f"{place} lies in the checkpoint {directory}, to which nothing may be "
+                             "added; choose another place for the output")
+
+
+def inside(directory: Path, name: str) -> Path:
+    """Path of an output of ours in a directory of others.
+
+    Raises:
+        ValueError: a link makes it lie elsewhere.
+    """
+    path = directory / name
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(directory)):
+        raise ValueError(f"{path} is reached by a link that leads to {os.path.realpath(path)}; "
+                         "remove the link, or name another place for the output")
+    return path
 
 
 def open_regular(path: Path) -> IO[bytes]:
@@ -98,11 +153,13 @@ def require_free(output: Path) -> None:
 
 
 def require_directory(output: Path, key: str = "output") -> None:
-    """Raises a ValueError where `output` is no directory that can be written, or made.
+    """Raises a ValueError where `output` is no directory that can be written, or made, or is in a
+    checkpoint.
 
     Args:
         key: names it in the message.
     """
+    require_outside_checkpoints(output)
     path = output.absolute()
     there = next(p for p in (path, *path.parents) if p.exists() or p.is_symlink())
     if not there.is_dir():
@@ -124,7 +181,9 @@ def atomic_directory(output: Path, beside: str = "") -> Iterator[Path]:
 
     Raises:
         AlreadyThere: `output` exists, at the start or at the end.
+        ValueError: it lies in a checkpoint.
     """
+    require_outside_checkpoints(output.parent)
     require_free(output)
     partial = output.with_name((beside or output.name) + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)

@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from megatron_spdf.files import open_to_append, write_file
+from megatron_spdf.files import new_file, open_to_append, write_file
 from megatron_spdf.text import printable
 
 # File systems without locks: what is guarded here is then guarded by atomic renames alone.
@@ -218,15 +218,14 @@ def _highest(directory: Path) -> int:
 
 def _make(path: Path, content: bytes) -> None:
     """Makes a file exclusively."""
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
-    try:
-        with open(handle, "wb") as file:
+    with new_file(path) as file:
+        try:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-    except OSError:
-        path.unlink(missing_ok=True)
-        raise
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
 
 
 def _look(path: Path) -> tuple[bytes, int]:

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import InitErrorDetails, PydanticCustomError, core_schema
 
+from megatron_spdf.paths import expand_home
 from megatron_spdf.registry import Registry
 
 MULTIPLES = {"k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
@@ -44,7 +45,9 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Count = Annotated[int, BeforeValidator(parse_count)]
 
 
-Paths = Annotated[list[str], BeforeValidator(as_list)]
+# `~` is the home directory, as in a shell
+PathText = Annotated[str, AfterValidator(expand_home)]
+Paths = Annotated[list[PathText], BeforeValidator(as_list)]
 
 
 class Section(BaseModel):

@@ -86,12 +86,3 @@ def ranks(request, tmp_path_factory):
             return made
 
         yield of
-
-
-@pytest.fixture(scope="module", autouse=True)
-def warm_ranks():
-    """Ends the ranks of a test file with it."""
-    from harness import stop_ranks
-
-    yield
-    stop_ranks()

@@ -20,8 +20,8 @@ PACKAGE = "megatron_spdf"
 FLOORS = [
     (
         "ground",
-        ["version", "registry", "text", "files", "records", "locks", "command_line", "exit_codes",
-         "random_streams", "section", "tables"],
+        ["version", "registry", "text", "files", "paths", "records", "locks", "command_line",
+         "exit_codes", "random_streams", "section", "tables"],
     ),
     ("architecture", ["architecture"]),
     ("sparsity and kernels", ["sparsity", "kernels"]),

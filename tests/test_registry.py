@@ -44,12 +44,13 @@ def test_modules_of_the_room_register_themselves(tmp_path, monkeypatch):
 def test_plugins_of_the_environment_are_imported(tmp_path, monkeypatch):
     (tmp_path / "a_plugin.py").write_text("import sys\nsys.a_plugin_was_here = True\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setenv("SPDF_PLUGINS", "a_plugin")
+    (tmp_path / "another_plugin.py").write_text("import sys\nsys.another_was_here = True\n")
+    monkeypatch.setenv("SPDF_PLUGINS", "a_plugin, another_plugin,")
     load_plugins.cache_clear()
     load_plugins()
     import sys
 
-    assert sys.a_plugin_was_here
+    assert sys.a_plugin_was_here and sys.another_was_here
     monkeypatch.setenv("SPDF_PLUGINS", "no_such_plugin")
     load_plugins.cache_clear()
     with pytest.raises(ValueError, match="SPDF_PLUGINS names 'no_such_plugin'.*PYTHONPATH"):

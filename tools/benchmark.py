@@ -44,7 +44,7 @@ from pathlib import Path
 
 from benchmarks.environment import LIBRARIES, circumstances, publish
 
-from megatron_spdf.command_line import make_parser, positive, positive_real, refusing
+from megatron_spdf.command_line import make_parser, path_text, positive, positive_real, refusing
 from megatron_spdf.recipe.load import load_recipe
 from megatron_spdf.recipe.recipe import AUTO, Recipe
 from megatron_spdf.resilience.world import check_world, find_ranks
@@ -118,7 +118,7 @@ def measure_data(arguments: list[str]) -> int:
     from benchmarks import data_throughput
 
     parser = make_parser(data_throughput.__doc__, prog="benchmark.py data")
-    parser.add_argument("inputs", nargs="+", metavar="FILE",
+    parser.add_argument("inputs", nargs="+", type=path_text, metavar="FILE",
                         help="shards, as tools/preprocess_data.py takes them")
     parser.add_argument("--tokenizer", type=Path, required=True,
                         help="directory of GPT-2 BPE files")

@@ -166,8 +166,9 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], str], str, list[str], s
 The recipe's model section must have the architecture and the shape of the model: layers, hidden,
 heads, query_groups, ffn_hidden, vocab_size, max_positions. Dropout and initial spread are the
 recipe's. The model must compute what ours does; a GPT-2: tied embeddings, GELU (tanh), LayerNorm
-epsilon 1e-5, attention scaled by the head's width alone. Its tokenizer files must be those of the
-recipe's data; where there are none, the data's tokenizer is taken. Vocabulary rows that pad the
+epsilon 1e-5, attention scaled by the head's width alone. vocab_size is the number of its rows,
+which may be more than the tokenizer has ids. Its tokenizer files must be those of the recipe's
+data; where there are none, the data's tokenizer is taken. Vocabulary rows that pad the
 embedding are the mean of the others.""",
     ),
     "prune": (prune, RUN, ["--sparsity", "--select", "words"], ""),

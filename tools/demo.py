@@ -26,6 +26,7 @@ from demo_parts.functions import write_functions
 from demo_parts.tables import fine_tuning_table, plot_losses, pretraining_table
 
 from megatron_spdf.command_line import add_overrides, make_parser
+from megatron_spdf.files import write_file
 from megatron_spdf.recipe.finetune import load_finetune
 from megatron_spdf.recipe.load import load_recipe
 from megatron_spdf.reports.runs import read_all
@@ -53,7 +54,7 @@ def main() -> int:
     logged = read_all(directories)
     runs = dict(zip(pretrained, logged, strict=False))
     tables = f"{pretraining_table(runs)}\n\n{fine_tuning_table(logged)}"
-    (output / "tables.txt").write_text(tables + "\n")
+    write_file(output / "tables.txt", tables + "\n")
     plot_losses(runs, output / "loss.png")
     run([sys.executable, str(ROOT / "tools/report.py"), *map(str, directories), "-o",
          str(output / "report.html")])

@@ -37,7 +37,7 @@ from megatron_spdf.command_line import (
     say,
 )
 from megatron_spdf.data.finetuning.task import SPLITS, TASKS, load_examples, render_tasks
-from megatron_spdf.files import require_directory
+from megatron_spdf.files import inside, require_directory
 from megatron_spdf.records import to_json
 
 
@@ -70,6 +70,7 @@ def score_predictions(options: argparse.Namespace) -> int:
 
 def score_checkpoint(options: argparse.Namespace) -> int:
     """Decodes the split with the checkpoint, scores and keeps what came out."""
+    from megatron_spdf.checkpoint.store import run_of
     from megatron_spdf.convert.source import open_weights
     from megatron_spdf.evaluation.decoding import DecodingSettings
     from megatron_spdf.evaluation.evaluate import evaluate, scores_of
@@ -77,12 +78,14 @@ def score_checkpoint(options: argparse.Namespace) -> int:
     from megatron_spdf.resilience.world import find_ranks
     from megatron_spdf.runs.run_dir import splits_of
 
-    output = options.output or (run_directory(options.run) / "evaluation"
-                                / f"{options.task}_{options.split}")
+    run = run_of(options.run)
+    output = options.output or (run and inside(run, f"evaluation/{options.task}_{options.split}"))
+    if output is None:
+        raise ValueError(f"{options.run} is a checkpoint outside of a run directory; give --output")
     require_free(output, options.force)
     settings = DecodingSettings(options.beams, options.length_penalty, options.no_repeat_ngram,
                                 options.max_new_tokens, options.batch_size)
-    data = options.data or splits_of(run_directory(options.run), options.task)
+    data = options.data or (run and splits_of(run, options.task))
     examples = load_examples(options.task, data or Path("data") / options.task, options.split)
     ranks = find_ranks()
     source = open_weights(options.run, checksums=False)
@@ -103,13 +106,9 @@ def score_checkpoint(options: argparse.Namespace) -> int:
     return 0
 
 
-def run_directory(path: Path) -> Path:
-    """The run that a checkpoint belongs to; any other directory is itself."""
-    return path.parents[1] if path.parent.name == "checkpoints" else path
-
-
 def require_free(output: Path | None, force: bool) -> None:
-    """Raises ValueError where the output has figures already and may not be overwritten."""
+    """Raises ValueError where the output has figures already and may not be overwritten, or is in
+    a checkpoint."""
     from megatron_spdf.evaluation.scores_file import SCORES
 
     if output:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from megatron_spdf import exit_codes
 from megatron_spdf.command_line import add_overrides, make_parser, positive, refusing, say
-from megatron_spdf.files import write_json
+from megatron_spdf.files import write_file, write_json
 from megatron_spdf.reports.experiment_plot import plot_results
 from megatron_spdf.runs.experiment import (
     Cell,
@@ -81,7 +81,7 @@ def report(name: str, experiment: Experiment, grid: list[Cell], ask: bool) -> in
     output.mkdir(parents=True, exist_ok=True)
     table = render(experiment, rows)
     write_json(output / "results.json", {"experiment": name, "cells": rows})
-    (output / "results.md").write_text(table)
+    write_file(output / "results.md", table)
     plot_results(rows, experiment.plot.x, experiment.plot.lines, experiment.plot.panels,
                  output / "results.png")
     say(table)

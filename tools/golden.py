@@ -28,6 +28,8 @@ from golden_cases import CASES
 from golden_place import Failed, Place
 from golden_words import flatten
 
+from megatron_spdf.files import write_file
+
 META, SHOWN = "meta.json", 5
 LIBRARIES = ("torch", "megatron-core", "deepspeed", "transformers", "tokenizers", "numpy")
 
@@ -155,7 +157,7 @@ def compare_case(options: argparse.Namespace, case: str) -> bool:
 
 def write_json(file: Path, value: Any) -> None:
     """Writes a value as JSON, floats with all their digits."""
-    file.write_text(json.dumps(value, indent=1) + "\n")
+    write_file(file, json.dumps(value, indent=1) + "\n")
 
 
 def read_meta(directory: Path) -> dict[str, Any]:

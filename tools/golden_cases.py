@@ -23,6 +23,8 @@ from golden_place import (
     without,
 )
 
+from megatron_spdf.files import write_file, write_json
+
 STEPS, SAVED = 9, 6
 PER_STEP = 8 * 32  # tokens
 PRETRAIN = {
@@ -186,7 +188,7 @@ def imported(place: Place) -> dict[str, Any]:
     """Runs begun from the exports, with the masks of another sparsity, and one made dense."""
     words = place.words("pretrain")
     recipe = words.recipe({"output": "unused", **PRETRAIN})
-    (place.scratch / "import.yaml").write_text(json.dumps(recipe))
+    write_json(place.scratch / "import.yaml", recipe)
     half = ["--recipe", "import.yaml", "--sparsity", "0.5", "--select", "magnitude"]
     place.run("convert", "from-hf", "exported", "imported", *half)
     place.run("convert", "from-megatron", "for_megatron", "from_megatron", *half)
@@ -218,8 +220,8 @@ def _write_text(scratch: Path) -> None:
     documents = [" ".join(_sentence(draw) for _ in range(length)) for length in lengths]
     for name, texts in {"a": documents[:40], "b": documents[35:80]}.items():
         lines = [json.dumps({"text": text}) for text in texts]
-        (scratch / f"text/{name}.jsonl").write_text("\n".join(lines) + "\n")
-    (scratch / "text/c.txt").write_text("\n".join(documents[80:]))
+        write_file(scratch / f"text/{name}.jsonl", "\n".join(lines) + "\n")
+    write_file(scratch / "text/c.txt", "\n".join(documents[80:]))
 
 
 def _write_pairs(directory: Path) -> None:
@@ -231,7 +233,7 @@ def _write_pairs(directory: Path) -> None:
         lines = [json.dumps({"context": f"{name}, {food}, {area}: ",
                              "completion": f"{name} serves {food} in the {area}."})
                  for name, food, area in places]
-        (directory / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+        write_file(directory / f"{split}.jsonl", "\n".join(lines) + "\n")
 
 
 def _sentence(draw: random.Random) -> str:

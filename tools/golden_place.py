@@ -23,6 +23,8 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader, load
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from megatron_spdf.files import write_file
+
 PACKAGE, CORES, SECONDS = "megatron_spdf", 2, 900
 # Figures of the log that depend on the clock or the machine, and texts for people.
 NOT_KEPT = re.compile(r"second|tflops|mfu|memory_bytes|choices")
@@ -85,7 +87,7 @@ class Place:
         """Trains by a recipe and words that change it; returns log and hashes of checkpoints."""
         run, words = self.scratch / changes["output"], self.words(name)
         file = run.with_suffix(".yaml")
-        file.write_text(yaml.safe_dump(words.recipe(recipe)))
+        write_file(file, yaml.safe_dump(words.recipe(recipe)))
         self.run(name, file.name, *words.overrides(changes), ranks=ranks)
         return {"log": read_log(run / "log.jsonl"), "checkpoints": hash_checkpoints(run)}
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from megatron_spdf.command_line import end_quietly, make_parser, number, refusing, say
+from megatron_spdf.command_line import end_quietly, make_parser, number, path_text, refusing, say
 from megatron_spdf.data.indexed.inspect import (
     data_sets,
     describe,
@@ -33,7 +33,7 @@ from megatron_spdf.records import to_json
 def main(arguments: list[str] | None = None) -> int:
     """Print what is there; the exit code is 2 where it cannot be trusted."""
     parser = make_parser(__doc__)
-    parser.add_argument("prefix", metavar="PREFIX",
+    parser.add_argument("prefix", type=path_text, metavar="PREFIX",
                         help="of a data set, or a directory of data sets")
     parser.add_argument("--sample", type=number(int, least=0), metavar="N",
                         help="decode document N, counted from 0")

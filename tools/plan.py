@@ -28,6 +28,7 @@ from megatron_spdf.command_line import (
     refusing,
     say,
 )
+from megatron_spdf.files import write_file
 from megatron_spdf.planning.exact import dry_run, ranks_of_interest, render_counts
 from megatron_spdf.planning.hardware import GPUS, THIS_MACHINE, find_gpu
 from megatron_spdf.planning.overview import Request, make_overview
@@ -86,7 +87,7 @@ def plan(arguments: list[str]) -> int:
     facts = make_overview(Request(recipe, sparsity, gpu, gpus, efficiency, source, options.price,
                                   options.top))
     if options.html:
-        options.html.write_text(render_plan_page(facts, str(options.recipe)))
+        write_file(options.html, render_plan_page(facts, str(options.recipe)))
     say(to_json(facts, indent=1) if options.json else render_overview(facts))
     return 0
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from megatron_spdf.command_line import make_parser, positive, say
+from megatron_spdf.command_line import make_parser, path_text, positive, say
 from megatron_spdf.data.indexed.manifest import CorpusManifest
 from megatron_spdf.data.preprocess.documents import FORMATS, expand_inputs, sample_texts
 from megatron_spdf.data.preprocess.encode import SPLITS, split_bounds
@@ -54,10 +54,10 @@ def parse_workers(count: str) -> int:
 
 
 OPTIONS = {
-    "--input": dict(nargs="+", required=True,
+    "--input": dict(nargs="+", required=True, type=path_text,
                     help=f"files or quoted patterns, of {', '.join(FORMATS)}"),
     "--output": dict(
-        required=True, metavar="PREFIX",
+        required=True, type=path_text, metavar="PREFIX",
         help="writes PREFIX.bin, .idx, .json and .tokenizer; with --split, --by-set or --per-shard "
              "a directory PREFIX of such data sets",
     ),

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from megatron_spdf.command_line import end_quietly, make_parser, refusing, say
+from megatron_spdf.files import write_file
 from megatron_spdf.reports.runs import read_all
 from megatron_spdf.reports.runs_page import render_report
 
@@ -29,8 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
                         help="of the page")
     options = parser.parse_args(arguments)
     runs = read_all(options.runs)
-    options.output.write_text(render_report(runs, options.output, options.title),
-                              encoding="utf-8")
+    write_file(options.output, render_report(runs, options.output, options.title))
     say(f"{options.output}: {len(runs)} runs, {options.output.stat().st_size / 1024:,.0f} KiB")
     return 0
 

@@ -65,6 +65,7 @@ class _Across:
         state, key = MASTER, wanted.key
         if key.startswith(OPTIMIZER):
             state, key = key.removeprefix(OPTIMIZER).split(".", 1)
+        # nothing is held at the beginning of a part: what was held is not stored any more
         if key.endswith(HELD_BITS) or self.fresh and state != MASTER:
             return torch.zeros(wanted.local_shape, dtype=wanted.dtype)
         part = wanted.global_slice()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import timedelta
@@ -57,6 +58,8 @@ class Checkpointer:
                  masks: Masks | None = None, origin: str = INITIAL):
         self.directory, self.recipe, self.plan, self.tokenizer = directory, recipe, plan, tokenizer
         self.failed_in_a_row = 0
+        self._best: dict[str, str | float] | None = None  # to be written
+        self._one_at_a_time = threading.Lock()
         self._saving: SaveThread | None = None
         self._validated = False
         # A slow disk is not a hang: ranks that die meanwhile are found by the collectives of the
@@ -89,17 +92,32 @@ class Checkpointer:
         best = store.name_of(state.best_step) if keep.best else None
         self._saving = SaveThread(
             partial, engine.state_to_save(), add_files,
-            lambda: store.retain(self.directory, keep.keep, keep.keep_every, best),
+            lambda: [*store.retain(self.directory, keep.keep, keep.keep_every, best),
+                     *self._write_best()],
             self._group, not self._validated)
         self._validated = True
         self._saving.start()
 
     def note_best(self, step: int, loss: float) -> None:
-        """Records beside the checkpoints which of them has the lowest validation loss."""
+        """Records beside the checkpoints which of them has the lowest validation loss. Where that
+        cannot be written, it is tried again after the next save."""
+        self._best = {"checkpoint": store.name_of(step), "loss": loss}
         if dist.get_rank() == 0:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            write_json(self.directory / store.BEST,
-                       {"checkpoint": store.name_of(step), "loss": loss})
+            self._write_best()
+
+    def _write_best(self) -> list[str]:
+        """Writes the record of the best checkpoint, and returns why that could not be done."""
+        with self._one_at_a_time:  # the loop, and the thread of a save
+            best = self._best
+            try:
+                if best:
+                    self.directory.mkdir(parents=True, exist_ok=True)
+                    write_json(self.directory / store.BEST, best)
+            except OSError as error:
+                return [f"could not write {store.BEST}: {error}"]
+            if self._best is best:
+                self._best = None
+            return []
 
     def poll(self) -> SaveThread | None:
         """Returns the save that has ended, if there is one. Ranks may learn of it at different

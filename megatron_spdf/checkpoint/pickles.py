@@ -21,6 +21,10 @@ class NotData(ValueError):
     """Raised if a pickle holds anything but the data that were expected, or ends too early."""
 
 
+class Forbidden(NotData):
+    """Raised if a pickle asks for more than data: it could run code."""
+
+
 @dataclass(frozen=True, slots=True)
 class Name:
     """Class or function, as module and name with a dot between them."""
@@ -85,7 +89,7 @@ class _Reader:
             elif opcode.name in _ACTIONS:
                 _ACTIONS[opcode.name](self, argument)
             elif opcode.name not in ("PROTO", "FRAME", "STOP"):
-                raise NotData(f"it has the opcode {opcode.name}")
+                raise Forbidden(f"it has the opcode {opcode.name}")
         return self.stack.pop()
 
     def mark(self, _: object) -> None:
@@ -108,7 +112,7 @@ class _Reader:
 
     def name(self, full: str) -> None:
         if full not in self.allowed:
-            raise NotData(f"it wants {full[:100]!r}")
+            raise Forbidden(f"it wants {full[:100]!r}")
         self.stack.append(Name(full))
 
     def name_on_stack(self, _: object) -> None:
@@ -129,8 +133,8 @@ class _Reader:
         if isinstance(target, Record) and target.state is None:
             target.state = state
         elif not isinstance(target, dict):  # of a dictionary, attributes that nobody needs
-            raise NotData("it sets the state of "
-                          f"{target.full if isinstance(target, Name) else type(target).__name__}")
+            raise Forbidden("it sets the state of " + (
+                target.full if isinstance(target, Name) else type(target).__name__))
 
     def set_items(self, items: list[Any]) -> None:
         target = _of(dict, self.stack[-1])

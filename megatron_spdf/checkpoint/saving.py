@@ -28,7 +28,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_spdf.checkpoint import store
-from megatron_spdf.files import remove
+from megatron_spdf.files import new_file, remove
 from megatron_spdf.resilience.progress import in_background
 
 WRITERS = 2  # files, and threads that write them, per rank
@@ -123,7 +123,8 @@ class SaveThread(threading.Thread):
     def _complete_format(self) -> None:
         """Writes the files that Megatron-Core's loader wants beside the tensors, and our own."""
         save_config(CheckpointingConfig("torch_dist", 1), str(self.partial))
-        torch.save({}, self.partial / "common.pt")
+        with new_file(self.partial / "common.pt") as file:
+            torch.save({}, file)
         self.add_files(self.partial)
 
     def _describe_share(self, names: list[str]) -> dict[str, dict[str, object]]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_spdf.checkpoint import store
+from megatron_spdf.files import new_file
 
 PATIENCE = 60.0  # seconds; NFS remembers for as long by default that a name was not there
 
@@ -45,12 +46,17 @@ def check_shared(directory: Path) -> None:
     Raises:
         NotSharedFilesystem: on all ranks alike, if one of them does not.
     """
-    name = [f".{uuid.uuid4().hex}"]
-    dist.broadcast_object_list(name, src=0)
-    token = directory / name[0]
+    said = [f".{uuid.uuid4().hex}", ""]
     if dist.get_rank() == 0:
-        token.write_text("")
-    dist.barrier()
+        try:
+            new_file(directory / said[0]).close()
+        except OSError as error:
+            said[1] = str(error)
+    dist.broadcast_object_list(said, src=0)
+    if said[1]:
+        raise NotSharedFilesystem(f"{directory} cannot be written: {said[1]}; make room, or choose "
+                                  "another output")
+    token = directory / said[0]
     try:
         await_everywhere(token)
     finally:

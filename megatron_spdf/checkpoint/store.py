@@ -19,11 +19,10 @@ from typing import Annotated, NotRequired
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from megatron_spdf.files import PARTIAL, open_regular, publish, remove, write_json
+from megatron_spdf.files import FILES, PARTIAL, RUN, open_regular, publish, remove, write_json
 from megatron_spdf.records import read_json
-from megatron_spdf.text import shown
+from megatron_spdf.text import printable
 
-FILES, RUN = "files.json", "run.json"
 BEST = "best.json"  # beside the checkpoints: names the one with the lowest validation loss
 _NAME = re.compile(r"step_\d{8}")
 _NAMED = 20  # faults that one message names
@@ -99,6 +98,17 @@ def may_be_elsewhere(link: Path) -> bool:
         return False
     ours = all(_NAME.fullmatch(n) or _UNFINISHED.fullmatch(n) or n == BEST for n in names)
     return owned and ours and bool(visible(there)) and not (there.parent / "recipe.yaml").exists()
+
+
+def run_of(path: Path) -> Path | None:
+    """Run that a checkpoint belongs to, by whatever path it is named; None: it lies in none. Any
+    other directory is itself."""
+    if not ((path / RUN).is_file() and (path / FILES).is_file()):
+        return path
+    for named in (Path(os.path.abspath(path)), Path(os.path.realpath(path))):
+        if named.parent.name == "checkpoints":
+            return named.parents[1]
+    return None
 
 
 def discard_incomplete(directory: Path) -> list[str]:
@@ -206,12 +216,13 @@ def verify(checkpoint: Path, checksums: bool = True, names: list[str] | None = N
     found = dict(_contents(checkpoint))
     if found.get(FILES) == "file":
         del found[FILES]
-    faults = [f"{shown(name)} is missing" for name in sorted(listed.keys() - found.keys())]
+    faults = [f"{printable(name[:100])} is missing"
+              for name in sorted(listed.keys() - found.keys())]
     for name, kind in sorted(found.items()):
         if kind != "file":
-            faults.append(f"{shown(name)} is a {kind} and no file")
+            faults.append(f"{printable(name[:100])} is a {kind} and no file")
         elif name not in listed:
-            faults.append(f"{shown(name)} is not in the list")
+            faults.append(f"{printable(name[:100])} is not in the list")
         elif fault := _other_than_listed(checkpoint / name, listed[name],
                                          checksums and (names is None or name in names)):
             faults.append(f"{name} {fault}")

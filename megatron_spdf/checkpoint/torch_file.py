@@ -27,9 +27,11 @@ _STORAGES = {f"torch.{name}Storage": dtype for name, dtype in {
     "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16,
     "Double": torch.float64, "Byte": torch.uint8, "Char": torch.int8, "Short": torch.int16,
     "Int": torch.int32, "Long": torch.int64, "Bool": torch.bool}.items()}
-_TENSOR, _PARAMETER = "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"
-_NAMES = {*_STORAGES, *DTYPES, _TENSOR, _PARAMETER, "collections.OrderedDict", "torch.Size",
-          "torch.device"}
+_TENSOR, _WITH_ATTRIBUTES = "torch._utils._rebuild_tensor_v2", "torch._tensor._rebuild_from_type_v2"
+_PARAMETER = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state")
+_NAMES = {*_STORAGES, *DTYPES, _TENSOR, _WITH_ATTRIBUTES, *_PARAMETER, "collections.OrderedDict",
+          "torch.Size", "torch.device", "torch.Tensor", "torch.nn.parameter.Parameter",
+          "torch.serialization._get_layout", "__builtin__.set", "builtins.set"}
 _MOST_AXES = 8
 _ZIP_MAGIC = b"PK\3\4"
 _LOCAL_HEADER = struct.Struct("<26xHH")  # lengths of name and extra field
@@ -205,8 +207,13 @@ def _storage_id(place: Any) -> tuple[torch.dtype, str, int]:
 
 def _make(function: str, arguments: tuple) -> Any:
     """Tensor of a call that makes one. A `Record` of any other call."""
-    if function == _PARAMETER and arguments and isinstance(arguments[0], Tensor):
+    if function in _PARAMETER and arguments and isinstance(arguments[0], Tensor):
         return arguments[0]
+    if function == _WITH_ATTRIBUTES and len(arguments) == 4:
+        inner, _, its_arguments, _ = arguments
+        if isinstance(inner, Name) and inner.full in (_TENSOR, *_PARAMETER) and (
+                isinstance(its_arguments, tuple)):
+            return _make(inner.full, its_arguments)
     if function != _TENSOR:
         return Record(function, arguments)
     if len(arguments) not in (6, 7) or not isinstance(arguments[0], Tensor):

@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import WriteResult
 from tqdm import tqdm
 
+from megatron_spdf.files import new_file, write_file
 from megatron_spdf.recipe.recipe import Recipe
 
 T = TypeVar("T")
@@ -82,7 +83,7 @@ def write_tensors(directory: Path, tensors: Sequence[StoredTensor],
 
         def append(file: str, content: Any, place: MetadataIndex) -> None:
             if file not in files:
-                files[file] = stack.enter_context((directory / file).open("wb"))
+                files[file] = stack.enter_context(new_file(directory / file))
             # Through memory: an interrupt or a full disk inside torch.save would come out as
             # another error.
             buffer = io.BytesIO()
@@ -110,8 +111,9 @@ def write_tensors(directory: Path, tensors: Sequence[StoredTensor],
                        MetadataIndex(tensor.name, offset, len(entry.chunks)))
                 entry.chunks.append(ChunkStorageMetadata(offset, box.size()))
     FileSystemWriter(directory).finish(index, [results])
-    torch.save(dict(common or {}), directory / "common.pt")
-    (directory / "metadata.json").write_text(json.dumps(_FORMAT))
+    with new_file(directory / "common.pt") as file:
+        torch.save(dict(common or {}), file)
+    write_file(directory / "metadata.json", json.dumps(_FORMAT))
 
 
 def with_progress(items: Iterable[T], total: int) -> Iterator[T]:

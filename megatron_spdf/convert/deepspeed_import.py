@@ -14,22 +14,24 @@ optimizer was sharded, the weights are in the flat fp32 partitions, in the layou
 from __future__ import annotations
 
 import math
-import pickle
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_spdf.architecture.base import HEAD, Model, Weight
-from megatron_spdf.convert.foreign import require_finite
+from megatron_spdf.convert.foreign import place_of, read_pickled, read_word, require_finite
 from megatron_spdf.sparsity.plan import SparseWeight
 from megatron_spdf.sparsity.slices import join_slices
+from megatron_spdf.text import first_line, printable
 
+T = TypeVar("T")
 LATEST = "latest"
 # of a sparse weight
 _VALUES, _MASK = "parametrizations.weight.original", "parametrizations.weight.0.mask_bits"
@@ -37,24 +39,15 @@ _MODEL = re.compile(r"(?:zero_pp_rank_0_)?mp_rank_(\d+)_model_states\.pt")
 _OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 
 
-class _Ignored:
-    """Stand-in for a class of DeepSpeed that its files mention and that holds no weights."""
-
-    def __init__(self, *_: object):
-        pass
-
-    def __setstate__(self, _: object) -> None:
-        pass
-
-
-# Classes that `torch.load(weights_only=True)` may meet beside tensors and plain values. Stand-ins
-# take their place, so no code of DeepSpeed runs.
-_ALLOWED = [(type(name.rpartition(".")[2], (_Ignored,), {}), name) for name in (
+# Classes whose objects may stand beside tensors and plain values. They are not made.
+_ALLOWED = {
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.utils.tensor_fragment.fragment_address",
-)]
+}
+_REMEDY = ("it must be a file of DeepSpeedEngine.save_checkpoint without a client_state of other "
+           "than plain values")
 
 
 class DeepSpeedReader:
@@ -76,8 +69,9 @@ class DeepSpeedReader:
     def __init__(self, path: Path, model: Model):
         self.path, self.model = find_checkpoint(path), model
         self.weights: dict[str, Weight] = {w.name: w for w in model.weights()}
-        self._ranks = [_Rank(states, shards) for states, shards in _files_by_rank(self.path)]
-        self._check()
+        with _sound(self.path):
+            self._ranks = [_Rank(states, shards) for states, shards in _files_by_rank(self.path)]
+            self._check()
 
     @property
     def origin(self) -> str:
@@ -86,7 +80,8 @@ class DeepSpeedReader:
 
     def weight(self, name: str) -> Tensor:
         """Whole dense parameter by its canonical name, in float32 if the optimizer was sharded."""
-        return require_finite(self._weight(name), name, self.path)
+        with _sound(self.path):
+            return require_finite(self._weight(name), name, self.path)
 
     def _weight(self, name: str) -> Tensor:
         weight, compact = self.weights[name], _compact_name(name)
@@ -132,7 +127,7 @@ class DeepSpeedReader:
             unknown = [name for name in rank.shapes if name not in expected and name != HEAD]
             if missing or wrong or unknown:
                 found = [*(f"it has no {name}" for name in missing), *wrong,
-                         *(f"it has {n} too" for n in unknown)]
+                         *(f"it has {printable(n[:100])} too" for n in unknown)]
                 raise ValueError(f"{self.path} is another model than the recipe's, cut for {tp} "
                                  f"tensor-parallel ranks: {'; '.join(found[:4])}. Set the recipe's "
                                  "model section to what is there")
@@ -144,28 +139,31 @@ class _Rank:
 
     def __init__(self, states: Path, shards: list[Path]):
         state = _load(states)
-        self._module: dict[str, Any] = state["module"]
+        module = _of(dict, state.get("module"), states, "module")
+        self._module = {_of(str, name, states, "name"): value for name, value in module.items()
+                        if isinstance(value, Tensor)}
         self.buffers = {name: self._module[name] for name in state["buffer_names"]}
         self._groups: list[dict[str, Any]] = state["param_shapes"] or []
-        self._partitions = [_load(path)["optimizer_state_dict"] for path in shards]
+        self._partitions = [_of(dict, _load(path).get("optimizer_state_dict"), path,
+                                "optimizer_state_dict") for path in shards]
         if self._groups:
-            self.shapes = {name: tuple(shape)
+            self.shapes = {name: _shape_in(shape)
                            for group in self._groups for name, shape in group.items()}
         else:  # nothing was sharded
             self.shapes = {n: tuple(t.shape) for n, t in self._module.items()
-                           if isinstance(t, Tensor) and n not in self.buffers}
+                           if n not in self.buffers}
 
     def tensor(self, name: str) -> Tensor:
         """Parameter of this rank by its name in the file."""
         if not self._groups:
-            return self._module[name].detach()
+            return self._module[name]
         numel, shape = math.prod(self.shapes[name]), self.shapes[name]
         pieces = (
             self._zero3_pieces(name)
             if "fp32_flat_groups" in self._partitions[0]
             else self._zero1_pieces(name)
         )
-        return torch.cat([piece.detach() for piece in pieces])[:numel].view(shape)
+        return torch.cat(list(pieces))[:numel].view(shape)
 
     def _zero1_pieces(self, name: str) -> Iterator[Tensor]:
         """Pieces of a parameter under ZeRO-1 and 2, which cut a group of parameters, as one flat
@@ -224,7 +222,7 @@ def find_checkpoint(path: Path) -> Path:
     if any(path.glob("*_model_states.pt")):
         return path
     latest = path / LATEST
-    place = path / latest.read_text().strip() if latest.is_file() else path
+    place = place_of(path, read_word(latest), latest) if latest.is_file() else path
     if not any(place.glob("*_model_states.pt")):
         raise ValueError(f"{path} is no checkpoint of DeepSpeed: it has neither *_model_states.pt "
                          f"nor a file {LATEST} that names a directory with such files")
@@ -238,9 +236,9 @@ def _files_by_rank(path: Path) -> Iterator[tuple[Path, list[Path]]]:
     Raises:
         ValueError: files of some ranks are missing.
     """
-    states = {int(found[1]): file for file in path.iterdir()
-              if (found := _MODEL.fullmatch(file.name))}
-    shards = {(int(found[2]), int(found[1])): file for file in path.iterdir()
+    files = [place_of(path, file.name, path) for file in path.glob("*_states.pt")]
+    states = {int(found[1]): file for file in files if (found := _MODEL.fullmatch(file.name))}
+    shards = {(int(found[2]), int(found[1])): file for file in files
               if (found := _OPTIMIZER.fullmatch(file.name))}
     replicas = {dp for _, dp in shards}
     wanted = {(tp, dp) for tp in range(len(states)) for dp in range(len(replicas))}
@@ -257,14 +255,30 @@ def _files_by_rank(path: Path) -> Iterator[tuple[Path, list[Path]]]:
 
 
 def _load(path: Path) -> dict[str, Any]:
+    return _of(dict, read_pickled(path, _REMEDY, _ALLOWED), path, "a dictionary")
+
+
+def _of(kind: type[T], value: Any, path: Path, what: str) -> T:
+    if not isinstance(value, kind):
+        raise ValueError(f"{path} has no {what} where DeepSpeed has it; {_REMEDY}")
+    return value
+
+
+def _shape_in(shape: Any) -> tuple[int, ...]:
+    if not isinstance(shape, tuple) or not all(type(n) is int and n >= 0 for n in shape):
+        raise TypeError("a shape is no shape")
+    return shape
+
+
+@contextmanager
+def _sound(path: Path) -> Iterator[None]:
+    """Names the checkpoint in whose files something is not what DeepSpeed writes."""
     try:
-        with torch.serialization.safe_globals(_ALLOWED):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"{path} cannot be read without running code ({reason}); it must be a "
-                         "file of DeepSpeedEngine.save_checkpoint without a client_state of other "
-                         "than plain values") from None
+        yield
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: its files are not as DeepSpeed writes them "
+                         f"({type(error).__name__}: {printable(first_line(error))}); copy "
+                         "them again") from None
 
 
 def _compact_name(name: str) -> str:

@@ -24,7 +24,7 @@ from megatron_spdf.checkpoint.run_metadata import INITIAL, describe_masks
 from megatron_spdf.checkpoint.writer import with_progress
 from megatron_spdf.convert.source import WeightSource, tokenizer_of
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
-from megatron_spdf.files import atomic_directory
+from megatron_spdf.files import atomic_directory, new_file, write_file, write_json
 from megatron_spdf.sparsity.slices import join_slices
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def export(source: WeightSource, output: Path, dtype: str = "fp32", masks: bool 
     with atomic_directory(output) as partial_:
         _save_tokenizer(source, partial_)
         _save_config(source, dtype, partial_)
-        (partial_ / CARD).write_text(model_card(source, dtype, masks))
+        write_file(partial_ / CARD, model_card(source, dtype, masks))
         _save_tensors(_tensors(source), DTYPES[dtype], partial_ / WEIGHTS)
         if masks:
             _save_tensors(_masks(source), torch.bool, partial_ / MASKS)
@@ -128,7 +128,7 @@ def _save_tensors(tensors: Sequence[_Tensor], dtype: torch.dtype, path: Path) ->
                                "data_offsets": (start, end)}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
+    with new_file(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in with_progress(tensors, len(tensors)):
             values = tensor.read().to(dtype).contiguous()
@@ -147,7 +147,7 @@ def _save_tokenizer(source: WeightSource, directory: Path) -> None:
     elif tokenizer.kind == "sentencepiece":
         config |= {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False,
                    "add_prefix_space": False}
-    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    write_json(directory / "tokenizer_config.json", config)
     if tokenizer.kind == "sentencepiece":
         _compare_ids(tokenizer, directory)
 

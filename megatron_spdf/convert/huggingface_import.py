@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import pickle
-import re
-import zipfile
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -17,8 +13,10 @@ from torch import Tensor
 
 from megatron_spdf.architecture.base import ARCHITECTURES, EMBEDDING, Model, Weight
 from megatron_spdf.architecture.forms import UnknownFamily, model_of
-from megatron_spdf.convert.foreign import require_finite
+from megatron_spdf.convert.foreign import place_of, read_pickled, require_finite
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, tokenizer_files
+from megatron_spdf.records import read_json
+from megatron_spdf.text import printable
 
 T = TypeVar("T")
 CONFIG = "config.json"
@@ -142,7 +140,8 @@ class HuggingFaceReader:
         if head:
             (embedding,) = self._forms[EMBEDDING].names
             place = self._places[self._plain(embedding)]
-            if place != head and not torch.equal(self._tensor(head), self._tensor(place)):
+            one, other = (require_finite(self._tensor(p), p, self.path) for p in (place, head))
+            if place != head and not torch.equal(one, other):
                 raise ValueError(f"{self.path}: {head} is not the token embedding; here the two "
                                  "are tied, so a model with a head of its own cannot be read")
         elif not self.config.get("tie_word_embeddings", True):
@@ -185,15 +184,8 @@ class HuggingFaceReader:
             try:
                 self._open[file.name] = (
                     safe_open(file, framework="pt") if file.suffix == ".safetensors"
-                    else _only_tensors(file, torch.load(file, map_location="cpu",
-                                                        weights_only=True,
-                                                        mmap=zipfile.is_zipfile(file))))
-            except pickle.UnpicklingError as error:
-                named = re.search(r"GLOBAL (\S+)", str(error))
-                raise ValueError(f"{file} holds {named[1] if named else 'something'} beside "
-                                 "tensors; it is a pickle that could run code, so it is refused; "
-                                 "save the model as safetensors") from None
-            except (SafetensorError, OSError, RuntimeError, EOFError) as error:
+                    else _only_tensors(file, read_pickled(file, "save the model as safetensors")))
+            except (SafetensorError, OSError) as error:
                 raise ValueError(f"{file} cannot be read ({error}); copy the file again") from None
         return self._open[file.name]
 
@@ -225,30 +217,37 @@ def _find_files(path: Path) -> Path | dict[str, Path]:
     """The one file of weights, or tensor name -> file where there are several."""
     for name in _WEIGHTS:
         if (path / name).is_file():
-            return path / name
+            return place_of(path, name, path)
         index = path / f"{name}.index.json"
         if index.is_file():
             listed = _read_json(index).get("weight_map")
             if not isinstance(listed, dict):
                 raise ValueError(f"{index} has no weight_map; copy the file again")
-            missing = sorted({file for file in listed.values() if not (path / file).is_file()})
+            files = {file: place_of(path, file, index) for file in _names_in(listed, index)}
+            missing = sorted(name for name, file in files.items() if not file.is_file())
             if missing:
                 raise ValueError(f"{path} has no file {_some(missing)}, which {index.name} names; "
                                  "copy it again")
-            return {tensor: path / file for tensor, file in listed.items()}
+            return {tensor: files[file] for tensor, file in listed.items()}
     raise ValueError(f"{path} has neither {' nor '.join(_WEIGHTS)}, whole or with an index; there "
                      f"are {', '.join(sorted(p.name for p in path.iterdir()))}")
 
 
+def _names_in(listed: dict[str, Any], index: Path) -> set[str]:
+    """Files that an index names."""
+    if not all(isinstance(file, str) for file in listed.values()):
+        raise ValueError(f"{index} names something which is no file beside it; copy the file "
+                         "again")
+    return set(listed.values())
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
-        if not isinstance(content, dict):
-            raise ValueError("it is not an object")
-        return content
+        return read_json(path, dict[str, Any])
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error}); copy the file again") from None
 
 
 def _some(names: list[str], between: str = ", ") -> str:
-    return between.join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return between.join(printable(name[:300]) for name in names[:4]) + more

@@ -27,9 +27,9 @@ from megatron_spdf.architecture.forms import pad_vocabulary
 from megatron_spdf.checkpoint.reader import stored_name
 from megatron_spdf.checkpoint.tensors import TensorFiles
 from megatron_spdf.checkpoint.writer import StoredTensor, whole, write_tensors
-from megatron_spdf.convert.foreign import require_finite
+from megatron_spdf.convert.foreign import read_word, require_finite
 from megatron_spdf.convert.source import WeightSource
-from megatron_spdf.files import atomic_directory
+from megatron_spdf.files import atomic_directory, write_file
 
 VERSION = "core_v0.16.1"
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -146,9 +146,9 @@ def find_checkpoint(path: Path) -> Path:
         raise ValueError(f"{path} is no distributed checkpoint of Megatron-LM: it has neither "
                          f"{TRACKER} nor .metadata. Checkpoints with mp_rank_* files are of its "
                          "older format; save with --ckpt-format torch_dist")
-    newest = tracker.read_text().strip()
+    newest = read_word(tracker)
     place = path / (newest if newest == "release" else f"iter_{int(newest):07d}"
-                    if newest.isdigit() else "")
+                    if newest.isascii() and newest.isdecimal() else "")
     if place == path or not (place / ".metadata").is_file():
         raise ValueError(f"{tracker} names {newest!r}, but {place} is no distributed checkpoint; "
                          "save with --ckpt-format torch_dist, or give the checkpoint's own "
@@ -187,8 +187,8 @@ def save_for_megatron(source: WeightSource, output: Path, dtype: torch.dtype) ->
     with atomic_directory(output) as directory:
         (directory / "release").mkdir()
         write_tensors(directory / "release", tensors, extra, _COMMON)
-        (directory / "arguments.txt").write_text(arguments(source))
-        (directory / TRACKER).write_text("release")
+        write_file(directory / "arguments.txt", arguments(source))
+        write_file(directory / TRACKER, "release")
 
 
 def _stacked(stored: str) -> tuple[str, int | None]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import shutil
 from functools import partial
 from pathlib import Path
 
@@ -52,8 +51,7 @@ def reshard(reader: CheckpointReader, parallel: Parallel, output: Path) -> Path:
         checkpoint.mkdir(parents=True)
         write_tensors(checkpoint,
                       [t for w in reader.weights.values() for t in _tensors_of(w, reader, recipe)])
-        shutil.copytree(reader.path / "tokenizer", checkpoint / "tokenizer",
-                        symlinks=True)
+        reader.tokenizer.save(checkpoint / "tokenizer")
         write_json(checkpoint / store.RUN, {**reader.run, "recipe": recipe.model_dump()})
         finish_run(checkpoint, recipe.without_stages())
     return output / place

@@ -74,6 +74,18 @@ def tokenizer_of(source: WeightSource) -> Tokenizer:
     return tokenizer
 
 
+def require_sound(source: WeightSource) -> None:
+    """Reads every weight of a model that another tool made, one at a time; those of a run were
+    checked as they were saved.
+
+    Raises:
+        ValueError: one cannot be read, or has entries that are not finite.
+    """
+    if not isinstance(source, CheckpointReader):
+        for name in source.weights:
+            source.weight(name)
+
+
 def open_weights(path: str | Path, checksums: bool = True) -> WeightSource:
     """Opens the weights at `path`.
 

@@ -98,6 +98,8 @@ def agree(loss: Tensor, replicas: int,
         loss: of this replica on the one rank that reports for it, zero on its others.
         replicas: number of data-parallel replicas.
     """
+    # Every rank adds what it has: the mean over replicas and the number of ranks that want to stop
+    # come out of one sum, so that no rank can leave a step that others stay in.
     shared = torch.stack([loss.float() / replicas,
                           torch.full_like(loss, float(stop), dtype=torch.float32)])
     dist.all_reduce(shared)
@@ -119,6 +121,7 @@ def model_metadata() -> dict[str, object]:
 def release(engine, models: Sequence[nn.Module], *others) -> None:
     """Empties an engine's parts, so that their memory and process groups are freed: autograd's
     hooks hold the model in circles that Python's collector cannot see."""
+    # their dictionaries hold hooks and buffers, through which the circles run
     held = [part for model in models for part in (*model.parameters(), *model.modules())]
     for thing in (*held, *others, engine):
         vars(thing).clear()

@@ -59,6 +59,7 @@ class OptimizerState:
     """
 
     def __init__(self, optimizer: MegatronOptimizer, models: list[nn.Module], settings: Optimizer):
+        # one: a second would be that of experts, which no model here has
         (self._inner,) = optimizer.chained_optimizers
         self._settings, self.names = settings, settings.saved
         self._parameters = [p for model in models for p in model.parameters() if p.requires_grad]
@@ -72,6 +73,7 @@ class OptimizerState:
             model_state: the models' sharded tensors, chunk name -> key -> ShardedTensor.
         """
         places = _places(model_state)
+        # All ranks gather every bucket, and each copies what it saves, an even share.
         mine = {p for p in self._parameters if is_main_replica(places[id(p)].replica_id)}
         return self._sharded_state(places, self._copies(mine), "meta")
 
@@ -117,6 +119,7 @@ class OptimizerState:
             for bucket in buffer.buckets:
                 gathered = self._gather_bucket(bucket, name)
                 for parameter in bucket.params_list:
+                    # param_index_map counts from the beginning of the buffer
                     start, end = (i - bucket.offset for i in buffer.param_index_map[parameter][:2])
                     yield parameter, gathered[start:end].view(parameter.shape)
 
@@ -139,7 +142,9 @@ class OptimizerState:
         if none."""
         inner = self._inner
         if not self._sharded:
+            # in fp32 a parameter is its own master
             part, main = slice(None), getattr(parameter, "main_param", parameter)
+        # this rank's shard has a piece of it
         elif parameter in inner.model_param_gbuf_map:
             own = inner._get_model_param_range_map(parameter)["param"]
             group, order = inner.model_param_group_index_map[parameter]
@@ -165,6 +170,7 @@ class OptimizerState:
         group = self._inner.data_parallel_group
         gathered = torch.empty(bucket.grad_data.numel(), dtype=torch.float32,
                                device=bucket.grad_data.device)
+        # padding between parameters belongs to nobody and stays zero
         shard = torch.zeros(gathered.numel() // group.size(), dtype=torch.float32,
                             device=gathered.device)
         for parameter in bucket.params_list:

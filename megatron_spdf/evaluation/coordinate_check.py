@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from megatron_spdf.data.pretraining.corpus import check_corpus
 from megatron_spdf.data.pretraining.dataset import TokenData
 from megatron_spdf.engine.factory import make_engine
+from megatron_spdf.files import save_figure
 from megatron_spdf.model.decoder import Decoder
 from megatron_spdf.parallel.ranks import destroy, init_distributed
 from megatron_spdf.recipe.recipe import Recipe
@@ -138,4 +139,4 @@ def plot_sizes(found: dict[str, dict[str, dict[float, Sizes]]], path: Path) -> N
             place.grid(alpha=0.3)
     axes[0][-1].legend(fontsize=6, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     figure.tight_layout()
-    figure.savefig(path)
+    save_figure(figure, path)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_spdf.data.finetuning.task import TASKS, Example, Task, load_examples
+from megatron_spdf.files import write_file
+from megatron_spdf.text import in_one_line, lines_of
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ def read_predictions(path: Path) -> list[str]:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 ({error})") from None
-    return [line.strip() for line in text.removesuffix("\n").split("\n")] if text else []
+    return [line.strip() for line in lines_of(text)]
 
 
 def read_references(task: str, paths: Sequence[Path], split: str = "test") -> References:
@@ -84,7 +87,8 @@ def read_references(task: str, paths: Sequence[Path], split: str = "test") -> Re
 
 
 def _one_or_many(path: Path) -> tuple[tuple[str, ...], ...]:
-    numbered = sorted(path.parent.glob(f"{path.name}[0-9]*"), key=lambda p: (len(p.name), p.name))
+    numbered = sorted(path.parent.glob(f"{glob.escape(path.name)}[0-9]*"),
+                      key=lambda p: (len(p.name), p.name))
     if not path.exists() and numbered:
         return _parallel(numbered)
     groups: list[list[str]] = [[]]
@@ -130,7 +134,7 @@ def write_official(task: Task, predictions: Sequence[str], references: Reference
     """
     _write_lines(directory / "predictions.txt", predictions)
     if task.form is None:
-        groups = ("\n".join(map(_one_line, texts)) + "\n" for texts in references.texts)
+        groups = ("\n".join(map(in_one_line, texts)) + "\n" for texts in references.texts)
         _write_lines(directory / "references.txt", groups, joined=True)
         return
     outputs, official = in_official_form(task, predictions, references)
@@ -141,9 +145,4 @@ def write_official(task: Task, predictions: Sequence[str], references: Reference
 
 
 def _write_lines(path: Path, lines, joined: bool = False) -> None:
-    path.write_text("".join(f"{line if joined else _one_line(line)}\n" for line in lines),
-                    encoding="utf-8")
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.splitlines())
+    write_file(path, "".join(f"{line if joined else in_one_line(line)}\n" for line in lines))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_spdf.convert.source import WeightSource
+from megatron_spdf.files import save_figure
 from megatron_spdf.tables import Column, Table
 from megatron_spdf.text import label
 
@@ -74,5 +75,5 @@ def draw(layers: list[dict[str, float]], path: Path, title: str) -> None:
              xticks=range(len(layers)), title="\n".join(map(label, title.split("\n"))))
     figure.colorbar(image, label="cosine distance")
     figure.tight_layout()
-    figure.savefig(path, format="png")
+    save_figure(figure, path)
     pyplot.close(figure)

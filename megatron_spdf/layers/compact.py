@@ -46,6 +46,7 @@ class _Expand(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         compact = ctx.compact
         if compact.dense_gradient is not None:
+            # signed, and before the cut: what is masked is of interest here
             compact.dense_gradient += grad
         return compact.deliver(ctx.values, lambda out: compact.without_held(
             dispatch.compress(grad, ctx.mask, out))), None

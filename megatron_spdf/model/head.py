@@ -72,6 +72,7 @@ def _chunk(tokens: Tensor, weight: Tensor, labels: Tensor, shares: Tensor, softm
            gradients: _Gradients | None, start: int) -> Tensor:
     """The loss of n tokens, (); their gradients go to `gradients`."""
     scores = (tokens @ weight.t()).float()  # (n, rows); of fp32 logits no copy
+    # rows that only pad the vocabulary: exp makes them zero in every sum and gradient
     scores[:, softmax.real :] = -torch.inf
     losses, total = softmax.cross_entropy_(scores, labels)
     if gradients is not None:
@@ -103,18 +104,21 @@ class _Softmax:
         and the sums of that over the vocabulary (n,)."""
         top = scores.amax(-1)
         self._reduce(top, dist.ReduceOp.MAX)
+        # Else exp overflows. Of the whole vocabulary, so that sums add up over ranks.
         scores -= top.unsqueeze(-1)
         place, here = self._places(labels)
         parts = [scores.gather(1, place).squeeze(1).where(here, 0.0)]
         if self.smoothing:
             parts.append(scores[:, : self.real].sum(-1) / self.vocab_size)
         scores.exp_()
+        # one reduction for all that the loss needs of other ranks
         total, label, *mean = self._reduce(torch.stack([scores.sum(-1), *parts]), dist.ReduceOp.SUM)
         losses = total.log() - label
         return losses + self.smoothing * (label - mean[0]) if mean else losses, total
 
     def gradient_(self, scores: Tensor, labels: Tensor, shares: Tensor, total: Tensor) -> None:
         """Turns what `cross_entropy_` leaves into the gradients of share x loss by the logits."""
+        # share x softmax; what follows takes the target's distribution off it
         scores *= (shares / total).unsqueeze(-1)
         place, here = self._places(labels)
         scores.scatter_add_(1, place,
@@ -145,6 +149,7 @@ class _Gradients:
 
     def add(self, start: int, tokens: Tensor, of_logits: Tensor) -> None:
         """Of a chunk of tokens (n, H), from the gradient of its logits (n, rows)."""
+        # written where it belongs: the (N, H) gradient exists once
         torch.mm(of_logits, self.weight, out=self.of_input[start : start + len(tokens)])
         if self.of_weight is None:
             self.of_weight = of_logits.t() @ tokens

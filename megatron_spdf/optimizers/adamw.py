@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
@@ -58,6 +59,12 @@ class AdamW(Optimizer):
         else:
             for group in optimizer.param_groups:
                 group["step"] = steps
+
+    @property
+    def largest_first_updates(self) -> float:
+        """Both moments grow from zero as 1 - beta^t, the second slower, and an old step count
+        corrects neither."""
+        return max((1.0 - self.beta1**t) / math.sqrt(1.0 - self.beta2**t) for t in range(1, 1000))
 
     def mup_rate(self, linear: bool, width: float, growth: float) -> float:
         return 1.0 / growth

@@ -84,6 +84,12 @@ class Optimizer(Section):
             optimizer.state[master].update({s: torch.zeros_like(master) for s in self.states})
         self.set_steps(optimizer, 0)
 
+    @property
+    def largest_first_updates(self) -> float:
+        """The largest update of an entry that starts with zero state under an old step count, over
+        its steady one, for a constant gradient."""
+        return 1.0
+
     def mup_rate(self, linear: bool, width: float, growth: float) -> float:
         """Learning rate under `parametrization: mup` over the recipe's.
 

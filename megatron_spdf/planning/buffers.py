@@ -60,6 +60,7 @@ class Buffer:
         for start, end in self.parameters:
             while start >= last:
                 first, last = next(buckets)
+            # buckets are padded to a multiple of `data`, so that every rank updates as much of each
             share = (last - first) // data
             low = first + data_rank * share
             owned += max(0, min(end, low + share) - max(start, low))
@@ -99,6 +100,7 @@ def local_parameters(model: Model, parallel: Parallel, plan: Plan,
     With more than one stage, the last holds a tied embedding a second time.
     """
     chunks = tuple(tuple(layers) for layers in layers_of(model, parallel, stage))
+    # the LM head is on the last stage and the embedding on the first
     tied_twice = model.tied and parallel.pipeline > 1
     return _local_parameters(model, parallel.tensor, tied_twice, plan, chunks)
 
@@ -172,9 +174,11 @@ def _fill(chunk: Sequence[Local], shards: int, tied_twice: bool, limit: int | No
         opened = buckets[-1][1]
         return opened
 
+    # Gradients become ready from the last layer to the first: buckets fill in that order.
     for parameter in reversed(chunk):
         start = _round_up(end, PARAMETER_ALIGNMENT) if shards else end
         alone = bool(shards) and tied_twice and parameter.name in (EMBEDDING, HEAD)
+        # both copies of a tied embedding lie alike in buckets, to be summed over stages
         if alone and parameters and parameters[-1][1] > opened:
             start = close(start)
         end = start + parameter.elements

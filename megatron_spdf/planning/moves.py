@@ -11,6 +11,8 @@ from megatron_spdf.schedule.flops import training_flops
 from megatron_spdf.sparsity.algorithms.base import MoveCost
 from megatron_spdf.sparsity.plan import Plan
 
+COLD = 1.5  # times the usual, from where the first updates of what is born are worth a line
+
 
 @dataclass(frozen=True)
 class Moves:
@@ -80,11 +82,26 @@ def render_moves(recipe: Recipe, plan: Plan) -> str:
     algorithm = recipe.sparsity.update
     if recipe.sparsity.algorithm == "static":
         return ""
+    said = f"mask algorithm {algorithm.name}: {algorithm.describe()}"
+    if not (count := algorithm.moves(recipe.steps)):
+        return said
+    said += f"; {count:,} moves in {recipe.steps:,} steps"
+    if algorithm.holds:
+        return said
     every = [moves_of(recipe, plan, stage) for stage in range(recipe.parallel.pipeline)]
     carried, reduced, transient = (max(getattr(m, key) for m in every) / 2**20
                                    for key in ("carried", "reduced", "transient"))
-    return (f"mask algorithm {algorithm.name}: {algorithm.describe()}; {every[0].count:,} moves in "
-            f"{recipe.steps:,} steps\n"
+    return (f"{said}\n"
             f"  in a move, per GPU: {carried:,.1f} MiB of state gathered, {reduced:,.1f} MiB "
             f"summed up, {transient:,.1f} MiB held for the step; over the run {every[0].flops:.3%} "
-            "more FLOPs")
+            f"more FLOPs{_cold_start(recipe)}")
+
+
+def _cold_start(recipe: Recipe) -> str:
+    """A line about the first updates of what is born, where they are far from the usual ones."""
+    largest = recipe.optimizer.largest_first_updates
+    if largest < COLD:
+        return ""
+    return (f"\n  first updates of weights that are born are up to {largest:.1f} times the usual: "
+            f"optimizer.name={recipe.optimizer.name} corrects their moments by the run's step "
+            "count; lower optimizer.beta2, which is 0.95 for most language models")

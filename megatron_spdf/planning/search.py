@@ -55,6 +55,7 @@ def laid_out(recipe: Recipe, tensor: int, pipeline: int, data: int, interleave: 
              micro_batch: int = 1, recompute: str = "none") -> Recipe:
     """The recipe at another layout; sequence parallelism wherever it can be, since it costs
     nothing."""
+    # activations between layers are then split too, with the same bytes on the wire
     sequence = tensor > 1 and recipe.train.sequence_length % tensor == 0
     parallel = {"tensor": tensor, "pipeline": pipeline, "data": data, "interleave": interleave,
                 "sequence": sequence}
@@ -83,6 +84,7 @@ def search(recipe: Recipe, plan: Plan, gpu: Gpu, gpus: int, efficiency: float = 
     found, misfits = [], []
     for tensor, pipeline, data in degrees(recipe, gpu, gpus):
         variants = list(_variants(recipe, tensor, pipeline, data))
+        # the cheap question first: bytes of a layout take longer than its rules
         allowed = [v for v in variants if not any(rule_violations(v))]
         if not allowed:
             plain = laid_out(recipe, tensor, pipeline, data)
@@ -145,6 +147,7 @@ def smallest_world(recipe: Recipe, plan: Plan, gpu: Gpu) -> Candidate | None:
             choices += [(tensor * pipeline * data, pipeline, tensor, data)
                         for data in divisors(batch)
                         if tensor * pipeline * data <= LARGEST_WORLD]
+    # by world size, then the fewest pipeline stages, whose bubbles cost time
     for _, pipeline, tensor, data in sorted(choices):
         candidate = laid_out(recipe, tensor, pipeline, data, recompute="full")
         if all(peak_bytes(candidate, plan, stage) <= USABLE * gpu.memory

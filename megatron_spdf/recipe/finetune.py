@@ -35,6 +35,7 @@ from megatron_spdf.section import (
     MOST_STEPS,
     Count,
     OneOf,
+    PathText,
     Section,
     Seed,
 )
@@ -46,8 +47,8 @@ class TaskData(Section):
 
     task: str = Field(description="format and scores of the data, one of the tasks above; "
                                   "jsonl: your own, lines of {context, completion}")
-    path: str = Field(description="directory with the splits under the names they are published "
-                                  "with")
+    path: PathText = Field(description="directory with the splits under the names they are "
+                                       "published with")
 
 
 class Batches(Section):
@@ -82,9 +83,9 @@ class Saving(Section):
 class Finetune(Section):
     """One fine-tuning run."""
 
-    checkpoint: str = Field(description="where to start: a run, a checkpoint of one, or a Hugging "
-                                        "Face directory")
-    output: str = Field(description="run directory; everything the run writes goes there")
+    checkpoint: PathText = Field(description="where to start: a run, a checkpoint of one, or a "
+                                             "Hugging Face directory")
+    output: PathText = Field(description="run directory; everything the run writes goes there")
     seed: Seed = Field(1234, description="of data order, dropout and revived weights")
     mode: Literal["dense", "sparse"] = Field(
         "dense", description="dense: every weight trains; sparse: the starting checkpoint's mask "
@@ -95,7 +96,7 @@ class Finetune(Section):
     revived_scale: float = Field(1.0, gt=0.0,
                                  description="std of revived=normal over the weight's initial std")
     engine: Annotated[str, OneOf(ENGINES)] = Field("deepspeed", description="who runs a step")
-    deepspeed: str | None = Recipe.model_fields["deepspeed"]
+    deepspeed: PathText | None = Recipe.model_fields["deepspeed"]
     data: TaskData
     train: Batches
     optimizer: Annotated[Optimizer, FINETUNING]

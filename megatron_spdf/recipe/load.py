@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from megatron_spdf.files import write_file
+from megatron_spdf.paths import expand_home
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.recipe.rules import rule_violations
 from megatron_spdf.records import parse_yaml, read_yaml
@@ -70,7 +71,7 @@ def render_recipe(recipe: BaseModel) -> str:
 
 
 def _read(kind: type[BaseModel], path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    path = path.resolve()
+    path = Path(expand_home(str(path))).resolve()
     if path in seen:
         raise ValueError(f"recipe {path} extends itself through "
                          f"{' -> '.join(p.name for p in seen)}; break the circle")
@@ -88,7 +89,7 @@ def _read(kind: type[BaseModel], path: Path, seen: tuple[Path, ...]) -> dict[str
                          "extends: base.yaml")
     if base is None:
         return values
-    return _merge(_read(kind, path.parent / base, (*seen, path)), values, kind)
+    return _merge(_read(kind, path.parent / expand_home(base), (*seen, path)), values, kind)
 
 
 def _merge(base: dict[str, Any], change: dict[str, Any],

@@ -22,6 +22,7 @@ from megatron_spdf.section import (
     Count,
     OneOf,
     Paths,
+    PathText,
     Section,
     Seed,
 )
@@ -41,7 +42,7 @@ def check_micro_batch(value: Any) -> Any:
 class BlendSource(Section):
     """A training data set and how much of the samples come from it."""
 
-    path: str = Field(description="prefix, or a pattern of prefixes, e.g. `data/pile/train/*`")
+    path: PathText = Field(description="prefix, or a pattern of prefixes, e.g. `data/pile/train/*`")
     weight: float | None = Field(None, gt=0.0,
                                  description="share of the samples, relative to the other weights")
     epochs: Annotated[float, Field(gt=0.0)] | Literal["pile"] | None = Field(
@@ -62,16 +63,15 @@ class Data(Section):
         "refuse", description="when a run goes on with another blend; continue: each source goes "
                               "on where it was")
     valid: Paths = Field([], description="prefixes of the validation data; none: no evaluation")
-    tokenizer: str | None = Field(
+    tokenizer: PathText | None = Field(
         None, description="directory or file; default: the copy beside the data"
     )
     end_of_document: str | None = Field(
         None, description="token that ends documents; default: what the tokenizer says")
     workers: int = Field(2, ge=0, le=1024,
                          description="loader processes per rank; 0 loads in the training process")
-    index_cache: str | None = Field(None,
-                                    description="directory of the sample indices; default: inside "
-                                                "the run")
+    index_cache: PathText | None = Field(
+        None, description="directory of the sample indices; default: inside the run")
     reset_positions: bool = Field(False,
                                   description="positions start at 0 with every document of a "
                                               "sequence")
@@ -223,12 +223,11 @@ class MupBase(Section):
 class Recipe(Section):
     """One run."""
 
-    output: str = Field(description="run directory; everything the run writes goes there")
+    output: PathText = Field(description="run directory; everything the run writes goes there")
     seed: Seed = Field(1234, description="of initial weights, data order and dropout")
     engine: Annotated[str, OneOf(ENGINES)] = Field("megatron", description="who runs a step")
-    deepspeed: str | None = Field(None,
-                                  description="JSON file of further DeepSpeed settings, see "
-                                              "configs/deepspeed")
+    deepspeed: PathText | None = Field(
+        None, description="JSON file of further DeepSpeed settings, see configs/deepspeed")
     model: Annotated[Model, BY_ARCHITECTURE]
     parametrization: Literal["standard", "mup"] = Field(
         "standard", description="mup: initial values, learning rates and multipliers follow width "

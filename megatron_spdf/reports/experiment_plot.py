@@ -10,6 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
+from megatron_spdf.files import save_figure
 from megatron_spdf.reports.charts import STYLE, color
 from megatron_spdf.text import label
 
@@ -58,7 +59,7 @@ def plot_results(rows: list[dict[str, Any]], x: str, lines: str | None, panels: 
             room = max(0.05, 0.5 * (max(means) - min(means)))
             grid[0][0].set_ylim(min(means) - room, max(means) + room)
         grid[0][0].set_ylabel("validation loss (nats)")
-        figure.savefig(path)
+        save_figure(figure, path)
         pyplot.close(figure)
 
 

@@ -36,7 +36,7 @@ from megatron_spdf.runs.grid import Trial, axis_of, combinations
 from megatron_spdf.runs.measured import LOG, read_run
 from megatron_spdf.schedule.flops import training_flops
 from megatron_spdf.schedule.stages import mean_flops, stages_of
-from megatron_spdf.section import Section
+from megatron_spdf.section import PathText, Section
 from megatron_spdf.tables import Column, Table
 
 BUDGET = "budget"  # the only key in an axis that is no key of the recipe
@@ -53,9 +53,9 @@ class Plot(Section):
 class Experiment(Section):
     """Experiment, as a file of configs/experiments describes it."""
 
-    recipe: str = Field(description="pre-training recipe that every run starts from, relative to "
-                                    "this file")
-    output: str = Field(description="directory of the runs and of the results")
+    recipe: PathText = Field(description="pre-training recipe that every run starts from, relative "
+                                         "to this file")
+    output: PathText = Field(description="directory of the runs and of the results")
     seeds: list[int] = Field(min_length=1, description="each cell is run with every one of them")
     axes: dict[str, dict[str, dict[str, Any]]] = Field(min_length=1,
                                                        description="name -> label -> key -> value")

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_spdf import exit_codes
+from megatron_spdf.files import open_to_append
 from megatron_spdf.recipe.load import write_value
 
 NAME_BYTES = 255 - len(".txt")  # of a file name on common file systems; logs stand beside
@@ -135,7 +136,7 @@ def run_all(commands: Mapping[Path, Sequence[str]], jobs: int | None = None) -> 
         print(f"$ {shlex.join(words)}", flush=True)
         output.parent.mkdir(parents=True, exist_ok=True)
         log = output.with_suffix(".txt") if jobs else None
-        with log.open("a") if log else nullcontext() as file:
+        with open_to_append(log) if log else nullcontext() as file:
             code = subprocess.run(words, stdout=file, stderr=file, check=False,
                                   env={**threads, **os.environ}).returncode
         if code:

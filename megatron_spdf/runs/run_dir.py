@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron_spdf.checkpoint import store
 from megatron_spdf.checkpoint.shared_files import check_shared
 from megatron_spdf.exit_codes import GUARD_STOPPED
-from megatron_spdf.files import NEW, links_out, require_directory
+from megatron_spdf.files import NEW, links_out, require_directory, require_outside_checkpoints
 from megatron_spdf.locks import DirectoryLock, Held, is_lock
 from megatron_spdf.recipe.compare import changes_of_run
 from megatron_spdf.recipe.finetune import Finetune, load_finetune
@@ -69,6 +69,7 @@ class RunDir:
         """
         kept = self.root / RECIPE
         require_directory(self.root)
+        require_outside_checkpoints(self.cache)
         self._check_links()
         if not kept.is_file():
             if self.root.exists() and (not self.root.is_dir() or any(self._others())):

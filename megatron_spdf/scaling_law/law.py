@@ -19,6 +19,7 @@ from typing import Literal
 import numpy as np
 from scipy.optimize import minimize_scalar
 
+from megatron_spdf.files import save_figure
 from megatron_spdf.schedule.flops import average_sparsity, gradual_pruning
 from megatron_spdf.tables import Column, Table
 
@@ -127,7 +128,7 @@ def plot_contours(law: ScalingLaw, name: str, path: Path) -> None:
     figure.suptitle(f"Scaling law of sparse models, {name} fit (GMP-trained models only, not "
                     "static masks)", y=0.98)
     figure.tight_layout()
-    figure.savefig(path)
+    save_figure(figure, path)
     pyplot.close(figure)
 
 

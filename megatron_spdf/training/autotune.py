@@ -92,6 +92,7 @@ def try_all(stage: RunStage, device: torch.device) -> Iterator[Timing]:
     for size in candidates(stage.as_single_run, LARGEST_MICRO_BATCH if on_gpu else LARGEST_ON_CPU):
         trial = _try(replace(stage, recipe=stage.recipe.with_micro_batch(size)), device)
         yield trial
+        # not tried: a rank that runs out of memory leaves the others in a collective
         if trial.next_peak > room:
             return
 
@@ -125,6 +126,8 @@ def _try(stage: RunStage, device: torch.device) -> Timing:
                              "to a smaller number") from None
         seconds = peak = math.inf
         held = 0
+    # Twice the micro-batch at most doubles what is not weights, gradients and optimizer state.
+    # All ranks must choose alike, so they go by the worst of them.
     shared = torch.tensor([seconds, peak, 2 * peak - held], dtype=torch.float64, device=device)
     dist.all_reduce(shared, dist.ReduceOp.MAX)
     return Timing(size, *shared.tolist())
@@ -141,6 +144,7 @@ def _run(stage: RunStage, device: torch.device) -> tuple[float, int]:
             started = time.perf_counter()
             engine.step(batch, number, recipe.tokens_per_step, stop_requested=False)
             if device.type == "cuda":
+                # else the time of launches would be measured
                 torch.cuda.synchronize(device)
             seconds.append(time.perf_counter() - started)
         return min(seconds[1:]), sum(engine.state_bytes().values())

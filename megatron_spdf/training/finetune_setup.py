@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from megatron_spdf.checkpoint.reader import CheckpointReader
 from megatron_spdf.checkpoint.run_metadata import Masks, seeded_masks
-from megatron_spdf.convert.source import WeightSource, tokenizer_of
+from megatron_spdf.convert.source import WeightSource, require_sound, tokenizer_of
 from megatron_spdf.data.finetuning.completions import CompletionData, Completions, tokenize
-from megatron_spdf.data.finetuning.task import TASKS
+from megatron_spdf.data.finetuning.task import require_splits
 from megatron_spdf.data.tokenizers.base import Tokenizer, render_padding
 from megatron_spdf.planning.memory import render_layout
 from megatron_spdf.recipe.finetune import Finetune, training_recipe
@@ -67,8 +67,8 @@ def prepare(finetune: Finetune, start: WeightSource) -> Prepared:
     Raises:
         ValueError, FileNotFoundError: naming the value, the rule and the remedy.
     """
-    TASKS.get(finetune.data.task)
     model, path = start.model, Path(finetune.data.path)
+    require_splits(finetune.data.task, path)
     tokenizer = tokenizer_of(start)
     window = min(finetune.train.sequence_length or model.max_positions, model.max_positions)
     train, valid = (tokenize(finetune.data.task, path, split, tokenizer, window)
@@ -76,6 +76,7 @@ def prepare(finetune: Finetune, start: WeightSource) -> Prepared:
     recipe = training_recipe(finetune, model, _sparsity(finetune, start), len(train))
     plan = Plan.of(recipe)
     check_tensor(plan, recipe.parallel.tensor)
+    require_sound(start)
     return Prepared(
         finetune, start, recipe, plan, tokenizer, train, valid,
         masks=start.masks if plan.weights else seeded_masks(plan),

@@ -10,13 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_models import gpt2_tensors, write_gpt2
+from small_models import gpt2_tensors, make_recipe, write_gpt2
 
 from megatron_spdf.architecture.base import EMBEDDING
 from megatron_spdf.architecture.forms import UnknownFamily, model_of
 from megatron_spdf.architecture.gpt import GELU_TANH, Gpt
 from megatron_spdf.convert.huggingface_export import in_memory
+from megatron_spdf.convert.initial_checkpoint import write_initial_checkpoint
 from megatron_spdf.convert.source import open_weights
+from megatron_spdf.recipe.finetune import Finetune
+from megatron_spdf.training.finetune_setup import prepare
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from huggingface_models import logits_of, make_gpt2  # noqa: E402
@@ -140,6 +143,45 @@ def test_a_state_dict_inside_another_is_refused(gpt2):
     with pytest.raises(ValueError, match="holds state_dict, epoch beside tensors; save the model's "
                                          r"state_dict\(\) alone"):
         open_weights(gpt2)
+
+
+def test_an_index_names_files_beside_it(gpt2, tmp_path):
+    (gpt2 / "model.safetensors").rename(tmp_path / "model.safetensors")
+    for name in ("../model.safetensors", str(tmp_path / "model.safetensors"), None, ".."):
+        (gpt2 / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": dict.fromkeys(gpt2_tensors(), name)}))
+        with pytest.raises(ValueError, match="which is no file beside it|has no file"):
+            open_weights(gpt2)
+
+
+def test_two_copies_of_an_embedding_that_is_not_finite(tmp_path):
+    tensors = gpt2_tensors()
+    tensors["transformer.wte.weight"][0, 0] = float("nan")
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"].clone()
+    with pytest.raises(ValueError, match="wte.weight has 1 entries that are not finite"):
+        open_weights(write_gpt2(tmp_path / "model", tensors))
+
+
+def test_fine_tuning_and_conversion_refuse_weights_that_are_not_finite(tmp_path, tokenizer):
+    """Fine-tuning before a device is touched, conversion before its output appears."""
+    tensors = gpt2_tensors()
+    tensors["transformer.h.1.attn.c_proj.bias"][3] = float("inf")
+    source = open_weights(write_gpt2(tmp_path / "model", tensors))
+    tokenizer.save(tmp_path / "tokenizer")
+    for file in (tmp_path / "tokenizer").iterdir():
+        file.rename(tmp_path / "model" / file.name)
+    lines = [json.dumps({"context": c, "completion": c}) for c in "abcdefgh"]
+    for split in ("train", "valid", "validation", "dev"):
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    finetune = Finetune.model_validate({
+        "checkpoint": str(tmp_path / "model"), "output": "tuned",
+        "data": {"task": "jsonl", "path": str(tmp_path)}, "optimizer": {"lr": 1e-3},
+        "train": {"global_batch": 4, "micro_batch": 4}})
+    with pytest.raises(ValueError, match=r"c_proj.bias has 1 entries.*inf at \[3\]"):
+        prepare(finetune, source)
+    with pytest.raises(ValueError, match=r"c_proj.bias has 1 entries.*inf at \[3\]"):
+        write_initial_checkpoint(source, make_recipe(), tokenizer, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 class Wide(Gpt):

@@ -145,7 +145,7 @@ def test_damaged_files_are_named(gpt2, tmp_path):
                              "config.json"):
         HuggingFaceReader(gpt2)
     torch.save({"transformer.wte.weight": Code()}, gpt2 / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="pytorch_model.bin holds print beside tensors"):
+    with pytest.raises(ValueError, match="without running code .it wants .__builtin__.print"):
         HuggingFaceReader(gpt2)
     (gpt2 / "pytorch_model.bin").rename(gpt2 / "0.bin")
     (gpt2 / "pytorch_model.bin.index.json").write_text(

@@ -99,6 +99,14 @@ def test_no_remedy_leads_in_a_circle(place, recipe, tmp_path):
     write_initial_checkpoint(source, recipe, data_tokenizer(recipe), tmp_path / "run")
 
 
+def test_data_of_another_tokenizer_are_not_the_models(place, tmp_path, recipe):
+    """More ids than the model has rows: neither number is set, the data are."""
+    directory = write_gpt2(tmp_path / "small")
+    with pytest.raises(ValueError, match="has 259 rows for tokens.*260 ids.*Preprocess the data"):
+        write_initial_checkpoint(open_weights(directory), recipe, data_tokenizer(recipe),
+                                 tmp_path / "run")
+
+
 @torch.no_grad()
 def greedy(model, ids: list[int], steps: int) -> list[int]:
     """One token after another, of those that are tokens."""

@@ -112,15 +112,17 @@ def test_a_change_that_nobody_asked_for_is_refused_with_both_shares(tmp_path):
                  "data.on_blend_change=continue"):
         assert said in str(error.value)
     BlendHistory(tmp_path, sources(b=1, a=3)).require_unchanged()
+    with pytest.raises(ValueError, match="had 0.75 of the samples and has 0.749373"):
+        BlendHistory(tmp_path, sources(a=2.99, b=1)).require_unchanged()
 
 
 def test_the_cached_order_is_the_order(tmp_path):
     history = history_of(tmp_path, *CHANGES[0])
-    for _ in range(2):
-        order = BlendOrder.cached(history, 600, tmp_path / "cache")
+    for samples in (600, 600, 900, 300):  # of a run that was lengthened, too
+        order = BlendOrder.cached(history, samples, tmp_path / "cache")
         named = [(order.contents[p][-1], int(n)) for p,
                  n in zip(order.places, order.numbers, strict=True)]
-        assert named == drawn(history, 600)
+        assert named == drawn(history, samples)
     assert isinstance(order.places, np.memmap)
 
 

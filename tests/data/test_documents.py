@@ -238,7 +238,7 @@ def test_inputs_are_files_and_sorted_patterns(tmp_path):
         ([], "no input given"),
         (["."], "is a directory; give its files"),
         (["a.csv"], r"a.csv has no known format; .*jsonl.zst"),
-        (["a.jsonl", "*.jsonl"], "a.jsonl is named 2 times"),
+        (["a.jsonl", "*.jsonl"], "a.jsonl is named twice"),
     ],
 )
 def test_bad_inputs(tmp_path, monkeypatch, inputs, message):

@@ -120,7 +120,7 @@ def test_a_record_without_a_set_is_a_bad_record(tmp_path, tokenizer):
     metas = [{"meta": {"pile_set_name": "X"}}, {}, {"meta": {"pile_set_name": 3}}]
     items = [{"text": f"text {i}", **meta} for i, meta in enumerate(metas)]
     (tmp_path / "a.jsonl").write_bytes(as_jsonl(items))
-    with pytest.raises(ValueError, match="a.jsonl, line 2: no set name in meta.pile_set_name"):
+    with pytest.raises(ValueError, match="a.jsonl, line 2: no set name in pile_set_name or meta"):
         preprocess([tmp_path / "a.jsonl"], tmp_path / "t", tokenizer, set_key="pile_set_name")
     corpus = preprocess([tmp_path / "a.jsonl"], tmp_path / "t", tokenizer, set_key="pile_set_name",
                         on_error="skip")

@@ -455,10 +455,11 @@ def test_the_tool_trains_a_tokenizer_on_its_input(tmp_path, tool, kind, capsys):
 )
 def test_user_errors_are_one_message_and_exit_code_2(tmp_path, bpe, tool, capsys, change, message):
     (tmp_path / "in.jsonl").write_bytes(as_lines(["x"]))
-    arguments = ["--input", f"{tmp_path}/in.jsonl", "--output", f"{tmp_path}/t", "--tokenizer",
-                 str(bpe)]
+    usual = {"--input": f"{tmp_path}/in.jsonl", "--output": f"{tmp_path}/t",
+             "--tokenizer": str(bpe)}
     try:
-        code = tool.main([*arguments, *change])
+        code = tool.main([word for pair in (usual | {change[0]: change[1]}).items()
+                          for word in pair])
     except SystemExit as end:
         code = end.code
     assert code == 2

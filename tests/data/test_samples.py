@@ -3,6 +3,7 @@ depend on."""
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import re
@@ -267,3 +268,23 @@ def test_length_of_a_pass_without_opening_it(make, recipe, place, tokenizer):
     made = recipe(train={"sequence_length": LENGTH}, data={"train": str(place / "a")})
     [source] = training_sources(expand(made.data), tokenizer.sha256)
     assert samples_per_index(source, made) == len(make())
+
+
+@pytest.mark.parametrize("how", ["full", "no directory", "linked lock"])
+def test_a_cache_that_cannot_be_written_is_replaced_by_a_temporary_directory(tmp_path, capsys, how):
+    cache = tmp_path / "cache"
+    if how == "no directory":
+        cache.touch()
+    elif how == "linked lock":
+        cache.mkdir()
+        (cache / "key.lock").symlink_to(tmp_path / "victim")
+
+    def build(place: Path) -> None:
+        if how == "full" and place.is_relative_to(cache):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        (place / "index").write_text("index")
+
+    place = built_once(cache, "key", build)
+    assert (place / "index").read_text() == "index" and not place.is_relative_to(cache)
+    assert f"the index cache {cache} cannot be written" in capsys.readouterr().err
+    assert not (tmp_path / "victim").exists()

@@ -152,6 +152,28 @@ def test_a_full_width_name_is_no_special_token_after_normalization(trained, tmp_
     assert tokenizer.eod not in tokenizer.encode("a ＜/ｓ＞ b </S>")
 
 
+def test_bytes_stand_for_rare_characters_even_where_they_are_called_special(tmp_path):
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), *((f"<0x{b:02X}>", -9.0) for b in range(256)),
+              ("a", -1.0), ("\u2581", -1.0)]
+    made = bare(models.Unigram(pieces, 0, byte_fallback=True), pre_tokenizers.Metaspace(),
+                decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()]))
+    made.add_special_tokens([piece for piece, _ in pieces[:258]])
+    tokenizer = load(tmp_path, made)
+    assert tokenizer.encode("a\u6f22") == [259, 258, 2 + 0xE6, 2 + 0xBC, 2 + 0xA2]
+    assert tokenizer.decode(tokenizer.encode("a </s>\n\u6f22")).endswith("</s>\n\u6f22")
+
+
+def test_a_description_of_before_models_had_types(trained, tmp_path):
+    description = json.loads(trained["byte-level BPE"].to_str())
+    del description["model"]["type"]
+    tokenizer = load(tmp_path, description)
+    assert all(tokenizer.decode(tokenizer.encode(text)) == text for text in SPELLED)
+    assert tokenizer.eod not in tokenizer.encode("".join(SPELLED))
+    description["model"]["unk_token"] = "</s>"  # as GPT-2's tokenizers are published
+    assert load(tmp_path / "unknown", description).encode(SPELLED[3]) == tokenizer.encode(
+        SPELLED[3])
+
+
 def test_what_cannot_be_promised_is_refused_at_load(trained, tmp_path):
     words = json.loads(trained["WordLevel"].to_str())
     for name, description, end, said in (

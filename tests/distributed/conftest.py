@@ -1,7 +1,1 @@
-from small_runs import (  # noqa: F401
-    corpus,
-    make_deep_recipe,
-    make_recipe,
-    ranks,
-    warm_ranks,
-)
+from small_runs import corpus, make_deep_recipe, make_recipe, ranks  # noqa: F401

@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import pickle
 import socket
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -102,7 +103,8 @@ class Ranks:
 
     def _start(self) -> None:
         environment = {"WORLD_SIZE": str(self.world), "MASTER_ADDR": "127.0.0.1",
-                       "CASES": str(self.directory), "SPDF_PLUGINS": self.plugins}
+                       "PORTS": tempfile.mkdtemp(dir=self.directory),
+                       "SPDF_PLUGINS": self.plugins}
         # A device cannot be used after a fork.
         make = multiprocessing.get_context("spawn") if self.gpu else forks()
         with patch.dict(os.environ, COMMON):
@@ -174,7 +176,7 @@ def agree_on_port() -> None:
     free."""
     global _joined
     _joined += 1
-    file = Path(os.environ["CASES"]) / f"{_joined}.port"
+    file = Path(os.environ["PORTS"]) / f"{_joined}.port"
     if os.environ["RANK"] == "0":
         beside = file.with_suffix(".new")
         beside.write_text(str(free_port()))
@@ -214,61 +216,3 @@ def _result_of(call: bytes, abandon: Callable) -> object:
     except Exception:
         abandon()
         return Failure(traceback.format_exc())
-
-
-STARTED: list[Ranks] = []
-
-
-class _Named:
-    def __init__(self, name: str):
-        self.name = name
-
-    def __call__(self, **arguments):
-        import importlib
-        module, _, name = self.name.rpartition(".")
-        return getattr(importlib.import_module(module or "cases"), name)(**arguments)
-
-
-class Results(dict):
-    """Old way, until all files are converted."""
-
-    def __init__(self, world: int, cases: dict[str, tuple], directory: Path, timeout: int = 600,
-                 gpu: bool = False):
-        directory.mkdir(parents=True, exist_ok=True)
-        self.cases, self.pool = cases, Ranks(world, directory, gpu=gpu)
-        STARTED.append(self.pool)
-
-    def __iter__(self):
-        return iter(self.cases)
-
-    def __missing__(self, name: str):
-        function, arguments, *before = self.cases[name]
-        for other in before[0] if before else ():
-            _ = self[other]
-        output = str(self.pool.directory / hashlib.sha256(name.encode()).hexdigest()[:16])
-        self[name] = self.pool._run(_Named(function), [], _with_output(arguments, output))
-        return self[name]
-
-
-run_cases = Results
-
-
-def stop_ranks() -> None:
-    while STARTED:
-        STARTED.pop().stop()
-
-
-def outcome(results, name: str, rank: int = 0):
-    found = results[name]
-    for result in found:
-        assert not isinstance(result, Failure), f"case {name}:\n{result.trace}"
-    return found[rank]
-
-
-class Outcomes(dict):
-    def __init__(self, results):
-        self.results = results
-
-    def __missing__(self, name: str):
-        self[name] = outcome(self.results, name)
-        return self[name]

@@ -5,14 +5,12 @@ LAYOUTS=all goes through all layouts dense and sparse, in fp32 and in bf16; with
 does, and dense bf16 through three.
 """
 
-import math
 import os
 import shutil
-from functools import cache
-from pathlib import Path
 
 import pytest
-from harness import Results, outcome, run_cases
+from cases import cut, go_on
+from harness import world_of
 
 pytestmark = pytest.mark.slow
 
@@ -39,58 +37,36 @@ def layout(tensor: int, pipeline: int, data: int) -> dict:
 
 
 @pytest.fixture(scope="module")
-def results(make_recipe, tmp_path_factory):
-    """(part, kind, layout) -> losses: before the save, after it at the layout that follows in the
-    list, and of the run that was not stopped."""
+def losses(ranks, make_recipe, tmp_path_factory):
+    """Of a run of a kind in this directory, from its newest checkpoint on up to a step."""
     root = tmp_path_factory.mktemp("reshard")
 
-    def recipe(kind: str, place: tuple, name: str) -> dict:
-        return make_recipe(str(root / name / kind / "-".join(map(str, place))), model=SMALL,
-                           parallel=layout(*place),
-                           **KINDS[kind])
+    def run(directory: str, kind: str, place: tuple, stop: int) -> list[float]:
+        recipe = make_recipe(str(root / kind / directory), model=SMALL, parallel=layout(*place),
+                             **KINDS[kind])
+        return [loss for loss, _ in ranks(world_of(recipe)).run(go_on, recipe, stop)]
 
-    def cases(name: str, stop: int, world: int) -> Results:
-        pairs = [(kind, ONE) for kind in PLACES] if name == "straight" else PAIRS
-        there = {f"{kind} {place}": ("go_on", {"recipe": recipe(kind, place, name), "stop": stop})
-                 for kind, place in pairs if math.prod(place) == world}
-        return run_cases(world, there, root / f"{name} {world}")
-
-    worlds = sorted({math.prod(place) for _, place in PAIRS} | {1})
-    found = {(name, world): cases(name, stop, world) for world in worlds
-             for name, stop in (("first", SAVED), ("second", STEPS), ("straight", STEPS))}
-
-    @cache
-    def losses(name: str, kind: str, place: tuple) -> list[float]:
-        if name == "second":
-            places = PLACES[kind]
-            other = places[places.index(place) - 1]
-            losses("first", kind, other)
-            copies = (Path(recipe(kind, p, n)["output"], "checkpoints")
-                      for p, n in ((other, "first"), (place, "second")))
-            shutil.copytree(*copies)
-        there = found[name, math.prod(place)]
-        return [loss for loss, _ in outcome(there, f"{kind} {place}")]
-
-    return losses
+    run.root = root
+    return run
 
 
 @pytest.mark.parametrize(("kind", "place"), PAIRS, ids=str)
-def test_resumed_at_another_layout_equals_straight(results, kind, place):
-    straight, tolerance = results("straight", kind, ONE), TOLERANCE[kind.split()[1]]
-    assert results("first", kind, place) == pytest.approx(straight[:SAVED], **tolerance)
-    assert results("second", kind, place) == pytest.approx(straight[SAVED:], **tolerance)
+def test_resumed_at_another_layout_equals_straight(losses, kind, place):
+    straight, tolerance = losses("straight", kind, ONE, STEPS), TOLERANCE[kind.split()[1]]
+    assert losses(f"of {place}", kind, place, SAVED) == pytest.approx(straight[:SAVED], **tolerance)
+    places = PLACES[kind]
+    other = places[places.index(place) - 1]
+    losses(f"of {other}", kind, other, SAVED)
+    shutil.copytree(losses.root / kind / f"of {other}" / "checkpoints",
+                    losses.root / kind / f"on {place}" / "checkpoints")
+    assert losses(f"on {place}", kind, place, STEPS) == pytest.approx(straight[SAVED:], **tolerance)
 
 
-def test_three_heads_on_three_ranks(make_recipe, tmp_path_factory):
+def test_three_heads_on_three_ranks(ranks, make_recipe):
     """A degree that is no power of two: tensor 3, then pipeline 3, then data 3."""
-    root = tmp_path_factory.mktemp("three")
-    sections = {"model": {"layers": 3, "hidden": 48, "heads": 3},
-                "train": {"global_batch": 6, "micro_batch": 2}}
-    chain = [make_recipe(str(root / "chain"), parallel=p, **sections)
-             for p in ({"tensor": 3}, {"pipeline": 3}, {"data": 3})]
-    straight = make_recipe(str(root / "straight"), parallel={"tensor": 3}, **sections)
-    results = run_cases(3, {"chain": ("cut", {"recipes": chain, "stops": [3, 6, 9]}),
-                            "straight": ("cut", {"recipes": [straight], "stops": [9]})},
-                        root / "cases")
-    losses = {name: [loss for loss, _ in outcome(results, name)] for name in results}
-    assert losses["chain"] == pytest.approx(losses["straight"], rel=1e-5)
+    chain = [make_recipe(parallel=layout, model={"layers": 3, "hidden": 48, "heads": 3},
+                         train={"global_batch": 6, "micro_batch": 2})
+             for layout in ({"tensor": 3}, {"pipeline": 3}, {"data": 3})]
+    found, straight = ([loss for loss, _ in ranks(3).run(cut, recipes, stops)] for recipes, stops
+                       in ((chain, [3, 6, 9]), (chain[:1], [9])))
+    assert found == pytest.approx(straight, rel=1e-5)

@@ -39,8 +39,9 @@ def run(model, tmp_path, monkeypatch, capsys):
     def run(lines: str, *words: str, task: str = "jsonl"):
         data, output = tmp_path / ("data.jsonl" if task == "jsonl" else "data.csv"), tmp_path / "o"
         data.write_text(lines)
-        code = evaluate.main([str(model), "--task", task, "--data", str(data), "--beams", "1",
-                              "--max-new-tokens", "3", "--output", str(output), *words])
+        options = {"--task": task, "--data": str(data), "--beams": "1", "--max-new-tokens": "3",
+                   "--output": str(output)} | dict(zip(words[::2], words[1::2], strict=True))
+        code = evaluate.main([str(model), *(word for pair in options.items() for word in pair)])
         return code, capsys.readouterr(), output
     return run
 

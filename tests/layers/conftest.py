@@ -1,1 +1,1 @@
-from small_runs import ranks, warm_ranks  # noqa: F401
+from small_runs import ranks  # noqa: F401

@@ -9,8 +9,7 @@ import sys
 
 import pytest
 import torch
-from harness import outcome, run_cases
-from plain_cases import batches, make_model, train
+from plain_cases import alone, batches, ddp, fsdp, make_model, train
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
@@ -222,39 +221,30 @@ def test_it_comes_without_any_engine():
     assert "module 'megatron_spdf' has no attribute 'nothing'" in done.stderr.splitlines()[-1]
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    place = tmp_path_factory.mktemp("plain")
-    return {1: run_cases(1, {"alone": ("plain_cases.alone", {})}, place / "1"),
-            2: run_cases(2, {"ddp": ("plain_cases.ddp", {}), "fsdp": ("plain_cases.fsdp", {})},
-                         place / "2")}
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", [ddp, fsdp])
+def test_two_ranks_come_to_the_weights_of_one(ranks, parallel):
+    expected = ranks(1).run(alone)
+    for there in ranks(2).run_all(parallel):
+        assert there["state"].keys() == expected.keys()
+        for key, value in expected.items():  # gradients of half batches are summed in another order
+            torch.testing.assert_close(there["state"][key], value, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ddp", "fsdp"])
-def test_two_ranks_come_to_the_weights_of_one(results, name):
-    alone = outcome(results[1], "alone")
-    for rank in range(2):
-        state = outcome(results[2], name, rank)["state"]
-        assert state.keys() == alone.keys()
-        for key, value in alone.items():  # gradients of half batches are summed in another order
-            torch.testing.assert_close(state[key], value, rtol=1e-4, atol=1e-5)
+def test_ddp_broadcasts_no_mask(ranks):
+    assert ranks(2).run(ddp)["broadcast"] == 0
 
 
 @pytest.mark.slow
-def test_ddp_broadcasts_no_mask(results):
-    assert outcome(results[2], "ddp")["broadcast"] == 0
-
-
-@pytest.mark.slow
-def test_a_shard_is_half_of_the_active_weights(results):
-    held = outcome(results[2], "fsdp")["held"]
-    compact = {name: share for name, share in held.items() if name.endswith(".original")}
+def test_a_shard_is_half_of_the_active_weights(ranks):
+    there = ranks(2).run(fsdp)
+    compact = {name: share for name, share in there["held"].items() if name.endswith(".original")}
     assert len(compact) == 7 and set(compact.values()) == {0.5}
-    assert "is sharded over ranks; load the full state" in outcome(results[2], "fsdp")["refused"]
+    assert "is sharded over ranks; load the full state" in there["refused"]
 
 
 @pytest.mark.slow
-def test_what_sharded_modules_save_loads_into_whole_and_sharded_ones(results):
-    trained, *others = outcome(results[2], "fsdp")["outputs"]
+def test_what_sharded_modules_save_loads_into_whole_and_sharded_ones(ranks):
+    trained, *others = ranks(2).run(fsdp)["outputs"]
     assert all(torch.equal(found, trained) for found in others)

@@ -51,6 +51,15 @@ def test_recipe_is_the_papers(name):
         assert (max(rates), min(rates)) == (3e-3, 1e-5) and set(recipe.sweep) == {"optimizer.lr"}
 
 
+def test_what_a_recipe_leaves_out_is_lora_s_schedule_and_not_pre_trainings():
+    """Linear to zero with a weight decay of 0.01 (Hu et al. 2022, table 11)."""
+    o = Finetune.model_validate({
+        "output": "run", "checkpoint": "run", "data": {"task": "e2e", "path": "x"},
+        "train": {"epochs": 1, "global_batch": 8, "micro_batch": 8},
+        "optimizer": {"lr": 1e-4}}).optimizer
+    assert (o.decay, o.min_lr_ratio, o.weight_decay, o.warmup_steps) == ("linear", 0.0, 0.01, 0)
+
+
 def test_a_run_is_so_many_steps_of_the_training_recipe():
     finetune = shipped("e2e", "train.global_batch=64", "train.micro_batch=8", "parallel.data=2",
                        "parallel.zero_stage=3")

@@ -3,11 +3,16 @@ TensorBoard."""
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import os
+import sys
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_spdf.runs import run_log
 from megatron_spdf.runs.run_dir import RunDir
 from megatron_spdf.runs.run_log import RunLog
 
@@ -114,3 +119,87 @@ def test_said_text_is_on_standard_output(run, capsys):
     log.say("resumed from step_00000003")
     log.close()
     assert capsys.readouterr().out == "resumed from step_00000003\n"
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    """A disk that can be full: then every write of a file takes half of what it is given, and the
+    next one nothing."""
+    class Disk:
+        full = False
+
+    disk, write = Disk(), io.FileIO.write
+
+    class File(io.FileIO):
+        def write(self, content):
+            if not disk.full:
+                return write(self, content)
+            if len(content) < 2:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return write(self, content[: len(content) // 2])
+
+    monkeypatch.setattr(run_log, "open_to_append", lambda path, buffering: File(path, "ab"))
+    return disk
+
+
+def test_records_wait_while_the_disk_is_full(run, disk, capsys):
+    log = RunLog(run, 0, 10, tensorboard=False, active=True)
+    for step in range(1, 8):
+        disk.full = 3 <= step < 6
+        log.record("train", step, loss=1.0)
+        assert [r["step"] for r in records(run)] == list(range(1, 3 if disk.full else step + 1))
+    log.close()
+    said = capsys.readouterr().out
+    assert said.count("could NOT write") == 1 and "No space left" in said
+    assert said.count("can be written again") == 1
+
+
+def test_a_log_that_cannot_be_opened_waits_too(run, capsys):
+    run.log.mkdir()
+    log = RunLog(run, 0, 10, tensorboard=False, active=True)
+    log.record("train", 1, loss=1.0)
+    run.log.rmdir()
+    log.record("train", 2, loss=1.0)
+    log.close()
+    assert [r["step"] for r in records(run)] == [1, 2]
+
+
+def test_what_is_to_be_forgotten_is_forgotten_once_there_is_room(run, monkeypatch):
+    write(run, range(1, 6))
+    with monkeypatch.context() as full:
+        full.setattr(run_log, "write_file", fail)
+        log = RunLog(run, 3, 10, tensorboard=False, active=True)
+        log.record("train", 4, loss=4.5)
+        assert [r["loss"] for r in records(run)] == [1, 2, 3, 4, 5]
+    log.record("train", 5, loss=5.5)
+    log.close()
+    assert [r["loss"] for r in records(run)] == [1, 2, 3, 4.5, 5.5]
+
+
+def fail(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_tensorboard_that_fails_ends_nothing_and_is_begun_again(run, monkeypatch, capsys):
+    monkeypatch.setattr(run_log, "AGAIN_SECONDS", 0.0)
+    log = RunLog(run, 0, 10, tensorboard=True, active=True)
+    log.record("train", 1, loss=1.0)
+    with monkeypatch.context() as full:
+        full.setattr(run_log.SummaryWriter, "add_scalar", fail)
+        full.setattr(run_log, "SummaryWriter", fail)
+        for step in (2, 3):
+            log.record("train", step, loss=float(step))
+    log.record("train", 4, loss=4.0)
+    log.close()
+    assert capsys.readouterr().out.count("could NOT write") == 1
+    assert len(records(run)) == 4 and scalars(run) == [(1, 1.0), (4, 4.0)]
+
+
+def test_a_closed_standard_output_ends_nothing(run, monkeypatch):
+    log = RunLog(run, 0, 10, tensorboard=False, active=True)
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        log.say("hello")
+        monkeypatch.undo()
+        full.buffer.raw.close()
+    log.close()

@@ -1,15 +1,11 @@
-"""What runs on the ranks of test_architecture.py, which know the architecture of toy_decoder.py."""
+"""What runs on the ranks of test_architecture.py."""
 
 from __future__ import annotations
 
 import cases
 import torch
-import toy_decoder  # noqa: F401
-from cases import converted, cut, planned, train
 
 from megatron_spdf.layers.compact import expanded
-
-__all__ = ["converted", "cut", "kept_by_layer", "planned", "train"]
 
 
 def kept_by_layer(recipe: dict) -> int:

@@ -14,7 +14,7 @@ import sgd_tenant  # noqa: F401
 import torch
 import torch.distributed as dist
 import wander  # noqa: F401
-from cases import Bench, bench, masks, overlapped
+from cases import Bench, bench, masks
 from megatron.core import parallel_state as ps
 from plain_gpt2 import learning_rate, micro_loss, plain_gpt2, qkv_order
 
@@ -33,8 +33,7 @@ from megatron_spdf.training import mask_moves
 from megatron_spdf.training.loop import Trainer
 
 
-def trained(recipe: dict, stop: int | None = None, overlap: bool = False,
-            skip: int | None = None) -> dict:
+def trained(recipe: dict, stop: int | None = None, skip: int | None = None) -> dict:
     """A run from its newest checkpoint to its end, or to a step at which it is asked to stop.
 
     Args:
@@ -44,8 +43,6 @@ def trained(recipe: dict, stop: int | None = None, overlap: bool = False,
         Losses, masks at the end, records of moves, what run.json says, and bytes that a move sends,
         counted and predicted.
     """
-    if overlap:
-        return overlapped(trained, recipe, stop, skip=skip)
     with bench(recipe) as b:
         state, _ = b.checkpointer.restore(b.engine)
         b.run.create_on_rank_0()

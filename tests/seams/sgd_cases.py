@@ -1,13 +1,10 @@
-"""What runs on the ranks of test_optimizer.py, which know the optimizer of sgd_tenant.py."""
+"""What runs on the ranks of test_optimizer.py."""
 
 from __future__ import annotations
 
-import sgd_tenant  # noqa: F401
 import torch
-from cases import bench, cut, train
+from cases import bench
 from plain_gpt2 import plain_gpt2, train_plain
-
-__all__ = ["cut", "plain", "put_back", "train"]
 
 
 def plain(recipe: dict, steps: int) -> list[tuple[float, float]]:

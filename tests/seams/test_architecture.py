@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 import sys
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from curves import close
-from harness import outcome, run_cases
+from architecture_cases import kept_by_layer
+from cases import converted, cut, planned, train
+from curves import close, close_runs
+from harness import world_of
 from mup import MUP
 from toy_decoder import Toy
 from user_command import run_with
@@ -57,10 +59,10 @@ KINDS = {"dense": {"sparsity": 0.0}, "75%": {}, "mup": MUP}
 OF_MUP = ["tp2 sp", "deepspeed zero 2"]
 RUNS = [(kind, layout) for kind in KINDS for layout in LAYOUTS
         if kind != "mup" or layout in OF_MUP]
-CHAIN = ["tp2 sp", "pp2", "deepspeed zero 3", "dp2"]
-PLANNED = {"one": (1, {}), **{name: (2, LAYOUTS[name])
-                              for name in ("tp2", "tp2 sp", "pp2", "pp2 interleaved", "dp2")}}
+PLANNED = {"one": {}, **{name: LAYOUTS[name]
+                         for name in ("tp2", "tp2 sp", "pp2", "pp2 interleaved", "dp2")}}
 TOLERANCE = 1e-4  # of logits with a spread near 1: some hundred roundings of fp32
+PLUGINS = "toy_decoder"  # of the ranks
 IDS = torch.randint(0, 300, (2, 32), generator=torch.Generator().manual_seed(3))
 
 
@@ -78,96 +80,93 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def results(make, place):
-    def train(*changes: dict) -> tuple[str, dict]:
-        sections = {key: value for change in changes for key, value in change.items()}
-        return "architecture_cases.train", {"recipe": make(**sections), "steps": STEPS}
-
-    def converted(name: str, stop: int, **sections) -> tuple[str, dict]:
-        return "architecture_cases.converted", {
-            "recipe": make(str(place / name), **sections), "stop": stop, "ids": IDS}
-
-    one = {kind: train(change) for kind, change in KINDS.items()}
-    one |= {kind + " saved": converted(kind, 2, **change) for kind, change in KINDS.items()}
-    two = {f"{kind} {layout}": train(KINDS[kind], LAYOUTS[layout]) for kind, layout in RUNS}
-    two["chain"] = ("architecture_cases.cut", {
-        "recipes": [make(str(place / "chain"), **LAYOUTS[layout]) for layout in CHAIN],
-        "stops": [1, 3, 4, STEPS]})
-    two |= {f"{kind} imported": converted(f"{kind} from hf", 1, **change, **LAYOUTS["tp2"])
-            for kind, change in KINDS.items() if kind != "75%"}
-    groups = {1: one, 2: two}
-    for name, (world, sections) in PLANNED.items():
-        groups[world]["planned " + name] = ("architecture_cases.planned",
-                                            {"recipe": planned_recipe(make, sections)})
-    one["kept"] = ("architecture_cases.kept_by_layer", {"recipe": make()})
-    return {world: run_cases(world, cases, place / str(world), timeout=1800)
-            for world, cases in groups.items()}
+def trained(ranks, make):
+    """What rank 0 gives of a run of a kind at a layout."""
+    def run(kind: str, layout: dict | None = None) -> dict:
+        recipe = make(**KINDS[kind], **(layout or {}))
+        return ranks(world_of(recipe)).run(train, recipe, steps=STEPS)
+    return run
 
 
-def planned_recipe(make, sections: dict) -> dict:
-    """With activations above the small change of a step."""
-    train = {**sections.get("train", {}), "micro_batch": 1}
-    return make(**{**sections, "train": train, "model": {"hidden": 128}})
+@pytest.fixture(scope="module")
+def saved(ranks, make, place):
+    """Logits of a run of a kind, whose checkpoint is there then."""
+    def run(kind: str) -> torch.Tensor:
+        return ranks(1).run(converted, make(str(place / kind), **KINDS[kind]), 2, IDS)["after"]
+    return run
+
+
+@pytest.fixture(scope="module")
+def exported(saved, place):
+    """The saved run of a kind as a directory of transformers."""
+    @cache
+    def export_run(kind: str) -> Path:
+        saved(kind)
+        export(CheckpointReader(find_checkpoint(place / kind)), place / f"{kind} exported")
+        return place / f"{kind} exported"
+    return export_run
+
+
+@pytest.fixture(scope="module")
+def step(ranks, make):
+    """A recipe with activations above the small change of a step, and what is counted and predicted
+    of a step on each rank."""
+    def of(name: str) -> tuple[Recipe, list[dict]]:
+        train = {**PLANNED[name].get("train", {}), "micro_batch": 1}
+        recipe = make(**{**PLANNED[name], "train": train, "model": {"hidden": 128}})
+        there = ranks(world_of(recipe)).run_all(planned, recipe)
+        return Recipe.model_validate(recipe | {"output": "none"}), there
+    return of
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "layout"), RUNS)
-def test_losses_are_the_same_at_every_layout_and_on_both_engines(results, kind, layout):
-    reference, there = outcome(results[1], kind), outcome(results[2], f"{kind} {layout}")
-    close(there["curve"], reference["curve"])
-    assert there["valid"] == pytest.approx(reference["valid"], rel=1e-5)
+def test_losses_are_the_same_at_every_layout_and_on_both_engines(trained, kind, layout):
+    there = trained(kind, LAYOUTS[layout])
+    close_runs(there, trained(kind))
     assert there["sparsity"] == pytest.approx(there["planned"], abs=1e-12)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_learns_in_its_own_way(results, kind):
-    curve = outcome(results[1], kind)["curve"]
+def test_it_learns_in_its_own_way(trained, kind):
+    curve = trained(kind)["curve"]
     assert curve[-1][0] < curve[0][0]
-    others = [outcome(results[1], other)["curve"] for other in KINDS if other != kind]
+    others = [trained(other)["curve"] for other in KINDS if other != kind]
     assert all(abs(curve[0][1] - other[0][1]) > 0.1 for other in others)  # gradient norms
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_at_other_layouts_and_on_the_other_engine(results):
-    close(outcome(results[2], "chain"), outcome(results[1], "75%")["curve"])
-
-
-def exported(results, place: Path, kind: str) -> Path:
-    """The saved run of a kind as a directory of transformers."""
-    directory = place / f"{kind} exported"
-    if not directory.exists():
-        outcome(results[1], f"{kind} saved")
-        export(CheckpointReader(find_checkpoint(place / f"{kind}")), directory)
-    return directory
+def test_a_run_goes_on_at_other_layouts_and_on_the_other_engine(ranks, make, trained):
+    chain = [make(**LAYOUTS[layout]) for layout in ("tp2 sp", "pp2", "deepspeed zero 3", "dp2")]
+    close(ranks(2).run(cut, chain, [1, 3, 4, STEPS]), trained("75%")["curve"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_transformers_computes_the_same_logits(results, place, kind):
+def test_transformers_computes_the_same_logits(saved, exported, kind):
     """Also under mup, whose multipliers are folded into the weights."""
-    ours = outcome(results[1], f"{kind} saved")["after"]
-    theirs = logits_of(exported(results, place, kind), IDS)
+    ours, theirs = saved(kind), logits_of(exported(kind), IDS)
     assert float(theirs.std()) > 0.1
     assert float((ours - theirs).abs().max()) < TOLERANCE
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dense", "mup"])
-def test_a_run_from_transformers_computes_the_same(results, place, make, kind):
-    source = open_weights(exported(results, place, kind))
+def test_a_run_from_transformers_computes_the_same(ranks, make, saved, exported, tmp_path, kind):
+    source, run = open_weights(exported(kind)), str(tmp_path / "run")
     assert isinstance(source.model, Toy) and source.model.rotary_base == 500.0
-    write_initial_checkpoint(source, Recipe.model_validate(make(**KINDS[kind])), source.tokenizer,
-                             place / f"{kind} from hf")
-    before = [outcome(results[2], f"{kind} imported", rank)["before"] for rank in range(2)]
+    write_initial_checkpoint(source, Recipe.model_validate(make(run, **KINDS[kind])),
+                             source.tokenizer, Path(run))
+    recipe = make(run, **KINDS[kind], **LAYOUTS["tp2"])
+    before = [there["before"] for there in ranks(2).run_all(converted, recipe, 1, IDS)]
     assert torch.equal(*before)
-    assert float((before[0] - outcome(results[1], f"{kind} saved")["after"]).abs().max()) < (
-        TOLERANCE)
+    assert float((before[0] - saved(kind)).abs().max()) < TOLERANCE
 
 
 @pytest.mark.slow
-def test_weights_come_back_from_both_formats_as_they_went(results, place):
-    directory = exported(results, place, "75%")
+def test_weights_come_back_from_both_formats_as_they_went(exported, place):
+    directory = exported("75%")
     reader = CheckpointReader(find_checkpoint(place / "75%"))
     assert "are there" in verify(reader) and describe(reader)["model"]["architecture"] == "toy"
     save_for_megatron(reader, place / "megatron", torch.float32)
@@ -188,32 +187,28 @@ def test_weights_come_back_from_both_formats_as_they_went(results, place):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PLANNED)
-def test_the_planner_knows_its_bytes_and_traffic(results, name):
-    world, _ = PLANNED[name]
-    for rank in range(world):
-        there = outcome(results[world], "planned " + name, rank)
+def test_the_planner_knows_its_bytes_and_traffic(step, name):
+    for there in step(name)[1]:
         assert there["held"] == there["predicted"]
         assert there["sent"] == there["predicted to be sent"]
 
 
 @pytest.mark.slow
-def test_a_layer_keeps_what_the_closed_form_says(results, make):
+def test_a_layer_keeps_what_the_closed_form_says(ranks, make):
     """To the byte. PyTorch's RMSNorm has one function on a GPU; on CPU it keeps its output before
     the product with the weight, too."""
-    recipe = Recipe.model_validate(make())
+    recipe = Recipe.model_validate(make("none"))
     kept = sum(layer_bytes(recipe).values())
-    assert outcome(results[1], "kept") == kept + 2 * sizes_of(recipe).hidden
+    assert ranks(1).run(kept_by_layer, make()) == kept + 2 * sizes_of(recipe).hidden
 
 
 # As of GPT in tests/distributed/test_planning.py; pipeline stages receive ahead of use.
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PLANNED)
-def test_the_planner_knows_its_activations(results, make, name):
-    world, sections = PLANNED[name]
-    recipe = Recipe.model_validate(planned_recipe(make, sections))
+def test_the_planner_knows_its_activations(step, name):
+    recipe, ranks = step(name)
     p = recipe.parallel
-    for rank in range(world):
-        there = outcome(results[world], "planned " + name, rank)
+    for rank, there in enumerate(ranks):
         layers = (in_flight(recipe, rank * (p.pipeline > 1))
                   * recipe.model.layers // p.pipeline // p.interleave)
         on_cpu = layers * 2 * sizes_of(recipe).hidden  # of its RMSNorm
@@ -223,11 +218,11 @@ def test_the_planner_knows_its_activations(results, make, name):
 
 @pytest.mark.slow
 def test_every_kind_of_rank_is_as_predicted(make, monkeypatch):
-    monkeypatch.setenv("SPDF_PLUGINS", "toy_decoder")
+    monkeypatch.setenv("SPDF_PLUGINS", PLUGINS)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), str(ROOT)]))
     layouts = [{}, {"tensor": 2, "sequence": True, "pipeline": 2, "data": 2},
                {"pipeline": 2, "interleave": 2, "data": 4, "zero_stage": 0}]
-    recipes = [Recipe.model_validate(make(parallel=layout, train={
+    recipes = [Recipe.model_validate(make("none", parallel=layout, train={
         "precision": precision, "micro_batch": 1})) for layout in layouts
         for precision in ("fp32", "bf16")]
     for counts in dry_runs([(r, Plan.of(r), ranks_of_interest(r)) for r in recipes]):
@@ -249,7 +244,7 @@ def test_its_weights_and_costs():
 
 
 def test_its_section_of_a_recipe(make):
-    values = make()
+    values = make("none")
     loaded = load(values, ["model.rotary_base=1e4"], "recipe.yaml")
     assert isinstance(loaded.model, Toy) and loaded.model.rotary_base == 1e4
     assert Recipe.model_validate(loaded.model_dump()) == loaded
@@ -269,7 +264,7 @@ def test_its_section_of_a_recipe(make):
     assert gpt.model.architecture == "gpt" and not hasattr(gpt.model, "rotary_base")
 
 
-run = partial(run_with, plugins="toy_decoder")
+run = partial(run_with, plugins=PLUGINS)
 
 
 @pytest.mark.slow

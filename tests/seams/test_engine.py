@@ -12,6 +12,9 @@ from pathlib import Path
 import plain_engine
 import pytest
 import yaml
+from cases import cut, planned_traffic, train
+from curves import close_runs
+from harness import world_of
 from user_command import run_with
 
 from megatron_spdf.planning.memory import rank_bytes
@@ -26,70 +29,50 @@ ROOT = Path(__file__).resolve().parents[2]
 STEPS = 6
 PLAIN = {"engine": "plain", "parallel": {"zero_stage": 0}}
 PLAIN_DP2 = {"engine": "plain", "parallel": {"data": 2, "zero_stage": 0}}
-CHAIN = [PLAIN_DP2, {"parallel": {"tensor": 2}}, PLAIN_DP2,
-         {"engine": "deepspeed", "parallel": {"data": 2, "zero_stage": 3}}]
-
-
-@pytest.fixture(scope="module")
-def results(make_recipe, tmp_path_factory):
-    from harness import run_cases
-
-    place = tmp_path_factory.mktemp("plain")
-
-    def case(sections: dict) -> tuple[str, dict]:
-        return "engine_cases.train", {"recipe": make_recipe(**sections), "steps": STEPS}
-
-    def cut(name: str, recipes: list[dict], stops: list[int]) -> tuple[str, dict]:
-        return "engine_cases.cut", {
-            "recipes": [make_recipe(str(place / name), **r) for r in recipes], "stops": stops}
-
-    one = {"megatron": case({}), "plain": case(PLAIN),
-           "straight": cut("straight", [PLAIN], [STEPS]),
-           "cut": cut("cut", [PLAIN] * 3, [2, 3, STEPS])}
-    two = {"plain": case(PLAIN_DP2), "chain": cut("chain", CHAIN, [1, 3, 4, STEPS]),
-           "sent": ("engine_cases.planned_traffic", {"recipe": make_recipe(**PLAIN_DP2)})}
-    return {1: run_cases(1, one, place / "1"), 2: run_cases(2, two, place / "2")}
+PLUGINS = "plain_engine"  # of the ranks
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [1, 2])
-def test_losses_are_the_megatron_engines(results, world):
-    from harness import outcome
-
-    found, reference = outcome(results[world], "plain"), outcome(results[1], "megatron")
-    for (loss, norm), (loss_there, norm_there) in zip(found["curve"], reference["curve"],
-                                                      strict=True):
-        assert loss == pytest.approx(loss_there, rel=1e-5)
-        assert norm == pytest.approx(norm_there, rel=1e-4)  # a root of a sum over all weights
-    assert found["valid"] == pytest.approx(reference["valid"], rel=1e-5)
+@pytest.mark.parametrize("sections", [PLAIN, PLAIN_DP2], ids=str)
+def test_losses_are_the_megatron_engines(ranks, make_recipe, sections):
+    recipe = make_recipe(**sections)
+    found = ranks(world_of(recipe)).run(train, recipe, steps=STEPS)
+    reference = ranks(1).run(train, make_recipe(), steps=STEPS)
+    close_runs(found, reference)
     assert found["masks"] == reference["masks"] and found["sparsity"] == reference["sparsity"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [1, 2])
-def test_the_planner_knows_its_bytes_and_traffic(results, world):
-    from harness import outcome
-
-    there = outcome(results[world], "plain")
+@pytest.mark.parametrize("sections", [PLAIN, PLAIN_DP2], ids=str)
+def test_the_planner_knows_its_bytes(ranks, make_recipe, sections):
+    recipe = make_recipe(**sections)
+    there = ranks(world_of(recipe)).run(train, recipe, steps=STEPS)
     assert there["held"] == there["predicted"]
-    sent = outcome(results[2], "sent")
-    assert sent["sent"] == sent["predicted to be sent"] != {}
 
 
 @pytest.mark.slow
-def test_resumed_twice_equals_straight_bit_for_bit(results):
-    from harness import outcome
+def test_the_planner_knows_its_traffic(ranks, make_recipe):
+    there = ranks(2).run(planned_traffic, make_recipe(**PLAIN_DP2))
+    assert there["sent"] == there["predicted to be sent"] != {}
 
-    assert outcome(results[1], "cut") == outcome(results[1], "straight")
+
+@pytest.fixture(scope="module")
+def straight(ranks, make_recipe):
+    return ranks(1).run(cut, [make_recipe(**PLAIN)], [STEPS])
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_other_engines_and_back(results):
-    from harness import outcome
+def test_resumed_twice_equals_straight_bit_for_bit(ranks, make_recipe, straight):
+    assert ranks(1).run(cut, [make_recipe(**PLAIN)] * 3, [2, 3, STEPS]) == straight
 
-    losses = [loss for loss, _ in outcome(results[2], "chain")]
-    straight = [loss for loss, _ in outcome(results[1], "straight")]
-    assert losses == pytest.approx(straight, rel=1e-5)
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_other_engines_and_back(ranks, make_recipe, straight):
+    chain = [make_recipe(**sections) for sections in (
+        PLAIN_DP2, {"parallel": {"tensor": 2}}, PLAIN_DP2,
+        {"engine": "deepspeed", "parallel": {"data": 2, "zero_stage": 3}})]
+    losses = [loss for loss, _ in ranks(2).run(cut, chain, [1, 3, 4, STEPS])]
+    assert losses == pytest.approx([loss for loss, _ in straight], rel=1e-5)
 
 
 @pytest.mark.parametrize("sections, said", [
@@ -132,7 +115,7 @@ def test_planning_imports_no_engine():
     assert done.stdout.strip() == "[]"
 
 
-run = partial(run_with, plugins="plain_engine")
+run = partial(run_with, plugins=PLUGINS)
 
 
 @pytest.mark.slow

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import sgd_tenant
 import yaml
+from cases import cut, train
+from sgd_cases import plain, put_back
 from user_command import run_with
 
 from megatron_spdf.planning.memory import rank_bytes
@@ -38,36 +40,12 @@ CHAINS = {"over layouts": ["zero 0", "tp2", "zero 1", "pp2"],
           "over engines": ["zero 1", "deepspeed zero 1", "deepspeed zero 3", "deepspeed zero 2"]}
 
 
-@pytest.fixture(scope="module")
-def results(make_deep_recipe, tmp_path_factory):
-    from harness import run_cases
-
-    place = tmp_path_factory.mktemp("sgd")
-
-    def recipe(layout: dict, output: str | None = None) -> dict:
-        return make_deep_recipe(output, optimizer=SGD, **layout)
-
-    cases = {name: ("sgd_cases.train", {"recipe": recipe(layout), "steps": STEPS})
-             for name, layout in LAYOUTS.items()}
-    cases |= {name: ("sgd_cases.cut", {
-        "recipes": [recipe(LAYOUTS[layout], str(place / name)) for layout in chain],
-        "stops": [1, 3, 4, STEPS]}) for name, chain in CHAINS.items()}
-    one = {"plain": ("sgd_cases.plain", {"recipe": recipe({}), "steps": STEPS})}
-    bf16 = {"train": {"precision": "bf16"}}
-    cases |= {f"{precision} {name} put back": ("sgd_cases.put_back", {"recipe": recipe(
-        layout | sections)}) for name, layout in LAYOUTS.items()
-        for precision, sections in (("fp32", {}), ("bf16", bf16))}
-    return {1: run_cases(1, one, place / "1"), 2: run_cases(2, cases, place / "2")}
+PLUGINS = "sgd_tenant"  # of the ranks
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [*LAYOUTS, *CHAINS])
-def test_losses_are_those_of_pytorchs_sgd(results, name):
-    from harness import outcome
-
-    found, plain = outcome(results[2], name), outcome(results[1], "plain")
-    curve = found if name in CHAINS else found["curve"]
-    for (loss, norm), (loss_plain, norm_plain) in zip(curve, plain, strict=True):
+def check_against_plain(ranks, make_deep_recipe, curve: list[tuple[float, float]]) -> None:
+    reference = ranks(1).run(plain, make_deep_recipe(optimizer=SGD), STEPS)
+    for (loss, norm), (loss_plain, norm_plain) in zip(curve, reference, strict=True):
         assert loss == pytest.approx(loss_plain, abs=1e-5)
         assert norm == pytest.approx(norm_plain, rel=1e-4)  # a root of a sum over all weights
     assert curve[-1][0] < curve[0][0] - 0.1
@@ -75,21 +53,32 @@ def test_losses_are_those_of_pytorchs_sgd(results, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_the_planner_knows_its_bytes(results, name):
-    from harness import outcome
+def test_losses_are_those_of_pytorchs_sgd(ranks, make_deep_recipe, name):
+    there = ranks(2).run(train, make_deep_recipe(optimizer=SGD, **LAYOUTS[name]), STEPS)
+    check_against_plain(ranks, make_deep_recipe, there["curve"])
 
-    there = outcome(results[2], name)
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_planner_knows_its_bytes(ranks, make_deep_recipe, name):
+    there = ranks(2).run(train, make_deep_recipe(optimizer=SGD, **LAYOUTS[name]), STEPS)
     padding = 0.03 if "deepspeed" in name else 0.0
     assert there["held"]["optimizer"] == pytest.approx(there["predicted"]["optimizer"], rel=padding)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("layouts", CHAINS.values(), ids=CHAINS)
+def test_a_run_goes_on_at_other_layouts_and_on_other_engines(ranks, make_deep_recipe, layouts):
+    chain = [make_deep_recipe(optimizer=SGD, **LAYOUTS[layout]) for layout in layouts]
+    check_against_plain(ranks, make_deep_recipe, ranks(2).run(cut, chain, [1, 3, 4, STEPS]))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_state_that_is_put_back_is_the_one_that_was_read(results, name, precision):
-    from harness import outcome
-
-    there = outcome(results[2], f"{precision} {name} put back")
+def test_state_that_is_put_back_is_the_one_that_was_read(ranks, make_deep_recipe, name, precision):
+    there = ranks(2).run(put_back, make_deep_recipe(optimizer=SGD, **LAYOUTS[name],
+                                                    train={"precision": precision}))
     fresh, trained, again = there["losses"]
     assert there["same"] and again == fresh != trained
     assert there["curves"][0] == there["curves"][1]
@@ -148,7 +137,7 @@ def test_help_has_its_fields(kind):
     assert text.count("  optimizer.lr ") == 1
 
 
-run = partial(run_with, plugins="sgd_tenant")
+run = partial(run_with, plugins=PLUGINS)
 
 
 @pytest.mark.slow

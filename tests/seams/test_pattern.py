@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from cases import against_plain, cut, train
 from diagonal_pattern import Diagonal
-from harness import outcome, run_cases
+from harness import world_of
 from user_command import run_with
 
 from megatron_spdf.layers.compact import CompactWeight
@@ -38,21 +39,16 @@ CHAINS = {"over layouts": ["tp2", "zero 1", "pp2"],
           "over engines": ["tp2", "deepspeed zero 3", "zero 1"]}
 
 
+PLUGINS = "diagonal_pattern"  # of the ranks
+
+
 @pytest.fixture(scope="module")
-def results(make_recipe, tmp_path_factory):
-    place = tmp_path_factory.mktemp("bands")
-
-    def recipe(layout: dict, output: str | None = None, **sparsity) -> dict:
-        return make_recipe(output, sparsity=BANDS | sparsity, **layout)
-
-    one = {"one": ("pattern_cases.trained", {"recipe": recipe({}), "steps": STEPS}),
-           "plain": ("pattern_cases.against_plain", {"recipe": recipe({}), "steps": STEPS})}
-    two = {name: ("pattern_cases.trained", {"recipe": recipe(layout), "steps": STEPS})
-           for name, layout in LAYOUTS.items()}
-    two |= {name: ("pattern_cases.cut", {
-        "recipes": [recipe(LAYOUTS[layout], str(place / name)) for layout in chain],
-        "stops": [1, 3, STEPS]}) for name, chain in CHAINS.items()}
-    return {1: run_cases(1, one, place / "1"), 2: run_cases(2, two, place / "2")}
+def run(ranks, make_recipe):
+    """What each rank gives of a run with these sections."""
+    def trained(sections: dict) -> list[dict]:
+        recipe = make_recipe(sparsity=BANDS, **sections)
+        return ranks(world_of(recipe)).run_all(train, recipe, steps=STEPS)
+    return trained
 
 
 def close(found: list, wanted: list) -> None:
@@ -62,42 +58,43 @@ def close(found: list, wanted: list) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_losses_and_masks_are_those_of_one_process(results, name):
-    one = outcome(results[1], "one")
-    for rank in range(2):
-        there = outcome(results[2], name, rank)
+@pytest.mark.parametrize("sections", LAYOUTS.values(), ids=LAYOUTS)
+def test_losses_and_masks_are_those_of_one_process(run, sections):
+    (one,) = run({})
+    for there in run(sections):
         close(there["curve"], one["curve"])
         assert all(one["masks"][slice] == mask for slice, mask in there["masks"].items())
         assert there["sparsity"] == pytest.approx(dict.fromkeys(there["sparsity"], 0.75))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CHAINS)
-def test_a_run_goes_on_at_another_layout(results, name):
-    close(outcome(results[2], name), outcome(results[1], "one")["curve"])
+@pytest.mark.parametrize("layouts", CHAINS.values(), ids=CHAINS)
+def test_a_run_goes_on_at_another_layout(ranks, make_recipe, run, layouts):
+    chain = [make_recipe(sparsity=BANDS, **LAYOUTS[layout]) for layout in layouts]
+    close(ranks(2).run(cut, chain, [1, 3, STEPS]), run({})[0]["curve"])
 
 
 @pytest.mark.slow
-def test_training_equals_plain_pytorch_on_masked_dense_weights(results):
-    there = outcome(results[1], "plain")
+def test_training_equals_plain_pytorch_on_masked_dense_weights(ranks, make_recipe):
+    there = ranks(1).run(against_plain, make_recipe(sparsity=BANDS), steps=STEPS)
     close(there["engine"], there["plain"])
 
 
 @pytest.mark.slow
-def test_layers_multiply_by_its_product_but_under_zero_3(results):
-    found = {name: outcome(results[2], name) for name in LAYOUTS}
-    assert {name for name, there in found.items() if there["products"] == {"NoneType"}} == {
-        "deepspeed zero 3"}
-    for there in (there for name, there in found.items() if name != "deepspeed zero 3"):
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layers_multiply_by_its_product_but_under_zero_3(run, name):
+    there = run(LAYOUTS[name])[0]
+    if name == "deepspeed zero 3":
+        assert there["products"] == {"NoneType"}
+    else:
         assert there["products"] == {"DiagonalProduct"}
         assert "; bands entry by entry" in there["choices"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["tp2", "pp2", "zero 1"])
-def test_the_planner_knows_its_bytes(results, name):
-    there = outcome(results[2], name)
+def test_the_planner_knows_its_bytes(run, name):
+    there = run(LAYOUTS[name])[0]
     assert there["held"] == there["predicted"]
 
 
@@ -153,7 +150,7 @@ def test_masks_of_another_pattern_are_refused(axis):
         compact.index_mask()
 
 
-run = partial(run_with, plugins="diagonal_pattern")
+command = partial(run_with, plugins=PLUGINS)
 
 
 @pytest.mark.slow
@@ -162,16 +159,16 @@ def test_it_is_planned_trained_and_inspected_from_the_command_line(make_recipe, 
     values["train"] |= {"tokens": 8 * 32 * 4}
     values["optimizer"]["warmup_tokens"] = 256
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
-    refused = run(tmp_path, "pretrain.py", "recipe.yaml", plugins="")
+    refused = command(tmp_path, "pretrain.py", "recipe.yaml", plugins="")
     assert refused.returncode and "there is no pattern 'diagonal'; known: " in refused.stderr
     assert not (tmp_path / "run").exists()
-    done = run(tmp_path, "pretrain.py", "recipe.yaml")
+    done = command(tmp_path, "pretrain.py", "recipe.yaml")
     assert done.returncode == 0, done.stderr
     assert "; bands entry by entry" in done.stdout and "sparsity 75.00%" in done.stdout
-    looked = run(tmp_path, "tools/inspect_checkpoint.py", "run", "--verify", "--json")
+    looked = command(tmp_path, "tools/inspect_checkpoint.py", "run", "--verify", "--json")
     assert looked.returncode == 0, looked.stderr
     assert json.loads(looked.stdout)["state"]["step"] == 4
-    planned = run(tmp_path, "tools/plan.py", "recipe.yaml", "--gpu", "h100", "--json")
+    planned = command(tmp_path, "tools/plan.py", "recipe.yaml", "--gpu", "h100", "--json")
     assert planned.returncode == 0, planned.stderr
     (own,) = [row for row in json.loads(planned.stdout)["sparsity"] if row["recipe"]]
     assert own["skips_zeros"] and own["sparsity"] == 0.75

@@ -14,6 +14,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ from pathlib import Path
 from megatron_spdf.data.indexed.manifest import check_prefix
 from megatron_spdf.data.preprocess.documents import expand_inputs, iterate_documents
 from megatron_spdf.data.tokenizers.tokenizer import load_tokenizer
+from megatron_spdf.files import new_file, write_file, write_json
 from megatron_spdf.tables import MIB, SECONDS, Column, Table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -154,7 +156,7 @@ def _run(command: list[str], files: Sequence[Path], output: Path) -> Timing:
                    "TOKENIZERS_PARALLELISM": "false",
                    "HF_HUB_OFFLINE": "1"}
     started = time.perf_counter()
-    with open(f"{output}.said", "w+") as said:
+    with tempfile.TemporaryFile("w+") as said:
         run = subprocess.Popen([*command, *words], stdout=said, stderr=said, env=environment)
         _, status, used = os.wait4(run.pid, 0)
         run.returncode = os.waitstatus_to_exitcode(status)
@@ -174,15 +176,15 @@ def _rate(tool: str, workers: int, pairs: list[tuple[Timing, Timing]], megabytes
 
 def _as_plain_lines(files: Sequence[Path], path: Path) -> Path:
     """All records in one uncompressed file, the only form that Megatron-LM's tool reads."""
-    with open(path, "w", encoding="utf-8") as out:
-        out.writelines(json.dumps({"text": document.text}) + "\n"
+    with new_file(path) as out:
+        out.writelines(json.dumps({"text": document.text}).encode() + b"\n"
                        for document in iterate_documents(files))
     return path
 
 
 def _first_line(path: Path, single: Path) -> Path:
     with open(path, "rb") as lines:
-        single.write_bytes(lines.readline())
+        write_file(single, lines.readline())
     return single
 
 
@@ -190,10 +192,10 @@ def _hub_form(tokenizer: Path, directory: Path) -> Path:
     """GPT-2 BPE files as a directory that Hugging Face's `AutoTokenizer` loads, Rust behind it."""
     load_tokenizer(tokenizer).save(directory)
     end = "<|endoftext|>"
-    (directory / "tokenizer_config.json").write_text(json.dumps({
+    write_json(directory / "tokenizer_config.json", {
         "tokenizer_class": "GPT2TokenizerFast", "model_max_length": 10**9, "eos_token": end,
         "bos_token": end,
-        "unk_token": end}))
+        "unk_token": end})
     return directory
 
 

@@ -3,13 +3,14 @@ says."""
 
 from __future__ import annotations
 
-import json
 import platform
 import shlex
 import sys
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from megatron_spdf.files import write_json
 
 LIBRARIES = ("torch", "megatron-core", "numpy")
 
@@ -57,4 +58,4 @@ def publish(report: dict, lines: list[str], output: Path | None) -> None:
     """Prints a report, and writes it as JSON if it is to be."""
     print("\n".join([*render_circumstances(report), *lines]))
     if output:
-        output.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(output, report)

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from benchmarks.environment import circumstances, render_circumstances
+from megatron_spdf.files import new_file, write_file, write_json
 from megatron_spdf.tables import Column, Table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,8 +76,8 @@ def run(scale: str, parts: list[str], output: Path) -> int:
         spare = budget - outcome.seconds
         report["parts"].append(asdict(outcome))
         print("\n".join(render_part(report["parts"][-1])), flush=True)
-        (output / "suite.json").write_text(json.dumps(report, indent=1) + "\n")
-        (output / "suite.md").write_text("\n".join(render(report)) + "\n")
+        write_json(output / "suite.json", report)
+        write_file(output / "suite.md", "\n".join(render(report)) + "\n")
     print(f"\n{output / 'suite.json'}, {output / 'suite.md'}")
     return 0 if any(outcome["tables"] for outcome in report["parts"]) else 1
 
@@ -90,7 +91,7 @@ def run_part(part: str, command: list[str], budget: float) -> Outcome:
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="benchmark_suite_") as place:
         rows, said = Path(place) / "rows.jsonl", Path(place) / "said"
-        with said.open("w") as log:
+        with new_file(said) as log:
             child = subprocess.Popen([*command, str(rows), f"{budget:.0f}"], stdout=log,
                                      stderr=log, cwd=ROOT, env=_environment(),
                                      start_new_session=True)

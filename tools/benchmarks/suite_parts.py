@@ -21,6 +21,7 @@ import torch
 from benchmarks import baselines, max_depth, sizes
 from benchmarks.engines import free_memory
 from benchmarks.sizes import Scale
+from megatron_spdf.files import open_to_append
 from megatron_spdf.kernels.dispatch import backend_name
 from megatron_spdf.kernels.tiles import tile_products
 from megatron_spdf.kernels.two_four import two_four_products
@@ -46,8 +47,8 @@ class Part:
 
     def write(self, table: str, **row: object) -> None:
         at = datetime.now().astimezone().isoformat(timespec="seconds")
-        with self.file.open("a") as file:
-            file.write(json.dumps({"table": table, "row": {**row, "at": at}}) + "\n")
+        with open_to_append(self.file) as file:
+            file.write(json.dumps({"table": table, "row": {**row, "at": at}}).encode() + b"\n")
 
     def attempt(self, table: str, what: str, measure: Callable[[], None]) -> bool:
         """Measures, unless time is short; whether it went well."""

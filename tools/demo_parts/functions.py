@@ -13,6 +13,8 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_spdf.files import write_file
+
 VERBS = ("open", "read", "write", "parse", "copy", "find", "join", "split", "load", "dump",
          "check", "format")
 NOUNS = ("file", "line", "path", "header", "token", "message", "record", "name", "table", "date",
@@ -41,7 +43,7 @@ def write_functions(directory: Path, seed: int = 1234) -> dict[str, int]:
                              for text in sentences[:2]]
             else:
                 examples.append({"context": linearize(record), "completion": sentences})
-        (directory / f"{split}.jsonl").write_text("".join(json.dumps(e) + "\n" for e in examples))
+        write_file(directory / f"{split}.jsonl", "".join(json.dumps(e) + "\n" for e in examples))
         lines[split] = len(examples)
     return lines
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
+from megatron_spdf.files import save_figure
 from megatron_spdf.recipe.load import load_recipe
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.reports.runs import Logged
@@ -82,7 +83,7 @@ def plot_losses(runs: dict[str, Logged], path: Path) -> None:
     axes.legend()
     axes.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def _active_parameters(recipe: Recipe, plan: Plan) -> int:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_spdf.data.finetuning.files import find_file
+from megatron_spdf.paths import same_file
 from megatron_spdf.registry import Registry
 
 SPLITS = ("train", "validation", "test")
@@ -113,6 +114,19 @@ def load_examples(name: str, path: Path, split: str) -> list[Example]:
                          f"{'example' if split == 'test' else 'example with a reference'}; the "
                          f"{split} split of {name} must not be empty")
     return examples
+
+
+def require_splits(name: str, path: Path) -> None:
+    """Raises a ValueError unless `path` is a directory whose training and validation split are two
+    files, a FileNotFoundError where one is missing."""
+    if path.is_file():
+        raise ValueError(f"data.path={path} is a file, and a run needs a training and a validation "
+                         f"split; name the directory that holds the splits of {name}")
+    found = [find_file(path, TASKS.get(name).files[split], name, split)
+             for split in ("train", "validation")]
+    if same_file(found):
+        raise ValueError(f"data.path={path}: {found[0].name} and {found[1].name} are one file, and "
+                         "a validation split must not be the training data")
 
 
 def training_pairs(examples: Iterable[Example]) -> list[tuple[str, str]]:

@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megatron_spdf.files import new_file
+
 REBUILD = "Run tools/preprocess_data.py again, or copy the file again if it was copied"
 # Magic, version, dtype code, sequences, length of the document list.
 _HEADER = struct.Struct("<9sQBQQ")
@@ -142,7 +144,8 @@ def write_index(path: Path, lengths: np.ndarray, dtype: np.dtype) -> str:
         SHA-256 of the file, in hexadecimal.
     """
     digest = hashlib.sha256()
-    with open(path, "wb") as file:
+    path.unlink(missing_ok=True)  # of a start that was interrupted
+    with new_file(path) as file:
         for piece in _pieces(lengths, dtype):
             file.write(piece)
             digest.update(piece)

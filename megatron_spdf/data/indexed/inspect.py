@@ -18,6 +18,7 @@ from megatron_spdf.data.indexed.tokens import (
     pieces,
 )
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from megatron_spdf.files import save_figure
 from megatron_spdf.tables import Column, Table
 from megatron_spdf.text import label
 
@@ -279,5 +280,5 @@ def plot_histogram(facts: dict[str, Any], path: Path) -> None:
     axes.legend()
     axes.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(path)
+    save_figure(figure, path)
     pyplot.close(figure)

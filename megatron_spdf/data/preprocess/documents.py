@@ -6,11 +6,10 @@ recorded.
 
 from __future__ import annotations
 
-import glob
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_spdf.data.preprocess.records import (
     MAX_RECORD_BYTES,
@@ -21,22 +20,30 @@ from megatron_spdf.data.preprocess.records import (
     read_records,
     reject,
 )
+from megatron_spdf.paths import named_by, same_file
 from megatron_spdf.records import Unreadable, describe, foreign_record
 
 __all__ = ["MAX_RECORDED_SKIPS", "ON_ERROR", "ReadReport", "Skipped"]
 
-FORMATS = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".txt")
+# JSON lines go by several names
+FORMATS = (*(f".{kind}{packed}" for kind in ("jsonl", "ndjson", "json")
+             for packed in ("", ".zst", ".gz")), ".txt")
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One document: its text, the record's "meta" object if it has one, and the place it came
-    from."""
+    """One document: its text, the record's "meta" object if it has one, the place it came from, and
+    the record itself if it is one."""
 
     text: str
     meta: dict | None
     path: Path
     line: int
+    record: dict | None = None
+
+    def value(self, key: str) -> Any:
+        """What the record says under `key`, in its "meta" or, where that says nothing, itself."""
+        return next((said[key] for said in (self.meta, self.record) if said and key in said), None)
 
 
 class BadRecord(Exception):
@@ -53,9 +60,7 @@ def expand_inputs(inputs: Sequence[str | Path]) -> list[Path]:
     """
     paths: list[Path] = []
     for pattern in map(str, inputs):
-        matches = (
-            [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
-        )
+        matches = named_by(pattern)
         if not matches:
             raise ValueError(f"input {pattern!r} matches no file")
         paths += map(Path, matches)
@@ -69,9 +74,10 @@ def expand_inputs(inputs: Sequence[str | Path]) -> list[Path]:
         if not path.name.endswith(FORMATS):
             raise ValueError(f"input {path} has no known format; its name must end with one of "
                              f"{FORMATS}")
-    path, times = Counter(paths).most_common(1)[0]
-    if times > 1:
-        raise ValueError(f"input {path} is named {times} times; name each file once")
+    if twice := same_file(paths):
+        first, second = twice
+        also = "twice" if first == second else f"a second time as {second}, through a link"
+        raise ValueError(f"input {first} is named {also}; name each file once")
     return paths
 
 
@@ -83,7 +89,7 @@ def iterate_documents(
 ) -> Iterator[Document]:
     """The documents of all files, in order. Documents with an empty text are left out.
 
-    A .jsonl file holds one JSON object a line, its text under `text_key`; a .txt file is one
+    A file of JSON lines holds one JSON object a line, its text under `text_key`; a .txt file is one
     document.
 
     Args:
@@ -121,13 +127,14 @@ def parse_records(
     parse = _parse_text if path.suffix == ".txt" else _parse_json
     for line, record in records:
         try:
-            text, meta = parse(record, text_key)
+            text, whole = parse(record, text_key)
         except BadRecord as error:
             reject(path, line, str(error), on_error, report)
             continue
         if text:
             report.documents += 1
-            yield Document(text, meta, path, line)
+            meta = whole and whole.get("meta")
+            yield Document(text, meta if isinstance(meta, dict) else None, path, line, whole)
         else:
             report.empty += 1
 
@@ -157,11 +164,12 @@ def _parse_text(record: bytes, _: str) -> tuple[str, None]:
         raise BadRecord(f"not UTF-8: 0x{record[error.start]:02x} in line {line}") from None
 
 
-def _parse_json(record: bytes, text_key: str) -> tuple[str, dict | None]:
+def _parse_json(record: bytes, text_key: str) -> tuple[str, dict]:
     try:
         value = foreign_record(record)
     except Unreadable as error:
-        raise BadRecord(str(error)) from None
+        hint = "; a record is one line" if record.strip() in (b"{", b"[") else ""
+        raise BadRecord(f"{error}{hint}") from None
     if not isinstance(value, dict):
         raise BadRecord(f"not a JSON object but a {type(value).__name__}")
     if text_key not in value:
@@ -169,7 +177,7 @@ def _parse_json(record: bytes, text_key: str) -> tuple[str, dict | None]:
         raise BadRecord(
             f"no key {text_key!r}; keys here: {keys} (--text-key names the one to take)"
         )
-    text, meta = value[text_key], value.get("meta")
+    text = value[text_key]
     if not isinstance(text, str):
         raise BadRecord(f"the value of {text_key!r} is not a string but {describe(text)}")
-    return text, meta if isinstance(meta, dict) else None
+    return text, value

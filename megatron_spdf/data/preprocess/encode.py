@@ -185,11 +185,11 @@ class Encoder:
         key = self.settings.set_key
         if key is None:
             return None
-        name = (document.meta or {}).get(key)
+        name = document.value(key)
         if isinstance(name, str) and file_name_of(name):
             return name
         report.documents -= 1
-        reason = f"no set name in meta.{key}, by which data sets are made, but {name!r}"
+        reason = f"no set name in {key} or meta.{key}, by which data sets are made, but {name!r}"
         reject(document.path, document.line, reason, self.settings.on_error, report)
         return None
 

@@ -25,6 +25,7 @@ MAX_RECORD_BYTES = 100_000_000
 _BUFFER_BYTES = 1 << 20
 # What a reader skips of a record that is too long, in limits of one, before it gives the file up.
 _MOST_TIMES = 10
+_BOM = b"\xef\xbb\xbf"  # at the start of a line too, where files with one were joined
 _MOST_BLANK = 1_000_000  # lines in a row
 
 
@@ -148,7 +149,7 @@ def _pieces(file: _HashedFile, path: Path, max_bytes: int) -> Iterator[tuple[byt
                 if not whole and piece.endswith(b"\n"):
                     size -= 1
                     break
-        yield record.removeprefix(b"\xef\xbb\xbf") if first else record, size
+        yield record if whole and not first else record.removeprefix(_BOM), size
         first = False
 
 

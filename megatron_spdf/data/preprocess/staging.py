@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_spdf.data.indexed.manifest import CORPUS, file_of
-from megatron_spdf.files import publish
+from megatron_spdf.files import new_file, publish, require_outside_checkpoints
 from megatron_spdf.locks import locked
 
 # The order in which files go away and come in: at no moment do an old and a new file look like one
@@ -93,9 +93,10 @@ class Partial:
         shutil.rmtree(self.directory)
 
     def require_free(self, overwrite: bool) -> None:
-        """Raise a ValueError if the output exists and `overwrite` is false, or cannot be
-        written."""
+        """Raise a ValueError if the output exists and `overwrite` is false, cannot be written, or
+        is in a checkpoint."""
         prefix = Path(self.prefix)
+        require_outside_checkpoints(prefix if self.several else prefix.parent)
         if not self.several and self.prefix.endswith(os.sep):
             raise ValueError(f"output {prefix}{os.sep} is a directory; add the start of the file "
                              f"names: {self.prefix}train")
@@ -114,7 +115,8 @@ class Partial:
     def publish(self) -> None:
         """Moves what is made to its names, in place of what is older; goes on where an interrupted
         call stopped."""
-        self._ready.touch()
+        if not self.ready:
+            new_file(self._ready).close()
         if self.several:
             self._publish_tree()
         else:

@@ -18,7 +18,7 @@ import numpy as np
 
 from megatron_spdf.data.pretraining.index_cache import built_once
 from megatron_spdf.data.pretraining.sources import Source
-from megatron_spdf.files import write_json
+from megatron_spdf.files import new_file, write_json
 from megatron_spdf.records import read_json, typed
 
 HISTORY = "blend.json"
@@ -64,6 +64,7 @@ class BlendHistory:
             return ""
         before, now = self.segments[-1], {s.content: s.weight for s in self._sources}
         paths = before.paths | {s.content: s.prefix for s in self._sources}
+        # by content: a data set that moved is the same source
         shares = {c: (before.weights.get(c, 0.0), now.get(c, 0.0)) for c in before.weights | now}
         return "; ".join(f"{paths[c]} ({c[:12]}) had {was:.6g} of the samples and has {share:.6g}"
                          for c, (was, share) in shares.items() if abs(was - share) > 1e-9)
@@ -87,6 +88,7 @@ class BlendHistory:
         if not self.segments:
             self.segments = [Segment(0, weights, dict.fromkeys(weights, 0), paths)]
         elif self.changed:
+            # Segments after `first` were begun by a run that went back to an older checkpoint.
             taken, known = self.taken(first), self.segments[-1].paths
             self.segments = [s for s in self.segments if s.first < first]
             self.segments.append(Segment(first, weights, dict.fromkeys(weights, 0) | taken,
@@ -116,6 +118,7 @@ class BlendHistory:
             them; (samples,) int64, each sample's number in the source's own order.
         """
         contents = list(self.segments[-1].paths)
+        # Sources are numbered over all segments, and each goes on counting where it was.
         places, numbers = [], []
         ends = [s.first for s in self.segments[1:]] + [samples]
         for segment, end in zip(self.segments, ends, strict=True):
@@ -156,9 +159,10 @@ class BlendOrder:
 
         def build(directory: Path) -> None:
             contents, places, numbers = history.order(samples)
-            (directory / "contents.json").write_text(json.dumps(contents))
-            np.save(directory / "places.npy", places)
-            np.save(directory / "numbers.npy", numbers)
+            write_json(directory / "contents.json", contents)
+            for name, values in (("places", places), ("numbers", numbers)):
+                with new_file(directory / f"{name}.npy") as file:
+                    np.save(file, values)
 
         place = built_once(cache, key, build)
         return cls(read_json(place / "contents.json", list[str]),

@@ -9,6 +9,7 @@ Shapes: G sequences of a global batch, B sequences of a micro-batch, T tokens of
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -116,7 +117,11 @@ class TokenData:
         self.history.extend(first)
         with _rank_0_first() as alone:
             if alone:
-                self.history.save()
+                try:
+                    self.history.save()
+                except OSError as error:  # a full disk ends no run
+                    print(f"the blend's history cannot be written: {error}", file=sys.stderr,
+                          flush=True)
             if self.reads:
                 self._samples = TrainingSamples(self.recipe, self.corpus, self.history, first,
                                                 self.cache)

@@ -2,13 +2,16 @@
 
 A directory appears whole or not at all. The first of several processes computes, and the others
 wait for its lock. Where a file system has no locks between nodes, two nodes may compute the same
-directory: the first to finish names it, and the other one uses it.
+directory: the first to finish names it, and the other one uses it. Where the cache cannot be
+written, each process computes for itself and keeps the files in a temporary directory.
 """
 
 from __future__ import annotations
 
 import shutil
 import socket
+import sys
+import tempfile
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,6 +19,8 @@ from pathlib import Path
 
 from megatron_spdf.files import PARTIAL, AlreadyThere, atomic_directory
 from megatron_spdf.locks import locked
+
+_KEPT: list[tempfile.TemporaryDirectory] = []  # until this process ends
 
 
 def built_once(cache: Path, key: str, build: Callable[[Path], None]) -> Path:
@@ -26,6 +31,18 @@ def built_once(cache: Path, key: str, build: Callable[[Path], None]) -> Path:
         key: names all that the content depends on, so that an existing directory is never stale.
         build: writes files into the directory it is given.
     """
+    try:
+        return _in_cache(cache, key, build)
+    except OSError as error:  # a full disk, above all
+        print(f"the index cache {cache} cannot be written ({error}): this process keeps the index "
+              f"in {tempfile.gettempdir()}", file=sys.stderr, flush=True)
+    directory = tempfile.TemporaryDirectory(prefix="index_")
+    _KEPT.append(directory)
+    build(Path(directory.name))
+    return Path(directory.name)
+
+
+def _in_cache(cache: Path, key: str, build: Callable[[Path], None]) -> Path:
     place = cache / key
     if place.is_dir():
         return place

@@ -23,6 +23,7 @@ from megatron_spdf.data.indexed.tokens import IndexedTokens
 from megatron_spdf.data.pretraining.index_cache import built_once
 from megatron_spdf.data.pretraining.sources import Source
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
+from megatron_spdf.files import new_file
 from megatron_spdf.recipe.recipe import Recipe
 
 _LEAST_SAMPLES = 1 << 16  # of an index, so that a small source does not need thousands of them
@@ -54,8 +55,10 @@ class DocumentBoundaries:
         tokens, labels = text[:-1].contiguous(), text[1:].contiguous()
         positions = torch.arange(len(tokens))
         starts = torch.zeros_like(tokens)
+        # the first token of a sequence may continue a document: it starts none
         starts[1:] = tokens[:-1] == self.eod
         if self.reset_positions:
+            # each position minus that of the last start before it
             positions = positions - torch.cummax(positions * starts, 0).values
         sample = {"tokens": tokens, "labels": labels, "loss_mask": torch.ones(len(tokens)),
                   "position_ids": positions}
@@ -110,6 +113,7 @@ class ShuffledEpochs(GPTDataset):
         content = hashlib.sha256(f"{order} {self._length} {self._epochs}".encode())
         self._key = f"epochs-{content.hexdigest()[:32]}"
         config = GPTDatasetConfig(
+            # not Python's hash, which differs from process to process
             random_seed=int.from_bytes(hashlib.sha256(order.encode()).digest()[:4], "big"),
             sequence_length=self._length, blend=([source.content], None), split="1,0,0",
             tokenizer=tokenizer, reset_position_ids=False, reset_attention_mask=False,
@@ -146,7 +150,8 @@ class ShuffledEpochs(GPTDataset):
         for start, end in zip(first, [*first[1:], count], strict=True):
             draw.shuffle(order[start:end])
         for name, index in zip(_INDICES, (documents.reshape(-1), samples, order), strict=True):
-            np.save(directory / f"{name}.npy", index)
+            with new_file(directory / f"{name}.npy") as file:
+                np.save(file, index)
 
 
 class Windows(Dataset):
@@ -180,6 +185,7 @@ class Windows(Dataset):
 
     def _text(self, number: int) -> np.ndarray:
         window = self._chosen[number]
+        # a window that equals the end of a source is the first of the next
         source = int(np.searchsorted(self._ends, window, side="right"))
         start = int(window - (self._ends[source - 1] if source else 0)) * self._length
         return self.read_from[source].read(start, self._length + 1)

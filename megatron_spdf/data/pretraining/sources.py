@@ -10,6 +10,7 @@ from typing import Literal
 
 from megatron_spdf.data.indexed.manifest import Manifest, check_prefix, file_of
 from megatron_spdf.data.pretraining.pile import PILE_EPOCHS
+from megatron_spdf.paths import named_by
 from megatron_spdf.recipe.recipe import Data
 
 _SAMPLED_BYTES = 1 << 20  # at each of three places of a file
@@ -61,9 +62,9 @@ def expand(data: Data) -> list[Entry]:
                          "tools/preprocess_data.py")
     entries = [Entry(prefix, prefix, None, 1.0) for prefix in data.train]
     for named in data.blend:
-        matches = [named.path]
-        if glob.has_magic(named.path) and not file_of(named.path, "idx").exists():
-            matches = sorted(path.removesuffix(".idx") for path in glob.glob(f"{named.path}.idx"))
+        matches = [path.removesuffix(".idx") for path in named_by(f"{named.path}.idx")]
+        if not matches and not glob.has_magic(named.path):
+            matches = [named.path]  # the check says which of its files is missing
         if not matches:
             raise ValueError(f"data.blend: {named.path!r} matches no data set; a pattern matches "
                              "prefixes, the names of .bin and .idx files without these endings")
@@ -93,7 +94,7 @@ def training_sources(entries: list[Entry], tokenizer_sha256: str) -> list[Source
                for e, m in zip(entries, manifests, strict=True)]
     sources = [make_source(entry.prefix, manifest, weight / sum(weights))
                for entry, manifest, weight in zip(entries, manifests, weights, strict=True)]
-    _require_distinct(sources)
+    require_distinct(sources)
     return sources
 
 
@@ -127,7 +128,8 @@ def _fingerprint(prefix: str) -> str:
     return digest.hexdigest()
 
 
-def _require_distinct(sources: list[Source]) -> None:
+def require_distinct(sources: list[Source]) -> None:
+    """Raises a ValueError where two data sets hold the same tokens."""
     content, times = Counter(source.content for source in sources).most_common(1)[0]
     if times > 1:
         same = ", ".join(source.prefix for source in sources if source.content == content)

@@ -12,6 +12,8 @@ from typing import ClassVar
 
 import numpy as np
 
+from megatron_spdf.files import write_file
+
 END_FILE = "end_of_document.txt"  # beside a tokenizer's files: the token, where one was named
 END_OF_TEXT = "<|endoftext|>"
 # End-of-document tokens of published tokenizers; the first that a vocabulary holds is taken.
@@ -141,9 +143,9 @@ class Tokenizer(ABC):
             raise ValueError(f"{directory} is not empty; a tokenizer is saved to a directory of "
                              "its own")
         for name, content in zip(self.file_names, self._files, strict=True):
-            (directory / name).write_bytes(content)
+            write_file(directory / name, content)
         if self.named_end:
-            (directory / END_FILE).write_bytes(self.named_end.encode())
+            write_file(directory / END_FILE, self.named_end)
 
     @property
     def eos(self) -> int:

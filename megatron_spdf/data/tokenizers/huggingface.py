@@ -66,7 +66,7 @@ class HuggingFace(Tokenizer):
         unknown = model.get("unk_token")
         if isinstance(model.get("vocab"), list) and model.get("unk_id") is not None:
             unknown = model["vocab"][model["unk_id"]][0]
-        if unknown == self.end_token and model["type"] == "BPE":  # which can do without
+        if unknown == self.end_token and "merges" in model:  # BPE can do without
             description = {**description, "model": {**model, "unk_token": None}}
         elif unknown == self.end_token:
             raise ValueError(f"{self.end_token!r} is the token of unknown text, which would end "

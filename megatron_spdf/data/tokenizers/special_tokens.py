@@ -8,9 +8,12 @@ is left to a tokenizer whose special tokens have names that no text has.
 from __future__ import annotations
 
 import json
+import re
 import secrets
 from collections.abc import Iterable
 from typing import Any
+
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
 def unspellable(description: dict[str, Any], specials: Iterable[str]) -> bytes:
@@ -21,9 +24,10 @@ def unspellable(description: dict[str, Any], specials: Iterable[str]) -> bytes:
         description: content of a tokenizer.json.
         specials: the special tokens in it.
     """
-    secret = secrets.token_hex(16)
+    model, secret = dict(description["model"]), secrets.token_hex(16)
+    specials = [token for token in specials  # bytes are what rare characters become
+                if not (model.get("byte_fallback") and _BYTE.fullmatch(token))]
     names = {token: f"{secret}-{number}" for number, token in enumerate(sorted(specials))}
-    model = dict(description["model"])
     if "vocab" in model:
         model["vocab"] = _renamed(model["vocab"], names)
     if "merges" in model:

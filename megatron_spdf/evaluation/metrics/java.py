@@ -21,6 +21,7 @@ from megatron_spdf.evaluation.metrics.metric import (
     Unavailable,
     by_part,
 )
+from megatron_spdf.files import write_file
 
 METEOR = f"METEOR 1.5 -l en -norm, pycocoevalcap {version('pycocoevalcap')}"
 _METEOR_JAR = Path(pycocoevalcap.meteor.meteor.__file__).with_name("meteor-1.5.jar")
@@ -58,9 +59,8 @@ def meteor(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> f
               for line in [*map(_one_line, texts), *[""] * (most - len(texts))]]
     with tempfile.TemporaryDirectory() as directory:
         outputs, targets = Path(directory, "outputs"), Path(directory, "references")
-        outputs.write_text("".join(f"{_one_line(text)}\n" for text in predictions),
-                           encoding="utf-8")
-        targets.write_text("".join(f"{line}\n" for line in padded), encoding="utf-8")
+        write_file(outputs, "".join(f"{_one_line(text)}\n" for text in predictions))
+        write_file(targets, "".join(f"{line}\n" for line in padded))
         return float(_java("-Xmx2G", "-jar", _METEOR_JAR, outputs, targets, "-l", "en", "-norm",
                            "-r", most, "-q"))
 

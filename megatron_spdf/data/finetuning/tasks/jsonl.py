@@ -25,7 +25,8 @@ def read(path: Path) -> list[Example]:
 
 TASKS.register("jsonl", Task(
     title='your own: lines of {"context", "completion"}',
-    files={"train": ("train.jsonl",),
-           "validation": ("validation.jsonl", "valid.jsonl", "dev.jsonl"),
-           "test": ("test.jsonl",)},
+    files={"train": ("train.jsonl", "train.ndjson"),
+           "validation": ("validation.jsonl", "valid.jsonl", "dev.jsonl",
+                          "validation.ndjson", "valid.ndjson", "dev.ndjson"),
+           "test": ("test.jsonl", "test.ndjson")},
     read=read, metrics=("bleu_13a", "rouge")))

@@ -3,14 +3,15 @@ JSON or XML.
 
 JSON is one file per split. XML is a file, or per split a directory of them as published:
 train/1triples/*.xml. Texts that annotators marked as other than "good" are left out, as in LoRA's
-NLG examples.
+NLG examples. Of the later releases, whose entries have texts in several languages, those in English
+are read, or in the one language that there is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from defusedxml import DefusedXmlException, ElementTree
 from unidecode import unidecode
@@ -22,21 +23,35 @@ from megatron_spdf.data.finetuning.texts import linearize, split_words
 # The categories of the training set; the test set has five others.
 SEEN = frozenset({"Airport", "Astronaut", "Building", "City", "ComicsCharacter", "Food",
                   "Monument", "SportsTeam", "University", "WrittenWork"})
+_ENGLISH = "en"  # what a text without a language is in
 _GOOD = ("good", "")  # as which a text without a comment counts
 
 
 def read(path: Path) -> list[Example]:
     """One example per entry, in the order of the file; of a directory, of its sorted files."""
-    if path.is_dir():
-        return [example for file in sorted(path.rglob("*.xml")) for example in _read_xml(file)]
-    return list(_read_xml(path) if path.suffix.lower() == ".xml" else _read_json(path))
+    files = sorted(path.rglob("*.xml")) if path.is_dir() else [path]
+    entries = [entry for file in files
+               for entry in (_read_xml if file.suffix.lower() == ".xml" else _read_json)(file)]
+    languages = {language for entry in entries for language, _ in entry.texts}
+    if len(languages) > 1 and _ENGLISH not in languages:
+        raise ValueError(f"{path}: the texts are in the languages {', '.join(sorted(languages))}, "
+                         "and a model learns to answer in one; leave the others out")
+    if _ENGLISH in languages:
+        languages = {_ENGLISH}
+    return [Example(linearize(entry.triples), tuple(t for said, t in entry.texts
+                                                    if said in languages),
+                    "seen" if entry.category in SEEN else "unseen") for entry in entries]
 
 
-def _example(category: str, triples: list[tuple[str, str, str]], texts: list[str]) -> Example:
-    return Example(linearize(triples), tuple(texts), "seen" if category in SEEN else "unseen")
+class _Entry(NamedTuple):
+    """An entry of a file; its texts come with their languages."""
+
+    category: str
+    triples: list[tuple[str, str, str]]
+    texts: list[tuple[str, str]]
 
 
-def _read_json(path: Path) -> Iterator[Example]:
+def _read_json(path: Path) -> Iterator[_Entry]:
     content = json_file(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: a {type(content).__name__} instead of an object with the field "
@@ -52,9 +67,9 @@ def _read_json(path: Path) -> Iterator[Example]:
                    for triple in list_of(where, entry, "modifiedtripleset")]
         if not triples:
             raise ValueError(f"{where}: field 'modifiedtripleset' is empty")
-        yield _example(text_of(where, entry, "category"), triples,
-                       [text for lex in list_of(where, entry, "lexicalisations")
-                        for text in _json_texts(where, lex)])
+        yield _Entry(text_of(where, entry, "category"), triples,
+                     [text for lex in list_of(where, entry, "lexicalisations")
+                      for text in _json_texts(where, lex)])
 
 
 def _json_triple(where: str, triple: Any) -> tuple[str, str, str]:
@@ -66,15 +81,15 @@ def _json_triple(where: str, triple: Any) -> tuple[str, str, str]:
     return subject, relation, value
 
 
-def _json_texts(where: str, lexicalisation: Any) -> Iterator[str]:
+def _json_texts(where: str, lexicalisation: Any) -> Iterator[tuple[str, str]]:
     if not isinstance(lexicalisation, dict):
         raise ValueError(f"{where}: a lexicalisation must have the field 'lex'; it is "
                          f"{lexicalisation!r:.80}")
     if lexicalisation.get("comment", "") in _GOOD:
-        yield text_of(where, lexicalisation, "lex")
+        yield _language(lexicalisation.get("lang")), text_of(where, lexicalisation, "lex")
 
 
-def _read_xml(path: Path) -> Iterator[Example]:
+def _read_xml(path: Path) -> Iterator[_Entry]:
     try:
         root = ElementTree.parse(path, forbid_dtd=True).getroot()
     except ElementTree.ParseError as error:
@@ -88,9 +103,14 @@ def _read_xml(path: Path) -> Iterator[Example]:
                    for triple in entry.iterfind("modifiedtripleset/mtriple")]
         if not triples:
             raise ValueError(f"{where}: no modifiedtripleset/mtriple")
-        yield _example(text_of(where, dict(entry.attrib), "category"), triples,
-                       [checked_text(where, "lex", lex.text) for lex in entry.iterfind("lex")
-                        if lex.get("comment", "") in _GOOD])
+        yield _Entry(text_of(where, dict(entry.attrib), "category"), triples,
+                     [(_language(lex.get("lang")), checked_text(where, "lex", lex.text))
+                      for lex in entry.iterfind("lex") if lex.get("comment", "") in _GOOD])
+
+
+def _language(said: Any) -> str:
+    """`en` of `en`, `EN-gb` or nothing."""
+    return (said if isinstance(said, str) else "").strip().lower().split("-")[0] or _ENGLISH
 
 
 def _xml_triple(where: str, text: str | None) -> tuple[str, str, str]:

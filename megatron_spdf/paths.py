@@ -1,0 +1,53 @@
+"""Paths as users write them, in recipes and on command lines: `~`, and patterns of names."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def expand_home(path: str) -> str:
+    """The path with a leading `~` or `~user` replaced by that home directory, as shells do where
+    they see it: not inside of quotes, of `--output=~/x` or of `output=~/x`.
+
+    Raises:
+        ValueError: there is no such user.
+    """
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise ValueError(f"{path}: there is no user {path.split('/')[0][1:]!r}, whose home this "
+                         f"would be; write ./{path} for a file of that name")
+    return expanded
+
+
+def named_by(pattern: str) -> list[str]:
+    """The paths that a pattern names, sorted; what exists literally is taken before it is taken for
+    a pattern, directory by directory: `v[1]/*.jsonl` are files of `v[1]` where that is there."""
+    return sorted(_below("", list(Path(pattern).parts) or [os.curdir]))
+
+
+def _below(place: str, names: list[str]) -> Iterator[str]:
+    if not names:
+        yield place
+        return
+    name, rest = names[0], names[1:]
+    literal = os.path.join(place, name)
+    if os.path.lexists(literal):
+        yield from _below(literal, rest)
+    elif glob.has_magic(name):
+        for found in glob.glob(name, root_dir=place or None, recursive=True):
+            yield from _below(os.path.join(place, found) if found else place, rest)
+
+
+def same_file(paths: list[Path]) -> tuple[Path, Path] | None:
+    """The first two paths of one file, by whatever links; None: each is a file of its own."""
+    seen: dict[tuple[int, int], Path] = {}
+    for path in paths:
+        found = path.stat()
+        key = found.st_dev, found.st_ino
+        if key in seen:
+            return seen[key], path
+        seen[key] = path
+    return None

@@ -1,0 +1,147 @@
+"""Paths: resolved before they are judged, whatever way they are spelled, wherever they enter."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from megatron_spdf.command_line import make_parser, path_text
+from megatron_spdf.paths import expand_home, named_by, same_file
+from megatron_spdf.recipe.finetune import Finetune
+from megatron_spdf.recipe.load import load_recipe, make_recipe
+
+LAYOUT = ["v[1]/a.jsonl", "v[1]/b.jsonl", "v1/c.jsonl", "v2/d.jsonl", "v2/e[0].jsonl",
+          "v2/e0.jsonl", "x/v[1]/f.jsonl", "y/v1/g.jsonl", "*/h.jsonl", ".hidden/i.jsonl"]
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch) -> Path:
+    for name in LAYOUT:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(("pattern", "names"), [
+    ("v[1]/*.jsonl", ["v[1]/a.jsonl", "v[1]/b.jsonl"]),  # and not those of v1
+    ("v[1]/a.jsonl", ["v[1]/a.jsonl"]),
+    ("v[12]/?.jsonl", ["v1/c.jsonl", "v2/d.jsonl"]),
+    ("v2/e[0].jsonl", ["v2/e[0].jsonl"]),
+    ("v2/e[01].jsonl", ["v2/e0.jsonl"]),
+    ("[xy]/v[1]/*.jsonl", ["x/v[1]/f.jsonl", "y/v1/g.jsonl"]),  # in each as it is there
+    ("*/h.jsonl", ["*/h.jsonl"]),
+    ("**/g.jsonl", ["y/v1/g.jsonl"]),
+    ("./v1/*", ["v1/c.jsonl"]),
+    ("v1/../v2/d.jsonl", ["v1/../v2/d.jsonl"]),
+    ("v3/*.jsonl", []),
+    ("v1/c.jsonl/*", []),
+    ("nothing", []),
+])
+@pytest.mark.parametrize("absolute", [False, True])
+def test_what_exists_is_taken_before_a_pattern(tree, pattern, names, absolute):
+    start = f"{tree}/" if absolute else ""
+    assert named_by(start + pattern) == [start + name for name in names]
+
+
+def test_the_home_directory(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    roots = os.path.expanduser("~root")
+    for path, meant in (("~", "/home/me"), ("~/a", "/home/me/a"), ("a/~", "a/~"),
+                        ("./~/a", "./~/a"), ("a~", "a~"), ("~root/x", f"{roots}/x")):
+        assert expand_home(path) == meant
+    with pytest.raises(ValueError, match="there is no user 'nobody-such'.*write ./~nobody-such/a"):
+        expand_home("~nobody-such/a")
+
+
+def fields_of_paths(kind, place: str = ""):
+    """Keys of a recipe that hold paths, by their description or name."""
+    for name, field in kind.model_fields.items():
+        words = f"{name} {field.description or ''}".lower()
+        if hasattr(field.annotation, "model_fields"):
+            yield from fields_of_paths(field.annotation, f"{place}{name}.")
+        elif any(word in words for word in ("directory", "file", "prefix")) and "str" in str(
+                field.annotation):
+            yield f"{place}{name}"
+
+
+@pytest.mark.parametrize("key", ["output", "data.train", "data.valid", "data.tokenizer",
+                                 "data.index_cache", "deepspeed"])
+def test_every_path_of_a_recipe_may_begin_with_it(recipe, monkeypatch, key):
+    from megatron_spdf.recipe.recipe import Recipe
+
+    monkeypatch.setenv("HOME", "/home/me")
+    assert set(fields_of_paths(Recipe)) == {
+        "output", "data.train", "data.valid", "data.tokenizer", "data.index_cache", "deepspeed"}
+    values = recipe(engine="deepspeed").model_dump(exclude={"mup_base"})
+    found = make_recipe(values, [f"{key}=~/x"], "r.yaml", rules=lambda _: [])
+    for name in key.split("."):
+        found = getattr(found, name)
+    assert found in ("/home/me/x", ["/home/me/x"])
+    with pytest.raises(ValueError, match=f"{key}.*no user 'nobody-such'"):
+        make_recipe(values, [f"{key}=~nobody-such/x"], "r.yaml", rules=lambda _: [])
+
+
+def test_and_of_a_blend_of_fine_tuning_and_of_the_recipe_that_is_extended(
+        recipe, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    made = recipe(data={"blend": [{"path": "~/pile/*", "weight": 1.0}]})
+    assert made.data.blend[0].path == f"{tmp_path}/pile/*"
+    (tmp_path / "base.yaml").write_text(
+        "checkpoint: ~/start\noutput: ~/run\ndata: {task: e2e, path: ~/e2e}\n"
+        "train: {global_batch: 8, micro_batch: 8}\noptimizer: {lr: 1e-4}\n")
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more/r.yaml").write_text("extends: ~/base.yaml\n")
+    tuned = load_recipe("~/more/r.yaml", kind=Finetune, rules=lambda _: [])
+    assert [tuned.checkpoint, tuned.output, tuned.data.path] == [
+        f"{tmp_path}/{name}" for name in ("start", "run", "e2e")]
+
+
+@pytest.fixture
+def parser():
+    parser = make_parser("")
+    parser.add_argument("place", nargs="?", type=Path)
+    parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("--prefix", type=path_text)
+    parser.add_argument("--input", nargs="+", default=["none"])
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--set", nargs="?", const="all")
+    parser.add_argument("--rank", action="append")
+    parser.add_argument("--json", action="store_true")
+    return parser
+
+
+def test_options_that_are_given_again(parser, capsys):
+    assert parser.parse_args(["--input", "a", "--json", "--input", "b", "c"]).input == ["a", "b",
+                                                                                         "c"]
+    assert parser.parse_args(["--workers", "4", "--workers", "8", "--json"]).workers == [4, 8]
+    assert parser.parse_args([]).input == ["none"]
+    assert parser.parse_args(["--json", "--json", "--rank", "1", "--rank", "2"]).rank == ["1", "2"]
+    assert parser.parse_intermixed_args(["--prefix", "x", "place", "--json"]).prefix == "x"
+    assert parser.parse_args(["--prefix", "y"]).prefix == "y"  # of another command line
+    for words in (["--output", "a", "-o", "a"], ["--prefix", "a", "--prefix", "b"],
+                  ["--set", "--set", "x"], ["--prefix=", "--prefix=b"]):
+        with pytest.raises(SystemExit) as ended:
+            parser.parse_args(words)
+        assert ended.value.code == 2 and "is given twice; give it once" in capsys.readouterr().err
+
+
+def test_paths_of_options(parser, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", "/home/me")
+    found = parser.parse_args(["~/a", "--output=~/b", "--prefix=~/c/"])
+    assert (found.place, found.output, found.prefix) == (Path("/home/me/a"), Path("/home/me/b"),
+                                                         "/home/me/c/")
+    for words in (["~nobody-such"], ["--prefix=~nobody-such"]):
+        with pytest.raises(SystemExit):
+            parser.parse_args(words)
+        assert "there is no user 'nobody-such'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("link", [os.link, os.symlink])
+def test_one_file_under_two_names(tree, link):
+    link(tree / "v1/c.jsonl", tree / "c.jsonl")
+    paths = [tree / name for name in ("v2/d.jsonl", "v1/c.jsonl", "c.jsonl")]
+    assert same_file(paths) == (paths[1], paths[2]) and same_file(paths[:2]) is None

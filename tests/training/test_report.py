@@ -1,0 +1,96 @@
+"""Figures of the log against what a step is by hand."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_spdf.checkpoint.run_metadata import RunState
+from megatron_spdf.engine.base import StepResult
+from megatron_spdf.evaluation.perplexity import bits_per_byte, perplexity, validation_loss
+from megatron_spdf.schedule.stages import stages_of
+from megatron_spdf.training.report import Report
+
+STEP = 8 * 32  # tokens, of which a step has as many
+
+
+class Log:
+    """Keeps what is recorded and said."""
+
+    active = True
+
+    def __init__(self):
+        self.records, self.said = {}, []
+
+    def record(self, kind: str, step: int, **figures) -> None:
+        self.records[kind] = {"step": step, **figures}
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+def report_of(recipe, stage: int, step: int, **state) -> Report:
+    """Of a run of two replicas whose first half is three quarters sparse."""
+    r = recipe(parallel={"data": 2}, stages=[{"share": 0.5, "sparsity": 0.75},
+                                             {"share": 0.5, "sparsity": 0.0}])
+    chosen = stages_of(r)[stage]
+    engine = SimpleNamespace(learning_rate=3e-4, measured_sparsity=lambda: {
+        name: weight.sparsity for name, weight in chosen.plan.weights.items()})
+    data = SimpleNamespace(consumed=lambda steps: steps * STEP, mean_length=32,
+                           valid_tokens_per_byte=0.25,
+                           consumed_by_source=lambda steps: {"a": steps * STEP})
+    return Report(chosen, engine, data, RunState(step, tokens=step * STEP, **state), Log())
+
+
+@pytest.mark.parametrize(("stage", "step"), [(0, 1), (0, 5), (1, 6), (1, 10)])
+def test_a_step_is_its_tokens_over_its_seconds_and_flops_are_those_of_active_weights(recipe, stage,
+                                                                                     step):
+    report = report_of(recipe, stage, step)
+    report.step(StepResult(2.0, 0.5, skipped=False, stop=False), seconds=0.5, waited=0.1)
+    found = report.log.records["train"]
+    assert (found["step"], found["tokens"], found["loss"], found["lr"]) == (step, step * STEP, 2.0,
+                                                                            3e-4)
+    assert (found["step_seconds"], found["data_seconds"]) == (0.5, 0.1)
+    assert found["tokens_per_second"] == 2 * STEP
+    assert found["sparsity"] == pytest.approx(0.0 if stage else 0.75)
+    assert found["source_tokens"] == {"a": step * STEP}
+    # table 2 of SPDF's supplement: of 4 layers of width 64, 32 tokens and 256 words
+    dense, rest = 72 * 4 * 64**2, 12 * 4 * 32 * 64 + 6 * 256 * 64
+    sparse_steps, dense_steps = min(step, 5), max(0, step - 5)
+    assert found["flops"] == pytest.approx(STEP * (
+        sparse_steps * (dense / 4 + rest) + dense_steps * (dense + rest)))
+    # of each of two ranks, as a device multiplies: with all weights
+    assert found["model_tflops_per_rank"] == pytest.approx(
+        STEP * (dense + rest) / 0.5 / 2 / 1e12)
+
+
+def test_an_evaluation_is_in_nats_and_bits(recipe):
+    report = report_of(recipe, 0, 5, best_step=3, worse=2)
+    report.validation(2.0794415, better=False)
+    found = report.log.records["valid"]
+    assert found["perplexity"] == pytest.approx(8.0)  # three bits a token, of four bytes
+    assert found["bits_per_byte"] == pytest.approx(3 / 4)
+    assert "no better than at step 3, 2 in a row" in report.log.said[0]
+
+
+def test_perplexity_and_bits():
+    assert perplexity(0.0) == 1.0 and perplexity(2.0794415) == pytest.approx(8.0)
+    assert perplexity(1e4) is None and perplexity(float("nan")) is None
+    assert bits_per_byte(0.6931472, 0.5) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("stop_at", "loss"), [(None, 3.0), (2, None), (0, None)])
+def test_validation_is_the_mean_over_its_batches_or_stops(stop_at, loss):
+    asked, evaluated = [], []
+
+    def evaluate(batch: float, stop: bool) -> tuple[float, bool]:
+        evaluated.append(batch)
+        return batch, stop
+
+    def stop_requested() -> bool:
+        asked.append(len(asked))
+        return stop_at is not None and asked[-1] >= stop_at
+
+    found = validation_loss(SimpleNamespace(evaluate=evaluate), [1.0, 2.0, 6.0], stop_requested)
+    assert found == loss and len(evaluated) == (3 if stop_at is None else stop_at + 1)
