@@ -93,8 +93,7 @@ class Holder:
 
     def __str__(self) -> str:
         job = f" of Slurm job {self.job}" if self.job else ""
-        said = f"process {self.pid} on {self.host}{job}, since {self.since}"
-        return printable(said)
+        return printable(f"process {self.pid} on {self.host}{job}, since {self.since}")
 
     def runs(self) -> bool | None:
         """Whether the process still runs; None: that cannot be told from here."""

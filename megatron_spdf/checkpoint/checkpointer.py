@@ -179,7 +179,7 @@ class Checkpointer:
     def _check_run(self, run: RunRecord, checkpoint: Path) -> None:
         """Raises a ValueError unless the checkpoint is of this recipe's run, in whatever directory
         it lies."""
-        changes = changes_of_run(Recipe.model_validate(run["recipe"]), self.recipe)
+        changes = changes_of_run(Recipe.model_validate(run["recipe"]), self.recipe, longer=True)
         if run["tokenizer"]["sha256"] != self.tokenizer.sha256:
             changes.append(f"tokenizer is {run['tokenizer']['sha256']} there and "
                            f"{self.tokenizer.sha256} here")

@@ -9,17 +9,33 @@ from megatron_spdf.recipe.finetune import Finetune
 from megatron_spdf.recipe.recipe import Recipe
 
 
-def changes_of_run(before: Recipe | Finetune, now: Recipe | Finetune) -> list[str]:
+def changes_of_run(before: Recipe | Finetune, now: Recipe | Finetune,
+                   longer: bool = False) -> list[str]:
     """One phrase for every value that two starts of one run must share and do not.
 
     The training data of a pre-training run may change where `data.on_blend_change` of the second is
     "continue".
+
+    Args:
+        longer: let the second train for more tokens or epochs, where no step depends on their
+            number: at a constant learning rate after the warm-up, with one stage and masks that do
+            not move.
     """
     there, here = before.identity(), now.identity()
+    if longer and _goes_on_alike(now):
+        for key in ("tokens", "epochs"):
+            if there["train"].get(key, 0) < here["train"].get(key, 0):
+                there["train"].pop(key), here["train"].pop(key)
     if isinstance(now, Recipe) and now.data.on_blend_change == "continue":
         for key in ("train", "blend"):  # data/blend.py keeps the blends of a run
             there["data"].pop(key), here["data"].pop(key)
     return list(_differences(there, here))
+
+
+def _goes_on_alike(recipe: Recipe | Finetune) -> bool:
+    moves = isinstance(recipe, Recipe) and (
+        bool(recipe.stages) or recipe.sparsity.algorithm != "static")
+    return recipe.optimizer.decay == "constant" and not moves
 
 
 def _differences(there: Any, here: Any, place: str = "") -> Iterator[str]:

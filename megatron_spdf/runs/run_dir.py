@@ -81,11 +81,12 @@ class RunDir:
         except ValueError as error:
             raise ValueError(f"{kept} cannot be read as a recipe ({error}); choose another "
                              "output") from None
-        changes = changes_of_run(before, self.recipe)
+        changes = changes_of_run(before, self.recipe, longer=True)
         if changes:
             raise ValueError(f"output={self.root} holds another recipe's run: "
                              f"{'; '.join(changes)}. Choose another output, or set these back to "
-                             "go on with that run")
+                             "go on with that run (it can be lengthened where it has one stage, "
+                             "masks that stay and optimizer.decay=constant)")
 
     def _check_links(self) -> None:
         """Raises a ValueError where the run would write through a link to another place. Saved

@@ -165,6 +165,31 @@ def test_a_second_job_is_refused_on_all_its_ranks_and_a_killed_one_does_not_bloc
         range(1, 25))
 
 
+def test_a_run_is_moved_lengthened_and_equals_one_that_was_that_long(start, workplace):
+    words, half = ["optimizer.decay=constant", "evaluate.every=12"], f"train.tokens={8 * 32 * 12}"
+    finish(start("output=short", half, *words))
+    (workplace / "short").rename(workplace / "longer")
+    out = finish(start("output=longer", *words))
+    finish(start("output=long", *words))
+    assert "resumed from step_00000012" in out
+    assert records(workplace / "longer") == records(workplace / "long")
+
+
+def test_a_slow_disk_on_one_rank_is_survived(start, workplace):
+    (workplace / "slow_disk.py").write_text("""
+import os, time
+from megatron_spdf.checkpoint import store
+describe = store.describe
+def slow(path):
+    time.sleep(3.0 if os.environ["RANK"] == "1" else 0.0)
+    return describe(path)
+store.describe = slow
+""")
+    out = finish(start("output=slow", "parallel.tensor=2", "fault_tolerance.hang_seconds=2",
+                       ranks=2, SPDF_PLUGINS="slow_disk", PYTHONPATH=str(workplace)))
+    assert "saved slow/checkpoints/step_00000024" in out
+
+
 @pytest.fixture
 def small_disk(workplace):
     """A directory on a file system of its own, and how to change that one's size in KiB."""
