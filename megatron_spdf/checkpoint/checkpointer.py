@@ -26,6 +26,7 @@ from megatron_spdf.checkpoint.run_metadata import (
     seeded_masks,
     stored_masks,
 )
+from megatron_spdf.checkpoint.safe_index import INDEX
 from megatron_spdf.checkpoint.saving import SaveThread
 from megatron_spdf.checkpoint.shared_files import newest_of_all
 from megatron_spdf.checkpoint.tensors import TensorFiles
@@ -202,8 +203,9 @@ class Checkpointer:
 
 def _open_verified(checkpoint: Path) -> TensorFiles:
     """Vets a checkpoint's index, and verifies this rank's share of the files."""
-    files = TensorFiles(checkpoint)
     names = store.files_of(checkpoint)
+    store.verify(checkpoint, names=[INDEX, store.RUN])
+    files = TensorFiles(checkpoint)
     store.verify(checkpoint, names=names[dist.get_rank()::dist.get_world_size()])
     return files
 
