@@ -89,14 +89,19 @@ class RunDir:
                              "masks that stay and optimizer.decay=constant)")
 
     def _check_links(self) -> None:
-        """Raises a ValueError where the run would write through a link to another place. Saved
-        checkpoints that the user has moved to another disk and linked are no such place."""
+        """Raises a ValueError where the run would write through a link to another place, or to a
+        pipe. Saved checkpoints that the user has moved to another disk and linked are no such
+        place."""
         for link in links_out(self.root) if self.root.is_dir() else []:
             if link == self.checkpoints and store.may_be_elsewhere(link):
                 continue
             raise ValueError(f"output={self.root}: {link.name} is a link to "
                              f"{os.path.realpath(link)}, and a run writes to its own directory "
                              "only; remove the link, or choose another output")
+        for path in self.root.iterdir() if self.root.is_dir() else []:
+            if not (path.is_file() or path.is_dir()):  # whoever opens a pipe may wait for ever
+                raise ValueError(f"output={self.root}: {path.name} is neither a file nor a "
+                                 "directory; remove it, or choose another output")
         store.require_present(self.checkpoints)
 
     def take(self) -> None:
