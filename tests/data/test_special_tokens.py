@@ -163,6 +163,22 @@ def test_bytes_stand_for_rare_characters_even_where_they_are_called_special(tmp_
     assert tokenizer.decode(tokenizer.encode("a </s>\n\u6f22")).endswith("</s>\n\u6f22")
 
 
+def test_one_without_a_token_for_what_it_does_not_know_is_refused(tmp_path):
+    made = bare(models.Unigram([("</s>", 0.0), ("a", -1.0), ("\u2581", -1.0)], None),
+                pre_tokenizers.Metaspace(), decoders.Metaspace())
+    with pytest.raises(ValueError, match="cannot encode .*token for what it does not know"):
+        load(tmp_path, made)
+
+
+def test_dropout_of_a_description_is_left_out(trained, tmp_path):
+    """Preprocessing is to give the same ids at every call."""
+    description = json.loads(trained["byte-level BPE"].to_str())
+    sure = load(tmp_path / "sure", description)
+    description["model"]["dropout"] = 0.9
+    tokenizer = load(tmp_path / "random", description)
+    assert all(tokenizer.encode(text) == sure.encode(text) for text in TEXTS)
+
+
 def test_a_description_of_before_models_had_types(trained, tmp_path):
     description = json.loads(trained["byte-level BPE"].to_str())
     del description["model"]["type"]
