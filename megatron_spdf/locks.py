@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from megatron_spdf.files import new_file, open_to_append, write_file
+from megatron_spdf.text import printable
 
 # File systems without locks: what is guarded here is then guarded by atomic renames alone.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -92,8 +93,7 @@ class Holder:
 
     def __str__(self) -> str:
         job = f" of Slurm job {self.job}" if self.job else ""
-        said = f"process {self.pid} on {self.host}{job}, since {self.since}"
-        return "".join(c if c.isprintable() else "?" for c in said)
+        return printable(f"process {self.pid} on {self.host}{job}, since {self.since}")
 
     def runs(self) -> bool | None:
         """Whether the process still runs; None: that cannot be told from here."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -14,11 +15,13 @@ from torch import Tensor
 from megatron_spdf.architecture.base import ARCHITECTURES, EMBEDDING, Model, Weight
 from megatron_spdf.architecture.forms import UnknownFamily, model_of
 from megatron_spdf.convert.foreign import place_of, read_pickled, require_finite
+from megatron_spdf.data.tokenizers.base import END_FILE
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, tokenizer_files
 from megatron_spdf.records import read_json
 from megatron_spdf.text import printable
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 CONFIG = "config.json"
 # or the same with .index.json, in several files
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -60,7 +63,14 @@ class HuggingFaceReader:
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
-        return load_tokenizer(self.path) if tokenizer_files(self.path) else None
+        if not tokenizer_files(self.path):
+            return None
+        tokenizer, end = load_tokenizer(self.path), self.config.get("eos_token_id")
+        if isinstance(end, int) and end != tokenizer.eod:
+            logger.warning(f"{self.path}: {CONFIG} ends texts with the id {end}, and the tokenizer "
+                           f"documents with {tokenizer.end_token!r}, id {tokenizer.eod}; where it "
+                           f"should be the other, write that token to {END_FILE} there")
+        return tokenizer
 
     def weight(self, name: str) -> Tensor:
         """A parameter by its canonical name, in the type of the file; the vocabulary padded with

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from megatron_spdf.data.finetuning.task import TASKS
@@ -91,9 +91,18 @@ def render(scores: Scores) -> str:
     parts = [ALL, *sorted(scores.values.keys() - {ALL})]
     names = list(dict.fromkeys(name for part in parts for name in scores.values[part]))
     columns = [Column("metric", str),
-               *(Column(part, scores.values[part].get, ".6f") for part in parts)]
+               *(Column(part, _short(scores.values[part]), ".6f") for part in parts)]
     missing = [f"{name}: missing ({why})" for name, why in scores.missing.items()]
     if scores.left_out:
         missing.append(f"{scores.left_out:,} inputs have no reference and are not scored")
     behind = [f"  {name}: {signature}" for name, signature in scores.signatures.items()]
     return "\n".join([Table(columns, names).text(), *missing, *behind])
+
+
+def _short(values: dict[str, float]) -> Callable[[str], float | str | None]:
+    """Value of a metric, or its text where that has fewer digits, as of a model's that has all but
+    diverged."""
+    def value(name: str) -> float | str | None:
+        found = values.get(name)
+        return f"{found:.6e}" if found is not None and abs(found) >= 1e12 else found
+    return value

@@ -7,6 +7,8 @@ need them.
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing.util  # its exit handler, registered on import, must run after ours
 import signal
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -32,3 +34,13 @@ class StopRequest:
 def block_in_worker(_: int) -> None:
     """Blocks both signals in a DataLoader's worker, as its `worker_init_fn`."""
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Ends at exit the workers that an error has left, since Python would end them with a signal
+    that they block, and wait for them for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises for a killed worker
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()

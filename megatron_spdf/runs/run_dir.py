@@ -94,7 +94,8 @@ class RunDir:
         if changes:
             raise ValueError(f"output={self.root} holds another recipe's run: "
                              f"{'; '.join(changes)}. Choose another output, or set these back to "
-                             "go on with that run")
+                             "go on with that run (it can be lengthened where it has one stage, "
+                             "masks that stay and optimizer.decay=constant)")
 
     def _changes(self, before: Recipe | Finetune) -> list[str]:
         """How this start differs from the last, inputs by their content where that is known."""
@@ -102,7 +103,7 @@ class RunDir:
         recorded = read_json(kept, dict[str, str]) if kept.is_file() else {}
         known = recorded.keys() & self.contents.keys()
         same = {key for key in known if recorded[key] == self.contents[key]}
-        changes = changes_of_run(before, self.recipe, same)
+        changes = changes_of_run(before, self.recipe, longer=True, same=same)
         if isinstance(self.recipe, Recipe) and self.recipe.data.on_blend_change == "continue":
             known -= {"data.train", "data.blend"}
         # a run goes on as it began, whatever its start has become since
@@ -111,14 +112,19 @@ class RunDir:
         return changes + [f"{key} has another content than at the last start" for key in changed]
 
     def _check_links(self) -> None:
-        """Raises a ValueError where the run would write through a link to another place. Saved
-        checkpoints that the user has moved to another disk and linked are no such place."""
+        """Raises a ValueError where the run would write through a link to another place, or to a
+        pipe. Saved checkpoints that the user has moved to another disk and linked are no such
+        place."""
         for link in links_out(self.root) if self.root.is_dir() else []:
             if link == self.checkpoints and store.may_be_elsewhere(link):
                 continue
             raise ValueError(f"output={self.root}: {link.name} is a link to "
                              f"{os.path.realpath(link)}, and a run writes to its own directory "
                              "only; remove the link, or choose another output")
+        for path in self.root.iterdir() if self.root.is_dir() else []:
+            if not (path.is_file() or path.is_dir()):  # whoever opens a pipe may wait for ever
+                raise ValueError(f"output={self.root}: {path.name} is neither a file nor a "
+                                 "directory; remove it, or choose another output")
         store.require_present(self.checkpoints)
 
     def take(self) -> None:

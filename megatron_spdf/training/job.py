@@ -22,7 +22,7 @@ from megatron_spdf import exit_codes
 from megatron_spdf.checkpoint.run_metadata import INITIAL, Masks
 from megatron_spdf.checkpoint.shared_files import newest_of_all
 from megatron_spdf.checkpoint.store import step_of
-from megatron_spdf.command_line import add_overrides, make_parser, print_words
+from megatron_spdf.command_line import add_overrides, make_parser, print_words, say
 from megatron_spdf.data.indexed.tokens import DataFault
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
 from megatron_spdf.locks import Held
@@ -108,7 +108,7 @@ def refusals() -> Iterator[None]:
     try:
         yield
     except tuple(REFUSALS) as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        say(f"{Path(sys.argv[0]).name}: {error}", sys.stderr)
         code = next(c for kind, c in REFUSALS.items() if isinstance(error, kind))
         raise SystemExit(code) from None
 

@@ -99,6 +99,18 @@ def test_no_remedy_leads_in_a_circle(place, recipe, tmp_path):
     write_initial_checkpoint(source, recipe, data_tokenizer(recipe), tmp_path / "run")
 
 
+def test_another_end_of_texts_in_the_configuration_is_said(place, tmp_path, caplog):
+    for name in ("model.safetensors", "vocab.json", "merges.txt"):
+        (tmp_path / name).write_bytes((place / "model" / name).read_bytes())
+    config = json.loads((place / "model" / "config.json").read_text())
+    for end, said in ((IDS - 1, False), (5, True), ([5, IDS - 1], False), (None, False)):
+        caplog.clear()
+        (tmp_path / "config.json").write_text(json.dumps({**config, "eos_token_id": end}))
+        assert open_weights(tmp_path).tokenizer.eod == IDS - 1
+        assert ("ends texts with the id 5, and the tokenizer documents with '<|endoftext|>'"
+                in caplog.text) == said
+
+
 def test_data_of_another_tokenizer_are_not_the_models(place, tmp_path, recipe):
     """More ids than the model has rows: neither number is set, the data are."""
     directory = write_gpt2(tmp_path / "small")
@@ -185,3 +197,5 @@ def test_a_diverged_model_has_no_perplexity(place, tmp_path, factor):
 
     written = json.loads((tmp_path / "scores" / "scores.json").read_text(), parse_constant=refuse)
     assert written["scores"]["all"]["perplexity"] is None
+    scores.values["all"]["perplexity"] = 1.25e249
+    assert "perplexity  1.250000e+249" in render(scores)

@@ -19,6 +19,8 @@ from text_shards import records, write_shard
 
 from megatron_spdf.data.preprocess.preprocess import preprocess
 from megatron_spdf.data.pretraining import samples
+from megatron_spdf.data.pretraining.corpus import check_corpus
+from megatron_spdf.data.pretraining.dataset import TokenData
 from megatron_spdf.data.pretraining.index_cache import built_once
 from megatron_spdf.data.pretraining.samples import (
     DocumentBoundaries,
@@ -112,6 +114,22 @@ def test_another_length_has_an_index_of_its_own(make, place, monkeypatch):
         made = make(train={"sequence_length": length})
         assert len(made) == (len(stored(place / "a")) - 1) // length
         assert texts(made).shape == (len(made), length + 1)
+
+
+@pytest.mark.parametrize("asked", [1, 2, 1000])
+def test_an_evaluation_is_of_whole_batches_and_of_no_more_than_there_is(recipe, place, tokenizer,
+                                                                        tmp_path, asked):
+    made = recipe(model={"vocab_size": 300}, evaluate={"batches": asked},
+                  train={"sequence_length": LENGTH, "global_batch": 8},
+                  data={"train": str(place / "a"), "valid": [str(place / "a"), str(place / "b")]})
+    data = TokenData(made, check_corpus(made), tmp_path, reads=True)
+    windows = sum((len(stored(place / name)) - 1) // LENGTH for name in "ab")
+    assert data.valid_batches == min(asked, windows // 8) and len(data.valid) == (
+        8 * data.valid_batches)
+    labels = [token for window in range(len(data.valid))
+              for token in data.valid[window]["labels"].tolist()]
+    size = sum(tokenizer.text_bytes([token]) for token in labels)
+    assert data.valid_tokens_per_byte == pytest.approx(len(labels) / size)
 
 
 def test_labels_are_the_next_tokens_and_every_one_counts(make):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -105,6 +106,20 @@ def test_a_damaged_tokenizer_json_is_not_passed_over(place):
     (place / "tokenizer.json").write_text('{"model": {}}')
     with pytest.raises(ValueError, match="not a tokenizer.json"):
         load_tokenizer(place)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "end_of_document.txt"])
+def test_a_pipe_is_refused_and_not_waited_for(place, name):
+    os.mkfifo(place / name)
+    with pytest.raises(ValueError, match=f"{name} cannot be read"):
+        load_tokenizer(place)
+
+
+def test_links_are_read_as_hugging_faces_cache_has_them(place, tmp_path):
+    (tmp_path / "linked").mkdir()
+    for file in place.iterdir():
+        (tmp_path / "linked" / file.name).symlink_to(file)
+    assert load_tokenizer(tmp_path / "linked").sha256 == load_tokenizer(place).sha256
 
 
 def test_files_that_only_tokenizer_json_makes_sense_of(place):

@@ -73,6 +73,24 @@ def test_run_of_another_recipe_is_refused_with_both_values(claimed, recipe, chan
     assert str(claimed.root) in str(caught.value) and "Choose another output" in str(caught.value)
 
 
+@pytest.mark.parametrize("change, longer, allowed", [
+    ({}, 5120, True), ({}, 1280, False), ({"optimizer": {"decay": "cosine"}}, 5120, False),
+    ({"optimizer": {"decay": "linear"}}, 5120, False),
+    ({"sparsity": {"level": 0.75, "algorithm": "set", "update": {"every": 2}}}, 5120, False),
+    ({"stages": [{"share": 0.5, "sparsity": level} for level in (0.75, 0.0)]}, 5120, False)])
+def test_a_run_is_lengthened_where_no_step_depends_on_its_length(recipe, change, longer, allowed):
+    sections = {"optimizer": {"decay": "constant"}, **change}
+    run = RunDir(recipe(**sections, train={"tokens": 2560}))
+    run.check()
+    run.create()
+    grown = RunDir(recipe(**sections, train={"tokens": longer}))
+    if allowed:
+        grown.check()
+        return
+    with pytest.raises(ValueError, match="tokens is 2560 there.*it can be lengthened where"):
+        grown.check()
+
+
 def test_every_difference_is_named(claimed, recipe):
     with pytest.raises(ValueError) as caught:
         RunDir(recipe(sparsity=0.5, seed=9, optimizer={"lr": 0.002})).check()

@@ -11,6 +11,7 @@ from pathlib import Path
 from megatron_spdf.data.indexed.manifest import check_prefix, is_foreign
 from megatron_spdf.data.indexed.tokens import look_at_ids
 from megatron_spdf.data.pretraining.blend import BlendHistory
+from megatron_spdf.data.pretraining.shared_memory import require_shared_memory
 from megatron_spdf.data.pretraining.sources import Source, expand, make_source, training_sources
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megatron_spdf.recipe.recipe import Recipe
@@ -40,7 +41,7 @@ def check_corpus(recipe: Recipe) -> Corpus:
 
     Raises:
         ValueError: a data set is damaged, too small or of another tokenizer, or the blend is not
-            the run's.
+            the run's, or shared memory is too small for the loader processes.
         FileNotFoundError: a tokenizer is missing.
     """
     entries = expand(recipe.data)
@@ -52,6 +53,7 @@ def check_corpus(recipe: Recipe) -> Corpus:
     for source in train + valid:
         if is_foreign(source.prefix):
             look_at_ids(source.prefix, tokenizer.vocab_size)
+    require_shared_memory(recipe)
     if recipe.data.on_blend_change == "refuse":
         BlendHistory(Path(recipe.output), train).require_unchanged()
     return Corpus(tokenizer, train, valid)

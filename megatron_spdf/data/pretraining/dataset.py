@@ -32,6 +32,7 @@ from megatron_spdf.data.pretraining.samples import (
     samples_in,
     samples_per_index,
 )
+from megatron_spdf.data.pretraining.shared_memory import prefetched, shared_memory_fault
 from megatron_spdf.model.batch import MicroBatch
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.resilience.signals import block_in_worker
@@ -167,16 +168,18 @@ class TokenData:
             yield from ([{}] * per_step for _ in range(first, last))
             return
         workers = self.recipe.data.workers
-        loader = iter(DataLoader(
+        loader = DataLoader(
             _FaultsInPlace(dataset),
             batch_sampler=(self._indices(step, m) for step in range(first, last)
                            for m in range(per_step)),
             num_workers=workers,
             collate_fn=_collate,
             worker_init_fn=block_in_worker,
-            prefetch_factor=2 * per_step if workers else None,
+            prefetch_factor=prefetched(self.recipe) if workers else None,
             pin_memory=torch.cuda.is_available(),
-        ))
+        )
+        with _named(dataset):
+            loader = iter(loader)
         for _ in range(first, last):
             yield [_next(loader, dataset) for _ in range(per_step)]
 
@@ -210,15 +213,25 @@ def _collate(samples: list[dict[str, Tensor] | DataFault]) -> MicroBatch | DataF
 def _next(loader: Iterator[MicroBatch | DataFault],
           samples: TrainingSamples | Windows) -> MicroBatch:
     """The next micro-batch; raises the fault that came in its place."""
-    try:
+    with _named(samples):
         batch = next(loader)
-    except RuntimeError:  # a loader process died, perhaps of an index that was cut off as it read
-        for tokens in samples.read_from:
-            tokens.require_whole_index()
-        raise
     if isinstance(batch, DataFault):
         raise batch
     return batch
+
+
+@contextmanager
+def _named(samples: TrainingSamples | Windows) -> Iterator[None]:
+    """Names what a loader process died of, where that is known: an index that was cut off as it
+    read, or a lack of shared memory."""
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        for tokens in samples.read_from:
+            tokens.require_whole_index()
+        if fault := shared_memory_fault(error):
+            raise DataFault(fault) from None
+        raise
 
 
 @contextmanager

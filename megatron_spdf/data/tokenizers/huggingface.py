@@ -71,7 +71,10 @@ class HuggingFace(Tokenizer):
         elif unknown == self.end_token:
             raise ValueError(f"{self.end_token!r} is the token of unknown text, which would end "
                              "documents; name another token as their end")
-        names = self._specials | {self.end_token}
+        names, pieces = self._specials | {self.end_token}, model.get("vocab") or {}
+        apart = names.isdisjoint(pieces if isinstance(pieces, dict) else dict(pieces))
+        if apart and names == self._specials and not model.get("dropout"):
+            return self._tokenizer  # which looks for added tokens only, and is told not to
         encoder = tokenizers.Tokenizer.from_buffer(unspellable(description, names))
         assert len(encoder.get_vocab()) == len(self.vocabulary), "the ids are no longer the same"
         return encoder

@@ -17,6 +17,7 @@ from megatron_spdf.data.tokenizers.base import END_FILE, Tokenizer, well_formed
 from megatron_spdf.data.tokenizers.gpt2 import Gpt2Bpe
 from megatron_spdf.data.tokenizers.huggingface import HuggingFace
 from megatron_spdf.data.tokenizers.sentencepiece import SentencePiece
+from megatron_spdf.files import open_regular
 from megatron_spdf.records import read_json
 
 __all__ = ["Tokenizer", "load_tokenizer", "tokenizer_files", "train_tokenizer"]
@@ -111,7 +112,7 @@ def _richest(path: Path, candidates: list[tuple[type[Tokenizer], list[Path]]],
     is theirs."""
     made: dict[str, Tokenizer] = {}
     for kind, files in candidates:
-        contents = [file.read_bytes() for file in files]
+        contents = [_content(file) for file in files]
         try:
             made[files[0].name] = _with_end(path, kind, contents, end)
         except ValueError:
@@ -176,7 +177,16 @@ def _losses(tokenizer: Tokenizer) -> list[str]:
 
 def _saved_end(directory: Path) -> str | None:
     file = directory / END_FILE
-    return file.read_text(encoding="utf-8").strip() or None if file.is_file() else None
+    return _content(file).decode().strip() or None if file.exists() else None
+
+
+def _content(file: Path) -> bytes:
+    """Bytes of a file; Hugging Face's cache has links to them."""
+    try:
+        with open_regular(file.resolve()) as opened:
+            return opened.read()
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read ({error}); copy it again") from None
 
 
 def _configured_end(path: Path) -> str | None:
