@@ -14,7 +14,7 @@ from official_figures import DART, E2E, GROUPS, OUTPUTS, REFERENCES, WEBNLG
 from rouge_score.rouge_scorer import RougeScorer
 
 from megatron_spdf.evaluation.metrics import java
-from megatron_spdf.evaluation.metrics.ngrams import bleu_tokenized
+from megatron_spdf.evaluation.metrics.ngrams import bleu_13a, bleu_tokenized
 from megatron_spdf.evaluation.metrics.nist import nist
 from megatron_spdf.evaluation.metrics.summaries import rouge
 from megatron_spdf.evaluation.references import References
@@ -80,6 +80,15 @@ def test_an_empty_reference_counts_as_multi_bleu_counts_it(second, figure):
     references = [first, ["in fact it is by river and quite cheap"]]
     found = bleu_tokenized(outputs, References(tuple(references), ("", "")))
     assert found["all"]["BLEU"].value == pytest.approx(figure, abs=5e-3)
+
+
+def test_without_a_common_n_gram_of_four_there_is_no_bleu():
+    """The Python port prints 1e-8 here; smoothed it would be 0.2."""
+    references = References((["A cheap pub", "The pub has low prices"], ["By the river it is"]),
+                            ("", ""))
+    for measure in (bleu_13a, bleu_tokenized):
+        found = measure(["The pub is cheap", "It is near the river"], references)
+        assert found["all"]["BLEU"].value == 0.0
 
 
 def test_nist_of_outputs_shorter_than_an_n_gram():

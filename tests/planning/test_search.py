@@ -72,6 +72,9 @@ def test_misfits_say_by_how_much(recipe):
     assert large and [m.excess for m in large] == sorted(m.excess for m in large)
     for misfit in large:
         peak = fullest(misfit.recipe, Plan.of(r)).peak
+        # the smallest variant, of which less cannot be asked
+        train = misfit.recipe.train
+        assert (train.micro_batch, train.recompute) == (1, "full")
         assert misfit.excess == pytest.approx(peak - USABLE * GPU.memory, abs=1)
         assert f"{misfit.excess / 2**30:,.1f} GiB too much" in misfit.reason
 

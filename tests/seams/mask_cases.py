@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 from unittest.mock import patch
 
-import by_gradient  # noqa: F401
 import numpy as np
 import sgd_tenant  # noqa: F401
 import torch

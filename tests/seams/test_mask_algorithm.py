@@ -37,8 +37,8 @@ LAYOUTS = {
     "recompute": {"parallel": {"data": 2}, "train": {"recompute": "full"}},
 }
 # Layouts for an algorithm that needs the gradient of the dense weights.
-BY_GRADIENT = {"level": 0.75, "algorithm": "by_gradient",
-               "update": {"every": EVERY, "fraction": 0.1, "stop": 1.0}}
+RIGL = {"level": 0.75, "algorithm": "rigl",
+        "update": {"every": EVERY, "fraction": 0.1, "stop": 1.0, "anneal": "constant"}}
 GRADIENTS = ["tp2", "tp2 sp", "pp2 interleaved", "zero 0", "zero 1", "deepspeed zero 0",
              "deepspeed zero 1", "deepspeed zero 2", "deepspeed zero 3", "recompute"]
 SAME = ["zero 1", "deepspeed zero 2"]  # layouts at which a run goes on bit for bit
@@ -101,11 +101,13 @@ def test_masks_move_alike_in_bf16(run, one, name):
 
 @pytest.mark.parametrize(("sections", "change"), [
     ({}, {}), *((LAYOUTS[name], {}) for name in GRADIENTS),
-    (LAYOUTS["tp2 sp"], {"dense_copy": "per_layer"})], ids=["one", *GRADIENTS, "per layer"])
+    (LAYOUTS["tp2 sp"], {"dense_copy": "per_layer"}), ({"train": {"micro_batch": 8}}, {}),
+    ({"train": {"micro_batch": 2}}, {})],
+    ids=["one", *GRADIENTS, "per layer", "one micro-batch", "four micro-batches"])
 def test_the_dense_gradient_is_that_of_the_whole_batch(ranks, recipe, run, sections, change):
     """Entries within rounding of the last that dies or is born may go the other way."""
-    reference = ranks(1).run(plain, recipe({}, sparsity=BY_GRADIENT))
-    there = run(sections, BY_GRADIENT | change)
+    reference = ranks(1).run(plain, recipe({}, sparsity=RIGL))
+    there = run(sections, RIGL | change)
     close(there[0]["losses"], reference["losses"])
     active = together(there, "active")
     apart = sum(int((mask & ~active[key]).sum()) for key, mask in reference["active"].items())
@@ -113,8 +115,20 @@ def test_the_dense_gradient_is_that_of_the_whole_batch(ranks, recipe, run, secti
     assert len(active) == len(reference["active"]) and len(there[0]["moves"]) == 3
 
 
+@pytest.mark.parametrize("name", ["set", "rigl"])
+@pytest.mark.parametrize("layout", ["tp2 sp", "pp2 interleaved", "zero 1", "deepspeed zero 3"])
+def test_sixty_steps_with_a_move_every_five_are_the_same(run, layout, name):
+    moving = {"level": 0.75, "algorithm": name, "update": {"every": 5}}
+    long = {"train": {"tokens": 8 * 32 * 60}}
+    there, reference = run(LAYOUTS[layout] | long, moving), run(long, moving)[0]
+    close(there[0]["losses"], reference["losses"])
+    assert [move["step"] for move in there[0]["moves"]] == list(range(5, 45, 5))
+    if name == "set":  # gradients of RigL may be within rounding of each other
+        assert together(there) == reference["masks"]
+
+
 def test_collecting_the_gradient_changes_no_digit(run):
-    still = BY_GRADIENT | {"update": {"every": EVERY, "fraction": 0.0}}
+    still = RIGL | {"update": {"every": EVERY, "fraction": 0.0}}
     collected, static = (run(LAYOUTS["zero 1"], sparsity)[0] for sparsity in (still, 0.75))
     assert collected["losses"] == static["losses"]
 
@@ -173,7 +187,7 @@ def test_the_planner_knows_what_a_move_sends(run, name):
     assert len(found["sent"]) == found["predicted"].count == 3
     exact = 0.1 if name == "deepspeed zero 3" else 1e-9  # which keeps some weights whole
     assert found["sent"] == [pytest.approx(found["predicted"].carried, rel=exact)] * 3
-    found = run(LAYOUTS[name], BY_GRADIENT)[0]
+    found = run(LAYOUTS[name], RIGL)[0]
     predicted = found["predicted"].carried + found["predicted"].reduced
     assert found["sent"] == [pytest.approx(predicted, rel=exact)] * 3
 
