@@ -34,7 +34,7 @@ from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
 from megatron_spdf.engine.base import Engine
 from megatron_spdf.files import write_json
 from megatron_spdf.layers.compact import compact_of, sparse_modules
-from megatron_spdf.recipe.compare import changes_of_run
+from megatron_spdf.recipe.compare import INPUTS, changes_of_run
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.sparsity.plan import Plan
 
@@ -179,8 +179,9 @@ class Checkpointer:
 
     def _check_run(self, run: RunRecord, checkpoint: Path) -> None:
         """Raises a ValueError unless the checkpoint is of this recipe's run, in whatever directory
-        it lies."""
-        changes = changes_of_run(Recipe.model_validate(run["recipe"]), self.recipe, longer=True)
+        it lies. The run's directory has been compared by the content of its data."""
+        changes = changes_of_run(Recipe.model_validate(run["recipe"]), self.recipe, longer=True,
+                                 same=INPUTS)
         if run["tokenizer"]["sha256"] != self.tokenizer.sha256:
             changes.append(f"tokenizer is {run['tokenizer']['sha256']} there and "
                            f"{self.tokenizer.sha256} here")

@@ -113,13 +113,15 @@ def refusals() -> Iterator[None]:
         raise SystemExit(code) from None
 
 
-def open_run(ranks: Ranks, recipe: Recipe | Finetune, alone: bool) -> RunDir:
+def open_run(ranks: Ranks, recipe: Recipe | Finetune, contents: dict[str, str],
+             alone: bool) -> RunDir:
     """Opens the directory of a run, after checking that it may start there with these ranks. Rank 0
     takes it, until the process ends; the others learn in `run_job` if it could not.
 
     Args:
         ranks: this process among all.
         recipe: of the run.
+        contents: of its inputs, see `RunDir`.
         alone: whether this process does not join the others.
 
     Raises:
@@ -127,7 +129,7 @@ def open_run(ranks: Ranks, recipe: Recipe | Finetune, alone: bool) -> RunDir:
             that another job has.
     """
     check_world(ranks, recipe.parallel)
-    run = RunDir(recipe)
+    run = RunDir(recipe, contents)
     run.check()
     if ranks.rank == 0:
         run.take()
