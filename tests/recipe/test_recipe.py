@@ -254,6 +254,7 @@ BAD = {
     "override without value": (["parallel.tensor"], "'parallel.tensor'", "section.key=value",
                                "parallel.tensor=2"),
     "override without name": (["=3"], "'=3'", "section.key=value", "parallel.tensor=2"),
+    "override with a key of many parts": ([".".join("a" * 5000) + "=1"], "has over 64 parts"),
     "override that is not YAML": (["parallel.tensor=[1"], "parallel.tensor=[1"),
     "override that empties a section": (["train=null"], "train=None"),
     "override that empties sparsity": (["sparsity=null"], "sparsity"),
