@@ -3,6 +3,7 @@ code is refused before it does."""
 
 from __future__ import annotations
 
+import copyreg
 import os
 import pickle
 import re
@@ -214,6 +215,19 @@ def two_in_one_place(loaded):
     loaded.storage_data[W] = loaded.storage_data[MetadataIndex("w", torch.Size([0, 0]))]
 
 
+class Twin:
+    """Pickles to an entry's key, and is another key of a dictionary."""
+
+    __class__ = property(lambda self: MetadataIndex)
+
+    def __reduce_ex__(self, _):
+        return copyreg.__newobj__, (MetadataIndex,), vars(W)
+
+
+def two_places(loaded):
+    loaded.storage_data[Twin()] = _StorageInfo("__0_0.distcp", 0, 10)
+
+
 def huge(loaded):
     entry = loaded.state_dict_metadata["w"]
     entry.size = torch.Size([10**12, 3])
@@ -284,6 +298,7 @@ WRONG = {
     "compressed": (compress, "is compressed or encrypted"),
     "no place": (forget_a_place, "does not say where the part of w at .2, 0. is"),
     "two in one": (two_in_one_place, "has w and w in the same bytes of __0_0.distcp"),
+    "two places": (two_places, "it has two places of 'w'"),
     "huge": (huge, "part of w at .2, 0. is larger than its"),
     "outside": (outside_of_the_shape, "part of w lies outside of its shape"),
     "other axes": (other_axes, "part of w lies outside of its shape"),
