@@ -41,7 +41,7 @@ def main() -> int:
         if options.dry_run:
             print(f"{render_recipe(finetune)}\n{prepared.summary}")
             return exit_codes.FINISHED
-        run = open_run(ranks, finetune, alone=options.preflight)
+        run = open_run(ranks, finetune, prepared.contents, alone=options.preflight)
         if options.preflight:
             return preflight(run)
     return run_job(Job(ranks, run, stages_of(prepared.recipe), prepared.summary, prepared.tokenizer,

@@ -45,7 +45,7 @@ def main() -> int:
             print(f"{render_recipe(recipe)}\n{summary}")
             return exit_codes.FINISHED
         corpus = check_corpus(recipe)
-        run = open_run(ranks, recipe, alone=options.preflight)
+        run = open_run(ranks, recipe, corpus.contents, alone=options.preflight)
         if options.preflight:
             return preflight(run)
 

@@ -45,7 +45,7 @@ pretrain() { # RECIPE ARGUMENT...: pre-trains; a first argument that ends in .ya
   shift
   begin "$@"
   [[ ${ARGUMENTS[0]:-} != *.yaml ]] || { recipe=${ARGUMENTS[0]}; ARGUMENTS=("${ARGUMENTS[@]:1}"); }
-  recipe=$(recipe_file "$recipe" pretrain) || exit $?
+  recipe_file recipe "$recipe" pretrain
   train pretrain.py "$recipe" parallel.data=auto "${ARGUMENTS[@]}"
 }
 
@@ -54,7 +54,7 @@ finetune() { # TASK RUN OVERRIDE...: fine-tunes a run on a task, which is a name
   local task=${ARGUMENTS[0]:-} run=${ARGUMENTS[1]:-}
   [[ -n $task && -n $run && $run != *=* ]] || die "which task and which run? write: sbatch launch/finetune.sh TASK RUN [section.key=value ...], TASK one of $(tasks)"
   local recipe
-  recipe=$(recipe_file "$task" finetune) || exit $?
+  recipe_file recipe "$task" finetune
   train finetune.py "$recipe" "checkpoint=$run" parallel.data=auto "${ARGUMENTS[@]:2}"
 }
 
@@ -62,7 +62,7 @@ finetune_sweep() { # TASK RUN OVERRIDE...: runs one combination of the recipe's 
   begin "$@"
   local task=${ARGUMENTS[0]:-} run=${ARGUMENTS[1]:-} recipe trial sweep
   [[ -n $task && -n $run && $run != *=* ]] || die "which task and which run? write: sbatch --array=0-11 launch/finetune_sweep.sh TASK RUN [section.key=value ...], TASK one of $(tasks)"
-  recipe=$(recipe_file "$task" finetune) || exit $?
+  recipe_file recipe "$task" finetune
   sweep=("$recipe" "checkpoint=$run" parallel.data=auto "${ARGUMENTS[@]:2}")
   words_of trial once "$SPDF_PYTHON" "$SPDF_ROOT/tools/sweep.py" "${sweep[@]}" --index "${SLURM_ARRAY_TASK_ID:-0}" --words
   AFTERWARDS=("$SPDF_PYTHON" "$SPDF_ROOT/tools/sweep.py" "${sweep[@]}" --select)
@@ -73,7 +73,8 @@ evaluate() { # TASK RUN OPTION...: scores the best checkpoint of a run on a task
   begin "$@"
   local task=${ARGUMENTS[0]:-} run=${ARGUMENTS[1]:-}
   [[ -n $task && -n $run ]] || die "which task and which run? write: sbatch launch/evaluate.sh TASK RUN [options of tools/evaluate.py]"
-  work "$SPDF_PYTHON" "$SPDF_ROOT/tools/evaluate.py" "$(as_path "$run")" --task="$task" "${ARGUMENTS[@]:2}"
+  as_path run "$run"
+  work "$SPDF_PYTHON" "$SPDF_ROOT/tools/evaluate.py" "$run" --task="$task" "${ARGUMENTS[@]:2}"
 }
 
 tool() { # NAME OPTION...: runs one of tools/*.py in one process without GPUs
@@ -228,8 +229,10 @@ head_node() { # prints the first node's name, or where this host cannot resolve 
   echo "$node"
 }
 
-as_path() { # PATH: prints it so that no program takes it for an option
-  if [[ $1 = -* ]]; then printf './%s\n' "$1"; else printf '%s\n' "$1"; fi
+as_path() { # NAME PATH: sets the variable NAME to the path, so that no program takes it for an option
+  local -n path=$1
+  path=$2
+  [[ $path != -* ]] || path=./$path
 }
 
 option() { # NAME DEFAULT: prints an option of sbatch for a dry run, from the command line or the script's #SBATCH lines
@@ -244,11 +247,9 @@ show_command() { # prints the command of a dry run
   echo "which runs on $NODES nodes: srun --ntasks=$TASKS ${COMMAND[*]@Q}"
 }
 
-recipe_file() { # NAME KIND: prints the path of a recipe, a .yaml file or a name under configs/KIND
-  if [[ $1 = *.yaml ]]; then as_path "$1"; else
-    [[ -f $SPDF_ROOT/configs/$2/$1.yaml ]] || die "there is no recipe '$1'; choose one of $(tasks "$2"), or give a .yaml file"
-    echo "$SPDF_ROOT/configs/$2/$1.yaml"
-  fi
+recipe_file() { # VARIABLE NAME KIND: sets the variable to the path of a recipe, a .yaml file or a name under configs/KIND
+  [[ $2 = *.yaml || -f $SPDF_ROOT/configs/$3/$2.yaml ]] || die "there is no recipe '$2'; choose one of $(tasks "$3"), or give a .yaml file"
+  if [[ $2 = *.yaml ]]; then as_path "$1" "$2"; else as_path "$1" "$SPDF_ROOT/configs/$3/$2.yaml"; fi
 }
 
 tasks() { # [KIND]: prints the names under configs/KIND, of tasks by default

@@ -48,11 +48,11 @@ for argument in "$@"; do
 done
 [[ ${arguments[0]:-=} != *=* && ${arguments[1]:-=} != *=* ]] ||
   die "which recipe and which tasks? write: $ME RECIPE TASK[,TASK...] [section.key=value ...]; recipes are $(tasks pretrain), tasks $(tasks)"
-recipe=$(recipe_file "${arguments[0]}" pretrain) || exit $?
+recipe_file recipe "${arguments[0]}" pretrain
 IFS=, read -ra tasks <<<"${arguments[1]}"
 for task in "${tasks[@]}"; do
   [[ $task != *.yaml ]] || die "in a chain, TASK is a name under configs/finetune, which names runs and scores, and not a file such as $task; choose from $(tasks)"
-  recipe_file "$task" finetune >/dev/null || exit $?
+  recipe_file found "$task" finetune
 done
 
 own=() # overrides of the pre-training recipe
@@ -60,8 +60,9 @@ for argument in "${arguments[@]:2}"; do
   for task in "${tasks[@]}"; do [[ $argument != "$task".*=* ]] || continue 2; done
   own+=("$argument")
 done
-RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 words_of run "$SPDF_PYTHON" "$SPDF_ROOT/pretrain.py" "$recipe" "${own[@]}" --print-output
-run=$(as_path "${run[0]}")
+words=()
+RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 words_of words "$SPDF_PYTHON" "$SPDF_ROOT/pretrain.py" "$recipe" "${own[@]}" --print-output
+as_path run "${words[0]}"
 case $(basename "$recipe") in
   gpt3_xl*) script=pretrain_gpt3xl.sh ;;
   gpt3_6b7*) script=pretrain_gpt3_6b7.sh ;;

@@ -9,9 +9,11 @@ import signal
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TextIO
 
 from megatron_spdf import exit_codes
 from megatron_spdf.paths import expand_home
+from megatron_spdf.text import printable_lines
 
 
 class _Given(argparse.Action):
@@ -102,7 +104,7 @@ def refusing(main: Callable[..., int]) -> Callable[..., int]:
         try:
             return main(*arguments)
         except (ValueError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
+            say(f"error: {error}", sys.stderr)
             return exit_codes.BAD_INPUT
     return run
 
@@ -111,6 +113,15 @@ def print_words(words: Iterable[str]) -> None:
     """Prints words for a script, a NUL before them all and after each, so that a path may have
     every character and nothing that a library prints is taken for a word."""
     print("", *words, "", sep="\0", end="", flush=True)
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+    """Prints a text, of which strangers may have written parts.
+
+    Args:
+        file: default: standard output.
+    """
+    print(printable_lines(text), file=file or sys.stdout, flush=True)
 
 
 def end_quietly() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import InitErrorDetails, PydanticCustomError, core_schema
 
@@ -36,6 +36,12 @@ def as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+# Bounds that nothing meets: beyond them counts hang tools that enumerate, or overflow.
+MOST_LAYERS, MOST_WIDTH, MOST_IDS, MOST_POSITIONS = 2**11, 2**20, 2**26, 2**26
+MOST_RANKS, MOST_SEQUENCES, MOST_STEPS, MOST_TOKENS = 2**20, 2**24, 10**12, 10**18
+MOST_SECONDS, MOST_WEIGHTS = 10**9, 10**15
+# PyTorch takes 64 bits, of which a sign is one.
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Count = Annotated[int, BeforeValidator(parse_count)]
 
 

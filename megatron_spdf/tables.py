@@ -14,6 +14,8 @@ from typing import Any
 
 from tabulate import SEPARATING_LINE, DataRow, Line, TableFormat, tabulate
 
+from megatron_spdf.text import printable
+
 # `tabulate`'s "simple" makes columns two wider than their heads.
 _ROW = DataRow("", "  ", "")
 _TERMINAL = TableFormat(None, Line("", "-", "  ", ""), None, None, _ROW, _ROW, 0, None)
@@ -101,7 +103,8 @@ class Table:
 
     def text(self, indent: str = "") -> str:
         """Table for a terminal."""
-        rows = [[column.head for column in self.columns], SEPARATING_LINE, *self.cells()]
+        rows = [[column.head for column in self.columns], SEPARATING_LINE,
+                *([printable(cell) for cell in cells] for cells in self.cells())]
         return textwrap.indent(tabulate(rows, tablefmt=_TERMINAL, **self._settings), indent)
 
     def markdown(self) -> str:

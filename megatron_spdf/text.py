@@ -1,4 +1,4 @@
-"""Small helpers for messages."""
+"""Small helpers for messages, and the escapes of what strangers wrote in them."""
 
 from __future__ import annotations
 
@@ -23,9 +23,21 @@ def in_one_line(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """A text with a question mark for each character that cannot be printed, such as those that a
-    terminal obeys."""
-    return "".join(c if c.isprintable() else "?" for c in text)
+    """A text in one line, with an escape such as \\x1b for each character that cannot be printed:
+    those that a terminal obeys, that turn the direction of writing, or that are half of a pair."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def printable_lines(text: str) -> str:
+    """`printable` of every line."""
+    return "\n".join(map(printable, text.expandtabs().split("\n")))
+
+
+def label(text: str) -> str:
+    """A text as a label of a picture, where matplotlib takes dollar signs for formulas and leaves
+    out of a legend what begins with an underscore."""
+    plain = printable(text).replace("$", r"\$")
+    return f" {plain}" if plain.startswith("_") else plain
 
 
 def any_layer(name: str) -> str:

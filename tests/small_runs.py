@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "distributed"))
+from harness import Ranks, forks  # noqa: E402
+
+forks()  # imports the engines for the ranks, while pytest imports them for the test files
 
 SMALL = {
     "seed": 7,
@@ -74,9 +77,6 @@ def make_deep_recipe(make_recipe):
 def ranks(request, tmp_path_factory):
     """Number -> so many ranks, see harness.py; warm until the test file ends. They load what
     `PLUGINS` names in the test file."""
-    from harness import Ranks, forks
-
-    forks()  # which takes seconds, meanwhile others make the corpus
     with ExitStack() as stack:
         @cache
         def of(world: int, gpu: bool = False) -> Ranks:

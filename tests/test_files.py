@@ -101,6 +101,15 @@ def test_a_run_directory_with_a_link_that_leads_out_is_refused(recipe, tmp_path,
         run.check()
 
 
+@pytest.mark.parametrize("name", ["log.jsonl", "starts.json", "lock.1", "recipe.yaml"])
+def test_a_pipe_in_a_run_directory_is_refused_and_not_waited_for(recipe, name):
+    run = RunDir(recipe())
+    run.root.mkdir()
+    os.mkfifo(run.root / name)
+    with pytest.raises(ValueError, match=f"{name} is neither a file nor a directory"):
+        run.check()
+
+
 @pytest.fixture
 def linked(recipe, tmp_path):
     """A run whose checkpoints its user has moved to another disk and linked."""

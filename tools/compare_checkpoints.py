@@ -16,7 +16,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from megatron_spdf.command_line import end_quietly, make_parser, refusing
+from megatron_spdf.command_line import end_quietly, make_parser, refusing, say
 from megatron_spdf.convert.source import open_weights
 from megatron_spdf.evaluation.subspace import distances, draw, render
 from megatron_spdf.records import to_json
@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.png:
         draw(layers, options.png, f"{before.origin}\nagainst {after.origin}")
     facts = {"a": before.origin, "b": after.origin, "cosine_distance": layers}
-    print(to_json(facts, indent=1) if options.json
+    say(to_json(facts, indent=1) if options.json
           else f"{before.origin}\n{after.origin}\n{render(layers)}")
     return 0
 

@@ -25,7 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
-from megatron_spdf.command_line import add_overrides, make_parser, refusing
+from megatron_spdf.command_line import add_overrides, make_parser, refusing, say
 from megatron_spdf.convert.deepspeed_import import DeepSpeedReader
 from megatron_spdf.convert.huggingface_export import DTYPES, export
 from megatron_spdf.convert.initial_checkpoint import write_initial_checkpoint
@@ -49,7 +49,7 @@ def main(words: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return 128 + signal.SIGINT
-    print(said)
+    say(said)
     return 0
 
 

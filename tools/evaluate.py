@@ -34,6 +34,7 @@ from megatron_spdf.command_line import (
     number,
     positive,
     refusing,
+    say,
 )
 from megatron_spdf.data.finetuning.task import SPLITS, TASKS, load_examples, render_tasks
 from megatron_spdf.files import inside, require_directory
@@ -99,7 +100,7 @@ def score_checkpoint(options: argparse.Namespace) -> int:
     write_scores(output, description)
     show(options, scores, description)
     if not options.json:
-        print(f"{facts['inputs']:,} inputs, {facts['tokens']:,} tokens in {facts['seconds']:,} s: "
+        say(f"{facts['inputs']:,} inputs, {facts['tokens']:,} tokens in {facts['seconds']:,} s: "
               f"{facts['tokens_per_second']:,} tokens/s; {facts['truncated_prompts']} prompts "
               f"truncated\nwrote {output}")
     return 0
@@ -120,7 +121,7 @@ def require_free(output: Path | None, force: bool) -> None:
 def show(options: argparse.Namespace, scores, description: dict) -> None:
     from megatron_spdf.evaluation.scores import render
 
-    print(to_json(description, indent=1) if options.json else render(scores))
+    say(to_json(description, indent=1) if options.json else render(scores))
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:

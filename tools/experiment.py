@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 
 from megatron_spdf import exit_codes
-from megatron_spdf.command_line import add_overrides, make_parser, positive, refusing
+from megatron_spdf.command_line import add_overrides, make_parser, positive, refusing, say
 from megatron_spdf.files import write_file, write_json
 from megatron_spdf.reports.experiment_plot import plot_results
 from megatron_spdf.runs.experiment import (
@@ -84,7 +84,7 @@ def report(name: str, experiment: Experiment, grid: list[Cell], ask: bool) -> in
     write_file(output / "results.md", table)
     plot_results(rows, experiment.plot.x, experiment.plot.lines, experiment.plot.panels,
                  output / "results.png")
-    print(table)
+    say(table)
     missing = sum(row["missing"] for row in rows)
     if missing:
         print(f"error: {missing} runs have no loss at their end: not begun, unfinished, or not "

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megatron_spdf.checkpoint.inspect import describe, render, verify
 from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
-from megatron_spdf.command_line import end_quietly, make_parser, refusing
+from megatron_spdf.command_line import end_quietly, make_parser, refusing, say
 from megatron_spdf.records import to_json
 
 
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json:
         print(to_json(facts, indent=1))
     else:
-        print(render(facts))
+        say(render(facts))
         if options.verify:
             print(f"verified: every file has the content that was written; {facts['verified']}")
     return 0

@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from megatron_spdf.command_line import end_quietly, make_parser, number, path_text, refusing
+from megatron_spdf.command_line import end_quietly, make_parser, number, path_text, refusing, say
 from megatron_spdf.data.indexed.inspect import (
     data_sets,
     describe,
@@ -61,9 +61,9 @@ def main(arguments: list[str] | None = None) -> int:
         facts["faults"] = look(options.prefix, tokenizer)
         if not (facts["faults"] or tokenizer or facts["data_sets"][0]["manifest"]["tokenizer"]):
             facts["highest_id"] = highest_id(options.prefix)
-    print(to_json(facts, indent=1) if options.json else as_text(facts))
+    say(to_json(facts, indent=1) if options.json else as_text(facts))
     for fault in facts.get("faults", []):
-        print(f"error: {fault}", file=sys.stderr)
+        say(f"error: {fault}", sys.stderr)
     return 2 if facts.get("faults") else 0
 
 

@@ -26,12 +26,14 @@ from megatron_spdf.command_line import (
     positive,
     positive_real,
     refusing,
+    say,
 )
 from megatron_spdf.files import write_file
 from megatron_spdf.planning.exact import dry_run, ranks_of_interest, render_counts
 from megatron_spdf.planning.hardware import GPUS, THIS_MACHINE, find_gpu
 from megatron_spdf.planning.overview import Request, make_overview
 from megatron_spdf.planning.render import render_overview
+from megatron_spdf.planning.search import LARGEST_WORLD
 from megatron_spdf.planning.step_time import EFFICIENCY
 from megatron_spdf.recipe.load import load_recipe
 from megatron_spdf.recipe.recipe import AUTO
@@ -86,7 +88,7 @@ def plan(arguments: list[str]) -> int:
                                   options.top))
     if options.html:
         write_file(options.html, render_plan_page(facts, str(options.recipe)))
-    print(to_json(facts, indent=1) if options.json else render_overview(facts))
+    say(to_json(facts, indent=1) if options.json else render_overview(facts))
     return 0
 
 
@@ -95,7 +97,7 @@ def _plan_parser() -> argparse.ArgumentParser:
     parser.add_argument("recipe",
                         help="YAML file, see configs/; its layout is one among those tried")
     add_overrides(parser)
-    parser.add_argument("--gpus", type=positive, metavar="N",
+    parser.add_argument("--gpus", type=number(int, least=1, most=LARGEST_WORLD), metavar="N",
                         help="how many (default: the recipe's layout)")
     parser.add_argument("--gpu", metavar="NAME",
                         help=f"{', '.join(GPUS)}, or {THIS_MACHINE}, which is measured")
@@ -142,8 +144,7 @@ def fit(arguments: list[str]) -> int:
     points = [point for point in found if point]
     for run, point in zip(runs, found, strict=True):
         if not point:
-            print(f"{run.directory} is left out: its loss at the end is not finite",
-                  file=sys.stderr)
+            say(f"{run.directory} is left out: its loss at the end is not finite", sys.stderr)
     if not options.json:
         print(render_points(points))
     fitted = fit_law(points, options.starts, options.bootstrap)

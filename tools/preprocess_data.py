@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from megatron_spdf.command_line import make_parser, path_text, positive
+from megatron_spdf.command_line import make_parser, path_text, positive, say
 from megatron_spdf.data.indexed.manifest import CorpusManifest
 from megatron_spdf.data.preprocess.documents import FORMATS, expand_inputs, sample_texts
 from megatron_spdf.data.preprocess.encode import SPLITS, split_bounds
@@ -155,12 +155,12 @@ def main(arguments: list[str] | None = None) -> int:
             per_shard=options.per_shard,
         )
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {error}{describe_kept(partial)}", file=sys.stderr)
+        say(f"error: {error}{describe_kept(partial)}", sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"interrupted; no data set was written{describe_kept(partial)}", file=sys.stderr)
+        say(f"interrupted; no data set was written{describe_kept(partial)}", sys.stderr)
         return 128 + signal.SIGINT
-    print(summarize(options.output, manifest, time.perf_counter() - started))
+    say(summarize(options.output, manifest, time.perf_counter() - started))
     return 0
 
 

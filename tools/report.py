@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from megatron_spdf.command_line import end_quietly, make_parser, refusing
+from megatron_spdf.command_line import end_quietly, make_parser, refusing, say
 from megatron_spdf.files import write_file
 from megatron_spdf.reports.runs import read_all
 from megatron_spdf.reports.runs_page import render_report
@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     runs = read_all(options.runs)
     write_file(options.output, render_report(runs, options.output, options.title))
-    print(f"{options.output}: {len(runs)} runs, {options.output.stat().st_size / 1024:,.0f} KiB")
+    say(f"{options.output}: {len(runs)} runs, {options.output.stat().st_size / 1024:,.0f} KiB")
     return 0
 
 

@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 
 from megatron_spdf import exit_codes
-from megatron_spdf.command_line import add_overrides, make_parser, print_words, refusing
+from megatron_spdf.command_line import add_overrides, make_parser, print_words, refusing, say
 from megatron_spdf.files import write_json
 from megatron_spdf.recipe.finetune import Finetune, load_finetune
 from megatron_spdf.runs.grid import Trial, command, ends_grid, run_all
@@ -61,7 +61,7 @@ def left_of(chosen: list[Trial]) -> list[Trial]:
     """The runs that are not done yet."""
     done = [trial for trial in chosen if result_of(trial)["done"]]
     for trial in done:
-        print(f"done before: {trial.output}", flush=True)
+        say(f"done before: {trial.output}")
     return [trial for trial in chosen if trial not in done]
 
 
@@ -75,7 +75,7 @@ def report(finetune: Finetune) -> int:
     if selection["selected"] is None:
         print("error: no run of the sweep is done, so none can be selected", file=sys.stderr)
         return exit_codes.GUARD_STOPPED
-    print(f"selected {selection['selected']['output']}, {selection['unfinished']} unfinished; "
+    say(f"selected {selection['selected']['output']}, {selection['unfinished']} unfinished; "
           f"{path}")
     return exit_codes.FINISHED
 

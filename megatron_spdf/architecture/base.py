@@ -21,7 +21,16 @@ from pydantic import Field, model_validator
 from megatron_spdf.architecture.costs import Costs
 from megatron_spdf.architecture.forms import Forms
 from megatron_spdf.registry import Registry
-from megatron_spdf.section import ByName, Count, Section
+from megatron_spdf.section import (
+    MOST_IDS,
+    MOST_LAYERS,
+    MOST_POSITIONS,
+    MOST_WEIGHTS,
+    MOST_WIDTH,
+    ByName,
+    Count,
+    Section,
+)
 
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 POSITIONS = "embedding.position_embeddings.weight"
@@ -73,16 +82,18 @@ class Model(Costs, Forms, Section):
     tied: ClassVar[bool]  # the LM head is the word embedding
 
     architecture: str = Field("gpt", description="family of the model")
-    layers: int = Field(gt=0, description="transformer layers")
-    hidden: int = Field(gt=0, description="width d_model")
-    heads: int = Field(gt=0, description="attention heads")
+    layers: int = Field(gt=0, le=MOST_LAYERS, description="transformer layers")
+    hidden: int = Field(gt=0, le=MOST_WIDTH, description="width d_model")
+    heads: int = Field(gt=0, le=MOST_WIDTH, description="attention heads")
     query_groups: int = Field(
-        gt=0, description="key/value groups, also the largest tensor-parallel degree; default: "
+        gt=0, le=MOST_WIDTH,
+        description="key/value groups, also the largest tensor-parallel degree; default: "
                           "heads")
-    ffn_hidden: int = Field(gt=0,
+    ffn_hidden: int = Field(gt=0, le=16 * MOST_WIDTH,
                             description="width of the feed-forward layer; default: 4 x hidden")
-    vocab_size: Count = Field(50257, gt=0, description="tokens the tokenizer knows")
-    max_positions: Count = Field(2048, gt=0, description="longest sequence, in tokens")
+    vocab_size: Count = Field(50257, gt=0, le=MOST_IDS, description="tokens the tokenizer knows")
+    max_positions: Count = Field(2048, gt=0, le=MOST_POSITIONS,
+                                 description="longest sequence, in tokens")
     dropout: float = Field(0.0, ge=0.0, lt=1.0,
                            description="of embeddings, attention and residuals")
     init_std: float = Field(0.02, gt=0.0,
@@ -105,6 +116,12 @@ class Model(Costs, Forms, Section):
 
     def rule_violations(self) -> Iterator[str]:
         """Every broken rule between the fields, as one sentence."""
+        weights = self.hidden * (self.vocab_size
+                                 + self.layers * (2 * self.hidden + 2 * self.ffn_hidden))
+        if weights > MOST_WEIGHTS:
+            yield (f"model.layers={self.layers}, hidden={self.hidden}, "
+                   f"ffn_hidden={self.ffn_hidden} and vocab_size={self.vocab_size} make over "
+                   f"{weights:.2g} weights; take fewer than {MOST_WEIGHTS:.0e}")
         if self.hidden % self.heads:
             yield (f"model.hidden={self.hidden} is not divisible by model.heads={self.heads}; "
                    f"heads may be {divisors(self.hidden)}")
@@ -241,7 +258,8 @@ class Model(Costs, Forms, Section):
 
 
 def divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return [*small, *(n // d for d in reversed(small) if d * d != n)]
 
 
 ARCHITECTURES: Registry[type[Model]] = Registry("architecture", "megatron_spdf.architecture")

@@ -26,6 +26,7 @@ from megatron_spdf.checkpoint.run_metadata import (
     seeded_masks,
     stored_masks,
 )
+from megatron_spdf.checkpoint.safe_index import INDEX
 from megatron_spdf.checkpoint.saving import SaveThread
 from megatron_spdf.checkpoint.shared_files import newest_of_all
 from megatron_spdf.checkpoint.tensors import TensorFiles
@@ -33,7 +34,7 @@ from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
 from megatron_spdf.engine.base import Engine
 from megatron_spdf.files import write_json
 from megatron_spdf.layers.compact import compact_of, sparse_modules
-from megatron_spdf.recipe.compare import changes_of_run
+from megatron_spdf.recipe.compare import INPUTS, changes_of_run
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.sparsity.plan import Plan
 
@@ -178,8 +179,9 @@ class Checkpointer:
 
     def _check_run(self, run: RunRecord, checkpoint: Path) -> None:
         """Raises a ValueError unless the checkpoint is of this recipe's run, in whatever directory
-        it lies."""
-        changes = changes_of_run(Recipe.model_validate(run["recipe"]), self.recipe, longer=True)
+        it lies. The run's directory has been compared by the content of its data."""
+        changes = changes_of_run(Recipe.model_validate(run["recipe"]), self.recipe, longer=True,
+                                 same=INPUTS)
         if run["tokenizer"]["sha256"] != self.tokenizer.sha256:
             changes.append(f"tokenizer is {run['tokenizer']['sha256']} there and "
                            f"{self.tokenizer.sha256} here")
@@ -202,8 +204,9 @@ class Checkpointer:
 
 def _open_verified(checkpoint: Path) -> TensorFiles:
     """Vets a checkpoint's index, and verifies this rank's share of the files."""
-    files = TensorFiles(checkpoint)
     names = store.files_of(checkpoint)
+    store.verify(checkpoint, names=[INDEX, store.RUN])
+    files = TensorFiles(checkpoint)
     store.verify(checkpoint, names=names[dist.get_rank()::dist.get_world_size()])
     return files
 

@@ -12,6 +12,7 @@ import itertools
 import math
 import re
 import stat
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,6 +42,7 @@ _NAMES = {
 }
 _FILE = re.compile(r"\w[\w.-]{0,250}\.distcp", re.ASCII)
 _MOST_AXES, _MOST_CELLS = 8, 1_000_000
+_MOST_BESIDE = 1 << 20  # bytes that a saved tensor has beside its numbers
 T = TypeVar("T")
 
 
@@ -114,7 +116,11 @@ def read_index(checkpoint: Path, objects: bool = False) -> dict[str, IndexedTens
         raise ValueError(f"{path} is not the index of a checkpoint: {error}. It is a pickle and "
                          "could run code, so it is refused; use a checkpoint that this program "
                          "wrote") from None
-    _check_files(checkpoint, tensors)
+    used = _check_files(checkpoint, tensors)
+    for file in () if objects else checkpoint.glob("*.distcp"):
+        rest = _regular_size(checkpoint, file.name) - used.get(file.name, 0)
+        if rest:
+            raise _damaged(checkpoint, f"does not say what {rest:,} bytes of {file.name} are")
     return tensors
 
 
@@ -173,15 +179,22 @@ def _tensor(name: str, entry: Record, places: dict[tuple, Place]) -> IndexedTens
         place = places.get((name, offset))
         if place is None:
             raise NotData(f"it does not say where the part of {name} at {offset} is")
-        if math.prod(size) * DTYPES[dtype].itemsize > place.length:
-            raise NotData(f"the part of {name} at {offset} is larger than its {place.length:,} "
+        beside = place.length - math.prod(size) * DTYPES[dtype].itemsize
+        if not 0 <= beside <= _MOST_BESIDE:
+            raise NotData(f"the part of {name} at {offset} is "
+                          f"{'larger' if beside < 0 else 'smaller'} than its {place.length:,} "
                           f"bytes of {place.file}")
         boxes.append(Box(offset, size, place))
     return IndexedTensor(shape, DTYPES[dtype], tuple(boxes))
 
 
-def _check_files(checkpoint: Path, tensors: dict[str, IndexedTensor]) -> None:
-    """Raises DamagedCheckpoint unless all places lie in regular files, and none in another."""
+def _check_files(checkpoint: Path, tensors: dict[str, IndexedTensor]) -> Counter[str]:
+    """Bytes of each file that the tensors take.
+
+    Raises:
+        DamagedCheckpoint: a place lies in another, or not in a regular file.
+    """
+    used: Counter[str] = Counter()
     sizes: dict[str, int] = {}
     end, before = Place("", 0, 0), ""
     spots = ((box.place, name) for name, tensor in tensors.items() for box in tensor.boxes)
@@ -195,6 +208,8 @@ def _check_files(checkpoint: Path, tensors: dict[str, IndexedTensor]) -> None:
         if place.file == end.file and place.offset < end.offset + end.length:
             raise _damaged(checkpoint, f"has {before} and {name} in the same bytes of {place.file}")
         end, before = place, name
+        used[place.file] += place.length
+    return used
 
 
 def _regular_size(checkpoint: Path, file: str) -> int:

@@ -25,6 +25,7 @@ from megatron_spdf.text import printable
 
 BEST = "best.json"  # beside the checkpoints: names the one with the lowest validation loss
 _NAME = re.compile(r"step_\d{8}")
+_MOST_BYTES = 1 << 30  # of a file without tensors
 _NAMED = 20  # faults that one message names
 _UNFINISHED = re.compile(r"step_\d{8}\.partial")
 
@@ -167,6 +168,11 @@ def files_of(checkpoint: Path) -> list[str]:
     return sorted(name for name, kind in _contents(checkpoint) if kind == "file" and name != FILES)
 
 
+def holds_tensors(name: str) -> bool:
+    """Whether a file, by its name, may be as large as a model."""
+    return name.endswith(".distcp")
+
+
 def _contents(checkpoint: Path) -> Iterator[tuple[str, str]]:
     """Names of everything in a checkpoint but directories, and what each is. No link is
     followed."""
@@ -236,6 +242,8 @@ def _other_than_listed(path: Path, listed: Listed, checksum: bool) -> str:
     size = path.lstat().st_size
     if size != listed["bytes"]:
         return f"has {size} bytes instead of {listed['bytes']}"
+    if size > _MOST_BYTES and not holds_tensors(path.name):
+        return f"has {size:,} bytes, and no such file has more than {_MOST_BYTES:,}"
     return ("has another content than was written" if checksum and describe(path) != listed else "")
 
 

@@ -22,7 +22,7 @@ from megatron_spdf.architecture.forms import Form
 from megatron_spdf.checkpoint.reader import CheckpointReader
 from megatron_spdf.checkpoint.run_metadata import INITIAL, describe_masks
 from megatron_spdf.checkpoint.writer import with_progress
-from megatron_spdf.convert.source import WeightSource, tokenizer_of
+from megatron_spdf.convert.source import WeightSource
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
 from megatron_spdf.files import atomic_directory, new_file, write_file, write_json
 from megatron_spdf.sparsity.slices import join_slices
@@ -76,7 +76,8 @@ def export(source: WeightSource, output: Path, dtype: str = "fp32", masks: bool 
 
 def _check(source: WeightSource, masks: bool) -> None:
     source.model.huggingface_config()  # which says what cannot be exported
-    tokenizer_of(source)
+    if source.tokenizer is None:
+        raise ValueError(f"{source.path} has no tokenizer to export with the weights")
     if masks and not _plan(source):
         raise ValueError(f"{source.path} is dense and has no masks; leave out --masks")
 

@@ -253,7 +253,7 @@ def _names_in(listed: dict[str, Any], index: Path) -> set[str]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return read_json(path, dict[str, Any])
+        return read_json(path, dict[str, Any], constants=True)  # some have Infinity
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error}); copy the file again") from None
 

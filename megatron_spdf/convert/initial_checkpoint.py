@@ -63,7 +63,7 @@ def write_initial_checkpoint(source: WeightSource, recipe: Recipe, tokenizer: To
         ValueError: the source has another shape or tokenizer than the recipe, or is damaged;
             `output` exists; the pattern has no mask of the largest magnitudes.
     """
-    if tokenizer.vocab_size > source.model.vocab_size:
+    if source.model.vocab_size < tokenizer.vocab_size <= recipe.model.vocab_size:
         raise ValueError(f"{source.path} has {source.model.vocab_size} rows for tokens, and the "
                          f"tokenizer of the recipe's data {tokenizer.vocab_size} ids: it is "
                          "another than the model's. Preprocess the data with the model's tokenizer")

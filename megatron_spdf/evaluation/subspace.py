@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_spdf.convert.source import WeightSource
 from megatron_spdf.files import save_figure
 from megatron_spdf.tables import Column, Table
+from megatron_spdf.text import label
 
 
 def distances(before: WeightSource, after: WeightSource) -> list[dict[str, float]]:
@@ -71,7 +72,7 @@ def draw(layers: list[dict[str, float]], path: Path, title: str) -> None:
     figure, axes = pyplot.subplots(figsize=(max(5.0, 0.4 * len(layers) + 2), 3.2), dpi=140)
     image = axes.imshow(values, aspect="auto", cmap="viridis")
     axes.set(xlabel="layer", yticks=range(len(layers[0])), yticklabels=list(layers[0]),
-             xticks=range(len(layers)), title=title)
+             xticks=range(len(layers)), title="\n".join(map(label, title.split("\n"))))
     figure.colorbar(image, label="cosine distance")
     figure.tight_layout()
     save_figure(figure, path)

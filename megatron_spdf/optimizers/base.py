@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, create_model
 
 from megatron_spdf.registry import Registry
-from megatron_spdf.section import ByName, Count, Section
+from megatron_spdf.section import MOST_STEPS, MOST_TOKENS, ByName, Count, Section
 
 if TYPE_CHECKING:  # the planner goes without PyTorch
     import torch
@@ -108,7 +108,8 @@ OPTIMIZERS: Registry[type[Optimizer]] = Registry("optimizer", "megatron_spdf.opt
 class Pretraining(Section):
     """The schedule of pre-training."""
 
-    warmup_tokens: Count = Field(0, ge=0, description="length of the warm-up, in tokens")
+    warmup_tokens: Count = Field(0, ge=0, le=MOST_TOKENS,
+                                 description="length of the warm-up, in tokens")
 
 
 class Finetuning(Section):
@@ -118,7 +119,7 @@ class Finetuning(Section):
     decay: Literal["cosine", "linear", "constant"] = Field("linear",
                                                            description="shape after the warm-up")
     weight_decay: float = Field(0.01, ge=0.0, description="not on biases and norms")
-    warmup_steps: int = Field(0, ge=0, description="length of the warm-up, in steps")
+    warmup_steps: int = Field(0, ge=0, le=MOST_STEPS, description="length of the warm-up, in steps")
 
 
 @cache

@@ -141,3 +141,7 @@ def _find_head_node(ranks: Ranks) -> None:
                          "0's host that all nodes know>")
     os.environ.setdefault("MASTER_PORT",
                           str(20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000))
+    port = os.environ["MASTER_PORT"]
+    if not (port.isdecimal() and 0 < int(port) < 1 << 16):
+        raise ValueError(f"MASTER_PORT={port!r} is no port; export MASTER_PORT=<a free one, 1 to "
+                         "65535>")

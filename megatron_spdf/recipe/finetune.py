@@ -29,7 +29,16 @@ from megatron_spdf.recipe.recipe import (
     Train,
 )
 from megatron_spdf.recipe.rules import batch_violations, rule_violations
-from megatron_spdf.section import Count, OneOf, PathText, Section
+from megatron_spdf.section import (
+    MOST_POSITIONS,
+    MOST_SEQUENCES,
+    MOST_STEPS,
+    Count,
+    OneOf,
+    PathText,
+    Section,
+    Seed,
+)
 from megatron_spdf.sparsity.settings import Sparsity
 
 
@@ -43,13 +52,15 @@ class TaskData(Section):
 
 
 class Batches(Section):
-    epochs: int = Field(5, gt=0, description="passes over the training examples")
-    global_batch: Count = Field(gt=0, description="examples per optimizer step, over all ranks")
-    micro_batch: int = Field(gt=0,
+    epochs: int = Field(5, gt=0, le=MOST_STEPS, description="passes over the training examples")
+    global_batch: Count = Field(gt=0, le=MOST_SEQUENCES,
+                                description="examples per optimizer step, over all ranks")
+    micro_batch: int = Field(gt=0, le=MOST_SEQUENCES,
                              description="examples per forward pass of one data-parallel rank")
     sequence_length: Count | None = Field(
-        None, gt=0, description="longest context and completion, in tokens; default: the model's "
-                                "max_positions")
+        None, gt=0, le=MOST_POSITIONS,
+        description="longest context and completion, in tokens; default: the model's "
+                    "max_positions")
     precision: Literal["bf16", "fp32"] = Train.model_fields["precision"]
     recompute: Literal["none", "selective", "full"] = Train.model_fields["recompute"]
     label_smoothing: float = Train.model_fields["label_smoothing"]
@@ -57,14 +68,16 @@ class Batches(Section):
 
 
 class Validation(Section):
-    every: int = Field(0, ge=0, description="steps between evaluations; 0: once an epoch")
+    every: int = Field(0, ge=0, le=MOST_STEPS,
+                       description="steps between evaluations; 0: once an epoch")
     patience: int = Evaluate.model_fields["patience"]
 
 
 class Saving(Section):
-    every: int = Field(0, ge=0,
+    every: int = Field(0, ge=0, le=MOST_STEPS,
                        description="steps between checkpoints; 0: the best and the last only")
-    keep: int = Field(1, gt=0, description="newest checkpoints that are kept, beside the best")
+    keep: int = Field(1, gt=0, le=MOST_STEPS,
+                      description="newest checkpoints that are kept, beside the best")
 
 
 class Finetune(Section):
@@ -73,7 +86,7 @@ class Finetune(Section):
     checkpoint: PathText = Field(description="where to start: a run, a checkpoint of one, or a "
                                              "Hugging Face directory")
     output: PathText = Field(description="run directory; everything the run writes goes there")
-    seed: int = Field(1234, ge=0, description="of data order, dropout and revived weights")
+    seed: Seed = Field(1234, description="of data order, dropout and revived weights")
     mode: Literal["dense", "sparse"] = Field(
         "dense", description="dense: every weight trains; sparse: the starting checkpoint's mask "
                              "holds to the end")

@@ -16,7 +16,7 @@ from megatron_spdf.files import write_file
 from megatron_spdf.paths import expand_home
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.recipe.rules import rule_violations
-from megatron_spdf.records import parse_yaml, read_yaml
+from megatron_spdf.records import MOST_NESTING, parse_yaml, read_yaml
 from megatron_spdf.section import ByName
 from megatron_spdf.sparsity.settings import normalize_sparsity
 
@@ -134,6 +134,8 @@ def _override(kind: type[BaseModel], values: dict[str, Any], word: str) -> None:
     name, equals, text = word.partition("=")
     if not equals or not name:
         raise ValueError(f"{word!r} is not section.key=value; write for example parallel.tensor=2")
+    if name.count(".") >= MOST_NESTING:
+        raise ValueError(f"{name!r:.80} has over {MOST_NESTING} parts; a key has a few")
     literal = _is_literal(_field_at(kind, values, name.split(".")), text)
     change: Any = text if literal else read_value(text, f"the value of {word!r:.80}")
     for key in reversed(name.split(".")):

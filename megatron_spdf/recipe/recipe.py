@@ -11,16 +11,32 @@ from pydantic_core import PydanticCustomError
 from megatron_spdf.architecture.base import BY_ARCHITECTURE, Model
 from megatron_spdf.optimizers.base import PRETRAINING, Optimizer, Pretraining
 from megatron_spdf.registry import Registry
-from megatron_spdf.section import Count, OneOf, Paths, PathText, Section
+from megatron_spdf.section import (
+    MOST_POSITIONS,
+    MOST_RANKS,
+    MOST_SECONDS,
+    MOST_SEQUENCES,
+    MOST_STEPS,
+    MOST_TOKENS,
+    MOST_WIDTH,
+    Count,
+    OneOf,
+    Paths,
+    PathText,
+    Section,
+    Seed,
+)
 from megatron_spdf.sparsity.settings import Sparsity
 
 AUTO = "auto"
 # Rows of planning/engines.py
 ENGINES: Registry[Any] = Registry("engine", "megatron_spdf.engine.table")
 def check_micro_batch(value: Any) -> Any:
-    if value == AUTO or type(value) is int and value > 0:
+    if value == AUTO or type(value) is int and 0 < value <= MOST_SEQUENCES:
         return value
-    raise PydanticCustomError("micro_batch", "input should be a whole number over 0, or auto")
+    raise PydanticCustomError("micro_batch", "input should be a whole number over 0, or auto"
+                              + (f", and at most {MOST_SEQUENCES}" if type(value) is int
+                                 and value > 0 else ""))
 
 
 class BlendSource(Section):
@@ -52,7 +68,7 @@ class Data(Section):
     )
     end_of_document: str | None = Field(
         None, description="token that ends documents; default: what the tokenizer says")
-    workers: int = Field(2, ge=0,
+    workers: int = Field(2, ge=0, le=1024,
                          description="loader processes per rank; 0 loads in the training process")
     index_cache: PathText | None = Field(
         None, description="directory of the sample indices; default: inside the run")
@@ -63,12 +79,13 @@ class Data(Section):
 
 
 class Train(Section):
-    tokens: Count = Field(gt=0, description="length of the run, in tokens")
-    global_batch: Count = Field(gt=0, description="sequences per optimizer step, over all ranks")
+    tokens: Count = Field(gt=0, le=MOST_TOKENS, description="length of the run, in tokens")
+    global_batch: Count = Field(gt=0, le=MOST_SEQUENCES,
+                                description="sequences per optimizer step, over all ranks")
     micro_batch: Annotated[int | Literal["auto"], BeforeValidator(check_micro_batch)] = Field(
         description="sequences per forward pass of one data-parallel rank; auto: what is fastest, "
                     "tried at the start")
-    sequence_length: Count = Field(gt=0,
+    sequence_length: Count = Field(gt=0, le=MOST_POSITIONS,
                                    description="tokens per sequence; default: model.max_positions")
     precision: Literal["bf16", "fp32"] = Field(
         "bf16", description="of weights and activations; gradients, master weights and moments are "
@@ -99,14 +116,16 @@ class Stage(Section):
 class Parallel(Section):
     """The layout. The world has tensor x pipeline x data processes, one per GPU."""
 
-    tensor: int = Field(1, gt=0, description="tensor-parallel degree; divides model.query_groups")
+    tensor: int = Field(1, gt=0, le=MOST_RANKS,
+                        description="tensor-parallel degree; divides model.query_groups")
     sequence: bool = Field(False,
                            description="sequence parallelism inside the tensor-parallel group")
-    pipeline: int = Field(1, gt=0, description="pipeline stages")
-    interleave: int = Field(1, gt=0, description="model chunks per pipeline rank (virtual stages)")
-    data: int = Field(
-        1, gt=0, description="data-parallel degree; auto: as many as the processes that were "
-                             "started make up")
+    pipeline: int = Field(1, gt=0, le=MOST_RANKS, description="pipeline stages")
+    interleave: int = Field(1, gt=0, le=MOST_RANKS,
+                            description="model chunks per pipeline rank (virtual stages)")
+    data: int = Field(1, gt=0, le=MOST_RANKS,
+                      description="data-parallel degree; auto: as many as the processes that were "
+                                  "started make up")
     zero_stage: Literal[0, 1, 2, 3] = Field(
         1, description="sharded over data-parallel ranks: 1 optimizer state, 2 gradients too, 3 "
                        "parameters too; 2 and 3 need engine=deepspeed, whose 0 adds bf16 gradients "
@@ -116,7 +135,7 @@ class Parallel(Section):
                                       "engine=deepspeed and ZeRO")
     overlap: bool = Field(True,
                           description="gradient and parameter traffic behind compute, on GPUs")
-    timeout: int = Field(600, gt=0,
+    timeout: int = Field(600, gt=0, le=MOST_SECONDS,
                          description="seconds after which a collective that hangs ends the run")
 
     @property
@@ -126,18 +145,20 @@ class Parallel(Section):
 
 
 class Evaluate(Section):
-    every: int = Field(0, ge=0, description="steps between evaluations; 0: only at the end")
-    batches: int = Field(10, gt=0,
+    every: int = Field(0, ge=0, le=MOST_STEPS,
+                       description="steps between evaluations; 0: only at the end")
+    batches: int = Field(10, gt=0, le=MOST_STEPS,
                          description="global batches per evaluation, at most what the data holds")
-    patience: int = Field(
-        0, ge=0, description="evaluations in a row without a lower loss after which the run ends; "
-                             "0: never")
+    patience: int = Field(0, ge=0, le=MOST_STEPS,
+                          description="evaluations in a row without a lower loss after which the "
+                                      "run ends; 0: never")
 
 
 class Checkpoint(Section):
-    every: int = Field(1000, ge=0, description="steps between checkpoints; 0: only at the end")
-    keep: int = Field(2, gt=0, description="newest checkpoints that are kept")
-    keep_every: int = Field(0, ge=0,
+    every: int = Field(1000, ge=0, le=MOST_STEPS,
+                       description="steps between checkpoints; 0: only at the end")
+    keep: int = Field(2, gt=0, le=MOST_STEPS, description="newest checkpoints that are kept")
+    keep_every: int = Field(0, ge=0, le=MOST_STEPS,
                             description="also keep those of every step that this divides; 0: none")
     best: bool = Field(False,
                        description="save whenever the validation loss is the lowest yet, and keep "
@@ -148,9 +169,10 @@ class Checkpoint(Section):
 
 
 class Log(Section):
-    every: int = Field(10, gt=0, description="steps between records in log.jsonl and TensorBoard")
+    every: int = Field(10, gt=0, le=MOST_STEPS,
+                       description="steps between records in log.jsonl and TensorBoard")
     tensorboard: bool = Field(True, description="write TensorBoard events beside log.jsonl")
-    ranks_every: int = Field(100, ge=0,
+    ranks_every: int = Field(100, ge=0, le=MOST_STEPS,
                              description="steps between gathers of every rank's own step time; 0: "
                                          "never")
     slow_factor: float = Field(
@@ -159,19 +181,21 @@ class Log(Section):
 
 
 class FaultTolerance(Section):
-    max_skipped: int = Field(
-        10, ge=0, description="steps skipped in a row for a non-finite loss or gradient before the "
-                              "run stops")
-    max_failed_saves: int = Field(
-        1, ge=0, description="saves that may fail in a row (a full disk) before the run stops")
-    max_starts: int = Field(
-        3, gt=0, description="starts in a row without a new checkpoint after which launch scripts "
-                             "give up")
-    join_seconds: float = Field(300.0, gt=0.0, description="that a start waits for its last rank")
-    hang_seconds: float = Field(
-        300.0, gt=0.0, description="after which a rank that is silent, or a step that stands "
-                                   "still, ends the run; under parallel.timeout, to name the rank "
-                                   "before a collective gives up")
+    max_skipped: int = Field(10, ge=0, le=MOST_STEPS,
+                             description="steps skipped in a row for a non-finite loss or gradient"
+                                         " before the run stops")
+    max_failed_saves: int = Field(1, ge=0, le=MOST_STEPS,
+                                  description="saves that may fail in a row (a full disk) before "
+                                              "the run stops")
+    max_starts: int = Field(3, gt=0, le=MOST_STEPS,
+                            description="starts in a row without a new checkpoint after which "
+                                        "launch scripts give up")
+    join_seconds: float = Field(300.0, gt=0.0, le=MOST_SECONDS,
+                                description="that a start waits for its last rank")
+    hang_seconds: float = Field(300.0, gt=0.0, le=MOST_SECONDS,
+                                description="after which a rank that is silent, or a step that "
+                                            "stands still, ends the run; under parallel.timeout, "
+                                            "to name the rank before a collective gives up")
 
 
 class Kernels(Section):
@@ -188,7 +212,7 @@ class Kernels(Section):
 class MupBase(Section):
     """The model whose hyper-parameters `parametrization: mup` carries over to the recipe's."""
 
-    hidden: int = Field(256, gt=0, description="its width")
+    hidden: int = Field(256, gt=0, le=MOST_WIDTH, description="its width")
     density: float = Field(1.0, gt=0.0, le=1.0, description="of its linear weights")
     input_multiplier: float = Field(1.0, gt=0.0,
                                     description="of the embeddings' output, at every width")
@@ -200,7 +224,7 @@ class Recipe(Section):
     """One run."""
 
     output: PathText = Field(description="run directory; everything the run writes goes there")
-    seed: int = Field(1234, ge=0, description="of initial weights, data order and dropout")
+    seed: Seed = Field(1234, description="of initial weights, data order and dropout")
     engine: Annotated[str, OneOf(ENGINES)] = Field("megatron", description="who runs a step")
     deepspeed: PathText | None = Field(
         None, description="JSON file of further DeepSpeed settings, see configs/deepspeed")

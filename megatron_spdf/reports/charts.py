@@ -13,6 +13,8 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from megatron_spdf.text import label
+
 # Okabe and Ito 2008: told apart by color-blind readers too.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6A3D9A", "#404040",
           "#A6761D", "#B2DF8A")
@@ -67,10 +69,11 @@ def line_chart(lines: Sequence[Line], xlabel: str, ylabel: str, name: str, log_y
     def draw(axes: Axes) -> None:
         for line in lines:
             axes.plot(line.x, line.y, color=line.color, alpha=0.4 if faint else 1.0,
-                      label=None if len(line.points[0]) else line.label,
+                      label=None if len(line.points[0]) else label(line.label),
                       linewidth=1.2 if faint else 1.6)
             if len(line.points[0]):
-                axes.plot(*line.points, "o-", color=line.color, markersize=3.6, label=line.label)
+                axes.plot(*line.points, "o-", color=line.color, markersize=3.6,
+                          label=label(line.label))
         if log_y:
             axes.set_yscale("log")
         axes.set(xlabel=xlabel, ylabel=ylabel)
@@ -102,11 +105,12 @@ def stacked_bars(names: Sequence[str], parts: dict[str, Sequence[float]], xlabel
     def draw(axes: Axes) -> None:
         left = [0.0] * len(names)
         for number, (part, values) in enumerate(parts.items()):
-            axes.barh(names, values, left=left, label=part, color=color(number), height=0.62)
+            axes.barh(list(map(label, names)), values, left=left, label=label(part),
+                      color=color(number), height=0.62)
             left = [a + b for a, b in zip(left, values, strict=True)]
         if limit:
             axes.axvline(limit[0], color="#b3541e", linestyle="--", linewidth=1.2)
-            axes.annotate(limit[1], (limit[0], 1.0), xycoords=("data", "axes fraction"),
+            axes.annotate(label(limit[1]), (limit[0], 1.0), xycoords=("data", "axes fraction"),
                           fontsize=8.5, ha="right", va="bottom", color="#b3541e")
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)

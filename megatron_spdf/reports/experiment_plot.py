@@ -12,6 +12,7 @@ from matplotlib import pyplot
 
 from megatron_spdf.files import save_figure
 from megatron_spdf.reports.charts import STYLE, color
+from megatron_spdf.text import label
 
 
 def plot_results(rows: list[dict[str, Any]], x: str, lines: str | None, panels: list[str],
@@ -40,17 +41,17 @@ def plot_results(rows: list[dict[str, Any]], x: str, lines: str | None, panels: 
                                        dpi=140, squeeze=False, sharey=True, layout="constrained")
         for axes in grid.flat[len(pictures):]:
             axes.set_visible(False)
-        for axes, (labels, picture) in zip(grid.flat, pictures.items(), strict=False):
-            for number, (label, drawn) in enumerate(picture.items()):
+        for axes, (above, picture) in zip(grid.flat, pictures.items(), strict=False):
+            for number, (labels, drawn) in enumerate(picture.items()):
                 axes.errorbar([places.index(row["labels"][x]) for row in drawn],
                               [row["mean"] for row in drawn],
                               yerr=[row["interval"] or 0.0 for row in drawn], fmt="o-",
                               markersize=3.6, capsize=2, linewidth=1.4, color=color(number),
-                              label=", ".join(map(_named, rest, label)))
+                              label=label(", ".join(map(_named, rest, labels))))
             tilted = {"rotation": 35, "ha": "right",
                       "rotation_mode": "anchor"} if max(map(len, places)) > 6 else {}
-            axes.set_xticks(range(len(places)), places, **tilted)
-            axes.set(xlabel=x, title=", ".join(map(_named, panels, labels)))
+            axes.set_xticks(range(len(places)), list(map(label, places)), **tilted)
+            axes.set(xlabel=label(x), title=label(", ".join(map(_named, panels, above))))
             if rest:
                 axes.legend(fontsize=7.5)
         means = [row["mean"] for row in rows if row["mean"] is not None]

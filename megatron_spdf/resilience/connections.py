@@ -289,7 +289,7 @@ class Notices:
     def __call__(self, kind: str, text: str) -> None:
         """Says a text, whose characters that cannot be printed become question marks."""
         now = time.monotonic()
-        if now - self._said.get(kind, now - SAY_SECONDS) < SAY_SECONDS:
+        if kind in self._said and now - self._said[kind] < SAY_SECONDS:
             return
         self._said[kind] = now
         print(f"{self.name}: {printable(text)}", file=sys.stderr, flush=True)

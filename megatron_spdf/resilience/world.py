@@ -47,12 +47,16 @@ def find_ranks(env: Mapping[str, str] = os.environ) -> Ranks:
             raise ValueError(f"{launcher} set {', '.join(k for k in keys if k in env)} but not "
                              f"{', '.join(missing)}; start with torchrun or srun, or unset the "
                              "others")
+        shown = ", ".join(f"{k}={env[k]!r}" for k in keys)
         try:
-            return Ranks(*(int(env[k]) for k in keys), launcher=launcher)
+            ranks = Ranks(*(int(env[k]) for k in keys), launcher=launcher)
         except ValueError:
-            shown = ", ".join(f"{k}={env[k]!r}" for k in keys)
             raise ValueError(f"{shown} must be whole numbers; start with torchrun or srun, or "
                              "unset them") from None
+        if not (0 <= ranks.rank < ranks.world and 0 <= ranks.local < ranks.world):
+            raise ValueError(f"{shown}: ranks are counted from 0 and under the number of "
+                             "processes; start with torchrun or srun, or unset them")
+        return ranks
     return Ranks(0, 1, 0, "python")
 
 

@@ -7,6 +7,7 @@ short for an axis of that name whose labels are the values.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import shlex
 import subprocess
@@ -23,6 +24,7 @@ from megatron_spdf.files import open_to_append
 from megatron_spdf.recipe.load import write_value
 
 NAME_BYTES = 255 - len(".txt")  # of a file name on common file systems; logs stand beside
+MOST_RUNS = 10_000
 Axes = Mapping[str, Mapping[str, Mapping[str, Any]]]  # name -> label -> key of the recipe -> value
 
 
@@ -54,8 +56,12 @@ def combinations(axes: Axes, output: str | Path) -> Iterator[Trial]:
         output: directory of the grid.
 
     Raises:
-        ValueError: a label that names no directory, or two combinations with one directory.
+        ValueError: a label that names no directory, two combinations with one directory, or more
+            combinations than anyone runs.
     """
+    count = math.prod(map(len, axes.values()))
+    if count > MOST_RUNS:
+        raise ValueError(f"{count:,} combinations are over {MOST_RUNS:,}; try fewer values at once")
     seen: dict[Path, dict[str, str]] = {}
     for labels in itertools.product(*axes.values()):
         named = dict(zip(axes, labels, strict=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,16 +13,23 @@ import torch.distributed as dist
 from megatron_spdf.checkpoint import store
 from megatron_spdf.checkpoint.shared_files import check_shared
 from megatron_spdf.exit_codes import GUARD_STOPPED
-from megatron_spdf.files import NEW, links_out, require_directory, require_outside_checkpoints
+from megatron_spdf.files import (
+    NEW,
+    links_out,
+    require_directory,
+    require_outside_checkpoints,
+    write_json,
+)
 from megatron_spdf.locks import DirectoryLock, Held, is_lock
 from megatron_spdf.recipe.compare import changes_of_run
 from megatron_spdf.recipe.finetune import Finetune, load_finetune
 from megatron_spdf.recipe.load import save_recipe
 from megatron_spdf.recipe.recipe import Recipe
-from megatron_spdf.records import read_yaml
+from megatron_spdf.records import read_json, read_yaml
 from megatron_spdf.resilience import restarts
 
 RECIPE = "recipe.yaml"
+CONTENTS = "contents.json"  # of what the recipe names by a path, at the last start
 
 
 def splits_of(run: Path, task: str) -> Path | None:
@@ -45,13 +52,15 @@ class RunDir:
 
     Args:
         recipe: its `output` names the directory.
+        contents: key of the recipe -> hash of what lies at its path; an input that has moved is
+            known by it.
 
     Attributes:
         held: on rank 0, who else holds the directory; empty: nobody.
     """
 
-    def __init__(self, recipe: Recipe | Finetune):
-        self.recipe = recipe
+    def __init__(self, recipe: Recipe | Finetune, contents: Mapping[str, str] | None = None):
+        self.recipe, self.contents = recipe, dict(contents or {})
         self.root = Path(recipe.output)
         self.checkpoints = self.root / "checkpoints"
         self.log = self.root / "log.jsonl"
@@ -81,22 +90,41 @@ class RunDir:
         except ValueError as error:
             raise ValueError(f"{kept} cannot be read as a recipe ({error}); choose another "
                              "output") from None
-        changes = changes_of_run(before, self.recipe, longer=True)
+        changes = self._changes(before)
         if changes:
             raise ValueError(f"output={self.root} holds another recipe's run: "
                              f"{'; '.join(changes)}. Choose another output, or set these back to "
                              "go on with that run (it can be lengthened where it has one stage, "
                              "masks that stay and optimizer.decay=constant)")
 
+    def _changes(self, before: Recipe | Finetune) -> list[str]:
+        """How this start differs from the last, inputs by their content where that is known."""
+        kept = self.root / CONTENTS
+        recorded = read_json(kept, dict[str, str]) if kept.is_file() else {}
+        known = recorded.keys() & self.contents.keys()
+        same = {key for key in known if recorded[key] == self.contents[key]}
+        changes = changes_of_run(before, self.recipe, longer=True, same=same)
+        if isinstance(self.recipe, Recipe) and self.recipe.data.on_blend_change == "continue":
+            known -= {"data.train", "data.blend"}
+        # a run goes on as it began, whatever its start has become since
+        changed = sorted(key for key in known - same - {"checkpoint"}
+                         if not any(said.startswith(f"{key} is ") for said in changes))
+        return changes + [f"{key} has another content than at the last start" for key in changed]
+
     def _check_links(self) -> None:
-        """Raises a ValueError where the run would write through a link to another place. Saved
-        checkpoints that the user has moved to another disk and linked are no such place."""
+        """Raises a ValueError where the run would write through a link to another place, or to a
+        pipe. Saved checkpoints that the user has moved to another disk and linked are no such
+        place."""
         for link in links_out(self.root) if self.root.is_dir() else []:
             if link == self.checkpoints and store.may_be_elsewhere(link):
                 continue
             raise ValueError(f"output={self.root}: {link.name} is a link to "
                              f"{os.path.realpath(link)}, and a run writes to its own directory "
                              "only; remove the link, or choose another output")
+        for path in self.root.iterdir() if self.root.is_dir() else []:
+            if not (path.is_file() or path.is_dir()):  # whoever opens a pipe may wait for ever
+                raise ValueError(f"output={self.root}: {path.name} is neither a file nor a "
+                                 "directory; remove it, or choose another output")
         store.require_present(self.checkpoints)
 
     def take(self) -> None:
@@ -143,6 +171,7 @@ class RunDir:
         with self._writing():
             self.root.mkdir(parents=True, exist_ok=True)
             save_recipe(self.recipe, self.root / RECIPE)
+            write_json(self.root / CONTENTS, self.contents)
 
     def create_on_rank_0(self) -> None:
         """Calls `create` on rank 0 and waits until every rank sees the directory. All ranks call.

@@ -20,6 +20,7 @@ from megatron_spdf.files import open_to_append, write_file
 from megatron_spdf.records import Unreadable, parse_json, to_json
 from megatron_spdf.runs.measured import Record
 from megatron_spdf.runs.run_dir import RunDir
+from megatron_spdf.text import printable_lines
 
 MOST_WAITING = 10_000  # lines; older ones are lost
 AGAIN_SECONDS = 60.0  # until TensorBoard's files are tried again
@@ -55,7 +56,7 @@ class RunLog:
         """Prints a line for people on standard output."""
         if self.active:
             with suppress(OSError):
-                self._bar.write(text, file=sys.stdout)
+                self._bar.write(printable_lines(text), file=sys.stdout)
                 sys.stdout.flush()
 
     def record(self, kind: str, step: int, **figures: Any) -> None:

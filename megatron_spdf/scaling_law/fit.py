@@ -6,6 +6,7 @@ Symbols as in law.py. Shapes: n runs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -78,8 +79,15 @@ def fit_law(points: Sequence[Point], starts: int = 32, samples: int = 100, seed:
         seed: of starting points and resamplings.
 
     Raises:
-        ValueError: the points cannot determine the coefficients.
+        ValueError: the points cannot determine the coefficients, are no positive numbers, or no
+            start leads to a fit.
     """
+    for point in points:
+        values = (point.nonzero, point.data, point.loss)
+        if not (all(math.isfinite(v) and v > 0.0 for v in values) and 0.0 <= point.sparsity < 1.0):
+            raise ValueError(f"the run {point.name} has sparsity {point.sparsity:g}, "
+                             f"{point.nonzero:g} non-zero weights, {point.data:g} tokens and loss "
+                             f"{point.loss:g}; a law is of positive numbers, leave it out")
     missing = shortcomings(points)
     if missing:
         raise ValueError("the law is under-determined by these runs: " + "; ".join(missing))
@@ -87,7 +95,10 @@ def fit_law(points: Sequence[Point], starts: int = 32, samples: int = 100, seed:
     data = _Data.of(points)
     ends = [_minimize(data, start)
             for start in random.uniform(-2.0, 1.0, size=(starts, len(COEFFICIENTS)))]
-    best = min(ends, key=lambda end: end[1])[0]
+    best, least = min(ends, key=lambda end: end[1])
+    if not np.isfinite(least):
+        raise ValueError(f"no fit: the minimization failed from all {starts} starting points; "
+                         "check the losses of the runs, or raise --starts")
     laws = []
     for _ in range(samples):
         chosen = random.integers(len(points), size=len(points))

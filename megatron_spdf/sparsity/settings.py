@@ -18,7 +18,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from megatron_spdf.section import OneOf, Section
+from megatron_spdf.section import OneOf, Section, Seed
 from megatron_spdf.sparsity.algorithms.base import ALGORITHMS, MaskAlgorithm
 from megatron_spdf.sparsity.patterns.base import PATTERNS, Pattern
 
@@ -54,7 +54,7 @@ class Sparsity(Section):
         "per_step", description="dense copies of sparse weights: kept for the step, or made again "
                                 "in forward and backward")
     rules: list[SparsityRule] = Field([], description="the first rule that matches a weight wins")
-    seed: int = Field(0, ge=0,
+    seed: Seed = Field(0,
                       description="of the masks; they depend on it and the weight's name alone")
     algorithm: Annotated[str, OneOf(ALGORITHMS)] = Field(
         "static", description="how masks move while training")

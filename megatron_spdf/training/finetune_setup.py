@@ -12,6 +12,7 @@ from megatron_spdf.convert.source import WeightSource, require_sound, tokenizer_
 from megatron_spdf.data.finetuning.completions import CompletionData, Completions, tokenize
 from megatron_spdf.data.finetuning.task import require_splits
 from megatron_spdf.data.tokenizers.base import Tokenizer, render_padding
+from megatron_spdf.files import FILES, sampled_sha256
 from megatron_spdf.planning.memory import render_layout
 from megatron_spdf.recipe.finetune import Finetune, training_recipe
 from megatron_spdf.recipe.recipe import Recipe
@@ -45,6 +46,15 @@ class Prepared:
     masks: Masks
     origin: str
     summary: str
+
+    @property
+    def contents(self) -> dict[str, str]:
+        """Keys of the recipe that name inputs -> hash of what lies there."""
+        listed = self.start.path / FILES  # has the hashes of all others
+        weights = [listed] if listed.is_file() else sorted(
+            path for path in self.start.path.iterdir() if path.is_file())
+        return {"data.path": f"{self.train.sha256} {self.valid.sha256}",
+                "checkpoint": sampled_sha256(weights)}
 
     def make_data(self, recipe: Recipe, engine: Engine) -> CompletionData:
         """Makes this rank's batches."""

@@ -22,7 +22,7 @@ from megatron_spdf import exit_codes
 from megatron_spdf.checkpoint.run_metadata import INITIAL, Masks
 from megatron_spdf.checkpoint.shared_files import newest_of_all
 from megatron_spdf.checkpoint.store import step_of
-from megatron_spdf.command_line import add_overrides, make_parser, print_words
+from megatron_spdf.command_line import add_overrides, make_parser, print_words, say
 from megatron_spdf.data.indexed.tokens import DataFault
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
 from megatron_spdf.locks import Held
@@ -108,18 +108,20 @@ def refusals() -> Iterator[None]:
     try:
         yield
     except tuple(REFUSALS) as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        say(f"{Path(sys.argv[0]).name}: {error}", sys.stderr)
         code = next(c for kind, c in REFUSALS.items() if isinstance(error, kind))
         raise SystemExit(code) from None
 
 
-def open_run(ranks: Ranks, recipe: Recipe | Finetune, alone: bool) -> RunDir:
+def open_run(ranks: Ranks, recipe: Recipe | Finetune, contents: dict[str, str],
+             alone: bool) -> RunDir:
     """Opens the directory of a run, after checking that it may start there with these ranks. Rank 0
     takes it, until the process ends; the others learn in `run_job` if it could not.
 
     Args:
         ranks: this process among all.
         recipe: of the run.
+        contents: of its inputs, see `RunDir`.
         alone: whether this process does not join the others.
 
     Raises:
@@ -127,7 +129,7 @@ def open_run(ranks: Ranks, recipe: Recipe | Finetune, alone: bool) -> RunDir:
             that another job has.
     """
     check_world(ranks, recipe.parallel)
-    run = RunDir(recipe)
+    run = RunDir(recipe, contents)
     run.check()
     if ranks.rank == 0:
         run.take()

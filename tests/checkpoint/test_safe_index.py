@@ -3,6 +3,7 @@ code is refused before it does."""
 
 from __future__ import annotations
 
+import copyreg
 import os
 import pickle
 import re
@@ -18,6 +19,7 @@ from torch.distributed.checkpoint.metadata import (
     MetadataIndex,
 )
 
+import megatron_spdf
 from megatron_spdf.checkpoint.safe_index import read_index
 from megatron_spdf.checkpoint.store import DamagedCheckpoint
 from megatron_spdf.checkpoint.tensors import TensorFiles
@@ -213,6 +215,19 @@ def two_in_one_place(loaded):
     loaded.storage_data[W] = loaded.storage_data[MetadataIndex("w", torch.Size([0, 0]))]
 
 
+class Twin:
+    """Pickles to an entry's key, and is another key of a dictionary."""
+
+    __class__ = property(lambda self: MetadataIndex)
+
+    def __reduce_ex__(self, _):
+        return copyreg.__newobj__, (MetadataIndex,), vars(W)
+
+
+def two_places(loaded):
+    loaded.storage_data[Twin()] = _StorageInfo("__0_0.distcp", 0, 10)
+
+
 def huge(loaded):
     entry = loaded.state_dict_metadata["w"]
     entry.size = torch.Size([10**12, 3])
@@ -273,7 +288,8 @@ WRONG = {
     "path object": (rename_a_file(Path("__0_0.distcp")), "something else in place of str"),
     "missing file": (rename_a_file("__9_0.distcp"), "names __9_0.distcp, which is missing"),
     "behind the end": (place(offset=10**6), "says that w ends at byte 1,0.* of __1_0.distcp"),
-    "too long": (place(length=10**12), "says that w ends at byte 1,000,000,000,000"),
+    "too long": (place(length=10**5), "says that w ends at byte 100,000"),
+    "much too long": (place(length=10**12), "is smaller than its 1,000,000,000,000 bytes"),
     "before the start": (place(offset=-1), "in place of whole numbers"),
     "no number": (place(offset="0"), "in place of whole numbers"),
     "a truth": (place(length=True), "in place of whole numbers"),
@@ -282,6 +298,7 @@ WRONG = {
     "compressed": (compress, "is compressed or encrypted"),
     "no place": (forget_a_place, "does not say where the part of w at .2, 0. is"),
     "two in one": (two_in_one_place, "has w and w in the same bytes of __0_0.distcp"),
+    "two places": (two_places, "it has two places of 'w'"),
     "huge": (huge, "part of w at .2, 0. is larger than its"),
     "outside": (outside_of_the_shape, "part of w lies outside of its shape"),
     "other axes": (other_axes, "part of w lies outside of its shape"),
@@ -327,7 +344,7 @@ def cells_without_end(loaded):
 
 @pytest.mark.parametrize("how", [gap, twice, cells_without_end])
 def test_parts_that_do_not_make_the_tensor_are_refused(index, how):
-    files = TensorFiles(change(index, how))
+    files = TensorFiles(change(index, how), objects=True)
     with pytest.raises(DamagedCheckpoint, match="does not hold every number of w once"):
         files.tensor("w")
 
@@ -424,6 +441,30 @@ SET_STATE = name("torch.distributed.checkpoint.metadata", "Metadata") + b"}" + t
 def test_bombs_and_states_of_classes_are_refused(tmp_path, content, said):
     with pytest.raises(ValueError, match=said):
         read_index(write(tmp_path, content))
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", "__9_9.distcp"])
+def test_bytes_that_are_no_tensors_are_refused(index, name):
+    with (index / name).open("ab") as file:
+        file.truncate(1 << 42)  # a file of one hole
+    with pytest.raises(DamagedCheckpoint, match=f"does not say what .* bytes of {name} are"):
+        read_index(index)
+
+
+def test_an_entry_in_a_hole_takes_no_memory(index):
+    with (index / "__1_0.distcp").open("ab") as file:
+        file.truncate(1 << 42)
+    change(index, place(offset=0, length=1 << 42))
+    with pytest.raises(ValueError, match="is smaller than its 4,398,046,511,104 bytes"):
+        read_index(index)
+
+
+def test_nothing_in_the_package_loads_a_pickle():
+    loads = re.compile(r"(?<!`)\b(torch|pickle|dill|joblib|dist_checkpointing|dcp)\.loads?\("
+                       r"|allow_pickle|Unpickler|FileSystemReader|LoadPlanner")
+    root = Path(megatron_spdf.__file__).parent
+    assert not [f"{path.name}: {line}" for path in root.rglob("*.py")
+                for line in path.read_text().splitlines() if loads.search(line)]
 
 
 def test_endless_index_is_refused(tmp_path):

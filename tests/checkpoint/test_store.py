@@ -357,7 +357,7 @@ def file_of_the_system(checkpoint: Path) -> str:
 
 def escape(checkpoint: Path) -> str:
     relist(checkpoint, "\033[2J", {"bytes": 1, "sha256": "0" * 64})
-    return r"\?\[2J is missing"
+    return r"x1b\[2J is missing"
 
 
 def no_size(checkpoint: Path) -> str:

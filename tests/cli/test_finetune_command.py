@@ -123,7 +123,7 @@ def test_a_run_reports_what_it_does(straight):
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     assert recipe["checkpoint"] == "start" and recipe["train"]["epochs"] == 2
     assert {p.name for p in run.iterdir()} == {"recipe.yaml", "log.jsonl", "tensorboard",
-                                               "checkpoints"}
+                                               "checkpoints", "contents.json", "lock.1"}
 
 
 def test_the_best_and_the_last_checkpoint_are_kept_and_the_tools_read_the_best(straight, workplace):

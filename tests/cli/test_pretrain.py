@@ -194,7 +194,7 @@ store.describe = slow
 def small_disk(workplace):
     """A directory on a file system of its own, and how to change that one's size in KiB."""
     place = workplace / "disk"
-    place.mkdir()
+    place.mkdir(exist_ok=True)
     mount = ["mount", "-t", "tmpfs", "-o", "size=1024k", "tmpfs", str(place)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("no permission to mount a file system")
@@ -208,7 +208,7 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(straight, start, small_disk
     bytes_of_one = sum(p.stat().st_size
                        for p in (straight[0] / "checkpoints" / "step_00000024").rglob("*"))
     resize(bytes_of_one * 3 // 2 // 1024)
-    words = (f"output={place / 'run'}", "parallel.tensor=2", "log.tensorboard=false",
+    words = (f"output={place / 'run'}", "parallel.tensor=2",
              f"data.index_cache={straight[0].parent / 'index'}")  # the disk is for checkpoints
     # the launcher's, of a rank that ended with 3
     out = finish(start(*words, "checkpoint.every=4", ranks=2), code=1)
@@ -218,6 +218,26 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(straight, start, small_disk
     resize(bytes_of_one * 10 // 1024)
     assert "resumed from step_00000004" in finish(start(*words, "checkpoint.every=4", ranks=2))
     assert records(place / "run") == records(straight[0])
+
+
+def test_a_full_disk_under_the_log_ends_nothing_but_the_last_save(start, small_disk):
+    place, resize = small_disk
+    run = place / "run"
+    resize(16_384)
+    words = (f"output={run}", "checkpoint.every=0", "evaluate.every=0")
+    process = start(*words)
+    wait_for(run, 2, process)
+    process.send_signal(signal.SIGSTOP)
+    with suppress(OSError), (place / "filler").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(1024))
+    process.send_signal(signal.SIGCONT)
+    out = finish(process, code=3)
+    assert "step 24/24" in out and "could NOT save" in out
+    assert out.count(f"could NOT write {run}/log.jsonl: [Errno 28] No space left on device") == 1
+    (place / "filler").unlink()
+    finish(start(*words))
+    assert [r["step"] for r in records(run) if r["kind"] == "train"] == list(range(1, 25))
 
 
 def test_a_damaged_checkpoint_is_named_and_refused(straight, start, workplace):

@@ -15,8 +15,10 @@ from small_models import gpt2_tensors, make_recipe, write_gpt2
 from megatron_spdf.architecture.base import EMBEDDING
 from megatron_spdf.architecture.forms import UnknownFamily, model_of
 from megatron_spdf.architecture.gpt import GELU_TANH, Gpt
+from megatron_spdf.convert.deepspeed_import import DeepSpeedReader
 from megatron_spdf.convert.huggingface_export import in_memory
 from megatron_spdf.convert.initial_checkpoint import write_initial_checkpoint
+from megatron_spdf.convert.megatron_lm import MegatronReader
 from megatron_spdf.convert.source import open_weights
 from megatron_spdf.recipe.finetune import Finetune
 from megatron_spdf.training.finetune_setup import prepare
@@ -182,6 +184,16 @@ def test_fine_tuning_and_conversion_refuse_weights_that_are_not_finite(tmp_path,
     with pytest.raises(ValueError, match=r"c_proj.bias has 1 entries.*inf at \[3\]"):
         write_initial_checkpoint(source, make_recipe(), tokenizer, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("reader", [MegatronReader, DeepSpeedReader])
+def test_every_reader_of_other_formats_refuses_them(monkeypatch, tmp_path, reader):
+    opened = object.__new__(reader)
+    opened.path = tmp_path
+    monkeypatch.setattr(reader, "_weight", lambda self, name: torch.tensor([1.0, float("nan")]))
+    for read in (opened.weight, opened.master):
+        with pytest.raises(ValueError, match=f"{EMBEDDING} has 1 entries that are not finite"):
+            read(EMBEDDING)
 
 
 class Wide(Gpt):

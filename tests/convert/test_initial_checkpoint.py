@@ -233,7 +233,7 @@ def test_the_other_half_of_a_tensor_is_missed(begin):
     del index.state_dict_metadata["embedding.word_embeddings.weight"].chunks[1]
     path.write_bytes(pickle.dumps(index))
     with pytest.raises(store.DamagedCheckpoint, match="not hold every number of embedding"):
-        TensorFiles(reader.path).tensor("embedding.word_embeddings.weight")
+        TensorFiles(reader.path, objects=True).tensor("embedding.word_embeddings.weight")
 
 
 @pytest.mark.parametrize("base", [{"hidden": 3, "input_multiplier": 3.0, "output_multiplier": 2.0},

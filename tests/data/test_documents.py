@@ -286,3 +286,38 @@ def test_a_cut_in_any_frame_is_found(tmp_path):
         path = write(tmp_path / "a.jsonl.zst", (first + second)[:cut])
         with pytest.raises(ValueError, match=f"damaged or cut off near byte {cut} of {cut}"):
             read(path)
+
+
+@pytest.mark.parametrize("name", ["a.ndjson", "a.ndjson.gz", "a.ndjson.zst", "a.json", "a.json.gz",
+                                  "a.json.zst"])
+def test_other_names_of_json_lines(tmp_path, name):
+    pack = COMPRESS.get(".jsonl" + Path(name).suffix, bytes)
+    assert read(write(tmp_path / name, pack(as_lines(TEXTS)))) == TEXTS
+    with pytest.raises(ValueError, match=f"{name}, line 1: not valid JSON.*a record is one line"):
+        read(write(tmp_path / name, pack(b'[\n {"text": "a"}\n]\n')))
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_a_bom_wherever_files_were_joined(tmp_path, suffix):
+    bom = b"\xef\xbb\xbf"
+    content = bom + as_lines(TEXTS[:3]) + bom + as_lines(TEXTS[3:5]) + bom + b"\n"
+    assert read(write(tmp_path / f"a{suffix}", COMPRESS[suffix](content))) == TEXTS[:5]
+    text = "one\n\ufefftwo"
+    assert read(write(tmp_path / "a.txt", bom + text.encode())) == [text]
+
+
+def test_rubbish_after_a_gzip_member_is_called_so(tmp_path):
+    path = write(tmp_path / "a.jsonl.gz", gzip.compress(as_lines(TEXTS)) + b"rubbish")
+    with pytest.raises(ValueError, match="line 201: .*behind the last gzip member: Not a gzipped"):
+        read(path)
+    assert read(path, on_error="skip") == TEXTS
+    zeros = write(tmp_path / "b.jsonl.gz", gzip.compress(as_lines(TEXTS)) + bytes(512))
+    assert read(zeros) == TEXTS  # padding, as tapes have it
+
+
+@pytest.mark.parametrize("link", [os.link, os.symlink])
+def test_a_file_under_two_names_is_refused(tmp_path, link):
+    write(tmp_path / "a.jsonl", as_lines(["x"]))
+    link(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+    with pytest.raises(ValueError, match="a.jsonl is named a second time as .*b.jsonl"):
+        expand_inputs([str(tmp_path / "*.jsonl")])

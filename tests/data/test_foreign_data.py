@@ -170,7 +170,7 @@ def test_a_bin_file_that_is_cut_off_under_a_job_is_named(opened):
     assert len(tokens.get(0)) == 31
     with pytest.raises(DataFault, match=rf"{prefix}.bin ends at byte 1,000, and token 4,000 lies"):
         tokens.read(0, 4000)
-    with pytest.raises(DataFault, match="was cut off after the start"):
+    with pytest.raises(DataFault, match="ends at byte 1,000, .*it was cut off after the start"):
         tokens.get(3999)
 
 
@@ -218,3 +218,22 @@ def test_a_fault_crosses_from_a_loader_process_as_its_sentence(opened, workers, 
 def test_reading_needs_no_torch(tmp_path):
     assert "torch" not in Path(sys.modules[IndexedTokens.__module__].__file__).read_text()
     assert check_prefix(write(tmp_path / "d", documents())).tokenizer is None
+
+
+def test_data_that_moved_are_known_by_their_content(tmp_path, recipe, tiny_bpe, monkeypatch):
+    def contents(train: str, valid: str) -> dict[str, str]:
+        return check_corpus(recipe(
+            data={"train": train, "valid": valid, "tokenizer": str(tiny_bpe)},
+            model={"vocab_size": 300},
+            train={"sequence_length": LENGTH, "global_batch": 2})).contents
+
+    one, two = (str(write(tmp_path / name, documents(seed=seed)))
+                for seed, name in enumerate(("one", "two")))
+    before = contents(one, two)
+    (tmp_path / "moved").mkdir()
+    for path in tmp_path.glob("one.*"):
+        path.rename(tmp_path / "moved" / path.name)
+    monkeypatch.chdir(tmp_path)
+    assert contents("moved/one", "two") == before
+    assert contents("two", "two") | {"data.valid": before["data.valid"]} != before
+    assert contents("moved/one", "moved/one")["data.valid"] != before["data.valid"]

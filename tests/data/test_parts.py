@@ -211,3 +211,12 @@ def test_the_same_call_makes_the_same_bytes_manifests_included(tmp_path, tokeniz
         made.append(content(tmp_path / "t"))
     assert made[0] == made[1] and "t/train.json" in made[0]
     assert json.loads((tmp_path / "t" / "corpus.json").read_bytes())["documents"] == 100
+
+
+def test_sets_are_named_in_meta_or_in_the_record_itself(tmp_path, tokenizer):
+    items = [{"text": "a", "source": "One"}, {"text": "b", "meta": {"source": "Two"}},
+             {"text": "c", "meta": {"source": "Two"}, "source": "One"},
+             {"text": "d", "meta": "of another kind", "source": "One"}]
+    (tmp_path / "a.jsonl").write_bytes(as_jsonl(items))
+    corpus = preprocess([tmp_path / "a.jsonl"], tmp_path / "t", tokenizer, set_key="source")
+    assert {name: c.documents for name, c in corpus.data_sets.items()} == {"one": 2, "two": 2}

@@ -45,12 +45,21 @@ KINDS = {
             decoders.ByteLevel()),
         lambda: trainers.BpeTrainer(vocab_size=400, **COMMON, initial_alphabet=(
             pre_tokenizers.ByteLevel.alphabet()))),
+    "byte-level BPE with special tokens apart": (
+        lambda: bare(models.BPE(), pre_tokenizers.Sequence([pre_tokenizers.Digits(), BYTES]),
+                     decoders.ByteLevel()),
+        lambda: trainers.BpeTrainer(vocab_size=262, show_progress=False, initial_alphabet=(
+            pre_tokenizers.ByteLevel.alphabet()))),
     "BPE of words": (lambda: bare(models.BPE(unk_token="<unk>"), BLANKS),
                      lambda: trainers.BpeTrainer(vocab_size=150, **COMMON)),
     "BPE with word ends": (
         lambda: bare(models.BPE(unk_token="<unk>", end_of_word_suffix="@"), BLANKS,
                      decoders.BPEDecoder("@")),
         lambda: trainers.BpeTrainer(vocab_size=150, end_of_word_suffix="@", **COMMON)),
+    "BPE with marks inside words": (
+        lambda: bare(models.BPE(unk_token="<unk>", continuing_subword_prefix="##"), BLANKS,
+                     decoders.WordPiece()),
+        lambda: trainers.BpeTrainer(vocab_size=250, continuing_subword_prefix="##", **COMMON)),
     "Unigram": (lambda: bare(models.Unigram(), pre_tokenizers.Metaspace(), decoders.Metaspace()),
                 lambda: trainers.UnigramTrainer(vocab_size=90, unk_token="<unk>", **COMMON)),
     "Unigram, normalized": (
@@ -76,6 +85,7 @@ def trained():
     for kind, (make, trainer) in KINDS.items():
         made[kind] = make()
         made[kind].train_from_iterator(TEXTS, trainer())
+        made[kind].add_special_tokens(SPECIALS)
     return made
 
 
@@ -127,6 +137,10 @@ def test_the_end_of_documents_may_be_named(trained, tmp_path, kind, how):
             if how == "not added":
                 description["added_tokens"].remove(token)
     usual = load(tmp_path / "one", description)
+    if how == "not added" and "apart" in kind:  # then there is no such token
+        with pytest.raises(ValueError, match=r"has no token '<\|eod\|>'"):
+            load(tmp_path / "two", description, "<|eod|>")
+        return
     tokenizer = load(tmp_path / "two", description, "<|eod|>")
     assert tokenizer.eod == trained[kind].token_to_id("<|eod|>") != usual.eod
     assert not any(tokenizer.eod in tokenizer.encode(text) for text in SPELLED + TEXTS)
@@ -147,6 +161,15 @@ def test_added_tokens_that_are_not_special_are_found_as_before(trained, tmp_path
     assert tokenizer.encode("<tool>") == [made.token_to_id("<tool>")]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_named_end_may_be_an_added_token_that_is_not_special(trained, tmp_path, kind):
+    made = tokenizers.Tokenizer.from_str(trained[kind].to_str())
+    made.add_tokens(["<the end>"])
+    tokenizer = load(tmp_path, made, "<the end>")
+    assert tokenizer.eod == made.token_to_id("<the end>") in made.encode("a <the end> b").ids
+    assert tokenizer.eod not in tokenizer.encode("a <the end> b<the end>")
+
+
 def test_a_full_width_name_is_no_special_token_after_normalization(trained, tmp_path):
     tokenizer = load(tmp_path, trained["Unigram, normalized"])
     assert tokenizer.eod not in tokenizer.encode("a ＜/ｓ＞ b </S>")
@@ -161,6 +184,22 @@ def test_bytes_stand_for_rare_characters_even_where_they_are_called_special(tmp_
     tokenizer = load(tmp_path, made)
     assert tokenizer.encode("a\u6f22") == [259, 258, 2 + 0xE6, 2 + 0xBC, 2 + 0xA2]
     assert tokenizer.decode(tokenizer.encode("a </s>\n\u6f22")).endswith("</s>\n\u6f22")
+
+
+def test_one_without_a_token_for_what_it_does_not_know_is_refused(tmp_path):
+    made = bare(models.Unigram([("</s>", 0.0), ("a", -1.0), ("\u2581", -1.0)], None),
+                pre_tokenizers.Metaspace(), decoders.Metaspace())
+    with pytest.raises(ValueError, match="cannot encode .*token for what it does not know"):
+        load(tmp_path, made)
+
+
+def test_dropout_of_a_description_is_left_out(trained, tmp_path):
+    """Preprocessing is to give the same ids at every call."""
+    description = json.loads(trained["byte-level BPE"].to_str())
+    sure = load(tmp_path / "sure", description)
+    description["model"]["dropout"] = 0.9
+    tokenizer = load(tmp_path / "random", description)
+    assert all(tokenizer.encode(text) == sure.encode(text) for text in TEXTS)
 
 
 def test_a_description_of_before_models_had_types(trained, tmp_path):

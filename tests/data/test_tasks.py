@@ -15,6 +15,7 @@ from megatron_spdf.data.finetuning.task import (
     TASKS,
     Example,
     load_examples,
+    require_splits,
     training_pairs,
 )
 
@@ -247,3 +248,47 @@ def test_published_data(task, split):
     assert (len(examples), len(training_pairs(examples))) == counts[split]
     if (task, split) == ("webnlg", "test"):
         assert [sum(e.group == g for e in examples) for g in ("seen", "unseen")] == [971, 891]
+
+
+def in_languages(*texts: tuple[str | None, str]) -> dict:
+    return {**ENTRY, "lexicalisations": [
+        {"comment": "good", "lex": text} | ({"lang": said} if said is not None else {})
+        for said, text in texts]}
+
+
+@pytest.mark.parametrize(("texts", "kept"), [
+    ([("en", "One."), ("ru", "Odin.")], ("One.",)),
+    ([(None, "One."), ("ru", "Odin."), ("", "Two."), ("en-GB", "Three.")],
+     ("One.", "Two.", "Three.")),
+    ([("ru", "Odin."), ("ru", "Dva.")], ("Odin.", "Dva.")),
+])
+def test_webnlg_texts_of_one_language(tmp_path, texts, kept):
+    path = write(tmp_path / "train.json", webnlg(in_languages(*texts)))
+    assert [e.references for e in load_examples("webnlg", path, "train")] == [kept]
+    lines = "".join(f'<lex comment="good"{"" if said is None else f" lang={said!r}"}>{text}</lex>'
+                    for said, text in texts)
+    path = write(tmp_path / "train.xml", "<benchmark><entries><entry category='City' eid='Id1'>"
+                 "<modifiedtripleset><mtriple>a | b | c</mtriple></modifiedtripleset>"
+                 f"{lines}</entry></entries></benchmark>")
+    assert [e.references for e in load_examples("webnlg", path, "train")] == [kept]
+
+
+def test_webnlg_texts_of_several_other_languages_are_refused(tmp_path):
+    path = write(tmp_path / "train.json", webnlg(in_languages(("ru", "Odin."), ("br", "Unan."))))
+    with pytest.raises(ValueError, match="in the languages br, ru, and a model learns"):
+        load_examples("webnlg", path, "train")
+
+
+def test_training_and_validation_are_two_files(tmp_path):
+    line = '{"context": "a", "completion": "b"}\n'
+    train = write(tmp_path / "train.jsonl", line)
+    with pytest.raises(ValueError, match="train.jsonl is a file, and a run needs a training and a"):
+        require_splits("jsonl", train)
+    with pytest.raises(FileNotFoundError, match="the validation split"):
+        require_splits("jsonl", tmp_path)
+    (tmp_path / "valid.jsonl").symlink_to(train)
+    with pytest.raises(ValueError, match="train.jsonl and valid.jsonl are one file"):
+        require_splits("jsonl", tmp_path)
+    (tmp_path / "valid.jsonl").unlink()
+    write(tmp_path / "valid.jsonl", line)
+    require_splits("jsonl", tmp_path)

@@ -65,6 +65,16 @@ def test_tokenizer_json_of_more_tokens_goes_before_gpt2s_files(place, caplog):
         caplog.text)
 
 
+def test_of_two_of_one_size_tokenizer_json_counts(place, tmp_path, caplog):
+    train_tokenizer("bpe", [text.upper() for text in TEXTS], 280, tmp_path / "other")
+    described = describe(tmp_path / "other")
+    (tmp_path / "other" / "tokenizer.json").rename(place / "tokenizer.json")
+    text = "THREE three"
+    assert load_tokenizer(place).encode(text) == described.encode(text).ids
+    assert "describes two tokenizers" in caplog.text
+    assert "tokenizer.json is used, and not vocab.json" in caplog.text
+
+
 def test_gpt2s_files_of_more_tokens_go_before_an_older_tokenizer_json(place, tmp_path, caplog):
     train_tokenizer("bpe", TEXTS, 270, tmp_path / "older")
     describe(tmp_path / "older")

@@ -6,12 +6,13 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel
+from torch import Tensor, nn
 
 
-def plain_gpt2(model, recipe) -> GPT2LMHeadModel:
-    """GPT-2 with the weights of a Megatron-Core GPT that one rank holds."""
+def plain_gpt2(model, recipe) -> nn.Module:
+    """transformers' GPT-2 with the weights of a Megatron-Core GPT that one rank holds."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
     m = recipe.model
     weights = {n: p for n, p in model.named_parameters() if "parametrizations" not in n}
     modules = dict(model.named_modules())
@@ -57,7 +58,7 @@ def adamw(groups: list[dict], o) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, betas=(o.beta1, o.beta2), eps=o.eps)
 
 
-def train_plain(reference: GPT2LMHeadModel, recipe, steps: list[list[dict]],
+def train_plain(reference: nn.Module, recipe, steps: list[list[dict]],
                 build=adamw) -> list[tuple[float, float]]:
     """(loss, gradient norm) of every step, weights that start at exactly zero in the layers held
     there.
@@ -87,7 +88,7 @@ def train_plain(reference: GPT2LMHeadModel, recipe, steps: list[list[dict]],
     return curve
 
 
-def micro_loss(reference: GPT2LMHeadModel, micro: dict) -> Tensor:
+def micro_loss(reference: nn.Module, micro: dict) -> Tensor:
     logits = reference(micro["tokens"]).logits
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), micro["labels"].flatten())
 

@@ -23,11 +23,11 @@ TP2, SP, DP2 = {"tensor": 2}, {"tensor": 2, "sequence": True}, {"data": 2}
 SHORT = {"global_batch": 2, "micro_batch": 1, "sequence_length": 16}
 # As small as kernels for tensor cores take them; at half density, so that two slices are balanced.
 TILES = {"sparsity": {"level": 0.5, "pattern": "tile", "tile": 16},
-         "model": {"layers": 1, "ffn_hidden": 64}, "train": SHORT}
+         "model": {"layers": 1, "ffn_hidden": 64}, "train": SHORT, "evaluate": {"batches": 1}}
 # As narrow as two tensor-parallel ranks can multiply on sparse tensor cores: shards of multiples of
 # 64.
 WIDE = {"sparsity": PATTERNS["2:4"], "model": {"layers": 1, "hidden": 128, "ffn_hidden": 128},
-        "train": SHORT}
+        "train": SHORT, "evaluate": {"batches": 1}}
 DEEPSPEED = {"engine": "deepspeed"}
 ZERO_3 = {"engine": "deepspeed", "parallel": {"data": 2, "zero_stage": 3}}
 

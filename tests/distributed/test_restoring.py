@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 from functools import cache
@@ -60,6 +61,14 @@ def first_checkpoint(recipe: dict) -> Path:
     return Path(recipe["output"]) / "checkpoints" / store.name_of(0)
 
 
+def write_into(recipe: dict, name: str, content: bytes) -> None:
+    """Changes a file of a run's first checkpoint, and the list of its files."""
+    checkpoint = first_checkpoint(recipe)
+    (checkpoint / store.FILES).unlink()
+    (checkpoint / name).write_bytes(content)
+    finish_run(checkpoint, Recipe.model_validate(recipe))
+
+
 def one_entry_moved(begin) -> dict:
     """A run whose masks are said to be drawn, and of which one has an active entry elsewhere."""
     draw = SparseWeight.draw
@@ -80,8 +89,7 @@ def code_in_the_index(begin, ran: Path) -> dict:
             return os.mkdir, (str(ran),)
 
     recipe = begin(parallel={"data": 2})
-    (first_checkpoint(recipe) / ".metadata").write_bytes(pickle.dumps(Code()))
-    finish_run(first_checkpoint(recipe), Recipe.model_validate(recipe))
+    write_into(recipe, ".metadata", pickle.dumps(Code()))
     return recipe
 
 
@@ -138,6 +146,21 @@ def test_given_masks_are_taken_by_every_engine(start, kind):
 def test_a_seeded_mask_that_is_another_is_refused(ranks, begin):
     for said in ranks(2).run_all(restored, one_entry_moved(begin)):
         assert f"holds another mask of {MOVED} than the recipe draws" in said
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    ({"seed": 8}, "seed is 7 there and 8 here"),
+    ({"train": {"tokens": 8 * 32 * 70}}, "train.tokens is 15360 there and 17920 here"),
+    ({}, "tokenizer is 00 there and ")], ids=["seed", "tokens", "tokenizer"])
+def test_a_checkpoint_of_another_run_is_refused(ranks, begin, make_recipe, change, said):
+    recipe = begin(parallel={"data": 2})
+    if not change:
+        run = json.loads((first_checkpoint(recipe) / store.RUN).read_text())
+        run["tokenizer"]["sha256"] = "00"
+        write_into(recipe, store.RUN, json.dumps(run).encode())
+    other = make_recipe(recipe["output"], parallel={"data": 2}, **change)
+    for found in ranks(2).run_all(restored, other):
+        assert "is of another run: " in found and said in found
 
 
 def test_code_in_the_index_is_refused_and_does_not_run(ranks, begin, tmp_path):

@@ -34,6 +34,21 @@ def test_sbatch_script_without_srun_is_a_plain_start():
     assert find_ranks(SBATCH) == Ranks(0, 1, 0, "python")
 
 
+@pytest.mark.parametrize("change", [{"RANK": "8"}, {"RANK": "-1"}, {"LOCAL_RANK": "9"},
+                                    {"WORLD_SIZE": "0"}, {"LOCAL_RANK": "-1"}])
+def test_ranks_out_of_the_world_are_refused(change):
+    with pytest.raises(ValueError, match="ranks are counted from 0"):
+        find_ranks({**TORCHRUN, **change})
+
+
+@pytest.mark.parametrize("port", ["", "abc", "0", "65536", "-1", "80 "])
+def test_a_port_that_is_none_is_refused(monkeypatch, port):
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", port)
+    with pytest.raises(ValueError, match="is no port; export MASTER_PORT"):
+        _rendezvous(Ranks(0, 2, 0, "test"), 1.0)
+
+
 def test_torchrun_inside_a_slurm_job():
     assert find_ranks({**SBATCH, **TORCHRUN}) == Ranks(3, 8, 1, "torchrun")
 

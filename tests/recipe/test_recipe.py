@@ -254,6 +254,7 @@ BAD = {
     "override without value": (["parallel.tensor"], "'parallel.tensor'", "section.key=value",
                                "parallel.tensor=2"),
     "override without name": (["=3"], "'=3'", "section.key=value", "parallel.tensor=2"),
+    "override with a key of many parts": ([".".join("a" * 5000) + "=1"], "has over 64 parts"),
     "override that is not YAML": (["parallel.tensor=[1"], "parallel.tensor=[1"),
     "override that empties a section": (["train=null"], "train=None"),
     "override that empties sparsity": (["sparsity=null"], "sparsity"),
@@ -339,3 +340,26 @@ def test_data_parallel_auto_that_does_not_divide_is_refused(write):
                        match=r"6 processes do not make up whole replicas .* 4 x 1 = 4; start a "
                              r"multiple"):
         load_recipe(write(), ["parallel.data=auto", "parallel.tensor=4"], world=6)
+
+
+@pytest.mark.parametrize("key", [
+    "model.layers", "model.hidden", "model.heads", "model.query_groups", "model.ffn_hidden",
+    "model.vocab_size", "model.max_positions", "seed", "sparsity.seed", "train.tokens",
+    "train.global_batch", "train.micro_batch", "train.sequence_length", "parallel.tensor",
+    "parallel.pipeline", "parallel.interleave", "parallel.data", "parallel.timeout",
+    "evaluate.every", "evaluate.batches", "evaluate.patience", "checkpoint.every",
+    "checkpoint.keep", "checkpoint.keep_every", "log.every", "log.ranks_every", "data.workers",
+    "fault_tolerance.max_skipped", "fault_tolerance.max_starts", "fault_tolerance.hang_seconds",
+    "optimizer.warmup_tokens"])
+@pytest.mark.parametrize("value", [10**19, -1, "1e400", ".nan", ".inf"])
+def test_counts_have_bounds(key, value):
+    path = Path(__file__).parents[2] / "configs/pretrain/gpt_tiny.yaml"
+    with pytest.raises(ValueError, match=key):
+        load_recipe(path, [f"{key}={value}"])
+
+
+def test_a_model_of_more_weights_than_any_is_refused():
+    path = Path(__file__).parents[2] / "configs/pretrain/gpt_tiny.yaml"
+    with pytest.raises(ValueError, match="make over 1.8e.16 weights; take fewer than 1e.15"):
+        load_recipe(path, ["model.layers=2048", "model.hidden=1048576", "model.heads=16",
+                           "model.ffn_hidden=3145728"])

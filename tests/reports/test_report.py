@@ -201,3 +201,19 @@ def test_rendered_page_has_no_sideways_overflow(report, runs, tmp_path, width):
                           capture_output=True, text=True, timeout=300, check=True)
     found, plots = map(int, re.search(r"<title>(\d+) (\d+)</title>", done.stdout).groups())
     assert found <= width and plots == 16
+
+
+def test_losses_that_are_not_finite_are_left_out_with_a_line(report, runs, tmp_path):
+    log = runs[0] / "log.jsonl"
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    for record in records:
+        if record["kind"] == "train" and record["step"] % 3 == 0 or record["kind"] == "valid":
+            record["loss"] = float("nan")
+    log.write_text("".join(json.dumps(record) + "\n" for record in records))
+    log = runs[1] / "log.jsonl"
+    log.write_text(re.sub(r'"loss": [0-9.]+', '"loss": NaN', log.read_text()))
+    output = tmp_path / "r.html"
+    assert report([*map(str, runs), "-o", str(output)]) == 0
+    text = " ".join(Page(output.read_text()).text)
+    assert f"{runs[0]}/log.jsonl: 10 train records without a finite loss are left out" in text
+    assert f"{runs[1]}/log.jsonl: 30 train records" in text and "nan" not in text.lower()

@@ -26,7 +26,7 @@ from megatron_spdf.resilience import heartbeat, progress
 from megatron_spdf.resilience.world import Ranks
 
 WORLD, HANG = 3, 2.0
-STOPPED_SECONDS = {"pause": 1.2, "suspend": 3.0, "wake": 6.0}
+STOPPED_SECONDS = {"pause": 0.8, "suspend": 3.0, "wake": 6.0}
 LAST = {"leave": 20, "pause": 40, "suspend": 40}  # step
 heartbeat.BEAT_SECONDS, heartbeat.GRACE_SECONDS = 0.2, 0.6
 
@@ -44,7 +44,7 @@ def rank_main(rank: int, port: int, deed: str, victim: int) -> None:
             time.sleep(0.05)
             if step == LAST.get(deed):
                 break
-            if step == 20 and (rank == victim or deed == "suspend"):
+            if step == 20 and rank == victim:
                 suffer(deed)
     dist.destroy_process_group()
 
@@ -55,16 +55,22 @@ def suffer(deed: str) -> None:
     if deed == "stand":
         time.sleep(600)
     if deed in STOPPED_SECONDS and os.fork() == 0:
+        ranks = os.getpgid(os.getppid())
+        os.setpgid(0, 0)
+        if deed == "suspend":
+            os.killpg(ranks, signal.SIGSTOP)
         time.sleep(STOPPED_SECONDS[deed])
-        os.kill(os.getppid(), signal.SIGCONT)
+        os.killpg(ranks, signal.SIGCONT)
         os._exit(0)
-    if deed != "leave":
+    if deed not in ("leave", "suspend"):
         os.kill(os.getpid(), signal.SIGKILL if deed == "kill" else signal.SIGSTOP)
 
 
-def fork(rank: int, port: int, case: str, said: Path) -> int:
+def fork(rank: int, port: int, case: str, said: Path, group: int) -> int:
+    """Starts a rank in the process group of rank 0, whose pid is `group`; 0: it is rank 0."""
     pid = os.fork()
     if pid:
+        os.setpgid(pid, group or pid)
         return pid
     code = 1
     try:
@@ -82,7 +88,9 @@ def main() -> None:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         said = Path(sys.argv[1]) / f"{case}.txt"
-        pids = [fork(rank, port, case, said) for rank in range(WORLD)]
+        pids: list[int] = []
+        for rank in range(WORLD):
+            pids.append(fork(rank, port, case, said, (pids or [0])[0]))
         codes = {}
         end = time.monotonic() + 60
         while len(codes) < WORLD and time.monotonic() < end:

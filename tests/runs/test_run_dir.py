@@ -130,3 +130,39 @@ def test_everything_a_run_writes_is_inside_its_directory(recipe):
 
 def test_cache_may_be_elsewhere(recipe, tmp_path):
     assert RunDir(recipe(data={"index_cache": str(tmp_path / "cache")})).cache == tmp_path / "cache"
+
+
+VALID, OTHER = {"data.valid": "a" * 64}, {"data.valid": "b" * 64}
+
+
+@pytest.mark.parametrize("there, here, now, said", [
+    (VALID, VALID, "/moved/valid", ""),  # the same data at another place, or by another name
+    (VALID, OTHER, "/moved/valid", r"data.valid is \['valid'\] there and \['/moved/valid'\] here"),
+    (VALID, OTHER, "valid", "data.valid has another content than at the last start"),
+    (VALID, VALID, "valid", ""),
+    ({}, VALID, "/moved/valid", "data.valid is "), ({}, VALID, "valid", ""),
+])
+def test_data_are_compared_by_their_content_where_that_is_known(recipe, there, here, now, said):
+    RunDir(recipe(data={"valid": "valid"}), there).create()
+    again = RunDir(recipe(data={"valid": now}), here)
+    if not said:
+        again.check()
+        return
+    with pytest.raises(ValueError, match=said):
+        again.check()
+
+
+def test_a_start_that_has_changed_since_is_no_other_run(recipe):
+    """A run that is fine-tuned from may go on training."""
+    from megatron_spdf.recipe.finetune import Finetune
+
+    def tuned(checkpoint: str) -> Finetune:
+        return Finetune(checkpoint=checkpoint, output=recipe().output,
+                        data={"task": "e2e", "path": "e2e"}, optimizer={"lr": 1e-4},
+                        train={"global_batch": 8, "micro_batch": 8})
+
+    RunDir(tuned("start"), {"checkpoint": "1", "data.path": "1"}).create()
+    RunDir(tuned("start"), {"checkpoint": "2", "data.path": "1"}).check()
+    RunDir(tuned("/moved/start"), {"checkpoint": "1", "data.path": "1"}).check()
+    with pytest.raises(ValueError, match="checkpoint is start there and /moved/start here"):
+        RunDir(tuned("/moved/start"), {"checkpoint": "2", "data.path": "1"}).check()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+import math
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -114,3 +115,25 @@ def test_an_unfinished_run_is_no_point(run):
     r, log = run
     with pytest.raises(ValueError, match=f"is at step 3 of {r.steps}"):
         point_of(read_run(log(3)))
+
+
+@pytest.mark.parametrize("change", [{"loss": math.nan}, {"loss": -1.0}, {"loss": math.inf},
+                                    {"data": 0.0}, {"nonzero": 0.0}, {"sparsity": 1.0}])
+def test_a_point_that_is_no_positive_number_is_refused(change):
+    there = points()
+    with pytest.raises(ValueError, match="the run bad has"):
+        fit_law([*there, replace(there[0], name="bad", **change)], starts=1, samples=1)
+
+
+def test_a_fit_that_failed_from_every_start_is_no_fit(monkeypatch):
+    monkeypatch.setattr("megatron_spdf.scaling_law.fit._minimize",
+                        lambda data, start: (start, math.inf))
+    with pytest.raises(ValueError, match="failed from all 3 starting points"):
+        fit_law(points(), starts=3, samples=1)
+
+
+def test_a_run_that_diverged_is_no_point(run):
+    r, log = run
+    read = read_run(log(r.steps, {"kind": "valid", "step": r.steps, "loss": math.nan}))
+    assert point_of(read) is None
+    assert "1 valid record without a finite loss is left out, the first at step" in read.notes[0]

@@ -106,7 +106,7 @@ def test_a_refused_value_runs_nothing(job, tmp_path):
 
 
 ODD = ["$(touch marker)", "`touch marker`", "a'; touch marker; '", 'a"; touch marker; "', "a b  c",
-       "exp #2", "[a]", "a: b", "*", "~", "true", "2024", "--dry", "é", "\\n", "a\\", "$HOME", "!!",
+       "exp #2", "[a]", "a: b", "*", "true", "2024", "--dry", "é", "\\n", "a\\", "$HOME", "!!",
        "'", "&a b", "- a", "null", " a ", "{a: b}", "%", "@", "a,b=c"]
 
 
@@ -159,7 +159,8 @@ def test_what_a_library_prints_is_no_word(job, tmp_path):
     assert ast.literal_eval(restarts)[-1] == "the run"
 
 
-@pytest.mark.parametrize("run", ["--force", "-h", "--output=x", "a b", "$(touch marker)", "--"])
+@pytest.mark.parametrize("run", ["--force", "-h", "--output=x", "a b", "$(touch marker)", "--",
+                                 "a\nb\n"])
 def test_a_run_is_no_option(job, run):
     done, said = job("evaluate.sh", "e2e", run, "--beams", "4")
     assert done.returncode == 0, done.stderr

@@ -9,6 +9,7 @@ Shapes: N pairs of a split, G of a global batch, B rows of a micro-batch, T toke
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -55,6 +56,14 @@ class Completions:
     def targets(self) -> np.ndarray:
         """Completion tokens of each pair, (N,), EOD included."""
         return self.lengths + 1 - self.starts
+
+    @property
+    def sha256(self) -> str:
+        """Of the tokens and where the completions begin."""
+        digest = hashlib.sha256(self.starts.tobytes())
+        for tokens in self.tokens:
+            digest.update(tokens)
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -20,6 +20,7 @@ from megatron_spdf.data.indexed.tokens import (
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megatron_spdf.files import save_figure
 from megatron_spdf.tables import Column, Table
+from megatron_spdf.text import label
 
 _BAR = 40  # characters of the longest bar
 
@@ -275,7 +276,7 @@ def plot_histogram(facts: dict[str, Any], path: Path) -> None:
         axes.stairs([count / sum(counts) for count in counts], edges, label=f"share of {key}",
                     linestyle=style)
     axes.set_xscale("log" if edges[0] else "symlog", base=2)  # empty documents lie at 0
-    axes.set(xlabel="tokens in a document", ylabel="share", title=facts["prefix"])
+    axes.set(xlabel="tokens in a document", ylabel="share", title=label(facts["prefix"]))
     axes.legend()
     axes.grid(alpha=0.3)
     figure.tight_layout()

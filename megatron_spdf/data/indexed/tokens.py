@@ -76,7 +76,8 @@ class IndexedTokens:
         except OSError as error:
             raise DataFault(f"{self._bin.name} cannot be read any more: {error}") from None
         if len(left):
-            raise DataFault(f"{self._bin.name} ends at byte {place:,}, and token {first + count:,} "
+            size = os.fstat(self._bin.fileno()).st_size
+            raise DataFault(f"{self._bin.name} ends at byte {size:,}, and token {first + count:,} "
                             f"lies behind that: it was cut off after the start. {REBUILD}")
         self._require_known(ids, first)
         return ids

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +26,13 @@ class Corpus:
     tokenizer: Tokenizer
     train: list[Source]
     valid: list[Source]
+
+    @property
+    def contents(self) -> dict[str, str]:
+        """Keys of the recipe that name data -> hash of the tokens that lie there."""
+        train = _hash(sorted((s.content, round(s.weight, 9)) for s in self.train))
+        return {"data.train": train, "data.blend": train,
+                "data.valid": _hash([s.content for s in self.valid])}
 
 
 def check_corpus(recipe: Recipe) -> Corpus:
@@ -68,6 +77,10 @@ def data_tokenizer(recipe: Recipe) -> Tokenizer:
                          f"set model.vocab_size={ids}, or somewhat more to pad it. A model that "
                          "is given with more rows has another tokenizer: use data of that one")
     return tokenizer
+
+
+def _hash(what: list) -> str:
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
 
 def _check_sizes(recipe: Recipe, train: list[Source], valid: list[Source]) -> None:

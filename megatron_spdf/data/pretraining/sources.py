@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
 from megatron_spdf.data.indexed.manifest import Manifest, check_prefix, file_of
 from megatron_spdf.data.pretraining.pile import PILE_EPOCHS
+from megatron_spdf.files import sampled_sha256
 from megatron_spdf.paths import named_by
 from megatron_spdf.recipe.recipe import Data
-
-_SAMPLED_BYTES = 1 << 20  # at each of three places of a file
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,9 @@ def training_sources(entries: list[Entry], tokenizer_sha256: str) -> list[Source
 
 def make_source(prefix: str, manifest: Manifest, weight: float = 0.0) -> Source:
     """Makes the source of a checked data set."""
-    return Source(prefix, manifest.content_sha256 or _fingerprint(prefix), manifest.tokens, weight)
+    content = manifest.content_sha256 or sampled_sha256(file_of(prefix, suffix)
+                                                        for suffix in ("idx", "bin"))
+    return Source(prefix, content, manifest.tokens, weight)
 
 
 def _epochs(entry: Entry, manifest: Manifest) -> float:
@@ -111,21 +111,6 @@ def _epochs(entry: Entry, manifest: Manifest) -> float:
                          "is none of the Pile's, so that epochs=pile says nothing of it; give a "
                          f"number. Its sets are {', '.join(PILE_EPOCHS)}")
     return PILE_EPOCHS[manifest.set_name]
-
-
-def _fingerprint(prefix: str) -> str:
-    """Hashes the sizes, and the start, middle and end, of both files of a data set without
-    checksums."""
-    digest = hashlib.sha256()
-    for suffix in ("idx", "bin"):
-        path = file_of(prefix, suffix)
-        size = path.stat().st_size
-        digest.update(str(size).encode())
-        with open(path, "rb") as file:
-            for start in (0, max(0, size // 2), max(0, size - _SAMPLED_BYTES)):
-                file.seek(start)
-                digest.update(file.read(_SAMPLED_BYTES))
-    return digest.hexdigest()
 
 
 def require_distinct(sources: list[Source]) -> None:

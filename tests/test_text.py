@@ -1,0 +1,50 @@
+"""What strangers wrote is shown, and never obeyed, by terminals and pictures."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_spdf.command_line import refusing, say
+from megatron_spdf.tables import Column, Table
+from megatron_spdf.text import printable, printable_lines
+
+HOSTILE = "a\x1b]0;owned\x07\x1b[2Jb\r\x08\x9b1m\u202ec\ud83d\u2028d"
+
+
+def test_a_terminal_is_given_nothing_to_obey(capsys):
+    @refusing
+    def fail() -> int:
+        raise ValueError(f"file {HOSTILE}\n  - second line")
+
+    assert fail() == 2
+    say(HOSTILE)
+    print(Table([Column("name")], [{"name": HOSTILE}]).text())
+    out, err = capsys.readouterr()
+    for text in (out.replace("\n", ""), err.replace("\n", "")):
+        assert text.isprintable() and r"a\x1b]0;owned\x07" in text and r"\ud83d" in text
+    assert err.splitlines()[1] == "  - second line"
+
+
+def test_what_can_be_printed_stays_as_it_is():
+    assert printable("Zürich 漢字 😀 $x_1$") == "Zürich 漢字 😀 $x_1$"
+    assert printable_lines("a\n\n  b") == "a\n\n  b" and printable("a\nb") == r"a\nb"
+
+
+@pytest.mark.parametrize("name", ["run$1", "a$x^{2", "$", "_hidden", "a_b^c$d$", "\\alpha$",
+                                  "x\x1by"])
+def test_names_are_no_formulas_and_are_in_the_legend(name):
+    from megatron_spdf.reports.charts import Line, line_chart
+
+    lines = [Line(n, "#000000", [1, 2], [1, 2]) for n in (name, "other")]
+    svg = line_chart(lines, "x", "y", "chart")
+    assert printable(name).strip() in svg.replace("&#x27;", "'")
+
+
+def test_a_picture_of_an_experiment_takes_any_label(tmp_path):
+    from megatron_spdf.reports.experiment_plot import plot_results
+
+    rows = [{"labels": {"_x": "$1", "b": "^{$"}, "mean": 1.0, "interval": None},
+            {"labels": {"_x": "$2", "b": "^{$"}, "mean": 2.0, "interval": 0.1}]
+    plot_results(rows, "_x", "b", [], tmp_path / "a.png")
+    plot_results(rows, "_x", None, ["b"], tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 1000
