@@ -1,4 +1,4 @@
-"""What an algorithm sees of a slice whose mask is due to move, and what it answers.
+"""What an algorithm sees of a slice whose mask is due to move.
 
 All of it runs on the device of the mask, in whole numbers or by comparing floats, so that every
 replica comes to the same mask.
@@ -75,12 +75,3 @@ class MaskSlice:
         threshold = scores.kthvalue(count).values
         below, ties = candidates[scores < threshold], candidates[scores == threshold]
         return torch.cat([below, ties[: count - len(below)]])
-
-
-@dataclass(frozen=True)
-class Move:
-    """The entries of a slice that die and those that are born, as positions: equally many, or none
-    are born where the algorithm holds the dead at zero."""
-
-    died: Tensor
-    born: Tensor

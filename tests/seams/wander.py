@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from megatron_spdf.sparsity.algorithms.base import ALGORITHMS, Moment, MovingMasks
-from megatron_spdf.sparsity.mask_slice import MaskSlice, Move
+from megatron_spdf.sparsity.algorithms.base import ALGORITHMS, Moment, Move, MovingMasks
+from megatron_spdf.sparsity.mask_slice import MaskSlice
 
 
 class Wander(MovingMasks):

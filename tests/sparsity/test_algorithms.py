@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from megatron_spdf.sparsity.algorithms.acdc import AcDc
-from megatron_spdf.sparsity.algorithms.base import ALGORITHMS, Moment, Part
+from megatron_spdf.sparsity.algorithms.base import ALGORITHMS, Moment, Move, Part
 from megatron_spdf.sparsity.algorithms.gmp import Gmp
 from megatron_spdf.sparsity.algorithms.rigl import Rigl
 from megatron_spdf.sparsity.algorithms.set import Set
-from megatron_spdf.sparsity.mask_slice import MaskSlice, Move
+from megatron_spdf.sparsity.mask_slice import MaskSlice
 
 N, K = 400, 100
 FIRST = Moment(update=1, step=100, steps=100_000)  # the fraction has hardly begun to fall

@@ -9,9 +9,9 @@ import torch
 
 from megatron_spdf.kernels.mask import pack, unpack
 from megatron_spdf.random_streams import random_words
-from megatron_spdf.sparsity.algorithms.base import Moment, MovingMasks
+from megatron_spdf.sparsity.algorithms.base import Moment, Move, MovingMasks
 from megatron_spdf.sparsity.algorithms.static import Static
-from megatron_spdf.sparsity.mask_slice import MaskSlice, Move
+from megatron_spdf.sparsity.mask_slice import MaskSlice
 from megatron_spdf.sparsity.moving import born, carry, moved_masks
 from megatron_spdf.sparsity.plan import SparseWeight
 from megatron_spdf.sparsity.slices import slice_of

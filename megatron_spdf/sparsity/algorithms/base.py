@@ -26,7 +26,9 @@ from megatron_spdf.registry import Registry
 from megatron_spdf.section import Section
 
 if TYPE_CHECKING:  # the planner goes without PyTorch
-    from megatron_spdf.sparsity.mask_slice import MaskSlice, Move
+    from torch import Tensor
+
+    from megatron_spdf.sparsity.mask_slice import MaskSlice
 
 Needs = Literal["nothing", "values", "dense_gradient"]
 Anneal = Literal["constant", "cosine"]
@@ -44,6 +46,15 @@ class Moment:
     update: int
     step: int
     steps: int
+
+
+@dataclass(frozen=True)
+class Move:
+    """The entries of a slice that die and those that are born, as positions: equally many, or none
+    are born where the algorithm holds the dead at zero."""
+
+    died: Tensor
+    born: Tensor
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,15 @@ The defaults are those of sparse scaling laws for language models (Frantar et al
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from megatron_spdf.sparsity.algorithms.base import ALGORITHMS, MaskAlgorithm, Moment, Part
-from megatron_spdf.sparsity.mask_slice import MaskSlice, Move
+from megatron_spdf.sparsity.algorithms.base import ALGORITHMS, MaskAlgorithm, Moment, Move, Part
+
+if TYPE_CHECKING:  # the planner goes without PyTorch
+    from megatron_spdf.sparsity.mask_slice import MaskSlice
 
 
 class Gmp(MaskAlgorithm):

@@ -8,10 +8,14 @@ which the paper leaves open. Unlike the paper's code, the step before a move tra
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from pydantic import Field
 
-from megatron_spdf.sparsity.algorithms.base import ALGORITHMS, Anneal, Moment, MovingMasks
-from megatron_spdf.sparsity.mask_slice import MaskSlice, Move
+from megatron_spdf.sparsity.algorithms.base import ALGORITHMS, Anneal, Moment, Move, MovingMasks
+
+if TYPE_CHECKING:  # the planner goes without PyTorch
+    from megatron_spdf.sparsity.mask_slice import MaskSlice
 
 
 class Rigl(MovingMasks):
