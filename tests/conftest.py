@@ -22,6 +22,15 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: "slurm" not in item.path.parts)
 
 
+@pytest.fixture(autouse=True)
+def same_environment():
+    """What a test sets in the environment, as ranks do, goes with it."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.fixture
 def recipe(tmp_path):
     """Builds a tiny Recipe; keywords change its sections."""

@@ -173,7 +173,7 @@ def test_what_else_has_a_locks_name_neither_hangs_nor_is_written_through(lock, t
 
 def test_a_name_of_a_stranger_reaches_the_terminal_without_control_characters(leave, lock):
     leave(host="\x1b[2Jnode\n")
-    with pytest.raises(Held, match=r"on \?\[2Jnode\?, since"):
+    with pytest.raises(Held, match=r"on \\x1b\[2Jnode\\n, since"):
         lock().take()
 
 

@@ -40,9 +40,13 @@ def test_loader_processes_that_do_not_fit_are_refused(recipe, free):
     made = recipe(data={"workers": 2})
     held = 2 * 2 * made.micro_batches  # two processes, two steps each
     bytes_held = held * made.train.micro_batch * made.train.sequence_length * 28
+    whatever = recipe(data={"workers": 2}, train={"micro_batch": "auto"})
     free(-(-bytes_held // 4096) * 4096)
     require_shared_memory(made)
+    require_shared_memory(whatever)
     free(bytes_held // 4096 * 4096 - 4096)
+    with pytest.raises(ValueError, match="data.workers=2"):
+        require_shared_memory(whatever)
     with pytest.raises(ValueError, match=r"data.workers=2: /dev/shm has 0.\d MiB free.*"
                                          "shm-size.*data.workers=0"):
         require_shared_memory(made)

@@ -50,8 +50,9 @@ def test_a_run_equals_the_rule_on_dense_weights(ranks, recipe, rule):
         assert np.count_nonzero(weight) == pytest.approx(0.25 * weight.size, abs=2), name
 
 
-@pytest.mark.parametrize("rule", SPARSITY)
-@pytest.mark.parametrize("name", LAYOUTS)
+# AC/DC builds sixteen engines, and the test of stops has its other layouts
+@pytest.mark.parametrize(("name", "rule"), [
+    *((name, "gmp") for name in LAYOUTS), ("tp2 sp", "acdc"), ("deepspeed zero 3", "acdc")])
 def test_every_layout_prunes_alike(ranks, recipe, name, rule):
     agree(ranks(2).run(pruned, [recipe(rule, LAYOUTS[name])], [None]),
           ranks(1).run(pruned, [recipe(rule)], [None]))

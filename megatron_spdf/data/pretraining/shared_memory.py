@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from megatron_spdf.recipe.recipe import Recipe
+from megatron_spdf.recipe.recipe import AUTO, Recipe
 
 SHARED_MEMORY = Path("/dev/shm")
 ITEM_BYTES = 3 * 8 + 4  # tokens, labels and positions, and the loss mask, of a token
@@ -23,6 +23,8 @@ def require_shared_memory(recipe: Recipe) -> None:
     Raises:
         ValueError: one rank alone needs more than is free.
     """
+    if recipe.train.micro_batch == AUTO:
+        recipe = recipe.with_micro_batch(1)  # fewer of larger ones take as much
     t, workers = recipe.train, recipe.data.workers
     needed = workers * prefetched(recipe) * t.micro_batch * t.sequence_length * ITEM_BYTES
     if workers and needed > (free := _free_bytes()):
