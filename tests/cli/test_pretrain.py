@@ -185,7 +185,8 @@ def slow(path):
     return describe(path)
 store.describe = slow
 """)
-    out = finish(start("output=slow", "parallel.tensor=2", "fault_tolerance.hang_seconds=2",
+    out = finish(start("output=slow", "parallel.tensor=2", "checkpoint.every=0",
+                       "fault_tolerance.hang_seconds=2",
                        ranks=2, SPDF_PLUGINS="slow_disk", PYTHONPATH=str(workplace)))
     assert "saved slow/checkpoints/step_00000024" in out
 
