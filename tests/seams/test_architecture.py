@@ -132,8 +132,9 @@ def test_losses_are_the_same_at_every_layout_and_on_both_engines(trained, kind, 
 def test_it_learns_in_its_own_way(trained, kind):
     curve = trained(kind)["curve"]
     assert curve[-1][0] < curve[0][0]
-    others = [trained(other)["curve"] for other in KINDS if other != kind]
-    assert all(abs(curve[0][1] - other[0][1]) > 0.1 for other in others)  # gradient norms
+    for other in (trained(other)["curve"] for other in KINDS if other != kind):
+        # loss or gradient norm of the first step
+        assert max(abs(a - b) for a, b in zip(curve[0], other[0], strict=True)) > 0.1
 
 
 @pytest.mark.slow
