@@ -54,6 +54,30 @@ def qkv_order(m) -> Tensor:
     return torch.arange(3 * m.hidden).view(m.heads, 3, head).transpose(0, 1).reshape(-1)
 
 
+def linear_weight(reference, name: str) -> torch.nn.Parameter:
+    """A linear weight of transformers' GPT-2 by its canonical name, (in, out)."""
+    _, _, layer, _, linear, _ = name.split(".")
+    block = reference.transformer.h[int(layer)]
+    return {"linear_qkv": block.attn.c_attn, "linear_proj": block.attn.c_proj,
+            "linear_fc1": block.mlp.c_fc, "linear_fc2": block.mlp.c_proj}[linear].weight
+
+
+def as_theirs(m, name: str, ours: Tensor) -> Tensor:
+    """A weight (out, in) of Megatron-Core, or its mask, as GPT-2 lays it out, (in, out)."""
+    return (ours[qkv_order(m)] if "linear_qkv" in name else ours).T
+
+
+def as_ours(m, name: str, theirs: Tensor) -> Tensor:
+    """A weight (in, out) of GPT-2, or its gradient, as Megatron-Core lays it out, (out, in)."""
+    return theirs.T[qkv_order(m).argsort()] if "linear_qkv" in name else theirs.T
+
+
+def decayed(model: torch.nn.Module, o) -> torch.optim.AdamW:
+    """AdamW as the recipe's section says, with weight decay on what has two axes."""
+    return adamw([{"params": [p for p in model.parameters() if (p.ndim > 1) == decays],
+                   "weight_decay": o.weight_decay * decays} for decays in (True, False)], o)
+
+
 def adamw(groups: list[dict], o) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, betas=(o.beta1, o.beta2), eps=o.eps)
 

@@ -6,7 +6,15 @@ from __future__ import annotations
 import numpy as np
 import torch
 from harness import agree_on_port
-from plain_gpt2 import learning_rate, micro_loss, plain_gpt2, qkv_order
+from plain_gpt2 import (
+    as_ours,
+    as_theirs,
+    decayed,
+    learning_rate,
+    linear_weight,
+    micro_loss,
+    plain_gpt2,
+)
 from stage_cases import _opened, staged
 
 from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
@@ -76,13 +84,9 @@ class _Plain:
     def __init__(self, model, recipe: Recipe, rule: str):
         self.model, self.recipe, self.rule = model, recipe, RULES[rule]
         self.plan = Plan.of(recipe).weights
-        self.parameters = {name: _parameter(model, name) for name in self.plan}
+        self.parameters = {name: linear_weight(model, name) for name in self.plan}
         self.masks = {name: torch.ones_like(p) for name, p in self.parameters.items()}
-        o = recipe.optimizer
-        self.adam = torch.optim.AdamW(
-            [{"params": [p for p in model.parameters() if (p.ndim > 1) == decays],
-              "weight_decay": o.weight_decay * decays} for decays in (True, False)],
-            betas=(o.beta1, o.beta2), eps=o.eps)
+        self.adam = decayed(model, recipe.optimizer)
 
     def step(self, number: int, batch: list[dict]) -> float:
         for group in self.adam.param_groups:
@@ -102,19 +106,15 @@ class _Plain:
 
     def _prune(self, name: str, share: float) -> None:
         w, parameter = self.plan[name], self.parameters[name]
-        self.masks[name] = self._theirs(name, _largest(self.ours(name, parameter.data), w, share))
+        largest = _largest(self.ours(name, parameter.data), w, share)
+        self.masks[name] = as_theirs(self.recipe.model, name, largest)
         state = self.adam.state[parameter]
         for tensor in (parameter.data, state["exp_avg"], state["exp_avg_sq"]):
             tensor *= self.masks[name]
 
-    def _theirs(self, name: str, ours: torch.Tensor) -> torch.Tensor:
-        """As transformers lays a weight out, (in, out)."""
-        return (ours[qkv_order(self.recipe.model)] if "linear_qkv" in name else ours).T
-
     def ours(self, name: str, theirs: torch.Tensor) -> torch.Tensor:
         """As Megatron-Core lays a weight out, (out, in)."""
-        dense = theirs.T
-        return dense[qkv_order(self.recipe.model).argsort()] if "linear_qkv" in name else dense
+        return as_ours(self.recipe.model, name, theirs)
 
 
 def _largest(dense: torch.Tensor, w: SparseWeight, share: float) -> torch.Tensor:
@@ -126,11 +126,3 @@ def _largest(dense: torch.Tensor, w: SparseWeight, share: float) -> torch.Tensor
         mask[np.argsort(-entries, kind="stable")[: round((1 - w.level * share) * len(entries))]] = 1
         masks.append(torch.from_numpy(mask))
     return join_slices(torch.stack(masks), w)
-
-
-def _parameter(reference, name: str) -> torch.nn.Parameter:
-    """Of transformers' GPT-2, by the canonical name."""
-    _, _, layer, _, linear, _ = name.split(".")
-    block = reference.transformer.h[int(layer)]
-    return {"linear_qkv": block.attn.c_attn, "linear_proj": block.attn.c_proj,
-            "linear_fc1": block.mlp.c_fc, "linear_fc2": block.mlp.c_proj}[linear].weight

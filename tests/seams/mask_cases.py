@@ -15,7 +15,15 @@ import torch.distributed as dist
 import wander  # noqa: F401
 from cases import Bench, bench, masks
 from megatron.core import parallel_state as ps
-from plain_gpt2 import learning_rate, micro_loss, plain_gpt2, qkv_order
+from plain_gpt2 import (
+    as_ours,
+    as_theirs,
+    decayed,
+    learning_rate,
+    linear_weight,
+    micro_loss,
+    plain_gpt2,
+)
 
 from megatron_spdf.engine.base import Engine
 from megatron_spdf.kernels.mask import pack, unpack
@@ -160,15 +168,11 @@ class _Plain:
     def __init__(self, b: Bench):
         self.recipe, self.plan, self.updates = b.recipe, b.plan, 0
         self.model = plain_gpt2(b.engine.models[0], b.recipe)
-        self.parameters = {name: _parameter(self.model, name) for name in b.plan.weights}
+        self.parameters = {name: linear_weight(self.model, name) for name in b.plan.weights}
         self.bits = {name: pack(torch.stack([torch.from_numpy(w.draw(b.plan.seed, c))
                                              for c in range(w.slices)]))
                      for name, w in b.plan.weights.items()}
-        o = b.recipe.optimizer
-        self.adam = torch.optim.AdamW(
-            [{"params": [p for p in self.model.parameters() if (p.ndim > 1) == decays],
-              "weight_decay": o.weight_decay * decays} for decays in (True, False)],
-            betas=(o.beta1, o.beta2), eps=o.eps)
+        self.adam = decayed(self.model, b.recipe.optimizer)
 
     def step(self, number: int, batch: list[dict]) -> float:
         for group in self.adam.param_groups:
@@ -202,17 +206,8 @@ class _Plain:
         """As transformers lays the weight out, (in, out)."""
         w = self.plan.weights[name]
         dense = join_slices(unpack(self.bits[name], w.numel // w.slices), w)
-        return (dense[qkv_order(self.recipe.model)] if "linear_qkv" in name else dense).T
+        return as_theirs(self.recipe.model, name, dense)
 
     def _ours(self, name: str, theirs: torch.Tensor) -> torch.Tensor:
         """A weight or its gradient as Megatron-Core lays it out, (out, in)."""
-        dense = theirs.T
-        return dense[qkv_order(self.recipe.model).argsort()] if "linear_qkv" in name else dense
-
-
-def _parameter(reference, name: str) -> torch.nn.Parameter:
-    """Of transformers' GPT-2, by the canonical name."""
-    _, _, layer, _, linear, _ = name.split(".")
-    block = reference.transformer.h[int(layer)]
-    return {"linear_qkv": block.attn.c_attn, "linear_proj": block.attn.c_proj,
-            "linear_fc1": block.mlp.c_fc, "linear_fc2": block.mlp.c_proj}[linear].weight
+        return as_ours(self.recipe.model, name, theirs)

@@ -211,5 +211,21 @@ class MovingMasks(MaskAlgorithm):
                 f"{self.every} steps, from {self.start:.0%} to {self.stop:.0%} of the steps")
 
 
+class SmallestDie(MovingMasks):
+    """The smallest magnitudes of a slice die, by the fp32 master weights, ties by position."""
+
+    needs = "values"
+
+    anneal: Anneal = Field("cosine", description=MovingMasks.model_fields["anneal"].description)
+
+    def select(self, part: MaskSlice, when: Moment) -> Move:
+        count = self.count(len(part.active), when)
+        return Move(part.lowest(part.values.abs(), part.active, count), self.born(part, count))
+
+    def born(self, part: MaskSlice, count: int) -> Tensor:
+        """Chooses `count` of the inactive entries of a slice, as positions."""
+        raise NotImplementedError
+
+
 ALGORITHMS: Registry[type[MaskAlgorithm]] = Registry("mask algorithm",
                                                      "megatron_spdf.sparsity.algorithms")

@@ -10,26 +10,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pydantic import Field
-
-from megatron_spdf.sparsity.algorithms.base import ALGORITHMS, Anneal, Moment, Move, MovingMasks
+from megatron_spdf.sparsity.algorithms.base import ALGORITHMS, SmallestDie
 
 if TYPE_CHECKING:  # the planner goes without PyTorch
+    from torch import Tensor
+
     from megatron_spdf.sparsity.mask_slice import MaskSlice
 
 
-class Rigl(MovingMasks):
+class Rigl(SmallestDie):
     """Keys of RigL, with the paper's defaults."""
 
     name = "rigl"
     needs = "dense_gradient"
 
-    anneal: Anneal = Field("cosine", description=MovingMasks.model_fields["anneal"].description)
-
-    def select(self, part: MaskSlice, when: Moment) -> Move:
-        count = self.count(len(part.active), when)
-        return Move(part.lowest(part.values.abs(), part.active, count),
-                    part.lowest(-part.gradient[part.inactive].abs(), part.inactive, count))
+    def born(self, part: MaskSlice, count: int) -> Tensor:
+        return part.lowest(-part.gradient[part.inactive].abs(), part.inactive, count)
 
     def describe(self) -> str:
         return ("smallest magnitudes die, entries with the largest gradients are born: "

@@ -10,26 +10,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pydantic import Field
-
-from megatron_spdf.sparsity.algorithms.base import ALGORITHMS, Anneal, Moment, Move, MovingMasks
+from megatron_spdf.sparsity.algorithms.base import ALGORITHMS, SmallestDie
 
 if TYPE_CHECKING:  # the planner goes without PyTorch
+    from torch import Tensor
+
     from megatron_spdf.sparsity.mask_slice import MaskSlice
 
 
-class Set(MovingMasks):
+class Set(SmallestDie):
     """Keys of SET, with the defaults of the GPT-3 recipes."""
 
     name = "set"
-    needs = "values"
 
-    anneal: Anneal = Field("cosine", description=MovingMasks.model_fields["anneal"].description)
-
-    def select(self, part: MaskSlice, when: Moment) -> Move:
-        count = self.count(len(part.active), when)
-        return Move(part.lowest(part.values.abs(), part.active, count),
-                    part.random("be born", part.inactive, count))
+    def born(self, part: MaskSlice, count: int) -> Tensor:
+        return part.random("be born", part.inactive, count)
 
     def describe(self) -> str:
         return f"smallest magnitudes die, random entries are born: {super().describe()}"
