@@ -3,10 +3,10 @@ as JSON.
 
     python tests/resilience/heartbeat_ranks.py DIRECTORY CASE ...
 
-A case is `DEED RANK`: kill, stop, raise, refuse (raises what has an exit code), stand (its training thread stands still), pause (it is
-stopped for less than HANG seconds), wake (it is stopped for longer, and goes on after the others
-have ended), suspend (all are stopped for longer, as in a suspended job), leave (all end as they
-should).
+A case is `DEED RANK`: kill, stop, raise, refuse (raises what has an exit code), stand (its training
+thread stands still), pause (it is stopped for less than HANG seconds), wake (it is stopped for
+longer, and goes on after the others have ended), suspend (all are stopped for longer, as in a
+suspended job), leave (all end as they should).
 """
 
 import json
