@@ -89,7 +89,7 @@ EDGES = {
     "attention": (["kernels.attention=transformer_engine"],
                   ["kernels.attention=transformer_engine", "data.reset_attention=true"],
                   "data.reset_attention=true needs kernels.attention=sdpa, and it is transformer"),
-    "stages": ([SHARES.format(0.5, 0.5, 0, 0.5)], ["stages=[{share: 0.9, sparsity: 0.5}]"],
+    "stages": ([SHARES.format(0.5, 0.5, 0, 0.5)], ["stages=[{share: 0.9999999, sparsity: 0.5}]"],
                "stages has one entry, and there is no border"),
     "shares": ([SHARES.format(0.4, 0.5, 0, 0.6000001)], [SHARES.format(0.4, 0.5, 0, 0.60001)],
                "must add up to 1"),
