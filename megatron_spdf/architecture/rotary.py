@@ -46,7 +46,7 @@ def read_rotary(config: dict[str, Any]) -> tuple[float, float]:
         raise ValueError(f"has rope_theta={config.get('rope_theta')!r} and rope_scaling={old!r}, "
                          f"and rope_parameters={new!r} says otherwise; put right the ones that the "
                          "model was not trained with")
-    partial = {source.get("partial_rotary_factor") for source in (new, config)} - {None, 1, 1.0}
+    partial = {source.get("partial_rotary_factor") for source in (new, config)} - {None, 1}
     if partial:
         raise ValueError(f"has partial_rotary_factor={partial.pop()!r}, and here all of a head "
                          "rotates; use a model with 1.0")

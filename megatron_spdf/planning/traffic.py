@@ -55,9 +55,9 @@ def _tensor(recipe: Recipe, stage: int, size: Sizes) -> Traffic:
     """Per micro-batch a layer reduces two outputs forward and two input gradients back (Shoeybi et
     al. 2019, figure 4); under sequence parallelism each becomes a reduce-scatter and a gather, and
     the two gathered inputs are gathered once more for the weight gradients (Korthikanti et al.
-    2022, section 4.2.2). Where there are fewer query groups than ranks, queries, keys and values are
-    gathered, and their gradients scattered. The LM head makes its gradients as it goes forward. Full recomputation
-    repeats forward."""
+    2022, section 4.2.2). Where there are fewer query groups than ranks, queries, keys and values
+    are gathered, and their gradients scattered. The LM head makes its gradients as it goes forward.
+    Full recomputation repeats forward."""
     p, model = recipe.parallel, recipe.model
     here = [layer for chunk in layers_of(model, p, stage) for layer in chunk]
     layers = sum(0 <= layer < model.layers for layer in here)
