@@ -74,7 +74,8 @@ def test_megatron_core_is_told_all_facts():
     assert made.transformer_config() == {
         "num_layers": 5, "hidden_size": 24, "num_attention_heads": 6, "num_query_groups": 3,
         "kv_channels": 4, "ffn_hidden_size": 40, "gated_linear_unit": True,
-        "add_bias_linear": False, "normalization": "RMSNorm", "layernorm_epsilon": 1e-6,
+        "add_bias_linear": False, "add_qkv_bias": False, "qk_layernorm": False,
+        "normalization": "RMSNorm", "layernorm_epsilon": 1e-6,
         "hidden_dropout": 0.1, "attention_dropout": 0.1, "init_method_std": 0.03}
     assert made.gpt_model() == {
         "vocab_size": 384, "max_sequence_length": 64, "position_embedding_type": "rope",
