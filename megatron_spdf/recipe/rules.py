@@ -49,23 +49,20 @@ def _parametrization(recipe: Recipe) -> Iterator[str]:
         recipe.optimizer.mup_rate(linear=True, width=1.0, growth=1.0)
     except ValueError as error:
         yield str(error)
-    base = recipe.mup_base
     if recipe.parametrization == "density":
+        base = recipe.mup_base
         of_mup = {"head_width": None, "input_multiplier": 1.0, "output_multiplier": 1.0}
         yield from (f"mup_base.{key}={getattr(base, key):g} does nothing under "
                     "parametrization=density; leave it out, or set parametrization=mup"
                     for key, idle in of_mup.items() if getattr(base, key) != idle)
-    elif base.head_width is not None and base.hidden % base.head_width:
-        yield (f"mup_base.hidden={base.hidden} is not divisible by "
-               f"mup_base.head_width={base.head_width}; head_width may be "
-               f"{divisors(base.hidden)}")
 
 
 def _layout(recipe: Recipe) -> Iterator[str]:
     m, p, t = recipe.model, recipe.parallel, recipe.train
-    if m.slices % p.tensor:
-        yield (f"model.query_groups={m.slices} (heads={m.heads}) is not divisible by "
-               f"parallel.tensor={p.tensor}; tensor may be {divisors(m.slices)}")
+    if p.tensor not in m.tensor_degrees():
+        cut = "slices" if m.slices != m.query_groups else "query_groups"
+        yield (f"model.{cut}={m.slices} (heads={m.heads}) is not divisible by "
+               f"parallel.tensor={p.tensor}; tensor may be {m.tensor_degrees()}")
     stages = p.pipeline * p.interleave
     if m.layers % stages:
         yield (f"model.layers={m.layers} is not divisible by parallel.pipeline x interleave = "

@@ -259,9 +259,6 @@ BAD = {
     "base of another width under density": (
         ["parametrization=density", "mup_base.input_multiplier=2"], "mup_base.input_multiplier=2",
         "parametrization=density", "parametrization=mup"),
-    "base with a part of a head": (
-        ["parametrization=mup", "mup_base.hidden=32", "mup_base.head_width=12"],
-        "mup_base.hidden=32", "mup_base.head_width=12", "[1, 2, 4, 8, 16, 32]"),
     "boundaries in other kernels": (
         ["data.reset_attention=true", "kernels.attention=transformer_engine"],
         "data.reset_attention=true needs kernels.attention=sdpa", "transformer_engine"),
