@@ -3,10 +3,11 @@ step by step, at every layout and across every stop."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from keeping_cases import plainly
 from pruning_cases import pruned
-from test_pruning import DEEPSPEED, LAYOUTS, STEPS, agree
+from test_pruning import LAYOUTS, STEPS
 
 pytestmark = pytest.mark.slow
 
@@ -24,6 +25,20 @@ def recipe(make_deep_recipe):
                                 log={"every": 1}, checkpoint={"every": 0, "asynchronous": False},
                                 **(layout or {}))
     return make
+
+
+def agree(found: dict, expected: dict) -> None:
+    """Losses to rounding, and the same entries are active at the end.
+
+    Two entries within rounding of the last that is active change places in a step here and there,
+    until they are apart. Losses differ meanwhile by what one small weight of 196,608 is worth.
+    """
+    apart = sum(int(((w != 0) != (expected["weights"][name] != 0)).sum())
+                for name, w in found["weights"].items())
+    assert apart <= 1e-3 * sum(int((w != 0).sum()) for w in expected["weights"].values())
+    off = np.abs(np.subtract(found["losses"], expected["losses"]))
+    assert np.median(off) < 1e-5 and off.max() < 1e-4
+    assert len(found["losses"]) == STEPS
 
 
 @pytest.mark.parametrize("rule", SPARSITY)
