@@ -22,8 +22,8 @@ from megatron_spdf.schedule.stages import stages_of
 from megatron_spdf.sparsity.plan import Plan, SparseWeight
 from megatron_spdf.sparsity.slices import join_slices, slice_of
 
-# Slice (rows, columns) and the sparse weight -> what is active, what gets a gradient, and what times
-# the weight is added to that.
+# Slice (rows, columns), its weight and the keys -> what is active, what gets a gradient, and what
+# times the weight is added to that.
 Rule = Callable[[np.ndarray, SparseWeight, dict], tuple[np.ndarray, np.ndarray, np.ndarray]]
 
 
