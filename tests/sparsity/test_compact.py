@@ -22,12 +22,13 @@ from megatron_spdf.layers.compact import (
     make_compact,
     sparse_modules,
 )
+from megatron_spdf.sparsity.algorithms.gmp import Gmp
 from megatron_spdf.sparsity.patterns.tiles import Tiles
 from megatron_spdf.sparsity.patterns.unstructured import draw_mask
 from megatron_spdf.sparsity.plan import SparseWeight
 
 TILED = [SparseWeight("w.tiled", (48, 64), 0, 2, 0.75, Tiles(tile=8)),
-         SparseWeight("w.held", (24, 10), 0, 4, 0.5, holds=True)]
+         SparseWeight("w.held", (24, 10), 0, 4, 0.5, algorithm=Gmp())]
 SEED = 5
 WEIGHTS = [SparseWeight("w.qkv", (24, 6), 0, 4, 0.75), SparseWeight("w.proj", (6, 20), 1, 4, 0.7),
            SparseWeight("w.odd", (12, 7), 0, 4, 0.5), SparseWeight("w.one", (5, 3), 1, 1, 0.6)]
@@ -281,7 +282,7 @@ def test_a_copy_made_on_first_use_would_lose_the_gradient_under_recomputation(sp
 
 
 def test_held_entries_get_no_gradient_and_others_theirs():
-    weight = SparseWeight("w", (24, 6), 0, 4, 0.5, holds=True)
+    weight = SparseWeight("w", (24, 6), 0, 4, 0.5, algorithm=Gmp())
     compact, free = (CompactWeight(w, SEED, 0, 1, "cpu") for w in
                      (weight, SparseWeight("w", (24, 6), 0, 4, 0.5)))
     assert compact.kept is None

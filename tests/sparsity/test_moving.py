@@ -148,7 +148,7 @@ def test_an_algorithm_sees_each_slice_with_its_number_seed_and_values(weight, ki
 
 def test_gradual_pruning_keeps_the_largest_of_a_dense_weight(weight):
     """Held to NumPy's sort of what has not died before, through several prunings."""
-    planned = replace(weight, reached=0.0, holds=True)  # stored dense
+    planned = replace(weight, reached=0.0, algorithm=Gmp())  # stored dense
     values = torch.randn(weight.slices, 60, generator=torch.Generator().manual_seed(0))
     bits, kept = torch.full((weight.slices, 8), 255, dtype=torch.uint8), None
     alive = np.ones((weight.slices, 60), bool)
