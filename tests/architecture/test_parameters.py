@@ -79,7 +79,8 @@ def test_megatron_core_is_told_all_facts():
         "hidden_dropout": 0.1, "attention_dropout": 0.1, "init_method_std": 0.03}
     assert made.gpt_model() == {
         "vocab_size": 384, "max_sequence_length": 64, "position_embedding_type": "rope",
-        "share_embeddings_and_output_weights": False, "rotary_base": 5e5}
+        "share_embeddings_and_output_weights": False, "rotary_base": 5e5, "rope_scaling": False,
+        "rope_scaling_factor": 1.0}
     assert GPT.gpt_model() == {
         "vocab_size": 384, "max_sequence_length": 64,
         "position_embedding_type": "learned_absolute", "share_embeddings_and_output_weights": True}
