@@ -90,7 +90,7 @@ def test_a_move_keeps_k_and_every_kept_value_at_its_place(weight):
 
 
 class Seen(MovingMasks):
-    """Notes the slices that it is shown; the smallest die, and none are born where it holds them."""
+    """Notes the slices that it is shown. The smallest die; none are born where it holds them."""
 
     name = "seen"
     parts: ClassVar[list[MaskSlice]] = []
