@@ -1,4 +1,4 @@
-"""An independent reference: how SET and RigL move tiles, in NumPy and loops over all pairs of tiles.
+"""An independent reference: how SET and RigL move tiles, in NumPy, with loops over all pairs of them.
 
 Letters: a slice has R x C tiles.
 """
