@@ -1,4 +1,4 @@
-"""An independent reference: how SET and RigL move tiles, in NumPy, with loops over all pairs of them.
+"""An independent reference: how SET and RigL move tiles, in NumPy, with loops over all pairs.
 
 Letters: a slice has R x C tiles.
 """
