@@ -123,7 +123,7 @@ def wrong_shapes(reader: CheckpointReader) -> list[str]:
         if sparse:
             stored, shape = stored + VALUES, (sparse.slices, sparse.active_per_slice)
         expected |= {stored: shape, **{f"{OPTIMIZER}{state}.{stored}": shape
-                                       for state in reader.recipe.optimizer.saved}}
+                                       for state in reader.recipe.saved}}
     masks = {stored_name(name) + MASK_BITS for name in reader.plan.weights}
     return [f"{name} is missing" if name not in reader.shapes else
             f"{name} has shape {reader.shapes[name]} instead of {shape}"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, create_model
 
+from megatron_spdf.optimizers.newborn import Average
 from megatron_spdf.registry import Registry
 from megatron_spdf.section import MOST_STEPS, MOST_TOKENS, ByName, Count, Section
 
@@ -46,16 +47,6 @@ class Optimizer(Section):
     clip_grad: float = Field(1.0, ge=0.0,
                              description="largest global gradient norm; 0: no clipping")
 
-    @property
-    def saved(self) -> tuple[str, ...]:
-        """Names of what a checkpoint holds for every parameter: master weight and named state."""
-        return (MASTER, *self.states)
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of the named state for one entry of a parameter, without its master weight."""
-        return STATE_BYTES * len(self.states)
-
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """The PyTorch optimizer of parameter groups; the engine sets their `lr` and `weight_decay`
         before every update."""
@@ -83,6 +74,12 @@ class Optimizer(Section):
         for master in masters:
             optimizer.state[master].update({s: torch.zeros_like(master) for s in self.states})
         self.set_steps(optimizer, 0)
+
+    @property
+    def averages(self) -> dict[str, Average]:
+        """Those of the named state that are running averages from zero, which the step count
+        corrects for that."""
+        return {}
 
     @property
     def largest_first_updates(self) -> float:

@@ -115,7 +115,7 @@ def zero_bytes(recipe: Recipe, plan: Plan, stage: int, zero_stage: int) -> RankB
         parameters=width * (share if zero_stage == 3 else elements),
         gradients=4 * (share if zero_stage >= 2 else elements),
         master=4 * owned if bf16 else 0,
-        moments=recipe.optimizer.state_bytes * owned,
+        moments=recipe.state_bytes * owned,
         expanded=expanded,
         masks=masks,
         gathered=gathered,

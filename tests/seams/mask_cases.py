@@ -13,6 +13,7 @@ import sgd_tenant  # noqa: F401
 import torch
 import torch.distributed as dist
 import wander  # noqa: F401
+from aged_adam import AgedAdamW
 from cases import Bench, bench, masks
 from megatron.core import parallel_state as ps
 from plain_gpt2 import (
@@ -29,7 +30,9 @@ from megatron_spdf.engine.base import Engine
 from megatron_spdf.kernels.mask import pack, unpack
 from megatron_spdf.layers.compact import compact_of, sparse_modules
 from megatron_spdf.optimizers.base import MASTER
+from megatron_spdf.optimizers.newborn import AGE
 from megatron_spdf.parallel.traffic import TrafficCounter
+from megatron_spdf.planning.memory import rank_bytes
 from megatron_spdf.planning.moves import moves_of
 from megatron_spdf.runs.run_log import RunLog
 from megatron_spdf.schedule.stages import stages_of
@@ -66,6 +69,8 @@ def trained(recipe: dict, stop: int | None = None, skip: int | None = None) -> d
         return {"losses": watch.losses, "masks": masks(b.engine), "active": active(b.engine),
                 "sent": sent,
                 "predicted": moves_of(b.recipe, b.plan, stage, on_gpu=False),
+                "optimizer": (b.engine.state_bytes()["optimizer"], rank_bytes(
+                    b.recipe, b.plan, stage, False, b.engine.data_parallel_rank).optimizer),
                 "moves": [r for r in records if r["kind"] == "mask"],
                 "run": json.loads(newest.read_text())}
 
@@ -112,6 +117,9 @@ def checked(move, sent: list[int]):
             for key, state in states.items():
                 assert torch.equal(state, old_states[key] * mask), (name, key)
                 assert state[mask & old].any() and not state[mask & ~old].any()
+            if engine.recipe.newborn:  # ages
+                assert set(states[AGE][mask & old].unique().tolist()) <= set(
+                    range(1, when.step + 1))
         assert set(born) == set(plan.weights)
         assert sum(born.values()) == sum(algorithm.count(w.active_per_slice, when) * w.slices
                                          for w in plan.weights.values())
@@ -172,7 +180,8 @@ class _Plain:
         self.bits = {name: pack(torch.stack([torch.from_numpy(w.draw(b.plan.seed, c))
                                              for c in range(w.slices)]))
                      for name, w in b.plan.weights.items()}
-        self.adam = decayed(self.model, b.recipe.optimizer)
+        self.adam = (AgedAdamW(self.model, b.recipe) if b.recipe.newborn
+                     else decayed(self.model, b.recipe.optimizer))
 
     def step(self, number: int, batch: list[dict]) -> float:
         for group in self.adam.param_groups:
@@ -196,11 +205,13 @@ class _Plain:
         dense = self._ours(name, parameter.data)
         whole = torch.stack([slice_of(dense, w, c) for c in range(w.slices)])
         values = whole[unpack(self.bits[name], w.numel // w.slices)].view(w.slices, -1)
+        before = self._mask(name)
         self.bits[name] = moved_masks(self.recipe.sparsity.update, when, w, self.plan.seed, 0,
                                       self.bits[name], values, gradient)
         state = self.adam.state[parameter]
-        for tensor in (parameter.data, state["exp_avg"], state["exp_avg_sq"]):
-            tensor *= self._mask(name)
+        kept = before & self._mask(name)
+        for tensor in (parameter.data, *(t for t in state.values() if t.shape == kept.shape)):
+            tensor *= kept
 
     def _mask(self, name: str) -> torch.Tensor:
         """As transformers lays the weight out, (in, out)."""

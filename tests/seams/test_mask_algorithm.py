@@ -19,7 +19,9 @@ from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
 pytestmark = pytest.mark.slow
 
 EVERY, STEPS = 3, 12
-WANDER = {"level": 0.75, "algorithm": "wander", "update": {"every": EVERY, "stop": 1.0}}
+# What is born has a step count of its own: the state that moves holds ages too.
+WANDER = {"level": 0.75, "algorithm": "wander",
+          "update": {"every": EVERY, "stop": 1.0, "newborn": "ages"}}
 DEEPSPEED = {"engine": "deepspeed"}
 LAYOUTS = {
     "tp2": {"parallel": {"tensor": 2}},
@@ -38,7 +40,8 @@ LAYOUTS = {
 }
 # Layouts for an algorithm that needs the gradient of the dense weights.
 RIGL = {"level": 0.75, "algorithm": "rigl",
-        "update": {"every": EVERY, "fraction": 0.1, "stop": 1.0, "anneal": "constant"}}
+        "update": {"every": EVERY, "fraction": 0.1, "stop": 1.0, "anneal": "constant",
+                   "newborn": "plain"}}
 GRADIENTS = ["tp2", "tp2 sp", "pp2 interleaved", "zero 0", "zero 1", "deepspeed zero 0",
              "deepspeed zero 1", "deepspeed zero 2", "deepspeed zero 3", "recompute"]
 SAME = ["zero 1", "deepspeed zero 2"]  # layouts at which a run goes on bit for bit
@@ -125,6 +128,28 @@ def test_sixty_steps_with_a_move_every_five_are_the_same(run, layout, name):
     assert [move["step"] for move in there[0]["moves"]] == list(range(5, 45, 5))
     if name == "set":  # gradients of RigL may be within rounding of each other
         assert together(there) == reference["masks"]
+
+
+@pytest.mark.parametrize(("newborn", "beta2", "names"), [
+    ("ages", 0.999, ["tp2", "zero 1", "deepspeed zero 2", "deepspeed zero 3"]),
+    ("ages", 0.95, ["zero 0"]), ("ramp", 0.999, ["zero 1"])])
+def test_what_is_born_has_a_step_count_of_its_own(ranks, recipe, run, newborn, beta2, names):
+    """As in Adam with a count for every value, over forty steps and nine moves."""
+    moving = WANDER | {"update": {"every": 4, "fraction": 0.3, "stop": 1.0, "newborn": newborn,
+                                  "ramp": 6}}
+    long = {"train": {"tokens": 8 * 32 * 40}, "optimizer": {"beta2": beta2}}
+    reference = ranks(1).run(plain, recipe(long, sparsity=moving))["losses"]
+    for there in (run(LAYOUTS[name] | long, moving)[0] for name in names):
+        close(there["losses"], reference)
+    as_all = run(long, moving | {"update": moving["update"] | {"newborn": "plain"}})[0]["losses"]
+    assert max(abs(a - b) for a, b in zip(as_all, reference, strict=True)) > 3e-4
+
+
+@pytest.mark.parametrize("name", ["tp2", "zero 1", "deepspeed zero 1", "deepspeed zero 3"])
+def test_ages_take_the_bytes_that_are_planned(run, name):
+    counted, planned = run(LAYOUTS[name])[0]["optimizer"]
+    assert counted == pytest.approx(planned, rel=0.01 if "deepspeed" in name else 0.0)
+    assert planned > 1.4 * run(LAYOUTS[name], RIGL)[0]["optimizer"][1]  # three states for two
 
 
 def test_collecting_the_gradient_changes_no_digit(run):

@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # the planner goes without PyTorch
 
 Needs = Literal["nothing", "values", "dense_gradient"]
 Anneal = Literal["constant", "cosine"]
+NewbornRule = Literal["auto", "plain", "ages", "ramp"]
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,19 @@ class MaskAlgorithm(Section):
                 for key, field in ALGORITHMS.get(name).model_fields.items()}
 
 
-class MovingMasks(MaskAlgorithm):
+class Births(MaskAlgorithm):
+    """What algorithms share that let entries be born while the optimizer goes on: they start with
+    zero state under the step count of the run, see `optimizers/newborn.py`."""
+
+    newborn: NewbornRule = Field(
+        "auto", description="how Adam treats what is born; ages: with a step count of its own; "
+                            "ramp: with updates that grow over `ramp` steps; plain: as all others; "
+                            "auto: by optimizer.beta2")
+    ramp: int = Field(100, gt=0, description="steps over which updates of what is born grow to "
+                                             "the usual, where newborn=ramp")
+
+
+class MovingMasks(Births):
     """The schedule that algorithms share: a fraction of each slice's active entries every so many
     steps."""
 
