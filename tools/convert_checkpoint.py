@@ -65,7 +65,8 @@ def from_hf(options: argparse.Namespace) -> str:
     """A run whose step 0 has the weights of a Hugging Face model, or of a run of ours, in another
     recipe."""
     recipe = given_recipe(options)
-    return begin(open_weights(options.source), recipe, data_tokenizer(recipe), options)
+    return begin(open_weights(options.source, like=recipe.model), recipe, data_tokenizer(recipe),
+                 options)
 
 
 def prune(options: argparse.Namespace) -> str:
