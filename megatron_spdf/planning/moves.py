@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from megatron_spdf.optimizers.base import STATE_BYTES
 from megatron_spdf.optimizers.newborn import COLD
 from megatron_spdf.planning.buffers import local_parameters
-from megatron_spdf.recipe.recipe import ENGINES, Recipe
+from megatron_spdf.recipe.recipe import AUTO, ENGINES, Recipe
 from megatron_spdf.schedule.flops import training_flops
 from megatron_spdf.sparsity.algorithms.base import Births, MoveCost
 from megatron_spdf.sparsity.plan import Plan
@@ -43,7 +43,8 @@ def moves_of(recipe: Recipe, plan: Plan, stage: int, on_gpu: bool = True) -> Mov
     algorithm, costs = recipe.sparsity.update, _costs(recipe, plan, stage)
     count = algorithm.moves(recipe.steps)
     trained = training_flops(recipe.model, recipe.train.sequence_length, plan).total * recipe.steps
-    flops = sum(algorithm.cost(w.numel, w.active).flops for w in plan.weights.values())
+    flops = sum(algorithm.cost(w.numel, w.active, **_step(recipe)).flops
+                for w in plan.weights.values())
     return Moves(
         count=count,
         carried=ENGINES.get(recipe.engine).move_bytes(recipe, plan, stage, on_gpu),
@@ -72,8 +73,15 @@ def gathered_state(recipe: Recipe, elements: int) -> int:
 def _costs(recipe: Recipe, plan: Plan, stage: int) -> list[MoveCost]:
     """Of every sparse weight on a rank."""
     chunks = local_parameters(recipe.model, recipe.parallel, plan, stage)
-    return [recipe.sparsity.update.cost(q.expands_to, q.elements)
+    return [recipe.sparsity.update.cost(q.expands_to, q.elements, **_step(recipe))
             for chunk in chunks for q in chunk if q.expands_to]
+
+
+def _step(recipe: Recipe) -> dict[str, int]:
+    """What the cost of a move depends on, beside the weight."""
+    settled = recipe.train.micro_batch != AUTO
+    return {"width": 2 if recipe.train.precision == "bf16" else 4,
+            "micro_batches": recipe.micro_batches if settled else 1}
 
 
 def render_moves(recipe: Recipe, plan: Plan) -> str:

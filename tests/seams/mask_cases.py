@@ -189,7 +189,7 @@ class _Plain:
         self.adam.zero_grad()
         loss = sum(micro_loss(self.model, micro) for micro in batch) / len(batch)
         loss.backward()
-        gradients = {name: self._ours(name, p.grad).clone() for name, p in self.parameters.items()}
+        gradients = self._gradients(batch)
         for name, parameter in self.parameters.items():
             parameter.grad *= self._mask(name)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optimizer.clip_grad)
@@ -199,6 +199,13 @@ class _Plain:
             for name in self.parameters:
                 self._move(name, Moment(self.updates, number, self.recipe.steps), gradients[name])
         return float(loss)
+
+    def _gradients(self, batch: list[dict]) -> dict[str, torch.Tensor]:
+        """Of the dense weights: of the whole batch, or of its last micro-batch."""
+        names, parameters = self.parameters.keys(), list(self.parameters.values())
+        found = ([p.grad for p in parameters] if self.recipe.sparsity.update.collects == "step"
+                 else torch.autograd.grad(micro_loss(self.model, batch[-1]), parameters))
+        return {name: self._ours(name, g).clone() for name, g in zip(names, found, strict=True)}
 
     def _move(self, name: str, when: Moment, gradient: torch.Tensor) -> None:
         w, parameter = self.plan.weights[name], self.parameters[name]

@@ -79,6 +79,13 @@ def together(ranks: list[dict], what: str = "masks") -> dict:
     return {key: mask for there in ranks for key, mask in there[what].items()}
 
 
+def differing(ranks: list[dict], reference: dict) -> int:
+    """Entries that are active in a plain reference alone."""
+    active = together(ranks, "active")
+    assert len(active) == len(reference["active"])
+    return sum(int((mask & ~active[key]).sum()) for key, mask in reference["active"].items())
+
+
 def test_losses_are_those_of_plain_pytorch_with_masks_that_move(ranks, recipe, one):
     close(one["losses"], ranks(1).run(plain, recipe({}))["losses"])
 
@@ -112,10 +119,22 @@ def test_the_dense_gradient_is_that_of_the_whole_batch(ranks, recipe, run, secti
     reference = ranks(1).run(plain, recipe({}, sparsity=RIGL))
     there = run(sections, RIGL | change)
     close(there[0]["losses"], reference["losses"])
-    active = together(there, "active")
-    apart = sum(int((mask & ~active[key]).sum()) for key, mask in reference["active"].items())
-    assert apart <= 1e-3 * sum(move["moved"] for move in there[0]["moves"])
-    assert len(active) == len(reference["active"]) and len(there[0]["moves"]) == 3
+    assert differing(there, reference) <= 1e-3 * sum(m["moved"] for m in there[0]["moves"])
+    assert len(there[0]["moves"]) == 3
+
+
+@pytest.mark.parametrize(("name", "batch", "dense_copy"), [
+    ("one", 4, "per_step"), ("tp2 sp", 4, "per_layer"), ("pp2 interleaved", 4, "per_step"),
+    ("zero 1", 2, "per_step"), ("deepspeed zero 3", 2, "per_step")])
+def test_the_last_micro_batch_alone_ranks_what_is_born(ranks, recipe, run, name, batch, dense_copy):
+    """The last of every rank, summed up with its sign: together the second half of the batch."""
+    lean = RIGL | {"update": RIGL["update"] | {"gradient": "micro_batch"}}
+    reference = ranks(1).run(plain, recipe({"train": {"micro_batch": 4}}, sparsity=lean))
+    there = run(LAYOUTS.get(name, {}) | {"train": {"micro_batch": batch}}, lean | {"dense_copy": dense_copy})
+    close(there[0]["losses"], reference["losses"])
+    assert differing(there, reference) <= 1e-3 * sum(m["moved"] for m in there[0]["moves"])
+    whole = ranks(1).run(plain, recipe({}, sparsity=RIGL))
+    assert differing(there, whole) > 0.05 * sum(m["moved"] for m in there[0]["moves"])
 
 
 @pytest.mark.parametrize("name", ["set", "rigl"])
