@@ -117,7 +117,10 @@ INITIAL = "initial values"  # the origin of most runs
 
 
 def seeded_masks(plan: Plan) -> Masks:
-    """Masks that the plan draws."""
+    """Masks of a run whose weights are drawn: those that the plan draws, or that the weights
+    choose."""
+    if any(w.algorithm.keeps for w in plan.weights.values()):
+        return stored_masks("the largest magnitudes in each slice")
     return {"kind": "seeded", "how": f"random, seed {plan.seed}", "algorithm": "static",
             "updates": 0}
 

@@ -22,7 +22,13 @@ from torch import Tensor
 
 from megatron_spdf.architecture.base import Weight
 from megatron_spdf.checkpoint import store
-from megatron_spdf.checkpoint.reader import MASK_BITS, OPTIMIZER, VALUES, stored_name
+from megatron_spdf.checkpoint.reader import (
+    MASK_BITS,
+    OPTIMIZER,
+    TRAINED_BITS,
+    VALUES,
+    stored_name,
+)
 from megatron_spdf.checkpoint.run_metadata import Masks, run_record, seeded_masks, stored_masks
 from megatron_spdf.checkpoint.writer import StoredTensor, cut, write_tensors
 from megatron_spdf.convert.source import WeightSource
@@ -146,10 +152,13 @@ class _FreshState:
         shape, axis = weight.shape, weight.axis
         tensors = []
         if sparse:
-            shape, axis = (sparse.slices, sparse.active_per_slice), 0
+            shape, axis = (sparse.slices, sparse.stored_per_slice), 0
             bits = (sparse.slices, math.ceil(math.prod(sparse.slice_shape) / 8))
             tensors = [self._stored(name + MASK_BITS, bits, axis, weight, torch.uint8,
                                     lambda: self._compact(weight.name)[1])]
+            if sparse.trains_some:  # the first choice says which are not
+                tensors.append(self._stored(name + TRAINED_BITS, bits, axis, weight, torch.uint8,
+                                            lambda: torch.full(bits, 255, dtype=torch.uint8)))
             name += VALUES
         values = partial(self._values, weight.name)
         tensors.append(self._stored(name, shape, axis, weight, self.dtype,
@@ -183,12 +192,14 @@ class _FreshState:
     def _select(self, name: str) -> tuple[Tensor, Tensor]:
         """Cuts a dense weight to its mask, slice by slice, and measures its sparsity."""
         planned, dense = self.plan.weights[name], self._master(name)
-        values, bits = [], []
+        values, bits, active = [], [], 0
         for number in range(planned.slices):
             entries = slice_of(dense, planned, number).numpy()
-            mask = (planned.largest(entries) if self.select == "magnitude"
+            mask = (planned.largest(entries)
+                    if self.select == "magnitude" or planned.algorithm.keeps
                     else planned.draw(self.plan.seed, number))
-            values.append(entries[mask])
+            values.append(entries if planned.algorithm.keeps else entries[mask])
+            active += np.count_nonzero(entries[mask])
             bits.append(np.packbits(mask))
-        self.measured[name] = 1.0 - sum(map(np.count_nonzero, values)) / planned.numel
+        self.measured[name] = 1.0 - active / planned.numel
         return torch.from_numpy(np.stack(values)), torch.from_numpy(np.stack(bits))
