@@ -130,7 +130,8 @@ def test_the_last_micro_batch_alone_ranks_what_is_born(ranks, recipe, run, name,
     """The last of every rank, summed up with its sign: together the second half of the batch."""
     lean = RIGL | {"update": RIGL["update"] | {"gradient": "micro_batch"}}
     reference = ranks(1).run(plain, recipe({"train": {"micro_batch": 4}}, sparsity=lean))
-    there = run(LAYOUTS.get(name, {}) | {"train": {"micro_batch": batch}}, lean | {"dense_copy": dense_copy})
+    there = run(LAYOUTS.get(name, {}) | {"train": {"micro_batch": batch}},
+                lean | {"dense_copy": dense_copy})
     close(there[0]["losses"], reference["losses"])
     assert differing(there, reference) <= 1e-3 * sum(m["moved"] for m in there[0]["moves"])
     whole = ranks(1).run(plain, recipe({}, sparsity=RIGL))
