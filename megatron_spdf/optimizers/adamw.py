@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from megatron_spdf.optimizers.base import OPTIMIZERS, Optimizer
-from megatron_spdf.optimizers.newborn import Average
+from megatron_spdf.optimizers.base import OPTIMIZERS, Average, Optimizer
 
 if TYPE_CHECKING:
     import torch

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, create_model
 
-from megatron_spdf.optimizers.newborn import Average
 from megatron_spdf.registry import Registry
 from megatron_spdf.section import MOST_STEPS, MOST_TOKENS, ByName, Count, Section
 
@@ -31,6 +30,13 @@ Decay = Literal["cosine", "linear", "minus_sqrt", "exponential", "constant"]
 # Keys of a schedule, which a stage of a run may have of its own.
 SCHEDULE = ("lr", "embedding_lr", "norm_lr", "min_lr_ratio", "decay", "decay_share",
             "warmup_tokens")
+
+
+class Average(NamedTuple):
+    """A named state that is a running average: its decay, and the power of the gradient."""
+
+    decay: float
+    power: int
 
 
 class Optimizer(Section):

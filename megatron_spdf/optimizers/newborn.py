@@ -22,30 +22,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from megatron_spdf.optimizers.base import Average, Optimizer
 from megatron_spdf.sparsity.algorithms.base import Births, MaskAlgorithm
 
 if TYPE_CHECKING:  # the planner goes without PyTorch
     import torch
     from torch import Tensor
 
-    from megatron_spdf.optimizers.base import Optimizer
-
 AGE = "age"  # the name of its state: updates since a value was born
 CHUNK = 2**20  # values that are corrected at a time, which bounds what is held beside them
 ROUNDED = 25 * math.log(2.0)  # e^-this is nothing beside 1 in fp32
 LONGEST = 2**20  # updates, which bounds the tables
 COLD = 1.5  # times the usual, from where first updates are worth a correction
-
-
-class Average(NamedTuple):
-    """A named state that is a running average: its decay, and the power of the gradient."""
-
-    decay: float
-    power: int
 
 
 def newborn_of(algorithm: MaskAlgorithm, optimizer: Optimizer) -> Newborn | None:
@@ -136,7 +128,8 @@ class Newborn:
         b = average.decay
         ages = np.arange(self._grown(b) + 1, dtype=np.float64)
         before, now = self._scale(b, ages, step - 1), self._scale(b, ages + 1.0, step)
-        before[0] = now[0]  # the averages of what was just born are zero
+        # the averages of what was just born are zero, and so are all before the first step
+        before[0 if step > 1 else slice(None)] = 1.0
         keep, add = now / before, (now - 1.0) * (1.0 - b) / b
         old = np.r_[min(step - 1, len(ages) - 1), len(ages) - 1]  # from the start, and grown up
         keep[old], add[old] = 1.0, 0.0
