@@ -5,6 +5,7 @@
     python tools/benchmark.py train [RECIPE] [section.key=value ...] [--steps 20] [--output FILE]
     python tools/benchmark.py step [RECIPE] [section.key=value ...] [--steps 20] [--output FILE]
     torchrun --nproc-per-node 2 tools/benchmark.py step parallel.tensor=2
+    python tools/benchmark.py moves [RECIPE] [section.key=value ...] [--steps 20] [--output FILE]
     python tools/benchmark.py save [RECIPE] [section.key=value ...] [--steps 5]
     python tools/benchmark.py kernels [RECIPE] [section.key=value ...] [--output FILE.json]
     python tools/benchmark.py tiles [RECIPE] [section.key=value ...] [--output FILE.json]
@@ -18,6 +19,8 @@ which shows that it runs.
 `step`: seconds of an optimizer step of a recipe, dense against its sparsity, both engines in one
 process and their steps in turn, so that what else the machine does hits both alike; medians, the
 ratio, and where the time goes. Batches are synthetic.
+`moves`: what moves of the masks add to a run: steps with a move beside steps without, in turn in
+one process; of the recipe's algorithm, or of SET, RigL and GMP where it has none.
 `save`: for how long the loop stands still for a checkpoint that is written behind the steps, and
 for one that it waits for, dense and sparse, with the bytes on disk; written to a temporary
 directory (TMPDIR) and removed.
@@ -39,6 +42,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -69,16 +73,17 @@ def main() -> int:
 
 def measure_recipe() -> int:
     """Steps, training or saves of a recipe, dense and sparse."""
-    from benchmarks import save, step, train
+    from benchmarks import moves, save, step, train
 
-    kinds = {"step": (step.measure_steps, step.render_steps),
+    kinds = {"moves": (moves.measure_moves, moves.render_moves),
+             "step": (step.measure_steps, step.render_steps),
              "save": (save.measure_saves, save.render_saves),
              "train": (train.measure_training, train.render_training)}
     parser = make_parser(__doc__)
     parser.add_argument("what", choices=list(kinds))
     parser.add_argument("words", nargs="*", metavar="[RECIPE] section.key=value")
     parser.add_argument("--steps", type=positive, default=20,
-                        help="measured steps, or saves, of each run")
+                        help="measured steps, moves or saves of each run")
     add_output(parser)
     options = parser.parse_intermixed_args()
     if options.steps < 2:
@@ -86,11 +91,15 @@ def measure_recipe() -> int:
     path, overrides = split_words(options.words)
     path = path or DEFAULT
     sparse = load_measured(path, overrides)
-    dense = load_measured(path, [*overrides, "sparsity=0.0", "sparsity.rules=[]"])
+    if options.what == "moves":
+        compared = with_algorithms(sparse, path, overrides, moves.ALGORITHMS)
+    else:
+        dense = load_measured(path, [*overrides, "sparsity=0.0", "sparsity.rules=[]"])
+        compared = {"dense": dense, "sparse": sparse}
     ranks = find_ranks()
     check_world(ranks, sparse.parallel)
     measure, show = kinds[options.what]
-    figures = measure({"dense": dense, "sparse": sparse}, options.steps)
+    figures = measure(compared, options.steps)
     if ranks.rank == 0:
         publish({**circumstances(), "recipe": sparse.model_dump(), "runs": figures}, show(figures),
                 options.output)
@@ -188,6 +197,15 @@ def load_measured(path: str, overrides: list[str]) -> Recipe:
         raise ValueError("train.micro_batch=auto lets a run try sizes at its start; a benchmark is "
                          "of one, give train.micro_batch=N")
     return recipe
+
+
+def with_algorithms(recipe: Recipe, path: str, overrides: list[str],
+                    names: Sequence[str]) -> dict[str, Recipe]:
+    """The recipe by the name of its mask algorithm; where masks stay, with each of these."""
+    if recipe.sparsity.algorithm != "static":
+        return {recipe.sparsity.algorithm: recipe}
+    return {name: load_measured(path, [*overrides, f"sparsity.algorithm={name}"])
+            for name in names}
 
 
 def split_words(words: list[str]) -> tuple[str | None, list[str]]:

@@ -3,7 +3,8 @@
 Each rank sends a beat to rank 0 every second over a connection of its own. A process that dies
 closes the connection. A stopped process, a lost node or a cut network falls silent. A training
 thread that hangs makes no progress while its beats go on. The rank at fault, its host and its last
-collective are named on standard error, and every rank exits with `exit_codes.LOST_RANK`.
+collective are named on standard error, and every rank exits with `exit_codes.LOST_RANK`, or with
+the code of the error that one of them met.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -51,6 +53,7 @@ class Beat:
         inside: whether the training thread is inside a collective.
         still: seconds without progress in a watched activity; 0 in others.
         failed: error that ends the rank; empty: none.
+        code: exit code of a run that this error ends.
         leaving: whether the rank is about to exit normally.
     """
 
@@ -63,6 +66,7 @@ class Beat:
     inside: bool = False
     still: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     failed: str = ""
+    code: int = exit_codes.LOST_RANK
     leaving: bool = False
 
     @property
@@ -82,12 +86,14 @@ class Answer:
     Attributes:
         beat: its own.
         fault: what ends the run; empty: nothing.
+        code: exit code that it ends with.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 
     beat: Beat
     fault: str
+    code: int
 
 
 BEATS, ANSWERS = TypeAdapter(Beat), TypeAdapter(Answer)
@@ -120,8 +126,20 @@ class Peer:
             self.trouble = self.heard
 
 
-def diagnose(peers: list[Peer], now: float, seconds: float) -> str:
-    """Finds the fault that ends the run, as a sentence, which is empty without one.
+class Fault(NamedTuple):
+    """What ends a run.
+
+    Attributes:
+        said: a sentence; empty: nothing.
+        code: exit code of every rank.
+    """
+
+    said: str = ""
+    code: int = exit_codes.LOST_RANK
+
+
+def diagnose(peers: list[Peer], now: float, seconds: float) -> Fault:
+    """Finds the fault that ends the run.
 
     Deaths come before silence, and silence before standing still, since each causes the next.
 
@@ -136,14 +154,16 @@ def diagnose(peers: list[Peer], now: float, seconds: float) -> str:
     first = troubled[0].trouble if troubled else now
     if now - first > GRACE_SECONDS:
         if dead:
-            return "; ".join(f"{p.beat.who} died {p.beat.did}" for p in dead)
-        return f"{failed[0].beat.who} failed {failed[0].beat.did}; {failed[0].beat.failed}"
+            return Fault("; ".join(f"{p.beat.who} died {p.beat.did}" for p in dead))
+        beat = failed[0].beat
+        return Fault(f"{beat.who} failed {beat.did}; {beat.failed}", beat.code)
     silent = [p for p in there if not p.closed and now - p.heard > seconds]
     if silent:
-        return "; ".join(f"{p.beat.who} has been silent for {now - p.heard:.0f} s "
-                         f"(fault_tolerance.hang_seconds={seconds:g}), last heard of {p.beat.did}"
-                         for p in silent)
-    return _diagnose_hang(there, seconds)
+        return Fault("; ".join(
+            f"{p.beat.who} has been silent for {now - p.heard:.0f} s "
+            f"(fault_tolerance.hang_seconds={seconds:g}), last heard of {p.beat.did}"
+            for p in silent))
+    return Fault(_diagnose_hang(there, seconds))
 
 
 def _diagnose_hang(there: list[Peer], seconds: float) -> str:
@@ -167,11 +187,14 @@ class Heartbeat:
     Args:
         ranks: this process among all.
         seconds: fault_tolerance.hang_seconds.
+        codes: kind of an error that a user can put right -> exit code of a run that it ends.
     """
 
-    def __init__(self, ranks: Ranks, seconds: float):
+    def __init__(self, ranks: Ranks, seconds: float,
+                 codes: Mapping[type[BaseException], int] | None = None):
         self.ranks, self.seconds, self.host = ranks, seconds, this_host()
-        self.failed, self.leaving = "", threading.Event()
+        self.failed, self.code, self.leaving = "", exit_codes.LOST_RANK, threading.Event()
+        self.codes = codes or {}
         self.say = Notices(f"heartbeat of rank {ranks.rank}")
         self._thread: threading.Thread | None = None
         self._looked = self._woke = time.monotonic()
@@ -200,7 +223,11 @@ class Heartbeat:
         if not self._thread:
             return
         if error is not None and not isinstance(error, SystemExit):
-            traceback.print_exception(error)
+            known = next((k for k in self.codes if isinstance(error, k)), None)
+            if known is None:
+                traceback.print_exception(error)
+            else:
+                self.code = self.codes[known]
             self.failed = printable(f"{type(error).__name__}: {first_line(error)}")
             self._thread.join(2 * GRACE_SECONDS + 4 * BEAT_SECONDS)
         self.leaving.set()
@@ -215,7 +242,7 @@ class Heartbeat:
         self._looked = now
         return Beat(self.ranks.rank, self.host, done.activity, done.last_collective(), done.inside,
                     now - max(done.moved, self._woke) if done.watched else 0.0, self.failed,
-                    self.leaving.is_set())
+                    self.code, self.leaving.is_set())
 
     def _report(self, connection: socket.socket) -> None:
         """Other ranks: exchange beats with rank 0, and exit on a fault that it names."""
@@ -241,11 +268,11 @@ class Heartbeat:
         """Ends this rank where rank 0 has named a fault, or is silent."""
         head, silent = answers.head, time.monotonic() - max(answers.heard, self._woke)
         if answers.fault:
-            os._exit(exit_codes.LOST_RANK)  # rank 0 has printed it
+            os._exit(answers.code)  # rank 0 has printed it
         # rank 0, if it lives, names a fault earlier
         if not head.leaving and silent > self.seconds + 2 * GRACE_SECONDS:
-            self._end(f"{head.who} has been silent for {silent:.0f} s (fault_tolerance."
-                      f"hang_seconds={self.seconds:g}), last heard of {head.did}")
+            self._end(Fault(f"{head.who} has been silent for {silent:.0f} s (fault_tolerance."
+                            f"hang_seconds={self.seconds:g}), last heard of {head.did}"))
 
     def _lost(self, answers: _Answers) -> None:
         """Ends this rank after the connection to rank 0, whose last words may still be there: it
@@ -255,8 +282,8 @@ class Heartbeat:
         head = answers.head
         if not head.leaving and not self.leaving.is_set():
             time.sleep(GRACE_SECONDS)
-            self._end(f"{head.who} died {head.did}" if not head.failed
-                      else f"{head.who} failed: {head.failed}")
+            self._end(Fault(f"{head.who} failed: {head.failed}", head.code) if head.failed
+                      else Fault(f"{head.who} died {head.did}"))
 
     def _coordinate(self, listener: Listener) -> None:
         """Rank 0: collects beats, detects faults, broadcasts both."""
@@ -277,18 +304,18 @@ class Heartbeat:
         for one in peers:  # nobody is silent while rank 0 is stopped
             one.heard = max(one.heard, self._woke)
         fault = diagnose(peers, time.monotonic(), self.seconds)
-        beats.listener.broadcast(json.dumps(asdict(Answer(mine, fault))).encode())
-        if fault:
+        beats.listener.broadcast(json.dumps(asdict(Answer(mine, *fault))).encode())
+        if fault.said:
             self._end(fault)
         return mine.leaving
 
-    def _end(self, fault: str) -> None:
+    def _end(self, fault: Fault) -> None:
         """Prints the fault, on some ranks in case rank 0 is gone, and exits."""
         if self.ranks.rank == 0 or self.ranks.local == 0 or self.ranks.rank == 1:
-            print(f"the run ends on rank {self.ranks.rank} on {self.host}: {printable(fault)}",
+            print(f"the run ends on rank {self.ranks.rank} on {self.host}: {printable(fault.said)}",
                   file=sys.stderr, flush=True)
         # the training thread may be inside a collective that never returns
-        os._exit(exit_codes.LOST_RANK)
+        os._exit(fault.code)
 
 
 class _Beats:
@@ -340,12 +367,13 @@ class _Answers:
     Attributes:
         head: last beat of rank 0.
         heard: `time.monotonic()` of the last answer.
-        fault: that rank 0 has named.
+        fault, code: that rank 0 has named.
     """
 
     def __init__(self, connection: socket.socket, head: Beat, say: Notices):
         self.connection, self.head, self.say = connection, head, say
         self.heard, self.fault, self._rest = time.monotonic(), "", b""
+        self.code = exit_codes.LOST_RANK
 
     def read(self) -> None:
         """Reads what has come.
@@ -366,7 +394,8 @@ class _Answers:
                                    f"({_reason(error)})")
                 continue
             self.head, self.heard = said.beat, time.monotonic()
-            self.fault = self.fault or said.fault
+            if not self.fault:
+                self.fault, self.code = said.fault, said.code
 
     def read_rest(self) -> None:
         """Reads what came before the connection was closed."""

@@ -3,7 +3,8 @@
 All of it runs on the device of the mask, in whole numbers or by comparing floats, so that every
 replica comes to the same mask.
 
-Letters: n entries of a slice, k of them active.
+Letters: n units of a slice, k of them active. A unit is what dies or is born as a whole: an entry,
+or a tile where the pattern is of tiles.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor
 
 from megatron_spdf.random_streams import random_words, stream_key
+from megatron_spdf.sparsity.patterns.base import Pattern, Shape
+from megatron_spdf.sparsity.patterns.unstructured import Unstructured
 
 STREAM = "megatron_spdf move stream 1"
 
@@ -26,12 +29,15 @@ class MaskSlice:
 
     Attributes:
         name, number: of the weight, and of the slice in it.
-        mask: (n,) bool, its active entries in row-major order.
-        values: (k,) fp32 master values in the order of `active`, if the algorithm needs values.
+        mask: (n,) bool, its active units in row-major order.
+        values: (k,) fp32 master values in the order of `active`, if the algorithm needs values; of
+            tiles the sums of their magnitudes.
         gradient: (n,) fp32, of the loss of the whole batch with respect to the dense weight, if the
-            algorithm needs that.
+            algorithm needs that; of tiles its norms.
         seed, update: with name and number they determine the random words.
         active_at: share of the weight's level -> number of entries of a slice that are active.
+        pattern: of the weight.
+        grid: (rows, columns) of units in the slice; None: one row.
     """
 
     name: str
@@ -42,10 +48,12 @@ class MaskSlice:
     seed: int
     update: int
     active_at: Callable[[float], int] | None = None
+    pattern: Pattern = Unstructured()
+    grid: Shape | None = None
 
     @cached_property
     def active(self) -> Tensor:
-        """(k,) positions of the active entries, ascending."""
+        """(k,) positions of the active units, ascending."""
         return self.mask.nonzero().view(-1)
 
     @cached_property
@@ -60,9 +68,34 @@ class MaskSlice:
             purpose: other words, other draws.
             candidates: positions.
         """
+        return self.lowest(self.random_scores(purpose, candidates), candidates, count)
+
+    def random_scores(self, purpose: str, candidates: Tensor) -> Tensor:
+        """A random word for each of the candidates, int64; see `random`."""
         key = stream_key(STREAM, self.seed, self.name, self.number, self.update, purpose)
-        words = random_words(int(key[0]), len(candidates), candidates.device)
-        return self.lowest(words, candidates, count)
+        return random_words(int(key[0]), len(candidates), candidates.device)
+
+    def exchange(self, to_die: Tensor, to_be_born: Tensor,
+                 count: int) -> tuple[Tensor, Tensor]:
+        """Chooses `count` active units that die and as many others that are born, those with the
+        lowest scores, ties by position; where the pattern ties units to each other, those that it
+        allows, which may be fewer.
+
+        Args:
+            to_die: (k,) scores of the active units.
+            to_be_born: (n - k,) scores of the others.
+
+        Returns:
+            Positions of those that die, and of those that are born.
+        """
+        if not self.pattern.exchanges:
+            return (self.lowest(to_die, self.active, count),
+                    self.lowest(to_be_born, self.inactive, count))
+        died, born = self.pattern.exchange(
+            self.mask.view(self.grid).cpu().numpy(), to_die.double().cpu().numpy(),
+            to_be_born.double().cpu().numpy(), count)
+        return (torch.from_numpy(died).to(self.mask.device),
+                torch.from_numpy(born).to(self.mask.device))
 
     def lowest(self, scores: Tensor, candidates: Tensor, count: int) -> Tensor:
         """The `count` candidates with the lowest scores, ties by position.

@@ -1,6 +1,7 @@
 """Moving the masks of a weight: an algorithm chooses slice by slice, values follow to their places.
 
-Letters: n entries of a slice, k of them active.
+Letters: n entries of a slice, k of them active. An algorithm chooses among its units, which are
+entries or tiles.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from megatron_spdf.kernels.mask import pack, unpack
 from megatron_spdf.sparsity.algorithms.base import MaskAlgorithm, Moment
 from megatron_spdf.sparsity.mask_slice import MaskSlice
 from megatron_spdf.sparsity.plan import SparseWeight
+from megatron_spdf.sparsity.units import Units
 
 
 def moved_masks(
@@ -31,14 +33,15 @@ def moved_masks(
         (slices, ceil(n / 8)) uint8, with k active entries a slice.
     """
     rows, columns = planned.slice_shape
-    size, masks = planned.slice_shape[planned.axis], []
+    size, units, masks = planned.slice_shape[planned.axis], Units.of(planned), []
     for i, mask in enumerate(unpack(bits, rows * columns)):
         part = MaskSlice(
-            planned.name, first + i, mask,
-            values[i] if algorithm.needs != "nothing" else None,
-            None if gradient is None else gradient.narrow(planned.axis, i * size, size).reshape(-1),
-            seed, when.update)
-        masks.append(_next_mask(algorithm, part, when))
+            planned.name, first + i, units.of_mask(mask),
+            units.magnitudes(values[i], mask) if algorithm.needs != "nothing" else None,
+            None if gradient is None else units.norms(
+                gradient.narrow(planned.axis, i * size, size).reshape(-1)),
+            seed, when.update, pattern=planned.pattern, grid=units.grid)
+        masks.append(units.to_mask(_next_mask(algorithm, part, when)))
     return pack(torch.stack(masks))
 
 
@@ -51,7 +54,7 @@ def _next_mask(algorithm: MaskAlgorithm, part: MaskSlice, when: Moment) -> Tenso
     assert part.mask[move.died].all() and not part.mask[move.born].any(), \
         f"{told}: what dies must be active, and what is born inactive"
     active, k = int(mask.sum()), len(part.active)
-    assert active == k, f"{told}: {k} active entries become {active}"
+    assert active == k, f"{told}: {k} active units become {active}"
     return mask
 
 

@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from megatron_spdf.architecture.base import Model, Weight
+from megatron_spdf.sparsity.algorithms.base import ALGORITHMS
 from megatron_spdf.sparsity.distribution import erk_densities, whole_entries
 from megatron_spdf.sparsity.patterns.base import Pattern, Shape
 from megatron_spdf.sparsity.patterns.unstructured import Unstructured
@@ -240,8 +241,9 @@ def check_algorithm(plan: Plan, sparsity: Sparsity) -> None:
     """That the masks of a plan can move as the recipe says.
 
     Raises:
-        ValueError: no weight is sparse, the pattern ties entries to each other, or a slice has too
-            few zeros for so many to be born.
+        ValueError: no weight is sparse, the pattern ties entries to each other in a way that the
+            algorithm cannot follow, or a slice has too few zeros for so many to be born, or too few
+            tiles for any to move.
     """
     name = sparsity.algorithm
     if name == "static":
@@ -250,17 +252,39 @@ def check_algorithm(plan: Plan, sparsity: Sparsity) -> None:
         raise ValueError(f"sparsity.algorithm={name} moves masks, and no weight is sparse; set "
                          "sparsity.level, or algorithm=static")
     for w in plan.weights.values():
-        if w.pattern.moving_unit != (1, 1):
-            raise ValueError(f"sparsity.algorithm={name} lets single entries die and be born, and "
-                             f"sparsity.pattern={sparsity.pattern} ties them to each other; set "
-                             "algorithm=static or pattern=unstructured")
-        active, moved = w.active_per_slice, sparsity.update.largest_move(w.active_per_slice)
-        zeros = math.prod(w.slice_shape) - active
+        _check_pattern(w.pattern, sparsity)
+        size = math.prod(w.pattern.moving_unit)
+        active, what = w.active_per_slice // size, "entries" if size == 1 else "tiles"
+        zeros = math.prod(w.slice_shape) // size - active
+        moved = sparsity.update.largest_move(active)
         if moved > zeros:
             raise ValueError(f"sparsity.algorithm={name} moves {moved:,} of the {active:,} active "
-                             f"entries of a slice of {w.name} at once, which has {zeros:,} zeros "
+                             f"{what} of a slice of {w.name} at once, which has {zeros:,} zeros "
                              f"to take their place; lower sparsity.update.fraction to "
                              f"{zeros / active:.3f} or raise the level {w.level:g}")
+        if size > 1 and moved < 2 and getattr(sparsity.update, "fraction", 1.0):
+            raise ValueError(f"sparsity.algorithm={name} moves {moved} of the {active} active "
+                             f"tiles of a slice of {w.name} at once, and tiles are swapped two by "
+                             f"two; raise sparsity.update.fraction to {min(1.0, 2 / active):.3g}, "
+                             "or take smaller tiles")
+
+
+def _check_pattern(pattern: Pattern, sparsity: Sparsity) -> None:
+    """That an algorithm can move the masks of a pattern.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if pattern.moving_unit and (sparsity.update.exchanges or not pattern.exchanges):
+        return
+    told = (f"sparsity.algorithm={sparsity.algorithm} lets single entries die and be born, and "
+            f"sparsity.pattern={sparsity.pattern} ties them to each other; set ")
+    if pattern.moving_unit:
+        able = [name for name in ALGORITHMS.names() if ALGORITHMS.get(name).exchanges]
+        raise ValueError(f"{told}algorithm={' or '.join(able)}, which move tiles as they are, "
+                         "algorithm=static, or pattern=unstructured")
+    raise ValueError(f"{told}algorithm=ste, which chooses masks anew from dense weights, "
+                     "algorithm=static, or pattern=unstructured")
 
 
 def _fewest_slices(plan: Plan) -> int:

@@ -23,7 +23,7 @@ from megatron_spdf.checkpoint.run_metadata import INITIAL, Masks
 from megatron_spdf.checkpoint.shared_files import newest_of_all
 from megatron_spdf.checkpoint.store import step_of
 from megatron_spdf.command_line import add_overrides, make_parser, print_words, say
-from megatron_spdf.data.indexed.tokens import DataFault
+from megatron_spdf.data.indexed.tokens import DataFault, NoToken
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
 from megatron_spdf.locks import Held
 from megatron_spdf.parallel.ranks import destroy, init_distributed
@@ -172,7 +172,8 @@ def _run_job(job: Job) -> int:
     with refusals():
         device = init_distributed(job.ranks, job.stages[0].recipe)
         job.run.require_taken()
-    with Heartbeat(job.ranks, job.run.recipe.fault_tolerance.hang_seconds):
+    with Heartbeat(job.ranks, job.run.recipe.fault_tolerance.hang_seconds,
+                   {NoToken: exit_codes.BAD_INPUT}):
         return train(job, stop, device)
 
 

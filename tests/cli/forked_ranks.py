@@ -3,8 +3,8 @@ them; these are forks of one process that did so once.
 
     python tests/cli/forked_ranks.py RANKS SCRIPT.py WORD...
 
-SIGTERM is passed on to the ranks. When one fails, the others are asked to end. Exit code 0, or 1 if
-one failed.
+SIGTERM is passed on to the ranks. When one fails, the others are asked to end. The exit code is
+that of the first that fails, or 0.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def fork(module, words: list[str], rank: int, world: int, port: int,
 
 def main() -> int:
     world, script, words = int(sys.argv[1]), Path(sys.argv[2]).stem, sys.argv[3:]
-    module, port, failed = load(script), free_port(), False
+    module, port, failed = load(script), free_port(), 0
     pids: set[int] = set()
     signal.signal(signal.SIGTERM, lambda *_: end(pids))
     pids |= {fork(module, words, rank, world, port) for rank in range(world)}
@@ -84,9 +84,9 @@ def main() -> int:
         pid, status = os.wait()
         pids.discard(pid)
         if status and not failed:
-            failed = True
+            failed = max(1, os.waitstatus_to_exitcode(status))
             end(pids)
-    return int(failed)
+    return failed
 
 
 def end(pids: set[int]) -> None:

@@ -56,6 +56,17 @@ def test_missing_index(ask, workplace, damaged):
     assert "train.idx" in refused(ask("output=refused", word), workplace)
 
 
+def test_ids_that_no_token_has_end_all_ranks_alike(start, workplace, damaged):
+    """A data set with a manifest is not read before the ranks start."""
+    directory, word = damaged
+    size = (directory / "train.bin").stat().st_size
+    (directory / "train.bin").write_bytes(b"\xff\xff" * (size // 2))
+    process = start(f"output={directory / 'run'}", word, "parallel.data=2", ranks=2)
+    err = refused(process, workplace)
+    assert f"{directory}/train.bin, token " in err
+    assert "id 65535, and the tokenizer has the ids 0 to 299; name the tokenizer" in err
+
+
 def test_a_directory_that_is_no_run(start, workplace):
     (workplace / "mine").mkdir(exist_ok=True)
     (workplace / "mine" / "thesis.txt").write_text("keep me")

@@ -72,8 +72,14 @@ def test_keys_have_the_algorithms_own_defaults(recipe):
      r"place; lower sparsity.update.fraction to 0.111 or raise the level 0.1"),
     ({"algorithm": "probe", "level": 0.5, "pattern": "2:4"}, "sparsity.algorithm=probe lets "
      "single entries die and be born, and sparsity.pattern=2:4 ties them to each other; set "
-     "algorithm=static or pattern=unstructured"),
-    ({"algorithm": "probe", "pattern": "tile", "tile": 8}, "sparsity.pattern=tile ties them"),
+     "algorithm=ste, which chooses masks anew from dense weights, algorithm=static, or pattern="),
+    ({"algorithm": "rigl", "update": {"every": 5}, "level": 0.5, "pattern": "2:4"},
+     "sparsity.algorithm=rigl lets single entries die and be born, and sparsity.pattern=2:4 ties"),
+    ({"algorithm": "probe", "pattern": "tile", "tile": 8}, "sparsity.pattern=tile ties them to "
+     "each other; set algorithm=rigl or set, which move tiles as they are, algorithm=static, or"),
+    ({"algorithm": "set", "pattern": "tile", "tile": 8, "update": {"every": 5, "fraction": 0.1}},
+     r"sparsity.algorithm=set moves 1 of the 8 active tiles of a slice of decoder\.\S+ at once, "
+     "and tiles are swapped two by two; raise sparsity.update.fraction to 0.25, or take smaller"),
 ])
 def test_what_is_wrong_is_said(recipe, sparsity, said):
     with pytest.raises(ValueError, match=said):

@@ -3,10 +3,10 @@ as JSON.
 
     python tests/resilience/heartbeat_ranks.py DIRECTORY CASE ...
 
-A case is `DEED RANK`: kill, stop, raise, stand (its training thread stands still), pause (it is
-stopped for less than HANG seconds), wake (it is stopped for longer, and goes on after the others
-have ended), suspend (all are stopped for longer, as in a suspended job), leave (all end as they
-should).
+A case is `DEED RANK`: kill, stop, raise, refuse (raises what has an exit code), stand (its training
+thread stands still), pause (it is stopped for less than HANG seconds), wake (it is stopped for
+longer, and goes on after the others have ended), suspend (all are stopped for longer, as in a
+suspended job), leave (all end as they should).
 """
 
 import json
@@ -37,7 +37,7 @@ def rank_main(rank: int, port: int, deed: str, victim: int) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD,
                             timeout=timedelta(seconds=60))
     progress.instrument_collectives()
-    with heartbeat.Heartbeat(Ranks(rank, WORLD, rank, "test"), HANG):
+    with heartbeat.Heartbeat(Ranks(rank, WORLD, rank, "test"), HANG, {LookupError: 2}):
         for step in range(1, 1000):
             progress.PROGRESS.set_activity(f"step {step}", watched=True)
             dist.barrier()
@@ -52,6 +52,8 @@ def rank_main(rank: int, port: int, deed: str, victim: int) -> None:
 def suffer(deed: str) -> None:
     if deed == "raise":
         raise ZeroDivisionError("a batch of nothing")
+    if deed == "refuse":
+        raise IndexError("no such token")
     if deed == "stand":
         time.sleep(600)
     if deed in STOPPED_SECONDS and os.fork() == 0:

@@ -15,7 +15,7 @@ from megatron_spdf.resilience.heartbeat import Beat, Peer, diagnose
 
 CASES = [f"{deed} {rank}" for deed in ("kill", "stop", "raise", "stand")
          for rank in (0, 2)]
-CASES += ["leave 0", "pause 0", "pause 2", "suspend 0", "wake 2"]
+CASES += ["refuse 0", "refuse 2", "leave 0", "pause 0", "pause 2", "suspend 0", "wake 2"]
 HOST = socket.gethostname()
 
 
@@ -51,6 +51,14 @@ def test_the_rank_at_fault_is_named_and_all_end(ended, deed, said, rank):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("case", ["refuse 0", "refuse 2"])
+def test_an_error_with_an_exit_code_ends_all_ranks_with_that(ended, case):
+    codes, text = ended[case]
+    assert codes == [2, 2, 2], text
+    assert "IndexError: no such token" in text and "Traceback" not in text
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["leave 0", "pause 0", "pause 2", "suspend 0"])
 def test_ranks_that_leave_or_are_stopped_for_a_while_are_not_missed(ended, case):
     codes, text = ended[case]
@@ -72,44 +80,54 @@ def peer(rank: int, heard: float = 0.0, closed: bool = False, trouble: float | N
 
 
 def test_nothing_is_said_of_healthy_ranks():
-    assert diagnose([peer(0), peer(1, heard=-4.0), peer(2, still=4.0)], 0.0, 5.0) == ""
-    assert diagnose([peer(0), peer(1, closed=True, leaving=True)], 100.0, 500.0) == ""
+    assert diagnose([peer(0), peer(1, heard=-4.0), peer(2, still=4.0)], 0.0, 5.0).said == ""
+    assert diagnose([peer(0), peer(1, closed=True, leaving=True)], 100.0, 500.0).said == ""
 
 
 def test_who_is_silent_is_named_and_neither_who_left_nor_who_died():
     peers = [peer(0, heard=99.0), peer(1, heard=0.0, leaving=True), peer(2, heard=0.0, closed=True,
                                                                          trouble=99.0)]
-    assert diagnose(peers, 100.0, 5.0) == ""  # of the dead one more may be heard
-    assert diagnose([*peers, peer(3, heard=0.0)], 100.0, 5.0).startswith(
+    assert diagnose(peers, 100.0, 5.0).said == ""  # of the dead one more may be heard
+    assert diagnose([*peers, peer(3, heard=0.0)], 100.0, 5.0).said.startswith(
         "rank 3 on n3 has been silent for 100 s")
-    assert "rank 1" not in diagnose([*peers, peer(3, heard=0.0)], 100.0, 5.0)
+    assert "rank 1" not in diagnose([*peers, peer(3, heard=0.0)], 100.0, 5.0).said
 
 
 def test_who_leaves_and_closes_its_connection_has_not_died():
     peers = [peer(0, heard=99.0), peer(1, closed=True, trouble=0.0, leaving=True)]
-    assert diagnose(peers, 100.0, 5.0) == ""
+    assert diagnose(peers, 100.0, 5.0).said == ""
 
 
 def test_a_death_explains_the_failures_that_follow_it():
     peers = [peer(0, trouble=0.0, failed="RuntimeError: Connection closed by peer"),
              peer(1, trouble=0.5, closed=True)]
-    assert diagnose(peers, 2.0, 5.0) == ""  # the death of another may be heard of later
-    assert diagnose(peers, 4.0, 5.0).startswith("rank 1 on n1 died in step 7")
+    assert diagnose(peers, 2.0, 5.0).said == ""  # the death of another may be heard of later
+    assert diagnose(peers, 4.0, 5.0).said.startswith("rank 1 on n1 died in step 7")
 
 
 def test_the_first_failure_is_named():
     peers = [peer(0, trouble=2.0, failed="RuntimeError: Connection closed"),
              peer(1, trouble=1.0, failed="MemoryError: ")]
-    assert diagnose(peers, 9.0, 50.0).startswith(
+    assert diagnose(peers, 9.0, 50.0).said.startswith(
         "rank 1 on n1 failed in step 7; its last collective")
+
+
+def test_the_exit_code_is_that_of_the_first_failure_unless_a_rank_has_died():
+    peers = [peer(0, trouble=2.0, failed="NoToken: ", code=2),
+             peer(1, trouble=1.0, failed="MemoryError: "),
+             peer(2, trouble=3.0, failed="NoToken: ", code=2)]
+    assert diagnose(peers, 9.0, 50.0).code == 4
+    assert diagnose([peers[0], peers[2]], 9.0, 50.0).code == 2
+    assert diagnose([peers[0], peer(1, trouble=2.5, closed=True)], 9.0, 50.0).code == 4
+    assert diagnose([peer(0), peer(1, heard=-60.0)], 0.0, 50.0).code == 4
 
 
 def test_who_is_outside_of_collectives_holds_up_the_others():
     peers = [peer(0, still=9.0, inside=True), peer(1, still=8.0), peer(2, still=9.5, inside=True)]
-    assert diagnose(peers, 0.0, 5.0).startswith("rank 1 on n1 has stood still for 8 s")
-    assert diagnose([peer(0, still=9.0, inside=True), peer(1, still=2.0)], 0.0, 5.0) == ""
+    assert diagnose(peers, 0.0, 5.0).said.startswith("rank 1 on n1 has stood still for 8 s")
+    assert diagnose([peer(0, still=9.0, inside=True), peer(1, still=2.0)], 0.0, 5.0).said == ""
 
 
 def test_all_inside_of_collectives_the_one_that_stopped_first_is_named():
     peers = [peer(0, still=9.0, inside=True), peer(1, still=9.5, inside=True)]
-    assert diagnose(peers, 0.0, 5.0).startswith("rank 1 on n1")
+    assert diagnose(peers, 0.0, 5.0).said.startswith("rank 1 on n1")

@@ -219,6 +219,21 @@ def test_dense_and_sparse_are_measured_in_turn(what, tmp_path):
         )
 
 
+@pytest.mark.slow
+def test_moves_are_measured_beside_steps_without(tmp_path):
+    out = tmp_path / "figures.json"
+    tiny = ["model.hidden=64", "model.heads=4", "model.layers=1", "model.vocab_size=256",
+            "train.global_batch=4"]
+    done = benchmark("moves", *tiny, "--steps", "3", "--output", str(out))
+    assert done.returncode == 0, done.stderr
+    runs = json.loads(out.read_text())["runs"]
+    assert list(runs) == ["set", "rigl", "gmp"]
+    for run in runs.values():
+        assert run["longer_seconds"] > 0.5 * run["move_seconds"] > 0  # a due step moves, no other
+        assert run["share"] == pytest.approx(run["longer_seconds"] / run["step_seconds"] / 100)
+    assert runs["gmp"]["sparsity"] < runs["set"]["sparsity"] == 0.75
+
+
 @pytest.mark.parametrize(("words", "said"), [
     (["step", "nowhere.yaml"], "there is no recipe"),
     (["train", "a.yaml", "b.yaml"], "are 2 recipes; name one"),

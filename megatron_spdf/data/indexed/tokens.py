@@ -25,6 +25,10 @@ class DataFault(ValueError):
     """A data set that cannot be read further, or holds what is no token."""
 
 
+class NoToken(DataFault):
+    """A data set that holds what is no token of the vocabulary, wherever it is read."""
+
+
 class IndexedTokens:
     """Tokens of a checked data set, with the interface of Megatron-Core's IndexedDataset.
 
@@ -64,7 +68,8 @@ class IndexedTokens:
         """`count` tokens from the data set's token `first` on, (count,).
 
         Raises:
-            DataFault: the file ends before, or an id is none of the vocabulary; names the file.
+            DataFault: the file ends before, or (`NoToken`) an id is none of the vocabulary; names
+                the file.
         """
         ids = np.empty(count, self.dtype)
         if not count:
@@ -101,9 +106,9 @@ class IndexedTokens:
         place = int(np.flatnonzero(unsigned >= limit)[0])
         known = ("a token id is 0 or more" if self._vocab_size is None
                  else f"the tokenizer has the ids 0 to {self._vocab_size - 1:,}")
-        raise DataFault(f"{self._bin.name}, token {first + place:,}: id {int(ids[place])}, and "
-                        f"{known}; name the tokenizer that the data set was made with, or make the "
-                        "data set again")
+        raise NoToken(f"{self._bin.name}, token {first + place:,}: id {int(ids[place])}, and "
+                      f"{known}; name the tokenizer that the data set was made with, or make the "
+                      "data set again")
 
 
 def pieces(tokens: IndexedTokens, at_most: int | None = None) -> Iterator[np.ndarray]:
@@ -119,7 +124,7 @@ def look_at_ids(prefix: str | Path, vocab_size: int) -> None:
     """Reads a data set of up to 16 million tokens whole, and as much of a larger one.
 
     Raises:
-        DataFault: an id is none of the vocabulary.
+        NoToken: an id is none of the vocabulary.
     """
     for _ in pieces(IndexedTokens(prefix, vocab_size), _LOOKED_AT):
         pass

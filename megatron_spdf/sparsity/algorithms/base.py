@@ -91,11 +91,13 @@ class MaskAlgorithm(Section):
     Attributes:
         needs: to choose; the dense gradient comes with the values.
         holds: what dies is held at zero in its place, and nothing is born.
+        exchanges: it chooses by `MaskSlice.exchange`, as patterns ask that tie entries together.
     """
 
     name: ClassVar[str]
     needs: ClassVar[Needs] = "nothing"
     holds: ClassVar[bool] = False
+    exchanges: ClassVar[bool] = False
 
     def due(self, step: int, steps: int) -> bool:
         """Whether masks move after an optimizer step.
@@ -215,15 +217,17 @@ class SmallestDie(MovingMasks):
     """The smallest magnitudes of a slice die, by the fp32 master weights, ties by position."""
 
     needs = "values"
+    exchanges = True
 
     anneal: Anneal = Field("cosine", description=MovingMasks.model_fields["anneal"].description)
 
     def select(self, part: MaskSlice, when: Moment) -> Move:
         count = self.count(len(part.active), when)
-        return Move(part.lowest(part.values.abs(), part.active, count), self.born(part, count))
+        return Move(*part.exchange(part.values.abs(), self.to_be_born(part), count))
 
-    def born(self, part: MaskSlice, count: int) -> Tensor:
-        """Chooses `count` of the inactive entries of a slice, as positions."""
+    def to_be_born(self, part: MaskSlice) -> Tensor:
+        """Scores of the inactive entries of a slice, in the order of their positions; the lowest
+        are born."""
         raise NotImplementedError
 
 

@@ -24,8 +24,8 @@ class Rigl(SmallestDie):
     name = "rigl"
     needs = "dense_gradient"
 
-    def born(self, part: MaskSlice, count: int) -> Tensor:
-        return part.lowest(-part.gradient[part.inactive].abs(), part.inactive, count)
+    def to_be_born(self, part: MaskSlice) -> Tensor:
+        return -part.gradient[part.inactive].abs()
 
     def describe(self) -> str:
         return ("smallest magnitudes die, entries with the largest gradients are born: "

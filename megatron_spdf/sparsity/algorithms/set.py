@@ -23,8 +23,8 @@ class Set(SmallestDie):
 
     name = "set"
 
-    def born(self, part: MaskSlice, count: int) -> Tensor:
-        return part.random("be born", part.inactive, count)
+    def to_be_born(self, part: MaskSlice) -> Tensor:
+        return part.random_scores("be born", part.inactive)
 
     def describe(self) -> str:
         return f"smallest magnitudes die, random entries are born: {super().describe()}"

@@ -87,6 +87,26 @@ class Pattern(Section):
         """
         raise NotImplementedError
 
+    def exchange(self, active: np.ndarray, to_die: np.ndarray, to_be_born: np.ndarray,
+                 count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Chooses the units of a slice that die and those that are born, where not any may be.
+
+        Args:
+            active: (rows, columns) bool, the mask of the slice in units.
+            to_die: (active units,) scores, float64; the lowest die first.
+            to_be_born: (inactive units,) scores, float64; the lowest are born first.
+            count: units that die at most.
+
+        Returns:
+            Row-major positions of those that die, and as many of those that are born.
+        """
+        raise NotImplementedError
+
+    @property
+    def exchanges(self) -> bool:
+        """Whether units die and are born as the pattern's `exchange` allows, and not any."""
+        return type(self).exchange is not Pattern.exchange
+
     @property
     def selects(self) -> bool:
         """Whether the pattern has a mask of the largest magnitudes."""

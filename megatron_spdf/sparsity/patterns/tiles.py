@@ -5,6 +5,9 @@ So every program of a kernel has equal work, and the compact values of a slice a
 (`kernels.mask`). With R x C tiles and n active ones in a tile row there are n R / C in a tile
 column, a whole number where n is a multiple of C / gcd(R, C): balanced densities are the multiples
 of 1 / gcd(R, C).
+
+Tiles move by swaps of two, which keep these numbers: no published method that moves masks balances
+them.
 """
 
 from __future__ import annotations
@@ -34,6 +37,10 @@ class Tiles(Pattern):
         64, gt=0, description="side of a tile; levels are rounded to equally many tiles in every "
                               "row and column")
 
+    @property
+    def moving_unit(self) -> Shape:
+        return self.tile, self.tile
+
     def cut(self, name: str, shape: Shape, axis: int, most: int, level: float) -> int:
         return tile_slices(name, shape, axis, most, level, self.tile)
 
@@ -57,6 +64,10 @@ class Tiles(Pattern):
                 and (active.sum(1) == per_row * rows // columns).all()):
             return None
         return f"of tiles of {size}, equally many in every row and column"
+
+    def exchange(self, active: np.ndarray, to_die: np.ndarray, to_be_born: np.ndarray,
+                 count: int) -> tuple[np.ndarray, np.ndarray]:
+        return swap_tiles(active, to_die, to_be_born, count)
 
     @property
     def skips_zeros(self) -> bool:
@@ -157,6 +168,52 @@ def draw_tile_mask(seed: int, name: str, slice_id: int, grid: Shape,
         pairs = _order(stream, (rows,))[: rows // 2 * 2].reshape(-1, 2)
         _trade(mask, pairs, stream)
     return mask
+
+
+def swap_tiles(active: np.ndarray, to_die: np.ndarray, to_be_born: np.ndarray,
+               count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Chooses tiles of a slice that die and are born two by two, so that every tile row and column
+    keeps as many: where (i, j) and (p, q) die, (i, q) and (p, j) are born.
+
+    The tile with the lowest score that is left dies together with one of those that are among the
+    `count` lowest: the one with which the sum of the scores of the two that are born is lowest,
+    ties by who dies first. Where it can with none of these, it dies with the lowest of the others
+    that it can with; where there is none either, it stays. Who has died is not born again, and who
+    is born does not die.
+
+    Args, returns: see `Pattern.exchange`; of an odd `count` one stays.
+    """
+    births = np.full(active.shape, np.inf)  # scores of those that may be born
+    births[~active] = to_be_born
+    row, column = np.divmod(np.flatnonzero(active)[np.argsort(to_die, kind="stable")],
+                            active.shape[1])
+    alive, pairs = np.ones(len(row), bool), []
+    for first in range(len(row)):
+        if len(pairs) == count // 2:
+            break
+        second = _partner(first, count, row, column, alive, births) if alive[first] else None
+        if second is not None:
+            pairs.append((first, second))
+            alive[[first, second]] = False
+            births[row[[first, second]], column[[second, first]]] = np.inf
+    one, two = np.array(pairs, dtype=np.intp).reshape(-1, 2).T
+    dead = np.concatenate([one, two])
+    return (row[dead] * active.shape[1] + column[dead],
+            row[dead] * active.shape[1] + column[np.concatenate([two, one])])
+
+
+def _partner(first: int, count: int, row: np.ndarray, column: np.ndarray, alive: np.ndarray,
+             births: np.ndarray) -> int | None:
+    """Who dies together with tile `first` of those at (row, column), in the order of their scores;
+    None: nobody can."""
+    for lowest in (slice(count), slice(count, None)):
+        sums = np.where(alive[lowest],
+                        births[row[first], column[lowest]] + births[row[lowest], column[first]],
+                        np.inf)
+        able = np.flatnonzero(sums < np.inf)
+        if len(able):
+            return int(sums.argmin()) if lowest.stop else count + int(able[0])
+    return None
 
 
 def _trade(mask: np.ndarray, pairs: np.ndarray, stream: Philox) -> None:

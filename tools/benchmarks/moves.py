@@ -1,0 +1,112 @@
+"""What moves of the masks add to a run: steps after which masks move beside steps after which they
+do not, in one process and in turn, with all that such a step does beside: collecting the dense
+gradient, choosing, carrying weights and optimizer state."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import cycle, islice
+
+import torch
+
+from benchmarks.engines import build_engine, joined, synthetic_batch
+from megatron_spdf.recipe.recipe import Recipe
+from megatron_spdf.schedule.stages import RunStage, stages_of
+from megatron_spdf.tables import SECONDS, Column, Table, named
+
+ALGORITHMS = ("set", "rigl", "gmp")
+WARM_UP = 2  # pairs of steps
+LENGTH = 100  # of the run that is measured, in intervals between moves
+
+
+@dataclass
+class Moved:
+    """Stands where a run reports its moves, and keeps their seconds."""
+
+    seconds: list[float] = field(default_factory=list)
+
+    def moved(self, entries: int, seconds: float) -> None:
+        self.seconds.append(seconds)
+
+
+def measure_moves(recipes: dict[str, Recipe], moves: int) -> dict[str, dict]:
+    """Figures of every recipe's algorithm; `moves` are measured of each."""
+    with joined(next(iter(recipes.values()))) as device:
+        return {name: _measure(_long(recipe), device, moves) for name, recipe in recipes.items()}
+
+
+def _long(recipe: Recipe) -> Recipe:
+    """The recipe with enough steps for many moves."""
+    steps = LENGTH * recipe.sparsity.update.every
+    train = recipe.train.model_copy(update={"tokens": steps * recipe.tokens_per_step})
+    return recipe.model_copy(update={"train": train})
+
+
+def _measure(recipe: Recipe, device: torch.device, moves: int) -> dict:
+    from megatron_spdf.checkpoint.run_metadata import RunState
+    from megatron_spdf.training.mask_moves import MaskMoves
+
+    stage, algorithm = _fullest(stages_of(recipe)), recipe.sparsity.update
+    engine, report = build_engine(stage.recipe, device), Moved()
+    masks = MaskMoves(stage, engine, RunState(), report)
+    plain, due = [], []
+    gc.disable()
+    for number, step in enumerate(islice(cycle(_due_steps(stage)), WARM_UP + moves), 1):
+        for seconds, at in ((plain, step - 1), (due, step)):
+            seconds.append(_seconds(masks, at, synthetic_batch(recipe, number)))
+    gc.enable()
+    figures = {"sparsity": engine.plan.sparsity, "every": algorithm.every,
+               **_figures(plain[WARM_UP:], due[WARM_UP:], report.seconds[WARM_UP:],
+                          algorithm.every)}
+    engine.close()
+    return figures
+
+
+def _fullest(stages: list[RunStage]) -> RunStage:
+    """The part of a run with moves that stores most."""
+    return max((s for s in stages if s.plan.weights and next(_due_steps(s), None)),
+               key=lambda stage: stage.plan.active)
+
+
+def _due_steps(stage: RunStage) -> Iterator[int]:
+    algorithm = stage.recipe.sparsity.update
+    return (step for step in range(stage.first - stage.begin + 1, stage.last - stage.begin + 1)
+            if algorithm.due(step, stage.steps))
+
+
+def _seconds(masks, at: int, batch: list[dict]) -> float:
+    """Seconds of an optimizer step, the `at`th of its stage, as the training loop takes it."""
+    engine = masks.engine
+    engine.optimizer_steps = at - 1
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    masks.before_step()
+    result = engine.step(batch, at, at * engine.recipe.tokens_per_step, False)
+    masks.state.optimizer_steps = engine.optimizer_steps
+    masks.after_step(result)
+    torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def _figures(plain: list[float], due: list[float], moves: list[float], every: int) -> dict:
+    """Medians; the share is that of what a step with a move takes longer than the one before."""
+    step = statistics.median(plain)
+    longer = [b - a for a, b in zip(plain, due, strict=True)]
+    low, middle, high = statistics.quantiles(longer, n=4)
+    return {"step_seconds": step, "longer_seconds": middle, "longer_quartiles": [low, high],
+            "move_seconds": statistics.median(moves), "share": middle / (every * step)}
+
+
+def render_moves(runs: dict[str, dict]) -> list[str]:
+    columns = [Column("", "name"), Column("sparsity", form=".2%"),
+               Column("step, median", "step_seconds", ".4f", SECONDS),
+               Column("longer with a move", "longer_seconds", ".4f", SECONDS),
+               Column("quartiles",
+                      lambda f: " - ".join(f"{s:.4f}" for s in f["longer_quartiles"])),
+               Column("the move alone", "move_seconds", ".4f", SECONDS),
+               Column("every", form="d"), Column("of a run", "share", ".2%")]
+    return [Table(columns, named(runs)).markdown()]
