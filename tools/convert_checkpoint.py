@@ -78,7 +78,8 @@ def from_hf(options: argparse.Namespace) -> str:
     recipe = given_recipe(options)
     tokenizer = data_tokenizer(recipe)
     text = text_of(options, recipe, tokenizer)  # before weights are looked at
-    return begin(open_weights(options.source), recipe, tokenizer, options, text)
+    return begin(open_weights(options.source, like=recipe.model), recipe, tokenizer,
+                 options, text)
 
 
 def prune(options: argparse.Namespace) -> str:

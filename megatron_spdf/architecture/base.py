@@ -12,7 +12,7 @@ the same on every pipeline stage.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -34,6 +34,9 @@ from megatron_spdf.section import (
 
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 POSITIONS = "embedding.position_embeddings.weight"
+# Norms of each head's queries and keys: every tensor-parallel rank has their weights whole, and
+# sees its own heads.
+HEAD_NORMS = ("self_attention.q_layernorm", "self_attention.k_layernorm")
 
 
 @dataclass(frozen=True)
@@ -63,12 +66,29 @@ class Weight:
         return math.prod(self.shape)
 
 
+class Follows:
+    """A fact that follows from other fields, in families that have no field of its name.
+
+    Args:
+        of: model -> the fact.
+    """
+
+    def __init__(self, of: Callable[[Any], Any]):
+        self.of = of
+
+    def __get__(self, model: Any, family: type | None = None) -> Any:
+        if model is None:  # so that a family's field shadows nothing
+            raise AttributeError("a model has it, and its family does not")
+        return self.of(model)
+
+
 class Model(Costs, Forms, Section):
     """A decoder, of the family that `architecture` names."""
 
     # in which Megatron-Core's modules name their parameters
-    ORDER: ClassVar = ("input_layernorm", "linear_proj", "linear_qkv", "pre_mlp_layernorm",
-                       "linear_fc1", "linear_fc2", "final_layernorm", "output_layer")
+    ORDER: ClassVar = ("input_layernorm", "linear_proj", "linear_qkv", "q_layernorm",
+                       "k_layernorm", "pre_mlp_layernorm", "linear_fc1", "linear_fc2",
+                       "final_layernorm", "output_layer")
     # Facts of a family. One that a recipe may change is a field of the same name.
     name: ClassVar[str]  # in a recipe's `model.architecture`
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}  # of a field `preset`, if there is one
@@ -77,9 +97,15 @@ class Model(Costs, Forms, Section):
     activation: ClassVar[str]  # name in torch.nn.functional; gelu is its tanh approximation
     gated: ClassVar[bool]  # W_O's input is activation(gate) x up, both rows of W_I
     biases: ClassVar[bool]  # of linear layers
+    qkv_bias: ClassVar[bool] = False  # of W_QKV, where other linear layers have none
+    qk_norm: ClassVar[bool] = False  # each head's queries and keys are normed, before rotation
     positions: ClassVar[Literal["learned", "rotary"]]
     rotary_base: ClassVar[float]  # frequencies are its powers -2 i / head_width
+    rotary_scaling: ClassVar[float] = Follows(lambda model: 1.0)  # factor of Llama 3.1's
     tied: ClassVar[bool]  # the LM head is the word embedding
+    head_width: ClassVar[int] = Follows(lambda model: model.hidden // model.heads)
+    # Slices that weights are cut into, and so the largest tensor-parallel degree.
+    slices: ClassVar[int] = Follows(lambda model: model.query_groups)
 
     architecture: str = Field("gpt", description="family of the model")
     layers: int = Field(gt=0, le=MOST_LAYERS, description="transformer layers")
@@ -90,7 +116,8 @@ class Model(Costs, Forms, Section):
         description="key/value groups, also the largest tensor-parallel degree; default: "
                           "heads")
     ffn_hidden: int = Field(gt=0, le=16 * MOST_WIDTH,
-                            description="width of the feed-forward layer; default: 4 x hidden")
+                            description="width of the feed-forward layer; default: 4 x hidden, of "
+                                        "a gated one none")
     vocab_size: Count = Field(50257, gt=0, le=MOST_IDS, description="tokens the tokenizer knows")
     max_positions: Count = Field(2048, gt=0, le=MOST_POSITIONS,
                                  description="longest sequence, in tokens")
@@ -110,7 +137,7 @@ class Model(Costs, Forms, Section):
         values = {"architecture": cls.name, **known,
                   **{k: v for k, v in values.items() if v is not None or k == "preset"}}
         values.setdefault("query_groups", values.get("heads"))
-        if isinstance(values.get("hidden"), int):
+        if isinstance(values.get("hidden"), int) and not cls.gated:
             values.setdefault("ffn_hidden", 4 * values["hidden"])
         return values
 
@@ -122,17 +149,35 @@ class Model(Costs, Forms, Section):
             yield (f"model.layers={self.layers}, hidden={self.hidden}, "
                    f"ffn_hidden={self.ffn_hidden} and vocab_size={self.vocab_size} make over "
                    f"{weights:.2g} weights; take fewer than {MOST_WEIGHTS:.0e}")
-        if self.hidden % self.heads:
+        if self.hidden % self.heads and "head_width" not in type(self).model_fields:
             yield (f"model.hidden={self.hidden} is not divisible by model.heads={self.heads}; "
                    f"heads may be {divisors(self.hidden)}")
         if self.heads % self.query_groups:
             yield (f"model.heads={self.heads} is not divisible by "
                    f"model.query_groups={self.query_groups}; query_groups may be "
                    f"{divisors(self.heads)}")
-        if self.ffn_hidden % self.slices:
-            yield (f"model.ffn_hidden={self.ffn_hidden} is not divisible by "
-                   f"model.query_groups={self.slices}, the number of slices a weight is cut into; "
-                   f"take a multiple of {self.slices}")
+        if "slices" not in type(self).model_fields:
+            if self.ffn_hidden % self.slices:
+                yield (f"model.ffn_hidden={self.ffn_hidden} is not divisible by "
+                       f"model.query_groups={self.slices}, the number of slices a weight is cut "
+                       f"into; take a multiple of {self.slices}")
+        elif not self.heads % self.query_groups and self.slices not in self.possible_slices():
+            yield (f"model.slices={self.slices} does not divide all of model.heads={self.heads}, "
+                   f"model.ffn_hidden={self.ffn_hidden} and the {self.qkv_rows} rows of W_QKV, or "
+                   f"neither it nor model.query_groups={self.query_groups} divides the other; "
+                   f"slices may be {self.possible_slices()}")
+
+    def possible_slices(self) -> list[int]:
+        """Numbers of slices that all weights can be cut into, each slice with whole heads."""
+        common = math.gcd(self.heads, self.ffn_hidden)
+        return [n for n in divisors(common) if self.qkv_rows % n == 0 and self._shares_groups(n)]
+
+    def tensor_degrees(self) -> list[int]:
+        """Possible tensor-parallel degrees. Ranks have whole query groups, or whole ranks one."""
+        return [n for n in divisors(self.slices) if self._shares_groups(n)]
+
+    def _shares_groups(self, n: int) -> bool:
+        return self.query_groups % n == 0 or n % self.query_groups == 0
 
     def shape(self) -> dict[str, Any]:
         """Values of the fields that decide whether weights fit."""
@@ -143,15 +188,6 @@ class Model(Costs, Forms, Section):
         ours, theirs = self.shape(), other.shape()
         return {key: (ours.get(key), theirs.get(key)) for key in {**ours, **theirs}
                 if ours.get(key) != theirs.get(key)}
-
-    @property
-    def slices(self) -> int:
-        """Slices that weights are cut into, and so the largest tensor-parallel degree."""
-        return self.query_groups
-
-    @property
-    def head_width(self) -> int:
-        return self.hidden // self.heads
 
     @property
     def qkv_rows(self) -> int:
@@ -165,6 +201,12 @@ class Model(Costs, Forms, Section):
         multiple = math.lcm(128, self.slices)
         return -(-self.vocab_size // multiple) * multiple
 
+    def cut_like(self, other: Model) -> Model:
+        """This model with as many slices of its weights as another, where a recipe may say them."""
+        if "slices" not in type(self).model_fields or self.slices == other.slices:
+            return self
+        return self.model_copy(update={"slices": other.slices})
+
     def transformer_config(self) -> dict[str, Any]:
         """Keywords of Megatron-Core's `TransformerConfig`, the activation function left out."""
         return {
@@ -172,6 +214,7 @@ class Model(Costs, Forms, Section):
             "num_attention_heads": self.heads, "num_query_groups": self.query_groups,
             "kv_channels": self.head_width, "ffn_hidden_size": self.ffn_hidden,
             "gated_linear_unit": self.gated, "add_bias_linear": self.biases,
+            "add_qkv_bias": self.qkv_bias, "qk_layernorm": self.qk_norm,
             "normalization": self.norm, "layernorm_epsilon": self.norm_eps,
             "hidden_dropout": self.dropout, "attention_dropout": self.dropout,
             "init_method_std": self.init_std,
@@ -181,7 +224,9 @@ class Model(Costs, Forms, Section):
         """Keywords of Megatron-Core's `GPTModel`."""
         positions: dict[str, Any] = {"position_embedding_type": "learned_absolute"}
         if self.positions == "rotary":
-            positions = {"position_embedding_type": "rope", "rotary_base": self.rotary_base}
+            positions = {"position_embedding_type": "rope", "rotary_base": self.rotary_base,
+                         "rope_scaling": self.rotary_scaling != 1.0,
+                         "rope_scaling_factor": self.rotary_scaling}
         return {"vocab_size": self.padded_vocab, "max_sequence_length": self.max_positions,
                 "share_embeddings_and_output_weights": self.tied, **positions}
 
@@ -222,6 +267,8 @@ class Model(Costs, Forms, Section):
         if name.startswith("decoder.final_layernorm."):
             # a tied head is the embedding, which has been multiplied
             return head_input / embedding_output if self.tied else head_input
+        if self.qk_norm:  # which undoes a multiplier of the rows
+            return queries if HEAD_NORMS[0] in name else 1.0
         if ".linear_qkv." in name:
             group = [queries] * (self.heads // self.query_groups) + [1.0, 1.0]
             return [factor for factor in group for _ in range(self.head_width)] * self.query_groups
@@ -237,7 +284,8 @@ class Model(Costs, Forms, Section):
             weight = Weight(f"{at}{name}.weight", (out, inputs), axis, layer, spread, linear=True,
                             matrices=tuple(matrices))
             bias = Weight(f"{at}{name}.bias", (out,), 0 if axis == 0 else None, layer)
-            return [weight, bias] if self.biases else [weight]
+            biased = self.biases or (self.qkv_bias and name.endswith("linear_qkv"))
+            return [weight, bias] if biased else [weight]
 
         up = [self.ffn_hidden] * (2 if self.gated else 1)
         queries, keys = (n * self.head_width for n in (self.heads, self.query_groups))
@@ -245,6 +293,7 @@ class Model(Costs, Forms, Section):
             *self._norm(f"{at}input_layernorm", layer),
             *linear("self_attention.linear_qkv", [queries, keys, keys], self.hidden, 0,
                     self.init_std),
+            *(self._head_norms(at, layer) if self.qk_norm else []),
             *linear("self_attention.linear_proj", [self.hidden], self.heads * self.head_width, 1,
                     residual_std),
             *self._norm(f"{at}pre_mlp_layernorm", layer),
@@ -252,9 +301,12 @@ class Model(Costs, Forms, Section):
             *linear("mlp.linear_fc2", [self.hidden], self.ffn_hidden, 1, residual_std),
         ]
 
-    def _norm(self, name: str, layer: int) -> list[Weight]:
+    def _head_norms(self, at: str, layer: int) -> list[Weight]:
+        return [w for name in HEAD_NORMS for w in self._norm(at + name, layer, self.head_width)]
+
+    def _norm(self, name: str, layer: int, width: int | None = None) -> list[Weight]:
         parameters = ("weight", "bias") if self.norm == "LayerNorm" else ("weight",)
-        return [Weight(f"{name}.{p}", (self.hidden,), None, layer) for p in parameters]
+        return [Weight(f"{name}.{p}", (width or self.hidden,), None, layer) for p in parameters]
 
 
 def divisors(n: int) -> list[int]:

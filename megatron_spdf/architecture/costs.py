@@ -35,20 +35,32 @@ class Costs:
             Q, K, V                          w T B (n + 2 g) d / t
             Q again, in groups               w T B n d / t        copied out of the common product
             Q, K again, rotated              w T B (n + g) d / t
+            Q again, normed by head          w T B n d / t        copied out; K is a view
+            deviations of these norms        4 T B (n + g) / t    fp32
+
+        With more ranks than groups, every rank has all of Q, K, V, one group's queries to norm, and
+        one key a token.
             cosines, sines of Q and K        4 w T d
             attention output                 w T B n d / t
             log-sum-exp of the softmax       4 T B n / t          fp32
             before and after activation      2 w T B f / t        gated: 3 w T B f / t
             two dropout masks                2 T B h *            with dropout only
         """
+        groups = max(self.query_groups, size.tensor)
+        shared = groups // self.query_groups  # ranks that one group is on
         copied = self.heads if self.query_groups != self.heads else 0
         if self.positions == "rotary":
-            copied = self.heads + self.query_groups
+            copied = self.heads + groups
+        if self.qk_norm:
+            copied += self.heads * shared
+        fused = self.qkv_rows * (size.tensor if shared > 1 else 1)
         return {
             "norm inputs": 2 * size.hidden,
-            "norm statistics": int(2 * self.norm_statistics * size.tokens * size.share),
+            "norm statistics": int(2 * self.norm_statistics * size.tokens * size.share)
+            + (self.norm_statistics * size.tokens * (self.heads + groups) // size.tensor
+               if self.qk_norm else 0),
             "linear inputs": 2 * size.hidden,
-            "queries, keys, values": size.sharded(self.qkv_rows + copied * self.head_width),
+            "queries, keys, values": size.sharded(fused + copied * self.head_width),
             "cosines and sines": (4 * size.width * size.length * self.head_width
                                   if self.positions == "rotary" else 0),
             "attention output": size.sharded(self.heads * self.head_width),
@@ -79,8 +91,10 @@ class Costs:
         with fused functions.
 
         They are two norms (4 tensors) and two sums with bias and dropout (6), of width h; before
-        and after the activation function (2, gated 3), of width f; and what is rotated (2).
+        and after the activation function (2, gated 3), of width f; and what is rotated (2), and
+        normed by head (2).
         """
-        rotated = self.heads + self.query_groups if self.positions == "rotary" else 0
+        by_head = self.heads + self.query_groups
+        rotated = by_head * ((self.positions == "rotary") + self.qk_norm)
         return (10 * size.hidden + (3 if self.gated else 2) * size.sharded(self.ffn_hidden)
                 + 2 * size.sharded(rotated * self.head_width))

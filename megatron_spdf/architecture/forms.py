@@ -54,6 +54,11 @@ class Forms:
         raise ValueError(f"model.architecture={self.name} has no counterpart in Hugging Face's "
                          "transformers; convert it to Megatron-LM, or export another architecture")
 
+    def huggingface_legacy(self) -> dict[str, Any]:
+        """Keys of a config.json that transformers 5 writes in another place than release 4 reads.
+        """
+        return {}
+
     @classmethod
     def from_huggingface(cls, config: dict[str, Any]) -> Forms:
         """The model of a config.json of this `model_type`.
@@ -133,6 +138,10 @@ class Forms:
                  f"--position-embedding-type {'learned_absolute' if learned else 'rope'}"]
         if not learned:
             words.append(f"--rotary-base {self.rotary_base:g}")
+            if self.rotary_scaling != 1.0:
+                words += ["--use-rope-scaling", f"--rope-scaling-factor {self.rotary_scaling:g}"]
+        if self.head_width * self.heads != self.hidden:
+            words.append(f"--kv-channels {self.head_width}")
         if self.query_groups != self.heads:
             words += ["--group-query-attention", f"--num-query-groups {self.query_groups}"]
         if self.norm != "LayerNorm":
@@ -140,6 +149,7 @@ class Forms:
         if self.norm_eps != 1e-5:
             words.append(f"--norm-epsilon {self.norm_eps:g}")
         flags = {"--swiglu": self.gated, "--disable-bias-linear": not self.biases,
+                 "--add-qkv-bias": self.qkv_bias, "--qk-layernorm": self.qk_norm,
                  "--untie-embeddings-and-output-weights": not self.tied}
         return words + [flag for flag, given in flags.items() if given]
 

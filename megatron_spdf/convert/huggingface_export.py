@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 WEIGHTS, MASKS, CARD = "model.safetensors", "masks.safetensors", "README.md"
+CONFIG = "config.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _FORMAT = {torch.float32: "F32", torch.bfloat16: "BF16", torch.bool: "BOOL"}  # safetensors' names
 # Texts on which an exported SentencePiece model must give our ids: spaces, lines, bytes that are no
@@ -173,6 +174,10 @@ def _save_config(source: WeightSource, dtype: str, directory: Path) -> None:
 
     end = source.tokenizer.eod
     _config(source, dtype).save_pretrained(directory)
+    written = directory / CONFIG
+    config = json.loads(written.read_text()) | source.model.huggingface_legacy()
+    written.unlink()
+    write_json(written, config)
     padding = list(range(source.tokenizer.vocab_size, source.model.vocab_size))
     GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=end,
                      suppress_tokens=padding or None).save_pretrained(directory)

@@ -36,6 +36,10 @@ class HuggingFaceReader:
     """A model as `transformers` saves it: safetensors or pytorch_model.bin, in one file or several;
     a `source.WeightSource`.
 
+    Args:
+        path: directory of the model.
+        like: whose slices its weights are cut into; None: the family's default.
+
     Attributes:
         config: the content of config.json.
         model: its shape; what its configuration does not say has our defaults.
@@ -46,10 +50,12 @@ class HuggingFaceReader:
             missing, of the wrong shape or unknown, or files that cannot be read.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, like: Model | None = None):
         self.path = path
         self.config = _read_json(path / CONFIG)
         self.model = _model(self.config, path)
+        if like is not None:
+            self.model = self.model.cut_like(like)
         self.weights: dict[str, Weight] = {w.name: w for w in self.model.weights()}
         self._files = _find_files(path)
         self._open: dict[str, Any] = {}
@@ -213,7 +219,7 @@ def _only_tensors(file: Path, content: Any) -> dict[str, Tensor]:
 def _model(config: dict[str, Any], path: Path) -> Model:
     try:
         model = model_of(config, [ARCHITECTURES.get(name) for name in ARCHITECTURES.names()])
-        if model.hidden % model.heads:
+        if model.hidden % model.heads and "head_width" not in type(model).model_fields:
             raise ValueError(f"has {model.heads} attention heads for a width of {model.hidden}, "
                              "which they do not divide; use the config.json of the weights")
         return model

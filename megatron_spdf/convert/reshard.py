@@ -90,7 +90,7 @@ def _nearest(recipe: Recipe) -> dict[str, int | bool] | None:
     wanted = (p.tensor, p.pipeline, p.interleave, p.data)
     stages = divisors(m.layers)
     best = None
-    for degrees in itertools.product(divisors(m.slices), stages, stages,
+    for degrees in itertools.product(m.tensor_degrees(), stages, stages,
                                      divisors(recipe.train.global_batch)):
         tensor, pipeline, interleave, data = degrees
         layout = {"tensor": tensor, "pipeline": pipeline, "interleave": interleave, "data": data,

@@ -86,20 +86,22 @@ def require_sound(source: WeightSource) -> None:
             source.weight(name)
 
 
-def open_weights(path: str | Path, checksums: bool = True) -> WeightSource:
+def open_weights(path: str | Path, checksums: bool = True,
+                 like: Model | None = None) -> WeightSource:
     """Opens the weights at `path`.
 
     Args:
         path: a run directory (see `reader.find_checkpoint`), a checkpoint of a run, or a Hugging
             Face directory.
         checksums: of a checkpoint of ours, check every byte first.
+        like: whose slices the weights of a Hugging Face directory are cut into.
 
     Raises:
         ValueError: it is none of these, is damaged, or is a model of another architecture.
     """
     path = Path(path)
     if (path / CONFIG).is_file():
-        return HuggingFaceReader(path)
+        return HuggingFaceReader(path, like)
     if (path / "latest_checkpointed_iteration.txt").is_file():
         raise ValueError(f"{path} is a checkpoint directory of Megatron-LM, whose files do not "
                          "tell the model's shape; make a run of it with "

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state as ps
 from torch import Tensor, nn
 
+from megatron_spdf.architecture.base import HEAD_NORMS
 from megatron_spdf.engine import common
 from megatron_spdf.engine.base import StepResult
 from megatron_spdf.engine.deepspeed_settings import deepspeed_settings
@@ -81,7 +82,7 @@ class DeepSpeedEngine:
         self.recipe, self.plan, self.device = recipe, plan, device
         self.models = build_model(recipe, plan, weights)
         (self.model,) = self.models
-        _sum_sequence_parallel_gradients(self.model)
+        _sum_partial_gradients(self.model, recipe.parallel.tensor)
         self.torch_optimizer = guarded(common.build_optimizer(recipe, self.model))
         # while every rank holds whole parameters
         self.state = ZeroState(self.model, recipe.optimizer)
@@ -235,15 +236,16 @@ def _import_deepspeed(device: torch.device):
     return deepspeed
 
 
-def _sum_sequence_parallel_gradients(model: nn.Module) -> None:
-    """Under sequence parallelism a rank sees a slice of the tokens, so that the gradients of what
-    all ranks share must be summed; Megatron-Core's own data parallelism does it, DeepSpeed knows
-    nothing of it."""
+def _sum_partial_gradients(model: nn.Module, tensor: int) -> None:
+    """Sums the gradients of what all tensor-parallel ranks share and each sees a part of: under
+    sequence parallelism a part of the tokens, in norms of queries and keys its own heads.
+    Megatron-Core's own data parallelism does it, DeepSpeed knows nothing of it."""
     def reduced(gradient: Tensor) -> Tensor:
         gradient = gradient.clone()
         dist.all_reduce(gradient, group=ps.get_tensor_model_parallel_group())
         return gradient
 
-    for parameter in model.parameters():
-        if getattr(parameter, "sequence_parallel", False):
+    for name, parameter in model.named_parameters():
+        of_heads = tensor > 1 and any(f".{norm}." in name for norm in HEAD_NORMS)
+        if of_heads or getattr(parameter, "sequence_parallel", False):
             parameter.register_hook(reduced)

@@ -57,8 +57,8 @@ class SdpaCoreAttention(MegatronModule):
     def describe(self, masked: bool) -> str:
         """Which kernels compute it on this GPU, for the log."""
         c, ranks = self.config, self.config.tensor_model_parallel_size
-        heads = Heads(c.num_attention_heads // ranks, c.num_query_groups // ranks, c.kv_channels,
-                      c.params_dtype, self.dropout, masked)
+        heads = Heads(c.num_attention_heads // ranks, max(1, c.num_query_groups // ranks),
+                      c.kv_channels, c.params_dtype, self.dropout, masked)
         return describe_kernels(kernels_on_gpu(heads), heads)
 
 

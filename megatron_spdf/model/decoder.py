@@ -149,11 +149,12 @@ def _build_chunk(
     recipe: Recipe, config: TransformerConfig, rules: Parametrization, source: InitialWeights,
     stage: int | None
 ) -> Decoder:
-    layer = get_gpt_layer_local_spec()
+    layer = get_gpt_layer_local_spec(qk_layernorm=recipe.model.qk_norm)
     norm = norm_class(recipe.kernels.norm, recipe.model.norm)
-    layer.submodules.self_attention.submodules.core_attention = core_attention(
-        recipe.kernels.attention
-    )
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = core_attention(recipe.kernels.attention)
+    if recipe.model.qk_norm:
+        attention.q_layernorm = attention.k_layernorm = norm
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm
     block = TransformerBlockSubmodules(
         layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=stage), layer_norm=norm)

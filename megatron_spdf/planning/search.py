@@ -111,7 +111,7 @@ def degrees(recipe: Recipe, gpu: Gpu, gpus: int) -> Iterator[tuple[int, int, int
 
 def tensor_degrees(recipe: Recipe, gpu: Gpu) -> list[int]:
     """Tensor-parallel degrees that the model allows and that fill nodes without a rest."""
-    return [t for t in divisors(recipe.model.slices) if gpu.gpus_per_node % t == 0]
+    return [t for t in recipe.model.tensor_degrees() if gpu.gpus_per_node % t == 0]
 
 
 def _variants(recipe: Recipe, tensor: int, pipeline: int, data: int) -> Iterator[Recipe]:

@@ -12,6 +12,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_spdf.architecture.base import HEAD_NORMS
 from megatron_spdf.architecture.sizes import Sizes
 from megatron_spdf.planning.activations import sizes_of
 from megatron_spdf.planning.buffers import layers_of, weights_by_layer
@@ -54,8 +55,9 @@ def _tensor(recipe: Recipe, stage: int, size: Sizes) -> Traffic:
     """Per micro-batch a layer reduces two outputs forward and two input gradients back (Shoeybi et
     al. 2019, figure 4); under sequence parallelism each becomes a reduce-scatter and a gather, and
     the two gathered inputs are gathered once more for the weight gradients (Korthikanti et al.
-    2022, section 4.2.2). The LM head makes its gradients as it goes forward. Full recomputation
-    repeats forward."""
+    2022, section 4.2.2). Where there are fewer query groups than ranks, queries, keys and values
+    are gathered, and their gradients scattered. The LM head makes its gradients as it goes forward.
+    Full recomputation repeats forward."""
     p, model = recipe.parallel, recipe.model
     here = [layer for chunk in layers_of(model, p, stage) for layer in chunk]
     layers = sum(0 <= layer < model.layers for layer in here)
@@ -63,6 +65,12 @@ def _tensor(recipe: Recipe, stage: int, size: Sizes) -> Traffic:
     again = 2 * layers if recipe.train.recompute == "full" else 0
     sent: Traffic = Counter()
     per_step = recipe.micro_batches * size.whole
+    if p.tensor > model.query_groups:
+        fused = recipe.micro_batches * size.width * size.tokens * model.qkv_rows
+        sent["tensor", "all-gather"] += fused * (layers + again // 2)
+        sent["tensor", "reduce-scatter"] += fused * layers
+    whole = [w for layer in here if layer >= 0 for w in weights_by_layer(model)[layer]
+             if w.axis is None]
     if p.sequence:
         sent["tensor", "all-gather"] += per_step * (6 * layers + again + first + last)
         sent["tensor", "reduce-scatter"] += per_step * (4 * layers + again + last)
@@ -71,10 +79,11 @@ def _tensor(recipe: Recipe, stage: int, size: Sizes) -> Traffic:
         sent["tensor", "all-reduce" if learned else "reduce-scatter"] += per_step * first
         # Gradients of norms and row-parallel biases, which each rank has for its part of the
         # sequence only.
-        sent["tensor", "all-reduce"] += 4 * sum(
-            w.numel for layer in here if layer >= 0 for w in weights_by_layer(model)[layer]
-            if w.axis is None)
+        sent["tensor", "all-reduce"] += 4 * sum(w.numel for w in whole)
     else:
+        # gradients of norms of queries and keys, of which each rank has its own heads
+        sent["tensor", "all-reduce"] += 4 * sum(
+            w.numel for w in whole if any(name in w.name for name in HEAD_NORMS))
         sent["tensor", "all-reduce"] += per_step * (4 * layers + again + first + last)
     # maximum, target's logit and sum of the softmax over the vocabulary, and the logits' mean, fp32
     if last:

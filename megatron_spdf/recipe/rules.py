@@ -51,9 +51,10 @@ def _optimizer(recipe: Recipe) -> Iterator[str]:
 
 def _layout(recipe: Recipe) -> Iterator[str]:
     m, p, t = recipe.model, recipe.parallel, recipe.train
-    if m.slices % p.tensor:
-        yield (f"model.query_groups={m.slices} (heads={m.heads}) is not divisible by "
-               f"parallel.tensor={p.tensor}; tensor may be {divisors(m.slices)}")
+    if p.tensor not in m.tensor_degrees():
+        cut = "slices" if m.slices != m.query_groups else "query_groups"
+        yield (f"model.{cut}={m.slices} (heads={m.heads}) is not divisible by "
+               f"parallel.tensor={p.tensor}; tensor may be {m.tensor_degrees()}")
     stages = p.pipeline * p.interleave
     if m.layers % stages:
         yield (f"model.layers={m.layers} is not divisible by parallel.pipeline x interleave = "

@@ -91,7 +91,8 @@ def train_plain(reference: nn.Module, recipe, steps: list[list[dict]],
         build: makes the optimizer of parameter groups and the recipe's section.
     """
     o = recipe.optimizer
-    masks = {n: p != 0 for n, p in reference.named_parameters() if ".h." in n and p.ndim == 2}
+    masks = {n: p != 0 for n, p in reference.named_parameters()
+             if p.ndim == 2 and (".h." in n or ".layers." in n)}
     groups = [{"params": [p for p in reference.parameters() if p.ndim > 1],
                "weight_decay": o.weight_decay},
               {"params": [p for p in reference.parameters() if p.ndim == 1], "weight_decay": 0.0}]

@@ -179,7 +179,8 @@ def test_an_algorithm_moves_the_masks_from_there(ranks, make, corpus):
     two, one = (ranks(world).run(staged, [there], [STEPS])["records"]
                 for world, there in ((2, recipe), (1, other)))
     losses = [[r["loss"] for r in there if r["kind"] == "train"] for there in (two, one)]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-4) and len(losses[0]) == STEPS
+    # near ties among gradients may go either way
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == STEPS
     reader = CheckpointReader(find_checkpoint(Path(recipe["output"])), checksums=True)
     assert reader.run["state"]["mask_updates"] == STEPS
     for name, bits in begins.items():

@@ -1,5 +1,5 @@
 """An architecture of our own in one file: RMSNorm, rotary positions, SwiGLU, no biases, an LM head
-of its own. transformers computes the same as a Llama."""
+of its own. transformers computes the same as a Granite without multipliers."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ SIZES = {"layers": "num_hidden_layers", "hidden": "hidden_size", "heads": "num_a
          "query_groups": "num_key_value_heads", "ffn_hidden": "intermediate_size",
          "vocab_size": "vocab_size", "max_positions": "max_position_embeddings",
          "norm_eps": "rms_norm_eps"}
-# What a toy computes, as LlamaConfig says it.
+# What a toy computes, as GraniteConfig says it.
 COMPUTES = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
-            "tie_word_embeddings": False}
+            "tie_word_embeddings": False, "embedding_multiplier": 1.0, "residual_multiplier": 1.0,
+            "logits_scaling": 1.0}
 # Modules of a layer, and what transformers has in their place.
 MODULES = {"input_layernorm": ["input_layernorm"],
            "self_attention.linear_qkv": [f"self_attn.{x}_proj" for x in "qkv"],
@@ -30,14 +31,14 @@ class Toy(Model):
     """A toy decoder: RMSNorm, rotary positions, SwiGLU, no biases, an LM head of its own."""
 
     name: ClassVar = "toy"
-    title: ClassVar = "toy Llama"
+    title: ClassVar = "toy Granite"
     norm: ClassVar = "RMSNorm"
     activation: ClassVar = "silu"
     gated: ClassVar = True
     biases: ClassVar = False
     positions: ClassVar = "rotary"
     tied: ClassVar = False
-    huggingface: ClassVar = "llama"
+    huggingface: ClassVar = "granite"
     huggingface_prefix: ClassVar = "model."
 
     norm_eps: float = Field(1e-6, gt=0.0, description="added to the mean square of a norm's input")
@@ -46,8 +47,8 @@ class Toy(Model):
     def huggingface_config(self) -> dict[str, Any]:
         rope = {"rope_type": "default", "rope_theta": self.rotary_base}
         return {**{theirs: getattr(self, ours) for ours, theirs in SIZES.items()}, **COMPUTES,
-                "head_dim": self.head_width, "rope_parameters": rope,
-                "attention_dropout": self.dropout, "architectures": ["LlamaForCausalLM"]}
+                "attention_multiplier": self.head_width**-0.5, "rope_parameters": rope,
+                "attention_dropout": self.dropout, "architectures": ["GraniteForCausalLM"]}
 
     @classmethod
     def from_huggingface(cls, config: dict[str, Any]) -> Toy:
