@@ -24,7 +24,13 @@ from torch import Tensor
 
 from megatron_spdf.architecture.base import Weight
 from megatron_spdf.checkpoint import store
-from megatron_spdf.checkpoint.reader import MASK_BITS, OPTIMIZER, VALUES, stored_name
+from megatron_spdf.checkpoint.reader import (
+    MASK_BITS,
+    OPTIMIZER,
+    TRAINED_BITS,
+    VALUES,
+    stored_name,
+)
 from megatron_spdf.checkpoint.run_metadata import Masks, run_record, seeded_masks, stored_masks
 from megatron_spdf.checkpoint.writer import StoredTensor, cut, write_tensors
 from megatron_spdf.convert.calibration import CheckedText
@@ -38,6 +44,7 @@ from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.schedule.stages import stages_of
 from megatron_spdf.sparsity.plan import Plan
 from megatron_spdf.sparsity.selectors.base import SELECTORS, Inputs, Selector
+from megatron_spdf.sparsity.selectors.magnitude import Magnitude
 from megatron_spdf.sparsity.slices import slice_of
 
 if TYPE_CHECKING:  # it imports Megatron-Core, for which stand-ins may have to be installed
@@ -112,6 +119,10 @@ def check_selector(selector: Selector, recipe: Recipe, plan: Plan,
         selector.check(weight)
     if not selector.calibrated:
         return
+    if any(weight.algorithm.keeps for weight in plan.weights.values()):
+        raise ValueError(f"select={selector.name}: with sparsity.algorithm="
+                         f"{recipe.sparsity.algorithm} weights keep all entries, and choose the "
+                         "largest at every step; leave out --select, or take another algorithm")
     if not plan.weights:
         raise ValueError(f"select={selector.name} has nothing to select: sparsity.level="
                          f"{recipe.sparsity.level:g} with algorithm={recipe.sparsity.algorithm} "
@@ -202,10 +213,13 @@ class _FreshState:
         shape, axis = weight.shape, weight.axis
         tensors = []
         if sparse:
-            shape, axis = (sparse.slices, sparse.active_per_slice), 0
+            shape, axis = (sparse.slices, sparse.stored_per_slice), 0
             bits = (sparse.slices, math.ceil(math.prod(sparse.slice_shape) / 8))
             tensors = [self._stored(name + MASK_BITS, bits, axis, weight, torch.uint8,
                                     lambda: self._compact(weight.name)[1])]
+            if sparse.trains_some:  # the first choice says which are not
+                tensors.append(self._stored(name + TRAINED_BITS, bits, axis, weight, torch.uint8,
+                                            lambda: torch.full(bits, 255, dtype=torch.uint8)))
             name += VALUES
         values = partial(self._values, weight.name)
         tensors.append(self._stored(name, shape, axis, weight, self.dtype,
@@ -241,11 +255,13 @@ class _FreshState:
         planned = self.plan.weights[name]
         values, masks = (self.pruning.of(name) if self.pruning
                          else self.choose(name, self.source.master(name), None))
-        dense, kept = unfold(values, self.rules.folded(name)), []
+        dense, stored, active = unfold(values, self.rules.folded(name)), [], 0
         for number, mask in enumerate(masks):
-            kept.append(slice_of(dense, planned, number).numpy()[mask])
-        self.measured[name] = 1.0 - sum(map(np.count_nonzero, kept)) / planned.numel
-        return torch.from_numpy(np.stack(kept)), torch.from_numpy(np.packbits(masks, axis=1))
+            entries = slice_of(dense, planned, number).numpy()
+            stored.append(entries if planned.algorithm.keeps else entries[mask])
+            active += np.count_nonzero(entries[mask])
+        self.measured[name] = 1.0 - active / planned.numel
+        return torch.from_numpy(np.stack(stored)), torch.from_numpy(np.packbits(masks, axis=1))
 
     def choose(self, name: str, dense: Tensor, inputs: Inputs | None) -> tuple[Tensor, np.ndarray]:
         """Selects the entries of a weight: by inputs as the standard model has it, and else in the
@@ -258,12 +274,14 @@ class _FreshState:
             Dense values of the standard model, and masks (slices, entries) bool.
         """
         planned, seed = self.plan.weights[name], self.plan.seed
-        if self.selector.calibrated:
-            values, masks = self.selector.select(dense, planned, seed, inputs)
+        # weights that keep all entries choose the largest themselves at every step
+        selector = Magnitude() if planned.algorithm.keeps else self.selector
+        if selector.calibrated:
+            values, masks = selector.select(dense, planned, seed, inputs)
         else:
             values = dense
             own = unfold(dense, self.rules.folded(name))
-            masks = self.selector.select(own, planned, seed, None)[1]
+            masks = selector.select(own, planned, seed, None)[1]
         active = masks.sum(1)
         assert (active == planned.active_per_slice).all(), (name, self.selector.name, active)
         assert planned.fault(masks) is None, (name, self.selector.name)

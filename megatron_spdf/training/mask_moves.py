@@ -9,6 +9,7 @@ from megatron_spdf.checkpoint.run_metadata import RunState
 from megatron_spdf.engine.base import Engine, StepResult
 from megatron_spdf.engine.moving import count_held, hold_entries, move_masks
 from megatron_spdf.layers.compact import collect_dense_gradients, drop_dense_gradients
+from megatron_spdf.layers.masked import choose_masks
 from megatron_spdf.resilience.progress import PROGRESS
 from megatron_spdf.schedule.stages import RunStage
 from megatron_spdf.sparsity.algorithms.base import Moment
@@ -48,7 +49,10 @@ class MaskMoves:
 
     def after_step(self, result: StepResult) -> None:
         """Moves the masks if they are due and the step was not skipped."""
-        if not result.skipped:
+        if self._due and not result.skipped and self.algorithm.keeps:
+            self.state.mask_updates += 1
+            choose_masks(self.engine.models)
+        elif not result.skipped:
             self.born = self._move() if self._due else {}
         if self._collects:
             drop_dense_gradients(self.engine.models)

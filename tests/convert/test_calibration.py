@@ -79,6 +79,8 @@ def test_text_of_another_tokenizer_is_refused(data):
     ("sparsegpt", {}, "select=sparsegpt has nothing to select: sparsity.level=0 "),
     ("wanda", {"sparsity": {"level": 0.5, "algorithm": "gmp", "update": {"every": 2}}},
      "sparsity.level=0.5 with algorithm=gmp begins with dense weights"),
+    ("sparsegpt", {"sparsity": {"level": 0.5, "algorithm": "ste"}},
+     "with sparsity.algorithm=ste weights keep all entries, and choose the largest"),
     ("wnada", {"sparsity": 0.5}, "there is no selector 'wnada'; known: wanda, "),
 ])
 def test_a_selector_without_what_it_needs_is_refused_before_weights_are_read(

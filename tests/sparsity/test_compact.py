@@ -22,6 +22,7 @@ from megatron_spdf.layers.compact import (
     make_compact,
     sparse_modules,
 )
+from megatron_spdf.sparsity.algorithms.gmp import Gmp
 from megatron_spdf.sparsity.patterns.unstructured import draw_mask
 from megatron_spdf.sparsity.plan import SparseWeight
 
@@ -266,7 +267,7 @@ def test_a_copy_made_on_first_use_would_lose_the_gradient_under_recomputation(sp
 
 
 def test_held_entries_get_no_gradient_and_others_theirs():
-    weight = SparseWeight("w", (24, 6), 0, 4, 0.5, holds=True)
+    weight = SparseWeight("w", (24, 6), 0, 4, 0.5, algorithm=Gmp())
     compact, free = (CompactWeight(w, SEED, 0, 1, "cpu") for w in
                      (weight, SparseWeight("w", (24, 6), 0, 4, 0.5)))
     assert compact.kept is None

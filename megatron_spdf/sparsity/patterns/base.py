@@ -7,12 +7,15 @@ those that every pattern has.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from megatron_spdf.registry import Registry
 from megatron_spdf.section import Section
+
+if TYPE_CHECKING:  # the planner goes without PyTorch
+    from torch import Tensor
 
 Shape = tuple[int, int]  # (rows, columns): of a slice, or (out, in) of a weight
 
@@ -87,6 +90,19 @@ class Pattern(Section):
         """
         raise NotImplementedError
 
+    def chosen(self, magnitudes: Tensor, level: float) -> Tensor:
+        """Returns the masks that weights choose for themselves at every step, by their magnitudes,
+        ties by position.
+
+        Args:
+            magnitudes: (slices, rows, columns) fp32, on any device.
+
+        Returns:
+            (slices, rows, columns) bool, with as many active entries in each slice as `active`
+            says.
+        """
+        raise NotImplementedError
+
     def exchange(self, active: np.ndarray, to_die: np.ndarray, to_be_born: np.ndarray,
                  count: int) -> tuple[np.ndarray, np.ndarray]:
         """Chooses the units of a slice that die and those that are born, where not any may be.
@@ -101,6 +117,11 @@ class Pattern(Section):
             Row-major positions of those that die, and as many of those that are born.
         """
         raise NotImplementedError
+
+    @property
+    def chooses(self) -> bool:
+        """Whether weights can choose masks of the pattern."""
+        return type(self).chosen is not Pattern.chosen
 
     @property
     def exchanges(self) -> bool:
