@@ -37,22 +37,19 @@ AGE = "age"  # the name of its state: updates since a value was born
 CHUNK = 2**20  # values that are corrected at a time, which bounds what is held beside them
 ROUNDED = 25 * math.log(2.0)  # e^-this is nothing beside 1 in fp32
 LONGEST = 2**20  # updates, which bounds the tables
-COLD = 1.5  # times the usual, from where first updates are worth a correction
+COLD = 1.5  # times the usual, from where first updates are worth a warning
 
 
 def newborn_of(algorithm: MaskAlgorithm, optimizer: Optimizer) -> Newborn | None:
     """What corrects the state of what is born; None: nothing does, or nothing is born."""
-    if not isinstance(algorithm, Births) or not optimizer.averages:
+    if not isinstance(algorithm, Births) or algorithm.newborn == "plain":
         return None
-    rule = algorithm.newborn
-    if rule == "auto":
-        rule = "ages" if optimizer.largest_first_updates >= COLD else "plain"
-    return None if rule == "plain" else Newborn(rule, optimizer.averages, algorithm.ramp)
+    return Newborn(algorithm.newborn, optimizer.averages, algorithm.ramp)
 
 
 def newborn_violations(algorithm: MaskAlgorithm, optimizer: Optimizer) -> Iterator[str]:
     """What does not go, as sentences."""
-    if not isinstance(algorithm, Births) or algorithm.newborn in ("auto", "plain"):
+    if not isinstance(algorithm, Births) or algorithm.newborn == "plain":
         return
     rule = f"sparsity.update.newborn={algorithm.newborn}"
     if not optimizer.averages:

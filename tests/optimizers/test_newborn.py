@@ -108,12 +108,3 @@ def test_first_updates_with_a_constant_gradient():
     assert max(found["plain"]) == pytest.approx(6.57, abs=0.01)
     assert found["ages"] == pytest.approx([1.0] * 20)
     assert found["ramp"][0] == pytest.approx(0.316, abs=1e-3)
-
-
-def test_what_is_done_follows_from_the_largest_first_update():
-    def rule(beta2: float, **update: str) -> str | None:
-        newborn = newborn_of(Set(**update), AdamW(lr=1.0, beta2=beta2))
-        return newborn and newborn.rule
-
-    assert [rule(beta2) for beta2 in (0.999, 0.98, 0.97, 0.95)] == ["ages", "ages", None, None]
-    assert rule(0.999, newborn="plain") is None and rule(0.95, newborn="ages") == "ages"

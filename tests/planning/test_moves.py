@@ -32,9 +32,10 @@ def test_first_updates_of_the_born_are_those_of_adam_run_for_long(beta1, beta2, 
 
 
 def test_a_plan_says_so_where_it_matters(recipe):
-    sparsity = {"level": 0.75, "algorithm": "set", "update": {"every": 2, "newborn": "plain"}}
+    sparsity = {"level": 0.75, "algorithm": "set", "update": {"every": 2}}
     slow = recipe(sparsity=sparsity, optimizer={"beta2": 0.999})
-    counted = recipe(sparsity=sparsity | {"update": {"every": 2}}, optimizer={"beta2": 0.999})
+    ages = sparsity | {"update": {"every": 2, "newborn": "ages"}}
+    counted = recipe(sparsity=ages, optimizer={"beta2": 0.999})
     quick = recipe(sparsity=sparsity, optimizer={"beta2": 0.95})
     said = "warning: first updates of weights that are born are up to 6.6 times the usual"
     assert said in render_moves(slow, Plan.of(slow))

@@ -34,7 +34,6 @@ Needs = Literal["nothing", "values", "dense_gradient"]
 # all of the step, or each data-parallel rank's last
 Collects = Literal["step", "micro_batch"]
 Anneal = Literal["constant", "cosine"]
-NewbornRule = Literal["auto", "plain", "ages", "ramp"]
 
 
 @dataclass(frozen=True)
@@ -185,10 +184,9 @@ class Births(MaskAlgorithm):
     """What algorithms share that let entries be born while the optimizer goes on: they start with
     zero state under the step count of the run, see `optimizers/newborn.py`."""
 
-    newborn: NewbornRule = Field(
-        "auto", description="how Adam treats what is born; ages: with a step count of its own; "
-                            "ramp: with updates that grow over `ramp` steps; plain: as all others; "
-                            "auto: by optimizer.beta2")
+    newborn: Literal["plain", "ages", "ramp"] = Field(
+        "plain", description="how Adam treats what is born; ages: with a step count of its own; "
+                            "ramp: with updates that grow over `ramp` steps; plain: as all others")
     ramp: int = Field(100, gt=0, description="steps over which updates of what is born grow to "
                                              "the usual, where newborn=ramp")
 
