@@ -74,7 +74,8 @@ def sparse_bytes(
             expanded += width * parameter.expands_to * plan.keeps_copy(parameter.name, on_gpu)
             slices, entries = weight.slices // parallel.tensor, math.prod(weight.slice_shape)
             masks += slices * math.ceil(entries / 8)
-            masks += slices * math.ceil(weight.active_per_slice / 8) * weight.holds
+            masks += slices * math.ceil(weight.active_per_slice / 8) * (
+                weight.algorithm.holds)
             if weight.algorithm.keeps:  # nothing is derived, and what is trained is a mask too
                 masks += slices * math.ceil(entries / 8) * weight.trains_some
                 continue

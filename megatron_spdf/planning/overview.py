@@ -90,7 +90,8 @@ def _model(recipe: Recipe, plan: Plan) -> dict[str, Any]:
     weights = recipe.model.weights()
     linear = sum(w.numel for w in weights if w.linear)
     stages = stages_of(recipe)
-    moves = [text for stage in stages if (text := render_moves(stage.as_single_run, stage.plan))]
+    said = [render_moves(stage.as_single_run, stage.plan) for stage in stages]
+    moves = list(dict.fromkeys(filter(None, said)))  # parts of a stage say the same
     return {
         "layers": recipe.model.layers, "hidden": recipe.model.hidden,
         "parameters": sum(w.numel for w in weights),
