@@ -100,7 +100,7 @@ class CompactWeight(nn.Module):
         if weight.algorithm.holds:
             held = torch.zeros((local, math.ceil(k / 8)), dtype=torch.uint8, device=device)
             self.register_buffer("held_bits", held)
-        self._kept: tuple[int, Tensor | None] = (-1, None)  # version of held_bits -> what it leaves
+        self._holds = -1, False  # version of held_bits -> whether any is set
         self.index_mask()
         self.register_load_state_dict_post_hook(lambda compact, _: compact.take_loaded())
 
@@ -148,10 +148,10 @@ class CompactWeight(nn.Module):
         """(slices, k) bool, the active entries that are not held; None: no entry is."""
         if not self.planned.algorithm.holds:
             return None
-        if self._kept[0] != self.held_bits._version:
-            kept = ~unpack(self.held_bits, self.values_shape[1])
-            self._kept = self.held_bits._version, None if kept.all() else kept
-        return self._kept[1]
+        if self._holds[0] != self.held_bits._version:  # a device is asked once
+            self._holds = self.held_bits._version, bool(self.held_bits.any())
+        # unpacked where it is needed: a byte an entry would be more than the bits save
+        return ~unpack(self.held_bits, self.values_shape[1]) if self._holds[1] else None
 
     def hold(self, kept: Tensor) -> None:
         """Holds all entries but these, (slices, k) bool; that they are zero is the caller's."""

@@ -79,6 +79,16 @@ class Optimizer(Section):
         norm = embedding if self.norm_lr is None else self.norm_lr
         return {"linear": self.lr, "embedding": embedding, "norm": norm}[group]
 
+    @property
+    def saved(self) -> tuple[str, ...]:
+        """Names of what a checkpoint holds for every parameter: master weight and named state."""
+        return (MASTER, *self.states)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the named state for one entry of a parameter, without its master weight."""
+        return STATE_BYTES * len(self.states)
+
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """The PyTorch optimizer of parameter groups; the engine sets their `lr` and `weight_decay`
         before every update."""

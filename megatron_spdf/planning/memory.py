@@ -30,7 +30,7 @@ class RankBytes:
         master: fp32 weights of the optimizer, under bf16.
         moments: named state of the optimizer, fp32.
         expanded: dense copies of the sparse weights that are kept for the step.
-        masks: one bit a weight, and what kernels derive from them: on CPU the positions of the
+        masks: one bit a weight, one for each that is stored where some are held, and what kernels derive from them: on CPU the positions of the
             active entries, 8 bytes each; on a GPU 4 bytes for `SPAN` entries of a slice, and what
             the pattern's product needs.
         gathered: ZeRO-3 only, whole parameters of the layers at work.
@@ -74,6 +74,8 @@ def sparse_bytes(
             expanded += width * parameter.expands_to * plan.keeps_copy(parameter.name, on_gpu)
             slices, entries = weight.slices // parallel.tensor, math.prod(weight.slice_shape)
             masks += slices * math.ceil(entries / 8)
+            masks += slices * math.ceil(weight.active_per_slice / 8) * (
+                weight.algorithm.holds)
             if weight.algorithm.keeps:  # nothing is derived, and what is trained is a mask too
                 masks += slices * math.ceil(entries / 8) * weight.trains_some
                 continue

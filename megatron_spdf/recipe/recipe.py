@@ -317,7 +317,8 @@ class Recipe(Section):
 
     @property
     def states(self) -> tuple[str, ...]:
-        """Names of the optimizer's state for every parameter, beside the master weight."""
+        """Names of the optimizer's state for every parameter, beside the master weight: its own,
+        and the ages of what is born where they count."""
         return (*self.optimizer.states, *([AGE] if self.newborn else []))
 
     @property
@@ -328,7 +329,7 @@ class Recipe(Section):
     @property
     def state_bytes(self) -> int:
         """Bytes of the named state for one entry of a parameter, without its master weight."""
-        return STATE_BYTES * len(self.states)
+        return self.optimizer.state_bytes + STATE_BYTES * (self.newborn is not None)
 
     @property
     def stage_ends(self) -> list[int]:
