@@ -291,6 +291,8 @@ def _optimizer(recipe: Recipe, chunks: list[DistributedDataParallel],
         overlap_param_gather=overlaps and recipe.parallel.zero_stage == 1,
     )
     overrides = get_standard_config_overrides(config)
+    overrides[ParamKey(predicate=ParamPredicate(
+        "no weight decay", lambda p: getattr(p, "decays_otherwise", False)))] = {"wd_mult": 0.0}
     for rate in common.learning_rates(chunks):
         overrides[ParamKey(predicate=ParamPredicate(f"learning rate x {rate}",
                                                     partial(common.learns_at, rate)))] = {

@@ -217,6 +217,8 @@ def _fill(model: GPTModel, rules: Parametrization, source: InitialWeights) -> No
         initialize(module, name, weights, source, rank, world)
         for parameter, weight in owned_weights(module, name, weights):
             # over the recipe's, for the optimizer's groups
+            parameter.decays_otherwise = (weight.name in plan.weights and
+                                          plan.weights[weight.name].algorithm.replaces_decay)
             parameter.learning_rate = rules.learning_rate(weight)
 
 

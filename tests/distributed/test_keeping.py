@@ -13,6 +13,8 @@ pytestmark = pytest.mark.slow
 
 SPARSITY = {
     "ste": {"level": 0.75, "algorithm": "ste"},
+    "n_m": {"level": 0.5, "pattern": "n_m", "algorithm": "ste"},
+    "top_kast": {"level": 0.75, "algorithm": "top_kast", "update": {"every": 5, "penalty": 1e-2}},
     "ste with decay": {"level": 0.75, "algorithm": "ste", "update": {"decay_masked": 2e-2}},
 }
 
