@@ -13,6 +13,7 @@ from typing_extensions import TypedDict
 
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
 from megatron_spdf.recipe.recipe import Recipe
+from megatron_spdf.recipe.recorded import as_recorded
 from megatron_spdf.records import read_json, typed
 from megatron_spdf.sparsity.plan import Plan
 from megatron_spdf.version import __version__
@@ -108,6 +109,7 @@ def read_run_record(path: Path) -> RunRecord:
         OSError: it cannot be opened.
     """
     run = read_json(path, RunRecord, constants=True, remedy=REMEDY)
+    run["recipe"] = as_recorded(run["recipe"])
     typed(run["state"], RunState, f"{path}: state", REMEDY)
     typed(run["recipe"], Recipe, f"{path}: recipe", REMEDY)
     return run

@@ -216,10 +216,11 @@ def _fill(model: GPTModel, rules: Parametrization, source: InitialWeights) -> No
                            dense_copy, rules.recipe.micro_batches)
         initialize(module, name, weights, source, rank, world)
         for parameter, weight in owned_weights(module, name, weights):
-            # over the recipe's, for the optimizer's groups
-            parameter.decays_otherwise = (weight.name in plan.weights and
-                                          plan.weights[weight.name].algorithm.replaces_decay)
-            parameter.learning_rate = rules.learning_rate(weight)
+            # both for the optimizer's groups
+            parameter.peak = rules.peak(weight)
+            planned = plan.weights.get(weight.name)
+            parameter.decays_otherwise = (planned is not None
+                                          and planned.algorithm.replaces_decay)
 
 
 def canonical_modules(model: GPTModel) -> list[tuple[str, nn.Module]]:
