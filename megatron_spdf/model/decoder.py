@@ -219,8 +219,7 @@ def _fill(model: GPTModel, rules: Parametrization, source: InitialWeights) -> No
             # both for the optimizer's groups
             parameter.peak = rules.peak(weight)
             planned = plan.weights.get(weight.name)
-            parameter.decays_otherwise = (planned is not None
-                                          and planned.algorithm.replaces_decay)
+            parameter.own_decay = planned is not None and planned.algorithm.replaces_decay
 
 
 def canonical_modules(model: GPTModel) -> list[tuple[str, nn.Module]]:
