@@ -20,7 +20,7 @@ from megatron_spdf.convert.initial_checkpoint import write_initial_checkpoint
 from megatron_spdf.convert.source import open_weights
 from megatron_spdf.recipe.load import load_recipe
 from megatron_spdf.runs.run_dir import RECIPE, RunDir
-from megatron_spdf.sparsity.patterns.unstructured import draw_mask
+from megatron_spdf.sparsity.patterns.unstructured import draw_mask, largest_mask
 from megatron_spdf.sparsity.slices import slice_of
 
 FC1 = "decoder.layers.1.mlp.linear_fc1.weight"
@@ -62,19 +62,13 @@ def test_masters_keep_what_bf16_loses(gpt2, begin):
     assert not torch.equal(pruned.master(FC1), pruned.weight(FC1).float())
 
 
-def sorted_mask(entries: np.ndarray, count: int) -> np.ndarray:
-    mask = np.zeros(entries.size, bool)
-    mask[np.argsort(-np.abs(entries), kind="stable")[:count]] = True
-    return mask
-
-
 def test_random_masks_are_those_of_the_plan_and_magnitudes_are_not(gpt2, begin):
     drawn, largest = begin(sparsity=0.5), begin("largest", select="magnitude", sparsity=0.5)
     assert drawn.masks == seeded_masks(drawn.plan)
     assert largest.masks["kind"] == "stored"
     source = open_weights(gpt2).weight(FC1)
     for reader, mask_of in ((drawn, lambda entries, k, c: draw_mask(0, FC1, c, entries.size, k)),
-                            (largest, lambda entries, k, c: sorted_mask(entries, k))):
+                            (largest, lambda entries, k, c: largest_mask(entries, k))):
         planned = reader.plan.weights[FC1]
         for slice_id in range(6):
             entries = slice_of(source, planned, slice_id).numpy()
@@ -83,6 +77,13 @@ def test_random_masks_are_those_of_the_plan_and_magnitudes_are_not(gpt2, begin):
                                   entries * mask)
         assert "8 masks are as planned" in verify(reader)
         assert f"masks {reader.masks['how']}" in render(describe(reader))
+
+
+def test_the_largest_are_kept_ties_by_position():
+    values = np.array([0.5, -2.0, 0.0, -0.5, 3.0, 0.5], np.float32)
+    assert largest_mask(values, 3).tolist() == [True, True, False, False, True, False]
+    assert largest_mask(values, 4).tolist() == [True, True, False, True, True, False]
+    assert largest_mask(np.zeros(5, np.float32), 2).tolist() == [True, True, False, False, False]
 
 
 def test_given_masks_are_held_to_their_density_only(begin, tmp_path):

@@ -35,6 +35,10 @@ class Unstructured(Pattern):
         numel, active = shape[0] * shape[1], self.active(shape, level)
         return draw_mask(seed, name, slice_id, numel, active).reshape(shape)
 
+    def largest(self, values: np.ndarray, level: float) -> np.ndarray:
+        active = self.active(values.shape, level)
+        return largest_mask(values.reshape(-1), active).reshape(values.shape)
+
     def chosen(self, magnitudes: Tensor, level: float) -> Tensor:
         from megatron_spdf.sparsity.largest import keep_largest
 
@@ -56,6 +60,16 @@ def draw_mask(seed: int, name: str, slice_id: int, numel: int, active: int) -> n
     assert 0 < active <= numel, (active, numel)
     words = Philox(key=stream_key(STREAM, seed, name, slice_id)).random_raw((numel + 1) // 2)
     return _smallest(words.astype("<u8", copy=False).view("<u4")[:numel], active)
+
+
+def largest_mask(values: np.ndarray, active: int) -> np.ndarray:
+    """The mask of the `active` largest magnitudes of a slice, ties by position.
+
+    Args:
+        values: (numel,), floating point.
+    """
+    assert 0 < active <= values.size, (active, values.size)
+    return _smallest(-np.abs(values), active)
 
 
 def _smallest(keys: np.ndarray, active: int) -> np.ndarray:
