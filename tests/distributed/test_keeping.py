@@ -35,8 +35,8 @@ def agree(found: dict, expected: dict) -> None:
     """Losses to rounding, and the same entries are active at the end.
 
     Two entries within rounding of the last that is active change places in a step here and there,
-    until they are apart. Losses differ meanwhile by what one small weight of 196,608 is worth. Where
-    every tile of 4 x 4 chooses for itself, there are as many places where that may happen.
+    until they are apart. Losses differ meanwhile by what one small weight of 196,608 is worth.
+    Where every tile of 4 x 4 chooses for itself, there are as many places where that may happen.
     """
     apart = sum(int(((w != 0) != (expected["weights"][name] != 0)).sum())
                 for name, w in found["weights"].items())
