@@ -30,9 +30,9 @@ class RankBytes:
         master: fp32 weights of the optimizer, under bf16.
         moments: named state of the optimizer, fp32.
         expanded: dense copies of the sparse weights that are kept for the step.
-        masks: one bit a weight, one for each that is stored where some are held, and what kernels derive from them: on CPU the positions of the
-            active entries, 8 bytes each; on a GPU 4 bytes for `SPAN` entries of a slice, and what
-            the pattern's product needs.
+        masks: one bit a weight, where some are held one for each that is stored, and what kernels
+            derive from them: on CPU the positions of the active entries, 8 bytes each; on a GPU 4
+            bytes for `SPAN` entries of a slice, and what the pattern's product needs.
         gathered: ZeRO-3 only, whole parameters of the layers at work.
     """
 

@@ -47,9 +47,9 @@ def _head(facts: dict[str, Any]) -> str:
 def _of_stages(facts: dict[str, Any]) -> str:
     """What figures are of which stage, and what each of them holds."""
     dense = facts["model"]["sparsity"] == 0.0
-    which = ("bytes and times are those of the last stage, which is dense; FLOPs are of all" if dense
-             else "a layout fits if the fullest stage does; other bytes and times are those of the "
-                  "last, FLOPs are of all")
+    which = ("bytes and times are those of the last stage, which is dense; FLOPs are of all"
+             if dense else "a layout fits if the fullest stage does; other bytes and times are "
+                           "those of the last, FLOPs are of all")
     return f"{which}\nat the recipe's own layout\n{render_stage_bytes(facts['model']['held'])}"
 
 
