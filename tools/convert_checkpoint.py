@@ -67,13 +67,14 @@ def from_hf(options: argparse.Namespace) -> str:
     """A run whose step 0 has the weights of a Hugging Face model, or of a run of ours, in another
     recipe."""
     source = open_weights(options.source)
-    if not isinstance(source, HuggingFaceReader):
+    if isinstance(source, HuggingFaceReader):
+        recipe = recipe_for(source, options.recipe, words_of(options))
+        source = open_weights(options.source, like=recipe.model)
+    else:
         recipe = given_recipe(options) if options.recipe else own_recipe(source, options)
-        return begin(source, recipe, data_tokenizer(recipe), options)
-    recipe = recipe_for(source, options.recipe, words_of(options))
     has_data = recipe.data.train or recipe.data.blend
     tokenizer = data_tokenizer(recipe) if has_data else tokenizer_of(source)
-    return begin(open_weights(options.source, like=recipe.model), recipe, tokenizer, options)
+    return begin(source, recipe, tokenizer, options)
 
 
 def prune(options: argparse.Namespace) -> str:
