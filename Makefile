@@ -1,7 +1,7 @@
 # make demo | make test | make test-fast | make test-kernels | make test-slurm | make lint: each makes .venv if it is missing and installs what it needs.
 PYTHON ?= python3
 VENV := .venv
-KERNELS := tests/kernels tests/distributed/test_patterns.py
+KERNELS := tests/kernels tests/distributed/test_patterns.py tests/seams/test_moving_tile_kernels.py
 RUN := $(VENV)/bin/python -W ignore
 
 # Two ranks on two cores: more threads than that only wait for each other.

@@ -19,13 +19,22 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
-from megatron_spdf.command_line import add_overrides, make_parser, refusing, say
+from megatron_spdf.command_line import (
+    add_overrides,
+    make_parser,
+    path_text,
+    positive,
+    refusing,
+    say,
+)
+from megatron_spdf.convert.calibration import SAMPLES, Calibration, CheckedText, check_text
 from megatron_spdf.convert.continued import recipe_for
 from megatron_spdf.convert.deepspeed_import import DeepSpeedReader
 from megatron_spdf.convert.huggingface_export import DTYPES, SHARD_GB, export
@@ -36,9 +45,11 @@ from megatron_spdf.convert.reshard import reshard
 from megatron_spdf.convert.source import WeightSource, open_weights, tokenizer_of
 from megatron_spdf.data.pretraining.corpus import data_tokenizer
 from megatron_spdf.data.tokenizers.base import Tokenizer, render_padding
+from megatron_spdf.evaluation.perplexity import perplexity
 from megatron_spdf.files import require_free
 from megatron_spdf.recipe.load import load_recipe, make_recipe
 from megatron_spdf.recipe.recipe import Recipe
+from megatron_spdf.sparsity.selectors.base import SELECTORS
 
 
 @refusing
@@ -74,14 +85,17 @@ def from_hf(options: argparse.Namespace) -> str:
         recipe = given_recipe(options) if options.recipe else own_recipe(source, options)
     has_data = recipe.data.train or recipe.data.blend
     tokenizer = data_tokenizer(recipe) if has_data else tokenizer_of(source)
-    return begin(source, recipe, tokenizer, options)
+    text = text_of(options, recipe, tokenizer)
+    return begin(source, recipe, tokenizer, options, text)
 
 
 def prune(options: argparse.Namespace) -> str:
     """A run whose step 0 has the weights of another run, sparse as the words say; a fresh
     optimizer."""
     source = read_run(options)
-    return begin(source, own_recipe(source, options), source.tokenizer, options)
+    recipe = own_recipe(source, options)
+    return begin(source, recipe, source.tokenizer, options,
+                 text_of(options, recipe, source.tokenizer))
 
 
 def densify(options: argparse.Namespace) -> str:
@@ -118,15 +132,17 @@ def to_megatron(options: argparse.Namespace) -> str:
 def from_megatron(options: argparse.Namespace) -> str:
     """A run whose step 0 has the weights of a checkpoint of Megatron-LM."""
     recipe = given_recipe(options)
-    return begin(MegatronReader(options.source, recipe.model), recipe, data_tokenizer(recipe),
-                 options)
+    tokenizer = data_tokenizer(recipe)
+    text = text_of(options, recipe, tokenizer)
+    return begin(MegatronReader(options.source, recipe.model), recipe, tokenizer, options, text)
 
 
 def from_deepspeed(options: argparse.Namespace) -> str:
     """A run whose step 0 has the weights of a checkpoint that DeepSpeed wrote."""
     recipe = given_recipe(options)
-    return begin(DeepSpeedReader(options.source, recipe.model), recipe, data_tokenizer(recipe),
-                 options)
+    tokenizer = data_tokenizer(recipe)
+    text = text_of(options, recipe, tokenizer)
+    return begin(DeepSpeedReader(options.source, recipe.model), recipe, tokenizer, options, text)
 
 
 def read_run(options: argparse.Namespace) -> CheckpointReader:
@@ -149,10 +165,24 @@ def words_of(options: argparse.Namespace) -> list[str]:
             *([] if sparsity is None else [f"sparsity={sparsity}"])]
 
 
+def text_of(options: argparse.Namespace, recipe: Recipe,
+            tokenizer: Tokenizer) -> CheckedText | None:
+    """The text that --calibration and --evaluate name, checked."""
+    asked = Calibration(options.calibration, options.evaluate,
+                        options.calibration_samples or SAMPLES, options.sequence_length)
+    if (options.calibration_samples or options.sequence_length) and not (
+            asked.calibrate or asked.evaluate):
+        raise ValueError("--calibration-samples and --sequence-length are of the text that "
+                         "--calibration or --evaluate names; give one of these, or leave them out")
+    SELECTORS.get(options.select)
+    return check_text(asked, recipe, tokenizer)
+
+
 def begin(source: WeightSource, recipe: Recipe, tokenizer: Tokenizer,
-          options: argparse.Namespace) -> str:
-    plan = write_initial_checkpoint(source, recipe, tokenizer, options.output,
-                                    getattr(options, "select", "random"))
+          options: argparse.Namespace, text: CheckedText | None = None) -> str:
+    begun = write_initial_checkpoint(source, recipe, tokenizer, options.output,
+                                     getattr(options, "select", "random"), text)
+    plan = begun.plan
     sparse = (
         f"{plan.sparsity:.2%} of {plan.numel:,} linear weights zero" if plan.weights else "dense"
     )
@@ -161,16 +191,22 @@ def begin(source: WeightSource, recipe: Recipe, tokenizer: Tokenizer,
         lines.append("the source has no tokenizer; that of the recipe's data is taken, sha256 "
                      f"{tokenizer.sha256}")
     lines += filter(None, [render_padding(tokenizer, recipe.model.vocab_size)])
+    if losses := begun.losses:
+        before, after = (f"{perplexity(loss) or math.inf:.4g}"
+                         for loss in (losses.dense, losses.pruned))
+        lines.append(f"perplexity {before} before, {after} after, on {losses.text}")
     return "\n".join([*lines, f"train it: pretrain.py {options.output}/recipe.yaml"])
 
 
 RUN = "a run directory, or one of its checkpoints"
+SELECTION = ["--select", "--calibration", "--calibration-samples", "--sequence-length",
+             "--evaluate"]
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], str], str, list[str], str]] = {
     "to-hf": (to_hf, RUN, ["--dtype", "--masks", "--shard-size"], ""),
     "from-hf": (
         from_hf,
         "directory with config.json and safetensors or pytorch_model.bin, or a run",
-        ["--recipe?", "--sparsity", "--select", "words"],
+        ["--recipe?", "--sparsity", *SELECTION, "words"],
         """\
 The model's section of the recipe is read off config.json; what a recipe or words say of it must
 agree, but for dropout, initial spread and slices. Without a recipe the run continues dense, in the
@@ -181,7 +217,7 @@ plain RoPE or Llama 3.1's. vocab_size is the number of its rows, which may be mo
 tokenizer has ids. Its tokenizer files must be those of the recipe's data; where there are none, the
 data's tokenizer is taken. Vocabulary rows that pad the embedding are the mean of the others.""",
     ),
-    "prune": (prune, RUN, ["--sparsity", "--select", "words"], ""),
+    "prune": (prune, RUN, ["--sparsity", *SELECTION, "words"], ""),
     "densify": (densify, RUN, ["words"], ""),
     "reshard": (
         reshard_run,
@@ -204,7 +240,7 @@ parallelism. OUT/arguments.txt has Megatron-LM's arguments.""",
     "from-megatron": (
         from_megatron,
         "directory with latest_checkpointed_iteration.txt, or one checkpoint in it",
-        ["--recipe", "--sparsity", "--select", "words"],
+        ["--recipe", "--sparsity", *SELECTION, "words"],
         f"""\
 A distributed checkpoint (--ckpt-format torch_dist) of Megatron-LM {VERSION}, saved at any layout.
 Only its tensors are read, not its pickled arguments, so architecture and shape come from the
@@ -213,7 +249,7 @@ recipe's model section; the number of heads, the activation and the tokenizer ca
     "from-deepspeed": (
         from_deepspeed,
         "directory with a file `latest`, or one checkpoint in it",
-        ["--recipe", "--sparsity", "--select", "words"],
+        ["--recipe", "--sparsity", *SELECTION, "words"],
         """\
 What engine.save_checkpoint of DeepSpeed 0.19 wrote for a model of Megatron-Core with our names,
 ZeRO 0 to 3, at any tensor and data parallelism; sparse weights of ours become dense. No pickled
@@ -233,9 +269,22 @@ OPTIONS = {
     "--shard-size": dict(type=float, default=SHARD_GB, metavar="GB",
                          help=f"most of a file of weights (default: {SHARD_GB})"),
     "--sparsity": dict(metavar="S", help="short for the word sparsity=S"),
-    "--select": dict(choices=("random", "magnitude"), default="random",
-                     help="weights that stay: the recipe's random masks (default), or the largest "
-                          "magnitudes in each of the slices a weight is cut into"),
+    "--select": dict(default="random", metavar="NAME",
+                     help=f"weights that stay, one of {', '.join(SELECTORS.names())}; random "
+                          "(default): the recipe's masks; magnitude: the largest in each of the "
+                          "slices a weight is cut into; wanda, sparsegpt: by the inputs of each "
+                          "weight, sparsegpt changes what stays"),
+    "--calibration": dict(type=path_text, metavar="PREFIX",
+                          help="data set whose text wanda and sparsegpt look at; perplexity "
+                               "before and after is printed"),
+    "--calibration-samples": dict(type=positive, metavar="N",
+                                  help="sequences of it, and the most that perplexity is measured "
+                                       f"on (default: {SAMPLES})"),
+    "--sequence-length": dict(type=positive, metavar="T",
+                              help="tokens of these (default: train.sequence_length)"),
+    "--evaluate": dict(type=path_text, metavar="PREFIX",
+                       help="data set of the perplexity (default: the last tenth of the other, "
+                            "which is held out)"),
 }
 
 

@@ -35,6 +35,8 @@ from megatron_spdf.section import (
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 POSITIONS = "embedding.position_embeddings.weight"
 USUAL_LENGTH = 4096  # tokens, of sequences where a model takes up to 131,072
+# Linear weights; embeddings and an LM head of its own; norms and biases.
+Group = Literal["linear", "embedding", "norm"]
 # Norms of each head's queries and keys: every tensor-parallel rank has their weights whole, and
 # sees its own heads.
 HEAD_NORMS = ("self_attention.q_layernorm", "self_attention.k_layernorm")
@@ -65,6 +67,13 @@ class Weight:
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def group(self) -> Group:
+        """What it shares a learning rate with."""
+        if self.linear:
+            return "linear"
+        return "norm" if self.std is None else "embedding"
 
 
 class Follows:
@@ -127,6 +136,9 @@ class Model(Costs, Forms, Section):
     init_std: float = Field(0.02, gt=0.0,
                             description="std of the initial weights; residual outputs: / sqrt(2 "
                                         "layers)")
+    embedding_std: float | None = Field(
+        None, gt=0.0, description="std of the initial embeddings, and of an LM head that is not "
+                                  "one of them; default: init_std")
 
     @model_validator(mode="before")
     @classmethod
@@ -182,7 +194,7 @@ class Model(Costs, Forms, Section):
 
     def shape(self) -> dict[str, Any]:
         """Values of the fields that decide whether weights fit."""
-        return self.model_dump(exclude={"preset", "dropout", "init_std"})
+        return self.model_dump(exclude={"preset", "dropout", "init_std", "embedding_std"})
 
     def differences(self, other: Model) -> dict[str, tuple[Any, Any]]:
         """Both values of every field of `shape` in which two models differ."""
@@ -244,15 +256,15 @@ class Model(Costs, Forms, Section):
         The rows of a gated W_I are, slice by slice, its gates and its ups. So a rank's shard is one
         piece of the whole weight, as of every other.
         """
-        vocabulary = (self.padded_vocab, self.hidden)
-        first = [Weight(EMBEDDING, vocabulary, 0, -1, self.init_std)]
+        vocabulary, std = (self.padded_vocab, self.hidden), self.embedding_std or self.init_std
+        first = [Weight(EMBEDDING, vocabulary, 0, -1, std)]
         if self.positions == "learned":
             shape = (self.max_positions, self.hidden)
-            first.append(Weight(POSITIONS, shape, None, -1, self.init_std))
+            first.append(Weight(POSITIONS, shape, None, -1, std))
         layers = [w for layer in range(self.layers) for w in self._layer(layer)]
         last = self._norm("decoder.final_layernorm", self.layers)
         if not self.tied:
-            last.append(Weight(HEAD, vocabulary, 0, self.layers, self.init_std))
+            last.append(Weight(HEAD, vocabulary, 0, self.layers, std))
         return first + layers + last
 
     def folded(self, name: str, embedding_output: float, head_input: float,

@@ -14,6 +14,7 @@ from megatron_spdf.checkpoint.reader import (
     HELD_BITS,
     MASK_BITS,
     OPTIMIZER,
+    TRAINED_BITS,
     VALUES,
     CheckpointReader,
     stored_name,
@@ -69,6 +70,8 @@ class _Across:
         if key.endswith(HELD_BITS) or self.fresh and state != MASTER:
             return torch.zeros(wanted.local_shape, dtype=wanted.dtype)
         part = wanted.global_slice()
+        if key.endswith(TRAINED_BITS):  # the first choice says which are not
+            return torch.full(wanted.local_shape, 255, dtype=wanted.dtype)
         name = self._names[key.removesuffix(VALUES).removesuffix(MASK_BITS)]
         if name not in self.plan.weights:
             return self.reader.state(name, state)[part]
@@ -79,7 +82,10 @@ class _Across:
         return self._values(self.plan.weights[name], state, slices, masks)
 
     def _values(self, w: SparseWeight, state: str, slices: range, bits: Tensor) -> Tensor:
-        """(slices, k)."""
+        """(slices, k), or all entries of the slices."""
+        if w.algorithm.keeps:
+            dense = self.reader.entries(w.name, state)
+            return torch.stack([slice_of(dense, w, number) for number in slices])
         dense = self.reader.state(w.name, state)
         masks = np.unpackbits(bits.numpy(), axis=1, count=w.numel // w.slices).astype(bool)
         return torch.stack([slice_of(dense, w, number)[torch.from_numpy(mask)]

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from megatron_spdf.checkpoint.reader import (
-    MASK_BITS,
     OPTIMIZER,
     VALUES,
     CheckpointReader,
@@ -82,7 +81,7 @@ def _part_of(name: str) -> str:
         return "optimizer"
     if name.endswith(VALUES):
         return "sparse_values"
-    return "mask_bits" if name.endswith(MASK_BITS) else "other_weights"
+    return "mask_bits" if name.endswith("_bits") else "other_weights"
 
 
 def verify(reader: CheckpointReader) -> str:
@@ -121,10 +120,10 @@ def wrong_shapes(reader: CheckpointReader) -> list[str]:
     for name, weight in reader.weights.items():
         sparse, stored, shape = reader.plan.weights.get(name), stored_name(name), weight.shape
         if sparse:
-            stored, shape = stored + VALUES, (sparse.slices, sparse.active_per_slice)
+            stored, shape = stored + VALUES, (sparse.slices, sparse.stored_per_slice)
         expected |= {stored: shape, **{f"{OPTIMIZER}{state}.{stored}": shape
                                        for state in reader.recipe.optimizer.saved}}
-    masks = {stored_name(name) + MASK_BITS for name in reader.plan.weights}
+    masks = {bits for name in reader.plan.weights for bits in reader.side_bits(name)}
     return [f"{name} is missing" if name not in reader.shapes else
             f"{name} has shape {reader.shapes[name]} instead of {shape}"
             for name, shape in expected.items() if reader.shapes.get(name) != shape] + [

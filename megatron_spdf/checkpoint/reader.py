@@ -18,11 +18,12 @@ from megatron_spdf.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megatron_spdf.model.parametrization import Parametrization, fold
 from megatron_spdf.optimizers.base import MASTER
 from megatron_spdf.recipe.recipe import Recipe
-from megatron_spdf.sparsity.plan import Plan
+from megatron_spdf.sparsity.plan import Plan, SparseWeight
 from megatron_spdf.sparsity.slices import join_slices
 
 # after the name of a sparse weight
-VALUES, MASK_BITS, HELD_BITS = ".values", ".mask_bits", ".held_bits"
+VALUES, MASK_BITS, HELD_BITS, TRAINED_BITS = (".values", ".mask_bits", ".held_bits",
+                                               ".trained_bits")
 OPTIMIZER = "optimizer.state."  # before the name of a state and that of a parameter
 # Megatron-Core saves the two norms of a transformer layer as part of the linear layer that they
 # feed, as Transformer Engine fuses them.
@@ -110,6 +111,13 @@ class CheckpointReader(TensorFiles):
         """Tokenizer that was saved with the checkpoint."""
         return load_tokenizer(self.path / "tokenizer")
 
+    def side_bits(self, name: str) -> list[str]:
+        """Names in the file of the bits that lie beside a sparse weight's values: its mask, and
+        what its algorithm keeps of its own."""
+        planned, stored = self.plan.weights[name], stored_name(name)
+        own = {HELD_BITS: planned.algorithm.holds, TRAINED_BITS: planned.trains_some}
+        return [stored + MASK_BITS, *(stored + bits for bits, there in own.items() if there)]
+
     def mask_bits(self, name: str) -> np.ndarray:
         """Mask of a sparse weight as it is saved, (slices, ceil(entries per slice / 8)) uint8.
 
@@ -149,19 +157,37 @@ class CheckpointReader(TensorFiles):
         """
         return self._dense(name, f"{OPTIMIZER}{state}.{stored_name(name)}")
 
+    def entries(self, name: str, state: str) -> Tensor:
+        """One fp32 state of the optimizer for all entries that the parameter of a weight stores, as
+        a whole dense weight: where a mask algorithm keeps those that are masked, they are there.
+
+        Args:
+            state: see `state`.
+        """
+        planned, stored = self.plan.weights.get(name), f"{OPTIMIZER}{state}.{stored_name(name)}"
+        if planned is None or not planned.algorithm.keeps:
+            return self._dense(name, stored)
+        return join_slices(self._values(stored, planned), planned)
+
+    def _values(self, stored: str, planned: SparseWeight) -> Tensor:
+        return self._of_shape(stored + VALUES, (planned.slices, planned.stored_per_slice))
+
     def _dense(self, name: str, stored: str) -> Tensor:
         planned = self.plan.weights.get(name)
         if planned is None:
             return self._of_shape(stored, self.weights[name].shape)
-        values = self._of_shape(stored + VALUES, (planned.slices, planned.active_per_slice))
+        values = self._values(stored, planned)
         active = np.unpackbits(self.mask_bits(name), axis=1, count=math.prod(planned.slice_shape))
         counts = active.sum(axis=1, dtype=np.int64)
         if (counts != planned.active_per_slice).any():
             raise store.DamagedCheckpoint(
                 f"checkpoint {self.path}: the slices of {name} have {counts.tolist()} active "
                 f"entries instead of {planned.active_per_slice} each; use another checkpoint")
+        mask = torch.from_numpy(active).bool()
+        if planned.algorithm.keeps:
+            return join_slices(values.where(mask, 0), planned)
         slices = torch.zeros(active.shape, dtype=values.dtype)
-        slices[torch.from_numpy(active).bool()] = values.flatten()
+        slices[mask] = values.flatten()
         return join_slices(slices, planned)
 
     def _of_shape(self, stored: str, shape: tuple[int, ...]) -> Tensor:

@@ -13,6 +13,7 @@ from typing_extensions import TypedDict
 
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
 from megatron_spdf.recipe.recipe import Recipe
+from megatron_spdf.recipe.recorded import as_recorded
 from megatron_spdf.records import read_json, typed
 from megatron_spdf.sparsity.plan import Plan
 from megatron_spdf.version import __version__
@@ -108,6 +109,7 @@ def read_run_record(path: Path) -> RunRecord:
         OSError: it cannot be opened.
     """
     run = read_json(path, RunRecord, constants=True, remedy=REMEDY)
+    run["recipe"] = as_recorded(run["recipe"])
     typed(run["state"], RunState, f"{path}: state", REMEDY)
     typed(run["recipe"], Recipe, f"{path}: recipe", REMEDY)
     return run
@@ -117,7 +119,10 @@ INITIAL = "initial values"  # the origin of most runs
 
 
 def seeded_masks(plan: Plan) -> Masks:
-    """Masks that the plan draws."""
+    """Masks of a run whose weights are drawn: those that the plan draws, or that the weights
+    choose."""
+    if any(w.algorithm.keeps for w in plan.weights.values()):
+        return stored_masks("the largest magnitudes in each slice")
     return {"kind": "seeded", "how": f"random, seed {plan.seed}", "algorithm": "static",
             "updates": 0}
 

@@ -11,7 +11,6 @@ from megatron_spdf.architecture.base import Weight, divisors
 from megatron_spdf.checkpoint import store
 from megatron_spdf.checkpoint.inspect import wrong_shapes
 from megatron_spdf.checkpoint.reader import (
-    MASK_BITS,
     OPTIMIZER,
     VALUES,
     CheckpointReader,
@@ -62,7 +61,7 @@ def _tensors_of(weight: Weight, reader: CheckpointReader, recipe: Recipe) -> lis
     sparse, name = weight.name in reader.plan.weights, stored_name(weight.name)
     axis, kept = (0, name + VALUES) if sparse else (weight.axis, name)
     names = [kept, *(f"{OPTIMIZER}{state}.{kept}" for state in recipe.optimizer.saved)]
-    names += [name + MASK_BITS] if sparse else []
+    names += reader.side_bits(weight.name) if sparse else []
     return [StoredTensor(n, reader.shapes[n], reader.dtypes[n],
                          cut(reader.shapes[n], axis, weight.layer, recipe),
                          partial(reader.tensor, n)) for n in names]

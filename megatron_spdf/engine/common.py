@@ -18,21 +18,36 @@ from megatron_spdf.layers.compact import compact_of, sparse_modules
 from megatron_spdf.layers.products.base import product_of
 from megatron_spdf.model.attention import SdpaCoreAttention
 from megatron_spdf.model.batch import MicroBatch
+from megatron_spdf.model.parametrization import Peak
 from megatron_spdf.random_streams import stream_key
 from megatron_spdf.recipe.recipe import Recipe
 
 
+class Scheduler(OptimizerParamScheduler):
+    """Megatron-Core's schedule, whose WSD leaves the peak by a rounding error before it decays."""
+
+    def get_lr(self, param_group: dict) -> float:
+        if (self.lr_decay_style == "WSD" and self.lr_warmup_steps <= self.num_steps
+                <= self.lr_decay_steps - self.wsd_decay_steps):
+            return param_group.get("max_lr", self.max_lr)
+        return super().get_lr(param_group)
+
+
 def make_scheduler(recipe: Recipe, optimizer) -> OptimizerParamScheduler:
-    """Megatron-Core's schedule with tokens as its unit."""
+    """The recipe's schedule with tokens as its unit."""
     o = recipe.optimizer
-    return OptimizerParamScheduler(
+    # Megatron-Core has the other shapes, and a stretch at the peak, in its WSD only.
+    wsd = o.decay not in ("cosine", "linear", "constant") or o.decay_share < 1.0
+    return Scheduler(
         optimizer,
         init_lr=0.0,
         max_lr=o.lr,
         min_lr=o.lr * o.min_lr_ratio,
         lr_warmup_steps=o.warmup_tokens,
         lr_decay_steps=recipe.steps * recipe.tokens_per_step,
-        lr_decay_style=o.decay,
+        lr_decay_style="WSD" if wsd else o.decay,
+        wsd_decay_steps=recipe.decay_tokens if wsd else None,
+        lr_wsd_decay_style=o.decay if wsd else None,
         start_wd=o.weight_decay,
         end_wd=o.weight_decay,
         wd_incr_steps=0,
@@ -47,12 +62,12 @@ def set_learning_rate(scheduler: OptimizerParamScheduler, tokens: int) -> None:
     scheduler.step(increment=0)
 
 
-def learning_rates(models: Sequence[nn.Module]) -> list[float]:
-    """The learning rates other than the recipe's, over it, that the parametrization gives to
-    parameters of any rank: all ranks need the same groups."""
-    found: list[set[float]] = [set() for _ in range(dist.get_world_size())]
-    dist.all_gather_object(found, {p.learning_rate for m in models for p in m.parameters()})
-    return sorted(set.union(*found) - {1.0})
+def other_peaks(recipe: Recipe, models: Sequence[nn.Module]) -> list[Peak]:
+    """The learning rates other than `optimizer.lr` that parameters of any rank have: all ranks
+    need the same groups."""
+    found: list[set[Peak]] = [set() for _ in range(dist.get_world_size())]
+    dist.all_gather_object(found, {p.peak for m in models for p in m.parameters()})
+    return sorted(set.union(*found) - {Peak(recipe.optimizer.lr)})
 
 
 def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
@@ -60,15 +75,14 @@ def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     Megatron-Core's decay."""
     o = recipe.optimizer
     groups = [{"params": [p for p in model.parameters() if (p.ndim > 1) == decays
-                          and p.learning_rate == rate],
-               "wd_mult": float(decays), "max_lr": o.lr * rate,
-               "min_lr": o.lr * o.min_lr_ratio * rate}
-              for rate in [1.0, *learning_rates([model])] for decays in (True, False)]
+                          and p.peak == peak],
+               "wd_mult": float(decays), **peak.limits(o.min_lr_ratio)}
+              for peak in [Peak(o.lr), *other_peaks(recipe, [model])] for decays in (True, False)]
     return o.build([group for group in groups if group["params"]])
 
 
-def learns_at(rate: float, parameter: nn.Parameter) -> bool:
-    return parameter.learning_rate == rate
+def learns_at(peak: Peak, parameter: nn.Parameter) -> bool:
+    return parameter.peak == peak
 
 
 def learning_rate(scheduler: OptimizerParamScheduler) -> float:

@@ -291,10 +291,10 @@ def _optimizer(recipe: Recipe, chunks: list[DistributedDataParallel],
         overlap_param_gather=overlaps and recipe.parallel.zero_stage == 1,
     )
     overrides = get_standard_config_overrides(config)
-    for rate in common.learning_rates(chunks):
-        overrides[ParamKey(predicate=ParamPredicate(f"learning rate x {rate}",
-                                                    partial(common.learns_at, rate)))] = {
-            "max_lr": o.lr * rate, "min_lr": o.lr * o.min_lr_ratio * rate}
+    for peak in common.other_peaks(recipe, chunks):
+        overrides[ParamKey(predicate=ParamPredicate(f"learning rate {peak}",
+                                                    partial(common.learns_at, peak)))] = {
+            **peak.limits(o.min_lr_ratio)}
     optimizer = get_megatron_optimizer(config, chunks, overrides, use_gloo_process_groups=False)
     (inner,) = optimizer.chained_optimizers
     if options is None:

@@ -88,7 +88,7 @@ class WholeState:
         for key, bits in loaded.get("masks", {}).items():
             buffers[key].copy_(bits)
         for module in sparse_modules(self.model):
-            compact_of(module).index_mask()
+            compact_of(module).take_loaded()
         for name, parameter in self.model.named_parameters():
             for key in self.names:
                 self.put(parameter, key, loaded["optimizer"][name][key])

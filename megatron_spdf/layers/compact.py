@@ -40,7 +40,7 @@ class _Expand(torch.autograd.Function):
         # On ctx, not in save_for_backward: one expansion serves all micro-batches of a step, and
         # saved tensors would be freed by the backward of the first.
         ctx.values, ctx.mask, ctx.compact = values, compact.mask, compact
-        return dispatch.expand(values, ctx.mask)
+        return compact.expand(values, ctx.mask)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
@@ -48,8 +48,9 @@ class _Expand(torch.autograd.Function):
         if compact.dense_gradient is not None:
             # signed, and before the cut: what is masked is of interest here
             compact.dense_gradient += grad
-        return compact.deliver(ctx.values, lambda out: compact.without_held(
-            dispatch.compress(grad, ctx.mask, out))), None
+        values, mask = ctx.values, ctx.mask
+        return compact.deliver(values, lambda out: compact.finish(
+            compact.compress(grad, mask, out), values)), None
 
 
 class CompactWeight(nn.Module):
@@ -85,7 +86,7 @@ class CompactWeight(nn.Module):
         super().__init__()
         assert weight.slices % world == 0, (weight, world)
         local = weight.slices // world
-        numel, k = math.prod(weight.slice_shape), weight.active_per_slice
+        numel, k = math.prod(weight.slice_shape), weight.stored_per_slice
         self.planned, self.product, self.pass_through = weight, product, False
         self.deliver: Callable[[Tensor, Compute], Tensor] = _return_gradient
         self.replaced: list[str] = []
@@ -98,12 +99,12 @@ class CompactWeight(nn.Module):
             masks = [weight.draw(seed, rank * local + c) for c in range(local)]
             bits = torch.from_numpy(np.packbits(masks, axis=1)).to(device)
         self.register_buffer("mask_bits", bits)
-        if weight.holds:
+        if weight.algorithm.holds:
             held = torch.zeros((local, math.ceil(k / 8)), dtype=torch.uint8, device=device)
             self.register_buffer("held_bits", held)
         self._kept: tuple[int, Tensor | None] = (-1, None)  # version of held_bits -> what it leaves
         self.index_mask()
-        self.register_load_state_dict_post_hook(lambda compact, _: compact.index_mask())
+        self.register_load_state_dict_post_hook(lambda compact, _: compact.take_loaded())
 
     def index_mask(self) -> None:
         """Derives what the kernels use from `mask_bits`: at the start, and where a checkpoint
@@ -128,6 +129,17 @@ class CompactWeight(nn.Module):
         self._table_names = list(tensors)
         self._tables = tables and replace(tables, **dict.fromkeys(tensors))
 
+    def take_loaded(self) -> None:
+        """Follows a checkpoint that has filled values and masks.
+
+        Raises:
+            ValueError: see `index_mask`.
+        """
+        self.index_mask()
+
+    def choose(self, values: Tensor) -> None:
+        """Lets the values choose their mask anew, where the algorithm says so and it is due."""
+
     def move_mask(self, bits: Tensor) -> None:
         """Takes other masks of the plan's; what the values are then is the caller's."""
         self.mask_bits.copy_(bits)
@@ -136,7 +148,7 @@ class CompactWeight(nn.Module):
     @property
     def kept(self) -> Tensor | None:
         """(slices, k) bool, the active entries that are not held; None: no entry is."""
-        if not self.planned.holds:
+        if not self.planned.algorithm.holds:
             return None
         if self._kept[0] != self.held_bits._version:
             kept = ~unpack(self.held_bits, self.values_shape[1])
@@ -147,7 +159,7 @@ class CompactWeight(nn.Module):
         """Holds all entries but these, (slices, k) bool; that they are zero is the caller's."""
         self.held_bits.copy_(pack(~kept))
 
-    def without_held(self, gradient: Tensor) -> Tensor:
+    def finish(self, gradient: Tensor, values: Tensor) -> Tensor:
         """A gradient of the values, or the buffer that it was added to, with zeros for entries that
         are held; in place."""
         kept = self.kept
@@ -163,7 +175,7 @@ class CompactWeight(nn.Module):
 
     def _check_masks(self) -> None:
         """Holds the packed bits to the plan."""
-        k = self.values_shape[1]
+        k = self.planned.active_per_slice
         masks = np.unpackbits(self.mask_bits.cpu().numpy(), axis=1,
                               count=math.prod(self.planned.slice_shape))
         counts = masks.sum(axis=1, dtype=np.int64).tolist()
@@ -180,13 +192,23 @@ class CompactWeight(nn.Module):
         tables = self._tables and replace(
             self._tables, **{name: getattr(self, TABLE + name) for name in self._table_names})
         return Mask(self.mask_bits, self.index, self.shape, self.planned.slice_shape,
-                    self.planned.axis, self.values_shape[1], tables)
+                    self.planned.axis, self.planned.active_per_slice, tables)
 
     def forward(self, values: Tensor) -> Tensor:
+        self.choose(values)
         return values if self.pass_through else _Expand.apply(values, self)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        return dispatch.compress(weight, self.mask)
+        return self.compress(weight, self.mask)
+
+    def expand(self, values: Tensor, mask: Mask) -> Tensor:
+        """Dense weight (out, in) of the values."""
+        return dispatch.expand(values, mask)
+
+    def compress(self, dense: Tensor, mask: Mask, out: Tensor | None = None) -> Tensor:
+        """Entries of a dense weight or gradient (out, in) that are values, added to `out` if there
+        is one."""
+        return dispatch.compress(dense, mask, out)
 
 
 def _return_gradient(values: Tensor, compute: Compute) -> Tensor:

@@ -39,6 +39,7 @@ def measure_sparsity(
     for module in (m for model in models for m in sparse_modules(model)):
         compact, values = compact_of(module), module.parametrizations.weight.original
         with gathered(values):
+            compact.choose(values)  # on every replica
             if data_parallel_rank == 0:
                 # Not module.weight: under ZeRO-3 that would count as a forward pass.
                 non_zero[names.index(compact.planned.name)] = torch.count_nonzero(

@@ -19,19 +19,21 @@ from torch import Tensor, nn
 
 from megatron_spdf.kernels import dispatch
 from megatron_spdf.layers.compact import CompactWeight, Compute, compact_of, make_compact
+from megatron_spdf.layers.masked import MaskedProduct, MaskedWeight
 from megatron_spdf.layers.products.base import choose_product
 from megatron_spdf.sparsity.plan import SparseWeight
 
 # Tensors of a compact layer, and their names in a checkpoint.
 _IN_FILE = {"parametrizations.weight.original": "weight.values",
             "parametrizations.weight.0.mask_bits": "weight.mask_bits",
-            "parametrizations.weight.0.held_bits": "weight.held_bits"}
+            "parametrizations.weight.0.held_bits": "weight.held_bits",
+            "parametrizations.weight.0.trained_bits": "weight.trained_bits"}
 DenseCopy = Literal["per_step", "per_layer", "always"]
 
 
 def sparsify_layer(
     module: nn.Module, weight: SparseWeight, seed: int, rank: int, world: int,
-    dense_copy: DenseCopy = "per_step"
+    dense_copy: DenseCopy = "per_step", micro_batches: int = 1
 ) -> None:
     """Makes the weight of a Column- or RowParallelLinear compact.
 
@@ -41,9 +43,15 @@ def sparsify_layer(
             once for all the time that `compact.expanded` is entered; for each layer, in forward and
             again in backward; "always" where the layer reads it, and never a product with the
             values.
+        micro_batches: backward passes of a step.
     """
-    product = choose_product(weight, module.weight, dense_copy)
-    compact = CompactWeight(weight, seed, rank, world, module.weight.device, product)
+    place = weight, seed, rank, world, module.weight.device
+    if weight.algorithm.keeps:
+        product = MaskedProduct() if dense_copy == "per_layer" else None
+        compact = MaskedWeight(*place, product, micro_batches)
+    else:
+        product = choose_product(weight, module.weight, dense_copy)
+        compact = CompactWeight(*place, product)
     compact.deliver = add_gradient
     own = {"sharded_state_dict": MethodType(_sharded_state_dict, module)}
     if product is not None:
@@ -103,7 +111,8 @@ class _Multiply(torch.autograd.Function):
             ctx.compact.dense_gradient += rows.T @ _tokens(whole)
         if ctx.needs_input_grad[1]:
             values_gradient = add_gradient(
-                values, lambda out: product.weight_gradient(rows, _tokens(whole), mask, out))
+                values, lambda out: ctx.compact.finish(
+                    product.weight_gradient(rows, _tokens(whole), mask, out), values))
         if exchange is not None:
             exchange.wait()
         return input_gradient, values_gradient, None, None, None, None

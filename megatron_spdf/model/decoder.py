@@ -213,11 +213,10 @@ def _fill(model: GPTModel, rules: Parametrization, source: InitialWeights) -> No
     for name, module in canonical_modules(model):
         if f"{name}.weight" in plan.weights:
             sparsify_layer(module, plan.weights[f"{name}.weight"], plan.seed, rank, world,
-                           dense_copy)
+                           dense_copy, rules.recipe.micro_batches)
         initialize(module, name, weights, source, rank, world)
         for parameter, weight in owned_weights(module, name, weights):
-            # over the recipe's, for the optimizer's groups
-            parameter.learning_rate = rules.learning_rate(weight)
+            parameter.peak = rules.peak(weight)  # for the optimizer's groups
 
 
 def canonical_modules(model: GPTModel) -> list[tuple[str, nn.Module]]:

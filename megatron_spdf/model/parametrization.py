@@ -7,8 +7,11 @@ With m_d = width / base width and m_rho = density of a weight / base density:
     linear weights       initial variance x 1 / (m_d m_rho), AdamW's learning rate x 1 / (m_d m_rho)
     embeddings           output x input_multiplier
     LM head              input x output_multiplier / m_d
-    attention            Q K^T / d_head instead of / sqrt(d_head)
+    attention            Q K^T x sqrt(d_base) / d instead of / sqrt(d), d the width of a head
     the rest             as it is
+
+At the base width and density this is the standard parametrization, to the last digit. `density`
+takes the factors of m_rho alone: those of the width are 1.
 
 Weight decay is the same number for every weight, so that what it takes off in a step goes with the
 weight's learning rate, AdamW's usual coupling. Pure Python beside the folding of a model's
@@ -20,6 +23,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +33,18 @@ from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.sparsity.plan import Plan, SparseWeight
 from megatron_spdf.tables import Column, Table
 from megatron_spdf.text import any_layer
+
+
+class Peak(NamedTuple):
+    """Peak learning rate of a parameter: that of its group x a factor of the parametrization."""
+
+    group: float
+    factor: float = 1.0
+
+    def limits(self, min_ratio: float) -> dict[str, float]:
+        """Peak and final learning rate, as the groups of an optimizer name them."""
+        return {"max_lr": self.group * self.factor,
+                "min_lr": self.group * min_ratio * self.factor}
 
 
 @dataclass(frozen=True)
@@ -44,10 +60,15 @@ class Parametrization:
 
     def _growth(self, weight: Weight) -> float:
         """m_d m_rho of a linear weight; 1 for others and under `standard`."""
-        if not self._maximal or not weight.linear:
+        if self.recipe.parametrization == "standard" or not weight.linear:
             return 1.0
-        base, planned = self.recipe.mup_base, self.plan.weights.get(weight.name)
-        return self._width * _density(planned) / base.density
+        base, planned = self.recipe.mup_base.density, self.plan.weights.get(weight.name)
+        density = _density(planned)
+        if planned is not None and base < 1.0:  # as the pattern has it
+            base = 1.0 - planned.pattern.rounded(planned.slice_shape, 1.0 - base)
+        if math.isclose(density, base, rel_tol=1e-12):  # 1 - 0.9 is not 0.1 in every digit
+            return self._width
+        return self._width * density / base
 
     @property
     def _width(self) -> float:
@@ -63,10 +84,13 @@ class Parametrization:
         )
 
     def learning_rate(self, weight: Weight) -> float:
-        """Over the recipe's."""
-        if not self._maximal:
+        """Over the recipe's for the weight's group."""
+        if self.recipe.parametrization == "standard":
             return 1.0
         return self.recipe.optimizer.mup_rate(weight.linear, self._width, self._growth(weight))
+
+    def peak(self, weight: Weight) -> Peak:
+        return Peak(self.recipe.optimizer.peak(weight.group), self.learning_rate(weight))
 
     @property
     def embedding_output(self) -> float:
@@ -80,7 +104,8 @@ class Parametrization:
     def attention_scale(self) -> float:
         """What Q K^T is multiplied by."""
         head = self.recipe.model.head_width
-        return 1.0 / head if self._maximal else 1.0 / math.sqrt(head)
+        base = self.recipe.mup_base.head_width if self._maximal else None
+        return math.sqrt((base or head) / head) / math.sqrt(head)
 
     def folded(self, name: str) -> Tensor | float:
         """What a parameter is multiplied by to make a standard model that computes the same: rows
@@ -95,7 +120,8 @@ class Parametrization:
         if not self._maximal:
             return 1.0
         model = self.recipe.model
-        queries = self.attention_scale * math.sqrt(model.head_width)
+        base = self.recipe.mup_base.head_width or model.head_width
+        queries = math.sqrt(base / model.head_width)
         factor = model.folded(name, self.embedding_output, self.head_input, queries)
         return factor if isinstance(factor, float) else torch.tensor(factor)
 
@@ -118,19 +144,39 @@ def _density(planned: SparseWeight | None) -> float:
 
 
 def render_parametrization(recipe: Recipe, plan: Plan, weights: list[Weight]) -> str:
-    """The rules of a recipe as a table, layers of one kind and density in one row; nothing under
-    `standard`."""
-    if recipe.parametrization == "standard":
+    """Initial spreads and peak learning rates as a table, layers of one kind and density in one
+    row; nothing where one spread and one rate are those of all weights."""
+    o, model = recipe.optimizer, recipe.model
+    if recipe.parametrization == "standard" and {o.embedding_lr, o.norm_lr,
+                                                 model.embedding_std} == {None}:
         return ""
-    rules, base = Parametrization(recipe, plan), recipe.mup_base
+    rules = Parametrization(recipe, plan)
     columns = [Column("weight"), Column("count", form="d"), Column("density", form=".4f"),
-               Column("initial std", form=".4g"), Column("learning rate x", form=".4g")]
-    said = (f"parametrization mup, base width {base.hidden}, base density {base.density:g}: "
-             f"embeddings x {rules.embedding_output:g}, LM head's input x {rules.head_input:g}, Q "
-             f"K^T x {rules.attention_scale:g}")
-    counts = Counter((any_layer(weight.name), _density(plan.weights.get(weight.name)),
-                      rules.initial(weight).std, rules.learning_rate(weight))
-                     for weight in weights if weight.linear)
+               Column("initial std", form=".4g"), Column("learning rate x", form=".4g"),
+               Column("peak learning rate", form=".4g")]
+    counts = Counter(_row(weight, rules) for weight in weights)
     rows = [dict(zip((column.title for column in columns), (kind, count, *values), strict=True))
             for (kind, *values), count in counts.items()]
-    return f"{said}\n{Table(columns, rows).text('  ')}"
+    return f"{_said(rules)}\n{Table(columns, rows).text('  ')}"
+
+
+def _row(weight: Weight, rules: Parametrization) -> tuple[str, float | None, float | None, float,
+                                                          float]:
+    """Kind of a weight, density of a linear one, initial std, factor and peak of its rate."""
+    kind = "norms and biases" if weight.group == "norm" else any_layer(weight.name)
+    density = _density(rules.plan.weights.get(weight.name)) if weight.linear else None
+    peak = rules.peak(weight)
+    return kind, density, rules.initial(weight).std, peak.factor, peak.limits(1.0)["max_lr"]
+
+
+def _said(rules: Parametrization) -> str:
+    """The parametrization in a line."""
+    recipe, base = rules.recipe, rules.recipe.mup_base
+    if recipe.parametrization == "standard":
+        return "parametrization standard"
+    if recipe.parametrization == "density":
+        return f"parametrization density, base density {base.density:g}"
+    return (f"parametrization mup, base width {base.hidden}, of a head "
+            f"{base.head_width or recipe.model.head_width}, base density {base.density:g}: "
+            f"embeddings x {rules.embedding_output:g}, LM head's input x {rules.head_input:g}, Q "
+            f"K^T x {rules.attention_scale:g}")

@@ -19,12 +19,22 @@ if TYPE_CHECKING:  # the planner goes without PyTorch
     import torch
     from torch import Tensor
 
+    from megatron_spdf.architecture.base import Group
+
 MASTER = "param"  # the fp32 master weight, kept beside the named state
 STATE_BYTES = 4  # of an entry of one state: all states are fp32
 
 
+# Of the learning rate, with x from 0 where the decay begins to 1 at the end.
+Decay = Literal["cosine", "linear", "minus_sqrt", "exponential", "constant"]
+# Keys of a schedule, which a stage of a run may have of its own.
+SCHEDULE = ("lr", "embedding_lr", "norm_lr", "min_lr_ratio", "decay", "decay_share",
+            "warmup_tokens")
+
+
 class Optimizer(Section):
-    """Linear warm-up, then decay to lr x min_lr_ratio at the end of the run.
+    """Linear warm-up, then the peak learning rate, then decay to it x min_lr_ratio at the end of
+    the run. Weights of every group follow this schedule, each group with a peak of its own.
 
     A tenant derives from it, adds its fields, gives `states` and `build`, and registers.
 
@@ -38,13 +48,29 @@ class Optimizer(Section):
     title: ClassVar[str]
 
     name: str = Field("adamw", description="which optimizer; its fields follow from it")
-    lr: float = Field(gt=0.0, description="peak learning rate")
+    lr: float = Field(gt=0.0,
+                      description="peak learning rate; of linear weights, where the two below say "
+                                  "otherwise")
+    embedding_lr: float | None = Field(
+        None, gt=0.0, description="that of embeddings and the LM head; default: lr")
+    norm_lr: float | None = Field(
+        None, gt=0.0, description="that of norms and biases; default: embedding_lr")
     min_lr_ratio: float = Field(0.1, ge=0.0, le=1.0, description="final over peak learning rate")
-    decay: Literal["cosine", "linear", "constant"] = Field("cosine",
-                                                           description="shape after the warm-up")
+    decay: Decay = Field(
+        "cosine", description="shape of its fall, with x from 0 to 1: (1 + cos(pi x)) / 2, 1 - x, "
+                              "1 - sqrt(x), 2^(1 - x) - 1, or none")
+    decay_share: float = Field(
+        1.0, gt=0.0, le=1.0, description="of the steps, the last, in which it falls, after a "
+                                         "stretch at the peak (WSD); 1: all after the warm-up")
     weight_decay: float = Field(0.1, ge=0.0, description="not on biases and norms")
     clip_grad: float = Field(1.0, ge=0.0,
                              description="largest global gradient norm; 0: no clipping")
+
+    def peak(self, group: Group) -> float:
+        """Peak learning rate of a group of weights."""
+        embedding = self.lr if self.embedding_lr is None else self.embedding_lr
+        norm = embedding if self.norm_lr is None else self.norm_lr
+        return {"linear": self.lr, "embedding": embedding, "norm": norm}[group]
 
     @property
     def saved(self) -> tuple[str, ...]:
@@ -91,15 +117,15 @@ class Optimizer(Section):
         return 1.0
 
     def mup_rate(self, linear: bool, width: float, growth: float) -> float:
-        """Learning rate under `parametrization: mup` over the recipe's.
+        """Learning rate under `parametrization: mup` or `density`, over the recipe's.
 
         Args:
             linear: whether of a linear weight, not of an embedding, a bias or a norm.
-            width: m_d, the model's over the base model's.
+            width: m_d, the model's over the base model's; 1 under `density`.
             growth: m_d m_rho of a linear weight, 1 of others.
         """
-        raise ValueError(f"optimizer.name={self.name} has no rule for parametrization=mup; set "
-                         "parametrization=standard or another optimizer")
+        raise ValueError(f"optimizer.name={self.name} has no rule for parametrization=mup or "
+                         "density; set parametrization=standard or another optimizer")
 
 
 OPTIMIZERS: Registry[type[Optimizer]] = Registry("optimizer", "megatron_spdf.optimizers")
@@ -116,8 +142,7 @@ class Finetuning(Section):
     """The schedule of fine-tuning."""
 
     min_lr_ratio: float = Field(0.0, ge=0.0, le=1.0, description="final over peak learning rate")
-    decay: Literal["cosine", "linear", "constant"] = Field("linear",
-                                                           description="shape after the warm-up")
+    decay: Decay = Field("linear", description=Optimizer.model_fields["decay"].description)
     weight_decay: float = Field(0.01, ge=0.0, description="not on biases and norms")
     warmup_steps: int = Field(0, ge=0, le=MOST_STEPS, description="length of the warm-up, in steps")
 

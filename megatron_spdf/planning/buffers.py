@@ -120,8 +120,9 @@ def _local_parameters(
 
 def _local(weight: Weight, plan: Plan, tensor: int) -> Local:
     sparse, shards = plan.weights.get(weight.name), 1 if weight.axis is None else tensor
-    elements = (sparse.active if sparse else weight.numel) // shards
-    return Local(weight.name, weight.layer, elements, weight.numel // shards if sparse else 0)
+    stored = sparse.slices * sparse.stored_per_slice if sparse else weight.numel
+    return Local(weight.name, weight.layer, stored // shards,
+                 weight.numel // shards if sparse else 0)
 
 
 def _in_order(weights: Sequence[Weight], modules: Sequence[str], plan: Plan) -> list[Weight]:

@@ -74,6 +74,9 @@ def sparse_bytes(
             expanded += width * parameter.expands_to * plan.keeps_copy(parameter.name, on_gpu)
             slices, entries = weight.slices // parallel.tensor, math.prod(weight.slice_shape)
             masks += slices * math.ceil(entries / 8)
+            if weight.algorithm.keeps:  # nothing is derived, and what is trained is a mask too
+                masks += slices * math.ceil(entries / 8) * weight.trains_some
+                continue
             masks += slices * 4 * math.ceil(entries / SPAN) if on_gpu else 8 * parameter.elements
             if on_gpu:
                 masks += weight.pattern.table_bytes(parameter.elements)

@@ -47,7 +47,8 @@ def moves_of(recipe: Recipe, plan: Plan, stage: int, on_gpu: bool = True) -> Mov
     flops = sum(algorithm.cost(w.numel, w.active).flops for w in plan.weights.values())
     return Moves(
         count=count,
-        carried=ENGINES.get(recipe.engine).move_bytes(recipe, plan, stage, on_gpu),
+        carried=0 if algorithm.keeps else ENGINES.get(recipe.engine).move_bytes(
+            recipe, plan, stage, on_gpu),
         reduced=sum(c.reduced for c in costs) * (recipe.parallel.data > 1),
         transient=sum(c.transient for c in costs),
         flops=count * flops / trained)
@@ -85,8 +86,9 @@ def render_moves(recipe: Recipe, plan: Plan) -> str:
     said = f"mask algorithm {algorithm.name}: {algorithm.describe()}"
     if not (count := algorithm.moves(recipe.steps)):
         return said
-    said += f"; {count:,} moves in {recipe.steps:,} steps"
-    if algorithm.holds:
+    said += (f"; chosen {count:,} times in {recipe.steps:,} steps" if algorithm.keeps else
+             f"; {count:,} moves in {recipe.steps:,} steps")
+    if algorithm.holds or algorithm.keeps:
         return said
     every = [moves_of(recipe, plan, stage) for stage in range(recipe.parallel.pipeline)]
     carried, reduced, transient = (max(getattr(m, key) for m in every) / 2**20

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from megatron_spdf.architecture.base import BY_ARCHITECTURE, Model
-from megatron_spdf.optimizers.base import PRETRAINING, Optimizer, Pretraining
+from megatron_spdf.optimizers.base import PRETRAINING, SCHEDULE, Decay, Optimizer, Pretraining
 from megatron_spdf.registry import Registry
 from megatron_spdf.section import (
     MOST_POSITIONS,
@@ -112,9 +112,6 @@ def _usual_length(model: dict[str, Any]) -> Any:
         return 2048
 
 
-SCHEDULE = ("lr", "min_lr_ratio", "decay", "warmup_tokens")
-
-
 class Stage(Section):
     """A stretch of a run with a sparsity and a schedule of its own; what it leaves out is the
     optimizer's."""
@@ -122,8 +119,11 @@ class Stage(Section):
     share: float = Field(gt=0.0, lt=1.0, description="of the run's tokens; the shares add up to 1")
     sparsity: Sparsity = Field(description="in this stage; dense, or no denser than before")
     lr: float = Optimizer.model_fields["lr"]
+    embedding_lr: float | None = Optimizer.model_fields["embedding_lr"]
+    norm_lr: float | None = Optimizer.model_fields["norm_lr"]
     min_lr_ratio: float = Optimizer.model_fields["min_lr_ratio"]
-    decay: Literal["cosine", "linear", "constant"] = Optimizer.model_fields["decay"]
+    decay: Decay = Optimizer.model_fields["decay"]
+    decay_share: float = Optimizer.model_fields["decay_share"]
     warmup_tokens: Count = Pretraining.model_fields["warmup_tokens"]
 
 
@@ -224,9 +224,14 @@ class Kernels(Section):
 
 
 class MupBase(Section):
-    """The model whose hyper-parameters `parametrization: mup` carries over to the recipe's."""
+    """The model whose hyper-parameters `parametrization: mup` carries over to the recipe's;
+    `density` takes its density alone."""
 
     hidden: int = Field(256, gt=0, le=MOST_WIDTH, description="its width")
+    head_width: int | None = Field(
+        None, gt=0, le=MOST_WIDTH,
+        description="d_base of its attention heads, for Q K^T x sqrt(d_base) / d; default: the "
+                    "recipe's d, as where a wider model has more heads of one size")
     density: float = Field(1.0, gt=0.0, le=1.0, description="of its linear weights")
     input_multiplier: float = Field(1.0, gt=0.0,
                                     description="of the embeddings' output, at every width")
@@ -243,9 +248,10 @@ class Recipe(Section):
     deepspeed: PathText | None = Field(
         None, description="JSON file of further DeepSpeed settings, see configs/deepspeed")
     model: Annotated[Model, BY_ARCHITECTURE]
-    parametrization: Literal["standard", "mup"] = Field(
+    parametrization: Literal["standard", "mup", "density"] = Field(
         "standard", description="mup: initial values, learning rates and multipliers follow width "
-                                "and density")
+                                "and density; density: initial values and learning rates follow "
+                                "density alone")
     mup_base: MupBase = Field(MupBase())
     # not made yet: algorithms of plugins may need this module
     sparsity: Sparsity = Field(default_factory=Sparsity)
@@ -292,6 +298,16 @@ class Recipe(Section):
     def steps(self) -> int:
         """Optimizer steps of the run: train.tokens to the nearest whole batch, at least one."""
         return max(1, round(self.train.tokens / self.tokens_per_step))
+
+    @property
+    def decay_tokens(self) -> int:
+        """Tokens at the end of a run of one schedule in which the learning rate falls."""
+        o = self.optimizer
+        if o.decay == "constant":
+            return 0
+        if o.decay_share == 1.0:
+            return self.steps * self.tokens_per_step - o.warmup_tokens
+        return round(o.decay_share * self.steps) * self.tokens_per_step
 
     @property
     def micro_batches(self) -> int:
@@ -342,6 +358,8 @@ class Recipe(Section):
                 kept["optimizer"].pop(key)
         if self.parametrization == "standard":
             kept.pop("mup_base")
+        if self.parametrization == "density":
+            kept["mup_base"] = {"density": self.mup_base.density}
         kept["model"].pop("preset", None)
         for section, key in (("data", "workers"), ("data", "index_cache"), ("data", "tokenizer"),
                              ("data", "end_of_document"), ("data", "on_blend_change"),

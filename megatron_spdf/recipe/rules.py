@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from functools import lru_cache
 
 from megatron_spdf.architecture.base import Model, divisors
-from megatron_spdf.recipe.recipe import AUTO, ENGINES, Recipe
+from megatron_spdf.optimizers.base import Optimizer
+from megatron_spdf.recipe.recipe import AUTO, ENGINES, Recipe, Stage
 from megatron_spdf.sparsity.plan import check_algorithm, check_tensor, make_plan
 from megatron_spdf.sparsity.settings import Sparsity
 
@@ -15,7 +16,7 @@ from megatron_spdf.sparsity.settings import Sparsity
 def rule_violations(recipe: Recipe) -> Iterator[str]:
     """Every broken rule of a recipe as one sentence."""
     yield from _model(recipe)
-    yield from _optimizer(recipe)
+    yield from _parametrization(recipe)
     broken = list(_layout(recipe))
     yield from broken
     for sparsity in [recipe.sparsity, *(stage.sparsity for stage in recipe.stages)]:
@@ -41,12 +42,19 @@ def _model(recipe: Recipe) -> Iterator[str]:
                f"model.max_positions={m.max_positions}; lower the first or raise the second")
 
 
-def _optimizer(recipe: Recipe) -> Iterator[str]:
-    if recipe.parametrization == "mup":
-        try:
-            recipe.optimizer.mup_rate(linear=True, width=1.0, growth=1.0)
-        except ValueError as error:
-            yield str(error)
+def _parametrization(recipe: Recipe) -> Iterator[str]:
+    if recipe.parametrization == "standard":
+        return
+    try:
+        recipe.optimizer.mup_rate(linear=True, width=1.0, growth=1.0)
+    except ValueError as error:
+        yield str(error)
+    if recipe.parametrization == "density":
+        base = recipe.mup_base
+        of_mup = {"head_width": None, "input_multiplier": 1.0, "output_multiplier": 1.0}
+        yield from (f"mup_base.{key}={getattr(base, key):g} does nothing under "
+                    "parametrization=density; leave it out, or set parametrization=mup"
+                    for key, idle in of_mup.items() if getattr(base, key) != idle)
 
 
 def _layout(recipe: Recipe) -> Iterator[str]:
@@ -110,16 +118,40 @@ def _batch(recipe: Recipe) -> Iterator[str]:
     if recipe.train.micro_batch == AUTO:
         # where one sequence does not do, no number of them does
         recipe = recipe.with_micro_batch(1)
-    p, t, o = recipe.parallel, recipe.train, recipe.optimizer
+    p, t = recipe.parallel, recipe.train
     indivisible = list(batch_violations(t.global_batch, t.micro_batch, p.data))
     yield from indivisible
     if not indivisible and p.interleave > 1 and recipe.micro_batches % p.pipeline:
         yield (f"{recipe.micro_batches} micro-batches per step are not divisible by "
                f"parallel.pipeline={p.pipeline}, as parallel.interleave asks; change "
                "train.global_batch or train.micro_batch")
-    if o.warmup_tokens >= recipe.steps * recipe.tokens_per_step:
-        yield (f"optimizer.warmup_tokens={o.warmup_tokens:,} is not under "
+    if recipe.optimizer.warmup_tokens >= recipe.steps * recipe.tokens_per_step:
+        yield (f"optimizer.warmup_tokens={recipe.optimizer.warmup_tokens:,} is not under "
                f"train.tokens={t.tokens:,}; shorten the warm-up or lengthen the run")
+    elif not recipe.stages:
+        yield from _decay(recipe.optimizer, "optimizer", recipe.steps, recipe.tokens_per_step)
+
+
+def _decay(o: Optimizer | Stage, place: str, steps: int, tokens_per_step: int) -> Iterator[str]:
+    """What is wrong with the share of a schedule in which the learning rate falls.
+
+    Args:
+        place: of the schedule in the recipe.
+        steps: of the schedule.
+    """
+    if o.decay_share == 1.0:
+        return
+    decaying, warmup = round(o.decay_share * steps), o.warmup_tokens / tokens_per_step
+    if o.decay == "constant":
+        yield (f"{place}.decay_share={o.decay_share:g} is of a decay, and {place}.decay=constant; "
+               "leave out the share, or take another decay")
+    elif not decaying:
+        yield (f"{place}.decay_share={o.decay_share:g} of {steps:,} steps is no step; raise it, or "
+               "train longer")
+    elif warmup + decaying > steps:
+        yield (f"{place}.decay_share={o.decay_share:g} of {steps:,} steps begins before the "
+               f"warm-up's end at step {warmup:g}; lower the share, shorten warmup_tokens, or set "
+               "decay_share=1 to decay from there on")
 
 
 def _stages(recipe: Recipe) -> Iterator[str]:
@@ -182,6 +214,8 @@ def _schedules_of_stages(recipe: Recipe) -> Iterator[str]:
         elif stage.warmup_tokens >= tokens:
             yield (f"stages.{number}.warmup_tokens={stage.warmup_tokens:,} is not under the "
                    f"stage's {tokens:,} tokens; shorten the warm-up or lengthen the stage")
+        else:
+            yield from _decay(stage, f"stages.{number}", last - first, recipe.tokens_per_step)
 
 
 def _data(recipe: Recipe) -> Iterator[str]:

@@ -10,6 +10,7 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from megatron_spdf.recipe.recipe import AUTO, Recipe
+from megatron_spdf.recipe.recorded import as_recorded
 from megatron_spdf.records import json_lines, read_json, read_yaml, typed
 from megatron_spdf.sparsity.plan import Plan
 
@@ -103,8 +104,9 @@ def read_run(directory: str | Path) -> MeasuredRun:
     """
     directory = Path(directory)
     values, records, notes = read_logged(directory)
-    recipe = _with_micro_batch(typed(values, Recipe, f"{directory / RECIPE} cannot be read as a "
-                                     "pre-training recipe"), directory)
+    recipe = typed(as_recorded(values), Recipe, f"{directory / RECIPE} cannot be read as a "
+                   "pre-training recipe")
+    recipe = _with_micro_batch(recipe, directory)
     return MeasuredRun(directory, recipe, of_kind(records, "train"), of_kind(records, "valid"),
                        next(iter(of_kind(records, "bytes")), {}), notes)
 

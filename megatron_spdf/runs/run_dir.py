@@ -25,7 +25,8 @@ from megatron_spdf.recipe.compare import changes_of_run
 from megatron_spdf.recipe.finetune import Finetune, load_finetune
 from megatron_spdf.recipe.load import save_recipe
 from megatron_spdf.recipe.recipe import Recipe
-from megatron_spdf.records import read_json, read_yaml
+from megatron_spdf.recipe.recorded import as_recorded
+from megatron_spdf.records import read_json, read_yaml, typed
 from megatron_spdf.resilience import restarts
 
 RECIPE = "recipe.yaml"
@@ -86,7 +87,7 @@ class RunDir:
                                  f"{RECIPE}); choose another output")
             return
         try:
-            before = read_yaml(kept, type(self.recipe))
+            before = typed(as_recorded(read_yaml(kept)), type(self.recipe), str(kept))
         except ValueError as error:
             raise ValueError(f"{kept} cannot be read as a recipe ({error}); choose another "
                              "output") from None

@@ -73,8 +73,10 @@ def training_flops(
             paper's tables count none.
     """
     once = forward_flops(model, sequence_length, plan, convention)
+    # the weights' gradient, of entries that are masked
+    masked = 2.0 * (plan.trained - plan.active) if plan else 0.0
     return Flops(
-        linear=once.linear * (FORWARD_AND_BACKWARD + (recompute == "full")),
+        linear=once.linear * (FORWARD_AND_BACKWARD + (recompute == "full")) + masked,
         attention=once.attention * (FORWARD_AND_BACKWARD + (recompute != "none")),
         logits=once.logits * FORWARD_AND_BACKWARD,
     )

@@ -82,6 +82,8 @@ class RunStage:
             return self._heading_of_part
         o = self.recipe.optimizer
         decay = o.decay if o.decay == "constant" else f"{o.decay} to {o.lr * o.min_lr_ratio:g}"
+        if o.decay_share < 1.0:
+            decay = f"constant, over the last {o.decay_share:.0%} {decay}"
         return (f"stage {self.number} of {self.count}: steps {self.first + 1:,} to {self.last:,}, "
                 f"{self.tokens:,} tokens, {self.flops().total * self.tokens:.4g} FLOPs; learning "
                 f"rate up to {o.lr:g} over {o.warmup_tokens:,} tokens, then {decay}"

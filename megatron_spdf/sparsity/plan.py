@@ -11,7 +11,8 @@ from typing import Protocol
 import numpy as np
 
 from megatron_spdf.architecture.base import Model, Weight
-from megatron_spdf.sparsity.algorithms.base import ALGORITHMS
+from megatron_spdf.sparsity.algorithms.base import ALGORITHMS, MaskAlgorithm
+from megatron_spdf.sparsity.algorithms.static import Static
 from megatron_spdf.sparsity.distribution import erk_densities, whole_entries
 from megatron_spdf.sparsity.patterns.base import Pattern, Shape
 from megatron_spdf.sparsity.patterns.unstructured import Unstructured
@@ -34,7 +35,7 @@ class SparseWeight:
         level: the sparsity asked for.
         pattern: of the masks.
         reached: share of the level that the weight is stored at while an algorithm prunes it.
-        holds: whether the algorithm holds entries at zero in their places.
+        algorithm: that changes the mask.
     """
 
     name: str
@@ -44,7 +45,7 @@ class SparseWeight:
     level: float
     pattern: Pattern = Unstructured()
     reached: float = 1.0
-    holds: bool = False
+    algorithm: MaskAlgorithm = Static()
 
     @property
     def stored(self) -> float:
@@ -70,8 +71,28 @@ class SparseWeight:
         return self.pattern.active(self.slice_shape, self.level * share)
 
     @property
+    def stored_per_slice(self) -> int:
+        """Number of entries of each slice that the parameter stores."""
+        return math.prod(self.slice_shape) if self.algorithm.keeps else self.active_per_slice
+
+    @property
+    def trained_per_slice(self) -> int:
+        """Number of entries of each slice that get a gradient."""
+        return self.algorithm.trained(math.prod(self.slice_shape), self.active_per_slice)
+
+    @property
+    def trains_some(self) -> bool:
+        """Whether the parameter stores entries that get no gradient."""
+        return self.trained_per_slice < self.stored_per_slice
+
+    @property
     def active(self) -> int:
         return self.slices * self.active_per_slice
+
+    @property
+    def skips_zeros(self) -> bool:
+        """Whether a GPU multiplies with the active entries alone, forward and backward."""
+        return self.pattern.skips_zeros and not self.algorithm.keeps
 
     @property
     def sparsity(self) -> float:
@@ -140,12 +161,12 @@ class Plan:
     def skipped(self) -> Plan:
         """The weights whose zeros a GPU skips; what it executes counts their active entries
         only."""
-        return Plan(self.seed, {n: w for n, w in self.weights.items() if w.pattern.skips_zeros},
+        return Plan(self.seed, {n: w for n, w in self.weights.items() if w.skips_zeros},
                     self.dense_copy)
 
     def skips_zeros(self, name: str) -> bool:
         """Whether a GPU multiplies with this weight's active entries alone."""
-        return self.weights[name].pattern.skips_zeros
+        return self.weights[name].skips_zeros
 
     def keeps_copy(self, name: str, on_gpu: bool) -> bool:
         """Whether a dense copy of this weight is kept for the step."""
@@ -158,6 +179,11 @@ class Plan:
     @property
     def active(self) -> int:
         return sum(w.active for w in self.weights.values())
+
+    @property
+    def trained(self) -> int:
+        """Entries that get a gradient."""
+        return sum(w.slices * w.trained_per_slice for w in self.weights.values())
 
     @property
     def sparsity(self) -> float:
@@ -186,7 +212,7 @@ def make_plan(sparsity: Sparsity, weights: list[Weight], slices: int) -> Plan:
             place = weight.name, weight.shape, weight.axis
             cut = pattern.cut(*place, _most_slices(weight, slices), level)
             plan[weight.name] = SparseWeight(*place, cut, level, pattern, sparsity.reached,
-                                             sparsity.update.holds)
+                                             sparsity.update)
     _refuse_idle_rules(sparsity, used, candidates, weights)
     return Plan(sparsity.seed, plan, sparsity.dense_copy)
 
@@ -252,6 +278,9 @@ def check_algorithm(plan: Plan, sparsity: Sparsity) -> None:
         raise ValueError(f"sparsity.algorithm={name} moves masks, and no weight is sparse; set "
                          "sparsity.level, or algorithm=static")
     for w in plan.weights.values():
+        if sparsity.update.keeps:
+            sparsity.update.check(w)
+            continue
         _check_pattern(w.pattern, sparsity)
         size = math.prod(w.pattern.moving_unit)
         active, what = w.active_per_slice // size, "entries" if size == 1 else "tiles"

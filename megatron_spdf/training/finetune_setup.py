@@ -13,6 +13,7 @@ from megatron_spdf.data.finetuning.completions import CompletionData, Completion
 from megatron_spdf.data.finetuning.task import require_splits
 from megatron_spdf.data.tokenizers.base import Tokenizer, render_padding
 from megatron_spdf.files import FILES, sampled_sha256
+from megatron_spdf.model.parametrization import render_parametrization
 from megatron_spdf.planning.memory import render_layout
 from megatron_spdf.recipe.finetune import Finetune, training_recipe
 from megatron_spdf.recipe.recipe import Recipe
@@ -120,4 +121,5 @@ def _summary(finetune: Finetune, start: WeightSource, recipe: Recipe, plan: Plan
               f"{recipe.train.sequence_length} tokens"
               for split, pairs in (("training", train), ("validation", valid)) if pairs.truncated]
     lines.append(render_padding(tokenizer, start.model.vocab_size))
-    return "\n".join([*filter(None, lines), render_plan(plan), render_layout(recipe, plan)])
+    rates = render_parametrization(recipe, plan, recipe.model.weights())
+    return "\n".join(filter(None, [*lines, render_plan(plan), rates, render_layout(recipe, plan)]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 
@@ -9,9 +10,11 @@ from megatron_spdf.checkpoint.run_metadata import RunState
 from megatron_spdf.engine.base import Engine, StepResult
 from megatron_spdf.engine.moving import count_held, hold_entries, move_masks
 from megatron_spdf.layers.compact import collect_dense_gradients, drop_dense_gradients
+from megatron_spdf.layers.masked import choose_masks
 from megatron_spdf.resilience.progress import PROGRESS
 from megatron_spdf.schedule.stages import RunStage
 from megatron_spdf.sparsity.algorithms.base import Moment
+from megatron_spdf.sparsity.plan import SparseWeight
 from megatron_spdf.training.report import Report
 
 
@@ -23,7 +26,9 @@ class MaskMoves:
     are not finite moves nothing, and the next one makes up for it.
 
     Attributes:
-        born: by weight, the entries born since the last update, which are still zero.
+        born: by weight, the entries born in the last move, some of which may still be zero: all of
+            them at first, and later those without a gradient, such as the inputs of a neuron all of
+            whose outputs were born with them.
     """
 
     stage: RunStage
@@ -36,6 +41,9 @@ class MaskMoves:
         self.algorithm = self.stage.recipe.sparsity.update
         self.steps = self.stage.steps
         self._due = self._collects = False
+        if self.state.mask_updates and not self.algorithm.holds:  # resumed: no more than this
+            self.born = {name: weight.slices * self._most_born(weight)
+                         for name, weight in self.stage.plan.weights.items()}
 
     def before_step(self) -> None:
         """Lets the step collect the gradients of dense weights if the algorithm needs them then,
@@ -48,8 +56,11 @@ class MaskMoves:
 
     def after_step(self, result: StepResult) -> None:
         """Moves the masks if they are due and the step was not skipped."""
-        if not result.skipped:
-            self.born = self._move() if self._due else {}
+        if self._due and not result.skipped and self.algorithm.keeps:
+            self.state.mask_updates += 1
+            choose_masks(self.engine.models)
+        elif self._due and not result.skipped:
+            self.born = self._move()
         if self._collects:
             drop_dense_gradients(self.engine.models)
 
@@ -64,9 +75,18 @@ class MaskMoves:
         return {} if self.algorithm.holds else changed
 
     def as_stored(self, measured: dict[str, float]) -> dict[str, float]:
-        """Measured sparsity by weight, in which active entries that were just born or are held do
-        not count as zeros."""
+        """Measured sparsity by weight, in which active entries that are held or that were born in
+        the last move do not count as zeros."""
         weights = self.stage.plan.weights
-        zeros = count_held(self.engine) if self.algorithm.holds else self.born
-        return {name: sparsity - zeros.get(name, 0) / weights[name].numel
+        if self.algorithm.holds:
+            held = count_held(self.engine)
+            return {name: sparsity - held.get(name, 0) / weights[name].numel
+                    for name, sparsity in measured.items()}
+        return {name: sparsity - min(max(0.0, sparsity - weights[name].sparsity),
+                                     self.born.get(name, 0) / weights[name].numel)
                 for name, sparsity in measured.items()}
+
+    def _most_born(self, weight: SparseWeight) -> int:
+        """The most entries of a slice that are born in one move."""
+        unit = math.prod(weight.pattern.moving_unit or (1, 1))
+        return unit * self.algorithm.largest_move(weight.active_per_slice // unit)

@@ -62,7 +62,7 @@ class Report:
         figures = {
             "tokens": state.tokens,
             "loss": result.loss,
-            "lr": self.engine.learning_rate,
+            **self._learning_rates(),
             "grad_norm": result.grad_norm,
             "skipped": state.skipped,
             "sparsity": total_sparsity(self.engine.measured_sparsity(), plan),
@@ -78,6 +78,12 @@ class Report:
         if on_gpu and (peak := peak_flops(torch.cuda.get_device_name(), recipe.train.precision)):
             figures["mfu"] = executed / peak
         return figures
+
+    def _learning_rates(self) -> dict[str, float]:
+        """Those of the groups that have one of their own, which rise and fall together."""
+        o, lr = self.stage.recipe.optimizer, self.engine.learning_rate
+        own = {"embedding_lr": o.peak("embedding"), "norm_lr": o.peak("norm")}
+        return {"lr": lr, **{key: lr / o.lr * peak for key, peak in own.items() if peak != o.lr}}
 
     def skipped(self, result: StepResult) -> None:
         """Reports a step that was skipped for non-finite numbers."""

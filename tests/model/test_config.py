@@ -58,9 +58,14 @@ def test_what_is_sent_has_the_precision_of_the_weights(config_of, precision, dty
 
 
 @pytest.mark.parametrize("heads", [2, 4, 8])
-def test_scores_are_divided_by_the_heads_width_under_mup_and_by_its_root_otherwise(config_of,
-                                                                                   heads):
-    for rules, scale in (("standard", 1 / math.sqrt(64 / heads)), ("mup", heads / 64)):
-        found = config_of(model={"heads": heads}, parametrization=rules)
+@pytest.mark.parametrize("base", [None, 4, 8, 16])
+def test_scores_are_divided_by_the_heads_width_from_the_bases_on(config_of, heads, base):
+    standard = 1 / math.sqrt(64 / heads)
+    scales = {"standard": standard, "density": standard,
+              "mup": math.sqrt(base) * heads / 64 if base else standard}
+    for rules, scale in scales.items():
+        found = config_of(model={"heads": heads}, parametrization=rules,
+                          mup_base={"head_width": base})
         assert found.softmax_scale == pytest.approx(scale)
+        assert (found.softmax_scale == standard) == (rules != "mup" or base in (None, 64 // heads))
         assert found.kv_channels == 64 // heads and found.num_query_groups == heads

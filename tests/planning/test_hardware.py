@@ -53,7 +53,8 @@ def test_this_machine_is_measured(monkeypatch, precision):
     took = []
 
     def seconds(work, at_least):
-        work()
+        if precision == "fp32":  # of few rows
+            work()
         took.append(at_least)
         return 2.0 + len(took)
 

@@ -31,6 +31,10 @@ OTHER = {
     "optimizer.lr": {"optimizer": {"lr": 2e-3}}, "optimizer.beta2": {"optimizer": {"beta2": 0.95}},
     "optimizer.clip_grad": {"optimizer": {"clip_grad": 0.0}},
     "optimizer.warmup_tokens": {"optimizer": {"warmup_tokens": 256}},
+    "optimizer.embedding_lr": {"optimizer": {"embedding_lr": 2e-2}},
+    "optimizer.norm_lr": {"optimizer": {"norm_lr": 2e-2}},
+    "optimizer.decay_share": {"optimizer": {"decay_share": 0.2}},
+    "model.embedding_std": {"model": {"embedding_std": 0.1}},
 }
 
 
@@ -66,6 +70,13 @@ def test_the_base_model_matters_under_mup(changes):
     (found,) = changes({**rules, "mup_base": {"hidden": 128}},
                        {**rules, "mup_base": {"hidden": 64}})
     assert found == "mup_base.hidden is 128 there and 64 here"
+
+
+def test_of_the_base_model_the_density_alone_matters_under_density(changes):
+    rules = {"parametrization": "density"}
+    assert not changes(rules, {**rules, "mup_base": {"hidden": 64}})
+    (found,) = changes(rules, {**rules, "mup_base": {"density": 0.5}})
+    assert found == "mup_base.density is 1.0 there and 0.5 here"
 
 
 def test_another_blend_is_another_run(changes):

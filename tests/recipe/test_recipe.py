@@ -248,6 +248,17 @@ BAD = {
         "shorten"),
     "warm-up as long as the run": (
         ["optimizer.warmup_tokens=2560"], "optimizer.warmup_tokens=2,560 is not under"),
+    "share of no decay": (["optimizer.decay=constant", "optimizer.decay_share=0.2"],
+                          "optimizer.decay_share=0.2", "optimizer.decay=constant", "leave out"),
+    "share of no step": (["optimizer.decay_share=0.01"], "optimizer.decay_share=0.01 of 10 steps",
+                         "raise it"),
+    "decay before the warm-up's end": (
+        ["optimizer.decay_share=0.9", "optimizer.warmup_tokens=512"], "optimizer.decay_share=0.9",
+        "end at step 2", "lower the share"),
+    "decay of no known shape": (["optimizer.decay=sqrt"], "optimizer.decay='sqrt'", "minus_sqrt"),
+    "base of another width under density": (
+        ["parametrization=density", "mup_base.input_multiplier=2"], "mup_base.input_multiplier=2",
+        "parametrization=density", "parametrization=mup"),
     "boundaries in other kernels": (
         ["data.reset_attention=true", "kernels.attention=transformer_engine"],
         "data.reset_attention=true needs kernels.attention=sdpa", "transformer_engine"),

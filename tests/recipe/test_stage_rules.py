@@ -34,6 +34,11 @@ def test_a_stage_inherits_the_optimizers_schedule_and_changes_it(load):
     assert (one.sparsity.level, two.sparsity.level) == (0.75, 0.0)
     assert [(r.optimizer.lr, r.optimizer.warmup_tokens, r.optimizer.min_lr_ratio, r.optimizer.decay)
             for r in (one, two)] == [(2e-3, 512, 0.1, "linear"), (1e-3, 1000, 0.0, "linear")]
+    recipe = load({**SPARSE, "embedding_lr": 3e-2, "decay_share": 0.5}, DENSE,
+                  words=("optimizer.embedding_lr=2e-2", "optimizer.norm_lr=4e-3"))
+    found = [recipe.in_stage(n).optimizer for n in (0, 1)]
+    assert [(o.embedding_lr, o.norm_lr, o.decay_share) for o in found] == [(3e-2, 4e-3, 0.5),
+                                                                          (2e-2, 4e-3, 1.0)]
     assert one.optimizer.weight_decay == two.optimizer.weight_decay == 0.05
     assert recipe.stage_ends == [90, 100] and one.steps == 100
 
@@ -70,6 +75,10 @@ def test_the_sparsity_of_a_stage_has_all_forms(load):
      "stages.1.share=0.001 of 100 steps is no step"),
     ((SPARSE, {**DENSE, "warmup_tokens": 2560}), (),
      "stages.1.warmup_tokens=2,560 is not under the stage's 2,560"),
+    ((SPARSE, {**DENSE, "decay": "constant", "decay_share": 0.5}), (),
+     "stages.1.decay_share=0.5 is of a decay, and stages.1.decay=constant"),
+    ((SPARSE, {**DENSE, "decay_share": 0.9, "warmup_tokens": 512}), (),
+     "stages.1.decay_share=0.9 of 10 steps begins before the warm-up's end at step 2"),
     ((SPARSE, DENSE), ("evaluate.patience=3",),
      "evaluate.patience=3 ends a run before its last stage"),
     ((SPARSE, {"share": 0.1}), (), "stages.1.sparsity is missing"),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -33,11 +35,15 @@ from megatron_spdf.parallel.traffic import TrafficCounter
 from megatron_spdf.planning.moves import moves_of
 from megatron_spdf.runs.run_log import RunLog
 from megatron_spdf.schedule.stages import stages_of
-from megatron_spdf.sparsity.algorithms.base import Moment
+from megatron_spdf.sparsity.algorithms.base import MaskAlgorithm, Moment
 from megatron_spdf.sparsity.moving import moved_masks
+from megatron_spdf.sparsity.plan import SparseWeight
 from megatron_spdf.sparsity.slices import join_slices, slice_of
 from megatron_spdf.training import mask_moves
 from megatron_spdf.training.loop import Trainer
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "sparsity"))
+from tile_rule import next_tiles, norms, random_births, sums  # noqa: E402
 
 
 def trained(recipe: dict, stop: int | None = None, skip: int | None = None) -> dict:
@@ -65,6 +71,8 @@ def trained(recipe: dict, stop: int | None = None, skip: int | None = None) -> d
         stage = ps.get_pipeline_model_parallel_rank()
         return {"losses": watch.losses, "masks": masks(b.engine), "active": active(b.engine),
                 "sent": sent,
+                "products": {type(compact_of(m).product).__name__
+                             for model in b.engine.models for m in sparse_modules(model)},
                 "predicted": moves_of(b.recipe, b.plan, stage, on_gpu=False),
                 "moves": [r for r in records if r["kind"] == "mask"],
                 "run": json.loads(newest.read_text())}
@@ -106,19 +114,26 @@ def checked(move, sent: list[int]):
         after = _dense_state(engine)
         for name, (mask, states) in after.items():
             old, old_states = before[name]
-            k = plan.weights[name].active_per_slice
-            assert (mask.sum(1) == k).all(), name
-            assert ((mask & ~old).sum(1) == algorithm.count(k, when)).all(), name
+            w = plan.weights[name]
+            assert (mask.sum(1) == w.active_per_slice).all() and not w.fault(mask.numpy()), name
+            assert ((mask & ~old).sum(1) == _moved(w, algorithm, when)).all(), name
             for key, state in states.items():
                 assert torch.equal(state, old_states[key] * mask), (name, key)
                 assert state[mask & old].any() and not state[mask & ~old].any()
         assert set(born) == set(plan.weights)
-        assert sum(born.values()) == sum(algorithm.count(w.active_per_slice, when) * w.slices
+        assert sum(born.values()) == sum(_moved(w, algorithm, when) * w.slices
                                          for w in plan.weights.values())
         _check_replicas(engine)
         return born
 
     return moved
+
+
+def _moved(weight: SparseWeight, algorithm: MaskAlgorithm, when: Moment) -> int:
+    """Entries of a slice that die in a move; tiles die two by two."""
+    unit = math.prod(weight.pattern.moving_unit)
+    count = algorithm.count(weight.active_per_slice // unit, when)
+    return unit * (count if unit == 1 else count // 2 * 2)
 
 
 def _dense_state(engine: Engine) -> dict[str, tuple[torch.Tensor, dict[str, torch.Tensor]]]:
@@ -154,7 +169,7 @@ def plain(recipe: dict) -> dict:
     """Losses of transformers' GPT-2 under plain PyTorch, masks multiplied into dense weights and
     their moments, which move as the algorithm says; and the masks at the end."""
     with bench(recipe) as b:
-        reference = _Plain(b)
+        reference = (_Plain if b.recipe.sparsity.pattern == "unstructured" else _PlainTiles)(b)
         losses = [reference.step(number, batch)
                   for number, batch in enumerate(b.data.training_batches(0), 1)]
         return {"losses": losses, "active": {
@@ -195,12 +210,18 @@ class _Plain:
         w, parameter = self.plan.weights[name], self.parameters[name]
         dense = self._ours(name, parameter.data)
         whole = torch.stack([slice_of(dense, w, c) for c in range(w.slices)])
-        values = whole[unpack(self.bits[name], w.numel // w.slices)].view(w.slices, -1)
-        self.bits[name] = moved_masks(self.recipe.sparsity.update, when, w, self.plan.seed, 0,
-                                      self.bits[name], values, gradient)
+        self.bits[name] = self._next(w, when, whole, gradient)
         state = self.adam.state[parameter]
         for tensor in (parameter.data, state["exp_avg"], state["exp_avg_sq"]):
             tensor *= self._mask(name)
+
+    def _next(self, w: SparseWeight, when: Moment, whole: torch.Tensor,
+              gradient: torch.Tensor) -> torch.Tensor:
+        """Mask bits after a move of slices (C, entries)."""
+        bits = self.bits[w.name]
+        values = whole[unpack(bits, whole.shape[1])].view(w.slices, -1)
+        return moved_masks(self.recipe.sparsity.update, when, w, self.plan.seed, 0, bits, values,
+                           gradient)
 
     def _mask(self, name: str) -> torch.Tensor:
         """As transformers lays the weight out, (in, out)."""
@@ -211,3 +232,21 @@ class _Plain:
     def _ours(self, name: str, theirs: torch.Tensor) -> torch.Tensor:
         """A weight or its gradient as Megatron-Core lays it out, (out, in)."""
         return as_ours(self.recipe.model, name, theirs)
+
+
+class _PlainTiles(_Plain):
+    """Tiles that SET or RigL moves by the rule of tile_rule.py."""
+
+    def _next(self, w: SparseWeight, when: Moment, whole: torch.Tensor,
+              gradient: torch.Tensor) -> torch.Tensor:
+        sparsity, masks = self.recipe.sparsity, []
+        size, shape = sparsity.masks.tile, w.slice_shape
+        for c, mask in enumerate(unpack(self.bits[w.name], whole.shape[1]).numpy()):
+            active = mask.reshape(shape)[::size, ::size]
+            births = (random_births(active, self.plan.seed, w.name, c, when.update)
+                      if sparsity.algorithm == "set"
+                      else -norms(slice_of(gradient, w, c).numpy(), shape, size))
+            count = sparsity.update.count(int(active.sum()), when)
+            tiles = next_tiles(active, sums(whole[c].abs().numpy(), shape, size), births, count)
+            masks.append(tiles.repeat(size, 0).repeat(size, 1).reshape(-1))
+        return torch.from_numpy(np.packbits(masks, axis=1))

@@ -8,15 +8,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from tile_rule import next_tiles, norms, random_births, sums
 
 from megatron_spdf.kernels.mask import unpack
 from megatron_spdf.layers.compact import CompactWeight
 from megatron_spdf.layers.products.tiles import TileProduct
-from megatron_spdf.random_streams import random_words, stream_key
 from megatron_spdf.sparsity.algorithms.base import Moment
 from megatron_spdf.sparsity.algorithms.rigl import Rigl
 from megatron_spdf.sparsity.algorithms.set import Set
-from megatron_spdf.sparsity.mask_slice import STREAM
 from megatron_spdf.sparsity.moving import born, carry, moved_masks
 from megatron_spdf.sparsity.patterns.tiles import Tiles, swap_tiles
 from megatron_spdf.sparsity.plan import SparseWeight
@@ -57,50 +56,6 @@ def tiles_of(weight: SparseWeight, bits: torch.Tensor) -> np.ndarray:
     return tiles > 0
 
 
-def sums_over_tiles(entries: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    rows, columns = shape
-    return entries.reshape(rows // SIZE, SIZE, columns // SIZE, SIZE).sum((1, 3))
-
-
-def by_the_rule(active: np.ndarray, magnitude: np.ndarray, births: np.ndarray,
-                count: int) -> np.ndarray:
-    """The tiles after a move, by loops over all pairs.
-
-    Args:
-        active, magnitude, births: (R, C) of tiles; the lowest births come first.
-    """
-    after, dead = active.copy(), set()
-    everyone = sorted(zip(*np.nonzero(active), strict=True), key=lambda t: (magnitude[t], t))
-    small, fresh = set(everyone[:count]), set()
-    for i, j in everyone:
-        if len(dead) == count // 2 * 2:
-            break
-        if (i, j) in dead:
-            continue
-        able = []
-        for p, q in everyone:
-            grown = {(i, q), (p, j)}
-            if p != i and q != j and (p, q) not in dead and not any(active[t] for t in grown) and (
-                    not grown & fresh):
-                outside = (p, q) not in small
-                able.append((outside, 0 if outside else births[i, q] + births[p, j],
-                             magnitude[p, q], (p, q)))
-        if able:
-            p, q = min(able)[-1]
-            dead |= {(i, j), (p, q)}
-            fresh |= {(i, q), (p, j)}
-    for t in dead:
-        after[t] = False
-    for t in fresh:
-        after[t] = True
-    return after
-
-
-def words(slice_id: int, update: int, count: int) -> np.ndarray:
-    key = stream_key(STREAM, SEED, NAME, slice_id, update, "be born")
-    return random_words(int(key[0]), count, "cpu").numpy().astype(float)
-
-
 @pytest.mark.parametrize("fraction", [0.3, 0.9])
 @pytest.mark.parametrize("kind", [Set, Rigl])
 def test_moves_are_those_of_the_rule_on_dense_weights(weight, kind, fraction):
@@ -112,13 +67,9 @@ def test_moves_are_those_of_the_rule_on_dense_weights(weight, kind, fraction):
     for c in range(weight.slices):
         magnitude = np.zeros(math.prod(shape))
         magnitude[unpack(bits, len(magnitude))[c].numpy()] = values[c].abs().numpy()
-        if kind is Rigl:
-            squares = slice_of(gradient, weight, c).double().numpy() ** 2
-            births = -np.sqrt(sums_over_tiles(squares, shape))
-        else:
-            births = np.zeros(before[c].shape)
-            births[~before[c]] = words(c, WHEN.update, int((~before[c]).sum()))
-        wanted = by_the_rule(before[c], sums_over_tiles(magnitude, shape), births, count)
+        births = (-norms(slice_of(gradient, weight, c).numpy(), shape, SIZE) if kind is Rigl
+                  else random_births(before[c], SEED, NAME, c, WHEN.update))
+        wanted = next_tiles(before[c], sums(magnitude, shape, SIZE), births, count)
         assert np.array_equal(after[c], wanted)
     assert born(bits, moved) == SIZE**2 * (before & ~after).sum()
 

@@ -91,12 +91,14 @@ class MaskAlgorithm(Section):
     Attributes:
         needs: to choose; the dense gradient comes with the values.
         holds: what dies is held at zero in its place, and nothing is born.
+        keeps: parameters keep all entries of their weights, see `keeping.py`; nothing moves.
         exchanges: it chooses by `MaskSlice.exchange`, as patterns ask that tie entries together.
     """
 
     name: ClassVar[str]
     needs: ClassVar[Needs] = "nothing"
     holds: ClassVar[bool] = False
+    keeps: ClassVar[bool] = False
     exchanges: ClassVar[bool] = False
 
     def due(self, step: int, steps: int) -> bool:
@@ -132,6 +134,14 @@ class MaskAlgorithm(Section):
         Ties go by position: every replica must choose the same.
         """
         raise NotImplementedError
+
+    def trained(self, entries: int, active: int) -> int:
+        """The number of entries of a slice that get a gradient.
+
+        Args:
+            entries, active: of the slice.
+        """
+        return active
 
     def cost(self, entries: int, active: int) -> MoveCost:
         """Cost of a move.

@@ -7,12 +7,15 @@ those that every pattern has.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from megatron_spdf.registry import Registry
 from megatron_spdf.section import Section
+
+if TYPE_CHECKING:  # the planner goes without PyTorch
+    from torch import Tensor
 
 Shape = tuple[int, int]  # (rows, columns): of a slice, or (out, in) of a weight
 
@@ -27,11 +30,14 @@ class Pattern(Section):
         name: in a recipe's `sparsity.pattern`.
         moving_unit: (rows, columns) of what can die or be born as a whole while the others of its
             slice stay; None: the entries are tied to each other, and masks do not move.
+        columns_together: columns whose masks are chosen together, whatever those of the others are;
+            1: any entries may be active; None: all columns of a slice.
         remedy: for a weight that is cut into too few slices.
     """
 
     name: ClassVar[str]
     moving_unit: ClassVar[Shape | None] = None
+    columns_together: ClassVar[int | None] = None
     remedy: ClassVar[str] = "another level or pattern"
 
     def cut(self, name: str, shape: Shape, axis: int, most: int, level: float) -> int:
@@ -84,6 +90,19 @@ class Pattern(Section):
         """
         raise NotImplementedError
 
+    def chosen(self, magnitudes: Tensor, level: float) -> Tensor:
+        """Returns the masks that weights choose for themselves at every step, by their magnitudes,
+        ties by position.
+
+        Args:
+            magnitudes: (slices, rows, columns) fp32, on any device.
+
+        Returns:
+            (slices, rows, columns) bool, with as many active entries in each slice as `active`
+            says.
+        """
+        raise NotImplementedError
+
     def exchange(self, active: np.ndarray, to_die: np.ndarray, to_be_born: np.ndarray,
                  count: int) -> tuple[np.ndarray, np.ndarray]:
         """Chooses the units of a slice that die and those that are born, where not any may be.
@@ -98,6 +117,11 @@ class Pattern(Section):
             Row-major positions of those that die, and as many of those that are born.
         """
         raise NotImplementedError
+
+    @property
+    def chooses(self) -> bool:
+        """Whether weights can choose masks of the pattern."""
+        return type(self).chosen is not Pattern.chosen
 
     @property
     def exchanges(self) -> bool:

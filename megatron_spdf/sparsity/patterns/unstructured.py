@@ -10,11 +10,16 @@ distributions are not; stored hashes in the tests hold the stream to what it is.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 from numpy.random import Philox
 
 from megatron_spdf.random_streams import stream_key
 from megatron_spdf.sparsity.patterns.base import PATTERNS, Pattern, Shape
+
+if TYPE_CHECKING:  # the planner goes without PyTorch
+    from torch import Tensor
 
 STREAM = "megatron_spdf mask stream 1"
 
@@ -24,6 +29,7 @@ class Unstructured(Pattern):
 
     name = "unstructured"
     moving_unit = (1, 1)
+    columns_together = 1
 
     def draw(self, seed: int, name: str, slice_id: int, shape: Shape, level: float) -> np.ndarray:
         numel, active = shape[0] * shape[1], self.active(shape, level)
@@ -32,6 +38,12 @@ class Unstructured(Pattern):
     def largest(self, values: np.ndarray, level: float) -> np.ndarray:
         active = self.active(values.shape, level)
         return largest_mask(values.reshape(-1), active).reshape(values.shape)
+
+    def chosen(self, magnitudes: Tensor, level: float) -> Tensor:
+        from megatron_spdf.sparsity.largest import keep_largest
+
+        active = self.active(magnitudes.shape[1:], level)
+        return keep_largest(magnitudes.flatten(1), active).view_as(magnitudes)
 
 
 def draw_mask(seed: int, name: str, slice_id: int, numel: int, active: int) -> np.ndarray:

@@ -1,0 +1,46 @@
+"""Straight-through estimation: the layer computes with the largest magnitudes, and all entries take
+the gradient of the dense weight (Bengio et al. 2013; as a baseline of language models, jaxpruner,
+Lee et al. 2024).
+
+The optimizer updates all entries, and decays all of them. With SR-STE (Zhou et al. 2021) masked
+entries are also pulled to zero: `decay` times the weight is added to their gradient, once a step,
+before clipping.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from megatron_spdf.sparsity.algorithms.base import ALGORITHMS
+from megatron_spdf.sparsity.algorithms.keeping import KeepsEntries
+
+if TYPE_CHECKING:
+    from megatron_spdf.sparsity.plan import SparseWeight
+
+
+class Ste(KeepsEntries):
+    """Keys of straight-through estimation."""
+
+    name = "ste"
+
+    decay_masked: float = Field(
+        0.0, ge=0.0, description="times the weight is added to the gradient of masked entries, "
+                                 "SR-STE's lambda; its paper has 2e-4, for n:m")
+
+    def trained(self, entries: int, active: int) -> int:
+        return entries
+
+    def decay(self, weight: SparseWeight) -> tuple[float, float]:
+        return 0.0, self.decay_masked
+
+    def describe(self) -> str:
+        often = "at every step" if self.every == 1 else f"every {self.every} steps"
+        pulled = (f", masked entries are pulled to zero by {self.decay_masked:g}"
+                  if self.decay_masked else "")
+        return (f"the largest magnitudes are active, chosen {often}, and all entries take the "
+                f"gradient straight through{pulled}")
+
+
+ALGORITHMS.register(Ste.name, Ste)
