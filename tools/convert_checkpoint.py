@@ -1,15 +1,16 @@
 """Convert checkpoints: to and from Hugging Face and Megatron-LM, from DeepSpeed, between sparsities
-and layouts.
+and layouts, and to a run of another length.
 
-python tools/convert_checkpoint.py to-hf runs/mine exported/mine python tools/convert_checkpoint.py
-from-hf models/gpt2 runs/half --recipe r.yaml --sparsity 0.5 --select magnitude python
-tools/convert_checkpoint.py densify runs/mine runs/dense optimizer.lr=1e-4 python
-tools/convert_checkpoint.py reshard runs/mine runs/wider parallel.tensor=4
+    tools/convert_checkpoint.py to-hf runs/mine exported/mine
+    tools/convert_checkpoint.py from-hf models/gpt2 runs/half --recipe r.yaml --sparsity 0.5
+    tools/convert_checkpoint.py densify runs/mine runs/dense optimizer.lr=1e-4
+    tools/convert_checkpoint.py reshard runs/mine runs/wider parallel.tensor=4
+    tools/convert_checkpoint.py branch runs/trunk runs/short train.tokens=1B optimizer.decay=linear
 
 A run is given as its directory, whose best checkpoint is taken, where it keeps one, else the newest
-(`reshard` always takes the newest), or as one checkpoint. What is written as a run directory is
-trained on by pretrain.py with the same recipe and output=OUT. One weight at a time is dense in
-memory, OUT appears complete or not at all, and an OUT that exists is refused.
+(`reshard` and `branch` always take the newest), or as one checkpoint. What is written as a run
+directory is trained on by pretrain.py with the same recipe and output=OUT. One weight at a time is
+dense in memory, OUT appears complete or not at all, and an OUT that exists is refused.
 
 Exit code 0, or 2 for what the user can put right. Needs neither a GPU nor the layout a checkpoint
 was written at.
@@ -41,7 +42,7 @@ from megatron_spdf.convert.huggingface_export import DTYPES, SHARD_GB, export
 from megatron_spdf.convert.huggingface_import import HuggingFaceReader
 from megatron_spdf.convert.initial_checkpoint import write_initial_checkpoint
 from megatron_spdf.convert.megatron_lm import VERSION, MegatronReader, arguments, save_for_megatron
-from megatron_spdf.convert.reshard import reshard
+from megatron_spdf.convert.reshard import branch, reshard
 from megatron_spdf.convert.source import WeightSource, open_weights, tokenizer_of
 from megatron_spdf.data.pretraining.corpus import data_tokenizer
 from megatron_spdf.data.tokenizers.base import Tokenizer, render_padding
@@ -117,6 +118,17 @@ def reshard_run(options: argparse.Namespace) -> str:
     return (f"{checkpoint}: {source.origin}, for tensor {layout.tensor} x pipeline "
             f"{layout.pipeline} x data {layout.data}\ntrain it: pretrain.py "
             f"{options.output}/recipe.yaml")
+
+
+def branch_run(options: argparse.Namespace) -> str:
+    """The same checkpoint, optimizer and run state included, in a run that goes on with another
+    length, and another fall of the learning rate."""
+    source = CheckpointReader(find_checkpoint(options.source, newest=True), checksums=True)
+    recipe = source.recipe.without_stages().stored_at(1.0)
+    recipe = make_recipe(recipe.model_dump(), words_of(options), source.path / "run.json")
+    checkpoint = branch(source, recipe, options.output)
+    return (f"{checkpoint}: {source.origin}, which goes on to step {recipe.steps:,}\ntrain it: "
+            f"pretrain.py {options.output}/recipe.yaml")
 
 
 def to_megatron(options: argparse.Namespace) -> str:
@@ -226,6 +238,16 @@ data's tokenizer is taken. Vocabulary rows that pad the embedding are the mean o
         """\
 A checkpoint resumes at any layout as it is: no conversion is needed for that. This cuts its files
 anew, so that every rank reads one file, and makes the layout that of the new run's recipe.""",
+    ),
+    "branch": (
+        branch_run,
+        RUN,
+        ["words"],
+        """\
+One trunk serves several lengths: a run with optimizer.decay=constant, or with a decay that has not
+begun, goes on from its newest checkpoint, or from the one given, with other values of train.tokens,
+optimizer.decay, decay_share and min_lr_ratio. decay_share is of all steps, those of the trunk
+included. The branch equals a straight run of its recipe. The trunk is left as it is.""",
     ),
     "to-megatron": (
         to_megatron,

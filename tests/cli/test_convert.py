@@ -194,7 +194,9 @@ def test_runs_become_denser_sparser_and_are_laid_out_anew(convert, sparse, tmp_p
                               (["prune", "--sparsity", "0.9"], "sparser", 0.9),
                               (["prune", "sparsity.level=0.9", "--select", "magnitude"], "largest",
                                0.9),
-                              (["reshard", "parallel.tensor=4"], "wide", 0.75)):
+                              (["reshard", "parallel.tensor=4"], "wide", 0.75),
+                              (["branch", "train.tokens=1M", "optimizer.decay_share=0.5"], "long",
+                               0.75)):
         code, said, err = convert(words[0], sparse, tmp_path / out, *words[1:])
         assert code == 0 and f"train it: pretrain.py {tmp_path / out}/recipe.yaml" in said, err
         reader = CheckpointReader(find_checkpoint(tmp_path / out), checksums=True)
@@ -204,6 +206,8 @@ def test_runs_become_denser_sparser_and_are_laid_out_anew(convert, sparse, tmp_p
         assert load_recipe(tmp_path / out / "recipe.yaml").output == str(tmp_path / out)
     assert CheckpointReader(find_checkpoint(tmp_path / "dense")).plan.weights == {}
     assert CheckpointReader(find_checkpoint(tmp_path / "wide")).recipe.parallel.tensor == 4
+    long = CheckpointReader(find_checkpoint(tmp_path / "long")).recipe
+    assert (long.train.tokens, long.optimizer.decay_share) == (10**6, 0.5)
 
 
 def test_megatron_and_back(convert, sparse, tmp_path):
@@ -247,6 +251,10 @@ def test_refusals(convert, gpt2, sparse, workplace, tmp_path):
         (["reshard", sparse, out, "sparsity=0"], "sparsity=0: only parallel.* can change here"),
         (["reshard", sparse, out, "parallel.tensor=two"],
          "parallel.tensor='two': input should be a valid integer"),
+        (["branch", sparse, out, "optimizer.lr=1"], "optimizer.lr is 0.001 there and 1.0 here"),
+        (["branch", sparse, out, "sparsity.level=0.5"], "sparsity.level is 0.75 there and 0.5"),
+        (["branch", sparse, out, "train.tokens=1", "optimizer.decay_share=0.5"],
+         "optimizer.warmup_tokens="),
     ):
         code, said, err = convert(*words)
         assert (code, said) == (2,
