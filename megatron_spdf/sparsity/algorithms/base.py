@@ -92,6 +92,7 @@ class MaskAlgorithm(Section):
         needs: to choose; the dense gradient comes with the values.
         holds: what dies is held at zero in its place, and nothing is born.
         keeps: parameters keep all entries of their weights, see `keeping.py`; nothing moves.
+        replaces_decay: the optimizer's weight decay leaves the weights alone.
         exchanges: it chooses by `MaskSlice.exchange`, as patterns ask that tie entries together.
     """
 
@@ -99,6 +100,7 @@ class MaskAlgorithm(Section):
     needs: ClassVar[Needs] = "nothing"
     holds: ClassVar[bool] = False
     keeps: ClassVar[bool] = False
+    replaces_decay: ClassVar[bool] = False
     exchanges: ClassVar[bool] = False
 
     def due(self, step: int, steps: int) -> bool:
