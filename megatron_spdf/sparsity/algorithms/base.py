@@ -31,6 +31,8 @@ if TYPE_CHECKING:  # the planner goes without PyTorch
     from megatron_spdf.sparsity.mask_slice import MaskSlice
 
 Needs = Literal["nothing", "values", "dense_gradient"]
+# all of the step, or each data-parallel rank's last
+Collects = Literal["step", "micro_batch"]
 Anneal = Literal["constant", "cosine"]
 
 
@@ -82,7 +84,7 @@ class MoveCost:
 
     transient: int = 0
     reduced: int = 0
-    flops: int = 0
+    flops: float = 0
 
 
 class MaskAlgorithm(Section):
@@ -92,6 +94,7 @@ class MaskAlgorithm(Section):
         needs: to choose; the dense gradient comes with the values.
         holds: what dies is held at zero in its place, and nothing is born.
         keeps: parameters keep all entries of their weights, see `keeping.py`; nothing moves.
+        replaces_decay: the optimizer's weight decay leaves the weights alone.
         exchanges: it chooses by `MaskSlice.exchange`, as patterns ask that tie entries together.
     """
 
@@ -99,7 +102,13 @@ class MaskAlgorithm(Section):
     needs: ClassVar[Needs] = "nothing"
     holds: ClassVar[bool] = False
     keeps: ClassVar[bool] = False
+    replaces_decay: ClassVar[bool] = False
     exchanges: ClassVar[bool] = False
+
+    @property
+    def collects(self) -> Collects:
+        """The micro-batches whose dense gradient is summed up, where it needs that."""
+        return "step"
 
     def due(self, step: int, steps: int) -> bool:
         """Whether masks move after an optimizer step.
@@ -118,6 +127,12 @@ class MaskAlgorithm(Section):
     def share(self, step: int, steps: int) -> float:
         """The share of its level that a weight has at a step, which FLOPs go by."""
         return next(part.reached for part in self.parts(steps) if step <= part.last)
+
+    def alike_until(self, step: int, steps: int, others: int) -> bool:
+        """Whether masks move alike up to a step in runs or stages of two lengths."""
+        return steps == others or all(
+            self.due(s, steps) == self.due(s, others) and self.share(s, steps) == self.share(
+                s, others) for s in range(1, step + 1))
 
     def rule_violations(self, steps: int) -> Iterator[str]:
         """What does not go in a run or stage of so many steps, as sentences."""
@@ -143,16 +158,20 @@ class MaskAlgorithm(Section):
         """
         return active
 
-    def cost(self, entries: int, active: int) -> MoveCost:
+    def cost(self, entries: int, active: int, width: int = 4, micro_batches: int = 1) -> MoveCost:
         """Cost of a move.
 
         Args:
             entries, active: of a weight's part on a rank.
+            width: bytes of an entry in training precision.
+            micro_batches: of a step.
         """
         if self.needs != "dense_gradient":
             return MoveCost()
-        gradient = 4 * entries  # fp32
-        return MoveCost(gradient, gradient, 2 * (entries - active))
+        gradient, flops = 4 * entries, 2 * (entries - active)  # a sum is fp32
+        if self.collects == "step":
+            return MoveCost(gradient, gradient, flops)
+        return MoveCost(width * entries, gradient, flops / micro_batches)
 
     def describe(self) -> str:
         """Says in a line what the algorithm does."""
@@ -169,7 +188,18 @@ class MaskAlgorithm(Section):
                 for key, field in ALGORITHMS.get(name).model_fields.items()}
 
 
-class MovingMasks(MaskAlgorithm):
+class Births(MaskAlgorithm):
+    """What algorithms share that let entries be born while the optimizer goes on: they start with
+    zero state under the step count of the run, see `optimizers/newborn.py`."""
+
+    newborn: Literal["plain", "ages", "ramp"] = Field(
+        "plain", description="how Adam treats what is born; ages: with a step count of its own; "
+                            "ramp: with updates that grow over `ramp` steps; plain: as all others")
+    ramp: int = Field(100, gt=0, description="steps over which updates of what is born grow to "
+                                             "the usual, where newborn=ramp")
+
+
+class MovingMasks(Births):
     """The schedule that algorithms share: a fraction of each slice's active entries every so many
     steps."""
 
@@ -195,6 +225,11 @@ class MovingMasks(MaskAlgorithm):
     def due(self, step: int, steps: int) -> bool:
         """After every step that `every` divides, from `start` on and before `stop`."""
         return step % self.every == 0 and self.start * steps <= step < self.stop * steps
+
+    def alike_until(self, step: int, steps: int, others: int) -> bool:
+        anneals = self.anneal != "constant" and steps != others
+        moved = anneals and any(self.due(s, steps) for s in range(1, step + 1))
+        return not moved and super().alike_until(step, steps, others)
 
     def largest_move(self, active: int) -> int:
         return round(self.fraction * active)

@@ -30,11 +30,14 @@ class Pattern(Section):
         name: in a recipe's `sparsity.pattern`.
         moving_unit: (rows, columns) of what can die or be born as a whole while the others of its
             slice stay; None: the entries are tied to each other, and masks do not move.
+        columns_together: columns whose masks are chosen together, whatever those of the others are;
+            1: any entries may be active; None: all columns of a slice.
         remedy: for a weight that is cut into too few slices.
     """
 
     name: ClassVar[str]
     moving_unit: ClassVar[Shape | None] = None
+    columns_together: ClassVar[int | None] = None
     remedy: ClassVar[str] = "another level or pattern"
 
     def cut(self, name: str, shape: Shape, axis: int, most: int, level: float) -> int:
@@ -85,7 +88,9 @@ class Pattern(Section):
         Returns:
             (rows, columns) bool.
         """
-        raise NotImplementedError
+        from torch import from_numpy
+
+        return self.chosen(from_numpy(np.abs(values))[None], level)[0].numpy()
 
     def chosen(self, magnitudes: Tensor, level: float) -> Tensor:
         """Returns the masks that weights choose for themselves at every step, by their magnitudes,
@@ -128,7 +133,7 @@ class Pattern(Section):
     @property
     def selects(self) -> bool:
         """Whether the pattern has a mask of the largest magnitudes."""
-        return type(self).largest is not Pattern.largest
+        return self.chooses or type(self).largest is not Pattern.largest
 
     @property
     def skips_zeros(self) -> bool:
