@@ -37,8 +37,8 @@ def csv_rows(path: Path, required: tuple[str, ...],
     lower-case name.
 
     Raises:
-        ValueError: a column is missing or given twice, a record has another number of fields, or the
-            file is no UTF-8 CSV.
+        ValueError: a column is missing or given twice, a record has another number of fields, or
+            the file is no UTF-8 CSV.
     """
     csv.field_size_limit(sys.maxsize)  # articles are longer than the library's 128 KiB
     with path.open(encoding="utf-8-sig", newline="") as file:
