@@ -11,14 +11,19 @@ import numpy as np
 import pytest
 import torch
 from finetune_cases import densified_start, finetuned
-from keeping_cases import plainly
+from keeping_cases import largest, plainly
 from pruning_cases import pruned
 from safetensors.numpy import load_file
 from stage_cases import across
 from test_pruning import LAYOUTS, STEPS
 
 from megatron_spdf.checkpoint.inspect import describe, render, verify
-from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
+from megatron_spdf.checkpoint.reader import (
+    VALUES,
+    CheckpointReader,
+    find_checkpoint,
+    stored_name,
+)
 from megatron_spdf.convert.huggingface_export import export
 from megatron_spdf.convert.reshard import reshard
 from megatron_spdf.recipe.recipe import Parallel
@@ -82,6 +87,24 @@ def test_every_layout_chooses_alike(ranks, recipe, name, rule):
 def test_a_run_that_stops_goes_on_at_another_layout(ranks, recipe, rule, names, stops):
     found = ranks(2).run(pruned, [recipe(rule, LAYOUTS[name]) for name in names], [*stops, None])
     agree(found, ranks(1).run(pruned, [recipe(rule)], [None]))
+
+
+@pytest.mark.parametrize("name", ["tp2 sp", "dp2 zero 1", "deepspeed zero 3"])
+def test_under_bf16_the_weights_that_run_choose(ranks, make_recipe, tmp_path, name):
+    """By a stable sort of what the checkpoint has as weights; with products layer by layer where
+    the engine can."""
+    recipe = make_recipe(str(tmp_path / "run"), sparsity=SPARSITY["ste with decay"] | {
+        "dense_copy": "per_layer"}, log={"every": 1}, **{**LAYOUTS[name], "train": {
+            "tokens": 8 * 32 * 6, "precision": "bf16"}})
+    found = ranks(2).run(pruned, [recipe], [None])
+    assert found["losses"][-1] < found["losses"][0]
+    reader = CheckpointReader(find_checkpoint(tmp_path / "run"))
+    for name, w in reader.plan.weights.items():
+        values = reader.tensor(stored_name(name) + VALUES)
+        assert values.dtype == torch.bfloat16
+        for entries, bits in zip(values.float().numpy(), reader.mask_bits(name), strict=True):
+            mask = np.unpackbits(bits, count=entries.size).astype(bool)
+            assert np.array_equal(mask, largest(entries, w.active_per_slice)), name
 
 
 @pytest.fixture(scope="module")
