@@ -1,6 +1,6 @@
 """Checkpoints of DeepSpeed written by hand, at every ZeRO stage: what is cut into flat partitions,
-with padding and in groups, is put together again; tests/distributed/test_deepspeed.py reads those of
-DeepSpeed itself."""
+with padding and in groups, is put together again. tests/distributed/test_deepspeed.py reads those
+of DeepSpeed itself."""
 
 from __future__ import annotations
 
@@ -136,8 +136,8 @@ def test_files_of_every_replica_are_needed(tmp_path):
 
 @pytest.mark.parametrize(("change", "said"), [
     ({"hidden": 24, "ffn_hidden": 30}, r"is \(.*\) there and \(.*\) in the recipe's model"),
-    ({"layers": 3}, "it has no decoder.layers.2."), ({"layers": 1}, "it has decoder.layers.1..* too")
-])
+    ({"layers": 3}, "it has no decoder.layers.2."),
+    ({"layers": 1}, "it has decoder.layers.1..* too")])
 def test_other_models_are_refused(tmp_path, change, said):
     save(tmp_path / "step", 2, 1, 1)
     with pytest.raises(ValueError, match=f"cut for 2 tensor-parallel ranks: .*{said}"):
