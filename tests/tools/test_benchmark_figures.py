@@ -565,4 +565,4 @@ def test_steps_with_a_move_alternate_with_those_before(recipe, clock, monkeypatc
     assert (found["sparsity"], found["every"], built[-1]) == (0.75, 2, "closed")
     assert built[0].tokens == [256 * at for at, *_ in taken]
     (text,) = moves.render_moves({"set": found})
-    assert f"| {longer[1] / 2:.2%} |" in text
+    assert f" {longer[1] / 2:.2%} |" in text
