@@ -77,6 +77,16 @@ def loss_of(model, text: torch.Tensor) -> float:
     return float(cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten()))
 
 
+def matrix_of_rows(model, name: str) -> np.ndarray | None:
+    """By query group its queries, its key and its value; by slice its gates and its ups."""
+    if ".linear_qkv." in name:
+        heads = [0] * (model.heads // model.query_groups) + [1, 2]
+        return np.tile(np.repeat(heads, model.head_width), model.query_groups)
+    if ".linear_fc1." in name and model.gated:
+        return np.tile(np.repeat([0, 1], model.ffn_hidden // model.slices), model.slices)
+    return None
+
+
 def inputs_of(model, modules: dict, ids: torch.Tensor) -> dict[str, np.ndarray]:
     """Inputs (tokens, in) of modules of a model, by name."""
     found: dict[str, np.ndarray] = {}
@@ -111,8 +121,9 @@ def whole_model(recipe: dict, corpus: str, select: str) -> tuple[dict, dict, dic
             if select == "wanda":
                 found = reference.wanda(plan.weights[name], dense, inputs[name])
             else:
-                hessian = reference.dampened(inputs[name])
-                found = reference.brain_surgery(plan.weights[name], dense, hessian)
+                found = reference.brain_surgery(
+                    plan.weights[name], dense, reference.dampened(inputs[name]),
+                    matrices=matrix_of_rows(source.model, name))
             values[name], masks[name] = found
             for there, part in zip(form.names, form.split(torch.from_numpy(found[0]).float()),
                                    strict=True):

@@ -13,7 +13,7 @@ from megatron_spdf.sparsity.patterns.two_four import TwoFour
 from megatron_spdf.sparsity.patterns.unstructured import Unstructured
 from megatron_spdf.sparsity.plan import SparseWeight
 from megatron_spdf.sparsity.selectors import sparsegpt, wanda
-from megatron_spdf.sparsity.selectors.base import SELECTORS
+from megatron_spdf.sparsity.selectors.base import SELECTORS, TrainedWeight
 from megatron_spdf.sparsity.slices import join_slices, slice_of
 
 BLOCK = 8  # columns, in place of 128
@@ -41,8 +41,8 @@ def inputs_of(w: SparseWeight, tokens: int = 300) -> torch.Tensor:
     return mixed * torch.linspace(0.2, 3.0, columns)
 
 
-def selected(name: str, w: SparseWeight,
-             inputs: torch.Tensor | None = None) -> tuple[np.ndarray, np.ndarray]:
+def selected(name: str, w: SparseWeight, inputs: torch.Tensor | None = None,
+             matrices: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Values and mask of the whole weight, which has as many active entries as planned in every
     slice."""
     selector, kept = SELECTORS.get(name)(), None
@@ -50,7 +50,8 @@ def selected(name: str, w: SparseWeight,
         kept = selector.inputs(w.shape[1], torch.device("cpu"))
         for part in (inputs_of(w) if inputs is None else inputs).split(77):
             kept.add(part)
-    values, masks = selector.select(weight_of(w), w, 0, kept)
+    matrices = np.zeros(w.shape[0], int) if matrices is None else matrices
+    values, masks = selector.select(TrainedWeight(weight_of(w), w, 0, matrices, kept))
     assert masks.shape == (w.slices, w.numel // w.slices) and masks.dtype == bool
     assert (masks.sum(1) == w.active_per_slice).all()
     assert w.fault(masks) is None
@@ -119,6 +120,21 @@ def test_sparsegpt_is_optimal_brain_surgery_column_by_column(axis, level):
     lost = [np.square(x @ (dense - other).T).sum() for other in
             (values, dense * mask, dense * selected("magnitude", w)[1])]
     assert lost[0] < lost[1] and lost[0] < lost[2]
+
+
+def test_sparsegpt_compares_rows_of_one_matrix():
+    """Of each slice's rows two lie in one matrix, one in another, three in a third: here by
+    turns."""
+    w, inputs = planned(0, 0.6), inputs_of(planned(0))
+    matrices = np.tile([0, 1, 2, 0, 2, 2], 2)
+    values, mask = selected("sparsegpt", w, inputs, matrices)
+    expected, kept = brain_surgery(w, weight_of(w).numpy(), dampened(inputs.double().numpy()),
+                                   BLOCK, matrices=matrices)
+    assert np.array_equal(mask, kept)
+    np.testing.assert_allclose(values, expected, rtol=2e-4, atol=2e-4)
+    for part in (mask[:6], mask[6:]):
+        for number, rows in ((0, 2), (1, 1), (2, 3)):
+            assert abs(part[matrices[:6] == number].sum() - 0.4 * 40 * rows) < 6
 
 
 @pytest.mark.parametrize("axis", [0, 1])
