@@ -9,7 +9,16 @@ from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from megatron_spdf.architecture.base import BY_ARCHITECTURE, Model
-from megatron_spdf.optimizers.base import PRETRAINING, SCHEDULE, Decay, Optimizer, Pretraining
+from megatron_spdf.optimizers.base import (
+    MASTER,
+    PRETRAINING,
+    SCHEDULE,
+    STATE_BYTES,
+    Decay,
+    Optimizer,
+    Pretraining,
+)
+from megatron_spdf.optimizers.newborn import AGE, Newborn, newborn_of
 from megatron_spdf.registry import Registry
 from megatron_spdf.section import (
     MOST_POSITIONS,
@@ -25,6 +34,7 @@ from megatron_spdf.section import (
     PathText,
     Section,
     Seed,
+    parse_count,
 )
 from megatron_spdf.sparsity.settings import Sparsity
 
@@ -86,7 +96,8 @@ class Train(Section):
         description="sequences per forward pass of one data-parallel rank; auto: what is fastest, "
                     "tried at the start")
     sequence_length: Count = Field(gt=0, le=MOST_POSITIONS,
-                                   description="tokens per sequence; default: model.max_positions")
+                                   description="tokens per sequence; default: model.max_positions, "
+                                               "where they are rotary at most 4096")
     precision: Literal["bf16", "fp32"] = Field(
         "bf16", description="of weights and activations; gradients, master weights and moments are "
                             "fp32")
@@ -96,6 +107,18 @@ class Train(Section):
     label_smoothing: float = Field(
         0.0, ge=0.0, lt=1.0,
         description="share of the target spread evenly over the vocabulary while training")
+
+
+def _usual_length(model: dict[str, Any]) -> Any:
+    """The default of train.sequence_length for a model's section, which may be wrong."""
+    preset = model.get("preset")
+    try:
+        family = BY_ARCHITECTURE.section(model)
+        known = family.PRESETS.get(preset, {}) if isinstance(preset, str) else {}
+        longest = parse_count({**known, **model}.get("max_positions", 2048))
+        return family.usual_length(longest) if type(longest) is int else longest
+    except ValueError:  # validation says what is wrong with its name
+        return 2048
 
 
 class Stage(Section):
@@ -261,7 +284,7 @@ class Recipe(Section):
             return values
         model, train = values.get("model"), values.get("train")
         if isinstance(model, dict) and isinstance(train, dict) and "sequence_length" not in train:
-            train = {**train, "sequence_length": model.get("max_positions", 2048)}
+            train = {**train, "sequence_length": _usual_length(model)}
             values = {**values, "train": train}
         return values
 
@@ -300,6 +323,27 @@ class Recipe(Section):
         """Micro-batches that a data-parallel rank accumulates per step."""
         assert self.train.micro_batch != AUTO, "the run has not settled it yet"
         return self.train.global_batch // (self.train.micro_batch * self.parallel.data)
+
+    @property
+    def newborn(self) -> Newborn | None:
+        """What corrects the optimizer's state of values that are born; None: nothing does."""
+        return newborn_of(self.sparsity.update, self.optimizer)
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """Names of the optimizer's state for every parameter, beside the master weight: its own,
+        and the ages of what is born where they count."""
+        return (*self.optimizer.states, *([AGE] if self.newborn else []))
+
+    @property
+    def saved(self) -> tuple[str, ...]:
+        """Names of what a checkpoint holds for every parameter: master weight and named state."""
+        return (MASTER, *self.states)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the named state for one entry of a parameter, without its master weight."""
+        return self.optimizer.state_bytes + STATE_BYTES * (self.newborn is not None)
 
     @property
     def stage_ends(self) -> list[int]:
