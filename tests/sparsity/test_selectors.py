@@ -9,6 +9,8 @@ import pytest
 import torch
 from one_shot_reference import brain_surgery, dampened
 
+from megatron_spdf.sparsity.patterns.n_m import NofM
+from megatron_spdf.sparsity.patterns.tiles import Tiles
 from megatron_spdf.sparsity.patterns.two_four import TwoFour
 from megatron_spdf.sparsity.patterns.unstructured import Unstructured
 from megatron_spdf.sparsity.plan import SparseWeight
@@ -164,6 +166,35 @@ def test_two_of_four_both_ways(name):
         diagonal = [np.linalg.inv(hessian[c:, c:])[0, 0] for c in range(4)]
         costs = np.square(weight_of(w)[:8, :4].numpy()) / diagonal  # no column is done yet
         assert np.array_equal(mask[:8, :4], TwoFour().largest(costs, 0.5))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("name", ["magnitude", "wanda", "sparsegpt"])
+def test_n_of_every_m_inputs(name, axis):
+    """N is what stays; SparseGPT chooses every m columns, by the values that it has come to."""
+    w = planned(axis, 0.75, (8, 24), 2, NofM(n=1, m=4))
+    inputs = inputs_of(w)
+    values, mask = selected(name, w, inputs)
+    assert (mask.reshape(8, 6, 4).sum(2) == 1).all()
+    if name == "sparsegpt":
+        hessian = dampened(inputs.double().numpy())
+        expected, _ = brain_surgery(w, weight_of(w).numpy(), hessian, given=mask)
+        np.testing.assert_allclose(values, expected, rtol=2e-4, atol=2e-4)
+        done, _ = brain_surgery(w, weight_of(w).numpy(), hessian,
+                                given=mask | (np.arange(24) >= 8))  # all before column 8
+        costs = [done[:, c] ** 2 / np.linalg.inv(hessian[c:, c:])[0, 0] for c in range(8, 12)]
+        assert np.array_equal(mask[:, 8:12].argmax(1), np.argmax(costs, axis=0))
+
+
+@pytest.mark.parametrize("name", ["magnitude", "wanda", "sparsegpt"])
+def test_tiles_stay_or_go_as_a_whole(name):
+    w = planned(0, 0.5, (16, 24), 1, Tiles(tile=4))
+    inputs = inputs_of(w)
+    values, mask = selected(name, w, inputs)
+    if name == "sparsegpt":
+        expected, _ = brain_surgery(w, weight_of(w).numpy(), dampened(inputs.double().numpy()),
+                                    given=mask)
+        np.testing.assert_allclose(values, expected, rtol=2e-4, atol=2e-4)
 
 
 def test_a_hessian_without_inverse_is_refused(monkeypatch):
