@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ from megatron_spdf.layers.measure import SparsityDrift
 from megatron_spdf.resilience.progress import PROGRESS
 from megatron_spdf.schedule.stages import stages_of
 from megatron_spdf.sparsity.algorithms.base import Moment
-from megatron_spdf.training import mask_moves
+from megatron_spdf.training import loop, mask_moves
 from megatron_spdf.training.loop import NotFinite, Trainer
 
 STEP = 8 * 32  # tokens, of which a run of `recipe` has ten steps
@@ -292,6 +293,35 @@ def test_the_first_step_may_take_long_and_the_others_are_watched(recipe):
             step(batch, number, *rest), watched.update({number: run.watched}))[0]
         run.train()
         assert watched == {number: number > first + 1 for number in range(first + 1, 11)}
+
+
+def test_the_pace_of_every_step_is_measured_from_before_its_data(recipe, monkeypatch):
+    said = []
+
+    class Pace:
+        def __init__(self, every: int, factor: float, log):
+            said.append((every, factor))
+
+        def begin(self, step: int) -> None:
+            said.append(("begin", step))
+
+        def end(self, step: int, data_seconds: float) -> None:
+            assert 0.01 <= data_seconds < 10.0
+            said.append(("end", step))
+
+    monkeypatch.setattr(loop, "Stragglers", Pace)
+    run = Run(recipe(**sections(log={"ranks_every": 7, "slow_factor": 1.7})), state={"step": 7})
+    batches = run.training_batches
+
+    def slow_batches(first_step: int):
+        for batch in batches(first_step):
+            time.sleep(0.01)
+            yield batch
+
+    run.training_batches = slow_batches
+    run.train()
+    assert said == [(7, 1.7), *((what, step) for step in (8, 9, 10) for what in ("begin", "end"))]
+    assert run.figures["train"]["data_seconds"] >= 0.01
 
 
 def test_a_stage_has_a_schedule_of_its_own_and_ends_where_the_next_begins(recipe):
