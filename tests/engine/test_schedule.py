@@ -62,6 +62,12 @@ def test_a_decay_at_the_end_leaves_the_peak_as_it_is(recipe, decay, lr):
     assert common.learning_rate(scheduler) == found[-1]
 
 
+@pytest.mark.parametrize(("share", "steps"), [(0.24, 2), (0.26, 3), (0.8, 8), (0.01, 0), (1.0, 8)])
+def test_a_share_is_of_all_steps_and_of_whole_ones(recipe, share, steps):
+    made = recipe(optimizer={"decay": "linear", "decay_share": share, "warmup_tokens": 512})
+    assert made.decay_tokens == 256 * steps  # of ten; two are warm-up
+
+
 @pytest.mark.parametrize("decay", ["minus_sqrt", "exponential"])
 def test_without_a_share_a_shape_begins_after_the_warm_up(recipe, decay):
     made = recipe(optimizer={"lr": 1e-2, "decay": decay, "min_lr_ratio": 0.0,
