@@ -14,6 +14,7 @@ from megatron_spdf.convert.reshard import branch, check_layout, reshard
 from megatron_spdf.convert.source import open_weights
 from megatron_spdf.recipe.load import load_recipe
 from megatron_spdf.recipe.recipe import Parallel, Recipe
+from megatron_spdf.schedule.stages import stages_of
 
 
 @pytest.fixture
@@ -125,6 +126,19 @@ def test_a_branch_of_a_dense_part_is_recorded_as_one(gpt2, tokenizer, tmp_path):
     assert load_recipe(tmp_path / "other/recipe.yaml").sparsity == recipe.sparsity
 
 
+def test_a_branch_at_the_end_of_a_part_belongs_to_that_part(gpt2, tokenizer, tmp_path):
+    gmp, constant = {"level": 0.5, "algorithm": "gmp"}, {"decay": "constant"}
+    begun = make_recipe(sparsity={**gmp, "update": {"every": 1}}, data={"train": ["text"]},
+                        train={"tokens": 10_000}, optimizer=constant)
+    write_initial_checkpoint(open_weights(gpt2), begun, tokenizer, tmp_path / "run")
+    reader = CheckpointReader(find_checkpoint(tmp_path / "run"))
+    reader.run["state"]["step"] = stages_of(begun)[0].last
+    falls = begun.optimizer.model_copy(update={"decay": "linear", "decay_share": 0.1})
+    recipe = begun.model_copy(update={"optimizer": falls})
+    other = CheckpointReader(branch(reader, recipe, tmp_path / "other"))
+    assert (other.recipe.sparsity.reached, other.plan.weights) == (0.0, {})
+
+
 def test_a_branch_of_nothing_to_do_and_of_fine_tuning_is_refused(reader, tmp_path):
     at_end = longer(reader)
     reader.recipe = reader.recipe.model_copy(update={"data": at_end.data})
@@ -137,6 +151,6 @@ def test_a_branch_of_nothing_to_do_and_of_fine_tuning_is_refused(reader, tmp_pat
         branch(reader, constant, tmp_path / "other")
     with pytest.raises(ValueError, match="is of a fine-tuning run"):
         branch(reader, longer(reader, data={"train": []}), tmp_path / "other")
-    with pytest.raises(ValueError, match=r"would have been others: seed is 1234 there and 7 here\."):
+    with pytest.raises(ValueError, match=r"have been others: seed is 1234 there and 7 here\."):
         branch(reader, constant.model_copy(update={"seed": 7}), tmp_path / "other")
     assert not (tmp_path / "other").exists()
