@@ -71,8 +71,8 @@ class MaskMoves:
         when = Moment(state.mask_updates, state.optimizer_steps, self.steps)
         act = hold_entries if self.algorithm.holds else move_masks
         changed = act(self.engine, self.algorithm, when)
-        self.report.moved(sum(changed.values()), time.perf_counter() - started)
-        return {} if self.algorithm.holds else changed
+        self.report.moved(changed, time.perf_counter() - started)
+        return {} if self.algorithm.holds else {n: c.moved for n, c in changed.items()}
 
     def as_stored(self, measured: dict[str, float]) -> dict[str, float]:
         """Measured sparsity by weight, in which active entries that are held or that were born in
