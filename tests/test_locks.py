@@ -154,6 +154,22 @@ def test_a_requeued_job_goes_on_at_once_where_its_node_died(lock, leave, monkeyp
     assert (seconds_to_take(lock()) < 0.4) == at_once
 
 
+def test_a_slow_process_does_not_take_the_place_of_a_lock_that_is_long_over(lock, leave, tmp_path,
+                                                                           monkeypatch):
+    """Others came and went between its look at the locks and its own: it looks again."""
+    make, run = locks._make, tmp_path / "run"
+
+    def slowly(path: Path, record: bytes) -> None:
+        if path.name == "lock.1":
+            leave(5)  # of this process, which runs
+        make(path, record)
+
+    monkeypatch.setattr(locks, "_make", slowly)
+    with pytest.raises(Held, match=f"in use by process {os.getpid()}"):
+        lock().take()
+    assert [path.name for path in run.iterdir()] == ["lock.5"]
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", "[" * 5000, '{"pid": []}', "\xff",
                                      '{"host": "a", "unknown": 1}', '{"pid": true}'])
 def test_a_damaged_lock_blocks_no_longer_than_one_without_a_sign_of_life(lock, tmp_path, content):

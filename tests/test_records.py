@@ -179,6 +179,20 @@ def test_a_record_that_is_no_json(line, said):
         foreign_record(line)
 
 
+@pytest.mark.parametrize("depth", [1, MOST_NESTING - 1, MOST_NESTING, MOST_NESTING + 1, 300, 20000])
+def test_what_nests_too_deep_in_a_corpus_is_nothing(depth):
+    """The record itself is the first level; lists at the others hold a number and the next one."""
+    odd = "[7," * (depth - 1) + "[7]" + "]" * (depth - 1)
+    level, kept = foreign_record(f'{{"odd": {odd}, "text": "[" }}'.encode()), 1
+    assert level["text"] == "["
+    level = level["odd"]
+    while isinstance(level, list):
+        assert level[0] == 7
+        kept, level = kept + 1, level[1] if len(level) > 1 else "the end"
+    assert kept == min(depth + 1, MOST_NESTING)
+    assert level == ("the end" if depth < MOST_NESTING else None)
+
+
 def test_a_key_of_a_corpus_given_twice_has_neither_value():
     twice = foreign_record(b'{"text": "a", "text": "b"}')["text"]
     assert isinstance(twice, DuplicateKey) and repr(twice) == "given 2 times: 'a', 'b'"

@@ -1,15 +1,16 @@
 """Convert checkpoints: to and from Hugging Face and Megatron-LM, from DeepSpeed, between sparsities
-and layouts.
+and layouts, and to a run of another length.
 
-python tools/convert_checkpoint.py to-hf runs/mine exported/mine python tools/convert_checkpoint.py
-from-hf models/gpt2 runs/half --recipe r.yaml --sparsity 0.5 --select magnitude python
-tools/convert_checkpoint.py densify runs/mine runs/dense optimizer.lr=1e-4 python
-tools/convert_checkpoint.py reshard runs/mine runs/wider parallel.tensor=4
+    tools/convert_checkpoint.py to-hf runs/mine exported/mine
+    tools/convert_checkpoint.py from-hf models/gpt2 runs/half --recipe r.yaml --sparsity 0.5
+    tools/convert_checkpoint.py densify runs/mine runs/dense optimizer.lr=1e-4
+    tools/convert_checkpoint.py reshard runs/mine runs/wider parallel.tensor=4
+    tools/convert_checkpoint.py branch runs/trunk runs/short train.tokens=1B optimizer.decay=linear
 
 A run is given as its directory, whose best checkpoint is taken, where it keeps one, else the newest
-(`reshard` always takes the newest), or as one checkpoint. What is written as a run directory is
-trained on by pretrain.py with the same recipe and output=OUT. One weight at a time is dense in
-memory, OUT appears complete or not at all, and an OUT that exists is refused.
+(`reshard` and `branch` always take the newest), or as one checkpoint. What is written as a run
+directory is trained on by pretrain.py with the same recipe and output=OUT. One weight at a time is
+dense in memory, OUT appears complete or not at all, and an OUT that exists is refused.
 
 Exit code 0, or 2 for what the user can put right. Needs neither a GPU nor the layout a checkpoint
 was written at.
@@ -19,24 +20,35 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
-from megatron_spdf.command_line import add_overrides, make_parser, refusing, say
+from megatron_spdf.command_line import (
+    add_overrides,
+    make_parser,
+    path_text,
+    positive,
+    refusing,
+    say,
+)
+from megatron_spdf.convert.calibration import SAMPLES, Calibration, CheckedText, check_text
 from megatron_spdf.convert.deepspeed_import import DeepSpeedReader
 from megatron_spdf.convert.huggingface_export import DTYPES, export
 from megatron_spdf.convert.initial_checkpoint import write_initial_checkpoint
 from megatron_spdf.convert.megatron_lm import VERSION, MegatronReader, arguments, save_for_megatron
-from megatron_spdf.convert.reshard import reshard
+from megatron_spdf.convert.reshard import branch, reshard
 from megatron_spdf.convert.source import WeightSource, open_weights
 from megatron_spdf.data.pretraining.corpus import data_tokenizer
 from megatron_spdf.data.tokenizers.base import Tokenizer, render_padding
+from megatron_spdf.evaluation.perplexity import perplexity
 from megatron_spdf.files import require_free
 from megatron_spdf.recipe.load import load_recipe, make_recipe
 from megatron_spdf.recipe.recipe import Recipe
+from megatron_spdf.sparsity.selectors.base import SELECTORS
 
 
 @refusing
@@ -65,15 +77,19 @@ def from_hf(options: argparse.Namespace) -> str:
     """A run whose step 0 has the weights of a Hugging Face model, or of a run of ours, in another
     recipe."""
     recipe = given_recipe(options)
-    return begin(open_weights(options.source, like=recipe.model), recipe, data_tokenizer(recipe),
-                 options)
+    tokenizer = data_tokenizer(recipe)
+    text = text_of(options, recipe, tokenizer)  # before weights are looked at
+    return begin(open_weights(options.source, like=recipe.model), recipe, tokenizer,
+                 options, text)
 
 
 def prune(options: argparse.Namespace) -> str:
     """A run whose step 0 has the weights of another run, sparse as the words say; a fresh
     optimizer."""
     source = read_run(options)
-    return begin(source, own_recipe(source, options), source.tokenizer, options)
+    recipe = own_recipe(source, options)
+    return begin(source, recipe, source.tokenizer, options,
+                 text_of(options, recipe, source.tokenizer))
 
 
 def densify(options: argparse.Namespace) -> str:
@@ -97,6 +113,17 @@ def reshard_run(options: argparse.Namespace) -> str:
             f"{options.output}/recipe.yaml")
 
 
+def branch_run(options: argparse.Namespace) -> str:
+    """The same checkpoint, optimizer and run state included, in a run that goes on with another
+    length, and another fall of the learning rate."""
+    source = CheckpointReader(find_checkpoint(options.source, newest=True), checksums=True)
+    recipe = source.recipe.without_stages().stored_at(1.0)
+    recipe = make_recipe(recipe.model_dump(), words_of(options), source.path / "run.json")
+    checkpoint = branch(source, recipe, options.output)
+    return (f"{checkpoint}: {source.origin}, which goes on to step {recipe.steps:,}\ntrain it: "
+            f"pretrain.py {options.output}/recipe.yaml")
+
+
 def to_megatron(options: argparse.Namespace) -> str:
     """A directory for Megatron-LM's --load."""
     source = read_run(options)
@@ -110,15 +137,17 @@ def to_megatron(options: argparse.Namespace) -> str:
 def from_megatron(options: argparse.Namespace) -> str:
     """A run whose step 0 has the weights of a checkpoint of Megatron-LM."""
     recipe = given_recipe(options)
-    return begin(MegatronReader(options.source, recipe.model), recipe, data_tokenizer(recipe),
-                 options)
+    tokenizer = data_tokenizer(recipe)
+    text = text_of(options, recipe, tokenizer)
+    return begin(MegatronReader(options.source, recipe.model), recipe, tokenizer, options, text)
 
 
 def from_deepspeed(options: argparse.Namespace) -> str:
     """A run whose step 0 has the weights of a checkpoint that DeepSpeed wrote."""
     recipe = given_recipe(options)
-    return begin(DeepSpeedReader(options.source, recipe.model), recipe, data_tokenizer(recipe),
-                 options)
+    tokenizer = data_tokenizer(recipe)
+    text = text_of(options, recipe, tokenizer)
+    return begin(DeepSpeedReader(options.source, recipe.model), recipe, tokenizer, options, text)
 
 
 def read_run(options: argparse.Namespace) -> CheckpointReader:
@@ -141,10 +170,24 @@ def words_of(options: argparse.Namespace) -> list[str]:
             *([] if sparsity is None else [f"sparsity={sparsity}"])]
 
 
+def text_of(options: argparse.Namespace, recipe: Recipe,
+            tokenizer: Tokenizer) -> CheckedText | None:
+    """The text that --calibration and --evaluate name, checked."""
+    asked = Calibration(options.calibration, options.evaluate,
+                        options.calibration_samples or SAMPLES, options.sequence_length)
+    if (options.calibration_samples or options.sequence_length) and not (
+            asked.calibrate or asked.evaluate):
+        raise ValueError("--calibration-samples and --sequence-length are of the text that "
+                         "--calibration or --evaluate names; give one of these, or leave them out")
+    SELECTORS.get(options.select)
+    return check_text(asked, recipe, tokenizer)
+
+
 def begin(source: WeightSource, recipe: Recipe, tokenizer: Tokenizer,
-          options: argparse.Namespace) -> str:
-    plan = write_initial_checkpoint(source, recipe, tokenizer, options.output,
-                                    getattr(options, "select", "random"))
+          options: argparse.Namespace, text: CheckedText | None = None) -> str:
+    begun = write_initial_checkpoint(source, recipe, tokenizer, options.output,
+                                     getattr(options, "select", "random"), text)
+    plan = begun.plan
     sparse = (
         f"{plan.sparsity:.2%} of {plan.numel:,} linear weights zero" if plan.weights else "dense"
     )
@@ -153,16 +196,22 @@ def begin(source: WeightSource, recipe: Recipe, tokenizer: Tokenizer,
         lines.append("the source has no tokenizer; that of the recipe's data is taken, sha256 "
                      f"{tokenizer.sha256}")
     lines += filter(None, [render_padding(tokenizer, recipe.model.vocab_size)])
+    if losses := begun.losses:
+        before, after = (f"{perplexity(loss) or math.inf:.4g}"
+                         for loss in (losses.dense, losses.pruned))
+        lines.append(f"perplexity {before} before, {after} after, on {losses.text}")
     return "\n".join([*lines, f"train it: pretrain.py {options.output}/recipe.yaml"])
 
 
 RUN = "a run directory, or one of its checkpoints"
+SELECTION = ["--select", "--calibration", "--calibration-samples", "--sequence-length",
+             "--evaluate"]
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], str], str, list[str], str]] = {
     "to-hf": (to_hf, RUN, ["--dtype", "--masks"], ""),
     "from-hf": (
         from_hf,
         "directory with config.json and safetensors or pytorch_model.bin, or a run",
-        ["--recipe", "--sparsity", "--select", "words"],
+        ["--recipe", "--sparsity", *SELECTION, "words"],
         """\
 The recipe's model section must have the architecture and the shape of the model: layers, hidden,
 heads, query_groups, ffn_hidden, vocab_size, max_positions. Dropout and initial spread are the
@@ -172,7 +221,7 @@ which may be more than the tokenizer has ids. Its tokenizer files must be those 
 data; where there are none, the data's tokenizer is taken. Vocabulary rows that pad the
 embedding are the mean of the others.""",
     ),
-    "prune": (prune, RUN, ["--sparsity", "--select", "words"], ""),
+    "prune": (prune, RUN, ["--sparsity", *SELECTION, "words"], ""),
     "densify": (densify, RUN, ["words"], ""),
     "reshard": (
         reshard_run,
@@ -181,6 +230,16 @@ embedding are the mean of the others.""",
         """\
 A checkpoint resumes at any layout as it is: no conversion is needed for that. This cuts its files
 anew, so that every rank reads one file, and makes the layout that of the new run's recipe.""",
+    ),
+    "branch": (
+        branch_run,
+        RUN,
+        ["words"],
+        """\
+One trunk serves several lengths: a run with optimizer.decay=constant, or with a decay that has not
+begun, goes on from its newest checkpoint, or from the one given, with other values of train.tokens,
+optimizer.decay, decay_share and min_lr_ratio. decay_share is of all steps, those of the trunk
+included. The branch equals a straight run of its recipe. The trunk is left as it is.""",
     ),
     "to-megatron": (
         to_megatron,
@@ -195,7 +254,7 @@ parallelism. OUT/arguments.txt has Megatron-LM's arguments.""",
     "from-megatron": (
         from_megatron,
         "directory with latest_checkpointed_iteration.txt, or one checkpoint in it",
-        ["--recipe", "--sparsity", "--select", "words"],
+        ["--recipe", "--sparsity", *SELECTION, "words"],
         f"""\
 A distributed checkpoint (--ckpt-format torch_dist) of Megatron-LM {VERSION}, saved at any layout.
 Only its tensors are read, not its pickled arguments, so architecture and shape come from the
@@ -204,7 +263,7 @@ recipe's model section; the number of heads, the activation and the tokenizer ca
     "from-deepspeed": (
         from_deepspeed,
         "directory with a file `latest`, or one checkpoint in it",
-        ["--recipe", "--sparsity", "--select", "words"],
+        ["--recipe", "--sparsity", *SELECTION, "words"],
         """\
 What engine.save_checkpoint of DeepSpeed 0.19 wrote for a model of Megatron-Core with our names,
 ZeRO 0 to 3, at any tensor and data parallelism; sparse weights of ours become dense. No pickled
@@ -219,9 +278,22 @@ OPTIONS = {
                     help="also write masks.safetensors: weight name -> bool, true is active"),
     "--recipe": dict(required=True, metavar="RECIPE.yaml", help="of the run to come"),
     "--sparsity": dict(metavar="S", help="short for the word sparsity=S"),
-    "--select": dict(choices=("random", "magnitude"), default="random",
-                     help="weights that stay: the recipe's random masks (default), or the largest "
-                          "magnitudes in each of the slices a weight is cut into"),
+    "--select": dict(default="random", metavar="NAME",
+                     help=f"weights that stay, one of {', '.join(SELECTORS.names())}; random "
+                          "(default): the recipe's masks; magnitude: the largest in each of the "
+                          "slices a weight is cut into; wanda, sparsegpt: by the inputs of each "
+                          "weight, sparsegpt changes what stays"),
+    "--calibration": dict(type=path_text, metavar="PREFIX",
+                          help="data set whose text wanda and sparsegpt look at; perplexity "
+                               "before and after is printed"),
+    "--calibration-samples": dict(type=positive, metavar="N",
+                                  help="sequences of it, and the most that perplexity is measured "
+                                       f"on (default: {SAMPLES})"),
+    "--sequence-length": dict(type=positive, metavar="T",
+                              help="tokens of these (default: train.sequence_length)"),
+    "--evaluate": dict(type=path_text, metavar="PREFIX",
+                       help="data set of the perplexity (default: the last tenth of the other, "
+                            "which is held out)"),
 }
 
 

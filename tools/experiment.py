@@ -6,11 +6,13 @@
     python tools/experiment.py configs/experiments/comparison.yaml --only budget=flops
     python tools/experiment.py configs/experiments/transfer.yaml --print         one command a line
     python tools/experiment.py configs/experiments/transfer.yaml --report   reports what there is
+    python tools/experiment.py configs/experiments/moving_masks.yaml --report --page PAGE.md
 
 Each run is pretrain.py's, in its own directory: one that is done is skipped, one that was stopped
 goes on, so that the grid may be interrupted at any moment. OUTPUT/results.json, results.md and
-results.png hold what is there so far. Exit code 0; 2 for what the user can put right; 75 if a run
-was stopped on a signal; 3 if a run has no result.
+results.png hold what is there so far. A grid with `tune` is run in rounds, in which every cell is
+tuned, and then with all seeds (megatron_spdf/runs/tuning.py). Exit code 0; 2 for what the user can
+put right; 75 if a run was stopped on a signal; 3 if a run has no result.
 """
 
 from __future__ import annotations
@@ -19,13 +21,15 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
+
+from benchmarks.environment import circumstances
 
 from megatron_spdf import exit_codes
 from megatron_spdf.command_line import add_overrides, make_parser, positive, refusing, say
 from megatron_spdf.files import write_file, write_json
 from megatron_spdf.reports.experiment_plot import plot_results
 from megatron_spdf.runs.experiment import (
-    Cell,
     Experiment,
     cells,
     load_experiment,
@@ -33,27 +37,52 @@ from megatron_spdf.runs.experiment import (
     render,
     results,
 )
-from megatron_spdf.runs.grid import command, ends_grid, run_all
+from megatron_spdf.runs.grid import Trial, command, ends_grid, run_all
+from megatron_spdf.runs.tuning import render_neighbors, tuned_cells
 
 
 @refusing
 def main() -> int:
     options = parse_arguments()
     experiment = chosen(load_experiment(options.experiment), options.only)
+    if experiment.tune:
+        return tune(experiment, options)
     grid = cells(experiment, options.experiment, options.overrides)
     # one seed of all cells after the other, so that an interrupted grid is even
     planned = [(cell.trials[seed], cell.recipes[seed]) for seed in experiment.seeds
                for cell in grid]
-    recipe = options.experiment.parent / experiment.recipe
-    commands = {trial.output: command(options.launch, "pretrain.py", recipe, options.overrides,
-                                      trial)
-                for trial, own in planned if not options.report and loss_of(trial, own) is None}
+    commands = commands_of([trial for trial, own in planned
+                            if not options.report and loss_of(trial, own) is None],
+                           experiment, options)
     if options.print:
         print("\n".join(map(shlex.join, commands.values())))
         return exit_codes.FINISHED
     print(f"{len(planned)} runs, {len(commands)} to do", flush=True)
     return (ends_grid(run_all(commands, options.jobs))
-            or report(options.experiment.name, experiment, grid, ask=options.report))
+            or report(results(grid), experiment, options))
+
+
+def tune(experiment: Experiment, options: argparse.Namespace) -> int:
+    """Runs what the searches of all cells ask for, round after round."""
+    grid, tried = tuned_cells(experiment, options.experiment, options.overrides), set()
+    while not options.report and (left := [trial for cell in grid for trial in cell.left(tried)]):
+        commands = commands_of(left, experiment, options)
+        if options.print:
+            print("\n".join(map(shlex.join, commands.values())))
+            return exit_codes.FINISHED
+        print(f"{len(commands)} runs to do in this round", flush=True)
+        if code := ends_grid(run_all(commands, options.jobs)):
+            return code
+        tried |= commands.keys()
+    return report([cell.result(tried) for cell in grid], experiment, options)
+
+
+def commands_of(trials: list[Trial], experiment: Experiment,
+                options: argparse.Namespace) -> dict[Path, list[str]]:
+    """Run directory -> command line."""
+    recipe = options.experiment.parent / experiment.recipe
+    return {trial.output: command(options.launch, "pretrain.py", recipe, options.overrides, trial)
+            for trial in trials}
 
 
 def chosen(experiment: Experiment, only: list[str]) -> Experiment:
@@ -69,27 +98,50 @@ def chosen(experiment: Experiment, only: list[str]) -> Experiment:
     return experiment.model_copy(update={"axes": axes})
 
 
-def report(name: str, experiment: Experiment, grid: list[Cell], ask: bool) -> int:
-    """Writes and shows the table, and draws it.
+def report(rows: list[dict[str, Any]], experiment: Experiment,
+           options: argparse.Namespace) -> int:
+    """Writes and shows the tables, and draws the first.
 
-    Args:
-        name: of the experiment's file.
-        ask: whether the user asked for what there is, so that missing runs are no error.
+    Missing runs are no error where the user asked for what there is.
     """
-    rows = results(grid)
     output = Path(experiment.output)
     output.mkdir(parents=True, exist_ok=True)
     table = render(experiment, rows)
-    write_json(output / "results.json", {"experiment": name, "cells": rows})
+    if experiment.tune:
+        table += f"\n{render_neighbors(experiment, rows)}"
+    write_json(output / "results.json", {"experiment": options.experiment.name, "cells": rows})
     write_file(output / "results.md", table)
-    plot_results(rows, experiment.plot.x, experiment.plot.lines, experiment.plot.panels,
+    drawn = [{**row, "labels": {axis: row["labels"][axis] for axis in experiment.axes}}
+             for row in rows]
+    plot_results(drawn, experiment.plot.x, experiment.plot.lines, experiment.plot.panels,
                  output / "results.png")
     say(table)
+    if options.page:
+        write_into(options.page, options.experiment.stem, table)
     missing = sum(row["missing"] for row in rows)
     if missing:
         print(f"error: {missing} runs have no loss at their end: not begun, unfinished, or not "
               "finite", file=sys.stderr)
-    return exit_codes.GUARD_STOPPED if missing and not ask else exit_codes.FINISHED
+    return exit_codes.GUARD_STOPPED if missing and not options.report else exit_codes.FINISHED
+
+
+def write_into(page: Path, name: str, table: str) -> None:
+    """Replaces what stands on a page between `<!-- NAME -->` and `<!-- end of NAME -->`.
+
+    Raises:
+        ValueError: the page has no such place.
+    """
+    first, last = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
+    text = page.read_text(encoding="utf-8")
+    before, found, rest = text.partition(first)
+    _, ends, after = rest.partition(last)
+    if not found or not ends:
+        raise ValueError(f"{page} has no lines {first.strip()} and {last.strip()}; write them "
+                         "where the tables are to stand")
+    measured = circumstances()
+    versions = ", ".join(f"{key} {value}" for key, value in measured["versions"].items())
+    about = f"Reported {measured['date'][:10]}; {measured['device']}; {versions}."
+    write_file(page, f"{before}{first}\n{about}\n\n{table}\n{last}{after}")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -106,6 +158,9 @@ def parse_arguments() -> argparse.Namespace:
     mode.add_argument("--print", action="store_true",
                       help="print the commands that are left, and run nothing")
     mode.add_argument("--report", action="store_true", help="run nothing, report what there is")
+    parser.add_argument("--page", type=Path, metavar="FILE",
+                        help="also write the tables into this Markdown page, between <!-- NAME --> "
+                             "and <!-- end of NAME -->, NAME being that of the grid's file")
     return parser.parse_intermixed_args()
 
 

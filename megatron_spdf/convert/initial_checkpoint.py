@@ -11,10 +11,12 @@ Shapes: S slices of a weight, A active entries of each.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -33,6 +35,7 @@ from megatron_spdf.checkpoint.reader import (
 )
 from megatron_spdf.checkpoint.run_metadata import Masks, run_record, seeded_masks, stored_masks
 from megatron_spdf.checkpoint.writer import StoredTensor, cut, write_tensors
+from megatron_spdf.convert.calibration import CheckedText
 from megatron_spdf.convert.source import WeightSource
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
 from megatron_spdf.files import atomic_directory, write_json
@@ -42,58 +45,94 @@ from megatron_spdf.recipe.load import save_recipe
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.schedule.stages import stages_of
 from megatron_spdf.sparsity.plan import Plan
+from megatron_spdf.sparsity.selectors.base import SELECTORS, Inputs, Selector
+from megatron_spdf.sparsity.selectors.magnitude import Magnitude
 from megatron_spdf.sparsity.slices import slice_of
 
+if TYPE_CHECKING:  # it imports Megatron-Core, for which stand-ins may have to be installed
+    from megatron_spdf.convert.layerwise_pruning import LayerwisePruning, Losses
+
 RECIPE, CHECKPOINTS = "recipe.yaml", "checkpoints"  # as in runs/run_dir.py
-Select = Literal["random", "magnitude"]
 _START = {"step": 0, "optimizer_steps": 0, "skipped": 0, "skipped_in_a_row": 0, "evaluated": 0,
           "best_step": 0, "best_loss": None, "worse": 0, "tokens": 0, "mask_updates": 0}
 _MODEL_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
+@dataclass(frozen=True)
+class Begun:
+    """A run directory that was written: sparsity plan of the first stage, and losses before and
+    after pruning where text was given."""
+
+    plan: Plan
+    losses: Losses | None
+
+
 def write_initial_checkpoint(source: WeightSource, recipe: Recipe, tokenizer: Tokenizer,
-                             output: Path, select: Select = "random") -> Plan:
+                             output: Path, select: str = "random",
+                             text: CheckedText | None = None) -> Begun:
     """Writes the run directory, which appears complete or not at all, with one dense weight in
-    memory.
+    memory, or one layer where text is given.
 
     Args:
         source: of the weights.
         recipe: of the run to come; its `output` is replaced.
         tokenizer: of the recipe's data.
         output: directory, which must not exist.
-        select: entries of a sparse weight that stay: "random" for the masks that the plan draws,
-            "magnitude" for the largest of each slice, whose masks live in the run's checkpoints.
-
-    Returns:
-        Sparsity plan of the run's first stage.
+        select: name of the selector of the entries of a sparse weight that stay. Masks that the
+            plan does not draw live in the run's checkpoints.
+        text: that the selector looks at, and that losses are measured on.
 
     Raises:
         ValueError: the source has another shape or tokenizer than the recipe, or is damaged;
-            `output` exists; the pattern has no mask of the largest magnitudes.
+            `output` exists; the selector cannot serve the pattern, or needs text.
     """
     if source.model.vocab_size < tokenizer.vocab_size <= recipe.model.vocab_size:
         raise ValueError(f"{source.path} has {source.model.vocab_size} rows for tokens, and the "
                          f"tokenizer of the recipe's data {tokenizer.vocab_size} ids: it is "
                          "another than the model's. Preprocess the data with the model's tokenizer")
     check_shape(source, recipe)
-    if select == "magnitude" and not recipe.sparsity.masks.selects:
-        raise ValueError(f"select=magnitude: sparsity.pattern={recipe.sparsity.pattern} has no "
-                         "mask of the largest magnitudes; use select=random or "
-                         "sparsity.pattern=unstructured")
     _check_tokenizer(source, tokenizer)
     begun = stages_of(recipe.model_copy(update={"output": str(output)}))[0]
-    recipe, plan = begun.recipe, begun.plan
-    state = _FreshState(source, recipe, plan, select)
-    with atomic_directory(output) as directory:
+    recipe, plan, selector = begun.recipe, begun.plan, SELECTORS.get(select)()
+    check_selector(selector, recipe, plan, text)
+    state = _FreshState(source, recipe, plan, selector)
+    with atomic_directory(output) as directory, _layer_by_layer(state, text) as pruning:
         checkpoint = directory / CHECKPOINTS / store.name_of(0)
         checkpoint.mkdir(parents=True)
         write_tensors(checkpoint, state.tensors())
+        losses = pruning.losses() if pruning else None
         tokenizer.save(checkpoint / "tokenizer")
-        masks = _describe_masks(source, plan, select)
+        masks = _describe_masks(source, plan, selector, text)
         write_json(checkpoint / store.RUN, run_record(
             recipe, plan, tokenizer, masks, source.origin, _START, state.measured))
         finish_run(checkpoint, recipe.without_stages())
-    return plan
+    return Begun(plan, losses)
+
+
+def check_selector(selector: Selector, recipe: Recipe, plan: Plan,
+                   text: CheckedText | None) -> None:
+    """That a selector can select the weights of a plan.
+
+    Raises:
+        ValueError: the pattern has no such masks, no weight is sparse at the beginning, or there is
+            no text to look at.
+    """
+    for weight in plan.weights.values():
+        selector.check(weight)
+    if not selector.calibrated:
+        return
+    if any(weight.algorithm.keeps for weight in plan.weights.values()):
+        raise ValueError(f"select={selector.name}: with sparsity.algorithm="
+                         f"{recipe.sparsity.algorithm} weights keep all entries, and choose the "
+                         "largest at every step; leave out --select, or take another algorithm")
+    if not plan.weights:
+        raise ValueError(f"select={selector.name} has nothing to select: sparsity.level="
+                         f"{recipe.sparsity.level:g} with algorithm={recipe.sparsity.algorithm} "
+                         "begins with dense weights; set a level and algorithm=static, or leave "
+                         "out --select")
+    if text is None or text.calibrate is None:
+        raise ValueError(f"select={selector.name} looks at the inputs of weights; give "
+                         "--calibration PREFIX, a data set of the model's tokenizer")
 
 
 def finish_run(checkpoint: Path, recipe: Recipe) -> None:
@@ -124,10 +163,30 @@ def _check_tokenizer(source: WeightSource, tokenizer: Tokenizer) -> None:
             "tokenizer's files from a copy of the model")
 
 
-def _describe_masks(source: WeightSource, plan: Plan, select: Select) -> Masks:
-    if select == "magnitude" and plan.weights:
-        return stored_masks(f"the largest magnitudes in each slice of {source.origin}")
-    return seeded_masks(plan)
+def _describe_masks(source: WeightSource, plan: Plan, selector: Selector,
+                    text: CheckedText | None) -> Masks:
+    if selector.seeded or not plan.weights:
+        return seeded_masks(plan)
+    seen = text.said if text and selector.calibrated else ""
+    return stored_masks(f"{selector.how} of {source.origin}{seen}")
+
+
+@contextmanager
+def _layer_by_layer(state: _FreshState, text: CheckedText | None
+                    ) -> Iterator[LayerwisePruning | None]:
+    """Selects a state's weights layer by layer while it is entered, where there is text."""
+    if text is None:
+        yield None
+        return
+    from megatron_spdf.parallel import fake_cuda
+
+    fake_cuda.install()  # before anything that imports megatron.core
+    from megatron_spdf.convert.layerwise_pruning import LayerwisePruning, single_process
+
+    with single_process(state.recipe) as device:
+        state.pruning = LayerwisePruning(state.source, state.recipe, state.plan, state.selector,
+                                         state.choose, text, device)
+        yield state.pruning
 
 
 class _FreshState:
@@ -135,10 +194,12 @@ class _FreshState:
 
     Attributes:
         measured: canonical name of a sparse weight -> fraction of zeros, for weights read so far.
+        pruning: selects layer by layer; None: each weight is selected by itself.
     """
 
-    def __init__(self, source: WeightSource, recipe: Recipe, plan: Plan, select: Select):
-        self.source, self.recipe, self.plan, self.select = source, recipe, plan, select
+    def __init__(self, source: WeightSource, recipe: Recipe, plan: Plan, selector: Selector):
+        self.source, self.recipe, self.plan, self.selector = source, recipe, plan, selector
+        self.pruning: LayerwisePruning | None = None
         self.rules = Parametrization(recipe, plan)
         self.dtype = _MODEL_DTYPES[recipe.train.precision]
         self.measured: dict[str, float] = {}
@@ -198,16 +259,38 @@ class _FreshState:
         return self._last[1:]
 
     def _select(self, name: str) -> tuple[Tensor, Tensor]:
-        """Cuts a dense weight to its mask, slice by slice, and measures its sparsity."""
-        planned, dense = self.plan.weights[name], self._master(name)
-        values, bits, active = [], [], 0
-        for number in range(planned.slices):
+        """Cuts a weight to its mask, slice by slice, and measures its sparsity."""
+        planned = self.plan.weights[name]
+        values, masks = (self.pruning.of(name) if self.pruning
+                         else self.choose(name, self.source.master(name), None))
+        dense, stored, active = unfold(values, self.rules.folded(name)), [], 0
+        for number, mask in enumerate(masks):
             entries = slice_of(dense, planned, number).numpy()
-            mask = (planned.largest(entries)
-                    if self.select == "magnitude" or planned.algorithm.keeps
-                    else planned.draw(self.plan.seed, number))
-            values.append(entries if planned.algorithm.keeps else entries[mask])
+            stored.append(entries if planned.algorithm.keeps else entries[mask])
             active += np.count_nonzero(entries[mask])
-            bits.append(np.packbits(mask))
         self.measured[name] = 1.0 - active / planned.numel
-        return torch.from_numpy(np.stack(values)), torch.from_numpy(np.stack(bits))
+        return torch.from_numpy(np.stack(stored)), torch.from_numpy(np.packbits(masks, axis=1))
+
+    def choose(self, name: str, dense: Tensor, inputs: Inputs | None) -> tuple[Tensor, np.ndarray]:
+        """Selects the entries of a weight: by inputs as the standard model has it, and else in the
+        parametrization of the recipe.
+
+        Args:
+            dense: (out, in) float32, of the standard model.
+
+        Returns:
+            Dense values of the standard model, and masks (slices, entries) bool.
+        """
+        planned, seed = self.plan.weights[name], self.plan.seed
+        # weights that keep all entries choose the largest themselves at every step
+        selector = Magnitude() if planned.algorithm.keeps else self.selector
+        if selector.calibrated:
+            values, masks = selector.select(dense, planned, seed, inputs)
+        else:
+            values = dense
+            own = unfold(dense, self.rules.folded(name))
+            masks = selector.select(own, planned, seed, None)[1]
+        active = masks.sum(1)
+        assert (active == planned.active_per_slice).all(), (name, self.selector.name, active)
+        assert planned.fault(masks) is None, (name, self.selector.name)
+        return values, masks

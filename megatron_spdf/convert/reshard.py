@@ -1,4 +1,5 @@
-"""Rewrites a checkpoint with its files cut for another layout."""
+"""Rewrites a checkpoint, optimizer and run state included, as a run directory of its own: with its
+files cut for another layout, or to go on with another length and schedule."""
 
 from __future__ import annotations
 
@@ -17,10 +18,15 @@ from megatron_spdf.checkpoint.reader import (
     stored_name,
 )
 from megatron_spdf.checkpoint.writer import StoredTensor, cut, write_tensors
-from megatron_spdf.convert.initial_checkpoint import CHECKPOINTS, finish_run
-from megatron_spdf.files import atomic_directory, write_json
+from megatron_spdf.convert.initial_checkpoint import CHECKPOINTS, RECIPE, finish_run
+from megatron_spdf.data.pretraining.blend import HISTORY
+from megatron_spdf.files import atomic_directory, write_file, write_json
+from megatron_spdf.recipe.compare import AFTER_THE_PEAK, changes_so_far
 from megatron_spdf.recipe.recipe import Parallel, Recipe
 from megatron_spdf.recipe.rules import rule_violations
+from megatron_spdf.schedule.stages import stages_of
+
+LOG = "log.jsonl"  # as in runs/measured.py
 
 
 def reshard(reader: CheckpointReader, parallel: Parallel, output: Path) -> Path:
@@ -40,6 +46,51 @@ def reshard(reader: CheckpointReader, parallel: Parallel, output: Path) -> Path:
     """
     recipe = reader.recipe.model_copy(update={"parallel": parallel, "output": str(output)})
     check_layout(recipe.without_stages())
+    return _rewrite(reader, recipe, recipe.without_stages(), output)
+
+
+def branch(reader: CheckpointReader, recipe: Recipe, output: Path) -> Path:
+    """Rewrites a checkpoint as a run that goes on from there with another length, and another fall
+    of the learning rate: from a trunk at the peak of the rate to its end (WSD).
+
+    Args:
+        reader: of the checkpoint.
+        recipe: of the new run.
+        output: its directory, which must not exist; the log of the steps so far is copied.
+
+    Returns:
+        The new checkpoint.
+
+    Raises:
+        ValueError: the steps so far would not have been the same, or none are left; `output`
+            exists.
+        DamagedCheckpoint: see `reshard`.
+    """
+    step, data = reader.run["state"]["step"], recipe.data
+    if not (data.train or data.blend):
+        raise ValueError(f"{reader.path} is of a fine-tuning run, whose length is in epochs; "
+                         "fine-tune its start again with another recipe")
+    changes = changes_so_far(reader.recipe, recipe, step)
+    if changes:
+        raise ValueError(f"{reader.path} cannot go on so, as its steps up to {step:,} would have "
+                         f"been others: {'; '.join(changes)}. A branch may change "
+                         f"{', '.join(AFTER_THE_PEAK)} where the learning rate is at its peak, "
+                         "masks have moved alike and there are no stages; take an earlier "
+                         "checkpoint, or a later beginning of the decay")
+    if step >= recipe.steps:
+        raise ValueError(f"{reader.path} is at step {step:,}, and train.tokens="
+                         f"{recipe.train.tokens:,} are {recipe.steps:,} steps; give more tokens")
+    now = next(stage.recipe for stage in stages_of(recipe) if step <= stage.last)
+    return _rewrite(reader, now, recipe, output)
+
+
+def _rewrite(reader: CheckpointReader, recipe: Recipe, whole: Recipe, output: Path) -> Path:
+    """Writes the new run directory, and returns its checkpoint.
+
+    Args:
+        recipe: that the checkpoint records, of a part of the run.
+        whole: of the run.
+    """
     faults = wrong_shapes(reader)
     if faults:
         raise store.DamagedCheckpoint(f"checkpoint {reader.path} is not what its recipe says: "
@@ -52,8 +103,16 @@ def reshard(reader: CheckpointReader, parallel: Parallel, output: Path) -> Path:
                       [t for w in reader.weights.values() for t in _tensors_of(w, reader, recipe)])
         reader.tokenizer.save(checkpoint / "tokenizer")
         write_json(checkpoint / store.RUN, {**reader.run, "recipe": recipe.model_dump()})
-        finish_run(checkpoint, recipe.without_stages())
+        finish_run(checkpoint, whole)
+        _carry(reader.path.parents[1], directory)
     return output / place
+
+
+def _carry(run: Path, directory: Path) -> None:
+    """Copies what a run keeps beside its checkpoints of the steps so far: blends and log."""
+    for name in (HISTORY, LOG):
+        if (run / RECIPE).is_file() and (run / name).is_file():
+            write_file(directory / name, (run / name).read_bytes())
 
 
 def _tensors_of(weight: Weight, reader: CheckpointReader, recipe: Recipe) -> list[StoredTensor]:

@@ -36,6 +36,33 @@ def changes_of_run(before: Recipe | Finetune, now: Recipe | Finetune, longer: bo
     return [said for key, said in _differences(there, here) if key not in same]
 
 
+# What a run may have otherwise from a step at the peak of the learning rate on.
+AFTER_THE_PEAK = ("train.tokens", "optimizer.decay", "optimizer.decay_share",
+                  "optimizer.min_lr_ratio")
+
+
+def changes_so_far(before: Recipe, now: Recipe, step: int) -> list[str]:
+    """One phrase for every value of a pre-training run that its first steps depend on and that is
+    another in a second recipe.
+
+    The length of a run and the fall of its learning rate are no such values while the rate is at
+    its peak, in both, and masks have moved alike.
+    """
+    changed = dict(_differences(before.identity(), now.identity()))
+    later = {key: changed.pop(key) for key in AFTER_THE_PEAK if key in changed}
+    if later and before.stages:
+        changed |= later  # where a stage ends depends on the run's length
+    elif later:
+        ends = {place: recipe.steps - recipe.decay_tokens // recipe.tokens_per_step
+                for place, recipe in (("there", before), ("here", now))}
+        changed |= {place: f"the learning rate falls from step {end:,} on {place}"
+                    for place, end in ends.items() if end < step}
+        if not now.sparsity.update.alike_until(step, before.steps, now.steps):
+            changed["masks"] = (f"up to step {step:,} masks move otherwise in {before.steps:,} "
+                                f"steps than in {now.steps:,}")
+    return list(changed.values())
+
+
 def _goes_on_alike(recipe: Recipe | Finetune) -> bool:
     moves = isinstance(recipe, Recipe) and (
         bool(recipe.stages) or recipe.sparsity.algorithm != "static")

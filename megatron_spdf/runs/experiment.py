@@ -15,6 +15,8 @@
 
 `budget: flops` among the values of a label lengthens a run until it costs as many FLOPs as the
 dense model for the recipe's `train.tokens`.
+
+`tune: {optimizer.lr: 2}` tunes keys of every cell before it is run with all seeds, see `tuning.py`.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 from scipy.stats import t as student
@@ -62,6 +64,9 @@ class Experiment(Section):
     exclude: list[dict[str, str]] = Field(
         [], description="axis -> label; what has them all is left out"
     )
+    tune: dict[str, Annotated[float, Field(gt=1.0)]] = Field(
+        {}, description="key of the recipe -> factor between neighboring values; every cell is "
+                        "tuned with the first seed, from its own value on")
     plot: Plot
 
     @model_validator(mode="before")
@@ -137,10 +142,22 @@ def cells(experiment: Experiment, path: Path, words: list[str]) -> list[Cell]:
     for trial in combinations(experiment.axes, experiment.output):
         if any(left_out.items() <= trial.labels.items() for left_out in experiment.exclude):
             continue
-        seeded = {seed: _seeded(trial, seed, recipe, words) for seed in experiment.seeds}
-        found.append(Cell(trial.labels, seeded, {seed: load_recipe(recipe, [*words, *t.words])
-                                                 for seed, t in seeded.items()}))
+        found.append(make_cell(trial, experiment.seeds, recipe, words))
     return found
+
+
+def make_cell(trial: Trial, seeds: list[int], recipe: Path, words: list[str]) -> Cell:
+    """A combination with its runs.
+
+    Args:
+        recipe: file that every run starts from.
+
+    Raises:
+        ValueError: see `cells`.
+    """
+    seeded = {seed: _seeded(trial, seed, recipe, words) for seed in seeds}
+    return Cell(trial.labels, seeded, {seed: load_recipe(recipe, [*words, *t.words])
+                                       for seed, t in seeded.items()})
 
 
 def _seeded(trial: Trial, seed: int, recipe: Path, words: list[str]) -> Trial:
@@ -186,18 +203,19 @@ def results(grid: list[Cell]) -> list[dict[str, Any]]:
         `interval`, half the width of the 95% confidence interval of the mean (Student's t over
         seeds; None for fewer than two).
     """
-    rows = []
-    for cell in grid:
-        losses = {seed: loss for seed, trial in cell.trials.items()
-                  if (loss := loss_of(trial, cell.recipes[seed])) is not None}
-        stages = stages_of(next(iter(cell.recipes.values())))  # seeds change nothing in them
-        tokens = sum(stage.tokens for stage in stages)
-        center, interval = summary(list(losses.values()))
-        rows.append({"labels": cell.labels, "tokens": tokens,
-                     "flops": mean_flops(stages).total * tokens, "losses": losses,
-                     "missing": len(cell.trials) - len(losses), "mean": center,
-                     "interval": interval})
-    return rows
+    return [result(cell) for cell in grid]
+
+
+def result(cell: Cell) -> dict[str, Any]:
+    """Results of a cell, see `results`."""
+    losses = {seed: loss for seed, trial in cell.trials.items()
+              if (loss := loss_of(trial, cell.recipes[seed])) is not None}
+    stages = stages_of(next(iter(cell.recipes.values())))  # seeds change nothing in them
+    tokens = sum(stage.tokens for stage in stages)
+    center, interval = summary(list(losses.values()))
+    return {"labels": cell.labels, "tokens": tokens, "flops": mean_flops(stages).total * tokens,
+            "losses": losses, "missing": len(cell.trials) - len(losses), "mean": center,
+            "interval": interval}
 
 
 def summary(losses: list[float]) -> tuple[float | None, float | None]:
@@ -214,7 +232,7 @@ def summary(losses: list[float]) -> tuple[float | None, float | None]:
 def render(experiment: Experiment, rows: list[dict[str, Any]]) -> str:
     """Markdown table of the rows."""
     columns = [*(Column(axis, lambda row, axis=axis: row["labels"][axis])
-                 for axis in experiment.axes),
+                 for axis in [*experiment.axes, *experiment.tune]),
                Column("tokens", form=","), Column("FLOPs", "flops", ".4g"),
                Column("validation loss", _render_loss, align="right"),
                Column("seeds", _render_seeds, align="right")]

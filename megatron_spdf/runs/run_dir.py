@@ -96,7 +96,9 @@ class RunDir:
             raise ValueError(f"output={self.root} holds another recipe's run: "
                              f"{'; '.join(changes)}. Choose another output, or set these back to "
                              "go on with that run (it can be lengthened where it has one stage, "
-                             "masks that stay and optimizer.decay=constant)")
+                             "masks that stay and optimizer.decay=constant; "
+                             "tools/convert_checkpoint.py branch makes a run of another length "
+                             "or decay)")
 
     def _changes(self, before: Recipe | Finetune) -> list[str]:
         """How this start differs from the last, inputs by their content where that is known."""

@@ -2,6 +2,7 @@
 distributed/test_conversion.py."""
 
 import json
+import re
 import resource
 import shutil
 import signal
@@ -19,6 +20,7 @@ from megatron_spdf.checkpoint import store
 from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
 from megatron_spdf.convert import huggingface_export
 from megatron_spdf.convert.huggingface_export import MASKS, WEIGHTS, export
+from megatron_spdf.convert.source import open_weights
 from megatron_spdf.data.tokenizers.tokenizer import load_tokenizer, train_tokenizer
 from megatron_spdf.recipe.load import load_recipe
 
@@ -97,6 +99,36 @@ def test_a_model_becomes_a_run_that_trains_and_a_model_again(convert, start, gpt
                                                                       before[name][mask])
 
 
+def test_a_model_is_pruned_by_what_its_layers_read(workplace, convert, gpt2):
+    tool = start_tool("from-hf", gpt2, "selected", "--recipe", "recipe.yaml", "--sparsity", "0.5",
+                      "--select", "sparsegpt", "--calibration", "data/train",
+                      "--calibration-samples", "16", "--sequence-length", "24", "--evaluate",
+                      "data/valid", "train.precision=bf16", cwd=workplace)
+    out, err = tool.communicate(timeout=300)
+    assert (tool.returncode, err) == (0, "") and "50.00% of 98,304 linear weights zero" in out
+    assert re.search(r"perplexity [0-9.]+ before, [0-9.]+ after, on 16 sequences of 24 tokens of "
+                     "data/valid\n", out), out
+    reader = CheckpointReader(find_checkpoint(workplace / "selected"), checksums=True)
+    name = "decoder.layers.0.mlp.linear_fc1.weight"
+    kept, before = reader.master(name), open_weights(gpt2).weight(name)
+    assert int((kept != 0).sum()) * 2 == kept.numel()
+    assert not torch.equal(kept[kept != 0], before[kept != 0])  # they have made up for the others
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["--select", "wand"], "there is no selector 'wand'; known: wanda, "),
+    (["--select", "wanda"], "select=wanda looks at the inputs of weights; give --calibration"),
+    (["--select", "wanda", "--calibration", "data/no"], "data set data/no has no file data/no.bin"),
+    (["--select", "wanda", "--calibration", "data/train", "--calibration-samples", "99999"],
+     "--calibration-samples=99,999 are more than the "),
+    (["--sequence-length", "8"], "are of the text that --calibration or --evaluate names"),
+])
+def test_a_selection_that_cannot_be_is_refused(convert, gpt2, tmp_path, words, said):
+    code, _, err = convert("from-hf", gpt2, tmp_path / "run", "--recipe", "recipe.yaml",
+                           "sparsity=0.5", *words)
+    assert code == 2 and said in err and not (tmp_path / "run").exists()
+
+
 def test_the_model_card_and_the_tokenizer(sparse, workplace, tmp_path):
     from transformers import AutoTokenizer, GenerationConfig
 
@@ -162,7 +194,9 @@ def test_runs_become_denser_sparser_and_are_laid_out_anew(convert, sparse, tmp_p
                               (["prune", "--sparsity", "0.9"], "sparser", 0.9),
                               (["prune", "sparsity.level=0.9", "--select", "magnitude"], "largest",
                                0.9),
-                              (["reshard", "parallel.tensor=4"], "wide", 0.75)):
+                              (["reshard", "parallel.tensor=4"], "wide", 0.75),
+                              (["branch", "train.tokens=1M", "optimizer.decay_share=0.5"], "long",
+                               0.75)):
         code, said, err = convert(words[0], sparse, tmp_path / out, *words[1:])
         assert code == 0 and f"train it: pretrain.py {tmp_path / out}/recipe.yaml" in said, err
         reader = CheckpointReader(find_checkpoint(tmp_path / out), checksums=True)
@@ -172,6 +206,8 @@ def test_runs_become_denser_sparser_and_are_laid_out_anew(convert, sparse, tmp_p
         assert load_recipe(tmp_path / out / "recipe.yaml").output == str(tmp_path / out)
     assert CheckpointReader(find_checkpoint(tmp_path / "dense")).plan.weights == {}
     assert CheckpointReader(find_checkpoint(tmp_path / "wide")).recipe.parallel.tensor == 4
+    long = CheckpointReader(find_checkpoint(tmp_path / "long")).recipe
+    assert (long.train.tokens, long.optimizer.decay_share) == (10**6, 0.5)
 
 
 def test_megatron_and_back(convert, sparse, tmp_path):
@@ -215,6 +251,10 @@ def test_refusals(convert, gpt2, sparse, workplace, tmp_path):
         (["reshard", sparse, out, "sparsity=0"], "sparsity=0: only parallel.* can change here"),
         (["reshard", sparse, out, "parallel.tensor=two"],
          "parallel.tensor='two': input should be a valid integer"),
+        (["branch", sparse, out, "optimizer.lr=1"], "optimizer.lr is 0.001 there and 1.0 here"),
+        (["branch", sparse, out, "sparsity.level=0.5"], "sparsity.level is 0.75 there and 0.5"),
+        (["branch", sparse, out, "train.tokens=1", "optimizer.decay_share=0.5"],
+         "optimizer.warmup_tokens="),
     ):
         code, said, err = convert(*words)
         assert (code, said) == (2,

@@ -20,7 +20,8 @@ import pytest
 from text_shards import ROOT, content, records, write_shard
 
 from megatron_spdf.data.indexed.manifest import InputFile, PreprocessSettings
-from megatron_spdf.data.preprocess.incremental import FinishedInput, Journal, Work
+from megatron_spdf.data.preprocess import incremental
+from megatron_spdf.data.preprocess.incremental import AppendFile, FinishedInput, Journal, Work
 from megatron_spdf.data.preprocess.preprocess import preprocess
 from megatron_spdf.data.preprocess.staging import Partial
 from megatron_spdf.data.tokenizers.tokenizer import load_tokenizer
@@ -261,6 +262,34 @@ def test_tokens_that_a_crash_of_the_machine_lost_are_missed(tmp_path, stopped, t
     with pytest.raises(ValueError,
                        match="part.bin holds 1000 bytes and its ledger says .* the disk lost"):
         preprocess(stopped, tmp_path / "t", load_tokenizer(tiny_bpe), on_error="skip")
+
+
+@pytest.mark.parametrize("settings", [{}, {"split": (9, 1), "deduplicate": True}])
+def test_all_of_an_input_is_on_disk_before_the_ledger_says_so(tmp_path, tiny_bpe, monkeypatch,
+                                                              settings):
+    """Files that were written to since their last sync are none when the ledger is."""
+    synced, sync, append = {}, AppendFile.sync, AppendFile.append
+
+    def note(file: AppendFile) -> None:
+        synced[file.path.name] = file.path.stat().st_size
+        sync(file)
+
+    def grow(file: AppendFile, content: bytes) -> None:
+        if file.path.name == "ledger.jsonl":
+            files = [f for f in file.path.parent.rglob("*") if f.suffix in (".bin", ".lengths")
+                     or f.name == "digests"]
+            assert len(files) >= 2 and {f.name: f.stat().st_size for f in files} == {
+                f.name: synced.get(f.name) for f in files}
+            ledgers.append(content.count(b"\n"))
+        append(file, content)
+
+    ledgers: list[int] = []
+    monkeypatch.setattr(AppendFile, "sync", note)
+    monkeypatch.setattr(AppendFile, "append", grow)
+    monkeypatch.setattr(incremental, "_SYNC_BYTES", 1)
+    shards = [write_shard(tmp_path / f"{n}.jsonl", records(30, seed=n)) for n in range(3)]
+    preprocess(shards, tmp_path / "t", load_tokenizer(tiny_bpe), **settings)
+    assert ledgers == [1, 1, 1] and "ledger.jsonl" in synced
 
 
 @pytest.mark.parametrize("settings", [{}, {"split": (9, 1)}])

@@ -114,6 +114,9 @@ def test_shards_of_the_same_name_are_refused(tmp_path, tokenizer):
         write_shard(tmp_path / directory / "00.jsonl", records(5))
     with pytest.raises(ValueError, match="2 are called '00'.*Rename them"):
         preprocess([str(tmp_path / "*/00.jsonl")], tmp_path / "t", tokenizer, per_shard=True)
+    # in one data set they are two inputs
+    made = preprocess([str(tmp_path / "*/00.jsonl")], tmp_path / "t", tokenizer)
+    assert made.documents == 10 and len(made.sources) == 2
 
 
 def test_a_record_without_a_set_is_a_bad_record(tmp_path, tokenizer):

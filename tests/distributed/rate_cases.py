@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from pathlib import Path
+
 import torch
-from cases import bench
+from cases import Bench, bench
 from plain_gpt2 import adamw, micro_loss, plain_gpt2
 
 from megatron_spdf.checkpoint.checkpointer import RunState
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+import convert_checkpoint  # noqa: E402
 
 
 def in_parts(recipe: dict, stops: list[int]) -> dict[str, list]:
@@ -17,14 +24,33 @@ def in_parts(recipe: dict, stops: list[int]) -> dict[str, list]:
         with bench(recipe) as b:
             state, _ = b.checkpointer.restore(b.engine)
             assert state.step == len(curve)
-            for step in range(state.step, stop):
-                curve += b.steps(step, step + 1)
-                rates.append(sorted((group["weight_decay"], group["lr"])
-                                    for group in b.engine.torch_optimizer.param_groups))
+            done = _steps(b, state.step, stop)
+            curve, rates = curve + done["curve"], rates + done["rates"]
             b.checkpointer.save(b.engine, RunState(stop, b.engine.optimizer_steps),
                                 b.engine.measured_sparsity())
             assert b.checkpointer.wait().error is None
     return {"curve": curve, "rates": rates}
+
+
+def _steps(b: Bench, first: int, last: int) -> dict[str, list]:
+    curve, rates = [], []
+    for step in range(first, last):
+        curve += b.steps(step, step + 1)
+        rates.append(sorted((group["weight_decay"], group["lr"])
+                            for group in b.engine.torch_optimizer.param_groups))
+    return {"curve": curve, "rates": rates}
+
+
+def branched(trunk: dict, words: list[str], recipe: dict, at: int) -> dict[str, list]:
+    """A trunk up to a step, and from there to its end a branch, which these words make."""
+    first = in_parts(trunk, [at])
+    if os.environ["RANK"] == "0":
+        assert convert_checkpoint.main(["branch", trunk["output"], recipe["output"], *words]) == 0
+    with bench(recipe) as b:
+        state, _ = b.checkpointer.restore(b.engine)
+        assert state.step == at
+        rest = _steps(b, at, b.recipe.steps)
+    return {key: first[key] + rest[key] for key in first}
 
 
 def plain(recipe: dict, peaks: dict[str, float],

@@ -5,7 +5,7 @@ import math
 
 import pytest
 from curves import close
-from rate_cases import in_parts, plain, spreads
+from rate_cases import branched, in_parts, plain, spreads
 
 pytestmark = pytest.mark.slow
 
@@ -59,6 +59,21 @@ def test_resumed_in_every_part_equals_straight(run, name):
     straight, resumed = run(name, [STEPS]), run(name, IN_EVERY_PART)
     assert resumed["rates"] == straight["rates"]
     assert resumed["curve"] == straight["curve"]
+
+
+@pytest.mark.parametrize("name, at", [("zero 1", 1), ("one", 4), ("deepspeed 1", 4), ("pp2", 5),
+                                      ("deepspeed 3", 5)])
+def test_a_branch_of_a_longer_trunk_equals_a_straight_run(run, ranks, make_recipe, tmp_path, name,
+                                                          at):
+    straight = run(name, [STEPS])
+    trunk = make_recipe(str(tmp_path / "trunk"), **SECTIONS | LAYOUTS[name] | {
+        "train": {"tokens": 40 * PER_STEP},
+        "optimizer": {**OPTIMIZER, "decay": "constant", "decay_share": 1.0}})
+    words = [f"train.tokens={STEPS * PER_STEP}", "optimizer.decay=minus_sqrt",
+             f"optimizer.decay_share={4 / 9}"]
+    branch = make_recipe(str(tmp_path / "branch"), **SECTIONS | LAYOUTS[name])
+    world = 1 if name == "one" else 2
+    assert ranks(world).run(branched, trunk, words, branch, at) == straight
 
 
 def test_mup_at_the_base_computes_what_standard_does_in_every_digit(ranks, make_recipe):

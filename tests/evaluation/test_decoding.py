@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from megatron_spdf.evaluation import decoding
 from megatron_spdf.evaluation.decoding import DecodingSettings, decode, likelihood
 
 WORDS = "name eatType food area near price the a pub cheap riverside".split()
@@ -198,3 +199,79 @@ def test_perplexity_within_the_window(model):
     assert whole == likelihood(model, TOKENIZER, [("", longest)]) and whole.tokens == 64
     with pytest.raises(ValueError, match="has 65 tokens and does not fit the window of 64"):
         likelihood(model, TOKENIZER, [("x", longest + "y")])
+
+
+@pytest.mark.parametrize("batch_tokens", [40, 100, 8192])
+def test_pairs_are_read_longest_first_in_batches_as_large_as_may_be(model, monkeypatch,
+                                                                    batch_tokens):
+    """Of `batch_tokens` with padding, or of one pair; the last token is a label only."""
+    read, forward = [], type(model.base_model).forward
+    monkeypatch.setattr(type(model.base_model), "forward", lambda self, ids: read.append(
+        tuple(ids.shape)) or forward(self, ids))
+    pairs = [("x" * n, "y" * (n % 7)) for n in range(1, 50, 3)]
+    likelihood(model, TOKENIZER, pairs, batch_tokens=batch_tokens)
+    lengths = sorted((n + n % 7 + 3 for n in range(1, 50, 3)), reverse=True)
+    wanted = []
+    while lengths:
+        count = max(1, batch_tokens // lengths[0])
+        wanted.append((len(lengths[:count]), lengths[0] - 1))
+        lengths = lengths[count:]
+    assert read == wanted
+
+
+def test_prompts_are_decoded_longest_first_and_their_tokens_counted(model, monkeypatch):
+    """Of every completion, its end included."""
+    asked = []
+
+    def complete(model, tokenizer, prompts, settings):
+        asked.append([len(prompt) for prompt in prompts])
+        return [[1] * len(prompt) for prompt in prompts]
+
+    monkeypatch.setattr(decoding, "_complete", complete)
+    contexts = ["x" * n for n in (3, 5, 2, 5, 9, 1, 4)]
+    settings = DecodingSettings(batch_size=2)
+    with monkeypatch.context() as patched:
+        patched.setattr(decoding, "window_of", lambda model: 70)
+        found = decode(model, TOKENIZER, contexts, settings)
+    # room for 70 - 64 - 1 = 5 tokens of context, and the end of document
+    assert asked == [[6, 6], [6, 5], [4, 3], [2]]
+    assert found.tokens == sum(map(sum, asked)) + 7 and found.truncated == 1
+    assert sorted(found.texts) == list(range(7)) and found.seconds >= 0.0
+
+
+def test_what_transformers_is_asked_for(model, monkeypatch):
+    """Left padding that attention does not see, ends, no row without a token, and the penalty of a
+    beam."""
+    asked = []
+
+    class Fewer(Characters):
+        vocab_size = 95
+
+    def generate(ids, attention_mask, generation_config, logits_processor):
+        asked.append((ids, attention_mask, generation_config, logits_processor))
+        return torch.cat([ids, torch.tensor([[7, 0, 9], [8, 8, 0]])], 1)
+
+    monkeypatch.setattr(model, "generate", generate)
+    for settings in (DecodingSettings(beams=3, max_new_tokens=5), DecodingSettings(
+            beams=1, no_repeat_ngram=0)):
+        found = decoding._complete(model, Fewer(), [[5, 6, 0], [7, 0]], settings)
+        assert found == [[7], [8, 8]]
+    (ids, mask, beam, processors), (_, _, greedy, none) = asked
+    assert ids.tolist() == [[5, 6, 0], [0, 7, 0]] and mask.tolist() == [[1, 1, 1], [0, 1, 1]]
+    assert (beam.num_beams, beam.length_penalty, beam.max_new_tokens, beam.do_sample) == (
+        3, 0.8, 5, False)
+    assert (beam.eos_token_id, beam.pad_token_id, beam.bos_token_id) == ([0], 0, 0)
+    assert beam.suppress_tokens == [95, 96]
+    assert (greedy.num_beams, greedy.max_new_tokens) == (1, 64) and not none
+    (processor,) = processors
+    assert (processor.ngram_size, processor._prompt_length) == (4, 3)
+
+
+@pytest.mark.parametrize(("new", "fits"), [(62, True), (63, False)])
+def test_a_prompt_needs_room_for_one_token(new, fits):
+    settings = DecodingSettings(max_new_tokens=new)
+    if fits:
+        assert decoding.room_for_prompts(64, settings) == 1
+    else:
+        with pytest.raises(ValueError, match="give at most 62"):
+            decoding.room_for_prompts(64, settings)

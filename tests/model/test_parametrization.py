@@ -144,7 +144,8 @@ def test_spreads_of_layers_and_of_embeddings():
 
 
 def test_standard_changes_nothing():
-    found, weights = rules(parametrization="standard")
+    found, weights = rules(parametrization="standard", mup_base={
+        "hidden": 128, "density": 0.5, "input_multiplier": 3.0, "output_multiplier": 2.0})
     assert all(found.learning_rate(w) == 1.0 and found.initial(w) == w for w in weights.values())
     assert (found.embedding_output, found.head_input, found.attention_scale) == (1.0, 1.0, 1 / 8)
     assert all(found.folded(name) == 1.0 for name in weights)

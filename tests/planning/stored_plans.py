@@ -75,6 +75,16 @@ RECIPES: dict[str, tuple[dict[str, Any], bool]] = {
     "deepspeed zero 3, recomputed, moved": ({
         "engine": "deepspeed", "sparsity": RIGL, "train": {"recompute": "full"},
         "parallel": {"tensor": 2, "sequence": True, "data": 8, "zero_stage": 3}}, False),
+    "tiles, several micro-batches": ({
+        "sparsity": {"level": 0.75, "pattern": "tile", "tile": 16},
+        "model": {"hidden": 192, "ffn_hidden": 768}}, False),
+    "tiles, recomputed, few tokens": ({
+        "sparsity": {"level": 0.75, "pattern": "tile", "tile": 16},
+        "model": {"hidden": 192, "ffn_hidden": 768},
+        "train": {"recompute": "full", "sequence_length": 2, "micro_batch": 1}}, False),
+    "unstructured, recomputed, few tokens": ({
+        "sparsity": 0.75,
+        "train": {"recompute": "full", "sequence_length": 2, "micro_batch": 1}}, False),
     "2:4, tp2": ({"sparsity": {"level": 0.5, "pattern": "2:4"},
                   "model": {"hidden": 192, "ffn_hidden": 768}, "parallel": {"tensor": 2}}, False),
     "deepspeed zero 2, offloaded": ({

@@ -84,3 +84,31 @@ def test_directories_that_are_no_runs(write, file, content, said):
         (directory / file).write_text(content)
     with pytest.raises(ValueError, match=said):
         read_run(directory)
+
+
+def test_the_median_is_of_all_but_the_first_fifth(write):
+    for seconds, median in (([9.0, 1.0, 2.0, 3.0], 2.5), ([9.0, 1.0, 2.0, 3.0, 8.0], 2.5),
+                            ([9.0] * 2 + [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0], 4.5),
+                            ([9.0], 9.0)):
+        _, directory = write(seconds)
+        assert measured_step(read_run(directory)) == median
+
+
+@pytest.mark.parametrize(("efficiency", "fits"), [(0.0101, True), (0.0099, False), (0.999, True),
+                                                  (1.01, False)])
+def test_efficiencies_from_a_hundredth_to_all(write, efficiency, fits):
+    r, _ = write([1.0])
+    _, directory = write([step_time(r, Plan.of(r), GPU, efficiency).total])
+    if fits:
+        assert calibrate(read_run(directory), GPU) == pytest.approx(efficiency, rel=1e-6)
+    else:
+        with pytest.raises(ValueError, match="under 1% of H100" if efficiency < 1 else "less than"):
+            calibrate(read_run(directory), GPU)
+
+
+def test_a_log_without_times_of_steps_does_not_calibrate(write):
+    _, directory = write([1.0])
+    log = directory / "log.jsonl"
+    log.write_text(log.read_text().replace('"step_seconds"', '"seconds"'))
+    with pytest.raises(ValueError, match="has no step_seconds"):
+        calibrate(read_run(directory), GPU)

@@ -203,3 +203,76 @@ def test_a_closed_standard_output_ends_nothing(run, monkeypatch):
         monkeypatch.undo()
         full.buffer.raw.close()
     log.close()
+
+
+def test_nested_numbers_are_scalars_and_what_is_no_number_is_none(run):
+    log = RunLog(run, 0, 10, tensorboard=True, active=True)
+    log.record("train", 3, part={"of": {"it": 2, "text": "a"}, "nan": float("nan")}, loss=None,
+               count=7)
+    log.close()
+    board = EventAccumulator(str(run.tensorboard))
+    board.Reload()
+    assert sorted(board.Tags()["scalars"]) == ["train/count", "train/part/of/it"]
+    assert scalars(run, "train/part/of/it") == [(3, 2.0)]
+
+
+def test_tensorboard_is_tried_again_after_a_minute_only(run, monkeypatch):
+    clock, made = [1000.0], []
+    monkeypatch.setattr(run_log.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(run_log, "SummaryWriter", lambda *_, **options: made.append(
+        (clock[0], options["purge_step"])) or fail())
+    log = RunLog(run, 4, 10, tensorboard=True, active=True)
+    for step, now in ((5, 1059.0), (6, 1061.0), (7, 1062.0), (8, 1122.0)):
+        clock[0] = now
+        log.record("train", step, loss=1.0)
+    log.close()
+    # after the step where the run goes on, then after each that was lost
+    assert made == [(1000.0, 5), (1061.0, 5), (1122.0, 7)]
+
+
+def test_of_lines_that_wait_the_newest_ten_thousand_stay(run, disk, monkeypatch):
+    assert run_log.MOST_WAITING == 10_000
+    monkeypatch.setattr(run_log, "MOST_WAITING", 3)
+    log = RunLog(run, 0, 10, tensorboard=False, active=True)
+    disk.full = True
+    for step in range(1, 6):
+        log.record("train", step, loss=1.0)
+    disk.full = False
+    log.record("train", 6, loss=1.0)
+    log.close()
+    assert [r["step"] for r in records(run)] == [4, 5, 6]
+
+
+def test_the_bar_goes_on_where_the_run_does(run, monkeypatch):
+    made = []
+
+    class Bar:
+        def __init__(self, **options):
+            made.append(options)
+
+        def set_postfix(self, **shown):
+            made.append(shown)
+
+        def update(self):
+            made.append("on")
+
+        def close(self):
+            made.append("closed")
+
+    monkeypatch.setattr(run_log, "tqdm", Bar)
+    log = RunLog(run, 4, 10, tensorboard=False, active=True)
+    log.advance(2.34567)
+    log.close()
+    options, shown, on, closed = made
+    assert (options["initial"], options["total"], options["unit"]) == (4, 10, "step")
+    assert options["disable"] is True  # no terminal
+    assert (shown, on, closed) == ({"loss": "2.346", "refresh": False}, "on", "closed")
+
+
+def test_a_resumed_log_keeps_evaluations_up_to_its_step_where_none_is_said(run):
+    log = RunLog(run, 0, 10, tensorboard=False, active=True)
+    for step in (3, 4):
+        log.record("valid", step, loss=2.0)
+    log.close()
+    RunLog(run, 3, 10, tensorboard=False, active=True).close()
+    assert [r["step"] for r in records(run)] == [3]

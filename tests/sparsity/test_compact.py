@@ -23,9 +23,12 @@ from megatron_spdf.layers.compact import (
     sparse_modules,
 )
 from megatron_spdf.sparsity.algorithms.gmp import Gmp
+from megatron_spdf.sparsity.patterns.tiles import Tiles
 from megatron_spdf.sparsity.patterns.unstructured import draw_mask
 from megatron_spdf.sparsity.plan import SparseWeight
 
+TILED = [SparseWeight("w.tiled", (48, 64), 0, 2, 0.75, Tiles(tile=8)),
+         SparseWeight("w.held", (24, 10), 0, 4, 0.5, algorithm=Gmp())]
 SEED = 5
 WEIGHTS = [SparseWeight("w.qkv", (24, 6), 0, 4, 0.75), SparseWeight("w.proj", (6, 20), 1, 4, 0.7),
            SparseWeight("w.odd", (12, 7), 0, 4, 0.5), SparseWeight("w.one", (5, 3), 1, 1, 0.6)]
@@ -116,6 +119,18 @@ def test_gradcheck(weight, world):
     compact = compacts(weight, world)[-1]
     values = torch.randn(compact.values_shape, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda v: _Expand.apply(v, compact), (values,))
+
+
+@pytest.mark.parametrize(("weight", "world"), [
+    *CASES, *((weight, world) for weight in TILED for world in (1, 2))],
+    ids=lambda v: getattr(v, "name", v))
+def test_on_the_meta_device_masks_have_the_shapes_of_others(weight, world):
+    there, here = (CompactWeight(weight, SEED, world - 1, world, device)
+                   for device in ("meta", "cpu"))
+    assert {name: (b.shape, b.dtype) for name, b in there.state_dict().items()} == {
+        name: (b.shape, b.dtype) for name, b in here.state_dict().items()}
+    assert there.shape == here.shape and there.values_shape == here.values_shape
+    assert there(torch.empty(there.values_shape, device="meta")).shape == there.shape
 
 
 WEIGHT = SparseWeight("layer.weight", (8, 12), 0, 2, 0.75)

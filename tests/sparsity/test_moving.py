@@ -3,6 +3,9 @@ place, born weights are zero, and the random stream is the stored one."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import ClassVar
+
 import numpy as np
 import pytest
 import torch
@@ -10,9 +13,10 @@ import torch
 from megatron_spdf.kernels.mask import pack, unpack
 from megatron_spdf.random_streams import random_words
 from megatron_spdf.sparsity.algorithms.base import Moment, Move, MovingMasks
+from megatron_spdf.sparsity.algorithms.gmp import Gmp
 from megatron_spdf.sparsity.algorithms.static import Static
 from megatron_spdf.sparsity.mask_slice import MaskSlice
-from megatron_spdf.sparsity.moving import born, carry, moved_masks
+from megatron_spdf.sparsity.moving import born, carry, kept_entries, moved_masks
 from megatron_spdf.sparsity.plan import SparseWeight
 from megatron_spdf.sparsity.slices import slice_of
 
@@ -83,6 +87,81 @@ def test_a_move_keeps_k_and_every_kept_value_at_its_place(weight):
     assert born(bits, moved) == count * weight.slices
     there = dense(weight, moved, carry(values, bits, moved, 60))
     assert torch.equal(there, dense(weight, bits, values) * after)
+
+
+class Seen(MovingMasks):
+    """Notes the slices that it is shown. The smallest die; none are born where it holds them."""
+
+    name = "seen"
+    parts: ClassVar[list[MaskSlice]] = []
+
+    def select(self, part: MaskSlice, when: Moment) -> Move:
+        assert when is WHEN
+        self.parts.append(replace(part, mask=part.mask.clone()))
+        born = part.inactive[:0] if self.holds else part.inactive[:2]
+        return Move(part.lowest(part.values.abs(), part.active, 2), born)
+
+
+class SeenHeld(Seen):
+    needs = "values"
+    holds = True
+
+
+class SeenMoving(Seen):
+    needs = "dense_gradient"
+
+
+@pytest.mark.parametrize("kind", [SeenHeld, SeenMoving])
+def test_an_algorithm_sees_each_slice_with_its_number_seed_and_values(weight, kind):
+    bits, k = packed(weight), weight.active_per_slice
+    draw = torch.Generator().manual_seed(0)
+    values = torch.randn(weight.slices, k, generator=draw)
+    gradient = torch.randn(*weight.shape, generator=draw)
+    kept = torch.rand(weight.slices, k, generator=draw) < 0.7
+    kind.parts.clear()
+    if kind.holds:
+        left = kept_entries(kind(), WHEN, weight, 3, 8, bits, kept, values)
+    else:
+        left = moved_masks(kind(), WHEN, weight, 3, 8, bits, values, gradient)
+    masks = unpack(bits, 60)
+    for number, part in enumerate(kind.parts):
+        alive = masks[number].clone()
+        if kind.holds:
+            alive[masks[number]] = kept[number]
+            wanted = values[number][kept[number]]
+            assert part.gradient is None and part.active_at(0.5) == weight.active_at(0.5)
+        else:
+            wanted = values[number]
+            assert torch.equal(part.gradient, slice_of(gradient, weight, number))
+        assert (part.name, part.number, part.seed, part.update) == (NAME, 8 + number, 3, 1)
+        assert torch.equal(part.mask, alive)
+        assert torch.equal(part.values.abs(), wanted.abs())
+        died = alive.nonzero().view(-1)[wanted.abs().argsort(stable=True)[:2]]
+        alive[died] = False
+        if kind.holds:
+            assert torch.equal(left[number], alive[masks[number]])
+        else:
+            alive[(~masks[number]).nonzero().view(-1)[:2]] = True
+            assert torch.equal(unpack(left, 60)[number], alive)
+    assert len(kind.parts) == weight.slices
+
+
+def test_gradual_pruning_keeps_the_largest_of_a_dense_weight(weight):
+    """Held to NumPy's sort of what has not died before, through several prunings."""
+    planned = replace(weight, reached=0.0, algorithm=Gmp())  # stored dense
+    values = torch.randn(weight.slices, 60, generator=torch.Generator().manual_seed(0))
+    bits, kept = torch.full((weight.slices, 8), 255, dtype=torch.uint8), None
+    alive = np.ones((weight.slices, 60), bool)
+    for step in (30, 40, 55, 75):
+        when = Moment(1, step, 100)
+        kept = kept_entries(Gmp(every=5), when, planned, 3, 0, bits, kept, values)
+        share = 1.0 - (1.0 - (step - 25) / 50) ** 3
+        for mask, row in zip(alive, values.abs().numpy(), strict=True):
+            left = round((1.0 - 0.75 * share) * 60)
+            mask[np.argsort(np.where(mask, -row, np.inf), kind="stable")[left:]] = False
+        assert np.array_equal(kept.numpy(), alive)
+        values = values * kept
+    assert (alive.sum(1) == 15).all()
 
 
 def test_a_move_is_the_same_however_slices_are_shared_out(weight):

@@ -85,6 +85,114 @@ def test_memory_that_runs_out_ends_the_trials_of_one_rank(recipe, monkeypatch):
         autotune._try(stage_at(stage, 2), torch.device("cpu"))
 
 
+class Engine:
+    """Notes its steps, of which the first takes long."""
+
+    def __init__(self, clock: list[float], needs_batches: bool = True):
+        self.clock, self.needs_batches, self.steps, self.closed = clock, needs_batches, [], False
+
+    def step(self, batch, number, tokens, stop_requested) -> None:
+        assert not stop_requested
+        self.steps.append((number, tokens, len(batch)))
+        self.clock[0] += {1: 100.0, 2: 5.0, 3: 4.0}[number]
+
+    def state_bytes(self) -> dict[str, int]:
+        return {"parameters": 20, "gradients": 30, "optimizer": 50}
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture
+def engine(monkeypatch) -> Engine:
+    clock = [0.0]
+    made = Engine(clock)
+    monkeypatch.setattr(autotune.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(autotune, "make_engine", lambda recipe, plan, device: made)
+    return made
+
+
+def test_a_trial_is_of_the_fastest_step_after_the_first_on_an_engine_of_its_own(recipe, engine):
+    (stage,) = stages_of(auto(recipe))
+    assert autotune._run(stage_at(stage, 4), torch.device("cpu")) == (4.0, 100)
+    assert engine.steps == [(number, 48 * 32, 12) for number in (1, 2, 3)] and engine.closed
+
+
+def test_an_engine_is_closed_where_memory_runs_out(recipe, engine):
+    def fail(*_, **__) -> None:
+        raise torch.OutOfMemoryError
+
+    engine.step = fail
+    (stage,) = stages_of(auto(recipe))
+    with pytest.raises(torch.OutOfMemoryError):
+        autotune._run(stage_at(stage, 4), torch.device("cpu"))
+    assert engine.closed
+
+
+def test_twice_the_micro_batch_doubles_all_but_the_state(recipe, engine, monkeypatch):
+    """Of 160 bytes at most, 100 are state: 60 become 120. Of all ranks the worst counts."""
+    reduced = []
+    monkeypatch.setattr(autotune.dist, "all_reduce",
+                        lambda figures, operation: reduced.append(operation))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 160)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    tensor = torch.tensor
+    monkeypatch.setattr(autotune.torch, "tensor",
+                        lambda figures, dtype, device: tensor(figures, dtype=dtype))
+    (stage,) = stages_of(auto(recipe))
+    assert autotune._try(stage_at(stage, 2), torch.device("cuda")) == Timing(2, 4.0, 160.0, 220.0)
+    assert autotune._try(stage_at(stage, 2), torch.device("cpu")) == Timing(2, 4.0, 100.0, 100.0)
+    assert reduced == [torch.distributed.ReduceOp.MAX] * 2
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_trials_read_random_tokens_that_are_the_same_on_every_rank(recipe, engine, reset):
+    made = auto(recipe, data={"reset_attention": reset}).with_micro_batch(4)
+    batch = autotune._random_batch(made, engine)
+    assert len(batch) == 12 and all(micro is batch[0] for micro in batch)
+    micro = batch[0]
+    assert set(micro) == {"tokens", "labels", "loss_mask", "position_ids",
+                          *(["documents"] if reset else [])}
+    assert {tuple(t.shape) for t in micro.values()} == {(4, 32)}
+    assert torch.equal(micro["labels"][:, :-1], micro["tokens"][:, 1:])
+    assert 0 <= micro["tokens"].min() and micro["tokens"].max() < 256
+    assert len(micro["tokens"].unique()) > 64 and (micro["loss_mask"] == 1).all()
+    assert micro["position_ids"].tolist() == [list(range(32))] * 4
+    assert torch.equal(autotune._random_batch(made, engine)[0]["tokens"], micro["tokens"])
+    engine.needs_batches = False
+    assert autotune._random_batch(made, engine) == [{}] * 12
+
+
+def test_a_choice_is_kept_for_the_stage_the_layout_and_the_device(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(autotune.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(autotune.dist, "broadcast_object_list", lambda shared, src: None)
+    tried = []
+    monkeypatch.setattr(autotune, "try_all", lambda stage, device: tried.append(stage) or iter(
+        [timing(1, 2.0), timing(2, 1.0), timing(4, 3.0)]))
+    run = SimpleNamespace(root=tmp_path, create=lambda: None)
+
+    def choose(number: int = 0, **sections) -> int:
+        stage = stages_of(auto(recipe, **sections))[number]
+        before = len(tried)
+        chosen, lines = autotune.choose_micro_batch(stage, run, torch.device("cpu"))
+        assert chosen.recipe.train.micro_batch == 2 and chosen.number == stage.number
+        asked = len(tried) > before
+        assert lines[0].startswith("micro-batch 2 is the fastest of those tried:" if asked else
+                                   "micro-batch 2, as chosen when this run first had this layout")
+        return asked
+
+    stages = {"stages": [{"share": 0.5, "sparsity": 0.5}, {"share": 0.5, "sparsity": 0.0}]}
+    layouts = [{}, {"parallel": {"tensor": 2}}, {"parallel": {"data": 2, "zero_stage": 0}},
+               {"train": {"recompute": "full"}}, {"engine": "deepspeed"}]
+    assert [choose(**layout) for layout in layouts] == [True] * 5
+    assert [choose(**layout) for layout in layouts] == [False] * 5
+    assert not choose(parallel={"timeout": 77})
+    assert [choose(1, **stages), choose(1, **stages), choose(0, **stages)] == [True, False, False]
+    fixed = stage_at(stages_of(auto(recipe))[0], 8)
+    assert autotune.choose_micro_batch(fixed, run, torch.device("cpu")) == (fixed, [])
+
+
 def stage_at(stage, size: int):
     return autotune.replace(stage, recipe=stage.recipe.with_micro_batch(size))
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from megatron_spdf.checkpoint.run_metadata import RunState
 from megatron_spdf.engine.base import StepResult
@@ -30,10 +32,12 @@ class Log:
         self.said.append(text)
 
 
-def report_of(recipe, stage: int, step: int, **state) -> Report:
+def report_of(recipe, stage: int, step: int, sparsity=0.0, stages: list | None = None,
+              train: dict | None = None, **state) -> Report:
     """Of a run of two replicas whose first half is three quarters sparse."""
-    r = recipe(parallel={"data": 2}, stages=[{"share": 0.5, "sparsity": 0.75},
-                                             {"share": 0.5, "sparsity": 0.0}])
+    halves = [{"share": 0.5, "sparsity": 0.75}, {"share": 0.5, "sparsity": 0.0}]
+    r = recipe(parallel={"data": 2}, sparsity=sparsity, train=train or {},
+               stages=halves if stages is None else stages)
     chosen = stages_of(r)[stage]
     engine = SimpleNamespace(learning_rate=3e-4, measured_sparsity=lambda: {
         name: weight.sparsity for name, weight in chosen.plan.weights.items()})
@@ -72,6 +76,78 @@ def test_an_evaluation_is_in_nats_and_bits(recipe):
     assert found["perplexity"] == pytest.approx(8.0)  # three bits a token, of four bytes
     assert found["bits_per_byte"] == pytest.approx(3 / 4)
     assert "no better than at step 3, 2 in a row" in report.log.said[0]
+
+
+def test_a_gpu_skips_the_zeros_of_tiles_and_a_share_of_its_peak_is_said(recipe, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 12345)
+    found = {}
+    for pattern in ("tile", "unstructured"):
+        report = report_of(recipe, 0, 5, stages=[], sparsity={
+            "level": 0.75, "pattern": pattern, "tile": 16}, train={"precision": "bf16"})
+        report.step(StepResult(2.0, 0.5, skipped=False, stop=False), seconds=0.5, waited=0.1)
+        found[pattern] = report.log.records["train"]
+        assert found[pattern]["memory_bytes"] == 12345
+        assert f"| MFU {found[pattern]['mfu']:.1%} |" in report.log.said[0]
+    dense, rest = 72 * 4 * 64**2, 12 * 4 * 32 * 64 + 6 * 256 * 64
+    for pattern, weights in (("tile", dense / 4), ("unstructured", dense)):
+        executed = STEP * (weights + rest) / 0.5 / 2
+        assert found[pattern]["model_tflops_per_rank"] == pytest.approx(executed / 1e12)
+        assert found[pattern]["mfu"] == pytest.approx(executed / 989.4e12, rel=1e-3)
+
+
+def test_a_line_says_what_a_step_was(recipe):
+    report = report_of(recipe, 0, 5)
+    report.step(StepResult(2.0, 0.5, skipped=False, stop=False), seconds=0.5, waited=0.1)
+    assert "mfu" not in report.log.records["train"]
+    assert report.log.said[0].startswith(
+        "step  5/10 | loss 2.0000 | lr 3.00e-04 | grad norm 0.500 | 512 tokens/s | ")
+    assert report.log.said[0].endswith(" | sparsity 75.00%")
+
+
+def test_skipped_steps_moves_and_saves_are_said(recipe):
+    report = report_of(recipe, 0, 5, stages=[], skipped_in_a_row=2, mask_updates=3, sparsity={
+        "level": 0.75, "algorithm": "set", "update": {"every": 1}})
+    report.skipped(StepResult(math.nan, 0.5, skipped=True, stop=False))
+    active = report.stage.plan.active
+    report.moved(active // 4, seconds=0.25)
+    assert report.log.records["mask"] == {"step": 5, "algorithm": "set", "update": 3,
+                                          "moved": active // 4, "share": 0.25, "seconds": 0.25}
+    report.saved(None)
+    report.saved(SimpleNamespace(path="a", error=None, seconds=1.25, said=["b", "c"]))
+    report.saved(SimpleNamespace(path="a", error=OSError("full"), seconds=1.25, said=[]))
+    assert report.log.said == [
+        "step 5: skipped, loss nan, gradient norm 0.5; 2 in a row",
+        f"step 5: set moved {active // 4:,} of {active:,} active entries, update 3",
+        "saved a, written in 1.2 s; b; c",
+        "could NOT save a: full; the checkpoints before it are untouched"]
+
+
+def test_bytes_are_those_that_rank_0_holds_and_sends(recipe):
+    report = report_of(recipe, 0, 1)
+    report.engine.state_bytes = lambda: {"parameters": 2**20, "gradients": 3 * 2**19}
+    report.engine.choices = "device CPU"
+    report.bytes(SimpleNamespace(bytes={("all_reduce", "dp"): 2**20, ("send", "pp"): 2**21},
+                                 total=3 * 2**20))
+    assert report.log.records["bytes"] == {
+        "step": 1, "parameters": 2**20, "gradients": 3 * 2**19, "sent_per_step": 3 * 2**20,
+        "sent_by_kind": {"all_reduce dp": 2**20, "send pp": 2**21}, "choices": "device CPU"}
+    assert report.log.said == [
+        "rank 0 holds parameters 1.0 MiB, gradients 1.5 MiB; sends 3.0 MiB per step"]
+
+
+def test_a_model_that_has_diverged_has_no_perplexity_and_other_ranks_say_nothing(recipe):
+    report = report_of(recipe, 0, 5)
+    report.data.valid_tokens_per_byte = None
+    report.validation(1e4, better=True)
+    assert report.log.records["valid"] == {"step": 5, "loss": 1e4, "perplexity": None}
+    assert report.log.said == ["step 5: validation loss 10000.0000, no perplexity, since the model "
+                               "has diverged"]
+    other = report_of(recipe, 0, 5)
+    other.log.active = False
+    other.validation(1.0, better=True)
+    assert other.log.said == [] and other.log.records == {}
 
 
 def test_perplexity_and_bits():

@@ -126,6 +126,12 @@ class MaskAlgorithm(Section):
         """The share of its level that a weight has at a step, which FLOPs go by."""
         return next(part.reached for part in self.parts(steps) if step <= part.last)
 
+    def alike_until(self, step: int, steps: int, others: int) -> bool:
+        """Whether masks move alike up to a step in runs or stages of two lengths."""
+        return steps == others or all(
+            self.due(s, steps) == self.due(s, others) and self.share(s, steps) == self.share(
+                s, others) for s in range(1, step + 1))
+
     def rule_violations(self, steps: int) -> Iterator[str]:
         """What does not go in a run or stage of so many steps, as sentences."""
         return iter(())
@@ -210,6 +216,11 @@ class MovingMasks(MaskAlgorithm):
     def due(self, step: int, steps: int) -> bool:
         """After every step that `every` divides, from `start` on and before `stop`."""
         return step % self.every == 0 and self.start * steps <= step < self.stop * steps
+
+    def alike_until(self, step: int, steps: int, others: int) -> bool:
+        anneals = self.anneal != "constant" and steps != others
+        moved = anneals and any(self.due(s, steps) for s in range(1, step + 1))
+        return not moved and super().alike_until(step, steps, others)
 
     def largest_move(self, active: int) -> int:
         return round(self.fraction * active)

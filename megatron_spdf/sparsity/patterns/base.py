@@ -30,11 +30,14 @@ class Pattern(Section):
         name: in a recipe's `sparsity.pattern`.
         moving_unit: (rows, columns) of what can die or be born as a whole while the others of its
             slice stay; None: the entries are tied to each other, and masks do not move.
+        columns_together: columns whose masks are chosen together, whatever those of the others are;
+            1: any entries may be active; None: all columns of a slice.
         remedy: for a weight that is cut into too few slices.
     """
 
     name: ClassVar[str]
     moving_unit: ClassVar[Shape | None] = None
+    columns_together: ClassVar[int | None] = None
     remedy: ClassVar[str] = "another level or pattern"
 
     def cut(self, name: str, shape: Shape, axis: int, most: int, level: float) -> int:

@@ -35,6 +35,7 @@ class TwoFour(Pattern):
     """Two of every four entries of a row, and two of every four of a column."""
 
     name = "2:4"
+    columns_together = SIDE
 
     def cut(self, name: str, shape: Shape, axis: int, most: int, level: float) -> int:
         check_two_four(name, shape, axis, most, level)

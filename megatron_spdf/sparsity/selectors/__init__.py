@@ -1,0 +1,1 @@
+"""Selectors of the entries of trained weights that stay, one file each."""

@@ -1,0 +1,97 @@
+"""A selector: which entries of a trained weight stay, and with which values.
+
+A file of this room holds one selector and registers it. So does a file of somebody else's, see
+`registry.py`. `tools/convert_checkpoint.py --select NAME` takes it.
+
+It sees a whole weight at a time, and what it has kept of the weight's inputs if it asks for them.
+Each slice keeps as many entries as the plan says, so that the run goes on at every layout.
+
+Letters: n entries of a slice, C slices.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_spdf.registry import Registry
+from megatron_spdf.sparsity.plan import SparseWeight
+from megatron_spdf.sparsity.slices import slice_of
+
+
+class Inputs(Protocol):
+    """What a selector keeps of a weight's inputs on the calibration text."""
+
+    def add(self, inputs: Tensor) -> None:
+        """Counts further inputs in.
+
+        Args:
+            inputs: (tokens, in) float32.
+        """
+
+
+class Selector:
+    """Chooses the entries of a weight that stay.
+
+    Attributes:
+        name: of `--select`.
+        calibrated: looks at the weight's inputs.
+        seeded: takes the masks that the plan draws, which exist without a checkpoint.
+        how: what stays, for the log and for `run.json`: "the largest magnitudes in each slice".
+    """
+
+    name: ClassVar[str]
+    calibrated: ClassVar[bool] = False
+    seeded: ClassVar[bool] = False
+    how: ClassVar[str]
+
+    def inputs(self, columns: int, device: torch.device) -> Inputs:
+        """Begins to count the inputs of a weight with so many columns; asked for where the selector
+        is `calibrated`."""
+        raise NotImplementedError
+
+    def select(self, weight: Tensor, planned: SparseWeight, seed: int,
+               inputs: Inputs | None) -> tuple[Tensor, np.ndarray]:
+        """Chooses the entries of a weight, and their values. Ties go by position.
+
+        Args:
+            weight: (out, in) float32; it stays as it is.
+            seed: of the plan's masks.
+            inputs: what `inputs` began, full; None where the selector is not `calibrated`.
+
+        Returns:
+            (out, in) float32, whose entries outside of the masks nobody reads; and the masks of the
+            slices, (C, n) bool.
+
+        Raises:
+            ValueError: the inputs do not allow a choice, with the remedy.
+        """
+        raise NotImplementedError
+
+    def check(self, planned: SparseWeight) -> None:
+        """That the selector can choose masks of the weight's pattern.
+
+        Raises:
+            ValueError: it ranks entries, and the pattern has no mask of the highest ranks.
+        """
+        if not self.seeded and not planned.pattern.selects:
+            raise ValueError(f"select={self.name}: sparsity.pattern={planned.pattern.name} has no "
+                             "mask of the largest magnitudes; use select=random or "
+                             "sparsity.pattern=unstructured")
+
+
+def largest_masks(scores: Tensor, planned: SparseWeight) -> np.ndarray:
+    """The masks of a weight's slices that keep the highest scores as the pattern allows, (C, n)
+    bool.
+
+    Args:
+        scores: (out, in), of which magnitudes count.
+    """
+    return np.stack([planned.largest(slice_of(scores, planned, number).cpu().numpy())
+                     for number in range(planned.slices)])
+
+
+SELECTORS: Registry[type[Selector]] = Registry("selector", "megatron_spdf.sparsity.selectors")
