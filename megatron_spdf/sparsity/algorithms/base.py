@@ -197,12 +197,12 @@ class MovingMasks(MaskAlgorithm):
                                                           "stay")
     anneal: Anneal = Field("constant", description="how `fraction` goes from `start` to `stop`; "
                                                    "cosine: down to 0")
-    ages: bool = Field(False, description="keep how many moves ago every active entry was born, a "
-                                          "byte each, and log the mean")
+    track_ages: bool = Field(False, description="keep how many moves ago every active entry was "
+                                                "born, a byte each, and log the mean")
 
     @property
     def tracks_ages(self) -> bool:
-        return self.ages
+        return self.track_ages
 
     @model_validator(mode="after")
     def _starts_before_it_stops(self) -> MovingMasks:
