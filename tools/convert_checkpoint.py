@@ -36,12 +36,14 @@ from megatron_spdf.command_line import (
     say,
 )
 from megatron_spdf.convert.calibration import SAMPLES, Calibration, CheckedText, check_text
+from megatron_spdf.convert.continued import recipe_for
 from megatron_spdf.convert.deepspeed_import import DeepSpeedReader
-from megatron_spdf.convert.huggingface_export import DTYPES, export
+from megatron_spdf.convert.huggingface_export import DTYPES, SHARD_GB, export
+from megatron_spdf.convert.huggingface_import import HuggingFaceReader
 from megatron_spdf.convert.initial_checkpoint import write_initial_checkpoint
 from megatron_spdf.convert.megatron_lm import VERSION, MegatronReader, arguments, save_for_megatron
 from megatron_spdf.convert.reshard import branch, reshard
-from megatron_spdf.convert.source import WeightSource, open_weights
+from megatron_spdf.convert.source import WeightSource, open_weights, tokenizer_of
 from megatron_spdf.data.pretraining.corpus import data_tokenizer
 from megatron_spdf.data.tokenizers.base import Tokenizer, render_padding
 from megatron_spdf.evaluation.perplexity import perplexity
@@ -68,7 +70,7 @@ def main(words: list[str] | None = None) -> int:
 def to_hf(options: argparse.Namespace) -> str:
     """A directory for transformers' from_pretrained."""
     source = read_run(options)
-    export(source, options.output, options.dtype, options.masks)
+    export(source, options.output, options.dtype, options.masks, options.shard_size)
     return (f"{options.output}: {source.path} as a {source.model.title} of transformers, "
             f"{options.dtype}")
 
@@ -76,11 +78,16 @@ def to_hf(options: argparse.Namespace) -> str:
 def from_hf(options: argparse.Namespace) -> str:
     """A run whose step 0 has the weights of a Hugging Face model, or of a run of ours, in another
     recipe."""
-    recipe = given_recipe(options)
-    tokenizer = data_tokenizer(recipe)
-    text = text_of(options, recipe, tokenizer)  # before weights are looked at
-    return begin(open_weights(options.source, like=recipe.model), recipe, tokenizer,
-                 options, text)
+    source = open_weights(options.source)
+    if isinstance(source, HuggingFaceReader):
+        recipe = recipe_for(source, options.recipe, words_of(options))
+        source = open_weights(options.source, like=recipe.model)
+    else:
+        recipe = given_recipe(options) if options.recipe else own_recipe(source, options)
+    has_data = recipe.data.train or recipe.data.blend
+    tokenizer = data_tokenizer(recipe) if has_data else tokenizer_of(source)
+    text = text_of(options, recipe, tokenizer)
+    return begin(source, recipe, tokenizer, options, text)
 
 
 def prune(options: argparse.Namespace) -> str:
@@ -207,19 +214,20 @@ RUN = "a run directory, or one of its checkpoints"
 SELECTION = ["--select", "--calibration", "--calibration-samples", "--sequence-length",
              "--evaluate"]
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], str], str, list[str], str]] = {
-    "to-hf": (to_hf, RUN, ["--dtype", "--masks"], ""),
+    "to-hf": (to_hf, RUN, ["--dtype", "--masks", "--shard-size"], ""),
     "from-hf": (
         from_hf,
         "directory with config.json and safetensors or pytorch_model.bin, or a run",
-        ["--recipe", "--sparsity", *SELECTION, "words"],
+        ["--recipe?", "--sparsity", *SELECTION, "words"],
         """\
-The recipe's model section must have the architecture and the shape of the model: layers, hidden,
-heads, query_groups, ffn_hidden, vocab_size, max_positions. Dropout and initial spread are the
-recipe's. The model must compute what ours does; a GPT-2: tied embeddings, GELU (tanh), LayerNorm
-epsilon 1e-5, attention scaled by the head's width alone. vocab_size is the number of its rows,
-which may be more than the tokenizer has ids. Its tokenizer files must be those of the recipe's
-data; where there are none, the data's tokenizer is taken. Vocabulary rows that pad the
-embedding are the mean of the others.""",
+The model's section of the recipe is read off config.json; what a recipe or words say of it must
+agree, but for dropout, initial spread and slices. Without a recipe the run continues dense, in the
+precision of the files: give train.tokens=..., data.train=... as words, here or to pretrain.py.
+The model must compute what ours does. A GPT-2: tied embeddings, GELU (tanh), LayerNorm epsilon
+1e-5, attention scaled by the head's width alone. A Llama, Mistral, Qwen2, Qwen3: no sliding window,
+plain RoPE or Llama 3.1's. vocab_size is the number of its rows, which may be more than the
+tokenizer has ids. Its tokenizer files must be those of the recipe's data; where there are none, the
+data's tokenizer is taken. Vocabulary rows that pad the embedding are the mean of the others.""",
     ),
     "prune": (prune, RUN, ["--sparsity", *SELECTION, "words"], ""),
     "densify": (densify, RUN, ["words"], ""),
@@ -277,6 +285,11 @@ OPTIONS = {
     "--masks": dict(action="store_true",
                     help="also write masks.safetensors: weight name -> bool, true is active"),
     "--recipe": dict(required=True, metavar="RECIPE.yaml", help="of the run to come"),
+    "--recipe?": dict(metavar="RECIPE.yaml", dest="recipe",
+                      help="of the run to come (default: the model's section of config.json, and "
+                           "what suits continued training)"),
+    "--shard-size": dict(type=float, default=SHARD_GB, metavar="GB",
+                         help=f"most of a file of weights (default: {SHARD_GB})"),
     "--sparsity": dict(metavar="S", help="short for the word sparsity=S"),
     "--select": dict(default="random", metavar="NAME",
                      help=f"weights that stay, one of {', '.join(SELECTORS.names())}; random "
@@ -309,7 +322,7 @@ def parse(words: list[str] | None) -> argparse.Namespace:
         command.add_argument("output", type=Path, metavar="OUT", help="directory to make")
         for option in options:
             if option != "words":
-                command.add_argument(option, **OPTIONS[option])
+                command.add_argument(option.removesuffix("?"), **OPTIONS[option])
         if "words" in options:
             add_overrides(command)
         command.set_defaults(run=run, takes_words="words" in options)

@@ -34,6 +34,7 @@ from megatron_spdf.section import (
 
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 POSITIONS = "embedding.position_embeddings.weight"
+USUAL_LENGTH = 4096  # tokens, of sequences where a model takes up to 131,072
 # Linear weights; embeddings and an LM head of its own; norms and biases.
 Group = Literal["linear", "embedding", "norm"]
 # Norms of each head's queries and keys: every tensor-parallel rank has their weights whole, and
@@ -212,6 +213,12 @@ class Model(Costs, Forms, Section):
         slices, so that shards are even and one checkpoint serves every tensor-parallel degree."""
         multiple = math.lcm(128, self.slices)
         return -(-self.vocab_size // multiple) * multiple
+
+    @classmethod
+    def usual_length(cls, max_positions: int) -> int:
+        """Tokens of a sequence in training where nobody says it: as many as the model has learned
+        positions, but not as many as it can rotate."""
+        return max_positions if cls.positions == "learned" else min(max_positions, USUAL_LENGTH)
 
     def cut_like(self, other: Model) -> Model:
         """This model with as many slices of its weights as another, where a recipe may say them."""

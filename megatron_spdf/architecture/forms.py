@@ -6,6 +6,7 @@ where it is needed, since the planner goes without.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -154,6 +155,16 @@ class Forms:
         return words + [flag for flag, given in flags.items() if given]
 
 
+# Types of transformers that no family here computes, and why.
+UNLIKE = {
+    ".*moe.*|mixtral|deepseek_v[23].*|llama4.*|gpt_oss": "a mixture of experts",
+    "gemma.*": "whose norms multiply by 1 + weight and whose embeddings are scaled",
+    "olmo[23]": "whose norms follow attention and feed-forward, and span all heads of a query",
+    "phi3?|gpt_neox|stablelm|glm.*": "which rotates a part of each head or norms otherwise",
+    "mamba.*|jamba|zamba.*|qwen3_next": "which has layers other than attention",
+}
+
+
 class UnknownFamily(ValueError):
     """A model_type of transformers that no family here has, or that more than one can read."""
 
@@ -170,7 +181,9 @@ def model_of(config: dict[str, Any], families: Sequence[type[Forms]]) -> Forms:
     claiming = [family for family in families if family.huggingface and family.huggingface == kind]
     if not claiming:
         known = sorted({family.huggingface for family in families if family.huggingface})
-        raise UnknownFamily(f"is a model of type {kind!r}; those that can be read are "
+        why = next((f", {reason}" for name, reason in UNLIKE.items()
+                    if isinstance(kind, str) and re.fullmatch(name, kind)), "")
+        raise UnknownFamily(f"is a model of type {kind!r}{why}; those that can be read are "
                             f"{', '.join(known)}")
     models, refused = [], []
     for family in claiming:

@@ -22,6 +22,7 @@ from megatron_spdf.architecture.forms import Form
 from megatron_spdf.checkpoint.reader import CheckpointReader
 from megatron_spdf.checkpoint.run_metadata import INITIAL, describe_masks
 from megatron_spdf.checkpoint.writer import with_progress
+from megatron_spdf.convert.huggingface_import import CONFIG
 from megatron_spdf.convert.source import WeightSource
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
 from megatron_spdf.files import atomic_directory, new_file, write_file, write_json
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 WEIGHTS, MASKS, CARD = "model.safetensors", "masks.safetensors", "README.md"
-CONFIG = "config.json"
+INDEX = f"{WEIGHTS}.index.json"
+SHARD_GB = 5.0  # of a file of weights, as transformers cuts them
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _FORMAT = {torch.float32: "F32", torch.bfloat16: "BF16", torch.bool: "BOOL"}  # safetensors' names
 # Texts on which an exported SentencePiece model must give our ids: spaces, lines, bytes that are no
@@ -49,7 +51,8 @@ class _Tensor:
     read: Callable[[], Tensor]
 
 
-def export(source: WeightSource, output: Path, dtype: str = "fp32", masks: bool = False) -> None:
+def export(source: WeightSource, output: Path, dtype: str = "fp32", masks: bool = False,
+           shard_size: float = SHARD_GB) -> None:
     """Writes a directory that `transformers` loads; it appears complete or not at all.
 
     One weight at a time is dense in memory.
@@ -59,18 +62,22 @@ def export(source: WeightSource, output: Path, dtype: str = "fp32", masks: bool 
         dtype: "fp32" or "bf16", of the weights in the file.
         masks: also write masks.safetensors: name of a sparse weight -> bool of its shape, true
             where it is active.
+        shard_size: most of a file of weights, 1e9 bytes; more go to several files and an index.
 
     Raises:
-        ValueError: `output` exists, transformers' architecture or tokenizers cannot express ours,
-            or masks are wanted of weights that have none.
+        ValueError: `output` exists, `shard_size` is not over 0, transformers' architecture or
+            tokenizers cannot express ours, or masks are wanted of weights that have none.
         DamagedCheckpoint: a weight is missing or not what the recipe says.
     """
     _check(source, masks)
+    if not shard_size > 0.0:
+        raise ValueError(f"a file of at most {shard_size:g} GB holds no weights; give a shard size "
+                         "over 0")
     with atomic_directory(output) as partial_:
         _save_tokenizer(source, partial_)
         _save_config(source, dtype, partial_)
         write_file(partial_ / CARD, model_card(source, dtype, masks))
-        _save_tensors(_tensors(source), DTYPES[dtype], partial_ / WEIGHTS)
+        _save_weights(_tensors(source), DTYPES[dtype], partial_, int(shard_size * 1e9))
         if masks:
             _save_tensors(_masks(source), torch.bool, partial_ / MASKS)
 
@@ -120,6 +127,29 @@ def _forms(source: WeightSource, names: Iterable[str],
     return tensors
 
 
+def _save_weights(tensors: list[_Tensor], dtype: torch.dtype, directory: Path,
+                  limit: int) -> None:
+    """In one file, or in several of at most `limit` bytes and an index of them."""
+    shards: list[list[_Tensor]] = [[]]
+    held = 0
+    for tensor in tensors:
+        size = math.prod(tensor.shape) * dtype.itemsize
+        if shards[-1] and held + size > limit:
+            shards.append([])
+            held = 0
+        shards[-1].append(tensor)
+        held += size
+    if len(shards) == 1:
+        return _save_tensors(tensors, dtype, directory / WEIGHTS)
+    places = {}
+    for number, shard in enumerate(shards, 1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        _save_tensors(shard, dtype, directory / name)
+        places |= {tensor.name: name for tensor in shard}
+    total = sum(math.prod(tensor.shape) for tensor in tensors) * dtype.itemsize
+    write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+
+
 def _save_tensors(tensors: Sequence[_Tensor], dtype: torch.dtype, path: Path) -> None:
     """The safetensors format, written tensor by tensor; its library wants all of them in memory."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -142,13 +172,15 @@ def _save_tokenizer(source: WeightSource, directory: Path) -> None:
     tokenizer = source.tokenizer
     end = tokenizer.end_token
     tokenizer.save(directory)  # first, to an empty directory
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "bos_token": end,
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end,
+              "bos_token": tokenizer.begin_token or end,
               "model_max_length": source.model.max_positions, "clean_up_tokenization_spaces": False}
     if tokenizer.kind == "gpt2-bpe":
         config |= {"tokenizer_class": "GPT2Tokenizer", "unk_token": end, "add_prefix_space": False}
     elif tokenizer.kind == "sentencepiece":
-        config |= {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False,
-                   "add_prefix_space": False}
+        config |= {"tokenizer_class": "LlamaTokenizer",
+                   "add_bos_token": tokenizer.begin_token is not None,
+                   "add_prefix_space": tokenizer.adds_blank}
     write_json(directory / "tokenizer_config.json", config)
     if tokenizer.kind == "sentencepiece":
         _compare_ids(tokenizer, directory)
@@ -156,12 +188,12 @@ def _save_tokenizer(source: WeightSource, directory: Path) -> None:
 
 def _compare_ids(tokenizer: Tokenizer, directory: Path) -> None:
     """Refuses a SentencePiece model (unigram, normalizing, ...) that `transformers` does not run as
-    we do."""
+    we do. Where a text is read with a blank before it, transformers puts none before a blank."""
     from transformers import AutoTokenizer, LlamaTokenizer
 
     exported = AutoTokenizer.from_pretrained(directory)
     assert isinstance(exported, LlamaTokenizer)
-    for text in _PROBES:
+    for text in (text.lstrip(" ") if tokenizer.adds_blank else text for text in _PROBES):
         ours, theirs = tokenizer.encode(text), exported(text, add_special_tokens=False)["input_ids"]
         if ours != theirs:
             raise ValueError("this SentencePiece model cannot be exported: transformers' "
@@ -172,23 +204,24 @@ def _compare_ids(tokenizer: Tokenizer, directory: Path) -> None:
 def _save_config(source: WeightSource, dtype: str, directory: Path) -> None:
     from transformers import GenerationConfig
 
-    end = source.tokenizer.eod
+    begin, end = source.tokenizer.bod, source.tokenizer.eod
     _config(source, dtype).save_pretrained(directory)
     written = directory / CONFIG
     config = json.loads(written.read_text()) | source.model.huggingface_legacy()
     written.unlink()
     write_json(written, config)
     padding = list(range(source.tokenizer.vocab_size, source.model.vocab_size))
-    GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=end,
+    GenerationConfig(bos_token_id=begin, eos_token_id=end, pad_token_id=end,
                      suppress_tokens=padding or None).save_pretrained(directory)
 
 
 def _config(source: WeightSource, dtype: str) -> PretrainedConfig:
     from transformers import AutoConfig
 
-    model, end = source.model, source.tokenizer.eod
-    return AutoConfig.for_model(model.huggingface, **model.huggingface_config(), bos_token_id=end,
-                                eos_token_id=end, dtype=DTYPES[dtype])
+    model, tokenizer = source.model, source.tokenizer
+    return AutoConfig.for_model(model.huggingface, **model.huggingface_config(),
+                                bos_token_id=tokenizer.bod, eos_token_id=tokenizer.eod,
+                                dtype=DTYPES[dtype])
 
 
 def in_memory(source: WeightSource) -> PreTrainedModel:

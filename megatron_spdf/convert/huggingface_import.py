@@ -67,6 +67,12 @@ class HuggingFaceReader:
     def origin(self) -> str:
         return f"the Hugging Face model {self.path.resolve().name}"
 
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """Types of the weights in the files."""
+        return {self._form_of(self._places[self._plain(name)])[1]
+                for form in self._forms.values() for name in form.names}
+
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
         if not tokenizer_files(self.path):

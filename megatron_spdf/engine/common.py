@@ -74,11 +74,16 @@ def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     """The recipe's optimizer as PyTorch has it, with weight decay on what has two axes, as
     Megatron-Core's decay."""
     o = recipe.optimizer
-    groups = [{"params": [p for p in model.parameters() if (p.ndim > 1) == decays
-                          and p.peak == peak],
+    groups = [{"params": [p for p in model.parameters()
+                          if (p.ndim > 1 and not own_decay(p)) == decays and p.peak == peak],
                "wd_mult": float(decays), **peak.limits(o.min_lr_ratio)}
               for peak in [Peak(o.lr), *other_peaks(recipe, [model])] for decays in (True, False)]
     return o.build([group for group in groups if group["params"]])
+
+
+def own_decay(parameter: nn.Parameter) -> bool:
+    """Whether the mask algorithm decays a parameter in its own way, in place of the optimizer."""
+    return parameter.own_decay
 
 
 def learns_at(peak: Peak, parameter: nn.Parameter) -> bool:

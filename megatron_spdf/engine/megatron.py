@@ -291,6 +291,8 @@ def _optimizer(recipe: Recipe, chunks: list[DistributedDataParallel],
         overlap_param_gather=overlaps and recipe.parallel.zero_stage == 1,
     )
     overrides = get_standard_config_overrides(config)
+    overrides[ParamKey(predicate=ParamPredicate("no weight decay", common.own_decay))] = {
+        "wd_mult": 0.0}
     for peak in common.other_peaks(recipe, chunks):
         overrides[ParamKey(predicate=ParamPredicate(f"learning rate {peak}",
                                                     partial(common.learns_at, peak)))] = {

@@ -216,7 +216,10 @@ def _fill(model: GPTModel, rules: Parametrization, source: InitialWeights) -> No
                            dense_copy, rules.recipe.micro_batches)
         initialize(module, name, weights, source, rank, world)
         for parameter, weight in owned_weights(module, name, weights):
-            parameter.peak = rules.peak(weight)  # for the optimizer's groups
+            # both for the optimizer's groups
+            parameter.peak = rules.peak(weight)
+            planned = plan.weights.get(weight.name)
+            parameter.own_decay = planned is not None and planned.algorithm.replaces_decay
 
 
 def canonical_modules(model: GPTModel) -> list[tuple[str, nn.Module]]:

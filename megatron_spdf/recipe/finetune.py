@@ -147,7 +147,7 @@ def training_recipe(finetune: Finetune, model: Model, sparsity: Sparsity, exampl
     f, t, o = finetune, finetune.train, finetune.optimizer
     if t.dropout is not None:
         model = model.model_copy(update={"dropout": t.dropout})
-    length = t.sequence_length or model.max_positions
+    length = t.sequence_length or model.usual_length(model.max_positions)
     per_step, per_epoch = t.global_batch * length, f.steps_per_epoch(examples)
     steps = t.epochs * per_epoch
     if o.warmup_steps >= steps:

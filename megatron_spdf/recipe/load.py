@@ -38,7 +38,16 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), world: int = 1,
     Raises:
         ValueError: naming each wrong key or value, the rule it breaks and the remedy.
     """
-    return make_recipe(_read(kind, Path(path), ()), overrides, path, world, kind, rules)
+    return make_recipe(recipe_values(path, kind), overrides, path, world, kind, rules)
+
+
+def recipe_values(path: str | Path, kind: type[BaseModel] = Recipe) -> dict[str, Any]:
+    """What a recipe and those that it extends say, before it is checked.
+
+    Raises:
+        ValueError: one is missing, or is no mapping of sections.
+    """
+    return _read(kind, Path(path), ())
 
 
 def make_recipe(values: dict[str, Any], overrides: Sequence[str], path: str | Path, world: int = 1,

@@ -25,6 +25,7 @@ from megatron_spdf.section import (
     PathText,
     Section,
     Seed,
+    parse_count,
 )
 from megatron_spdf.sparsity.settings import Sparsity
 
@@ -86,7 +87,8 @@ class Train(Section):
         description="sequences per forward pass of one data-parallel rank; auto: what is fastest, "
                     "tried at the start")
     sequence_length: Count = Field(gt=0, le=MOST_POSITIONS,
-                                   description="tokens per sequence; default: model.max_positions")
+                                   description="tokens per sequence; default: model.max_positions, "
+                                               "where they are rotary at most 4096")
     precision: Literal["bf16", "fp32"] = Field(
         "bf16", description="of weights and activations; gradients, master weights and moments are "
                             "fp32")
@@ -96,6 +98,18 @@ class Train(Section):
     label_smoothing: float = Field(
         0.0, ge=0.0, lt=1.0,
         description="share of the target spread evenly over the vocabulary while training")
+
+
+def _usual_length(model: dict[str, Any]) -> Any:
+    """The default of train.sequence_length for a model's section, which may be wrong."""
+    preset = model.get("preset")
+    try:
+        family = BY_ARCHITECTURE.section(model)
+        known = family.PRESETS.get(preset, {}) if isinstance(preset, str) else {}
+        longest = parse_count({**known, **model}.get("max_positions", 2048))
+        return family.usual_length(longest) if type(longest) is int else longest
+    except ValueError:  # validation says what is wrong with its name
+        return 2048
 
 
 class Stage(Section):
@@ -261,7 +275,7 @@ class Recipe(Section):
             return values
         model, train = values.get("model"), values.get("train")
         if isinstance(model, dict) and isinstance(train, dict) and "sequence_length" not in train:
-            train = {**train, "sequence_length": model.get("max_positions", 2048)}
+            train = {**train, "sequence_length": _usual_length(model)}
             values = {**values, "train": train}
         return values
 

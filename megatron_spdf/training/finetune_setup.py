@@ -81,7 +81,8 @@ def prepare(finetune: Finetune, start: WeightSource) -> Prepared:
     model, path = start.model, Path(finetune.data.path)
     require_splits(finetune.data.task, path)
     tokenizer = tokenizer_of(start)
-    window = min(finetune.train.sequence_length or model.max_positions, model.max_positions)
+    window = min(finetune.train.sequence_length or model.usual_length(model.max_positions),
+                 model.max_positions)
     train, valid = (tokenize(finetune.data.task, path, split, tokenizer, window)
                     for split in ("train", "validation"))
     recipe = training_recipe(finetune, model, _sparsity(finetune, start), len(train))

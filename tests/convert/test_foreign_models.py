@@ -26,7 +26,7 @@ from megatron_spdf.training.finetune_setup import prepare
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from huggingface_models import logits_of, make_gpt2  # noqa: E402
 
-STUB = type("Tokenizer", (), {"eod": 96, "vocab_size": 97, "sha256": ""})
+STUB = type("Tokenizer", (), {"bod": 96, "eod": 96, "vocab_size": 97, "sha256": ""})
 IDS = torch.arange(14).view(2, 7)
 TOLERANCE = 2e-5  # of logits with a spread near 1: some roundings of fp32
 

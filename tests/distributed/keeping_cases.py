@@ -49,7 +49,7 @@ def plainly(recipe: dict, rule: str) -> dict:
 
 def ste(entries: np.ndarray, w: SparseWeight, update: dict) -> tuple:
     active = largest(entries, round((1 - w.level) * entries.size))
-    return active, np.ones_like(active), update["decay_masked"] * ~active
+    return active, np.ones_like(active), (update["decay_masked"] or 0.0) * ~active
 
 
 def largest(entries: np.ndarray, count: int) -> np.ndarray:
@@ -59,7 +59,20 @@ def largest(entries: np.ndarray, count: int) -> np.ndarray:
     return mask.reshape(entries.shape)
 
 
-RULES: dict[str, Rule] = {"ste": ste}
+def n_m(entries: np.ndarray, w: SparseWeight, update: dict) -> tuple:
+    groups = entries.reshape(-1, 4)
+    active = np.stack([largest(group, 2) for group in groups]).reshape(entries.shape)
+    return active, np.ones_like(active), 2e-4 * ~active
+
+
+def top_kast(entries: np.ndarray, w: SparseWeight, update: dict) -> tuple:
+    density = 1 - w.level
+    active = largest(entries, round(density * entries.size))
+    trained = largest(entries, round(update["backward"] * density * entries.size))
+    return active, trained, update["penalty"] * (active + (trained & ~active) / density)
+
+
+RULES: dict[str, Rule] = {"ste": ste, "n_m": n_m, "top_kast": top_kast}
 
 
 class _Kept:
@@ -71,6 +84,12 @@ class _Kept:
         self.plan = Plan.of(recipe).weights
         self.parameters = {name: linear_weight(model, name) for name in self.plan}
         self.adam = decayed(model, recipe.optimizer)
+        if recipe.sparsity.algorithm == "top_kast":  # whose penalty is in place of decay
+            held = {id(p) for p in self.parameters.values()}
+            group = self.adam.param_groups[0]
+            own = [p for p in group["params"] if id(p) in held]
+            group["params"] = [p for p in group["params"] if id(p) not in held]
+            self.adam.add_param_group({"params": own, "weight_decay": 0.0})
         self.chosen: dict[str, list[Tensor]] = {}
 
     def step(self, number: int, batch: list[dict]) -> float:

@@ -32,6 +32,9 @@ RUNS = {"one, 0%": {"sparsity": 0.0}} | {
     "chunked logits": {"train": {"micro_batch": 4}},
     "chunked logits bf16": {"train": {"micro_batch": 4, "precision": "bf16"}},
     "tp2 sp chunked logits": SP | {"train": {"micro_batch": 4}},
+    "ste n_m, tp2 sp": SP | {"sparsity": {"level": 0.5, "pattern": "n_m", "algorithm": "ste"}},
+    "top_kast, dp2": {"parallel": LAYOUTS["dp2 zero 1"],
+                      "sparsity": {"level": 0.75, "algorithm": "top_kast"}},
     "tp2 sp bf16": SP | {"train": {"precision": "bf16", "micro_batch": 1}},
 }
 CHUNKED = 4 * 384 * 40  # 40 tokens of 128

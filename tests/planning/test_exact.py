@@ -41,6 +41,8 @@ LAYOUTS = {  # sparsity, layout, precision
     "small blocks": ({"level": 0.75, "pattern": "tile", "tile": 8}, layout(6), "fp32"),
     "2:4": ({"level": 0.5, "pattern": "2:4"}, layout(3, 2), "bf16"),
     "layer by layer": ({"level": 0.75, "dense_copy": "per_layer"}, layout(2), "bf16"),
+    "straight through": ({"level": 0.75, "algorithm": "ste"}, layout(2, 2, 2), "bf16"),
+    "top_kast": ({"level": 0.75, "algorithm": "top_kast"}, layout(3, 2, 2), "bf16"),
     # a bucket for every 64M elements, and the rest
     "many buckets": (0.75, layout(1, 1, 64), "fp32"),
 }

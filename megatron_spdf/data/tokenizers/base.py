@@ -15,6 +15,7 @@ import numpy as np
 from megatron_spdf.files import write_file
 
 END_FILE = "end_of_document.txt"  # beside a tokenizer's files: the token, where one was named
+BEGIN_FILE = "beginning_of_document.txt"  # the same of the token that a model begins texts with
 END_OF_TEXT = "<|endoftext|>"
 # End-of-document tokens of published tokenizers; the first that a vocabulary holds is taken.
 END_OF_DOCUMENT = (END_OF_TEXT, "<|end_of_text|>", "</s>")
@@ -40,6 +41,8 @@ class Tokenizer(ABC):
         vocab_size: number of ids; every id is in [0, vocab_size).
         eod: id of the end-of-document token. `encode` never returns it.
         end_token: that token, as the vocabulary has it.
+        begin_token: token that somebody else's model was trained to see before a document; exported
+            models keep it, `encode` never returns it, and training puts none. None: there is none.
         named_end: the same where it was named by somebody, None where it is the kind's usual one.
         vocabulary: token -> id.
         sha256: fingerprint of the files and of `named_end`, independent of names and place of the
@@ -52,6 +55,7 @@ class Tokenizer(ABC):
     vocab_size: int
     eod: int
     end_token: str
+    begin_token: str | None = None
     named_end: str | None = None
     vocabulary: Mapping[str, int]
     pad: ClassVar[int] = -1
@@ -144,8 +148,14 @@ class Tokenizer(ABC):
                              "its own")
         for name, content in zip(self.file_names, self._files, strict=True):
             write_file(directory / name, content)
-        if self.named_end:
-            write_file(directory / END_FILE, self.named_end)
+        for name, token in ((END_FILE, self.named_end), (BEGIN_FILE, self.begin_token)):
+            if token:
+                write_file(directory / name, token)
+
+    @property
+    def bod(self) -> int:
+        """Id of the token that begins documents; where none does, of the one that ends them."""
+        return self.eod if self.begin_token is None else self.vocabulary[self.begin_token]
 
     @property
     def eos(self) -> int:

@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Iterator
 from functools import cached_property
+from typing import Any
 
 from megatron_spdf.data.tokenizers.base import END_OF_DOCUMENT, Tokenizer, too_small_a_corpus
 
@@ -45,6 +46,11 @@ class SentencePiece(Tokenizer):
     def vocabulary(self) -> dict[str, int]:
         return {self._processor.id_to_piece(i): i for i in range(self.vocab_size)}
 
+    @property
+    def adds_blank(self) -> bool:
+        """Whether a text is read with a blank before it, as Llama 2 and Mistral do."""
+        return _described(self._files[0]).normalizer_spec.add_dummy_prefix
+
     def _encode(self, text: str) -> list[int]:
         return self._encoder.encode(text)
 
@@ -54,11 +60,16 @@ class SentencePiece(Tokenizer):
 
 def _as_control(model: bytes, piece: int) -> bytes:
     """The model with a piece that text cannot become, as it does with a symbol of a user's."""
-    from sentencepiece import sentencepiece_model_pb2
-
-    described = sentencepiece_model_pb2.ModelProto.FromString(model)
+    described = _described(model)
     described.pieces[piece].type = described.SentencePiece.CONTROL
     return described.SerializeToString()
+
+
+def _described(model: bytes) -> Any:
+    """The content of a model's file."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    return sentencepiece_model_pb2.ModelProto.FromString(model)
 
 
 def train(texts: Iterator[str], vocab_size: int) -> SentencePiece:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_spdf.data.tokenizers import gpt2, sentencepiece
-from megatron_spdf.data.tokenizers.base import END_FILE, Tokenizer, well_formed
+from megatron_spdf.data.tokenizers.base import BEGIN_FILE, END_FILE, Tokenizer, well_formed
 from megatron_spdf.data.tokenizers.gpt2 import Gpt2Bpe
 from megatron_spdf.data.tokenizers.huggingface import HuggingFace
 from megatron_spdf.data.tokenizers.sentencepiece import SentencePiece
@@ -73,6 +73,7 @@ def load_tokenizer(path: str | Path, end: str | None = None) -> Tokenizer:
         _say(f"{path}: this tokenizer does not keep {', '.join(lost)}; texts are trained on and "
              "decoded without them")
     if path.is_dir():
+        tokenizer.begin_token = _beginning(path, tokenizer)
         _compare_with_config(path, tokenizer)
     return tokenizer
 
@@ -194,9 +195,32 @@ def _configured_end(path: Path) -> str | None:
     file = path / _CONFIG
     if not file.is_file():
         return None
-    token = read_json(file, dict[str, Any]).get("eos_token")
+    return _content_of(read_json(file, dict[str, Any]).get("eos_token"))
+
+
+def _content_of(token: Any) -> str | None:
+    """Text of a token as transformers' files have it."""
     token = token.get("content") if isinstance(token, dict) else token
     return token if isinstance(token, str) else None
+
+
+def _beginning(path: Path, tokenizer: Tokenizer) -> str | None:
+    """The token that transformers puts before a text with the files beside a tokenizer."""
+    saved, config = path / BEGIN_FILE, path / _CONFIG
+    if saved.exists():
+        token = _content(saved).decode().strip()
+    elif not config.is_file():
+        return None
+    else:
+        said = read_json(config, dict[str, Any])
+        token = _content_of(said.get("bos_token"))
+        description = path / "tokenizer.json"
+        added = (token is not None and description.is_file()
+                 and token in str(read_json(description, dict[str, Any]).get("post_processor")))
+        usual = said.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast")
+        if not added and not said.get("add_bos_token", usual and not description.is_file()):
+            return None
+    return token if token in tokenizer.vocabulary else None
 
 
 def _compare_with_config(path: Path, tokenizer: Tokenizer) -> None:

@@ -93,6 +93,7 @@ class MaskAlgorithm(Section):
         holds: what dies is held at zero in its place, and nothing is born.
         keeps: parameters keep all entries of their weights, see `keeping.py`; nothing moves.
         tracks: its masks are compared with the first one, see `history.py`.
+        replaces_decay: the optimizer's weight decay leaves the weights alone.
         exchanges: it chooses by `MaskSlice.exchange`, as patterns ask that tie entries together.
     """
 
@@ -101,6 +102,7 @@ class MaskAlgorithm(Section):
     holds: ClassVar[bool] = False
     keeps: ClassVar[bool] = False
     tracks: ClassVar[bool] = False
+    replaces_decay: ClassVar[bool] = False
     exchanges: ClassVar[bool] = False
 
     @property

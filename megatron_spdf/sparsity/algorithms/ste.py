@@ -20,20 +20,24 @@ if TYPE_CHECKING:
     from megatron_spdf.sparsity.plan import SparseWeight
 
 
+SR_STE = 2e-4  # lambda, of the paper's experiments with n:m
+
+
 class Ste(KeepsEntries):
     """Keys of straight-through estimation."""
 
     name = "ste"
 
-    decay_masked: float = Field(
-        0.0, ge=0.0, description="times the weight is added to the gradient of masked entries, "
-                                 "SR-STE's lambda; its paper has 2e-4, for n:m")
+    decay_masked: float | None = Field(
+        None, ge=0.0, description="times the weight is added to the gradient of masked entries, "
+                                  "SR-STE's lambda; null: its 2e-4 for pattern n_m, else none")
 
     def trained(self, entries: int, active: int) -> int:
         return entries
 
     def decay(self, weight: SparseWeight) -> tuple[float, float]:
-        return 0.0, self.decay_masked
+        own = SR_STE if weight.pattern.name == "n_m" else 0.0
+        return 0.0, own if self.decay_masked is None else self.decay_masked
 
     def describe(self) -> str:
         often = "at every step" if self.every == 1 else f"every {self.every} steps"

@@ -88,7 +88,9 @@ class Pattern(Section):
         Returns:
             (rows, columns) bool.
         """
-        raise NotImplementedError
+        from torch import from_numpy
+
+        return self.chosen(from_numpy(np.abs(values))[None], level)[0].numpy()
 
     def chosen(self, magnitudes: Tensor, level: float) -> Tensor:
         """Returns the masks that weights choose for themselves at every step, by their magnitudes,
@@ -131,7 +133,7 @@ class Pattern(Section):
     @property
     def selects(self) -> bool:
         """Whether the pattern has a mask of the largest magnitudes."""
-        return type(self).largest is not Pattern.largest
+        return self.chooses or type(self).largest is not Pattern.largest
 
     @property
     def skips_zeros(self) -> bool:

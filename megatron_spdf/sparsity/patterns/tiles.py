@@ -13,6 +13,7 @@ them.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.random import Philox
@@ -21,6 +22,9 @@ from pydantic import Field
 from megatron_spdf.kernels.limits import has_tile_kernel
 from megatron_spdf.random_streams import stream_key
 from megatron_spdf.sparsity.patterns.base import PATTERNS, Pattern, Shape
+
+if TYPE_CHECKING:  # the planner goes without PyTorch
+    from torch import Tensor
 
 STREAM = "megatron_spdf block stream 1"
 ROUNDS = 32  # of trades; after few of them nothing is left of the first pattern
@@ -68,6 +72,17 @@ class Tiles(Pattern):
     def exchange(self, active: np.ndarray, to_die: np.ndarray, to_be_born: np.ndarray,
                  count: int) -> tuple[np.ndarray, np.ndarray]:
         return swap_tiles(active, to_die, to_be_born, count)
+
+    def chosen(self, magnitudes: Tensor, level: float) -> Tensor:
+        """Tiles with much weight, equally many in every row and column; not always those with the
+        most, see `keep_largest_balanced`."""
+        from megatron_spdf.sparsity.largest import keep_largest_balanced
+
+        (rows, columns), size = self.grid(magnitudes.shape[1:]), self.tile
+        by_tile = magnitudes.view(-1, rows, size, columns, size)
+        kept = keep_largest_balanced(by_tile.double().sum((2, 4)),
+                                     self.per_row(magnitudes.shape[1:], level))
+        return kept[:, :, None, :, None].expand_as(by_tile).reshape(magnitudes.shape)
 
     @property
     def skips_zeros(self) -> bool:

@@ -10,6 +10,7 @@ matrices with two ones in each row and column.
 from __future__ import annotations
 
 import itertools
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.random import Philox
@@ -17,8 +18,12 @@ from numpy.random import Philox
 from megatron_spdf.random_streams import stream_key
 from megatron_spdf.sparsity.patterns.base import PATTERNS, Pattern, Shape
 
+if TYPE_CHECKING:  # the planner goes without PyTorch
+    from torch import Tensor
+
 STREAM = "megatron_spdf 2:4 stream 1"
 LEVEL, SIDE = 0.5, 4
+AT_ONCE = 2**16  # tiles whose 90 sums are held at a time
 
 
 def _all_tiles() -> np.ndarray:
@@ -47,11 +52,15 @@ class TwoFour(Pattern):
     def fault(self, masks: np.ndarray, shape: Shape, level: float) -> str | None:
         return None if is_two_four(masks, shape) else "2:4 along rows and columns"
 
-    def largest(self, values: np.ndarray, level: float) -> np.ndarray:
-        rows, columns = (n // SIDE for n in values.shape)
-        magnitudes = np.abs(values).reshape(rows, SIDE, columns, SIDE).swapaxes(1, 2)
-        best = (magnitudes.reshape(-1, SIDE**2) @ TILES.reshape(len(TILES), -1).T).argmax(1)
-        return _joined(best, values.shape)
+    def chosen(self, magnitudes: Tensor, level: float) -> Tensor:
+        import torch
+
+        slices, rows, columns = magnitudes.shape
+        tiles = magnitudes.view(slices, rows // SIDE, SIDE, columns // SIDE, SIDE).transpose(2, 3)
+        masks = magnitudes.new_tensor(TILES.reshape(len(TILES), -1))
+        best = [(some @ masks.T).argmax(1) for some in tiles.reshape(-1, SIDE**2).split(AT_ONCE)]
+        kept = masks[torch.cat(best)].bool()
+        return kept.view(tiles.shape).transpose(2, 3).reshape(magnitudes.shape)
 
     def describe(self, levels: list[float], degrees: int) -> str:
         return "2:4, two of every four weights along rows and along columns"

@@ -9,13 +9,16 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import linprog
 from torch import Tensor, nn
 
 from megatron_spdf.kernels.mask import unpack
 from megatron_spdf.layers.compact import compact_of, densify, make_compact
 from megatron_spdf.layers.masked import MaskedWeight, choose_masks
 from megatron_spdf.sparsity.algorithms.ste import Ste
-from megatron_spdf.sparsity.largest import keep_largest
+from megatron_spdf.sparsity.algorithms.top_kast import TopKast
+from megatron_spdf.sparsity.largest import keep_largest, keep_largest_balanced
+from megatron_spdf.sparsity.patterns.n_m import NofM
 from megatron_spdf.sparsity.plan import SparseWeight
 
 SEED, SHAPE = 5, (24, 20)
@@ -33,12 +36,12 @@ def masked_layer(axis: int, world: int = 1, rank: int = 0, **keys) -> tuple[nn.L
     return layer, dense
 
 
-def largest(dense: Tensor, axis: int, slices: int = 4) -> Tensor:
-    """The mask of a quarter of each slice, by a stable sort."""
+def largest(dense: Tensor, axis: int, share: int = 1, slices: int = 4) -> Tensor:
+    """The mask of a quarter of each slice, or `share` times that, by a stable sort."""
     masks = []
     for part in dense.chunk(slices, axis):
         mask, entries = np.zeros(part.numel(), bool), part.abs().numpy().ravel()
-        mask[np.argsort(-entries, kind="stable")[: part.numel() // 4]] = True
+        mask[np.argsort(-entries, kind="stable")[: share * part.numel() // 4]] = True
         masks.append(torch.from_numpy(mask).view(part.shape))
     return torch.cat(masks, axis)
 
@@ -126,3 +129,68 @@ def test_bits_have_the_planned_number_of_entries():
     layer.weight.data.zero_()
     bits = compact_of(layer).mask_bits
     assert unpack(bits, math.prod(SHAPE) // 4).sum(1).tolist() == [30] * 4
+
+
+def test_n_of_m_keeps_the_largest_of_every_group():
+    """2:4 by hand: of 4, -3, 1, 2 the first two, of equal ones the first."""
+    pattern = NofM()
+    values = np.array([[4, -3, 1, 2, 0, 0, 0, 0], [1, 1, 1, -5, -1, 2, -2, 1]], np.float32)
+    expected = [[1, 1, 0, 0, 1, 1, 0, 0], [1, 0, 0, 1, 0, 1, 1, 0]]
+    assert pattern.largest(values, 0.5).astype(int).tolist() == expected
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (4, 8), (2, 3)])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_every_group_has_n_of_m(n, m, axis):
+    """Drawn and chosen, in slices along either axis."""
+    weight = SparseWeight("w", (16, 48), axis, 2, 1 - n / m, NofM(n=n, m=m), algorithm=Ste())
+    assert weight.pattern.cut("w", (16, 48), axis, 2, 1 - n / m) == 2
+    masks = np.stack([weight.draw(0, c) for c in range(2)])
+    values = torch.randn(2, *weight.slice_shape, generator=torch.Generator().manual_seed(0))
+    chosen = weight.pattern.chosen(values.abs(), weight.level).numpy()
+    for each in (masks, chosen):
+        assert weight.fault(each.reshape(2, -1)) is None
+        assert (each.reshape(-1, m).sum(1) == n).all()
+    assert weight.fault(~masks) is not None or 2 * n == m
+    assert weight.active == masks.sum()
+
+
+@pytest.mark.parametrize("level, shape, keys, told", [
+    (0.75, (16, 48), {}, "level 0.5; take that"),
+    (0.5, (16, 45), {}, "no multiple of m"),
+])
+def test_weights_that_cannot_be_n_of_m_are_refused(level, shape, keys, told):
+    with pytest.raises(ValueError, match=told):
+        NofM(**keys).cut("w", shape, 1, 1, level)
+
+
+@pytest.mark.parametrize("grid, per_row", [((6, 6), 2), ((4, 12), 3), ((12, 4), 1), ((5, 5), 3),
+                                           ((9, 6), 2)])
+def test_tiles_are_balanced_and_hold_nearly_the_most(grid, per_row):
+    """Against the best balanced masks, found by linear programming."""
+    rows, columns = grid
+    scores = torch.rand(3, *grid, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    kept = keep_largest_balanced(scores, per_row).numpy()
+    assert (kept.sum(2) == per_row).all() and (kept.sum(1) == per_row * rows // columns).all()
+    sums = np.concatenate([np.kron(np.eye(rows), np.ones(columns)),
+                           np.kron(np.ones(rows), np.eye(columns))])
+    wanted = [per_row] * rows + [per_row * rows // columns] * columns
+    for mask, score in zip(kept, scores.numpy(), strict=True):
+        best = -linprog(-score.ravel(), A_eq=sums, b_eq=wanted, bounds=(0, 1)).fun
+        assert 0.95 * best <= score[mask].sum() <= best + 1e-9
+
+
+def test_the_backward_set_holds_the_forward_set_and_others_get_no_gradient():
+    """Top-KAST: A of a quarter, B of a half; 1 in A and 1 / D in the rest of B, times the penalty
+    (Jayakumar et al. 2020, equation 4)."""
+    planned = SparseWeight("w", SHAPE, 0, 4, 0.75, algorithm=TopKast(penalty=0.5))
+    layer = nn.Linear(SHAPE[1], SHAPE[0], bias=False)
+    dense = layer.weight.detach().clone()
+    make_compact(layer, MaskedWeight(planned, SEED, 0, 1, "cpu", None, micro_batches=1))
+    x = torch.randn(3, SHAPE[1])
+    layer(x).sum().backward()
+    forward, backward = largest(dense, 0), largest(dense, 0, share=2)
+    assert (forward & ~backward).sum() == 0 and backward.sum() == 2 * forward.sum()
+    pull = 0.5 * dense * (forward + (backward & ~forward) / 0.25)
+    expected = x.sum(0).expand(SHAPE) * backward + pull
+    torch.testing.assert_close(layer.parametrizations.weight.original.grad.view(SHAPE), expected)
