@@ -125,7 +125,7 @@ def wrong_shapes(reader: CheckpointReader) -> list[str]:
         if sparse:
             stored, shape = stored + VALUES, (sparse.slices, sparse.stored_per_slice)
         expected |= {stored: shape, **{f"{OPTIMIZER}{state}.{stored}": shape
-                                       for state in reader.recipe.optimizer.saved}}
+                                       for state in reader.recipe.saved}}
     masks = {bits for name in reader.plan.weights for bits in reader.side_bits(name)}
     return [f"{name} is missing" if name not in reader.shapes else
             f"{name} has shape {reader.shapes[name]} instead of {shape}"

@@ -232,7 +232,7 @@ class _FreshState:
         values = partial(self._values, weight.name)
         tensors.append(self._stored(name, shape, axis, weight, self.dtype,
                                     lambda: values().to(self.dtype)))
-        for state in self.recipe.optimizer.saved:
+        for state in self.recipe.saved:
             read = values if state == MASTER else lambda: torch.zeros(shape)
             tensors.append(self._stored(f"{OPTIMIZER}{state}.{name}", shape, axis, weight,
                                         torch.float32, read))

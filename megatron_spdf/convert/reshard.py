@@ -119,7 +119,7 @@ def _tensors_of(weight: Weight, reader: CheckpointReader, recipe: Recipe) -> lis
     """Tensors of one parameter: values, mask and optimizer state."""
     sparse, name = weight.name in reader.plan.weights, stored_name(weight.name)
     axis, kept = (0, name + VALUES) if sparse else (weight.axis, name)
-    names = [kept, *(f"{OPTIMIZER}{state}.{kept}" for state in recipe.optimizer.saved)]
+    names = [kept, *(f"{OPTIMIZER}{state}.{kept}" for state in recipe.saved)]
     names += reader.side_bits(weight.name) if sparse else []
     return [StoredTensor(n, reader.shapes[n], reader.dtypes[n],
                          cut(reader.shapes[n], axis, weight.layer, recipe),

@@ -13,6 +13,7 @@ from megatron.core import tensor_parallel
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor, nn
 
+from megatron_spdf.engine.base import Engine
 from megatron_spdf.kernels import dispatch
 from megatron_spdf.layers.compact import compact_of, sparse_modules
 from megatron_spdf.layers.products.base import product_of
@@ -79,6 +80,20 @@ def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
                "wd_mult": float(decays), **peak.limits(o.min_lr_ratio)}
               for peak in [Peak(o.lr), *other_peaks(recipe, [model])] for decays in (True, False)]
     return o.build([group for group in groups if group["params"]])
+
+
+def start_state(recipe: Recipe, optimizer: torch.optim.Optimizer,
+                masters: Sequence[Tensor]) -> None:
+    """Gives fp32 masters the named state that they have before the first update."""
+    recipe.optimizer.start(optimizer, masters)
+    if recipe.newborn:
+        recipe.newborn.start(optimizer, masters)
+
+
+def correct_newborn(engine: Engine) -> None:
+    """Has updates of an engine's optimizer treat what is born as the recipe says."""
+    if engine.recipe.newborn:
+        engine.recipe.newborn.attach(engine.torch_optimizer, lambda: engine.optimizer_steps)
 
 
 def own_decay(parameter: nn.Parameter) -> bool:

@@ -85,7 +85,7 @@ class DeepSpeedEngine:
         _sum_partial_gradients(self.model, recipe.parallel.tensor)
         self.torch_optimizer = guarded(common.build_optimizer(recipe, self.model))
         # while every rank holds whole parameters
-        self.state = ZeroState(self.model, recipe.optimizer)
+        self.state = ZeroState(self.model, recipe)
         self.zero, *_ = deepspeed.initialize(model=self.model, optimizer=self.torch_optimizer,
                                              mpu=ModelParallelUnit,
                                              config=deepspeed_settings(recipe),
@@ -93,6 +93,7 @@ class DeepSpeedEngine:
         self.state.attach(self.torch_optimizer, self.zero.optimizer)
         self.scheduler = common.make_scheduler(recipe, self.torch_optimizer)
         self.optimizer_steps = 0
+        common.correct_newborn(self)
         self.data_parallel_rank = ps.get_data_parallel_rank()
         self._reports = ps.get_tensor_model_parallel_rank() == 0
 
@@ -143,7 +144,7 @@ class DeepSpeedEngine:
         """Bytes of parameters and optimizer state on this rank as they are held; of gradients,
         which DeepSpeed frees in every step, by closed form."""
         state = [self.torch_optimizer.state[m][name] for m in self.state.masters
-                 for name in self.recipe.optimizer.states]
+                 for name in self.recipe.states]
         state += [m for m in self.state.masters if m.dtype != self.model.config.params_dtype]
         return {
             "parameters": sum(getattr(p, "ds_tensor", p).nbytes for p in self.model.parameters()),

@@ -69,9 +69,10 @@ class MegatronEngine:
         self.chunks = [_data_parallel(recipe, model, overlaps, first=i == 0) for i,
                        model in enumerate(self.models)]
         self.optimizer = _optimizer(recipe, self.chunks, overlaps)
-        self.state = OptimizerState(self.optimizer, self.models, recipe.optimizer)
+        self.state = OptimizerState(self.optimizer, self.models, recipe)
         self.scheduler = common.make_scheduler(recipe, self.optimizer)
         self.optimizer_steps = 0
+        common.correct_newborn(self)
         self.data_parallel_rank = ps.get_data_parallel_rank()
         # Between the first and the last stage only document boundaries are of interest.
         self.needs_batches = (ps.is_pipeline_first_stage() or ps.is_pipeline_last_stage()
@@ -142,7 +143,7 @@ class MegatronEngine:
         storages = {p.untyped_storage() for model in self.models for p in model.parameters()}
         masters = common.masters_of(self.torch_optimizer)
         state = [self.torch_optimizer.state[p][name] for p in masters
-                 for name in self.recipe.optimizer.states]
+                 for name in self.recipe.states]
         state += [p for p in masters if p.untyped_storage() not in storages]
         return {
             "parameters": sum(s.nbytes() for s in storages),
@@ -301,7 +302,7 @@ def _optimizer(recipe: Recipe, chunks: list[DistributedDataParallel],
     (inner,) = optimizer.chained_optimizers
     if options is None:
         inner.optimizer = _in_place_of(inner.optimizer, o)
-    o.start(inner.optimizer, common.masters_of(inner.optimizer))
+    common.start_state(recipe, inner.optimizer, common.masters_of(inner.optimizer))
     return optimizer
 
 

@@ -110,8 +110,9 @@ def _sum_gradient(compact: CompactWeight) -> Tensor:
     """The gradient of the whole batch's loss with respect to this rank's part of a dense weight,
     (out, in): signed, so that what replicas disagree on cancels out."""
     group = ps.get_data_parallel_group(with_context_parallel=True)
-    dist.all_reduce(compact.dense_gradient, group=group)
-    return compact.dense_gradient / group.size()
+    gradient = compact.collector.gradient.float().contiguous()
+    dist.all_reduce(gradient, group=group)
+    return gradient.div_(group.size())
 
 
 def _as_values(state: Tensor, compact: CompactWeight) -> Tensor:

@@ -22,7 +22,8 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor, nn
 
-from megatron_spdf.optimizers.base import MASTER, Optimizer
+from megatron_spdf.optimizers.base import MASTER
+from megatron_spdf.recipe.recipe import Recipe
 
 
 def share_replicas(model_state: dict, rank: int, world: int) -> None:
@@ -55,13 +56,13 @@ class OptimizerState:
     Args:
         optimizer: Megatron-Core's.
         models: this rank's model chunks.
-        settings: the section of the recipe, which names the state.
+        recipe: names the state.
     """
 
-    def __init__(self, optimizer: MegatronOptimizer, models: list[nn.Module], settings: Optimizer):
+    def __init__(self, optimizer: MegatronOptimizer, models: list[nn.Module], recipe: Recipe):
         # one: a second would be that of experts, which no model here has
         (self._inner,) = optimizer.chained_optimizers
-        self._settings, self.names = settings, settings.saved
+        self._recipe, self.names = recipe, recipe.saved
         self._parameters = [p for model in models for p in model.parameters() if p.requires_grad]
         self._sharded = isinstance(self._inner, DistributedOptimizer)
 
@@ -107,7 +108,7 @@ class OptimizerState:
         for number, parameter in enumerate(self._parameters):
             for name in self.names:
                 self._put(parameter, name, loaded[number][name])
-        self._settings.set_steps(self._inner.optimizer, steps)
+        self._recipe.optimizer.set_steps(self._inner.optimizer, steps)
 
     @torch.no_grad()
     def whole(self, name: str) -> Iterator[tuple[nn.Parameter, Tensor]]:
@@ -153,7 +154,7 @@ class OptimizerState:
         else:
             return slice(0), {}
         state = inner.optimizer.state[main]
-        return part, {MASTER: main, **{name: state[name] for name in self._settings.states}}
+        return part, {MASTER: main, **{name: state[name] for name in self._recipe.states}}
 
     def _copies(self, mine: set[nn.Parameter]) -> dict[nn.Parameter, dict[str, Tensor]]:
         """Copies on the CPU of the whole state of the parameters `mine`."""

@@ -14,10 +14,11 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_repl
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from torch import Tensor, nn
 
-from megatron_spdf.engine.common import model_metadata, tensors_only
+from megatron_spdf.engine.common import model_metadata, start_state, tensors_only
 from megatron_spdf.engine.state import share_replicas, snapshot
 from megatron_spdf.layers.compact import compact_of, sparse_modules
-from megatron_spdf.optimizers.base import MASTER, Optimizer
+from megatron_spdf.optimizers.base import MASTER
+from megatron_spdf.recipe.recipe import Recipe
 
 
 class WholeState:
@@ -25,11 +26,11 @@ class WholeState:
 
     Args:
         model: as built: where each of its parameters belongs in a checkpoint is noted then.
-        settings: the section of the recipe, which names the state.
+        recipe: names the state.
     """
 
-    def __init__(self, model: nn.Module, settings: Optimizer):
-        self.model, self._settings, self.names = model, settings, settings.saved
+    def __init__(self, model: nn.Module, recipe: Recipe):
+        self.model, self._recipe, self.names = model, recipe, recipe.saved
         names = {id(p): name for name, p in model.named_parameters()}
         sharded = tensors_only(model.sharded_state_dict(metadata=model_metadata()))
         self._parameters = {names[id(s.data)]: s.without_data() for s in sharded.values()
@@ -50,7 +51,7 @@ class WholeState:
         """
         self._inner, self._owners = inner, owners
         self.masters = list(flat or owners.values())
-        self._settings.start(inner, self.masters)
+        start_state(self._recipe, inner, self.masters)
 
     @torch.no_grad()
     def to_save(self) -> dict:
@@ -92,7 +93,7 @@ class WholeState:
         for name, parameter in self.model.named_parameters():
             for key in self.names:
                 self.put(parameter, key, loaded["optimizer"][name][key])
-        self._settings.set_steps(self._inner, steps)
+        self._recipe.optimizer.set_steps(self._inner, steps)
         self.settle()
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -47,9 +47,8 @@ class _Expand(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         compact = ctx.compact
-        if compact.dense_gradient is not None:
-            # signed, and before the cut: what is masked is of interest here
-            compact.dense_gradient += grad
+        # signed, and before the cut: what is masked is of interest here
+        compact.collect(lambda: grad)
         values, mask = ctx.values, ctx.mask
         return compact.deliver(values, lambda out: compact.finish(
             compact.compress(grad, mask, out), values)), None
@@ -73,8 +72,7 @@ class CompactWeight(nn.Module):
         deliver: takes the values and what computes their gradient, and returns it; a framework may
             want it elsewhere.
         replaced: names of what the layer has of its own while its weight is compact.
-        dense_gradient: (out, in) fp32, to which every backward adds the gradient of the dense
-            weight; None: none is wanted.
+        collector: takes the gradient of the dense weight in backward; None: none is wanted.
         held_bits: the active entries that are held at zero until the stage of the run ends, if the
             plan's algorithm holds any; their gradient is zero too.
         first_bits: as `mask_bits`, the mask at the beginning of the stage of the run, if the plan's
@@ -97,7 +95,7 @@ class CompactWeight(nn.Module):
         self.planned, self.product, self.pass_through = weight, product, False
         self.deliver: Callable[[Tensor, Compute], Tensor] = _return_gradient
         self.replaced: list[str] = []
-        self.dense_gradient: Tensor | None = None
+        self.collector: Collector | None = None
         self.shape = _local_shape(weight, world)
         self.values_shape = (local, k)
         if torch.device(device).type == "meta":
@@ -114,7 +112,7 @@ class CompactWeight(nn.Module):
         if weight.algorithm.tracks_ages:
             ages = torch.zeros(self.values_shape, dtype=torch.uint8, device=device)
             self.register_buffer("ages", ages)
-        self._kept: tuple[int, Tensor | None] = (-1, None)  # version of held_bits -> what it leaves
+        self._holds = -1, False  # version of held_bits -> whether any is set
         self.index_mask()
         self.register_load_state_dict_post_hook(lambda compact, _: compact.take_loaded())
 
@@ -182,10 +180,10 @@ class CompactWeight(nn.Module):
         """(slices, k) bool, the active entries that are not held; None: no entry is."""
         if not self.planned.algorithm.holds:
             return None
-        if self._kept[0] != self.held_bits._version:
-            kept = ~unpack(self.held_bits, self.values_shape[1])
-            self._kept = self.held_bits._version, None if kept.all() else kept
-        return self._kept[1]
+        if self._holds[0] != self.held_bits._version:  # a device is asked once
+            self._holds = self.held_bits._version, bool(self.held_bits.any())
+        # unpacked where it is needed: a byte an entry would be more than the bits save
+        return ~unpack(self.held_bits, self.values_shape[1]) if self._holds[1] else None
 
     def hold(self, kept: Tensor) -> None:
         """Holds all entries but these, (slices, k) bool; that they are zero is the caller's."""
@@ -196,6 +194,11 @@ class CompactWeight(nn.Module):
         are held; in place."""
         kept = self.kept
         return gradient if kept is None else gradient.mul_(kept)
+
+    def collect(self, compute: Callable[[], Tensor]) -> None:
+        """Takes a micro-batch's gradient of the dense weight, (out, in), if it is wanted."""
+        if self.collector is not None:
+            self.collector.take(compute)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompactWeight:
         """Moves to another device, whose kernels want the mask in their own form."""
@@ -285,17 +288,44 @@ def sparse_modules(model: nn.Module) -> Iterator[nn.Module]:
     return (m for m in model.modules() if compact_of(m) is not None)
 
 
-def collect_dense_gradients(models: Iterable[nn.Module]) -> None:
-    """Has every backward from here on add up the gradients of the dense weights of these models."""
+@dataclass
+class Collector:
+    """The gradient of a dense weight in a step, signed.
+
+    Attributes:
+        gradient: (out, in): fp32, to which every micro-batch adds; or of the last micro-batch
+            alone, as backward made it.
+        to_come: micro-batches up to the one that is kept; 0 where they are added up.
+    """
+
+    gradient: Tensor | None = None
+    to_come: int = 0
+
+    def take(self, compute: Callable[[], Tensor]) -> None:
+        if self.to_come == 0:
+            self.gradient += compute()
+            return
+        self.to_come -= 1
+        if self.to_come == 0:
+            self.gradient = compute().detach()
+
+
+def collect_dense_gradients(models: Iterable[nn.Module], last_of: int = 0) -> None:
+    """Has the backward passes of a step collect the gradients of the dense weights of these models.
+
+    Args:
+        last_of: micro-batches of the step, of which the last alone counts; 0: all are added up.
+    """
     for module in (m for model in models for m in sparse_modules(model)):
         compact = compact_of(module)
-        compact.dense_gradient = torch.zeros(compact.shape, device=compact.mask_bits.device)
+        compact.collector = Collector(to_come=last_of) if last_of else Collector(
+            torch.zeros(compact.shape, device=compact.mask_bits.device))
 
 
 def drop_dense_gradients(models: Iterable[nn.Module]) -> None:
     """Undoes `collect_dense_gradients`."""
     for module in (m for model in models for m in sparse_modules(model)):
-        compact_of(module).dense_gradient = None
+        compact_of(module).collector = None
 
 
 def densify(model: nn.Module) -> nn.Module:

@@ -109,8 +109,7 @@ class _Multiply(torch.autograd.Function):
         elif ctx.sums:
             exchange = dist.all_reduce(input_gradient, group=ctx.group, async_op=True)
         values_gradient = None
-        if ctx.compact.dense_gradient is not None:
-            ctx.compact.dense_gradient += rows.T @ _tokens(whole)
+        ctx.compact.collect(lambda: rows.T @ _tokens(whole))
         if ctx.needs_input_grad[1]:
             values_gradient = add_gradient(
                 values, lambda out: ctx.compact.finish(

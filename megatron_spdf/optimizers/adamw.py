@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from megatron_spdf.optimizers.base import OPTIMIZERS, Optimizer
+from megatron_spdf.optimizers.base import OPTIMIZERS, Average, Optimizer
 
 if TYPE_CHECKING:
     import torch
@@ -59,6 +59,10 @@ class AdamW(Optimizer):
         else:
             for group in optimizer.param_groups:
                 group["step"] = steps
+
+    @property
+    def averages(self) -> dict[str, Average]:
+        return {"exp_avg": Average(self.beta1, 1), "exp_avg_sq": Average(self.beta2, 2)}
 
     @property
     def largest_first_updates(self) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, create_model
 
@@ -30,6 +30,13 @@ Decay = Literal["cosine", "linear", "minus_sqrt", "exponential", "constant"]
 # Keys of a schedule, which a stage of a run may have of its own.
 SCHEDULE = ("lr", "embedding_lr", "norm_lr", "min_lr_ratio", "decay", "decay_share",
             "warmup_tokens")
+
+
+class Average(NamedTuple):
+    """A named state that is a running average: its decay, and the power of the gradient."""
+
+    decay: float
+    power: int
 
 
 class Optimizer(Section):
@@ -109,6 +116,12 @@ class Optimizer(Section):
         for master in masters:
             optimizer.state[master].update({s: torch.zeros_like(master) for s in self.states})
         self.set_steps(optimizer, 0)
+
+    @property
+    def averages(self) -> dict[str, Average]:
+        """Those of the named state that are running averages from zero, which the step count
+        corrects for that."""
+        return {}
 
     @property
     def largest_first_updates(self) -> float:

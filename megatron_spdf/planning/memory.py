@@ -30,10 +30,10 @@ class RankBytes:
         master: fp32 weights of the optimizer, under bf16.
         moments: named state of the optimizer, fp32.
         expanded: dense copies of the sparse weights that are kept for the step.
-        masks: one bit a weight, of masks that move another for the first mask and a byte for each
-            age that is asked for, and what kernels derive from them: on CPU the positions of the
-            active entries, 8 bytes each; on a GPU 4 bytes for `SPAN` entries of a slice, and what
-            the pattern's product needs.
+        masks: one bit a weight, where some are held one for each that is stored, of masks that move
+            another for the first mask and a byte for each age that is asked for, and what kernels
+            derive from them: on CPU the positions of the active entries, 8 bytes each; on a GPU 4
+            bytes for `SPAN` entries of a slice, and what the pattern's product needs.
         gathered: ZeRO-3 only, whole parameters of the layers at work.
     """
 
@@ -75,6 +75,8 @@ def sparse_bytes(
             expanded += width * parameter.expands_to * plan.keeps_copy(parameter.name, on_gpu)
             slices, entries = weight.slices // parallel.tensor, math.prod(weight.slice_shape)
             masks += slices * math.ceil(entries / 8)
+            masks += slices * math.ceil(weight.active_per_slice / 8) * (
+                weight.algorithm.holds)
             if weight.algorithm.keeps:  # nothing is derived, and what is trained is a mask too
                 masks += slices * math.ceil(entries / 8) * weight.trains_some
                 continue
@@ -121,7 +123,7 @@ def zero_bytes(recipe: Recipe, plan: Plan, stage: int, zero_stage: int) -> RankB
         parameters=width * (share if zero_stage == 3 else elements),
         gradients=4 * (share if zero_stage >= 2 else elements),
         master=4 * owned if bf16 else 0,
-        moments=recipe.optimizer.state_bytes * owned,
+        moments=recipe.state_bytes * owned,
         expanded=expanded,
         masks=masks,
         gathered=gathered,

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_spdf.optimizers.base import STATE_BYTES
+from megatron_spdf.optimizers.newborn import COLD
 from megatron_spdf.planning.buffers import local_parameters
-from megatron_spdf.recipe.recipe import ENGINES, Recipe
+from megatron_spdf.recipe.recipe import AUTO, ENGINES, Recipe
 from megatron_spdf.schedule.flops import training_flops
-from megatron_spdf.sparsity.algorithms.base import MoveCost
+from megatron_spdf.sparsity.algorithms.base import Births, MoveCost
 from megatron_spdf.sparsity.plan import Plan
-
-COLD = 1.5  # times the usual, from where the first updates of what is born are worth a line
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,8 @@ def moves_of(recipe: Recipe, plan: Plan, stage: int, on_gpu: bool = True) -> Mov
     algorithm, costs = recipe.sparsity.update, _costs(recipe, plan, stage)
     count = algorithm.moves(recipe.steps)
     trained = training_flops(recipe.model, recipe.train.sequence_length, plan).total * recipe.steps
-    flops = sum(algorithm.cost(w.numel, w.active).flops for w in plan.weights.values())
+    flops = sum(algorithm.cost(w.numel, w.active, **_step(recipe)).flops
+                for w in plan.weights.values())
     return Moves(
         count=count,
         carried=0 if algorithm.keeps else ENGINES.get(recipe.engine).move_bytes(
@@ -68,14 +68,21 @@ def gathered_state(recipe: Recipe, elements: int) -> int:
     """
     if recipe.parallel.data == 1 or recipe.parallel.zero_stage == 0:
         return 0  # every replica has all of it
-    return STATE_BYTES * (len(recipe.optimizer.saved) + 1) * elements
+    return STATE_BYTES * (len(recipe.saved) + 1) * elements
 
 
 def _costs(recipe: Recipe, plan: Plan, stage: int) -> list[MoveCost]:
     """Of every sparse weight on a rank."""
     chunks = local_parameters(recipe.model, recipe.parallel, plan, stage)
-    return [recipe.sparsity.update.cost(q.expands_to, q.elements)
+    return [recipe.sparsity.update.cost(q.expands_to, q.elements, **_step(recipe))
             for chunk in chunks for q in chunk if q.expands_to]
+
+
+def _step(recipe: Recipe) -> dict[str, int]:
+    """What the cost of a move depends on, beside the weight."""
+    settled = recipe.train.micro_batch != AUTO
+    return {"width": 2 if recipe.train.precision == "bf16" else 4,
+            "micro_batches": recipe.micro_batches if settled else 1}
 
 
 def render_moves(recipe: Recipe, plan: Plan) -> str:
@@ -85,7 +92,7 @@ def render_moves(recipe: Recipe, plan: Plan) -> str:
         return ""
     said = f"mask algorithm {algorithm.name}: {algorithm.describe()}"
     if not (count := algorithm.moves(recipe.steps)):
-        return said
+        return said + _cold_start(recipe)
     said += (f"; chosen {count:,} times in {recipe.steps:,} steps" if algorithm.keeps else
              f"; {count:,} moves in {recipe.steps:,} steps")
     if algorithm.holds or algorithm.keeps:
@@ -100,10 +107,17 @@ def render_moves(recipe: Recipe, plan: Plan) -> str:
 
 
 def _cold_start(recipe: Recipe) -> str:
-    """A line about the first updates of what is born, where they are far from the usual ones."""
-    largest = recipe.optimizer.largest_first_updates
-    if largest < COLD:
+    """A line about what is born: what corrects its state, or how far from the usual its first
+    updates are."""
+    largest, newborn = recipe.optimizer.largest_first_updates, recipe.newborn
+    if newborn:
+        return ("\n  what is born has "
+                + ("a step count of its own for Adam's bias correction" if newborn.rule == "ages"
+                   else f"updates that grow over {newborn.ramp:,} steps")
+                + f": an age for every value, {STATE_BYTES} bytes")
+    if largest < COLD or not isinstance(recipe.sparsity.update, Births):
         return ""
-    return (f"\n  first updates of weights that are born are up to {largest:.1f} times the usual: "
-            f"optimizer.name={recipe.optimizer.name} corrects their moments by the run's step "
-            "count; lower optimizer.beta2, which is 0.95 for most language models")
+    return (f"\n  warning: first updates of weights that are born are up to {largest:.1f} times "
+            f"the usual: optimizer.name={recipe.optimizer.name} corrects their moments by the "
+            "run's step count; set sparsity.update.newborn=ages, or lower optimizer.beta2, which "
+            "is 0.95 for most language models")

@@ -10,6 +10,7 @@ from megatron_spdf.planning.activations import step_bytes
 from megatron_spdf.planning.hardware import GPUS, Gpu
 from megatron_spdf.planning.memory import rank_bytes, zero_bytes
 from megatron_spdf.planning.moves import render_moves
+from megatron_spdf.planning.parts import as_plain, bytes_of_stages, stored_plans
 from megatron_spdf.planning.search import (
     USABLE,
     Candidate,
@@ -89,7 +90,8 @@ def _model(recipe: Recipe, plan: Plan) -> dict[str, Any]:
     weights = recipe.model.weights()
     linear = sum(w.numel for w in weights if w.linear)
     stages = stages_of(recipe)
-    moves = [text for stage in stages if (text := render_moves(stage.as_single_run, stage.plan))]
+    said = [render_moves(stage.as_single_run, stage.plan) for stage in stages]
+    moves = list(dict.fromkeys(filter(None, said)))  # parts of a stage say the same
     return {
         "layers": recipe.model.layers, "hidden": recipe.model.hidden,
         "parameters": sum(w.numel for w in weights),
@@ -99,6 +101,7 @@ def _model(recipe: Recipe, plan: Plan) -> dict[str, Any]:
         "tokens_per_step": recipe.tokens_per_step, "precision": recipe.train.precision,
         "sequence_length": recipe.train.sequence_length,
         "stages": [stage.heading for stage in stages if stage.heading],
+        "held": as_plain(bytes_of_stages(recipe)) if len(stages) > 1 else [],
         **({"moves": moves} if moves else {}),
     }
 
@@ -144,7 +147,7 @@ def _own_layout(request: Request) -> dict[str, Any] | None:
     """The recipe's layout as it stands, if it is for so many GPUs."""
     if request.recipe.parallel.world != request.gpus:
         return None
-    candidate = fullest(request.recipe, request.plan)
+    candidate = fullest(request.recipe, *stored_plans(request.recipe, request.plan))
     time = step_time(request.recipe, request.plan, request.gpu, request.efficiency)
     row = _row(Candidate(request.recipe, candidate.peak, candidate.stage, time), request)
     return {**row, "fits": candidate.peak <= USABLE * request.gpu.memory}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_spdf.planning.parts import render_stage_bytes
 from megatron_spdf.tables import GIB, MIB, SECONDS, Column, Table, Unit
 
 RUN_FLOPS = Unit("1e18", 1e18)
@@ -29,8 +30,7 @@ def _head(facts: dict[str, Any]) -> str:
         f"{model['tokens'] / 1e9:,.4g}B tokens in {model['steps']:,} steps of "
         f"{model['tokens_per_step']:,}; {model['precision']}",
         *(f"  {stage}" for stage in model["stages"]),
-        *(["bytes and times are those of the last stage, which is dense; FLOPs are of all"]
-          if model["stages"] else []),
+        *([_of_stages(facts)] if model["stages"] else []),
         *model.get("moves", []),
         f"{request['gpus']:,} x {gpu['name']}: {gpu['memory'] / GIB.size:.1f} GiB, of which "
         f"{request['usable_bytes'] / GIB.size:.1f} are counted on; "
@@ -42,6 +42,15 @@ def _head(facts: dict[str, Any]) -> str:
                      f"{own['peak_bytes'] / GIB.size:,.1f} GiB on stage {own['fullest_stage']}, "
                      f"{own['step_seconds']:.3g} s a step")
     return "\n".join(lines)
+
+
+def _of_stages(facts: dict[str, Any]) -> str:
+    """What figures are of which stage, and what each of them holds."""
+    dense = facts["model"]["sparsity"] == 0.0
+    which = ("bytes and times are those of the last stage, which is dense; FLOPs are of all"
+             if dense else "a layout fits if the fullest stage does; other bytes and times are "
+                           "those of the last, FLOPs are of all")
+    return f"{which}\nat the recipe's own layout\n{render_stage_bytes(facts['model']['held'])}"
 
 
 def _layout(row: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from megatron_spdf.architecture.base import divisors
 from megatron_spdf.planning.activations import peak_bytes
 from megatron_spdf.planning.hardware import Gpu
+from megatron_spdf.planning.parts import stored_plans
 from megatron_spdf.planning.step_time import EFFICIENCY, StepTime, step_time
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.recipe.rules import rule_violations
@@ -65,9 +66,14 @@ def laid_out(recipe: Recipe, tensor: int, pipeline: int, data: int, interleave: 
                                                  "recompute": recompute})})
 
 
-def fullest(recipe: Recipe, plan: Plan) -> Candidate:
-    """The stage of a layout that needs most bytes; of equal ones the first."""
-    peaks = [peak_bytes(recipe, plan, stage) for stage in range(recipe.parallel.pipeline)]
+def fullest(recipe: Recipe, *plans: Plan) -> Candidate:
+    """The pipeline stage of a layout that needs most bytes; of equal ones the first.
+
+    Args:
+        plans: of the weights as they are stored one after another, see `parts.stored_plans`.
+    """
+    peaks = [max(peak_bytes(recipe, each, stage) for each in plans)
+             for stage in range(recipe.parallel.pipeline)]
     stage = max(range(len(peaks)), key=lambda s: peaks[s])
     return Candidate(recipe, peaks[stage], stage)
 
@@ -81,7 +87,7 @@ def search(recipe: Recipe, plan: Plan, gpu: Gpu, gpus: int, efficiency: float = 
     Returns:
         Layouts that fit, fastest first, and rejected TP x PP x DP, closest first.
     """
-    found, misfits = [], []
+    found, misfits, stored = [], [], stored_plans(recipe, plan)
     for tensor, pipeline, data in degrees(recipe, gpu, gpus):
         variants = list(_variants(recipe, tensor, pipeline, data))
         # the cheap question first: bytes of a layout take longer than its rules
@@ -90,7 +96,7 @@ def search(recipe: Recipe, plan: Plan, gpu: Gpu, gpus: int, efficiency: float = 
             plain = laid_out(recipe, tensor, pipeline, data)
             misfits.append(Misfit(plain, next(rule_violations(plain), ""), None))
             continue
-        candidates = [fullest(v, plan) for v in allowed]
+        candidates = [fullest(v, *stored) for v in allowed]
         fitting = [c for c in candidates if c.peak <= USABLE * gpu.memory]
         found += [Candidate(c.recipe, c.peak, c.stage, step_time(c.recipe, plan, gpu, efficiency))
                   for c in fitting]
@@ -141,7 +147,7 @@ def smallest_world(recipe: Recipe, plan: Plan, gpu: Gpu) -> Candidate | None:
     Returns:
         None if even LARGEST_WORLD GPUs are too few.
     """
-    batch, choices = recipe.train.global_batch, []
+    batch, choices, stored = recipe.train.global_batch, [], stored_plans(recipe, plan)
     for tensor in tensor_degrees(recipe, gpu):
         for pipeline in divisors(recipe.model.layers):
             choices += [(tensor * pipeline * data, pipeline, tensor, data)
@@ -150,16 +156,17 @@ def smallest_world(recipe: Recipe, plan: Plan, gpu: Gpu) -> Candidate | None:
     # by world size, then the fewest pipeline stages, whose bubbles cost time
     for _, pipeline, tensor, data in sorted(choices):
         candidate = laid_out(recipe, tensor, pipeline, data, recompute="full")
-        if all(peak_bytes(candidate, plan, stage) <= USABLE * gpu.memory
-               for stage in range(pipeline)):
-            return fullest(candidate, plan)
+        if all(peak_bytes(candidate, each, stage) <= USABLE * gpu.memory
+               for stage in range(pipeline) for each in stored):
+            return fullest(candidate, *stored)
     return None
 
 
 def holds(recipe: Recipe, plan: Plan, gpu: Gpu, gpus: int) -> bool:
     """Whether some layout on `gpus` GPUs fits, layers recomputed."""
+    stored = stored_plans(recipe, plan)
     least = (laid_out(recipe, *d, recompute="full") for d in degrees(recipe, gpu, gpus))
-    return any(not any(rule_violations(r)) and fullest(r, plan).peak <= USABLE * gpu.memory
+    return any(not any(rule_violations(r)) and fullest(r, *stored).peak <= USABLE * gpu.memory
                for r in least)
 
 

@@ -9,7 +9,16 @@ from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from megatron_spdf.architecture.base import BY_ARCHITECTURE, Model
-from megatron_spdf.optimizers.base import PRETRAINING, SCHEDULE, Decay, Optimizer, Pretraining
+from megatron_spdf.optimizers.base import (
+    MASTER,
+    PRETRAINING,
+    SCHEDULE,
+    STATE_BYTES,
+    Decay,
+    Optimizer,
+    Pretraining,
+)
+from megatron_spdf.optimizers.newborn import AGE, Newborn, newborn_of
 from megatron_spdf.registry import Registry
 from megatron_spdf.section import (
     MOST_POSITIONS,
@@ -314,6 +323,27 @@ class Recipe(Section):
         """Micro-batches that a data-parallel rank accumulates per step."""
         assert self.train.micro_batch != AUTO, "the run has not settled it yet"
         return self.train.global_batch // (self.train.micro_batch * self.parallel.data)
+
+    @property
+    def newborn(self) -> Newborn | None:
+        """What corrects the optimizer's state of values that are born; None: nothing does."""
+        return newborn_of(self.sparsity.update, self.optimizer)
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """Names of the optimizer's state for every parameter, beside the master weight: its own,
+        and the ages of what is born where they count."""
+        return (*self.optimizer.states, *([AGE] if self.newborn else []))
+
+    @property
+    def saved(self) -> tuple[str, ...]:
+        """Names of what a checkpoint holds for every parameter: master weight and named state."""
+        return (MASTER, *self.states)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the named state for one entry of a parameter, without its master weight."""
+        return self.optimizer.state_bytes + STATE_BYTES * (self.newborn is not None)
 
     @property
     def stage_ends(self) -> list[int]:

@@ -8,6 +8,7 @@ from functools import lru_cache
 
 from megatron_spdf.architecture.base import Model, divisors
 from megatron_spdf.optimizers.base import Optimizer
+from megatron_spdf.optimizers.newborn import newborn_violations
 from megatron_spdf.recipe.recipe import AUTO, ENGINES, Recipe, Stage
 from megatron_spdf.sparsity.plan import check_algorithm, check_tensor, make_plan
 from megatron_spdf.sparsity.settings import Sparsity
@@ -32,6 +33,7 @@ def rule_violations(recipe: Recipe) -> Iterator[str]:
     for number, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
         sparsity = recipe.stages[number].sparsity if recipe.stages else recipe.sparsity
         yield from sparsity.update.rule_violations(end - begin)
+        yield from newborn_violations(sparsity.update, recipe.optimizer)
 
 
 def _model(recipe: Recipe) -> Iterator[str]:

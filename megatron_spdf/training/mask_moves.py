@@ -52,7 +52,9 @@ class MaskMoves:
         self._due = due and bool(self.stage.plan.weights)  # of dense weights the border prunes
         self._collects = self._due and self.algorithm.needs == "dense_gradient"
         if self._collects:
-            collect_dense_gradients(self.engine.models)
+            alone = self.algorithm.collects == "micro_batch"
+            collect_dense_gradients(self.engine.models,
+                                    last_of=self.engine.recipe.micro_batches if alone else 0)
 
     def after_step(self, result: StepResult) -> None:
         """Moves the masks if they are due and the step was not skipped."""

@@ -34,9 +34,14 @@ def test_first_updates_of_the_born_are_those_of_adam_run_for_long(beta1, beta2, 
 def test_a_plan_says_so_where_it_matters(recipe):
     sparsity = {"level": 0.75, "algorithm": "set", "update": {"every": 2}}
     slow = recipe(sparsity=sparsity, optimizer={"beta2": 0.999})
+    ages = sparsity | {"update": {"every": 2, "newborn": "ages"}}
+    counted = recipe(sparsity=ages, optimizer={"beta2": 0.999})
     quick = recipe(sparsity=sparsity, optimizer={"beta2": 0.95})
-    said = "first updates of weights that are born are up to 6.6 times the usual"
+    said = "warning: first updates of weights that are born are up to 6.6 times the usual"
     assert said in render_moves(slow, Plan.of(slow))
+    assert "a step count of its own for Adam's bias correction: an age for every value" in (
+        render_moves(counted, Plan.of(counted)))
+    assert counted.state_bytes == slow.state_bytes + 4
     assert "3 moves in 10 steps" in render_moves(quick, Plan.of(quick))
     assert "first updates" not in render_moves(quick, Plan.of(quick))
 

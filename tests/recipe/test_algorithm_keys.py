@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import Field
 
+from megatron_spdf.optimizers.base import OPTIMIZERS, Optimizer
 from megatron_spdf.recipe.compare import changes_of_run
 from megatron_spdf.recipe.load import make_recipe
 from megatron_spdf.recipe.recipe import Recipe
@@ -16,6 +17,13 @@ class Probe(MovingMasks):
 
     name = "probe"
     every: int = Field(7, gt=0)
+
+
+class Once(Optimizer):
+    """Without state."""
+
+    states = ()
+    title = "Once"
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +72,9 @@ def test_keys_have_the_algorithms_own_defaults(recipe):
     ({"algorithm": "acdc"}, "sparsity.update.turn=0.05 of 10 steps is no step; raise it, or train"),
     ({"algorithm": "acdc", "update": {"last_dense": 0.9}},
      "start=0.1, last_dense=0.9 and stop=0.85 must ascend; change one of them"),
+    ({"algorithm": "probe", "update": {"newborn": "old"}}, "sparsity.update.newborn='old'"),
+    ({"algorithm": "probe", "update": {"newborn": "ramp", "ramp": 0}}, "sparsity.update.ramp=0"),
+    ({"algorithm": "gmp", "update": {"newborn": "ages"}}, "mask algorithm gmp has no such key"),
     ({"reached": 0.5}, "sparsity.reached=0.5 is set by the run itself; leave it out"),
     ({"algorithm": "probe", "level": 0.0}, "sparsity.algorithm=probe moves masks, and no weight "
                                            "is sparse; set sparsity.level, or algorithm=static"),
@@ -84,6 +95,24 @@ def test_keys_have_the_algorithms_own_defaults(recipe):
 def test_what_is_wrong_is_said(recipe, sparsity, said):
     with pytest.raises(ValueError, match=said):
         loaded(recipe, **sparsity)
+
+
+@pytest.mark.parametrize(("optimizer", "rule", "said"), [
+    ({"name": "once", "lr": 1.0}, "ages", "sparsity.update.newborn=ages corrects running averages "
+     "of the gradient, and optimizer.name=once names none that start at zero; set newborn=plain"),
+    ({"beta1": 0.0}, "ramp", "sparsity.update.newborn=ramp scales the first moment that is kept, "
+     "and optimizer.beta1=0 keeps none; set newborn=ages or a larger beta1")])
+def test_an_optimizer_without_moments_has_no_newborn_ones(recipe, monkeypatch, optimizer, rule,
+                                                          said):
+    OPTIMIZERS.names()
+    monkeypatch.setitem(OPTIMIZERS._tenants, "once", Once)
+    values = recipe().model_dump()
+    values["sparsity"] = {"level": 0.75, "algorithm": "probe", "update": {"newborn": rule}}
+    values["optimizer"] = optimizer if "name" in optimizer else values["optimizer"] | optimizer
+    with pytest.raises(ValueError, match=said):
+        make_recipe(values, [], "it")
+    values["sparsity"]["update"]["newborn"] = "plain"
+    assert "age" not in make_recipe(values, [], "it").states
 
 
 def test_a_run_goes_on_with_its_own_algorithm_only(recipe):

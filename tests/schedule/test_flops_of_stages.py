@@ -29,6 +29,16 @@ def test_stages_make_up_the_run(recipe):
         [1, 2, 3], [1, 2, 3], [2, 3], [3], [3]]
 
 
+def test_the_schedule_of_a_stage_is_said(recipe):
+    first, second, _ = stages_of(recipe(stages=[
+        {**STAGES[0], "decay_share": 0.5, "decay": "minus_sqrt"},
+        {**STAGES[1], "decay": "constant"}, STAGES[2]]))
+    assert "then constant, over the last 50% minus_sqrt to 0.0001" in first.heading
+    assert first.as_single_run.decay_tokens == 4 * 256  # of its own seven steps
+    assert "tokens, then constant;" in second.heading
+    assert second.as_single_run.decay_tokens == 0
+
+
 def test_a_run_without_stages_is_one(recipe):
     run = recipe(sparsity=0.5)
     (stage,) = stages_of(run)

@@ -16,6 +16,7 @@ import sgd_tenant  # noqa: F401
 import torch
 import torch.distributed as dist
 import wander  # noqa: F401
+from aged_adam import AgedAdamW
 from cases import Bench, bench, masks
 from megatron.core import parallel_state as ps
 from plain_gpt2 import (
@@ -32,7 +33,9 @@ from megatron_spdf.engine.base import Engine
 from megatron_spdf.kernels.mask import pack, unpack
 from megatron_spdf.layers.compact import compact_of, sparse_modules
 from megatron_spdf.optimizers.base import MASTER
+from megatron_spdf.optimizers.newborn import AGE
 from megatron_spdf.parallel.traffic import TrafficCounter
+from megatron_spdf.planning.memory import rank_bytes
 from megatron_spdf.planning.moves import moves_of
 from megatron_spdf.runs.run_log import RunLog
 from megatron_spdf.schedule.stages import stages_of
@@ -76,6 +79,8 @@ def trained(recipe: dict, stop: int | None = None, skip: int | None = None) -> d
                 "products": {type(compact_of(m).product).__name__
                              for model in b.engine.models for m in sparse_modules(model)},
                 "predicted": moves_of(b.recipe, b.plan, stage, on_gpu=False),
+                "optimizer": (b.engine.state_bytes()["optimizer"], rank_bytes(
+                    b.recipe, b.plan, stage, False, b.engine.data_parallel_rank).optimizer),
                 "moves": [r for r in records if r["kind"] == "mask"],
                 "run": json.loads(newest.read_text())}
 
@@ -122,6 +127,9 @@ def checked(move, sent: list[int]):
             for key, state in states.items():
                 assert torch.equal(state, old_states[key] * mask), (name, key)
                 assert state[mask & old].any() and not state[mask & ~old].any()
+            if engine.recipe.newborn:  # ages
+                assert set(states[AGE][mask & old].unique().tolist()) <= set(
+                    range(1, when.step + 1))
         assert set(born) == set(plan.weights)
         assert {name: change.moved for name, change in born.items()} == {
             name: _moved(w, algorithm, when) * w.slices for name, w in plan.weights.items()}
@@ -189,7 +197,8 @@ class _Plain:
         self.bits = {name: pack(torch.stack([torch.from_numpy(w.draw(b.plan.seed, c))
                                              for c in range(w.slices)]))
                      for name, w in b.plan.weights.items()}
-        self.adam = decayed(self.model, b.recipe.optimizer)
+        self.adam = (AgedAdamW(self.model, b.recipe) if b.recipe.newborn
+                     else decayed(self.model, b.recipe.optimizer))
 
     def step(self, number: int, batch: list[dict]) -> float:
         for group in self.adam.param_groups:
@@ -197,7 +206,7 @@ class _Plain:
         self.adam.zero_grad()
         loss = sum(micro_loss(self.model, micro) for micro in batch) / len(batch)
         loss.backward()
-        gradients = {name: self._ours(name, p.grad).clone() for name, p in self.parameters.items()}
+        gradients = self._gradients(batch)
         for name, parameter in self.parameters.items():
             parameter.grad *= self._mask(name)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optimizer.clip_grad)
@@ -208,14 +217,23 @@ class _Plain:
                 self._move(name, Moment(self.updates, number, self.recipe.steps), gradients[name])
         return float(loss)
 
+    def _gradients(self, batch: list[dict]) -> dict[str, torch.Tensor]:
+        """Of the dense weights: of the whole batch, or of its last micro-batch."""
+        names, parameters = self.parameters.keys(), list(self.parameters.values())
+        found = ([p.grad for p in parameters] if self.recipe.sparsity.update.collects == "step"
+                 else torch.autograd.grad(micro_loss(self.model, batch[-1]), parameters))
+        return {name: self._ours(name, g).clone() for name, g in zip(names, found, strict=True)}
+
     def _move(self, name: str, when: Moment, gradient: torch.Tensor) -> None:
         w, parameter = self.plan.weights[name], self.parameters[name]
         dense = self._ours(name, parameter.data)
         whole = torch.stack([slice_of(dense, w, c) for c in range(w.slices)])
+        before = self._mask(name)
         self.bits[name] = self._next(w, when, whole, gradient)
         state = self.adam.state[parameter]
-        for tensor in (parameter.data, state["exp_avg"], state["exp_avg_sq"]):
-            tensor *= self._mask(name)
+        kept = before & self._mask(name)
+        for tensor in (parameter.data, *(t for t in state.values() if t.shape == kept.shape)):
+            tensor *= kept
 
     def _next(self, w: SparseWeight, when: Moment, whole: torch.Tensor,
               gradient: torch.Tensor) -> torch.Tensor:

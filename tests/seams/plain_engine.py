@@ -58,11 +58,12 @@ class PlainEngine:
         self.recipe, self.plan, self.device, self._common = recipe, plan, device, common
         self.models = build_model(recipe, plan, weights)
         (self.model,) = self.models
-        self.state = WholeState(self.model, recipe.optimizer)
+        self.state = WholeState(self.model, recipe)
         self.torch_optimizer = common.build_optimizer(recipe, self.model)
         self.state.attach(self.torch_optimizer, {p: p for p in self.model.parameters()})
         self.scheduler = common.make_scheduler(recipe, self.torch_optimizer)
         self.optimizer_steps = 0
+        common.correct_newborn(self)
         self.data_parallel_rank = ps.get_data_parallel_rank()
         self._replicas = ps.get_data_parallel_group(with_context_parallel=True)
 

@@ -19,8 +19,10 @@ from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
 pytestmark = pytest.mark.slow
 
 EVERY, STEPS = 3, 12
+# What is born has a step count of its own: the state that moves holds ages too.
 WANDER = {"level": 0.75, "algorithm": "wander",
-          "update": {"every": EVERY, "stop": 1.0, "track_ages": True}}
+          "update": {"every": EVERY, "stop": 1.0, "newborn": "ages",
+                     "track_ages": True}}
 DEEPSPEED = {"engine": "deepspeed"}
 LAYOUTS = {
     "tp2": {"parallel": {"tensor": 2}},
@@ -83,6 +85,13 @@ def together(ranks: list[dict], what: str = "masks") -> dict:
     return {key: mask for there in ranks for key, mask in there[what].items()}
 
 
+def differing(ranks: list[dict], reference: dict) -> int:
+    """Entries that are active in a plain reference alone."""
+    active = together(ranks, "active")
+    assert len(active) == len(reference["active"])
+    return sum(int((mask & ~active[key]).sum()) for key, mask in reference["active"].items())
+
+
 def test_losses_are_those_of_plain_pytorch_with_masks_that_move(ranks, recipe, one):
     close(one["losses"], ranks(1).run(plain, recipe({}))["losses"])
 
@@ -117,10 +126,23 @@ def test_the_dense_gradient_is_that_of_the_whole_batch(ranks, recipe, run, secti
     reference = ranks(1).run(plain, recipe({}, sparsity=RIGL))
     there = run(sections, RIGL | change)
     close(there[0]["losses"], reference["losses"])
-    active = together(there, "active")
-    apart = sum(int((mask & ~active[key]).sum()) for key, mask in reference["active"].items())
-    assert apart <= 1e-3 * sum(move["moved"] for move in there[0]["moves"])
-    assert len(active) == len(reference["active"]) and len(there[0]["moves"]) == 3
+    assert differing(there, reference) <= 1e-3 * sum(m["moved"] for m in there[0]["moves"])
+    assert len(there[0]["moves"]) == 3
+
+
+@pytest.mark.parametrize(("name", "batch", "dense_copy"), [
+    ("one", 4, "per_step"), ("tp2 sp", 4, "per_layer"), ("pp2 interleaved", 4, "per_step"),
+    ("zero 1", 2, "per_step"), ("deepspeed zero 3", 2, "per_step")])
+def test_the_last_micro_batch_alone_ranks_what_is_born(ranks, recipe, run, name, batch, dense_copy):
+    """The last of every rank, summed up with its sign: together the second half of the batch."""
+    lean = RIGL | {"update": RIGL["update"] | {"gradient": "micro_batch"}}
+    reference = ranks(1).run(plain, recipe({"train": {"micro_batch": 4}}, sparsity=lean))
+    there = run(LAYOUTS.get(name, {}) | {"train": {"micro_batch": batch}},
+                lean | {"dense_copy": dense_copy})
+    close(there[0]["losses"], reference["losses"])
+    assert differing(there, reference) <= 1e-3 * sum(m["moved"] for m in there[0]["moves"])
+    whole = ranks(1).run(plain, recipe({}, sparsity=RIGL))
+    assert differing(there, whole) > 0.05 * sum(m["moved"] for m in there[0]["moves"])
 
 
 @pytest.mark.parametrize("name", ["set", "rigl"])
@@ -133,6 +155,28 @@ def test_sixty_steps_with_a_move_every_five_are_the_same(run, layout, name):
     assert [move["step"] for move in there[0]["moves"]] == list(range(5, 45, 5))
     if name == "set":  # gradients of RigL may be within rounding of each other
         assert together(there) == reference["masks"]
+
+
+@pytest.mark.parametrize(("newborn", "beta2", "names"), [
+    ("ages", 0.999, ["tp2", "zero 1", "deepspeed zero 2", "deepspeed zero 3"]),
+    ("ages", 0.95, ["zero 0"]), ("ramp", 0.999, ["zero 1"])])
+def test_what_is_born_has_a_step_count_of_its_own(ranks, recipe, run, newborn, beta2, names):
+    """As in Adam with a count for every value, over forty steps and nine moves."""
+    moving = WANDER | {"update": {"every": 4, "fraction": 0.3, "stop": 1.0, "newborn": newborn,
+                                  "ramp": 6}}
+    long = {"train": {"tokens": 8 * 32 * 40}, "optimizer": {"beta2": beta2}}
+    reference = ranks(1).run(plain, recipe(long, sparsity=moving))["losses"]
+    for there in (run(LAYOUTS[name] | long, moving)[0] for name in names):
+        close(there["losses"], reference)
+    as_all = run(long, moving | {"update": moving["update"] | {"newborn": "plain"}})[0]["losses"]
+    assert max(abs(a - b) for a, b in zip(as_all, reference, strict=True)) > 3e-4
+
+
+@pytest.mark.parametrize("name", ["tp2", "zero 1", "deepspeed zero 1", "deepspeed zero 3"])
+def test_ages_take_the_bytes_that_are_planned(run, name):
+    counted, planned = run(LAYOUTS[name])[0]["optimizer"]
+    assert counted == pytest.approx(planned, rel=0.01 if "deepspeed" in name else 0.0)
+    assert planned > 1.4 * run(LAYOUTS[name], RIGL)[0]["optimizer"][1]  # three states for two
 
 
 def test_collecting_the_gradient_changes_no_digit(run):
@@ -210,8 +254,9 @@ def test_the_planner_knows_what_a_move_sends(run, name):
 
 
 def test_the_state_of_another_optimizer_moves_too(run, one):
-    there = run(LAYOUTS["zero 1"] | SGD)[0]
-    close(there["losses"], run(SGD)[0]["losses"])
+    by_default = WANDER | {"update": {"every": EVERY, "stop": 1.0}}  # it has no averages
+    there = run(LAYOUTS["zero 1"] | SGD, by_default)[0]
+    close(there["losses"], run(SGD, by_default)[0]["losses"])
     assert there["masks"] == one["masks"]
 
 

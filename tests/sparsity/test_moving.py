@@ -12,8 +12,9 @@ import torch
 
 from megatron_spdf.kernels.mask import pack, unpack
 from megatron_spdf.random_streams import random_words
-from megatron_spdf.sparsity.algorithms.base import Moment, Move, MovingMasks
+from megatron_spdf.sparsity.algorithms.base import Moment, Move, MoveCost, MovingMasks
 from megatron_spdf.sparsity.algorithms.gmp import Gmp
+from megatron_spdf.sparsity.algorithms.rigl import Rigl
 from megatron_spdf.sparsity.algorithms.static import Static
 from megatron_spdf.sparsity.mask_slice import MaskSlice
 from megatron_spdf.sparsity.moving import born, carry, kept_entries, moved_masks
@@ -236,6 +237,13 @@ def test_the_cost_of_a_move_is_that_of_the_dense_gradient(kind):
     found = kind().cost(entries=1000, active=100)
     wanted = (4000, 4000, 2 * 900) if kind is Largest else (0, 0, 0)
     assert (found.transient, found.reduced, found.flops) == wanted
+
+
+def test_the_last_micro_batch_alone_is_held_as_it_is():
+    """In training precision, and without the others' products."""
+    found = Rigl(gradient="micro_batch").cost(1000, 100, width=2, micro_batches=4)
+    assert (found.transient, found.reduced, found.flops) == (2000, 4000, 450)
+    assert Rigl().cost(1000, 100, width=2, micro_batches=4) == MoveCost(4000, 4000, 1800)
 
 
 def test_nothing_moves_with_fraction_zero(weight):

@@ -33,10 +33,11 @@ class Log:
 
 
 def report_of(recipe, stage: int, step: int, sparsity=0.0, stages: list | None = None,
-              train: dict | None = None, **state) -> Report:
+              train: dict | None = None, optimizer: dict | None = None, **state) -> Report:
     """Of a run of two replicas whose first half is three quarters sparse."""
     halves = [{"share": 0.5, "sparsity": 0.75}, {"share": 0.5, "sparsity": 0.0}]
     r = recipe(parallel={"data": 2}, sparsity=sparsity, train=train or {},
+               optimizer=optimizer or {},
                stages=halves if stages is None else stages)
     chosen = stages_of(r)[stage]
     engine = SimpleNamespace(learning_rate=3e-4, measured_sparsity=lambda: {
@@ -67,6 +68,19 @@ def test_a_step_is_its_tokens_over_its_seconds_and_flops_are_those_of_active_wei
     # of each of two ranks, as a device multiplies: with all weights
     assert found["model_tflops_per_rank"] == pytest.approx(
         STEP * (dense + rest) / 0.5 / 2 / 1e12)
+
+
+@pytest.mark.parametrize(("optimizer", "others"), [
+    ({}, {}), ({"embedding_lr": 1e-3}, {}), ({"norm_lr": 5e-3}, {"norm_lr": 1.5e-3}),
+    ({"embedding_lr": 2e-2}, {"embedding_lr": 6e-3, "norm_lr": 6e-3}),
+    ({"embedding_lr": 2e-2, "norm_lr": 1e-3}, {"embedding_lr": 6e-3})], ids=str)
+def test_rates_of_groups_are_shown_where_they_differ(recipe, optimizer, others):
+    report = report_of(recipe, 0, 1, optimizer=optimizer)  # at 0.3 of the peak of 1e-3
+    report.step(StepResult(2.0, 0.5, skipped=False, stop=False), seconds=0.5, waited=0.1)
+    found = report.log.records["train"]
+    assert found["lr"] == 3e-4
+    assert {k: v for k, v in found.items() if k in ("embedding_lr", "norm_lr")} == pytest.approx(
+        others)
 
 
 def test_an_evaluation_is_in_nats_and_bits(recipe):

@@ -69,7 +69,7 @@ class DeepSpeed(EngineRow):
     def move_bytes(self, recipe: Recipe, plan: Plan, stage: int, on_gpu: bool) -> int:
         """After the state, the weights themselves are gathered anew."""
         gathered = super().move_bytes(recipe, plan, stage, on_gpu)
-        states = STATE_BYTES * (len(recipe.optimizer.saved) + 1)
+        states = STATE_BYTES * (len(recipe.saved) + 1)
         return gathered + gathered // states * sizes_of(recipe).width
 
 

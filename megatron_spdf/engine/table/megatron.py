@@ -30,7 +30,7 @@ class Megatron(EngineRow):
         """Shards of ZeRO-1 are even, but padding is no state, and it lies with some ranks."""
         width = 2 if recipe.train.precision == "bf16" else 4
         return _rank_bytes(recipe.model, recipe.parallel, plan, width,
-                           recipe.optimizer.state_bytes, stage, on_gpu, data_rank)
+                           recipe.state_bytes, stage, on_gpu, data_rank)
 
     def data_traffic(self, recipe: Recipe, plan: Plan, stage: int, on_gpu: bool) -> Traffic:
         elements = sum(b.elements

@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from megatron_spdf.sparsity.algorithms.base import ALGORITHMS, MaskAlgorithm, Part
+from megatron_spdf.sparsity.algorithms.base import ALGORITHMS, Births, Part
 
 
-class AcDc(MaskAlgorithm):
+class AcDc(Births):
     """Keys of AC/DC, all of them shares of the run's or stage's steps."""
 
     name = "acdc"

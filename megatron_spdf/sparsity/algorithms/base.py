@@ -31,6 +31,8 @@ if TYPE_CHECKING:  # the planner goes without PyTorch
     from megatron_spdf.sparsity.mask_slice import MaskSlice
 
 Needs = Literal["nothing", "values", "dense_gradient"]
+# all of the step, or each data-parallel rank's last
+Collects = Literal["step", "micro_batch"]
 Anneal = Literal["constant", "cosine"]
 
 
@@ -82,7 +84,7 @@ class MoveCost:
 
     transient: int = 0
     reduced: int = 0
-    flops: int = 0
+    flops: float = 0
 
 
 class MaskAlgorithm(Section):
@@ -109,6 +111,11 @@ class MaskAlgorithm(Section):
     def tracks_ages(self) -> bool:
         """Whether the age of every active entry is kept."""
         return False
+
+    @property
+    def collects(self) -> Collects:
+        """The micro-batches whose dense gradient is summed up, where it needs that."""
+        return "step"
 
     def due(self, step: int, steps: int) -> bool:
         """Whether masks move after an optimizer step.
@@ -158,16 +165,20 @@ class MaskAlgorithm(Section):
         """
         return active
 
-    def cost(self, entries: int, active: int) -> MoveCost:
+    def cost(self, entries: int, active: int, width: int = 4, micro_batches: int = 1) -> MoveCost:
         """Cost of a move.
 
         Args:
             entries, active: of a weight's part on a rank.
+            width: bytes of an entry in training precision.
+            micro_batches: of a step.
         """
         if self.needs != "dense_gradient":
             return MoveCost()
-        gradient = 4 * entries  # fp32
-        return MoveCost(gradient, gradient, 2 * (entries - active))
+        gradient, flops = 4 * entries, 2 * (entries - active)  # a sum is fp32
+        if self.collects == "step":
+            return MoveCost(gradient, gradient, flops)
+        return MoveCost(width * entries, gradient, flops / micro_batches)
 
     def describe(self) -> str:
         """Says in a line what the algorithm does."""
@@ -184,7 +195,18 @@ class MaskAlgorithm(Section):
                 for key, field in ALGORITHMS.get(name).model_fields.items()}
 
 
-class MovingMasks(MaskAlgorithm):
+class Births(MaskAlgorithm):
+    """What algorithms share that let entries be born while the optimizer goes on: they start with
+    zero state under the step count of the run, see `optimizers/newborn.py`."""
+
+    newborn: Literal["plain", "ages", "ramp"] = Field(
+        "plain", description="how Adam treats what is born; ages: with a step count of its own; "
+                            "ramp: with updates that grow over `ramp` steps; plain: as all others")
+    ramp: int = Field(100, gt=0, description="steps over which updates of what is born grow to "
+                                             "the usual, where newborn=ramp")
+
+
+class MovingMasks(Births):
     """The schedule that algorithms share: a fraction of each slice's active entries every so many
     steps."""
 

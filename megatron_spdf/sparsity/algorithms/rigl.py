@@ -4,13 +4,19 @@ Within each slice, by the fp32 master weights and the gradient of the loss of th
 respect to the dense weight: summed with its sign over micro-batches and replicas, and ranked by
 magnitude after that. Ties go by position. What has just died is not born again in the same move,
 which the paper leaves open. Unlike the paper's code, the step before a move trains as all others.
+
+`gradient: micro_batch` is an approximation: the sum is that of each data-parallel rank's last
+micro-batch. It is kept as backward made it, without a buffer to add to, and where no dense copy is
+kept the products of the other micro-batches are spared.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megatron_spdf.sparsity.algorithms.base import ALGORITHMS, SmallestDie
+from pydantic import Field
+
+from megatron_spdf.sparsity.algorithms.base import ALGORITHMS, Collects, SmallestDie
 
 if TYPE_CHECKING:  # the planner goes without PyTorch
     from torch import Tensor
@@ -23,6 +29,15 @@ class Rigl(SmallestDie):
 
     name = "rigl"
     needs = "dense_gradient"
+
+    gradient: Collects = Field(
+        "step", description="that ranks what is born; step: of all micro-batches; micro_batch: of "
+                            "each data-parallel rank's last, an approximation that holds less and "
+                            "depends on the layout")
+
+    @property
+    def collects(self) -> Collects:
+        return self.gradient
 
     def to_be_born(self, part: MaskSlice) -> Tensor:
         return -part.gradient[part.inactive].abs()
