@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from megatron_spdf.engine.base import Engine
 from megatron_spdf.layers.compact import CompactWeight, compact_of, sparse_modules
+from megatron_spdf.layers.masked import MaskedWeight
 from megatron_spdf.optimizers.base import MASTER
 from megatron_spdf.sparsity import moving
 from megatron_spdf.sparsity.algorithms.base import MaskAlgorithm, Moment
@@ -79,6 +80,15 @@ def count_held(engine: Engine) -> dict[str, int]:
     held = {c.planned.name: Change(int((~c.kept).sum()), 0)
             for c in _sparse_parameters(engine).values() if c.kept is not None}
     return {name: change.moved for name, change in _over_all_ranks(held, engine).items()}
+
+
+def count_chosen(engine: Engine) -> dict[str, Change]:
+    """Canonical name -> entries of the whole weight that became active when it last chose its mask,
+    on every rank."""
+    born = {c.planned.name: Change(int(c.born), len(c.mask_bits) * c.planned.active_per_slice)
+            for c in _sparse_parameters(engine).values()
+            if isinstance(c, MaskedWeight) and c.born is not None}
+    return _over_all_ranks(born, engine)
 
 
 def _sparse_parameters(engine: Engine) -> dict[nn.Parameter, CompactWeight]:

@@ -91,18 +91,19 @@ class Report:
         self.log.say(f"step {self.state.step}: skipped, loss {result.loss}, gradient norm "
                      f"{result.grad_norm}; {self.state.skipped_in_a_row} in a row")
 
-    def moved(self, changes: dict[str, Change], seconds: float) -> None:
+    def moved(self, changes: dict[str, Change], seconds: float | None = None) -> None:
         """A move of the masks, in all and by layer.
 
         Args:
             changes: of each sparse weight.
-            seconds: it took.
+            seconds: it took; None: it was part of a step.
         """
+        took = {} if seconds is None else {"seconds": seconds}
         state, recipe = self.state, self.stage.recipe
         name, whole = recipe.sparsity.algorithm, sum(changes.values(), start=NOTHING)
         layers = by_layer(changes, {w.name: w.layer for w in recipe.model.weights()})
         self.log.record("mask", state.step, algorithm=name, update=state.mask_updates,
-                        moved=whole.moved, **self._seen(whole), seconds=seconds,
+                        moved=whole.moved, **self._seen(whole), **took,
                         layers={str(n): self._seen(change) for n, change in layers.items()})
         overlap = f"; {whole.overlap:.2%} are as at first" if recipe.sparsity.update.tracks else ""
         self.log.say(f"step {state.step}: {name} moved {whole.moved:,} of {whole.active:,} active "
