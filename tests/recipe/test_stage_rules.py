@@ -51,6 +51,12 @@ def test_a_stage_may_prune_what_was_dense_or_denser(load):
     assert [recipe.in_stage(n).sparsity.level for n in range(5)] == levels
 
 
+@pytest.mark.parametrize("pattern", [{"pattern": "tile", "tile": 16}, {"pattern": "2:4"}], ids=str)
+def test_a_stage_may_prune_to_every_pattern_with_a_mask_of_the_largest(load, pattern):
+    sparse = {**SPARSE, "share": 0.1, "sparsity": {"level": 0.5, **pattern}}
+    assert load({**DENSE, "share": 0.9}, sparse).in_stage(1).sparsity.masks.selects
+
+
 def test_the_sparsity_of_a_stage_has_all_forms(load):
     rules = [{"weights": "*.mlp.*", "level": 0.5}]
     assert load({**SPARSE, "sparsity": rules}, DENSE).in_stage(0).sparsity.rules[0].level == 0.5
