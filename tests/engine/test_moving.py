@@ -135,7 +135,8 @@ def test_what_stays_keeps_its_state_and_what_is_born_has_none(engine, kind, repl
         for state in NAMES:
             assert torch.equal(after[state], old[state] * after["mask"])
         # 2 slices on each of 2 ranks; of the second replica nothing is counted
-        assert counts[name] == (2 * 2 * moved if replica == 0 else 0)
+        assert counts[name].moved == (2 * 2 * moved if replica == 0 else 0)
+        assert counts[name].active == (2 * 2 * 12 if replica == 0 else 0)
         parameter, compact = compacts(there)[name]
         assert torch.equal(parameter, there.state.states[parameter, MASTER].bfloat16().float())
         expanded = torch.stack([part.reshape(-1) for part in compact(parameter).chunk(
@@ -155,7 +156,8 @@ def test_where_nothing_moves_nothing_is_touched(engine):
     algorithm = Set(every=1, fraction=0.0, anneal="constant", stop=1.0)
     there = engine(algorithm)
     states, settled = dict(there.state.states), there.state.settled
-    assert moving.move_masks(there, algorithm, WHEN) == {"a": 0, "b": 0}
+    counts = moving.move_masks(there, algorithm, WHEN)
+    assert {name: count.moved for name, count in counts.items()} == {"a": 0, "b": 0}
     assert there.state.settled == settled
     assert all(there.state.states[key] is value for key, value in states.items())
 
@@ -178,6 +180,6 @@ def test_what_is_held_is_zero_with_all_its_state_and_is_counted_once(engine):
             assert torch.equal(compact.kept, mask)
             assert torch.equal(parameter, there.state.states[parameter, MASTER].bfloat16().float())
             held = 2 * 2 * (48 - left)
-            assert died[name] == held - last[name]
+            assert died[name].moved == held - last[name]
             last[name] = held
     assert moving.count_held(there) == last
