@@ -49,7 +49,13 @@ def newborn_of(algorithm: MaskAlgorithm, optimizer: Optimizer) -> Newborn | None
 
 def newborn_violations(algorithm: MaskAlgorithm, optimizer: Optimizer) -> Iterator[str]:
     """What does not go, as sentences."""
-    if not isinstance(algorithm, Births) or algorithm.newborn == "plain":
+    if not isinstance(algorithm, Births):
+        return
+    usual = Births.model_fields["ramp"].default
+    if algorithm.newborn != "ramp" and algorithm.ramp != usual:
+        yield (f"sparsity.update.ramp={algorithm.ramp} says nothing where newborn="
+               f"{algorithm.newborn}; set newborn=ramp, or leave it out")
+    if algorithm.newborn == "plain":
         return
     rule = f"sparsity.update.newborn={algorithm.newborn}"
     if not optimizer.averages:

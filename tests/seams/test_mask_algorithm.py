@@ -154,13 +154,13 @@ def test_sixty_steps_with_a_move_every_five_are_the_same(run, layout, name):
     ("ages", 0.95, ["zero 0"]), ("ramp", 0.999, ["zero 1"])])
 def test_what_is_born_has_a_step_count_of_its_own(ranks, recipe, run, newborn, beta2, names):
     """As in Adam with a count for every value, over forty steps and nine moves."""
-    moving = WANDER | {"update": {"every": 4, "fraction": 0.3, "stop": 1.0, "newborn": newborn,
-                                  "ramp": 6}}
+    keys = {"every": 4, "fraction": 0.3, "stop": 1.0, "newborn": newborn}
+    moving = WANDER | {"update": keys | ({"ramp": 6} if newborn == "ramp" else {})}
     long = {"train": {"tokens": 8 * 32 * 40}, "optimizer": {"beta2": beta2}}
     reference = ranks(1).run(plain, recipe(long, sparsity=moving))["losses"]
     for there in (run(LAYOUTS[name] | long, moving)[0] for name in names):
         close(there["losses"], reference)
-    as_all = run(long, moving | {"update": moving["update"] | {"newborn": "plain"}})[0]["losses"]
+    as_all = run(long, moving | {"update": keys | {"newborn": "plain"}})[0]["losses"]
     assert max(abs(a - b) for a, b in zip(as_all, reference, strict=True)) > 3e-4
 
 
@@ -217,6 +217,18 @@ def test_a_run_stopped_around_a_move_goes_on_at_another_layout(ranks, recipe, on
     assert len(first["losses"]) == stop
     close(first["losses"] + second[0]["losses"], one["losses"])
     assert together(second) == one["masks"]
+
+
+def test_rigl_stopped_before_at_and_after_a_move_goes_on_at_another_layout_each_time(
+        ranks, recipe, run, tmp_path):
+    layouts = ["zero 1", "tp2 sp", "deepspeed zero 2", "pp2"]
+    recipes = [recipe(LAYOUTS[name], str(tmp_path / "run"), RIGL) for name in layouts]
+    parts = [ranks(2).run_all(trained, made, stop)
+             for made, stop in zip(recipes, (5, 6, 7, None), strict=True)]
+    reference = run({}, RIGL)[0]
+    close(sum((part[0]["losses"] for part in parts), []), reference["losses"])
+    moved = sum(move["moved"] for move in reference["moves"])
+    assert differing(parts[-1], reference) <= 1e-3 * moved
 
 
 def test_a_skipped_step_moves_nothing(ranks, recipe):

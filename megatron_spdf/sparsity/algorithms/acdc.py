@@ -33,12 +33,20 @@ class AcDc(Births):
             raise PydanticCustomError(
                 "order", "start={start}, last_dense={last_dense} and stop={stop} must ascend; "
                          "change one of them", self.model_dump())
+        if self.turn > self.last_dense - self.start + 1e-9:
+            raise PydanticCustomError(
+                "order", "turn={turn} is longer than start={start} to last_dense={last_dense}, so "
+                         "that nothing would be sparse in between; lower it",
+                self.model_dump())
         return self
 
     def rule_violations(self, steps: int) -> Iterator[str]:
         if self.turn * steps < 1.0:
             yield (f"sparsity.update.turn={self.turn:g} of {steps:,} steps is no step; raise it, "
                    "or train longer")
+        elif self.parts(steps)[-1].reached != 1.0:
+            yield (f"sparsity.update.stop={self.stop:g} of {steps:,} steps leaves none that are "
+                   "sparse at the end; lower it, or train longer")
 
     def parts(self, steps: int) -> list[Part]:
         turns = round((self.last_dense - self.start) / self.turn)
