@@ -14,16 +14,19 @@ def dampened(inputs: np.ndarray) -> np.ndarray:
 
 
 def brain_surgery(w: SparseWeight, weight: np.ndarray, hessian: np.ndarray, block: int = 128,
-                  given: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+                  given: np.ndarray | None = None,
+                  matrices: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Optimal brain surgery with the columns on the left done (Hassibi et al. 1993, equation 5), an
     inverse for every column. Values and mask of the weight (out, in).
 
     Args:
         block: columns whose masks are chosen together, within a slice.
         given: mask; None: chosen at the beginning of each block of each slice.
+        matrices: (out,) number of the matrix that each row is of; None: all of one.
     """
     values, mask = weight.astype(np.float64), np.ones(w.shape, bool) if given is None else given
     rows, width = w.slice_shape
+    matrices = np.zeros(len(weight), int) if matrices is None else matrices
     inverses = [np.linalg.inv(hessian[c:, c:]) for c in range(w.shape[1])]
     for column, inverse in enumerate(inverses):
         inside = column % width
@@ -34,9 +37,14 @@ def brain_surgery(w: SparseWeight, weight: np.ndarray, hessian: np.ndarray, bloc
             for top in range(0, w.shape[0], rows):
                 cost = np.stack([values[top : top + rows, c] ** 2 / inverses[c][0, 0]
                                  for c in columns], 1)
-                kept = np.zeros(cost.size, bool)
-                kept[np.argsort(-cost, axis=None)[:active]] = True
-                mask[top : top + rows, columns] = kept.reshape(cost.shape)
+                left, taken = 0, matrices[top : top + rows]
+                for number in sorted(set(taken)):
+                    own = np.flatnonzero(taken == number)
+                    share = active * (left + len(own)) // rows - active * left // rows
+                    kept = np.zeros(cost[own].size, bool)
+                    kept[np.argsort(-cost[own], axis=None)[:share]] = True
+                    mask[np.ix_(top + own, columns)] = kept.reshape(cost[own].shape)
+                    left += len(own)
         for row in np.flatnonzero(~mask[:, column]):
             values[row, column:] -= values[row, column] / inverse[0, 0] * inverse[:, 0]
     return values, mask

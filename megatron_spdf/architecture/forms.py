@@ -118,6 +118,25 @@ class Forms:
             yield "W_I", up
         yield "W_O", read(f"{at}mlp.linear_fc2.weight")
 
+    def matrix_of_rows(self, weight: Any) -> Tensor:
+        """The number of the matrix, as `matrices` counts them, that each row of a linear weight is
+        of: (out,)."""
+        import torch
+
+        found = torch.zeros(weight.shape[0], dtype=torch.int64)
+        others = {w.name: w for w in self.weights() if w.layer == weight.layer}
+
+        def rows(name: str) -> Tensor:
+            """Numbers of the weight's rows, (out, 1); those of other weights are -1."""
+            count = others[name].shape[0]
+            numbers = torch.arange(count) if name == weight.name else torch.full((count,), -1)
+            return numbers.view(-1, 1)
+
+        for number, (_, matrix) in enumerate(self.matrices(rows, weight.layer)):
+            own = matrix.flatten()
+            found[own[own >= 0]] = number
+        return found
+
     def to_megatron(self, name: str, tensor: Tensor) -> Tensor:
         """A parameter as Megatron-LM has it: the rows of a gated W_I are all gates, then all
         ups."""

@@ -43,7 +43,7 @@ from megatron_spdf.recipe.load import save_recipe
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.schedule.stages import stages_of
 from megatron_spdf.sparsity.plan import Plan
-from megatron_spdf.sparsity.selectors.base import SELECTORS, Inputs, Selector
+from megatron_spdf.sparsity.selectors.base import SELECTORS, Inputs, Selector, TrainedWeight
 from megatron_spdf.sparsity.selectors.magnitude import Magnitude
 from megatron_spdf.sparsity.slices import slice_of
 
@@ -273,15 +273,14 @@ class _FreshState:
         Returns:
             Dense values of the standard model, and masks (slices, entries) bool.
         """
-        planned, seed = self.plan.weights[name], self.plan.seed
+        planned = self.plan.weights[name]
         # weights that keep all entries choose the largest themselves at every step
         selector = Magnitude() if planned.algorithm.keeps else self.selector
-        if selector.calibrated:
-            values, masks = selector.select(dense, planned, seed, inputs)
-        else:
-            values = dense
-            own = unfold(dense, self.rules.folded(name))
-            masks = selector.select(own, planned, seed, None)[1]
+        own = dense if selector.calibrated else unfold(dense, self.rules.folded(name))
+        matrices = self.source.model.matrix_of_rows(self.source.weights[name]).numpy()
+        values, masks = selector.select(
+            TrainedWeight(own, planned, self.plan.seed, matrices, inputs))
+        values = values if selector.calibrated else dense
         active = masks.sum(1)
         assert (active == planned.active_per_slice).all(), (name, self.selector.name, active)
         assert planned.fault(masks) is None, (name, self.selector.name)

@@ -3,11 +3,16 @@ weights."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_spdf.sparsity.plan import SparseWeight
-from megatron_spdf.sparsity.selectors.base import SELECTORS, Selector, largest_masks
+from megatron_spdf.sparsity.selectors.base import (
+    SELECTORS,
+    Selector,
+    TrainedWeight,
+    largest_masks,
+)
 
 
 class MeanMagnitude:
@@ -28,8 +33,9 @@ class Activity(Selector):
     def inputs(self, columns: int, device: torch.device) -> MeanMagnitude:
         return MeanMagnitude(columns)
 
-    def select(self, weight: Tensor, planned: SparseWeight, seed: int, inputs: MeanMagnitude):
-        return weight, largest_masks(inputs.sum.expand(planned.shape), planned)
+    def select(self, trained: TrainedWeight) -> tuple[Tensor, np.ndarray]:
+        scores = trained.inputs.sum.expand(trained.planned.shape)
+        return trained.values, largest_masks(scores, trained.planned)
 
 
 SELECTORS.register("activity", Activity)

@@ -9,11 +9,13 @@ import pytest
 import torch
 from one_shot_reference import brain_surgery, dampened
 
+from megatron_spdf.sparsity.patterns.n_m import NofM
+from megatron_spdf.sparsity.patterns.tiles import Tiles
 from megatron_spdf.sparsity.patterns.two_four import TwoFour
 from megatron_spdf.sparsity.patterns.unstructured import Unstructured
 from megatron_spdf.sparsity.plan import SparseWeight
 from megatron_spdf.sparsity.selectors import sparsegpt, wanda
-from megatron_spdf.sparsity.selectors.base import SELECTORS
+from megatron_spdf.sparsity.selectors.base import SELECTORS, TrainedWeight
 from megatron_spdf.sparsity.slices import join_slices, slice_of
 
 BLOCK = 8  # columns, in place of 128
@@ -41,8 +43,8 @@ def inputs_of(w: SparseWeight, tokens: int = 300) -> torch.Tensor:
     return mixed * torch.linspace(0.2, 3.0, columns)
 
 
-def selected(name: str, w: SparseWeight,
-             inputs: torch.Tensor | None = None) -> tuple[np.ndarray, np.ndarray]:
+def selected(name: str, w: SparseWeight, inputs: torch.Tensor | None = None,
+             matrices: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Values and mask of the whole weight, which has as many active entries as planned in every
     slice."""
     selector, kept = SELECTORS.get(name)(), None
@@ -50,7 +52,8 @@ def selected(name: str, w: SparseWeight,
         kept = selector.inputs(w.shape[1], torch.device("cpu"))
         for part in (inputs_of(w) if inputs is None else inputs).split(77):
             kept.add(part)
-    values, masks = selector.select(weight_of(w), w, 0, kept)
+    matrices = np.zeros(w.shape[0], int) if matrices is None else matrices
+    values, masks = selector.select(TrainedWeight(weight_of(w), w, 0, matrices, kept))
     assert masks.shape == (w.slices, w.numel // w.slices) and masks.dtype == bool
     assert (masks.sum(1) == w.active_per_slice).all()
     assert w.fault(masks) is None
@@ -121,6 +124,21 @@ def test_sparsegpt_is_optimal_brain_surgery_column_by_column(axis, level):
     assert lost[0] < lost[1] and lost[0] < lost[2]
 
 
+def test_sparsegpt_compares_rows_of_one_matrix():
+    """Of each slice's rows two lie in one matrix, one in another, three in a third: here by
+    turns."""
+    w, inputs = planned(0, 0.6), inputs_of(planned(0))
+    matrices = np.tile([0, 1, 2, 0, 2, 2], 2)
+    values, mask = selected("sparsegpt", w, inputs, matrices)
+    expected, kept = brain_surgery(w, weight_of(w).numpy(), dampened(inputs.double().numpy()),
+                                   BLOCK, matrices=matrices)
+    assert np.array_equal(mask, kept)
+    np.testing.assert_allclose(values, expected, rtol=2e-4, atol=2e-4)
+    for part in (mask[:6], mask[6:]):
+        for number, rows in ((0, 2), (1, 1), (2, 3)):
+            assert abs(part[matrices[:6] == number].sum() - 0.4 * 40 * rows) < 6
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 def test_with_the_identity_sparsegpt_is_magnitude_in_blocks(axis):
     """And changes no value that stays."""
@@ -148,6 +166,35 @@ def test_two_of_four_both_ways(name):
         diagonal = [np.linalg.inv(hessian[c:, c:])[0, 0] for c in range(4)]
         costs = np.square(weight_of(w)[:8, :4].numpy()) / diagonal  # no column is done yet
         assert np.array_equal(mask[:8, :4], TwoFour().largest(costs, 0.5))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("name", ["magnitude", "wanda", "sparsegpt"])
+def test_n_of_every_m_inputs(name, axis):
+    """N is what stays; SparseGPT chooses every m columns, by the values that it has come to."""
+    w = planned(axis, 0.75, (8, 24), 2, NofM(n=1, m=4))
+    inputs = inputs_of(w)
+    values, mask = selected(name, w, inputs)
+    assert (mask.reshape(8, 6, 4).sum(2) == 1).all()
+    if name == "sparsegpt":
+        hessian = dampened(inputs.double().numpy())
+        expected, _ = brain_surgery(w, weight_of(w).numpy(), hessian, given=mask)
+        np.testing.assert_allclose(values, expected, rtol=2e-4, atol=2e-4)
+        done, _ = brain_surgery(w, weight_of(w).numpy(), hessian,
+                                given=mask | (np.arange(24) >= 8))  # all before column 8
+        costs = [done[:, c] ** 2 / np.linalg.inv(hessian[c:, c:])[0, 0] for c in range(8, 12)]
+        assert np.array_equal(mask[:, 8:12].argmax(1), np.argmax(costs, axis=0))
+
+
+@pytest.mark.parametrize("name", ["magnitude", "wanda", "sparsegpt"])
+def test_tiles_stay_or_go_as_a_whole(name):
+    w = planned(0, 0.5, (16, 24), 1, Tiles(tile=4))
+    inputs = inputs_of(w)
+    values, mask = selected(name, w, inputs)
+    if name == "sparsegpt":
+        expected, _ = brain_surgery(w, weight_of(w).numpy(), dampened(inputs.double().numpy()),
+                                    given=mask)
+        np.testing.assert_allclose(values, expected, rtol=2e-4, atol=2e-4)
 
 
 def test_a_hessian_without_inverse_is_refused(monkeypatch):

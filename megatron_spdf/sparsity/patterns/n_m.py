@@ -31,6 +31,10 @@ class NofM(Pattern):
     n: int = Field(2, gt=0, description="pattern n_m: active of every `m` consecutive inputs")
     m: int = Field(4, gt=1, description="pattern n_m: inputs that are compared with each other")
 
+    @property
+    def columns_together(self) -> int:  # type: ignore[override]
+        return self.m
+
     @model_validator(mode="after")
     def _leaves_zeros(self) -> NofM:
         if self.n >= self.m:

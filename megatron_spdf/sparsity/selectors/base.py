@@ -11,6 +11,7 @@ Letters: n entries of a slice, C slices.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import numpy as np
@@ -33,6 +34,26 @@ class Inputs(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class TrainedWeight:
+    """A weight whose entries are to be selected.
+
+    Attributes:
+        values: (out, in) float32, which stay as they are.
+        planned: its sparsity.
+        seed: of the plan's masks.
+        matrices: (out,) number of the matrix that each row is of, where several are one weight:
+            queries, keys and values; gates and ups.
+        inputs: what `Selector.inputs` began, full; None where the selector is not `calibrated`.
+    """
+
+    values: Tensor
+    planned: SparseWeight
+    seed: int
+    matrices: np.ndarray
+    inputs: Inputs | None = None
+
+
 class Selector:
     """Chooses the entries of a weight that stay.
 
@@ -53,14 +74,8 @@ class Selector:
         is `calibrated`."""
         raise NotImplementedError
 
-    def select(self, weight: Tensor, planned: SparseWeight, seed: int,
-               inputs: Inputs | None) -> tuple[Tensor, np.ndarray]:
+    def select(self, trained: TrainedWeight) -> tuple[Tensor, np.ndarray]:
         """Chooses the entries of a weight, and their values. Ties go by position.
-
-        Args:
-            weight: (out, in) float32; it stays as it is.
-            seed: of the plan's masks.
-            inputs: what `inputs` began, full; None where the selector is not `calibrated`.
 
         Returns:
             (out, in) float32, whose entries outside of the masks nobody reads; and the masks of the

@@ -5,8 +5,12 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from megatron_spdf.sparsity.plan import SparseWeight
-from megatron_spdf.sparsity.selectors.base import SELECTORS, Inputs, Selector, largest_masks
+from megatron_spdf.sparsity.selectors.base import (
+    SELECTORS,
+    Selector,
+    TrainedWeight,
+    largest_masks,
+)
 
 
 class Magnitude(Selector):
@@ -15,9 +19,8 @@ class Magnitude(Selector):
     name = "magnitude"
     how = "the largest magnitudes in each slice"
 
-    def select(self, weight: Tensor, planned: SparseWeight, seed: int,
-               inputs: Inputs | None) -> tuple[Tensor, np.ndarray]:
-        return weight, largest_masks(weight, planned)
+    def select(self, trained: TrainedWeight) -> tuple[Tensor, np.ndarray]:
+        return trained.values, largest_masks(trained.values, trained.planned)
 
 
 SELECTORS.register(Magnitude.name, Magnitude)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from megatron_spdf.sparsity.plan import SparseWeight
-from megatron_spdf.sparsity.selectors.base import SELECTORS, Inputs, Selector
+from megatron_spdf.sparsity.selectors.base import SELECTORS, Selector, TrainedWeight
 
 
 class Random(Selector):
@@ -16,9 +15,10 @@ class Random(Selector):
     seeded = True
     how = "the recipe's random masks"
 
-    def select(self, weight: Tensor, planned: SparseWeight, seed: int,
-               inputs: Inputs | None) -> tuple[Tensor, np.ndarray]:
-        return weight, np.stack([planned.draw(seed, number) for number in range(planned.slices)])
+    def select(self, trained: TrainedWeight) -> tuple[Tensor, np.ndarray]:
+        planned = trained.planned
+        masks = [planned.draw(trained.seed, number) for number in range(planned.slices)]
+        return trained.values, np.stack(masks)
 
 
 SELECTORS.register(Random.name, Random)

@@ -9,8 +9,11 @@ beginning, when all columns before it are done.
 
 Each slice keeps as many entries as the plan says. A block lies within a slice, and has its share of
 the slice's active entries: k end // columns - k start // columns. So a slice of a row-parallel
-weight that is narrower than a block makes a block of its own. Patterns whose columns go together in
-groups are chosen group by group, and tiles all at the beginning.
+weight that is narrower than a block makes a block of its own. Where several matrices are one
+weight, rows of a slice are compared within their matrix, which has its share of the block's entries
+in the same way: else values, whose weights are small beside those of queries and keys, would lose
+nearly all. Patterns whose columns go together in groups are chosen group by group, and tiles all at
+the beginning.
 
 Letters: I columns of a weight, C slices, n entries of a slice.
 """
@@ -25,7 +28,12 @@ from torch import Tensor
 
 from megatron_spdf.sparsity.patterns.unstructured import largest_mask
 from megatron_spdf.sparsity.plan import SparseWeight
-from megatron_spdf.sparsity.selectors.base import SELECTORS, Inputs, Selector, largest_masks
+from megatron_spdf.sparsity.selectors.base import (
+    SELECTORS,
+    Selector,
+    TrainedWeight,
+    largest_masks,
+)
 from megatron_spdf.sparsity.slices import join_slices, slice_of
 
 BLOCK = 128  # columns, as in the paper
@@ -76,14 +84,13 @@ class SparseGpt(Selector):
     def inputs(self, columns: int, device: torch.device) -> Hessian:
         return Hessian(columns, device)
 
-    def select(self, weight: Tensor, planned: SparseWeight, seed: int,
-               inputs: Inputs | None) -> tuple[Tensor, np.ndarray]:
-        assert isinstance(inputs, Hessian)
-        factor, values = inputs.inverse_factor(), weight.clone()
-        values[:, inputs.dead()] = 0.0
-        mask = _Choice(planned, factor.diagonal())
+    def select(self, trained: TrainedWeight) -> tuple[Tensor, np.ndarray]:
+        assert isinstance(trained.inputs, Hessian)
+        factor, values = trained.inputs.inverse_factor(), trained.values.clone()
+        values[:, trained.inputs.dead()] = 0.0
+        mask = _Choice(trained.planned, trained.matrices, factor.diagonal())
         mask.begin(values)
-        for start, end in blocks(planned):
+        for start, end in blocks(trained.planned):
             errors = _prune_block(values, factor, mask, start, end)
             values[:, end:] -= errors @ factor[start:end, end:]
         return values, mask.of_slices()
@@ -122,8 +129,8 @@ class _Choice:
         whole: (out, in) bool.
     """
 
-    def __init__(self, planned: SparseWeight, diagonal: Tensor):
-        self.planned, self._diagonal = planned, diagonal
+    def __init__(self, planned: SparseWeight, matrices: np.ndarray, diagonal: Tensor):
+        self.planned, self._matrices, self._diagonal = planned, matrices, diagonal
         self._together = planned.pattern.columns_together
         self.whole = torch.zeros(planned.shape, dtype=torch.bool, device=diagonal.device)
 
@@ -149,19 +156,29 @@ class _Choice:
         """Chooses the masks of some columns, in each slice that has them."""
         scores = (values[:, start:end] / self._diagonal[start:end]).square().cpu().numpy()
         rows = self.planned.slice_shape[0]
-        parts = [self._largest(part, start, end) for part in np.split(scores, len(scores) // rows)]
-        self.whole[:, start:end] = torch.from_numpy(np.concatenate(parts))
+        for top in range(0, len(scores), rows):
+            part = slice(top, top + rows)
+            mask = (self._largest(scores[part], self._matrices[part], start, end)
+                    if self._together == 1
+                    else self.planned.pattern.largest(scores[part], self.planned.stored))
+            self.whole[part, start:end] = torch.from_numpy(mask)
 
-    def _largest(self, scores: np.ndarray, start: int, end: int) -> np.ndarray:
-        """The mask of the highest scores of some columns of a slice."""
-        if self._together != 1:
-            return self.planned.pattern.largest(scores, self.planned.stored)
+    def _largest(self, scores: np.ndarray, matrices: np.ndarray, start: int,
+                 end: int) -> np.ndarray:
+        """The mask of the highest scores of some columns of a slice, in each matrix that its rows
+        are of."""
         width, active = self.planned.slice_shape[1], self.planned.active_per_slice
         first = start // width * width
         count = active * (end - first) // width - active * (start - first) // width
-        if not count:
-            return np.zeros(scores.shape, bool)
-        return largest_mask(scores.reshape(-1), count).reshape(scores.shape)
+        mask, above = np.zeros(scores.shape, bool), 0
+        for number in np.unique(matrices):
+            rows = np.flatnonzero(matrices == number)
+            share = (count * (above + len(rows)) // len(scores) - count * above // len(scores))
+            above += len(rows)
+            if share:
+                part = scores[rows]
+                mask[rows] = largest_mask(part.reshape(-1), share).reshape(part.shape)
+        return mask
 
 
 SELECTORS.register(SparseGpt.name, SparseGpt)

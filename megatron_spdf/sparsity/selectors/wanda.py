@@ -14,8 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_spdf.sparsity.plan import SparseWeight
-from megatron_spdf.sparsity.selectors.base import SELECTORS, Inputs, Selector, largest_masks
+from megatron_spdf.sparsity.selectors.base import (
+    SELECTORS,
+    Selector,
+    TrainedWeight,
+    largest_masks,
+)
 from megatron_spdf.sparsity.slices import slice_of
 
 
@@ -44,10 +48,10 @@ class Wanda(Selector):
     def inputs(self, columns: int, device: torch.device) -> SquaredInputs:
         return SquaredInputs(columns, device)
 
-    def select(self, weight: Tensor, planned: SparseWeight, seed: int,
-               inputs: Inputs | None) -> tuple[Tensor, np.ndarray]:
-        assert isinstance(inputs, SquaredInputs)
-        scores = weight.abs() * inputs.root_mean()
+    def select(self, trained: TrainedWeight) -> tuple[Tensor, np.ndarray]:
+        assert isinstance(trained.inputs, SquaredInputs)
+        weight, planned = trained.values, trained.planned
+        scores = weight.abs() * trained.inputs.root_mean()
         if planned.pattern.columns_together != 1:  # groups of columns, or tiles
             return weight, largest_masks(scores, planned)
         masks = [largest_by_row(slice_of(scores, planned, number).view(planned.slice_shape)
