@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -96,22 +97,21 @@ class Newborn:
         """
         import torch
 
+        # of a step and device: ZeRO-3 updates a step's parameters group by group
+        tables = lru_cache(maxsize=1)(self._tables)
+
         @torch.no_grad()
         def correct(optimizer: torch.optim.Optimizer, *_) -> None:
-            factors = self._factors(steps() + 1)
             for group in optimizer.param_groups:
                 for master in (p for p in group["params"] if p.grad is not None):
-                    self._correct(optimizer.state[master], master.grad, factors)
+                    self._correct(optimizer.state[master], master.grad,
+                                  tables(steps() + 1, master.device))
 
         optimizer.register_step_pre_hook(correct)
 
     def _correct(self, state: dict[str, Tensor], gradient: Tensor,
-                 factors: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
+                 tables: dict[str, list[Tensor]]) -> None:
         """Of one master, chunk by chunk."""
-        import torch
-
-        tables = {name: [torch.from_numpy(table).to(gradient.device, non_blocking=True)
-                         for table in pair] for name, pair in factors.items()}
         names = [AGE, *tables]
         for age, *averages, g in _chunks([*(state[name] for name in names), gradient]):
             for name, average in zip(tables, averages, strict=True):
@@ -121,10 +121,14 @@ class Newborn:
                 average.mul_(keep[at]).addcmul_(power, add[at])
             age += 1.0
 
-    def _factors(self, step: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    def _tables(self, step: int, device: torch.device) -> dict[str, list[Tensor]]:
         """Named state -> by age before the update, what the average and what the gradient's power
         are multiplied with; fp32, the last entry for all that are older."""
-        return {name: self._factors_of(average, step) for name, average in self.averages.items()
+        import torch
+
+        return {name: [torch.from_numpy(table).to(device)
+                       for table in self._factors_of(average, step)]
+                for name, average in self.averages.items()
                 if average.decay > 0.0 and not (self.rule == "ramp" and average.power != 1)}
 
     def _factors_of(self, average: Average, step: int) -> tuple[np.ndarray, np.ndarray]:
