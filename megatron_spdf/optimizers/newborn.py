@@ -38,14 +38,17 @@ AGE = "age"  # the name of its state: updates since a value was born
 CHUNK = 2**20  # values that are corrected at a time, which bounds what is held beside them
 ROUNDED = 25 * math.log(2.0)  # e^-this is nothing beside 1 in fp32
 LONGEST = 2**20  # updates, which bounds the tables
-COLD = 1.5  # times the usual, from where first updates are worth a warning
+COLD = 1.5  # times the usual, from where first updates are corrected by default, or warned of
 
 
 def newborn_of(algorithm: MaskAlgorithm, optimizer: Optimizer) -> Newborn | None:
     """What corrects the state of what is born; None: nothing does, or nothing is born."""
-    if not isinstance(algorithm, Births) or algorithm.newborn == "plain":
+    if not isinstance(algorithm, Births) or not optimizer.averages:
         return None
-    return Newborn(algorithm.newborn, optimizer.averages, algorithm.ramp)
+    rule = algorithm.newborn
+    if rule == "auto":
+        rule = "ages" if optimizer.largest_first_updates >= COLD else "plain"
+    return None if rule == "plain" else Newborn(rule, optimizer.averages, algorithm.ramp)
 
 
 def newborn_violations(algorithm: MaskAlgorithm, optimizer: Optimizer) -> Iterator[str]:
@@ -56,7 +59,7 @@ def newborn_violations(algorithm: MaskAlgorithm, optimizer: Optimizer) -> Iterat
     if algorithm.newborn != "ramp" and algorithm.ramp != usual:
         yield (f"sparsity.update.ramp={algorithm.ramp} says nothing where newborn="
                f"{algorithm.newborn}; set newborn=ramp, or leave it out")
-    if algorithm.newborn == "plain":
+    if algorithm.newborn in ("auto", "plain"):
         return
     rule = f"sparsity.update.newborn={algorithm.newborn}"
     if not optimizer.averages:

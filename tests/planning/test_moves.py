@@ -32,7 +32,7 @@ def test_first_updates_of_the_born_are_those_of_adam_run_for_long(beta1, beta2, 
 
 
 def test_a_plan_says_so_where_it_matters(recipe):
-    sparsity = {"level": 0.75, "algorithm": "set", "update": {"every": 2}}
+    sparsity = {"level": 0.75, "algorithm": "set", "update": {"every": 2, "newborn": "plain"}}
     slow = recipe(sparsity=sparsity, optimizer={"beta2": 0.999})
     ages = sparsity | {"update": {"every": 2, "newborn": "ages"}}
     counted = recipe(sparsity=ages, optimizer={"beta2": 0.999})

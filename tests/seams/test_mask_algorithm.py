@@ -40,7 +40,8 @@ LAYOUTS = {
 }
 # Layouts for an algorithm that needs the gradient of the dense weights.
 RIGL = {"level": 0.75, "algorithm": "rigl",
-        "update": {"every": EVERY, "fraction": 0.1, "stop": 1.0, "anneal": "constant"}}
+        "update": {"every": EVERY, "fraction": 0.1, "stop": 1.0, "anneal": "constant",
+                   "newborn": "plain"}}
 GRADIENTS = ["tp2", "tp2 sp", "pp2 interleaved", "zero 0", "zero 1", "deepspeed zero 0",
              "deepspeed zero 1", "deepspeed zero 2", "deepspeed zero 3", "recompute"]
 SAME = ["zero 1", "deepspeed zero 2"]  # layouts at which a run goes on bit for bit

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from megatron_spdf.sparsity.algorithms.base import ALGORITHMS, Births, Part
+from megatron_spdf.sparsity.algorithms.base import ALGORITHMS, Births, NewbornRule, Part
 
 
 class AcDc(Births):
@@ -22,6 +22,8 @@ class AcDc(Births):
 
     name = "acdc"
 
+    newborn: NewbornRule = Field(
+        "plain", description=Births.model_fields["newborn"].description)
     start: float = Field(0.10, ge=0.0, lt=1.0, description="at first dense")
     turn: float = Field(0.05, gt=0.0, lt=1.0, description="of each sparse and each dense part")
     last_dense: float = Field(0.75, gt=0.0, lt=1.0, description="where the last dense part begins")
