@@ -151,8 +151,7 @@ def test_sixty_steps_with_a_move_every_five_are_the_same(run, layout, name):
 
 
 @pytest.mark.parametrize(("newborn", "beta2", "names"), [
-    ("ages", 0.999, ["tp2", "zero 1", "deepspeed zero 2", "deepspeed zero 3"]),
-    ("ages", 0.95, ["zero 0"]), ("ramp", 0.999, ["zero 1"])])
+    ("ages", 0.999, ["tp2", "zero 1", "deepspeed zero 2"]), ("ramp", 0.95, ["zero 1"])])
 def test_what_is_born_has_a_step_count_of_its_own(ranks, recipe, run, newborn, beta2, names):
     """As in Adam with a count for every value, over forty steps and nine moves."""
     keys = {"every": 4, "fraction": 0.3, "stop": 1.0, "newborn": newborn}
