@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from megatron_spdf.checkpoint.mask_progress import mask_progress, render_progress
 from megatron_spdf.checkpoint.reader import (
+    AGES,
     OPTIMIZER,
     VALUES,
     CheckpointReader,
@@ -38,6 +40,7 @@ def describe(reader: CheckpointReader) -> dict[str, Any]:
         "tokenizer": run["tokenizer"],
         "sparsity": {"masks": reader.masks, "target": plan.sparsity,
                      "weights": sparsity_by_kind(reader)},
+        "algorithm": mask_progress(reader),
         "bytes": bytes_by_part(reader),
         "versions": run["versions"],
         "saved": run["saved"],
@@ -81,7 +84,7 @@ def _part_of(name: str) -> str:
         return "optimizer"
     if name.endswith(VALUES):
         return "sparse_values"
-    return "mask_bits" if name.endswith("_bits") else "other_weights"
+    return "mask_bits" if name.endswith(("_bits", AGES)) else "other_weights"
 
 
 def verify(reader: CheckpointReader) -> str:
@@ -134,6 +137,10 @@ def wrong_shapes(reader: CheckpointReader) -> list[str]:
 def _wrong_mask(reader: CheckpointReader, weight: SparseWeight) -> list[str]:
     """Describes the first slice of a weight whose mask is not the planned one. Empty if all are."""
     k = weight.active_per_slice
+    if weight.algorithm.tracks and (np.unpackbits(reader.first_bits(weight.name), axis=1).sum(1)
+                                    != k).any():
+        return [f"the first mask of {weight.name} has another number of active entries than {k} in "
+                "a slice"]
     for slice_id, bits in enumerate(reader.mask_bits(weight.name)):
         active = int(np.unpackbits(bits).sum(dtype=np.int64))
         if active != k:
@@ -164,6 +171,7 @@ def render(facts: dict[str, Any]) -> str:
         f"{state['optimizer_steps']:,} optimizer steps, {state['skipped']:,} skipped",
         "tokenizer": f"{facts['tokenizer']['kind']}, sha256 {facts['tokenizer']['sha256'][:16]}",
         "written by": versions,
+        **({"masks": render_progress(facts["algorithm"])} if facts["algorithm"] else {}),
         "saved": facts["saved"],
         "begun from": facts["origin"],
     }

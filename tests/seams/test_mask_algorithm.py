@@ -21,7 +21,8 @@ pytestmark = pytest.mark.slow
 EVERY, STEPS = 3, 12
 # What is born has a step count of its own: the state that moves holds ages too.
 WANDER = {"level": 0.75, "algorithm": "wander",
-          "update": {"every": EVERY, "stop": 1.0, "newborn": "ages"}}
+          "update": {"every": EVERY, "stop": 1.0, "newborn": "ages",
+                     "track_ages": True}}
 DEEPSPEED = {"engine": "deepspeed"}
 LAYOUTS = {
     "tp2": {"parallel": {"tensor": 2}},
@@ -75,6 +76,12 @@ def close(losses: list[float], reference: list[float]) -> None:
     assert losses == pytest.approx(reference, abs=1e-5)
 
 
+def seen(found: dict) -> list[dict]:
+    """What the log says of moves, without their seconds."""
+    return [{key: value for key, value in move.items() if key != "seconds"}
+            for move in found["moves"]]
+
+
 def together(ranks: list[dict], what: str = "masks") -> dict:
     return {key: mask for there in ranks for key, mask in there[what].items()}
 
@@ -95,6 +102,7 @@ def test_losses_and_masks_are_the_same_at_every_layout(run, one, sections):
     there = run(sections)
     close(there[0]["losses"], one["losses"])
     assert together(there) == one["masks"]
+    assert seen(there[0]) == seen(one)
 
 
 def test_overlapping_traffic_with_compute_changes_neither(ranks, recipe, one):
@@ -180,6 +188,14 @@ def test_collecting_the_gradient_changes_no_digit(run):
 def test_every_move_is_in_the_log_and_in_the_checkpoint(one):
     assert [(r["step"], r["update"]) for r in one["moves"]] == [(3, 1), (6, 2), (9, 3)]
     assert all(r["share"] == pytest.approx(0.1, abs=1e-3) for r in one["moves"])
+    overlaps = [r["overlap"] for r in one["moves"]]
+    assert overlaps[0] == pytest.approx(1.0 - one["moves"][0]["share"], abs=1e-12)
+    assert overlaps[0] > overlaps[1] > overlaps[2] > 0.9**3 - 0.01
+    for record in one["moves"]:
+        assert list(record["layers"]) == ["0", "1", "2", "3"]
+        layers = record["layers"].values()  # which have as many active entries
+        for key in ("share", "overlap"):
+            assert np.mean([layer[key] for layer in layers]) == pytest.approx(record[key])
     assert one["run"]["masks"] == {"kind": "moved", "how": "random, seed 0",
                                    "algorithm": "wander", "updates": 3}
     assert one["run"]["state"]["mask_updates"] == 3
@@ -217,6 +233,7 @@ def test_a_run_stopped_around_a_move_goes_on_at_another_layout(ranks, recipe, on
     assert len(first["losses"]) == stop
     close(first["losses"] + second[0]["losses"], one["losses"])
     assert together(second) == one["masks"]
+    assert seen(second[0]) == seen(one)  # the log of both
 
 
 def test_rigl_stopped_before_at_and_after_a_move_goes_on_at_another_layout_each_time(
@@ -277,6 +294,8 @@ def test_it_is_planned_trained_and_inspected_from_the_command_line(make_recipe, 
     looked = command(tmp_path, "tools/inspect_checkpoint.py", "run", "--verify")
     assert looked.returncode == 0, looked.stderr
     assert "masks random, seed 0, moved 1 times by wander" in looked.stdout
+    assert ("wander, 1 of 1 moves; sparsity 75.00% now, 75.00% at the end; 90.0" in looked.stdout
+            and "% of the active entries are as at first, by layer 90.0" in looked.stdout)
     other = command(tmp_path, "tools/convert_checkpoint.py", "reshard", "run", "two",
                 "parallel.tensor=2")
     assert other.returncode == 0, other.stderr
@@ -321,11 +340,21 @@ def test_a_stage_has_an_algorithm_of_its_own(make_recipe, tmp_path):
     values["train"] |= {"tokens": 8 * 32 * 16}
     values["optimizer"]["warmup_tokens"] = 256
     del values["sparsity"]
-    values["stages"] = [{"share": 0.5, "sparsity": WANDER}, {"share": 0.5, "sparsity": 0}]
+    values["stages"] = [{"share": 0.5, "sparsity": WANDER}, {"share": 0.25, "sparsity": 0},
+                        {"share": 0.25, "sparsity": WANDER}]
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
     done = command(tmp_path, "pretrain.py", "recipe.yaml")
     assert done.returncode == 0, done.stderr
     assert "2 moves in 8 steps" in done.stdout
     records = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in records if r["kind"] == "mask"] == [3, 6]
-    assert {r["sparsity"] for r in records if r["kind"] == "train" and r["step"] > 8} == {0.0}
+    moves = [r for r in records if r["kind"] == "mask"]
+    assert [r["step"] for r in moves] == [3, 6, 15]
+    assert {r["sparsity"] for r in records if r["kind"] == "train"
+            and 8 < r["step"] <= 12} == {0.0}
+    # the mask that its own stage began with
+    assert moves[1]["overlap"] < 0.83 and moves[2]["overlap"] == 1.0 - moves[2]["share"]
+    looked = command(tmp_path, "tools/inspect_checkpoint.py", "run", "--verify", "--json")
+    progress = json.loads(looked.stdout)["algorithm"]
+    assert (progress["moves"], progress["planned"]) == (3, 3)
+    assert progress["overlap"] == pytest.approx(moves[2]["overlap"])
+    assert progress["layers"] == {n: layer["overlap"] for n, layer in moves[2]["layers"].items()}

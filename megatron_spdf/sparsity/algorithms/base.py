@@ -95,6 +95,7 @@ class MaskAlgorithm(Section):
         needs: to choose; the dense gradient comes with the values.
         holds: what dies is held at zero in its place, and nothing is born.
         keeps: parameters keep all entries of their weights, see `keeping.py`; nothing moves.
+        tracks: its masks are compared with the first one, see `history.py`.
         replaces_decay: the optimizer's weight decay leaves the weights alone.
         exchanges: it chooses by `MaskSlice.exchange`, as patterns ask that tie entries together.
     """
@@ -103,8 +104,14 @@ class MaskAlgorithm(Section):
     needs: ClassVar[Needs] = "nothing"
     holds: ClassVar[bool] = False
     keeps: ClassVar[bool] = False
+    tracks: ClassVar[bool] = False
     replaces_decay: ClassVar[bool] = False
     exchanges: ClassVar[bool] = False
+
+    @property
+    def tracks_ages(self) -> bool:
+        """Whether the age of every active entry is kept."""
+        return False
 
     @property
     def collects(self) -> Collects:
@@ -206,6 +213,8 @@ class MovingMasks(Births):
     """The schedule that algorithms share: a fraction of each slice's active entries every so many
     steps."""
 
+    tracks = True
+
     every: int = Field(100, gt=0, description="optimizer steps between moves of the masks")
     fraction: float = Field(0.3, ge=0.0, le=1.0,
                             description="of the active entries that die in a move")
@@ -215,6 +224,12 @@ class MovingMasks(Births):
                                                           "stay")
     anneal: Anneal = Field("constant", description="how `fraction` goes from `start` to `stop`; "
                                                    "cosine: down to 0")
+    track_ages: bool = Field(False, description="keep how many moves ago every active entry was "
+                                                "born, a byte each, and log the mean")
+
+    @property
+    def tracks_ages(self) -> bool:
+        return self.track_ages
 
     @model_validator(mode="after")
     def _starts_before_it_stops(self) -> MovingMasks:
