@@ -152,16 +152,22 @@ def _wrong_mask(reader: CheckpointReader, weight: SparseWeight) -> list[str]:
     return []
 
 
+# Of a model, what `render` says in words; the rest is what only some families have.
+_SAID = {"architecture", "layers", "hidden", "heads", "query_groups", "ffn_hidden", "vocab_size",
+         "padded_vocab", "max_positions", "parameters", "active_parameters"}
+
+
 def render(facts: dict[str, Any]) -> str:
     """Formats the result of `describe` as text."""
     m, p, state = facts["model"], facts["layout"], facts["state"]
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     lines = {
         "checkpoint": facts["checkpoint"],
-        "model": f"{m['layers']} layers x {m['hidden']} hidden, {m['heads']} heads in "
-        f"{m['query_groups']} query groups, feed-forward {m['ffn_hidden']}, vocabulary "
-        f"{m['vocab_size']:,} (padded to {m['padded_vocab']:,}), {m['max_positions']:,} "
-        "positions",
+        "model": f"{m['architecture']} of {m['layers']} layers x {m['hidden']} hidden, "
+        f"{m['heads']} heads in {m['query_groups']} query groups, feed-forward {m['ffn_hidden']}, "
+        f"vocabulary {m['vocab_size']:,} (padded to {m['padded_vocab']:,}), "
+        f"{m['max_positions']:,} positions"
+        + "".join(f", {key} {m[key]}" for key in sorted(m.keys() - _SAID)),
         "parameters": f"{m['parameters']:,}, of which {m['active_parameters']:,} active",
         "layout": f"tensor {p['tensor']}{' + sequence' if p['sequence'] else ''} x pipeline "
         f"{p['pipeline']}"
