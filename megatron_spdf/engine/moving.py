@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from megatron_spdf.engine.base import Engine
 from megatron_spdf.layers.compact import CompactWeight, compact_of, sparse_modules
+from megatron_spdf.layers.masked import MaskedWeight
 from megatron_spdf.optimizers.base import MASTER
 from megatron_spdf.sparsity import moving
 from megatron_spdf.sparsity.algorithms.base import MaskAlgorithm, Moment
@@ -77,6 +78,14 @@ def count_held(engine: Engine) -> dict[str, int]:
     held = {c.planned.name: int((~c.kept).sum()) for c in _sparse_parameters(engine).values()
             if c.kept is not None}
     return _over_all_ranks(held, engine)
+
+
+def count_chosen(engine: Engine) -> dict[str, int]:
+    """Canonical name -> number of entries of the whole weight that became active when it last chose
+    its mask, on every rank."""
+    born = {c.planned.name: int(c.born) for c in _sparse_parameters(engine).values()
+            if isinstance(c, MaskedWeight) and c.born is not None}
+    return _over_all_ranks(born, engine)
 
 
 def _sparse_parameters(engine: Engine) -> dict[nn.Parameter, CompactWeight]:

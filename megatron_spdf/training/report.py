@@ -90,17 +90,18 @@ class Report:
         self.log.say(f"step {self.state.step}: skipped, loss {result.loss}, gradient norm "
                      f"{result.grad_norm}; {self.state.skipped_in_a_row} in a row")
 
-    def moved(self, entries: int, seconds: float) -> None:
+    def moved(self, entries: int, seconds: float | None = None) -> None:
         """A move of the masks.
 
         Args:
             entries: that died, over all weights; as many were born, or they are held at zero.
-            seconds: it took.
+            seconds: it took; None: it was part of a step.
         """
+        took = {} if seconds is None else {"seconds": seconds}
         state, name = self.state, self.stage.recipe.sparsity.algorithm
         active = self.stage.plan.active
         self.log.record("mask", state.step, algorithm=name, update=state.mask_updates,
-                        moved=entries, share=entries / active, seconds=seconds)
+                        moved=entries, share=entries / active, **took)
         self.log.say(f"step {state.step}: {name} moved {entries:,} of {active:,} active entries, "
                      f"update {state.mask_updates}")
 

@@ -75,6 +75,15 @@ def test_keys_have_the_algorithms_own_defaults(recipe):
     ({"algorithm": "probe", "update": {"newborn": "old"}}, "sparsity.update.newborn='old'"),
     ({"algorithm": "probe", "update": {"newborn": "ramp", "ramp": 0}}, "sparsity.update.ramp=0"),
     ({"algorithm": "gmp", "update": {"newborn": "ages"}}, "mask algorithm gmp has no such key"),
+    ({"algorithm": "ste", "update": {"every": 10}},
+     "sparsity.update.every=10 of 10 steps chooses masks once, of initial weights; lower every"),
+    ({"algorithm": "ste", "update": {"decay_masked": -1}}, "sparsity.update.decay_masked=-1"),
+    ({"algorithm": "top_kast", "update": {"backward": 0.5}}, "sparsity.update.backward=0.5"),
+    ({"algorithm": "top_kast", "pattern": "2:4", "level": 0.5},
+     "algorithm=top_kast compares single entries, and sparsity.pattern=2:4 ties them to each other;"
+     " take pattern=unstructured, or algorithm=ste"),
+    ({"algorithm": "ste", "pattern": "n_m"}, "level=0.75, and 2 of every 4 active are level 0.5"),
+    ({"pattern": "n_m", "n": 4}, "n=4 of every m=4 leaves no zeros"),
     ({"reached": 0.5}, "sparsity.reached=0.5 is set by the run itself; leave it out"),
     ({"algorithm": "probe", "level": 0.0}, "sparsity.algorithm=probe moves masks, and no weight "
                                            "is sparse; set sparsity.level, or algorithm=static"),
