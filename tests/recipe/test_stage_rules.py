@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from megatron_spdf.recipe import rules
 from megatron_spdf.recipe.compare import changes_of_run
 from megatron_spdf.recipe.load import load_recipe
 
@@ -68,9 +69,6 @@ def test_the_sparsity_of_a_stage_has_all_forms(load):
      "active entries before the border and 6,144 after it, and nothing says which are born; make"),
     ((SPARSE, {**DENSE, "sparsity": [{"weights": "*.mlp.*", "level": 0.5}]}), (),
      "stages.1.sparsity: decoder.layers.0.mlp.linear_fc1.weight has "),
-    ((DENSE | {"share": 0.9}, {**SPARSE, "share": 0.1,
-                               "sparsity": {"level": 0.5, "pattern": "tile", "tile": 16}}), (),
-     "stages.1.sparsity: pattern=tile has no mask of the largest magnitudes"),
     (({**SPARSE, "share": 0.999}, {**DENSE, "share": 0.001}), (),
      "stages.1.share=0.001 of 100 steps is no step"),
     ((SPARSE, {**DENSE, "warmup_tokens": 2560}), (),
@@ -90,6 +88,20 @@ def test_what_does_not_fit_is_refused_by_name(load, stages, words, said):
     with pytest.raises(ValueError) as caught:
         load(*stages, words=words)
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("selects", [True, False])
+def test_tiles_are_pruned_at_a_border_where_their_pattern_selects(load, monkeypatch, selects):
+    monkeypatch.setattr("megatron_spdf.sparsity.patterns.base.Pattern.selects",
+                        property(lambda self: selects))
+    rules._border.cache_clear()
+    tiles = {**SPARSE, "share": 0.1, "sparsity": {"level": 0.5, "pattern": "tile", "tile": 16}}
+    if selects:
+        load(DENSE | {"share": 0.9}, tiles)
+    else:
+        with pytest.raises(ValueError, match="stages.1.sparsity: pattern=tile has no mask of the"):
+            load(DENSE | {"share": 0.9}, tiles)
+    rules._border.cache_clear()
 
 
 def test_a_run_is_the_same_in_all_its_stages_and_another_with_others(load):

@@ -97,7 +97,9 @@ def test_bars_are_stacked_in_the_order_of_their_parts(drawn):
     assert [t.get_text() for t in axes.get_yticklabels()] == ["one", "two"]
     assert axes.yaxis_inverted() and axes.get_xlabel() == "GiB"
     assert list(axes.lines[0].get_xdata()) == [7.5, 7.5] and not five.lines
-    assert axes.texts[0].get_text() == "usable"
+    (said,) = axes.texts
+    assert said.get_text() == "usable" and said.xy == (7.5, 1.0)
+    assert said.xycoords == ("data", "axes fraction")
     assert (size, tall) == ((10.5, pytest.approx(2.4)), (10.5, pytest.approx(3.4)))
 
 
