@@ -1,5 +1,5 @@
-"""Text on its way through the layers of a model that is pruned: every sequence in one batch, and the
-mean loss."""
+"""Text on its way through the layers of a model that is pruned: each sequence in one batch, and
+their mean loss."""
 
 from __future__ import annotations
 

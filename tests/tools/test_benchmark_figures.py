@@ -3,6 +3,7 @@ what, over which steps, and what is drawn up."""
 
 from __future__ import annotations
 
+import re
 import statistics
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -484,7 +485,8 @@ def test_circumstances_say_when_on_what_and_with_what(monkeypatch, tmp_path, cap
     found = environment.circumstances(("torch", "no-such-library"))
     assert found["versions"] == {"torch": torch.__version__.split("+")[0]} or list(
         found["versions"]) == ["torch"]
-    assert found["command"] == "python tools/x.py 'a b'" and found["date"].startswith("20")
+    assert found["command"] == "python tools/x.py 'a b'" and (
+        re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:\d\d[+-]\d\d:\d\d", found["date"]))
     environment.publish({**found, "device": "d", "versions": {"a": "1", "b": "2"}}, ["line"], None)
     assert capsys.readouterr().out == (f"{found['date']}, d, a 1, b 2\n"
                                        "$ python tools/x.py 'a b'\n\nline\n")
