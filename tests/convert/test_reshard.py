@@ -13,7 +13,7 @@ from megatron_spdf.checkpoint import store
 from megatron_spdf.checkpoint.inspect import verify
 from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
 from megatron_spdf.convert.initial_checkpoint import write_initial_checkpoint
-from megatron_spdf.convert.reshard import check_layout, reshard
+from megatron_spdf.convert.reshard import HISTORY, LOG, check_layout, reshard
 from megatron_spdf.convert.source import open_weights
 from megatron_spdf.recipe.load import load_recipe
 from megatron_spdf.recipe.recipe import Parallel
@@ -105,3 +105,18 @@ def test_the_nearest_layout_is_that_of_a_search(wanted):
     words = dict(word.removeprefix("parallel.").split("=")
                  for word in str(refused.value).rpartition("allows is ")[2].split())
     assert {key: json.loads(value) for key, value in words.items()} in layouts[min(layouts)]
+
+
+@pytest.mark.parametrize("of_a_run", [True, False])
+def test_blends_and_log_of_the_steps_so_far_go_along(reader, tmp_path, of_a_run):
+    """From a run directory; not what lies by chance beside a checkpoint that is kept elsewhere."""
+    run = tmp_path / "run"
+    (run / LOG).write_text('{"kind": "train", "step": 1}\n')
+    (run / HISTORY).write_text("[]")
+    (run / "other.txt").touch()
+    if not of_a_run:
+        (run / "recipe.yaml").unlink()
+    reshard(reader, Parallel(), tmp_path / "other")
+    kept = {p.name: p.read_text() for p in (tmp_path / "other").iterdir()
+            if p.is_file() and p.name != "recipe.yaml"}
+    assert kept == ({LOG: '{"kind": "train", "step": 1}\n', HISTORY: "[]"} if of_a_run else {})
