@@ -113,10 +113,11 @@ class MaskedProduct(Product):
         return None
 
 
-def choose_masks(models: Iterable[nn.Module]) -> None:
-    """Has the masked weights of these models choose their masks when they are used next."""
+def choose_masks(models: Iterable[nn.Module], due: bool = True) -> None:
+    """Has the masked weights of these models choose their masks when they are used next, or keep
+    them."""
     for module in (m for model in models for m in sparse_modules(model)):
-        compact_of(module).due = True
+        compact_of(module).due = due
 
 
 def _masked(values: Tensor, mask: Mask) -> Tensor:

@@ -69,7 +69,7 @@ class MaskMoves:
         """Has weights choose their masks in the next step if that is due, and reports the choice of
         this one."""
         if self._chose and self.state.step % self.stage.recipe.log.every == 0:
-            self.report.moved(sum(count_chosen(self.engine).values()))
+            self.report.moved(count_chosen(self.engine))
         self._chose = self._due and not result.skipped
         if self._chose:
             self.state.mask_updates += 1
@@ -82,8 +82,8 @@ class MaskMoves:
         when = Moment(state.mask_updates, state.optimizer_steps, self.steps)
         act = hold_entries if self.algorithm.holds else move_masks
         changed = act(self.engine, self.algorithm, when)
-        self.report.moved(sum(changed.values()), time.perf_counter() - started)
-        return {} if self.algorithm.holds else changed
+        self.report.moved(changed, time.perf_counter() - started)
+        return {} if self.algorithm.holds else {n: c.moved for n, c in changed.items()}
 
     def as_stored(self, measured: dict[str, float]) -> dict[str, float]:
         """Measured sparsity by weight, in which active entries that are held or that were born in
