@@ -231,3 +231,9 @@ def test_contours_are_of_both_costs():
             assert best[i, j] == pytest.approx(law.optimal_sparsity_numeric(n[j], c[i], cost),
                                                abs=1e-5)
     assert labels == ["87.5%"] * 2
+
+
+@pytest.mark.parametrize(("reached", "counted"), [(np.nan, np.inf), (np.inf, np.inf), (2.0, 2.0)])
+def test_a_start_that_ran_away_is_never_the_best(monkeypatch, reached, counted):
+    monkeypatch.setattr(fitting, "minimize", lambda f, x, **_: SimpleNamespace(x=x, fun=reached))
+    assert fitting._minimize(fitting._Data.of(POINTS), np.zeros(7))[1] == counted
