@@ -54,7 +54,8 @@ def begun(recipe: dict, select: str, asked: dict | None) -> dict[str, float]:
 def diverged(recipe: dict, asked: dict) -> str:
     """What is said of a model whose activations overflow."""
     made, source = Recipe.model_validate(recipe), Given(recipe)
-    source.values["decoder.layers.1.mlp.linear_fc2.weight"] *= 1e38
+    for linear in ("linear_fc1", "linear_fc2"):
+        source.values[f"decoder.layers.1.mlp.{linear}.weight"] *= 1e30
     try:
         write_initial_checkpoint(source, made, source.tokenizer, Path(made.output), "wanda",
                                  check_text(Calibration(**asked), made, source.tokenizer))
