@@ -66,6 +66,7 @@ as_path run "${words[0]}"
 case $(basename "$recipe") in
   gpt3_xl*) script=pretrain_gpt3xl.sh ;;
   gpt3_6b7*) script=pretrain_gpt3_6b7.sh ;;
+  llama*) script=pretrain_llama.sh ;;
   *) script=pretrain_gpt2small.sh ;;
 esac
 

@@ -142,8 +142,11 @@ def _late(recipe: Recipe, plan: Plan, size: Sizes, stage: int) -> int:
 
 def _at_layer_end(recipe: Recipe, size: Sizes) -> int:
     """At the backward of W_QKV: five tensors between layers (the output, its gradient, that of the
-    residual path, the norm's output and its gradient) and the gradients of Q, K and V."""
-    return 5 * size.hidden + size.sharded(3 * recipe.model.heads * recipe.model.head_width)
+    residual path, the norm's output and its gradient) and the gradients of Q, K and V; those that
+    all ranks have of them, and in the order of ranks, where these share query groups."""
+    m = recipe.model
+    shared = 2 * size.width * size.tokens * m.qkv_rows if size.tensor > m.query_groups else 0
+    return 5 * size.hidden + size.sharded(3 * m.heads * m.head_width) + shared
 
 
 def _workspace(recipe: Recipe, plan: Plan, size: Sizes, stage: int) -> int:
@@ -159,6 +162,9 @@ def _workspace(recipe: Recipe, plan: Plan, size: Sizes, stage: int) -> int:
     gradients = m.feed_forward_backward(size, whole)
     gradients += size.whole if p.sequence else 0  # the output's, gathered
     if recipe.train.recompute != "full":
+        if p.tensor > m.query_groups:  # when the feed-forward layer has been freed
+            freed = layer_bytes(recipe)["activation function"] + 2 * size.hidden
+            gradients = max(gradients, _at_layer_end(recipe, size) - freed)
         return gradients + waits
     dense: Counter[int] = Counter()
     for q in (q for chunk in local_parameters(m, p, plan, stage) for q in chunk):

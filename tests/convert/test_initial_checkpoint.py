@@ -236,13 +236,15 @@ def test_the_other_half_of_a_tensor_is_missed(begin):
         TensorFiles(reader.path, objects=True).tensor("embedding.word_embeddings.weight")
 
 
-@pytest.mark.parametrize("base", [{"hidden": 3, "input_multiplier": 3.0, "output_multiplier": 2.0},
+@pytest.mark.parametrize("base", [{"hidden": 3, "head_width": 1, "input_multiplier": 3.0,
+                                   "output_multiplier": 2.0},
                                   {"hidden": 6, "density": 0.5}, {}])
 @pytest.mark.parametrize("level", [0.75, 0.0])
 def test_a_run_of_another_parametrization_computes_with_the_same_weights(begin, gpt2, base, level):
     """`weight` and `master` are those of the standard model, whatever a run's parameters are."""
     rules = {"parametrization": "mup", "train": {"precision": "fp32"},
-             "mup_base": {"hidden": 4, "input_multiplier": 5.0, "output_multiplier": 0.5}}
+             "mup_base": {"hidden": 4, "head_width": 8, "input_multiplier": 5.0,
+                          "output_multiplier": 0.5}}
     sparse, given = begin(sparsity=0.5, **rules), open_weights(gpt2)
     assert not torch.equal(sparse.parameter(QKV), sparse.master(QKV))
     other = rules | {"mup_base": base} if base else {"train": rules["train"]}

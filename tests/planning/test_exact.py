@@ -8,10 +8,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from megatron_spdf.planning import exact
+from megatron_spdf.planning.buffers import lay_out
 from megatron_spdf.planning.exact import dry_run, dry_runs, ranks_of_interest, render_counts
+from megatron_spdf.planning.memory import rank_bytes
 from megatron_spdf.planning.overview import at_level
 from megatron_spdf.recipe.load import load_recipe
 from megatron_spdf.recipe.recipe import Recipe
@@ -126,3 +130,65 @@ def test_a_rank_that_is_not_there(recipe):
     with pytest.raises(ValueError,
                        match="rank 2 is not in this layout of 2 ranks; take one of 0 to 1"):
         dry_run(r, Plan.of(r), [2])
+
+
+def test_ranks_are_held_against_the_closed_forms(recipe, monkeypatch):
+    """Of a dry run of which one byte and one bucket are off."""
+    r = recipe(parallel={"tensor": 2, "pipeline": 2, "data": 2}, sparsity=0.5)
+    plan, asked = Plan.of(r), []
+    held = rank_bytes(r, plan, 1, True, 1)
+    buckets = [[end - start for start, end in buffer.buckets]
+               for buffer in lay_out(r.model, r.parallel, plan, 1, True)]
+    sound = {"place": [1, 1, 1], "buckets": buckets, **{part: getattr(held, part)
+                                                        for part in exact.PARTS}}
+    found = [sound, sound | {"optimizer": held.optimizer + 1}, sound | {"buckets": [[5]]}]
+
+    def run(words, **options):
+        asked.append((words, options))
+        return SimpleNamespace(returncode=0, stderr="", stdout=f"said\n{json.dumps([found, []])}\n")
+
+    monkeypatch.setattr(exact.subprocess, "run", run)
+    monkeypatch.setenv("PYTHONPATH", "/mine")
+    counts, none = dry_runs([(r, plan, [7, 6, 5]), (r, plan, [])])
+    assert [c.agrees for c in counts] == [True, False, False] and none == []
+    assert [(c.rank, c.place) for c in counts] == [(7, (1, 1, 1)), (6, (1, 1, 1)), (5, (1, 1, 1))]
+    ((words, options),) = asked
+    assert words[1:] == ["-m", "megatron_spdf.engine.dry_run"]
+    requests = json.loads(options["input"])
+    assert [request["ranks"] for request in requests] == [[7, 6, 5], []]
+    assert requests[0]["recipe"]["kernels"]["attention"] == "sdpa"
+    assert options["env"]["CUDA_VISIBLE_DEVICES"] == ""
+    assert options["env"]["PYTHONPATH"] == f"{ROOT}{os.pathsep}/mine"
+    lines = render_counts(r, counts).splitlines()
+    assert lines[0] == ("built on the meta device, 8 ranks = tensor 2 x pipeline 2 x data 2, "
+                        "megatron ZeRO-1")
+    rows = [" ".join(line.split()) for line in lines[3:6]]
+    assert rows[0].endswith(f"{len(buckets[0])} equal to the byte")
+    off = f"optimizer: {held.optimizer:,} instead of {held.optimizer + 1:,} bytes"
+    assert rows[1].endswith(off)
+    assert rows[2].endswith("other buckets")
+    total = sum(counts[0].counted.values()) / 2**30
+    assert rows[0].split()[:2] == ["7", "1,1,1"] and f"{total:.4f}" in rows[0]
+
+
+def test_a_dry_run_that_fails_says_what_it_said(recipe, monkeypatch):
+    r = recipe()
+    monkeypatch.setattr(exact.subprocess, "run", lambda *_, **__: SimpleNamespace(
+        returncode=3, stderr="x" * 3000 + "the end", stdout=""))
+    with pytest.raises(RuntimeError, match="ended with 3:\nx+the end") as caught:
+        dry_run(r, Plan.of(r), [0])
+    assert len(str(caught.value)) < 2100
+    engine = r.model_copy(update={"engine": "deepspeed"})
+    with pytest.raises(ValueError, match="engine=deepspeed makes its buffers while it trains.*or "
+                                         "set engine=megatron"):
+        dry_run(engine, Plan.of(r), [0])
+    for rank in (-1, 1):
+        with pytest.raises(ValueError, match=f"rank {rank} is not in this layout of 1 ranks"):
+            dry_run(r, Plan.of(r), [rank])
+
+
+@pytest.mark.parametrize(("parallel", "ranks"), [
+    ({}, [0]), ({"data": 3}, [0, 2]), ({"tensor": 2, "pipeline": 2, "data": 2}, [0, 4, 7]),
+    ({"pipeline": 4, "data": 2}, [0, 4, 6, 7])])
+def test_ranks_of_interest(recipe, parallel, ranks):
+    assert ranks_of_interest(recipe(parallel=parallel)) == ranks

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_spdf.optimizers.adamw import AdamW
-from megatron_spdf.planning.moves import render_moves
+from megatron_spdf.planning.moves import moves_of, render_moves
 from megatron_spdf.sparsity.plan import Plan
 
 
@@ -51,3 +51,40 @@ def test_pruning_has_no_cost_of_moves(recipe):
     assert render_moves(pruned, Plan.of(pruned)) == (
         "mask algorithm gmp: smallest magnitudes die every 1 steps, by a cubic from 25% to 75% of "
         "the steps; 6 moves in 10 steps")
+
+
+def test_moves_are_rendered_by_the_fullest_stage(recipe):
+    """Each figure is the largest over pipeline stages; FLOPs are of the whole run."""
+    r = recipe(sparsity={"level": 0.75, "algorithm": "rigl", "update": {"every": 2}},
+               model={"vocab_size": 5000}, parallel={"pipeline": 2, "data": 2})
+    plan = Plan.of(r)
+    first, last = (moves_of(r, plan, stage) for stage in (0, 1))
+    carried, reduced, held = (max(getattr(m, key) for m in (first, last)) / 2**20
+                              for key in ("carried", "reduced", "transient"))
+    text = render_moves(r, plan)
+    assert text.splitlines()[0].endswith("; 3 moves in 10 steps") and "algorithm rigl" in text
+    assert (f"in a move, per GPU: {carried:,.1f} MiB of state gathered, {reduced:,.1f} MiB summed "
+            f"up, {held:,.1f} MiB held for the step; over the run {first.flops:.3%} more FLOPs"
+            ) in text
+    assert first.carried != last.carried and reduced > 0 and held > 0
+    alone = r.model_copy(update={"parallel": r.parallel.model_copy(update={"data": 1})})
+    found = moves_of(alone, plan, 0)
+    assert (found.reduced, found.carried) == (0, 0) and found.transient == first.transient
+    whole = r.model_copy(update={"parallel": r.parallel.model_copy(update={"zero_stage": 0})})
+    assert moves_of(whole, plan, 0).carried == 0
+
+
+@pytest.mark.parametrize(("beta2", "said"), [(0.98, True), (0.975, False)])
+def test_first_updates_are_worth_a_line_from_half_more_on(recipe, beta2, said):
+    r = recipe(sparsity={"level": 0.75, "algorithm": "set", "update": {"every": 2}},
+               optimizer={"beta2": beta2})
+    assert (r.optimizer.largest_first_updates >= 1.5) == said
+    assert ("first updates" in render_moves(r, Plan.of(r))) == said
+
+
+def test_masks_that_stay_or_never_move_cost_nothing(recipe):
+    static = recipe(sparsity=0.5)
+    assert render_moves(static, Plan.of(static)) == ""
+    never = recipe(sparsity={"level": 0.75, "algorithm": "set", "update": {"every": 100}})
+    assert render_moves(never, Plan.of(never)).startswith("mask algorithm set: ")
+    assert "moves in" not in render_moves(never, Plan.of(never))

@@ -73,3 +73,46 @@ def test_the_planner_counts_all_stages(recipe):
     assert active == pytest.approx(mean_flops(stages_of(run)).total)
     assert active < rows["training, dense"]["total"]
     assert len(facts["model"]["stages"]) == 3 and "densified" in facts["model"]["stages"][1]
+
+
+def test_headings_of_stages(recipe):
+    run = recipe(stages=[{"share": 0.5, "sparsity": 0.75, "warmup_tokens": 256},
+                         {"share": 0.3, "sparsity": 0.9, "lr": 2e-3, "min_lr_ratio": 0.25},
+                         {"share": 0.2, "sparsity": 0.0, "decay": "constant"}],
+                 optimizer={"lr": 1e-3, "min_lr_ratio": 0.1})
+    flops = [stage.flops().total * stage.tokens for stage in stages_of(run)]
+    assert [stage.heading for stage in stages_of(run)] == [
+        f"stage 1 of 3: steps 1 to 5, 1,280 tokens, {flops[0]:.4g} FLOPs; learning rate up to 0.001"
+        " over 256 tokens, then cosine to 0.0001",
+        f"stage 2 of 3: steps 6 to 8, 768 tokens, {flops[1]:.4g} FLOPs; learning rate up to 0.002 "
+        "over 0 tokens, then cosine to 0.0005; pruned by magnitude, with fresh optimizer moments",
+        f"stage 3 of 3: steps 9 to 10, 512 tokens, {flops[2]:.4g} FLOPs; learning rate up to 0.001 "
+        "over 0 tokens, then constant; densified, with fresh optimizer moments"]
+
+
+def test_parts_of_a_stage_that_is_pruned(recipe):
+    """Each stores as much as is kept at its end; its FLOPs are at the mean density of its steps."""
+    run = recipe(sparsity={"level": 0.8, "algorithm": "gmp", "update": {"every": 1, "stores": 3}},
+                 train={"tokens": 256 * 40})
+    parts, algorithm = stages_of(run), run.sparsity.update
+    assert [p.first for p in parts] == [0, *(p.last for p in parts[:-1])] and parts[-1].last == 40
+    assert {(p.begin, p.end, p.steps) for p in parts} == {(0, 40, 40)}
+    assert [p.continues for p in parts] == [False] + [True] * (len(parts) - 1)
+    spent = 0.0
+    for part in parts:
+        kind = f"stored at {part.plan.sparsity:.2%} sparsity" if part.plan.weights else (
+            "stored dense")
+        assert part.heading == (f"stage {part.number} of {len(parts)}: steps {part.first + 1} to "
+                                f"{part.last}, {part.tokens:,} tokens; weights {kind}")
+        steps = range(part.first + 1, part.last + 1)
+        mean = 0.8 * sum(algorithm.share(step, 40) for step in steps) / len(steps)
+        assert part.mean_plan.sparsity == pytest.approx(mean, abs=1e-3)
+        assert part.flops_before == pytest.approx(spent)
+        spent += training_flops(run.model, 32, part.mean_plan).total * part.tokens
+        assert part.as_single_run is part.recipe
+    later = stages_of(recipe(stages=STAGES))[1]
+    assert later.as_single_run.train.tokens == 2 * 256 and not later.continues
+    assert mean_flops(parts).total == pytest.approx(spent / (40 * 256))
+    causal = mean_flops(parts, "causal")
+    assert causal.attention == training_flops(run.model, 32, None, "causal").attention
+    assert causal.linear == mean_flops(parts).linear

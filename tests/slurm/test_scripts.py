@@ -46,6 +46,8 @@ def test_scripts_are_thin(script):
     ("pretrain_gpt2small.sh", [], ["8 ranks = tensor 1 x pipeline 1 x data 8", "srun --ntasks=8"]),
     ("pretrain_gpt3_6b7.sh", [],
      ["64 ranks = tensor 4 + sequence x pipeline 1 x data 16", "srun --ntasks=64"]),
+    ("pretrain_llama.sh", ["parallel.tensor=4"],
+     ["16 ranks = tensor 4 x pipeline 1 x data 4", "architecture: llama", "srun --ntasks=16"]),
     ("pretrain_gpt3xl.sh", ["{root}/configs/pretrain/gpt3_xl_dense.yaml", "--ntasks-per-node=4"],
      ["output: runs/gpt3_xl_dense", "8 ranks ="]),
     ("evaluate.sh", ["e2e", "runs/a b", "--beams", "4"],

@@ -32,6 +32,7 @@ from benchmarks.data_throughput import OURS, THEIRS, Timing
 from megatron_spdf.architecture.base import Weight
 from megatron_spdf.planning.hardware import GPUS
 from megatron_spdf.schedule.flops import training_flops
+from megatron_spdf.schedule.stages import stages_of
 from megatron_spdf.sparsity.plan import Plan
 
 CPU = torch.device("cpu")
@@ -496,3 +497,72 @@ def test_circumstances_say_when_on_what_and_with_what(monkeypatch, tmp_path, cap
                                              (1234, "1,234"), ("x", "x")])
 def test_cells_of_the_suites_tables(value, text):
     assert suite._cell(value) == text
+
+
+def gmp(recipe, **sections):
+    return recipe(sparsity={"level": 0.75, "algorithm": "gmp", "update": {"every": 2}}, **sections)
+
+
+def test_moves_are_measured_in_the_fullest_part_that_has_some(recipe):
+    """Of a run of as many intervals as may be asked for."""
+    run = moves._long(gmp(recipe))
+    assert run.steps == 200 and run.tokens_per_step == 256
+    parts = stages_of(run)
+    fullest = moves._fullest(parts)
+    due = [[s for s in range(part.first + 1, part.last + 1)
+            if run.sparsity.update.due(s, 200)] for part in parts]
+    assert list(moves._due_steps(fullest)) == due[parts.index(fullest)] != []
+    stored = [p.plan.active for p, steps in zip(parts, due, strict=True)
+              if p.plan.weights and steps]
+    assert fullest.plan.active == max(stored) > min(stored)
+    later = recipe(stages=[{"share": 0.5, "sparsity": 0.5},
+                           {"share": 0.5, "sparsity": {"level": 0.5, "algorithm": "set",
+                                                       "update": {"every": 2, "stop": 1.0}}}])
+    second = stages_of(later)[1]
+    assert (second.first, second.begin) == (5, 5)
+    assert list(moves._due_steps(second)) == [s for s in range(1, 6) if second.recipe.sparsity
+                                              .update.due(s, 5)] != []
+
+
+def test_steps_with_a_move_alternate_with_those_before(recipe, clock, monkeypatch):
+    """Two pairs are not counted; a step takes 1 s, the one with a move 4 s and its number more."""
+    from megatron_spdf.training import mask_moves
+
+    taken, built = [], []
+
+    class Masks:
+        def __init__(self, stage, engine, state, report):
+            self.engine, self.state, self.report, self.stage = engine, state, report, stage
+
+        def before_step(self):
+            clock[0] += 0.25
+
+        def after_step(self, result):
+            at = self.engine.numbers[-1]
+            taken.append((at, self.engine.optimizer_steps, self.state.optimizer_steps))
+            if at % 2 == 0:
+                self.report.moved(1, 3.0 + at)
+                clock[0] += 3.0 + at
+
+    def build(recipe, device):
+        engine = Engine(clock, [0.75] * 99, recipe)
+        engine.recipe, engine.close = recipe, lambda: built.append("closed")
+        built.append(engine)
+        return engine
+
+    monkeypatch.setattr(mask_moves, "MaskMoves", Masks)
+    monkeypatch.setattr(moves, "build_engine", build)
+    run = recipe(sparsity={"level": 0.75, "algorithm": "set",
+                           "update": {"every": 2, "start": 0.0, "stop": 1.0}})
+    found = moves._measure(run, CPU, 3)
+    due = [step for step in range(1, 10) if run.sparsity.update.due(step, 10)]
+    wanted = [(due * 5)[i] for i in range(5)]
+    assert [at for at, *_ in taken] == [s for step in wanted for s in (step - 1, step)]
+    assert all(mine == theirs == at - 1 for at, mine, theirs in taken)
+    longer = sorted(3.0 + step for step in wanted[2:])
+    assert (found["step_seconds"], found["longer_seconds"]) == (1.0, longer[1])
+    assert found["move_seconds"] == longer[1] and found["share"] == longer[1] / 2
+    assert (found["sparsity"], found["every"], built[-1]) == (0.75, 2, "closed")
+    assert built[0].tokens == [256 * at for at, *_ in taken]
+    (text,) = moves.render_moves({"set": found})
+    assert f" {longer[1] / 2:.2%} |" in text
