@@ -13,8 +13,10 @@ def expand_home(path: str) -> str:
     they see it: not inside of quotes, of `--output=~/x` or of `output=~/x`.
 
     Raises:
-        ValueError: there is no such user.
+        ValueError: there is no such user, or the path is empty, as an unset variable of a shell is.
     """
+    if not path:
+        raise ValueError("a path is empty; name a file or directory, . for this one")
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
         raise ValueError(f"{path}: there is no user {path.split('/')[0][1:]!r}, whose home this "

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_core import InitErrorDetails, PydanticCustomError, core_schema
 
@@ -54,10 +64,33 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True,
                               allow_inf_nan=False)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Python and pydantic take true for 1."""
+        kinds = set(_kinds(cls.model_fields[info.field_name].annotation))
+        if isinstance(value, bool) and kinds & {int, float} and bool not in kinds:
+            raise PydanticCustomError("number", "input should be a number, and {value} is none",
+                                      {"value": str(value).lower()})
+        return value
+
     @classmethod
     def all_fields(cls) -> dict[str, FieldInfo]:
         """Returns the fields by key, those too that only some values of another key bring."""
         return dict(cls.model_fields)
+
+
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """The types of which an annotation takes one."""
+    inner = get_args(annotation)
+    if get_origin(annotation) is Annotated:
+        inner = inner[:1]
+    elif get_origin(annotation) not in (Union, UnionType):
+        inner = ()
+    if not inner:
+        yield annotation
+    for each in inner:
+        yield from _kinds(each)
 
 
 def _known(registry: Registry, name: Any) -> Any:

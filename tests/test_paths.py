@@ -123,7 +123,7 @@ def test_options_that_are_given_again(parser, capsys):
     assert parser.parse_intermixed_args(["--prefix", "x", "place", "--json"]).prefix == "x"
     assert parser.parse_args(["--prefix", "y"]).prefix == "y"  # of another command line
     for words in (["--output", "a", "-o", "a"], ["--prefix", "a", "--prefix", "b"],
-                  ["--set", "--set", "x"], ["--prefix=", "--prefix=b"]):
+                  ["--set", "--set", "x"], ["--set=", "--set=b"]):
         with pytest.raises(SystemExit) as ended:
             parser.parse_args(words)
         assert ended.value.code == 2 and "is given twice; give it once" in capsys.readouterr().err
@@ -138,6 +138,14 @@ def test_paths_of_options(parser, monkeypatch, capsys):
         with pytest.raises(SystemExit):
             parser.parse_args(words)
         assert "there is no user 'nobody-such'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [[""], ["x", "--output="], ["x", "--prefix", ""]], ids=str)
+def test_an_empty_path_is_refused(parser, capsys, words):
+    """As where a variable of a shell is not set: it would be the working directory."""
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_args(words)
+    assert ended.value.code == 2 and "a path is empty; name a file or" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("link", [os.link, os.symlink])

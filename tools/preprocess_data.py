@@ -14,8 +14,9 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import ByteSize, TypeAdapter, ValidationError
+from pydantic import ByteSize, Field, TypeAdapter, ValidationError
 
 from megatron_spdf.command_line import make_parser, path_text, positive, say
 from megatron_spdf.data.indexed.manifest import CorpusManifest
@@ -30,7 +31,7 @@ from megatron_spdf.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, t
 def parse_bytes(size: str) -> int:
     """Bytes of a size in words: "100MB" is 100,000,000, "1GiB" is 2**30."""
     try:
-        return TypeAdapter(ByteSize).validate_python(size)
+        return TypeAdapter(Annotated[ByteSize, Field(gt=0)]).validate_python(size)
     except ValidationError:
         raise argparse.ArgumentTypeError(
             f"{size!r} is not a size; write for example 100MB or 1GiB"

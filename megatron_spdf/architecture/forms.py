@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from pydantic import ValidationError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -208,15 +210,20 @@ def model_of(config: dict[str, Any], families: Sequence[type[Forms]]) -> Forms:
     for family in claiming:
         try:
             models.append(family.from_huggingface(config))
+        except ValidationError as error:
+            wrong = (f"{'.'.join(map(str, e['loc']))}={e['input']!r:.40}, where "
+                     f"{e['msg'][0].lower()}{e['msg'][1:]}" for e in error.errors())
+            refused.append(f"makes no model, of {'; '.join(wrong)}; use the config.json of the "
+                           "weights")
         except ValueError as error:
-            refused.append(error)
+            refused.append(str(error))
     if len(models) > 1:
         named = " and ".join(f"{type(model).name!r}" for model in models)
         raise UnknownFamily(f"is a model of type {kind!r}, which the architectures {named} both "
                             "read; leave one of them out, or let its from_huggingface refuse what "
                             "is the other's")
     if not models:
-        raise ValueError("; and ".join(map(str, refused)))
+        raise ValueError("; and ".join(refused))
     return models[0]
 
 

@@ -11,6 +11,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
 from megatron_spdf.checkpoint.reader import (
+    AGES,
+    FIRST_BITS,
     HELD_BITS,
     MASK_BITS,
     OPTIMIZER,
@@ -67,17 +69,19 @@ class _Across:
         if key.startswith(OPTIMIZER):
             state, key = key.removeprefix(OPTIMIZER).split(".", 1)
         # nothing is held at the beginning of a part: what was held is not stored any more
-        if key.endswith(HELD_BITS) or self.fresh and state != MASTER:
+        if key.endswith((HELD_BITS, AGES)) or self.fresh and state != MASTER:
             return torch.zeros(wanted.local_shape, dtype=wanted.dtype)
         part = wanted.global_slice()
         if key.endswith(TRAINED_BITS):  # the first choice says which are not
             return torch.full(wanted.local_shape, 255, dtype=wanted.dtype)
-        name = self._names[key.removesuffix(VALUES).removesuffix(MASK_BITS)]
+        is_mask = key.endswith((MASK_BITS, FIRST_BITS))  # with which the stage begins
+        name = self._names[key.removesuffix(VALUES).removesuffix(MASK_BITS)
+                           .removesuffix(FIRST_BITS)]
         if name not in self.plan.weights:
             return self.reader.state(name, state)[part]
         slices = range(*part[0].indices(self.plan.weights[name].slices))
         masks = torch.from_numpy(np.stack([self._mask(name, number) for number in slices]))
-        if key.endswith(MASK_BITS):
+        if is_mask:
             return masks
         return self._values(self.plan.weights[name], state, slices, masks)
 

@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from megatron_spdf.checkpoint.mask_progress import mask_progress, render_progress
 from megatron_spdf.checkpoint.reader import (
+    AGES,
     OPTIMIZER,
     VALUES,
     CheckpointReader,
@@ -38,6 +40,7 @@ def describe(reader: CheckpointReader) -> dict[str, Any]:
         "tokenizer": run["tokenizer"],
         "sparsity": {"masks": reader.masks, "target": plan.sparsity,
                      "weights": sparsity_by_kind(reader)},
+        "algorithm": mask_progress(reader),
         "bytes": bytes_by_part(reader),
         "versions": run["versions"],
         "saved": run["saved"],
@@ -81,7 +84,7 @@ def _part_of(name: str) -> str:
         return "optimizer"
     if name.endswith(VALUES):
         return "sparse_values"
-    return "mask_bits" if name.endswith("_bits") else "other_weights"
+    return "mask_bits" if name.endswith(("_bits", AGES)) else "other_weights"
 
 
 def verify(reader: CheckpointReader) -> str:
@@ -134,6 +137,10 @@ def wrong_shapes(reader: CheckpointReader) -> list[str]:
 def _wrong_mask(reader: CheckpointReader, weight: SparseWeight) -> list[str]:
     """Describes the first slice of a weight whose mask is not the planned one. Empty if all are."""
     k = weight.active_per_slice
+    if weight.algorithm.tracks and (np.unpackbits(reader.first_bits(weight.name), axis=1).sum(1)
+                                    != k).any():
+        return [f"the first mask of {weight.name} has another number of active entries than {k} in "
+                "a slice"]
     for slice_id, bits in enumerate(reader.mask_bits(weight.name)):
         active = int(np.unpackbits(bits).sum(dtype=np.int64))
         if active != k:
@@ -145,16 +152,22 @@ def _wrong_mask(reader: CheckpointReader, weight: SparseWeight) -> list[str]:
     return []
 
 
+# Of a model, what `render` says in words; the rest is what only some families have.
+_SAID = {"architecture", "layers", "hidden", "heads", "query_groups", "ffn_hidden", "vocab_size",
+         "padded_vocab", "max_positions", "parameters", "active_parameters"}
+
+
 def render(facts: dict[str, Any]) -> str:
     """Formats the result of `describe` as text."""
     m, p, state = facts["model"], facts["layout"], facts["state"]
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     lines = {
         "checkpoint": facts["checkpoint"],
-        "model": f"{m['layers']} layers x {m['hidden']} hidden, {m['heads']} heads in "
-        f"{m['query_groups']} query groups, feed-forward {m['ffn_hidden']}, vocabulary "
-        f"{m['vocab_size']:,} (padded to {m['padded_vocab']:,}), {m['max_positions']:,} "
-        "positions",
+        "model": f"{m['architecture']} of {m['layers']} layers x {m['hidden']} hidden, "
+        f"{m['heads']} heads in {m['query_groups']} query groups, feed-forward {m['ffn_hidden']}, "
+        f"vocabulary {m['vocab_size']:,} (padded to {m['padded_vocab']:,}), "
+        f"{m['max_positions']:,} positions"
+        + "".join(f", {key} {m[key]}" for key in sorted(m.keys() - _SAID)),
         "parameters": f"{m['parameters']:,}, of which {m['active_parameters']:,} active",
         "layout": f"tensor {p['tensor']}{' + sequence' if p['sequence'] else ''} x pipeline "
         f"{p['pipeline']}"
@@ -164,6 +177,7 @@ def render(facts: dict[str, Any]) -> str:
         f"{state['optimizer_steps']:,} optimizer steps, {state['skipped']:,} skipped",
         "tokenizer": f"{facts['tokenizer']['kind']}, sha256 {facts['tokenizer']['sha256'][:16]}",
         "written by": versions,
+        **({"masks": render_progress(facts["algorithm"])} if facts["algorithm"] else {}),
         "saved": facts["saved"],
         "begun from": facts["origin"],
     }

@@ -22,8 +22,8 @@ from megatron_spdf.sparsity.plan import Plan, SparseWeight
 from megatron_spdf.sparsity.slices import join_slices
 
 # after the name of a sparse weight
-VALUES, MASK_BITS, HELD_BITS, TRAINED_BITS = (".values", ".mask_bits", ".held_bits",
-                                               ".trained_bits")
+VALUES, MASK_BITS, FIRST_BITS, AGES = ".values", ".mask_bits", ".first_bits", ".ages"
+HELD_BITS, TRAINED_BITS = ".held_bits", ".trained_bits"
 OPTIMIZER = "optimizer.state."  # before the name of a state and that of a parameter
 # Megatron-Core saves the two norms of a transformer layer as part of the linear layer that they
 # feed, as Transformer Engine fuses them.
@@ -112,10 +112,12 @@ class CheckpointReader(TensorFiles):
         return load_tokenizer(self.path / "tokenizer")
 
     def side_bits(self, name: str) -> list[str]:
-        """Names in the file of the bits that lie beside a sparse weight's values: its mask, and
+        """Names in the file of what lies beside a sparse weight's values: its mask, and
         what its algorithm keeps of its own."""
         planned, stored = self.plan.weights[name], stored_name(name)
-        own = {HELD_BITS: planned.algorithm.holds, TRAINED_BITS: planned.trains_some}
+        algorithm = planned.algorithm
+        own = {HELD_BITS: algorithm.holds, TRAINED_BITS: planned.trains_some,
+               FIRST_BITS: algorithm.tracks, AGES: algorithm.tracks_ages}
         return [stored + MASK_BITS, *(stored + bits for bits, there in own.items() if there)]
 
     def mask_bits(self, name: str) -> np.ndarray:
@@ -124,9 +126,16 @@ class CheckpointReader(TensorFiles):
         Raises:
             DamagedCheckpoint: it is missing, or has another shape than planned.
         """
+        return self._bits(name, MASK_BITS)
+
+    def first_bits(self, name: str) -> np.ndarray:
+        """The mask at the beginning of the stage, as `mask_bits`; of algorithms that track it."""
+        return self._bits(name, FIRST_BITS)
+
+    def _bits(self, name: str, kind: str) -> np.ndarray:
         planned = self.plan.weights[name]
         shape = (planned.slices, math.ceil(math.prod(planned.slice_shape) / 8))
-        return self._of_shape(stored_name(name) + MASK_BITS, shape).numpy()
+        return self._of_shape(stored_name(name) + kind, shape).numpy()
 
     def weight(self, name: str) -> Tensor:
         """Whole dense parameter by its canonical name. Masked entries of a sparse weight are zero.

@@ -25,6 +25,8 @@ from torch import Tensor
 from megatron_spdf.architecture.base import Weight
 from megatron_spdf.checkpoint import store
 from megatron_spdf.checkpoint.reader import (
+    AGES,
+    FIRST_BITS,
     MASK_BITS,
     OPTIMIZER,
     TRAINED_BITS,
@@ -217,6 +219,12 @@ class _FreshState:
             bits = (sparse.slices, math.ceil(math.prod(sparse.slice_shape) / 8))
             tensors = [self._stored(name + MASK_BITS, bits, axis, weight, torch.uint8,
                                     lambda: self._compact(weight.name)[1])]
+            if sparse.algorithm.tracks:
+                tensors.append(self._stored(name + FIRST_BITS, bits, axis, weight, torch.uint8,
+                                            lambda: self._compact(weight.name)[1]))
+            if sparse.algorithm.tracks_ages:
+                tensors.append(self._stored(name + AGES, shape, axis, weight, torch.uint8,
+                                            lambda: torch.zeros(shape, dtype=torch.uint8)))
             if sparse.trains_some:  # the first choice says which are not
                 tensors.append(self._stored(name + TRAINED_BITS, bits, axis, weight, torch.uint8,
                                             lambda: torch.full(bits, 255, dtype=torch.uint8)))

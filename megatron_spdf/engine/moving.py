@@ -8,6 +8,8 @@ beside them at a time is one kind of state of one bucket or parameter.
 
 from __future__ import annotations
 
+from dataclasses import astuple
+
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as ps
@@ -15,20 +17,22 @@ from torch import Tensor, nn
 
 from megatron_spdf.engine.base import Engine
 from megatron_spdf.layers.compact import CompactWeight, compact_of, sparse_modules
+from megatron_spdf.layers.masked import MaskedWeight
 from megatron_spdf.optimizers.base import MASTER
 from megatron_spdf.sparsity import moving
 from megatron_spdf.sparsity.algorithms.base import MaskAlgorithm, Moment
+from megatron_spdf.sparsity.history import NOTHING, Change
 
 
 @torch.no_grad()
-def move_masks(engine: Engine, algorithm: MaskAlgorithm, when: Moment) -> dict[str, int]:
+def move_masks(engine: Engine, algorithm: MaskAlgorithm, when: Moment) -> dict[str, Change]:
     """Moves the masks of all sparse weights, between two steps; all ranks call.
 
     Kept entries keep their master weight and optimizer state, those that are born have zeros. Where
     the algorithm needs the dense gradient, the step before has collected it.
 
     Returns:
-        Canonical name -> number of entries born in the whole weight, on every rank.
+        Canonical name -> what the move changed in the whole weight, on every rank.
     """
     sparse = _sparse_parameters(engine)
     after = _choose(engine, algorithm, when, sparse)
@@ -41,18 +45,16 @@ def move_masks(engine: Engine, algorithm: MaskAlgorithm, when: Moment) -> dict[s
                 engine.state.put(parameter, name, carried)
     if after:
         engine.state.settle()
-    moved = {sparse[p].planned.name: moving.born(sparse[p].mask_bits, b) for p, b in after.items()}
-    for parameter, bits in after.items():
-        sparse[parameter].move_mask(bits)
-    return _over_all_ranks(moved, engine)
+    return _over_all_ranks({c.planned.name: c.move_mask(after.get(p, c.mask_bits))
+                            for p, c in sparse.items()}, engine)
 
 
 @torch.no_grad()
-def hold_entries(engine: Engine, algorithm: MaskAlgorithm, when: Moment) -> dict[str, int]:
+def hold_entries(engine: Engine, algorithm: MaskAlgorithm, when: Moment) -> dict[str, Change]:
     """Holds entries at zero that an algorithm chooses, with all their state; all ranks call.
 
     Returns:
-        Canonical name -> number of entries that died, in the whole weight, on every rank.
+        Canonical name -> what died in the whole weight, on every rank.
     """
     sparse, kept = _sparse_parameters(engine), {}
     before = count_held(engine)
@@ -69,14 +71,24 @@ def hold_entries(engine: Engine, algorithm: MaskAlgorithm, when: Moment) -> dict
     engine.state.settle()
     for parameter, entries in kept.items():
         sparse[parameter].hold(entries)
-    return {name: held - before[name] for name, held in count_held(engine).items()}
+    return {name: Change(held - before[name], engine.plan.weights[name].active)
+            for name, held in count_held(engine).items()}
 
 
 def count_held(engine: Engine) -> dict[str, int]:
     """Canonical name -> number of entries held at zero in the whole weight, on every rank."""
-    held = {c.planned.name: int((~c.kept).sum()) for c in _sparse_parameters(engine).values()
-            if c.kept is not None}
-    return _over_all_ranks(held, engine)
+    held = {c.planned.name: Change(int((~c.kept).sum()), 0)
+            for c in _sparse_parameters(engine).values() if c.kept is not None}
+    return {name: change.moved for name, change in _over_all_ranks(held, engine).items()}
+
+
+def count_chosen(engine: Engine) -> dict[str, Change]:
+    """Canonical name -> entries of the whole weight that became active when it last chose its mask,
+    on every rank."""
+    born = {c.planned.name: Change(int(c.born), len(c.mask_bits) * c.planned.active_per_slice)
+            for c in _sparse_parameters(engine).values()
+            if isinstance(c, MaskedWeight) and c.born is not None}
+    return _over_all_ranks(born, engine)
 
 
 def _sparse_parameters(engine: Engine) -> dict[nn.Parameter, CompactWeight]:
@@ -118,9 +130,11 @@ def _as_values(state: Tensor, compact: CompactWeight) -> Tensor:
     return state.view(compact.values_shape).to(compact.mask_bits.device)
 
 
-def _over_all_ranks(moved: dict[str, int], engine: Engine) -> dict[str, int]:
+def _over_all_ranks(changes: dict[str, Change], engine: Engine) -> dict[str, Change]:
     """Sums over the ranks; replicas after the first count nothing."""
-    counts = [moved.get(name, 0) * (engine.data_parallel_rank == 0) for name in engine.plan.weights]
+    counts = [[n * (engine.data_parallel_rank == 0) for n in astuple(changes.get(name, NOTHING))]
+              for name in engine.plan.weights]
     total = torch.tensor(counts, device=next(engine.models[0].parameters()).device)
     dist.all_reduce(total)
-    return dict(zip(engine.plan.weights, total.tolist(), strict=True))
+    return {name: Change(*found)
+            for name, found in zip(engine.plan.weights, total.tolist(), strict=True)}

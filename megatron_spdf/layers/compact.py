@@ -22,6 +22,8 @@ from torch.nn.utils import parametrize
 from megatron_spdf.kernels import dispatch
 from megatron_spdf.kernels.mask import Mask, pack, unpack
 from megatron_spdf.layers.products.base import Product
+from megatron_spdf.sparsity.history import Change, aged, common
+from megatron_spdf.sparsity.moving import born, carry
 from megatron_spdf.sparsity.plan import SparseWeight
 
 TABLE = "table_"  # how names of buffers with a product's tables begin
@@ -73,10 +75,15 @@ class CompactWeight(nn.Module):
         collector: takes the gradient of the dense weight in backward; None: none is wanted.
         held_bits: the active entries that are held at zero until the stage of the run ends, if the
             plan's algorithm holds any; their gradient is zero too.
+        first_bits: as `mask_bits`, the mask at the beginning of the stage of the run, if the plan's
+            algorithm keeps track of that.
+        ages: (local slices, k) uint8, moves since each active entry was born, if it asks for them.
     """
 
     mask_bits: Tensor  # (local slices, ceil(entries per slice / 8)) uint8, numpy.packbits order
     held_bits: Tensor  # (local slices, ceil(k / 8)) uint8
+    first_bits: Tensor  # as mask_bits
+    ages: Tensor
     index: Tensor
 
     def __init__(self, weight: SparseWeight, seed: int, rank: int, world: int,
@@ -100,6 +107,11 @@ class CompactWeight(nn.Module):
         if weight.algorithm.holds:
             held = torch.zeros((local, math.ceil(k / 8)), dtype=torch.uint8, device=device)
             self.register_buffer("held_bits", held)
+        if weight.algorithm.tracks:
+            self.register_buffer("first_bits", bits.clone())
+        if weight.algorithm.tracks_ages:
+            ages = torch.zeros(self.values_shape, dtype=torch.uint8, device=device)
+            self.register_buffer("ages", ages)
         self._holds = -1, False  # version of held_bits -> whether any is set
         self.index_mask()
         self.register_load_state_dict_post_hook(lambda compact, _: compact.take_loaded())
@@ -138,10 +150,30 @@ class CompactWeight(nn.Module):
     def choose(self, values: Tensor) -> None:
         """Lets the values choose their mask anew, where the algorithm says so and it is due."""
 
-    def move_mask(self, bits: Tensor) -> None:
-        """Takes other masks of the plan's; what the values are then is the caller's."""
+    def begin_with(self, bits: Tensor) -> None:
+        """Takes the masks that training begins with.
+
+        Raises:
+            ValueError: see `index_mask`.
+        """
+        self.mask_bits.copy_(bits)
+        if self.planned.algorithm.tracks:
+            self.first_bits.copy_(bits)
+        self.index_mask()
+
+    def move_mask(self, bits: Tensor) -> Change:
+        """Takes other masks of the plan's, and says what that changes; what the values are then is
+        the caller's."""
+        before, active = self.mask_bits.clone(), self.values_shape[0] * self.values_shape[1]
         self.mask_bits.copy_(bits)
         self._derive()
+        moved, algorithm = born(before, bits), self.planned.algorithm
+        if algorithm.tracks_ages:
+            carried = carry(self.ages, before, bits, self.mask.entries)
+            self.ages.copy_(aged(carried, before, bits, self.mask.entries))
+        return Change(moved, active,
+                      common(self.first_bits, bits) if algorithm.tracks else 0,
+                      int(self.ages.sum()) if algorithm.tracks_ages else 0)
 
     @property
     def kept(self) -> Tensor | None:

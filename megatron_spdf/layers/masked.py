@@ -32,6 +32,7 @@ class MaskedWeight(CompactWeight):
 
     Attributes:
         due: whether the values choose their mask at the next use.
+        born: (), the number of entries that the last choice made active; None: it was the first.
         trained_bits: as `mask_bits`, the entries that get a gradient; only where not all do.
     """
 
@@ -40,7 +41,8 @@ class MaskedWeight(CompactWeight):
     def __init__(self, weight: SparseWeight, seed: int, rank: int, world: int,
                  device: torch.device | str, product: Product | None, micro_batches: int):
         super().__init__(weight, seed, rank, world, device, product)
-        self.micro_batches, self.due = micro_batches, True
+        self.micro_batches, self.due, self.born = micro_batches, True, None
+        self._drawn = True  # the mask is the plan's, which nobody has chosen
         if weight.trains_some:
             self.register_buffer("trained_bits", torch.full_like(self.mask_bits, 255))
 
@@ -51,12 +53,16 @@ class MaskedWeight(CompactWeight):
         self.due, planned = False, self.planned
         magnitudes = values.detach().float().abs()
         active = planned.pattern.chosen(magnitudes.view(-1, *planned.slice_shape), planned.level)
-        self.mask_bits.copy_(pack(active.reshape(magnitudes.shape)))
+        bits = pack(active.reshape(magnitudes.shape))
+        if not self._drawn:
+            self.born = unpack(bits & ~self.mask_bits, magnitudes.shape[1]).sum()
+        self._drawn = False
+        self.mask_bits.copy_(bits)
         if planned.trains_some:
             self.trained_bits.copy_(pack(keep_largest(magnitudes, planned.trained_per_slice)))
 
     def take_loaded(self) -> None:
-        self.due = False  # the masks that a checkpoint has hold until the next choice
+        self.due = self._drawn = False  # the masks that a checkpoint has hold until the next choice
         super().take_loaded()
 
     def expand(self, values: Tensor, mask: Mask) -> Tensor:
@@ -107,10 +113,11 @@ class MaskedProduct(Product):
         return None
 
 
-def choose_masks(models: Iterable[nn.Module]) -> None:
-    """Has the masked weights of these models choose their masks when they are used next."""
+def choose_masks(models: Iterable[nn.Module], due: bool = True) -> None:
+    """Has the masked weights of these models choose their masks when they are used next, or keep
+    them."""
     for module in (m for model in models for m in sparse_modules(model)):
-        compact_of(module).due = True
+        compact_of(module).due = due
 
 
 def _masked(values: Tensor, mask: Mask) -> Tensor:

@@ -27,6 +27,8 @@ from megatron_spdf.sparsity.plan import SparseWeight
 _IN_FILE = {"parametrizations.weight.original": "weight.values",
             "parametrizations.weight.0.mask_bits": "weight.mask_bits",
             "parametrizations.weight.0.held_bits": "weight.held_bits",
+            "parametrizations.weight.0.first_bits": "weight.first_bits",
+            "parametrizations.weight.0.ages": "weight.ages",
             "parametrizations.weight.0.trained_bits": "weight.trained_bits"}
 DenseCopy = Literal["per_step", "per_layer", "always"]
 

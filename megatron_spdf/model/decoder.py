@@ -27,7 +27,7 @@ from megatron_spdf.model.init import DrawnWeights, InitialWeights, initialize, o
 from megatron_spdf.model.mlp import GatedMlp
 from megatron_spdf.model.norm import norm_class
 from megatron_spdf.model.parametrization import Parametrization
-from megatron_spdf.recipe.recipe import Recipe
+from megatron_spdf.recipe.recipe import AUTO, Recipe
 from megatron_spdf.sparsity.plan import Plan
 from megatron_spdf.text import first_line
 
@@ -210,10 +210,13 @@ def _fill(model: GPTModel, rules: Parametrization, source: InitialWeights) -> No
     dense_copy = (
         "always" if rules.recipe.parallel.zero_stage == 3 else rules.recipe.sparsity.dense_copy
     )
+    # what does not train has settled none
+    auto = rules.recipe.train.micro_batch == AUTO
+    micro_batches = 1 if auto else rules.recipe.micro_batches
     for name, module in canonical_modules(model):
         if f"{name}.weight" in plan.weights:
             sparsify_layer(module, plan.weights[f"{name}.weight"], plan.seed, rank, world,
-                           dense_copy, rules.recipe.micro_batches)
+                           dense_copy, micro_batches)
         initialize(module, name, weights, source, rank, world)
         for parameter, weight in owned_weights(module, name, weights):
             # both for the optimizer's groups

@@ -134,8 +134,7 @@ def initialize(
         if parameter.is_meta:
             continue
         if sparse and (bits := source.mask_bits(weight, rank, world)) is not None:
-            compact.mask_bits.copy_(torch.from_numpy(bits))
-            compact.index_mask()
+            compact.begin_with(torch.from_numpy(bits))
         values = source.shard(weight, rank, world).to(parameter.device)
         parameter.copy_(compact.right_inverse(values) if sparse else values)
 

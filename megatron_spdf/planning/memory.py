@@ -30,7 +30,8 @@ class RankBytes:
         master: fp32 weights of the optimizer, under bf16.
         moments: named state of the optimizer, fp32.
         expanded: dense copies of the sparse weights that are kept for the step.
-        masks: one bit a weight, where some are held one for each that is stored, and what kernels
+        masks: one bit a weight, where some are held one for each that is stored, of masks that move
+            another for the first mask and a byte for each age that is asked for, and what kernels
             derive from them: on CPU the positions of the active entries, 8 bytes each; on a GPU 4
             bytes for `SPAN` entries of a slice, and what the pattern's product needs.
         gathered: ZeRO-3 only, whole parameters of the layers at work.
@@ -79,6 +80,8 @@ def sparse_bytes(
             if weight.algorithm.keeps:  # nothing is derived, and what is trained is a mask too
                 masks += slices * math.ceil(entries / 8) * weight.trains_some
                 continue
+            masks += slices * math.ceil(entries / 8) * weight.algorithm.tracks
+            masks += parameter.elements * weight.algorithm.tracks_ages
             masks += slices * 4 * math.ceil(entries / SPAN) if on_gpu else 8 * parameter.elements
             if on_gpu:
                 masks += weight.pattern.table_bytes(parameter.elements)

@@ -249,7 +249,8 @@ def sentence(error: dict[str, Any], kind: type[BaseModel], values: dict[str, Any
     if error["type"] == "missing":
         way = "" if any(isinstance(p, int) for p in place) else f" or as {name}=VALUE"
         return f"{name} is missing; set it in the recipe{way} (see --help)"
-    return f"{name}={error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+    rule = error["msg"].removeprefix("Value error, ")
+    return f"{name}={error['input']!r}: {rule[0].lower()}{rule[1:]}"
 
 
 def _known_keys(place: list[str | int], kind: type[BaseModel], values: Any) -> list[str]:

@@ -195,7 +195,7 @@ def _border(model: Model, before: str, after: str) -> tuple[str, ...]:
         return ()  # said by `_plan`
     for name, w in here.weights.items():
         old = there.weights.get(name)
-        if old and old.active_per_slice < w.active_per_slice:
+        if old and old.active_per_slice < w.active_per_slice and not w.algorithm.keeps:
             return (f"{name} has {old.active:,} active entries before the border and {w.active:,} "
                     "after it, and nothing says which are born; make the stage dense, or no denser "
                     "than the one before",)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import NotRequired
@@ -16,6 +16,7 @@ from megatron_spdf.runs.measured import (
     Bytes,
     Evaluated,
     Figure,
+    Move,
     Settings,
     Step,
     Whole,
@@ -63,6 +64,7 @@ class Logged:
         bytes: record of memory and traffic.
         scores: metric -> value on all of the test set, from tools/evaluate.py.
         notes: sentences on figures that are not finite.
+        moves: records of moves of the masks.
     """
 
     directory: Path
@@ -73,6 +75,7 @@ class Logged:
     bytes: Bytes
     scores: dict[str, float | None]
     notes: list[str]
+    moves: list[Move] = field(default_factory=list)
 
     @property
     def recipe(self) -> Path:
@@ -170,7 +173,8 @@ def _read(directory: Path, label: str) -> Logged:
     values, records, notes = read_logged(directory, ReportedStep)
     return Logged(directory, label, values, of_kind(records, "train"),
                   finite_losses(of_kind(records, "valid")),
-                  next(iter(of_kind(records, "bytes")), {}), _scores(directory), notes)
+                  next(iter(of_kind(records, "bytes")), {}), _scores(directory), notes,
+                  of_kind(records, "mask"))
 
 
 def _labels(directories: list[Path]) -> list[str]:

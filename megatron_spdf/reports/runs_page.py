@@ -21,6 +21,7 @@ from megatron_spdf.reports.document import (
     paragraph,
     plots,
 )
+from megatron_spdf.reports.mask_moves import moves_section
 from megatron_spdf.reports.runs import Logged
 from megatron_spdf.reports.spdf_table import own_table
 from megatron_spdf.runs.measured import finite_losses
@@ -51,6 +52,7 @@ def render_report(runs: Sequence[Logged], output: Path, title: str) -> str:
         own_table(runs, colors), *_papers_tables(),
         *(part for name, chosen in kinds.items() if chosen
           for part in (heading(name), _curves(chosen, colors))),
+        *moves_section(runs, colors),
         heading("Recipes"), *(_recipe(run, output) for run in runs),
     ]
     return page(title, parts)

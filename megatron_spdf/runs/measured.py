@@ -40,6 +40,21 @@ class Step(Evaluated):
     step_seconds: NotRequired[Figure]
 
 
+class Seen(TypedDict):
+    """What a move of masks changed, as shares of the active entries; mean age in moves."""
+
+    share: Figure
+    overlap: NotRequired[Figure]
+    age: NotRequired[Figure]
+
+
+class Move(Record, Seen):
+    """Move of the masks, in all and by the number of the layer."""
+
+    algorithm: str
+    layers: NotRequired[dict[str, Seen]]
+
+
 class Bytes(Record):
     """Bytes that rank 0 holds and sends in a step."""
 
@@ -142,7 +157,7 @@ def read_logged(directory: Path,
             raise ValueError(f"{directory} is no run: it has no {file.name}; name the directory "
                              "that `output` of a recipe names")
     values = read_yaml(recipe, Settings, remedy="was it overwritten?")
-    kinds = {"train": step, "valid": Evaluated, "bytes": Bytes}
+    kinds = {"train": step, "valid": Evaluated, "bytes": Bytes, "mask": Move}
     records = [typed(record, kinds.get(record["kind"], Record), place, DAMAGED) for place, record
                in json_lines(log, Record, constants=True, remedy=DAMAGED, cut_short=True)]
     if not of_kind(records, "train"):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from megatron_spdf.checkpoint.run_metadata import RunState
 from megatron_spdf.engine.base import Engine, StepResult
-from megatron_spdf.engine.moving import count_held, hold_entries, move_masks
+from megatron_spdf.engine.moving import count_chosen, count_held, hold_entries, move_masks
 from megatron_spdf.layers.compact import collect_dense_gradients, drop_dense_gradients
 from megatron_spdf.layers.masked import choose_masks
 from megatron_spdf.resilience.progress import PROGRESS
@@ -40,7 +40,7 @@ class MaskMoves:
     def __post_init__(self) -> None:
         self.algorithm = self.stage.recipe.sparsity.update
         self.steps = self.stage.steps
-        self._due = self._collects = False
+        self._due = self._collects = self._chose = False
         if self.state.mask_updates and not self.algorithm.holds:  # resumed: no more than this
             self.born = {name: weight.slices * self._most_born(weight)
                          for name, weight in self.stage.plan.weights.items()}
@@ -58,13 +58,22 @@ class MaskMoves:
 
     def after_step(self, result: StepResult) -> None:
         """Moves the masks if they are due and the step was not skipped."""
-        if self._due and not result.skipped and self.algorithm.keeps:
-            self.state.mask_updates += 1
-            choose_masks(self.engine.models)
+        if self.algorithm.keeps:
+            self._choose(result)
         elif self._due and not result.skipped:
             self.born = self._move()
         if self._collects:
             drop_dense_gradients(self.engine.models)
+
+    def _choose(self, result: StepResult) -> None:
+        """Has weights choose their masks in the next step if that is due, and reports the choice of
+        this one."""
+        if self._chose and self.state.step % self.stage.recipe.log.every == 0:
+            self.report.moved(count_chosen(self.engine))
+        self._chose = self._due and not result.skipped
+        if self._chose:
+            self.state.mask_updates += 1
+            choose_masks(self.engine.models)
 
     def _move(self) -> dict[str, int]:
         state, started = self.state, time.perf_counter()
@@ -73,8 +82,8 @@ class MaskMoves:
         when = Moment(state.mask_updates, state.optimizer_steps, self.steps)
         act = hold_entries if self.algorithm.holds else move_masks
         changed = act(self.engine, self.algorithm, when)
-        self.report.moved(sum(changed.values()), time.perf_counter() - started)
-        return {} if self.algorithm.holds else changed
+        self.report.moved(changed, time.perf_counter() - started)
+        return {} if self.algorithm.holds else {n: c.moved for n, c in changed.items()}
 
     def as_stored(self, measured: dict[str, float]) -> dict[str, float]:
         """Measured sparsity by weight, in which active entries that are held or that were born in

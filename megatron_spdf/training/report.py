@@ -20,6 +20,7 @@ from megatron_spdf.planning.hardware import peak_flops
 from megatron_spdf.runs.run_log import RunLog
 from megatron_spdf.schedule.flops import training_flops
 from megatron_spdf.schedule.stages import RunStage
+from megatron_spdf.sparsity.history import NOTHING, Change, by_layer
 
 
 @dataclass(frozen=True)
@@ -90,19 +91,30 @@ class Report:
         self.log.say(f"step {self.state.step}: skipped, loss {result.loss}, gradient norm "
                      f"{result.grad_norm}; {self.state.skipped_in_a_row} in a row")
 
-    def moved(self, entries: int, seconds: float) -> None:
-        """A move of the masks.
+    def moved(self, changes: dict[str, Change], seconds: float | None = None) -> None:
+        """A move of the masks, in all and by layer.
 
         Args:
-            entries: that died, over all weights; as many were born, or they are held at zero.
-            seconds: it took.
+            changes: of each sparse weight.
+            seconds: it took; None: it was part of a step.
         """
-        state, name = self.state, self.stage.recipe.sparsity.algorithm
-        active = self.stage.plan.active
+        took = {} if seconds is None else {"seconds": seconds}
+        state, recipe = self.state, self.stage.recipe
+        name, whole = recipe.sparsity.algorithm, sum(changes.values(), start=NOTHING)
+        layers = by_layer(changes, {w.name: w.layer for w in recipe.model.weights()})
         self.log.record("mask", state.step, algorithm=name, update=state.mask_updates,
-                        moved=entries, share=entries / active, seconds=seconds)
-        self.log.say(f"step {state.step}: {name} moved {entries:,} of {active:,} active entries, "
-                     f"update {state.mask_updates}")
+                        moved=whole.moved, **self._seen(whole), **took,
+                        layers={str(n): self._seen(change) for n, change in layers.items()})
+        overlap = f"; {whole.overlap:.2%} are as at first" if recipe.sparsity.update.tracks else ""
+        self.log.say(f"step {state.step}: {name} moved {whole.moved:,} of {whole.active:,} active "
+                     f"entries, update {state.mask_updates}{overlap}")
+
+    def _seen(self, change: Change) -> dict[str, float]:
+        """What the log says of a move: what its algorithm keeps track of."""
+        algorithm = self.stage.recipe.sparsity.update
+        return {"share": change.share,
+                **({"overlap": change.overlap} if algorithm.tracks else {}),
+                **({"age": change.mean_age} if algorithm.tracks_ages else {})}
 
     def validation(self, loss: float, better: bool) -> None:
         """Reports the loss of an evaluation.

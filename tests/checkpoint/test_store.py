@@ -278,6 +278,17 @@ def test_every_damaged_file_is_named_at_once(checkpoint):
     assert all(fault in str(caught.value) for fault in faults)
 
 
+@pytest.mark.parametrize(("count", "more"), [(1, ""), (20, ""), (21, "; and 1 more"),
+                                             (25, "; and 5 more")])
+def test_twenty_faults_are_named_and_others_counted(checkpoint, count, more):
+    for number in range(count):
+        (checkpoint / f"n{number:02}").touch()
+    with pytest.raises(store.DamagedCheckpoint) as damage:
+        store.verify(checkpoint)
+    named = "; ".join(f"n{number:02} is not in the list" for number in range(min(count, 20)))
+    assert f"is damaged: {named}{more}. Remove it" in str(damage.value)
+
+
 def test_sizes_alone_find_truncation_but_not_a_flipped_bit(checkpoint):
     flip_a_byte(checkpoint)
     store.verify(checkpoint, checksums=False)

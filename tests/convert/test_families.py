@@ -17,6 +17,7 @@ from megatron_spdf.convert.huggingface_export import INDEX, WEIGHTS
 from megatron_spdf.convert.megatron_lm import MegatronReader, arguments, save_for_megatron
 from megatron_spdf.convert.source import open_weights
 from megatron_spdf.data.tokenizers.tokenizer import load_tokenizer, train_tokenizer
+from megatron_spdf.evaluation.subspace import distances
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tools")]
@@ -178,6 +179,13 @@ def test_what_would_compute_something_else_is_refused_by_name(name):
     {"model_type": "qwen3", "layer_types": ["full_attention"] * 2}])
 def test_what_changes_nothing_is_read(change):
     assert model_of(CONFIG | change, ALL).hidden == 64
+
+
+def test_models_of_other_slices_are_compared(given, tmp_path):
+    convert("from-hf", given("llama"), tmp_path / "run", "model.slices=4")
+    (moved, _) = distances(open_weights(tmp_path / "given"), reader_of(tmp_path / "run"))
+    assert list(moved) == ["W_Q", "W_K", "W_V", "W_D", "W_I gate", "W_I up", "W_O"]
+    assert set(moved.values()) == {0.0}
 
 
 def test_a_recipe_may_follow_and_must_agree(given, tmp_path, capsys):

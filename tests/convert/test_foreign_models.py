@@ -206,6 +206,18 @@ class Wide(Gpt):
         return Gpt.from_huggingface({**config, "activation_function": "gelu_new"})
 
 
+@pytest.mark.parametrize(("change", "said"), [
+    ({"n_head": 0}, r"heads=0, where input should be greater than 0; query_groups=0, where"),
+    ({"n_embd": -8}, r"hidden=-8, where"), ({"vocab_size": 10**12}, r"vocab_size=1000000000000, "),
+    ({"n_inner": -1}, r"ffn_hidden=-1, where"),
+    ({"n_layer": True}, r"layers=True, where input should be a number, and true is none")], ids=str)
+def test_sizes_that_no_model_has_are_named(change, said):
+    config = {"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 2, "vocab_size": 9,
+              "n_positions": 4}
+    with pytest.raises(ValueError, match=rf"^makes no model, of {said}.*; use the config.json of"):
+        model_of(config | change, [Gpt])
+
+
 def test_of_two_families_of_one_model_type_the_configuration_decides():
     config = {"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 2, "vocab_size": 9,
               "n_positions": 4}

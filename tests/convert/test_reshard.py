@@ -10,10 +10,11 @@ from megatron_spdf.checkpoint import store
 from megatron_spdf.checkpoint.inspect import verify
 from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
 from megatron_spdf.convert.initial_checkpoint import write_initial_checkpoint
-from megatron_spdf.convert.reshard import check_layout, reshard
+from megatron_spdf.convert.reshard import branch, check_layout, reshard
 from megatron_spdf.convert.source import open_weights
 from megatron_spdf.recipe.load import load_recipe
-from megatron_spdf.recipe.recipe import Parallel
+from megatron_spdf.recipe.recipe import Parallel, Recipe
+from megatron_spdf.schedule.stages import stages_of
 
 
 @pytest.fixture
@@ -80,3 +81,76 @@ def test_a_run_goes_on_from_its_newest_checkpoint_and_not_its_best(reader, tmp_p
     store.write_json(checkpoints / store.BEST, {"checkpoint": store.name_of(0)})
     assert find_checkpoint(run).name == store.name_of(0)
     assert find_checkpoint(run, newest=True).name == store.name_of(5)
+
+
+def longer(reader, **sections):
+    """The recipe of a run of ten times the tokens."""
+    values = reader.recipe.without_stages().stored_at(1.0).model_dump()
+    for name, change in {"train": {"tokens": 10_000}, "data": {"train": ["text"]},
+                         **sections}.items():
+        values[name] |= change
+    return Recipe.model_validate(values)
+
+
+def test_a_branch_has_the_tensors_the_state_and_what_lies_beside_the_checkpoints(reader, tmp_path):
+    run, recipe = tmp_path / "run", longer(reader, log={"every": 3})
+    reader.recipe = reader.recipe.model_copy(update={"data": recipe.data})
+    (run / "log.jsonl").write_text("records\n")
+    (run / "blend.json").write_text("[]")
+    checkpoint = branch(reader, recipe, tmp_path / "other")
+    other = CheckpointReader(checkpoint, checksums=True)
+    assert all(torch.equal(other.tensor(name), reader.tensor(name)) for name in reader.shapes)
+    assert other.run["state"] == reader.run["state"]
+    assert other.recipe.train.tokens == load_recipe(tmp_path / "other/recipe.yaml").train.tokens
+    assert other.recipe.train.tokens == 10_000
+    assert (tmp_path / "other/log.jsonl").read_text() == "records\n"
+    assert (tmp_path / "other/blend.json").read_text() == "[]"
+
+
+def test_what_lies_beside_a_checkpoint_that_is_in_no_run_is_not_taken(reader, tmp_path):
+    (tmp_path / "run/recipe.yaml").unlink()
+    (tmp_path / "run/log.jsonl").write_text("a stranger's\n")
+    reshard(reader, Parallel(), tmp_path / "other")
+    assert not (tmp_path / "other/log.jsonl").exists()
+
+
+def test_a_branch_of_a_dense_part_is_recorded_as_one(gpt2, tokenizer, tmp_path):
+    gmp = {"level": 0.5, "algorithm": "gmp", "update": {"every": 1}}
+    write_initial_checkpoint(open_weights(gpt2), make_recipe(sparsity=gmp,
+                                                             data={"train": ["text"]}),
+                             tokenizer, tmp_path / "run")
+    reader = CheckpointReader(find_checkpoint(tmp_path / "run"))
+    recipe = longer(reader)
+    other = CheckpointReader(branch(reader, recipe, tmp_path / "other"))
+    assert (other.recipe.sparsity.reached, other.plan.weights) == (0.0, {})
+    assert load_recipe(tmp_path / "other/recipe.yaml").sparsity == recipe.sparsity
+
+
+def test_a_branch_at_the_end_of_a_part_belongs_to_that_part(gpt2, tokenizer, tmp_path):
+    gmp, constant = {"level": 0.5, "algorithm": "gmp"}, {"decay": "constant"}
+    begun = make_recipe(sparsity={**gmp, "update": {"every": 1}}, data={"train": ["text"]},
+                        train={"tokens": 10_000}, optimizer=constant)
+    write_initial_checkpoint(open_weights(gpt2), begun, tokenizer, tmp_path / "run")
+    reader = CheckpointReader(find_checkpoint(tmp_path / "run"))
+    reader.run["state"]["step"] = stages_of(begun)[0].last
+    falls = begun.optimizer.model_copy(update={"decay": "linear", "decay_share": 0.1})
+    recipe = begun.model_copy(update={"optimizer": falls})
+    other = CheckpointReader(branch(reader, recipe, tmp_path / "other"))
+    assert (other.recipe.sparsity.reached, other.plan.weights) == (0.0, {})
+
+
+def test_a_branch_of_nothing_to_do_and_of_fine_tuning_is_refused(reader, tmp_path):
+    at_end = longer(reader)
+    reader.recipe = reader.recipe.model_copy(update={"data": at_end.data})
+    reader.run["state"]["step"] = at_end.steps
+    reader.recipe = reader.recipe.model_copy(update={
+        "train": at_end.train, "optimizer": at_end.optimizer.model_copy(
+            update={"decay": "constant"})})
+    constant = at_end.model_copy(update={"optimizer": reader.recipe.optimizer})
+    with pytest.raises(ValueError, match=f"are {at_end.steps:,} steps; give more tokens"):
+        branch(reader, constant, tmp_path / "other")
+    with pytest.raises(ValueError, match="is of a fine-tuning run"):
+        branch(reader, longer(reader, data={"train": []}), tmp_path / "other")
+    with pytest.raises(ValueError, match=r"have been others: seed is 1234 there and 7 here\."):
+        branch(reader, constant.model_copy(update={"seed": 7}), tmp_path / "other")
+    assert not (tmp_path / "other").exists()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import importlib
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -19,6 +21,7 @@ import numpy as np
 import pytest
 from backports import zstd
 
+from megatron_spdf.data.preprocess.encode import split_bounds
 from megatron_spdf.data.preprocess.preprocess import check_prefix, preprocess, read_manifest
 from megatron_spdf.data.tokenizers.tokenizer import load_tokenizer, train_tokenizer
 
@@ -247,10 +250,31 @@ def test_any_file_of_the_name_is_in_the_way(data_set, bpe, suffix):
         preprocess([data_set.parent / "in.jsonl"], data_set, load_tokenizer(bpe))
 
 
-def test_output_must_be_a_prefix(tmp_path, bpe):
+@pytest.mark.parametrize(("size", "found"), [
+    ("100MB", 10**8), ("1GiB", 2**30), ("1", 1), ("0", None), ("-5", None), ("nan", None),
+    ("1e400", None), ("", None)])
+def test_sizes_are_over_zero(tool, size, found):
+    if found:
+        assert tool.parse_bytes(size) == found
+    else:
+        with pytest.raises(argparse.ArgumentTypeError, match="is not a size; write for example"):
+            tool.parse_bytes(size)
+
+
+@pytest.mark.parametrize("output", ["{}/", "{}/.", "{}/sub/..", ".", ".."])
+def test_output_must_be_a_prefix(tmp_path, bpe, output, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(ValueError, match="is a directory; add the start of the file names"):
-        preprocess([tmp_path / "a.txt"], f"{tmp_path}/", load_tokenizer(bpe))
+    with pytest.raises(ValueError, match="a directory; add the start of the file names: .*train"):
+        preprocess([tmp_path / "a.txt"], output.format(tmp_path), load_tokenizer(bpe))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize("shares", [(98, math.nan), (math.nan, 1), (math.inf, 1), (1e308, 1e308),
+                                    (0, 1), (1, -1), (1,), (1, 1, 1, 1)], ids=str)
+def test_shares_are_two_or_three_numbers(shares):
+    with pytest.raises(ValueError, match="is not train,valid"):
+        split_bounds(shares)
 
 
 def start_long_run(tmp_path: Path, bpe: Path) -> subprocess.Popen:

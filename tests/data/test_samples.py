@@ -18,7 +18,7 @@ import torch
 from text_shards import records, write_shard
 
 from megatron_spdf.data.preprocess.preprocess import preprocess
-from megatron_spdf.data.pretraining import samples
+from megatron_spdf.data.pretraining import dataset, samples
 from megatron_spdf.data.pretraining.corpus import check_corpus
 from megatron_spdf.data.pretraining.dataset import TokenData
 from megatron_spdf.data.pretraining.index_cache import built_once
@@ -130,6 +130,23 @@ def test_an_evaluation_is_of_whole_batches_and_of_no_more_than_there_is(recipe, 
               for token in data.valid[window]["labels"].tolist()]
     size = sum(tokenizer.text_bytes([token]) for token in labels)
     assert data.valid_tokens_per_byte == pytest.approx(len(labels) / size)
+
+
+@pytest.mark.parametrize(("size", "replicas"), [(4, 1), (2, 3), (1, 4), (3, 2)])
+def test_micro_batches_of_a_step_are_dealt_to_the_replicas_in_turn(recipe, place, tmp_path,
+                                                                   monkeypatch, size, replicas):
+    """Sample by sample, as a table of steps would be read: first micro-batches of all replicas."""
+    made = recipe(model={"vocab_size": 300}, parallel={"data": replicas}, data={
+        "train": str(place / "a")}, train={"sequence_length": LENGTH, "micro_batch": size,
+                                          "global_batch": 2 * size * replicas})
+    data, dealt = TokenData(made, check_corpus(made), tmp_path, reads=True), []
+    for step in (0, 1, 5):
+        for micro in range(2):
+            for replica in range(replicas):
+                monkeypatch.setattr(dataset.ps, "get_data_parallel_rank", lambda r=replica: r)
+                dealt += data._indices(step, micro)
+    of_step = 2 * size * replicas
+    assert dealt == [step * of_step + n for step in (0, 1, 5) for n in range(of_step)]
 
 
 def test_labels_are_the_next_tokens_and_every_one_counts(make):

@@ -183,6 +183,8 @@ def without(record: dict, field: str) -> dict:
      r"file, record 1: a triple must be three texts"),
     ("dart", [{**RECORD, "annotations": [{"source": "x"}]}], r"file, record 1: no field 'text'"),
     ("curation", "title,summary\na,b\n", r"file, line 1: no column article_content"),
+    ("e2e", 'mr,Ref,ref\n"a[b]",c,d\n', r"file, line 1: the column ref is given twice"),
+    ("curation", "title,summary,article_content,Summary \n", r"the column summary is given twice"),
     ("scitldr", '{"source": "a", "target": ["b"]}\n',
      r"file, line 1: field 'source' must be a list"),
     ("scitldr", '{"source": ["a"], "target": [" "]}\n',
@@ -210,6 +212,13 @@ def test_malformed_xml_is_named(tmp_path):
         load_examples("webnlg", path, "train")
     with pytest.raises(ValueError, match=r"a.xml, line 4: not XML"):
         load_examples("webnlg", write(path, XML.replace("y | z", "y | <z")), "train")
+
+
+@pytest.mark.parametrize("encoding", ["utf-32", "utf-7", "nonsense"])
+def test_xml_in_an_encoding_that_nobody_reads_is_named(tmp_path, encoding):
+    path = write(tmp_path / "a.xml", XML.replace('"1.0"', f'"1.0" encoding="{encoding}"', 1))
+    with pytest.raises(ValueError, match=r"a.xml: not XML \(.*encoding.*\); write it in UTF-8"):
+        load_examples("webnlg", path, "train")
 
 
 def test_what_is_not_there_is_named(tmp_path):

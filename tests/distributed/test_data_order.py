@@ -120,6 +120,7 @@ def test_documents_in_one_sequence_are_as_if_alone(ranks, short, model):
 
 @pytest.mark.parametrize("sections", [
     {"parallel": {"tensor": 2, "sequence": True}}, {"parallel": {"pipeline": 2}},
+    {"parallel": {"pipeline": 4}},  # stages between the first and the last need them too
     {"parallel": {"pipeline": 2, "interleave": 2}}, {"train": {"recompute": "full"}},
     {"train": {"recompute": "selective"}}], ids=str)
 def test_borders_are_the_same_at_every_layout(ranks, short, sections):

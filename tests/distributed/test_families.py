@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import train
 from curves import close
 from family_cases import plain, trained
 from harness import world_of
+from mup import MUP
 
 from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
 from megatron_spdf.convert.huggingface_export import export
@@ -79,13 +81,13 @@ def begun(place, corpus, make_recipe):
 @pytest.fixture(scope="module")
 def run(ranks, begun):
     """What the last rank gives of a run at a layout."""
-    def train(family: str, level: float, layout: str | None = None) -> dict:
+    def at(family: str, level: float, layout: str | None = None) -> dict:
         recipe = begun(family, level)
         for section, change in (LAYOUTS[layout] if layout else {}).items():
             recipe = recipe | {section: recipe.get(section, {}) | change
                                if isinstance(change, dict) else change}
         return ranks(world_of(recipe)).run_all(trained, recipe, STEPS, IDS)[-1]
-    return train
+    return at
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +111,35 @@ def test_transformers_computes_the_same_logits(run, exported, place, family, lev
     assert float((ours - theirs).abs().max()) < TOLERANCE
     apart = float((logits_of(place / family, IDS) - theirs).abs().max())
     assert (apart > 0.1) if level else apart == 0.0  # as it came
+
+
+KINDS = {"tiles": {"level": 0.5, "pattern": "tile", "tile": 4},
+         "2:4": {"level": 0.5, "pattern": "2:4"},
+         "rigl": {"level": 0.75, "algorithm": "rigl",
+                  "update": {"every": 2, "fraction": 0.3, "stop": 0.75}}}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_patterns_and_moving_masks(ranks, begun, kind):
+    """On slices of gates and ups, over query groups."""
+    recipe = begun("qwen3", 0.75) | {"sparsity": KINDS[kind], "output": None}
+    one = ranks(1).run(train, recipe, 6)
+    close(ranks(4).run(train, recipe | {"parallel": {"tensor": 4}}, 6)["curve"], one["curve"])
+    assert one["sparsity"] == pytest.approx(one["planned"], abs=1e-12)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "tied llama"])
+def test_mup_is_folded_into_what_transformers_has(ranks, begun, place, family):
+    """The multiplier of Q K^T into the norms of queries, where there are such."""
+    recipe = begun(family, 0.75) | MUP | {"output": str(place / f"{family} mup")}
+    source = open_weights(place / family, like=Recipe.model_validate(recipe).model)
+    tokenizer = load_tokenizer(f"{recipe['data']['train'][0]}.tokenizer")
+    write_initial_checkpoint(source, Recipe.model_validate(recipe), tokenizer,
+                             Path(recipe["output"]))
+    ours = ranks(1).run(trained, recipe, 1, IDS)["logits"]
+    export(CheckpointReader(find_checkpoint(Path(recipe["output"]))), place / f"{family} mup out")
+    theirs = logits_of(place / f"{family} mup out", IDS)
+    assert float((ours - theirs).abs().max()) < TOLERANCE
 
 
 @pytest.mark.parametrize(("family", "level", "layout"), RUNS)

@@ -37,8 +37,8 @@ def test_warm_up_then_decay_to_a_share_of_the_peak(recipe, decay, ratio, warmup)
         assert {group["weight_decay"] for group in optimizer.param_groups} == {0.1}
 
 
-# Shares of the peak after ten steps of 256 tokens, two of them warm-up and four of them decay to a
-# fifth: from 1 by `shape` at a quarter, a half, three quarters and the end of the way.
+# Shares of the way from the end to the peak, in four steps of decay: at a quarter, a half, three
+# quarters and the end of it.
 FALLS = {"linear": [0.75, 0.5, 0.25, 0.0],
          "cosine": [0.8535533905932737, 0.5, 0.14644660940672624, 0.0],
          "minus_sqrt": [0.5, 0.2928932188134524, 0.1339745962155614, 0.0],
@@ -46,9 +46,9 @@ FALLS = {"linear": [0.75, 0.5, 0.25, 0.0],
 
 
 @pytest.mark.parametrize("decay", FALLS)
-@pytest.mark.parametrize("lr", [1e-2, 3e-3, 1.7e-3])
-def test_a_decay_at_the_end_leaves_the_peak_as_it_is(recipe, decay, lr):
-    made = recipe(optimizer={"lr": lr, "decay": decay, "decay_share": 0.4, "min_lr_ratio": 0.2,
+@pytest.mark.parametrize(("lr", "ratio"), [(1e-2, 0.2), (1e-2, 0.1), (1.7e-3, 0.3)])
+def test_a_decay_at_the_end_leaves_the_peak_as_it_is(recipe, decay, lr, ratio):
+    made = recipe(optimizer={"lr": lr, "decay": decay, "decay_share": 0.4, "min_lr_ratio": ratio,
                              "warmup_tokens": 512})
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2, 2))], lr=0.0)
     scheduler, found = common.make_scheduler(made, optimizer), []
@@ -57,9 +57,15 @@ def test_a_decay_at_the_end_leaves_the_peak_as_it_is(recipe, decay, lr):
         found.append(optimizer.param_groups[0]["lr"])
     assert found[0] == lr / 2
     assert found[1:6] == [lr] * 5  # and not only nearly: a trunk of a constant rate has it so
-    assert found[6:] == pytest.approx([lr * (0.2 + 0.8 * fall) for fall in FALLS[decay]],
-                                      rel=1e-14)
+    assert found[6:] == pytest.approx(
+        [lr * (ratio + (1.0 - ratio) * fall) for fall in FALLS[decay]], rel=1e-14)
     assert common.learning_rate(scheduler) == found[-1]
+
+
+@pytest.mark.parametrize(("share", "steps"), [(0.24, 2), (0.26, 3), (0.8, 8), (0.01, 0), (1.0, 8)])
+def test_a_share_is_of_all_steps_and_of_whole_ones(recipe, share, steps):
+    made = recipe(optimizer={"decay": "linear", "decay_share": share, "warmup_tokens": 512})
+    assert made.decay_tokens == 256 * steps  # of ten; two are warm-up
 
 
 @pytest.mark.parametrize("decay", ["minus_sqrt", "exponential"])

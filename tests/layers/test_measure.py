@@ -24,6 +24,18 @@ def test_a_weight_may_be_a_thousandth_off_and_no_more(recipe, level, off, drifts
         check_sparsity(measured, plan)
 
 
+@pytest.mark.parametrize(("count", "more"), [(1, ""), (4, ""), (5, "; and 1 others"),
+                                             (7, "; and 3 others")])
+def test_four_weights_are_named_and_others_counted(recipe, count, more):
+    plan = Plan.of(recipe(sparsity=0.75))
+    names = list(plan.weights)
+    measured = {name: 0.75 + 0.01 * (number < count) for number, name in enumerate(names)}
+    with pytest.raises(SparsityDrift) as drift:
+        check_sparsity(measured, plan)
+    named = "; ".join(f"{name}: planned 0.750000, measured 0.760000" for name in names[:count][:4])
+    assert str(drift.value).endswith(f"from the last checkpoint. {named}{more}")
+
+
 def test_the_whole_counts_weights_by_their_size(recipe):
     plan = Plan.of(recipe(sparsity={"level": 0.5, "rules": [{"weights": "*.mlp.*",
                                                              "level": 0.75}]}))

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from megatron_spdf.architecture.base import EMBEDDING
+from megatron_spdf.architecture.base import EMBEDDING, HEAD
 from megatron_spdf.model.parametrization import (
     Parametrization,
     fold,
@@ -131,6 +131,18 @@ def test_groups_have_the_rates_of_the_recipe(given, embedding, norm, parametriza
                        "decoder.layers.0.input_layernorm.bias": norm}.items():
         limits = found.peak(weights[name]).limits(0.25)
         assert limits == {"max_lr": peak, "min_lr": peak / 4}
+
+
+def test_an_lm_head_of_its_own_goes_with_the_embeddings():
+    model = {"architecture": "llama", "layers": 2, "hidden": 64, "heads": 4, "ffn_hidden": 128,
+             "embedding_std": 0.5}
+    found, weights = rules(model=model, parametrization="density",
+                           optimizer={"lr": 1e-3, "embedding_lr": 2e-2, "norm_lr": 5e-3})
+    assert EMBEDDING in weights and HEAD in weights
+    for name in (EMBEDDING, HEAD):
+        assert found.initial(weights[name]).std == 0.5
+        assert found.peak(weights[name]).limits(1.0)["max_lr"] == 2e-2
+    assert found.peak(weights["decoder.final_layernorm.weight"]).group == 5e-3
 
 
 def test_spreads_of_layers_and_of_embeddings():

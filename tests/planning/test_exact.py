@@ -39,6 +39,8 @@ LAYOUTS = {  # sparsity, layout, precision
     "interleaved": (0.75, layout(1, 2, 8, interleave=3), "bf16"),
     "zero 0": (0.5, layout(3, 4, 2, zero_stage=0), "bf16"),
     "blocks": ({"level": 0.75, "pattern": "tile", "tile": 16}, layout(3, 2, 2), "bf16"),
+    "moving blocks": ({"level": 0.75, "pattern": "tile", "tile": 16, "algorithm": "rigl",
+                       "update": {"track_ages": True}}, layout(3, 2, 2), "bf16"),
     # not for tensor cores
     "small blocks": ({"level": 0.75, "pattern": "tile", "tile": 8}, layout(6), "fp32"),
     "2:4": ({"level": 0.5, "pattern": "2:4"}, layout(3, 2), "bf16"),

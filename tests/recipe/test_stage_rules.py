@@ -8,6 +8,8 @@ import pytest
 
 from megatron_spdf.recipe.compare import changes_of_run
 from megatron_spdf.recipe.load import load_recipe
+from megatron_spdf.sparsity.patterns.base import Pattern
+from megatron_spdf.sparsity.patterns.tiles import Tiles
 
 RECIPE = """
 output: run
@@ -49,6 +51,12 @@ def test_a_stage_may_prune_what_was_dense_or_denser(load):
     assert [recipe.in_stage(n).sparsity.level for n in range(5)] == levels
 
 
+@pytest.mark.parametrize("pattern", [{"pattern": "tile", "tile": 16}, {"pattern": "2:4"}], ids=str)
+def test_a_stage_may_prune_to_every_pattern_with_a_mask_of_the_largest(load, pattern):
+    sparse = {**SPARSE, "share": 0.1, "sparsity": {"level": 0.5, **pattern}}
+    assert load({**DENSE, "share": 0.9}, sparse).in_stage(1).sparsity.masks.selects
+
+
 def test_the_sparsity_of_a_stage_has_all_forms(load):
     rules = [{"weights": "*.mlp.*", "level": 0.5}]
     assert load({**SPARSE, "sparsity": rules}, DENSE).in_stage(0).sparsity.rules[0].level == 0.5
@@ -68,9 +76,6 @@ def test_the_sparsity_of_a_stage_has_all_forms(load):
      "active entries before the border and 6,144 after it, and nothing says which are born; make"),
     ((SPARSE, {**DENSE, "sparsity": [{"weights": "*.mlp.*", "level": 0.5}]}), (),
      "stages.1.sparsity: decoder.layers.0.mlp.linear_fc1.weight has "),
-    ((DENSE | {"share": 0.9}, {**SPARSE, "share": 0.1,
-                               "sparsity": {"level": 0.5, "pattern": "tile", "tile": 16}}), (),
-     "stages.1.sparsity: pattern=tile has no mask of the largest magnitudes"),
     (({**SPARSE, "share": 0.999}, {**DENSE, "share": 0.001}), (),
      "stages.1.share=0.001 of 100 steps is no step"),
     ((SPARSE, {**DENSE, "warmup_tokens": 2560}), (),
@@ -102,3 +107,19 @@ def test_a_run_is_the_same_in_all_its_stages_and_another_with_others(load):
     assert said.startswith("stages is ") and "0.002" in said and "0.003" in said
     assert any("optimizer.weight_decay" in c for c in changes_of_run(
         recipe, load(SPARSE, DENSE, words=("optimizer.weight_decay=0.2",))))
+
+
+def test_a_border_needs_masks_of_the_largest_magnitudes(load, monkeypatch):
+    """Every pattern here has them; one of a plugin may not."""
+    stages = [{**SPARSE, "sparsity": 0.0},
+              {**DENSE, "sparsity": {"level": 0.5, "pattern": "tile", "tile": 16}}]
+    assert load(*stages).stages[1].sparsity.pattern == "tile"
+    monkeypatch.setattr(Tiles, "chosen", Pattern.chosen)
+    stages[1]["sparsity"]["tile"] = 8  # nobody has asked yet
+    with pytest.raises(ValueError, match="pattern=tile has no mask of the largest magnitudes"):
+        load(*stages)
+
+
+def test_a_stage_that_keeps_all_entries_may_be_denser_than_the_one_before(load):
+    denser = {"level": 0.5, "algorithm": "ste"}
+    assert load(SPARSE, {**DENSE, "sparsity": denser}).stages[1].sparsity.level == 0.5

@@ -217,3 +217,30 @@ def test_losses_that_are_not_finite_are_left_out_with_a_line(report, runs, tmp_p
     text = " ".join(Page(output.read_text()).text)
     assert f"{runs[0]}/log.jsonl: 10 train records without a finite loss are left out" in text
     assert f"{runs[1]}/log.jsonl: 30 train records" in text and "nan" not in text.lower()
+
+
+def test_moves_of_masks_are_shown_in_all_and_by_layer(report, runs, tmp_path):
+    def seen(share: float, overlap: float, age: float) -> dict:
+        return {"share": share, "overlap": overlap, "age": age}
+
+    records = [{"kind": "mask", "step": step, "algorithm": "rigl", "update": step // 10,
+                "moved": 30, "seconds": 0.5, **seen(share, overlap, age),
+                "layers": {"0": seen(share / 2, 0.9, 2.5), "1": seen(1.5 * share, overlap, age)}}
+               for step, share, overlap, age in ((10, 0.3, 0.7, 0.25), (20, 0.1, 0.625, 1.125))]
+    with (runs[1] / "log.jsonl").open("a") as log:
+        log.writelines(json.dumps(r) + "\n" for r in records)
+    (logged,) = read_all([runs[1]])
+    assert logged.moves == records
+    output = tmp_path / "moving.html"
+    assert report([*map(str, runs), "-o", str(output)]) == 0
+    text = " ".join("".join(Page(output.read_text()).text).split())
+    assert "Masks that move" in text and "rigl, 2 moves, the last at step 20" in text
+    for title in ("Active entries that move", "Active entries that are as at first", "Mean age"):
+        assert title in text
+    table = text[text.index("rigl, 2 moves"):]
+    # means over the moves, then the last one
+    assert "all20.000%10.000%62.50%1.12" in table.replace(" ", "")
+    assert "010.000%5.000%90.00%2.50130.000%15.000%62.50%1.12" in table.replace(" ", "")
+    still = tmp_path / "still.html"
+    assert report([str(runs[0]), "-o", str(still)]) == 0
+    assert "Masks that move" not in still.read_text()

@@ -56,6 +56,21 @@ def test_all_there(call):
     assert "rank 0-2, cpu" in found[0] and "clock +0.000 s\nall 3 ranks reported within" in found[0]
 
 
+@pytest.mark.parametrize(("world", "more"), [(4, ""), (17, ""), (18, " and 1 more"),
+                                             (30, " and 13 more")])
+def test_sixteen_missing_ranks_are_named_with_their_hosts_and_others_counted(monkeypatch, world,
+                                                                             more):
+    monkeypatch.setattr(startup_check, "hosts_of_ranks", lambda: {1: "n1", 2: "n2"})
+    store = dist.HashStore()
+    store.set("report/0", "{}")
+    outcome = startup_check._coordinate(world, store, 0.01)
+    named = ", ".join(["1 on n1", "2 on n2", *map(str, range(3, min(world, 17)))])
+    assert outcome["said"] == "" and outcome["fault"].startswith(
+        f"{world - 1} of {world} ranks did not report within fault_tolerance.join_seconds=0.01: "
+        f"rank {named}{more}. Look at these nodes")
+    assert store.get("addresses") == b"[]"  # which ends the others' wait
+
+
 @pytest.mark.parametrize(("skew", "said"), [(10.0, r"\+(10\.0|9\.\d)"), (-10.0, r"-(10\.0|9\.\d)"),
                                           (1.0, None)])
 def test_a_clock_that_is_off_is_measured(call, monkeypatch, skew, said):

@@ -52,6 +52,11 @@ def test_the_best_point_is_found_from_afar_with_all_its_neighbors(place):
     assert len(known) <= 5 + 3 * sum(map(abs, place))
 
 
+def test_a_search_waits_for_all_neighbors_so_that_it_goes_the_same_way_always():
+    known = {(0, 0): 2.0, (1, 0): 1.0}  # and a better one may be among the others
+    assert search((0, 0), known.get) == ((1, 0), [(-1, 0), (0, -1), (0, 1)])
+
+
 def test_no_result_is_the_worst_and_equal_losses_move_nothing():
     assert explore(lambda p: math.inf if p[0] > 0 else -p[0] - p[1] + p[1] ** 2)[0] in {(0, 0),
                                                                                    (0, 1)}

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from contextlib import nullcontext
+from dataclasses import astuple
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -39,6 +40,7 @@ from megatron_spdf.planning.moves import moves_of
 from megatron_spdf.runs.run_log import RunLog
 from megatron_spdf.schedule.stages import stages_of
 from megatron_spdf.sparsity.algorithms.base import MaskAlgorithm, Moment
+from megatron_spdf.sparsity.history import NOTHING
 from megatron_spdf.sparsity.moving import moved_masks
 from megatron_spdf.sparsity.plan import SparseWeight
 from megatron_spdf.sparsity.slices import join_slices, slice_of
@@ -115,7 +117,7 @@ def checked(move, sent: list[int]):
         with TrafficCounter() as traffic:
             born = move(engine, algorithm, when)
         # all but the counts of the log
-        sent.append(traffic.total - 8 * len(plan.weights))
+        sent.append(traffic.total - 8 * len(astuple(NOTHING)) * len(plan.weights))
         after = _dense_state(engine)
         for name, (mask, states) in after.items():
             old, old_states = before[name]
@@ -129,8 +131,8 @@ def checked(move, sent: list[int]):
                 assert set(states[AGE][mask & old].unique().tolist()) <= set(
                     range(1, when.step + 1))
         assert set(born) == set(plan.weights)
-        assert sum(born.values()) == sum(_moved(w, algorithm, when) * w.slices
-                                         for w in plan.weights.values())
+        assert {name: change.moved for name, change in born.items()} == {
+            name: _moved(w, algorithm, when) * w.slices for name, w in plan.weights.items()}
         _check_replicas(engine)
         return born
 

@@ -21,7 +21,8 @@ pytestmark = pytest.mark.slow
 EVERY, STEPS = 3, 12
 # What is born has a step count of its own: the state that moves holds ages too.
 WANDER = {"level": 0.75, "algorithm": "wander",
-          "update": {"every": EVERY, "stop": 1.0, "newborn": "ages"}}
+          "update": {"every": EVERY, "stop": 1.0, "newborn": "ages",
+                     "track_ages": True}}
 DEEPSPEED = {"engine": "deepspeed"}
 LAYOUTS = {
     "tp2": {"parallel": {"tensor": 2}},
@@ -40,7 +41,8 @@ LAYOUTS = {
 }
 # Layouts for an algorithm that needs the gradient of the dense weights.
 RIGL = {"level": 0.75, "algorithm": "rigl",
-        "update": {"every": EVERY, "fraction": 0.1, "stop": 1.0, "anneal": "constant"}}
+        "update": {"every": EVERY, "fraction": 0.1, "stop": 1.0, "anneal": "constant",
+                   "newborn": "plain"}}
 GRADIENTS = ["tp2", "tp2 sp", "pp2 interleaved", "zero 0", "zero 1", "deepspeed zero 0",
              "deepspeed zero 1", "deepspeed zero 2", "deepspeed zero 3", "recompute"]
 SAME = ["zero 1", "deepspeed zero 2"]  # layouts at which a run goes on bit for bit
@@ -74,6 +76,12 @@ def close(losses: list[float], reference: list[float]) -> None:
     assert losses == pytest.approx(reference, abs=1e-5)
 
 
+def seen(found: dict) -> list[dict]:
+    """What the log says of moves, without their seconds."""
+    return [{key: value for key, value in move.items() if key != "seconds"}
+            for move in found["moves"]]
+
+
 def together(ranks: list[dict], what: str = "masks") -> dict:
     return {key: mask for there in ranks for key, mask in there[what].items()}
 
@@ -94,6 +102,7 @@ def test_losses_and_masks_are_the_same_at_every_layout(run, one, sections):
     there = run(sections)
     close(there[0]["losses"], one["losses"])
     assert together(there) == one["masks"]
+    assert seen(there[0]) == seen(one)
 
 
 def test_overlapping_traffic_with_compute_changes_neither(ranks, recipe, one):
@@ -150,17 +159,16 @@ def test_sixty_steps_with_a_move_every_five_are_the_same(run, layout, name):
 
 
 @pytest.mark.parametrize(("newborn", "beta2", "names"), [
-    ("ages", 0.999, ["tp2", "zero 1", "deepspeed zero 2", "deepspeed zero 3"]),
-    ("ages", 0.95, ["zero 0"]), ("ramp", 0.999, ["zero 1"])])
+    ("ages", 0.999, ["tp2", "zero 1", "deepspeed zero 2"]), ("ramp", 0.95, ["zero 1"])])
 def test_what_is_born_has_a_step_count_of_its_own(ranks, recipe, run, newborn, beta2, names):
     """As in Adam with a count for every value, over forty steps and nine moves."""
-    moving = WANDER | {"update": {"every": 4, "fraction": 0.3, "stop": 1.0, "newborn": newborn,
-                                  "ramp": 6}}
+    keys = {"every": 4, "fraction": 0.3, "stop": 1.0, "newborn": newborn}
+    moving = WANDER | {"update": keys | ({"ramp": 6} if newborn == "ramp" else {})}
     long = {"train": {"tokens": 8 * 32 * 40}, "optimizer": {"beta2": beta2}}
     reference = ranks(1).run(plain, recipe(long, sparsity=moving))["losses"]
     for there in (run(LAYOUTS[name] | long, moving)[0] for name in names):
         close(there["losses"], reference)
-    as_all = run(long, moving | {"update": moving["update"] | {"newborn": "plain"}})[0]["losses"]
+    as_all = run(long, moving | {"update": keys | {"newborn": "plain"}})[0]["losses"]
     assert max(abs(a - b) for a, b in zip(as_all, reference, strict=True)) > 3e-4
 
 
@@ -180,6 +188,14 @@ def test_collecting_the_gradient_changes_no_digit(run):
 def test_every_move_is_in_the_log_and_in_the_checkpoint(one):
     assert [(r["step"], r["update"]) for r in one["moves"]] == [(3, 1), (6, 2), (9, 3)]
     assert all(r["share"] == pytest.approx(0.1, abs=1e-3) for r in one["moves"])
+    overlaps = [r["overlap"] for r in one["moves"]]
+    assert overlaps[0] == pytest.approx(1.0 - one["moves"][0]["share"], abs=1e-12)
+    assert overlaps[0] > overlaps[1] > overlaps[2] > 0.9**3 - 0.01
+    for record in one["moves"]:
+        assert list(record["layers"]) == ["0", "1", "2", "3"]
+        layers = record["layers"].values()  # which have as many active entries
+        for key in ("share", "overlap"):
+            assert np.mean([layer[key] for layer in layers]) == pytest.approx(record[key])
     assert one["run"]["masks"] == {"kind": "moved", "how": "random, seed 0",
                                    "algorithm": "wander", "updates": 3}
     assert one["run"]["state"]["mask_updates"] == 3
@@ -217,6 +233,19 @@ def test_a_run_stopped_around_a_move_goes_on_at_another_layout(ranks, recipe, on
     assert len(first["losses"]) == stop
     close(first["losses"] + second[0]["losses"], one["losses"])
     assert together(second) == one["masks"]
+    assert seen(second[0]) == seen(one)  # the log of both
+
+
+def test_rigl_stopped_before_at_and_after_a_move_goes_on_at_another_layout_each_time(
+        ranks, recipe, run, tmp_path):
+    layouts = ["zero 1", "tp2 sp", "deepspeed zero 2", "pp2"]
+    recipes = [recipe(LAYOUTS[name], str(tmp_path / "run"), RIGL) for name in layouts]
+    parts = [ranks(2).run_all(trained, made, stop)
+             for made, stop in zip(recipes, (5, 6, 7, None), strict=True)]
+    reference = run({}, RIGL)[0]
+    close(sum((part[0]["losses"] for part in parts), []), reference["losses"])
+    moved = sum(move["moved"] for move in reference["moves"])
+    assert differing(parts[-1], reference) <= 1e-3 * moved
 
 
 def test_a_skipped_step_moves_nothing(ranks, recipe):
@@ -265,6 +294,8 @@ def test_it_is_planned_trained_and_inspected_from_the_command_line(make_recipe, 
     looked = command(tmp_path, "tools/inspect_checkpoint.py", "run", "--verify")
     assert looked.returncode == 0, looked.stderr
     assert "masks random, seed 0, moved 1 times by wander" in looked.stdout
+    assert ("wander, 1 of 1 moves; sparsity 75.00% now, 75.00% at the end; 90.0" in looked.stdout
+            and "% of the active entries are as at first, by layer 90.0" in looked.stdout)
     other = command(tmp_path, "tools/convert_checkpoint.py", "reshard", "run", "two",
                 "parallel.tensor=2")
     assert other.returncode == 0, other.stderr
@@ -309,11 +340,21 @@ def test_a_stage_has_an_algorithm_of_its_own(make_recipe, tmp_path):
     values["train"] |= {"tokens": 8 * 32 * 16}
     values["optimizer"]["warmup_tokens"] = 256
     del values["sparsity"]
-    values["stages"] = [{"share": 0.5, "sparsity": WANDER}, {"share": 0.5, "sparsity": 0}]
+    values["stages"] = [{"share": 0.5, "sparsity": WANDER}, {"share": 0.25, "sparsity": 0},
+                        {"share": 0.25, "sparsity": WANDER}]
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
     done = command(tmp_path, "pretrain.py", "recipe.yaml")
     assert done.returncode == 0, done.stderr
     assert "2 moves in 8 steps" in done.stdout
     records = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in records if r["kind"] == "mask"] == [3, 6]
-    assert {r["sparsity"] for r in records if r["kind"] == "train" and r["step"] > 8} == {0.0}
+    moves = [r for r in records if r["kind"] == "mask"]
+    assert [r["step"] for r in moves] == [3, 6, 15]
+    assert {r["sparsity"] for r in records if r["kind"] == "train"
+            and 8 < r["step"] <= 12} == {0.0}
+    # the mask that its own stage began with
+    assert moves[1]["overlap"] < 0.83 and moves[2]["overlap"] == 1.0 - moves[2]["share"]
+    looked = command(tmp_path, "tools/inspect_checkpoint.py", "run", "--verify", "--json")
+    progress = json.loads(looked.stdout)["algorithm"]
+    assert (progress["moves"], progress["planned"]) == (3, 3)
+    assert progress["overlap"] == pytest.approx(moves[2]["overlap"])
+    assert progress["layers"] == {n: layer["overlap"] for n, layer in moves[2]["layers"].items()}

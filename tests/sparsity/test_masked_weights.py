@@ -194,3 +194,14 @@ def test_the_backward_set_holds_the_forward_set_and_others_get_no_gradient():
     pull = 0.5 * dense * (forward + (backward & ~forward) / 0.25)
     expected = x.sum(0).expand(SHAPE) * backward + pull
     torch.testing.assert_close(layer.parametrizations.weight.original.grad.view(SHAPE), expected)
+
+
+def test_the_entries_that_a_choice_makes_active_are_counted():
+    layer, dense = masked_layer(0)
+    compact = compact_of(layer)
+    before = layer.weight != 0
+    assert compact.born is None  # the first choice moves nothing
+    with torch.no_grad():
+        layer.parametrizations.weight.original.neg_().reciprocal_()
+    choose_masks([layer])
+    assert int(((layer.weight != 0) & ~before).sum()) == int(compact.born) > 0

@@ -48,6 +48,7 @@ class Run:
         self.stop_evaluation, self.failing, self.zeros = stop_evaluation, failing, zeros
         self.state = RunState(**state or {})
         self.events: list[tuple] = []
+        self.figures: dict[str, dict] = {}  # kind -> those recorded last
         # what an engine and a checkpointer have
         self.optimizer_steps, self.learning_rate = self.state.optimizer_steps, 1e-3
         self.models, self.choices, self.failed_in_a_row, self.directory = [], "", 0, "there"
@@ -124,6 +125,7 @@ class Run:
         if kind in ("train", "valid", "mask"):
             assert step == self.state.step
             self.events.append((kind, step))
+            self.figures[kind] = figures
 
     def say(self, text: str) -> None:
         if "skipped" in text:
@@ -332,3 +334,5 @@ def test_masks_move_by_the_updates_that_were_made(recipe, monkeypatch):
     assert told(run, "mask", "save") == [("mask", 2), ("save", 3), ("mask", 5), ("save", 6),
                                          ("mask", 8), ("save", 9), ("mask", 10), ("save", 10)]
     assert run.state.mask_updates == 4
+    assert run.figures["mask"]["moved"] == sum(born.values()) > 1000
+    assert 0.0 <= run.figures["mask"]["seconds"] < 60.0

@@ -1,6 +1,7 @@
 """What moves of the masks add to a run: steps after which masks move beside steps after which they
 do not, in one process and in turn, with all that such a step does beside: collecting the dense
-gradient, choosing, carrying weights and optimizer state."""
+gradient, choosing, carrying weights and optimizer state. Where weights keep all entries, it is the
+step itself that chooses."""
 
 from __future__ import annotations
 
@@ -29,8 +30,9 @@ class Moved:
 
     seconds: list[float] = field(default_factory=list)
 
-    def moved(self, entries: int, seconds: float) -> None:
-        self.seconds.append(seconds)
+    def moved(self, entries: int, seconds: float | None = None) -> None:
+        if seconds is not None:
+            self.seconds.append(seconds)
 
 
 def measure_moves(recipes: dict[str, Recipe], moves: int) -> dict[str, dict]:
@@ -48,6 +50,7 @@ def _long(recipe: Recipe) -> Recipe:
 
 def _measure(recipe: Recipe, device: torch.device, moves: int) -> dict:
     from megatron_spdf.checkpoint.run_metadata import RunState
+    from megatron_spdf.layers.masked import choose_masks
     from megatron_spdf.training.mask_moves import MaskMoves
 
     stage, algorithm = _fullest(stages_of(recipe)), recipe.sparsity.update
@@ -56,7 +59,9 @@ def _measure(recipe: Recipe, device: torch.device, moves: int) -> dict:
     plain, due = [], []
     gc.disable()
     for number, step in enumerate(islice(cycle(_due_steps(stage)), WARM_UP + moves), 1):
-        for seconds, at in ((plain, step - 1), (due, step)):
+        for seconds, at in ((plain, max(1, step - 1)), (due, step)):
+            if algorithm.keeps:
+                choose_masks(engine.models, due=seconds is due)
             seconds.append(_seconds(masks, at, synthetic_batch(recipe, number)))
     gc.enable()
     figures = {"sparsity": engine.plan.sparsity, "every": algorithm.every,
@@ -98,7 +103,8 @@ def _figures(plain: list[float], due: list[float], moves: list[float], every: in
     longer = [b - a for a, b in zip(plain, due, strict=True)]
     low, middle, high = statistics.quantiles(longer, n=4)
     return {"step_seconds": step, "longer_seconds": middle, "longer_quartiles": [low, high],
-            "move_seconds": statistics.median(moves), "share": middle / (every * step)}
+            "move_seconds": statistics.median(moves) if moves else middle,
+            "share": middle / (every * step)}
 
 
 def render_moves(runs: dict[str, dict]) -> list[str]:

@@ -37,8 +37,8 @@ def csv_rows(path: Path, required: tuple[str, ...],
     lower-case name.
 
     Raises:
-        ValueError: a column is missing, a record has another number of fields, or the file is no
-            UTF-8 CSV.
+        ValueError: a column is missing or given twice, a record has another number of fields, or
+            the file is no UTF-8 CSV.
     """
     csv.field_size_limit(sys.maxsize)  # articles are longer than the library's 128 KiB
     with path.open(encoding="utf-8-sig", newline="") as file:
@@ -49,6 +49,10 @@ def csv_rows(path: Path, required: tuple[str, ...],
             if missing:
                 raise ValueError(f"{path}, line 1: no column {', '.join(missing)}; the header is "
                                  f"{header}")
+            for name in (*required, *optional):
+                if header.count(name) > 1:
+                    raise ValueError(f"{path}, line 1: the column {name} is given twice; rename "
+                                     "the one that is not meant")
             columns = {name: header.index(name) for name in (*required, *optional)
                        if name in header}
             for row in rows:

@@ -226,10 +226,8 @@ def check_prefix(prefix: str | Path, tokenizer_sha256: str | None = None) -> Man
     idx, data = file_of(prefix, "idx"), file_of(prefix, "bin")
     for path in (data, idx):
         if not path.is_file():
-            raise ValueError(
-                f"data set {prefix} has no file {path}. "
-                "Correct the prefix, or make the data set with tools/preprocess_data.py"
-            )
+            raise ValueError(f"data set {prefix} has no file {path}. {_other_prefix(prefix)}, or "
+                             "make the data set with tools/preprocess_data.py")
     header = read_index_header(idx)
     _require_size(idx, header.file_bytes, "its header")
     if not header.sequences:
@@ -253,6 +251,14 @@ def check_prefix(prefix: str | Path, tokenizer_sha256: str | None = None) -> Man
             "preprocess the text again"
         )
     return manifest
+
+
+def _other_prefix(prefix: str | Path) -> str:
+    """What to write in place of a prefix that names no data set."""
+    stem, dot, suffix = str(prefix).rpartition(".")
+    if dot and suffix in ("bin", "idx") and file_of(stem, suffix).is_file():
+        return f"The prefix of that file is {stem}; write it so"
+    return "Correct the prefix"
 
 
 def is_foreign(prefix: str | Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -109,9 +110,11 @@ def split_bounds(shares: Sequence[float]) -> list[int]:
     """Where train, valid and test end in the range of a 64-bit hash.
 
     Raises:
-        ValueError: not two or three shares, a negative one, or none for train.
+        ValueError: not two or three shares, one that is negative or no finite number, or none for
+            train.
     """
-    if len(shares) not in (2, 3) or min(shares) < 0 or not shares[0] > 0:
+    if len(shares) not in (2, 3) or not all(share >= 0 for share in shares) or not (
+            0 < shares[0] <= sum(shares) < math.inf):
         raise ValueError(f"split {','.join(f'{s:g}' for s in shares)} is not train,valid[,test]; "
                          "write for example 98,1,1: shares that are not negative, and one for "
                          "train that is not 0")

@@ -97,9 +97,11 @@ class Partial:
         is in a checkpoint."""
         prefix = Path(self.prefix)
         require_outside_checkpoints(prefix if self.several else prefix.parent)
-        if not self.several and self.prefix.endswith(os.sep):
-            raise ValueError(f"output {prefix}{os.sep} is a directory; add the start of the file "
-                             f"names: {self.prefix}train")
+        start, _, name = self.prefix.rpartition(os.sep)
+        if not self.several and name in ("", os.curdir, os.pardir):
+            place = Path(start, name)
+            raise ValueError(f"output {place}{os.sep} is a directory; add the start of the file "
+                             f"names: {place / 'train'}")
         if self.several:
             existing = str(prefix) if prefix.exists() else ""
             if existing and not (prefix / CORPUS).is_file():

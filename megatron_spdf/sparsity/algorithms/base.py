@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # the planner goes without PyTorch
 Needs = Literal["nothing", "values", "dense_gradient"]
 # all of the step, or each data-parallel rank's last
 Collects = Literal["step", "micro_batch"]
+NewbornRule = Literal["auto", "plain", "ages", "ramp"]
 Anneal = Literal["constant", "cosine"]
 
 
@@ -94,6 +95,7 @@ class MaskAlgorithm(Section):
         needs: to choose; the dense gradient comes with the values.
         holds: what dies is held at zero in its place, and nothing is born.
         keeps: parameters keep all entries of their weights, see `keeping.py`; nothing moves.
+        tracks: its masks are compared with the first one, see `history.py`.
         replaces_decay: the optimizer's weight decay leaves the weights alone.
         exchanges: it chooses by `MaskSlice.exchange`, as patterns ask that tie entries together.
     """
@@ -102,8 +104,14 @@ class MaskAlgorithm(Section):
     needs: ClassVar[Needs] = "nothing"
     holds: ClassVar[bool] = False
     keeps: ClassVar[bool] = False
+    tracks: ClassVar[bool] = False
     replaces_decay: ClassVar[bool] = False
     exchanges: ClassVar[bool] = False
+
+    @property
+    def tracks_ages(self) -> bool:
+        """Whether the age of every active entry is kept."""
+        return False
 
     @property
     def collects(self) -> Collects:
@@ -192,9 +200,11 @@ class Births(MaskAlgorithm):
     """What algorithms share that let entries be born while the optimizer goes on: they start with
     zero state under the step count of the run, see `optimizers/newborn.py`."""
 
-    newborn: Literal["plain", "ages", "ramp"] = Field(
-        "plain", description="how Adam treats what is born; ages: with a step count of its own; "
-                            "ramp: with updates that grow over `ramp` steps; plain: as all others")
+    newborn: NewbornRule = Field(
+        "auto", description="how Adam treats what is born; ages: with a step count of its own; "
+                            "ramp: with updates that grow over `ramp` steps; plain: as all others; "
+                            "auto: ages where optimizer.beta2 makes first updates 1.5 times too "
+                            "large or more, else plain")
     ramp: int = Field(100, gt=0, description="steps over which updates of what is born grow to "
                                              "the usual, where newborn=ramp")
 
@@ -202,6 +212,8 @@ class Births(MaskAlgorithm):
 class MovingMasks(Births):
     """The schedule that algorithms share: a fraction of each slice's active entries every so many
     steps."""
+
+    tracks = True
 
     every: int = Field(100, gt=0, description="optimizer steps between moves of the masks")
     fraction: float = Field(0.3, ge=0.0, le=1.0,
@@ -212,6 +224,12 @@ class MovingMasks(Births):
                                                           "stay")
     anneal: Anneal = Field("constant", description="how `fraction` goes from `start` to `stop`; "
                                                    "cosine: down to 0")
+    track_ages: bool = Field(False, description="keep how many moves ago every active entry was "
+                                                "born, a byte each, and log the mean")
+
+    @property
+    def tracks_ages(self) -> bool:
+        return self.track_ages
 
     @model_validator(mode="after")
     def _starts_before_it_stops(self) -> MovingMasks:

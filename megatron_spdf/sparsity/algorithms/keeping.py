@@ -9,6 +9,7 @@ mask keeps its value and its optimizer state.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from pydantic import Field
@@ -28,6 +29,11 @@ class KeepsEntries(MaskAlgorithm):
 
     def due(self, step: int, steps: int) -> bool:
         return step % self.every == 0
+
+    def rule_violations(self, steps: int) -> Iterator[str]:
+        if not self.moves(steps - 1):  # one after the last step is of no use
+            yield (f"sparsity.update.every={self.every} of {steps:,} steps chooses masks once, of "
+                   "initial weights; lower every, or train longer")
 
     def check(self, weight: SparseWeight) -> None:
         """That a weight can be trained so.

@@ -97,6 +97,8 @@ def _read_xml(path: Path) -> Iterator[_Entry]:
     except DefusedXmlException:
         raise ValueError(f"{path} declares a document type, whose entities may grow without end; "
                          "WebNLG has none, remove the declaration") from None
+    except (LookupError, ValueError) as error:  # of the encoding that it declares
+        raise ValueError(f"{path}: not XML ({error}); write it in UTF-8") from None
     for number, entry in enumerate(root.iter("entry"), start=1):
         where = f"{path}, entry {number} ({entry.get('eid', 'no eid')})"
         triples = [_xml_triple(where, triple.text)

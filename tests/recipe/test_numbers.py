@@ -1,0 +1,48 @@
+"""Truth values are no numbers, wherever a recipe wants one, and an empty path is none."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from megatron_spdf.recipe.finetune import Finetune
+from megatron_spdf.recipe.recipe import Recipe
+from megatron_spdf.section import Section, _kinds
+
+
+def numbers(kind: type[Section], place: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Keys of all fields of a recipe that are numbers and no truth values."""
+    found = []
+    for name, field in kind.model_fields.items():
+        kinds = set(_kinds(field.annotation))
+        if kinds & {int, float} and bool not in kinds:
+            found.append((*place, name))
+        for inner in kinds:
+            if isinstance(inner, type) and issubclass(inner, Section):
+                found += numbers(inner, (*place, name))
+    return found
+
+
+@pytest.mark.parametrize("kind", [Recipe, Finetune])
+def test_true_is_no_number_in_any_field(kind):
+    keys = numbers(kind)
+    assert len(keys) > 20 and ("seed",) in keys and ("train", "global_batch") in keys
+    for key in keys:
+        values: object = True
+        for name in reversed(key):
+            values = {name: values}
+        with pytest.raises(ValidationError) as refused:
+            kind.model_validate(values)
+        own = [e for e in refused.value.errors() if e["loc"][: len(key)] == key]
+        assert own and own[0]["msg"] == "input should be a number, and true is none", key
+
+
+def test_flags_are_flags(recipe):
+    assert recipe(parallel={"overlap": False}, data={"reset_attention": True}).data.reset_attention
+
+
+@pytest.mark.parametrize("sections", [{"output": ""}, {"data": {"train": [""]}},
+                                      {"data": {"tokenizer": ""}}], ids=str)
+def test_an_empty_path_is_refused(recipe, sections):
+    with pytest.raises(ValueError, match="a path is empty; name a file or directory"):
+        recipe(**sections)
