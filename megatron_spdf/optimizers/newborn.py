@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -37,19 +38,28 @@ AGE = "age"  # the name of its state: updates since a value was born
 CHUNK = 2**20  # values that are corrected at a time, which bounds what is held beside them
 ROUNDED = 25 * math.log(2.0)  # e^-this is nothing beside 1 in fp32
 LONGEST = 2**20  # updates, which bounds the tables
-COLD = 1.5  # times the usual, from where first updates are worth a warning
+COLD = 1.5  # times the usual, from where first updates are corrected by default, or warned of
 
 
 def newborn_of(algorithm: MaskAlgorithm, optimizer: Optimizer) -> Newborn | None:
     """What corrects the state of what is born; None: nothing does, or nothing is born."""
-    if not isinstance(algorithm, Births) or algorithm.newborn == "plain":
+    if not isinstance(algorithm, Births) or not optimizer.averages:
         return None
-    return Newborn(algorithm.newborn, optimizer.averages, algorithm.ramp)
+    rule = algorithm.newborn
+    if rule == "auto":
+        rule = "ages" if optimizer.largest_first_updates >= COLD else "plain"
+    return None if rule == "plain" else Newborn(rule, optimizer.averages, algorithm.ramp)
 
 
 def newborn_violations(algorithm: MaskAlgorithm, optimizer: Optimizer) -> Iterator[str]:
     """What does not go, as sentences."""
-    if not isinstance(algorithm, Births) or algorithm.newborn == "plain":
+    if not isinstance(algorithm, Births):
+        return
+    usual = Births.model_fields["ramp"].default
+    if algorithm.newborn != "ramp" and algorithm.ramp != usual:
+        yield (f"sparsity.update.ramp={algorithm.ramp} says nothing where newborn="
+               f"{algorithm.newborn}; set newborn=ramp, or leave it out")
+    if algorithm.newborn in ("auto", "plain"):
         return
     rule = f"sparsity.update.newborn={algorithm.newborn}"
     if not optimizer.averages:
@@ -90,22 +100,21 @@ class Newborn:
         """
         import torch
 
+        # of a step and device: ZeRO-3 updates a step's parameters group by group
+        tables = lru_cache(maxsize=1)(self._tables)
+
         @torch.no_grad()
         def correct(optimizer: torch.optim.Optimizer, *_) -> None:
-            factors = self._factors(steps() + 1)
             for group in optimizer.param_groups:
                 for master in (p for p in group["params"] if p.grad is not None):
-                    self._correct(optimizer.state[master], master.grad, factors)
+                    self._correct(optimizer.state[master], master.grad,
+                                  tables(steps() + 1, master.device))
 
         optimizer.register_step_pre_hook(correct)
 
     def _correct(self, state: dict[str, Tensor], gradient: Tensor,
-                 factors: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
+                 tables: dict[str, list[Tensor]]) -> None:
         """Of one master, chunk by chunk."""
-        import torch
-
-        tables = {name: [torch.from_numpy(table).to(gradient.device, non_blocking=True)
-                         for table in pair] for name, pair in factors.items()}
         names = [AGE, *tables]
         for age, *averages, g in _chunks([*(state[name] for name in names), gradient]):
             for name, average in zip(tables, averages, strict=True):
@@ -115,10 +124,14 @@ class Newborn:
                 average.mul_(keep[at]).addcmul_(power, add[at])
             age += 1.0
 
-    def _factors(self, step: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    def _tables(self, step: int, device: torch.device) -> dict[str, list[Tensor]]:
         """Named state -> by age before the update, what the average and what the gradient's power
         are multiplied with; fp32, the last entry for all that are older."""
-        return {name: self._factors_of(average, step) for name, average in self.averages.items()
+        import torch
+
+        return {name: [torch.from_numpy(table).to(device)
+                       for table in self._factors_of(average, step)]
+                for name, average in self.averages.items()
                 if average.decay > 0.0 and not (self.rule == "ramp" and average.power != 1)}
 
     def _factors_of(self, average: Average, step: int) -> tuple[np.ndarray, np.ndarray]:

@@ -291,6 +291,10 @@ def check_algorithm(plan: Plan, sparsity: Sparsity) -> None:
                              f"{what} of a slice of {w.name} at once, which has {zeros:,} zeros "
                              f"to take their place; lower sparsity.update.fraction to "
                              f"{zeros / active:.3f} or raise the level {w.level:g}")
+        if size == 1 and moved == 0 and getattr(sparsity.update, "fraction", 0.0):
+            raise ValueError(f"sparsity.update.fraction={sparsity.update.fraction:g} of the "
+                             f"{active:,} active entries of a slice of {w.name} is none, so that "
+                             f"they would never move; raise it to {1 / active:.3g} or more")
         if size > 1 and moved < 2 and getattr(sparsity.update, "fraction", 1.0):
             raise ValueError(f"sparsity.algorithm={name} moves {moved} of the {active} active "
                              f"tiles of a slice of {w.name} at once, and tiles are swapped two by "

@@ -64,6 +64,8 @@ def test_every_layout_prunes_alike(ranks, recipe, name, rule):
 
 @pytest.mark.parametrize(("rule", "names", "stops"), [
     ("gmp", ["dp2 zero 1", "tp2 sp", "deepspeed zero 3"], [28, 17]),
+    # one step before a pruning, at it, and one after it
+    ("gmp", ["tp2 sp", "deepspeed zero 2", "pp2 interleaved", "dp2 zero 1"], [24, 1, 1]),
     ("acdc", ["deepspeed zero 2", "pp2 interleaved", "dp2 zero 1"], [7, 5]),
 ])
 def test_a_run_stopped_in_a_part_and_at_a_border_goes_on_at_another_layout(ranks, recipe, rule,

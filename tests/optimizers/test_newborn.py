@@ -7,6 +7,8 @@ import torch
 
 from megatron_spdf.optimizers.adamw import AdamW
 from megatron_spdf.optimizers.newborn import AGE, newborn_of
+from megatron_spdf.sparsity.algorithms.acdc import AcDc
+from megatron_spdf.sparsity.algorithms.base import Births
 from megatron_spdf.sparsity.algorithms.set import Set
 
 RATE, VALUES, RAMP = 1e-2, 50, 10
@@ -108,3 +110,15 @@ def test_first_updates_with_a_constant_gradient():
     assert max(found["plain"]) == pytest.approx(6.57, abs=0.01)
     assert found["ages"] == pytest.approx([1.0] * 20)
     assert found["ramp"][0] == pytest.approx(0.316, abs=1e-3)
+
+
+def test_by_default_it_follows_from_the_largest_first_update():
+    def rule(algorithm: Births, beta2: float) -> str | None:
+        newborn = newborn_of(algorithm, AdamW(lr=1.0, beta2=beta2))
+        return newborn and newborn.rule
+
+    betas = (0.999, 0.98, 0.97, 0.95)
+    assert [rule(Set(), beta2) for beta2 in betas] == ["ages", "ages", None, None]
+    assert [rule(AcDc(), beta2) for beta2 in betas] == [None] * 4
+    assert rule(Set(newborn="plain"), 0.999) is None
+    assert rule(Set(newborn="ages"), 0.95) == "ages"

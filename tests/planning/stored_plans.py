@@ -51,7 +51,7 @@ class Modern(Model):
 MODEL = {"layers": 12, "hidden": 120, "heads": 12, "query_groups": 6, "ffn_hidden": 414,
          "vocab_size": 1000, "max_positions": 96, "dropout": 0.1}
 TRAIN = {"tokens": 144 * 72 * 40, "global_batch": 144, "micro_batch": 3, "sequence_length": 72}
-RIGL = {"level": 0.75, "algorithm": "rigl", "update": {"every": 4}}
+RIGL = {"level": 0.75, "algorithm": "rigl", "update": {"every": 4, "newborn": "plain"}}
 # name -> (sections of the recipe, whether the model is modern)
 RECIPES: dict[str, tuple[dict[str, Any], bool]] = {
     "fp32, rules, tp3 sp pp2 interleaved dp4": ({

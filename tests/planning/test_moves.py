@@ -32,7 +32,7 @@ def test_first_updates_of_the_born_are_those_of_adam_run_for_long(beta1, beta2, 
 
 
 def test_a_plan_says_so_where_it_matters(recipe):
-    sparsity = {"level": 0.75, "algorithm": "set", "update": {"every": 2}}
+    sparsity = {"level": 0.75, "algorithm": "set", "update": {"every": 2, "newborn": "plain"}}
     slow = recipe(sparsity=sparsity, optimizer={"beta2": 0.999})
     ages = sparsity | {"update": {"every": 2, "newborn": "ages"}}
     counted = recipe(sparsity=ages, optimizer={"beta2": 0.999})
@@ -76,7 +76,8 @@ def test_moves_are_rendered_by_the_fullest_stage(recipe):
 
 @pytest.mark.parametrize(("beta2", "said"), [(0.98, True), (0.975, False)])
 def test_first_updates_are_worth_a_line_from_half_more_on(recipe, beta2, said):
-    r = recipe(sparsity={"level": 0.75, "algorithm": "set", "update": {"every": 2}},
+    plain = {"every": 2, "newborn": "plain"}
+    r = recipe(sparsity={"level": 0.75, "algorithm": "set", "update": plain},
                optimizer={"beta2": beta2})
     assert (r.optimizer.largest_first_updates >= 1.5) == said
     assert ("first updates" in render_moves(r, Plan.of(r))) == said

@@ -75,6 +75,19 @@ def test_keys_have_the_algorithms_own_defaults(recipe):
     ({"algorithm": "probe", "update": {"newborn": "old"}}, "sparsity.update.newborn='old'"),
     ({"algorithm": "probe", "update": {"newborn": "ramp", "ramp": 0}}, "sparsity.update.ramp=0"),
     ({"algorithm": "gmp", "update": {"newborn": "ages"}}, "mask algorithm gmp has no such key"),
+    ({"algorithm": "probe", "update": {"newborn": "ages", "ramp": 50}},
+     "sparsity.update.ramp=50 says nothing where newborn=ages; set newborn=ramp, or leave it out"),
+    ({"algorithm": "probe", "update": {"fraction": 1e-5}}, "sparsity.update.fraction=1e-05 of the "
+     r"768 active entries of a slice of decoder\.\S+ is none, so that they would never move; raise "
+     "it to 0.0013 or more"),
+    ({"algorithm": "rigl", "update": {"every": 5, "gradient": "all"}},
+     "sparsity.update.gradient='all': input should be 'step' or 'micro_batch'"),
+    ({"algorithm": "set", "update": {"every": 5, "gradient": "step"}},
+     "sparsity.update.gradient='step': the mask algorithm set has no such key"),
+    ({"algorithm": "acdc", "update": {"turn": 0.7}}, "turn=0.7 is longer than start=0.1 to "
+     "last_dense=0.75, so that nothing would be sparse in between; lower it"),
+    ({"algorithm": "acdc", "update": {"turn": 0.2, "stop": 0.97}}, "sparsity.update.stop=0.97 of "
+     "10 steps leaves none that are sparse at the end; lower it, or train longer"),
     ({"algorithm": "ste", "update": {"every": 10}},
      "sparsity.update.every=10 of 10 steps chooses masks once, of initial weights; lower every"),
     ({"algorithm": "ste", "update": {"decay_masked": -1}}, "sparsity.update.decay_masked=-1"),
@@ -120,8 +133,9 @@ def test_an_optimizer_without_moments_has_no_newborn_ones(recipe, monkeypatch, o
     values["optimizer"] = optimizer if "name" in optimizer else values["optimizer"] | optimizer
     with pytest.raises(ValueError, match=said):
         make_recipe(values, [], "it")
-    values["sparsity"]["update"]["newborn"] = "plain"
-    assert "age" not in make_recipe(values, [], "it").states
+    values["sparsity"]["update"]["newborn"] = "auto"
+    assert make_recipe(values, [], "it").states == (
+        () if "name" in optimizer else ("exp_avg", "exp_avg_sq", "age"))
 
 
 def test_a_run_goes_on_with_its_own_algorithm_only(recipe):

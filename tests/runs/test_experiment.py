@@ -72,7 +72,8 @@ def finish(trial, recipe, *losses: float, step: int | None = None) -> None:
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
 def test_a_shipped_grid_is_valid(path):
     experiment, found = grid_of(path)
-    assert len(found) == {"comparison": 20, "transfer": 90, "moving_masks": 7}[path.stem]
+    assert len(found) == {"comparison": 20, "transfer": 90, "moving_masks": 7,
+                          "newborn": 15}[path.stem]
     assert len({t.output for c in found for t in c.trials.values()}) == 3 * len(found)
     assert not any(of(c).output == experiment.output for c in found)
 

@@ -104,7 +104,7 @@ def test_the_fraction_falls_as_a_cosine_from_start_to_stop(name):
 def test_defaults_are_the_published_ones(name):
     assert ALGORITHMS.get(name)().model_dump() == {
         "every": 100, "fraction": 0.3, "start": 0.0, "stop": 0.75, "anneal": "cosine",
-        "track_ages": False, "newborn": "plain", "ramp": 100,
+        "track_ages": False, "newborn": "auto", "ramp": 100,
         **({"gradient": "step"} if name == "rigl" else {})}
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from megatron_spdf.sparsity.algorithms.base import ALGORITHMS, Births, Part
+from megatron_spdf.sparsity.algorithms.base import ALGORITHMS, Births, NewbornRule, Part
 
 
 class AcDc(Births):
@@ -22,6 +22,8 @@ class AcDc(Births):
 
     name = "acdc"
 
+    newborn: NewbornRule = Field(
+        "plain", description=Births.model_fields["newborn"].description)
     start: float = Field(0.10, ge=0.0, lt=1.0, description="at first dense")
     turn: float = Field(0.05, gt=0.0, lt=1.0, description="of each sparse and each dense part")
     last_dense: float = Field(0.75, gt=0.0, lt=1.0, description="where the last dense part begins")
@@ -33,12 +35,20 @@ class AcDc(Births):
             raise PydanticCustomError(
                 "order", "start={start}, last_dense={last_dense} and stop={stop} must ascend; "
                          "change one of them", self.model_dump())
+        if self.turn > self.last_dense - self.start + 1e-9:
+            raise PydanticCustomError(
+                "order", "turn={turn} is longer than start={start} to last_dense={last_dense}, so "
+                         "that nothing would be sparse in between; lower it",
+                self.model_dump())
         return self
 
     def rule_violations(self, steps: int) -> Iterator[str]:
         if self.turn * steps < 1.0:
             yield (f"sparsity.update.turn={self.turn:g} of {steps:,} steps is no step; raise it, "
                    "or train longer")
+        elif self.parts(steps)[-1].reached != 1.0:
+            yield (f"sparsity.update.stop={self.stop:g} of {steps:,} steps leaves none that are "
+                   "sparse at the end; lower it, or train longer")
 
     def parts(self, steps: int) -> list[Part]:
         turns = round((self.last_dense - self.start) / self.turn)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # the planner goes without PyTorch
 Needs = Literal["nothing", "values", "dense_gradient"]
 # all of the step, or each data-parallel rank's last
 Collects = Literal["step", "micro_batch"]
+NewbornRule = Literal["auto", "plain", "ages", "ramp"]
 Anneal = Literal["constant", "cosine"]
 
 
@@ -199,9 +200,11 @@ class Births(MaskAlgorithm):
     """What algorithms share that let entries be born while the optimizer goes on: they start with
     zero state under the step count of the run, see `optimizers/newborn.py`."""
 
-    newborn: Literal["plain", "ages", "ramp"] = Field(
-        "plain", description="how Adam treats what is born; ages: with a step count of its own; "
-                            "ramp: with updates that grow over `ramp` steps; plain: as all others")
+    newborn: NewbornRule = Field(
+        "auto", description="how Adam treats what is born; ages: with a step count of its own; "
+                            "ramp: with updates that grow over `ramp` steps; plain: as all others; "
+                            "auto: ages where optimizer.beta2 makes first updates 1.5 times too "
+                            "large or more, else plain")
     ramp: int = Field(100, gt=0, description="steps over which updates of what is born grow to "
                                              "the usual, where newborn=ramp")
 
