@@ -4,6 +4,7 @@ families."""
 import pytest
 
 from megatron_spdf.architecture.base import ARCHITECTURES, HEAD
+from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.schedule.flops import forward_flops
 
 # What the models' pages say, to the parameter: rows of the vocabulary without our padding.
@@ -55,6 +56,17 @@ def test_weights_by_hand():
     assert flops.attention == 4 * 28 * 2048 * 16 * 128
     assert flops.logits == 2 * 151936 * 1024
     assert flops.linear == 2 * 28 * (4096 * 1024 + 1024 * 2048 + 3 * 1024 * 3072)
+
+
+@pytest.mark.parametrize(("model", "length"), [
+    ({"architecture": "llama", "preset": "llama_3_2_1b"}, 4096),  # of 131,072
+    ({"architecture": "llama", "preset": "tinyllama_1_1b"}, 2048),
+    ({"architecture": "qwen3", "preset": "qwen3_0_6b", "max_positions": 512}, 512),
+    ({"preset": "gpt3_xl", "max_positions": 8192}, 8192)])  # as many as there are positions
+def test_sequences_are_not_as_long_as_a_model_can_rotate(model, length):
+    recipe = Recipe.model_validate({"output": "x", "model": model, "optimizer": {"lr": 1e-3},
+                                    "train": {"tokens": 1e9, "global_batch": 8, "micro_batch": 1}})
+    assert recipe.train.sequence_length == length
 
 
 def test_biases_are_where_a_family_has_them():
