@@ -12,6 +12,7 @@ from megatron_spdf.checkpoint.run_metadata import RunState
 from megatron_spdf.engine.base import StepResult
 from megatron_spdf.evaluation.perplexity import bits_per_byte, perplexity, validation_loss
 from megatron_spdf.schedule.stages import stages_of
+from megatron_spdf.sparsity.history import Change
 from megatron_spdf.training.report import Report
 
 STEP = 8 * 32  # tokens, of which a step has as many
@@ -125,15 +126,20 @@ def test_skipped_steps_moves_and_saves_are_said(recipe):
         "level": 0.75, "algorithm": "set", "update": {"every": 1}})
     report.skipped(StepResult(math.nan, 0.5, skipped=True, stop=False))
     active = report.stage.plan.active
-    report.moved(active // 4, seconds=0.25)
-    assert report.log.records["mask"] == {"step": 5, "algorithm": "set", "update": 3,
-                                          "moved": active // 4, "share": 0.25, "seconds": 0.25}
+    report.moved({name: Change(w.active // 4, w.active, as_first=w.active // 2)
+                  for name, w in report.stage.plan.weights.items()}, seconds=0.25)
+    seen = {"share": 0.25, "overlap": 0.5}
+    layers = {str(n): seen for n in range(report.stage.recipe.model.layers)}
+    assert report.log.records["mask"] == {
+        "step": 5, "algorithm": "set", "update": 3, "moved": active // 4, **seen, "seconds": 0.25,
+        "layers": layers}
     report.saved(None)
     report.saved(SimpleNamespace(path="a", error=None, seconds=1.25, said=["b", "c"]))
     report.saved(SimpleNamespace(path="a", error=OSError("full"), seconds=1.25, said=[]))
     assert report.log.said == [
         "step 5: skipped, loss nan, gradient norm 0.5; 2 in a row",
-        f"step 5: set moved {active // 4:,} of {active:,} active entries, update 3",
+        f"step 5: set moved {active // 4:,} of {active:,} active entries, update 3; 50.00% are as "
+        "at first",
         "saved a, written in 1.2 s; b; c",
         "could NOT save a: full; the checkpoints before it are untouched"]
 

@@ -15,6 +15,7 @@ from megatron_spdf.layers.measure import SparsityDrift
 from megatron_spdf.resilience.progress import PROGRESS
 from megatron_spdf.schedule.stages import stages_of
 from megatron_spdf.sparsity.algorithms.base import Moment
+from megatron_spdf.sparsity.history import Change
 from megatron_spdf.training import mask_moves
 from megatron_spdf.training.loop import NotFinite, Trainer
 
@@ -315,11 +316,11 @@ def test_masks_move_by_the_updates_that_were_made(recipe, monkeypatch):
     run, moments = Run(made, skipped=(3, 6)), []
     born = {name: round(0.01 * w.numel) for name, w in run.stage.plan.weights.items()}
 
-    def move(engine, algorithm, when: Moment) -> dict[str, int]:
+    def move(engine, algorithm, when: Moment) -> dict[str, Change]:
         assert PROGRESS.watched and PROGRESS.activity == (
             f"the move of the masks at step {run.state.step}")
         moments.append((run.state.step, when))
-        return born
+        return {name: Change(count, 4 * count) for name, count in born.items()}
 
     def measured() -> dict[str, float]:
         moved = moments and moments[-1][1].step == run.optimizer_steps
