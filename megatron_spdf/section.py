@@ -68,8 +68,7 @@ class Section(BaseModel):
     @classmethod
     def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
         """Python and pydantic take true for 1."""
-        kinds = set(_kinds(cls.model_fields[info.field_name].annotation))
-        if isinstance(value, bool) and kinds & {int, float} and bool not in kinds:
+        if isinstance(value, bool) and _is_number(cls.model_fields[info.field_name].annotation):
             raise PydanticCustomError("number", "input should be a number, and {value} is none",
                                       {"value": str(value).lower()})
         return value
@@ -78,6 +77,12 @@ class Section(BaseModel):
     def all_fields(cls) -> dict[str, FieldInfo]:
         """Returns the fields by key, those too that only some values of another key bring."""
         return dict(cls.model_fields)
+
+
+def _is_number(annotation: Any) -> bool:
+    """Whether it takes numbers, and no truth values."""
+    kinds = set(_kinds(annotation))
+    return bool(kinds & {int, float}) and bool not in kinds
 
 
 def _kinds(annotation: Any) -> Iterator[Any]:

@@ -98,7 +98,10 @@ class LayerwisePruning:
         inputs = self._inputs(self._of_layer[layer])
         for name in self._of_layer[layer]:
             parameter = self._decoder.parameter(name)
-            values, masks = self._choose(name, parameter.detach().clone(), inputs.pop(name, None))
+            dense = parameter.detach().clone()
+            if not self._selector.calibrated:
+                dense = dense.cpu()
+            values, masks = self._choose(name, dense, inputs.pop(name, None))
             self._selected[name] = values.cpu(), masks
             mask = join_slices(torch.from_numpy(masks), self._plan.weights[name])
             parameter.copy_(values * mask.to(values.device))
@@ -136,9 +139,16 @@ class _Stream:
             yield self._decoder.forward(hidden.to(self._device), extras)
 
     def advance(self) -> None:
-        """Goes through the layer in memory."""
+        """Goes through the layer in memory.
+
+        Raises:
+            ValueError: what comes out is not finite.
+        """
         for number, hidden in enumerate(self.outputs()):
             self._hidden[number] = hidden.cpu()
+            if not hidden.isfinite().all():
+                raise ValueError(f"layer {self._decoder.layer} gives numbers on the text that are "
+                                 "not finite; use a model that has not diverged")
 
     def loss(self) -> float:
         """Mean loss in nats per token, after the last layer."""

@@ -22,7 +22,7 @@ from megatron_spdf.model.batch import MicroBatch
 from megatron_spdf.model.decoder import build_model, canonical_modules
 from megatron_spdf.model.head import head_loss
 from megatron_spdf.model.init import LoadedWeights, initialize
-from megatron_spdf.recipe.recipe import Parallel, Recipe
+from megatron_spdf.recipe.recipe import Kernels, Parallel, Recipe
 from megatron_spdf.sparsity.plan import Plan
 from megatron_spdf.sparsity.settings import Sparsity
 
@@ -35,7 +35,7 @@ def single_layer(recipe: Recipe) -> Recipe:
     model = recipe.model.model_copy(update={"layers": 1, "dropout": 0.0})
     train = recipe.train.model_copy(update={"precision": "fp32", "recompute": "none"})
     return recipe.model_copy(update={"model": model, "train": train, "parallel": Parallel(),
-                                     "sparsity": Sparsity(), "stages": [],
+                                     "sparsity": Sparsity(), "stages": [], "kernels": Kernels(),
                                      "parametrization": "standard"})
 
 

@@ -56,7 +56,19 @@ def moves_of(recipe: Recipe, plan: Plan, stage: int, on_gpu: bool = True) -> Mov
 
 def transient_bytes(recipe: Recipe, plan: Plan, stage: int) -> int:
     """Bytes that a rank holds in a step after which masks move, beside those of other steps."""
-    return sum(cost.transient for cost in _costs(recipe, plan, stage))
+    return (sum(cost.transient for cost in _costs(recipe, plan, stage))
+            + _made_beside(recipe, plan, stage))
+
+
+def _made_beside(recipe: Recipe, plan: Plan, stage: int) -> int:
+    """Bytes of the largest dense gradient on a GPU that its layer does not form in other steps, on
+    its way to the sum."""
+    algorithm = recipe.sparsity.update
+    if algorithm.needs != "dense_gradient" or algorithm.collects != "step":
+        return 0
+    chunks = local_parameters(recipe.model, recipe.parallel, plan, stage)
+    return _step(recipe)["width"] * max((q.expands_to for chunk in chunks for q in chunk
+                                         if q.expands_to and plan.skips_zeros(q.name)), default=0)
 
 
 def gathered_state(recipe: Recipe, elements: int) -> int:

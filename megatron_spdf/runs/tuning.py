@@ -91,8 +91,13 @@ class TunedCell:
         return self._cells[point]
 
     def loss(self, point: Point, tried: Collection[Path]) -> float | None:
-        """With the first seed; infinite where the run was tried in vain."""
-        cell, seed = self.at(point), self.experiment.seeds[0]
+        """With the first seed; infinite where the run was tried in vain, or a recipe cannot have
+        such a value."""
+        seed = self.experiment.seeds[0]
+        try:
+            cell = self.at(point)
+        except ValueError:
+            return math.inf
         found = loss_of(cell.trials[seed], cell.recipes[seed])
         return math.inf if found is None and cell.trials[seed].output in tried else found
 

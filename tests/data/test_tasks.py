@@ -195,6 +195,8 @@ def without(record: dict, field: str) -> dict:
      r"file, line 2: no field 'context'"),
     ("jsonl", '{"context": "a", "completion": 3}\n',
      r"file, line 1: field 'completion' must be a text"),
+    ("jsonl", '{"context": "a", "completion": ["b", 3]}\n',
+     r"file, line 1: field 'completion' must be a text that is not blank; it is 3"),
     ("jsonl", '{"context": "a"}\n',
      r"file has no example with a reference; the train split of jsonl"),
     ("jsonl", "", r"file has no example"),

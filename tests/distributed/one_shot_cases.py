@@ -49,3 +49,16 @@ def begun(recipe: dict, select: str, asked: dict | None) -> dict[str, float]:
                                        text)
     losses = written.losses
     return {"dense": losses.dense, "pruned": losses.pruned} if losses else {}
+
+
+def diverged(recipe: dict, asked: dict) -> str:
+    """What is said of a model whose activations overflow."""
+    made, source = Recipe.model_validate(recipe), Given(recipe)
+    for linear in ("linear_fc1", "linear_fc2"):
+        source.values[f"decoder.layers.1.mlp.{linear}.weight"] *= 1e30
+    try:
+        write_initial_checkpoint(source, made, source.tokenizer, Path(made.output), "wanda",
+                                 check_text(Calibration(**asked), made, source.tokenizer))
+    except ValueError as error:
+        return str(error)
+    return ""

@@ -14,7 +14,7 @@ import pytest
 import torch
 from cases import converted
 from curves import close
-from one_shot_cases import Given, begun
+from one_shot_cases import Given, begun, diverged
 from stage_cases import staged
 from torch.nn.functional import cross_entropy
 
@@ -169,6 +169,13 @@ def test_text_to_evaluate_is_read_in_place_of_the_held_out(ranks, make, corpus):
     one, other = (CheckpointReader(find_checkpoint(Path(recipe["output"]))) for recipe in recipes)
     for name in one.weights:
         assert torch.equal(one.parameter(name), other.parameter(name)), name
+
+
+def test_a_model_that_has_diverged_is_refused(ranks, make, corpus):
+    recipe = make()
+    assert "layer 1 gives numbers on the text that are not finite" in ranks(1).run(
+        diverged, recipe, asked(corpus))
+    assert not Path(recipe["output"]).exists()
 
 
 def test_the_run_computes_and_goes_on_at_any_layout(ranks, make, corpus):

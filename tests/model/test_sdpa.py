@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
+from megatron_spdf.model import sdpa
 from megatron_spdf.model.sdpa import (
     FUSED,
     Heads,
@@ -59,6 +60,16 @@ def test_what_no_fused_kernel_takes_runs_all_the_same_and_is_said():
     assert said.startswith("PyTorch's operations one by one")
     assert said.endswith("no fused kernel here takes 6 heads of 100 in 2 groups in bfloat16 and a "
                          "mask")
+
+
+def test_what_runs_on_a_gpu_is_tried_out_once_for_heads_of_a_kind(monkeypatch):
+    tried = []
+    monkeypatch.setattr(sdpa, "_runs_on_gpu", lambda kernels, heads: tried.append(heads) or True)
+    kernels_on_gpu.cache_clear()
+    for heads in (GPT2, replace(ODD), replace(GPT2), ODD):
+        assert kernels_on_gpu(heads) == choose_kernels(heads, lambda kernels, heads: True)
+    kernels_on_gpu.cache_clear()
+    assert tried == [GPT2, ODD]
 
 
 @pytest.mark.gpu

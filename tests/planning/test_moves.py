@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_spdf.optimizers.adamw import AdamW
-from megatron_spdf.planning.moves import moves_of, render_moves
+from megatron_spdf.planning.moves import moves_of, render_moves, transient_bytes
 from megatron_spdf.sparsity.plan import Plan
 
 
@@ -89,3 +89,19 @@ def test_masks_that_stay_or_never_move_cost_nothing(recipe):
     never = recipe(sparsity={"level": 0.75, "algorithm": "set", "update": {"every": 100}})
     assert render_moves(never, Plan.of(never)).startswith("mask algorithm set: ")
     assert "moves in" not in render_moves(never, Plan.of(never))
+
+
+def test_on_tiles_a_dense_gradient_is_made_for_the_sum(recipe):
+    """Their product forms that of active tiles alone; where weights are expanded it is there."""
+    moving = {"level": 0.75, "algorithm": "rigl", "update": {"every": 2, "fraction": 0.5}}
+    model, short = {"hidden": 128, "heads": 4, "query_groups": 2}, {"precision": "bf16"}
+    tiles, entries = (recipe(sparsity=moving | pattern, model=model, train=short)
+                      for pattern in ({"pattern": "tile", "tile": 16}, {}))
+    plan = Plan.of(tiles)
+    sums = 4 * plan.numel
+    largest = max(w.numel for w in plan.weights.values())
+    assert transient_bytes(tiles, plan, 0) == sums + 2 * largest
+    assert transient_bytes(entries, Plan.of(entries), 0) == sums
+    still = recipe(sparsity=moving | {"pattern": "tile", "tile": 16, "algorithm": "set"},
+                   model=model, train=short)
+    assert transient_bytes(still, plan, 0) == 0

@@ -7,17 +7,16 @@ from pydantic import ValidationError
 
 from megatron_spdf.recipe.finetune import Finetune
 from megatron_spdf.recipe.recipe import Recipe
-from megatron_spdf.section import Section, _kinds
+from megatron_spdf.section import Section, _is_number, _kinds
 
 
 def numbers(kind: type[Section], place: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
     """Keys of all fields of a recipe that are numbers and no truth values."""
     found = []
     for name, field in kind.model_fields.items():
-        kinds = set(_kinds(field.annotation))
-        if kinds & {int, float} and bool not in kinds:
+        if _is_number(field.annotation):
             found.append((*place, name))
-        for inner in kinds:
+        for inner in set(_kinds(field.annotation)):
             if isinstance(inner, type) and issubclass(inner, Section):
                 found += numbers(inner, (*place, name))
     return found

@@ -134,11 +134,19 @@ def test_a_run_without_a_result_is_tried_once_at_a_start(grid):
         render_neighbors(cell.experiment, [found]).split())
 
 
+def test_a_value_that_no_recipe_can_have_is_the_worst(grid):
+    (cell,) = grid({"sparsity": [0]}, tune={"optimizer.beta1": 2})
+    assert [t.values["optimizer.beta1"] for t in cell.left(())] == [0.9, 0.45]  # and not 1.8
+    for point, loss in (((0,), 2.0), ((-1,), 3.0)):
+        finish(cell.at(point).trials[4], cell.at(point).recipes[4], loss)
+    found = cell.result(())
+    assert found["neighbors"] == {"optimizer.beta1": [3.0, 2.0, None]} and not found["searching"]
+
+
 @pytest.mark.parametrize(("tune", "said"), [
     ({"optimizer.lr": 1.0}, "tune.optimizer.lr=1.0: input should be greater than 1"),
     ({"optimizer.embedding_lr": 2}, "optimizer.embedding_lr is None in the recipe"),
-    ({"model": 2}, "model is {"), ({"optimizer.rate": 2}, "optimizer.rate is None"),
-    ({"optimizer.beta1": 2}, "optimizer.beta1=1.8")])
+    ({"model": 2}, "model is {"), ({"optimizer.rate": 2}, "optimizer.rate is None")])
 def test_what_cannot_be_tuned_is_refused_before_a_run(grid, tune, said):
     with pytest.raises(ValueError) as caught:
         for cell in grid(tune=tune):

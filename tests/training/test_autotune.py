@@ -155,6 +155,8 @@ def test_trials_read_random_tokens_that_are_the_same_on_every_rank(recipe, engin
     assert set(micro) == {"tokens", "labels", "loss_mask", "position_ids",
                           *(["documents"] if reset else [])}
     assert {tuple(t.shape) for t in micro.values()} == {(4, 32)}
+    assert {name: t.dtype for name, t in micro.items() if name != "loss_mask"} == dict.fromkeys(
+        set(micro) - {"loss_mask"}, torch.int64)
     assert torch.equal(micro["labels"][:, :-1], micro["tokens"][:, 1:])
     assert 0 <= micro["tokens"].min() and micro["tokens"].max() < 256
     assert len(micro["tokens"].unique()) > 64 and (micro["loss_mask"] == 1).all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,7 @@ from megatron_spdf.resilience.progress import PROGRESS
 from megatron_spdf.schedule.stages import stages_of
 from megatron_spdf.sparsity.algorithms.base import Moment
 from megatron_spdf.sparsity.history import Change
-from megatron_spdf.training import mask_moves
+from megatron_spdf.training import loop, mask_moves
 from megatron_spdf.training.loop import NotFinite, Trainer
 
 STEP = 8 * 32  # tokens, of which a run of `recipe` has ten steps
@@ -295,6 +296,35 @@ def test_the_first_step_may_take_long_and_the_others_are_watched(recipe):
         assert watched == {number: number > first + 1 for number in range(first + 1, 11)}
 
 
+def test_the_pace_of_every_step_is_measured_from_before_its_data(recipe, monkeypatch):
+    said = []
+
+    class Pace:
+        def __init__(self, every: int, factor: float, log):
+            said.append((every, factor))
+
+        def begin(self, step: int) -> None:
+            said.append(("begin", step))
+
+        def end(self, step: int, data_seconds: float) -> None:
+            assert 0.01 <= data_seconds < 10.0
+            said.append(("end", step))
+
+    monkeypatch.setattr(loop, "Stragglers", Pace)
+    run = Run(recipe(**sections(log={"ranks_every": 7, "slow_factor": 1.7})), state={"step": 7})
+    batches = run.training_batches
+
+    def slow_batches(first_step: int):
+        for batch in batches(first_step):
+            time.sleep(0.01)
+            yield batch
+
+    run.training_batches = slow_batches
+    run.train()
+    assert said == [(7, 1.7), *((what, step) for step in (8, 9, 10) for what in ("begin", "end"))]
+    assert run.figures["train"]["data_seconds"] >= 0.01
+
+
 def test_a_stage_has_a_schedule_of_its_own_and_ends_where_the_next_begins(recipe):
     """What tokens the schedule is at is asserted at every step."""
     made = recipe(**sections(), stages=[{"share": 0.4, "sparsity": 0.75},
@@ -320,7 +350,7 @@ def test_masks_move_by_the_updates_that_were_made(recipe, monkeypatch):
         assert PROGRESS.watched and PROGRESS.activity == (
             f"the move of the masks at step {run.state.step}")
         moments.append((run.state.step, when))
-        return {name: Change(count, 4 * count) for name, count in born.items()}
+        return {name: Change(born[name], w.active) for name, w in run.stage.plan.weights.items()}
 
     def measured() -> dict[str, float]:
         moved = moments and moments[-1][1].step == run.optimizer_steps
