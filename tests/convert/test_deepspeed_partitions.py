@@ -13,7 +13,7 @@ import torch
 from small_models import MODEL
 
 from megatron_spdf.architecture.gpt import Gpt
-from megatron_spdf.convert.deepspeed_import import DeepSpeedReader
+from megatron_spdf.convert.deepspeed_import import DeepSpeedReader, _shape_in
 from megatron_spdf.sparsity.plan import SparseWeight
 from megatron_spdf.sparsity.slices import join_slices
 
@@ -142,3 +142,10 @@ def test_other_models_are_refused(tmp_path, change, said):
     save(tmp_path / "step", 2, 1, 1)
     with pytest.raises(ValueError, match=f"cut for 2 tensor-parallel ranks: .*{said}"):
         DeepSpeedReader(tmp_path / "step", Gpt.model_validate(MODEL | change))
+
+
+@pytest.mark.parametrize("shape", [(2, -1), (2.0,), (True, 2), [2], "2", (2, None)])
+def test_a_shape_is_of_whole_numbers(shape):
+    with pytest.raises(TypeError, match="no shape"):
+        _shape_in(shape)
+    assert _shape_in(torch.Size((2, 0))) == (2, 0)

@@ -1,5 +1,8 @@
 """The same checkpoint with its files cut for another layout."""
 
+import itertools
+import json
+import math
 import shutil
 
 import pytest
@@ -14,6 +17,7 @@ from megatron_spdf.convert.reshard import branch, check_layout, reshard
 from megatron_spdf.convert.source import open_weights
 from megatron_spdf.recipe.load import load_recipe
 from megatron_spdf.recipe.recipe import Parallel, Recipe
+from megatron_spdf.recipe.rules import rule_violations
 from megatron_spdf.schedule.stages import stages_of
 
 
@@ -81,6 +85,27 @@ def test_a_run_goes_on_from_its_newest_checkpoint_and_not_its_best(reader, tmp_p
     store.write_json(checkpoints / store.BEST, {"checkpoint": store.name_of(0)})
     assert find_checkpoint(run).name == store.name_of(0)
     assert find_checkpoint(run, newest=True).name == store.name_of(5)
+
+
+@pytest.mark.parametrize("wanted", [
+    {"tensor": 4, "data": 3}, {"tensor": 5, "data": 3, "sequence": True}, {"pipeline": 3},
+    {"pipeline": 2, "interleave": 3, "data": 2}, {"tensor": 6, "data": 8, "sequence": True}])
+def test_the_nearest_layout_is_that_of_a_search(wanted):
+    """By the sum of the logarithms of ratios, over all degrees up to nine."""
+    recipe = make_recipe(model={"max_positions": 12}, parallel=wanted)
+    p, layouts = recipe.parallel, {}
+    for tensor, pipeline, interleave, data in itertools.product(range(1, 10), repeat=4):
+        degrees = {"tensor": tensor, "pipeline": pipeline, "interleave": interleave, "data": data}
+        layout = degrees | {"sequence": p.sequence and tensor > 1}
+        other = recipe.model_copy(update={"parallel": p.model_copy(update=layout)})
+        if not any(rule_violations(other)):
+            distance = sum(abs(math.log(n / getattr(p, key))) for key, n in degrees.items())
+            layouts.setdefault(round(distance, 9), []).append(layout)
+    with pytest.raises(ValueError) as refused:
+        check_layout(recipe)
+    words = dict(word.removeprefix("parallel.").split("=")
+                 for word in str(refused.value).rpartition("allows is ")[2].split())
+    assert {key: json.loads(value) for key, value in words.items()} in layouts[min(layouts)]
 
 
 def longer(reader, **sections):

@@ -14,6 +14,7 @@ from small_models import MODEL, gpt2_tensors
 
 from megatron_spdf.architecture.gpt import Gpt
 from megatron_spdf.convert.deepspeed_import import DeepSpeedReader
+from megatron_spdf.convert.foreign import place_of, read_word, require_finite
 from megatron_spdf.convert.huggingface_import import HuggingFaceReader
 from megatron_spdf.convert.megatron_lm import MegatronReader
 from megatron_spdf.convert.source import open_weights
@@ -184,3 +185,33 @@ def test_nothing_outside_of_a_checkpoint_of_deepspeed_is_read(tmp_path, plant):
 def test_a_linked_model_is_read(gpt2, tmp_path):
     (tmp_path / "link").symlink_to(gpt2)
     assert HuggingFaceReader(tmp_path / "link").weights
+
+
+@pytest.mark.parametrize(("length", "read"), [(200, True), (201, False)])
+def test_a_word_in_a_file_is_short(tmp_path, length, read):
+    file = tmp_path / "latest"
+    file.write_text("x" * (length - 1) + "\n")
+    if read:
+        assert read_word(file) == "x" * (length - 1)
+    else:
+        with pytest.raises(ValueError, match="it has more than 200 bytes"):
+            read_word(file)
+
+
+@pytest.mark.parametrize(("name", "taken"), [("x" * 255, True), ("x" * 256, False), (".x", True)])
+def test_a_name_of_a_file_is_one_that_file_systems_take(tmp_path, name, taken):
+    if taken:
+        assert place_of(tmp_path, name, tmp_path / "index") == tmp_path / name
+    else:
+        with pytest.raises(ValueError, match="which is no file beside it"):
+            place_of(tmp_path, name, tmp_path / "index")
+
+
+def test_entries_that_are_not_finite_are_counted_and_the_first_is_placed(tmp_path):
+    values = torch.tensor([[1.0, 2.0, 3.0], [float("nan"), 5.0, float("inf")]])
+    with pytest.raises(ValueError, match=r"w has 2 entries that are not finite .* nan at \[1, 0\]"):
+        require_finite(values, "w", tmp_path)
+    large = torch.tensor([1e38, 1e39], dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"w has 1 entries .* 1e\+39 at \[1\]"):
+        require_finite(large, "w", tmp_path)
+    assert require_finite(large[:1], "w", tmp_path) is not None

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from megatron_spdf.recipe import rules
 from megatron_spdf.recipe.compare import changes_of_run
 from megatron_spdf.recipe.load import load_recipe
 from megatron_spdf.sparsity.patterns.base import Pattern
@@ -95,6 +96,20 @@ def test_what_does_not_fit_is_refused_by_name(load, stages, words, said):
     with pytest.raises(ValueError) as caught:
         load(*stages, words=words)
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("selects", [True, False])
+def test_tiles_are_pruned_at_a_border_where_their_pattern_selects(load, monkeypatch, selects):
+    monkeypatch.setattr("megatron_spdf.sparsity.patterns.base.Pattern.selects",
+                        property(lambda self: selects))
+    rules._border.cache_clear()
+    tiles = {**SPARSE, "share": 0.1, "sparsity": {"level": 0.5, "pattern": "tile", "tile": 16}}
+    if selects:
+        load(DENSE | {"share": 0.9}, tiles)
+    else:
+        with pytest.raises(ValueError, match="stages.1.sparsity: pattern=tile has no mask of the"):
+            load(DENSE | {"share": 0.9}, tiles)
+    rules._border.cache_clear()
 
 
 def test_a_run_is_the_same_in_all_its_stages_and_another_with_others(load):

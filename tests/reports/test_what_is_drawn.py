@@ -19,7 +19,7 @@ from megatron_spdf.planning.render import (
     sparsity_table,
     traffic_table,
 )
-from megatron_spdf.reports import charts, experiment_plot, plan_page, runs_page
+from megatron_spdf.reports import charts, document, experiment_plot, plan_page, runs_page
 from megatron_spdf.reports.charts import COLORS, Line, color, draw_svg, line_chart, stacked_bars
 from megatron_spdf.reports.plan_page import render_plan_page
 from megatron_spdf.reports.runs import Logged
@@ -97,7 +97,9 @@ def test_bars_are_stacked_in_the_order_of_their_parts(drawn):
     assert [t.get_text() for t in axes.get_yticklabels()] == ["one", "two"]
     assert axes.yaxis_inverted() and axes.get_xlabel() == "GiB"
     assert list(axes.lines[0].get_xdata()) == [7.5, 7.5] and not five.lines
-    assert axes.texts[0].get_text() == "usable"
+    (said,) = axes.texts
+    assert said.get_text() == "usable" and said.xy == (7.5, 1.0)
+    assert said.xycoords == ("data", "axes fraction")
     assert (size, tall) == ((10.5, pytest.approx(2.4)), (10.5, pytest.approx(3.4)))
 
 
@@ -389,3 +391,19 @@ def test_the_table_of_runs_is_what_the_logs_say(tmp_path):
     assert [name.split(" (")[0] for name in head] == [
         "run", "sparsity, measured", "tokens", "steps", "validation loss", "perplexity",
         "training FLOPs", "tokens/s, median", "state of rank 0", "sent per step", "peak memory"]
+
+
+def test_parts_of_a_page():
+    assert document.heading("a < b") == "<h2>a &lt; b</h2>" and document.heading(
+        "c", 4) == "<h4>c</h4>"
+    assert document.paragraph("a & b") == "<p>a &amp; b</p>"
+    assert document.paragraph("a", "note") == '<p class="note">a</p>'
+    assert document.bullets(["a", "<b>"]) == '<ul class="note"><li>a</li><li>&lt;b&gt;</li></ul>'
+    assert document.figure("t", "<svg/>") == "<figure><h3>t</h3><svg/></figure>"
+    assert document.figure("t", "<svg/>", "c", wide=True) == (
+        "<figure class=wide><h3>t</h3><svg/><figcaption>c</figcaption></figure>")
+    assert document.plots(["a", "b"]) == '<div class="plots">a\nb</div>'
+    assert document.key("#123") == '<span class="key" style="background:#123"></span>'
+    html = document.page("T & t", ["one", "two"])
+    assert html.startswith("<!DOCTYPE html>") and "<title>T &amp; t</title>" in html
+    assert "<body>\none\ntwo\n</body>" in html and document.STYLE in html

@@ -112,3 +112,26 @@ def test_a_log_without_times_of_steps_does_not_calibrate(write):
     log.write_text(log.read_text().replace('"step_seconds"', '"seconds"'))
     with pytest.raises(ValueError, match="has no step_seconds"):
         calibrate(read_run(directory), GPU)
+
+
+def test_a_micro_batch_left_to_the_run_is_the_one_it_chose_last(write):
+    _, directory = write([1.0])
+    values = yaml.safe_load((directory / "recipe.yaml").read_text())
+    values["train"]["micro_batch"] = "auto"
+    (directory / "recipe.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(ValueError, match="train.micro_batch=auto and no micro_batch.json"):
+        read_run(directory)
+    (directory / "micro_batch.json").write_text('[{"micro_batch": 4}, {"micro_batch": 2}]')
+    assert read_run(directory).recipe.train.micro_batch == 2
+    values["train"]["micro_batch"] = 8
+    (directory / "recipe.yaml").write_text(yaml.safe_dump(values))
+    assert read_run(directory).recipe.train.micro_batch == 8
+
+
+def test_a_run_is_finished_from_its_last_step_on(write):
+    r, directory = write([1.0] * 3)
+    assert r.steps > 3 and not read_run(directory).finished
+    log = directory / "log.jsonl"
+    for step, finished in ((r.steps - 1, False), (r.steps, True), (r.steps + 1, True)):
+        log.write_text(json.dumps({"kind": "train", "step": step, "tokens": 1, "loss": 1.0}) + "\n")
+        assert read_run(directory).finished == finished

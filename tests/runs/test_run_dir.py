@@ -166,3 +166,19 @@ def test_a_start_that_has_changed_since_is_no_other_run(recipe):
     RunDir(tuned("/moved/start"), {"checkpoint": "1", "data.path": "1"}).check()
     with pytest.raises(ValueError, match="checkpoint is start there and /moved/start here"):
         RunDir(tuned("/moved/start"), {"checkpoint": "2", "data.path": "1"}).check()
+
+
+@pytest.mark.parametrize(("key", "refused"), [("data.train", False), ("data.blend", False),
+                                              ("data.valid", True), ("checkpoint", False)])
+def test_training_data_of_another_content_go_on_where_the_recipe_says_so(recipe, key, refused):
+    """A run goes on as it began, whatever the checkpoint that it started from has become."""
+    RunDir(recipe(), {key: "a"}).create()
+    RunDir(recipe(), {key: "a"}).check()
+    go_on = RunDir(recipe(data={"on_blend_change": "continue"}), {key: "b"})
+    stay = RunDir(recipe(), {key: "b"})
+    for run, fails in ((go_on, refused), (stay, key != "checkpoint")):
+        if fails:
+            with pytest.raises(ValueError, match=f"{key} has another content than at the last"):
+                run.check()
+        else:
+            run.check()

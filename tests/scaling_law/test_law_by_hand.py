@@ -209,9 +209,12 @@ def test_curves_of_one_budget_and_their_optima():
 
 
 def test_contours_are_of_both_costs():
-    law, drawn = PUBLISHED["t5"], []
+    law, drawn, labels = PUBLISHED["t5"], [], []
 
     class Axes:
+        def clabel(self, lines, fmt, fontsize):
+            labels.append(fmt(0.875))
+
         def contour(self, n, c, best, **options):
             drawn.append((n, c, best, options))
 
@@ -227,3 +230,10 @@ def test_contours_are_of_both_costs():
         for i, j in ((9, 3), (14, 12)):
             assert best[i, j] == pytest.approx(law.optimal_sparsity_numeric(n[j], c[i], cost),
                                                abs=1e-5)
+    assert labels == ["87.5%"] * 2
+
+
+@pytest.mark.parametrize(("reached", "counted"), [(np.nan, np.inf), (np.inf, np.inf), (2.0, 2.0)])
+def test_a_start_that_ran_away_is_never_the_best(monkeypatch, reached, counted):
+    monkeypatch.setattr(fitting, "minimize", lambda f, x, **_: SimpleNamespace(x=x, fun=reached))
+    assert fitting._minimize(fitting._Data.of(POINTS), np.zeros(7))[1] == counted

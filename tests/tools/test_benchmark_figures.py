@@ -3,6 +3,7 @@ what, over which steps, and what is drawn up."""
 
 from __future__ import annotations
 
+import re
 import statistics
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -484,7 +485,8 @@ def test_circumstances_say_when_on_what_and_with_what(monkeypatch, tmp_path, cap
     found = environment.circumstances(("torch", "no-such-library"))
     assert found["versions"] == {"torch": torch.__version__.split("+")[0]} or list(
         found["versions"]) == ["torch"]
-    assert found["command"] == "python tools/x.py 'a b'" and found["date"].startswith("20")
+    assert found["command"] == "python tools/x.py 'a b'" and (
+        re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:\d\d[+-]\d\d:\d\d", found["date"]))
     environment.publish({**found, "device": "d", "versions": {"a": "1", "b": "2"}}, ["line"], None)
     assert capsys.readouterr().out == (f"{found['date']}, d, a 1, b 2\n"
                                        "$ python tools/x.py 'a b'\n\nline\n")
@@ -566,3 +568,28 @@ def test_steps_with_a_move_alternate_with_those_before(recipe, clock, monkeypatc
     assert built[0].tokens == [256 * at for at, *_ in taken]
     (text,) = moves.render_moves({"set": found})
     assert f" {longer[1] / 2:.2%} |" in text
+
+
+def test_a_tool_is_run_once_with_its_files_and_its_failure_is_told(tmp_path):
+    said = tmp_path / "said"
+    script = f'echo "$@" > {said}; head -c 20000000 /dev/zero | tail -c 1; exit $0'
+    command = ["sh", "-c", script]
+    taken = data_throughput._run([*command, "0"], [tmp_path / "a", tmp_path / "b"], tmp_path / "o")
+    assert said.read_text().split() == ["--output-prefix", f"{tmp_path}/o", "--input",
+                                        f"{tmp_path}/a", f"{tmp_path}/b"]
+    assert 0.0 < taken.wall < 60.0 and 0.0 < taken.cpu < 60.0 and taken.memory > 2**20
+    with pytest.raises(ValueError, match="-c ended with 3: "):
+        data_throughput._run([*command, "3"], [tmp_path / "a"], tmp_path / "o")
+
+
+def test_the_suite_is_tiny_without_a_gpu(recipe, monkeypatch):
+    assert sizes.scale_of("cpu") is sizes.CPU
+    assert [sizes.scale_of(name) for name in suite.SCALES[:2]] == [sizes.GPU] * 2
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert sizes.memory() == 2**22
+    r = recipe(train={"precision": "fp32", "micro_batch": 4, "sequence_length": 24})
+    assert (sizes.dtype_of(r), sizes.tokens_of(r)) == (torch.float32, 96)
+    assert sizes.dtype_of(recipe()) is torch.bfloat16
+    assert list(sizes.CPU.patterns)[2:4] == ["tiles of 16, 75%", "tiles of 32, 75%"]
+    assert sizes.CPU.recipe("0.0", "seed=7").seed == 7
+    assert sizes.CPU.deep_recipe("0.5").model.hidden == 64

@@ -137,7 +137,8 @@ class MaskAlgorithm(Section):
         return next(part.reached for part in self.parts(steps) if step <= part.last)
 
     def alike_until(self, step: int, steps: int, others: int) -> bool:
-        """Whether masks move alike up to a step in runs or stages of two lengths."""
+        """Whether masks move alike up to a step in runs or stages of two lengths: where `due` and
+        `share` are the same, unless the algorithm chooses by the length in another way too."""
         return steps == others or all(
             self.due(s, steps) == self.due(s, others) and self.share(s, steps) == self.share(
                 s, others) for s in range(1, step + 1))

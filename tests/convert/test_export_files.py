@@ -1,0 +1,104 @@
+"""Files of an exported model: tensors in safetensors' own reading, masks, configuration and card;
+tests/cli/test_convert.py loads them with transformers."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from small_models import gpt2_tensors, make_recipe, make_tokenizer
+
+from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
+from megatron_spdf.convert.huggingface_export import export, in_memory, model_card
+from megatron_spdf.convert.initial_checkpoint import write_initial_checkpoint
+from megatron_spdf.convert.source import open_weights
+
+
+@pytest.fixture
+def source(gpt2, tokenizer, tmp_path):
+    """The GPT-2 with its tokenizer, dense, or as a run of some sparsity."""
+    tokenizer.save(tmp_path / "tokenizer")
+    for file in (tmp_path / "tokenizer").iterdir():
+        file.rename(gpt2 / file.name)
+    dense = open_weights(gpt2)
+
+    def of(sparsity: float | None = None, select: str = "random"):
+        if sparsity is None:
+            return dense
+        recipe = make_recipe(sparsity=sparsity, train={"precision": "fp32"})
+        write_initial_checkpoint(dense, recipe, make_tokenizer(), tmp_path / "run", select)
+        return CheckpointReader(find_checkpoint(tmp_path / "run"))
+    return of
+
+
+def read(path) -> dict[str, torch.Tensor]:
+    with safe_open(path, framework="pt") as opened:
+        assert opened.metadata() == {"format": "pt"}
+        return {name: opened.get_tensor(name) for name in opened.keys()}
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_tensors_are_those_of_the_model(source, tmp_path, dtype, kind):
+    export(source(), tmp_path / "out", dtype)
+    found = read(tmp_path / "out" / "model.safetensors")
+    theirs = gpt2_tensors()
+    assert found.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert torch.equal(found[name], tensor.to(kind)), name
+    head = (tmp_path / "out" / "model.safetensors").read_bytes()[:8]
+    assert int.from_bytes(head, "little") % 8 == 0
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "README.md", "config.json", "generation_config.json", "merges.txt", "model.safetensors",
+        "tokenizer_config.json", "vocab.json"]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["n_layer"], config["n_embd"], config["n_head"], config["n_inner"]) == (2, 12, 6,
+                                                                                          30)
+    assert config["bos_token_id"] == config["eos_token_id"] == 258
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert generation["pad_token_id"] == generation["eos_token_id"] == 258
+    assert not generation.get("suppress_tokens")
+    tokenizer = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert tokenizer == {
+        "tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>",
+        "bos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "model_max_length": 10,
+        "clean_up_tokenization_spaces": False, "add_prefix_space": False}
+
+
+@pytest.mark.parametrize("select", ["random", "magnitude"])
+def test_masks_have_the_form_of_their_weights(source, tmp_path, select):
+    reader = source(0.5, select)
+    export(reader, tmp_path / "out", masks=True)
+    masks, weights = (read(tmp_path / "out" / name) for name in ("masks.safetensors",
+                                                                 "model.safetensors"))
+    matrices = [f"transformer.h.{layer}.{name}.weight" for layer in range(2)
+                for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
+    assert sorted(masks) == sorted(matrices)
+    theirs = gpt2_tensors()
+    for name, mask in masks.items():
+        assert mask.dtype == torch.bool and mask.float().mean() == 0.5
+        assert torch.equal(weights[name], theirs[name] * mask)
+    model = in_memory(reader)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, weights[name]) and not model.training
+    with pytest.raises(ValueError, match="is dense and has no masks; leave out --masks"):
+        export(source(), tmp_path / "other", masks=True)
+
+
+def test_the_card_says_what_the_model_is(source):
+    lines = model_card(source(0.5, "magnitude"), "bf16", masks=True).splitlines()
+    weights = sum(w.numel for w in source().weights.values())
+    linear = 2 * (12 * 36 + 12 * 12 + 2 * 12 * 30)
+    said = [line for line in lines if line.startswith("- ")]
+    assert said[0].startswith(f"- Architecture: GPT-2, tied embeddings, {weights:,} parameters")
+    assert said[1].startswith(
+        f"- Sparsity: 50.00% of the {linear:,} weights in 8 matrices of the blocks are exactly zero"
+        " (static masks, the largest magnitudes in each slice of the Hugging Face model gpt2), so "
+        f"{linear // 2:,} of them are active.")
+    assert said[2].startswith("- Training: step 0, 0 tokens, in fp32; saved ")
+    assert said[3:5] == ["- Begun from: the Hugging Face model gpt2.", "- Weights: bf16."]
+    assert said[5].startswith("- Masks: `masks.safetensors` holds a bool")
+    assert "## Recipe" in lines and "# GPT-2, 2 layers x 12" in lines
+    plain = model_card(source(), "fp32", masks=False)
+    assert "Recipe" not in plain and "Masks" not in plain and "- Weights: fp32." in plain
