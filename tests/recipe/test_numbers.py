@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from megatron_spdf.recipe.finetune import Finetune
 from megatron_spdf.recipe.recipe import Recipe
@@ -45,3 +45,19 @@ def test_flags_are_flags(recipe):
 def test_an_empty_path_is_refused(recipe, sections):
     with pytest.raises(ValueError, match="a path is empty; name a file or directory"):
         recipe(**sections)
+
+
+def test_a_section_holds_its_own_defaults_to_their_bounds_and_stays_as_it_is():
+    class Tenant(Section):
+        number: float = Field(0.0, gt=0.0)
+
+    with pytest.raises(ValidationError, match="greater than 0"):
+        Tenant()
+    with pytest.raises(ValidationError, match="finite number"):
+        Tenant(number=float("inf"))
+    with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
+        Tenant(number=1.0, other=2.0)
+    made = Tenant(number=1.0)
+    with pytest.raises(ValidationError, match="frozen"):
+        made.number = 2.0
+    assert hash(made) == hash(Tenant(number=1.0))
