@@ -40,7 +40,7 @@ class MaskMoves:
     def __post_init__(self) -> None:
         self.algorithm = self.stage.recipe.sparsity.update
         self.steps = self.stage.steps
-        self._due = self._collects = self._chose = False
+        self._due = self._collects = self._unreported = False
         if self.state.mask_updates and not self.algorithm.holds:  # resumed: no more than this
             self.born = {name: weight.slices * self._most_born(weight)
                          for name, weight in self.stage.plan.weights.items()}
@@ -66,13 +66,14 @@ class MaskMoves:
             drop_dense_gradients(self.engine.models)
 
     def _choose(self, result: StepResult) -> None:
-        """Has weights choose their masks in the next step if that is due, and reports the choice of
-        this one."""
-        if self._chose and self.state.step % self.stage.recipe.log.every == 0:
+        """Has weights choose their masks in the next step if that is due, and reports the last
+        choice when the log is."""
+        if self._unreported and self.state.step % self.stage.recipe.log.every == 0:
             self.report.moved(count_chosen(self.engine))
-        self._chose = self._due and not result.skipped
-        if self._chose:
+            self._unreported = False
+        if self._due and not result.skipped:
             self.state.mask_updates += 1
+            self._unreported = True
             choose_masks(self.engine.models)
 
     def _move(self) -> dict[str, int]:

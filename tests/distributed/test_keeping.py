@@ -113,6 +113,7 @@ def trained(ranks, make_deep_recipe, tmp_path_factory):
     it."""
     recipe = make_deep_recipe(str(tmp_path_factory.mktemp("trained") / "run"),
                               sparsity=SPARSITY["top_kast"], train={"tokens": 8 * 32 * 13},
+                              log={"every": 2},
                               checkpoint={"every": 0, "asynchronous": False})
     ranks(1).run(pruned, [recipe], [None])
     return recipe
@@ -146,6 +147,15 @@ def test_what_is_read_inspected_resharded_and_exported_is_masked(trained, tmp_pa
     export(reader, tmp_path / "exported")
     there = load_file(tmp_path / "exported" / "model.safetensors")
     assert np.array_equal(there["transformer.h.1.mlp.c_fc.weight"].T, weight.numpy())
+
+
+def test_the_log_says_what_a_choice_changed(trained):
+    """Due after steps 5 and 10, made in the next, and said when the log is."""
+    lines = (Path(trained["output"]) / "log.jsonl").read_text().splitlines()
+    moves = [r for r in map(json.loads, lines) if r["kind"] == "mask"]
+    assert [(r["step"], r["update"], r["algorithm"]) for r in moves] == [
+        (6, 1, "top_kast"), (12, 2, "top_kast")]
+    assert all(0 < r["moved"] and 0 < r["share"] < 0.5 and "seconds" not in r for r in moves)
 
 
 def test_fine_tuning_goes_on_dense_or_with_the_masks_at_the_end(ranks, trained, tuning):

@@ -593,3 +593,26 @@ def test_the_suite_is_tiny_without_a_gpu(recipe, monkeypatch):
     assert list(sizes.CPU.patterns)[2:4] == ["tiles of 16, 75%", "tiles of 32, 75%"]
     assert sizes.CPU.recipe("0.0", "seed=7").seed == 7
     assert sizes.CPU.deep_recipe("0.5").model.hidden == 64
+
+
+def test_products_of_a_peer_are_held_against_dense_ones(recipe, monkeypatch, tmp_path):
+    monkeypatch.setattr(baselines, "stk_products",
+                        lambda weight, *_: iter([("stk, forward", 2e-6, 4e-6)]))
+    part = suite_parts.Part(sizes.CPU, tmp_path / "rows", until=0.0)
+    suite_parts._stk(part, recipe(sparsity={"level": 0.75, "pattern": "tile", "tile": 16},
+                                  model={"hidden": 128, "ffn_hidden": 512}), CPU)
+    rows = suite._tables(tmp_path / "rows")["kernels"]
+    assert sorted(row["weight"] for row in rows) == ["128 x 128", "128 x 512", "384 x 128",
+                                                     "512 x 128"]
+    for row in rows:
+        assert (row["time (us)"], row["dense / time"]) == pytest.approx((2.0, 2.0))
+        assert row["floor / time"] == pytest.approx(0.25 * 2.0)
+
+
+def test_without_a_gpu_no_peak_is_shown():
+    run = {"sparsity": 0.0, "tokens_per_second": 1.0, "step_seconds": 1.0, "tflops_per_rank": 1.0,
+           "mfu": None, "state_bytes": {"a": 2**30}}
+    text = train.render_training({"dense": {**run, "peak_bytes": 0},
+                                  "sparse": {**run, "peak_bytes": 3 * 2**29}})[0]
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines()[2:]]
+    assert [row[-2:] for row in cells] == [["-", "1.000"], ["1.50", "1.000"]]
