@@ -211,8 +211,7 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(straight, start, small_disk
     resize(bytes_of_one * 3 // 2 // 1024)
     words = (f"output={place / 'run'}", "parallel.tensor=2",
              f"data.index_cache={straight[0].parent / 'index'}")  # the disk is for checkpoints
-    # the launcher's, of a rank that ended with 3
-    out = finish(start(*words, "checkpoint.every=4", ranks=2), code=1)
+    out = finish(start(*words, "checkpoint.every=4", ranks=2), code=3)
     assert out.count("could NOT save") == 2 and "rank" in out and "bytes are free" in out
     assert "the last 2 saves failed" in out and "make room" in out
     assert [p.name for p in (place / "run" / "checkpoints").iterdir()] == ["step_00000004"]

@@ -1,4 +1,4 @@
-"""What runs on the ranks of test_families.py."""
+"""What runs on the ranks of test_family_runs.py."""
 
 from __future__ import annotations
 

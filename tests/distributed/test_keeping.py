@@ -35,7 +35,8 @@ SPARSITY = {
     "n_m": {"level": 0.5, "pattern": "n_m", "algorithm": "ste"},
     "top_kast": {"level": 0.75, "algorithm": "top_kast", "update": {"every": 5, "penalty": 1e-2}},
     "tiles": {"level": 0.75, "pattern": "tile", "tile": 4, "algorithm": "ste"},
-    "2:4": {"level": 0.5, "pattern": "2:4", "algorithm": "ste"},
+    # less often, since a near tie of two masks of a tile changes up to eight entries at once
+    "2:4": {"level": 0.5, "pattern": "2:4", "algorithm": "ste", "update": {"every": 20}},
     "ste with decay": {"level": 0.75, "algorithm": "ste", "update": {"decay_masked": 2e-2}},
 }
 
@@ -55,11 +56,10 @@ def agree(found: dict, expected: dict) -> None:
 
     Two entries within rounding of the last that is active change places in a step here and there,
     until they are apart. Losses differ meanwhile by what one small weight of 196,608 is worth.
-    Where every tile of 4 x 4 chooses for itself, there are as many places where that may happen.
     """
     apart = sum(int(((w != 0) != (expected["weights"][name] != 0)).sum())
                 for name, w in found["weights"].items())
-    assert apart <= 3e-3 * sum(int((w != 0).sum()) for w in expected["weights"].values())
+    assert apart <= 1e-3 * sum(int((w != 0).sum()) for w in expected["weights"].values())
     off = np.abs(np.subtract(found["losses"], expected["losses"]))
     assert np.median(off) < 1e-5 and off.max() < 1e-4
     assert len(found["losses"]) == STEPS

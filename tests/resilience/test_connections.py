@@ -104,14 +104,14 @@ def right_verdict(rank_0: Rank0) -> None:
     rank_0.until(lambda: rank_0.peers[1].beat.host == "n1" and rank_0.peers[2].beat.host == "n2")
     one.sendall(beat(1, activity="step 9") + b"\n")
     rank_0.until(lambda: rank_0.peers[1].beat.activity == "step 9")
-    assert diagnose(rank_0.peers, time.monotonic(), 30.0) == ""
+    assert diagnose(rank_0.peers, time.monotonic(), 30.0).said == ""
     two.sendall(beat(2, activity="step 8") + b"\n")
     rank_0.until(lambda: rank_0.peers[2].beat.activity == "step 8")
     two.close()
     rank_0.until(lambda: rank_0.peers[2].closed)
     later = time.monotonic() + 2 * heartbeat.GRACE_SECONDS
     rank_0.peers[2].trouble -= 3 * heartbeat.GRACE_SECONDS
-    assert diagnose(rank_0.peers, later, 300.0).startswith("rank 2 on n2 died in step 8")
+    assert diagnose(rank_0.peers, later, 300.0).said.startswith("rank 2 on n2 died in step 8")
     rank_0.peers[2].trouble = later + 3600  # the test goes on after this
 
 
