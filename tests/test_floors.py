@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import textwrap
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -147,3 +148,9 @@ def test_a_circle_is_found(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     assert circles(tmp_path) == ["layers.a -> layers.b -> layers.a"]
+
+
+def test_files_of_tests_have_names_of_their_own():
+    """Two of one name are not collected in one run of pytest, and in runs of one room they are."""
+    names = Counter(path.name for path in Path(__file__).parent.rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []
