@@ -113,6 +113,10 @@ def test_a_saved_mask_holds_until_the_next_choice():
         torch.arange(1, 1 + math.prod(SHAPE)).view(4, -1))
     other.load_state_dict(state)
     assert torch.equal(other.weight != 0, largest(dense, 0))
+    choose_masks([other])  # the last of every slice, counted against the mask of the checkpoint
+    late = torch.arange(math.prod(SHAPE)).view(4, -1) % 120 >= 90
+    assert torch.equal(other.weight != 0, late.view(SHAPE))
+    assert int(compact_of(other).born) == int((late.view(SHAPE) & ~largest(dense, 0)).sum()) > 0
 
 
 @pytest.mark.parametrize("count", [1, 7, 30, 49, 50])
