@@ -10,6 +10,7 @@ import pytest
 from megatron_spdf.checkpoint import checkpointer as module
 from megatron_spdf.checkpoint import store
 from megatron_spdf.checkpoint.checkpointer import Checkpointer
+from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.sparsity.plan import Plan
 
 
@@ -62,3 +63,31 @@ def test_saves_that_fail_in_a_row_are_counted_once_each(made):
         counts.append(made.failed_in_a_row)
         assert made.wait() is None and made.poll() is None
     assert counts == [1, 2, 0, 1]
+
+
+CONSTANT = {"lr": 1e-2, "decay": "constant"}
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    ({}, None), ({"train": {"tokens": 5120}}, None), ({"train": {"tokens": 1280}}, "train.tokens"),
+    ({"optimizer": CONSTANT | {"weight_decay": 0.2}}, "optimizer.weight_decay is 0.1 there and"),
+    ({"data": {"train": ["elsewhere"]}}, None)])
+def test_a_checkpoint_is_of_the_run_that_it_may_go_on_as(made, recipe, change, said):
+    """For longer too, where the learning rate stays; data may lie elsewhere, its content has been
+    compared."""
+    def run(**sections):
+        values = recipe(optimizer=CONSTANT).model_dump()
+        for key, section in sections.items():
+            values[key] = values[key] | section
+        return Recipe.model_validate(values)
+
+    record = {"recipe": run().model_dump(), "tokenizer": {"sha256": "one"}}
+    made.recipe, made.tokenizer = run(**change), SimpleNamespace(sha256="one")
+    if said is None:
+        made._check_run(record, made.directory)
+    else:
+        with pytest.raises(ValueError, match=f"checkpoints is of another run: {said}"):
+            made._check_run(record, made.directory)
+    made.recipe, made.tokenizer = run(), SimpleNamespace(sha256="two")
+    with pytest.raises(ValueError, match="run: tokenizer is one there and two here. Use"):
+        made._check_run(record, made.directory)
