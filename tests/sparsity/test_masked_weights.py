@@ -168,6 +168,13 @@ def test_weights_that_cannot_be_n_of_m_are_refused(level, shape, keys, told):
         NofM(**keys).cut("w", shape, 1, 1, level)
 
 
+@pytest.mark.parametrize(("shape", "axis", "slices"), [
+    ((8, 4), 0, 4), ((8, 16), 1, 4), ((8, 8), 1, 2), ((8, 12), 1, 1)])
+def test_n_of_m_has_as_many_slices_as_cut_no_group(shape, axis, slices):
+    """Of four at most; cuts by rows cut none."""
+    assert NofM(n=2, m=4).cut("w", shape, axis, 4, 0.5) == slices
+
+
 @pytest.mark.parametrize("grid, per_row", [((6, 6), 2), ((4, 12), 3), ((12, 4), 1), ((5, 5), 3),
                                            ((9, 6), 2)])
 def test_tiles_are_balanced_and_hold_nearly_the_most(grid, per_row):
