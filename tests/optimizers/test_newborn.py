@@ -75,6 +75,11 @@ def test_updates_are_those_of_the_definition(rule, fields):
             run.bear(torch.randperm(VALUES)[:10])
 
 
+def test_a_parameter_of_several_chunks_is_corrected_whole(monkeypatch):
+    monkeypatch.setattr("megatron_spdf.optimizers.newborn.CHUNK", 16)  # of 50 values
+    test_updates_are_those_of_the_definition("ages", {})
+
+
 def test_a_value_that_was_there_from_the_start_is_not_touched():
     torch.manual_seed(0)
     gradients, runs = torch.randn(30, VALUES), []

@@ -22,6 +22,7 @@ from megatron_spdf.layers.compact import (
     make_compact,
     sparse_modules,
 )
+from megatron_spdf.layers.products.base import Product
 from megatron_spdf.sparsity.algorithms.gmp import Gmp
 from megatron_spdf.sparsity.patterns.tiles import Tiles
 from megatron_spdf.sparsity.patterns.unstructured import draw_mask
@@ -229,6 +230,11 @@ def test_densified_layer_is_an_ordinary_one(sparse):
     assert sparse.weight.grad[~whole_mask(WEIGHT)].any()
 
 
+def test_what_does_not_train_does_not_train_when_it_is_densified(sparse):
+    values_of(sparse).requires_grad_(False)
+    assert not densify(sparse).weight.requires_grad
+
+
 def summed_gradient(module: nn.Module, batches: list[Tensor]) -> Tensor:
     reference = copy.deepcopy(module)
     sum(reference(x).square().sum() for x in batches).backward()
@@ -246,6 +252,16 @@ def test_expanded_keeps_one_copy(sparse, monkeypatch):
             sparse(x)
         assert sparse.weight is first and len(calls) == 1
     assert sparse.weight is not first
+
+
+@pytest.mark.parametrize(("product", "at_once", "copies"), [
+    (None, True, 1), (None, False, 0), (Product(), True, 0)])
+def test_what_multiplies_with_the_values_has_no_copy(layer, monkeypatch, product, at_once, copies):
+    make_compact(layer, CompactWeight(WEIGHT, SEED, 0, 1, "cpu", product))
+    calls, expand = [], dispatch.expand
+    monkeypatch.setattr(dispatch, "expand", lambda *a: calls.append(a) or expand(*a))
+    with expanded(layer, at_once):
+        assert len(calls) == copies
 
 
 def test_copy_does_not_outlive_the_context(sparse):

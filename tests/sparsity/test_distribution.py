@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_spdf.architecture.base import Weight
-from megatron_spdf.sparsity.distribution import erk_densities
+from megatron_spdf.sparsity.distribution import erk_densities, whole_entries
 from megatron_spdf.sparsity.plan import Plan, make_plan
 from megatron_spdf.sparsity.settings import Sparsity
 
@@ -72,3 +72,19 @@ def test_rules_stand_and_only_the_others_share(recipe):
     rest = [w for name, w in plan.weights.items() if "fc1" not in name]
     assert sum(w.active for w in rest) / sum(w.numel for w in rest) == pytest.approx(0.25, abs=1e-4)
     assert rest[0].level < 0.75 < rest[2].level
+
+
+@pytest.mark.parametrize(("slices", "budget", "active"), [
+    ((1, 1, 1, 1), 20, [3, 4, 3, 10]),  # 16 + 1 of weights rounded down, three more
+    ((1, 1, 1, 1), 18, [2, 4, 2, 10]),  # the largest remainder first
+    ((1, 1, 1, 1), 19, [3, 4, 2, 10]),  # of equal ones the first
+    ((1, 4, 1, 1), 27, [3, 3, 2, 10]),  # one of four slices costs four
+    ((1, 4, 1, 1), 30, [2, 4, 2, 10])])
+def test_remainders_decide_who_has_one_more(slices, budget, active):
+    """Of ten entries each: 2.5, 3.75, 2.5 and all."""
+    assert whole_entries([0.25, 0.375, 0.25, 1.0], [10] * 4, slices, budget) == active
+
+
+def test_every_slice_has_an_active_entry_and_no_more_than_it_has():
+    assert whole_entries([0.001, 1.0], [10, 4], [1, 1], 9) == [2, 4]
+    assert whole_entries([0.001, 1.0], [10, 4], [1, 1], 3) == [1, 4]

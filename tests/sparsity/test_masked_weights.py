@@ -113,6 +113,10 @@ def test_a_saved_mask_holds_until_the_next_choice():
         torch.arange(1, 1 + math.prod(SHAPE)).view(4, -1))
     other.load_state_dict(state)
     assert torch.equal(other.weight != 0, largest(dense, 0))
+    choose_masks([other])  # the last of every slice, counted against the mask of the checkpoint
+    late = torch.arange(math.prod(SHAPE)).view(4, -1) % 120 >= 90
+    assert torch.equal(other.weight != 0, late.view(SHAPE))
+    assert int(compact_of(other).born) == int((late.view(SHAPE) & ~largest(dense, 0)).sum()) > 0
 
 
 @pytest.mark.parametrize("count", [1, 7, 30, 49, 50])
@@ -162,6 +166,13 @@ def test_every_group_has_n_of_m(n, m, axis):
 def test_weights_that_cannot_be_n_of_m_are_refused(level, shape, keys, told):
     with pytest.raises(ValueError, match=told):
         NofM(**keys).cut("w", shape, 1, 1, level)
+
+
+@pytest.mark.parametrize(("shape", "axis", "slices"), [
+    ((8, 4), 0, 4), ((8, 16), 1, 4), ((8, 8), 1, 2), ((8, 12), 1, 1)])
+def test_n_of_m_has_as_many_slices_as_cut_no_group(shape, axis, slices):
+    """Of four at most; cuts by rows cut none."""
+    assert NofM(n=2, m=4).cut("w", shape, axis, 4, 0.5) == slices
 
 
 @pytest.mark.parametrize("grid, per_row", [((6, 6), 2), ((4, 12), 3), ((12, 4), 1), ((5, 5), 3),

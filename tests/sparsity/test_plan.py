@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_spdf.sparsity.plan import Plan, SparseWeight, make_plan, render_plan
+from megatron_spdf.sparsity.algorithms.top_kast import TopKast
+from megatron_spdf.sparsity.plan import (
+    Plan,
+    SparseWeight,
+    check_algorithm,
+    check_tensor,
+    make_plan,
+    render_plan,
+)
 from megatron_spdf.sparsity.settings import Sparsity
 
 TILE = ["self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1",
@@ -119,3 +127,40 @@ def test_table_has_a_row_for_each_kind(plan):
     assert [row.split()[:2] for row in rows] == [[f"decoder.layers.*.{name}.weight", "4"]
                                                  for name in TILE]
     assert all(row.endswith("75.0000%") for row in rows)
+
+
+def test_tensor_parallelism_divides_the_slices_of_every_weight():
+    plan = Plan(0, {str(c): SparseWeight(str(c), (24, 8), 0, c, 0.5) for c in (4, 6)})
+    check_tensor(plan, 2)
+    with pytest.raises(ValueError, match=r"parallel.tensor=3 does not divide the 4 slices .* 4 "
+                                         r"\(24 x 8\) at level 0.5; tensor may be a divisor of 2,"):
+        check_tensor(plan, 3)
+    with pytest.raises(ValueError, match="tensor=4 does not divide the 6 slices .* divisor of 2,"):
+        check_tensor(plan, 4)
+
+
+@pytest.mark.parametrize(("pattern", "allowed", "refused", "said"), [
+    # 8 zeros for 24 active entries; of 0.02 of them none would move
+    ({}, (0.0, 0.03, 8 / 24), (0.02, 9 / 24), ("0.0417 or more", "fraction to 0.333")),
+    # 4 zeros for 4 tiles, which move two by two
+    ({"pattern": "tile", "tile": 2}, (0.0, 0.5, 1.0), (0.25,), ("raise .* to 0.5, or",))])
+def test_as_many_may_move_as_there_are_zeros(pattern, allowed, refused, said):
+    shape = (4, 8)
+
+    def check(fraction: float) -> None:
+        sparsity = Sparsity(level=0.5 if pattern else 0.25, algorithm="set",
+                            update={"fraction": fraction}, **pattern)
+        weight = SparseWeight("w", shape, 0, 1, sparsity.level, sparsity.masks,
+                              algorithm=sparsity.update)
+        check_algorithm(Plan(0, {"w": weight}), sparsity)
+
+    for fraction in allowed:
+        check(fraction)
+    for fraction, words in zip(refused, said, strict=True):
+        with pytest.raises(ValueError, match=words):
+            check(fraction)
+
+
+def test_top_kast_pulls_by_the_density_that_whole_numbers_reach():
+    assert TopKast(penalty=0.5).decay(SparseWeight("w", (2, 3), 0, 1, 0.6)) == (
+        0.5, pytest.approx(1.5))  # two of six entries

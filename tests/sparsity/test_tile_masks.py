@@ -145,6 +145,14 @@ def test_tables_of_tiles_find_every_active_tile_where_its_values_are(weight, wor
     assert by_column == [tuple(p[::-1]) for p in (dense[::b, ::b] != 0).T.nonzero().tolist()]
 
 
+def test_the_planner_counts_the_bytes_of_the_tables():
+    weight = SparseWeight("w", (256, 128), 0, 2, 0.5, Tiles(tile=32))
+    compact = CompactWeight(weight, 3, 0, 1, "cpu")
+    tiles = find_tiles(compact.mask_bits, weight.slice_shape, weight.axis, 32)
+    assert weight.pattern.table_bytes(weight.active) == tiles.columns.nbytes + tiles.entries.nbytes
+    assert Tiles(tile=3).table_bytes(weight.active) == 0  # no kernel takes them
+
+
 def test_planner_and_kernels_agree_on_what_is_multiplied():
     for size in range(1, 300):
         assert has_tile_kernel(size) == supports_tiles(size, torch.bfloat16)
