@@ -93,6 +93,10 @@ def test_level_that_no_balanced_mask_is_near_is_refused():
                        match=r"level=0.9 is over 0.05 from any .* multiples of 1/2 under 1; take "
                              r"smaller"):
         tile_slices(NAME, (128, 128), 0, 4, 0.9, 64)
+    # next to 3/8 of density; 0.0488 and 0.0563 off
+    assert tile_slices(NAME, (512, 512), 0, 1, 0.57625, 64) == 1
+    with pytest.raises(ValueError, match="level=0.56875 is over 0.05 from any"):
+        tile_slices(NAME, (512, 512), 0, 1, 0.56875, 64)
     with pytest.raises(ValueError, match="take smaller tiles"):
         tile_slices(NAME, (64, 64), 0, 1, 0.02, 64)  # one tile, which would be dense
 
