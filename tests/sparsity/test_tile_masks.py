@@ -12,6 +12,7 @@ import torch
 from megatron_spdf.kernels.limits import has_tile_kernel
 from megatron_spdf.kernels.tiles import find_tiles, supports_tiles
 from megatron_spdf.layers.compact import CompactWeight
+from megatron_spdf.layers.products.tiles import TileProduct
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.sparsity.patterns.tiles import Tiles, balanced_parts, draw_tile_mask, tile_slices
 from megatron_spdf.sparsity.plan import Plan, SparseWeight, render_plan
@@ -147,6 +148,19 @@ def test_tables_of_tiles_find_every_active_tile_where_its_values_are(weight, wor
                   tiles.columns[int(e) // tiles.slots, int(e) % tiles.slots].item())
                  for entries in tiles.entries for e in entries]
     assert by_column == [tuple(p[::-1]) for p in (dense[::b, ::b] != 0).T.nonzero().tolist()]
+
+
+@each_layout
+def test_tables_on_the_meta_device_have_the_shapes_of_others(weight, world):
+    compact = CompactWeight(weight, 3, world - 1, world, "cpu")
+    there, here = (TileProduct(None).tables(bits, weight)
+                   for bits in (compact.mask_bits.to("meta"), compact.mask_bits))
+    for name, value in vars(here).items():
+        other = getattr(there, name)
+        if isinstance(value, torch.Tensor):
+            assert (other.shape, other.dtype) == (value.shape, value.dtype) and other.is_meta
+        else:
+            assert other == value
 
 
 def test_the_planner_counts_the_bytes_of_the_tables():
