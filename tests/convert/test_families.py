@@ -176,9 +176,25 @@ def test_what_would_compute_something_else_is_refused_by_name(name):
     {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 4},
     {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4,
      "max_window_layers": 2},
-    {"model_type": "qwen3", "layer_types": ["full_attention"] * 2}])
+    {"model_type": "qwen3", "layer_types": ["full_attention"] * 2},
+    {"partial_rotary_factor": 1.0}, {"rope_parameters": {"partial_rotary_factor": 1.0}},
+    {"rope_scaling": LLAMA3 | {"factor": 1.0}},
+    {"model_type": "mistral", "max_position_embeddings": 8192, "sliding_window": 8192},
+    {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1,
+     "max_position_embeddings": 8192, "sliding_window": 8192}])
 def test_what_changes_nothing_is_read(change):
-    assert model_of(CONFIG | change, ALL).hidden == 64
+    read = model_of(CONFIG | change, ALL)
+    assert (read.hidden, read.rotary_scaling) == (64, 1.0)
+
+
+def test_what_a_configuration_leaves_out_is_what_transformers_takes():
+    from transformers import LlamaConfig
+
+    theirs = LlamaConfig()
+    model = model_of({key: value for key, value in CONFIG.items()
+                      if key not in ("rms_norm_eps", "tie_word_embeddings", "head_dim")}, ALL)
+    assert (model.norm_eps, model.tied) == (theirs.rms_norm_eps, theirs.tie_word_embeddings)
+    assert model.head_width * model.heads == model.hidden
 
 
 def test_models_of_other_slices_are_compared(given, tmp_path):

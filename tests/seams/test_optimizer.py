@@ -13,6 +13,7 @@ from cases import cut, train
 from sgd_cases import plain, put_back
 from user_command import run_with
 
+from megatron_spdf.model.parametrization import Parametrization
 from megatron_spdf.planning.memory import rank_bytes
 from megatron_spdf.recipe.finetune import Finetune, training_recipe
 from megatron_spdf.recipe.help import render_help
@@ -98,6 +99,19 @@ def test_a_recipe_is_read_and_written_with_its_fields(recipe, tmp_path):
     assert load_recipe(tmp_path / "recipe.yaml") == made
     assert made.identity()["optimizer"]["momentum"] == 0.8
     assert not list(rule_violations(recipe(optimizer=SGD, parametrization="mup")))
+
+
+def test_its_rates_under_mup_are_those_of_its_own_rule(recipe):
+    """At twice the base width and a quarter of the weights."""
+    base = {"hidden": 32}
+    rates = {"mup": {True: 2.0 / (2.0 * 0.25), False: 2.0}, "density": {True: 4.0, False: 1.0}}
+    for parametrization, wanted in rates.items():
+        made = recipe(optimizer=SGD, parametrization=parametrization, sparsity=0.75, mup_base=base)
+        rules = Parametrization(made, Plan.of(made))
+        found = {w.linear: set() for w in made.model.weights()}
+        for weight in made.model.weights():
+            found[weight.linear].add(rules.peak(weight).limits(0.1)["max_lr"])
+        assert found == {linear: {0.5 * rate} for linear, rate in wanted.items()}
 
 
 def test_a_fine_tuning_recipe_has_its_fields(recipe):
