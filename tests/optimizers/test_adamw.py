@@ -74,6 +74,9 @@ def test_state_is_counted_saved_and_started_from_zero():
     assert set(state) == {"exp_avg", "exp_avg_sq", "step"} and state["step"] == 0
     assert all(not state[name].any() and state[name].shape == (3,) for name in settings.states)
     assert all(group["fused"] for group in optimizer.param_groups)
+    slow = torch.optim.AdamW([master])  # as Megatron-Core makes it
+    settings.start(slow, [master])
+    assert all(group["fused"] for group in slow.param_groups)
     settings.set_steps(optimizer, 7)
     assert state["step"] == 7.0 and state["step"].dtype == torch.float32
 

@@ -135,6 +135,15 @@ def test_gmps_parts_end_where_it_prunes(steps, stores):
     assert not any(algorithm.due(step, steps) for step in range(1, parts[0].last))
 
 
+@pytest.mark.parametrize(("start", "stop", "dense", "sparse"), [
+    (0.5, 0.52, 5, 6), (0.0, 0.01, 0, 1), (0.97, 1.0, 9, 10)])
+def test_gmp_prunes_at_once_where_its_steps_are_none(start, stop, dense, sparse):
+    """Of ten steps, `start` and `stop` fall on one."""
+    algorithm = Gmp(start=start, stop=stop)
+    assert (algorithm.share(dense, 10), algorithm.share(sparse, 10)) == (0.0, 1.0)
+    assert [step for step in range(1, 11) if algorithm.due(step, 10)] == [sparse]
+
+
 def test_gmp_kills_the_smallest_up_to_the_cubic(values):
     one = part(values)
     one = MaskSlice(one.name, 0, one.mask, one.values, None, 3, 1,

@@ -69,6 +69,9 @@ def test_masks_follow_the_weights_when_they_are_due_and_not_before(axis):
         layer.parametrizations.weight.original.neg_().reciprocal_()  # the smallest are the largest
     assert torch.equal(layer.weight != 0, before != 0)
     choose_masks([layer])
+    choose_masks([layer], due=False)  # it has not been used in between
+    assert torch.equal(layer.weight != 0, before != 0)
+    choose_masks([layer])
     assert torch.equal(layer.weight, dense.neg().reciprocal() * largest(1 / dense, axis))
 
 

@@ -12,6 +12,7 @@ import torch
 from megatron_spdf.kernels.limits import has_tile_kernel
 from megatron_spdf.kernels.tiles import find_tiles, supports_tiles
 from megatron_spdf.layers.compact import CompactWeight
+from megatron_spdf.layers.products.tiles import TileProduct
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.sparsity.patterns.tiles import Tiles, balanced_parts, draw_tile_mask, tile_slices
 from megatron_spdf.sparsity.plan import Plan, SparseWeight, render_plan
@@ -93,6 +94,10 @@ def test_level_that_no_balanced_mask_is_near_is_refused():
                        match=r"level=0.9 is over 0.05 from any .* multiples of 1/2 under 1; take "
                              r"smaller"):
         tile_slices(NAME, (128, 128), 0, 4, 0.9, 64)
+    # next to 3/8 of density; 0.0488 and 0.0563 off
+    assert tile_slices(NAME, (512, 512), 0, 1, 0.57625, 64) == 1
+    with pytest.raises(ValueError, match="level=0.56875 is over 0.05 from any"):
+        tile_slices(NAME, (512, 512), 0, 1, 0.56875, 64)
     with pytest.raises(ValueError, match="take smaller tiles"):
         tile_slices(NAME, (64, 64), 0, 1, 0.02, 64)  # one tile, which would be dense
 
@@ -143,6 +148,19 @@ def test_tables_of_tiles_find_every_active_tile_where_its_values_are(weight, wor
                   tiles.columns[int(e) // tiles.slots, int(e) % tiles.slots].item())
                  for entries in tiles.entries for e in entries]
     assert by_column == [tuple(p[::-1]) for p in (dense[::b, ::b] != 0).T.nonzero().tolist()]
+
+
+@each_layout
+def test_tables_on_the_meta_device_have_the_shapes_of_others(weight, world):
+    compact = CompactWeight(weight, 3, world - 1, world, "cpu")
+    there, here = (TileProduct(None).tables(bits, weight)
+                   for bits in (compact.mask_bits.to("meta"), compact.mask_bits))
+    for name, value in vars(here).items():
+        other = getattr(there, name)
+        if isinstance(value, torch.Tensor):
+            assert (other.shape, other.dtype) == (value.shape, value.dtype) and other.is_meta
+        else:
+            assert other == value
 
 
 def test_the_planner_counts_the_bytes_of_the_tables():
