@@ -23,8 +23,17 @@ class Gated(Model):
     tied: ClassVar = False
 
 
+class Normed(Gated):
+    """Heads whose queries and keys are normed too."""
+
+    name: ClassVar = "normed"
+    qk_norm: ClassVar = True
+
+
 SHAPE = {"layers": 5, "hidden": 24, "heads": 6, "ffn_hidden": 40, "vocab_size": 300,
          "max_positions": 64}
+
+
 def model(family: type[Model], **changes) -> Model:
     return family(**{**SHAPE, **changes})
 

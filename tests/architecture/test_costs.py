@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from shapes import GATED, GPT, GROUPED, Gated, model
+from shapes import GATED, GPT, GROUPED, Gated, Normed, model
 
 from megatron_spdf.architecture.gpt import Gpt
 from megatron_spdf.architecture.lm_head import LOGITS_BYTES, tokens_at_once
@@ -56,7 +56,9 @@ def test_the_largest_temporaries_of_a_backward_pass(made, tokens, whole, cut):
 
 
 @pytest.mark.parametrize(("made", "expected"), [
-    (GPT, 7680 + 2560), (GROUPED, 7680 + 2560), (GATED, 7680 + 3840 + 2 * 1152)])
+    (GPT, 7680 + 2560), (GROUPED, 7680 + 2560), (GATED, 7680 + 3840 + 2 * 1152),
+    # rotated, and normed by head
+    (model(Normed, query_groups=3), 7680 + 3840 + 2 * 2 * 1152)])
 def test_what_moves_through_memory_outside_of_products(made, expected):
     assert made.forward_passes(SIZE) == expected
 
