@@ -214,8 +214,13 @@ class Mistral(Llama):
 
     @classmethod
     def _window(cls, config: dict[str, Any]) -> int | None:
-        window = config.get("sliding_window", 4096)  # what a missing key means there
-        return None if window is None or window >= config["max_position_embeddings"] else window
+        return narrowing_window(config)
+
+
+def narrowing_window(config: dict[str, Any]) -> int | None:
+    """The sliding window of a configuration, if it is under the positions that the model has."""
+    window = config.get("sliding_window", 4096)  # what a missing key means in transformers
+    return None if window is None or window >= config["max_position_embeddings"] else window
 
 
 for family in (Llama, Mistral):

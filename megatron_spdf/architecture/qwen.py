@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from megatron_spdf.architecture.base import ARCHITECTURES
-from megatron_spdf.architecture.llama import Llama
+from megatron_spdf.architecture.llama import Llama, narrowing_window
 
 QWEN2_5 = {"vocab_size": 151936, "max_positions": 32768}
 QWEN3 = {"vocab_size": 151936, "max_positions": 40960, "query_groups": 8}
@@ -65,8 +65,7 @@ class Qwen2(Llama):
         used = config.get("use_sliding_window") and not config.get("layer_types")
         if not used or config.get("max_window_layers", 28) >= config["num_hidden_layers"]:
             return None
-        window = config.get("sliding_window", 4096)
-        return None if window is None or window >= config["max_position_embeddings"] else window
+        return narrowing_window(config)
 
 
 class Qwen3(Qwen2):
