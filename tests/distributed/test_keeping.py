@@ -15,7 +15,7 @@ from keeping_cases import largest, plainly
 from pruning_cases import pruned
 from safetensors.numpy import load_file
 from stage_cases import across
-from test_pruning import LAYOUTS, STEPS
+from test_pruning import LAYOUTS, STEPS, recipes_of
 
 from megatron_spdf.checkpoint.inspect import describe, render, verify
 from megatron_spdf.checkpoint.reader import (
@@ -44,11 +44,7 @@ SPARSITY = {
 @pytest.fixture
 def recipe(make_deep_recipe):
     """A recipe that trains by a rule, at a layout."""
-    def make(rule: str, layout: dict | None = None) -> dict:
-        return make_deep_recipe(sparsity=SPARSITY[rule], train={"tokens": 8 * 32 * STEPS},
-                                log={"every": 1}, checkpoint={"every": 0, "asynchronous": False},
-                                **(layout or {}))
-    return make
+    return recipes_of(make_deep_recipe, SPARSITY)
 
 
 def agree(found: dict, expected: dict) -> None:

@@ -3,6 +3,8 @@ across every stop."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from pruning_cases import plain, pruned
@@ -23,14 +25,19 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture
-def recipe(make_deep_recipe):
-    """A recipe that prunes by a rule, at a layout."""
+def recipes_of(make_deep_recipe: Callable[..., dict], sparsity: dict[str, dict]) -> Callable:
+    """Makes recipes by rule and layout, of runs that keep their last checkpoint."""
     def make(rule: str, layout: dict | None = None) -> dict:
-        return make_deep_recipe(sparsity=SPARSITY[rule], train={"tokens": 8 * 32 * STEPS},
+        return make_deep_recipe(sparsity=sparsity[rule], train={"tokens": 8 * 32 * STEPS},
                                 log={"every": 1}, checkpoint={"every": 0, "asynchronous": False},
                                 **(layout or {}))
     return make
+
+
+@pytest.fixture
+def recipe(make_deep_recipe):
+    """A recipe that prunes by a rule, at a layout."""
+    return recipes_of(make_deep_recipe, SPARSITY)
 
 
 def agree(found: dict, expected: dict) -> None:
