@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from finetune_cases import densified_start, finetuned
-from keeping_cases import largest, plainly
+from keeping_cases import following, largest, noting, plainly
 from pruning_cases import pruned
 from safetensors.numpy import load_file
 from stage_cases import across
@@ -47,32 +47,52 @@ def recipe(make_deep_recipe):
     return recipes_of(make_deep_recipe, SPARSITY)
 
 
-def agree(found: dict, expected: dict) -> None:
-    """Losses to rounding, and the same entries are active at the end.
+TIE = 1e-6  # of magnitudes up to 0.1: what sixty steps leave of rounding in fp32
 
-    Two entries within rounding of the last that is active change places in a step here and there,
-    until they are apart. Losses differ meanwhile by what one small weight of 196,608 is worth.
+
+def agree(found: list[dict], expected: dict) -> None:
+    """Losses of all steps, and weights at the end, to rounding.
+
+    What the run would have chosen otherwise were ties within rounding, and few; see followed.py.
+
+    Args:
+        found: of each rank.
     """
-    apart = sum(int(((w != 0) != (expected["weights"][name] != 0)).sum())
-                for name, w in found["weights"].items())
-    assert apart <= 1e-3 * sum(int((w != 0).sum()) for w in expected["weights"].values())
-    off = np.abs(np.subtract(found["losses"], expected["losses"]))
-    assert np.median(off) < 1e-5 and off.max() < 1e-4
-    assert len(found["losses"]) == STEPS
+    assert len(found[0]["losses"]) == STEPS
+    assert found[0]["losses"] == pytest.approx(expected["losses"], abs=1e-5)
+    print("FLIPS", [rank["flips"] for rank in found], [rank["gap"] for rank in found], np.abs(np.subtract(found[0]["losses"], expected["losses"])).max())
+    assert max(rank["gap"] for rank in found) < TIE
+    active = sum(int((w != 0).sum()) for w in expected["weights"].values())
+    assert sum(rank["flips"] for rank in found) <= 1e-3 * active
+    for name, w in found[0]["weights"].items():
+        assert np.array_equal(w != 0, expected["weights"][name] != 0), name
+        np.testing.assert_allclose(w, expected["weights"][name], atol=1e-5, err_msg=name)
+
+
+@pytest.fixture
+def reference(ranks, recipe):
+    """A run by a rule, whose masks others follow: under plain PyTorch, of tiles in one process."""
+    def reference(rule: str) -> dict:
+        if rule in ("tiles", "2:4"):
+            return ranks(1).run(noting, recipe(rule))
+        return ranks(1).run(plainly, recipe(rule), rule.split()[0])
+    return reference
 
 
 @pytest.mark.parametrize("rule", ["ste", "ste with decay", "n_m", "top_kast"])
-def test_a_run_equals_the_rule_on_dense_weights(ranks, recipe, rule):
-    found = ranks(1).run(pruned, [recipe(rule)], [None])
-    agree(found, ranks(1).run(plainly, recipe(rule), rule.split()[0]))
+def test_a_run_equals_the_rule_on_dense_weights(ranks, recipe, reference, rule):
+    expected = reference(rule)
+    agree(ranks(1).run_all(following, [recipe(rule)], [None], expected["choices"]), expected)
 
 
 @pytest.mark.parametrize(("name", "rule"), [
     *((name, "ste with decay") for name in LAYOUTS), ("tp2 sp", "n_m"), ("tp2 sp", "tiles"),
+    ("tp2 sp", "top_kast"), ("pp2 interleaved", "top_kast"),
     ("pp2 interleaved", "2:4"), ("dp2 zero 1", "top_kast"), ("deepspeed zero 3", "top_kast")])
-def test_every_layout_chooses_alike(ranks, recipe, name, rule):
-    agree(ranks(2).run(pruned, [recipe(rule, LAYOUTS[name])], [None]),
-          ranks(1).run(pruned, [recipe(rule)], [None]))
+def test_every_layout_chooses_alike(ranks, recipe, reference, name, rule):
+    expected = reference(rule)
+    agree(ranks(2).run_all(following, [recipe(rule, LAYOUTS[name])], [None], expected["choices"]),
+          expected)
 
 
 @pytest.mark.parametrize(("rule", "names", "stops"), [
@@ -80,9 +100,10 @@ def test_every_layout_chooses_alike(ranks, recipe, name, rule):
     # before, at and after a choice
     ("top_kast", ["deepspeed zero 2", "pp2 interleaved", "tp2 sp", "dp2 zero 1"], [29, 1, 1]),
 ])
-def test_a_run_that_stops_goes_on_at_another_layout(ranks, recipe, rule, names, stops):
-    found = ranks(2).run(pruned, [recipe(rule, LAYOUTS[name]) for name in names], [*stops, None])
-    agree(found, ranks(1).run(pruned, [recipe(rule)], [None]))
+def test_a_run_that_stops_goes_on_at_another_layout(ranks, recipe, reference, rule, names, stops):
+    expected = reference(rule)
+    agree(ranks(2).run_all(following, [recipe(rule, LAYOUTS[name]) for name in names],
+                           [*stops, None], expected["choices"]), expected)
 
 
 @pytest.mark.parametrize("name", ["tp2 sp", "dp2 zero 1", "deepspeed zero 3"])
