@@ -3,6 +3,8 @@ dense weights of transformers' GPT-2 under plain PyTorch."""
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import torch
 from harness import agree_on_port
@@ -32,13 +34,17 @@ def pruned(recipes: list[dict], stops: list[int | None]) -> dict:
     """A run to its end, started with each recipe (layout) in turn and stopped after so many steps.
 
     Returns:
-        Losses of all steps, exit codes, and whole dense weights at the end by name.
+        Losses of all steps, exit codes, whole dense weights at the end by name, and what the log
+        says of masks.
     """
     found = staged(recipes, stops)
     losses = [r["loss"] for r in found["records"] if r["kind"] == "train"]
-    reader = CheckpointReader(find_checkpoint(RunDir(Recipe.model_validate(recipes[0])).root))
+    run = RunDir(Recipe.model_validate(recipes[0]))
+    reader = CheckpointReader(find_checkpoint(run.root))
     names = Plan.of(Recipe.model_validate(recipes[0])).weights
+    records = map(json.loads, run.log.read_text().splitlines())
     return {"losses": losses, "codes": found["codes"], "records": found["records"],
+            "moves": [r for r in records if r["kind"] == "mask"],
             "weights": {name: reader.parameter(name).numpy() for name in names}}
 
 

@@ -18,6 +18,7 @@ from stage_cases import across
 from test_pruning import LAYOUTS, STEPS, recipes_of
 
 from megatron_spdf.checkpoint.inspect import describe, render, verify
+from megatron_spdf.checkpoint.mask_progress import mask_progress
 from megatron_spdf.checkpoint.reader import (
     VALUES,
     CheckpointReader,
@@ -173,6 +174,15 @@ def test_the_log_says_what_a_choice_changed(trained):
     assert [(r["step"], r["update"], r["algorithm"]) for r in moves] == [
         (6, 1, "top_kast"), (12, 2, "top_kast")]
     assert all(0 < r["moved"] and 0 < r["share"] < 0.5 and "seconds" not in r for r in moves)
+    reader = CheckpointReader(find_checkpoint(Path(trained["output"])))
+    first, last = moves  # the first mask is that of the initial weights
+    assert first["overlap"] == pytest.approx(1.0 - first["share"], abs=1e-12)
+    common = {name: np.unpackbits(reader.mask_bits(name) & reader.first_bits(name)).sum()
+              for name in reader.plan.weights}
+    assert last["overlap"] == pytest.approx(sum(common.values()) / reader.plan.active)
+    layers = mask_progress(reader)["layers"]
+    assert layers == {n: pytest.approx(seen["overlap"]) for n, seen in last["layers"].items()}
+    assert list(layers) == ["0", "1", "2", "3"]
 
 
 def test_fine_tuning_goes_on_dense_or_with_the_masks_at_the_end(ranks, trained, tuning):

@@ -88,3 +88,22 @@ def test_zeros_and_memory_follow_the_parts(ranks, recipe):
     sparsities = [r["sparsity"] for r in records if r["kind"] == "train"]
     assert sparsities[:15] == [0.0] * 15 and sparsities[-1] == pytest.approx(0.75, abs=1e-3)
     assert all(b >= a - 1e-9 for a, b in zip(sparsities, sparsities[1:], strict=False))
+
+
+def test_the_log_says_what_dies_and_what_is_born(ranks, recipe):
+    """In all and by layer; where weights change from dense to sparse or back, the first step of the
+    new part has the record."""
+    entries = 4 * 12 * 64**2
+    records = ranks(1).run(pruned, [recipe("acdc")], [None])["moves"]
+    borders = [*range(6, 48, 3), 51]  # of 60 steps: after 10%, 15%, ... 75% and 85%
+    assert [r["step"] for r in records] == [border + 1 for border in borders]
+    for record in records:
+        assert record["moved"] == pytest.approx(0.75 * entries, rel=1e-3)
+        assert [*record["layers"]] == ["0", "1", "2", "3"] and "overlap" not in record
+        for seen in (record, *record["layers"].values()):
+            assert seen["share"] == pytest.approx(0.75, abs=1e-3)
+    run = ranks(1).run(pruned, [recipe("gmp")], [None])
+    assert [(r["step"], r["update"]) for r in run["moves"]] == [
+        (21, 0), (25, 1), (30, 2), (35, 3), (40, 4), (45, 5)]
+    zeros = sum(int((w == 0).sum()) for w in run["weights"].values())
+    assert sum(r["moved"] for r in run["moves"]) == zeros == pytest.approx(0.75 * entries, rel=1e-3)
