@@ -1,4 +1,4 @@
-"""What runs on the ranks of test_keeping.py: runs that follow the masks of another, and the rules of
+"""What runs on the ranks of test_keeping.py: runs that follow masks of others, and the rules of
 STE, SR-STE and Top-KAST on the dense weights of transformers' GPT-2 under plain PyTorch."""
 
 from __future__ import annotations
