@@ -18,10 +18,10 @@ def mask_progress(reader: CheckpointReader) -> dict[str, Any] | None:
 
     Returns:
         `moves` done and `planned` in the whole run; `part` and number of `parts` of the stage, each
-        with storage of its own; sparsity of the sparse weights `now` and at the
-        `end` of the stage; `overlap`: of the active entries, those that were active at the
-        beginning of the stage, in all and by the number of the layer; None where the algorithm does
-        not track it. None: masks stay.
+        with storage of its own; sparsity of the sparse weights `now` and at the `end` of the stage;
+        `overlap`: of the active entries, those that were active at the beginning of the stage, in
+        all and by the number of the layer; None where the algorithm does not track it. None: masks
+        stay.
     """
     recipe, state = reader.recipe, reader.run["state"]
     algorithm = recipe.sparsity.update

@@ -73,7 +73,7 @@ class Gmp(MaskAlgorithm):
         # the levels at which storage shrinks are evenly spaced; the first is there from the
         # beginning, or dense weights come to it
         for store in range(int(self.initial > 0.0), self.stores):
-            wanted = self.initial + (1.0 - self.initial) * store / max(1, self.stores - 1)
+            wanted = min(1.0, self.initial + (1.0 - self.initial) * store / max(1, self.stores - 1))
             step = next(s for s in due if self.share(s, steps) >= wanted)
             if step not in borders and step < steps:
                 borders.append(step)
