@@ -69,7 +69,7 @@ def test_acdc_shows_whether_it_is_dense(of, reached, now):
     sparsity = {"level": 0.75, "algorithm": "acdc"}
     found = mask_progress(reader(of(sparsity), 20, 0, reached))
     assert found["now"] == pytest.approx(now) and found["end"] == pytest.approx(0.75)
-    assert "acdc, part 4 of 16, moves at borders of its parts only" in render_progress(found)
+    assert "acdc, part 9 of 16, moves at borders of its parts only" in render_progress(found)
 
 
 def test_overlap_is_that_of_the_bits_by_layer(of):

@@ -34,10 +34,6 @@ def close_but_for_ties(found: list[dict], expected: dict) -> None:
     """
     assert len(found[0]["losses"]) == len(expected["losses"])
     assert found[0]["losses"] == pytest.approx(expected["losses"], abs=1e-5)
-    print("FLIPS", [rank["flips"] for rank in found], [rank["gap"] for rank in found],
-          np.abs(np.subtract(found[0]["losses"], expected["losses"])).max(),
-          max(np.abs(w - expected["weights"][name]).max() for name, w in
-              found[0]["weights"].items()))
     assert max(rank["gap"] for rank in found) < TIE
     active = sum(int((w != 0).sum()) for w in expected["weights"].values())
     assert sum(rank["flips"] for rank in found) <= 1e-3 * active
