@@ -79,8 +79,8 @@ def test_correlations_by_hand():
 @pytest.mark.parametrize(("answer", "text"), [
     ("The  U.S. Army!", "us army"), ("a/the-an", "athean"), ("an a the", ""),
     ("Another theory", "another theory"),
-    ("\u201cThe\u201d end\u2019s", "\u201c \u201d end\u2019s"), ("ÉCOLE\u00a0the école", "école école"),
-    ("1,000,000", "1000000"), ("its-a\tme", "itsa me"),
+    ("\u201cThe\u201d end\u2019s", "\u201c \u201d end\u2019s"),
+    ("ÉCOLE\u00a0the école", "école école"), ("1,000,000", "1000000"), ("its-a\tme", "itsa me"),
 ])
 def test_answers_are_normalized_as_by_the_official_script(answer, text):
     """Punctuation goes first, ASCII's alone, then articles that are words, then blanks."""
