@@ -90,8 +90,8 @@ def variants(dense: Recipe, level: float, load: Callable[[Sequence[str]], Recipe
             return Variant(family, words, load(words))
 
         found.append(at(level))
-        if (equal := _equal_level(at, target, level)) is not None:
-            found.append(replace(at(equal), family=f"{family}, equal in all"))
+        if equal := _equal(at, target, level):
+            found.append(replace(equal, family=f"{family}, equal in all"))
     return found
 
 
@@ -155,21 +155,27 @@ def _groups(wanted: float, ranks: int) -> int:
 
 
 def _round(size: float, parts: int) -> int:
-    """The nearest width that tensor cores like, and that has so many equal parts."""
-    return _nearest(size, math.lcm(TENSOR_CORES if size >= COARSE_FROM else FINE, parts))
+    """The nearest width that tensor cores like, in so many equal parts that they like as well."""
+    whole = TENSOR_CORES if size >= COARSE_FROM else FINE
+    return _nearest(size, math.lcm(whole, FINE * parts))
 
 
 def _nearest(size: float, multiple: int) -> int:
     return max(1, math.floor(size / multiple + 0.5)) * multiple
 
 
-def _equal_level(at: Callable[[float], Variant], target: float, level: float) -> float | None:
-    """The sparsity at which a variant costs so many FLOPs, which are linear in it; None: it does at
-    this one, or at none."""
-    higher = (1.0 + level) / 2.0
-    here, there = (at(s).flops.total for s in (level, higher))
-    found = round(level + (target - here) * (higher - level) / (there - here), DIGITS)
-    return found if 0.0 < found < 1.0 and abs(target / here - 1.0) > CLOSE else None
+def _equal(at: Callable[[float], Variant], target: float, level: float) -> Variant | None:
+    """The variant at the sparsity at which it costs so many FLOPs, which are linear in it; None: it
+    does at this one, or at none that its pattern can have."""
+    here, higher = at(level).flops.total, (1.0 + level) / 2.0
+    if abs(target / here - 1.0) <= CLOSE:
+        return None
+    try:
+        there = at(higher).flops.total
+        found = round(level + (target - here) * (higher - level) / (there - here), DIGITS)
+        return at(found) if 0.0 < found < 1.0 else None
+    except ValueError:  # of a pattern with one level
+        return None
 
 
 def _flops(recipe: Recipe) -> Flops:

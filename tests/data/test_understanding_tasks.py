@@ -227,7 +227,7 @@ def test_what_a_long_input_loses(tmp_path, task, kept, lost):
     (tmp_path / "train-v1.1.json").write_text(json.dumps({"data": [{"paragraphs": [
         {"context": " ".join(words[:-1]),
          "qas": [{"id": "a", "question": "last", "answers": [{"text": "Short ."}]}]}]}]}))
-    tokenizer = train_tokenizer("bpe", [" ".join(words)] * 3, 300, tmp_path / "bpe")
+    tokenizer = train_tokenizer("bpe", [" ".join(words)] * 3, 262, tmp_path / "bpe")
     pairs = tokenize(task, tmp_path, "train", tokenizer, 32)
     text = tokenizer.decode(pairs.tokens[0][: pairs.starts[0] - 1])
     assert pairs.truncated == 1 and pairs.lengths[0] == 32

@@ -80,7 +80,7 @@ def test_a_llama_has_more_heads_at_its_own_width(path):
     ("gpt2_small_dense", 0.5, None, (1024, 16, 16, 4352)),
     ("gpt2_small_dense", 0.5, 1, (1088, 17, 17, 4352)),
     ("gpt2_small_dense", 0.75, None, (1536, 24, 24, 6144)),
-    ("gpt3_xl_dense", 0.9, None, (6144, 48, 48, 25920)),
+    ("gpt3_xl_dense", 0.9, None, (6144, 48, 48, 25728)),
     # 2048 sqrt 2 = 2896.3 and 8192 sqrt 2 = 11585.2; 8 groups for 8 ranks, 45.3 heads
     ("llama_3_2_1b_s75", 0.5, None, (2880, 48, 8, 11584)),
     ("llama_3_2_1b_s75", 0.75, None, (4096, 64, 16, 16384)),
@@ -122,6 +122,19 @@ def test_the_commands_are_recipes_with_the_figures_of_the_table(path, capsys):
     assert f"{recipe} train.sequence_length=16 model" in said
     assert """'sparsity.rules=[{weights: "*.mlp.*", level: 0.75}]'""" in said
     assert "Sparse Doped does not apply" in said and "+11.11%" in said
+
+
+def test_a_pattern_of_one_level_has_no_other(path):
+    made = found(path(GPT, sparsity={"level": 0, "pattern": "2:4"}), 0.5)
+    assert [family.split(",")[0] for family in made] == [
+        "dense", "Sparse Wide", "Sparse Parallel of MLPs"]
+    wide = made["Sparse Wide, x 1.414"].recipe
+    assert wide.sparsity.pattern == "2:4" and Plan.of(wide).sparsity == 0.5
+
+
+def test_a_recipe_with_stages_is_refused(capsys):
+    assert main(["iso-flop", str(CONFIGS / "gpt2_small_vspdf.yaml"), "--sparsity", "0.5"]) == 2
+    assert "the recipe has stages" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("sections", "words", "said"), [
