@@ -23,7 +23,7 @@ from megatron_spdf.checkpoint.reader import (
 )
 from megatron_spdf.engine.base import Engine
 from megatron_spdf.optimizers.base import MASTER
-from megatron_spdf.sparsity.largest import trained_bits
+from megatron_spdf.sparsity.largest import largest_bits
 from megatron_spdf.sparsity.plan import Plan, SparseWeight
 from megatron_spdf.sparsity.slices import slice_of
 
@@ -82,7 +82,8 @@ class _Across:
         if key.endswith(TRAINED_BITS):  # until masks are chosen anew
             w = self.plan.weights[name]
             dense = self.reader.entries(name, MASTER)
-            return trained_bits(torch.stack([slice_of(dense, w, each) for each in slices]), w)
+            return largest_bits(torch.stack([slice_of(dense, w, each) for each in slices]),
+                                w.trained_per_slice)
         masks = torch.from_numpy(np.stack([self._mask(name, number) for number in slices]))
         if is_mask:
             return masks

@@ -45,7 +45,7 @@ from megatron_spdf.optimizers.base import MASTER
 from megatron_spdf.recipe.load import save_recipe
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.schedule.stages import stages_of
-from megatron_spdf.sparsity.largest import trained_bits, under_the_active
+from megatron_spdf.sparsity.largest import largest_bits, under_the_active
 from megatron_spdf.sparsity.plan import Plan, SparseWeight
 from megatron_spdf.sparsity.selectors.base import SELECTORS, Inputs, Selector, TrainedWeight
 from megatron_spdf.sparsity.selectors.magnitude import Magnitude
@@ -268,7 +268,7 @@ class _FreshState:
 
     def _trained_bits(self, planned: SparseWeight) -> Tensor:
         """The entries that get a gradient until masks are chosen anew, (S, bytes)."""
-        return trained_bits(self._compact(planned.name)[0], planned)
+        return largest_bits(self._compact(planned.name)[0], planned.trained_per_slice)
 
     def _select(self, name: str) -> tuple[Tensor, Tensor]:
         """Cuts a weight to its mask, slice by slice, and measures its sparsity."""

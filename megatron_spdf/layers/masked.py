@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from megatron_spdf.kernels.mask import Mask, pack, unpack
 from megatron_spdf.layers.compact import CompactWeight, compact_of, sparse_modules
 from megatron_spdf.layers.products.base import Product
-from megatron_spdf.sparsity.largest import trained_bits
+from megatron_spdf.sparsity.largest import largest_bits
 from megatron_spdf.sparsity.plan import SparseWeight
 
 
@@ -63,7 +63,7 @@ class MaskedWeight(CompactWeight):
             self.mask_bits.copy_(bits)
         self._drawn = False
         if planned.trains_some:
-            self.trained_bits.copy_(trained_bits(values, planned))
+            self.trained_bits.copy_(largest_bits(values, planned.trained_per_slice))
 
     def take_loaded(self) -> None:
         self.due = self._drawn = False  # the masks that a checkpoint has hold until the next choice

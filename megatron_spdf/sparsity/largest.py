@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from megatron_spdf.kernels.mask import pack
-from megatron_spdf.sparsity.plan import SparseWeight
 
 SWEEPS = 3  # of all pairs of rows, after which a trade is rare
 
@@ -47,13 +46,13 @@ def keep_largest_of_few(magnitudes: Tensor, count: int) -> Tensor:
     return mask.scatter_(-1, order[:, :count], torch.ones_like(mask))
 
 
-def trained_bits(values: Tensor, planned: SparseWeight) -> Tensor:
-    """The entries of the slices of a weight that get a gradient, packed: (slices, bytes) uint8.
+def largest_bits(values: Tensor, count: int) -> Tensor:
+    """The `count` largest magnitudes of each slice, packed: (slices, bytes) uint8.
 
     Args:
-        values: (slices, entries) of all of them.
+        values: (slices, entries).
     """
-    return pack(keep_largest(values.detach().float().abs(), planned.trained_per_slice))
+    return pack(keep_largest(values.detach().float().abs(), count))
 
 
 def under_the_active(entries: np.ndarray, mask: np.ndarray) -> np.ndarray:
