@@ -128,6 +128,13 @@ class CheckpointReader(TensorFiles):
         """
         return self._bits(name, MASK_BITS)
 
+    def held_bits(self, name: str) -> np.ndarray:
+        """Which of the active entries are held at zero, (slices, ceil(active per slice / 8)) uint8;
+        of algorithms that hold some."""
+        planned = self.plan.weights[name]
+        shape = (planned.slices, math.ceil(planned.active_per_slice / 8))
+        return self._of_shape(stored_name(name) + HELD_BITS, shape).numpy()
+
     def first_bits(self, name: str) -> np.ndarray:
         """The mask at the beginning of the stage, as `mask_bits`; of algorithms that track it."""
         return self._bits(name, FIRST_BITS)

@@ -103,8 +103,12 @@ def _masks(source: CheckpointReader) -> list[_Tensor]:
     """The masks in the form of the weights they are of."""
     def read(name: str) -> Tensor:
         planned = source.plan.weights[name]
-        active = np.unpackbits(source.mask_bits(name), axis=1, count=math.prod(planned.slice_shape))
-        return join_slices(torch.from_numpy(active).bool(), planned)
+        active = np.unpackbits(source.mask_bits(name), axis=1,
+                               count=math.prod(planned.slice_shape)).astype(bool)
+        if planned.algorithm.holds:  # stored, and yet zero
+            held = np.unpackbits(source.held_bits(name), axis=1, count=planned.active_per_slice)
+            active[active] = ~held.astype(bool).reshape(-1)
+        return join_slices(torch.from_numpy(active), planned)
 
     return _forms(source, source.plan.weights, read)
 
