@@ -284,12 +284,12 @@ tokenizer = AutoTokenizer.from_pretrained("this directory")
 
 
 def _history(source: CheckpointReader) -> list[str]:
-    run, plan = source.run, source.plan
+    run, plan, active = source.run, source.plan, source.active()
     kind = "moving" if source.masks["kind"] == "moved" else "static"
     sparsity = (
-        f"{plan.sparsity:.2%} of the {plan.numel:,} weights in {len(plan.weights)} matrices of "
+        f"{1 - active / max(1, plan.numel):.2%} of the {plan.numel:,} weights in {len(plan.weights)} matrices of "
         f"the blocks are exactly zero ({kind} masks, {describe_masks(source.masks)}), so "
-        f"{plan.active:,} of them are active. The weights are stored dense, zeros included"
+        f"{active:,} of them are active. The weights are stored dense, zeros included"
         if plan.weights
         else "none, the model is dense"
     )

@@ -50,10 +50,19 @@ class Student(Protocol):
 
 
 def teacher_of(recipe: Student) -> Model | None:
-    """The shape of the model that a recipe distills from; None: it distills from none.
+    """The shape of the model that a recipe distills from; None: it distills from none, or recorded
+    one that is not there any more, which `distill_violations` refuses before a run."""
+    try:
+        return require_teacher(recipe)
+    except ValueError:
+        return None
+
+
+def require_teacher(recipe: Student) -> Model | None:
+    """As `teacher_of`.
 
     Raises:
-        ValueError: its directory is missing, or holds no model.
+        ValueError: the directory is missing, or holds no model.
     """
     if not recipe.distill.on:
         return None
@@ -75,7 +84,8 @@ def _model_at(path: Path) -> Model:
                             [ARCHITECTURES.get(name) for name in ARCHITECTURES.names()])
         except (OSError, ValueError) as error:
             raise ValueError(f"distill.teacher={path / HUGGING_FACE} {error}") from None
-    saved = [path / "run.json", *sorted(path.glob("checkpoints/step_*/run.json"), reverse=True)]
+    steps = sorted(path.glob("checkpoints/step_*[0-9]/run.json"), reverse=True)  # not .partial
+    saved = [path / "run.json", *steps]
     found = next((file for file in saved if file.is_file()), None)
     if found is None:
         raise ValueError(f"distill.teacher={path} holds no weights, neither {HUGGING_FACE} nor a "
@@ -97,7 +107,7 @@ def distill_violations(recipe: Student) -> Iterator[str]:
                     for key in ("weight", "temperature")
                     if getattr(distill, key) != getattr(default, key))
     try:
-        teacher = teacher_of(recipe)
+        teacher = require_teacher(recipe)
     except ValueError as error:
         yield str(error)
         return

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from megatron_spdf.convert.source import WeightSource, fingerprint, open_weights
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
-from megatron_spdf.recipe.distillation import teacher_of
+from megatron_spdf.recipe.distillation import require_teacher
 from megatron_spdf.recipe.recipe import Recipe
 
 if TYPE_CHECKING:  # it imports megatron.core
@@ -29,7 +29,7 @@ class Teacher:
 
     def __init__(self, recipe: Recipe, tokenizer: Tokenizer):
         self.source: WeightSource | None = None
-        model = teacher_of(recipe)
+        model = require_teacher(recipe)
         if model is None:
             return
         self.source = open_weights(recipe.distill.teacher, checksums=False, like=model)

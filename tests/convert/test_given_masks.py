@@ -69,6 +69,7 @@ def test_unequal_masks_come_in_and_go_out_as_they_are(begin, tmp_path):
         assert torch.equal(ours[name], values), name
         if name.endswith(LINEAR):
             assert torch.equal(masks[name], values != 0)
+    assert f"{begun.zeros:.2%} of the" in (tmp_path / "ours" / "README.md").read_text()
     zeros = [int((t == 0).sum()) for n, t in tensors.items() if n.endswith(LINEAR)]
     assert begun.zeros == sum(zeros) / sum(t.numel() for n, t in tensors.items()
                                            if n.endswith(LINEAR))
