@@ -287,9 +287,9 @@ def _history(source: CheckpointReader) -> list[str]:
     run, plan, active = source.run, source.plan, source.active()
     kind = "moving" if source.masks["kind"] == "moved" else "static"
     sparsity = (
-        f"{1 - active / max(1, plan.numel):.2%} of the {plan.numel:,} weights in {len(plan.weights)} matrices of "
-        f"the blocks are exactly zero ({kind} masks, {describe_masks(source.masks)}), so "
-        f"{active:,} of them are active. The weights are stored dense, zeros included"
+        f"{1 - active / max(1, plan.numel):.2%} of the {plan.numel:,} weights in "
+        f"{len(plan.weights)} matrices of the blocks are exactly zero ({kind} masks, "
+        f"{describe_masks(source.masks)}), so {active:,} of them are active. The weights are stored dense, zeros included"
         if plan.weights
         else "none, the model is dense"
     )

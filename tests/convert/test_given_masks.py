@@ -90,8 +90,8 @@ def test_each_weight_has_the_level_of_its_own(begin):
 def test_equal_masks_are_static_and_one_rule_serves_all_layers(begin):
     tensors = gpt2_tensors()
     for name, values in tensors.items():
-        if name.endswith(LINEAR):
-            values.view(-1, 2)[:, 0] = 0.0
+        if name.endswith(LINEAR):  # (in, out); every second of what slices do not cut
+            (values[:, ::2] if "c_proj" in name else values[::2]).zero_()
     reader = reader_of(begin(tensors)[0])
     sparsity = reader.recipe.sparsity
     assert sparsity.algorithm == "static" and reader.plan.sparsity == 0.5
