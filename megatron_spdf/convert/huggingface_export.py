@@ -289,7 +289,8 @@ def _history(source: CheckpointReader) -> list[str]:
     sparsity = (
         f"{1 - active / max(1, plan.numel):.2%} of the {plan.numel:,} weights in "
         f"{len(plan.weights)} matrices of the blocks are exactly zero ({kind} masks, "
-        f"{describe_masks(source.masks)}), so {active:,} of them are active. The weights are stored dense, zeros included"
+        f"{describe_masks(source.masks)}), so {active:,} of them are active. The weights are "
+        "stored dense, zeros included"
         if plan.weights
         else "none, the model is dense"
     )
