@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests/convert"))
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/convert")]
 from stories import NO_STORIES, STORIES  # noqa: E402
+from warm_commands import run_warm  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -25,28 +27,38 @@ SHORTER = [("python - 3000", "python - 96"),
            ("--evaluate", "--calibration-samples 8 --evaluate")]
 
 
-def blocks() -> list[str]:
-    """Every bash block of the page, shortened."""
+COMMAND = re.compile(r"python - (?P<words>\S+) <<'EOF'\n(?P<given>.*?)\nEOF$"
+                     r"|python -c '(?P<short>.*?)'$"
+                     r"|python (?P<script>[^\n]+)$|(?P<other>[^\n]+)$", re.S | re.M)
+
+
+def commands() -> list[re.Match[str]]:
+    """Every command of the page's bash blocks, shortened, continued lines joined."""
     page = (ROOT / "docs/prune_and_continue.md").read_text()
     for there, here in SHORTER:
         assert page.count(there) == 1, there
         page = page.replace(there, here)
-    return re.findall(r"```bash\n(.*?)```", page, re.S)
+    blocks = re.findall(r"```bash\n(.*?)```", page, re.S)
+    return list(COMMAND.finditer("".join(blocks).replace("\\\n", " ")))
 
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason=NO_STORIES)
 def test_commands(tmp_path):
     for name in ("megatron_spdf", "configs", "tools", "tests", "pretrain.py", "finetune.py"):
         (tmp_path / name).symlink_to(ROOT / name)
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    env = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore",
-           "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT),
-           "SPDF_DATA": str(STORIES.parent)}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore",
+           "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), "SPDF_DATA": str(STORIES.parent)}
     said = ""
-    for block in blocks():
-        done = subprocess.run(["bash", "-euo", "pipefail", "-c", block], cwd=tmp_path, env=env,
-                              capture_output=True, text=True)
-        assert done.returncode == 0, f"{block}\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
+    for number, command in enumerate(commands()):
+        if given := command["given"] or command["short"]:
+            script = tmp_path / f"given_{number}.py"
+            script.write_text(given)
+            words = [script, *filter(None, [command["words"]])]
+        else:
+            words = shlex.split(command["script"] or "")
+        done = run_warm(words, tmp_path, env) if words else subprocess.run(
+            ["bash", "-c", command["other"]], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command[0]}\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
         said += done.stdout
     before, after = map(float, re.search(r"perplexity (\S+) before, (\S+) after", said).groups())
     assert before < after < 10 * before
