@@ -130,9 +130,9 @@ def prunings(follow: Path) -> Iterator[Choices]:
             dense = across.reader.state(name, MASTER)
             given = found.of_step(across.reader.run["state"]["step"], name, size)
             for each in range(planned.slices):
-                ours = unpack(torch.from_numpy(across._masks[name, each]), size)
+                ours = unpack(torch.from_numpy(across._masks[name, each])[None], size)
                 magnitudes = slice_of(dense, planned, each).abs()
-                found.compare(magnitudes[None], ours[None], given[each, None])
+                found.compare(magnitudes[None], ours, given[each, None])
                 across._masks[name, each] = np.packbits(given[each].numpy())
         return across._masks[name, number]
 
