@@ -8,8 +8,9 @@ import pytest
 from cases import planned
 from harness import world_of
 
-from megatron_spdf.planning.activations import in_flight, layer_bytes, sizes_of
+from megatron_spdf.planning.activations import in_flight, layer_bytes, sizes_of, step_bytes
 from megatron_spdf.recipe.recipe import Recipe
+from megatron_spdf.sparsity.plan import Plan
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "seams"))
 from architecture_cases import kept_by_layer  # noqa: E402
@@ -47,11 +48,14 @@ def test_bytes_traffic_and_activations(ranks, make, family, layout):
 
 
 def on_cpu(recipe: Recipe, stage: int) -> int:
-    """Bytes that PyTorch's RMSNorm keeps on CPU alone, its output before the product with the
-    weight: of the norms of a pipeline stage's layers, and of the last one."""
-    stages = recipe.parallel.pipeline
+    """Bytes that PyTorch's RMSNorm adds to the fullest moment on CPU alone, where it keeps its
+    output before the product with the weight: of the norms of a pipeline stage's layers, and of the
+    last one. When backward has reached the embedding they are gone."""
+    stages, made = recipe.parallel.pipeline, step_bytes(recipe, Plan.of(recipe), stage)
     layers = recipe.model.layers // stages * in_flight(recipe, stage)
-    return layers * on_cpu_by_layer(recipe) + (stage == stages - 1) * sizes_of(recipe).hidden
+    kept = layers * on_cpu_by_layer(recipe) + (stage == stages - 1) * sizes_of(recipe).hidden
+    early = made.running + max(made.head, made.workspace)
+    return max(early + kept, made.late) - max(early, made.late)
 
 
 def copied_by_gloo(recipe: Recipe) -> int:
