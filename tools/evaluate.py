@@ -47,6 +47,7 @@ from megatron_spdf.command_line import (
     say,
 )
 from megatron_spdf.data.finetuning.task import SPLITS, TASKS, load_examples, render_tasks
+from megatron_spdf.data.preprocess.documents import ON_ERROR
 from megatron_spdf.files import inside, require_directory
 from megatron_spdf.records import to_json
 
@@ -54,7 +55,8 @@ _MODES = {  # option -> what it is of
     **dict.fromkeys(("split", "data", "predictions", "references", "beams", "length_penalty",
                      "no_repeat_ngram", "max_new_tokens"), ("task",)),
     "batch_size": ("task", "harness"), "window": ("harness", "text"),
-    **dict.fromkeys(("include", "examples", "limit"), ("harness",)), "text_key": ("text",)}
+    **dict.fromkeys(("include", "examples", "limit"), ("harness",)), "text_key": ("text",),
+    "on_error": ("text",)}
 
 
 @refusing
@@ -157,24 +159,26 @@ def score_text(options: argparse.Namespace) -> int:
     from megatron_spdf.data.preprocess.documents import expand_inputs
     from megatron_spdf.evaluation.text_perplexity import (
         WINDOW,
-        check_texts,
+        Texts,
         evaluate_text,
         text_scores,
     )
     from megatron_spdf.evaluation.token_likelihood import window_within
     from megatron_spdf.resilience.world import find_ranks
 
-    paths, ranks = expand_inputs(options.text), find_ranks()
-    output = output_of(options, f"text_{'_'.join(path.name for path in paths)}"[:100])
+    ranks = find_ranks()
+    texts = Texts(expand_inputs(options.text), options.text_key, options.on_error)
+    output = output_of(options, f"text_{'_'.join(path.name for path in texts.paths)}"[:100])
     source = open_weights(options.run, checksums=False)
     window = window_within(source.model.max_positions, options.window, WINDOW)
     tokenizer = tokenizer_of(source)
-    check_texts(paths, options.text_key)
-    found = evaluate_text(source, paths, options.text_key, window, ranks)
+    skipped = texts.check()
+    found = evaluate_text(source, texts, window, ranks)
     begin = tokenizer.begin_token or tokenizer.end_token
     scores = None if found is None else text_scores(found, window, begin)
     return keep(options, output, source, "text", scores, ("torch", "transformers"),
-                files=list(map(str, paths)), window=window, ranks=ranks.world)
+                files=list(map(str, texts.paths)), skipped=skipped, window=window,
+                ranks=ranks.world)
 
 
 def output_of(options: argparse.Namespace, name: str) -> Path:
@@ -258,6 +262,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
              "(default: 2048, or as many as the model can)")
     add("--text-key", default="text", metavar="KEY",
         help="key of the text in a record of --text (default: text)")
+    add("--on-error", choices=ON_ERROR, default="stop",
+        help="at a record of --text that cannot be read: stop (default), or skip it")
     add("--output", type=Path, metavar="DIR",
         help="where the files go (default: RUN/evaluation/TASK_SPLIT, harness_TASK or text_FILE)")
     add("--force", action="store_true", help="overwrite an evaluation that is there")

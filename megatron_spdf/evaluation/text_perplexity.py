@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from megatron_spdf.convert.huggingface_export import in_memory
 from megatron_spdf.convert.source import WeightSource, tokenizer_of
-from megatron_spdf.data.preprocess.documents import iterate_documents
+from megatron_spdf.data.preprocess.documents import ReadReport, iterate_documents
 from megatron_spdf.data.tokenizers.base import well_formed
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
 from megatron_spdf.evaluation.metrics.metric import ALL
@@ -54,25 +54,45 @@ class TextLikelihood:
                               self.bytes + other.bytes, self.documents + other.documents)
 
 
-def check_texts(paths: Sequence[Path], key: str) -> None:
-    """Reads all of some files.
+@dataclass(frozen=True)
+class Texts:
+    """Documents of files.
 
-    Raises:
-        ValueError: a file cannot be read or is of no known format, a record is bad, or there is no
-            document.
+    Attributes:
+        paths: as of `data.preprocess.documents.iterate_documents`.
+        key: of the text in a record.
+        on_error: "stop" or "skip", at a record that cannot be read.
     """
-    for _ in iterate_documents(paths, key):
-        pass
+
+    paths: Sequence[Path]
+    key: str = "text"
+    on_error: str = "stop"
+
+    def read(self, report: ReadReport | None = None) -> Iterator[str]:
+        """Draws the texts, in order.
+
+        Raises:
+            ValueError: a file cannot be read or is of no known format, a record is bad, or there
+                is no document.
+        """
+        return (document.text for document in iterate_documents(self.paths, self.key,
+                                                                self.on_error, report))
+
+    def check(self) -> int:
+        """Reads everything, as `read`, and counts the records that are skipped."""
+        report = ReadReport()
+        for _ in self.read(report):
+            pass
+        return report.skipped
 
 
-def evaluate_text(source: WeightSource, paths: Sequence[Path], key: str, window: int,
+def evaluate_text(source: WeightSource, texts: Texts, window: int,
                   ranks: Ranks) -> TextLikelihood | None:
     """Log-likelihood of the documents of files, which ranks share.
 
     Args:
         source: weights and tokenizer.
-        paths: files of `data.preprocess.documents`.
-        key: of the text in a record.
+        texts: to be read.
         window: most tokens that the model reads at once.
         ranks: of this job.
 
@@ -83,14 +103,14 @@ def evaluate_text(source: WeightSource, paths: Sequence[Path], key: str, window:
     device = init_gloo(ranks, _WAIT)
     try:
         model = in_memory(source).to(device)
-        share = (document.text for number, document in enumerate(iterate_documents(paths, key))
+        share = (text for number, text in enumerate(texts.read())
                  if number % ranks.world == ranks.rank)
         with tqdm(unit="document", desc=f"text, rank 0 of {ranks.world}",
                   disable=ranks.rank > 0 or None) as bar:
             found = TextLikelihood()
-            for texts in _together(share):
-                found += likelihood_of(model, tokenizer, texts, window)
-                bar.update(len(texts))
+            for together in _together(share):
+                found += likelihood_of(model, tokenizer, together, window)
+                bar.update(len(together))
         shares = [found]
         if ranks.world > 1:
             shares = [found] * ranks.world

@@ -49,12 +49,13 @@ def bytes_with_begin(directory: Path) -> Tokenizer:
     from tokenizers import Tokenizer as Made
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made = Made(models.BPE({letter: i + 3 for i, letter in enumerate(letters)}, []))
+    names = ["<unk>", "<s>", "</s>"]
+    made = Made(models.BPE({token: i for i, token in enumerate(names + letters)}, []))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
-    made.add_special_tokens([AddedToken(name, special=True) for name in ("<s>", "</s>")])
-    made.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", made.token_to_id("<s>"))])
+    made.add_special_tokens([AddedToken(name, special=True) for name in names])
+    made.post_processor = processors.TemplateProcessing(single="<s> $A",
+                                                        special_tokens=[("<s>", 1)])
     made.save(str(directory / "tokenizer.json"))
     (directory / "tokenizer_config.json").write_text(json.dumps(
         {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}))
@@ -193,12 +194,16 @@ def test_without_the_package_its_installation_is_named(run, evaluate, monkeypatc
 
 def test_perplexity_of_texts_is_that_of_transformers(run, evaluate, tmp_path):
     lines, plain = tmp_path / "some.jsonl", tmp_path / "other.txt"
-    lines.write_text("".join(json.dumps({"body": text}) + "\n" for text in TEXTS[1:]))
+    lines.write_text("".join(json.dumps({"body": text}) + "\n" for text in TEXTS[1:]) + "no\n")
     plain.write_text(TEXTS[0])
-    code, said = evaluate(run, "--text", lines, plain, "--text-key", "body", "--window", "16")
+    words = (run, "--text", lines, plain, "--text-key", "body", "--window", "16")
+    code, said = evaluate(*words)
+    assert code == 2 and "line 5" in said and "--on-error skip" in said
+    code, said = evaluate(*words, "--on-error", "skip")
     assert code == 0, said
     place = run / "evaluation" / "text_some.jsonl_other.txt"
     found = json.loads((place / "scores.json").read_text())
+    assert (found["skipped"], found["window"]) == (1, 16)
     source = CheckpointReader(find_checkpoint(run))
     model, tokenizer = in_memory(source), source.tokenizer
     assert tokenizer.decode([tokenizer.bod]) == ("<s>" if "llama" in str(run) else "<|endoftext|>")
@@ -233,7 +238,8 @@ def test_every_token_of_a_text_is_a_label_once(length):
 
 
 @pytest.mark.parametrize(("name", "content", "said"), [
-    ("a.jsonl", '{"body": "x"}\n', "no key 'text'"), ("a.jsonl", "\n", "no document"),
+    ("a.jsonl", '{"body": "x"}\n', "no key 'text'"), ("a.jsonl", "\n", "the file holds no record"),
+    ("a.jsonl", '{"text": ""}\n', "no document in the inputs"),
     ("a.bin", "x", "no known format"), (None, "", "matches no file")])
 def test_texts_that_cannot_be_read_are_refused_before_the_model_is_made(
         run, evaluate, monkeypatch, tmp_path, name, content, said):
