@@ -15,7 +15,7 @@ The checkpoint is a run directory, a checkpoint of a run, or a Hugging Face dire
 it is decoded by transformers' beam search; predictions, references in the official form and
 scores.json go to RUN/evaluation/TASK_SPLIT.
 
---harness needs lm-eval (pip install 'megatron_spdf[harness]'). Its figures are those that lm-eval's
+--harness needs lm-eval (pip install lm_eval==0.4.13). Its figures are those that lm-eval's
 own model `hf` has of the exported directory; chat templates are not applied. Nothing is fetched
 unless HF_HUB_OFFLINE=0 is set: give tasks whose data are local, or in the cache of `datasets`. Task
 files may name Python functions, which are run.

@@ -58,7 +58,7 @@ def require_harness() -> None:
         os.environ.setdefault(name, os.environ.get(_OFFLINE[0], "1"))
     if find_spec(PACKAGE) is None:
         raise ValueError("--harness needs EleutherAI's lm-eval, which is not installed; "
-                         "pip install 'megatron_spdf[harness]', or pip install lm_eval==0.4.13")
+                         "pip install lm_eval==0.4.13")
 
 
 def load_harness_tasks(names: Sequence[str], include: Path | None, ranks: Ranks,

@@ -189,7 +189,7 @@ def test_what_cannot_be_is_refused_before_the_model_is_made(run, tasks, evaluate
 def test_without_the_package_its_installation_is_named(run, evaluate, monkeypatch):
     monkeypatch.setattr(harness, "find_spec", lambda name: None)
     code, printed = evaluate(run, "--harness", "roll")
-    assert code == 2 and "pip install 'megatron_spdf[harness]'" in printed
+    assert code == 2 and "pip install lm_eval==0.4.13" in printed
 
 
 def test_perplexity_of_texts_is_that_of_transformers(run, evaluate, tmp_path):
