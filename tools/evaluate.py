@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 from megatron_spdf.command_line import (
@@ -102,8 +103,9 @@ def score_checkpoint(options: argparse.Namespace) -> int:
 
     run = run_of(options.run)
     output = output_of(options, f"{options.task}_{options.split}")
-    settings = DecodingSettings(options.beams, options.length_penalty, options.no_repeat_ngram,
-                                options.max_new_tokens, options.batch_size)
+    asked = {setting.name: getattr(options, setting.name) for setting in fields(DecodingSettings)}
+    settings = DecodingSettings(**{**TASKS.get(options.task).decoding,
+                                   **{k: v for k, v in asked.items() if v is not None}})
     data = options.data or (run and splits_of(run, options.task))
     examples = load_examples(options.task, data or Path("data") / options.task, options.split)
     ranks = find_ranks()
@@ -228,7 +230,7 @@ def show(options: argparse.Namespace, scores, description: dict) -> None:
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__, epilog=f"tasks:\n{render_tasks()}")
-    add = parser.add_argument
+    add, of_task = parser.add_argument, "default: the task's, mostly"
     add("run", nargs="?", type=Path, metavar="RUN",
         help="run directory, checkpoint, or Hugging Face directory")
     what = parser.add_mutually_exclusive_group(required=True)
@@ -247,11 +249,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="the task's data; or a text file, a blank line after the references of each input; or "
              "one text file for the first reference of every input, one for the second, ..., or "
              "what their names begin with")
-    add("--beams", type=positive, default=10, help="default: 10")
-    add("--length-penalty", type=number(float), default=0.8, help="default: 0.8")
-    add("--no-repeat-ngram", type=number(int, least=0, most=MOST), default=4,
-        help="default: 4; 0 for none")
-    add("--max-new-tokens", type=positive, default=64, help="default: 64")
+    add("--beams", type=positive, help=f"{of_task} 10")
+    add("--length-penalty", type=number(float), help=f"{of_task} 0.8")
+    add("--no-repeat-ngram", type=number(int, least=0, most=MOST), help=f"0 for none; {of_task} 4")
+    add("--max-new-tokens", type=positive, help=f"{of_task} 64")
     add("--batch-size", type=positive, default=32, help="prompts decoded together (default: 32)")
     add("--include", type=Path, metavar="DIR", help="YAML files of more tasks for --harness")
     add("--examples", type=number(int, least=0, most=MOST), metavar="N",

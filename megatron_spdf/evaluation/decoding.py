@@ -28,6 +28,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from megatron_spdf.data.finetuning.task import Loses, shortened
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
 from megatron_spdf.evaluation.token_likelihood import BATCH_TOKENS, label_states
 
@@ -60,7 +61,7 @@ class Decoded:
         texts: index of the prompt -> completion, outer blanks removed.
         tokens: number of tokens of all completions, the end included.
         seconds: duration of decoding.
-        truncated: number of prompts that lost the beginning of their context.
+        truncated: number of prompts that lost a part of their context.
     """
 
     texts: dict[int, str]
@@ -101,10 +102,11 @@ def room_for_prompts(window: int, settings: DecodingSettings) -> int:
 
 
 def decode(model: PreTrainedModel, tokenizer: Tokenizer, contexts: Sequence[str],
-           settings: DecodingSettings, rank: int = 0, world: int = 1) -> Decoded:
+           settings: DecodingSettings, rank: int = 0, world: int = 1,
+           loses: Loses = "beginning") -> Decoded:
     """Decodes this rank's share of the prompts, those of like length together.
 
-    A prompt that leaves no room for `max_new_tokens` loses the beginning of its context.
+    A prompt that leaves no room for `max_new_tokens` loses one end of its context.
 
     Args:
         model: a Hugging Face causal language model.
@@ -112,13 +114,14 @@ def decode(model: PreTrainedModel, tokenizer: Tokenizer, contexts: Sequence[str]
         contexts: one for each prompt.
         settings: of the search.
         rank, world: of this process, and their number.
+        loses: end of a context that is cut off.
 
     Raises:
         ValueError: the window has no room for so many new tokens.
     """
     room = room_for_prompts(window_of(model), settings)
     encoded = [tokenizer.encode(context) for context in contexts]
-    prompts = [ids[max(0, len(ids) - room) :] + [tokenizer.eod] for ids in encoded]
+    prompts = [shortened(ids, room, loses) + [tokenizer.eod] for ids in encoded]
     share = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))[rank::world]
     texts, tokens, start = {}, 0, time.monotonic()
     with tqdm(total=len(share), unit="input", desc=f"decode, rank 0 of {world}",
@@ -185,8 +188,8 @@ class Likelihood:
 
 @torch.inference_mode()
 def likelihood(model: PreTrainedModel, tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]],
-               rank: int = 0, world: int = 1,
-               batch_tokens: int = BATCH_TOKENS) -> Likelihood:
+               rank: int = 0, world: int = 1, batch_tokens: int = BATCH_TOKENS,
+               loses: Loses = "beginning") -> Likelihood:
     """Computes the log-likelihood of this rank's share of the completions.
 
     The perplexity is exp(nats / tokens), both summed over all ranks.
@@ -194,16 +197,17 @@ def likelihood(model: PreTrainedModel, tokenizer: Tokenizer, pairs: Sequence[tup
     Args:
         model: a Hugging Face causal language model.
         tokenizer: of the model.
-        pairs: (context, completion); a pair longer than the window loses the beginning of its
-            context.
+        pairs: (context, completion); a pair longer than the window loses one end of its context.
         rank, world: of this process, and their number.
         batch_tokens: most tokens, padding included, that are read at once.
+        loses: end of a context that is cut off.
 
     Raises:
         ValueError: a completion alone is longer than the window.
     """
     window = window_of(model)
-    sequences = [_sequence(tokenizer, context, completion, window) for context, completion in pairs]
+    sequences = [_sequence(tokenizer, context, completion, window, loses)
+                 for context, completion in pairs]
     share = sorted(sequences, key=lambda s: -len(s[0]))[rank::world]
     nats, tokens = 0.0, 0
     with tqdm(total=len(share), unit="pair", desc=f"perplexity, rank 0 of {world}",
@@ -216,8 +220,8 @@ def likelihood(model: PreTrainedModel, tokenizer: Tokenizer, pairs: Sequence[tup
     return Likelihood(nats, tokens)
 
 
-def _sequence(tokenizer: Tokenizer, context: str, completion: str,
-              window: int) -> tuple[list[int], int]:
+def _sequence(tokenizer: Tokenizer, context: str, completion: str, window: int,
+              loses: Loses) -> tuple[list[int], int]:
     """Token ids of context + EOD + " " + completion + EOD, and the index at which the completion
     begins.
 
@@ -228,6 +232,5 @@ def _sequence(tokenizer: Tokenizer, context: str, completion: str,
     if room < 0:
         raise ValueError(f"the completion {completion[:60]!r} has {len(target)} tokens and does "
                          f"not fit the window of {window} together with the token that precedes it")
-    ids = tokenizer.encode(context)
-    ids = ids[max(0, len(ids) - room) :] + [tokenizer.eod]
+    ids = shortened(tokenizer.encode(context), room, loses) + [tokenizer.eod]
     return ids + target, len(ids)

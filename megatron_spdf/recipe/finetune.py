@@ -49,6 +49,9 @@ class TaskData(Section):
                                   "jsonl: your own, lines of {context, completion}")
     path: PathText = Field(description="directory with the splits under the names they are "
                                        "published with")
+    too_long: Literal["refuse", "leave_out"] = Field(
+        "refuse", description="pairs whose completion alone does not fit sequence_length: the run "
+                              "is refused, or they are left out and counted")
 
 
 class Batches(Section):

@@ -10,7 +10,7 @@ from megatron_spdf.checkpoint.reader import CheckpointReader
 from megatron_spdf.checkpoint.run_metadata import Masks, seeded_masks
 from megatron_spdf.convert.source import WeightSource, require_sound, tokenizer_of
 from megatron_spdf.data.finetuning.completions import CompletionData, Completions, tokenize
-from megatron_spdf.data.finetuning.task import require_splits
+from megatron_spdf.data.finetuning.task import TASKS, require_splits
 from megatron_spdf.data.tokenizers.base import Tokenizer, render_padding
 from megatron_spdf.files import FILES, sampled_sha256
 from megatron_spdf.model.parametrization import render_parametrization
@@ -83,8 +83,8 @@ def prepare(finetune: Finetune, start: WeightSource) -> Prepared:
     tokenizer = tokenizer_of(start)
     window = min(finetune.train.sequence_length or model.usual_length(model.max_positions),
                  model.max_positions)
-    train, valid = (tokenize(finetune.data.task, path, split, tokenizer, window)
-                    for split in ("train", "validation"))
+    train, valid = (tokenize(finetune.data.task, path, split, tokenizer, window,
+                             finetune.data.too_long) for split in ("train", "validation"))
     recipe = training_recipe(finetune, model, _sparsity(finetune, start), len(train))
     plan = Plan.of(recipe)
     check_tensor(plan, recipe.parallel.tensor)
@@ -117,9 +117,12 @@ def _summary(finetune: Finetune, start: WeightSource, recipe: Recipe, plan: Plan
         f"{finetune.data.task}: {len(train):,} training and {len(valid):,} validation pairs of "
         f"{train.lengths.mean():.0f} tokens on average; {finetune.train.epochs} epochs of "
         f"{finetune.steps_per_epoch(len(train)):,} steps"]
-    lines += [f"{pairs.truncated:,} {split} contexts lost their beginning to fit "
+    loses = TASKS.get(finetune.data.task).loses
+    lines += [f"{pairs.truncated:,} {split} contexts lost their {loses} to fit "
               f"{recipe.train.sequence_length} tokens"
               for split, pairs in (("training", train), ("validation", valid)) if pairs.truncated]
+    lines += [f"{pairs.left_out:,} {split} pairs are left out, whose completions alone do not fit"
+              for split, pairs in (("training", train), ("validation", valid)) if pairs.left_out]
     lines.append(render_padding(tokenizer, start.model.vocab_size))
     rates = render_parametrization(recipe, plan, recipe.model.weights())
     return "\n".join(filter(None, [*lines, render_plan(plan), rates, render_layout(recipe, plan)]))

@@ -13,6 +13,9 @@ import pytest
 import yaml
 from forked_ranks import FORKED
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from warm_commands import Warm  # noqa: E402
+
 ROOT = Path(__file__).resolve().parents[2]
 
 RECIPE = {
@@ -52,16 +55,19 @@ def workplace(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def start(workplace):
-    """Starts pretrain.py in the workplace, on some ranks or as one plain process."""
+    """Starts pretrain.py in the workplace, on some ranks or as one plain process; by a launcher
+    other than the usual one, or none, in an interpreter of its own."""
     def start(*words: str, ranks: int = 0, recipe: str = "recipe.yaml",
               launcher: tuple[str, ...] = FORKED,
-              **environment: str) -> subprocess.Popen:
+              **environment: str) -> subprocess.Popen | Warm:
         launch = [*launcher, str(ranks)] if ranks else []
-        command = [sys.executable, *launch, str(ROOT / "pretrain.py"), recipe, *words]
+        command = [*launch, str(ROOT / "pretrain.py"), recipe, *words]
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore",
                "CUDA_VISIBLE_DEVICES": "", **environment}
-        return subprocess.Popen(command, cwd=workplace, env=env, stdout=subprocess.PIPE,
-                                stderr=subprocess.PIPE, text=True)
+        if launcher == FORKED:
+            return Warm(command, workplace, env)
+        return subprocess.Popen([sys.executable, *command], cwd=workplace, env=env,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return start
 
 

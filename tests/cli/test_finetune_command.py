@@ -17,6 +17,7 @@ import pytest
 import yaml
 from forked_ranks import FORKED, TORCHRUN
 from test_pretrain import finish, records
+from warm_commands import Warm, run_warm
 
 from megatron_spdf.locks import DirectoryLock
 
@@ -72,17 +73,19 @@ def tune(start, workplace, e2e):
                      "optimizer.warmup_tokens=256"))
     (workplace / "tune.yaml").write_text(yaml.safe_dump(RECIPE))
 
-    def tune(*words: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
-        command = [*(launcher or (sys.executable,)), str(ROOT / "finetune.py"), "tune.yaml", *words]
+    def tune(*words: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen | Warm:
+        command = [*launcher, str(ROOT / "finetune.py"), "tune.yaml", *words]
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         env = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore",
                "CUDA_VISIBLE_DEVICES": ""}
+        if launcher in ((), TWO):
+            return Warm(command, workplace, env)
         return subprocess.Popen(command, cwd=workplace, env=env, stdout=subprocess.PIPE,
                                 stderr=subprocess.PIPE, text=True)
     return tune
 
 
-TWO = (sys.executable, *FORKED, "2")
+TWO = (*FORKED, "2")
 
 
 def deepspeed() -> tuple[str, ...]:
@@ -138,8 +141,7 @@ def test_the_best_and_the_last_checkpoint_are_kept_and_the_tools_read_the_best(s
                                f"step {step},"),
                               ("convert_checkpoint.py", ["to-hf", "tuned_straight", "tuned_hf"],
                                best["checkpoint"])):
-        done = subprocess.run([sys.executable, "-W", "ignore", str(ROOT / "tools" / tool), *words],
-                              cwd=workplace, capture_output=True, text=True, check=False)
+        done = run_warm([ROOT / "tools" / tool, *words], workplace, dict(os.environ))
         assert done.returncode == 0 and said in done.stdout, done.stdout + done.stderr
 
 

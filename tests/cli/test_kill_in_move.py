@@ -2,13 +2,13 @@
 straight one, also at another layout."""
 
 import json
+import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from test_pretrain import records
+from warm_commands import run_warm
 
 pytestmark = pytest.mark.slow
 
@@ -61,9 +61,8 @@ def test_killed_in_a_move_equals_straight(workplace, straight, rule, place, rank
     """The move is made again, from the checkpoint before it."""
     whole, output = straight(rule), f"{rule}-{place}"
     script = Path(__file__).with_name("kill_in_move.py")
-    done = subprocess.run([sys.executable, "-W", "ignore", str(script), f"{rule}.yaml", output,
-                           place, "3", str(ranks), layout],
-                          cwd=workplace, capture_output=True, text=True, timeout=300, check=False)
+    done = run_warm([script, f"{rule}.yaml", output, place, "3", str(ranks), layout], workplace,
+                    dict(os.environ), 300)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = json.loads(done.stdout.splitlines()[-1])
     assert first[-ranks:] == [-signal.SIGKILL] * ranks and 0 not in first, first

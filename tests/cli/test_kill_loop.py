@@ -2,12 +2,11 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from test_pretrain import records
+from warm_commands import run_warm
 
 pytestmark = pytest.mark.slow
 
@@ -26,9 +25,7 @@ def test_killed_over_and_over_equals_straight(workplace, start):
                       "parallel: {timeout: 30}\n"
                       "fault_tolerance: {join_seconds: 20, hang_seconds: 20}\n")
     script = Path(__file__).with_name("kill_loop.py")
-    done = subprocess.run([sys.executable, "-W", "ignore", str(script), "kill.yaml", str(KILLS),
-                           "1"], cwd=workplace,
-                          capture_output=True, text=True, timeout=1500, check=False)
+    done = run_warm([script, "kill.yaml", str(KILLS), "1"], workplace, dict(os.environ), 1500)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["kills"] == KILLS and found["hung"] == 0, found

@@ -124,7 +124,7 @@ def test_stopped_twice_by_a_signal_equals_straight(straight, start, workplace):
 
 def test_sigusr1_saves_and_ends_with_the_documented_code(start, workplace):
     run = workplace / "usr1"
-    process = start("output=usr1")
+    process = start("output=usr1", launcher=())
     wait_for(run, 3, process)
     process.send_signal(signal.SIGUSR1)
     out = finish(process, code=75)
@@ -142,9 +142,7 @@ def kill_tree(process) -> None:
         for victim in victims:
             with suppress(psutil.NoSuchProcess):
                 signalled(victim)
-    process.wait(timeout=60)
-    process.stdout.close()
-    process.stderr.close()
+    process.communicate(timeout=60)
 
 
 def test_a_second_job_is_refused_on_all_its_ranks_and_a_killed_one_does_not_block(start, workplace):

@@ -1,12 +1,12 @@
 """pretrain.py with stages, as users start it: killed on both sides of the border it is the straight
 run."""
 
-import subprocess
-import sys
+import os
 
 import pytest
 import yaml
 from test_pretrain import ROOT, finish, kill_tree, records, wait_for
+from warm_commands import run_warm
 
 STAGES = [{"share": 0.5, "sparsity": 0.75, "lr": 2e-3},
           {"share": 0.5, "sparsity": 0, "warmup_tokens": 700}]
@@ -70,8 +70,7 @@ def test_killed_on_both_sides_of_the_border_equals_straight(straight, start, wor
 @pytest.mark.slow
 def test_tools_take_a_checkpoint_of_either_stage_as_what_it_is(straight, start, workplace, staged):
     def tool(name: str, *words: str) -> str:
-        done = subprocess.run([sys.executable, "-W", "ignore", str(ROOT / "tools" / name), *words],
-                              cwd=workplace, capture_output=True, text=True, check=False)
+        done = run_warm([ROOT / "tools" / name, *words], workplace, dict(os.environ))
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
+import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from huggingface_models import save_gpt2
+from user_command import run_with
 
 from megatron_spdf.data.tokenizers.tokenizer import train_tokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
 WORDS = ["stone", "Lake", "tree", "sun", "moon", "Star", "rain", "snow", "sky", "fog"]
 
 
@@ -38,12 +37,7 @@ def place(tmp_path_factory) -> Path:
 
 def run(place: Path, *words: str, plugins: str = "mirror_task") -> subprocess.CompletedProcess:
     """A command of the project, as a user starts it who has the task's directory on the path."""
-    script, *rest = words
-    path = os.pathsep.join(map(str, (Path(__file__).parent, ROOT)))
-    env = {**os.environ, "SPDF_PLUGINS": plugins, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore",
-           "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run([sys.executable, str(ROOT / script), *rest], cwd=place, env=env,
-                          capture_output=True, text=True, check=False, timeout=600)
+    return run_with(place, *words, plugins=plugins)
 
 
 @pytest.mark.slow
@@ -74,7 +68,7 @@ def test_outputs_of_others_are_scored_in_its_form(place):
 
 def test_help_lists_it(place):
     shown = run(place, "tools/evaluate.py", "--help").stdout
-    assert "mirror     words to their mirror images" in shown and "webnlg" in shown
+    assert re.search("^  mirror +words to their mirror images$", shown, re.M) and "webnlg" in shown
 
 
 @pytest.mark.parametrize("words", [

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
+from warm_commands import run_warm  # noqa: E402
 
 
 def run_with(place: Path, script: str, *words: str, plugins: str) -> subprocess.CompletedProcess:
@@ -15,5 +17,4 @@ def run_with(place: Path, script: str, *words: str, plugins: str) -> subprocess.
     path = os.pathsep.join(map(str, (Path(__file__).parent, ROOT)))
     env = {**os.environ, "SPDF_PLUGINS": plugins, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore",
            "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run([sys.executable, str(ROOT / script), *words], cwd=place, env=env,
-                          capture_output=True, text=True, check=False, timeout=600)
+    return run_warm([ROOT / script, *words], place, env)
