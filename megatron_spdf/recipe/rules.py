@@ -65,8 +65,10 @@ def _layout(recipe: Recipe) -> Iterator[str]:
     m, p, t = recipe.model, recipe.parallel, recipe.train
     if p.tensor not in m.tensor_degrees():
         cut = "slices" if m.slices != m.query_groups else "query_groups"
+        more = (f", or with model.slices one of {m.possible_slices()}"
+                if "slices" in type(m).model_fields else "")
         yield (f"model.{cut}={m.slices} (heads={m.heads}) is not divisible by "
-               f"parallel.tensor={p.tensor}; tensor may be {m.tensor_degrees()}")
+               f"parallel.tensor={p.tensor}; tensor may be {m.tensor_degrees()}{more}")
     stages = p.pipeline * p.interleave
     if m.layers % stages:
         yield (f"model.layers={m.layers} is not divisible by parallel.pipeline x interleave = "
