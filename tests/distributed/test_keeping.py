@@ -15,7 +15,7 @@ from keeping_cases import largest, plainly
 from pruning_cases import pruned
 from safetensors.numpy import load_file
 from stage_cases import across
-from test_pruning import LAYOUTS, STEPS, recipes_of
+from test_pruning import LAYOUTS, STEPS, STRAIGHT, in_one_process, recipes_of
 
 from megatron_spdf.checkpoint.inspect import describe, render, verify
 from megatron_spdf.checkpoint.reader import (
@@ -34,7 +34,9 @@ SPARSITY = {
     "ste": {"level": 0.75, "algorithm": "ste"},
     "n_m": {"level": 0.5, "pattern": "n_m", "algorithm": "ste"},
     "top_kast": {"level": 0.75, "algorithm": "top_kast", "update": {"every": 5, "penalty": 1e-2}},
-    "tiles": {"level": 0.75, "pattern": "tile", "tile": 4, "algorithm": "ste"},
+    # not in every step, since a choice of balanced tiles takes longer than a step
+    "tiles": {"level": 0.75, "pattern": "tile", "tile": 4, "algorithm": "ste",
+              "update": {"every": 5}},
     # less often, since a near tie of two masks of a tile changes up to eight entries at once
     "2:4": {"level": 0.5, "pattern": "2:4", "algorithm": "ste", "update": {"every": 20}},
     "ste with decay": {"level": 0.75, "algorithm": "ste", "update": {"decay_masked": 2e-2}},
@@ -42,16 +44,16 @@ SPARSITY = {
 
 
 @pytest.fixture
-def recipe(make_deep_recipe):
+def recipe(make_recipe):
     """A recipe that trains by a rule, at a layout."""
-    return recipes_of(make_deep_recipe, SPARSITY)
+    return recipes_of(make_recipe, SPARSITY)
 
 
 def agree(found: dict, expected: dict) -> None:
     """Losses to rounding, and the same entries are active at the end.
 
     Two entries within rounding of the last that is active change places in a step here and there,
-    until they are apart. Losses differ meanwhile by what one small weight of 196,608 is worth.
+    until they are apart. Losses differ meanwhile by what one small weight of 98,304 is worth.
     """
     apart = sum(int(((w != 0) != (expected["weights"][name] != 0)).sum())
                 for name, w in found["weights"].items())
@@ -68,17 +70,17 @@ def test_a_run_equals_the_rule_on_dense_weights(ranks, recipe, rule):
 
 
 @pytest.mark.parametrize(("name", "rule"), [
-    *((name, "ste with decay") for name in LAYOUTS), ("tp2 sp", "n_m"), ("tp2 sp", "tiles"),
+    *((name, "ste with decay") for name in STRAIGHT), ("tp2 sp", "n_m"), ("tp2 sp", "tiles"),
     ("pp2 interleaved", "2:4"), ("dp2 zero 1", "top_kast"), ("deepspeed zero 3", "top_kast")])
 def test_every_layout_chooses_alike(ranks, recipe, name, rule):
     agree(ranks(2).run(pruned, [recipe(rule, LAYOUTS[name])], [None]),
-          ranks(1).run(pruned, [recipe(rule)], [None]))
+          ranks(1).run(pruned, [recipe(rule, in_one_process(LAYOUTS[name]))], [None]))
 
 
 @pytest.mark.parametrize(("rule", "names", "stops"), [
     ("ste with decay", ["dp2 zero 1", "tp2 sp", "deepspeed zero 3"], [28, 17]),
     # before, at and after a choice
-    ("top_kast", ["deepspeed zero 2", "pp2 interleaved", "tp2 sp", "dp2 zero 1"], [29, 1, 1]),
+    ("top_kast", ["deepspeed zero 2", "pp2", "tp2 sp", "dp2 zero 1"], [29, 1, 1]),
 ])
 def test_a_run_that_stops_goes_on_at_another_layout(ranks, recipe, rule, names, stops):
     found = ranks(2).run(pruned, [recipe(rule, LAYOUTS[name]) for name in names], [*stops, None])
