@@ -74,7 +74,7 @@ def test_a_run_equals_the_rule_on_dense_weights(ranks, recipe, rule):
 
 # AC/DC builds sixteen engines, and the test of stops has its other layouts
 @pytest.mark.parametrize(("name", "rule"), [
-    *((name, "gmp") for name in STRAIGHT), ("tp2 sp", "acdc"), ("deepspeed zero 3", "acdc")])
+    *((name, "gmp") for name in STRAIGHT), ("tp2 sp", "acdc")])
 def test_every_layout_prunes_alike(ranks, recipe, name, rule):
     agree(ranks(2).run(pruned, [recipe(rule, LAYOUTS[name])], [None]),
           ranks(1).run(pruned, [recipe(rule, in_one_process(LAYOUTS[name]))], [None]))
@@ -84,7 +84,8 @@ def test_every_layout_prunes_alike(ranks, recipe, name, rule):
     ("gmp", ["dp2 zero 1", "tp2 sp", "deepspeed zero 3"], [28, 17]),
     # one step before a pruning, at it, and one after it
     ("gmp", ["tp2 sp", "deepspeed zero 2", "pp2 interleaved", "dp2 zero 1"], [24, 1, 1]),
-    ("acdc", ["deepspeed zero 2", "pp2", "dp2 zero 1"], [7, 5]),
+    # ZeRO 3 goes from sparse to dense and back
+    ("acdc", ["deepspeed zero 2", "deepspeed zero 3", "pp2", "dp2 zero 1"], [7, 6, 5]),
 ])
 def test_a_run_stopped_in_a_part_and_at_a_border_goes_on_at_another_layout(ranks, recipe, rule,
                                                                            names, stops):
