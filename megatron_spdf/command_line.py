@@ -65,17 +65,16 @@ def add_overrides(parser: argparse.ArgumentParser, meaning: str = "values that w
 
 
 def number(kind: type[int] | type[float], least: float | None = None, most: float | None = None,
-           above: float | None = None) -> Callable[[str], int | float]:
+           above: float | None = None, below: float | None = None) -> Callable[[str], int | float]:
     """Type of an argument that is a finite number.
 
     Args:
         kind: int or float.
         least, most: bounds that it may have; None: none.
-        above: bound that it may not have.
+        above, below: bounds that it may not have.
     """
-    rules = [words for words in (
-        f"at least {least}" if least is not None else "", f"over {above}" if above is not None
-        else "", f"at most {most}" if most is not None else "") if words]
+    bounds = {"at least": least, "over": above, "at most": most, "under": below}
+    rules = [f"{words} {bound}" for words, bound in bounds.items() if bound is not None]
     rule = ", ".join([f"must be a {'whole' if kind is int else 'finite'} number", *rules])
 
     def parse(text: str) -> int | float:
@@ -84,7 +83,8 @@ def number(kind: type[int] | type[float], least: float | None = None, most: floa
         except (ValueError, OverflowError):
             raise argparse.ArgumentTypeError(f"{text!r:.60} {rule}") from None
         if (not math.isfinite(value) or least is not None and value < least
-                or most is not None and value > most or above is not None and value <= above):
+                or most is not None and value > most or above is not None and value <= above
+                or below is not None and value >= below):
             raise argparse.ArgumentTypeError(f"{text!r:.60} {rule}")
         return value
     return parse

@@ -26,6 +26,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_spdf.architecture.base import ARCHITECTURES
 from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
 from megatron_spdf.command_line import (
     add_overrides,
@@ -50,7 +51,9 @@ from megatron_spdf.evaluation.perplexity import perplexity
 from megatron_spdf.files import require_free
 from megatron_spdf.recipe.load import load_recipe, make_recipe
 from megatron_spdf.recipe.recipe import Recipe
+from megatron_spdf.sparsity.plan import Plan
 from megatron_spdf.sparsity.selectors.base import SELECTORS
+from megatron_spdf.sparsity.selectors.nonzero import BY_CHANCE
 
 
 @refusing
@@ -199,6 +202,13 @@ def begin(source: WeightSource, recipe: Recipe, tokenizer: Tokenizer,
         f"{plan.sparsity:.2%} of {plan.numel:,} linear weights zero" if plan.weights else "dense"
     )
     lines = [f"{options.output}: a run at step 0 with the weights of {source.origin}, {sparse}"]
+    if not plan.weights and begun.zeros > BY_CHANCE:
+        lines.append(f"{begun.zeros:.2%} of its linear weights are zero, and no mask holds them: "
+                     "training fills them. --select nonzero keeps them at zero")
+    if holds_zeros(plan):
+        lines.append(f"{begun.zeros:.2%} of all linear weights are zero and stay so; slices of a "
+                     "weight have different numbers of zeros, and all store as many entries as "
+                     "the fullest")
     if source.tokenizer is None:
         lines.append("the source has no tokenizer; that of the recipe's data is taken, sha256 "
                      f"{tokenizer.sha256}")
@@ -208,6 +218,11 @@ def begin(source: WeightSource, recipe: Recipe, tokenizer: Tokenizer,
                          for loss in (losses.dense, losses.pruned))
         lines.append(f"perplexity {before} before, {after} after, on {losses.text}")
     return "\n".join([*lines, f"train it: pretrain.py {options.output}/recipe.yaml"])
+
+
+def holds_zeros(plan: Plan) -> bool:
+    """Whether slices of a run's weights store entries that stay zero."""
+    return any(weight.algorithm.holds for weight in plan.weights.values())
 
 
 RUN = "a run directory, or one of its checkpoints"
@@ -223,11 +238,11 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], str], str, list[str], s
 The model's section of the recipe is read off config.json; what a recipe or words say of it must
 agree, but for dropout, initial spread and slices. Without a recipe the run continues dense, in the
 precision of the files: give train.tokens=..., data.train=... as words, here or to pretrain.py.
-The model must compute what ours does. A GPT-2: tied embeddings, GELU (tanh), LayerNorm epsilon
-1e-5, attention scaled by the head's width alone. A Llama, Mistral, Qwen2, Qwen3: no sliding window,
-plain RoPE or Llama 3.1's. vocab_size is the number of its rows, which may be more than the
-tokenizer has ids. Its tokenizer files must be those of the recipe's data; where there are none, the
-data's tokenizer is taken. Vocabulary rows that pad the embedding are the mean of the others.""",
+The model_type of config.json is {model_types}.
+What the model computes otherwise than ours is refused by its key. vocab_size is the number of its
+rows, which may be more than the tokenizer has ids. Its tokenizer files must be those of the
+recipe's data; where there are none, the data's tokenizer is taken. Vocabulary rows that pad the
+embedding are the mean of the others.""",
     ),
     "prune": (prune, RUN, ["--sparsity", *SELECTION, "words"], ""),
     "densify": (densify, RUN, ["words"], ""),
@@ -295,7 +310,8 @@ OPTIONS = {
                      help=f"weights that stay, one of {', '.join(SELECTORS.names())}; random "
                           "(default): the recipe's masks; magnitude: the largest in each of the "
                           "slices a weight is cut into; wanda, sparsegpt: by the inputs of each "
-                          "weight, sparsegpt changes what stays"),
+                          "weight, sparsegpt changes what stays; "
+                          "nonzero: the masks that are in the weights, as they are"),
     "--calibration": dict(type=path_text, metavar="PREFIX",
                           help="data set whose text wanda and sparsegpt look at; perplexity "
                                "before and after is printed"),
@@ -310,10 +326,18 @@ OPTIONS = {
 }
 
 
+def _model_types() -> str:
+    """transformers' names of the architectures here that it has."""
+    families = [ARCHITECTURES.get(name) for name in ARCHITECTURES.names()]
+    *names, last = sorted({family.huggingface for family in families if family.huggingface})
+    return f"{', '.join(names)} or {last}"
+
+
 def parse(words: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, (run, source, options, more) in COMMANDS.items():
+        more = more.replace("{model_types}", _model_types())
         command = commands.add_parser(name, help=run.__doc__,
                                       description=f"{run.__doc__}\n\n{more}".strip(),
                                       formatter_class=parser.formatter_class,

@@ -5,6 +5,8 @@
                                                   FLOPs, bytes, traffic, time, layouts
     python tools/plan.py RECIPE [section.key=value ...] --exact
                                                   real buffers, built without hardware
+    python tools/plan.py iso-flop RECIPE [section.key=value ...] --sparsity 0.75
+                                                  wider sparse models of the same FLOPs
     python tools/plan.py fit RUNS...              the scaling law of your own runs
     python tools/plan.py law [--plot FILE.png]    the published law of sparse models
 
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -31,12 +34,13 @@ from megatron_spdf.command_line import (
 from megatron_spdf.files import write_file
 from megatron_spdf.planning.exact import dry_run, ranks_of_interest, render_counts
 from megatron_spdf.planning.hardware import GPUS, THIS_MACHINE, find_gpu
+from megatron_spdf.planning.iso_flop import describe_variants, render_variants, variants
 from megatron_spdf.planning.overview import Request, make_overview
 from megatron_spdf.planning.render import render_overview
 from megatron_spdf.planning.search import LARGEST_WORLD
 from megatron_spdf.planning.step_time import EFFICIENCY
 from megatron_spdf.recipe.load import load_recipe
-from megatron_spdf.recipe.recipe import AUTO
+from megatron_spdf.recipe.recipe import AUTO, Recipe
 from megatron_spdf.records import to_json
 from megatron_spdf.reports.plan_page import render_plan_page
 from megatron_spdf.runs.calibrate import calibrate, measured_step
@@ -51,7 +55,7 @@ from megatron_spdf.sparsity.plan import Plan
 @refusing
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    commands = {"fit": fit, "law": law}
+    commands = {"iso-flop": iso_flop, "fit": fit, "law": law}
     command = commands.get(arguments[0]) if arguments else None
     return command(arguments[1:]) if command else plan(arguments)
 
@@ -125,6 +129,30 @@ def _plan_parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="print one JSON value")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with plots too")
     return parser
+
+
+def iso_flop(arguments: list[str]) -> int:
+    """Sparse-IFT's families beside a dense recipe."""
+    parser = make_parser("Sparse models with the FLOPs of a dense recipe, as overrides of it: "
+                         "Sparse-IFT (Saxena et al. 2023).", prog="plan.py iso-flop")
+    parser.add_argument("recipe", help="YAML file of a dense run, see configs/")
+    add_overrides(parser)
+    parser.add_argument("--sparsity", type=number(float, above=0.0, below=1.0), required=True,
+                        metavar="S", help="of the grown layers, in (0, 1)")
+    parser.add_argument("--tensor", type=positive, metavar="N",
+                        help="tensor-parallel ranks that must divide heads and widths (default: "
+                             "the recipe's, and those up to 8 that divide the dense model)")
+    parser.add_argument("--json", action="store_true", help="print one JSON value")
+    options = parser.parse_intermixed_args(arguments)
+    given = options.overrides
+
+    def load(words: Sequence[str]) -> Recipe:
+        return load_recipe(options.recipe, [*given, *words])
+
+    found = variants(load(()), options.sparsity, load, options.tensor)
+    facts = describe_variants(found, options.recipe, given)
+    say(to_json(facts, indent=1) if options.json else render_variants(facts))
+    return 0
 
 
 def fit(arguments: list[str]) -> int:

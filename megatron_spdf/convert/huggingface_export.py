@@ -103,8 +103,12 @@ def _masks(source: CheckpointReader) -> list[_Tensor]:
     """The masks in the form of the weights they are of."""
     def read(name: str) -> Tensor:
         planned = source.plan.weights[name]
-        active = np.unpackbits(source.mask_bits(name), axis=1, count=math.prod(planned.slice_shape))
-        return join_slices(torch.from_numpy(active).bool(), planned)
+        active = np.unpackbits(source.mask_bits(name), axis=1,
+                               count=math.prod(planned.slice_shape)).astype(bool)
+        if planned.algorithm.holds:  # stored, and yet zero
+            held = np.unpackbits(source.held_bits(name), axis=1, count=planned.active_per_slice)
+            active[active] = ~held.astype(bool).reshape(-1)
+        return join_slices(torch.from_numpy(active), planned)
 
     return _forms(source, source.plan.weights, read)
 
@@ -181,7 +185,7 @@ def _save_tokenizer(source: WeightSource, directory: Path) -> None:
         config |= {"tokenizer_class": "LlamaTokenizer",
                    "add_bos_token": tokenizer.begin_token is not None,
                    "add_prefix_space": tokenizer.adds_blank}
-    write_json(directory / "tokenizer_config.json", config)
+    write_json(directory / "tokenizer_config.json", config | dict(tokenizer.declared))
     if tokenizer.kind == "sentencepiece":
         _compare_ids(tokenizer, directory)
 
@@ -204,23 +208,30 @@ def _compare_ids(tokenizer: Tokenizer, directory: Path) -> None:
 def _save_config(source: WeightSource, dtype: str, directory: Path) -> None:
     from transformers import GenerationConfig
 
-    begin, end = source.tokenizer.bod, source.tokenizer.eod
+    begin, ends, end = _begin_and_ends(source.tokenizer)
     _config(source, dtype).save_pretrained(directory)
     written = directory / CONFIG
     config = json.loads(written.read_text()) | source.model.huggingface_legacy()
     written.unlink()
     write_json(written, config)
     padding = list(range(source.tokenizer.vocab_size, source.model.vocab_size))
-    GenerationConfig(bos_token_id=begin, eos_token_id=end, pad_token_id=end,
+    GenerationConfig(bos_token_id=begin, eos_token_id=ends, pad_token_id=end,
                      suppress_tokens=padding or None).save_pretrained(directory)
+
+
+def _begin_and_ends(tokenizer: Tokenizer) -> tuple[int, int | list[int], int]:
+    """The ids that configurations name: of the beginning, of all ends, and of a document's."""
+    ends = tokenizer.ends
+    return tokenizer.prefix, ends if len(ends) > 1 else tokenizer.eod, tokenizer.eod
 
 
 def _config(source: WeightSource, dtype: str) -> PretrainedConfig:
     from transformers import AutoConfig
 
-    model, tokenizer = source.model, source.tokenizer
+    model = source.model
+    begin, ends, _ = _begin_and_ends(source.tokenizer)
     return AutoConfig.for_model(model.huggingface, **model.huggingface_config(),
-                                bos_token_id=tokenizer.bod, eos_token_id=tokenizer.eod,
+                                bos_token_id=begin, eos_token_id=ends,
                                 dtype=DTYPES[dtype])
 
 
@@ -280,12 +291,13 @@ tokenizer = AutoTokenizer.from_pretrained("this directory")
 
 
 def _history(source: CheckpointReader) -> list[str]:
-    run, plan = source.run, source.plan
+    run, plan, active = source.run, source.plan, source.active()
     kind = "moving" if source.masks["kind"] == "moved" else "static"
     sparsity = (
-        f"{plan.sparsity:.2%} of the {plan.numel:,} weights in {len(plan.weights)} matrices of "
-        f"the blocks are exactly zero ({kind} masks, {describe_masks(source.masks)}), so "
-        f"{plan.active:,} of them are active. The weights are stored dense, zeros included"
+        f"{1 - active / max(1, plan.numel):.2%} of the {plan.numel:,} weights in "
+        f"{len(plan.weights)} matrices of the blocks are exactly zero ({kind} masks, "
+        f"{describe_masks(source.masks)}), so {active:,} of them are active. The weights are "
+        "stored dense, zeros included"
         if plan.weights
         else "none, the model is dense"
     )

@@ -8,7 +8,7 @@ Rows of the vocabulary that no id of the tokenizer has are never decoded. They k
 the softmax, as in transformers, so they do count in perplexity.
 
 Shapes: B prompts or pairs read together, T tokens of the longest, N completion tokens of them, K
-hypotheses of the search over a batch, H hidden size, V vocabulary.
+hypotheses of the search over a batch, V vocabulary.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from transformers import (
     PreTrainedModel,
 )
 
+from megatron_spdf.data.finetuning.task import Loses, shortened
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
+from megatron_spdf.evaluation.token_likelihood import BATCH_TOKENS, label_states
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Decoded:
         texts: index of the prompt -> completion, outer blanks removed.
         tokens: number of tokens of all completions, the end included.
         seconds: duration of decoding.
-        truncated: number of prompts that lost the beginning of their context.
+        truncated: number of prompts that lost a part of their context.
     """
 
     texts: dict[int, str]
@@ -100,10 +102,11 @@ def room_for_prompts(window: int, settings: DecodingSettings) -> int:
 
 
 def decode(model: PreTrainedModel, tokenizer: Tokenizer, contexts: Sequence[str],
-           settings: DecodingSettings, rank: int = 0, world: int = 1) -> Decoded:
+           settings: DecodingSettings, rank: int = 0, world: int = 1,
+           loses: Loses = "beginning") -> Decoded:
     """Decodes this rank's share of the prompts, those of like length together.
 
-    A prompt that leaves no room for `max_new_tokens` loses the beginning of its context.
+    A prompt that leaves no room for `max_new_tokens` loses one end of its context.
 
     Args:
         model: a Hugging Face causal language model.
@@ -111,13 +114,14 @@ def decode(model: PreTrainedModel, tokenizer: Tokenizer, contexts: Sequence[str]
         contexts: one for each prompt.
         settings: of the search.
         rank, world: of this process, and their number.
+        loses: end of a context that is cut off.
 
     Raises:
         ValueError: the window has no room for so many new tokens.
     """
     room = room_for_prompts(window_of(model), settings)
     encoded = [tokenizer.encode(context) for context in contexts]
-    prompts = [ids[max(0, len(ids) - room) :] + [tokenizer.eod] for ids in encoded]
+    prompts = [shortened(ids, room, loses) + [tokenizer.eod] for ids in encoded]
     share = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))[rank::world]
     texts, tokens, start = {}, 0, time.monotonic()
     with tqdm(total=len(share), unit="input", desc=f"decode, rank 0 of {world}",
@@ -184,7 +188,8 @@ class Likelihood:
 
 @torch.inference_mode()
 def likelihood(model: PreTrainedModel, tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]],
-               rank: int = 0, world: int = 1, batch_tokens: int = 8192) -> Likelihood:
+               rank: int = 0, world: int = 1, batch_tokens: int = BATCH_TOKENS,
+               loses: Loses = "beginning") -> Likelihood:
     """Computes the log-likelihood of this rank's share of the completions.
 
     The perplexity is exp(nats / tokens), both summed over all ranks.
@@ -192,40 +197,31 @@ def likelihood(model: PreTrainedModel, tokenizer: Tokenizer, pairs: Sequence[tup
     Args:
         model: a Hugging Face causal language model.
         tokenizer: of the model.
-        pairs: (context, completion); a pair longer than the window loses the beginning of its
-            context.
+        pairs: (context, completion); a pair longer than the window loses one end of its context.
         rank, world: of this process, and their number.
         batch_tokens: most tokens, padding included, that are read at once.
+        loses: end of a context that is cut off.
 
     Raises:
         ValueError: a completion alone is longer than the window.
     """
     window = window_of(model)
-    sequences = [_sequence(tokenizer, context, completion, window) for context, completion in pairs]
+    sequences = [_sequence(tokenizer, context, completion, window, loses)
+                 for context, completion in pairs]
     share = sorted(sequences, key=lambda s: -len(s[0]))[rank::world]
-    nats, tokens, first = 0.0, 0, 0
+    nats, tokens = 0.0, 0
     with tqdm(total=len(share), unit="pair", desc=f"perplexity, rank 0 of {world}",
               disable=rank > 0 or None) as bar:
-        while first < len(share):
-            longest = len(share[first][0])
-            batch = share[first : first + max(1, batch_tokens // longest)]
-            first += len(batch)
-            ids = torch.tensor([ids + [tokenizer.eod] * (longest - len(ids)) for ids, _ in batch],
-                               device=model.device)  # (B, T)
-            # (B, T - 1): token t is predicted from position t - 1. Padding is on the right, where
-            # causal attention never looks, so no mask is needed.
-            counted = torch.tensor([[start <= t < len(ids) for t in range(1, longest)]
-                                    for ids, start in batch], device=model.device)
-            hidden = model.base_model(ids[:, :-1]).last_hidden_state[counted]  # (N, H)
+        for batch, hidden, labels in label_states(model, share, tokenizer.eod, batch_tokens):
             logits = model.get_output_embeddings()(hidden).float()  # (N, V)
-            nats += float(cross_entropy(logits, ids[:, 1:][counted], reduction="sum"))
-            tokens += int(counted.sum())
+            nats += float(cross_entropy(logits, labels, reduction="sum"))
+            tokens += len(labels)
             bar.update(len(batch))
     return Likelihood(nats, tokens)
 
 
-def _sequence(tokenizer: Tokenizer, context: str, completion: str,
-              window: int) -> tuple[list[int], int]:
+def _sequence(tokenizer: Tokenizer, context: str, completion: str, window: int,
+              loses: Loses) -> tuple[list[int], int]:
     """Token ids of context + EOD + " " + completion + EOD, and the index at which the completion
     begins.
 
@@ -236,6 +232,5 @@ def _sequence(tokenizer: Tokenizer, context: str, completion: str,
     if room < 0:
         raise ValueError(f"the completion {completion[:60]!r} has {len(target)} tokens and does "
                          f"not fit the window of {window} together with the token that precedes it")
-    ids = tokenizer.encode(context)
-    ids = ids[max(0, len(ids) - room) :] + [tokenizer.eod]
+    ids = shortened(tokenizer.encode(context), room, loses) + [tokenizer.eod]
     return ids + target, len(ids)

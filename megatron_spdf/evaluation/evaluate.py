@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megatron_spdf.convert.huggingface_export import in_memory
 from megatron_spdf.convert.source import WeightSource, tokenizer_of
-from megatron_spdf.data.finetuning.task import Example, training_pairs
+from megatron_spdf.data.finetuning.task import TASKS, Example, training_pairs
 from megatron_spdf.data.tokenizers.base import render_padding
 from megatron_spdf.evaluation.decoding import (
     Decoded,
@@ -75,9 +75,10 @@ def evaluate(source: WeightSource, task: str, examples: Sequence[Example],
     try:
         model = in_memory(source).to(device)
         pairs = training_pairs(examples)
-        measured = likelihood(model, tokenizer, pairs, ranks.rank, ranks.world)
+        loses = TASKS.get(task).loses
+        measured = likelihood(model, tokenizer, pairs, ranks.rank, ranks.world, loses=loses)
         decoded = decode(model, tokenizer, [e.context for e in examples], settings,
-                         ranks.rank, ranks.world)
+                         ranks.rank, ranks.world, loses)
         shares = _gather(ranks, (measured, decoded))
     finally:
         if dist.is_initialized():

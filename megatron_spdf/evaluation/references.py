@@ -20,11 +20,13 @@ class References:
         texts: references of every input, one or more each.
         groups: part of the test set of every input, or "".
         official: the texts are in the form of the official reference files, not as in the data.
+        labels: texts of which an output must be one; (): any text will do.
     """
 
     texts: tuple[tuple[str, ...], ...]
     groups: tuple[str, ...]
     official: bool = False
+    labels: tuple[str, ...] = ()
 
     def of(self, inputs: Sequence[int]) -> References:
         """References of some inputs."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from megatron_spdf.data.finetuning.task import TASKS
 from megatron_spdf.evaluation.metrics.metric import ALL, METRICS, ByPart, Metric, Unavailable
@@ -61,6 +61,7 @@ def score(task: str, predictions: Sequence[str], references: References) -> Scor
     scores = Scores(left_out=len(predictions) - len(kept))
     outputs, official = in_official_form(TASKS.get(task), [predictions[i] for i in kept],
                                          references.of(kept))
+    official = replace(official, labels=TASKS.get(task).labels)
     for metric in metrics_of(task):
         if not kept:
             scores.missing |= dict.fromkeys(metric.figures, NO_REFERENCE)

@@ -12,27 +12,30 @@ from typing import Any
 from megatron_spdf.data.finetuning.task import TASKS, Example
 from megatron_spdf.evaluation.references import references_of, write_official
 from megatron_spdf.evaluation.scores import Scores
-from megatron_spdf.files import write_json
+from megatron_spdf.files import write_file, write_json
 from megatron_spdf.version import __version__
 
 SCORES = "scores.json"
 _LIBRARIES = ("torch", "transformers", "sacrebleu", "pycocoevalcap", "rouge-score", "Unidecode")
 
 
-def describe(task: str, split: str, scores: Scores, **facts: Any) -> dict[str, Any]:
+def describe(task: str, split: str | None, scores: Scores, libraries: Sequence[str] = _LIBRARIES,
+             **facts: Any) -> dict[str, Any]:
     """Content of scores.json.
 
     Args:
-        task, split: evaluated.
-        scores: result of `scores.score`.
+        task, split: evaluated; a task of which all is evaluated has no split.
+        scores: the figures, and how they came about.
+        libraries: whose versions they depend on.
         facts: more entries, such as the settings of decoding.
     """
-    return {"task": task, "split": split, **facts, "scores": scores.values,
+    return {"task": task, **({} if split is None else {"split": split}), **facts,
+            "scores": scores.values,
             "missing": scores.missing,
             **({"without_reference": scores.left_out} if scores.left_out else {}),
             "signatures": scores.signatures,
             "versions": {"megatron_spdf": __version__,
-                         **{name: version(name) for name in _LIBRARIES}},
+                         **{name: version(name) for name in libraries}},
             "scored": datetime.now(UTC).isoformat(timespec="seconds")}
 
 
@@ -44,7 +47,12 @@ def write_scores(output: Path, description: dict[str, Any]) -> None:
 
 def write_texts(output: Path, task: str, predictions: Sequence[str],
                 examples: Sequence[Example]) -> None:
-    """Writes predictions, and references in the official form; scores of others are removed."""
+    """Writes predictions, references in the official form, and the file that the task's official
+    scripts read, if there is one; scores of others are removed."""
     output.mkdir(parents=True, exist_ok=True)
     (output / SCORES).unlink(missing_ok=True)  # no old scores may lie beside new predictions
-    write_official(TASKS.get(task), predictions, references_of(examples), output)
+    known = TASKS.get(task)
+    write_official(known, predictions, references_of(examples), output)
+    if known.submission:
+        name, content = known.submission(examples, predictions)
+        write_file(output / name, content)

@@ -18,7 +18,7 @@ from megatron_spdf.layers.measure import total_sparsity
 from megatron_spdf.parallel.traffic import TrafficCounter
 from megatron_spdf.planning.hardware import peak_flops
 from megatron_spdf.runs.run_log import RunLog
-from megatron_spdf.schedule.flops import training_flops
+from megatron_spdf.schedule.flops import recipe_flops
 from megatron_spdf.schedule.stages import RunStage
 from megatron_spdf.sparsity.history import NOTHING, Change, by_layer
 
@@ -41,11 +41,13 @@ class Report:
             waited: seconds of it spent waiting for data.
         """
         recipe, figures = self.stage.recipe, self._figures(result, seconds, waited)
+        parts = "".join(f", {name.replace('_', ' ')} {value:.4f}"
+                        for name, value in result.parts.items())
         mfu = f" | MFU {figures['mfu']:.1%}" if "mfu" in figures else ""
         self.log.record("train", self.state.step, **figures)
         self.log.say(
             f"step {self.state.step:>{len(str(recipe.steps))}}/{recipe.steps} "
-            f"| loss {result.loss:.4f} | lr {figures['lr']:.2e} "
+            f"| loss {result.loss:.4f}{parts} | lr {figures['lr']:.2e} "
             f"| grad norm {result.grad_norm:.3f} "
             f"| {figures['tokens_per_second']:,.0f} tokens/s "
             f"| {figures['model_tflops_per_rank']:.3g} TFLOP/s{mfu} "
@@ -54,20 +56,22 @@ class Report:
     def _figures(self, result: StepResult, seconds: float, waited: float) -> dict[str, Any]:
         stage, state, data = self.stage, self.state, self.data
         recipe, plan, on_gpu = stage.recipe, stage.plan, torch.cuda.is_available()
-        model, length = recipe.model, data.mean_length
+        length = data.mean_length
         tokens = state.tokens - data.consumed(state.step - 1)  # of this step
         # dense matrix products that are executed: a GPU skips the zeros of some patterns only
         skipped = plan.skipped if on_gpu else None
-        executed = (training_flops(model, length, skipped).total * tokens / seconds
+        executed = (recipe_flops(recipe, skipped, length=length).total * tokens / seconds
                     / recipe.parallel.world)
         figures = {
             "tokens": state.tokens,
             "loss": result.loss,
+            **result.parts,
             **self._learning_rates(),
             "grad_norm": result.grad_norm,
             "skipped": state.skipped,
             "sparsity": total_sparsity(self.engine.measured_sparsity(), plan),
-            "flops": stage.flops_before + training_flops(model, length, stage.mean_plan).total
+            "flops": stage.flops_before
+            + recipe_flops(recipe, stage.mean_plan, length=length).total
             * (state.tokens - data.consumed(stage.first)),
             "tokens_per_second": tokens / seconds,
             "model_tflops_per_rank": executed / 1e12,
@@ -98,16 +102,30 @@ class Report:
             changes: of each sparse weight.
             seconds: it took; None: it was part of a step.
         """
-        took = {} if seconds is None else {"seconds": seconds}
+        whole = self._record_masks(changes, {} if seconds is None else {"seconds": seconds})
+        state, sparsity = self.state, self.stage.recipe.sparsity
+        overlap = f"; {whole.overlap:.2%} are as at first" if sparsity.update.tracks else ""
+        self.log.say(f"step {state.step}: {sparsity.algorithm} moved {whole.moved:,} of "
+                     f"{whole.active:,} active entries, update {state.mask_updates}{overlap}")
+
+    def crossed(self, changes: dict[str, Change]) -> None:
+        """A border between parts of a run, if entries died or were born there; see `moved`."""
+        if not any(change.moved for change in changes.values()):
+            return
+        whole, plan = self._record_masks(changes, {}), self.stage.plan
+        self.log.say(f"step {self.state.step}: {self.stage.recipe.sparsity.algorithm} "
+                     f"{'masks' if plan.weights else 'lets go of the masks of'} {whole.moved:,} of "
+                     f"{whole.active:,} entries from here on")
+
+    def _record_masks(self, changes: dict[str, Change], took: dict[str, float]) -> Change:
+        """Writes a record of masks, in all and by layer, and returns all changes together."""
         state, recipe = self.state, self.stage.recipe
-        name, whole = recipe.sparsity.algorithm, sum(changes.values(), start=NOTHING)
+        whole = sum(changes.values(), start=NOTHING)
         layers = by_layer(changes, {w.name: w.layer for w in recipe.model.weights()})
-        self.log.record("mask", state.step, algorithm=name, update=state.mask_updates,
-                        moved=whole.moved, **self._seen(whole), **took,
+        self.log.record("mask", state.step, algorithm=recipe.sparsity.algorithm,
+                        update=state.mask_updates, moved=whole.moved, **self._seen(whole), **took,
                         layers={str(n): self._seen(change) for n, change in layers.items()})
-        overlap = f"; {whole.overlap:.2%} are as at first" if recipe.sparsity.update.tracks else ""
-        self.log.say(f"step {state.step}: {name} moved {whole.moved:,} of {whole.active:,} active "
-                     f"entries, update {state.mask_updates}{overlap}")
+        return whole
 
     def _seen(self, change: Change) -> dict[str, float]:
         """What the log says of a move: what its algorithm keeps track of."""

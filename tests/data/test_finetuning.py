@@ -116,6 +116,18 @@ def test_a_completion_longer_than_the_window_is_named(tmp_path, tokenizer):
         assert part in str(caught.value)
 
 
+def test_a_completion_longer_than_the_window_is_left_out_where_it_may_be(tmp_path, tokenizer):
+    place = one_record(tmp_path, "the river", " ".join(WORDS))
+    with pytest.raises(ValueError, match="or set data.too_long=leave_out"):
+        tokenize("jsonl", place, "train", tokenizer, 8)
+    pairs = tokenize("jsonl", place, "train", tokenizer, 8, "leave_out")
+    assert (len(pairs), pairs.left_out) == (1, 1)
+    whole = tokenize("jsonl", place, "train", tokenizer, 64)
+    assert pairs.tokens[0].tolist() == whole.tokens[0].tolist()
+    with pytest.raises(ValueError, match="none of its 2 completions fits the window of 1 tokens"):
+        tokenize("jsonl", place, "train", tokenizer, 1, "leave_out")
+
+
 def test_only_the_completion_carries_loss(make_data, tokenizer):
     data = make_data()
     starts = {tuple(t): s for t,

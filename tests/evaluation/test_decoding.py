@@ -172,6 +172,17 @@ def test_a_long_prompt_loses_its_beginning(model):
         decode(model, TOKENIZER, ["x"], DecodingSettings(max_new_tokens=63))
 
 
+def test_a_long_prompt_of_news_loses_its_end(model):
+    settings = DecodingSettings(beams=1, max_new_tokens=10, no_repeat_ngram=0)
+    kept = "z" * 23 + "y" * 30
+    decoded = decode(model, TOKENIZER, [kept + "x" * 30, kept, "y" * 53], settings, loses="end")
+    assert decoded.texts[0] == decoded.texts[1] != decoded.texts[2] and decoded.truncated == 1
+    # 64 = 54 of the context + end of document + " ab" and end of document, the last a label only
+    pairs = [("z" * 24 + "y" * 30 + "x", "ab ab ab"), ("z" * 24 + "y" * 30, "ab ab ab")]
+    one, other = (likelihood(model, TOKENIZER, [pair], loses="end") for pair in pairs)
+    assert one == other != likelihood(model, TOKENIZER, pairs[:1])
+
+
 def test_perplexity_is_the_loss_of_transformers(model, contexts):
     pairs = [(context, "text " * (1 + i % 5)) for i, context in enumerate(contexts)]
     nats, tokens = 0.0, 0

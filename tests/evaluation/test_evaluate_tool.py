@@ -114,3 +114,24 @@ def test_what_can_be_refused_is_refused_before_decoding(run, tmp_path, capsys, l
 def test_lines_end_at_lf_or_cr_lf_and_nowhere_else(tmp_path):
     (tmp_path / "a.txt").write_bytes("a\x0bb\r\nc\u2028d\re\n\n f \n".encode())
     assert read_predictions(tmp_path / "a.txt") == ["a\x0bb", "c\u2028d\re", "", "f"]
+
+
+def test_a_test_set_of_glue_is_decoded_and_gets_a_submission(run):
+    """By the task's own settings of decoding, where none are asked for."""
+    code, said, output = run("index\tsentence\n0\tred \"cat\n1\tblue dog\n", task="sst2")
+    assert code == 0 and "accuracy: missing (no input has a reference)" in said.out
+    assert len(read_predictions(output / "predictions.txt")) == 2
+    lines = (output / "SST-2.tsv").read_text().splitlines()
+    assert lines[0] == "index\tprediction" and [line[:2] for line in lines[1:]] == ["0\t", "1\t"]
+    assert json.loads((output / "scores.json").read_text())["decoding"]["no_repeat_ngram"] == 0
+
+
+def test_answers_of_squad_are_scored_and_written_by_their_ids(run):
+    lines = json.dumps({"data": [{"paragraphs": [{"context": "red cat", "qas": [
+        {"id": "56d", "question": "who", "answers": [{"text": "cat"}, {"text": "red cat"}]}]}]}]})
+    code, said, output = run(lines, task="squad")
+    assert code == 0 and "exact_match" in said.out
+    scores = json.loads((output / "scores.json").read_text())["scores"]["all"]
+    assert set(scores) == {"exact_match", "F1", "perplexity"}
+    answer = read_predictions(output / "predictions.txt")[0]
+    assert json.loads((output / "predictions.json").read_text()) == {"56d": answer}

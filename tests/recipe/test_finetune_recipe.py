@@ -27,7 +27,8 @@ def shipped(name: str, *words: str) -> Finetune:
 
 
 def test_a_recipe_is_shipped_for_every_task():
-    assert set(SHIPPED) - SMALL_RUNS == {*NLG, *SUMMARIES, "jsonl"} <= set(TASKS.names())
+    """Under its name, as launch/finetune.sh and launch/spdf.sh look for it."""
+    assert set(SHIPPED) - SMALL_RUNS == set(TASKS.names())
     assert all(shipped(name).data.task == name for name in set(SHIPPED) - SMALL_RUNS)
     assert len({shipped(name).output for name in SHIPPED}) == len(SHIPPED)
 

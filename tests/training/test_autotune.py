@@ -55,7 +55,7 @@ def test_trials_end_before_memory_does(recipe, monkeypatch):
     """State of 30 GiB and 8 GiB a sequence: twice four sequences would be over 80 GiB."""
     monkeypatch.setattr(torch.cuda, "get_device_properties",
                         lambda _: SimpleNamespace(total_memory=80 * GIB))
-    monkeypatch.setattr(autotune, "_try", lambda stage, _: (lambda m: timing(
+    monkeypatch.setattr(autotune, "_try", lambda stage, *_: (lambda m: timing(
         m, 1 / m, (30 + 8 * m) * GIB, (30 + 16 * m) * GIB))(stage.recipe.train.micro_batch))
     (stage,) = stages_of(auto(recipe))
     found = list(try_all(stage, torch.device("cuda")))
@@ -64,7 +64,7 @@ def test_trials_end_before_memory_does(recipe, monkeypatch):
 
 
 def test_memory_that_runs_out_ends_the_trials_of_one_rank(recipe, monkeypatch):
-    def run(stage, _):
+    def run(stage, *_):
         if stage.recipe.train.micro_batch > 1:
             raise torch.OutOfMemoryError
         return 1.0, 0
@@ -170,8 +170,9 @@ def test_a_choice_is_kept_for_the_stage_the_layout_and_the_device(recipe, tmp_pa
     monkeypatch.setattr(autotune.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(autotune.dist, "broadcast_object_list", lambda shared, src: None)
     tried = []
-    monkeypatch.setattr(autotune, "try_all", lambda stage, device: tried.append(stage) or iter(
-        [timing(1, 2.0), timing(2, 1.0), timing(4, 3.0)]))
+    timings = [timing(1, 2.0), timing(2, 1.0), timing(4, 3.0)]
+    monkeypatch.setattr(autotune, "try_all",
+                        lambda stage, device, teach: tried.append(stage) or iter(timings))
     run = SimpleNamespace(root=tmp_path, create=lambda: None)
 
     def choose(number: int = 0, **sections) -> int:

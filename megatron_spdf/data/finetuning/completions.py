@@ -15,18 +15,26 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.random import Philox
 
-from megatron_spdf.data.finetuning.task import Example, load_examples, training_pairs
+from megatron_spdf.data.finetuning.task import (
+    TASKS,
+    Example,
+    load_examples,
+    shortened,
+    training_pairs,
+)
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
 from megatron_spdf.model.batch import MicroBatch
 from megatron_spdf.random_streams import stream_key
 from megatron_spdf.recipe.recipe import Recipe
 
 STREAM = "megatron_spdf fine-tuning order stream 1"
+TooLong = Literal["refuse", "leave_out"]
 POOL = 64  # global batches that are sorted by length together
 PAD_MULTIPLE = 8  # tokens; tensor cores want it
 
@@ -39,12 +47,14 @@ class Completions:
         tokens: N arrays int32, context + EOD + completion + EOD of each pair, at most one token
             longer than the context window.
         starts: (N,), index of each completion's first token.
-        truncated: number of pairs whose context lost its beginning.
+        truncated: number of pairs whose context was cut.
+        left_out: number of pairs whose completion alone does not fit.
     """
 
     tokens: list[np.ndarray]
     starts: np.ndarray
     truncated: int
+    left_out: int = 0
 
     @property
     def lengths(self) -> np.ndarray:
@@ -69,10 +79,12 @@ class Completions:
         return len(self.tokens)
 
 
-def tokenize(task: str, path: Path, split: str, tokenizer: Tokenizer, window: int) -> Completions:
+def tokenize(task: str, path: Path, split: str, tokenizer: Tokenizer, window: int,
+             too_long: TooLong = "refuse") -> Completions:
     """Reads a split and tokenizes its pairs.
 
-    A pair that is too long loses the beginning of its context, never any of its completion.
+    A pair that is too long loses an end of its context, the one that the task says, and never any
+    of its completion.
 
     Args:
         task: name of the task that reads the file.
@@ -80,25 +92,33 @@ def tokenize(task: str, path: Path, split: str, tokenizer: Tokenizer, window: in
         split: train, valid or test.
         tokenizer: of the model.
         window: longest sequence that the model reads, in tokens.
+        too_long: what becomes of a pair whose completion alone does not fit.
 
     Raises:
-        ValueError: the data are malformed, or a completion alone does not fit; names file and
-            record.
+        ValueError: the data are malformed, a completion alone does not fit and is not left out, or
+            nothing is left; names file and record.
         FileNotFoundError: the split is not there.
     """
-    tokens, starts, truncated = [], [], 0
+    tokens, starts, truncated, left_out = [], [], 0, 0
+    loses = TASKS.get(task).loses
     for number, example in enumerate(load_examples(task, path, split), 1):
         context = tokenizer.encode(example.context)
         for _, completion in training_pairs([example]):
             ending = [tokenizer.eod, *tokenizer.encode(f" {completion}"), tokenizer.eod]
             room = window + 1 - len(ending)
+            if room < 0 and too_long == "leave_out":
+                left_out += 1
+                continue
             if room < 0:
                 raise ValueError(_too_long(path, split, number, example, len(ending) - 1, window))
-            kept = context[max(0, len(context) - room) :]
+            kept = shortened(context, room, loses)
             truncated += len(kept) < len(context)
             tokens.append(np.array(kept + ending, dtype=np.int32))
             starts.append(len(kept) + 1)
-    return Completions(tokens, np.array(starts), truncated)
+    if not tokens:
+        raise ValueError(f"{path}, {split} split: none of its {left_out:,} completions fits the "
+                         f"window of {window} tokens; raise train.sequence_length")
+    return Completions(tokens, np.array(starts), truncated, left_out)
 
 
 def _too_long(path: Path, split: str, number: int, example: Example, length: int,
@@ -106,7 +126,7 @@ def _too_long(path: Path, split: str, number: int, example: Example, length: int
     return (f"{path}, {split} split, example {number} ({example.context[:60]!r}): a completion of "
             f"{length} tokens, its end-of-document token included, does not fit the window of "
             f"{window}; raise train.sequence_length up to the model's max_positions, or remove the "
-            "example")
+            "example, or set data.too_long=leave_out")
 
 
 class CompletionData:

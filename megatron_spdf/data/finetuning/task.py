@@ -9,15 +9,17 @@ example.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from megatron_spdf.data.finetuning.files import find_file
 from megatron_spdf.paths import same_file
 from megatron_spdf.registry import Registry
 
 SPLITS = ("train", "validation", "test")
+Loses = Literal["beginning", "end"]
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,13 @@ class Example:
         references: the targets, spaced as in the data.
         group: a part of the test set that is scored by itself as well: "seen" and "unseen"
             categories of WebNLG; "" where the task has none.
+        key: what the data call it, for files of the task's official scripts; "" where nothing.
     """
 
     context: str
     references: tuple[str, ...]
     group: str = ""
+    key: str = ""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,13 @@ class Task:
             record for what is malformed.
         metrics: names in megatron_spdf/evaluation/metrics, in the order in which they are printed.
         form: of the texts that are scored; None: as they are.
+        labels: texts of which a completion must be one, in the order of the data's numbers; (): any
+            text will do.
+        loses: end of the context that is cut off where it does not fit the model's window. Of news
+            it is the end, since they begin with what matters.
+        decoding: settings of decoding, in place of those of E2E: {"beams": 1}.
+        submission: (examples, outputs) -> name and content of the file that the task's official
+            scripts or server read; None: none.
     """
 
     title: str
@@ -72,11 +83,16 @@ class Task:
     read: Callable[[Path], list[Example]]
     metrics: tuple[str, ...]
     form: OfficialForm | None = None
+    labels: tuple[str, ...] = ()
+    loses: Loses = "beginning"
+    decoding: Mapping[str, int | float] = field(default_factory=dict)
+    submission: Callable[[Sequence[Example], Sequence[str]], tuple[str, str]] | None = None
 
     @property
     def suffixes(self) -> set[str]:
-        """Endings of the names of its files: ".json"."""
-        return {Path(name).suffix for names in self.files.values() for name in names} - {""}
+        """Endings of the names of its files: ".json". What ends in ".txt" may be anything."""
+        names = {name for names in self.files.values() for name in names}
+        return {Path(name).suffix for name in names} - {"", ".txt"}
 
 
 TASKS: Registry[Task] = Registry("task", "megatron_spdf.data.finetuning.tasks")
@@ -84,7 +100,9 @@ TASKS: Registry[Task] = Registry("task", "megatron_spdf.data.finetuning.tasks")
 
 def render_tasks() -> str:
     """A line for each task: its name in recipes and its title."""
-    return "\n".join(f"  {name:<10} {TASKS.get(name).title}" for name in TASKS.names())
+    names = TASKS.names()
+    width = max(map(len, names))
+    return "\n".join(f"  {name:<{width}} {TASKS.get(name).title}" for name in names)
 
 
 def load_examples(name: str, path: Path, split: str) -> list[Example]:
@@ -127,6 +145,11 @@ def require_splits(name: str, path: Path) -> None:
     if same_file(found):
         raise ValueError(f"data.path={path}: {found[0].name} and {found[1].name} are one file, and "
                          "a validation split must not be the training data")
+
+
+def shortened(context: list[int], room: int, loses: Loses) -> list[int]:
+    """The token ids of a context without those at one end for which there is no room."""
+    return context[:room] if loses == "end" else context[max(0, len(context) - room) :]
 
 
 def training_pairs(examples: Iterable[Example]) -> list[tuple[str, str]]:
