@@ -208,8 +208,11 @@ def test_perplexity_within_the_window(model):
     longest = "y" * 62  # " " + 62 + end of document = 64, all the window
     whole = likelihood(model, TOKENIZER, [("x" * 9, longest)])
     assert whole == likelihood(model, TOKENIZER, [("", longest)]) and whole.tokens == 64
-    with pytest.raises(ValueError, match="has 65 tokens and does not fit the window of 64"):
-        likelihood(model, TOKENIZER, [("x", longest + "y")])
+    fitting = likelihood(model, TOKENIZER, [("x", "ab")])
+    for rank in range(2):  # a longer one is left out, and no rank counts another
+        found = likelihood(model, TOKENIZER, [("x", longest + "y"), ("x", "ab")], rank, 2)
+        assert found.left_out == 1 and found.tokens == (fitting.tokens if rank == 0 else 0)
+    assert fitting.left_out == 0
 
 
 @pytest.mark.parametrize("batch_tokens", [40, 100, 8192])
