@@ -119,18 +119,16 @@ def check_selector(selector: Selector, recipe: Recipe, plan: Plan,
     """
     for weight in plan.weights.values():
         selector.check(weight)
-    if not selector.calibrated:
-        return
-    if any(weight.algorithm.keeps for weight in plan.weights.values()):
+    if selector.calibrated and any(w.algorithm.keeps for w in plan.weights.values()):
         raise ValueError(f"select={selector.name}: with sparsity.algorithm="
                          f"{recipe.sparsity.algorithm} weights keep all entries, and choose the "
                          "largest at every step; leave out --select, or take another algorithm")
-    if not plan.weights:
+    if not (plan.weights or selector.seeded):
         raise ValueError(f"select={selector.name} has nothing to select: sparsity.level="
                          f"{recipe.sparsity.level:g} with algorithm={recipe.sparsity.algorithm} "
                          "begins with dense weights; set a level and algorithm=static, or leave "
                          "out --select")
-    if text is None or text.calibrate is None:
+    if selector.calibrated and (text is None or text.calibrate is None):
         raise ValueError(f"select={selector.name} looks at the inputs of weights; give "
                          "--calibration PREFIX, a data set of the model's tokenizer")
 
