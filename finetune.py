@@ -45,7 +45,8 @@ def main() -> int:
         if options.preflight:
             return preflight(run)
     return run_job(Job(ranks, run, stages_of(prepared.recipe), prepared.summary, prepared.tokenizer,
-                       prepared.make_data, prepared.make_weights, prepared.masks, prepared.origin))
+                       prepared.make_data, prepared.make_weights, prepared.masks, prepared.origin,
+                       prepared.teacher.teach))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from megatron_spdf.resilience.world import find_ranks
 from megatron_spdf.schedule.stages import RunStage, stages_of
 from megatron_spdf.sparsity.plan import render_plan
 from megatron_spdf.training.job import Job, open_run, parse_arguments, preflight, refusals, run_job
+from megatron_spdf.training.teacher import Teacher
 
 
 def main() -> int:
@@ -45,7 +46,9 @@ def main() -> int:
             print(f"{render_recipe(recipe)}\n{summary}")
             return exit_codes.FINISHED
         corpus = check_corpus(recipe)
-        run = open_run(ranks, recipe, corpus.contents, alone=options.preflight)
+        teacher = Teacher(recipe, corpus.tokenizer)
+        run = open_run(ranks, recipe, {**corpus.contents, **teacher.contents},
+                       alone=options.preflight)
         if options.preflight:
             return preflight(run)
 
@@ -55,8 +58,9 @@ def main() -> int:
         return TokenData(recipe, corpus, run.cache, engine.needs_batches)
 
     summary = "\n".join(filter(None, [
-        summary, render_padding(corpus.tokenizer, recipe.model.vocab_size)]))
-    return run_job(Job(ranks, run, stages, summary, corpus.tokenizer, make_data))
+        summary, teacher.summary, render_padding(corpus.tokenizer, recipe.model.vocab_size)]))
+    return run_job(Job(ranks, run, stages, summary, corpus.tokenizer, make_data,
+                       teach=teacher.teach))
 
 
 def summarize(stage: RunStage) -> str:

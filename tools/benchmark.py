@@ -209,7 +209,7 @@ def load_measured(path: str, overrides: list[str]) -> Recipe:
 def with_algorithms(recipe: Recipe, path: str, overrides: list[str],
                     names: Sequence[str]) -> dict[str, Recipe]:
     """The recipe by the name of its mask algorithm; where masks stay, with each of these."""
-    if recipe.sparsity.algorithm != "static":
+    if not recipe.sparsity.update.stays:
         return {recipe.sparsity.algorithm: recipe}
     return {name: load_measured(path, [*overrides, f"sparsity.algorithm={name}"])
             for name in names}

@@ -50,7 +50,9 @@ from megatron_spdf.evaluation.perplexity import perplexity
 from megatron_spdf.files import require_free
 from megatron_spdf.recipe.load import load_recipe, make_recipe
 from megatron_spdf.recipe.recipe import Recipe
+from megatron_spdf.sparsity.plan import Plan
 from megatron_spdf.sparsity.selectors.base import SELECTORS
+from megatron_spdf.sparsity.selectors.nonzero import BY_CHANCE
 
 
 @refusing
@@ -199,6 +201,13 @@ def begin(source: WeightSource, recipe: Recipe, tokenizer: Tokenizer,
         f"{plan.sparsity:.2%} of {plan.numel:,} linear weights zero" if plan.weights else "dense"
     )
     lines = [f"{options.output}: a run at step 0 with the weights of {source.origin}, {sparse}"]
+    if not plan.weights and begun.zeros > BY_CHANCE:
+        lines.append(f"{begun.zeros:.2%} of its linear weights are zero, and no mask holds them: "
+                     "training fills them. --select nonzero keeps them at zero")
+    if holds_zeros(plan):
+        lines.append(f"{begun.zeros:.2%} of all linear weights are zero and stay so; slices of a "
+                     "weight have different numbers of zeros, and all store as many entries as "
+                     "the fullest")
     if source.tokenizer is None:
         lines.append("the source has no tokenizer; that of the recipe's data is taken, sha256 "
                      f"{tokenizer.sha256}")
@@ -208,6 +217,11 @@ def begin(source: WeightSource, recipe: Recipe, tokenizer: Tokenizer,
                          for loss in (losses.dense, losses.pruned))
         lines.append(f"perplexity {before} before, {after} after, on {losses.text}")
     return "\n".join([*lines, f"train it: pretrain.py {options.output}/recipe.yaml"])
+
+
+def holds_zeros(plan: Plan) -> bool:
+    """Whether slices of a run's weights store entries that stay zero."""
+    return any(weight.algorithm.holds for weight in plan.weights.values())
 
 
 RUN = "a run directory, or one of its checkpoints"
@@ -295,7 +309,8 @@ OPTIONS = {
                      help=f"weights that stay, one of {', '.join(SELECTORS.names())}; random "
                           "(default): the recipe's masks; magnitude: the largest in each of the "
                           "slices a weight is cut into; wanda, sparsegpt: by the inputs of each "
-                          "weight, sparsegpt changes what stays"),
+                          "weight, sparsegpt changes what stays; "
+                          "nonzero: the masks that are in the weights, as they are"),
     "--calibration": dict(type=path_text, metavar="PREFIX",
                           help="data set whose text wanda and sparsegpt look at; perplexity "
                                "before and after is printed"),

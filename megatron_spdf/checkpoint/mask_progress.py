@@ -24,7 +24,7 @@ def mask_progress(reader: CheckpointReader) -> dict[str, Any] | None:
     """
     recipe, state = reader.recipe, reader.run["state"]
     algorithm = recipe.sparsity.update
-    if recipe.sparsity.algorithm == "static":
+    if algorithm.stays:
         return None
     begin, end = _stage_at(recipe, state["step"])
     steps = end - begin

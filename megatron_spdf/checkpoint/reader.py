@@ -128,6 +128,20 @@ class CheckpointReader(TensorFiles):
         """
         return self._bits(name, MASK_BITS)
 
+    def held_bits(self, name: str) -> np.ndarray:
+        """Which of the active entries are held at zero, (slices, ceil(active per slice / 8)) uint8;
+        of algorithms that hold some."""
+        planned = self.plan.weights[name]
+        shape = (planned.slices, math.ceil(planned.active_per_slice / 8))
+        return self._of_shape(stored_name(name) + HELD_BITS, shape).numpy()
+
+    def active(self) -> int:
+        """Number of entries of all sparse weights that are active and not held."""
+        held = sum(int(np.unpackbits(self.held_bits(name), axis=1, count=w.active_per_slice)
+                       .sum(dtype=np.int64))
+                   for name, w in self.plan.weights.items() if w.algorithm.holds)
+        return self.plan.active - held
+
     def first_bits(self, name: str) -> np.ndarray:
         """The mask at the beginning of the stage, as `mask_bits`; of algorithms that track it."""
         return self._bits(name, FIRST_BITS)

@@ -103,8 +103,12 @@ def _masks(source: CheckpointReader) -> list[_Tensor]:
     """The masks in the form of the weights they are of."""
     def read(name: str) -> Tensor:
         planned = source.plan.weights[name]
-        active = np.unpackbits(source.mask_bits(name), axis=1, count=math.prod(planned.slice_shape))
-        return join_slices(torch.from_numpy(active).bool(), planned)
+        active = np.unpackbits(source.mask_bits(name), axis=1,
+                               count=math.prod(planned.slice_shape)).astype(bool)
+        if planned.algorithm.holds:  # stored, and yet zero
+            held = np.unpackbits(source.held_bits(name), axis=1, count=planned.active_per_slice)
+            active[active] = ~held.astype(bool).reshape(-1)
+        return join_slices(torch.from_numpy(active), planned)
 
     return _forms(source, source.plan.weights, read)
 
@@ -280,12 +284,13 @@ tokenizer = AutoTokenizer.from_pretrained("this directory")
 
 
 def _history(source: CheckpointReader) -> list[str]:
-    run, plan = source.run, source.plan
+    run, plan, active = source.run, source.plan, source.active()
     kind = "moving" if source.masks["kind"] == "moved" else "static"
     sparsity = (
-        f"{plan.sparsity:.2%} of the {plan.numel:,} weights in {len(plan.weights)} matrices of "
-        f"the blocks are exactly zero ({kind} masks, {describe_masks(source.masks)}), so "
-        f"{plan.active:,} of them are active. The weights are stored dense, zeros included"
+        f"{1 - active / max(1, plan.numel):.2%} of the {plan.numel:,} weights in "
+        f"{len(plan.weights)} matrices of the blocks are exactly zero ({kind} masks, "
+        f"{describe_masks(source.masks)}), so {active:,} of them are active. The weights are "
+        "stored dense, zeros included"
         if plan.weights
         else "none, the model is dense"
     )

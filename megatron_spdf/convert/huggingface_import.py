@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_spdf.architecture.base import ARCHITECTURES, EMBEDDING, Model, Weight
 from megatron_spdf.architecture.forms import UnknownFamily, model_of
+from megatron_spdf.convert.compressed_tensors import storage_fault
 from megatron_spdf.convert.foreign import place_of, read_pickled, require_finite
 from megatron_spdf.data.tokenizers.base import END_FILE
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, tokenizer_files
@@ -53,6 +54,8 @@ class HuggingFaceReader:
     def __init__(self, path: Path, like: Model | None = None):
         self.path = path
         self.config = _read_json(path / CONFIG)
+        if fault := storage_fault(self.config):
+            raise ValueError(f"{path / CONFIG} {fault}")
         self.model = _model(self.config, path)
         if like is not None:
             self.model = self.model.cut_like(like)

@@ -27,6 +27,7 @@ from megatron_spdf.checkpoint import store
 from megatron_spdf.checkpoint.reader import (
     AGES,
     FIRST_BITS,
+    HELD_BITS,
     MASK_BITS,
     OPTIMIZER,
     TRAINED_BITS,
@@ -39,10 +40,12 @@ from megatron_spdf.convert.calibration import CheckedText
 from megatron_spdf.convert.source import WeightSource
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
 from megatron_spdf.files import atomic_directory, write_json
+from megatron_spdf.kernels.mask import pack
 from megatron_spdf.model.parametrization import Parametrization, unfold
 from megatron_spdf.optimizers.base import MASTER
 from megatron_spdf.recipe.load import save_recipe
 from megatron_spdf.recipe.recipe import Recipe
+from megatron_spdf.recipe.rules import rule_violations
 from megatron_spdf.schedule.stages import stages_of
 from megatron_spdf.sparsity.plan import Plan
 from megatron_spdf.sparsity.selectors.base import SELECTORS, Inputs, Selector, TrainedWeight
@@ -60,11 +63,17 @@ _MODEL_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Begun:
-    """A run directory that was written: sparsity plan of the first stage, and losses before and
-    after pruning where text was given."""
+    """A run directory that was written.
+
+    Attributes:
+        plan: of the first stage.
+        losses: before and after pruning, where text was given.
+        zeros: share of the linear weights that was zero in the source.
+    """
 
     plan: Plan
     losses: Losses | None
+    zeros: float
 
 
 def write_initial_checkpoint(source: WeightSource, recipe: Recipe, tokenizer: Tokenizer,
@@ -92,8 +101,11 @@ def write_initial_checkpoint(source: WeightSource, recipe: Recipe, tokenizer: To
                          "another than the model's. Preprocess the data with the model's tokenizer")
     check_shape(source, recipe)
     _check_tokenizer(source, tokenizer)
+    selector = SELECTORS.get(select)()
+    if selector.reads_levels:
+        recipe = _with_levels(recipe, source, selector)
     begun = stages_of(recipe.model_copy(update={"output": str(output)}))[0]
-    recipe, plan, selector = begun.recipe, begun.plan, SELECTORS.get(select)()
+    recipe, plan = begun.recipe, begun.plan
     check_selector(selector, recipe, plan, text)
     state = _FreshState(source, recipe, plan, selector)
     with atomic_directory(output) as directory, _layer_by_layer(state, text) as pruning:
@@ -106,7 +118,23 @@ def write_initial_checkpoint(source: WeightSource, recipe: Recipe, tokenizer: To
         write_json(checkpoint / store.RUN, run_record(
             recipe, plan, tokenizer, masks, source.origin, _START, state.measured))
         finish_run(checkpoint, recipe.without_stages())
-    return Begun(plan, losses)
+    return Begun(plan, losses, state.zeros / max(1, state.read))
+
+
+def _with_levels(recipe: Recipe, source: WeightSource, selector: Selector) -> Recipe:
+    """A recipe with the sparsity that a selector reads off the weights.
+
+    Raises:
+        ValueError: there are no masks, or the recipe cannot have them.
+    """
+    if recipe.stages:
+        raise ValueError(f"select={selector.name} reads one sparsity off the weights, and the "
+                         "recipe has stages of their own; leave out stages")
+    sparsity = selector.levels(recipe.sparsity, recipe.model, source.weight)
+    recipe = recipe.model_copy(update={"sparsity": sparsity})
+    if broken := list(rule_violations(recipe)):
+        raise ValueError("; ".join(broken))
+    return recipe
 
 
 def check_selector(selector: Selector, recipe: Recipe, plan: Plan,
@@ -192,6 +220,7 @@ class _FreshState:
 
     Attributes:
         measured: canonical name of a sparse weight -> fraction of zeros, for weights read so far.
+        zeros, read: entries of linear weights that are zero in the source, and all that were read.
         pruning: selects layer by layer; None: each weight is selected by itself.
     """
 
@@ -201,6 +230,8 @@ class _FreshState:
         self.rules = Parametrization(recipe, plan)
         self.dtype = _MODEL_DTYPES[recipe.train.precision]
         self.measured: dict[str, float] = {}
+        self.zeros = self.read = 0
+        self._counted: set[str] = set()
         self._last: tuple[str, Tensor, Tensor] | None = None
 
     def tensors(self) -> list[StoredTensor]:
@@ -217,6 +248,10 @@ class _FreshState:
             bits = (sparse.slices, math.ceil(math.prod(sparse.slice_shape) / 8))
             tensors = [self._stored(name + MASK_BITS, bits, axis, weight, torch.uint8,
                                     lambda: self._compact(weight.name)[1])]
+            if sparse.algorithm.holds:
+                held = (sparse.slices, math.ceil(sparse.active_per_slice / 8))
+                tensors.append(self._stored(name + HELD_BITS, held, axis, weight, torch.uint8,
+                                            lambda: pack(self._compact(weight.name)[0] == 0)))
             if sparse.algorithm.tracks:
                 tensors.append(self._stored(name + FIRST_BITS, bits, axis, weight, torch.uint8,
                                             lambda: self._compact(weight.name)[1]))
@@ -247,7 +282,16 @@ class _FreshState:
 
     def _master(self, name: str) -> Tensor:
         """Dense weight in the parametrization of the recipe."""
-        return unfold(self.source.master(name), self.rules.folded(name))
+        return unfold(self._given(name), self.rules.folded(name))
+
+    def _given(self, name: str) -> Tensor:
+        """Dense weight of the source, float32. Zeros of linear ones are counted."""
+        weight = self.source.master(name)
+        if self.source.weights[name].linear and name not in self._counted:
+            self._counted.add(name)
+            self.zeros += weight.numel() - int(weight.count_nonzero())
+            self.read += weight.numel()
+        return weight
 
     def _compact(self, name: str) -> tuple[Tensor, Tensor]:
         """Active values (S, A) and mask bits (S, bytes) of a sparse weight. The last result is
@@ -260,7 +304,7 @@ class _FreshState:
         """Cuts a weight to its mask, slice by slice, and measures its sparsity."""
         planned = self.plan.weights[name]
         values, masks = (self.pruning.of(name) if self.pruning
-                         else self.choose(name, self.source.master(name), None))
+                         else self.choose(name, self._given(name), None))
         dense, stored, active = unfold(values, self.rules.folded(name)), [], 0
         for number, mask in enumerate(masks):
             entries = slice_of(dense, planned, number).numpy()

@@ -11,6 +11,7 @@ from megatron_spdf.architecture.base import Model, Weight
 from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
 from megatron_spdf.convert.huggingface_import import CONFIG, HuggingFaceReader
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
+from megatron_spdf.files import FILES, sampled_sha256
 
 
 class WeightSource(Protocol):
@@ -72,6 +73,13 @@ def tokenizer_of(source: WeightSource) -> Tokenizer:
                          f"its model {source.model.vocab_size}; they do not belong together, so "
                          "put the tokenizer there that the model was trained with")
     return tokenizer
+
+
+def fingerprint(source: WeightSource) -> str:
+    """Hash of what lies at a source's path, by which it is known in another place."""
+    listed = source.path / FILES  # has the hashes of all others
+    return sampled_sha256([listed] if listed.is_file() else sorted(
+        path for path in source.path.iterdir() if path.is_file()))
 
 
 def require_sound(source: WeightSource) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -23,12 +23,14 @@ class StepResult:
         grad_norm: global, before clipping.
         skipped: loss or gradient was not finite, so weights and optimizer state are as before.
         stop: some rank was asked to stop (`stop_requested`).
+        parts: of a loss that is a sum of several, each before it is weighed, by name.
     """
 
     loss: float
     grad_norm: float
     skipped: bool
     stop: bool
+    parts: Mapping[str, float] = field(default_factory=dict)
 
 
 class ParameterState(Protocol):

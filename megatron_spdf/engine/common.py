@@ -122,8 +122,8 @@ def seed_dropout(recipe: Recipe, number: int) -> None:
         tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
-def agree(loss: Tensor, replicas: int,
-          stop: bool, *others: Tensor) -> tuple[float, bool, *tuple[float, ...]]:
+def agree(loss: Tensor, replicas: int, stop: bool, *others: Tensor,
+          parts: Sequence[Tensor] = ()) -> tuple[float, bool, *tuple[float, ...]]:
     """The loss of the global batch and whether any rank wants to stop, on every rank, in one small
     reduction; and other numbers of this rank, (). All in one transfer, for which the host waits
     until the device has done its work.
@@ -131,14 +131,24 @@ def agree(loss: Tensor, replicas: int,
     Args:
         loss: of this replica on the one rank that reports for it, zero on its others.
         replicas: number of data-parallel replicas.
+        others: come back as they are.
+        parts: of the loss, like it; what comes back of them stands before the others.
     """
     # Every rank adds what it has: the mean over replicas and the number of ranks that want to stop
     # come out of one sum, so that no rank can leave a step that others stay in.
     shared = torch.stack([loss.float() / replicas,
-                          torch.full_like(loss, float(stop), dtype=torch.float32)])
+                          torch.full_like(loss, float(stop), dtype=torch.float32),
+                          *(part.float() / replicas for part in parts)])
     dist.all_reduce(shared)
     loss_mean, stops, *numbers = torch.cat([shared, *(n.view(1) for n in others)]).tolist()
     return loss_mean, stops > 0, *numbers
+
+
+def parts_of(model: nn.Module) -> dict[str, Tensor]:
+    """The parts of a model's loss in the step that was just run, (), by name; where it has none,
+    nothing."""
+    names = getattr(model.objective, "parts", ())
+    return dict(zip(names, model.objective.take(), strict=True)) if names else {}
 
 
 def to_device(micro: MicroBatch, device: torch.device) -> MicroBatch:

@@ -104,8 +104,11 @@ class DeepSpeedEngine:
         itself."""
         common.seed_dropout(self.recipe, number)
         common.set_learning_rate(self.scheduler, tokens)
-        loss, stop = common.agree(self._run(batch, training=True), self.recipe.parallel.data,
-                                  stop_requested)
+        loss = self._run(batch, training=True)
+        parts = common.parts_of(self.model)
+        loss, stop, *means = common.agree(
+            loss, self.recipe.parallel.data, stop_requested,
+            parts=[part * self._reports for part in parts.values()])
         ours = self.torch_optimizer
         norm = self._clip_whole_gradients() if self.zero.optimizer is ours else None
         ours.held = not math.isfinite(loss) or norm is not None and not math.isfinite(norm)
@@ -116,7 +119,7 @@ class DeepSpeedEngine:
         skipped = ours.held or overflow
         ours.held = True
         self.optimizer_steps += not skipped
-        return StepResult(loss, norm, skipped=skipped, stop=stop)
+        return StepResult(loss, norm, skipped, stop, dict(zip(parts, means, strict=True)))
 
     def evaluate(self, batch: Sequence[MicroBatch], stop_requested: bool) -> tuple[float, bool]:
         """Mean loss over the tokens of a global batch, without dropout or gradients, and whether to

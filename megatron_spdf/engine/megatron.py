@@ -104,12 +104,15 @@ class MegatronEngine:
         self.optimizer.zero_grad()
         loss = self._run(batch, forward_only=False)
         self.optimizer.prepare_grads()
-        loss, stop, squared_norm = self._agree(loss, stop_requested, self._squared_norm())
-        norm = math.sqrt(squared_norm)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            return StepResult(loss, norm, skipped=True, stop=stop)
-        self._update(norm)
-        return StepResult(loss, norm, skipped=False, stop=stop)
+        parts = common.parts_of(self.models[-1])
+        loss, stop, *means, squared_norm = self._agree(
+            loss, stop_requested, self._squared_norm(),
+            parts=[part * self._reports for part in parts.values()])
+        norm, parts = math.sqrt(squared_norm), dict(zip(parts, means, strict=True))
+        skipped = not (math.isfinite(loss) and math.isfinite(norm))
+        if not skipped:
+            self._update(norm)
+        return StepResult(loss, norm, skipped, stop, parts)
 
     def evaluate(self, batch: Sequence[MicroBatch], stop_requested: bool) -> tuple[float, bool]:
         """Mean loss over the tokens of a global batch, without dropout or gradients, and whether to
@@ -218,9 +221,9 @@ class MegatronEngine:
             return torch.zeros((), device=self.device)
         return torch.stack([r["loss"] for r in reports]).mean()
 
-    def _agree(self, loss: Tensor, stop: bool, *others: Tensor) -> tuple[float,
-                                                                         bool, *tuple[float, ...]]:
-        return common.agree(loss, self.recipe.parallel.data, stop, *others)
+    def _agree(self, loss: Tensor, stop: bool, *others: Tensor,
+               parts: Sequence[Tensor] = ()) -> tuple[float, bool, *tuple[float, ...]]:
+        return common.agree(loss, self.recipe.parallel.data, stop, *others, parts=parts)
 
     def _squared_norm(self) -> Tensor:
         """Of the gradients of all ranks, (); Megatron-Core's own norm makes the host wait for

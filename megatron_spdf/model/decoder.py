@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from megatron_spdf.architecture.base import Model
 from megatron_spdf.layers.megatron import sparsify_layer
 from megatron_spdf.model.attention import core_attention
-from megatron_spdf.model.head import head_loss
 from megatron_spdf.model.init import DrawnWeights, InitialWeights, initialize, owned_weights
 from megatron_spdf.model.mlp import GatedMlp
 from megatron_spdf.model.norm import norm_class
+from megatron_spdf.model.objective import HeadInputs, Objective, cross_entropy
 from megatron_spdf.model.parametrization import Parametrization
 from megatron_spdf.recipe.recipe import AUTO, Recipe
 from megatron_spdf.sparsity.plan import Plan
@@ -101,11 +101,13 @@ def _compiles() -> bool:
 
 class Decoder(GPTModel):
     """Megatron-Core's decoder, whose loss is that of `head.py`, (), where tokens have weights,
-    `loss_mask` (B, T), beside their labels. Labels are smoothed in training mode only."""
+    `loss_mask` (B, T), beside their labels, or that of another `objective`. Labels are smoothed in
+    training mode only."""
 
     def __init__(self, rules: Parametrization, *arguments, **keywords):
         super().__init__(*arguments, **keywords)
         self.rules = rules
+        self.objective: Objective = cross_entropy
 
     @property
     def head_weight(self) -> Tensor:
@@ -125,9 +127,10 @@ class Decoder(GPTModel):
         x, recipe = shared(hidden_states), self.rules.recipe
         if self.rules.head_input != 1.0:
             x = x * self.rules.head_input
-        return head_loss(x, self.head_weight, labels, loss_mask,
-                         recipe.model.vocab_size,
-                         recipe.train.label_smoothing if self.training else 0.0)
+        read = tuple(others[key] for key in ("input_ids", "position_ids", "attention_mask"))
+        return self.objective(HeadInputs(
+            x, self.head_weight, labels, loss_mask, recipe.model.vocab_size,
+            recipe.train.label_smoothing if self.training else 0.0, read, self.training))
 
 
 def build_model(recipe: Recipe, plan: Plan,

@@ -53,8 +53,8 @@ class _HeadLoss(torch.autograd.Function):
         tokens = x.flatten(0, 1)  # (N, H), N = T B
         labels, shares = (t.t().flatten() for t in (labels, token_weights.float()))
         size = tokens_at_once(len(weight), len(tokens))
-        softmax = _Softmax(len(weight), vocab_size, smoothing)
-        ctx.shape, ctx.gradients = x.shape, _Gradients(tokens, weight, size) if trains else None
+        softmax = Softmax(len(weight), vocab_size, smoothing)
+        ctx.shape, ctx.gradients = x.shape, Gradients(tokens, weight, size) if trains else None
         loss = tokens.new_zeros((), dtype=torch.float32)
         for start in range(0, len(tokens), size):
             part = slice(start, start + size)
@@ -68,12 +68,10 @@ class _HeadLoss(torch.autograd.Function):
         return x.view(ctx.shape), weight, None, None, None, None, None
 
 
-def _chunk(tokens: Tensor, weight: Tensor, labels: Tensor, shares: Tensor, softmax: _Softmax,
-           gradients: _Gradients | None, start: int) -> Tensor:
+def _chunk(tokens: Tensor, weight: Tensor, labels: Tensor, shares: Tensor, softmax: Softmax,
+           gradients: Gradients | None, start: int) -> Tensor:
     """The loss of n tokens, (); their gradients go to `gradients`."""
-    scores = (tokens @ weight.t()).float()  # (n, rows); of fp32 logits no copy
-    # rows that only pad the vocabulary: exp makes them zero in every sum and gradient
-    scores[:, softmax.real :] = -torch.inf
+    scores = softmax.logits(tokens, weight)
     losses, total = softmax.cross_entropy_(scores, labels)
     if gradients is not None:
         softmax.gradient_(scores, labels, shares, total)
@@ -82,7 +80,7 @@ def _chunk(tokens: Tensor, weight: Tensor, labels: Tensor, shares: Tensor, softm
     return shares @ losses
 
 
-class _Softmax:
+class Softmax:
     """Over the vocabulary, of which this rank has some columns.
 
     Attributes:
@@ -99,11 +97,18 @@ class _Softmax:
         self.end = self.first + rows
         self.real = min(max(vocab_size - self.first, 0), rows)
 
+    def logits(self, tokens: Tensor, weight: Tensor) -> Tensor:
+        """Of tokens (n, H), in fp32 (n, rows)."""
+        scores = (tokens @ weight.t()).float()  # of fp32 logits no copy
+        # rows that only pad the vocabulary: exp makes them zero in every sum and gradient
+        scores[:, self.real :] = -torch.inf
+        return scores
+
     def cross_entropy_(self, scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Losses (n,) of logits (n, rows), which become exp(logit - the largest of the vocabulary);
         and the sums of that over the vocabulary (n,)."""
         top = scores.amax(-1)
-        self._reduce(top, dist.ReduceOp.MAX)
+        self.reduce(top, dist.ReduceOp.MAX)
         # Else exp overflows. Of the whole vocabulary, so that sums add up over ranks.
         scores -= top.unsqueeze(-1)
         place, here = self._places(labels)
@@ -112,7 +117,7 @@ class _Softmax:
             parts.append(scores[:, : self.real].sum(-1) / self.vocab_size)
         scores.exp_()
         # one reduction for all that the loss needs of other ranks
-        total, label, *mean = self._reduce(torch.stack([scores.sum(-1), *parts]), dist.ReduceOp.SUM)
+        total, label, *mean = self.reduce(torch.stack([scores.sum(-1), *parts]), dist.ReduceOp.SUM)
         losses = total.log() - label
         return losses + self.smoothing * (label - mean[0]) if mean else losses, total
 
@@ -132,13 +137,14 @@ class _Softmax:
         here = (labels >= self.first) & (labels < self.end)
         return (labels - self.first).where(here, 0).unsqueeze(1), here
 
-    def _reduce(self, values: Tensor, operation: dist.ReduceOp) -> Tensor:
+    def reduce(self, values: Tensor, operation: dist.ReduceOp) -> Tensor:
+        """Over the ranks that share the vocabulary, in place."""
         if self.group.size() > 1:
             dist.all_reduce(values, operation, group=self.group)
         return values
 
 
-class _Gradients:
+class Gradients:
     """The gradients of the head's input (N, H) and weight (rows, H), chunk by chunk; that of the
     weight is summed in float32 where there are several chunks."""
 

@@ -64,6 +64,10 @@ class InitialWeights(Protocol):
         """The mask of this rank's slices as `CompactWeight.mask_bits` keeps it; None: the one that
         the plan draws."""
 
+    def held_bits(self, weight: Weight, rank: int, world: int) -> np.ndarray | None:
+        """Which active entries of this rank's slices are held, as `CompactWeight.held_bits` keeps
+        it; None: none is. Asked for where the mask algorithm holds some."""
+
 
 @dataclass(frozen=True)
 class DrawnWeights:
@@ -81,6 +85,8 @@ class DrawnWeights:
     def mask_bits(self, weight: Weight, rank: int, world: int) -> None:
         return None
 
+    held_bits = mask_bits
+
 
 @dataclass(frozen=True)
 class LoadedWeights:
@@ -89,6 +95,7 @@ class LoadedWeights:
     Args:
         read: canonical name -> the whole weight, dense.
         read_mask: canonical name -> the mask of all its slices, for weights that stay sparse.
+        read_held: canonical name -> which active entries are held, for those that hold some.
         revived: std of the entries of linear weights that are zero there, in units of the weight's
             initial std; 0: zero.
         seed, slices: of the revived entries, which are the same at every layout.
@@ -99,6 +106,7 @@ class LoadedWeights:
     revived: float = 0.0
     seed: int = 0
     slices: int = 1
+    read_held: Callable[[str], np.ndarray] | None = None
 
     def shard(self, weight: Weight, rank: int, world: int) -> Tensor:
         values = self.read(weight.name).float()
@@ -111,6 +119,10 @@ class LoadedWeights:
 
     def mask_bits(self, weight: Weight, rank: int, world: int) -> np.ndarray | None:
         return None if self.read_mask is None else np.split(self.read_mask(weight.name),
+                                                            world)[rank]
+
+    def held_bits(self, weight: Weight, rank: int, world: int) -> np.ndarray | None:
+        return None if self.read_held is None else np.split(self.read_held(weight.name),
                                                             world)[rank]
 
 
@@ -135,6 +147,9 @@ def initialize(
             continue
         if sparse and (bits := source.mask_bits(weight, rank, world)) is not None:
             compact.begin_with(torch.from_numpy(bits))
+            holds = compact.planned.algorithm.holds
+            if holds and (held := source.held_bits(weight, rank, world)) is not None:
+                compact.held_bits.copy_(torch.from_numpy(held))
         values = source.shard(weight, rank, world).to(parameter.device)
         parameter.copy_(compact.right_inverse(values) if sparse else values)
 

@@ -14,11 +14,12 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from megatron_spdf.architecture.lm_head import tokens_at_once
+from megatron_spdf.architecture.lm_head import tokens_at_once, tokens_beside_teacher
 from megatron_spdf.architecture.sizes import Sizes
 from megatron_spdf.planning.buffers import local_parameters
 from megatron_spdf.planning.memory import rank_bytes
 from megatron_spdf.planning.moves import transient_bytes
+from megatron_spdf.recipe.distillation import as_teacher, teacher_of
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.sparsity.plan import Plan
 
@@ -35,7 +36,9 @@ class StepBytes:
         embedding: kept by the embedding.
         pipeline: outputs sent to the next stage, kept until their gradient comes.
         head: of the last stage, input and output of the last norm, logits and their softmax chunk
-            by chunk, and the gradients of the LM head; beside `running`.
+            by chunk, and the gradients of the LM head; beside `running`. Of distillation, two more
+            chunks like the logits and the teacher's hidden states, or before them one of its
+            layers.
         workspace: the largest temporaries of a layer's backward, and the layer itself where it is
             recomputed. They come after those of the head are gone.
         late: what there is instead of all these when backward has reached the embedding: its
@@ -117,11 +120,20 @@ def step_bytes(recipe: Recipe, plan: Plan, stage: int) -> StepBytes:
         waiting=(flying - 1) * running,
         embedding=embedding,
         pipeline=flying * size.hidden if sends else 0,
-        head=_head(recipe, size) if last else 0,
+        head=max(_head(recipe, size), _teacher(recipe)) if last else 0,
         workspace=_workspace(recipe, plan, size, stage),
         late=_late(recipe, plan, size, stage),
         communication=size.whole if p.sequence else 0,
     )
+
+
+def _teacher(recipe: Recipe) -> int:
+    """Of a teacher's forward pass: a layer, its input and output."""
+    model = teacher_of(recipe)
+    if model is None:
+        return 0
+    own = as_teacher(recipe, model)
+    return sum(layer_bytes(own).values()) + 2 * sizes_of(own).hidden
 
 
 def _late(recipe: Recipe, plan: Plan, size: Sizes, stage: int) -> int:
@@ -179,12 +191,17 @@ def _head(recipe: Recipe, size: Sizes) -> int:
     several chunks. All along there are the LM head's input, where sequence parallelism gathers it,
     and its gradient."""
     rows = recipe.model.padded_vocab // recipe.parallel.tensor
-    chunk, gradient = tokens_at_once(rows, size.tokens), _vocabulary_gradient(recipe, size)
+    teacher, beside = teacher_of(recipe), 0
+    at_once = tokens_beside_teacher if teacher else tokens_at_once
+    chunk, gradient = at_once(rows, size.tokens), _vocabulary_gradient(recipe, size)
+    if teacher:  # two more tensors like the logits in fp32, and the teacher's hidden states
+        beside = 8 * chunk * rows + size.width * size.tokens * teacher.hidden
     softmax, logits = 4 * chunk * rows, size.width * chunk * rows
     summed = 4 * rows * recipe.model.hidden if chunk < size.tokens else 0
     fullest = max(softmax + (logits if size.width == 2 else 0), logits + gradient)
     inputs = 2 * size.hidden + (2 if recipe.parallel.sequence else 1) * size.whole
-    return inputs + int(recipe.model.norm_statistics * size.tokens * size.share) + summed + fullest
+    norm = int(recipe.model.norm_statistics * size.tokens * size.share)
+    return beside + inputs + norm + summed + fullest
 
 
 def _waits_for_embedding(recipe: Recipe) -> bool:

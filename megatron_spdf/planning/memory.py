@@ -7,10 +7,11 @@ What is kept between steps; what a step needs beside it is in `activations.py`.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from megatron_spdf.architecture.base import Model
 from megatron_spdf.planning.buffers import local_parameters
+from megatron_spdf.recipe.distillation import teacher_of
 from megatron_spdf.recipe.recipe import AUTO, ENGINES, Parallel, Recipe
 from megatron_spdf.sparsity.plan import Plan
 from megatron_spdf.tables import GIB, Column, Table
@@ -35,6 +36,7 @@ class RankBytes:
             derive from them: on CPU the positions of the active entries, 8 bytes each; on a GPU 4
             bytes for `SPAN` entries of a slice, and what the pattern's product needs.
         gathered: ZeRO-3 only, whole parameters of the layers at work.
+        teacher: weights of the model that is distilled from, dense, whatever ZeRO shards.
     """
 
     parameters: int
@@ -44,6 +46,7 @@ class RankBytes:
     expanded: int
     masks: int
     gathered: int = 0
+    teacher: int = 0
 
     @property
     def optimizer(self) -> int:
@@ -61,7 +64,17 @@ def rank_bytes(recipe: Recipe, plan: Plan, stage: int, on_gpu: bool,
     Args:
         data_rank: which of the replicas, where they do not hold equally much.
     """
-    return ENGINES.get(recipe.engine).rank_bytes(recipe, plan, stage, on_gpu, data_rank)
+    held = ENGINES.get(recipe.engine).rank_bytes(recipe, plan, stage, on_gpu, data_rank)
+    return replace(held, teacher=teacher_bytes(recipe))
+
+
+def teacher_bytes(recipe: Recipe) -> int:
+    """Bytes of a teacher's weights on a rank, in the training precision."""
+    model, tensor = teacher_of(recipe), recipe.parallel.tensor
+    if model is None:
+        return 0
+    elements = sum(w.numel // (1 if w.axis is None else tensor) for w in model.weights())
+    return (2 if recipe.train.precision == "bf16" else 4) * elements
 
 
 def sparse_bytes(
@@ -127,13 +140,15 @@ def zero_bytes(recipe: Recipe, plan: Plan, stage: int, zero_stage: int) -> RankB
         expanded=expanded,
         masks=masks,
         gathered=gathered,
+        teacher=teacher_bytes(recipe),
     )
 
 
 def render_layout(recipe: Recipe, plan: Plan) -> str:
     """The layout and the bytes per GPU of each pipeline stage, as text."""
     p = recipe.parallel
-    parts = ("parameters", "gradients", "optimizer", "expanded", "masks", "total")
+    parts = ("parameters", "gradients", "optimizer", "expanded", "masks",
+             *(["teacher"] if recipe.distill.on else []), "total")
     columns = [Column("GiB per GPU", lambda row: f"stage {row[0]}"),
                *(Column(part, lambda row, part=part: getattr(row[1], part) / GIB.size, ".3f")
                  for part in parts)]

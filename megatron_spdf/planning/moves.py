@@ -8,7 +8,7 @@ from megatron_spdf.optimizers.base import STATE_BYTES
 from megatron_spdf.optimizers.newborn import COLD
 from megatron_spdf.planning.buffers import local_parameters
 from megatron_spdf.recipe.recipe import AUTO, ENGINES, Recipe
-from megatron_spdf.schedule.flops import training_flops
+from megatron_spdf.schedule.flops import recipe_flops
 from megatron_spdf.sparsity.algorithms.base import Births, MoveCost
 from megatron_spdf.sparsity.plan import Plan
 
@@ -42,7 +42,7 @@ def moves_of(recipe: Recipe, plan: Plan, stage: int, on_gpu: bool = True) -> Mov
     """
     algorithm, costs = recipe.sparsity.update, _costs(recipe, plan, stage)
     count = algorithm.moves(recipe.steps)
-    trained = training_flops(recipe.model, recipe.train.sequence_length, plan).total * recipe.steps
+    trained = recipe_flops(recipe, plan).total * recipe.steps
     flops = sum(algorithm.cost(w.numel, w.active, **_step(recipe)).flops
                 for w in plan.weights.values())
     return Moves(
@@ -100,7 +100,7 @@ def _step(recipe: Recipe) -> dict[str, int]:
 def render_moves(recipe: Recipe, plan: Plan) -> str:
     """The algorithm of a run and its cost as text; nothing where masks stay."""
     algorithm = recipe.sparsity.update
-    if recipe.sparsity.algorithm == "static":
+    if algorithm.stays:
         return ""
     said = f"mask algorithm {algorithm.name}: {algorithm.describe()}"
     if not (count := algorithm.moves(recipe.steps)):

@@ -24,7 +24,7 @@ from megatron_spdf.planning.search import (
 from megatron_spdf.planning.step_time import step_time, wire_bytes
 from megatron_spdf.planning.traffic import route, step_traffic, wire_share
 from megatron_spdf.recipe.recipe import Recipe
-from megatron_spdf.schedule.flops import Flops, forward_flops, training_flops
+from megatron_spdf.schedule.flops import Flops, forward_flops, recipe_flops, training_flops
 from megatron_spdf.schedule.stages import mean_flops, stages_of
 from megatron_spdf.sparsity.plan import Plan
 from megatron_spdf.sparsity.settings import Sparsity
@@ -118,7 +118,7 @@ def _flops(recipe: Recipe, plan: Plan) -> list[dict[str, Any]]:
         "training, active weights": mean_flops(stages),
         "the same, causal attention": mean_flops(stages, "causal"),
         f"executed (expanded, causal, recompute {recipe.train.recompute})":
-            training_flops(model, length, plan.skipped, "causal", recipe.train.recompute),
+            recipe_flops(recipe, plan.skipped, "causal", recipe.train.recompute),
     }
     return [{"what": what, **asdict(f), "total": f.total, "run": f.total * tokens} for what,
             f in kinds.items()]
@@ -128,8 +128,7 @@ def _row(candidate: Candidate, request: Request) -> dict[str, Any]:
     recipe = candidate.recipe
     p, seconds = recipe.parallel, candidate.time.total
     hours = recipe.steps * seconds / 3600
-    length, skipped = recipe.train.sequence_length, request.plan.skipped
-    executed = training_flops(recipe.model, length, skipped).total  # as the log counts MFU
+    executed = recipe_flops(recipe, request.plan.skipped).total  # as the log counts MFU
     rate = candidate.tokens_per_second
     return {
         "tensor": p.tensor, "pipeline": p.pipeline, "data": p.data, "interleave": p.interleave,
@@ -159,7 +158,8 @@ def _memory(recipe: Recipe, plan: Plan) -> list[dict[str, Any]]:
     rows = []
     for stage in sorted({0, (last + 1) // 2, last}):
         state, step = rank_bytes(recipe, plan, stage, on_gpu=True), step_bytes(recipe, plan, stage)
-        parts = {k: v for k, v in asdict(state).items() if k != "gathered"}
+        parts = {k: v for k, v in asdict(state).items()
+                 if k not in ("gathered", "teacher") or k == "teacher" and v}
         parts |= {"activations": step.activations,
                   "temporaries": step.total - step.activations - step.communication,
                   "buffers": step.communication}
@@ -206,8 +206,7 @@ def _level(recipe: Recipe, level: float | None, request: Request) -> dict[str, A
     """What a run at a sparsity costs, at the best layout, and the fewest GPUs it needs."""
     other = recipe if level is None else at_level(recipe, level)
     plan = request.plan if level is None else Plan.of(other)
-    length = recipe.train.sequence_length
-    total = training_flops(recipe.model, length, plan).total
+    total, dense = recipe_flops(recipe, plan).total, recipe_flops(recipe).total
     least = smallest_world(other, plan, request.gpu)
     data = [n for (kind, _),
             n in step_traffic(other, plan, 0).items() if kind in ("gradients", "parameters")]
@@ -215,7 +214,7 @@ def _level(recipe: Recipe, level: float | None, request: Request) -> dict[str, A
         "sparsity": plan.sparsity, "recipe": plan.weights == request.plan.weights,
         "skips_zeros": bool(plan.skipped.weights),
         "run_flops": total * recipe.steps * recipe.tokens_per_step,
-        "flops_ratio": total / training_flops(recipe.model, length).total,
+        "flops_ratio": total / dense,
         "peak_bytes": fullest(other, plan).peak, "data_traffic": sum(data),
         "fewest_gpus": least and least.recipe.parallel.world,
         "fewest_layout": least

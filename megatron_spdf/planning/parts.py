@@ -66,12 +66,17 @@ def stored_plans(recipe: Recipe, plan: Plan) -> list[Plan]:
 
 def as_plain(stages: list[StageBytes]) -> list[dict[str, Any]]:
     """As plain values, for the overview."""
-    return [asdict(stage) | {"total": stage.total} for stage in stages]
+    found = [asdict(stage) | {"total": stage.total} for stage in stages]
+    for stage in found:
+        if not stage["held"]["teacher"]:
+            stage["held"].pop("teacher")
+    return found
 
 
 def render_stage_bytes(stages: list[dict[str, Any]]) -> str:
     """Bytes of each stage as text."""
-    parts = ("parameters", "gradients", "master", "moments", "expanded", "masks")
+    parts = ("parameters", "gradients", "master", "moments", "expanded", "masks",
+             *(["teacher"] if "teacher" in stages[0]["held"] else []))
     columns = [Column("GiB per GPU", lambda s: f"stage {s['number']}"),
                Column("steps", lambda s: f"{s['first'] + 1:,} - {s['last']:,}", align="right"),
                Column("sparsity", form=".2%"),

@@ -8,8 +8,8 @@ from megatron_spdf.planning.parts import render_stage_bytes
 from megatron_spdf.tables import GIB, MIB, SECONDS, Column, Table, Unit
 
 RUN_FLOPS = Unit("1e18", 1e18)
-MEMORY = ("parameters", "gradients", "master", "moments", "expanded", "masks", "activations",
-          "temporaries", "buffers", "total")
+MEMORY = ("parameters", "gradients", "master", "moments", "expanded", "masks", "teacher",
+          "activations", "temporaries", "buffers", "total")
 
 
 def render_overview(facts: dict[str, Any]) -> str:
@@ -132,7 +132,7 @@ def _misfits(facts: dict[str, Any]) -> str:
 def _memory(facts: dict[str, Any]) -> str:
     columns = [Column("", lambda row: f"stage {row['stage']}"),
                *(Column(part, lambda row, part=part: row[part] / GIB.size, ".3f")
-                 for part in MEMORY)]
+                 for part in MEMORY if part in facts["best"]["memory"][0])]
     zero = " / ".join(f"{n / GIB.size:.2f}" for n in facts["best"]["zero"])
     return ("The fastest layout, GiB per GPU at the fullest moment of a step:\n"
             f"{Table(columns, facts['best']['memory']).text('  ')}\n"

@@ -18,6 +18,7 @@ from megatron_spdf.planning.buffers import lay_out, local_parameters
 from megatron_spdf.planning.hardware import Gpu
 from megatron_spdf.planning.memory import rank_bytes
 from megatron_spdf.planning.traffic import Route, Traffic, route, step_traffic, wire_share
+from megatron_spdf.recipe.distillation import teacher_of
 from megatron_spdf.recipe.recipe import Parallel, Recipe
 from megatron_spdf.schedule.flops import forward_flops
 from megatron_spdf.sparsity.plan import Plan
@@ -123,7 +124,11 @@ def _executed(recipe: Recipe, plan: Plan, stage: int) -> tuple[float, float]:
         else 0.0
     )
     again = linear * (t.recompute == "full") + attention * (t.recompute != "none")
-    return linear + attention + logits, 2.0 * (linear + logits) + FLASH_BACKWARD * attention + again
+    teacher = teacher_of(recipe)
+    taught = (share * forward_flops(teacher, t.sequence_length, None, "causal").total
+              if teacher else 0.0)
+    return (linear + attention + logits + taught,
+            2.0 * (linear + logits) + FLASH_BACKWARD * attention + again)
 
 
 @lru_cache(maxsize=4096)
@@ -145,7 +150,8 @@ def _bytes_moved(recipe: Recipe, plan: Plan, stage: int) -> float:
     # backward moves about twice as many as forward
     moved = _layers(recipe) * m.forward_passes(size) * (3 + (recipe.train.recompute == "full"))
     if stage == p.pipeline - 1:
-        moved += LOGIT_PASSES * 4 * size.tokens * m.padded_vocab // p.tensor
+        passes = LOGIT_PASSES * (3 if recipe.distill.on else 1)
+        moved += passes * 4 * size.tokens * m.padded_vocab // p.tensor
     # Weight gradients are written, and read to be added to the fp32 buffer; those of sparse weights
     # are written dense, and read with the mask's bits, of which hardly a sector has no active
     # entry; where zeros are skipped they are only added.

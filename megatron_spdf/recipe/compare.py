@@ -9,7 +9,8 @@ from megatron_spdf.recipe.finetune import Finetune
 from megatron_spdf.recipe.recipe import Recipe
 
 # What recipes name by a path, and another path may be the same thing.
-INPUTS = ("data.train", "data.blend", "data.valid", "data.path", "checkpoint")
+INPUTS = ("data.train", "data.blend", "data.valid", "data.path", "checkpoint",
+          "distill.teacher")
 
 
 def changes_of_run(before: Recipe | Finetune, now: Recipe | Finetune, longer: bool = False,
@@ -65,7 +66,7 @@ def changes_so_far(before: Recipe, now: Recipe, step: int) -> list[str]:
 
 def _goes_on_alike(recipe: Recipe | Finetune) -> bool:
     moves = isinstance(recipe, Recipe) and (
-        bool(recipe.stages) or recipe.sparsity.algorithm != "static")
+        bool(recipe.stages) or not recipe.sparsity.update.stays)
     return recipe.optimizer.decay == "constant" and not moves
 
 

@@ -15,6 +15,7 @@ from pydantic import Field
 
 from megatron_spdf.architecture.base import Model
 from megatron_spdf.optimizers.base import FINETUNING, Optimizer
+from megatron_spdf.recipe.distillation import Distill
 from megatron_spdf.recipe.load import load_recipe
 from megatron_spdf.recipe.recipe import (
     ENGINES,
@@ -103,6 +104,7 @@ class Finetune(Section):
     data: TaskData
     train: Batches
     optimizer: Annotated[Optimizer, FINETUNING]
+    distill: Distill = Field(Distill())
     parallel: Parallel = Field(Parallel())
     evaluate: Validation = Field(Validation())
     save: Saving = Field(Saving())
@@ -118,7 +120,9 @@ class Finetune(Section):
         may."""
         kept = self.model_dump(include={"checkpoint", "seed", "mode", "revived", "revived_scale",
                                         "data", "train",
-                                        "optimizer", "evaluate"})
+                                        "optimizer", "evaluate", "distill"})
+        if not self.distill.on:
+            kept.pop("distill")
         for key in ("micro_batch", "recompute"):
             kept["train"].pop(key)
         return kept
@@ -165,7 +169,7 @@ def training_recipe(finetune: Finetune, model: Model, sparsity: Sparsity, exampl
                     **t.model_dump(exclude={"epochs", "sequence_length", "dropout"})),
         optimizer={"warmup_tokens": o.warmup_steps * per_step,
                    **o.model_dump(exclude={"warmup_steps"})},
-        parallel=f.parallel,
+        distill=f.distill, parallel=f.parallel,
         evaluate=Evaluate(every=f.evaluate.every or per_epoch, patience=f.evaluate.patience),
         checkpoint=Checkpoint(every=f.save.every, keep=f.save.keep, best=True),
         log=f.log, fault_tolerance=f.fault_tolerance, kernels=f.kernels)

@@ -19,6 +19,7 @@ from megatron_spdf.optimizers.base import (
     Pretraining,
 )
 from megatron_spdf.optimizers.newborn import AGE, Newborn, newborn_of
+from megatron_spdf.recipe.distillation import Distill
 from megatron_spdf.registry import Registry
 from megatron_spdf.section import (
     MOST_POSITIONS,
@@ -270,6 +271,7 @@ class Recipe(Section):
     data: Data = Field(Data())
     train: Train
     optimizer: Annotated[Optimizer, PRETRAINING]
+    distill: Distill = Field(Distill())
     parallel: Parallel = Field(Parallel())
     evaluate: Evaluate = Field(Evaluate())
     checkpoint: Checkpoint = Field(Checkpoint())
@@ -379,7 +381,9 @@ class Recipe(Section):
         """What must not change between the starts of one run; layout, logging and the like may."""
         kept = self.model_dump(include={"seed", "model", "parametrization", "mup_base", "sparsity",
                                         "stages", "data",
-                                        "train", "optimizer"})
+                                        "train", "optimizer", "distill"})
+        if not self.distill.on:
+            kept.pop("distill")
         for sparsity in [kept["sparsity"], *(stage["sparsity"] for stage in kept["stages"])]:
             sparsity.pop("dense_copy"), sparsity.pop("reached")
         if self.stages:  # they say it all

@@ -9,6 +9,7 @@ from functools import lru_cache
 from megatron_spdf.architecture.base import Model, divisors
 from megatron_spdf.optimizers.base import Optimizer
 from megatron_spdf.optimizers.newborn import newborn_violations
+from megatron_spdf.recipe.distillation import distill_violations
 from megatron_spdf.recipe.recipe import AUTO, ENGINES, Recipe, Stage
 from megatron_spdf.sparsity.plan import check_algorithm, check_tensor, make_plan
 from megatron_spdf.sparsity.settings import Sparsity
@@ -26,6 +27,7 @@ def rule_violations(recipe: Recipe) -> Iterator[str]:
         if not broken:
             yield from _plan(recipe.model, sparsity.model_dump_json(), recipe.parallel.tensor)
     yield from _engine(recipe)
+    yield from distill_violations(recipe)
     yield from _data(recipe)
     yield from _batch(recipe)
     yield from _stages(recipe)

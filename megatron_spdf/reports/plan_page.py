@@ -55,7 +55,7 @@ def _memory_plot(facts: dict[str, Any]) -> str:
     stages = facts["best"]["memory"]
     limit = facts["request"]["usable_bytes"] / GIB.size
     parts = {k: [row[k] / GIB.size for row in stages] for k in MEMORY[:-1]
-             if any(row[k] for row in stages)}
+             if any(row.get(k) for row in stages)}
     close = max(row["total"] for row in stages) / GIB.size > 0.4 * limit
     svg = stacked_bars([f"stage {row['stage']}" for row in stages], parts,
                        "GiB per GPU at the fullest moment",

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_spdf.architecture.base import Model
+from megatron_spdf.recipe.distillation import teacher_of
+from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.sparsity.plan import Plan
 
 Convention = Literal["spdf", "causal"]
@@ -37,6 +39,10 @@ class Flops:
     @property
     def total(self) -> float:
         return self.linear + self.attention + self.logits
+
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(self.linear + other.linear, self.attention + other.attention,
+                     self.logits + other.logits)
 
 
 def forward_flops(
@@ -80,6 +86,20 @@ def training_flops(
         attention=once.attention * (FORWARD_AND_BACKWARD + (recompute != "none")),
         logits=once.logits * FORWARD_AND_BACKWARD,
     )
+
+
+def recipe_flops(recipe: Recipe, plan: Plan | None = None, convention: Convention = "spdf",
+                 recompute: Recompute = "none", length: float | None = None) -> Flops:
+    """FLOPs per trained token of a recipe's run: `training_flops`, and the forward pass of a
+    teacher.
+
+    Args:
+        length: tokens of a sequence; None: the recipe's.
+    """
+    length = length or recipe.train.sequence_length
+    own = training_flops(recipe.model, length, plan, convention, recompute)
+    teacher = teacher_of(recipe)
+    return own + forward_flops(teacher, length, None, convention) if teacher else own
 
 
 @dataclass(frozen=True)

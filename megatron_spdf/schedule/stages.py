@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_spdf.recipe.recipe import Recipe
-from megatron_spdf.schedule.flops import Convention, Flops, training_flops
+from megatron_spdf.schedule.flops import Convention, Flops, recipe_flops
 from megatron_spdf.sparsity.algorithms.base import Part
 from megatron_spdf.sparsity.plan import Plan
 
@@ -69,9 +69,7 @@ class RunStage:
 
     def flops(self, convention: Convention = "spdf") -> Flops:
         """FLOPs per trained token."""
-        return training_flops(self.recipe.model, self.recipe.train.sequence_length,
-                              self.mean_plan,
-                              convention)
+        return recipe_flops(self.recipe, self.mean_plan, convention)
 
     @property
     def heading(self) -> str:

@@ -80,6 +80,8 @@ class Sparsity(Section):
 
     def held(self) -> Sparsity:
         """The same masks, which stay."""
+        if self.update.stays:
+            return self
         return Sparsity.model_validate({**self.model_dump(exclude={"update"}),
                                         "algorithm": "static"})
 

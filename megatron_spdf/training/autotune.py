@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -30,6 +30,11 @@ from megatron_spdf.tables import GIB, Column, Table
 
 LARGEST_ON_CPU = 4
 STEPS = 3  # the first sets up and is not timed
+Teach = Callable[[Engine], None]
+
+
+def _no_teacher(engine: Engine) -> None:
+    """Leaves an engine as it is."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +54,15 @@ class Timing:
     next_peak: float
 
 
-def choose_micro_batch(stage: RunStage, run: RunDir,
-                       device: torch.device) -> tuple[RunStage, list[str]]:
+def choose_micro_batch(stage: RunStage, run: RunDir, device: torch.device,
+                       teach: Teach = _no_teacher) -> tuple[RunStage, list[str]]:
     """Replaces `auto` by a number. All ranks call.
 
     Candidates are timed on engines of their own, which are closed afterwards, so that training
     starts as it does without them.
+
+    Args:
+        teach: puts a teacher beside the model of each.
 
     Returns:
         The stage with its micro-batch, and lines for the log.
@@ -69,7 +77,7 @@ def choose_micro_batch(stage: RunStage, run: RunDir,
     chosen = next((entry["micro_batch"] for entry in kept if entry.get("of") == key), None)
     lines = [f"micro-batch {chosen}, as chosen when this run first had this layout"]
     if chosen is None:
-        trials = list(try_all(stage, device))
+        trials = list(try_all(stage, device, teach))
         chosen = fastest(trials)
         lines = _render(trials, chosen)
         if dist.get_rank() == 0:
@@ -85,12 +93,14 @@ def candidates(recipe: Recipe, largest: int) -> list[int]:
     return [size for size in sizes if not any(rule_violations(recipe.with_micro_batch(size)))]
 
 
-def try_all(stage: RunStage, device: torch.device) -> Iterator[Timing]:
+def try_all(stage: RunStage, device: torch.device,
+            teach: Teach = _no_teacher) -> Iterator[Timing]:
     """Times micro-batches from one sequence up, until the next would not fit in memory."""
     on_gpu = device.type == "cuda"
     room = USABLE * torch.cuda.get_device_properties(device).total_memory if on_gpu else math.inf
     for size in candidates(stage.as_single_run, LARGEST_MICRO_BATCH if on_gpu else LARGEST_ON_CPU):
-        trial = _try(replace(stage, recipe=stage.recipe.with_micro_batch(size)), device)
+        trial = _try(replace(stage, recipe=stage.recipe.with_micro_batch(size)), device,
+                     teach)
         yield trial
         # not tried: a rank that runs out of memory leaves the others in a collective
         if trial.next_peak > room:
@@ -111,13 +121,13 @@ def fastest(trials: list[Timing]) -> int:
     return best.micro_batch
 
 
-def _try(stage: RunStage, device: torch.device) -> Timing:
+def _try(stage: RunStage, device: torch.device, teach: Teach = _no_teacher) -> Timing:
     size = stage.recipe.train.micro_batch
     PROGRESS.set_activity(f"the trial of micro-batch {size}")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     try:
-        seconds, held = _run(stage, device)
+        seconds, held = _run(stage, device, teach)
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else held
     except torch.OutOfMemoryError:
         if dist.get_world_size() > 1:  # the other ranks are left in a collective
@@ -133,12 +143,13 @@ def _try(stage: RunStage, device: torch.device) -> Timing:
     return Timing(size, *shared.tolist())
 
 
-def _run(stage: RunStage, device: torch.device) -> tuple[float, int]:
+def _run(stage: RunStage, device: torch.device, teach: Teach = _no_teacher) -> tuple[float, int]:
     """Seconds of the fastest step after the first, and bytes of weights, gradients and optimizer
     state."""
     recipe = stage.as_single_run
     engine = make_engine(recipe, stage.plan, device)
     try:
+        teach(engine)
         batch, seconds = _random_batch(recipe, engine), []
         for number in range(1, STEPS + 1):
             started = time.perf_counter()

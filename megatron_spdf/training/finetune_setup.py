@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING
 
 from megatron_spdf.checkpoint.reader import CheckpointReader
 from megatron_spdf.checkpoint.run_metadata import Masks, seeded_masks
-from megatron_spdf.convert.source import WeightSource, require_sound, tokenizer_of
+from megatron_spdf.convert.source import WeightSource, fingerprint, require_sound, tokenizer_of
 from megatron_spdf.data.finetuning.completions import CompletionData, Completions, tokenize
 from megatron_spdf.data.finetuning.task import TASKS, require_splits
 from megatron_spdf.data.tokenizers.base import Tokenizer, render_padding
-from megatron_spdf.files import FILES, sampled_sha256
 from megatron_spdf.model.parametrization import render_parametrization
 from megatron_spdf.planning.memory import render_layout
 from megatron_spdf.recipe.finetune import Finetune, training_recipe
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.sparsity.plan import Plan, check_tensor, render_plan
 from megatron_spdf.sparsity.settings import Sparsity
+from megatron_spdf.training.teacher import Teacher
 
 if TYPE_CHECKING:  # these import megatron.core
     from megatron_spdf.engine.base import Engine
@@ -33,6 +33,7 @@ class Prepared:
         start: the weights that it starts from.
         recipe: its translation to a training run.
         plan: the weights that stay sparse.
+        teacher: that it distills from.
         masks, origin: recorded in its checkpoints.
         summary: for the log.
     """
@@ -44,6 +45,7 @@ class Prepared:
     tokenizer: Tokenizer
     train: Completions
     valid: Completions
+    teacher: Teacher
     masks: Masks
     origin: str
     summary: str
@@ -51,11 +53,8 @@ class Prepared:
     @property
     def contents(self) -> dict[str, str]:
         """Keys of the recipe that name inputs -> hash of what lies there."""
-        listed = self.start.path / FILES  # has the hashes of all others
-        weights = [listed] if listed.is_file() else sorted(
-            path for path in self.start.path.iterdir() if path.is_file())
         return {"data.path": f"{self.train.sha256} {self.valid.sha256}",
-                "checkpoint": sampled_sha256(weights)}
+                "checkpoint": fingerprint(self.start), **self.teacher.contents}
 
     def make_data(self, recipe: Recipe, engine: Engine) -> CompletionData:
         """Makes this rank's batches."""
@@ -68,8 +67,9 @@ class Prepared:
 
         finetune, start = self.finetune, self.start
         revived = finetune.revived_scale if finetune.revived == "normal" else 0.0
-        return LoadedWeights(start.master, start.mask_bits if self.plan.weights else None, revived,
-                             finetune.seed, self.recipe.model.slices)
+        masks, held = (start.mask_bits, start.held_bits) if self.plan.weights else (None, None)
+        return LoadedWeights(start.master, masks, revived, finetune.seed,
+                             self.recipe.model.slices, held)
 
 
 def prepare(finetune: Finetune, start: WeightSource) -> Prepared:
@@ -89,11 +89,13 @@ def prepare(finetune: Finetune, start: WeightSource) -> Prepared:
     plan = Plan.of(recipe)
     check_tensor(plan, recipe.parallel.tensor)
     require_sound(start)
+    teacher = Teacher(recipe, tokenizer)
+    summary = _summary(finetune, start, recipe, plan, tokenizer, train, valid)
     return Prepared(
-        finetune, start, recipe, plan, tokenizer, train, valid,
+        finetune, start, recipe, plan, tokenizer, train, valid, teacher,
         masks=start.masks if plan.weights else seeded_masks(plan),
         origin=f"{finetune.mode} fine-tuning from {start.origin}",
-        summary=_summary(finetune, start, recipe, plan, tokenizer, train, valid))
+        summary="\n".join(filter(None, [summary, teacher.summary])))
 
 
 def _sparsity(finetune: Finetune, start: WeightSource) -> Sparsity:

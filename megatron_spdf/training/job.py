@@ -60,6 +60,7 @@ class Job:
         make_weights: gives the weights to start from; None: they are drawn anew.
         masks, origin: of the weights at step 0, for the record of checkpoints; masks None: those
             that the plan draws.
+        teach: puts the teacher of a distillation beside the model of an engine.
     """
 
     ranks: Ranks
@@ -71,6 +72,7 @@ class Job:
     make_weights: Callable[[], InitialWeights | None] = lambda: None
     masks: Masks | None = None
     origin: str = INITIAL
+    teach: Callable[[Engine], None] = lambda engine: None
 
 
 def parse_arguments(text: str, kind: type[BaseModel], recipes: str) -> argparse.Namespace:
@@ -205,9 +207,10 @@ def train_stage(job: Job, stage: RunStage, stop: StopRequest, device: torch.devi
 
     run = job.run
     with refusals():
-        stage, tried = choose_micro_batch(stage, run, device)
+        stage, tried = choose_micro_batch(stage, run, device, job.teach)
         recipe, plan = stage.recipe, stage.plan
         engine = make_engine(stage.as_single_run, plan, device, job.make_weights())
+        job.teach(engine)
         run.create_on_rank_0()
         checkpointer = Checkpointer(run.checkpoints, recipe, plan, job.tokenizer, job.masks,
                                     job.origin)

@@ -18,7 +18,7 @@ from megatron_spdf.layers.measure import total_sparsity
 from megatron_spdf.parallel.traffic import TrafficCounter
 from megatron_spdf.planning.hardware import peak_flops
 from megatron_spdf.runs.run_log import RunLog
-from megatron_spdf.schedule.flops import training_flops
+from megatron_spdf.schedule.flops import recipe_flops
 from megatron_spdf.schedule.stages import RunStage
 from megatron_spdf.sparsity.history import NOTHING, Change, by_layer
 
@@ -41,11 +41,13 @@ class Report:
             waited: seconds of it spent waiting for data.
         """
         recipe, figures = self.stage.recipe, self._figures(result, seconds, waited)
+        parts = "".join(f", {name.replace('_', ' ')} {value:.4f}"
+                        for name, value in result.parts.items())
         mfu = f" | MFU {figures['mfu']:.1%}" if "mfu" in figures else ""
         self.log.record("train", self.state.step, **figures)
         self.log.say(
             f"step {self.state.step:>{len(str(recipe.steps))}}/{recipe.steps} "
-            f"| loss {result.loss:.4f} | lr {figures['lr']:.2e} "
+            f"| loss {result.loss:.4f}{parts} | lr {figures['lr']:.2e} "
             f"| grad norm {result.grad_norm:.3f} "
             f"| {figures['tokens_per_second']:,.0f} tokens/s "
             f"| {figures['model_tflops_per_rank']:.3g} TFLOP/s{mfu} "
@@ -54,20 +56,22 @@ class Report:
     def _figures(self, result: StepResult, seconds: float, waited: float) -> dict[str, Any]:
         stage, state, data = self.stage, self.state, self.data
         recipe, plan, on_gpu = stage.recipe, stage.plan, torch.cuda.is_available()
-        model, length = recipe.model, data.mean_length
+        length = data.mean_length
         tokens = state.tokens - data.consumed(state.step - 1)  # of this step
         # dense matrix products that are executed: a GPU skips the zeros of some patterns only
         skipped = plan.skipped if on_gpu else None
-        executed = (training_flops(model, length, skipped).total * tokens / seconds
+        executed = (recipe_flops(recipe, skipped, length=length).total * tokens / seconds
                     / recipe.parallel.world)
         figures = {
             "tokens": state.tokens,
             "loss": result.loss,
+            **result.parts,
             **self._learning_rates(),
             "grad_norm": result.grad_norm,
             "skipped": state.skipped,
             "sparsity": total_sparsity(self.engine.measured_sparsity(), plan),
-            "flops": stage.flops_before + training_flops(model, length, stage.mean_plan).total
+            "flops": stage.flops_before
+            + recipe_flops(recipe, stage.mean_plan, length=length).total
             * (state.tokens - data.consumed(stage.first)),
             "tokens_per_second": tokens / seconds,
             "model_tflops_per_rank": executed / 1e12,
@@ -148,7 +152,9 @@ class Report:
     def bytes(self, traffic: TrafficCounter) -> None:
         """Reports the bytes that rank 0 holds and sends in a step, counted at its buffers and
         collectives."""
-        held = self.engine.state_bytes()
+        held, objective = self.engine.state_bytes(), self.engine.models[-1].objective
+        if hasattr(objective, "held"):
+            held = {**held, "teacher": objective.held}
         sent = {f"{operation} {group}": n for (operation, group), n in traffic.bytes.items()}
         self.log.record("bytes", self.state.step, **held, sent_per_step=traffic.total,
                         sent_by_kind=sent, choices=self.engine.choices)

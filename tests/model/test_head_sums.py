@@ -43,6 +43,6 @@ def test_many_chunks_lose_nothing_in_bf16(error_of, chunk):
 def test_the_first_and_the_last_row_of_a_rank_are_its_own(monkeypatch, rank, places):
     group = SimpleNamespace(rank=lambda: rank, size=lambda: 3)
     monkeypatch.setattr(head.ps, "get_tensor_model_parallel_group", lambda: group)
-    place, here = head._Softmax(4, 9, 0.0)._places(torch.tensor([0, 3, 4, 7]))  # 4 rows a rank
+    place, here = head.Softmax(4, 9, 0.0)._places(torch.tensor([0, 3, 4, 7]))  # 4 rows a rank
     assert place.flatten().tolist() == places
     assert here.tolist() == [rank == 0, rank == 0, rank == 1, rank == 1]

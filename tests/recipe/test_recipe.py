@@ -13,7 +13,7 @@ from megatron_spdf.recipe.recipe import Recipe
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SHIPPED = sorted(p for p in CONFIGS.rglob("*.yaml")
-                 if p.parent.name not in ("finetune", "experiments"))
+                 if p.parent.name not in ("continue", "finetune", "experiments"))
 
 SMALL = {"layers": 12, "hidden": 768, "heads": 12, "ffn_hidden": 4 * 768}
 XL = {"layers": 24, "hidden": 2048, "heads": 16, "ffn_hidden": 4 * 2048}

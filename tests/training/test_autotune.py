@@ -176,8 +176,9 @@ def test_a_choice_is_kept_for_the_stage_the_layout_and_the_device(recipe, tmp_pa
     monkeypatch.setattr(autotune.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(autotune.dist, "broadcast_object_list", lambda shared, src: None)
     tried = []
-    monkeypatch.setattr(autotune, "try_all", lambda stage, device: tried.append(stage) or iter(
-        [timing(1, 2.0), timing(2, 1.0), timing(4, 3.0)]))
+    timings = [timing(1, 2.0), timing(2, 1.0), timing(4, 3.0)]
+    monkeypatch.setattr(autotune, "try_all",
+                        lambda stage, device, teach: tried.append(stage) or iter(timings))
     run = SimpleNamespace(root=tmp_path, create=lambda: None)
 
     def choose(number: int = 0, **sections) -> int:

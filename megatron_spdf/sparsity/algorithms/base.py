@@ -94,6 +94,7 @@ class MaskAlgorithm(Section):
     Attributes:
         needs: to choose; the dense gradient comes with the values.
         holds: what dies is held at zero in its place, and nothing is born.
+        stays: masks never move.
         keeps: parameters keep all entries of their weights, see `keeping.py`; nothing moves.
         tracks: its masks are compared with the first one, see `history.py`.
         replaces_decay: the optimizer's weight decay leaves the weights alone.
@@ -103,6 +104,7 @@ class MaskAlgorithm(Section):
     name: ClassVar[str]
     needs: ClassVar[Needs] = "nothing"
     holds: ClassVar[bool] = False
+    stays: ClassVar[bool] = False
     keeps: ClassVar[bool] = False
     tracks: ClassVar[bool] = False
     replaces_decay: ClassVar[bool] = False

@@ -9,6 +9,7 @@ class Static(MaskAlgorithm):
     """Masks that never move."""
 
     name = "static"
+    stays = True
 
     def describe(self) -> str:
         return "masks stay"

@@ -11,6 +11,7 @@ Letters: n entries of a slice, C slices.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -18,8 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_spdf.architecture.base import Model
 from megatron_spdf.registry import Registry
 from megatron_spdf.sparsity.plan import SparseWeight
+from megatron_spdf.sparsity.settings import Sparsity
 from megatron_spdf.sparsity.slices import slice_of
 
 
@@ -61,17 +64,32 @@ class Selector:
         name: of `--select`.
         calibrated: looks at the weight's inputs.
         seeded: takes the masks that the plan draws, which exist without a checkpoint.
+        reads_levels: takes from weights how sparse they are, where a recipe does not say it.
         how: what stays, for the log and for `run.json`: "the largest magnitudes in each slice".
     """
 
     name: ClassVar[str]
     calibrated: ClassVar[bool] = False
     seeded: ClassVar[bool] = False
+    reads_levels: ClassVar[bool] = False
     how: ClassVar[str]
 
     def inputs(self, columns: int, device: torch.device) -> Inputs:
         """Begins to count the inputs of a weight with so many columns; asked for where the selector
         is `calibrated`."""
+        raise NotImplementedError
+
+    def levels(self, sparsity: Sparsity, model: Model, read: Callable[[str], Tensor]) -> Sparsity:
+        """Reads how sparse the weights of a model are; asked for where the selector
+        `reads_levels`.
+
+        Args:
+            sparsity: of the recipe, which may say it.
+            read: canonical name -> dense weight.
+
+        Raises:
+            ValueError: they have no masks, or none that the recipe's algorithm can keep.
+        """
         raise NotImplementedError
 
     def select(self, trained: TrainedWeight) -> tuple[Tensor, np.ndarray]:

@@ -1,0 +1,76 @@
+"""The teacher of a run: checked without a device, then put beside the engine's model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megatron_spdf.convert.source import WeightSource, fingerprint, open_weights
+from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
+from megatron_spdf.recipe.distillation import require_teacher
+from megatron_spdf.recipe.recipe import Recipe
+
+if TYPE_CHECKING:  # it imports megatron.core
+    from megatron_spdf.engine.base import Engine
+
+
+class Teacher:
+    """The model that a recipe distills from, opened and checked; without one, nothing.
+
+    Args:
+        recipe: of the student's run.
+        tokenizer: of its data.
+
+    Attributes:
+        source: the teacher's weights; None: the recipe distills from no model.
+
+    Raises:
+        ValueError: the teacher is damaged, or has another tokenizer than the data.
+    """
+
+    def __init__(self, recipe: Recipe, tokenizer: Tokenizer):
+        self.source: WeightSource | None = None
+        model = require_teacher(recipe)
+        if model is None:
+            return
+        self.source = open_weights(recipe.distill.teacher, checksums=False, like=model)
+        try:
+            theirs = self.source.tokenizer
+        except FileNotFoundError:
+            theirs = None
+        if theirs and theirs.sha256 != tokenizer.sha256:
+            raise ValueError(
+                f"distill.teacher={recipe.distill.teacher} has the tokenizer {theirs.sha256} "
+                f"({theirs.kind}, {theirs.vocab_size} tokens), and the run's data were made with "
+                f"{tokenizer.sha256} ({tokenizer.kind}, {tokenizer.vocab_size} tokens) (sha256 of "
+                "the files). Take a teacher with the same tokenizer; if the two only differ in how "
+                "their files are written, remove the tokenizer's files from a copy of the teacher")
+
+    @property
+    def contents(self) -> dict[str, str]:
+        """Key of the recipe that names the teacher -> hash of what lies there."""
+        return {"distill.teacher": fingerprint(self.source)} if self.source else {}
+
+    @property
+    def summary(self) -> str:
+        """A line for the log, empty without a teacher."""
+        if self.source is None:
+            return ""
+        parameters = sum(w.numel for w in self.source.weights.values())
+        return (f"teacher: {self.source.origin}, {self.source.path}, "
+                f"{parameters:,} parameters, frozen")
+
+    def teach(self, engine: Engine) -> None:
+        """Gives an engine's model the loss of the recipe, and the teacher beside it. All ranks
+        call.
+
+        Raises:
+            ValueError: a weight of the teacher cannot be read, or is not finite.
+        """
+        if self.source is None:
+            return
+        from megatron_spdf.model.distillation import build_teacher, distill
+        from megatron_spdf.model.init import LoadedWeights
+
+        student = engine.models[-1]
+        weights = LoadedWeights(self.source.weight)
+        distill(student, build_teacher(engine.recipe, self.source.model, weights), engine.recipe)
