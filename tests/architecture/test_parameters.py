@@ -149,11 +149,12 @@ def test_the_matrices_of_a_layer_are_found_in_its_weights(made):
     assert made.from_megatron(f"{at}mlp.linear_fc2.weight", other) is other
 
 
-@pytest.mark.parametrize("made", [GPT, GROUPED, GATED], ids=["gpt", "grouped", "gated"])
+@pytest.mark.parametrize("made", [GPT, GROUPED, GATED.model_copy(update={"ffn_hidden": 42})],
+                         ids=["gpt", "grouped", "gated"])
 def test_each_row_is_of_its_matrix(made):
     """W_Q, W_K, W_V, W_D, W_I or its gate and its up, W_O, counted from 0."""
-    keys, more = made.query_groups * 4, made.gated
-    sizes = [24, keys, keys, 24, 40, *([40] if more else []), 24]
+    keys, more, inner = made.query_groups * 4, made.gated, made.ffn_hidden
+    sizes = [24, keys, keys, 24, inner, *([inner] if more else []), 24]
     rows = [torch.full((size, 1), number) for number, size in enumerate(sizes)]
     expected = {
         "self_attention.linear_qkv": fused(made, dict(zip(("W_Q", "W_K", "W_V"), rows,

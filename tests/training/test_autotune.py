@@ -55,7 +55,7 @@ def test_trials_end_before_memory_does(recipe, monkeypatch):
     """State of 30 GiB and 8 GiB a sequence: twice four sequences would be over 80 GiB."""
     monkeypatch.setattr(torch.cuda, "get_device_properties",
                         lambda _: SimpleNamespace(total_memory=80 * GIB))
-    monkeypatch.setattr(autotune, "_try", lambda stage, _: (lambda m: timing(
+    monkeypatch.setattr(autotune, "_try", lambda stage, *_: (lambda m: timing(
         m, 1 / m, (30 + 8 * m) * GIB, (30 + 16 * m) * GIB))(stage.recipe.train.micro_batch))
     (stage,) = stages_of(auto(recipe))
     found = list(try_all(stage, torch.device("cuda")))
@@ -64,7 +64,7 @@ def test_trials_end_before_memory_does(recipe, monkeypatch):
 
 
 def test_memory_that_runs_out_ends_the_trials_of_one_rank(recipe, monkeypatch):
-    def run(stage, _):
+    def run(stage, *_):
         if stage.recipe.train.micro_batch > 1:
             raise torch.OutOfMemoryError
         return 1.0, 0
@@ -147,7 +147,7 @@ def test_twice_the_micro_batch_doubles_all_but_the_state(recipe, engine, monkeyp
     (stage,) = stages_of(auto(recipe))
     assert autotune._try(stage_at(stage, 2), torch.device("cuda")) == Timing(2, 4.0, 160.0, 220.0)
     assert autotune._try(stage_at(stage, 2), torch.device("cpu")) == Timing(2, 4.0, 100.0, 100.0)
-    others[:] = torch.tensor([9.0, 120.0, 90.0])  # another rank is slower and holds more
+    others[:] = tensor([9.0, 120.0, 90.0])  # another rank is slower and holds more
     assert autotune._try(stage_at(stage, 2), torch.device("cpu")) == Timing(2, 9.0, 120.0, 100.0)
     assert reduced == [torch.distributed.ReduceOp.MAX] * 3
 

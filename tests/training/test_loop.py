@@ -329,8 +329,8 @@ def test_a_resumed_run_allows_for_zeros_that_the_last_move_may_have_born(recipe,
         return {round(value - level, 6) for value in found.values()}
 
     assert stored(0.9 * share, 1) == {0.0} and stored(0.9 * share, 0) == {round(0.9 * share, 6)}
-    (over,) = stored(share + 0.02, 1)
-    assert over == pytest.approx(0.02, abs=2e-3)
+    # a slice's share of 0.2 or 0.25 is a whole number of entries or tiles
+    assert all(abs(over - 0.02) < 2e-3 for over in stored(share + 0.02, 1))
     assert stored(-0.02, 1) == {-0.02}
 
 
