@@ -146,6 +146,8 @@ class Llama(Model):
             values.setdefault("head_width", max(1, hidden // heads))
         if all(type(n) is int and n > 0 for n in (groups, inner)):
             values.setdefault("slices", math.gcd(groups, inner))
+        elif None in (groups, inner):
+            values.setdefault("slices", 1)  # the missing one alone is said
         return values
 
     def rule_violations(self):

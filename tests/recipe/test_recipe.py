@@ -219,6 +219,12 @@ BAD = {
                              "there is no architecture 'gtp'; known: gpt"),
     "misspelt key of an architecture": (["model.heds=4"], "model.heds",
                                         "did you mean model.heads?"),
+    "key of other architectures": (
+        ["model.rotary_base=1e4"], "unknown key model.rotary_base (value '1e4'); "
+        "model.architecture=gpt has no such key, and llama, mistral, qwen2, qwen3 have"),
+    "more ranks than query groups": (
+        ["model.architecture=llama", "model.ffn_hidden=96", "model.query_groups=2",
+         "parallel.tensor=4"], "tensor may be [1, 2], or with model.slices one of [1, 2, 4]"),
     "width not divisible by heads": (["model.hidden=66"], "model.hidden=66", "model.heads=4",
                                      "heads may be [1, 2, 3,"),
     "heads not divisible by TP": (["parallel.tensor=3"], "heads=4", "parallel.tensor=3",
