@@ -69,7 +69,8 @@ def fields_of_paths(kind, place: str = ""):
 
 
 @pytest.mark.parametrize("key", ["output", "data.train", "data.valid", "data.tokenizer",
-                                 "data.index_cache", "deepspeed", "distill.teacher"])
+                                 "data.index_cache", "deepspeed",
+                                 "distill.teacher"])
 def test_every_path_of_a_recipe_may_begin_with_it(recipe, monkeypatch, key):
     from megatron_spdf.recipe.recipe import Recipe
 

@@ -166,9 +166,7 @@ class Report:
     def bytes(self, traffic: TrafficCounter) -> None:
         """Reports the bytes that rank 0 holds and sends in a step, counted at its buffers and
         collectives."""
-        objectives = (getattr(model, "objective", None) for model in self.engine.models)
         held = self.engine.state_bytes()
-        held |= dict(("teacher", taught.held) for taught in objectives if hasattr(taught, "held"))
         sent = {f"{operation} {group}": n for (operation, group), n in traffic.bytes.items()}
         self.log.record("bytes", self.state.step, **held, sent_per_step=traffic.total,
                         sent_by_kind=sent, choices=self.engine.choices)
