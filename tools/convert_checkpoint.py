@@ -26,6 +26,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_spdf.architecture.base import ARCHITECTURES
 from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
 from megatron_spdf.command_line import (
     add_overrides,
@@ -237,11 +238,11 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], str], str, list[str], s
 The model's section of the recipe is read off config.json; what a recipe or words say of it must
 agree, but for dropout, initial spread and slices. Without a recipe the run continues dense, in the
 precision of the files: give train.tokens=..., data.train=... as words, here or to pretrain.py.
-The model must compute what ours does. A GPT-2: tied embeddings, GELU (tanh), LayerNorm epsilon
-1e-5, attention scaled by the head's width alone. A Llama, Mistral, Qwen2, Qwen3: no sliding window,
-plain RoPE or Llama 3.1's. vocab_size is the number of its rows, which may be more than the
-tokenizer has ids. Its tokenizer files must be those of the recipe's data; where there are none, the
-data's tokenizer is taken. Vocabulary rows that pad the embedding are the mean of the others.""",
+The model_type of config.json is {model_types}.
+What the model computes otherwise than ours is refused by its key. vocab_size is the number of its
+rows, which may be more than the tokenizer has ids. Its tokenizer files must be those of the
+recipe's data; where there are none, the data's tokenizer is taken. Vocabulary rows that pad the
+embedding are the mean of the others.""",
     ),
     "prune": (prune, RUN, ["--sparsity", *SELECTION, "words"], ""),
     "densify": (densify, RUN, ["words"], ""),
@@ -325,10 +326,18 @@ OPTIONS = {
 }
 
 
+def _model_types() -> str:
+    """transformers' names of the architectures here that it has."""
+    families = [ARCHITECTURES.get(name) for name in ARCHITECTURES.names()]
+    *names, last = sorted({family.huggingface for family in families if family.huggingface})
+    return f"{', '.join(names)} or {last}"
+
+
 def parse(words: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, (run, source, options, more) in COMMANDS.items():
+        more = more.replace("{model_types}", _model_types())
         command = commands.add_parser(name, help=run.__doc__,
                                       description=f"{run.__doc__}\n\n{more}".strip(),
                                       formatter_class=parser.formatter_class,

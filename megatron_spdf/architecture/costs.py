@@ -33,27 +33,25 @@ class Costs:
             their means and deviations      16 T B *              fp32; RMSNorm 8 T B
             inputs of W_QKV and W_I          2 w T B h *
             Q, K, V                          w T B (n + 2 g) d / t
-            Q again, in groups               w T B n d / t        copied out of the common product
-            Q, K again, rotated              w T B (n + g) d / t
-            Q again, normed by head          w T B n d / t        copied out; K is a view
-            deviations of these norms        4 T B (n + g) / t    fp32
-
-        With more ranks than groups, every rank has all of Q, K, V, one group's queries to norm, and
-        one key a token.
+            Q again, in groups               w T B n d / t        copied out, of several groups of
+                                                                  several heads; else a view
+            Q, K again, rotated              w T B (n + g) d / t  the copy is kept beside these
+                                                                  only to be normed
+            deviations of norms by head      4 T B (n + g) / t    fp32
             cosines, sines of Q and K        4 w T d
             attention output                 w T B n d / t
             log-sum-exp of the softmax       4 T B n / t          fp32
             before and after activation      2 w T B f / t        gated: 3 w T B f / t
             two dropout masks                2 T B h *            with dropout only
+
+        With more ranks than groups, every rank has all of Q, K, V, and one key a token.
         """
         groups = max(self.query_groups, size.tensor)
-        shared = groups // self.query_groups  # ranks that one group is on
-        copied = self.heads if self.query_groups != self.heads else 0
-        if self.positions == "rotary":
-            copied = self.heads + groups
-        if self.qk_norm:
-            copied += self.heads * shared
-        fused = self.qkv_rows * (size.tensor if shared > 1 else 1)
+        several = self.query_groups > size.tensor and self.heads > self.query_groups
+        rotary = self.positions == "rotary"
+        copied = self.heads * (several and (self.qk_norm or not rotary))
+        copied += (self.heads + groups) * rotary
+        fused = self.qkv_rows * (size.tensor if size.tensor > self.query_groups else 1)
         return {
             "norm inputs": 2 * size.hidden,
             "norm statistics": int(2 * self.norm_statistics * size.tokens * size.share)

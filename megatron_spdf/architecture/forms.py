@@ -159,7 +159,9 @@ class Forms:
                  f"--max-position-embeddings {self.max_positions}",
                  f"--position-embedding-type {'learned_absolute' if learned else 'rope'}"]
         if not learned:
-            words.append(f"--rotary-base {self.rotary_base:g}")
+            base = self.rotary_base
+            # Megatron-LM reads a whole number there, and no 1e+06
+            words.append(f"--rotary-base {int(base) if base == int(base) else base}")
             if self.rotary_scaling != 1.0:
                 words += ["--use-rope-scaling", f"--rope-scaling-factor {self.rotary_scaling:g}"]
         if self.head_width * self.heads != self.hidden:

@@ -185,7 +185,7 @@ def _save_tokenizer(source: WeightSource, directory: Path) -> None:
         config |= {"tokenizer_class": "LlamaTokenizer",
                    "add_bos_token": tokenizer.begin_token is not None,
                    "add_prefix_space": tokenizer.adds_blank}
-    write_json(directory / "tokenizer_config.json", config)
+    write_json(directory / "tokenizer_config.json", config | dict(tokenizer.declared))
     if tokenizer.kind == "sentencepiece":
         _compare_ids(tokenizer, directory)
 
@@ -208,23 +208,30 @@ def _compare_ids(tokenizer: Tokenizer, directory: Path) -> None:
 def _save_config(source: WeightSource, dtype: str, directory: Path) -> None:
     from transformers import GenerationConfig
 
-    begin, end = source.tokenizer.bod, source.tokenizer.eod
+    begin, ends, end = _begin_and_ends(source.tokenizer)
     _config(source, dtype).save_pretrained(directory)
     written = directory / CONFIG
     config = json.loads(written.read_text()) | source.model.huggingface_legacy()
     written.unlink()
     write_json(written, config)
     padding = list(range(source.tokenizer.vocab_size, source.model.vocab_size))
-    GenerationConfig(bos_token_id=begin, eos_token_id=end, pad_token_id=end,
+    GenerationConfig(bos_token_id=begin, eos_token_id=ends, pad_token_id=end,
                      suppress_tokens=padding or None).save_pretrained(directory)
+
+
+def _begin_and_ends(tokenizer: Tokenizer) -> tuple[int, int | list[int], int]:
+    """The ids that configurations name: of the beginning, of all ends, and of a document's."""
+    ends = tokenizer.ends
+    return tokenizer.prefix, ends if len(ends) > 1 else tokenizer.eod, tokenizer.eod
 
 
 def _config(source: WeightSource, dtype: str) -> PretrainedConfig:
     from transformers import AutoConfig
 
-    model, tokenizer = source.model, source.tokenizer
+    model = source.model
+    begin, ends, _ = _begin_and_ends(source.tokenizer)
     return AutoConfig.for_model(model.huggingface, **model.huggingface_config(),
-                                bos_token_id=tokenizer.bod, eos_token_id=tokenizer.eod,
+                                bos_token_id=begin, eos_token_id=ends,
                                 dtype=DTYPES[dtype])
 
 

@@ -8,7 +8,7 @@ Rows of the vocabulary that no id of the tokenizer has are never decoded. They k
 the softmax, as in transformers, so they do count in perplexity.
 
 Shapes: B prompts or pairs read together, T tokens of the longest, N completion tokens of them, K
-hypotheses of the search over a batch, H hidden size, V vocabulary.
+hypotheses of the search over a batch, V vocabulary.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from transformers import (
 
 from megatron_spdf.data.finetuning.task import Loses, shortened
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
+from megatron_spdf.evaluation.token_likelihood import BATCH_TOKENS, label_states
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ class Likelihood:
 
 @torch.inference_mode()
 def likelihood(model: PreTrainedModel, tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]],
-               rank: int = 0, world: int = 1, batch_tokens: int = 8192,
+               rank: int = 0, world: int = 1, batch_tokens: int = BATCH_TOKENS,
                loses: Loses = "beginning") -> Likelihood:
     """Computes the log-likelihood of this rank's share of the completions.
 
@@ -208,23 +209,13 @@ def likelihood(model: PreTrainedModel, tokenizer: Tokenizer, pairs: Sequence[tup
     sequences = [_sequence(tokenizer, context, completion, window, loses)
                  for context, completion in pairs]
     share = sorted(sequences, key=lambda s: -len(s[0]))[rank::world]
-    nats, tokens, first = 0.0, 0, 0
+    nats, tokens = 0.0, 0
     with tqdm(total=len(share), unit="pair", desc=f"perplexity, rank 0 of {world}",
               disable=rank > 0 or None) as bar:
-        while first < len(share):
-            longest = len(share[first][0])
-            batch = share[first : first + max(1, batch_tokens // longest)]
-            first += len(batch)
-            ids = torch.tensor([ids + [tokenizer.eod] * (longest - len(ids)) for ids, _ in batch],
-                               device=model.device)  # (B, T)
-            # (B, T - 1): token t is predicted from position t - 1. Padding is on the right, where
-            # causal attention never looks, so no mask is needed.
-            counted = torch.tensor([[start <= t < len(ids) for t in range(1, longest)]
-                                    for ids, start in batch], device=model.device)
-            hidden = model.base_model(ids[:, :-1]).last_hidden_state[counted]  # (N, H)
+        for batch, hidden, labels in label_states(model, share, tokenizer.eod, batch_tokens):
             logits = model.get_output_embeddings()(hidden).float()  # (N, V)
-            nats += float(cross_entropy(logits, ids[:, 1:][counted], reduction="sum"))
-            tokens += int(counted.sum())
+            nats += float(cross_entropy(logits, labels, reduction="sum"))
+            tokens += len(labels)
             bar.update(len(batch))
     return Likelihood(nats, tokens)
 

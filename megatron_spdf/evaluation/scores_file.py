@@ -19,20 +19,23 @@ SCORES = "scores.json"
 _LIBRARIES = ("torch", "transformers", "sacrebleu", "pycocoevalcap", "rouge-score", "Unidecode")
 
 
-def describe(task: str, split: str, scores: Scores, **facts: Any) -> dict[str, Any]:
+def describe(task: str, split: str | None, scores: Scores, libraries: Sequence[str] = _LIBRARIES,
+             **facts: Any) -> dict[str, Any]:
     """Content of scores.json.
 
     Args:
-        task, split: evaluated.
-        scores: result of `scores.score`.
+        task, split: evaluated; a task of which all is evaluated has no split.
+        scores: the figures, and how they came about.
+        libraries: whose versions they depend on.
         facts: more entries, such as the settings of decoding.
     """
-    return {"task": task, "split": split, **facts, "scores": scores.values,
+    return {"task": task, **({} if split is None else {"split": split}), **facts,
+            "scores": scores.values,
             "missing": scores.missing,
             **({"without_reference": scores.left_out} if scores.left_out else {}),
             "signatures": scores.signatures,
             "versions": {"megatron_spdf": __version__,
-                         **{name: version(name) for name in _LIBRARIES}},
+                         **{name: version(name) for name in libraries}},
             "scored": datetime.now(UTC).isoformat(timespec="seconds")}
 
 

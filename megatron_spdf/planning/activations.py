@@ -166,23 +166,37 @@ def _workspace(recipe: Recipe, plan: Plan, size: Sizes, stage: int) -> int:
     of itself, whole before it is cut to the active weights, unless zeros are skipped. In one
     pipeline stage the embedding's gradient from the LM head waits for that from the look-up. With
     full recomputation there is the layer too, whose input is kept anyway but whose output is not;
-    or, at its end, the dense gradients of its four weights."""
+    or, at its end, the dense gradients of its four weights. The end of a layer is the fullest
+    moment too where ranks share query groups, though most of the layer has been freed."""
     m, p = recipe.model, recipe.parallel
     waits = _vocabulary_gradient(recipe, size) if _waits_for_embedding(recipe) else 0
     down = [f"decoder.layers.{i}.mlp.linear_fc2.weight" for i in range(m.layers)]
     whole = not all(n in plan.weights and plan.skips_zeros(n) for n in down)
     gradients = m.feed_forward_backward(size, whole)
     gradients += size.whole if p.sequence else 0  # the output's, gathered
-    if recipe.train.recompute != "full":
-        if p.tensor > m.query_groups:  # when the feed-forward layer has been freed
-            freed = layer_bytes(recipe)["activation function"] + 2 * size.hidden
-            gradients = max(gradients, _at_layer_end(recipe, size) - freed)
-        return gradients + waits
+    at_end = _at_layer_end(recipe, size)
+    if recipe.train.recompute == "full":
+        at_end += _dense_gradients(recipe, plan, size, stage)
+        return max(gradients + sum(layer_bytes(recipe).values()), at_end) + waits
+    if p.tensor > m.query_groups:
+        if recipe.micro_batches > 1:  # those of the layer's other weights wait to be cut
+            at_end += _dense_gradients(recipe, plan, size, stage, but=".linear_qkv.")
+        freed = kept_by_layer(recipe) - 2 * size.hidden  # not its norm's input and W_QKV's
+        gradients = max(gradients, at_end - freed)
+    return gradients + waits
+
+
+def _dense_gradients(recipe: Recipe, plan: Plan, size: Sizes, stage: int, but: str = "\n") -> int:
+    """Dense gradients of the expanded weights of the layer that has the most.
+
+    Args:
+        but: a part of the names of those left out.
+    """
     dense: Counter[int] = Counter()
-    for q in (q for chunk in local_parameters(m, p, plan, stage) for q in chunk):
+    chunks = local_parameters(recipe.model, recipe.parallel, plan, stage)
+    for q in (q for chunk in chunks for q in chunk if but not in q.name):
         dense[q.layer] += q.expands_to * (q.expands_to > 0 and plan.keeps_copy(q.name, on_gpu=True))
-    at_end = size.width * max(dense.values()) + _at_layer_end(recipe, size)
-    return max(gradients + sum(layer_bytes(recipe).values()), at_end) + waits
+    return size.width * max(dense.values())
 
 
 def _head(recipe: Recipe, size: Sizes) -> int:

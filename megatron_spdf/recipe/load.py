@@ -85,7 +85,7 @@ def _read(kind: type[BaseModel], path: Path, seen: tuple[Path, ...]) -> dict[str
         raise ValueError(f"recipe {path} extends itself through "
                          f"{' -> '.join(p.name for p in seen)}; break the circle")
     if not path.is_file():
-        near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        near = sorted(p.name for p in path.parent.glob("*.yaml"))  # none in no directory
         raise ValueError(f"there is no recipe {path}; {path.parent} holds "
                          f"{', '.join(near) or 'no .yaml file'}")
     values = read_yaml(path) or {}
@@ -238,14 +238,7 @@ def sentence(error: dict[str, Any], kind: type[BaseModel], values: dict[str, Any
     place = [p for p in error["loc"] if isinstance(p, (str, int))]
     name = ".".join(map(str, place))
     if error["type"] == "extra_forbidden":
-        known = _known_keys(place[:-1], kind, values)
-        near = difflib.get_close_matches(str(place[-1]), known, n=1, cutoff=0.5)
-        hint = (
-            f"did you mean {'.'.join([*map(str, place[:-1]), near[0]])}?"
-            if near
-            else f"known: {', '.join(known)}"
-        )
-        return f"unknown key {name} (value {error['input']!r}); {hint}"
+        return f"unknown key {name} (value {error['input']!r}); {_right_key(place, kind, values)}"
     if error["type"] == "missing":
         way = "" if any(isinstance(p, int) for p in place) else f" or as {name}=VALUE"
         return f"{name} is missing; set it in the recipe{way} (see --help)"
@@ -253,16 +246,33 @@ def sentence(error: dict[str, Any], kind: type[BaseModel], values: dict[str, Any
     return f"{name}={error['input']!r}: {rule[0].lower()}{rule[1:]}"
 
 
-def _known_keys(place: list[str | int], kind: type[BaseModel], values: Any) -> list[str]:
-    """Keys of the section at `place`."""
+def _right_key(place: list[str | int], kind: type[BaseModel], values: Any) -> str:
+    """What to write in place of a key that the section has not: the tenants that have it, the
+    nearest known key, or the known ones."""
+    *outer, key = place
+    field: Any = None
     section: Any = kind
-    for key in place:
-        if isinstance(key, int):
-            section, values = typing.get_args(section)[0], _value(values, key)
+    for name in outer:
+        if isinstance(name, int):
+            field, section = None, typing.get_args(section)[0]
         else:
-            field, values = section.model_fields[key], _value(values, key)
-            section = _section(field, values) or field.annotation
-    return sorted(section.all_fields())
+            field = section.model_fields[name]
+            section = _section(field, _value(values, name)) or field.annotation
+        values = _value(values, name)
+    where, known = ".".join(map(str, outer)), sorted(section.all_fields())
+    for mark in field.metadata if field else ():
+        if isinstance(mark, ByName) and (names := _tenants_with(str(key), mark)):
+            return (f"{where}.{mark.key}={_value(values, mark.key) or mark.default} has no such "
+                    f"key, and {', '.join(names)} {'have' if len(names) > 1 else 'has'}; leave it "
+                    "out or change one")
+    near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+    return (f"did you mean {'.'.join([*map(str, outer), near[0]])}?" if near
+            else f"known: {', '.join(known)}")
+
+
+def _tenants_with(key: str, mark: ByName) -> list[str]:
+    """Names of a seam's tenants whose section has a key."""
+    return [name for name, section in mark.sections().items() if key in section.model_fields]
 
 
 def _value(values: Any, key: str | int) -> Any:

@@ -247,7 +247,7 @@ def test_megatron_lm_gets_its_layout_and_arguments(given, tmp_path):
     assert torch.equal(gates, load_file(tmp_path / "given" / WEIGHTS)[
         "model.layers.0.mlp.gate_proj.weight"])
     for word in ("--kv-channels 32", "--qk-layernorm", "--swiglu", "--normalization RMSNorm",
-                 "--num-query-groups 2", "--rotary-base 1e+06", "--norm-epsilon 1e-06",
+                 "--num-query-groups 2", "--rotary-base 1000000", "--norm-epsilon 1e-06",
                  "--untie-embeddings-and-output-weights", "--disable-bias-linear"):
         assert word in arguments(run)
     convert("from-hf", save_family("qwen2", tmp_path / "given"), tmp_path / "qwen2")

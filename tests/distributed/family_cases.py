@@ -7,13 +7,17 @@ import torch
 from plain_gpt2 import train_plain
 
 
-def trained(recipe: dict, steps: int, ids: torch.Tensor) -> dict:
-    """Logits of a run that was restored, where Megatron-Core runs it, and the curve of its steps
-    after that."""
+def trained(recipe: dict, steps: int, ids: torch.Tensor, greedy: int = 0) -> dict:
+    """Logits of a run that was restored and the first half of a row with the `greedy` likeliest
+    tokens after it, where Megatron-Core runs it, and the curve of its steps after that."""
     with cases.bench(recipe) as b:
         b.checkpointer.restore(b.engine)
-        logits = None if b.recipe.engine == "deepspeed" else cases.logits(b.engine, ids)
-        return {"logits": logits, "curve": b.steps(0, steps)}
+        logits, text = None, ids[:1, : ids.size(1) // 2]
+        if b.recipe.engine == "megatron":
+            logits = cases.logits(b.engine, ids)
+            for _ in range(greedy):
+                text = torch.cat([text, cases.next_token(b, cases.logits(b.engine, text))], dim=1)
+        return {"logits": logits, "text": text, "curve": b.steps(0, steps)}
 
 
 def plain(recipe: dict, steps: int, directory: str) -> list[tuple[float, float]]:

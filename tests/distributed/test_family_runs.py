@@ -13,6 +13,7 @@ from curves import close
 from family_cases import plain, trained
 from harness import world_of
 from mup import MUP
+from transformers import AutoModelForCausalLM
 
 from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
 from megatron_spdf.convert.huggingface_export import export
@@ -27,8 +28,9 @@ from huggingface_models import logits_of  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
-STEPS = 20
+STEPS, GREEDY = 20, 6
 TOLERANCE = 1e-4  # of logits with a spread near 1: some hundred roundings of fp32
+LONG = 8448  # over the 8192 tokens of Llama 3.1's original length
 IDS = torch.randint(0, 300, (2, 32), generator=torch.Generator().manual_seed(3))
 LEVELS = [0.0, 0.75]
 LAYOUTS = {
@@ -55,6 +57,10 @@ RUNS += [("qwen2", 0.75, "tp4 sp"), ("llama", 0.75, "tp2 sp recomputed"),
 if os.environ.get("LAYOUTS") == "all":
     RUNS = [(family, level, layout) for family in TRAINED for level in LEVELS
             for layout in LAYOUTS]
+# Of the other families, and of these dense, the logits at least.
+COMPUTED = [run for run in RUNS if not run[2].startswith("deepspeed")]
+COMPUTED += [("mistral", 0.75, "tp4"), ("mistral", 0.0, "tp2"), ("tied llama", 0.75, "pp2"),
+             ("tied qwen3", 0.0, "tp4"), ("untied qwen2", 0.0, "tp2"), ("llama", 0.0, "pp2")]
 
 
 @pytest.fixture(scope="module")
@@ -67,15 +73,16 @@ def begun(place, corpus, make_recipe):
     """A run from a model of transformers at a level of sparsity, cut for four ranks where the
     family can be: its recipe."""
     @cache
-    def begin(family: str, level: float) -> dict:
-        if not (place / family).exists():
-            save_family(family, place / family)
-        source = open_weights(place / family)
+    def begin(family: str, level: float, **changes) -> dict:
+        given = place / " ".join([family, *map(str, changes.values())])
+        if not given.exists():
+            save_family(family, given, **changes)
+        source = open_weights(given)
         slices = max(source.model.possible_slices())
-        recipe = make_recipe(str(place / f"{family} {level:.0%}"), sparsity=level,
+        recipe = make_recipe(f"{given} {level:.0%}", sparsity=level,
                              model=source.model.model_dump() | {"slices": slices},
                              train={"micro_batch": 4})
-        source = open_weights(place / family, like=Recipe.model_validate(recipe).model)
+        source = open_weights(given, like=Recipe.model_validate(recipe).model)
         write_initial_checkpoint(source, Recipe.model_validate(recipe),
                                  load_tokenizer(f"{corpus}.tokenizer"), Path(recipe["output"]))
         return recipe
@@ -90,8 +97,10 @@ def run(ranks, begun):
         for section, change in (LAYOUTS[layout] if layout else {}).items():
             recipe = recipe | {section: recipe.get(section, {}) | change
                                if isinstance(change, dict) else change}
-        steps = STEPS if family in TRAINED else 0
-        return ranks(world_of(recipe)).run_all(trained, recipe, steps, IDS)[-1]
+        steps = STEPS if layout is None or (family, level, layout) in RUNS else 0
+        one_by_one = not recipe.get("parallel", {}).get("sequence")  # which wants even lengths
+        return ranks(world_of(recipe)).run_all(trained, recipe, steps * (family in TRAINED), IDS,
+                                               GREEDY * one_by_one)[-1]
     return at
 
 
@@ -116,6 +125,28 @@ def test_transformers_computes_the_same_logits(run, exported, place, family, lev
     assert float((ours - theirs).abs().max()) < TOLERANCE
     apart = float((logits_of(place / family, IDS) - theirs).abs().max())
     assert (apart > 0.1) if level else apart == 0.0  # as it came
+
+
+@pytest.mark.parametrize(("family", "level", "layout"), COMPUTED)
+def test_transformers_computes_the_same_logits_and_text_at_every_layout(run, exported, family,
+                                                                        level, layout):
+    there, directory = run(family, level, layout), exported(family, level)
+    assert float((there["logits"] - logits_of(directory, IDS)).abs().max()) < TOLERANCE
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    half = IDS[:1, : IDS.size(1) // 2]
+    text = model.generate(half, do_sample=False, eos_token_id=None, max_new_tokens=GREEDY)
+    assert text[0, : there["text"].size(1)].tolist() == there["text"][0].tolist()
+
+
+def test_scaled_positions_beyond_the_original_length(ranks, begun, place):
+    ids = torch.randint(0, 300, (1, LONG), generator=torch.Generator().manual_seed(3))
+    shape = {"num_hidden_layers": 1, "max_position_embeddings": LONG}
+    recipe = begun("llama", 0.0, **shape)
+    scaled = logits_of(Path(recipe["output"].removesuffix(" 0%")), ids)
+    assert float((ranks(1).run(trained, recipe, 0, ids)["logits"] - scaled).abs().max()) < TOLERANCE
+    plain = save_family("llama", place / "plain", rope_parameters={"rope_theta": 5e5}, **shape)
+    apart = (logits_of(plain, ids) - scaled).abs().amax((0, 2))
+    assert float(apart[8192:].max()) > 100 * TOLERANCE
 
 
 KINDS = {"tiles": {"level": 0.5, "pattern": "tile", "tile": 4},
@@ -151,6 +182,15 @@ def test_mup_is_folded_into_what_transformers_has(ranks, begun, place, family):
 def test_losses_are_the_same_at_every_layout(run, family, level, layout):
     there = run(family, level, layout)
     close(there["curve"], run(family, level)["curve"])
+
+
+def test_interleaved_stages(ranks, make_deep_recipe):
+    """With a head of its own, norms by head, and layers computed again."""
+    recipe = make_deep_recipe(model={"architecture": "qwen3", "head_width": 32, "query_groups": 2,
+                                     "ffn_hidden": 96})
+    there = recipe | {"parallel": {"pipeline": 2, "interleave": 2},
+                      "train": recipe["train"] | {"recompute": "full"}}
+    close(ranks(2).run(train, there, 4)["curve"], ranks(1).run(train, recipe, 4)["curve"])
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -219,6 +219,12 @@ BAD = {
                              "there is no architecture 'gtp'; known: gpt"),
     "misspelt key of an architecture": (["model.heds=4"], "model.heds",
                                         "did you mean model.heads?"),
+    "key of other architectures": (
+        ["model.rotary_base=1e4"], "unknown key model.rotary_base (value '1e4'); "
+        "model.architecture=gpt has no such key, and llama, mistral, qwen2, qwen3 have"),
+    "more ranks than query groups": (
+        ["model.architecture=llama", "model.ffn_hidden=96", "model.query_groups=2",
+         "parallel.tensor=4"], "tensor may be [1, 2], or with model.slices one of [1, 2, 4]"),
     "width not divisible by heads": (["model.hidden=66"], "model.hidden=66", "model.heads=4",
                                      "heads may be [1, 2, 3,"),
     "heads not divisible by TP": (["parallel.tensor=3"], "heads=4", "parallel.tensor=3",
@@ -311,6 +317,9 @@ def test_missing_file_names_those_that_are_there(write, tmp_path):
     with pytest.raises(ValueError,
                        match=r"there is no recipe .*missing\.yaml; .* holds there\.yaml"):
         load_recipe(tmp_path / "missing.yaml")
+    for place in (tmp_path / "nowhere" / "r.yaml", tmp_path / "there.yaml" / "r.yaml"):
+        with pytest.raises(ValueError, match=r"there is no recipe .*r\.yaml; .* no \.yaml file"):
+            load_recipe(place)
 
 
 def test_all_broken_rules_are_reported_at_once(write):

@@ -12,10 +12,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from megatron_spdf.files import write_file
+from megatron_spdf.files import write_file, write_json
 
 END_FILE = "end_of_document.txt"  # beside a tokenizer's files: the token, where one was named
 BEGIN_FILE = "beginning_of_document.txt"  # the same of the token that a model begins texts with
+DECLARED_FILE = "declared.json"  # the same of what transformers' files say of other uses
 END_OF_TEXT = "<|endoftext|>"
 # End-of-document tokens of published tokenizers; the first that a vocabulary holds is taken.
 END_OF_DOCUMENT = (END_OF_TEXT, "<|end_of_text|>", "</s>")
@@ -43,6 +44,9 @@ class Tokenizer(ABC):
         end_token: that token, as the vocabulary has it.
         begin_token: token that somebody else's model was trained to see before a document; exported
             models keep it, `encode` never returns it, and training puts none. None: there is none.
+        declared: what transformers' tokenizer_config.json says otherwise than documents do, and
+            exported models keep: "bos_token" and "eos_token", of a chat's turns, and
+            "chat_template".
         named_end: the same where it was named by somebody, None where it is the kind's usual one.
         vocabulary: token -> id.
         sha256: fingerprint of the files and of `named_end`, independent of names and place of the
@@ -56,6 +60,7 @@ class Tokenizer(ABC):
     eod: int
     end_token: str
     begin_token: str | None = None
+    declared: Mapping[str, str] = {}
     named_end: str | None = None
     vocabulary: Mapping[str, int]
     pad: ClassVar[int] = -1
@@ -151,11 +156,27 @@ class Tokenizer(ABC):
         for name, token in ((END_FILE, self.named_end), (BEGIN_FILE, self.begin_token)):
             if token:
                 write_file(directory / name, token)
+        if self.declared:
+            write_json(directory / DECLARED_FILE, dict(self.declared))
 
     @property
     def bod(self) -> int:
         """Id of the token that begins documents; where none does, of the one that ends them."""
         return self.eod if self.begin_token is None else self.vocabulary[self.begin_token]
+
+    @property
+    def prefix(self) -> int:
+        """Id of the token that a text without context is taken to follow: what transformers' files
+        declare as its beginning, whether or not they put it there."""
+        return self.vocabulary[self.declared["bos_token"]] if "bos_token" in self.declared else (
+            self.bod)
+
+    @property
+    def ends(self) -> list[int]:
+        """Ids after which a text is over: of a document, and of a chat's turn where there is
+        one."""
+        turn = self.declared.get("eos_token")
+        return [self.eod, *([] if turn is None else [self.vocabulary[turn]])]
 
     @property
     def eos(self) -> int:

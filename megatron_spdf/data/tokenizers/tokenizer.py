@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_spdf.data.tokenizers import gpt2, sentencepiece
-from megatron_spdf.data.tokenizers.base import BEGIN_FILE, END_FILE, Tokenizer, well_formed
+from megatron_spdf.data.tokenizers.base import (
+    BEGIN_FILE,
+    DECLARED_FILE,
+    END_FILE,
+    Tokenizer,
+    well_formed,
+)
 from megatron_spdf.data.tokenizers.gpt2 import Gpt2Bpe
 from megatron_spdf.data.tokenizers.huggingface import HuggingFace
 from megatron_spdf.data.tokenizers.sentencepiece import SentencePiece
@@ -34,6 +40,7 @@ _FILES: dict[type[Tokenizer], tuple[tuple[str, ...], ...]] = {
     SentencePiece: (("*.model",),),
 }
 _CONFIG, _ADDED = "tokenizer_config.json", "added_tokens.json"  # beside them, of transformers
+_CHAT = "chat_template.jinja"
 # What a tokenizer may lose of a text, and a text that shows it.
 _LOSSES = {"runs of blanks": "a  b", "blanks at the ends": " a ", "line breaks": "a\nb",
            "tabs": "a\tb", "capitals": "a A", "composed characters": "e\u0301",
@@ -74,6 +81,7 @@ def load_tokenizer(path: str | Path, end: str | None = None) -> Tokenizer:
              "decoded without them")
     if path.is_dir():
         tokenizer.begin_token = _beginning(path, tokenizer)
+        tokenizer.declared = _declared(path, tokenizer)
         _compare_with_config(path, tokenizer)
     return tokenizer
 
@@ -221,6 +229,23 @@ def _beginning(path: Path, tokenizer: Tokenizer) -> str | None:
         if not added and not said.get("add_bos_token", usual and not description.is_file()):
             return None
     return token if token in tokenizer.vocabulary else None
+
+
+def _declared(path: Path, tokenizer: Tokenizer) -> dict[str, str]:
+    """What transformers' files beside a tokenizer say that documents do not tell."""
+    saved, config = path / DECLARED_FILE, path / _CONFIG
+    if not saved.is_file() and not config.is_file():
+        return {}
+    said = read_json(saved if saved.is_file() else config, dict[str, Any])
+    if not saved.is_file() and (path / _CHAT).is_file():
+        said["chat_template"] = _content(path / _CHAT).decode()
+    usual = {"bos_token": tokenizer.begin_token or tokenizer.end_token,
+             "eos_token": tokenizer.end_token}
+    declared = {name: _content_of(said.get(name)) for name in usual}
+    declared = {name: token for name, token in declared.items()
+                if token in tokenizer.vocabulary and token != usual[name]}
+    template = said.get("chat_template")
+    return declared | ({"chat_template": template} if isinstance(template, str) else {})
 
 
 def _compare_with_config(path: Path, tokenizer: Tokenizer) -> None:

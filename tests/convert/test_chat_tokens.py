@@ -1,0 +1,79 @@
+"""A chat model's template, and the tokens of its turns, come through a run and out again."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from small_models import gpt2_tensors, make_recipe, write_gpt2
+
+from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
+from megatron_spdf.convert.huggingface_export import export
+from megatron_spdf.convert.initial_checkpoint import write_initial_checkpoint
+from megatron_spdf.convert.source import open_weights
+from megatron_spdf.data.tokenizers.tokenizer import load_tokenizer
+
+TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+            "{% endfor %}")
+CHAT = [{"role": "user", "content": "Hi \u00fc"}]
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A GPT-2 with SmolLM2's customs: documents end with <|endoftext|>, turns with <|im_end|>, and
+    <|im_start|> is declared as the beginning and never put there."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    tensors = gpt2_tensors()
+    tensors["transformer.wte.weight"] = torch.randn(259, 12, generator=torch.Generator())
+    directory = write_gpt2(tmp_path / "model", tensors, bos_token_id=1, eos_token_id=2)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    made = Tokenizer(models.BPE({token: i for i, token in enumerate(names + letters)}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens([AddedToken(name, special=True) for name in names])
+    made.save(str(directory / "tokenizer.json"))
+    (directory / "chat_template.jinja").write_text(TEMPLATE)
+    (directory / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|im_start|>",
+        "eos_token": "<|im_end|>"}))
+    return directory
+
+
+def test_a_chat_goes_on_after_a_trip(model, tmp_path):
+    from transformers import AutoTokenizer, GenerationConfig
+
+    source = open_weights(model)
+    recipe = make_recipe(sparsity=0.5, train={"precision": "fp32"})
+    write_initial_checkpoint(source, recipe, source.tokenizer, tmp_path / "run", "magnitude")
+    run = CheckpointReader(find_checkpoint(tmp_path / "run"))
+    assert (run.tokenizer.eod, run.tokenizer.bod) == (0, 0)  # of documents, as training has them
+    export(run, tmp_path / "out")
+    before, after = (AutoTokenizer.from_pretrained(path) for path in (model, tmp_path / "out"))
+    assert (after.bos_token, after.eos_token) == ("<|im_start|>", "<|im_end|>")
+    chat = [made.apply_chat_template(CHAT, tokenize=True, return_dict=False)
+            for made in (before, after)]
+    assert chat[0] == chat[1] and chat[1][0] == 1 and chat[1][-2] == 2
+    said = GenerationConfig.from_pretrained(tmp_path / "out")
+    assert (said.bos_token_id, said.eos_token_id, said.pad_token_id) == (1, [0, 2], 0)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (1, [0, 2])
+    again = open_weights(tmp_path / "out").tokenizer  # as it came
+    assert (again.prefix, again.ends, again.declared) == (1, [0, 2], dict(
+        bos_token="<|im_start|>", eos_token="<|im_end|>", chat_template=TEMPLATE))
+
+
+@pytest.mark.parametrize(("name", "said", "declared"), [
+    ("tokenizer_config.json", {"bos_token": "<|endoftext|>", "eos_token": {"content": "<|im_end|>"},
+                               "chat_template": "x"},
+     {"eos_token": "<|im_end|>", "chat_template": "x"}),
+    ("tokenizer_config.json", {"eos_token": "no such token", "chat_template": [{}]}, {}),
+    ("declared.json", {"bos_token": "no such token", "eos_token": "<|im_end|>", "other": 1},
+     {"eos_token": "<|im_end|>"}),
+])
+def test_what_is_declared_and_means_nothing_is_left_out(model, name, said, declared):
+    (model / "chat_template.jinja").unlink()
+    (model / name).write_text(json.dumps(said))
+    assert load_tokenizer(model).declared == declared
