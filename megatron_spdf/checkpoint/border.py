@@ -23,6 +23,7 @@ from megatron_spdf.checkpoint.reader import (
 )
 from megatron_spdf.engine.base import Engine
 from megatron_spdf.optimizers.base import MASTER
+from megatron_spdf.sparsity.largest import largest_bits
 from megatron_spdf.sparsity.plan import Plan, SparseWeight
 from megatron_spdf.sparsity.slices import slice_of
 
@@ -72,14 +73,17 @@ class _Across:
         if key.endswith((HELD_BITS, AGES)) or self.fresh and state != MASTER:
             return torch.zeros(wanted.local_shape, dtype=wanted.dtype)
         part = wanted.global_slice()
-        if key.endswith(TRAINED_BITS):  # the first choice says which are not
-            return torch.full(wanted.local_shape, 255, dtype=wanted.dtype)
         is_mask = key.endswith((MASK_BITS, FIRST_BITS))  # with which the stage begins
         name = self._names[key.removesuffix(VALUES).removesuffix(MASK_BITS)
-                           .removesuffix(FIRST_BITS)]
+                           .removesuffix(FIRST_BITS).removesuffix(TRAINED_BITS)]
         if name not in self.plan.weights:
             return self.reader.state(name, state)[part]
         slices = range(*part[0].indices(self.plan.weights[name].slices))
+        if key.endswith(TRAINED_BITS):  # until masks are chosen anew
+            w = self.plan.weights[name]
+            dense = self.reader.entries(name, MASTER)
+            return largest_bits(torch.stack([slice_of(dense, w, each) for each in slices]),
+                                w.trained_per_slice)
         masks = torch.from_numpy(np.stack([self._mask(name, number) for number in slices]))
         if is_mask:
             return masks

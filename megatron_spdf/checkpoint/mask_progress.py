@@ -17,10 +17,11 @@ def mask_progress(reader: CheckpointReader) -> dict[str, Any] | None:
     """Collects name, moves, levels and overlap of the algorithm of a checkpoint, as plain values.
 
     Returns:
-        `moves` done and `planned` in the whole run; sparsity of the sparse weights `now` and at the
-        `end` of the stage; `overlap`: of the active entries, those that were active at the
-        beginning of the stage, in all and by the number of the layer; None where the algorithm does
-        not track it. None: masks stay.
+        `moves` done and `planned` in the whole run; `part` and number of `parts` of the stage, each
+        with storage of its own; sparsity of the sparse weights `now` and at the `end` of the stage;
+        `overlap`: of the active entries, those that were active at the beginning of the stage, in
+        all and by the number of the layer; None where the algorithm does not track it. None: masks
+        stay.
     """
     recipe, state = reader.recipe, reader.run["state"]
     algorithm = recipe.sparsity.update
@@ -28,12 +29,16 @@ def mask_progress(reader: CheckpointReader) -> dict[str, Any] | None:
         return None
     begin, end = _stage_at(recipe, state["step"])
     steps = end - begin
+    parts = algorithm.parts(steps)
+    part = next(n for n, part in enumerate(parts, 1) if state["step"] - begin <= part.last)
     reached = (algorithm.share(state["optimizer_steps"], steps) if algorithm.holds
                else recipe.sparsity.reached)
     return {
         "name": algorithm.name,
         "moves": state["mask_updates"],
         "planned": sum(planned_moves(own, last - first) for own, first, last in _stages(recipe)),
+        "part": part,
+        "parts": len(parts),
         "now": _level(recipe, reached),
         "end": _level(recipe, algorithm.share(steps, steps)),
         **_overlaps(reader),
@@ -85,7 +90,8 @@ def render_progress(progress: dict[str, Any]) -> str:
     """Formats the result of `mask_progress` as a sentence."""
     done = (f"{progress['moves']:,} of {progress['planned']:,} moves" if progress["planned"]
             else "moves at borders of its parts only")
-    said = (f"{progress['name']}, {done}; sparsity {progress['now']:.2%} now, "
+    part = f"part {progress['part']} of {progress['parts']}, " if progress["parts"] > 1 else ""
+    said = (f"{progress['name']}, {part}{done}; sparsity {progress['now']:.2%} now, "
             f"{progress['end']:.2%} at the end")
     if progress["overlap"] is None:
         return said

@@ -47,10 +47,11 @@ from megatron_spdf.recipe.load import save_recipe
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.recipe.rules import rule_violations
 from megatron_spdf.schedule.stages import stages_of
-from megatron_spdf.sparsity.plan import Plan
+from megatron_spdf.sparsity.largest import largest_bits, under_the_active
+from megatron_spdf.sparsity.plan import Plan, SparseWeight
 from megatron_spdf.sparsity.selectors.base import SELECTORS, Inputs, Selector, TrainedWeight
 from megatron_spdf.sparsity.selectors.magnitude import Magnitude
-from megatron_spdf.sparsity.slices import slice_of
+from megatron_spdf.sparsity.slices import join_slices, slice_of
 
 if TYPE_CHECKING:  # it imports Megatron-Core, for which stand-ins may have to be installed
     from megatron_spdf.convert.layerwise_pruning import LayerwisePruning, Losses
@@ -147,18 +148,13 @@ def check_selector(selector: Selector, recipe: Recipe, plan: Plan,
     """
     for weight in plan.weights.values():
         selector.check(weight)
-    if not selector.calibrated:
-        return
-    if any(weight.algorithm.keeps for weight in plan.weights.values()):
-        raise ValueError(f"select={selector.name}: with sparsity.algorithm="
-                         f"{recipe.sparsity.algorithm} weights keep all entries, and choose the "
-                         "largest at every step; leave out --select, or take another algorithm")
-    if not plan.weights:
+    if not plan.weights and not selector.seeded:
+        sparsity = recipe.sparsity
         raise ValueError(f"select={selector.name} has nothing to select: sparsity.level="
-                         f"{recipe.sparsity.level:g} with algorithm={recipe.sparsity.algorithm} "
-                         "begins with dense weights; set a level and algorithm=static, or leave "
-                         "out --select")
-    if text is None or text.calibrate is None:
+                         f"{sparsity.level:g} with algorithm={sparsity.algorithm} begins with "
+                         f"dense weights; set {sparsity.update.to_begin_sparse or 'a level'}, or "
+                         "leave out --select")
+    if selector.calibrated and (text is None or text.calibrate is None):
         raise ValueError(f"select={selector.name} looks at the inputs of weights; give "
                          "--calibration PREFIX, a data set of the model's tokenizer")
 
@@ -243,27 +239,10 @@ class _FreshState:
 
     def _of(self, weight: Weight) -> list[StoredTensor]:
         name, sparse = stored_name(weight.name), self.plan.weights.get(weight.name)
-        shape, axis = weight.shape, weight.axis
-        tensors = []
+        shape, axis, tensors = weight.shape, weight.axis, []
         if sparse:
             shape, axis = (sparse.slices, sparse.stored_per_slice), 0
-            bits = (sparse.slices, math.ceil(math.prod(sparse.slice_shape) / 8))
-            tensors = [self._stored(name + MASK_BITS, bits, axis, weight, torch.uint8,
-                                    lambda: self._compact(weight.name)[1])]
-            if sparse.algorithm.holds:
-                held = (sparse.slices, math.ceil(sparse.active_per_slice / 8))
-                tensors.append(self._stored(name + HELD_BITS, held, axis, weight, torch.uint8,
-                                            lambda: pack(self._compact(weight.name)[0] == 0)))
-            if sparse.algorithm.tracks:
-                tensors.append(self._stored(name + FIRST_BITS, bits, axis, weight, torch.uint8,
-                                            lambda: self._compact(weight.name)[1]))
-            if sparse.algorithm.tracks_ages:
-                tensors.append(self._stored(name + AGES, shape, axis, weight, torch.uint8,
-                                            lambda: torch.zeros(shape, dtype=torch.uint8)))
-            if sparse.trains_some:  # the first choice says which are not
-                tensors.append(self._stored(name + TRAINED_BITS, bits, axis, weight, torch.uint8,
-                                            lambda: torch.full(bits, 255, dtype=torch.uint8)))
-            name += VALUES
+            tensors, name = self._beside(weight, sparse), name + VALUES
         values = partial(self._values, weight.name)
         tensors.append(self._stored(name, shape, axis, weight, self.dtype,
                                     lambda: values().to(self.dtype)))
@@ -272,6 +251,34 @@ class _FreshState:
             tensors.append(self._stored(f"{OPTIMIZER}{state}.{name}", shape, axis, weight,
                                         torch.float32, read))
         return tensors
+
+    def _beside(self, weight: Weight, planned: SparseWeight) -> list[StoredTensor]:
+        """What lies beside the values of a sparse weight: its mask, and what its algorithm keeps of
+        its own."""
+        algorithm = planned.algorithm
+        entries, active = math.prod(planned.slice_shape), planned.active_per_slice
+
+        def mask() -> Tensor:
+            return self._compact(weight.name)[1]
+
+        def zeros() -> Tensor:
+            return pack(self._compact(weight.name)[0] == 0)
+
+        kinds = [(MASK_BITS, math.ceil(entries / 8), mask, True),
+                 (FIRST_BITS, math.ceil(entries / 8), mask, algorithm.tracks),
+                 (AGES, active, None, algorithm.tracks_ages),
+                 (HELD_BITS, math.ceil(active / 8), zeros if algorithm.stays else None,
+                  algorithm.holds),
+                 (TRAINED_BITS, math.ceil(entries / 8), partial(self._trained_bits, planned),
+                  planned.trains_some)]
+        return [self._bytes(stored_name(weight.name) + kind, (planned.slices, width), weight, read)
+                for kind, width, read, there in kinds if there]
+
+    def _bytes(self, name: str, shape: tuple[int, int], weight: Weight,
+               read: Callable[[], Tensor] | None) -> StoredTensor:
+        """Bytes of slices (S, bytes); None: zeros."""
+        return self._stored(name, shape, 0, weight, torch.uint8,
+                            read or (lambda: torch.zeros(shape, dtype=torch.uint8)))
 
     def _stored(self, name: str, shape: tuple[int, ...], axis: int | None, weight: Weight,
                 dtype: torch.dtype, read: Callable[[], Tensor]) -> StoredTensor:
@@ -302,6 +309,10 @@ class _FreshState:
             self._last = (name, *self._select(name))
         return self._last[1:]
 
+    def _trained_bits(self, planned: SparseWeight) -> Tensor:
+        """The entries that get a gradient until masks are chosen anew, (S, bytes)."""
+        return largest_bits(self._compact(planned.name)[0], planned.trained_per_slice)
+
     def _select(self, name: str) -> tuple[Tensor, Tensor]:
         """Cuts a weight to its mask, slice by slice, and measures its sparsity."""
         planned = self.plan.weights[name]
@@ -310,7 +321,11 @@ class _FreshState:
         dense, stored, active = unfold(values, self.rules.folded(name)), [], 0
         for number, mask in enumerate(masks):
             entries = slice_of(dense, planned, number).numpy()
-            stored.append(entries if planned.algorithm.keeps else entries[mask])
+            if not planned.algorithm.keeps:
+                stored.append(entries[mask])
+            else:  # which choose the largest from the next step on
+                stored.append(under_the_active(entries, mask) if self.selector.calibrated
+                              else entries)
             active += np.count_nonzero(entries[mask])
         self.measured[name] = 1.0 - active / planned.numel
         return torch.from_numpy(np.stack(stored)), torch.from_numpy(np.packbits(masks, axis=1))
@@ -326,13 +341,17 @@ class _FreshState:
             Dense values of the standard model, and masks (slices, entries) bool.
         """
         planned = self.plan.weights[name]
-        # weights that keep all entries choose the largest themselves at every step
-        selector = Magnitude() if planned.algorithm.keeps else self.selector
+        keeps = planned.algorithm.keeps
+        # weights that keep all entries choose the largest themselves, unless inputs say otherwise
+        selector = Magnitude() if keeps and not self.selector.calibrated else self.selector
         own = dense if selector.calibrated else unfold(dense, self.rules.folded(name))
         matrices = self.source.model.matrix_of_rows(self.source.weights[name]).numpy()
         values, masks = selector.select(
             TrainedWeight(own, planned, self.plan.seed, matrices, inputs))
         values = values if selector.calibrated else dense
+        if keeps:  # what has died has its value in the parameter
+            values = values.where(join_slices(torch.from_numpy(masks), planned).to(values.device),
+                                  dense)
         active = masks.sum(1)
         assert (active == planned.active_per_slice).all(), (name, self.selector.name, active)
         assert planned.fault(masks) is None, (name, self.selector.name)

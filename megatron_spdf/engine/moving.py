@@ -83,9 +83,8 @@ def count_held(engine: Engine) -> dict[str, int]:
 
 
 def count_chosen(engine: Engine) -> dict[str, Change]:
-    """Canonical name -> entries of the whole weight that became active when it last chose its mask,
-    on every rank."""
-    born = {c.planned.name: Change(int(c.born), len(c.mask_bits) * c.planned.active_per_slice)
+    """Canonical name -> what a whole weight changed when it last chose its mask, on every rank."""
+    born = {c.planned.name: c.seen(int(c.born))
             for c in _sparse_parameters(engine).values()
             if isinstance(c, MaskedWeight) and c.born is not None}
     return _over_all_ranks(born, engine)

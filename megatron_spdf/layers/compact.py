@@ -110,7 +110,8 @@ class CompactWeight(nn.Module):
         if weight.algorithm.tracks:
             self.register_buffer("first_bits", bits.clone())
         if weight.algorithm.tracks_ages:
-            ages = torch.zeros(self.values_shape, dtype=torch.uint8, device=device)
+            shape = local, weight.active_per_slice
+            ages = torch.zeros(shape, dtype=torch.uint8, device=device)
             self.register_buffer("ages", ages)
         self._holds = -1, False  # version of held_bits -> whether any is set
         self.index_mask()
@@ -164,15 +165,24 @@ class CompactWeight(nn.Module):
     def move_mask(self, bits: Tensor) -> Change:
         """Takes other masks of the plan's, and says what that changes; what the values are then is
         the caller's."""
-        before, active = self.mask_bits.clone(), self.values_shape[0] * self.values_shape[1]
+        moved = born(self.mask_bits, bits)
+        if self.planned.algorithm.tracks_ages:
+            self.age_until(bits)
         self.mask_bits.copy_(bits)
         self._derive()
-        moved, algorithm = born(before, bits), self.planned.algorithm
-        if algorithm.tracks_ages:
-            carried = carry(self.ages, before, bits, self.mask.entries)
-            self.ages.copy_(aged(carried, before, bits, self.mask.entries))
-        return Change(moved, active,
-                      common(self.first_bits, bits) if algorithm.tracks else 0,
+        return self.seen(moved)
+
+    def age_until(self, bits: Tensor) -> None:
+        """Carries the ages of active entries over to the next masks, before these are taken."""
+        entries = math.prod(self.planned.slice_shape)
+        carried = carry(self.ages, self.mask_bits, bits, entries)
+        self.ages.copy_(aged(carried, self.mask_bits, bits, entries))
+
+    def seen(self, moved: int) -> Change:
+        """What is kept track of, as it is after so many entries moved."""
+        algorithm = self.planned.algorithm
+        return Change(moved, len(self.mask_bits) * self.planned.active_per_slice,
+                      common(self.first_bits, self.mask_bits) if algorithm.tracks else 0,
                       int(self.ages.sum()) if algorithm.tracks_ages else 0)
 
     @property

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from megatron_spdf.kernels.mask import Mask, pack, unpack
 from megatron_spdf.layers.compact import CompactWeight, compact_of, sparse_modules
 from megatron_spdf.layers.products.base import Product
-from megatron_spdf.sparsity.largest import keep_largest
+from megatron_spdf.sparsity.largest import largest_bits
 from megatron_spdf.sparsity.plan import SparseWeight
 
 
@@ -54,12 +54,16 @@ class MaskedWeight(CompactWeight):
         magnitudes = values.detach().float().abs()
         active = planned.pattern.chosen(magnitudes.view(-1, *planned.slice_shape), planned.level)
         bits = pack(active.reshape(magnitudes.shape))
-        if not self._drawn:
+        if self._drawn:
+            self.begin_with(bits)
+        else:
             self.born = unpack(bits & ~self.mask_bits, magnitudes.shape[1]).sum()
+            if planned.algorithm.tracks_ages:
+                self.age_until(bits)
+            self.mask_bits.copy_(bits)
         self._drawn = False
-        self.mask_bits.copy_(bits)
         if planned.trains_some:
-            self.trained_bits.copy_(pack(keep_largest(magnitudes, planned.trained_per_slice)))
+            self.trained_bits.copy_(largest_bits(values, planned.trained_per_slice))
 
     def take_loaded(self) -> None:
         self.due = self._drawn = False  # the masks that a checkpoint has hold until the next choice

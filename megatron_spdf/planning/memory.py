@@ -90,11 +90,11 @@ def sparse_bytes(
             masks += slices * math.ceil(entries / 8)
             masks += slices * math.ceil(weight.active_per_slice / 8) * (
                 weight.algorithm.holds)
+            masks += slices * math.ceil(entries / 8) * weight.algorithm.tracks
+            masks += slices * weight.active_per_slice * weight.algorithm.tracks_ages
             if weight.algorithm.keeps:  # nothing is derived, and what is trained is a mask too
                 masks += slices * math.ceil(entries / 8) * weight.trains_some
                 continue
-            masks += slices * math.ceil(entries / 8) * weight.algorithm.tracks
-            masks += parameter.elements * weight.algorithm.tracks_ages
             masks += slices * 4 * math.ceil(entries / SPAN) if on_gpu else 8 * parameter.elements
             if on_gpu:
                 masks += weight.pattern.table_bytes(parameter.elements)

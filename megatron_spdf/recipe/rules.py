@@ -179,10 +179,12 @@ def _stages(recipe: Recipe) -> Iterator[str]:
     if recipe.evaluate.patience:
         yield (f"evaluate.patience={recipe.evaluate.patience} ends a run before its last stage; "
                "set patience=0, or leave out stages")
-    sparsities = [stage.sparsity.model_dump_json() for stage in stages]
-    for number, (before, after) in enumerate(zip(sparsities, sparsities[1:], strict=False), 1):
-        yield from (f"stages.{number}.sparsity: {rule}"
-                    for rule in _border(recipe.model, before, after))
+    ends = recipe.stage_ends
+    for number, (before, after) in enumerate(zip(stages, stages[1:], strict=False), 1):
+        begins = after.sparsity.update.parts(max(1, ends[number] - ends[number - 1]))[0].reached
+        yield from (f"stages.{number}.sparsity: {rule}" for rule in _border(
+            recipe.model, before.sparsity.model_dump_json(), after.sparsity.model_copy(
+                update={"reached": begins}).model_dump_json()))
 
 
 @lru_cache(maxsize=256)
@@ -190,7 +192,7 @@ def _border(model: Model, before: str, after: str) -> tuple[str, ...]:
     """What does not go at a border between stages, which densifies or prunes by magnitude.
 
     Args:
-        before, after: sparsity as JSON.
+        before, after: sparsity as JSON, at the end and at the beginning.
     """
     sections = [Sparsity.model_validate_json(sparsity) for sparsity in (before, after)]
     try:

@@ -1,4 +1,5 @@
-"""Masks of the largest magnitudes, of all slices at once, on their device."""
+"""Masks of the largest magnitudes, of all slices at once, on their device, and values that choose a
+given mask."""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from torch import Tensor
+
+from megatron_spdf.kernels.mask import pack
 
 SWEEPS = 3  # of all pairs of rows, after which a trade is rare
 
@@ -41,6 +44,28 @@ def keep_largest_of_few(magnitudes: Tensor, count: int) -> Tensor:
     order = magnitudes.argsort(dim=-1, descending=True, stable=True)
     mask = torch.zeros_like(magnitudes, dtype=torch.bool)
     return mask.scatter_(-1, order[:, :count], torch.ones_like(mask))
+
+
+def largest_bits(values: Tensor, count: int) -> Tensor:
+    """The `count` largest magnitudes of each slice, packed: (slices, bytes) uint8.
+
+    Args:
+        values: (slices, entries).
+    """
+    return pack(keep_largest(values.detach().float().abs(), count))
+
+
+def under_the_active(entries: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Entries of a slice whose largest magnitudes are those of a mask: the others are scaled down,
+    all alike, to half the smallest active one at most, so that bf16 tells them apart.
+
+    Args:
+        entries: (entries,) fp32.
+        mask: (entries,) bool.
+    """
+    least, most = np.abs(entries[mask]).min(), np.abs(entries[~mask]).max(initial=0.0)
+    scale = min(1.0, 0.5 * float(least) / float(most)) if most else 1.0
+    return np.where(mask, entries, np.float32(scale) * entries)
 
 
 def keep_largest_balanced(scores: Tensor, per_row: int) -> Tensor:

@@ -14,7 +14,8 @@ from megatron_spdf.layers.masked import choose_masks
 from megatron_spdf.resilience.progress import PROGRESS
 from megatron_spdf.schedule.stages import RunStage
 from megatron_spdf.sparsity.algorithms.base import Moment
-from megatron_spdf.sparsity.plan import SparseWeight
+from megatron_spdf.sparsity.history import Change
+from megatron_spdf.sparsity.plan import Plan, SparseWeight
 from megatron_spdf.training.report import Report
 
 
@@ -58,6 +59,9 @@ class MaskMoves:
 
     def after_step(self, result: StepResult) -> None:
         """Moves the masks if they are due and the step was not skipped."""
+        if self.stage.continues and self.state.step == self.stage.first + 1:
+            # not before it: a start that ends before any step crosses the border once more
+            self.report.crossed(changed_at_border(self.stage))
         if self.algorithm.keeps:
             self._choose(result)
         elif self._due and not result.skipped:
@@ -102,3 +106,19 @@ class MaskMoves:
         """The most entries of a slice that are born in one move."""
         unit = math.prod(weight.pattern.moving_unit or (1, 1))
         return unit * self.algorithm.largest_move(weight.active_per_slice // unit)
+
+
+def changed_at_border(stage: RunStage) -> dict[str, Change]:
+    """Canonical name -> entries of the whole weight that died, or were born at zero, between a part
+    of a stage and the one before it. What was held at zero had died before."""
+    algorithm, at = stage.recipe.sparsity.update, stage.first - stage.begin
+    ended = next(part for part in algorithm.parts(stage.steps) if part.last == at)
+    before = ended.reached
+    if algorithm.holds and ended.reached > 0.0:
+        before = algorithm.share(at, stage.steps)
+    changes = {}
+    for name, weight in Plan.of(stage.recipe.stored_at(1.0)).weights.items():
+        there, here = (weight.slices * weight.active_at(share)
+                       for share in (before, stage.recipe.sparsity.reached))
+        changes[name] = Change(abs(there - here), max(there, here))
+    return changes

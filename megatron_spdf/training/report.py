@@ -102,16 +102,30 @@ class Report:
             changes: of each sparse weight.
             seconds: it took; None: it was part of a step.
         """
-        took = {} if seconds is None else {"seconds": seconds}
+        whole = self._record_masks(changes, {} if seconds is None else {"seconds": seconds})
+        state, sparsity = self.state, self.stage.recipe.sparsity
+        overlap = f"; {whole.overlap:.2%} are as at first" if sparsity.update.tracks else ""
+        self.log.say(f"step {state.step}: {sparsity.algorithm} moved {whole.moved:,} of "
+                     f"{whole.active:,} active entries, update {state.mask_updates}{overlap}")
+
+    def crossed(self, changes: dict[str, Change]) -> None:
+        """A border between parts of a run, if entries died or were born there; see `moved`."""
+        if not any(change.moved for change in changes.values()):
+            return
+        whole, plan = self._record_masks(changes, {}), self.stage.plan
+        self.log.say(f"step {self.state.step}: {self.stage.recipe.sparsity.algorithm} "
+                     f"{'masks' if plan.weights else 'lets go of the masks of'} {whole.moved:,} of "
+                     f"{whole.active:,} entries from here on")
+
+    def _record_masks(self, changes: dict[str, Change], took: dict[str, float]) -> Change:
+        """Writes a record of masks, in all and by layer, and returns all changes together."""
         state, recipe = self.state, self.stage.recipe
-        name, whole = recipe.sparsity.algorithm, sum(changes.values(), start=NOTHING)
+        whole = sum(changes.values(), start=NOTHING)
         layers = by_layer(changes, {w.name: w.layer for w in recipe.model.weights()})
-        self.log.record("mask", state.step, algorithm=name, update=state.mask_updates,
-                        moved=whole.moved, **self._seen(whole), **took,
+        self.log.record("mask", state.step, algorithm=recipe.sparsity.algorithm,
+                        update=state.mask_updates, moved=whole.moved, **self._seen(whole), **took,
                         layers={str(n): self._seen(change) for n, change in layers.items()})
-        overlap = f"; {whole.overlap:.2%} are as at first" if recipe.sparsity.update.tracks else ""
-        self.log.say(f"step {state.step}: {name} moved {whole.moved:,} of {whole.active:,} active "
-                     f"entries, update {state.mask_updates}{overlap}")
+        return whole
 
     def _seen(self, change: Change) -> dict[str, float]:
         """What the log says of a move: what its algorithm keeps track of."""
@@ -152,9 +166,7 @@ class Report:
     def bytes(self, traffic: TrafficCounter) -> None:
         """Reports the bytes that rank 0 holds and sends in a step, counted at its buffers and
         collectives."""
-        held, objective = self.engine.state_bytes(), self.engine.models[-1].objective
-        if hasattr(objective, "held"):
-            held = {**held, "teacher": objective.held}
+        held = self.engine.state_bytes()
         sent = {f"{operation} {group}": n for (operation, group), n in traffic.bytes.items()}
         self.log.record("bytes", self.state.step, **held, sent_per_step=traffic.total,
                         sent_by_kind=sent, choices=self.engine.choices)

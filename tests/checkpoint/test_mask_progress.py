@@ -51,7 +51,9 @@ def test_gmp_shows_the_level_it_has_come_to(of, step, moves, reached, now):
     assert (found["name"], found["moves"], found["planned"]) == ("gmp", moves, 9)
     assert found["overlap"] is None
     said = render_progress(found)
-    assert said.startswith(f"gmp, {moves} of 9 moves; sparsity {found['now']:.2%} now, 75.0")
+    part = {8: 1, 20: 2, 30: 2, 40: 3}[step]  # pruned at 12, and to the level at 30
+    assert said.startswith(f"gmp, part {part} of 3, {moves} of 9 moves; sparsity "
+                           f"{found['now']:.2%} now, 75.0")
 
 
 def test_the_first_pruning_of_gmp_is_a_border():
@@ -67,7 +69,7 @@ def test_acdc_shows_whether_it_is_dense(of, reached, now):
     sparsity = {"level": 0.75, "algorithm": "acdc"}
     found = mask_progress(reader(of(sparsity), 20, 0, reached))
     assert found["now"] == pytest.approx(now) and found["end"] == pytest.approx(0.75)
-    assert "acdc, moves at borders of its parts only" in render_progress(found)
+    assert "acdc, part 9 of 16, moves at borders of its parts only" in render_progress(found)
 
 
 def test_overlap_is_that_of_the_bits_by_layer(of):

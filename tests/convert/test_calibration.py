@@ -77,10 +77,16 @@ def test_text_of_another_tokenizer_is_refused(data):
 @pytest.mark.parametrize(("select", "sections", "said"), [
     ("wanda", {"sparsity": 0.5}, "select=wanda looks at the inputs of weights; give --calibration"),
     ("sparsegpt", {}, "select=sparsegpt has nothing to select: sparsity.level=0 "),
+    ("magnitude", {}, "select=magnitude has nothing to select: sparsity.level=0 "),
+    ("magnitude", {"stages": [{"share": 0.5, "sparsity": 0}, {"share": 0.5, "sparsity": 0.5}]},
+     "select=magnitude has nothing to select"),
     ("wanda", {"sparsity": {"level": 0.5, "algorithm": "gmp", "update": {"every": 2}}},
-     "sparsity.level=0.5 with algorithm=gmp begins with dense weights"),
+     "sparsity.level=0.5 with algorithm=gmp begins with dense weights; set "
+     "sparsity.update.initial to the share of the level"),
+    ("magnitude", {"sparsity": {"level": 0.5, "algorithm": "acdc"}},
+     "algorithm=acdc begins with dense weights; set sparsity.update.start=0, so that"),
     ("sparsegpt", {"sparsity": {"level": 0.5, "algorithm": "ste"}},
-     "with sparsity.algorithm=ste weights keep all entries, and choose the largest"),
+     "select=sparsegpt looks at the inputs of weights; give --calibration"),
     ("wnada", {"sparsity": 0.5}, "there is no selector 'wnada'; known: wanda, "),
 ])
 def test_a_selector_without_what_it_needs_is_refused_before_weights_are_read(

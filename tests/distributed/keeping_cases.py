@@ -1,15 +1,18 @@
-"""What runs on the ranks of test_keeping.py: the rules of STE, SR-STE and Top-KAST on the dense
-weights of transformers' GPT-2 under plain PyTorch."""
+"""What runs on the ranks of test_keeping.py: runs that follow masks of others, and the rules of
+STE, SR-STE and Top-KAST on the dense weights of transformers' GPT-2 under plain PyTorch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
+from followed import choices
 from harness import agree_on_port
 from plain_gpt2 import as_ours, as_theirs, decayed, learning_rate, linear_weight, micro_loss
 from plain_gpt2 import plain_gpt2 as gpt2_of
+from pruning_cases import pruned
 from stage_cases import _opened
 from torch import Tensor
 
@@ -27,11 +30,24 @@ from megatron_spdf.sparsity.slices import join_slices, slice_of
 Rule = Callable[[np.ndarray, SparseWeight, dict], tuple[np.ndarray, np.ndarray, np.ndarray]]
 
 
+def noting(recipe: dict) -> dict:
+    """A run of one process that notes its masks: see `pruned`, and `choices`, their file."""
+    file = Path(recipe["output"] + ".choices")
+    with choices(note=file):
+        return pruned([recipe], [None]) | {"choices": str(file)}
+
+
+def following(recipes: list[dict], stops: list[int | None], file: str) -> dict:
+    """A run that follows masks of a file; see `pruned`, and `Choices` for `flips` and `gap`."""
+    with choices(follow=Path(file)) as found:
+        return pruned(recipes, stops) | {"flips": found.flips, "gap": found.gap}
+
+
 def plainly(recipe: dict, rule: str) -> dict:
     """A run by a rule of `RULES`, with dense weights, masked in the forward pass.
 
     Returns:
-        Losses of all steps, and whole masked weights at the end by name.
+        Losses of all steps, whole masked weights at the end by name, and the file of its choices.
     """
     made, dense = Recipe.model_validate(recipe), Recipe.model_validate(recipe | {"sparsity": 0})
     first, corpus, run = stages_of(dense)[0], check_corpus(made), RunDir(made)
@@ -44,7 +60,9 @@ def plainly(recipe: dict, rule: str) -> dict:
     engine.close()
     destroy()
     trained.choose()
-    return {"losses": losses, "weights": trained.masked()}
+    file = Path(recipe["output"] + ".choices")
+    torch.save(trained.noted, file)
+    return {"losses": losses, "weights": trained.masked(), "choices": str(file)}
 
 
 def ste(entries: np.ndarray, w: SparseWeight, update: dict) -> tuple:
@@ -91,6 +109,8 @@ class _Kept:
             group["params"] = [p for p in group["params"] if id(p) not in held]
             self.adam.add_param_group({"params": own, "weight_decay": 0.0})
         self.chosen: dict[str, list[Tensor]] = {}
+        self.noted: dict[tuple[int, str], list[Tensor]] = {}  # as `followed.Choices` has them
+        self.times = 0
 
     def step(self, number: int, batch: list[dict]) -> float:
         for group in self.adam.param_groups:
@@ -118,10 +138,13 @@ class _Kept:
             dense = as_ours(self.recipe.model, name, p.data)
             parts = [self.rule(slice_of(dense, w, number).numpy().reshape(w.slice_shape), w,
                                self.update) for number in range(w.slices)]
+            self.noted[self.times, name] = [torch.from_numpy(np.packbits(
+                [part[kind].ravel() for part in parts], axis=1)) for kind in (0, 1)]
             self.chosen[name] = [
                 as_theirs(self.recipe.model, name, join_slices(torch.from_numpy(
                     np.stack([part.ravel() for part in kind]).astype(np.float32)), w))
                 for kind in zip(*parts, strict=True)]
+        self.times += 1
 
     def masked(self) -> dict[str, np.ndarray]:
         return {name: as_ours(self.recipe.model, name, p.data * self.chosen[name][0]).numpy()

@@ -3,8 +3,12 @@ dense weights of transformers' GPT-2 under plain PyTorch."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import torch
+from followed import prunings
 from harness import agree_on_port
 from plain_gpt2 import (
     as_ours,
@@ -32,18 +36,29 @@ def pruned(recipes: list[dict], stops: list[int | None]) -> dict:
     """A run to its end, started with each recipe (layout) in turn and stopped after so many steps.
 
     Returns:
-        Losses of all steps, exit codes, and whole dense weights at the end by name.
+        Losses of all steps, exit codes, whole dense weights at the end by name, and what the log
+        says of masks.
     """
     found = staged(recipes, stops)
     losses = [r["loss"] for r in found["records"] if r["kind"] == "train"]
-    reader = CheckpointReader(find_checkpoint(RunDir(Recipe.model_validate(recipes[0])).root))
+    run = RunDir(Recipe.model_validate(recipes[0]))
+    reader = CheckpointReader(find_checkpoint(run.root))
     names = Plan.of(Recipe.model_validate(recipes[0])).weights
+    records = map(json.loads, run.log.read_text().splitlines())
     return {"losses": losses, "codes": found["codes"], "records": found["records"],
+            "moves": [r for r in records if r["kind"] == "mask"],
             "weights": {name: reader.parameter(name).numpy() for name in names}}
 
 
+def following(recipes: list[dict], stops: list[int | None], file: str) -> dict:
+    """The same with the masks of a file; see `followed.Choices` for `flips` and `gap`."""
+    with prunings(Path(file)) as found:
+        return pruned(recipes, stops) | {"flips": found.flips, "gap": found.gap}
+
+
 def plain(recipe: dict, rule: str) -> dict:
-    """The same by a rule of `RULES`, with dense weights."""
+    """A run by a rule of `RULES`, with dense weights: losses, weights at the end by name, and the
+    file of its masks."""
     made = Recipe.model_validate(recipe)
     first, corpus, run = stages_of(made)[0], check_corpus(made), RunDir(made)
     agree_on_port()
@@ -54,8 +69,11 @@ def plain(recipe: dict, rule: str) -> dict:
               for number, batch in enumerate(data.training_batches(0), 1)]
     engine.close()
     destroy()
-    return {"losses": losses, "weights": {name: trained.ours(name, p.data).numpy()
-                                          for name, p in trained.parameters.items()}}
+    file = Path(recipe["output"] + ".masks")
+    torch.save(trained.noted, file)
+    return {"losses": losses, "masks": str(file),
+            "weights": {name: trained.ours(name, p.data).numpy()
+                        for name, p in trained.parameters.items()}}
 
 
 def gmp(step: int, steps: int, update: dict) -> float | None:
@@ -87,6 +105,7 @@ class _Plain:
         self.parameters = {name: linear_weight(model, name) for name in self.plan}
         self.masks = {name: torch.ones_like(p) for name, p in self.parameters.items()}
         self.adam = decayed(model, recipe.optimizer)
+        self.noted: dict[tuple[int, str], list[torch.Tensor]] = {}  # as `Choices.made`
 
     def step(self, number: int, batch: list[dict]) -> float:
         for group in self.adam.param_groups:
@@ -101,12 +120,14 @@ class _Plain:
         share = self.rule(number, self.recipe.steps, self.recipe.sparsity.update.model_dump())
         if share is not None:
             for name in self.parameters:
-                self._prune(name, share)
+                self._prune(number, name, share)
         return float(loss)
 
-    def _prune(self, name: str, share: float) -> None:
+    def _prune(self, number: int, name: str, share: float) -> None:
         w, parameter = self.plan[name], self.parameters[name]
         largest = _largest(self.ours(name, parameter.data), w, share)
+        self.noted[number, name] = [torch.from_numpy(np.packbits(
+            [slice_of(largest, w, each).numpy() != 0 for each in range(w.slices)], axis=1))]
         self.masks[name] = as_theirs(self.recipe.model, name, largest)
         state = self.adam.state[parameter]
         for tensor in (parameter.data, state["exp_avg"], state["exp_avg_sq"]):

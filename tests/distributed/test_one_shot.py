@@ -19,11 +19,18 @@ from stage_cases import staged
 from torch.nn.functional import cross_entropy
 
 from megatron_spdf.checkpoint.inspect import verify
-from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
+from megatron_spdf.checkpoint.reader import (
+    TRAINED_BITS,
+    CheckpointReader,
+    find_checkpoint,
+    stored_name,
+)
 from megatron_spdf.convert.huggingface_export import in_memory
 from megatron_spdf.data.indexed.tokens import IndexedTokens
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.sparsity.plan import Plan
+from megatron_spdf.sparsity.selectors.base import largest_masks
+from megatron_spdf.sparsity.slices import slice_of
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "seams"))
 import toy_decoder  # noqa: E402
@@ -206,6 +213,55 @@ def test_an_algorithm_moves_the_masks_from_there(ranks, make, corpus):
         after = reader.mask_bits(name)
         assert not np.array_equal(after, bits)
         assert np.array_equal(*(np.unpackbits(b, axis=1).sum(1) for b in (after, bits)))
+
+
+ALGORITHMS = {
+    "ste": {"algorithm": "ste"},
+    "top_kast": {"algorithm": "top_kast", "update": {"every": 2}},
+    # of a level of 2/3, 3/4 of which is one half
+    "gmp": {"level": 2 / 3, "algorithm": "gmp", "update": {"initial": 0.75, "start": 0.25,
+                                                           "stop": 0.5, "every": 1, "stores": 1}},
+    "acdc": {"algorithm": "acdc", "update": {"start": 0.0, "turn": 0.25, "last_dense": 0.5}},
+}
+
+
+@pytest.mark.parametrize("select", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_run_of_any_algorithm_begins_with_what_was_selected(ranks, make, run, corpus, name,
+                                                              select):
+    """With the masks and the weights of a run whose masks stay, and the same loss."""
+    static, losses = run(select)
+    recipe = make(sparsity={"level": 0.5, **ALGORITHMS[name]}, train={"tokens": 8 * 32 * 8},
+                  optimizer={"warmup_tokens": 256}, log={"every": 1},
+                  checkpoint={"asynchronous": False})
+    assert ranks(1).run(begun, recipe, select, asked(corpus)) == losses
+    there, begins = (CheckpointReader(find_checkpoint(Path(r["output"]))) for r in (static, recipe))
+    assert begins.masks["how"] == there.masks["how"] and "masks are as planned" in verify(begins)
+    for weight, planned in begins.plan.weights.items():
+        assert np.array_equal(begins.mask_bits(weight), there.mask_bits(weight)), weight
+        assert torch.equal(begins.parameter(weight), there.parameter(weight)), weight
+        if planned.algorithm.keeps:  # what it chooses next is what was selected
+            entries = begins.entries(weight, "param")
+            assert np.array_equal(largest_masks(entries, planned), np.unpackbits(
+                there.mask_bits(weight), axis=1, count=planned.numel // planned.slices)), weight
+    if select == "wanda":  # all others are trained on alike
+        records = ranks(1).run(staged, [recipe], [None])["records"]
+        assert len([r for r in records if r["kind"] == "train"]) == 8
+        CheckpointReader(find_checkpoint(Path(recipe["output"])), checksums=True)
+
+
+def test_what_learns_beside_the_selected_is_next_in_magnitude(ranks, make, corpus):
+    """Of Top-KAST, from the first step on, and not all entries until masks are chosen again."""
+    recipe = make(sparsity={"level": 0.75, **ALGORITHMS["top_kast"]})
+    ranks(1).run(begun, recipe, "magnitude", None)
+    reader = CheckpointReader(find_checkpoint(Path(recipe["output"])))
+    for name, planned in reader.plan.weights.items():
+        learn = np.unpackbits(reader.tensor(stored_name(name) + TRAINED_BITS).numpy(), axis=1)
+        entries = reader.entries(name, "param")
+        for number, found in enumerate(learn):
+            part = slice_of(entries, planned, number).abs().numpy()
+            order = np.argsort(-part, kind="stable")[: 2 * planned.active_per_slice]
+            assert set(np.flatnonzero(found)) == set(order), name
 
 
 def at_two_layouts(ranks, make, corpus: str, **sections) -> tuple[dict, dict]:

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from pruning_cases import plain, pruned
+from curves import close_but_for_ties
+from pruning_cases import following, plain, pruned
 
 pytestmark = pytest.mark.slow
 
@@ -40,33 +41,28 @@ def recipe(make_deep_recipe):
     return recipes_of(make_deep_recipe, SPARSITY)
 
 
-def agree(found: dict, expected: dict) -> None:
-    """Losses to rounding, and the same entries are zero.
-
-    An entry within rounding of the last that dies may live instead of that one. Two entries differ
-    then, losses by what one small weight of 196,608 is worth, and a few more in later prunings.
-    """
-    apart = sum(int(((w != 0) != (expected["weights"][name] != 0)).sum())
-                for name, w in found["weights"].items())
-    assert apart <= 1e-3 * sum(int((w == 0).sum()) for w in expected["weights"].values())
-    assert found["losses"] == pytest.approx(expected["losses"], abs=1e-4 if apart else 1e-5)
-    assert len(found["losses"]) == STEPS
+@pytest.fixture
+def reference(ranks, recipe):
+    """A run by a rule under plain PyTorch, whose masks others follow."""
+    return lambda rule: ranks(1).run(plain, recipe(rule), rule)
 
 
 @pytest.mark.parametrize("rule", SPARSITY)
-def test_a_run_equals_the_rule_on_dense_weights(ranks, recipe, rule):
-    found = ranks(1).run(pruned, [recipe(rule)], [None])
-    agree(found, ranks(1).run(plain, recipe(rule), rule))
-    for name, weight in found["weights"].items():
+def test_a_run_equals_the_rule_on_dense_weights(ranks, recipe, reference, rule):
+    expected = reference(rule)
+    found = ranks(1).run_all(following, [recipe(rule)], [None], expected["masks"])
+    close_but_for_ties(found, expected)
+    for name, weight in found[0]["weights"].items():
         assert np.count_nonzero(weight) == pytest.approx(0.25 * weight.size, abs=2), name
 
 
 # AC/DC builds sixteen engines, and the test of stops has its other layouts
 @pytest.mark.parametrize(("name", "rule"), [
     *((name, "gmp") for name in LAYOUTS), ("tp2 sp", "acdc"), ("deepspeed zero 3", "acdc")])
-def test_every_layout_prunes_alike(ranks, recipe, name, rule):
-    agree(ranks(2).run(pruned, [recipe(rule, LAYOUTS[name])], [None]),
-          ranks(1).run(pruned, [recipe(rule)], [None]))
+def test_every_layout_prunes_alike(ranks, recipe, reference, name, rule):
+    expected = reference(rule)
+    close_but_for_ties(ranks(2).run_all(following, [recipe(rule, LAYOUTS[name])], [None],
+                                        expected["masks"]), expected)
 
 
 @pytest.mark.parametrize(("rule", "names", "stops"), [
@@ -75,11 +71,12 @@ def test_every_layout_prunes_alike(ranks, recipe, name, rule):
     ("gmp", ["tp2 sp", "deepspeed zero 2", "pp2 interleaved", "dp2 zero 1"], [24, 1, 1]),
     ("acdc", ["deepspeed zero 2", "pp2 interleaved", "dp2 zero 1"], [7, 5]),
 ])
-def test_a_run_stopped_in_a_part_and_at_a_border_goes_on_at_another_layout(ranks, recipe, rule,
-                                                                           names, stops):
+def test_a_run_stopped_in_a_part_and_at_a_border_goes_on_at_another_layout(
+        ranks, recipe, reference, rule, names, stops):
+    expected = reference(rule)
     recipes = [recipe(rule, LAYOUTS[name]) for name in names]
-    agree(ranks(2).run(pruned, recipes, [*stops, None]),
-          ranks(1).run(pruned, [recipe(rule)], [None]))
+    close_but_for_ties(ranks(2).run_all(following, recipes, [*stops, None], expected["masks"]),
+                       expected)
 
 
 def test_zeros_and_memory_follow_the_parts(ranks, recipe):
@@ -87,3 +84,22 @@ def test_zeros_and_memory_follow_the_parts(ranks, recipe):
     sparsities = [r["sparsity"] for r in records if r["kind"] == "train"]
     assert sparsities[:15] == [0.0] * 15 and sparsities[-1] == pytest.approx(0.75, abs=1e-3)
     assert all(b >= a - 1e-9 for a, b in zip(sparsities, sparsities[1:], strict=False))
+
+
+def test_the_log_says_what_dies_and_what_is_born(ranks, recipe):
+    """In all and by layer; where weights change from dense to sparse or back, the first step of the
+    new part has the record."""
+    entries = 4 * 12 * 64**2
+    records = ranks(1).run(pruned, [recipe("acdc")], [None])["moves"]
+    borders = [*range(6, 48, 3), 51]  # of 60 steps: after 10%, 15%, ... 75% and 85%
+    assert [r["step"] for r in records] == [border + 1 for border in borders]
+    for record in records:
+        assert record["moved"] == pytest.approx(0.75 * entries, rel=1e-3)
+        assert [*record["layers"]] == ["0", "1", "2", "3"] and "overlap" not in record
+        for seen in (record, *record["layers"].values()):
+            assert seen["share"] == pytest.approx(0.75, abs=1e-3)
+    run = ranks(1).run(pruned, [recipe("gmp")], [None])
+    assert [(r["step"], r["update"]) for r in run["moves"]] == [
+        (21, 0), (25, 1), (30, 2), (35, 3), (40, 4), (45, 5)]
+    zeros = sum(int((w == 0).sum()) for w in run["weights"].values())
+    assert sum(r["moved"] for r in run["moves"]) == zeros == pytest.approx(0.75 * entries, rel=1e-3)

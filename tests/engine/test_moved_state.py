@@ -152,6 +152,28 @@ def test_what_stays_keeps_its_state_and_what_is_born_has_none(engine, kind, repl
     assert all(torch.equal(there.state.states[p, NAMES[-1]], value) for p, value in biases.items())
 
 
+def test_gradients_that_replicas_disagree_on_let_nothing_be_born(engine, monkeypatch):
+    """Summed with their sign, and ranked by magnitude after that: of two dead entries the one with
+    5 here and -5 there stays dead, and the one with 1 on both is born, alone or first of all."""
+    algorithm = Rigl(every=1, fraction=1 / 12, anneal="constant", stop=1.0)
+    there, of_others = engine(algorithm), {}
+    places = {}
+    for name, (parameter, compact) in compacts(there).items():
+        dead = (compact.expand(torch.ones_like(parameter), compact.mask) == 0).nonzero()
+        torn, agreed = dead[0].tolist(), dead[1].tolist()
+        here, other = 1e-3 * torch.ones(compact.shape), 1e-3 * torch.ones(compact.shape)
+        here[*torn], other[*torn], here[*agreed], other[*agreed] = 5.0, -5.0, 1.0, 1.0
+        compact.collector, of_others[compact.shape] = SimpleNamespace(gradient=here), other
+        places[name] = torn, agreed
+    assert len(of_others) == len(places) == 2
+    monkeypatch.setattr(moving.dist, "all_reduce", lambda tensor, group=None: tensor.add_(
+        of_others.get(tuple(tensor.shape), tensor)))
+    moving.move_masks(there, algorithm, WHEN)
+    for name, (parameter, compact) in compacts(there).items():
+        active = compact.expand(torch.ones_like(parameter), compact.mask) != 0
+        assert [bool(active[*place]) for place in places[name]] == [False, True]
+
+
 def test_where_nothing_moves_nothing_is_touched(engine):
     algorithm = Set(every=1, fraction=0.0, anneal="constant", stop=1.0)
     there = engine(algorithm)

@@ -15,6 +15,7 @@ DEEPSPEED = {"engine": "deepspeed"}
 LAYOUTS = {
     "one": {},
     "four micro-batches": {"train": {"micro_batch": 2}},
+    "tp2": {"parallel": {"tensor": 2}},
     "tp2 sp": {"parallel": {"tensor": 2, "sequence": True}},
     "pp2": {"parallel": {"pipeline": 2}},
     "zero 0": {"parallel": {"data": 2, "zero_stage": 0}},
@@ -87,6 +88,26 @@ def test_a_run_stopped_around_a_move_goes_on_at_another_layout(ranks, recipe, ru
     assert len(first[0]["losses"]) == stop
     same([{**second[0], "losses": first[0]["losses"] + second[0]["losses"]}, *second[1:]],
          one["losses"], one["active"])
+
+
+def test_interleaved_pipeline_stages_move_tiles_as_plain_pytorch_does(ranks, recipe, run):
+    deep = {"model": {"layers": 4}}
+    reference = ranks(1).run(plain, recipe(deep, RIGL))
+    there = run(deep | {"parallel": {"pipeline": 2, "interleave": 2}}, RIGL)
+    same(there, reference["losses"], reference["active"])
+
+
+@pytest.mark.parametrize(("layout", "batch"), [
+    ("one", 4), ("tp2 sp", 4), ("zero 1", 2), ("deepspeed zero 3", 2)])
+def test_the_last_micro_batch_alone_ranks_the_tiles_that_are_born(ranks, recipe, run, layout,
+                                                                  batch):
+    """The last of every rank, summed up with its sign: together the second half of the batch."""
+    lean = tiles("rigl", fraction=0.4, gradient="micro_batch")
+    reference = ranks(1).run(plain, recipe({"train": {"micro_batch": 4}}, lean))
+    there = run(LAYOUTS[layout] | {"train": {"micro_batch": batch}}, lean)
+    same(there, reference["losses"], reference["active"])
+    whole = ranks(1).run(plain, recipe({}, RIGL))["active"]
+    assert any((mask != whole[key]).any() for key, mask in reference["active"].items())
 
 
 def test_fraction_zero_is_training_with_masks_that_stay(run):

@@ -135,6 +135,20 @@ def test_gmps_parts_end_where_it_prunes(steps, stores):
     assert not any(algorithm.due(step, steps) for step in range(1, parts[0].last))
 
 
+@pytest.mark.parametrize("stores", [1, 2, 4])
+def test_gmp_may_begin_at_a_share_of_its_level(stores):
+    """s(t) = s + (s_i - s) (1 - t)^3 (Zhu and Gupta 2017, equation 1), here with s_i = 0.6 s;
+    weights are stored at s_i from the first step on."""
+    algorithm = Gmp(initial=0.6, stores=stores)
+    assert [algorithm.share(step, 4000) for step in (1, 1000, 2000, 3000, 4000)] == [
+        0.6, 0.6, 1.0 - 0.4 / 8, 1.0, 1.0]
+    parts = algorithm.parts(4000)
+    assert [part.reached for part in parts] == pytest.approx(
+        [0.6, *(0.6 + 0.4 * n / (stores - 1) for n in range(1, stores))], abs=0.06)
+    assert parts[-1].last == 4000 and stores == len(parts)
+    assert stores == 1 or parts[-1].reached == 1.0
+
+
 @pytest.mark.parametrize(("start", "stop", "dense", "sparse"), [
     (0.5, 0.52, 5, 6), (0.0, 0.01, 0, 1), (0.97, 1.0, 9, 10)])
 def test_gmp_prunes_at_once_where_its_steps_are_none(start, stop, dense, sparse):

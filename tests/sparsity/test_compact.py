@@ -316,3 +316,23 @@ def test_held_entries_get_no_gradient_and_others_theirs():
     assert other.kept is None
     other.load_state_dict(compact.state_dict())
     assert torch.equal(other.kept, kept)
+
+
+@pytest.mark.parametrize("weight", [*WEIGHTS, *TILED], ids=lambda w: w.name)
+def test_the_norm_that_clips_sees_no_dead_entry(weight):
+    """Its gradient may be a million times that of the active ones; held entries are dead too."""
+    compact, mask = CompactWeight(weight, SEED, 0, 1, "cpu"), None
+    gradient = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    norms = []
+    if weight.algorithm.holds:
+        compact.hold(torch.arange(compact.values_shape[1]).expand(compact.values_shape) % 3 > 0)
+    for scale in (1.0, 1e6):
+        values = torch.ones(compact.values_shape, requires_grad=True)
+        dense = compact(values)
+        if mask is None:
+            kept = values.detach() if compact.kept is None else compact.kept.float()
+            mask = compact.expand(kept, compact.mask) != 0
+        (dense * gradient * torch.where(mask, 1.0, scale)).sum().backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_([values], 1.0)))
+    assert norms[0] == norms[1] == pytest.approx(float(gradient[mask].norm()), rel=1e-6)
+    assert 0 < mask.sum() < weight.active + 1

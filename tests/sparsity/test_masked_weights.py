@@ -17,6 +17,7 @@ from megatron_spdf.layers.compact import compact_of, densify, make_compact
 from megatron_spdf.layers.masked import MaskedWeight, choose_masks
 from megatron_spdf.sparsity.algorithms.ste import Ste
 from megatron_spdf.sparsity.algorithms.top_kast import TopKast
+from megatron_spdf.sparsity.history import Change
 from megatron_spdf.sparsity.largest import keep_largest, keep_largest_balanced
 from megatron_spdf.sparsity.patterns.n_m import NofM
 from megatron_spdf.sparsity.plan import SparseWeight
@@ -219,3 +220,25 @@ def test_the_entries_that_a_choice_makes_active_are_counted():
         layer.parametrizations.weight.original.neg_().reciprocal_()
     choose_masks([layer])
     assert int(((layer.weight != 0) & ~before).sum()) == int(compact.born) > 0
+
+
+def test_what_becomes_of_the_first_choice_is_seen():
+    """Overlap with it, and choices since each active entry became active; both go on from a
+    checkpoint."""
+    layer, dense = masked_layer(0, track_ages=True)
+    compact, first = compact_of(layer), layer.weight.detach() != 0
+    assert torch.equal(compact.first_bits, compact.mask_bits) and not compact.ages.any()
+    values = layer.parametrizations.weight.original
+    with torch.no_grad():
+        values[:, ::2] *= -1e-3  # about half of those that were active leave
+    choose_masks([layer])
+    second = layer.weight != 0
+    other = copy.deepcopy(layer)
+    other.load_state_dict(layer.state_dict())
+    for each in (layer, other):
+        choose_masks([each])
+        found = compact_of(each)
+        assert torch.equal(each.weight != 0, second)
+        both = int((first & second).sum())
+        assert 0 < both < int(first.sum())
+        assert found.seen(0) == Change(0, int(first.sum()), both, both + int(second.sum()))

@@ -21,6 +21,7 @@ class AcDc(Births):
     """Keys of AC/DC, all of them shares of the run's or stage's steps."""
 
     name = "acdc"
+    to_begin_sparse = "sparsity.update.start=0, so that it begins with a sparse part"
 
     newborn: NewbornRule = Field(
         "plain", description=Births.model_fields["newborn"].description)

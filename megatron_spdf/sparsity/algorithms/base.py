@@ -99,6 +99,7 @@ class MaskAlgorithm(Section):
         tracks: its masks are compared with the first one, see `history.py`.
         replaces_decay: the optimizer's weight decay leaves the weights alone.
         exchanges: it chooses by `MaskSlice.exchange`, as patterns ask that tie entries together.
+        to_begin_sparse: where runs may begin dense, what is set for one that does not.
     """
 
     name: ClassVar[str]
@@ -109,6 +110,7 @@ class MaskAlgorithm(Section):
     tracks: ClassVar[bool] = False
     replaces_decay: ClassVar[bool] = False
     exchanges: ClassVar[bool] = False
+    to_begin_sparse: ClassVar[str] = ""
 
     @property
     def tracks_ages(self) -> bool:
@@ -199,6 +201,19 @@ class MaskAlgorithm(Section):
                 for key, field in ALGORITHMS.get(name).model_fields.items()}
 
 
+class Tracks(MaskAlgorithm):
+    """The key that algorithms share whose masks are compared with the first one."""
+
+    tracks = True
+
+    track_ages: bool = Field(False, description="keep how many moves ago every active entry was "
+                                                "born, a byte each, and log the mean")
+
+    @property
+    def tracks_ages(self) -> bool:
+        return self.track_ages
+
+
 class Births(MaskAlgorithm):
     """What algorithms share that let entries be born while the optimizer goes on: they start with
     zero state under the step count of the run, see `optimizers/newborn.py`."""
@@ -212,11 +227,9 @@ class Births(MaskAlgorithm):
                                              "the usual, where newborn=ramp")
 
 
-class MovingMasks(Births):
+class MovingMasks(Tracks, Births):
     """The schedule that algorithms share: a fraction of each slice's active entries every so many
     steps."""
-
-    tracks = True
 
     every: int = Field(100, gt=0, description="optimizer steps between moves of the masks")
     fraction: float = Field(0.3, ge=0.0, le=1.0,
@@ -227,13 +240,6 @@ class MovingMasks(Births):
                                                           "stay")
     anneal: Anneal = Field("constant", description="how `fraction` goes from `start` to `stop`; "
                                                    "cosine: down to 0")
-    track_ages: bool = Field(False, description="keep how many moves ago every active entry was "
-                                                "born, a byte each, and log the mean")
-
-    @property
-    def tracks_ages(self) -> bool:
-        return self.track_ages
-
     @model_validator(mode="after")
     def _starts_before_it_stops(self) -> MovingMasks:
         if self.start >= self.stop:

@@ -1,10 +1,10 @@
 """Gradual magnitude pruning (Zhu and Gupta 2017): the smallest weights die, up to the level.
 
-s(t) = s (1 - (1 - t)^3), t from 0 at `start` to 1 at `stop`, of every slice, by the fp32 master
-weights, ties by position. The run begins dense. It goes through parts, each of which stores its
-weights at the density that pruning has come to at its beginning; until the next border what dies is
-held at zero in its place. So the numbers are those of pruning a dense weight, and memory falls step
-by step.
+s(t) = s + (s_i - s) (1 - t)^3, t from 0 at `start` to 1 at `stop`, of every slice, by the fp32
+master weights, ties by position. The run begins dense, or at s_i = `initial` s. It goes through
+parts, each of which stores its weights at the density that pruning has come to at its beginning;
+until the next border what dies is held at zero in its place. So the numbers are those of pruning a
+dense weight, and memory falls step by step.
 
 The defaults are those of sparse scaling laws for language models (Frantar et al. 2023, Jin et al.
 2025): a quarter of the steps dense, half of them pruning every 100 steps, a quarter at the level.
@@ -30,6 +30,7 @@ class Gmp(MaskAlgorithm):
     name = "gmp"
     needs = "values"
     holds = True
+    to_begin_sparse = "sparsity.update.initial to the share of the level that it begins at"
 
     every: int = Field(100, gt=0, description="optimizer steps between prunings")
     start: float = Field(0.25, ge=0.0, lt=1.0,
@@ -38,6 +39,8 @@ class Gmp(MaskAlgorithm):
                         description="share of the steps after which the level is reached")
     stores: int = Field(4, gt=0, description="densities that weights are stored at one after "
                                              "another, beside dense; more save more memory")
+    initial: float = Field(0.0, ge=0.0, lt=1.0,
+                           description="share of the level that weights begin at; 0: dense")
 
     @model_validator(mode="after")
     def _starts_before_it_stops(self) -> Gmp:
@@ -51,7 +54,7 @@ class Gmp(MaskAlgorithm):
     def share(self, step: int, steps: int) -> float:
         first, last = self._ends(steps)
         t = min(max(step - first, 0), last - first) / (last - first)
-        return 1.0 - (1.0 - t) ** 3
+        return 1.0 - (1.0 - self.initial) * (1.0 - t) ** 3
 
     def due(self, step: int, steps: int) -> bool:
         """After every step that `every` divides, and at `stop`."""
@@ -59,7 +62,7 @@ class Gmp(MaskAlgorithm):
         return step == last or first < step < last and step % self.every == 0
 
     def rule_violations(self, steps: int) -> Iterator[str]:
-        if len(self.parts(steps)) == 1:
+        if not any(self.due(step, steps) for step in range(1, steps)):
             yield (f"sparsity.update.start={self.start:g} and stop={self.stop:g} of {steps:,} "
                    "steps leave none to prune in; lower start, or train longer")
 
@@ -67,12 +70,14 @@ class Gmp(MaskAlgorithm):
         first, last = self._ends(steps)
         due = [step for step in range(first + 1, last + 1) if self.due(step, steps)]
         borders: list[int] = []
-        for store in range(self.stores):  # the levels at which storage shrinks are evenly spaced
-            wanted = store / max(1, self.stores - 1)
+        # the levels at which storage shrinks are evenly spaced; the first is there from the
+        # beginning, or dense weights come to it
+        for store in range(int(self.initial > 0.0), self.stores):
+            wanted = min(1.0, self.initial + (1.0 - self.initial) * store / max(1, self.stores - 1))
             step = next(s for s in due if self.share(s, steps) >= wanted)
             if step not in borders and step < steps:
                 borders.append(step)
-        begins = [0.0, *(self.share(step, steps) for step in borders)]
+        begins = [self.initial, *(self.share(step, steps) for step in borders)]
         return [Part(end, reached) for end, reached in zip([*borders, steps], begins, strict=True)]
 
     def select(self, part: MaskSlice, when: Moment) -> Move:
@@ -81,8 +86,9 @@ class Gmp(MaskAlgorithm):
         return Move(died, born=part.active[:0])
 
     def describe(self) -> str:
+        begins = f", from {self.initial:.0%} of the level on" if self.initial else ""
         return (f"smallest magnitudes die every {self.every} steps, by a cubic from "
-                f"{self.start:.0%} to {self.stop:.0%} of the steps")
+                f"{self.start:.0%} to {self.stop:.0%} of the steps{begins}")
 
     def _ends(self, steps: int) -> tuple[int, int]:
         """The last dense step, and the one after which the level is reached."""

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from megatron_spdf.sparsity.algorithms.base import MaskAlgorithm
+from megatron_spdf.sparsity.algorithms.base import Tracks
 
 if TYPE_CHECKING:
     from megatron_spdf.sparsity.plan import SparseWeight
 
 
-class KeepsEntries(MaskAlgorithm):
+class KeepsEntries(Tracks):
     """Keys that such algorithms share."""
 
     keeps = True
