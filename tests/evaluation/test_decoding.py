@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import sys
 
 import pytest
 import torch
@@ -289,3 +290,13 @@ def test_a_prompt_needs_room_for_one_token(new, fits):
     else:
         with pytest.raises(ValueError, match="give at most 62"):
             decoding.room_for_prompts(64, settings)
+
+
+@pytest.mark.parametrize(("rank", "terminal", "shown"), [(0, True, True), (0, False, False),
+                                                         (1, True, False), (1, False, False)])
+def test_progress_is_shown_by_rank_0_on_a_terminal(model, monkeypatch, capsys, rank, terminal,
+                                                   shown):
+    monkeypatch.setattr(decoding, "_complete", lambda *given: [[1]] * len(given[2]))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    decode(model, TOKENIZER, ["x", "y"], DecodingSettings(max_new_tokens=4), rank, 2)
+    assert ("decode, rank 0 of 2" in capsys.readouterr().err) == shown
