@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 from megatron_spdf import exit_codes
+from megatron_spdf.files import require_writable
 from megatron_spdf.paths import expand_home
 from megatron_spdf.text import printable_lines
 
@@ -48,6 +49,28 @@ def path_text(text: str) -> str:
         return expand_home(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def output_file(text: str) -> Path:
+    """A file to be written, which is judged before anything is computed; the type of an argument.
+    """
+    path = Path(path_text(text))
+    try:
+        require_writable(path)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return path
+
+
+def output_picture(text: str) -> Path:
+    """An `output_file` whose name ends in a format of pictures, or in none."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    path, known = output_file(text), FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:] not in ("", *known):
+        raise argparse.ArgumentTypeError(f"{text} ends in no format of pictures; those are "
+                                         f"{', '.join(sorted(known))}")
+    return path
 
 
 def make_parser(text: str | None, **settings) -> argparse.ArgumentParser:

@@ -42,9 +42,7 @@ def write_file(path: Path, content: str | bytes) -> None:
     Raises:
         ValueError: `path` lies in a checkpoint, or something that is no file has the name.
     """
-    require_outside_checkpoints(path.parent)
-    if path.exists() and not path.is_file() or path.parent == Path("/dev"):
-        raise ValueError(f"{path} is no ordinary file; give the name of one")
+    _require_name(path)
     beside = path.with_name(f"{path.name}.{secrets.token_hex(6)}{NEW}")
     try:
         with new_file(beside) as file:
@@ -56,6 +54,24 @@ def write_file(path: Path, content: str | bytes) -> None:
         beside.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def _require_name(path: Path) -> None:
+    """That a path may be a file's."""
+    require_outside_checkpoints(path.parent)
+    if path.exists() and not path.is_file() or path.parent == Path("/dev"):
+        raise ValueError(f"{path} is no ordinary file; give the name of one")
+
+
+def require_writable(path: Path) -> None:
+    """Raises a ValueError where `write_file` could not write a path now."""
+    _require_name(path)
+    if not path.parent.is_dir():
+        raise ValueError(f"{path} cannot be written: there is no directory {path.parent}; make it, "
+                         "or give another file")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise ValueError(f"{path} cannot be written: {path.parent} is read-only for this user; "
+                         "give another file")
 
 
 def write_json(path: Path, content: object) -> None:

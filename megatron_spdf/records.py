@@ -47,7 +47,8 @@ def read_json(path: str | Path, kind: type[T] = Any, constants: bool = False,
     Args:
         kind: type of its content: a pydantic model or a dataclass is made, of any other type the
             content is returned as it is.
-        constants: whether NaN and Infinity, which JSON does not have, are read, as null.
+        constants: whether NaN and Infinity, which JSON does not have, are read, as null; as are
+            numbers beyond all floats.
         remedy: for the message.
 
     Raises:
@@ -130,8 +131,9 @@ def parse_yaml(text: str | bytes, kind: type[T] = Any, name: str = "the text",
 def foreign_record(line: bytes) -> Any:
     """Reads one JSON value of a corpus, of which only some keys are of interest.
 
-    What nests deeper than `MOST_NESTING` becomes None, a number of thousands of digits a float, and
-    a key that is given twice has a `DuplicateKey`, which is none of the values that anyone takes.
+    What nests deeper than `MOST_NESTING` becomes None, a number of thousands of digits infinity,
+    and a key that is given twice has a `DuplicateKey`, which is none of the values that anyone
+    takes.
 
     Raises:
         Unreadable: it is not UTF-8, or not JSON.
@@ -311,15 +313,29 @@ def _number_or_none(token: str) -> float | None:
     return number if math.isfinite(number := float(token)) else None
 
 
-def _integer(token: str) -> int | float:
-    return int(token) if len(token) < 1000 else float(token)
+def _is_large(token: str) -> bool:
+    """Whether a whole number is beyond all floats, which have up to 309 digits."""
+    return len(token) > 300 and not math.isfinite(float(token))
 
 
-_STRICT = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_number)
+def _integer(token: str) -> int:
+    return _refuse(token) if _is_large(token) else int(token)
+
+
+def _integer_or_none(token: str) -> int | None:
+    return None if _is_large(token) else int(token)
+
+
+def _integer_or_infinity(token: str) -> int | float:
+    return float(token) if _is_large(token) else int(token)
+
+
+_STRICT = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_number,
+                           parse_int=_integer)
 _WITH_CONSTANTS = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=lambda token: None,
-                                   parse_float=_number_or_none)
+                                   parse_float=_number_or_none, parse_int=_integer_or_none)
 _FOREIGN = json.JSONDecoder(object_pairs_hook=_marked)
-_LONG_NUMBERS = json.JSONDecoder(object_pairs_hook=_marked, parse_int=_integer)
+_LONG_NUMBERS = json.JSONDecoder(object_pairs_hook=_marked, parse_int=_integer_or_infinity)
 
 
 def _too_deep(value: Any) -> bool:
@@ -357,11 +373,11 @@ def _reason(text: str, constants: bool) -> tuple[int, str]:
             rule = f"nested more than {MOST_NESTING} deep"
         elif token[1] and keys in seen:
             rule = f"the key {keys[-1]!r} is given twice; keep one of them"
-        elif token[0][0] not in '"[]{},:' and token[0] not in ("true", "false", "null"):
-            if len(token[0].lstrip(":")) >= 1000:
-                rule = f"a number of {len(token[0]):,} digits"
-            elif not constants and not math.isfinite(float(token[0])):
-                rule = f"{'.'.join(map(str, keys))}={token[0]} is not a finite number"
+        elif not constants and token[0][0] not in '"[]{},:tfn' and not math.isfinite(
+                float(token[0])):
+            digits = token[0].removeprefix("-")
+            rule = (f"a number of {len(digits):,} digits" if digits.isdigit()
+                    else f"{'.'.join(map(str, keys))}={token[0]} is not a finite number")
         if rule:
             return text.count("\n", 0, token.start()), rule
         if token[1]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_spdf import files
+from megatron_spdf.command_line import make_parser, output_file, output_picture
 from megatron_spdf.files import (
     AlreadyThere,
     atomic_directory,
@@ -174,3 +175,34 @@ def test_a_directory_that_is_there_is_kept(tmp_path):
     with pytest.raises(AlreadyThere, match="old exists"):
         publish(tmp_path / "new", tmp_path / "old")
     assert [path.name for path in (tmp_path / "old").iterdir()] == ["old"]
+
+
+@pytest.mark.parametrize(("name", "said"), [
+    ("there", "is no ordinary file"), ("/dev/null", "is no ordinary file"),
+    ("nowhere/a.json", "there is no directory"), ("victim/a.json", "there is no directory"),
+    ("checkpoint/a.json", "lies in the checkpoint")])
+@pytest.mark.parametrize("kind", [output_file, output_picture])
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_computed(
+        tmp_path, victim, capsys, name, said, kind):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "checkpoint").mkdir()
+    for entry in (files.RUN, files.FILES):
+        (tmp_path / "checkpoint" / entry).write_text("{}")
+    parser = make_parser(None)
+    parser.add_argument("--output", type=kind)
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_args(["--output", str(tmp_path / name)])
+    assert ended.value.code == 2 and said in " ".join(capsys.readouterr().err.split())
+    sound = [tmp_path / "new.png", tmp_path / "no_suffix", victim]
+    assert [parser.parse_args(["--output", str(path)]).output for path in sound] == sound
+    assert victim.read_text() == "mine" and not sound[0].exists()
+
+
+def test_a_picture_of_no_format_is_refused(tmp_path, capsys):
+    parser = make_parser(None)
+    parser.add_argument("--png", type=output_picture)
+    assert parser.parse_args(["--png", str(tmp_path / "a.svg")]).png == tmp_path / "a.svg"
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--png", str(tmp_path / "a.xyz")])
+    assert "a.xyz ends in no format of pictures; those are " in " ".join(
+        capsys.readouterr().err.split())

@@ -69,13 +69,15 @@ def fields_of_paths(kind, place: str = ""):
 
 
 @pytest.mark.parametrize("key", ["output", "data.train", "data.valid", "data.tokenizer",
-                                 "data.index_cache", "deepspeed"])
+                                 "data.index_cache", "deepspeed",
+                                 "distill.teacher"])
 def test_every_path_of_a_recipe_may_begin_with_it(recipe, monkeypatch, key):
     from megatron_spdf.recipe.recipe import Recipe
 
     monkeypatch.setenv("HOME", "/home/me")
     assert set(fields_of_paths(Recipe)) == {
-        "output", "data.train", "data.valid", "data.tokenizer", "data.index_cache", "deepspeed"}
+        "output", "data.train", "data.valid", "data.tokenizer", "data.index_cache", "deepspeed",
+        "distill.teacher"}
     values = recipe(engine="deepspeed").model_dump(exclude={"mup_base"})
     found = make_recipe(values, [f"{key}=~/x"], "r.yaml", rules=lambda _: [])
     for name in key.split("."):

@@ -48,6 +48,10 @@ JSON = {  # text -> what the message says
     "-Infinity": ('{"a": -Infinity}', "line 1: a=-Infinity is not a finite"),
     "beyond all floats": ('{"a": 1e999}', "line 1: a=1e999 is not a finite number"),
     "a long number": ('{"a":\n' + "7" * 5000 + "}", "line 2: a number of 5,000 digits"),
+    "beyond all floats, of digits": ("[" + "9" * 308 + ",\n-" + "9" * 309 + "]",
+                                     "line 2: a number of 309 digits"),
+    "a duplicate after a long number": ('{"a": ' + "9" * 308 + ', "b": 1,\n"b": 1}',
+                                        "line 2: the key 'b' is given twice"),
     "deep": (brackets(MOST_NESTING + 1), "line 1: nested more than 64 deep"),
     "deeper than Python's stack": ("[" * 200_000, "line 1: nested more than 64 deep"),
     "half of a pair": ('{"a": "\\ud83d"}', "half of a surrogate pair"),
@@ -90,6 +94,9 @@ def test_what_is_sound_is_read_with_keys_of_other_versions():
     assert parse_json(brackets(MOST_NESTING)) == json.loads(brackets(MOST_NESTING))
     assert parse_json('{"a": [NaN, -Infinity, 1e999, 1.5]}', constants=True) == {
         "a": [None, None, None, 1.5]}
+    most, more = "9" * 308, "-" + "9" * 309  # a float has up to 1.8e308
+    assert parse_json(f"[{most}, -{most}]") == [int(most), -int(most)]
+    assert parse_json(f"[{most}, {more}, {'7' * 5000}]", constants=True) == [int(most), None, None]
 
 
 def test_a_line_is_named_and_one_that_was_cut_short_left_out(tmp_path):
@@ -167,6 +174,14 @@ def test_yaml_that_is_sound():
 def test_what_nobody_reads_of_a_corpus_may_be_odd(odd):
     record = foreign_record(f'\ufeff{{"text": "a [b", "odd": {odd}, "last": 1}}'.encode())
     assert record["text"] == "a [b" and record["last"] == 1
+
+
+@pytest.mark.parametrize(("digits", "kind"), [(308, int), (309, float), (1000, float)])
+def test_beside_a_number_of_thousands_of_digits_others_are_what_they_are(digits, kind):
+    line = f'{{"long": {"7" * 5000}, "other": {"9" * digits}, "text": "a"}}'.encode()
+    record = foreign_record(line)
+    assert record["long"] == math.inf and record["text"] == "a"
+    assert record["other"] == (int("9" * digits) if kind is int else math.inf)
 
 
 @pytest.mark.parametrize("line,said", [

@@ -48,7 +48,14 @@ from pathlib import Path
 
 from benchmarks.environment import LIBRARIES, circumstances, publish
 
-from megatron_spdf.command_line import make_parser, path_text, positive, positive_real, refusing
+from megatron_spdf.command_line import (
+    make_parser,
+    output_file,
+    path_text,
+    positive,
+    positive_real,
+    refusing,
+)
 from megatron_spdf.recipe.load import load_recipe
 from megatron_spdf.recipe.recipe import AUTO, Recipe
 from megatron_spdf.resilience.world import check_world, find_ranks
@@ -182,7 +189,7 @@ def measure_kernels(what: str, arguments: list[str]) -> int:
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", type=Path,
+    parser.add_argument("--output", type=output_file,
                         help="write the figures as JSON, with date, hardware and versions")
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from megatron_spdf.command_line import end_quietly, make_parser, refusing, say
+from megatron_spdf.command_line import end_quietly, make_parser, output_picture, refusing, say
 from megatron_spdf.convert.source import open_weights
 from megatron_spdf.evaluation.subspace import distances, draw, render
 from megatron_spdf.records import to_json
@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = make_parser(__doc__)
     parser.add_argument("before", type=Path, metavar="A", help="for example the pre-trained model")
     parser.add_argument("after", type=Path, metavar="B", help="for example the fine-tuned model")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="draw a heat map")
+    parser.add_argument("--png", type=output_picture, metavar="FILE", help="draw a heat map")
     parser.add_argument("--force", action="store_true", help="overwrite the picture")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)

@@ -15,11 +15,17 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_spdf.command_line import add_overrides, make_parser, number, positive, refusing
+from megatron_spdf.command_line import (
+    add_overrides,
+    make_parser,
+    number,
+    output_picture,
+    positive,
+    refusing,
+)
 from megatron_spdf.recipe.load import load_recipe
 from megatron_spdf.records import to_json
 from megatron_spdf.tables import Column, Table
@@ -96,7 +102,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
                         default=[0.0, 0.5, 0.75, 0.875, 0.9375], metavar="S")
     parser.add_argument("--steps", type=positive, default=5, metavar="N", help="default: 5")
     parser.add_argument("--json", action="store_true", help="print one JSON object with every size")
-    parser.add_argument("-o", "--output", type=Path, metavar="PNG", help="draw the sizes")
+    parser.add_argument("-o", "--output", type=output_picture, metavar="PNG", help="draw the sizes")
     return parser.parse_intermixed_args(arguments)
 
 

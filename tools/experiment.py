@@ -45,6 +45,8 @@ from megatron_spdf.runs.tuning import render_neighbors, tuned_cells
 def main() -> int:
     options = parse_arguments()
     experiment = chosen(load_experiment(options.experiment), options.only)
+    if options.page:
+        place_on(options.page, options.experiment.stem)
     if experiment.tune:
         return tune(experiment, options)
     grid = cells(experiment, options.experiment, options.overrides)
@@ -131,17 +133,30 @@ def write_into(page: Path, name: str, table: str) -> None:
     Raises:
         ValueError: the page has no such place.
     """
+    before, after = place_on(page, name)
+    measured = circumstances()
+    versions = ", ".join(f"{key} {value}" for key, value in measured["versions"].items())
+    about = f"Reported {measured['date'][:10]}; {measured['device']}; {versions}."
+    write_file(page, f"{before}\n{about}\n\n{table}\n{after}")
+
+
+def place_on(page: Path, name: str) -> tuple[str, str]:
+    """What stands on a page up to `<!-- NAME -->`, and from `<!-- end of NAME -->` on.
+
+    Raises:
+        ValueError: the page has no such place, or cannot be read.
+    """
     first, last = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
-    text = page.read_text(encoding="utf-8")
+    try:
+        text = page.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--page {page} cannot be read ({error}); name a Markdown page") from None
     before, found, rest = text.partition(first)
     _, ends, after = rest.partition(last)
     if not found or not ends:
         raise ValueError(f"{page} has no lines {first.strip()} and {last.strip()}; write them "
                          "where the tables are to stand")
-    measured = circumstances()
-    versions = ", ".join(f"{key} {value}" for key, value in measured["versions"].items())
-    about = f"Reported {measured['date'][:10]}; {measured['device']}; {versions}."
-    write_file(page, f"{before}{first}\n{about}\n\n{table}\n{last}{after}")
+    return before + first, last + after
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -13,7 +13,15 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from megatron_spdf.command_line import end_quietly, make_parser, number, path_text, refusing, say
+from megatron_spdf.command_line import (
+    end_quietly,
+    make_parser,
+    number,
+    output_picture,
+    path_text,
+    refusing,
+    say,
+)
 from megatron_spdf.data.indexed.inspect import (
     data_sets,
     describe,
@@ -37,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
                         help="of a data set, or a directory of data sets")
     parser.add_argument("--sample", type=number(int, least=0), metavar="N",
                         help="decode document N, counted from 0")
-    parser.add_argument("--png", type=Path, metavar="FILE",
+    parser.add_argument("--png", type=output_picture, metavar="FILE",
                         help="draw the histogram of document lengths")
     parser.add_argument("--verify", action="store_true", help="read everything and check it")
     parser.add_argument("--tokenizer", type=Path, metavar="PATH",

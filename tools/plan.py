@@ -26,6 +26,8 @@ from megatron_spdf.command_line import (
     end_quietly,
     make_parser,
     number,
+    output_file,
+    output_picture,
     positive,
     positive_real,
     refusing,
@@ -127,7 +129,8 @@ def _plan_parser() -> argparse.ArgumentParser:
                         help="with --exact: this rank, may be repeated (default: one of each kind "
                              "of stage)")
     parser.add_argument("--json", action="store_true", help="print one JSON value")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with plots too")
+    parser.add_argument("--html", type=output_file, metavar="FILE",
+                        help="write a page with plots too")
     return parser
 
 
@@ -192,7 +195,7 @@ def law(arguments: list[str]) -> int:
                         help="non-zero linear weights")
     parser.add_argument("--compute", type=positive_real, default=1e21, metavar="C",
                         help="training FLOPs (default: 1e21)")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png",
+    parser.add_argument("--plot", type=output_picture, metavar="FILE.png",
                         help="iso-FLOP curves and contours of the optimum")
     parser.add_argument("--json", action="store_true", help="print one JSON value")
     options = parser.parse_args(arguments)

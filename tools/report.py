@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from megatron_spdf.command_line import end_quietly, make_parser, refusing, say
+from megatron_spdf.command_line import end_quietly, make_parser, output_file, refusing, say
 from megatron_spdf.files import write_file
 from megatron_spdf.reports.runs import read_all
 from megatron_spdf.reports.runs_page import render_report
@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = make_parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN",
                         help="directories of pre-training or fine-tuning")
-    parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), metavar="FILE",
+    parser.add_argument("-o", "--output", type=output_file, default="report.html", metavar="FILE",
                         help="the page, replaced if it exists (default: report.html)")
     parser.add_argument("--title", default="Sparse pre-training, dense fine-tuning: runs",
                         help="of the page")

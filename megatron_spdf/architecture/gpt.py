@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, TypeAdapter
+from typing_extensions import TypedDict
 
 from megatron_spdf.architecture.base import ARCHITECTURES, EMBEDDING, POSITIONS, Model, Weight
 from megatron_spdf.architecture.forms import Form, concatenate
@@ -53,6 +54,21 @@ COMPUTES = {
 }
 
 
+class Configuration(TypedDict, total=False):
+    """Keys of transformers' configurations that are numbers or flags, and their types."""
+
+    n_layer: int
+    n_embd: int
+    n_head: int
+    n_inner: int | None
+    vocab_size: int
+    n_positions: int
+    tie_word_embeddings: bool
+
+
+_CONFIGURATION = TypeAdapter(Configuration)
+
+
 class Gpt(Model):
     """A GPT: learned positions, tied embeddings, biases, GELU (tanh), pre-LayerNorm."""
 
@@ -88,17 +104,19 @@ class Gpt(Model):
 
     @classmethod
     def from_huggingface(cls, config: dict[str, Any]) -> Gpt:
+        _CONFIGURATION.validate_python(config, strict=True)
         for key, (allowed, default) in COMPUTES.items():
             if config.get(key, default) not in allowed:
                 raise ValueError(f"has {key}={config[key]!r}, and our GPT computes "
                                  f"{' or '.join(map(repr, allowed))} only; its outputs would "
                                  "differ")
-        missing = [key for key in SIZES.values() if not isinstance(config.get(key), int)]
+        missing = [key for key in SIZES.values() if key not in config]
         if missing:
             raise ValueError(f"has no {', '.join(missing)}; use the config.json the model was "
                              "saved with")
+        inner = config.get("n_inner")
         return cls(**{ours: config[theirs] for ours, theirs in SIZES.items()},
-                   ffn_hidden=config.get("n_inner") or 4 * config["n_embd"])
+                   ffn_hidden=4 * config["n_embd"] if inner is None else inner)
 
     def huggingface_form(self, weight: Weight) -> Form:
         """Linear layers are transposed there, and their queries, keys and values in one piece."""

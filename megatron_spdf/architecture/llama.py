@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, FiniteFloat, TypeAdapter, model_validator
+from typing_extensions import TypedDict
 
 from megatron_spdf.architecture.base import ARCHITECTURES, EMBEDDING, HEAD, Model, Weight
 from megatron_spdf.architecture.forms import Form
@@ -62,6 +63,34 @@ MODULES = {"input_layernorm": ("input_layernorm",),
            "pre_mlp_layernorm": ("post_attention_layernorm",),
            "mlp.linear_fc1": ("mlp.gate_proj", "mlp.up_proj"),
            "mlp.linear_fc2": ("mlp.down_proj",)}
+
+
+class Configuration(TypedDict, total=False):
+    """Keys of transformers' configurations that are read, and their types."""
+
+    num_hidden_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_key_value_heads: int | None
+    intermediate_size: int
+    vocab_size: int
+    max_position_embeddings: int
+    head_dim: int | None
+    hidden_act: str
+    rms_norm_eps: FiniteFloat
+    attention_bias: bool
+    mlp_bias: bool
+    tie_word_embeddings: bool
+    rope_theta: FiniteFloat | None
+    rope_scaling: dict[str, Any] | None
+    rope_parameters: dict[str, Any] | None
+    layer_types: list[str] | None
+    sliding_window: int | None
+    use_sliding_window: bool
+    max_window_layers: int
+
+
+_CONFIGURATION = TypeAdapter(Configuration)
 
 
 class Llama(Model):
@@ -139,16 +168,18 @@ class Llama(Model):
 
     @classmethod
     def from_huggingface(cls, config: dict[str, Any]) -> Llama:
-        cls._require(config)
-        base, scaling = read_rotary(config)
+        _CONFIGURATION.validate_python(config, strict=True)
         sizes = {ours: config.get(theirs) for ours, theirs in SIZES.items()}
         if sizes["query_groups"] is None and not cls.GROUPED:
             sizes["query_groups"] = sizes["heads"]
-        missing = [SIZES[ours] for ours, size in sizes.items() if type(size) is not int]
+        missing = [SIZES[ours] for ours, size in sizes.items() if size is None]
         if missing:
             raise ValueError(f"has no {', '.join(missing)}; use the config.json the model was "
                              "saved with")
-        model = cls(**sizes, head_width=config.get("head_dim") or cls.HEAD_WIDTH,
+        cls._require(config)
+        base, scaling = read_rotary(config)
+        width = config.get("head_dim")
+        model = cls(**sizes, head_width=cls.HEAD_WIDTH if width is None else width,
                     norm_eps=config.get("rms_norm_eps", 1e-6), rotary_base=base,
                     rotary_scaling=scaling, tied=config.get("tie_word_embeddings", False))
         if broken := list(model.rule_violations()):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 # Of Llama 3.1's scaling, constants in Megatron-Core (`RotaryEmbedding._apply_scaling`).
@@ -40,15 +41,16 @@ def read_rotary(config: dict[str, Any]) -> tuple[float, float]:
             raise ValueError(f"has {key}={value!r}, and here all layers rotate alike; use a model "
                              "whose layers do")
     thetas = [source["rope_theta"] for source in (new, config, old) if "rope_theta" in source]
-    bases = {_number("rope_theta", theta) for theta in thetas if theta is not None} or {THETA}
+    given = [theta for theta in thetas if theta is not None] or thetas
+    bases = {_number("rope_theta", theta) for theta in given} or {THETA}
     factors = {_factor(source) for source in (new, old) if source} or {1.0}
     if len(bases) > 1 or len(factors) > 1:
         raise ValueError(f"has rope_theta={config.get('rope_theta')!r} and rope_scaling={old!r}, "
                          f"and rope_parameters={new!r} says otherwise; put right the ones that the "
                          "model was not trained with")
-    partial = {source.get("partial_rotary_factor") for source in (new, config)} - {None, 1}
-    if partial:
-        raise ValueError(f"has partial_rotary_factor={partial.pop()!r}, and here all of a head "
+    shares = [source.get("partial_rotary_factor") for source in (new, config)]
+    if partial := [share for share in shares if share not in (None, 1)]:
+        raise ValueError(f"has partial_rotary_factor={partial[0]!r}, and here all of a head "
                          "rotates; use a model with 1.0")
     return bases.pop(), factors.pop()
 
@@ -72,7 +74,8 @@ def _factor(rope: dict[str, Any]) -> float:
 
 
 def _number(key: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (
+            0 < value <= sys.float_info.max):
         raise ValueError(f"has {key}={value!r}, which must be a number over 0; use the config.json "
                          "the model was saved with")
     return float(value)

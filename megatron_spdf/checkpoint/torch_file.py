@@ -226,10 +226,23 @@ def _make(function: str, arguments: tuple) -> Any:
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if numel > flat.numel() or numel and last >= flat.numel():
         raise NotData(f"it has a tensor of shape {size} in a storage of {flat.numel():,} numbers")
+    negated = _is_negated(*arguments[6:])
     try:
-        return flat.as_strided(size, stride, offset) if numel else flat.new_empty(size)
+        made = flat.as_strided(size, stride, offset) if numel else flat.new_empty(size)
     except RuntimeError:
         raise NotData(f"it has a tensor of shape {size} and strides {stride}") from None
+    return made.neg() if negated else made
+
+
+def _is_negated(flags: Any = None) -> bool:
+    """Whether a tensor has its storage's numbers with the other sign, as PyTorch marks one that is
+    negated when it is read."""
+    if flags is None:
+        return False
+    if not isinstance(flags, dict) or any(key != "neg" or value is not True
+                                          for key, value in flags.items()):
+        raise NotData("it has a tensor of flags that are not known")
+    return bool(flags)
 
 
 def _is_size(value: Any) -> bool:

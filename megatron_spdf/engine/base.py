@@ -99,7 +99,8 @@ class Engine(Protocol):
         """Mean loss of a global batch, and whether some rank was asked to stop."""
 
     def state_bytes(self) -> dict[str, int]:
-        """Bytes of parameters, gradients and optimizer state on this rank, after the first step."""
+        """Bytes of parameters, gradients, optimizer state and, beside it, a teacher on this rank,
+        after the first step."""
 
     def measured_sparsity(self) -> dict[str, float]:
         """Fraction of zeros of every sparse weight as expanded: canonical name -> sparsity, on

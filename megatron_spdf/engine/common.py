@@ -151,6 +151,13 @@ def parts_of(model: nn.Module) -> dict[str, Tensor]:
     return dict(zip(names, model.objective.take(), strict=True)) if names else {}
 
 
+def bytes_beside(model: nn.Module) -> dict[str, int]:
+    """Bytes of weights that a model's loss needs beside its own, on this rank; where it needs none,
+    nothing."""
+    held = getattr(model.objective, "held", 0)
+    return {"teacher": held} if held else {}
+
+
 def to_device(micro: MicroBatch, device: torch.device) -> MicroBatch:
     return {k: v.to(device, non_blocking=True) for k, v in micro.items()}
 

@@ -154,6 +154,7 @@ class DeepSpeedEngine:
             "gradients": rank_bytes(self.recipe, self.plan, 0,
                                     on_gpu=self.device.type == "cuda").gradients,
             "optimizer": sum(t.nbytes for t in state),
+            **common.bytes_beside(self.model),
         }
 
     def measured_sparsity(self) -> dict[str, float]:

@@ -153,6 +153,7 @@ class MegatronEngine:
             "gradients": sum(buffer.grad_data.nbytes for chunk in self.chunks
                              for buffer in chunk.buffers),
             "optimizer": sum(t.nbytes for t in state),
+            **common.bytes_beside(self.models[-1]),
         }
 
     def measured_sparsity(self) -> dict[str, float]:

@@ -85,7 +85,7 @@ def _read(kind: type[BaseModel], path: Path, seen: tuple[Path, ...]) -> dict[str
         raise ValueError(f"recipe {path} extends itself through "
                          f"{' -> '.join(p.name for p in seen)}; break the circle")
     if not path.is_file():
-        near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        near = sorted(p.name for p in path.parent.glob("*.yaml"))  # none in no directory
         raise ValueError(f"there is no recipe {path}; {path.parent} holds "
                          f"{', '.join(near) or 'no .yaml file'}")
     values = read_yaml(path) or {}

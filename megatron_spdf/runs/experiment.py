@@ -34,7 +34,7 @@ from megatron_spdf.recipe.compare import changes_of_run
 from megatron_spdf.recipe.load import load_recipe, write_value
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.records import read_yaml
-from megatron_spdf.runs.grid import Trial, axis_of, combinations
+from megatron_spdf.runs.grid import Trial, axis_of, combinations, labeled
 from megatron_spdf.runs.measured import LOG, read_run
 from megatron_spdf.schedule.flops import training_flops
 from megatron_spdf.schedule.stages import mean_flops, stages_of
@@ -75,7 +75,7 @@ class Experiment(Section):
         if not isinstance(values, dict) or not isinstance(values.get("axes"), dict):
             return values
         axes = {name: axis_of(name, axis) if isinstance(axis, list)
-                else {str(label): v for label, v in axis.items()} if isinstance(axis, dict)
+                else labeled(name, axis.items()) if isinstance(axis, dict)
                 else axis
                 for name, axis in values["axes"].items()}
         exclude = values.get("exclude", [])
@@ -87,8 +87,19 @@ class Experiment(Section):
         return {**values, "axes": axes, "exclude": exclude}
 
     @model_validator(mode="after")
+    def _is_a_grid(self) -> Experiment:
+        if twice := [seed for seed in self.seeds if self.seeds.count(seed) > 1]:
+            raise ValueError(f"seeds has {twice[0]} twice, which is one run; leave one out")
+        if both := self.tune.keys() & self.axes.keys():
+            raise ValueError(f"{min(both)} is an axis and to be tuned; leave out one of the two")
+        return self
+
+    @model_validator(mode="after")
     def _exclude_names_labels(self) -> Experiment:
         for labels in self.exclude:
+            if not labels:
+                raise ValueError("exclude has an entry without labels, which all cells have; name "
+                                 "labels there, or leave it out")
             for axis, label in labels.items():
                 if label not in self.axes.get(axis, {}):
                     raise ValueError(f"exclude names {axis}={label}, and there is no such label; "
@@ -138,12 +149,22 @@ def cells(experiment: Experiment, path: Path, words: list[str]) -> list[Cell]:
     Raises:
         ValueError: the recipe of a run is not valid.
     """
-    recipe, found = path.parent / experiment.recipe, []
-    for trial in combinations(experiment.axes, experiment.output):
-        if any(left_out.items() <= trial.labels.items() for left_out in experiment.exclude):
-            continue
-        found.append(make_cell(trial, experiment.seeds, recipe, words))
-    return found
+    recipe = path.parent / experiment.recipe
+    return [make_cell(trial, experiment.seeds, recipe, words) for trial in trials(experiment)]
+
+
+def trials(experiment: Experiment) -> list[Trial]:
+    """The combinations that are not left out.
+
+    Raises:
+        ValueError: none is left, or see `combinations`.
+    """
+    kept = [trial for trial in combinations(experiment.axes, experiment.output)
+            if not any(left_out.items() <= trial.labels.items()
+                       for left_out in experiment.exclude)]
+    if not kept:
+        raise ValueError("exclude leaves no combination to run; exclude fewer")
+    return kept
 
 
 def make_cell(trial: Trial, seeds: list[int], recipe: Path, words: list[str]) -> Cell:
@@ -153,7 +174,7 @@ def make_cell(trial: Trial, seeds: list[int], recipe: Path, words: list[str]) ->
         recipe: file that every run starts from.
 
     Raises:
-        ValueError: see `cells`.
+        ValueError: see `cells`; or an override is of a key that the run has a value for.
     """
     seeded = {seed: _seeded(trial, seed, recipe, words) for seed in seeds}
     return Cell(trial.labels, seeded, {seed: load_recipe(recipe, [*words, *t.words])
@@ -162,10 +183,17 @@ def make_cell(trial: Trial, seeds: list[int], recipe: Path, words: list[str]) ->
 
 def _seeded(trial: Trial, seed: int, recipe: Path, words: list[str]) -> Trial:
     """A run of the combination with a seed, and with the tokens that its budget gives."""
-    values = {**trial.values, "seed": seed, "sparsity.seed": seed}
+    seeds = {"seed": seed, "sparsity.seed": seed}
+    if both := trial.values.keys() & seeds.keys():
+        raise ValueError(f"{min(both)} is given by seeds, and {trial.labels} would give another; "
+                         "leave it out of the axes")
+    values = {**trial.values, **seeds}
     budget = values.pop(BUDGET, "tokens")
     if budget not in ("tokens", "flops"):
         raise ValueError(f"{BUDGET}={budget} must be tokens or flops")
+    if both := {word.partition("=")[0] for word in words} & {*values, "output"}:
+        raise ValueError(f"{min(both)}: every run of the grid has a value of its own; change the "
+                         "grid's file, or leave this word out")
     trial = replace(trial, values=values, output=trial.output / f"seed={seed}")
     if budget == "tokens":
         return trial

@@ -12,7 +12,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -56,8 +56,8 @@ def combinations(axes: Axes, output: str | Path) -> Iterator[Trial]:
         output: directory of the grid.
 
     Raises:
-        ValueError: a label that names no directory, two combinations with one directory, or more
-            combinations than anyone runs.
+        ValueError: a label that names no directory, two combinations with one directory, two values
+            for one key, or more combinations than anyone runs.
     """
     count = math.prod(map(len, axes.values()))
     if count > MOST_RUNS:
@@ -67,6 +67,8 @@ def combinations(axes: Axes, output: str | Path) -> Iterator[Trial]:
         named = dict(zip(axes, labels, strict=True))
         values: dict[str, Any] = {}
         for axis, label in named.items():
+            if both := values.keys() & axes[axis][label].keys():
+                raise ValueError(f"{named} would give {min(both)} two values; let one axis have it")
             values |= axes[axis][label]
         refuse_control_characters([named, values])
         trial = Trial(named, values, Path(output) / directory_name(named))
@@ -105,8 +107,27 @@ def refuse_control_characters(value: Any) -> None:
 
 
 def axis_of(key: str, values: Sequence[Any]) -> dict[str, dict[str, Any]]:
-    """Label -> key -> value, for values of one key."""
-    return {write_value(value): {key: value} for value in values}
+    """Label -> key -> value, for values of one key.
+
+    Raises:
+        ValueError: a value is there twice.
+    """
+    return labeled(key, [(write_value(value), {key: value}) for value in values])
+
+
+def labeled(axis: str, pairs: Iterable[tuple[Any, Any]]) -> dict[str, Any]:
+    """What is given to the labels of an axis, by label as text.
+
+    Raises:
+        ValueError: two labels are the same text.
+    """
+    found: dict[str, Any] = {}
+    for label, given in pairs:
+        if str(label) in found:
+            raise ValueError(f"{axis} has {label} twice; leave one of them out, or give it another "
+                             "label")
+        found[str(label)] = given
+    return found
 
 
 def command(launch: str, script: str, recipe: str | Path, overrides: Sequence[str],

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_spdf.recipe.load import load_recipe, write_value
-from megatron_spdf.runs.experiment import Cell, Experiment, loss_of, make_cell, result
-from megatron_spdf.runs.grid import Trial, combinations, directory_name
+from megatron_spdf.runs.experiment import Cell, Experiment, loss_of, make_cell, result, trials
+from megatron_spdf.runs.grid import Trial, directory_name
 from megatron_spdf.tables import Column, Table
 
 Point = tuple[int, ...]  # powers of the factors by which the keys differ from the cell's own values
@@ -140,9 +140,7 @@ def tuned_cells(experiment: Experiment, path: Path, words: list[str]) -> list[Tu
         ValueError: see `experiment.cells`; or a key to tune is no number in a cell.
     """
     found = []
-    for trial in combinations(experiment.axes, experiment.output):
-        if any(left_out.items() <= trial.labels.items() for left_out in experiment.exclude):
-            continue
+    for trial in trials(experiment):
         found.append(TunedCell(experiment, trial, path.parent / experiment.recipe, words))
         found[-1].at((0,) * len(experiment.tune))
     return found

@@ -166,9 +166,7 @@ class Report:
     def bytes(self, traffic: TrafficCounter) -> None:
         """Reports the bytes that rank 0 holds and sends in a step, counted at its buffers and
         collectives."""
-        held, objective = self.engine.state_bytes(), self.engine.models[-1].objective
-        if hasattr(objective, "held"):
-            held = {**held, "teacher": objective.held}
+        held = self.engine.state_bytes()
         sent = {f"{operation} {group}": n for (operation, group), n in traffic.bytes.items()}
         self.log.record("bytes", self.state.step, **held, sent_per_step=traffic.total,
                         sent_by_kind=sent, choices=self.engine.choices)

@@ -149,6 +149,25 @@ def test_the_matrices_of_a_layer_are_found_in_its_weights(made):
     assert made.from_megatron(f"{at}mlp.linear_fc2.weight", other) is other
 
 
+@pytest.mark.parametrize("made", [GPT, GROUPED, GATED.model_copy(update={"ffn_hidden": 42})],
+                         ids=["gpt", "grouped", "gated"])
+def test_each_row_is_of_its_matrix(made):
+    """W_Q, W_K, W_V, W_D, W_I or its gate and its up, W_O, counted from 0."""
+    keys, more, inner = made.query_groups * 4, made.gated, made.ffn_hidden
+    sizes = [24, keys, keys, 24, inner, *([inner] if more else []), 24]
+    rows = [torch.full((size, 1), number) for number, size in enumerate(sizes)]
+    expected = {
+        "self_attention.linear_qkv": fused(made, dict(zip(("W_Q", "W_K", "W_V"), rows,
+                                                          strict=False))),
+        "self_attention.linear_proj": rows[3],
+        "mlp.linear_fc1": interleaved(made, rows[4], rows[5]) if more else rows[4],
+        "mlp.linear_fc2": rows[-1]}
+    weights = {w.name: w for w in made.weights()}
+    for name, numbers in expected.items():
+        found = made.matrix_of_rows(weights[f"decoder.layers.3.{name}.weight"])
+        assert found.tolist() == numbers.flatten().tolist(), name
+
+
 @pytest.mark.parametrize(("made", "norm"), [(GPT, 2.0 / 3.0), (GATED, 2.0)])
 def test_multipliers_go_into_the_weights_that_they_multiply(made, norm):
     """Embeddings' output 3, the head's input 2, queries 5; a tied head has the embeddings' 3."""

@@ -23,6 +23,25 @@ PUBLISHED = {
 }
 
 
+# Attention heads, and groups of them that share keys, of which some counts above do not depend.
+HEADS = {
+    "gpt": {"gpt2_small": (12, 12), "gpt2_medium": (16, 16), "gpt2_large": (20, 20),
+            "gpt2_xl": (25, 25), "gpt3_125m": (12, 12), "gpt3_350m": (16, 16),
+            # gpt3_xl: 24 of 128 are published, which its width of 2048 does not hold
+            "gpt3_760m": (16, 16), "gpt3_xl": (16, 16), "gpt3_2b7": (32, 32), "gpt3_6b7": (32, 32),
+            "gpt3_13b": (40, 40), "gpt3_175b": (96, 96)},
+    "llama": {"llama_2_7b": (32, 32), "llama_2_13b": (40, 40), "llama_2_70b": (64, 8),
+              "llama_3_8b": (32, 8), "llama_3_1_8b": (32, 8), "llama_3_1_70b": (64, 8),
+              "llama_3_2_1b": (32, 8), "llama_3_2_3b": (24, 8), "smollm2_135m": (9, 3),
+              "smollm2_360m": (15, 5), "smollm2_1_7b": (32, 32), "tinyllama_1_1b": (32, 4)},
+    "mistral": {"mistral_7b_v0_3": (32, 8)},
+    "qwen2": {"qwen2_5_0_5b": (14, 2), "qwen2_5_1_5b": (12, 2), "qwen2_5_3b": (16, 2),
+              "qwen2_5_7b": (28, 4)},
+    "qwen3": {"qwen3_0_6b": (16, 8), "qwen3_1_7b": (16, 8), "qwen3_4b": (32, 8),
+              "qwen3_8b": (32, 8), "qwen3_14b": (40, 8)},
+}
+
+
 def make(family: str, preset: str):
     return ARCHITECTURES.get(family)(preset=preset)
 
@@ -38,6 +57,13 @@ def test_published_parameters(family, preset):
     padding = (model.padded_vocab - model.vocab_size) * model.hidden * (1 if model.tied else 2)
     assert sum(w.numel for w in model.weights()) - padding == PUBLISHED[family, preset]
     assert not list(model.rule_violations())
+
+
+@pytest.mark.parametrize("family", HEADS)
+def test_published_heads(family):
+    presets = ARCHITECTURES.get(family).PRESETS
+    assert {preset: (made.heads, made.query_groups) for preset in presets
+            for made in [make(family, preset)]} == HEADS[family]
 
 
 def test_weights_by_hand():

@@ -40,6 +40,7 @@ def test_it_reads_what_pytorch_reads(tmp_path, new):
         {str(dtype): torch.arange(5).to(dtype) for dtype in DTYPES},
         whole=whole, turned=whole.T, part=whole[1:3, ::2], scalar=torch.tensor(7),
         empty=torch.empty(0, 3), parameter=nn.Parameter(whole), attribute=marked(),
+        negated=torch.arange(3.0).to(torch.complex64).mul(1j).conj().imag,
         module=nn.Linear(2, 3).state_dict(), shape=whole.shape, plain=[1, -2.5, "é", None, (True,)])
     found = read_file(saved(tmp_path / "file", content, new))
     again = torch.load(tmp_path / "file", weights_only=True)
@@ -47,6 +48,7 @@ def test_it_reads_what_pytorch_reads(tmp_path, new):
     for name, value in again.items():
         if isinstance(value, torch.Tensor):
             assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
+    assert again["negated"].is_neg() and found["negated"].tolist() == [0, -1, -2]
     assert torch.equal(found["module"]["weight"], content["module"]["weight"])
     assert found["plain"] == content["plain"] and found["shape"] == (4, 6)
     assert found["whole"].data_ptr() == found["turned"].data_ptr()

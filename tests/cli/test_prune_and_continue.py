@@ -20,13 +20,10 @@ from warm_commands import run_warm  # noqa: E402
 pytestmark = pytest.mark.slow
 
 # fewer texts and steps than the page's: (of the page, here)
-SHORTER = [("python - 3000", "python - 96"),
-           ("python pretrain.py runs/half/recipe.yaml",
-            "python pretrain.py runs/half/recipe.yaml train.tokens=12K optimizer.warmup_tokens=4K "
-            "evaluate.batches=1 log.every=1"),
-           ("--evaluate", "--calibration-samples 8 --evaluate")]
-
-
+SHORTER = [("python - 1500", "python - 96"),
+           ("--calibration data", "train.tokens=12K optimizer.warmup_tokens=4K "
+            "train.global_batch=8 train.micro_batch=8 evaluate.batches=1 log.every=1 "
+            "--calibration-samples 8 --calibration data")]
 COMMAND = re.compile(r"python - (?P<words>\S+) <<'EOF'\n(?P<given>.*?)\nEOF$"
                      r"|python -c '(?P<short>.*?)'$"
                      r"|python (?P<script>[^\n]+)$|(?P<other>[^\n]+)$", re.S | re.M)

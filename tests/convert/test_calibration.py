@@ -77,6 +77,9 @@ def test_text_of_another_tokenizer_is_refused(data):
 @pytest.mark.parametrize(("select", "sections", "said"), [
     ("wanda", {"sparsity": 0.5}, "select=wanda looks at the inputs of weights; give --calibration"),
     ("sparsegpt", {}, "select=sparsegpt has nothing to select: sparsity.level=0 "),
+    ("magnitude", {}, "select=magnitude has nothing to select: sparsity.level=0 "),
+    ("magnitude", {"stages": [{"share": 0.5, "sparsity": 0}, {"share": 0.5, "sparsity": 0.5}]},
+     "select=magnitude has nothing to select"),
     ("wanda", {"sparsity": {"level": 0.5, "algorithm": "gmp", "update": {"every": 2}}},
      "sparsity.level=0.5 with algorithm=gmp begins with dense weights; set "
      "sparsity.update.initial to the share of the level"),

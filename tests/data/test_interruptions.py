@@ -350,3 +350,21 @@ def test_a_ledger_cut_at_any_byte_of_its_last_line_loses_that_line_only(tmp_path
         ledger.write_bytes(whole[:end])
         assert add(entries[2]) == entries[:2]
         assert ledger.read_bytes() == whole
+
+
+def test_that_all_is_made_is_forgotten_last(tmp_path, monkeypatch):
+    """A run that is killed while it cleans up leaves nothing but that to the next."""
+    partial = Partial(tmp_path / "data", several=False)
+    left, remove = [], shutil.rmtree
+
+    def rmtree(path) -> None:
+        if path == partial.directory:
+            left.extend(entry.name for entry in path.iterdir())
+        remove(path)
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    with partial.opened(overwrite=False):
+        for name in ("ready", "part.bin", "ledger.jsonl"):
+            (partial.directory / name).write_text("x")
+        (partial.directory / "part.tokenizer").mkdir()
+    assert left == ["ready"] and not partial.directory.exists()

@@ -11,6 +11,7 @@ import pytest
 from text_shards import SETS, as_jsonl, content, documents_of, records, write_shard
 
 from megatron_spdf.data.indexed.manifest import check_prefix, read_corpus
+from megatron_spdf.data.preprocess import finalize
 from megatron_spdf.data.preprocess.deduplicate import DigestSet
 from megatron_spdf.data.preprocess.encode import Encoded
 from megatron_spdf.data.preprocess.preprocess import preprocess
@@ -223,3 +224,27 @@ def test_sets_are_named_in_meta_or_in_the_record_itself(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_bytes(as_jsonl(items))
     corpus = preprocess([tmp_path / "a.jsonl"], tmp_path / "t", tokenizer, set_key="source")
     assert {name: c.documents for name, c in corpus.data_sets.items()} == {"one": 2, "two": 2}
+
+
+@pytest.mark.parametrize(("what", "said"), [
+    ("lengths", "documents in the data set: 5 in the files, and 6"),
+    ("bin", "bytes of tokens in the data set: "), ("count", "tokens of the data sets together: ")])
+def test_documents_that_are_lost_on_the_way_make_no_data_set(tmp_path, tokenizer, monkeypatch, what,
+                                                             said):
+    write_shard(tmp_path / "a.jsonl", records(6))
+    write_index, counts = finalize.write_index, finalize.Journal.counts
+
+    def lose(path, lengths, dtype) -> str:
+        if what == "bin":
+            path.with_suffix(".bin").write_bytes(path.with_suffix(".bin").read_bytes()[:-2])
+        return write_index(path, lengths[:-1] if what == "lengths" else lengths, dtype)
+
+    def miscount(ledger) -> dict:
+        return {name: c.model_copy(update={"tokens": c.tokens + (what == "count")})
+                for name, c in counts(ledger).items()}
+
+    monkeypatch.setattr(finalize, "write_index", lose)
+    monkeypatch.setattr(finalize.Journal, "counts", miscount)
+    with pytest.raises(RuntimeError, match=f"^{said}.* came in; no data set"):
+        preprocess([tmp_path / "a.jsonl"], tmp_path / "t", tokenizer)
+    assert not list(tmp_path.glob("t.[bij]*"))

@@ -85,6 +85,12 @@ def test_a_test_set_without_labels(tmp_path, task, name, rows, context):
     assert load_examples(task, tmp_path, "test") == [Example(context, (), key="0")]
 
 
+def test_a_line_ends_at_lf_and_nowhere_else(tmp_path):
+    write(tmp_path / "dev.tsv", [["sentence", "label"], ["a\rb\x0bc\u2028d\x85e", "0"], ["f", "1"]])
+    assert [e.context for e in load_examples("sst2", tmp_path, "validation")] == [
+        "sst2 sentence: a\rb\x0bc\u2028d\x85e", "sst2 sentence: f"]
+
+
 def test_matched_and_mismatched_sets_are_two_tasks(tmp_path):
     for part in ("matched", "mismatched"):
         row = ["0", *"1234567", part, "h", "neutral", "entailment"]

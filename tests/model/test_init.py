@@ -6,9 +6,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from megatron_spdf.architecture.base import Weight
+from megatron_spdf.model import decoder
 from megatron_spdf.model.init import REVIVED, DrawnWeights, LoadedWeights, draw_values
+from megatron_spdf.model.parametrization import Parametrization
+from megatron_spdf.sparsity.plan import Plan
 
 QKV = Weight("decoder.layers.0.self_attention.linear_qkv.weight", (24, 8), 0, 0, 0.02, linear=True)
 PROJ = Weight("decoder.layers.1.mlp.linear_fc2.weight", (8, 24), 1, 1, 0.5, linear=True)
@@ -96,3 +100,23 @@ def test_given_masks_are_cut_by_slices():
     assert np.array_equal(given.mask_bits(QKV, 1, 2), bits[2:])
     assert np.array_equal(given.mask_bits(QKV, 3, 4), bits[3:])
     assert LoadedWeights(lambda name: None).mask_bits(QKV, 0, 1) is None
+
+
+@pytest.mark.parametrize(("algorithm", "own"), [("static", False), ("ste", False),
+                                                ("top_kast", True)])
+def test_the_optimizer_decays_all_weights_but_those_that_top_kast_pulls(recipe, monkeypatch,
+                                                                        algorithm, own):
+    made, modules = recipe(sparsity={"level": 0.75, "algorithm": algorithm}), {}
+    for weight in made.model.weights():
+        place, _, key = weight.name.rpartition(".")
+        parameter = nn.Parameter(torch.zeros(weight.shape))
+        modules.setdefault(place, nn.Module()).register_parameter(key, parameter)
+    monkeypatch.setattr(decoder, "canonical_modules", lambda _: list(modules.items()))
+    for name in ("sparsify_layer", "initialize"):
+        monkeypatch.setattr(decoder, name, lambda *_: None)
+    monkeypatch.setattr(decoder.ps, "get_tensor_model_parallel_rank", lambda: 0)
+    monkeypatch.setattr(decoder.ps, "get_tensor_model_parallel_world_size", lambda: 1)
+    decoder._fill(None, Parametrization(made, Plan.of(made)), None)
+    pulled = {f"{place}.{key}" for place, module in modules.items()
+              for key, parameter in module.named_parameters() if parameter.own_decay}
+    assert pulled == ({w.name for w in made.model.weights() if w.linear} if own else set())

@@ -6,6 +6,7 @@ import socket
 
 import pytest
 
+from megatron_spdf.parallel import ranks as joining
 from megatron_spdf.parallel.ranks import _rendezvous
 from megatron_spdf.recipe.recipe import Parallel
 from megatron_spdf.resilience.startup_check import Unhealthy
@@ -133,3 +134,23 @@ def test_a_head_node_that_does_not_answer_is_named(head):
     head("127.0.0.1", port)
     with pytest.raises(Unhealthy, match=rf"rank 1 on .* cannot reach rank 0 at 127.0.0.1:{port}"):
         _rendezvous(Ranks(1, 2, 1, "srun"), 1.0)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_rank_0_says_what_the_startup_check_found_before_groups_are_made(recipe, rank, monkeypatch,
+                                                                         capsys):
+    asked, made = [], []
+    check = joining.startup_check
+    monkeypatch.setattr(joining, "_rendezvous", lambda *_: joining.dist.HashStore())
+    monkeypatch.setattr(check, "check_in", lambda *given: asked.append(given) or "2 ranks here")
+    monkeypatch.setattr(joining.dist, "init_process_group",
+                        lambda backend, **named: made.append((backend, named, capsys.readouterr())))
+    monkeypatch.setattr(joining, "set_up_groups", made.append)
+    wanted = recipe(parallel={"data": 2, "timeout": 77}, fault_tolerance={"join_seconds": 12})
+    device = joining.init_distributed(Ranks(rank, 2, 0, "torchrun"), wanted)
+    ((at, world, _, there, seconds),) = asked
+    assert (at, world, there, seconds) == (rank, 2, device, 12)
+    (backend, named, printed), last = made
+    assert printed.out == ("" if rank else "2 ranks here\n") and last == wanted
+    assert (backend, named["rank"], named["world_size"], named["timeout"].total_seconds()) == (
+        "gloo", rank, 2, 77)

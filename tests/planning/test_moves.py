@@ -74,6 +74,17 @@ def test_moves_are_rendered_by_the_fullest_stage(recipe):
     assert moves_of(whole, plan, 0).carried == 0
 
 
+@pytest.mark.parametrize(("every", "count"), [(2, 3), (1, 7), (100, 0)])
+def test_flops_of_moves_are_those_of_masked_entries_over_the_runs(recipe, every, count):
+    """A dense gradient takes two more FLOPs a token for every masked entry, in `count` of 10 steps;
+    training takes six for every active weight, and for every key of a query's width."""
+    r = recipe(sparsity={"level": 0.75, "algorithm": "rigl", "update": {"every": every}})
+    linear, head, attention = 4 * 12 * 64 * 64, 256 * 64, 4 * 2 * 64 * 32
+    more = count * 2 * 0.75 * linear
+    training = 10 * 6 * (0.25 * linear + head + attention)
+    assert moves_of(r, Plan.of(r), 0).flops == pytest.approx(more / training)
+
+
 @pytest.mark.parametrize(("beta2", "said"), [(0.98, True), (0.975, False)])
 def test_first_updates_are_worth_a_line_from_half_more_on(recipe, beta2, said):
     plain = {"every": 2, "newborn": "plain"}

@@ -317,6 +317,9 @@ def test_missing_file_names_those_that_are_there(write, tmp_path):
     with pytest.raises(ValueError,
                        match=r"there is no recipe .*missing\.yaml; .* holds there\.yaml"):
         load_recipe(tmp_path / "missing.yaml")
+    for place in (tmp_path / "nowhere" / "r.yaml", tmp_path / "there.yaml" / "r.yaml"):
+        with pytest.raises(ValueError, match=r"there is no recipe .*r\.yaml; .* no \.yaml file"):
+            load_recipe(place)
 
 
 def test_all_broken_rules_are_reported_at_once(write):

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from warm_commands import run_warm
 
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.runs.experiment import (
@@ -150,11 +152,26 @@ def test_a_run_that_stopped_half_way_has_no_result(grid):
     ({"seeds": ()}, "list should have at least 1 item"),
     ({"axes": {"model.hiden": [32]}}, "unknown key model.hiden"),
     ({"axes": {"budget": ["time"]}}, "budget=time must be tokens or flops"),
+    ({"seeds": (3, 1, 3)}, "seeds has 3 twice, which is one run"),
+    ({"axes": {"optimizer.lr": [1e-3, 2e-3, 0.001]}}, "optimizer.lr has 0.001 twice"),
+    ({"axes": {"lr": {"1": {"optimizer.lr": 1}, 1: {"optimizer.lr": 2}}}}, "lr has 1 twice"),
+    ({"axes": {"lr": {"a": {"optimizer.lr": 1e-3}}, "optimizer.lr": [2e-3]}},
+     "would give optimizer.lr two values; let one axis have it"),
+    ({"axes": {"seed": [1, 2]}}, "seed is given by seeds"),
+    ({"exclude": [{}]}, "exclude has an entry without labels"),
+    ({"exclude": [{"sparsity": 0}, {"sparsity": 0.75}]}, "exclude leaves no combination to run"),
 ])
 def test_what_is_no_grid_is_refused_before_a_run(grid, change, said):
     with pytest.raises(ValueError) as caught:
         grid_of(grid(**change))
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("word", ["sparsity=0.5", "seed=4", "output=elsewhere"])
+def test_an_override_that_the_runs_would_not_follow_is_refused(grid, word):
+    path = grid()
+    with pytest.raises(ValueError, match=f"^{word.partition('=')[0]}: every run of the grid has a"):
+        cells(load_experiment(path), path, ["log.every=2", word])
 
 
 @pytest.mark.slow
@@ -171,9 +188,7 @@ def test_a_grid_is_run_reported_and_not_run_again(grid, tmp_path):
                 recipe=RECIPE | {"data": data, "evaluate": {"batches": 1}})
 
     def run(*words: str, code: int = 0) -> str:
-        done = subprocess.run([sys.executable, "-W", "ignore", str(ROOT / "tools/experiment.py"),
-                               str(path), *words],
-                              cwd=tmp_path, capture_output=True, text=True, check=False)
+        done = run_warm([ROOT / "tools/experiment.py", path, *words], tmp_path, dict(os.environ))
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout
 

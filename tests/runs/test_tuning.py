@@ -146,7 +146,8 @@ def test_a_value_that_no_recipe_can_have_is_the_worst(grid):
 @pytest.mark.parametrize(("tune", "said"), [
     ({"optimizer.lr": 1.0}, "tune.optimizer.lr=1.0: input should be greater than 1"),
     ({"optimizer.embedding_lr": 2}, "optimizer.embedding_lr is None in the recipe"),
-    ({"model": 2}, "model is {"), ({"optimizer.rate": 2}, "optimizer.rate is None")])
+    ({"model": 2}, "model is {"), ({"optimizer.rate": 2}, "optimizer.rate is None"),
+    ({"sparsity": 2}, "sparsity is an axis and to be tuned")])
 def test_what_cannot_be_tuned_is_refused_before_a_run(grid, tune, said):
     with pytest.raises(ValueError) as caught:
         for cell in grid(tune=tune):
@@ -165,6 +166,20 @@ def test_tables_go_to_their_place_on_a_page(tmp_path):
     assert "torch 2" in text and "old" not in text and "| a |" not in text
     with pytest.raises(ValueError, match=r"no lines <!-- other --> and <!-- end of other -->"):
         tool.write_into(page, "other", "")
+
+
+@pytest.mark.parametrize(("text", "said"), [(None, "cannot be read"), (b"\xff", "cannot be read"),
+                                            (b"<!-- grid -->\n", "has no lines <!-- grid -->")])
+def test_a_page_without_a_place_is_refused_before_a_run(grid, tmp_path, monkeypatch, capsys, text,
+                                                        said):
+    grid({"sparsity": [0]})
+    if text is not None:
+        (tmp_path / "page.md").write_bytes(text)
+    monkeypatch.setattr(tool, "run_all", lambda *_: pytest.fail("a run was started"))
+    monkeypatch.setattr(sys, "argv", ["experiment.py", str(tmp_path / "grid.yaml"), "--page",
+                                      str(tmp_path / "page.md")])
+    assert tool.main() == 2
+    assert said in capsys.readouterr().err
 
 
 def test_the_tool_goes_round_after_round_until_all_is_done(grid, tmp_path, monkeypatch, capsys):

@@ -116,3 +116,18 @@ def test_parts_of_a_stage_that_is_pruned(recipe):
     causal = mean_flops(parts, "causal")
     assert causal.attention == training_flops(run.model, 32, None, "causal").attention
     assert causal.linear == mean_flops(parts).linear
+
+
+def test_a_later_stage_is_pruned_by_its_own_steps(recipe):
+    """Its parts are those of a run of its length, later, and so are their mean densities."""
+    pruned = {"level": 0.8, "algorithm": "gmp", "update": {"every": 1, "stores": 3}}
+    alone = stages_of(recipe(sparsity=pruned, train={"tokens": 256 * 40}))
+    first, *later = stages_of(recipe(train={"tokens": 256 * 50}, stages=[
+        {"share": 0.2, "sparsity": 0.0}, {"share": 0.8, "sparsity": pruned}]))
+    assert (first.first, first.last, first.mean_plan.sparsity) == (0, 10, 0.0)
+    assert [(p.first - 10, p.last - 10, p.begin - 10) for p in later] == [
+        (p.first, p.last, p.begin) for p in alone]
+    for part, own in zip(later, alone, strict=True):
+        assert part.mean_plan.sparsity == own.mean_plan.sparsity
+        assert part.flops_before - first.flops().total * first.tokens == pytest.approx(
+            own.flops_before)

@@ -55,7 +55,7 @@ def test_trials_end_before_memory_does(recipe, monkeypatch):
     """State of 30 GiB and 8 GiB a sequence: twice four sequences would be over 80 GiB."""
     monkeypatch.setattr(torch.cuda, "get_device_properties",
                         lambda _: SimpleNamespace(total_memory=80 * GIB))
-    monkeypatch.setattr(autotune, "_try", lambda stage, _: (lambda m: timing(
+    monkeypatch.setattr(autotune, "_try", lambda stage, *_: (lambda m: timing(
         m, 1 / m, (30 + 8 * m) * GIB, (30 + 16 * m) * GIB))(stage.recipe.train.micro_batch))
     (stage,) = stages_of(auto(recipe))
     found = list(try_all(stage, torch.device("cuda")))
@@ -64,7 +64,7 @@ def test_trials_end_before_memory_does(recipe, monkeypatch):
 
 
 def test_memory_that_runs_out_ends_the_trials_of_one_rank(recipe, monkeypatch):
-    def run(stage, _):
+    def run(stage, *_):
         if stage.recipe.train.micro_batch > 1:
             raise torch.OutOfMemoryError
         return 1.0, 0
@@ -131,9 +131,13 @@ def test_an_engine_is_closed_where_memory_runs_out(recipe, engine):
 
 def test_twice_the_micro_batch_doubles_all_but_the_state(recipe, engine, monkeypatch):
     """Of 160 bytes at most, 100 are state: 60 become 120. Of all ranks the worst counts."""
-    reduced = []
-    monkeypatch.setattr(autotune.dist, "all_reduce",
-                        lambda figures, operation: reduced.append(operation))
+    reduced, others = [], torch.zeros(3, dtype=torch.float64)
+
+    def all_reduce(figures, operation) -> None:
+        reduced.append(operation)
+        figures.copy_(torch.maximum(figures, others))
+
+    monkeypatch.setattr(autotune.dist, "all_reduce", all_reduce)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 160)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
@@ -143,7 +147,9 @@ def test_twice_the_micro_batch_doubles_all_but_the_state(recipe, engine, monkeyp
     (stage,) = stages_of(auto(recipe))
     assert autotune._try(stage_at(stage, 2), torch.device("cuda")) == Timing(2, 4.0, 160.0, 220.0)
     assert autotune._try(stage_at(stage, 2), torch.device("cpu")) == Timing(2, 4.0, 100.0, 100.0)
-    assert reduced == [torch.distributed.ReduceOp.MAX] * 2
+    others[:] = tensor([9.0, 120.0, 90.0])  # another rank is slower and holds more
+    assert autotune._try(stage_at(stage, 2), torch.device("cpu")) == Timing(2, 9.0, 120.0, 100.0)
+    assert reduced == [torch.distributed.ReduceOp.MAX] * 3
 
 
 @pytest.mark.parametrize("reset", [False, True])

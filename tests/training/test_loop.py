@@ -286,6 +286,54 @@ def test_weights_that_drift_are_not_saved(recipe):
     assert told(run, "save") == []
 
 
+@pytest.mark.parametrize("first", [0, 4])
+def test_bytes_are_counted_in_the_first_step_of_a_start(recipe, first, monkeypatch):
+    counting = []
+
+    class Counter:
+        bytes, total = {("all_reduce", "data"): 12}, 12
+
+        def __enter__(self):
+            counting.append("begin")
+            return self
+
+        def __exit__(self, *_) -> None:
+            counting.append("end")
+
+    monkeypatch.setattr(loop, "TrafficCounter", Counter)
+    run = Run(recipe(**sections()), state={"step": first, "evaluated": first})
+    step, recorded = run.step, []
+    run.step = lambda batch, number, *rest: (counting.append(number), step(batch, number, *rest))[1]
+    run.record = lambda kind, at, **figures: recorded.append((kind, at, figures))
+    run.train()
+    assert counting == ["begin", first + 1, "end", *range(first + 2, 11)]
+    ((_, at, figures),) = (entry for entry in recorded if entry[0] == "bytes")
+    assert at == first + 1 and figures["sent_per_step"] == 12
+    assert figures["sent_by_kind"] == {"all_reduce data": 12} and figures["parameters"] == 1
+
+
+@pytest.mark.parametrize(("sparsity", "share"), [
+    ({"level": 0.75, "algorithm": "set", "update": {"fraction": 0.2}}, 0.25 * 0.2),
+    ({"level": 0.75, "algorithm": "set", "pattern": "tile", "tile": 4,
+      "update": {"fraction": 0.25}}, 0.25 * 0.25),
+    ({"level": 0.5, "algorithm": "ste", "pattern": "n_m"}, 0.0)], ids=str)
+def test_a_resumed_run_allows_for_zeros_that_the_last_move_may_have_born(recipe, sparsity, share):
+    """No more of them than one move bears, and none in a run whose masks have not moved."""
+    made = recipe(**sections(), sparsity=sparsity)
+
+    def stored(zeros: float, updates: int) -> set[float]:
+        run = Run(made, state={"mask_updates": updates})
+        trainer = Trainer(run.stage, run, run, run, run.state, run, SimpleNamespace())
+        level = sparsity["level"]
+        found = trainer.moves.as_stored({name: level + zeros for name in run.stage.plan.weights})
+        return {round(value - level, 6) for value in found.values()}
+
+    assert stored(0.9 * share, 1) == {0.0} and stored(0.9 * share, 0) == {round(0.9 * share, 6)}
+    # a slice's share of 0.2 or 0.25 is a whole number of entries or tiles
+    assert all(abs(over - 0.02) < 2e-3 for over in stored(share + 0.02, 1))
+    assert stored(-0.02, 1) == {-0.02}
+
+
 def test_the_first_step_may_take_long_and_the_others_are_watched(recipe):
     for first in (0, 4):
         run, watched = Run(recipe(**sections()), state={"step": first, "evaluated": first}), {}
