@@ -21,7 +21,7 @@ $(VENV)/installed: requirements.txt requirements-dev.txt pyproject.toml
 demo: install
 	$(RUN) tools/demo.py
 
-# On three workers, since some tests mostly wait: files share nothing, the tests of one share what it sets up.
+# On three workers, since one of them mostly waits, for Slurm: files share nothing, the tests of one share what it sets up.
 test: lint
 	$(RUN) -m pytest tests $(KERNELS:%=--ignore=%) -n 3 --dist loadfile --no-loadscope-reorder --durations=10
 	@$(MAKE) --no-print-directory test-kernels

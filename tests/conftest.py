@@ -24,6 +24,21 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: ("slurm" not in item.path.parts, item.path not in long))
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Slurm's files go to one worker, which waits for the one cluster while the others compute."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class OneCluster(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            scope = super()._split_scope(nodeid)
+            return "tests/slurm" if scope.startswith("tests/slurm/") else scope
+
+    return OneCluster(config, log)
+
+
 @pytest.fixture(autouse=True)
 def same_environment():
     """What a test sets in the environment, as ranks do, goes with it."""

@@ -180,10 +180,12 @@ class Likelihood:
     Attributes:
         nats: negative log-likelihood, summed over the tokens.
         tokens: number of completion tokens, EODs included.
+        left_out: number of completions, over all ranks, that alone do not fit the window.
     """
 
     nats: float
     tokens: int
+    left_out: int = 0
 
 
 @torch.inference_mode()
@@ -197,18 +199,17 @@ def likelihood(model: PreTrainedModel, tokenizer: Tokenizer, pairs: Sequence[tup
     Args:
         model: a Hugging Face causal language model.
         tokenizer: of the model.
-        pairs: (context, completion); a pair longer than the window loses one end of its context.
+        pairs: (context, completion); a pair longer than the window loses one end of its context,
+            and one whose completion alone is longer is left out.
         rank, world: of this process, and their number.
         batch_tokens: most tokens, padding included, that are read at once.
         loses: end of a context that is cut off.
-
-    Raises:
-        ValueError: a completion alone is longer than the window.
     """
     window = window_of(model)
     sequences = [_sequence(tokenizer, context, completion, window, loses)
                  for context, completion in pairs]
-    share = sorted(sequences, key=lambda s: -len(s[0]))[rank::world]
+    fitting = [sequence for sequence in sequences if sequence]
+    share = sorted(fitting, key=lambda s: -len(s[0]))[rank::world]
     nats, tokens = 0.0, 0
     with tqdm(total=len(share), unit="pair", desc=f"perplexity, rank 0 of {world}",
               disable=rank > 0 or None) as bar:
@@ -217,20 +218,19 @@ def likelihood(model: PreTrainedModel, tokenizer: Tokenizer, pairs: Sequence[tup
             nats += float(cross_entropy(logits, labels, reduction="sum"))
             tokens += len(labels)
             bar.update(len(batch))
-    return Likelihood(nats, tokens)
+    return Likelihood(nats, tokens, len(sequences) - len(fitting))
 
 
 def _sequence(tokenizer: Tokenizer, context: str, completion: str, window: int,
-              loses: Loses) -> tuple[list[int], int]:
+              loses: Loses) -> tuple[list[int], int] | None:
     """Token ids of context + EOD + " " + completion + EOD, and the index at which the completion
-    begins.
+    begins; None: the completion does not fit together with the token that precedes it.
 
     The window holds all but the last token, which is a label only.
     """
     target = [*tokenizer.encode(f" {completion}"), tokenizer.eod]
     room = window - len(target)
     if room < 0:
-        raise ValueError(f"the completion {completion[:60]!r} has {len(target)} tokens and does "
-                         f"not fit the window of {window} together with the token that precedes it")
+        return None
     ids = shortened(tokenizer.encode(context), room, loses) + [tokenizer.eod]
     return ids + target, len(ids)

@@ -65,8 +65,8 @@ def evaluate(source: WeightSource, task: str, examples: Sequence[Example],
         On rank 0 what came out; None on the others.
 
     Raises:
-        ValueError: a metric of the task is unknown, or a completion or a prompt does not fit the
-            model's window.
+        ValueError: a metric of the task is unknown, or no prompt fits the model's window beside so
+            many new tokens.
     """
     metrics_of(task)
     room_for_prompts(source.model.max_positions, settings)
@@ -108,8 +108,8 @@ def _joined(shares: list[tuple[Likelihood, Decoded]], settings: DecodingSettings
              "tokens": generated, "seconds": round(seconds, 1),
              "tokens_per_second": round(generated / seconds, 1),
              "truncated_prompts": sum(decoded.truncated for _, decoded in shares)}
-    return Evaluated([texts[i] for i in range(len(texts))], Likelihood(nats, tokens), padding,
-                     facts)
+    measured = Likelihood(nats, tokens, shares[0][0].left_out)
+    return Evaluated([texts[i] for i in range(len(texts))], measured, padding, facts)
 
 
 def scores_of(task: str, examples: Sequence[Example], evaluated: Evaluated) -> Scores:
@@ -117,12 +117,15 @@ def scores_of(task: str, examples: Sequence[Example], evaluated: Evaluated) -> S
     scores = score(task, evaluated.predictions, references_of(examples))
     measured = evaluated.likelihood
     if not measured.tokens:
-        scores.missing["perplexity"] = NO_REFERENCE
+        scores.missing["perplexity"] = ("no reference fits the window" if measured.left_out
+                                        else NO_REFERENCE)
         return scores
     loss = measured.nats / measured.tokens
     scores.values[ALL]["perplexity"] = perplexity(loss)
     scores.signatures["perplexity"] = (
         f"of the references' {measured.tokens:,} tokens after context and end of document, in fp32"
+        + (f"; {measured.left_out:,} references that alone do not fit the window are left out"
+           if measured.left_out else "")
         + (f"; {evaluated.padding}, but they are part of the softmax" if evaluated.padding else ""))
     if scores.values[ALL]["perplexity"] is None:
         scores.missing["perplexity"] = (f"the loss is {loss:.4g} nats per token, whose exponential "

@@ -155,7 +155,7 @@ def test_deepspeeds_launcher(straight, tune, workplace):
 
 def test_tensor_parallel_with_a_deepspeed_file(straight, tune, workplace):
     finish(tune("output=tuned_tp2", "parallel.tensor=2", "parallel.zero_stage=2",
-                f"deepspeed={ROOT}/configs/deepspeed/zero2.json", launcher=deepspeed()))
+                f"deepspeed={ROOT}/configs/deepspeed/zero2.json", launcher=TWO))
     assert losses(workplace / "tuned_tp2") == pytest.approx(losses(straight[0]), rel=1e-4)
 
 

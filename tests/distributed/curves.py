@@ -25,13 +25,14 @@ def close_runs(there: dict, reference: dict, tolerance: float = 1e-5) -> None:
 def close_but_for_ties(found: list[dict], expected: dict) -> None:
     """Asserts that losses of all steps, and weights at the end, agree to rounding.
 
-    What the run would have chosen otherwise than the one that it followed were ties within
-    rounding, and few; see followed.py.
+    The run chose masks whenever the other one did that it followed. What it would have chosen
+    otherwise were ties within rounding, and few; see followed.py.
 
     Args:
-        found: of each rank: `losses`, `weights`, `flips` and `gap`.
-        expected: `losses` and `weights` of the other run.
+        found: of each rank: `losses`, `weights`, and what `Choices.followed` has.
+        expected: `losses` and `weights` of the other run, and the `keys` of its choices.
     """
+    assert set().union(*(rank["taken"] for rank in found)) == expected["keys"]
     assert len(found[0]["losses"]) == len(expected["losses"])
     assert found[0]["losses"] == pytest.approx(expected["losses"], abs=1e-5)
     assert max(rank["gap"] for rank in found) < TIE

@@ -41,17 +41,24 @@ class Choices:
         flips: entries that a run would have chosen otherwise than the one it followed.
         gap: largest difference of two magnitudes of which each chose another; where entries are
             chosen together, of their sums in a slice.
+        taken: keys of `made` that a run took.
     """
 
     made: dict[tuple[int, str], list[Tensor]] = field(default_factory=dict)
     number: int = 0
     flips: int = 0
     gap: float = 0.0
+    taken: set[tuple[int, str]] = field(default_factory=set)
+
+    @property
+    def followed(self) -> dict:
+        """What a run that followed says of it, see above."""
+        return {"flips": self.flips, "gap": self.gap, "taken": self.taken}
 
     def follow(self, compact: MaskedWeight, values: Tensor) -> None:
         """Puts the noted masks of a rank's slices in place of those it has chosen."""
         first = ps.get_tensor_model_parallel_rank() * len(compact.mask_bits)
-        noted = self.made[self.number, compact.planned.name]
+        noted = self.of(self.number, compact.planned.name)
         magnitudes = values.detach().float().abs()
         for bits, theirs in zip(_bits_of(compact), noted, strict=False):
             part = theirs[first : first + len(bits)]
@@ -69,9 +76,14 @@ class Choices:
                 apart = apart.sum(0, keepdim=True)
             self.gap = max(self.gap, *apart.abs().tolist(), 0.0)
 
+    def of(self, number: int, name: str) -> list[Tensor]:
+        """What the other run had, which is taken."""
+        self.taken.add((number, name))
+        return self.made[number, name]
+
     def of_step(self, step: int, name: str, entries: int) -> Tensor:
         """Masks (slices, entries) that the other run had after a step at which it pruned."""
-        return unpack(self.made[step, name][0], entries)
+        return unpack(self.of(step, name)[0], entries)
 
 
 @contextmanager

@@ -31,23 +31,24 @@ Rule = Callable[[np.ndarray, SparseWeight, dict], tuple[np.ndarray, np.ndarray, 
 
 
 def noting(recipe: dict) -> dict:
-    """A run of one process that notes its masks: see `pruned`, and `choices`, their file."""
+    """A run of one process that notes its masks: see `pruned`; their file and its keys."""
     file = Path(recipe["output"] + ".choices")
-    with choices(note=file):
-        return pruned([recipe], [None]) | {"choices": str(file)}
+    with choices(note=file) as found:
+        return pruned([recipe], [None]) | {"choices": str(file), "keys": set(found.made)}
 
 
 def following(recipes: list[dict], stops: list[int | None], file: str) -> dict:
-    """A run that follows masks of a file; see `pruned`, and `Choices` for `flips` and `gap`."""
+    """A run that follows masks of a file; see `pruned` and `Choices.followed`."""
     with choices(follow=Path(file)) as found:
-        return pruned(recipes, stops) | {"flips": found.flips, "gap": found.gap}
+        return pruned(recipes, stops) | found.followed
 
 
 def plainly(recipe: dict, rule: str) -> dict:
     """A run by a rule of `RULES`, with dense weights, masked in the forward pass.
 
     Returns:
-        Losses of all steps, whole masked weights at the end by name, and the file of its choices.
+        Losses of all steps, whole masked weights at the end by name, the file of its choices and
+        their keys.
     """
     made, dense = Recipe.model_validate(recipe), Recipe.model_validate(recipe | {"sparsity": 0})
     first, corpus, run = stages_of(dense)[0], check_corpus(made), RunDir(made)
@@ -62,7 +63,8 @@ def plainly(recipe: dict, rule: str) -> dict:
     trained.choose()
     file = Path(recipe["output"] + ".choices")
     torch.save(trained.noted, file)
-    return {"losses": losses, "weights": trained.masked(), "choices": str(file)}
+    return {"losses": losses, "weights": trained.masked(), "choices": str(file),
+            "keys": set(trained.noted)}
 
 
 def ste(entries: np.ndarray, w: SparseWeight, update: dict) -> tuple:
@@ -79,7 +81,10 @@ def largest(entries: np.ndarray, count: int) -> np.ndarray:
 
 def n_m(entries: np.ndarray, w: SparseWeight, update: dict) -> tuple:
     groups = entries.reshape(-1, 4)
-    active = np.stack([largest(group, 2) for group in groups]).reshape(entries.shape)
+    active = np.zeros(groups.shape, bool)
+    first = np.argsort(-np.abs(groups), axis=1, kind="stable")[:, :2]
+    np.put_along_axis(active, first, True, axis=1)
+    active = active.reshape(entries.shape)
     return active, np.ones_like(active), 2e-4 * ~active
 
 

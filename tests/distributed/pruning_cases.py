@@ -51,14 +51,14 @@ def pruned(recipes: list[dict], stops: list[int | None]) -> dict:
 
 
 def following(recipes: list[dict], stops: list[int | None], file: str) -> dict:
-    """The same with the masks of a file; see `followed.Choices` for `flips` and `gap`."""
+    """The same with the masks of a file; see `Choices.followed`."""
     with prunings(Path(file)) as found:
-        return pruned(recipes, stops) | {"flips": found.flips, "gap": found.gap}
+        return pruned(recipes, stops) | found.followed
 
 
 def plain(recipe: dict, rule: str) -> dict:
-    """A run by a rule of `RULES`, with dense weights: losses, weights at the end by name, and the
-    file of its masks."""
+    """A run by a rule of `RULES`, with dense weights: losses, weights at the end by name, the file
+    of its masks and their keys."""
     made = Recipe.model_validate(recipe)
     first, corpus, run = stages_of(made)[0], check_corpus(made), RunDir(made)
     agree_on_port()
@@ -71,7 +71,7 @@ def plain(recipe: dict, rule: str) -> dict:
     destroy()
     file = Path(recipe["output"] + ".masks")
     torch.save(trained.noted, file)
-    return {"losses": losses, "masks": str(file),
+    return {"losses": losses, "masks": str(file), "keys": set(trained.noted),
             "weights": {name: trained.ours(name, p.data).numpy()
                         for name, p in trained.parameters.items()}}
 
@@ -126,8 +126,9 @@ class _Plain:
     def _prune(self, number: int, name: str, share: float) -> None:
         w, parameter = self.plan[name], self.parameters[name]
         largest = _largest(self.ours(name, parameter.data), w, share)
-        self.noted[number, name] = [torch.from_numpy(np.packbits(
-            [slice_of(largest, w, each).numpy() != 0 for each in range(w.slices)], axis=1))]
+        if share:  # no mask is chosen where weights become dense
+            self.noted[number, name] = [torch.from_numpy(np.packbits(
+                [slice_of(largest, w, each).numpy() != 0 for each in range(w.slices)], axis=1))]
         self.masks[name] = as_theirs(self.recipe.model, name, largest)
         state = self.adam.state[parameter]
         for tensor in (parameter.data, state["exp_avg"], state["exp_avg_sq"]):

@@ -209,8 +209,11 @@ def test_perplexity_within_the_window(model):
     longest = "y" * 62  # " " + 62 + end of document = 64, all the window
     whole = likelihood(model, TOKENIZER, [("x" * 9, longest)])
     assert whole == likelihood(model, TOKENIZER, [("", longest)]) and whole.tokens == 64
-    with pytest.raises(ValueError, match="has 65 tokens and does not fit the window of 64"):
-        likelihood(model, TOKENIZER, [("x", longest + "y")])
+    fitting = likelihood(model, TOKENIZER, [("x", "ab")])
+    for rank in range(2):  # a longer one is left out, and no rank counts another
+        found = likelihood(model, TOKENIZER, [("x", longest + "y"), ("x", "ab")], rank, 2)
+        assert found.left_out == 1 and found.tokens == (fitting.tokens if rank == 0 else 0)
+    assert fitting.left_out == 0
 
 
 @pytest.mark.parametrize("batch_tokens", [40, 100, 8192])
@@ -297,3 +300,5 @@ def test_progress_is_shown_by_rank_0_on_a_terminal(model, monkeypatch, capsys, r
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
     decode(model, TOKENIZER, ["x", "y"], DecodingSettings(max_new_tokens=4), rank, 2)
     assert ("decode, rank 0 of 2" in capsys.readouterr().err) == shown
+    likelihood(model, TOKENIZER, [("x", "y"), ("y", "x")], rank, 2)
+    assert ("rank 0 of 2" in capsys.readouterr().err) == shown

@@ -135,3 +135,21 @@ def test_answers_of_squad_are_scored_and_written_by_their_ids(run):
     assert set(scores) == {"exact_match", "F1", "perplexity"}
     answer = read_predictions(output / "predictions.txt")[0]
     assert json.loads((output / "predictions.json").read_text()) == {"56d": answer}
+
+
+def test_an_article_that_is_too_long_loses_its_end(run, monkeypatch):
+    """In decoding and in perplexity."""
+    asked = []
+
+    def watch(do):
+        def watched(*words, **named):
+            asked.append(named.get("loses", words[-1]))
+            return do(*words, **named)
+        return watched
+
+    for name in ("decode", "likelihood"):
+        monkeypatch.setattr(evaluation, name, watch(getattr(evaluation, name)))
+    article = "red cat " * 60
+    code, said, output = run(f"id,article,highlights\n1,{article},a cat .\n", task="cnn_dailymail")
+    assert code == 0 and asked == ["end", "end"] and "1 prompts truncated" in said.out
+    assert "ROUGE-Lsum" in json.loads((output / "scores.json").read_text())["scores"]["all"]

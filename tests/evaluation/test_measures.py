@@ -183,11 +183,11 @@ def test_perplexity_and_bits_per_byte():
 def test_shares_of_ranks_are_put_together():
     settings = DecodingSettings(beams=3)
     assert settings == DecodingSettings(3, 0.8, 4, 64, 32) and DecodingSettings().beams == 10
-    shares = [(Likelihood(3.0, 2), Decoded({1: "b"}, 5, 2.0, 1)),
-              (Likelihood(4.5, 4), Decoded({0: "a", 2: "c"}, 9, 4.04, 2))]
+    shares = [(Likelihood(3.0, 2, 1), Decoded({1: "b"}, 5, 2.0, 1)),
+              (Likelihood(4.5, 4, 1), Decoded({0: "a", 2: "c"}, 9, 4.04, 2))]
     found = _joined(shares, settings, torch.device("cpu"), "padding")
     assert found.predictions == ["a", "b", "c"] and found.padding == "padding"
-    assert found.likelihood == Likelihood(7.5, 6)
+    assert found.likelihood == Likelihood(7.5, 6, 1)
     assert found.facts == {"beams": 3, "length_penalty": 0.8, "no_repeat_ngram": 4,
                            "max_new_tokens": 64, "batch_size": 32, "inputs": 3, "ranks": 2,
                            "device": "cpu", "tokens": 14, "seconds": 4.0, "tokens_per_second": 3.5,
@@ -209,6 +209,11 @@ def test_scores_have_the_perplexity_of_the_references(nats, value):
     assert set(found.values) >= {"all", "p", "q"}
     bare = scores_of("jsonl", EXAMPLES, Evaluated(["x", "u"], Likelihood(1.0, 4), "", {}))
     assert bare.signatures["perplexity"].endswith("in fp32")
+    some = scores_of("jsonl", EXAMPLES, Evaluated(["x", "u"], Likelihood(1.0, 4, 3), "", {}))
+    assert some.signatures["perplexity"].endswith(
+        "; 3 references that alone do not fit the window are left out")
+    none = scores_of("jsonl", EXAMPLES, Evaluated(["x", "u"], Likelihood(0.0, 0, 3), "", {}))
+    assert none.missing["perplexity"] == "no reference fits the window"
 
 
 def test_a_figure_that_is_no_number_is_missing():

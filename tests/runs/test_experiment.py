@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from warm_commands import run_warm
 
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.runs.experiment import (
@@ -186,9 +188,7 @@ def test_a_grid_is_run_reported_and_not_run_again(grid, tmp_path):
                 recipe=RECIPE | {"data": data, "evaluate": {"batches": 1}})
 
     def run(*words: str, code: int = 0) -> str:
-        done = subprocess.run([sys.executable, "-W", "ignore", str(ROOT / "tools/experiment.py"),
-                               str(path), *words],
-                              cwd=tmp_path, capture_output=True, text=True, check=False)
+        done = run_warm([ROOT / "tools/experiment.py", path, *words], tmp_path, dict(os.environ))
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout
 
