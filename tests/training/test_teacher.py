@@ -18,7 +18,8 @@ OTHER = make_tokenizer(merges=1)
 def teacher(tmp_path):
     """A GPT-2 with the tokenizer of the data, and a recipe that distills from it."""
     directory = write_gpt2(tmp_path / "teacher")
-    make_tokenizer().save(directory)
+    make_tokenizer().save(tmp_path / "tokenizer")
+    shutil.copytree(tmp_path / "tokenizer", directory, dirs_exist_ok=True)
     return directory, make_recipe(output=str(tmp_path / "run"), model=MODEL,
                                   distill={"teacher": str(directory)})
 
