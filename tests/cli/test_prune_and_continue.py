@@ -21,6 +21,7 @@ pytestmark = pytest.mark.slow
 
 # fewer texts and steps than the page's: (of the page, here)
 SHORTER = [("python - 1500", "python - 96"),
+           ("train.epochs=1", "train.epochs=1 optimizer.warmup_steps=1"),
            ("--calibration data", "train.tokens=12K optimizer.warmup_tokens=4K "
             "train.global_batch=8 train.micro_batch=8 evaluate.batches=1 log.every=1 "
             "--calibration-samples 8 --calibration data")]

@@ -323,3 +323,19 @@ def test_a_bomb_is_refused_in_little_memory(tmp_path, name):
     skipped, stopped, peak = done.stdout.strip().split("\n")
     assert said in skipped and said in stopped and f"{tmp_path / file}, line " in stopped
     assert int(peak) < 400e3, f"{int(peak) / 1e3:.0f} MB"
+
+
+@pytest.mark.parametrize("most", [1, 5])
+@pytest.mark.parametrize("place", ["first", "later"])
+def test_so_many_blank_lines_in_a_row_are_read_over_and_no_more(tmp_path, monkeypatch, most, place):
+    monkeypatch.setattr("megatron_spdf.data.preprocess.records._MOST_BLANK", most)
+    begin = b"" if place == "first" else b'{"text": "a"}\n' + b" \n" * most + b'{"text": "b"}\n'
+
+    def read(blank: int) -> int:
+        path = tmp_path / f"{blank}.jsonl"
+        path.write_bytes(begin + b"\n" * blank + b'{"text": "c"}\n')
+        return len(list(read_records(path, "stop", ReadReport(), 1000)))
+
+    assert read(most) == (1 if place == "first" else 3)
+    with pytest.raises(ValueError, match=f"more than {most} blank lines in a row"):
+        read(most + 1)

@@ -300,3 +300,5 @@ def test_progress_is_shown_by_rank_0_on_a_terminal(model, monkeypatch, capsys, r
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
     decode(model, TOKENIZER, ["x", "y"], DecodingSettings(max_new_tokens=4), rank, 2)
     assert ("decode, rank 0 of 2" in capsys.readouterr().err) == shown
+    likelihood(model, TOKENIZER, [("x", "y"), ("y", "x")], rank, 2)
+    assert ("rank 0 of 2" in capsys.readouterr().err) == shown

@@ -145,10 +145,3 @@ class Partial:
                 old.unlink(missing_ok=True)
         for suffix in (s for s in _PUBLISH_ORDER if s in waiting):
             os.replace(file_of(self.base, suffix), file_of(self.prefix, suffix))
-
-
-def require_free(prefix: str | Path, overwrite: bool, several: bool = False) -> None:
-    """Raise a ValueError if `prefix` is taken and `overwrite` is false."""
-    partial = Partial(prefix, several)
-    if not partial.ready:
-        partial.require_free(overwrite)
