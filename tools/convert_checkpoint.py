@@ -237,7 +237,8 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], str], str, list[str], s
         """\
 The model's section of the recipe is read off config.json; what a recipe or words say of it must
 agree, but for dropout, initial spread and slices. Without a recipe the run continues dense, in the
-precision of the files: give train.tokens=..., data.train=... as words, here or to pretrain.py.
+precision of the files: give train.tokens=..., data.train=... as words here, since pretrain.py
+refuses a run of another recipe.
 The model_type of config.json is {model_types}.
 What the model computes otherwise than ours is refused by its key. vocab_size is the number of its
 rows, which may be more than the tokenizer has ids. Its tokenizer files must be those of the

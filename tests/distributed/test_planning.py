@@ -27,6 +27,7 @@ RUNS = {"one, 0%": {"sparsity": 0.0}} | {
     "recompute selective": {"train": {"recompute": "selective", "micro_batch": 1}},
     "recompute full": {"train": {"recompute": "full", "micro_batch": 1}},
     "grouped queries": {"model": {**BIG, "query_groups": 2}},
+    "a group a rank": {"model": {**BIG, "query_groups": 2}, "parallel": {"tensor": 2}},
     "micro-batch 4": {"train": {"micro_batch": 4}},
     "tp2 sp recompute full": SP | {"train": {"recompute": "full", "micro_batch": 1}},
     "chunked logits": {"train": {"micro_batch": 4}},
