@@ -6,13 +6,14 @@
     python tools/experiment.py configs/experiments/comparison.yaml --only budget=flops
     python tools/experiment.py configs/experiments/transfer.yaml --print         one command a line
     python tools/experiment.py configs/experiments/transfer.yaml --report   reports what there is
-    python tools/experiment.py configs/experiments/moving_masks.yaml --report --page PAGE.md
+    python tools/experiment.py configs/experiments/fair_comparison.yaml --report --page PAGE.md
 
 Each run is pretrain.py's, in its own directory: one that is done is skipped, one that was stopped
 goes on, so that the grid may be interrupted at any moment. OUTPUT/results.json, results.md and
-results.png hold what is there so far. A grid with `tune` is run in rounds, in which every cell is
-tuned, and then with all seeds (megatron_spdf/runs/tuning.py). Exit code 0; 2 for what the user can
-put right; 75 if a run was stopped on a signal; 3 if a run has no result.
+results.png, with `plot.curves` curves.png too, hold what is there so far, and losses.csv the final
+losses, to which `tools/plan.py fit` fits a law. A grid with `tune` is run in rounds, in which every
+cell is tuned, and then with all seeds (megatron_spdf/runs/tuning.py). Exit code 0; 2 for what the
+user can put right; 75 if a run was stopped on a signal; 3 if a run has no result.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,9 @@ from megatron_spdf import exit_codes
 from megatron_spdf.command_line import add_overrides, make_parser, positive, refusing, say
 from megatron_spdf.files import write_file, write_json
 from megatron_spdf.reports.experiment_plot import plot_results
+from megatron_spdf.reports.learning_curves import plot_curves
 from megatron_spdf.runs.experiment import (
+    Cell,
     Experiment,
     cells,
     load_experiment,
@@ -38,7 +42,12 @@ from megatron_spdf.runs.experiment import (
     results,
 )
 from megatron_spdf.runs.grid import Trial, command, ends_grid, run_all
+from megatron_spdf.runs.loss_table import rows_of, write_table
+from megatron_spdf.runs.paired import difference_column, with_differences
+from megatron_spdf.runs.trunks import Run, with_trunks
 from megatron_spdf.runs.tuning import render_neighbors, tuned_cells
+
+LOSSES = "losses.csv"
 
 
 @refusing
@@ -53,15 +62,21 @@ def main() -> int:
     # one seed of all cells after the other, so that an interrupted grid is even
     planned = [(cell.trials[seed], cell.recipes[seed]) for seed in experiment.seeds
                for cell in grid]
-    commands = commands_of([trial for trial, own in planned
-                            if not options.report and loss_of(trial, own) is None],
-                           experiment, options)
+    runs = {run.trial.output: run for chain in with_trunks(planned) for run in chain}
+    left = [] if options.report else [trial for trial, own in planned
+                                      if loss_of(trial, own) is None]
+    commands = commands_of(left, experiment, options, runs)
     if options.print:
         print("\n".join(map(shlex.join, commands.values())))
         return exit_codes.FINISHED
     print(f"{len(planned)} runs, {len(commands)} to do", flush=True)
-    return (ends_grid(run_all(commands, options.jobs))
-            or report(results(grid), experiment, options))
+    chains: dict[Path, list[Path]] = {}
+    for output in runs:  # a trunk comes before its branches
+        if output in commands:
+            chains.setdefault(runs[output].trunk or output, []).append(output)
+    codes = run_all(commands, options.jobs, list(chains.values()),
+                    lambda output: runs[output].prepare())
+    return ends_grid(codes) or report(grid, results(grid), experiment, options)
 
 
 def tune(experiment: Experiment, options: argparse.Namespace) -> int:
@@ -76,15 +91,21 @@ def tune(experiment: Experiment, options: argparse.Namespace) -> int:
         if code := ends_grid(run_all(commands, options.jobs)):
             return code
         tried |= commands.keys()
-    return report([cell.result(tried) for cell in grid], experiment, options)
+    return report([cell.best(tried) for cell in grid], [cell.result(tried) for cell in grid],
+                  experiment, options)
 
 
-def commands_of(trials: list[Trial], experiment: Experiment,
-                options: argparse.Namespace) -> dict[Path, list[str]]:
-    """Run directory -> command line."""
+def commands_of(trials: list[Trial], experiment: Experiment, options: argparse.Namespace,
+                runs: Mapping[Path, Run] | None = None) -> dict[Path, list[str]]:
+    """Run directory -> command line.
+
+    Args:
+        runs: run directory -> the run, which may be a trunk.
+    """
     recipe = options.experiment.parent / experiment.recipe
-    return {trial.output: command(options.launch, "pretrain.py", recipe, options.overrides, trial)
-            for trial in trials}
+    return {trial.output: [
+        *command(options.launch, "pretrain.py", recipe, options.overrides, trial),
+        *(runs[trial.output].words if runs else [])] for trial in trials}
 
 
 def chosen(experiment: Experiment, only: list[str]) -> Experiment:
@@ -100,15 +121,21 @@ def chosen(experiment: Experiment, only: list[str]) -> Experiment:
     return experiment.model_copy(update={"axes": axes})
 
 
-def report(rows: list[dict[str, Any]], experiment: Experiment,
+def report(grid: list[Cell], rows: list[dict[str, Any]], experiment: Experiment,
            options: argparse.Namespace) -> int:
     """Writes and shows the tables, and draws the first.
 
     Missing runs are no error where the user asked for what there is.
+
+    Args:
+        grid: cells, where they were tuned at the best point.
+        rows: their results.
     """
     output = Path(experiment.output)
     output.mkdir(parents=True, exist_ok=True)
-    table = render(experiment, rows)
+    write_table(output / LOSSES, rows_of(grid, experiment))
+    rows = with_differences(experiment, rows)
+    table = render(experiment, rows, difference_column(experiment))
     if experiment.tune:
         table += f"\n{render_neighbors(experiment, rows)}"
     write_json(output / "results.json", {"experiment": options.experiment.name, "cells": rows})
@@ -117,6 +144,8 @@ def report(rows: list[dict[str, Any]], experiment: Experiment,
              for row in rows]
     plot_results(drawn, experiment.plot.x, experiment.plot.lines, experiment.plot.panels,
                  output / "results.png")
+    if experiment.plot.curves:
+        plot_curves(grid, [*experiment.axes], experiment.plot.curves, output / "curves.png")
     say(table)
     if options.page:
         write_into(options.page, options.experiment.stem, table)

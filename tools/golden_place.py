@@ -26,8 +26,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from megatron_spdf.files import write_file
 
 PACKAGE, CORES, SECONDS = "megatron_spdf", 2, 900
-# Figures of the log that depend on the clock or the machine, and texts for people.
-NOT_KEPT = re.compile(r"second|tflops|mfu|memory_bytes|choices")
+# Figures of the log that depend on the clock or the machine, and a spread whose mean is kept.
+NOT_KEPT = re.compile(r"second|tflops|mfu|memory_bytes|choices|standard_error")
 # Variables that a launcher sets, and those that make every run alike.
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "TORCHELASTIC_", "SLURM_")
 ALIKE = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",

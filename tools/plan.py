@@ -8,6 +8,8 @@
     python tools/plan.py iso-flop RECIPE [section.key=value ...] --sparsity 0.75
                                                   wider sparse models of the same FLOPs
     python tools/plan.py fit RUNS...              the scaling law of your own runs
+    python tools/plan.py fit losses.csv --form all
+                                                  that of a grid's table of losses, in every form
     python tools/plan.py law [--plot FILE.png]    the published law of sparse models
 
 Exit code 0, or 2 with a sentence on what to change.
@@ -20,6 +22,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from megatron_spdf.command_line import (
     add_overrides,
@@ -46,12 +49,17 @@ from megatron_spdf.recipe.recipe import AUTO, Recipe
 from megatron_spdf.records import to_json
 from megatron_spdf.reports.plan_page import render_plan_page
 from megatron_spdf.runs.calibrate import calibrate, measured_step
-from megatron_spdf.runs.law_points import point_of
+from megatron_spdf.runs.law_points import of_one_algorithm, trainings
 from megatron_spdf.runs.measured import read_run
-from megatron_spdf.scaling_law.fit import fit_law, render_fit, render_points
+from megatron_spdf.scaling_law.fit import fit_law, shortcomings
+from megatron_spdf.scaling_law.forms import FORMS
 from megatron_spdf.scaling_law.law import CAVEAT, PUBLISHED, describe_law, plot_contours, render_law
+from megatron_spdf.scaling_law.points import render_points
+from megatron_spdf.scaling_law.render import render_fit
 from megatron_spdf.section import parse_count
 from megatron_spdf.sparsity.plan import Plan
+
+ALL = "all"
 
 
 @refusing
@@ -94,8 +102,21 @@ def plan(arguments: list[str]) -> int:
                                   options.top))
     if options.html:
         write_file(options.html, render_plan_page(facts, str(options.recipe)))
-    say(to_json(facts, indent=1) if options.json else render_overview(facts))
+    say(_rendered(recipe, sparsity, facts, options.json))
     return 0
+
+
+def _rendered(recipe: Recipe, sparsity: Plan, facts: dict[str, Any], as_json: bool) -> str:
+    """The overview, and rates and spreads by group where they differ."""
+    # with PyTorch, without which the planner goes
+    from megatron_spdf.model.parametrization import group_rows, render_parametrization
+
+    weights = recipe.model.weights()
+    groups = render_parametrization(recipe, sparsity, weights)
+    if as_json:
+        rows = {"groups": group_rows(recipe, sparsity, weights)} if groups else {}
+        return to_json({**facts, **rows}, indent=1)
+    return "\n\n".join(filter(None, [render_overview(facts), groups]))
 
 
 def _plan_parser() -> argparse.ArgumentParser:
@@ -159,30 +180,54 @@ def iso_flop(arguments: list[str]) -> int:
 
 
 def fit(arguments: list[str]) -> int:
-    """Fits the law to finished runs."""
+    """Fits laws to finished runs."""
+    options = _fit_parser().parse_args(arguments)
+    trained = trainings(options.runs, options.hold_out)
+    points = [each.point for each in trained]
+    if not options.json:
+        print(render_points(points))
+    fits = []
+    for name in FORMS if options.form == ALL else [options.form]:
+        own = (of_one_algorithm(trained, options.algorithm) if name == "published" else trained)
+        rest, held_out = ([each.point for each in own if each.held_out is held]
+                          for held in (False, True))
+        if options.form == ALL and (missing := shortcomings(rest, FORMS[name])):
+            say(f"the form {name} is left out: {'; '.join(missing)}", sys.stderr)
+            continue
+        fits.append(fit_law(rest, options.starts, options.bootstrap, form=FORMS[name],
+                            held_out=held_out))
+        if not options.json:
+            print(f"\n{render_fit(fits[-1])}")
+    if not fits:
+        raise ValueError("no form of the law is determined by these runs; add some, see above")
+    if options.json:
+        plain = [each.as_plain() for each in fits]
+        said = {"forms": plain} if options.form == ALL else plain[0]
+        print(to_json({**said, "points": [asdict(p) for p in points]}, indent=1))
+    return 0
+
+
+def _fit_parser() -> argparse.ArgumentParser:
     parser = make_parser("The scaling law of sparse models fitted to your own finished runs: at "
                          "least seven, with three different sparsities, sizes and lengths.",
                          prog="plan.py fit")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN",
+                        help="run directories, or tables of losses that tools/experiment.py wrote")
+    parser.add_argument("--form", choices=[*FORMS, ALL], default="published",
+                        help="of the law: the paper's (default); by the average number of weights "
+                             "over training; a factor for each algorithm and sparsity; or all")
+    parser.add_argument("--algorithm", metavar="NAME",
+                        help="whose sparse runs the published form is fitted to, beside dense "
+                             "ones (default: static, where there are several)")
+    parser.add_argument("--hold-out", action="append", default=[], metavar="TEXT",
+                        help="predict runs with this in their name instead of fitting to them, "
+                             "beside those that a table marks; may be repeated")
     parser.add_argument("--starts", type=positive, default=32, metavar="N",
                         help="random starting points (default: 32)")
     parser.add_argument("--bootstrap", type=positive, default=100, metavar="N",
                         help="resamplings (default: 100)")
     parser.add_argument("--json", action="store_true", help="print one JSON value")
-    options = parser.parse_args(arguments)
-    runs = [read_run(run) for run in options.runs]
-    found = [point_of(run) for run in runs]
-    points = [point for point in found if point]
-    for run, point in zip(runs, found, strict=True):
-        if not point:
-            say(f"{run.directory} is left out: its loss at the end is not finite", sys.stderr)
-    if not options.json:
-        print(render_points(points))
-    fitted = fit_law(points, options.starts, options.bootstrap)
-    print(to_json({**asdict(fitted), "points": [asdict(p) for p in points]}, indent=1)
-          if options.json
-          else render_fit(fitted))
-    return 0
+    return parser
 
 
 def law(arguments: list[str]) -> int:

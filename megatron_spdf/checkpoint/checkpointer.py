@@ -71,8 +71,8 @@ class Checkpointer:
     def save(self, engine: Engine, state: RunState, measured_sparsity: dict[str, float]) -> None:
         """Starts to write a checkpoint, which becomes visible when it is complete.
 
-        After that, older checkpoints that `checkpoint.keep` and `keep_every` do not cover are
-        removed. The caller has waited for the previous save.
+        After that, older checkpoints that `checkpoint.keep`, `keep_every` and `keep_at` do not
+        cover are removed. The caller has waited for the previous save.
 
         Args:
             engine: holds weights, masks and optimizer state.
@@ -90,10 +90,12 @@ class Checkpointer:
             write_json(partial / store.RUN, run)
             self.tokenizer.save(partial / "tokenizer")
 
-        best = store.name_of(state.best_step) if keep.best else None
+        spare = {store.name_of(step) for step in keep.keep_at}
+        if keep.best:
+            spare.add(store.name_of(state.best_step))
         self._saving = SaveThread(
             partial, engine.state_to_save(), add_files,
-            lambda: [*store.retain(self.directory, keep.keep, keep.keep_every, best),
+            lambda: [*store.retain(self.directory, keep.keep, keep.keep_every, spare),
                      *self._write_best()],
             self._group, not self._validated)
         self._validated = True

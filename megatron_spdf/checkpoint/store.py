@@ -12,7 +12,7 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Annotated, NotRequired
 
@@ -125,7 +125,8 @@ def discard_incomplete(directory: Path) -> list[str]:
             for path in gone]
 
 
-def retain(directory: Path, keep: int, keep_every: int = 0, spare: str | None = None) -> list[str]:
+def retain(directory: Path, keep: int, keep_every: int = 0,
+           spare: Collection[str] = ()) -> list[str]:
     """Removes complete checkpoints that are not to be kept. Of one that is a link, the link.
 
     Each is renamed first, so that a crash in the middle leaves a `.partial` and not a checkpoint
@@ -135,14 +136,14 @@ def retain(directory: Path, keep: int, keep_every: int = 0, spare: str | None = 
         directory: of the run's checkpoints.
         keep: number of the newest to keep.
         keep_every: keep also those of every `keep_every`th step; 0: none.
-        spare: name of one more to keep.
+        spare: names of those to keep beside.
 
     Returns:
         A sentence for each that could not be removed.
     """
     said = []
     for path in visible(directory)[:-keep]:
-        if path.name == spare or keep_every and step_of(path) % keep_every == 0:
+        if path.name in spare or keep_every and step_of(path) % keep_every == 0:
             continue
         dying = path.with_name(path.name + PARTIAL)
         try:

@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 from megatron_spdf.engine.base import Engine
 from megatron_spdf.model.batch import MicroBatch
 
 
+class Validation(NamedTuple):
+    """Mean loss over batches, and its standard error by their spread, in nats per token; None for
+    one batch, and where losses are not finite."""
+
+    loss: float
+    standard_error: float | None
+
+    @classmethod
+    def of(cls, losses: list[float]) -> Validation:
+        """Of the losses of batches."""
+        known = len(losses) > 1 and all(map(math.isfinite, losses))
+        return cls(sum(losses) / len(losses),
+                   statistics.stdev(losses) / math.sqrt(len(losses)) if known else None)
+
+
 def validation_loss(
     engine: Engine, batches: Iterable[list[MicroBatch]], stop_requested: Callable[[], bool]
-) -> float | None:
+) -> Validation | None:
     """Mean loss in nats per token over the batches. Perplexity is its exponential.
 
     Args:
@@ -20,7 +37,7 @@ def validation_loss(
         stop_requested: asked before each batch.
 
     Returns:
-        The loss; None if a rank was asked to stop before the end.
+        The loss and its standard error; None if a rank was asked to stop before the end.
     """
     losses = []
     for batch in batches:
@@ -28,7 +45,7 @@ def validation_loss(
         if stop:
             return None
         losses.append(loss)
-    return sum(losses) / len(losses)
+    return Validation.of(losses)
 
 
 def perplexity(loss: float) -> float | None:

@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -150,14 +150,23 @@ def render_parametrization(recipe: Recipe, plan: Plan, weights: list[Weight]) ->
     if recipe.parametrization == "standard" and {o.embedding_lr, o.norm_lr,
                                                  model.embedding_std} == {None}:
         return ""
-    rules = Parametrization(recipe, plan)
     columns = [Column("weight"), Column("count", form="d"), Column("density", form=".4f"),
-               Column("initial std", form=".4g"), Column("learning rate x", form=".4g"),
-               Column("peak learning rate", form=".4g")]
+               Column("initial std", "initial_std", ".4g"),
+               Column("learning rate x", "learning_rate_factor", ".4g"),
+               Column("peak learning rate", "peak_learning_rate", ".4g")]
+    rows = Table(columns, group_rows(recipe, plan, weights)).text("  ")
+    return f"{_said(Parametrization(recipe, plan))}\n{rows}"
+
+
+def group_rows(recipe: Recipe, plan: Plan, weights: list[Weight]) -> list[dict[str, Any]]:
+    """The rows of that table as plain values: kind of weight, their count, density of linear ones,
+    initial std, factor of the group's learning rate and its peak."""
+    rules = Parametrization(recipe, plan)
     counts = Counter(_row(weight, rules) for weight in weights)
-    rows = [dict(zip((column.title for column in columns), (kind, count, *values), strict=True))
+    keys = ("weight", "count", "density", "initial_std", "learning_rate_factor",
+            "peak_learning_rate")
+    return [dict(zip(keys, (kind, count, *values), strict=True))
             for (kind, *values), count in counts.items()]
-    return f"{_said(rules)}\n{Table(columns, rows).text('  ')}"
 
 
 def _row(weight: Weight, rules: Parametrization) -> tuple[str, float | None, float | None, float,

@@ -184,6 +184,8 @@ class Checkpoint(Section):
     keep: int = Field(2, gt=0, le=MOST_STEPS, description="newest checkpoints that are kept")
     keep_every: int = Field(0, ge=0, le=MOST_STEPS,
                             description="also keep those of every step that this divides; 0: none")
+    keep_at: list[Annotated[int, Field(gt=0, le=MOST_STEPS)]] = Field(
+        [], description="also save after these steps, and keep that")
     best: bool = Field(False,
                        description="save whenever the validation loss is the lowest yet, and keep "
                                    "that one too")

@@ -13,15 +13,18 @@
       - {width: 64, optimizer.lr: 1e-3}
     plot: {x: optimizer.lr, lines: width, panels: [parametrization]}
 
-`budget: flops` among the values of a label lengthens a run until it costs as many FLOPs as the
-dense model for the recipe's `train.tokens`.
+Labels may also size a run by what it costs (`budget: flops`, `tokens_per_weight: 20`), see
+`budget.py`.
 
 `tune: {optimizer.lr: 2}` tunes keys of every cell before it is run with all seeds, see `tuning.py`.
+Runs that differ in their length alone share their steps at the peak of the learning rate, see
+`trunks.py`. `hold_out:` names cells that no law is fitted to, see `loss_table.py`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -34,14 +37,14 @@ from megatron_spdf.recipe.compare import changes_of_run
 from megatron_spdf.recipe.load import load_recipe, write_value
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.records import read_yaml
+from megatron_spdf.runs.budget import sized
 from megatron_spdf.runs.grid import Trial, axis_of, combinations, labeled
-from megatron_spdf.runs.measured import LOG, read_run
-from megatron_spdf.schedule.flops import training_flops
+from megatron_spdf.runs.measured import LOG, Evaluated, read_run
 from megatron_spdf.schedule.stages import mean_flops, stages_of
 from megatron_spdf.section import PathText, Section
 from megatron_spdf.tables import Column, Table
 
-BUDGET = "budget"  # the only key in an axis that is no key of the recipe
+NAMING = ("exclude", "hold_out", "baseline")  # keys that name cells by labels
 
 
 class Plot(Section):
@@ -50,6 +53,8 @@ class Plot(Section):
     x: str = Field(description="axis along which the loss is drawn")
     lines: str | None = Field(None, description="axis with a line for each of its labels")
     panels: list[str] = Field([], description="axes with a picture for each combination of labels")
+    curves: str | None = Field(None, description="axis with a learning curve for each of its "
+                                                 "labels, in a second picture; default: none")
 
 
 class Experiment(Section):
@@ -63,6 +68,14 @@ class Experiment(Section):
                                                        description="name -> label -> key -> value")
     exclude: list[dict[str, str]] = Field(
         [], description="axis -> label; what has them all is left out"
+    )
+    hold_out: list[dict[str, str]] = Field(
+        [], description="axis -> label; to what has them all no law is fitted, but its loss is "
+                        "predicted"
+    )
+    baseline: dict[str, str] | None = Field(
+        None, description="axis -> label; every cell is compared, seed by seed, with that which "
+                          "has these labels instead"
     )
     tune: dict[str, Annotated[float, Field(gt=1.0)]] = Field(
         {}, description="key of the recipe -> factor between neighboring values; every cell is "
@@ -78,13 +91,16 @@ class Experiment(Section):
                 else labeled(name, axis.items()) if isinstance(axis, dict)
                 else axis
                 for name, axis in values["axes"].items()}
-        exclude = values.get("exclude", [])
-        if isinstance(exclude, list):
-            exclude = [{axis: write_value(label) if isinstance(values["axes"].get(axis), list)
-                        else str(label) for axis, label in labels.items()}
-                       if isinstance(labels, dict) else labels
-                       for labels in exclude]
-        return {**values, "axes": axes, "exclude": exclude}
+
+        def named(labels: Any) -> Any:
+            if isinstance(labels, list):
+                return list(map(named, labels))
+            return {axis: write_value(label) if isinstance(values["axes"].get(axis), list)
+                    else str(label)
+                    for axis, label in labels.items()} if isinstance(labels, dict) else labels
+
+        naming = {key: named(values[key]) for key in NAMING if key in values}
+        return {**values, "axes": axes, **naming}
 
     @model_validator(mode="after")
     def _is_a_grid(self) -> Experiment:
@@ -95,20 +111,23 @@ class Experiment(Section):
         return self
 
     @model_validator(mode="after")
-    def _exclude_names_labels(self) -> Experiment:
-        for labels in self.exclude:
-            if not labels:
-                raise ValueError("exclude has an entry without labels, which all cells have; name "
-                                 "labels there, or leave it out")
-            for axis, label in labels.items():
-                if label not in self.axes.get(axis, {}):
-                    raise ValueError(f"exclude names {axis}={label}, and there is no such label; "
-                                     "see axes")
+    def _labels_are_there(self) -> Experiment:
+        for key in NAMING:
+            named = getattr(self, key) or []
+            for labels in [named] if isinstance(named, dict) else named:
+                if not labels:
+                    raise ValueError(f"{key} has an entry without labels, which all cells have; "
+                                     "name labels there, or leave it out")
+                for axis, label in labels.items():
+                    if label not in self.axes.get(axis, {}):
+                        raise ValueError(f"{key} names {axis}={label}, and there is no such "
+                                         "label; see axes")
         return self
 
     @model_validator(mode="after")
     def _plot_names_axes(self) -> Experiment:
-        unknown = {self.plot.x, self.plot.lines, *self.plot.panels} - {None, *self.axes}
+        unknown = {self.plot.x, self.plot.lines, self.plot.curves, *self.plot.panels} - {
+            None, *self.axes}
         if unknown:
             raise ValueError(f"plot names {', '.join(sorted(map(str, unknown)))}, and the axes are "
                              f"{', '.join(self.axes)}; take one of them")
@@ -176,35 +195,55 @@ def make_cell(trial: Trial, seeds: list[int], recipe: Path, words: list[str]) ->
     Raises:
         ValueError: see `cells`; or an override is of a key that the run has a value for.
     """
-    seeded = {seed: _seeded(trial, seed, recipe, words) for seed in seeds}
-    return Cell(trial.labels, seeded, {seed: load_recipe(recipe, [*words, *t.words])
-                                       for seed, t in seeded.items()})
-
-
-def _seeded(trial: Trial, seed: int, recipe: Path, words: list[str]) -> Trial:
-    """A run of the combination with a seed, and with the tokens that its budget gives."""
-    seeds = {"seed": seed, "sparsity.seed": seed}
-    if both := trial.values.keys() & seeds.keys():
+    own = {"seed", "sparsity.seed"}
+    if both := trial.values.keys() & own:
         raise ValueError(f"{min(both)} is given by seeds, and {trial.labels} would give another; "
                          "leave it out of the axes")
-    values = {**trial.values, **seeds}
-    budget = values.pop(BUDGET, "tokens")
-    if budget not in ("tokens", "flops"):
-        raise ValueError(f"{BUDGET}={budget} must be tokens or flops")
-    if both := {word.partition("=")[0] for word in words} & {*values, "output"}:
+    if both := {word.partition("=")[0] for word in words} & {*trial.values, *own, "output"}:
         raise ValueError(f"{min(both)}: every run of the grid has a value of its own; change the "
                          "grid's file, or leave this word out")
-    trial = replace(trial, values=values, output=trial.output / f"seed={seed}")
-    if budget == "tokens":
-        return trial
-    run = load_recipe(recipe, [*words, *trial.words])
-    dense = training_flops(run.model, run.train.sequence_length).total
-    tokens = round(run.steps * dense / mean_flops(stages_of(run)).total) * run.tokens_per_step
-    return replace(trial, values={**values, "train.tokens": tokens})
+    values = with_size(trial, trial.values, recipe, words)
+    seeded = {seed: replace(trial, values={**values, "seed": seed, "sparsity.seed": seed},
+                            output=trial.output / f"seed={seed}") for seed in seeds}
+    first = load_recipe(recipe, [*words, *seeded[seeds[0]].words])
+    return Cell(trial.labels, seeded, {seed: _with_seed(first, seed, seeded[seed].output)
+                                       for seed in seeds})
+
+
+def _with_seed(recipe: Recipe, seed: int, output: Path) -> Recipe:
+    """A valid recipe with other seeds, of which no rule says anything."""
+    sparsity = recipe.sparsity.model_copy(update={"seed": seed})
+    return recipe.model_copy(update={"seed": seed, "sparsity": sparsity, "output": str(output)})
+
+
+def with_size(trial: Trial, values: dict[str, Any], recipe: Path,
+              words: list[str]) -> dict[str, Any]:
+    """Values of a run whose size is that of its budget.
+
+    Args:
+        recipe: file that every run starts from.
+        words: overrides for every run.
+
+    Raises:
+        ValueError: see `cells`.
+    """
+    return sized(values, lambda own: load_recipe(
+        recipe, [*words, *replace(trial, values=own).words]))
 
 
 def loss_of(trial: Trial, recipe: Recipe) -> float | None:
     """Validation loss at the end of a run, None if the run or the loss is not finite.
+
+    Raises:
+        ValueError: see `end_of`.
+    """
+    ended = end_of(trial, recipe)
+    return ended["loss"] if ended else None
+
+
+def end_of(trial: Trial, recipe: Recipe) -> Evaluated | None:
+    """Record of the last evaluation of a run, at its end; None if the run or the loss is not
+    finite.
 
     Raises:
         ValueError: the directory holds another recipe's run.
@@ -220,7 +259,7 @@ def loss_of(trial: Trial, recipe: Recipe) -> float | None:
         raise ValueError(f"{trial.output} holds another recipe's run: {'; '.join(changes)}. Choose "
                          "another output, or remove it")
     ended = [r for r in run.valid if r["step"] == run.recipe.steps]
-    return ended[-1]["loss"] if ended else None
+    return ended[-1] if ended and ended[-1]["loss"] is not None else None
 
 
 def results(grid: list[Cell]) -> list[dict[str, Any]]:
@@ -257,15 +296,21 @@ def summary(losses: list[float]) -> tuple[float | None, float | None]:
     )
 
 
-def render(experiment: Experiment, rows: list[dict[str, Any]]) -> str:
-    """Markdown table of the rows."""
+def render(experiment: Experiment, rows: list[dict[str, Any]],
+           beside: Sequence[Column] = ()) -> str:
+    """Markdown table of the rows.
+
+    Args:
+        beside: columns after that of the loss.
+    """
     columns = [*(Column(axis, lambda row, axis=axis: row["labels"][axis])
                  for axis in [*experiment.axes, *experiment.tune]),
                Column("tokens", form=","), Column("FLOPs", "flops", ".4g"),
-               Column("validation loss", _render_loss, align="right"),
+               Column("validation loss", _render_loss, align="right"), *beside,
                Column("seeds", _render_seeds, align="right")]
+    said = " Differences are those of the same seeds, likewise." if beside else ""
     return (f"{Table(columns, rows).markdown()}\n\nNats per token at the end of the run; mean and "
-            "95% confidence interval over seeds.\n")
+            f"95% confidence interval over seeds.{said}\n")
 
 
 def _render_loss(row: dict[str, Any]) -> str | None:

@@ -12,7 +12,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -143,13 +143,17 @@ def command(launch: str, script: str, recipe: str | Path, overrides: Sequence[st
             *trial.words]
 
 
-def run_all(commands: Mapping[Path, Sequence[str]], jobs: int | None = None) -> list[int]:
+def run_all(commands: Mapping[Path, Sequence[str]], jobs: int | None = None,
+            chains: Iterable[Sequence[Path]] | None = None,
+            prepare: Callable[[Path], None] = lambda output: None) -> list[int]:
     """Runs command lines until one ends with bad input or on a signal.
 
     Args:
         commands: run directory -> command line.
         jobs: runs at a time, the output of each in a file beside its directory; None: one at a
             time, with this program's output.
+        chains: run directories, those of a chain to be run one after the other; None: each is free.
+        prepare: called with a run directory before its command.
 
     Returns:
         Exit codes, in the order in which runs end.
@@ -160,6 +164,7 @@ def run_all(commands: Mapping[Path, Sequence[str]], jobs: int | None = None) -> 
     def run(output: Path, words: Sequence[str]) -> None:
         if ends_grid(codes):
             return
+        prepare(output)
         print(f"$ {shlex.join(words)}", flush=True)
         output.parent.mkdir(parents=True, exist_ok=True)
         log = output.with_suffix(".txt") if jobs else None
@@ -171,8 +176,12 @@ def run_all(commands: Mapping[Path, Sequence[str]], jobs: int | None = None) -> 
                   file=sys.stderr, flush=True)
         codes.append(code)
 
+    def run_chain(outputs: Sequence[Path]) -> None:
+        for output in outputs:
+            run(output, commands[output])
+
     with ThreadPoolExecutor(jobs or 1) as pool:
-        list(pool.map(run, commands, commands.values()))
+        list(pool.map(run_chain, [[output] for output in commands] if chains is None else chains))
     return codes
 
 

@@ -28,9 +28,10 @@ class Record(TypedDict):
 
 
 class Evaluated(Record):
-    """Evaluation; None: the loss is not finite."""
+    """Evaluation, in nats per token; None: the loss is not finite."""
 
     loss: float | None
+    standard_error: NotRequired[Figure]
 
 
 class Step(Evaluated):

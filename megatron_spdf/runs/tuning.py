@@ -24,7 +24,15 @@ from pathlib import Path
 from typing import Any
 
 from megatron_spdf.recipe.load import load_recipe, write_value
-from megatron_spdf.runs.experiment import Cell, Experiment, loss_of, make_cell, result, trials
+from megatron_spdf.runs.experiment import (
+    Cell,
+    Experiment,
+    loss_of,
+    make_cell,
+    result,
+    trials,
+    with_size,
+)
 from megatron_spdf.runs.grid import Trial, directory_name
 from megatron_spdf.tables import Column, Table
 
@@ -75,7 +83,9 @@ class TunedCell:
     words: list[str]
 
     def __post_init__(self):
-        begun = load_recipe(self.recipe, [*self.words, *self.trial.words]).model_dump()
+        values = with_size(self.trial, self.trial.values, self.recipe, self.words)
+        begun = load_recipe(self.recipe, [*self.words, *replace(self.trial, values=values).words]
+                            ).model_dump()
         self._own = {key: _value(begun, key) for key in self.experiment.tune}
         self._cells: dict[Point, Cell] = {}
 
@@ -114,6 +124,10 @@ class TunedCell:
         cell = self.at(best)
         return [trial for seed, trial in cell.trials.items() if trial.output not in tried
                 and loss_of(trial, cell.recipes[seed]) is None]
+
+    def best(self, tried: Collection[Path]) -> Cell:
+        """The cell at the best point so far."""
+        return self.at(self.search(tried)[0])
 
     def result(self, tried: Collection[Path]) -> dict[str, Any]:
         """That of `experiment.result` at the best point so far, with `tried`, the number of points,

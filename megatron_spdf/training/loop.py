@@ -98,7 +98,7 @@ class Trainer:
             self.stopping = result.stop
             self.report.saved(self.checkpointer.poll())
             best = self._evaluate_if_due() and recipe.checkpoint.best
-            if best or recipe.checkpoint.every and state.step % recipe.checkpoint.every == 0:
+            if best or self._save_due():
                 saved = self._save()
         PROGRESS.set_activity(f"the save at step {state.step}")
         self.report.saved(self.checkpointer.wait())
@@ -138,6 +138,11 @@ class Trainer:
                 "was saved since. Lower optimizer.lr, lengthen the warm-up, or look at the data of "
                 "these steps")
 
+    def _save_due(self) -> bool:
+        checkpoint, step = self.recipe.checkpoint, self.state.step
+        return step in checkpoint.keep_at or bool(checkpoint.every
+                                                  and step % checkpoint.every == 0)
+
     def _evaluate_if_due(self) -> bool:
         """Evaluates every `evaluate.every` steps and at both ends of a stage, once for each step
         however often a run resumes there.
@@ -151,11 +156,12 @@ class Trainer:
                 or state.evaluated == state.step or self.stopping):
             return False
         PROGRESS.set_activity(f"the evaluation at step {state.step}", watched=True)
-        loss = validation_loss(self.engine, self.data.validation_batches(),
-                               lambda: self.stop.requested)
-        if loss is None:
+        measured = validation_loss(self.engine, self.data.validation_batches(),
+                                   lambda: self.stop.requested)
+        if measured is None:
             self.stopping = True
             return False
+        loss = measured.loss
         state.evaluated = state.step
         better = state.best_loss is None or loss < state.best_loss
         if better:
@@ -164,7 +170,7 @@ class Trainer:
             state.best_step, state.best_loss, state.worse = state.step, loss, 0
         else:
             state.worse += 1
-        self.report.validation(loss, better)
+        self.report.validation(measured, better)
         return better
 
     def _save(self) -> int:

@@ -13,7 +13,7 @@ from megatron_spdf.checkpoint.saving import SaveThread
 from megatron_spdf.data.finetuning.completions import CompletionData
 from megatron_spdf.data.pretraining.dataset import TokenData
 from megatron_spdf.engine.base import Engine, StepResult
-from megatron_spdf.evaluation.perplexity import bits_per_byte, perplexity
+from megatron_spdf.evaluation.perplexity import Validation, bits_per_byte, perplexity
 from megatron_spdf.layers.measure import total_sparsity
 from megatron_spdf.parallel.traffic import TrafficCounter
 from megatron_spdf.planning.hardware import peak_flops
@@ -134,7 +134,7 @@ class Report:
                 **({"overlap": change.overlap} if algorithm.tracks else {}),
                 **({"age": change.mean_age} if algorithm.tracks_ages else {})}
 
-    def validation(self, loss: float, better: bool) -> None:
+    def validation(self, measured: Validation, better: bool) -> None:
         """Reports the loss of an evaluation.
 
         Args:
@@ -142,7 +142,8 @@ class Report:
         """
         if not self.log.active:
             return
-        state, figures = self.state, {"loss": loss, "perplexity": perplexity(loss)}
+        state, loss = self.state, measured.loss
+        figures = {"loss": loss, "perplexity": perplexity(loss)}
         line = f"step {state.step}: validation loss {loss:.4f}, " + (
             "no perplexity, since the model has diverged" if figures["perplexity"] is None
             else f"perplexity {figures['perplexity']:.2f}")
@@ -151,6 +152,8 @@ class Report:
             line += f", {figures['bits_per_byte']:.4f} bits per byte"
         if not better:
             line += f"; no better than at step {state.best_step}, {state.worse} in a row"
+        if measured.standard_error is not None:
+            figures["standard_error"] = measured.standard_error
         self.log.record("valid", state.step, **figures)
         self.log.say(line)
 

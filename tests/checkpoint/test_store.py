@@ -144,6 +144,13 @@ def test_retain_keeps_every_mth_step_too(tmp_path, keep, every, left):
     assert names(tmp_path) == [store.name_of(step) for step in left]
 
 
+def test_retain_spares_those_that_are_named(tmp_path):
+    for step in (10, 20, 30, 40):
+        save(tmp_path, step)
+        store.retain(tmp_path, 1, spare={store.name_of(20), store.name_of(25)})
+    assert names(tmp_path) == [store.name_of(step) for step in (20, 40)]
+
+
 def test_retain_counts_no_unfinished_save(tmp_path, checkpoint):
     write_partial(tmp_path, 600)
     store.retain(tmp_path, 1)

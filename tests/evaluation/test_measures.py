@@ -20,7 +20,12 @@ from megatron_spdf.evaluation.evaluate import Evaluated, _joined, scores_of
 from megatron_spdf.evaluation.metrics import ngrams
 from megatron_spdf.evaluation.metrics.metric import Figure, by_part
 from megatron_spdf.evaluation.metrics.nist import _brevity
-from megatron_spdf.evaluation.perplexity import bits_per_byte, perplexity, validation_loss
+from megatron_spdf.evaluation.perplexity import (
+    Validation,
+    bits_per_byte,
+    perplexity,
+    validation_loss,
+)
 from megatron_spdf.evaluation.references import (
     References,
     in_official_form,
@@ -176,8 +181,11 @@ def test_perplexity_and_bits_per_byte():
     assert bits_per_byte(math.log(2), 0.25) == pytest.approx(0.25)
     losses = iter([(1.0, False), (4.0, False), (7.0, True)])
     engine = SimpleNamespace(evaluate=lambda batch, stop: next(losses))
-    assert validation_loss(engine, [[], []], lambda: False) == 2.5
+    assert validation_loss(engine, [[], []], lambda: False) == (
+        2.5, pytest.approx(1.5))
     assert validation_loss(engine, [[], []], lambda: False) is None
+    for losses in ([2.0], [2.0, float("nan")], [2.0, math.inf]):  # no spread is known
+        assert Validation.of(losses).standard_error is None
 
 
 def test_shares_of_ranks_are_put_together():

@@ -38,13 +38,15 @@ AXES = {"width": {32: {"model.hidden": 32}, 64: {"model.hidden": 64, "model.head
 @pytest.fixture
 def grid(tmp_path):
     """Writes an experiment; returns its path."""
-    def write(seeds=(1, 2), axes=AXES, plot=None, recipe=RECIPE, exclude=()) -> Path:
+    def write(seeds=(1, 2), axes=AXES, plot=None, recipe=RECIPE, exclude=(),
+              **more) -> Path:
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
         path = tmp_path / "grid.yaml"
         path.write_text(yaml.safe_dump({
             "recipe": "recipe.yaml", "output": str(tmp_path / "out"), "seeds": list(seeds),
             "axes": axes,
-            "exclude": list(exclude), "plot": plot or {"x": list(axes)[-1]}}, sort_keys=False))
+            "exclude": list(exclude), "plot": plot or {"x": list(axes)[-1]}, **more},
+            sort_keys=False))
         return path
     return write
 
@@ -74,8 +76,8 @@ def finish(trial, recipe, *losses: float, step: int | None = None) -> None:
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
 def test_a_shipped_grid_is_valid(path):
     experiment, found = grid_of(path)
-    assert len(found) == {"comparison": 20, "transfer": 90, "moving_masks": 7,
-                          "newborn": 15}[path.stem]
+    assert len(found) == {"comparison": 20, "transfer": 90, "fair_comparison": 34,
+                          "newborn": 15, "scaling_law": 110}[path.stem]
     assert len({t.output for c in found for t in c.trials.values()}) == 3 * len(found)
     assert not any(of(c).output == experiment.output for c in found)
 
@@ -148,10 +150,13 @@ def test_a_run_that_stopped_half_way_has_no_result(grid):
 @pytest.mark.parametrize(("change", "said"), [
     ({"plot": {"x": "depth"}}, "plot names depth, and the axes are width, sparsity"),
     ({"exclude": [{"width": 128}]}, "exclude names width=128, and there is no such label"),
+    ({"hold_out": [{"width": 128}]}, "hold_out names width=128, and there is no such label"),
+    ({"baseline": {"sparsity": 0.5}}, "baseline names sparsity=0.5, and there is no such label"),
+    ({"plot": {"x": "width", "curves": "depth"}}, "plot names depth, and the axes are width"),
     ({"exclude": ["dense"]}, "exclude.0='dense': input should be a valid dictionary"),
     ({"seeds": ()}, "list should have at least 1 item"),
     ({"axes": {"model.hiden": [32]}}, "unknown key model.hiden"),
-    ({"axes": {"budget": ["time"]}}, "budget=time must be tokens or flops"),
+    ({"axes": {"budget": ["time"]}}, "budget=time must be tokens, flops or weights"),
     ({"seeds": (3, 1, 3)}, "seeds has 3 twice, which is one run"),
     ({"axes": {"optimizer.lr": [1e-3, 2e-3, 0.001]}}, "optimizer.lr has 0.001 twice"),
     ({"axes": {"lr": {"1": {"optimizer.lr": 1}, 1: {"optimizer.lr": 2}}}}, "lr has 1 twice"),

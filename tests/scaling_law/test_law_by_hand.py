@@ -13,16 +13,8 @@ from scipy.optimize import check_grad
 
 from megatron_spdf.runs.law_points import point_of
 from megatron_spdf.scaling_law import fit as fitting
-from megatron_spdf.scaling_law.fit import (
-    COEFFICIENTS,
-    DELTA,
-    Fit,
-    Point,
-    fit_law,
-    render_fit,
-    render_points,
-    shortcomings,
-)
+from megatron_spdf.scaling_law.fit import DELTA, Fit, fit_law, shortcomings
+from megatron_spdf.scaling_law.forms import FORMS, Law
 from megatron_spdf.scaling_law.law import (
     CAVEAT,
     PUBLISHED,
@@ -33,7 +25,10 @@ from megatron_spdf.scaling_law.law import (
     describe_law,
     render_law,
 )
+from megatron_spdf.scaling_law.points import Point, render_points
+from megatron_spdf.scaling_law.render import render_fit
 
+FORM, COEFFICIENTS = FORMS["published"], ["a_s", "b_s", "c_s", "b_n", "a_d", "b_d", "c"]
 LAW = ScalingLaw(2.0, 0.5, 3.0, 0.25, 5.0, 2.0, 0.75)
 POINTS = [Point(s, n, d, float(LAW.loss(s, n, d)) * (1 + 0.01 * ((i * 7) % 5 - 2)), f"run{i}")
           for i, (s, n, d) in enumerate((s, n, d) for s in (0.0, 0.4, 0.8)
@@ -87,7 +82,7 @@ def test_the_table_as_text():
 def test_the_objective_is_the_mean_huber_loss_of_log_losses(monkeypatch):
     """By its definition (Huber 1964), also where a residual is outside of delta, with its slopes
     those of differences."""
-    data, called = fitting._Data.of(POINTS), []
+    data, called = fitting._Data.of(POINTS, FORM), []
     monkeypatch.setattr(fitting, "minimize", lambda f, x, **options: called.append((f, options))
                         or SimpleNamespace(x=x, fun=f(x)[0]))
     for scale in (1e-4, 0.3):  # few residuals outside, or all
@@ -95,7 +90,8 @@ def test_the_objective_is_the_mean_huber_loss_of_log_losses(monkeypatch):
                         LAW.b_n, LAW.a_d / data.unit_d, LAW.b_d, LAW.c])
         x = exact + scale * RANDOM.standard_normal(7)
         end, least = fitting._minimize(data, x)
-        predicted = [data.law(x).loss(p.sparsity, p.nonzero, p.data) for p in POINTS]
+        predicted = [data.law(x).published.loss(p.sparsity, p.nonzero, p.data)
+                     for p in POINTS]
         r = np.abs(np.log(predicted) - np.log([p.loss for p in POINTS]))
         huber = np.where(r <= DELTA, r**2 / 2, DELTA * (r - DELTA / 2)).mean() / DELTA**2
         assert least == pytest.approx(huber) and end is x
@@ -109,22 +105,30 @@ def test_the_objective_is_the_mean_huber_loss_of_log_losses(monkeypatch):
 
 def test_a_fit_is_measured_by_its_law():
     fitted = fit_law(POINTS, starts=2, samples=2)
-    errors = [np.log(fitted.law.loss(p.sparsity, p.nonzero, p.data) / p.loss) for p in POINTS]
+    law = fitted.law.published
+    errors = [np.log(law.loss(p.sparsity, p.nonzero, p.data) / p.loss) for p in POINTS]
     assert fitted.error == pytest.approx(np.sqrt(np.mean(np.square(errors))), rel=1e-6)
-    assert list(fitted.gains) == [0.4, 0.8] and list(fitted.interval) == list(COEFFICIENTS)
-    assert fitted.gains[0.8][0] == fitted.law.equivalent_dense(0.8)
+    assert list(fitted.gains) == [0.4, 0.8] and list(fitted.interval) == COEFFICIENTS
+    assert fitted.gains[0.8][0] == law.equivalent_dense(0.8)
+    assert fitted.law.predict(POINTS) == pytest.approx([law.loss(p.sparsity, p.nonzero, p.data)
+                                                        for p in POINTS])
     assert fit_law(POINTS, starts=2, samples=2) == fitted
 
 
-def laws(values) -> list[ScalingLaw]:
-    return [replace(LAW, b_d=float(value)) for value in values]
+def fitted_as(law: ScalingLaw) -> Law:
+    return Law(FORM, {key: getattr(law, key) for key in COEFFICIENTS})
+
+
+def laws(values) -> list[Law]:
+    return [fitted_as(replace(LAW, b_d=float(value))) for value in values]
 
 
 def test_intervals_are_the_quantiles_of_5_and_95_percent():
     found = fitting._intervals(laws(np.linspace(0, 100, 101)[::-1]))
     assert found["b_d"] == pytest.approx((5.0, 95.0)) and found["c"] == (0.75, 0.75)
-    gains = fitting._gains(LAW, [replace(LAW, b_n=b) for b in np.linspace(0.2, 0.4, 101)], [
-        *POINTS, Point(0.80001, 1.0, 1.0, 1.0)])
+    gains = fitting._gains(
+        fitted_as(LAW), [fitted_as(replace(LAW, b_n=b)) for b in np.linspace(0.2, 0.4, 101)],
+        [*POINTS, Point(0.80001, 1.0, 1.0, 1.0)])
     assert list(gains) == [0.4, 0.8]  # to four digits
     high, low = (replace(LAW, b_n=b).equivalent_dense(0.8) for b in (0.21, 0.39))
     assert gains[0.8] == pytest.approx((LAW.equivalent_dense(0.8), low, high))
@@ -132,7 +136,7 @@ def test_intervals_are_the_quantiles_of_5_and_95_percent():
 
 @pytest.mark.parametrize(("high", "doubted"), [(1.99, False), (2.01, True), (-1.0, True)])
 def test_quantiles_a_factor_of_two_apart_are_doubted(high, doubted):
-    data = fitting._Data.of(POINTS)
+    data = fitting._Data.of(POINTS, FORM)
     best = np.log([LAW.a_s / data.unit_n**LAW.b_n, LAW.b_s, LAW.c_s / data.unit_n**LAW.b_n,
                    LAW.b_n, LAW.a_d / data.unit_d, LAW.b_d, LAW.c])
     found = fitting._doubts(data, best, laws([1.0] * 50 + [high] * 50))
@@ -143,15 +147,15 @@ def test_coefficients_that_can_change_together_are_named():
     """Those of the two capacities that two sparsities give: a (1 - S)^b + c at S = 0 and 0.5 stays
     where a grows by da, c falls by as much, and b falls such that a 0.5^b falls by da too."""
     points = [replace(p, sparsity=0.5 if p.sparsity else 0.0) for p in POINTS]
-    data, x = fitting._Data.of(points), np.log([1.0, 0.5, 1.5, 0.25, 1.0, 2.0, 0.75])
-    (found,) = fitting._doubts(data, x, [LAW])
+    data, x = fitting._Data.of(points, FORM), np.log([1.0, 0.5, 1.5, 0.25, 1.0, 2.0, 0.75])
+    (found,) = fitting._doubts(data, x, laws([LAW.b_d]))
     half = 0.5**0.5
     # in logarithms of a, b, c, for da = 1
     moved = np.array([1.0, (half - 1.0) / (half * np.log(0.5) * 0.5) * -1.0, -1 / 1.5])
     moved /= np.linalg.norm(moved)
     named = [k for k, part in zip(("a_s", "b_s", "c_s"), moved, strict=True) if abs(part) > 0.3]
     assert found.startswith(f"{', '.join(named)} can change together")
-    assert not fitting._doubts(fitting._Data.of(POINTS), x, [LAW])
+    assert not fitting._doubts(fitting._Data.of(POINTS, FORM), x, laws([LAW.b_d]))
 
 
 @pytest.mark.parametrize(("count", "said"), [(7, 0), (6, 1)])
@@ -165,13 +169,15 @@ def test_seven_coefficients_need_seven_runs_of_three_values_each(count, said):
 
 def test_tables_of_runs_and_of_a_fit():
     text = render_points([Point(0.75, 1234567.0, 2.5e9, 2.34567, "a")])
-    assert text.splitlines()[-1].split() == ["a", "75.00%", "1,234,567", "2.5e+09", "2.3457"]
-    said = render_fit(Fit(LAW, 0.00123, {"b_d": (1.0, 3.0)}, {0.75: (2.1, 2.0, 2.2)}, ["no"]))
-    assert said.splitlines()[:4] == [
+    assert text.splitlines()[-1].split() == ["a", "75.00%", "1,234,567", "1,234,567",
+                                            "2.5e+09", "2.3457"]
+    said = render_fit(Fit(fitted_as(LAW), 0.00123, {"b_d": (1.0, 3.0)}, {0.75: (2.1, 2.0, 2.2)},
+                          ["no"], []))
+    assert said.splitlines()[1:5] == [
         "fitted, root mean square error of log losses 1.23e-03; in brackets 5% and 95% of "
-        "bootstrap:", "  b_d  = 2            [1, 3]",
+        "bootstrap:", "  b_d = 2            [1, 3]",
         "  a model of sparsity 75.0% equals a dense one of 2.100x its non-zero weights [2.000, "
-        "2.200]", "  DOUBT: no"]
+        "2.200]; published, of GMP: 2.16x", "  DOUBT: no"]
 
 
 def run_of(records, valid, recipe):
@@ -236,4 +242,4 @@ def test_contours_are_of_both_costs():
 @pytest.mark.parametrize(("reached", "counted"), [(np.nan, np.inf), (np.inf, np.inf), (2.0, 2.0)])
 def test_a_start_that_ran_away_is_never_the_best(monkeypatch, reached, counted):
     monkeypatch.setattr(fitting, "minimize", lambda f, x, **_: SimpleNamespace(x=x, fun=reached))
-    assert fitting._minimize(fitting._Data.of(POINTS), np.zeros(7))[1] == counted
+    assert fitting._minimize(fitting._Data.of(POINTS, FORM), np.zeros(7))[1] == counted

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_spdf.runs.loss_table import LossRow, write_table
 from megatron_spdf.scaling_law.law import PUBLISHED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,6 +49,24 @@ def test_json_and_price(plan, capsys):
     assert facts["request"]["gpus"] == 4 and facts["request"]["efficiency_from"] == "given"
     assert facts["model"]["sparsity"] == pytest.approx(0.5, abs=1e-4) and len(facts["layouts"]) <= 3
     assert facts["layouts"][0]["cost"] == pytest.approx(2 * facts["layouts"][0]["gpu_hours"])
+
+
+def test_rates_and_spreads_of_groups_are_shown_where_they_differ(plan, capsys):
+    words = ["optimizer.lr=1e-3", "sparsity=0.75", "parametrization=density",
+             "optimizer.norm_lr=3e-3",
+             "optimizer.embedding_lr=8e-3", "model.embedding_std=0.05", "model.init_std=0.02"]
+    assert plan([DEMO, *words, "--gpu", "h100"]) == 0
+    table = [line.split() for line in capsys.readouterr().out.partition(
+        "parametrization density, base density 1\n")[2].splitlines()]
+    (qkv,) = (row for row in table if row and row[0].endswith("linear_qkv.weight"))
+    assert qkv[-5:] == ["4", "0.2500", "0.04", "4", "0.004"]  # layers, 0.02 / sqrt(1 / 4), x 4
+    (norms,) = (row for row in table if row[:1] == ["norms"])
+    assert norms[-2:] == ["1", "0.003"]
+    assert plan([DEMO, *words, "--gpu", "h100", "--json"]) == 0
+    groups = json.loads(capsys.readouterr().out)["groups"]
+    assert {row["peak_learning_rate"] for row in groups} == {4e-3, 8e-3, 3e-3}
+    assert {row["initial_std"] for row in groups if "embedding" in row["weight"]} == {0.05}
+    assert plan([DEMO, "--gpu", "h100"]) == 0 and "parametrization" not in capsys.readouterr().out
 
 
 def test_html(plan, capsys, tmp_path):
@@ -96,6 +115,60 @@ def test_fit(plan, capsys, tmp_path):
         "under-determined by these runs: 4 runs for 7 coefficients" in captured.err
         and runs[0][-8:] in captured.out
     )
+
+
+@pytest.fixture
+def table(tmp_path):
+    """Table of losses that follow the published law at sparsities of 0 to 87.5%, static, and a
+    moving algorithm at 75% that is as good as 3 times its weights dense; one size is held out."""
+    law, rows = PUBLISHED["t5"], []
+    for algorithm, level in (("dense", 0.0), ("static", 0.5), ("static", 0.75), ("static", 0.875),
+                             ("rigl", 0.75)):
+        for size in (20_000, 60_000, 100_000, 200_000):
+            for length in (10, 20, 40):
+                as_dense = algorithm == "rigl"
+                rows.append(LossRow(
+                    labels={"size": str(size), "masks": f"{algorithm} {level}",
+                            "length": str(length)},
+                    algorithm=algorithm, sparsity=level, weights=size / (1 - level),
+                    active_weights=size, average_weights=size, tokens=length * size, flops=1e12,
+                    seed=1, cell=f"{size} {algorithm} {level}", standard_error=0.01,
+                    loss=float(law.loss(0.0 if as_dense else level, size * (3 if as_dense else 1),
+                                        length * size)), held_out=size == 100_000))
+    write_table(tmp_path / "losses.csv", rows)
+    return str(tmp_path / "losses.csv")
+
+
+def test_fit_of_a_table_in_every_form(plan, capsys, table):
+    words = ["--starts", "6", "--bootstrap", "4"]
+    assert plan(["fit", table, "--form", "all", *words, "--json"]) == 0
+    out = json.loads(capsys.readouterr().out)
+    published, average, groups = out["forms"]
+    assert [form["form"] for form in out["forms"]] == ["published", "average", "groups"]
+    assert len(out["points"]) == 60
+    # four of five groups, and all; a quarter of each is held out
+    assert [len(form["predictions"]) for form in out["forms"]] == [12, 15, 15]
+    assert published["law"]["b_n"] == pytest.approx(PUBLISHED["t5"].b_n, rel=1e-3)
+    assert groups["gains"]["rigl 0.75"][0] == pytest.approx(3.0, rel=1e-3)
+    assert groups["gains"]["static 0.75"][0] == pytest.approx(2.16, abs=0.01)
+    for form in (published, groups):
+        assert all(p["predicted"] == pytest.approx(p["measured"], rel=1e-5)
+                   for p in form["predictions"])
+    assert average["error"] > 100 * groups["error"]  # sparse and dense are not one there
+    assert plan(["fit", table, "--algorithm", "rigl", *words]) == 2
+    assert "2 different sparsities" in capsys.readouterr().err
+
+
+def test_runs_are_held_out_by_their_names(plan, capsys, table):
+    words = ["--starts", "4", "--bootstrap", "2"]
+    assert plan(["fit", table, *words, "--hold-out", "size=20000,masks=dense"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("size=20000,masks=dense 0.0,length=40,seed=1") == 2  # read, and predicted
+    assert " of 15 measured losses are inside" in out and "published, of GMP: 2.16x" in out
+    assert plan(["fit", table, "--hold-out", "size=7"]) == 2
+    assert "--hold-out size=7: no run has that in its name" in capsys.readouterr().err
+    assert plan(["fit", table, "--algorithm", "set"]) == 2
+    assert "no run is of it; there are rigl, static" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("arguments", "said"), [

@@ -10,7 +10,12 @@ import torch
 
 from megatron_spdf.checkpoint.run_metadata import RunState
 from megatron_spdf.engine.base import StepResult
-from megatron_spdf.evaluation.perplexity import bits_per_byte, perplexity, validation_loss
+from megatron_spdf.evaluation.perplexity import (
+    Validation,
+    bits_per_byte,
+    perplexity,
+    validation_loss,
+)
 from megatron_spdf.schedule.stages import stages_of
 from megatron_spdf.sparsity.history import Change
 from megatron_spdf.training.report import Report
@@ -86,7 +91,7 @@ def test_rates_of_groups_are_shown_where_they_differ(recipe, optimizer, others):
 
 def test_an_evaluation_is_in_nats_and_bits(recipe):
     report = report_of(recipe, 0, 5, best_step=3, worse=2)
-    report.validation(2.0794415, better=False)
+    report.validation(Validation(2.0794415, None), better=False)
     found = report.log.records["valid"]
     assert found["perplexity"] == pytest.approx(8.0)  # three bits a token, of four bytes
     assert found["bits_per_byte"] == pytest.approx(3 / 4)
@@ -162,13 +167,13 @@ def test_bytes_are_those_that_rank_0_holds_and_sends(recipe):
 def test_a_model_that_has_diverged_has_no_perplexity_and_other_ranks_say_nothing(recipe):
     report = report_of(recipe, 0, 5)
     report.data.valid_tokens_per_byte = None
-    report.validation(1e4, better=True)
+    report.validation(Validation(1e4, None), better=True)
     assert report.log.records["valid"] == {"step": 5, "loss": 1e4, "perplexity": None}
     assert report.log.said == ["step 5: validation loss 10000.0000, no perplexity, since the model "
                                "has diverged"]
     other = report_of(recipe, 0, 5)
     other.log.active = False
-    other.validation(1.0, better=True)
+    other.validation(Validation(1.0, None), better=True)
     assert other.log.said == [] and other.log.records == {}
 
 
@@ -191,4 +196,6 @@ def test_validation_is_the_mean_over_its_batches_or_stops(stop_at, loss):
         return stop_at is not None and asked[-1] >= stop_at
 
     found = validation_loss(SimpleNamespace(evaluate=evaluate), [1.0, 2.0, 6.0], stop_requested)
-    assert found == loss and len(evaluated) == (3 if stop_at is None else stop_at + 1)
+    # the spread of 1, 2 and 6 is sqrt(7), over sqrt(3)
+    assert found == (loss and (loss, pytest.approx(math.sqrt(7 / 3))))
+    assert len(evaluated) == (3 if stop_at is None else stop_at + 1)

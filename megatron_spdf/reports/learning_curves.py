@@ -1,0 +1,86 @@
+"""Learning curves of an experiment: training loss against training FLOPs, with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import numpy as np
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from numpy import ndarray
+
+from megatron_spdf.files import save_figure
+from megatron_spdf.records import json_lines
+from megatron_spdf.reports.charts import STYLE, color
+from megatron_spdf.runs.experiment import Cell, loss_of, summary
+from megatron_spdf.runs.measured import LOG
+from megatron_spdf.text import label
+
+STRETCHES = 25  # of equally many records, over which a loss is averaged
+FIRST = 3  # stretch from which on losses set the range of the axis: they fall fast before
+
+
+def plot_curves(cells: Sequence[Cell], axes: Sequence[str], lines: str, path: Path) -> None:
+    """Draws the curves of finished runs, means over seeds; bands are 95% confidence intervals.
+
+    Args:
+        cells: of the experiment.
+        axes: its axes; each combination of labels of the others has a picture.
+        lines: axis with a line for each of its labels.
+        path: picture to write.
+    """
+    pictures: dict[str, list[tuple[str, ndarray]]] = {}
+    for cell in cells:
+        curves = _curves(cell)
+        above = ", ".join(f"{axis.rpartition('.')[2]} {cell.labels[axis]}" for axis in axes
+                          if axis != lines)
+        if curves is not None:
+            pictures.setdefault(above, []).append((cell.labels[lines], curves))
+    colors = {name: color(i) for i, name in enumerate(
+        dict.fromkeys(cell.labels[lines] for cell in cells))}
+    with pyplot.rc_context(STYLE):
+        columns = min(3, max(1, len(pictures)))
+        height = max(1, -(-len(pictures) // columns))
+        figure, grid = pyplot.subplots(height, columns, figsize=(4.4 * columns, 3.3 * height),
+                                       dpi=140, squeeze=False, layout="constrained")
+        for drawn in grid.flat[len(pictures):]:
+            drawn.set_visible(False)
+        for drawn, (above, picture) in zip(grid.flat, pictures.items(), strict=False):
+            _draw(drawn, picture, colors)
+            drawn.set(title=label(above), xlabel="training FLOPs")
+        grid[0][0].set_ylabel("training loss (nats)")
+        save_figure(figure, path)
+        pyplot.close(figure)
+
+
+def _draw(axes: Axes, picture: list[tuple[str, ndarray]], colors: dict[str, str]) -> None:
+    for name, curves in picture:
+        flops = curves[0, :, 0]
+        means, halves = zip(*(summary(list(losses)) for losses in curves[:, :, 1].T), strict=True)
+        middle, half = np.array(means), np.array([h or 0.0 for h in halves])
+        axes.plot(flops, middle, color=colors[name], linewidth=1.4, label=label(name))
+        axes.fill_between(flops, middle - half, middle + half, color=colors[name], alpha=0.2,
+                          linewidth=0)
+    shown = np.concatenate([curves[:, FIRST:, 1].ravel() for _, curves in picture])
+    axes.set(xscale="log", ylim=(shown.min() - 0.05, shown.max() + 0.05))
+    axes.legend(fontsize=7.5)
+
+
+def _curves(cell: Cell) -> ndarray | None:
+    """FLOPs and mean loss at the end of every stretch, (seeds, stretches, 2), of the finished runs;
+    None without one that has as many records."""
+    found = []
+    for seed, trial in cell.trials.items():
+        if loss_of(trial, cell.recipes[seed]) is None:
+            continue
+        steps = [(r["flops"], r["loss"]) for _, r in json_lines(trial.output / LOG, dict,
+                                                             constants=True, cut_short=True)
+                 if r["kind"] == "train" and r["loss"] is not None]
+        if len(steps) >= STRETCHES:
+            found.append([(part[-1, 0], part[:, 1].mean())
+                          for part in np.array_split(np.array(steps), STRETCHES)])
+    return np.array(found) if found else None
