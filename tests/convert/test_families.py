@@ -150,7 +150,7 @@ REFUSED = {
                                                                 "sliding_attention"]},
                         "has sliding_attention"),
     "biased qwen3": ({"model_type": "qwen3", "attention_bias": True}, "attention_bias=True"),
-    "no size": ({"hidden_size": None}, "has no hidden_size"),
+    "no size": ({"hidden_size": None}, "hidden_size=None, where input should be a valid integer"),
     "no groups": ({"model_type": "qwen3", "num_key_value_heads": None},
                   "has no num_key_value_heads"),
     "groups": ({"num_key_value_heads": 3}, "model.heads=4 is not divisible by"),

@@ -26,7 +26,8 @@ from megatron_spdf.training.finetune_setup import prepare
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from huggingface_models import logits_of, make_gpt2  # noqa: E402
 
-STUB = type("Tokenizer", (), {"bod": 96, "eod": 96, "vocab_size": 97, "sha256": ""})
+STUB = type("Tokenizer", (), {"bod": 96, "eod": 96, "prefix": 96, "ends": [96], "vocab_size": 97,
+                             "sha256": ""})
 IDS = torch.arange(14).view(2, 7)
 TOLERANCE = 2e-5  # of logits with a spread near 1: some roundings of fp32
 
@@ -210,7 +211,7 @@ class Wide(Gpt):
     ({"n_head": 0}, r"heads=0, where input should be greater than 0; query_groups=0, where"),
     ({"n_embd": -8}, r"hidden=-8, where"), ({"vocab_size": 10**12}, r"vocab_size=1000000000000, "),
     ({"n_inner": -1}, r"ffn_hidden=-1, where"),
-    ({"n_layer": True}, r"layers=True, where input should be a number, and true is none")], ids=str)
+    ({"n_layer": True}, r"n_layer=True, where input should be a valid integer")], ids=str)
 def test_sizes_that_no_model_has_are_named(change, said):
     config = {"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 2, "vocab_size": 9,
               "n_positions": 4}

@@ -104,7 +104,7 @@ def test_half_precision_becomes_float32_masters(tmp_path):
     ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
     ({"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn=True"),
     ({"add_cross_attention": True}, "add_cross_attention=True"),
-    ({"n_head": None}, "has no n_head"),
+    ({"n_head": None}, "n_head=None, where input should be a valid integer"),
     ({"n_layer": 3}, "has no tensor h.2.ln_1.weight, h.2.ln_1.bias, .* and 8 more, which a GPT-2 "
                      "of 3 layers has"),
     ({"n_layer": 1}, "has transformer.h.1.attn.c_attn.bias, .*which would be lost"),

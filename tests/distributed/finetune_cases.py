@@ -15,6 +15,7 @@ from megatron_spdf.checkpoint.checkpointer import Checkpointer, RunState
 from megatron_spdf.checkpoint.reader import find_checkpoint
 from megatron_spdf.convert.source import open_weights
 from megatron_spdf.engine.factory import make_engine
+from megatron_spdf.evaluation.perplexity import Validation
 from megatron_spdf.layers.compact import compact_of
 from megatron_spdf.model.decoder import build_model, canonical_modules
 from megatron_spdf.parallel.ranks import init_distributed
@@ -170,7 +171,8 @@ def stopped_early(recipe: dict, losses: list[float]) -> dict:
     and what is saved."""
     ends, given = [], iter(losses)
     for _ in range(2):
-        with tuning(recipe) as t, replaced(loop, "validation_loss", lambda *_: next(given)):
+        with tuning(recipe) as t, replaced(loop, "validation_loss",
+                                          lambda *_: Validation(next(given), None)):
             run = RunDir(t.finetune)
             run.create()
             state, _ = t.checkpointer.restore(t.engine)

@@ -221,7 +221,7 @@ BAD = {
                                         "did you mean model.heads?"),
     "key of other architectures": (
         ["model.rotary_base=1e4"], "unknown key model.rotary_base (value '1e4'); "
-        "model.architecture=gpt has no such key, and llama, mistral, qwen2, qwen3 have"),
+        "model.architecture=gpt has no such key, and llama, mistral, qwen2, qwen3"),
     "more ranks than query groups": (
         ["model.architecture=llama", "model.ffn_hidden=96", "model.query_groups=2",
          "parallel.tensor=4"], "tensor may be [1, 2], or with model.slices one of [1, 2, 4]"),
