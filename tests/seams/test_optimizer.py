@@ -128,7 +128,8 @@ def test_a_fine_tuning_recipe_has_its_fields(recipe):
 @pytest.mark.parametrize("words, said", [
     (["optimizer.name=sdg"], "optimizer.name='sdg': there is no optimizer 'sdg'; known: sgd, "),
     (["optimizer.momentun=0.5"], "did you mean optimizer.momentum?"),
-    (["optimizer.beta1=0.5"], "unknown key optimizer.beta1 (value 0.5); optimizer.name=sgd has no such key, and adamw"),
+    (["optimizer.beta1=0.5"],
+     "unknown key optimizer.beta1 (value 0.5); optimizer.name=sgd has no such key, and adamw"),
     (["optimizer.momentum=2"], "optimizer.momentum=2: input should be less than 1")])
 def test_bad_input_is_named(recipe, words, said):
     values = recipe(optimizer=SGD).model_dump()
