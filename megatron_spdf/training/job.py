@@ -221,8 +221,7 @@ def train_stage(job: Job, stage: RunStage, stop: StopRequest, device: torch.devi
     log.say("\n".join(filter(None, [job.summary, engine.choices, stage.heading, *tried, *found])))
     try:
         code = Trainer(stage, engine, data, checkpointer, state, log, stop).run()
-        if stage.number < stage.count:
-            engine.close()  # to make room for the next
+        engine.close()  # to make room for the next; its process groups end their threads
         return code
     except (NotFinite, SparsityDrift, SaveFailed) as error:
         log.say(f"stopped: {error}")
