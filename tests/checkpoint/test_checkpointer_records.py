@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -24,6 +25,13 @@ def made(tmp_path, monkeypatch):
 
 def best(made) -> dict:
     return json.loads((made.directory / store.BEST).read_text())
+
+
+def test_ranks_wait_two_hours_for_a_slow_disk(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(module.dist, "new_group", lambda **settings: asked.append(settings))
+    Checkpointer(tmp_path, SimpleNamespace(), Plan(0, {}), SimpleNamespace())
+    assert asked == [{"backend": "gloo", "timeout": timedelta(seconds=7200)}]
 
 
 def test_the_best_is_written_at_once(made):

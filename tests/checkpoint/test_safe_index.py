@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 import megatron_spdf
-from megatron_spdf.checkpoint.safe_index import read_index
+from megatron_spdf.checkpoint.safe_index import Box, IndexedTensor, Place, read_index
 from megatron_spdf.checkpoint.store import DamagedCheckpoint
 from megatron_spdf.checkpoint.tensors import TensorFiles
 from megatron_spdf.checkpoint.writer import Shard, StoredTensor, whole, write_tensors
@@ -347,6 +347,16 @@ def test_parts_that_do_not_make_the_tensor_are_refused(index, how):
     files = TensorFiles(change(index, how), objects=True)
     with pytest.raises(DamagedCheckpoint, match="does not hold every number of w once"):
         files.tensor("w")
+
+
+@pytest.mark.parametrize(("cuts", "looked_at"), [(999, True), (1000, False)])
+def test_no_more_than_a_million_cells_are_looked_at(cuts, looked_at):
+    """Rows above columns of a number each make the whole tensor, in (cuts + 1) x cuts cells."""
+    place = Place("__0_0.distcp", 0, 4)
+    boxes = [Box((row, 0), (1, cuts), place) for row in range(cuts)]
+    boxes += [Box((cuts, column), (1, 1), place) for column in range(cuts)]
+    tensor = IndexedTensor((cuts + 1, cuts), torch.float32, tuple(boxes))
+    assert tensor.covered is looked_at
 
 
 def other_shape(file):

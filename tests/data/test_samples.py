@@ -11,6 +11,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from megatron_spdf.data.pretraining.samples import (
     DocumentBoundaries,
     ShuffledEpochs,
     Windows,
+    epochs_per_index,
     samples_per_index,
 )
 from megatron_spdf.data.pretraining.sources import expand, training_sources
@@ -175,6 +177,18 @@ def test_every_epoch_holds_every_document_and_ends_before_the_next(make, place, 
     counts = np.bincount(stored(place / "a"), minlength=300) * epochs
     dropped = counts - np.bincount(inputs, minlength=300)
     assert dropped.sum() == epochs * tokens - len(inputs) <= LENGTH and (dropped >= 0).all()
+
+
+@pytest.mark.parametrize(("tokens", "epochs", "number"), [
+    (1601, 655, 65_540), (16 * 32_768 + 1, 2, 65_536), (16 * 32_769 + 1, 1, 32_769),
+    (16 * 200_000, 1, 199_999)])
+def test_epochs_of_a_small_source_share_an_index_of_some_65536_samples(recipe, tokens, epochs,
+                                                                       number):
+    """Of 100 sequences of 16 tokens 655 epochs do; a stored order of samples depends on it."""
+    source = SimpleNamespace(tokens=tokens)
+    made = recipe(train={"sequence_length": 16})
+    assert epochs_per_index(source, made) == epochs
+    assert samples_per_index(source, made) == number
 
 
 def test_the_order_depends_on_seed_content_and_number_alone(make, place, tmp_path, monkeypatch):

@@ -110,6 +110,9 @@ def test_a_weight_that_others_share_stays_dense():
     model = nn.ModuleDict({"embedding": nn.Embedding(16, 8), "inner": nn.Linear(8, 8),
                            "head": nn.Linear(8, 16, bias=False)})
     model.head.weight = model.embedding.weight
+    for name in ("embedding.weight", "head.weight"):  # known by either of its names
+        with pytest.raises(ValueError, match="it matches only embeddings, .* which stay dense"):
+            sparsify(model, 0.5, rules={name: 0.75})
     sparsify(model, 0.5)
     assert set(masks(model)) == {"inner"} and model.head.weight is model.embedding.weight
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.nn.attention import SDPBackend
+from torch.overrides import TorchFunctionMode
 
 from megatron_spdf.model import sdpa
 from megatron_spdf.model.sdpa import (
@@ -70,6 +71,24 @@ def test_what_runs_on_a_gpu_is_tried_out_once_for_heads_of_a_kind(monkeypatch):
         assert kernels_on_gpu(heads) == choose_kernels(heads, lambda kernels, heads: True)
     kernels_on_gpu.cache_clear()
     assert tried == [GPT2, ODD]
+
+
+class OnCpu(TorchFunctionMode):
+    """Tensors meant for a GPU are made here."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        return function(*args, **kwargs | ({"device": "cpu"} if "device" in kwargs else {}))
+
+
+@pytest.mark.parametrize("heads", [GPT2, replace(GPT2, masked=True), ODD])
+@pytest.mark.parametrize(("kernel", "runs"), [
+    (SDPBackend.MATH, True), (SDPBackend.FLASH_ATTENTION, True),
+    (SDPBackend.CUDNN_ATTENTION, False)])
+def test_a_kernel_is_tried_forward_and_backward_and_only_if_asked_for(heads, kernel, runs):
+    """On CPU, which has the first two."""
+    with OnCpu(), torch.no_grad():
+        assert sdpa._runs_on_gpu([kernel], heads) is runs
 
 
 @pytest.mark.gpu
