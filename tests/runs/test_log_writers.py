@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import json
+import os
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -52,7 +53,8 @@ class Stub(ModuleType):
 @pytest.fixture
 def wandb(monkeypatch) -> Stub:
     monkeypatch.setitem(sys.modules, "wandb", stub := Stub())
-    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
+    for name in ("WANDB_RUN_ID", "WANDB_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
     return stub
 
 
@@ -77,6 +79,7 @@ def test_figures_and_recipe_go_to_the_project(run, wandb):
     (started,) = wandb.started
     assert (started.project, started.entity, started.name) == ("sparse", None, run.root.name)
     assert started.dir == str(run.root)  # invariant 8
+    assert os.environ["WANDB_CACHE_DIR"] == str(run.root / "wandb/cache")
     assert started.config == {**run.recipe.model_dump(), "megatron_spdf": __version__}
     assert started.axes == {"step": None, "*": "step"}
     assert wandb.finished == 1

@@ -80,6 +80,8 @@ def _start(project: str, run: RunDir) -> Any:
     """Begins the run of a directory there, or goes on with it."""
     import wandb
 
+    # its own log files, which else go to the user's home
+    os.environ.setdefault("WANDB_CACHE_DIR", str(run.root / "wandb/cache"))
     team, _, name = project.rpartition("/")
     started = wandb.init(
         project=name, entity=team or None, id=_id_of(run), resume="allow", name=run.root.name,
