@@ -10,10 +10,11 @@
 
 Each run is pretrain.py's, in its own directory: one that is done is skipped, one that was stopped
 goes on, so that the grid may be interrupted at any moment. OUTPUT/results.json, results.md and
-results.png, with `plot.curves` curves.png too, hold what is there so far, and losses.csv the final
-losses, to which `tools/plan.py fit` fits a law. A grid with `tune` is run in rounds, in which every
-cell is tuned, and then with all seeds (megatron_spdf/runs/tuning.py). Exit code 0; 2 for what the
-user can put right; 75 if a run was stopped on a signal; 3 if a run has no result.
+results.png, with `plot.curves` curves.png and with `plot.frontiers` frontiers.png too, hold what is
+there so far, and losses.csv the final losses, to which `tools/plan.py fit` fits a law. A grid with
+`tune` is run in rounds, in which every cell is tuned, and then with all seeds
+(megatron_spdf/runs/tuning.py). Exit code 0; 2 for what the user can put right; 75 if a run was
+stopped on a signal; 3 if a run has no result.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from megatron_spdf import exit_codes
 from megatron_spdf.command_line import add_overrides, make_parser, positive, refusing, say
 from megatron_spdf.files import write_file, write_json
 from megatron_spdf.reports.experiment_plot import plot_results
+from megatron_spdf.reports.frontiers import plot_frontiers
 from megatron_spdf.reports.learning_curves import plot_curves
 from megatron_spdf.runs.experiment import (
     Cell,
@@ -133,7 +135,8 @@ def report(grid: list[Cell], rows: list[dict[str, Any]], experiment: Experiment,
     """
     output = Path(experiment.output)
     output.mkdir(parents=True, exist_ok=True)
-    write_table(output / LOSSES, rows_of(grid, experiment))
+    ended = rows_of(grid, experiment)
+    write_table(output / LOSSES, ended)
     rows = with_differences(experiment, rows)
     table = render(experiment, rows, difference_column(experiment))
     if experiment.tune:
@@ -146,6 +149,8 @@ def report(grid: list[Cell], rows: list[dict[str, Any]], experiment: Experiment,
                  output / "results.png")
     if experiment.plot.curves:
         plot_curves(grid, [*experiment.axes], experiment.plot.curves, output / "curves.png")
+    if experiment.plot.frontiers:
+        plot_frontiers(ended, experiment.plot, output / "frontiers.png")
     say(table)
     if options.page:
         write_into(options.page, options.experiment.stem, table)

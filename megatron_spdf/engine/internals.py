@@ -200,6 +200,10 @@ INTERNALS = (
     # DeepSpeed.
     Internal("deepspeed.comm.torch", ("build_shm_op",),
              "replaced on CPU, where it would compile C++"),
+    Internal("deepspeed.comm.comm", ("cdb",), "the backend whose collectives a benchmark times"),
+    Internal("deepspeed.comm.torch.TorchBackend",
+             ("all_gather_function", "reduce_scatter_function"),
+             "timed by the benchmark of a step's parts"),
     Internal("deepspeed.runtime.zero.muon.muon_optimizer", (),
              "imported while torch.compile is left out"),
     Internal("deepspeed.runtime.zero.parameter_offload", ("FWD_MODULE_STACK",),

@@ -55,6 +55,9 @@ class Plot(Section):
     panels: list[str] = Field([], description="axes with a picture for each combination of labels")
     curves: str | None = Field(None, description="axis with a learning curve for each of its "
                                                  "labels, in a second picture; default: none")
+    frontiers: list[str] = Field([], description="labels of `lines` whose losses are drawn against "
+                                                 "training FLOPs, in a picture of its own; `x` is "
+                                                 "then the axis of lengths; default: none")
 
 
 class Experiment(Section):
@@ -131,6 +134,11 @@ class Experiment(Section):
         if unknown:
             raise ValueError(f"plot names {', '.join(sorted(map(str, unknown)))}, and the axes are "
                              f"{', '.join(self.axes)}; take one of them")
+        labels = self.axes[self.plot.lines] if self.plot.lines else {}
+        if strange := [label for label in self.plot.frontiers if label not in labels]:
+            raise ValueError(f"plot.frontiers names {strange[0]}, and the labels of lines are "
+                             f"{', '.join(labels) or 'none, as plot.lines is not given'}; take "
+                             "some of them")
         return self
 
 

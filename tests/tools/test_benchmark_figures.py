@@ -610,8 +610,8 @@ def test_products_of_a_peer_are_held_against_dense_ones(recipe, monkeypatch, tmp
 
 
 def test_without_a_gpu_no_peak_is_shown():
-    run = {"sparsity": 0.0, "tokens_per_second": 1.0, "step_seconds": 1.0, "tflops_per_rank": 1.0,
-           "mfu": None, "state_bytes": {"a": 2**30}}
+    run = {"engine": "megatron", "choices": "", "sparsity": 0.0, "tokens_per_second": 1.0,
+           "step_seconds": 1.0, "tflops_per_rank": 1.0, "mfu": None, "state_bytes": {"a": 2**30}}
     text = train.render_training({"dense": {**run, "peak_bytes": 0},
                                   "sparse": {**run, "peak_bytes": 3 * 2**29}})[0]
     cells = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines()[2:]]

@@ -190,11 +190,12 @@ def test_the_whole_suite_runs_without_a_gpu(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("engine", ["megatron", "deepspeed"])
 @pytest.mark.parametrize("what", ["step", "train"])
-def test_dense_and_sparse_are_measured_in_turn(what, tmp_path):
+def test_dense_and_sparse_are_measured_in_turn_on_the_recipes_engine(what, engine, tmp_path):
     out = tmp_path / "figures.json"
     tiny = ["model.hidden=64", "model.heads=4", "model.layers=1", "model.vocab_size=256",
-            "train.global_batch=4"]
+            "train.global_batch=4", f"engine={engine}", "parallel.zero_stage=1"]
     done = benchmark(what, *tiny, "--steps", "4", "--output", str(out))
     assert done.returncode == 0, done.stderr
     report = json.loads(out.read_text())
@@ -204,7 +205,10 @@ def test_dense_and_sparse_are_measured_in_turn(what, tmp_path):
         report["recipe"]["model"]["hidden"] == 64
         and f"tools/benchmark.py {what}" in report["command"]
     )
-    assert all(run["tokens_per_second"] > 0 for run in report["runs"].values())
+    for name, run in report["runs"].items():
+        assert run["tokens_per_second"] > 0 and run["engine"] == engine
+        assert ("DeepSpeed" in run["choices"]) == (engine == "deepspeed")
+        assert f"{name}: engine {engine}; {run['choices']}" in done.stdout
     if what == "step":
         assert "step time, sparse over dense" in done.stdout
         assert "| by part " in done.stdout and "sparse (ms) |" in done.stdout
@@ -240,9 +244,20 @@ def test_moves_are_measured_beside_steps_without(tmp_path):
     (["step", "nowhere.yaml"], "there is no recipe"),
     (["train", "a.yaml", "b.yaml"], "are 2 recipes; name one"),
     (["step", "--steps", "1"], "take 2 or more"),
+    (["step", str(ROOT / "configs/finetune/e2e.yaml")], "is a fine-tuning recipe, whose model is"),
     (["step", "parallel.tensor=2"], "needs 2 processes")])
 def test_bad_input_is_refused(words, said, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *words])
     assert importlib.import_module("benchmark").main() == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_teacher_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    (tmp_path / "config.json").write_text(json.dumps({
+        "model_type": "gpt2", "n_layer": 1, "n_embd": 64, "n_head": 4, "vocab_size": 8192,
+        "n_positions": 256, "activation_function": "gelu_new"}))
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "train", f"distill.teacher={tmp_path}"])
+    assert importlib.import_module("benchmark").main() == 2
+    assert "and a benchmark loads no teacher; add distill.weight=0" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.engines import allocated, build_engine, joined, peak_of, take_steps
-from benchmarks.step import WARM_UP, figures_of, state_bytes
+from benchmarks.step import WARM_UP, figures_of, render_choices, state_bytes
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.tables import GIB, SECONDS, Column, Table, named
 
@@ -79,5 +79,6 @@ def render_training(runs: dict[str, dict]) -> list[str]:
                Column("TFLOP/s", "tflops_per_rank", ".3g"), Column("MFU", "mfu", ".1%"),
                Column("peak memory", lambda f: f["peak_bytes"] or None, ".2f", GIB),
                Column("state", state_bytes, ".3f", GIB)]
-    return [Table(columns, named(runs)).markdown(), "", "tokens a second, sparse over dense: "
+    return [Table(columns, named(runs)).markdown(), "", *render_choices(runs), "",
+            "tokens a second, sparse over dense: "
             f"{runs['sparse']['tokens_per_second'] / runs['dense']['tokens_per_second']:.3f}"]
