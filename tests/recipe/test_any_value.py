@@ -30,13 +30,13 @@ FINETUNE = {"output": "run", "checkpoint": "there", "data": {"task": "e2e", "pat
 GROUPED = {**SIZES, "query_groups": 2, "ffn_hidden": 96}
 # what else decides which keys there are; those of its own sections are tried
 KINDS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    "static": ({"sparsity": 0.5}, ()),
+    "static": ({"sparsity": {"level": 0.5}}, ()),
     "tiles": ({"sparsity": {"level": 0.75, "pattern": "tile", "tile": 4}}, ("sparsity",)),
     "n:m": ({"sparsity": {"level": 0.5, "pattern": "n_m"}}, ("sparsity",)),
     "a rule": ({"sparsity": {"level": 0.5, "rules": [{"weights": "*.linear_qkv.weight",
                                                       "level": 0.25}]}}, ("sparsity.rules",)),
-    "stages": ({"stages": [{"share": 0.5, "sparsity": 0.5}, {"share": 0.5, "sparsity": 0.0}]},
-               ("stages",)),
+    "stages": ({"stages": [{"share": 0.5, "sparsity": {"level": 0.5}},
+                           {"share": 0.5, "sparsity": {"level": 0.0}}]}, ("stages",)),
     "a blend": ({"data": {"blend": [{"path": "a", "weight": 1.0}, {"path": "b", "weight": 2.0}]}},
                 ("data.blend",)),
     "mup": ({"parametrization": "mup", "mup_base": {"hidden": 32}},
@@ -138,3 +138,15 @@ def test_any_value_of_any_key_of_fine_tuning():
 def test_no_rule_is_broken_by_what_they_start_from():
     for more, _ in KINDS.values():
         assert not list(rule_violations(make_recipe({**PRETRAIN, **more}, [], "it")))
+
+
+@pytest.mark.parametrize("longest", ["x", "0", "-1", "1e30", "0.5", "true"])
+def test_a_wrong_length_is_said_of_the_key_that_has_it(longest):
+    with pytest.raises(ValueError) as refused:
+        make_recipe(PRETRAIN, [f"model.max_positions={longest}"], "it")
+    (said,) = str(refused.value).splitlines()[1:]
+    assert said.startswith("  - model.max_positions=")
+
+
+def test_a_key_without_a_value_has_its_default():
+    assert make_recipe(PRETRAIN, ["model.max_positions="], "it").train.sequence_length == 2048
