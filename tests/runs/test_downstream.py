@@ -15,6 +15,7 @@ from test_experiment import grid as grid  # a fixture  # noqa: PLC0414
 
 from megatron_spdf.runs import downstream
 from megatron_spdf.runs import grid as runner
+from megatron_spdf.runs.budget import linear_weights
 from megatron_spdf.runs.downstream import Downstream, tunings
 from megatron_spdf.runs.experiment import cells, load_experiment
 
@@ -108,6 +109,18 @@ def test_each_waits_for_the_run_that_it_starts_from(asked, monkeypatch, tmp_path
     assert "mode=dense/seed=2 is not begun, as" in said.out
     assert "mode=dense/seed=2 is not scored, as it is not at its end" in said.out
     assert "6 of 6 fine-tuned runs have no scores" in said.err
+
+
+def test_the_shipped_ordering_is_fifteen_fine_tunings_in_spdfs_order():
+    path = ROOT / "configs/experiments/e2e_ordering.yaml"
+    found = tuned(path)
+    assert len({each.trial.output for each in found}) == len(found) == 15
+    arms = {(each.labels["masks"], each.recipe.mode) for each in found}
+    assert arms == {("dense", "dense"), ("50%", "dense"), ("50%", "sparse"), ("75%", "dense"),
+                    ("75%", "sparse")}
+    recipes = [cell.recipes[1] for cell in cells(load_experiment(path), path, [])]
+    (weights,) = {linear_weights(recipe) for recipe in recipes}
+    assert {recipe.steps * recipe.tokens_per_step / weights for recipe in recipes} == {10.0}
 
 
 def test_a_command_that_is_asked_to_stop_ends_the_grid(monkeypatch, tmp_path):
