@@ -17,6 +17,7 @@ Interrupted, the same command goes on. A demo that has ended begins anew.
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -139,8 +140,14 @@ def end(demo: Demo, seconds: float) -> None:
     print(f"\n{demo.fine_tuning_table()}\n\n{demo.texts(columns)}\n\n"
           f"tables   {demo.output / TABLES}\nplot     {demo.plot}\npage     {demo.report}\n"
           f"more     python tools/sample.py {demo.runs['dense']} \"import os\"\n"
-          f"done in {seconds:.0f} s", flush=True)
+          f"done in {seconds:.0f} s, {cpu_seconds():.0f} s of CPU", flush=True)
     write_file(demo.output / TABLES, tables + "\n")
+
+
+def cpu_seconds() -> float:
+    """That this process and those it started have computed."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(part.ru_utime + part.ru_stime for part in used)
 
 
 def explain(failed: Failed) -> int:

@@ -50,8 +50,9 @@ def render_samples(path: Path, name: str, columns: int) -> str:
         name: of the pre-trained run.
     """
     found = read_json(path, dict)
-    lines = [f"The {name} model, before fine-tuning, goes on from {BEGINNING.strip()!r} (drawn at "
-             f"temperature {TEMPERATURE}, top-p {TOP_P}):",
+    heading = (f"The {name} model, before fine-tuning, goes on from {BEGINNING.strip()!r}, at "
+               f"temperature {TEMPERATURE} and top-p {TOP_P}:")
+    lines = [textwrap.fill(heading, max(40, columns)),
              textwrap.indent(_shortened(found["text"]), "    ")]
     for record in found["records"]:
         width = max(map(len, record))
