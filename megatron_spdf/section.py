@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -15,6 +17,7 @@ from pydantic import (
     Field,
     ValidationError,
     ValidationInfo,
+    create_model,
     field_validator,
 )
 from pydantic.fields import FieldInfo
@@ -50,6 +53,8 @@ def as_list(value: Any) -> Any:
 MOST_LAYERS, MOST_WIDTH, MOST_IDS, MOST_POSITIONS = 2**11, 2**20, 2**26, 2**26
 MOST_RANKS, MOST_SEQUENCES, MOST_STEPS, MOST_TOKENS = 2**20, 2**24, 10**12, 10**18
 MOST_SECONDS, MOST_WEIGHTS = 10**9, 10**15
+# Of numbers with a fraction: computations in fp32 overflow from 3e38 on, and vanish under 1e-38.
+LARGEST_NUMBER, SMALLEST_NUMBER = 1e30, 1e-30
 # PyTorch takes 64 bits, of which a sign is one.
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Count = Annotated[int, BeforeValidator(parse_count)]
@@ -71,6 +76,17 @@ class Section(BaseModel):
         if isinstance(value, bool) and _is_number(cls.model_fields[info.field_name].annotation):
             raise PydanticCustomError("number", "input should be a number, and {value} is none",
                                       {"value": str(value).lower()})
+        return value
+
+    @field_validator("*")
+    @classmethod
+    def _fits_in_fp32(cls, value: Any) -> Any:
+        if isinstance(value, float) and value and not (
+                SMALLEST_NUMBER <= abs(value) <= LARGEST_NUMBER):
+            raise PydanticCustomError("number", "input should be 0, or from {least} to {most} or "
+                                      "minus that, as computations have 32 bits",
+                                      {"least": f"{SMALLEST_NUMBER:g}",
+                                       "most": f"{LARGEST_NUMBER:g}"})
         return value
 
     @classmethod
@@ -120,8 +136,46 @@ class OneOf:
         return name
 
 
+class SectionOf(ABC):
+    """Annotation of a field whose section's class depends on the tenants of a seam.
+
+    Attributes:
+        key: of the section, whose value chooses among several classes; empty: there is one.
+    """
+
+    key: str = ""
+
+    @abstractmethod
+    def section(self, values: Any) -> type[Section]:
+        """The class for these values.
+
+        Raises:
+            ValueError: they name no tenant.
+        """
+
+    @abstractmethod
+    def sections(self) -> dict[str, type[Section]]:
+        """All classes by the name that chooses them, the default's first."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
+        # "any": dumped with all fields of the class that was chosen
+        return core_schema.no_info_before_validator_function(
+            self._read, handler(source), serialization=core_schema.simple_ser_schema("any"))
+
+    def _read(self, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values  # a section already, or for pydantic to refuse
+        try:
+            section = self.section(values)
+        except ValueError as error:
+            wrong = PydanticCustomError("name", "{said}", {"said": str(error)})
+            raise ValidationError.from_exception_data("name", [
+                InitErrorDetails(type=wrong, loc=(self.key,), input=values[self.key])]) from None
+        return section.model_validate(values)
+
+
 @dataclass(frozen=True)
-class ByName:
+class ByName(SectionOf):
     """Annotation of a field whose section is that of the tenant it names:
     `optimizer: {name: adamw, ...}` is read as the section of the optimizer adamw.
 
@@ -138,32 +192,45 @@ class ByName:
     key: str = "name"
 
     def section(self, values: Any) -> type[Section]:
-        """The class for these values.
-
-        Raises:
-            ValueError: they name no tenant.
-        """
+        """See the base."""
         name = values.get(self.key, self.default) if isinstance(values, dict) else self.default
         return self.section_of(self.registry.get(str(name)))
 
     def sections(self) -> dict[str, type[Section]]:
-        """The classes of all tenants by name, the default's first."""
+        """See the base."""
         names = sorted(self.registry.names(), key=lambda name: name != self.default)
         return {name: self.section_of(self.registry.get(name)) for name in names}
 
-    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
-        # "any": dumped with all fields of the class that was chosen
-        return core_schema.no_info_before_validator_function(
-            self._read, handler(source), serialization=core_schema.simple_ser_schema("any"))
-
     def _read(self, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values  # a section already, or for pydantic to refuse
-        values = {self.key: self.default, **values}
-        try:
-            section = self.section(values)
-        except ValueError as error:
-            wrong = PydanticCustomError("name", "{said}", {"said": str(error)})
-            raise ValidationError.from_exception_data("name", [
-                InitErrorDetails(type=wrong, loc=(self.key,), input=values[self.key])]) from None
-        return section.model_validate(values)
+        return super()._read({self.key: self.default, **values} if isinstance(values, dict)
+                             else values)
+
+
+@dataclass(frozen=True)
+class WithTenants(SectionOf):
+    """Annotation of a field to whose section every tenant of a seam adds the key of its name.
+
+    Args:
+        registry: of the seam.
+        base: the section without those keys.
+        field_of: tenant -> type and field of its key.
+    """
+
+    registry: Registry
+    base: type[Section]
+    field_of: Callable[[Any], tuple[Any, FieldInfo]]
+
+    def section(self, values: Any = None) -> type[Section]:
+        """The one class there is, with the keys of all tenants."""
+        return _extended(self)
+
+    def sections(self) -> dict[str, type[Section]]:
+        """See the base."""
+        return {"": self.section()}
+
+
+@cache
+def _extended(mark: WithTenants) -> type[Section]:
+    """The class of a mark; made when it is first asked for, as plugins may bring tenants."""
+    fields = {name: mark.field_of(mark.registry.get(name)) for name in mark.registry.names()}
+    return create_model(mark.base.__name__, __base__=mark.base, __doc__=mark.base.__doc__, **fields)

@@ -83,7 +83,7 @@ def test_a_runs_log_leaves_what_is_planted_beside_it_alone(recipe, victim):
     run.log.write_text(record)
     for name in ("log.jsonl.new", "recipe.yaml.new", "starts.json.new"):
         (run.root / name).symlink_to(victim)
-    RunLog(run, 1, 2, tensorboard=False, active=True).close()
+    RunLog(run, 1, 2, writers=(), active=True).close()
     run.create()
     run.preflight()
     assert victim.read_text() == "mine" and run.log.read_text() == record

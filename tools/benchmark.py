@@ -16,9 +16,9 @@ nine minutes; JSON and a Markdown table in DIR. `--suite cpu`, or a machine with
 which shows that it runs.
 `train`: tokens a second, TFLOP/s, MFU and peak memory of a recipe as it trains, dense beside its
     sparsity, in turn.
-`step`: seconds of an optimizer step of a recipe, dense against its sparsity, both engines in one
-process and their steps in turn, so that what else the machine does hits both alike; medians, the
-ratio, and where the time goes. Batches are synthetic.
+`step`: seconds of an optimizer step of a recipe on its engine, dense against its sparsity, both in
+one process and their steps in turn, so that what else the machine does hits both alike; medians,
+the ratio, and where the time goes. Batches are synthetic.
 `moves`: what moves of the masks add to a run: steps with a move beside steps without, in turn in
 one process; of the recipe's algorithm, or of SET, RigL and GMP where it has none.
 `save`: for how long the loop stands still for a checkpoint that is written behind the steps, and
@@ -56,7 +56,7 @@ from megatron_spdf.command_line import (
     positive_real,
     refusing,
 )
-from megatron_spdf.recipe.load import load_recipe
+from megatron_spdf.recipe.load import load_recipe, recipe_values
 from megatron_spdf.recipe.recipe import AUTO, Recipe
 from megatron_spdf.resilience.world import check_world, find_ranks
 
@@ -199,7 +199,14 @@ def load_measured(path: str, overrides: list[str]) -> Recipe:
     Raises:
         ValueError: it is none, or leaves open what would be measured.
     """
+    if "task" in (recipe_values(path).get("data") or {}):
+        raise ValueError(f"{path} is a fine-tuning recipe, whose model is that of its checkpoint, "
+                         "and a benchmark is of a pre-training recipe; name one, and for the steps "
+                         "of fine-tuning add engine=deepspeed")
     recipe = load_recipe(path, overrides)
+    if recipe.distill.on:
+        raise ValueError(f"distill.teacher={recipe.distill.teacher} would run beside every step, "
+                         "and a benchmark loads no teacher; add distill.weight=0")
     if recipe.train.micro_batch == AUTO:
         raise ValueError("train.micro_batch=auto lets a run try sizes at its start; a benchmark is "
                          "of one, give train.micro_batch=N")

@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from megatron_spdf.architecture.base import Model, Weight
+from megatron_spdf.checkpoint import store
 from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
 from megatron_spdf.convert.huggingface_import import CONFIG, HuggingFaceReader
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
@@ -114,7 +115,8 @@ def open_weights(path: str | Path, checksums: bool = True,
         raise ValueError(f"{path} is a checkpoint directory of Megatron-LM, whose files do not "
                          "tell the model's shape; make a run of it with "
                          "tools/convert_checkpoint.py from-megatron")
-    if not (path / "checkpoints").is_dir() and not (path / "run.json").is_file():
+    if not (path / "checkpoints").is_dir() and not (path / store.RUN).is_file() and not (
+            path.name.endswith(store.PARTIAL)):
         raise ValueError(f"{path} holds no weights; give a run directory, a checkpoint of a run, "
                          f"or a Hugging Face directory with {CONFIG}")
     return CheckpointReader(find_checkpoint(path), checksums)

@@ -68,7 +68,7 @@ class Engine(Protocol):
         learning_rate: of the last step.
         choices: which implementation computes what, for the log.
         timed: calls of the engine, "attribute.method", whose time a benchmark counts -> "forward",
-            "backward" or "optimizer".
+            "backward", "optimizer" or "communication".
     """
 
     recipe: Recipe

@@ -74,7 +74,8 @@ class DeepSpeedEngine:
 
     needs_batches = True  # there are no pipeline stages
     timed = {"zero.forward": "forward", "zero.backward": "backward", "zero.step": "optimizer",
-             "_clip_whole_gradients": "optimizer"}
+             "_clip_whole_gradients": "optimizer", "backend.all_gather_function": "communication",
+             "backend.reduce_scatter_function": "communication"}
 
     def __init__(self, recipe: Recipe, plan: Plan, device: torch.device,
                  weights: InitialWeights | None = None):
@@ -82,6 +83,8 @@ class DeepSpeedEngine:
         self.recipe, self.plan, self.device = recipe, plan, device
         self.models = build_model(recipe, plan, weights)
         (self.model,) = self.models
+        # keeps two of PyTorch's collectives, out of reach of whoever replaces them there
+        self.backend = sys.modules["deepspeed.comm.comm"].cdb
         _sum_partial_gradients(self.model, recipe.parallel.tensor)
         self.torch_optimizer = guarded(common.build_optimizer(recipe, self.model))
         # while every rank holds whole parameters

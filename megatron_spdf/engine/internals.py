@@ -197,9 +197,19 @@ INTERNALS = (
     Internal("torch.sparse._semi_structured_conversions.sparse_semi_structured_from_dense_cutlass",
              (), "where CUTLASS wants the active entries named"),
 
+    Internal("megatron.core.full_cuda_graph.FullCudaGraphWrapper",
+             ("curr_iteration", "cuda_graph", "result"),
+             "begun anew by the benchmark of a step as one graph"),
+    Internal("megatron.core.full_cuda_graph.StaticBufferLoader", ("static_buffers",),
+             "begun anew by the benchmark of a step as one graph"),
+
     # DeepSpeed.
     Internal("deepspeed.comm.torch", ("build_shm_op",),
              "replaced on CPU, where it would compile C++"),
+    Internal("deepspeed.comm.comm", ("cdb",), "the backend whose collectives a benchmark times"),
+    Internal("deepspeed.comm.torch.TorchBackend",
+             ("all_gather_function", "reduce_scatter_function"),
+             "timed by the benchmark of a step's parts"),
     Internal("deepspeed.runtime.zero.muon.muon_optimizer", (),
              "imported while torch.compile is left out"),
     Internal("deepspeed.runtime.zero.parameter_offload", ("FWD_MODULE_STACK",),

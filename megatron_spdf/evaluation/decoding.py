@@ -148,7 +148,7 @@ def _complete(model: PreTrainedModel, tokenizer: Tokenizer, prompts: list[list[i
                        device=model.device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts],
                         device=model.device)
-    ends = _ends(tokenizer)
+    ends = completion_ends(tokenizer)
     config = GenerationConfig(
         num_beams=s.beams, length_penalty=s.length_penalty if s.beams > 1 else None,
         max_new_tokens=s.max_new_tokens, do_sample=False, eos_token_id=ends,
@@ -162,7 +162,7 @@ def _complete(model: PreTrainedModel, tokenizer: Tokenizer, prompts: list[list[i
     return [_until(row, set(ends)) for row in out[:, longest:].tolist()]
 
 
-def _ends(tokenizer: Tokenizer) -> list[int]:
+def completion_ends(tokenizer: Tokenizer) -> list[int]:
     """End tokens: EOD, and the blank line where that is one token (628 in GPT-2's vocabulary)."""
     blank = tokenizer.encode("\n\n")
     return [tokenizer.eod, *(blank if len(blank) == 1 else [])]

@@ -19,6 +19,7 @@ from megatron_spdf.recipe.distillation import Distill
 from megatron_spdf.recipe.load import load_recipe
 from megatron_spdf.recipe.recipe import (
     ENGINES,
+    LOG,
     Checkpoint,
     Data,
     Evaluate,
@@ -108,7 +109,7 @@ class Finetune(Section):
     parallel: Parallel = Field(Parallel())
     evaluate: Validation = Field(Validation())
     save: Saving = Field(Saving())
-    log: Log = Field(Log())
+    log: Annotated[Log, LOG] = Recipe.model_fields["log"]
     fault_tolerance: FaultTolerance = Field(FaultTolerance())
     kernels: Kernels = Field(Kernels())
     sweep: dict[str, list[Any]] = Field(

@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from megatron_spdf.recipe.recipe import Recipe
-from megatron_spdf.section import ByName, OneOf, Section
+from megatron_spdf.section import OneOf, Section, SectionOf
 
 
 def render_help(section: type[Section] = Recipe, prefix: str = "", width: int = 110,
@@ -40,7 +40,7 @@ def render_help(section: type[Section] = Recipe, prefix: str = "", width: int = 
 def _render_sections(field: FieldInfo, place: str, width: int) -> list[str]:
     """The section that a field holds; where a name in it decides, those of all tenants, of the
     others only what is theirs."""
-    by_name = next((mark for mark in field.metadata if isinstance(mark, ByName)), None)
+    by_name = next((mark for mark in field.metadata if isinstance(mark, SectionOf)), None)
     if by_name is None:
         return _render_section(field.annotation, place, width)
     (_, first), *others = by_name.sections().items()

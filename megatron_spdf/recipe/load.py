@@ -17,7 +17,7 @@ from megatron_spdf.paths import expand_home
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.recipe.rules import rule_violations
 from megatron_spdf.records import MOST_NESTING, parse_yaml, read_yaml
-from megatron_spdf.section import ByName
+from megatron_spdf.section import ByName, SectionOf
 from megatron_spdf.sparsity.settings import normalize_sparsity
 
 R = TypeVar("R", bound=BaseModel)
@@ -130,7 +130,7 @@ def _without_fields_of(old: type[BaseModel] | None, new: type[BaseModel] | None,
 def _section(field: FieldInfo | None, values: Any) -> type[BaseModel] | None:
     """The class of the section that a field holds, for these values; None: it holds none."""
     for mark in field.metadata if field else ():
-        if isinstance(mark, ByName):
+        if isinstance(mark, SectionOf):
             try:
                 return mark.section(values)
             except ValueError:

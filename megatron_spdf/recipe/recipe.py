@@ -35,6 +35,7 @@ from megatron_spdf.section import (
     PathText,
     Section,
     Seed,
+    WithTenants,
     parse_count,
 )
 from megatron_spdf.sparsity.settings import Sparsity
@@ -42,6 +43,8 @@ from megatron_spdf.sparsity.settings import Sparsity
 AUTO = "auto"
 # Rows of planning/engines.py
 ENGINES: Registry[Any] = Registry("engine", "megatron_spdf.engine.table")
+# Beside log.jsonl
+LOG_WRITERS: Registry[Any] = Registry("log writer", "megatron_spdf.runs.writers")
 def check_micro_batch(value: Any) -> Any:
     if value == AUTO or type(value) is int and 0 < value <= MOST_SEQUENCES:
         return value
@@ -110,16 +113,19 @@ class Train(Section):
         description="share of the target spread evenly over the vocabulary while training")
 
 
-def _usual_length(model: dict[str, Any]) -> Any:
+def _usual_length(model: dict[str, Any]) -> int:
     """The default of train.sequence_length for a model's section, which may be wrong."""
     preset = model.get("preset")
     try:
         family = BY_ARCHITECTURE.section(model)
         known = family.PRESETS.get(preset, {}) if isinstance(preset, str) else {}
-        longest = parse_count({**known, **model}.get("max_positions", 2048))
-        return family.usual_length(longest) if type(longest) is int else longest
+        given = {key: value for key, value in model.items() if value is not None}
+        longest = parse_count({**known, **given}.get("max_positions", 2048))
     except ValueError:  # validation says what is wrong with its name
         return 2048
+    if type(longest) is not int or not 0 < longest <= MOST_POSITIONS:
+        return 1  # and with that
+    return family.usual_length(longest)
 
 
 class Stage(Section):
@@ -196,14 +202,17 @@ class Checkpoint(Section):
 
 class Log(Section):
     every: int = Field(10, gt=0, le=MOST_STEPS,
-                       description="steps between records in log.jsonl and TensorBoard")
-    tensorboard: bool = Field(True, description="write TensorBoard events beside log.jsonl")
+                       description="steps between records in log.jsonl and what goes beside it")
     ranks_every: int = Field(100, ge=0, le=MOST_STEPS,
                              description="steps between gathers of every rank's own step time; 0: "
                                          "never")
     slow_factor: float = Field(
         1.3, gt=1.0, description="ranks whose own step time is over the median's by this factor "
                                  "are named")
+
+
+# Every writer adds a key: `log: {tensorboard: true, wandb: my_project}`.
+LOG = WithTenants(LOG_WRITERS, Log, lambda writer: (writer.type, writer.field))
 
 
 class FaultTolerance(Section):
@@ -277,7 +286,7 @@ class Recipe(Section):
     parallel: Parallel = Field(Parallel())
     evaluate: Evaluate = Field(Evaluate())
     checkpoint: Checkpoint = Field(Checkpoint())
-    log: Log = Field(Log())
+    log: Annotated[Log, LOG] = Field(default_factory=lambda: LOG.section()())
     fault_tolerance: FaultTolerance = Field(FaultTolerance())
     kernels: Kernels = Field(Kernels())
 

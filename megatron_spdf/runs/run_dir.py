@@ -33,18 +33,22 @@ RECIPE = "recipe.yaml"
 CONTENTS = "contents.json"  # of what the recipe names by a path, at the last start
 
 
+def task_of(run: Path) -> str | None:
+    """The task that a run was fine-tuned on; None: it was not, or is no run."""
+    kept = run / RECIPE
+    values = read_yaml(kept) if kept.is_file() else None
+    data = values.get("data") if isinstance(values, dict) else None
+    task = data.get("task") if isinstance(data, dict) else None
+    return task if isinstance(task, str) else None
+
+
 def splits_of(run: Path, task: str) -> Path | None:
     """Where the data of a task are that a run was fine-tuned on; None: it was not.
 
     Raises:
         ValueError: the run's recipe cannot be read.
     """
-    kept = run / RECIPE
-    values = read_yaml(kept) if kept.is_file() else None
-    data = values.get("data") if isinstance(values, dict) else None
-    if not isinstance(data, dict) or data.get("task") != task:
-        return None
-    return Path(load_finetune(kept).data.path)
+    return Path(load_finetune(run / RECIPE).data.path) if task_of(run) == task else None
 
 
 class RunDir:

@@ -1,4 +1,4 @@
-"""Log of a run: lines for people, records in log.jsonl, the same figures in TensorBoard."""
+"""Log of a run: lines for people, records in log.jsonl, its figures for the writers beside it."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from megatron_spdf.files import open_to_append, write_file
 from megatron_spdf.records import Unreadable, parse_json, to_json
 from megatron_spdf.runs.measured import Record
 from megatron_spdf.runs.run_dir import RunDir
+from megatron_spdf.runs.writers.base import Writer
 from megatron_spdf.text import printable_lines
 
 MOST_WAITING = 10_000  # lines; older ones are lost
-AGAIN_SECONDS = 60.0  # until TensorBoard's files are tried again
+# Until a writer that failed is tried again: seconds, and so many times what the failure took.
+AGAIN_SECONDS, AGAIN_TIMES = 60.0, 100
 
 
 class RunLog:
@@ -36,13 +37,14 @@ class RunLog:
         run: directory of the run.
         step: where the run goes on; later records, written before a crash, are dropped.
         steps: length of the run, for the progress bar on a terminal.
-        tensorboard: whether to write its event files.
+        writers: beside log.jsonl, with the values of their keys.
         active: whether this rank writes.
         evaluated: step of the last evaluation; later records of evaluations are dropped; None:
             `step`.
     """
 
-    def __init__(self, run: RunDir, step: int, steps: int, tensorboard: bool, active: bool,
+    def __init__(self, run: RunDir, step: int, steps: int,
+                 writers: Iterable[tuple[type[Writer], Any]], active: bool,
                  evaluated: int | None = None):
         self.active = active
         self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True,
@@ -50,7 +52,8 @@ class RunLog:
         if not active:
             return
         self._lines = _Lines(run.log, self.say, step, step if evaluated is None else evaluated)
-        self._board = _Board(run.tensorboard, self.say, step) if tensorboard else None
+        self._writers = [_Guarded(kind, value, run, self.say, step)
+                         for kind, value in writers]
 
     def say(self, text: str) -> None:
         """Prints a line for people on standard output."""
@@ -60,8 +63,8 @@ class RunLog:
                 sys.stdout.flush()
 
     def record(self, kind: str, step: int, **figures: Any) -> None:
-        """Writes a record to log.jsonl, and its numbers, nested ones too, to TensorBoard under
-        `kind/`.
+        """Writes a record to log.jsonl, and its numbers, nested ones too, to the writers as
+        `kind/figure`.
 
         Args:
             kind: of record, such as "train" or "valid".
@@ -70,8 +73,9 @@ class RunLog:
         if not self.active:
             return
         self._lines.write(to_json({"kind": kind, "step": step, **figures}).encode() + b"\n")
-        if self._board:
-            self._board.write(step, dict(_numbers(f"{kind}/", figures)))
+        numbers = dict(_numbers(f"{kind}/", figures)) if self._writers else {}
+        for writer in self._writers:
+            writer.write(step, numbers)
 
     def advance(self, loss: float) -> None:
         """Moves the progress bar on by a step."""
@@ -83,8 +87,8 @@ class RunLog:
         self._bar.close()
         if self.active:
             self._lines.close()
-            if self._board:
-                self._board.close()
+            for writer in self._writers:
+                writer.close()
 
 
 class _Lines:
@@ -142,37 +146,42 @@ class _Lines:
                 file.close()
 
 
-class _Board:
-    """Event files of TensorBoard. After a failure a new one is begun, and points are missing.
+class _Guarded:
+    """A writer whose failure ends no run. A new one is begun after a while, and points are missing.
 
     Args:
-        directory: of the files.
+        kind, value: of the writer.
+        run: directory of the run.
         say: prints a sentence.
         step: where the run goes on.
     """
 
-    def __init__(self, directory: Path, say: Callable[[str], None], step: int):
-        self._directory, self._say, self._purge = directory, say, step + 1
-        self._writer: SummaryWriter | None = None
+    def __init__(self, kind: type[Writer], value: Any, run: RunDir, say: Callable[[str], None],
+                 step: int):
+        self._kind, self._value, self._run, self._say, self._step = kind, value, run, say, step
+        self._writer: Writer | None = None
         self._failing, self._again = False, 0.0
         self.write(step, {})
 
     def write(self, step: int, figures: dict[str, float]) -> None:
-        if self._failing and time.monotonic() < self._again:
+        began = time.monotonic()
+        if self._failing and began < self._again:
             return
         try:
             if self._writer is None:
-                self._writer = SummaryWriter(self._directory, purge_step=self._purge)
-            for name, value in figures.items():
-                self._writer.add_scalar(name, value, step)
+                self._writer = self._kind(self._value, self._run, self._step)
+            if figures:
+                self._writer.write(step, figures)
             self._failing = False
-        except Exception as error:  # whatever its thread ended with
+        except Exception as error:  # whatever its threads and processes ended with
             if not self._failing:
-                self._say(f"could NOT write {self._directory}: {error}; the run goes on without "
-                          "TensorBoard for now")
-            self._failing, self._again = True, time.monotonic() + AGAIN_SECONDS
-            self._purge = step + 1
+                self._say(f"could NOT write to {self._kind.title}: {error}; the run goes on "
+                          "without it for now")
+            self._step = step
             self.close()
+            now = time.monotonic()
+            self._failing, self._again = True, now + max(AGAIN_SECONDS,
+                                                         AGAIN_TIMES * (now - began))
 
     def close(self) -> None:
         writer, self._writer = self._writer, None

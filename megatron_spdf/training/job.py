@@ -35,6 +35,7 @@ from megatron_spdf.resilience.signals import StopRequest
 from megatron_spdf.resilience.startup_check import Unhealthy
 from megatron_spdf.resilience.world import Ranks, check_world
 from megatron_spdf.runs.run_dir import RunDir
+from megatron_spdf.runs.writers.base import check_writers, chosen
 from megatron_spdf.schedule.stages import RunStage, stages_left
 
 if TYPE_CHECKING:  # these import megatron.core
@@ -127,10 +128,11 @@ def open_run(ranks: Ranks, recipe: Recipe | Finetune, contents: dict[str, str],
         alone: whether this process does not join the others.
 
     Raises:
-        ValueError: another number of ranks than the layout has, another run's directory, or one
-            that another job has.
+        ValueError: another number of ranks than the layout has, a writer of the log that this
+            machine lacks, another run's directory, or one that another job has.
     """
     check_world(ranks, recipe.parallel)
+    check_writers(recipe.log)
     run = RunDir(recipe, contents)
     run.check()
     if ranks.rank == 0:
@@ -216,7 +218,7 @@ def train_stage(job: Job, stage: RunStage, stop: StopRequest, device: torch.devi
                                     job.origin)
         state, found = checkpointer.restore(engine, stage.first, stage.continues)
     data = job.make_data(recipe, engine)
-    log = RunLog(run, state.step, recipe.steps, recipe.log.tensorboard, active=job.ranks.rank == 0,
+    log = RunLog(run, state.step, recipe.steps, chosen(recipe.log), active=job.ranks.rank == 0,
                  evaluated=state.evaluated)
     log.say("\n".join(filter(None, [job.summary, engine.choices, stage.heading, *tried, *found])))
     try:

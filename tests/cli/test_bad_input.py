@@ -25,6 +25,7 @@ def damaged(workplace, tmp_path):
 @pytest.mark.parametrize(("words", "said"), [
     (["optimizer.zzz=1"], ["unknown key optimizer.zzz", "known: "]),
     (["optimizer.bata1=0.9"], ["did you mean optimizer.beta1?"]),
+    (["log.wandb=a/b/c"], ["log.wandb='a/b/c'", "TEAM/PROJECT"]),
     (["sparsity=1.0"], ["sparsity.level=1.0", "less than 1"]),
     (["parallel.tensor=3"], ["model.query_groups=4", "parallel.tensor=3", "[1, 2, 4]"]),
     (["parallel.pipeline=3"], ["model.layers=2", "[1, 2]"]),

@@ -447,7 +447,7 @@ def drifting(recipe: dict) -> dict:
 
 def ending(b: Bench) -> str:
     b.run.create()
-    log = RunLog(b.run, 0, b.recipe.steps, tensorboard=False, active=dist.get_rank() == 0)
+    log = RunLog(b.run, 0, b.recipe.steps, writers=(), active=dist.get_rank() == 0)
     (stage,) = stages_of(b.recipe)
     trainer = Trainer(stage, b.engine, b.data, b.checkpointer, RunState(), log, StopRequest())
     try:

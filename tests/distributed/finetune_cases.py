@@ -176,7 +176,7 @@ def stopped_early(recipe: dict, losses: list[float]) -> dict:
             run = RunDir(t.finetune)
             run.create()
             state, _ = t.checkpointer.restore(t.engine)
-            log = RunLog(run, state.step, t.recipe.steps, tensorboard=False,
+            log = RunLog(run, state.step, t.recipe.steps, writers=(),
                          active=dist.get_rank() == 0)
             (stage,) = stages_of(t.recipe)
             trainer = loop.Trainer(stage, t.engine, t.data, t.checkpointer, state, log,

@@ -19,13 +19,14 @@ from megatron_spdf.checkpoint import store
 from megatron_spdf.checkpoint.inspect import verify
 from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
 from megatron_spdf.checkpoint.run_metadata import stored_masks
-from megatron_spdf.convert.huggingface_export import MASKS, WEIGHTS, export
+from megatron_spdf.convert.huggingface_export import MASKS, WEIGHTS, export, in_memory
 from megatron_spdf.convert.initial_checkpoint import write_initial_checkpoint
 from megatron_spdf.convert.megatron_lm import MegatronReader, save_for_megatron
 from megatron_spdf.convert.source import open_weights
 from megatron_spdf.data.preprocess.preprocess import preprocess
 from megatron_spdf.data.tokenizers.gpt2 import END_OF_TEXT, Gpt2Bpe
 from megatron_spdf.data.tokenizers.tokenizer import load_tokenizer, train_tokenizer
+from megatron_spdf.evaluation.sampling import Prompt, SamplingSettings, continue_text
 from megatron_spdf.recipe.recipe import Recipe
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -187,6 +188,11 @@ def test_greedy_text_is_that_of_transformers(conversion, place, name):
     tokens = model.generate(prompt, do_sample=False, max_new_tokens=GREEDY, min_new_tokens=GREEDY)
     assert tokens.shape == (1, prompt.size(1) + GREEDY)
     assert tokenizer.decode(tokens[0]) == found["text"]
+    pieces: list[str] = []  # and of tools/sample.py, from the run itself
+    ours = in_memory(CheckpointReader(place / name / "checkpoints" / store.name_of(0)))
+    continue_text(ours, load_tokenizer(exported), Prompt(prompt[0].tolist(), []),
+                  SamplingSettings(GREEDY), pieces.append)
+    assert tokenizer.decode(prompt[0]) + "".join(pieces) == found["text"]
 
 
 @pytest.mark.parametrize("level", ["0%", "75%"])

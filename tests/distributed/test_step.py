@@ -5,7 +5,7 @@ import pytest
 from cases import train
 from curves import close
 from harness import world_of
-from step_cases import adam, fused, masked_peer, tuned, waits
+from step_cases import adam, fused, gathers_by_part, masked_peer, tuned, waits
 
 pytestmark = pytest.mark.slow
 
@@ -58,6 +58,12 @@ def test_the_peer_of_benchmarks_that_multiplies_masks_trains(ranks, make_recipe)
     found = ranks(1).run(masked_peer, make_recipe(sparsity=0.0))
     assert min(found["norms"]) > 0.0
     assert found["zero"] and all(found["zero"]) and all(found["learnt"])
+
+
+def test_the_benchmark_counts_deepspeeds_gathers_as_communication(ranks, make_recipe):
+    parts = ranks(2).run(gathers_by_part, make_recipe(
+        engine="deepspeed", model={"layers": 1}, parallel={"data": 2, "zero_stage": 3}))
+    assert parts["made"] > 2 and parts["communication"] >= 0.1 * parts["made"]
 
 
 @pytest.mark.parametrize("engine", ["megatron", "deepspeed"])

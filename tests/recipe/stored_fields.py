@@ -19,7 +19,7 @@ from pydantic_core import PydanticUndefined  # noqa: E402
 
 from megatron_spdf.recipe.finetune import Finetune  # noqa: E402
 from megatron_spdf.recipe.recipe import BlendSource, Recipe, Stage  # noqa: E402
-from megatron_spdf.section import ByName, Section  # noqa: E402
+from megatron_spdf.section import Section, SectionOf  # noqa: E402
 from megatron_spdf.sparsity.algorithms.base import ALGORITHMS  # noqa: E402
 from megatron_spdf.sparsity.patterns.base import PATTERNS  # noqa: E402
 from megatron_spdf.sparsity.settings import SparsityRule  # noqa: E402
@@ -42,11 +42,11 @@ def lines() -> list[str]:
 
 def _section(section: type[BaseModel], place: str) -> Iterator[str]:
     for key, field in section.model_fields.items():
-        marks = [mark for mark in field.metadata if isinstance(mark, ByName)]
+        marks = [mark for mark in field.metadata if isinstance(mark, SectionOf)]
         if marks:
             for name, one in marks[0].sections().items():
-                if one.__module__.startswith("megatron_spdf."):
-                    yield from _section(one, f"{place}.{key} {name}")
+                if not name or one.__module__.startswith("megatron_spdf."):
+                    yield from _section(one, f"{place}.{key} {name}".rstrip())
         elif isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             yield from _section(field.annotation, f"{place}.{key}")
         else:

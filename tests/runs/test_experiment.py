@@ -77,7 +77,7 @@ def finish(trial, recipe, *losses: float, step: int | None = None) -> None:
 def test_a_shipped_grid_is_valid(path):
     experiment, found = grid_of(path)
     assert len(found) == {"comparison": 20, "transfer": 90, "fair_comparison": 34,
-                          "newborn": 15, "scaling_law": 110}[path.stem]
+                          "newborn": 15, "scaling_law": 110, "e2e_ordering": 3}[path.stem]
     assert len({t.output for c in found for t in c.trials.values()}) == 3 * len(found)
     assert not any(of(c).output == experiment.output for c in found)
 
@@ -153,6 +153,9 @@ def test_a_run_that_stopped_half_way_has_no_result(grid):
     ({"hold_out": [{"width": 128}]}, "hold_out names width=128, and there is no such label"),
     ({"baseline": {"sparsity": 0.5}}, "baseline names sparsity=0.5, and there is no such label"),
     ({"plot": {"x": "width", "curves": "depth"}}, "plot names depth, and the axes are width"),
+    ({"plot": {"x": "width", "lines": "sparsity", "frontiers": ["0.5"]}},
+     "plot.frontiers names 0.5, and the labels of lines are 0, 0.75"),
+    ({"plot": {"x": "width", "frontiers": ["0"]}}, "as plot.lines is not given"),
     ({"exclude": ["dense"]}, "exclude.0='dense': input should be a valid dictionary"),
     ({"seeds": ()}, "list should have at least 1 item"),
     ({"axes": {"model.hiden": [32]}}, "unknown key model.hiden"),

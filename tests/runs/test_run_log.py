@@ -10,11 +10,15 @@ import os
 import sys
 
 import pytest
+import torch.utils.tensorboard as tensorboard
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_spdf.runs import run_log
 from megatron_spdf.runs.run_dir import RunDir
 from megatron_spdf.runs.run_log import RunLog
+from megatron_spdf.runs.writers.tensorboard import TensorBoard
+
+BOARD = [(TensorBoard, True)]
 
 
 @pytest.fixture
@@ -26,7 +30,7 @@ def run(recipe) -> RunDir:
 
 def write(run: RunDir, steps: range, resumed: int = 0, offset: float = 0.0, **options) -> None:
     """Logs `steps` in a process that goes on from step `resumed`."""
-    log = RunLog(run, resumed, 10, **{"tensorboard": True, "active": True, **options})
+    log = RunLog(run, resumed, 10, **{"writers": BOARD, "active": True, **options})
     for step in steps:
         log.record("train", step, loss=step + offset, note="text")
         log.advance(step + offset)
@@ -66,12 +70,12 @@ def test_records_after_the_resumed_step_are_dropped(run):
 
 
 def test_an_evaluation_that_will_be_done_again_is_dropped(run):
-    log = RunLog(run, 0, 10, tensorboard=False, active=True)
+    log = RunLog(run, 0, 10, writers=(), active=True)
     for step in (2, 4):
         log.record("train", step, loss=1.0)
         log.record("valid", step, loss=2.0)
     log.close()
-    RunLog(run, 4, 10, tensorboard=False, active=True, evaluated=2).close()
+    RunLog(run, 4, 10, writers=(), active=True, evaluated=2).close()
     assert [(r["kind"], r["step"]) for r in records(run)] == [("train", 2), ("valid", 2),
                                                               ("train", 4)]
 
@@ -94,20 +98,20 @@ def test_line_cut_by_a_crash_is_dropped(run, cut):
 
 
 def test_record_is_on_disk_before_the_log_is_closed(run):
-    log = RunLog(run, 0, 10, tensorboard=False, active=True)
+    log = RunLog(run, 0, 10, writers=(), active=True)
     log.record("train", 1, loss=2.0)
     assert records(run) == [{"kind": "train", "step": 1, "loss": 2.0}]
     log.close()
 
 
 def test_no_tensorboard_where_none_is_wanted(run):
-    write(run, range(1, 3), tensorboard=False)
+    write(run, range(1, 3), writers=())
     assert len(records(run)) == 2 and not run.tensorboard.exists()
 
 
 def test_other_ranks_write_nothing(run, capsys):
     write(run, range(1, 3), active=False)
-    log = RunLog(run, 0, 10, tensorboard=True, active=False)
+    log = RunLog(run, 0, 10, writers=BOARD, active=False)
     log.say("hello")
     log.close()
     assert not run.log.exists() and not run.tensorboard.exists()
@@ -115,7 +119,7 @@ def test_other_ranks_write_nothing(run, capsys):
 
 
 def test_said_text_is_on_standard_output(run, capsys):
-    log = RunLog(run, 0, 10, tensorboard=False, active=True)
+    log = RunLog(run, 0, 10, writers=(), active=True)
     log.say("resumed from step_00000003")
     log.close()
     assert capsys.readouterr().out == "resumed from step_00000003\n"
@@ -143,7 +147,7 @@ def disk(monkeypatch):
 
 
 def test_records_wait_while_the_disk_is_full(run, disk, capsys):
-    log = RunLog(run, 0, 10, tensorboard=False, active=True)
+    log = RunLog(run, 0, 10, writers=(), active=True)
     for step in range(1, 8):
         disk.full = 3 <= step < 6
         log.record("train", step, loss=1.0)
@@ -156,7 +160,7 @@ def test_records_wait_while_the_disk_is_full(run, disk, capsys):
 
 def test_a_log_that_cannot_be_opened_waits_too(run, capsys):
     run.log.mkdir()
-    log = RunLog(run, 0, 10, tensorboard=False, active=True)
+    log = RunLog(run, 0, 10, writers=(), active=True)
     log.record("train", 1, loss=1.0)
     run.log.rmdir()
     log.record("train", 2, loss=1.0)
@@ -168,7 +172,7 @@ def test_what_is_to_be_forgotten_is_forgotten_once_there_is_room(run, monkeypatc
     write(run, range(1, 6))
     with monkeypatch.context() as full:
         full.setattr(run_log, "write_file", fail)
-        log = RunLog(run, 3, 10, tensorboard=False, active=True)
+        log = RunLog(run, 3, 10, writers=(), active=True)
         log.record("train", 4, loss=4.5)
         assert [r["loss"] for r in records(run)] == [1, 2, 3, 4, 5]
     log.record("train", 5, loss=5.5)
@@ -182,11 +186,12 @@ def fail(*_, **__):
 
 def test_tensorboard_that_fails_ends_nothing_and_is_begun_again(run, monkeypatch, capsys):
     monkeypatch.setattr(run_log, "AGAIN_SECONDS", 0.0)
-    log = RunLog(run, 0, 10, tensorboard=True, active=True)
+    monkeypatch.setattr(run_log, "AGAIN_TIMES", 0)
+    log = RunLog(run, 0, 10, writers=BOARD, active=True)
     log.record("train", 1, loss=1.0)
     with monkeypatch.context() as full:
-        full.setattr(run_log.SummaryWriter, "add_scalar", fail)
-        full.setattr(run_log, "SummaryWriter", fail)
+        full.setattr(tensorboard.SummaryWriter, "add_scalar", fail)
+        full.setattr(tensorboard, "SummaryWriter", fail)
         for step in (2, 3):
             log.record("train", step, loss=float(step))
     log.record("train", 4, loss=4.0)
@@ -196,7 +201,7 @@ def test_tensorboard_that_fails_ends_nothing_and_is_begun_again(run, monkeypatch
 
 
 def test_a_closed_standard_output_ends_nothing(run, monkeypatch):
-    log = RunLog(run, 0, 10, tensorboard=False, active=True)
+    log = RunLog(run, 0, 10, writers=(), active=True)
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
         log.say("hello")
@@ -206,7 +211,7 @@ def test_a_closed_standard_output_ends_nothing(run, monkeypatch):
 
 
 def test_nested_numbers_are_scalars_and_what_is_no_number_is_none(run):
-    log = RunLog(run, 0, 10, tensorboard=True, active=True)
+    log = RunLog(run, 0, 10, writers=BOARD, active=True)
     log.record("train", 3, part={"of": {"it": 2, "text": "a"}, "nan": float("nan")}, loss=None,
                count=7)
     log.close()
@@ -219,9 +224,9 @@ def test_nested_numbers_are_scalars_and_what_is_no_number_is_none(run):
 def test_tensorboard_is_tried_again_after_a_minute_only(run, monkeypatch):
     clock, made = [1000.0], []
     monkeypatch.setattr(run_log.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(run_log, "SummaryWriter", lambda *_, **options: made.append(
+    monkeypatch.setattr(tensorboard, "SummaryWriter", lambda *_, **options: made.append(
         (clock[0], options["purge_step"])) or fail())
-    log = RunLog(run, 4, 10, tensorboard=True, active=True)
+    log = RunLog(run, 4, 10, writers=BOARD, active=True)
     for step, now in ((5, 1059.0), (6, 1061.0), (7, 1062.0), (8, 1122.0)):
         clock[0] = now
         log.record("train", step, loss=1.0)
@@ -233,7 +238,7 @@ def test_tensorboard_is_tried_again_after_a_minute_only(run, monkeypatch):
 def test_of_lines_that_wait_the_newest_ten_thousand_stay(run, disk, monkeypatch):
     assert run_log.MOST_WAITING == 10_000
     monkeypatch.setattr(run_log, "MOST_WAITING", 3)
-    log = RunLog(run, 0, 10, tensorboard=False, active=True)
+    log = RunLog(run, 0, 10, writers=(), active=True)
     disk.full = True
     for step in range(1, 6):
         log.record("train", step, loss=1.0)
@@ -260,7 +265,7 @@ def test_the_bar_goes_on_where_the_run_does(run, monkeypatch):
             made.append("closed")
 
     monkeypatch.setattr(run_log, "tqdm", Bar)
-    log = RunLog(run, 4, 10, tensorboard=False, active=True)
+    log = RunLog(run, 4, 10, writers=(), active=True)
     log.advance(2.34567)
     log.close()
     options, shown, on, closed = made
@@ -270,9 +275,9 @@ def test_the_bar_goes_on_where_the_run_does(run, monkeypatch):
 
 
 def test_a_resumed_log_keeps_evaluations_up_to_its_step_where_none_is_said(run):
-    log = RunLog(run, 0, 10, tensorboard=False, active=True)
+    log = RunLog(run, 0, 10, writers=(), active=True)
     for step in (3, 4):
         log.record("valid", step, loss=2.0)
     log.close()
-    RunLog(run, 3, 10, tensorboard=False, active=True).close()
+    RunLog(run, 3, 10, writers=(), active=True).close()
     assert [r["step"] for r in records(run)] == [3]

@@ -50,7 +50,8 @@ def figures_of(recipe: Recipe, engine, seconds: Sequence[float]) -> dict:
     MFU are as in the log of a run: of the matrix products as dense ones, but those of blocks, of
     which only the active ones count; 2:4 weights count whole, on sparse tensor cores too."""
     skipped = engine.plan.skipped if engine.device.type == "cuda" else None
-    return {"sparsity": engine.plan.sparsity, **rates(recipe, seconds, skipped),
+    return {"sparsity": engine.plan.sparsity, "engine": recipe.engine,
+            **rates(recipe, seconds, skipped),
             "state_bytes": engine.state_bytes(),
             "choices": engine.choices}
 
@@ -84,8 +85,14 @@ def render_steps(runs: dict[str, dict]) -> list[str]:
                Column("state", state_bytes, ",.1f", MIB)]
     return [Table(columns, named(runs)).markdown(), "",
             *render_parts({name: f["parts"] for name, f in runs.items()}), "",
+            *render_choices(runs), "",
             "step time, sparse over dense: "
             f"{runs['sparse']['step_seconds'] / runs['dense']['step_seconds']:.3f}"]
+
+
+def render_choices(runs: dict[str, dict]) -> list[str]:
+    """A line on each run: its engine, and which implementation computed what."""
+    return [f"{name}: engine {f['engine']}; {f['choices']}" for name, f in runs.items()]
 
 
 def state_bytes(figures: dict) -> int:

@@ -4,13 +4,14 @@ sparsity, in one process and in turn, by stretches of steps that nothing waits f
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from benchmarks.engines import allocated, build_engine, joined, peak_of, take_steps
-from benchmarks.step import WARM_UP, figures_of, state_bytes
+from benchmarks.step import WARM_UP, figures_of, render_choices, state_bytes
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.tables import GIB, SECONDS, Column, Table, named
 
@@ -48,10 +49,16 @@ class Run:
         return {**figures_of(self.recipe, self.engine, self.seconds), "peak_bytes": self.peak}
 
 
-def start(recipe: Recipe, device: torch.device, quick: bool = False) -> Run:
-    """Builds an engine and warms it up, which gives the optimizer its state."""
+def start(recipe: Recipe, device: torch.device, quick: bool = False,
+          prepare: Callable[[Any], None] = lambda engine: None) -> Run:
+    """Builds an engine and warms it up, which gives the optimizer its state.
+
+    Args:
+        prepare: called with the engine before its first step.
+    """
     before = allocated()
     engine = build_engine(recipe, device, quick)
+    prepare(engine)
     take_steps(recipe, engine, range(1, WARM_UP))
     run = Run(recipe, engine, allocated() - before)
     run.peak = peak_of(lambda: take_steps(recipe, engine, range(WARM_UP, WARM_UP + 1)), run.held)
@@ -79,5 +86,6 @@ def render_training(runs: dict[str, dict]) -> list[str]:
                Column("TFLOP/s", "tflops_per_rank", ".3g"), Column("MFU", "mfu", ".1%"),
                Column("peak memory", lambda f: f["peak_bytes"] or None, ".2f", GIB),
                Column("state", state_bytes, ".3f", GIB)]
-    return [Table(columns, named(runs)).markdown(), "", "tokens a second, sparse over dense: "
+    return [Table(columns, named(runs)).markdown(), "", *render_choices(runs), "",
+            "tokens a second, sparse over dense: "
             f"{runs['sparse']['tokens_per_second'] / runs['dense']['tokens_per_second']:.3f}"]
