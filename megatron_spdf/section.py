@@ -53,6 +53,8 @@ def as_list(value: Any) -> Any:
 MOST_LAYERS, MOST_WIDTH, MOST_IDS, MOST_POSITIONS = 2**11, 2**20, 2**26, 2**26
 MOST_RANKS, MOST_SEQUENCES, MOST_STEPS, MOST_TOKENS = 2**20, 2**24, 10**12, 10**18
 MOST_SECONDS, MOST_WEIGHTS = 10**9, 10**15
+# Of numbers with a fraction: computations in fp32 overflow from 3e38 on, and vanish under 1e-38.
+LARGEST_NUMBER, SMALLEST_NUMBER = 1e30, 1e-30
 # PyTorch takes 64 bits, of which a sign is one.
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Count = Annotated[int, BeforeValidator(parse_count)]
@@ -74,6 +76,17 @@ class Section(BaseModel):
         if isinstance(value, bool) and _is_number(cls.model_fields[info.field_name].annotation):
             raise PydanticCustomError("number", "input should be a number, and {value} is none",
                                       {"value": str(value).lower()})
+        return value
+
+    @field_validator("*")
+    @classmethod
+    def _fits_in_fp32(cls, value: Any) -> Any:
+        if isinstance(value, float) and value and not (
+                SMALLEST_NUMBER <= abs(value) <= LARGEST_NUMBER):
+            raise PydanticCustomError("number", "input should be 0, or from {least} to {most} or "
+                                      "minus that, as computations have 32 bits",
+                                      {"least": f"{SMALLEST_NUMBER:g}",
+                                       "most": f"{LARGEST_NUMBER:g}"})
         return value
 
     @classmethod

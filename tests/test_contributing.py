@@ -25,7 +25,7 @@ MADE_BY_USERS = {"launch/site.sh"}
 
 def mapped() -> set[str]:
     """Paths of the code map, whose indentation nests them."""
-    tree = PAGE.split("## Code map\n\n```\n")[1].split("\n```")[0]
+    tree = PAGE.split("## Code map\n")[1].split("```\n")[1].rstrip()
     above, found = [], set()
     for line in tree.splitlines():
         depth = (len(line) - len(line.lstrip())) // 2

@@ -79,7 +79,7 @@ class _Reader:
         self.memo: dict[int, Any] = {}
 
     def read(self, stream: IO[bytes]) -> Any:
-        for number, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
+        for number, (opcode, argument, _) in enumerate(pickletools.genops(stream), 1):
             if number > _MOST_OPCODES:
                 raise NotData(f"it has more than {_MOST_OPCODES:,} opcodes")
             if opcode.name in _PUSHED:

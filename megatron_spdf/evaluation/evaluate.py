@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -29,8 +28,6 @@ from megatron_spdf.evaluation.references import references_of
 from megatron_spdf.evaluation.scores import NO_REFERENCE, Scores, metrics_of, score
 from megatron_spdf.parallel.ranks import init_gloo
 from megatron_spdf.resilience.world import Ranks
-
-_WAIT = timedelta(hours=6)  # of a rank for the slowest one's share
 
 
 @dataclass(frozen=True)
@@ -71,7 +68,7 @@ def evaluate(source: WeightSource, task: str, examples: Sequence[Example],
     metrics_of(task)
     room_for_prompts(source.model.max_positions, settings)
     tokenizer = tokenizer_of(source)
-    device = init_gloo(ranks, _WAIT)
+    device = init_gloo(ranks)
     try:
         model = in_memory(source).to(device)
         pairs = training_pairs(examples)

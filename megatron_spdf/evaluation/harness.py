@@ -11,7 +11,6 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,7 +30,6 @@ from megatron_spdf.text import first_line
 PACKAGE = "lm_eval"
 _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
 _SEED = 1234  # lm-eval's own, of examples in the context
-_WAIT = timedelta(hours=6)  # of a rank for the slowest one's share
 
 
 @dataclass(frozen=True)
@@ -135,7 +133,7 @@ def evaluate_harness(source: WeightSource, loaded: dict[str, Any], settings: Har
 
     tokenizer = tokenizer_of(source)
     window = window_within(source.model.max_positions, settings.window)
-    device = init_gloo(ranks, _WAIT)
+    device = init_gloo(ranks)
     try:
         model = HarnessModel(in_memory(source).to(device), tokenizer, window, settings.batch_size,
                              ranks)

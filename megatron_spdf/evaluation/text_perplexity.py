@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
@@ -31,7 +30,6 @@ from megatron_spdf.resilience.world import Ranks
 
 WINDOW = 2048  # tokens that are read at once, where nobody says and the model can
 _TOGETHER = 2**17  # characters of text that are cut into windows before they are read
-_WAIT = timedelta(hours=6)  # of a rank for the slowest one's share
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,7 @@ def evaluate_text(source: WeightSource, texts: Texts, window: int,
         The sum over all ranks on rank 0, None on the others.
     """
     tokenizer = tokenizer_of(source)
-    device = init_gloo(ranks, _WAIT)
+    device = init_gloo(ranks)
     try:
         model = in_memory(source).to(device)
         share = (text for number, text in enumerate(texts.read())

@@ -15,6 +15,7 @@ from megatron_spdf.resilience import slurm, startup_check
 from megatron_spdf.resilience.world import Ranks
 from megatron_spdf.text import first_line
 
+SHARE_SECONDS = 21_600  # that ranks wait for the slowest one's share of an evaluation
 
 def init_distributed(ranks: Ranks, recipe: Recipe) -> torch.device:
     """Joins all ranks of the run, checks that each is there, and makes Megatron-Core's process
@@ -84,12 +85,11 @@ def set_up_groups(recipe: Recipe) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(recipe.seed)
 
 
-def init_gloo(ranks: Ranks, timeout: timedelta) -> torch.device:
+def init_gloo(ranks: Ranks) -> torch.device:
     """Joins ranks that divide some work and exchange small objects at its end.
 
     Args:
         ranks: this process among all.
-        timeout: longest wait of the fastest rank for the slowest.
 
     Returns:
         The device of this rank.
@@ -100,7 +100,8 @@ def init_gloo(ranks: Ranks, timeout: timedelta) -> torch.device:
     device = _device(ranks)
     if ranks.world > 1:
         _find_head_node(ranks)
-        dist.init_process_group("gloo", rank=ranks.rank, world_size=ranks.world, timeout=timeout)
+        dist.init_process_group("gloo", rank=ranks.rank, world_size=ranks.world,
+                                timeout=timedelta(seconds=SHARE_SECONDS))
     return device
 
 

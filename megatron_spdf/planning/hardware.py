@@ -8,8 +8,9 @@ import time
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from megatron_spdf.tables import GIB
+
 Precision = Literal["bf16", "fp32"]
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,12 @@ class Gpu:
 # Data sheets: NVIDIA A100 80GB SXM, H100 SXM and PCIe, H200 SXM, HGX B200; AMD MI300X. Network: 200
 # Gb/s a GPU in DGX A100, 400 Gb/s in DGX H100, H200 and B200 and their like.
 GPUS = {
-    "a100": Gpu("A100", 312e12, 19.5e12, 79.2 * GIB, 2.039e12, 300e9, 25e9),
-    "h100-pcie": Gpu("H100 PCIe", 756e12, 51e12, 79.1 * GIB, 2.0e12, 64e9, 25e9),
-    "h100": Gpu("H100", 989e12, 67e12, 79.1 * GIB, 3.35e12, 450e9, 50e9),
-    "h200": Gpu("H200", 989e12, 67e12, 139.8 * GIB, 4.8e12, 450e9, 50e9),
-    "b200": Gpu("B200", 2250e12, 75e12, 178.4 * GIB, 7.7e12, 900e9, 50e9),
-    "mi300x": Gpu("MI300X", 1307e12, 163e12, 191.5 * GIB, 5.3e12, 448e9, 50e9),
+    "a100": Gpu("A100", 312e12, 19.5e12, 79.2 * GIB.size, 2.039e12, 300e9, 25e9),
+    "h100-pcie": Gpu("H100 PCIe", 756e12, 51e12, 79.1 * GIB.size, 2.0e12, 64e9, 25e9),
+    "h100": Gpu("H100", 989e12, 67e12, 79.1 * GIB.size, 3.35e12, 450e9, 50e9),
+    "h200": Gpu("H200", 989e12, 67e12, 139.8 * GIB.size, 4.8e12, 450e9, 50e9),
+    "b200": Gpu("B200", 2250e12, 75e12, 178.4 * GIB.size, 7.7e12, 900e9, 50e9),
+    "mi300x": Gpu("MI300X", 1307e12, 163e12, 191.5 * GIB.size, 5.3e12, 448e9, 50e9),
 }
 THIS_MACHINE = "this-machine"
 

@@ -113,16 +113,19 @@ class Train(Section):
         description="share of the target spread evenly over the vocabulary while training")
 
 
-def _usual_length(model: dict[str, Any]) -> Any:
+def _usual_length(model: dict[str, Any]) -> int:
     """The default of train.sequence_length for a model's section, which may be wrong."""
     preset = model.get("preset")
     try:
         family = BY_ARCHITECTURE.section(model)
         known = family.PRESETS.get(preset, {}) if isinstance(preset, str) else {}
-        longest = parse_count({**known, **model}.get("max_positions", 2048))
-        return family.usual_length(longest) if type(longest) is int else longest
+        given = {key: value for key, value in model.items() if value is not None}
+        longest = parse_count({**known, **given}.get("max_positions", 2048))
     except ValueError:  # validation says what is wrong with its name
         return 2048
+    if type(longest) is not int or not 0 < longest <= MOST_POSITIONS:
+        return 1  # and with that
+    return family.usual_length(longest)
 
 
 class Stage(Section):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from transformers import MistralConfig, Qwen2Config
 
 from megatron_spdf.architecture.base import ARCHITECTURES
 from megatron_spdf.architecture.forms import model_of
@@ -79,3 +80,46 @@ def test_a_size_that_is_missing_is_named(family, key):
         config.pop(absent, None)
     with pytest.raises(ValueError, match=f"^has no {key}; use the config.json the model was"):
         model_of(config, FAMILIES)
+
+
+@pytest.mark.parametrize(("family", "kept", "narrower"), [
+    # a window as long as the positions narrows nothing
+    ("mistral", {"sliding_window": 32}, {"sliding_window": 31}),
+    # layers from max_window_layers on have one
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2},
+     {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1},
+     {"use_sliding_window": True, "sliding_window": 31, "max_window_layers": 1})])
+def test_a_window_that_narrows_no_layer_is_none(family, kept, narrower):
+    config = configuration(ARCHITECTURES.get(family))
+    model_of(config | kept, FAMILIES)
+    with pytest.raises(ValueError, match="has sliding_window=.*every token attends to all"):
+        model_of(config | narrower, FAMILIES)
+
+
+def test_what_a_configuration_leaves_out_is_what_transformers_takes():
+    windows = configuration(ARCHITECTURES.get("mistral"))
+    del windows["sliding_window"]
+    usual = MistralConfig().sliding_window
+    model_of(windows | {"max_position_embeddings": usual}, FAMILIES)
+    with pytest.raises(ValueError, match=f"has sliding_window={usual}"):
+        model_of(windows | {"max_position_embeddings": usual + 1}, FAMILIES)
+    layers = configuration(ARCHITECTURES.get("qwen2")) | {"use_sliding_window": True,
+                                                          "sliding_window": 16}
+    usual = Qwen2Config().max_window_layers
+    model_of(layers | {"num_hidden_layers": usual}, FAMILIES)
+    with pytest.raises(ValueError, match="has sliding_window=16"):
+        model_of(layers | {"num_hidden_layers": usual + 1}, FAMILIES)
+    config = configuration(ARCHITECTURES.get("qwen2"))
+    del config["rms_norm_eps"]
+    assert model_of(config, FAMILIES).norm_eps == Qwen2Config().rms_norm_eps
+
+
+def test_frequencies_are_slowed_by_a_factor_of_one_or_more():
+    scaled = {"rope_theta": 1e4, "rope_type": "llama3", "low_freq_factor": 1.0,
+              "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    config = configuration(ARCHITECTURES.get("llama"))
+    assert model_of(config | {"rope_parameters": scaled | {"factor": 1.0}},
+                    FAMILIES).rotary_scaling == 1.0
+    with pytest.raises(ValueError, match="has factor=0.99 .* must be at least 1"):
+        model_of(config | {"rope_parameters": scaled | {"factor": 0.99}}, FAMILIES)

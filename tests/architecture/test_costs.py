@@ -30,6 +30,12 @@ def test_what_a_layer_keeps_for_backward(made, expected, dropout):
                      "log-sum-exp": 384, "dropout masks": 768 if dropout else 0, **expected}
 
 
+def test_a_rank_with_a_single_key_copies_no_queries():
+    """With as many ranks as groups; 2 x 32 x (6 + 3 + 3) x 4 / 3 of the product alone."""
+    size = Sizes(width=2, length=16, tokens=32, tensor=3, share=1 / 3, whole=2 * 32 * 24)
+    assert GROUPED.layer_activations(size)["queries, keys, values"] == 2 * 32 * 48 // 3
+
+
 def test_without_sequence_parallelism_what_lies_between_layers_is_whole():
     whole = Sizes(width=4, length=16, tokens=32, tensor=2, share=1.0, whole=4 * 32 * 24)
     found = GPT.model_copy(update={"dropout": 0.1}).layer_activations(whole)

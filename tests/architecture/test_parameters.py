@@ -224,3 +224,10 @@ def test_the_family_is_the_one_that_computes_what_a_configuration_says():
                                              (12, [1, 2, 3, 4, 6, 12])])
 def test_divisors_ascend(n, expected):
     assert divisors(n) == expected
+
+
+@pytest.mark.parametrize(("most", "broken"), [(22_560, 0), (22_559, 1)])
+def test_a_model_has_at_most_so_many_weights(monkeypatch, most, broken):
+    """24 x (300 + 5 x (2 x 24 + 2 x 40)) of them."""
+    monkeypatch.setattr("megatron_spdf.architecture.base.MOST_WEIGHTS", most)
+    assert len([said for said in GPT.rule_violations() if "make over 2.3e+04" in said]) == broken

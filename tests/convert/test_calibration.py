@@ -97,3 +97,14 @@ def test_a_selector_without_what_it_needs_is_refused_before_weights_are_read(
         write_initial_checkpoint(source, make_recipe(**sections), tokenizer, tmp_path / "run",
                                  select)
     assert not Path(tmp_path / "run").exists()
+
+
+def test_as_many_sequences_are_read_as_there_are(data, tokenizer):
+    assert len(checked(Calibration(data, samples=90), tokenizer).calibrate.starts) == 90
+    with pytest.raises(ValueError, match="samples=91 are more than the 90 there are"):
+        checked(Calibration(data, samples=91), tokenizer)
+    model = {"max_positions": 1001}
+    text = checked(Calibration(evaluate=data, samples=1, length=1000), tokenizer, model=model)
+    assert text.evaluate.starts.tolist() == [0]
+    with pytest.raises(ValueError, match="holds 1,001 tokens, which is not one sequence of 1,001"):
+        checked(Calibration(evaluate=data, samples=1, length=1001), tokenizer, model=model)

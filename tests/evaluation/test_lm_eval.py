@@ -20,6 +20,7 @@ from megatron_spdf.convert.source import open_weights
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megatron_spdf.evaluation import harness
 from megatron_spdf.evaluation.token_likelihood import windows_of
+from megatron_spdf.resilience.world import Ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 2,
@@ -250,3 +251,41 @@ def test_texts_that_cannot_be_read_are_refused_before_the_model_is_made(
         (tmp_path / name).write_text(content)
     code, printed = evaluate(run, "--text", tmp_path / (name or "none.txt"), "--force")
     assert code == 2 and said in printed
+
+
+class Documents:
+    """A task of lm-eval as far as its examples and documents go."""
+
+    def __init__(self, count: int, examples: int | None):
+        self.eval_docs, self.settings = [None] * count, {"num_fewshot": examples}
+
+    def get_config(self, key: str) -> int | None:
+        return self.settings[key]
+
+    def set_config(self, key: str, value: int) -> None:
+        self.settings[key] = value
+
+    def set_fewshot_seed(self, seed: int) -> None:
+        self.settings["seed"] = seed
+
+
+@pytest.mark.parametrize(("own", "asked", "examples"), [
+    (None, None, 0), (5, None, 5), (5, 2, 2), (None, 2, 2), (0, 2, 0), (5, 0, 0)])
+def test_a_task_has_the_examples_that_are_asked_for_unless_it_may_have_none(own, asked, examples):
+    task = Documents(2, own)
+    harness._prepare("it", task, Ranks(0, 1, 0, "python"), harness.HarnessSettings(examples=asked))
+    assert task.settings == {"num_fewshot": examples, "seed": 1234}
+
+
+@pytest.mark.parametrize(("documents", "limit", "world", "fit"), [
+    (2, None, 2, True), (1, None, 2, False), (9, 2, 2, True), (9, 1, 2, False), (1, 9, 2, False)])
+def test_every_rank_has_a_document(documents, limit, world, fit):
+    def prepare() -> None:
+        harness._prepare("it", Documents(documents, 0), Ranks(0, world, 0, "torchrun"),
+                         harness.HarnessSettings(limit=limit))
+
+    if fit:
+        prepare()
+    else:
+        with pytest.raises(ValueError, match=r"the task it has 1 documents to share between 2 "):
+            prepare()

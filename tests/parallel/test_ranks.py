@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import socket
+from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from megatron_spdf.parallel import ranks as joining
 from megatron_spdf.parallel.ranks import _rendezvous
@@ -154,3 +158,59 @@ def test_rank_0_says_what_the_startup_check_found_before_groups_are_made(recipe,
     assert printed.out == ("" if rank else "2 ranks here\n") and last == wanted
     assert (backend, named["rank"], named["world_size"], named["timeout"].total_seconds()) == (
         "gloo", rank, 2, 77)
+
+
+def test_a_rank_waits_six_hours_for_anothers_share_of_an_evaluation(monkeypatch):
+    asked = []
+    monkeypatch.setattr(joining, "_find_head_node", lambda ranks: None)
+    monkeypatch.setattr(joining.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(joining.dist, "init_process_group",
+                        lambda backend, **settings: asked.append((backend, settings)))
+    assert joining.init_gloo(Ranks(0, 1, 0, "python")).type == "cpu" and not asked
+    joining.init_gloo(Ranks(1, 2, 1, "torchrun"))
+    assert asked == [("gloo", {"rank": 1, "world_size": 2, "timeout": timedelta(hours=6)})]
+
+
+@pytest.mark.parametrize(("job", "port"), [(None, "20000"), ("0", "20000"), ("19999", "39999"),
+                                           ("20000", "20000"), ("123456", "23456")])
+def test_a_port_follows_from_the_job(monkeypatch, job, port):
+    for key in ("MASTER_PORT", "SLURM_JOB_ID", "RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(key, "")
+        monkeypatch.delenv(key)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    if job is not None:
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+    joining._find_head_node(Ranks(0, 2, 0, "srun"))
+    assert os.environ["MASTER_PORT"] == port
+
+
+@pytest.mark.parametrize(("visible", "launcher", "local", "found"), [
+    (2, "torchrun", 1, 1), (2, "torchrun", 2, None), (1, "srun", 1, 0), (1, "torchrun", 1, None),
+    (1, "torchrun", 0, 0), (2, "srun", 1, 1)])
+def test_each_process_of_a_node_has_a_gpu(monkeypatch, visible, launcher, local, found):
+    taken = []
+    monkeypatch.setattr(joining.torch, "cuda", SimpleNamespace(
+        is_available=lambda: True, device_count=lambda: visible,
+        set_device=lambda device: taken.append(device)))
+    ranks = Ranks(local, 4, local, launcher)
+    if found is None:
+        with pytest.raises(ValueError, match=f"local rank {local} has no GPU: {visible} visible"):
+            joining._device(ranks)
+    else:
+        assert joining._device(ranks).index == found and taken == [found]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_rank_0_says_who_is_there(monkeypatch, capsys, recipe, rank):
+    made, joined = recipe(parallel={"data": 2, "timeout": 77}), []
+    monkeypatch.setattr(joining, "_device", lambda ranks: torch.device("cpu"))
+    monkeypatch.setattr(joining, "_rendezvous", lambda ranks, seconds: "store")
+    monkeypatch.setattr(joining.dist, "PrefixStore", lambda name, store: (name, store))
+    monkeypatch.setattr(joining.startup_check, "check_in", lambda *arguments: "all are there")
+    monkeypatch.setattr(joining.dist, "init_process_group",
+                        lambda backend, **settings: joined.append((backend, settings)))
+    monkeypatch.setattr(joining, "set_up_groups", lambda recipe: joined.append(recipe))
+    joining.init_distributed(Ranks(rank, 2, rank, "torchrun"), made)
+    assert capsys.readouterr().out == ("all are there\n" if rank == 0 else "")
+    assert joined == [("gloo", {"store": ("groups", "store"), "rank": rank, "world_size": 2,
+                                "timeout": timedelta(seconds=77)}), made]

@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_spdf.planning import overview
+from megatron_spdf.planning import search as module
 from megatron_spdf.planning.activations import peak_bytes
 from megatron_spdf.planning.hardware import GPUS
 from megatron_spdf.planning.overview import Request, at_level, make_overview
@@ -178,3 +180,47 @@ def test_the_last_stage_may_be_the_fullest(recipe):
     assert not [c for c in fitting if c.recipe.parallel.pipeline == 2]
     (misfit,) = [m for m in misfits if m.recipe.parallel.pipeline == 2]
     assert "GiB on stage 1" in misfit.reason
+
+
+@pytest.mark.parametrize(("spare", "fit"), [(0, True), (-1, False)])
+def test_a_gpu_may_be_filled_to_the_last_byte_that_is_usable(recipe, monkeypatch, spare, fit):
+    for planner in (module, overview):
+        monkeypatch.setattr(planner, "USABLE", 1.0)
+    r = recipe(model={"layers": 1, "hidden": 64, "heads": 1, "vocab_size": 256},
+               train={"global_batch": 1, "micro_batch": 1, "tokens": 2560})
+    plan = Plan.of(r)
+    candidate = fullest(laid_out(r, 1, 1, 1, recompute="full"), plan)
+    others = [fullest(laid_out(r, 1, 1, 1, recompute=how), plan).peak
+              for how in ("none", "selective")]
+    gpu = replace(GPU, memory=float(min(candidate.peak, *others) + spare))
+    found, misfits = search(r, plan, gpu, 1)
+    assert bool(found) is fit and bool(misfits) is not fit
+    gpu = replace(GPU, memory=float(candidate.peak + spare))
+    assert holds(r, plan, gpu, 1) is fit
+    assert (smallest_world(r, plan, gpu) is not None) is fit
+    gpu = replace(GPU, memory=float(fullest(r, plan).peak + spare))
+    assert overview._own_layout(request(r, 1, gpu))["fits"] is fit
+
+
+@pytest.mark.parametrize(("limit", "most", "less"), [
+    ("LARGEST_INTERLEAVE", 3, 2), ("LARGEST_MICRO_BATCH", 16, 15)])
+def test_the_search_goes_as_far_as_its_limits(recipe, monkeypatch, limit, most, less):
+    """6 layers over 2 stages may be interleaved by 3, and 48 sequences cut into 16s."""
+    def largest() -> int:
+        variants = list(module._variants(gpt(recipe), 1, 2, 1))
+        return max(r.parallel.interleave if limit == "LARGEST_INTERLEAVE" else r.train.micro_batch
+                   for r in variants)
+
+    monkeypatch.setattr(module, limit, most)
+    assert largest() == most
+    monkeypatch.setattr(module, limit, less)
+    assert largest() < most
+
+
+def test_the_largest_world_is_one_that_is_looked_at(recipe, monkeypatch):
+    r = gpt(recipe)
+    world = smallest_world(r, Plan.of(r), GPU).recipe.parallel.world
+    monkeypatch.setattr(module, "LARGEST_WORLD", world)
+    assert smallest_world(r, Plan.of(r), GPU).recipe.parallel.world == world
+    monkeypatch.setattr(module, "LARGEST_WORLD", world - 1)
+    assert smallest_world(r, Plan.of(r), GPU) is None

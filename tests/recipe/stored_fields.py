@@ -45,7 +45,7 @@ def _section(section: type[BaseModel], place: str) -> Iterator[str]:
         marks = [mark for mark in field.metadata if isinstance(mark, SectionOf)]
         if marks:
             for name, one in marks[0].sections().items():
-                if one.__module__.startswith("megatron_spdf."):
+                if not name or one.__module__.startswith("megatron_spdf."):
                     yield from _section(one, f"{place}.{key} {name}".rstrip())
         elif isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             yield from _section(field.annotation, f"{place}.{key}")

@@ -84,6 +84,18 @@ def test_nothing_is_said_of_healthy_ranks():
     assert diagnose([peer(0), peer(1, closed=True, leaving=True)], 100.0, 500.0).said == ""
 
 
+def test_a_rank_may_be_silent_or_stand_still_for_as_long_as_the_recipe_says():
+    assert diagnose([peer(0), peer(1, heard=-5.0)], 0.0, 5.0).said == ""
+    assert diagnose([peer(0, still=6.0), peer(1, still=5.0)], 0.0, 5.0).said == ""
+    assert diagnose([peer(0), peer(1, heard=-5.01)], 0.0, 5.0).said
+    assert diagnose([peer(0, still=6.0), peer(1, still=5.01)], 0.0, 5.0).said
+
+
+def test_a_cause_may_be_known_two_seconds_later():
+    peers = [peer(0), peer(1, closed=True, trouble=0.0)]
+    assert diagnose(peers, 2.0, 50.0).said == "" and diagnose(peers, 2.01, 50.0).said
+
+
 def test_who_is_silent_is_named_and_neither_who_left_nor_who_died():
     peers = [peer(0, heard=99.0), peer(1, heard=0.0, leaving=True), peer(2, heard=0.0, closed=True,
                                                                          trouble=99.0)]

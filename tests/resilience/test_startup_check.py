@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -165,3 +166,44 @@ def test_what_is_out_of_the_ordinary_is_said():
     assert "the clock of n1 is -7.5 s off that of n0" in text
     assert "rank 3 on n1 has 30.0 GiB free, others 70.0" in text
     assert text.count("warning") == 2
+
+
+@pytest.mark.parametrize(("skew", "free", "warnings"), [
+    (2.0, 80, 0), (-2.0, 80, 0), (2.001, 80, 1), (-2.001, 80, 1), (0.0, 79, 1), (2.1, 79, 2)])
+def test_clocks_two_seconds_off_and_four_fifths_of_the_memory_are_ordinary(skew, free, warnings):
+    reports = [RankReport(r, f"n{r}", "H100", free if r == 2 else 100, ("", 0)) for r in range(3)]
+    assert render(reports, [0.0, 0.0, skew], (1.0, 2)).count("warning") == warnings
+
+
+def test_three_ranks_in_a_row_are_a_span_and_two_are_named():
+    said = render([RankReport(r, f"n{max(0, r - 2)}", "cpu", 1, ("", 0)) for r in range(5)],
+                  [0.0] * 5, (1.0, 2))
+    assert "n0: rank 0-2, " in said and "n1: rank 3, " in said
+    said = render([RankReport(r, f"n{r // 2}", "cpu", 1, ("", 0)) for r in range(2)], [0.0] * 2,
+                  (1.0, 2))
+    assert "n0: rank 0, 1, " in said
+
+
+@pytest.mark.parametrize(("world", "named"), [
+    (9, "rank 1 on n1, 2 on n2, 3 on n3, 4 on n4, 5 on n5, 6 on n6, 7 on n7, 8 on ?, "),
+    (10, "7 on n7, 8 on ? and others, ")])
+def test_while_ranks_are_missing_eight_of_them_are_named(monkeypatch, capsys, world, named):
+    monkeypatch.setattr(startup_check, "SAY_SECONDS", 0.0)
+    monkeypatch.setattr(startup_check, "hosts_of_ranks", lambda: {r: f"n{r}" for r in range(8)})
+    store = SimpleNamespace(check=lambda keys: keys == ["report/0"])
+    waiting, (_, last) = startup_check._await_reports(world, store, 0.2)
+    assert waiting == list(range(1, world)) and last == 0
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith("waiting for rank 1 on n1") and named in said[0]
+    assert said[0].endswith(", 0 s")
+
+
+def test_a_rank_that_is_not_there_is_waited_for_so_long_and_said_to_be_missing_twice_a_minute(
+        monkeypatch, capsys):
+    store, now = SimpleNamespace(check=lambda keys: False), [0.0]
+    monkeypatch.setattr(startup_check, "time", SimpleNamespace(
+        monotonic=lambda: now[0], sleep=lambda seconds: now.__setitem__(0, now[0] + seconds)))
+    waiting, _ = startup_check._await_reports(2, store, 100.0)
+    assert waiting == [0, 1] and 100.0 <= now[0] < 100.1
+    assert [line.split(", ")[-1] for line in capsys.readouterr().err.splitlines()] == [
+        "30 s", "60 s", "90 s"]

@@ -25,6 +25,7 @@ def test_ranks_over_the_median_by_the_factor_slowest_first():
     assert [t.rank for t in slower(times(1.0, 2.0), 1.3)] == [1]
     assert [t.rank for t in slower(times(1.0, 1.5), 1.3)] == [1]  # not of their mean, 1.25
     assert [t.rank for t in slower(times(1.6, 1.0, 1.2, 1.7), 1.3)] == [3, 0]
+    assert slower(times(1.0, 1.5), 1.5) == []  # by more than the factor
 
 
 class Log:

@@ -70,3 +70,11 @@ def test_without_a_checkpoint_of_the_trunk_a_run_goes_alone(write):
     trunk, branch, _ = chains(write())[0]
     branch.prepare()
     assert not branch.trial.output.exists()
+
+
+def test_a_branch_without_a_checkpoint_to_begin_from_goes_alone_and_says_so(write, capsys):
+    branch = next(run for chain in chains(write()) for run in chain if run.trunk is not None)
+    branch.prepare()
+    said = capsys.readouterr().out
+    assert said.startswith(f"{branch.trial.output} goes alone, as there is no {branch.trunk}/")
+    assert not branch.trial.output.exists()

@@ -11,6 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 from scipy.optimize import check_grad
 
+from megatron_spdf.runs import law_points
 from megatron_spdf.runs.law_points import point_of
 from megatron_spdf.scaling_law import fit as fitting
 from megatron_spdf.scaling_law.fit import DELTA, Fit, fit_law, shortcomings
@@ -243,3 +244,11 @@ def test_contours_are_of_both_costs():
 def test_a_start_that_ran_away_is_never_the_best(monkeypatch, reached, counted):
     monkeypatch.setattr(fitting, "minimize", lambda f, x, **_: SimpleNamespace(x=x, fun=reached))
     assert fitting._minimize(fitting._Data.of(POINTS, FORM), np.zeros(7))[1] == counted
+
+
+def test_a_run_without_a_finite_loss_is_left_out_and_named(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(law_points, "read_run", lambda path: SimpleNamespace(directory=path))
+    monkeypatch.setattr(law_points, "point_of", lambda run: None)
+    assert law_points.trainings([tmp_path / "run"], []) == []
+    assert capsys.readouterr().err == (
+        f"{tmp_path / 'run'} is left out: its loss at the end is not finite\n")

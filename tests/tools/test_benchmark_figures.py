@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import statistics
+import sys
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -29,6 +30,7 @@ from benchmarks import (
     train,
 )
 from benchmarks.data_throughput import OURS, THEIRS, Timing
+from benchmarks.part import Part
 
 from megatron_spdf.architecture.base import Weight
 from megatron_spdf.planning.hardware import GPUS
@@ -43,7 +45,8 @@ CPU = torch.device("cpu")
 def clock(monkeypatch):
     """A clock that moves when it is told to."""
     now = [100.0]
-    for module in (step, train, save, moves, baselines, max_depth, suite_parts):
+    for module in (step, train, save, moves, baselines, max_depth,
+                   sys.modules[Part.__module__]):
         monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
         monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
@@ -444,7 +447,7 @@ def test_what_a_move_adds():
 
 
 def test_a_part_writes_rows_and_begins_nothing_when_time_is_short(tmp_path, clock):
-    part = suite_parts.Part(sizes.CPU, tmp_path / "rows", until=clock[0])
+    part = Part(sizes.CPU, tmp_path / "rows", until=clock[0])
     assert part.attempt("t", "a", lambda: part.write("t", n=1)) is True
 
     def fails():
@@ -453,7 +456,7 @@ def test_a_part_writes_rows_and_begins_nothing_when_time_is_short(tmp_path, cloc
     assert part.attempt("t", "b", fails) is False
     clock[0] += 1.0
     assert part.attempt("t", "c", fails) is False
-    rows = suite._tables(tmp_path / "rows")["t"]
+    rows = suite._tables(suite._rows(tmp_path / "rows"))["t"]
     assert all(row.pop("at") for row in rows)
     assert rows == [{"n": 1}, {"what": "b", "note": "failed, KeyError: 'no'"},
                     {"what": "c", "note": "not begun: the part's time was nearly spent"}]
@@ -476,7 +479,7 @@ def test_the_dense_search_has_half_of_the_time(monkeypatch, clock, tmp_path):
     monkeypatch.setattr("benchmarks.engines.joined", contextmanager(lambda recipe: iter([CPU])))
     monkeypatch.setattr(suite_parts, "_search", lambda part, name, recipe, device, until:
                         asked.append((name, recipe.sparsity.level, until - clock[0])))
-    suite_parts.largest_model(suite_parts.Part(sizes.CPU, tmp_path / "r", clock[0] + 80.0))
+    suite_parts.largest_model(Part(sizes.CPU, tmp_path / "r", clock[0] + 80.0))
     assert asked == [("dense", 0.0, 40.0), ("unstructured 75%, layer by layer", 0.75, 80.0)]
 
 
@@ -526,6 +529,32 @@ def test_moves_are_measured_in_the_fullest_part_that_has_some(recipe):
                                               .update.due(s, 5)] != []
 
 
+def test_borders_are_crossed_part_by_part(recipe, clock, monkeypatch, tmp_path):
+    """A step takes 2 s, and the border after the part that ends at step n takes 10 + n."""
+    run = recipe(sparsity={"level": 0.75, "algorithm": "acdc"}, train={"tokens": 20 * 256})
+    stages, crossed = stages_of(run), []
+
+    def build(recipe, device):
+        engine = Engine(clock, [9.0, 2.0, 2.0] * 9, recipe)
+        engine.recipe, engine.close = recipe, lambda: crossed.append("closed")
+        return engine
+
+    def cross(engine, here, there, place, device):
+        clock[0] += 10 + here.last
+        crossed.append((here.last, there.first, place))
+        return engine
+
+    monkeypatch.setattr(moves, "build_engine", build)
+    monkeypatch.setattr(moves, "_crossed", cross)
+    monkeypatch.setattr(moves, "shared_directory", contextmanager(lambda name: iter([tmp_path])))
+    found = moves.measure_one(run, CPU, 3)
+    ends = [stage.last for stage in stages]
+    assert crossed == [*((end, end, tmp_path) for end in ends[:3]), "closed"]
+    assert (found["step_seconds"], found["longer_seconds"]) == (2.0, 10.0 + ends[1])
+    assert found["every"] == 20 // (len(stages) - 1) and found["sparsity"] == 0.75
+    assert found["share"] == found["longer_seconds"] / found["every"] / 2.0
+
+
 def test_steps_with_a_move_alternate_with_those_before(recipe, clock, monkeypatch):
     """Two pairs are not counted; a step takes 1 s, the one with a move 4 s and its number more."""
     from megatron_spdf.training import mask_moves
@@ -546,7 +575,7 @@ def test_steps_with_a_move_alternate_with_those_before(recipe, clock, monkeypatc
                 self.report.moved(1, 3.0 + at)
                 clock[0] += 3.0 + at
 
-    def build(recipe, device):
+    def build(recipe, device, quick):
         engine = Engine(clock, [0.75] * 99, recipe)
         engine.recipe, engine.close = recipe, lambda: built.append("closed")
         built.append(engine)
@@ -556,7 +585,7 @@ def test_steps_with_a_move_alternate_with_those_before(recipe, clock, monkeypatc
     monkeypatch.setattr(moves, "build_engine", build)
     run = recipe(sparsity={"level": 0.75, "algorithm": "set",
                            "update": {"every": 2, "start": 0.0, "stop": 1.0}})
-    found = moves._measure(run, CPU, 3)
+    found = moves._measure(run, CPU, 3, quick=False)
     due = [step for step in range(1, 10) if run.sparsity.update.due(step, 10)]
     wanted = [(due * 5)[i] for i in range(5)]
     assert [at for at, *_ in taken] == [s for step in wanted for s in (step - 1, step)]
@@ -598,10 +627,10 @@ def test_the_suite_is_tiny_without_a_gpu(recipe, monkeypatch):
 def test_products_of_a_peer_are_held_against_dense_ones(recipe, monkeypatch, tmp_path):
     monkeypatch.setattr(baselines, "stk_products",
                         lambda weight, *_: iter([("stk, forward", 2e-6, 4e-6)]))
-    part = suite_parts.Part(sizes.CPU, tmp_path / "rows", until=0.0)
+    part = Part(sizes.CPU, tmp_path / "rows", until=0.0)
     suite_parts._stk(part, recipe(sparsity={"level": 0.75, "pattern": "tile", "tile": 16},
                                   model={"hidden": 128, "ffn_hidden": 512}), CPU)
-    rows = suite._tables(tmp_path / "rows")["kernels"]
+    rows = suite._tables(suite._rows(tmp_path / "rows"))["kernels"]
     assert sorted(row["weight"] for row in rows) == ["128 x 128", "128 x 512", "384 x 128",
                                                      "512 x 128"]
     for row in rows:

@@ -5,18 +5,20 @@ from __future__ import annotations
 
 import importlib
 import json
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from benchmarks import sizes, suite
+from benchmarks import moves, sizes, suite, suite_parts
 from benchmarks.breakdown import Clock
 from benchmarks.max_depth import deepest, planned_bytes, with_layers
 from warm_commands import run_warm
 
 from megatron_spdf.planning.search import USABLE
+from megatron_spdf.schedule.stages import stages_of
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -62,6 +64,44 @@ def test_a_part_that_fails_says_why_and_keeps_its_rows():
 
 def test_parts_together_take_less_than_nine_minutes():
     assert sum(suite.PARTS.values()) == 530 < 9 * 60
+    assert suite.PARTS.keys() == suite_parts.PARTS.keys()
+
+
+def test_rows_are_printed_and_kept_as_they_come(capsys):
+    """So that whatever ends the suite, what was measured is there."""
+    seen = []
+    script = """row 1; sleep 1.2; row 2; sleep 1.2; row 3"""
+    outcome = suite.run_part("p", child(script), 30,
+                             lambda so_far: seen.append((so_far.state, so_far.tables)))
+    assert [state for state, _ in seen] == ["running"] * len(seen) and len(seen) >= 2
+    assert seen[0][1] == {"t": [{"n": 1}]} and seen[-1][1] == outcome.tables
+    assert outcome.tables == {"t": [{"n": 1}, {"n": 2}, {"n": 3}]}
+    assert capsys.readouterr().out.splitlines() == ["p: t: n 1", "p: t: n 2", "p: t: n 3"]
+
+
+def test_a_suite_that_is_ended_ends_its_part_and_has_written_what_there_is(tmp_path):
+    """Its part writes a row, and then that it is alive until it is ended."""
+    script = (
+        "import sys; sys.path[:0] = ['tools']; from pathlib import Path; from benchmarks import "
+        "suite; suite.PARTS['p'] = 60; real = suite.run_part; suite.run_part = lambda part, "
+        "command, *rest: real(part, ['sh', '-c', sys.argv[2], 'sh'], *rest); "
+        "suite.run('cpu', ['p'], Path(sys.argv[1]))")
+    alive = tmp_path / "alive"
+    part = f"""echo '{{"table": "t", "row": {{"n": 1}}}}' >> "$1"
+               while :; do date +%N > {alive}; sleep 0.05; done"""
+    ran = subprocess.Popen([sys.executable, "-c", script, str(tmp_path), part], cwd=ROOT,
+                           env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL)
+    written = tmp_path / "suite.json"
+    until = time.monotonic() + 60
+    while not written.exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    ran.terminate()
+    assert ran.wait(30) == 128 + signal.SIGTERM
+    (kept,) = json.loads(written.read_text())["parts"]
+    assert (kept["state"], kept["tables"]) == ("running", {"t": [{"n": 1}]})
+    last = alive.read_text()
+    time.sleep(0.3)
+    assert alive.read_text() == last
 
 
 def test_what_a_part_leaves_over_is_the_next_parts_and_failing_ones_do_not_stop_it(
@@ -69,7 +109,7 @@ def test_what_a_part_leaves_over_is_the_next_parts_and_failing_ones_do_not_stop_
 ):
     budgets = []
 
-    def run_part(part, command, budget):
+    def run_part(part, command, budget, keep):
         budgets.append((part, budget))
         return suite.Outcome(part, "failed (1): no", 10.0,
                              {"t": [{"x": 1.0, "at": "now"}]} if part == "peers" else {})
@@ -128,6 +168,26 @@ def test_the_gpu_trains_gpt3_xl_with_every_pattern():
     assert [s.tile for s in sparsity if s.pattern == "tile"] == [64, 128]
 
 
+def test_the_gpu_trains_other_families_and_moves_masks_by_every_algorithm():
+    for scale in (sizes.GPU, sizes.CPU):
+        families = [scale.family(model, pattern) for model in scale.families.values()
+                    for pattern in (sizes.DENSE, *scale.few.values())]
+        assert [r.model.architecture for r in families] == ["llama"] * 3 + ["qwen3"] * 3
+        assert {r.parallel.world for r in families} == {1}
+        moving = scale.moving()
+        assert [r.sparsity.algorithm for r in moving.values()] == [
+            "rigl", "set", "acdc", "gmp", "ste", "top_kast"]
+        assert all(next(moves._due_steps(stages_of(r)[-1]), None) or len(stages_of(r)) > 2
+                   for r in moving.values() if r.steps < 10**5)
+    assert {r.train.sequence_length for r in families[:1]} == {32}
+    assert [(r.model.preset, r.steps) for r in sizes.GPU.moving().values()] == (
+        [("gpt3_xl", 24_796)] * 2 + [("gpt2_small", 4_768)] * 4)
+    assert {sizes.GPU.family(model, sizes.DENSE).train.sequence_length
+            for model in sizes.GPU.families.values()} == {2048}
+    small = sizes.GPU.small_recipe(sizes.DENSE)
+    assert small.model.preset == "gpt2_small" and small.train.precision == "bf16"
+
+
 @pytest.mark.parametrize("sparsity", [sizes.DENSE, "{level: 0.75, dense_copy: per_layer}"])
 def test_the_planners_deepest_model_fits_and_one_layer_more_does_not(sparsity):
     assert sizes.GPU.deep_recipe(sparsity).model.hidden == 4096
@@ -182,6 +242,21 @@ def test_the_whole_suite_runs_without_a_gpu(tmp_path):
     assert any(row["what"] == "stanford-stk" for row in kernels)
     by = {row["what"]: row["by"] for row in parts["kernels"]["tables"]["what computes"]}
     assert by["2:4"] == by["tiles of 16"] == "expanded and multiplied as dense weights"
+    assert all(row["planned state (GiB)"] == pytest.approx(row["state (GiB)"], rel=1e-3)
+               and row["planned peak (GiB)"] > row["state (GiB)"] and row["planned step (s)"] > 0
+               for row in [*trained, *parts["families"]["tables"]["families"]])
+    predicted = parts["training"]["tables"]["planner"]
+    assert [row["what"] for row in predicted] == [row["what"] for row in trained]
+    assert predicted[0]["predicted / measured"] == pytest.approx(1.0, rel=1e-4)
+    names = [row["what"] for row in parts["families"]["tables"]["families"]]
+    assert len(names) == 6 and [n.split(",")[0] for n in names] == ["Llama"] * 3 + ["Qwen3"] * 3
+    moved = parts["moves"]["tables"]["moves"]
+    assert [row["what"].split(",")[0] for row in moved] == [
+        "rigl", "set", "acdc", "gmp", "ste", "top_kast"]
+    assert all("note" not in row and row["step (s)"] > 0 for row in moved)
+    ways = parts["host"]["tables"]["host"]
+    assert len(ways) == 9 and all(row["tokens/s"] > 0 for row in ways[:3])
+    assert all("would need a GPU" in row["note"] for row in ways[3:])
     peers = parts["peers"]["tables"]["peers"]
     assert len(peers) == 2 and all(row["tokens/s"] > 0 for row in peers)
     depths = {row["what"]: row for row in parts["largest"]["tables"]["largest"] if row["note"]

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import re
+import shutil
+import signal
+import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -20,6 +26,8 @@ from megatron_spdf.parallel.ranks import destroy, init_distributed
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.resilience.world import find_ranks
 from megatron_spdf.sparsity.plan import Plan, SparseWeight
+
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 @contextmanager
@@ -83,6 +91,21 @@ def _masks_of_first_layer() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def shared_directory(prefix: str) -> Iterator[Path]:
+    """A temporary directory that all joined ranks know, removed when they are done."""
+    import torch.distributed as dist
+
+    place = [tempfile.mkdtemp(prefix=prefix) if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(place)
+    try:
+        yield Path(place[0])
+        dist.barrier()
+    finally:
+        if dist.get_rank() == 0:
+            shutil.rmtree(place[0])
+
+
 def synthetic_batch(recipe: Recipe, number: int) -> list[dict]:
     """This rank's micro-batches of random tokens, (B, T) each."""
     shape = (recipe.train.micro_batch, recipe.train.sequence_length + 1)
@@ -102,6 +125,12 @@ def take_steps(recipe: Recipe, engine, numbers: range) -> None:
     """Optimizer steps on synthetic batches."""
     for number in numbers:
         engine.step(synthetic_batch(recipe, number), number, number * recipe.tokens_per_step, False)
+
+
+def end_with_parent() -> None:
+    """Has Linux end this process when the one that started it ends, by whatever."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def free_memory() -> None:

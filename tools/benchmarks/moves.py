@@ -1,7 +1,8 @@
 """What moves of the masks add to a run: steps after which masks move beside steps after which they
 do not, in one process and in turn, with all that such a step does beside: collecting the dense
 gradient, choosing, carrying weights and optimizer state. Where weights keep all entries, it is the
-step itself that chooses."""
+step itself that chooses. Where an algorithm has dense and sparse parts instead, it is the borders
+between them: a checkpoint is written and read, and the engine built anew."""
 
 from __future__ import annotations
 
@@ -10,11 +11,13 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import cycle, islice
+from itertools import cycle, islice, pairwise
+from pathlib import Path
 
 import torch
 
-from benchmarks.engines import build_engine, joined, synthetic_batch
+from benchmarks.engines import build_engine, joined, shared_directory, synthetic_batch
+from benchmarks.save import NoTokenizer
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.schedule.stages import RunStage, stages_of
 from megatron_spdf.tables import SECONDS, Column, Table, named
@@ -38,7 +41,19 @@ class Moved:
 def measure_moves(recipes: dict[str, Recipe], moves: int) -> dict[str, dict]:
     """Figures of every recipe's algorithm; `moves` are measured of each."""
     with joined(next(iter(recipes.values()))) as device:
-        return {name: _measure(_long(recipe), device, moves) for name, recipe in recipes.items()}
+        return {name: measure_one(recipe, device, moves) for name, recipe in recipes.items()}
+
+
+def measure_one(recipe: Recipe, device: torch.device, moves: int, quick: bool = False) -> dict:
+    """Figures of a recipe's algorithm.
+
+    Args:
+        moves: that are measured, if the run has as many.
+        quick: as `build_engine` takes it.
+    """
+    if any(next(_due_steps(stage), None) for stage in stages_of(recipe)):
+        return _measure(_long(recipe), device, moves, quick)
+    return _measure_borders(recipe, device, moves)
 
 
 def _long(recipe: Recipe) -> Recipe:
@@ -48,13 +63,13 @@ def _long(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"train": train})
 
 
-def _measure(recipe: Recipe, device: torch.device, moves: int) -> dict:
+def _measure(recipe: Recipe, device: torch.device, moves: int, quick: bool) -> dict:
     from megatron_spdf.checkpoint.run_metadata import RunState
     from megatron_spdf.layers.masked import choose_masks
     from megatron_spdf.training.mask_moves import MaskMoves
 
     stage, algorithm = _fullest(stages_of(recipe)), recipe.sparsity.update
-    engine, report = build_engine(stage.recipe, device), Moved()
+    engine, report = build_engine(stage.recipe, device, quick), Moved()
     masks = MaskMoves(stage, engine, RunState(), report)
     plain, due = [], []
     gc.disable()
@@ -69,6 +84,56 @@ def _measure(recipe: Recipe, device: torch.device, moves: int) -> dict:
                           algorithm.every)}
     engine.close()
     return figures
+
+
+def _measure_borders(recipe: Recipe, device: torch.device, borders: int) -> dict:
+    """Of an algorithm whose parts differ in what they store, as a run crosses from one to the
+    next."""
+    stages = stages_of(recipe)
+    plain, crossings = [], []
+    with shared_directory("benchmark_moves_") as place:
+        engine = build_engine(stages[0].as_single_run, device)
+        for here, there in islice(pairwise(stages), borders):
+            plain += _plain_seconds(engine, here)
+            started = time.perf_counter()
+            engine = _crossed(engine, here, there, place, device)
+            crossings.append(time.perf_counter() - started)
+        engine.close()
+    every = recipe.steps // (len(stages) - 1)
+    low, middle, high = statistics.quantiles(crossings, n=4)
+    step = statistics.median(plain)
+    return {"sparsity": stages[-1].plan.sparsity, "every": every, "step_seconds": step,
+            "longer_seconds": middle, "longer_quartiles": [low, high], "move_seconds": middle,
+            "share": middle / (every * step)}
+
+
+def _plain_seconds(engine, stage: RunStage) -> list[float]:
+    """Of steps after the first, which gives the optimizer its state."""
+    seconds = []
+    for number in range(1, 2 + WARM_UP):
+        batch = synthetic_batch(engine.recipe, number)
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        engine.step(batch, stage.first + number, number * engine.recipe.tokens_per_step, False)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return seconds[1:]
+
+
+def _crossed(engine, here: RunStage, there: RunStage, place: Path, device: torch.device):
+    """The engine of the next part, filled from the last checkpoint of this one."""
+    from megatron_spdf.checkpoint.checkpointer import Checkpointer, RunState
+
+    saved = Checkpointer(place, here.recipe, here.plan, NoTokenizer())
+    saved.save(engine, RunState(here.last, here.last), engine.measured_sparsity())
+    if error := saved.wait().error:
+        raise error
+    engine.close()
+    following = build_engine(there.as_single_run, device)
+    Checkpointer(place, there.recipe, there.plan, NoTokenizer()).restore(
+        following, there.first, there.continues)
+    torch.cuda.synchronize()
+    return following
 
 
 def _fullest(stages: list[RunStage]) -> RunStage:

@@ -4,13 +4,11 @@ one that it waits for, dense and sparse, with the bytes on disk; written to a te
 
 from __future__ import annotations
 
-import shutil
 import statistics
-import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.engines import build_engine, joined, synthetic_batch
+from benchmarks.engines import build_engine, joined, shared_directory, synthetic_batch
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.tables import MIB, SECONDS, Column, Table, named
 
@@ -19,17 +17,10 @@ def measure_saves(recipes: dict[str, Recipe], saves: int) -> dict[str, dict]:
     """Saves every engine's state after each step, waiting and behind the steps in turn; medians, in
     seconds."""
     with joined(next(iter(recipes.values()))) as device:
-        import torch.distributed as dist
-
         engines = {name: build_engine(recipe, device) for name, recipe in recipes.items()}
-        place = [tempfile.mkdtemp(prefix="benchmark_save_") if dist.get_rank() == 0 else ""]
-        dist.broadcast_object_list(place)
-        figures = {name: _saves_of(recipes[name], engine, Path(place[0]) / name, saves)
-                   for name, engine in engines.items()}
-        dist.barrier()
-        if dist.get_rank() == 0:
-            shutil.rmtree(place[0])
-    return figures
+        with shared_directory("benchmark_save_") as place:
+            return {name: _saves_of(recipes[name], engine, place / name, saves)
+                    for name, engine in engines.items()}
 
 
 def _saves_of(recipe: Recipe, engine, place: Path, saves: int) -> dict:

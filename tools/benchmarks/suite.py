@@ -1,11 +1,14 @@
 """All figures of one GPU in one command of less than nine minutes: a copy's bandwidth, kernels
-against their floors and dense products, GPT-3 XL trained dense and with every pattern and where a
-step's time goes, peers in the same run, and the largest GPT that one card trains, dense and sparse.
+against their floors and dense products, GPT-3 XL trained dense and with every pattern beside the
+planner's bytes and seconds and where a step's time goes, peers in the same run, what moves of the
+masks cost, models of other families, a model so small that the host may bind it, and the largest
+GPT that one card trains, dense and sparse.
 
 Every part runs in a process of its own and has a budget of seconds, to which comes what the parts
-before it left over. A part that fails or runs out of time keeps the rows that it had written by
-then, and the others go on. On a machine without a GPU everything is tiny: that shows that the suite
-runs, and nothing else.
+before it left over. Rows are printed, and suite.json written, as they come, so that a suite that is
+cut off keeps what it has measured. A part that fails or runs out of time keeps its rows, and the
+others go on. On a machine without a GPU everything is tiny: that shows that the suite runs, and
+nothing else.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -27,7 +32,10 @@ from megatron_spdf.tables import Column, Table
 ROOT = Path(__file__).resolve().parents[2]
 SCALES = ("h200", "h100", "cpu")
 # seconds on a GPU, 530 together
-PARTS = {"kernels": 120, "training": 230, "peers": 100, "largest": 80}
+PARTS = {"kernels": 70, "training": 160, "peers": 70, "moves": 80, "families": 70, "host": 60,
+         "largest": 20}
+POLL = 0.5  # seconds between looks at the rows of the part that runs
+SHOWN = 5  # figures of a row, as it comes
 LIBRARIES = ("torch", "triton", "megatron-core", "transformers", "stanford-stk", "numpy")
 NO_GPU = (
     "no GPU here: tiny sizes on the CPU, which show that the suite runs and say nothing about a GPU"
@@ -68,25 +76,33 @@ def run(scale: str, parts: list[str], output: Path) -> int:
     report = {**circumstances(LIBRARIES), "scale": scale, "parts": []}
     print("\n".join([*render_circumstances(report), *([NO_GPU, ""] if scale == "cpu" else [])]),
           flush=True)
-    spare = 0.0
-    for part in parts:
-        budget = PARTS[part] + spare
-        command = [sys.executable, "-m", "benchmarks.suite_parts", part, scale]
-        outcome = run_part(part, command, budget)
-        spare = budget - outcome.seconds
-        report["parts"].append(asdict(outcome))
-        print("\n".join(render_part(report["parts"][-1])), flush=True)
+    spare, done = 0.0, report["parts"]
+
+    def keep(outcome: Outcome) -> None:
+        report["parts"] = [*done, asdict(outcome)]
         write_json(output / "suite.json", report)
-        write_file(output / "suite.md", "\n".join(render(report)) + "\n")
+
+    with _ended_by_sigterm():
+        for part in parts:
+            budget = PARTS[part] + spare
+            command = [sys.executable, "-m", "benchmarks.suite_parts", part, scale]
+            outcome = run_part(part, command, budget, keep)
+            spare = budget - outcome.seconds
+            keep(outcome)
+            done = report["parts"]
+            print("\n".join(render_part(done[-1])), flush=True)
+            write_file(output / "suite.md", "\n".join(render(report)) + "\n")
     print(f"\n{output / 'suite.json'}, {output / 'suite.md'}")
-    return 0 if any(outcome["tables"] for outcome in report["parts"]) else 1
+    return 0 if any(outcome["tables"] for outcome in done) else 1
 
 
-def run_part(part: str, command: list[str], budget: float) -> Outcome:
-    """Runs one part within its budget of seconds.
+def run_part(part: str, command: list[str], budget: float,
+             keep: Callable[[Outcome], None] = lambda outcome: None) -> Outcome:
+    """Runs one part within its budget of seconds, and prints its rows as they come.
 
     Args:
         command: to which come the file for its rows, and the seconds it has.
+        keep: called with what there is so far whenever a row has come.
     """
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="benchmark_suite_") as place:
@@ -95,14 +111,34 @@ def run_part(part: str, command: list[str], budget: float) -> Outcome:
             child = subprocess.Popen([*command, str(rows), f"{budget:.0f}"], stdout=log,
                                      stderr=log, cwd=ROOT, env=_environment(),
                                      start_new_session=True)
+        state, seen = "", 0
         try:
-            code = child.wait(budget)
-            state = "finished" if code == 0 else f"failed ({code}): {_last_line(said)}"
-        except subprocess.TimeoutExpired:
-            state = f"out of time after {budget:.0f} s"
+            while not state:
+                left = started + budget - time.monotonic()
+                try:
+                    code = child.wait(min(POLL, max(left, 0.0)))
+                    state = "finished" if code == 0 else f"failed ({code}): {_last_line(said)}"
+                except subprocess.TimeoutExpired:
+                    state = "" if left > POLL else f"out of time after {budget:.0f} s"
+                found = _rows(rows)
+                for row in found[seen:]:
+                    print(f"{part}: {render_row(**row)}", flush=True)
+                if found[seen:]:
+                    keep(Outcome(part, "running", time.monotonic() - started, _tables(found)))
+                seen = len(found)
         finally:
             _end(child)
-        return Outcome(part, state, time.monotonic() - started, _tables(rows))
+        return Outcome(part, state, time.monotonic() - started, _tables(_rows(rows)))
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Within, SIGTERM ends the part that runs too."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _environment() -> dict[str, str]:
@@ -119,13 +155,20 @@ def _end(child: subprocess.Popen) -> None:
     child.wait()
 
 
-def _tables(rows: Path) -> dict[str, list[dict]]:
-    tables: dict[str, list[dict]] = {}
-    for line in rows.read_text().splitlines() if rows.exists() else []:
+def _rows(file: Path) -> list[dict]:
+    """What a part has written: each a table's title and a row of it."""
+    rows = []
+    for line in file.read_text().splitlines() if file.exists() else []:
         try:
-            written = json.loads(line)
-        except ValueError:  # the part was ended while it wrote
-            continue
+            rows.append(json.loads(line))
+        except ValueError:  # the part writes, or was ended while it wrote
+            break
+    return rows
+
+
+def _tables(rows: list[dict]) -> dict[str, list[dict]]:
+    tables: dict[str, list[dict]] = {}
+    for written in rows:
         tables.setdefault(written["table"], []).append(written["row"])
     return tables
 
@@ -154,6 +197,14 @@ def render_part(outcome: dict) -> list[str]:
         lines += [f"{title}:", "", Table(columns, rows).markdown()]
         lines.append("")
     return lines
+
+
+def render_row(table: str, row: dict) -> str:
+    """A row in a line, with as many of its figures as fit."""
+    texts = [str(row[key]) for key in ("what", "kernel", "weight") if key in row]
+    figures = [f"{key} {_cell(value)}" for key, value in row.items()
+               if key not in ("what", "kernel", "weight", "at") and value is not None]
+    return ", ".join([table, *texts]) + ": " + "; ".join(figures[:SHOWN])
 
 
 def _cell(value: object) -> str:

@@ -8,62 +8,23 @@ row that says so, and the next begins; nothing begins when the seconds are nearl
 
 from __future__ import annotations
 
-import json
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 
 import torch
 
-from benchmarks import baselines, max_depth, sizes
-from benchmarks.engines import free_memory
-from benchmarks.sizes import Scale
-from megatron_spdf.files import open_to_append
+from benchmarks import baselines, host, max_depth, predictions, sizes
+from benchmarks.engines import end_with_parent
+from benchmarks.part import Part
 from megatron_spdf.kernels.dispatch import backend_name
 from megatron_spdf.kernels.tiles import tile_products
 from megatron_spdf.kernels.two_four import two_four_products
 from megatron_spdf.layers.products.base import product_of
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.sparsity.plan import Plan
-from megatron_spdf.text import first_line
 
 NEARLY = 0.85  # of the seconds
-
-
-@dataclass
-class Part:
-    """Where a part writes, and until when.
-
-    Attributes:
-        until: on the monotonic clock.
-    """
-
-    scale: Scale
-    file: Path
-    until: float
-
-    def write(self, table: str, **row: object) -> None:
-        at = datetime.now().astimezone().isoformat(timespec="seconds")
-        with open_to_append(self.file) as file:
-            file.write(json.dumps({"table": table, "row": {**row, "at": at}}).encode() + b"\n")
-
-    def attempt(self, table: str, what: str, measure: Callable[[], None]) -> bool:
-        """Measures, unless time is short; whether it went well."""
-        if time.monotonic() > self.until:
-            self.write(table, what=what, note="not begun: the part's time was nearly spent")
-            return False
-        try:
-            measure()
-        except Exception as error:  # of whatever library: the others are to have their turn
-            self.write(table, what=what,
-                       note=f"failed, {type(error).__name__}: {first_line(error)}")
-            return False
-        finally:
-            free_memory()
-        return True
 
 
 def kernels(part: Part) -> None:
@@ -125,22 +86,41 @@ def _stk(part: Part, recipe: Recipe, device: torch.device) -> None:
 
 def training(part: Part) -> None:
     """Every pattern trained, dense before and after it all, since a card's clock changes as it gets
-    warm."""
+    warm; and the planner, with the efficiency of the dense run, beside them."""
     from benchmarks.engines import joined
 
     runs = {"dense": sizes.DENSE, **part.scale.patterns, "dense, again": sizes.DENSE}
+    recipes = {name: part.scale.recipe(pattern) for name, pattern in runs.items()}
     seconds: dict[str, float] = {}
-    with joined(part.scale.recipe(sizes.DENSE)) as device:
-        for name, pattern in runs.items():
-            recipe = part.scale.recipe(pattern)
-            part.attempt("training", name, lambda name=name,
-                         recipe=recipe: _train(part, name, recipe, device, seconds))
+    with joined(recipes["dense"]) as device:
+        for name, recipe in recipes.items():
+            part.attempt("training", name, lambda name=name, recipe=recipe: _train(
+                part, "training", name, recipe, device, seconds, by_part=part.scale.by_part))
+    for row in predictions.calibrated(recipes, seconds):
+        part.write("planner", **row)
 
 
-def _train(part: Part, name: str, recipe: Recipe, device: torch.device,
-           seconds: dict[str, float]) -> None:
+def families(part: Part) -> None:
+    """Models of other families, dense and sparse."""
+    from benchmarks.engines import joined
+
+    for family, model in part.scale.families.items():
+        seconds: dict[str, float] = {}
+        recipes = {name: part.scale.family(model, pattern)
+                   for name, pattern in {"dense": sizes.DENSE, **part.scale.few}.items()}
+        with joined(recipes["dense"]) as device:
+            for name, recipe in recipes.items():
+                part.attempt("families", f"{family}, {name}", lambda name=name, recipe=recipe,
+                             family=family, seconds=seconds, device=device: _train(
+                                 part, "families", name, recipe, device, seconds, f"{family}, "))
+
+
+def _train(part: Part, table: str, name: str, recipe: Recipe, device: torch.device,
+           seconds: dict[str, float], of: str = "", by_part: int = 0) -> None:
     """Args:
         seconds: of a step of each run so far; this one's is put there.
+        of: what stands before the name in tables.
+        by_part: steps whose parts are timed.
     """
     from benchmarks import train
     from benchmarks.breakdown import measure_parts
@@ -148,18 +128,52 @@ def _train(part: Part, name: str, recipe: Recipe, device: torch.device,
     run = train.start(recipe, device, quick=True)
     try:
         for _ in range(train.STRETCHES):
-            run.advance(part.scale.steps // train.STRETCHES)
+            run.advance(max(1, part.scale.steps // train.STRETCHES))
         figures = run.figures
         seconds[name] = figures["step_seconds"]
         faster = seconds["dense"] / seconds[name] if "dense" in seconds else None
-        part.write("training", what=name, **row_of_training(figures), **{"dense / step": faster})
-        part.write("what computes", what=name, by=figures["choices"])
-        parts = measure_parts(recipe, run.engine,
-                              range(run.step + 1, run.step + 1 + part.scale.by_part))
-        part.write("a step by part (ms)", what=name,
-                   **{k: 1e3 * spent for k, spent in parts.items()})
+        part.write(table, what=f"{of}{name}", **row_of_training(figures),
+                   **predictions.predicted(recipe), **{"dense / step": faster})
+        part.write("what computes", what=f"{of}{name}", by=figures["choices"])
+        if by_part:
+            parts = measure_parts(recipe, run.engine, range(run.step + 1, run.step + 1 + by_part))
+            part.write("a step by part (ms)", what=f"{of}{name}",
+                       **{k: 1e3 * spent for k, spent in parts.items()})
     finally:
         run.engine.close()
+
+
+def moves_of_masks(part: Part) -> None:
+    """What every mask algorithm adds to a run."""
+    from benchmarks import moves
+    from benchmarks.engines import joined
+
+    with joined(part.scale.recipe(sizes.DENSE)) as device:
+        for name, recipe in part.scale.moving().items():
+            part.attempt("moves", name, lambda name=name, recipe=recipe: part.write(
+                "moves", what=name, **row_of_moves(
+                    moves.measure_one(recipe, device, part.scale.moves, quick=True))))
+
+
+def row_of_moves(figures: dict) -> dict:
+    return {"sparsity (%)": 100 * figures["sparsity"], "step (s)": figures["step_seconds"],
+            "longer with a move (s)": figures["longer_seconds"],
+            "the move alone (s)": figures["move_seconds"], "every": figures["every"],
+            "of a run (%)": 100 * figures["share"]}
+
+
+def small_model(part: Part) -> None:
+    """A model whose launches the host may be too slow for: launched one by one, as a CUDA graph,
+    and compiled."""
+    from benchmarks.engines import joined
+
+    recipes = {name: part.scale.small_recipe(pattern)
+               for name, pattern in {"dense": sizes.DENSE, **part.scale.few}.items()}
+    with joined(recipes["dense"]) as device:
+        for what, way, recipe in ((f"{name}, {way}", way, recipe) for way in host.WAYS
+                                  for name, recipe in recipes.items()):
+            part.attempt("host", what, lambda what=what, way=way, recipe=recipe: part.write(
+                "host", what=what, **host.measure(recipe, device, way, part.scale.steps)))
 
 
 def row_of_training(figures: dict) -> dict:
@@ -202,10 +216,12 @@ def _search(part: Part, name: str, recipe: Recipe, device: torch.device, until: 
 
 
 PARTS = {"kernels": kernels, "training": training, "peers": peers_of_training,
+         "moves": moves_of_masks, "families": families, "host": small_model,
          "largest": largest_model}
 
 
 def main() -> None:
+    end_with_parent()
     name, scale, file, seconds = sys.argv[1:]
     PARTS[name](Part(sizes.scale_of(scale), Path(file), time.monotonic() + NEARLY * float(seconds)))
 

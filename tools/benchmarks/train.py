@@ -4,6 +4,7 @@ sparsity, in one process and in turn, by stretches of steps that nothing waits f
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,10 +49,16 @@ class Run:
         return {**figures_of(self.recipe, self.engine, self.seconds), "peak_bytes": self.peak}
 
 
-def start(recipe: Recipe, device: torch.device, quick: bool = False) -> Run:
-    """Builds an engine and warms it up, which gives the optimizer its state."""
+def start(recipe: Recipe, device: torch.device, quick: bool = False,
+          prepare: Callable[[Any], None] = lambda engine: None) -> Run:
+    """Builds an engine and warms it up, which gives the optimizer its state.
+
+    Args:
+        prepare: called with the engine before its first step.
+    """
     before = allocated()
     engine = build_engine(recipe, device, quick)
+    prepare(engine)
     take_steps(recipe, engine, range(1, WARM_UP))
     run = Run(recipe, engine, allocated() - before)
     run.peak = peak_of(lambda: take_steps(recipe, engine, range(WARM_UP, WARM_UP + 1)), run.held)

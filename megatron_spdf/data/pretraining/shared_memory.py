@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 
 from megatron_spdf.recipe.recipe import AUTO, Recipe
+from megatron_spdf.tables import MIB
 
 SHARED_MEMORY = Path("/dev/shm")
 ITEM_BYTES = 3 * 8 + 4  # tokens, labels and positions, and the loss mask, of a token
-MIB = 2**20
 
 
 def prefetched(recipe: Recipe) -> int:
@@ -28,9 +28,9 @@ def require_shared_memory(recipe: Recipe) -> None:
     t, workers = recipe.train, recipe.data.workers
     needed = workers * prefetched(recipe) * t.micro_batch * t.sequence_length * ITEM_BYTES
     if workers and needed > (free := _free_bytes()):
-        raise ValueError(f"data.workers={workers}: {SHARED_MEMORY} has {free / MIB:,.1f} MiB free, "
-                         f"and the batches of one rank's loader processes take "
-                         f"{needed / MIB:,.1f}; {_remedy()}")
+        raise ValueError(f"data.workers={workers}: {SHARED_MEMORY} has {free / MIB.size:,.1f} MiB "
+                         f"free, and the batches of one rank's loader processes take "
+                         f"{needed / MIB.size:,.1f}; {_remedy()}")
 
 
 def shared_memory_fault(error: Exception) -> str:
@@ -40,7 +40,7 @@ def shared_memory_fault(error: Exception) -> str:
     if not any(sign in str(error) for sign in signs):
         return ""
     return (f"a loader process found no room in {SHARED_MEMORY}, which has "
-            f"{_free_bytes() / MIB:,.1f} MiB free; {_remedy()}")
+            f"{_free_bytes() / MIB.size:,.1f} MiB free; {_remedy()}")
 
 
 def _free_bytes() -> int:

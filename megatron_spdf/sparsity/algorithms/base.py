@@ -23,7 +23,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from megatron_spdf.registry import Registry
-from megatron_spdf.section import Section
+from megatron_spdf.section import MOST_STEPS, Section
 
 if TYPE_CHECKING:  # the planner goes without PyTorch
     from torch import Tensor
@@ -223,15 +223,17 @@ class Births(MaskAlgorithm):
                             "ramp: with updates that grow over `ramp` steps; plain: as all others; "
                             "auto: ages where optimizer.beta2 makes first updates 1.5 times too "
                             "large or more, else plain")
-    ramp: int = Field(100, gt=0, description="steps over which updates of what is born grow to "
-                                             "the usual, where newborn=ramp")
+    ramp: int = Field(100, gt=0, le=MOST_STEPS,
+                      description="steps over which updates of what is born grow to the usual, "
+                                  "where newborn=ramp")
 
 
 class MovingMasks(Tracks, Births):
     """The schedule that algorithms share: a fraction of each slice's active entries every so many
     steps."""
 
-    every: int = Field(100, gt=0, description="optimizer steps between moves of the masks")
+    every: int = Field(100, gt=0, le=MOST_STEPS,
+                       description="optimizer steps between moves of the masks")
     fraction: float = Field(0.3, ge=0.0, le=1.0,
                             description="of the active entries that die in a move")
     start: float = Field(0.0, ge=0.0, le=1.0,

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from megatron_spdf.section import MOST_STEPS
 from megatron_spdf.sparsity.algorithms.base import ALGORITHMS, MaskAlgorithm, Moment, Move, Part
 
 if TYPE_CHECKING:  # the planner goes without PyTorch
@@ -32,13 +33,14 @@ class Gmp(MaskAlgorithm):
     holds = True
     to_begin_sparse = "sparsity.update.initial to the share of the level that it begins at"
 
-    every: int = Field(100, gt=0, description="optimizer steps between prunings")
+    every: int = Field(100, gt=0, le=MOST_STEPS, description="optimizer steps between prunings")
     start: float = Field(0.25, ge=0.0, lt=1.0,
                          description="share of the run's or stage's steps that are dense")
     stop: float = Field(0.75, gt=0.0, le=1.0,
                         description="share of the steps after which the level is reached")
-    stores: int = Field(4, gt=0, description="densities that weights are stored at one after "
-                                             "another, beside dense; more save more memory")
+    stores: int = Field(4, gt=0, le=1000,
+                        description="densities that weights are stored at one after another, "
+                                    "beside dense; more save more memory")
     initial: float = Field(0.0, ge=0.0, lt=1.0,
                            description="share of the level that weights begin at; 0: dense")
 

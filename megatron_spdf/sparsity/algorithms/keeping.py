@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from megatron_spdf.section import MOST_STEPS
 from megatron_spdf.sparsity.algorithms.base import Tracks
 
 if TYPE_CHECKING:
@@ -25,7 +26,8 @@ class KeepsEntries(Tracks):
 
     keeps = True
 
-    every: int = Field(1, gt=0, description="optimizer steps between choices of the masks")
+    every: int = Field(1, gt=0, le=MOST_STEPS,
+                       description="optimizer steps between choices of the masks")
 
     def due(self, step: int, steps: int) -> bool:
         return step % self.every == 0

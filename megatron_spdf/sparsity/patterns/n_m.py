@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from megatron_spdf.random_streams import stream_key
+from megatron_spdf.section import MOST_WIDTH
 from megatron_spdf.sparsity.patterns.base import PATTERNS, Pattern, Shape
 
 if TYPE_CHECKING:  # the planner goes without PyTorch
@@ -28,8 +29,10 @@ class NofM(Pattern):
 
     name = "n_m"
 
-    n: int = Field(2, gt=0, description="pattern n_m: active of every `m` consecutive inputs")
-    m: int = Field(4, gt=1, description="pattern n_m: inputs that are compared with each other")
+    n: int = Field(2, gt=0, le=MOST_WIDTH,
+                   description="pattern n_m: active of every `m` consecutive inputs")
+    m: int = Field(4, gt=1, le=MOST_WIDTH,
+                   description="pattern n_m: inputs that are compared with each other")
 
     @property
     def columns_together(self) -> int:  # type: ignore[override]

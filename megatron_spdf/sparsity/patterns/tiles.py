@@ -21,6 +21,7 @@ from pydantic import Field
 
 from megatron_spdf.kernels.limits import has_tile_kernel
 from megatron_spdf.random_streams import stream_key
+from megatron_spdf.section import MOST_WIDTH
 from megatron_spdf.sparsity.patterns.base import PATTERNS, Pattern, Shape
 
 if TYPE_CHECKING:  # the planner goes without PyTorch
@@ -38,8 +39,9 @@ class Tiles(Pattern):
     remedy = "smaller tiles, or a level that is a coarser fraction"
 
     tile: int = Field(
-        64, gt=0, description="side of a tile; levels are rounded to equally many tiles in every "
-                              "row and column")
+        64, gt=0, le=MOST_WIDTH,
+        description="side of a tile; levels are rounded to equally many tiles in every row and "
+                    "column")
 
     @property
     def moving_unit(self) -> Shape:

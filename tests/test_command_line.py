@@ -1,0 +1,34 @@
+"""Numbers among a command's words: those at a bound, and the next ones."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+
+from megatron_spdf.command_line import number, positive, positive_real
+
+
+@pytest.mark.parametrize(("kind", "bounds", "taken", "refused", "rule"), [
+    (int, {"least": 2}, ["2", "3"], ["1", "2.0", "nan", "x", ""], "whole number, at least 2"),
+    (int, {"most": 5}, ["5", "-9"], ["6"], "whole number, at most 5"),
+    (float, {"above": 0.5}, ["0.500001", "1e9"], ["0.5", "nan", "inf", "-inf"],
+     "finite number, over 0.5"),
+    (float, {"below": 0.5}, ["0.499", "-1"], ["0.5", "1e999"], "finite number, under 0.5"),
+    (float, {"least": 0.0, "below": 1.0}, ["0", "0.9"], ["-0.1", "1"],
+     "finite number, at least 0.0, under 1.0"),
+    (float, {"above": 0.0, "most": 1.0}, ["1", "1e-9"], ["0", "1.01"],
+     "finite number, over 0.0, at most 1.0")])
+def test_a_number_at_its_bounds(kind, bounds, taken, refused, rule):
+    parse = number(kind, **bounds)
+    assert [parse(text) for text in taken] == [kind(text) for text in taken]
+    for text in refused:
+        with pytest.raises(argparse.ArgumentTypeError, match=f"must be a {rule}$"):
+            parse(text)
+
+
+def test_what_is_counted_is_one_to_a_million_and_what_is_measured_over_nothing():
+    assert (positive("1"), positive("1000000"), positive_real("1e-300")) == (1, 10**6, 1e-300)
+    for parse, text in ((positive, "0"), (positive, "1000001"), (positive_real, "0.0")):
+        with pytest.raises(argparse.ArgumentTypeError):
+            parse(text)
