@@ -92,8 +92,8 @@ def test_a_set_may_be_a_column_of_its_own(tmp_path, tiny_bpe):
         "a": 150, "b": 150}
 
 
-def test_an_interrupted_run_goes_on_after_the_inputs_it_has_finished(tmp_path, tiny_bpe, monkeypatch):
-    monkeypatch.setattr(incremental, "_SYNC_BYTES", 0)
+def test_an_interrupted_run_goes_on_after_its_finished_inputs(tmp_path, tiny_bpe, monkeypatch):
+    monkeypatch.setattr(incremental, "_SYNC_BYTES", 1)
     good = [write(tmp_path / f"{n}.parquet", ITEMS[n * 100: n * 100 + 100]) for n in range(2)]
     bad = tmp_path / "2.parquet"
     bad.write_bytes(b"PAR1 cut off")
