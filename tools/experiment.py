@@ -13,8 +13,10 @@ goes on, so that the grid may be interrupted at any moment. OUTPUT/results.json,
 results.png, with `plot.curves` curves.png and with `plot.frontiers` frontiers.png too, hold what is
 there so far, and losses.csv the final losses, to which `tools/plan.py fit` fits a law. A grid with
 `tune` is run in rounds, in which every cell is tuned, and then with all seeds
-(megatron_spdf/runs/tuning.py). Exit code 0; 2 for what the user can put right; 75 if a run was
-stopped on a signal; 3 if a run has no result.
+(megatron_spdf/runs/tuning.py); tried.csv has the losses of all that was tried. With `finetune`
+every run is fine-tuned and scored too (megatron_spdf/runs/downstream.py), into scores.csv and
+scores.md. Exit code 0; 2 for what the user can put right; 75 if a run was stopped on a signal; 3 if
+a run has no result.
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ from megatron_spdf.files import write_file, write_json
 from megatron_spdf.reports.experiment_plot import plot_results
 from megatron_spdf.reports.frontiers import plot_frontiers
 from megatron_spdf.reports.learning_curves import plot_curves
+from megatron_spdf.reports.score_table import render_scores, score_rows, write_scores
+from megatron_spdf.runs.downstream import Tuned, tunings
 from megatron_spdf.runs.experiment import (
     Cell,
     Experiment,
@@ -50,7 +54,7 @@ from megatron_spdf.runs.paired import difference_column, with_differences
 from megatron_spdf.runs.trunks import Run, with_trunks
 from megatron_spdf.runs.tuning import render_neighbors, tuned_cells
 
-LOSSES = "losses.csv"
+LOSSES, TRIED = "losses.csv", "tried.csv"
 
 
 @refusing
@@ -59,6 +63,8 @@ def main() -> int:
     experiment = chosen(load_experiment(options.experiment), options.only)
     if options.page:
         place_on(options.page, options.experiment.stem)
+        if experiment.finetune:
+            place_on(options.page, f"scores of {options.experiment.stem}")
     if experiment.tune:
         return tune(experiment, options)
     grid = cells(experiment, options.experiment, options.overrides)
@@ -66,20 +72,67 @@ def main() -> int:
     planned = [(cell.trials[seed], cell.recipes[seed]) for seed in experiment.seeds
                for cell in grid]
     runs = {run.trial.output: run for chain in with_trunks(planned) for run in chain}
+    after = fine_tunings(grid, experiment, options)
     left = [] if options.report else [trial for trial, own in planned
                                       if loss_of(trial, own) is None]
     commands = commands_of(left, experiment, options, runs)
+    later = commands_after(after, experiment, options)
+    both = commands | {output: words for own in later.values() for output, words in own.items()}
     if options.print:
-        print("\n".join(map(shlex.join, commands.values())))
+        print("\n".join(map(shlex.join, both.values())))
         return exit_codes.FINISHED
-    print(f"{len(planned)} runs, {len(commands)} to do", flush=True)
+    count = len(both) - len(commands)
+    print(f"{len(planned)} runs, {len(commands)} to do"
+          + (f", and {count} fine-tunings and evaluations" if count else ""), flush=True)
     chains: dict[Path, list[Path]] = {}
     for output in runs:  # a trunk comes before its branches
-        if output in commands:
-            chains.setdefault(runs[output].trunk or output, []).append(output)
-    codes = run_all(commands, options.jobs, list(chains.values()),
-                    lambda output: runs[output].prepare())
-    return ends_grid(codes) or report(grid, results(grid), experiment, options)
+        own = [*([output] if output in commands else []), *later.get(output, {})]
+        chains.setdefault(runs[output].trunk or output, []).extend(own)
+    ready = {path: check for each in after for path, check in (
+        (each.trial.output, each.may_begin), (each.scores, each.may_be_scored))}
+
+    def prepare(output: Path) -> bool:
+        return runs[output].prepare() if output in runs else ready[output]()
+
+    codes = run_all(both, options.jobs, list(chains.values()), prepare)
+    return ends_grid(codes) or max(report(grid, results(grid), experiment, options),
+                                   report_scores(after, experiment, options))
+
+
+def fine_tunings(grid: list[Cell], experiment: Experiment,
+                 options: argparse.Namespace) -> list[Tuned]:
+    """The fine-tuning runs of the grid, if its file asks for them."""
+    if experiment.finetune is None:
+        return []
+    return [tuned for cell in grid for tuned in tunings(
+        experiment.finetune, cell.labels,
+        {seed: trial.output for seed, trial in cell.trials.items()}, options.experiment.parent)]
+
+
+def commands_after(after: list[Tuned], experiment: Experiment,
+                   options: argparse.Namespace) -> dict[Path, dict[Path, list[str]]]:
+    """Pre-training run -> run directory, or that of an evaluation -> command line."""
+    found: dict[Path, dict[Path, list[str]]] = {}
+    for each in [] if options.report else after:
+        recipe = options.experiment.parent / experiment.finetune.recipe
+        found.setdefault(each.start, {}).update(each.commands(recipe, options.launch))
+    return found
+
+
+def report_scores(after: list[Tuned], experiment: Experiment, options: argparse.Namespace) -> int:
+    """Writes and shows the table of scores, if the grid has any."""
+    rows = score_rows(after)
+    if rows:
+        output = Path(experiment.output)
+        write_scores(output / "scores.csv", rows)
+        table = render_scores(rows, experiment.finetune.order)
+        write_file(output / "scores.md", table)
+        say(table)
+        if options.page:
+            write_into(options.page, f"scores of {options.experiment.stem}", table)
+    if missing := len(after) - len(rows):
+        print(f"error: {missing} of {len(after)} fine-tuned runs have no scores", file=sys.stderr)
+    return exit_codes.GUARD_STOPPED if missing and not options.report else exit_codes.FINISHED
 
 
 def tune(experiment: Experiment, options: argparse.Namespace) -> int:
@@ -94,8 +147,11 @@ def tune(experiment: Experiment, options: argparse.Namespace) -> int:
         if code := ends_grid(run_all(commands, options.jobs)):
             return code
         tried |= commands.keys()
-    return report([cell.best(tried) for cell in grid], [cell.result(tried) for cell in grid],
+    code = report([cell.best(tried) for cell in grid], [cell.result(tried) for cell in grid],
                   experiment, options)
+    seen = [point for cell in grid for point in cell.seen]
+    write_table(Path(experiment.output) / TRIED, rows_of(seen, experiment))
+    return code
 
 
 def commands_of(trials: list[Trial], experiment: Experiment, options: argparse.Namespace,

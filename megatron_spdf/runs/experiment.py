@@ -16,6 +16,8 @@
 Labels may also size a run by what it costs (`budget: flops`, `tokens_per_weight: 20`), see
 `budget.py`.
 
+`finetune:` fine-tunes and scores every run, see `downstream.py`.
+
 `tune: {optimizer.lr: 2}` tunes keys of every cell before it is run with all seeds, see `tuning.py`.
 Runs that differ in their length alone share their steps at the peak of the learning rate, see
 `trunks.py`. `hold_out:` names cells that no law is fitted to, see `loss_table.py`.
@@ -38,6 +40,7 @@ from megatron_spdf.recipe.load import load_recipe, write_value
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.records import read_yaml
 from megatron_spdf.runs.budget import sized
+from megatron_spdf.runs.downstream import Downstream
 from megatron_spdf.runs.grid import Trial, axis_of, combinations, labeled
 from megatron_spdf.runs.measured import LOG, Evaluated, read_run
 from megatron_spdf.schedule.stages import mean_flops, stages_of
@@ -83,6 +86,9 @@ class Experiment(Section):
     tune: dict[str, Annotated[float, Field(gt=1.0)]] = Field(
         {}, description="key of the recipe -> factor between neighboring values; every cell is "
                         "tuned with the first seed, from its own value on")
+    finetune: Downstream | None = Field(
+        None, description="fine-tuning of every run, and its scores; default: none"
+    )
     plot: Plot
 
     @model_validator(mode="before")
@@ -111,6 +117,11 @@ class Experiment(Section):
             raise ValueError(f"seeds has {twice[0]} twice, which is one run; leave one out")
         if both := self.tune.keys() & self.axes.keys():
             raise ValueError(f"{min(both)} is an axis and to be tuned; leave out one of the two")
+        if self.finetune and self.tune:
+            raise ValueError("a grid with tune has no runs to fine-tune before its searches end; "
+                             "make another grid of the points that were chosen")
+        if self.finetune:
+            self.finetune.check_labels(self.axes)
         return self
 
     @model_validator(mode="after")

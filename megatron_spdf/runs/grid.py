@@ -10,6 +10,7 @@ import itertools
 import math
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from megatron_spdf.recipe.load import write_value
 
 NAME_BYTES = 255 - len(".txt")  # of a file name on common file systems; logs stand beside
 MOST_RUNS = 10_000
+ASKED_TO_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 Axes = Mapping[str, Mapping[str, Mapping[str, Any]]]  # name -> label -> key of the recipe -> value
 
 
@@ -145,15 +147,16 @@ def command(launch: str, script: str, recipe: str | Path, overrides: Sequence[st
 
 def run_all(commands: Mapping[Path, Sequence[str]], jobs: int | None = None,
             chains: Iterable[Sequence[Path]] | None = None,
-            prepare: Callable[[Path], None] = lambda output: None) -> list[int]:
-    """Runs command lines until one ends with bad input or on a signal.
+            prepare: Callable[[Path], bool] = lambda output: True) -> list[int]:
+    """Runs command lines until one ends with bad input or on a signal, one that knows nothing of
+    exit codes included.
 
     Args:
         commands: run directory -> command line.
         jobs: runs at a time, the output of each in a file beside its directory; None: one at a
             time, with this program's output.
         chains: run directories, those of a chain to be run one after the other; None: each is free.
-        prepare: called with a run directory before its command.
+        prepare: called with a run directory before its command; False: it is not run.
 
     Returns:
         Exit codes, in the order in which runs end.
@@ -162,15 +165,15 @@ def run_all(commands: Mapping[Path, Sequence[str]], jobs: int | None = None,
     threads = {"OMP_NUM_THREADS": "1"} if jobs and jobs > 1 else {}
 
     def run(output: Path, words: Sequence[str]) -> None:
-        if ends_grid(codes):
+        if ends_grid(codes) or not prepare(output):
             return
-        prepare(output)
         print(f"$ {shlex.join(words)}", flush=True)
         output.parent.mkdir(parents=True, exist_ok=True)
         log = output.with_suffix(".txt") if jobs else None
         with open_to_append(log) if log else nullcontext() as file:
             code = subprocess.run(words, stdout=file, stderr=file, check=False,
                                   env={**threads, **os.environ}).returncode
+        code = exit_codes.STOPPED_ON_SIGNAL if -code in ASKED_TO_STOP else code
         if code:
             print(f"{output} ended with exit code {code}{f', see {log}' if log else ''}",
                   file=sys.stderr, flush=True)

@@ -45,14 +45,17 @@ class Run:
         """Overrides of the run as a trunk, beside those of its trial."""
         return [f"checkpoint.keep_at={json.dumps(self.keep)}"] if self.keep else []
 
-    def prepare(self) -> None:
+    def prepare(self) -> bool:
         """Makes the run directory of a branch, unless there is one, or no checkpoint for it.
+
+        Returns:
+            True: it may be run.
 
         Raises:
             ValueError: that checkpoint cannot be branched from.
         """
         if self.trunk is None or (self.trial.output / RECIPE).is_file():
-            return
+            return True
         checkpoint = self.trunk / "checkpoints" / store.name_of(self.begin)
         if checkpoint.is_dir():
             # Here, as they import the engines, which takes seconds.
@@ -62,6 +65,7 @@ class Run:
             branch(CheckpointReader(checkpoint, checksums=True), self.recipe, self.trial.output)
         else:
             print(f"{self.trial.output} goes alone, as there is no {checkpoint}", flush=True)
+        return True
 
 
 def with_trunks(planned: Iterable[tuple[Trial, Recipe]]) -> list[list[Run]]:

@@ -125,6 +125,11 @@ class TunedCell:
         return [trial for seed, trial in cell.trials.items() if trial.output not in tried
                 and loss_of(trial, cell.recipes[seed]) is None]
 
+    @property
+    def seen(self) -> list[Cell]:
+        """The cells of all points that were looked at so far, with a loss or not."""
+        return [*self._cells.values()]
+
     def best(self, tried: Collection[Path]) -> Cell:
         """The cell at the best point so far."""
         return self.at(self.search(tried)[0])

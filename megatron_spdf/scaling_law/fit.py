@@ -24,17 +24,18 @@ PUBLISHED = FORMS["published"]
 
 @dataclass(frozen=True)
 class Prediction:
-    """Loss of a run that the law was not fitted to: predicted with its interval, and measured."""
+    """Loss of a run that the law was not fitted to: predicted with its interval, and measured;
+    None: not yet."""
 
     name: str
     predicted: float
     low: float
     high: float
-    measured: float
+    measured: float | None
 
     @property
-    def inside(self) -> bool:
-        return self.low <= self.measured <= self.high
+    def inside(self) -> bool | None:
+        return None if self.measured is None else self.low <= self.measured <= self.high
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,8 @@ def fit_law(points: Sequence[Point], starts: int = 32, samples: int = 100, seed:
         ValueError: the points cannot determine the coefficients, are no positive numbers, or no
             start leads to a fit; a held-out run is of no group that was fitted.
     """
-    check_points([*points, *held_out])
+    check_points(points)
+    check_points(held_out, predicted=True)
     missing = shortcomings(points, form)
     if missing:
         raise ValueError("the law is under-determined by these runs: " + "; ".join(missing))
@@ -238,7 +240,8 @@ def _predictions(law: Law, laws: list[Law], residuals: ndarray,
     with np.errstate(all="ignore"):
         logs = np.log([each.predict(held_out) for each in laws])  # (samples, held out)
     spread = np.exp(logs[:, None, :] - noise[None, :, None]).reshape(-1, len(held_out))
-    return [Prediction(point.name, float(value), *_range(spread[:, i]), point.loss)
+    return [Prediction(point.name, float(value), *_range(spread[:, i]),
+                       None if np.isnan(point.loss) else point.loss)
             for i, (point, value) in enumerate(zip(held_out, law.predict(held_out), strict=True))]
 
 

@@ -19,7 +19,7 @@ class Point:
         sparsity: at the end.
         nonzero: linear weights that are not zero at the end.
         data: tokens.
-        loss: in nats.
+        loss: in nats; NaN: not measured yet, as it may be where it is predicted.
         average: non-zero linear weights on average over the tokens; default: `nonzero`.
         algorithm: of its masks.
         cell: runs that share it are correlated, and resampled together; empty: it is on its own.
@@ -44,10 +44,15 @@ class Point:
         return DENSE if self.sparsity == 0.0 else f"{self.algorithm} {self.sparsity:.4g}"
 
 
-def check_points(points: Sequence[Point]) -> None:
-    """Raises a ValueError for values that no law has."""
+def check_points(points: Sequence[Point], predicted: bool = False) -> None:
+    """Raises a ValueError for values that no law has.
+
+    Args:
+        predicted: no law is fitted to them, so that the loss need not be known.
+    """
     for point in points:
-        values = (point.nonzero, point.mean_nonzero, point.data, point.loss)
+        unknown = predicted and math.isnan(point.loss)
+        values = (point.nonzero, point.mean_nonzero, point.data, *([] if unknown else [point.loss]))
         if not (all(math.isfinite(v) and v > 0.0 for v in values) and 0.0 <= point.sparsity < 1.0):
             raise ValueError(f"the run {point.name} has sparsity {point.sparsity:g}, "
                              f"{point.nonzero:g} non-zero weights, {point.data:g} tokens and loss "

@@ -40,8 +40,8 @@ def _render_predictions(fit: Fit) -> str:
     columns = [Column("held out", "name"), Column("predicted", form=".4f"),
                Column("5%", "low", ".4f"), Column("95%", "high", ".4f"),
                Column("measured", form=".4f"),
-               Column("", lambda row: "inside" if row.inside else "OUTSIDE")]
-    inside = sum(each.inside for each in fit.predictions)
-    return (f"{Table(columns, fit.predictions).text('  ')}\n  {inside} of "
-            f"{len(fit.predictions)} measured losses are inside; of intervals from 5% to 95%, 9 "
+               Column("", lambda row: {None: None, True: "inside", False: "OUTSIDE"}[row.inside])]
+    known = [each.inside for each in fit.predictions if each.inside is not None]
+    return (f"{Table(columns, fit.predictions).text('  ')}\n  {sum(known)} of "
+            f"{len(known)} measured losses are inside; of intervals from 5% to 95%, 9 "
             "in 10 should be")

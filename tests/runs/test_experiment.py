@@ -73,11 +73,12 @@ def finish(trial, recipe, *losses: float, step: int | None = None) -> None:
     (trial.output / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
 def test_a_shipped_grid_is_valid(path):
     experiment, found = grid_of(path)
     assert len(found) == {"comparison": 20, "transfer": 90, "fair_comparison": 34,
-                          "newborn": 15, "scaling_law": 110}[path.stem]
+                          "newborn": 15, "scaling_law": 110, "e2e_ordering": 3}[path.stem]
     assert len({t.output for c in found for t in c.trials.values()}) == 3 * len(found)
     assert not any(of(c).output == experiment.output for c in found)
 

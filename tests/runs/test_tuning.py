@@ -182,6 +182,7 @@ def test_a_page_without_a_place_is_refused_before_a_run(grid, tmp_path, monkeypa
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_tool_goes_round_after_round_until_all_is_done(grid, tmp_path, monkeypatch, capsys):
     cells = grid({"sparsity": [0, 0.75]}, tune={"optimizer.lr": 2})
     rounds = []
@@ -205,3 +206,7 @@ def test_the_tool_goes_round_after_round_until_all_is_done(grid, tmp_path, monke
     out = capsys.readouterr().out
     assert "3.0000 ± 0.0000" in out and (Path(tmp_path) / "out/results.png").stat().st_size > 1000
     assert "Infinity" not in (tmp_path / "out/results.json").read_text()
+    tried = [line.split(",")[:2] for line in (tmp_path / "out/tried.csv").read_text().splitlines()]
+    assert {(level, float(rate)) for level, rate in tried[1:]} == {
+        (level, rate) for level in ("0", "0.75") for rate in (5e-4, 1e-3, 2e-3, 4e-3)}
+    assert len(tried) == 1 + 2 * 5  # the second seed at the best

@@ -1,0 +1,195 @@
+"""Fine-tuning of the runs of a grid, and the scores of what comes of it, in the grid's file:
+
+    finetune:
+      recipe: ../finetune/e2e_tiny.yaml      # relative to this file
+      axes:                                  # as those of the grid, keys are of that recipe
+        fine_tuning: {dense: {mode: dense}, sparse: {mode: sparse}}
+      exclude:                               # labels of both are known here
+        - {masks: dense, fine_tuning: sparse}
+      decoding: {beams: 4, max_new_tokens: 128}
+      order:                                 # differences of neighbors are shown, the best first
+        - {masks: dense, fine_tuning: dense}
+        - {masks: 75%, fine_tuning: dense}
+
+Every finished run of the grid is fine-tuned by finetune.py with each combination of these labels,
+with its own seed, and tools/evaluate.py scores the best checkpoint on the test split.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from megatron_spdf.recipe.compare import changes_of_run
+from megatron_spdf.recipe.finetune import Finetune, load_finetune
+from megatron_spdf.runs.grid import Trial, axis_of, combinations, command, directory_name, labeled
+from megatron_spdf.runs.measured import LOG, RECIPE, read_run
+from megatron_spdf.runs.selection import result_of
+from megatron_spdf.section import PathText, Section
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Decoding(Section):
+    """Options of tools/evaluate.py. What is not given is the task's."""
+
+    split: str = Field("test", pattern="^(train|valid|test)$", description="what is decoded")
+    beams: int | None = Field(None, ge=1, description="width of the beam")
+    length_penalty: float | None = Field(None, description="power of the length")
+    no_repeat_ngram: int | None = Field(None, ge=0, description="tokens; 0: any may be repeated")
+    max_new_tokens: int | None = Field(None, ge=1, description="of a completion")
+    batch_size: int | None = Field(None, ge=1, description="prompts decoded together")
+
+    @property
+    def words(self) -> list[str]:
+        """As options of the command."""
+        given = self.model_dump(exclude_none=True)
+        return [f"--{key.replace('_', '-')}={value}" for key, value in given.items()]
+
+
+class Downstream(Section):
+    """Fine-tuning of every run of a grid."""
+
+    recipe: PathText = Field(description="fine-tuning recipe that every run starts from, relative "
+                                         "to this file")
+    axes: dict[str, dict[str, dict[str, Any]]] = Field(min_length=1,
+                                                       description="name -> label -> key -> value")
+    exclude: list[dict[str, str]] = Field([], description="axis -> label, of the grid's too; what "
+                                                          "has them all is left out")
+    decoding: Decoding = Field(Decoding(), description="of the test split")
+    order: list[dict[str, str]] = Field([], description="axis -> label, of the grid's too; each is "
+                                                        "compared, seed by seed, with the next")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_axes(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not isinstance(values.get("axes"), dict):
+            return values
+        axes = {name: axis_of(name, axis) if isinstance(axis, list)
+                else labeled(name, axis.items()) if isinstance(axis, dict) else axis
+                for name, axis in values["axes"].items()}
+        return {**values, "axes": axes}
+
+    def check_labels(self, axes: Mapping[str, Mapping[str, Any]]) -> None:
+        """Raises a ValueError where a label is of no axis, here or in the grid.
+
+        Args:
+            axes: of the grid.
+        """
+        if both := self.axes.keys() & axes.keys():
+            raise ValueError(f"finetune.axes has {min(both)}, which is an axis of the grid; give "
+                             "it another name")
+        known = {**axes, **self.axes}
+        for key in ("exclude", "order"):
+            for labels in getattr(self, key):
+                for axis, label in labels.items():
+                    if label not in known.get(axis, {}):
+                        raise ValueError(f"finetune.{key} names {axis}={label}, and there is no "
+                                         "such label; see axes")
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A fine-tuning run of a grid.
+
+    Attributes:
+        labels: axis -> label, of the grid and of the fine-tuning.
+        start: directory of the pre-training run.
+        trial: its directory, and values of keys of the fine-tuning recipe.
+        recipe: of the run.
+        decoding: of the evaluation.
+    """
+
+    labels: dict[str, str]
+    seed: int
+    start: Path
+    trial: Trial
+    recipe: Finetune
+    decoding: Decoding
+
+    @property
+    def scores(self) -> Path:
+        """Directory of the evaluation."""
+        return (self.trial.output / "evaluation"
+                / f"{self.recipe.data.task}_{self.decoding.split}")
+
+    @property
+    def done(self) -> bool:
+        """Whether the run is at its end.
+
+        Raises:
+            ValueError: the directory holds another recipe's run.
+        """
+        kept = self.trial.output / RECIPE
+        if not kept.is_file():
+            return False
+        if changes := changes_of_run(load_finetune(kept), self.recipe):
+            raise ValueError(f"{self.trial.output} holds another recipe's run: "
+                             f"{'; '.join(changes)}. Choose another output, or remove it")
+        return result_of(self.trial)["done"]
+
+    @property
+    def scored(self) -> bool:
+        """Whether there are scores."""
+        return (self.scores / "scores.json").is_file()
+
+    def may_begin(self) -> bool:
+        """Whether the pre-training run is at its end; says so where it is not."""
+        if (self.start / LOG).is_file() and read_run(self.start).finished:
+            return True
+        print(f"{self.trial.output} is not begun, as {self.start} is not at its end", flush=True)
+        return False
+
+    def may_be_scored(self) -> bool:
+        """Whether the run is at its end; says so where it is not."""
+        if self.done:
+            return True
+        print(f"{self.trial.output} is not scored, as it is not at its end", flush=True)
+        return False
+
+    def commands(self, recipe: Path, launch: str) -> dict[Path, list[str]]:
+        """What is left to do: run directory, or that of the evaluation -> command line.
+
+        Args:
+            recipe: file of the fine-tuning recipe.
+            launch: see `grid.command`.
+        """
+        tune = command(launch, "finetune.py", recipe, [], self.trial)
+        score = [*shlex.split(launch or sys.executable), str(ROOT / "tools/evaluate.py"),
+                 str(self.trial.output), f"--task={self.recipe.data.task}", *self.decoding.words]
+        return {**({} if self.done else {self.trial.output: tune}),
+                **({} if self.scored else {self.scores: score})}
+
+
+def tunings(downstream: Downstream, labels: Mapping[str, str], runs: Mapping[int, Path],
+            directory: Path) -> Iterator[Tuned]:
+    """Fine-tuning runs of a cell of a grid, those of a seed together.
+
+    Args:
+        labels: of the cell.
+        runs: seed -> pre-training run.
+        directory: of the grid's file.
+
+    Raises:
+        ValueError: the recipe of a run is not valid.
+    """
+    combined = [(trial, {**labels, **trial.labels})
+                for trial in combinations(downstream.axes, "")]
+    kept = [(trial, both) for trial, both in combined
+            if not any(left_out.items() <= both.items() for left_out in downstream.exclude)]
+    for seed, start in runs.items():
+        for trial, both in kept:
+            if own := trial.values.keys() & {"seed", "checkpoint", "output"}:
+                raise ValueError(f"finetune.axes gives {min(own)} a value, which every run of the "
+                                 "grid has of its own; leave it out")
+            output = start.parent.parent / "finetune" / directory_name(both) / f"seed={seed}"
+            own = replace(trial, output=output, values={**trial.values, "seed": seed,
+                                                        "checkpoint": str(start)})
+            recipe = load_finetune(directory / downstream.recipe, own.words)
+            yield Tuned(both, seed, start, own, recipe, downstream.decoding)

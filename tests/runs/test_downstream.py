@@ -1,0 +1,154 @@
+"""Runs of a grid are fine-tuned and scored, each after the run that it starts from, and what is
+done is not done again."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from test_experiment import ROOT, finish
+from test_experiment import grid as grid  # a fixture  # noqa: PLC0414
+
+from megatron_spdf.runs import downstream
+from megatron_spdf.runs import grid as runner
+from megatron_spdf.runs.budget import linear_weights
+from megatron_spdf.runs.downstream import Downstream, tunings
+from megatron_spdf.runs.experiment import cells, load_experiment
+
+sys.path.insert(0, str(ROOT / "tools"))
+import experiment as tool  # noqa: E402
+
+AXES = {"masks": {"dense": {"sparsity.level": 0}, "75%": {"sparsity.level": 0.75}}}
+FINETUNE = {"recipe": "tune.yaml", "axes": {"mode": ["dense", "sparse"]},
+            "exclude": [{"masks": "dense", "mode": "sparse"}],
+            "decoding": {"beams": 4, "no_repeat_ngram": 9}}
+
+
+@pytest.fixture
+def asked(grid, tmp_path, monkeypatch):
+    """Writes a grid that fine-tunes; returns its path."""
+    (tmp_path / "tune.yaml").write_text(yaml.safe_dump({
+        "checkpoint": "none", "output": "none", "data": {"task": "e2e", "path": "data/e2e"},
+        "train": {"epochs": 1, "global_batch": 4, "micro_batch": 4, "precision": "fp32"},
+        "optimizer": {"lr": 1e-3, "warmup_steps": 1}}))
+    monkeypatch.chdir(tmp_path)
+    return lambda **more: grid(axes=AXES, finetune={**FINETUNE, **more})
+
+
+def tuned(path: Path) -> list:
+    """All fine-tuning runs of a grid."""
+    experiment = load_experiment(path)
+    return [each for cell in cells(experiment, path, []) for each in tunings(
+        experiment.finetune, cell.labels, {s: t.output for s, t in cell.trials.items()},
+        path.parent)]
+
+
+def test_every_run_is_fine_tuned_with_every_label_and_its_own_seed(asked, tmp_path):
+    found = tuned(asked())
+    assert [(*each.labels.values(), each.seed) for each in found] == [
+        ("dense", "dense", 1), ("dense", "dense", 2), ("75%", "dense", 1), ("75%", "sparse", 1),
+        ("75%", "dense", 2), ("75%", "sparse", 2)]
+    last = found[-1]
+    assert last.start == tmp_path / "out/masks=75%/seed=2"
+    assert (last.recipe.checkpoint, last.recipe.seed, last.recipe.mode) == (
+        str(last.start), 2, "sparse")
+    assert last.trial.output == tmp_path / "out/finetune/masks=75%,mode=sparse/seed=2"
+    tune, score = last.commands(Path("tune.yaml"), "").items()
+    assert tune[0] == last.trial.output and tune[1][1:3] == [str(ROOT / "finetune.py"), "tune.yaml"]
+    assert score[0] == last.trial.output / "evaluation/e2e_test"
+    assert score[1][2:] == [str(last.trial.output), "--task=e2e", "--split=test", "--beams=4",
+                            "--no-repeat-ngram=9"]
+
+
+def test_what_is_done_and_scored_is_not_done_again(asked, monkeypatch):
+    each = tuned(asked())[0]
+    each.trial.output.mkdir(parents=True)
+    (each.trial.output / "recipe.yaml").write_text(yaml.safe_dump(each.recipe.model_dump()))
+    for done in (False, True):
+        monkeypatch.setattr(downstream, "result_of", lambda trial, done=done: {"done": done})
+        assert [*each.commands(Path("r"), "")] == [each.trial.output, each.scores][done:]
+    each.scores.mkdir(parents=True)
+    (each.scores / "scores.json").write_text("{}")
+    assert each.commands(Path("r"), "") == {}
+    other = each.recipe.model_copy(update={"mode": "sparse"})
+    (each.trial.output / "recipe.yaml").write_text(yaml.safe_dump(other.model_dump()))
+    with pytest.raises(ValueError, match="holds another recipe's run: mode is sparse there and"):
+        each.commands(Path("r"), "")
+
+
+def test_each_waits_for_the_run_that_it_starts_from(asked, monkeypatch, tmp_path, capsys):
+    """The dense run of seed 2 never ends, so that nothing is made of it."""
+    path, started = asked(), []
+    experiment = load_experiment(path)
+    planned = {trial.output: (trial, cell.recipes[seed]) for cell in cells(experiment, path, [])
+               for seed, trial in cell.trials.items()}
+
+    def run(words, **options):
+        output = Path(next(w for w in words if w.startswith("output=")).partition("=")[2]
+                      if "--task=e2e" not in words else words[2])
+        started.append((Path(words[1]).stem, output.relative_to(tmp_path / "out")))
+        if output in planned and started[-1][1] != Path("masks=dense/seed=2"):
+            finish(*planned[output], 2.0)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(runner.subprocess, "run", run)
+    monkeypatch.setattr(downstream.Tuned, "done", property(
+        lambda self: ("finetune", self.trial.output.relative_to(tmp_path / "out")) in started))
+    monkeypatch.setattr(sys, "argv", ["experiment.py", str(path)])
+    assert tool.main() == 3
+    assert started[:3] == [
+        ("pretrain", Path("masks=dense/seed=1")),
+        ("finetune", Path("finetune/masks=dense,mode=dense/seed=1")),
+        ("evaluate", Path("finetune/masks=dense,mode=dense/seed=1"))]
+    assert len(started) == 4 + 5 + 5
+    said = capsys.readouterr()
+    assert "mode=dense/seed=2 is not begun, as" in said.out
+    assert "mode=dense/seed=2 is not scored, as it is not at its end" in said.out
+    assert "6 of 6 fine-tuned runs have no scores" in said.err
+
+
+def test_the_shipped_ordering_is_fifteen_fine_tunings_in_spdfs_order():
+    path = ROOT / "configs/experiments/e2e_ordering.yaml"
+    found = tuned(path)
+    assert len({each.trial.output for each in found}) == len(found) == 15
+    arms = {(each.labels["masks"], each.recipe.mode) for each in found}
+    assert arms == {("dense", "dense"), ("50%", "dense"), ("50%", "sparse"), ("75%", "dense"),
+                    ("75%", "sparse")}
+    recipes = [cell.recipes[1] for cell in cells(load_experiment(path), path, [])]
+    (weights,) = {linear_weights(recipe) for recipe in recipes}
+    assert {recipe.steps * recipe.tokens_per_step / weights for recipe in recipes} == {10.0}
+
+
+def test_a_command_that_is_asked_to_stop_ends_the_grid(monkeypatch, tmp_path):
+    monkeypatch.setattr(runner.subprocess, "run",
+                        lambda words, **options: SimpleNamespace(returncode=-15))
+    assert runner.run_all({tmp_path / "a": ["x"], tmp_path / "b": ["x"]}) == [75]
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    ({"exclude": [{"masks": "50%"}]}, "finetune.exclude names masks=50%, and there is no such"),
+    ({"order": [{"depth": "1"}]}, "finetune.order names depth=1, and there is no such"),
+    ({"axes": {"masks": {"a": {"mode": "dense"}}}}, "which is an axis of the grid"),
+    ({"axes": {"seed": [4, 5]}, "exclude": []}, "finetune.axes gives seed a value, which every"),
+    ({"axes": {"mode": ["thin"]}, "exclude": []}, "mode"),
+    ({"decoding": {"beams": 0}}, "finetune.decoding.beams"),
+])
+def test_what_cannot_be_fine_tuned_is_refused_before_a_run(asked, change, said):
+    with pytest.raises(ValueError) as caught:
+        tuned(asked(**change))
+    assert said in str(caught.value)
+
+
+def test_a_grid_that_tunes_is_not_fine_tuned(grid):
+    with pytest.raises(ValueError, match="no runs to fine-tune before its searches end"):
+        load_experiment(grid(axes=AXES, finetune=FINETUNE, tune={"optimizer.lr": 2}))
+
+
+def test_short_axes_are_labels():
+    short = Downstream(recipe="r", axes={"optimizer.lr": [1e-3]})
+    assert json.loads(short.model_dump_json())["axes"] == {
+        "optimizer.lr": {"0.001": {"optimizer.lr": 1e-3}}}
