@@ -109,6 +109,7 @@ def test_the_data_set_is_the_documents(tmp_path, bpe, append_eod):
     assert suffixes(prefix) == SUFFIXES
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (PILE.exists() and GPT2.exists()),
                     reason="no Pile-format sample in ../shared/data")
 def test_a_pile_shard_equals_a_plain_loop_over_tokenizers(tmp_path):
@@ -427,6 +428,7 @@ def test_check_accepts_a_data_set_of_another_tool(data_set):
         assert getattr(foreign, field) == getattr(ours, field)
 
 
+@pytest.mark.slow
 def test_the_check_needs_neither_torch_nor_megatron(data_set):
     program = (
         "import sys; from megatron_spdf.data.preprocess.preprocess import check_prefix; "

@@ -74,6 +74,7 @@ def finish(trial, recipe, *losses: float, step: int | None = None) -> None:
     (trial.output / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
 def test_a_shipped_grid_is_valid(path):
     experiment, found = grid_of(path)

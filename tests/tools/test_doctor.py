@@ -32,6 +32,7 @@ def findings_of(name: str, monkeypatch) -> list[Finding]:
     return list(examine())
 
 
+@pytest.mark.slow
 def test_every_check_reports(report):
     assert list(dict.fromkeys(f["check"] for f in report)) == list(CHECKS)
     assert all(f["status"] in (OK, NOTE, WARN, FAIL) and f["fact"] for f in report)
@@ -142,6 +143,7 @@ def test_host_name_that_does_not_resolve_fails(monkeypatch):
     assert "/etc/hosts" in finding.remedy
 
 
+@pytest.mark.slow
 def test_failed_all_reduce_names_the_error_and_the_variable(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no_such_if")
     (finding,) = findings_of("gloo", monkeypatch)
