@@ -297,3 +297,29 @@ def test_report_for_people_has_status_fact_and_remedy():
     assert str(Finding(WARN, "disk", "1.0 GiB free",
                        "free some")) == "warn disk: 1.0 GiB free\n     -> free some"
     assert str(Finding(OK, "Java", "found")) == "ok   Java: found"
+
+
+def test_optional_parts_say_what_they_are_for_and_how_to_install_them(monkeypatch):
+    monkeypatch.setattr(doctor_checks, "find_package", lambda name: None)
+    pins = doctor_checks.optional_requirements()
+    assert set(doctor_checks.OPTIONAL) == set(pins)
+    for finding, (name, version) in zip(findings_of("optional", monkeypatch), pins.values(),
+                                        strict=True):
+        assert finding.status == NOTE and f"pip install {name}=={version}" in finding.fact
+    monkeypatch.setattr(doctor_checks, "installed_version", lambda name: None)
+    facts = "\n".join(finding.fact for finding in findings_of("accelerators", monkeypatch))
+    for part in ("Transformer Engine", "NVIDIA Apex", "Triton"):
+        assert f"{part} is not installed" in facts
+
+
+def test_an_optional_part_of_another_version_is_told(monkeypatch):
+    monkeypatch.setattr(doctor_checks, "find_package", lambda name: ROOT)
+    monkeypatch.setattr(doctor_checks, "installed_version", lambda name: "0.0.1")
+    assert all("0.0.1" in finding.fact and "tested with" in finding.fact
+               for finding in findings_of("optional", monkeypatch))
+
+
+def test_a_directory_of_the_name_is_no_package(tmp_path, monkeypatch):
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    assert doctor_checks.find_package("wandb") is None
