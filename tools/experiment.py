@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import circumstances
+from benchmarks.marked_page import place_on, write_between
 
 from megatron_spdf import exit_codes
 from megatron_spdf.command_line import add_overrides, make_parser, positive, refusing, say
@@ -223,30 +224,10 @@ def write_into(page: Path, name: str, table: str) -> None:
     Raises:
         ValueError: the page has no such place.
     """
-    before, after = place_on(page, name)
     measured = circumstances()
     versions = ", ".join(f"{key} {value}" for key, value in measured["versions"].items())
     about = f"Reported {measured['date'][:10]}; {measured['device']}; {versions}."
-    write_file(page, f"{before}\n{about}\n\n{table}\n{after}")
-
-
-def place_on(page: Path, name: str) -> tuple[str, str]:
-    """What stands on a page up to `<!-- NAME -->`, and from `<!-- end of NAME -->` on.
-
-    Raises:
-        ValueError: the page has no such place, or cannot be read.
-    """
-    first, last = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
-    try:
-        text = page.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--page {page} cannot be read ({error}); name a Markdown page") from None
-    before, found, rest = text.partition(first)
-    _, ends, after = rest.partition(last)
-    if not found or not ends:
-        raise ValueError(f"{page} has no lines {first.strip()} and {last.strip()}; write them "
-                         "where the tables are to stand")
-    return before + first, last + after
+    write_between(page, name, f"{about}\n\n{table}")
 
 
 def parse_arguments() -> argparse.Namespace:

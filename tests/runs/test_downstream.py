@@ -148,7 +148,9 @@ def test_a_grid_that_tunes_is_not_fine_tuned(grid):
         load_experiment(grid(axes=AXES, finetune=FINETUNE, tune={"optimizer.lr": 2}))
 
 
-def test_short_axes_are_labels():
-    short = Downstream(recipe="r", axes={"optimizer.lr": [1e-3]})
+def test_short_axes_are_labels_and_numbers_name_them():
+    short = Downstream(recipe="r", axes={"optimizer.lr": [1e-3]}, exclude=[{"optimizer.lr": 1e-3}],
+                       order=[{"width": 64}])
     assert json.loads(short.model_dump_json())["axes"] == {
         "optimizer.lr": {"0.001": {"optimizer.lr": 1e-3}}}
+    assert (short.exclude, short.order) == ([{"optimizer.lr": "0.001"}], [{"width": "64"}])
