@@ -1,4 +1,4 @@
-"""The package as it is installed: all that it needs at run time is in the wheel, and extras, pins and
+"""The package as it is installed: all that it needs at run time is in the wheel; extras, pins and
 versions agree."""
 
 from __future__ import annotations
