@@ -299,6 +299,7 @@ def start_long_run(tmp_path: Path, bpe: Path) -> subprocess.Popen:
     return run
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_nothing_under_the_final_names(tmp_path, bpe):
     run = start_long_run(tmp_path, bpe)
     with pytest.raises(ValueError,
@@ -314,6 +315,7 @@ def test_a_killed_run_leaves_nothing_under_the_final_names(tmp_path, bpe):
     assert len(read_back(tmp_path / "t")) == len(TEXTS)
 
 
+@pytest.mark.slow
 def test_a_terminated_run_cleans_up(tmp_path, bpe):
     run = start_long_run(tmp_path, bpe)
     run.terminate()
@@ -494,6 +496,7 @@ def test_user_errors_are_one_message_and_exit_code_2(tmp_path, bpe, tool, capsys
     assert suffixes(tmp_path / "t") == set()
 
 
+@pytest.mark.slow
 def test_the_tool_runs_from_a_checkout_without_traceback(tmp_path):
     arguments = ["--input", "nosuch.jsonl", "--output", str(tmp_path / "t"), "--tokenizer",
                  "nosuch"]
