@@ -34,7 +34,8 @@ def test_markdown_aligns_numbers_and_keeps_bars():
 def test_a_page_escapes_what_is_not_html():
     page = Table([Column("name"), Column("link", lambda row: Html("<a>x</a>"))],
                  [{"name": "<b>"}]).html("of & <all>", marked=[0])
-    assert "<td class=left>&lt;b&gt;</td><td class=left><a>x</a></td>" in page
+    assert ("<th scope=row class=left>&lt;b&gt;</th><td class=left><a>x</a></td>" in page
+            and page.count("<th scope=col") == 2)
     assert "<caption>of &amp; &lt;all&gt;</caption>" in page and "<tr class=mark>" in page
 
 

@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_spdf.reports.document import escape, key, paragraph
+from megatron_spdf.reports.pens import Pen
 from megatron_spdf.reports.runs import Logged
 from megatron_spdf.tables import Column, Html, Table
 
 
-def own_table(runs: Sequence[Logged], colors: dict[Path, str]) -> str:
+def own_table(runs: Sequence[Logged], pens: dict[Path, Pen]) -> str:
     """HTML table with a row for each pre-training run, and below it one for each fine-tuning of
     it."""
     metrics = sorted({name for run in runs for name in run.scores})
     columns = [
-        Column("run", lambda a: Html(f"{'&emsp;' if a.start else ''}{key(colors[a.run.directory])}"
-                                     f"{escape(a.run.label)}")),
+        Column("run", lambda a: Html(f"{'&emsp;' if a.start else ''}{key(pens[a.run.directory])}"
+                                     f"{escape(a.run.label)}"), wraps=True),
         Column("sparsity", lambda a: (a.start or a.run).sparsity, ".2%"),
         Column("pre-training (FLOPs)", "pretraining", ".4g"),
         Column("fine-tuning (FLOPs)", "fine_tuning", ".4g"), Column("together", form=".4g"),
@@ -85,6 +86,11 @@ def started_from(run: Logged, runs: Sequence[Logged]) -> list[Logged]:
         return checkpoint is not None and Path(checkpoint).resolve().is_relative_to(run.directory)
 
     return [r for r in runs if starts_here(r.fine_tunes)]
+
+
+def start_of(run: Logged, runs: Sequence[Logged]) -> Logged | None:
+    """Run whose checkpoint a fine-tuning run started from. None if it is not among the runs."""
+    return next((other for other in runs if started_from(other, [run])), None)
 
 
 def _task(run: Logged) -> object:

@@ -347,5 +347,7 @@ def test_the_file_of_scores_says_what_was_scored(tmp_path):
     write_scores(tmp_path / "a" / "b", found)
     assert json.loads((tmp_path / "a/b/scores.json").read_text()) == found
     write_texts(tmp_path / "a/b", "scitldr", ["x", "y"], EXAMPLES)
-    assert sorted(p.name for p in (tmp_path / "a/b").iterdir()) == ["predictions.txt",
-                                                                    "references.txt"]
+    assert sorted(p.name for p in (tmp_path / "a/b").iterdir()) == [
+        "inputs.txt", "predictions.txt", "references.txt"]
+    assert (tmp_path / "a/b/inputs.txt").read_text().splitlines() == [
+        example.context for example in EXAMPLES]
