@@ -112,6 +112,7 @@ def test_the_data_set_is_the_documents(tmp_path, bpe, append_eod):
     assert suffixes(prefix) == SUFFIXES
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (PILE.exists() and GPT2.exists()),
                     reason="no Pile-format sample in ../shared/data")
 def test_a_pile_shard_equals_a_plain_loop_over_tokenizers(tmp_path):
@@ -301,6 +302,7 @@ def start_long_run(tmp_path: Path, bpe: Path) -> subprocess.Popen:
     return run
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_nothing_under_the_final_names(tmp_path, bpe):
     run = start_long_run(tmp_path, bpe)
     with pytest.raises(ValueError,
@@ -316,6 +318,7 @@ def test_a_killed_run_leaves_nothing_under_the_final_names(tmp_path, bpe):
     assert len(read_back(tmp_path / "t")) == len(TEXTS)
 
 
+@pytest.mark.slow
 def test_a_terminated_run_cleans_up(tmp_path, bpe):
     run = start_long_run(tmp_path, bpe)
     run.terminate()
@@ -430,6 +433,7 @@ def test_check_accepts_a_data_set_of_another_tool(data_set):
         assert getattr(foreign, field) == getattr(ours, field)
 
 
+@pytest.mark.slow
 def test_the_check_needs_neither_torch_nor_megatron(data_set):
     program = (
         "import sys; from megatron_spdf.data.preprocess.preprocess import check_prefix; "
@@ -495,6 +499,7 @@ def test_user_errors_are_one_message_and_exit_code_2(tmp_path, bpe, tool, capsys
     assert suffixes(tmp_path / "t") == set()
 
 
+@pytest.mark.slow
 def test_the_tool_runs_from_a_checkout_without_traceback(tmp_path):
     arguments = ["--input", "nosuch.jsonl", "--output", str(tmp_path / "t"), "--tokenizer",
                  "nosuch"]
