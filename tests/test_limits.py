@@ -55,4 +55,4 @@ def test_constants_are_those_of_the_page():
     missing = {key for key in found.keys() - said.keys() if not key[0].startswith("reports/")}
     assert not missing, "docs/limits.md must have them"
     assert said.keys() - found.keys() == set(), "docs/limits.md has them, and the code has not"
-    assert {key: (found[key], said[key]) for key in found if found[key] != said[key]} == {}
+    assert {key: (found[key], said[key]) for key in said if found[key] != said[key]} == {}
