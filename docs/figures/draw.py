@@ -89,8 +89,8 @@ def picture(theme: Theme, width: int, height: int, title: str, parts: list[str])
 def idea(theme: Theme) -> str:
     """Mask -> vector of active values -> dense weight when the layer runs -> gradient cut back."""
     mask = PATTERNS.get("unstructured")().draw(0, "picture", 0, (SIDE, SIDE), 0.75).reshape(-1)
-    draw = np.random.default_rng(0)
-    values, gradient = draw.random(mask.size), draw.random(mask.size)
+    # raw words, which are the same in every release of NumPy
+    values, gradient = np.random.Philox(key=0).random_raw(2 * mask.size).reshape(2, -1) / 2.0**64
     fill = [mix(theme.values, share) for share in values]
     slope = [mix(theme.gradients, share) for share in gradient]
     active = np.flatnonzero(mask)
