@@ -86,7 +86,7 @@ def _runs_table(runs: Sequence[Logged], pens: Mapping[Path, Pen], output: Path) 
         Column("sparsity", form=".2%"),
         Column("tokens", lambda run: si(run.tokens), align="right"),
         Column("steps", _steps, align="right"),
-        Column("validation loss", "validation_loss", ".4f"), Column("perplexity", form=",.2f"),
+        Column("validation loss", "validation_loss", ".4f"), Column("perplexity", form=".4g"),
         Column("training FLOPs", "flops", ".3g"),
         Column("tokens/s, median", lambda run: si(run.tokens_per_second), align="right"),
         Column("state of rank 0", "state_bytes", ",.1f", MIB),

@@ -424,6 +424,18 @@ def test_runs_are_held_against_the_dense_one_of_their_model_tokens_and_task():
         ["\u2003d e2e", "0.00%", "40", "8", "48", "1.00x"]]
 
 
+def test_many_scores_have_a_table_of_their_own():
+    runs = [logged("a", records([1]), scores={f"m{i}": i / 8 for i in range(7)}),
+            logged("b", records([1]), scores={"m6": 0.5}), logged("c", records([1]))]
+    pens = {run.directory: pen(0) for run in runs}
+    rows = Cells(own_table(runs, pens)).rows
+    assert rows[0][-1] == "validation loss" and rows[4] == ["score", "a", "b"]
+    assert rows[5] == ["m0", "0", "-"] and rows[11] == ["m6", "0.75", "0.5"] and len(rows) == 12
+    beside = Cells(own_table(runs[1:], pens)).rows
+    assert beside[0][-1] == "m6" and [row[-1] for row in beside[1:]] == ["0.5", "-"]
+    assert Cells(own_table(runs[2:], pens)).rows[0][-1] == "validation loss"
+
+
 def test_the_table_of_runs_is_what_the_logs_say(tmp_path):
     directory = tmp_path / "runs" / "a b"
     run = logged("a b", records([10, 20]), [{"step": 20, "loss": 2.5}], directory=directory,
