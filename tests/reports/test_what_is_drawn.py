@@ -136,6 +136,14 @@ def test_a_plot_is_the_same_svg_every_time():
     assert "date" not in one and not pyplot.get_fignums()
 
 
+def test_no_text_or_bar_of_a_plot_is_black():
+    svg = stacked_bars(["one", "two"], {"p": [1.0, 2.0], "q": [4.0, 0.5]}, "GiB", "bars",
+                       (7.5, "usable"))
+    texts = re.findall(r"<text ([^>]*)>", svg)
+    assert len(texts) > 6 and all("fill: var(--" in text for text in texts)
+    assert svg.count("fill: var(--c0)") == svg.count("fill: var(--c1)") == 3
+
+
 def test_a_plot_has_the_colors_of_its_page_and_identifiers_of_its_own():
     lines = [Line(f"n{i} #0072b2", pen(i), [0.0, 1.23456], [1.0, 2.0], name=f"series-{i}")
              for i in range(10)]
