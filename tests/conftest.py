@@ -24,6 +24,16 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: ("slurm" not in item.path.parts, item.path not in long))
 
 
+def pytest_collection_finish(session):
+    """Begins to import the engines for ranks and commands, if tests are selected that start any."""
+    if any({"ranks", "start"} & set(item.fixturenames) for item in session.items
+           if hasattr(item, "fixturenames")) and not session.config.option.collectonly:
+        sys.path.insert(0, str(Path(__file__).parent / "distributed"))
+        from harness import forks
+
+        forks()
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """Slurm's files go to one worker, which waits for the one cluster while the others compute."""

@@ -91,6 +91,7 @@ def test_gpt2_tokens_are_those_of_tokenizers():
     assert_same_tokens(gpt2, reference_bpe(GPT2), texts)
 
 
+@pytest.mark.slow
 @needs_gpt2
 def test_gpt2_cuts_at_every_character_where_tokenizers_does():
     gpt2, reference = load_tokenizer(GPT2), reference_bpe(GPT2)
@@ -309,6 +310,7 @@ def test_megatron_takes_it_without_warning_and_masks_nothing(trained, tmp_path, 
     assert str(tmp_path) not in json.dumps(tokenizer.unique_identifiers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blank", [" ", "\n", "\u3000", "\t \u2028"])
 def test_blanks_longer_than_the_regex_engine_can_stand(trained, blank):
     """tiktoken's pattern runs out of stack somewhere below a million; U+001C is no blank to it, to

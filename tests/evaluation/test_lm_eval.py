@@ -19,7 +19,7 @@ from megatron_spdf.convert.initial_checkpoint import write_initial_checkpoint
 from megatron_spdf.convert.source import open_weights
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megatron_spdf.evaluation import harness
-from megatron_spdf.evaluation.token_likelihood import windows_of
+from megatron_spdf.evaluation.token_likelihood import window_within, windows_of
 from megatron_spdf.resilience.world import Ranks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -289,3 +289,14 @@ def test_every_rank_has_a_document(documents, limit, world, fit):
     else:
         with pytest.raises(ValueError, match=r"the task it has 1 documents to share between 2 "):
             prepare()
+
+
+@pytest.mark.parametrize(("can", "asked", "most", "window"), [
+    (8, 8, None, 8), (8, 7, 4, 7), (8, None, None, 8), (8, None, 4, 4), (4, None, 8, 4)])
+def test_a_window_is_what_is_asked_for_up_to_all_that_a_model_reads(can, asked, most, window):
+    assert window_within(can, asked, most) == window
+
+
+def test_a_model_is_not_given_more_than_it_reads():
+    with pytest.raises(ValueError, match="--window=9 is more than the 8 tokens that the model"):
+        window_within(8, 9)

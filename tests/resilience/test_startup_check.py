@@ -87,6 +87,7 @@ def test_a_clock_that_is_off_is_measured(call, monkeypatch, skew, said):
         assert re.search(rf"warning: the clock of \S+ is {said} s off that of", lines), lines
 
 
+@pytest.mark.slow
 def test_a_missing_rank_is_named_on_every_rank_with_its_host(call, monkeypatch):
     monkeypatch.setattr(startup_check, "hosts_of_ranks",
                         lambda: {0: "a1", 1: "a1", 2: "a2", 3: "a2"})
