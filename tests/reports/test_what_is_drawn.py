@@ -482,6 +482,12 @@ def test_parts_of_a_page():
     assert "<body>\n<main>\none\ntwo\n</main>\n</body>" in html and document.STYLE in html
 
 
+@pytest.mark.parametrize(("loss", "said"), [(3.26194, "26.10"), (11.0, "59,874.14"),
+                                            (1e9, "1.01e+304"), (None, None)])
+def test_a_perplexity_that_has_blown_up_is_short(loss, said):
+    assert runs_page._perplexity(logged("a", [], [{"loss": loss}] if loss else [])) == said
+
+
 @pytest.mark.parametrize(("value", "said"), [
     (0.5, "0.5"), (9999.0, "9,999"), (10_000, "10k"), (123_456, "123.5k"), (2_048_000, "2.048M"),
     (300e9, "300G"), (1.25e12, "1.25T"), (6e15, "6000T")])
