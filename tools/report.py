@@ -4,8 +4,8 @@ the paper's, a comparison of any two runs, moves of masks, and samples of text.
 
     python tools/report.py runs/dense runs/s75 -o report.html
 
-The page is one file: plots and script are inline, nothing is loaded. Exit code 0, or 2 with a sentence on what
-to change.
+The page is one file: plots and script are inline, nothing is loaded. Exit code 0, or 2 with a
+sentence on what to change.
 """
 
 from __future__ import annotations
