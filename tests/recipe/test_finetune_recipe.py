@@ -116,6 +116,12 @@ def test_what_does_not_fit_model_and_data_is_named(words, parts):
         assert part in str(caught.value)
 
 
+def test_a_warm_up_may_end_with_the_step_before_the_last():
+    training_recipe(shipped("e2e", "optimizer.warmup_steps=13144"), SMALL, Sparsity(), 42_061)
+    with pytest.raises(ValueError, match="warmup_steps=13145 is not under the run's 13145 steps"):
+        training_recipe(shipped("e2e", "optimizer.warmup_steps=13145"), SMALL, Sparsity(), 42_061)
+
+
 @pytest.mark.parametrize("words, parts", [
     (["parallel.pipeline=2"], ["parallel.pipeline=2", "pipeline=1"]),
     (["mode=sparse", "revived=normal"], ["revived=normal", "mode=sparse"]),
