@@ -18,7 +18,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SHIPPED = {path.stem: path for path in sorted((CONFIGS / "finetune").glob("*.yaml"))}
 NLG = ["e2e", "webnlg", "dart"]
 SUMMARIES = ["curation", "scitldr"]
-SMALL_RUNS = {"demo", "e2e_10m"}
+SMALL_RUNS = {"demo", "e2e_10m", "e2e_tiny"}
 SMALL = Gpt(preset="gpt2_small")
 
 
