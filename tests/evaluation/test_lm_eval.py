@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from byte_tokenizers import write_byte_tokenizer
 from small_models import make_recipe, make_tokenizer, write_gpt2
 
 from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
@@ -46,20 +47,7 @@ TASKS = {
 
 def bytes_with_begin(directory: Path) -> Tokenizer:
     """A tokenizer of bytes that puts <s> before texts, as Llama 3's does."""
-    from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
-    from tokenizers import Tokenizer as Made
-
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    names = ["<unk>", "<s>", "</s>"]
-    made = Made(models.BPE({token: i for i, token in enumerate(names + letters)}, []))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    made.add_special_tokens([AddedToken(name, special=True) for name in names])
-    made.post_processor = processors.TemplateProcessing(single="<s> $A",
-                                                        special_tokens=[("<s>", 1)])
-    made.save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text(json.dumps(
-        {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}))
+    write_byte_tokenizer(directory, ["<unk>", "<s>", "</s>"], "<s>", "</s>", puts_begin=True)
     return load_tokenizer(directory)
 
 
