@@ -109,7 +109,7 @@ def idea(theme: Theme) -> str:
         name(left + GRID / 2, 26, "1  mask"),
         say(left + GRID / 2, 45, "which weights are active"),
         grid(theme, left, top, [theme.ink if on else "none" for on in mask]),
-        say(left + GRID / 2, top + GRID + 20, "16 of 64, a bit each"),
+        say(left + GRID / 2, top + GRID + 20, "64 bits, 16 of them set"),
         arrow(theme, (left + GRID + 8, first + CELL / 2), (middle - 8, first + CELL / 2)),
         name((middle + end) / 2, first - 34, "2  parameter: the active values"),
         say((middle + end) / 2, first - 13, "all that engine and optimizer see"),
