@@ -35,13 +35,13 @@ def pytest_collection_modifyitems(config, items):
 
 
 def some_cases(items, count):
-    """Yields of the cases of every test at most so many, the first and the last among them."""
+    """Of the cases of every test at most `count`, the first and the last among them."""
     tests = {}
     for item in items:
         tests.setdefault((item.path, item.nodeid.partition("[")[0]), []).append(item)
     for cases in tests.values():
         step = max(1.0, (len(cases) - 1) / max(1, count - 1))
-        yield from {cases[round(step * i)]: None for i in range(min(count, len(cases)))}
+        yield from {cases[round(step * i)] for i in range(min(count, len(cases)))}
 
 
 def pytest_collection_finish(session):
