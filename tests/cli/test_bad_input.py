@@ -5,6 +5,8 @@ import shutil
 
 import pytest
 
+pytestmark = pytest.mark.slow  # starts commands
+
 
 def refused(process, workplace, output="refused"):
     """The message of a start that must fail."""

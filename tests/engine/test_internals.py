@@ -21,6 +21,7 @@ ENGINES = {"torch", "megatron", "deepspeed"}
 STANDARD = {"_replace", "_exit"}  # private in form only: namedtuple's, os'
 
 
+@pytest.mark.slow
 def test_all_of_it_is_there():
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run([sys.executable, "-W", "ignore", "-m", internals.__name__],

@@ -89,6 +89,7 @@ def run(cell, trials, loss) -> None:
                 finish(trial, there.recipes[seed], loss(point, seed))
 
 
+@pytest.mark.slow
 def test_a_cell_is_tuned_with_the_first_seed_and_then_run_with_all(grid):
     (cell,) = grid({"sparsity": [0]})
 

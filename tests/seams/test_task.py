@@ -72,6 +72,7 @@ def test_help_lists_it(place):
     assert re.search("^  mirror +words to their mirror images$", shown, re.M) and "webnlg" in shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [
     ("finetune.py", "recipe.yaml", "output=none"),
     ("tools/evaluate.py", "nowhere", "--task", "mirror"),

@@ -20,6 +20,7 @@ from megatron_spdf.runs.run_dir import splits_of
 from megatron_spdf.runs.selection import trials
 
 ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.slow  # starts launch scripts
 SRUN = """#!/bin/bash
 while [[ $1 = --* ]]; do echo "option $1" >>"$SAID"; shift; done
 exec "$@"
@@ -131,7 +132,6 @@ def test_two_values_with_one_directory_are_refused(tmp_path):
         trials(load_finetune(tmp_path / "recipe.yaml"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("value", ["$(touch marker)", "a'; touch marker; '#2 \\"])
 def test_a_job_gets_the_words_of_its_element(job, tmp_path, value):
     write_recipe(tmp_path, {"data.path": ["other", value]}, output=f"out {value}")
@@ -160,7 +160,6 @@ def test_what_a_library_prints_is_no_word(job, tmp_path):
     assert ast.literal_eval(restarts)[-1] == "the run"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("run", ["--force", "-h", "--output=x", "a b", "$(touch marker)", "--",
                                  "a\nb\n"])
 def test_a_run_is_no_option(job, run):
@@ -175,7 +174,6 @@ def test_a_recipe_is_no_option(job, tmp_path):
     assert done.returncode == 0 and words_of(said)[1] == "./--help.yaml", done.stderr
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("env, tasks, nodes", [
     ({"SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "8"}, 4, 1),
     ({"SLURM_NTASKS": "3", "SLURM_NTASKS_PER_NODE": "2", "SLURM_JOB_NUM_NODES": "2"}, 3, 2),
@@ -206,7 +204,6 @@ def test_where_ranks_would_wait_for_ever_the_script_refuses(job, env, said):
     assert done.returncode == 2 and said in done.stderr and not lines, done.stderr
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("step", ["4294967290", "0"])  # salloc's shell; that of a job it submitted
 def test_shells_that_hold_no_cpus_start_ranks(job, step):
     done, said = job("finetune.sh", "e2e", "start", SLURM_STEP_ID=step)
@@ -222,7 +219,6 @@ def test_no_script_evaluates_a_text():
             r"echo *.yaml | sed 's/\.yaml//g'", "")), script
 
 
-@pytest.mark.slow
 def test_a_chain_names_every_job_after_the_whole_output(job, tmp_path):
     output = "--it's an exp #2: [x] \"y\" $(touch marker) " + "deep/" * 30
     done, _ = job("spdf.sh", "--dry-run", "gpt2_small_s75", "e2e", f"output={output}",

@@ -446,6 +446,7 @@ def test_what_a_move_adds():
                      "move_seconds": 2.0, "share": 4.0 / 150}
 
 
+@pytest.mark.slow
 def test_a_part_writes_rows_and_begins_nothing_when_time_is_short(tmp_path, clock):
     part = Part(sizes.CPU, tmp_path / "rows", until=clock[0])
     assert part.attempt("t", "a", lambda: part.write("t", n=1)) is True
@@ -474,6 +475,7 @@ def test_columns_of_training():
     assert list(bare.values())[-3:] == [None, None, None]
 
 
+@pytest.mark.slow
 def test_the_dense_search_has_half_of_the_time(monkeypatch, clock, tmp_path):
     asked = []
     monkeypatch.setattr("benchmarks.engines.joined", contextmanager(lambda recipe: iter([CPU])))
