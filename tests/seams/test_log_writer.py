@@ -13,7 +13,8 @@ run = partial(run_with, plugins="note_taker")
 
 
 def test_it_brings_its_key_its_check_and_gets_the_figures_of_every_start(make_recipe, tmp_path):
-    values = make_recipe(str(tmp_path / "run"), optimizer={"lr": 1e-3, "decay": "constant"},
+    rates = {"lr": 1e-3, "warmup_tokens": 256, "decay": "constant"}
+    values = make_recipe(str(tmp_path / "run"), optimizer=rates,
                          log={"every": 1, "tensorboard": False, "notes": "notes.txt"})
     values["train"] |= {"tokens": 8 * 32 * 2}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
