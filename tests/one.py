@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-READABLE = ["-v", "--tb=short", "-ra", "--durations=3", "--durations-min=0.5"]
+READABLE = ["-vv", "--tb=short", "-ra", "--durations=3", "--durations-min=0.5"]
 
 
 def files_with(expression: str) -> list[str]:

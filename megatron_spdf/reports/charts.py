@@ -26,10 +26,10 @@ STYLE = {
     "axes.grid": True, "grid.color": "#e7eaee", "grid.linewidth": 0.8, "axes.axisbelow": True,
     "legend.frameon": False,
 }
-LIMIT = "#b3541e"
+LIMIT, TEXT = "#b3541e", "#3d444f"
 # Color of a plot -> variable of page.css, which has it for light and for dark pages.
-THEME = {"#8a919c": "--axis", "#3d444f": "--text", "#5c6470": "--soft", "#e7eaee": "--grid",
-         "#000000": "--text", LIMIT: "--warn",
+THEME = {"#8a919c": "--axis", TEXT: "--text", "#5c6470": "--soft", "#e7eaee": "--grid",
+         LIMIT: "--warn",
          **{color.lower(): f"--c{number}" for number, color in enumerate(COLORS)}}
 SMOOTHING = 40  # points to which a noisy curve is averaged down
 FAINT_FROM = 3  # points from which on they show the course of a line, which is then drawn as noise
@@ -219,7 +219,8 @@ def draw_svg(draw: Callable[[Axes], None], name: str, size: tuple[float, float] 
         size: width and height in inches.
         about: what screen readers say; default: the name.
     """
-    with pyplot.rc_context({**STYLE, "svg.hashsalt": name}):
+    # Matplotlib writes no color where it is black, and black stays black on a dark page.
+    with pyplot.rc_context({**STYLE, "text.color": TEXT, "svg.hashsalt": name}):
         plot, axes = pyplot.subplots(figsize=size, layout="constrained")
         draw(axes)
         text = io.StringIO()

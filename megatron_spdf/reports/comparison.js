@@ -55,13 +55,14 @@
     const numbers = menus.map((menu) => Number(menu.value));
     const [a, b] = numbers.map((number) => data.choices[number]);
     fill(document.querySelector("#pair-figures table"), [a, b],
-      data.titles.map((title, row) => [title, a.cells[row], b.cells[row], against(row, a, b)]));
+      data.titles.map((title, row) => [title, a.cells[row], b.cells[row], against(row, a, b)])
+        .filter((row) => row[1] !== "-" || row[2] !== "-"));
     const names = [...new Set([...Object.keys(a.keys), ...Object.keys(b.keys)])];
     const keys = names.filter((name) => a.keys[name] !== b.keys[name]);
     fill(document.querySelector("#pair-keys table"), [a, b],
       keys.map((name) => [name, a.keys[name] ?? "-", b.keys[name] ?? "-"]));
-    document.getElementById("pair-said").textContent = `${keys.length} keys of the recipes ` +
-      `differ, ${data.same + names.length - keys.length} are the same.`;
+    document.getElementById("pair-said").textContent = "Keys of the recipes: " +
+      `${keys.length} differ, ${data.same + names.length - keys.length} are the same.`;
     for (const line of document.querySelectorAll(".pair [class^=series-]")) {
       const number = Number(line.getAttribute("class").match(/\d+/)[0]);
       line.classList.toggle("first", numbers[0] === number);

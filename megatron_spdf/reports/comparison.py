@@ -63,7 +63,6 @@ class Figure:
 
 FIGURES = (
     Figure("validation loss", lambda run: run.validation_loss, ".4f", DIFFERENCE),
-    Figure("perplexity", lambda run: run.perplexity, ".2f", DIFFERENCE),
     Figure("training loss, mean of the last tenth", lambda run: run.training_loss, ".4f",
            DIFFERENCE),
     Figure("sparsity, measured (%)", lambda run: run.sparsity, ".2f", NEITHER, 0.01),
@@ -102,10 +101,13 @@ def comparison(groups: Sequence[SameRecipe], pens: Mapping[Path, Pen]) -> list[s
     note = ("± is half the width of the 95% confidence interval over seeds (Student's t). Where "
             "both have runs of the same seeds, a difference is the mean over these of B less A, "
             "with its own interval; else it is that of the means. x is B over A.")
+    heads = [_head(*named, pens) for named in zip("AB", (choices[first], choices[second]), STYLES,
+                                                  strict=False)]
     pair = choices[first], choices[second]
     return [heading("Comparison of two runs", name="compare"),
-            _form(choices, len(means), first, second), *_tables(pair, figures, pens),
+            _form(choices, len(means), first, second), _figures(pair, figures, heads),
             paragraph(note, "note"), _curves(choices, (first, second), pens),
+            *_recipes(pair, heads),
             embed("comparison", _data(choices, figures, pens, len(runs)))]
 
 
@@ -131,21 +133,31 @@ def _form(choices: Sequence[SameRecipe], means: int, first: int, second: int) ->
     return f'<form id="pair" aria-label="Runs to compare" hidden>{" ".join(menus)}</form>'
 
 
-def _tables(pair: tuple[SameRecipe, SameRecipe], figures: Sequence[Figure],
-            pens: Mapping[Path, Pen]) -> list[str]:
-    """What both come to, and the keys in which their recipes differ."""
-    a, b = pair
-    heads = [Html(f"{key(Pen(pens[choice.runs[0].directory].color, style))}{name}: "
-                  f"{escape(choice.label)}")
-             for name, choice, style in zip("AB", pair, STYLES, strict=False)]
-    rows = [(row.title, row.cell(a.runs), row.cell(b.runs), against(row, a.runs, b.runs))
-            for row in figures]
-    keys = different_keys(a, b)
-    same = len(recipe_of(a).keys() | recipe_of(b).keys()) - len(keys)
-    said = f"{len(keys)} keys of the recipes differ, {same} are the same."
-    return [f'<p id="pair-said" aria-live="polite">{said}</p>', '<div class="beside">'
-            f'<div id="pair-figures">{_table(("", *heads, "B against A"), rows)}</div>'
-            f'<div id="pair-keys">{_table(("key", *heads), keys, text=True)}</div></div>']
+def _head(name: str, choice: SameRecipe, style: str, pens: Mapping[Path, Pen]) -> Html:
+    """Head of a column of the pair."""
+    pen = Pen(pens[choice.runs[0].directory].color, style)
+    return Html(f"{key(pen)}{name}: {escape(choice.label)}")
+
+
+def _figures(pair: tuple[SameRecipe, SameRecipe], figures: Sequence[Figure],
+             heads: Sequence[Html]) -> str:
+    """Table of what both come to."""
+    a, b = (choice.runs for choice in pair)
+    rows = [(row.title, row.cell(a), row.cell(b), against(row, a, b)) for row in figures]
+    rows = [row for row in rows if row[1:3] != (NONE, NONE)]
+    return f'<div id="pair-figures">{_table(("figure", *heads, "B against A"), rows)}</div>'
+
+
+def _recipes(pair: tuple[SameRecipe, SameRecipe], heads: Sequence[Html]) -> list[str]:
+    """The keys in which their recipes differ."""
+    keys = different_keys(*pair)
+    same = len(recipe_of(pair[0]).keys() | recipe_of(pair[1]).keys()) - len(keys)
+    return [f'<p id="pair-said" aria-live="polite">{_said(len(keys), same)}</p>',
+            f'<div id="pair-keys">{_table(("key", *heads), keys, text=True)}</div>']
+
+
+def _said(differ: int, same: int) -> str:
+    return f"Keys of the recipes: {differ} differ, {same} are the same."
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], text: bool = False) -> str:

@@ -86,7 +86,8 @@ def _runs_table(runs: Sequence[Logged], pens: Mapping[Path, Pen], output: Path) 
         Column("sparsity", form=".2%"),
         Column("tokens", lambda run: si(run.tokens), align="right"),
         Column("steps", _steps, align="right"),
-        Column("validation loss", "validation_loss", ".4f"), Column("perplexity", form=",.2f"),
+        Column("validation loss", "validation_loss", ".4f"),
+        Column("perplexity", _perplexity, align="right"),
         Column("training FLOPs", "flops", ".3g"),
         Column("tokens/s, median", lambda run: si(run.tokens_per_second), align="right"),
         Column("state of rank 0", "state_bytes", ",.1f", MIB),
@@ -102,6 +103,12 @@ def si(value: float) -> str:
         if value >= least:
             return f"{value / size:.4g}{prefix}"
     return f"{value:,.4g}"
+
+
+def _perplexity(run: Logged) -> str | None:
+    """With two digits, unless it has blown up."""
+    found = run.perplexity
+    return found if found is None else f"{found:,.2f}" if found < 1e6 else f"{found:.3g}"
 
 
 def _steps(run: Logged) -> str:

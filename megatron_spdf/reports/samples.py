@@ -40,17 +40,17 @@ def _answers(runs: Sequence[Logged], pens: Mapping[Path, Pen]) -> list[str]:
         for file in sorted(run.directory.glob(ANSWERS)):
             answers = _lines(file)
             chosen = spread(len(answers))
-            inputs = _inputs(file.with_name(INPUTS), len(answers))
-            case = (file.parent.name, tuple(chosen),
-                    tuple(inputs[i] for i in chosen) if inputs else None)
-            found[case].append((run, [answers[i] for i in chosen]))
+            asked = tuple(zip(chosen, *(
+                [lines[i] for i in chosen] if len(lines) == len(answers) else [""] * len(chosen)
+                for lines in (_inputs(file.parent), _references(file.parent))), strict=True))
+            found[file.parent.name, asked].append((run, [answers[i] for i in chosen]))
     parts = []
-    for (name, chosen, inputs), answered in found.items():
-        if chosen:
+    for (name, asked), answered in found.items():
+        if asked:
             parts.append(heading(name, 3))
-        for place, number in enumerate(chosen):
-            given = inputs[place] if inputs else "not kept"
-            parts.append(_sample([(f"input {number + 1:,}", None, given), *(
+        for place, (number, given, reference) in enumerate(asked):
+            beside: list[Row] = [("reference", None, reference)] if reference else []
+            parts.append(_sample([(f"input {number + 1:,}", None, given or "not kept"), *beside, *(
                 (run.label, pens[run.directory], answers[place]) for run, answers in answered)]))
     return parts
 
@@ -63,10 +63,18 @@ def _read(file: Path) -> str:
     return read_bytes(file, MOST_BYTES, "move it elsewhere").decode("utf-8-sig", "replace")
 
 
-def _inputs(file: Path, count: int) -> list[str]:
-    """Lines of the inputs. None are known where there are not as many as answers."""
-    lines = _lines(file) if file.is_file() else []
-    return lines if len(lines) == count else []
+def _inputs(directory: Path) -> list[str]:
+    file = directory / INPUTS
+    return _lines(file) if file.is_file() else []
+
+
+def _references(directory: Path) -> list[str]:
+    """First reference of each input, in the task's official form if it has one."""
+    official, plain = directory / "reference0", directory / "references.txt"
+    if official.is_file():
+        return _lines(official)
+    groups = _read(plain).split("\n\n") if plain.is_file() else []
+    return [group.partition("\n")[0].strip() for group in groups[:-1]]
 
 
 def spread(count: int) -> list[int]:

@@ -15,12 +15,15 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from backports import zstd
 
+from megatron_spdf.data.preprocess import preprocess as preprocess_module
 from megatron_spdf.data.preprocess.encode import split_bounds
 from megatron_spdf.data.preprocess.preprocess import check_prefix, preprocess, read_manifest
 from megatron_spdf.data.tokenizers.tokenizer import load_tokenizer, train_tokenizer
@@ -506,3 +509,24 @@ def test_the_tool_runs_from_a_checkout_without_traceback(tmp_path):
     )
     assert (run.returncode, run.stdout) == (2, "")
     assert run.stderr.startswith("error: no tokenizer at nosuch") and run.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("done", "count"), [(0, 3), (1, 3), (2, 1)])
+def test_workers_are_started_while_inputs_are_left(monkeypatch, done, count):
+    started, paths = [], [Path("a.jsonl"), Path("b.jsonl")]
+
+    class Started:
+        def __init__(self, encoder, count):
+            started.append(count)
+
+        def map(self, items):
+            return iter(())
+
+        def close(self):
+            started.append("closed")
+
+    monkeypatch.setattr(preprocess_module, "Workers", Started)
+    monkeypatch.setattr(preprocess_module, "CorpusWriter", lambda *_: Started(None, None))
+    monkeypatch.setattr(preprocess_module, "Bar", lambda *_: nullcontext())
+    preprocess_module._tokenize(None, None, paths, done, SimpleNamespace(settings=None), 3, None)
+    assert started == [None, count, "closed", "closed"]

@@ -192,8 +192,12 @@ def test_training_names_the_largest_and_smallest_vocabulary(tmp_path, kind):
         train_tokenizer(kind, CORPUS, 5000, tmp_path / "t")
     largest = int(str(error.value).split("at most ")[1].split(".")[0])
     assert train_tokenizer(kind, CORPUS, largest, tmp_path / "largest").vocab_size == largest
-    with pytest.raises(ValueError, match=r"vocab_size 100 is too small.* need \d+"):
+    with pytest.raises(ValueError, match=r"vocab_size 100 is too small.* need (\d+)") as error:
         train_tokenizer(kind, CORPUS, 100, tmp_path / "t")
+    least = int(str(error.value).rsplit("need ")[1].split()[0])
+    assert train_tokenizer(kind, CORPUS, least, tmp_path / "least").vocab_size == least
+    with pytest.raises(ValueError, match=f"vocab_size {least - 1} is too small"):
+        train_tokenizer(kind, CORPUS, least - 1, tmp_path / "t")
     assert not (tmp_path / "t").exists()
 
 

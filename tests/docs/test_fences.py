@@ -116,7 +116,11 @@ def check_keys(script: str, given: list[str]) -> None:
         shipped = file.startswith("configs/") and "$" not in file
         assert not shipped or (ROOT / file).exists(), file
     own = next((ROOT / file for file in files if (ROOT / file).exists()), None)
+    if script.startswith("launch/finetune"):
+        own = own or ROOT / f"configs/finetune/{given[0]}.yaml"
     keys = [word for word in given if KEY.match(word) and not STANDS_FOR.search(word)]
+    if script.startswith("launch/"):
+        keys = ["parallel.data=auto", *keys]
     if TASKS.search(script) and "spdf" not in script:
         load_finetune(own or TASK, [word for word in keys if not word.startswith("checkpoint=")]
                       + ["checkpoint=runs/mine"], 8)

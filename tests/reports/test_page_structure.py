@@ -131,4 +131,5 @@ def test_text_and_lines_stand_out_from_the_page(dark):
 def test_a_page_is_printed_light_and_whole():
     assert "@media screen and (prefers-color-scheme: dark)" in document.STYLE
     printed = document.STYLE.split("@media print {")[1]
-    assert "content-visibility: visible" in printed and "form { display: none; }" in printed
+    assert "content-visibility: visible" in printed and "  nav, form { display: none; }" in printed
+    assert document.STYLE.count("{") == document.STYLE.count("}")

@@ -109,7 +109,7 @@ def test_a_desktop_has_the_page_without_scrolling_and_another_pair(page):
     assert ["training FLOPs", "1e+12", "4e+12", "4.00x"] in cells
     assert cells[0][1].endswith("</span>A: sparsity.level=0.75, 3 seeds")
     assert "sparsity.level</th><td class=\"text\">0.75</td><td class=\"text\">0.0<" in keys
-    assert said == "1 keys of the recipes differ, 7 are the same."
+    assert said == "Keys of the recipes: 1 differ, 7 are the same."
     # a line and its band in each of two plots
     assert shown == ",".join(["series-0 second"] * 4 + ["series-1 first"] * 4)
     assert found["page"] == "rgb(255, 255, 255)" and found["line"] == "rgb(213, 94, 0)"

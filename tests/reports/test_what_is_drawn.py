@@ -136,6 +136,14 @@ def test_a_plot_is_the_same_svg_every_time():
     assert "date" not in one and not pyplot.get_fignums()
 
 
+def test_no_text_or_bar_of_a_plot_is_black():
+    svg = stacked_bars(["one", "two"], {"p": [1.0, 2.0], "q": [4.0, 0.5]}, "GiB", "bars",
+                       (7.5, "usable"))
+    texts = re.findall(r"<text ([^>]*)>", svg)
+    assert len(texts) > 6 and all("fill: var(--" in text for text in texts)
+    assert svg.count("fill: var(--c0)") == svg.count("fill: var(--c1)") == 3
+
+
 def test_a_plot_has_the_colors_of_its_page_and_identifiers_of_its_own():
     lines = [Line(f"n{i} #0072b2", pen(i), [0.0, 1.23456], [1.0, 2.0], name=f"series-{i}")
              for i in range(10)]
@@ -424,6 +432,18 @@ def test_runs_are_held_against_the_dense_one_of_their_model_tokens_and_task():
         ["\u2003d e2e", "0.00%", "40", "8", "48", "1.00x"]]
 
 
+def test_many_scores_have_a_table_of_their_own():
+    runs = [logged("a", records([1]), scores={f"m{i}": i / 8 for i in range(7)}),
+            logged("b", records([1]), scores={"m6": 0.5}), logged("c", records([1]))]
+    pens = {run.directory: pen(0) for run in runs}
+    rows = Cells(own_table(runs, pens)).rows
+    assert rows[0][-1] == "validation loss" and rows[4] == ["score", "a", "b"]
+    assert rows[5] == ["m0", "0", "-"] and rows[11] == ["m6", "0.75", "0.5"] and len(rows) == 12
+    beside = Cells(own_table(runs[1:], pens)).rows
+    assert beside[0][-1] == "m6" and [row[-1] for row in beside[1:]] == ["0.5", "-"]
+    assert Cells(own_table(runs[2:], pens)).rows[0][-1] == "validation loss"
+
+
 def test_the_table_of_runs_is_what_the_logs_say(tmp_path):
     directory = tmp_path / "runs" / "a b"
     run = logged("a b", records([10, 20]), [{"step": 20, "loss": 2.5}], directory=directory,
@@ -460,6 +480,12 @@ def test_parts_of_a_page():
     html = document.page("T & t", ["one", "two"])
     assert html.startswith("<!DOCTYPE html>") and "<title>T &amp; t</title>" in html
     assert "<body>\n<main>\none\ntwo\n</main>\n</body>" in html and document.STYLE in html
+
+
+@pytest.mark.parametrize(("loss", "said"), [(3.26194, "26.10"), (11.0, "59,874.14"),
+                                            (1e9, "1.01e+304"), (None, None)])
+def test_a_perplexity_that_has_blown_up_is_short(loss, said):
+    assert runs_page._perplexity(logged("a", [], [{"loss": loss}] if loss else [])) == said
 
 
 @pytest.mark.parametrize(("value", "said"), [
