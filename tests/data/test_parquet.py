@@ -195,6 +195,7 @@ def test_a_document_over_the_limit_is_named(tmp_path):
     assert report.skipped_lines[0].line == 2 and "over the limit" in report.skipped_lines[0].reason
 
 
+@pytest.mark.slow
 def test_memory_does_not_depend_on_the_size_of_a_row_group(tmp_path):
     path = tmp_path / "a.parquet"
     table = pa.table({"text": ["x" * 100_000 + str(n) for n in range(600)],

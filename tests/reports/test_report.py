@@ -16,6 +16,7 @@ from megatron_spdf.reports.runs import read_all
 from megatron_spdf.reports.spdf_table import accounts
 
 
+@pytest.mark.slow
 def test_page_stands_by_itself(report, runs, tmp_path, capsys):
     output = tmp_path / "pages" / "report.html"
     output.parent.mkdir()
@@ -32,6 +33,7 @@ def test_page_stands_by_itself(report, runs, tmp_path, capsys):
     assert len(output.read_bytes()) < 250_000
 
 
+@pytest.mark.slow
 def test_page_says_what_the_logs_say(report, runs, tmp_path):
     assert report([*map(str, runs), "-o", str(tmp_path / "r.html")]) == 0
     text = Page((tmp_path / "r.html").read_text()).words()
@@ -118,6 +120,7 @@ def test_losses_that_are_not_finite_are_left_out_with_a_line(report, runs, tmp_p
     assert f"{runs[1]}/log.jsonl: 30 train records" in text and "nan" not in text.lower()
 
 
+@pytest.mark.slow
 def test_moves_of_masks_are_shown_in_all_and_by_layer(report, runs, tmp_path):
     records = add_moves(runs[1])
     (logged,) = read_all([runs[1]])

@@ -75,7 +75,13 @@ class WeightsAndBiases(Writer):
 
     def close(self) -> None:
         """See the base."""
-        self._run.finish()
+        import wandb
+
+        try:
+            self._run.finish()
+        except Exception:  # of a service that is gone; the next writer starts another
+            wandb.teardown()
+            raise
 
 
 def _start(project: str, run: RunDir) -> Any:
