@@ -23,7 +23,8 @@ a place for it.
 one process and their steps in turn, so that what else the machine does hits both alike; medians,
 the ratio, and where the time goes. Batches are synthetic.
 `moves`: what moves of the masks add to a run: steps with a move beside steps without, in turn in
-one process; of the recipe's algorithm, or of SET, RigL and GMP where it has none.
+one process; of the recipe's algorithm, or of SET, RigL and GMP where it has none. Of AC/DC it is
+the borders between its dense and sparse parts.
 `save`: for how long the loop stands still for a checkpoint that is written behind the steps, and
 for one that it waits for, dense and sparse, with the bytes on disk; written to a temporary
 directory (TMPDIR) and removed.

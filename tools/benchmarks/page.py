@@ -76,7 +76,7 @@ def render_pages(reports: Sequence[Path], directory: Path, pages: Sequence[Path]
     heading = f"# {report['device']}: the benchmark suite"
     write_file(written[2], "\n".join([
         heading, "", *summary(report), *(picture if drawn else []),
-        *suite.render(report)[2:]]).rstrip() + "\n")
+        *(line for part in report["parts"] for line in suite.render_part(part))]).rstrip() + "\n")
     for page in pages:
         link = os.path.relpath(written[2], page.parent)
         shown = [f"![Tokens a second, and where the time goes]({link.removesuffix('.md')}.svg)",
@@ -189,25 +189,26 @@ def draw(report: Report, path: Path) -> bool:
     from megatron_spdf.files import save_figure
     from megatron_spdf.reports.charts import STYLE, color
 
-    trained, parts = rows_of(report, "training"), rows_of(report, "a step by part (ms)")
+    trained = rows_of(report, "training")
     if not trained:
         return False
+    names = [row["what"] for row in trained]
+    timed = {row["what"]: row for row in rows_of(report, "a step by part (ms)")}
+    parts = [k for k in next(iter(timed.values()), {}) if k not in ("what", "at")]
     with pyplot.rc_context(STYLE):
-        figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
-        left.barh([row["what"] for row in trained], [row["tokens/s"] for row in trained],
-                  color=color(0))
-        left.set(xlabel="tokens a second", title=f"GPT-3 XL, one {report['device']}")
+        figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), sharey=True,
+                                                layout="constrained")
+        figure.suptitle(f"GPT-3 XL on one {report['device']}")
+        left.barh(names, [row["tokens/s"] for row in trained], color=color(0))
+        left.set(xlabel="tokens a second")
         left.invert_yaxis()
-        starts = [0.0] * len(parts)
-        for number, part in enumerate(k for k in (parts[0] if parts else {})
-                                      if k not in ("what", "at")):
-            spent = [row[part] for row in parts]
-            right.barh([row["what"] for row in parts], spent, left=starts, color=color(number),
-                       label=part)
+        starts = [0.0] * len(names)
+        for number, part in enumerate(parts):
+            spent = [timed.get(name, {}).get(part, 0.0) for name in names]
+            right.barh(names, spent, left=starts, color=color(number), label=part)
             starts = [a + b for a, b in zip(starts, spent, strict=True)]
-        right.set(xlabel="milliseconds of a step, parts timed one by one")
-        right.invert_yaxis()
+        right.set(xlabel="milliseconds of a step, part by part")
         if parts:
-            right.legend(fontsize=7)
+            figure.legend(loc="outside lower center", ncols=4, fontsize=8)
         save_figure(figure, path)
     return True
