@@ -1,4 +1,5 @@
-# make demo | make test | make test-fast | make test-kernels | make test-slurm | make lint: each makes .venv if it is missing and installs what it needs.
+# make demo | make test | make test-fast | make test-one K=... | make test-kernels | make test-slurm | make lint:
+# each makes .venv if it is missing and installs what it needs.
 PYTHON ?= python3
 VENV := .venv
 KERNELS := tests/kernels tests/distributed/test_patterns.py tests/seams/test_moving_tile_kernels.py
@@ -7,7 +8,7 @@ RUN := $(VENV)/bin/python -W ignore
 # Two ranks on two cores: more threads than that only wait for each other.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install demo test test-fast test-kernels test-slurm lint clean
+.PHONY: install demo test test-fast test-one test-kernels test-slurm lint clean
 
 install: $(VENV)/installed
 
@@ -26,8 +27,13 @@ test: lint
 	$(RUN) -m pytest tests $(KERNELS:%=--ignore=%) -n 3 --dist loadfile --no-loadscope-reorder --durations=10
 	@$(MAKE) --no-print-directory test-kernels
 
+# Every room, but nothing that is marked slow, and four cases of a test of many; a worker for each of up to four cores.
 test-fast: install
-	$(RUN) -m pytest tests -m "not slow"
+	$(RUN) -m pytest tests -m "not slow" --cases 4 -n logical --maxprocesses 4 --dist loadfile --durations=3
+
+# The tests of one thing: make test-one K=test_blend, K="losses and tp2", K=tests/data/test_blend.py
+test-one: install
+	@$(RUN) tests/one.py "$(K)"
 
 # The GPU's kernels on the CPU, by Triton's interpreter. Where PyTorch brings no Triton it is put beside the virtual
 # environment's packages, since every process that finds it among them imports it.

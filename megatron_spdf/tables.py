@@ -121,18 +121,25 @@ class Table:
             marked: numbers of rows with a wash behind them.
         """
         about = f"<caption>{html.escape(caption)}</caption>" if caption else ""
-        head = self._html_row([column.head for column in self.columns], "th")
-        body = "\n".join(self._html_row(cells, "td", " class=mark" if i in marked else "")
+        head = self._html_row([column.head for column in self.columns], head=True)
+        body = "\n".join(self._html_row(cells, mark=" class=mark" if i in marked else "")
                          for i, cells in enumerate(self.cells()))
-        return (f'<div class="scroll"><table>{about}<thead>{head}</thead>\n'
-                f"<tbody>\n{body}\n</tbody></table></div>")
+        # A box that scrolls takes the focus, so that the arrow keys scroll it.
+        name = html.escape(caption or f"Table: {', '.join(c.head for c in self.columns)}")
+        return (f'<div class="scroll" role="group" tabindex="0" aria-label="{name}"><table>{about}'
+                f"<thead>{head}</thead>\n<tbody>\n{body}\n</tbody></table></div>")
 
-    def _html_row(self, cells: Sequence[str], tag: str, mark: str = "") -> str:
-        kinds = [" class=text" if c.wraps else " class=left" if c.side == "left" else ""
-                 for c in self.columns]
-        return f"<tr{mark}>" + "".join(
-            f"<{tag}{kind}>{cell if isinstance(cell, Html) else html.escape(cell)}</{tag}>"
-            for kind, cell in zip(kinds, cells, strict=True)) + "</tr>"
+    def _html_row(self, cells: Sequence[str], head: bool = False, mark: str = "") -> str:
+        """Row whose cells are heads of columns; or the first, if it says something, the row's."""
+        made = []
+        for number, (column, cell) in enumerate(zip(self.columns, cells, strict=True)):
+            kind = (" class=text" if column.wraps else " class=left" if column.side == "left"
+                    else "")
+            tag = "th" if cell and (head or number == 0) else "td"
+            scope = f" scope={'col' if head else 'row'}" if tag == "th" else ""
+            inside = cell if isinstance(cell, Html) else html.escape(printable(cell))
+            made.append(f"<{tag}{scope}{kind}>{inside}</{tag}>")
+        return f"<tr{mark}>{''.join(made)}</tr>"
 
     @property
     def _settings(self) -> dict[str, Any]:

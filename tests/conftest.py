@@ -17,11 +17,41 @@ TINY = {
 }
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--cases", type=int, default=0, metavar="N",
+                     help="of a test of many cases run so many, evenly spread; 0: all of them")
+
+
+@pytest.hookimpl(trylast=True)  # after -m and -k
+def pytest_collection_modifyitems(config, items):
     """Slurm's tests wait more than they compute: first, so that they run beside the others. Files
     that take seconds come last, so that all workers end together."""
+    if count := config.getoption("cases"):
+        kept = set(some_cases(items, count))
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = [item for item in items if item in kept]
     long = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: ("slurm" not in item.path.parts, item.path not in long))
+
+
+def some_cases(items, count):
+    """Of the cases of every test at most `count`, the first and the last among them."""
+    tests = {}
+    for item in items:
+        tests.setdefault((item.path, item.nodeid.partition("[")[0]), []).append(item)
+    for cases in tests.values():
+        step = max(1.0, (len(cases) - 1) / max(1, count - 1))
+        yield from {cases[round(step * i)] for i in range(min(count, len(cases)))}
+
+
+def pytest_collection_finish(session):
+    """Begins to import the engines for ranks and commands, if tests are selected that start any."""
+    if any({"ranks", "start"} & set(item.fixturenames) for item in session.items
+           if hasattr(item, "fixturenames")) and not session.config.option.collectonly:
+        sys.path.insert(0, str(Path(__file__).parent / "distributed"))
+        from harness import forks
+
+        forks()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -10,9 +10,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "distributed"))
-from harness import Ranks, forks  # noqa: E402
-
-forks()  # imports the engines for the ranks, while pytest imports them for the test files
+from harness import Ranks  # noqa: E402
 
 SMALL = {
     "seed": 7,

@@ -1,4 +1,5 @@
-"""Every constant of the package that is a number has the figure that docs/limits.md gives."""
+"""Every constant of the package that is a number has the figure that docs/limits.md gives; that of
+the looks of a report may be missing there."""
 
 from __future__ import annotations
 
@@ -51,6 +52,7 @@ def test_constants_are_those_of_the_page():
     said = {(file, name): (float if {".", "e"} & set(figure) else int)(figure.replace(",", ""))
             * TIMES.get(unit, 1) for figure, unit, file, name in rows}
     assert len(said) == len(rows) > 150
-    assert found.keys() - said.keys() == set(), "docs/limits.md must have them"
+    missing = {key for key in found.keys() - said.keys() if not key[0].startswith("reports/")}
+    assert not missing, "docs/limits.md must have them"
     assert said.keys() - found.keys() == set(), "docs/limits.md has them, and the code has not"
-    assert {key: (found[key], said[key]) for key in found if found[key] != said[key]} == {}
+    assert {key: (found[key], said[key]) for key in said if found[key] != said[key]} == {}

@@ -228,6 +228,7 @@ def contend(directory: Path, gate, found) -> None:
         time.sleep(1.5)  # the others look at this one
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dead", [False, True])
 def test_of_many_at_once_one_has_it(tmp_path, leave, dead):
     if dead:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -34,8 +35,17 @@ def test_markdown_aligns_numbers_and_keeps_bars():
 def test_a_page_escapes_what_is_not_html():
     page = Table([Column("name"), Column("link", lambda row: Html("<a>x</a>"))],
                  [{"name": "<b>"}]).html("of & <all>", marked=[0])
-    assert "<td class=left>&lt;b&gt;</td><td class=left><a>x</a></td>" in page
+    assert ("<th scope=row class=left>&lt;b&gt;</th><td class=left><a>x</a></td>" in page
+            and page.count("<th scope=col") == 2)
     assert "<caption>of &amp; &lt;all&gt;</caption>" in page and "<tr class=mark>" in page
+
+
+def test_empty_cells_are_no_heads():
+    page = Table([Column("", lambda row: row[0]), Column("b", lambda row: row[1])],
+                 [("", "x"), ("y", "")]).html()
+    assert re.findall(r"<(t[hd])(?: scope=(\w+))?(?: class=\w+)?>(\w*)<", page) == [
+        ("td", "", ""), ("th", "col", "b"), ("td", "", ""), ("td", "", "x"), ("th", "row", "y"),
+        ("td", "", "")]
 
 
 def test_rows_may_be_objects_and_zeros_stay():

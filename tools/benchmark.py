@@ -2,6 +2,7 @@
 """Measures on this machine; nothing is timed in the tests.
 
     python tools/benchmark.py --suite h200 [--output DIR]
+    python tools/benchmark.py page DIR/suite.json [--page FILE.md ...]
     python tools/benchmark.py train [RECIPE] [section.key=value ...] [--steps 20] [--output FILE]
     python tools/benchmark.py step [RECIPE] [section.key=value ...] [--steps 20] [--output FILE]
     torchrun --nproc-per-node 2 tools/benchmark.py step parallel.tensor=2
@@ -14,13 +15,16 @@
 `--suite`: all that follows but saves and data, for GPT-3 XL on one GPU, in one command of less than
 nine minutes; JSON and a Markdown table in DIR. `--suite cpu`, or a machine without a GPU: tiny,
 which shows that it runs.
+`page`: what the suite measured as tables and a picture in docs/benchmarks, and on pages that have
+a place for it.
 `train`: tokens a second, TFLOP/s, MFU and peak memory of a recipe as it trains, dense beside its
     sparsity, in turn.
 `step`: seconds of an optimizer step of a recipe on its engine, dense against its sparsity, both in
 one process and their steps in turn, so that what else the machine does hits both alike; medians,
 the ratio, and where the time goes. Batches are synthetic.
 `moves`: what moves of the masks add to a run: steps with a move beside steps without, in turn in
-one process; of the recipe's algorithm, or of SET, RigL and GMP where it has none.
+one process; of the recipe's algorithm, or of SET, RigL and GMP where it has none. Of AC/DC it is
+the borders between its dense and sparse parts.
 `save`: for how long the loop stands still for a checkpoint that is written behind the steps, and
 for one that it waits for, dense and sparse, with the bytes on disk; written to a temporary
 directory (TMPDIR) and removed.
@@ -55,12 +59,14 @@ from megatron_spdf.command_line import (
     positive,
     positive_real,
     refusing,
+    say,
 )
 from megatron_spdf.recipe.load import load_recipe, recipe_values
 from megatron_spdf.recipe.recipe import AUTO, Recipe
 from megatron_spdf.resilience.world import check_world, find_ranks
 
 DEFAULT = Path(__file__).resolve().parent.parent / "configs/benchmark/cpu.yaml"
+PAGES = DEFAULT.parents[2] / "docs/benchmarks"
 TILES = DEFAULT.parents[1] / "pretrain/gpt3_xl_s75_tile.yaml"
 TINY = ["model.hidden=128", "model.heads=4", "sparsity.pattern=tile", "sparsity.tile=16",
         "train.micro_batch=1"]
@@ -69,6 +75,8 @@ TINY = ["model.hidden=128", "model.heads=4", "sparsity.pattern=tile", "sparsity.
 @refusing
 def main() -> int:
     first = sys.argv[1:2]
+    if first == ["page"]:
+        return write_pages(sys.argv[2:])
     if first == ["data"]:
         return measure_data(sys.argv[2:])
     if first in (["kernels"], ["tiles"]):
@@ -127,6 +135,21 @@ def measure_suite(arguments: list[str]) -> int:
                         help="where suite.json and suite.md go (default: runs/suite)")
     options = parser.parse_args(arguments)
     return suite.run(options.suite, options.parts, options.output)
+
+
+def write_pages(arguments: list[str]) -> int:
+    """From the suite's JSON."""
+    from benchmarks import page
+
+    parser = make_parser(page.__doc__, prog="benchmark.py page")
+    parser.add_argument("reports", nargs="+", type=Path, metavar="SUITE.json")
+    parser.add_argument("--directory", type=Path, default=PAGES, metavar="DIR",
+                        help="where tables and picture go (default: docs/benchmarks)")
+    parser.add_argument("--page", type=Path, nargs="+", default=[], metavar="FILE",
+                        help="Markdown pages that have lines <!-- gpu --> and <!-- end of gpu -->")
+    options = parser.parse_args(arguments)
+    say("\n".join(map(str, page.render_pages(options.reports, options.directory, options.page))))
+    return 0
 
 
 def measure_data(arguments: list[str]) -> int:

@@ -1,5 +1,7 @@
 """Check that this machine can run megatron_spdf: packages, GPUs, network, disk, memory, Slurm.
 
+Of what is optional it says what it is for and how to install it.
+
 python tools/doctor.py [--json]
 
 Exit code 0, or 1 if a line says FAIL.

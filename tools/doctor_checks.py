@@ -18,13 +18,20 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 OK, NOTE, WARN, FAIL = "ok", "note", "warn", "FAIL"
 REQUIREMENTS = Path(__file__).resolve().parent.parent / "requirements.txt"
+PROJECT = REQUIREMENTS.with_name("pyproject.toml")
 PYTHONS = ((3, 11), (3, 12))
+# Extra of pyproject.toml -> the module to look for, and what it is for.
+OPTIONAL = {"wandb": ("wandb", "figures of runs at Weights & Biases (log.wandb)"),
+            "parquet": ("pyarrow", "Parquet files as input (tools/preprocess_data.py)"),
+            "harness": ("lm_eval", "tasks of lm-eval (tools/evaluate.py --harness)")}
+CONTAINERS = "NVIDIA's PyTorch containers"
 _PIN = re.compile(r"(?P<name>[\w.-]+)==(?P<version>[^\s;#]+)"
                   r'(; python_version (?P<than><|>=) "(?P<python>[\d.]+)")?')
 GIB = 2**30
@@ -173,14 +180,31 @@ def check_nccl() -> Iterator[tuple[str, ...]]:
         yield OK, f"all-reduce between {count} GPUs"
 
 
+def check_optional() -> Iterator[tuple[str, ...]]:
+    pins = optional_requirements()
+    for extra, (module, purpose) in OPTIONAL.items():
+        name, wanted = pins[extra]
+        found = installed_version(name) if find_package(module) else None
+        if found is None:
+            yield NOTE, (f"{name} is not installed, for {purpose}: pip install {name}=={wanted}, "
+                         f"or pip install -e '.[{extra}]'")
+        elif found != wanted:
+            yield NOTE, f"{name} {found}, for {purpose}; tested with {wanted}"
+        else:
+            yield OK, f"{name} {found}, for {purpose}"
+
+
 def check_accelerators() -> Iterator[tuple[str, ...]]:
     if find_package("transformer_engine"):
         yield OK, f"Transformer Engine {installed_version('transformer-engine') or ''}".strip()
     else:
-        yield NOTE, "Transformer Engine is not installed (optional)"
+        yield NOTE, ("Transformer Engine is not installed; kernels.attention=transformer_engine "
+                     "needs it, and Megatron-Core's optimizer takes its fused Adam: it comes with "
+                     f"{CONTAINERS}")
     apex = find_package("apex")
     if apex is None:
-        yield NOTE, "NVIDIA Apex is not installed (optional)"
+        yield NOTE, ("NVIDIA Apex is not installed; its fused LayerNorm is taken where it is "
+                     f"(kernels.norm): it comes with {CONTAINERS}, not from PyPI")
     elif (apex / "normalization").is_dir():
         yield OK, "NVIDIA Apex"
     else:
@@ -189,6 +213,11 @@ def check_accelerators() -> Iterator[tuple[str, ...]]:
             f"the package apex in {apex} is not NVIDIA's: it has no apex.normalization",
             "pip uninstall apex",
         )
+    if found := installed_version("triton"):
+        yield OK, f"Triton {found}"
+    else:
+        yield NOTE, ("Triton is not installed; on a GPU sparse layers are slow without its "
+                     "kernels: it comes with PyTorch for CUDA")
 
 
 def check_compiler() -> Iterator[tuple[str, ...]]:
@@ -272,7 +301,8 @@ def check_java() -> Iterator[tuple[str, ...]]:
 
 
 CHECKS: dict[str, Callable[[], Iterator[tuple[str, ...]]]] = {
-    "python": check_python, "packages": check_requirements, "device": check_device,
+    "python": check_python, "packages": check_requirements, "optional": check_optional,
+    "device": check_device,
     "host name": check_host_name,
     "gloo": check_gloo, "NCCL": check_nccl, "accelerators": check_accelerators,
     "compiler": check_compiler,
@@ -287,6 +317,13 @@ def pinned_requirements() -> dict[str, str]:
     Python."""
     pins = filter(None, map(_PIN.match, REQUIREMENTS.read_text().splitlines()))
     return {pin["name"]: pin["version"] for pin in pins if _for_this_python(pin)}
+
+
+def optional_requirements() -> dict[str, tuple[str, str]]:
+    """Extra -> package and version of the first line of each in pyproject.toml."""
+    extras = tomllib.loads(PROJECT.read_text())["project"]["optional-dependencies"]
+    pins = {extra: _PIN.match(lines[0]) for extra, lines in extras.items()}
+    return {extra: (pin["name"], pin["version"]) for extra, pin in pins.items()}
 
 
 def _for_this_python(pin: re.Match) -> bool:
@@ -304,11 +341,12 @@ def installed_version(package: str) -> str | None:
 
 
 def find_package(name: str) -> Path | None:
-    """Directory of an importable package, found without importing it."""
+    """Directory of an importable package, found without importing it. A directory of that name that
+    merely lies there, as runs leave one for wandb, is none."""
     spec = importlib.util.find_spec(name)
     return (
         Path(next(iter(spec.submodule_search_locations)))
-        if spec and spec.submodule_search_locations
+        if spec and spec.origin and spec.submodule_search_locations
         else None
     )
 

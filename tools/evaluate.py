@@ -12,7 +12,7 @@ official scripts; on tasks of EleutherAI's lm-eval; or on any text.
     python tools/evaluate.py runs/mine --text 'held_out/*.jsonl.zst'
 
 The checkpoint is a run directory, a checkpoint of a run, or a Hugging Face directory. On a --task
-it is decoded by transformers' beam search; predictions, references in the official form and
+it is decoded by transformers' beam search; inputs, predictions, references in the official form and
 scores.json go to RUN/evaluation/TASK_SPLIT.
 
 --harness needs lm-eval (pip install lm_eval==0.4.13). Its figures are those that lm-eval's

@@ -4,6 +4,7 @@
     python tools/experiment.py configs/experiments/transfer.yaml            runs what is left
     python tools/experiment.py configs/experiments/transfer.yaml --jobs 2   two runs at a time
     python tools/experiment.py configs/experiments/comparison.yaml --only budget=flops
+    python tools/experiment.py configs/experiments/one_card.yaml --minutes 9   stops then, and saves
     python tools/experiment.py configs/experiments/transfer.yaml --print         one command a line
     python tools/experiment.py configs/experiments/transfer.yaml --report   reports what there is
     python tools/experiment.py configs/experiments/fair_comparison.yaml --report --page PAGE.md
@@ -22,16 +23,26 @@ a run has no result.
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import circumstances
+from benchmarks.marked_page import place_on, write_between
 
 from megatron_spdf import exit_codes
-from megatron_spdf.command_line import add_overrides, make_parser, positive, refusing, say
+from megatron_spdf.command_line import (
+    add_overrides,
+    make_parser,
+    positive,
+    positive_real,
+    refusing,
+    say,
+)
 from megatron_spdf.files import write_file, write_json
 from megatron_spdf.reports.experiment_plot import plot_results
 from megatron_spdf.reports.frontiers import plot_frontiers
@@ -93,7 +104,7 @@ def main() -> int:
     def prepare(output: Path) -> bool:
         return runs[output].prepare() if output in runs else ready[output]()
 
-    codes = run_all(both, options.jobs, list(chains.values()), prepare)
+    codes = run_all(both, options.jobs, list(chains.values()), prepare, options.until)
     return ends_grid(codes) or max(report(grid, results(grid), experiment, options),
                                    report_scores(after, experiment, options))
 
@@ -143,7 +154,7 @@ def tune(experiment: Experiment, options: argparse.Namespace) -> int:
             print("\n".join(map(shlex.join, commands.values())))
             return exit_codes.FINISHED
         print(f"{len(commands)} runs to do in this round", flush=True)
-        if code := ends_grid(run_all(commands, options.jobs)):
+        if code := ends_grid(run_all(commands, options.jobs, until=options.until)):
             return code
         tried |= commands.keys()
     code = report([cell.best(tried) for cell in grid], [cell.result(tried) for cell in grid],
@@ -223,30 +234,10 @@ def write_into(page: Path, name: str, table: str) -> None:
     Raises:
         ValueError: the page has no such place.
     """
-    before, after = place_on(page, name)
     measured = circumstances()
     versions = ", ".join(f"{key} {value}" for key, value in measured["versions"].items())
     about = f"Reported {measured['date'][:10]}; {measured['device']}; {versions}."
-    write_file(page, f"{before}\n{about}\n\n{table}\n{after}")
-
-
-def place_on(page: Path, name: str) -> tuple[str, str]:
-    """What stands on a page up to `<!-- NAME -->`, and from `<!-- end of NAME -->` on.
-
-    Raises:
-        ValueError: the page has no such place, or cannot be read.
-    """
-    first, last = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
-    try:
-        text = page.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--page {page} cannot be read ({error}); name a Markdown page") from None
-    before, found, rest = text.partition(first)
-    _, ends, after = rest.partition(last)
-    if not found or not ends:
-        raise ValueError(f"{page} has no lines {first.strip()} and {last.strip()}; write them "
-                         "where the tables are to stand")
-    return before + first, last + after
+    write_between(page, name, f"{about}\n\n{table}")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -266,7 +257,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--page", type=Path, metavar="FILE",
                         help="also write the tables into this Markdown page, between <!-- NAME --> "
                              "and <!-- end of NAME -->, NAME being that of the grid's file")
-    return parser.parse_intermixed_args()
+    parser.add_argument("--minutes", type=positive_real, metavar="M",
+                        help="after which what runs saves and ends, and nothing more is begun; the "
+                             "same command goes on (default: no bound)")
+    options = parser.parse_intermixed_args()
+    options.until = time.monotonic() + 60 * (options.minutes or math.inf)
+    return options
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """One page about any runs, finished or not: curves, speed, memory, sparsity, SPDF's table beside
-the paper's.
+the paper's, a comparison of any two runs, moves of masks, and samples of text.
 
     python tools/report.py runs/dense runs/s75 -o report.html
 
-The page is one file: plots are inline, nothing is loaded. Exit code 0, or 2 with a sentence on what
-to change.
+The page is one file: plots and script are inline, nothing is loaded. Exit code 0, or 2 with a
+sentence on what to change.
 """
 
 from __future__ import annotations

@@ -89,8 +89,8 @@ def picture(theme: Theme, width: int, height: int, title: str, parts: list[str])
 def idea(theme: Theme) -> str:
     """Mask -> vector of active values -> dense weight when the layer runs -> gradient cut back."""
     mask = PATTERNS.get("unstructured")().draw(0, "picture", 0, (SIDE, SIDE), 0.75).reshape(-1)
-    draw = np.random.default_rng(0)
-    values, gradient = draw.random(mask.size), draw.random(mask.size)
+    # raw words, which are the same in every release of NumPy
+    values, gradient = np.random.Philox(key=0).random_raw(2 * mask.size).reshape(2, -1) / 2.0**64
     fill = [mix(theme.values, share) for share in values]
     slope = [mix(theme.gradients, share) for share in gradient]
     active = np.flatnonzero(mask)
@@ -109,7 +109,7 @@ def idea(theme: Theme) -> str:
         name(left + GRID / 2, 26, "1  mask"),
         say(left + GRID / 2, 45, "which weights are active"),
         grid(theme, left, top, [theme.ink if on else "none" for on in mask]),
-        say(left + GRID / 2, top + GRID + 20, "16 of 64, a bit each"),
+        say(left + GRID / 2, top + GRID + 20, "64 bits, 16 of them set"),
         arrow(theme, (left + GRID + 8, first + CELL / 2), (middle - 8, first + CELL / 2)),
         name((middle + end) / 2, first - 34, "2  parameter: the active values"),
         say((middle + end) / 2, first - 13, "all that engine and optimizer see"),

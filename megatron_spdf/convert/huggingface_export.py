@@ -212,7 +212,6 @@ def _save_config(source: WeightSource, dtype: str, directory: Path) -> None:
     _config(source, dtype).save_pretrained(directory)
     written = directory / CONFIG
     config = json.loads(written.read_text()) | source.model.huggingface_legacy()
-    written.unlink()
     write_json(written, config)
     padding = list(range(source.tokenizer.vocab_size, source.model.vocab_size))
     GenerationConfig(bos_token_id=begin, eos_token_id=ends, pad_token_id=end,

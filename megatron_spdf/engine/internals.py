@@ -200,6 +200,8 @@ INTERNALS = (
     Internal("megatron.core.full_cuda_graph.FullCudaGraphWrapper",
              ("curr_iteration", "cuda_graph", "result"),
              "begun anew by the benchmark of a step as one graph"),
+    Internal("megatron.core.full_cuda_graph", ("get_all_rng_states",),
+             "replaced by the benchmark of a step as one graph, which draws nothing"),
     Internal("megatron.core.full_cuda_graph.StaticBufferLoader", ("static_buffers",),
              "begun anew by the benchmark of a step as one graph"),
 

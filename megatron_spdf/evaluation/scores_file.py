@@ -13,6 +13,7 @@ from megatron_spdf.data.finetuning.task import TASKS, Example
 from megatron_spdf.evaluation.references import references_of, write_official
 from megatron_spdf.evaluation.scores import Scores
 from megatron_spdf.files import write_file, write_json
+from megatron_spdf.text import in_one_line
 from megatron_spdf.version import __version__
 
 SCORES = "scores.json"
@@ -47,11 +48,13 @@ def write_scores(output: Path, description: dict[str, Any]) -> None:
 
 def write_texts(output: Path, task: str, predictions: Sequence[str],
                 examples: Sequence[Example]) -> None:
-    """Writes predictions, references in the official form, and the file that the task's official
-    scripts read, if there is one; scores of others are removed."""
+    """Writes inputs and predictions, line by line, references in the official form, and the file
+    that the task's official scripts read, if there is one; scores of others are removed."""
     output.mkdir(parents=True, exist_ok=True)
     (output / SCORES).unlink(missing_ok=True)  # no old scores may lie beside new predictions
     known = TASKS.get(task)
+    write_file(output / "inputs.txt",
+               "".join(f"{in_one_line(example.context)}\n" for example in examples))
     write_official(known, predictions, references_of(examples), output)
     if known.submission:
         name, content = known.submission(examples, predictions)

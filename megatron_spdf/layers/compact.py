@@ -320,7 +320,7 @@ class Collector:
             self.gradient = compute().detach()
 
 
-def collect_dense_gradients(models: Iterable[nn.Module], last_of: int = 0) -> None:
+def collect_dense_gradients(models: Iterable[nn.Module], last_of: int) -> None:
     """Has the backward passes of a step collect the gradients of the dense weights of these models.
 
     Args:

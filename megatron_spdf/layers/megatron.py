@@ -35,7 +35,7 @@ DenseCopy = Literal["per_step", "per_layer", "always"]
 
 def sparsify_layer(
     module: nn.Module, weight: SparseWeight, seed: int, rank: int, world: int,
-    dense_copy: DenseCopy = "per_step", micro_batches: int = 1
+    dense_copy: DenseCopy, micro_batches: int
 ) -> None:
     """Makes the weight of a Column- or RowParallelLinear compact.
 

@@ -5,13 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from matplotlib.axes import Axes
 
-matplotlib.use("Agg")
-from matplotlib import pyplot
-
-from megatron_spdf.files import save_figure
-from megatron_spdf.reports.charts import STYLE, color
+from megatron_spdf.reports.charts import color
+from megatron_spdf.reports.panels import draw_panels, named
 from megatron_spdf.text import label
 
 
@@ -30,38 +27,30 @@ def plot_results(rows: list[dict[str, Any]], x: str, lines: str | None, panels: 
     rest = [axis for axis in rows[0]["labels"] if axis not in (x, *panels)]
     rest.sort(key=lambda axis: axis != lines)
     places = list(dict.fromkeys(row["labels"][x] for row in rows))
-    pictures: dict[tuple, dict[tuple, list[dict]]] = {}
+    pictures: dict[str, dict[str, list[dict]]] = {}
     for row in (row for row in rows if row["mean"] is not None):
-        picture = pictures.setdefault(tuple(row["labels"][axis] for axis in panels), {})
-        picture.setdefault(tuple(row["labels"][axis] for axis in rest), []).append(row)
-    with pyplot.rc_context(STYLE):
-        columns = min(3, max(1, len(pictures)))
-        height = max(1, -(-len(pictures) // columns))
-        figure, grid = pyplot.subplots(height, columns, figsize=(4.4 * columns, 3.3 * height),
-                                       dpi=140, squeeze=False, sharey=True, layout="constrained")
-        for axes in grid.flat[len(pictures):]:
-            axes.set_visible(False)
-        for axes, (above, picture) in zip(grid.flat, pictures.items(), strict=False):
-            for number, (labels, drawn) in enumerate(picture.items()):
-                axes.errorbar([places.index(row["labels"][x]) for row in drawn],
-                              [row["mean"] for row in drawn],
-                              yerr=[row["interval"] or 0.0 for row in drawn], fmt="o-",
-                              markersize=3.6, capsize=2, linewidth=1.4, color=color(number),
-                              label=label(", ".join(map(_named, rest, labels))))
-            tilted = {"rotation": 35, "ha": "right",
-                      "rotation_mode": "anchor"} if max(map(len, places)) > 6 else {}
-            axes.set_xticks(range(len(places)), list(map(label, places)), **tilted)
-            axes.set(xlabel=label(x), title=label(", ".join(map(_named, panels, above))))
-            if rest:
-                axes.legend(fontsize=7.5)
-        means = [row["mean"] for row in rows if row["mean"] is not None]
-        if means:
-            room = max(0.05, 0.5 * (max(means) - min(means)))
-            grid[0][0].set_ylim(min(means) - room, max(means) + room)
-        grid[0][0].set_ylabel("validation loss (nats)")
-        save_figure(figure, path)
-        pyplot.close(figure)
+        labels = row["labels"]
+        picture = pictures.setdefault(", ".join(named(axis, labels[axis]) for axis in panels), {})
+        picture.setdefault(", ".join(named(axis, labels[axis]) for axis in rest), []).append(row)
+    means = [row["mean"] for row in rows if row["mean"] is not None]
+
+    def draw(axes: Axes, picture: dict[str, list[dict]]) -> None:
+        for number, (name, drawn) in enumerate(picture.items()):
+            _draw_line(axes, [places.index(row["labels"][x]) for row in drawn], drawn,
+                       color(number), name)
+        tilted = {"rotation": 35, "ha": "right",
+                  "rotation_mode": "anchor"} if max(map(len, places)) > 6 else {}
+        axes.set_xticks(range(len(places)), list(map(label, places)), **tilted)
+        axes.set(xlabel=label(x))
+        if rest:
+            axes.legend(fontsize=7.5)
+        room = max(0.05, 0.5 * (max(means) - min(means)))
+        axes.set_ylim(min(means) - room, max(means) + room)
+
+    draw_panels(pictures, draw, "validation loss (nats)", path, shared_y=True)
 
 
-def _named(axis: str, label: str) -> str:
-    return f"{axis.rpartition('.')[2]} {label}"
+def _draw_line(axes: Axes, x: list[int], rows: list[dict], color: str, name: str) -> None:
+    axes.errorbar(x, [row["mean"] for row in rows], yerr=[row["interval"] or 0.0 for row in rows],
+                  fmt="o-", markersize=3.6, capsize=2, linewidth=1.4, color=color,
+                  label=label(name))

@@ -12,8 +12,10 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
+import numpy as np
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+from numpy import ndarray
 
 from megatron_spdf.files import save_figure
 from megatron_spdf.reports.charts import STYLE, color
@@ -28,6 +30,7 @@ DARK: dict[str, Any] = {
 }
 DARK_COLORS = ("#58A6FF", "#F0883E", "#3FB68B", "#E3A1C6", "#E3B341", "#9CDCFE", "#B392F0",
                "#9DA7B3", "#D2A764", "#B2DF8A")
+POINTS = 400  # of a frontier
 
 
 @dataclass(frozen=True)
@@ -69,13 +72,20 @@ def spots_of(rows: Sequence[LossRow], plot: Plot) -> list[Spot]:
                    for (line, curve, _), same in found.items()), key=lambda spot: spot.flops)
 
 
-def frontier(spots: Sequence[Spot]) -> list[Spot]:
-    """Those than which none has a lower loss at no higher cost."""
-    found: list[Spot] = []
-    for spot in sorted(spots, key=lambda spot: (spot.flops, spot.loss)):
-        if not found or spot.loss < found[-1].loss:
-            found.append(spot)
-    return found
+def frontier(spots: Sequence[Spot]) -> tuple[ndarray, ndarray]:
+    """Least loss at a cost, over all models: their losses between two lengths are taken to be
+    linear in the logarithm of the cost, and what is cheaper is as good.
+
+    Returns:
+        FLOPs, evenly spaced by their logarithm, and losses.
+    """
+    costs = np.log([spot.flops for spot in spots])
+    at = np.linspace(costs.min(), costs.max(), POINTS)
+    losses = []
+    for curve in dict.fromkeys(spot.curve for spot in spots):
+        own = sorted((spot.flops, spot.loss) for spot in spots if spot.curve == curve)
+        losses.append(np.interp(at, *np.array([(np.log(x), y) for x, y in own]).T, left=np.inf))
+    return np.exp(at), np.minimum.accumulate(np.min(losses, axis=0))
 
 
 def plot_frontiers(rows: Sequence[LossRow], plot: Plot, path: Path, dark: bool = False) -> None:
@@ -111,7 +121,6 @@ def _draw(axes: Axes, spots: Sequence[Spot], line: str, ink: str, number: int) -
     axes.errorbar([spot.flops for spot in spots], [spot.loss for spot in spots],
                   yerr=[spot.interval or 0.0 for spot in spots], fmt=marker, markersize=4,
                   capsize=2.5, elinewidth=1.0, color=ink, linestyle="none")
-    best = frontier(spots)
-    axes.plot([spot.flops for spot in best], [spot.loss for spot in best], color=ink,
-              linewidth=2.2, marker=marker, markersize=4, label=label(
-                  line if line == spots[0].algorithm else f"{line} ({spots[0].algorithm})"))
+    name = line if line == spots[0].algorithm else f"{line} ({spots[0].algorithm})"
+    axes.plot(*frontier(spots), color=ink, linewidth=2.2, marker=marker, markersize=4,
+              markevery=[], label=label(name))

@@ -5,17 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 import numpy as np
-from matplotlib import pyplot
 from matplotlib.axes import Axes
 from numpy import ndarray
 
-from megatron_spdf.files import save_figure
 from megatron_spdf.records import json_lines
-from megatron_spdf.reports.charts import STYLE, color
+from megatron_spdf.reports.charts import color
+from megatron_spdf.reports.panels import draw_panels, named
 from megatron_spdf.runs.experiment import Cell, loss_of, summary
 from megatron_spdf.runs.measured import LOG
 from megatron_spdf.text import label
@@ -36,25 +32,13 @@ def plot_curves(cells: Sequence[Cell], axes: Sequence[str], lines: str, path: Pa
     pictures: dict[str, list[tuple[str, ndarray]]] = {}
     for cell in cells:
         curves = _curves(cell)
-        above = ", ".join(f"{axis.rpartition('.')[2]} {cell.labels[axis]}" for axis in axes
-                          if axis != lines)
+        above = ", ".join(named(axis, cell.labels[axis]) for axis in axes if axis != lines)
         if curves is not None:
             pictures.setdefault(above, []).append((cell.labels[lines], curves))
     colors = {name: color(i) for i, name in enumerate(
         dict.fromkeys(cell.labels[lines] for cell in cells))}
-    with pyplot.rc_context(STYLE):
-        columns = min(3, max(1, len(pictures)))
-        height = max(1, -(-len(pictures) // columns))
-        figure, grid = pyplot.subplots(height, columns, figsize=(4.4 * columns, 3.3 * height),
-                                       dpi=140, squeeze=False, layout="constrained")
-        for drawn in grid.flat[len(pictures):]:
-            drawn.set_visible(False)
-        for drawn, (above, picture) in zip(grid.flat, pictures.items(), strict=False):
-            _draw(drawn, picture, colors)
-            drawn.set(title=label(above), xlabel="training FLOPs")
-        grid[0][0].set_ylabel("training loss (nats)")
-        save_figure(figure, path)
-        pyplot.close(figure)
+    draw_panels(pictures, lambda drawn, picture: _draw(drawn, picture, colors),
+                "training loss (nats)", path)
 
 
 def _draw(axes: Axes, picture: list[tuple[str, ndarray]], colors: dict[str, str]) -> None:
@@ -66,7 +50,8 @@ def _draw(axes: Axes, picture: list[tuple[str, ndarray]], colors: dict[str, str]
         axes.fill_between(flops, middle - half, middle + half, color=colors[name], alpha=0.2,
                           linewidth=0)
     shown = np.concatenate([curves[:, FIRST:, 1].ravel() for _, curves in picture])
-    axes.set(xscale="log", ylim=(shown.min() - 0.05, shown.max() + 0.05))
+    axes.set(xlabel="training FLOPs", xscale="log",
+             ylim=(shown.min() - 0.05, shown.max() + 0.05))
     axes.legend(fontsize=7.5)
 
 

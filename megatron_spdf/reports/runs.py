@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
-from typing import NotRequired
+from statistics import mean, median
+from typing import Any, NotRequired
 
 from typing_extensions import TypedDict
 
@@ -57,7 +58,8 @@ class Logged:
     """Run directory, read.
 
     Attributes:
-        label: name of the directory, with as much of its path as distinguishes the run.
+        label: name of the directory, with as much of its path as distinguishes the run, without
+            settings such as "lr=0.1" that are in the names of all runs.
         values: of its recipe.
         train: records of training steps.
         valid: records of evaluations with a finite loss.
@@ -87,6 +89,18 @@ class Logged:
         """Checkpoint that a fine-tuning run started from. None for pre-training."""
         checkpoint = self.values.get("checkpoint")
         return checkpoint if isinstance(checkpoint, str) else None
+
+    @property
+    def seed(self) -> Any:
+        """Seed of its recipe. None if it has none."""
+        return self.values.get("seed")
+
+    @property
+    def training_loss(self) -> float | None:
+        """Mean of the last tenth of the records. None if none of these is finite."""
+        return mean(found) if (found := [
+            r["loss"] for r in self.train[-max(1, len(self.train) // 10):]
+            if r["loss"] is not None]) else None
 
     @property
     def sparsity(self) -> float:
@@ -178,12 +192,25 @@ def _read(directory: Path, label: str) -> Logged:
 
 
 def _labels(directories: list[Path]) -> list[str]:
-    """Shortest endings of the paths that differ from one another."""
+    """Shortest endings of the paths that differ from one another, without the settings that all
+    have."""
     for parts in range(1, max(len(d.parts) for d in directories) + 1):
         labels = ["/".join(d.parts[-parts:]) for d in directories]
         if len(set(labels)) == len(labels):
-            return labels
+            return _without_common(labels)
     raise AssertionError(directories)
+
+
+def _without_common(labels: list[str]) -> list[str]:
+    """Labels without the settings that are in all of them, where each then still says something."""
+    settings = [set(re.split("[,/]", label)) for label in labels]
+    common = {word for word in set.intersection(*settings) if "=" in word}
+    if len(labels) == 1 or not common:
+        return labels
+    shorter = ["/".join(filter(None, (",".join(word for word in part.split(",")
+                                               if word not in common)
+                                      for part in label.split("/")))) for label in labels]
+    return shorter if all(shorter) and len(set(shorter)) == len(labels) else labels
 
 
 def _scores(directory: Path) -> dict[str, float | None]:

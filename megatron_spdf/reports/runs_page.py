@@ -4,88 +4,129 @@ paper's."""
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from urllib.parse import quote
 
 from megatron_spdf.reports import paper
-from megatron_spdf.reports.charts import Line, color, line_chart
+from megatron_spdf.reports.charts import Line, Scale, line_chart, mean_line
+from megatron_spdf.reports.comparison import SCRIPT, comparison
 from megatron_spdf.reports.document import (
     bullets,
+    contents,
+    details,
     escape,
     figure,
     heading,
     key,
+    legend,
     page,
     paragraph,
     plots,
 )
 from megatron_spdf.reports.mask_moves import moves_section
+from megatron_spdf.reports.pens import Pen, pen
 from megatron_spdf.reports.runs import Logged
+from megatron_spdf.reports.samples import samples_section
+from megatron_spdf.reports.seeds import SameRecipe, same_recipe
 from megatron_spdf.reports.spdf_table import own_table
 from megatron_spdf.runs.measured import finite_losses
 from megatron_spdf.tables import GIB, MIB, Column, Html, Table, Unit
 
-MILLION, PRINTED = Unit("M", 1e6), Unit("1e18 FLOPs", 1.0)
-SMOOTHING = 40  # points to which a noisy curve is averaged down
+PRINTED = Unit("1e18 FLOPs", 1.0)
+FALL = 0.1  # share of a run in which the loss may lie above the axis
+NOTE = ("A line is averaged over neighbors, and over runs that differ in their seeds alone, with a "
+        "band from the least to the largest of them. Points are validation losses. The first tenth "
+        "of a loss may lie above the axis. Memory is the largest allocation so far on a GPU, "
+        "resident memory on a CPU. Time is that of training steps alone.")
 
 
 def render_report(runs: Sequence[Logged], output: Path, title: str) -> str:
-    """HTML page of runs. One color identifies a run in all plots.
+    """HTML page of runs. One pen identifies runs that differ in their seeds alone, in all plots.
 
     Args:
         runs: to report.
         output: file of the page; links to recipes are relative to it.
         title: of the page.
     """
-    kinds = {"Pre-training": [r for r in runs if not r.fine_tunes],
-             "Fine-tuning": [r for r in runs if r.fine_tunes]}
-    colors = {run.directory: color(number) for number, run in enumerate(runs)}
+    groups = same_recipe(runs)
+    pens = {run.directory: pen(number) for number, group in enumerate(groups)
+            for run in group.runs}
     notes = [note for run in runs for note in run.notes]
-    parts = [
-        heading(title, 1),
-        paragraph(f"{len(runs)} run{'s' * (len(runs) != 1)}, {date.today().isoformat()}. Losses "
-                  "are in nats per token; FLOPs count active weights, SPDF's way.", "lead"),
-        heading("Runs"), _runs_table(runs, colors, output), bullets(notes) if notes else "",
-        heading("FLOPs and scores, as in SPDF's table"),
-        own_table(runs, colors), *_papers_tables(),
-        *(part for name, chosen in kinds.items() if chosen
-          for part in (heading(name), _curves(chosen, colors))),
-        *moves_section(runs, colors),
-        heading("Recipes"), *(_recipe(run, output) for run in runs),
-    ]
-    return page(title, parts)
+    sections = [
+        [heading("Runs", name="runs"), _runs_table(runs, pens, output),
+         bullets(notes) if notes else ""],
+        [heading("FLOPs and scores, as in SPDF's table", name="flops"), own_table(runs, pens),
+         details("Published figures", "".join(_papers_tables()))],
+        *_training(groups, pens), comparison(groups, pens), moves_section(groups, pens),
+        samples_section(runs, pens),
+        [heading("Recipes", name="recipes"), *(_recipe(run, output) for run in runs)]]
+    about = (f"{len(runs)} run{'s' * (len(runs) != 1)}, {date.today().isoformat()}. Losses are in "
+             "nats per token; FLOPs count active weights, SPDF's way.")
+    parts = [part for section in sections for part in section]
+    return page(title, [heading(title, 1), paragraph(about, "lead"), contents(parts), *parts],
+                SCRIPT if len(runs) > 1 else "")
 
 
-def _runs_table(runs: Sequence[Logged], colors: dict[Path, str], output: Path) -> str:
+def _training(groups: Sequence[SameRecipe], pens: Mapping[Path, Pen]) -> list[list[str]]:
+    """A section of plots for each kind of runs that is there."""
+    kinds = {"Pre-training": [g for g in groups if not g.runs[0].fine_tunes],
+             "Fine-tuning": [g for g in groups if g.runs[0].fine_tunes]}
+    return [[heading(name, name=name.lower()),
+             legend({group.label: pens[group.runs[0].directory] for group in chosen}),
+             _curves(name, chosen, pens)] for name, chosen in kinds.items() if chosen]
+
+
+def _runs_table(runs: Sequence[Logged], pens: Mapping[Path, Pen], output: Path) -> str:
     columns = [
-        Column("run", lambda run: Html(f'{key(colors[run.directory])}<a href="'
-                                       f'{_link(run, output)}">{escape(run.label)}</a>')),
-        Column("sparsity, measured", "sparsity", ".2%"),
-        Column("tokens", form=",.4g", unit=MILLION),
+        Column("run", lambda run: Html(f'{key(pens[run.directory])}<a href="'
+                                       f'{_link(run, output)}">{escape(run.label)}</a>'),
+               wraps=True),
+        Column("sparsity", form=".2%"),
+        Column("tokens", lambda run: si(run.tokens), align="right"),
         Column("steps", _steps, align="right"),
-        Column("validation loss", "validation_loss", ".4f"), Column("perplexity", form=".2f"),
+        Column("validation loss", "validation_loss", ".4f"),
+        Column("perplexity", _perplexity, align="right"),
         Column("training FLOPs", "flops", ".3g"),
-        Column("tokens/s, median", "tokens_per_second", ",.4g"),
+        Column("tokens/s, median", lambda run: si(run.tokens_per_second), align="right"),
         Column("state of rank 0", "state_bytes", ",.1f", MIB),
         Column("sent per step", lambda run: run.bytes.get("sent_per_step"), ",.1f", MIB),
         Column("peak memory", "peak_bytes", ",.2f", GIB)]
     return Table(columns, runs).html()
 
 
+def si(value: float) -> str:
+    """Number with four digits, and an SI prefix from ten thousand on."""
+    for least, size, prefix in ((1e12, 1e12, "T"), (1e9, 1e9, "G"), (1e6, 1e6, "M"),
+                                (1e4, 1e3, "k")):
+        if value >= least:
+            return f"{value / size:.4g}{prefix}"
+    return f"{value:,.4g}"
+
+
+def _perplexity(run: Logged) -> str | None:
+    """With two digits, unless it has blown up."""
+    found = run.perplexity
+    return found if found is None else f"{found:,.2f}" if found < 1e6 else f"{found:.3g}"
+
+
 def _steps(run: Logged) -> str:
-    steps = f"{run.train[-1]['step']:,}"
-    return f"{steps} of {run.planned_steps:,}" if run.planned_steps else steps
+    last, planned = run.train[-1]["step"], run.planned_steps
+    return f"{last:,} of {planned:,}" if planned and last < planned else f"{last:,}"
 
 
 def _link(run: Logged, output: Path) -> str:
-    return quote(os.path.relpath(run.recipe, output.resolve().parent))
+    return quote(os.fsencode(os.path.relpath(run.recipe, output.resolve().parent)))
 
 
-def _curves(runs: Sequence[Logged], colors: dict[Path, str]) -> str:
-    """Plots losses against tokens, FLOPs and time, and other figures against steps."""
-    longest = max(run.hours()[-1] for run in runs)
+def _curves(kind: str, groups: Sequence[SameRecipe], pens: Mapping[Path, Pen]) -> str:
+    """Plots losses against tokens, FLOPs and time, and other figures against steps.
+
+    Args:
+        kind: of the runs, for the names of the plots.
+    """
+    longest = max(run.hours()[-1] for group in groups for run in group.runs)
     clock, factor = ("hours", 1.0) if longest >= 2.0 else ("minutes", 60.0)
     views: dict[str, tuple[str, Callable[[Logged], list[float]]]] = {
         "Loss against tokens": ("consumed tokens", lambda run: [r["tokens"] for r in run.train]),
@@ -94,56 +135,41 @@ def _curves(runs: Sequence[Logged], colors: dict[Path, str]) -> str:
         "Loss against time": (f"{clock} of training",
                               lambda run: [factor * h for h in run.hours()]),
     }
-    faint = any(run.valid for run in runs)
     figures = [figure(title, line_chart(
-        [_curve(run, colors[run.directory], places(run)) for run in runs], xlabel, "loss (nats)",
-        title, faint=faint, plain=title.endswith("time")))
+        [_losses(group, pens, places) for group in groups], xlabel, "loss (nats)",
+        f"{kind}: {title}", Scale(plain_x=title.endswith("time"), fall=FALL)))
                for title, (xlabel, places) in views.items()]
-    figures += [
-        figure("Gradient norm",
-               _figure_chart(runs, colors, "grad_norm", "gradient norm", log_y=True)),
-        figure("Throughput",
-               _figure_chart(runs, colors, "tokens_per_second", "tokens/s", from_zero=True)),
-        figure("Memory of rank 0",
-               _figure_chart(runs, colors, "memory_bytes", "GiB", scale=2**-30, from_zero=True)),
-        figure("Measured sparsity",
-               _figure_chart(runs, colors, "sparsity", "sparsity (%)", scale=100.0,
-                             from_zero=True)),
-        figure("Learning rate", _figure_chart(runs, colors, "lr", "learning rate")),
-    ]
-    note = ("Lines are averaged over neighbors; points are validation losses. Memory is the "
-            "largest allocation so far on a GPU, resident memory on a CPU. Time is that of "
-            "training steps alone.")
-    return plots(figures) + paragraph(note, "note")
+    whole = Scale(from_zero=True)
+    others = {"Gradient norm": ("grad_norm", "gradient norm", 1.0, Scale(log_y=True)),
+              "Throughput": ("tokens_per_second", "tokens/s", 1.0, whole),
+              "Memory of rank 0": ("memory_bytes", "GiB", 2**-30, whole),
+              "Measured sparsity": ("sparsity", "sparsity (%)", 100.0, whole),
+              "Learning rate": ("lr", "learning rate", 1.0, Scale())}
+    for title, (name, ylabel, scaled, scale) in others.items():
+        lines = [_at_steps(group, pens, name, scaled) for group in groups]
+        if any(line.y for line in lines):
+            figures.append(figure(title, line_chart(lines, "step", ylabel, f"{kind}: {title}",
+                                                    scale)))
+    return plots(figures) + paragraph(NOTE, "note")
 
 
-def _curve(run: Logged, color: str, places: Sequence[float]) -> Line:
-    """Training curve over `places`, one for each record, with the validation losses at their
+def _losses(group: SameRecipe, pens: Mapping[Path, Pen],
+            places: Callable[[Logged], list[float]]) -> Line:
+    """Training losses over `places`, one for each record, with the validation losses at their
     steps."""
-    at = {r["step"]: x for r, x in zip(run.train, places, strict=True)}
-    points = [(at[r["step"]], r["loss"]) for r in run.valid if r["step"] in at]
-    known = finite_losses(run.train)
-    x, y = smooth([at[r["step"]] for r in known], [r["loss"] for r in known])
-    return Line(run.label, color, x, y, tuple(zip(*points, strict=True)) if points else ((), ()))
+    courses, points = [], []
+    for run in group.runs:
+        at = {r["step"]: x for r, x in zip(run.train, places(run), strict=True)}
+        courses.append({r["step"]: (at[r["step"]], r["loss"]) for r in finite_losses(run.train)})
+        points.append({r["step"]: (at[r["step"]], r["loss"]) for r in run.valid if r["step"] in at})
+    return mean_line(group.label, pens[group.runs[0].directory], courses, points)
 
 
-def smooth(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
-    """Averages stretches of neighbors, so that about SMOOTHING points are left. Short curves are
-    kept."""
-    width = max(1, len(y) // SMOOTHING)
-    starts = range(0, len(y), width)
-    return ([sum(x[s:s + width]) / len(x[s:s + width]) for s in starts],
-            [sum(y[s:s + width]) / len(y[s:s + width]) for s in starts])
-
-
-def _figure_chart(runs: Sequence[Logged], colors: dict[Path, str], name: str, ylabel: str,
-                  scale: float = 1.0, log_y: bool = False, from_zero: bool = False) -> str:
-    lines = []
-    for run in runs:
-        found = run.at_steps(name)
-        x, y = smooth(list(found), [scale * v for v in found.values()])
-        lines.append(Line(run.label, colors[run.directory], x, y))
-    return line_chart(lines, "step", ylabel, ylabel, log_y=log_y, legend=False, from_zero=from_zero)
+def _at_steps(group: SameRecipe, pens: Mapping[Path, Pen], name: str, scale: float) -> Line:
+    """Another figure of the records, multiplied by a number."""
+    return mean_line(group.label, pens[group.runs[0].directory], [
+        {step: (step, scale * value) for step, value in run.at_steps(name).items()}
+        for run in group.runs])
 
 
 def _papers_tables() -> list[str]:
@@ -165,6 +191,5 @@ def _papers_tables() -> list[str]:
 
 
 def _recipe(run: Logged, output: Path) -> str:
-    return (f'<p><a href="{_link(run, output)}">{escape(run.label)}: '
-            'recipe.yaml</a></p><details><summary>show'
-            f"</summary><pre>{escape(run.recipe.read_text())}</pre></details>")
+    text = f"<pre>{escape(run.recipe.read_text())}</pre>"
+    return details(run.label, f'<a href="{_link(run, output)}">recipe.yaml</a>{text}')

@@ -7,27 +7,42 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_spdf.reports.document import escape, key, paragraph
+from megatron_spdf.reports.pens import Pen
 from megatron_spdf.reports.runs import Logged
 from megatron_spdf.tables import Column, Html, Table
 
+MOST_SCORES = 6  # that have columns beside the FLOPs
 
-def own_table(runs: Sequence[Logged], colors: dict[Path, str]) -> str:
+
+def own_table(runs: Sequence[Logged], pens: dict[Path, Pen]) -> str:
     """HTML table with a row for each pre-training run, and below it one for each fine-tuning of
-    it."""
+    it. Scores have a table of their own where there are many."""
     metrics = sorted({name for run in runs for name in run.scores})
+    beside = metrics if len(metrics) <= MOST_SCORES else []
     columns = [
-        Column("run", lambda a: Html(f"{'&emsp;' if a.start else ''}{key(colors[a.run.directory])}"
-                                     f"{escape(a.run.label)}")),
+        Column("run", lambda a: Html(f"{'&emsp;' if a.start else ''}{key(pens[a.run.directory])}"
+                                     f"{escape(a.run.label)}"), wraps=True),
         Column("sparsity", lambda a: (a.start or a.run).sparsity, ".2%"),
         Column("pre-training (FLOPs)", "pretraining", ".4g"),
         Column("fine-tuning (FLOPs)", "fine_tuning", ".4g"), Column("together", form=".4g"),
         Column("speed-up over dense", "speed_up", ".2f", suffix="x"),
         Column("validation loss", lambda a: a.run.validation_loss, ".4f"),
-        *(Column(name, lambda a, name=name: a.run.scores.get(name), ".4g") for name in metrics)]
+        *(Column(name, lambda a, name=name: a.run.scores.get(name), ".4g") for name in beside)]
     note = ("Speed-up: FLOPs of the dense run of the same model and tokens (fine-tuned on the same "
             "task) over these; sparsity is that of pre-training. FLOPs are forward and backward; "
             "the paper's of fine-tuning are forward.")
-    return Table(columns, accounts(runs)).html() + paragraph(note, "note")
+    below = "" if beside else _scores_table([run for run in runs if run.scores], metrics)
+    return Table(columns, accounts(runs)).html() + below + paragraph(note, "note")
+
+
+def _scores_table(runs: Sequence[Logged], metrics: Sequence[str]) -> str:
+    """HTML table with a row for each metric and a column for each run."""
+    if not metrics:
+        return ""
+    columns = [Column("score", lambda name: name, wraps=True),
+               *(Column(run.label, lambda name, run=run: run.scores.get(name), ".4g")
+                 for run in runs)]
+    return Table(columns, metrics).html("Scores")
 
 
 class Account(NamedTuple):
@@ -85,6 +100,11 @@ def started_from(run: Logged, runs: Sequence[Logged]) -> list[Logged]:
         return checkpoint is not None and Path(checkpoint).resolve().is_relative_to(run.directory)
 
     return [r for r in runs if starts_here(r.fine_tunes)]
+
+
+def start_of(run: Logged, runs: Sequence[Logged]) -> Logged | None:
+    """Run whose checkpoint a fine-tuning run started from. None if it is not among the runs."""
+    return next((other for other in runs if started_from(other, [run])), None)
 
 
 def _task(run: Logged) -> object:

@@ -28,6 +28,7 @@ from pydantic import Field, model_validator
 
 from megatron_spdf.recipe.compare import changes_of_run
 from megatron_spdf.recipe.finetune import Finetune, load_finetune
+from megatron_spdf.recipe.load import write_value
 from megatron_spdf.runs.grid import Trial, axis_of, combinations, command, directory_name, labeled
 from megatron_spdf.runs.measured import LOG, RECIPE, read_run
 from megatron_spdf.runs.selection import result_of
@@ -39,7 +40,7 @@ ROOT = Path(__file__).resolve().parents[2]
 class Decoding(Section):
     """Options of tools/evaluate.py. What is not given is the task's."""
 
-    split: str = Field("test", pattern="^(train|valid|test)$", description="what is decoded")
+    split: str = Field("test", pattern="^(train|validation|test)$", description="what is decoded")
     beams: int | None = Field(None, ge=1, description="width of the beam")
     length_penalty: float | None = Field(None, description="power of the length")
     no_repeat_ngram: int | None = Field(None, ge=0, description="tokens; 0: any may be repeated")
@@ -74,7 +75,9 @@ class Downstream(Section):
         axes = {name: axis_of(name, axis) if isinstance(axis, list)
                 else labeled(name, axis.items()) if isinstance(axis, dict) else axis
                 for name, axis in values["axes"].items()}
-        return {**values, "axes": axes}
+        naming = {key: [_as_text(labels) for labels in values[key]]
+                  for key in ("exclude", "order") if isinstance(values.get(key), list)}
+        return {**values, "axes": axes, **naming}
 
     def check_labels(self, axes: Mapping[str, Mapping[str, Any]]) -> None:
         """Raises a ValueError where a label is of no axis, here or in the grid.
@@ -92,6 +95,12 @@ class Downstream(Section):
                     if label not in known.get(axis, {}):
                         raise ValueError(f"finetune.{key} names {axis}={label}, and there is no "
                                          "such label; see axes")
+
+
+def _as_text(labels: Any) -> Any:
+    """Labels as `axis_of` writes them: `{sparsity: 0.75}` names the label "0.75"."""
+    return {axis: label if isinstance(label, str) else write_value(label)
+            for axis, label in labels.items()} if isinstance(labels, dict) else labels
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -147,7 +148,8 @@ def command(launch: str, script: str, recipe: str | Path, overrides: Sequence[st
 
 def run_all(commands: Mapping[Path, Sequence[str]], jobs: int | None = None,
             chains: Iterable[Sequence[Path]] | None = None,
-            prepare: Callable[[Path], bool] = lambda output: True) -> list[int]:
+            prepare: Callable[[Path], bool] = lambda output: True,
+            until: float = math.inf) -> list[int]:
     """Runs command lines until one ends with bad input or on a signal, one that knows nothing of
     exit codes included.
 
@@ -157,6 +159,8 @@ def run_all(commands: Mapping[Path, Sequence[str]], jobs: int | None = None,
             time, with this program's output.
         chains: run directories, those of a chain to be run one after the other; None: each is free.
         prepare: called with a run directory before its command; False: it is not run.
+        until: on the monotonic clock; what runs then is sent SIGTERM, at which our runs save and
+            end, and nothing is begun.
 
     Returns:
         Exit codes, in the order in which runs end.
@@ -167,12 +171,15 @@ def run_all(commands: Mapping[Path, Sequence[str]], jobs: int | None = None,
     def run(output: Path, words: Sequence[str]) -> None:
         if ends_grid(codes) or not prepare(output):
             return
+        if time.monotonic() >= until:
+            codes.append(exit_codes.STOPPED_ON_SIGNAL)
+            return
         print(f"$ {shlex.join(words)}", flush=True)
         output.parent.mkdir(parents=True, exist_ok=True)
         log = output.with_suffix(".txt") if jobs else None
         with open_to_append(log) if log else nullcontext() as file:
-            code = subprocess.run(words, stdout=file, stderr=file, check=False,
-                                  env={**threads, **os.environ}).returncode
+            code = _exit_code(words, until, stdout=file, stderr=file,
+                              env={**threads, **os.environ})
         code = exit_codes.STOPPED_ON_SIGNAL if -code in ASKED_TO_STOP else code
         if code:
             print(f"{output} ended with exit code {code}{f', see {log}' if log else ''}",
@@ -186,6 +193,24 @@ def run_all(commands: Mapping[Path, Sequence[str]], jobs: int | None = None,
     with ThreadPoolExecutor(jobs or 1) as pool:
         list(pool.map(run_chain, [[output] for output in commands] if chains is None else chains))
     return codes
+
+
+def _exit_code(words: Sequence[str], until: float, **options: Any) -> int:
+    """That of a command, which is sent SIGTERM when its time is over.
+
+    Args:
+        until: on the monotonic clock.
+        options: of `Popen`.
+    """
+    with subprocess.Popen(words, **options) as child:
+        try:
+            return child.wait(None if until == math.inf else max(0.0, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            child.terminate()
+            return child.wait()
+        except BaseException:  # as `subprocess.run` does
+            child.kill()
+            raise
 
 
 def ends_grid(codes: Sequence[int]) -> int:

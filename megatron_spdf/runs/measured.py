@@ -50,9 +50,12 @@ class Seen(TypedDict):
 
 
 class Move(Record, Seen):
-    """Move of the masks, in all and by the number of the layer."""
+    """Move of the masks, in all and by the number of the layer: how many entries, and how long it
+    took."""
 
     algorithm: str
+    moved: NotRequired[Whole]
+    seconds: NotRequired[Figure]
     layers: NotRequired[dict[str, Seen]]
 
 

@@ -36,6 +36,13 @@ def test_a_rank_with_a_single_key_copies_no_queries():
     assert GROUPED.layer_activations(size)["queries, keys, values"] == 2 * 32 * 48 // 3
 
 
+def test_norms_of_heads_keep_a_statistic_of_every_head():
+    """4 x 32 x (6 + 3) / 2 bytes, beside those of the layer."""
+    plain, normed = (model(family, query_groups=3).layer_activations(SIZE)
+                     for family in (Gated, Normed))
+    assert normed["norm statistics"] == plain["norm statistics"] + 576
+
+
 def test_without_sequence_parallelism_what_lies_between_layers_is_whole():
     whole = Sizes(width=4, length=16, tokens=32, tensor=2, share=1.0, whole=4 * 32 * 24)
     found = GPT.model_copy(update={"dropout": 0.1}).layer_activations(whole)

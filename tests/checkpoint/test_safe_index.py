@@ -435,6 +435,7 @@ SET_STATE = name("torch.distributed.checkpoint.metadata", "Metadata") + b"}" + t
     "__slots__") + text("x") + b"sb"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content, said", [
     (program(SET_STATE), "sets the state of torch.distributed.checkpoint.metadata.Metadata"),
     (program(name("torch", "float32"), b"}b"), "sets the state of torch.float32"),
@@ -479,6 +480,7 @@ def test_nothing_in_the_package_loads_a_pickle():
                 for line in path.read_text().splitlines() if loads.search(line)]
 
 
+@pytest.mark.slow
 def test_endless_index_is_refused(tmp_path):
     with (tmp_path / ".metadata").open("wb") as file:
         file.truncate(1 << 40)

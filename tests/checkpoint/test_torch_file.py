@@ -159,6 +159,7 @@ def test_cut_files_are_refused(tmp_path, new, keep):
         read_file(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
 def test_flipped_bytes_are_read_or_refused(tmp_path, new):
     path = saved(tmp_path / "file", {"w": torch.ones(3), "b": nn.Parameter(torch.ones(2))}, new)

@@ -5,6 +5,8 @@ import shutil
 
 import pytest
 
+pytestmark = pytest.mark.slow  # starts commands
+
 
 def refused(process, workplace, output="refused"):
     """The message of a start that must fail."""
@@ -57,6 +59,7 @@ def test_missing_index(ask, workplace, damaged):
     assert "train.idx" in refused(ask("output=refused", word), workplace)
 
 
+@pytest.mark.slow
 def test_ids_that_no_token_has_end_all_ranks_alike(start, workplace, damaged):
     """A data set with a manifest is not read before the ranks start."""
     directory, word = damaged

@@ -8,6 +8,8 @@ import yaml
 from test_pretrain import ROOT, finish, kill_tree, records, wait_for
 from warm_commands import run_warm
 
+pytestmark = pytest.mark.slow  # starts commands
+
 STAGES = [{"share": 0.5, "sparsity": 0.75, "lr": 2e-3},
           {"share": 0.5, "sparsity": 0, "warmup_tokens": 700}]
 

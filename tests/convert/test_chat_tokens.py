@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from byte_tokenizers import write_byte_tokenizer
 from small_models import gpt2_tensors, make_recipe, write_gpt2
 
 from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
@@ -23,22 +24,12 @@ CHAT = [{"role": "user", "content": "Hi \u00fc"}]
 def model(tmp_path):
     """A GPT-2 with SmolLM2's customs: documents end with <|endoftext|>, turns with <|im_end|>, and
     <|im_start|> is declared as the beginning and never put there."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
     tensors = gpt2_tensors()
     tensors["transformer.wte.weight"] = torch.randn(259, 12, generator=torch.Generator())
     directory = write_gpt2(tmp_path / "model", tensors, bos_token_id=1, eos_token_id=2)
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    made = Tokenizer(models.BPE({token: i for i, token in enumerate(names + letters)}, []))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    made.add_special_tokens([AddedToken(name, special=True) for name in names])
-    made.save(str(directory / "tokenizer.json"))
+    write_byte_tokenizer(directory, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+                         "<|im_start|>", "<|im_end|>")
     (directory / "chat_template.jinja").write_text(TEMPLATE)
-    (directory / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|im_start|>",
-        "eos_token": "<|im_end|>"}))
     return directory
 
 

@@ -204,6 +204,7 @@ def test_models_of_other_slices_are_compared(given, tmp_path):
     assert set(moved.values()) == {0.0}
 
 
+@pytest.mark.slow
 def test_a_recipe_may_follow_and_must_agree(given, tmp_path, capsys):
     directory = given("llama")
     recipe = tmp_path / "recipe.yaml"
@@ -254,6 +255,7 @@ def test_megatron_lm_gets_its_layout_and_arguments(given, tmp_path):
     assert "--add-qkv-bias" in arguments(reader_of(tmp_path / "qwen2"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not STORIES.exists(), reason=NO_STORIES)
 def test_a_trained_model_continues_its_documented_text_after_a_trip(tmp_path):
     """stories260K, with 43 gates a slice and a tokenizer that begins texts with <s>."""

@@ -62,6 +62,7 @@ def test_masters_keep_what_bf16_loses(gpt2, begin):
     assert not torch.equal(pruned.master(FC1), pruned.weight(FC1).float())
 
 
+@pytest.mark.slow
 def test_random_masks_are_those_of_the_plan_and_magnitudes_are_not(gpt2, begin):
     drawn, largest = begin(sparsity=0.5), begin("largest", select="magnitude", sparsity=0.5)
     assert drawn.masks == seeded_masks(drawn.plan)
@@ -192,6 +193,7 @@ def test_nothing_half_written_is_left(gpt2, tokenizer, tmp_path, monkeypatch):
     assert not list((tmp_path / "run").rglob("rest"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sparsity", [0.0, 0.5])
 def test_one_weight_at_a_time_is_dense(gpt2, begin, monkeypatch, sparsity):
     source, given = open_weights(gpt2), []
@@ -236,6 +238,7 @@ def test_the_other_half_of_a_tensor_is_missed(begin):
         TensorFiles(reader.path, objects=True).tensor("embedding.word_embeddings.weight")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", [{"hidden": 3, "head_width": 1, "input_multiplier": 3.0,
                                    "output_multiplier": 2.0},
                                   {"hidden": 6, "density": 0.5}, {}])

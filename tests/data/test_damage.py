@@ -300,6 +300,7 @@ BOMBS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_bomb_is_refused_in_little_memory(tmp_path, name):
     """Within 400 MB of more memory than before, whatever the frame declares."""

@@ -202,6 +202,7 @@ class Sequences:
         return {"tokens": self.read_from[0].get(number)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize(("changed", "dies"), [("bin", False), ("idx", False), ("idx", True)])
 def test_a_fault_crosses_from_a_loader_process_as_its_sentence(opened, workers, changed, dies):

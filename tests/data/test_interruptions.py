@@ -199,6 +199,7 @@ def stopped(tmp_path, tiny_bpe) -> list[Path]:
     return interrupted(tmp_path, tiny_bpe)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remedy", ["skip", "correct"])
 @pytest.mark.parametrize("settings", [{}, {"split": (1, 1), "deduplicate": True}])
 def test_after_a_bad_record_the_run_goes_on(tmp_path, tiny_bpe, remedy, settings, monkeypatch):
@@ -219,6 +220,7 @@ def test_after_a_bad_record_the_run_goes_on(tmp_path, tiny_bpe, remedy, settings
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("change", "said"), [
     ({"append_eod": False}, "append_eod was True and is False"),
     ({"ftfy": True}, "ftfy was False and is True"),
@@ -257,6 +259,7 @@ def test_inputs_that_changed_under_an_interrupted_run_are_named(tmp_path, stoppe
         preprocess(stopped, tmp_path / "t", tokenizer)
 
 
+@pytest.mark.slow
 def test_tokens_that_a_crash_of_the_machine_lost_are_missed(tmp_path, stopped, tiny_bpe):
     os.truncate(tmp_path / "t.partial" / "part.bin", 1000)
     with pytest.raises(ValueError,
@@ -292,6 +295,7 @@ def test_all_of_an_input_is_on_disk_before_the_ledger_says_so(tmp_path, tiny_bpe
     assert ledgers == [1, 1, 1] and "ledger.jsonl" in synced
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"split": (9, 1)}])
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("moves", [0, 1, 2, 3, 4])

@@ -15,12 +15,15 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from backports import zstd
 
+from megatron_spdf.data.preprocess import preprocess as preprocess_module
 from megatron_spdf.data.preprocess.encode import split_bounds
 from megatron_spdf.data.preprocess.preprocess import check_prefix, preprocess, read_manifest
 from megatron_spdf.data.tokenizers.tokenizer import load_tokenizer, train_tokenizer
@@ -109,6 +112,7 @@ def test_the_data_set_is_the_documents(tmp_path, bpe, append_eod):
     assert suffixes(prefix) == SUFFIXES
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (PILE.exists() and GPT2.exists()),
                     reason="no Pile-format sample in ../shared/data")
 def test_a_pile_shard_equals_a_plain_loop_over_tokenizers(tmp_path):
@@ -298,6 +302,7 @@ def start_long_run(tmp_path: Path, bpe: Path) -> subprocess.Popen:
     return run
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_nothing_under_the_final_names(tmp_path, bpe):
     run = start_long_run(tmp_path, bpe)
     with pytest.raises(ValueError,
@@ -313,6 +318,7 @@ def test_a_killed_run_leaves_nothing_under_the_final_names(tmp_path, bpe):
     assert len(read_back(tmp_path / "t")) == len(TEXTS)
 
 
+@pytest.mark.slow
 def test_a_terminated_run_cleans_up(tmp_path, bpe):
     run = start_long_run(tmp_path, bpe)
     run.terminate()
@@ -427,6 +433,7 @@ def test_check_accepts_a_data_set_of_another_tool(data_set):
         assert getattr(foreign, field) == getattr(ours, field)
 
 
+@pytest.mark.slow
 def test_the_check_needs_neither_torch_nor_megatron(data_set):
     program = (
         "import sys; from megatron_spdf.data.preprocess.preprocess import check_prefix; "
@@ -492,6 +499,7 @@ def test_user_errors_are_one_message_and_exit_code_2(tmp_path, bpe, tool, capsys
     assert suffixes(tmp_path / "t") == set()
 
 
+@pytest.mark.slow
 def test_the_tool_runs_from_a_checkout_without_traceback(tmp_path):
     arguments = ["--input", "nosuch.jsonl", "--output", str(tmp_path / "t"), "--tokenizer",
                  "nosuch"]
@@ -501,3 +509,24 @@ def test_the_tool_runs_from_a_checkout_without_traceback(tmp_path):
     )
     assert (run.returncode, run.stdout) == (2, "")
     assert run.stderr.startswith("error: no tokenizer at nosuch") and run.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("done", "count"), [(0, 3), (1, 3), (2, 1)])
+def test_workers_are_started_while_inputs_are_left(monkeypatch, done, count):
+    started, paths = [], [Path("a.jsonl"), Path("b.jsonl")]
+
+    class Started:
+        def __init__(self, encoder, count):
+            started.append(count)
+
+        def map(self, items):
+            return iter(())
+
+        def close(self):
+            started.append("closed")
+
+    monkeypatch.setattr(preprocess_module, "Workers", Started)
+    monkeypatch.setattr(preprocess_module, "CorpusWriter", lambda *_: Started(None, None))
+    monkeypatch.setattr(preprocess_module, "Bar", lambda *_: nullcontext())
+    preprocess_module._tokenize(None, None, paths, done, SimpleNamespace(settings=None), 3, None)
+    assert started == [None, count, "closed", "closed"]

@@ -91,6 +91,7 @@ def test_gpt2_tokens_are_those_of_tokenizers():
     assert_same_tokens(gpt2, reference_bpe(GPT2), texts)
 
 
+@pytest.mark.slow
 @needs_gpt2
 def test_gpt2_cuts_at_every_character_where_tokenizers_does():
     gpt2, reference = load_tokenizer(GPT2), reference_bpe(GPT2)
@@ -191,8 +192,12 @@ def test_training_names_the_largest_and_smallest_vocabulary(tmp_path, kind):
         train_tokenizer(kind, CORPUS, 5000, tmp_path / "t")
     largest = int(str(error.value).split("at most ")[1].split(".")[0])
     assert train_tokenizer(kind, CORPUS, largest, tmp_path / "largest").vocab_size == largest
-    with pytest.raises(ValueError, match=r"vocab_size 100 is too small.* need \d+"):
+    with pytest.raises(ValueError, match=r"vocab_size 100 is too small.* need (\d+)") as error:
         train_tokenizer(kind, CORPUS, 100, tmp_path / "t")
+    least = int(str(error.value).rsplit("need ")[1].split()[0])
+    assert train_tokenizer(kind, CORPUS, least, tmp_path / "least").vocab_size == least
+    with pytest.raises(ValueError, match=f"vocab_size {least - 1} is too small"):
+        train_tokenizer(kind, CORPUS, least - 1, tmp_path / "t")
     assert not (tmp_path / "t").exists()
 
 
@@ -309,6 +314,7 @@ def test_megatron_takes_it_without_warning_and_masks_nothing(trained, tmp_path, 
     assert str(tmp_path) not in json.dumps(tokenizer.unique_identifiers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blank", [" ", "\n", "\u3000", "\t \u2028"])
 def test_blanks_longer_than_the_regex_engine_can_stand(trained, blank):
     """tiktoken's pattern runs out of stack somewhere below a million; U+001C is no blank to it, to

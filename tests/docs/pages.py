@@ -74,3 +74,10 @@ def commands(text: str) -> list[list[str]]:
     joined = re.sub(r"\\\n\s*", " ", text)
     lines = [line.strip().removeprefix("$ ") for line in joined.splitlines()]
     return [shlex.split(line, comments=True) for line in lines if STARTS.match(line)]
+
+
+def spans(page: Path) -> list[str]:
+    """Commands of the project that stand in a page's running text."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+    found = [" ".join(span.split()) for span in re.findall(r"(?<!`)`([^`]+)`", text)]
+    return [span for span in found if STARTS.match(span)]

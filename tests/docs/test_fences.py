@@ -8,13 +8,14 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from pages import ALL, MEASURED, ROOT, STARTS, Block, commands
+from pages import ALL, MEASURED, PAGES, ROOT, STARTS, Block, commands, name, spans
 
 from megatron_spdf.recipe.finetune import load_finetune
 from megatron_spdf.recipe.load import make_recipe, recipe_values
 from megatron_spdf.records import parse_yaml
 
 BASE, TASK = ROOT / "configs/pretrain/gpt2_small_s75.yaml", ROOT / "configs/finetune/jsonl.yaml"
+MADE_BY_USERS = "launch/site.sh"
 KEY = re.compile(r"[a-z_]+(\.[a-z_]+)*=")
 # Words of other tools in a chain, and values that stand for a reader's own.
 STANDS_FOR = re.compile(r"^(preprocess|score|finetune|distill)\.|\$|=[A-Z]+$|=my_")
@@ -33,6 +34,7 @@ def numbered(found: list[Block]):
            and not (block.language == "yaml" and not block.mark)])
 def test_a_block_is_run_or_says_why_not(block):
     assert block.mark, f"{block}: put a mark above it, see tests/docs/pages.py"
+    assert block.language != "bash" or block.mark in ("run", "same"), f"{block}: sh is not run"
     if block.mark in ("run", "checked"):
         path = re.match(r"tests/[\w/]+\.py", block.said)[0]
         assert Path(block.page).name in (ROOT / path).read_text(), f"{path} does not name the page"
@@ -68,6 +70,13 @@ def test_the_words_of_commands_are_there(block):
         check_command(words)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_the_words_of_commands_in_running_text_are_there(page):
+    for span in spans(page):
+        for words in commands(span):
+            check_command(words)
+
+
 def check_command(words: list[str]) -> None:
     """Asserts that a command's script, options, recipe and keys exist.
 
@@ -75,14 +84,16 @@ def check_command(words: list[str]) -> None:
         words: as a shell splits them.
     """
     script = next((word for word in words if re.search(r"(^|/)\w+\.(py|sh)$", word)), None)
+    if script == MADE_BY_USERS:
+        return
     if words[0] == "make":
         targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
         assert {word for word in words[1:] if "=" not in word} <= targets, words
         return
     if script is None or not (ROOT / script).exists():
-        foreign = script is None or "/" in script
-        assert foreign and not words[0].startswith(("tools/", "launch/")), words
-        return
+        ours = ("tools/", "launch/", "docs/", "tests/")
+        assert script is None or "/" in script and not script.startswith(ours), words
+        return  # of another project
     given = words[words.index(script) + 1:]
     if script.endswith(".py"):
         known = options_of(script)
@@ -105,7 +116,11 @@ def check_keys(script: str, given: list[str]) -> None:
         shipped = file.startswith("configs/") and "$" not in file
         assert not shipped or (ROOT / file).exists(), file
     own = next((ROOT / file for file in files if (ROOT / file).exists()), None)
+    if script.startswith("launch/finetune"):
+        own = own or ROOT / f"configs/finetune/{given[0]}.yaml"
     keys = [word for word in given if KEY.match(word) and not STANDS_FOR.search(word)]
+    if script.startswith("launch/"):
+        keys = ["parallel.data=auto", *keys]
     if TASKS.search(script) and "spdf" not in script:
         load_finetune(own or TASK, [word for word in keys if not word.startswith("checkpoint=")]
                       + ["checkpoint=runs/mine"], 8)

@@ -65,6 +65,13 @@ def test_the_picture_of_the_parts_names_the_files_of_the_page():
         assert f">{file.removeprefix('megatron_spdf/')}<" in picture
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_folders_that_pages_name_exist(page):
+    named = re.findall(r"`((?:megatron_spdf|tests|tools|launch|docs|docker)/[\w/]*/)`",
+                       page.read_text())
+    assert not (missing := [folder for folder in named if not (ROOT / folder).is_dir()]), missing
+
+
 def known_keys() -> set[str]:
     """Every `section.key` of recipes, those of Llama, RigL and fine-tuning too."""
     llama = load_recipe(ROOT / "configs/pretrain/llama_tiny.yaml")

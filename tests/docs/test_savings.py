@@ -1,4 +1,4 @@
-"""The README's table of what sparsity buys: each planned and counted figure is the planner's."""
+"""README.md's table of what sparsity buys: each planned and counted figure is the planner's."""
 
 from __future__ import annotations
 

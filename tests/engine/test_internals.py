@@ -21,6 +21,7 @@ ENGINES = {"torch", "megatron", "deepspeed"}
 STANDARD = {"_replace", "_exit"}  # private in form only: namedtuple's, os'
 
 
+@pytest.mark.slow
 def test_all_of_it_is_there():
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run([sys.executable, "-W", "ignore", "-m", internals.__name__],
@@ -51,6 +52,7 @@ def test_what_the_table_has_is_used(internal):
         assert any(re.search(rf"\b{name}\b", text) for name in part.split("|")), part
 
 
+@pytest.mark.slow
 def test_private_names_that_are_used_are_in_the_table():
     known = set.union(*(internal.names for internal in INTERNALS)) | STANDARD
     unknown = {f"{file.relative_to(ROOT.parent)}:{line} {name}" for file in modules()

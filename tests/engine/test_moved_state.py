@@ -205,3 +205,15 @@ def test_what_is_held_is_zero_with_all_its_state_and_is_counted_once(engine):
             assert died[name].moved == held - last[name]
             last[name] = held
     assert moving.count_held(there) == last
+
+
+def test_where_no_mask_changes_no_state_is_gathered(engine, monkeypatch):
+    """As on a pipeline stage whose weights are all dense, or in a move that finds none."""
+    there = engine(Set(every=1))
+    masks = {name: bits["mask"] for name, bits in dense(there).items()}
+    monkeypatch.setattr(moving, "_choose", lambda *_: {})
+    monkeypatch.setattr(there.state, "whole", lambda name: pytest.fail(f"{name} was gathered"))
+    settled = there.state.settled
+    found = moving.move_masks(there, Set(every=1), WHEN)
+    assert there.state.settled == settled and {c.moved for c in found.values()} == {0}
+    assert all(torch.equal(bits["mask"], masks[name]) for name, bits in dense(there).items())

@@ -61,6 +61,7 @@ def texts(model, contexts, **settings) -> list[str]:
     return [found[i] for i in range(len(contexts))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beams", [1, 4])
 def test_batch_size_changes_no_text(model, contexts, beams):
     alone = texts(model, contexts, beams=beams, batch_size=1)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from byte_tokenizers import write_byte_tokenizer
 from small_models import make_recipe, make_tokenizer, write_gpt2
 
 from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
@@ -19,7 +20,7 @@ from megatron_spdf.convert.initial_checkpoint import write_initial_checkpoint
 from megatron_spdf.convert.source import open_weights
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megatron_spdf.evaluation import harness
-from megatron_spdf.evaluation.token_likelihood import windows_of
+from megatron_spdf.evaluation.token_likelihood import window_within, windows_of
 from megatron_spdf.resilience.world import Ranks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,20 +47,7 @@ TASKS = {
 
 def bytes_with_begin(directory: Path) -> Tokenizer:
     """A tokenizer of bytes that puts <s> before texts, as Llama 3's does."""
-    from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
-    from tokenizers import Tokenizer as Made
-
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    names = ["<unk>", "<s>", "</s>"]
-    made = Made(models.BPE({token: i for i, token in enumerate(names + letters)}, []))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    made.add_special_tokens([AddedToken(name, special=True) for name in names])
-    made.post_processor = processors.TemplateProcessing(single="<s> $A",
-                                                        special_tokens=[("<s>", 1)])
-    made.save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text(json.dumps(
-        {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}))
+    write_byte_tokenizer(directory, ["<unk>", "<s>", "</s>"], "<s>", "</s>", puts_begin=True)
     return load_tokenizer(directory)
 
 
@@ -289,3 +277,14 @@ def test_every_rank_has_a_document(documents, limit, world, fit):
     else:
         with pytest.raises(ValueError, match=r"the task it has 1 documents to share between 2 "):
             prepare()
+
+
+@pytest.mark.parametrize(("can", "asked", "most", "window"), [
+    (8, 8, None, 8), (8, 7, 4, 7), (8, None, None, 8), (8, None, 4, 4), (4, None, 8, 4)])
+def test_a_window_is_what_is_asked_for_up_to_all_that_a_model_reads(can, asked, most, window):
+    assert window_within(can, asked, most) == window
+
+
+def test_a_model_is_not_given_more_than_it_reads():
+    with pytest.raises(ValueError, match="--window=9 is more than the 8 tokens that the model"):
+        window_within(8, 9)

@@ -161,6 +161,27 @@ def test_sizes_are_means_of_what_parts_give_with_their_biases():
     assert len(sizes["embedding"]) == 2  # no longer recorded
 
 
+def test_a_coordinate_check_takes_the_first_steps_of_the_run(monkeypatch, recipe):
+    """By their number, and by the tokens of the schedule, from which its learning rates follow."""
+    made, model, taken = recipe(), Tiny(), []
+
+    def step(batch, number, tokens, stop_requested):
+        model(batch)
+        taken.append((number, tokens, stop_requested))
+
+    def batches(first):
+        return (torch.full((1, 3), float(n)) for n in range(first + 1, 9))
+
+    for name, value in {"make_engine": SimpleNamespace(models=[model], step=step),
+                        "TokenData": SimpleNamespace(training_batches=batches),
+                        "check_corpus": None, "find_ranks": None, "init_distributed": None,
+                        "destroy": None}.items():
+        monkeypatch.setattr(coordinate_check, name, lambda *_, made=value, **__: made)
+    found = coordinate_check.activation_sizes(made, 3)
+    assert [sizes["embedding"] for sizes in found] == [1.0, 2.0, 3.0]
+    assert taken == [(n, n * made.tokens_per_step, False) for n in (1, 2, 3)]
+
+
 def test_sizes_are_plotted_against_scales(monkeypatch, tmp_path):
     drawn = []
     monkeypatch.setattr(coordinate_check, "save_figure", lambda figure, path: drawn.append(figure))
@@ -347,5 +368,7 @@ def test_the_file_of_scores_says_what_was_scored(tmp_path):
     write_scores(tmp_path / "a" / "b", found)
     assert json.loads((tmp_path / "a/b/scores.json").read_text()) == found
     write_texts(tmp_path / "a/b", "scitldr", ["x", "y"], EXAMPLES)
-    assert sorted(p.name for p in (tmp_path / "a/b").iterdir()) == ["predictions.txt",
-                                                                    "references.txt"]
+    assert sorted(p.name for p in (tmp_path / "a/b").iterdir()) == [
+        "inputs.txt", "predictions.txt", "references.txt"]
+    assert (tmp_path / "a/b/inputs.txt").read_text().splitlines() == [
+        example.context for example in EXAMPLES]

@@ -46,6 +46,7 @@ def scores():
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("task", "part", "metric"), CASES)
 def test_figures_of_the_official_scripts(scores, task, part, metric):
     if metric in NEED_JAVA and not shutil.which("java"):

@@ -229,6 +229,7 @@ def test_the_tool_goes_on_from_runs_checkpoints_and_exports(sample, directories)
         assert (code, out, ending) == (0, f"ab{text}\n", "tokens") and "greedy" in err
 
 
+@pytest.mark.slow
 def test_the_tool_goes_on_from_lines(sample, directories):
     run, seed = directories["run"], ("--temperature", 2, "--seed", 7)
     alone = sample(run, "ab", "--tokens", 4, *seed)[1]

@@ -14,7 +14,8 @@ from megatron_spdf.kernels.mask import SPAN
 each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
 
-@pytest.fixture(params=["torch", "triton"])
+# in Triton's interpreter a test takes a second
+@pytest.fixture(params=["torch", pytest.param("triton", marks=pytest.mark.slow)])
 def module(request):
     """The implementation."""
     if request.param == "torch":

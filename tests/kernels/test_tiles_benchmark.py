@@ -15,6 +15,8 @@ pytest.importorskip("triton", reason=NO_TRITON)
 from megatron_spdf.kernels import triton_compact  # noqa: E402
 from megatron_spdf.kernels.program_shapes import CANDIDATES, WARPS, ProgramShape  # noqa: E402
 
+pytestmark = pytest.mark.slow  # in Triton's interpreter
+
 KINDS = ["self_attention.linear_qkv.weight", "self_attention.linear_proj.weight",
          "mlp.linear_fc1.weight",
          "mlp.linear_fc2.weight"]

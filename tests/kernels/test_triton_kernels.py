@@ -15,6 +15,7 @@ triton = pytest.importorskip("triton", reason=NO_TRITON)
 from megatron_spdf.kernels import triton_compact, triton_tiles  # noqa: E402
 from megatron_spdf.kernels.program_shapes import CANDIDATES, WARPS  # noqa: E402
 
+pytestmark = pytest.mark.slow  # in Triton's interpreter
 each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
 

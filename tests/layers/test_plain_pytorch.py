@@ -57,6 +57,7 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
             if isinstance(m, nn.Linear)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_50_steps_equal_multiplied_masks(name, pattern):
@@ -215,6 +216,7 @@ def test_a_module_without_memory_is_filled_by_a_state_dict():
     assert torch.equal(empty(x), model(x))
 
 
+@pytest.mark.slow
 def test_it_comes_without_any_engine():
     code = ("import sys, megatron_spdf; assert 'torch' not in sys.modules; "
             "from megatron_spdf import densify, expanded, sparsify; "

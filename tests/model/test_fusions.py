@@ -50,6 +50,7 @@ def test_a_gpu_without_a_compiler_does_without_fusions_and_says_so_once(monkeypa
                     "environment variable.)")
 
 
+@pytest.mark.slow
 def test_engines_say_nothing_while_they_are_imported(monkeypatch):
     monkeypatch.delenv("PYTHONWARNINGS", raising=False)
     done = subprocess.run([sys.executable, "-c",

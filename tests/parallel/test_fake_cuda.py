@@ -103,6 +103,7 @@ def found() -> dict[str, bool]:
     return json.loads(done.stdout.rpartition("FOUND ")[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", CHECKS)
 def test_stand_in(found, check):
     assert found[check]

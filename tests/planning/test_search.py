@@ -224,3 +224,10 @@ def test_the_largest_world_is_one_that_is_looked_at(recipe, monkeypatch):
     assert smallest_world(r, Plan.of(r), GPU).recipe.parallel.world == world
     monkeypatch.setattr(module, "LARGEST_WORLD", world - 1)
     assert smallest_world(r, Plan.of(r), GPU) is None
+
+
+@pytest.mark.parametrize(("tensor", "length", "sequence"), [
+    (1, 30, False), (2, 30, True), (2, 31, False), (3, 30, True), (4, 30, False)])
+def test_sequences_are_split_wherever_they_can_be(recipe, tensor, length, sequence):
+    r = recipe(train={"sequence_length": length})
+    assert laid_out(r, tensor, 1, 1).parallel.sequence is sequence

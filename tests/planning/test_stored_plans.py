@@ -44,6 +44,7 @@ def test_figures_of_a_layout(name):
     assert not changes(FIGURES["recipes"][name], plain(figures_of(name)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(OVERVIEWS)))
 def test_an_overview(number):
     found = overview_of(*OVERVIEWS[number])
@@ -61,6 +62,7 @@ def sentences(name: str, gpus: int, memory: float, **sections) -> list[str]:
     return str(refused.value).split("\n  - ")
 
 
+@pytest.mark.slow
 def test_what_holds_a_run_that_does_not_fit():
     """The fewest of its GPUs, larger GPUs, and the least sparsity that does."""
     name = "16B, tp2 pp3 dp4"

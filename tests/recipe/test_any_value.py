@@ -109,6 +109,7 @@ def require_meant(dumped: dict[str, Any], place: tuple[str | int, ...], value: A
         assert found == value or value is None, (place, text, found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_any_value_of_any_key_of_pre_training(name):
     more, only = KINDS[name]
@@ -127,6 +128,7 @@ def test_any_value_of_any_key_of_pre_training(name):
     assert refused > len(places) * len(ODD) / 3
 
 
+@pytest.mark.slow
 def test_any_value_of_any_key_of_fine_tuning():
     def make(values: dict[str, Any]) -> Finetune:
         return make_recipe(values, [], "it", 1, Finetune, _finetune_violations)

@@ -40,7 +40,7 @@ def broken(recipe, **sections) -> list[str]:
 
 
 def test_a_teacher_that_fits_breaks_no_rule(recipe, teacher):
-    at = teacher()
+    at = teacher(max_position_embeddings=32)  # as many as the model reads
     assert not broken(recipe, distill={"teacher": at, "weight": 1.0})
     # its slices are cut like the model's, so that tensor may be over its query groups
     assert not broken(recipe, distill={"teacher": at}, parallel={"tensor": 4})

@@ -17,6 +17,9 @@ train: {tokens: 2400, global_batch: 8, micro_batch: 2}
 optimizer: {lr: 1.0e-3}
 """
 SHARES = "stages=[{{share: {}, sparsity: {}, warmup_tokens: {}}}, {{share: {}, sparsity: 0.5}}]"
+SET, GMP = (["sparsity.level=0.5", f"sparsity.algorithm={name}", "sparsity.update.every=1",
+             "sparsity.update.stop=0.5"] for name in ("set", "gmp"))
+ACDC = ["sparsity.level=0.5", "sparsity.algorithm=acdc"]
 # allowed, refused, what is said
 EDGES = {
     "positions": (["train.sequence_length=30"], ["train.sequence_length=31"],
@@ -112,6 +115,24 @@ EDGES = {
                  "evaluate.patience=1 ends a run before its last stage"),
     "slices": (["model.ffn_hidden=300"], ["model.ffn_hidden=301"],
                "model.ffn_hidden=301 is not divisible by model.query_groups=6"),
+    "masks move before they stop": (
+        [*SET, "sparsity.update.start=0.3"], [*SET, "sparsity.update.start=0.5"],
+        "start=0.5 is not under stop=0.5, so that no mask would move"),
+    "pruning begins before it ends": (
+        [*GMP, "sparsity.update.start=0.3"], [*GMP, "sparsity.update.start=0.5"],
+        "start=0.5 is not under stop=0.5, so that nothing would be pruned"),
+    "sparse and dense by turns": (
+        [*ACDC, "sparsity.update.turn=0.65"], [*ACDC, "sparsity.update.turn=0.651"],
+        "turn=0.651 is longer than start=0.1 to last_dense=0.75"),
+    "a turn of a step": ([*ACDC, "sparsity.update.turn=0.1"], [*ACDC, "sparsity.update.turn=0.09"],
+                         "sparsity.update.turn=0.09 of 10 steps is no step"),
+    "parts of ACDC ascend": (
+        [*ACDC, "sparsity.update.turn=0.1", "sparsity.update.stop=0.8"],
+        [*ACDC, "sparsity.update.turn=0.1", "sparsity.update.stop=0.75"],
+        "start=0.1, last_dense=0.75 and stop=0.75 must ascend"),
+    "n of m": (["sparsity.pattern=n_m", "sparsity.level=0.25", "sparsity.n=3"],
+               ["sparsity.pattern=n_m", "sparsity.level=0.25", "sparsity.n=4"],
+               "n=4 of every m=4 leaves no zeros"),
     "groups": (["model.query_groups=3"], ["model.query_groups=4", "model.ffn_hidden=288"],
                "model.heads=6 is not divisible by model.query_groups=4"),
 }

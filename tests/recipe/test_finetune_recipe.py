@@ -18,7 +18,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SHIPPED = {path.stem: path for path in sorted((CONFIGS / "finetune").glob("*.yaml"))}
 NLG = ["e2e", "webnlg", "dart"]
 SUMMARIES = ["curation", "scitldr"]
-SMALL_RUNS = {"demo", "e2e_10m"}
+SMALL_RUNS = {"demo", "e2e_10m", "e2e_tiny"}
 SMALL = Gpt(preset="gpt2_small")
 
 
@@ -114,6 +114,12 @@ def test_what_does_not_fit_model_and_data_is_named(words, parts):
         training_recipe(shipped("e2e", *words), SMALL, Sparsity(), 42_061)
     for part in parts:
         assert part in str(caught.value)
+
+
+def test_a_warm_up_may_end_with_the_step_before_the_last():
+    training_recipe(shipped("e2e", "optimizer.warmup_steps=13144"), SMALL, Sparsity(), 42_061)
+    with pytest.raises(ValueError, match="warmup_steps=13145 is not under the run's 13145 steps"):
+        training_recipe(shipped("e2e", "optimizer.warmup_steps=13145"), SMALL, Sparsity(), 42_061)
 
 
 @pytest.mark.parametrize("words, parts", [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from megatron_spdf.reports.frontiers import Spot, frontier, plot_frontiers, spots_of
@@ -29,14 +30,22 @@ def test_seeds_are_one_spot_and_other_lines_are_left_out():
     assert (second.loss, second.interval) == (3.0, None)
 
 
-def test_the_frontier_is_what_nothing_cheaper_beats():
-    def spot(flops: float, loss: float) -> Spot:
-        return Spot("75%", "static", "any", flops, loss, None)
+def test_the_frontier_is_the_least_loss_of_any_model_and_never_rises():
+    """Small model: 4.0 at 1 and 3.0 at 100. Large one: 4.5 at 10 and 2.5 at 1000, which crosses 3.0
+    at 10 x 100^0.75 = 316; a third ends above what is cheaper."""
+    def spot(curve: str, flops: float, loss: float) -> Spot:
+        return Spot("75%", "static", curve, flops, loss, None)
 
-    best = [spot(1.0, 4.0), spot(2.0, 3.5), spot(5.0, 3.0)]
-    beaten = [spot(2.0, 3.6), spot(3.0, 3.5), spot(4.0, 3.7)]
-    assert frontier([*beaten, *reversed(best)]) == best
-    assert frontier([]) == []
+    spots = [spot("large", 10, 4.5), spot("small", 100, 3.0), spot("small", 1, 4.0),
+             spot("large", 1000, 2.5), spot("poor", 50, 3.9)]
+    flops, losses = frontier(spots)
+    assert flops[0] == pytest.approx(1) and flops[-1] == pytest.approx(1000)
+    for at, loss in ((1, 4.0), (10, 3.5), (50, 4 - np.log10(50) / 2), (100, 3.0), (300, 3.0),
+                     (10 * 100**0.875, 2.75), (1000, 2.5)):
+        assert np.interp(at, flops, losses) == pytest.approx(loss, abs=0.01)
+    assert (np.diff(losses) <= 0).all()
+    assert set(frontier([spot("worse", 1, 2.0), spot("worse", 9, 2.5)])[1]) == {2.0}
+    assert frontier([spot("one", 3.0, 2.0)])[1].tolist() == [2.0] * len(flops)
 
 
 def test_a_table_without_a_line_is_drawn(tmp_path):

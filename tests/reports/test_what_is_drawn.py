@@ -19,10 +19,13 @@ from megatron_spdf.planning.render import (
     sparsity_table,
     traffic_table,
 )
-from megatron_spdf.reports import charts, document, experiment_plot, plan_page, runs_page
-from megatron_spdf.reports.charts import COLORS, Line, color, draw_svg, line_chart, stacked_bars
+from megatron_spdf.reports import charts, document, panels, plan_page, runs_page
+from megatron_spdf.reports.charts import Line, Scale, draw_svg, line_chart, mean_line, stacked_bars
+from megatron_spdf.reports.experiment_plot import plot_results
+from megatron_spdf.reports.pens import COLORS, STYLES, Pen, color, pen
 from megatron_spdf.reports.plan_page import render_plan_page
 from megatron_spdf.reports.runs import Logged
+from megatron_spdf.reports.seeds import SameRecipe
 from megatron_spdf.reports.spdf_table import accounts, own_table
 
 
@@ -31,10 +34,10 @@ def drawn(monkeypatch):
     """Axes, name and size of every plot, in the place of its SVG."""
     found = []
 
-    def keep(draw, name, size=(5.4, 3.3)):
+    def keep(draw, name, size=(5.4, 3.3), about=""):
         axes = pyplot.figure().subplots()
         draw(axes)
-        found.append((axes, name, size))
+        found.append((axes, name, size, about))
         return "<svg></svg>"
 
     monkeypatch.setattr(charts, "draw_svg", keep)
@@ -42,52 +45,73 @@ def drawn(monkeypatch):
     pyplot.close("all")
 
 
-A = Line("a", "#0072B2", [1000.0, 3000.0], [2.0, 4.0], ((3000.0,), (5.0,)))
-B = Line("b", "#D55E00", [1000.0, 2000.0], [1.0, 3.0])
+A = Line("a", Pen("#0072B2"), [1000.0, 3000.0], [2.0, 4.0], ((3000.0,), (5.0,)), name="series-0")
+B = Line("b", Pen("#D55E00", "dashed"), [1000.0, 2000.0], [1.0, 3.0])
 
 
-def test_colors_are_repeated_after_ten():
+def test_colors_are_repeated_after_ten_with_other_dashes():
     assert len(set(COLORS)) == 10
     assert [color(n) for n in (0, 9, 10, 23)] == [COLORS[0], COLORS[9], COLORS[0], COLORS[3]]
+    assert len({pen(n) for n in range(30)}) == 30 and pen(30) == pen(0)
+    assert [pen(n).style for n in (9, 10, 20)] == list(STYLES)
 
 
-def test_lines_with_points_are_named_by_them(drawn):
+def test_lines_their_points_and_what_is_said_of_them(drawn):
     line_chart([A, B], "x (1)", "y (2)", "plot")
-    ((axes, name, _),) = drawn
+    ((axes, name, _, about),) = drawn
     first, points, second = axes.lines
     assert [list(line.get_xdata()) for line in axes.lines] == [[1000, 3000], [3000], [1000, 2000]]
     assert [list(line.get_ydata()) for line in axes.lines] == [[2, 4], [5], [1, 3]]
     assert [line.get_color() for line in axes.lines] == ["#0072B2", "#0072B2", "#D55E00"]
-    assert [line.get_label() for line in (points, second)] == ["a", "b"]
-    assert first.get_label().startswith("_") and (points.get_marker(), first.get_marker()) == (
-        "o", "None")
-    assert {line.get_alpha() for line in (first, second)} == {1.0}
+    assert [line.get_gid() for line in axes.lines] == ["series-0", "series-0", None]
+    assert [line.get_linestyle() for line in axes.lines] == ["-", "-", "--"]
+    assert {line.get_alpha() for line in (first, second)} == {1.0} and points.get_marker() == "o"
     assert (axes.get_xlabel(), axes.get_ylabel(), name) == ("x (1)", "y (2)", "plot")
-    assert [text.get_text() for text in axes.get_legend().texts] == ["a", "b"]
+    assert about == "plot: y (2) over x (1). a ends at 4; b ends at 3." and not axes.get_legend()
     assert isinstance(axes.xaxis.get_major_formatter(), EngFormatter)
     assert axes.xaxis.get_major_formatter()(2500.0) == "2.5k"
     assert axes.get_yscale() == "linear" and axes.get_ylim()[0] > 0.0
 
 
 def test_options_of_a_line_chart(drawn):
-    line_chart([A, B], "x", "y", "plot", log_y=True, faint=True, legend=False, plain=True)
-    line_chart([A, B], "x", "y", "plot", from_zero=True)
-    line_chart([B], "x", "y", "plot", from_zero=True)
-    line_chart([Line("c", "#000000", [1.0], [0.0])], "x", "y", "plot", from_zero=True)
-    (many, *_), (zero, *_), (one, *_), (nothing, *_) = drawn
-    assert many.get_yscale() == "log" and many.get_legend() is None
-    assert [line.get_alpha() for line in many.lines] == [0.4, None, 0.4]
-    assert not isinstance(many.xaxis.get_major_formatter(), EngFormatter)
-    assert zero.get_ylim() == (0.0, pytest.approx(1.08 * 4.0))
-    assert one.get_legend() is None and one.get_ylim() == (0.0, pytest.approx(1.08 * 3.0))
+    many = Line("m", Pen("#009E73"), range(50), [3.0] * 50, ([0, 20, 49], [5.0, 4.0, 3.0]))
+    line_chart([A, many], "x", "y", "plot", Scale(log_y=True, plain_x=True))
+    line_chart([A, B], "x", "y", "plot", Scale(from_zero=True))
+    line_chart([Line("c", Pen("#404040"), [1.0], [0.0])], "x", "y", "plot", Scale(from_zero=True))
+    (first, *_), (zero, *_), (nothing, *_) = drawn
+    assert first.get_yscale() == "log" and [line.get_alpha() for line in first.lines] == [
+        1.0, None, 0.4, None]  # points show the course of the second
+    assert [line.get_marker() for line in first.lines] == ["o", "o", "None", "o"]
+    assert not isinstance(first.xaxis.get_major_formatter(), EngFormatter)
+    assert zero.get_ylim() == (0.0, pytest.approx(1.08 * 5.0))
     assert nothing.get_ylim() == (0.0, pytest.approx(1.08e-9))
+
+
+def test_a_loss_may_begin_above_the_axis(drawn):
+    falls = Line("a", Pen("#404040"), range(20), [9.0, 8.0, *[3.0] * 17, 2.0])
+    line_chart([falls], "x", "y", "plot", Scale(fall=0.1))
+    assert drawn[0][0].get_ylim() == pytest.approx((1.95, 3.05))
+
+
+def test_a_mean_over_runs_is_in_a_band_from_the_least_to_the_largest(drawn):
+    line = mean_line("a", Pen("#404040"), [{1: (1, 2.0), 2: (3, 4.0), 3: (9, 9.0)},
+                                           {2: (5, 8.0), 1: (3, 3.0)}, {}], [{2: (4, 1.0)}])
+    assert (line.x, line.y) == ([2, 4], [2.5, 6]) and line.points == ([4], [1])
+    assert line.band == ([2, 4], [3, 8])
+    line_chart([line], "x", "y", "plot")
+    (band,) = drawn[0][0].collections
+    assert {tuple(v) for v in band.get_paths()[0].vertices} == {(2, 2), (4, 4), (2, 3), (4, 8)}
+    assert mean_line("a", Pen("#404040"), [{1: (1, 2.0)}]).band == ((), ())
+    assert mean_line("a", Pen("#404040"), [{}]).x == []
+    assert len(mean_line("a", Pen("#404040"), [{i: (i, i) for i in range(96)}]).x) == 48
+    assert len(mean_line("a", Pen("#404040"), [{i: (i, i) for i in range(96)}], most=500).x) == 96
 
 
 def test_bars_are_stacked_in_the_order_of_their_parts(drawn):
     stacked_bars(["one", "two"], {"p": [1.0, 2.0], "q": [4.0, 0.5], "r": [3.0, 1.0]}, "GiB", "name",
                  (7.5, "usable"))
     stacked_bars(list("abcde"), {"p": [1.0] * 5}, "s", "name")
-    (axes, _, size), (five, _, tall) = drawn
+    (axes, _, size, about), (five, _, tall, _) = drawn
     bars = [(bar.get_x(), bar.get_width(), bar.get_y() + bar.get_height() / 2)
             for bar in axes.patches]
     wanted = [(0, 1, 0), (0, 2, 1), (1, 4, 0), (2, 0.5, 1), (5, 3, 0), (2.5, 1, 1)]
@@ -100,6 +124,7 @@ def test_bars_are_stacked_in_the_order_of_their_parts(drawn):
     (said,) = axes.texts
     assert said.get_text() == "usable" and said.xy == (7.5, 1.0)
     assert said.xycoords == ("data", "axes fraction")
+    assert about == "name: GiB. one 8; two 3.5."
     assert (size, tall) == ((10.5, pytest.approx(2.4)), (10.5, pytest.approx(3.4)))
 
 
@@ -107,8 +132,33 @@ def test_a_plot_is_the_same_svg_every_time():
     one, same = (draw_svg(lambda axes: axes.plot([1, 2], [3, 4]), "Loss", (2.0, 1.0))
                  for _ in range(2))
     assert one == same and one.startswith('<svg role="img" aria-label="Loss"')
-    assert re.search(r'width="144(\.0)?pt" height="72', one.replace('height="', 'height="'))
-    assert "<dc:date>" not in one and not pyplot.get_fignums()
+    assert re.search(r'width="144(\.0)?pt" height="72', one)
+    assert "date" not in one and not pyplot.get_fignums()
+
+
+def test_no_text_or_bar_of_a_plot_is_black():
+    svg = stacked_bars(["one", "two"], {"p": [1.0, 2.0], "q": [4.0, 0.5]}, "GiB", "bars",
+                       (7.5, "usable"))
+    texts = re.findall(r"<text ([^>]*)>", svg)
+    assert len(texts) > 6 and all("fill: var(--" in text for text in texts)
+    assert svg.count("fill: var(--c0)") == svg.count("fill: var(--c1)") == 3
+
+
+def test_a_plot_has_the_colors_of_its_page_and_identifiers_of_its_own():
+    lines = [Line(f"n{i} #0072b2", pen(i), [0.0, 1.23456], [1.0, 2.0], name=f"series-{i}")
+             for i in range(10)]
+    svg = line_chart(lines, "x of <b> 1.23456", "y", "A: plot")
+    assert not re.findall(r"#[0-9a-f]{6}\b", re.sub(r'aria-label="[^"]*"', "", svg))
+    variables = set(re.findall(r"var\((--\w+)\)", svg))
+    assert variables == {"--axis", "--text", "--soft", "--grid", *(f"--c{i}" for i in range(10))}
+    assert all(f"{name}:" in document.STYLE for name in variables)
+    ids = re.findall(r'\bid="([^"]*)"', svg)
+    referred = set(re.findall(r'#([\w-]+)[")]', svg))
+    assert len(ids) == len(set(ids)) and set(ids) == referred
+    assert all(name.startswith("a-plot-") for name in ids)
+    assert re.findall(r'class="(series-\d)"', svg) == [f"series-{i}" for i in range(10)]
+    assert "x of &lt;b&gt; 1.23456" in svg and len(svg) < 20_000
+    assert not {"metadata", "style", "xlink"} & set(re.findall(r"<(\w+)|xlink", svg))
 
 
 def records(steps, **changes):
@@ -128,9 +178,10 @@ def curves(monkeypatch):
     def of(*runs: Logged):
         found = {}
         monkeypatch.setattr(runs_page, "line_chart",
-                            lambda lines, xlabel, ylabel, name, **options: found.setdefault(
-                                (xlabel, ylabel), (lines, options)) and "<svg></svg>")
-        runs_page._curves(runs, {run.directory: color(i) for i, run in enumerate(runs)})
+                            lambda lines, xlabel, ylabel, name, scale: found.setdefault(
+                                (xlabel, ylabel), (lines, scale)) and "<svg></svg>")
+        runs_page._curves("k", [SameRecipe((run,)) for run in runs],
+                          {run.directory: pen(i) for i, run in enumerate(runs)})
         return found
     return of
 
@@ -145,19 +196,17 @@ def test_curves_of_a_report_are_what_the_logs_say(curves):
         (first, second), options = found[label, "loss (nats)"]
         assert list(first.x) == pytest.approx([factor * s for s in range(1, 11)])
         assert list(first.y) == pytest.approx([5.0 - s / 100 for s in range(1, 11)])
-        assert first.points == (pytest.approx((4 * factor, 10 * factor)), (4.5, 4.25))
+        assert first.points == (pytest.approx([4 * factor, 10 * factor]), [4.5, 4.25])
         assert list(second.x) == pytest.approx([factor * s for s in (2, 4)])
-        assert second.points == ((), ()) and (first.label, second.label) == ("a", "b")
-        assert (first.color, second.color) == COLORS[:2]
-        assert (options["faint"], options["plain"]) == (True, label.startswith("minutes"))
-    others = {"gradient norm": (0.1, {"log_y": True, "from_zero": False}),
-              "tokens/s": (None, {"log_y": False, "from_zero": True}),
-              "GiB": (0.25, {"log_y": False, "from_zero": True}),
-              "sparsity (%)": (None, {"log_y": False, "from_zero": True}),
-              "learning rate": (1e-4, {"log_y": False, "from_zero": False})}
+        assert second.points == ([], []) and (first.label, second.label) == ("a", "b")
+        assert (first.pen, second.pen) == (pen(0), pen(1))
+        assert options == Scale(plain_x=label.startswith("minutes"), fall=0.1)
+    others = {"gradient norm": (0.1, Scale(log_y=True)), "tokens/s": (None, Scale(from_zero=True)),
+              "GiB": (0.25, Scale(from_zero=True)), "sparsity (%)": (None, Scale(from_zero=True)),
+              "learning rate": (1e-4, Scale())}
     for label, (factor, wanted) in others.items():
         (first, second), options = found["step", label]
-        assert list(first.x) == list(range(1, 11)) and options == {"legend": False, **wanted}
+        assert list(first.x) == list(range(1, 11)) and options == wanted
         assert list(second.x) == ([] if label == "gradient norm" else [2, 4])
         if factor:
             assert list(first.y) == pytest.approx([factor * s for s in range(1, 11)])
@@ -165,17 +214,23 @@ def test_curves_of_a_report_are_what_the_logs_say(curves):
     assert len(found) == 8
 
 
+def test_what_no_run_has_logged_has_no_plot(curves):
+    found = curves(logged("a", records([1, 2], grad_norm=None, lr=None)))
+    assert ("step", "gradient norm") not in found and ("step", "learning rate") not in found
+    assert ("step", "tokens/s") in found
+
+
 @pytest.mark.parametrize(("seconds", "clock", "last"), [(7199.0, "minutes", 7199 / 60),
                                                         (7200.0, "hours", 2.0)])
 def test_time_is_in_hours_from_two_on(curves, seconds, clock, last):
     found = curves(logged("a", records([1], step_seconds=seconds)))
     lines, options = found[f"{clock} of training", "loss (nats)"]
-    assert lines[0].x == [pytest.approx(last)] and options["faint"] is False
+    assert lines[0].x == [pytest.approx(last)] and options.plain_x
 
 
 @pytest.mark.parametrize(("count", "left"), [(79, 79), (80, 40), (119, 60), (120, 40), (121, 41)])
 def test_curves_are_averaged_down_to_about_forty_points(count, left):
-    x, y = runs_page.smooth(list(range(count)), [2.0 * i for i in range(count)])
+    x, y = charts.smooth(list(range(count)), [2.0 * i for i in range(count)])
     assert len(x) == len(y) == left and y == pytest.approx([2 * v for v in x])
     width = count // 40
     assert x[0] == pytest.approx(sum(range(width)) / width)
@@ -187,11 +242,11 @@ def row(mean, interval=None, **labels):
 
 @pytest.fixture
 def pictures(monkeypatch, tmp_path):
-    def of(rows, x, lines, panels):
+    def of(rows, x, lines, above):
         kept = []
-        monkeypatch.setattr(experiment_plot, "save_figure",
+        monkeypatch.setattr(panels, "save_figure",
                             lambda figure, path: kept.append((figure, path)))
-        experiment_plot.plot_results(rows, x, lines, panels, tmp_path / "p.png")
+        plot_results(rows, x, lines, above, tmp_path / "p.png")
         ((figure, path),) = kept
         assert path == tmp_path / "p.png" and not pyplot.get_fignums()
         return figure.axes
@@ -368,13 +423,25 @@ def test_runs_are_held_against_the_dense_one_of_their_model_tokens_and_task():
         ("s dart", "s", 10.0, 2.0, 12.0, None), ("wide", None, 9.0, None, 9.0, None),
         ("long", None, 8.0, None, 8.0, None), ("d", None, 40.0, None, 40.0, 1.0),
         ("d e2e", "d", 40.0, 8.0, 48.0, 1.0), ("of another", None, None, 1.0, None, None)]
-    colors = {a.run.directory: "#123" for a in found}
-    _, *rows = Cells(own_table([sparse, tuned[0], dense, tuned[2]], colors)).rows
+    pens = {a.run.directory: pen(3) for a in found}
+    _, *rows = Cells(own_table([sparse, tuned[0], dense, tuned[2]], pens)).rows
     assert [row[:6] for row in rows] == [
         ["s", "75.00%", "10", "-", "10", "4.00x"],
         ["\u2003s e2e", "75.00%", "10", "6", "16", "3.00x"],
         ["d", "0.00%", "40", "-", "40", "1.00x"],
         ["\u2003d e2e", "0.00%", "40", "8", "48", "1.00x"]]
+
+
+def test_many_scores_have_a_table_of_their_own():
+    runs = [logged("a", records([1]), scores={f"m{i}": i / 8 for i in range(7)}),
+            logged("b", records([1]), scores={"m6": 0.5}), logged("c", records([1]))]
+    pens = {run.directory: pen(0) for run in runs}
+    rows = Cells(own_table(runs, pens)).rows
+    assert rows[0][-1] == "validation loss" and rows[4] == ["score", "a", "b"]
+    assert rows[5] == ["m0", "0", "-"] and rows[11] == ["m6", "0.75", "0.5"] and len(rows) == 12
+    beside = Cells(own_table(runs[1:], pens)).rows
+    assert beside[0][-1] == "m6" and [row[-1] for row in beside[1:]] == ["0.5", "-"]
+    assert Cells(own_table(runs[2:], pens)).rows[0][-1] == "validation loss"
 
 
 def test_the_table_of_runs_is_what_the_logs_say(tmp_path):
@@ -383,13 +450,13 @@ def test_the_table_of_runs_is_what_the_logs_say(tmp_path):
                  bytes={"parameters": 2**20, "gradients": 2**21, "optimizer": 0,
                         "sent_per_step": 3 * 2**19},
                  values={"train": {"tokens": 3000, "global_batch": 1, "sequence_length": 100}})
-    html = runs_page._runs_table([run], {directory: "#123"}, tmp_path / "pages/r.html")
+    html = runs_page._runs_table([run], {directory: pen(3)}, tmp_path / "pages/r.html")
     head, row = Cells(html).rows
-    assert row == ["a b", "50.00%", "0.002", "20 of 30", "2.5000", "12.18", "140", "65", "3.0",
+    assert row == ["a b", "50.00%", "2,000", "20 of 30", "2.5000", "12.18", "140", "65", "3.0",
                    "1.5", "5.00"]
-    assert 'href="../runs/a%20b/recipe.yaml"' in html and "#123" in html
+    assert 'href="../runs/a%20b/recipe.yaml"' in html and "var(--c3)" in html
     assert [name.split(" (")[0] for name in head] == [
-        "run", "sparsity, measured", "tokens", "steps", "validation loss", "perplexity",
+        "run", "sparsity", "tokens", "steps", "validation loss", "perplexity",
         "training FLOPs", "tokens/s, median", "state of rank 0", "sent per step", "peak memory"]
 
 
@@ -403,7 +470,26 @@ def test_parts_of_a_page():
     assert document.figure("t", "<svg/>", "c", wide=True) == (
         "<figure class=wide><h3>t</h3><svg/><figcaption>c</figcaption></figure>")
     assert document.plots(["a", "b"]) == '<div class="plots">a\nb</div>'
-    assert document.key("#123") == '<span class="key" style="background:#123"></span>'
+    assert document.key(Pen(COLORS[2], "dotted")) == (
+        '<span class="key" style="border-top:3px dotted var(--c2)"></span>')
+    assert document.legend({"<a>": pen(0)}).count("<li>") == 1
+    assert document.contents(["<h2 id=a-b>A &lt; b</h2>", "<h2>c</h2>", "<h3 id=d>e</h3>"]) == (
+        '<nav aria-label="Sections"><ul><li><a href="#a-b">A &lt; b</a></li></ul></nav>')
+    assert document.details("<a>", "<p>b</p>", True) == (
+        "<details open><summary>&lt;a&gt;</summary><p>b</p></details>")
     html = document.page("T & t", ["one", "two"])
     assert html.startswith("<!DOCTYPE html>") and "<title>T &amp; t</title>" in html
-    assert "<body>\none\ntwo\n</body>" in html and document.STYLE in html
+    assert "<body>\n<main>\none\ntwo\n</main>\n</body>" in html and document.STYLE in html
+
+
+@pytest.mark.parametrize(("loss", "said"), [(3.26194, "26.10"), (11.0, "59,874.14"),
+                                            (1e9, "1.01e+304"), (None, None)])
+def test_a_perplexity_that_has_blown_up_is_short(loss, said):
+    assert runs_page._perplexity(logged("a", [], [{"loss": loss}] if loss else [])) == said
+
+
+@pytest.mark.parametrize(("value", "said"), [
+    (0.5, "0.5"), (9999.0, "9,999"), (10_000, "10k"), (123_456, "123.5k"), (2_048_000, "2.048M"),
+    (300e9, "300G"), (1.25e12, "1.25T"), (6e15, "6000T")])
+def test_large_numbers_have_prefixes(value, said):
+    assert runs_page.si(value) == said

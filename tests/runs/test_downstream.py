@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -87,15 +86,15 @@ def test_each_waits_for_the_run_that_it_starts_from(asked, monkeypatch, tmp_path
     planned = {trial.output: (trial, cell.recipes[seed]) for cell in cells(experiment, path, [])
                for seed, trial in cell.trials.items()}
 
-    def run(words, **options):
+    def run(words, until, **options):
         output = Path(next(w for w in words if w.startswith("output=")).partition("=")[2]
                       if "--task=e2e" not in words else words[2])
         started.append((Path(words[1]).stem, output.relative_to(tmp_path / "out")))
         if output in planned and started[-1][1] != Path("masks=dense/seed=2"):
             finish(*planned[output], 2.0)
-        return SimpleNamespace(returncode=0)
+        return 0
 
-    monkeypatch.setattr(runner.subprocess, "run", run)
+    monkeypatch.setattr(runner, "_exit_code", run)
     monkeypatch.setattr(downstream.Tuned, "done", property(
         lambda self: ("finetune", self.trial.output.relative_to(tmp_path / "out")) in started))
     monkeypatch.setattr(sys, "argv", ["experiment.py", str(path)])
@@ -124,8 +123,7 @@ def test_the_shipped_ordering_is_fifteen_fine_tunings_in_spdfs_order():
 
 
 def test_a_command_that_is_asked_to_stop_ends_the_grid(monkeypatch, tmp_path):
-    monkeypatch.setattr(runner.subprocess, "run",
-                        lambda words, **options: SimpleNamespace(returncode=-15))
+    monkeypatch.setattr(runner, "_exit_code", lambda words, until, **options: -15)
     assert runner.run_all({tmp_path / "a": ["x"], tmp_path / "b": ["x"]}) == [75]
 
 
@@ -148,7 +146,9 @@ def test_a_grid_that_tunes_is_not_fine_tuned(grid):
         load_experiment(grid(axes=AXES, finetune=FINETUNE, tune={"optimizer.lr": 2}))
 
 
-def test_short_axes_are_labels():
-    short = Downstream(recipe="r", axes={"optimizer.lr": [1e-3]})
+def test_short_axes_are_labels_and_numbers_name_them():
+    short = Downstream(recipe="r", axes={"optimizer.lr": [1e-3]}, exclude=[{"optimizer.lr": 1e-3}],
+                       order=[{"width": 64}])
     assert json.loads(short.model_dump_json())["axes"] == {
         "optimizer.lr": {"0.001": {"optimizer.lr": 1e-3}}}
+    assert (short.exclude, short.order) == ([{"optimizer.lr": "0.001"}], [{"width": "64"}])

@@ -15,6 +15,7 @@ import yaml
 from warm_commands import run_warm
 
 from megatron_spdf.recipe.recipe import Recipe
+from megatron_spdf.reports.score_table import read_scores
 from megatron_spdf.runs.experiment import (
     cells,
     load_experiment,
@@ -73,12 +74,15 @@ def finish(trial, recipe, *losses: float, step: int | None = None) -> None:
     (trial.output / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
 def test_a_shipped_grid_is_valid(path):
     experiment, found = grid_of(path)
     assert len(found) == {"comparison": 20, "transfer": 90, "fair_comparison": 34,
-                          "newborn": 15, "scaling_law": 110, "e2e_ordering": 3}[path.stem]
-    assert len({t.output for c in found for t in c.trials.values()}) == 3 * len(found)
+                          "newborn": 15, "scaling_law": 110, "e2e_ordering": 3,
+                          "one_card": 4}[path.stem]
+    assert len({t.output for c in found for t in c.trials.values()}) == (
+        len(experiment.seeds) * len(found))
     assert not any(of(c).output == experiment.output for c in found)
 
 
@@ -217,3 +221,29 @@ def test_a_grid_is_run_reported_and_not_run_again(grid, tmp_path):
     assert (tmp_path / "out/results.md").read_text().count("\n| 0") == 2
     assert (tmp_path / "out/results.png").stat().st_size > 1000
     run("--only", "sparsity=0.5", code=2)
+    _fine_tune(path, tmp_path, run)
+
+
+def _fine_tune(path: Path, place: Path, run) -> None:
+    """The sparse run is fine-tuned with its mask, decoded and scored, once."""
+    pairs = [json.dumps({"context": f"a {n}", "completion": f"b {n}"}) for n in range(8)]
+    (place / "pairs").mkdir()
+    for split in ("train", "validation", "test"):
+        (place / f"pairs/{split}.jsonl").write_text("\n".join(pairs) + "\n")
+    (place / "tune.yaml").write_text(yaml.safe_dump({
+        "checkpoint": "none", "output": "none", "data": {"task": "jsonl", "path": "pairs"},
+        "train": {"epochs": 1, "global_batch": 4, "micro_batch": 4, "precision": "fp32"},
+        "optimizer": {"lr": 1e-3, "warmup_steps": 1},
+        "log": {"every": 1, "tensorboard": False, "ranks_every": 0}}))
+    path.write_text(path.read_text() + yaml.safe_dump({"finetune": {
+        "recipe": "tune.yaml", "axes": {"mode": ["sparse"]},
+        "decoding": {"beams": 2, "max_new_tokens": 4}}}))
+    only = ("--only", "sparsity=0.75")
+    assert "1 runs, 0 to do, and 2 fine-tunings and evaluations" in run(*only)
+    (row,) = read_scores(place / "out/scores.csv")
+    assert row.labels == {"sparsity": "0.75", "mode": "sparse"} and row.seed == 1
+    before = json.loads((place / "out/results.json").read_text())["cells"][0]
+    assert row.pretraining_loss == before["mean"]
+    assert row.pretraining_flops == pytest.approx(before["flops"]) and row.fine_tuning_flops > 0
+    assert row.scores.keys() >= {"BLEU", "perplexity"} and row.scores["perplexity"] > 1.0
+    assert "1 runs, 0 to do\n" in run(*only)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -87,21 +86,21 @@ def test_a_command_is_of_this_python_or_of_the_launcher():
 
 @pytest.fixture
 def runs(monkeypatch, tmp_path):
-    """Runs commands, whose words are exit codes, in the place of subprocess. Returns the codes, and
+    """Runs commands, whose words are exit codes, without processes. Returns the codes, and
     output and environment of each; as many of them as `meet` wait for each other."""
     def run(words: list[int], jobs: int | None, meet: int = 1, patience: float = 20.0):
         started, barrier = [], threading.Barrier(meet)
 
-        def start(words, stdout, stderr, check, env):
+        def start(words, until, stdout, stderr, env):
             started.append((stdout, env))
             assert stdout is stderr
             if len(started) <= meet:
                 barrier.wait(patience)
             if stdout:
                 os.write(stdout.fileno(), b"written")
-            return SimpleNamespace(returncode=int(words[0]))
+            return int(words[0])
 
-        monkeypatch.setattr(grid.subprocess, "run", start)
+        monkeypatch.setattr(grid, "_exit_code", start)
         commands = {tmp_path / "grid" / f"run={i}": [str(code)] for i, code in enumerate(words)}
         return run_all(commands, jobs), started
     return run

@@ -27,6 +27,7 @@ class Stub(ModuleType):
         super().__init__("wandb")
         self.__spec__ = importlib.machinery.ModuleSpec("wandb", None, origin="stub")
         self.started, self.said, self.finished, self.broken = [], [], 0, set()
+        self.torn_down = False
         self.Settings = lambda **settings: SimpleNamespace(**settings)
 
     def init(self, *, project, entity, id, resume, name, dir, config, settings):
@@ -44,6 +45,9 @@ class Stub(ModuleType):
     def finish(self):
         self._fail("finish")
         self.finished += 1
+
+    def teardown(self):
+        self.torn_down = True
 
     def _fail(self, call: str) -> None:
         if call in self.broken:
@@ -138,6 +142,7 @@ def test_its_failure_ends_nothing_and_it_is_begun_again(run, wandb, monkeypatch,
     said = capsys.readouterr().out.count("could NOT write to Weights & Biases: "
                                          f"{broken}: no network")
     assert said == (broken != "finish")
+    assert wandb.torn_down == (broken == "finish")  # so that a dead service is not asked again
     assert len({started.id for started in wandb.started}) == 1
 
 

@@ -69,6 +69,7 @@ def selection(tmp_path) -> dict:
     return json.loads((tmp_path / "out/selection.json").read_text())
 
 
+@pytest.mark.slow
 def test_every_combination_runs_once_and_the_lowest_loss_is_selected(sweep, tmp_path):
     done = sweep(TWO_BY_TWO)
     assert done.returncode == 0, done.stderr
@@ -81,6 +82,7 @@ def test_every_combination_runs_once_and_the_lowest_loss_is_selected(sweep, tmp_
     assert ran(again) == [] and again.stdout.count("done before") == 4 and again.returncode == 0
 
 
+@pytest.mark.slow
 def test_a_run_that_is_not_done_goes_on(sweep, tmp_path):
     sweep(TWO_BY_TWO)
     newest = tmp_path / "out/optimizer.lr=0.25,train.global_batch=8/checkpoints/step_00000040"
@@ -97,6 +99,7 @@ def test_a_run_that_is_not_done_goes_on(sweep, tmp_path):
                                                          "train.global_batch": 8}
 
 
+@pytest.mark.slow
 def test_printing_runs_nothing_and_an_index_runs_one(sweep, tmp_path):
     printed = sweep(TWO_BY_TWO, "seed=3", "--print")
     lines = printed.stdout.splitlines()
@@ -111,6 +114,7 @@ def test_printing_runs_nothing_and_an_index_runs_one(sweep, tmp_path):
     assert selection(tmp_path)["unfinished"] == 3
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_loses_and_one_that_is_stopped_stops_the_sweep(sweep, tmp_path):
     done = sweep("{optimizer.lr: [1.0, 0.5, 2.0, 0.25], train.global_batch: [8]}")
     assert done.returncode == 75 and ran(done) == ["1.0 8", "0.5 8", "2.0 8"]
@@ -120,6 +124,7 @@ def test_a_run_that_diverges_loses_and_one_that_is_stopped_stops_the_sweep(sweep
     assert sweep("{optimizer.lr: [1.0], train.global_batch: [8]}").returncode == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("values, words, said", [
     ("{}", [], "lists no values to try"),
     ("{optimizer.lr: []}", [], "no values to try for optimizer.lr"),

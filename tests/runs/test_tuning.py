@@ -89,6 +89,7 @@ def run(cell, trials, loss) -> None:
                 finish(trial, there.recipes[seed], loss(point, seed))
 
 
+@pytest.mark.slow
 def test_a_cell_is_tuned_with_the_first_seed_and_then_run_with_all(grid):
     (cell,) = grid({"sparsity": [0]})
 
@@ -182,6 +183,7 @@ def test_a_page_without_a_place_is_refused_before_a_run(grid, tmp_path, monkeypa
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_tool_goes_round_after_round_until_all_is_done(grid, tmp_path, monkeypatch, capsys):
     cells = grid({"sparsity": [0, 0.75]}, tune={"optimizer.lr": 2})
     rounds = []

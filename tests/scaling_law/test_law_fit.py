@@ -41,6 +41,7 @@ def test_known_coefficients_are_recovered(name):
     assert fitted.error < 1e-8 and not fitted.doubts
 
 
+@pytest.mark.slow
 def test_noise_leaves_the_gain_and_widens_the_intervals():
     fitted = fit_law(points(noise=0.003), starts=8, samples=20)
     gain, low, high = fitted.gains[0.75]

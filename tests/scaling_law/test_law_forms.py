@@ -74,6 +74,7 @@ def test_equivalent_sizes_by_hand():
     assert GROUPS.form.gains(Law(GROUPS.form, without), []) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("law", [AVERAGE, GROUPS], ids=lambda law: law.form.name)
 def test_held_out_losses_are_within_their_intervals(law):
     """9 in 10 are: of 40 a run, 36 on average, with a spread of 1.9."""
@@ -91,6 +92,7 @@ def test_held_out_losses_are_within_their_intervals(law):
     assert f"{sum(p.inside for p in fitted.predictions)} of 40 measured" in render_fit(fitted)
 
 
+@pytest.mark.slow
 def test_what_runs_of_a_cell_share_widens_the_intervals():
     points = made(GROUPS, noise=0.0005, of_cells=0.004)
     widths = [high - low for own in (points, [replace(p, cell="") for p in points])

@@ -104,6 +104,7 @@ def test_an_unknown_engine_gets_the_nearest_first(recipe):
     assert ENGINES.get("plain").load() is plain_engine.PlainEngine
 
 
+@pytest.mark.slow
 def test_planning_imports_no_engine():
     code = ("import sys; from megatron_spdf.recipe.load import load_recipe; "
             "from megatron_spdf.planning.memory import rank_bytes; "

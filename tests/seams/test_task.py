@@ -56,6 +56,7 @@ def test_it_is_trained_decoded_and_scored(place):
     assert official.read_text() == "eert\nnus\nnoom\nrats\n"
 
 
+@pytest.mark.slow
 def test_outputs_of_others_are_scored_in_its_form(place):
     (place / "outputs.txt").write_text("EERT\nnus\nnoom\nstar\n")
     done = run(place, "tools/evaluate.py", "--task", "mirror", "--predictions", "outputs.txt",
@@ -71,6 +72,7 @@ def test_help_lists_it(place):
     assert re.search("^  mirror +words to their mirror images$", shown, re.M) and "webnlg" in shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [
     ("finetune.py", "recipe.yaml", "output=none"),
     ("tools/evaluate.py", "nowhere", "--task", "mirror"),

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable
 
 import pytest
-from conftest import Cluster, records
+from local_cluster import Cluster, records
 
 pytestmark = pytest.mark.slow
 

@@ -16,6 +16,7 @@ SCRIPTS = sorted(ROOT.glob("launch/*.sh"))
 BIN = Path(sys.executable).parent
 
 
+@pytest.mark.slow
 def test_shellcheck():
     scripts = [*SCRIPTS, *ROOT.glob("tests/slurm/*.sh")]
     done = subprocess.run([BIN / "shellcheck", "-x", "-P", "SCRIPTDIR", *scripts],

@@ -20,6 +20,7 @@ from megatron_spdf.runs.run_dir import splits_of
 from megatron_spdf.runs.selection import trials
 
 ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.slow  # starts launch scripts
 SRUN = """#!/bin/bash
 while [[ $1 = --* ]]; do echo "option $1" >>"$SAID"; shift; done
 exec "$@"

@@ -78,6 +78,7 @@ def test_set_draws_anew_for_every_slice_move_and_seed(values):
             assert len(one & other) < 10  # 30 of 300 each: 3 by chance
 
 
+@pytest.mark.slow
 def test_set_draws_every_inactive_entry_alike(values):
     """A chi-squared test over 2,000 moves."""
     counts = np.zeros(N)

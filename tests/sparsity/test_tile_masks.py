@@ -37,6 +37,7 @@ def test_every_row_and_every_column_has_as_many_tiles(grid, per_row):
                                                    // grid[1]).all()
 
 
+@pytest.mark.slow
 def test_every_tile_and_every_pair_of_tiles_in_a_row_is_equally_likely():
     draws, n, k = 1500, 6, 2
     drawn = np.array([draw_tile_mask(0, NAME, slice_id, (n, n), k) for slice_id in range(draws)])

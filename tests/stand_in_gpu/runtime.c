@@ -106,9 +106,10 @@ static cudaError_t copy(void *to, const void *from, size_t size) {
   if (!(there && here) || computes() || size <= LARGE) memmove(to, from, size);
   return cudaSuccess;
 }
+static cudaError_t wait(void);
 cudaError_t cudaMemcpy(void *to, const void *from, size_t size, enum cudaMemcpyKind kind) {
-  counted.waits++;
-  return copy(to, from, size);
+  copy(to, from, size);
+  return wait();
 }
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size, enum cudaMemcpyKind kind, cudaStream_t stream) {
   return copy(to, from, size);
@@ -181,7 +182,15 @@ cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr attribute, in
   return cudaSuccess;
 }
 
-cudaError_t cudaDeviceSynchronize(void) { counted.waits++; return cudaSuccess; }
+/* The stream that is captured into a graph, within which nobody may wait; a graph is one launch. */
+static cudaStream_t captured;
+static unsigned long long captures;
+static cudaError_t wait(void) {
+  counted.waits++;
+  return captured ? (last_error = cudaErrorStreamCaptureUnsupported) : cudaSuccess;
+}
+
+cudaError_t cudaDeviceSynchronize(void) { return wait(); }
 cudaError_t cudaPeekAtLastError(void) { return last_error; }
 cudaError_t cudaGetLastError(void) {
   cudaError_t error = last_error;
@@ -190,6 +199,7 @@ cudaError_t cudaGetLastError(void) {
 }
 const char *cudaGetErrorName(cudaError_t error) { return cudaGetErrorString(error); }
 const char *cudaGetErrorString(cudaError_t error) {
+  if (error == cudaErrorStreamCaptureUnsupported) return "operation not permitted when stream is capturing";
   return error == cudaErrorMemoryAllocation ? "out of memory" : "error of the stand-in";
 }
 
@@ -201,21 +211,38 @@ cudaError_t cudaStreamCreateWithPriority(cudaStream_t *stream, unsigned flags, i
   *stream = fresh();
   return cudaSuccess;
 }
-cudaError_t cudaStreamSynchronize(cudaStream_t stream) { counted.waits++; return cudaSuccess; }
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return wait(); }
 cudaError_t cudaStreamGetPriority(cudaStream_t stream, int *priority) { *priority = 0; return cudaSuccess; }
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, enum cudaStreamCaptureStatus *status) {
-  *status = cudaStreamCaptureStatusNone;
+  *status = captured && stream == captured ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }
 cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, enum cudaStreamCaptureStatus *status, unsigned long long *id,
                                      cudaGraph_t *graph, const cudaGraphNode_t **nodes, const cudaGraphEdgeData **edges,
                                      size_t *count) {
+  if (id) *id = captures;
   return cudaStreamIsCapturing(stream, status);
 }
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMode mode) {
+  captured = stream;
+  captures++;
+  return cudaSuccess;
+}
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph) {
+  *graph = fresh();
+  captured = NULL;
+  return cudaSuccess;
+}
+cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t *nodes, size_t *count) { *count = 1; return cudaSuccess; }
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t *run, cudaGraph_t graph, unsigned long long flags) {
+  *run = fresh();
+  return cudaSuccess;
+}
+cudaError_t cudaGraphLaunch(cudaGraphExec_t run, cudaStream_t stream) { stand_in_launch(); return cudaSuccess; }
 cudaError_t cudaEventCreate(cudaEvent_t *event) { *event = fresh(); return cudaSuccess; }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags) { return cudaEventCreate(event); }
 cudaError_t cudaEventDestroy(cudaEvent_t event) { free(event); return cudaSuccess; }
-cudaError_t cudaEventSynchronize(cudaEvent_t event) { counted.waits++; return cudaSuccess; }
+cudaError_t cudaEventSynchronize(cudaEvent_t event) { return wait(); }
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   clock_gettime(CLOCK_MONOTONIC, (struct timespec *)event);
   return cudaSuccess;

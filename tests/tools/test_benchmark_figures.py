@@ -446,6 +446,7 @@ def test_what_a_move_adds():
                      "move_seconds": 2.0, "share": 4.0 / 150}
 
 
+@pytest.mark.slow
 def test_a_part_writes_rows_and_begins_nothing_when_time_is_short(tmp_path, clock):
     part = Part(sizes.CPU, tmp_path / "rows", until=clock[0])
     assert part.attempt("t", "a", lambda: part.write("t", n=1)) is True
@@ -474,6 +475,7 @@ def test_columns_of_training():
     assert list(bare.values())[-3:] == [None, None, None]
 
 
+@pytest.mark.slow
 def test_the_dense_search_has_half_of_the_time(monkeypatch, clock, tmp_path):
     asked = []
     monkeypatch.setattr("benchmarks.engines.joined", contextmanager(lambda recipe: iter([CPU])))
@@ -645,3 +647,24 @@ def test_without_a_gpu_no_peak_is_shown():
                                   "sparse": {**run, "peak_bytes": 3 * 2**29}})[0]
     cells = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines()[2:]]
     assert [row[-2:] for row in cells] == [["-", "1.000"], ["1.50", "1.000"]]
+
+
+def test_the_planner_is_calibrated_on_the_first_and_predicts_the_others(recipe, monkeypatch):
+    """At the efficiency found, the prediction of the first is what was measured."""
+    from benchmarks import predictions
+
+    from megatron_spdf.planning.step_time import step_time
+
+    monkeypatch.setattr(predictions, "this_card", lambda: GPUS["h100"])
+    big = {"model": {"hidden": 1024, "heads": 16, "layers": 4}, "train": {"sequence_length": 256}}
+    made = {"dense": recipe(**big), "other": recipe(sparsity=0.5, **big), "lost": recipe(**big)}
+    plans = {name: Plan.of(r) for name, r in made.items()}
+    at = step_time(made["dense"], plans["dense"], GPUS["h100"], 0.35).total
+    dense, other = predictions.calibrated(made, {"dense": at, "other": 2.0})
+    assert dense["efficiency"] == other["efficiency"] == pytest.approx(0.35)
+    assert dense["predicted / measured"] == pytest.approx(1.0)
+    there = step_time(made["other"], plans["other"], GPUS["h100"], 0.35).total
+    assert other["predicted step (s)"] == pytest.approx(there)
+    assert other["predicted / measured"] == pytest.approx(there / 2.0)
+    with pytest.raises(ValueError, match="dense was not measured, and the planner"):
+        predictions.calibrated(made, {"other": 1.0})

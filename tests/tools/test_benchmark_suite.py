@@ -188,6 +188,7 @@ def test_the_gpu_trains_other_families_and_moves_masks_by_every_algorithm():
     assert small.model.preset == "gpt2_small" and small.train.precision == "bf16"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sparsity", [sizes.DENSE, "{level: 0.75, dense_copy: per_layer}"])
 def test_the_planners_deepest_model_fits_and_one_layer_more_does_not(sparsity):
     assert sizes.GPU.deep_recipe(sparsity).model.hidden == 4096

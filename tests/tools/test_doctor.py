@@ -32,24 +32,29 @@ def findings_of(name: str, monkeypatch) -> list[Finding]:
     return list(examine())
 
 
+@pytest.mark.slow
 def test_every_check_reports(report):
     assert list(dict.fromkeys(f["check"] for f in report)) == list(CHECKS)
     assert all(f["status"] in (OK, NOTE, WARN, FAIL) and f["fact"] for f in report)
 
 
+@pytest.mark.slow
 def test_no_check_breaks_here(report):
     assert [f for f in report if "the check broke" in f["fact"]] == []
 
 
+@pytest.mark.slow
 def test_a_remedy_is_given_where_something_is_wrong_and_nowhere_else(report):
     assert all(bool(f["remedy"]) == (f["status"] in (WARN, FAIL)) for f in report)
 
 
+@pytest.mark.slow
 def test_two_processes_reduce(report):
     assert [f["fact"] for f in report if f["check"] == "gloo" and f["status"] == OK] == [
         "all-reduce between two processes of this host"]
 
 
+@pytest.mark.slow
 def test_every_pinned_package_is_named(report):
     named = {f["fact"].split()[0] for f in report if f["check"] == "packages"}
     pinned = [line.split("==")[0] for line in (ROOT / "requirements.txt").read_text().splitlines()
@@ -65,6 +70,7 @@ def test_the_engine_is_of_this_python(monkeypatch, python, release):
     assert pinned["megatron-core"].startswith(release) and pinned["torch"] == "2.13.0"
 
 
+@pytest.mark.slow
 def test_it_starts_where_nothing_is_installed(tmp_path):
     venv.create(tmp_path / "bare", symlinks=True)
     done = subprocess.run([tmp_path / "bare" / "bin" / "python", "tools/doctor.py"], cwd=ROOT,
@@ -77,6 +83,7 @@ def test_it_starts_where_nothing_is_installed(tmp_path):
     assert "disk: " in done.stdout and "Traceback" not in done.stdout
 
 
+@pytest.mark.slow
 def test_closed_pipe_ends_quietly():
     done = subprocess.run(f"'{sys.executable}' tools/doctor.py | head -1", shell=True, cwd=ROOT,
                           capture_output=True, text=True, timeout=120, check=False)
@@ -142,6 +149,7 @@ def test_host_name_that_does_not_resolve_fails(monkeypatch):
     assert "/etc/hosts" in finding.remedy
 
 
+@pytest.mark.slow
 def test_failed_all_reduce_names_the_error_and_the_variable(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no_such_if")
     (finding,) = findings_of("gloo", monkeypatch)
@@ -289,3 +297,29 @@ def test_report_for_people_has_status_fact_and_remedy():
     assert str(Finding(WARN, "disk", "1.0 GiB free",
                        "free some")) == "warn disk: 1.0 GiB free\n     -> free some"
     assert str(Finding(OK, "Java", "found")) == "ok   Java: found"
+
+
+def test_optional_parts_say_what_they_are_for_and_how_to_install_them(monkeypatch):
+    monkeypatch.setattr(doctor_checks, "find_package", lambda name: None)
+    pins = doctor_checks.optional_requirements()
+    assert set(doctor_checks.OPTIONAL) == set(pins)
+    for finding, (name, version) in zip(findings_of("optional", monkeypatch), pins.values(),
+                                        strict=True):
+        assert finding.status == NOTE and f"pip install {name}=={version}" in finding.fact
+    monkeypatch.setattr(doctor_checks, "installed_version", lambda name: None)
+    facts = "\n".join(finding.fact for finding in findings_of("accelerators", monkeypatch))
+    for part in ("Transformer Engine", "NVIDIA Apex", "Triton"):
+        assert f"{part} is not installed" in facts
+
+
+def test_an_optional_part_of_another_version_is_told(monkeypatch):
+    monkeypatch.setattr(doctor_checks, "find_package", lambda name: ROOT)
+    monkeypatch.setattr(doctor_checks, "installed_version", lambda name: "0.0.1")
+    assert all("0.0.1" in finding.fact and "tested with" in finding.fact
+               for finding in findings_of("optional", monkeypatch))
+
+
+def test_a_directory_of_the_name_is_no_package(tmp_path, monkeypatch):
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    assert doctor_checks.find_package("wandb") is None

@@ -139,6 +139,7 @@ def table(tmp_path):
     return str(tmp_path / "losses.csv")
 
 
+@pytest.mark.slow
 def test_fit_of_a_table_in_every_form(plan, capsys, table):
     words = ["--starts", "6", "--bootstrap", "4"]
     assert plan(["fit", table, "--form", "all", *words, "--json"]) == 0

@@ -21,7 +21,8 @@ from megatron_spdf.recipe.recipe import Recipe
 def one_graph() -> Iterator[None]:
     """Within, an engine's forward and backward of a step are one CUDA graph from the second step
     on, by Megatron-Core's own wrapper. Its engines are built within too: PyTorch captures no
-    gradient whose node belongs to the default stream."""
+    gradient whose node belongs to the default stream. Models have no dropout."""
+    from megatron.core import full_cuda_graph
     from megatron.core.full_cuda_graph import FullCudaGraphWrapper, StaticBufferLoader
 
     from megatron_spdf.engine import megatron
@@ -31,6 +32,8 @@ def one_graph() -> Iterator[None]:
     fresh = [(FullCudaGraphWrapper, "curr_iteration", dict.fromkeys(both, 0)),
              (FullCudaGraphWrapper, "cuda_graph", dict(both)),
              (FullCudaGraphWrapper, "result", dict(both)),
+             # none is drawn from, and the tracker that a run uses has states that no graph takes
+             (full_cuda_graph, "get_all_rng_states", dict),
              (StaticBufferLoader, "static_buffers", {name: [] for name in both})]
     with ExitStack() as stack:
         for owner, name, value in fresh:  # which it keeps in its classes

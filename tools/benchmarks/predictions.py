@@ -45,8 +45,10 @@ def calibrated(recipes: dict[str, Recipe], seconds: dict[str, float]) -> list[di
     Raises:
         ValueError: no efficiency explains the first.
     """
-    names = [name for name in recipes if name in seconds]
-    first, card = names[0], this_card()
+    names, card = [name for name in recipes if name in seconds], this_card()
+    first = next(iter(recipes))
+    if first not in seconds:
+        raise ValueError(f"{first} was not measured, and the planner is calibrated on it")
     efficiency = efficiency_of(recipes[first], Plan.of(recipes[first]), card, seconds[first])
     rows = []
     for name in names:

@@ -1,4 +1,4 @@
-"""The documents of JSON-lines shards (plain, .zst, .gz) and text files.
+"""The documents of JSON-lines shards (plain, .zst, .gz), Parquet files and text files.
 
 A record that cannot be read is an error that names the place, or is skipped on request and then
 recorded.
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_spdf.data.preprocess import parquet
 from megatron_spdf.data.preprocess.records import (
     MAX_RECORD_BYTES,
     MAX_RECORDED_SKIPS,
@@ -27,7 +28,7 @@ __all__ = ["MAX_RECORDED_SKIPS", "ON_ERROR", "ReadReport", "Skipped"]
 
 # JSON lines go by several names
 FORMATS = (*(f".{kind}{packed}" for kind in ("jsonl", "ndjson", "json")
-             for packed in ("", ".zst", ".gz")), ".txt")
+             for packed in ("", ".zst", ".gz")), parquet.SUFFIX, ".txt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +56,8 @@ def expand_inputs(inputs: Sequence[str | Path]) -> list[Path]:
     order.
 
     Raises:
-        ValueError: an input that matches nothing, a directory, a file of unknown format, a file
-            named twice.
+        ValueError: an input that matches nothing, a directory, a file of unknown format or one
+            whose library is missing, a file named twice.
     """
     paths: list[Path] = []
     for pattern in map(str, inputs):
@@ -74,6 +75,8 @@ def expand_inputs(inputs: Sequence[str | Path]) -> list[Path]:
         if not path.name.endswith(FORMATS):
             raise ValueError(f"input {path} has no known format; its name must end with one of "
                              f"{FORMATS}")
+        if path.suffix == parquet.SUFFIX:
+            parquet.require_pyarrow(path)
     if twice := same_file(paths):
         first, second = twice
         also = "twice" if first == second else f"a second time as {second}, through a link"
@@ -89,8 +92,8 @@ def iterate_documents(
 ) -> Iterator[Document]:
     """The documents of all files, in order. Documents with an empty text are left out.
 
-    A file of JSON lines holds one JSON object a line, its text under `text_key`; a .txt file is one
-    document.
+    A file of JSON lines holds one JSON object a line, its text under `text_key`, and a Parquet file
+    has a row for each, its text in the column of that name; a .txt file is one document.
 
     Args:
         paths: files or glob patterns, as in `expand_inputs`.
@@ -114,8 +117,20 @@ def read_shard(
     path: Path, text_key: str, on_error: str, report: ReadReport, max_bytes: int = MAX_RECORD_BYTES
 ) -> Iterator[Document]:
     """The documents of one file; as `iterate_documents`, but a file may turn out to hold none."""
-    yield from parse_records(path, read_records(path, on_error, report, max_bytes), text_key,
-                             on_error, report)
+    records = read_input(path, (text_key,), on_error, report, max_bytes)
+    yield from parse_records(path, records, text_key, on_error, report)
+
+
+def read_input(path: Path, keys: Sequence[str], on_error: str, report: ReadReport,
+               max_bytes: int) -> Iterator[tuple[int, bytes]]:
+    """The records of a file with their numbers, of whatever format; see `records.read_records`.
+
+    Args:
+        keys: of a record that are of interest, beside "meta"; the first is that of the text.
+    """
+    if path.suffix == parquet.SUFFIX:
+        return parquet.read_rows(path, (*keys, "meta"), on_error, report, max_bytes)
+    return read_records(path, on_error, report, max_bytes)
 
 
 def parse_records(

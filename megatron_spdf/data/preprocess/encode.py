@@ -13,8 +13,8 @@ from typing import ClassVar
 import numpy as np
 
 from megatron_spdf.data.indexed.manifest import PreprocessSettings
-from megatron_spdf.data.preprocess.documents import Document, parse_records
-from megatron_spdf.data.preprocess.records import ReadReport, read_records, reject
+from megatron_spdf.data.preprocess.documents import Document, parse_records, read_input
+from megatron_spdf.data.preprocess.records import ReadReport, reject
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
 
 SPLITS = ("train", "valid", "test")
@@ -76,12 +76,13 @@ def read_batches(paths: Sequence[Path],
     Raises:
         ValueError: under on_error="stop", damage; the records before it have been handed out.
     """
+    keys = [key for key in (settings.text_key, settings.set_key) if key]
     for path in paths:
         report = ReadReport()
         records, size, failure = [], 0, None
         try:
-            for line, record in read_records(path, settings.on_error, report,
-                                             settings.max_document_bytes):
+            for line, record in read_input(path, keys, settings.on_error, report,
+                                           settings.max_document_bytes):
                 records.append((line, record))
                 size += len(record)
                 if size >= _BATCH_BYTES:

@@ -31,7 +31,7 @@ _MOST_BLANK = 1_000_000  # lines in a row
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """A record left out: the file, the line (counted from 1) and what was wrong with it."""
+    """A record left out: the file, the line or row (counted from 1) and what was wrong with it."""
 
     path: str
     line: int
@@ -74,8 +74,9 @@ def reject(path: Path, line: int, reason: str, on_error: str, report: ReadReport
         ValueError: under "stop".
     """
     if on_error == "stop":
+        place = "row" if path.suffix == ".parquet" else "line"
         raise ValueError(
-            f"{path}, line {line}: {reason}. Correct the file, or leave such records out with "
+            f"{path}, {place} {line}: {reason}. Correct the file, or leave such records out with "
             "--on-error skip"
         )
     report.skip(path, line, reason)

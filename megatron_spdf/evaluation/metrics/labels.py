@@ -14,29 +14,28 @@ from collections.abc import Callable
 from functools import wraps
 
 from megatron_spdf.evaluation.metrics.metric import (
-    ALL,
     METRICS,
     ByPart,
     Figure,
     Figures,
     Metric,
     Texts,
-    parts_of,
+    by_part_of,
 )
 from megatron_spdf.evaluation.references import References
 
 _SIGNATURE = "own, of the text that is written; what is no label is wrong"
 
 
-def _by_part(measure: Callable[[Texts, References], Figures]) -> Callable[..., ByPart]:
-    """Applies a measure to each part of the test set, and to all of it."""
+def _of_labels(measure: Callable[[Texts, References], Figures]) -> Callable[..., ByPart]:
+    """Applies a measure to each part of the test set, all of whose references are labels."""
+    measured = by_part_of(measure)
+
     @wraps(measure)
-    def measured(outputs: Texts, references: References) -> ByPart:
+    def checked(outputs: Texts, references: References) -> ByPart:
         require_labels(references)
-        parts = {**parts_of(references), ALL: range(len(outputs))}
-        return {part: measure([outputs[i] for i in inputs], references.of(inputs))
-                for part, inputs in parts.items()}
-    return measured
+        return measured(outputs, references)
+    return checked
 
 
 def require_labels(references: References) -> None:
@@ -48,7 +47,7 @@ def require_labels(references: References) -> None:
                              f"{', '.join(references.labels)}")
 
 
-@_by_part
+@_of_labels
 def accuracy(outputs: Texts, references: References) -> Figures:
     """Share of outputs that are right, in [0, 1], and the number of those that are no label."""
     right = _right(outputs, references)
@@ -59,7 +58,7 @@ def accuracy(outputs: Texts, references: References) -> Figures:
     return figures
 
 
-@_by_part
+@_of_labels
 def binary_f1(outputs: Texts, references: References) -> Figures:
     """F1 of the second label, in [0, 1]; 0 where nothing is of it."""
     true, false_positive, false_negative, _ = _confusion(outputs, references)
@@ -67,7 +66,7 @@ def binary_f1(outputs: Texts, references: References) -> Figures:
     return {"F1": Figure(2 * true / total if total else 0.0, f"{_SIGNATURE}; of the second label")}
 
 
-@_by_part
+@_of_labels
 def matthews(outputs: Texts, references: References) -> Figures:
     """Matthews correlation of two labels, in [-1, 1]; 0 where all are of one."""
     tp, fp, fn, tn = _confusion(outputs, references)

@@ -61,11 +61,17 @@ def parts_of(references: References) -> dict[str, list[int]]:
     return found if len(found) > 1 else {}
 
 
-def by_part(measure: Callable[[Texts, Sequence[Texts]], Figures]) -> Callable[..., ByPart]:
+def by_part_of(measure: Callable[[Texts, References], Figures]) -> Callable[..., ByPart]:
     """Applies a measure to each part of the test set, and to all of it."""
     @wraps(measure)
     def measured(outputs: Texts, references: References) -> ByPart:
-        found = {part: measure([outputs[i] for i in inputs], [references.texts[i] for i in inputs])
-                 for part, inputs in parts_of(references).items()}
-        return {**found, ALL: measure(outputs, references.texts)}
+        parts = {**parts_of(references), ALL: range(len(outputs))}
+        return {part: measure([outputs[i] for i in inputs], references.of(inputs))
+                for part, inputs in parts.items()}
     return measured
+
+
+def by_part(measure: Callable[[Texts, Sequence[Texts]], Figures]) -> Callable[..., ByPart]:
+    """As `by_part_of`, of a measure that takes the texts of the references alone."""
+    return by_part_of(wraps(measure)(
+        lambda outputs, references: measure(outputs, references.texts)))

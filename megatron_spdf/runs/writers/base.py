@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic.fields import FieldInfo
 
 from megatron_spdf.recipe.recipe import LOG_WRITERS, Log
-from megatron_spdf.runs.run_dir import RunDir
+
+if TYPE_CHECKING:  # imports PyTorch, and a recipe is read without
+    from megatron_spdf.runs.run_dir import RunDir
 
 
 class Writer(ABC):

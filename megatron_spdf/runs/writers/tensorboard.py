@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
 from megatron_spdf.recipe.recipe import LOG_WRITERS
-from megatron_spdf.runs.run_dir import RunDir
 from megatron_spdf.runs.writers.base import Writer
+
+if TYPE_CHECKING:
+    from megatron_spdf.runs.run_dir import RunDir
 
 
 class TensorBoard(Writer):

@@ -12,7 +12,7 @@ import os
 import re
 import secrets
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
@@ -20,9 +20,11 @@ from pydantic_core import PydanticCustomError
 from megatron_spdf.files import write_json
 from megatron_spdf.recipe.recipe import LOG_WRITERS
 from megatron_spdf.records import read_json
-from megatron_spdf.runs.run_dir import RunDir
 from megatron_spdf.runs.writers.base import Writer
 from megatron_spdf.version import __version__
+
+if TYPE_CHECKING:
+    from megatron_spdf.runs.run_dir import RunDir
 
 # That the ranks wait for the service at most, at the start and at the end. What has not got there
 # by then lies in RUN/wandb, from which `wandb sync` takes it.
@@ -73,7 +75,13 @@ class WeightsAndBiases(Writer):
 
     def close(self) -> None:
         """See the base."""
-        self._run.finish()
+        import wandb
+
+        try:
+            self._run.finish()
+        except Exception:  # of a service that is gone; the next writer starts another
+            wandb.teardown()
+            raise
 
 
 def _start(project: str, run: RunDir) -> Any:

@@ -1,0 +1,105 @@
+"""Samples of text: what runs answered on a task, and what else was kept of what they wrote."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from megatron_spdf.records import read_bytes
+from megatron_spdf.reports.document import escape, heading, key, paragraph
+from megatron_spdf.reports.pens import Pen
+from megatron_spdf.reports.runs import Logged
+from megatron_spdf.text import lines_of
+
+# Line by line what an evaluation asked and what was answered, as tools/evaluate.py writes it.
+ANSWERS, INPUTS = "evaluation/*/predictions.txt", "inputs.txt"
+TEXTS = "samples/*.txt"  # of a run directory, whoever wrote them
+SHOWN = 4  # inputs of a task, evenly spread over them
+LONGEST = 800  # characters of a text that are shown
+MOST_BYTES = 1 << 27
+
+# Text of what is shown beside its name, and the pen of the run that wrote it.
+Row = tuple[str, Pen | None, str]
+
+
+def samples_section(runs: Sequence[Logged], pens: Mapping[Path, Pen]) -> list[str]:
+    """Section of a page; nothing where no run has kept a text."""
+    parts = [*_answers(runs, pens), *_texts(runs, pens)]
+    if not parts:
+        return []
+    note = (f"The same {SHOWN} inputs of a task for every run, evenly spread over them, and the "
+            "files of samples/ in the directories of the runs. Long texts are cut.")
+    return [heading("Samples of text", name="samples"), *parts, paragraph(note, "note")]
+
+
+def _answers(runs: Sequence[Logged], pens: Mapping[Path, Pen]) -> list[str]:
+    """Evaluations, each with the answers of all runs that were given the same inputs."""
+    found: dict[tuple, list[tuple[Logged, list[str]]]] = defaultdict(list)
+    for run in runs:
+        for file in sorted(run.directory.glob(ANSWERS)):
+            answers = _lines(file)
+            chosen = spread(len(answers))
+            asked = tuple(zip(chosen, *(
+                [lines[i] for i in chosen] if len(lines) == len(answers) else [""] * len(chosen)
+                for lines in (_inputs(file.parent), _references(file.parent))), strict=True))
+            found[file.parent.name, asked].append((run, [answers[i] for i in chosen]))
+    parts = []
+    for (name, asked), answered in found.items():
+        if asked:
+            parts.append(heading(name, 3))
+        for place, (number, given, reference) in enumerate(asked):
+            beside: list[Row] = [("reference", None, reference)] if reference else []
+            parts.append(_sample([(f"input {number + 1:,}", None, given or "not kept"), *beside, *(
+                (run.label, pens[run.directory], answers[place]) for run, answers in answered)]))
+    return parts
+
+
+def _lines(file: Path) -> list[str]:
+    return [line.strip() for line in lines_of(_read(file))]
+
+
+def _read(file: Path) -> str:
+    return read_bytes(file, MOST_BYTES, "move it elsewhere").decode("utf-8-sig", "replace")
+
+
+def _inputs(directory: Path) -> list[str]:
+    file = directory / INPUTS
+    return _lines(file) if file.is_file() else []
+
+
+def _references(directory: Path) -> list[str]:
+    """First reference of each input, in the task's official form if it has one."""
+    official, plain = directory / "reference0", directory / "references.txt"
+    if official.is_file():
+        return _lines(official)
+    groups = _read(plain).split("\n\n") if plain.is_file() else []
+    return [group.partition("\n")[0].strip() for group in groups[:-1]]
+
+
+def spread(count: int) -> list[int]:
+    """Numbers of SHOWN of so many things, evenly spread, or of all of them."""
+    if count <= SHOWN:
+        return list(range(count))
+    return [(2 * i + 1) * count // (2 * SHOWN) for i in range(SHOWN)]
+
+
+def _texts(runs: Sequence[Logged], pens: Mapping[Path, Pen]) -> list[str]:
+    """Files of samples, each name with those of all runs that have it."""
+    found: dict[str, list[Row]] = defaultdict(list)
+    for run in runs:
+        for file in sorted(run.directory.glob(TEXTS)):
+            found[file.stem].append((run.label, pens[run.directory], _read(file).strip()))
+    return [part for name, rows in sorted(found.items())
+            for part in (heading(name, 3), _sample(rows))]
+
+
+def _sample(rows: Sequence[Row]) -> str:
+    """List of texts about one thing."""
+    items = "".join(f"<dt>{key(pen) if pen else ''}{escape(label)}</dt><dd>{escape(_cut(text))}"
+                    "</dd>" for label, pen, text in rows)
+    return f'<dl class="sample">{items}</dl>'
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[:LONGEST].rstrip()} ..."
