@@ -126,7 +126,7 @@ class Table:
                          for i, cells in enumerate(self.cells()))
         # A box that scrolls takes the focus, so that the arrow keys scroll it.
         name = html.escape(caption or f"Table: {', '.join(c.head for c in self.columns)}")
-        return (f'<div class="scroll" role="region" tabindex="0" aria-label="{name}"><table>{about}'
+        return (f'<div class="scroll" role="group" tabindex="0" aria-label="{name}"><table>{about}'
                 f"<thead>{head}</thead>\n<tbody>\n{body}\n</tbody></table></div>")
 
     def _html_row(self, cells: Sequence[str], head: bool = False, mark: str = "") -> str:
@@ -135,7 +135,7 @@ class Table:
         for number, (column, cell) in enumerate(zip(self.columns, cells, strict=True)):
             kind = (" class=text" if column.wraps else " class=left" if column.side == "left"
                     else "")
-            tag = "th" if head or number == 0 and cell else "td"
+            tag = "th" if cell and (head or number == 0) else "td"
             scope = f" scope={'col' if head else 'row'}" if tag == "th" else ""
             inside = cell if isinstance(cell, Html) else html.escape(printable(cell))
             made.append(f"<{tag}{scope}{kind}>{inside}</{tag}>")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -37,6 +38,14 @@ def test_a_page_escapes_what_is_not_html():
     assert ("<th scope=row class=left>&lt;b&gt;</th><td class=left><a>x</a></td>" in page
             and page.count("<th scope=col") == 2)
     assert "<caption>of &amp; &lt;all&gt;</caption>" in page and "<tr class=mark>" in page
+
+
+def test_empty_cells_are_no_heads():
+    page = Table([Column("", lambda row: row[0]), Column("b", lambda row: row[1])],
+                 [("", "x"), ("y", "")]).html()
+    assert re.findall(r"<(t[hd])(?: scope=(\w+))?(?: class=\w+)?>(\w*)<", page) == [
+        ("td", "", ""), ("th", "col", "b"), ("td", "", ""), ("td", "", "x"), ("th", "row", "y"),
+        ("td", "", "")]
 
 
 def test_rows_may_be_objects_and_zeros_stay():

@@ -39,6 +39,7 @@ def test_runs_that_differ_in_seeds_and_places_alone_are_together():
     runs = [logged("a/seed=1", 1), logged("c", 3, values=other), logged("a/seed=2", 2),
             logged("a/seed=3", 3, step=9), logged("again", 1)]
     assert names(runs) == [["a/seed=1", "a/seed=2"], ["c"], ["a/seed=3"], ["again"]]
+    assert names([logged("a", 1, valid=[]), logged("b", 2, valid=[], step=9)]) == [["a"], ["b"]]
 
 
 def test_fine_tuning_of_other_seeds_is_together_where_its_starts_are():

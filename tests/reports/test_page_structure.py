@@ -72,7 +72,7 @@ def test_tables_have_heads_and_scroll_by_themselves(page):
     boxes = [a for a in page.named("div") if a.get("class") == "scroll"]
     assert len(tables) == len(boxes) > 5
     for box in boxes:
-        assert box["role"] == "region" and box["tabindex"] == "0" and box["aria-label"]
+        assert box["role"] == "group" and box["tabindex"] == "0" and box["aria-label"]
     for attributes in page.named("th"):
         assert attributes["scope"] in ("col", "row")
     assert re.search(r"\.scroll \{[^}]*overflow-x: auto", document.STYLE)
