@@ -1,4 +1,4 @@
-"""Gradients that DeepSpeed leaves to us are summed over tensor-parallel ranks and over no others."""
+"""Gradients that DeepSpeed leaves to us are summed over tensor-parallel ranks and no others."""
 
 from __future__ import annotations
 
