@@ -200,10 +200,10 @@ def test_each_process_of_a_node_has_a_gpu(monkeypatch, visible, launcher, local,
         assert joining._device(ranks).index == found and taken == [found]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_rank_0_says_who_is_there(monkeypatch, capsys, recipe, rank):
+@pytest.mark.parametrize(("rank", "device", "backend"), [(0, "cpu", "gloo"), (1, "cuda", "nccl")])
+def test_rank_0_says_who_is_there(monkeypatch, capsys, recipe, rank, device, backend):
     made, joined = recipe(parallel={"data": 2, "timeout": 77}), []
-    monkeypatch.setattr(joining, "_device", lambda ranks: torch.device("cpu"))
+    monkeypatch.setattr(joining, "_device", lambda ranks: torch.device(device))
     monkeypatch.setattr(joining, "_rendezvous", lambda ranks, seconds: "store")
     monkeypatch.setattr(joining.dist, "PrefixStore", lambda name, store: (name, store))
     monkeypatch.setattr(joining.startup_check, "check_in", lambda *arguments: "all are there")
@@ -212,5 +212,5 @@ def test_rank_0_says_who_is_there(monkeypatch, capsys, recipe, rank):
     monkeypatch.setattr(joining, "set_up_groups", lambda recipe: joined.append(recipe))
     joining.init_distributed(Ranks(rank, 2, rank, "torchrun"), made)
     assert capsys.readouterr().out == ("all are there\n" if rank == 0 else "")
-    assert joined == [("gloo", {"store": ("groups", "store"), "rank": rank, "world_size": 2,
+    assert joined == [(backend, {"store": ("groups", "store"), "rank": rank, "world_size": 2,
                                 "timeout": timedelta(seconds=77)}), made]

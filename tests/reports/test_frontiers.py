@@ -44,6 +44,7 @@ def test_the_frontier_is_the_least_loss_of_any_model_and_never_rises():
                      (10 * 100**0.875, 2.75), (1000, 2.5)):
         assert np.interp(at, flops, losses) == pytest.approx(loss, abs=0.01)
     assert (np.diff(losses) <= 0).all()
+    assert set(frontier([spot("worse", 1, 2.0), spot("worse", 9, 2.5)])[1]) == {2.0}
     assert frontier([spot("one", 3.0, 2.0)])[1].tolist() == [2.0] * len(flops)
 
 

@@ -207,3 +207,12 @@ def test_a_rank_that_is_not_there_is_waited_for_so_long_and_said_to_be_missing_t
     assert waiting == [0, 1] and 100.0 <= now[0] < 100.1
     assert [line.split(", ")[-1] for line in capsys.readouterr().err.splitlines()] == [
         "30 s", "60 s", "90 s"]
+
+
+def test_a_rank_reports_its_device_and_the_memory_that_is_free(monkeypatch):
+    monkeypatch.setattr(startup_check.torch.cuda, "get_device_name",
+                        lambda device: f"H100 {device}")
+    monkeypatch.setattr(startup_check.torch.cuda, "mem_get_info", lambda device: (7, 9))
+    assert startup_check._device(torch.device("cuda", 1)) == ("H100 cuda:1", 7)
+    name, free = startup_check._device(torch.device("cpu"))
+    assert name == "cpu" and free > 0

@@ -59,14 +59,15 @@ def test_rates_and_spreads_of_groups_are_shown_where_they_differ(plan, capsys):
     table = [line.split() for line in capsys.readouterr().out.partition(
         "parametrization density, base density 1\n")[2].splitlines()]
     (qkv,) = (row for row in table if row and row[0].endswith("linear_qkv.weight"))
-    assert qkv[-5:] == ["4", "0.2500", "0.04", "4", "0.004"]  # layers, 0.02 / sqrt(1 / 4), x 4
+    assert qkv[-5:] == ["3", "0.2500", "0.04", "4", "0.004"]  # layers, 0.02 / sqrt(1 / 4), x 4
     (norms,) = (row for row in table if row[:1] == ["norms"])
     assert norms[-2:] == ["1", "0.003"]
     assert plan([DEMO, *words, "--gpu", "h100", "--json"]) == 0
     groups = json.loads(capsys.readouterr().out)["groups"]
     assert {row["peak_learning_rate"] for row in groups} == {4e-3, 8e-3, 3e-3}
     assert {row["initial_std"] for row in groups if "embedding" in row["weight"]} == {0.05}
-    assert plan([DEMO, "--gpu", "h100"]) == 0 and "parametrization" not in capsys.readouterr().out
+    same = str(ROOT / "configs/pretrain/gpt_tiny.yaml")
+    assert plan([same, "--gpu", "h100"]) == 0 and "parametrization" not in capsys.readouterr().out
 
 
 def test_html(plan, capsys, tmp_path):

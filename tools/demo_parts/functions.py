@@ -23,8 +23,9 @@ MODULES = ("os", "json", "email", "http", "csv", "socket", "ast", "time", "strin
 THINGS = ("a string", "a list", "an integer", "a dictionary", "a tuple", "a bytes object",
           "an iterator", "a set")
 ERRORS = ("ValueError", "TypeError", "OSError", "KeyError", "IndexError", "RuntimeError")
-SPLITS = {"train": 800, "validation": 100, "test": 100}  # records
+SPLITS = {"train": 800, "validation": 40, "test": 60}  # records
 RIGHT = 3  # sentences for a record of validation and test; training has one line for each of two
+TRAINING_LINES = 2 * SPLITS["train"]
 
 Record = dict[str, str]
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 
@@ -15,56 +16,55 @@ from megatron_spdf.sparsity.plan import Plan
 from megatron_spdf.tables import Column, Table, Unit
 
 
-def pretraining_table(runs: dict[str, Logged]) -> str:
-    """The runs side by side, with the ratio of the last to the first."""
+def pretraining_table(runs: Mapping[str, Logged]) -> str:
+    """The runs side by side, with the ratio of the second to the first, which is dense."""
     rows: dict[str, list[float]] = {}
     for run in runs.values():
         recipe = load_recipe(run.recipe)
-        plan = Plan.of(recipe)
-        losses = [r["loss"] for r in run.train]
-        held = run.bytes
-        state = held["parameters"] + held["gradients"] + held["optimizer"]
         for label, value in {
-            "parameters, active (M)": _active_parameters(recipe, plan) / 1e6,
-            "training loss, mean of the last tenth": mean(losses[-max(1, len(losses) // 10):]),
-            "validation perplexity": run.valid[-1]["perplexity"],
+            "parameters, active (M)": _active_parameters(recipe, Plan.of(recipe)) / 1e6,
+            "training loss, last tenth": _last_tenth([r["loss"] for r in run.train]),
+            "validation perplexity": run.perplexity or math.nan,
             "tokens/s, median": run.tokens_per_second,
             "training FLOPs (1e12)": run.flops / 1e12,
-            "weights + gradients + optimizer, rank 0 (MiB)": state / 2**20,
-            "sent per step by rank 0, tensor parallel (MiB)": held["sent_per_step"] / 2**20,
-            "sent per step and data-parallel rank* (MiB)": 2 * held["gradients"] / 2**20,
-            "checkpoint on disk (MiB)": _checkpoint_bytes(run.directory) / 2**20,
+            "state of a rank (MiB)": (run.state_bytes or 0) / 2**20,
+            "sent by a replica* (MiB/step)": 2 * run.bytes["gradients"] / 2**20,
+            "checkpoint (MiB)": _checkpoint_bytes(run.directory) / 2**20,
         }.items():
             rows.setdefault(label, []).append(value)
     columns = [Column("", "label"), *(Column(name, form=",.2f") for name in runs),
-               Column("ratio", form=".3f")]
+               Column("static / dense", form=".3f")]
     table = Table(columns, [{"label": label, **dict(zip(runs, values, strict=True)),
-                             "ratio": values[-1] / values[0]} for label, values in rows.items()])
-    note = ("* computed from the gradient buffers: gradients reduced and parameters gathered once "
-            "a step, were there\n  more than one replica. Embeddings, norms and biases are dense, "
-            "and large in a model this small.")
+                             "static / dense": values[1] / values[0]}
+                            for label, values in rows.items()])
+    note = """State: weights, gradients, optimizer. *Computed from the gradient buffers: gradients
+reduced and parameters gathered once a step, were there replicas. Embeddings, norms and
+biases are dense, and large in a model this small."""
     return f"{table.text()}\n{note}"
 
 
-def fine_tuning_table(runs: Sequence[Logged]) -> str:
-    """The paper's table in small: FLOPs of both modes, and scores of the fine-tuned models."""
-    scale = Unit("1e12 FLOPs", 1e12)
-    columns = [Column("pre-trained", lambda a: f"{a.start.sparsity:.0%} sparse"
-                      if a.start.sparsity else "dense"),
+def fine_tuning_table(runs: Sequence[Logged], names: Mapping[str, str]) -> str:
+    """The paper's table in small: FLOPs of both modes, and scores of the fine-tuned models.
+
+    Args:
+        names: directory of a pre-training run -> its name.
+    """
+    scale = Unit("1e12", 1e12)
+    columns = [Column("pre-trained", lambda a: names[a.start.directory.name]),
                Column("fine-tuned", lambda a: a.run.values["mode"]),
-               Column("pre-training", "pretraining", ".2f", scale),
-               Column("fine-tuning", "fine_tuning", ".2f", scale),
-               Column("together", form=".2f", unit=scale),
+               Column("FLOPs", "pretraining", ".2f", scale),
+               Column("tuning", "fine_tuning", ".2f", scale),
                Column("speed-up", "speed_up", ".2f", suffix="x"),
-               *(Column(name, lambda a, name=name: a.run.scores[name], ".4g")
+               *(Column(name, lambda a, name=name: a.run.scores[name], ".3f")
                  for name in ("BLEU", "ROUGE-L", "perplexity"))]
     table = Table(columns, [account for account in accounts(runs) if account.start])
-    note = ("Synthetic table-to-text made by a grammar, test records not seen in training; one "
-            "seed. BLEU in [0, 1];\nperplexity of the references. FLOPs are forward and backward.")
+    note = """FLOPs forward and backward, by active weights; speed-up of both together. Synthetic
+table-to-text, test records not seen in training; one seed. BLEU in [0, 1]; perplexity of
+the references."""
     return f"{table.text()}\n{note}"
 
 
-def plot_losses(runs: dict[str, Logged], path: Path) -> None:
+def plot_losses(runs: Mapping[str, Logged], path: Path) -> None:
     """Training and validation loss of every run against its training FLOPs."""
     import matplotlib
 
@@ -84,6 +84,10 @@ def plot_losses(runs: dict[str, Logged], path: Path) -> None:
     axes.grid(alpha=0.3)
     figure.tight_layout()
     save_figure(figure, path)
+
+
+def _last_tenth(values: list[float]) -> float:
+    return mean(values[-max(1, len(values) // 10):])
 
 
 def _active_parameters(recipe: Recipe, plan: Plan) -> int:
