@@ -214,3 +214,23 @@ def test_rank_0_says_who_is_there(monkeypatch, capsys, recipe, rank, device, bac
     assert capsys.readouterr().out == ("all are there\n" if rank == 0 else "")
     assert joined == [(backend, {"store": ("groups", "store"), "rank": rank, "world_size": 2,
                                 "timeout": timedelta(seconds=77)}), made]
+
+
+@pytest.mark.parametrize(("rank", "agent", "restarts", "hosts"), [
+    (0, None, None, True), (1, None, "2", False), (0, "True", "2", False), (0, "False", "0", True)])
+def test_rank_0_hosts_the_store_unless_torchruns_agent_does(monkeypatch, head, rank, agent,
+                                                            restarts, hosts):
+    """Each start of torchrun has keys of its own."""
+    head("127.0.0.1", 29999)
+    for key, value in {"TORCHELASTIC_USE_AGENT_STORE": agent,
+                       "TORCHELASTIC_RESTART_COUNT": restarts}.items():
+        monkeypatch.setenv(key, value or "")
+        if value is None:
+            monkeypatch.delenv(key)
+    asked = []
+    monkeypatch.setattr(joining.dist, "TCPStore",
+                        lambda *place, **settings: asked.append((place, settings)))
+    monkeypatch.setattr(joining.dist, "PrefixStore", lambda name, store: name)
+    assert joining._rendezvous(Ranks(rank, 2, rank, "srun"), 7.0) == f"start {restarts or 0}"
+    assert asked == [(("127.0.0.1", 29999), {"is_master": hosts, "wait_for_workers": False,
+                                            "timeout": timedelta(seconds=7)})]

@@ -4,11 +4,12 @@ stages."""
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from megatron_spdf.architecture.base import EMBEDDING, HEAD
-from megatron_spdf.planning.buffers import lay_out, layers_of, local_parameters
+from megatron_spdf.planning.buffers import _fill, lay_out, layers_of, local_parameters
 from megatron_spdf.planning.memory import RankBytes, rank_bytes, render_layout, zero_bytes
 from megatron_spdf.planning.moves import moves_of
 from megatron_spdf.recipe.load import load_recipe
@@ -245,3 +246,12 @@ def test_tiles_that_a_gpu_multiplies_are_not_expanded_there(recipe):
 def test_expanding_layer_by_layer_keeps_no_copy(recipe, pattern):
     r = recipe(sparsity={"level": 0.75, "pattern": pattern, "tile": 8, "dense_copy": "per_layer"})
     assert [rank_bytes(r, Plan.of(r), 0, on_gpu).expanded for on_gpu in (True, False)] == [0, 0]
+
+
+def test_a_bucket_ends_with_the_parameter_that_fills_it_and_none_is_empty():
+    """As Megatron-Core's do; a tied embedding is alone in its own."""
+    chunk = [SimpleNamespace(name=name, elements=128) for name in (EMBEDDING, "a", "b")]
+    for limit, buckets in ((128, ((0, 128), (128, 256), (256, 384))),
+                           (129, ((0, 256), (256, 384))), (None, ((0, 256), (256, 384)))):
+        assert _fill(chunk, 2, True, limit).buckets == buckets
+    assert _fill(chunk[1:], 0, True, None).buckets == ((0, 256),)

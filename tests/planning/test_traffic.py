@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 
+from megatron_spdf.engine.table import deepspeed
 from megatron_spdf.planning.buffers import lay_out
 from megatron_spdf.planning.traffic import classify, route, step_traffic, wire_share
 from megatron_spdf.sparsity.plan import Plan
@@ -66,6 +67,26 @@ def test_data_parallelism_sends_the_buffers(recipe, zero, keys):
     ({"tensor": 2, "zero_stage": 0}, 12), ({"pipeline": 2, "data": 2, "zero_stage": 0}, 12)])
 def test_loss_and_stop_flag_are_agreed_on_and_the_norm_where_shards_differ(recipe, layout, size):
     assert sent(recipe, **layout)["control", "all-reduce"] == size
+
+
+@pytest.mark.parametrize("bound", ["PERSISTENT", "REUSE"])
+def test_zero_3_keeps_a_parameter_of_the_most_and_reuses_as_many_as_it_may(recipe, monkeypatch,
+                                                                           bound):
+    """DeepSpeed's thresholds are the largest that are kept, and the most that are used again."""
+    r = recipe(engine="deepspeed", parallel={"data": 2, "zero_stage": 3},
+               train={"global_batch": 16})
+    plan, sizes = Plan.of(r), [w.numel for w in r.model.weights()]
+    at = max(sizes) if bound == "PERSISTENT" else sum(sizes)
+    monkeypatch.setattr(deepspeed, "PERSISTENT", 0)
+    found = []
+    for value in (at, at - 1):
+        monkeypatch.setattr(deepspeed, bound, value)
+        found.append(step_traffic(r, plan, 0)["parameters", "all-gather"])
+    large = sum(n for n in sizes if n == at)
+    if bound == "PERSISTENT":
+        assert found == [2 * sum(sizes), 2 * (sum(sizes) + (MICRO_BATCHES - 1) * large)]
+    else:
+        assert found == [2 * MICRO_BATCHES * sum(sizes), 2 * 2 * MICRO_BATCHES * sum(sizes)]
 
 
 @pytest.mark.parametrize(("layers", "times"), [(4, 1), (128, 2)])
