@@ -134,7 +134,8 @@ def line_chart(lines: Sequence[Line], xlabel: str, ylabel: str, name: str,
         axes.set(xlabel=xlabel, ylabel=ylabel)
         _rule(axes, lines, scale)
 
-    said = [f"{printable(line.label)} ends at {line.y[-1]:.4g}" for line in lines if len(line.y)]
+    said = [f"{printable(line.label)} ends at {line.y[-1]:.4g}" if len(line.y)
+            else f"{printable(line.label)} has none" for line in lines]
     return draw_svg(draw, name, about=f"{name}: {ylabel} over {xlabel}. {'; '.join(said)}.")
 
 

@@ -36,6 +36,7 @@ def test_f1_at_its_edges(outputs, f1):
     """0 where there is nothing of the second label; what is no label is the wrong one."""
     gold = ["not_duplicate", "not_duplicate", "duplicate"]
     assert scored("qqp", outputs, gold)["F1"] == pytest.approx(f1)
+    assert scored("qqp", ["not_duplicate"] * 3, ["not_duplicate"] * 3)["F1"] == 0.0
 
 
 def test_matthews_is_scikit_learns():

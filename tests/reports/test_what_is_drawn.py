@@ -57,17 +57,19 @@ def test_colors_are_repeated_after_ten_with_other_dashes():
 
 
 def test_lines_their_points_and_what_is_said_of_them(drawn):
-    line_chart([A, B], "x (1)", "y (2)", "plot")
+    line_chart([A, B, Line("c", pen(2), [], [])], "x (1)", "y (2)", "plot")
     ((axes, name, _, about),) = drawn
-    first, points, second = axes.lines
-    assert [list(line.get_xdata()) for line in axes.lines] == [[1000, 3000], [3000], [1000, 2000]]
-    assert [list(line.get_ydata()) for line in axes.lines] == [[2, 4], [5], [1, 3]]
-    assert [line.get_color() for line in axes.lines] == ["#0072B2", "#0072B2", "#D55E00"]
-    assert [line.get_gid() for line in axes.lines] == ["series-0", "series-0", None]
-    assert [line.get_linestyle() for line in axes.lines] == ["-", "-", "--"]
+    *drawn_lines, nothing = axes.lines
+    first, points, second = drawn_lines
+    assert not len(nothing.get_xdata()) and not axes.get_legend()
+    assert [list(line.get_xdata()) for line in drawn_lines] == [[1000, 3000], [3000], [1000, 2000]]
+    assert [list(line.get_ydata()) for line in drawn_lines] == [[2, 4], [5], [1, 3]]
+    assert [line.get_color() for line in drawn_lines] == ["#0072B2", "#0072B2", "#D55E00"]
+    assert [line.get_gid() for line in drawn_lines] == ["series-0", "series-0", None]
+    assert [line.get_linestyle() for line in drawn_lines] == ["-", "-", "--"]
     assert {line.get_alpha() for line in (first, second)} == {1.0} and points.get_marker() == "o"
     assert (axes.get_xlabel(), axes.get_ylabel(), name) == ("x (1)", "y (2)", "plot")
-    assert about == "plot: y (2) over x (1). a ends at 4; b ends at 3." and not axes.get_legend()
+    assert about == "plot: y (2) over x (1). a ends at 4; b ends at 3; c has none."
     assert isinstance(axes.xaxis.get_major_formatter(), EngFormatter)
     assert axes.xaxis.get_major_formatter()(2500.0) == "2.5k"
     assert axes.get_yscale() == "linear" and axes.get_ylim()[0] > 0.0

@@ -83,6 +83,13 @@ def test_the_most_slices_near_the_level_and_not_the_nearest_level():
     assert (slices, weight.sparsity) == (16, 1 - 3 / 32)
 
 
+@pytest.mark.parametrize(("level", "slices"), [
+    (0.225, 2),  # 3/4 in 8 x 8 and 4 x 8 tiles, 0.025 off: the most of those that are as near
+    (0.15, 1)])  # 7/8, 0.025 off, in 8 x 8 alone; 3/4 is 0.1 off
+def test_none_being_near_the_level_slices_come_as_near_as_they_can(level, slices):
+    assert tile_slices(NAME, (64, 64), 0, 2, level, 8) == slices
+
+
 def test_weight_that_tiles_do_not_divide_is_refused():
     with pytest.raises(ValueError,
                        match=r"sparsity.tile=64 on .* \(96 x 128\): .* tile may be one of \[8, 16, "

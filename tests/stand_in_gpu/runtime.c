@@ -106,10 +106,10 @@ static cudaError_t copy(void *to, const void *from, size_t size) {
   if (!(there && here) || computes() || size <= LARGE) memmove(to, from, size);
   return cudaSuccess;
 }
-static cudaError_t wait(void);
+static cudaError_t wait_for(cudaStream_t stream);
 cudaError_t cudaMemcpy(void *to, const void *from, size_t size, enum cudaMemcpyKind kind) {
   copy(to, from, size);
-  return wait();
+  return wait_for(NULL);
 }
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size, enum cudaMemcpyKind kind, cudaStream_t stream) {
   return copy(to, from, size);
@@ -185,12 +185,20 @@ cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr attribute, in
 /* The stream that is captured into a graph, within which nobody may wait; a graph is one launch. */
 static cudaStream_t captured;
 static unsigned long long captures;
-static cudaError_t wait(void) {
+static __thread enum cudaStreamCaptureMode mode = cudaStreamCaptureModeGlobal;
+cudaError_t cudaThreadExchangeStreamCaptureMode(enum cudaStreamCaptureMode *other) {
+  enum cudaStreamCaptureMode before = mode;
+  mode = *other;
+  *other = before;
+  return cudaSuccess;
+}
+static cudaError_t wait_for(cudaStream_t stream) {  /* NULL: for all of them; but where a thread asked to be let */
   counted.waits++;
-  return captured ? (last_error = cudaErrorStreamCaptureUnsupported) : cudaSuccess;
+  int refused = captured && mode != cudaStreamCaptureModeRelaxed && (!stream || stream == captured);
+  return refused ? (last_error = cudaErrorStreamCaptureUnsupported) : cudaSuccess;
 }
 
-cudaError_t cudaDeviceSynchronize(void) { return wait(); }
+cudaError_t cudaDeviceSynchronize(void) { return wait_for(NULL); }
 cudaError_t cudaPeekAtLastError(void) { return last_error; }
 cudaError_t cudaGetLastError(void) {
   cudaError_t error = last_error;
@@ -211,7 +219,7 @@ cudaError_t cudaStreamCreateWithPriority(cudaStream_t *stream, unsigned flags, i
   *stream = fresh();
   return cudaSuccess;
 }
-cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return wait(); }
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return wait_for(stream); }
 cudaError_t cudaStreamGetPriority(cudaStream_t stream, int *priority) { *priority = 0; return cudaSuccess; }
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, enum cudaStreamCaptureStatus *status) {
   *status = captured && stream == captured ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
@@ -242,7 +250,7 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t run, cudaStream_t stream) { stand_in
 cudaError_t cudaEventCreate(cudaEvent_t *event) { *event = fresh(); return cudaSuccess; }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags) { return cudaEventCreate(event); }
 cudaError_t cudaEventDestroy(cudaEvent_t event) { free(event); return cudaSuccess; }
-cudaError_t cudaEventSynchronize(cudaEvent_t event) { return wait(); }
+cudaError_t cudaEventSynchronize(cudaEvent_t event) { counted.waits++; return cudaSuccess; }
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   clock_gettime(CLOCK_MONOTONIC, (struct timespec *)event);
   return cudaSuccess;
