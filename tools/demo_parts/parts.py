@@ -6,6 +6,7 @@ import hashlib
 import shutil
 from collections.abc import Iterable
 from functools import cached_property, partial
+from math import nan
 from pathlib import Path
 
 from demo_parts.corpus import write_shards
@@ -61,7 +62,7 @@ class Demo:
         return digest.hexdigest()
 
     def data(self) -> Part:
-        """Text, tokenizer, and what both trainings read."""
+        """Text, a tokenizer of it, and the data sets of both trainings."""
         out, log = self.output, self._log("data")
         tool = ["tools/preprocess_data.py", "--tokenizer", out / "tokenizer"]
         return Part("data", SECONDS["data"], [in_order([
@@ -86,7 +87,7 @@ class Demo:
         return Part(f"pre-training, {name}", SECONDS["pre-training"], [
             command(["pretrain.py", *words], self._log(run.name), self._recipe.parallel.world,
                     partial(steps_done, run, steps))],
-            lambda: f"validation perplexity {self.logged([run])[0].perplexity:.1f}")
+            lambda: f"validation perplexity {self.logged([run])[0].perplexity or nan:.1f}")
 
     def fine_tuning(self) -> list[Part]:
         """One part for each model and mode: training, decoding and scores."""
@@ -109,14 +110,14 @@ class Demo:
     def page(self) -> list[Part]:
         """Samples of text, plot and report page."""
         runs, log = [*self.runs.values(), *self.tuned.values()], self._log("page")
-        spoken = {f"{mode} fine-tuned": self.tuned[SAMPLED, mode] for mode in ("dense",)}
+        spoken = {"dense fine-tuned": self.tuned[SAMPLED, "dense"]}
         return [
             Part("samples of text", SECONDS["page"], [Work(
                 "(demo) write samples", partial(write_samples, self.runs[SAMPLED], spoken,
                                                 self.output / "functions", self.samples), log)],
                 lambda: str(self.samples)),
             Part("plot and report page", SECONDS["page"], [
-                Work("(demo) plot the losses", partial(self._plot), log),
+                Work("(demo) plot the losses", self._plot, log),
                 command(["tools/report.py", *runs, "-o", self.report], log)],
                 lambda: str(self.report))]
 
