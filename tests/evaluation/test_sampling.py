@@ -4,8 +4,10 @@ that is asked for, and what is streamed is the whole text."""
 from __future__ import annotations
 
 import io
+import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -208,8 +210,9 @@ def sample(monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "sample", raising=False)
     import sample
 
-    def run(*words: object, lines: str = "") -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    def run(*words: object, lines: str = "", terminal: bool = False) -> tuple[int, str, str]:
+        given = SimpleNamespace(isatty=lambda: True) if terminal else io.StringIO(lines)
+        monkeypatch.setattr(sys, "stdin", given)
         try:
             code = sample.main([str(word) for word in words])
         except SystemExit as ended:  # of the parser
@@ -238,6 +241,36 @@ def test_the_tool_goes_on_from_lines(sample, directories):
     code, out, err = sample(run, "--tokens", 4, *seed, lines=f"{'x' * 10}\nab\n")
     assert code == 2 and out.endswith(alone)  # what is wrong draws nothing
     assert "the prompt has 10 tokens" in err and "at most 9 tokens" in err
+
+
+def test_the_tool_converses(sample, directories, monkeypatch):
+    """Ctrl-C at the prompt or in a text is no end, nor is a text that is too long; Ctrl-D is."""
+    typed = iter(["ab", KeyboardInterrupt, "x" * 10, "ab", EOFError])
+
+    def ask(prompt: str) -> str:
+        line = next(typed)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    monkeypatch.setattr("builtins.input", ask)
+    _, alone, _ = sample(directories["run"], "ab", "--tokens", 4)
+    handler = signal.getsignal(signal.SIGINT)
+    code, out, err = sample(directories["run"], "--tokens", 4, terminal=True)
+    signal.signal(signal.SIGINT, handler)
+    assert code == 0 and out.count(alone) == 2 and next(typed, None) is None
+    assert "at most 9 tokens" in err and "Ctrl-D" in err
+
+
+def test_a_terminal_obeys_no_text(sample, directories, monkeypatch, capsys):
+    import sample as tool
+
+    for terminal, shown in ((True, "a\\x1b[2Jb\n\té"), (False, "a\x1b[2Jb\n\té")):
+        monkeypatch.setattr(type(sys.stdout), "isatty", lambda _, it=terminal: it, raising=False)
+        printer = tool.Printer()
+        printer.write("a\x1b[2Jb\n\té")
+        printer.end()
+        assert capsys.readouterr().out == f"{shown}\n"
 
 
 def test_the_tool_completes_what_a_fine_tuning_run_was_trained_on(sample, directories):

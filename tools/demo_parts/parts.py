@@ -29,7 +29,7 @@ MODES = [("75% static", "sparse"), ("dense", "dense"), ("75% static", "dense"),
 WHOLE_BATCH = "train.micro_batch=6"  # the recipe's leaves room for two replicas
 SAMPLED = "75% static"
 # Of each part, on two quiet cores.
-SECONDS = {"data": 12, "pre-training": 27, "fine-tuning": 50, "page": 8}
+SECONDS = {"data": 10, "pre-training": 27, "fine-tuning": 32, "page": 6}
 LOGS = "logs"
 
 
