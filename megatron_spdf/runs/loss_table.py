@@ -138,18 +138,18 @@ def read_table(path: Path) -> list[LossRow]:
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} is no table of losses ({error}); {remedy}") from None
     head = lines[0] if lines else []
-    missing = [column for column in COLUMNS if head.count(column) != 1]
-    if missing or len(set(head)) < len(head):
-        raise ValueError(f"{path} is no table of losses: it must have each of the columns "
-                         f"{', '.join(COLUMNS)} once; {remedy}")
-    return [_read(dict(zip(head, line, strict=False)), len(line) == len(head),
-                   f"{path}, line {number}", remedy) for number, line in enumerate(lines[1:], 2)]
+    axes = head[:-len(COLUMNS)]
+    if head[len(axes):] != COLUMNS or len(set(axes)) < len(axes):
+        raise ValueError(f"{path} is no table of losses: its last columns must be "
+                         f"{', '.join(COLUMNS)}, with each axis once before them; {remedy}")
+    return [_read(line, axes, f"{path}, line {number}", remedy)
+            for number, line in enumerate(lines[1:], 2)]
 
 
-def _read(values: dict[str, str], whole: bool, place: str, remedy: str) -> LossRow:
-    if not whole:
+def _read(line: list[str], axes: list[str], place: str, remedy: str) -> LossRow:
+    """Reads a row by the places of its values: an axis may have the name of a column."""
+    if len(line) != len(axes) + len(COLUMNS):
         raise ValueError(f"{place} has another number of values than the first line; {remedy}")
-    labels = {key: value for key, value in values.items() if key not in COLUMNS}
-    own = {key: value or None if key == "standard_error" else value
-           for key, value in values.items() if key in COLUMNS}
-    return typed({"labels": labels, **own}, LossRow, place, remedy)
+    values = dict(zip(COLUMNS, line[len(axes):], strict=True))
+    values["standard_error"] = values["standard_error"] or None
+    return typed({"labels": dict(zip(axes, line, strict=False)), **values}, LossRow, place, remedy)

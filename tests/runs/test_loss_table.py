@@ -62,11 +62,15 @@ def test_a_table_is_read_as_it_was_written(grid, tmp_path):
     assert (tmp_path / "losses.csv").read_text().startswith("masks,algorithm,sparsity,weights,")
     write_table(tmp_path / "none.csv", [])
     assert not (tmp_path / "none.csv").exists()
+    labels = {"sparsity": "as asked", "seed": "x"}  # axes with the names of columns
+    named = [row.model_copy(update={"labels": labels}) for row in rows]
+    write_table(tmp_path / "named.csv", named)
+    assert read_table(tmp_path / "named.csv") == named
 
 
 @pytest.mark.parametrize(("old", "new", "said"), [
-    ("algorithm,", "algorithms,", "must have each of the columns"),
-    ("seed,", "loss,", "must have each of the columns"),
+    ("algorithm,", "algorithms,", "its last columns must be"),
+    ("seed,", "loss,", "its last columns must be"),
     ("dense,dense,0,", "dense,dense,many,", "sparsity='many'"),
     ("dense,dense,0,", "dense,dense,nan,", "sparsity"),
     ("dense,dense,0,", "dense,0,", "line 2 has another number of values"),
