@@ -6,16 +6,20 @@
 
 from __future__ import annotations
 
+import csv
 import html
 import textwrap
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tabulate import SEPARATING_LINE, DataRow, Line, TableFormat, tabulate
 
-from megatron_spdf.text import printable
+from megatron_spdf.records import read_bytes
+from megatron_spdf.text import lines_of, printable
 
+MOST_CSV_BYTES = 2**26
 # `tabulate`'s "simple" makes columns two wider than their heads.
 _ROW = DataRow("", "  ", "")
 _TERMINAL = TableFormat(None, Line("", "-", "  ", ""), None, None, _ROW, _ROW, 0, None)
@@ -146,3 +150,29 @@ class Table:
         """Cells are drawn as they are: zeros at the end of numbers and indents too."""
         return {"disable_numparse": True, "preserve_whitespace": True,
                 "colalign": [column.side for column in self.columns]}
+
+
+def read_csv(path: Path, what: str, remedy: str) -> list[list[str]]:
+    """Reads a table with commas, its head first, as this package and spreadsheets write it: with or
+    without a byte order mark, lines that end at LF or CR LF.
+
+    Args:
+        what: it is a table of, for the message, as is the remedy.
+
+    Raises:
+        ValueError: it is not UTF-8 or no such table, a line is there twice, or one has another
+            number of values than the first.
+    """
+    try:
+        text = read_bytes(path, MOST_CSV_BYTES, remedy).decode("utf-8-sig")
+        lines = list(csv.reader(lines_of(text), strict=True))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is no table of {what} ({error}); {remedy}") from None
+    first: dict[tuple[str, ...], int] = {}
+    for number, line in enumerate(lines, 1):
+        if len(line) != len(lines[0]):
+            raise ValueError(f"{path}, line {number} has another number of values than the first "
+                             f"line; {remedy}")
+        if first.setdefault(tuple(line), number) != number:
+            raise ValueError(f"{path}, line {number} is line {first[tuple(line)]} again; {remedy}")
+    return lines or [[]]

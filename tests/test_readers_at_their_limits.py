@@ -130,7 +130,7 @@ CASES: dict[str, tuple[str, int, Reader, str]] = {
                        "has over 5 parts"),
     "a data set": ("data.finetuning.files.MOST_BYTES", 100, of_bytes(json_file, text),
                    "over 100 bytes long"),
-    "a table of losses": ("runs.loss_table.MOST_BYTES", 100, of_bytes(
+    "a table of losses": ("tables.MOST_CSV_BYTES", 100, of_bytes(
         nothing_wrong_but("column", read_table), table), "over 100 bytes long"),
     "a word": ("convert.foreign._MOST_WORD", 20, of_bytes(read_word, table), "more than 20 bytes"),
     "operations": ("checkpoint.pickles._MOST_OPCODES", 20, pickled_opcodes, "more than 20 opcodes"),

@@ -111,12 +111,17 @@ def main() -> int:
 
 def fine_tunings(grid: list[Cell], experiment: Experiment,
                  options: argparse.Namespace) -> list[Tuned]:
-    """The fine-tuning runs of the grid, if its file asks for them."""
+    """The fine-tuning runs of the grid, if its file asks for them. Those that are to be run are
+    checked, as nobody wants to know after the pre-training what was wrong with them."""
     if experiment.finetune is None:
         return []
-    return [tuned for cell in grid for tuned in tunings(
+    found = [(tuned, cell.recipes[tuned.seed]) for cell in grid for tuned in tunings(
         experiment.finetune, cell.labels,
         {seed: trial.output for seed, trial in cell.trials.items()}, options.experiment.parent)]
+    for tuned, recipe in [] if options.report or options.print else found:
+        if not tuned.done:
+            tuned.check(recipe)
+    return [tuned for tuned, _ in found]
 
 
 def commands_after(after: list[Tuned], experiment: Experiment,

@@ -154,15 +154,21 @@ def go_on_from_lines(go_on: Continue) -> int:
     return exit_codes.FINISHED if all(answered) else exit_codes.BAD_INPUT
 
 
-def lines_in() -> Iterator[str]:
-    """The lines of standard input, without their ends."""
-    for line in sys.stdin:
-        yield line.removesuffix("\n").removesuffix("\r")
+def lines_in() -> Iterator[str | ValueError]:
+    """The lines of standard input, which end as `text.lines_of` says, or why one is none."""
+    for place, line in enumerate(sys.stdin.buffer, 1):
+        try:
+            yield line.removesuffix(b"\n").removesuffix(b"\r").decode()
+        except UnicodeDecodeError as error:
+            yield ValueError(f"line {place} of standard input is not UTF-8 (byte "
+                             f"0x{line[error.start]:02x}); convert it")
 
 
-def answer(go_on: Continue, text: str) -> bool:
+def answer(go_on: Continue, text: str | ValueError) -> bool:
     """Goes on from a text, or says why it cannot; returns whether it did."""
     try:
+        if isinstance(text, ValueError):
+            raise text
         go_on(text)
     except ValueError as error:
         say(f"error: {error}", sys.stderr)

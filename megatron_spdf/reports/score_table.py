@@ -18,14 +18,13 @@ from typing import Annotated
 from pydantic import ConfigDict, Field
 
 from megatron_spdf.files import write_file
-from megatron_spdf.records import read_bytes, read_json, typed
+from megatron_spdf.records import read_json, typed
 from megatron_spdf.reports.runs import Evaluation, read_all
 from megatron_spdf.runs.downstream import Tuned
 from megatron_spdf.runs.experiment import summary
 from megatron_spdf.section import Section
-from megatron_spdf.tables import Column, Table
+from megatron_spdf.tables import Column, Table, read_csv
 
-MOST_BYTES = 2**26
 ANEW = "write it anew with tools/evaluate.py"
 Positive = Annotated[float, Field(gt=0.0)]
 
@@ -93,16 +92,13 @@ def read_scores(path: Path) -> list[ScoreRow]:
         ValueError: a column is missing, or a value is no such number.
     """
     remedy = "write it again with tools/experiment.py GRID --report"
-    text = read_bytes(path, MOST_BYTES, remedy).decode("utf-8", "replace")
-    head, *lines = [*csv.reader(text.splitlines())] or [[]]
+    head, *lines = read_csv(path, "scores", remedy)
     if missing := [column for column in COLUMNS if head.count(column) != 1]:
         raise ValueError(f"{path} is no table of scores: it has not {missing[0]} once; {remedy}")
     first, last = head.index(COLUMNS[0]), head.index(COLUMNS[-1]) + 1
     found = []
     for number, line in enumerate(lines, 2):
         place = f"{path}, line {number}"
-        if len(line) != len(head):
-            raise ValueError(f"{place} has another number of values than the first line; {remedy}")
         values = dict(zip(head, line, strict=True))
         found.append(typed({
             "labels": {name: values[name] for name in head[:first]},

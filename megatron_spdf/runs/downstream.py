@@ -17,6 +17,7 @@ with its own seed, and tools/evaluate.py scores the best checkpoint on the test 
 
 from __future__ import annotations
 
+import functools
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
@@ -26,13 +27,16 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from megatron_spdf.data.finetuning.task import load_examples, require_splits, training_pairs
 from megatron_spdf.recipe.compare import changes_of_run
-from megatron_spdf.recipe.finetune import Finetune, load_finetune
+from megatron_spdf.recipe.finetune import Finetune, load_finetune, training_recipe
 from megatron_spdf.recipe.load import write_value
+from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.runs.grid import Trial, axis_of, combinations, command, directory_name, labeled
 from megatron_spdf.runs.measured import LOG, RECIPE, read_run
 from megatron_spdf.runs.selection import result_of
 from megatron_spdf.section import PathText, Section
+from megatron_spdf.sparsity.plan import Plan
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -148,6 +152,23 @@ class Tuned:
         """Whether there are scores."""
         return (self.scores / "scores.json").is_file()
 
+    def check(self, start: Recipe) -> None:
+        """Raises what finetune.py and tools/evaluate.py would say of the data, and of the recipe,
+        once the pre-training is over.
+
+        Args:
+            start: recipe of the pre-training run.
+
+        Raises:
+            ValueError, FileNotFoundError: naming the value, the rule and the remedy.
+        """
+        data = self.recipe.data
+        pairs = _pairs(data.task, data.path, self.decoding.split)
+        if self.recipe.mode == "sparse" and not Plan.of(start).weights:
+            raise ValueError(f"mode=sparse keeps the mask of the start, and {self.start} has none; "
+                             "name these labels in finetune.exclude, or set mode=dense")
+        training_recipe(self.recipe, start.model, start.sparsity.held(), pairs)
+
     def may_begin(self) -> bool:
         """Whether the pre-training run is at its end; says so where it is not."""
         if (self.start / LOG).is_file() and read_run(self.start).finished:
@@ -174,6 +195,15 @@ class Tuned:
                  str(self.trial.output), f"--task={self.recipe.data.task}", *self.decoding.words]
         return {**({} if self.done else {self.trial.output: tune}),
                 **({} if self.scored else {self.scores: score})}
+
+
+@functools.cache
+def _pairs(task: str, path: str, split: str) -> int:
+    """Training pairs of a data set that has all that is trained on, and the split to be decoded."""
+    require_splits(task, Path(path))
+    for needed in ("validation", split):
+        load_examples(task, Path(path), needed)
+    return len(training_pairs(load_examples(task, Path(path), "train")))
 
 
 def tunings(downstream: Downstream, labels: Mapping[str, str], runs: Mapping[int, Path],

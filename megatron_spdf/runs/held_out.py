@@ -17,15 +17,16 @@ from typing import Annotated
 from pydantic import ConfigDict, Field
 
 from megatron_spdf.files import write_file
-from megatron_spdf.records import read_bytes, typed
+from megatron_spdf.records import typed
 from megatron_spdf.runs.budget import active_weights, average_weights, linear_weights
 from megatron_spdf.runs.experiment import Cell, Experiment
-from megatron_spdf.runs.loss_table import MOST_BYTES, LossRow
+from megatron_spdf.runs.loss_table import LossRow
 from megatron_spdf.scaling_law.fit import fit_law, shortcomings
 from megatron_spdf.scaling_law.forms import FORMS
 from megatron_spdf.scaling_law.points import DENSE, Point
 from megatron_spdf.section import Section
 from megatron_spdf.sparsity.plan import Plan
+from megatron_spdf.tables import read_csv
 
 Positive = Annotated[float, Field(gt=0.0)]
 Labels = tuple[tuple[str, str], ...]
@@ -136,14 +137,11 @@ def read_predictions(path: Path) -> list[PredictionRow]:
     if not path.is_file():
         return []
     remedy = "write it again with tools/law_page.py predict"
-    text = read_bytes(path, MOST_BYTES, remedy).decode("utf-8", "replace")
-    head, *lines = [*csv.reader(text.splitlines())] or [[]]
+    head, *lines = read_csv(path, "predictions", remedy)
     if missing := [column for column in COLUMNS if head.count(column) != 1]:
         raise ValueError(f"{path} is no table of predictions: it has not {missing[0]} once; "
                          f"{remedy}")
     axes = len(head) - len(COLUMNS)
-    if any(len(line) != len(head) for line in lines):
-        raise ValueError(f"{path} has lines with another number of values than the first; {remedy}")
     return [typed({"labels": dict(zip(head[:axes], line[:axes], strict=True)),
                    **dict(zip(head[axes:], line[axes:], strict=True))}, PredictionRow,
                   f"{path}, line {number}", remedy) for number, line in enumerate(lines, 2)]

@@ -17,15 +17,15 @@ from typing import Annotated
 from pydantic import ConfigDict, Field
 
 from megatron_spdf.files import write_file
-from megatron_spdf.records import read_bytes, typed
+from megatron_spdf.records import typed
 from megatron_spdf.runs.budget import active_weights, average_weights, linear_weights
 from megatron_spdf.runs.experiment import Cell, Experiment, end_of
 from megatron_spdf.scaling_law.points import Point
 from megatron_spdf.schedule.stages import mean_flops, stages_of
 from megatron_spdf.section import Section
 from megatron_spdf.sparsity.plan import Plan
+from megatron_spdf.tables import read_csv
 
-MOST_BYTES = 2**26
 Positive = Annotated[float, Field(gt=0.0)]
 
 
@@ -132,24 +132,17 @@ def read_table(path: Path) -> list[LossRow]:
         ValueError: a column is missing or twice there, or a value is no such number.
     """
     remedy = "write it again with tools/experiment.py GRID --report"
-    try:
-        lines = list(csv.reader(read_bytes(path, MOST_BYTES, remedy).decode("utf-8").splitlines(),
-                                strict=True))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} is no table of losses ({error}); {remedy}") from None
-    head = lines[0] if lines else []
+    head, *lines = read_csv(path, "losses", remedy)
     axes = head[:-len(COLUMNS)]
     if head[len(axes):] != COLUMNS or len(set(axes)) < len(axes):
         raise ValueError(f"{path} is no table of losses: its last columns must be "
                          f"{', '.join(COLUMNS)}, with each axis once before them; {remedy}")
     return [_read(line, axes, f"{path}, line {number}", remedy)
-            for number, line in enumerate(lines[1:], 2)]
+            for number, line in enumerate(lines, 2)]
 
 
 def _read(line: list[str], axes: list[str], place: str, remedy: str) -> LossRow:
     """Reads a row by the places of its values: an axis may have the name of a column."""
-    if len(line) != len(axes) + len(COLUMNS):
-        raise ValueError(f"{place} has another number of values than the first line; {remedy}")
     values = dict(zip(COLUMNS, line[len(axes):], strict=True))
     values["standard_error"] = values["standard_error"] or None
     return typed({"labels": dict(zip(axes, line, strict=False)), **values}, LossRow, place, remedy)

@@ -210,8 +210,10 @@ def sample(monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "sample", raising=False)
     import sample
 
-    def run(*words: object, lines: str = "", terminal: bool = False) -> tuple[int, str, str]:
-        given = SimpleNamespace(isatty=lambda: True) if terminal else io.StringIO(lines)
+    def run(*words: object, lines: str | bytes = "",
+            terminal: bool = False) -> tuple[int, str, str]:
+        given = SimpleNamespace(isatty=lambda: True) if terminal else io.TextIOWrapper(
+            io.BytesIO(lines if isinstance(lines, bytes) else lines.encode()))
         monkeypatch.setattr(sys, "stdin", given)
         try:
             code = sample.main([str(word) for word in words])
@@ -241,6 +243,18 @@ def test_the_tool_goes_on_from_lines(sample, directories):
     code, out, err = sample(run, "--tokens", 4, *seed, lines=f"{'x' * 10}\nab\n")
     assert code == 2 and out.endswith(alone)  # what is wrong draws nothing
     assert "the prompt has 10 tokens" in err and "at most 9 tokens" in err
+
+
+def test_a_line_ends_at_its_line_feed_and_nowhere_else(sample, directories):
+    """One that is no text is said by its number, and the others are gone on from."""
+    from sample import lines_in
+
+    texts = ["a\u2028b\x0bc\x85d\re", "", "f"]
+    code, _, err = sample(directories["run"], "--tokens", 1, lines=b"a\nb\xff\nab\n")
+    assert code == 2 and "line 2 of standard input is not UTF-8 (byte 0xff)" in err
+    assert err.count("error:") == 1
+    sys.stdin = io.TextIOWrapper(io.BytesIO("\r\n".join(texts).encode()))  # `sample` resets it
+    assert list(lines_in()) == texts
 
 
 def test_the_tool_converses(sample, directories, monkeypatch):

@@ -34,6 +34,10 @@ def asked(grid, tmp_path, monkeypatch):
         "checkpoint": "none", "output": "none", "data": {"task": "e2e", "path": "data/e2e"},
         "train": {"epochs": 1, "global_batch": 4, "micro_batch": 4, "precision": "fp32"},
         "optimizer": {"lr": 1e-3, "warmup_steps": 1}}))
+    (tmp_path / "data/e2e").mkdir(parents=True)
+    for name in ("trainset", "devset", "testset"):
+        (tmp_path / f"data/e2e/{name}.csv").write_text(
+            "mr,ref\n" + "".join(f"name[{name} {i}],Come in.\n" for i in range(8)))
     monkeypatch.chdir(tmp_path)
     return lambda **more: grid(axes=AXES, finetune={**FINETUNE, **more})
 
@@ -108,6 +112,27 @@ def test_each_waits_for_the_run_that_it_starts_from(asked, monkeypatch, tmp_path
     assert "mode=dense/seed=2 is not begun, as" in said.out
     assert "mode=dense/seed=2 is not scored, as it is not at its end" in said.out
     assert "6 of 6 fine-tuned runs have no scores" in said.err
+
+
+@pytest.mark.parametrize(("missing", "change", "said"), [
+    ("trainset.csv", {}, "the train split of e2e"),
+    ("testset.csv", {}, "the test split of e2e"),
+    ("", {"axes": {"train.sequence_length": [4096]}, "exclude": []}, "sequence_length=4096"),
+    ("", {"axes": {"optimizer.warmup_steps": [9]}, "exclude": []}, "optimizer.warmup_steps=9"),
+    ("", {"exclude": []}, "name these labels in finetune.exclude"),
+])
+def test_what_would_stop_after_the_pre_training_stops_before(
+        asked, monkeypatch, capsys, missing, change, said):
+    path = asked(**change)
+    if missing:
+        Path("data/e2e", missing).unlink()
+    monkeypatch.setattr(runner, "_exit_code", lambda *_, **options: pytest.fail("a run began"))
+    downstream._pairs.cache_clear()
+    monkeypatch.setattr(sys, "argv", ["experiment.py", str(path)])
+    assert tool.main() == 2
+    assert said in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["experiment.py", str(path), "--print"])
+    assert tool.main() == 0  # to be run elsewhere
 
 
 def test_the_shipped_ordering_is_fifteen_fine_tunings_in_spdfs_order():

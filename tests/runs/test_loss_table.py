@@ -62,6 +62,9 @@ def test_a_table_is_read_as_it_was_written(grid, tmp_path):
     assert (tmp_path / "losses.csv").read_text().startswith("masks,algorithm,sparsity,weights,")
     write_table(tmp_path / "none.csv", [])
     assert not (tmp_path / "none.csv").exists()
+    spreadsheet = (tmp_path / "losses.csv").read_text().replace("\n", "\r\n")
+    (tmp_path / "losses.csv").write_bytes(spreadsheet.encode("utf-8-sig"))
+    assert read_table(tmp_path / "losses.csv") == rows
     labels = {"sparsity": "as asked", "seed": "x"}  # axes with the names of columns
     named = [row.model_copy(update={"labels": labels}) for row in rows]
     write_table(tmp_path / "named.csv", named)
@@ -76,13 +79,14 @@ def test_a_table_is_read_as_it_was_written(grid, tmp_path):
     ("dense,dense,0,", "dense,0,", "line 2 has another number of values"),
     ("dense,dense,0,", '"dense,dense,0,', "is no table of losses"),
     ("dense,dense,0,", "dense,dense,1,", "sparsity"),
+    ("dense,dense,0,", "{first}\ndense,dense,0,", "line 3 is line 2 again"),
 ])
 def test_a_damaged_table_is_refused(grid, tmp_path, old, new, said):
     _, rows = finished(grid(axes={"masks": MASKS}))
     write_table(path := tmp_path / "losses.csv", rows)
     text = path.read_text()
     assert old in text
-    path.write_text(text.replace(old, new, 1))
+    path.write_text(text.replace(old, new.format(first=text.splitlines()[1]), 1))
     with pytest.raises(ValueError) as caught:
         read_table(path)
     assert said in str(caught.value) and "losses.csv" in str(caught.value)
