@@ -69,7 +69,8 @@ def write_predicted(options: argparse.Namespace, experiment: Experiment, grid: l
     """Writes predictions of the held-out cells that are not published."""
     table, path = _place(options, ".csv"), _place(options, "_predictions.csv")
     published = {labels_of(row) for row in read_table(table)} if table.is_file() else set()
-    now = predict(grid, experiment, read_table(options.losses), options.starts, options.bootstrap)
+    rows = _rows(options.losses, grid)
+    now = predict(grid, experiment, rows, options.starts, options.bootstrap)
     if not now:
         raise ValueError(f"the runs of {options.losses} determine no form of the law; wait for "
                          "more")
@@ -82,7 +83,7 @@ def write_page(options: argparse.Namespace, experiment: Experiment, grid: list[C
     """Publishes a table of losses, and draws the figure and the tables of the page."""
     predictions = read_predictions(_place(options, "_predictions.csv"))
     table = _place(options, ".csv")
-    rows = read_table(options.losses or table)
+    rows = _rows(options.losses or table, grid)
     known = {labels_of(row) for row in predictions}
     unknown = {labels_of(row) for row in rows if row.held_out} - known
     for labels in sorted(unknown):
@@ -129,6 +130,20 @@ def render(experiment: Experiment, grid: Sequence[Cell], rows: Sequence[LossRow]
               *(difference_table(rows, plot, mask, other)
                 for other, mask in zip(others, others[1:], strict=False))]
     return "\n\n".join(parts) + "\n"
+
+
+def _rows(path: Path, grid: Sequence[Cell]) -> list[LossRow]:
+    """The table of a grid.
+
+    Raises:
+        ValueError: it is that of a grid with other axes.
+    """
+    rows, axes = read_table(path), list(grid[0].labels)
+    for row in rows:
+        if set(row.labels) != set(axes):
+            raise ValueError(f"{path} has the axes {', '.join(row.labels) or 'none'}, and the grid "
+                             f"has {', '.join(axes)}; give losses.csv of this grid's results")
+    return rows
 
 
 def _place(options: argparse.Namespace, ending: str) -> Path:

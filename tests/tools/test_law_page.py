@@ -110,3 +110,14 @@ def test_a_grid_without_frontiers_is_refused(place, tmp_path, capsys):
     path.write_text(yaml.safe_dump({**GRID, "plot": {"x": "size"}}))
     assert law_page.main(["page", str(path), "--into", str(tmp_path)]) == 2
     assert "has no plot.frontiers" in capsys.readouterr().err
+
+
+def test_the_table_of_another_grid_is_refused(place, capsys):
+    rows, _, tmp_path = place
+    other = [row.model_copy(update={"labels": {"width": "16"}}) for row in rows]
+    write_table(tmp_path / "other.csv", other)
+    for command in ("predict", "page"):
+        assert law_page.main([command, str(tmp_path / "law.yaml"), str(tmp_path / "other.csv"),
+                              "--into", str(tmp_path)]) == 2
+        assert "other.csv has the axes width, and the grid has" in capsys.readouterr().err
+    assert not (tmp_path / "law.csv").exists()
