@@ -30,7 +30,7 @@ MODES = [("75% static", "sparse"), ("dense", "dense"), ("75% static", "dense"),
 WHOLE_BATCH = "train.micro_batch=6"  # the recipe's leaves room for two replicas
 SAMPLED = "75% static"
 # Of each part, on two quiet cores.
-SECONDS = {"data": 10, "pre-training": 27, "fine-tuning": 32, "page": 6}
+SECONDS = {"data": 5, "pre-training": 32, "fine-tuning": 21, "page": 4}
 LOGS = "logs"
 
 
