@@ -92,6 +92,7 @@ def load(options: argparse.Namespace) -> Continue:
     model = in_memory(source).to(device)
 
     def go_on(text: str) -> None:
+        require_text(text)
         printer = Printer(skip_blanks=context)
         if not context:
             printer.write(text)
@@ -154,21 +155,26 @@ def go_on_from_lines(go_on: Continue) -> int:
     return exit_codes.FINISHED if all(answered) else exit_codes.BAD_INPUT
 
 
-def lines_in() -> Iterator[str | ValueError]:
-    """The lines of standard input, which end as `text.lines_of` says, or why one is none."""
-    for place, line in enumerate(sys.stdin.buffer, 1):
-        try:
-            yield line.removesuffix(b"\n").removesuffix(b"\r").decode()
-        except UnicodeDecodeError as error:
-            yield ValueError(f"line {place} of standard input is not UTF-8 (byte "
-                             f"0x{line[error.start]:02x}); convert it")
+def lines_in() -> Iterator[str]:
+    """The lines of standard input, which end as `text.lines_of` says. Bytes that are not UTF-8 are
+    as in arguments, for `require_text`."""
+    for line in sys.stdin.buffer:
+        yield line.removesuffix(b"\n").removesuffix(b"\r").decode(errors="surrogateescape")
 
 
-def answer(go_on: Continue, text: str | ValueError) -> bool:
+def require_text(text: str) -> None:
+    """Raises a ValueError where a text has what is no character, such as a byte of an argument that
+    is not UTF-8: a tokenizer would take another text for it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        beginning = printable(text[:error.end][-40:])
+        raise ValueError(f"the text is not UTF-8 where it says {beginning}; convert it") from None
+
+
+def answer(go_on: Continue, text: str) -> bool:
     """Goes on from a text, or says why it cannot; returns whether it did."""
     try:
-        if isinstance(text, ValueError):
-            raise text
         go_on(text)
     except ValueError as error:
         say(f"error: {error}", sys.stderr)

@@ -246,13 +246,15 @@ def test_the_tool_goes_on_from_lines(sample, directories):
 
 
 def test_a_line_ends_at_its_line_feed_and_nowhere_else(sample, directories):
-    """One that is no text is said by its number, and the others are gone on from."""
+    """One that is no text is said, as an argument is, and the others are gone on from."""
     from sample import lines_in
 
     texts = ["a\u2028b\x0bc\x85d\re", "", "f"]
     code, _, err = sample(directories["run"], "--tokens", 1, lines=b"a\nb\xff\nab\n")
-    assert code == 2 and "line 2 of standard input is not UTF-8 (byte 0xff)" in err
-    assert err.count("error:") == 1
+    assert code == 2 and err.count("error:") == 1
+    assert r"error: the text is not UTF-8 where it says b\udcff; convert it" in err
+    code, out, err = sample(directories["run"], "b\udcff", "--tokens", 1)
+    assert (code, out) == (2, "") and r"where it says b\udcff;" in err
     sys.stdin = io.TextIOWrapper(io.BytesIO("\r\n".join(texts).encode()))  # `sample` resets it
     assert list(lines_in()) == texts
 
