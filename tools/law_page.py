@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise ValueError(f"{options.grid} has no plot.frontiers or no plot.panels, which the "
                          "figure and the tables go by; name them")
     if not options.into.is_dir():
-        raise ValueError(f"--into {options.into} is no directory; make it, or name that of the page")
+        raise ValueError(f"--into {options.into} is no directory; make it, or name the page's")
     grid = cells(experiment, options.grid, [])
     return options.command(options, experiment, grid)
 
