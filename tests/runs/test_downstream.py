@@ -24,7 +24,7 @@ import experiment as tool  # noqa: E402
 AXES = {"masks": {"dense": {"sparsity.level": 0}, "75%": {"sparsity.level": 0.75}}}
 FINETUNE = {"recipe": "tune.yaml", "axes": {"mode": ["dense", "sparse"]},
             "exclude": [{"masks": "dense", "mode": "sparse"}],
-            "decoding": {"beams": 4, "no_repeat_ngram": 9}}
+            "decoding": {"beams": 4, "max_new_tokens": 9}}
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_every_run_is_fine_tuned_with_every_label_and_its_own_seed(asked, tmp_pa
     assert tune[0] == last.trial.output and tune[1][1:3] == [str(ROOT / "finetune.py"), "tune.yaml"]
     assert score[0] == last.trial.output / "evaluation/e2e_test"
     assert score[1][2:] == [str(last.trial.output), "--task=e2e", "--split=test", "--beams=4",
-                            "--no-repeat-ngram=9"]
+                            "--max-new-tokens=9"]
 
 
 def test_what_is_done_and_scored_is_not_done_again(asked, monkeypatch):
@@ -119,6 +119,7 @@ def test_each_waits_for_the_run_that_it_starts_from(asked, monkeypatch, tmp_path
     ("testset.csv", {}, "the test split of e2e"),
     ("", {"axes": {"train.sequence_length": [4096]}, "exclude": []}, "sequence_length=4096"),
     ("", {"axes": {"optimizer.warmup_steps": [9]}, "exclude": []}, "optimizer.warmup_steps=9"),
+    ("", {"decoding": {}}, "max_new_tokens=64 leaves no room"),  # the task's own
     ("", {"exclude": []}, "name these labels in finetune.exclude"),
 ])
 def test_what_would_stop_after_the_pre_training_stops_before(
