@@ -153,6 +153,19 @@ def test_a_command_that_is_asked_to_stop_ends_the_grid(monkeypatch, tmp_path):
     assert runner.run_all({tmp_path / "a": ["x"], tmp_path / "b": ["x"]}) == [75]
 
 
+def test_a_grid_puts_nothing_into_a_checkpoint_nor_in_the_place_of_a_file(monkeypatch, tmp_path):
+    (tmp_path / "step").mkdir()
+    for name in ("run.json", "files.json"):
+        (tmp_path / "step" / name).touch()
+    (tmp_path / "link").symlink_to("step")
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(runner, "_exit_code", lambda *_, **options: pytest.fail("a run began"))
+    for place, said in (("link", "to which nothing may be added"), ("file", "is a file")):
+        with pytest.raises(ValueError, match=said):
+            runner.run_all({tmp_path / "a": ["x"], tmp_path / place / "grid/b=1/seed=1": ["x"]}, 2)
+    assert {path.name for path in (tmp_path / "step").iterdir()} == {"run.json", "files.json"}
+
+
 @pytest.mark.parametrize(("change", "said"), [
     ({"exclude": [{"masks": "50%"}]}, "finetune.exclude names masks=50%, and there is no such"),
     ({"order": [{"depth": "1"}]}, "finetune.order names depth=1, and there is no such"),
