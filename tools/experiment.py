@@ -43,7 +43,7 @@ from megatron_spdf.command_line import (
     refusing,
     say,
 )
-from megatron_spdf.files import write_file, write_json
+from megatron_spdf.files import require_directory, write_file, write_json
 from megatron_spdf.reports.experiment_plot import plot_results
 from megatron_spdf.reports.frontiers import plot_frontiers
 from megatron_spdf.reports.learning_curves import plot_curves
@@ -206,6 +206,7 @@ def report(grid: list[Cell], rows: list[dict[str, Any]], experiment: Experiment,
         rows: their results.
     """
     output = Path(experiment.output)
+    require_directory(output)
     output.mkdir(parents=True, exist_ok=True)
     ended = rows_of(grid, experiment)
     write_table(output / LOSSES, ended)

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.marked_page import place_on
 from experiment import write_into
 
 from megatron_spdf import exit_codes
@@ -61,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not (experiment.plot.frontiers and experiment.plot.panels):
         raise ValueError(f"{options.grid} has no plot.frontiers or no plot.panels, which the "
                          "figure and the tables go by; name them")
+    if not options.into.is_dir():
+        raise ValueError(f"--into {options.into} is no directory; make it, or name the page's")
     grid = cells(experiment, options.grid, [])
     return options.command(options, experiment, grid)
 
@@ -81,6 +84,7 @@ def write_predicted(options: argparse.Namespace, experiment: Experiment, grid: l
 
 def write_page(options: argparse.Namespace, experiment: Experiment, grid: list[Cell]) -> int:
     """Publishes a table of losses, and draws the figure and the tables of the page."""
+    place_on(options.into / "README.md", options.grid.stem)  # before the fits, which take minutes
     predictions = read_predictions(_place(options, "_predictions.csv"))
     table = _place(options, ".csv")
     rows = _rows(options.losses or table, grid)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from megatron_spdf import exit_codes
 from megatron_spdf.command_line import add_overrides, make_parser, print_words, refusing, say
-from megatron_spdf.files import write_json
+from megatron_spdf.files import require_directory, write_json
 from megatron_spdf.recipe.finetune import Finetune, load_finetune
 from megatron_spdf.runs.grid import Trial, command, ends_grid, run_all
 from megatron_spdf.runs.selection import render, result_of, select, trials
@@ -69,6 +69,7 @@ def report(finetune: Finetune) -> int:
     """Writes and shows the choice among the runs that are done."""
     selection = select([result_of(trial) for trial in trials(finetune)])
     path = Path(finetune.output) / "selection.json"
+    require_directory(path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, selection)
     print(render(selection))

@@ -27,7 +27,12 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from megatron_spdf.data.finetuning.task import load_examples, require_splits, training_pairs
+from megatron_spdf.data.finetuning.task import (
+    TASKS,
+    load_examples,
+    require_splits,
+    training_pairs,
+)
 from megatron_spdf.recipe.compare import changes_of_run
 from megatron_spdf.recipe.finetune import Finetune, load_finetune, training_recipe
 from megatron_spdf.recipe.load import write_value
@@ -168,6 +173,14 @@ class Tuned:
             raise ValueError(f"mode=sparse keeps the mask of the start, and {self.start} has none; "
                              "name these labels in finetune.exclude, or set mode=dense")
         training_recipe(self.recipe, start.model, start.sparsity.held(), pairs)
+        from megatron_spdf.evaluation.decoding import (  # imports PyTorch and transformers
+            DecodingSettings,
+            room_for_prompts,
+        )
+
+        given = self.decoding.model_dump(exclude_none=True, exclude={"split"})
+        settings = DecodingSettings(**{**TASKS.get(data.task).decoding, **given})
+        room_for_prompts(start.model.max_positions, settings)
 
     def may_begin(self) -> bool:
         """Whether the pre-training run is at its end; says so where it is not."""

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_spdf import exit_codes
-from megatron_spdf.files import open_to_append
+from megatron_spdf.files import open_to_append, require_directory
 from megatron_spdf.recipe.load import write_value
 
 NAME_BYTES = 255 - len(".txt")  # of a file name on common file systems; logs stand beside
@@ -164,7 +164,12 @@ def run_all(commands: Mapping[Path, Sequence[str]], jobs: int | None = None,
 
     Returns:
         Exit codes, in the order in which runs end.
+
+    Raises:
+        ValueError: a run directory is one that cannot be made, before anything is begun.
     """
+    for directory in dict.fromkeys(output.parent for output in commands):
+        require_directory(directory)
     codes: list[int] = []
     threads = {"OMP_NUM_THREADS": "1"} if jobs and jobs > 1 else {}
 

@@ -24,7 +24,7 @@ import experiment as tool  # noqa: E402
 AXES = {"masks": {"dense": {"sparsity.level": 0}, "75%": {"sparsity.level": 0.75}}}
 FINETUNE = {"recipe": "tune.yaml", "axes": {"mode": ["dense", "sparse"]},
             "exclude": [{"masks": "dense", "mode": "sparse"}],
-            "decoding": {"beams": 4, "no_repeat_ngram": 9}}
+            "decoding": {"beams": 4, "max_new_tokens": 9}}
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_every_run_is_fine_tuned_with_every_label_and_its_own_seed(asked, tmp_pa
     assert tune[0] == last.trial.output and tune[1][1:3] == [str(ROOT / "finetune.py"), "tune.yaml"]
     assert score[0] == last.trial.output / "evaluation/e2e_test"
     assert score[1][2:] == [str(last.trial.output), "--task=e2e", "--split=test", "--beams=4",
-                            "--no-repeat-ngram=9"]
+                            "--max-new-tokens=9"]
 
 
 def test_what_is_done_and_scored_is_not_done_again(asked, monkeypatch):
@@ -119,6 +119,7 @@ def test_each_waits_for_the_run_that_it_starts_from(asked, monkeypatch, tmp_path
     ("testset.csv", {}, "the test split of e2e"),
     ("", {"axes": {"train.sequence_length": [4096]}, "exclude": []}, "sequence_length=4096"),
     ("", {"axes": {"optimizer.warmup_steps": [9]}, "exclude": []}, "optimizer.warmup_steps=9"),
+    ("", {"decoding": {}}, "max_new_tokens=64 leaves no room"),  # the task's own
     ("", {"exclude": []}, "name these labels in finetune.exclude"),
 ])
 def test_what_would_stop_after_the_pre_training_stops_before(
@@ -150,6 +151,19 @@ def test_the_shipped_ordering_is_fifteen_fine_tunings_in_spdfs_order():
 def test_a_command_that_is_asked_to_stop_ends_the_grid(monkeypatch, tmp_path):
     monkeypatch.setattr(runner, "_exit_code", lambda words, until, **options: -15)
     assert runner.run_all({tmp_path / "a": ["x"], tmp_path / "b": ["x"]}) == [75]
+
+
+def test_a_grid_puts_nothing_into_a_checkpoint_nor_in_the_place_of_a_file(monkeypatch, tmp_path):
+    (tmp_path / "step").mkdir()
+    for name in ("run.json", "files.json"):
+        (tmp_path / "step" / name).touch()
+    (tmp_path / "link").symlink_to("step")
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(runner, "_exit_code", lambda *_, **options: pytest.fail("a run began"))
+    for place, said in (("link", "to which nothing may be added"), ("file", "is a file")):
+        with pytest.raises(ValueError, match=said):
+            runner.run_all({tmp_path / "a": ["x"], tmp_path / place / "grid/b=1/seed=1": ["x"]}, 2)
+    assert {path.name for path in (tmp_path / "step").iterdir()} == {"run.json", "files.json"}
 
 
 @pytest.mark.parametrize(("change", "said"), [

@@ -121,3 +121,20 @@ def test_the_table_of_another_grid_is_refused(place, capsys):
                               "--into", str(tmp_path)]) == 2
         assert "other.csv has the axes width, and the grid has" in capsys.readouterr().err
     assert not (tmp_path / "law.csv").exists()
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    (None, "README.md cannot be read"), ("# Law\n", "has no lines <!-- law -->")])
+def test_a_page_without_its_place_is_refused_before_the_fits(place, capsys, monkeypatch, text,
+                                                             said):
+    rows, _, tmp_path = place
+    write_table(tmp_path / "losses.csv", rows)
+    page = tmp_path / "README.md"
+    page.unlink() if text is None else page.write_text(text)
+    monkeypatch.setattr(law_page, "fitted", lambda *_: pytest.fail("fitted"))
+    words = [str(tmp_path / "law.yaml"), str(tmp_path / "losses.csv")]
+    assert law_page.main(["page", *words, "--into", str(tmp_path)]) == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "law.csv").exists()
+    for command in ("page", "predict"):
+        assert law_page.main([command, *words, "--into", str(tmp_path / "none")]) == 2
+        assert "none is no directory; make it" in capsys.readouterr().err

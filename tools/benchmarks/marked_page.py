@@ -28,7 +28,7 @@ def place_on(page: Path, name: str) -> tuple[str, str]:
     try:
         text = page.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--page {page} cannot be read ({error}); name a Markdown page") from None
+        raise ValueError(f"{page} cannot be read ({error}); name a Markdown page") from None
     before, found, rest = text.partition(first)
     _, ends, after = rest.partition(last)
     if not found or not ends:
