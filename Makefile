@@ -27,9 +27,9 @@ test: lint
 	$(RUN) -m pytest tests $(KERNELS:%=--ignore=%) -n 3 --dist loadfile --no-loadscope-reorder --durations=10
 	@$(MAKE) --no-print-directory test-kernels
 
-# Every room, but nothing that is marked slow, and four cases of a test of many; a worker for each of up to four cores.
+# Every room, but nothing that is marked slow, and three cases of a test of many; a worker for each of up to four cores.
 test-fast: install
-	$(RUN) -m pytest tests -m "not slow" --cases 4 -n logical --maxprocesses 4 --dist loadfile --durations=3
+	$(RUN) -m pytest tests -m "not slow" --cases 3 -n logical --maxprocesses 4 --dist loadfile --durations=3
 
 # The tests of one thing: make test-one K=test_blend, K="losses and tp2", K=tests/data/test_blend.py
 test-one: install
