@@ -64,7 +64,7 @@ def trained(recipe: dict, stop: int | None = None, skip: int | None = None) -> d
     with bench(recipe) as b:
         state, _ = b.checkpointer.restore(b.engine)
         b.run.create_on_rank_0()
-        log = RunLog(b.run, state.step, b.recipe.steps, False, active=dist.get_rank() == 0)
+        log = RunLog(b.run, state.step, b.recipe.steps, writers=(), active=dist.get_rank() == 0)
         watch, sent = _watch(b, stop, skip), []
         with patch.object(mask_moves, "move_masks", checked(mask_moves.move_masks, sent)):
             (stage,) = stages_of(b.recipe)
