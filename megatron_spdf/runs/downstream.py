@@ -27,12 +27,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from megatron_spdf.data.finetuning.task import (
-    TASKS,
-    load_examples,
-    require_splits,
-    training_pairs,
-)
+from megatron_spdf.data.finetuning.task import TASKS, count_pairs
 from megatron_spdf.recipe.compare import changes_of_run
 from megatron_spdf.recipe.finetune import Finetune, load_finetune, training_recipe
 from megatron_spdf.recipe.load import write_value
@@ -168,7 +163,7 @@ class Tuned:
             ValueError, FileNotFoundError: naming the value, the rule and the remedy.
         """
         data = self.recipe.data
-        pairs = _pairs(data.task, data.path, self.decoding.split)
+        pairs = count_pairs(data.task, data.path, self.decoding.split)
         if self.recipe.mode == "sparse" and not Plan.of(start).weights:
             raise ValueError(f"mode=sparse keeps the mask of the start, and {self.start} has none; "
                              "name these labels in finetune.exclude, or set mode=dense")
@@ -236,15 +231,6 @@ def _require_sound(path: str) -> None:
     from megatron_spdf.convert.source import open_weights, require_sound
 
     require_sound(open_weights(path, checksums=False))
-
-
-@functools.cache
-def _pairs(task: str, path: str, split: str) -> int:
-    """Training pairs of a data set that has all that is trained on, and the split to be decoded."""
-    require_splits(task, Path(path))
-    for needed in ("validation", split):
-        load_examples(task, Path(path), needed)
-    return len(training_pairs(load_examples(task, Path(path), "train")))
 
 
 def tunings(downstream: Downstream, labels: Mapping[str, str], runs: Mapping[int, Path],

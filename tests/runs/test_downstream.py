@@ -17,6 +17,7 @@ from small_models import gpt2_tensors, make_tokenizer, write_gpt2
 from test_experiment import ROOT, finish
 from test_experiment import grid as grid  # a fixture  # noqa: PLC0414
 
+from megatron_spdf.data.finetuning.task import count_pairs
 from megatron_spdf.data.pretraining import corpus
 from megatron_spdf.runs import downstream
 from megatron_spdf.runs import grid as runner
@@ -134,7 +135,7 @@ def test_what_would_stop_after_the_pre_training_stops_before(
     if missing:
         Path("data/e2e", missing).unlink()
     monkeypatch.setattr(runner, "_exit_code", lambda *_, **options: pytest.fail("a run began"))
-    downstream._pairs.cache_clear()
+    count_pairs.cache_clear()
     monkeypatch.setattr(sys, "argv", ["experiment.py", str(path)])
     assert tool.main() == 2
     assert said in capsys.readouterr().err
