@@ -126,10 +126,15 @@ def inside(directory: Path, name: str) -> Path:
         ValueError: a link makes it lie elsewhere.
     """
     path = directory / name
-    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(directory)):
+    if leads_out(directory, path):
         raise ValueError(f"{path} is reached by a link that leads to {os.path.realpath(path)}; "
                          "remove the link, or name another place for the output")
     return path
+
+
+def leads_out(directory: Path, path: Path) -> bool:
+    """Whether a link makes a path in a directory lie elsewhere."""
+    return not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(directory))
 
 
 def open_regular(path: Path) -> IO[bytes]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megatron_spdf.command_line import end_quietly, make_parser, output_file, refusing, say
 from megatron_spdf.files import write_file
-from megatron_spdf.reports.runs import read_all
+from megatron_spdf.reports.runs import read_begun
 from megatron_spdf.reports.runs_page import render_report
 
 
@@ -29,8 +29,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--title", default="Sparse pre-training, dense fine-tuning: runs",
                         help="of the page")
     options = parser.parse_args(arguments)
-    runs = read_all(options.runs)
-    write_file(options.output, render_report(runs, options.output, options.title))
+    runs, left_out = read_begun(options.runs)
+    for sentence in left_out:
+        say(sentence, sys.stderr)
+    write_file(options.output, render_report(runs, options.output, options.title, left_out))
     say(f"{options.output}: {len(runs)} runs, {options.output.stat().st_size / 1024:,.0f} KiB")
     return 0
 

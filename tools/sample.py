@@ -51,6 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     for stream in (sys.stdout, sys.stderr):  # whatever the locale can write
         stream.reconfigure(errors="backslashreplace")
+    if options.text is not None:
+        require_text(options.text)
     go_on = load(options)
     if options.text is not None:
         go_on(options.text)

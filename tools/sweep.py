@@ -16,6 +16,7 @@ to selection.json in the recipe's output directory. Exit code 0; 2 for what the 
 from __future__ import annotations
 
 import argparse
+import functools
 import shlex
 import sys
 from pathlib import Path
@@ -46,7 +47,10 @@ def main() -> int:
     if options.print:
         print("\n".join(map(shlex.join, commands(options, chosen).values())))
         return exit_codes.FINISHED
-    codes = [] if options.select else run_all(commands(options, left_of(chosen)))
+    left = [] if options.select else left_of(chosen)
+    if options.index is None:  # else the run says it at once
+        check_ahead(options, left)
+    codes = run_all(commands(options, left))
     if options.index is not None:
         return codes[0] if codes else exit_codes.FINISHED
     return ends_grid(codes) or report(finetune)
@@ -55,6 +59,23 @@ def main() -> int:
 def commands(options: argparse.Namespace, chosen: list[Trial]) -> dict[Path, list[str]]:
     return {trial.output: command(options.launch, "finetune.py", options.recipe, options.overrides,
                                   trial) for trial in chosen}
+
+
+def check_ahead(options: argparse.Namespace, left: list[Trial]) -> None:
+    """Raises a ValueError where finetune.py would refuse a run for what its start or its data are,
+    before the first trains."""
+    if not left:
+        return
+    from megatron_spdf.convert.source import open_weights  # imports PyTorch
+    from megatron_spdf.training.finetune_setup import check_rules
+
+    open_once = functools.cache(functools.partial(open_weights, checksums=False))
+    for trial in left:
+        finetune = load_finetune(options.recipe, [*options.overrides, *trial.words])
+        try:
+            check_rules(finetune, open_once(finetune.checkpoint))
+        except (ValueError, FileNotFoundError) as error:
+            raise ValueError(f"{trial.output}: {error}") from None
 
 
 def left_of(chosen: list[Trial]) -> list[Trial]:

@@ -243,6 +243,8 @@ def sentence(error: dict[str, Any], kind: type[BaseModel], values: dict[str, Any
         way = "" if any(isinstance(p, int) for p in place) else f" or as {name}=VALUE"
         return f"{name} is missing; set it in the recipe{way} (see --help)"
     rule = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "string_type" and isinstance(error["input"], int | float):
+        rule += ", and YAML reads this one otherwise; write it in quotes"
     return f"{name}={error['input']!r}: {rule[0].lower()}{rule[1:]}"
 
 

@@ -18,6 +18,7 @@ from megatron_spdf.runs.measured import (
     Evaluated,
     Figure,
     Move,
+    NotBegun,
     Settings,
     Step,
     Whole,
@@ -173,14 +174,45 @@ def read_all(directories: list[Path]) -> list[Logged]:
     """Reads runs, in the order given.
 
     Raises:
-        ValueError: a directory is not a run, or is named twice.
+        ValueError: a directory is not a run, has no record yet, or is named twice.
+    """
+    return [_read(directory, label) for directory, label in _labeled(directories)]
+
+
+def read_begun(directories: list[Path]) -> tuple[list[Logged], list[str]]:
+    """As `read_all`, but leaves out runs that have no record yet.
+
+    Returns:
+        Runs, and a sentence on each that is left out.
+
+    Raises:
+        ValueError: as `read_all` does, or no run has a record.
+    """
+    runs, notes = [], []
+    for directory, label in _labeled(directories):
+        try:
+            runs.append(_read(directory, label))
+        except NotBegun as error:
+            if len(directories) == 1:
+                raise
+            notes.append(f"left out: {error}")
+    if not runs:
+        raise ValueError("no run has a record of a training step yet; let one go on to its first "
+                         f"({notes[0]})")
+    return runs, notes
+
+
+def _labeled(directories: list[Path]) -> list[tuple[Path, str]]:
+    """Directories, resolved, and the labels of their runs.
+
+    Raises:
+        ValueError: one is named twice.
     """
     resolved = [d.resolve() for d in directories]
     twice = sorted({str(d) for d in resolved if resolved.count(d) > 1})
     if twice:
         raise ValueError(f"{', '.join(twice)} is named more than once; name each run once")
-    return [_read(directory, label)
-            for directory, label in zip(resolved, _labels(resolved), strict=True)]
+    return list(zip(resolved, _labels(resolved), strict=True))
 
 
 def _read(directory: Path, label: str) -> Logged:

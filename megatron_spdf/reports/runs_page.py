@@ -42,18 +42,20 @@ NOTE = ("A line is averaged over neighbors, and over runs that differ in their s
         "resident memory on a CPU. Time is that of training steps alone.")
 
 
-def render_report(runs: Sequence[Logged], output: Path, title: str) -> str:
+def render_report(runs: Sequence[Logged], output: Path, title: str,
+                  left_out: Sequence[str] = ()) -> str:
     """HTML page of runs. One pen identifies runs that differ in their seeds alone, in all plots.
 
     Args:
         runs: to report.
         output: file of the page; links to recipes are relative to it.
         title: of the page.
+        left_out: sentences on runs that are not on it.
     """
     groups = same_recipe(runs)
     pens = {run.directory: pen(number) for number, group in enumerate(groups)
             for run in group.runs}
-    notes = [note for run in runs for note in run.notes]
+    notes = [*left_out, *(note for run in runs for note in run.notes)]
     sections = [
         [heading("Runs", name="runs"), _runs_table(runs, pens, output),
          bullets(notes) if notes else ""],

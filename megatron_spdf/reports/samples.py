@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import glob
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from megatron_spdf.files import leads_out
 from megatron_spdf.records import read_bytes
-from megatron_spdf.reports.document import escape, heading, key, paragraph
+from megatron_spdf.reports.document import bullets, escape, heading, key, paragraph
 from megatron_spdf.reports.pens import Pen
 from megatron_spdf.reports.runs import Logged
 from megatron_spdf.text import lines_of
@@ -24,8 +26,12 @@ Row = tuple[str, Pen | None, str]
 
 
 def samples_section(runs: Sequence[Logged], pens: Mapping[Path, Pen]) -> list[str]:
-    """Section of a page; nothing where no run has kept a text."""
-    parts = [*_answers(runs, pens), *_texts(runs, pens)]
+    """Section of a page; nothing where no run has kept a text. What cannot be read of a run's
+    directory, or lies elsewhere, is left out with a line."""
+    notes: list[str] = []
+    parts = [*_answers(runs, pens, notes), *_texts(runs, pens, notes)]
+    if notes:
+        parts.append(bullets(notes))
     if not parts:
         return []
     note = (f"The same {SHOWN} inputs of a task for every run, evenly spread over them, and the "
@@ -33,17 +39,18 @@ def samples_section(runs: Sequence[Logged], pens: Mapping[Path, Pen]) -> list[st
     return [heading("Samples of text", name="samples"), *parts, paragraph(note, "note")]
 
 
-def _answers(runs: Sequence[Logged], pens: Mapping[Path, Pen]) -> list[str]:
+def _answers(runs: Sequence[Logged], pens: Mapping[Path, Pen], notes: list[str]) -> list[str]:
     """Evaluations, each with the answers of all runs that were given the same inputs."""
     found: dict[tuple, list[tuple[Logged, list[str]]]] = defaultdict(list)
     for run in runs:
-        for file in sorted(run.directory.glob(ANSWERS)):
-            answers = _lines(file)
+        for file, text in _kept(run, ANSWERS, notes):
+            answers, name = _lines(text), file.parent.name
             chosen = spread(len(answers))
             asked = tuple(zip(chosen, *(
                 [lines[i] for i in chosen] if len(lines) == len(answers) else [""] * len(chosen)
-                for lines in (_inputs(file.parent), _references(file.parent))), strict=True))
-            found[file.parent.name, asked].append((run, [answers[i] for i in chosen]))
+                for lines in (_inputs(run, name, notes), _references(run, name, notes))),
+                strict=True))
+            found[name, asked].append((run, [answers[i] for i in chosen]))
     parts = []
     for (name, asked), answered in found.items():
         if asked:
@@ -55,26 +62,42 @@ def _answers(runs: Sequence[Logged], pens: Mapping[Path, Pen]) -> list[str]:
     return parts
 
 
-def _lines(file: Path) -> list[str]:
-    return [line.strip() for line in lines_of(_read(file))]
+def _kept(run: Logged, pattern: str, notes: list[str]) -> Iterator[tuple[Path, str]]:
+    """Files of a run and their texts.
+
+    Args:
+        pattern: of their paths in the run's directory.
+        notes: get a sentence on each that is left out.
+    """
+    for file in sorted(run.directory.glob(pattern)):
+        if leads_out(run.directory, file):
+            notes.append(f"left out: {file} is reached by a link that leads out of its run")
+            continue
+        try:
+            content = read_bytes(file, MOST_BYTES, "move it elsewhere")
+        except (OSError, ValueError) as error:
+            notes.append(f"left out: {error}")
+        else:
+            yield file, content.decode("utf-8-sig", "replace")
 
 
-def _read(file: Path) -> str:
-    return read_bytes(file, MOST_BYTES, "move it elsewhere").decode("utf-8-sig", "replace")
+def _lines(text: str) -> list[str]:
+    return [line.strip() for line in lines_of(text)]
 
 
-def _inputs(directory: Path) -> list[str]:
-    file = directory / INPUTS
-    return _lines(file) if file.is_file() else []
+def _inputs(run: Logged, name: str, notes: list[str]) -> list[str]:
+    return [line for _, text in _kept(run, f"evaluation/{glob.escape(name)}/{INPUTS}", notes)
+            for line in _lines(text)]
 
 
-def _references(directory: Path) -> list[str]:
+def _references(run: Logged, name: str, notes: list[str]) -> list[str]:
     """First reference of each input, in the task's official form if it has one."""
-    official, plain = directory / "reference0", directory / "references.txt"
-    if official.is_file():
-        return _lines(official)
-    groups = _read(plain).split("\n\n") if plain.is_file() else []
-    return [group.partition("\n")[0].strip() for group in groups[:-1]]
+    place = f"evaluation/{glob.escape(name)}"
+    for _, text in _kept(run, f"{place}/reference0", notes):
+        return _lines(text)
+    return [group.partition("\n")[0].strip()
+            for _, text in _kept(run, f"{place}/references.txt", notes)
+            for group in text.split("\n\n")[:-1]]
 
 
 def spread(count: int) -> list[int]:
@@ -84,12 +107,12 @@ def spread(count: int) -> list[int]:
     return [(2 * i + 1) * count // (2 * SHOWN) for i in range(SHOWN)]
 
 
-def _texts(runs: Sequence[Logged], pens: Mapping[Path, Pen]) -> list[str]:
+def _texts(runs: Sequence[Logged], pens: Mapping[Path, Pen], notes: list[str]) -> list[str]:
     """Files of samples, each name with those of all runs that have it."""
     found: dict[str, list[Row]] = defaultdict(list)
     for run in runs:
-        for file in sorted(run.directory.glob(TEXTS)):
-            found[file.stem].append((run.label, pens[run.directory], _read(file).strip()))
+        for file, text in _kept(run, TEXTS, notes):
+            found[file.stem].append((run.label, pens[run.directory], text.strip()))
     return [part for name, rows in sorted(found.items())
             for part in (heading(name, 3), _sample(rows))]
 

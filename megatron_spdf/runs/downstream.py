@@ -27,18 +27,13 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from megatron_spdf.data.finetuning.task import (
-    TASKS,
-    load_examples,
-    require_splits,
-    training_pairs,
-)
+from megatron_spdf.data.finetuning.task import TASKS, count_pairs
 from megatron_spdf.recipe.compare import changes_of_run
 from megatron_spdf.recipe.finetune import Finetune, load_finetune, training_recipe
 from megatron_spdf.recipe.load import write_value
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.runs.grid import Trial, axis_of, combinations, command, directory_name, labeled
-from megatron_spdf.runs.measured import LOG, RECIPE, read_run
+from megatron_spdf.runs.measured import LOG, RECIPE, NotBegun, read_run
 from megatron_spdf.runs.selection import result_of
 from megatron_spdf.section import PathText, Section
 from megatron_spdf.sparsity.plan import Plan
@@ -168,11 +163,13 @@ class Tuned:
             ValueError, FileNotFoundError: naming the value, the rule and the remedy.
         """
         data = self.recipe.data
-        pairs = _pairs(data.task, data.path, self.decoding.split)
+        pairs = count_pairs(data.task, data.path, self.decoding.split)
         if self.recipe.mode == "sparse" and not Plan.of(start).weights:
             raise ValueError(f"mode=sparse keeps the mask of the start, and {self.start} has none; "
                              "name these labels in finetune.exclude, or set mode=dense")
-        training_recipe(self.recipe, start.model, start.sparsity.held(), pairs)
+        recipe = training_recipe(self.recipe, start.model, start.sparsity.held(), pairs)
+        if recipe.distill.on and not self._start_is_over:  # else finetune.py says it at once
+            _check_teacher(recipe, start)
         from megatron_spdf.evaluation.decoding import (  # imports PyTorch and transformers
             DecodingSettings,
             room_for_prompts,
@@ -182,9 +179,17 @@ class Tuned:
         settings = DecodingSettings(**{**TASKS.get(data.task).decoding, **given})
         room_for_prompts(start.model.max_positions, settings)
 
+    @property
+    def _start_is_over(self) -> bool:
+        """Whether the pre-training run is at its end."""
+        try:
+            return (self.start / LOG).is_file() and read_run(self.start).finished
+        except NotBegun:
+            return False
+
     def may_begin(self) -> bool:
         """Whether the pre-training run is at its end; says so where it is not."""
-        if (self.start / LOG).is_file() and read_run(self.start).finished:
+        if self._start_is_over:
             return True
         print(f"{self.trial.output} is not begun, as {self.start} is not at its end", flush=True)
         return False
@@ -210,13 +215,22 @@ class Tuned:
                 **({} if self.scored else {self.scores: score})}
 
 
+def _check_teacher(recipe: Recipe, start: Recipe) -> None:
+    """Raises a ValueError where a fine-tuning run's teacher cannot be read, or has another
+    tokenizer than the data of the pre-training run."""
+    from megatron_spdf.convert.teacher import open_teacher  # imports PyTorch
+    from megatron_spdf.data.pretraining.corpus import data_tokenizer
+
+    open_teacher(recipe, data_tokenizer(start))
+    _require_sound(recipe.distill.teacher)
+
+
 @functools.cache
-def _pairs(task: str, path: str, split: str) -> int:
-    """Training pairs of a data set that has all that is trained on, and the split to be decoded."""
-    require_splits(task, Path(path))
-    for needed in ("validation", split):
-        load_examples(task, Path(path), needed)
-    return len(training_pairs(load_examples(task, Path(path), "train")))
+def _require_sound(path: str) -> None:
+    """Reads every weight of a teacher, once for all runs."""
+    from megatron_spdf.convert.source import open_weights, require_sound
+
+    require_sound(open_weights(path, checksums=False))
 
 
 def tunings(downstream: Downstream, labels: Mapping[str, str], runs: Mapping[int, Path],

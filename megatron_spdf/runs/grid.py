@@ -24,6 +24,7 @@ from typing import Any
 from megatron_spdf import exit_codes
 from megatron_spdf.files import open_to_append, require_directory
 from megatron_spdf.recipe.load import write_value
+from megatron_spdf.section import parse_count
 
 NAME_BYTES = 255 - len(".txt")  # of a file name on common file systems; logs stand beside
 MOST_RUNS = 10_000
@@ -115,6 +116,12 @@ def axis_of(key: str, values: Sequence[Any]) -> dict[str, dict[str, Any]]:
     Raises:
         ValueError: a value is there twice.
     """
+    spelled: dict[str, str] = {}
+    for value in values:  # YAML takes `1e-4` for text, recipes for 0.0001
+        label, number = write_value(value), write_value(parse_count(value))
+        if spelled.setdefault(number, label) != label:
+            raise ValueError(f"{key} has {number} twice, as {spelled[number]} and as {label}; "
+                             "leave one of them out")
     return labeled(key, [(write_value(value), {key: value}) for value in values])
 
 

@@ -85,6 +85,10 @@ class Choice(TypedDict):
     micro_batch: Annotated[int, Field(gt=0)]
 
 
+class NotBegun(ValueError):
+    """A run has no record of a training step yet."""
+
+
 @dataclass(frozen=True)
 class MeasuredRun:
     """A pre-training run, finished or not.
@@ -153,20 +157,23 @@ def read_logged(directory: Path,
         Values, records, and a sentence on losses that are not finite, if there are any.
 
     Raises:
-        ValueError: no run there, files that are damaged, or no training step in the log.
+        NotBegun: there is no training step in its log yet.
+        ValueError: no run there, or files that are damaged.
     """
     recipe, log = directory / RECIPE, directory / LOG
-    for file in (recipe, log):
-        if not file.is_file():
-            raise ValueError(f"{directory} is no run: it has no {file.name}; name the directory "
-                             "that `output` of a recipe names")
+    if not recipe.is_file():
+        raise ValueError(f"{directory} is no run: it has no {recipe.name}; name the directory "
+                         "that `output` of a recipe names")
+    if not log.is_file():
+        raise NotBegun(f"{directory} is no run yet: it has no {log.name}; let it go on to its "
+                       "first record, or name the directory that `output` of a recipe names")
     values = read_yaml(recipe, Settings, remedy="was it overwritten?")
     kinds = {"train": step, "valid": Evaluated, "bytes": Bytes, "mask": Move}
     records = [typed(record, kinds.get(record["kind"], Record), place, DAMAGED) for place, record
                in json_lines(log, Record, constants=True, remedy=DAMAGED, cut_short=True)]
     if not of_kind(records, "train"):
-        raise ValueError(f"{log} holds no training step yet; let the run go on to its first record "
-                         f"(log.every={values.get('log', {}).get('every', '?')} steps)")
+        raise NotBegun(f"{log} holds no training step yet; let the run go on to its first record "
+                       f"(log.every={values.get('log', {}).get('every', '?')} steps)")
     return values, records, _not_finite(records, log)
 
 

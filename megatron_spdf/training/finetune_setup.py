@@ -10,7 +10,7 @@ from megatron_spdf.checkpoint.reader import CheckpointReader
 from megatron_spdf.checkpoint.run_metadata import Masks, seeded_masks
 from megatron_spdf.convert.source import WeightSource, fingerprint, require_sound, tokenizer_of
 from megatron_spdf.data.finetuning.completions import CompletionData, Completions, tokenize
-from megatron_spdf.data.finetuning.task import TASKS, require_splits
+from megatron_spdf.data.finetuning.task import TASKS, count_pairs, require_splits
 from megatron_spdf.data.tokenizers.base import Tokenizer, render_padding
 from megatron_spdf.model.parametrization import render_parametrization
 from megatron_spdf.planning.memory import render_layout
@@ -96,6 +96,19 @@ def prepare(finetune: Finetune, start: WeightSource) -> Prepared:
         masks=start.masks if plan.weights else seeded_masks(plan),
         origin=f"{finetune.mode} fine-tuning from {start.origin}",
         summary="\n".join(filter(None, [summary, teacher.summary])))
+
+
+def check_rules(finetune: Finetune, start: WeightSource) -> None:
+    """Raises what `prepare` would of a recipe, its start, its teacher and the number of its pairs,
+    which are not tokenized: for many runs, ahead of the first.
+
+    Raises:
+        ValueError, FileNotFoundError: naming the value, the rule and the remedy.
+    """
+    pairs = count_pairs(finetune.data.task, finetune.data.path)
+    recipe = training_recipe(finetune, start.model, _sparsity(finetune, start), pairs)
+    check_tensor(Plan.of(recipe), recipe.parallel.tensor)
+    Teacher(recipe, tokenizer_of(start))
 
 
 def _sparsity(finetune: Finetune, start: WeightSource) -> Sparsity:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megatron_spdf.convert.source import WeightSource, fingerprint, open_weights
+from megatron_spdf.convert.source import fingerprint
+from megatron_spdf.convert.teacher import open_teacher
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
-from megatron_spdf.recipe.distillation import require_teacher
 from megatron_spdf.recipe.recipe import Recipe
 
 if TYPE_CHECKING:  # it imports megatron.core
@@ -28,22 +28,7 @@ class Teacher:
     """
 
     def __init__(self, recipe: Recipe, tokenizer: Tokenizer):
-        self.source: WeightSource | None = None
-        model = require_teacher(recipe)
-        if model is None:
-            return
-        self.source = open_weights(recipe.distill.teacher, checksums=False, like=model)
-        try:
-            theirs = self.source.tokenizer
-        except FileNotFoundError:
-            theirs = None
-        if theirs and theirs.sha256 != tokenizer.sha256:
-            raise ValueError(
-                f"distill.teacher={recipe.distill.teacher} has the tokenizer {theirs.sha256} "
-                f"({theirs.kind}, {theirs.vocab_size} tokens), and the run's data were made with "
-                f"{tokenizer.sha256} ({tokenizer.kind}, {tokenizer.vocab_size} tokens) (sha256 of "
-                "the files). Take a teacher with the same tokenizer; if the two only differ in how "
-                "their files are written, remove the tokenizer's files from a copy of the teacher")
+        self.source = open_teacher(recipe, tokenizer)
 
     @property
     def contents(self) -> dict[str, str]:

@@ -165,6 +165,10 @@ def test_added_tokens_that_are_not_special_are_found_as_before(trained, tmp_path
 def test_the_named_end_may_be_an_added_token_that_is_not_special(trained, tmp_path, kind):
     made = tokenizers.Tokenizer.from_str(trained[kind].to_str())
     made.add_tokens(["<the end>"])
+    if kind == "WordLevel":  # trained on its special tokens, `tokenizers` gives a word's id away
+        with pytest.raises(ValueError, match="gives '<the end>' and '.*' the id"):
+            load(tmp_path, made, "<the end>")
+        return
     tokenizer = load(tmp_path, made, "<the end>")
     assert tokenizer.eod == made.token_to_id("<the end>") in made.encode("a <the end> b").ids
     assert tokenizer.eod not in tokenizer.encode("a <the end> b<the end>")

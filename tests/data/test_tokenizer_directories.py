@@ -112,6 +112,17 @@ def test_a_llama_directory_has_both_and_they_agree(tmp_path, caplog):
     assert "describes two" not in caplog.text
 
 
+def test_two_tokens_of_one_id_are_refused(place):
+    """Both would be decoded to one of them."""
+    describe(place)
+    file = place / "tokenizer.json"
+    described = json.loads(file.read_text())
+    described["model"]["vocab"]["a"] = described["model"]["vocab"]["b"]
+    file.write_text(json.dumps(described))
+    with pytest.raises(ValueError, match="tokenizer.json gives 'a' and 'b' the id"):
+        load_tokenizer(place)
+
+
 def test_a_damaged_tokenizer_json_is_not_passed_over(place):
     (place / "tokenizer.json").write_text('{"model": {}}')
     with pytest.raises(ValueError, match="not a tokenizer.json"):

@@ -253,8 +253,8 @@ def test_a_line_ends_at_its_line_feed_and_nowhere_else(sample, directories):
     code, _, err = sample(directories["run"], "--tokens", 1, lines=b"a\nb\xff\nab\n")
     assert code == 2 and err.count("error:") == 1
     assert r"error: the text is not UTF-8 where it says b\udcff; convert it" in err
-    code, out, err = sample(directories["run"], "b\udcff", "--tokens", 1)
-    assert (code, out) == (2, "") and r"where it says b\udcff;" in err
+    code, out, err = sample(directories["nowhere"], "b\udcff", "--tokens", 1)
+    assert (code, out) == (2, "") and r"where it says b\udcff;" in err  # no model is looked for
     sys.stdin = io.TextIOWrapper(io.BytesIO("\r\n".join(texts).encode()))  # `sample` resets it
     assert list(lines_in()) == texts
 

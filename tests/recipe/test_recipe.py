@@ -295,10 +295,12 @@ def test_bad_value_is_named_with_rule_and_remedy(write, overrides, parts):
     ("seed: 1\nseed: 2\n", ["line 2: the key 'seed' is given twice"]),
     ("", ["output is missing", "model is missing", "set it in the recipe"]),
     ("model: 3\n", ["model=3"]),
+    ("output: 010\n", ["output=8", "valid string", "write it in quotes"]),
+    ("output: yes\n", ["output=True", "write it in quotes"]),
     ("extends: nowhere.yaml\n", ["there is no recipe", "nowhere.yaml", "holds recipe.yaml"]),
     ("extends: [recipe.yaml]\n", ["extends"]),
 ], ids=["list", "not YAML", "control characters", "a key twice", "empty",
-        "section is a number", "base missing", "base is a list"])
+        "section is a number", "octal", "truth", "base missing", "base is a list"])
 def test_bad_file_is_named_with_rule_and_remedy(write, text, parts):
     with pytest.raises(ValueError) as caught:
         load_recipe(write(text))

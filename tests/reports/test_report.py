@@ -87,16 +87,31 @@ def test_smoothing_keeps_means_and_short_curves():
 
 
 @pytest.mark.parametrize(("damage", "said"), [
-    (lambda run: (run / "log.jsonl").unlink(), "it has no log.jsonl"),
+    (lambda run: (run / "recipe.yaml").unlink(), "it has no recipe.yaml"),
     (lambda run: (run / "evaluation/e2e_test/scores.json").write_text("{"),
      "scores.json, line 1: not JSON"),
-    (lambda run: (run / "log.jsonl").write_text(""), "holds no training step yet"),
 ])
 def test_what_cannot_be_read_gets_a_sentence(report, runs, tmp_path, capsys, damage, said):
     damage(runs[2])
     assert report([*map(str, runs), "-o", str(tmp_path / "r.html")]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and said in err and not (tmp_path / "r.html").exists()
+
+
+def test_a_run_without_a_record_yet_is_left_out_with_a_line(report, runs, tmp_path, capsys):
+    (runs[1] / "log.jsonl").write_text("")
+    (runs[2] / "log.jsonl").unlink()
+    output = tmp_path / "r.html"
+    assert report([*map(str, runs), "-o", str(output)]) == 0
+    said, page = capsys.readouterr(), Page(output.read_text()).words()
+    for sentence in (f"left out: {runs[1]}/log.jsonl holds no training step yet",
+                     f"left out: {runs[2]} is no run yet: it has no log.jsonl"):
+        assert sentence in said.err and sentence in page
+    assert "2 runs" in said.out and "2 runs, " in page
+    output.unlink()
+    for few, sentence in ((runs[1:3], "no run has a record"), (runs[2:3], "it has no log.jsonl")):
+        assert report([*map(str, few), "-o", str(output)]) == 2
+        assert sentence in capsys.readouterr().err and not output.exists()
 
 
 def test_a_run_named_twice_is_refused(report, runs, tmp_path, capsys):

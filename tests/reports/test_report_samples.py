@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -83,6 +84,22 @@ def test_a_file_that_is_no_text_is_shown_as_far_as_it_is(tmp_path):
     a = run(tmp_path / "a", samples__s="")
     (tmp_path / "a/samples/s.txt").write_bytes(b"\xef\xbb\xbfok \xff\n")
     assert shown(a) == [("s", [[("a", "ok \ufffd")]])]
+
+
+def test_what_is_no_text_of_the_run_is_left_out_with_a_line(tmp_path):
+    """A stranger's run directory shows nothing of what lies outside of it."""
+    a = run(tmp_path / "a", samples__good="here", evaluation__t__predictions="x\n")
+    (tmp_path / "secret").write_text("SECRET\n")
+    for name in ("samples/link.txt", "evaluation/t/inputs.txt", "evaluation/t/reference0"):
+        (tmp_path / "a" / name).symlink_to(tmp_path / "secret")
+    (tmp_path / "a/samples/own.txt").symlink_to("good.txt")
+    (tmp_path / "a/samples/directory.txt").mkdir()
+    os.mkfifo(tmp_path / "a/samples/pipe.txt")
+    html = "".join(samples_section([a], {a.directory: pen(0)}))
+    assert "SECRET" not in html and [title for title, _ in shown(a)] == ["t", "good", "own"]
+    for sentence in ("link.txt is reached by a link", "inputs.txt is reached by a link",
+                     "reference0 is reached", "directory.txt: no regular", "pipe.txt: no regular"):
+        assert sentence in html
 
 
 @pytest.mark.parametrize(("count", "numbers"), [

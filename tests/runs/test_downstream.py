@@ -4,14 +4,21 @@ done is not done again."""
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+from math import nan
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
+from small_models import gpt2_tensors, make_tokenizer, write_gpt2
 from test_experiment import ROOT, finish
 from test_experiment import grid as grid  # a fixture  # noqa: PLC0414
 
+from megatron_spdf.data.finetuning.task import count_pairs
+from megatron_spdf.data.pretraining import corpus
 from megatron_spdf.runs import downstream
 from megatron_spdf.runs import grid as runner
 from megatron_spdf.runs.budget import linear_weights
@@ -128,12 +135,44 @@ def test_what_would_stop_after_the_pre_training_stops_before(
     if missing:
         Path("data/e2e", missing).unlink()
     monkeypatch.setattr(runner, "_exit_code", lambda *_, **options: pytest.fail("a run began"))
-    downstream._pairs.cache_clear()
+    count_pairs.cache_clear()
     monkeypatch.setattr(sys, "argv", ["experiment.py", str(path)])
     assert tool.main() == 2
     assert said in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", ["experiment.py", str(path), "--print"])
     assert tool.main() == 0  # to be run elsewhere
+
+
+def put_tokenizer(model: Path, merges: int) -> None:
+    """Puts a tokenizer beside a model, in the place of the one that is there."""
+    files = model.parent / f"tokenizer_{merges}"
+    make_tokenizer(merges).save(files)
+    shutil.copytree(files, model, dirs_exist_ok=True)
+
+
+@pytest.mark.parametrize(("damage", "said"), [
+    (lambda teacher: shutil.rmtree(teacher), "is no directory"),
+    (lambda teacher: put_tokenizer(teacher, 1), "has the tokenizer"),
+    (lambda teacher: save_file({**gpt2_tensors(), "transformer.ln_f.bias": torch.full((12,), nan)},
+                               teacher / "model.safetensors"), "not finite"),
+    (lambda teacher: None, ""),
+], ids=["missing", "tokenizer", "nan", "sound"])
+def test_a_teacher_is_looked_at_before_the_pre_training(
+        asked, monkeypatch, capsys, tmp_path, damage, said):
+    teacher, began = write_gpt2(tmp_path / "teacher", n_positions=10), []
+    put_tokenizer(teacher, 2)
+    monkeypatch.setattr(corpus, "data_tokenizer", lambda recipe: make_tokenizer())
+    short = {"train.sequence_length": 8, "distill.teacher": str(teacher)}
+    path = asked(axes={"taught": {"yes": short}}, exclude=[])
+    recipe = yaml.safe_load(Path("recipe.yaml").read_text())
+    recipe["model"]["vocab_size"] = 259
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
+    damage(teacher)
+    downstream._require_sound.cache_clear()
+    monkeypatch.setattr(runner, "_exit_code", lambda words, until, **options: began.append(1) or 3)
+    monkeypatch.setattr(sys, "argv", ["experiment.py", str(path)])
+    assert tool.main() == (2 if said else 3)
+    assert said in capsys.readouterr().err and bool(began) is not bool(said)
 
 
 def test_the_shipped_ordering_is_fifteen_fine_tunings_in_spdfs_order():

@@ -166,6 +166,8 @@ def test_a_run_that_stopped_half_way_has_no_result(grid):
     ({"axes": {"budget": ["time"]}}, "budget=time must be tokens, flops or weights"),
     ({"seeds": (3, 1, 3)}, "seeds has 3 twice, which is one run"),
     ({"axes": {"optimizer.lr": [1e-3, 2e-3, 0.001]}}, "optimizer.lr has 0.001 twice"),
+    ({"axes": {"optimizer.lr": ["1e-3", 0.001]}}, "has 0.001 twice, as 1e-3 and as 0.001"),
+    ({"axes": {"train.tokens": ["4K", 4000]}}, "has 4000 twice, as 4K and as 4000"),
     ({"axes": {"lr": {"1": {"optimizer.lr": 1}, 1: {"optimizer.lr": 2}}}}, "lr has 1 twice"),
     ({"axes": {"lr": {"a": {"optimizer.lr": 1e-3}}, "optimizer.lr": [2e-3]}},
      "would give optimizer.lr two values; let one axis have it"),

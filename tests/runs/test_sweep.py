@@ -4,11 +4,13 @@ what is."""
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from small_models import make_tokenizer, write_gpt2
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = """
@@ -47,6 +49,13 @@ def sweep(tmp_path, recipe):
     (tmp_path / "stub.py").write_text(STUB)
     (tmp_path / "training.json").write_text(json.dumps(
         recipe(train={"tokens": 40 * 8 * 32}, evaluate={"patience": 2}).model_dump()))
+
+    write_gpt2(tmp_path / "start")
+    make_tokenizer().save(tmp_path / "tokenizer")
+    shutil.copytree(tmp_path / "tokenizer", tmp_path / "start", dirs_exist_ok=True)
+    (tmp_path / "data").mkdir()
+    for split in ("train", "validation"):
+        (tmp_path / f"data/{split}.jsonl").write_text('{"context": "a", "completion": "b"}\n' * 8)
 
     def run(values: str, *words: str) -> subprocess.CompletedProcess:
         (tmp_path / "recipe.yaml").write_text(RECIPE.format(output=tmp_path / "out", sweep=values))
@@ -131,6 +140,10 @@ def test_a_run_that_diverges_loses_and_one_that_is_stopped_stops_the_sweep(sweep
     ("{optimizer.lrr: [1]}", [], "unknown key optimizer.lrr"),
     ("{optimizer.lr: [1e-4, -1]}", [], "optimizer.lr=-1"),
     (TWO_BY_TWO, ["--index", "4"], "the sweep has 4 runs, 0 to 3"),
+    ("{optimizer.warmup_steps: [1, 99]}", [], "optimizer.warmup_steps=99: optimizer.warmup_steps"),
+    ("{train.sequence_length: [8, 64]}", [], "train.sequence_length=64"),
+    ("{data.path: [data, missing]}", [], "data.path=missing: "),
+    ("{mode: [dense, sparse]}", [], "mode=sparse: mode=sparse keeps the mask of the start"),
 ])
 def test_bad_sweep_is_refused_before_anything_runs(sweep, tmp_path, values, words, said):
     done = sweep(values, *words)

@@ -9,6 +9,7 @@ example.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -156,3 +157,19 @@ def training_pairs(examples: Iterable[Example]) -> list[tuple[str, str]]:
     """Every (context, reference)."""
     return [(example.context, reference) for example in examples
             for reference in example.references]
+
+
+@functools.cache
+def count_pairs(name: str, path: str, split: str = "validation") -> int:
+    """Counts the training pairs of a data set that has all that is trained on, once for many runs.
+
+    Args:
+        split: another that must be readable.
+
+    Raises:
+        ValueError, FileNotFoundError: a split is missing or malformed.
+    """
+    require_splits(name, Path(path))
+    for needed in dict.fromkeys(("validation", split)):
+        load_examples(name, Path(path), needed)
+    return len(training_pairs(load_examples(name, Path(path), "train")))

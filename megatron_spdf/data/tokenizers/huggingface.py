@@ -41,6 +41,7 @@ class HuggingFace(Tokenizer):
                           if token["special"]}
         usual = next((token for tokens in (self._specials, self.vocabulary)
                       for token in END_OF_DOCUMENT if token in tokens), None)
+        self._require_own_ids()
         self.vocab_size = max(self.vocabulary.values(), default=-1) + 1
         self._end_documents(usual, end, "no end-of-document token in tokenizer.json; it needs "
                             f"one of {END_OF_DOCUMENT}")
@@ -53,6 +54,16 @@ class HuggingFace(Tokenizer):
     @cached_property
     def vocabulary(self) -> dict[str, int]:
         return self._tokenizer.get_vocab(with_added_tokens=True)
+
+    def _require_own_ids(self) -> None:
+        """Raises a ValueError where two tokens have one id, which is decoded to one of them."""
+        tokens: dict[int, str] = {}
+        for token, number in self.vocabulary.items():
+            if tokens.setdefault(number, token) != token:
+                one, other = sorted([tokens[number], token])
+                raise ValueError(f"tokenizer.json gives {one!r} and {other!r} the id {number}, so "
+                                 "that one would be decoded to the other; take the file that the "
+                                 "model was trained with")
 
     def _without_specials(self, description: dict[str, Any]) -> Any:
         """The tokenizer for text, which special tokens cannot come from.
