@@ -50,6 +50,8 @@ class Partial:
     @property
     def finished_inputs(self) -> int:
         """Inputs that an interrupted run has finished; 0 also if there is no document in them."""
+        if not os.path.isdir(self.directory):  # false, too, of what cannot be a directory's name
+            return 0
         ledger = self.directory / "ledger.jsonl"
         return (
             ledger.read_bytes().count(b"\n")
