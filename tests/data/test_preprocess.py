@@ -274,6 +274,14 @@ def test_output_must_be_a_prefix(tmp_path, bpe, output, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
+@pytest.mark.parametrize("output", ["a.txt/x", "a.txt/x/y"])
+def test_output_under_a_file_is_named(tmp_path, bpe, output, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(ValueError, match="cannot be written: .*/a.txt is a file; choose another"):
+        preprocess([tmp_path / "a.txt"], output, load_tokenizer(bpe))
+
+
 @pytest.mark.parametrize("length", [250, 300])
 def test_a_name_too_long_is_bad_input(tmp_path, bpe, tool, capsys, monkeypatch, length):
     """At 250 bytes the name of the data set in the making is too long."""
