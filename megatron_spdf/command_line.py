@@ -84,7 +84,7 @@ def add_overrides(parser: argparse.ArgumentParser, meaning: str = "values that w
     """Adds `section.key=value` words; a parser that also has options needs
     `parse_intermixed_args`."""
     parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value",
-                        help=meaning)
+                        help=f"{meaning}; of a key that is given twice the last holds")
 
 
 def number(kind: type[int] | type[float], least: float | None = None, most: float | None = None,

@@ -7,16 +7,24 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+_LONGEST_NAME = 255  # bytes of a file's name: NAME_MAX of Linux and of its usual file systems
+
 
 def expand_home(path: str) -> str:
     """The path with a leading `~` or `~user` replaced by that home directory, as shells do where
     they see it: not inside of quotes, of `--output=~/x` or of `output=~/x`.
 
     Raises:
-        ValueError: there is no such user, or the path is empty, as an unset variable of a shell is.
+        ValueError: there is no such user, a name in it is longer than file systems have them, or
+            the path is empty, as an unset variable of a shell is.
     """
     if not path:
         raise ValueError("a path is empty; name a file or directory, . for this one")
+    for name in path.split(os.sep):
+        length = len(os.fsencode(name))
+        if length > _LONGEST_NAME and not glob.has_magic(name):
+            raise ValueError(f"a path has a name of {length} bytes, {name[:40]}..., over the "
+                             f"{_LONGEST_NAME} that file systems take; shorten it")
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
         raise ValueError(f"{path}: there is no user {path.split('/')[0][1:]!r}, whose home this "

@@ -57,6 +57,14 @@ def test_the_home_directory(monkeypatch):
         expand_home("~nobody-such/a")
 
 
+def test_a_name_that_no_file_system_takes():
+    for path in ("n" * 255, "a/" + "é" * 127 + "/b", "[" + "ab" * 200 + "]*.jsonl", "a/" * 500):
+        assert expand_home(path) == path
+    for path in ("n" * 256, "a/" + "é" * 128 + "/b"):
+        with pytest.raises(ValueError, match="a name of 256 bytes.*shorten it"):
+            expand_home(path)
+
+
 def fields_of_paths(kind, place: str = ""):
     """Keys of a recipe that hold paths, by their description or name."""
     for name, field in kind.model_fields.items():

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from megatron_spdf.architecture.base import Weight
 from megatron_spdf.command_line import say
+from megatron_spdf.paths import same_file
 from megatron_spdf.runs.budget import average_weights
 from megatron_spdf.runs.loss_table import read_table
 from megatron_spdf.runs.measured import MeasuredRun, read_run
@@ -64,8 +65,11 @@ def trainings(paths: Sequence[Path], texts: Sequence[str]) -> list[Training]:
         texts: runs with one of them in their place are held out too.
 
     Raises:
-        ValueError: a run or a table cannot be read, or no run has a text.
+        ValueError: a run or a table cannot be read or is named twice, or no run has a text.
     """
+    if twice := same_file([path for path in paths if path.exists()]):
+        raise ValueError(f"{twice[0]} and {twice[1]} are one; name it once, as a law counts each "
+                         "as a training of its own")
     found: list[Training] = []
     for path in paths:
         if path.is_file():

@@ -160,6 +160,8 @@ def test_the_tool_reads_what_another_tool_made(place, tool, capsys):
     (["one.bin"], "The prefix of that file is one; write it so, or make the data set with"),
     (["one.idx", "--sample", "1"], "The prefix of that file is one; write it so"),
     (["one.json"], "data set one.json has no file one.json.bin. Correct the prefix"),
+    (["one/"], "There is a data set one, without the /; write it so, or make"),
+    (["none/"], "data set none/ has no file none/.bin. Correct the prefix"),
     (["one", "--sample", "120"], "documents 0 to 119; there is no document 120"),
     (["parts", "--png", "x.png"], "holds 6 data sets; name one for --sample or --png"),
 ])

@@ -274,6 +274,28 @@ def test_output_must_be_a_prefix(tmp_path, bpe, output, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
+@pytest.mark.parametrize("output", ["a.txt/x", "a.txt/x/y"])
+def test_output_under_a_file_is_named(tmp_path, bpe, output, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(ValueError, match="cannot be written: .*/a.txt is a file; choose another"):
+        preprocess([tmp_path / "a.txt"], output, load_tokenizer(bpe))
+
+
+@pytest.mark.parametrize("length", [250, 300])
+def test_a_name_too_long_is_bad_input(tmp_path, bpe, tool, capsys, monkeypatch, length):
+    """At 250 bytes the name of the data set in the making is too long."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("x")
+    words = ["--input", "a.txt", "--output", "n" * length, "--tokenizer", str(bpe)]
+    try:
+        code = tool.main(words)
+    except SystemExit as ended:
+        code = ended.code
+    assert code == 2 and "error: " in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
 @pytest.mark.parametrize("shares", [(98, math.nan), (math.nan, 1), (math.inf, 1), (1e308, 1e308),
                                     (0, 1), (1, -1), (1,), (1, 1, 1, 1)], ids=str)
 def test_shares_are_two_or_three_numbers(shares):

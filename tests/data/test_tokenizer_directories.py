@@ -168,12 +168,18 @@ def test_the_end_of_documents_that_transformers_configures(place, caplog):
     assert load_tokenizer(place, "<start>").end_token == "<start>"
 
 
-def test_another_end_of_documents_in_the_configuration_is_said(place, caplog):
+@pytest.mark.parametrize("named", [
+    {"tokenizer_config.json": "<end>"}, {"special_tokens_map.json": "<end>"},
+    {"special_tokens_map.json": {"content": "<end>"}, "tokenizer_config.json": "<|endoftext|>"},
+    {"special_tokens_map.json": "<end>", "tokenizer_config.json": "<end>"}], ids=str)
+def test_another_end_of_documents_in_the_configuration_is_said(place, caplog, named):
     describe(place, "<end>")
-    (place / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
+    for name, eos in named.items():
+        (place / name).write_text(json.dumps({"eos_token": eos}))
     assert load_tokenizer(place).end_token == "<|endoftext|>"
-    assert "documents end with '<|endoftext|>', and tokenizer_config.json says '<end>'" in (
-        caplog.text)
+    file = next(name for name, eos in reversed(named.items()) if eos != "<|endoftext|>")
+    assert f"documents end with '<|endoftext|>', and {file} says '<end>'" in caplog.text
+    assert caplog.text.count("documents end") == 1
     (place / "end_of_document.txt").write_text("<end>\n")
     caplog.clear()
     assert load_tokenizer(place).end_token == "<end>" and "documents end" not in caplog.text

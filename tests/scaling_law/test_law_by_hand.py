@@ -4,6 +4,7 @@ its slopes, quantiles and doubts, the curves of the plot."""
 from __future__ import annotations
 
 from dataclasses import astuple, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -252,3 +253,11 @@ def test_a_run_without_a_finite_loss_is_left_out_and_named(monkeypatch, tmp_path
     assert law_points.trainings([tmp_path / "run"], []) == []
     assert capsys.readouterr().err == (
         f"{tmp_path / 'run'} is left out: its loss at the end is not finite\n")
+
+
+@pytest.mark.parametrize("again", ["run", "run/.", "link"])
+def test_a_run_that_is_named_twice_is_no_two_trainings(tmp_path, again):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to("run")
+    with pytest.raises(ValueError, match="are one; name it once"):
+        law_points.trainings([tmp_path / "run", Path(f"{tmp_path}/{again}")], [])

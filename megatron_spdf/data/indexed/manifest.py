@@ -6,6 +6,7 @@ Imports neither torch nor Megatron: the check runs before any device is touched.
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -258,6 +259,9 @@ def _other_prefix(prefix: str | Path) -> str:
     stem, dot, suffix = str(prefix).rpartition(".")
     if dot and suffix in ("bin", "idx") and file_of(stem, suffix).is_file():
         return f"The prefix of that file is {stem}; write it so"
+    bare = str(prefix).rstrip(os.sep)
+    if bare != str(prefix) and file_of(bare, "idx").is_file():
+        return f"There is a data set {bare}, without the {os.sep}; write it so"
     return "Correct the prefix"
 
 

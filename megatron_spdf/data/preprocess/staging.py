@@ -15,7 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_spdf.data.indexed.manifest import CORPUS, file_of
-from megatron_spdf.files import new_file, publish, require_outside_checkpoints
+from megatron_spdf.files import (
+    new_file,
+    publish,
+    require_directory,
+    require_outside_checkpoints,
+)
 from megatron_spdf.locks import locked
 
 # The order in which files go away and come in: at no moment do an old and a new file look like one
@@ -50,6 +55,8 @@ class Partial:
     @property
     def finished_inputs(self) -> int:
         """Inputs that an interrupted run has finished; 0 also if there is no document in them."""
+        if not os.path.isdir(self.directory):  # false, too, of what cannot be a directory's name
+            return 0
         ledger = self.directory / "ledger.jsonl"
         return (
             ledger.read_bytes().count(b"\n")
@@ -97,6 +104,7 @@ class Partial:
         is in a checkpoint."""
         prefix = Path(self.prefix)
         require_outside_checkpoints(prefix if self.several else prefix.parent)
+        require_directory(prefix.parent)
         start, _, name = self.prefix.rpartition(os.sep)
         if not self.several and name in ("", os.curdir, os.pardir):
             place = Path(start, name)

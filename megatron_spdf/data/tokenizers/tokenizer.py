@@ -40,11 +40,11 @@ _FILES: dict[type[Tokenizer], tuple[tuple[str, ...], ...]] = {
     SentencePiece: (("*.model",),),
 }
 _CONFIG, _ADDED = "tokenizer_config.json", "added_tokens.json"  # beside them, of transformers
-_CHAT = "chat_template.jinja"
+_CHAT, _MAP = "chat_template.jinja", "special_tokens_map.json"
 # What a tokenizer may lose of a text, and a text that shows it.
 _LOSSES = {"runs of blanks": "a  b", "blanks at the ends": " a ", "line breaks": "a\nb",
            "tabs": "a\tb", "capitals": "a A", "composed characters": "e\u0301",
-           "compatibility characters": "\ufb01 \uff21 \u2460", "rare characters":
+           "compatibility characters": "\ufb01 \uff41 \u2460", "rare characters":
            "\u6f22\u0436\U0001f600\U00010380", "control characters": "a\x01b"}
 logger = logging.getLogger(__name__)
 
@@ -198,9 +198,9 @@ def _content(file: Path) -> bytes:
         raise ValueError(f"{file} cannot be read ({error}); copy it again") from None
 
 
-def _configured_end(path: Path) -> str | None:
-    """The eos_token of transformers' configuration beside a tokenizer."""
-    file = path / _CONFIG
+def _configured_end(path: Path, name: str = _CONFIG) -> str | None:
+    """The eos_token of a file of transformers' beside a tokenizer."""
+    file = path / name
     if not file.is_file():
         return None
     return _content_of(read_json(file, dict[str, Any]).get("eos_token"))
@@ -250,10 +250,13 @@ def _declared(path: Path, tokenizer: Tokenizer) -> dict[str, str]:
 
 def _compare_with_config(path: Path, tokenizer: Tokenizer) -> None:
     """Says what transformers' files beside a tokenizer say otherwise."""
-    configured = _configured_end(path)
-    if configured and not tokenizer.named_end and configured != tokenizer.end_token:
-        _say(f"{path}: documents end with {tokenizer.end_token!r}, and {_CONFIG} says "
-             f"{configured!r}; where that is meant, write it to {END_FILE} there")
+    said: dict[str | None, str] = {}  # end of documents -> first file that says so
+    for name in (_CONFIG, _MAP):
+        said.setdefault(_configured_end(path, name), name)
+    for configured, name in said.items():
+        if configured and not tokenizer.named_end and configured != tokenizer.end_token:
+            _say(f"{path}: documents end with {tokenizer.end_token!r}, and {name} says "
+                 f"{configured!r}; where that is meant, write it to {END_FILE} there")
     added = path / _ADDED
     if added.is_file() and not isinstance(tokenizer, HuggingFace):
         more = sorted(read_json(added, dict[str, int]).keys() - tokenizer.vocabulary.keys())
