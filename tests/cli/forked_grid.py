@@ -15,7 +15,6 @@ import signal
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 from forked_ranks import fork, free_port, load  # noqa: E402
@@ -29,11 +28,11 @@ from megatron_spdf.training.loop import Trainer  # noqa: E402
 STOPS: list[int] = []  # of the runs to come
 
 
-def run(words: list[str], **_) -> SimpleNamespace:
-    """Does what subprocess.run does with the command line of a run."""
+def exit_code(words: list[str], *_, **__) -> int:
+    """Exit code of the command line of a run, whose time is never over."""
     pid = fork(PRETRAIN, words[2:], 0, 1, free_port())
     STOPS.clear()
-    return SimpleNamespace(returncode=os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def save_due(self: Trainer, inner=Trainer._save_due) -> bool:
@@ -54,7 +53,7 @@ class InThisThread(nullcontext):
 
 Trainer._save_due = save_due
 grid.ThreadPoolExecutor = InThisThread
-grid.subprocess = SimpleNamespace(run=run)
+grid._exit_code = exit_code
 codes = []
 for stop, *words in json.loads(sys.argv[1]):
     STOPS[:] = [stop]

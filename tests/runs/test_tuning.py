@@ -188,7 +188,7 @@ def test_the_tool_goes_round_after_round_until_all_is_done(grid, tmp_path, monke
     cells = grid({"sparsity": [0, 0.75]}, tune={"optimizer.lr": 2})
     rounds = []
 
-    def run_all(commands, jobs):
+    def run_all(commands, jobs, until):
         rounds.append(len(commands))
         for output, words in commands.items():
             rate = float(next(w for w in words if w.startswith("optimizer.lr="))[13:])
