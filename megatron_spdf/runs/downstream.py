@@ -32,7 +32,7 @@ from megatron_spdf.recipe.compare import changes_of_run
 from megatron_spdf.recipe.finetune import Finetune, load_finetune, training_recipe
 from megatron_spdf.recipe.load import write_value
 from megatron_spdf.recipe.recipe import Recipe
-from megatron_spdf.runs.grid import Trial, axis_of, combinations, command, directory_name, labeled
+from megatron_spdf.runs.grid import Trial, combinations, command, directory_name, labeled_axes
 from megatron_spdf.runs.measured import LOG, RECIPE, NotBegun, read_run
 from megatron_spdf.runs.selection import result_of
 from megatron_spdf.section import PathText, Section
@@ -76,12 +76,9 @@ class Downstream(Section):
     def _short_axes(cls, values: Any) -> Any:
         if not isinstance(values, dict) or not isinstance(values.get("axes"), dict):
             return values
-        axes = {name: axis_of(name, axis) if isinstance(axis, list)
-                else labeled(name, axis.items()) if isinstance(axis, dict) else axis
-                for name, axis in values["axes"].items()}
         naming = {key: [_as_text(labels) for labels in values[key]]
                   for key in ("exclude", "order") if isinstance(values.get(key), list)}
-        return {**values, "axes": axes, **naming}
+        return {**values, "axes": labeled_axes(values["axes"]), **naming}
 
     def check_labels(self, axes: Mapping[str, Mapping[str, Any]]) -> None:
         """Raises a ValueError where a label is of no axis, here or in the grid.

@@ -41,7 +41,7 @@ from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.records import read_yaml
 from megatron_spdf.runs.budget import sized
 from megatron_spdf.runs.downstream import Downstream
-from megatron_spdf.runs.grid import Trial, axis_of, combinations, labeled
+from megatron_spdf.runs.grid import Trial, combinations, labeled_axes
 from megatron_spdf.runs.measured import LOG, Evaluated, read_run
 from megatron_spdf.schedule.stages import mean_flops, stages_of
 from megatron_spdf.section import PathText, Section
@@ -96,11 +96,6 @@ class Experiment(Section):
     def _short_axes(cls, values: Any) -> Any:
         if not isinstance(values, dict) or not isinstance(values.get("axes"), dict):
             return values
-        axes = {name: axis_of(name, axis) if isinstance(axis, list)
-                else labeled(name, axis.items()) if isinstance(axis, dict)
-                else axis
-                for name, axis in values["axes"].items()}
-
         def named(labels: Any) -> Any:
             if isinstance(labels, list):
                 return list(map(named, labels))
@@ -109,7 +104,7 @@ class Experiment(Section):
                     for axis, label in labels.items()} if isinstance(labels, dict) else labels
 
         naming = {key: named(values[key]) for key in NAMING if key in values}
-        return {**values, "axes": axes, **naming}
+        return {**values, "axes": labeled_axes(values["axes"]), **naming}
 
     @model_validator(mode="after")
     def _is_a_grid(self) -> Experiment:

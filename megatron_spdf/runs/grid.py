@@ -125,6 +125,18 @@ def axis_of(key: str, values: Sequence[Any]) -> dict[str, dict[str, Any]]:
     return labeled(key, [(write_value(value), {key: value}) for value in values])
 
 
+def labeled_axes(axes: Mapping[str, Any]) -> dict[str, Any]:
+    """Axes of a file, each a list of values of the key that it is named after, or label -> what it
+    stands for, with their labels as text. What is neither stays, for the schema to refuse.
+
+    Raises:
+        ValueError: a value or a label is there twice.
+    """
+    return {name: axis_of(name, axis) if isinstance(axis, list)
+            else labeled(name, axis.items()) if isinstance(axis, dict) else axis
+            for name, axis in axes.items()}
+
+
 def labeled(axis: str, pairs: Iterable[tuple[Any, Any]]) -> dict[str, Any]:
     """What is given to the labels of an axis, by label as text.
 
