@@ -46,7 +46,7 @@ def kernels(part: Part) -> None:
         part.write("what computes", what=what, by=by)
     for name, pattern in part.scale.patterns.items():
         recipe = part.scale.recipe(pattern)
-        if recipe.sparsity.dense_copy == "layer":
+        if recipe.sparsity.dense_copy == "per_layer":
             continue  # the same kernels as for the step
         part.attempt("kernels", name, lambda name=name,
                      recipe=recipe: _layer(part, name, recipe, bandwidth, device))
