@@ -210,7 +210,8 @@ def implementation_summary(recipe: Recipe, model: nn.Module, optimizer: torch.op
         torch.cuda.get_device_name() if device.type == "cuda" else "CPU (gloo, stand-in for CUDA)"
     )
     pointwise = "compiled" if model.config.bias_dropout_fusion else "one by one"
-    return (f"device {where}; {', '.join(names.values())}; bias, activation and dropout "
+    launched = "; forward and backward one CUDA graph" if recipe.kernels.cuda_graph else ""
+    return (f"device {where}{launched}; {', '.join(names.values())}; bias, activation and dropout "
             f"{pointwise}; expand/compress {dispatch.backend_name(device.type)}"
             f"{_describe_patterns(model, device)}")
 
