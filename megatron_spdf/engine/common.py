@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from megatron_spdf.engine.base import Engine
 from megatron_spdf.kernels import dispatch
+from megatron_spdf.kernels.softmax import describe_softmax
 from megatron_spdf.layers.compact import compact_of, sparse_modules
 from megatron_spdf.layers.products.base import product_of
 from megatron_spdf.model.attention import SdpaCoreAttention
@@ -211,7 +212,8 @@ def implementation_summary(recipe: Recipe, model: nn.Module, optimizer: torch.op
     )
     pointwise = "compiled" if model.config.bias_dropout_fusion else "one by one"
     return (f"device {where}; {', '.join(names.values())}; bias, activation and dropout "
-            f"{pointwise}; expand/compress {dispatch.backend_name(device.type)}"
+            f"{pointwise}; loss {describe_softmax(device.type, model.config.params_dtype)}; "
+            f"expand/compress {dispatch.backend_name(device.type)}"
             f"{_describe_patterns(model, device)}")
 
 
