@@ -211,9 +211,10 @@ def implementation_summary(recipe: Recipe, model: nn.Module, optimizer: torch.op
         torch.cuda.get_device_name() if device.type == "cuda" else "CPU (gloo, stand-in for CUDA)"
     )
     pointwise = "compiled" if model.config.bias_dropout_fusion else "one by one"
-    return (f"device {where}; {', '.join(names.values())}; bias, activation and dropout "
-            f"{pointwise}; loss {describe_softmax(device.type, model.config.params_dtype)}; "
-            f"expand/compress {dispatch.backend_name(device.type)}"
+    launched = "; forward and backward one CUDA graph" if recipe.kernels.cuda_graph else ""
+    loss = describe_softmax(device.type, model.config.params_dtype)
+    return (f"device {where}{launched}; {', '.join(names.values())}; bias, activation and dropout "
+            f"{pointwise}; loss {loss}; expand/compress {dispatch.backend_name(device.type)}"
             f"{_describe_patterns(model, device)}")
 
 

@@ -29,6 +29,7 @@ from torch.nn.utils import get_total_norm
 
 from megatron_spdf.engine import common
 from megatron_spdf.engine.base import StepResult
+from megatron_spdf.engine.graph import GraphedPass, own_stream
 from megatron_spdf.engine.releases import gradients_for_norm
 from megatron_spdf.engine.state import OptimizerState, share_replicas, snapshot
 from megatron_spdf.layers.compact import expanded
@@ -63,6 +64,8 @@ class MegatronEngine:
     def __init__(self, recipe: Recipe, plan: Plan, device: torch.device,
                  weights: InitialWeights | None = None):
         self.recipe, self.plan, self.device = recipe, plan, device
+        if recipe.kernels.cuda_graph:
+            own_stream(device)
         self.models = build_model(recipe, plan, weights)
         self.config = self.models[0].config
         overlaps = _overlaps(recipe, device)
@@ -83,6 +86,9 @@ class MegatronEngine:
         if overlaps:
             self.config.no_sync_func = _per_chunk([c.no_sync for c in self.chunks])
             self.config.grad_sync_func = _per_chunk([c.start_grad_sync for c in self.chunks])
+        self._train = partial(self._run, forward_only=False)
+        if recipe.kernels.cuda_graph:
+            self._train = GraphedPass(self._train, self.models, device)
 
     def step(self, batch: Sequence[MicroBatch], number: int, tokens: int,
              stop_requested: bool) -> StepResult:
@@ -102,7 +108,7 @@ class MegatronEngine:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        loss = self._run(batch, forward_only=False)
+        loss = self._train(batch)
         self.optimizer.prepare_grads()
         parts = common.parts_of(self.models[-1])
         loss, stop, *means, squared_norm = self._agree(

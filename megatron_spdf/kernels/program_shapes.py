@@ -45,25 +45,25 @@ SOFTMAX = {"sums": [SoftmaxShape(4096, 8), SoftmaxShape(8192, 8), SoftmaxShape(2
 # Candidates for the warps of a program, by kernel; the first is used. With few warps, a thread has
 # many entries that share its work.
 WARPS = {"expand": (1, 2, 4), "compress": (1, 2, 4)}
-# Candidates by kernel and tile size, for 16-bit operands; the first is used. The first two products
-# look up in a table which operands a step needs, so with s stages only (s - 1) / 2 steps are in
-# flight. Sums are as short as 512 terms in GPT-3 XL. At least two programs of the first candidate
-# fit on a Hopper multiprocessor, so that one begins or ends while another multiplies.
-# `tools/benchmark.py tiles` times them all.
-WIDE = [ProgramShape(128, 64, 8, 5), ProgramShape(128, 64, 8, 3), ProgramShape(128, 128, 8, 3),
-        ProgramShape(256, 64, 8, 5), ProgramShape(256, 64, 8, 3)]
-NARROW = [ProgramShape(128, 64, 4, 5), ProgramShape(128, 64, 4, 7), ProgramShape(128, 64, 4, 3),
-          ProgramShape(256, 64, 8, 5), ProgramShape(256, 64, 4, 5)]
+# Candidates by kernel and tile size, for 16-bit operands; the first is used, and it is the fastest
+# for the weights of GPT-3 XL's layer together at 75% on an H100 (2026-11-27, torch 2.11.0, triton
+# 3.6.0, `tools/benchmark.py tiles`). The first two products look up in a table which operands a
+# step needs, so with s stages only (s - 1) / 2 steps are in flight. Sums are as short as 512 terms.
+WIDE = [ProgramShape(256, 64, 8, 5), ProgramShape(128, 64, 8, 5), ProgramShape(128, 64, 8, 3),
+        ProgramShape(128, 128, 8, 3), ProgramShape(256, 64, 8, 3)]
+NARROW = [ProgramShape(256, 64, 8, 5), ProgramShape(128, 64, 4, 5), ProgramShape(128, 64, 4, 7),
+          ProgramShape(128, 64, 4, 3), ProgramShape(256, 64, 4, 5)]
 CANDIDATES = {
     ("forward", 128): WIDE,
     ("forward", 64): NARROW,
     ("input_gradient", 128): WIDE,
     ("input_gradient", 64): NARROW,
-    ("weight_gradient", 128): [ProgramShape(128, 64, 8, 3), ProgramShape(128, 64, 8, 4),
-                               ProgramShape(64, 64, 4, 3), ProgramShape(64, 64, 4, 4),
-                               ProgramShape(64, 128, 4, 3)],
-    ("weight_gradient", 64): [ProgramShape(64, 64, 4, 4), ProgramShape(64, 64, 4, 3),
-                              ProgramShape(64, 128, 4, 3), ProgramShape(64, 128, 4, 4)],
+    ("weight_gradient", 128): [ProgramShape(128, 64, 4, 3), ProgramShape(128, 64, 4, 4),
+                               ProgramShape(128, 64, 8, 3), ProgramShape(64, 64, 4, 3),
+                               ProgramShape(64, 64, 4, 4), ProgramShape(64, 128, 4, 3)],
+    ("weight_gradient", 64): [ProgramShape(64, 64, 4, 5), ProgramShape(64, 64, 4, 4),
+                              ProgramShape(64, 64, 4, 3), ProgramShape(64, 128, 4, 3),
+                              ProgramShape(64, 128, 4, 4)],
 }
 
 

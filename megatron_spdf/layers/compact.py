@@ -9,7 +9,7 @@ is in `megatron.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -184,6 +184,16 @@ class CompactWeight(nn.Module):
         return Change(moved, len(self.mask_bits) * self.planned.active_per_slice,
                       common(self.first_bits, self.mask_bits) if algorithm.tracks else 0,
                       int(self.ages.sum()) if algorithm.tracks_ages else 0)
+
+    @property
+    def basis(self) -> Hashable:
+        """What decides which kernels a pass launches for the weight, and on which memory; None: not
+        as in the next pass."""
+        if self.collector is not None:
+            return None
+        held = self.held_bits._version if self.planned.algorithm.holds else 0
+        tables = (getattr(self, TABLE + name) for name in self._table_names)
+        return held, *(t.data_ptr() for t in (self.mask_bits, self.index, *tables))
 
     @property
     def kept(self) -> Tensor | None:

@@ -9,7 +9,7 @@ Letters: S slices of this rank, E entries of a slice.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 import torch
@@ -64,6 +64,10 @@ class MaskedWeight(CompactWeight):
         self._drawn = False
         if planned.trains_some:
             self.trained_bits.copy_(largest_bits(values, planned.trained_per_slice))
+
+    @property
+    def basis(self) -> Hashable:
+        return None if self.due else super().basis
 
     def take_loaded(self) -> None:
         self.due = self._drawn = False  # the masks that a checkpoint has hold until the next choice

@@ -242,6 +242,9 @@ class Kernels(Section):
     norm: Literal["auto", "torch"] = Field("auto",
                                            description="auto: NVIDIA Apex's fused LayerNorm where "
                                                        "installed")
+    cuda_graph: bool = Field(False, description="forward and backward of a step are one launch, "
+                                                "for where the host is busier than the GPU; one "
+                                                "GPU, no dropout, no recomputation")
 
 
 class MupBase(Section):

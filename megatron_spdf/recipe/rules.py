@@ -29,6 +29,8 @@ def rule_violations(recipe: Recipe) -> Iterator[str]:
     yield from _engine(recipe)
     yield from distill_violations(recipe)
     yield from _data(recipe)
+    if recipe.kernels.cuda_graph:
+        yield from _cuda_graph(recipe)
     yield from _batch(recipe)
     yield from _stages(recipe)
     ends = recipe.stage_ends or [recipe.steps]
@@ -224,6 +226,20 @@ def _schedules_of_stages(recipe: Recipe) -> Iterator[str]:
                    f"stage's {tokens:,} tokens; shorten the warm-up or lengthen the stage")
         else:
             yield from _decay(stage, f"stages.{number}", last - first, recipe.tokens_per_step)
+
+
+def _cuda_graph(recipe: Recipe) -> Iterator[str]:
+    """A graph repeats what it has captured, dropout too, and has run on one GPU only."""
+    for needed, key, value in (
+            (recipe.engine == "megatron", "engine", recipe.engine),
+            (recipe.parallel.world == 1, "ranks", recipe.parallel.world),
+            (recipe.model.dropout == 0.0, "model.dropout", recipe.model.dropout),
+            (recipe.train.recompute == "none", "train.recompute", recipe.train.recompute),
+            (not recipe.distill.on, "distill.teacher", recipe.distill.teacher)):
+        if not needed:
+            yield (f"kernels.cuda_graph=true is for engine=megatron on one rank, without dropout, "
+                   f"recomputation or a teacher, and here is {key}={value}; set it to false or "
+                   "change that")
 
 
 def _data(recipe: Recipe) -> Iterator[str]:

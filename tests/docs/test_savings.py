@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -78,3 +79,14 @@ def test_measured(beginning, page, column):
     there = [float(row.split("|")[place]) for row in rows[:2]]
     here = [float(figure.split()[0]) for figure in said(beginning)]
     assert here == pytest.approx(there, rel=0.02)
+
+
+def test_a_step_on_a_gpu():
+    """Of the card that the page of the suite is of."""
+    report = json.loads((ROOT / "docs/benchmarks/nvidia_h100_80gb_hbm3.json").read_text())
+    (trained,) = (part["tables"]["training"] for part in report["parts"]
+                  if part["part"] == "training")
+    rows = {row["what"]: row for row in trained}
+    pair = rows["dense"], rows["unstructured 75%, kept for the step"]
+    assert said("time of a step of GPT-3 XL") == tuple(f"{r['step (s)']:.3f} s" for r in pair)
+    assert said("memory of that step") == tuple(f"{r['peak memory (GiB)']:.1f} GiB" for r in pair)

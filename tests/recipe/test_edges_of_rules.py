@@ -20,6 +20,7 @@ SHARES = "stages=[{{share: {}, sparsity: {}, warmup_tokens: {}}}, {{share: {}, s
 SET, GMP = (["sparsity.level=0.5", f"sparsity.algorithm={name}", "sparsity.update.every=1",
              "sparsity.update.stop=0.5"] for name in ("set", "gmp"))
 ACDC = ["sparsity.level=0.5", "sparsity.algorithm=acdc"]
+GRAPH = "kernels.cuda_graph=true"
 # allowed, refused, what is said
 EDGES = {
     "positions": (["train.sequence_length=30"], ["train.sequence_length=31"],
@@ -92,6 +93,11 @@ EDGES = {
     "attention": (["kernels.attention=transformer_engine"],
                   ["kernels.attention=transformer_engine", "data.reset_attention=true"],
                   "data.reset_attention=true needs kernels.attention=sdpa, and it is transformer"),
+    "a graph's engine": ([GRAPH], [GRAPH, "engine=deepspeed"], "here is engine=deepspeed"),
+    "a graph's ranks": ([GRAPH], [GRAPH, "parallel.data=2"], "here is ranks=2"),
+    "a graph's dropout": ([GRAPH], [GRAPH, "model.dropout=0.1"], "here is model.dropout=0.1"),
+    "a graph's recomputation": ([GRAPH], [GRAPH, "train.recompute=full"],
+                                "here is train.recompute=full"),
     "stages": ([SHARES.format(0.5, 0.5, 0, 0.5)], ["stages=[{share: 0.9999999, sparsity: 0.5}]"],
                "stages has one entry, and there is no border"),
     "shares": ([SHARES.format(0.4, 0.5, 0, 0.6000001)], [SHARES.format(0.4, 0.5, 0, 0.60001)],

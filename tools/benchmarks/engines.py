@@ -54,6 +54,7 @@ def build_engine(recipe: Recipe, device: torch.device, quick: bool = False):
     plan = Plan.of(recipe)
     if not quick:
         return make_engine(recipe, plan, device)
+    torch.manual_seed(recipe.seed)  # of what is drawn on the device: the same in every run
     with _masks_of_first_layer():
         return make_engine(recipe, plan, device, QuickWeights(device))
 

@@ -101,23 +101,41 @@ def merged(reports: list[Report]) -> Report:
     if len(devices := {report["device"] for report in reports}) > 1:
         raise ValueError(f"the reports are of {' and '.join(sorted(devices))}; a page is of one "
                          "card, name those of one")
-    last = reports[-1]
-    parts = {part["part"]: part for report in reports for part in report["parts"]
-             if part["tables"]}
-    return {**last, "parts": list(parts.values())}
+    parts: dict[str, Outcome] = {}
+    made: dict[str, str] = {}  # part -> command
+    for report in reports:
+        for part in report["parts"]:
+            if part["tables"]:
+                parts[part["part"]] = {**part, "state": _ended(part["state"])}
+                made[part["part"]] = _portable(report["command"])
+    commands = "\n".join(dict.fromkeys(made[part] for part in parts))
+    return {**reports[-1], "command": commands, "parts": list(parts.values())}
+
+
+def _ended(state: str) -> str:
+    """A report whose writer was ended says that its last part is running."""
+    return "cut off" if state == "running" else state
+
+
+def _portable(command: str) -> str:
+    """Without the directory that somebody's figures went to."""
+    return re.sub(r" --output \S+", " --output DIRECTORY", command)
 
 
 def summary(report: Report) -> list[str]:
     """Circumstances, targets, and the tables that matter most."""
     versions = ", ".join(f"{k} {v}" for k, v in report["versions"].items())
     lines = [f"Measured {report['date'][:10]} on one {report['device']}, {versions}.", "",
-             f"    {report['command']}", ""]
+             *(f"    {command}" for command in report["command"].splitlines()), ""]
     if aims := list(targets(report)):
         columns = [Column("", "what"), Column("target", "aim"), Column("measured"),
                    Column("reached")]
         lines += [Table(columns, aims).markdown(), ""]
     if trained := rows_of(report, "training"):
         lines += [*_trained(trained), ""]
+    for table, name in (("peers", "GPT-3 XL, by others"), ("host", "GPT-2 Small")):
+        if rows := rows_of(report, table):
+            lines += [*_beside(rows, name), ""]
     return lines
 
 
@@ -175,6 +193,15 @@ def _trained(rows: list[dict]) -> list[str]:
                Column("peak memory (GiB)", form=".1f"),
                Column("planned", "planned peak (GiB)", ".1f"),
                Column("state (GiB)", form=".2f")]
+    return [Table(columns, rows).markdown()]
+
+
+def _beside(rows: list[dict], name: str) -> list[str]:
+    """Runs that the planner says nothing of."""
+    columns = [Column(name, "what"), Column("tokens/s", form=",.0f"), Column("MFU (%)", form=".1f"),
+               Column("step (s)", form=".3f"), Column("peak memory (GiB)", form=".1f")]
+    if "GPU busy (%)" in rows[0]:
+        columns.append(Column("GPU busy (%)", form=".0f"))
     return [Table(columns, rows).markdown()]
 
 

@@ -78,8 +78,8 @@ class Scale:
     def deep_recipe(self, sparsity: str) -> Recipe:
         return self.recipe(sparsity, *self.deep)
 
-    def small_recipe(self, sparsity: str) -> Recipe:
-        return self.recipe(sparsity, *self.small)
+    def small_recipe(self, sparsity: str, *overrides: str) -> Recipe:
+        return self.recipe(sparsity, *self.small, *overrides)
 
     def family(self, model: tuple[str, ...], sparsity: str) -> Recipe:
         return load_recipe(FAMILIES, [*self.family_overrides, *model, f"sparsity={sparsity}"])

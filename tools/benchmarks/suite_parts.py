@@ -12,6 +12,7 @@ import math
 import sys
 import time
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -88,16 +89,21 @@ def _stk(part: Part, recipe: Recipe, device: torch.device) -> None:
 
 def training(part: Part) -> None:
     """Every pattern trained, dense before and after it all, since a card's clock changes as it gets
-    warm; and the planner, with the efficiency of the dense run, beside them."""
+    warm; on a GPU also with forward and backward as one CUDA graph; over the faster dense run so
+    far; and the planner, with the efficiency of the dense run, beside them."""
     from benchmarks.engines import joined
 
-    runs = {"dense": sizes.DENSE, **part.scale.patterns, "dense, again": sizes.DENSE}
-    recipes = {name: part.scale.recipe(pattern) for name, pattern in runs.items()}
+    patterns = {"dense": sizes.DENSE, **part.scale.patterns, "dense, again": sizes.DENSE}
+    ways = ("launched one by one", "one CUDA graph")[: 1 + torch.cuda.is_available()]
+    recipes = {name if way == ways[0] else f"{name}, {way}": part.scale.recipe(
+        pattern, *host.WAYS[way][0]) for name, pattern in patterns.items() for way in ways}
     seconds: dict[str, float] = {}
     with joined(recipes["dense"]) as device:
         for name, recipe in recipes.items():
             part.attempt("training", name, lambda name=name, recipe=recipe: _train(
-                part, "training", name, recipe, device, seconds, by_part=part.scale.by_part))
+                part, "training", name, recipe, device, seconds,
+                # of a graph the host sees no parts
+                by_part=0 if recipe.kernels.cuda_graph else part.scale.by_part))
     replace(part, until=math.inf).attempt("planner", "dense", lambda: [
         part.write("planner", **row) for row in predictions.calibrated(recipes, seconds)])
 
@@ -133,7 +139,8 @@ def _train(part: Part, table: str, name: str, recipe: Recipe, device: torch.devi
             run.advance(max(1, part.scale.steps // train.STRETCHES))
         figures = run.figures
         seconds[name] = figures["step_seconds"]
-        faster = seconds["dense"] / seconds[name] if "dense" in seconds else None
+        dense = [spent for run, spent in seconds.items() if run.startswith("dense")]
+        faster = min(dense) / seconds[name] if dense else None
         part.write(table, what=f"{of}{name}", **row_of_training(figures),
                    **predictions.predicted(recipe), **{"dense / step": faster})
         part.write("what computes", what=f"{of}{name}", by=figures["choices"])
@@ -169,13 +176,13 @@ def small_model(part: Part) -> None:
     and compiled."""
     from benchmarks.engines import joined
 
-    recipes = {name: part.scale.small_recipe(pattern)
-               for name, pattern in {"dense": sizes.DENSE, **part.scale.few}.items()}
-    with joined(recipes["dense"]) as device:
-        for what, way, recipe in ((f"{name}, {way}", way, recipe) for way in host.WAYS
-                                  for name, recipe in recipes.items()):
-            part.attempt("host", what, lambda what=what, way=way, recipe=recipe: part.write(
-                "host", what=what, **host.measure(recipe, device, way, part.scale.steps)))
+    patterns = {"dense": sizes.DENSE, **part.scale.few}
+    with joined(part.scale.small_recipe(sizes.DENSE)) as device:
+        for (way, (overrides, prepare)), (name, pattern) in product(host.WAYS.items(),
+                                                                    patterns.items()):
+            what, recipe = f"{name}, {way}", part.scale.small_recipe(pattern, *overrides)
+            part.attempt("host", what, lambda what=what, prepare=prepare, recipe=recipe: part.write(
+                "host", what=what, **host.measure(recipe, device, prepare, part.scale.steps)))
 
 
 def row_of_training(figures: dict) -> dict:
