@@ -132,6 +132,15 @@ def inside(directory: Path, name: str) -> Path:
     return path
 
 
+def require_own(directory: Path, path: Path) -> None:
+    """Raises a ValueError where a link makes a file that is to be read lie elsewhere than in the
+    directory whose file it seems to be."""
+    if leads_out(directory, path):
+        raise ValueError(f"{path} is a link that leads out of {directory}, to "
+                         f"{os.path.realpath(path)}; put a copy in its place, or leave out "
+                         f"{directory}")
+
+
 def leads_out(directory: Path, path: Path) -> bool:
     """Whether a link makes a path in a directory lie elsewhere."""
     return not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(directory))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 _LONGEST_NAME = 255  # bytes of a file's name: NAME_MAX of Linux and of its usual file systems
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 def expand_home(path: str) -> str:
@@ -16,10 +18,15 @@ def expand_home(path: str) -> str:
 
     Raises:
         ValueError: there is no such user, a name in it is longer than file systems have them, or
-            the path is empty, as an unset variable of a shell is.
+            the path is empty, as an unset variable of a shell is, or the address of something in
+            a network.
     """
     if not path:
         raise ValueError("a path is empty; name a file or directory, . for this one")
+    if _ADDRESS.match(path):
+        raise ValueError(f"{path:.80} is an address, and only files of this machine are read and "
+                         f"written; copy or mount it, and give its path (./{path:.80} for a "
+                         "directory of that name)")
     for name in path.split(os.sep):
         length = len(os.fsencode(name))
         if length > _LONGEST_NAME and not glob.has_magic(name):

@@ -19,11 +19,13 @@ import re
 import stat
 from collections.abc import Hashable, Iterator
 from dataclasses import is_dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 T = TypeVar("T")
 # Tokenizers of large vocabularies are the largest files: 35 MB, two million values.
@@ -256,13 +258,32 @@ def _typed(kind: Any, value: Any, line_of: Any, fault: Any) -> Any:
         return value
     except ValidationError as error:
         first = error.errors()[0]
-        keys = ".".join(map(str, first["loc"])) or "it"
-        rule = f"{first['msg'][:1].lower()}{first['msg'][1:]}"
+        keys = ".".join(map(str, first["loc"]))
         said = (f"{keys} is missing" if first["type"] == "missing"
-                else f"{keys}={first['input']!r:.80}: {rule}")
+                else f"{keys or 'it'}={shown(first['input']):.80}: {rule_of(first)}")
+        if not keys and first["type"] == "value_error":  # of all of it
+            said = rule_of(first)
         more = error.error_count() - 1
         raise fault(line_of(first["loc"]),
                     said + (f" (and {more} more)" if more else "")) from None
+
+
+def shown(value: Any) -> str:
+    """A value that was read, for a message; a date as YAML has it."""
+    return value.isoformat() if isinstance(value, date) else repr(value)
+
+
+def rule_of(error: ErrorDetails) -> str:
+    """The rule that a value breaks, as pydantic says it, and what to write instead where that is
+    known."""
+    rule, value = error["msg"].removeprefix("Value error, "), error["input"]
+    if error["type"] in ("model_type", "dict_type"):
+        rule = "input should be a mapping of keys to values"
+    elif error["type"] == "string_type" and isinstance(value, int | float | date):
+        rule += ", and YAML reads this one otherwise; write it in quotes"
+    elif error["type"] == "list_type" and isinstance(value, str | int | float | date):
+        rule += "; write it in brackets, [...]"
+    return f"{rule[:1].lower()}{rule[1:]}"
 
 
 # JSON

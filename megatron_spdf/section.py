@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import date
 from functools import cache
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -46,7 +47,7 @@ def parse_count(value: Any) -> Any:
 
 
 def as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+    return [value] if isinstance(value, str | int | float | date) else value
 
 
 # Bounds that nothing meets: beyond them counts hang tools that enumerate, or overflow.
@@ -73,9 +74,9 @@ class Section(BaseModel):
     @classmethod
     def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
         """Python and pydantic take true for 1."""
-        if isinstance(value, bool) and _is_number(cls.model_fields[info.field_name].annotation):
+        for truth in _truths_for_numbers(value, cls.model_fields[info.field_name].annotation):
             raise PydanticCustomError("number", "input should be a number, and {value} is none",
-                                      {"value": str(value).lower()})
+                                      {"value": str(truth).lower()})
         return value
 
     @field_validator("*")
@@ -93,6 +94,16 @@ class Section(BaseModel):
     def all_fields(cls) -> dict[str, FieldInfo]:
         """Returns the fields by key, those too that only some values of another key bring."""
         return dict(cls.model_fields)
+
+
+def _truths_for_numbers(value: Any, annotation: Any) -> Iterator[bool]:
+    """Truth values in a value, and in the lists and mappings in it, where numbers should be."""
+    if isinstance(value, bool) and _is_number(annotation):
+        yield value
+    for kind in _kinds(annotation) if isinstance(value, list | dict) else ():
+        if get_origin(kind) is type(value):
+            for inner in value.values() if isinstance(value, dict) else value:
+                yield from _truths_for_numbers(inner, get_args(kind)[-1])
 
 
 def _is_number(annotation: Any) -> bool:

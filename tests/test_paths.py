@@ -65,6 +65,14 @@ def test_a_name_that_no_file_system_takes():
             expand_home(path)
 
 
+def test_the_address_of_something_in_a_network_is_no_path():
+    for path in ("s3://bucket/run", "https://example.com/a.jsonl", "file:///tmp/x"):
+        with pytest.raises(ValueError, match="is an address, and only files of this machine"):
+            expand_home(path)
+        assert expand_home(f"./{path}") == f"./{path}"
+    assert expand_home("a:b//c") == "a:b//c"
+
+
 def fields_of_paths(kind, place: str = ""):
     """Keys of a recipe that hold paths, by their description or name."""
     for name, field in kind.model_fields.items():

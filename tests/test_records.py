@@ -80,7 +80,7 @@ def test_json_that_is_refused(tmp_path, case):
     ('{"state":\n{"step": true, "loss": null}}', "line 2: state.step=True"),
     ('{"state":\n{"loss": 1.5}}', "line 1: state.step is missing"),
     ('{"state": {"step": 1, "loss": 2},\n"names": ["a",\n7]}', "line 3: names.1=7"),
-    ('{"state": []}', "line 1: state=[]: input should be a valid dictionary"),
+    ('{"state": []}', "line 1: state=[]: input should be a mapping of keys"),
     ("null", "line 1: it=None"),
 ])
 def test_a_value_of_another_type_is_named_with_its_line(content, said):

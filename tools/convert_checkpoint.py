@@ -48,7 +48,7 @@ from megatron_spdf.convert.source import WeightSource, open_weights, tokenizer_o
 from megatron_spdf.data.pretraining.corpus import data_tokenizer
 from megatron_spdf.data.tokenizers.base import Tokenizer, render_padding
 from megatron_spdf.evaluation.perplexity import perplexity
-from megatron_spdf.files import require_free
+from megatron_spdf.files import require_directory, require_free
 from megatron_spdf.recipe.load import load_recipe, make_recipe
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.sparsity.plan import Plan
@@ -62,6 +62,7 @@ def main(words: list[str] | None = None) -> int:
     options = parse(words)
     try:
         require_free(options.output)
+        require_directory(options.output, "OUT")
         said = options.run(options)
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)

@@ -44,6 +44,7 @@ from megatron_spdf.command_line import (
     say,
 )
 from megatron_spdf.files import require_directory, write_file, write_json
+from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.reports.experiment_plot import plot_results
 from megatron_spdf.reports.frontiers import plot_frontiers
 from megatron_spdf.reports.learning_curves import plot_curves
@@ -91,6 +92,7 @@ def main() -> int:
     if options.print:
         print("\n".join(map(shlex.join, both.values())))
         return exit_codes.FINISHED
+    check_ahead([(trial, own) for trial, own in planned if trial.output in commands])
     count = len(both) - len(commands)
     print(f"{len(planned)} runs, {len(commands)} to do"
           + (f", and {count} fine-tunings and evaluations" if count else ""), flush=True)
@@ -107,6 +109,24 @@ def main() -> int:
     codes = run_all(both, options.jobs, list(chains.values()), prepare, options.until)
     return ends_grid(codes) or max(report(grid, results(grid), experiment, options),
                                    report_scores(after, experiment, options))
+
+
+def check_ahead(planned: list[tuple[Trial, Recipe]]) -> None:
+    """Raises a ValueError where pretrain.py would refuse a run for what its data or its teacher
+    are, before the first trains."""
+    from megatron_spdf.data.pretraining.corpus import check_corpus  # imports PyTorch
+    from megatron_spdf.training.teacher import Teacher
+
+    seen = set()
+    for trial, recipe in planned:
+        inputs = repr((recipe.data, recipe.distill, recipe.model.shape(),
+                       recipe.train.sequence_length, recipe.train.global_batch))
+        try:
+            if inputs not in seen:
+                Teacher(recipe, check_corpus(recipe).tokenizer)
+        except (ValueError, FileNotFoundError) as error:
+            raise ValueError(f"{trial.output}: {error}") from None
+        seen.add(inputs)
 
 
 def fine_tunings(grid: list[Cell], experiment: Experiment,
@@ -158,6 +178,8 @@ def tune(experiment: Experiment, options: argparse.Namespace) -> int:
         if options.print:
             print("\n".join(map(shlex.join, commands.values())))
             return exit_codes.FINISHED
+        check_ahead([(trial, point.recipes[seed]) for cell in grid for point in cell.seen
+                     for seed, trial in point.trials.items() if trial in left])
         print(f"{len(commands)} runs to do in this round", flush=True)
         if code := ends_grid(run_all(commands, options.jobs, until=options.until)):
             return code

@@ -24,9 +24,10 @@ from megatron_spdf.schedule.flops import forward_flops
 from megatron_spdf.sparsity.plan import Plan
 
 FLASH_BACKWARD = 2.5  # forwards: five products where the forward has two (Dao 2023, section 3.1)
-# (T, B, V / t) in fp32: cast (1.5), maximum (1), subtract (2), exponential (2), sum (1), scale (2),
-# cast back (1.5).
-LOGIT_PASSES = 11
+LOGIT_PASSES = 3  # (T, B, V / t): read for sums, read for and written by the gradient
+# The same in fp32 of distillation, one operation after the other: cast (1.5), maximum (1), subtract
+# (2), exponential (2), sum (1), scale (2), cast back (1.5), for three tensors.
+DISTILLATION_PASSES = 33
 
 
 @dataclass(frozen=True)
@@ -176,8 +177,8 @@ def _bytes_moved(recipe: Recipe, plan: Plan, stage: int) -> float:
     # backward moves about twice as many as forward
     moved = _layers(recipe) * m.forward_passes(size) * (3 + (recipe.train.recompute == "full"))
     if stage == p.pipeline - 1:
-        passes = LOGIT_PASSES * (3 if recipe.distill.on else 1)
-        moved += passes * 4 * size.tokens * m.padded_vocab // p.tensor
+        passes = 4 * DISTILLATION_PASSES if recipe.distill.on else size.width * LOGIT_PASSES
+        moved += passes * size.tokens * m.padded_vocab // p.tensor
     # Weight gradients are written, and read to be added to the fp32 buffer; those of sparse weights
     # are written dense, and read with the mask's bits, of which hardly a sector has no active
     # entry; where zeros are skipped they are only added.

@@ -128,6 +128,10 @@ class Finetune(Section):
             kept["train"].pop(key)
         return kept
 
+    def window(self, model: Model) -> int:
+        """Longest sequence of the run, in tokens."""
+        return self.train.sequence_length or model.usual_length(model.max_positions)
+
     def steps_per_epoch(self, examples: int) -> int:
         """Optimizer steps of an epoch; its last batch may be short."""
         return -(-examples // self.train.global_batch)
@@ -155,7 +159,7 @@ def training_recipe(finetune: Finetune, model: Model, sparsity: Sparsity, exampl
     f, t, o = finetune, finetune.train, finetune.optimizer
     if t.dropout is not None:
         model = model.model_copy(update={"dropout": t.dropout})
-    length = t.sequence_length or model.usual_length(model.max_positions)
+    length = f.window(model)
     per_step, per_epoch = t.global_batch * length, f.steps_per_epoch(examples)
     steps = t.epochs * per_epoch
     if o.warmup_steps >= steps:

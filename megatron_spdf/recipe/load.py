@@ -16,7 +16,7 @@ from megatron_spdf.files import write_file
 from megatron_spdf.paths import expand_home
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.recipe.rules import rule_violations
-from megatron_spdf.records import MOST_NESTING, parse_yaml, read_yaml
+from megatron_spdf.records import MOST_NESTING, parse_yaml, read_yaml, rule_of, shown
 from megatron_spdf.section import ByName, SectionOf
 from megatron_spdf.sparsity.settings import normalize_sparsity
 
@@ -242,10 +242,7 @@ def sentence(error: dict[str, Any], kind: type[BaseModel], values: dict[str, Any
     if error["type"] == "missing":
         way = "" if any(isinstance(p, int) for p in place) else f" or as {name}=VALUE"
         return f"{name} is missing; set it in the recipe{way} (see --help)"
-    rule = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "string_type" and isinstance(error["input"], int | float):
-        rule += ", and YAML reads this one otherwise; write it in quotes"
-    return f"{name}={error['input']!r}: {rule[0].lower()}{rule[1:]}"
+    return f"{name}={shown(error['input'])}: {rule_of(error)}"
 
 
 def _right_key(place: list[str | int], kind: type[BaseModel], values: Any) -> str:

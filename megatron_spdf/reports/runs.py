@@ -11,6 +11,7 @@ from typing import Any, NotRequired
 
 from typing_extensions import TypedDict
 
+from megatron_spdf.files import require_own
 from megatron_spdf.records import read_json
 from megatron_spdf.runs.measured import (
     RECIPE,
@@ -250,10 +251,11 @@ def _scores(directory: Path) -> dict[str, float | None]:
     metrics.
 
     Raises:
-        ValueError: an evaluation is not a file of tools/evaluate.py.
+        ValueError: an evaluation is not a file of tools/evaluate.py, or lies elsewhere.
     """
     found = {}
     for file in sorted(directory.glob(EVALUATIONS)):
+        require_own(directory, file)
         found[file.parent.name] = read_json(
             file, Evaluation, constants=True,
             remedy="write it anew with tools/evaluate.py")["scores"]["all"]

@@ -165,8 +165,8 @@ class Tuned:
             raise ValueError(f"mode=sparse keeps the mask of the start, and {self.start} has none; "
                              "name these labels in finetune.exclude, or set mode=dense")
         recipe = training_recipe(self.recipe, start.model, start.sparsity.held(), pairs)
-        if recipe.distill.on and not self._start_is_over:  # else finetune.py says it at once
-            _check_teacher(recipe, start)
+        if not self._start_is_over:  # else finetune.py says it at once
+            self._check_tokens(recipe, start)
         from megatron_spdf.evaluation.decoding import (  # imports PyTorch and transformers
             DecodingSettings,
             room_for_prompts,
@@ -175,6 +175,21 @@ class Tuned:
         given = self.decoding.model_dump(exclude_none=True, exclude={"split"})
         settings = DecodingSettings(**{**TASKS.get(data.task).decoding, **given})
         room_for_prompts(start.model.max_positions, settings)
+
+    def _check_tokens(self, recipe: Recipe, start: Recipe) -> None:
+        """Raises a ValueError where a completion does not fit the window, or the teacher cannot be
+        read or has another tokenizer than the data of the pre-training run."""
+        from megatron_spdf.convert.teacher import open_teacher  # imports PyTorch
+        from megatron_spdf.data.finetuning.completions import require_fit
+        from megatron_spdf.data.pretraining.corpus import data_tokenizer
+
+        data, tokenizer = self.recipe.data, data_tokenizer(start)
+        for split in ("train", "validation"):
+            require_fit(data.task, Path(data.path), split, tokenizer, recipe.train.sequence_length,
+                        data.too_long)
+        if recipe.distill.on:
+            open_teacher(recipe, tokenizer)
+            _require_sound(recipe.distill.teacher)
 
     @property
     def _start_is_over(self) -> bool:
@@ -210,16 +225,6 @@ class Tuned:
                  str(self.trial.output), f"--task={self.recipe.data.task}", *self.decoding.words]
         return {**({} if self.done else {self.trial.output: tune}),
                 **({} if self.scored else {self.scores: score})}
-
-
-def _check_teacher(recipe: Recipe, start: Recipe) -> None:
-    """Raises a ValueError where a fine-tuning run's teacher cannot be read, or has another
-    tokenizer than the data of the pre-training run."""
-    from megatron_spdf.convert.teacher import open_teacher  # imports PyTorch
-    from megatron_spdf.data.pretraining.corpus import data_tokenizer
-
-    open_teacher(recipe, data_tokenizer(start))
-    _require_sound(recipe.distill.teacher)
 
 
 @functools.cache

@@ -141,10 +141,14 @@ def labeled(axis: str, pairs: Iterable[tuple[Any, Any]]) -> dict[str, Any]:
     """What is given to the labels of an axis, by label as text.
 
     Raises:
-        ValueError: two labels are the same text.
+        ValueError: two labels are the same text, or one is a truth value or nothing.
     """
     found: dict[str, Any] = {}
     for label, given in pairs:
+        if isinstance(label, bool | None):
+            raise ValueError(f"{axis} has the label {write_value(label)}, which is what YAML reads "
+                             f"{'yes, no, on and off' if label is not None else 'nothing'} as; "
+                             "write the label in quotes")
         if str(label) in found:
             raise ValueError(f"{axis} has {label} twice; leave one of them out, or give it another "
                              "label")

@@ -9,6 +9,7 @@ from typing import Annotated, Any, NotRequired
 from pydantic import Field
 from typing_extensions import TypedDict
 
+from megatron_spdf.files import require_own
 from megatron_spdf.recipe.recipe import AUTO, Recipe
 from megatron_spdf.recipe.recorded import as_recorded
 from megatron_spdf.records import json_lines, read_json, read_yaml, typed
@@ -158,7 +159,7 @@ def read_logged(directory: Path,
 
     Raises:
         NotBegun: there is no training step in its log yet.
-        ValueError: no run there, or files that are damaged.
+        ValueError: no run there, or files that are damaged or lie elsewhere.
     """
     recipe, log = directory / RECIPE, directory / LOG
     if not recipe.is_file():
@@ -167,6 +168,8 @@ def read_logged(directory: Path,
     if not log.is_file():
         raise NotBegun(f"{directory} is no run yet: it has no {log.name}; let it go on to its "
                        "first record, or name the directory that `output` of a recipe names")
+    for file in (recipe, log):
+        require_own(directory, file)
     values = read_yaml(recipe, Settings, remedy="was it overwritten?")
     kinds = {"train": step, "valid": Evaluated, "bytes": Bytes, "mask": Move}
     records = [typed(record, kinds.get(record["kind"], Record), place, DAMAGED) for place, record

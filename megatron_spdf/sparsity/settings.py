@@ -68,8 +68,10 @@ class Sparsity(Section):
     @classmethod
     def _keys_of_the_algorithm(cls, value: Any, info: ValidationInfo) -> Any:
         """Reads the section as that of the algorithm, which refuses the keys of others."""
-        if not isinstance(value, dict | None) or "algorithm" not in info.data:
+        if not isinstance(value, dict | None):
             return value  # a section already, or for pydantic to refuse
+        if "algorithm" not in info.data:  # it is refused, and nobody knows whose keys these are
+            return ALGORITHMS.get("static")()
         algorithm, given = ALGORITHMS.get(info.data["algorithm"]), value or {}
         if unknown := [key for key in given if key not in algorithm.model_fields]:
             raise ValidationError.from_exception_data("update", [

@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING
 from megatron_spdf.checkpoint.reader import CheckpointReader
 from megatron_spdf.checkpoint.run_metadata import Masks, seeded_masks
 from megatron_spdf.convert.source import WeightSource, fingerprint, require_sound, tokenizer_of
-from megatron_spdf.data.finetuning.completions import CompletionData, Completions, tokenize
+from megatron_spdf.data.finetuning.completions import (
+    CompletionData,
+    Completions,
+    require_fit,
+    tokenize,
+)
 from megatron_spdf.data.finetuning.task import TASKS, count_pairs, require_splits
 from megatron_spdf.data.tokenizers.base import Tokenizer, render_padding
 from megatron_spdf.model.parametrization import render_parametrization
@@ -81,8 +86,7 @@ def prepare(finetune: Finetune, start: WeightSource) -> Prepared:
     model, path = start.model, Path(finetune.data.path)
     require_splits(finetune.data.task, path)
     tokenizer = tokenizer_of(start)
-    window = min(finetune.train.sequence_length or model.usual_length(model.max_positions),
-                 model.max_positions)
+    window = min(finetune.window(model), model.max_positions)
     train, valid = (tokenize(finetune.data.task, path, split, tokenizer, window,
                              finetune.data.too_long) for split in ("train", "validation"))
     recipe = training_recipe(finetune, model, _sparsity(finetune, start), len(train))
@@ -99,8 +103,8 @@ def prepare(finetune: Finetune, start: WeightSource) -> Prepared:
 
 
 def check_rules(finetune: Finetune, start: WeightSource) -> None:
-    """Raises what `prepare` would of a recipe, its start, its teacher and the number of its pairs,
-    which are not tokenized: for many runs, ahead of the first.
+    """Raises what `prepare` would of a recipe, its start, its teacher, the number of its pairs and
+    completions that do not fit: for many runs, ahead of the first.
 
     Raises:
         ValueError, FileNotFoundError: naming the value, the rule and the remedy.
@@ -108,7 +112,11 @@ def check_rules(finetune: Finetune, start: WeightSource) -> None:
     pairs = count_pairs(finetune.data.task, finetune.data.path)
     recipe = training_recipe(finetune, start.model, _sparsity(finetune, start), pairs)
     check_tensor(Plan.of(recipe), recipe.parallel.tensor)
-    Teacher(recipe, tokenizer_of(start))
+    tokenizer = tokenizer_of(start)
+    Teacher(recipe, tokenizer)
+    for split in ("train", "validation"):
+        require_fit(finetune.data.task, Path(finetune.data.path), split, tokenizer,
+                    finetune.window(start.model), finetune.data.too_long)
 
 
 def _sparsity(finetune: Finetune, start: WeightSource) -> Sparsity:

@@ -232,6 +232,7 @@ def test_refusals(convert, gpt2, sparse, workplace, tmp_path):
     shutil.copytree(gpt2, wide)
     (wide / "config.json").write_text(json.dumps({"model_type": "bert"}))
     recipe, out = ["--recipe", "recipe.yaml"], tmp_path / "out"
+    file = sparse / "recipe.yaml"
     for words, message in (
         (["from-hf", wide, out, *recipe],
          "is a model of type 'bert'; those that can be read are gpt2"),
@@ -245,6 +246,7 @@ def test_refusals(convert, gpt2, sparse, workplace, tmp_path):
         (["from-hf", tmp_path, out, *recipe], "holds no weights; give a run directory"),
         (["from-megatron", gpt2, out, *recipe], "is no distributed checkpoint of Megatron-LM"),
         (["densify", sparse, sparse], "sparse exists; give a new directory"),
+        (["densify", sparse, file / "x"], f"{file / 'x'} cannot be written: {file} is a file"),
         (["to-hf", tmp_path / "none", out], "none is neither a checkpoint"),
         (["reshard", sparse, out, "parallel.tensor=3"],
          "the nearest layout that the model allows is parallel.tensor="),

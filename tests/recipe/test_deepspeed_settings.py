@@ -104,7 +104,7 @@ CONTRADICTIONS = {
     "misspelt": ({"zero_optimisation": {"overlap_comm": True}},
                  ["has zero_optimisation,", "write zero_optimization"]),
     "not JSON": ("{", ["line 1: not JSON"]),
-    "a list": ("[]", ["should be a valid dictionary"]),
+    "a list": ("[]", ["should be a mapping of keys"]),
     "a key twice": ('{"gradient_clipping": 1,\n"gradient_clipping": 2}',
                     ["line 2: the key 'gradient_clipping' is given twice"]),
 }

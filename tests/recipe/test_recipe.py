@@ -297,15 +297,28 @@ def test_bad_value_is_named_with_rule_and_remedy(write, overrides, parts):
     ("model: 3\n", ["model=3"]),
     ("output: 010\n", ["output=8", "valid string", "write it in quotes"]),
     ("output: yes\n", ["output=True", "write it in quotes"]),
+    ("output: 2026-01-31\n", ["output=2026-01-31:", "write it in quotes"]),
+    ("data: {train: no}\n", ["data.train.0=False", "write it in quotes"]),
+    ("checkpoint: {keep_at: 4}\n", ["checkpoint.keep_at=4", "write it in brackets"]),
+    ("checkpoint: {keep_at: [yes]}\n", ["checkpoint.keep_at=[True]", "true is none"]),
+    ("output: s3://bucket/run\n", ["output='s3://bucket/run'", "only files of this machine"]),
     ("extends: nowhere.yaml\n", ["there is no recipe", "nowhere.yaml", "holds recipe.yaml"]),
     ("extends: [recipe.yaml]\n", ["extends"]),
 ], ids=["list", "not YAML", "control characters", "a key twice", "empty",
-        "section is a number", "octal", "truth", "base missing", "base is a list"])
+        "section is a number", "octal", "truth", "date", "truth in a list", "number for a list",
+        "truth for a number", "address", "base missing", "base is a list"])
 def test_bad_file_is_named_with_rule_and_remedy(write, text, parts):
     with pytest.raises(ValueError) as caught:
         load_recipe(write(text))
     for part in ["recipe.yaml", *parts]:
         assert part in str(caught.value)
+
+
+def test_keys_of_an_algorithm_that_does_not_exist_are_not_held_against_the_user(write):
+    with pytest.raises(ValueError) as caught:
+        load_recipe(write("sparsity: {level: 0.5, algorithm: off, update: {every: 3}}\n"))
+    assert "sparsity.algorithm=False" in str(caught.value)
+    assert "sparsity.update" not in str(caught.value)
 
 
 def test_binary_file_is_named(tmp_path):

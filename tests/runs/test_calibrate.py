@@ -75,7 +75,7 @@ def test_a_damaged_line_is_named(write):
     ("log.jsonl", None, "it has no log.jsonl"), ("recipe.yaml", None, "it has no recipe.yaml"),
     ("log.jsonl", "", "holds no training step yet"), ("recipe.yaml", "a: [", "line 1: not YAML"),
     ("recipe.yaml", "a: 1", "cannot be read as a pre-training recipe"),
-    ("recipe.yaml", "- 1", "recipe.yaml, line 1: it=.1.: input should be a valid dictionary"),
+    ("recipe.yaml", "- 1", "recipe.yaml, line 1: it=.1.: input should be a mapping of keys"),
 ])
 def test_directories_that_are_no_runs(write, file, content, said):
     _, directory = write([1.0])

@@ -94,6 +94,19 @@ def test_a_damaged_record_is_named(run, name, damage):
     assert len(said) < 2000 and "\x1b" not in said
 
 
+@pytest.mark.parametrize("name", ["log.jsonl", "recipe.yaml", "evaluation/e2e/scores.json"])
+def test_a_file_of_a_report_that_lies_elsewhere_is_named(run, tmp_path_factory, name):
+    path, elsewhere = run / name, tmp_path_factory.mktemp("elsewhere") / "file"
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+    with pytest.raises(ValueError, match=f"{name} is a link that leads out of .*{elsewhere}"):
+        read_all([run])
+    path.unlink()
+    elsewhere.rename(path.with_suffix(".kept"))
+    path.symlink_to(path.with_suffix(".kept").name)  # within the run it is the run's
+    assert read_all([run])
+
+
 @pytest.mark.parametrize("wrong", ["x", -1, [], {}, True, 1.5, None])
 @pytest.mark.parametrize("name,keys", [
     ("run.json", ("state",)), ("run.json", ("state", "step")),

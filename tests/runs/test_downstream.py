@@ -46,6 +46,8 @@ def asked(grid, tmp_path, monkeypatch):
         (tmp_path / f"data/e2e/{name}.csv").write_text(
             "mr,ref\n" + "".join(f"name[{name} {i}],Come in.\n" for i in range(8)))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(corpus, "data_tokenizer", lambda recipe: make_tokenizer())
+    monkeypatch.setattr(tool, "check_ahead", lambda planned: None)
     return lambda **more: grid(axes=AXES, finetune={**FINETUNE, **more})
 
 
@@ -126,12 +128,19 @@ def test_each_waits_for_the_run_that_it_starts_from(asked, monkeypatch, tmp_path
     ("testset.csv", {}, "the test split of e2e"),
     ("", {"axes": {"train.sequence_length": [4096]}, "exclude": []}, "sequence_length=4096"),
     ("", {"axes": {"optimizer.warmup_steps": [9]}, "exclude": []}, "optimizer.warmup_steps=9"),
+    ("", {"axes": {"train.sequence_length": [32, 9]}, "exclude": []}, "a completion of 10 tokens"),
+    ("", {"axes": {"train.sequence_length": [9]}, "exclude": [], "too_long": "leave_out"},
+     "none of its 8 completions fits the window of 9"),
     ("", {"decoding": {}}, "max_new_tokens=64 leaves no room"),  # the task's own
     ("", {"exclude": []}, "name these labels in finetune.exclude"),
 ])
 def test_what_would_stop_after_the_pre_training_stops_before(
         asked, monkeypatch, capsys, missing, change, said):
+    left_out = change.pop("too_long", "refuse")
     path = asked(**change)
+    tune = yaml.safe_load(Path("tune.yaml").read_text())
+    tune["data"]["too_long"] = left_out
+    Path("tune.yaml").write_text(yaml.safe_dump(tune))
     if missing:
         Path("data/e2e", missing).unlink()
     monkeypatch.setattr(runner, "_exit_code", lambda *_, **options: pytest.fail("a run began"))
@@ -161,8 +170,7 @@ def test_a_teacher_is_looked_at_before_the_pre_training(
         asked, monkeypatch, capsys, tmp_path, damage, said):
     teacher, began = write_gpt2(tmp_path / "teacher", n_positions=10), []
     put_tokenizer(teacher, 2)
-    monkeypatch.setattr(corpus, "data_tokenizer", lambda recipe: make_tokenizer())
-    short = {"train.sequence_length": 8, "distill.teacher": str(teacher)}
+    short = {"train.sequence_length": 10, "distill.teacher": str(teacher)}
     path = asked(axes={"taught": {"yes": short}}, exclude=[])
     recipe = yaml.safe_load(Path("recipe.yaml").read_text())
     recipe["model"]["vocab_size"] = 259

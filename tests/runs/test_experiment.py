@@ -9,11 +9,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from warm_commands import run_warm
 
+from megatron_spdf.data.pretraining import corpus
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.reports.score_table import read_scores
 from megatron_spdf.runs.experiment import (
@@ -25,8 +27,12 @@ from megatron_spdf.runs.experiment import (
     summary,
 )
 from megatron_spdf.schedule.stages import mean_flops, stages_of
+from megatron_spdf.training import teacher
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+import experiment as tool  # noqa: E402
+
 SHIPPED = sorted((ROOT / "configs/experiments").glob("*.yaml"))
 RECIPE = {"output": "run",
           "model": {"layers": 2, "hidden": 32, "heads": 2, "vocab_size": 300, "max_positions": 32},
@@ -160,7 +166,7 @@ def test_a_run_that_stopped_half_way_has_no_result(grid):
     ({"plot": {"x": "width", "lines": "sparsity", "frontiers": ["0.5"]}},
      "plot.frontiers names 0.5, and the labels of lines are 0, 0.75"),
     ({"plot": {"x": "width", "frontiers": ["0"]}}, "as plot.lines is not given"),
-    ({"exclude": ["dense"]}, "exclude.0='dense': input should be a valid dictionary"),
+    ({"exclude": ["dense"]}, "exclude.0='dense': input should be a mapping of keys"),
     ({"seeds": ()}, "list should have at least 1 item"),
     ({"axes": {"model.hiden": [32]}}, "unknown key model.hiden"),
     ({"axes": {"budget": ["time"]}}, "budget=time must be tokens, flops or weights"),
@@ -172,6 +178,10 @@ def test_a_run_that_stopped_half_way_has_no_result(grid):
     ({"axes": {"lr": {"a": {"optimizer.lr": 1e-3}}, "optimizer.lr": [2e-3]}},
      "would give optimizer.lr two values; let one axis have it"),
     ({"axes": {"seed": [1, 2]}}, "seed is given by seeds"),
+    ({"axes": {"lr": {True: {"optimizer.lr": 1}}}}, "lr has the label true, which is what YAML"),
+    ({"axes": {"optimizer.lr": 1e-3}, "plot": {"x": "y"}}, "axes.optimizer.lr=0.001"),
+    ({"seeds": [True]}, "seeds=[True]: input should be a number, and true is none"),
+    ({"plot": {"x": True}}, "plot.x=True: input should be a valid string, and YAML reads"),
     ({"exclude": [{}]}, "exclude has an entry without labels"),
     ({"exclude": [{"sparsity": 0}, {"sparsity": 0.75}]}, "exclude leaves no combination to run"),
 ])
@@ -186,6 +196,34 @@ def test_an_override_that_the_runs_would_not_follow_is_refused(grid, word):
     path = grid()
     with pytest.raises(ValueError, match=f"^{word.partition('=')[0]}: every run of the grid has a"):
         cells(load_experiment(path), path, ["log.every=2", word])
+
+
+def test_inputs_of_all_runs_are_looked_at_before_the_first(grid, monkeypatch):
+    """Data, and with their tokenizer the teacher; the same ones are looked at once."""
+    looked = []
+
+    def look(recipe, *_):
+        looked.append(recipe.data.train)
+        if recipe.data.train == ["nowhere"]:
+            raise FileNotFoundError("there is no nowhere")
+        return SimpleNamespace(tokenizer="of the data")
+
+    def teach(recipe, tokenizer):
+        assert tokenizer == "of the data"
+        if recipe.data.train == ["other"]:
+            raise ValueError("the teacher has another tokenizer")
+
+    monkeypatch.setattr(corpus, "check_corpus", look)
+    monkeypatch.setattr(teacher, "Teacher", teach)
+    for bad, said in (("nowhere", "there is no nowhere"), ("other", "has another tokenizer")):
+        looked.clear()
+        found = grid_of(grid(axes={"data.train": ["there", bad, "more"]}))[1]
+        planned = [(cell.trials[s], cell.recipes[s]) for s in (1, 2) for cell in found]
+        with pytest.raises(ValueError, match=f"data.train={bad}/seed=1: .*{said}"):
+            tool.check_ahead(planned)
+        assert looked == [["there"], [bad]]
+        tool.check_ahead([*planned[:1], *planned[2:4]])
+        assert looked[2:] == [["there"], ["more"]]
 
 
 @pytest.mark.slow

@@ -186,9 +186,11 @@ def test_a_page_without_a_place_is_refused_before_a_run(grid, tmp_path, monkeypa
 @pytest.mark.slow
 def test_the_tool_goes_round_after_round_until_all_is_done(grid, tmp_path, monkeypatch, capsys):
     cells = grid({"sparsity": [0, 0.75]}, tune={"optimizer.lr": 2})
-    rounds = []
+    rounds, checked = [], []
 
     def run_all(commands, jobs, until):
+        assert {trial.output for trial, _ in checked} == set(commands)
+        checked.clear()
         rounds.append(len(commands))
         for output, words in commands.items():
             rate = float(next(w for w in words if w.startswith("optimizer.lr="))[13:])
@@ -200,6 +202,7 @@ def test_the_tool_goes_round_after_round_until_all_is_done(grid, tmp_path, monke
         return [0] * len(commands)
 
     monkeypatch.setattr(tool, "run_all", run_all)
+    monkeypatch.setattr(tool, "check_ahead", lambda planned: checked.extend(planned))
     monkeypatch.setattr(sys, "argv", ["experiment.py", str(tmp_path / "grid.yaml"), "--jobs", "2"])
     assert tool.main() == 0
     # three points a cell, one more for each step up to 4e-3 and beyond, the second seed

@@ -104,7 +104,7 @@ def tokenize(task: str, path: Path, split: str, tokenizer: Tokenizer, window: in
     for number, example in enumerate(load_examples(task, path, split), 1):
         context = tokenizer.encode(example.context)
         for _, completion in training_pairs([example]):
-            ending = [tokenizer.eod, *tokenizer.encode(f" {completion}"), tokenizer.eod]
+            ending = _ending(completion, tokenizer)
             room = window + 1 - len(ending)
             if room < 0 and too_long == "leave_out":
                 left_out += 1
@@ -116,9 +116,41 @@ def tokenize(task: str, path: Path, split: str, tokenizer: Tokenizer, window: in
             tokens.append(np.array(kept + ending, dtype=np.int32))
             starts.append(len(kept) + 1)
     if not tokens:
-        raise ValueError(f"{path}, {split} split: none of its {left_out:,} completions fits the "
-                         f"window of {window} tokens; raise train.sequence_length")
+        raise ValueError(_none_fits(path, split, left_out, window))
     return Completions(tokens, np.array(starts), truncated, left_out)
+
+
+def require_fit(task: str, path: Path, split: str, tokenizer: Tokenizer, window: int,
+                too_long: TooLong = "refuse") -> None:
+    """Raises the ValueError of `tokenize` for completions that alone do not fit; contexts are not
+    looked at."""
+    lengths = _completion_lengths(task, path, split, tokenizer)
+    over = [pair for pair in lengths if pair[1] > window]
+    if over and too_long == "refuse":
+        number, length = over[0]
+        example = load_examples(task, path, split)[number - 1]
+        raise ValueError(_too_long(path, split, number, example, length, window))
+    if len(over) == len(lengths):
+        raise ValueError(_none_fits(path, split, len(over), window))
+
+
+@lru_cache(maxsize=8)  # for many runs of the same data
+def _completion_lengths(task: str, path: Path, split: str,
+                        tokenizer: Tokenizer) -> list[tuple[int, int]]:
+    """Number of the example, and tokens that the model has to read, of every completion."""
+    return [(number, len(_ending(completion, tokenizer)) - 1)
+            for number, example in enumerate(load_examples(task, path, split), 1)
+            for _, completion in training_pairs([example])]
+
+
+def _ending(completion: str, tokenizer: Tokenizer) -> list[int]:
+    """The token ids of a pair behind its context."""
+    return [tokenizer.eod, *tokenizer.encode(f" {completion}"), tokenizer.eod]
+
+
+def _none_fits(path: Path, split: str, count: int, window: int) -> str:
+    return (f"{path}, {split} split: none of its {count:,} completions fits the window of {window} "
+            "tokens; raise train.sequence_length")
 
 
 def _too_long(path: Path, split: str, number: int, example: Example, length: int,

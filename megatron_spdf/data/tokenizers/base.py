@@ -78,6 +78,13 @@ class Tokenizer(ABC):
             digest.update(self.named_end.encode())
         return digest.hexdigest()
 
+    def __eq__(self, other: object) -> bool:
+        """Whether it is of the same files."""
+        return isinstance(other, Tokenizer) and self.sha256 == other.sha256
+
+    def __hash__(self) -> int:
+        return hash(self.sha256)
+
     def _end_documents(self, usual: str | None, named: str | None, missing: str) -> None:
         """Chooses the token that ends documents.
 
