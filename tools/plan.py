@@ -41,9 +41,9 @@ from megatron_spdf.planning.exact import dry_run, ranks_of_interest, render_coun
 from megatron_spdf.planning.hardware import GPUS, THIS_MACHINE, find_gpu
 from megatron_spdf.planning.iso_flop import describe_variants, render_variants, variants
 from megatron_spdf.planning.overview import Request, make_overview
+from megatron_spdf.planning.rates import MEASURED
 from megatron_spdf.planning.render import render_overview
 from megatron_spdf.planning.search import LARGEST_WORLD
-from megatron_spdf.planning.rates import MEASURED
 from megatron_spdf.recipe.load import load_recipe
 from megatron_spdf.recipe.recipe import AUTO, Recipe
 from megatron_spdf.records import to_json

@@ -11,6 +11,7 @@ from megatron_spdf.planning.hardware import GPUS, Gpu
 from megatron_spdf.planning.memory import rank_bytes, zero_bytes
 from megatron_spdf.planning.moves import render_moves
 from megatron_spdf.planning.parts import as_plain, bytes_of_stages, stored_plans
+from megatron_spdf.planning.rates import MEASURED
 from megatron_spdf.planning.search import (
     USABLE,
     Candidate,
@@ -21,7 +22,6 @@ from megatron_spdf.planning.search import (
     smallest_world,
     usable_worlds,
 )
-from megatron_spdf.planning.rates import MEASURED
 from megatron_spdf.planning.step_time import step_time, wire_bytes
 from megatron_spdf.planning.traffic import route, step_traffic, wire_share
 from megatron_spdf.recipe.recipe import Recipe
