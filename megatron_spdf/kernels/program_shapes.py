@@ -52,6 +52,19 @@ class SoftmaxShape(NamedTuple):
 # Candidates of the softmax over the vocabulary, by kernel; the first is used.
 SOFTMAX = {"sums": [SoftmaxShape(4096, 8), SoftmaxShape(8192, 8), SoftmaxShape(2048, 4)],
            "gradient": [SoftmaxShape(4096, 8), SoftmaxShape(2048, 4), SoftmaxShape(8192, 8)]}
+class NormShape(NamedTuple):
+    """Shares of GPU programs in the backward of a norm.
+
+    Attributes:
+        programs: among which tokens are dealt out.
+        entries_of_a_warp: of a token.
+    """
+
+    programs: int
+    entries_of_a_warp: int
+
+
+NORM = NormShape(528, 512)  # four programs on each multiprocessor of a Hopper GPU
 # Candidates for the warps of a program, by kernel; the first is used. With few warps, a thread has
 # many entries that share its work.
 WARPS = {"expand": (1, 2, 4), "compress": (1, 2, 4)}

@@ -7,9 +7,8 @@ from types import ModuleType
 
 import torch
 
-from megatron_spdf.kernels.dispatch import warn_once
+from megatron_spdf.kernels import dispatch
 from megatron_spdf.kernels.mask import DTYPES
-from megatron_spdf.text import first_line
 
 
 def softmax_kernels(device: str, dtype: torch.dtype) -> ModuleType | None:
@@ -30,15 +29,8 @@ def describe_softmax(device: str, dtype: torch.dtype) -> str:
 @cache
 def _tried_on_gpu() -> ModuleType | None:
     """The kernels, if they work here."""
-    try:
-        from megatron_spdf.kernels import triton_softmax
-
-        _self_test(triton_softmax, torch.device("cuda"))
-        return triton_softmax
-    except Exception as error:  # whatever a compiler, a driver or a GPU it does not know may raise
-        warn_once("the loss runs one operation after the other, since triton does not work here "
-                  f"({type(error).__name__}: {first_line(error)})")
-        return None
+    return dispatch.try_kernels("triton_softmax", _self_test,
+                                "the loss runs one operation after the other")
 
 
 def _self_test(module: ModuleType, device: torch.device) -> None:
