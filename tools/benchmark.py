@@ -3,6 +3,7 @@
 
     python tools/benchmark.py --suite h200 [--output DIR]
     python tools/benchmark.py page DIR/suite.json [--page FILE.md ...]
+    python tools/benchmark.py rates DIR/suite.json [--page FILE.md ...]
     python tools/benchmark.py train [RECIPE] [section.key=value ...] [--steps 20] [--output FILE]
     python tools/benchmark.py step [RECIPE] [section.key=value ...] [--steps 20] [--output FILE]
     torchrun --nproc-per-node 2 tools/benchmark.py step parallel.tensor=2
@@ -17,6 +18,7 @@ nine minutes; JSON and a Markdown table in DIR. `--suite cpu`, or a machine with
 which shows that it runs.
 `page`: what the suite measured as tables and a picture in docs/benchmarks, and on pages that have
 a place for it.
+`rates`: the rates that the planner predicts seconds with, fitted to what the suite measured.
 `train`: tokens a second, TFLOP/s, MFU and peak memory of a recipe as it trains, dense beside its
     sparsity, in turn.
 `step`: seconds of an optimizer step of a recipe on its engine, dense against its sparsity, both in
@@ -64,6 +66,7 @@ from megatron_spdf.command_line import (
 from megatron_spdf.recipe.load import load_recipe, recipe_values
 from megatron_spdf.recipe.recipe import AUTO, Recipe
 from megatron_spdf.resilience.world import check_world, find_ranks
+from megatron_spdf.tables import Column, Table
 
 DEFAULT = Path(__file__).resolve().parent.parent / "configs/benchmark/cpu.yaml"
 PAGES = DEFAULT.parents[2] / "docs/benchmarks"
@@ -77,6 +80,8 @@ def main() -> int:
     first = sys.argv[1:2]
     if first == ["page"]:
         return write_pages(sys.argv[2:])
+    if first == ["rates"]:
+        return fit_rates(sys.argv[2:])
     if first == ["data"]:
         return measure_data(sys.argv[2:])
     if first in (["kernels"], ["tiles"]):
@@ -149,6 +154,23 @@ def write_pages(arguments: list[str]) -> int:
                         help="Markdown pages that have lines <!-- gpu --> and <!-- end of gpu -->")
     options = parser.parse_args(arguments)
     say("\n".join(map(str, page.render_pages(options.reports, options.directory, options.page))))
+    return 0
+
+
+def fit_rates(arguments: list[str]) -> int:
+    """Of the planner, from the suite's JSON."""
+    from benchmarks import rates
+
+    parser = make_parser(rates.__doc__, prog="benchmark.py rates")
+    parser.add_argument("reports", nargs="+", type=Path, metavar="SUITE.json")
+    parser.add_argument("--output", type=output_file, default=rates.FILE, metavar="FILE",
+                        help="(default: the planner's own)")
+    parser.add_argument("--page", type=Path, nargs="+", default=[], metavar="FILE",
+                        help="Markdown pages that have lines <!-- rates --> and <!-- end of rates "
+                             "-->")
+    options = parser.parse_args(arguments)
+    found = rates.write_rates(options.reports, options.page, options.output)
+    say(Table([Column("rate"), Column("value")], list(rates.rates_rows(found))).text())
     return 0
 
 

@@ -41,9 +41,9 @@ from megatron_spdf.planning.exact import dry_run, ranks_of_interest, render_coun
 from megatron_spdf.planning.hardware import GPUS, THIS_MACHINE, find_gpu
 from megatron_spdf.planning.iso_flop import describe_variants, render_variants, variants
 from megatron_spdf.planning.overview import Request, make_overview
+from megatron_spdf.planning.rates import MEASURED
 from megatron_spdf.planning.render import render_overview
 from megatron_spdf.planning.search import LARGEST_WORLD
-from megatron_spdf.planning.step_time import EFFICIENCY
 from megatron_spdf.recipe.load import load_recipe
 from megatron_spdf.recipe.recipe import AUTO, Recipe
 from megatron_spdf.records import to_json
@@ -92,8 +92,8 @@ def plan(arguments: list[str]) -> int:
     gpus = recipe.parallel.world if options.gpus is None else options.gpus
     gpu = find_gpu(options.gpu, recipe.train.precision, options.memory and options.memory * 2**30,
                    options.network and options.network * 1e9, options.gpus_per_node)
-    efficiency = options.efficiency or EFFICIENCY
-    source = "given" if options.efficiency else "assumed"
+    efficiency = options.efficiency
+    source = "given" if efficiency else f"measured on {MEASURED.source.partition(',')[0]}"
     if options.calibrate:
         run = read_run(options.calibrate)
         efficiency = calibrate(run, gpu)
@@ -138,8 +138,8 @@ def _plan_parser() -> argparse.ArgumentParser:
                         help="in place of the table's")
     speed = parser.add_mutually_exclusive_group()
     speed.add_argument("--efficiency", type=number(float, above=0.0, most=1.0), metavar="E",
-                       help=f"of matrix products, share of the peak (default: {EFFICIENCY}, an "
-                            "assumption)")
+                       help="of dense products, share of the peak; the host then counts as nothing "
+                            f"(default: as measured, {MEASURED.products:.2f})")
     speed.add_argument("--calibrate", type=Path, metavar="RUN", help="take it from this run's log")
     parser.add_argument("--top", type=positive, default=8, metavar="N",
                         help="layouts shown (default: 8)")

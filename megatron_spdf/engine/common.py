@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from megatron_spdf.engine.base import Engine
 from megatron_spdf.kernels import dispatch
+from megatron_spdf.kernels.softmax import describe_softmax
 from megatron_spdf.layers.compact import compact_of, sparse_modules
 from megatron_spdf.layers.products.base import product_of
 from megatron_spdf.model.attention import SdpaCoreAttention
@@ -211,8 +212,9 @@ def implementation_summary(recipe: Recipe, model: nn.Module, optimizer: torch.op
     )
     pointwise = "compiled" if model.config.bias_dropout_fusion else "one by one"
     launched = "; forward and backward one CUDA graph" if recipe.kernels.cuda_graph else ""
+    loss = describe_softmax(device.type, model.config.params_dtype)
     return (f"device {where}{launched}; {', '.join(names.values())}; bias, activation and dropout "
-            f"{pointwise}; expand/compress {dispatch.backend_name(device.type)}"
+            f"{pointwise}; loss {loss}; expand/compress {dispatch.backend_name(device.type)}"
             f"{_describe_patterns(model, device)}")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,16 @@ def describe(task: str, split: str | None, scores: Scores, libraries: Sequence[s
             **({"without_reference": scores.left_out} if scores.left_out else {}),
             "signatures": scores.signatures,
             "versions": {"megatron_spdf": __version__,
-                         **{name: version(name) for name in libraries}},
+                         **{name: _version(name) for name in libraries}},
             "scored": datetime.now(UTC).isoformat(timespec="seconds")}
+
+
+def _version(library: str) -> str | None:
+    """None where it is not installed: metrics that need it are missing, and say so."""
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None
 
 
 def write_scores(output: Path, description: dict[str, Any]) -> None:

@@ -10,7 +10,9 @@ Shapes: W (out, in) is the dense weight of this rank; `values` are (slices, acti
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import cache
+from importlib import import_module
 from types import ModuleType
 
 import torch
@@ -111,6 +113,25 @@ def _backend_of(mask: Mask, *tensors: Tensor) -> ModuleType:
 def warn_once(text: str) -> None:
     """Logs a warning, the first time only."""
     logger.warning(text)
+
+
+def try_kernels(name: str, test: Callable[[ModuleType, torch.device], None],
+                otherwise: str) -> ModuleType | None:
+    """Returns a module of this room, if its kernels work on the GPU here.
+
+    Args:
+        name: of the module.
+        test: raises if they compute something else than PyTorch.
+        otherwise: what is so without them, for a warning.
+    """
+    try:
+        module = import_module(f"megatron_spdf.kernels.{name}")
+        test(module, torch.device("cuda"))
+        return module
+    except Exception as error:  # whatever a compiler, a driver or a GPU it does not know may raise
+        warn_once(f"{otherwise}, since triton does not work here ({type(error).__name__}: "
+                  f"{first_line(error)})")
+        return None
 
 
 def _self_test(module: ModuleType, device: torch.device) -> None:

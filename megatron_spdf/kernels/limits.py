@@ -6,6 +6,8 @@ from __future__ import annotations
 # expanded. Tensor cores have no smaller tile, and the sums of a larger one do not fit in registers.
 SMALLEST, LARGEST = 16, 128
 
+LARGEST_NORM = 16384  # entries of a token that a program of a norm has in registers
+
 
 def has_tile_kernel(size: int) -> bool:
     """True if kernels for GPUs multiply with tiles of `size` x `size`."""

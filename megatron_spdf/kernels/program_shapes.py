@@ -19,14 +19,52 @@ class ProgramShape(NamedTuple):
         depth: terms of its sum that are multiplied at a time.
         warps: warps that run it.
         stages: steps of the sum whose operands are in flight at the same time.
+        group: active tiles of a tile row that are computed together; of a weight gradient, and of
+            fewer where their number in a tile row is no multiple. Their sums are the same.
     """
 
     width: int
     depth: int
     warps: int
     stages: int
+    group: int = 1
+
+    @property
+    def text(self) -> str:
+        """For a table."""
+        several = f", {self.group} tiles" if self.group > 1 else ""
+        return (f"{self.width} wide, {self.depth} deep, {self.warps} warps, {self.stages} stages"
+                f"{several}")
 
 
+class SoftmaxShape(NamedTuple):
+    """Share of one GPU program in a softmax.
+
+    Attributes:
+        columns: of the vocabulary that are in registers at a time.
+        warps: warps that run it.
+    """
+
+    columns: int
+    warps: int
+
+
+# Candidates of the softmax over the vocabulary, by kernel; the first is used.
+SOFTMAX = {"sums": [SoftmaxShape(4096, 8), SoftmaxShape(8192, 8), SoftmaxShape(2048, 4)],
+           "gradient": [SoftmaxShape(4096, 8), SoftmaxShape(2048, 4), SoftmaxShape(8192, 8)]}
+class NormShape(NamedTuple):
+    """Shares of GPU programs in the backward of a norm.
+
+    Attributes:
+        programs: among which tokens are dealt out.
+        entries_of_a_warp: of a token.
+    """
+
+    programs: int
+    entries_of_a_warp: int
+
+
+NORM = NormShape(528, 512)  # four programs on each multiprocessor of a Hopper GPU
 # Candidates for the warps of a program, by kernel; the first is used. With few warps, a thread has
 # many entries that share its work.
 WARPS = {"expand": (1, 2, 4), "compress": (1, 2, 4)}

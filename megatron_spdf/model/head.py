@@ -8,12 +8,15 @@ entropy): nothing is computed twice.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as ps
 from torch import Tensor
 
 from megatron_spdf.architecture.lm_head import tokens_at_once
+from megatron_spdf.kernels.softmax import softmax_kernels
 
 
 def head_loss(
@@ -52,8 +55,8 @@ class _HeadLoss(torch.autograd.Function):
     ) -> Tensor:
         tokens = x.flatten(0, 1)  # (N, H), N = T B
         labels, shares = (t.t().flatten() for t in (labels, token_weights.float()))
-        size = tokens_at_once(len(weight), len(tokens))
-        softmax = Softmax(len(weight), vocab_size, smoothing)
+        softmax = Softmax.over(weight, vocab_size, smoothing)
+        size = tokens_at_once(len(weight), len(tokens), softmax.width)
         ctx.shape, ctx.gradients = x.shape, Gradients(tokens, weight, size) if trains else None
         loss = tokens.new_zeros((), dtype=torch.float32)
         for start in range(0, len(tokens), size):
@@ -72,20 +75,32 @@ def _chunk(tokens: Tensor, weight: Tensor, labels: Tensor, shares: Tensor, softm
            gradients: Gradients | None, start: int) -> Tensor:
     """The loss of n tokens, (); their gradients go to `gradients`."""
     scores = softmax.logits(tokens, weight)
-    losses, total = softmax.cross_entropy_(scores, labels)
+    losses, sums = softmax.cross_entropy_(scores, labels)
     if gradients is not None:
-        softmax.gradient_(scores, labels, shares, total)
+        softmax.gradient_(scores, labels, shares, sums)
         scores = scores.to(weight.dtype)
         gradients.add(start, tokens, scores)
     return shares @ losses
 
 
 class Softmax:
-    """Over the vocabulary, of which this rank has some columns.
+    """Over the vocabulary, of which this rank has some columns, in fp32, one operation after the
+    other.
 
     Attributes:
         real: columns that are tokens and not padding.
+        width: bytes of a logit.
     """
+
+    width = 4
+
+    @staticmethod
+    def over(weight: Tensor, vocab_size: int, smoothing: float) -> Softmax:
+        """Of logits by an LM head (rows, H), in kernels of one pass where there are any."""
+        kernels = softmax_kernels(weight.device.type, weight.dtype)
+        if kernels is None:
+            return Softmax(len(weight), vocab_size, smoothing)
+        return FusedSoftmax(kernels, weight, vocab_size, smoothing)
 
     def __init__(self, rows: int, vocab_size: int, smoothing: float):
         self.group, self.vocab_size, self.smoothing = (
@@ -144,6 +159,39 @@ class Softmax:
         return values
 
 
+class FusedSoftmax(Softmax):
+    """In kernels of one pass. Logits keep the precision of the product that makes them, and their
+    gradients take their place.
+
+    Args:
+        kernels: of `kernels/softmax.py`.
+        weight: (rows, H) of the LM head.
+    """
+
+    def __init__(self, kernels: ModuleType, weight: Tensor, vocab_size: int, smoothing: float):
+        super().__init__(len(weight), vocab_size, smoothing)
+        self.kernels, self.width = kernels, weight.element_size()
+
+    def logits(self, tokens: Tensor, weight: Tensor) -> Tensor:
+        return tokens @ weight.t()
+
+    def cross_entropy_(self, scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses (n,) of logits (n, rows), which stay; and the largest logit of the vocabulary and
+        the sum over it of exp(logit - the largest), (2, n)."""
+        found = self.kernels.sums(scores, labels - self.first, self.real, self.smoothing > 0.0)
+        top = self.reduce(found[0].clone(), dist.ReduceOp.MAX)
+        found[1] *= (found[0] - top).exp_()  # until here of this rank's largest
+        total, label, *whole = self.reduce(found[1:], dist.ReduceOp.SUM)
+        losses = total.log() + top - label
+        if whole:
+            losses += self.smoothing * (label - whole[0] / self.vocab_size)
+        return losses, torch.stack([top, total])
+
+    def gradient_(self, scores: Tensor, labels: Tensor, shares: Tensor, sums: Tensor) -> None:
+        self.kernels.gradient_(scores, labels - self.first, *sums, shares, self.real,
+                               self.vocab_size, self.smoothing)
+
+
 class Gradients:
     """The gradients of the head's input (N, H) and weight (rows, H), chunk by chunk; that of the
     weight is summed in float32 where there are several chunks."""
@@ -163,7 +211,8 @@ class Gradients:
             self.of_weight += of_logits.t() @ tokens
 
     def times(self, factor: Tensor) -> tuple[Tensor, Tensor]:
-        """In place: a gradient is used once."""
+        """In place where the precision stays: a gradient is used once."""
         self.of_input *= factor
-        self.of_weight *= factor
-        return self.of_input, self.of_weight.to(self.weight.dtype)
+        whole = self.of_weight
+        of_weight = torch.empty_like(self.weight) if whole.dtype != self.weight.dtype else whole
+        return self.of_input, torch.mul(whole, factor, out=of_weight)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+from types import ModuleType
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import nn
+from torch import Tensor, nn
+
+from megatron_spdf.kernels.norm import norm_kernels
 
 
 class _Shared:
@@ -21,7 +24,33 @@ class _Shared:
 
 
 class LayerNorm(_Shared, nn.LayerNorm):
-    """PyTorch's LayerNorm."""
+    """PyTorch's LayerNorm, on GPUs with a backward of one pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., H) -> (..., H)."""
+        kernels = norm_kernels(x)
+        if kernels is None:
+            return super().forward(x)
+        return _LayerNorm.apply(x, self.weight, self.bias, self.eps, kernels)
+
+
+class _LayerNorm(torch.autograd.Function):
+    """Of the last axis."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float,
+                kernels: ModuleType) -> Tensor:
+        y, mean, rstd = torch.native_layer_norm(x, weight.shape, weight, bias, eps)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.kernels = kernels
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, rstd = ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.kernels.layer_norm_backward(
+            gradient.flatten(0, -2), x.flatten(0, -2), weight, mean.flatten(), rstd.flatten())
+        return of_x.view(x.shape), of_weight, of_bias, None, None
 
 
 class RMSNorm(_Shared, nn.RMSNorm):

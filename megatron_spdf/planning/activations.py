@@ -200,19 +200,20 @@ def _dense_gradients(recipe: Recipe, plan: Plan, size: Sizes, stage: int, but: s
 
 
 def _head(recipe: Recipe, size: Sizes) -> int:
-    """Of a chunk of tokens, logits beside their softmax, which is fp32 and overwrites fp32 logits;
-    or the logits' gradient, and that of the LM head's weight, fp32 and a summand where there are
-    several chunks. All along there are the LM head's input, where sequence parallelism gathers it,
-    and its gradient."""
-    rows = recipe.model.padded_vocab // recipe.parallel.tensor
-    teacher, beside = teacher_of(recipe), 0
-    at_once = tokens_beside_teacher if teacher else tokens_at_once
-    chunk, gradient = at_once(rows, size.tokens), _vocabulary_gradient(recipe, size)
-    if teacher:  # two more tensors like the logits in fp32, and the teacher's hidden states
+    """Of a chunk of tokens, logits, whose gradient overwrites them, and the gradient of the LM
+    head's weight, fp32 and a summand where there are several chunks. All along there are the LM
+    head's input, where sequence parallelism gathers it, and its gradient."""
+    rows, teacher = recipe.model.padded_vocab // recipe.parallel.tensor, teacher_of(recipe)
+    chunk = (tokens_beside_teacher(rows, size.tokens) if teacher else
+             tokens_at_once(rows, size.tokens, size.width))
+    logits, beside, softmax = size.width * chunk * rows, 0, 0
+    # fp32 softmaxes beside the logits, which fp32 logits become; the student's less the teacher's,
+    # the teacher's, and its hidden states
+    if teacher:
         beside = 8 * chunk * rows + size.width * size.tokens * teacher.hidden
-    softmax, logits = 4 * chunk * rows, size.width * chunk * rows
+        softmax = 4 * chunk * rows + (logits if size.width == 2 else 0)
     summed = 4 * rows * recipe.model.hidden if chunk < size.tokens else 0
-    fullest = max(softmax + (logits if size.width == 2 else 0), logits + gradient)
+    fullest = max(softmax, logits + _vocabulary_gradient(recipe, size))
     inputs = 2 * size.hidden + (2 if recipe.parallel.sequence else 1) * size.whole
     norm = int(recipe.model.norm_statistics * size.tokens * size.share)
     return beside + inputs + norm + summed + fullest

@@ -11,6 +11,7 @@ from megatron_spdf.planning.hardware import GPUS, Gpu
 from megatron_spdf.planning.memory import rank_bytes, zero_bytes
 from megatron_spdf.planning.moves import render_moves
 from megatron_spdf.planning.parts import as_plain, bytes_of_stages, stored_plans
+from megatron_spdf.planning.rates import MEASURED
 from megatron_spdf.planning.search import (
     USABLE,
     Candidate,
@@ -37,7 +38,8 @@ class Request:
     """What is asked.
 
     Attributes:
-        efficiency: of matrix products, share of the GPU's peak.
+        efficiency: of dense products, share of the GPU's peak; None: as measured, the host's pace
+            included.
         source: where the efficiency comes from, in words.
         price: of a GPU hour, in any currency; None: no cost is given.
     """
@@ -46,7 +48,7 @@ class Request:
     plan: Plan
     gpu: Gpu
     gpus: int
-    efficiency: float
+    efficiency: float | None
     source: str
     price: float | None = None
     top: int = 8
@@ -70,8 +72,8 @@ def make_overview(request: Request) -> dict[str, Any]:
         distinct.setdefault((p.tensor, p.pipeline, p.data, p.interleave), candidate)
     return {
         "request": {"gpus": request.gpus, "gpu": asdict(gpu), "usable_bytes": USABLE * gpu.memory,
-                    "efficiency": request.efficiency, "efficiency_from": request.source,
-                    "price": request.price},
+                    "efficiency": request.efficiency or MEASURED.products,
+                    "efficiency_from": request.source, "price": request.price},
         "model": _model(recipe, plan),
         "flops": _flops(best.recipe, plan),
         "own_layout": _own_layout(request),

@@ -11,7 +11,7 @@ from megatron_spdf.architecture.base import divisors
 from megatron_spdf.planning.activations import peak_bytes
 from megatron_spdf.planning.hardware import Gpu
 from megatron_spdf.planning.parts import stored_plans
-from megatron_spdf.planning.step_time import EFFICIENCY, StepTime, step_time
+from megatron_spdf.planning.step_time import StepTime, step_time
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.recipe.rules import rule_violations
 from megatron_spdf.sparsity.plan import Plan
@@ -78,7 +78,7 @@ def fullest(recipe: Recipe, *plans: Plan) -> Candidate:
     return Candidate(recipe, peaks[stage], stage)
 
 
-def search(recipe: Recipe, plan: Plan, gpu: Gpu, gpus: int, efficiency: float = EFFICIENCY,
+def search(recipe: Recipe, plan: Plan, gpu: Gpu, gpus: int, efficiency: float | None = None,
            ) -> tuple[list[Candidate], list[Misfit]]:
     """All TP x PP x DP x interleaving x micro-batch x recomputation on `gpus` GPUs.
 

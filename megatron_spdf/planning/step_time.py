@@ -1,15 +1,14 @@
-"""How long a step takes: a roofline of the slowest stage, the pipeline's bubble, and traffic that
-nothing hides.
+"""How long a step takes: a roofline of the slowest stage, the pipeline's bubble, traffic that
+nothing hides, and a host that may launch too slowly.
 
-Matrix products and attention run at `efficiency` x the GPU's peak, an assumption (EFFICIENCY) until
-a measured run calibrates it; everything else moves bytes at the memory's or the link's full rate.
-Unstructured sparse weights are expanded, so products run at their dense cost: the model says what
-our engine does, not what sparsity could do.
+Matrix products, attention and what moves bytes through a GPU's memory take the measured rates of
+`rates.py`; links have their full rate. Unstructured sparse weights are expanded, so products run at
+their dense cost: the model says what our engine does, not what sparsity could do.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from megatron_spdf.architecture.base import Model
@@ -17,17 +16,18 @@ from megatron_spdf.planning.activations import sizes_of
 from megatron_spdf.planning.buffers import lay_out, local_parameters
 from megatron_spdf.planning.hardware import Gpu
 from megatron_spdf.planning.memory import rank_bytes
+from megatron_spdf.planning.rates import MEASURED, Rates
 from megatron_spdf.planning.traffic import Route, Traffic, route, step_traffic, wire_share
 from megatron_spdf.recipe.distillation import teacher_of
 from megatron_spdf.recipe.recipe import Parallel, Recipe
 from megatron_spdf.schedule.flops import forward_flops
 from megatron_spdf.sparsity.plan import Plan
 
-EFFICIENCY = 0.6
 FLASH_BACKWARD = 2.5  # forwards: five products where the forward has two (Dao 2023, section 3.1)
-# (T, B, V / t) in fp32: cast (1.5), maximum (1), subtract (2), exponential (2), sum (1), scale (2),
-# cast back (1.5).
-LOGIT_PASSES = 11
+LOGIT_PASSES = 3  # (T, B, V / t): read for sums, read for and written by the gradient
+# The same in fp32 of distillation, one operation after the other: cast (1.5), maximum (1), subtract
+# (2), exponential (2), sum (1), scale (2), cast back (1.5), for three tensors.
+DISTILLATION_PASSES = 33
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class StepTime:
         data: gradients and parameters that are not hidden behind the last backward and the first
             forward.
         update: the optimizer.
+        host: what the host takes longer to launch a step than the GPU to run it.
     """
 
     compute: float
@@ -52,6 +53,7 @@ class StepTime:
     bubble: float
     data: float
     update: float
+    host: float = 0.0
 
     @property
     def total(self) -> float:
@@ -63,22 +65,43 @@ class StepTime:
             + self.bubble
             + self.data
             + self.update
+            + self.host
         )
 
 
-def step_time(recipe: Recipe, plan: Plan, gpu: Gpu, efficiency: float = EFFICIENCY) -> StepTime:
+def step_time(recipe: Recipe, plan: Plan, gpu: Gpu, efficiency: float | None = None) -> StepTime:
     """Seconds of a step; the stage that takes longest, the first or the last, sets the pace of
-    all."""
+    all.
+
+    Args:
+        efficiency: share of the peak that dense products reach, as a run of the user's had it; then
+            the host counts as nothing. None: what was measured, the host included.
+    """
+    return predicted_step(recipe, plan, gpu,
+                          MEASURED if efficiency is None else MEASURED.at(efficiency))
+
+
+def predicted_step(recipe: Recipe, plan: Plan, gpu: Gpu, rates: Rates) -> StepTime:
+    """`step_time` with given rates."""
     stages = {0, recipe.parallel.pipeline - 1}
-    return max((_stage_time(recipe, plan, gpu, efficiency, s) for s in stages),
-               key=lambda t: t.total)
+    return max((_with_host(_stage_time(recipe, plan, gpu, rates, s), recipe, plan, rates)
+                for s in stages), key=lambda t: t.total)
 
 
-def _stage_time(recipe: Recipe, plan: Plan, gpu: Gpu, efficiency: float, stage: int) -> StepTime:
+def _with_host(there: StepTime, recipe: Recipe, plan: Plan, rates: Rates) -> StepTime:
+    """With the seconds that the GPU waits for what launches layer after layer."""
+    if recipe.kernels.cuda_graph:
+        return there
+    launches = recipe.micro_batches * _layers(recipe) * rates.host_seconds(plan)
+    return replace(there, host=max(0.0, launches - there.total))
+
+
+def _stage_time(recipe: Recipe, plan: Plan, gpu: Gpu, rates: Rates, stage: int) -> StepTime:
     p, many = recipe.parallel, recipe.micro_batches
-    rate = gpu.peak(recipe.train.precision) * efficiency
-    forward, backward = (flops / rate for flops in _executed(recipe, plan, stage))
-    moved = _bytes_moved(recipe, plan, stage) / gpu.memory_bandwidth
+    rate = gpu.peak(recipe.train.precision) * rates.products
+    forward, backward = (flops / rate for flops in _executed(recipe, plan, rates, stage))
+    bandwidth = gpu.memory_bandwidth * rates.memory
+    moved = _bytes_moved(recipe, plan, stage) / bandwidth
     sent = step_traffic(recipe, plan, stage)
 
     def seconds(kind: str) -> float:
@@ -98,7 +121,7 @@ def _stage_time(recipe: Recipe, plan: Plan, gpu: Gpu, efficiency: float, stage: 
                   // (p.data if p.zero_stage == 1 else 1)) + held.parameters
     return StepTime(
         compute=many * (forward + backward),
-        memory=many * moved + _expand_bytes(recipe, plan, stage) / gpu.memory_bandwidth,
+        memory=many * moved + _expand_bytes(recipe, plan, stage) / bandwidth,
         tensor=many * tensor,
         pipeline=many * pipeline + seconds("embedding"),
         bubble=(p.pipeline - 1) / p.interleave * micro_batch,
@@ -108,16 +131,18 @@ def _stage_time(recipe: Recipe, plan: Plan, gpu: Gpu, efficiency: float, stage: 
     )
 
 
-def _executed(recipe: Recipe, plan: Plan, stage: int) -> tuple[float, float]:
-    """FLOPs that a rank executes for one micro-batch, (forward, backward with what is recomputed).
-    Expanded weights cost what dense ones do; where zeros are skipped, active weights cost it, at
-    the rate of dense products, which is an assumption."""
+def _executed(recipe: Recipe, plan: Plan, rates: Rates, stage: int) -> tuple[float, float]:
+    """FLOPs for one micro-batch of dense products that take a rank as long as what it executes,
+    (forward, backward with what is recomputed). Expanded weights cost what dense ones do; where
+    zeros are skipped, active weights cost it, at the rate of their pattern."""
     m, t = recipe.model, recipe.train
     tokens = t.micro_batch * t.sequence_length
-    whole = forward_flops(m, t.sequence_length, plan.skipped, "causal")
+    whole = forward_flops(m, t.sequence_length, None, "causal")
     share = tokens / recipe.parallel.tensor
+    other = 2.0 * sum((w.active if w.skips_zeros else w.numel) / rates.relative(w) - w.numel
+                      for w in plan.weights.values())
     linear, attention = (share * part * _layers(recipe) / m.layers
-                         for part in (whole.linear, whole.attention))
+                         for part in (whole.linear + other, whole.attention / rates.attention))
     logits = (
         share * whole.logits * m.padded_vocab / m.vocab_size
         if stage == recipe.parallel.pipeline - 1
@@ -125,8 +150,10 @@ def _executed(recipe: Recipe, plan: Plan, stage: int) -> tuple[float, float]:
     )
     again = linear * (t.recompute == "full") + attention * (t.recompute != "none")
     teacher = teacher_of(recipe)
-    taught = (share * forward_flops(teacher, t.sequence_length, None, "causal").total
-              if teacher else 0.0)
+    taught = 0.0
+    if teacher:
+        there = forward_flops(teacher, t.sequence_length, None, "causal")
+        taught = share * (there.linear + there.attention / rates.attention + there.logits)
     return (linear + attention + logits + taught,
             2.0 * (linear + logits) + FLASH_BACKWARD * attention + again)
 
@@ -150,8 +177,8 @@ def _bytes_moved(recipe: Recipe, plan: Plan, stage: int) -> float:
     # backward moves about twice as many as forward
     moved = _layers(recipe) * m.forward_passes(size) * (3 + (recipe.train.recompute == "full"))
     if stage == p.pipeline - 1:
-        passes = LOGIT_PASSES * (3 if recipe.distill.on else 1)
-        moved += passes * 4 * size.tokens * m.padded_vocab // p.tensor
+        passes = 4 * DISTILLATION_PASSES if recipe.distill.on else size.width * LOGIT_PASSES
+        moved += passes * size.tokens * m.padded_vocab // p.tensor
     # Weight gradients are written, and read to be added to the fp32 buffer; those of sparse weights
     # are written dense, and read with the mask's bits, of which hardly a sector has no active
     # entry; where zeros are skipped they are only added.

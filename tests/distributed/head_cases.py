@@ -22,7 +22,7 @@ T, B, H, ROWS = 7, 3, 16, 384  # 21 tokens
 
 @contextmanager
 def chunks_of(tokens: int):
-    with patch.object(head, "tokens_at_once", lambda rows, all_tokens: min(tokens, all_tokens)):
+    with patch.object(head, "tokens_at_once", lambda rows, whole, width: min(tokens, whole)):
         yield
 
 

@@ -63,6 +63,16 @@ def test_without_java_what_is_missing_is_said(monkeypatch):
     assert found.values["all"]["BLEU"] == pytest.approx(E2E["BLEU"], abs=1e-6)
 
 
+def test_without_pycocoevalcap_what_is_missing_is_said(monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "pycocoevalcap"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "pycocoevalcap", None)
+    found = score("e2e", OUTPUTS, TEXTS)
+    assert set(found.missing) == set(NEED_JAVA)
+    assert "needs pycocoevalcap" in found.missing["CIDEr"]
+    assert found.values["all"]["BLEU"] == pytest.approx(E2E["BLEU"], abs=1e-6)
+
+
 def test_summaries_have_the_best_f1_of_their_references():
     scorer = RougeScorer(["rouge2"], use_stemmer=True)
     best = [max(scorer.score(text, output)["rouge2"].fmeasure for text in texts)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+SCALARS = ("of_label", "of_each")  # of the softmax
 HOPPER, AMPERE = 90, 80  # compute capability, times 10
 
 
@@ -28,9 +29,13 @@ def main(place: Path) -> None:
 def cases() -> list[dict]:
     """Everything that may be taken in bf16 on Hopper; what is taken in bf16 on Ampere and in fp32
     on Hopper."""
-    from megatron_spdf.kernels.program_shapes import CANDIDATES, WARPS, select_shape
+    from megatron_spdf.kernels.program_shapes import CANDIDATES, SOFTMAX, WARPS, select_shape
 
-    found = []
+    found = [{"kernel": kernel, "target": target, "dtype": dtype, "shape": shape,
+              "options": {"num_warps": shape.warps}}
+             for kernel, shapes in SOFTMAX.items()
+             for target, dtype, some in ((HOPPER, "bf16", shapes), (AMPERE, "bf16", shapes[:1]),
+                                         (HOPPER, "fp32", shapes[:1])) for shape in some]
     for kernel, warps in WARPS.items():
         found += [{"kernel": kernel, "target": target, "dtype": dtype, "options": {"num_warps": n}}
                   for target, dtype, numbers in ((HOPPER, "bf16", warps),
@@ -54,14 +59,15 @@ def compiled(place: Path, number: int, kernel: str, target: int, dtype: str, opt
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from megatron_spdf.kernels import triton_compact, triton_tiles
+    from megatron_spdf.kernels import triton_compact, triton_softmax, triton_tiles
 
-    function = getattr(triton_tiles if size else triton_compact, f"_{kernel}")
+    module = triton_tiles if size else triton_softmax if shape else triton_compact
+    function = getattr(module, f"_{kernel}")
     fixed = constants(kernel, size, shape)
     kinds = {name: "constexpr" if name in fixed else kind(kernel, name, dtype)
              for name in function.arg_names}
     aligned = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(function.arg_names)
-               if name not in fixed}
+               if name not in (*fixed, "real", *SCALARS)}
     binary = triton.compile(ASTSource(function, kinds, constexprs=fixed, attrs=aligned),
                             target=GPUTarget("cuda", target, 32), options=options)
     file = place / f"{number}.cubin"
@@ -82,21 +88,27 @@ def constants(kernel: str, size: int, shape: tuple | None) -> dict:
     """As for the weights of GPT-3 XL; a column's stride of one is a constant to Triton, too."""
     from megatron_spdf.kernels.mask import SPAN
 
+    if shape and not size:
+        return {"BLOCK": shape[0]} | ({"MEAN": True} if kernel == "sums" else {})
     if not size:
         return {"SPAN": SPAN, "stride_column": 1} | ({"ADDS": True} if kernel == "compress" else {})
-    width, depth, *_ = shape
+    width, depth, _, _, group = shape
     return {"SLOTS": 2048 // size // 4, "PER_ROW": 2048 // size // 4, "SIZE": size,
             "DEPTH": depth} | {
         "forward": {"TOKENS": width},
                 "input_gradient": {"TOKENS": width, "IN_COLUMN": 2048 // size // 4},
-        "weight_gradient": {"ROWS": width, "ADDS": True}}[kernel]
+        "weight_gradient": {"ROWS": width, "GROUP": group, "ADDS": True}}[kernel]
 
 
 def kind(kernel: str, name: str, dtype: str) -> str:
     """The type of an argument."""
+    if name in SCALARS:
+        return "fp32"
+    if name in ("labels", "logits", "found", "tops", "totals", "shares"):
+        return {"labels": "*i64", "logits": f"*{dtype}"}.get(name, "*fp32")
     if name in ("bits", "counts"):
         return {"bits": "*u8", "counts": "*i32"}[name]
-    if name in ("columns", "entries") and kernel not in ("expand", "compress"):
+    if name in ("columns", "entries") and kernel not in ("expand", "compress", "sums", "gradient"):
         return "*i32"
     if name == "out" and kernel in ("compress", "weight_gradient"):
         return "*fp32"  # the gradient's buffer

@@ -87,6 +87,14 @@ def test_dense_weights_move_16_bytes_at_a_time(kernels):
         assert count(k, "LDG.E.128") > 0, name
 
 
+def test_logits_move_16_bytes_at_a_time(kernels):
+    """Whatever the vocabulary, whose end need not lie on 16 bytes."""
+    for kernel in ("sums", "gradient"):
+        for name, k in some(kernels, kernel=kernel).items():
+            assert count(k, "LDG.E.128") > 0, name
+            assert count(k, "STG") == count(k, "STG.E.128") > 0 or kernel == "sums", name
+
+
 def test_instructions_leave_expanding_and_compressing_seven_tenths_of_the_memory_s_speed(kernels):
     """A Hopper multiprocessor begins an instruction of four warps a cycle; each is for 32
     entries."""

@@ -13,6 +13,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest.mock import patch
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
@@ -23,6 +24,7 @@ from megatron_spdf.planning.hardware import Gpu  # noqa: E402
 from megatron_spdf.planning.memory import rank_bytes, zero_bytes  # noqa: E402
 from megatron_spdf.planning.moves import moves_of, transient_bytes  # noqa: E402
 from megatron_spdf.planning.overview import Request, make_overview  # noqa: E402
+from megatron_spdf.planning.rates import Rates  # noqa: E402
 from megatron_spdf.planning.step_time import step_time, wire_bytes  # noqa: E402
 from megatron_spdf.planning.traffic import step_traffic  # noqa: E402
 from megatron_spdf.recipe.recipe import Recipe  # noqa: E402
@@ -131,6 +133,11 @@ def recipe_of(name: str) -> Recipe:
     return recipe.model_copy(update={"model": Modern(**MODEL)}) if modern else recipe
 
 
+# Of seconds: rates that are measured anew change no stored figure.
+at_fixed_rates = patch("megatron_spdf.planning.step_time.MEASURED", Rates(0.6, 1.0, 1.0))
+
+
+@at_fixed_rates
 def figures_of(name: str) -> dict[str, Any]:
     """Figures of a recipe, by pipeline stage where they differ."""
     recipe = recipe_of(name)
@@ -153,6 +160,7 @@ def figures_of(name: str) -> dict[str, Any]:
     }
 
 
+@at_fixed_rates
 def overview_of(name: str, gpus: int, memory: float, price: float | None) -> dict[str, Any]:
     """The overview of a recipe of RECIPES."""
     recipe = recipe_of(name)

@@ -75,19 +75,14 @@ def test_activations_of_a_pipeline(recipe):
     assert [bool(s.head) for s in stages] == [False, False, False, True]
 
 
-def test_softmax_over_the_vocabulary_is_fp32(recipe):
-    r = gpt(recipe)
-    logits = 32 * 2 * 256
-    assert step_bytes(r, Plan.of(r), 0).head >= 4 * logits + 2 * logits
-
-
 @pytest.mark.parametrize(("tensor", "sequence"), [(1, False), (2, False), (2, True)])
 def test_the_head_counted_by_hand(recipe, tensor, sequence):
-    """Logits in bf16 beside their softmax in fp32; the norm's input and output, 8 bytes of its
-    statistics a token; the gradient of the head's input, and that input where it is gathered."""
+    """Logits, which become their gradients, beside the gradient of the head's weight; the norm's
+    input and output, 8 bytes of its statistics a token; the gradient of the head's input, and that
+    input where it is gathered."""
     r = gpt(recipe, parallel={"tensor": tensor, "sequence": sequence})
     tokens, share = 32 * 2, (tensor if sequence else 1)
-    logits = (2 + 4) * tokens * 256 // tensor
+    logits = 2 * (tokens + 64) * 256 // tensor
     inputs = 2 * 2 * SBH // share + 8 * tokens // share + 2 * SBH * (2 if sequence else 1)
     assert step_bytes(r, Plan.of(r), 0).head == logits + inputs
 
@@ -137,8 +132,8 @@ def test_a_recomputed_layer_ends_with_the_gradients_of_its_four_weights(recipe):
 
 
 def test_logits_do_not_grow_with_the_micro_batch(recipe):
-    """Beyond as many tokens as fit into LOGITS_BYTES: those of GPT-2's vocabulary would take 9 GiB
-    here, in bf16 and fp32."""
+    """Beyond as many tokens as fit into LOGITS_BYTES: those of GPT-2's vocabulary would take 3 GiB
+    here."""
     def head(micro_batch: int) -> int:
         r = recipe(model={"vocab_size": 50257},
                    train={"micro_batch": micro_batch, "global_batch": 1024,
@@ -149,11 +144,12 @@ def test_logits_do_not_grow_with_the_micro_batch(recipe):
     assert head(64) == pytest.approx(2 * head(32), rel=0.1)  # in one piece
 
 
+@pytest.mark.parametrize("width", [2, 4])
 @pytest.mark.parametrize(("rows", "tokens"),
                          [(50304, 16384), (50304, 2669), (50304, 7), (6288, 16384), (2**28, 5)])
-def test_chunks_of_tokens_are_even_and_within_the_bound(rows, tokens):
-    size = tokens_at_once(rows, tokens)
-    assert size == 1 or 4 * rows * size <= LOGITS_BYTES
+def test_chunks_of_tokens_are_even_and_within_the_bound(rows, tokens, width):
+    size = tokens_at_once(rows, tokens, width)
+    assert size == 1 or width * rows * size <= LOGITS_BYTES
     chunks = -(-tokens // size)
     assert (chunks - 1) * size < tokens <= chunks * size
     assert tokens - (chunks - 1) * size > size - chunks
@@ -181,7 +177,7 @@ def test_sequence_parallelism_gathers_into_one_buffer(recipe):
 # docs/planning.md.
 ALLOCATED = [("sparsity=0.0", 47.385), ("sparsity=0.75", 34.600),
              ("sparsity={level: 0.75, dense_copy: per_layer}", 32.350),
-             ("sparsity={level: 0.75, pattern: tile, tile: 64}", 32.319),
+             ("sparsity={level: 0.75, pattern: tile, tile: 64}", 32.238),
              ("sparsity=0.0 train.recompute=full", 25.162),
              ("sparsity=0.75 train.recompute=full", 12.377),
              ("sparsity=0.75 engine=deepspeed parallel.zero_stage=2", 34.600),

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from megatron_spdf.planning.hardware import GPUS
-from megatron_spdf.planning.step_time import FLASH_BACKWARD, step_time
+from megatron_spdf.planning.rates import MEASURED, Rates
+from megatron_spdf.planning.step_time import FLASH_BACKWARD, predicted_step, step_time
 from megatron_spdf.planning.traffic import step_traffic
 from megatron_spdf.schedule.flops import forward_flops
 from megatron_spdf.sparsity.plan import Plan
@@ -22,9 +23,9 @@ def gpt(recipe, sparsity=0.0, parallel=None, **train):
                   train={"global_batch": 64, "micro_batch": 2, "sequence_length": 512, **train})
 
 
-def times(r, gpu=GPU, efficiency=0.5):
-    return step_time(r, Plan.of(r), gpu,
-                     efficiency)
+def times(r, gpu=GPU, efficiency=0.5, **rates):
+    """Attention as fast as products and memory at its bandwidth, but for `rates`."""
+    return predicted_step(r, Plan.of(r), gpu, replace(Rates(efficiency, 1.0, 1.0), **rates))
 
 
 def test_compute_is_flops_over_the_rate(recipe):
@@ -133,13 +134,13 @@ def test_half_of_tensor_parallel_traffic_runs_behind_backward(recipe, link, hidd
     assert times(r, replace(GPU, link=link)).tensor == pytest.approx(sent - behind, rel=1e-3)
 
 
-def test_the_softmax_passes_over_the_vocabulary_eleven_times_in_fp32(recipe):
-    """Beside weight gradients: written and read in bf16, read and written in fp32."""
+def test_the_loss_passes_over_the_logits_three_times(recipe):
+    """In bf16; beside weight gradients: written and read in bf16, read and written in fp32."""
     small, large = (times(recipe(
         model={"layers": 1, "hidden": 64, "heads": 2, "vocab_size": v, "max_positions": 512},
         train={"sequence_length": 512, "global_batch": 8, "micro_batch": 2})).memory
         for v in (128, 128 * 9))
-    moved = 4 * 1024 * (11 * 4 * 1024 + (2 + 2 + 8) * 64)
+    moved = 4 * 1024 * (3 * 2 * 1024 + (2 + 2 + 8) * 64)
     assert large - small == pytest.approx(moved / GPU.memory_bandwidth, rel=1e-6)
 
 
@@ -190,3 +191,48 @@ def test_zero_2_hides_every_micro_batchs_gradients_behind_its_own_backward(recip
         if zero == 2:  # gathered once, and counted in as many parts
             hidden += rounds * min(forward, parameters / rounds)
         assert times(r, slow).data == pytest.approx(traffic - hidden, rel=1e-6), zero
+
+
+def test_attention_and_memory_have_rates_of_their_own(recipe):
+    r = gpt(recipe, sparsity=0.75)
+    whole, once = times(r), forward_flops(r.model, 512, None, "causal")
+    slow = times(r, attention=0.4, memory=0.25)
+    attention = r.tokens_per_step * (1 + FLASH_BACKWARD) * once.attention / (0.5 * GPU.bf16)
+    assert slow.compute - whole.compute == pytest.approx(attention * (1 / 0.4 - 1), rel=1e-6)
+    assert slow.memory == pytest.approx(4 * whole.memory)
+    assert slow.update == whole.update
+
+
+@pytest.mark.parametrize(("sparsity", "rate"), [
+    ({"level": 0.75, "pattern": "tile", "tile": 64}, 0.25 / 0.4),
+    ({"level": 0.75, "pattern": "tile", "tile": 128}, 0.25 / 0.8),
+    ({"level": 0.75, "pattern": "tile", "tile": 32}, 0.25 / 0.4),  # as the smallest measured one
+    ({"level": 0.5, "pattern": "2:4"}, 1 / 1.6), ({"level": 0.75}, 1.0)])
+def test_a_patterns_products_have_the_rate_that_was_measured(recipe, sparsity, rate):
+    patterns = {"tile 64": 0.4, "tile 128": 0.8, "2:4": 1.6}
+    r = gpt(recipe, sparsity)
+    once = forward_flops(r.model, 512, None, "causal")
+    linear = r.tokens_per_step * 3 * once.linear / (0.5 * GPU.bf16)
+    found = times(gpt(recipe)).compute - times(r, patterns=patterns).compute
+    assert found == pytest.approx(linear * (1 - rate), rel=1e-6)
+
+
+def test_a_step_takes_as_long_as_its_launches(recipe):
+    """Of 8 layers in 32 micro-batches, by the pattern that takes the host longest; one that was not
+    measured counts as unstructured, and a CUDA graph is launched at once."""
+    host = {"dense": 1.0, "unstructured": 2.0, "2:4": 3.0}
+    tiles = {"level": 0.75, "pattern": "tile", "tile": 64}
+    for sparsity, seconds in ((0.0, 1.0), (0.75, 2.0), ({"level": 0.5, "pattern": "2:4"}, 3.0),
+                              (tiles, 2.0)):
+        r = gpt(recipe, sparsity)
+        assert times(r, host=host).total == pytest.approx(8 * 32 * seconds)
+        assert times(r, host={"unstructured": 1e-6}).host == 0.0
+    graphed = r.model_copy(update={"kernels": r.kernels.model_copy(update={"cuda_graph": True})})
+    assert times(graphed, host=host) == times(r)
+
+
+def test_an_efficiency_that_is_given_holds_the_host(recipe):
+    r = gpt(recipe)
+    assert step_time(r, Plan.of(r), GPU, 0.5) == times(r, attention=MEASURED.attention,
+                                                       memory=MEASURED.memory)
+    assert step_time(r, Plan.of(r), GPU) == times(r, **vars(MEASURED))

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from itertools import accumulate, pairwise
 
-from pycocoevalcap.cider.cider import Cider
-from pycocoevalcap.rouge.rouge import Rouge
-
-from megatron_spdf.evaluation.metrics.java import METEOR, meteor, ptb_tokenize
+from megatron_spdf.evaluation.metrics.java import (
+    PACKAGE,
+    coco,
+    meteor,
+    meteor_signature,
+    ptb_tokenize,
+)
 from megatron_spdf.evaluation.metrics.metric import METRICS, Figure, Figures, Metric, by_part
-
-_COCO = f"PTB tokens, pycocoevalcap {version('pycocoevalcap')}"
 
 
 @by_part
@@ -21,16 +22,18 @@ def captions(predictions: Sequence[str], references: Sequence[Sequence[str]]) ->
     """METEOR, ROUGE_L (Lin 2004, with beta 1.2) and CIDEr (Vedantam et al. 2015) of raw texts.
 
     Raises:
-        Unavailable: Java is missing or fails.
+        Unavailable: Java or `pycocoevalcap` is missing, or Java fails.
     """
+    cider, rouge = coco("cider.cider").Cider(), coco("rouge.rouge").Rouge()
     tokens = ptb_tokenize([*predictions, *(text for texts in references for text in texts)])
     ends = accumulate(map(len, references), initial=len(predictions))
     targets = dict(enumerate(tokens[start:end] for start, end in pairwise(ends)))
     outputs = {i: [text] for i, text in enumerate(tokens[: len(predictions)])}
     of_meteor = meteor([text for (text,) in outputs.values()], list(targets.values()))
-    return {"METEOR": Figure(of_meteor, f"PTB tokens, {METEOR}"),
-            "ROUGE_L": Figure(float(Rouge().compute_score(targets, outputs)[0]), _COCO),
-            "CIDEr": Figure(float(Cider().compute_score(targets, outputs)[0]), _COCO)}
+    behind = f"PTB tokens, {PACKAGE} {version(PACKAGE)}"
+    return {"METEOR": Figure(of_meteor, f"PTB tokens, {meteor_signature()}"),
+            "ROUGE_L": Figure(float(rouge.compute_score(targets, outputs)[0]), behind),
+            "CIDEr": Figure(float(cider.compute_score(targets, outputs)[0]), behind)}
 
 
 METRICS.register("captions", Metric(("METEOR", "ROUGE_L", "CIDEr"), captions))

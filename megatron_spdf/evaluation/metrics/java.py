@@ -1,17 +1,16 @@
 """Java programs behind the captioning metrics, from `pycocoevalcap`: Stanford's tokenizer and
-METEOR."""
+METEOR. Where the package is not installed these metrics alone are missing."""
 
 from __future__ import annotations
 
+import importlib
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-
-import pycocoevalcap.meteor.meteor
-import pycocoevalcap.tokenizer.ptbtokenizer as ptb
+from types import ModuleType
 
 from megatron_spdf.evaluation.metrics.metric import (
     METRICS,
@@ -23,9 +22,20 @@ from megatron_spdf.evaluation.metrics.metric import (
 )
 from megatron_spdf.files import write_file
 
-METEOR = f"METEOR 1.5 -l en -norm, pycocoevalcap {version('pycocoevalcap')}"
-_METEOR_JAR = Path(pycocoevalcap.meteor.meteor.__file__).with_name("meteor-1.5.jar")
-_STANFORD_JAR = Path(ptb.__file__).with_name(ptb.STANFORD_CORENLP_3_4_1_JAR)
+PACKAGE = "pycocoevalcap"
+
+
+def coco(name: str) -> ModuleType:
+    """Imports a module of `pycocoevalcap`.
+
+    Raises:
+        Unavailable: it is not installed.
+    """
+    try:
+        return importlib.import_module(f"{PACKAGE}.{name}")
+    except ModuleNotFoundError as error:
+        raise Unavailable(f"needs {PACKAGE}, and there is no {error.name}; pip install "
+                          f"{PACKAGE}") from None
 
 
 def ptb_tokenize(sentences: Sequence[str]) -> list[str]:
@@ -33,10 +43,12 @@ def ptb_tokenize(sentences: Sequence[str]) -> list[str]:
     punctuation, joined by blanks.
 
     Raises:
-        Unavailable: Java is missing or fails.
+        Unavailable: Java or `pycocoevalcap` is missing, or Java fails.
     """
+    ptb = coco("tokenizer.ptbtokenizer")
+    jar = Path(ptb.__file__).with_name(ptb.STANFORD_CORENLP_3_4_1_JAR)
     text = "\n".join(map(_one_line, sentences))
-    out = _java("-cp", _STANFORD_JAR, "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines",
+    out = _java("-cp", jar, "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines",
                 "-lowerCase", stdin=text)
     lines = out.split("\n")[: len(sentences)]
     if len(lines) < len(sentences):
@@ -52,8 +64,9 @@ def meteor(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> f
     The figures are the same.
 
     Raises:
-        Unavailable: Java is missing or fails.
+        Unavailable: Java or `pycocoevalcap` is missing, or Java fails.
     """
+    jar = Path(coco("meteor.meteor").__file__).with_name("meteor-1.5.jar")
     most = max(map(len, references))
     padded = [line for texts in references
               for line in [*map(_one_line, texts), *[""] * (most - len(texts))]]
@@ -61,14 +74,19 @@ def meteor(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> f
         outputs, targets = Path(directory, "outputs"), Path(directory, "references")
         write_file(outputs, "".join(f"{_one_line(text)}\n" for text in predictions))
         write_file(targets, "".join(f"{line}\n" for line in padded))
-        return float(_java("-Xmx2G", "-jar", _METEOR_JAR, outputs, targets, "-l", "en", "-norm",
+        return float(_java("-Xmx2G", "-jar", jar, outputs, targets, "-l", "en", "-norm",
                            "-r", most, "-q"))
 
 
 @by_part
 def meteor_score(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Figures:
     """METEOR of tokenized texts."""
-    return {"METEOR": Figure(meteor(predictions, references), METEOR)}
+    return {"METEOR": Figure(meteor(predictions, references), meteor_signature())}
+
+
+def meteor_signature() -> str:
+    """What is behind a figure of METEOR."""
+    return f"METEOR 1.5 -l en -norm, {PACKAGE} {version(PACKAGE)}"
 
 
 METRICS.register("meteor", Metric(("METEOR",), meteor_score))

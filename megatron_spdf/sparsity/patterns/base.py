@@ -140,6 +140,12 @@ class Pattern(Section):
         """Whether a GPU multiplies with the active entries alone, forward and backward."""
         return False
 
+    @property
+    def product_rate(self) -> str:
+        """Name of the rate of its products among those that the planner knows
+        (`planning/rates.py`)."""
+        return "dense"
+
     def table_bytes(self, active: int) -> int:
         """Returns the bytes on a GPU of what its product derives from masks of `active` entries."""
         return 0

@@ -90,6 +90,10 @@ class Tiles(Pattern):
     def skips_zeros(self) -> bool:
         return has_tile_kernel(self.tile)
 
+    @property
+    def product_rate(self) -> str:
+        return f"tile {self.tile}" if self.skips_zeros else super().product_rate
+
     def table_bytes(self, active: int) -> int:
         # each active tile by row and by column
         return 2 * 4 * active // self.tile**2 if self.skips_zeros else 0

@@ -62,6 +62,10 @@ class TwoFour(Pattern):
         kept = masks[torch.cat(best)].bool()
         return kept.view(tiles.shape).transpose(2, 3).reshape(magnitudes.shape)
 
+    @property
+    def product_rate(self) -> str:
+        return self.name
+
     def describe(self, levels: list[float], degrees: int) -> str:
         return "2:4, two of every four weights along rows and along columns"
 

@@ -40,6 +40,8 @@ class _Changed(MetaPathFinder):
     """Finds modules as others do, and changes them when they have been run."""
 
     CHANGES = {"megatron_spdf.kernels.dispatch": _kernels,
+               "megatron_spdf.kernels.norm": _kernels,
+               "megatron_spdf.kernels.softmax": _kernels,
                "megatron_spdf.kernels.tiles": _kernels,
                "megatron_spdf.kernels.two_four": _kernels,
                "megatron_spdf.kernels.torch_reference": _reference,
