@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import math
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterable
@@ -14,7 +15,10 @@ from typing import TextIO
 from megatron_spdf import exit_codes
 from megatron_spdf.files import require_writable
 from megatron_spdf.paths import expand_home
-from megatron_spdf.text import printable_lines
+from megatron_spdf.text import printable_lines, sentence_of
+
+# Pictures become files: what a notebook or a desktop shows them with may be missing here.
+os.environ["MPLBACKEND"] = "agg"
 
 
 class _Given(argparse.Action):
@@ -127,7 +131,7 @@ def refusing(main: Callable[..., int]) -> Callable[..., int]:
         try:
             return main(*arguments)
         except (ValueError, OSError) as error:
-            say(f"error: {error}", sys.stderr)
+            say(f"error: {sentence_of(error)}", sys.stderr)
             return exit_codes.BAD_INPUT
     return run
 

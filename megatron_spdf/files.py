@@ -66,6 +66,8 @@ def _require_name(path: Path) -> None:
 def require_writable(path: Path) -> None:
     """Raises a ValueError where `write_file` could not write a path now."""
     _require_name(path)
+    if path.parent.exists() and not path.parent.is_dir():
+        raise ValueError(f"{path} cannot be written: {path.parent} is a file; give another file")
     if not path.parent.is_dir():
         raise ValueError(f"{path} cannot be written: there is no directory {path.parent}; make it, "
                          "or give another file")
@@ -195,7 +197,8 @@ def require_directory(output: Path, key: str = "output") -> None:
     path = output.absolute()
     there = next(p for p in (path, *path.parents) if p.exists() or p.is_symlink())
     if not there.is_dir():
-        raise ValueError(f"{key}={output} cannot be written: {there} is a file; choose another "
+        what = "a link that leads nowhere" if not there.exists() else "a file"
+        raise ValueError(f"{key}={output} cannot be written: {there} is {what}; choose another "
                          f"{key}")
     if not os.access(there, os.W_OK | os.X_OK):
         raise ValueError(f"{key}={output} cannot be written: {there} is read-only for this user; "

@@ -39,6 +39,12 @@ def expand_home(path: str) -> str:
     return expanded
 
 
+def real(path: str | Path) -> Path:
+    """The absolute path without links. Unlike `Path.resolve`, links that lead in a circle are left
+    for the one who opens the path."""
+    return Path(os.path.realpath(path))
+
+
 def named_by(pattern: str) -> list[str]:
     """The paths that a pattern names, sorted; what exists literally is taken before it is taken for
     a pattern, directory by directory: `v[1]/*.jsonl` are files of `v[1]` where that is there."""

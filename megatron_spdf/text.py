@@ -2,7 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import re
+
+# What to do about an error of the system, which says what and where, and nothing more
+_REMEDIES = {
+    errno.EACCES: "let this user at it (chmod, chown), or name another",
+    errno.EPERM: "let this user at it (chmod, chown), or name another",
+    errno.EROFS: "name a place that can be written",
+    errno.ENOENT: "correct the path",
+    errno.ENOTDIR: "a part of the path is a file; correct the path",
+    errno.EISDIR: "name a file",
+    errno.ELOOP: "links there lead in a circle; mend them",
+    errno.ENAMETOOLONG: "shorten the path",
+    errno.ENOSPC: "make room on that disk, or name another place",
+    errno.EDQUOT: "make room within the quota, or name another place",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+}
+
+
+def sentence_of(error: Exception) -> str:
+    """The message of an error for a user, with the remedy where the system raised it."""
+    if isinstance(error, OSError) and error.errno in _REMEDIES and error.filename is not None:
+        return f"{error.filename}: {error.strerror}; {_REMEDIES[error.errno]}"
+    return str(error)
 
 
 def first_line(error: Exception) -> str:

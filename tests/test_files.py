@@ -89,6 +89,16 @@ def test_a_runs_log_leaves_what_is_planted_beside_it_alone(recipe, victim):
     assert victim.read_text() == "mine" and run.log.read_text() == record
 
 
+def test_an_output_under_a_file_or_a_link_to_nowhere_says_so(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(ValueError, match="file is a file; give another file"):
+        files.require_writable(tmp_path / "file/page.html")
+    for name, what in (("file", "is a file"), ("link", "is a link that leads nowhere")):
+        with pytest.raises(ValueError, match=f"{name} {what}; choose another output"):
+            files.require_directory(tmp_path / name / "run")
+
+
 @pytest.mark.parametrize("there", ["nothing", "file", "directory", "loop"])
 @pytest.mark.parametrize("name", ["checkpoints", "log.jsonl", "recipe.yaml", "starts.json",
                                   "lock.1", "tensorboard", "cache", "evaluation", "anything"])
@@ -179,7 +189,7 @@ def test_a_directory_that_is_there_is_kept(tmp_path):
 
 @pytest.mark.parametrize(("name", "said"), [
     ("there", "is no ordinary file"), ("/dev/null", "is no ordinary file"),
-    ("nowhere/a.json", "there is no directory"), ("victim/a.json", "there is no directory"),
+    ("nowhere/a.json", "there is no directory"), ("victim/a.json", "victim is a file"),
     ("checkpoint/a.json", "lies in the checkpoint")])
 @pytest.mark.parametrize("kind", [output_file, output_picture])
 def test_a_file_that_cannot_be_written_is_refused_before_anything_is_computed(

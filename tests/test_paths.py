@@ -11,6 +11,7 @@ from megatron_spdf.command_line import make_parser, path_text
 from megatron_spdf.paths import expand_home, named_by, same_file
 from megatron_spdf.recipe.finetune import Finetune
 from megatron_spdf.recipe.load import load_recipe, make_recipe
+from megatron_spdf.reports.runs import read_all
 
 LAYOUT = ["v[1]/a.jsonl", "v[1]/b.jsonl", "v1/c.jsonl", "v2/d.jsonl", "v2/e[0].jsonl",
           "v2/e0.jsonl", "x/v[1]/f.jsonl", "y/v1/g.jsonl", "*/h.jsonl", ".hidden/i.jsonl"]
@@ -71,6 +72,16 @@ def test_the_address_of_something_in_a_network_is_no_path():
             expand_home(path)
         assert expand_home(f"./{path}") == f"./{path}"
     assert expand_home("a:b//c") == "a:b//c"
+
+
+def test_links_in_a_circle_are_refused_where_a_recipe_or_a_run_is_named(tmp_path):
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    for path in (tmp_path / "a", tmp_path / "a/r.yaml"):
+        with pytest.raises(ValueError, match="there is no recipe"):
+            load_recipe(path)
+        with pytest.raises(ValueError, match="is no run"):
+            read_all([path])
 
 
 def fields_of_paths(kind, place: str = ""):

@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 
 import pytest
 
 from megatron_spdf.command_line import refusing, say
 from megatron_spdf.tables import Column, Table
-from megatron_spdf.text import printable, printable_lines
+from megatron_spdf.text import printable, printable_lines, sentence_of
 
 HOSTILE = "a\x1b]0;owned\x07\x1b[2Jb\r\x08\x9b1m\u202ec\ud83d\u2028d"
+
+
+@pytest.mark.parametrize(("number", "said"), [
+    (errno.EACCES, "a/b: Permission denied; let this user at it"),
+    (errno.ENOTDIR, "a/b: Not a directory; a part of the path is a file; correct the path"),
+    (errno.ENOSPC, "a/b: No space left on device; make room on that disk"),
+    (errno.ELOOP, "a/b: Too many levels of symbolic links; links there lead in a circle"),
+    (errno.EIO, "[Errno 5] Input/output error: 'a/b'"),
+])
+def test_an_error_of_the_system_comes_with_a_remedy(number, said, capsys):
+    error = OSError(number, os.strerror(number), "a/b")
+    assert sentence_of(error).startswith(said)
+    assert sentence_of(FileNotFoundError("ours; make it")) == "ours; make it"
+
+    @refusing
+    def fail() -> int:
+        raise error
+
+    assert fail() == 2 and said in capsys.readouterr().err
 
 
 def test_a_terminal_is_given_nothing_to_obey(capsys):

@@ -33,7 +33,7 @@ from demo_parts.work import Failed, import_engines  # noqa: E402
 
 from megatron_spdf import exit_codes  # noqa: E402
 from megatron_spdf.command_line import add_overrides, make_parser, refusing, say  # noqa: E402
-from megatron_spdf.files import write_file  # noqa: E402
+from megatron_spdf.files import require_directory, write_file  # noqa: E402
 from megatron_spdf.locks import locked  # noqa: E402
 
 VERSION, LOCK, DONE, TABLES = "demo.version", "demo.lock", "done", "tables.txt"
@@ -49,6 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     add_overrides(parser, "changes to the pre-training recipe")
     options = parser.parse_intermixed_args(arguments)
     demo = Demo(options.output, options.overrides)
+    require_directory(demo.output, "--output")
     demo.output.mkdir(parents=True, exist_ok=True)
     with locked(demo.output / LOCK, wait=False) as mine:
         if not mine:

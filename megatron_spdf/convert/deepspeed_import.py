@@ -27,6 +27,7 @@ from torch import Tensor
 
 from megatron_spdf.architecture.base import HEAD, Model, Weight
 from megatron_spdf.convert.foreign import place_of, read_pickled, read_word, require_finite
+from megatron_spdf.paths import real
 from megatron_spdf.sparsity.plan import SparseWeight
 from megatron_spdf.sparsity.slices import join_slices
 from megatron_spdf.text import first_line, printable
@@ -76,7 +77,7 @@ class DeepSpeedReader:
     @property
     def origin(self) -> str:
         """Origin of the weights, in words."""
-        return f"the DeepSpeed checkpoint {'/'.join(self.path.resolve().parts[-2:])}"
+        return f"the DeepSpeed checkpoint {'/'.join(real(self.path).parts[-2:])}"
 
     def weight(self, name: str) -> Tensor:
         """Whole dense parameter by its canonical name, in float32 if the optimizer was sharded."""

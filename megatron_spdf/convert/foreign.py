@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_spdf.checkpoint.pickles import Forbidden, NotData
 from megatron_spdf.checkpoint.torch_file import read_file
 from megatron_spdf.files import open_regular
+from megatron_spdf.paths import real
 from megatron_spdf.text import printable
 
 _MOST_WORD = 200  # bytes of a file that names a directory
@@ -47,7 +48,7 @@ def place_of(directory: Path, name: object, said_by: Path) -> Path:
             not name.isprintable() or len(name) > 255):
         raise ValueError(f"{said_by} names {printable(str(name)[:100])!r}, which is no file "
                          f"beside it; it may only name what lies in {directory}, without a path")
-    inside, found = directory.resolve(), (directory / name).resolve()
+    inside, found = real(directory), real(directory / name)
     blobs = inside.parent.parent / "blobs" if inside.parent.name == "snapshots" else inside
     if not any(found.is_relative_to(root) for root in (inside, blobs)):
         raise ValueError(f"{directory / name} is a link that leads out of {directory}; put the "
@@ -82,7 +83,7 @@ def read_pickled(file: Path, remedy: str, allowed: Collection[str] = ()) -> Any:
         ValueError: it could run code, or cannot be read.
     """
     try:
-        return read_file(file.resolve(), allowed)
+        return read_file(real(file), allowed)
     except Forbidden as error:
         raise ValueError(f"{file} cannot be read without running code ({error}), so it is refused; "
                          f"{remedy}") from None

@@ -18,6 +18,7 @@ from megatron_spdf.convert.compressed_tensors import storage_fault
 from megatron_spdf.convert.foreign import place_of, read_pickled, require_finite
 from megatron_spdf.data.tokenizers.base import END_FILE
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, tokenizer_files
+from megatron_spdf.paths import real
 from megatron_spdf.records import read_json
 from megatron_spdf.text import printable
 
@@ -68,7 +69,7 @@ class HuggingFaceReader:
 
     @property
     def origin(self) -> str:
-        return f"the Hugging Face model {self.path.resolve().name}"
+        return f"the Hugging Face model {real(self.path).name}"
 
     @property
     def dtypes(self) -> set[torch.dtype]:

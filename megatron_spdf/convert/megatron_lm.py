@@ -30,6 +30,7 @@ from megatron_spdf.checkpoint.writer import StoredTensor, whole, write_tensors
 from megatron_spdf.convert.foreign import read_word, require_finite
 from megatron_spdf.convert.source import WeightSource
 from megatron_spdf.files import atomic_directory, write_file
+from megatron_spdf.paths import real
 
 VERSION = "core_v0.16.1"
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -74,7 +75,7 @@ class MegatronReader(TensorFiles):
 
     @property
     def origin(self) -> str:
-        return f"the Megatron-LM checkpoint {'/'.join(self.path.resolve().parts[-2:])}"
+        return f"the Megatron-LM checkpoint {'/'.join(real(self.path).parts[-2:])}"
 
     def weight(self, name: str) -> Tensor:
         """A parameter by its canonical name; the vocabulary padded to our length with its mean."""

@@ -19,12 +19,22 @@ class ProgramShape(NamedTuple):
         depth: terms of its sum that are multiplied at a time.
         warps: warps that run it.
         stages: steps of the sum whose operands are in flight at the same time.
+        group: active tiles of a tile row that are computed together; of a weight gradient, and of
+            fewer where their number in a tile row is no multiple. Their sums are the same.
     """
 
     width: int
     depth: int
     warps: int
     stages: int
+    group: int = 1
+
+    @property
+    def text(self) -> str:
+        """For a table."""
+        several = f", {self.group} tiles" if self.group > 1 else ""
+        return (f"{self.width} wide, {self.depth} deep, {self.warps} warps, {self.stages} stages"
+                f"{several}")
 
 
 class SoftmaxShape(NamedTuple):

@@ -13,6 +13,8 @@ active tiles: in a tile row, in a tile row of one slice, and in a tile column.
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -88,11 +90,12 @@ def weight_gradient(gradient: Tensor, x: Tensor, mask: Mask, out: Tensor | None 
         out = x.new_empty(mask.slices, mask.active)
     assert out.is_contiguous() and out.numel() == mask.slices * mask.active, (out.shape, mask.shape)
     shape = shape or select_shape("weight_gradient", table.size, len(x), x.element_size())
-    grid = (table.size // shape.width, table.columns.numel())
+    group = math.gcd(shape.group, table.slots)
+    grid = (table.size // shape.width, table.columns.numel() // group)
     _weight_gradient[grid](
         gradient, x, out, table.columns, len(x), gradient.stride(0), x.stride(0), mask.active,
         SLOTS=table.slots, PER_ROW=table.per_row, SIZE=table.size, ROWS=shape.width,
-        DEPTH=shape.depth, ADDS=adds, num_warps=shape.warps, num_stages=shape.stages)
+        DEPTH=shape.depth, GROUP=group, ADDS=adds, num_warps=shape.warps, num_stages=shape.stages)
     return out
 
 
@@ -160,17 +163,23 @@ def _input_gradient(gradient, values, out, entries, tokens, stride_gradient, str
 @triton.jit
 def _weight_gradient(gradient, x, out, columns, tokens, stride_gradient, stride_x, active,
                      SLOTS: tl.constexpr, PER_ROW: tl.constexpr, SIZE: tl.constexpr,
-                     ROWS: tl.constexpr, DEPTH: tl.constexpr, ADDS: tl.constexpr):
-    """Computes ROWS rows of one active tile of dW, summed over the tokens."""
-    entry = tl.program_id(1)
-    row, slot = entry // SLOTS, entry % SLOTS
-    column = tl.load(columns + entry)
-    inner, side = tl.arange(0, DEPTH), tl.arange(0, SIZE)
+                     ROWS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+                     ADDS: tl.constexpr):
+    """Computes ROWS rows of GROUP active tiles of dW beside one another, summed over the tokens.
+
+    The tiles share dy^T, and their columns of x are gathered to one operand.
+    """
+    number = tl.program_id(1)
+    row, first = number // (SLOTS // GROUP), number % (SLOTS // GROUP) * GROUP
+    inner, side = tl.arange(0, DEPTH), tl.arange(0, GROUP * SIZE)
+    slot, within = first + side // SIZE, side % SIZE
     outer = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.load(columns + row * SLOTS + slot) * SIZE + within
+    column = tl.max_contiguous(tl.multiple_of(column, SIZE), SIZE)  # those of a tile
     # dy^T, (ROWS, DEPTH)
     gradient += inner.to(tl.int64)[None, :] * stride_gradient + row * SIZE + outer[:, None]
-    x += inner.to(tl.int64)[:, None] * stride_x + column * SIZE + side[None, :]  # (DEPTH, SIZE)
-    total = tl.zeros((ROWS, SIZE), tl.float32)
+    x += inner.to(tl.int64)[:, None] * stride_x + column[None, :]  # (DEPTH, GROUP * SIZE)
+    total = tl.zeros((ROWS, GROUP * SIZE), tl.float32)
     for start in range(0, tokens, DEPTH):
         there = inner < tokens - start
         a = tl.load(gradient, mask=there[None, :], other=0.0)
@@ -178,8 +187,10 @@ def _weight_gradient(gradient, x, out, columns, tokens, stride_gradient, stride_
         total = tl.dot(a, b, total, input_precision="ieee")
         gradient += DEPTH * stride_gradient
         x += DEPTH * stride_x
-    tile = (_tile(out, row, slot, active, PER_ROW, SIZE)
-            + outer[:, None] * (PER_ROW * SIZE) + side[None, :])
+    place = slot // PER_ROW * active.to(tl.int64) + slot % PER_ROW * SIZE + within
+    place = tl.max_contiguous(tl.multiple_of(place, SIZE), SIZE)
+    out += row.to(tl.int64) * (SIZE * PER_ROW * SIZE) + outer[:, None] * (PER_ROW * SIZE)
+    out += place[None, :]
     if ADDS:
-        total += tl.load(tile)
-    tl.store(tile, total.to(out.dtype.element_ty))
+        total += tl.load(out)
+    tl.store(out, total.to(out.dtype.element_ty))

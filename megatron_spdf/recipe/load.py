@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from megatron_spdf.files import write_file
-from megatron_spdf.paths import expand_home
+from megatron_spdf.paths import expand_home, real
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.recipe.rules import rule_violations
 from megatron_spdf.records import MOST_NESTING, parse_yaml, read_yaml, rule_of, shown
@@ -80,7 +80,7 @@ def render_recipe(recipe: BaseModel) -> str:
 
 
 def _read(kind: type[BaseModel], path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    path = Path(expand_home(str(path))).resolve()
+    path = real(expand_home(str(path)))
     if path in seen:
         raise ValueError(f"recipe {path} extends itself through "
                          f"{' -> '.join(p.name for p in seen)}; break the circle")

@@ -12,6 +12,7 @@ from typing import Any, NotRequired
 from typing_extensions import TypedDict
 
 from megatron_spdf.files import require_own
+from megatron_spdf.paths import real
 from megatron_spdf.records import read_json
 from megatron_spdf.runs.measured import (
     RECIPE,
@@ -209,7 +210,7 @@ def _labeled(directories: list[Path]) -> list[tuple[Path, str]]:
     Raises:
         ValueError: one is named twice.
     """
-    resolved = [d.resolve() for d in directories]
+    resolved = [real(d) for d in directories]
     twice = sorted({str(d) for d in resolved if resolved.count(d) > 1})
     if twice:
         raise ValueError(f"{', '.join(twice)} is named more than once; name each run once")

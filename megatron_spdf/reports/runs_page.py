@@ -9,6 +9,7 @@ from datetime import date
 from pathlib import Path
 from urllib.parse import quote
 
+from megatron_spdf.paths import real
 from megatron_spdf.reports import paper
 from megatron_spdf.reports.charts import Line, Scale, line_chart, mean_line
 from megatron_spdf.reports.comparison import SCRIPT, comparison
@@ -119,7 +120,7 @@ def _steps(run: Logged) -> str:
 
 
 def _link(run: Logged, output: Path) -> str:
-    return quote(os.fsencode(os.path.relpath(run.recipe, output.resolve().parent)))
+    return quote(os.fsencode(os.path.relpath(run.recipe, real(output).parent)))
 
 
 def _curves(kind: str, groups: Sequence[SameRecipe], pens: Mapping[Path, Pen]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from megatron_spdf.paths import real
 from megatron_spdf.reports.document import escape, key, paragraph
 from megatron_spdf.reports.pens import Pen
 from megatron_spdf.reports.runs import Logged
@@ -97,7 +98,7 @@ def accounts(runs: Sequence[Logged]) -> list[Account]:
 def started_from(run: Logged, runs: Sequence[Logged]) -> list[Logged]:
     """Fine-tuning runs whose checkpoint is this run or lies in its directory."""
     def starts_here(checkpoint: str | None) -> bool:
-        return checkpoint is not None and Path(checkpoint).resolve().is_relative_to(run.directory)
+        return checkpoint is not None and real(checkpoint).is_relative_to(run.directory)
 
     return [r for r in runs if starts_here(r.fine_tunes)]
 

@@ -37,6 +37,7 @@ from megatron_spdf.resilience.world import Ranks, check_world
 from megatron_spdf.runs.run_dir import RunDir
 from megatron_spdf.runs.writers.base import check_writers, chosen
 from megatron_spdf.schedule.stages import RunStage, stages_left
+from megatron_spdf.text import sentence_of
 
 if TYPE_CHECKING:  # these import megatron.core
     from megatron_spdf.data.finetuning.completions import CompletionData
@@ -44,7 +45,9 @@ if TYPE_CHECKING:  # these import megatron.core
     from megatron_spdf.engine.base import Engine
     from megatron_spdf.model.init import InitialWeights
 
-REFUSALS = {ValueError: exit_codes.BAD_INPUT, FileNotFoundError: exit_codes.BAD_INPUT,
+REFUSALS = {ValueError: exit_codes.BAD_INPUT,
+            **dict.fromkeys((FileNotFoundError, PermissionError, NotADirectoryError,
+                             IsADirectoryError), exit_codes.BAD_INPUT),
             RestartLimit: exit_codes.GUARD_STOPPED, Unhealthy: exit_codes.LOST_RANK}
 
 
@@ -111,7 +114,7 @@ def refusals() -> Iterator[None]:
     try:
         yield
     except tuple(REFUSALS) as error:
-        say(f"{Path(sys.argv[0]).name}: {error}", sys.stderr)
+        say(f"{Path(sys.argv[0]).name}: {sentence_of(error)}", sys.stderr)
         code = next(c for kind, c in REFUSALS.items() if isinstance(error, kind))
         raise SystemExit(code) from None
 

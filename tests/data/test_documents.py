@@ -53,6 +53,19 @@ def test_every_document_with_its_meta_and_place(tmp_path, suffix):
     assert report == ReadReport(seen=200, documents=200, bytes_read=path.stat().st_size)
 
 
+@pytest.mark.parametrize("named", [".jsonl", ".jsonl.zst", ".jsonl.gz", ".txt"])
+@pytest.mark.parametrize("kind", [".gz", ".zst", ".parquet"])
+def test_a_name_that_says_another_format_is_refused_whatever_becomes_of_bad_records(
+        tmp_path, named, kind):
+    content = {".parquet": lambda text: b"PAR1" + text}.get(kind) or COMPRESS[f".jsonl{kind}"]
+    path = write(tmp_path / f"a{named}", content(as_lines(TEXTS)))
+    if named.endswith(kind):
+        assert read(path) == TEXTS
+    else:
+        with pytest.raises(ValueError, match=f"names end in {kind} do; give it such a name"):
+            list(iterate_documents([path], on_error="skip"))
+
+
 @pytest.mark.parametrize("suffix", [".jsonl.zst", ".jsonl.gz"])
 def test_several_frames_cut_anywhere(tmp_path, suffix):
     content = as_lines(TEXTS)

@@ -92,12 +92,12 @@ def constants(kernel: str, size: int, shape: tuple | None) -> dict:
         return {"BLOCK": shape[0]} | ({"MEAN": True} if kernel == "sums" else {})
     if not size:
         return {"SPAN": SPAN, "stride_column": 1} | ({"ADDS": True} if kernel == "compress" else {})
-    width, depth, *_ = shape
+    width, depth, _, _, group = shape
     return {"SLOTS": 2048 // size // 4, "PER_ROW": 2048 // size // 4, "SIZE": size,
             "DEPTH": depth} | {
         "forward": {"TOKENS": width},
                 "input_gradient": {"TOKENS": width, "IN_COLUMN": 2048 // size // 4},
-        "weight_gradient": {"ROWS": width, "ADDS": True}}[kernel]
+        "weight_gradient": {"ROWS": width, "GROUP": group, "ADDS": True}}[kernel]
 
 
 def kind(kernel: str, name: str, dtype: str) -> str:

@@ -23,6 +23,7 @@ KINDS = ["self_attention.linear_qkv.weight", "self_attention.linear_proj.weight"
 TRIED = {("forward", 16): [ProgramShape(16, 16, 4, 3), ProgramShape(32, 16, 4, 3)],
          ("input_gradient", 16): [ProgramShape(16, 16, 4, 3)],
          ("weight_gradient", 16): [ProgramShape(16, 16, 4, 3)]}
+MOVES = [kernel for kernel, some in WARPS.items() for _ in some]
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def test_every_program_shape_is_tried_on_every_weight(measured, monkeypatch):
     rows = measured(pattern="tile", tile=16)
     assert [(row["weight"], row["kernel"]) for row in rows] == [
         (kind, kernel) for kind in KINDS
-        for kernel in ("forward", "forward", "input_gradient", "weight_gradient")]
+        for kernel in ("forward", "forward", "input_gradient", "weight_gradient", *MOVES)]
     assert all(row["seconds"] == 1e-4 for row in rows)  # each has run
     assert rows[1]["program"] == "32 wide, 16 deep, 4 warps, 3 stages"
 

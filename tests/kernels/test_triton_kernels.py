@@ -13,7 +13,7 @@ from megatron_spdf.kernels import dispatch, tiles, torch_reference
 
 triton = pytest.importorskip("triton", reason=NO_TRITON)
 from megatron_spdf.kernels import triton_compact, triton_tiles  # noqa: E402
-from megatron_spdf.kernels.program_shapes import CANDIDATES, WARPS  # noqa: E402
+from megatron_spdf.kernels.program_shapes import CANDIDATES, WARPS, ProgramShape  # noqa: E402
 
 pytestmark = pytest.mark.slow  # in Triton's interpreter
 each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -209,6 +209,16 @@ def test_products_are_the_same_with_every_program_shape(kernel, size, shape):
               "input_gradient": lambda: numbers(p.gradient) @ p.weight,
               "weight_gradient": lambda: p.compact(numbers(p.gradient).T @ numbers(p.x))}[kernel]()
     close(getattr(triton_tiles, kernel)(*operands, p.mask, shape=shape), wanted)
+
+
+@pytest.mark.parametrize("case", [(1, (2, 6), 6, 16, 0, 20), (2, (4, 4), 2, 16, 1, 37)], ids=str)
+def test_tiles_that_are_computed_together_have_the_same_gradients(case):
+    p, one = Product(case, torch.bfloat16), ProgramShape(16, 16, 4, 3)
+    wanted = triton_tiles.weight_gradient(p.gradient, p.x, p.mask, shape=one)
+    for group in (2, 4):
+        found = triton_tiles.weight_gradient(p.gradient, p.x, p.mask,
+                                             shape=one._replace(group=group))
+        assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("warps", sorted({n for some in WARPS.values() for n in some}))

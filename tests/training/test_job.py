@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 
 import pytest
@@ -27,3 +29,14 @@ def test_a_refusal_has_an_exit_code_and_a_line(kind, code, capsys, monkeypatch):
 def test_other_errors_keep_their_trace():
     with pytest.raises(KeyError), refusals():
         raise KeyError("a fault of the program")
+
+
+@pytest.mark.parametrize("kind", [FileNotFoundError, PermissionError, NotADirectoryError,
+                                  IsADirectoryError])
+def test_a_path_that_a_user_can_put_right_ends_with_the_remedy(kind, capsys):
+    number = {FileNotFoundError: errno.ENOENT, PermissionError: errno.EACCES,
+              NotADirectoryError: errno.ENOTDIR, IsADirectoryError: errno.EISDIR}[kind]
+    with pytest.raises(SystemExit) as ended, refusals():
+        raise OSError(number, os.strerror(number), "data/train.bin")
+    assert ended.value.code == 2
+    assert f"data/train.bin: {os.strerror(number)}; " in capsys.readouterr().err

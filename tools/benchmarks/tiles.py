@@ -64,13 +64,17 @@ def _seconds(run: Callable[[], object], seconds: float) -> float | None:
 def _trials(weight: SparseWeight, seed: int, device: torch.device,
             recipe: Recipe) -> Iterator[Trial]:
     """Yields the trials of a weight, the default of each kernel first."""
-    dtype, tokens = dtype_of(recipe), tokens_of(recipe)
+    dtype = dtype_of(recipe)
     product = choose_product(weight, torch.empty(weight.shape, dtype=dtype, device=device),
                              "per_step")
-    if not isinstance(product, TileProduct):
-        yield from _moves(replace(weight, pattern=Unstructured(), level=weight.sparsity), seed,
-                          device, dtype)
-        return
+    if isinstance(product, TileProduct):
+        yield from _products(weight, seed, device, dtype, tokens_of(recipe), product)
+    yield from _moves(replace(weight, pattern=Unstructured(), level=weight.sparsity), seed, device,
+                      dtype)
+
+
+def _products(weight: SparseWeight, seed: int, device: torch.device, dtype: torch.dtype,
+              tokens: int, product: TileProduct) -> Iterator[Trial]:
     from megatron_spdf.kernels.program_shapes import CANDIDATES
 
     compact = CompactWeight(weight, seed, 0, 1, device, product)
@@ -82,8 +86,7 @@ def _trials(weight: SparseWeight, seed: int, device: torch.device,
                 "weight_gradient": (gradient, x, compact.mask, buffer)}
     for kernel, of_kernel in operands.items():
         for shape in CANDIDATES.get((kernel, weight.pattern.tile), []):
-            yield (kernel, f"{shape.width} wide, {shape.depth} deep, {shape.warps} warps, "
-                           f"{shape.stages} stages",
+            yield (kernel, shape.text,
                    partial(getattr(product.kernels, kernel), *of_kernel, shape=shape))
 
 

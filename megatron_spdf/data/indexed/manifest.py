@@ -223,12 +223,14 @@ def check_prefix(prefix: str | Path, tokenizer_sha256: str | None = None) -> Man
     Raises:
         ValueError: the data set is missing, incomplete, empty, of another tokenizer, or its index
             does not fit.
+        PermissionError: a file of it may not be read.
     """
     idx, data = file_of(prefix, "idx"), file_of(prefix, "bin")
     for path in (data, idx):
         if not path.is_file():
             raise ValueError(f"data set {prefix} has no file {path}. {_other_prefix(prefix)}, or "
                              "make the data set with tools/preprocess_data.py")
+        open(path, "rb").close()  # whoever may not read it learns that now
     header = read_index_header(idx)
     _require_size(idx, header.file_bytes, "its header")
     if not header.sequences:

@@ -29,6 +29,7 @@ __all__ = ["MAX_RECORDED_SKIPS", "ON_ERROR", "ReadReport", "Skipped"]
 # JSON lines go by several names
 FORMATS = (*(f".{kind}{packed}" for kind in ("jsonl", "ndjson", "json")
              for packed in ("", ".zst", ".gz")), parquet.SUFFIX, ".txt")
+SIGNATURES = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"PAR1": parquet.SUFFIX}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,8 @@ def expand_inputs(inputs: Sequence[str | Path]) -> list[Path]:
     for pattern in map(str, inputs):
         matches = named_by(pattern)
         if not matches:
-            raise ValueError(f"input {pattern!r} matches no file")
+            raise ValueError(f"input {pattern!r} matches no file; correct the path or the "
+                             "pattern")
         paths += map(Path, matches)
     if not paths:
         raise ValueError("no input given; name at least one file or pattern, such as "
@@ -75,6 +77,7 @@ def expand_inputs(inputs: Sequence[str | Path]) -> list[Path]:
         if not path.name.endswith(FORMATS):
             raise ValueError(f"input {path} has no known format; its name must end with one of "
                              f"{FORMATS}")
+        _require_format(path)
         if path.suffix == parquet.SUFFIX:
             parquet.require_pyarrow(path)
     if twice := same_file(paths):
@@ -82,6 +85,18 @@ def expand_inputs(inputs: Sequence[str | Path]) -> list[Path]:
         also = "twice" if first == second else f"a second time as {second}, through a link"
         raise ValueError(f"input {first} is named {also}; name each file once")
     return paths
+
+
+def _require_format(path: Path) -> None:
+    """Raises a ValueError where a file begins as those of another format do than its name says."""
+    if not path.is_file():
+        return  # a pipe has no beginning to look at
+    with open(path, "rb") as file:
+        start = file.read(max(map(len, SIGNATURES)))
+    for signature, suffix in SIGNATURES.items():
+        if start.startswith(signature) and path.suffix != suffix:
+            raise ValueError(f"input {path} begins as files whose names end in {suffix} do; give "
+                             "it such a name, or look at what it is")
 
 
 def iterate_documents(

@@ -24,6 +24,7 @@ from megatron_spdf.data.tokenizers.gpt2 import Gpt2Bpe
 from megatron_spdf.data.tokenizers.huggingface import HuggingFace
 from megatron_spdf.data.tokenizers.sentencepiece import SentencePiece
 from megatron_spdf.files import open_regular
+from megatron_spdf.paths import real
 from megatron_spdf.records import read_json
 
 __all__ = ["Tokenizer", "load_tokenizer", "tokenizer_files", "train_tokenizer"]
@@ -192,7 +193,7 @@ def _saved_end(directory: Path) -> str | None:
 def _content(file: Path) -> bytes:
     """Bytes of a file; Hugging Face's cache has links to them."""
     try:
-        with open_regular(file.resolve()) as opened:
+        with open_regular(real(file)) as opened:
             return opened.read()
     except OSError as error:
         raise ValueError(f"{file} cannot be read ({error}); copy it again") from None
