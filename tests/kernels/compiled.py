@@ -112,7 +112,8 @@ def kind(kernel: str, name: str, dtype: str) -> str:
         return "*i32"
     if name == "out" and kernel in ("compress", "weight_gradient"):
         return "*fp32"  # the gradient's buffer
-    return f"*{dtype}" if name in ("x", "y", "bias", "values", "gradient", "dense", "out") else "i32"
+    numbers = ("x", "y", "bias", "values", "gradient", "dense", "out")
+    return f"*{dtype}" if name in numbers else "i32"
 
 
 if __name__ == "__main__":
