@@ -133,9 +133,11 @@ def _self_test(module: ModuleType, backend: ModuleType, device: torch.device, si
     x, gradient = torch.randint(-1, 2, (2, 24, 2 * size), generator=draw).to(device, dtype)
     values = torch.randint(1, 3, (1, mask.active), generator=draw).to(device, dtype)
     dense = backend.expand(values, mask)
+    bias = torch.arange(mask.shape[0], device=device).to(dtype) % 3
     buffer = torch.ones(values.shape, device=device)
     wanted = 1 + backend.compress((gradient.T @ x).float(), mask)
     if not (torch.equal(module.forward(x, values, mask), x @ dense.T)
+            and torch.equal(module.forward(x, values, mask, None, bias), x @ dense.T + bias)
             and torch.equal(module.input_gradient(gradient, values, mask), gradient @ dense)
             and torch.equal(module.weight_gradient(gradient, x, mask, buffer), wanted)):
         raise RuntimeError("they are something else than those with the expanded weight")

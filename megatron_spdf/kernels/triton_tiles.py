@@ -23,14 +23,16 @@ from megatron_spdf.kernels.mask import Mask
 from megatron_spdf.kernels.program_shapes import ProgramShape, select_shape
 
 
-def forward(x: Tensor, values: Tensor, mask: Mask, shape: ProgramShape | None = None) -> Tensor:
-    """Product y = x W^T.
+def forward(x: Tensor, values: Tensor, mask: Mask, shape: ProgramShape | None = None,
+            bias: Tensor | None = None) -> Tensor:
+    """Product y = x W^T, and a bias if there is one.
 
     Args:
         x: (N, in).
         values: (slices, active per slice).
         mask: of W, with a `TileTable`.
         shape: of a program; default: `select_shape`.
+        bias: (out,).
 
     Returns:
         (N, out) in the dtype of x.
@@ -38,10 +40,10 @@ def forward(x: Tensor, values: Tensor, mask: Mask, shape: ProgramShape | None = 
     x, out, table = _rows(x), x.new_empty(len(x), mask.shape[0]), mask.tables
     shape = shape or select_shape("forward", table.size, len(x), x.element_size())
     grid = (mask.shape[0] // table.size, triton.cdiv(len(x), shape.width))
-    _forward[grid](x, values.contiguous(), out, table.columns, len(x), x.stride(0), mask.shape[0],
-                   mask.active, SLOTS=table.slots, PER_ROW=table.per_row, SIZE=table.size,
-                   TOKENS=shape.width, DEPTH=shape.depth, num_warps=shape.warps,
-                   num_stages=shape.stages)
+    _forward[grid](x, values.contiguous(), out, out if bias is None else bias, table.columns,
+                   len(x), x.stride(0), mask.shape[0], mask.active, SLOTS=table.slots,
+                   PER_ROW=table.per_row, SIZE=table.size, TOKENS=shape.width, DEPTH=shape.depth,
+                   BIASED=bias is not None, num_warps=shape.warps, num_stages=shape.stages)
     return out
 
 
@@ -113,8 +115,9 @@ def _tile(values, row, slot, active, PER_ROW: tl.constexpr, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _forward(x, values, y, columns, tokens, stride_x, stride_y, active, SLOTS: tl.constexpr,
-             PER_ROW: tl.constexpr, SIZE: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr):
+def _forward(x, values, y, bias, columns, tokens, stride_x, stride_y, active, SLOTS: tl.constexpr,
+             PER_ROW: tl.constexpr, SIZE: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr,
+             BIASED: tl.constexpr):
     """Computes y^T, (SIZE, TOKENS), of one tile row, summed over its active tiles."""
     row = tl.program_id(0)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
@@ -131,6 +134,8 @@ def _forward(x, values, y, columns, tokens, stride_x, stride_y, active, SLOTS: t
         w = tl.load(_tile(values, row, slot, active, PER_ROW, SIZE) + tile + start)
         a = tl.load(x + column * SIZE + start, mask=there, other=0.0)
         total = tl.dot(w, a, total, input_precision="ieee")
+    if BIASED:
+        total += tl.load(bias + row * SIZE + outer).to(tl.float32)[:, None]
     y += token.to(tl.int64)[None, :] * stride_y + row * SIZE + outer[:, None]
     tl.store(y, total.to(y.dtype.element_ty), mask=there)
 

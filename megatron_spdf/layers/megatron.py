@@ -79,19 +79,22 @@ def add_gradient(values: Tensor, compute: Compute) -> Tensor:
 
 
 class _Multiply(torch.autograd.Function):
-    """y (T, B, out) = x (T, B, in) W^T on this tensor-parallel rank, with what its group must
-    exchange."""
+    """y (T, B, out) = x (T, B, in) W^T, plus a bias (out,) if there is one, on this tensor-parallel
+    rank, with what its group must exchange."""
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, values: Tensor, compact: CompactWeight, group, sums: bool, gathers: bool
+        ctx, x: Tensor, values: Tensor, bias: Tensor | None, compact: CompactWeight, group,
+        sums: bool, gathers: bool
     ) -> Tensor:
         ctx.save_for_backward(x, values)
         ctx.compact, ctx.mask = compact, compact.mask
         ctx.group, ctx.sums, ctx.gathers = group, sums, gathers
         product, mask = compact.product, ctx.mask
         whole = _gathered(x, group)[0] if gathers else x
-        return product.forward(_tokens(whole), values, mask).view(*whole.shape[:-1], -1)
+        y = (product.forward(_tokens(whole), values, mask) if bias is None else
+             product.biased(_tokens(whole), values, mask, bias))
+        return y.view(*whole.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -114,9 +117,10 @@ class _Multiply(torch.autograd.Function):
             values_gradient = add_gradient(
                 values, lambda out: ctx.compact.finish(
                     product.weight_gradient(rows, _tokens(whole), mask, out), values))
+        bias_gradient = gradient.sum((0, 1)) if ctx.needs_input_grad[2] else None
         if exchange is not None:
             exchange.wait()
-        return input_gradient, values_gradient, None, None, None, None
+        return input_gradient, values_gradient, bias_gradient, None, None, None, None
 
 
 def _tokens(x: Tensor) -> Tensor:
@@ -156,8 +160,8 @@ def _forward_impl(compact: CompactWeight, input: Tensor, weight: Tensor, bias: T
                   allreduce_dgrad: bool, sequence_parallel: bool, tp_group, **_) -> Tensor:
     """In place of Megatron-Core's `linear_with_grad_accumulation_and_async_allreduce`, whose
     arguments it takes."""
-    y = _Multiply.apply(input, weight, compact, tp_group, allreduce_dgrad, sequence_parallel)
-    return y if bias is None else y + bias
+    return _Multiply.apply(input, weight, bias, compact, tp_group, allreduce_dgrad,
+                           sequence_parallel)
 
 
 def _sharded_state_dict(module, prefix: str = "", sharded_offsets=(), metadata=None) -> dict:

@@ -7,11 +7,25 @@ from contextlib import nullcontext
 
 import torch
 from megatron.core import tensor_parallel
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn.functional import linear
 
 from megatron_spdf.model.sdpa import Heads, attend, describe_kernels, kernels_on_gpu, on_kernels
+
+
+class QkvLinear(ColumnParallelLinear):
+    """W_QKV, whose bias a GPU adds within the product; Megatron-Core does after it, in a pass of
+    its own."""
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, bias: Tensor | None = None,
+                      **others) -> Tensor:
+        alone = not (others["allreduce_dgrad"] or others["sequence_parallel"])
+        if alone and input.is_cuda:
+            return linear(input, weight, bias)
+        return super()._forward_impl(input=input, weight=weight, bias=bias, **others)
 
 
 def document_mask(documents: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from megatron_spdf.architecture.base import Model
 from megatron_spdf.layers.megatron import sparsify_layer
-from megatron_spdf.model.attention import core_attention
+from megatron_spdf.model.attention import QkvLinear, core_attention
 from megatron_spdf.model.init import DrawnWeights, InitialWeights, initialize, owned_weights
 from megatron_spdf.model.mlp import GatedMlp
 from megatron_spdf.model.norm import norm_class
@@ -156,6 +156,7 @@ def _build_chunk(
     norm = norm_class(recipe.kernels.norm, recipe.model.norm)
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = core_attention(recipe.kernels.attention)
+    attention.linear_qkv = QkvLinear
     if recipe.model.qk_norm:
         attention.q_layernorm = attention.k_layernorm = norm
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm

@@ -95,7 +95,7 @@ def constants(kernel: str, size: int, shape: tuple | None) -> dict:
     width, depth, _, _, group = shape
     return {"SLOTS": 2048 // size // 4, "PER_ROW": 2048 // size // 4, "SIZE": size,
             "DEPTH": depth} | {
-        "forward": {"TOKENS": width},
+        "forward": {"TOKENS": width, "BIASED": True},
                 "input_gradient": {"TOKENS": width, "IN_COLUMN": 2048 // size // 4},
         "weight_gradient": {"ROWS": width, "GROUP": group, "ADDS": True}}[kernel]
 
@@ -112,7 +112,8 @@ def kind(kernel: str, name: str, dtype: str) -> str:
         return "*i32"
     if name == "out" and kernel in ("compress", "weight_gradient"):
         return "*fp32"  # the gradient's buffer
-    return f"*{dtype}" if name in ("x", "y", "values", "gradient", "dense", "out") else "i32"
+    numbers = ("x", "y", "bias", "values", "gradient", "dense", "out")
+    return f"*{dtype}" if name in numbers else "i32"
 
 
 if __name__ == "__main__":

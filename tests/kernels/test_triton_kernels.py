@@ -173,7 +173,10 @@ def dot_of_bf16(monkeypatch):
 def test_tile_products_are_those_in_float64(case, dtype):
     torch.manual_seed(1)
     p = Product(case, dtype)
-    close(triton_tiles.forward(p.x, p.values, p.mask), numbers(p.x) @ p.weight.T)
+    bias = torch.randn(p.mask.shape[0], device=DEVICE).to(dtype)
+    for added in (None, bias):
+        close(triton_tiles.forward(p.x, p.values, p.mask, bias=added),
+              numbers(p.x) @ p.weight.T + (0.0 if added is None else numbers(bias)))
     close(triton_tiles.input_gradient(p.gradient, p.values, p.mask), numbers(p.gradient) @ p.weight)
     close(triton_tiles.weight_gradient(p.gradient, p.x, p.mask),
           p.compact(numbers(p.gradient).T @ numbers(p.x)))

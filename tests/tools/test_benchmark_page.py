@@ -127,6 +127,30 @@ def test_what_was_not_measured_is_not_mentioned(run, marked):
     assert "rigl" in text and not re.search("GPT-3 XL|expand|tiles|svg|nan|None", text)
 
 
+def test_memory_of_the_sparse_layers_is_what_the_peak_lost(run, marked):
+    """Of 20 GiB of linear layers, which at 75% keep 5, and copies of 2.2."""
+    report = copy.deepcopy(REPORT)
+    rows = report["parts"][1]["tables"]["training"]
+    rows[0] |= {"state (GiB)": 22.0, "peak memory (GiB)": 47.0}
+    rows[1] |= {"state (GiB)": 7.0, "peak memory (GiB)": 34.2}
+    assert run(report, pages=(marked,))[0] == 0
+    (row,) = (row for row in cells(marked.read_text()) if "state of the sparse layers" in row[0])
+    assert row[1:] == ["at most 0.37", "0.36", "yes"] and row[0].startswith(KEPT)
+
+
+def test_reports_of_several_calls_show_every_command_without_its_directory(run, marked):
+    first, second = copy.deepcopy(REPORT), copy.deepcopy(REPORT)
+    first["command"] += " --parts kernels training --output /somewhere/else"
+    second["command"] += " --parts moves"
+    second["parts"] = [{**second["parts"][2], "state": "running"}]
+    assert run(first, second, pages=(marked,))[0] == 0
+    text = marked.read_text()
+    assert "--parts kernels training --output DIRECTORY\n    python" in text
+    assert "--parts moves" in text and "/somewhere" not in text
+    whole = next(marked.parent.glob("docs/of/*.md")).read_text()
+    assert "cut off; 80 s" in whole and "running" not in whole
+
+
 def test_later_reports_fill_what_earlier_ones_lack(run, marked):
     first, second = copy.deepcopy(REPORT), copy.deepcopy(REPORT)
     first["parts"][1]["tables"] = {}

@@ -148,6 +148,10 @@ def targets(report: Report) -> Iterator[Aim]:
     kept = trained.get(KEPT, {})
     if faster := kept.get("dense / step"):
         yield _aim("unstructured 75%: step, over dense", 1 / faster, 1.03, "{:.3f}", least=False)
+    for name, bound in ((KEPT, 0.37), (BY_LAYER, 0.28)):
+        if (share := _state_share(dense, trained.get(name, {}))) is not None:
+            yield _aim(f"{name}: state of the sparse layers in memory, over dense",
+                       share, bound, "{:.2f}", least=False)
     for name, row in trained.items():
         if name.startswith("tiles") and (faster := row.get("dense / step")):
             yield _aim(f"{name}: tokens a second, over dense", faster, 2.0, "{:.2f}", least=True)
@@ -155,6 +159,16 @@ def targets(report: Report) -> Iterator[Aim]:
     for row in rows_of(report, "moves"):
         yield _aim(f"moves of {row['what']}: share of a run", row["of a run (%)"], MOVES_UNDER,
                    "{:.2f}%", least=False)
+
+
+def _state_share(dense: dict, sparse: dict) -> float | None:
+    """What the sparse layers keep of the bytes of their weights, gradients and optimizer, copies
+    and masks included: all of them, by the state that is gone, less what the peak lost."""
+    columns = ("peak memory (GiB)", "state (GiB)")
+    if any(row.get(column) is None for row in (dense, sparse) for column in columns):
+        return None
+    peak, state = (dense[column] - sparse[column] for column in columns)
+    return 1.0 - peak / (state / (sparse["sparsity (%)"] / 100)) if state > 0.0 else None
 
 
 def _kernel_targets(report: Report) -> Iterator[Aim]:
@@ -223,8 +237,8 @@ def draw(report: Report, path: Path) -> bool:
     timed = {row["what"]: row for row in rows_of(report, "a step by part (ms)")}
     parts = [k for k in next(iter(timed.values()), {}) if k not in ("what", "at")]
     with pyplot.rc_context(STYLE):
-        figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), sharey=True,
-                                                layout="constrained")
+        figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 1.2 + 0.34 * len(names)),
+                                                sharey=True, layout="constrained")
         figure.suptitle(f"GPT-3 XL on one {report['device']}")
         left.barh(names, [row["tokens/s"] for row in trained], color=color(0))
         left.set(xlabel="tokens a second")

@@ -6,7 +6,7 @@ Writes megatron_spdf/planning/measured_rates.json, and between `<!-- rates -->` 
 rates -->` of each page the rates, and every measured step beside what they predict.
 
 - products, memory: least squares of relative errors over GPT-3 XL's steps and GPT-2 Small's busy
-  seconds, dense and unstructured.
+  seconds, dense and unstructured. Products by themselves are slower than those in a step.
 - patterns: of the kernels' table, the dense products' seconds over the pattern's.
 - host: seconds of a step over its layers and micro-batches: GPT-2 Small's, launched one by one; of
   a pattern that it was not measured with, GPT-3 XL's, where the GPU alone is predicted to be
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -37,6 +37,7 @@ MARK = "rates"
 # GPT-3 XL, 2,048 tokens, on an H100 (2026-11-27): 385 TFLOP/s forward and backward in cuDNN's
 # kernels, where products had 760.
 ATTENTION = 0.5
+PARTS = "; run the suite's parts kernels, training and host, and name all reports"
 SLOWER = 1.05  # than predicted for the GPU alone: the host is what a step waits for
 
 
@@ -104,11 +105,11 @@ def fit(report: page.Report, gpu: Gpu) -> Rates:
     """The rates that explain a report best.
 
     Raises:
-        ValueError: it lacks dense or unstructured steps.
+        ValueError: it lacks dense and unstructured steps, or no share of the peaks explains them.
     """
     steps = measured_steps(report)
     whole = Rates(1.0, ATTENTION, 1.0, _pattern_rates(report))
-    parts, seconds = [], []
+    parts, seconds = [], []  # over the seconds of a step: at the peak rates, and of the update not
     for step in steps:
         spent = step.busy or step.seconds
         if step.patterns <= {DENSE, "unstructured"} and (step.busy or "GPT-3" in step.what):
@@ -117,15 +118,17 @@ def fit(report: page.Report, gpu: Gpu) -> Rates:
             seconds.append(1.0 - there.update / spent)
     if len(parts) < 2:
         raise ValueError("the report has fewer than two dense or unstructured steps of GPT-3 XL or "
-                         "GPT-2 Small; run the suite's parts training and host, and name both "
-                         "reports")
-    (products, memory), *_ = np.linalg.lstsq(np.array(parts), np.array(seconds), rcond=None)
-    device = Rates(float(1 / products), ATTENTION, float(1 / memory), whole.patterns)
+                         f"GPT-2 Small{PARTS}")
+    slower = np.linalg.lstsq(np.array(parts), np.array(seconds), rcond=None)[0]
+    if slower.min() < 1.0:
+        raise ValueError(f"the report's steps are explained best by products {slower[0]:.2f} and "
+                         f"memory {slower[1]:.2f} times slower than {gpu.name}'s peaks, which "
+                         "cannot be; is it a report of another program?")
+    device = replace(whole, products=float(1 / slower[0]), memory=float(1 / slower[1]))
     source = (f"{report['device']}, {report['date'][:10]}, "
               + ", ".join(f"{name} {number}" for name, number in report["versions"].items()
                           if name in ("torch", "triton", "megatron-core")))
-    return Rates(device.products, ATTENTION, device.memory, whole.patterns,
-                 _host_seconds(steps, gpu, device), source)
+    return replace(device, host=_host_seconds(steps, gpu, device), source=source)
 
 
 def _pattern_rates(report: page.Report) -> dict[str, float]:

@@ -41,6 +41,12 @@ class Product:
         """(N, out) of x (N, in)."""
         return x @ dispatch.expand(values, mask).T
 
+    def biased(self, x: Tensor, values: Tensor, mask: Mask, bias: Tensor) -> Tensor:
+        """`forward` and a bias (out,), which a GPU adds within the product."""
+        if x.is_cuda:
+            return torch.addmm(bias, x, dispatch.expand(values, mask).T)
+        return self.forward(x, values, mask) + bias
+
     def input_gradient(self, gradient: Tensor, values: Tensor, mask: Mask) -> Tensor:
         """(N, in) of that of y (N, out)."""
         return gradient @ dispatch.expand(values, mask)
@@ -68,6 +74,9 @@ class PatternProduct(Product):
             dense: the weight that becomes compact; its shape, dtype and device decide.
         """
         raise NotImplementedError
+
+    def biased(self, x: Tensor, values: Tensor, mask: Mask, bias: Tensor) -> Tensor:
+        return self.forward(x, values, mask) + bias
 
     @classmethod
     def describe(cls, pattern: Pattern, device: str, dtype: torch.dtype) -> str:

@@ -49,6 +49,9 @@ class TileProduct(PatternProduct):
     def forward(self, x: Tensor, values: Tensor, mask: Mask) -> Tensor:
         return self.kernels.forward(x, values, mask)
 
+    def biased(self, x: Tensor, values: Tensor, mask: Mask, bias: Tensor) -> Tensor:
+        return self.kernels.forward(x, values, mask, bias=bias)
+
     def input_gradient(self, gradient: Tensor, values: Tensor, mask: Mask) -> Tensor:
         return self.kernels.input_gradient(gradient, values, mask)
 
