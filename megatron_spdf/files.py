@@ -6,6 +6,8 @@ nothing into a complete checkpoint. Every file that the package and the tools wr
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import io
 import os
@@ -26,6 +28,7 @@ PARTIAL = ".partial"  # ends the name of a directory in the making
 NEW = ".new"  # ends the name of a file in the making
 # Both are in a complete checkpoint: progress of the run, and the list of all its files.
 RUN, FILES = "run.json", "files.json"
+_POINTER = b"version https://git-lfs.github.com/spec/"
 _SAMPLED_BYTES = 1 << 20  # at each of three places of a file
 
 
@@ -216,21 +219,54 @@ def atomic_directory(output: Path, beside: str = "") -> Iterator[Path]:
 
     Raises:
         AlreadyThere: `output` exists, at the start or at the end.
-        ValueError: it lies in a checkpoint.
+        ValueError: it lies in a checkpoint, or another process is making it.
     """
     require_outside_checkpoints(output.parent)
     require_free(output)
     partial = output.with_name((beside or output.name) + PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with _held(partial):
+        try:
+            yield partial
+            for path in partial.rglob("*"):
+                sync(path)
+            publish(partial, output)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def _held(partial: Path) -> Iterator[None]:
+    """Makes an empty directory, which no other process makes anew until this one is done with it.
+
+    Raises:
+        ValueError: another process has it.
+    """
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        for path in partial.rglob("*"):
-            sync(path)
-        publish(partial, output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        partial.mkdir()
+    except FileExistsError:
+        if partial.is_symlink() or not partial.is_dir():
+            raise
+    handle = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        if not _alone(handle) or not os.path.samestat(os.fstat(handle), partial.stat()):
+            raise ValueError(f"another process is at work in {partial}; wait for its end, or give "
+                             "another output")
+        for left in partial.iterdir():  # by a process that was killed
+            remove(left)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _alone(handle: int) -> bool:
+    """Whether no other process holds the lock of an open directory, which this one then does."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:  # some network file systems lock no directories
+        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
+    return True
 
 
 def publish(partial: Path, output: Path) -> None:
@@ -246,6 +282,16 @@ def publish(partial: Path, output: Path) -> None:
         require_free(output)
         raise
     sync(output.parent)
+
+
+def require_fetched(path: Path) -> None:
+    """Raises a ValueError where a file is what Git LFS leaves in the place of one that it has not
+    fetched."""
+    if path.is_file():
+        with open(path, "rb") as file:
+            if file.read(len(_POINTER)) == _POINTER:
+                raise ValueError(f"{path} is a pointer of Git LFS and not the file; run `git lfs "
+                                 "pull` where it was cloned, or download the file")
 
 
 def sampled_sha256(files: Iterable[Path]) -> str:

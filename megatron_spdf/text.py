@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 
 # What to do about an error of the system, which says what and where, and nothing more
@@ -12,6 +13,7 @@ _REMEDIES = {
     errno.EROFS: "name a place that can be written",
     errno.ENOENT: "correct the path",
     errno.ENOTDIR: "a part of the path is a file; correct the path",
+    errno.EEXIST: "remove it, or name another place",
     errno.EISDIR: "name a file",
     errno.ELOOP: "links there lead in a circle; mend them",
     errno.ENAMETOOLONG: "shorten the path",
@@ -23,9 +25,11 @@ _REMEDIES = {
 
 def sentence_of(error: Exception) -> str:
     """The message of an error for a user, with the remedy where the system raised it."""
-    if isinstance(error, OSError) and error.errno in _REMEDIES and error.filename is not None:
-        return f"{error.filename}: {error.strerror}; {_REMEDIES[error.errno]}"
-    return str(error)
+    if not isinstance(error, OSError) or error.errno not in _REMEDIES or (
+            error.strerror != os.strerror(error.errno)):  # one of ours has a remedy
+        return str(error)
+    place = "" if error.filename is None else f"{error.filename}: "
+    return f"{place}{error.strerror}; {_REMEDIES[error.errno]}"
 
 
 def first_line(error: Exception) -> str:

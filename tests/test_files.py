@@ -168,6 +168,26 @@ def test_a_directory_that_fails_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_a_killed_process_left_is_emptied_and_what_another_is_at_is_left_alone(tmp_path):
+    (tmp_path / "made.partial/old").mkdir(parents=True)
+    with atomic_directory(tmp_path / "made") as partial:
+        assert not list(partial.iterdir())
+        (partial / "first").touch()
+        with (pytest.raises(ValueError, match="another process is at work in .*made.partial"),
+              atomic_directory(tmp_path / "made")):
+            pass
+    assert [path.name for path in (tmp_path / "made").iterdir()] == ["first"]
+
+
+def test_a_pointer_of_git_lfs_is_no_file(tmp_path):
+    (tmp_path / "x").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    (tmp_path / "y").write_text("version https://example.com")
+    with pytest.raises(ValueError, match="x is a pointer of Git LFS.*git lfs pull"):
+        files.require_fetched(tmp_path / "x")
+    for name in ("y", "nothing", "."):
+        files.require_fetched(tmp_path / name)
+
+
 def test_a_link_under_the_name_of_a_directory_in_the_making_is_not_filled(tmp_path):
     (tmp_path / "victim").mkdir()
     (tmp_path / "made.partial").symlink_to(tmp_path / "victim")

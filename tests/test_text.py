@@ -26,6 +26,10 @@ def test_an_error_of_the_system_comes_with_a_remedy(number, said, capsys):
     error = OSError(number, os.strerror(number), "a/b")
     assert sentence_of(error).startswith(said)
     assert sentence_of(FileNotFoundError("ours; make it")) == "ours; make it"
+    ours = OSError(errno.ENOSPC, "the disk of x is full; make room", "x")
+    assert sentence_of(ours) == str(ours)
+    assert sentence_of(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))).startswith(
+        "No space left on device; make room")
 
     @refusing
     def fail() -> int:

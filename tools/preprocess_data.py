@@ -26,6 +26,7 @@ from megatron_spdf.data.preprocess.preprocess import Manifest, preprocess, usual
 from megatron_spdf.data.preprocess.records import MAX_RECORD_BYTES, ON_ERROR
 from megatron_spdf.data.preprocess.staging import Partial
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from megatron_spdf.text import sentence_of
 
 
 def parse_bytes(size: str) -> int:
@@ -42,6 +43,10 @@ def parse_shares(shares: str) -> tuple[float, ...]:
     """Shares of train, valid and test: "98,1,1"."""
     try:
         numbers = tuple(float(share) for share in shares.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{shares!r:.60} is not two or three numbers with commas "
+                                         "between; write for example 98,1,1") from None
+    try:
         split_bounds(numbers)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
@@ -156,7 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
             per_shard=options.per_shard,
         )
     except (ValueError, OSError, RuntimeError) as error:
-        say(f"error: {error}{describe_kept(partial)}", sys.stderr)
+        say(f"error: {sentence_of(error)}{describe_kept(partial)}", sys.stderr)
         return 2
     except KeyboardInterrupt:
         say(f"interrupted; no data set was written{describe_kept(partial)}", sys.stderr)
@@ -195,6 +200,13 @@ def describe_kept(partial: Partial) -> str:
     )
 
 
+def empty_splits(manifest: CorpusManifest) -> list[str]:
+    """Splits that have a share and got no document."""
+    shares = zip(SPLITS, manifest.settings.split or (), strict=False)
+    there = {name.partition("/")[0] for name in manifest.data_sets}
+    return [name for name, share in shares if share and name not in there]
+
+
 def summarize(prefix: str, manifest: Manifest | CorpusManifest, seconds: float) -> str:
     """What was written, how fast, and what was left out; a line more for each of several data
     sets."""
@@ -209,6 +221,8 @@ def summarize(prefix: str, manifest: Manifest | CorpusManifest, seconds: float) 
     if isinstance(manifest, CorpusManifest):
         lines += [f"  {name}: {counts.documents:,} documents, {counts.tokens:,} tokens"
                   for name, counts in manifest.data_sets.items()]
+        lines += [f"  {name}: no document, so that there is no such data set; give it a larger "
+                  "share, or more text" for name in empty_splits(manifest)]
     return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -105,13 +106,19 @@ def read_run_record(path: Path) -> RunRecord:
     """Reads run.json.
 
     Raises:
-        ValueError: it cannot be read, or does not describe a run.
+        ValueError: it cannot be read, does not describe a run, or is of another step than the name
+            of the checkpoint says.
         OSError: it cannot be opened.
     """
     run = read_json(path, RunRecord, constants=True, remedy=REMEDY)
     run["recipe"] = as_recorded(run["recipe"])
     typed(run["state"], RunState, f"{path}: state", REMEDY)
     typed(run["recipe"], Recipe, f"{path}: recipe", REMEDY)
+    named = re.fullmatch(r"step_(\d{8})", path.absolute().parent.name)
+    step = run["state"].get("step", RunState.step)
+    if named and int(named[1]) != step:
+        raise ValueError(f"{path} is of step {step}, and {path.parent.name} is the name of another "
+                         f"step's checkpoint; if it was renamed, call it step_{step:08d}")
     return run
 
 

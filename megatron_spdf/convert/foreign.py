@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_spdf.checkpoint.pickles import Forbidden, NotData
 from megatron_spdf.checkpoint.torch_file import read_file
-from megatron_spdf.files import open_regular
+from megatron_spdf.files import open_regular, require_fetched
 from megatron_spdf.paths import real
 from megatron_spdf.text import printable
 
@@ -42,7 +42,8 @@ def place_of(directory: Path, name: object, said_by: Path) -> Path:
         said_by: the file that names it.
 
     Raises:
-        ValueError: it is not a plain name, or a link that leads out of the directory.
+        ValueError: it is not a plain name, a link that leads out of the directory, or a pointer in
+            the place of a file.
     """
     if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or (
             not name.isprintable() or len(name) > 255):
@@ -53,6 +54,7 @@ def place_of(directory: Path, name: object, said_by: Path) -> Path:
     if not any(found.is_relative_to(root) for root in (inside, blobs)):
         raise ValueError(f"{directory / name} is a link that leads out of {directory}; put the "
                          "file itself there")
+    require_fetched(directory / name)
     return directory / name
 
 

@@ -65,6 +65,13 @@ def test_an_index_names_what_lies_beside_it(split, name):
         HuggingFaceReader(split)
 
 
+@pytest.mark.parametrize("name", ["0.safetensors", "tokenizer.json"])
+def test_pointers_of_git_lfs_in_a_model_say_what_they_are(split, name):
+    (split / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(ValueError, match=f"{name} is a pointer of Git LFS.*git lfs pull"):
+        assert HuggingFaceReader(split).tokenizer
+
+
 @pytest.mark.parametrize("target", ["outside", "pipe", "device", "loop"])
 def test_links_that_lead_out_of_a_model_are_refused(split, target):
     outside = split.parent / "outside"

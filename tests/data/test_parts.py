@@ -3,12 +3,14 @@ once."""
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
 from collections import Counter
 
 import numpy as np
 import pytest
-from text_shards import SETS, as_jsonl, content, documents_of, records, write_shard
+from text_shards import ROOT, SETS, as_jsonl, content, documents_of, records, write_shard
 
 from megatron_spdf.data.indexed.manifest import check_prefix, read_corpus
 from megatron_spdf.data.preprocess import finalize
@@ -16,6 +18,9 @@ from megatron_spdf.data.preprocess.deduplicate import DigestSet
 from megatron_spdf.data.preprocess.encode import Encoded
 from megatron_spdf.data.preprocess.preprocess import preprocess
 from megatron_spdf.data.tokenizers.tokenizer import load_tokenizer
+
+sys.path.insert(0, str(ROOT / "tools"))
+from preprocess_data import parse_shares, summarize  # noqa: E402
 
 # Texts that are not for training, of 24 shared out 2 : 1 : 1, by their SHA-256.
 STORED = {"valid": [0, 1, 2, 4, 5, 8, 9, 16, 23], "test": [22]}
@@ -51,6 +56,22 @@ def test_a_split_is_by_text_alone_and_loses_nothing(tmp_path, tokenizer):
     # Binomial: the standard deviation of the largest share is 1.6% of 600 documents, repeated texts
     #     apart.
     assert shares == pytest.approx([0.80, 0.15, 0.05], abs=0.07)
+
+
+def test_a_split_without_a_document_is_said(tmp_path, tokenizer):
+    write_shard(tmp_path / "a.jsonl", [{"text": "one text"}])
+    corpus = preprocess([tmp_path / "a.jsonl"], tmp_path / "t", tokenizer, split=(98, 1, 0))
+    (there,) = corpus.data_sets
+    (other,) = {"train", "valid"} - {there}
+    assert f"  {other}: no document, so that there is no such data set; give it a larger" in (
+        summarize("t", corpus, 1.0))
+    assert "test" not in summarize("t", corpus, 1.0)
+
+
+@pytest.mark.parametrize("shares", ["a,b", "1,2,", "0,9;0,1", "", "1", "1,1,1,1", "nan,1", "0,1"])
+def test_shares_that_are_none_are_refused_with_an_example(shares):
+    with pytest.raises(argparse.ArgumentTypeError, match="write for example 98,1,1"):
+        parse_shares(shares)
 
 
 def test_the_split_of_a_text_is_the_stored_one(tmp_path, tokenizer):

@@ -107,6 +107,20 @@ def test_a_file_of_a_report_that_lies_elsewhere_is_named(run, tmp_path_factory, 
     assert read_all([run])
 
 
+def test_a_checkpoint_under_another_steps_name_is_named(run):
+    for name in ("step_00000001", "a copy", "step_1"):
+        path = (run / "run.json").rename(run / "checkpoints/run.json")
+        place = run / "checkpoints" / name
+        place.mkdir(exist_ok=True)
+        assert read_run_record(path.rename(place / "run.json"))["state"]["step"] == 1
+        (place / "run.json").rename(run / "run.json")
+    place = run / "checkpoints/step_00000099"
+    place.mkdir()
+    path = (run / "run.json").rename(place / "run.json")
+    with pytest.raises(ValueError, match="of step 1, and step_00000099 .* call it step_00000001"):
+        read_run_record(path)
+
+
 @pytest.mark.parametrize("wrong", ["x", -1, [], {}, True, 1.5, None])
 @pytest.mark.parametrize("name,keys", [
     ("run.json", ("state",)), ("run.json", ("state", "step")),

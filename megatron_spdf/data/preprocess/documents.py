@@ -21,6 +21,7 @@ from megatron_spdf.data.preprocess.records import (
     read_records,
     reject,
 )
+from megatron_spdf.files import require_fetched
 from megatron_spdf.paths import named_by, same_file
 from megatron_spdf.records import Unreadable, describe, foreign_record
 
@@ -88,9 +89,11 @@ def expand_inputs(inputs: Sequence[str | Path]) -> list[Path]:
 
 
 def _require_format(path: Path) -> None:
-    """Raises a ValueError where a file begins as those of another format do than its name says."""
+    """Raises a ValueError where a file begins as those of another format do than its name says, or
+    has not been fetched."""
     if not path.is_file():
         return  # a pipe has no beginning to look at
+    require_fetched(path)
     with open(path, "rb") as file:
         start = file.read(max(map(len, SIGNATURES)))
     for signature, suffix in SIGNATURES.items():

@@ -23,7 +23,7 @@ from megatron_spdf.data.tokenizers.base import (
 from megatron_spdf.data.tokenizers.gpt2 import Gpt2Bpe
 from megatron_spdf.data.tokenizers.huggingface import HuggingFace
 from megatron_spdf.data.tokenizers.sentencepiece import SentencePiece
-from megatron_spdf.files import open_regular
+from megatron_spdf.files import open_regular, require_fetched
 from megatron_spdf.paths import real
 from megatron_spdf.records import read_json
 
@@ -192,6 +192,7 @@ def _saved_end(directory: Path) -> str | None:
 
 def _content(file: Path) -> bytes:
     """Bytes of a file; Hugging Face's cache has links to them."""
+    require_fetched(file)
     try:
         with open_regular(real(file)) as opened:
             return opened.read()
