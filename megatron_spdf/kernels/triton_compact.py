@@ -137,7 +137,10 @@ def _compress(dense, bits, counts, out, row_bytes, entries, columns, per_slice, 
     # Loads all entries: nearly every sector of memory holds an active one, and a load brings whole
     # sectors.
     value = tl.load(dense + slice_id * stride_slice + place, mask=entry < entries, other=0.0)
-    out += slice_id * per_slice
+    # The flat order gives neighboring entries to neighboring threads. Active ones are neighbors in
+    # the buffer, so that a warp's access is to few sectors of memory, each whole.
+    value, active = tl.reshape(value, (SPAN,)), tl.reshape(active, (SPAN,))
+    out += slice_id * per_slice + tl.reshape(number, (SPAN,))
     if ADDS:
-        value = tl.load(out + number, mask=active, other=0.0) + value.to(out.dtype.element_ty)
-    tl.store(out + number, value, mask=active)
+        value = tl.load(out, mask=active, other=0.0) + value.to(out.dtype.element_ty)
+    tl.store(out, value, mask=active)

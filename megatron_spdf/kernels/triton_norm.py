@@ -29,9 +29,9 @@ def layer_norm_backward(gradient: Tensor, x: Tensor, weight: Tensor, mean: Tenso
     x, gradient = x.contiguous(), gradient.contiguous()
     tokens, width = x.shape
     block = triton.next_power_of_2(width)
-    programs, warps = NORM.programs, max(1, min(16, block // NORM.entries_of_a_warp))
+    programs, warps = min(NORM.programs, tokens), max(1, min(16, block // NORM.entries_of_a_warp))
     of_x = torch.empty_like(x)
-    # of the tokens of each program; their sum has an order of its own whatever GPU this is
+    # of the tokens of each program; how many there are is the same on every GPU
     parts = torch.empty(2, programs, width, dtype=torch.float32, device=x.device)
     _backward[programs,](gradient, x, weight, mean, rstd, of_x, parts, tokens, width, BLOCK=block,
                          num_warps=warps)
@@ -41,7 +41,7 @@ def layer_norm_backward(gradient: Tensor, x: Tensor, weight: Tensor, mean: Tenso
 
 @triton.jit
 def _backward(gradient, x, weight, means, rstds, of_x, parts, tokens, width, BLOCK: tl.constexpr):
-    """Takes every so-manieth token."""
+    """Takes the program's tokens, as many apart as there are programs."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     column = tl.arange(0, BLOCK)
     inside = column < width

@@ -65,16 +65,19 @@ def _sums(logits, labels, found, stride, columns, real, MEAN: tl.constexpr, BLOC
     tokens = tl.num_programs(0)
     logits += token * stride
     top, total, whole = float("-inf"), 0.0, 0.0
-    for start in range(0, real, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        # Masked by a round number, so that loads are wide; what pads the vocabulary goes after.
-        z = tl.load(logits + column, mask=column < columns, other=0.0).to(tl.float32)
+    lane, last = tl.arange(0, BLOCK), real // BLOCK * BLOCK
+    for start in range(0, last, BLOCK):
+        z = tl.load(logits + start + lane).to(tl.float32)
         if MEAN:
-            whole += tl.sum(tl.where(column < real, z, 0.0))
-        z = tl.where(column < real, z, float("-inf"))
-        larger = tl.maximum(top, tl.max(z))
-        total = total * tl.exp(top - larger) + tl.sum(tl.exp(z - larger))
-        top = larger
+            whole += tl.sum(z)
+        top, total = _join(z, top, total)
+    for start in range(last, real, BLOCK):  # once, or never
+        # Masked by a round number, so that loads are wide; what pads the vocabulary goes after.
+        z = tl.load(logits + start + lane, mask=start + lane < columns, other=0.0).to(tl.float32)
+        there = start + lane < real
+        if MEAN:
+            whole += tl.sum(tl.where(there, z, 0.0))
+        top, total = _join(tl.where(there, z, float("-inf")), top, total)
     label = tl.load(labels + token)
     at_label = tl.load(logits + label, mask=(label >= 0) & (label < real), other=0.0)
     tl.store(found + token, top)
@@ -82,6 +85,13 @@ def _sums(logits, labels, found, stride, columns, real, MEAN: tl.constexpr, BLOC
     tl.store(found + 2 * tokens + token, at_label.to(tl.float32))
     if MEAN:
         tl.store(found + 3 * tokens + token, whole)
+
+
+@triton.jit
+def _join(z, top, total):
+    """The largest, and the sum of exp(z - the largest), with more z."""
+    larger = tl.maximum(top, tl.max(z))
+    return larger, total * tl.exp(top - larger) + tl.sum(tl.exp(z - larger))
 
 
 @triton.jit

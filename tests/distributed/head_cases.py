@@ -42,11 +42,13 @@ def _errors(dtype: torch.dtype, vocabulary: int, smoothing: float,
             chunk: int) -> tuple[float, float, float]:
     rank, world = ps.get_tensor_model_parallel_rank(), ps.get_tensor_model_parallel_world_size()
     draw = torch.Generator().manual_seed(0)
-    x = (torch.randn(T, B, H, generator=draw) / 4).to(dtype).requires_grad_()  # logits near 1
+    x = (torch.randn(T, B, H, generator=draw) / 4).to(dtype)  # logits near 1
     whole = torch.randn(ROWS, H, generator=draw).to(dtype)
-    weight = whole.chunk(world)[rank].clone().requires_grad_()
     labels = torch.randint(vocabulary, (B, T), generator=draw)
     shares = torch.rand(B, T, generator=draw) * (torch.rand(B, T, generator=draw) > 0.3)
+    x, whole, labels, shares = (t.cuda() for t in (x, whole, labels, shares))
+    weight = whole.chunk(world)[rank].clone().requires_grad_()
+    x.requires_grad_()
     with chunks_of(chunk):
         shared = tensor_parallel.copy_to_tensor_model_parallel_region(x)
         loss = head_loss(shared, weight, labels, shares, vocabulary, smoothing)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cases import train
+from head_cases import against_float64
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow,
               pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")]
@@ -35,3 +36,9 @@ def test_masks_are_the_same(both, sections):
 def test_losses_agree(both, precision, sections, tolerance):
     on_gpu, on_cpu = ([loss for loss, _ in there["curve"]] for there in both(precision, sections))
     assert on_gpu == pytest.approx(on_cpu, abs=tolerance)
+
+
+# Logits in bf16 are rounded before the softmax, and their gradients after it.
+def test_the_loss_of_the_head_and_its_gradients_are_those_of_float64(ranks, make_recipe):
+    for (dtype, *case), errors in ranks(1, gpu=True).run(against_float64, make_recipe()).items():
+        assert max(errors) < (1e-5 if dtype == "torch.float32" else 1e-2), (dtype, case)

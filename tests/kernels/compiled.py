@@ -12,8 +12,10 @@ import os
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
+OF_ROWS = {"sums": "triton_softmax", "gradient": "triton_softmax", "backward": "triton_norm"}
 SCALARS = ("of_label", "of_each")  # of the softmax
 HOPPER, AMPERE = 90, 80  # compute capability, times 10
 
@@ -29,11 +31,12 @@ def main(place: Path) -> None:
 def cases() -> list[dict]:
     """Everything that may be taken in bf16 on Hopper; what is taken in bf16 on Ampere and in fp32
     on Hopper."""
-    from megatron_spdf.kernels.program_shapes import CANDIDATES, SOFTMAX, WARPS, select_shape
+    from megatron_spdf.kernels.program_shapes import CANDIDATES, NORM, SOFTMAX, WARPS, select_shape
 
+    rows = {**SOFTMAX, "backward": [(2048, 2048 // NORM.entries_of_a_warp)]}
     found = [{"kernel": kernel, "target": target, "dtype": dtype, "shape": shape,
-              "options": {"num_warps": shape.warps}}
-             for kernel, shapes in SOFTMAX.items()
+              "options": {"num_warps": shape[1]}}
+             for kernel, shapes in rows.items()
              for target, dtype, some in ((HOPPER, "bf16", shapes), (AMPERE, "bf16", shapes[:1]),
                                          (HOPPER, "fp32", shapes[:1])) for shape in some]
     for kernel, warps in WARPS.items():
@@ -59,10 +62,8 @@ def compiled(place: Path, number: int, kernel: str, target: int, dtype: str, opt
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from megatron_spdf.kernels import triton_compact, triton_softmax, triton_tiles
-
-    module = triton_tiles if size else triton_softmax if shape else triton_compact
-    function = getattr(module, f"_{kernel}")
+    name = OF_ROWS.get(kernel, "triton_tiles" if size else "triton_compact")
+    function = getattr(import_module(f"megatron_spdf.kernels.{name}"), f"_{kernel}")
     fixed = constants(kernel, size, shape)
     kinds = {name: "constexpr" if name in fixed else kind(kernel, name, dtype)
              for name in function.arg_names}
@@ -88,7 +89,7 @@ def constants(kernel: str, size: int, shape: tuple | None) -> dict:
     """As for the weights of GPT-3 XL; a column's stride of one is a constant to Triton, too."""
     from megatron_spdf.kernels.mask import SPAN
 
-    if shape and not size:
+    if kernel in OF_ROWS:
         return {"BLOCK": shape[0]} | ({"MEAN": True} if kernel == "sums" else {})
     if not size:
         return {"SPAN": SPAN, "stride_column": 1} | ({"ADDS": True} if kernel == "compress" else {})
@@ -104,15 +105,17 @@ def kind(kernel: str, name: str, dtype: str) -> str:
     """The type of an argument."""
     if name in SCALARS:
         return "fp32"
-    if name in ("labels", "logits", "found", "tops", "totals", "shares"):
-        return {"labels": "*i64", "logits": f"*{dtype}"}.get(name, "*fp32")
+    if name in ("found", "tops", "totals", "shares", "means", "rstds", "parts"):
+        return "*fp32"
+    if name == "labels":
+        return "*i64"
     if name in ("bits", "counts"):
         return {"bits": "*u8", "counts": "*i32"}[name]
-    if name in ("columns", "entries") and kernel not in ("expand", "compress", "sums", "gradient"):
+    if name in ("columns", "entries") and kernel not in ("expand", "compress", *OF_ROWS):
         return "*i32"
     if name == "out" and kernel in ("compress", "weight_gradient"):
         return "*fp32"  # the gradient's buffer
-    numbers = ("x", "y", "bias", "values", "gradient", "dense", "out")
+    numbers = ("x", "of_x", "y", "bias", "values", "weight", "gradient", "dense", "logits", "out")
     return f"*{dtype}" if name in numbers else "i32"
 
 

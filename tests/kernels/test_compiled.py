@@ -87,9 +87,9 @@ def test_dense_weights_move_16_bytes_at_a_time(kernels):
         assert count(k, "LDG.E.128") > 0, name
 
 
-def test_logits_move_16_bytes_at_a_time(kernels):
+def test_rows_move_16_bytes_at_a_time(kernels):
     """Whatever the vocabulary, whose end need not lie on 16 bytes."""
-    for kernel in ("sums", "gradient"):
+    for kernel in ("sums", "gradient", "backward"):
         for name, k in some(kernels, kernel=kernel).items():
             assert count(k, "LDG.E.128") > 0, name
             assert count(k, "STG") == count(k, "STG.E.128") > 0 or kernel == "sums", name

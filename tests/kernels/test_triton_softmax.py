@@ -67,8 +67,7 @@ class Ranks:
 
 # all rows are tokens; the last rank has padding; it has nothing else
 @pytest.mark.parametrize("vocab_size", [ROWS * RANKS, ROWS * RANKS - 7, ROWS * 2 - 5])
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("dtype", PRECISION, ids=str)
+@pytest.mark.parametrize(("smoothing", "dtype"), [(0.0, torch.bfloat16), (0.1, torch.float32)])
 def test_losses_and_gradients_are_those_of_float64(monkeypatch, vocab_size, smoothing, dtype):
     for kernel in (triton_softmax.sums, triton_softmax.gradient_):
         monkeypatch.setattr(kernel, "__defaults__", (SMALL,))
@@ -79,7 +78,8 @@ def test_losses_and_gradients_are_those_of_float64(monkeypatch, vocab_size, smoo
     shares = torch.tensor([1.0, 0.5, 2.0, 1.0, 0.0, 0.25], device=DEVICE)
     losses, gradient = Ranks(monkeypatch, weight, vocab_size, smoothing).run(tokens, labels, shares)
 
-    logits = (tokens @ weight.T).double()[:, :vocab_size].requires_grad_()
+    parts = [tokens @ part.T for part in weight.chunk(RANKS)]  # rounded as by the ranks
+    logits = torch.cat(parts, 1).double()[:, :vocab_size].requires_grad_()
     wanted = torch.nn.functional.cross_entropy(logits, labels, reduction="none",
                                                label_smoothing=smoothing)
     (wanted * shares).sum().backward()
