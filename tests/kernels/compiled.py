@@ -31,8 +31,8 @@ def main(place: Path) -> None:
 def cases() -> list[dict]:
     """Everything that may be taken in bf16 on Hopper; what is taken in bf16 on Ampere and in fp32
     on Hopper."""
-    from megatron_spdf.kernels.program_shapes import CANDIDATES, HOPPER as OF_HOPPER
-    from megatron_spdf.kernels.program_shapes import NORM, SOFTMAX, WARPS
+    from megatron_spdf.kernels import program_shapes
+    from megatron_spdf.kernels.program_shapes import CANDIDATES, NORM, SOFTMAX, WARPS
 
     rows = {**SOFTMAX, "backward": [(2048, 2048 // NORM.entries_of_a_warp)]}
     found = [{"kernel": kernel, "target": target, "dtype": dtype, "shape": shape,
@@ -50,7 +50,7 @@ def cases() -> list[dict]:
         found += [{"kernel": kernel, "size": size, "target": target, "dtype": dtype, "shape": shape,
                    "options": {"num_warps": shape.warps, "num_stages": shape.stages}}
                   for target, dtype, some in (
-                      (HOPPER, "bf16", shapes + OF_HOPPER.get((kernel, size), [])),
+                      (HOPPER, "bf16", shapes + program_shapes.HOPPER.get((kernel, size), [])),
                       (AMPERE, "bf16", shapes[:1]), (HOPPER, "fp32", fp32))
                   for shape in some]
     return found

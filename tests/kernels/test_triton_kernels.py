@@ -261,9 +261,8 @@ def test_programs_that_stay_take_rows_that_begin_anywhere():
 def test_shapes_are_those_of_the_gpu_the_dtype_and_the_tokens():
     for kernel in ("forward", "input_gradient"):
         assert select_shape(kernel, 64, 4096, 2, hopper=True).stays
-        for other in (select_shape(kernel, 64, 4096, 2), select_shape(kernel, 32, 4096, 2, True),
-                      select_shape(kernel, 64, 4096, 4, True), select_shape(kernel, 64, 8, 2, True)):
-            assert not other.stays
+        for other in ((64, 4096, 2), (32, 4096, 2, True), (64, 4096, 4, True), (64, 8, 2, True)):
+            assert not select_shape(kernel, *other).stays
         assert select_shape(kernel, 64, 8, 2, True).width == 16
 
 
