@@ -24,7 +24,7 @@ from megatron_spdf.command_line import (
 )
 from megatron_spdf.data.indexed.inspect import (
     data_sets,
-    describe,
+    describe_all,
     highest_id,
     plot_histogram,
     render,
@@ -58,17 +58,19 @@ def main(arguments: list[str] | None = None) -> int:
                          "--sample or --png: "
                          + ", ".join(prefixes))
     tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
-    facts = {"data_sets": [describe(prefix) for prefix in prefixes]}
+    whole, faults = describe_all(prefixes)
+    facts = {"data_sets": whole, **({"faults": faults} if faults else {})}
     if options.sample is not None:
         facts["sample"] = sample(prefixes[0], options.sample, tokenizer)
     if options.png:
         plot_histogram(facts["data_sets"][0], options.png)
     if options.verify:
-        is_corpus = (Path(options.prefix) / CORPUS).is_file()
-        look = verify_corpus if is_corpus else verify
-        facts["faults"] = look(options.prefix, tokenizer)
+        found = (verify_corpus(options.prefix, tokenizer)
+                 if (Path(options.prefix) / CORPUS).is_file()
+                 else [fault for prefix in prefixes for fault in verify(prefix, tokenizer)])
+        facts["faults"] = list(dict.fromkeys([*faults, *found]))
         if not (facts["faults"] or tokenizer or facts["data_sets"][0]["manifest"]["tokenizer"]):
-            facts["highest_id"] = highest_id(options.prefix)
+            facts["highest_id"] = max(map(highest_id, prefixes))
     say(to_json(facts, indent=1) if options.json else as_text(facts))
     for fault in facts.get("faults", []):
         say(f"error: {fault}", sys.stderr)

@@ -236,7 +236,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--as", dest="kind", choices=("text", "context"),
         help="what TEXT is (default: context for a fine-tuning run, text for all else)")
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     if options.seed is not None and {options.temperature, options.top_k, options.top_p} == {None}:
         parser.error("--seed is of draws, and greedy text has none; give --temperature, --top-k or "
                      "--top-p, or leave out --seed")

@@ -219,7 +219,8 @@ def verify(checkpoint: Path, checksums: bool = True, names: list[str] | None = N
         listed = read_json(checkpoint / FILES, dict[str, Listed])
     except (OSError, ValueError) as error:
         raise DamagedCheckpoint(f"{checkpoint / FILES} cannot be read ({error}); use another "
-                                "checkpoint") from None
+                                "checkpoint, or remove this one to resume from the one before"
+                                ) from None
     found = dict(_contents(checkpoint))
     if found.get(FILES) == "file":
         del found[FILES]

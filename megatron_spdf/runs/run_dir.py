@@ -85,6 +85,7 @@ class RunDir:
         require_directory(self.root)
         require_outside_checkpoints(self.cache)
         self._check_links()
+        self._check_writable()
         if not kept.is_file():
             if self.root.exists() and (not self.root.is_dir() or any(self._others())):
                 raise ValueError(f"output={self.root} exists and is not a run directory (it has no "
@@ -117,6 +118,15 @@ class RunDir:
         changed = sorted(key for key in known - same - {"checkpoint"}
                          if not any(said.startswith(f"{key} is ") for said in changes))
         return changes + [f"{key} has another content than at the last start" for key in changed]
+
+    def _check_writable(self) -> None:
+        """Raises a ValueError where this user could not go on with the run that is there."""
+        for path in (self.checkpoints, self.tensorboard, self.log):
+            needed = os.W_OK | (os.X_OK if path.is_dir() else 0)
+            if path.exists() and not os.access(path, needed):
+                raise ValueError(f"output={self.root}: {path.name} is read-only for this user, as "
+                                 "where another one began the run; let this user write it (chmod, "
+                                 "chown), or choose another output")
 
     def _check_links(self) -> None:
         """Raises a ValueError where the run would write through a link to another place, or to a

@@ -146,6 +146,26 @@ def test_the_tool_tells_draws_and_verifies(pristine, tmp_path, tool, capsys):
     assert capsys.readouterr().out.count("part of a corpus:") == 6
 
 
+def test_a_directory_without_a_list_is_its_data_sets_and_one_that_is_damaged_hides_no_other(
+        place, tool, capsys):
+    (place / "parts/corpus.json").unlink()
+    inner = place / "parts/train"
+    assert tool.main([str(inner), "--verify"]) == 0
+    out = capsys.readouterr().out
+    names = sorted(path.stem for path in inner.glob("*.idx"))
+    assert len(names) == 3 and all(f"{inner}/{name}" in out for name in names)
+    (inner / "github.bin").write_bytes(b"x")
+    for words in ([], ["--verify"]):
+        assert tool.main([str(inner), *words]) == 2
+        out, err = capsys.readouterr()
+        assert f"{inner}/{names[-1]}" in out and err.count("github.bin") == 1
+    for path in inner.glob("*.bin"):
+        path.write_bytes(b"x")
+    assert tool.main([str(inner)]) == 2
+    out, err = capsys.readouterr()
+    assert not out and all(f"{name}.bin" in err for name in names)
+
+
 def test_the_tool_reads_what_another_tool_made(place, tool, capsys):
     (place / "one.json").unlink()
     shutil.rmtree(place / "one.tokenizer")

@@ -232,6 +232,8 @@ def test_the_tool_goes_on_from_runs_checkpoints_and_exports(sample, directories)
                                text_prompt(source.tokenizer, "ab"), tokens=5)
         code, out, err = sample(directories[name], "ab", "--tokens", 5)
         assert (code, out, ending) == (0, f"ab{text}\n", "tokens") and "greedy" in err
+    for words in (("--tokens", 5, "ab"), ("--tokens", 5, "--", "ab")):  # the text after an option
+        assert sample(directories["step"], *words)[:2] == (0, out)
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from megatron_spdf.recipe.load import load_recipe
@@ -40,6 +42,17 @@ def test_same_recipe_goes_on(claimed, recipe):
 def test_claiming_again_is_harmless(claimed):
     claimed.create()
     claimed.check()
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "log.jsonl", "tensorboard"])
+def test_a_run_that_another_user_began_is_refused_before_it_goes_on(
+        claimed, recipe, monkeypatch, name):
+    path = claimed.root / name
+    path.touch() if path.suffix else path.mkdir(exist_ok=True)
+    RunDir(recipe(sparsity=0.75)).check()
+    monkeypatch.setattr(os, "access", lambda there, mode: there != path)
+    with pytest.raises(ValueError, match=f"{name} is read-only for this user.*chmod"):
+        RunDir(recipe(sparsity=0.75)).check()
 
 
 @pytest.mark.parametrize("change", [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,30 @@ _BAR = 40  # characters of the longest bar
 
 def data_sets(prefix: str | Path) -> list[str]:
     """Lists the prefixes of the data sets at `prefix`: itself, or those of a directory of data
-    sets."""
-    if (Path(prefix) / CORPUS).is_file():
-        return [str(Path(prefix) / name) for name in read_corpus(prefix).data_sets]
-    return [str(prefix)]
+    sets, by its list or by their names."""
+    directory = Path(prefix)
+    if (directory / CORPUS).is_file():
+        return [str(directory / name) for name in read_corpus(prefix).data_sets]
+    if file_of(prefix, "idx").is_file():
+        return [str(prefix)]
+    return sorted(str(path.with_suffix("")) for path in directory.glob("*.idx")) or [str(prefix)]
+
+
+def describe_all(prefixes: Sequence[str]) -> tuple[list[dict[str, Any]], list[str]]:
+    """`describe` of each that is whole, and what is wrong with the others.
+
+    Raises:
+        ValueError: none is whole.
+    """
+    described, faults = [], []
+    for prefix in prefixes:
+        try:
+            described.append(describe(prefix))
+        except ValueError as error:
+            faults.append(str(error))
+    if not described:
+        raise ValueError("\n".join(faults))
+    return described, faults
 
 
 def describe(prefix: str | Path) -> dict[str, Any]:
