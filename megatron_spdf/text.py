@@ -23,10 +23,14 @@ _REMEDIES = {
 }
 
 
+def has_remedy(error: Exception) -> bool:
+    """Whether the system raised an error that a user can put right."""
+    return isinstance(error, OSError) and error.errno in _REMEDIES
+
+
 def sentence_of(error: Exception) -> str:
     """The message of an error for a user, with the remedy where the system raised it."""
-    if not isinstance(error, OSError) or error.errno not in _REMEDIES or (
-            error.strerror != os.strerror(error.errno)):  # one of ours has a remedy
+    if not has_remedy(error) or error.strerror != os.strerror(error.errno):  # ours have their own
         return str(error)
     place = "" if error.filename is None else f"{error.filename}: "
     return f"{place}{error.strerror}; {_REMEDIES[error.errno]}"

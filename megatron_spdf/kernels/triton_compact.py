@@ -135,8 +135,9 @@ def _compress(dense, bits, counts, out, row_bytes, entries, columns, per_slice, 
     entry, active, number = _span(bits, counts, row_bytes, SPAN)
     place = entry // columns * stride_row + entry % columns * stride_column
     # Loads all entries: nearly every sector of memory holds an active one, and a load brings whole
-    # sectors.
-    value = tl.load(dense + slice_id * stride_slice + place, mask=entry < entries, other=0.0)
+    # sectors. Nobody reads them again.
+    value = tl.load(dense + slice_id * stride_slice + place, mask=entry < entries, other=0.0,
+                    eviction_policy="evict_first")
     # The flat order gives neighboring entries to neighboring threads. Active ones are neighbors in
     # the buffer, so that a warp's access is to few sectors of memory, each whole.
     value, active = tl.reshape(value, (SPAN,)), tl.reshape(active, (SPAN,))

@@ -19,8 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_spdf.kernels import triton_blocks
 from megatron_spdf.kernels.mask import Mask
-from megatron_spdf.kernels.program_shapes import ProgramShape, select_shape
+from megatron_spdf.kernels.program_shapes import ProgramShape, select_shape, select_weight_shape
+from megatron_spdf.kernels.triton_blocks import is_hopper
 
 
 def forward(x: Tensor, values: Tensor, mask: Mask, shape: ProgramShape | None = None,
@@ -37,8 +39,12 @@ def forward(x: Tensor, values: Tensor, mask: Mask, shape: ProgramShape | None = 
     Returns:
         (N, out) in the dtype of x.
     """
-    x, out, table = _rows(x), x.new_empty(len(x), mask.shape[0]), mask.tables
-    shape = shape or select_shape("forward", table.size, len(x), x.element_size())
+    table = mask.tables
+    shape = shape or select_shape("forward", table.size, len(x), x.element_size(),
+                                  is_hopper(x.device))
+    if shape.stays:
+        return triton_blocks.forward(x, values, mask, shape, bias)
+    x, out = _rows(x), x.new_empty(len(x), mask.shape[0])
     grid = (mask.shape[0] // table.size, triton.cdiv(len(x), shape.width))
     _forward[grid](x, values.contiguous(), out, out if bias is None else bias, table.columns,
                    len(x), x.stride(0), mask.shape[0], mask.active, SLOTS=table.slots,
@@ -60,9 +66,12 @@ def input_gradient(gradient: Tensor, values: Tensor, mask: Mask,
     Returns:
         (N, in) in the dtype of dy.
     """
-    gradient, out = _rows(gradient), gradient.new_empty(len(gradient), mask.shape[1])
     table, tokens = mask.tables, len(gradient)
-    shape = shape or select_shape("input_gradient", table.size, tokens, gradient.element_size())
+    shape = shape or select_shape("input_gradient", table.size, tokens, gradient.element_size(),
+                                  is_hopper(gradient.device))
+    if shape.stays:
+        return triton_blocks.input_gradient(gradient, values, mask, shape)
+    gradient, out = _rows(gradient), gradient.new_empty(tokens, mask.shape[1])
     grid = (len(table.entries), triton.cdiv(tokens, shape.width))
     _input_gradient[grid](gradient, values.contiguous(), out, table.entries, tokens,
                           gradient.stride(0), mask.shape[1], mask.active,
@@ -82,7 +91,7 @@ def weight_gradient(gradient: Tensor, x: Tensor, mask: Mask, out: Tensor | None 
         mask: of W, with a `TileTable`.
         out: (slices, active per slice), contiguous; the product is added to it in place, in its
             own precision.
-        shape: of a program; default: `select_shape`.
+        shape: of a program; default: `select_weight_shape`.
 
     Returns:
         (slices, active per slice).
@@ -91,7 +100,8 @@ def weight_gradient(gradient: Tensor, x: Tensor, mask: Mask, out: Tensor | None 
     if out is None:
         out = x.new_empty(mask.slices, mask.active)
     assert out.is_contiguous() and out.numel() == mask.slices * mask.active, (out.shape, mask.shape)
-    shape = shape or select_shape("weight_gradient", table.size, len(x), x.element_size())
+    shape = shape or select_weight_shape(table.size, *table.columns.shape, x.element_size(),
+                                         is_hopper(x.device))
     group = math.gcd(shape.group, table.slots)
     grid = (table.size // shape.width, table.columns.numel() // group)
     _weight_gradient[grid](

@@ -207,6 +207,9 @@ class Gradients:
         torch.mm(of_logits, self.weight, out=self.of_input[start : start + len(tokens)])
         if self.of_weight is None:
             self.of_weight = of_logits.t() @ tokens
+        elif of_logits.is_cuda:  # within the product, whose sums are not rounded first
+            torch.addmm(self.of_weight, of_logits.t(), tokens, out_dtype=torch.float32,
+                        out=self.of_weight)
         else:
             self.of_weight += of_logits.t() @ tokens
 

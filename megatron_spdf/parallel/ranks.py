@@ -29,9 +29,11 @@ def init_distributed(ranks: Ranks, recipe: Recipe) -> torch.device:
         The device of this rank.
 
     Raises:
-        ValueError: more local ranks than GPUs, no way to find the head node, or its port is taken.
+        ValueError: more local ranks than GPUs, no way to find the head node, its port is taken, or
+            a network interface that was named is not there.
         Unhealthy: a rank is missing, or cannot reach another.
     """
+    _require_interfaces()
     # Megatron-Core overlaps traffic with compute by the order of launches
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     device = _device(ranks)
@@ -95,8 +97,10 @@ def init_gloo(ranks: Ranks) -> torch.device:
         The device of this rank.
 
     Raises:
-        ValueError: more local ranks than GPUs, or no way to find the head node.
+        ValueError: more local ranks than GPUs, no way to find the head node, or a network interface
+            that was named is not there.
     """
+    _require_interfaces()
     device = _device(ranks)
     if ranks.world > 1:
         _find_head_node(ranks)
@@ -128,6 +132,16 @@ def _device(ranks: Ranks) -> torch.device:
                          "one process per GPU (--ntasks-per-node or --nproc-per-node)")
     torch.cuda.set_device(local)
     return torch.device("cuda", local)
+
+
+def _require_interfaces() -> None:
+    """Raises a ValueError where GLOO_SOCKET_IFNAME names an interface that this machine has not."""
+    named = os.environ.get("GLOO_SOCKET_IFNAME", "")
+    there = [name for _, name in socket.if_nameindex()]
+    if missing := [name for name in named.split(",") if named and name not in there]:
+        raise ValueError(f"GLOO_SOCKET_IFNAME={named}: {socket.gethostname()} has no network "
+                         f"interface {missing[0]!r}, only {', '.join(there)}; export the name of "
+                         "the one that reaches the other nodes, or unset it")
 
 
 def _find_head_node(ranks: Ranks) -> None:

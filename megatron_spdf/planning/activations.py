@@ -201,8 +201,9 @@ def _dense_gradients(recipe: Recipe, plan: Plan, size: Sizes, stage: int, but: s
 
 def _head(recipe: Recipe, size: Sizes) -> int:
     """Of a chunk of tokens, logits, whose gradient overwrites them, and the gradient of the LM
-    head's weight, fp32 and a summand where there are several chunks. All along there are the LM
-    head's input, where sequence parallelism gathers it, and its gradient."""
+    head's weight; where there are several chunks, their sum in fp32, and that gradient after the
+    last of them. All along there are the LM head's input, where sequence parallelism gathers it,
+    and its gradient."""
     rows, teacher = recipe.model.padded_vocab // recipe.parallel.tensor, teacher_of(recipe)
     chunk = (tokens_beside_teacher(rows, size.tokens) if teacher else
              tokens_at_once(rows, size.tokens, size.width))
@@ -212,8 +213,11 @@ def _head(recipe: Recipe, size: Sizes) -> int:
     if teacher:
         beside = 8 * chunk * rows + size.width * size.tokens * teacher.hidden
         softmax = 4 * chunk * rows + (logits if size.width == 2 else 0)
-    summed = 4 * rows * recipe.model.hidden if chunk < size.tokens else 0
-    fullest = max(softmax, logits + _vocabulary_gradient(recipe, size))
+    gradient, summed = _vocabulary_gradient(recipe, size), 0
+    if chunk < size.tokens:
+        fullest, summed = max(softmax, logits, gradient), 4 * rows * recipe.model.hidden
+    else:
+        fullest = max(softmax, logits + gradient)
     inputs = 2 * size.hidden + (2 if recipe.parallel.sequence else 1) * size.whole
     norm = int(recipe.model.norm_statistics * size.tokens * size.share)
     return beside + inputs + norm + summed + fullest

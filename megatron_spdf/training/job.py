@@ -37,7 +37,7 @@ from megatron_spdf.resilience.world import Ranks, check_world
 from megatron_spdf.runs.run_dir import RunDir
 from megatron_spdf.runs.writers.base import check_writers, chosen
 from megatron_spdf.schedule.stages import RunStage, stages_left
-from megatron_spdf.text import sentence_of
+from megatron_spdf.text import has_remedy, sentence_of
 
 if TYPE_CHECKING:  # these import megatron.core
     from megatron_spdf.data.finetuning.completions import CompletionData
@@ -45,9 +45,7 @@ if TYPE_CHECKING:  # these import megatron.core
     from megatron_spdf.engine.base import Engine
     from megatron_spdf.model.init import InitialWeights
 
-REFUSALS = {ValueError: exit_codes.BAD_INPUT,
-            **dict.fromkeys((FileNotFoundError, PermissionError, NotADirectoryError,
-                             IsADirectoryError), exit_codes.BAD_INPUT),
+REFUSALS = {ValueError: exit_codes.BAD_INPUT, FileNotFoundError: exit_codes.BAD_INPUT,
             RestartLimit: exit_codes.GUARD_STOPPED, Unhealthy: exit_codes.LOST_RANK}
 
 
@@ -109,13 +107,16 @@ def parse_arguments(text: str, kind: type[BaseModel], recipes: str) -> argparse.
 
 @contextmanager
 def refusals() -> Iterator[None]:
-    """Ends the program with a sentence and an exit code at an error of `REFUSALS`, which a user can
-    put right."""
+    """Ends the program with a sentence and an exit code at an error of `REFUSALS`, or of the
+    system, which a user can put right."""
     try:
         yield
-    except tuple(REFUSALS) as error:
+    except (*REFUSALS, OSError) as error:
+        if not isinstance(error, tuple(REFUSALS)) and not has_remedy(error):
+            raise
         say(f"{Path(sys.argv[0]).name}: {sentence_of(error)}", sys.stderr)
-        code = next(c for kind, c in REFUSALS.items() if isinstance(error, kind))
+        code = next((c for kind, c in REFUSALS.items() if isinstance(error, kind)),
+                    exit_codes.BAD_INPUT)
         raise SystemExit(code) from None
 
 

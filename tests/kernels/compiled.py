@@ -31,25 +31,25 @@ def main(place: Path) -> None:
 def cases() -> list[dict]:
     """Everything that may be taken in bf16 on Hopper; what is taken in bf16 on Ampere and in fp32
     on Hopper."""
-    from megatron_spdf.kernels.program_shapes import CANDIDATES, NORM, SOFTMAX, WARPS, select_shape
+    from megatron_spdf.kernels import program_shapes
+    from megatron_spdf.kernels.program_shapes import CANDIDATES, NORM, SOFTMAX, WARPS
 
-    rows = {**SOFTMAX, "backward": [(2048, 2048 // NORM.entries_of_a_warp)]}
+    rows = {**SOFTMAX, "backward": (2048, 2048 // NORM.entries_of_a_warp)}
     found = [{"kernel": kernel, "target": target, "dtype": dtype, "shape": shape,
-              "options": {"num_warps": shape[1]}}
-             for kernel, shapes in rows.items()
-             for target, dtype, some in ((HOPPER, "bf16", shapes), (AMPERE, "bf16", shapes[:1]),
-                                         (HOPPER, "fp32", shapes[:1])) for shape in some]
+              "options": {"num_warps": shape[1]}} for kernel, shape in rows.items()
+             for target, dtype in ((HOPPER, "bf16"), (AMPERE, "bf16"), (HOPPER, "fp32"))]
     for kernel, warps in WARPS.items():
         found += [{"kernel": kernel, "target": target, "dtype": dtype, "options": {"num_warps": n}}
                   for target, dtype, numbers in ((HOPPER, "bf16", warps),
                                                  (AMPERE, "bf16", warps[:1]),
                                                  (HOPPER, "fp32", warps[:1])) for n in numbers]
     for (kernel, size), shapes in CANDIDATES.items():
-        fp32 = [select_shape(kernel, size, 4096, 4)] if size == 64 else []
+        fp32 = [shapes[0]._replace(depth=32)] if size == 64 else []
         found += [{"kernel": kernel, "size": size, "target": target, "dtype": dtype, "shape": shape,
                    "options": {"num_warps": shape.warps, "num_stages": shape.stages}}
-                  for target, dtype, some in ((HOPPER, "bf16", shapes),
-                                              (AMPERE, "bf16", shapes[:1]), (HOPPER, "fp32", fp32))
+                  for target, dtype, some in (
+                      (HOPPER, "bf16", shapes + program_shapes.HOPPER.get((kernel, size), [])),
+                      (AMPERE, "bf16", shapes[:1]), (HOPPER, "fp32", fp32))
                   for shape in some]
     return found
 
@@ -62,13 +62,17 @@ def compiled(place: Path, number: int, kernel: str, target: int, dtype: str, opt
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    name = OF_ROWS.get(kernel, "triton_tiles" if size else "triton_compact")
+    blocks = block_shapes(kernel, size, shape) if size else {}
+    name = OF_ROWS.get(kernel, "triton_blocks" if blocks else "triton_tiles" if size
+                       else "triton_compact")
     function = getattr(import_module(f"megatron_spdf.kernels.{name}"), f"_{kernel}")
     fixed = constants(kernel, size, shape)
-    kinds = {name: "constexpr" if name in fixed else kind(kernel, name, dtype)
-             for name in function.arg_names}
+    kinds = {name: "constexpr" if name in fixed else f"tensordesc<{dtype}{blocks[name]}>"
+             if name in blocks else kind(kernel, name, dtype) for name in function.arg_names}
+    if blocks and kernel == "input_gradient":
+        kinds["columns"] = "i32"  # their number
     aligned = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(function.arg_names)
-               if name not in (*fixed, "real", *SCALARS)}
+               if name not in (*fixed, *blocks, "real", *SCALARS)}
     binary = triton.compile(ASTSource(function, kinds, constexprs=fixed, attrs=aligned),
                             target=GPUTarget("cuda", target, 32), options=options)
     file = place / f"{number}.cubin"
@@ -85,6 +89,16 @@ def compiled(place: Path, number: int, kernel: str, target: int, dtype: str, opt
             "instructions": {name: names.count(name) for name in sorted(set(names) - {"NOP"})}}
 
 
+def block_shapes(kernel: str, size: int, shape: tuple) -> dict[str, list[int]]:
+    """Of the matrices that are moved in blocks, by argument."""
+    width, depth, *_, stays = shape
+    if not stays:
+        return {}
+    return {"forward": {"x": [width, depth], "values": [size, depth], "y": [width, size]},
+            "input_gradient": {"gradient": [width, depth], "values": [depth, size],
+                               "out": [width, size]}}[kernel]
+
+
 def constants(kernel: str, size: int, shape: tuple | None) -> dict:
     """As for the weights of GPT-3 XL; a column's stride of one is a constant to Triton, too."""
     from megatron_spdf.kernels.mask import SPAN
@@ -93,7 +107,7 @@ def constants(kernel: str, size: int, shape: tuple | None) -> dict:
         return {"BLOCK": shape[0]} | ({"MEAN": True} if kernel == "sums" else {})
     if not size:
         return {"SPAN": SPAN, "stride_column": 1} | ({"ADDS": True} if kernel == "compress" else {})
-    width, depth, _, _, group = shape
+    width, depth, _, _, group, _ = shape
     return {"SLOTS": 2048 // size // 4, "PER_ROW": 2048 // size // 4, "SIZE": size,
             "DEPTH": depth} | {
         "forward": {"TOKENS": width, "BIASED": True},

@@ -3,6 +3,8 @@ serve."""
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,15 @@ from megatron_spdf.kernels import dispatch, tiles, torch_reference
 
 triton = pytest.importorskip("triton", reason=NO_TRITON)
 from megatron_spdf.kernels import triton_compact, triton_tiles  # noqa: E402
-from megatron_spdf.kernels.program_shapes import CANDIDATES, WARPS, ProgramShape  # noqa: E402
+from megatron_spdf.kernels.program_shapes import (  # noqa: E402
+    CANDIDATES,
+    FEW,
+    HOPPER,
+    WARPS,
+    ProgramShape,
+    select_shape,
+    select_weight_shape,
+)
 
 pytestmark = pytest.mark.slow  # in Triton's interpreter
 each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -203,7 +213,8 @@ def test_inputs_of_tile_products_need_not_be_contiguous():
 
 
 @pytest.mark.parametrize(("kernel", "size", "shape"),
-                         [(*key, s) for key, shapes in CANDIDATES.items() for s in shapes])
+                         [(*key, s) for some in (CANDIDATES, HOPPER)
+                          for key, shapes in some.items() for s in shapes])
 def test_products_are_the_same_with_every_program_shape(kernel, size, shape):
     p = Product((1, (2, 2), 1, size, 0, 70), torch.float16)
     operands = {"forward": (p.x, p.values), "input_gradient": (p.gradient, p.values),
@@ -222,6 +233,46 @@ def test_tiles_that_are_computed_together_have_the_same_gradients(case):
         found = triton_tiles.weight_gradient(p.gradient, p.x, p.mask,
                                              shape=one._replace(group=group))
         assert torch.equal(found, wanted)
+
+
+STAYS = ProgramShape(32, 16, 4, 3, stays=True)
+
+
+@each_tiles
+def test_programs_that_stay_compute_what_float64_does(case):
+    p = Product(case, torch.float16)
+    bias = torch.randn(p.mask.shape[0], device=DEVICE).half()
+    for added in (None, bias):
+        close(triton_tiles.forward(p.x, p.values, p.mask, STAYS, added),
+              numbers(p.x) @ p.weight.T + (0.0 if added is None else numbers(bias)))
+    close(triton_tiles.input_gradient(p.gradient, p.values, p.mask, STAYS),
+          numbers(p.gradient) @ p.weight)
+
+
+def test_programs_that_stay_take_rows_that_begin_anywhere():
+    p = Product(TILES["input slices"], torch.float16)
+    wide = torch.zeros(len(p.x), p.x.shape[1] + 1, dtype=torch.float16, device=DEVICE)
+    odd, same = wide[:, 1:].copy_(p.x), p.x[:1].expand_as(p.x)
+    for x in (odd, same, p.x.T.contiguous().T):
+        assert torch.equal(triton_tiles.forward(x, p.values, p.mask, STAYS),
+                           triton_tiles.forward(x.contiguous(), p.values, p.mask, STAYS))
+
+
+def test_shapes_are_those_of_the_gpu_the_dtype_and_the_tokens():
+    for kernel in ("forward", "input_gradient"):
+        assert select_shape(kernel, 64, 4096, 2, hopper=True).stays
+        for other in ((64, 4096, 2), (32, 4096, 2, True), (64, 4096, 4, True), (64, 8, 2, True)):
+            assert not select_shape(kernel, *other).stays
+        assert select_shape(kernel, 64, 8, 2, True).width == 16
+
+
+@pytest.mark.parametrize(("rows", "slots", "programs"), [
+    (128, 8, 128), (32, 32, 128), (96, 8, 96), (32, 8, 128), (4, 4, 16), (4, 6, 24)])
+def test_weight_gradients_have_programs_for_half_of_an_h100(rows, slots, programs):
+    shape = select_weight_shape(64, rows, slots, 2, hopper=True)
+    assert rows * slots // math.gcd(slots, shape.group) * (64 // shape.width) == programs
+    assert programs >= FEW or shape.group == 1
+    assert select_weight_shape(64, rows, slots, 4, hopper=True).depth == 32
 
 
 @pytest.mark.parametrize("warps", sorted({n for some in WARPS.values() for n in some}))

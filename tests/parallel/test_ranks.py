@@ -54,6 +54,18 @@ def test_a_port_that_is_none_is_refused(monkeypatch, port):
         _rendezvous(Ranks(0, 2, 0, "test"), 1.0)
 
 
+def test_a_network_interface_that_is_not_there_is_refused_before_ranks_join(monkeypatch):
+    monkeypatch.setattr(socket, "if_nameindex", lambda: [(1, "lo"), (2, "ib0")])
+    for named in ("", "lo", "ib0,lo"):
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", named)
+        joining._require_interfaces()
+    for named in ("eth0", "ib0,eth0", "ib"):
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", named)
+        for join in (joining.init_gloo, lambda ranks: joining.init_distributed(ranks, None)):
+            with pytest.raises(ValueError, match="has no network interface '(eth0|ib)', only lo, "):
+                join(Ranks(0, 2, 0, "test"))
+
+
 def test_torchrun_inside_a_slurm_job():
     assert find_ranks({**SBATCH, **TORCHRUN}) == Ranks(3, 8, 1, "torchrun")
 

@@ -31,12 +31,16 @@ def test_other_errors_keep_their_trace():
         raise KeyError("a fault of the program")
 
 
-@pytest.mark.parametrize("kind", [FileNotFoundError, PermissionError, NotADirectoryError,
-                                  IsADirectoryError])
-def test_a_path_that_a_user_can_put_right_ends_with_the_remedy(kind, capsys):
-    number = {FileNotFoundError: errno.ENOENT, PermissionError: errno.EACCES,
-              NotADirectoryError: errno.ENOTDIR, IsADirectoryError: errno.EISDIR}[kind]
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.EACCES, errno.ENOTDIR, errno.EISDIR,
+                                    errno.ELOOP, errno.ENOSPC])
+def test_a_path_that_a_user_can_put_right_ends_with_the_remedy(number, capsys):
     with pytest.raises(SystemExit) as ended, refusals():
         raise OSError(number, os.strerror(number), "data/train.bin")
     assert ended.value.code == 2
     assert f"data/train.bin: {os.strerror(number)}; " in capsys.readouterr().err
+
+
+def test_an_error_of_a_disk_or_a_network_keeps_its_trace():
+    for number in (errno.EIO, errno.ECONNREFUSED, errno.ETIMEDOUT):
+        with pytest.raises(OSError), refusals():
+            raise OSError(number, os.strerror(number))

@@ -75,7 +75,8 @@ def _trials(weight: SparseWeight, seed: int, device: torch.device,
 
 def _products(weight: SparseWeight, seed: int, device: torch.device, dtype: torch.dtype,
               tokens: int, product: TileProduct) -> Iterator[Trial]:
-    from megatron_spdf.kernels.program_shapes import CANDIDATES
+    from megatron_spdf.kernels.program_shapes import candidates
+    from megatron_spdf.kernels.triton_blocks import is_hopper
 
     compact = CompactWeight(weight, seed, 0, 1, device, product)
     values = torch.randn(compact.values_shape, device=device).to(dtype)
@@ -85,7 +86,7 @@ def _products(weight: SparseWeight, seed: int, device: torch.device, dtype: torc
                 "input_gradient": (gradient, values, compact.mask),
                 "weight_gradient": (gradient, x, compact.mask, buffer)}
     for kernel, of_kernel in operands.items():
-        for shape in CANDIDATES.get((kernel, weight.pattern.tile), []):
+        for shape in candidates(kernel, weight.pattern.tile, is_hopper(device)):
             yield (kernel, shape.text,
                    partial(getattr(product.kernels, kernel), *of_kernel, shape=shape))
 
