@@ -119,11 +119,14 @@ def check_ahead(planned: list[tuple[Trial, Recipe]]) -> None:
 
     seen = set()
     for trial, recipe in planned:
-        inputs = repr((recipe.data, recipe.distill, recipe.model.shape(),
-                       recipe.train.sequence_length, recipe.train.global_batch))
+        model = recipe.model.shape() if recipe.distill.on else recipe.model.vocab_size
+        inputs = repr((recipe.data, recipe.distill, model, recipe.train.sequence_length,
+                       recipe.train.global_batch))
+        # loader processes need memory of the machine that the run is launched on, maybe another
+        data = recipe.data.model_copy(update={"workers": 0})
         try:
             if inputs not in seen:
-                Teacher(recipe, check_corpus(recipe).tokenizer)
+                Teacher(recipe, check_corpus(recipe.model_copy(update={"data": data})).tokenizer)
         except (ValueError, FileNotFoundError) as error:
             raise ValueError(f"{trial.output}: {error}") from None
         seen.add(inputs)

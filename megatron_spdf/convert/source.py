@@ -118,5 +118,7 @@ def open_weights(path: str | Path, checksums: bool = True,
     if not (path / "checkpoints").is_dir() and not (path / store.RUN).is_file() and not (
             path.name.endswith(store.PARTIAL)):
         raise ValueError(f"{path} holds no weights; give a run directory, a checkpoint of a run, "
-                         f"or a Hugging Face directory with {CONFIG}")
+                         f"or a Hugging Face directory with {CONFIG}" + ("" if path.exists() else (
+                             "; nothing here has that name, and a model of the Hugging Face hub is "
+                             "downloaded first")))
     return CheckpointReader(find_checkpoint(path), checksums)

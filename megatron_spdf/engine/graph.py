@@ -47,10 +47,13 @@ class GraphedPass:
             self._basis = self._read_basis(batch)  # the pass may have settled what was open
             return loss
         if self._graph is None:
-            self._capture(batch)
+            self._inputs = [{name: torch.empty_like(value, device=self._device)
+                             for name, value in micro.items()} for micro in batch]
         for kept, micro in zip(self._inputs, batch, strict=True):
             for name, value in micro.items():
                 kept[name].copy_(value, non_blocking=True)
+        if self._graph is None:
+            self._capture()
         self._graph.replay()
         return self._loss
 
@@ -64,9 +67,7 @@ class GraphedPass:
                 tuple((name, value.shape, value.dtype) for micro in batch
                       for name, value in micro.items()))
 
-    def _capture(self, batch: Sequence[MicroBatch]) -> None:
-        self._inputs = [{name: torch.empty_like(value, device=self._device)
-                         for name, value in micro.items()} for micro in batch]
+    def _capture(self) -> None:
         self._graph = torch.cuda.CUDAGraph()
         # The graph has memory of its own: what the pass before left cached would come on top of it,
         # and `torch.cuda.graph` gives that back before it begins. Other threads may use the device.

@@ -53,9 +53,6 @@ class SoftmaxShape(NamedTuple):
     warps: int
 
 
-# Candidates of the softmax over the vocabulary, by kernel; the first is used.
-SOFTMAX = {"sums": [SoftmaxShape(4096, 8), SoftmaxShape(8192, 8), SoftmaxShape(2048, 4)],
-           "gradient": [SoftmaxShape(4096, 8), SoftmaxShape(2048, 4), SoftmaxShape(8192, 8)]}
 class NormShape(NamedTuple):
     """Shares of GPU programs in the backward of a norm.
 
@@ -68,6 +65,8 @@ class NormShape(NamedTuple):
     entries_of_a_warp: int
 
 
+# As fast as any tried on an H100 (2026-11-27): at 90% of what a copy reaches there.
+SOFTMAX = {"sums": SoftmaxShape(4096, 4), "gradient": SoftmaxShape(4096, 8)}
 NORM = NormShape(528, 512)  # four programs on each multiprocessor of a Hopper GPU
 # Candidates for the warps of a program, by kernel; the first is used, the fastest on an H100. With
 # few warps, a thread has many entries that share its work; with many, more programs fit.
@@ -90,15 +89,16 @@ CANDIDATES = {
     ("weight_gradient", 64): [ProgramShape(64, 64, 4, 5), ProgramShape(64, 64, 4, 4),
                               ProgramShape(64, 128, 4, 3)],
 }
-# The same for GPUs of compute capability 9, which have the shared memory for these. Between L2
-# cache and multiprocessors a product of 64 x T entries has 64 T / (64 + T) operations a byte: 32 at
-# T = 64, 43 at 128, 51 at 256 and 57 at 512, of 64 at most, where an H100 wants some 50 for 2.5
-# times the speed of a dense product at 75%. So tiles of 64 are multiplied with many tokens, and
-# their gradient is computed for many tiles.
+# The same for GPUs of compute capability 9, which have the shared memory for these. On that H100,
+# at 16,384 tokens, they were the fastest of ten to thirty of their kernel: the first two products
+# for W_1 and W_2, the gradient for all four weights. Between L2 cache and multiprocessors a product
+# of 64 x T entries has 64 T / (64 + T) operations a byte: 32 at T = 64, 43 at 128, 51 at 256, 57 at
+# 512, and 64 at most, where some 50 are wanted for 2.5 times the speed of a dense product at 75%.
+# So tiles of 64 are multiplied with many tokens, and their gradient is computed for many tiles.
 HOPPER = {
     ("forward", 128): [ProgramShape(256, 64, 8, 3, stays=True)],
-    ("forward", 64): [ProgramShape(256, 64, 4, 4, stays=True),
-                      ProgramShape(256, 64, 8, 4, stays=True)],
+    ("forward", 64): [ProgramShape(256, 64, 8, 4, stays=True),
+                      ProgramShape(256, 64, 4, 4, stays=True)],
     ("input_gradient", 128): [ProgramShape(256, 64, 8, 3, stays=True)],
     ("input_gradient", 64): [ProgramShape(256, 64, 4, 4, stays=True),
                              ProgramShape(256, 64, 8, 4, stays=True)],

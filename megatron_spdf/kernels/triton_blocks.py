@@ -72,11 +72,11 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """The tensor, or a copy of it, with rows that are contiguous and begin at multiples of 16
-    bytes."""
+    """The tensor, or a copy of it, with rows of their own that are contiguous and begin at
+    multiples of 16 bytes."""
     begins = x.data_ptr() | x.stride(0) * x.element_size()
-    return x if x.stride(1) == 1 and begins % 16 == 0 else x.clone(
-        memory_format=torch.contiguous_format)
+    fits = x.stride(1) == 1 and x.stride(0) >= x.shape[1] and begins % 16 == 0
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
 def _describe(x: Tensor, *block: int) -> TensorDescriptor:

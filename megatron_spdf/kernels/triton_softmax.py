@@ -18,7 +18,7 @@ NAME = f"triton {triton.__version__}"
 
 
 def sums(logits: Tensor, labels: Tensor, real: int, mean: bool,
-         shape: SoftmaxShape = SOFTMAX["sums"][0]) -> Tensor:
+         shape: SoftmaxShape = SOFTMAX["sums"]) -> Tensor:
     """Of each token the largest logit z, the sum of exp(z - the largest), the label's logit, and if
     asked for the sum of z: (3 or 4, n) float32. Of no columns, minus infinity and zeros.
 
@@ -38,7 +38,7 @@ def sums(logits: Tensor, labels: Tensor, real: int, mean: bool,
 
 def gradient_(logits: Tensor, labels: Tensor, top: Tensor, total: Tensor, shares: Tensor, real: int,
               vocab_size: int, smoothing: float,
-              shape: SoftmaxShape = SOFTMAX["gradient"][0]) -> None:
+              shape: SoftmaxShape = SOFTMAX["gradient"]) -> None:
     """Turns logits into the gradients of share x smoothed cross entropy; see `model/head.py`.
 
     Args:

@@ -26,6 +26,9 @@ from megatron_spdf.kernels.mask import Mask, positions
 from megatron_spdf.text import first_line
 
 DTYPES = (torch.bfloat16, torch.float16)  # sparse tensor cores want 1:2, not 2:4, for TF32
+# cuSPARSELt's fastest algorithm for products whose three sizes are at least LARGE, and the version
+# of the library that numbers it so.
+FASTEST, FASTEST_OF, LARGE = 17, 800, 2048
 SIDE, TOKENS = 64, 8  # both axes of a weight are multiples of SIDE, and N of TOKENS
 
 
@@ -82,7 +85,26 @@ class CuSparseLt:
         packed = torch.cat([values.reshape(-1), metadata.view(values.dtype)])
         # The library reads the number of rows from the shape, and ignores that of columns.
         packed = packed.view(len(values), -1)
-        return torch._cslt_sparse_mm(packed, x.contiguous().T, transpose_result=True)
+        return torch._cslt_sparse_mm(packed, x.contiguous().T, transpose_result=True,
+                                     alg_id=algorithm(*values.shape, len(x), values.dtype))
+
+
+@cache
+def algorithm(rows: int, half: int, tokens: int, dtype: torch.dtype) -> int:
+    """Number of cuSPARSELt's algorithm for a product, by sizes alone.
+
+    The library's own choice, 0, took 1.33 times the time of the dense product for the weights of
+    GPT-3 XL, forward and back, at 16,384 tokens on an H100 (2026-11-27, cuSPARSELt 0.8.0), and 17,
+    the fastest of 21, 0.73 times. No trial at a run's start, which would change a resumed run.
+
+    Args:
+        rows, half: shape of the active values of each row.
+        tokens: N.
+        dtype: of the values.
+    """
+    measured = (torch.backends.cusparselt.version() == FASTEST_OF and dtype == torch.bfloat16
+                and torch.cuda.get_device_capability()[0] == 9)
+    return FASTEST if measured and min(rows, 2 * half, tokens) >= LARGE else 0
 
 
 class Cutlass:

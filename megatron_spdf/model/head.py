@@ -182,7 +182,7 @@ class FusedSoftmax(Softmax):
         top = self.reduce(found[0].clone(), dist.ReduceOp.MAX)
         found[1] *= (found[0] - top).exp_()  # until here of this rank's largest
         total, label, *whole = self.reduce(found[1:], dist.ReduceOp.SUM)
-        losses = total.log() + top - label
+        losses = total.log() - (label - top)
         if whole:
             losses += self.smoothing * (label - whole[0] / self.vocab_size)
         return losses, torch.stack([top, total])

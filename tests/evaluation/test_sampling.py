@@ -302,7 +302,8 @@ def test_the_tool_completes_what_a_fine_tuning_run_was_trained_on(sample, direct
 
 
 @pytest.mark.parametrize(("where", "words", "parts"), [
-    ("nowhere", (), ("holds no weights", "give a run directory")),
+    ("nowhere", (), ("holds no weights", "give a run directory",
+                      "model of the Hugging Face hub is downloaded first")),
     ("unfinished", (), ("no complete checkpoint", "start it again")),
     ("save", (), ("did not finish", "use a complete checkpoint")),
     ("run", ("--temperature", "0"), ("'0'", "at least 0.001", "leave out --temperature")),

@@ -34,12 +34,10 @@ def cases() -> list[dict]:
     from megatron_spdf.kernels import program_shapes
     from megatron_spdf.kernels.program_shapes import CANDIDATES, NORM, SOFTMAX, WARPS
 
-    rows = {**SOFTMAX, "backward": [(2048, 2048 // NORM.entries_of_a_warp)]}
+    rows = {**SOFTMAX, "backward": (2048, 2048 // NORM.entries_of_a_warp)}
     found = [{"kernel": kernel, "target": target, "dtype": dtype, "shape": shape,
-              "options": {"num_warps": shape[1]}}
-             for kernel, shapes in rows.items()
-             for target, dtype, some in ((HOPPER, "bf16", shapes), (AMPERE, "bf16", shapes[:1]),
-                                         (HOPPER, "fp32", shapes[:1])) for shape in some]
+              "options": {"num_warps": shape[1]}} for kernel, shape in rows.items()
+             for target, dtype in ((HOPPER, "bf16"), (AMPERE, "bf16"), (HOPPER, "fp32"))]
     for kernel, warps in WARPS.items():
         found += [{"kernel": kernel, "target": target, "dtype": dtype, "options": {"num_warps": n}}
                   for target, dtype, numbers in ((HOPPER, "bf16", warps),

@@ -58,7 +58,8 @@ class AsCusparseLt:
                           padding]).view(len(dense), -1)
 
     @staticmethod
-    def _cslt_sparse_mm(packed: Tensor, dense: Tensor, transpose_result: bool = False) -> Tensor:
+    def _cslt_sparse_mm(packed: Tensor, dense: Tensor, transpose_result: bool = False,
+                        alg_id: int = 0) -> Tensor:
         """The packed matrix says by its rows how many the weight has, and how many columns by the
         other operand."""
         assert dense.T.is_contiguous() and packed.is_contiguous() and packed.dim() == 2

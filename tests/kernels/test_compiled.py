@@ -88,7 +88,7 @@ def test_dense_weights_move_16_bytes_at_a_time(kernels):
     for name, k in some(kernels, kernel="expand").items():
         assert count(k, "STG") == count(k, "STG.E.128") > 0, name
     for name, k in some(kernels, kernel="compress").items():
-        assert count(k, "LDG.E.128") > 0, name
+        assert count(k, "LDG.E.EF.128") > 0, name
 
 
 def test_rows_move_16_bytes_at_a_time(kernels):

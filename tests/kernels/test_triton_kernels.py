@@ -252,10 +252,10 @@ def test_programs_that_stay_compute_what_float64_does(case):
 def test_programs_that_stay_take_rows_that_begin_anywhere():
     p = Product(TILES["input slices"], torch.float16)
     wide = torch.zeros(len(p.x), p.x.shape[1] + 1, dtype=torch.float16, device=DEVICE)
-    x = wide[:, 1:]
-    x.copy_(p.x)
-    assert torch.equal(triton_tiles.forward(x, p.values, p.mask, STAYS),
-                       triton_tiles.forward(p.x, p.values, p.mask, STAYS))
+    odd, same = wide[:, 1:].copy_(p.x), p.x[:1].expand_as(p.x)
+    for x in (odd, same, p.x.T.contiguous().T):
+        assert torch.equal(triton_tiles.forward(x, p.values, p.mask, STAYS),
+                           triton_tiles.forward(x.contiguous(), p.values, p.mask, STAYS))
 
 
 def test_shapes_are_those_of_the_gpu_the_dtype_and_the_tokens():

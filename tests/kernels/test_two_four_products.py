@@ -182,3 +182,16 @@ def test_a_gpu_multiplies_on_its_sparse_tensor_cores():
                                gradient @ dense, rtol=8e-3, atol=0.1)
     bits = find_two_four(compact.mask_bits, weight.slice_shape, weight.axis, library, DTYPE)
     assert torch.equal(bits.order, mask.tables.order)
+
+
+@pytest.mark.parametrize(("version", "capability", "sizes", "dtype", "number"), [
+    (800, 9, (2048, 1024, 2048), torch.bfloat16, 17), (801, 9, (2048, 1024, 2048), DTYPE, 0),
+    (800, 10, (2048, 1024, 2048), DTYPE, 0), (800, 9, (2048, 1023, 2048), DTYPE, 0),
+    (800, 9, (2048, 1024, 2040), DTYPE, 0), (800, 9, (2048, 1024, 2048), torch.float16, 0)])
+def test_the_algorithm_is_the_library_s_own_except_where_it_was_measured(
+        monkeypatch, version, capability, sizes, dtype, number):
+    monkeypatch.setattr(torch.backends.cusparselt, "version", lambda: version)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (capability, 0))
+    two_four.algorithm.cache_clear()
+    assert two_four.algorithm(*sizes, dtype) == number
+    two_four.algorithm.cache_clear()

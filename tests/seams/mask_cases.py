@@ -91,7 +91,7 @@ def active(engine: Engine) -> dict[tuple[str, int], np.ndarray]:
     for compact in (compact_of(m) for model in engine.models for m in sparse_modules(model)):
         first = ps.get_tensor_model_parallel_rank() * len(compact.mask_bits)
         for i, mask in enumerate(unpack(compact.mask_bits, compact.mask.entries)):
-            found[compact.planned.name, first + i] = mask.numpy()
+            found[compact.planned.name, first + i] = mask.cpu().numpy()
     return found
 
 
@@ -151,18 +151,19 @@ def _dense_state(engine: Engine) -> dict[str, tuple[torch.Tensor, dict[str, torc
     `weights` is what the model computes with."""
     compacts = {m.parametrizations.weight.original: compact_of(m)
                 for model in engine.models for m in sparse_modules(model)}
-    found = {c.planned.name: (unpack(c.mask_bits, c.mask.entries), {}) for c in compacts.values()}
+    found = {c.planned.name: (unpack(c.mask_bits.cpu(), c.mask.entries), {})
+             for c in compacts.values()}
     for name in engine.state.names:
         for parameter, values in engine.state.whole(name):
             if compact := compacts.get(parameter):
                 mask, states = found[compact.planned.name]
                 states[name] = torch.zeros(mask.shape)
-                states[name][mask] = values.float().flatten()
+                states[name][mask] = values.float().flatten().cpu()
     for parameter, compact in compacts.items():
         with getattr(engine, "_gathered", nullcontext)(parameter):
             mask, states = found[compact.planned.name]
             states["weights"] = torch.zeros(mask.shape)
-            states["weights"][mask] = parameter.detach().float().flatten()
+            states["weights"][mask] = parameter.detach().float().flatten().cpu()
             assert torch.equal(states["weights"], states[MASTER].to(parameter.dtype).float())
     return found
 

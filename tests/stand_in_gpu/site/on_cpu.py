@@ -73,7 +73,8 @@ class Computed(TorchDispatchMode):
         if name in SHAPED_BY_VALUES or _picks_by_bools(name, args):
             done = func(*here, **here_by_name)
             return args[0] if name.endswith("_") else tree_map(_moved, done)
-        out, done = func(*args, **kwargs), func(*here, **here_by_name)
+        out = func(*args, **kwargs)
+        done = ONLY_THERE.get(func, func)(*here, **here_by_name)
         return _fill(out, done, leaves if func._schema.is_mutable else [])
 
 
@@ -159,6 +160,11 @@ def _attend_backward(out, gradient, q, k, v, causal, scale, bias=None) -> None:
         _over_memory(there).copy_(here)
 
 
+def _add_product(total: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype, *,
+                 out: Tensor) -> Tensor:
+    return out.copy_(total + left.to(dtype) @ right.to(dtype))
+
+
 def _given(args: tuple, kwargs: dict, place: int, name: str) -> bool:
     return args[place] if len(args) > place else kwargs.get(name, False)
 
@@ -173,3 +179,5 @@ ATTENTION = {
     "_scaled_dot_product_efficient_attention_backward": lambda out, args, kwargs: _attend_backward(
         out, *args[:4], _given(args, kwargs, 11, "is_causal"), kwargs.get("scale"), args[4]),
 }
+# operations that the CPU has not
+ONLY_THERE = {torch.ops.aten.addmm.dtype_out: _add_product}
