@@ -20,8 +20,8 @@ H100 = GPUS["h100"]
 KNOWN = Rates(0.7, rates.ATTENTION, 0.5, {"tile 64": 0.45, "tile 128": 0.6},
               {"dense": 6e-3, "unstructured": 8e-3, "tile": 8e-3, "2:4": 16e-3}, "")
 # Dense steps of GPT-3 XL differ by 6% in minutes, as the card gets warm. Those of GPT-2 Small are
-# short: what a graph is launched with, and kernels of a few microseconds, are not counted. Layers of
-# other families take the host longer than those of the two that its seconds are of.
+# short: what a graph is launched with, and kernels of a few microseconds, are not counted. Layers
+# of other families take the host longer than those of the two that its seconds are of.
 TOLERANCE = {"GPT-3 XL": 0.08, "GPT-2 Small": 0.2, "Llama": 0.35, "Qwen3": 0.4}
 
 
