@@ -89,4 +89,6 @@ def test_a_step_on_a_gpu():
     rows = {row["what"]: row for row in trained}
     pair = rows["dense"], rows["unstructured 75%, kept for the step"]
     assert said("time of a step of GPT-3 XL") == tuple(f"{r['step (s)']:.3f} s" for r in pair)
+    tiles = rows["dense, one CUDA graph"], rows["tiles of 128, 75%, one CUDA graph"]
+    assert said("its time with tiles of 128") == tuple(f"{r['step (s)']:.3f} s" for r in tiles)
     assert said("memory of that step") == tuple(f"{r['peak memory (GiB)']:.1f} GiB" for r in pair)

@@ -19,9 +19,10 @@ REPORT = ROOT / "docs/benchmarks/nvidia_h100_80gb_hbm3.json"
 H100 = GPUS["h100"]
 KNOWN = Rates(0.7, rates.ATTENTION, 0.5, {"tile 64": 0.45, "tile 128": 0.6},
               {"dense": 6e-3, "unstructured": 8e-3, "tile": 8e-3, "2:4": 16e-3}, "")
-# Steps of one minute of one card differ by 4% as it gets warm, kernels of tiles are timed alone and
-# without their neighbors in the caches, and what a graph is launched with is not counted.
-TOLERANCE = 0.15
+# Dense steps of GPT-3 XL differ by 6% in minutes, as the card gets warm. Those of GPT-2 Small are
+# short: what a graph is launched with, and kernels of a few microseconds, are not counted. Layers
+# of other families take the host longer than those of the two that its seconds are of.
+TOLERANCE = {"GPT-3 XL": 0.08, "GPT-2 Small": 0.2, "Llama": 0.35, "Qwen3": 0.4}
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +33,17 @@ def report():
 def test_the_planner_predicts_the_steps_that_were_measured(report):
     rows = rates.compared(report, H100, MEASURED)
     assert len(rows) == len(rates.measured_steps(report)) > 10
-    own = {row["step"]: row["predicted / measured"] for row in rows
-           if row["step"].startswith("GPT-3")}
-    assert own == {name: pytest.approx(1.0, abs=TOLERANCE) for name in own}
+    for model, tolerance in TOLERANCE.items():
+        own = {row["step"]: row["predicted / measured"] for row in rows
+               if row["step"].startswith(model)}
+        assert own == {name: pytest.approx(1.0, abs=tolerance) for name in own}
 
 
 def test_the_rates_are_those_of_the_report(report):
     """The command was run after the report was written, and the page shows the same."""
-    assert report["date"][:10] in MEASURED.source and report["device"] in MEASURED.source
+    found = rates.fit(report, H100)
+    assert list(rates.rates_rows(found)) == list(rates.rates_rows(MEASURED))
+    assert found.source == MEASURED.source
     text = (ROOT / "docs/planning.md").read_text()
     place = text.partition("<!-- rates -->\n")[2].partition("<!-- end of rates -->\n")[0]
     assert all(row["value"] in place for row in rates.rates_rows(MEASURED))
@@ -53,7 +57,9 @@ def made_up(report) -> page.Report:
         for row in part["tables"].get("training", []):
             row["step (s)"] = seconds[f"GPT-3 XL, {row['what']}"].total
         for row in part["tables"].get("host", []):
-            there = seconds[f"GPT-2 Small, {row['what']}"]
+            there = seconds.get(f"GPT-2 Small, {row['what']}")
+            if there is None:  # with compiled layers, of which the planner knows nothing
+                continue
             row["step (s)"] = there.total
             row["GPU busy (%)"] = 100 * (there.total - there.host) / there.total
         for row in part["tables"].get("kernels", []):

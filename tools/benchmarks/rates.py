@@ -7,7 +7,8 @@ rates -->` of each page the rates, and every measured step beside what they pred
 
 - products, memory: least squares of relative errors over GPT-3 XL's steps and GPT-2 Small's busy
   seconds, dense and unstructured. Products by themselves are slower than those in a step.
-- patterns: of the kernels' table, the dense products' seconds over the pattern's.
+- patterns: those at which GPT-3 XL's steps as one CUDA graph are right; without such a step, of the
+  kernels' table, the dense products' seconds over the pattern's.
 - host: seconds of a step over its layers and micro-batches: GPT-2 Small's, launched one by one; of
   a pattern that it was not measured with, GPT-3 XL's, where the GPU alone is predicted to be
   faster.
@@ -128,6 +129,7 @@ def fit(report: page.Report, gpu: Gpu) -> Rates:
     source = (f"{report['device']}, {report['date'][:10]}, "
               + ", ".join(f"{name} {number}" for name, number in report["versions"].items()
                           if name in ("torch", "triton", "megatron-core")))
+    device = replace(device, patterns=_in_steps(steps, gpu, device))
     return replace(device, host=_host_seconds(steps, gpu, device), source=source)
 
 
@@ -143,6 +145,22 @@ def _pattern_rates(report: page.Report) -> dict[str, float]:
             share = weight.active / weight.numel if weight.skips_zeros else 1.0
             found[weight.pattern.product_rate] = (
                 share * dense / math.fsum(row["time (us)"] for row in own))
+    return found
+
+
+def _in_steps(steps: Sequence[Step], gpu: Gpu, device: Rates) -> dict[str, float]:
+    """Rates of patterns, of steps that wait for no host where there are any."""
+    found = dict(device.patterns)
+    for step in steps:
+        names = {weight.pattern.product_rate for weight in step.plan.weights.values()}
+        if not step.recipe.kernels.cuda_graph or "GPT-3" not in step.what or names <= {DENSE}:
+            continue
+        (name,) = names
+        there, twice = (step.predicted(gpu, replace(device, patterns={name: rate})).total
+                        for rate in (1.0, 2.0))
+        products = 2.0 * (there - twice)  # seconds at the rate of dense ones
+        if (left := step.seconds - (there - products)) > 0.0:
+            found[name] = products / left
     return found
 
 
