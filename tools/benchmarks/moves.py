@@ -58,7 +58,7 @@ def measure_one(recipe: Recipe, device: torch.device, moves: int, quick: bool = 
 
 def _long(recipe: Recipe) -> Recipe:
     """The recipe with enough steps for many moves."""
-    steps = LENGTH * recipe.sparsity.update.every
+    steps = max(recipe.steps, LENGTH * recipe.sparsity.update.every)
     train = recipe.train.model_copy(update={"tokens": steps * recipe.tokens_per_step})
     return recipe.model_copy(update={"train": train})
 
