@@ -1,5 +1,5 @@
 """A run whose steps are CUDA graphs equals one launched one by one, bit for bit: with masks that
-stay, move, are held or chosen by the weights, and after a resume."""
+stay, move or are chosen by the weights, and after a resume."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ RUNS = {
     "tiles": {"sparsity": {"level": 0.5, "pattern": "tile", "tile": 16}},
     "set": {"sparsity": {"level": 0.75, "algorithm": "set", **MOVES}},
     "rigl": {"sparsity": {"level": 0.75, "algorithm": "rigl", **MOVES}},
-    "gmp": {"sparsity": {"level": 0.75, "algorithm": "gmp",
-                         "update": {"every": 3, "start": 0.0, "stop": 0.8}}},
+    "top_kast": {"sparsity": {"level": 0.75, "algorithm": "top_kast",
+                              "update": {"backward": 2.0, "every": 4}}},
     "ste": {"sparsity": {"level": 0.75, "algorithm": "ste"}},
     "bf16": {"sparsity": 0.75, "train": {"precision": "bf16"}},
     "documents": {"sparsity": 0.75, "data": {"reset_attention": True}},
