@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_spdf.random_streams import random_words, stream_key
+from megatron_spdf.sparsity.largest import smallest_at_rank
 from megatron_spdf.sparsity.patterns.base import Pattern, Shape
 from megatron_spdf.sparsity.patterns.unstructured import Unstructured
 
@@ -105,6 +106,6 @@ class MaskSlice:
         """
         if count == 0:
             return candidates[:0]
-        threshold = scores.kthvalue(count).values
+        threshold = smallest_at_rank(scores, count, selects_alone=not scores.is_cuda)
         below, ties = candidates[scores < threshold], candidates[scores == threshold]
         return torch.cat([below, ties[: count - len(below)]])

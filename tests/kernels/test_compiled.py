@@ -101,7 +101,7 @@ def test_rows_move_16_bytes_at_a_time(kernels):
             assert count(k, "STG") == count(k, "STG.E.128") > 0 or kernel == "sums", name
 
 
-@pytest.mark.skipif(Version(version("triton")) < Version("3.7"), 
+@pytest.mark.skipif(Version(version("triton")) < Version("3.7"),
                     reason="of compress Triton 3.6 makes more than the release that is pinned")
 def test_instructions_leave_expanding_and_compressing_seven_tenths_of_the_memory_s_speed(kernels):
     """A Hopper multiprocessor begins an instruction of four warps a cycle; each is for 32

@@ -16,6 +16,7 @@ from megatron_spdf.sparsity.algorithms.base import Moment, Move, MoveCost, Movin
 from megatron_spdf.sparsity.algorithms.gmp import Gmp
 from megatron_spdf.sparsity.algorithms.rigl import Rigl
 from megatron_spdf.sparsity.algorithms.static import Static
+from megatron_spdf.sparsity.largest import smallest_at_rank
 from megatron_spdf.sparsity.mask_slice import MaskSlice
 from megatron_spdf.sparsity.moving import born, carry, kept_entries, moved_masks
 from megatron_spdf.sparsity.plan import SparseWeight
@@ -271,3 +272,12 @@ def test_masks_are_due_from_start_on_and_before_stop():
     assert Random(every=5, start=0.25, stop=0.75).moves(40) == 4
     assert [step for step in range(1, 8) if Random(every=2, stop=1.0).due(step, 6)] == [2, 4]
     assert not any(Static().due(step, 40) for step in range(1, 41))
+
+
+@pytest.mark.parametrize("count", [1, 7, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+def test_a_gpu_selects_as_a_cpu_does(count, dtype):
+    scores = torch.randint(-40, 40, (100,), generator=torch.Generator().manual_seed(3)).to(dtype)
+    expected = scores.sort().values[count - 1]
+    for selects_alone in (True, False):
+        assert smallest_at_rank(scores, count, selects_alone) == expected
