@@ -6,6 +6,8 @@ import json
 import weakref
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import torch
 from cases import logits, on_first
@@ -16,6 +18,8 @@ from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
 from megatron_spdf.convert.initial_checkpoint import write_initial_checkpoint
 from megatron_spdf.data.pretraining.corpus import check_corpus
 from megatron_spdf.data.pretraining.dataset import TokenData
+from megatron_spdf.engine import factory
+from megatron_spdf.engine.base import Engine
 from megatron_spdf.engine.factory import make_engine
 from megatron_spdf.parallel.ranks import destroy, init_distributed
 from megatron_spdf.recipe.recipe import Recipe
@@ -28,27 +32,14 @@ TIMING = {"tokens_per_second", "model_tflops_per_rank", "step_seconds", "data_se
           "memory_bytes"}
 
 
-class StopAt:
-    """A StopRequest that comes with the nth step of a start."""
-
-    def __init__(self, step: int | None):
-        self.left = step
-
-    @property
-    def requested(self) -> bool:
-        if self.left is not None:
-            self.left -= 1
-        return self.left == 0
-
-
 def staged(recipes: list[dict], stops: list[int | None]) -> dict:
-    """A run as pretrain.py does it, started with each recipe (layout) in turn and stopped after so
-    many steps.
+    """A run as pretrain.py does it, started with each recipe (layout) in turn and stopped with a
+    step.
 
     Returns:
-        Exit codes, and the records of the log.
+        Exit codes, how many engines each start made, and the records of the log.
     """
-    codes = []
+    codes, engines = [], []
     for values, stop in zip(recipes, stops, strict=True):
         recipe = Recipe.model_validate(values)
         run, corpus = RunDir(recipe), check_corpus(recipe)
@@ -56,11 +47,21 @@ def staged(recipes: list[dict], stops: list[int | None]) -> dict:
         device = init_distributed(find_ranks(), recipe)
         job = Job(find_ranks(), run, stages_of(recipe), "", corpus.tokenizer,
                   partial(_token_data, corpus, run.cache))
-        codes.append(train(job, StopAt(stop), device))
+        with patch.object(factory, "make_engine", side_effect=partial(_stopping, stop)) as made:
+            codes.append(train(job, SimpleNamespace(requested=False), device))
+        engines.append(made.call_count)
     records = [json.loads(line) for line in run.log.read_text().splitlines()]
-    return {"codes": codes,
+    return {"codes": codes, "engines": engines,
             "records": [{k: v for k, v in r.items() if k not in TIMING} for r in records
                                         if r["kind"] in ("train", "valid")]}
+
+
+def _stopping(stop: int | None, *arguments) -> Engine:
+    """An engine to which a request to stop comes with a step."""
+    engine = make_engine(*arguments)
+    step = engine.step
+    engine.step = lambda batch, number, tokens, _: step(batch, number, tokens, number == stop)
+    return engine
 
 
 def samples_of_stages(recipe: dict) -> list[int]:

@@ -110,9 +110,10 @@ def test_no_sample_is_read_twice(ranks, recipe):
 
 
 def test_stopped_before_at_and_after_the_border_equals_straight(ranks, recipe, straight):
-    stops = [2, BORDER - 2, 1, None]  # steps of every start
+    stops = [2, BORDER, BORDER + 1, None]
     there = ranks(2).run(staged, [recipe(parallel=DATA_2)] * 4, stops)
     assert there["codes"] == [75, 75, 75, 0]
+    assert there["engines"] == [1, 1, 1, 1]  # none of a stage that is over
     assert there["records"] == straight["records"]
 
 
