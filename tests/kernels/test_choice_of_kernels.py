@@ -1,0 +1,33 @@
+"""For which tensors there are kernels of one pass, on a GPU that has them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from on_gpu import on_gpu
+
+from megatron_spdf.kernels import norm, softmax
+from megatron_spdf.kernels.limits import LARGEST_NORM
+
+KERNELS = object()
+each_dtype = pytest.mark.parametrize(("dtype", "taken"), [
+    (torch.bfloat16, True), (torch.float16, True), (torch.float32, True), (torch.float64, False)])
+
+
+@pytest.fixture(autouse=True)
+def works(monkeypatch):
+    for module in (norm, softmax):
+        monkeypatch.setattr(module, "_tried_on_gpu", lambda: KERNELS)
+
+
+@each_dtype
+def test_they_take_precisions_of_a_run_on_a_gpu_alone(dtype, taken):
+    x = torch.zeros(2, 3, 4, dtype=dtype)
+    assert (norm.norm_kernels(on_gpu(x)) is KERNELS) == taken
+    assert (softmax.softmax_kernels("cuda", dtype) is KERNELS) == taken
+    assert norm.norm_kernels(x) is softmax.softmax_kernels("cpu", dtype) is None
+
+
+@pytest.mark.parametrize(("width", "taken"), [(LARGEST_NORM, True), (LARGEST_NORM + 1, False)])
+def test_a_norm_is_no_wider_than_the_registers_of_a_program(width, taken):
+    assert (norm.norm_kernels(on_gpu(torch.zeros(1, width))) is KERNELS) == taken
