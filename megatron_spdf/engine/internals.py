@@ -197,14 +197,6 @@ INTERNALS = (
     Internal("torch.sparse._semi_structured_conversions.sparse_semi_structured_from_dense_cutlass",
              (), "where CUTLASS wants the active entries named"),
 
-    Internal("megatron.core.full_cuda_graph.FullCudaGraphWrapper",
-             ("curr_iteration", "cuda_graph", "result"),
-             "begun anew by the benchmark of a step as one graph"),
-    Internal("megatron.core.full_cuda_graph", ("get_all_rng_states",),
-             "replaced by the benchmark of a step as one graph, which draws nothing"),
-    Internal("megatron.core.full_cuda_graph.StaticBufferLoader", ("static_buffers",),
-             "begun anew by the benchmark of a step as one graph"),
-
     # DeepSpeed.
     Internal("deepspeed.comm.torch", ("build_shm_op",),
              "replaced on CPU, where it would compile C++"),

@@ -86,9 +86,10 @@ class MegatronEngine:
         if overlaps:
             self.config.no_sync_func = _per_chunk([c.no_sync for c in self.chunks])
             self.config.grad_sync_func = _per_chunk([c.start_grad_sync for c in self.chunks])
-        self._train = partial(self._run, forward_only=False)
+        self._graphed = None
         if recipe.kernels.cuda_graph:
-            self._train = GraphedPass(self._train, self.models, device)
+            self._graphed = GraphedPass(lambda batch: self._run(batch, forward_only=False),
+                                        self.models, device)
 
     def step(self, batch: Sequence[MicroBatch], number: int, tokens: int,
              stop_requested: bool) -> StepResult:
@@ -108,7 +109,7 @@ class MegatronEngine:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        loss = self._train(batch)
+        loss = (self._graphed or partial(self._run, forward_only=False))(batch)
         self.optimizer.prepare_grads()
         parts = common.parts_of(self.models[-1])
         loss, stop, *means, squared_norm = self._agree(

@@ -60,7 +60,8 @@ def _stopping(stop: int | None, *arguments) -> Engine:
     """An engine to which a request to stop comes with a step."""
     engine = make_engine(*arguments)
     step = engine.step
-    engine.step = lambda batch, number, tokens, _: step(batch, number, tokens, number == stop)
+    engine.step = lambda batch, number, tokens, stop_requested: step(
+        batch, number, tokens, number == stop)
     return engine
 
 

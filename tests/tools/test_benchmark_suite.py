@@ -262,7 +262,8 @@ def test_the_whole_suite_runs_without_a_gpu(tmp_path):
     assert all("note" not in row and row["step (s)"] > 0 for row in moved)
     ways = parts["host"]["tables"]["host"]
     assert len(ways) == 9 and all(row["tokens/s"] > 0 for row in ways[:3])
-    assert all("would need a GPU" in row["note"] for row in ways[3:])
+    assert all("cuda_graph=true needs a GPU" in row["note"] for row in ways[3:6])
+    assert all("would need a GPU" in row["note"] for row in ways[6:])
     peers = parts["peers"]["tables"]["peers"]
     assert len(peers) == 2 and all(row["tokens/s"] > 0 for row in peers)
     depths = {row["what"]: row for row in parts["largest"]["tables"]["largest"] if row["note"]
