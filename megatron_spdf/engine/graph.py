@@ -5,6 +5,9 @@ A graph repeats what it has captured: the same kernels on the same memory. What 
 from pass to pass must therefore be as it was at the capture, or the pass is launched one by one: a
 mask that moved, a weight that chooses its mask, a collector of the dense gradient, a batch of
 another shape. Such a pass is also the warm-up of the next graph, which the pass after it captures.
+
+Megatron-Core's own wrapper (`FullCudaGraphWrapper`) captures once in a process, for all engines,
+and never drops what it has captured; masks that move need another graph.
 """
 
 from __future__ import annotations
