@@ -20,7 +20,7 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from megatron_spdf.files import FILES, PARTIAL, RUN, open_regular, publish, remove, write_json
-from megatron_spdf.records import read_json
+from megatron_spdf.records.json_reader import read_json
 from megatron_spdf.text import printable
 
 BEST = "best.json"  # beside the checkpoints: names the one with the lowest validation loss

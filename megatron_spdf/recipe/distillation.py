@@ -11,7 +11,7 @@ from pydantic import Field, TypeAdapter
 
 from megatron_spdf.architecture.base import ARCHITECTURES, BY_ARCHITECTURE, Model
 from megatron_spdf.architecture.forms import model_of
-from megatron_spdf.records import read_json
+from megatron_spdf.records.json_reader import read_json
 from megatron_spdf.section import PathText, Section
 from megatron_spdf.sparsity.settings import Sparsity
 

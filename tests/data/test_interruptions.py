@@ -197,7 +197,8 @@ def make_large(batch: RecordBatch) -> bytes:
 @pytest.mark.parametrize("milliseconds", [0, 3, 6, 10, 15, 20])
 def test_a_worker_that_dies_in_the_middle_of_a_result_ends_the_run(milliseconds):
     """The others keep the pool's pipes open, were these not each worker's own."""
-    batches = (RecordBatch(Path("a.jsonl"), [(line, b"")], 1 << 20, 0) for line in itertools.count(1))
+    batches = (RecordBatch(Path("a.jsonl"), [(line, b"")], size=1 << 20, bytes_read=0)
+               for line in itertools.count(1))
     workers, said = Workers(make_large, 2), []
 
     def run() -> None:
