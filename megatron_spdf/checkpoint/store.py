@@ -70,7 +70,8 @@ def visible(directory: Path) -> list[Path]:
     """Lists the checkpoints of a run, oldest first. Each was complete when it got its name."""
     if not directory.is_dir():
         return []
-    return sorted((p for p in directory.iterdir() if CHECKPOINT.fullmatch(p.name)), key=lambda p: p.name)
+    return sorted((p for p in directory.iterdir() if CHECKPOINT.fullmatch(p.name)),
+                  key=lambda p: p.name)
 
 
 def best(directory: Path) -> Path | None:
