@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from megatron_spdf.records import to_json
+from megatron_spdf.records.json_writer import to_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

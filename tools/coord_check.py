@@ -27,7 +27,7 @@ from megatron_spdf.command_line import (
 )
 from megatron_spdf.recipe.load import load_recipe
 from megatron_spdf.recipe.words import add_overrides
-from megatron_spdf.records import to_json
+from megatron_spdf.records.json_writer import to_json
 from megatron_spdf.tables import Column, Table
 
 RULES = ("standard", "mup")

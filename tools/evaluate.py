@@ -50,7 +50,7 @@ from megatron_spdf.command_line import (
 from megatron_spdf.data.finetuning.task import SPLITS, TASKS, load_examples, render_tasks
 from megatron_spdf.data.preprocess.documents import ON_ERROR
 from megatron_spdf.files import inside, require_directory
-from megatron_spdf.records import to_json
+from megatron_spdf.records.json_writer import to_json
 
 _MODES = {  # option -> what it is of
     **dict.fromkeys(("split", "data", "predictions", "references", "beams", "length_penalty",

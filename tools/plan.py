@@ -46,7 +46,7 @@ from megatron_spdf.planning.search import LARGEST_WORLD
 from megatron_spdf.recipe.load import load_recipe
 from megatron_spdf.recipe.recipe import AUTO, Recipe
 from megatron_spdf.recipe.words import add_overrides
-from megatron_spdf.records import to_json
+from megatron_spdf.records.json_writer import to_json
 from megatron_spdf.reports.plan_page import render_plan_page
 from megatron_spdf.runs.calibrate import calibrate, measured_step
 from megatron_spdf.runs.law_points import of_one_algorithm, trainings

@@ -15,7 +15,8 @@ from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
 from megatron_spdf.files import CHECKPOINT
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.recipe.recorded import as_recorded
-from megatron_spdf.records import read_json, typed
+from megatron_spdf.records.json_reader import read_json
+from megatron_spdf.records.values import typed
 from megatron_spdf.sparsity.plan import Plan
 from megatron_spdf.version import __version__
 

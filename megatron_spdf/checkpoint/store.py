@@ -29,7 +29,7 @@ from megatron_spdf.files import (
     remove,
     write_json,
 )
-from megatron_spdf.records import read_json
+from megatron_spdf.records.json_reader import read_json
 from megatron_spdf.text import printable
 
 BEST = "best.json"  # beside the checkpoints: names the one with the lowest validation loss

@@ -12,7 +12,7 @@ from pydantic import Field, TypeAdapter
 from megatron_spdf.architecture.base import ARCHITECTURES, BY_ARCHITECTURE, Model
 from megatron_spdf.architecture.forms import model_of
 from megatron_spdf.files import CHECKPOINT, RUN
-from megatron_spdf.records import read_json
+from megatron_spdf.records.json_reader import read_json
 from megatron_spdf.section import PathText, Section
 from megatron_spdf.sparsity.settings import Sparsity
 

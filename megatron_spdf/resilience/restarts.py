@@ -15,7 +15,7 @@ from pathlib import Path
 from typing_extensions import TypedDict
 
 from megatron_spdf.files import CHECKPOINT, write_json
-from megatron_spdf.records import read_json
+from megatron_spdf.records.json_reader import read_json
 
 STARTS = "starts.json"
 

@@ -39,7 +39,7 @@ from megatron_spdf.recipe.compare import changes_of_run
 from megatron_spdf.recipe.load import load_recipe, write_value
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.recipe.words import first_given
-from megatron_spdf.records import read_yaml
+from megatron_spdf.records.yaml_reader import read_yaml
 from megatron_spdf.runs.budget import sized
 from megatron_spdf.runs.downstream import Downstream
 from megatron_spdf.runs.grid import Trial, combinations, labeled_axes

@@ -27,7 +27,9 @@ from megatron_spdf.recipe.finetune import Finetune, load_finetune
 from megatron_spdf.recipe.load import save_recipe
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.recipe.recorded import as_recorded
-from megatron_spdf.records import read_json, read_yaml, typed
+from megatron_spdf.records.json_reader import read_json
+from megatron_spdf.records.values import typed
+from megatron_spdf.records.yaml_reader import read_yaml
 from megatron_spdf.resilience import restarts
 
 RECIPE = "recipe.yaml"
