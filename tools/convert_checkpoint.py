@@ -29,7 +29,6 @@ from pathlib import Path
 from megatron_spdf.architecture.base import ARCHITECTURES
 from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
 from megatron_spdf.command_line import (
-    add_overrides,
     make_parser,
     path_text,
     positive,
@@ -51,6 +50,7 @@ from megatron_spdf.evaluation.perplexity import perplexity
 from megatron_spdf.files import require_directory, require_free
 from megatron_spdf.recipe.load import load_recipe, make_recipe
 from megatron_spdf.recipe.recipe import Recipe
+from megatron_spdf.recipe.words import add_overrides, require_given_once
 from megatron_spdf.sparsity.plan import Plan
 from megatron_spdf.sparsity.selectors.base import SELECTORS
 from megatron_spdf.sparsity.selectors.nonzero import BY_CHANCE
@@ -357,6 +357,10 @@ def parse(words: list[str] | None) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:  # words that came after an option
         parsed.overrides += rest
+        try:
+            require_given_once(parsed.overrides)
+        except ValueError as error:
+            parser.error(str(error))
     return parsed
 
 
