@@ -16,9 +16,12 @@ import time
 from pathlib import Path
 from typing import Annotated
 
+import megatron_spdf  # noqa: F401  before what takes time to import, for interrupts meanwhile
+
+# isort: split
 from pydantic import ByteSize, Field, TypeAdapter, ValidationError
 
-from megatron_spdf.command_line import make_parser, path_text, positive, say
+from megatron_spdf.command_line import hear_interrupts, make_parser, path_text, positive, say
 from megatron_spdf.data.indexed.manifest import CorpusManifest
 from megatron_spdf.data.preprocess.documents import FORMATS, expand_inputs, sample_texts
 from megatron_spdf.data.preprocess.encode import SPLITS, split_bounds
@@ -232,4 +235,5 @@ def summarize(prefix: str, manifest: Manifest | CorpusManifest, seconds: float) 
 
 
 if __name__ == "__main__":
+    hear_interrupts()
     sys.exit(main())
