@@ -46,7 +46,8 @@ pretrain() { # RECIPE ARGUMENT...: pre-trains; a first argument that ends in .ya
   begin "$@"
   [[ ${ARGUMENTS[0]:-} != *.yaml ]] || { recipe=${ARGUMENTS[0]}; ARGUMENTS=("${ARGUMENTS[@]:1}"); }
   recipe_file recipe "$recipe" pretrain
-  train pretrain.py "$recipe" parallel.data=auto "${ARGUMENTS[@]}"
+  weaker parallel.data=auto "${ARGUMENTS[@]}"
+  train pretrain.py "$recipe" "${WEAKER[@]}" "${ARGUMENTS[@]}"
 }
 
 finetune() { # TASK RUN OVERRIDE...: fine-tunes a run on a task, which is a name under configs/finetune or a .yaml file
@@ -55,7 +56,8 @@ finetune() { # TASK RUN OVERRIDE...: fine-tunes a run on a task, which is a name
   [[ -n $task && -n $run && $run != *=* ]] || die "which task and which run? write: sbatch launch/finetune.sh TASK RUN [section.key=value ...], TASK one of $(tasks)"
   local recipe
   recipe_file recipe "$task" finetune
-  train finetune.py "$recipe" "checkpoint=$run" parallel.data=auto "${ARGUMENTS[@]:2}"
+  weaker parallel.data=auto "${ARGUMENTS[@]:2}"
+  train finetune.py "$recipe" "checkpoint=$run" "${WEAKER[@]}" "${ARGUMENTS[@]:2}"
 }
 
 finetune_sweep() { # TASK RUN OVERRIDE...: runs one combination of the recipe's `sweep:` in each element of the job array
@@ -63,10 +65,17 @@ finetune_sweep() { # TASK RUN OVERRIDE...: runs one combination of the recipe's 
   local task=${ARGUMENTS[0]:-} run=${ARGUMENTS[1]:-} recipe trial sweep
   [[ -n $task && -n $run && $run != *=* ]] || die "which task and which run? write: sbatch --array=0-11 launch/finetune_sweep.sh TASK RUN [section.key=value ...], TASK one of $(tasks)"
   recipe_file recipe "$task" finetune
-  sweep=("$recipe" "checkpoint=$run" parallel.data=auto "${ARGUMENTS[@]:2}")
+  weaker parallel.data=auto "${ARGUMENTS[@]:2}"
+  sweep=("$recipe" "checkpoint=$run" "${WEAKER[@]}" "${ARGUMENTS[@]:2}")
   words_of trial once "$SPDF_PYTHON" "$SPDF_ROOT/tools/sweep.py" "${sweep[@]}" --index "${SLURM_ARRAY_TASK_ID:-0}" --words
   AFTERWARDS=("$SPDF_PYTHON" "$SPDF_ROOT/tools/sweep.py" "${sweep[@]}" --select)
   train finetune.py "$recipe" "${trial[@]}"
+}
+
+weaker() { # WORD OVERRIDE...: sets WEAKER to the override WORD, or to nothing where another gives its key
+  local word
+  WEAKER=("$1")
+  for word in "${@:2}"; do [[ $word != "${1%%=*}"=* ]] || WEAKER=(); done
 }
 
 evaluate() { # TASK RUN OPTION...: scores the best checkpoint of a run on a task's test split, with options of tools/evaluate.py

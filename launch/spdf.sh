@@ -34,6 +34,17 @@ submit() { # NAME DEPENDENCIES SBATCH_OPTION... SCRIPT ARGUMENT...: submits a jo
   echo "$JOB $what${2:+: $*}"
 }
 
+tuning_words() { # TASK: sets $tuning to the overrides of its recipe, of which those of the task are stronger than those of all
+  local argument one=()
+  for argument in "${arguments[@]:2}"; do [[ $argument != "$1".*=* ]] || one+=("${argument#"$1".}"); done
+  tuning=("output=${run}_$1")
+  for argument in "${finetuning[@]}"; do
+    weaker "$argument" "${one[@]}"
+    tuning+=("${WEAKER[@]}")
+  done
+  tuning+=("${one[@]}")
+}
+
 gpu_options=() nodes=() arguments=() prepare=() scoring=() finetuning=()
 for argument in "$@"; do
   case $argument in
@@ -60,9 +71,14 @@ for argument in "${arguments[@]:2}"; do
   for task in "${tasks[@]}"; do [[ $argument != "$task".*=* ]] || continue 2; done
   own+=("$argument")
 done
-words=()
+words=() found='' tuning=()
 RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 words_of words "$SPDF_PYTHON" "$SPDF_ROOT/pretrain.py" "$recipe" "${own[@]}" --print-output
 as_path run "${words[0]}"
+for task in "${tasks[@]}"; do # before anything is submitted
+  recipe_file found "$task" finetune
+  tuning_words "$task"
+  RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 words_of words "$SPDF_PYTHON" "$SPDF_ROOT/finetune.py" "$found" "checkpoint=$run" "${tuning[@]}" --print-output
+done
 case $(basename "$recipe") in
   gpt3_xl*) script=pretrain_gpt3xl.sh ;;
   gpt3_6b7*) script=pretrain_gpt3_6b7.sh ;;
@@ -74,9 +90,8 @@ esac
 submit pretrain "$JOB" "${gpu_options[@]}" "${nodes[@]}" "$script" "$recipe" "${own[@]}"
 pretrained=$JOB runs=("$run") scored=''
 for task in "${tasks[@]}"; do
-  own=()
-  for argument in "${arguments[@]:2}"; do [[ $argument != "$task".*=* ]] || own+=("${argument#"$task".}"); done
-  submit "finetune $task" "$pretrained" "${gpu_options[@]}" finetune.sh "$task" "$run" "output=${run}_$task" "${finetuning[@]}" "${own[@]}"
+  tuning_words "$task"
+  submit "finetune $task" "$pretrained" "${gpu_options[@]}" finetune.sh "$task" "$run" "${tuning[@]}"
   submit "evaluate $task" "$JOB" "${gpu_options[@]}" evaluate.sh "$task" "${run}_$task" "${scoring[@]}"
   scored+=${scored:+:}$JOB runs+=("${run}_$task")
 done

@@ -83,14 +83,6 @@ def make_parser(text: str | None, **settings) -> argparse.ArgumentParser:
                    formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
 
 
-def add_overrides(parser: argparse.ArgumentParser, meaning: str = "values that win over the "
-                  "recipe's") -> None:
-    """Adds `section.key=value` words; a parser that also has options needs
-    `parse_intermixed_args`."""
-    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value",
-                        help=f"{meaning}; of a key that is given twice the last holds")
-
-
 def number(kind: type[int] | type[float], least: float | None = None, most: float | None = None,
            above: float | None = None, below: float | None = None) -> Callable[[str], int | float]:
     """Type of an argument that is a finite number.

@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import io
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -19,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from megatron_spdf.records import to_json
+from megatron_spdf.records.json_writer import to_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,6 +29,7 @@ PARTIAL = ".partial"  # ends the name of a directory in the making
 NEW = ".new"  # ends the name of a file in the making
 # Both are in a complete checkpoint: progress of the run, and the list of all its files.
 RUN, FILES = "run.json", "files.json"
+CHECKPOINT = re.compile(r"step_(\d{8})")  # name of a complete checkpoint, and its step
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _SAMPLED_BYTES = 1 << 20  # at each of three places of a file
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from tabulate import SEPARATING_LINE, DataRow, Line, TableFormat, tabulate
 
-from megatron_spdf.records import read_bytes
+from megatron_spdf.records.values import read_bytes
 from megatron_spdf.text import lines_of, printable
 
 MOST_CSV_BYTES = 2**26

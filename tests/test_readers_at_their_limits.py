@@ -21,7 +21,8 @@ from megatron_spdf.convert.foreign import place_of, read_word
 from megatron_spdf.data.finetuning.files import json_file
 from megatron_spdf.data.preprocess.records import ReadReport, read_records
 from megatron_spdf.recipe.load import make_recipe
-from megatron_spdf.records import json_lines, parse_json, parse_yaml, read_json, read_yaml
+from megatron_spdf.records.json_reader import json_lines, parse_json, read_json
+from megatron_spdf.records.yaml_reader import parse_yaml, read_yaml
 from megatron_spdf.runs.loss_table import read_table
 
 # a function that reads something of `n` units in a directory that it may write to
@@ -114,17 +115,18 @@ def override(n: int, _: Path) -> object:
 
 
 CASES: dict[str, tuple[str, int, Reader, str]] = {
-    "JSON": ("records.MOST_BYTES", 100, of_bytes(read_json, text), "over 100 bytes long"),
-    "YAML": ("records.MOST_YAML_BYTES", 100, of_bytes(read_yaml, text), "over 100 bytes long"),
-    "a line": ("records.MOST_LINE_BYTES", 100, of_bytes(
+    "JSON": ("records.limits.MOST_BYTES", 100, of_bytes(read_json, text), "over 100 bytes long"),
+    "YAML": ("records.limits.MOST_YAML_BYTES", 100, of_bytes(read_yaml, text),
+             "over 100 bytes long"),
+    "a line": ("records.limits.MOST_LINE_BYTES", 100, of_bytes(
         lambda path: list(json_lines(path)), text), "over 100 bytes long"),
-    "values of JSON": ("records.MOST_VALUES", 10, lambda n, _: parse_json(
+    "values of JSON": ("records.limits.MOST_VALUES", 10, lambda n, _: parse_json(
         f"[{','.join(['1'] * n)}]"), "over 10 values"),
-    "values of YAML": ("records.MOST_YAML_VALUES", 10, lambda n, _: parse_yaml(
+    "values of YAML": ("records.limits.MOST_YAML_VALUES", 10, lambda n, _: parse_yaml(
         f"[{','.join(['1'] * (n - 1))}]"), "over 10 values"),
-    "nesting of YAML": ("records.MOST_NESTING", 10, lambda n, _: parse_yaml(
+    "nesting of YAML": ("records.limits.MOST_NESTING", 10, lambda n, _: parse_yaml(
         "[" * (n - 1) + "1" + "]" * (n - 1)), "nested more than 10 deep"),
-    "nesting of JSON": ("records.MOST_NESTING", 10, lambda n, _: parse_json(
+    "nesting of JSON": ("records.limits.MOST_NESTING", 10, lambda n, _: parse_json(
         "[" * n + "]" * n), "nested more than 10 deep"),
     "parts of a key": ("recipe.load.MOST_NESTING", 5, nothing_wrong_but("output", override),
                        "has over 5 parts"),

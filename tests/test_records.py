@@ -12,18 +12,12 @@ import pytest
 from typing_extensions import TypedDict
 
 from megatron_spdf.files import write_json
-from megatron_spdf.records import (
-    MOST_NESTING,
-    DuplicateKey,
-    Unreadable,
-    foreign_record,
-    json_lines,
-    parse_json,
-    parse_yaml,
-    read_json,
-    read_yaml,
-    to_json,
-)
+from megatron_spdf.records.foreign import DuplicateKey, foreign_record
+from megatron_spdf.records.json_reader import json_lines, parse_json, read_json
+from megatron_spdf.records.json_writer import to_json
+from megatron_spdf.records.limits import MOST_NESTING
+from megatron_spdf.records.values import Unreadable
+from megatron_spdf.records.yaml_reader import parse_yaml, read_yaml
 
 
 class State(TypedDict):
@@ -116,8 +110,8 @@ def test_only_regular_files_of_some_size_are_read(tmp_path, read, monkeypatch):
     for path in (tmp_path, tmp_path / "pipe"):
         with pytest.raises(Unreadable, match="no regular file"):
             read(path)
-    monkeypatch.setattr("megatron_spdf.records.MOST_BYTES", 100)
-    monkeypatch.setattr("megatron_spdf.records.MOST_YAML_BYTES", 100)
+    monkeypatch.setattr("megatron_spdf.records.limits.MOST_BYTES", 100)
+    monkeypatch.setattr("megatron_spdf.records.limits.MOST_YAML_BYTES", 100)
     (tmp_path / "long").write_text("[" + "1," * 100 + "1]")
     with pytest.raises(Unreadable, match="over 100 bytes long"):
         read(tmp_path / "long")

@@ -65,6 +65,7 @@ from megatron_spdf.command_line import (
 )
 from megatron_spdf.recipe.load import load_recipe, recipe_values
 from megatron_spdf.recipe.recipe import AUTO, Recipe
+from megatron_spdf.recipe.words import require_given_once
 from megatron_spdf.resilience.world import check_world, find_ranks
 from megatron_spdf.tables import Column, Table
 
@@ -271,12 +272,13 @@ def split_words(words: list[str]) -> tuple[str | None, list[str]]:
     """The recipe, if one is named, and the `section.key=value` words.
 
     Raises:
-        ValueError: several recipes.
+        ValueError: several recipes, or a key that is given twice.
     """
     named, overrides = ([w for w in words if ("=" in w) == sets] for sets in (False, True))
     if len(named) > 1:
         raise ValueError(f"{' and '.join(named)} are {len(named)} recipes; name one, and changes "
                          "as section.key=value")
+    require_given_once(overrides)
     return (named[0] if named else None), overrides
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from megatron_spdf.command_line import end_quietly, make_parser, output_picture, refusing, say
 from megatron_spdf.convert.source import open_weights
 from megatron_spdf.evaluation.subspace import distances, draw, render
-from megatron_spdf.records import to_json
+from megatron_spdf.records.json_writer import to_json
 
 
 @refusing

@@ -29,7 +29,6 @@ from pathlib import Path
 from megatron_spdf.architecture.base import ARCHITECTURES
 from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
 from megatron_spdf.command_line import (
-    add_overrides,
     make_parser,
     path_text,
     positive,
@@ -51,6 +50,7 @@ from megatron_spdf.evaluation.perplexity import perplexity
 from megatron_spdf.files import require_directory, require_free
 from megatron_spdf.recipe.load import load_recipe, make_recipe
 from megatron_spdf.recipe.recipe import Recipe
+from megatron_spdf.recipe.words import add_overrides, require_given_once
 from megatron_spdf.sparsity.plan import Plan
 from megatron_spdf.sparsity.selectors.base import SELECTORS
 from megatron_spdf.sparsity.selectors.nonzero import BY_CHANCE
@@ -309,11 +309,11 @@ OPTIONS = {
                          help=f"most of a file of weights (default: {SHARD_GB})"),
     "--sparsity": dict(metavar="S", help="short for the word sparsity=S"),
     "--select": dict(default="random", metavar="NAME",
-                     help=f"weights that stay, one of {', '.join(SELECTORS.names())}; random "
-                          "(default): the recipe's masks; magnitude: the largest in each of the "
-                          "slices a weight is cut into; wanda, sparsegpt: by the inputs of each "
-                          "weight, sparsegpt changes what stays; "
-                          "nonzero: the masks that are in the weights, as they are"),
+                     help="weights that stay, one of {selectors}; random (default): the "
+                          "recipe's masks; magnitude: the largest in each of the slices a weight "
+                          "is cut into; wanda, sparsegpt: by the inputs of each weight, sparsegpt "
+                          "changes what stays; nonzero: the masks that are in the weights, as they "
+                          "are"),
     "--calibration": dict(type=path_text, metavar="PREFIX",
                           help="data set whose text wanda and sparsegpt look at; perplexity "
                                "before and after is printed"),
@@ -348,7 +348,9 @@ def parse(words: list[str] | None) -> argparse.Namespace:
         command.add_argument("output", type=Path, metavar="OUT", help="directory to make")
         for option in options:
             if option != "words":
-                command.add_argument(option.removesuffix("?"), **OPTIONS[option])
+                own = OPTIONS[option]
+                text = own["help"].replace("{selectors}", ", ".join(SELECTORS.names()))
+                command.add_argument(option.removesuffix("?"), **{**own, "help": text})
         if "words" in options:
             add_overrides(command)
         command.set_defaults(run=run, takes_words="words" in options)
@@ -357,6 +359,10 @@ def parse(words: list[str] | None) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:  # words that came after an option
         parsed.overrides += rest
+        try:
+            require_given_once(parsed.overrides)
+        except ValueError as error:
+            parser.error(str(error))
     return parsed
 
 

@@ -19,7 +19,6 @@ import tempfile
 from tqdm import tqdm
 
 from megatron_spdf.command_line import (
-    add_overrides,
     make_parser,
     number,
     output_picture,
@@ -27,7 +26,8 @@ from megatron_spdf.command_line import (
     refusing,
 )
 from megatron_spdf.recipe.load import load_recipe
-from megatron_spdf.records import to_json
+from megatron_spdf.recipe.words import add_overrides
+from megatron_spdf.records.json_writer import to_json
 from megatron_spdf.tables import Column, Table
 
 RULES = ("standard", "mup")

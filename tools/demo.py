@@ -32,9 +32,10 @@ from demo_parts.progress import Part, Progress  # noqa: E402
 from demo_parts.work import Failed, import_engines  # noqa: E402
 
 from megatron_spdf import exit_codes  # noqa: E402
-from megatron_spdf.command_line import add_overrides, make_parser, refusing, say  # noqa: E402
+from megatron_spdf.command_line import make_parser, refusing, say  # noqa: E402
 from megatron_spdf.files import require_directory, write_file  # noqa: E402
 from megatron_spdf.locks import locked  # noqa: E402
+from megatron_spdf.recipe.words import add_overrides  # noqa: E402
 
 VERSION, LOCK, DONE, TABLES = "demo.version", "demo.lock", "done", "tables.txt"
 LAST_LINES = 15  # of a log, shown on failure

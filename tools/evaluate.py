@@ -50,7 +50,7 @@ from megatron_spdf.command_line import (
 from megatron_spdf.data.finetuning.task import SPLITS, TASKS, load_examples, render_tasks
 from megatron_spdf.data.preprocess.documents import ON_ERROR
 from megatron_spdf.files import inside, require_directory
-from megatron_spdf.records import to_json
+from megatron_spdf.records.json_writer import to_json
 
 _MODES = {  # option -> what it is of
     **dict.fromkeys(("split", "data", "predictions", "references", "beams", "length_penalty",
@@ -270,6 +270,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--force", action="store_true", help="overwrite an evaluation that is there")
     add("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
+    require_one_mode(parser, options)
+    return options
+
+
+def require_one_mode(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Ends with what is wrong where options do not go together."""
     if bool(options.run) == bool(options.predictions):
         parser.error("give either RUN or --predictions")
     if bool(options.references) != bool(options.predictions):
@@ -279,7 +285,6 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         if mode not in modes and getattr(options, name) != parser.get_default(name):
             parser.error(f"--{name.replace('_', '-')} is not of --{mode} but of "
                          f"{' and '.join(f'--{other}' for other in modes)}")
-    return options
 
 
 if __name__ == "__main__":

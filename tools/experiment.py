@@ -36,7 +36,6 @@ from benchmarks.marked_page import place_on, write_between
 
 from megatron_spdf import exit_codes
 from megatron_spdf.command_line import (
-    add_overrides,
     make_parser,
     positive,
     positive_real,
@@ -45,6 +44,7 @@ from megatron_spdf.command_line import (
 )
 from megatron_spdf.files import require_directory, write_file, write_json
 from megatron_spdf.recipe.recipe import Recipe
+from megatron_spdf.recipe.words import add_overrides, overruled_by
 from megatron_spdf.reports.experiment_plot import plot_results
 from megatron_spdf.reports.frontiers import plot_frontiers
 from megatron_spdf.reports.learning_curves import plot_curves
@@ -202,9 +202,10 @@ def commands_of(trials: list[Trial], experiment: Experiment, options: argparse.N
         runs: run directory -> the run, which may be a trunk.
     """
     recipe = options.experiment.parent / experiment.recipe
-    return {trial.output: [
-        *command(options.launch, "pretrain.py", recipe, options.overrides, trial),
-        *(runs[trial.output].words if runs else [])] for trial in trials}
+    return {trial.output: command(
+        options.launch, "pretrain.py", recipe,
+        overruled_by(options.overrides, runs[trial.output].words if runs else []), trial)
+        for trial in trials}
 
 
 def chosen(experiment: Experiment, only: list[str]) -> Experiment:

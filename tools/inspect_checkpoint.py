@@ -16,7 +16,7 @@ from pathlib import Path
 from megatron_spdf.checkpoint.inspect import describe, render, verify
 from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
 from megatron_spdf.command_line import end_quietly, make_parser, refusing, say
-from megatron_spdf.records import to_json
+from megatron_spdf.records.json_writer import to_json
 
 
 @refusing

@@ -34,7 +34,7 @@ from megatron_spdf.data.indexed.inspect import (
 )
 from megatron_spdf.data.indexed.manifest import CORPUS
 from megatron_spdf.data.tokenizers.tokenizer import load_tokenizer
-from megatron_spdf.records import to_json
+from megatron_spdf.records.json_writer import to_json
 
 
 @refusing

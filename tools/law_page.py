@@ -29,7 +29,7 @@ from experiment import write_into
 from megatron_spdf import exit_codes
 from megatron_spdf.command_line import make_parser, positive, refusing, say
 from megatron_spdf.files import write_file
-from megatron_spdf.records import to_json
+from megatron_spdf.records.json_writer import to_json
 from megatron_spdf.reports.frontiers import plot_frontiers
 from megatron_spdf.reports.law_tables import (
     coefficients_table,

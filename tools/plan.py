@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_spdf.command_line import (
-    add_overrides,
     end_quietly,
     make_parser,
     number,
@@ -46,7 +45,8 @@ from megatron_spdf.planning.render import render_overview
 from megatron_spdf.planning.search import LARGEST_WORLD
 from megatron_spdf.recipe.load import load_recipe
 from megatron_spdf.recipe.recipe import AUTO, Recipe
-from megatron_spdf.records import to_json
+from megatron_spdf.recipe.words import add_overrides
+from megatron_spdf.records.json_writer import to_json
 from megatron_spdf.reports.plan_page import render_plan_page
 from megatron_spdf.runs.calibrate import calibrate, measured_step
 from megatron_spdf.runs.law_points import of_one_algorithm, trainings

@@ -128,13 +128,7 @@ OPTIONS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the tool; exit code 0, or 2 for what the user can put right, with one line saying how."""
-    parser = _make_parser()
-    options = parser.parse_args(arguments)
-    if bool(options.train_tokenizer) != bool(options.vocab_size):
-        parser.error("--train-tokenizer and --vocab-size go together")
-    if options.train_tokenizer and options.end_of_document:
-        parser.error("--end-of-document names a token of a tokenizer that is there; one that is "
-                     "trained gets <|endoftext|> or </s>")
+    options = _parse(arguments)
     # so that clean-up runs
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     partial = Partial(options.output, bool(options.split or options.by_set or options.per_shard))
@@ -168,6 +162,17 @@ def main(arguments: list[str] | None = None) -> int:
         return 128 + signal.SIGINT
     say(summarize(options.output, manifest, time.perf_counter() - started))
     return 0
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = _make_parser()
+    options = parser.parse_args(arguments)
+    if bool(options.train_tokenizer) != bool(options.vocab_size):
+        parser.error("--train-tokenizer and --vocab-size go together")
+    if options.train_tokenizer and options.end_of_document:
+        parser.error("--end-of-document names a token of a tokenizer that is there; one that is "
+                     "trained gets <|endoftext|> or </s>")
+    return options
 
 
 def _make_parser() -> argparse.ArgumentParser:

@@ -22,9 +22,10 @@ import sys
 from pathlib import Path
 
 from megatron_spdf import exit_codes
-from megatron_spdf.command_line import add_overrides, make_parser, print_words, refusing, say
+from megatron_spdf.command_line import make_parser, print_words, refusing, say
 from megatron_spdf.files import require_directory, write_json
 from megatron_spdf.recipe.finetune import Finetune, load_finetune
+from megatron_spdf.recipe.words import add_overrides, first_given, overruled_by
 from megatron_spdf.runs.grid import Trial, command, ends_grid, run_all
 from megatron_spdf.runs.selection import render, result_of, select, trials
 
@@ -34,6 +35,9 @@ def main() -> int:
     options = parse_arguments()
     finetune = load_finetune(options.recipe, options.overrides)
     chosen = trials(finetune)
+    if both := first_given(options.overrides, finetune.sweep):
+        raise ValueError(f"{both}: every run of the sweep has a value of its own; leave this word "
+                         f"out, or change its values with 'sweep={{{both}: [...]}}'")
     for trial in chosen:  # every combination is checked before the first runs
         load_finetune(options.recipe, [*options.overrides, *trial.words])
     if options.index is not None:
@@ -42,7 +46,8 @@ def main() -> int:
                              f"{len(chosen) - 1} (sbatch --array=0-{len(chosen) - 1})")
         chosen = [chosen[options.index]]
     if options.words:
-        print_words(word for trial in chosen for word in [*options.overrides, *trial.words])
+        print_words(word for trial in chosen
+                    for word in overruled_by(options.overrides, trial.words))
         return exit_codes.FINISHED
     if options.print:
         print("\n".join(map(shlex.join, commands(options, chosen).values())))

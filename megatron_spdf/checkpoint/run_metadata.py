@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -13,9 +12,11 @@ from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict
 
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
+from megatron_spdf.files import CHECKPOINT
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.recipe.recorded import as_recorded
-from megatron_spdf.records import read_json, typed
+from megatron_spdf.records.json_reader import read_json
+from megatron_spdf.records.values import typed
 from megatron_spdf.sparsity.plan import Plan
 from megatron_spdf.version import __version__
 
@@ -114,7 +115,7 @@ def read_run_record(path: Path) -> RunRecord:
     run["recipe"] = as_recorded(run["recipe"])
     typed(run["state"], RunState, f"{path}: state", REMEDY)
     typed(run["recipe"], Recipe, f"{path}: recipe", REMEDY)
-    named = re.fullmatch(r"step_(\d{8})", path.absolute().parent.name)
+    named = CHECKPOINT.fullmatch(path.absolute().parent.name)
     step = run["state"].get("step", RunState.step)
     if named and int(named[1]) != step:
         raise ValueError(f"{path} is of step {step}, and {path.parent.name} is the name of another "

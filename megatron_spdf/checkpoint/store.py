@@ -19,15 +19,23 @@ from typing import Annotated, NotRequired
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from megatron_spdf.files import FILES, PARTIAL, RUN, open_regular, publish, remove, write_json
-from megatron_spdf.records import read_json
+from megatron_spdf.files import (
+    CHECKPOINT,
+    FILES,
+    PARTIAL,
+    RUN,
+    open_regular,
+    publish,
+    remove,
+    write_json,
+)
+from megatron_spdf.records.json_reader import read_json
 from megatron_spdf.text import printable
 
 BEST = "best.json"  # beside the checkpoints: names the one with the lowest validation loss
-_NAME = re.compile(r"step_\d{8}")
 _MOST_BYTES = 1 << 30  # of a file without tensors
 _NAMED = 20  # faults that one message names
-_UNFINISHED = re.compile(r"step_\d{8}\.partial")
+_UNFINISHED = re.compile(CHECKPOINT.pattern + re.escape(PARTIAL))
 
 
 class Best(TypedDict):
@@ -62,7 +70,8 @@ def visible(directory: Path) -> list[Path]:
     """Lists the checkpoints of a run, oldest first. Each was complete when it got its name."""
     if not directory.is_dir():
         return []
-    return sorted((p for p in directory.iterdir() if _NAME.fullmatch(p.name)), key=lambda p: p.name)
+    return sorted((p for p in directory.iterdir() if CHECKPOINT.fullmatch(p.name)),
+                  key=lambda p: p.name)
 
 
 def best(directory: Path) -> Path | None:
@@ -97,7 +106,7 @@ def may_be_elsewhere(link: Path) -> bool:
         names = [path.name for path in there.iterdir()]
     except OSError:
         return False
-    ours = all(_NAME.fullmatch(n) or _UNFINISHED.fullmatch(n) or n == BEST for n in names)
+    ours = all(CHECKPOINT.fullmatch(n) or _UNFINISHED.fullmatch(n) or n == BEST for n in names)
     return owned and ours and bool(visible(there)) and not (there.parent / "recipe.yaml").exists()
 
 

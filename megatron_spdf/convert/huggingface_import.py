@@ -19,7 +19,7 @@ from megatron_spdf.convert.foreign import place_of, read_pickled, require_finite
 from megatron_spdf.data.tokenizers.base import END_FILE
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, tokenizer_files
 from megatron_spdf.paths import real
-from megatron_spdf.records import read_json
+from megatron_spdf.records.json_reader import read_json
 from megatron_spdf.text import printable
 
 T = TypeVar("T")

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_spdf.recipe.recipe import AUTO, Recipe
-from megatron_spdf.records import read_json
+from megatron_spdf.records.json_reader import read_json
 
 # Settings of DeepSpeed that the recipe decides, with the names it has for them.
 _FIELDS = {

@@ -35,32 +35,38 @@ def forward(x: Tensor, values: Tensor, mask: Mask, shape: ProgramShape,
             bias: Tensor | None = None) -> Tensor:
     """Product y = x W^T, and a bias if there is one; arguments of `triton_tiles.forward`."""
     table, out = mask.tables, x.new_empty(len(x), mask.shape[0])
-    rows, blocks = len(table.columns), triton.cdiv(len(x), shape.width)
-    programs = min(_multiprocessors(x.device), rows * blocks)
-    matrix = values.reshape(-1, table.per_row * table.size)
-    _forward[(programs,)](
-        _describe(_aligned(x), shape.width, shape.depth),
-        _describe(matrix, table.size, shape.depth), _describe(out, shape.width, table.size),
-        out if bias is None else bias, table.columns, len(matrix) // mask.slices, rows, blocks,
-        SLOTS=table.slots, PER_ROW=table.per_row, SIZE=table.size, TOKENS=shape.width,
-        DEPTH=shape.depth, BIASED=bias is not None, num_warps=shape.warps, num_stages=shape.stages)
+    _launch(_forward, x, values, out, mask, shape, (table.size, shape.depth),
+            (out if bias is None else bias, table.columns), BIASED=bias is not None)
     return out
 
 
 def input_gradient(gradient: Tensor, values: Tensor, mask: Mask, shape: ProgramShape) -> Tensor:
     """Product dx = dy W; arguments of `triton_tiles.input_gradient`."""
     table, out = mask.tables, gradient.new_empty(len(gradient), mask.shape[1])
-    columns, blocks = len(table.entries), triton.cdiv(len(gradient), shape.width)
-    programs = min(_multiprocessors(gradient.device), columns * blocks)
-    matrix = values.reshape(-1, table.per_row * table.size)
-    _input_gradient[(programs,)](
-        _describe(_aligned(gradient), shape.width, shape.depth),
-        _describe(matrix, shape.depth, table.size), _describe(out, shape.width, table.size),
-        table.entries, len(matrix) // mask.slices, columns, blocks,
-        IN_COLUMN=table.entries.shape[1], SLOTS=table.slots, PER_ROW=table.per_row,
-        SIZE=table.size, TOKENS=shape.width, DEPTH=shape.depth, num_warps=shape.warps,
-        num_stages=shape.stages)
+    _launch(_input_gradient, gradient, values, out, mask, shape, (shape.depth, table.size),
+            (table.entries,), IN_COLUMN=table.entries.shape[1])
     return out
+
+
+def _launch(kernel: triton.JITFunction, operand: Tensor, values: Tensor, out: Tensor, mask: Mask,
+            shape: ProgramShape, piece: tuple[int, int], tensors: tuple[Tensor, ...],
+            **constants: int) -> None:
+    """Starts a program a multiprocessor, or one a result where there are fewer.
+
+    Args:
+        operand: (N, in) or (N, out).
+        out: (N, out) or (N, in).
+        piece: part of a tile of `values` that a step of the loop multiplies.
+        tensors: further operands of the kernel.
+    """
+    table, blocks = mask.tables, triton.cdiv(len(operand), shape.width)
+    bands = out.shape[1] // table.size  # tile rows or tile columns
+    matrix = values.reshape(-1, table.per_row * table.size)
+    kernel[(min(_multiprocessors(operand.device), bands * blocks),)](
+        _describe(_aligned(operand), shape.width, shape.depth), _describe(matrix, *piece),
+        _describe(out, shape.width, table.size), *tensors, len(matrix) // mask.slices, bands,
+        blocks, SLOTS=table.slots, PER_ROW=table.per_row, SIZE=table.size, TOKENS=shape.width,
+        DEPTH=shape.depth, num_warps=shape.warps, num_stages=shape.stages, **constants)
 
 
 @cache

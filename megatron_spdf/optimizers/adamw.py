@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
@@ -68,10 +69,15 @@ class AdamW(Optimizer):
     def largest_first_updates(self) -> float:
         """Both moments grow from zero as 1 - beta^t, the second slower, and an old step count
         corrects neither."""
-        return max((1.0 - self.beta1**t) / math.sqrt(1.0 - self.beta2**t) for t in range(1, 1000))
+        return _largest_first_updates(self.beta1, self.beta2)
 
     def mup_rate(self, linear: bool, width: float, growth: float) -> float:
         return 1.0 / growth
+
+
+@cache  # a recipe is asked in every step what its newborn weights do
+def _largest_first_updates(beta1: float, beta2: float) -> float:
+    return max((1.0 - beta1**t) / math.sqrt(1.0 - beta2**t) for t in range(1, 1000))
 
 
 OPTIMIZERS.register("adamw", AdamW)

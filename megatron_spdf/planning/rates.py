@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from megatron_spdf.records import read_json
+from megatron_spdf.records.json_reader import read_json
 from megatron_spdf.sparsity.plan import Plan, SparseWeight
 
 FILE = Path(__file__).with_name("measured_rates.json")

@@ -11,7 +11,8 @@ from pydantic import Field, TypeAdapter
 
 from megatron_spdf.architecture.base import ARCHITECTURES, BY_ARCHITECTURE, Model
 from megatron_spdf.architecture.forms import model_of
-from megatron_spdf.records import read_json
+from megatron_spdf.files import CHECKPOINT, RUN
+from megatron_spdf.records.json_reader import read_json
 from megatron_spdf.section import PathText, Section
 from megatron_spdf.sparsity.settings import Sparsity
 
@@ -84,8 +85,9 @@ def _model_at(path: Path) -> Model:
                             [ARCHITECTURES.get(name) for name in ARCHITECTURES.names()])
         except (OSError, ValueError) as error:
             raise ValueError(f"distill.teacher={path / HUGGING_FACE} {error}") from None
-    steps = sorted(path.glob("checkpoints/step_*[0-9]/run.json"), reverse=True)  # not .partial
-    saved = [path / "run.json", *steps]
+    steps = sorted((file for file in path.glob(f"checkpoints/*/{RUN}")
+                    if CHECKPOINT.fullmatch(file.parent.name)), reverse=True)
+    saved = [path / RUN, *steps]
     found = next((file for file in saved if file.is_file()), None)
     if found is None:
         raise ValueError(f"distill.teacher={path} holds no weights, neither {HUGGING_FACE} nor a "

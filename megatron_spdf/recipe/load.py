@@ -16,7 +16,9 @@ from megatron_spdf.files import write_file
 from megatron_spdf.paths import expand_home, real
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.recipe.rules import rule_violations
-from megatron_spdf.records import MOST_NESTING, parse_yaml, read_yaml, rule_of, shown
+from megatron_spdf.records.limits import MOST_NESTING
+from megatron_spdf.records.values import rule_of, shown
+from megatron_spdf.records.yaml_reader import parse_yaml, read_yaml
 from megatron_spdf.section import ByName, SectionOf
 from megatron_spdf.sparsity.settings import normalize_sparsity
 

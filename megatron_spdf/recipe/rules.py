@@ -32,6 +32,10 @@ def rule_violations(recipe: Recipe) -> Iterator[str]:
     if recipe.kernels.cuda_graph:
         yield from _cuda_graph(recipe)
     yield from _batch(recipe)
+    if late := [step for step in recipe.checkpoint.keep_at if step > recipe.steps]:
+        yield (f"checkpoint.keep_at={recipe.checkpoint.keep_at} names step {late[0]:,}, and the "
+               f"run ends at step {recipe.steps:,} (train.tokens={recipe.train.tokens:,}); leave "
+               "it out, or train longer")
     yield from _stages(recipe)
     ends = recipe.stage_ends or [recipe.steps]
     for number, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from numpy import ndarray
 
-from megatron_spdf.records import json_lines
+from megatron_spdf.records.json_reader import json_lines
 from megatron_spdf.reports.charts import color
 from megatron_spdf.reports.panels import draw_panels, named
 from megatron_spdf.runs.experiment import Cell, loss_of, summary

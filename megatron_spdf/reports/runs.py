@@ -13,7 +13,7 @@ from typing_extensions import TypedDict
 
 from megatron_spdf.files import require_own
 from megatron_spdf.paths import real
-from megatron_spdf.records import read_json
+from megatron_spdf.records.json_reader import read_json
 from megatron_spdf.runs.measured import (
     RECIPE,
     Bytes,

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from megatron_spdf.files import leads_out
-from megatron_spdf.records import read_bytes
+from megatron_spdf.records.values import read_bytes
 from megatron_spdf.reports.document import bullets, escape, heading, key, paragraph
 from megatron_spdf.reports.pens import Pen
 from megatron_spdf.reports.runs import Logged

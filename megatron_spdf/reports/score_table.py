@@ -18,7 +18,8 @@ from typing import Annotated
 from pydantic import ConfigDict, Field
 
 from megatron_spdf.files import write_file
-from megatron_spdf.records import read_json, typed
+from megatron_spdf.records.json_reader import read_json
+from megatron_spdf.records.values import typed
 from megatron_spdf.reports.runs import Evaluation, read_all
 from megatron_spdf.runs.downstream import Tuned
 from megatron_spdf.runs.experiment import summary

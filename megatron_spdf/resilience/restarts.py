@@ -9,14 +9,13 @@ requeue a job. No engine is loaded, so that the answer comes at once.
 from __future__ import annotations
 
 import os
-import re
 import sys
 from pathlib import Path
 
 from typing_extensions import TypedDict
 
-from megatron_spdf.files import write_json
-from megatron_spdf.records import read_json
+from megatron_spdf.files import CHECKPOINT, write_json
+from megatron_spdf.records.json_reader import read_json
 
 STARTS = "starts.json"
 
@@ -66,7 +65,7 @@ def restart_refusal(run: Path) -> str:
 def newest_step(run: Path) -> int:
     """Step of the newest complete checkpoint, 0 without one."""
     names = os.listdir(run / "checkpoints") if (run / "checkpoints").is_dir() else []
-    return max((int(found[1]) for name in names if (found := re.fullmatch(r"step_(\d+)", name))),
+    return max((int(found[1]) for name in names if (found := CHECKPOINT.fullmatch(name))),
                default=0)
 
 

@@ -38,7 +38,8 @@ from scipy.stats import t as student
 from megatron_spdf.recipe.compare import changes_of_run
 from megatron_spdf.recipe.load import load_recipe, write_value
 from megatron_spdf.recipe.recipe import Recipe
-from megatron_spdf.records import read_yaml
+from megatron_spdf.recipe.words import first_given
+from megatron_spdf.records.yaml_reader import read_yaml
 from megatron_spdf.runs.budget import sized
 from megatron_spdf.runs.downstream import Downstream
 from megatron_spdf.runs.grid import Trial, combinations, labeled_axes
@@ -213,8 +214,8 @@ def make_cell(trial: Trial, seeds: list[int], recipe: Path, words: list[str]) ->
     if both := trial.values.keys() & own:
         raise ValueError(f"{min(both)} is given by seeds, and {trial.labels} would give another; "
                          "leave it out of the axes")
-    if both := {word.partition("=")[0] for word in words} & {*trial.values, *own, "output"}:
-        raise ValueError(f"{min(both)}: every run of the grid has a value of its own; change the "
+    if both := first_given(words, {*trial.values, *own, "output"}):
+        raise ValueError(f"{both}: every run of the grid has a value of its own; change the "
                          "grid's file, or leave this word out")
     values = with_size(trial, trial.values, recipe, words)
     seeded = {seed: replace(trial, values={**values, "seed": seed, "sparsity.seed": seed},

@@ -24,6 +24,7 @@ from typing import Any
 from megatron_spdf import exit_codes
 from megatron_spdf.files import open_to_append, require_directory
 from megatron_spdf.recipe.load import write_value
+from megatron_spdf.recipe.words import overruled_by
 from megatron_spdf.section import parse_count
 
 NAME_BYTES = 255 - len(".txt")  # of a file name on common file systems; logs stand beside
@@ -163,10 +164,11 @@ def command(launch: str, script: str, recipe: str | Path, overrides: Sequence[st
     Args:
         launch: command that starts a script; empty: this Python, one process.
         script: pretrain.py or finetune.py.
+        overrides: of every run, of which those of the trial are stronger.
     """
     path = Path(__file__).resolve().parents[2] / script
-    return [*shlex.split(launch or sys.executable), str(path), str(recipe), *overrides,
-            *trial.words]
+    return [*shlex.split(launch or sys.executable), str(path), str(recipe),
+            *overruled_by(overrides, trial.words)]
 
 
 def run_all(commands: Mapping[Path, Sequence[str]], jobs: int | None = None,

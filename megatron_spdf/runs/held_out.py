@@ -17,7 +17,7 @@ from typing import Annotated
 from pydantic import ConfigDict, Field
 
 from megatron_spdf.files import write_file
-from megatron_spdf.records import typed
+from megatron_spdf.records.values import typed
 from megatron_spdf.runs.budget import active_weights, average_weights, linear_weights
 from megatron_spdf.runs.experiment import Cell, Experiment
 from megatron_spdf.runs.loss_table import LossRow

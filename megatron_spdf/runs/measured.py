@@ -12,7 +12,9 @@ from typing_extensions import TypedDict
 from megatron_spdf.files import require_own
 from megatron_spdf.recipe.recipe import AUTO, Recipe
 from megatron_spdf.recipe.recorded import as_recorded
-from megatron_spdf.records import json_lines, read_json, read_yaml, typed
+from megatron_spdf.records.json_reader import json_lines, read_json
+from megatron_spdf.records.values import typed
+from megatron_spdf.records.yaml_reader import read_yaml
 from megatron_spdf.sparsity.plan import Plan
 
 RECIPE, LOG, MICRO_BATCHES = "recipe.yaml", "log.jsonl", "micro_batch.json"

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_spdf.checkpoint import store
+from megatron_spdf.checkpoint.run_metadata import read_run_record
 from megatron_spdf.checkpoint.shared_files import check_shared
 from megatron_spdf.exit_codes import GUARD_STOPPED
 from megatron_spdf.files import (
@@ -26,7 +27,9 @@ from megatron_spdf.recipe.finetune import Finetune, load_finetune
 from megatron_spdf.recipe.load import save_recipe
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.recipe.recorded import as_recorded
-from megatron_spdf.records import read_json, read_yaml, typed
+from megatron_spdf.records.json_reader import read_json
+from megatron_spdf.records.values import typed
+from megatron_spdf.records.yaml_reader import read_yaml
 from megatron_spdf.resilience import restarts
 
 RECIPE = "recipe.yaml"
@@ -173,9 +176,13 @@ class RunDir:
         """Counts a start, once before the ranks of a batch job, and makes the directory.
 
         Raises:
-            ValueError: the directory cannot be written.
+            ValueError: the directory cannot be written, or the newest checkpoint is not one that a
+                run goes on from, as far as the record of it and the sizes of its files tell.
             RestartLimit: too many starts in a row made no checkpoint.
         """
+        if there := store.visible(self.checkpoints):
+            store.verify(there[-1], checksums=False)
+            read_run_record(there[-1] / store.RUN)
         with self._writing():
             restarts.count_start(self.root, self.recipe.fault_tolerance.max_starts)
 

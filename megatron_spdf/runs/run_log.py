@@ -16,7 +16,9 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from megatron_spdf.files import open_to_append, write_file
-from megatron_spdf.records import Unreadable, parse_json, to_json
+from megatron_spdf.records.json_reader import parse_json
+from megatron_spdf.records.json_writer import to_json
+from megatron_spdf.records.values import Unreadable
 from megatron_spdf.runs.measured import Record
 from megatron_spdf.runs.run_dir import RunDir
 from megatron_spdf.runs.writers.base import Writer

@@ -43,7 +43,8 @@ class Run:
     @property
     def words(self) -> list[str]:
         """Overrides of the run as a trunk, beside those of its trial."""
-        return [f"checkpoint.keep_at={json.dumps(self.keep)}"] if self.keep else []
+        kept = sorted({*self.keep, *self.recipe.checkpoint.keep_at})
+        return [f"checkpoint.keep_at={json.dumps(kept)}"] if self.keep else []
 
     def prepare(self) -> bool:
         """Makes the run directory of a branch, unless there is one, or no checkpoint for it.

@@ -21,7 +21,7 @@ from megatron_spdf.model.batch import MicroBatch
 from megatron_spdf.planning.search import LARGEST_MICRO_BATCH, USABLE
 from megatron_spdf.recipe.recipe import AUTO, Recipe
 from megatron_spdf.recipe.rules import rule_violations
-from megatron_spdf.records import read_json
+from megatron_spdf.records.json_reader import read_json
 from megatron_spdf.resilience.progress import PROGRESS
 from megatron_spdf.runs.measured import MICRO_BATCHES, Choice
 from megatron_spdf.runs.run_dir import RunDir

@@ -22,7 +22,7 @@ from megatron_spdf import exit_codes
 from megatron_spdf.checkpoint.run_metadata import INITIAL, Masks
 from megatron_spdf.checkpoint.shared_files import newest_of_all
 from megatron_spdf.checkpoint.store import step_of
-from megatron_spdf.command_line import add_overrides, make_parser, print_words, say
+from megatron_spdf.command_line import make_parser, print_words, say
 from megatron_spdf.data.indexed.tokens import DataFault, NoToken
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
 from megatron_spdf.locks import Held
@@ -30,6 +30,7 @@ from megatron_spdf.parallel.ranks import destroy, init_distributed
 from megatron_spdf.recipe.finetune import Finetune
 from megatron_spdf.recipe.help import render_help
 from megatron_spdf.recipe.recipe import Recipe
+from megatron_spdf.recipe.words import add_overrides
 from megatron_spdf.resilience.restarts import RestartLimit
 from megatron_spdf.resilience.signals import StopRequest
 from megatron_spdf.resilience.startup_check import Unhealthy

@@ -1,10 +1,8 @@
 import importlib
 import io
-import json
 import os
 import subprocess
 import sys
-import sysconfig
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest.mock import patch
@@ -14,6 +12,7 @@ import yaml
 from forked_ranks import FORKED
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from small_corpus import make_corpus  # noqa: E402
 from warm_commands import Warm  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,18 +34,7 @@ def workplace(tmp_path_factory):
     """A directory with data/train and data/valid, made by the tool from real text, and
     recipe.yaml."""
     place = tmp_path_factory.mktemp("workplace")
-    library = Path(sysconfig.get_paths()["stdlib"])
-    (place / "text").mkdir()
-    for name in ("argparse", "ast", "calendar", "datetime"):
-        record = {"text": (library / f"{name}.py").read_text()}
-        (place / "text" / f"{name}.jsonl").write_text(json.dumps(record) + "\n")
-    tool = [sys.executable, "-W", "ignore", str(ROOT / "tools/preprocess_data.py"), "--tokenizer",
-            "tokenizer"]
-    make = ["--train-tokenizer", "bpe", "--vocab-size", "300"]
-    for inputs, output, extra in (("text/[a-b]*.jsonl", "data/train", make),
-                                  ("text/c*.jsonl", "data/valid", [])):
-        subprocess.run([*tool, "--input", inputs, "--output", output, *extra], cwd=place,
-                       check=True)
+    make_corpus(place)
     recipe = RECIPE | {"output": "run",
                        "data": {"train": "data/train", "valid": "data/valid", "workers": 0}}
     (place / "recipe.yaml").write_text(yaml.safe_dump(recipe))

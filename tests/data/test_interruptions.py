@@ -3,6 +3,7 @@ byte for byte."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -11,7 +12,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections import deque
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,9 +24,11 @@ from text_shards import ROOT, content, records, write_shard
 
 from megatron_spdf.data.indexed.manifest import InputFile, PreprocessSettings
 from megatron_spdf.data.preprocess import incremental
+from megatron_spdf.data.preprocess.encode import RecordBatch
 from megatron_spdf.data.preprocess.incremental import AppendFile, FinishedInput, Journal, Work
 from megatron_spdf.data.preprocess.preprocess import preprocess
 from megatron_spdf.data.preprocess.staging import Partial
+from megatron_spdf.data.preprocess.workers import Workers
 from megatron_spdf.data.tokenizers.tokenizer import load_tokenizer
 
 KINDS = {
@@ -181,6 +186,34 @@ def test_a_dead_worker_ends_the_run_with_a_remedy(shards, tmp_path, tiny_bpe):
     said = finish(run, code=2)
     assert "a worker process died near" in said and "take fewer --workers" in said
     assert "the same command goes on from there" in said
+
+
+def make_large(batch: RecordBatch) -> bytes:
+    """In place of an encoder: a result of many pieces, at most of whose moments it is handed
+    back."""
+    return bytes(8 << 20)
+
+
+@pytest.mark.parametrize("milliseconds", [0, 3, 6, 10, 15, 20])
+def test_a_worker_that_dies_in_the_middle_of_a_result_ends_the_run(milliseconds):
+    """The others keep the pool's pipes open, were these not each worker's own."""
+    batches = (RecordBatch(Path("a.jsonl"), [(line, b"")], size=1 << 20, bytes_read=0)
+               for line in itertools.count(1))
+    workers, said = Workers(make_large, 2), []
+
+    def run() -> None:
+        results = workers.map(batches)
+        next(results)
+        threading.Timer(milliseconds / 1000, workers.processes[0].kill).start()
+        with pytest.raises(RuntimeError, match="a worker process died near a.jsonl, line") as info:
+            deque(results, maxlen=0)
+        workers.close()
+        said.append(str(info.value))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert said
 
 
 def interrupted(directory: Path, tiny_bpe: Path, **settings) -> list[Path]:

@@ -12,7 +12,7 @@ from pages import ALL, MEASURED, PAGES, ROOT, STARTS, Block, commands, name, spa
 
 from megatron_spdf.recipe.finetune import load_finetune
 from megatron_spdf.recipe.load import make_recipe, recipe_values
-from megatron_spdf.records import parse_yaml
+from megatron_spdf.records.yaml_reader import parse_yaml
 
 BASE, TASK = ROOT / "configs/pretrain/gpt2_small_s75.yaml", ROOT / "configs/finetune/jsonl.yaml"
 MADE_BY_USERS = "launch/site.sh"

@@ -67,6 +67,9 @@ EDGES = {
     "warm-up of what is trained": (  # eleven steps are nearer
         ["train.tokens=2521", "optimizer.warmup_tokens=2639"],
         ["train.tokens=2519", "optimizer.warmup_tokens=2400"], "2,400 is not under"),
+    "a step that is kept": (["checkpoint.keep_at=[3, 10]"], ["checkpoint.keep_at=[3, 11]"],
+                            "checkpoint.keep_at=[3, 11] names step 11, and the run ends at step "
+                            "10"),
     "offload": (["engine=deepspeed", "parallel.offload=true", "parallel.zero_stage=1"],
                 ["engine=deepspeed", "parallel.offload=true", "parallel.zero_stage=0"],
                 "parallel.offload=true needs sharded optimizer state, and parallel.zero_stage=0"),

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+from types import SimpleNamespace
 
 import pytest
 
+from megatron_spdf.checkpoint import store
+from megatron_spdf.checkpoint.run_metadata import run_record, seeded_masks
 from megatron_spdf.recipe.load import load_recipe
 from megatron_spdf.runs.run_dir import RECIPE, RunDir
+from megatron_spdf.sparsity.plan import Plan
 
 
 @pytest.fixture
@@ -17,6 +22,38 @@ def claimed(recipe):
     run.check()
     run.create()
     return run
+
+
+@pytest.fixture
+def saved(recipe):
+    """A run with a checkpoint of step 4, as far as files tell."""
+    run = RunDir(recipe())
+    run.create()
+    partial = run.checkpoints / f"step_00000004{store.PARTIAL}"
+    partial.mkdir(parents=True)
+    record = run_record(run.recipe, Plan.of(run.recipe), SimpleNamespace(kind="x", sha256="0"),
+                        seeded_masks(Plan.of(run.recipe)), "there", {"step": 4, "tokens": 9}, {})
+    (partial / store.RUN).write_text(json.dumps(record))
+    (partial / "common.pt").write_bytes(b"123")
+    store.complete(partial, {name: store.describe(partial / name)
+                             for name in (store.RUN, "common.pt")})
+    return run
+
+
+@pytest.mark.parametrize(("harm", "said"), [
+    (lambda there: there.rename(there.with_name("step_00000008")),
+     "step_00000008 is the name of another step's checkpoint; if it was renamed, call it step_0+4"),
+    (lambda there: (there / "common.pt").write_bytes(b"12"), "has 2 bytes instead of 3"),
+    (lambda there: (there / store.FILES).unlink(), "cannot be read"),
+])
+def test_a_checkpoint_that_no_run_goes_on_from_is_refused_before_the_ranks(saved, harm, said):
+    saved.preflight()
+    harm(saved.checkpoints / "step_00000004")
+    saved.check()
+    before = (saved.root / "starts.json").read_text()
+    with pytest.raises(ValueError, match=said):
+        saved.preflight()
+    assert (saved.root / "starts.json").read_text() == before  # it was no start
 
 
 def test_new_directory_is_accepted_and_not_yet_made(recipe):

@@ -143,6 +143,7 @@ def test_a_run_that_diverges_loses_and_one_that_is_stopped_stops_the_sweep(sweep
     ("{optimizer.warmup_steps: [1, 99]}", [], "optimizer.warmup_steps=99: optimizer.warmup_steps"),
     ("{train.sequence_length: [8, 64]}", [], "train.sequence_length=64"),
     ("{data.path: [data, missing]}", [], "data.path=missing: "),
+    (TWO_BY_TWO, ["optimizer.lr=1"], "optimizer.lr: every run of the sweep has a value of its own"),
     ("{mode: [dense, sparse]}", [], "mode=sparse: mode=sparse keeps the mask of the start"),
 ])
 def test_bad_sweep_is_refused_before_anything_runs(sweep, tmp_path, values, words, said):

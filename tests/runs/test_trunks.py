@@ -52,6 +52,13 @@ def test_the_longest_run_of_a_cell_and_a_seed_is_the_trunk_of_the_others(write):
         assert {run.recipe.seed for run in chain} == {trunk.recipe.seed}
 
 
+def test_a_trunk_keeps_what_its_user_keeps_too(write):
+    path = write(masks={"dense": {"sparsity.level": 0}}, lengths=(20, 40))
+    grid = cells(load_experiment(path), path, ["checkpoint.keep_at=[5]"])
+    (trunk, _), *_ = with_trunks((cell.trials[1], cell.recipes[1]) for cell in grid)
+    assert trunk.keep == [16] and trunk.words == ["checkpoint.keep_at=[5, 16]"]
+
+
 @pytest.mark.parametrize(("masks", "optimizer"), [
     ({"sparsity.level": 0.75}, {"decay_share": 1.0}),
     # the fraction that dies follows the length, as gradual pruning does

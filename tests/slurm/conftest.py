@@ -10,7 +10,8 @@ from collections.abc import Iterator
 
 import pytest
 import yaml
-from local_cluster import HERE, RECIPE, ROOT, Cluster, install_slurm, make_corpus
+from local_cluster import HERE, RECIPE, ROOT, Cluster, install_slurm
+from small_corpus import make_corpus
 
 
 @pytest.fixture(scope="session")

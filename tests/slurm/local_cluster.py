@@ -7,8 +7,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
-import sysconfig
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -105,21 +103,6 @@ class Cluster:
         for job in jobs:
             self.until(lambda job=job: self.state(job) in ENDED, "end", seconds=seconds, job=job)
         return [f"{self.state(job)} {self.field(job, 'ExitCode').split(':')[0]}" for job in jobs]
-
-
-def make_corpus(place: Path) -> None:
-    library = Path(sysconfig.get_paths()["stdlib"])
-    (place / "text").mkdir()
-    for name in ("argparse", "ast", "calendar"):
-        record = {"text": (library / f"{name}.py").read_text()}
-        (place / "text" / f"{name}.jsonl").write_text(json.dumps(record) + "\n")
-    tool = [sys.executable, "-W", "ignore", str(ROOT / "tools/preprocess_data.py"), "--tokenizer",
-            "tokenizer"]
-    make = ["--train-tokenizer", "bpe", "--vocab-size", "300"]
-    for inputs, output, extra in (("text/a*.jsonl", "data/train", make),
-                                  ("text/c*.jsonl", "data/valid", [])):
-        subprocess.run([*tool, "--input", inputs, "--output", output, *extra], cwd=place,
-                       check=True, capture_output=True)
 
 
 def records(run: Path) -> list[dict]:

@@ -91,7 +91,8 @@ def test_the_chain_shows_its_commands_before_it_submits_them(cluster):
     assert len(lines) == 6 and all(line.startswith("'sbatch'") for line in lines)
     assert ["'--nodes=2'" in line for line in lines] == [True] + [False] * 5
     assert "'--dependency=afterok:<evaluate e2e>:<evaluate dart>'" in lines[-1]
-    assert "'train.epochs=3' 'train.epochs=2'" in lines[3] and "'train.epochs=2'" not in lines[1]
+    assert "'train.epochs=2'" in lines[3] and "'train.epochs=3'" not in lines[3]  # of the task
+    assert "'train.epochs=3'" in lines[1] and "'train.epochs=2'" not in lines[1]
     assert cluster.run("squeue", "--noheader", "--states=all").stdout == before
 
 
@@ -100,6 +101,9 @@ def test_the_chain_shows_its_commands_before_it_submits_them(cluster):
     (("nowhere", "e2e"), "there is no recipe 'nowhere'; choose one of"),
     (("recipe.yaml", "e2e,nothing"), "there is no recipe 'nothing'; choose one of"),
     (("recipe.yaml", "e2e", "sparsity=2"), "sparsity.level=2"),
+    (("recipe.yaml", "e2e", "finetune.optimizer.lr=fast"), "optimizer.lr='fast'"),
+    (("recipe.yaml", "e2e", "finetune.output=elsewhere"), "output is given twice"),
+    (("recipe.yaml", "e2e,dart", "dart.seed=1", "dart.seed=2"), "seed is given twice"),
 ])
 def test_a_chain_that_cannot_work_submits_nothing(cluster, words, said):
     done = cluster.run(str(cluster.root / "launch/spdf.sh"), *words, check=False)

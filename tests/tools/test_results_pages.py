@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_spdf.records import read_json
+from megatron_spdf.records.json_reader import read_json
 from megatron_spdf.runs.experiment import cells, load_experiment, summary
 from megatron_spdf.runs.held_out import labels_of, of_form, read_predictions
 from megatron_spdf.runs.loss_table import LossRow, read_table

@@ -19,7 +19,7 @@ from typing_extensions import TypedDict
 
 from benchmarks import marked_page, suite
 from megatron_spdf.files import write_file, write_json
-from megatron_spdf.records import read_json
+from megatron_spdf.records.json_reader import read_json
 from megatron_spdf.tables import Column, Table
 
 MARK = "gpu"

@@ -17,6 +17,7 @@ from demo_parts.tables import fine_tuning_table, plot_losses, pretraining_table
 from demo_parts.work import ROOT, Work, command, in_order, steps_done
 from megatron_spdf.recipe.finetune import load_finetune
 from megatron_spdf.recipe.load import load_recipe
+from megatron_spdf.recipe.words import overruled_by
 from megatron_spdf.reports.runs import Logged, read_all
 
 RECIPE, FINETUNE = ROOT / "configs/pretrain/demo.yaml", ROOT / "configs/finetune/demo.yaml"
@@ -81,9 +82,10 @@ class Demo:
 
     def _pretrain(self, name: str) -> Part:
         run, steps = self.runs[name], self._recipe.steps
-        words = [RECIPE, f"output={run}", f"data.train={self.output}/data/train",
-                 f"data.valid={self.output}/data/valid", WHOLE_BATCH, *self._overrides,
-                 f"sparsity={MODELS[name][1]}"]
+        own = [f"output={run}", f"data.train={self.output}/data/train",
+               f"data.valid={self.output}/data/valid", WHOLE_BATCH]
+        words = [RECIPE, *overruled_by(overruled_by(own, self._overrides),
+                                       [f"sparsity={MODELS[name][1]}"])]
         return Part(f"pre-training, {name}", SECONDS["pre-training"], [
             command(["pretrain.py", *words], self._log(run.name), self._recipe.parallel.world,
                     partial(steps_done, run, steps))],

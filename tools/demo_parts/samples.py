@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_spdf.files import write_json
-from megatron_spdf.records import read_json
+from megatron_spdf.records.json_reader import read_json
 
 BEGINNING = "    def read(self"  # that the pre-trained model goes on from
 TOKENS, TEMPERATURE, TOP_P, SEED = 72, 0.7, 0.9, 1

@@ -25,7 +25,8 @@ from functools import partial
 from pathlib import Path
 
 from megatron_spdf.files import open_to_append
-from megatron_spdf.records import Unreadable, parse_json
+from megatron_spdf.records.json_reader import parse_json
+from megatron_spdf.records.values import Unreadable
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_SECONDS = 30.0  # for a run that is asked to save and end

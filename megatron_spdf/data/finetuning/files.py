@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_spdf.records import Unreadable, foreign_record, read_bytes
+from megatron_spdf.records.foreign import foreign_record
+from megatron_spdf.records.values import Unreadable, read_bytes
 
 MOST_BYTES = 1 << 30  # of a data set in one JSON value
 

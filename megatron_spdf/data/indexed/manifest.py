@@ -20,7 +20,7 @@ from megatron_spdf.data.indexed.index_file import (
     read_index_header,
 )
 from megatron_spdf.data.preprocess.records import MAX_RECORD_BYTES, Skipped
-from megatron_spdf.records import read_json
+from megatron_spdf.records.json_reader import read_json
 
 CORPUS = "corpus.json"
 NO_MANIFEST = f"it is not a manifest of format version 1. {REBUILD}"

@@ -23,7 +23,8 @@ from megatron_spdf.data.preprocess.records import (
 )
 from megatron_spdf.files import require_fetched
 from megatron_spdf.paths import named_by, same_file
-from megatron_spdf.records import Unreadable, describe, foreign_record
+from megatron_spdf.records.foreign import describe, foreign_record
+from megatron_spdf.records.values import Unreadable
 
 __all__ = ["MAX_RECORDED_SKIPS", "ON_ERROR", "ReadReport", "Skipped"]
 

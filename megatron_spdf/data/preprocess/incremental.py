@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict
 from megatron_spdf.data.indexed.manifest import Counts, InputFile, PreprocessSettings, file_of
 from megatron_spdf.data.preprocess.records import Skipped
 from megatron_spdf.files import open_to_append, write_file
-from megatron_spdf.records import Unreadable, parse_json, read_json
+from megatron_spdf.records.json_reader import parse_json, read_json
+from megatron_spdf.records.values import Unreadable
 
 # Inputs smaller than this, in bytes of tokens, are made safe together: a sync takes milliseconds.
 _SYNC_BYTES = 1 << 20

@@ -19,7 +19,8 @@ import numpy as np
 from megatron_spdf.data.pretraining.index_cache import built_once
 from megatron_spdf.data.pretraining.sources import Source
 from megatron_spdf.files import new_file, write_json
-from megatron_spdf.records import read_json, typed
+from megatron_spdf.records.json_reader import read_json
+from megatron_spdf.records.values import typed
 
 HISTORY = "blend.json"
 

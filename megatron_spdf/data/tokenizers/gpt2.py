@@ -14,7 +14,7 @@ from megatron_spdf.data.tokenizers.base import (
     too_small_a_corpus,
     well_formed,
 )
-from megatron_spdf.records import parse_json
+from megatron_spdf.records.json_reader import parse_json
 
 # Unicode's White_Space, which is what \s means to tiktoken; to Python it means more.
 _BLANKS = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"

@@ -12,7 +12,7 @@ import numpy as np
 from megatron_spdf.data.tokenizers.base import END_OF_DOCUMENT, Tokenizer, well_formed
 from megatron_spdf.data.tokenizers.gpt2 import Gpt2Bpe
 from megatron_spdf.data.tokenizers.special_tokens import unspellable
-from megatron_spdf.records import parse_json
+from megatron_spdf.records.json_reader import parse_json
 
 
 class HuggingFace(Tokenizer):

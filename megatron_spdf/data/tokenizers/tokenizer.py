@@ -25,7 +25,7 @@ from megatron_spdf.data.tokenizers.huggingface import HuggingFace
 from megatron_spdf.data.tokenizers.sentencepiece import SentencePiece
 from megatron_spdf.files import open_regular, require_fetched
 from megatron_spdf.paths import real
-from megatron_spdf.records import read_json
+from megatron_spdf.records.json_reader import read_json
 
 __all__ = ["Tokenizer", "load_tokenizer", "tokenizer_files", "train_tokenizer"]
 

@@ -19,7 +19,7 @@ from pydantic_core import PydanticCustomError
 
 from megatron_spdf.files import write_json
 from megatron_spdf.recipe.recipe import LOG_WRITERS
-from megatron_spdf.records import read_json
+from megatron_spdf.records.json_reader import read_json
 from megatron_spdf.runs.writers.base import Writer
 from megatron_spdf.version import __version__
 

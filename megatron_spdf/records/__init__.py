@@ -1,0 +1,1 @@
+"""JSON and YAML: read within bounds, without ambiguity, of the types asked for."""
