@@ -29,9 +29,9 @@ from megatron_spdf.training.job import Job, open_run, parse_arguments, preflight
 
 def main() -> int:
     """Checks everything that can be checked without a device, then trains."""
-    description = f"{__doc__}\ntasks:\n{render_tasks()}\n"
-    options = parse_arguments(description, Finetune, "configs/finetune")
     with refusals():
+        description = f"{__doc__}\ntasks:\n{render_tasks()}\n"
+        options = parse_arguments(description, Finetune, "configs/finetune")
         ranks = find_ranks()
         finetune = load_finetune(options.recipe, options.overrides, ranks.world)
         if options.print_output:

@@ -33,8 +33,8 @@ from megatron_spdf.training.teacher import Teacher
 
 def main() -> int:
     """Checks everything that can be checked without a device, then trains."""
-    options = parse_arguments(__doc__, Recipe, "configs/pretrain")
     with refusals():
+        options = parse_arguments(__doc__, Recipe, "configs/pretrain")
         ranks = find_ranks()
         recipe = load_recipe(options.recipe, options.overrides, ranks.world)
         stages = stages_of(recipe)  # one, where the recipe names none
