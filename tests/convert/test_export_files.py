@@ -7,11 +7,12 @@ import json
 
 import pytest
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 from small_models import gpt2_tensors, make_recipe, make_tokenizer
 
 from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
-from megatron_spdf.convert.huggingface_export import export, in_memory, model_card
+from megatron_spdf.convert.huggingface_export import DTYPES, export, in_memory, model_card
 from megatron_spdf.convert.initial_checkpoint import write_initial_checkpoint
 from megatron_spdf.convert.source import open_weights
 
@@ -64,6 +65,23 @@ def test_tensors_are_those_of_the_model(source, tmp_path, dtype, kind):
         "tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>",
         "bos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "model_max_length": 10,
         "clean_up_tokenization_spaces": False, "add_prefix_space": False}
+
+
+@pytest.mark.parametrize("kilobytes", [2, 3, 5])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_files_are_cut_as_transformers_cuts_them(source, tmp_path, dtype, kilobytes):
+    export(source(), tmp_path / "out", dtype, shard_size=kilobytes / 1e6)
+    theirs = {name: tensor.to(DTYPES[dtype]) for name, tensor in gpt2_tensors().items()}
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    order = dict.fromkeys(index["weight_map"])
+    cut = split_torch_state_dict_into_shards({name: theirs[name] for name in order},
+                                             max_shard_size=1000 * kilobytes)
+    assert len(cut.filename_to_tensors) > 2 and index["weight_map"] == cut.tensor_to_filename
+    assert index["metadata"] == {"total_size": cut.metadata["total_size"]}
+    for file, names in cut.filename_to_tensors.items():
+        found = read(tmp_path / "out" / file)
+        assert found.keys() == set(names)
+        assert all(torch.equal(found[name], theirs[name]) for name in names)
 
 
 @pytest.mark.parametrize("select", ["random", "magnitude"])
