@@ -78,19 +78,21 @@ def _everything(place: str, seen: set[tuple[int, int]] | None = None) -> Iterato
     Args:
         seen: devices and inodes of the directories that were walked.
     """
-    yield ""
     seen = set() if seen is None else seen
-    try:
-        here = os.stat(place or os.curdir)
-        if (here.st_dev, here.st_ino) in seen:
+    here = place or os.curdir
+    if os.path.isdir(here):
+        found = os.stat(here)
+        if (found.st_dev, found.st_ino) in seen:
             return
-        entries = sorted(os.listdir(place or os.curdir))
+        seen.add((found.st_dev, found.st_ino))
+    yield ""
+    try:
+        names = sorted(name for name in os.listdir(here) if not name.startswith("."))
     except OSError:  # a file, or what may not be read
         return
-    seen.add((here.st_dev, here.st_ino))
-    for name in (name for name in entries if not name.startswith(".")):
-        yield from (os.path.join(name, found) if found else name
-                    for found in _everything(os.path.join(place, name), seen))
+    for name in names:
+        yield from (os.path.join(name, below) if below else name
+                    for below in _everything(os.path.join(place, name), seen))
 
 
 def same_file(paths: list[Path]) -> tuple[Path, Path] | None:

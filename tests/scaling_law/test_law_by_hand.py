@@ -162,8 +162,9 @@ def test_coefficients_that_can_change_together_are_named():
 
 @pytest.mark.parametrize(("count", "said"), [(7, 0), (6, 1)])
 def test_seven_coefficients_need_seven_runs_of_three_values_each(count, said):
-    grid = [Point(s, n, d, 1.0 + s) for s, n, d in ((0.0, 1, 1), (0.5, 2, 2), (0.75, 3, 3), (0, 1, 2),
-                                                (0.5, 1, 3), (0.75, 2, 1), (0, 2, 3))][:count]
+    grid = [Point(s, n, d, 1.0 + s) for s, n, d in (
+        (0.0, 1, 1), (0.5, 2, 2), (0.75, 3, 3), (0, 1, 2), (0.5, 1, 3), (0.75, 2, 1), (0, 2, 3))
+        ][:count]
     assert len(shortcomings(grid)) == said
     near = [replace(p, sparsity=round(p.sparsity / 1e5, 6)) for p in grid]  # one, to four digits
     assert any("1 different sparsities" in text for text in shortcomings(near))
