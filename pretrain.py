@@ -16,7 +16,7 @@ from __future__ import annotations
 import sys
 
 from megatron_spdf import exit_codes
-from megatron_spdf.command_line import print_words
+from megatron_spdf.command_line import hear_interrupts, print_words
 from megatron_spdf.data.pretraining.corpus import check_corpus
 from megatron_spdf.data.tokenizers.base import render_padding
 from megatron_spdf.model.parametrization import render_parametrization
@@ -33,8 +33,8 @@ from megatron_spdf.training.teacher import Teacher
 
 def main() -> int:
     """Checks everything that can be checked without a device, then trains."""
-    options = parse_arguments(__doc__, Recipe, "configs/pretrain")
     with refusals():
+        options = parse_arguments(__doc__, Recipe, "configs/pretrain")
         ranks = find_ranks()
         recipe = load_recipe(options.recipe, options.overrides, ranks.world)
         stages = stages_of(recipe)  # one, where the recipe names none
@@ -72,4 +72,5 @@ def summarize(stage: RunStage) -> str:
 
 
 if __name__ == "__main__":
+    hear_interrupts()
     sys.exit(main())

@@ -165,3 +165,17 @@ def end_quietly() -> None:
     traceback."""
     for number in (signal.SIGINT, signal.SIGPIPE):
         signal.signal(number, signal.SIG_DFL)
+
+
+def hear_interrupts() -> None:
+    """Makes an interrupt a KeyboardInterrupt, so that what is under way is put in order, and no
+    traceback of one that nobody catches: Python ends with the signal, which a shell takes for
+    status 130. What was started with interrupts ignored goes on ignoring them."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def say_all_else(kind, error, trace, say=sys.excepthook) -> None:
+        if not issubclass(kind, KeyboardInterrupt):
+            say(kind, error, trace)
+
+    sys.excepthook = say_all_else

@@ -75,13 +75,14 @@ def load_plugins() -> None:
     """Imports the modules that the environment names.
 
     Raises:
-        ValueError: one is not on Python's path.
+        FileNotFoundError: one is not on Python's path. The recipe that asks for it is not wrong, as
+            a ValueError in its validation would say.
     """
     for name in filter(None, os.environ.get(PLUGINS, "").split(",")):
         try:
             importlib.import_module(name.strip())
         except ModuleNotFoundError as error:
-            raise ValueError(
+            raise FileNotFoundError(
                 f"{PLUGINS} names {name.strip()!r}, which cannot be imported ({error}); "
                 "put its directory on PYTHONPATH or leave it out"
             ) from None

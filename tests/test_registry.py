@@ -53,6 +53,6 @@ def test_plugins_of_the_environment_are_imported(tmp_path, monkeypatch):
     assert sys.a_plugin_was_here and sys.another_was_here
     monkeypatch.setenv("SPDF_PLUGINS", "no_such_plugin")
     load_plugins.cache_clear()
-    with pytest.raises(ValueError, match="SPDF_PLUGINS names 'no_such_plugin'.*PYTHONPATH"):
+    with pytest.raises(FileNotFoundError, match="SPDF_PLUGINS names 'no_such_plugin'.*PYTHONPATH"):
         load_plugins()
     load_plugins.cache_clear()

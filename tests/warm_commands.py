@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "distributed"))
-from harness import forks  # noqa: E402
+from harness import end_with_tests, forks  # noqa: E402
 
 SAID = ("output", "errors")  # files of what a command writes
 
@@ -89,6 +89,7 @@ def run_warm(command: Sequence[str | Path], place: Path, env: dict[str, str],
 
 def _main(command: list[str], place: str, env: dict[str, str], said: str) -> None:
     """The course of an interpreter that is given a script, from its arguments to its exit."""
+    end_with_tests()
     for descriptor, name in enumerate(SAID, 1):
         file = os.open(Path(said, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(file, descriptor)

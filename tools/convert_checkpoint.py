@@ -29,6 +29,7 @@ from pathlib import Path
 from megatron_spdf.architecture.base import ARCHITECTURES
 from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
 from megatron_spdf.command_line import (
+    hear_interrupts,
     make_parser,
     path_text,
     positive,
@@ -309,11 +310,11 @@ OPTIONS = {
                          help=f"most of a file of weights (default: {SHARD_GB})"),
     "--sparsity": dict(metavar="S", help="short for the word sparsity=S"),
     "--select": dict(default="random", metavar="NAME",
-                     help=f"weights that stay, one of {', '.join(SELECTORS.names())}; random "
-                          "(default): the recipe's masks; magnitude: the largest in each of the "
-                          "slices a weight is cut into; wanda, sparsegpt: by the inputs of each "
-                          "weight, sparsegpt changes what stays; "
-                          "nonzero: the masks that are in the weights, as they are"),
+                     help="weights that stay, one of {selectors}; random (default): the "
+                          "recipe's masks; magnitude: the largest in each of the slices a weight "
+                          "is cut into; wanda, sparsegpt: by the inputs of each weight, sparsegpt "
+                          "changes what stays; nonzero: the masks that are in the weights, as they "
+                          "are"),
     "--calibration": dict(type=path_text, metavar="PREFIX",
                           help="data set whose text wanda and sparsegpt look at; perplexity "
                                "before and after is printed"),
@@ -348,7 +349,9 @@ def parse(words: list[str] | None) -> argparse.Namespace:
         command.add_argument("output", type=Path, metavar="OUT", help="directory to make")
         for option in options:
             if option != "words":
-                command.add_argument(option.removesuffix("?"), **OPTIONS[option])
+                own = OPTIONS[option]
+                text = own["help"].replace("{selectors}", ", ".join(SELECTORS.names()))
+                command.add_argument(option.removesuffix("?"), **{**own, "help": text})
         if "words" in options:
             add_overrides(command)
         command.set_defaults(run=run, takes_words="words" in options)
@@ -365,6 +368,7 @@ def parse(words: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    hear_interrupts()
     # so that clean-up runs
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main())

@@ -270,6 +270,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--force", action="store_true", help="overwrite an evaluation that is there")
     add("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
+    require_one_mode(parser, options)
+    return options
+
+
+def require_one_mode(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Ends with what is wrong where options do not go together."""
     if bool(options.run) == bool(options.predictions):
         parser.error("give either RUN or --predictions")
     if bool(options.references) != bool(options.predictions):
@@ -279,7 +285,6 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         if mode not in modes and getattr(options, name) != parser.get_default(name):
             parser.error(f"--{name.replace('_', '-')} is not of --{mode} but of "
                          f"{' and '.join(f'--{other}' for other in modes)}")
-    return options
 
 
 if __name__ == "__main__":

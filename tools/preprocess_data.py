@@ -16,9 +16,12 @@ import time
 from pathlib import Path
 from typing import Annotated
 
+import megatron_spdf  # noqa: F401  before what takes time to import, for interrupts meanwhile
+
+# isort: split
 from pydantic import ByteSize, Field, TypeAdapter, ValidationError
 
-from megatron_spdf.command_line import make_parser, path_text, positive, say
+from megatron_spdf.command_line import hear_interrupts, make_parser, path_text, positive, say
 from megatron_spdf.data.indexed.manifest import CorpusManifest
 from megatron_spdf.data.preprocess.documents import FORMATS, expand_inputs, sample_texts
 from megatron_spdf.data.preprocess.encode import SPLITS, split_bounds
@@ -128,13 +131,7 @@ OPTIONS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the tool; exit code 0, or 2 for what the user can put right, with one line saying how."""
-    parser = _make_parser()
-    options = parser.parse_args(arguments)
-    if bool(options.train_tokenizer) != bool(options.vocab_size):
-        parser.error("--train-tokenizer and --vocab-size go together")
-    if options.train_tokenizer and options.end_of_document:
-        parser.error("--end-of-document names a token of a tokenizer that is there; one that is "
-                     "trained gets <|endoftext|> or </s>")
+    options = _parse(arguments)
     # so that clean-up runs
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     partial = Partial(options.output, bool(options.split or options.by_set or options.per_shard))
@@ -174,6 +171,17 @@ def main(arguments: list[str] | None = None) -> int:
         return 128 + signal.SIGINT
     say(summarize(options.output, manifest, time.perf_counter() - started))
     return 0
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = _make_parser()
+    options = parser.parse_args(arguments)
+    if bool(options.train_tokenizer) != bool(options.vocab_size):
+        parser.error("--train-tokenizer and --vocab-size go together")
+    if options.train_tokenizer and options.end_of_document:
+        parser.error("--end-of-document names a token of a tokenizer that is there; one that is "
+                     "trained gets <|endoftext|> or </s>")
+    return options
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -233,4 +241,5 @@ def summarize(prefix: str, manifest: Manifest | CorpusManifest, seconds: float) 
 
 
 if __name__ == "__main__":
+    hear_interrupts()
     sys.exit(main())

@@ -74,6 +74,7 @@ def export(source: WeightSource, output: Path, dtype: str = "fp32", masks: bool 
     if not shard_size > 0.0:
         raise ValueError(f"a file of at most {shard_size:g} GB holds no weights; give a shard size "
                          "over 0")
+    _require_same_tensors(source)
     with atomic_directory(output) as partial_:
         _save_tokenizer(source, partial_)
         _save_config(source, dtype, partial_)
@@ -89,6 +90,25 @@ def _check(source: WeightSource, masks: bool) -> None:
         raise ValueError(f"{source.path} has no tokenizer to export with the weights")
     if masks and not _plan(source):
         raise ValueError(f"{source.path} is dense and has no masks; leave out --masks")
+
+
+def _require_same_tensors(source: WeightSource) -> None:
+    """Refuses a family whose tensors are not those of the model that transformers makes of its
+    configuration: of a file it passes over what it does not know, and draws what is missing."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(_config(source, "fp32"))
+    theirs = {name: tuple(value.shape) for name, value in model.named_parameters()}
+    ours = {tensor.name: tuple(tensor.shape) for tensor in _tensors(source)}
+    if wrong := [name for name in ours | theirs if ours.get(name) != theirs.get(name)]:
+        name, family = wrong[0], source.model.name
+        raise ValueError(
+            f"model.architecture={family} cannot be exported: {name} is "
+            f"{ours.get(name, 'nothing')} here and {theirs.get(name, 'nothing')} in transformers' "
+            f"{type(model).__name__}"
+            f"{f', as are {len(wrong) - 1} more' * (len(wrong) > 1)}; mend huggingface, "
+            "huggingface_config or huggingface_form of that architecture")
 
 
 def _plan(source: WeightSource) -> dict:

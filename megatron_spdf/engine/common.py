@@ -20,6 +20,7 @@ from megatron_spdf.layers.compact import compact_of, sparse_modules
 from megatron_spdf.layers.products.base import product_of
 from megatron_spdf.model.attention import SdpaCoreAttention
 from megatron_spdf.model.batch import MicroBatch
+from megatron_spdf.model.objective import Composite
 from megatron_spdf.model.parametrization import Peak
 from megatron_spdf.random_streams import stream_key
 from megatron_spdf.recipe.recipe import Recipe
@@ -148,15 +149,17 @@ def agree(loss: Tensor, replicas: int, stop: bool, *others: Tensor,
 def parts_of(model: nn.Module) -> dict[str, Tensor]:
     """The parts of a model's loss in the step that was just run, (), by name; where it has none,
     nothing."""
-    names = getattr(model.objective, "parts", ())
-    return dict(zip(names, model.objective.take(), strict=True)) if names else {}
+    objective = model.objective
+    if not isinstance(objective, Composite):
+        return {}
+    return dict(zip(objective.parts, objective.take(), strict=True))
 
 
 def bytes_beside(model: nn.Module) -> dict[str, int]:
     """Bytes of weights that a model's loss needs beside its own, on this rank; where it needs none,
     nothing."""
-    held = getattr(model.objective, "held", 0)
-    return {"teacher": held} if held else {}
+    objective = model.objective
+    return {"teacher": objective.held} if isinstance(objective, Composite) else {}
 
 
 def to_device(micro: MicroBatch, device: torch.device) -> MicroBatch:

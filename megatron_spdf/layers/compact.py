@@ -166,17 +166,18 @@ class CompactWeight(nn.Module):
         """Takes other masks of the plan's, and says what that changes; what the values are then is
         the caller's."""
         moved = born(self.mask_bits, bits)
-        if self.planned.algorithm.tracks_ages:
-            self.age_until(bits)
+        before = self.mask_bits.clone()
         self.mask_bits.copy_(bits)
+        if self.planned.algorithm.tracks_ages:
+            self.age_since(before)
         self._derive()
         return self.seen(moved)
 
-    def age_until(self, bits: Tensor) -> None:
-        """Carries the ages of active entries over to the next masks, before these are taken."""
+    def age_since(self, before: Tensor) -> None:
+        """Carries the ages of active entries over from the masks before, bits like `mask_bits`."""
         entries = math.prod(self.planned.slice_shape)
-        carried = carry(self.ages, self.mask_bits, bits, entries)
-        self.ages.copy_(aged(carried, self.mask_bits, bits, entries))
+        carried = carry(self.ages, before, self.mask_bits, entries)
+        self.ages.copy_(aged(carried, before, self.mask_bits, entries))
 
     def seen(self, moved: int) -> Change:
         """What is kept track of, as it is after so many entries moved."""

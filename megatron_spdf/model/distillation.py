@@ -20,7 +20,7 @@ from megatron_spdf.architecture.lm_head import tokens_beside_teacher
 from megatron_spdf.model.decoder import Decoder, build_model
 from megatron_spdf.model.head import Gradients, Softmax
 from megatron_spdf.model.init import InitialWeights
-from megatron_spdf.model.objective import HeadInputs, cross_entropy
+from megatron_spdf.model.objective import Composite, HeadInputs, cross_entropy
 from megatron_spdf.recipe.distillation import as_teacher
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.sparsity.plan import Plan
@@ -40,7 +40,7 @@ def build_teacher(recipe: Recipe, model: Model, weights: InitialWeights) -> Deco
     return teacher.eval().requires_grad_(False)
 
 
-class Distillation:
+class Distillation(Composite):
     """Objective of a student.
 
     The teacher is no module of the student: it has no optimizer, takes part in no reduction and

@@ -8,8 +8,9 @@ Shapes: T tokens of a sequence, B sequences, H hidden, rows of the vocabulary on
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
@@ -46,19 +47,27 @@ class Objective(Protocol):
     def __call__(self, inputs: HeadInputs) -> Tensor: ...
 
 
-class Composite(Objective, Protocol):
-    """Sum of several losses, which it keeps apart for the log.
+class Composite(ABC):
+    """Objective that is a sum of several losses, which it keeps apart for the log.
 
     Attributes:
         parts: their names in the log.
-        held: bytes of weights that they need beside the model's, on this rank.
     """
 
-    parts: tuple[str, ...]
-    held: int
+    parts: ClassVar[tuple[str, ...]]
 
+    @abstractmethod
+    def __call__(self, inputs: HeadInputs) -> Tensor:
+        """Loss of a micro-batch, ()."""
+
+    @abstractmethod
     def take(self) -> Tensor:
-        """Returns the mean of each over the micro-batches since the last call, (parts,)."""
+        """Returns the mean of each part over the micro-batches since the last call, (parts,)."""
+
+    @property
+    @abstractmethod
+    def held(self) -> int:
+        """Bytes of weights that the losses need beside the model's, on this rank."""
 
 
 def cross_entropy(inputs: HeadInputs) -> Tensor:

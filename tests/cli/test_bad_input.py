@@ -82,3 +82,9 @@ def test_a_directory_that_is_no_run(start, workplace):
 
 def test_missing_recipe(start, workplace):
     assert "there is no recipe" in refused(start(recipe="nowhere.yaml"), workplace)
+
+
+@pytest.mark.parametrize("word", ["output=refused", "--help"])
+def test_a_plugin_that_is_not_on_the_path(start, workplace, word):
+    err = refused(start(word, SPDF_PLUGINS="nowhere"), workplace)
+    assert "SPDF_PLUGINS names 'nowhere'" in err and "on PYTHONPATH" in err

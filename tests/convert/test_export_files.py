@@ -7,11 +7,12 @@ import json
 
 import pytest
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 from small_models import gpt2_tensors, make_recipe, make_tokenizer
 
 from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
-from megatron_spdf.convert.huggingface_export import export, in_memory, model_card
+from megatron_spdf.convert.huggingface_export import DTYPES, export, in_memory, model_card
 from megatron_spdf.convert.initial_checkpoint import write_initial_checkpoint
 from megatron_spdf.convert.source import open_weights
 
@@ -66,6 +67,23 @@ def test_tensors_are_those_of_the_model(source, tmp_path, dtype, kind):
         "clean_up_tokenization_spaces": False, "add_prefix_space": False}
 
 
+@pytest.mark.parametrize("kilobytes", [2, 3, 5])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_files_are_cut_as_transformers_cuts_them(source, tmp_path, dtype, kilobytes):
+    export(source(), tmp_path / "out", dtype, shard_size=kilobytes / 1e6)
+    theirs = {name: tensor.to(DTYPES[dtype]) for name, tensor in gpt2_tensors().items()}
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    order = dict.fromkeys(index["weight_map"])
+    cut = split_torch_state_dict_into_shards({name: theirs[name] for name in order},
+                                             max_shard_size=1000 * kilobytes)
+    assert len(cut.filename_to_tensors) > 2 and index["weight_map"] == cut.tensor_to_filename
+    assert index["metadata"] == {"total_size": cut.metadata["total_size"]}
+    for file, names in cut.filename_to_tensors.items():
+        found = read(tmp_path / "out" / file)
+        assert found.keys() == set(names)
+        assert all(torch.equal(found[name], theirs[name]) for name in names)
+
+
 @pytest.mark.parametrize("select", ["random", "magnitude"])
 def test_masks_have_the_form_of_their_weights(source, tmp_path, select):
     reader = source(0.5, select)
@@ -84,6 +102,19 @@ def test_masks_have_the_form_of_their_weights(source, tmp_path, select):
         assert torch.equal(parameter, weights[name]) and not model.training
     with pytest.raises(ValueError, match="is dense and has no masks; leave out --masks"):
         export(source(), tmp_path / "other", masks=True)
+
+
+@pytest.mark.parametrize(("other", "said"), [
+    ({"tie_word_embeddings": False}, r"lm_head.weight is nothing here and \(\d+, 12\) in"),
+    ({"n_layer": 1}, "transformer.h.1.ln_1.weight is .* here and nothing in .* as are 11 more"),
+    ({"n_inner": 31}, r"h.0.mlp.c_fc.weight is \(12, 30\) here and \(12, 31\) in .* 5 more")])
+def test_tensors_that_transformers_has_not_are_refused(source, tmp_path, monkeypatch, other, said):
+    model = type(source().model)
+    config = model.huggingface_config
+    monkeypatch.setattr(model, "huggingface_config", lambda self: config(self) | other)
+    with pytest.raises(ValueError, match=f"architecture=gpt cannot be exported: .*{said}"):
+        export(source(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_card_says_what_the_model_is(source):

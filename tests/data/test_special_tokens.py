@@ -250,6 +250,14 @@ def sentence_piece(directory, **options):
     return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
 
 
+@pytest.mark.parametrize("piece", ["<unk>", "<unknown>"])
+def test_the_piece_of_unknown_text_ends_no_documents_of_sentencepiece(tmp_path, piece):
+    sentence_piece(tmp_path, unk_piece=piece)
+    with pytest.raises(ValueError, match=f"'{piece}' is the piece of unknown text"):
+        load_tokenizer(tmp_path, piece)
+    assert load_tokenizer(tmp_path).end_token == "</s>"
+
+
 @pytest.mark.parametrize("kind", SENTENCEPIECE)
 def test_sentencepiece_keeps_spelled_tokens_text(tmp_path, kind):
     reference = sentence_piece(tmp_path / "model", **SENTENCEPIECE[kind])

@@ -10,11 +10,13 @@ for the others, until the test file ends. The fixture `ranks` is in tests/small_
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import multiprocessing
 import os
 import pickle
+import signal
 import socket
 import tempfile
 import time
@@ -27,17 +29,20 @@ from pathlib import Path
 from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMEOUT = 600  # seconds that a call may take
+TIMEOUT = 300  # seconds that a call may take, which takes tens of them on two busy cores
+GRACE = 5.0  # seconds that the others have after a rank has raised
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux's prctl
 COMMON = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore",
           "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent),
                                         str(Path(__file__).parents[1] / "seams"),
                                         *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 
-@dataclass
+@dataclass(order=True)
 class Failure:
-    """A call that raised on a rank."""
+    """A call that raised on a rank, at a time on the machine's monotonic clock."""
 
+    at: float
     trace: str
 
 
@@ -79,26 +84,42 @@ class Ranks:
             output = self.directory / hashlib.sha256(call.encode()).hexdigest()[:16]
             self._found[call] = self._run(function, *_with_output([arguments, keywords],
                                                                   str(output)))
-        for result in self._found[call]:
-            assert not isinstance(result, Failure), f"{function.__name__}:\n{result.trace}"
+        if failures := _failures(self._found[call]):  # what was raised later comes of the first
+            raise AssertionError(f"{function.__name__}:\n{min(failures).trace}")
         return self._found[call]
 
     def _run(self, function: Callable, arguments: list, keywords: dict) -> list:
         if not self._ranks:
             self._start()
-        for end in self._ends:
-            end.send_bytes(pickle.dumps((function, arguments, keywords)))
-        waiting, deadline = dict(enumerate(self._ends)), time.monotonic() + TIMEOUT
+        try:
+            for rank, end in enumerate(self._ends):
+                try:
+                    end.send_bytes(pickle.dumps((function, arguments, keywords)))
+                except OSError:
+                    self._fail(f"rank {rank} had died", [])
+            return self._results()
+        except BaseException:  # pytest's time limit too: nobody reads what is still to come
+            self.stop()
+            raise
+
+    def _results(self) -> list:
+        """Waits for the ranks; ends those that wait for one that has raised."""
+        waiting, until = dict(enumerate(self._ends)), time.monotonic() + TIMEOUT
         results: list = [None] * self.world
         while waiting:
-            ready = connection.wait(waiting.values(), max(0.0, deadline - time.monotonic()))
+            ready = connection.wait(waiting.values(), max(0.0, until - time.monotonic()))
             for rank in [r for r, end in waiting.items() if end in ready]:
                 try:
                     results[rank] = pickle.loads(waiting.pop(rank).recv_bytes())
-                except EOFError:
-                    self._fail(f"rank {rank} died")
+                except (EOFError, OSError):  # the latter in the middle of a result
+                    self._fail(f"rank {rank} died", results)
+                if isinstance(results[rank], Failure):
+                    until = min(until, time.monotonic() + GRACE)
+            if not ready and not _failures(results):
+                self._fail(f"ranks {list(waiting)} were not done after {TIMEOUT} s", results)
             if not ready:
-                self._fail(f"ranks {list(waiting)} were not done after {TIMEOUT} s")
+                self.stop()
+                break
         return results
 
     def _start(self) -> None:
@@ -116,12 +137,12 @@ class Ranks:
                 self._ranks[-1].start()
                 theirs.close()
 
-    def _fail(self, why: str) -> None:
+    def _fail(self, why: str, results: list) -> None:
         codes = [process.exitcode for process in self._ranks]  # None: it has not ended
-        self.stop()
-        logs = "\n".join((self.directory / f"rank{r}.log").read_text()[-3000:]
-                         for r in range(self.world))
-        raise AssertionError(f"{why}; exit codes {codes}\n{logs}")
+        said = [result.trace for result in sorted(_failures(results))]
+        logs = (self.directory / f"rank{rank}.log" for rank in range(self.world))
+        said += [log.read_text()[-3000:] for log in logs if log.exists()]
+        raise AssertionError("\n".join([f"{why}; exit codes {codes}", *said]))
 
     def stop(self) -> None:
         """Ends the ranks; what they returned stays."""
@@ -131,6 +152,10 @@ class Ranks:
             process.kill()
             process.join()
         self._ranks, self._ends = [], []
+
+
+def _failures(results: list) -> list[Failure]:
+    return [result for result in results if isinstance(result, Failure)]
 
 
 def _plain(value) -> list | str:
@@ -158,6 +183,16 @@ def forks() -> multiprocessing.context.ForkServerContext:
     return context
 
 
+def end_with_tests() -> None:
+    """Lets this process, a fork, end with that of the tests, however that ends: the process that
+    makes forks does, unless one of them keeps its pipe open, and takes them along."""
+    made_by = forkserver._forkserver
+    if made_by._forkserver_alive_fd is not None:
+        os.close(made_by._forkserver_alive_fd)
+        made_by._forkserver_alive_fd = None
+    ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+
+
 def world_of(recipe: dict) -> int:
     """Ranks of a recipe's layout."""
     layout = recipe.get("parallel", {})
@@ -181,7 +216,7 @@ def agree_on_port() -> None:
         beside = file.with_suffix(".new")
         beside.write_text(str(free_port()))
         beside.replace(file)
-    while not file.exists():
+    while not file.exists():  # ended by the harness where rank 0 has failed
         time.sleep(0.01)
     os.environ["MASTER_PORT"] = file.read_text()
 
@@ -192,6 +227,7 @@ _joined = 0
 def _rank_main(directory: Path, rank: int, environment: dict[str, str],
                end: connection.Connection) -> None:
     """Runs call after call of those that come through `end`, until it is closed."""
+    end_with_tests()
     os.environ |= {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.chdir(ROOT)
     log = os.open(directory / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -214,5 +250,6 @@ def _result_of(call: bytes, abandon: Callable) -> object:
         function, arguments, keywords = pickle.loads(call)
         return function(*arguments, **keywords)
     except Exception:
+        failure = Failure(time.monotonic(), traceback.format_exc())
         abandon()
-        return Failure(traceback.format_exc())
+        return failure

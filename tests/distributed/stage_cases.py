@@ -97,6 +97,7 @@ def across(recipe: dict, ids: torch.Tensor) -> dict:
     device = init_distributed(find_ranks(), made)
     engine, data, checkpointer = _opened(sparse.as_single_run, sparse.recipe, sparse.plan, run,
                                          corpus, device)
+    checkpointer.origin = "given weights"
     for number, batch in zip(range(1, sparse.last + 1), data.training_batches(0), strict=False):
         engine.step(batch, number, number * made.tokens_per_step, False)
     before = logits(engine, ids) if hasattr(engine, "chunks") else None
@@ -113,7 +114,7 @@ def across(recipe: dict, ids: torch.Tensor) -> dict:
     adam = engine.torch_optimizer
     found = {
         "before": before, "after": logits(engine, ids) if hasattr(engine, "chunks") else None,
-        "state": state,
+        "state": state, "origin": checkpointer.origin,
         "said": said, "alive": sum(ref().untyped_storage().nbytes() for ref in alive
                                    if ref() is not None),
         "moments": sum(float(t.abs().sum()) for s in adam.state.values() for k,

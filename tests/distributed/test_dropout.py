@@ -45,12 +45,27 @@ def of_one_batch(recipe: dict) -> dict:
 def dropped(model: torch.nn.Module, micro: dict, mode: str) -> tuple[float, float]:
     """Shares of what the embedding drops, and attention of a token that has itself alone."""
     getattr(model, mode)()
+    return tuple(float(places.float().mean()) for places in places_of(model, micro))
+
+
+def places_of(model: torch.nn.Module, micro: dict) -> list[torch.Tensor]:
+    """What the embedding drops, (T, B, H) bool, and attention of a token that has itself alone,
+    (1, B, nh * hs) bool."""
     with torch.no_grad():
         embedded = model.embedding(micro["tokens"], micro["position_ids"])
         attention = model.decoder.layers[0].self_attention.core_attention
         one = torch.ones(1, 2000, 4, 16)  # (T, B, nh, hs)
         attended = attention(one, one, one, None)
-    return float((embedded == 0).float().mean()), float((attended == 0).float().mean())
+    return [embedded == 0, attended == 0]
+
+
+def places_of_step(recipe: dict) -> list[torch.Tensor]:
+    """`places_of` this rank's model in training, as a step begins."""
+    with bench(recipe) as b:
+        micro = {"tokens": torch.arange(32).view(1, -1).expand(4, -1),
+                 "position_ids": torch.arange(32).expand(4, -1)}
+        common.seed_dropout(b.recipe, 1)
+        return places_of(b.engine.models[0].train(), micro)
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +99,16 @@ def test_embedding_and_attention_drop_the_recipes_share(at, engine):
     assert there["train"] == pytest.approx((RATE, RATE), abs=0.03)  # of 8,000 draws and more
     assert there["eval"] == (0.0, 0.0)
     assert at(engine, 0.0)[0]["train"] == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_tensor_ranks_drop_others_of_their_own_and_the_same_of_what_they_share(
+        ranks, make_recipe, sequence):
+    one, other = ranks(2).run_all(places_of_step, make_recipe(
+        model={"dropout": RATE}, parallel={"tensor": 2, "sequence": sequence}))
+    for own, there, shared in zip(one, other, (not sequence, False), strict=True):
+        apart = float((own ^ there).float().mean())
+        assert apart == pytest.approx(0.0 if shared else 2 * RATE * (1 - RATE), abs=0.03)
 
 
 def test_steps_replicas_and_pipeline_stages_have_seeds_of_their_own(make_recipe, monkeypatch):

@@ -60,6 +60,7 @@ def test_the_border_changes_no_output_and_revives_at_zero(border, name):
         assert rank["moments"] == 0.0
         assert (rank["state"].step, rank["state"].optimizer_steps) == (BORDER, 0)
         assert rank["said"] == [f"densified step_{BORDER:08}"]
+        assert rank["origin"] == "given weights"  # of the run, whatever began it
         if "zero 3" not in name:
             assert rank["zeros"] == pytest.approx([0.75] * len(rank["zeros"]),
                                                   abs=2e-3) and rank["zeros"]

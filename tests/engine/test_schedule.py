@@ -9,6 +9,8 @@ import torch
 
 from megatron_spdf.engine import common
 
+TOKENS = [2560, 2450, 2670]  # of all of which a run makes ten steps of 256
+
 SHAPES = {"constant": lambda done: 1.0, "linear": lambda done: 1.0 - done,
           "cosine": lambda done: (1.0 + math.cos(math.pi * done)) / 2}
 
@@ -16,9 +18,10 @@ SHAPES = {"constant": lambda done: 1.0, "linear": lambda done: 1.0 - done,
 @pytest.mark.parametrize("decay", SHAPES)
 @pytest.mark.parametrize("ratio", [0.0, 0.25])
 @pytest.mark.parametrize("warmup", [0, 512])
-def test_warm_up_then_decay_to_a_share_of_the_peak(recipe, decay, ratio, warmup):
-    made = recipe(optimizer={"lr": 1e-2, "decay": decay, "min_lr_ratio": ratio,
-                             "warmup_tokens": warmup})
+@pytest.mark.parametrize("asked", TOKENS)
+def test_warm_up_then_decay_to_a_share_of_the_peak(recipe, decay, ratio, warmup, asked):
+    made = recipe(train={"tokens": asked}, optimizer={
+        "lr": 1e-2, "decay": decay, "min_lr_ratio": ratio, "warmup_tokens": warmup})
     total, parameters = 2560, [torch.nn.Parameter(torch.zeros(2, 2)) for _ in range(2)]
     optimizer = torch.optim.SGD([
         {"params": [p], "max_lr": 1e-2 * rate, "min_lr": 1e-2 * ratio * rate, "wd_mult": 1.0}
@@ -47,9 +50,10 @@ FALLS = {"linear": [0.75, 0.5, 0.25, 0.0],
 
 @pytest.mark.parametrize("decay", FALLS)
 @pytest.mark.parametrize(("lr", "ratio"), [(1e-2, 0.2), (1e-2, 0.1), (1.7e-3, 0.3)])
-def test_a_decay_at_the_end_leaves_the_peak_as_it_is(recipe, decay, lr, ratio):
-    made = recipe(optimizer={"lr": lr, "decay": decay, "decay_share": 0.4, "min_lr_ratio": ratio,
-                             "warmup_tokens": 512})
+@pytest.mark.parametrize("asked", TOKENS)
+def test_a_decay_at_the_end_leaves_the_peak_as_it_is(recipe, decay, lr, ratio, asked):
+    made = recipe(train={"tokens": asked}, optimizer={
+        "lr": lr, "decay": decay, "decay_share": 0.4, "min_lr_ratio": ratio, "warmup_tokens": 512})
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2, 2))], lr=0.0)
     scheduler, found = common.make_scheduler(made, optimizer), []
     for step in range(1, 11):
@@ -69,9 +73,11 @@ def test_a_share_is_of_all_steps_and_of_whole_ones(recipe, share, steps):
 
 
 @pytest.mark.parametrize("decay", ["minus_sqrt", "exponential"])
-def test_without_a_share_a_shape_begins_after_the_warm_up(recipe, decay):
-    made = recipe(optimizer={"lr": 1e-2, "decay": decay, "min_lr_ratio": 0.0,
-                             "warmup_tokens": 512})  # eight steps of ten are left
+@pytest.mark.parametrize("asked", TOKENS)
+def test_without_a_share_a_shape_begins_after_the_warm_up(recipe, decay, asked):
+    made = recipe(train={"tokens": asked}, optimizer={
+        "lr": 1e-2, "decay": decay, "min_lr_ratio": 0.0,
+        "warmup_tokens": 512})  # eight steps of ten are left
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2, 2))], lr=0.0)
     scheduler = common.make_scheduler(made, optimizer)
     for step, fall in zip((4, 6, 8, 10), FALLS[decay], strict=True):

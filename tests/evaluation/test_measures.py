@@ -329,6 +329,21 @@ def test_references_of_one_file_or_several(tmp_path):
         read_references("e2e", [write(tmp_path / "none.txt", "\n")])
 
 
+@pytest.mark.parametrize("task", ["jsonl", "squad", "cola", "stsb"])
+@pytest.mark.parametrize("without", [{0}, {2}, {1, 4}, {5}])
+def test_inputs_without_references_leave_the_others_with_their_own(task, without):
+    texts = [f"{i}.5" if task == "stsb" else TASKS.get(task).labels[i % 2] if task == "cola"
+             else f"the {word} fox runs over it" for i, word in enumerate("abcdef")]
+    outputs = [*texts[:4], texts[0], texts[1]]
+    refs = References(tuple(() if i in without else (text,) for i, text in enumerate(texts)),
+                      ("p", "q") * 3)
+    kept = [i for i in range(6) if i not in without]
+    alone = scores.score(task, [outputs[i] for i in kept], refs.of(kept))
+    found = scores.score(task, outputs, refs)
+    assert found.values == alone.values and found.missing == alone.missing
+    assert found.values["all"] and (found.left_out, alone.left_out) == (len(without), 0)
+
+
 def test_some_inputs_of_references():
     refs = References((("a",), ("b",), ("c",)), ("p", "q", "r"), True)
     assert refs.of([2, 0]) == References((("c",), ("a",)), ("r", "p"), True)

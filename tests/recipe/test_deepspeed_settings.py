@@ -62,6 +62,25 @@ def test_the_recipe_decides(recipe):
     assert "optimizer" not in settings and "scheduler" not in settings
 
 
+@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_gradients_are_summed_in_fp32_and_nothing_else_is_set(recipe, precision, stage):
+    bf16 = precision == "bf16"
+    settings = deepspeed_settings(recipe(
+        engine="deepspeed", train={"precision": precision}, parallel={"zero_stage": stage},
+        optimizer={"clip_grad": 0.5}))
+    assert settings == {
+        "train_batch_size": 8, "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 4,
+        "communication_data_type": "fp32",  # between replicas
+        "data_types": {"grad_accum_dtype": "fp32"} if bf16 and stage else {},
+        "bf16": {"enabled": True, "check_grad_overflow": True} if bf16 else {"enabled": False},
+        "fp16": {"enabled": False},
+        "gradient_clipping": 0.5 if bf16 or stage else 0.0,  # the engine's own
+        "zero_optimization": {"stage": stage, "offload_optimizer": {"device": "none"}, **BUCKETS},
+        "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+
+
 def test_a_file_adds_what_the_recipe_says_nothing_about(with_json):
     zero = {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 7,
             "offload_optimizer": {"device": "none", "buffer_count": 7}}

@@ -98,6 +98,23 @@ def test_what_does_not_fit_is_refused_by_name(load, stages, words, said):
     assert said in str(caught.value)
 
 
+@pytest.mark.parametrize(("algorithm", "update", "level", "fits"), [
+    ("gmp", {"initial": 0.9}, 0.9, True),  # from 0.81 on
+    ("gmp", {"initial": 0.5}, 0.9, False),  # from 0.45 on, and at 0.9 in the end
+    ("gmp", {}, 0.5, True), ("acdc", {"start": 0.2, "turn": 0.2}, 0.5, True),  # from dense on
+    ("acdc", {"start": 0.0, "turn": 0.2}, 0.5, False),
+    ("acdc", {"start": 0.0, "turn": 0.2}, 0.9, True)])
+def test_a_stage_is_judged_by_the_sparsity_that_it_begins_with(load, algorithm, update, level,
+                                                               fits):
+    after = {"share": 0.5, "sparsity": {"level": level, "algorithm": algorithm, "update": update}}
+    before = {**SPARSE, "share": 0.5}
+    if fits:
+        assert load(before, after).in_stage(1).sparsity.level == level
+    else:
+        with pytest.raises(ValueError, match=r"stages\.1\.sparsity: .*nothing says which are born"):
+            load(before, after)
+
+
 @pytest.mark.parametrize("selects", [True, False])
 def test_tiles_are_pruned_at_a_border_where_their_pattern_selects(load, monkeypatch, selects):
     monkeypatch.setattr("megatron_spdf.sparsity.patterns.base.Pattern.selects",

@@ -8,10 +8,13 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from megatron_spdf.resilience import heartbeat
 from megatron_spdf.resilience.heartbeat import Beat, Peer, diagnose
+from megatron_spdf.resilience.world import Ranks
 
 CASES = [f"{deed} {rank}" for deed in ("kill", "stop", "raise", "stand")
          for rank in (0, 2)]
@@ -89,6 +92,46 @@ def test_a_rank_may_be_silent_or_stand_still_for_as_long_as_the_recipe_says():
     assert diagnose([peer(0, still=6.0), peer(1, still=5.0)], 0.0, 5.0).said == ""
     assert diagnose([peer(0), peer(1, heard=-5.01)], 0.0, 5.0).said
     assert diagnose([peer(0, still=6.0), peer(1, still=5.01)], 0.0, 5.0).said
+
+
+@pytest.fixture
+def clocked(monkeypatch):
+    """A heartbeat of a rank in step 7 since 100 s, the clock that it reads, and what ends it."""
+    clock, ended = [100.0], []
+    monkeypatch.setattr(heartbeat, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(heartbeat.progress, "PROGRESS", SimpleNamespace(
+        activity="step 7", watched=True, inside=False, moved=100.0, last_collective=lambda: "-"))
+
+    def make(rank: int) -> heartbeat.Heartbeat:
+        made = heartbeat.Heartbeat(Ranks(rank, 2, rank, "test"), seconds=5.0)
+        made._end = lambda fault: ended.append(fault.said)
+        return made
+    return make, clock, ended
+
+
+def test_a_rank_that_was_stopped_with_its_job_accuses_nobody(clocked):
+    make, clock, ended = clocked
+    one, head = make(1), make(0)
+    answers = SimpleNamespace(head=Beat(0, "n0"), heard=100.0, fault="", code=4)
+    quiet = SimpleNamespace(read=lambda _: [], listener=SimpleNamespace(broadcast=lambda _: None))
+    peers = [peer(0, heard=100.0), peer(1, heard=100.0)]
+    for now, still in ((101.0, 1.0), (1101.0, 0.0), (1103.0, 2.0)):
+        clock[0] = now
+        assert one._beat().still == still
+        one._heed(answers)
+        head._round(quiet, peers)
+        assert not ended
+    for now in (1105.0, 1106.1):  # five seconds after it woke
+        clock[0] = now
+        head._round(quiet, peers)
+    assert len(ended) == 1 and ended[0].startswith("rank 1 on n1 has been silent for 5 s")
+    grace = 2 * heartbeat.GRACE_SECONDS
+    for late in (3.9, 5.0, 5.0 + grace / 2, 5.0 + grace, 5.1 + grace):
+        clock[0] = 1101.0 + late
+        one._beat()
+        one._heed(answers)
+        assert len(ended) == 1 + (late > 5.0 + grace)
+    assert ended[1].startswith("rank 0 on n0 has been silent for")
 
 
 def test_a_cause_may_be_known_two_seconds_later():

@@ -136,6 +136,19 @@ def test_gmps_parts_end_where_it_prunes(steps, stores):
     assert not any(algorithm.due(step, steps) for step in range(1, parts[0].last))
 
 
+@pytest.mark.parametrize("steps", [57, 999, 1000, 12_345])
+@pytest.mark.parametrize("keys", [{}, {"start": 0.1, "stop": 0.6}, {"start": 0.0, "stop": 1.0}])
+def test_gmp_prunes_between_the_steps_that_are_nearest_to_its_shares(steps, keys):
+    algorithm = Gmp(every=7, **keys)
+    first, last = (min(range(steps + 1), key=lambda step, share=share: abs(step - share * steps))
+                   for share in (algorithm.start, algorithm.stop))
+    assert [step for step in range(1, steps + 1) if algorithm.due(step, steps)] == sorted(
+        {*(step for step in range(7, last, 7) if step > first), last})
+    assert [algorithm.share(step, steps) for step in range(1, steps + 1)] == pytest.approx(
+        [1.0 - (1.0 - np.clip((step - first) / (last - first), 0.0, 1.0)) ** 3
+         for step in range(1, steps + 1)])
+
+
 @pytest.mark.parametrize("stores", [1, 2, 4])
 def test_gmp_may_begin_at_a_share_of_its_level(stores):
     """s(t) = s + (s_i - s) (1 - t)^3 (Zhu and Gupta 2017, equation 1), here with s_i = 0.6 s;
@@ -176,6 +189,13 @@ def test_acdcs_parts_are_those_of_the_paper():
     assert AcDc().parts(100) == [Part(end, float(number % 2)) for number, end in enumerate(ends)]
     dense = sum(1 - AcDc().share(step, 100) for step in range(1, 101))
     assert dense == 50
+
+
+@pytest.mark.parametrize("steps", [57, 1236, 12_344])
+def test_acdcs_parts_end_at_the_steps_that_are_nearest_to_their_shares(steps):
+    ends = [min(range(steps + 1), key=lambda step, share=share: abs(step - share / 100 * steps))
+            for share in (*range(10, 80, 5), 85, 100)]
+    assert AcDc().parts(steps) == [Part(end, float(n % 2)) for n, end in enumerate(ends)]
 
 
 @pytest.mark.parametrize("keys", [{"turn": 0.2}, {"turn": 0.3, "last_dense": 0.7},

@@ -465,11 +465,11 @@ def test_a_part_writes_rows_and_begins_nothing_when_time_is_short(tmp_path, cloc
 
 
 def test_columns_of_training():
-    row = suite_parts.row_of_training({
+    row = train.row_of({
         "sparsity": 0.25, "step_seconds": 2.0, "tokens_per_second": 3.0, "tflops_per_rank": 4.0,
         "mfu": 0.5, "peak_bytes": 3 * 2**29, "state_bytes": {"a": 2**30, "b": 2**29}})
     assert list(row.values()) == [25.0, 2.0, 3.0, 4.0, 50.0, 1.5, 1.5]
-    bare = suite_parts.row_of_training({
+    bare = train.row_of({
         "sparsity": 0.0, "step_seconds": 2.0, "tokens_per_second": 3.0, "tflops_per_rank": 4.0,
         "mfu": None, "peak_bytes": None})
     assert list(bare.values())[-3:] == [None, None, None]

@@ -38,8 +38,6 @@ def measure(recipe: Recipe, device: torch.device, prepare: Callable, steps: int)
     Args:
         prepare: what is done to the engine, of WAYS.
     """
-    from benchmarks.suite_parts import row_of_training
-
     run = train.start(recipe, device, quick=True, prepare=prepare)
     try:
         for _ in range(train.STRETCHES):
@@ -51,7 +49,7 @@ def measure(recipe: Recipe, device: torch.device, prepare: Callable, steps: int)
     finally:
         run.engine.close()
     busy = busy and 100 * busy / figures["step_seconds"]
-    return {**row_of_training(figures), "GPU busy (%)": busy,
+    return {**train.row_of(figures), "GPU busy (%)": busy,
             f"loss of step {number + 1}": loss}
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import baselines, host, max_depth, predictions, sizes
+from benchmarks import baselines, host, max_depth, predictions, sizes, train
 from benchmarks.engines import end_with_parent
 from benchmarks.part import Part
 from megatron_spdf.kernels.dispatch import backend_name
@@ -75,11 +75,11 @@ def _layer(part: Part, name: str, recipe: Recipe, bandwidth: float, device: torc
 
 
 def _stk(part: Part, recipe: Recipe, device: torch.device) -> None:
+    """The weights of one layer, multiplied by stanford-stk."""
     plan = Plan.of(recipe)
     for weight in (w for n, w in plan.weights.items() if ".layers.0." in n):
-        for kernel, seconds, dense in baselines.stk_products(weight, plan.seed, device,
-                                                             sizes.tokens_of(recipe),
-                                                         part.scale.seconds):
+        for kernel, seconds, dense in baselines.stk_products(
+                weight, plan.seed, device, sizes.tokens_of(recipe), part.scale.seconds):
             part.write("kernels", what="stanford-stk", kernel=kernel,
                        weight=f"{weight.shape[0]} x {weight.shape[1]}",
                        **{"time (us)": seconds * 1e6,
@@ -130,7 +130,6 @@ def _train(part: Part, table: str, name: str, recipe: Recipe, device: torch.devi
         of: what stands before the name in tables.
         by_part: steps whose parts are timed.
     """
-    from benchmarks import train
     from benchmarks.breakdown import measure_parts
 
     run = train.start(recipe, device, quick=True)
@@ -141,7 +140,7 @@ def _train(part: Part, table: str, name: str, recipe: Recipe, device: torch.devi
         seconds[name] = figures["step_seconds"]
         dense = [spent for run, spent in seconds.items() if run.startswith("dense")]
         faster = min(dense) / seconds[name] if dense else None
-        part.write(table, what=f"{of}{name}", **row_of_training(figures),
+        part.write(table, what=f"{of}{name}", **train.row_of(figures),
                    **predictions.predicted(recipe), **{"dense / step": faster})
         part.write("what computes", what=f"{of}{name}", by=figures["choices"])
         if by_part:
@@ -185,24 +184,13 @@ def small_model(part: Part) -> None:
                 "host", what=what, **host.measure(recipe, device, prepare, part.scale.steps)))
 
 
-def row_of_training(figures: dict) -> dict:
-    """Columns that all tables of training share; `figures` of `train.Run`, or as much of them as a
-    peer has."""
-    peak, state = figures["peak_bytes"], figures.get("state_bytes")
-    return {"sparsity (%)": 100 * figures["sparsity"], "step (s)": figures["step_seconds"],
-            "tokens/s": figures["tokens_per_second"], "TFLOP/s": figures["tflops_per_rank"],
-            "MFU (%)": figures["mfu"] and 100 * figures["mfu"],
-            "peak memory (GiB)": peak and peak / 2**30,
-            "state (GiB)": state and sum(state.values()) / 2**30}
-
-
 def peers_of_training(part: Part) -> None:
     """What one would use instead: plain PyTorch, and Megatron-Core with masks multiplied into dense
     weights."""
     dense = part.scale.recipe(sizes.DENSE)
     for name, measure in baselines.TRAINED.items():
         part.attempt("peers", name, lambda name=name, measure=measure: part.write(
-            "peers", what=name, **row_of_training(measure(dense, part.scale.steps))))
+            "peers", what=name, **train.row_of(measure(dense, part.scale.steps))))
 
 
 def largest_model(part: Part) -> None:

@@ -65,6 +65,17 @@ def start(recipe: Recipe, device: torch.device, quick: bool = False,
     return run
 
 
+def row_of(figures: dict) -> dict:
+    """Columns that all tables of training share; `figures` of a `Run`, or as much of them as a
+    peer has."""
+    peak, state = figures["peak_bytes"], figures.get("state_bytes")
+    return {"sparsity (%)": 100 * figures["sparsity"], "step (s)": figures["step_seconds"],
+            "tokens/s": figures["tokens_per_second"], "TFLOP/s": figures["tflops_per_rank"],
+            "MFU (%)": figures["mfu"] and 100 * figures["mfu"],
+            "peak memory (GiB)": peak and peak / 2**30,
+            "state (GiB)": state and sum(state.values()) / 2**30}
+
+
 def measure_training(recipes: dict[str, Recipe], steps: int) -> dict[str, dict]:
     """Figures of every recipe.
 

@@ -140,8 +140,3 @@ class _Running:
 def _nothing() -> None:
     pass
 
-
-def tail(log: Path, lines: int = 15) -> str:
-    """The last lines of a log."""
-    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
-
