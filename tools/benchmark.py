@@ -55,6 +55,7 @@ from pathlib import Path
 from benchmarks.environment import LIBRARIES, circumstances, publish
 
 from megatron_spdf.command_line import (
+    hear_interrupts,
     make_parser,
     output_file,
     path_text,
@@ -283,4 +284,5 @@ def split_words(words: list[str]) -> tuple[str | None, list[str]]:
 
 
 if __name__ == "__main__":
+    hear_interrupts()
     sys.exit(main())

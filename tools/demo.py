@@ -32,7 +32,7 @@ from demo_parts.progress import Part, Progress  # noqa: E402
 from demo_parts.work import Failed, import_engines  # noqa: E402
 
 from megatron_spdf import exit_codes  # noqa: E402
-from megatron_spdf.command_line import make_parser, refusing, say  # noqa: E402
+from megatron_spdf.command_line import hear_interrupts, make_parser, refusing, say  # noqa: E402
 from megatron_spdf.files import require_directory, write_file  # noqa: E402
 from megatron_spdf.locks import locked  # noqa: E402
 from megatron_spdf.recipe.words import add_overrides  # noqa: E402
@@ -162,4 +162,5 @@ def explain(failed: Failed) -> int:
 
 
 if __name__ == "__main__":
+    hear_interrupts()
     sys.exit(main())

@@ -24,6 +24,7 @@ from megatron_spdf.checkpoint.run_metadata import INITIAL, describe_masks
 from megatron_spdf.checkpoint.writer import with_progress
 from megatron_spdf.convert.huggingface_import import CONFIG
 from megatron_spdf.convert.source import WeightSource
+from megatron_spdf.data.tokenizers.base import ENDS
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
 from megatron_spdf.files import atomic_directory, new_file, write_file, write_json
 from megatron_spdf.sparsity.slices import join_slices
@@ -205,7 +206,8 @@ def _save_tokenizer(source: WeightSource, directory: Path) -> None:
         config |= {"tokenizer_class": "LlamaTokenizer",
                    "add_bos_token": tokenizer.begin_token is not None,
                    "add_prefix_space": tokenizer.adds_blank}
-    write_json(directory / "tokenizer_config.json", config | dict(tokenizer.declared))
+    declared = {key: said for key, said in tokenizer.declared.items() if key != ENDS}
+    write_json(directory / "tokenizer_config.json", config | declared)
     if tokenizer.kind == "sentencepiece":
         _compare_ids(tokenizer, directory)
 

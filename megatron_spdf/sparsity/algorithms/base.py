@@ -113,6 +113,12 @@ class MaskAlgorithm(Section):
     to_begin_sparse: ClassVar[str] = ""
 
     @property
+    def together(self) -> bool:
+        """Whether the smallest magnitudes of all slices are chosen at once, as `select` would slice
+        by slice: `count` of them die, or `left` stay where the dead are held."""
+        return False
+
+    @property
     def tracks_ages(self) -> bool:
         """True if the age of every active entry is kept."""
         return False
@@ -294,6 +300,10 @@ class SmallestDie(MovingMasks):
     exchanges = True
 
     anneal: Anneal = Field("cosine", description=MovingMasks.model_fields["anneal"].description)
+
+    @property
+    def together(self) -> bool:
+        return type(self).select is SmallestDie.select
 
     def select(self, part: MaskSlice, when: Moment) -> Move:
         count = self.count(len(part.active), when)
