@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 
 import pytest
 
@@ -32,3 +34,25 @@ def test_what_is_counted_is_one_to_a_million_and_what_is_measured_over_nothing()
     for parse, text in ((positive, "0"), (positive, "1000001"), (positive_real, "0.0")):
         with pytest.raises(argparse.ArgumentTypeError):
             parse(text)
+
+
+SAYS = """import os, sys
+from megatron_spdf import command_line
+file = open(sys.argv[1], "w")
+print("to nobody")
+print("to nobody either", file=sys.stderr, flush=True)
+os.system("echo from a library; echo and an error >&2")
+file.write(str(file.fileno()) + repr(sys.stdin.read()))
+"""
+
+
+@pytest.mark.parametrize("closed", ["<&- >&- 2>&-", ">&-", "<&-"])
+def test_what_is_closed_takes_no_file_that_is_opened(tmp_path, closed):
+    """As where a daemon or cron starts a run: the log must not get what libraries print."""
+    done = subprocess.run(["bash", "-c", f'"$@" {closed}', "bash", sys.executable, "-c", SAYS,
+                           str(tmp_path / "log")], stdin=subprocess.DEVNULL, capture_output=True,
+                          text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    number, read = (tmp_path / "log").read_text().split("'", 1)
+    assert int(number) > 2 and read == "'"
+    assert ("from a library" in done.stdout) == (">&-" not in closed.split())

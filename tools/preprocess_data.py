@@ -135,15 +135,21 @@ def main(arguments: list[str] | None = None) -> int:
     # so that clean-up runs
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     partial = Partial(options.output, bool(options.split or options.by_set or options.per_shard))
+    started = 0.0
+
+    def make_tokenizer() -> Tokenizer:
+        nonlocal started
+        tokenizer = obtain_tokenizer(options, partial)
+        started = time.perf_counter()
+        return tokenizer
+
     try:
         if not partial.ready:
             partial.require_free(options.overwrite)
-        tokenizer = obtain_tokenizer(options, partial)
-        started = time.perf_counter()
         manifest = preprocess(
             options.input,
             options.output,
-            tokenizer,
+            make_tokenizer,
             workers=options.workers or usual_workers(expand_inputs(options.input)),
             overwrite=options.overwrite,
             progress=options.progress or None,

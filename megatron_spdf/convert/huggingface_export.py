@@ -24,6 +24,7 @@ from megatron_spdf.checkpoint.run_metadata import INITIAL, describe_masks
 from megatron_spdf.checkpoint.writer import with_progress
 from megatron_spdf.convert.huggingface_import import CONFIG
 from megatron_spdf.convert.source import WeightSource
+from megatron_spdf.data.tokenizers.base import ENDS
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
 from megatron_spdf.files import atomic_directory, new_file, write_file, write_json
 from megatron_spdf.sparsity.slices import join_slices
@@ -153,7 +154,7 @@ def _forms(source: WeightSource, names: Iterable[str],
 
 def _save_weights(tensors: list[_Tensor], dtype: torch.dtype, directory: Path,
                   limit: int) -> None:
-    """In one file, or in several of at most `limit` bytes and an index of them."""
+    """Writes one file, or several of at most `limit` bytes and an index of them."""
     shards: list[list[_Tensor]] = [[]]
     held = 0
     for tensor in tensors:
@@ -205,7 +206,8 @@ def _save_tokenizer(source: WeightSource, directory: Path) -> None:
         config |= {"tokenizer_class": "LlamaTokenizer",
                    "add_bos_token": tokenizer.begin_token is not None,
                    "add_prefix_space": tokenizer.adds_blank}
-    write_json(directory / "tokenizer_config.json", config | dict(tokenizer.declared))
+    declared = {key: said for key, said in tokenizer.declared.items() if key != ENDS}
+    write_json(directory / "tokenizer_config.json", config | declared)
     if tokenizer.kind == "sentencepiece":
         _compare_ids(tokenizer, directory)
 
