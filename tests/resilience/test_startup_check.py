@@ -72,8 +72,8 @@ def test_sixteen_missing_ranks_are_named_with_their_hosts_and_others_counted(mon
     assert store.get("addresses") == b"[]"  # which ends the others' wait
 
 
-@pytest.mark.parametrize(("skew", "said"), [(90.0, r"\+(90\.0|8\d\.\d)"), (-90.0, r"-(90\.0|8\d\.\d)"),
-                                          (1.0, None)])
+@pytest.mark.parametrize(("skew", "said"), [
+    (90.0, r"\+(90\.0|8\d\.\d)"), (-90.0, r"-(90\.0|8\d\.\d)"), (1.0, None)])
 def test_a_clock_that_is_off_is_measured(call, monkeypatch, skew, said):
     true = time.time
 
