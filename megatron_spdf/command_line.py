@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import functools
+import locale
 import math
 import os
 import signal
@@ -33,6 +35,17 @@ def open_standard_streams() -> None:
 
 
 open_standard_streams()  # before any other file
+
+
+def start_again_in_utf8() -> None:
+    """Starts this program again in Python's UTF-8 mode where the locale has another encoding, such
+    as de_DE.ISO-8859-1: paths, texts and arguments are UTF-8 here, whatever the terminal's are."""
+    if sys.flags.utf8_mode or codecs.lookup(locale.getencoding()).name == "utf-8":
+        return
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os.execve(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]],
+              {**os.environ, "PYTHONUTF8": "1"})  # of processes that it starts
 
 # Pictures become files: what a notebook or a desktop shows them with may be missing here.
 os.environ["MPLBACKEND"] = "agg"
@@ -95,7 +108,9 @@ def output_picture(text: str) -> Path:
 
 
 def make_parser(text: str | None, **settings) -> argparse.ArgumentParser:
-    """A parser whose help shows a text as it is written, and that takes options in full only."""
+    """A parser of a program's words, whose help shows a text as it is written, and that takes
+    options in full only."""
+    start_again_in_utf8()
     return _Parser(description=text, allow_abbrev=False,
                    formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
 
