@@ -15,25 +15,9 @@ from pathlib import Path
 from typing import TextIO
 
 from megatron_spdf import exit_codes
-from megatron_spdf.files import require_writable
+from megatron_spdf.files import open_standard_streams, require_writable
 from megatron_spdf.paths import expand_home
 from megatron_spdf.text import printable_lines, sentence_of
-
-
-def open_standard_streams() -> None:
-    """Opens /dev/null where standard input, output or error is closed, as a daemon leaves them:
-    the next file that is opened would have its number, and get what libraries print."""
-    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
-        try:
-            os.fstat(number)
-        except OSError:
-            opened = os.open(os.devnull, os.O_RDWR)
-            assert opened == number, (opened, number)
-            os.set_inheritable(number, True)
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(number, mode, closefd=False))
-
-
 open_standard_streams()  # before any other file
 
 
