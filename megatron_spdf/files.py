@@ -75,7 +75,7 @@ def _naming(place: Path) -> Iterator[None]:
 
 
 def _require_name(path: Path) -> None:
-    """That a path may be a file's."""
+    """Requires that a path may be a file's."""
     require_outside_checkpoints(path.parent)
     if path.exists() and not path.is_file() or path.parent == Path("/dev"):
         raise ValueError(f"{path} is no ordinary file; give the name of one")
@@ -162,7 +162,7 @@ def require_own(directory: Path, path: Path) -> None:
 
 
 def leads_out(directory: Path, path: Path) -> bool:
-    """Whether a link makes a path in a directory lie elsewhere."""
+    """True if a link makes a path in a directory lie elsewhere."""
     return not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(directory))
 
 
@@ -276,7 +276,7 @@ def _held(partial: Path) -> Iterator[None]:
 
 
 def _alone(handle: int) -> bool:
-    """Whether no other process holds the lock of an open directory, which this one then does."""
+    """True if no other process holds the lock of an open directory, which this one then does."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:  # some network file systems lock no directories

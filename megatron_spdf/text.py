@@ -25,7 +25,7 @@ _REMEDIES = {
 
 
 def has_remedy(error: Exception) -> bool:
-    """Whether the system raised an error that a user can put right."""
+    """True if the system raised an error that a user can put right."""
     return isinstance(error, OSError) and error.errno in _REMEDIES
 
 
@@ -38,7 +38,7 @@ def sentence_of(error: Exception) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """Of its message, for the log."""
+    """First line of its message, for the log."""
     return (str(error).strip().splitlines() or [""])[0][:200]
 
 

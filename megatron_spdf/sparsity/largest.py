@@ -50,6 +50,8 @@ def _at_rank(scores: Tensor, count: int, largest: bool) -> Tensor:
     """The `count`th largest, or lowest, of each row, (rows, 1)."""
     if scores.device.type != "cpu":
         return smallest_at_rank(scores, count, False, largest).unsqueeze(-1)
+    if scores.dtype in (torch.bfloat16, torch.float16):
+        return _at_rank(scores.float(), count, largest).to(scores.dtype)
     # NumPy selects several times as fast as PyTorch
     place = scores.shape[-1] - count if largest else count - 1
     found = np.partition(scores.numpy(), place, axis=-1)[:, place]
