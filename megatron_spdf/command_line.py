@@ -18,7 +18,10 @@ from megatron_spdf import exit_codes
 from megatron_spdf.files import open_standard_streams, require_writable
 from megatron_spdf.paths import expand_home
 from megatron_spdf.text import printable_lines, sentence_of
+
 open_standard_streams()  # before any other file
+# Pictures become files: what a notebook or a desktop shows them with may be missing here.
+os.environ["MPLBACKEND"] = "agg"
 
 
 def start_again_in_utf8() -> None:
@@ -30,9 +33,6 @@ def start_again_in_utf8() -> None:
         stream.flush()
     os.execve(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]],
               {**os.environ, "PYTHONUTF8": "1"})  # of processes that it starts
-
-# Pictures become files: what a notebook or a desktop shows them with may be missing here.
-os.environ["MPLBACKEND"] = "agg"
 
 
 class _Given(argparse.Action):
