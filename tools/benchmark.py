@@ -145,7 +145,7 @@ def measure_suite(arguments: list[str]) -> int:
 
 
 def write_pages(arguments: list[str]) -> int:
-    """From the suite's JSON."""
+    """Writes pages from the suite's JSON."""
     from benchmarks import page
 
     parser = make_parser(page.__doc__, prog="benchmark.py page")
@@ -160,7 +160,7 @@ def write_pages(arguments: list[str]) -> int:
 
 
 def fit_rates(arguments: list[str]) -> int:
-    """Of the planner, from the suite's JSON."""
+    """Fits the planner's rates to the suite's JSON."""
     from benchmarks import rates
 
     parser = make_parser(rates.__doc__, prog="benchmark.py rates")

@@ -223,7 +223,7 @@ def begin(source: WeightSource, recipe: Recipe, tokenizer: Tokenizer,
 
 
 def holds_zeros(plan: Plan) -> bool:
-    """Whether slices of a run's weights store entries that stay zero."""
+    """True if slices of a run's weights store entries that stay zero."""
     return any(weight.algorithm.holds for weight in plan.weights.values())
 
 

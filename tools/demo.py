@@ -147,7 +147,7 @@ def end(demo: Demo, seconds: float) -> None:
 
 
 def cpu_seconds() -> float:
-    """That this process and those it started have computed."""
+    """CPU seconds of this process and those it started."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(part.ru_utime + part.ru_stime for part in used)
 

@@ -154,7 +154,7 @@ def _forms(source: WeightSource, names: Iterable[str],
 
 def _save_weights(tensors: list[_Tensor], dtype: torch.dtype, directory: Path,
                   limit: int) -> None:
-    """In one file, or in several of at most `limit` bytes and an index of them."""
+    """Writes one file, or several of at most `limit` bytes and an index of them."""
     shards: list[list[_Tensor]] = [[]]
     held = 0
     for tensor in tensors:

@@ -35,7 +35,7 @@ class ProgramShape(NamedTuple):
 
     @property
     def text(self) -> str:
-        """For a table."""
+        """Shape as tables show it."""
         several = f", {self.group} tiles" if self.group > 1 else ""
         return (f"{self.width} wide, {self.depth} deep, {self.warps} warps, {self.stages} stages"
                 f"{several}{', stays' if self.stays else ''}")

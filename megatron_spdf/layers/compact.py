@@ -246,7 +246,7 @@ class CompactWeight(nn.Module):
 
     @property
     def mask(self) -> Mask:
-        """For the kernels."""
+        """Mask as the kernels take it."""
         tables = self._tables and replace(
             self._tables, **{name: getattr(self, TABLE + name) for name in self._table_names})
         return Mask(self.mask_bits, self.index, self.shape, self.planned.slice_shape,

@@ -40,7 +40,7 @@ class Change:
 
     @property
     def share(self) -> float:
-        """Of the active entries that moved."""
+        """Share of the active entries that moved."""
         return self.moved / self.active
 
     @property
@@ -50,7 +50,7 @@ class Change:
 
     @property
     def mean_age(self) -> float:
-        """In moves."""
+        """Mean age of active entries, in moves."""
         return self.age / self.active
 
     def __add__(self, other: Change) -> Change:

@@ -92,7 +92,7 @@ def _measure(recipe: Recipe, device: torch.device, moves: int, quick: bool) -> d
 
 
 def _measure_borders(recipe: Recipe, device: torch.device, borders: int) -> dict:
-    """Of an algorithm whose parts differ in what they store, as a run crosses from one to the
+    """Measures an algorithm whose parts differ in what they store, as a run crosses from one to the
     next."""
     stages = stages_of(recipe)
     plain, crossings, parts = [], [], defaultdict(list)
@@ -114,7 +114,7 @@ def _measure_borders(recipe: Recipe, device: torch.device, borders: int) -> dict
 
 
 def _plain_seconds(engine, stage: RunStage) -> list[float]:
-    """Of steps after the first, which gives the optimizer its state."""
+    """Seconds of steps after the first, which gives the optimizer its state."""
     seconds = []
     for number in range(1, 2 + WARM_UP):
         batch = synthetic_batch(engine.recipe, number)

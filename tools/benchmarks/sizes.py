@@ -147,5 +147,5 @@ def dtype_of(recipe: Recipe) -> torch.dtype:
 
 
 def tokens_of(recipe: Recipe) -> int:
-    """Of a micro-batch."""
+    """Tokens of a micro-batch."""
     return recipe.train.micro_batch * recipe.train.sequence_length

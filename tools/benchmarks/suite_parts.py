@@ -31,8 +31,8 @@ NEARLY = 0.85  # of the seconds
 
 
 def kernels(part: Part) -> None:
-    """A copy; expand and compress against it; products of tiles and 2:4 weights, and stk's, against
-    dense ones."""
+    """Times a copy, and expand and compress against it. Times products of tiles and of 2:4 weights,
+    and stk's, against dense ones."""
     from benchmarks import kernel_throughput
 
     device, seconds = torch.device("cuda" if torch.cuda.is_available()
@@ -88,9 +88,10 @@ def _stk(part: Part, recipe: Recipe, device: torch.device) -> None:
 
 
 def training(part: Part) -> None:
-    """Every pattern trained, dense before and after it all, since a card's clock changes as it gets
-    warm; on a GPU also with forward and backward as one CUDA graph; over the faster dense run so
-    far; and the planner, with the efficiency of the dense run, beside them."""
+    """Trains every pattern, and dense before and after it all, since a card's clock changes as it
+    gets warm. On a GPU each is trained with forward and backward as one CUDA graph too. Ratios are
+    over the faster dense run so far. The planner, with the efficiency of the dense run, is beside
+    them."""
     from benchmarks.engines import joined
 
     patterns = {"dense": sizes.DENSE, **part.scale.patterns, "dense, again": sizes.DENSE}

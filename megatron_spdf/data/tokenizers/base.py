@@ -81,7 +81,7 @@ class Tokenizer(ABC):
         return digest.hexdigest()
 
     def __eq__(self, other: object) -> bool:
-        """Whether it is of the same files."""
+        """True if it is of the same files."""
         return isinstance(other, Tokenizer) and self.sha256 == other.sha256
 
     def __hash__(self) -> int:

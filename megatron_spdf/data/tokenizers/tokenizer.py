@@ -154,7 +154,7 @@ def _with_end(path: Path, kind: type[Tokenizer], contents: list[bytes],
 
 
 def _difference(one: Tokenizer, other: Tokenizer) -> str:
-    """In what two tokenizers differ; nothing where they give the same ids."""
+    """Difference of two tokenizers; nothing where they give the same ids."""
     if one.vocab_size != other.vocab_size:
         return f"one of {one.vocab_size:,} and one of {other.vocab_size:,} ids"
     if one.eod != other.eod:

@@ -120,7 +120,7 @@ class MaskAlgorithm(Section):
 
     @property
     def tracks_ages(self) -> bool:
-        """Whether the age of every active entry is kept."""
+        """True if the age of every active entry is kept."""
         return False
 
     @property
@@ -129,7 +129,7 @@ class MaskAlgorithm(Section):
         return "step"
 
     def due(self, step: int, steps: int) -> bool:
-        """Whether masks move after an optimizer step.
+        """True if masks move after an optimizer step.
 
         Args:
             step: from 1, steps that were skipped not counted.
@@ -147,7 +147,7 @@ class MaskAlgorithm(Section):
         return next(part.reached for part in self.parts(steps) if step <= part.last)
 
     def alike_until(self, step: int, steps: int, others: int) -> bool:
-        """Whether masks move alike up to a step in runs or stages of two lengths: where `due` and
+        """True if masks move alike up to a step in runs or stages of two lengths: where `due` and
         `share` are the same, unless the algorithm chooses by the length in another way too."""
         return steps == others or all(
             self.due(s, steps) == self.due(s, others) and self.share(s, steps) == self.share(

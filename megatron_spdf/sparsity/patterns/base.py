@@ -145,22 +145,22 @@ class Pattern(Section):
 
     @property
     def chooses(self) -> bool:
-        """Whether weights can choose masks of the pattern."""
+        """True if weights can choose masks of the pattern."""
         return type(self).chosen is not Pattern.chosen
 
     @property
     def exchanges(self) -> bool:
-        """Whether units die and are born as the pattern's `exchange` allows, and not any."""
+        """True if units die and are born as the pattern's `exchange` allows, and not any."""
         return type(self).exchange is not Pattern.exchange
 
     @property
     def selects(self) -> bool:
-        """Whether the pattern has a mask of the largest magnitudes."""
+        """True if the pattern has a mask of the largest magnitudes."""
         return self.chooses or type(self).largest is not Pattern.largest
 
     @property
     def skips_zeros(self) -> bool:
-        """Whether a GPU multiplies with the active entries alone, forward and backward."""
+        """True if a GPU multiplies with the active entries alone, forward and backward."""
         return False
 
     @property
