@@ -16,7 +16,7 @@ from __future__ import annotations
 import sys
 
 from megatron_spdf import exit_codes
-from megatron_spdf.command_line import print_words
+from megatron_spdf.command_line import hear_interrupts, print_words
 from megatron_spdf.convert.source import open_weights
 from megatron_spdf.data.finetuning.task import render_tasks
 from megatron_spdf.recipe.finetune import Finetune, load_finetune
@@ -50,4 +50,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    hear_interrupts()
     sys.exit(main())

@@ -16,7 +16,7 @@ from __future__ import annotations
 import sys
 
 from megatron_spdf import exit_codes
-from megatron_spdf.command_line import print_words
+from megatron_spdf.command_line import hear_interrupts, print_words
 from megatron_spdf.data.pretraining.corpus import check_corpus
 from megatron_spdf.data.tokenizers.base import render_padding
 from megatron_spdf.model.parametrization import render_parametrization
@@ -72,4 +72,5 @@ def summarize(stage: RunStage) -> str:
 
 
 if __name__ == "__main__":
+    hear_interrupts()
     sys.exit(main())

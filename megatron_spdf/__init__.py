@@ -4,8 +4,10 @@ For any module of PyTorch there are `sparsify`, `densify` and `expanded`, see `l
 """
 
 import logging
+import signal
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 from megatron_spdf.version import __version__
@@ -39,6 +41,19 @@ if not sys.warnoptions:  # -W and PYTHONWARNINGS are the user's
 for _name, _start in _KNOWN_LOGGED.items():
     logging.getLogger(_name).addFilter(
         lambda record, start=_start: not record.getMessage().startswith(start))
+
+
+def _is_command() -> bool:
+    """Whether this process runs a script of the project."""
+    script, root = getattr(sys.modules["__main__"], "__file__", None), Path(__file__).parents[1]
+    places = (root.resolve(), (root / "tools").resolve())
+    return bool(script) and Path(script).resolve().parent in places
+
+
+# Ctrl-C while a command imports libraries, which takes seconds, ends it without a word. Its main
+# part then says what an interrupt is: see `end_quietly` and `hear_interrupts` of command_line.py.
+if _is_command() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def __getattr__(name: str) -> Any:

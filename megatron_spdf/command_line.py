@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import functools
+import locale
 import math
 import os
 import signal
@@ -13,12 +15,24 @@ from pathlib import Path
 from typing import TextIO
 
 from megatron_spdf import exit_codes
-from megatron_spdf.files import require_writable
+from megatron_spdf.files import open_standard_streams, require_writable
 from megatron_spdf.paths import expand_home
 from megatron_spdf.text import printable_lines, sentence_of
 
+open_standard_streams()  # before any other file
 # Pictures become files: what a notebook or a desktop shows them with may be missing here.
 os.environ["MPLBACKEND"] = "agg"
+
+
+def start_again_in_utf8() -> None:
+    """Starts this program again in Python's UTF-8 mode where the locale has another encoding, such
+    as de_DE.ISO-8859-1: paths, texts and arguments are UTF-8 here, whatever the terminal's are."""
+    if sys.flags.utf8_mode or codecs.lookup(locale.getencoding()).name == "utf-8":
+        return
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os.execve(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]],
+              {**os.environ, "PYTHONUTF8": "1"})  # of processes that it starts
 
 
 class _Given(argparse.Action):
@@ -78,7 +92,9 @@ def output_picture(text: str) -> Path:
 
 
 def make_parser(text: str | None, **settings) -> argparse.ArgumentParser:
-    """A parser whose help shows a text as it is written, and that takes options in full only."""
+    """A parser of a program's words, whose help shows a text as it is written, and that takes
+    options in full only."""
+    start_again_in_utf8()
     return _Parser(description=text, allow_abbrev=False,
                    formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
 
@@ -148,3 +164,17 @@ def end_quietly() -> None:
     traceback."""
     for number in (signal.SIGINT, signal.SIGPIPE):
         signal.signal(number, signal.SIG_DFL)
+
+
+def hear_interrupts() -> None:
+    """Makes an interrupt a KeyboardInterrupt, so that what is under way is put in order, and no
+    traceback of one that nobody catches: Python ends with the signal, which a shell takes for
+    status 130. What was started with interrupts ignored goes on ignoring them."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def say_all_else(kind, error, trace, say=sys.excepthook) -> None:
+        if not issubclass(kind, KeyboardInterrupt):
+            say(kind, error, trace)
+
+    sys.excepthook = say_all_else

@@ -96,7 +96,7 @@ class Holder:
         return printable(f"process {self.pid} on {self.host}{job}, since {self.since}")
 
     def runs(self) -> bool | None:
-        """Whether the process still runs; None: that cannot be told from here."""
+        """True if the process still runs; None: that cannot be told from here."""
         mine = Holder.here()
         # Slurm starts a job again only when its processes have ended or their node has failed.
         if self.job and self.job == mine.job and self.restart < mine.restart:
@@ -202,7 +202,7 @@ class DirectoryLock:
 
 
 def is_lock(name: str) -> bool:
-    """Whether a file of this name in a directory is one of its locks."""
+    """True if a file of this name in a directory is one of its locks."""
     return LOCK.fullmatch(name) is not None
 
 

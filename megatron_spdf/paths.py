@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,11 +19,15 @@ def expand_home(path: str) -> str:
 
     Raises:
         ValueError: there is no such user, a name in it is longer than file systems have them, or
-            the path is empty, as an unset variable of a shell is, or the address of something in
-            a network.
+            the path is empty, as an unset variable of a shell is, the address of something in a
+            network, or has a control character, such as the end of a line, which would cut the
+            lines of every log that names it.
     """
     if not path:
         raise ValueError("a path is empty; name a file or directory, . for this one")
+    if control := next((c for c in path if unicodedata.category(c) == "Cc"), ""):
+        raise ValueError(f"the path {path[:80]!r} has the control character {control!r}; rename "
+                         "what it names, or choose another name")
     if _ADDRESS.match(path):
         raise ValueError(f"{path:.80} is an address, and only files of this machine are read and "
                          f"written; copy or mount it, and give its path (./{path:.80} for a "
@@ -60,8 +65,34 @@ def _below(place: str, names: list[str]) -> Iterator[str]:
     if os.path.lexists(literal):
         yield from _below(literal, rest)
     elif glob.has_magic(name):
-        for found in glob.glob(name, root_dir=place or None, recursive=True):
+        for found in _everything(place) if name == "**" else glob.glob(
+                name, root_dir=place or None):
             yield from _below(os.path.join(place, found) if found else place, rest)
+
+
+def _everything(place: str, seen: set[tuple[int, int]] | None = None) -> Iterator[str]:
+    """The names of what lies in a directory at any depth, relative to it and the directory itself
+    first; without hidden ones, as `**` means it. Links are followed, and each directory is walked
+    once, by whatever names: links may lead round in circles.
+
+    Args:
+        seen: devices and inodes of the directories that were walked.
+    """
+    seen = set() if seen is None else seen
+    here = place or os.curdir
+    if os.path.isdir(here):
+        found = os.stat(here)
+        if (found.st_dev, found.st_ino) in seen:
+            return
+        seen.add((found.st_dev, found.st_ino))
+    yield ""
+    try:
+        names = sorted(name for name in os.listdir(here) if not name.startswith("."))
+    except OSError:  # a file, or what may not be read
+        return
+    for name in names:
+        yield from (os.path.join(name, below) if below else name
+                    for below in _everything(os.path.join(place, name), seen))
 
 
 def same_file(paths: list[Path]) -> tuple[Path, Path] | None:

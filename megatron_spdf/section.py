@@ -107,7 +107,7 @@ def _truths_for_numbers(value: Any, annotation: Any) -> Iterator[bool]:
 
 
 def _is_number(annotation: Any) -> bool:
-    """Whether it takes numbers, and no truth values."""
+    """True if it takes numbers, and no truth values."""
     kinds = set(_kinds(annotation))
     return bool(kinds & {int, float}) and bool not in kinds
 

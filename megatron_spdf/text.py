@@ -19,12 +19,13 @@ _REMEDIES = {
     errno.ENAMETOOLONG: "shorten the path",
     errno.ENOSPC: "make room on that disk, or name another place",
     errno.EDQUOT: "make room within the quota, or name another place",
+    errno.EFBIG: "raise the limit of the size of files (ulimit -f), or name another place",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
 }
 
 
 def has_remedy(error: Exception) -> bool:
-    """Whether the system raised an error that a user can put right."""
+    """True if the system raised an error that a user can put right."""
     return isinstance(error, OSError) and error.errno in _REMEDIES
 
 
@@ -37,7 +38,7 @@ def sentence_of(error: Exception) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """Of its message, for the log."""
+    """First line of its message, for the log."""
     return (str(error).strip().splitlines() or [""])[0][:200]
 
 

@@ -24,4 +24,4 @@ def make_corpus(place: Path) -> None:
     for inputs, output, extra in (("text/a*.jsonl", "data/train", make),
                                   ("text/c*.jsonl", "data/valid", [])):
         subprocess.run([*tool, "--input", inputs, "--output", output, *extra], cwd=place,
-                       check=True, capture_output=True)
+                       check=True, capture_output=True, timeout=300)

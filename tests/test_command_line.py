@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -32,3 +35,47 @@ def test_what_is_counted_is_one_to_a_million_and_what_is_measured_over_nothing()
     for parse, text in ((positive, "0"), (positive, "1000001"), (positive_real, "0.0")):
         with pytest.raises(argparse.ArgumentTypeError):
             parse(text)
+
+
+SAYS = """import os, sys
+from megatron_spdf import command_line
+file = open(sys.argv[1], "w")
+print("to nobody")
+print("to nobody either", file=sys.stderr, flush=True)
+os.system("echo from a library; echo and an error >&2")
+file.write(str(file.fileno()) + repr(sys.stdin.read()))
+"""
+
+
+@pytest.mark.parametrize("closed", ["<&- >&- 2>&-", ">&-", "<&-"])
+def test_what_is_closed_takes_no_file_that_is_opened(tmp_path, closed):
+    """As where a daemon or cron starts a run: the log must not get what libraries print."""
+    done = subprocess.run(["bash", "-c", f'"$@" {closed}', "bash", sys.executable, "-c", SAYS,
+                           str(tmp_path / "log")], stdin=subprocess.DEVNULL, capture_output=True,
+                          text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    number, read = (tmp_path / "log").read_text().split("'", 1)
+    assert int(number) > 2 and read == "'"
+    assert ("from a library" in done.stdout) == (">&-" not in closed.split())
+
+
+PROGRAM = """import os, sys
+from megatron_spdf.command_line import make_parser
+parser = make_parser("a program")
+parser.add_argument("path")
+path = parser.parse_args().path
+open(path, "w").write(path)
+print(path, os.getpid(), os.environ["PYTHONUTF8"])
+"""
+
+
+def test_a_locale_of_another_encoding_changes_no_path_and_no_text(tmp_path):
+    """The program starts again, with its words, number and streams."""
+    given = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    (tmp_path / "program.py").write_text(PROGRAM)
+    name = str(tmp_path / "gr\u00f6\u00dfe \u4e2d")
+    with subprocess.Popen([sys.executable, "-s", str(tmp_path / "program.py"), name], env=given,
+                          stdout=subprocess.PIPE, text=True, encoding="utf-8") as child:
+        said, _ = child.communicate(timeout=60)
+    assert child.returncode == 0 and said == f"{name} {child.pid} 1\n"
+    assert (tmp_path / name).read_text(encoding="utf-8") == name

@@ -177,6 +177,28 @@ def test_an_empty_path_is_refused(parser, capsys, words):
     assert ended.value.code == 2 and "a path is empty; name a file or" in capsys.readouterr().err
 
 
+def test_links_in_a_circle_are_walked_once(tree):
+    """Two of them make more ways than anyone walks."""
+    for place, to in {"v1/round": ".", "v1/up": "..", "v2/other": "../v1", ".dark": "v1"}.items():
+        (tree / place).symlink_to(to)
+    (tree / "v1/deep").mkdir()
+    (tree / "v1/deep/z.jsonl").touch()
+    found = named_by("v1/**/*.jsonl")
+    assert {"v1/c.jsonl", "v1/deep/z.jsonl"} <= set(found)
+    assert len({os.path.realpath(name) for name in found}) == len(found)
+    assert not any("round/" in name or "dark" in name for name in found)
+    assert {"v2/d.jsonl", "v2/other/c.jsonl"} <= set(named_by("v2/**/*.jsonl"))
+    assert "v1/deep/z.jsonl" in named_by("v1/**") and "v1/deep" in named_by("**/deep")
+
+
+def test_a_path_has_no_control_character():
+    """It would cut the lines of the logs that name it."""
+    for path in ("runs/a\nb", "a\x1b[2J", "\r"):
+        with pytest.raises(ValueError, match="has the control character .*; rename what it names"):
+            expand_home(path)
+    assert expand_home("runs/ü \u2028b") == "runs/ü \u2028b"
+
+
 @pytest.mark.parametrize("link", [os.link, os.symlink])
 def test_one_file_under_two_names(tree, link):
     link(tree / "v1/c.jsonl", tree / "c.jsonl")

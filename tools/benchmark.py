@@ -55,6 +55,7 @@ from pathlib import Path
 from benchmarks.environment import LIBRARIES, circumstances, publish
 
 from megatron_spdf.command_line import (
+    hear_interrupts,
     make_parser,
     output_file,
     path_text,
@@ -144,7 +145,7 @@ def measure_suite(arguments: list[str]) -> int:
 
 
 def write_pages(arguments: list[str]) -> int:
-    """From the suite's JSON."""
+    """Writes pages from the suite's JSON."""
     from benchmarks import page
 
     parser = make_parser(page.__doc__, prog="benchmark.py page")
@@ -159,7 +160,7 @@ def write_pages(arguments: list[str]) -> int:
 
 
 def fit_rates(arguments: list[str]) -> int:
-    """Of the planner, from the suite's JSON."""
+    """Fits the planner's rates to the suite's JSON."""
     from benchmarks import rates
 
     parser = make_parser(rates.__doc__, prog="benchmark.py rates")
@@ -283,4 +284,5 @@ def split_words(words: list[str]) -> tuple[str | None, list[str]]:
 
 
 if __name__ == "__main__":
+    hear_interrupts()
     sys.exit(main())

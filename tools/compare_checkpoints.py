@@ -4,8 +4,9 @@ subspace analysis.
 python tools/compare_checkpoints.py runs/pretrained runs/finetuned
 python tools/compare_checkpoints.py runs/pretrained runs/finetuned --png distance.png
 
-Each is a run directory (its newest complete checkpoint), a checkpoint of a run, or a Hugging Face
-directory; sparse weights are compared dense, zeros included.
+Each is a run directory (its best checkpoint where the run keeps that, else its newest complete
+one), a checkpoint of a run, or a Hugging Face directory. Sparse weights are compared dense, zeros
+included.
 
 Exit code 0, or 2 for what the user can put right. Needs neither a GPU nor the layout they were
 written at.

@@ -29,6 +29,7 @@ from pathlib import Path
 from megatron_spdf.architecture.base import ARCHITECTURES
 from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
 from megatron_spdf.command_line import (
+    hear_interrupts,
     make_parser,
     path_text,
     positive,
@@ -222,7 +223,7 @@ def begin(source: WeightSource, recipe: Recipe, tokenizer: Tokenizer,
 
 
 def holds_zeros(plan: Plan) -> bool:
-    """Whether slices of a run's weights store entries that stay zero."""
+    """True if slices of a run's weights store entries that stay zero."""
     return any(weight.algorithm.holds for weight in plan.weights.values())
 
 
@@ -367,6 +368,7 @@ def parse(words: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    hear_interrupts()
     # so that clean-up runs
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main())

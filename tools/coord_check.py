@@ -16,9 +16,8 @@ import argparse
 import sys
 import tempfile
 
-from tqdm import tqdm
-
 from megatron_spdf.command_line import (
+    hear_interrupts,
     make_parser,
     number,
     output_picture,
@@ -51,6 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
 def check(options: argparse.Namespace) -> dict[str, dict[str, dict[float, dict[str, float]]]]:
     """parametrization -> "width" or "density" -> scale -> part of the model -> size at the last
     step."""
+    from tqdm import tqdm
+
     from megatron_spdf.parallel import fake_cuda
 
     fake_cuda.install()  # before anything that imports megatron.core
@@ -107,4 +108,5 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    hear_interrupts()
     sys.exit(main())

@@ -32,7 +32,7 @@ from demo_parts.progress import Part, Progress  # noqa: E402
 from demo_parts.work import Failed, import_engines  # noqa: E402
 
 from megatron_spdf import exit_codes  # noqa: E402
-from megatron_spdf.command_line import make_parser, refusing, say  # noqa: E402
+from megatron_spdf.command_line import hear_interrupts, make_parser, refusing, say  # noqa: E402
 from megatron_spdf.files import require_directory, write_file  # noqa: E402
 from megatron_spdf.locks import locked  # noqa: E402
 from megatron_spdf.recipe.words import add_overrides  # noqa: E402
@@ -147,7 +147,7 @@ def end(demo: Demo, seconds: float) -> None:
 
 
 def cpu_seconds() -> float:
-    """That this process and those it started have computed."""
+    """CPU seconds of this process and those it started."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(part.ru_utime + part.ru_stime for part in used)
 
@@ -162,4 +162,5 @@ def explain(failed: Failed) -> int:
 
 
 if __name__ == "__main__":
+    hear_interrupts()
     sys.exit(main())

@@ -184,7 +184,7 @@ def score_text(options: argparse.Namespace) -> int:
 
 
 def output_of(options: argparse.Namespace, name: str) -> Path:
-    """Where the files of an evaluation go, which has none yet."""
+    """Directory of the files of an evaluation, which has none yet."""
     from megatron_spdf.checkpoint.store import run_of
 
     run = run_of(options.run)

@@ -36,6 +36,7 @@ from benchmarks.marked_page import place_on, write_between
 
 from megatron_spdf import exit_codes
 from megatron_spdf.command_line import (
+    hear_interrupts,
     make_parser,
     positive,
     positive_real,
@@ -298,4 +299,5 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    hear_interrupts()
     sys.exit(main())

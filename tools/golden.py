@@ -24,10 +24,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import megatron_spdf  # noqa: F401  before PyTorch, for interrupts meanwhile
+
+# isort: split
 from golden_cases import CASES
 from golden_place import Failed, Place
 from golden_words import flatten
 
+from megatron_spdf.command_line import hear_interrupts
 from megatron_spdf.files import write_file
 
 META, SHOWN = "meta.json", 5
@@ -187,4 +191,5 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    hear_interrupts()
     sys.exit(main())

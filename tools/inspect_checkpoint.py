@@ -24,7 +24,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Print what is there; the exit code is 2 where it cannot be trusted."""
     parser = make_parser(__doc__)
     parser.add_argument("directory", type=Path, metavar="DIR",
-                        help="a checkpoint, or a run directory: its newest complete checkpoint")
+                        help="a checkpoint, or a run directory: its best checkpoint where the run "
+                             "keeps that, else its newest complete one")
     parser.add_argument("--verify", action="store_true",
                         help="check every byte, every shape and every mask")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

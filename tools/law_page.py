@@ -27,7 +27,7 @@ from benchmarks.marked_page import place_on
 from experiment import write_into
 
 from megatron_spdf import exit_codes
-from megatron_spdf.command_line import make_parser, positive, refusing, say
+from megatron_spdf.command_line import hear_interrupts, make_parser, positive, refusing, say
 from megatron_spdf.files import write_file
 from megatron_spdf.records.json_writer import to_json
 from megatron_spdf.reports.frontiers import plot_frontiers
@@ -175,4 +175,5 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    hear_interrupts()
     sys.exit(main())

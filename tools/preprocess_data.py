@@ -16,9 +16,12 @@ import time
 from pathlib import Path
 from typing import Annotated
 
+import megatron_spdf  # noqa: F401  before what takes time to import, for interrupts meanwhile
+
+# isort: split
 from pydantic import ByteSize, Field, TypeAdapter, ValidationError
 
-from megatron_spdf.command_line import make_parser, path_text, positive, say
+from megatron_spdf.command_line import hear_interrupts, make_parser, path_text, positive, say
 from megatron_spdf.data.indexed.manifest import CorpusManifest
 from megatron_spdf.data.preprocess.documents import FORMATS, expand_inputs, sample_texts
 from megatron_spdf.data.preprocess.encode import SPLITS, split_bounds
@@ -132,15 +135,21 @@ def main(arguments: list[str] | None = None) -> int:
     # so that clean-up runs
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     partial = Partial(options.output, bool(options.split or options.by_set or options.per_shard))
+    started = 0.0
+
+    def make_tokenizer() -> Tokenizer:
+        nonlocal started
+        tokenizer = obtain_tokenizer(options, partial)
+        started = time.perf_counter()
+        return tokenizer
+
     try:
         if not partial.ready:
             partial.require_free(options.overwrite)
-        tokenizer = obtain_tokenizer(options, partial)
-        started = time.perf_counter()
         manifest = preprocess(
             options.input,
             options.output,
-            tokenizer,
+            make_tokenizer,
             workers=options.workers or usual_workers(expand_inputs(options.input)),
             overwrite=options.overwrite,
             progress=options.progress or None,
@@ -232,4 +241,5 @@ def summarize(prefix: str, manifest: Manifest | CorpusManifest, seconds: float) 
 
 
 if __name__ == "__main__":
+    hear_interrupts()
     sys.exit(main())

@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 
 from megatron_spdf import exit_codes
-from megatron_spdf.command_line import make_parser, print_words, refusing, say
+from megatron_spdf.command_line import hear_interrupts, make_parser, print_words, refusing, say
 from megatron_spdf.files import require_directory, write_json
 from megatron_spdf.recipe.finetune import Finetune, load_finetune
 from megatron_spdf.recipe.words import add_overrides, first_given, overruled_by
@@ -130,4 +130,5 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    hear_interrupts()
     sys.exit(main())

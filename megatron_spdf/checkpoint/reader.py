@@ -129,7 +129,7 @@ class CheckpointReader(TensorFiles):
         return self._bits(name, MASK_BITS)
 
     def held_bits(self, name: str) -> np.ndarray:
-        """Which of the active entries are held at zero, (slices, ceil(active per slice / 8)) uint8;
+        """Active entries that are held at zero, (slices, ceil(active per slice / 8)) uint8;
         of algorithms that hold some."""
         planned = self.plan.weights[name]
         shape = (planned.slices, math.ceil(planned.active_per_slice / 8))

@@ -74,7 +74,7 @@ class IndexedTensor:
 
     @property
     def covered(self) -> bool:
-        """Whether the boxes hold every number once."""
+        """True if the boxes hold every number once."""
         cuts = [sorted({0, length, *itertools.chain.from_iterable(
                     (box.offset[axis], box.offset[axis] + box.size[axis]) for box in self.boxes)})
                 for axis, length in enumerate(self.shape)]

@@ -98,7 +98,7 @@ def require_present(directory: Path) -> None:
 
 
 def may_be_elsewhere(link: Path) -> bool:
-    """Whether a run's directory of checkpoints may be this link: the user has made it, and it leads
+    """True if a run's directory of checkpoints may be this link: the user has made it, and it leads
     to checkpoints that are no other run's, with nothing beside them."""
     try:
         owned = link.lstat().st_uid in (0, os.geteuid())
@@ -179,7 +179,7 @@ def files_of(checkpoint: Path) -> list[str]:
 
 
 def holds_tensors(name: str) -> bool:
-    """Whether a file, by its name, may be as large as a model."""
+    """True if a file, by its name, may be as large as a model."""
     return name.endswith(".distcp")
 
 

@@ -235,7 +235,7 @@ def _make(function: str, arguments: tuple) -> Any:
 
 
 def _is_negated(flags: Any = None) -> bool:
-    """Whether a tensor has its storage's numbers with the other sign, as PyTorch marks one that is
+    """True if a tensor has its storage's numbers with the other sign, as PyTorch marks one that is
     negated when it is read."""
     if flags is None:
         return False

@@ -61,7 +61,7 @@ class CheckedText:
 
     @property
     def said(self) -> str:
-        """How weights were calibrated, for run.json: names no directory."""
+        """Record of the calibration for run.json, without the name of a directory."""
         seen = self.calibrate
         return "" if seen is None else (f", with {len(seen.starts):,} sequences of "
                                         f"{seen.length:,} tokens of {Path(seen.prefix).name}")
@@ -111,7 +111,7 @@ def _windows(prefix: str, length: int, recipe: Recipe, tokenizer: Tokenizer) -> 
 
 
 def _require(asked: Calibration, windows: int, free: int, length: int) -> None:
-    """That a data set has as many sequences as are asked for."""
+    """Requires that a data set has as many sequences as are asked for."""
     if free < asked.samples:
         but, other = "", ""
         if free < windows:

@@ -24,6 +24,7 @@ from megatron_spdf.checkpoint.run_metadata import INITIAL, describe_masks
 from megatron_spdf.checkpoint.writer import with_progress
 from megatron_spdf.convert.huggingface_import import CONFIG
 from megatron_spdf.convert.source import WeightSource
+from megatron_spdf.data.tokenizers.base import ENDS
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
 from megatron_spdf.files import atomic_directory, new_file, write_file, write_json
 from megatron_spdf.sparsity.slices import join_slices
@@ -73,6 +74,7 @@ def export(source: WeightSource, output: Path, dtype: str = "fp32", masks: bool 
     if not shard_size > 0.0:
         raise ValueError(f"a file of at most {shard_size:g} GB holds no weights; give a shard size "
                          "over 0")
+    _require_same_tensors(source)
     with atomic_directory(output) as partial_:
         _save_tokenizer(source, partial_)
         _save_config(source, dtype, partial_)
@@ -88,6 +90,25 @@ def _check(source: WeightSource, masks: bool) -> None:
         raise ValueError(f"{source.path} has no tokenizer to export with the weights")
     if masks and not _plan(source):
         raise ValueError(f"{source.path} is dense and has no masks; leave out --masks")
+
+
+def _require_same_tensors(source: WeightSource) -> None:
+    """Refuses a family whose tensors are not those of the model that transformers makes of its
+    configuration: of a file it passes over what it does not know, and draws what is missing."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(_config(source, "fp32"))
+    theirs = {name: tuple(value.shape) for name, value in model.named_parameters()}
+    ours = {tensor.name: tuple(tensor.shape) for tensor in _tensors(source)}
+    if wrong := [name for name in ours | theirs if ours.get(name) != theirs.get(name)]:
+        name, family = wrong[0], source.model.name
+        raise ValueError(
+            f"model.architecture={family} cannot be exported: {name} is "
+            f"{ours.get(name, 'nothing')} here and {theirs.get(name, 'nothing')} in transformers' "
+            f"{type(model).__name__}"
+            f"{f', as are {len(wrong) - 1} more' * (len(wrong) > 1)}; mend huggingface, "
+            "huggingface_config or huggingface_form of that architecture")
 
 
 def _plan(source: WeightSource) -> dict:
@@ -133,7 +154,7 @@ def _forms(source: WeightSource, names: Iterable[str],
 
 def _save_weights(tensors: list[_Tensor], dtype: torch.dtype, directory: Path,
                   limit: int) -> None:
-    """In one file, or in several of at most `limit` bytes and an index of them."""
+    """Writes one file, or several of at most `limit` bytes and an index of them."""
     shards: list[list[_Tensor]] = [[]]
     held = 0
     for tensor in tensors:
@@ -185,7 +206,8 @@ def _save_tokenizer(source: WeightSource, directory: Path) -> None:
         config |= {"tokenizer_class": "LlamaTokenizer",
                    "add_bos_token": tokenizer.begin_token is not None,
                    "add_prefix_space": tokenizer.adds_blank}
-    write_json(directory / "tokenizer_config.json", config | dict(tokenizer.declared))
+    declared = {key: said for key, said in tokenizer.declared.items() if key != ENDS}
+    write_json(directory / "tokenizer_config.json", config | declared)
     if tokenizer.kind == "sentencepiece":
         _compare_ids(tokenizer, directory)
 

@@ -128,7 +128,7 @@ class HuggingFaceReader:
         return plain
 
     def _check(self) -> None:
-        """That every weight is there, of its shape, and nothing that would be left out."""
+        """Requires that every weight is there, of its shape, and nothing that would be left out."""
         shapes = {self._plain(name): shape for form in self._forms.values()
                   for name, shape in zip(form.names, form.shapes, strict=True)}
         if missing := [name for name in shapes if name not in self._places]:
@@ -148,7 +148,8 @@ class HuggingFaceReader:
             self._check_tied(self._places.get(_HEAD))
 
     def _check_forms(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        """That every tensor has the shape that config.json gives it, and is one of floats."""
+        """Requires that every tensor has the shape that config.json gives it, and is one of
+        floats."""
         found = {place: (self._form_of(place), shape)
                  for place, shape in ((self._places[name], shape)
                                       for name, shape in shapes.items())}
@@ -162,7 +163,7 @@ class HuggingFaceReader:
                              "the model they were made from")
 
     def _check_tied(self, head: str | None) -> None:
-        """That an LM head, where there is one, is the embedding."""
+        """Requires that an LM head, where there is one, is the embedding."""
         if head:
             (embedding,) = self._forms[EMBEDDING].names
             place = self._places[self._plain(embedding)]

@@ -140,7 +140,7 @@ def _with_levels(recipe: Recipe, source: WeightSource, selector: Selector) -> Re
 
 def check_selector(selector: Selector, recipe: Recipe, plan: Plan,
                    text: CheckedText | None) -> None:
-    """That a selector can select the weights of a plan.
+    """Requires that a selector can select the weights of a plan.
 
     Raises:
         ValueError: the pattern has no such masks, no weight is sparse at the beginning, or there is

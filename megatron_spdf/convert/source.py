@@ -95,6 +95,9 @@ def require_sound(source: WeightSource) -> None:
             source.weight(name)
 
 
+_ADAPTER = "adapter_config.json"
+
+
 def open_weights(path: str | Path, checksums: bool = True,
                  like: Model | None = None) -> WeightSource:
     """Opens the weights at `path`.
@@ -115,6 +118,9 @@ def open_weights(path: str | Path, checksums: bool = True,
         raise ValueError(f"{path} is a checkpoint directory of Megatron-LM, whose files do not "
                          "tell the model's shape; make a run of it with "
                          "tools/convert_checkpoint.py from-megatron")
+    if (path / _ADAPTER).is_file():
+        raise ValueError(f"{path} holds an adapter of PEFT ({_ADAPTER}) and not the weights of a "
+                         "model; merge it into its model first (merge_and_unload, save_pretrained)")
     if not (path / "checkpoints").is_dir() and not (path / store.RUN).is_file() and not (
             path.name.endswith(store.PARTIAL)):
         raise ValueError(f"{path} holds no weights; give a run directory, a checkpoint of a run, "

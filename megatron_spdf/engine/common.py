@@ -99,7 +99,7 @@ def correct_newborn(engine: Engine) -> None:
 
 
 def own_decay(parameter: nn.Parameter) -> bool:
-    """Whether the mask algorithm decays a parameter in its own way, in place of the optimizer."""
+    """True if the mask algorithm decays a parameter in its own way, in place of the optimizer."""
     return parameter.own_decay
 
 
@@ -199,7 +199,7 @@ def masters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 def implementation_summary(recipe: Recipe, model: nn.Module, optimizer: torch.optim.Optimizer,
                            device: torch.device) -> str:
-    """Which implementation computes what, for the log."""
+    """Implementations that compute the parts of a step, for the log."""
     layer = model.decoder.layers[0]
     attention = layer.self_attention.core_attention
     parts = {"attention": type(attention), "norm": type(layer.pre_mlp_layernorm),
@@ -222,7 +222,7 @@ def implementation_summary(recipe: Recipe, model: nn.Module, optimizer: torch.op
 
 
 def _describe_patterns(model: nn.Module, device: torch.device) -> str:
-    """How weights are multiplied whose patterns have products of their own."""
+    """Products of weights whose patterns have one of their own."""
     patterns = {compact_of(m).planned.pattern for m in sparse_modules(model)}
     said = [f"; {own.title} {own.describe(pattern, device.type, model.config.params_dtype)}"
             for pattern in patterns if (own := product_of(pattern))]

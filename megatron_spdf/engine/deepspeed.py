@@ -140,7 +140,7 @@ class DeepSpeedEngine:
 
     @property
     def choices(self) -> str:
-        """Which implementation computes what."""
+        """Implementations that compute the parts of a step, for the log."""
         wrapper = type(self.zero.optimizer).__name__
         summary = common.implementation_summary(self.recipe, self.model, self.torch_optimizer,
                                                 self.device)

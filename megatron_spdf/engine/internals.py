@@ -260,7 +260,7 @@ def _find(name: str) -> Any:
 
 
 def _has(owner: Any, name: str) -> bool:
-    """Whether it has such an attribute, or its code names such an attribute, argument or key."""
+    """True if it has such an attribute, or its code names such an attribute, argument or key."""
     if hasattr(owner, name):
         return True
     written = inspect.getmro(owner) if inspect.isclass(owner) else (owner,)

@@ -138,7 +138,7 @@ class MegatronEngine:
 
     @property
     def choices(self) -> str:
-        """Which implementation computes what."""
+        """Implementations that compute the parts of a step, for the log."""
         return common.implementation_summary(self.recipe, self.models[0], self.torch_optimizer,
                                              self.device)
 
@@ -234,8 +234,8 @@ class MegatronEngine:
         return common.agree(loss, self.recipe.parallel.data, stop, *others, parts=parts)
 
     def _squared_norm(self) -> Tensor:
-        """Of the gradients of all ranks, (); Megatron-Core's own norm makes the host wait for
-        it."""
+        """Squared norm of the gradients of all ranks, (); Megatron-Core's own norm makes the host
+        wait for it."""
         (inner,) = self.optimizer.chained_optimizers
         gradients = gradients_for_norm(inner)
         norm = get_total_norm(gradients) if gradients else torch.zeros((), device=self.device)
@@ -262,7 +262,7 @@ def _reported(loss: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def _overlaps(recipe: Recipe, device: torch.device) -> bool:
-    """Whether traffic is started behind compute: on GPUs, and in a dry run of them on the meta
+    """True if traffic is started behind compute: on GPUs, and in a dry run of them on the meta
     device."""
     return recipe.parallel.overlap and recipe.parallel.data > 1 and device.type != "cpu"
 

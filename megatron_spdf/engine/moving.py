@@ -8,7 +8,7 @@ beside them at a time is one kind of state of one bucket or parameter.
 
 from __future__ import annotations
 
-from dataclasses import astuple
+from dataclasses import fields
 
 import torch
 import torch.distributed as dist
@@ -77,14 +77,14 @@ def hold_entries(engine: Engine, algorithm: MaskAlgorithm, when: Moment) -> dict
 
 def count_held(engine: Engine) -> dict[str, int]:
     """Canonical name -> number of entries held at zero in the whole weight, on every rank."""
-    held = {c.planned.name: Change(int((~c.kept).sum()), 0)
+    held = {c.planned.name: Change((~c.kept).sum(), 0)
             for c in _sparse_parameters(engine).values() if c.kept is not None}
     return {name: change.moved for name, change in _over_all_ranks(held, engine).items()}
 
 
 def count_chosen(engine: Engine) -> dict[str, Change]:
     """Canonical name -> what a whole weight changed when it last chose its mask, on every rank."""
-    born = {c.planned.name: c.seen(int(c.born))
+    born = {c.planned.name: c.seen(c.born)
             for c in _sparse_parameters(engine).values()
             if isinstance(c, MaskedWeight) and c.born is not None}
     return _over_all_ranks(born, engine)
@@ -110,9 +110,14 @@ def _choose(engine: Engine, algorithm: MaskAlgorithm, when: Moment,
             bits = moving.moved_masks(
                 algorithm, when, compact.planned, engine.plan.seed, _first_slice(compact),
                 compact.mask_bits, _as_values(master, compact), gradient)
-            if not torch.equal(bits, compact.mask_bits):
-                after[parameter] = bits
-    return after
+            after[parameter] = bits
+    if not after:
+        return after
+    # the host waits once for all weights
+    moved = torch.stack([(bits != sparse[parameter].mask_bits).any()
+                         for parameter, bits in after.items()]).tolist()
+    return {parameter: bits for (parameter, bits), has in zip(after.items(), moved, strict=True)
+            if has}
 
 
 def _sum_gradient(compact: CompactWeight) -> Tensor:
@@ -130,10 +135,16 @@ def _as_values(state: Tensor, compact: CompactWeight) -> Tensor:
 
 
 def _over_all_ranks(changes: dict[str, Change], engine: Engine) -> dict[str, Change]:
-    """Sums over the ranks; replicas after the first count nothing."""
-    counts = [[n * (engine.data_parallel_rank == 0) for n in astuple(changes.get(name, NOTHING))]
-              for name in engine.plan.weights]
-    total = torch.tensor(counts, device=next(engine.models[0].parameters()).device)
+    """Sums over the ranks; replicas after the first count nothing. The host waits for all numbers
+    at once."""
+    device, width = next(engine.models[0].parameters()).device, len(fields(Change))
+    counts = [getattr(changes.get(name, NOTHING), field.name)
+              for name in engine.plan.weights for field in fields(Change)]
+    zero = torch.zeros((), dtype=torch.int64, device=device)
+    total = torch.tensor([0 if isinstance(n, Tensor) else n for n in counts], device=device)
+    total += torch.stack([n.long() if isinstance(n, Tensor) else zero for n in counts])
+    total *= engine.data_parallel_rank == 0
     dist.all_reduce(total)
     return {name: Change(*found)
-            for name, found in zip(engine.plan.weights, total.tolist(), strict=True)}
+            for name, found in zip(engine.plan.weights, total.view(-1, width).tolist(),
+                                   strict=True)}

@@ -163,7 +163,7 @@ def _scores(found: dict[str, Any]) -> Scores:
 
 
 def _signature(found: dict[str, Any], task: str, error: Any) -> str:
-    """How a value came about."""
+    """Metric, filter and settings behind a value."""
     parts = [f"lm-eval {version(PACKAGE)}"]
     if task in found["n-samples"]:
         counts = found["n-samples"][task]

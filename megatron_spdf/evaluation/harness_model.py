@@ -183,7 +183,7 @@ class _SaysOneOf(StoppingCriteria):
         self._tail = 8 + max((len(tokenizer.encode(stop)) for stop in self._stops), default=0)
 
     def __call__(self, input_ids: Tensor, scores: Any, **_) -> Tensor:
-        """Whether each of the sequences (B, T) is done, (B)."""
+        """True if each of the sequences (B, T) is done, (B)."""
         said = [self._tokenizer.decode(row[-self._tail :])
                 for row in input_ids[:, self._begin :].tolist()]
         return torch.tensor([any(stop in text for stop in self._stops) for text in said],

@@ -20,7 +20,7 @@ class Validation(NamedTuple):
 
     @classmethod
     def of(cls, losses: list[float]) -> Validation:
-        """Of the losses of batches."""
+        """Makes it of the losses of batches."""
         known = len(losses) > 1 and all(map(math.isfinite, losses))
         return cls(sum(losses) / len(losses),
                    statistics.stdev(losses) / math.sqrt(len(losses)) if known else None)

@@ -45,7 +45,7 @@ class SamplingSettings:
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest token is always taken."""
+        """True if the likeliest token is always taken."""
         return self.temperature is self.top_k is self.top_p is None
 
 

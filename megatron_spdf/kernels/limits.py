@@ -7,6 +7,7 @@ from __future__ import annotations
 SMALLEST, LARGEST = 16, 128
 
 LARGEST_NORM = 16384  # entries of a token that a program of a norm has in registers
+LARGEST_SELECTION = 2**30  # entries of a row, which are counted in 32 bits
 
 
 def has_tile_kernel(size: int) -> bool:

@@ -72,6 +72,14 @@ def pack(masks: Tensor) -> Tensor:
     return (padded << shifts).sum(-1, dtype=torch.uint8)
 
 
+def ones(bits: Tensor) -> Tensor:
+    """The number of entries that are set in each byte of packed bits, uint8; without a table, which
+    a GPU's host would wait for."""
+    pairs = bits - (bits >> 1 & 0x55)
+    fours = (pairs & 0x33) + (pairs >> 2 & 0x33)
+    return fours + (fours >> 4) & 0x0F
+
+
 def positions(bits: Tensor, slice_shape: tuple[int, int], axis: int) -> Tensor:
     """Row-major positions in the dense weight of the active entries, slice after slice: (n,) int64.
 

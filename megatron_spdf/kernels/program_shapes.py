@@ -35,7 +35,7 @@ class ProgramShape(NamedTuple):
 
     @property
     def text(self) -> str:
-        """For a table."""
+        """Shape as tables show it."""
         several = f", {self.group} tiles" if self.group > 1 else ""
         return (f"{self.width} wide, {self.depth} deep, {self.warps} warps, {self.stages} stages"
                 f"{several}{', stays' if self.stays else ''}")
@@ -65,6 +65,27 @@ class NormShape(NamedTuple):
     entries_of_a_warp: int
 
 
+class SelectionShape(NamedTuple):
+    """Share of one GPU program in a selection.
+
+    Attributes:
+        entries: of a row.
+        warps: warps that run it.
+        digit: bits of the threshold that a pass over the memory finds. A warp counts digits by
+            votes, with instructions in proportion to the number of digits.
+    """
+
+    entries: int
+    warps: int
+    digit: int
+
+
+# Candidates by the bytes of an entry; the first is used. None has been measured: by the machine
+# code, these have the fewest instructions for all passes together, with few launches.
+SELECTION = {2: (SelectionShape(4096, 4, 5), SelectionShape(4096, 8, 5),
+                 SelectionShape(4096, 8, 8)),
+             4: (SelectionShape(4096, 8, 8), SelectionShape(4096, 4, 5)),
+             8: (SelectionShape(4096, 8, 8), SelectionShape(4096, 4, 5))}
 # As fast as any tried on an H100 (2026-11-27): at 90% of what a copy reaches there.
 SOFTMAX = {"sums": SoftmaxShape(4096, 4), "gradient": SoftmaxShape(4096, 8)}
 NORM = NormShape(528, 512)  # four programs on each multiprocessor of a Hopper GPU

@@ -71,7 +71,8 @@ def _launch(kernel: triton.JITFunction, operand: Tensor, values: Tensor, out: Te
 
 @cache
 def _multiprocessors(device: torch.device) -> int:
-    """Of the GPU; in Triton's interpreter, few enough for several results of a program."""
+    """Multiprocessors of the GPU; in Triton's interpreter, few enough for several results of a
+    program."""
     if device.type != "cuda":
         return 3
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_spdf.kernels.mask import DTYPES, SPAN, Mask
+from megatron_spdf.kernels.mask import DTYPES, SPAN, Mask, ones
 from megatron_spdf.kernels.program_shapes import WARPS
 
 NAME = f"triton {triton.__version__}"
@@ -22,12 +22,10 @@ NAME = f"triton {triton.__version__}"
 
 def make_index(bits: Tensor, slice_shape: tuple[int, int], axis: int) -> Tensor:
     """Active entries of a slice before each span of `SPAN` entries: (S, spans) int32."""
-    ones = torch.tensor([byte.bit_count() for byte in range(256)], dtype=torch.int32,
-                        device=bits.device)  # set bits of a byte, by table
     width = SPAN // 8  # bytes
     spans = triton.cdiv(bits.shape[1], width)
     padded = torch.nn.functional.pad(bits, (0, spans * width - bits.shape[1]))
-    count = ones[padded.int()].view(len(bits), spans, width).sum(-1)
+    count = ones(padded).view(len(bits), spans, width).sum(-1)
     return (count.cumsum(-1) - count).int()
 
 

@@ -166,24 +166,26 @@ class CompactWeight(nn.Module):
         """Takes other masks of the plan's, and says what that changes; what the values are then is
         the caller's."""
         moved = born(self.mask_bits, bits)
-        if self.planned.algorithm.tracks_ages:
-            self.age_until(bits)
+        before = self.mask_bits.clone()
         self.mask_bits.copy_(bits)
+        if self.planned.algorithm.tracks_ages:
+            self.age_since(before)
         self._derive()
         return self.seen(moved)
 
-    def age_until(self, bits: Tensor) -> None:
-        """Carries the ages of active entries over to the next masks, before these are taken."""
+    def age_since(self, before: Tensor) -> None:
+        """Carries the ages of active entries over from the masks before, bits like `mask_bits`."""
         entries = math.prod(self.planned.slice_shape)
-        carried = carry(self.ages, self.mask_bits, bits, entries)
-        self.ages.copy_(aged(carried, self.mask_bits, bits, entries))
+        # as floats, which every backend's kernels carry
+        carried = carry(self.ages.float(), before, self.mask_bits, entries).to(self.ages.dtype)
+        self.ages.copy_(aged(carried, before, self.mask_bits, entries))
 
-    def seen(self, moved: int) -> Change:
+    def seen(self, moved: int | Tensor) -> Change:
         """What is kept track of, as it is after so many entries moved."""
         algorithm = self.planned.algorithm
         return Change(moved, len(self.mask_bits) * self.planned.active_per_slice,
                       common(self.first_bits, self.mask_bits) if algorithm.tracks else 0,
-                      int(self.ages.sum()) if algorithm.tracks_ages else 0)
+                      self.ages.sum() if algorithm.tracks_ages else 0)
 
     @property
     def basis(self) -> Hashable:
@@ -208,6 +210,7 @@ class CompactWeight(nn.Module):
     def hold(self, kept: Tensor) -> None:
         """Holds all entries but these, (slices, k) bool; that they are zero is the caller's."""
         self.held_bits.copy_(pack(~kept))
+        self._holds = self.held_bits._version, True  # without asking the device
 
     def finish(self, gradient: Tensor, values: Tensor) -> Tensor:
         """A gradient of the values, or the buffer that it was added to, with zeros for entries that
@@ -243,7 +246,7 @@ class CompactWeight(nn.Module):
 
     @property
     def mask(self) -> Mask:
-        """For the kernels."""
+        """Mask as the kernels take it."""
         tables = self._tables and replace(
             self._tables, **{name: getattr(self, TABLE + name) for name in self._table_names})
         return Mask(self.mask_bits, self.index, self.shape, self.planned.slice_shape,

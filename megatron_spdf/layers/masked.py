@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_spdf.kernels.mask import Mask, pack, unpack
+from megatron_spdf.kernels.mask import Mask, unpack
 from megatron_spdf.layers.compact import CompactWeight, compact_of, sparse_modules
 from megatron_spdf.layers.products.base import Product
-from megatron_spdf.sparsity.largest import largest_bits
 from megatron_spdf.sparsity.plan import SparseWeight
 
 
@@ -51,19 +50,17 @@ class MaskedWeight(CompactWeight):
         if not self.due or values.is_meta:
             return
         self.due, planned = False, self.planned
-        magnitudes = values.detach().float().abs()
-        active = planned.pattern.chosen(magnitudes.view(-1, *planned.slice_shape), planned.level)
-        bits = pack(active.reshape(magnitudes.shape))
+        before = self.mask_bits.clone() if planned.algorithm.tracks_ages else None
+        more = ([(planned.trained_per_slice, self.trained_bits)] if planned.trains_some else [])
+        born = planned.pattern.fill_chosen(values.detach().reshape(-1, *planned.slice_shape),
+                                           planned.level, self.mask_bits, *more)
         if self._drawn:
-            self.begin_with(bits)
+            self.begin_with(self.mask_bits)
         else:
-            self.born = unpack(bits & ~self.mask_bits, magnitudes.shape[1]).sum()
-            if planned.algorithm.tracks_ages:
-                self.age_until(bits)
-            self.mask_bits.copy_(bits)
+            self.born = born
+            if before is not None:
+                self.age_since(before)
         self._drawn = False
-        if planned.trains_some:
-            self.trained_bits.copy_(largest_bits(values, planned.trained_per_slice))
 
     @property
     def basis(self) -> Hashable:

@@ -158,7 +158,7 @@ def _forward(module: nn.Module, compact: CompactWeight, *arguments, **keywords):
 
 def _forward_impl(compact: CompactWeight, input: Tensor, weight: Tensor, bias: Tensor | None,
                   allreduce_dgrad: bool, sequence_parallel: bool, tp_group, **_) -> Tensor:
-    """In place of Megatron-Core's `linear_with_grad_accumulation_and_async_allreduce`, whose
+    """Replaces Megatron-Core's `linear_with_grad_accumulation_and_async_allreduce`, whose
     arguments it takes."""
     return _Multiply.apply(input, weight, bias, compact, tp_group, allreduce_dgrad,
                            sequence_parallel)

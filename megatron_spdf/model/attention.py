@@ -29,7 +29,7 @@ class QkvLinear(ColumnParallelLinear):
 
 
 def document_mask(documents: Tensor) -> Tensor:
-    """Which tokens attend to which: causal, and to their own document only.
+    """Mask of attention: causal, and within a document.
 
     Args:
         documents: (B, T), the number of the document that a token is in.
@@ -69,7 +69,7 @@ class SdpaCoreAttention(MegatronModule):
         return out.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
 
     def describe(self, masked: bool) -> str:
-        """Which kernels compute it on this GPU, for the log."""
+        """Kernels that compute it on this GPU, for the log."""
         c, ranks = self.config, self.config.tensor_model_parallel_size
         heads = Heads(c.num_attention_heads // ranks, max(1, c.num_query_groups // ranks),
                       c.kv_channels, c.params_dtype, self.dropout, masked)

@@ -76,7 +76,7 @@ def _activation(model: Model, fuses: bool) -> Callable[[Tensor], Tensor]:
 
 
 def _fuses_activation(model: Model, compiles: bool) -> bool:
-    """Whether Megatron-Core has the activation and what is beside it as one function: SwiGLU, which
+    """True if Megatron-Core has the activation and what is beside it as one function: SwiGLU, which
     saves memory without a compiler too, and GELU with a bias."""
     if model.gated:
         return model.activation == "silu" and (compiles or not torch.cuda.is_available())
@@ -85,7 +85,7 @@ def _fuses_activation(model: Model, compiles: bool) -> bool:
 
 @cache
 def _compiles() -> bool:
-    """Whether Megatron-Core's fusions of pointwise operations, which go through torch.compile, can
+    """True if Megatron-Core's fusions of pointwise operations, which go through torch.compile, can
     be had: tried out once, since that takes Triton, a C compiler, and a GPU and driver that Triton
     knows."""
     if not torch.cuda.is_available():

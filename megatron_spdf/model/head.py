@@ -96,7 +96,8 @@ class Softmax:
 
     @staticmethod
     def over(weight: Tensor, vocab_size: int, smoothing: float) -> Softmax:
-        """Of logits by an LM head (rows, H), in kernels of one pass where there are any."""
+        """Makes one for logits by an LM head (rows, H), in kernels of one pass where there are
+        any."""
         kernels = softmax_kernels(weight.device.type, weight.dtype)
         if kernels is None:
             return Softmax(len(weight), vocab_size, smoothing)
@@ -113,7 +114,7 @@ class Softmax:
         self.real = min(max(vocab_size - self.first, 0), rows)
 
     def logits(self, tokens: Tensor, weight: Tensor) -> Tensor:
-        """Of tokens (n, H), in fp32 (n, rows)."""
+        """Logits of tokens (n, H), in fp32 (n, rows)."""
         scores = (tokens @ weight.t()).float()  # of fp32 logits no copy
         # rows that only pad the vocabulary: exp makes them zero in every sum and gradient
         scores[:, self.real :] = -torch.inf
@@ -160,8 +161,8 @@ class Softmax:
 
 
 class FusedSoftmax(Softmax):
-    """In kernels of one pass. Logits keep the precision of the product that makes them, and their
-    gradients take their place.
+    """Softmax in kernels of one pass. Logits keep the precision of the product that makes them, and
+    their gradients take their place.
 
     Args:
         kernels: of `kernels/softmax.py`.
@@ -202,7 +203,7 @@ class Gradients:
                                           dtype=torch.float32) if size < len(tokens) else None
 
     def add(self, start: int, tokens: Tensor, of_logits: Tensor) -> None:
-        """Of a chunk of tokens (n, H), from the gradient of its logits (n, rows)."""
+        """Adds those of a chunk of tokens (n, H), from the gradient of its logits (n, rows)."""
         # written where it belongs: the (N, H) gradient exists once
         torch.mm(of_logits, self.weight, out=self.of_input[start : start + len(tokens)])
         if self.of_weight is None:
@@ -214,7 +215,7 @@ class Gradients:
             self.of_weight += of_logits.t() @ tokens
 
     def times(self, factor: Tensor) -> tuple[Tensor, Tensor]:
-        """In place where the precision stays: a gradient is used once."""
+        """Scales in place where the precision stays: a gradient is used once."""
         self.of_input *= factor
         whole = self.of_weight
         of_weight = torch.empty_like(self.weight) if whole.dtype != self.weight.dtype else whole

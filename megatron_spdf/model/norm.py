@@ -35,7 +35,7 @@ class LayerNorm(_Shared, nn.LayerNorm):
 
 
 class _LayerNorm(torch.autograd.Function):
-    """Of the last axis."""
+    """LayerNorm over the last axis."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float,
@@ -58,7 +58,7 @@ class RMSNorm(_Shared, nn.RMSNorm):
 
 
 def have_apex() -> bool:
-    """Whether NVIDIA Apex is importable; the PyPI package called `apex` has no `normalization`."""
+    """True if NVIDIA Apex is importable; the PyPI package called `apex` has no `normalization`."""
     try:
         return (torch.cuda.is_available()
                 and importlib.util.find_spec("apex.normalization") is not None)

@@ -139,7 +139,7 @@ def unfold(values: Tensor, factor: Tensor | float) -> Tensor:
 
 
 def _density(planned: SparseWeight | None) -> float:
-    """Of a weight as planned."""
+    """Density of a weight as planned."""
     return 1.0 if planned is None else planned.density
 
 

@@ -89,7 +89,7 @@ def choose_kernels(heads: Heads,
 
 
 def describe_kernels(kernels: Sequence[SDPBackend], heads: Heads) -> str:
-    """For the log."""
+    """Kernels of attention, for the log."""
     if SDPBackend.MATH in kernels:
         return ("PyTorch's operations one by one, slow and with T x T scores: no fused kernel "
                 f"here takes {heads}")

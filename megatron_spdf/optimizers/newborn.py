@@ -114,7 +114,7 @@ class Newborn:
 
     def _correct(self, state: dict[str, Tensor], gradient: Tensor,
                  tables: dict[str, list[Tensor]]) -> None:
-        """Of one master, chunk by chunk."""
+        """Corrects the moments of one master, chunk by chunk."""
         names = [AGE, *tables]
         for age, *averages, g in _chunks([*(state[name] for name in names), gradient]):
             for name, average in zip(tables, averages, strict=True):

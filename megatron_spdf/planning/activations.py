@@ -128,7 +128,7 @@ def step_bytes(recipe: Recipe, plan: Plan, stage: int) -> StepBytes:
 
 
 def _teacher(recipe: Recipe) -> int:
-    """Of a teacher's forward pass: a layer, its input and output."""
+    """Bytes of a teacher's forward pass: a layer, its input and output."""
     model = teacher_of(recipe)
     if model is None:
         return 0
@@ -153,9 +153,9 @@ def _late(recipe: Recipe, plan: Plan, size: Sizes, stage: int) -> int:
 
 
 def _at_layer_end(recipe: Recipe, size: Sizes) -> int:
-    """At the backward of W_QKV: five tensors between layers (the output, its gradient, that of the
-    residual path, the norm's output and its gradient) and the gradients of Q, K and V; those that
-    all ranks have of them, and in the order of ranks, where these share query groups."""
+    """Bytes at the backward of W_QKV: five tensors between layers (the output, its gradient, that
+    of the residual path, the norm's output and its gradient) and the gradients of Q, K and V; those
+    that all ranks have of them, and in the order of ranks, where these share query groups."""
     m = recipe.model
     shared = 2 * size.width * size.tokens * m.qkv_rows if size.tensor > m.query_groups else 0
     return 5 * size.hidden + size.sharded(3 * m.heads * m.head_width) + shared
@@ -200,8 +200,8 @@ def _dense_gradients(recipe: Recipe, plan: Plan, size: Sizes, stage: int, but: s
 
 
 def _head(recipe: Recipe, size: Sizes) -> int:
-    """Of a chunk of tokens, logits, whose gradient overwrites them, and the gradient of the LM
-    head's weight; where there are several chunks, their sum in fp32, and that gradient after the
+    """Bytes for a chunk of tokens: logits, whose gradient overwrites them, and the gradient of the
+    LM head's weight; where there are several chunks, their sum in fp32, and that gradient after the
     last of them. All along there are the LM head's input, where sequence parallelism gathers it,
     and its gradient."""
     rows, teacher = recipe.model.padded_vocab // recipe.parallel.tensor, teacher_of(recipe)
@@ -224,7 +224,7 @@ def _head(recipe: Recipe, size: Sizes) -> int:
 
 
 def _waits_for_embedding(recipe: Recipe) -> bool:
-    """Whether the LM head's gradient of its weight waits for that of the embedding's look-up."""
+    """True if the LM head's gradient of its weight waits for that of the embedding's look-up."""
     return recipe.model.tied and recipe.parallel.pipeline == 1
 
 

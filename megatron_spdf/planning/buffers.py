@@ -49,7 +49,7 @@ class Buffer:
 
     @property
     def elements(self) -> int:
-        """With padding."""
+        """Elements with padding."""
         return self.buckets[-1][1]
 
     def shard(self, data_rank: int, data: int) -> int:

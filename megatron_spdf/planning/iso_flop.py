@@ -120,7 +120,7 @@ def _in_mlp(level: float) -> list[str]:
 
 
 def _has_head_width(model: Model) -> bool:
-    """Whether the width of a head is a key of its own."""
+    """True if the width of a head is a key of its own."""
     return "head_width" in type(model).model_fields
 
 

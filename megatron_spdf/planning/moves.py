@@ -84,7 +84,7 @@ def gathered_state(recipe: Recipe, elements: int) -> int:
 
 
 def _costs(recipe: Recipe, plan: Plan, stage: int) -> list[MoveCost]:
-    """Of every sparse weight on a rank."""
+    """Costs of every sparse weight on a rank."""
     chunks = local_parameters(recipe.model, recipe.parallel, plan, stage)
     return [recipe.sparsity.update.cost(q.expands_to, q.elements, **_step(recipe))
             for chunk in chunks for q in chunk if q.expands_to]

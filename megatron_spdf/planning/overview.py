@@ -175,7 +175,8 @@ def _zero(recipe: Recipe, plan: Plan) -> list[int]:
 
 
 def _traffic(recipe: Recipe, plan: Plan, gpu: Gpu) -> list[dict[str, Any]]:
-    """By kind and operation: payload of the busiest stage, sparse and dense, and its way."""
+    """Traffic by kind and operation: payload of the busiest stage, sparse and dense, and its
+    way."""
     dense = Plan.of(at_level(recipe, 0.0))
     rows = []
     stages = {0, recipe.parallel.pipeline // 2, recipe.parallel.pipeline - 1}

@@ -38,7 +38,7 @@ class StageBytes:
 
 
 def bytes_of_stages(recipe: Recipe) -> list[StageBytes]:
-    """Of every stage of a run, and every part of one, in order."""
+    """Bytes of every stage of a run, and every part of one, in order."""
     found = []
     for stage in stages_of(recipe):
         own, plan = stage.as_single_run, stage.plan

@@ -163,7 +163,7 @@ def smallest_world(recipe: Recipe, plan: Plan, gpu: Gpu) -> Candidate | None:
 
 
 def holds(recipe: Recipe, plan: Plan, gpu: Gpu, gpus: int) -> bool:
-    """Whether some layout on `gpus` GPUs fits, layers recomputed."""
+    """True if some layout on `gpus` GPUs fits, layers recomputed."""
     stored = stored_plans(recipe, plan)
     least = (laid_out(recipe, *d, recompute="full") for d in degrees(recipe, gpu, gpus))
     return any(not any(rule_violations(r)) and fullest(r, *stored).peak <= USABLE * gpu.memory

@@ -89,7 +89,7 @@ def predicted_step(recipe: Recipe, plan: Plan, gpu: Gpu, rates: Rates) -> StepTi
 
 
 def _with_host(there: StepTime, recipe: Recipe, plan: Plan, rates: Rates) -> StepTime:
-    """With the seconds that the GPU waits for what launches layer after layer."""
+    """Adds the seconds that the GPU waits for what launches layer after layer."""
     if recipe.kernels.cuda_graph:
         return there
     launches = recipe.micro_batches * _layers(recipe) * rates.host_seconds(plan)
@@ -194,7 +194,7 @@ def _layers(recipe: Recipe) -> int:
 
 
 def _expand_bytes(recipe: Recipe, plan: Plan, stage: int) -> float:
-    """Of the copies that are kept for a step."""
+    """Bytes of the dense copies that are kept for a step."""
     return _expand_once(recipe, plan, stage) if plan.dense_copy == "per_step" else 0.0
 
 

@@ -35,7 +35,7 @@ class Distill(Section):
 
     @property
     def on(self) -> bool:
-        """Whether there is a teacher whose loss counts."""
+        """True if there is a teacher whose loss counts."""
         return self.teacher is not None and self.weight > 0.0
 
 

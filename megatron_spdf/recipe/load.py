@@ -203,7 +203,7 @@ def _field_at(kind: type[BaseModel] | None, values: Any, names: Sequence[str]) -
 
 
 def _is_literal(field: FieldInfo | None, text: str) -> bool:
-    """Whether a text is the value as it stands, as it is for a field of text. Quotes around it and
+    """True if a text is the value as it stands, as it is for a field of text. Quotes around it and
     nothing mean what they mean in YAML."""
     if field is None or field.annotation not in (str, str | None):
         return False

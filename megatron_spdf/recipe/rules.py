@@ -255,6 +255,11 @@ def _data(recipe: Recipe) -> Iterator[str]:
             yield f"data.blend: {source.path} needs either a weight or epochs"
     if len({source.weight is None for source in data.blend}) > 1:
         yield "data.blend mixes weights and epochs; give one or the other to all data sets"
+    idle = {"evaluate.patience": recipe.evaluate.patience,
+            "checkpoint.best": recipe.checkpoint.best}
+    if (data.train or data.blend) and not data.valid:  # fine-tuning has data of its own
+        yield from (f"{key}={str(value).lower()} goes by the validation loss, and data.valid names "
+                    "no data; name some, or leave it out" for key, value in idle.items() if value)
     if data.reset_positions and not data.reset_attention and recipe.model.positions == "rotary":
         yield ("data.reset_positions=true does nothing to model.architecture="
                f"{recipe.model.architecture}, whose positions are rotary and so relative; set "

@@ -86,5 +86,5 @@ def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _overlap(key: str, other: str) -> bool:
-    """Whether one key is the other, or inside it."""
+    """True if one key is the other, or inside it."""
     return key == other or key.startswith(f"{other}.") or other.startswith(f"{key}.")

@@ -105,7 +105,7 @@ def _json(text: str, constants: bool) -> Any:
 
 
 def too_deep(value: Any) -> bool:
-    """Whether lists and mappings nest deeper than is read."""
+    """True if lists and mappings nest deeper than is read."""
     level = [value]
     for _ in range(limits.MOST_NESTING):
         level = [inner for outer in level if isinstance(outer, (dict, list))
@@ -135,7 +135,7 @@ def _number_or_none(token: str) -> float | None:
 
 
 def is_large(token: str) -> bool:
-    """Whether a whole number is beyond all floats, which have up to 309 digits."""
+    """True if a whole number is beyond all floats, which have up to 309 digits."""
     return len(token) > 300 and not math.isfinite(float(token))
 
 

@@ -57,7 +57,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Scale:
-    """How the axes of a line chart are ruled.
+    """Ruling of the axes of a line chart.
 
     Attributes:
         log_y: logarithmic y axis.

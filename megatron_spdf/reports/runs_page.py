@@ -109,7 +109,7 @@ def si(value: float) -> str:
 
 
 def _perplexity(run: Logged) -> str | None:
-    """With two digits, unless it has blown up."""
+    """Perplexity with two digits, unless it has blown up."""
     found = run.perplexity
     return found if found is None else f"{found:,.2f}" if found < 1e6 else f"{found:.3g}"
 

@@ -15,7 +15,7 @@ SHELLS = ("4294967290", "4294967291")
 
 
 def is_task(env: Mapping[str, str] = os.environ) -> bool:
-    """Whether srun started this process.
+    """True if srun started this process.
 
     The variables of a step also reach shells: that of salloc, which has the tasks of the job, and
     those of jobs that are submitted in a step. There the tasks of the step and of the job differ.
@@ -62,7 +62,7 @@ def head_node(env: Mapping[str, str] = os.environ) -> str:
 
 
 def resolves(name: str) -> bool:
-    """Whether this host knows an address of a name."""
+    """True if this host knows an address of a name."""
     try:
         return bool(socket.getaddrinfo(name, None))
     except OSError:

@@ -131,7 +131,7 @@ class Tuned:
 
     @property
     def done(self) -> bool:
-        """Whether the run is at its end.
+        """True if the run is at its end.
 
         Raises:
             ValueError: the directory holds another recipe's run.
@@ -146,7 +146,7 @@ class Tuned:
 
     @property
     def scored(self) -> bool:
-        """Whether there are scores."""
+        """True if there are scores."""
         return (self.scores / "scores.json").is_file()
 
     def check(self, start: Recipe) -> None:
@@ -193,21 +193,21 @@ class Tuned:
 
     @property
     def _start_is_over(self) -> bool:
-        """Whether the pre-training run is at its end."""
+        """True if the pre-training run is at its end."""
         try:
             return (self.start / LOG).is_file() and read_run(self.start).finished
         except NotBegun:
             return False
 
     def may_begin(self) -> bool:
-        """Whether the pre-training run is at its end; says so where it is not."""
+        """True if the pre-training run is at its end; says so where it is not."""
         if self._start_is_over:
             return True
         print(f"{self.trial.output} is not begun, as {self.start} is not at its end", flush=True)
         return False
 
     def may_be_scored(self) -> bool:
-        """Whether the run is at its end; says so where it is not."""
+        """True if the run is at its end; says so where it is not."""
         if self.done:
             return True
         print(f"{self.trial.output} is not scored, as it is not at its end", flush=True)

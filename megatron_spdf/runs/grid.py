@@ -226,7 +226,7 @@ def run_all(commands: Mapping[Path, Sequence[str]], jobs: int | None = None,
 
 
 def _exit_code(words: Sequence[str], until: float, **options: Any) -> int:
-    """That of a command, which is sent SIGTERM when its time is over.
+    """Exit code of a command, which is sent SIGTERM when its time is over.
 
     Args:
         until: on the monotonic clock.

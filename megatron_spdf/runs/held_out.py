@@ -56,7 +56,7 @@ COLUMNS = [name for name in PredictionRow.model_fields if name != "labels"]
 
 
 def of_form(points: Sequence[Point], form: str) -> list[Point]:
-    """Those that a form is fitted to, or may predict: the published one is of one way to be
+    """Points that a form is fitted to, or may predict: the published one is of one way to be
     sparse."""
     return [point for point in points
             if form != "published" or point.group == DENSE or point.algorithm == ONE_ALGORITHM]

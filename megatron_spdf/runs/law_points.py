@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,7 +66,8 @@ def trainings(paths: Sequence[Path], texts: Sequence[str]) -> list[Training]:
         texts: runs with one of them in their place are held out too.
 
     Raises:
-        ValueError: a run or a table cannot be read or is named twice, or no run has a text.
+        ValueError: a run or a table cannot be read, a training is there twice, or no run has a
+            text.
     """
     if twice := same_file([path for path in paths if path.exists()]):
         raise ValueError(f"{twice[0]} and {twice[1]} are one; name it once, as a law counts each "
@@ -79,12 +81,27 @@ def trainings(paths: Sequence[Path], texts: Sequence[str]) -> list[Training]:
             found.append(Training(point, str(path), False))
         else:
             say(f"{run.directory} is left out: its loss at the end is not finite", sys.stderr)
+    _require_apart(found)
     for text in texts:
         if not any(text in each.place for each in found):
             raise ValueError(f"--hold-out {text}: no run has that in its name; they are named like "
                              f"{found[0].place if found else 'nothing'}")
     return [each._replace(held_out=each.held_out or any(text in each.place for text in texts))
             for each in found]
+
+
+def _require_apart(found: Sequence[Training]) -> None:
+    """Raises a ValueError where a training is there twice, by whatever files: no two trainings of
+    one length have one loss to its last digit."""
+    seen: dict[tuple[float, ...], Training] = {}
+    for each in found:
+        point = each.point
+        figures = (point.sparsity, point.nonzero, point.data, point.loss)
+        first = seen.setdefault(figures, each)
+        if first is not each and math.isfinite(point.loss):
+            raise ValueError(f"{first.place} and {each.place} are one training, with the loss "
+                             f"{point.loss:.6g} to its last digit; name it once, as a law counts "
+                             "each as a training of its own")
 
 
 def of_one_algorithm(trained: list[Training], algorithm: str | None) -> list[Training]:

@@ -46,7 +46,7 @@ def task_of(run: Path) -> str | None:
 
 
 def splits_of(run: Path, task: str) -> Path | None:
-    """Where the data of a task are that a run was fine-tuned on; None: it was not.
+    """Path of the data of a task that a run was fine-tuned on; None: it was not.
 
     Raises:
         ValueError: the run's recipe cannot be read.
@@ -109,7 +109,7 @@ class RunDir:
                              "or decay)")
 
     def _changes(self, before: Recipe | Finetune) -> list[str]:
-        """How this start differs from the last, inputs by their content where that is known."""
+        """Differences of this start from the last, inputs by their content where that is known."""
         kept = self.root / CONTENTS
         recorded = read_json(kept, dict[str, str]) if kept.is_file() else {}
         known = recorded.keys() & self.contents.keys()

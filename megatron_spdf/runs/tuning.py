@@ -101,8 +101,8 @@ class TunedCell:
         return self._cells[point]
 
     def loss(self, point: Point, tried: Collection[Path]) -> float | None:
-        """With the first seed; infinite where the run was tried in vain, or a recipe cannot have
-        such a value."""
+        """Loss with the first seed; infinite where the run was tried in vain, or a recipe cannot
+        have such a value."""
         seed = self.experiment.seeds[0]
         try:
             cell = self.at(point)
@@ -135,9 +135,9 @@ class TunedCell:
         return self.at(self.search(tried)[0])
 
     def result(self, tried: Collection[Path]) -> dict[str, Any]:
-        """That of `experiment.result` at the best point so far, with `tried`, the number of points,
-        `searching`, that of those still to be tried at least, and `neighbors`: the loss with the
-        first seed at the best point and beside it, key -> [below, there, above]."""
+        """Result of `experiment.result` at the best point so far, with `tried`, the number of
+        points, `searching`, that of those still to be tried at least, and `neighbors`: the loss
+        with the first seed at the best point and beside it, key -> [below, there, above]."""
         best, unknown = self.search(tried)
         beside = list(neighbors(best))
         losses = {point: value if (value := self.loss(point, tried)) != math.inf else None

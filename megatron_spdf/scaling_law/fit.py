@@ -74,7 +74,8 @@ def shortcomings(points: Sequence[Point], form: Form = PUBLISHED) -> list[str]:
         found.append(f"{len(points)} run{'s' * (len(points) != 1)} for {needed} "
                      f"coefficients; at least {needed} are needed, and the published "
                      "fit had 48")
-    for what, values in form.levels(points).items():
+    levels = {**form.levels(points), "losses": {p.loss for p in points}}
+    for what, values in levels.items():
         if len(values) < LEVELS:
             found.append(f"{len(values)} different {what}; at least {LEVELS} are needed to tell "
                          "scale, exponent and offset apart")

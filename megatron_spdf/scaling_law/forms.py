@@ -56,7 +56,7 @@ class Form(ABC):
         """
 
     def is_scale(self, name: str) -> bool:
-        """Whether a coefficient of K goes with the unit of N^b_N."""
+        """True if a coefficient of K goes with the unit of N^b_N."""
         return True
 
     def levels(self, points: Sequence[Point]) -> dict[str, set]:
@@ -94,7 +94,7 @@ class Law:
 
 
 class Published(Form):
-    """That of the paper."""
+    """Form of the paper."""
 
     name = "published"
     title = "L = (a_S (1 - S)^b_S + c_S) N^-b_N + (a_D / D)^b_D + c, N active at the end"

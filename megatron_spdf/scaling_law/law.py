@@ -55,7 +55,10 @@ class ScalingLaw:
         Source: the gain of equation 9 in Frantar et al. 2023.
         """
         sparse = self.a_s * (1.0 - sparsity) ** self.b_s + self.c_s
-        return ((self.a_s + self.c_s) / sparse) ** (1.0 / self.b_n)
+        try:
+            return ((self.a_s + self.c_s) / sparse) ** (1.0 / self.b_n)
+        except (OverflowError, ZeroDivisionError):  # the loss hardly depends on the size
+            return math.inf
 
     def optimal_sparsity(self, nonzero: float, compute: float) -> float:
         """Sparsity of least loss among models of N non-zero weights trained with C FLOPs, in closed

@@ -55,7 +55,7 @@ class RunStage:
 
     @property
     def continues(self) -> bool:
-        """Whether the schedule began in the stage before."""
+        """True if the schedule began in the stage before."""
         return self.first > self.begin
 
     @property

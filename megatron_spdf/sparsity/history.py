@@ -13,14 +13,16 @@ from dataclasses import astuple, dataclass
 import torch
 from torch import Tensor
 
-from megatron_spdf.kernels.mask import unpack
+from megatron_spdf.kernels.mask import ones
+from megatron_spdf.sparsity.moving import carry
 
 OLDEST = 255  # moves, that old or older
 
 
 @dataclass(frozen=True)
 class Change:
-    """A move of the mask of a weight, or of several weights together, in entries.
+    """A move of the mask of a weight, or of several weights together, in entries: numbers, or
+    tensors () with them, for which nobody has waited yet.
 
     Attributes:
         moved: that died; as many were born, or they are held at zero.
@@ -31,14 +33,14 @@ class Change:
             the stage; 0 where that is not known.
     """
 
-    moved: int
+    moved: int | Tensor
     active: int
-    as_first: int = 0
-    age: int = 0
+    as_first: int | Tensor = 0
+    age: int | Tensor = 0
 
     @property
     def share(self) -> float:
-        """Of the active entries that moved."""
+        """Share of the active entries that moved."""
         return self.moved / self.active
 
     @property
@@ -48,7 +50,7 @@ class Change:
 
     @property
     def mean_age(self) -> float:
-        """In moves."""
+        """Mean age of active entries, in moves."""
         return self.age / self.active
 
     def __add__(self, other: Change) -> Change:
@@ -72,9 +74,9 @@ def by_layer(changes: Mapping[str, Change], layers: Mapping[str, int]) -> dict[i
     return dict(sorted(together.items()))
 
 
-def common(first: Tensor, bits: Tensor) -> int:
-    """The number of entries that are active in both of two masks, packed bits of slices."""
-    return int(unpack(first & bits, 8 * bits.shape[1]).sum())
+def common(first: Tensor, bits: Tensor) -> Tensor:
+    """The number of entries that are active in both of two masks, packed bits of slices, ()."""
+    return ones(first & bits).sum()
 
 
 def aged(carried: Tensor, before: Tensor, after: Tensor, entries: int) -> Tensor:
@@ -85,6 +87,6 @@ def aged(carried: Tensor, before: Tensor, after: Tensor, entries: int) -> Tensor
         before, after: (slices, ceil(n / 8)) uint8, packed masks.
         entries: n, of a slice.
     """
-    old, new = unpack(before, entries), unpack(after, entries)
-    stayed = old[new].view_as(carried)
+    rows = carried.new_ones(carried.shape, dtype=torch.float32)
+    stayed = carry(rows, before, after, entries).bool()
     return torch.where(stayed & (carried < OLDEST), carried + 1, carried)

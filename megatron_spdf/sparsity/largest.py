@@ -3,13 +3,14 @@ given mask."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_spdf.kernels.mask import pack
+from megatron_spdf.kernels.mask import ones, pack, unpack
+from megatron_spdf.kernels.selection import largest_kernels, lowest_kernels
 
 SWEEPS = 3  # of all pairs of rows, after which a trade is rare
 
@@ -19,33 +20,78 @@ def keep_largest(magnitudes: Tensor, count: int) -> Tensor:
 
     Args:
         magnitudes: (rows, entries) fp32, not negative.
+        count: over 0.
     """
-    threshold = _at_rank(magnitudes, count)
-    above, ties = magnitudes > threshold, magnitudes == threshold
-    left = count - above.sum(-1, keepdim=True)
-    return above | ties & (ties.cumsum(-1, dtype=torch.int32) <= left)
+    threshold = _at_rank(magnitudes, count, largest=True)
+    return _up_to(magnitudes > threshold, magnitudes == threshold, count)
 
 
-def _at_rank(magnitudes: Tensor, count: int) -> Tensor:
-    """The `count`th largest of each row, (rows, 1)."""
-    if magnitudes.device.type != "cpu":
-        return magnitudes.topk(count, sorted=False).values.amin(-1, keepdim=True)
-    place = magnitudes.shape[-1] - count  # NumPy selects several times as fast as PyTorch
-    found = np.partition(magnitudes.numpy(), place, axis=-1)[:, place]
+def keep_lowest(scores: Tensor, count: int) -> Tensor:
+    """The `count` lowest of each row, ties by position: (rows, entries) bool.
+
+    Args:
+        scores: (rows, entries) fp32 or int64.
+    """
+    if kernels := lowest_kernels(scores):
+        return unpack(kernels.lowest_bits(scores, count), scores.shape[1])
+    if count == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    threshold = _at_rank(scores, count, largest=False)
+    return _up_to(scores < threshold, scores == threshold, count)
+
+
+def _up_to(within: Tensor, ties: Tensor, count: int) -> Tensor:
+    """Entries of rows, and as many of the ties as `count` leaves."""
+    left = count - within.sum(-1, keepdim=True)
+    return within | ties & (ties.cumsum(-1, dtype=torch.int32) <= left)
+
+
+def _at_rank(scores: Tensor, count: int, largest: bool) -> Tensor:
+    """The `count`th largest, or lowest, of each row, (rows, 1)."""
+    if scores.device.type != "cpu":
+        return smallest_at_rank(scores, count, False, largest).unsqueeze(-1)
+    if scores.dtype in (torch.bfloat16, torch.float16):
+        return _at_rank(scores.float(), count, largest).to(scores.dtype)
+    # NumPy selects several times as fast as PyTorch
+    place = scores.shape[-1] - count if largest else count - 1
+    found = np.partition(scores.numpy(), place, axis=-1)[:, place]
     return torch.from_numpy(found).unsqueeze(-1)
 
 
-def smallest_at_rank(scores: Tensor, count: int, selects_alone: bool) -> Tensor:
-    """The `count`th smallest, ().
+def smallest_at_rank(scores: Tensor, count: int, selects_alone: bool,
+                     largest: bool = False) -> Tensor:
+    """The `count`th smallest of the last axis, or largest.
 
     Args:
-        scores: (n,).
+        scores: (..., n).
         selects_alone: whether `kthvalue` is fast on the device. A GPU gives it one multiprocessor
             for a row, with which a move of GPT-2 Small took 1.6 s on an H100, and all to `topk`.
     """
-    if selects_alone:
+    if selects_alone and not largest:
         return scores.kthvalue(count).values
-    return scores.topk(count, largest=False, sorted=False).values.amax()
+    found = scores.topk(count, largest=largest, sorted=False).values
+    return found.amin(-1) if largest else found.amax(-1)
+
+
+def fill_largest(values: Tensor, wanted: Sequence[tuple[int, Tensor]]) -> Tensor:
+    """Fills packed bits with the largest magnitudes of each slice, ties by position; in place.
+
+    Args:
+        values: (slices, entries), of any floating point type.
+        wanted: one or two pairs of a number of entries of each slice, and bits (slices, bytes)
+            uint8.
+
+    Returns:
+        The number of entries that became active in the first bits, ().
+    """
+    if kernels := largest_kernels(values):
+        return kernels.fill_largest(values, wanted)
+    magnitudes = values.float().abs()
+    new = [pack(keep_largest(magnitudes, count)) for count, _ in wanted]
+    born = ones(new[0] & ~wanted[0][1]).sum()
+    for (_, bits), found in zip(wanted, new, strict=True):
+        bits.copy_(found)
+    return born
 
 
 def keep_largest_of_few(magnitudes: Tensor, count: int) -> Tensor:
@@ -65,7 +111,10 @@ def largest_bits(values: Tensor, count: int) -> Tensor:
     Args:
         values: (slices, entries).
     """
-    return pack(keep_largest(values.detach().float().abs(), count))
+    bits = torch.zeros(len(values), -(-values.shape[1] // 8), dtype=torch.uint8,
+                       device=values.device)
+    fill_largest(values.detach(), [(count, bits)])
+    return bits
 
 
 def under_the_active(entries: np.ndarray, mask: np.ndarray) -> np.ndarray:

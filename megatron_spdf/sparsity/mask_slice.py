@@ -39,6 +39,7 @@ class MaskSlice:
         active_at: share of the weight's level -> number of entries of a slice that are active.
         pattern: of the weight.
         grid: (rows, columns) of units in the slice; None: one row.
+        units: k, where it is known: positions are found without waiting for their number then.
     """
 
     name: str
@@ -51,16 +52,18 @@ class MaskSlice:
     active_at: Callable[[float], int] | None = None
     pattern: Pattern = Unstructured()
     grid: Shape | None = None
+    units: int | None = None
 
     @cached_property
     def active(self) -> Tensor:
         """(k,) positions of the active units, ascending."""
-        return self.mask.nonzero().view(-1)
+        return _positions(self.mask, self.units)
 
     @cached_property
     def inactive(self) -> Tensor:
         """(n - k,) positions of the others, ascending."""
-        return (~self.mask).nonzero().view(-1)
+        rest = None if self.units is None else len(self.mask) - self.units
+        return _positions(~self.mask, rest)
 
     def random(self, purpose: str, candidates: Tensor, count: int) -> Tensor:
         """Draws `count` of the candidates, every such set equally likely.
@@ -109,3 +112,9 @@ class MaskSlice:
         threshold = smallest_at_rank(scores, count, selects_alone=not scores.is_cuda)
         below, ties = candidates[scores < threshold], candidates[scores == threshold]
         return torch.cat([below, ties[: count - len(below)]])
+
+
+def _positions(mask: Tensor, count: int | None) -> Tensor:
+    """Of the entries that are set, ascending, whose number may be known."""
+    found = mask.nonzero() if count is None else mask.nonzero_static(size=count)
+    return found.view(-1)

@@ -6,11 +6,16 @@ entries or tiles.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from megatron_spdf.kernels.mask import pack, unpack
+from megatron_spdf.kernels import dispatch
+from megatron_spdf.kernels.mask import Mask, ones, pack, unpack
 from megatron_spdf.sparsity.algorithms.base import MaskAlgorithm, Moment
+from megatron_spdf.sparsity.largest import keep_lowest
 from megatron_spdf.sparsity.mask_slice import MaskSlice
 from megatron_spdf.sparsity.plan import SparseWeight
 from megatron_spdf.sparsity.units import Units
@@ -33,16 +38,29 @@ def moved_masks(
         (slices, ceil(n / 8)) uint8, with k active entries a slice.
     """
     rows, columns = planned.slice_shape
-    size, units, masks = planned.slice_shape[planned.axis], Units.of(planned), []
-    for i, mask in enumerate(unpack(bits, rows * columns)):
-        part = MaskSlice(
+    size, units, parts = planned.slice_shape[planned.axis], Units.of(planned), []
+    masks = unpack(bits, rows * columns)
+    for i, mask in enumerate(masks):
+        parts.append(MaskSlice(
             planned.name, first + i, units.of_mask(mask),
             units.magnitudes(values[i], mask) if algorithm.needs != "nothing" else None,
             None if gradient is None else units.norms(
                 gradient.narrow(planned.axis, i * size, size).reshape(-1)),
-            seed, when.update, pattern=planned.pattern, grid=units.grid)
-        masks.append(units.to_mask(_next_mask(algorithm, part, when)))
-    return pack(torch.stack(masks))
+            seed, when.update, pattern=planned.pattern, grid=units.grid,
+            units=values.shape[1] // math.prod(units.size)))
+    if algorithm.together and not planned.pattern.exchanges:
+        return pack(_exchanged(algorithm, parts, when, masks, values))
+    return pack(torch.stack([units.to_mask(_next_mask(algorithm, part, when)) for part in parts]))
+
+
+def _exchanged(algorithm: MaskAlgorithm, parts: Sequence[MaskSlice], when: Moment, masks: Tensor,
+               values: Tensor) -> Tensor:
+    """The next masks where the smallest magnitudes die, of all slices at once: (slices, n) bool."""
+    count = algorithm.count(values.shape[1], when)
+    dies = keep_lowest(values.abs(), count)
+    born = keep_lowest(torch.stack([algorithm.to_be_born(part) for part in parts]), count)
+    after = torch.zeros_like(masks).masked_scatter_(masks, ~dies)
+    return after.masked_scatter_(~masks, born)
 
 
 def _next_mask(algorithm: MaskAlgorithm, part: MaskSlice, when: Moment) -> Tensor:
@@ -69,6 +87,12 @@ def kept_entries(algorithm: MaskAlgorithm, when: Moment, planned: SparseWeight, 
     Returns:
         (slices, k) bool, those that are not held.
     """
+    if algorithm.together:
+        stay = min(algorithm.left(planned.active_at, when), values.shape[1])
+        # those that are held are the lowest of all, which need not be counted then
+        scores = values.abs() if kept is None else torch.where(kept, values.abs(), -1.0)
+        died = keep_lowest(scores, values.shape[1] - stay)
+        return ~died if kept is None else kept & ~died
     masks, left = unpack(bits, planned.numel // planned.slices), []
     for i, mask in enumerate(masks):
         alive, here = mask.clone(), torch.ones_like(values[i], dtype=torch.bool)
@@ -93,12 +117,16 @@ def carry(values: Tensor, before: Tensor, after: Tensor, entries: int) -> Tensor
         before, after: (slices, ceil(n / 8)) uint8, with k active entries in every slice.
         entries: n.
     """
-    old, new = unpack(before, entries), unpack(after, entries)
-    carried = torch.zeros_like(values)
-    carried.view(-1)[old[new]] = values.reshape(-1)[new[old]]
-    return carried
+    old, new = (_as_rows(bits, entries, values.shape[1]) for bits in (before, after))
+    return dispatch.compress(dispatch.expand(values, old), new)
 
 
-def born(before: Tensor, after: Tensor) -> int:
-    """The number of entries that are active after a move and were not before it."""
-    return int(unpack(after & ~before, 8 * before.shape[1]).sum())
+def _as_rows(bits: Tensor, entries: int, active: int) -> Mask:
+    """The mask of a weight whose rows are the slices."""
+    place = (1, entries), 0
+    return Mask(bits, dispatch.make_index(bits, *place), (len(bits), entries), *place, active)
+
+
+def born(before: Tensor, after: Tensor) -> Tensor:
+    """The number of entries that are active after a move and were not before it, ()."""
+    return ones(after & ~before).sum()

@@ -82,7 +82,7 @@ class SparseWeight:
 
     @property
     def trains_some(self) -> bool:
-        """Whether the parameter stores entries that get no gradient."""
+        """True if the parameter stores entries that get no gradient."""
         return self.trained_per_slice < self.stored_per_slice
 
     @property
@@ -91,7 +91,7 @@ class SparseWeight:
 
     @property
     def skips_zeros(self) -> bool:
-        """Whether a GPU multiplies with the active entries alone, forward and backward."""
+        """True if a GPU multiplies with the active entries alone, forward and backward."""
         return self.pattern.skips_zeros and not self.algorithm.keeps
 
     @property
@@ -165,11 +165,11 @@ class Plan:
                     self.dense_copy)
 
     def skips_zeros(self, name: str) -> bool:
-        """Whether a GPU multiplies with this weight's active entries alone."""
+        """True if a GPU multiplies with this weight's active entries alone."""
         return self.weights[name].skips_zeros
 
     def keeps_copy(self, name: str, on_gpu: bool) -> bool:
-        """Whether a dense copy of this weight is kept for the step."""
+        """True if a dense copy of this weight is kept for the step."""
         return self.dense_copy == "per_step" and not (on_gpu and self.skips_zeros(name))
 
     @property
@@ -187,7 +187,7 @@ class Plan:
 
     @property
     def sparsity(self) -> float:
-        """Of the sparse weights together; 0.0 where there is none."""
+        """Sparsity of the sparse weights together; 0.0 where there is none."""
         return 1.0 - self.active / self.numel if self.weights else 0.0
 
 
@@ -250,7 +250,7 @@ def _erk_levels(weights: list[Weight], level: float, slices: list[int]) -> list[
 
 
 def check_tensor(plan: Plan, tensor: int) -> None:
-    """That every tensor-parallel rank holds whole slices.
+    """Requires that every tensor-parallel rank holds whole slices.
 
     Raises:
         ValueError: the pattern leaves a weight too few slices for that.
@@ -264,7 +264,7 @@ def check_tensor(plan: Plan, tensor: int) -> None:
 
 
 def check_algorithm(plan: Plan, sparsity: Sparsity) -> None:
-    """That the masks of a plan can move as the recipe says.
+    """Requires that the masks of a plan can move as the recipe says.
 
     Raises:
         ValueError: no weight is sparse, the pattern ties entries to each other in a way that the
@@ -303,7 +303,7 @@ def check_algorithm(plan: Plan, sparsity: Sparsity) -> None:
 
 
 def _check_pattern(pattern: Pattern, sparsity: Sparsity) -> None:
-    """That an algorithm can move the masks of a pattern.
+    """Requires that an algorithm can move the masks of a pattern.
 
     Raises:
         ValueError: it cannot.

@@ -35,7 +35,7 @@ class Units:
 
     @property
     def single(self) -> bool:
-        """Whether each is an entry."""
+        """True if each is an entry."""
         return self.size == (1, 1)
 
     def of_mask(self, entries: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ class Report:
         return figures
 
     def _learning_rates(self) -> dict[str, float]:
-        """Those of the groups that have one of their own, which rise and fall together."""
+        """Learning rates of the groups that have one of their own, which rise and fall together."""
         o, lr = self.stage.recipe.optimizer, self.engine.learning_rate
         own = {"embedding_lr": o.peak("embedding"), "norm_lr": o.peak("norm")}
         return {"lr": lr, **{key: lr / o.lr * peak for key, peak in own.items() if peak != o.lr}}

@@ -56,11 +56,35 @@ def test_a_chat_goes_on_after_a_trip(model, tmp_path):
         bos_token="<|im_start|>", eos_token="<|im_end|>", chat_template=TEMPLATE))
 
 
+def test_every_template_and_every_end_of_a_text_is_kept(model, tmp_path):
+    """As Llama 3.1 has them: calls of tools have a template and an end of their own."""
+    from transformers import AutoTokenizer, GenerationConfig
+
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates/tool_use.jinja").write_text("{{ tools }}" + TEMPLATE)
+    (model / "generation_config.json").write_text('{"eos_token_id": [2, 5, 1, "x", 999]}')
+    source = open_weights(model)
+    assert source.tokenizer.ends == [5, 1, 0, 2]  # last that of a turn
+    write_initial_checkpoint(source, make_recipe(), source.tokenizer, tmp_path / "run", "random")
+    export(CheckpointReader(find_checkpoint(tmp_path / "run")), tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == {
+        "default": TEMPLATE, "tool_use": "{{ tools }}" + TEMPLATE}
+    assert set(GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id) == {0, 1, 2, 5}
+    assert open_weights(tmp_path / "out").tokenizer.declared == source.tokenizer.declared
+
+
+def test_one_end_of_generation_may_be_a_default_and_means_nothing(model):
+    (model / "generation_config.json").write_text('{"eos_token_id": 5}')
+    assert load_tokenizer(model).ends == [0, 2]
+
+
 @pytest.mark.parametrize(("name", "said", "declared"), [
     ("tokenizer_config.json", {"bos_token": "<|endoftext|>", "eos_token": {"content": "<|im_end|>"},
                                "chat_template": "x"},
      {"eos_token": "<|im_end|>", "chat_template": "x"}),
     ("tokenizer_config.json", {"eos_token": "no such token", "chat_template": [{}]}, {}),
+    ("declared.json", {"ends": ["no such token", 5, [], "<|endoftext|>"]}, {}),
+    ("declared.json", {"ends": 5, "chat_template": []}, {}),
     ("declared.json", {"bos_token": "no such token", "eos_token": "<|im_end|>", "other": 1},
      {"eos_token": "<|im_end|>"}),
 ])

@@ -104,6 +104,19 @@ def test_masks_have_the_form_of_their_weights(source, tmp_path, select):
         export(source(), tmp_path / "other", masks=True)
 
 
+@pytest.mark.parametrize(("other", "said"), [
+    ({"tie_word_embeddings": False}, r"lm_head.weight is nothing here and \(\d+, 12\) in"),
+    ({"n_layer": 1}, "transformer.h.1.ln_1.weight is .* here and nothing in .* as are 11 more"),
+    ({"n_inner": 31}, r"h.0.mlp.c_fc.weight is \(12, 30\) here and \(12, 31\) in .* 5 more")])
+def test_tensors_that_transformers_has_not_are_refused(source, tmp_path, monkeypatch, other, said):
+    model = type(source().model)
+    config = model.huggingface_config
+    monkeypatch.setattr(model, "huggingface_config", lambda self: config(self) | other)
+    with pytest.raises(ValueError, match=f"architecture=gpt cannot be exported: .*{said}"):
+        export(source(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_card_says_what_the_model_is(source):
     lines = model_card(source(0.5, "magnitude"), "bf16", masks=True).splitlines()
     weights = sum(w.numel for w in source().weights.values())

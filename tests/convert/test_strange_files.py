@@ -32,6 +32,12 @@ class Code:
         return os.system, (f"touch '{self.place}'",)
 
 
+def test_an_adapter_is_called_one(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(ValueError, match="holds an adapter of PEFT .*; merge it into its model"):
+        open_weights(tmp_path)
+
+
 @pytest.fixture
 def split(gpt2) -> Path:
     """A model in two files with an index."""

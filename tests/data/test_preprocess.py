@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import gzip
 import importlib
 import io
@@ -226,6 +227,21 @@ def test_input_without_documents_is_refused_and_leaves_nothing(tmp_path, bpe):
     with pytest.raises(ValueError, match="no document in the inputs: 2 empty"):
         preprocess([tmp_path / "a.jsonl"], tmp_path / "t", load_tokenizer(bpe))
     assert suffixes(tmp_path / "t") == set()
+
+
+def test_no_tokenizer_is_made_where_the_data_set_cannot_be(tmp_path, monkeypatch):
+    """Nor trained for a place of its own that cannot be written."""
+    monkeypatch.setattr(Path, "mkdir", refuse_to_make)
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(OSError, match="Read-only file system"):
+        preprocess([tmp_path / "a.jsonl"], tmp_path / "b", lambda: pytest.fail("it was made"))
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="tokenizer=.*file/tok cannot be written"):
+        train_tokenizer("bpe", (pytest.fail("read") for _ in "a"), 300, tmp_path / "file/tok")
+
+
+def refuse_to_make(path: Path, **settings) -> None:
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
 
 def test_an_existing_data_set_is_kept_unless_overwritten(data_set, bpe):

@@ -23,7 +23,7 @@ RUN = [block for block in ALL if block.page == "docs/your_own_model.md" and bloc
 
 
 def test_commands(tmp_path):
-    for name in ("megatron_spdf", "configs", "launch", "tools", "pretrain.py"):
+    for name in ("megatron_spdf", "configs", "launch", "tools", "pretrain.py", "finetune.py"):
         (tmp_path / name).symlink_to(ROOT / name)
     library = Path(sysconfig.get_paths()["stdlib"])
     texts = [path.read_text() for path in sorted(library.glob("[a-c]*.py"))]

@@ -16,6 +16,9 @@ from importlib import import_module
 from pathlib import Path
 
 OF_ROWS = {"sums": "triton_softmax", "gradient": "triton_softmax", "backward": "triton_norm"}
+OF_SELECTION = {"count": "triton_selection", "write": "triton_selection"}
+KEY_BITS = {"bf16": 15, "fp32": 32, "i64": 64}
+UNALIGNED = ("level", "first", "second", "born")
 SCALARS = ("of_label", "of_each")  # of the softmax
 HOPPER, AMPERE = 90, 80  # compute capability, times 10
 
@@ -32,7 +35,7 @@ def cases() -> list[dict]:
     """Everything that may be taken in bf16 on Hopper; what is taken in bf16 on Ampere and in fp32
     on Hopper."""
     from megatron_spdf.kernels import program_shapes
-    from megatron_spdf.kernels.program_shapes import CANDIDATES, NORM, SOFTMAX, WARPS
+    from megatron_spdf.kernels.program_shapes import CANDIDATES, NORM, SELECTION, SOFTMAX, WARPS
 
     rows = {**SOFTMAX, "backward": (2048, 2048 // NORM.entries_of_a_warp)}
     found = [{"kernel": kernel, "target": target, "dtype": dtype, "shape": shape,
@@ -43,6 +46,11 @@ def cases() -> list[dict]:
                   for target, dtype, numbers in ((HOPPER, "bf16", warps),
                                                  (AMPERE, "bf16", warps[:1]),
                                                  (HOPPER, "fp32", warps[:1])) for n in numbers]
+    found += [{"kernel": kernel, "target": target, "dtype": dtype, "shape": shape,
+               "options": {"num_warps": shape.warps}} for kernel in OF_SELECTION
+              for target, dtype, size in ((HOPPER, "bf16", 2), (AMPERE, "bf16", 2),
+                                          (HOPPER, "fp32", 4), (HOPPER, "i64", 8))
+              for shape in SELECTION[size][: 2 if dtype == "bf16" else 1]]
     for (kernel, size), shapes in CANDIDATES.items():
         fp32 = [shapes[0]._replace(depth=32)] if size == 64 else []
         found += [{"kernel": kernel, "size": size, "target": target, "dtype": dtype, "shape": shape,
@@ -63,16 +71,16 @@ def compiled(place: Path, number: int, kernel: str, target: int, dtype: str, opt
     from triton.compiler import ASTSource
 
     blocks = block_shapes(kernel, size, shape) if size else {}
-    name = OF_ROWS.get(kernel, "triton_blocks" if blocks else "triton_tiles" if size
-                       else "triton_compact")
+    name = (OF_ROWS | OF_SELECTION).get(
+        kernel, "triton_blocks" if blocks else "triton_tiles" if size else "triton_compact")
     function = getattr(import_module(f"megatron_spdf.kernels.{name}"), f"_{kernel}")
-    fixed = constants(kernel, size, shape)
+    fixed = constants(kernel, size, shape, KEY_BITS[dtype])
     kinds = {name: "constexpr" if name in fixed else f"tensordesc<{dtype}{blocks[name]}>"
              if name in blocks else kind(kernel, name, dtype) for name in function.arg_names}
     if blocks and kernel == "input_gradient":
         kinds["columns"] = "i32"  # their number
     aligned = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(function.arg_names)
-               if name not in (*fixed, *blocks, "real", *SCALARS)}
+               if name not in (*fixed, *blocks, "real", *SCALARS, *UNALIGNED)}
     binary = triton.compile(ASTSource(function, kinds, constexprs=fixed, attrs=aligned),
                             target=GPUTarget("cuda", target, 32), options=options)
     file = place / f"{number}.cubin"
@@ -99,10 +107,13 @@ def block_shapes(kernel: str, size: int, shape: tuple) -> dict[str, list[int]]:
                                "out": [width, size]}}[kernel]
 
 
-def constants(kernel: str, size: int, shape: tuple | None) -> dict:
+def constants(kernel: str, size: int, shape: tuple | None, key_bits: int) -> dict:
     """As for the weights of GPT-3 XL; a column's stride of one is a constant to Triton, too."""
     from megatron_spdf.kernels.mask import SPAN
 
+    if kernel in OF_SELECTION:
+        return {"KEY_BITS": key_bits, "RANKS": 2, "LEVELS": -(-key_bits // shape.digit),
+                "DIGIT": shape.digit, "BLOCK": shape.entries}
     if kernel in OF_ROWS:
         return {"BLOCK": shape[0]} | ({"MEAN": True} if kernel == "sums" else {})
     if not size:
@@ -119,13 +130,16 @@ def kind(kernel: str, name: str, dtype: str) -> str:
     """The type of an argument."""
     if name in SCALARS:
         return "fp32"
+    if name in ("of_blocks", "born"):
+        return "*i32"
     if name in ("found", "tops", "totals", "shares", "means", "rstds", "parts"):
         return "*fp32"
     if name == "labels":
         return "*i64"
-    if name in ("bits", "counts"):
-        return {"bits": "*u8", "counts": "*i32"}[name]
-    if name in ("columns", "entries") and kernel not in ("expand", "compress", *OF_ROWS):
+    if name in ("bits", "others", "counts"):
+        return "*i32" if name == "counts" else "*u8"
+    if name in ("columns", "entries") and kernel not in ("expand", "compress", *OF_ROWS,
+                                                         *OF_SELECTION):
         return "*i32"
     if name == "out" and kernel in ("compress", "weight_gradient"):
         return "*fp32"  # the gradient's buffer

@@ -93,6 +93,15 @@ def test_dense_weights_move_16_bytes_at_a_time(kernels):
         assert count(k, "LDG.E.EF.128") > 0, name
 
 
+def test_what_is_selected_from_comes_8_bytes_at_a_time_and_is_counted_by_votes(kernels):
+    for kernel in ("count", "write"):
+        for name, k in some(kernels, kernel=kernel).items():
+            assert count(k, "LDG.E.64", "LDG.E.128") > 0, name
+            assert k["stack"] <= 8, name
+            # by atomics, thousands of entries with one digit would wait for each other
+            assert count(k, "VOTE") > 10 * count(k, "ATOMS") > 0 or kernel == "write", name
+
+
 def test_rows_move_16_bytes_at_a_time(kernels):
     """Whatever the vocabulary, whose end need not lie on 16 bytes."""
     for kernel in ("sums", "gradient", "backward"):

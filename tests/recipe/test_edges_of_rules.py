@@ -70,6 +70,12 @@ EDGES = {
     "a step that is kept": (["checkpoint.keep_at=[3, 10]"], ["checkpoint.keep_at=[3, 11]"],
                             "checkpoint.keep_at=[3, 11] names step 11, and the run ends at step "
                             "10"),
+    "patience without validation": (
+        ["data.train=a", "data.valid=b", "evaluate.patience=3"],
+        ["data.train=a", "evaluate.patience=3"], "evaluate.patience=3 goes by the validation loss"),
+    "best without validation": (
+        ["data.train=a", "checkpoint.best=false"], ["data.train=a", "checkpoint.best=true"],
+        "checkpoint.best=true goes by the validation loss, and data.valid names no data"),
     "offload": (["engine=deepspeed", "parallel.offload=true", "parallel.zero_stage=1"],
                 ["engine=deepspeed", "parallel.offload=true", "parallel.zero_stage=0"],
                 "parallel.offload=true needs sharded optimizer state, and parallel.zero_stage=0"),

@@ -162,8 +162,9 @@ def test_coefficients_that_can_change_together_are_named():
 
 @pytest.mark.parametrize(("count", "said"), [(7, 0), (6, 1)])
 def test_seven_coefficients_need_seven_runs_of_three_values_each(count, said):
-    grid = [Point(s, n, d, 1.0) for s, n, d in ((0.0, 1, 1), (0.5, 2, 2), (0.75, 3, 3), (0, 1, 2),
-                                                (0.5, 1, 3), (0.75, 2, 1), (0, 2, 3))][:count]
+    grid = [Point(s, n, d, 1.0 + s) for s, n, d in (
+        (0.0, 1, 1), (0.5, 2, 2), (0.75, 3, 3), (0, 1, 2), (0.5, 1, 3), (0.75, 2, 1), (0, 2, 3))
+        ][:count]
     assert len(shortcomings(grid)) == said
     near = [replace(p, sparsity=round(p.sparsity / 1e5, 6)) for p in grid]  # one, to four digits
     assert any("1 different sparsities" in text for text in shortcomings(near))
@@ -253,6 +254,21 @@ def test_a_run_without_a_finite_loss_is_left_out_and_named(monkeypatch, tmp_path
     assert law_points.trainings([tmp_path / "run"], []) == []
     assert capsys.readouterr().err == (
         f"{tmp_path / 'run'} is left out: its loss at the end is not finite\n")
+
+
+def test_a_training_of_two_files_is_no_two_trainings(monkeypatch, tmp_path):
+    """As a copy of a table, or a run beside the table that it is in; a length of another run may
+    have the same figures but for the loss."""
+    row = SimpleNamespace(point=replace(POINTS[0], name="of a table"), held_out=False)
+    monkeypatch.setattr(law_points, "read_table", lambda path: [row])
+    monkeypatch.setattr(law_points, "read_run", lambda path: None)
+    monkeypatch.setattr(law_points, "point_of", lambda run: POINTS[0])
+    (tmp_path / "table.csv").touch()
+    with pytest.raises(ValueError, match="of a table and .*run are one training, with the loss"):
+        law_points.trainings([tmp_path / "table.csv", tmp_path / "run"], [])
+    other = replace(POINTS[0], loss=POINTS[0].loss + 1e-9)
+    monkeypatch.setattr(law_points, "point_of", lambda run: other)
+    assert len(law_points.trainings([tmp_path / "table.csv", tmp_path / "run"], [])) == 2
 
 
 @pytest.mark.parametrize("again", ["run", "run/.", "link"])

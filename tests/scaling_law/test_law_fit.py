@@ -71,6 +71,15 @@ def test_under_determined_fits_are_refused(grid, said):
         fit_law(points(grid=grid))
 
 
+def test_equal_losses_determine_nothing():
+    """Nor does a law overflow whose losses hardly depend on the size."""
+    equal = [replace(point, loss=4.0) for point in points()]
+    with pytest.raises(ValueError, match="1 different losses; at least 3 are needed"):
+        fit_law(equal)
+    for b_n in (1e-6, 0.0):
+        assert replace(LAW, b_n=b_n).equivalent_dense(0.9) == math.inf
+
+
 @pytest.fixture
 def run(recipe, tmp_path):
     """A finished run's directory; returns (recipe, writer of its log)."""

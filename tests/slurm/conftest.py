@@ -23,9 +23,10 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
     place.mkdir()
     state = tempfile.mkdtemp(prefix="spdf_")
     env = {**os.environ, "LOCAL_SLURM_DIR": state, "SLURM_CONF": f"{state}/slurm.conf",
+           "LOCAL_SLURM_OWNER": str(os.getpid()),
            "SPDF_DEVICE": "cpu",
            "SPDF_PYTHON": str(place / "python"), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore",
-           "SPDF_EXIT_GRACE_SECONDS": "8"}
+           "SPDF_EXIT_GRACE_SECONDS": "20"}
     for name in [n for n in env if n.startswith(("SLURM_", "SBATCH_")) and n != "SLURM_CONF"]:
         del env[name]
     (place / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" -W ignore '

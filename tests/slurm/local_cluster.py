@@ -29,7 +29,7 @@ RECIPE = {
     # so that a fault in a save meets nothing else
     "checkpoint": {"every": 4, "asynchronous": False},
     "log": {"every": 1, "tensorboard": False},
-    "fault_tolerance": {"hang_seconds": 8, "join_seconds": 120},
+    "fault_tolerance": {"hang_seconds": 20, "join_seconds": 300},
 }
 
 
@@ -41,8 +41,11 @@ def install_slurm() -> str:
         return "Slurm is not installed, and cannot be without root and apt-get"
     for command in (["apt-get", "update", "-qq"],
                     ["apt-get", "install", "-qq", "--no-install-recommends", *PACKAGES]):
-        done = subprocess.run(command, capture_output=True, text=True, check=False,
-                              env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"})
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300,
+                                  env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"})
+        except subprocess.TimeoutExpired:
+            return f"Slurm cannot be installed: {' '.join(command)} took over five minutes"
         if done.returncode:
             return (f"Slurm cannot be installed: {' '.join(command)} said "
                     f"{done.stderr.strip().splitlines()[-1:]}")
@@ -86,7 +89,7 @@ class Cluster:
         return file.read_text() if file.exists() else ""
 
     def until(self, condition: Callable[[], object], what: str, job: str = "",
-              seconds: float = 150) -> None:
+              seconds: float = 300) -> None:
         end = time.monotonic() + seconds
         while not condition():
             said = self.output(job)[-4000:] if job else ""
@@ -98,7 +101,7 @@ class Cluster:
                 return
             time.sleep(0.2)
 
-    def end_of(self, *jobs: str, seconds: float = 240) -> list[str]:
+    def end_of(self, *jobs: str, seconds: float = 600) -> list[str]:
         """Waits until the jobs have ended; returns their exit codes as `state code`."""
         for job in jobs:
             self.until(lambda job=job: self.state(job) in ENDED, "end", seconds=seconds, job=job)

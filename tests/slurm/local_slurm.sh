@@ -21,6 +21,7 @@ PARTS=${LOCAL_SLURM_PARTITIONS:-debug}    # comma list, the first is the default
 DBD=${LOCAL_SLURM_DBD:-0}                 # 1 = slurmdbd + mariadb, for sacct
 NODE_DOWN_S=${LOCAL_SLURM_NODE_DOWN_S:-5} # SlurmdTimeout
 REQUEUE_S=${LOCAL_SLURM_REQUEUE_S:-5}     # cred_expire = the wait of a requeued job (default 120)
+OWNER=${LOCAL_SLURM_OWNER:-}              # process with which the cluster stops, however that ends; empty: with none
 die() { echo "local_slurm: $*" >&2; exit 1; }
 [[ $EUID = 0 ]] || die "run as root"
 DIR=$(realpath -m "$DIR"); ((${#DIR} <= 48)) || die "state directory path too long for unix sockets: $DIR"
@@ -203,12 +204,14 @@ cmd_start() {
   inside slurmctld ctl slurmctld -D -f "$DIR/slurm.conf"
   for ((i = 1; i <= n; i++)); do start_node "node$i"; done
   until_ok 20 all_up "$n" || { sinfo -N -l >&2 || :; die "nodes did not come up, see $DIR/log"; }
+  [[ -z $OWNER ]] || spawn watch bash "$(realpath "$0")" stop-after "$OWNER" "$(birth "$OWNER")"
   trap - EXIT
   echo "local_slurm: $n nodes up in $((SECONDS - t0)) s ($MODE mode, $DIR)" >&2
   cmd_env; }
 
 cmd_stop() {
   local f n; [[ -d $DIR/run ]] || return 0
+  end watch 0
   if [[ -e $DIR/run/shape ]]; then read -r MODE _ <"$DIR/run/shape"; fi
   end slurmctld 5
   for f in "$DIR"/run/node*.pid; do [[ -e $f ]] || continue; n=$(basename "$f" .pid); end "$n" "$([[ $MODE = ns ]] && echo 0 || echo 3)"; done
@@ -226,6 +229,11 @@ cmd_status() {
   timeout 5 sinfo -N -o '%8N %10P %6t %4c %8m %14G %E' || rc=1; return $rc; }
 cmd_env() { echo "export SLURM_CONF=$DIR/slurm.conf"; }
 
+if [[ ${1:-} = stop-after ]]; then # PID BIRTH: of `start`
+  while [[ $(birth "$2") = "$3" ]]; do sleep 1; done
+  rm -f "$DIR/run/watch.pid" # so that stop does not end this shell
+  set -- stop
+fi
 mkdir -p "$DIR"
 [[ -e $DIR/.local_slurm || -z $(ls -A "$DIR") ]] || die "$DIR holds other things; give an empty or new directory"
 : >"$DIR/.local_slurm"; exec 9>"$DIR/lock"; flock -w 60 9 || die "another local_slurm.sh holds $DIR/lock"

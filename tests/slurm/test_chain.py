@@ -50,7 +50,7 @@ def chain(cluster):
 def test_the_chain_ends_in_its_report(cluster, chain):
     for name, job in chain.items():
         cluster.until(lambda job=job: cluster.state(job) in ("COMPLETED", "FAILED", "CANCELLED"),
-                      name, seconds=200)
+                      name, seconds=600)
         said = next(cluster.place.glob(f"*{job}.out")).read_text()
         assert cluster.end_of(job) == ["COMPLETED 0"], f"{name}\n{said}"
     assert "chained_jsonl" in (cluster.place / "chained_report.html").read_text()
@@ -70,7 +70,7 @@ def test_an_array_sweeps_and_selects(cluster, chain):
     flag.unlink()
     cluster.until(lambda: not cluster.run("squeue", "--noheader", "--jobs", job,
                                           check=False).stdout.strip(), "end",
-                  seconds=200)
+                  seconds=600)
     said = [(cluster.place / f"array_{i}.out").read_text() for i in range(3)]
     found = json.loads((cluster.place / "swept/selection.json").read_text())
     assert [row["done"] for row in found["runs"]] == [True, True], said

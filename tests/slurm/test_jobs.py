@@ -25,11 +25,19 @@ STEP = {"train": (3, 10, 21), "evaluate": (6, 12, 18), "save": (8, 16, 24)}
 
 @pytest.fixture(scope="module")
 def limited(cluster):
-    """A run that is told by Slurm that its time is nearly up; it waits for that in step 9. Others
-    run meanwhile."""
+    """A run that waits in step 9 until Slurm tells it that its time is nearly up. Others run
+    meanwhile."""
     return cluster.sbatch("pretrain_gpt2small.sh", "recipe.yaml", "output=limited",
-                          "fault_tolerance.hang_seconds=300", SPDF_FAULTS="limited:train:9:0:WAIT",
-                          options=("--time=2", "--signal=B:USR1@60"))
+                          "fault_tolerance.hang_seconds=3600", SPDF_FAULTS="limited:train:9:0:WAIT",
+                          options=("--time=60", "--signal=B:USR1@60"))
+
+
+def let_time_run_out(cluster: Cluster, limited: str) -> None:
+    """Once it waits in step 9, however long a start takes here: two minutes are left to it, and a
+    next start has two more than this one has had."""
+    cluster.until((cluster.place / "limited-train-9-WAIT.done").exists, "step 9", limited)
+    hours, minutes, _ = map(int, cluster.field(limited, "RunTime").split(":"))
+    cluster.run("scontrol", "update", f"JobId={limited}", f"TimeLimit={60 * hours + minutes + 2}")
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +55,7 @@ def straight(cluster, limited, loop):
                          "log.ranks_every=8",
                          "log.tensorboard=true", SPDF_FAULTS="straight:train:all:1:SLOW")
     assert cluster.end_of(job) == ["COMPLETED 0"], cluster.output(job)
+    let_time_run_out(cluster, limited)
     return cluster.output(job), records(cluster.place / "straight")
 
 

@@ -4,17 +4,22 @@ place, born weights are zero, and the random stream is the stored one."""
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
+from no_waits import NoWaits, as_kernel
 
+from megatron_spdf.kernels import dispatch
 from megatron_spdf.kernels.mask import pack, unpack
 from megatron_spdf.random_streams import random_words
+from megatron_spdf.sparsity import largest
 from megatron_spdf.sparsity.algorithms.base import Moment, Move, MoveCost, MovingMasks
 from megatron_spdf.sparsity.algorithms.gmp import Gmp
 from megatron_spdf.sparsity.algorithms.rigl import Rigl
+from megatron_spdf.sparsity.algorithms.set import Set
 from megatron_spdf.sparsity.algorithms.static import Static
 from megatron_spdf.sparsity.largest import smallest_at_rank
 from megatron_spdf.sparsity.mask_slice import MaskSlice
@@ -164,6 +169,82 @@ def test_gradual_pruning_keeps_the_largest_of_a_dense_weight(weight):
         assert np.array_equal(kept.numpy(), alive)
         values = values * kept
     assert (alive.sum(1) == 15).all()
+
+
+class SetBySlice(Set):
+    name = "set by slice"
+
+    def select(self, part: MaskSlice, when: Moment) -> Move:
+        return super().select(part, when)
+
+
+class RiglBySlice(Rigl):
+    name = "rigl by slice"
+
+    def select(self, part: MaskSlice, when: Moment) -> Move:
+        return super().select(part, when)
+
+
+class GmpBySlice(Gmp):
+    name = "gmp by slice"
+
+    def select(self, part: MaskSlice, when: Moment) -> Move:
+        return super().select(part, when)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Kernels are stood in for, which the host need not wait for."""
+    def lowest_bits(scores: torch.Tensor, count: int) -> torch.Tensor:
+        order = (scores + 0).argsort(dim=1, stable=True)[:, :count]
+        return pack(torch.zeros(scores.shape, dtype=torch.bool).scatter_(1, order, True))
+
+    kernels = SimpleNamespace(lowest_bits=as_kernel(lowest_bits))
+    monkeypatch.setattr(largest, "lowest_kernels", lambda scores: kernels)
+    for name in ("make_index", "expand", "compress"):
+        monkeypatch.setattr(dispatch, name, as_kernel(getattr(dispatch, name)))
+
+
+@pytest.mark.parametrize(("together", "by_slice"), [(Set, SetBySlice), (Rigl, RiglBySlice)])
+@pytest.mark.parametrize("ties", [False, True])
+def test_slices_move_together_as_one_by_one_and_nobody_waits(weight, together, by_slice, ties,
+                                                             as_on_a_gpu):
+    bits, k = packed(weight), weight.active_per_slice
+    draw = torch.Generator().manual_seed(0)
+    values = torch.randn(weight.slices, k, generator=draw)
+    gradient = torch.randn(*weight.shape, generator=draw)
+    if ties:
+        values, gradient = (2 * values).round(), gradient.round()
+    assert together().together and not by_slice().together
+    arguments = WHEN, weight, 3, 8, bits, values, gradient
+    one_by_one = moved_masks(by_slice(), *arguments)
+    with NoWaits():
+        moved = moved_masks(together(), *arguments)
+        carried, number = carry(values, bits, moved, 60), born(bits, moved)
+    assert torch.equal(moved, one_by_one)
+    assert int(number) == weight.slices * together().count(k, WHEN) > 0
+    expected = dense(weight, bits, values) * unpack(moved, 60)
+    assert torch.equal(dense(weight, moved, carried), expected)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_slices_are_pruned_together_as_one_by_one_and_nobody_waits(weight, ties, as_on_a_gpu):
+    """Also where what is alive is zero, as what is held is, and where fewer are alive than may
+    stay."""
+    planned = replace(weight, reached=0.0, algorithm=Gmp())  # stored dense
+    values = torch.randn(weight.slices, 60, generator=torch.Generator().manual_seed(0))
+    if ties:
+        values = values.round()
+    bits, kept, seen = torch.full((weight.slices, 8), 255, dtype=torch.uint8), None, []
+    for step in (40, 30, 55, 75):
+        arguments = Moment(1, step, 100), planned, 3, 0, bits, kept, values
+        one_by_one = kept_entries(GmpBySlice(every=5), *arguments)
+        with NoWaits():
+            kept = kept_entries(Gmp(every=5), *arguments)
+        assert torch.equal(kept, one_by_one)
+        seen.append(int(kept.sum()))
+        values = values * kept
+    assert seen[0] == seen[1] > seen[2] > seen[3]
 
 
 def test_a_move_is_the_same_however_slices_are_shared_out(weight):

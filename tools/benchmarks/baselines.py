@@ -93,7 +93,7 @@ class _PlainTraining:
         self.optimizer.zero_grad()
 
     def _loss(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """Of (B, T) tokens."""
+        """Loss of (B, T) tokens."""
         with torch.autocast(self.device.type, torch.bfloat16,
                             enabled=self.recipe.train.precision == "bf16"):
             logits = self.model(tokens).logits

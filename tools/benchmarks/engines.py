@@ -135,7 +135,7 @@ def end_with_parent() -> None:
 
 
 def free_memory() -> None:
-    """Of what nobody holds any more."""
+    """Frees what nobody holds any more."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

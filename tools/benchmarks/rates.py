@@ -134,7 +134,7 @@ def fit(report: page.Report, gpu: Gpu) -> Rates:
 
 
 def _pattern_rates(report: page.Report) -> dict[str, float]:
-    """Of patterns whose products were timed beside dense ones."""
+    """Rates of patterns whose products were timed beside dense ones."""
     scale, found = sizes.scale_of(report["scale"]), {}
     rows = page.rows_of(report, "kernels")
     for name, pattern in scale.patterns.items():

@@ -31,8 +31,8 @@ NEARLY = 0.85  # of the seconds
 
 
 def kernels(part: Part) -> None:
-    """A copy; expand and compress against it; products of tiles and 2:4 weights, and stk's, against
-    dense ones."""
+    """Times a copy, and expand and compress against it. Times products of tiles and of 2:4 weights,
+    and stk's, against dense ones."""
     from benchmarks import kernel_throughput
 
     device, seconds = torch.device("cuda" if torch.cuda.is_available()
@@ -88,9 +88,10 @@ def _stk(part: Part, recipe: Recipe, device: torch.device) -> None:
 
 
 def training(part: Part) -> None:
-    """Every pattern trained, dense before and after it all, since a card's clock changes as it gets
-    warm; on a GPU also with forward and backward as one CUDA graph; over the faster dense run so
-    far; and the planner, with the efficiency of the dense run, beside them."""
+    """Trains every pattern, and dense before and after it all, since a card's clock changes as it
+    gets warm. On a GPU each is trained with forward and backward as one CUDA graph too. Ratios are
+    over the faster dense run so far. The planner, with the efficiency of the dense run, is beside
+    them."""
     from benchmarks.engines import joined
 
     patterns = {"dense": sizes.DENSE, **part.scale.patterns, "dense, again": sizes.DENSE}
@@ -152,10 +153,11 @@ def _train(part: Part, table: str, name: str, recipe: Recipe, device: torch.devi
 
 
 def moves_of_masks(part: Part) -> None:
-    """What every mask algorithm adds to a run."""
+    """What a choice of masks takes, and what every mask algorithm adds to a run."""
     from benchmarks import moves
     from benchmarks.engines import joined
 
+    part.attempt("choices of masks", "choices", lambda: _choices(part))
     with joined(part.scale.recipe(sizes.DENSE)) as device:
         for name, recipe in part.scale.moving().items():
             part.attempt("moves", name, lambda name=name, recipe=recipe: part.write(
@@ -163,11 +165,28 @@ def moves_of_masks(part: Part) -> None:
                     moves.measure_one(recipe, device, part.scale.moves, quick=True))))
 
 
+def _choices(part: Part) -> None:
+    """Of the weights of the large model's first layer."""
+    from benchmarks import moves
+
+    recipe = part.scale.recipe("{level: 0.75, algorithm: top_kast}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for weight in (w for n, w in Plan.of(recipe).weights.items() if ".layers.0." in n):
+        for found in moves.time_choices(weight, device, sizes.dtype_of(recipe),
+                                        part.scale.seconds / 5):
+            part.write("choices of masks", weight=f"{weight.shape[0]} x {weight.shape[1]}",
+                       by=found["by"], **{
+                "active (us)": 1e6 * found["active"],
+                "with twice as many (us)": 1e6 * found["with twice as many"],
+                "GB/s of the weight, active": found["bytes"] / found["active"] / 1e9})
+
+
 def row_of_moves(figures: dict) -> dict:
     return {"sparsity (%)": 100 * figures["sparsity"], "step (s)": figures["step_seconds"],
             "longer with a move (s)": figures["longer_seconds"],
             "the move alone (s)": figures["move_seconds"], "every": figures["every"],
-            "of a run (%)": 100 * figures["share"]}
+            "of a run (%)": 100 * figures["share"],
+            **{f"{what} (s)": spent for what, spent in figures.get("border_seconds", {}).items()}}
 
 
 def small_model(part: Part) -> None:

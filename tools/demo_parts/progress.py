@@ -128,7 +128,7 @@ class _Running:
         return True
 
     def share(self) -> float:
-        """How much of the part is done, in [0, 1]."""
+        """Share of the part that is done, in [0, 1]."""
         ahead = len(self._works) + 1 - (self._current.share() if self._current else 0.0)
         return 1 - min(1.0, ahead / max(1, len(self.part.works)))
 

@@ -73,7 +73,7 @@ class Work:
             self._running.append(process)
 
     def ended(self) -> bool:
-        """Whether all of its processes have ended well.
+        """True if all of its processes have ended well.
 
         Raises:
             Failed: one has not; the others are stopped.

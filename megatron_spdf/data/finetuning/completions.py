@@ -69,7 +69,7 @@ class Completions:
 
     @property
     def sha256(self) -> str:
-        """Of the tokens and where the completions begin."""
+        """Hash of the tokens and of where completions begin."""
         digest = hashlib.sha256(self.starts.tobytes())
         for tokens in self.tokens:
             digest.update(tokens)

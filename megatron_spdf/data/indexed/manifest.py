@@ -268,7 +268,7 @@ def _other_prefix(prefix: str | Path) -> str:
 
 
 def is_foreign(prefix: str | Path) -> bool:
-    """Whether a data set was made by another tool: nothing beside it says what it holds."""
+    """True if a data set was made by another tool: nothing beside it says what it holds."""
     return not file_of(prefix, "json").exists() and not file_of(prefix, "tokenizer").exists()
 
 

@@ -108,7 +108,7 @@ def token_dtype(vocab_size: int) -> type[np.number]:
 
 
 def split_bounds(shares: Sequence[float]) -> list[int]:
-    """Where train, valid and test end in the range of a 64-bit hash.
+    """Ends of train, valid and test in the range of a 64-bit hash.
 
     Raises:
         ValueError: not two or three shares, one that is negative or no finite number, or none for

@@ -197,7 +197,7 @@ class Journal:
         return {name: part for entry in self.finished for name, part in entry.part_of.items()}
 
     def count_finished(self, paths: Sequence[Path]) -> int:
-        """How many of the inputs `paths`, from the first on, are finished.
+        """Number of the inputs `paths`, from the first on, that are finished.
 
         Raises:
             ValueError: another input was finished in the place of one, or it has changed since.

@@ -76,7 +76,7 @@ class _Refused(Exception):
 
 
 def _columns(file: ParquetFile, keys: Sequence[str]) -> list[str]:
-    """Those of `keys` that the file has."""
+    """Columns of `keys` that the file has."""
     there = file.schema_arrow.names
     if keys[0] not in there:
         known = ", ".join(map(repr, there[:10])) or "none"
@@ -97,7 +97,7 @@ def _records(file: ParquetFile, columns: list[str]) -> Iterator[bytes | UnicodeD
 
 
 def _rows_at_a_time(file: ParquetFile) -> int:
-    """By the group with the longest rows."""
+    """Rows of a batch, by the group with the longest ones."""
     groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
     longest = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=0)
     return max(1, min(_MOST_ROWS, _BATCH_BYTES // max(1, longest)))

@@ -14,7 +14,7 @@ import errno
 import importlib.metadata
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +50,7 @@ _BYTES_WORTH_A_WORKER = 4 << 20
 def preprocess(
     inputs: Sequence[str | Path],
     prefix: str | Path,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | Callable[[], Tokenizer],
     *,
     workers: int = 1,
     overwrite: bool = False,
@@ -68,6 +68,7 @@ def preprocess(
 
     Args:
         inputs: files or glob patterns, as in `documents.expand_inputs`.
+        tokenizer: or what makes it, called when the place of the data set is taken.
         workers: processes that tokenize; 1: this one does all.
         overwrite: replace a data set of this name.
         progress: show a bar on stderr; None shows it on a terminal only.
@@ -83,7 +84,8 @@ def preprocess(
     _require_names_apart(paths, chosen)
     partial = Partial(prefix, chosen.several)
     with partial.opened(overwrite):
-        _make(partial, paths, tokenizer, chosen, workers, progress)
+        made = tokenizer() if callable(tokenizer) else tokenizer
+        _make(partial, paths, made, chosen, workers, progress)
         partial.publish()
     return read_corpus(partial.prefix) if chosen.several else read_manifest(prefix)
 

@@ -38,7 +38,7 @@ class Bar:
         self._bar.close()
 
     def advance(self, bytes_read: int, new: Counts) -> None:
-        """To `bytes_read` bytes of the input in hand, with `new` documents."""
+        """Goes to `bytes_read` bytes of the input in hand, with `new` documents."""
         self._text_bytes += new.text_bytes
         self._documents += new.documents
         self._tokens += new.tokens

@@ -44,12 +44,12 @@ class Partial:
         self._ready = self.directory / "ready"
 
     def base_of(self, name: str) -> Path:
-        """Where the data set of this name is made; a single one has the name ""."""
+        """Path without ending at which a data set is made; a single one has the name ""."""
         return self.tree / name if self.several else self.base
 
     @property
     def ready(self) -> bool:
-        """Whether all is made and only to be renamed."""
+        """True if all is made and only to be renamed."""
         return self._ready.exists()
 
     @property

@@ -30,6 +30,9 @@ def built_once(cache: Path, key: str, build: Callable[[Path], None]) -> Path:
         cache: directory that all processes share.
         key: names all that the content depends on, so that an existing directory is never stale.
         build: writes files into the directory it is given.
+
+    Raises:
+        ValueError: there is no room in the temporary directory either.
     """
     try:
         return _in_cache(cache, key, build)
@@ -38,7 +41,12 @@ def built_once(cache: Path, key: str, build: Callable[[Path], None]) -> Path:
               f"in {tempfile.gettempdir()}", file=sys.stderr, flush=True)
     directory = tempfile.TemporaryDirectory(prefix="index_")
     _KEPT.append(directory)
-    build(Path(directory.name))
+    try:
+        build(Path(directory.name))
+    except OSError as error:
+        raise ValueError(f"neither the index cache {cache} nor {directory.name} can be written "
+                         f"({error}); make room, or name another place by data.index_cache"
+                         ) from None
     return Path(directory.name)
 
 

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from megatron_spdf.files import write_file, write_json
 END_FILE = "end_of_document.txt"  # beside a tokenizer's files: the token, where one was named
 BEGIN_FILE = "beginning_of_document.txt"  # the same of the token that a model begins texts with
 DECLARED_FILE = "declared.json"  # the same of what transformers' files say of other uses
+ENDS = "ends"  # in it: other tokens after which a text is over
 END_OF_TEXT = "<|endoftext|>"
 # End-of-document tokens of published tokenizers; the first that a vocabulary holds is taken.
 END_OF_DOCUMENT = (END_OF_TEXT, "<|end_of_text|>", "</s>")
@@ -46,7 +47,8 @@ class Tokenizer(ABC):
             models keep it, `encode` never returns it, and training puts none. None: there is none.
         declared: what transformers' tokenizer_config.json says otherwise than documents do, and
             exported models keep: "bos_token" and "eos_token", of a chat's turns, and
-            "chat_template".
+            "chat_template"; and under "ends" the tokens after which generation_config.json says
+            that a text is over, beside those.
         named_end: the same where it was named by somebody, None where it is the kind's usual one.
         vocabulary: token -> id.
         sha256: fingerprint of the files and of `named_end`, independent of names and place of the
@@ -60,7 +62,7 @@ class Tokenizer(ABC):
     eod: int
     end_token: str
     begin_token: str | None = None
-    declared: Mapping[str, str] = {}
+    declared: Mapping[str, Any] = {}
     named_end: str | None = None
     vocabulary: Mapping[str, int]
     pad: ClassVar[int] = -1
@@ -79,7 +81,7 @@ class Tokenizer(ABC):
         return digest.hexdigest()
 
     def __eq__(self, other: object) -> bool:
-        """Whether it is of the same files."""
+        """True if it is of the same files."""
         return isinstance(other, Tokenizer) and self.sha256 == other.sha256
 
     def __hash__(self) -> int:
@@ -180,10 +182,11 @@ class Tokenizer(ABC):
 
     @property
     def ends(self) -> list[int]:
-        """Ids after which a text is over: of a document, and of a chat's turn where there is
-        one."""
+        """Ids after which a text is over: others that a model ends texts with, then that of a
+        document, and last of a chat's turn where there is one."""
         turn = self.declared.get("eos_token")
-        return [self.eod, *([] if turn is None else [self.vocabulary[turn]])]
+        tokens = [*self.declared.get(ENDS, ()), self.end_token, *([] if turn is None else [turn])]
+        return [self.vocabulary[token] for token in tokens]
 
     @property
     def eos(self) -> int:

@@ -105,7 +105,7 @@ class HuggingFace(Tokenizer):
 
 
 def _is_plain_byte_level(description: dict[str, Any]) -> bool:
-    """Whether a tokenizer.json cuts words as GPT-2 does, so that its vocabulary and merges tell
+    """True if a tokenizer.json cuts words as GPT-2 does, so that its vocabulary and merges tell
     all."""
     cut = description.get("pre_tokenizer") or {}
     byte_level = (

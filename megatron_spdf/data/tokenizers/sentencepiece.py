@@ -48,7 +48,7 @@ class SentencePiece(Tokenizer):
 
     @property
     def adds_blank(self) -> bool:
-        """Whether a text is read with a blank before it, as Llama 2 and Mistral do."""
+        """True if a text is read with a blank before it, as Llama 2 and Mistral do."""
         return _described(self._files[0]).normalizer_spec.add_dummy_prefix
 
     def _encode(self, text: str) -> list[int]:

@@ -17,13 +17,14 @@ from megatron_spdf.data.tokenizers.base import (
     BEGIN_FILE,
     DECLARED_FILE,
     END_FILE,
+    ENDS,
     Tokenizer,
     well_formed,
 )
 from megatron_spdf.data.tokenizers.gpt2 import Gpt2Bpe
 from megatron_spdf.data.tokenizers.huggingface import HuggingFace
 from megatron_spdf.data.tokenizers.sentencepiece import SentencePiece
-from megatron_spdf.files import open_regular, require_fetched
+from megatron_spdf.files import open_regular, require_directory, require_fetched
 from megatron_spdf.paths import real
 from megatron_spdf.records.json_reader import read_json
 
@@ -42,6 +43,7 @@ _FILES: dict[type[Tokenizer], tuple[tuple[str, ...], ...]] = {
 }
 _CONFIG, _ADDED = "tokenizer_config.json", "added_tokens.json"  # beside them, of transformers
 _CHAT, _MAP = "chat_template.jinja", "special_tokens_map.json"
+_MORE_CHATS, _GENERATION = "additional_chat_templates", "generation_config.json"
 # What a tokenizer may lose of a text, and a text that shows it.
 _LOSSES = {"runs of blanks": "a  b", "blanks at the ends": " a ", "line breaks": "a\nb",
            "tabs": "a\tb", "capitals": "a A", "composed characters": "e\u0301",
@@ -152,7 +154,7 @@ def _with_end(path: Path, kind: type[Tokenizer], contents: list[bytes],
 
 
 def _difference(one: Tokenizer, other: Tokenizer) -> str:
-    """In what two tokenizers differ; nothing where they give the same ids."""
+    """Difference of two tokenizers; nothing where they give the same ids."""
     if one.vocab_size != other.vocab_size:
         return f"one of {one.vocab_size:,} and one of {other.vocab_size:,} ids"
     if one.eod != other.eod:
@@ -234,21 +236,54 @@ def _beginning(path: Path, tokenizer: Tokenizer) -> str | None:
     return token if token in tokenizer.vocabulary else None
 
 
-def _declared(path: Path, tokenizer: Tokenizer) -> dict[str, str]:
+def _declared(path: Path, tokenizer: Tokenizer) -> dict[str, Any]:
     """What transformers' files beside a tokenizer say that documents do not tell."""
     saved, config = path / DECLARED_FILE, path / _CONFIG
-    if not saved.is_file() and not config.is_file():
-        return {}
-    said = read_json(saved if saved.is_file() else config, dict[str, Any])
-    if not saved.is_file() and (path / _CHAT).is_file():
-        said["chat_template"] = _content(path / _CHAT).decode()
+    said = next((read_json(file, dict[str, Any]) for file in (saved, config) if file.is_file()), {})
+    if not saved.is_file():
+        said |= {"chat_template": _chat_templates(path, said.get("chat_template")),
+                 ENDS: _ends_of_generation(path, tokenizer)}
     usual = {"bos_token": tokenizer.begin_token or tokenizer.end_token,
              "eos_token": tokenizer.end_token}
     declared = {name: _content_of(said.get(name)) for name in usual}
     declared = {name: token for name, token in declared.items()
                 if token in tokenizer.vocabulary and token != usual[name]}
-    template = said.get("chat_template")
-    return declared | ({"chat_template": template} if isinstance(template, str) else {})
+    ends, template = said.get(ENDS), said.get("chat_template")
+    known = [token for token in ends if isinstance(token, str) and token in tokenizer.vocabulary
+             and token not in (tokenizer.end_token, declared.get("eos_token"))] if isinstance(
+                 ends, list) else []
+    return (declared | ({"chat_template": template} if _is_template(template) else {})
+            | ({ENDS: known} if known else {}))
+
+
+def _is_template(said: Any) -> bool:
+    """Whether this is a template, or {name, template} of each of several."""
+    return isinstance(said, str) or isinstance(said, list) and bool(said) and all(
+        isinstance(one, dict) and isinstance(one.get("name"), str)
+        and isinstance(one.get("template"), str) for one in said)
+
+
+def _chat_templates(path: Path, configured: Any) -> Any:
+    """Templates as tokenizer_config.json has them: a text, or {name, template} of each where there
+    are several; files of their own, which newer releases of transformers write, go before."""
+    texts = {file.stem: _content(file).decode()
+             for file in sorted((path / _MORE_CHATS).glob("*.jinja"))}
+    main = path / _CHAT
+    usual = _content(main).decode() if main.is_file() else configured
+    if not texts:
+        return usual
+    named = {"default": usual} if isinstance(usual, str) else {}
+    return [{"name": name, "template": text} for name, text in {**named, **texts}.items()]
+
+
+def _ends_of_generation(path: Path, tokenizer: Tokenizer) -> list[str]:
+    """Tokens after which generation_config.json says that a text is over, where it lists several;
+    one alone may be its default, which means nothing."""
+    file = path / _GENERATION
+    said = read_json(file, dict[str, Any]).get("eos_token_id") if file.is_file() else None
+    ids = said if isinstance(said, list) else []
+    tokens = {number: token for token, number in tokenizer.vocabulary.items()}
+    return [tokens[number] for number in ids if type(number) is int and number in tokens]
 
 
 def _compare_with_config(path: Path, tokenizer: Tokenizer) -> None:
@@ -299,6 +334,7 @@ def train_tokenizer(kind: str, texts: Iterable[str], vocab_size: int,
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(f"{directory} exists; give a new or empty directory for the trained "
                          "tokenizer")
+    require_directory(directory, "tokenizer")
     tokenizer = trainers[kind](map(well_formed, texts), vocab_size)
     assert tokenizer.vocab_size == vocab_size
     tokenizer.save(directory)

@@ -81,7 +81,7 @@ METRICS.register("matthews", Metric(("matthews",), matthews))
 
 
 def _right(outputs: Texts, references: References) -> list[bool]:
-    """Whether each output is one of its references, (N,)."""
+    """True if each output is one of its references, (N,)."""
     return [output in texts for output, texts in zip(outputs, references.texts, strict=True)]
 
 

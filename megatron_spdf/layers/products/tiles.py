@@ -17,7 +17,7 @@ from megatron_spdf.sparsity.plan import SparseWeight
 
 @dataclass(frozen=True)
 class TileProduct(PatternProduct):
-    """With the active tiles alone."""
+    """Product with the active tiles alone."""
 
     title = "tiles"
 

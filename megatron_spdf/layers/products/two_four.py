@@ -16,9 +16,9 @@ from megatron_spdf.sparsity.plan import SparseWeight
 
 @dataclass(frozen=True)
 class TwoFourProduct(PatternProduct):
-    """With the active values of a 2:4 weight, on sparse tensor cores. The weight's gradient, of
-    dense operands, is made whole and cut; and the weight is expanded where the kernels do not take
-    the number of tokens."""
+    """Product with the active values of a 2:4 weight, on sparse tensor cores. The weight's
+    gradient, of dense operands, is made whole and cut; and the weight is expanded where the kernels
+    do not take the number of tokens."""
 
     title = "2:4"
 

@@ -113,8 +113,14 @@ class MaskAlgorithm(Section):
     to_begin_sparse: ClassVar[str] = ""
 
     @property
+    def together(self) -> bool:
+        """Whether the smallest magnitudes of all slices are chosen at once, as `select` would slice
+        by slice: `count` of them die, or `left` stay where the dead are held."""
+        return False
+
+    @property
     def tracks_ages(self) -> bool:
-        """Whether the age of every active entry is kept."""
+        """True if the age of every active entry is kept."""
         return False
 
     @property
@@ -123,7 +129,7 @@ class MaskAlgorithm(Section):
         return "step"
 
     def due(self, step: int, steps: int) -> bool:
-        """Whether masks move after an optimizer step.
+        """True if masks move after an optimizer step.
 
         Args:
             step: from 1, steps that were skipped not counted.
@@ -141,7 +147,7 @@ class MaskAlgorithm(Section):
         return next(part.reached for part in self.parts(steps) if step <= part.last)
 
     def alike_until(self, step: int, steps: int, others: int) -> bool:
-        """Whether masks move alike up to a step in runs or stages of two lengths: where `due` and
+        """True if masks move alike up to a step in runs or stages of two lengths: where `due` and
         `share` are the same, unless the algorithm chooses by the length in another way too."""
         return steps == others or all(
             self.due(s, steps) == self.due(s, others) and self.share(s, steps) == self.share(
@@ -294,6 +300,10 @@ class SmallestDie(MovingMasks):
     exchanges = True
 
     anneal: Anneal = Field("cosine", description=MovingMasks.model_fields["anneal"].description)
+
+    @property
+    def together(self) -> bool:
+        return type(self).select is SmallestDie.select
 
     def select(self, part: MaskSlice, when: Moment) -> Move:
         count = self.count(len(part.active), when)

@@ -12,7 +12,7 @@ The defaults are those of sparse scaling laws for language models (Frantar et al
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
@@ -82,8 +82,20 @@ class Gmp(MaskAlgorithm):
         begins = [self.initial, *(self.share(step, steps) for step in borders)]
         return [Part(end, reached) for end, reached in zip([*borders, steps], begins, strict=True)]
 
+    @property
+    def together(self) -> bool:
+        return type(self).select is Gmp.select
+
+    def left(self, active_at: Callable[[float], int], when: Moment) -> int:
+        """The number of entries of a slice that stay.
+
+        Args:
+            active_at: as of `MaskSlice`.
+        """
+        return active_at(self.share(when.step, when.steps))
+
     def select(self, part: MaskSlice, when: Moment) -> Move:
-        left = part.active_at(self.share(when.step, when.steps))
+        left = self.left(part.active_at, when)
         died = part.lowest(part.values.abs(), part.active, max(0, len(part.active) - left))
         return Move(died, born=part.active[:0])
 

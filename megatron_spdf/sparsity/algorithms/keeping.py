@@ -38,7 +38,7 @@ class KeepsEntries(Tracks):
                    "initial weights; lower every, or train longer")
 
     def check(self, weight: SparseWeight) -> None:
-        """That a weight can be trained so.
+        """Requires that a weight can be trained so.
 
         Raises:
             ValueError: its pattern does not choose by magnitude.

@@ -105,6 +105,29 @@ class Pattern(Section):
         """
         raise NotImplementedError
 
+    def fill_chosen(self, values: Tensor, level: float, bits: Tensor,
+                    *more: tuple[int, Tensor]) -> Tensor:
+        """Fills packed bits with the masks that weights choose, in place and without the host.
+
+        Args:
+            values: (slices, rows, columns), as they run.
+            bits: (slices, ceil(rows columns / 8)) uint8.
+            more: a number of entries of each slice and bits like those, which are filled with so
+                many of the largest magnitudes; once at most.
+
+        Returns:
+            The number of entries that became active, ().
+        """
+        from megatron_spdf.kernels.mask import ones, pack
+        from megatron_spdf.sparsity.largest import fill_largest
+
+        found = pack(self.chosen(values.float().abs(), level).flatten(1))
+        born = ones(found & ~bits).sum()
+        bits.copy_(found)
+        if more:
+            fill_largest(values.flatten(1), more)
+        return born
+
     def exchange(self, active: np.ndarray, to_die: np.ndarray, to_be_born: np.ndarray,
                  count: int) -> tuple[np.ndarray, np.ndarray]:
         """Chooses the units of a slice that die and those that are born, where not any may be.
@@ -122,22 +145,22 @@ class Pattern(Section):
 
     @property
     def chooses(self) -> bool:
-        """Whether weights can choose masks of the pattern."""
+        """True if weights can choose masks of the pattern."""
         return type(self).chosen is not Pattern.chosen
 
     @property
     def exchanges(self) -> bool:
-        """Whether units die and are born as the pattern's `exchange` allows, and not any."""
+        """True if units die and are born as the pattern's `exchange` allows, and not any."""
         return type(self).exchange is not Pattern.exchange
 
     @property
     def selects(self) -> bool:
-        """Whether the pattern has a mask of the largest magnitudes."""
+        """True if the pattern has a mask of the largest magnitudes."""
         return self.chooses or type(self).largest is not Pattern.largest
 
     @property
     def skips_zeros(self) -> bool:
-        """Whether a GPU multiplies with the active entries alone, forward and backward."""
+        """True if a GPU multiplies with the active entries alone, forward and backward."""
         return False
 
     @property

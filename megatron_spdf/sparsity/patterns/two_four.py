@@ -71,7 +71,7 @@ class TwoFour(Pattern):
 
 
 def check_two_four(name: str, shape: Shape, axis: int, slices: int, level: float) -> None:
-    """That a weight can be 2:4.
+    """Requires that a weight can be 2:4.
 
     Args:
         name, shape, axis, slices: of the weight (out, in), the axis that is cut, and into how many
@@ -119,7 +119,7 @@ def _joined(numbers: np.ndarray, shape: Shape) -> np.ndarray:
 
 
 def is_two_four(masks: np.ndarray, shape: Shape) -> bool:
-    """Whether masks of slices of a shape, (slices, entries) bool, are 2:4 both ways."""
+    """True if masks of slices of a shape, (slices, entries) bool, are 2:4 both ways."""
     rows, columns = (n // SIDE for n in shape)
     entries = masks.astype(np.uint8, copy=False).reshape(len(masks), rows, SIDE, columns, SIDE)
     # Slices added up: sums over axes of four are ten times as slow.

@@ -45,6 +45,13 @@ class Unstructured(Pattern):
         active = self.active(magnitudes.shape[1:], level)
         return keep_largest(magnitudes.flatten(1), active).view_as(magnitudes)
 
+    def fill_chosen(self, values: Tensor, level: float, bits: Tensor,
+                    *more: tuple[int, Tensor]) -> Tensor:
+        from megatron_spdf.sparsity.largest import fill_largest
+
+        active = self.active(values.shape[1:], level)
+        return fill_largest(values.flatten(1), [(active, bits), *more])
+
 
 def draw_mask(seed: int, name: str, slice_id: int, numel: int, active: int) -> np.ndarray:
     """The mask of one slice with exactly `active` entries set, every such mask equally likely.

@@ -105,7 +105,7 @@ class Selector:
         raise NotImplementedError
 
     def check(self, planned: SparseWeight) -> None:
-        """That the selector can choose masks of the weight's pattern.
+        """Requires that the selector can choose masks of the weight's pattern.
 
         Raises:
             ValueError: it ranks entries, and the pattern has no mask of the highest ranks.

@@ -75,7 +75,7 @@ class Hessian:
 
 
 class SparseGpt(Selector):
-    """Those whose death would cost most in the layer's outputs; they make up for the dead."""
+    """Entries whose death would cost most in the layer's outputs. They make up for the dead."""
 
     name = "sparsegpt"
     calibrated = True

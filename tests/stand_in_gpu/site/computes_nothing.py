@@ -41,6 +41,7 @@ class _Changed(MetaPathFinder):
 
     CHANGES = {"megatron_spdf.kernels.dispatch": _kernels,
                "megatron_spdf.kernels.norm": _kernels,
+               "megatron_spdf.kernels.selection": _kernels,
                "megatron_spdf.kernels.softmax": _kernels,
                "megatron_spdf.kernels.tiles": _kernels,
                "megatron_spdf.kernels.two_four": _kernels,

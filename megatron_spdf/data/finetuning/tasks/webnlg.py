@@ -135,7 +135,7 @@ def official_reference(text: str) -> str:
 
 
 def in_ascii(references: Sequence[Sequence[str]]) -> bool:
-    """Whether reference files can be those that the official script writes."""
+    """True if reference files can be those that the official script writes."""
     return all(text.isascii() for texts in references for text in texts)
 
 
