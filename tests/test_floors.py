@@ -22,7 +22,7 @@ FLOORS = [
     (
         "ground",
         ["version", "registry", "text", "files", "paths", "records", "locks", "command_line",
-         "exit_codes", "random_streams", "section", "tables"],
+         "exit_codes", "processes", "random_streams", "section", "tables"],
     ),
     ("architecture", ["architecture"]),
     ("sparsity and kernels", ["sparsity", "kernels"]),

@@ -18,7 +18,7 @@ from megatron_spdf.evaluation.coordinate_check import plot_sizes, scaling_expone
 from megatron_spdf.evaluation.decoding import Decoded, DecodingSettings, Likelihood
 from megatron_spdf.evaluation.evaluate import Evaluated, _joined, scores_of
 from megatron_spdf.evaluation.metrics import ngrams
-from megatron_spdf.evaluation.metrics.metric import Figure, by_part
+from megatron_spdf.evaluation.metrics.metric import Figure, Unavailable, by_part
 from megatron_spdf.evaluation.metrics.nist import _brevity
 from megatron_spdf.evaluation.perplexity import (
     Validation,
@@ -35,6 +35,7 @@ from megatron_spdf.evaluation.references import (
 from megatron_spdf.evaluation.scores import Scores, _add
 from megatron_spdf.evaluation.scores_file import describe, write_scores, write_texts
 from megatron_spdf.evaluation.subspace import cosine_distance
+from megatron_spdf.processes import ProcessDied
 
 RANDOM = np.random.default_rng(3)
 
@@ -278,17 +279,7 @@ def test_parts_are_scored_by_themselves_and_all_together():
 
 @pytest.mark.parametrize("count", [64, 65, 130])
 def test_edits_of_many_inputs_are_summed_over_processes(monkeypatch, count):
-    class Pool:
-        def __init__(self, *_):
-            self.__enter__, self.map = (lambda: self), map
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-    monkeypatch.setattr(ngrams, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(ngrams, "map_in_processes", lambda edits, items, _: list(map(edits, items)))
     pieces, whole = [], ngrams._edits
     monkeypatch.setattr(ngrams, "_edits", lambda pairs: pieces.append(len(pairs)) or whole(pairs))
     outputs = [f"a b {i}" for i in range(count)]
@@ -297,6 +288,15 @@ def test_edits_of_many_inputs_are_summed_over_processes(monkeypatch, count):
     assert pieces == [64] * (count // 64) + [count % 64] * (count % 64 > 0)
     # c for b, and the last word, in every reference of four words
     assert (edits, length) == (2.0 * count, 4.0 * count)
+
+
+def test_a_process_that_is_killed_leaves_the_other_figures(monkeypatch):
+    def die(*_):
+        raise ProcessDied("a process ended with exit code -9")
+
+    monkeypatch.setattr(ngrams, "map_in_processes", die)
+    with pytest.raises(Unavailable, match="exit code -9; if memory ran out, score where more is"):
+        ngrams.ter_edits(["a b"] * 65, [["a c"]] * 65)
 
 
 def test_the_penalty_of_short_outputs():

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 
 from sacrebleu.metrics import BLEU, TER
 
@@ -17,10 +15,12 @@ from megatron_spdf.evaluation.metrics.metric import (
     Figures,
     Metric,
     Texts,
+    Unavailable,
     by_part,
     parts_of,
 )
 from megatron_spdf.evaluation.references import References
+from megatron_spdf.processes import ProcessDied, map_in_processes
 
 _PIECE = 64  # inputs that a process scores at a time
 
@@ -70,14 +70,19 @@ def ter_edits(predictions: Texts, references: Sequence[Texts]) -> tuple[float, f
     """Edits and mean reference length, summed over inputs, and the signature of the settings.
 
     Processes share the work, since `sacrebleu` takes tens of milliseconds for an input.
+
+    Raises:
+        Unavailable: one of them was killed.
     """
     pairs = list(zip(predictions, references, strict=True))
     pieces = [pairs[i : i + _PIECE] for i in range(0, len(pairs), _PIECE)]
     if len(pieces) == 1:
         sums = [_edits(pieces[0])]
     else:
-        with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn")) as pool:
-            sums = list(pool.map(_edits, pieces))
+        try:
+            sums = map_in_processes(_edits, pieces, len(os.sched_getaffinity(0)))
+        except ProcessDied as error:
+            raise Unavailable(f"{error}; if memory ran out, score where more is free") from None
     edits, lengths, signatures = zip(*sums, strict=True)
     return sum(edits), sum(lengths), signatures[0]
 
