@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import functools
+import locale
 import math
 import os
 import signal
@@ -13,29 +15,24 @@ from pathlib import Path
 from typing import TextIO
 
 from megatron_spdf import exit_codes
-from megatron_spdf.files import require_writable
+from megatron_spdf.files import open_standard_streams, require_writable
 from megatron_spdf.paths import expand_home
 from megatron_spdf.text import printable_lines, sentence_of
 
-
-def open_standard_streams() -> None:
-    """Opens /dev/null where standard input, output or error is closed, as a daemon leaves them:
-    the next file that is opened would have its number, and get what libraries print."""
-    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
-        try:
-            os.fstat(number)
-        except OSError:
-            opened = os.open(os.devnull, os.O_RDWR)
-            assert opened == number, (opened, number)
-            os.set_inheritable(number, True)
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(number, mode, closefd=False))
-
-
 open_standard_streams()  # before any other file
-
 # Pictures become files: what a notebook or a desktop shows them with may be missing here.
 os.environ["MPLBACKEND"] = "agg"
+
+
+def start_again_in_utf8() -> None:
+    """Starts this program again in Python's UTF-8 mode where the locale has another encoding, such
+    as de_DE.ISO-8859-1: paths, texts and arguments are UTF-8 here, whatever the terminal's are."""
+    if sys.flags.utf8_mode or codecs.lookup(locale.getencoding()).name == "utf-8":
+        return
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os.execve(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]],
+              {**os.environ, "PYTHONUTF8": "1"})  # of processes that it starts
 
 
 class _Given(argparse.Action):
@@ -95,7 +92,9 @@ def output_picture(text: str) -> Path:
 
 
 def make_parser(text: str | None, **settings) -> argparse.ArgumentParser:
-    """A parser whose help shows a text as it is written, and that takes options in full only."""
+    """A parser of a program's words, whose help shows a text as it is written, and that takes
+    options in full only."""
+    start_again_in_utf8()
     return _Parser(description=text, allow_abbrev=False,
                    formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
 

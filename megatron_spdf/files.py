@@ -15,6 +15,7 @@ import re
 import secrets
 import shutil
 import stat
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,7 +51,7 @@ def write_file(path: Path, content: str | bytes) -> None:
     _require_name(path)
     beside = path.with_name(f"{path.name}.{secrets.token_hex(6)}{NEW}")
     try:
-        with new_file(beside) as file:
+        with _naming(path), new_file(beside) as file:
             file.write(content if isinstance(content, bytes) else content.encode())
             file.flush()
             os.fsync(file.fileno())
@@ -59,6 +60,18 @@ def write_file(path: Path, content: str | bytes) -> None:
         beside.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+@contextmanager
+def _naming(place: Path) -> Iterator[None]:
+    """Names what is written in an error of the system that names nothing, such as that of a full
+    disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(place)
+        raise
 
 
 def _require_name(path: Path) -> None:
@@ -227,7 +240,7 @@ def atomic_directory(output: Path, beside: str = "") -> Iterator[Path]:
     require_free(output)
     partial = output.with_name((beside or output.name) + PARTIAL)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with _held(partial):
+    with _naming(output), _held(partial):
         try:
             yield partial
             for path in partial.rglob("*"):
@@ -316,3 +329,17 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def open_standard_streams() -> None:
+    """Opens /dev/null where standard input, output or error is closed, as a daemon leaves them:
+    the next file that is opened would have its number, and get what libraries print."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            assert opened == number, (opened, number)
+            os.set_inheritable(number, True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, closefd=False))

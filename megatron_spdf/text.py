@@ -19,6 +19,7 @@ _REMEDIES = {
     errno.ENAMETOOLONG: "shorten the path",
     errno.ENOSPC: "make room on that disk, or name another place",
     errno.EDQUOT: "make room within the quota, or name another place",
+    errno.EFBIG: "raise the limit of the size of files (ulimit -f), or name another place",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
 }
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -56,3 +58,34 @@ def test_what_is_closed_takes_no_file_that_is_opened(tmp_path, closed):
     number, read = (tmp_path / "log").read_text().split("'", 1)
     assert int(number) > 2 and read == "'"
     assert ("from a library" in done.stdout) == (">&-" not in closed.split())
+
+
+PROGRAM = """import os, sys
+from megatron_spdf.command_line import make_parser
+parser = make_parser("a program")
+parser.add_argument("path")
+path = parser.parse_args().path
+open(path, "w").write(path)
+print(path, os.getpid(), os.environ["PYTHONUTF8"])
+"""
+
+
+def test_a_locale_of_another_encoding_changes_no_path_and_no_text(tmp_path):
+    """The program starts again, with its words, number and streams."""
+    given = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    (tmp_path / "program.py").write_text(PROGRAM)
+    name = str(tmp_path / "gr\u00f6\u00dfe \u4e2d")
+    with subprocess.Popen([sys.executable, "-s", str(tmp_path / "program.py"), name], env=given,
+                          stdout=subprocess.PIPE, text=True, encoding="utf-8") as child:
+        said, _ = child.communicate(timeout=60)
+    assert child.returncode == 0 and said == f"{name} {child.pid} 1\n"
+    assert (tmp_path / name).read_text(encoding="utf-8") == name
+
+
+@pytest.mark.slow  # imports what pages are made with
+def test_what_a_tool_reads_as_it_is_imported_has_an_encoding():
+    given = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    tool = Path(__file__).parents[1] / "tools/report.py"
+    done = subprocess.run([sys.executable, str(tool), "--help"], env=given, capture_output=True,
+                          text=True, encoding="utf-8", check=False)
+    assert done.returncode == 0 and done.stdout.startswith("usage: report.py"), done.stderr

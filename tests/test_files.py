@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -236,3 +237,17 @@ def test_a_picture_of_no_format_is_refused(tmp_path, capsys):
         parser.parse_args(["--png", str(tmp_path / "a.xyz")])
     assert "a.xyz ends in no format of pictures; those are " in " ".join(
         capsys.readouterr().err.split())
+
+
+def test_an_error_of_the_system_names_what_was_written(tmp_path, monkeypatch):
+    """That of a full disk names nothing."""
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match=r"No space left on device: '.*/out'"), \
+            atomic_directory(tmp_path / "out"):
+        full()
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*/a.json'"):
+        write_file(tmp_path / "a.json", "x")
+    assert not list(tmp_path.iterdir())

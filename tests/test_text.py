@@ -19,6 +19,7 @@ HOSTILE = "a\x1b]0;owned\x07\x1b[2Jb\r\x08\x9b1m\u202ec\ud83d\u2028d"
     (errno.EACCES, "a/b: Permission denied; let this user at it"),
     (errno.ENOTDIR, "a/b: Not a directory; a part of the path is a file; correct the path"),
     (errno.ENOSPC, "a/b: No space left on device; make room on that disk"),
+    (errno.EFBIG, "a/b: File too large; raise the limit of the size of files (ulimit -f)"),
     (errno.ELOOP, "a/b: Too many levels of symbolic links; links there lead in a circle"),
     (errno.EIO, "[Errno 5] Input/output error: 'a/b'"),
 ])

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from transformers import MistralConfig, Qwen2Config
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, Qwen2Config
 
 from megatron_spdf.architecture.base import ARCHITECTURES
 from megatron_spdf.architecture.forms import model_of
@@ -95,6 +96,22 @@ def test_a_window_that_narrows_no_layer_is_none(family, kept, narrower):
     model_of(config | kept, FAMILIES)
     with pytest.raises(ValueError, match="has sliding_window=.*every token attends to all"):
         model_of(config | narrower, FAMILIES)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_an_exported_model_drops_what_the_recipe_drops(family, rate):
+    """Of GPT-2 in embeddings, attention and every output; of the others, in attention alone."""
+    grouped = {} if family.name == "gpt" else {"query_groups": 2, "ffn_hidden": 96}
+    made = family(**SHAPE, **grouped, dropout=rate)
+    config = AutoConfig.for_model(made.huggingface, **made.huggingface_config())
+    model = AutoModelForCausalLM.from_config(config)
+    modules = {name: module.p for name, module in model.named_modules()
+               if isinstance(module, nn.Dropout)}
+    assert set(modules.values()) <= {rate} and bool(modules) == (family.name == "gpt")
+    kept = {key: value for key, value in config.to_dict().items() if "drop" in key}
+    kept.pop("summary_first_dropout", None)  # of GPT-2's classifiers
+    assert kept and set(kept.values()) == {rate}
 
 
 def test_what_a_configuration_leaves_out_is_what_transformers_takes():

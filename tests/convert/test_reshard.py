@@ -4,6 +4,8 @@ import itertools
 import json
 import math
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +21,9 @@ from megatron_spdf.recipe.load import load_recipe
 from megatron_spdf.recipe.recipe import Parallel, Recipe
 from megatron_spdf.recipe.rules import rule_violations
 from megatron_spdf.schedule.stages import stages_of
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+import convert_checkpoint  # noqa: E402
 
 
 @pytest.fixture
@@ -85,6 +90,23 @@ def test_a_run_goes_on_from_its_newest_checkpoint_and_not_its_best(reader, tmp_p
     store.write_json(checkpoints / store.BEST, {"checkpoint": store.name_of(0)})
     assert find_checkpoint(run).name == store.name_of(0)
     assert find_checkpoint(run, newest=True).name == store.name_of(5)
+
+
+@pytest.mark.parametrize(("command", "step"), [
+    ("reshard", 5), ("branch", 5), ("prune", 0), ("densify", 0), ("to-megatron", 0)])
+def test_what_goes_on_is_of_the_newest_and_what_begins_anew_of_the_best(
+        reader, tmp_path, monkeypatch, command, step):
+    checkpoints, opened = reader.path.parent, []
+    shutil.copytree(reader.path, checkpoints / store.name_of(5))
+    store.write_json(checkpoints / store.BEST, {"checkpoint": store.name_of(0)})
+
+    def note(path, **_):
+        opened.append(path.name)
+        raise ValueError("that will do")
+
+    monkeypatch.setattr(convert_checkpoint, "CheckpointReader", note)
+    assert convert_checkpoint.main([command, str(tmp_path / "run"), str(tmp_path / "out")]) == 2
+    assert opened == [store.name_of(step)]
 
 
 @pytest.mark.parametrize("wanted", [

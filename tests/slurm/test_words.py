@@ -38,7 +38,7 @@ esac
 """
 # Stands in for Python: says the words that the entry points are given; tools/sweep.py is itself.
 PYTHON = """#!{python}
-import os, runpy, sys
+import os, runpy, signal, sys, time
 words = sys.argv[1:]
 if words[0].endswith("sweep.py") and "--select" not in words:
     sys.argv = words
@@ -49,6 +49,10 @@ elif "--preflight" in words:
     print(*sorted(k + "=" + os.environ[k] for k in ("WORLD_SIZE", "MASTER_ADDR")),
           file=open(os.environ["SAID"], "a"))
 elif "--select" not in words:
+    if (name := os.environ.get("STOPPED_BY")) and "restarts" not in words[1]:
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # which the script sends on
+        os.kill(os.getppid(), getattr(signal, name))
+        time.sleep(0.2)
     print(repr(words), file=open(os.environ["SAID"], "a"))
     sys.exit(int("restarts" not in words[1] and os.environ.get("ENDS", "0")))
 """
@@ -158,6 +162,34 @@ def test_what_a_library_prints_is_no_word(job, tmp_path):
     assert done.returncode == 1 and "requeued" in said, done.stderr
     restarts = next(line for line in said if "restarts" in line)
     assert ast.literal_eval(restarts)[-1] == "the run"
+
+
+@pytest.mark.parametrize(("script", "words", "codes", "signal"), [
+    ("evaluate.sh", ("e2e", "run"), (0, 1), "SIGUSR1"),
+    ("tool.sh", ("report", "run"), (0, 1), "SIGTERM"),
+    ("finetune.sh", ("e2e", "start"), (0, 1, 2, 3, 75), "SIGUSR1")])
+@pytest.mark.parametrize("stopped", [False, True])
+def test_what_has_ended_well_or_for_a_reason_is_not_started_again(job, script, words, codes, signal,
+                                                                  stopped):
+    """A stopped run of any script is, and a run that trains after every end without a reason."""
+    for code in codes:
+        done, said = job(script, *words, ENDS=str(code), STOPPED_BY=signal if stopped else "")
+        asked = code in (1, 75) and (stopped or script == "finetune.sh")
+        assert ("requeued" in said) == asked, (code, done.stderr)
+        assert done.returncode == (1 if asked else code)  # the stand-in's requeue fails
+
+
+@pytest.mark.parametrize(("env", "more"), [
+    ({"SPDF_EXIT_GRACE_SECONDS": "8"}, []),
+    ({"SPDF_EXIT_GRACE_SECONDS": "0"}, ["--kill-on-bad-exit=1"]),  # not one second
+    ({"SPDF_EXIT_GRACE_SECONDS": "30", "SLURM_CPUS_PER_TASK": "6"}, ["--cpus-per-task=6"])])
+def test_ranks_start_side_by_side_and_end_as_long_after_the_first_as_asked(job, env, more):
+    done, said = job("finetune.sh", "e2e", "start", SLURM_NTASKS="2", **env)
+    assert done.returncode == 0, done.stderr
+    options = [line.removeprefix("option ") for line in said if line.startswith("option ")]
+    assert options[options.index("--ntasks=2") - 1:] == [
+        "--nodes=1", "--ntasks=2", "--distribution=block", "--kill-on-bad-exit=0",
+        f"--wait={env['SPDF_EXIT_GRACE_SECONDS']}", "--label", *more]
 
 
 @pytest.mark.parametrize("run", ["--force", "-h", "--output=x", "a b", "$(touch marker)", "--",

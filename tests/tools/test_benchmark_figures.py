@@ -541,8 +541,9 @@ def test_borders_are_crossed_part_by_part(recipe, clock, monkeypatch, tmp_path):
         engine.recipe, engine.close = recipe, lambda: crossed.append("closed")
         return engine
 
-    def cross(engine, here, there, place, device):
+    def cross(engine, here, there, place, device, parts):
         clock[0] += 10 + here.last
+        parts["built"].append(here.last)
         crossed.append((here.last, there.first, place))
         return engine
 
@@ -555,6 +556,7 @@ def test_borders_are_crossed_part_by_part(recipe, clock, monkeypatch, tmp_path):
     assert (found["step_seconds"], found["longer_seconds"]) == (2.0, 10.0 + ends[1])
     assert found["every"] == 20 // (len(stages) - 1) and found["sparsity"] == 0.75
     assert found["share"] == found["longer_seconds"] / found["every"] / 2.0
+    assert found["border_seconds"] == {"built": ends[1]}
 
 
 def test_steps_with_a_move_alternate_with_those_before(recipe, clock, monkeypatch):

@@ -181,7 +181,7 @@ def test_the_gpu_trains_other_families_and_moves_masks_by_every_algorithm(monkey
         assert {r.parallel.world for r in families} == {1}
         moving = scale.moving()
         assert [r.sparsity.algorithm for r in moving.values()] == [
-            "rigl", "set", "acdc", "gmp", "ste", "top_kast"]
+            "rigl", "set", "gmp", "ste", "top_kast", "acdc"]
         assert all(next(moves._due_steps(stages_of(r)[-1]), None) or len(stages_of(r)) > 2
                    for r in moving.values() if r.steps < 10**5)
     assert {r.train.sequence_length for r in families[:1]} == {32}
@@ -258,7 +258,7 @@ def test_the_whole_suite_runs_without_a_gpu(tmp_path):
     assert len(names) == 6 and [n.split(",")[0] for n in names] == ["Llama"] * 3 + ["Qwen3"] * 3
     moved = parts["moves"]["tables"]["moves"]
     assert [row["what"].split(",")[0] for row in moved] == [
-        "rigl", "set", "acdc", "gmp", "ste", "top_kast"]
+        "rigl", "set", "gmp", "ste", "top_kast", "acdc"]
     assert all("note" not in row and row["step (s)"] > 0 for row in moved)
     ways = parts["host"]["tables"]["host"]
     assert len(ways) == 9 and all(row["tokens/s"] > 0 for row in ways[:3])

@@ -9,17 +9,22 @@ from __future__ import annotations
 import gc
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import cycle, islice, pairwise
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
 from benchmarks.engines import build_engine, joined, shared_directory, synthetic_batch
+from benchmarks.kernel_throughput import median_seconds
 from benchmarks.save import NoTokenizer
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.schedule.stages import RunStage, stages_of
+from megatron_spdf.sparsity import largest
+from megatron_spdf.sparsity.plan import SparseWeight
 from megatron_spdf.tables import SECONDS, Column, Table, named
 
 ALGORITHMS = ("set", "rigl", "gmp")
@@ -90,13 +95,13 @@ def _measure_borders(recipe: Recipe, device: torch.device, borders: int) -> dict
     """Measures an algorithm whose parts differ in what they store, as a run crosses from one to the
     next."""
     stages = stages_of(recipe)
-    plain, crossings = [], []
+    plain, crossings, parts = [], [], defaultdict(list)
     with shared_directory("benchmark_moves_") as place:
         engine = build_engine(stages[0].as_single_run, device)
         for here, there in islice(pairwise(stages), borders):
             plain += _plain_seconds(engine, here)
             started = time.perf_counter()
-            engine = _crossed(engine, here, there, place, device)
+            engine = _crossed(engine, here, there, place, device, parts)
             crossings.append(time.perf_counter() - started)
         engine.close()
     every = recipe.steps // (len(stages) - 1)
@@ -104,7 +109,8 @@ def _measure_borders(recipe: Recipe, device: torch.device, borders: int) -> dict
     step = statistics.median(plain)
     return {"sparsity": stages[-1].plan.sparsity, "every": every, "step_seconds": step,
             "longer_seconds": middle, "longer_quartiles": [low, high], "move_seconds": middle,
-            "share": middle / (every * step)}
+            "share": middle / (every * step),
+            "border_seconds": {what: statistics.median(spent) for what, spent in parts.items()}}
 
 
 def _plain_seconds(engine, stage: RunStage) -> list[float]:
@@ -120,19 +126,31 @@ def _plain_seconds(engine, stage: RunStage) -> list[float]:
     return seconds[1:]
 
 
-def _crossed(engine, here: RunStage, there: RunStage, place: Path, device: torch.device):
-    """The engine of the next part, filled from the last checkpoint of this one."""
+def _crossed(engine, here: RunStage, there: RunStage, place: Path, device: torch.device,
+             parts: dict[str, list[float]]):
+    """The engine of the next part, filled from the last checkpoint of this one; `parts` gets the
+    seconds of copying the state to the host, of writing it, of building the engine and of filling
+    it."""
     from megatron_spdf.checkpoint.checkpointer import Checkpointer, RunState
 
+    times = [time.perf_counter()]
     saved = Checkpointer(place, here.recipe, here.plan, NoTokenizer())
     saved.save(engine, RunState(here.last, here.last), engine.measured_sparsity())
+    times.append(time.perf_counter())
     if error := saved.wait().error:
         raise error
     engine.close()
+    times.append(time.perf_counter())
     following = build_engine(there.as_single_run, device)
+    torch.cuda.synchronize()
+    times.append(time.perf_counter())
     Checkpointer(place, there.recipe, there.plan, NoTokenizer()).restore(
         following, there.first, there.continues)
     torch.cuda.synchronize()
+    times.append(time.perf_counter())
+    for what, (began, ended) in zip(("copied", "written", "built", "filled"), pairwise(times),
+                                    strict=True):
+        parts[what].append(ended - began)
     return following
 
 
@@ -181,3 +199,31 @@ def render_moves(runs: dict[str, dict]) -> list[str]:
                Column("the move alone", "move_seconds", ".4f", SECONDS),
                Column("every", form="d"), Column("of a run", "share", ".2%")]
     return [Table(columns, named(runs)).markdown()]
+
+
+def time_choices(weight: SparseWeight, device: torch.device, dtype: torch.dtype,
+                 seconds: float) -> Iterator[dict]:
+    """Seconds of filling the masks of a weight with its largest magnitudes, the active entries
+    alone and with twice as many beside them, by every candidate of the kernels and by PyTorch.
+
+    Args:
+        seconds: that each measurement takes at least.
+    """
+    from megatron_spdf.kernels import selection
+
+    values = torch.randn(weight.slices, weight.numel // weight.slices, device=device).to(dtype)
+    k = weight.active_per_slice
+    active, both = ([(n, torch.zeros(len(values), -(-values.shape[1] // 8), dtype=torch.uint8,
+                                     device=device)) for n in numbers]
+                    for numbers in ((k,), (k, 2 * k)))
+    kernels = selection.largest_kernels(values)
+    shapes = kernels.SELECTION if kernels else {}
+    for shape in (*shapes.get(dtype.itemsize, ()), None):
+        by = (patch.object(largest, "largest_kernels", lambda values: None) if shape is None else
+              patch.dict(shapes, {dtype.itemsize: (shape,)}))
+        with by:
+            one, two = (median_seconds(lambda wanted=wanted: largest.fill_largest(values, wanted),
+                                       seconds) for wanted in (active, both))
+        yield {"by": "torch" if shape is None else ", ".join(
+            f"{value} {name}" for name, value in shape._asdict().items()),
+            "active": one, "with twice as many": two, "bytes": values.nbytes}

@@ -11,7 +11,7 @@ import torch
 
 from megatron_spdf.recipe.load import load_recipe
 from megatron_spdf.recipe.recipe import Recipe
-from megatron_spdf.sparsity.algorithms.base import ALGORITHMS
+from megatron_spdf.sparsity.algorithms.base import ALGORITHMS, MaskAlgorithm
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 FAMILIES = CONFIGS / "pretrain/llama_3_2_1b_s75.yaml"
@@ -87,10 +87,15 @@ class Scale:
     def moving(self) -> dict[str, Recipe]:
         """Algorithm and model -> recipe, of every algorithm that changes masks in a run."""
         names = sorted((n for n in ALGORITHMS.names() if _changes(n)),
-                       key=lambda name: (name not in HEAVY, name))
+                       key=lambda name: (name not in HEAVY, _has_borders(name), name))
         return {f"{name}, {'the large model' if name in HEAVY else 'the small model'}": self.recipe(
             f"{{level: 0.75, algorithm: {name}}}", *(self.heavy if name in HEAVY else self.light))
             for name in names}
+
+
+def _has_borders(algorithm: str) -> bool:
+    """Whether its moves are borders between parts of a run alone, which take longest."""
+    return ALGORITHMS.get(algorithm).due is MaskAlgorithm.due
 
 
 def _changes(algorithm: str) -> bool:

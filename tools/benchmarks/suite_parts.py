@@ -153,10 +153,11 @@ def _train(part: Part, table: str, name: str, recipe: Recipe, device: torch.devi
 
 
 def moves_of_masks(part: Part) -> None:
-    """What every mask algorithm adds to a run."""
+    """What a choice of masks takes, and what every mask algorithm adds to a run."""
     from benchmarks import moves
     from benchmarks.engines import joined
 
+    part.attempt("choices of masks", "choices", lambda: _choices(part))
     with joined(part.scale.recipe(sizes.DENSE)) as device:
         for name, recipe in part.scale.moving().items():
             part.attempt("moves", name, lambda name=name, recipe=recipe: part.write(
@@ -164,11 +165,28 @@ def moves_of_masks(part: Part) -> None:
                     moves.measure_one(recipe, device, part.scale.moves, quick=True))))
 
 
+def _choices(part: Part) -> None:
+    """Of the weights of the large model's first layer."""
+    from benchmarks import moves
+
+    recipe = part.scale.recipe("{level: 0.75, algorithm: top_kast}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for weight in (w for n, w in Plan.of(recipe).weights.items() if ".layers.0." in n):
+        for found in moves.time_choices(weight, device, sizes.dtype_of(recipe),
+                                        part.scale.seconds / 5):
+            part.write("choices of masks", weight=f"{weight.shape[0]} x {weight.shape[1]}",
+                       by=found["by"], **{
+                "active (us)": 1e6 * found["active"],
+                "with twice as many (us)": 1e6 * found["with twice as many"],
+                "GB/s of the weight, active": found["bytes"] / found["active"] / 1e9})
+
+
 def row_of_moves(figures: dict) -> dict:
     return {"sparsity (%)": 100 * figures["sparsity"], "step (s)": figures["step_seconds"],
             "longer with a move (s)": figures["longer_seconds"],
             "the move alone (s)": figures["move_seconds"], "every": figures["every"],
-            "of a run (%)": 100 * figures["share"]}
+            "of a run (%)": 100 * figures["share"],
+            **{f"{what} (s)": spent for what, spent in figures.get("border_seconds", {}).items()}}
 
 
 def small_model(part: Part) -> None:

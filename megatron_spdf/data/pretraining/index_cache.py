@@ -17,6 +17,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from megatron_spdf.data.indexed.tokens import DataFault
 from megatron_spdf.files import PARTIAL, AlreadyThere, atomic_directory
 from megatron_spdf.locks import locked
 
@@ -30,6 +31,9 @@ def built_once(cache: Path, key: str, build: Callable[[Path], None]) -> Path:
         cache: directory that all processes share.
         key: names all that the content depends on, so that an existing directory is never stale.
         build: writes files into the directory it is given.
+
+    Raises:
+        DataFault: there is no room in the temporary directory either.
     """
     try:
         return _in_cache(cache, key, build)
@@ -38,7 +42,12 @@ def built_once(cache: Path, key: str, build: Callable[[Path], None]) -> Path:
               f"in {tempfile.gettempdir()}", file=sys.stderr, flush=True)
     directory = tempfile.TemporaryDirectory(prefix="index_")
     _KEPT.append(directory)
-    build(Path(directory.name))
+    try:
+        build(Path(directory.name))
+    except OSError as error:
+        raise DataFault(f"neither the index cache {cache} nor {directory.name} can be written "
+                         f"({error}); make room, or name another place by data.index_cache"
+                         ) from None
     return Path(directory.name)
 
 
