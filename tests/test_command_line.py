@@ -6,6 +6,7 @@ import argparse
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -79,3 +80,12 @@ def test_a_locale_of_another_encoding_changes_no_path_and_no_text(tmp_path):
         said, _ = child.communicate(timeout=60)
     assert child.returncode == 0 and said == f"{name} {child.pid} 1\n"
     assert (tmp_path / name).read_text(encoding="utf-8") == name
+
+
+@pytest.mark.slow  # imports what pages are made with
+def test_what_a_tool_reads_as_it_is_imported_has_an_encoding():
+    given = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    tool = Path(__file__).parents[1] / "tools/report.py"
+    done = subprocess.run([sys.executable, str(tool), "--help"], env=given, capture_output=True,
+                          text=True, encoding="utf-8", check=False)
+    assert done.returncode == 0 and done.stdout.startswith("usage: report.py"), done.stderr

@@ -315,13 +315,13 @@ CHECKS: dict[str, Callable[[], Iterator[tuple[str, ...]]]] = {
 def pinned_requirements() -> dict[str, str]:
     """Package -> version of the `name==version` lines of requirements.txt that are for this
     Python."""
-    pins = filter(None, map(_PIN.match, REQUIREMENTS.read_text().splitlines()))
+    pins = filter(None, map(_PIN.match, REQUIREMENTS.read_text(encoding="utf-8").splitlines()))
     return {pin["name"]: pin["version"] for pin in pins if _for_this_python(pin)}
 
 
 def optional_requirements() -> dict[str, tuple[str, str]]:
     """Extra -> package and version of the first line of each in pyproject.toml."""
-    extras = tomllib.loads(PROJECT.read_text())["project"]["optional-dependencies"]
+    extras = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     pins = {extra: _PIN.match(lines[0]) for extra, lines in extras.items()}
     return {extra: (pin["name"], pin["version"]) for extra, pin in pins.items()}
 

@@ -25,7 +25,7 @@ from megatron_spdf.runs.measured import finite_losses
 from megatron_spdf.tables import GIB, MIB, Column, Html, Table
 from megatron_spdf.text import printable
 
-SCRIPT = Path(__file__).with_name("comparison.js").read_text()
+SCRIPT = Path(__file__).with_name("comparison.js").read_text(encoding="utf-8")
 DIFFERENCE, RATIO, NEITHER = "difference", "ratio", ""
 NONE = "-"
 

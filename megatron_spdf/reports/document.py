@@ -17,7 +17,7 @@ from pathlib import Path
 from megatron_spdf.reports.pens import COLORS, Pen
 from megatron_spdf.text import printable_lines
 
-STYLE = Path(__file__).with_name("page.css").read_text()
+STYLE = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 _SECTION = re.compile(r"<h2 id=([\w-]+)>(.*?)</h2>")
 
 

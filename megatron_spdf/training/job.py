@@ -222,7 +222,7 @@ def train_stage(job: Job, stage: RunStage, stop: StopRequest, device: torch.devi
         checkpointer = Checkpointer(run.checkpoints, recipe, plan, job.tokenizer, job.masks,
                                     job.origin)
         state, found = checkpointer.restore(engine, stage.first, stage.continues)
-        data = job.make_data(recipe, engine)
+    data = job.make_data(recipe, engine)
     log = RunLog(run, state.step, recipe.steps, chosen(recipe.log), active=job.ranks.rank == 0,
                  evaluated=state.evaluated)
     log.say("\n".join(filter(None, [job.summary, engine.choices, stage.heading, *tried, *found])))

@@ -18,6 +18,7 @@ import pytest
 import torch
 from text_shards import records, write_shard
 
+from megatron_spdf.data.indexed.tokens import DataFault
 from megatron_spdf.data.preprocess.preprocess import preprocess
 from megatron_spdf.data.pretraining import dataset, samples
 from megatron_spdf.data.pretraining.corpus import check_corpus
@@ -306,7 +307,7 @@ def test_a_failed_build_is_not_taken_for_a_result(tmp_path):
         (directory / "part").write_text("1")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(ValueError, match="No space left"):
+    with pytest.raises(DataFault, match="No space left"):
         built_once(tmp_path, "key", fail)
     assert not (tmp_path / "key").exists()
     assert built_once(tmp_path, "key",
@@ -323,7 +324,7 @@ def test_no_room_in_either_place_is_bad_input(tmp_path):
     def build(place: Path) -> None:
         raise OSError("126504 requested and 25568 written")  # as NumPy says it
 
-    with pytest.raises(ValueError, match="neither the index cache .*cache nor .*126504 requested"):
+    with pytest.raises(DataFault, match="neither the index cache .*cache nor .*126504 requested"):
         built_once(tmp_path / "cache", "key", build)
 
 

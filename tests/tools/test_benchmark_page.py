@@ -176,6 +176,26 @@ def test_figures_of_a_cpu_and_what_is_no_report_are_refused(run, marked, tmp_pat
     assert marked.read_text() == before and not (tmp_path / "docs").exists()
 
 
+@pytest.mark.parametrize(("part", "table", "column", "value", "said"), [
+    (0, "kernels", "time (us)", 0.0, "time (us)=0.0 was never measured"),
+    (0, "kernels", "floor / time", -1.0, "floor / time=-1.0 was never measured"),
+    (0, "kernels", "time (us)", "fast", "time (us)='fast' is no number"),
+    (1, "training", "step (s)", 0, "step (s)=0 was never measured"),
+    (1, "training", "tokens/s", True, "tokens/s=True is no number"),
+    (1, "training", "peak memory (GiB)", -1, "peak memory (GiB)=-1 was never measured"),
+    (1, "a step by part (ms)", "forward", "x", "forward='x' is no number"),
+    (1, "a step by part (ms)", "expand", 0.0, ""),  # of a dense step
+    (1, "training", "sparsity (%)", 0.0, ""),
+    (1, "training", "state (GiB)", None, ""),
+    (2, "moves", "of a run (%)", -0.1, ""),  # noise
+])
+def test_figures_that_nothing_measures_are_refused(run, marked, part, table, column, value, said):
+    report = copy.deepcopy(REPORT)
+    report["parts"][part]["tables"][table][0][column] = value
+    code, text = run(report, pages=(marked,))
+    assert code == (2 if said else 0) and (f"{table}: {said}" if said else "") in text
+
+
 def test_the_page_says_what_has_been_measured():
     text = (ROOT / "docs/performance.md").read_text()
     place = text.partition("<!-- gpu -->\n")[2].partition("<!-- end of gpu -->\n")[0]

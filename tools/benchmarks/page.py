@@ -23,6 +23,11 @@ from megatron_spdf.records.json_reader import read_json
 from megatron_spdf.tables import Column, Table
 
 MARK = "gpu"
+WORDS = frozenset({"what", "kernel", "weight", "by", "note", "at"})  # columns of text
+# Of two times, so that noise may make them negative
+DIFFERENCES = frozenset({"longer with a move (s)", "the move alone (s)", "of a run (%)"})
+_UNIT = re.compile(r"/|\(.+\)")
+_NEVER_ZERO = re.compile(r"/|\bstep \(s\)$|^time \(us\)$")
 KEPT, BY_LAYER = "unstructured 75%, kept for the step", "unstructured 75%, layer by layer"
 MOVES_UNDER = 2.0  # percent of a run
 BANDWIDTH = 0.7  # of a copy's
@@ -87,13 +92,32 @@ def render_pages(reports: Sequence[Path], directory: Path, pages: Sequence[Path]
 
 
 def read_report(path: Path) -> Report:
-    """Raises ValueError where the file is no report, or one of a CPU."""
+    """Raises ValueError where the file is no report, one of a CPU, or has figures that nothing
+    measures."""
     report = read_json(path, Report, remedy="name a suite.json of tools/benchmark.py --suite")
     if report["scale"] == "cpu":
         raise ValueError(f"{path} was measured on {report['device']}, and figures of a CPU say "
                          "nothing about a GPU; run `tools/benchmark.py --suite h100` on a machine "
                          "with one")
+    for part in report["parts"]:
+        for table, rows in part["tables"].items():
+            for row in rows:
+                for column, value in row.items():
+                    _require_measured(path, table, column, value)
     return report
+
+
+def _require_measured(path: Path, table: str, column: str, value: object) -> None:
+    """Raises ValueError where what has a unit, or is a quotient, is no number that was measured."""
+    if column in WORDS or value is None or not _UNIT.search(f"{table} {column}"):
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        rule = "is no number"
+    elif column in DIFFERENCES or value > 0.0 or value == 0.0 and not _NEVER_ZERO.search(column):
+        return
+    else:
+        rule = "was never measured"
+    raise ValueError(f"{path}: {table}: {column}={value!r:.40} {rule}; measure again, or mend it")
 
 
 def merged(reports: list[Report]) -> Report:

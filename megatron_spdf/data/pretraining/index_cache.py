@@ -17,6 +17,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from megatron_spdf.data.indexed.tokens import DataFault
 from megatron_spdf.files import PARTIAL, AlreadyThere, atomic_directory
 from megatron_spdf.locks import locked
 
@@ -32,7 +33,7 @@ def built_once(cache: Path, key: str, build: Callable[[Path], None]) -> Path:
         build: writes files into the directory it is given.
 
     Raises:
-        ValueError: there is no room in the temporary directory either.
+        DataFault: there is no room in the temporary directory either.
     """
     try:
         return _in_cache(cache, key, build)
@@ -44,7 +45,7 @@ def built_once(cache: Path, key: str, build: Callable[[Path], None]) -> Path:
     try:
         build(Path(directory.name))
     except OSError as error:
-        raise ValueError(f"neither the index cache {cache} nor {directory.name} can be written "
+        raise DataFault(f"neither the index cache {cache} nor {directory.name} can be written "
                          f"({error}); make room, or name another place by data.index_cache"
                          ) from None
     return Path(directory.name)

@@ -32,12 +32,14 @@ class Pattern(Section):
             slice stay; None: the entries are tied to each other, and masks do not move.
         columns_together: columns whose masks are chosen together, whatever those of the others are;
             1: any entries may be active; None: all columns of a slice.
+        fills_alone: `fill_chosen` asks nothing of the host, so that a CUDA graph may have it.
         remedy: for a weight that is cut into too few slices.
     """
 
     name: ClassVar[str]
     moving_unit: ClassVar[Shape | None] = None
     columns_together: ClassVar[int | None] = None
+    fills_alone: ClassVar[bool] = False
     remedy: ClassVar[str] = "another level or pattern"
 
     def cut(self, name: str, shape: Shape, axis: int, most: int, level: float) -> int:
@@ -107,7 +109,7 @@ class Pattern(Section):
 
     def fill_chosen(self, values: Tensor, level: float, bits: Tensor,
                     *more: tuple[int, Tensor]) -> Tensor:
-        """Fills packed bits with the masks that weights choose, in place and without the host.
+        """Fills packed bits with the masks that weights choose, in place.
 
         Args:
             values: (slices, rows, columns), as they run.
