@@ -60,7 +60,8 @@ def test_an_interval_has_losses_about_the_fit_as_the_coefficients_leave_them(cou
 
 def test_a_resampling_has_whole_cells_and_some_of_every_group():
     points = [Point(s, 50.0, 3.0, 2.0, cell=cell) for s, cell in (
-        (0.0, "a"), (0.5, "c"), (0.0, "a"), (0.0, "b"), (0.0, "b"), (0.5, "c"), (0.8, ""), (0.0, ""))]
+        (0.0, "a"), (0.5, "c"), (0.0, "a"), (0.0, "b"), (0.0, "b"), (0.5, "c"), (0.8, ""),
+        (0.0, ""))]
     cells, seen = [(0, 2), (3, 4), (1, 5), (6,), (7,)], set()
     draw = fitting._resampling(points, np.random.default_rng(0))
     for _ in range(200):
