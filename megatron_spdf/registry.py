@@ -51,7 +51,8 @@ class Registry(Generic[T]):
         known = self.names()
         if name not in self._tenants:
             near = difflib.get_close_matches(str(name), known, n=len(known), cutoff=0.0)
-            raise ValueError(f"there is no {self.kind} {name!r}; known: {', '.join(near)}")
+            raise ValueError(f"there is no {self.kind} {name!r}; known: {', '.join(near)}; "
+                             f"{PLUGINS} names the modules of others")
         return self._tenants[name]
 
     def names(self) -> list[str]:
