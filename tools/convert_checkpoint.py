@@ -44,7 +44,7 @@ from megatron_spdf.convert.huggingface_import import HuggingFaceReader
 from megatron_spdf.convert.initial_checkpoint import write_initial_checkpoint
 from megatron_spdf.convert.megatron_lm import VERSION, MegatronReader, arguments, save_for_megatron
 from megatron_spdf.convert.reshard import branch, reshard
-from megatron_spdf.convert.source import WeightSource, open_weights, tokenizer_of
+from megatron_spdf.convert.source import WeightSource, open_weights, richer_of, tokenizer_of
 from megatron_spdf.data.pretraining.corpus import data_tokenizer
 from megatron_spdf.data.tokenizers.base import Tokenizer, render_padding
 from megatron_spdf.evaluation.perplexity import perplexity
@@ -90,7 +90,8 @@ def from_hf(options: argparse.Namespace) -> str:
     else:
         recipe = given_recipe(options) if options.recipe else own_recipe(source, options)
     has_data = recipe.data.train or recipe.data.blend
-    tokenizer = data_tokenizer(recipe) if has_data else tokenizer_of(source)
+    tokenizer = (richer_of(data_tokenizer(recipe), source) if has_data
+                 else tokenizer_of(source))
     text = text_of(options, recipe, tokenizer)
     return begin(source, recipe, tokenizer, options, text)
 

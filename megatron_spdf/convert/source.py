@@ -76,6 +76,16 @@ def tokenizer_of(source: WeightSource) -> Tokenizer:
     return tokenizer
 
 
+def richer_of(tokenizer: Tokenizer, source: WeightSource) -> Tokenizer:
+    """The same tokenizer as the files beside a model describe it, where they do: those beside data
+    may know nothing of its chats and ends."""
+    try:
+        own = source.tokenizer
+    except (FileNotFoundError, ValueError):  # it is not asked for
+        return tokenizer
+    return own if own == tokenizer else tokenizer
+
+
 def fingerprint(source: WeightSource) -> str:
     """Hash of what lies at a source's path, by which it is known in another place."""
     listed = source.path / FILES  # has the hashes of all others

@@ -15,6 +15,7 @@ from megatron_spdf.resilience import slurm, startup_check
 from megatron_spdf.resilience.world import Ranks
 from megatron_spdf.text import first_line
 
+JOIN_SECONDS = 600  # that ranks of an evaluation wait for the last to come
 SHARE_SECONDS = 21_600  # that ranks wait for the slowest one's share of an evaluation
 
 def init_distributed(ranks: Ranks, recipe: Recipe) -> torch.device:
@@ -97,16 +98,29 @@ def init_gloo(ranks: Ranks) -> torch.device:
         The device of this rank.
 
     Raises:
-        ValueError: more local ranks than GPUs, no way to find the head node, or a network interface
-            that was named is not there.
+        ValueError: more local ranks than GPUs, no way to find the head node, a network interface
+            that was named is not there, or a rank has not come.
     """
     _require_interfaces()
     device = _device(ranks)
     if ranks.world > 1:
-        _find_head_node(ranks)
-        dist.init_process_group("gloo", rank=ranks.rank, world_size=ranks.world,
-                                timeout=timedelta(seconds=SHARE_SECONDS))
+        store = _rendezvous(ranks, JOIN_SECONDS)
+        _await_all(ranks, store)
+        dist.init_process_group("gloo", store=dist.PrefixStore("groups", store), rank=ranks.rank,
+                                world_size=ranks.world, timeout=timedelta(seconds=SHARE_SECONDS))
     return device
+
+
+def _await_all(ranks: Ranks, store: dist.Store) -> None:
+    """Waits until all ranks are there: gloo would as long as for a share."""
+    keys = [f"here/{rank}" for rank in range(ranks.world)]
+    store.set(keys[ranks.rank], "")
+    try:
+        store.wait(keys, timedelta(seconds=JOIN_SECONDS))
+    except RuntimeError:
+        gone = ", ".join(str(r) for r, key in enumerate(keys) if not store.check([key]))
+        raise ValueError(f"rank {gone} of {ranks.world} did not come within {JOIN_SECONDS} s; look "
+                         "at what it said, and start all ranks again") from None
 
 
 def destroy() -> None:

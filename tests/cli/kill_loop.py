@@ -73,7 +73,7 @@ def run_once(module, recipe: str, output: str, chance: random.Random, found: dic
             return True
         time.sleep(0.005)
     assert disturb, f"{output} did not end within {limit} s"
-    victims = pids if chance.random() < 0.5 else [chance.choice(pids)]
+    victims = pids if found["kills"] % 2 else [chance.choice(pids)]
     for pid in victims:
         os.kill(pid, signal.SIGKILL)
     found["kills"] += 1

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.slow  # starts commands
 
 def refused(process, workplace, output="refused"):
     """The message of a start that must fail."""
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 2, out + err
     assert "Traceback" not in err
     assert not (workplace / output).exists()
@@ -75,7 +75,7 @@ def test_a_directory_that_is_no_run(start, workplace):
     (workplace / "mine").mkdir(exist_ok=True)
     (workplace / "mine" / "thesis.txt").write_text("keep me")
     process = start("output=mine")
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 2 and "not a run directory" in err
     assert [p.name for p in (workplace / "mine").iterdir()] == ["thesis.txt"]
 

@@ -301,7 +301,7 @@ def test_an_interrupt_leaves_nothing(workplace, large, tmp_path, number, code):
         assert tool.poll() is None, tool.communicate()
         time.sleep(0.002)
     tool.send_signal(number)
-    _, err = tool.communicate(timeout=120)
+    _, err = tool.communicate(timeout=300)
     assert tool.returncode == code, err
     assert "Traceback" not in err and not list(tmp_path.iterdir())
 
@@ -312,7 +312,7 @@ def test_a_file_that_grows_too_large_leaves_nothing(workplace, gpt2, tmp_path):
 
     tool = start_tool("from-hf", gpt2, tmp_path / "out", "--recipe", "recipe.yaml", cwd=workplace,
                       preexec_fn=limit)
-    _, err = tool.communicate(timeout=120)
+    _, err = tool.communicate(timeout=300)
     assert tool.returncode == 2 and "error: [Errno 27] File too large" in err
     assert not list(tmp_path.iterdir())
 

@@ -72,7 +72,7 @@ def flatten(values: dict, prefix: str = "") -> dict[str, torch.Tensor]:
 def start_tool(*words) -> subprocess.CompletedProcess:
     command = [sys.executable, "-W", "error",
                str(ROOT / "tools/inspect_checkpoint.py"), *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
 def inspect(*words) -> subprocess.CompletedProcess:

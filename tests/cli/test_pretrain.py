@@ -101,7 +101,7 @@ def test_pipeline_stages_train_alike(straight, start, workplace):
 
 def test_another_recipes_run_is_refused(straight, start):
     process = start("output=straight", "optimizer.lr=2e-3", "sparsity=0.5")
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 2
     assert (
         "optimizer.lr is 0.001 there and 0.002 here" in err
@@ -109,22 +109,38 @@ def test_another_recipes_run_is_refused(straight, start):
     )
 
 
-def test_stopped_twice_by_a_signal_equals_straight(straight, start, workplace):
+@pytest.fixture(scope="module")
+def slowly(workplace) -> dict[str, str]:
+    """The environment of a run that is to be met in the middle, also by a test that is late."""
+    (workplace / "slow_steps.py").write_text("""
+import time
+from megatron_spdf.resilience.progress import Progress
+set_activity = Progress.set_activity
+def slow(self, activity, *rest, **more):
+    set_activity(self, activity, *rest, **more)
+    time.sleep(0.2 if activity.startswith("step ") else 0.0)
+Progress.set_activity = slow
+""")
+    return {"SPDF_PLUGINS": "slow_steps", "PYTHONPATH": str(workplace)}
+
+
+def test_stopped_twice_by_a_signal_equals_straight(straight, start, workplace, slowly):
     run = workplace / "stopped"
     for step, number in ((5, signal.SIGTERM), (13, signal.SIGTERM)):
-        process = start(f"output={run.name}", "parallel.tensor=2", "data.workers=2", ranks=2)
+        process = start(f"output={run.name}", "parallel.tensor=2", "data.workers=2", ranks=2,
+                        **slowly)
         wait_for(run, step, process)
         process.send_signal(number)  # launchers pass SIGTERM on to their ranks
-        process.communicate(timeout=120)
+        process.communicate(timeout=300)
         saved = max(p.name for p in (run / "checkpoints").iterdir())
         assert step <= int(saved.removeprefix("step_")) < step + 8 and not saved.endswith("partial")
     finish(start(f"output={run.name}", "parallel.tensor=2", "data.workers=2", ranks=2))
     assert records(run) == records(straight[0])
 
 
-def test_sigusr1_saves_and_ends_with_the_documented_code(start, workplace):
+def test_sigusr1_saves_and_ends_with_the_documented_code(start, workplace, slowly):
     run = workplace / "usr1"
-    process = start("output=usr1", launcher=())
+    process = start("output=usr1", launcher=(), **slowly)
     wait_for(run, 3, process)
     process.send_signal(signal.SIGUSR1)
     out = finish(process, code=75)
@@ -142,18 +158,19 @@ def kill_tree(process) -> None:
         for victim in victims:
             with suppress(psutil.NoSuchProcess):
                 signalled(victim)
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
 
 
-def test_a_second_job_is_refused_on_all_its_ranks_and_a_killed_one_does_not_block(start, workplace):
-    first = start("output=twice")
+def test_a_second_job_is_refused_on_all_its_ranks_and_a_killed_one_does_not_block(start, workplace,
+                                                                                   slowly):
+    first = start("output=twice", **slowly)
     wait_for(workplace / "twice", 2, first)
     first.send_signal(signal.SIGSTOP)
     ranks = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     others = [start("output=twice", "parallel.tensor=2", RANK=str(rank), LOCAL_RANK=str(rank),
                     **ranks) for rank in range(2)]
     for other in others:
-        _, err = other.communicate(timeout=120)
+        _, err = other.communicate(timeout=300)
         assert other.returncode == 2
         assert f"twice is in use by process {first.pid} on {socket.gethostname()}" in err
     first.kill()
@@ -178,13 +195,14 @@ def test_a_slow_disk_on_one_rank_is_survived(start, workplace):
 import os, time
 from megatron_spdf.checkpoint import store
 describe = store.describe
+left = [8.0 if os.environ["RANK"] == "1" else 0.0]
 def slow(path):
-    time.sleep(3.0 if os.environ["RANK"] == "1" else 0.0)
+    time.sleep(left.pop() if left else 0.0)
     return describe(path)
 store.describe = slow
 """)
     out = finish(start("output=slow", "parallel.tensor=2", "checkpoint.every=0",
-                       "fault_tolerance.hang_seconds=2",
+                       "fault_tolerance.hang_seconds=5",
                        ranks=2, SPDF_PLUGINS="slow_disk", PYTHONPATH=str(workplace)))
     assert "saved slow/checkpoints/step_00000024" in out
 
@@ -218,12 +236,12 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(straight, start, small_disk
     assert records(place / "run") == records(straight[0])
 
 
-def test_a_full_disk_under_the_log_ends_nothing_but_the_last_save(start, small_disk):
+def test_a_full_disk_under_the_log_ends_nothing_but_the_last_save(start, small_disk, slowly):
     place, resize = small_disk
     run = place / "run"
     resize(16_384)
     words = (f"output={run}", "checkpoint.every=0", "evaluate.every=0")
-    process = start(*words)
+    process = start(*words, **slowly)
     wait_for(run, 2, process)
     process.send_signal(signal.SIGSTOP)
     with suppress(OSError), (place / "filler").open("wb", buffering=0) as file:
@@ -248,7 +266,7 @@ def test_a_damaged_checkpoint_is_named_and_refused(straight, start, workplace):
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     process = start("output=damaged", "parallel.tensor=2", ranks=2)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=300)
     assert process.returncode != 0
     assert file.name in err and "another content" in err and "Remove it" in err
 
@@ -257,7 +275,7 @@ def test_dry_run_prints_the_plan_and_touches_nothing(workplace):
     command = [sys.executable, str(ROOT / "pretrain.py"),
                str(ROOT / "configs/pretrain/gpt3_xl_s75.yaml"), "--dry-run",
                "parallel.pipeline=2"]
-    done = subprocess.run(command, cwd=workplace, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=workplace, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     for said in ("301,989,888 of 1,207,959,552", "stage 1", "24,796", "75.0000%"):
         assert said in done.stdout

@@ -66,7 +66,8 @@ def test_commands(copy):
 
 
 def test_python(copy):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    marked = r"<!-- run: tests/cli/test_readme.py -->\n```python\n(.*?)```"
+    blocks = re.findall(marked, (ROOT / "README.md").read_text(), re.S)
     assert len(blocks) == 1 and len(blocks[0].splitlines()) == 5
     check = """
 layers = [layer for layer in model if isinstance(layer, torch.nn.Linear)]

@@ -66,7 +66,7 @@ def test_killed_on_both_sides_of_the_border_equals_straight(straight, start, wor
     changed = start("output=stages_killed",
                     "stages=[{share: 0.5, sparsity: 0.5}, {share: 0.5, sparsity: 0}]",
                     recipe=staged)
-    assert changed.wait(timeout=120) == 2 and "stages is " in changed.communicate()[1]
+    assert changed.wait(timeout=300) == 2 and "stages is " in changed.communicate()[1]
 
 
 @pytest.mark.slow

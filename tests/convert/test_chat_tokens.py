@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from small_models import gpt2_tensors, make_recipe, write_gpt2
 from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
 from megatron_spdf.convert.huggingface_export import export
 from megatron_spdf.convert.initial_checkpoint import write_initial_checkpoint
-from megatron_spdf.convert.source import open_weights
+from megatron_spdf.convert.source import open_weights, richer_of
 from megatron_spdf.data.tokenizers.tokenizer import load_tokenizer
 
 TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
@@ -71,6 +72,19 @@ def test_every_template_and_every_end_of_a_text_is_kept(model, tmp_path):
         "default": TEMPLATE, "tool_use": "{{ tools }}" + TEMPLATE}
     assert set(GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id) == {0, 1, 2, 5}
     assert open_weights(tmp_path / "out").tokenizer.declared == source.tokenizer.declared
+
+
+def test_the_tokenizer_beside_the_data_does_not_hide_what_the_models_declares(model, tmp_path):
+    source = open_weights(model)
+    (tmp_path / "data").mkdir()
+    shutil.copy(model / "tokenizer.json", tmp_path / "data")
+    beside = load_tokenizer(tmp_path / "data")
+    assert beside == source.tokenizer and not beside.declared
+    assert richer_of(beside, source).declared == source.tokenizer.declared != {}
+    (tmp_path / "other").mkdir()
+    write_byte_tokenizer(tmp_path / "other", ["<|endoftext|>"], "<|endoftext|>", "<|endoftext|>")
+    other = load_tokenizer(tmp_path / "other")
+    assert richer_of(other, source) is other
 
 
 def test_one_end_of_generation_may_be_a_default_and_means_nothing(model):

@@ -4,6 +4,7 @@ everything read off config.json, and what does not fit refused by name."""
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from stories import NO_STORIES, STORIES, TEXT, write_stories
 from megatron_spdf.architecture.base import ARCHITECTURES
 from megatron_spdf.architecture.forms import model_of
 from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
-from megatron_spdf.convert.huggingface_export import INDEX, WEIGHTS
+from megatron_spdf.convert.huggingface_export import INDEX, WEIGHTS, _save_tokenizer
 from megatron_spdf.convert.megatron_lm import MegatronReader, arguments, save_for_megatron
 from megatron_spdf.convert.source import open_weights
 from megatron_spdf.data.tokenizers.tokenizer import load_tokenizer, train_tokenizer
@@ -278,6 +279,7 @@ def test_a_trained_model_continues_its_documented_text_after_a_trip(tmp_path):
 def test_the_beginning_of_texts_is_kept_where_a_tokenizer_adds_it(tokenizer, tmp_path):
     from tokenizers import Tokenizer
     from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
 
     made = Tokenizer.from_str(_as_json(tokenizer))
     made.add_special_tokens(["<|begin_of_text|>"])
@@ -298,6 +300,12 @@ def test_the_beginning_of_texts_is_kept_where_a_tokenizer_adds_it(tokenizer, tmp
         assert begin not in loaded.encode("a <|begin_of_text|>")
         loaded.save(tmp_path / f"{adds} saved")
         assert load_tokenizer(tmp_path / f"{adds} saved").begin_token == loaded.begin_token
+        (tmp_path / f"{adds} out").mkdir()
+        _save_tokenizer(SimpleNamespace(tokenizer=loaded, model=SimpleNamespace(max_positions=32)),
+                        tmp_path / f"{adds} out")
+        theirs = AutoTokenizer.from_pretrained(tmp_path / f"{adds} out")
+        assert (theirs.bos_token, theirs.eos_token) == ("<|begin_of_text|>", "<|endoftext|>")
+        assert theirs("a b")["input_ids"] == [begin] * adds + loaded.encode("a b")
 
 
 def _as_json(directory: Path) -> str:

@@ -66,14 +66,14 @@ def hear_interrupts() -> None:
 
 
 def finish(run: subprocess.Popen, code: int = 0) -> str:
-    out, err = run.communicate(timeout=900)
+    out, err = run.communicate(timeout=300)
     assert run.returncode == code, out + err
     assert "Traceback" not in err
     return out + err
 
 
 def wait_for_inputs(partial: Partial, count: int, run: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 600
+    deadline = time.monotonic() + 300
     while partial.finished_inputs < count:
         assert run.poll() is None and time.monotonic() < deadline, run.communicate()
         time.sleep(0.01)
@@ -125,7 +125,7 @@ def test_killed_at_random_moments_equals_undisturbed(shards, undisturbed, tmp_pa
         workers = psutil.Process(run.pid).children() if run.poll() is None else []
         run.kill()
         run.communicate()
-        _, alive = psutil.wait_procs(workers, timeout=20)
+        _, alive = psutil.wait_procs(workers, timeout=60)
         assert not alive, "workers outlive the run that started them"
         kept.add(partial.finished_inputs)
         if is_complete(partial):  # maybe of a run that was killed as it left
@@ -162,11 +162,11 @@ def test_a_stop_signal_keeps_what_is_finished_and_says_so(shards, tmp_path, tiny
         wait_for_inputs(partial, 1, run)
         workers = psutil.Process(run.pid).children()
         run.send_signal(number)
-        out, said = run.communicate(timeout=900)
+        out, said = run.communicate(timeout=300)
         if not partial.ready and not is_complete(partial):
             break
     assert run.returncode == 128 + number and "Traceback" not in said, out + said
-    assert not psutil.wait_procs(workers, timeout=20)[1]
+    assert not psutil.wait_procs(workers, timeout=60)[1]
     assert partial.finished_inputs >= 1 and not Path(f"{output}.bin").exists()
     if number == signal.SIGINT:
         assert (

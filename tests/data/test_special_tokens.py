@@ -10,6 +10,7 @@ import pickle
 import pytest
 import sentencepiece
 import tokenizers
+from byte_tokenizers import write_byte_tokenizer
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
 from megatron_spdf.data.tokenizers.tokenizer import load_tokenizer, train_tokenizer
@@ -291,3 +292,17 @@ def test_what_a_tokenizer_loses_is_said_at_load(trained, tmp_path, caplog):
     for name in ("ours", "bytes"):
         load_tokenizer(tmp_path / name)
     assert not caplog.text
+
+
+def test_a_token_of_another_id_than_its_file_says_is_refused(tmp_path):
+    """The library numbers tokens without gaps; the model was trained with the file's number."""
+    write_byte_tokenizer(tmp_path, ["<|endoftext|>", "<|tool|>"], "<|tool|>", "<|endoftext|>")
+    path = tmp_path / "tokenizer.json"
+    said = json.loads(path.read_text())
+    load_tokenizer(tmp_path)
+    said["added_tokens"][-1]["id"] += 10
+    said["model"]["vocab"].pop("<|tool|>", None)
+    path.write_text(json.dumps(said))
+    with pytest.raises(ValueError, match="gives the token '<.tool.>' the id .* "
+                                         "or write the id that it has"):
+        load_tokenizer(tmp_path)

@@ -341,7 +341,8 @@ def test_tokenizer_json_of_gpt2s_kind_is_run_by_tiktoken_and_others_are_not(trai
         {"model": {**description["model"], "ignore_merges": True}},
         {"added_tokens": [{**description["added_tokens"][0], "special": False}]},
         {"added_tokens": [*description["added_tokens"],
-                          {**description["added_tokens"][0], "id": 400, "content": "x"}]},
+                          {**description["added_tokens"][0], "id": plain.vocab_size,
+                           "content": "<x>"}]},
     ):
         (tmp_path / "tokenizer.json").write_text(json.dumps({**description, **change}))
         tokenizer = load_tokenizer(tmp_path / "tokenizer.json")

@@ -27,10 +27,15 @@ def part(place: Path, name: str, call, ranks: int = 1, works: int = 1) -> Part:
                             for _ in range(works)], lambda: f"said {name}")
 
 
-def span(place: Path, name: str, seconds: float = 0.3):
-    """Work that takes a while and leaves when it began and ended."""
+def span(place: Path, name: str, seconds: float = 0.3, beside: str = ""):
+    """Work that takes a while, and as long as another has not begun, and leaves when it began and
+    ended."""
     def call() -> int:
         begin = time.monotonic()
+        (place / f"{name}.begun").touch()
+        while beside and not (place / f"{beside}.begun").exists():
+            assert time.monotonic() < begin + 60
+            time.sleep(0.01)
         time.sleep(seconds)
         (place / f"{name}.span").write_text(f"{begin} {time.monotonic()}")
         return 0
@@ -45,8 +50,9 @@ def spans(place: Path, *names: str) -> list[list[float]]:
 @pytest.mark.parametrize("at_once", [1, 2])
 def test_so_many_parts_at_a_time_in_their_order(progress, tmp_path, capsys, at_once):
     names, asked = ["one", "two", "three"], []
-    progress.perform([part(tmp_path, name, span(tmp_path, name)) for name in names], at_once,
-                     meanwhile=lambda: asked.append(os.getpid()))
+    beside = {"one": "two", "two": "one"} if at_once == 2 else {}
+    progress.perform([part(tmp_path, name, span(tmp_path, name, beside=beside.get(name, "")))
+                      for name in names], at_once, meanwhile=lambda: asked.append(os.getpid()))
     found = spans(tmp_path, *names)
     most = max(sum(begin <= other < end for begin, end in found) for other, _ in found)
     assert most == at_once and asked == [os.getpid()]

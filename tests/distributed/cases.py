@@ -7,7 +7,7 @@ import gc
 import hashlib
 import os
 import resource
-import time
+import threading
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -323,11 +323,14 @@ def saved_behind(recipe: dict) -> dict:
         b.steps(0, 2)
         before = state_hash(b.engine)
         describe = store.describe
-        store.describe = lambda path: time.sleep(0.5) or describe(path)  # a slow disk
+        begun, stepped = threading.Event(), threading.Event()
+        store.describe = lambda path: (begun.set() or stepped.wait(100)) and describe(path)
         b.checkpointer.save(b.engine, RunState(2, 2), b.engine.measured_sparsity())
         later = b.steps(2, 4)
         early = b.checkpointer.poll() is None  # still being written
+        begun.wait(100)
         on_disk = [p.name for p in b.run.checkpoints.iterdir()]
+        stepped.set()
         saving = b.checkpointer.wait()
         store.describe = describe
         after = state_hash(b.engine)

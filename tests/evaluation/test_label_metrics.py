@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
+from megatron_spdf.data.finetuning.task import TASKS
 from megatron_spdf.evaluation.metrics.answers import normalized
 from megatron_spdf.evaluation.references import References
 from megatron_spdf.evaluation.scores import score
@@ -49,6 +51,18 @@ def test_matthews_is_scikit_learns():
     outputs = [*gold[:3], "unacceptable", "acceptable", *gold[5:]]
     assert scored("cola", outputs, gold)["matthews"] == pytest.approx(14 / 24)
     assert scored("cola", ["acceptable"] * 10, gold)["matthews"] == 0.0  # as scikit-learn has it
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0.5), (0.2, 0.6), (0.9, 0.7)])
+def test_two_labels_score_as_numpys_correlation_and_the_definition_of_f1(shares):
+    """Matthews' is Pearson's of zeros and ones."""
+    random = np.random.default_rng(4)
+    gold, found = (random.random(50) < share for share in shares)
+    for task, figure in (("cola", "matthews"), ("mrpc", "F1"), ("qqp", "F1")):
+        names = TASKS.get(task).labels
+        value = scored(task, [names[int(i)] for i in found], [names[int(i)] for i in gold])[figure]
+        assert value == pytest.approx(np.corrcoef(gold, found)[0, 1] if figure == "matthews" else
+                                      2 * (gold & found).sum() / (gold.sum() + found.sum()))
 
 
 def test_three_labels_and_the_parts_of_a_test_set():

@@ -173,14 +173,25 @@ def test_rank_0_says_what_the_startup_check_found_before_groups_are_made(recipe,
 
 
 def test_a_rank_waits_six_hours_for_anothers_share_of_an_evaluation(monkeypatch):
-    asked = []
-    monkeypatch.setattr(joining, "_find_head_node", lambda ranks: None)
+    asked, store = [], joining.dist.HashStore()
+    store.set("here/0", "")
+    monkeypatch.setattr(joining, "_rendezvous", lambda ranks, seconds: store)
+    monkeypatch.setattr(joining.dist, "PrefixStore", lambda name, store: (name, store))
     monkeypatch.setattr(joining.torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(joining.dist, "init_process_group",
                         lambda backend, **settings: asked.append((backend, settings)))
     assert joining.init_gloo(Ranks(0, 1, 0, "python")).type == "cpu" and not asked
     joining.init_gloo(Ranks(1, 2, 1, "torchrun"))
-    assert asked == [("gloo", {"rank": 1, "world_size": 2, "timeout": timedelta(hours=6)})]
+    assert asked == [("gloo", {"store": ("groups", store), "rank": 1, "world_size": 2,
+                               "timeout": timedelta(hours=6)})]
+
+
+def test_but_not_for_one_that_does_not_come(monkeypatch):
+    store = joining.dist.HashStore()
+    store.set("here/2", "")
+    monkeypatch.setattr(joining, "JOIN_SECONDS", 0.2)
+    with pytest.raises(ValueError, match="rank 1, 3 of 4 did not come within 0.2 s; look at what"):
+        joining._await_all(Ranks(0, 4, 0, "python"), store)
 
 
 @pytest.mark.parametrize(("job", "port"), [(None, "20000"), ("0", "20000"), ("19999", "39999"),

@@ -31,9 +31,9 @@ def call(monkeypatch):
     """Runs `check_in` on some ranks of a world; returns rank -> what it returned or raised."""
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "29999")
-    monkeypatch.setattr(startup_check, "REACH_SECONDS", 2.0)
+    monkeypatch.setattr(startup_check, "REACH_SECONDS", 20.0)
 
-    def call(ranks: list[int], world: int, seconds: float = 5.0) -> dict[int, object]:
+    def call(ranks: list[int], world: int, seconds: float = 60.0) -> dict[int, object]:
         store, found = dist.HashStore(), {}
 
         def one(rank: int) -> None:
@@ -46,7 +46,7 @@ def call(monkeypatch):
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(30)
+            thread.join(100)
         return found
     return call
 
@@ -72,8 +72,8 @@ def test_sixteen_missing_ranks_are_named_with_their_hosts_and_others_counted(mon
     assert store.get("addresses") == b"[]"  # which ends the others' wait
 
 
-@pytest.mark.parametrize(("skew", "said"), [(10.0, r"\+(10\.0|9\.\d)"), (-10.0, r"-(10\.0|9\.\d)"),
-                                          (1.0, None)])
+@pytest.mark.parametrize(("skew", "said"), [
+    (90.0, r"\+(90\.0|8\d\.\d)"), (-90.0, r"-(90\.0|8\d\.\d)"), (1.0, None)])
 def test_a_clock_that_is_off_is_measured(call, monkeypatch, skew, said):
     true = time.time
 
@@ -91,10 +91,10 @@ def test_a_clock_that_is_off_is_measured(call, monkeypatch, skew, said):
 def test_a_missing_rank_is_named_on_every_rank_with_its_host(call, monkeypatch):
     monkeypatch.setattr(startup_check, "hosts_of_ranks",
                         lambda: {0: "a1", 1: "a1", 2: "a2", 3: "a2"})
-    found = call([0, 1, 3], 4, seconds=0.5)
+    found = call([0, 1, 3], 4, seconds=2.0)
     assert {str(e) for e in found.values()} == {str(found[0])} and isinstance(found[0], Unhealthy)
     assert (
-        "1 of 4 ranks did not report within fault_tolerance.join_seconds=0.5: rank 2 on a2. "
+        "1 of 4 ranks did not report within fault_tolerance.join_seconds=2: rank 2 on a2. "
         in str(found[0])
     )
     assert "sbatch --exclude" in str(found[0])
@@ -151,7 +151,8 @@ def test_durations_do_not_go_by_the_clock_of_the_day():
     assert {name: count for name, count in read.items() if count} == {"startup_check.py": 2}
 
 
-def test_a_rank_0_that_is_gone_is_named(call):
+def test_a_rank_0_that_is_gone_is_named(call, monkeypatch):
+    monkeypatch.setattr(startup_check, "REACH_SECONDS", 0.5)
     found = call([1], 2, seconds=0.5)
     assert isinstance(found[1],
                       Unhealthy) and "rank 0 on 127.0.0.1 does not answer" in str(found[1])

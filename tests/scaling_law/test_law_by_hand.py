@@ -3,6 +3,8 @@ its slopes, quantiles and doubts, the curves of the plot."""
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from dataclasses import astuple, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,6 +38,39 @@ POINTS = [Point(s, n, d, float(LAW.loss(s, n, d)) * (1 + 0.01 * ((i * 7) % 5 - 2
           for i, (s, n, d) in enumerate((s, n, d) for s in (0.0, 0.4, 0.8)
                                         for n in (50.0, 200.0, 700.0) for d in (3.0, 8.0, 20.0))]
 RANDOM = np.random.default_rng(2)
+
+
+@pytest.mark.parametrize("count", [5, 8, 12, 60])
+def test_an_interval_has_losses_about_the_fit_as_the_coefficients_leave_them(count):
+    """A fit of k coefficients leaves (n - k) / n of the variance of n losses."""
+    law = Law(FORM, dict(zip(COEFFICIENTS, astuple(LAW), strict=False)))
+    laws = [replace(law, coefficients={**law.coefficients, "c": c}) for c in (0.7, 0.75, 0.9)]
+    residuals = np.random.default_rng(count).exponential(0.02, count)  # to one side
+    spare = max(1, count - 7)
+    held_out = [Point(0.5, 100.0, 10.0, math.nan, "new"), Point(0.8, 50.0, 30.0, 2.5, "done")]
+    found = fitting._predictions(law, laws, residuals, held_out)
+    for i, (prediction, point) in enumerate(zip(found, held_out, strict=True)):
+        losses = [each.predict(held_out)[i] / math.exp(r * math.sqrt(count / spare))
+                  for each in laws for r in residuals]
+        assert (prediction.low, prediction.high) == pytest.approx(
+            tuple(np.quantile(losses, (0.05, 0.95))))
+        assert prediction.predicted == law.predict(held_out)[i] and prediction.name == point.name
+    assert (found[0].measured, found[1].measured) == (None, 2.5)
+
+
+def test_a_resampling_has_whole_cells_and_some_of_every_group():
+    points = [Point(s, 50.0, 3.0, 2.0, cell=cell) for s, cell in (
+        (0.0, "a"), (0.5, "c"), (0.0, "a"), (0.0, "b"), (0.0, "b"), (0.5, "c"), (0.8, ""),
+        (0.0, ""))]
+    cells, seen = [(0, 2), (3, 4), (1, 5), (6,), (7,)], set()
+    draw = fitting._resampling(points, np.random.default_rng(0))
+    for _ in range(200):
+        counts = Counter(draw().tolist())
+        drawn = [{counts[i] for i in cell} for cell in cells]
+        assert all(len(times) == 1 for times in drawn) and sum(map(sum, drawn)) == len(cells)
+        assert counts[1] and counts[6]  # the only ones of their groups
+        seen.add(tuple(sorted(counts.items())))
+    assert len(seen) > 20
 
 
 def test_coefficients_are_the_published_ones():

@@ -165,6 +165,8 @@ def _in_steps(steps: Sequence[Step], gpu: Gpu, device: Rates) -> dict[str, float
 
 
 def _host_seconds(steps: Sequence[Step], gpu: Gpu, device: Rates) -> dict[str, float]:
+    """Seconds that the host needs to launch a layer for a micro-batch, by pattern, of steps that
+    are slower than the GPU alone would be."""
     found: dict[str, float] = {}
     launched = [step for step in steps if not step.recipe.kernels.cuda_graph]
     for step in sorted(launched, key=lambda step: step.busy is None):  # GPT-2 Small first

@@ -41,7 +41,7 @@ class HuggingFace(Tokenizer):
                           if token["special"]}
         usual = next((token for tokens in (self._specials, self.vocabulary)
                       for token in END_OF_DOCUMENT if token in tokens), None)
-        self._require_own_ids()
+        self._require_own_ids(description.get("added_tokens") or [])
         self.vocab_size = max(self.vocabulary.values(), default=-1) + 1
         self._end_documents(usual, end, "no end-of-document token in tokenizer.json; it needs "
                             f"one of {END_OF_DOCUMENT}")
@@ -55,8 +55,19 @@ class HuggingFace(Tokenizer):
     def vocabulary(self) -> dict[str, int]:
         return self._tokenizer.get_vocab(with_added_tokens=True)
 
-    def _require_own_ids(self) -> None:
-        """Raises a ValueError where two tokens have one id, which is decoded to one of them."""
+    def _require_own_ids(self, added: Sequence[dict[str, Any]]) -> None:
+        """Raises a ValueError where two tokens have one id, which is decoded to one of them, or a
+        token has another than the file says, as where ids before it are missing.
+
+        Args:
+            added: the tokens that the file adds to its vocabulary.
+        """
+        for token in added:
+            name, given = token["content"], self.vocabulary.get(token["content"])
+            if given != token["id"]:
+                raise ValueError(f"tokenizer.json gives the token {name!r} the id {token['id']}, "
+                                 f"and Hugging Face's `tokenizers` reads it as {given}; add tokens "
+                                 "that have the ids before it, or write the id that it has")
         tokens: dict[int, str] = {}
         for token, number in self.vocabulary.items():
             if tokens.setdefault(number, token) != token:
