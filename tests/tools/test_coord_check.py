@@ -4,9 +4,9 @@ sizes at the last step."""
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
+import coord_check
 import numpy as np
 import pytest
 
@@ -14,9 +14,6 @@ from megatron_spdf.evaluation import coordinate_check
 from megatron_spdf.parallel import fake_cuda
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-import coord_check  # noqa: E402
-
 RECIPE = str(ROOT / "configs/pretrain/gpt_10m.yaml")
 
 

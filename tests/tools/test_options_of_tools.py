@@ -13,31 +13,29 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import convert_checkpoint
+import experiment
+import law_page
+import plan
+import preprocess_data
 import pytest
+import report
 import torch
 import yaml
 
+from megatron_spdf.convert.calibration import Calibration
+from megatron_spdf.planning.exact import ranks_of_interest
+from megatron_spdf.planning.hardware import GPUS
+from megatron_spdf.planning.overview import Request
+from megatron_spdf.recipe.load import load_recipe
+from megatron_spdf.recipe.recipe import Parallel
+from megatron_spdf.runs.law_points import Training
+from megatron_spdf.scaling_law.forms import FORMS
+from megatron_spdf.scaling_law.law import PUBLISHED
+from megatron_spdf.scaling_law.points import Point
+from megatron_spdf.sparsity.plan import Plan
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-import convert_checkpoint  # noqa: E402
-import experiment  # noqa: E402
-import law_page  # noqa: E402
-import plan  # noqa: E402
-import preprocess_data  # noqa: E402
-import report  # noqa: E402
-
-from megatron_spdf.convert.calibration import Calibration  # noqa: E402
-from megatron_spdf.planning.exact import ranks_of_interest  # noqa: E402
-from megatron_spdf.planning.hardware import GPUS  # noqa: E402
-from megatron_spdf.planning.overview import Request  # noqa: E402
-from megatron_spdf.recipe.load import load_recipe  # noqa: E402
-from megatron_spdf.recipe.recipe import Parallel  # noqa: E402
-from megatron_spdf.runs.law_points import Training  # noqa: E402
-from megatron_spdf.scaling_law.forms import FORMS  # noqa: E402
-from megatron_spdf.scaling_law.law import PUBLISHED  # noqa: E402
-from megatron_spdf.scaling_law.points import Point  # noqa: E402
-from megatron_spdf.sparsity.plan import Plan  # noqa: E402
-
 DEMO = str(ROOT / "configs/pretrain/demo.yaml")
 
 
