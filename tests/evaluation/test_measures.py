@@ -406,6 +406,7 @@ def two_ranks(monkeypatch):
         sent.append(share) if shares is None else shares.__setitem__(slice(None), [share, *sent])
 
     def run(function) -> tuple:
+        sent.clear()
         other = function(Ranks(1, 2, 1, "torchrun"))
         return function(Ranks(0, 2, 0, "torchrun")), other
 
