@@ -3,9 +3,8 @@ thousands.
 
 A graph repeats what it has captured: the same kernels on the same memory. What the host decides
 from pass to pass must therefore be as it was at the capture, or the pass is launched one by one: a
-mask that moved, a weight that chooses its mask where the last one did not, a collector of the dense
-gradient, a batch of another shape. Such a pass is also the warm-up of the next graph, which the
-pass after it captures.
+mask that moved, a weight that chooses its mask, a collector of the dense gradient, a batch of
+another shape. Such a pass is also the warm-up of the next graph, which the pass after it captures.
 
 Megatron-Core's own wrapper (`FullCudaGraphWrapper`) captures once in a process, for all engines,
 and never drops what it has captured; masks that move need another graph.
@@ -48,8 +47,7 @@ class GraphedPass:
         if basis is None or basis != self._basis:
             self._drop()
             loss = self._run(batch)
-            # the pass may have settled what was open
-            self._basis = self._read_basis(batch) if basis is None else basis
+            self._basis = self._read_basis(batch)  # the pass may have settled what was open
             return loss
         if self._graph is None:
             self._inputs = [{name: torch.empty_like(value, device=self._device)
@@ -60,8 +58,6 @@ class GraphedPass:
         if self._graph is None:
             self._capture()
         self._graph.replay()
-        for weight in self._weights:
-            weight.passed()
         return self._loss
 
     def _read_basis(self, batch: Sequence[MicroBatch]) -> Hashable:

@@ -197,9 +197,6 @@ class CompactWeight(nn.Module):
         tables = (getattr(self, TABLE + name) for name in self._table_names)
         return held, *(t.data_ptr() for t in (self.mask_bits, self.index, *tables))
 
-    def passed(self) -> None:
-        """Follows a pass that was replayed, in which nothing of Python ran."""
-
     @property
     def kept(self) -> Tensor | None:
         """(slices, k) bool, the active entries that are not held; None: no entry is."""

@@ -64,15 +64,7 @@ class MaskedWeight(CompactWeight):
 
     @property
     def basis(self) -> Hashable:
-        """Beside the others', whether it chooses; None where that takes the host."""
-        algorithm, pattern = self.planned.algorithm, self.planned.pattern
-        if self.due and (self._drawn or algorithm.tracks_ages or not pattern.fills_alone):
-            return None
-        others = super().basis
-        return others and (self.due, *others)
-
-    def passed(self) -> None:
-        self.due = False
+        return None if self.due else super().basis
 
     def take_loaded(self) -> None:
         self.due = self._drawn = False  # the masks that a checkpoint has hold until the next choice

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import replace
 
 import pytest
 import torch
@@ -19,8 +18,6 @@ from megatron_spdf.layers.compact import (
 )
 from megatron_spdf.layers.masked import MaskedWeight, choose_masks
 from megatron_spdf.sparsity.algorithms.base import ALGORITHMS
-from megatron_spdf.sparsity.algorithms.ste import Ste
-from megatron_spdf.sparsity.patterns.n_m import NofM
 from megatron_spdf.sparsity.patterns.unstructured import Unstructured
 from megatron_spdf.sparsity.plan import SparseWeight
 
@@ -116,31 +113,6 @@ def test_a_step_that_collects_the_dense_gradient_is_launched_one_by_one(monkeypa
     drop_dense_gradients([layer])
     assert counted.passes(batch(), batch(), batch()) == ["launched", "captured", "replayed",
                                                          "replayed"]
-
-
-def test_where_weights_choose_at_every_step_the_graph_has_the_choice(monkeypatch):
-    """The first choice is none of it, and one that did not take place drops it."""
-    layer = sparse_layer("ste", MaskedWeight, 1)
-    compact, counted = layer.parametrizations.weight[0], Counted(monkeypatch, layer)
-    assert counted.passes(batch()) == ["launched"]
-    _ = layer.weight
-    for done in (["launched"], ["captured", "replayed"], ["replayed"], ["replayed"]):
-        choose_masks([layer])
-        assert counted.passes(batch()) == done
-        assert compact.due == (done == ["launched"])  # a pass that is launched would choose
-    assert counted.passes(batch(), batch()) == ["dropped", "launched", "captured", "replayed"]
-
-
-@pytest.mark.parametrize("keys", [{"algorithm": Ste(track_ages=True)}, {"pattern": NofM()}],
-                         ids=["ages", "n:m"])
-def test_a_choice_that_takes_the_host_is_launched_one_by_one(keys, monkeypatch):
-    layer = sparse_layer("ste", MaskedWeight, 1)
-    _ = layer.weight
-    compact = layer.parametrizations.weight[0]
-    compact.planned = replace(compact.planned, **keys)
-    counted = Counted(monkeypatch, layer)
-    choose_masks([layer])
-    assert counted.passes(batch(), batch()) == ["launched", "launched"]
 
 
 def test_a_step_in_which_weights_choose_their_masks_is_launched_one_by_one(monkeypatch):

@@ -32,14 +32,12 @@ class Pattern(Section):
             slice stay; None: the entries are tied to each other, and masks do not move.
         columns_together: columns whose masks are chosen together, whatever those of the others are;
             1: any entries may be active; None: all columns of a slice.
-        fills_alone: `fill_chosen` asks nothing of the host, so that a CUDA graph may have it.
         remedy: for a weight that is cut into too few slices.
     """
 
     name: ClassVar[str]
     moving_unit: ClassVar[Shape | None] = None
     columns_together: ClassVar[int | None] = None
-    fills_alone: ClassVar[bool] = False
     remedy: ClassVar[str] = "another level or pattern"
 
     def cut(self, name: str, shape: Shape, axis: int, most: int, level: float) -> int:

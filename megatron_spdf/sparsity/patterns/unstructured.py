@@ -30,7 +30,6 @@ class Unstructured(Pattern):
     name = "unstructured"
     moving_unit = (1, 1)
     columns_together = 1
-    fills_alone = True
 
     def draw(self, seed: int, name: str, slice_id: int, shape: Shape, level: float) -> np.ndarray:
         numel, active = shape[0] * shape[1], self.active(shape, level)
