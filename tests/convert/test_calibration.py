@@ -103,6 +103,11 @@ def test_as_many_sequences_are_read_as_there_are(data, tokenizer):
     assert len(checked(Calibration(data, samples=90), tokenizer).calibrate.starts) == 90
     with pytest.raises(ValueError, match="samples=91 are more than the 90 there are"):
         checked(Calibration(data, samples=91), tokenizer)
+    # 1,001 is 143 times 7, and the last of them has no label
+    every = checked(Calibration(data, data, samples=142, length=7), tokenizer)
+    assert np.array_equal(every.calibrate.starts, np.arange(0, 142 * 7, 7))
+    with pytest.raises(ValueError, match="holds 142 sequences of 7 tokens, and .* than the 142"):
+        checked(Calibration(data, data, samples=143, length=7), tokenizer)
     model = {"max_positions": 1001}
     text = checked(Calibration(evaluate=data, samples=1, length=1000), tokenizer, model=model)
     assert text.evaluate.starts.tolist() == [0]

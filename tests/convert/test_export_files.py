@@ -118,15 +118,15 @@ def test_tensors_that_transformers_has_not_are_refused(source, tmp_path, monkeyp
 
 
 def test_the_card_says_what_the_model_is(source):
-    lines = model_card(source(0.5, "magnitude"), "bf16", masks=True).splitlines()
+    lines = model_card(source(0.75, "magnitude"), "bf16", masks=True).splitlines()
     weights = sum(w.numel for w in source().weights.values())
     linear = 2 * (12 * 36 + 12 * 12 + 2 * 12 * 30)
     said = [line for line in lines if line.startswith("- ")]
     assert said[0].startswith(f"- Architecture: GPT-2, tied embeddings, {weights:,} parameters")
     assert said[1].startswith(
-        f"- Sparsity: 50.00% of the {linear:,} weights in 8 matrices of the blocks are exactly zero"
+        f"- Sparsity: 75.00% of the {linear:,} weights in 8 matrices of the blocks are exactly zero"
         " (static masks, the largest magnitudes in each slice of the Hugging Face model gpt2), so "
-        f"{linear // 2:,} of them are active.")
+        f"{linear // 4:,} of them are active.")
     assert said[2].startswith("- Training: step 0, 0 tokens, in fp32; saved ")
     assert said[3:5] == ["- Begun from: the Hugging Face model gpt2.", "- Weights: bf16."]
     assert said[5].startswith("- Masks: `masks.safetensors` holds a bool")

@@ -1,6 +1,7 @@
 """Megatron-LM's checkpoints of the weights, against the names of core_v0.16.1;
 tests/distributed/test_conversion.py holds both ways against megatron-core itself."""
 
+import math
 import pickle
 
 import pytest
@@ -66,10 +67,21 @@ def test_names_and_shapes_are_those_of_megatron(source, saved):
     common = torch.load(saved / "release" / "common.pt", weights_only=True)
     assert common["checkpoint_version"] == 3.0 and "args" not in common
     assert (saved / "latest_checkpointed_iteration.txt").read_text() == "release"
-    words = (saved / "arguments.txt").read_text().split()
-    assert {"--num-layers": "2", "--num-attention-heads": "6",
-            "--ffn-hidden-size": "30"}.items() <= dict(
-        zip(words[::2], words[1::2], strict=False)).items()
+
+
+def test_its_arguments_make_megatrons_model_of_these_shapes(source, saved):
+    """Also its padding of the vocabulary: to a multiple of the argument and the tensor degree."""
+    lines = (saved / "arguments.txt").read_text().splitlines()
+    words = dict(line.split() for line in lines)
+    rows = source.weights[EMBEDDING].shape[0]
+    for tensor in (1, 2, 4):
+        multiple = int(words["--make-vocab-size-divisible-by"]) // tensor * tensor
+        assert math.ceil(259 / multiple) * multiple == rows == 384
+    del words["--make-vocab-size-divisible-by"]
+    assert words == {"--ckpt-format": "torch_dist", "--num-layers": "2", "--hidden-size": "12",
+                     "--ffn-hidden-size": "30", "--num-attention-heads": "6",
+                     "--max-position-embeddings": "10",
+                     "--position-embedding-type": "learned_absolute"}
 
 
 def test_what_was_written_is_read_back(source, saved):

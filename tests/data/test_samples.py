@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,6 +34,7 @@ from megatron_spdf.data.pretraining.samples import (
 )
 from megatron_spdf.data.pretraining.sources import expand, training_sources
 from megatron_spdf.data.tokenizers.tokenizer import load_tokenizer
+from megatron_spdf.resilience.signals import block_in_worker
 
 LENGTH = 16
 
@@ -150,6 +152,49 @@ def test_micro_batches_of_a_step_are_dealt_to_the_replicas_in_turn(recipe, place
                 dealt += data._indices(step, micro)
     of_step = 2 * size * replicas
     assert dealt == [step * of_step + n for step in (0, 1, 5) for n in range(of_step)]
+
+
+@pytest.mark.parametrize(("workers", "ahead"), [(0, None), (3, 4)])
+@pytest.mark.parametrize("gpu", [False, True])
+def test_the_whole_of_what_makes_a_loader(recipe, place, tmp_path, monkeypatch, workers, ahead,
+                                          gpu):
+    """Of the last two steps of a run, on the second of two replicas; the micro-batches of two
+    steps are ready in each of its processes."""
+    made = recipe(model={"vocab_size": 300}, parallel={"data": 2}, data={
+        "train": str(place / "a"), "workers": workers}, train={
+            "sequence_length": LENGTH, "micro_batch": 2, "global_batch": 8})
+    loaders = []
+    monkeypatch.setattr(dataset, "DataLoader", lambda samples, **settings: (
+        loaders.append((samples, settings)) or ["one", "two"] * 2))
+    monkeypatch.setattr(dataset.torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(dataset.ps, "get_data_parallel_rank", lambda: 1)
+    data, begin = TokenData(made, check_corpus(made), tmp_path, reads=True), made.steps - 2
+    assert list(data.training_batches(begin)) == [["one", "two"]] * 2
+    ((samples, settings),) = loaders
+    first = 8 * begin
+    assert list(settings.pop("batch_sampler")) == [
+        [first + at, first + at + 1] for at in (2, 6, 10, 14)]
+    assert samples._samples is data._samples
+    assert settings == {"num_workers": workers, "collate_fn": dataset._collate,
+                        "worker_init_fn": block_in_worker, "prefetch_factor": ahead,
+                        "pin_memory": gpu}
+
+
+@pytest.mark.parametrize(("rank", "expected"), [
+    (0, ["built", "barrier"]), (1, ["barrier", "built"]), (None, ["built"])])
+@pytest.mark.parametrize("fails", [False, True])
+def test_rank_0_builds_indices_before_the_others(
+        monkeypatch, rank, expected, fails):
+    happened = []
+    monkeypatch.setattr(dataset.dist, "is_initialized", lambda: rank is not None)
+    monkeypatch.setattr(dataset.dist, "get_rank", lambda: rank)
+    monkeypatch.setattr(dataset.dist, "barrier", lambda: happened.append("barrier"))
+    with suppress(OSError), dataset._rank_0_first() as alone:
+        assert alone == (rank != 1)
+        happened.append("built")
+        if fails:
+            raise OSError
+    assert happened == expected
 
 
 def test_labels_are_the_next_tokens_and_every_one_counts(make):

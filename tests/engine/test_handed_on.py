@@ -1,8 +1,11 @@
-"""What Megatron-Core is handed, whole: a setting that is left out, swapped or added changes it."""
+"""What Megatron-Core and DeepSpeed are handed, whole: a setting that is left out, swapped or added
+changes it."""
 
 from __future__ import annotations
 
 import math
+import sys
+from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 from types import SimpleNamespace
@@ -11,7 +14,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_spdf.engine import megatron
+from megatron_spdf.engine import deepspeed, megatron
+from megatron_spdf.engine.deepspeed import DeepSpeedEngine, ModelParallelUnit
+from megatron_spdf.engine.deepspeed_settings import deepspeed_settings
+from megatron_spdf.engine.megatron import MegatronEngine
 from megatron_spdf.model import decoder
 from megatron_spdf.model.parametrization import Parametrization, Peak
 from megatron_spdf.parallel import ranks as joining
@@ -177,3 +183,124 @@ def test_the_whole_of_what_makes_process_groups(recipe, monkeypatch, world, layo
         "groups": {"virtual_pipeline_model_parallel_size": virtual,
                    "distributed_timeout_minutes": layout["timeout"] // 60,
                    "create_gloo_process_groups": False}}
+
+
+@pytest.fixture
+def begun(recipe, monkeypatch):
+    """A Megatron engine of so many chunks on a rank of these stages, whose parts are stood in
+    for."""
+    def begin(chunks: int, overlaps: bool, first: bool = True, last: bool = True, tensor: int = 0,
+              **sections) -> MegatronEngine:
+        replace, group = partial(monkeypatch.setattr, megatron), partial(
+            monkeypatch.setattr, megatron.ps)
+        models = [SimpleNamespace(config=SimpleNamespace(), number=n) for n in range(chunks)]
+        replace("build_model", lambda recipe, plan, weights: models)
+        replace("_overlaps", lambda recipe, device: overlaps)
+        replace("_data_parallel", lambda recipe, model, overlaps, first: SimpleNamespace(
+            no_sync=("no sync", model.number, first), start_grad_sync=("sync", overlaps)))
+        replace("_optimizer", lambda *_: SimpleNamespace(scale_loss="scale"))
+        replace("OptimizerState", lambda optimizer, models, recipe: (models, recipe))
+        monkeypatch.setattr(megatron.common, "make_scheduler", lambda *parts: parts)
+        monkeypatch.setattr(megatron.common, "correct_newborn", lambda engine: None)
+        for name, value in (("get_data_parallel_rank", 3), ("is_pipeline_first_stage", first),
+                            ("is_pipeline_last_stage", last),
+                            ("get_tensor_model_parallel_rank", tensor)):
+            group(name, lambda value=value: value)
+        made = recipe(**sections)
+        engine = MegatronEngine(made, Plan.of(made), torch.device("cpu"))
+        assert engine.state == (models, made) and engine.data_parallel_rank == 3
+        assert engine.scheduler == (made, engine.optimizer) and engine.optimizer_steps == 0
+        return engine
+    return begin
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_the_whole_of_what_schedules_find_in_the_configuration(begun, chunks, overlaps):
+    """One function for one chunk, and a list of them for several: Megatron-Core takes no other."""
+    stops = [("no sync", number, number == 0) for number in range(chunks)]
+    starts = [("sync", True)] * chunks
+    one = chunks == 1
+    assert vars(begun(chunks, overlaps).config) == {
+        "finalize_model_grads_func": megatron.finalize_model_grads, "grad_scale_func": "scale",
+        **({"no_sync_func": stops[0] if one else stops,
+            "grad_sync_func": starts[0] if one else starts} if overlaps else {})}
+
+
+@pytest.mark.parametrize(("first", "last", "reset", "reads"), [
+    (True, False, False, True), (False, True, False, True), (False, False, False, False),
+    (False, False, True, True), (True, True, False, True)])
+@pytest.mark.parametrize("tensor", [0, 1])
+def test_which_ranks_read_and_which_report(begun, first, last, reset, reads, tensor):
+    """Between the first stage and the last, document boundaries alone are read."""
+    engine = begun(1, False, first, last, tensor, data={"reset_attention": reset})
+    assert engine.needs_batches == reads and engine._reports == (last and tensor == 0)
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.parametrize("reports", [False, True])
+@pytest.mark.parametrize(("recompute", "forward_only"), [("none", False), ("full", True)])
+def test_the_whole_of_what_a_schedule_is_handed(recipe, monkeypatch, chunks, reports, recompute,
+                                                forward_only):
+    made, seen, expanded = recipe(train={"recompute": recompute}), {}, []
+    engine = SimpleNamespace(recipe=made, device=torch.device("cpu"), models=[7, 8][:chunks],
+                             chunks=["a", "b"][:chunks], _reports=reports)
+    losses = [{"loss": torch.tensor(loss)} for loss in (1.0, 2.0, 6.0)]
+    monkeypatch.setattr(megatron, "get_forward_backward_func", lambda: (
+        lambda **settings: seen.update(settings) or losses))
+    monkeypatch.setattr(megatron, "expanded", lambda model, at_once: (
+        expanded.append((model, at_once)) or nullcontext()))
+    loss = MegatronEngine._run(engine, ["one", "two"], forward_only)
+    assert loss == (3.0 if reports else 0.0)
+    assert expanded == [(model, recompute == "full") for model in engine.models]
+    batches, step = seen.pop("data_iterator"), seen.pop("forward_step_func")
+    for batch in [batches] if chunks == 1 else batches:  # each chunk reads all micro-batches
+        assert list(batch) == ["one", "two"]
+    assert (step.func, step.args, step.keywords) == (megatron._forward_step, (engine.device,), {})
+    assert seen == {"model": "a" if chunks == 1 else ["a", "b"], "num_microbatches": 4,
+                    "seq_length": 32, "micro_batch_size": 2, "forward_only": forward_only}
+
+
+@pytest.mark.parametrize("tensor", [0, 1])
+def test_the_whole_of_what_deepspeed_is_handed(recipe, monkeypatch, tensor):
+    made, asked = recipe(engine="deepspeed", parallel={"tensor": 2, "zero_stage": 2}), []
+    plan, replace = Plan.of(made), partial(monkeypatch.setattr, deepspeed)
+
+    def note(name: str, gives):
+        return lambda *parts, **settings: asked.append((name, *parts, settings)) or gives
+    zero, adam = SimpleNamespace(optimizer="wrapper"), SimpleNamespace()
+    state = SimpleNamespace(attach=note("attach", None))
+    replace("_import_deepspeed", note("import", SimpleNamespace(
+        initialize=note("initialize", (zero, "others")))))
+    replace("build_model", note("model", ["model"]))
+    replace("_sum_partial_gradients", note("sums", None))
+    replace("guarded", note("guard", adam))
+    replace("ZeroState", note("state", state))
+    monkeypatch.setattr(deepspeed.common, "build_optimizer", note("optimizer", "plain"))
+    monkeypatch.setattr(deepspeed.common, "make_scheduler", note("scheduler", "scheduler"))
+    monkeypatch.setattr(deepspeed.common, "correct_newborn", note("newborn", None))
+    monkeypatch.setattr(deepspeed.ps, "get_data_parallel_rank", lambda: 3)
+    monkeypatch.setattr(deepspeed.ps, "get_tensor_model_parallel_rank", lambda: tensor)
+    monkeypatch.setitem(sys.modules, "deepspeed.comm.comm", SimpleNamespace(cdb="backend"))
+    engine = DeepSpeedEngine(made, plan, torch.device("cpu"), "weights")
+    assert asked == [
+        ("import", torch.device("cpu"), {}), ("model", made, plan, "weights", {}),
+        ("sums", "model", 2, {}), ("optimizer", made, "model", {}), ("guard", "plain", {}),
+        ("state", "model", made, {}),
+        ("initialize", {"model": "model", "optimizer": adam, "mpu": ModelParallelUnit,
+                        "config": deepspeed_settings(made), "dist_init_required": False}),
+        ("attach", adam, "wrapper", {}), ("scheduler", made, adam, {}), ("newborn", engine, {})]
+    assert (engine.zero, engine.backend, engine.scheduler) == (zero, "backend", "scheduler")
+    assert (engine.data_parallel_rank, engine._reports) == (3, tensor == 0)
+
+
+def test_deepspeed_asks_for_groups_by_kind():
+    """Of each kind its own size, rank and group: tensor-parallel ranks are its model-parallel
+    ones."""
+    asked = {name: getattr(ModelParallelUnit, name) for name in vars(ModelParallelUnit)
+             if name.startswith("get_")}
+    kinds = {"model": "tensor_model_parallel", "tensor_model": "tensor_model_parallel",
+             "data": "data_parallel"}
+    assert {name: function.__name__ for name, function in asked.items()} == {
+        f"get_{kind}_parallel_{what}": f"get_{theirs}_{what}" for kind, theirs in kinds.items()
+        for what in ("world_size", "rank", "group")}

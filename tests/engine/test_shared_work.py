@@ -1,4 +1,5 @@
-"""What replicas share out, what ranks agree on, and which weights decay, by hand."""
+"""What replicas share out, what ranks agree on, which weights decay and what the log says computes,
+by hand."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from megatron_spdf.engine import common
 from megatron_spdf.engine.state import share_replicas, snapshot
+from megatron_spdf.model.attention import SdpaCoreAttention
 from megatron_spdf.model.parametrization import Peak
 
 WORLD = 3
@@ -74,3 +76,38 @@ def test_matrices_decay_but_for_those_that_the_algorithm_pulls(recipe, monkeypat
               group["wd_mult"], group["max_lr"], group["min_lr"]) for group in groups]
     assert found == [({"matrix"}, 1.0, 1e-2, 5e-3), ({"pulled", "bias"}, 0.0, 1e-2, 5e-3),
                      ({"norm"}, 0.0, 2e-3, 1e-3)]
+
+
+class Attention(SdpaCoreAttention):
+    """Says what it is asked."""
+
+    def __init__(self):
+        nn.Module.__init__(self)
+
+    def describe(self, masked: bool) -> str:
+        return "kernels of masks" if masked else "kernels"
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_log_says_what_computes_each_part(recipe, monkeypatch, gpu, fused):
+    """On a GPU which kernels: with a mask where documents are kept apart."""
+    made = recipe(data={"reset_attention": fused}, kernels={"cuda_graph": gpu})
+    layer = SimpleNamespace(self_attention=SimpleNamespace(core_attention=Attention()),
+                            pre_mlp_layernorm=nn.LayerNorm(2))
+    model = SimpleNamespace(decoder=SimpleNamespace(layers=[layer]), modules=lambda: [],
+                            config=SimpleNamespace(bias_dropout_fusion=fused,
+                                                   params_dtype=torch.bfloat16))
+    device = torch.device("cuda" if gpu else "cpu")
+    monkeypatch.setattr(common.torch.cuda, "get_device_name", lambda: "H100")
+    monkeypatch.setattr(common, "describe_softmax", lambda *asked: " ".join(map(str, asked)))
+    monkeypatch.setattr(common.dispatch, "backend_name", lambda kind: f"backend of {kind}")
+    adam = torch.optim.AdamW([nn.Parameter(torch.ones(2))], fused=fused)
+    room = Attention.__module__.split(".")[0]
+    on = (" on kernels of masks" if fused else " on kernels") if gpu else ""
+    assert common.implementation_summary(made, model, adam, device) == (
+        f"device {'H100' if gpu else 'CPU (gloo, stand-in for CUDA)'}"
+        f"{'; forward and backward one CUDA graph' if gpu else ''}; attention {room}.Attention{on}"
+        f", norm torch.LayerNorm, optimizer torch.AdamW{' fused' if fused else ''}; "
+        f"bias, activation and dropout {'compiled' if fused else 'one by one'}; "
+        f"loss {device.type} torch.bfloat16; expand/compress backend of {device.type}")

@@ -6,13 +6,21 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from small_models import write_gpt2
 
+from megatron_spdf.data.finetuning.task import Example
 from megatron_spdf.evaluation import evaluate as evaluation
+from megatron_spdf.evaluation import harness, text_perplexity
+from megatron_spdf.evaluation.decoding import DecodingSettings
+from megatron_spdf.evaluation.harness import HarnessSettings
 from megatron_spdf.evaluation.metrics.metric import METRICS, Metric
 from megatron_spdf.evaluation.references import read_predictions
+from megatron_spdf.evaluation.scores import Scores
+from megatron_spdf.evaluation.text_perplexity import Texts
+from megatron_spdf.resilience.world import Ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 WITHOUT = '{"context": "red cat"}\n'
@@ -153,3 +161,106 @@ def test_an_article_that_is_too_long_loses_its_end(run, monkeypatch):
     code, said, output = run(f"id,article,highlights\n1,{article},a cat .\n", task="cnn_dailymail")
     assert code == 0 and asked == ["end", "end"] and "1 prompts truncated" in said.out
     assert "ROUGE-Lsum" in json.loads((output / "scores.json").read_text())["scores"]["all"]
+
+
+@pytest.fixture
+def tool(monkeypatch):
+    """The tool on a rank that has no scores to write, and what the works are given."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    monkeypatch.delitem(sys.modules, "evaluate", raising=False)
+    import evaluate
+
+    given = []
+    for module, name in ((evaluation, "evaluate"), (harness, "evaluate_harness"),
+                         (text_perplexity, "evaluate_text")):
+        monkeypatch.setattr(module, name, lambda source, *words: given.append(words))
+
+    def run(*words) -> tuple:
+        assert evaluate.main([str(word) for word in words]) == 0
+        return given.pop()
+    return run
+
+
+ONE = Ranks(0, 1, 0, "python")
+
+
+@pytest.mark.parametrize(("task", "words", "settings"), [
+    ("jsonl", (), DecodingSettings()),
+    ("jsonl", ("--beams", 3, "--length-penalty", 0.5, "--no-repeat-ngram", 2, "--max-new-tokens", 5,
+               "--batch-size", 7), DecodingSettings(3, 0.5, 2, 5, 7)),
+    ("sst2", ("--beams", 2), DecodingSettings(2, 0.8, 0, 16)),
+    ("sst2", ("--no-repeat-ngram", 3), DecodingSettings(1, 0.8, 3, 16))])
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_options_of_decoding_are_its_settings(tool, model, tmp_path, task, words, settings, split):
+    if task == "jsonl":
+        (tmp_path / f"{split}.jsonl").write_text(WITH)
+    else:
+        file = {"validation": "dev.tsv", "test": "test.tsv"}[split]
+        (tmp_path / file).write_text("sentence\tlabel\nblue dog\t1\n")
+    asked = tool(model, "--task", task, "--data", tmp_path, "--split", split, "--output",
+                 tmp_path / "o", *words)
+    examples = [Example("blue dog", ("the dog",)) if task == "jsonl" else
+                Example("sst2 sentence: blue dog", ("positive",))]
+    assert asked == (task, examples, settings, asked[3]) and asked[3].world == 1
+
+
+@pytest.mark.parametrize(("words", "settings", "include"), [
+    ((), HarnessSettings(None, None, None, 32), None),
+    (("--examples", 2, "--limit", 5, "--window", 8, "--batch-size", 3, "--include", "mine"),
+     HarnessSettings(2, 5, 8, 3), Path("mine"))])
+def test_options_of_the_harness_are_its_settings(tool, model, tmp_path, monkeypatch, words,
+                                                 settings, include):
+    loaded = []
+    monkeypatch.setattr(harness, "require_harness", lambda: None)
+    monkeypatch.setattr(harness, "load_harness_tasks", lambda *given: loaded.append(given) or "it")
+    asked = tool(model, "--harness", "a,b", "c", "--output", tmp_path / "o", *words)
+    assert asked == ("it", settings, asked[2]) and asked[2].world == 1
+    assert loaded == [(["a", "b", "c"], include, asked[2], settings)]
+
+
+@pytest.mark.parametrize("limit", [None, 5])
+def test_lm_eval_is_asked_with_the_settings(monkeypatch, limit):
+    """A model of the window and the batch, the tasks that were loaded, and so many documents."""
+    asked, made = [], []
+    monkeypatch.setitem(sys.modules, "lm_eval.evaluator", SimpleNamespace(
+        evaluate=lambda **given: asked.append(given)))
+    monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "megatron_spdf.evaluation.harness_model", SimpleNamespace(
+        HarnessModel=lambda *given: made.append(given) or "model"))
+    monkeypatch.setattr(harness, "in_memory", lambda source: SimpleNamespace(
+        to=lambda device: (source, str(device))))
+    monkeypatch.setattr(harness, "tokenizer_of", lambda source: "tokenizer")
+    monkeypatch.setattr(harness, "init_gloo", lambda ranks: "cpu")
+    source = SimpleNamespace(model=SimpleNamespace(max_positions=10))
+    for window in (None, 8):
+        settings = HarnessSettings(2, limit, window, 3)
+        assert harness.evaluate_harness(source, {"tasks": 1}, settings, ONE) is None
+        assert made[-1] == ((source, "cpu"), "tokenizer", window or 10, 3, ONE)
+        assert asked[-1] == {"lm": "model", "task_dict": {"tasks": 1}, "limit": limit,
+                             "log_samples": False}
+
+
+def test_results_of_lm_eval_are_scores_with_all_that_is_behind_them(monkeypatch):
+    monkeypatch.setattr(harness, "version", lambda package: "0.4")
+    found = {"results": {
+        "quiz": {"alias": "quiz", "acc,none": 0.5, "acc_stderr,none": 0.125,
+                 "exact,strict": 0.25, "exact_stderr,strict": "N/A", "f1,none": float("nan")},
+        "all": {"acc,none": 0.75, "acc_stderr,none": float("nan")}},
+        "n-samples": {"quiz": {"effective": 5, "original": 1200}}, "n-shot": {"quiz": 2},
+        "versions": {"quiz": 1.0}}
+    behind = ("lm-eval 0.4, 5 of 1,200 documents, 2 examples in the context, version 1.0 of the "
+              "task")
+    assert harness._scores(found) == Scores(
+        values={"all": {"quiz acc": 0.5, "quiz exact (strict)": 0.25, "all acc": 0.75}},
+        signatures={"quiz acc": f"{behind}, standard error 0.125000",
+                    "quiz exact (strict)": behind, "all acc": "lm-eval 0.4"},
+        missing={"quiz f1": "lm-eval says nan"})
+
+
+@pytest.mark.parametrize(("words", "key", "on_error", "window"), [
+    ((), "text", "stop", 10),
+    (("--text-key", "body", "--on-error", "skip", "--window", 8), "body", "skip", 8)])
+def test_options_of_text_are_its_settings(tool, model, tmp_path, words, key, on_error, window):
+    (tmp_path / "a.jsonl").write_text(json.dumps({key: "red cat"}) + "\n")
+    asked = tool(model, "--text", tmp_path / "a.jsonl", "--output", tmp_path / "o", *words)
+    assert asked == (Texts([tmp_path / "a.jsonl"], key, on_error), window, asked[2])

@@ -13,7 +13,13 @@ from matplotlib import pyplot
 from torch import nn
 
 from megatron_spdf.data.finetuning.task import TASKS, Example
-from megatron_spdf.evaluation import coordinate_check, scores, subspace
+from megatron_spdf.evaluation import (
+    coordinate_check,
+    evaluate,
+    scores,
+    subspace,
+    text_perplexity,
+)
 from megatron_spdf.evaluation.coordinate_check import plot_sizes, scaling_exponents
 from megatron_spdf.evaluation.decoding import Decoded, DecodingSettings, Likelihood
 from megatron_spdf.evaluation.evaluate import Evaluated, _joined, scores_of
@@ -35,7 +41,9 @@ from megatron_spdf.evaluation.references import (
 from megatron_spdf.evaluation.scores import Scores, _add
 from megatron_spdf.evaluation.scores_file import describe, write_scores, write_texts
 from megatron_spdf.evaluation.subspace import cosine_distance
+from megatron_spdf.evaluation.text_perplexity import TextLikelihood, evaluate_text
 from megatron_spdf.processes import ProcessDied
+from megatron_spdf.resilience.world import Ranks
 
 RANDOM = np.random.default_rng(3)
 
@@ -387,3 +395,67 @@ def test_the_file_of_scores_says_what_was_scored(tmp_path):
         "inputs.txt", "predictions.txt", "references.txt"]
     assert (tmp_path / "a/b/inputs.txt").read_text().splitlines() == [
         example.context for example in EXAMPLES]
+
+
+@pytest.fixture
+def two_ranks(monkeypatch):
+    """Runs a function as rank 1 and rank 0 of two, without processes; gives what both return."""
+    sent = []
+
+    def gather(share, shares):
+        sent.append(share) if shares is None else shares.__setitem__(slice(None), [share, *sent])
+
+    def run(function) -> tuple:
+        sent.clear()
+        other = function(Ranks(1, 2, 1, "torchrun"))
+        return function(Ranks(0, 2, 0, "torchrun")), other
+
+    for module in (evaluate, text_perplexity):
+        monkeypatch.setattr(module.dist, "gather_object", gather)
+        monkeypatch.setattr(module, "init_gloo", lambda ranks: torch.device("cpu"))
+        monkeypatch.setattr(module, "in_memory", lambda source: nn.Identity())
+        monkeypatch.setattr(module, "tokenizer_of", lambda source: "tokenizer")
+    return run
+
+
+def test_ranks_share_the_documents_and_rank_0_has_the_sum(two_ranks, monkeypatch):
+    read = []
+
+    def likelihood_of(model, tokenizer, texts, window):
+        read.append((list(texts), window, tokenizer))
+        size = sum(map(len, texts))
+        return TextLikelihood(0.5 * size, size, 2 * size, len(texts))
+
+    monkeypatch.setattr(text_perplexity, "likelihood_of", likelihood_of)
+    texts = SimpleNamespace(read=lambda: iter(["a", "bb", "ccc", "dddd", "eeeee"]))
+    found, other = two_ranks(lambda ranks: evaluate_text("source", texts, 8, ranks))
+    assert read == [(["bb", "dddd"], 8, "tokenizer"), (["a", "ccc", "eeeee"], 8, "tokenizer")]
+    assert other is None and found == TextLikelihood(7.5, 15, 30, 5)
+    assert evaluate_text("source", texts, 8, Ranks(0, 1, 0, "python")) == found
+
+
+def test_ranks_share_the_prompts_and_rank_0_has_all(two_ranks, monkeypatch):
+    asked, settings = [], DecodingSettings(beams=2)
+
+    def likelihood(model, tokenizer, pairs, rank, world, **given):
+        asked.append((tokenizer, pairs, rank, world, given))
+        return Likelihood(1.5, 2, 3)
+
+    def decode(model, tokenizer, contexts, *given):
+        asked.append((tokenizer, contexts, *given))
+        return Decoded({given[1]: "ab"[given[1]]}, 4, 1.0, given[1])
+
+    monkeypatch.setattr(evaluate, "likelihood", likelihood)
+    monkeypatch.setattr(evaluate, "decode", decode)
+    source = SimpleNamespace(model=SimpleNamespace(max_positions=99, vocab_size=5))
+    monkeypatch.setattr(evaluate, "render_padding", lambda *given: repr(given))
+    for task, end in (("cnn_dailymail", "end"), ("jsonl", "beginning")):
+        found, other = two_ranks(lambda ranks, task=task: evaluate.evaluate(
+            source, task, EXAMPLES, settings, ranks))
+        pairs = [("a", "x y z w"), ("a", "y"), ("b", "v")]
+        for rank in (1, 0):
+            assert asked.pop(0) == ("tokenizer", pairs, rank, 2, {"loses": end})
+            assert asked.pop(0) == ("tokenizer", ["a", "b"], settings, rank, 2, end)
+        assert other is None and found.predictions == ["a", "b"]
+        assert found.likelihood == Likelihood(3.0, 4, 3) and found.padding == "('tokenizer', 5)"
+        assert (found.facts["tokens"], found.facts["truncated_prompts"]) == (8, 1)

@@ -19,6 +19,7 @@ from megatron_spdf.convert.initial_checkpoint import write_initial_checkpoint
 from megatron_spdf.convert.source import open_weights
 from megatron_spdf.data.tokenizers.huggingface import HuggingFace
 from megatron_spdf.data.tokenizers.tokenizer import train_tokenizer
+from megatron_spdf.evaluation import sampling
 from megatron_spdf.evaluation.decoding import DecodingSettings, decode
 from megatron_spdf.evaluation.sampling import (
     Pieces,
@@ -245,6 +246,27 @@ def test_the_tool_goes_on_from_lines(sample, directories):
     code, out, err = sample(run, "--tokens", 4, *seed, lines=f"{'x' * 10}\nab\n")
     assert code == 2 and out.endswith(alone)  # what is wrong draws nothing
     assert "the prompt has 10 tokens" in err and "at most 9 tokens" in err
+
+
+@pytest.mark.parametrize(("words", "settings"), [
+    ((), SamplingSettings(128)), (("--tokens", 3), SamplingSettings(3)),
+    (("--temperature", 0.5), SamplingSettings(128, 0.5)),
+    (("--top-k", 4), SamplingSettings(128, None, 4)),
+    (("--tokens", 9, "--top-p", 0.25, "--top-k", 2, "--temperature", 2, "--device", "cpu"),
+     SamplingSettings(9, 2.0, 2, 0.25))])
+def test_options_of_the_tool_are_settings(sample, directories, monkeypatch, words, settings):
+    asked = []
+    monkeypatch.setattr(sampling, "continue_text", lambda model, tokenizer, prompt, given, write: (
+        asked.append((given, torch.initial_seed(), str(model.device))), "window")[1])
+    seed = [] if settings.greedy else ["--seed", 11]
+    code, _, err = sample(directories["run"], "ab", *words, *seed)
+    assert code == 0 and asked[0][0] == settings and asked[0][2] == "cpu"
+    assert "(the model reads no more than 10 tokens)" in err
+    assert settings.greedy or (asked[0][1] == 11 and "--seed 11" in err)
+    if not settings.greedy:  # a seed of its own each time, which repeats the text
+        seeds = [sample(directories["run"], "ab", *words)[2] for _ in range(2)]
+        assert [f"--seed {seed}" in said for (_, seed, _), said in zip(
+            asked[1:], seeds, strict=True)] == [True, True] and asked[1][1] != asked[2][1]
 
 
 def test_a_line_ends_at_its_line_feed_and_nowhere_else(sample, directories):

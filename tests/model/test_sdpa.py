@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend
 from torch.overrides import TorchFunctionMode
 
-from megatron_spdf.model import sdpa
+from megatron_spdf.model import attention, sdpa
+from megatron_spdf.model.attention import SdpaCoreAttention
 from megatron_spdf.model.sdpa import (
     FUSED,
     Heads,
@@ -71,6 +74,29 @@ def test_what_runs_on_a_gpu_is_tried_out_once_for_heads_of_a_kind(monkeypatch):
         assert kernels_on_gpu(heads) == choose_kernels(heads, lambda kernels, heads: True)
     kernels_on_gpu.cache_clear()
     assert tried == [GPT2, ODD]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize(("ranks", "queries", "groups"), [(1, 8, 4), (2, 4, 2), (4, 2, 1),
+                                                          (8, 1, 1)])
+def test_kernels_are_chosen_and_said_of_a_ranks_own_heads(monkeypatch, ranks, queries, groups,
+                                                          masked, training):
+    """The same in training and in evaluation. With more ranks than groups each has one."""
+    config = SimpleNamespace(num_attention_heads=8, num_query_groups=4, kv_channels=16,
+                             params_dtype=torch.bfloat16, tensor_model_parallel_size=ranks)
+    said, chosen = [], []
+    monkeypatch.setattr(attention, "kernels_on_gpu", lambda heads: said.append(heads) or FUSED)
+    monkeypatch.setattr(attention, "on_kernels", lambda q, k, masked, dropout: chosen.append(
+        Heads(q.size(1), k.size(1), q.size(3), q.dtype, dropout, masked)) or nullcontext())
+    monkeypatch.setattr(attention.tensor_parallel, "get_cuda_rng_tracker",
+                        lambda: SimpleNamespace(fork=nullcontext))
+    core = SimpleNamespace(config=config, dropout=0.1, scale=None, training=training)
+    q, k, v = (torch.ones(5, 2, n, 16, dtype=torch.bfloat16) for n in (queries, groups, groups))
+    mask = torch.ones(2, 1, 5, 5, dtype=torch.bool).tril() if masked else None
+    assert SdpaCoreAttention.forward(core, q, k, v, mask).shape == (5, 2, queries * 16)
+    SdpaCoreAttention.describe(core, masked)
+    assert said == chosen == [Heads(queries, groups, 16, torch.bfloat16, 0.1, masked)]
 
 
 class OnCpu(TorchFunctionMode):

@@ -112,9 +112,19 @@ def test_the_commands_are_recipes_with_the_figures_of_the_table(path, capsys):
     outputs = set()
     for row in facts["variants"]:
         made = load_recipe(recipe, row["overrides"])
-        flops = training_flops(made.model, 32, Plan.of(made))
-        assert (row["total"], row["linear"]) == (flops.total, flops.linear)
+        flops, model = training_flops(made.model, 32, Plan.of(made)), made.model
+        assert [row[part] for part in ("total", "linear", "attention", "logits")] == [
+            flops.total, flops.linear, flops.attention, flops.logits]
+        assert [row[key] for key in ("hidden", "heads", "head_width", "ffn_hidden")] == [
+            model.hidden, model.heads, model.head_width, model.ffn_hidden]
+        weights, plan = model.weights(), Plan.of(made)
+        zero = sum(w.numel - w.active for w in plan.weights.values())
+        linear = sum(w.numel for w in weights if w.linear)
+        assert (row["linear_weights"], row["active"]) == (linear, linear - zero)
+        assert row["all_active"] == sum(w.numel for w in weights) - zero
+        assert row["of_dense"] == row["total"] / facts["variants"][0]["total"]
         outputs.add(made.output)
+    assert len({row["all_active"] for row in facts["variants"]}) > 1
     assert len(outputs) == 4 and "runs/dense_wide75" in outputs
     assert main(["iso-flop", recipe, "--sparsity", "0.75", "train.sequence_length=16"]) == 0
     said = capsys.readouterr().out

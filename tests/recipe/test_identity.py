@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_spdf.recipe.compare import changes_of_run
+from megatron_spdf.recipe.finetune import Finetune
 from megatron_spdf.recipe.recipe import Recipe
 
 SAME = [
@@ -83,3 +84,47 @@ def test_another_blend_is_another_run(changes):
     other = {"train": [], "blend": [{"path": "corpus", "weight": 1.0}]}
     refused = {said.split(" is ")[0] for said in changes({}, {"data": other})}
     assert refused == {"data.train", "data.blend"}
+
+
+FREE = {"deepspeed", "engine", "output", "parallel", "evaluate", "checkpoint", "log",
+        "fault_tolerance", "kernels", "model.preset", "sparsity.dense_copy", "sparsity.reached",
+        "data.workers", "data.index_cache", "data.tokenizer", "data.end_of_document",
+        "data.on_blend_change", "train.micro_batch", "train.recompute"}
+OF_STAGES = {f"optimizer.{key}" for key in (
+    "lr", "embedding_lr", "norm_lr", "min_lr_ratio", "decay", "decay_share", "warmup_tokens")}
+
+
+@pytest.mark.parametrize(("sections", "more", "less"), [
+    ({"parametrization": "mup", "distill": {"teacher": "there"}}, set(), set()),
+    ({}, {"mup_base", "distill"}, set()),
+    ({"parametrization": "density"}, {"distill", *(f"mup_base.{key}" for key in (
+        "hidden", "head_width", "input_multiplier", "output_multiplier"))}, set()),
+    ({"stages": [{"share": 0.5, "sparsity": 0.75}, {"share": 0.5, "sparsity": 0.0}]},
+     {"mup_base", "distill", "sparsity", *OF_STAGES},
+     {"sparsity.dense_copy", "sparsity.reached"})], ids=["all", "none", "density", "stages"])
+def test_nothing_else_of_a_recipe_may_change(recipe, sections, more, less):
+    """Each key that a recipe has is of one kind or the other."""
+    assert free_of(recipe(**sections)) == (FREE | more) - less
+
+
+def test_nothing_else_of_a_fine_tuning_recipe_may():
+    made = Finetune.model_validate({
+        "checkpoint": "there", "output": "tuned", "data": {"task": "e2e", "path": "data"},
+        "train": {"global_batch": 8, "micro_batch": 4}, "optimizer": {"lr": 1e-3},
+        "distill": {"teacher": "teacher"}})
+    assert free_of(made) == {"output", "engine", "deepspeed", "parallel", "save", "log",
+                             "fault_tolerance", "kernels", "sweep", "train.micro_batch",
+                             "train.recompute"}
+
+
+def free_of(made: Recipe | Finetune) -> set[str]:
+    """Keys of a recipe that its identity leaves out, sections by their name."""
+    whole, kept = made.model_dump(), made.identity()
+    for sparsity in [stage["sparsity"] for stage in whole.get("stages", [])]:
+        del sparsity["dense_copy"], sparsity["reached"]
+    inner = {f"{name}.{key}" for name, section in kept.items() if isinstance(section, dict)
+             for key in whole[name].keys() - section.keys()}
+    assert all(whole[name][key] == value for name, section in kept.items()
+               if isinstance(section, dict) for key, value in section.items())
+    assert all(whole[name] == value for name, value in kept.items() if not isinstance(value, dict))
+    return (whole.keys() - kept.keys()) | inner

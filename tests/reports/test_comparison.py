@@ -10,11 +10,13 @@ from megatron_spdf.reports.comparison import (
     DIFFERENCE,
     FIGURES,
     Figure,
+    _data,
     against,
     different_keys,
     figures_of,
     recipe_of,
 )
+from megatron_spdf.reports.pens import pen
 from megatron_spdf.reports.runs import Logged
 from megatron_spdf.reports.seeds import SameRecipe, flat, same_recipe
 
@@ -103,3 +105,24 @@ def test_keys_that_differ_leave_out_what_differs_within():
     assert recipe_of(a) == {"lr": "1", "warm": "5"}
     assert different_keys(a, b) == [("lr", "1", "2"), ("new", "-", "[1]")]
     assert different_keys(a, a) == []
+
+
+def test_the_script_has_students_t_for_as_many_runs_and_the_figures_of_every_choice():
+    """Quantiles of 97.5% as tables print them, for one degree of freedom less than runs."""
+    a = [logged(f"a/seed={seed}", seed, 3.0 + seed) for seed in (1, 2, 3)]
+    b = logged("b", 9, 2.0, values={"seed": 9, "lr": 2})
+    runs, choices = [*a, b], [SameRecipe(tuple(a)), *(SameRecipe((run,)) for run in (*a, b))]
+    found = _data(choices, figures_of(runs), {run.directory: pen(i) for i, run in enumerate(runs)},
+                  len(runs))
+    assert found["student"] == pytest.approx([0.0, 0.0, 12.7062, 4.3027, 3.1824], abs=1e-4)
+    rows = figures_of(runs)
+    assert [found[key] for key in ("titles", "against", "digits")] == [
+        [row.title for row in rows], [row.against for row in rows], [int(row.form[-2])
+                                                                     for row in rows]]
+    assert found["against"][0] == DIFFERENCE and found["digits"][:2] == [4, 4]
+    for made, choice in zip(found["choices"], choices, strict=True):
+        assert made["label"] == choice.label
+        assert made["cells"] == [row.cell(choice.runs) for row in rows]
+        assert made["values"][0] == [(str(run.seed), run.validation_loss) for run in choice.runs]
+    assert [made["color"] for made in found["choices"]] == [0, 0, 1, 2, 3]
+    assert found["choices"][-1]["keys"] == {"lr": "2"} and found["same"] == 0

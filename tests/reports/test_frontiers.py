@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_hex
 
+from megatron_spdf.reports import frontiers
 from megatron_spdf.reports.frontiers import Spot, frontier, plot_frontiers, spots_of
 from megatron_spdf.runs.experiment import Plot
 from megatron_spdf.runs.loss_table import LossRow
@@ -53,3 +55,34 @@ def test_a_table_without_a_line_is_drawn(tmp_path):
         plot_frontiers(rows, PLOT, tmp_path / "picture.png")
         plot_frontiers(rows, PLOT, tmp_path / "dark.png", dark=True)
         assert (tmp_path / "dark.png").read_bytes() != (tmp_path / "picture.png").read_bytes()
+
+
+def test_spots_curves_and_frontiers_are_drawn_as_they_are(monkeypatch, tmp_path):
+    """A thin curve for each size, every spot with its interval, and the frontier over them."""
+    figures = []
+    monkeypatch.setattr(frontiers, "save_figure", lambda figure, path: figures.append(
+        (figure, path)))
+    rows = [row("75%", "s", "1", 1e9, 3.2, 1), row("75%", "s", "1", 1e9, 3.4, 2),
+            row("75%", "s", "2", 2e9, 3.0), row("75%", "l", "1", 4e9, 2.5),
+            row("dense", "s", "1", 3e9, 2.75), row("50%", "s", "1", 1e9, 9.0)]
+    plot_frontiers(rows, PLOT, tmp_path / "f.png")
+    ((figure, path),) = figures
+    (axes,) = figure.axes
+    assert path == tmp_path / "f.png" and axes.get_xscale() == "log"
+    assert axes.get_xlabel() == "training FLOPs" and "nats per token" in axes.get_ylabel()
+    thin = [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines
+            if line.get_linewidth() == 0.9]
+    assert thin == [([3e9], [2.75]), ([1e9, 2e9], [pytest.approx(3.3), 3.0]), ([4e9], [2.5])]
+    spots = spots_of(rows, PLOT)
+    for bars, line in zip(axes.containers, ("dense", "75%"), strict=True):
+        own = [spot for spot in spots if spot.line == line]
+        assert list(bars[0].get_xdata()) == [spot.flops for spot in own]
+        assert list(bars[0].get_ydata()) == [spot.loss for spot in own]
+        assert [(top - low) / 2 for (_, low), (_, top) in bars[2][0].get_segments()] == (
+            pytest.approx([spot.interval or 0.0 for spot in own]))
+    thick = [line for line in axes.lines if line.get_linewidth() == 2.2]
+    assert [line.get_label() for line in thick] == ["dense", "75% (static)"]
+    assert len({to_hex(line.get_color()) for line in axes.lines}) == 2
+    for line, name in zip(thick, ("dense", "75%"), strict=True):
+        flops, losses = frontier([spot for spot in spots if spot.line == name])
+        assert list(line.get_xdata()) == list(flops) and list(line.get_ydata()) == list(losses)

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 from test_frontiers import PLOT, row
 
-from megatron_spdf.reports.law_tables import difference_table, gains_table, held_out_table
+from megatron_spdf.reports.law_tables import (
+    coefficients_table,
+    difference_table,
+    gains_table,
+    held_out_table,
+    progress_table,
+)
 from megatron_spdf.runs.held_out import PredictionRow
 
 
@@ -46,3 +54,29 @@ def test_held_out_losses_are_inside_or_not():
     said = words(held_out_table(predictions, rows))
     assert "| groups | 9 | 3.000 [2.900, 3.100] | 2.950, 3.050 | 2 of 2 |" in said
     assert "by form: groups: 2 of 2; average: 1 of 2." in said and "| l |" not in said
+
+
+def test_coefficients_stand_with_their_quantiles_and_their_fits_runs_and_errors():
+    fits = [{"form": "average", "runs": 12, "error": 0.0123, "law": {"a_n": 2.0, "b_n": 0.2512},
+             "interval": {"b_n": (0.2, 0.3), "a_n": (1.5, 2.5)}},
+            {"form": "groups", "runs": 15, "error": 0.004, "law": {"c": 1.75},
+             "interval": {"c": (1.25, 1.8)}}]
+    said = words(coefficients_table(fits))
+    assert "| form | runs | error | coefficient | value | 5% to 95% |" in said
+    for line in ("| average | 12 | 1.23% | a_n | 2 | 1.5 to 2.5 |",
+                 "| average | 12 | 1.23% | b_n | 0.2512 | 0.2 to 0.3 |",
+                 "| groups | 15 | 0.40% | c | 1.75 | 1.25 to 1.8 |"):
+        assert line in said
+
+
+def test_progress_counts_runs_of_the_planned_seeds_of_every_length():
+    cells = [SimpleNamespace(labels={"size": size, "masks": mask, "length": length},
+                             trials={seed: None for seed in seeds})
+             for mask, size, seeds in (("dense", "s", (1, 2)), ("dense", "l", (1,)),
+                                       ("75%", "s", (1, 2, 3)))
+             for length in ("5", "10")]
+    rows = [row("dense", "s", "5", 1e9, 3.0, 2), row("dense", "s", "10", 1e9, 3.0, 1),
+            row("75%", "s", "5", 1e9, 3.0, 1)]
+    said = words(progress_table(cells, rows, PLOT))
+    assert "| masks | s | l |" in said and "3 of 12 runs, of seed 1, 2." in said
+    assert "| dense | 2 of 4 | 0 of 2 |" in said and "| 75% | 1 of 6 | 0 of 0 |" in said

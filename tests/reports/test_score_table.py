@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
-import pytest
+import json
+from types import SimpleNamespace
 
-from megatron_spdf.reports.score_table import ScoreRow, read_scores, render_scores, write_scores
+import pytest
+from test_comparison import logged
+
+from megatron_spdf.reports import score_table
+from megatron_spdf.reports.score_table import (
+    ScoreRow,
+    read_scores,
+    render_scores,
+    score_rows,
+    write_scores,
+)
 
 
 def row(masks: str, mode: str, seed: int, bleu: float | None) -> ScoreRow:
@@ -43,3 +54,23 @@ def test_differences_are_those_of_the_same_seeds():
     assert "| 75% | sparse | 4e+12 | 2.5000 | - | 4.0000 | 1 |" in text
     assert "| dense, less 75%, dense | +0.0700 ± 0.1271 | +0.0000 ± 0.0000 | 2 |" in text
     assert "less 75%, sparse" not in text and "difference" not in render_scores(ROWS, [])
+
+
+def test_a_row_has_the_figures_of_both_of_its_runs(monkeypatch, tmp_path):
+    """The loss at the end of pre-training, and the lowest of fine-tuning; FLOPs of each; scores of
+    the whole test set. What is not done or not scored has no row."""
+    tuned = SimpleNamespace(done=True, scored=True, start=tmp_path / "a", seed=2, scores=tmp_path,
+                            trial=SimpleNamespace(output=tmp_path / "b"), labels={"masks": "75%"})
+    (tmp_path / "scores.json").write_text(json.dumps(
+        {"scores": {"all": {"BLEU": 0.5, "NIST": None}, "seen": {"BLEU": 0.75}}}))
+    step = {"kind": "train", "step": 9, "tokens": 1, "loss": 1.0, "sparsity": 0.5,
+            "tokens_per_second": 1.0, "step_seconds": 1.0}
+    runs = {tmp_path / name: logged(name, valid=[{"step": i, "loss": x} for i, x in losses],
+                                    train=[{**step, "flops": flops / 2}, {**step, "flops": flops}])
+            for name, losses, flops in (("a", [(1, 2.0), (2, 2.5)], 4e12),
+                                        ("b", [(1, 0.5), (2, 0.25), (3, 0.75)], 1e12))}
+    monkeypatch.setattr(score_table, "read_all", lambda paths: [runs[path] for path in paths])
+    others = [SimpleNamespace(**{**vars(tuned), name: False}) for name in ("done", "scored")]
+    assert score_rows([others[0], tuned, others[1]]) == [ScoreRow(
+        labels={"masks": "75%"}, seed=2, pretraining_flops=4e12, fine_tuning_flops=1e12,
+        pretraining_loss=2.5, fine_tuning_loss=0.25, scores={"BLEU": 0.5, "NIST": None})]

@@ -85,3 +85,22 @@ def test_a_branch_without_a_checkpoint_to_begin_from_goes_alone_and_says_so(writ
     said = capsys.readouterr().out
     assert said.startswith(f"{branch.trial.output} goes alone, as there is no {branch.trunk}/")
     assert not branch.trial.output.exists()
+
+
+def test_a_branch_begins_from_the_trunks_checkpoint_there_with_its_own_recipe(write, monkeypatch):
+    from megatron_spdf.checkpoint import reader
+    from megatron_spdf.convert import reshard
+
+    begun = []
+    monkeypatch.setattr(reader, "CheckpointReader", lambda path, **given: (path, given))
+    monkeypatch.setattr(reshard, "branch", lambda *given: begun.append(given))
+    trunk, *branches = chains(write())[0]
+    for run in (trunk, *branches):
+        place = trunk.trial.output / f"checkpoints/step_{run.begin:08d}"
+        place.mkdir(parents=True)
+        assert run.prepare()
+        if run is not trunk:  # every byte of it is checked
+            assert begun.pop() == ((place, {"checksums": True}), run.recipe, run.trial.output)
+        run.trial.output.mkdir(parents=True, exist_ok=True)
+        (run.trial.output / "recipe.yaml").touch()
+        assert run.prepare() and not begun  # which goes on

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
+from megatron_spdf.runs.budget import average_weights
 from megatron_spdf.runs.law_points import point_of
 from megatron_spdf.runs.measured import read_run
 from megatron_spdf.scaling_law.fit import fit_law, shortcomings
@@ -103,6 +104,18 @@ def test_a_run_is_a_point(run):
     block = 12 * r.model.layers * r.model.hidden**2
     assert (point.nonzero, point.sparsity) == (block // 4, 0.75)
     assert (point.data, point.loss) == (r.steps * r.tokens_per_step, 4.5)
+    assert (point.name, point.algorithm, point.average) == ("a", "static", block / 4)
+
+
+def test_a_run_that_is_pruned_as_it_trains_has_more_weights_on_average(run, recipe):
+    """Than at its end: as many as `average_weights` counts, which tests/runs holds by hand."""
+    r, log = run
+    pruned = recipe(sparsity={"level": 0.75, "algorithm": "gmp", "update": {"every": 1}})
+    (log(r.steps) / "recipe.yaml").write_text(yaml.safe_dump(pruned.model_dump()))
+    point = point_of(read_run(log(r.steps)))
+    block = 12 * r.model.layers * r.model.hidden**2
+    assert (point.algorithm, point.nonzero) == ("gmp", block // 4)
+    assert point.average == average_weights(pruned) > 1.2 * point.nonzero
 
 
 def test_of_several_validation_losses_the_last_counts(run):

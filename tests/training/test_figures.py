@@ -76,6 +76,35 @@ def test_a_step_is_its_tokens_over_its_seconds_and_flops_are_those_of_active_wei
         STEP * (dense + rest) / 0.5 / 2 / 1e12)
 
 
+def test_flops_go_by_the_mean_length_and_by_the_tokens_that_were_read(recipe):
+    """Of fine-tuning, whose sequences and steps have other lengths than the longest."""
+    report, read = report_of(recipe, 0, 5, stages=[], sparsity=0.75), [0, 100, 250, 260, 400, 450]
+    report.data.consumed, report.data.mean_length = read.__getitem__, 12
+    report.state.tokens = 450
+    report.step(StepResult(2.0, 0.5, skipped=False, stop=False), seconds=0.5, waited=0.1)
+    found = report.log.records["train"]
+    dense, rest = 72 * 4 * 64**2, 12 * 4 * 12 * 64 + 6 * 256 * 64
+    assert found["tokens_per_second"] == 100
+    assert found["flops"] == pytest.approx(450 * (dense / 4 + rest))
+    assert found["model_tflops_per_rank"] == pytest.approx(50 * (dense + rest) / 0.5 / 2 / 1e12)
+
+
+def test_flops_of_gradual_pruning_are_those_of_every_step(recipe):
+    """Whose density falls between the borders at which storage does."""
+    sparsity = {"level": 0.75, "algorithm": "gmp", "update": {"every": 1, "start": 0.2, "stop": 0.8,
+                                                              "stores": 2}}
+    parts = stages_of(recipe(parallel={"data": 2}, sparsity=sparsity))
+    assert len(parts) > 2
+    dense, rest = 72 * 4 * 64**2, 12 * 4 * 32 * 64 + 6 * 256 * 64
+    for number, part in enumerate(parts):
+        report = report_of(recipe, number, part.last, stages=[], sparsity=sparsity)
+        report.step(StepResult(2.0, 0.5, skipped=False, stop=False), seconds=0.5, waited=0.1)
+        pruned = [1.0 - (1.0 - min(max(step - 2, 0), 6) / 6) ** 3
+                  for step in range(1, part.last + 1)]
+        assert report.log.records["train"]["flops"] == pytest.approx(
+            STEP * sum((1.0 - 0.75 * share) * dense + rest for share in pruned), rel=1e-3)
+
+
 @pytest.mark.parametrize(("optimizer", "others"), [
     ({}, {}), ({"embedding_lr": 1e-3}, {}), ({"norm_lr": 5e-3}, {"norm_lr": 1.5e-3}),
     ({"embedding_lr": 2e-2}, {"embedding_lr": 6e-3, "norm_lr": 6e-3}),

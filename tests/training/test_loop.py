@@ -415,3 +415,22 @@ def test_masks_move_by_the_updates_that_were_made(recipe, monkeypatch):
     assert run.state.mask_updates == 4
     assert run.figures["mask"]["moved"] == sum(born.values()) > 1000
     assert 0.0 <= run.figures["mask"]["seconds"] < 60.0
+
+
+def test_a_request_to_stop_is_told_to_every_step_and_every_batch_of_an_evaluation(recipe):
+    run = Run(recipe(**sections(evaluate={"every": 2})))
+    stop, told, step, evaluate = SimpleNamespace(requested=False), [], run.step, run.evaluate
+
+    def told_step(batch, number, tokens, stop_requested):
+        told.append((number, stop_requested))
+        stop.requested = number == 2  # while it runs
+        return step(batch, number, tokens, stop_requested)
+
+    def told_evaluation(batch, stop_requested):
+        told.append(("evaluation", stop_requested))
+        return evaluate(batch, stop_requested)
+
+    run.step, run.evaluate = told_step, told_evaluation
+    Trainer(run.stage, run, run, run, run.state, run, stop).run()
+    assert told[:7] == [(1, False), (2, False), *[("evaluation", True)] * 2, (3, True), (4, False),
+                        ("evaluation", False)]
