@@ -7,11 +7,12 @@ import os
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from multiprocessing.connection import Connection
-from typing import TypeVar
+from multiprocessing.context import SpawnProcess
+from typing import Generic, TypeVar
 
 T, R = TypeVar("T"), TypeVar("R")
 
@@ -20,13 +21,69 @@ class ProcessDied(Exception):
     """Raised where a process has ended before it handed back what was asked of it."""
 
 
+class Processes(Generic[T, R]):
+    """Runs a function in processes of their own, which start as they are needed.
+
+    Each belongs to one thread and has a pipe of its own: one that is killed, be it in the middle of
+    handing back a result, closes its pipe. `ProcessPoolExecutor` waits for ever then, because its
+    processes share the pipe of results, and the others keep it open. Processes are spawned, so that
+    they share neither files nor locks with this one, and end with it.
+
+    Args:
+        function: of a module, or what can be pickled.
+        count: most processes at a time.
+    """
+
+    def __init__(self, function: Callable[[T], R], count: int):
+        self._function, self._threads = function, ThreadPoolExecutor(count)
+        self._of_thread = threading.local()
+        self.started: list[SpawnProcess] = []
+
+    def submit(self, item: T) -> Future[R]:
+        """Asks for the function's value of an item, a plain one, which is pickled.
+
+        The future raises what the function raises, and `ProcessDied`.
+        """
+        return self._threads.submit(self._ask, item)
+
+    def close(self) -> None:
+        """Ends the processes; what they have not handed back is lost."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._kill()  # so that no thread waits for an answer
+        self._threads.shutdown()
+        self._kill()  # a thread may have started one meanwhile
+
+    def _kill(self) -> None:
+        for process in list(self.started):
+            process.kill()  # it has nothing to put in order
+            process.join()
+
+    def _ask(self, item: T) -> R:
+        if not hasattr(self._of_thread, "pipe"):
+            self._of_thread.pipe, self._of_thread.process = self._start()
+        try:
+            self._of_thread.pipe.send(item)
+            error, result = self._of_thread.pipe.recv()
+        except (EOFError, OSError):  # the latter in the middle of a result
+            self._of_thread.process.join()
+            raise ProcessDied("a process ended with exit code "
+                              f"{self._of_thread.process.exitcode}") from None
+        if error is not None:
+            raise error
+        return result
+
+    def _start(self) -> tuple[Connection, SpawnProcess]:
+        spawn = multiprocessing.get_context("spawn")
+        ours, theirs = spawn.Pipe()
+        process = spawn.Process(target=_serve, args=(self._function, theirs), daemon=True)
+        process.start()
+        theirs.close()  # the process has the only one now, so that its end is the pipe's
+        self.started.append(process)
+        return ours, process
+
+
 def map_in_processes(function: Callable[[T], R], items: Sequence[T], count: int) -> list[R]:
     """What a function makes of each item, in their order.
-
-    Each process belongs to one thread and has a pipe of its own: one that is killed, be it in the
-    middle of handing back a result, closes its pipe. `ProcessPoolExecutor` waits for ever then,
-    because its processes share the pipe of results, and the others keep it open. Processes are
-    spawned, so that they share neither files nor locks with this one, and end with it.
 
     Args:
         function: of a module.
@@ -37,54 +94,11 @@ def map_in_processes(function: Callable[[T], R], items: Sequence[T], count: int)
         ProcessDied: a process has.
         Exception: what the function raises.
     """
-    left, one_at_a_time, results = iter(enumerate(items)), threading.Lock(), {}
-    failed = threading.Event()
-
-    def serve_some() -> None:
-        try:
-            with _process(function) as ask:
-                while not failed.is_set():
-                    with one_at_a_time:
-                        number, item = next(left, (None, None))
-                    if number is None:
-                        return
-                    results[number] = ask(item)
-        except BaseException:
-            failed.set()
-            raise
-
-    with ThreadPoolExecutor(max(1, min(count, len(items)))) as threads:
-        for share in [threads.submit(serve_some) for _ in range(min(count, len(items)))]:
-            share.result()
-    return [results[number] for number in range(len(items))]
-
-
-@contextmanager
-def _process(function: Callable[[T], R]) -> Iterator[Callable[[T], R]]:
-    """Runs a process; gives what asks it for the function's value."""
-    spawn = multiprocessing.get_context("spawn")
-    ours, theirs = spawn.Pipe()
-    process = spawn.Process(target=_serve, args=(function, theirs), daemon=True)
-    process.start()
-    theirs.close()  # the process has the only one now, so that its end is the pipe's
-
-    def ask(item: T) -> R:
-        try:
-            ours.send(item)
-            error, result = ours.recv()
-        except (EOFError, OSError):  # the latter in the middle of a result
-            process.join()
-            raise ProcessDied(f"a process ended with exit code {process.exitcode}") from None
-        if error is not None:
-            raise error
-        return result
-
+    processes = Processes(function, count)
     try:
-        yield ask
+        return [future.result() for future in [processes.submit(item) for item in items]]
     finally:
-        ours.close()
-        process.kill()  # it has nothing to put in order
-        process.join()
+        processes.close()
 
 
 def _serve(function: Callable[[T], R], pipe: Connection) -> None:

@@ -138,6 +138,8 @@ def _over_all_ranks(changes: dict[str, Change], engine: Engine) -> dict[str, Cha
     """Sums over the ranks; replicas after the first count nothing. The host waits for all numbers
     at once."""
     device, width = next(engine.models[0].parameters()).device, len(fields(Change))
+    if not engine.plan.weights:
+        return {}
     counts = [getattr(changes.get(name, NOTHING), field.name)
               for name in engine.plan.weights for field in fields(Change)]
     zero = torch.zeros((), dtype=torch.int64, device=device)

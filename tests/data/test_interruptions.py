@@ -196,7 +196,7 @@ def make_large(batch: RecordBatch) -> bytes:
 
 @pytest.mark.parametrize("milliseconds", [0, 3, 6, 10, 15, 20])
 def test_a_worker_that_dies_in_the_middle_of_a_result_ends_the_run(milliseconds):
-    """The others keep the pool's pipes open, were these not each worker's own."""
+    """The others would keep the pipe of results open, if it were that of all."""
     batches = (RecordBatch(Path("a.jsonl"), [(line, b"")], size=1 << 20, bytes_read=0)
                for line in itertools.count(1))
     workers, said = Workers(make_large, 2), []
@@ -204,7 +204,7 @@ def test_a_worker_that_dies_in_the_middle_of_a_result_ends_the_run(milliseconds)
     def run() -> None:
         results = workers.map(batches)
         next(results)
-        threading.Timer(milliseconds / 1000, workers.processes[0].kill).start()
+        threading.Timer(milliseconds / 1000, workers.processes.started[0].kill).start()
         with pytest.raises(RuntimeError, match="a worker process died near a.jsonl, line") as info:
             deque(results, maxlen=0)
         workers.close()

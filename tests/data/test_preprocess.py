@@ -546,7 +546,7 @@ def test_the_tool_runs_from_a_checkout_without_traceback(tmp_path):
         text=True
     )
     assert (run.returncode, run.stdout) == (2, "")
-    assert run.stderr.startswith("error: no tokenizer at nosuch") and run.stderr.count("\n") == 1
+    assert run.stderr.startswith("error: input 'nosuch.jsonl'") and run.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(("done", "count"), [(0, 3), (1, 3), (2, 1)])

@@ -264,3 +264,25 @@ def test_options_of_text_are_its_settings(tool, model, tmp_path, words, key, on_
     (tmp_path / "a.jsonl").write_text(json.dumps({key: "red cat"}) + "\n")
     asked = tool(model, "--text", tmp_path / "a.jsonl", "--output", tmp_path / "o", *words)
     assert asked == (Texts([tmp_path / "a.jsonl"], key, on_error), window, asked[2])
+
+
+@pytest.mark.parametrize(("words", "split"), [((), "test"), (("--split", "validation"),
+                                                             "validation")])
+def test_predictions_are_scored_against_the_split_that_is_named(tool, tmp_path, words, split):
+    """Of a directory of splits; and what is written says of what the scores are."""
+    for name in ("test", "validation"):
+        (tmp_path / f"{name}.jsonl").write_text(
+            f'{{"context": "a", "completion": "the {name} of the pub"}}\n')
+    (tmp_path / "said.txt").write_text(f"the {split} of the pub\n")
+    import evaluate
+
+    assert evaluate.main(["--task", "jsonl", "--predictions", str(tmp_path / "said.txt"),
+                          "--references", str(tmp_path), "--output", str(tmp_path / "o"),
+                          *words]) == 0
+    found = json.loads((tmp_path / "o/scores.json").read_text())
+    scores = found["scores"]["all"]
+    assert scores == pytest.approx(dict.fromkeys(["BLEU", "ROUGE-1", "ROUGE-2", "ROUGE-L"], 1.0))
+    assert {key: found[key] for key in ("task", "split", "predictions", "references",
+                                        "inputs")} == {
+        "task": "jsonl", "split": split, "predictions": str(tmp_path / "said.txt"),
+        "references": [str(tmp_path)], "inputs": 1}

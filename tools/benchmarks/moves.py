@@ -225,5 +225,5 @@ def time_choices(weight: SparseWeight, device: torch.device, dtype: torch.dtype,
             one, two = (median_seconds(lambda wanted=wanted: largest.fill_largest(values, wanted),
                                        seconds) for wanted in (active, both))
         yield {"by": "torch" if shape is None else ", ".join(
-            f"{value} {name}" for name, value in shape._asdict().items()),
+            f"{value} {name}" for name, value in zip(shape._fields, shape, strict=True)),
             "active": one, "with twice as many": two, "bytes": values.nbytes}
