@@ -300,9 +300,12 @@ def test_tokens_that_a_crash_of_the_machine_lost_are_missed(tmp_path, stopped, t
         preprocess(stopped, tmp_path / "t", load_tokenizer(tiny_bpe), on_error="skip")
 
 
-@pytest.mark.parametrize("settings", [{}, {"split": (9, 1), "deduplicate": True}])
+@pytest.mark.parametrize(("settings", "least", "expected"), [
+    ({}, 1, [1, 1, 1]), ({"split": (9, 1), "deduplicate": True}, 1, [1, 1, 1]),
+    ({}, 1 << 20, [3]),  # small ones together
+    ({"per_shard": True}, 1 << 20, [1, 1, 1])], ids=str)  # whose files are closed
 def test_all_of_an_input_is_on_disk_before_the_ledger_says_so(tmp_path, tiny_bpe, monkeypatch,
-                                                              settings):
+                                                              settings, least, expected):
     """Files that were written to since their last sync are none when the ledger is."""
     synced, sync, append = {}, AppendFile.sync, AppendFile.append
 
@@ -322,10 +325,10 @@ def test_all_of_an_input_is_on_disk_before_the_ledger_says_so(tmp_path, tiny_bpe
     ledgers: list[int] = []
     monkeypatch.setattr(AppendFile, "sync", note)
     monkeypatch.setattr(AppendFile, "append", grow)
-    monkeypatch.setattr(incremental, "_SYNC_BYTES", 1)
+    monkeypatch.setattr(incremental, "_SYNC_BYTES", least)
     shards = [write_shard(tmp_path / f"{n}.jsonl", records(30, seed=n)) for n in range(3)]
     preprocess(shards, tmp_path / "t", load_tokenizer(tiny_bpe), **settings)
-    assert ledgers == [1, 1, 1] and "ledger.jsonl" in synced
+    assert ledgers == expected and "ledger.jsonl" in synced
 
 
 @pytest.mark.slow
