@@ -4,6 +4,7 @@ tests/cli/test_convert.py loads them with transformers."""
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from safetensors import safe_open
 from small_models import gpt2_tensors, make_recipe, make_tokenizer
 
 from megatron_spdf.checkpoint.reader import CheckpointReader, find_checkpoint
+from megatron_spdf.convert import huggingface_export
 from megatron_spdf.convert.huggingface_export import DTYPES, export, in_memory, model_card
 from megatron_spdf.convert.initial_checkpoint import write_initial_checkpoint
 from megatron_spdf.convert.source import open_weights
@@ -65,6 +67,34 @@ def test_tensors_are_those_of_the_model(source, tmp_path, dtype, kind):
         "tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>",
         "bos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "model_max_length": 10,
         "clean_up_tokenization_spaces": False, "add_prefix_space": False}
+
+
+FAST = {"tokenizer_class": "PreTrainedTokenizerFast"}
+GPT2 = {"tokenizer_class": "GPT2Tokenizer", "unk_token": "</s>", "add_prefix_space": False}
+
+
+@pytest.mark.parametrize("begin", [None, "<s>"])
+@pytest.mark.parametrize("blank", [False, True])
+@pytest.mark.parametrize("kind", ["huggingface", "gpt2-bpe", "sentencepiece"])
+def test_the_configuration_of_a_tokenizer_says_what_it_does(monkeypatch, tmp_path, kind, blank,
+                                                            begin):
+    """What it puts before texts, and its tokens; what came with it is stronger."""
+    compared = []
+    monkeypatch.setattr(huggingface_export, "_compare_ids",
+                        lambda tokenizer, place: compared.append(tokenizer))
+    for declared in ({}, {"ends": [1, 2], "eos_token": "<|im_end|>", "chat_template": "x"}):
+        tokenizer = SimpleNamespace(kind=kind, end_token="</s>", begin_token=begin,
+                                    declared=declared, adds_blank=blank, save=lambda place: None)
+        huggingface_export._save_tokenizer(SimpleNamespace(
+            tokenizer=tokenizer, model=SimpleNamespace(max_positions=17)), tmp_path)
+        own = {"huggingface": FAST, "gpt2-bpe": GPT2, "sentencepiece": {
+            "tokenizer_class": "LlamaTokenizer", "add_bos_token": begin is not None,
+            "add_prefix_space": blank}}[kind]
+        assert json.loads((tmp_path / "tokenizer_config.json").read_text()) == {
+            "eos_token": "</s>", "bos_token": begin or "</s>", "model_max_length": 17,
+            "clean_up_tokenization_spaces": False, **own,
+            **{key: said for key, said in declared.items() if key != "ends"}}
+    assert len(compared) == (2 if kind == "sentencepiece" else 0)
 
 
 @pytest.mark.parametrize("kilobytes", [2, 3, 5])

@@ -172,7 +172,10 @@ def test_sizes_are_means_of_what_parts_give_with_their_biases():
 
 def test_a_coordinate_check_takes_the_first_steps_of_the_run(monkeypatch, recipe):
     """By their number, and by the tokens of the schedule, from which its learning rates follow."""
-    made, model, taken = recipe(), Tiny(), []
+    made, model, taken, looked = recipe(model={"vocab_size": 250}), Tiny(), [], []
+    recorded = coordinate_check._recorded
+    monkeypatch.setattr(coordinate_check, "_recorded", lambda model, tokens: (
+        looked.append(tokens), recorded(model, tokens))[1])
 
     def step(batch, number, tokens, stop_requested):
         model(batch)
@@ -189,6 +192,7 @@ def test_a_coordinate_check_takes_the_first_steps_of_the_run(monkeypatch, recipe
     found = coordinate_check.activation_sizes(made, 3)
     assert [sizes["embedding"] for sizes in found] == [1.0, 2.0, 3.0]
     assert taken == [(n, n * made.tokens_per_step, False) for n in (1, 2, 3)]
+    assert looked == [250] and made.model.padded_vocab == 256  # rows that are no token
 
 
 def test_sizes_are_plotted_against_scales(monkeypatch, tmp_path):

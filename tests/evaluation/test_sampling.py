@@ -118,6 +118,26 @@ def distribution(logits: np.ndarray, temperature: float = 1.0, top_k: int = 0,
     return found
 
 
+def test_prompts_and_settings_have_the_ids_that_the_tokenizer_says():
+    """Each of another number: of a beginning that is put there, of one that is declared, of a
+    document's end, and of all ends of texts."""
+    tokenizer = SimpleNamespace(begin_token=None, bod=3, prefix=4, eod=5, ends=[6, 5],
+                                vocab_size=40, encode=lambda text: [10 + len(text)] * bool(text))
+    assert text_prompt(tokenizer, "abc") == Prompt([13], [6, 5])
+    assert text_prompt(tokenizer, "") == Prompt([4], [6, 5])
+    assert context_prompt(tokenizer, "abc") == Prompt([13, 5], [5, 12])  # 12 is a blank line
+    tokenizer.begin_token = "<s>"
+    assert text_prompt(tokenizer, "abc") == Prompt([3, 13], [6, 5])
+    assert text_prompt(tokenizer, "") == Prompt([3], [6, 5])
+    model = SimpleNamespace(config=SimpleNamespace(vocab_size=42))
+    for tokens, room, most in ((7, 9, 7), (9, 7, 7)):
+        config = generation_config(model, tokenizer, Prompt([1], [6, 5]), SamplingSettings(tokens),
+                                   room)
+        assert (config.max_new_tokens, config.num_beams, config.do_sample) == (most, 1, False)
+        assert (config.eos_token_id, config.pad_token_id, config.bos_token_id) == ([6, 5], 5, 4)
+        assert config.suppress_tokens == [40, 41]
+
+
 def test_a_seed_repeats_a_text(model, tokenizer):
     def text(seed: int) -> str:
         torch.manual_seed(seed)
