@@ -37,7 +37,7 @@ def asked(grid, monkeypatch):
     def fit(points, starts, samples, seed=0, form=None, held_out=()):
         given[form.name] = (points, starts, samples, seed, form, held_out)
         return SimpleNamespace(predictions=[SimpleNamespace(
-            predicted=3.0 + i, low=2.5 + i, high=3.25 + i) for i in range(len(held_out))])
+            predicted=3.12345 + i, low=2.54321 + i, high=3.98765 + i) for i in range(len(held_out))])
 
     monkeypatch.setattr(held_out, "fit_law", fit)
     monkeypatch.setattr(held_out, "shortcomings", lambda points, form: [])
@@ -78,6 +78,12 @@ def test_a_prediction_is_of_its_cell_and_its_form_and_is_read_as_it_was_written(
         assert [",".join(map("=".join, row.labels.items())) for row in own] == [
             point.name for point in held]
         assert [(row.predicted, row.low, row.high, row.runs) for row in own] == [
-            (3.0 + i, 2.5 + i, 3.25 + i, len(points)) for i in range(len(held))]
+            (3.12345 + i, 2.54321 + i, 3.98765 + i, len(points)) for i in range(len(held))]
     write_predictions(tmp_path / "p.csv", found)
-    assert read_predictions(tmp_path / "p.csv") == found
+    again = read_predictions(tmp_path / "p.csv")  # to six digits
+    figures = [[(row.predicted, row.low, row.high) for row in rows] for rows in (again, found)]
+    for one, other in zip(*figures, strict=True):
+        assert one == pytest.approx(other, rel=1e-6)
+    same = {"predicted": 1.0, "low": 1.0, "high": 1.0}
+    assert [row.model_copy(update=same) for row in again] == [
+        row.model_copy(update=same) for row in found]

@@ -275,6 +275,27 @@ def test_weights_are_selected_as_asked(begun, keep, every, tmp_path, command, re
     every(convert_checkpoint.main, [command], words)
 
 
+def test_a_model_of_hugging_face_is_cut_as_the_recipe_is(begun, keep, every, monkeypatch, tmp_path):
+    """And its tokenizer is the one beside the data, as the model's own files describe it."""
+    class Reader(SimpleNamespace):
+        """Stands in for a directory of Hugging Face."""
+
+    monkeypatch.setattr(convert_checkpoint, "HuggingFaceReader", Reader)
+    source, output = Reader(**vars(begun[0])), tmp_path / "out"
+    recipe = load_recipe(DEMO, ["seed=9", "sparsity=0.25"])
+    opened = keep(convert_checkpoint, "open_weights", source)
+    made = keep(convert_checkpoint, "recipe_for", recipe)
+    richer = keep(convert_checkpoint, "richer_of", "the richer")
+    words = [*SELECTION, "--recipe", DEMO]
+    assert convert_checkpoint.main(["from-hf", "given", str(output), *words]) == 0
+    assert opened == [((Path("given"),), {}), ((Path("given"),), {"like": recipe.model})]
+    assert made == [((source, DEMO, [f'output="{output}"', "seed=9", "sparsity=0.25"]), {})]
+    assert richer == [(("of the data", source), {})]
+    assert begun[1] == [((source, recipe, "the richer", output, "wanda", "text"), {})]
+    assert begun[2] == [((Calibration("a", "b", 7, 9), recipe, "the richer"), {})]
+    every(convert_checkpoint.main, ["from-hf"], words)
+
+
 def test_a_model_is_exported_as_asked(begun, keep, every, tmp_path):
     source, output = begun[0], tmp_path / "out"
     source.model = SimpleNamespace(title="GPT")
