@@ -37,7 +37,8 @@ def asked(grid, monkeypatch):
     def fit(points, starts, samples, seed=0, form=None, held_out=()):
         given[form.name] = (points, starts, samples, seed, form, held_out)
         return SimpleNamespace(predictions=[SimpleNamespace(
-            predicted=3.12345 + i, low=2.54321 + i, high=3.98765 + i) for i in range(len(held_out))])
+            predicted=3.12345 + i, low=2.54321 + i, high=3.98765 + i)
+            for i in range(len(held_out))])
 
     monkeypatch.setattr(held_out, "fit_law", fit)
     monkeypatch.setattr(held_out, "shortcomings", lambda points, form: [])
