@@ -102,6 +102,13 @@ def test_a_change_further_back_takes_the_place_of_later_ones(tmp_path):
     assert drawn(history_of(tmp_path, *CHANGES[1], (50, {"b": 1, "d": 1})), 600) == expected
 
 
+def test_a_change_at_the_same_sample_takes_the_place_of_the_one_before(tmp_path):
+    """A start that ended before any step has no stretch of the run."""
+    history = history_of(tmp_path, (0, {"a": 1}), (40, {"a": 1, "b": 1}), (40, {"a": 1, "c": 3}))
+    assert [(segment.first, segment.weights) for segment in history.segments] == [
+        (0, {"content of a": 1.0}), (40, {"content of a": 0.25, "content of c": 0.75})]
+
+
 def test_a_change_that_nobody_asked_for_is_refused_with_both_shares(tmp_path):
     history_of(tmp_path, (0, {"a": 3, "b": 1}))
     with pytest.raises(ValueError) as error:

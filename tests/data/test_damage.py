@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from text_shards import ROOT, as_jsonl, content, documents_of, records, write_shard
 
+from megatron_spdf.data.preprocess import corpus_writer, finalize
 from megatron_spdf.data.preprocess.preprocess import preprocess
 from megatron_spdf.data.preprocess.records import ReadReport, read_records
 from megatron_spdf.data.tokenizers.tokenizer import load_tokenizer
@@ -340,3 +341,19 @@ def test_so_many_blank_lines_in_a_row_are_read_over_and_no_more(tmp_path, monkey
     assert read(most) == (1 if place == "first" else 3)
     with pytest.raises(ValueError, match=f"more than {most} blank lines in a row"):
         read(most + 1)
+
+
+@pytest.mark.parametrize("bad", [(2, 2), (5, 0), (0, 5), (4, 4)])
+def test_the_first_of_what_is_skipped_is_listed_and_all_is_counted(tmp_path, tiny_bpe, monkeypatch,
+                                                                   bad):
+    """Of all inputs together; here three."""
+    for module in (corpus_writer, finalize):
+        monkeypatch.setattr(module, "MAX_RECORDED_SKIPS", 3)
+    for name, count in zip("ab", bad, strict=True):
+        (tmp_path / f"{name}.jsonl").write_bytes(b"{\n" * count + as_jsonl(records(9)))
+    found = preprocess([tmp_path / f"{name}.jsonl" for name in "ab"], tmp_path / "text",
+                       load_tokenizer(tiny_bpe), on_error="skip")
+    places = [(f"{name}.jsonl", line) for name, count in zip("ab", bad, strict=True)
+              for line in range(1, count + 1)]
+    assert (found.skipped, found.documents) == (sum(bad), 18)
+    assert [(Path(line.path).name, line.line) for line in found.skipped_lines] == places[:3]

@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -53,6 +54,17 @@ def test_facts_are_those_of_the_documents(pristine):
     assert sum(c["documents"] for c in facts["histogram"]) == 120
     assert sum(c["tokens"]
                for c in facts["histogram"]) == sum(lengths) == facts["manifest"]["tokens"]
+
+
+def test_ids_of_another_tokenizer_are_a_fault_though_each_is_known(pristine, tiny_bpe):
+    own = load_tokenizer(tiny_bpe)
+    assert verify(pristine / "one", own) == [] == verify_corpus(pristine / "parts", own)
+    other = SimpleNamespace(sha256="f" * 64, vocab_size=own.vocab_size)
+    (found,) = verify(pristine / "one", other)
+    assert f"was made with the tokenizer {own.sha256}, and the run uses {'f' * 64}" in found
+    for found in verify_corpus(pristine / "parts", other):
+        assert f"was made with the tokenizer {own.sha256}" in found
+    assert verify_corpus(pristine / "parts", other)
 
 
 def test_classes_of_the_histogram():
