@@ -40,6 +40,22 @@ def make_gpt2(name: str, seed: int = 0, **config):
     return model
 
 
+def make_talkative_gpt2(tokenizer, positions: int):
+    """A GPT2LMHeadModel that says many tokens, also such as are parts of characters; some rows
+    belong to no token."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(1)
+    model = GPT2LMHeadModel(GPT2Config(
+        vocab_size=tokenizer.vocab_size + 7, n_positions=positions, n_embd=32, n_layer=2, n_head=4,
+        bos_token_id=tokenizer.eod, eos_token_id=tokenizer.eod, resid_pdrop=0.0, embd_pdrop=0.0,
+        attn_pdrop=0.0)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    return model
+
+
 def save_gpt2(name: str, directory: Path, **arguments) -> Path:
     make_gpt2(name).save_pretrained(directory, **arguments)
     return directory

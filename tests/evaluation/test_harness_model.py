@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_models import make_talkative_gpt2
 from small_models import make_tokenizer
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from megatron_spdf.resilience.world import Ranks
 
@@ -46,15 +46,7 @@ STAND_INS = {
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(1)
-    model = GPT2LMHeadModel(GPT2Config(
-        vocab_size=TOKENIZER.vocab_size + 7, n_positions=MOST, n_embd=32, n_layer=2, n_head=4,
-        bos_token_id=TOKENIZER.eod, eos_token_id=TOKENIZER.eod, resid_pdrop=0.0, embd_pdrop=0.0,
-        attn_pdrop=0.0)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.3)
-    return model
+    return make_talkative_gpt2(TOKENIZER, MOST)
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from huggingface_models import make_talkative_gpt2
 from small_models import make_recipe, make_tokenizer, write_gpt2
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from megatron_spdf.convert.initial_checkpoint import write_initial_checkpoint
 from megatron_spdf.convert.source import open_weights
@@ -45,16 +45,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def model(tokenizer):
-    """Says many tokens, also such as are parts of characters; some rows belong to no token."""
-    torch.manual_seed(1)
-    model = GPT2LMHeadModel(GPT2Config(
-        vocab_size=tokenizer.vocab_size + 7, n_positions=WINDOW, n_embd=32, n_layer=2, n_head=4,
-        bos_token_id=tokenizer.eod, eos_token_id=tokenizer.eod, resid_pdrop=0.0, embd_pdrop=0.0,
-        attn_pdrop=0.0)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.3)
-    return model
+    return make_talkative_gpt2(tokenizer, WINDOW)
 
 
 def said(model, tokenizer, prompt: Prompt, **settings) -> tuple[str, str, int]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from awkward_rows import awkward, first_of
 from small_masks import DEVICE, NO_TRITON
-from torch import Tensor
 
 pytest.importorskip("triton", reason=NO_TRITON)
 from megatron_spdf.kernels import selection, triton_selection  # noqa: E402
@@ -24,24 +24,6 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(triton_selection, "AT_ONCE", triton_selection.tl.constexpr(2))
 
 
-def first_of(order: Tensor, count: int) -> Tensor:
-    """Packed bits of the first entries of an order of rows."""
-    mask = torch.zeros(order.shape, dtype=torch.bool, device=order.device)
-    return pack(mask.scatter_(1, order[:, :count], True))
-
-
-def awkward(dtype: torch.dtype) -> Tensor:
-    """Rows with infinities and values of all sizes, with many ties and zeros of both signs, and of
-    one value."""
-    rows = torch.randn(3, ENTRIES, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    rows[0] *= 10.0 ** torch.linspace(-6, 4, ENTRIES)
-    rows[0, 3::50], rows[0, 7::90] = torch.inf, -torch.inf
-    rows[1] = (3 * rows[1]).round()
-    rows[1, ::3] *= -1.0
-    rows[2] = -2.5
-    return rows.to(DEVICE, dtype)
-
-
 def test_trial_accepts_the_kernels_and_nothing_that_selects_otherwise(monkeypatch):
     selection._self_test(triton_selection, torch.device(DEVICE))
     right = triton_selection.lowest_bits
@@ -53,13 +35,13 @@ def test_trial_accepts_the_kernels_and_nothing_that_selects_otherwise(monkeypatc
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("counts", [(1, ENTRIES), (82, 164), (200,)], ids=str)
 def test_the_largest_magnitudes_are_those_of_a_stable_sort(dtype, counts):
-    values = awkward(dtype)
+    values = awkward(ENTRIES, dtype).to(DEVICE)
     order = values.double().abs().argsort(dim=1, descending=True, stable=True)
     before = pack(torch.rand(values.shape, device=DEVICE) < 0.3)
     bits = [before.clone() for _ in counts]
     born = triton_selection.fill_largest(values, list(zip(counts, bits, strict=True)))
     for count, found in zip(counts, bits, strict=True):
-        assert torch.equal(found, first_of(order, count)), count
+        assert torch.equal(found, pack(first_of(order, count))), count
     assert int(born) == int(unpack(bits[0] & ~before, ENTRIES).sum())
 
 
@@ -67,9 +49,10 @@ def test_the_largest_magnitudes_are_those_of_a_stable_sort(dtype, counts):
     ("floats", 0), ("floats", 1), ("floats", 100), ("floats", ENTRIES), ("negative floats", 100),
     ("words", 100), ("few words", 100)])
 def test_the_lowest_scores_are_those_of_a_stable_sort(kind, count):
-    draw = torch.Generator().manual_seed(1)
-    scores = {"floats": awkward(torch.float32), "negative floats": -awkward(torch.float32).abs(),
+    draw, floats = torch.Generator().manual_seed(1), awkward(ENTRIES, torch.float32)
+    scores = {"floats": floats, "negative floats": -floats.abs(),
               "words": torch.randint(-(2**63), 2**63 - 1, (2, ENTRIES), generator=draw),
               "few words": torch.randint(-9, 9, (2, ENTRIES), generator=draw)}[kind].to(DEVICE)
     order = (scores + 0).argsort(dim=1, stable=True)  # of floats, 0.0 and -0.0 are one
-    assert torch.equal(triton_selection.lowest_bits(scores, count), first_of(order, count))
+    assert torch.equal(triton_selection.lowest_bits(scores, count),
+                       pack(first_of(order, count)))

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from awkward_rows import awkward, first_of
 from no_waits import NoWaits, as_kernel
-from torch import Tensor
 
 from megatron_spdf.kernels.mask import ones, pack, unpack
 from megatron_spdf.layers.masked import MaskedWeight
@@ -21,26 +21,10 @@ from megatron_spdf.sparsity.plan import SparseWeight
 ENTRIES = 203  # no multiple of 8
 
 
-def awkward(dtype: torch.dtype) -> Tensor:
-    """Rows with infinities and values of all sizes, with many ties, of zeros of both signs, and of
-    one value."""
-    rows = torch.randn(4, ENTRIES, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    rows[0] *= 10.0 ** torch.linspace(-6, 4, ENTRIES)
-    rows[0, 3::50], rows[0, 7::90] = torch.inf, -torch.inf
-    rows[1] = (3 * rows[1]).round()
-    rows[2, ::2], rows[2, 1::3], rows[3] = 0.0, -0.0, -2.5
-    return rows.to(dtype)
-
-
-def first_of(order: Tensor, count: int) -> Tensor:
-    """The mask of the first entries of an order of rows."""
-    return torch.zeros(order.shape, dtype=torch.bool).scatter_(1, order[:, :count], True)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("count", [1, 50, ENTRIES])
 def test_the_largest_are_those_of_a_stable_sort(dtype, count):
-    values = awkward(dtype)
+    values = awkward(ENTRIES, dtype)
     order = values.double().abs().argsort(dim=1, descending=True, stable=True)
     before = pack(torch.rand(values.shape, generator=torch.Generator().manual_seed(1)) < 0.3)
     bits, more = before.clone(), before.clone()
@@ -54,14 +38,14 @@ def test_the_largest_are_those_of_a_stable_sort(dtype, count):
 def test_the_lowest_are_those_of_a_stable_sort(count):
     words = torch.randint(-(2**63), 2**63 - 1, (2, ENTRIES),
                           generator=torch.Generator().manual_seed(2))
-    for scores in (awkward(torch.float32), words, words % 7):
+    for scores in (awkward(ENTRIES, torch.float32), words, words % 7):
         order = (scores + 0).argsort(dim=1, stable=True)  # of floats, 0.0 and -0.0 are one
         assert torch.equal(keep_lowest(scores, count), first_of(order, count))
 
 
 @pytest.mark.parametrize("largest_wanted", [False, True])
 def test_a_gpu_without_kernels_selects_as_a_cpu_does(largest_wanted):
-    scores = awkward(torch.float32)
+    scores = awkward(ENTRIES, torch.float32)
     for count in (1, 50, ENTRIES):
         found = smallest_at_rank(scores, count, False, largest_wanted)
         order = scores.sort(dim=1, descending=largest_wanted).values
