@@ -16,6 +16,7 @@ from megatron.core import parallel_state as ps
 from torch import Tensor, nn
 
 from megatron_spdf.engine.base import Engine
+from megatron_spdf.kernels.mask import ones
 from megatron_spdf.layers.compact import CompactWeight, compact_of, sparse_modules
 from megatron_spdf.layers.masked import MaskedWeight
 from megatron_spdf.optimizers.base import MASTER
@@ -113,11 +114,15 @@ def _choose(engine: Engine, algorithm: MaskAlgorithm, when: Moment,
             after[parameter] = bits
     if not after:
         return after
-    # the host waits once for all weights
-    moved = torch.stack([(bits != sparse[parameter].mask_bits).any()
-                         for parameter, bits in after.items()]).tolist()
-    return {parameter: bits for (parameter, bits), has in zip(after.items(), moved, strict=True)
-            if has}
+    # whether a mask moved, and whether its slices have as many active entries as values; the host
+    # waits once for all weights
+    found = torch.stack([torch.stack([
+        (bits != sparse[parameter].mask_bits).any(),
+        (ones(bits).sum(-1) == sparse[parameter].values_shape[1]).all()])
+        for parameter, bits in after.items()]).tolist()
+    assert all(full for _, full in found), f"{algorithm.name} changes how many entries are active"
+    return {parameter: bits
+            for (parameter, bits), (has, _) in zip(after.items(), found, strict=True) if has}
 
 
 def _sum_gradient(compact: CompactWeight) -> Tensor:
