@@ -3,6 +3,7 @@ it."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -270,3 +271,25 @@ def test_consumed_counts_the_tokens_that_were_read(make_data):
     for step in range(2 * data.per_epoch + 3):
         read += sum(len(row) - 1 for row in rows(next(data.training_batches(step))))
         assert data.consumed(step + 1) == read
+
+
+class CountingList(list):
+    """A list that counts how often all of it was gone through."""
+
+    passes = 0
+
+    def __iter__(self):
+        self.passes += 1
+        return super().__iter__()
+
+
+def test_a_step_does_not_go_through_all_pairs(make_data):
+    """For batches, counts of tokens and targets; an epoch of steps would be quadratic in pairs."""
+    data = make_data()
+    tokens = data.train.tokens
+    counted = dataclasses.replace(data.train, tokens=CountingList(tokens))
+    data = CompletionData(data.recipe, counted, data.valid, pad=0, replica=0)
+    for _, step in zip(data.training_batches(0), range(1, data.per_epoch + 3), strict=False):
+        data.consumed(step)
+        data.consumed(step - 1)
+    assert counted.tokens.passes <= 1

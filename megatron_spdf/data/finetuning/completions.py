@@ -13,7 +13,7 @@ import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -56,13 +56,13 @@ class Completions:
     truncated: int
     left_out: int = 0
 
-    @property
+    @cached_property  # some milliseconds for E2E's 42,061 pairs, and every step asks
     def lengths(self) -> np.ndarray:
         """Tokens of each pair that the model reads, (N,): all but the last, which is a label
         only."""
         return np.array([len(t) - 1 for t in self.tokens])
 
-    @property
+    @cached_property
     def targets(self) -> np.ndarray:
         """Completion tokens of each pair, (N,), EOD included."""
         return self.lengths + 1 - self.starts
@@ -180,6 +180,7 @@ class CompletionData:
         self.mean_length = math.ceil(train.lengths.mean())
         self.valid_tokens_per_byte = None  # bits per byte are a measure of text, not of completions
         self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
+        self._tokens_read = lru_cache(maxsize=2)(self._count_epoch)
 
     def training_batches(self, first_step: int) -> Iterator[list[MicroBatch]]:
         """Yields this rank's micro-batches of every step from `first_step`, counted from 0, to the
@@ -202,9 +203,8 @@ class CompletionData:
     def consumed(self, steps: int) -> int:
         """Number of tokens, without padding, that the model has read after `steps` steps."""
         epochs, rest = divmod(steps, self.per_epoch)
-        read = self._epoch(epochs)[:rest] if rest else []
-        return int(epochs * self.train.lengths.sum()
-                   + sum(self.train.lengths[chosen].sum() for chosen in read))
+        read = self._tokens_read(epochs)[rest - 1] if rest else 0
+        return int(epochs * self.train.lengths.sum() + read)
 
     def consumed_by_source(self, steps: int) -> dict[str, int]:
         """Returns nothing, since a fine-tuning run has one source."""
@@ -225,6 +225,11 @@ class CompletionData:
             pool = pool[np.argsort(lengths[pool], kind="stable")]
             batches += [pool[i : i + size] for i in range(0, len(pool), size)]
         return [batches[i] for i in _random_order(self.recipe.seed, epoch, "batches", len(batches))]
+
+    def _count_epoch(self, epoch: int) -> np.ndarray:
+        """Tokens that the model has read after each step of an epoch, (steps,), without padding."""
+        lengths = self.train.lengths
+        return np.cumsum([lengths[chosen].sum() for chosen in self._epoch(epoch)])
 
     def _micro_batches(self, pairs: Completions, chosen: np.ndarray,
                        targets: float) -> list[MicroBatch]:
