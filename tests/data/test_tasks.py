@@ -3,8 +3,11 @@ with its place."""
 
 from __future__ import annotations
 
+import bz2
 import csv
+import gzip
 import json
+import lzma
 import os
 from pathlib import Path
 
@@ -190,7 +193,7 @@ def without(record: dict, field: str) -> dict:
     ("scitldr", '{"source": ["a"], "target": [" "]}\n',
      r"file, line 1: field 'target' has no text"),
     ("jsonl", '{"context": "a", "completion": "b"}\n\n[1]\n',
-     r"file, line 3: a list instead of an object"),
+     r"file, line 3: a list instead of an object; write one object a line"),
     ("jsonl", '{"context": "a", "completion": "b"}\n{"completion": "b"}\n',
      r"file, line 2: no field 'context'"),
     ("jsonl", '{"context": "a", "completion": 3}\n',
@@ -235,6 +238,29 @@ def test_what_is_not_there_is_named(tmp_path):
                        match="split 'dev' is unknown; choose one of train, validation, test"):
         load_examples("e2e", tmp_path, "dev")
     assert set(TASKS.names()) >= {"e2e", "webnlg", "dart", "curation", "scitldr", "jsonl"}
+
+
+@pytest.mark.parametrize("task, name, pack", [
+    ("jsonl", "train.jsonl", gzip.compress), ("e2e", "trainset.csv", bz2.compress),
+    ("webnlg", "train.json", lzma.compress)])
+def test_a_compressed_file_is_called_so_by_whatever_name(tmp_path, task, name, pack):
+    (tmp_path / name).write_bytes(pack(b'{"context": "a", "completion": "b"}'))
+    for path in (tmp_path, tmp_path / name):
+        with pytest.raises(ValueError, match=f"{name} is compressed by .*; unpack it"):
+            load_examples(task, path, "train")
+    (tmp_path / name).rename(tmp_path / f"{name}.gz")
+    with pytest.raises(FileNotFoundError, match=f"there are {name}.gz, .* unpacked first"):
+        load_examples(task, tmp_path, "train")
+
+
+def test_of_two_files_that_may_be_a_split_none_is_taken(tmp_path):
+    one = write(tmp_path / "dart-v1.0.0-full-train.json", [RECORD])
+    assert load_examples("dart", tmp_path, "train")
+    write(tmp_path / "dart-v1.1.1-full-train.json", [RECORD])
+    with pytest.raises(ValueError, match="has dart-v1.0.0-full-train.json, dart-v1.1.1-full-tra.*; "
+                                         "leave the one there that is meant"):
+        load_examples("dart", tmp_path, "train")
+    assert load_examples("dart", one, "train")
 
 
 # Examples and (input, reference) pairs; the counts that the data's publishers state, or those of

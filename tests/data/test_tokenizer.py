@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 from backports import zstd
+from byte_tokenizers import write_byte_tokenizer
 
 from megatron_spdf.data.tokenizers.gpt2 import _before_last_blanks
 from megatron_spdf.data.tokenizers.tokenizer import load_tokenizer, train_tokenizer
@@ -230,6 +231,31 @@ def test_load_names_what_it_found_and_what_it_takes(trained, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="notes.txt is not a tokenizer; accepted"):
         load_tokenizer(tmp_path / "notes.txt")
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt"])
+def test_one_of_gpt2s_two_files_is_no_tokenizer(trained, name):
+    with pytest.raises(ValueError, match=f"{name} is one of the two files .*; give the directory"):
+        load_tokenizer(trained / "bpe" / name)
+
+
+@pytest.mark.parametrize("names", [("vocab.json", "merges.txt"), ("merges.txt",),
+                                   ("tokenizer.json",)])
+def test_a_byte_order_mark_changes_no_tokenizer_and_is_not_kept(trained, tmp_path, names):
+    plain = load_tokenizer(trained / "bpe")
+    kept = tmp_path / "plain"
+    if names == ("tokenizer.json",):
+        write_byte_tokenizer(tmp_path, ["<|endoftext|>"], "<|endoftext|>", "<|endoftext|>")
+        plain = load_tokenizer(tmp_path / "tokenizer.json")
+    plain.save(kept)
+    for name in names:
+        (kept / name).write_bytes(b"\xef\xbb\xbf" + (kept / name).read_bytes())
+    marked = load_tokenizer(kept)
+    assert marked.sha256 == plain.sha256
+    assert marked.encode("a b\r\n") == plain.encode("a b\r\n")
+    marked.save(tmp_path / "copy")
+    assert all(not (tmp_path / "copy" / name).read_bytes().startswith(b"\xef\xbb\xbf")
+               for name in names)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])

@@ -10,26 +10,53 @@ from typing import Any
 
 from megatron_spdf.records.foreign import foreign_record
 from megatron_spdf.records.values import Unreadable, read_bytes
+from megatron_spdf.text import printable
 
 MOST_BYTES = 1 << 30  # of a data set in one JSON value
+_COMPRESSED = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd", "zip": b"PK\x03\x04",
+               "xz": b"\xfd7zXZ\0", "bzip2": b"BZh"}  # name -> how its files begin
 
 
 def find_file(path: Path, patterns: tuple[str, ...], task: str, split: str) -> Path:
-    """`path` where it is a file; the first match of the patterns, the better ones first, where it
-    is a directory.
+    """`path` where it is a file; the match of the patterns, the better ones first, where it is a
+    directory.
 
     Raises:
         FileNotFoundError: there is none.
+        ValueError: several match one pattern, or the file is compressed.
     """
     if path.is_file():
+        _require_unpacked(path)
         return path
     if not path.is_dir():
         raise FileNotFoundError(f"{path} does not exist; give the {split} file of {task}, or its "
                                 "directory")
     for pattern in patterns:
         if matches := sorted(path.glob(pattern)):
+            if len(matches) > 1:
+                raise ValueError(f"{path} has {_some(matches)}, and each may be the {split} split "
+                                 f"of {task}; leave the one there that is meant")
+            _require_unpacked(matches[0])
             return matches[0]
-    raise FileNotFoundError(f"{path} has no {' or '.join(patterns)}, the {split} split of {task}")
+    raise FileNotFoundError(f"{path} has no {' or '.join(patterns)}, the {split} split of {task}; "
+                            f"there are {_some(sorted(path.iterdir())) or 'no files'}, and a file "
+                            "that is compressed is unpacked first")
+
+
+def _require_unpacked(path: Path) -> None:
+    """Raises a ValueError where a file is compressed, by whatever name."""
+    if path.is_file():
+        with path.open("rb") as file:
+            start = file.read(6)
+        for name, magic in _COMPRESSED.items():
+            if start.startswith(magic):
+                raise ValueError(f"{path} is compressed by {name}, and files of tasks are read as "
+                                 "they are; unpack it")
+
+
+def _some(paths: list[Path]) -> str:
+    more = f" and {len(paths) - 8} more" if len(paths) > 8 else ""
+    return ", ".join(printable(path.name) for path in paths[:8]) + more
 
 
 def csv_rows(path: Path, required: tuple[str, ...],
@@ -100,7 +127,8 @@ def _object(where: str, line: bytes) -> dict[str, Any]:
     except Unreadable as error:
         raise ValueError(f"{where}: {error}") from None
     if not isinstance(record, dict):
-        raise ValueError(f"{where}: a {type(record).__name__} instead of an object")
+        raise ValueError(f"{where}: a {type(record).__name__} instead of an object; write one "
+                         "object a line, not all of them in a list")
     return record
 
 

@@ -6,6 +6,7 @@ and what it loses of a text is said.
 
 from __future__ import annotations
 
+import codecs
 import logging
 from collections.abc import Iterable
 from functools import cache
@@ -97,6 +98,9 @@ def tokenizer_files(directory: Path) -> list[Path]:
 
 
 def _find_file(path: Path) -> tuple[type[Tokenizer], list[Path]]:
+    if path.name in (name for names in _FILES[Gpt2Bpe] for name in names):
+        raise ValueError(f"{path} is one of the two files of a GPT-2 BPE; give the directory that "
+                         "has both")
     kinds = {".json": HuggingFace, ".model": SentencePiece}
     if path.suffix not in kinds:
         raise ValueError(f"{path} is not a tokenizer; accepted: a directory or file with "
@@ -194,11 +198,12 @@ def _saved_end(directory: Path) -> str | None:
 
 
 def _content(file: Path) -> bytes:
-    """Bytes of a file; Hugging Face's cache has links to them."""
+    """Bytes of a file without a byte order mark, which no library that reads these files expects;
+    Hugging Face's cache has links to them."""
     require_fetched(file)
     try:
         with open_regular(real(file)) as opened:
-            return opened.read()
+            return opened.read().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         raise ValueError(f"{file} cannot be read ({error}); copy it again") from None
 
