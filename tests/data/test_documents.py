@@ -3,9 +3,11 @@ for."""
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import os
 import tracemalloc
 from pathlib import Path
@@ -64,6 +66,15 @@ def test_a_name_that_says_another_format_is_refused_whatever_becomes_of_bad_reco
     else:
         with pytest.raises(ValueError, match=f"names end in {kind} do; give it such a name"):
             list(iterate_documents([path], on_error="skip"))
+
+
+@pytest.mark.parametrize("kind, pack", [(".xz", lzma.compress), (".bz2", bz2.compress)])
+def test_a_packed_format_that_nothing_here_reads_is_named(tmp_path, kind, pack):
+    path = write(tmp_path / "a.txt", pack(as_lines(TEXTS)))
+    with pytest.raises(ValueError, match=rf"names end in \{kind} do; unpack it"):
+        list(iterate_documents([path], on_error="skip"))
+    assert read(write(tmp_path / "b.txt", b"BZh is how a packed file begins")) == [
+        "BZh is how a packed file begins"]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl.zst", ".jsonl.gz"])

@@ -246,7 +246,7 @@ def test_what_is_not_there_is_named(tmp_path):
 def test_a_compressed_file_is_called_so_by_whatever_name(tmp_path, task, name, pack):
     (tmp_path / name).write_bytes(pack(b'{"context": "a", "completion": "b"}'))
     for path in (tmp_path, tmp_path / name):
-        with pytest.raises(ValueError, match=f"{name} is compressed by .*; unpack it"):
+        with pytest.raises(ValueError, match=f"{name} begins as files .* end in .*; unpack it"):
             load_examples(task, path, "train")
     (tmp_path / name).rename(tmp_path / f"{name}.gz")
     with pytest.raises(FileNotFoundError, match=f"there are {name}.gz, .* unpacked first"):

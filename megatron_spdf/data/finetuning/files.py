@@ -8,13 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_spdf.data.signatures import format_of_content
 from megatron_spdf.records.foreign import foreign_record
 from megatron_spdf.records.values import Unreadable, read_bytes
 from megatron_spdf.text import printable
 
 MOST_BYTES = 1 << 30  # of a data set in one JSON value
-_COMPRESSED = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd", "zip": b"PK\x03\x04",
-               "xz": b"\xfd7zXZ\0", "bzip2": b"BZh"}  # name -> how its files begin
 
 
 def find_file(path: Path, patterns: tuple[str, ...], task: str, split: str) -> Path:
@@ -44,14 +43,10 @@ def find_file(path: Path, patterns: tuple[str, ...], task: str, split: str) -> P
 
 
 def _require_unpacked(path: Path) -> None:
-    """Raises a ValueError where a file is compressed, by whatever name."""
-    if path.is_file():
-        with path.open("rb") as file:
-            start = file.read(6)
-        for name, magic in _COMPRESSED.items():
-            if start.startswith(magic):
-                raise ValueError(f"{path} is compressed by {name}, and files of tasks are read as "
-                                 "they are; unpack it")
+    """Raises a ValueError where a file is packed, by whatever name."""
+    if path.is_file() and (found := format_of_content(path)):
+        raise ValueError(f"{path} begins as files whose names end in {found} do, and files of "
+                         "tasks are read as they are; unpack it")
 
 
 def _some(paths: list[Path]) -> str:

@@ -21,6 +21,7 @@ from megatron_spdf.data.preprocess.records import (
     read_records,
     reject,
 )
+from megatron_spdf.data.signatures import format_of_content
 from megatron_spdf.files import require_fetched
 from megatron_spdf.paths import named_by, same_file
 from megatron_spdf.records.foreign import describe, foreign_record
@@ -28,10 +29,10 @@ from megatron_spdf.records.values import Unreadable
 
 __all__ = ["MAX_RECORDED_SKIPS", "ON_ERROR", "ReadReport", "Skipped"]
 
+_PACKED = (".zst", ".gz", parquet.SUFFIX)
 # JSON lines go by several names
 FORMATS = (*(f".{kind}{packed}" for kind in ("jsonl", "ndjson", "json")
              for packed in ("", ".zst", ".gz")), parquet.SUFFIX, ".txt")
-SIGNATURES = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"PAR1": parquet.SUFFIX}
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +96,11 @@ def _require_format(path: Path) -> None:
     if not path.is_file():
         return  # a pipe has no beginning to look at
     require_fetched(path)
-    with open(path, "rb") as file:
-        start = file.read(max(map(len, SIGNATURES)))
-    for signature, suffix in SIGNATURES.items():
-        if start.startswith(signature) and path.suffix != suffix:
-            raise ValueError(f"input {path} begins as files whose names end in {suffix} do; give "
-                             "it such a name, or look at what it is")
+    found = format_of_content(path)
+    if found and found != path.suffix:
+        remedy = "give it such a name" if found in _PACKED else "unpack it"
+        raise ValueError(f"input {path} begins as files whose names end in {found} do; {remedy}, "
+                         "or look at what it is")
 
 
 def iterate_documents(
