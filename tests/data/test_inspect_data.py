@@ -131,6 +131,16 @@ def test_other_damage_is_found(place, tiny_bpe):
     assert len(verify(place / "one")) == 1 and "one.bin is cut off" in verify(place / "one")[0]
 
 
+@pytest.mark.parametrize(("unknown", "found"), [("bin_sha256", True), ("tokens", False)])
+def test_a_source_of_which_something_is_unknown_moves_no_other(place, unknown, found):
+    first, second = json.loads((place / "one.json").read_bytes())["sources"]
+    change_manifest(place / "one", sources=[{**first, unknown: None}, second])
+    assert verify(place / "one") == []
+    flip(place / "one.bin", (place / "one.bin").stat().st_size * 9 // 10 // 8 * 8 + 2)
+    assert any(f"tokens {first['tokens']:,} to" in fault
+               for fault in verify(place / "one")) == found
+
+
 def test_a_directory_must_add_up(place):
     path = place / "parts" / "corpus.json"
     corpus = json.loads(path.read_bytes())
