@@ -129,6 +129,17 @@ def test_a_completion_longer_than_the_window_is_left_out_where_it_may_be(tmp_pat
         tokenize("jsonl", place, "train", tokenizer, 1, "leave_out")
 
 
+@pytest.mark.parametrize("too_long", ["refuse", "leave_out"])
+def test_a_completion_that_fills_the_window_is_trained_on(tmp_path, tokenizer, too_long):
+    """Without its context, whatever becomes of one that is a token longer."""
+    completion = " ".join(WORDS)
+    ending = [tokenizer.eod, *tokenizer.encode(f" {completion}"), tokenizer.eod]
+    place = one_record(tmp_path, "the river", completion)
+    pairs = tokenize("jsonl", place, "train", tokenizer, len(ending) - 1, too_long)
+    assert (len(pairs), pairs.left_out) == (2, 0)
+    assert pairs.tokens[1].tolist() == ending
+
+
 def test_only_the_completion_carries_loss(make_data, tokenizer):
     data = make_data()
     starts = {tuple(t): s for t,

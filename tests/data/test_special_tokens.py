@@ -286,6 +286,11 @@ def test_what_a_tokenizer_loses_is_said_at_load(trained, tmp_path, caplog):
     assert not caplog.text  # once
     load(tmp_path / "low", trained["Unigram, normalized"])
     assert "capitals" in caplog.text
+    for place in (tmp_path / "lossy", tmp_path / "low"):
+        caplog.clear()
+        (file,) = place.iterdir()
+        load_tokenizer(file)  # a file alone is asked as its directory is
+        assert "does not keep" in caplog.text
     caplog.clear()
     train_tokenizer("sentencepiece", TEXTS, 330, tmp_path / "ours")
     train_tokenizer("bpe", TEXTS, 300, tmp_path / "bytes")
