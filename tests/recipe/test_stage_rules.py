@@ -46,6 +46,15 @@ def test_a_stage_inherits_the_optimizers_schedule_and_changes_it(load):
     assert recipe.stage_ends == [90, 100] and one.steps == 100
 
 
+def test_only_schedules_that_a_stage_has_are_judged(load):
+    """The optimizer's own share of decay would be no step, and no stage takes it."""
+    stages = [{**SPARSE, "decay_share": 0.5}, {**DENSE, "decay_share": 0.5}]
+    recipe = load(*stages, words=("optimizer.decay_share=1e-6",))
+    assert [recipe.in_stage(n).optimizer.decay_share for n in (0, 1)] == [0.5, 0.5]
+    with pytest.raises(ValueError, match=r"stages\.1\.decay_share=1e-06 of 10 steps is no step"):
+        load(stages[0], DENSE, words=("optimizer.decay_share=1e-6",))
+
+
 def test_a_stage_may_prune_what_was_dense_or_denser(load):
     levels = [0.0, 0.5, 0.75, 0.75, 0.0]
     recipe = load(*({"share": 0.2, "sparsity": level} for level in levels))
