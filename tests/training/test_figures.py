@@ -147,8 +147,9 @@ def test_a_gpu_skips_the_zeros_of_tiles_and_a_share_of_its_peak_is_said(recipe, 
 
 
 def test_a_line_says_what_a_step_was(recipe):
-    report = report_of(recipe, 0, 5)
+    report = report_of(recipe, 0, 5, skipped=3)
     report.step(StepResult(2.0, 0.5, skipped=False, stop=False), seconds=0.5, waited=0.1)
+    assert report.log.records["train"]["skipped"] == 3  # of the run, and not those in a row
     assert "mfu" not in report.log.records["train"]
     assert report.log.said[0].startswith(
         "step  5/10 | loss 2.0000 | lr 3.00e-04 | grad norm 0.500 | 512 tokens/s | ")
