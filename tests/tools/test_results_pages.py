@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_spdf.records.json_reader import read_json
+from megatron_spdf.reports.score_table import read_scores, render_scores
 from megatron_spdf.runs.experiment import cells, load_experiment, summary
 from megatron_spdf.runs.held_out import labels_of, of_form, read_predictions
 from megatron_spdf.runs.loss_table import LossRow, read_table
@@ -111,6 +112,14 @@ def test_what_is_held_out_was_predicted(law):
     looked_at = {labels_of(row) for row in rows if row.held_out}
     assert looked_at <= predicted <= held
     assert all(row.held_out == (labels_of(row) in held) for row in rows)
+
+
+def test_the_scores_of_e2e_are_those_of_its_table():
+    rows = read_scores(RESULTS / "e2e_ordering.csv")
+    tuning = load_experiment(ROOT / "configs/experiments/e2e_ordering.yaml").finetune
+    assert len({(*row.labels.values(), row.seed) for row in rows}) == len(rows) == 15
+    assert between("e2e_ordering.md", "scores of e2e_ordering") == render_scores(
+        rows, tuning.order).strip()
 
 
 @pytest.mark.parametrize("name", ["moving_masks.csv", "moving_masks_tried.csv", "scaling_law.csv"])
