@@ -63,11 +63,10 @@ def test_an_array_sweeps_and_selects(cluster, chain):
     cluster.end_of(chain["pretrain"])
     job = cluster.sbatch("finetune_sweep.sh", "sweep.yaml", "chained", nodes="1",
                          options=("--array=0-2", "--output=array_%a.out"),
-                         SPDF_FAULTS="swept/optimizer.lr=0.0001:train:1:0:PAUSE")
-    flag = cluster.place / "swept/optimizer.lr=0.0001-paused"
-    cluster.until(flag.exists, "step 1 of the second element", f"{job}_1")
+                         SPDF_FAULTS="swept/optimizer.lr=0.0001:train:1:0:WAIT")
+    waits = cluster.place / "swept/optimizer.lr=0.0001-train-1-WAIT.done"
+    cluster.until(waits.exists, "step 1 of the second element", f"{job}_1")
     cluster.run("scancel", "--signal=USR1", "--batch", f"{job}_1")
-    flag.unlink()
     cluster.until(lambda: not cluster.run("squeue", "--noheader", "--jobs", job,
                                           check=False).stdout.strip(), "end",
                   seconds=600)
