@@ -181,15 +181,14 @@ def test_a_crash_loop_stops_after_the_bound_with_the_reason(cluster, loop):
 
 
 def test_another_number_of_nodes_at_every_start(cluster, straight):
-    out, flag = "", cluster.place / "moved-paused"
+    out = ""
     for step, nodes in ((7, "2"), (15, "1"), (None, "2")):
         job = cluster.sbatch("pretrain_gpt2small.sh", "recipe.yaml", "output=moved", nodes=nodes,
-                             SPDF_FAULTS="moved:train:7:0:PAUSE moved:train:15:0:PAUSE")
+                             SPDF_FAULTS="moved:train:7:0:WAIT moved:train:15:0:WAIT")
         if step:
-            cluster.until(lambda w=f"train {step}": flag.exists() and flag.read_text() == w,
-                          f"step {step}", job)
+            waits = cluster.place / f"moved-train-{step}-WAIT.done"
+            cluster.until(waits.exists, f"step {step}", job)
             cluster.run("scancel", "--signal=USR1", "--batch", job)
-            flag.unlink()
             cluster.until(lambda job=job: cluster.state(job) == "PENDING", "requeue", job)
             cluster.run("scancel", job)
         else:
