@@ -208,14 +208,18 @@ def _source_faults(prefix: str | Path, manifest: Manifest) -> Iterator[str]:
     for source in manifest.sources:
         if source.tokens is None:
             return  # nor is it known where the next ones begin
-        digest = hashlib.sha256()
         end = start + source.tokens
-        for first in range(start, end, PIECE_TOKENS):
-            digest.update(tokens.read(first, min(PIECE_TOKENS, end - first)))
-        if source.bin_sha256 and digest.hexdigest() != source.bin_sha256:
+        if source.bin_sha256 and _sha256_of(tokens, start, end) != source.bin_sha256:
             yield (f"{file_of(prefix, 'bin')}, tokens {start:,} to {end:,}: another content than "
                    f"was made of {source.path}")
         start = end
+
+
+def _sha256_of(tokens: IndexedTokens, start: int, end: int) -> str:
+    digest = hashlib.sha256()
+    for first in range(start, end, PIECE_TOKENS):
+        digest.update(tokens.read(first, min(PIECE_TOKENS, end - first)))
+    return digest.hexdigest()
 
 
 def _tokenizer_faults(prefix: str | Path, manifest: Manifest) -> Iterator[str]:
