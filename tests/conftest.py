@@ -78,6 +78,13 @@ def same_environment():
     os.environ.update(before)
 
 
+@pytest.fixture(autouse=True)
+def same_draws():
+    """A test that draws without a seed of its own draws the same numbers in every run."""
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(1)
+
+
 @pytest.fixture
 def recipe(tmp_path):
     """Builds a tiny Recipe; keywords change its sections."""
