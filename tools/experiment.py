@@ -8,9 +8,11 @@
     python tools/experiment.py configs/experiments/transfer.yaml --print         one command a line
     python tools/experiment.py configs/experiments/transfer.yaml --report   reports what there is
     python tools/experiment.py configs/experiments/fair_comparison.yaml --report --page PAGE.md
+    python tools/experiment.py configs/experiments/fair_comparison.yaml --known tried.csv
 
 Each run is pretrain.py's, in its own directory: one that is done is skipped, one that was stopped
-goes on, so that the grid may be interrupted at any moment. OUTPUT/results.json, results.md and
+goes on, so that the grid may be interrupted at any moment; with `--known TABLE` what that table has
+a loss of is done too. OUTPUT/results.json, results.md and
 results.png, with `plot.curves` curves.png and with `plot.frontiers` frontiers.png too, hold what is
 there so far, and losses.csv the final losses, to which `tools/plan.py fit` fits a law. A grid with
 `tune` is run in rounds, in which every cell is tuned, and then with all seeds
@@ -27,7 +29,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +55,16 @@ from megatron_spdf.reports.score_table import render_scores, score_rows, write_s
 from megatron_spdf.runs.downstream import Tuned, tunings
 from megatron_spdf.runs.experiment import (
     Cell,
+    Ended,
     Experiment,
     cells,
     load_experiment,
-    loss_of,
+    nothing_known,
     render,
     results,
 )
 from megatron_spdf.runs.grid import Trial, command, ends_grid, run_all
+from megatron_spdf.runs.known import Known
 from megatron_spdf.runs.loss_table import rows_of, write_table
 from megatron_spdf.runs.paired import difference_column, with_differences
 from megatron_spdf.runs.trunks import Run, with_trunks
@@ -77,16 +81,20 @@ def main() -> int:
         place_on(options.page, options.experiment.stem)
         if experiment.finetune:
             place_on(options.page, f"scores of {options.experiment.stem}")
+    if options.known and experiment.finetune:
+        raise ValueError(f"--known {options.known}: fine-tuning begins with the checkpoints of the "
+                         "runs, which a table does not have; leave it out")
+    known = Known(options.known) if options.known else nothing_known
     if experiment.tune:
-        return tune(experiment, options)
-    grid = cells(experiment, options.experiment, options.overrides)
+        return tune(experiment, options, known)
+    grid = cells(experiment, options.experiment, options.overrides, known)
     # one seed of all cells after the other, so that an interrupted grid is even
     planned = [(cell.trials[seed], cell.recipes[seed]) for seed in experiment.seeds
                for cell in grid]
     runs = {run.trial.output: run for chain in with_trunks(planned) for run in chain}
     after = fine_tunings(grid, experiment, options)
-    left = [] if options.report else [trial for trial, own in planned
-                                      if loss_of(trial, own) is None]
+    left = [] if options.report else [cell.trials[seed] for seed in experiment.seeds
+                                      for cell in grid if cell.loss(seed) is None]
     commands = commands_of(left, experiment, options, runs)
     later = commands_after(after, experiment, options)
     both = commands | {output: words for own in later.values() for output, words in own.items()}
@@ -174,9 +182,11 @@ def report_scores(after: list[Tuned], experiment: Experiment, options: argparse.
     return exit_codes.GUARD_STOPPED if missing and not options.report else exit_codes.FINISHED
 
 
-def tune(experiment: Experiment, options: argparse.Namespace) -> int:
+def tune(experiment: Experiment, options: argparse.Namespace,
+         known: Callable[[Cell], Ended]) -> int:
     """Runs what the searches of all cells ask for, round after round."""
-    grid, tried = tuned_cells(experiment, options.experiment, options.overrides), set()
+    grid = tuned_cells(experiment, options.experiment, options.overrides, known)
+    tried: set[Path] = set()
     while not options.report and (left := [trial for cell in grid for trial in cell.left(tried)]):
         commands = commands_of(left, experiment, options)
         if options.print:
@@ -290,6 +300,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--page", type=Path, metavar="FILE",
                         help="also write the tables into this Markdown page, between <!-- NAME --> "
                              "and <!-- end of NAME -->, NAME being that of the grid's file")
+    parser.add_argument("--known", type=Path, metavar="TABLE",
+                        help="losses.csv or tried.csv of the same grid, from another machine or "
+                             "docs/results: its runs are not made again")
     parser.add_argument("--minutes", type=positive_real, metavar="M",
                         help="after which what runs saves and ends, and nothing more is begun; the "
                              "same command goes on (default: no bound)")

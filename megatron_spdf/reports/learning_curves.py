@@ -12,7 +12,7 @@ from numpy import ndarray
 from megatron_spdf.records.json_reader import json_lines
 from megatron_spdf.reports.charts import color
 from megatron_spdf.reports.panels import draw_panels, named
-from megatron_spdf.runs.experiment import Cell, loss_of, summary
+from megatron_spdf.runs.experiment import Cell, summary
 from megatron_spdf.runs.measured import LOG
 from megatron_spdf.text import label
 
@@ -56,11 +56,11 @@ def _draw(axes: Axes, picture: list[tuple[str, ndarray]], colors: dict[str, str]
 
 
 def _curves(cell: Cell) -> ndarray | None:
-    """FLOPs and mean loss at the end of every stretch, (seeds, stretches, 2), of the finished runs;
-    None without one that has as many records."""
+    """FLOPs and mean loss at the end of every stretch, (seeds, stretches, 2), of the finished runs
+    that are here; None without one that has as many records."""
     found = []
     for seed, trial in cell.trials.items():
-        if loss_of(trial, cell.recipes[seed]) is None:
+        if cell.loss(seed) is None or not (trial.output / LOG).is_file():
             continue
         steps = [(r["flops"], r["loss"]) for _, r in json_lines(trial.output / LOG, dict,
                                                              constants=True, cut_short=True)

@@ -26,8 +26,8 @@ Runs that differ in their length alone share their steps at the peak of the lear
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Annotated, Any
@@ -48,6 +48,7 @@ from megatron_spdf.schedule.stages import mean_flops, stages_of
 from megatron_spdf.section import PathText, Section
 from megatron_spdf.tables import Column, Table
 
+Ended = dict[int, Evaluated]  # seed -> record of the last evaluation of a run, at its end
 NAMING = ("exclude", "hold_out", "baseline")  # keys that name cells by labels
 
 
@@ -157,11 +158,27 @@ class Cell:
         labels: axis -> label.
         trials: seed -> run.
         recipes: seed -> recipe of the run.
+        known: ends of runs that another machine has made (`known.py`).
     """
 
     labels: dict[str, str]
     trials: dict[int, Trial]
     recipes: dict[int, Recipe]
+    known: Ended = field(default_factory=dict)
+
+    def ended(self, seed: int) -> Evaluated | None:
+        """Record of the last evaluation of a run, at its end; None if the run or the loss is not
+        finite. The run directory comes before what is known.
+
+        Raises:
+            ValueError: see `end_of`.
+        """
+        return end_of(self.trials[seed], self.recipes[seed]) or self.known.get(seed)
+
+    def loss(self, seed: int) -> float | None:
+        """Validation loss at the end of a run, likewise."""
+        ended = self.ended(seed)
+        return ended["loss"] if ended else None
 
 
 def load_experiment(path: Path) -> Experiment:
@@ -173,18 +190,26 @@ def load_experiment(path: Path) -> Experiment:
     return read_yaml(path, Experiment, remedy="see configs/experiments")
 
 
-def cells(experiment: Experiment, path: Path, words: list[str]) -> list[Cell]:
+def nothing_known(cell: Cell) -> Ended:
+    """No end of a run is known."""
+    return {}
+
+
+def cells(experiment: Experiment, path: Path, words: list[str],
+          known: Callable[[Cell], Ended] = nothing_known) -> list[Cell]:
     """Every combination with its runs, whose recipes are checked.
 
     Args:
         path: file of the experiment.
         words: overrides for every run.
+        known: see `Cell`.
 
     Raises:
         ValueError: the recipe of a run is not valid.
     """
     recipe = path.parent / experiment.recipe
-    return [make_cell(trial, experiment.seeds, recipe, words) for trial in trials(experiment)]
+    return [make_cell(trial, experiment.seeds, recipe, words, known)
+            for trial in trials(experiment)]
 
 
 def trials(experiment: Experiment) -> list[Trial]:
@@ -201,11 +226,13 @@ def trials(experiment: Experiment) -> list[Trial]:
     return kept
 
 
-def make_cell(trial: Trial, seeds: list[int], recipe: Path, words: list[str]) -> Cell:
+def make_cell(trial: Trial, seeds: list[int], recipe: Path, words: list[str],
+              known: Callable[[Cell], Ended] = nothing_known) -> Cell:
     """A combination with its runs.
 
     Args:
         recipe: file that every run starts from.
+        known: see `Cell`.
 
     Raises:
         ValueError: see `cells`; or an override is of a key that the run has a value for.
@@ -221,8 +248,9 @@ def make_cell(trial: Trial, seeds: list[int], recipe: Path, words: list[str]) ->
     seeded = {seed: replace(trial, values={**values, "seed": seed, "sparsity.seed": seed},
                             output=trial.output / f"seed={seed}") for seed in seeds}
     first = load_recipe(recipe, [*words, *seeded[seeds[0]].words])
-    return Cell(trial.labels, seeded, {seed: _with_seed(first, seed, seeded[seed].output)
+    cell = Cell(trial.labels, seeded, {seed: _with_seed(first, seed, seeded[seed].output)
                                        for seed in seeds})
+    return replace(cell, known=known(cell))
 
 
 def _with_seed(recipe: Recipe, seed: int, output: Path) -> Recipe:
@@ -244,16 +272,6 @@ def with_size(trial: Trial, values: dict[str, Any], recipe: Path,
     """
     return sized(values, lambda own: load_recipe(
         recipe, [*words, *replace(trial, values=own).words]))
-
-
-def loss_of(trial: Trial, recipe: Recipe) -> float | None:
-    """Validation loss at the end of a run, None if the run or the loss is not finite.
-
-    Raises:
-        ValueError: see `end_of`.
-    """
-    ended = end_of(trial, recipe)
-    return ended["loss"] if ended else None
 
 
 def end_of(trial: Trial, recipe: Recipe) -> Evaluated | None:
@@ -290,8 +308,7 @@ def results(grid: list[Cell]) -> list[dict[str, Any]]:
 
 def result(cell: Cell) -> dict[str, Any]:
     """Results of a cell, see `results`."""
-    losses = {seed: loss for seed, trial in cell.trials.items()
-              if (loss := loss_of(trial, cell.recipes[seed])) is not None}
+    losses = {seed: loss for seed in cell.trials if (loss := cell.loss(seed)) is not None}
     stages = stages_of(next(iter(cell.recipes.values())))  # seeds change nothing in them
     tokens = sum(stage.tokens for stage in stages)
     center, interval = summary(list(losses.values()))

@@ -19,7 +19,7 @@ from pydantic import ConfigDict, Field
 from megatron_spdf.files import write_file
 from megatron_spdf.records.values import typed
 from megatron_spdf.runs.budget import active_weights, average_weights, linear_weights
-from megatron_spdf.runs.experiment import Cell, Experiment, end_of
+from megatron_spdf.runs.experiment import Cell, Experiment
 from megatron_spdf.scaling_law.points import Point
 from megatron_spdf.schedule.stages import mean_flops, stages_of
 from megatron_spdf.section import Section
@@ -74,7 +74,7 @@ COLUMNS = [name for name in LossRow.model_fields if name != "labels"]
 def rows_of(cells: Iterable[Cell], experiment: Experiment) -> list[LossRow]:
     """A row for every run of the cells that has a loss at its end."""
     return [_row(cell, seed, experiment, ended) for cell in cells for seed in cell.trials
-            if (ended := end_of(cell.trials[seed], cell.recipes[seed]))]
+            if (ended := cell.ended(seed))]
 
 
 def _row(cell: Cell, seed: int, experiment: Experiment, ended: Mapping) -> LossRow:

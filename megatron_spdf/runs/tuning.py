@@ -26,9 +26,10 @@ from typing import Any
 from megatron_spdf.recipe.load import load_recipe, write_value
 from megatron_spdf.runs.experiment import (
     Cell,
+    Ended,
     Experiment,
-    loss_of,
     make_cell,
+    nothing_known,
     result,
     trials,
     with_size,
@@ -72,6 +73,7 @@ class TunedCell:
         trial: the combination of labels.
         recipe: file that every run starts from.
         words: overrides for every run.
+        known: see `experiment.Cell`.
 
     A run that was tried and has no loss, as one that diverges, is the worst; `tried` are the
     directories of those that were.
@@ -81,6 +83,7 @@ class TunedCell:
     trial: Trial
     recipe: Path
     words: list[str]
+    known: Callable[[Cell], Ended] = nothing_known
 
     def __post_init__(self):
         values = with_size(self.trial, self.trial.values, self.recipe, self.words)
@@ -97,7 +100,8 @@ class TunedCell:
             labels = {**self.trial.labels, **{k: write_value(v) for k, v in tuned.items()}}
             trial = replace(self.trial, labels=labels, values={**self.trial.values, **tuned},
                             output=self.trial.output.parent / directory_name(labels))
-            self._cells[point] = make_cell(trial, self.experiment.seeds, self.recipe, self.words)
+            self._cells[point] = make_cell(trial, self.experiment.seeds, self.recipe, self.words,
+                                           self.known)
         return self._cells[point]
 
     def loss(self, point: Point, tried: Collection[Path]) -> float | None:
@@ -108,7 +112,7 @@ class TunedCell:
             cell = self.at(point)
         except ValueError:
             return math.inf
-        found = loss_of(cell.trials[seed], cell.recipes[seed])
+        found = cell.loss(seed)
         return math.inf if found is None and cell.trials[seed].output in tried else found
 
     def search(self, tried: Collection[Path]) -> tuple[Point, list[Point]]:
@@ -123,7 +127,7 @@ class TunedCell:
             return [self.at(point).trials[self.experiment.seeds[0]] for point in unknown]
         cell = self.at(best)
         return [trial for seed, trial in cell.trials.items() if trial.output not in tried
-                and loss_of(trial, cell.recipes[seed]) is None]
+                and cell.loss(seed) is None]
 
     @property
     def seen(self) -> list[Cell]:
@@ -149,18 +153,21 @@ class TunedCell:
                               for n, key in enumerate(self._own)}}
 
 
-def tuned_cells(experiment: Experiment, path: Path, words: list[str]) -> list[TunedCell]:
+def tuned_cells(experiment: Experiment, path: Path, words: list[str],
+                known: Callable[[Cell], Ended] = nothing_known) -> list[TunedCell]:
     """The cells of an experiment that tunes.
 
     Args:
         path: file of the experiment.
+        known: see `experiment.Cell`.
 
     Raises:
         ValueError: see `experiment.cells`; or a key to tune is no number in a cell.
     """
     found = []
     for trial in trials(experiment):
-        found.append(TunedCell(experiment, trial, path.parent / experiment.recipe, words))
+        found.append(TunedCell(experiment, trial, path.parent / experiment.recipe, words,
+                               known))
         found[-1].at((0,) * len(experiment.tune))
     return found
 

@@ -20,8 +20,8 @@ from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.reports.score_table import read_scores
 from megatron_spdf.runs.experiment import (
     cells,
+    end_of,
     load_experiment,
-    loss_of,
     render,
     results,
     summary,
@@ -144,7 +144,7 @@ def test_results_are_those_of_finished_runs(grid):
     )
     changed = planned[0][1].model_copy(update={"seed": 9})
     with pytest.raises(ValueError, match="holds another recipe's run: seed is 1 there and 9 here"):
-        loss_of(planned[0][0], changed)
+        end_of(planned[0][0], changed)
 
 
 def test_a_run_that_stopped_half_way_has_no_result(grid):
