@@ -13,10 +13,11 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,12 @@ from megatron_spdf import exit_codes
 from megatron_spdf.files import open_to_append, require_directory
 from megatron_spdf.recipe.load import write_value
 from megatron_spdf.recipe.words import overruled_by
+from megatron_spdf.resilience.signals import SIGNALS
 from megatron_spdf.section import parse_count
 
 NAME_BYTES = 255 - len(".txt")  # of a file name on common file systems; logs stand beside
 MOST_RUNS = 10_000
-ASKED_TO_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+ASKED_TO_STOP = (signal.SIGINT, *SIGNALS)
 Axes = Mapping[str, Mapping[str, Mapping[str, Any]]]  # name -> label -> key of the recipe -> value
 
 
@@ -185,7 +187,8 @@ def run_all(commands: Mapping[Path, Sequence[str]], jobs: int | None = None,
         chains: run directories, those of a chain to be run one after the other; None: each is free.
         prepare: called with a run directory before its command; False: it is not run.
         until: on the monotonic clock; what runs then is sent SIGTERM, at which our runs save and
-            end, and nothing is begun.
+            end, and nothing is begun. So are runs of a program that is sent a signal alone, as by
+            `kill`.
 
     Returns:
         Exit codes, in the order in which runs end.
@@ -196,19 +199,23 @@ def run_all(commands: Mapping[Path, Sequence[str]], jobs: int | None = None,
     for directory in dict.fromkeys(output.parent for output in commands):
         require_directory(directory)
     codes: list[int] = []
+    stopped = threading.Event()
     threads = {"OMP_NUM_THREADS": "1"} if jobs and jobs > 1 else {}
+
+    def over() -> bool:
+        return stopped.is_set() or time.monotonic() >= until
 
     def run(output: Path, words: Sequence[str]) -> None:
         if ends_grid(codes) or not prepare(output):
             return
-        if time.monotonic() >= until:
+        if over():
             codes.append(exit_codes.STOPPED_ON_SIGNAL)
             return
         print(f"$ {shlex.join(words)}", flush=True)
         output.parent.mkdir(parents=True, exist_ok=True)
         log = output.with_suffix(".txt") if jobs else None
         with open_to_append(log) if log else nullcontext() as file:
-            code = _exit_code(words, until, stdout=file, stderr=file,
+            code = _exit_code(words, over, stdout=file, stderr=file,
                               env={**threads, **os.environ})
         code = exit_codes.STOPPED_ON_SIGNAL if -code in ASKED_TO_STOP else code
         if code:
@@ -220,27 +227,40 @@ def run_all(commands: Mapping[Path, Sequence[str]], jobs: int | None = None,
         for output in outputs:
             run(output, commands[output])
 
-    with ThreadPoolExecutor(jobs or 1) as pool:
+    with ThreadPoolExecutor(jobs or 1) as pool, _sets(stopped):
         list(pool.map(run_chain, [[output] for output in commands] if chains is None else chains))
     return codes
 
 
-def _exit_code(words: Sequence[str], until: float, **options: Any) -> int:
+@contextmanager
+def _sets(stopped: threading.Event) -> Iterator[None]:
+    """Sets an event where this program is asked to stop, or interrupted."""
+    before = {number: signal.signal(number, lambda *_: stopped.set()) for number in SIGNALS}
+    try:
+        yield
+    except BaseException:
+        stopped.set()
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _exit_code(words: Sequence[str], over: Callable[[], bool], **options: Any) -> int:
     """Exit code of a command, which is sent SIGTERM when its time is over.
 
     Args:
-        until: on the monotonic clock.
+        over: asked once a second.
         options: of `Popen`.
     """
     with subprocess.Popen(words, **options) as child:
-        try:
-            return child.wait(None if until == math.inf else max(0.0, until - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            child.terminate()
-            return child.wait()
-        except BaseException:  # as `subprocess.run` does
-            child.kill()
-            raise
+        while not over():
+            try:
+                return child.wait(1.0)
+            except subprocess.TimeoutExpired:
+                continue
+        child.terminate()
+        return child.wait()
 
 
 def ends_grid(codes: Sequence[int]) -> int:

@@ -178,7 +178,7 @@ def test_a_teacher_is_looked_at_before_the_pre_training(
     Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
     damage(teacher)
     downstream._require_sound.cache_clear()
-    monkeypatch.setattr(runner, "_exit_code", lambda words, until, **options: began.append(1) or 3)
+    monkeypatch.setattr(runner, "_exit_code", lambda words, over, **options: began.append(1) or 3)
     monkeypatch.setattr(sys, "argv", ["experiment.py", str(path)])
     assert tool.main() == (2 if said else 3)
     assert said in capsys.readouterr().err and bool(began) is not bool(said)
@@ -197,7 +197,7 @@ def test_the_shipped_ordering_is_fifteen_fine_tunings_in_spdfs_order():
 
 
 def test_a_command_that_is_asked_to_stop_ends_the_grid(monkeypatch, tmp_path):
-    monkeypatch.setattr(runner, "_exit_code", lambda words, until, **options: -15)
+    monkeypatch.setattr(runner, "_exit_code", lambda words, over, **options: -15)
     assert runner.run_all({tmp_path / "a": ["x"], tmp_path / "b": ["x"]}) == [75]
 
 

@@ -4,7 +4,11 @@ environment and output, and which exit codes end it."""
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -91,7 +95,7 @@ def runs(monkeypatch, tmp_path):
     def run(words: list[int], jobs: int | None, meet: int = 1, patience: float = 20.0):
         started, barrier = [], threading.Barrier(meet)
 
-        def start(words, until, stdout, stderr, env):
+        def start(words, over, stdout, stderr, env):
             started.append((stdout, env))
             assert stdout is stderr
             if len(started) <= meet:
@@ -147,3 +151,34 @@ def test_both_outputs_of_a_run_beside_others_are_in_its_file(tmp_path, capsys):
         log = output.with_suffix(".txt")
         assert log.read_text() == f"out {i}\nerror {i}\n"
         assert f"{output} ended with exit code 3, see {log}\n" in said
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from megatron_spdf.runs.grid import run_all
+run = ["sh", "-c", "trap 'echo saved; exit 75' TERM; echo began; while :; do sleep 0.1; done"]
+print(run_all({Path(sys.argv[1], name): run for name in "abcd"}, 2))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_to_the_program_alone_reaches_its_runs(tmp_path, number):
+    """As `kill` sends it; a terminal and Slurm send it to all."""
+    program = subprocess.Popen([sys.executable, "-c", PROGRAM, str(tmp_path / "grid")], text=True,
+                               stdout=subprocess.PIPE, start_new_session=True)
+    logs = [tmp_path / "grid" / f"{name}.txt" for name in "ab"]
+    try:
+        while not all(log.is_file() and log.read_text() for log in logs):
+            assert program.poll() is None
+        program.send_signal(number)
+        said = program.communicate(timeout=60)[0].splitlines()
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(program.pid, signal.SIGKILL)
+    assert [log.read_text() for log in logs] == ["began\nsaved\n"] * 2
+    assert len(list((tmp_path / "grid").iterdir())) == 2  # nothing else began
+    if number == signal.SIGINT:
+        assert program.returncode != 0
+    else:
+        assert (said[-1], program.returncode) == ("[75, 75]", 0)
