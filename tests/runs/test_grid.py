@@ -166,7 +166,8 @@ print(run_all({Path(sys.argv[1], name): run for name in "abcd"}, 2))
 def test_a_signal_to_the_program_alone_reaches_its_runs(tmp_path, number):
     """As `kill` sends it; a terminal and Slurm send it to all."""
     program = subprocess.Popen([sys.executable, "-c", PROGRAM, str(tmp_path / "grid")], text=True,
-                               stdout=subprocess.PIPE, start_new_session=True)
+                               stdout=subprocess.PIPE, start_new_session=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     logs = [tmp_path / "grid" / f"{name}.txt" for name in "ab"]
     try:
         while not all(log.is_file() and log.read_text() for log in logs):

@@ -38,16 +38,20 @@ def lines_of(page: str, name: str) -> list[list[str]]:
             for line in between(page, name).splitlines() if line.startswith("|")]
 
 
+CELL = ("size", "budget", "masks")
+
+
 def test_means_of_moving_masks_are_those_of_its_table():
-    losses: dict[str, dict[int, float]] = {}
+    losses: dict[tuple, dict[int, float]] = {}
     for row in read_table(RESULTS / "moving_masks.csv"):
-        losses.setdefault(row.labels["masks"], {})[row.seed] = row.loss
-    shown = {line[2]: line[8:10] for line in lines_of("moving_masks.md", "fair_comparison")
-             if len(line) == 11 and line[0] == "0.4M"}
-    assert shown.keys() == losses.keys() and len(shown) == 7
-    for masks, (loss, difference) in shown.items():
-        assert loss == "{:.4f} ± {:.4f}".format(*summary([*losses[masks].values()]))
-        apart = summary([losses[masks][seed] - losses["dense"][seed] for seed in losses[masks]])
+        losses.setdefault(tuple(row.labels[axis] for axis in CELL), {})[row.seed] = row.loss
+    shown = {tuple(line[:3]): line[8:10] for line in lines_of("moving_masks.md", "fair_comparison")
+             if len(line) == 11 and line[0].endswith("M")}
+    assert shown.keys() == losses.keys() and len(shown) >= 7
+    for (size, budget, masks), (loss, difference) in shown.items():
+        own, dense = losses[size, budget, masks], losses[size, "tokens", "dense"]
+        assert loss == "{:.4f} ± {:.4f}".format(*summary([*own.values()])) and len(own) == 3
+        apart = summary([own[seed] - dense[seed] for seed in own])
         assert difference == ("-" if masks == "dense" else "{:+.4f} ± {:.4f}".format(*apart))
 
 
@@ -57,16 +61,16 @@ def test_no_rate_or_spread_beside_a_chosen_one_is_better():
              if row.seed == 1}
     chosen = [row for row in read_table(RESULTS / "moving_masks.csv") if row.seed == 1]
     lines = lines_of("moving_masks.md", "fair_comparison")
-    shown = {(line[2], line[3]): line[4:8] for line in lines
-             if len(line) == 9 and line[0] == "0.4M"}
-    assert len(shown) == 3 * len(chosen) == 21
+    shown = {tuple(line[:4]): line[4:8] for line in lines
+             if len(line) == 9 and line[0].endswith("M")}
+    assert len(shown) == len(TUNED) * len(chosen) >= 21
     for row in chosen:
         for key in TUNED:
             value = float(row.labels[key])
             below, there, above = (tried[key_of({**row.labels, key: str(value * factor)})]
                                    for factor in (0.5, 1.0, 2.0))
             assert there == row.loss and below > there < above
-            assert shown[row.labels["masks"], key] == [
+            assert shown[(*(row.labels[axis] for axis in CELL), key)] == [
                 row.labels[key], *(f"{loss:.4f}" for loss in (below, there, above))]
 
 
