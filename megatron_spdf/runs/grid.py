@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -228,7 +228,12 @@ def run_all(commands: Mapping[Path, Sequence[str]], jobs: int | None = None,
             run(output, commands[output])
 
     with ThreadPoolExecutor(jobs or 1) as pool, _sets(stopped):
-        list(pool.map(run_chain, [[output] for output in commands] if chains is None else chains))
+        left = {pool.submit(run_chain, chain) for chain in (
+            [[output] for output in commands] if chains is None else chains)}
+        while left:  # Python sleeps through a signal that comes just as it begins to wait
+            done, left = wait(left, timeout=1.0, return_when=FIRST_COMPLETED)
+            for chain in done:
+                chain.result()
     return codes
 
 

@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import sys
+from concurrent.futures import Future
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -44,8 +45,10 @@ def save_due(self: Trainer, inner=Trainer._save_due) -> bool:
 class InThisThread(nullcontext):
     """Executor without threads: the stand-in for CUDA is of the thread that installed it."""
 
-    def map(self, function, *arguments):
-        return map(function, *arguments)
+    def submit(self, function, *arguments):
+        done = Future()
+        done.set_result(function(*arguments))
+        return done
 
     def __enter__(self):
         return self
