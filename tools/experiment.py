@@ -248,9 +248,12 @@ def report(grid: list[Cell], rows: list[dict[str, Any]], experiment: Experiment,
     ended = rows_of(grid, experiment)
     write_table(output / LOSSES, ended)
     rows = with_differences(experiment, rows)
-    table = render(experiment, rows, difference_column(experiment))
+    shown = [row for row in rows if row["losses"]] or rows
+    table = render(experiment, shown, difference_column(experiment))
     if experiment.tune:
-        table += f"\n{render_neighbors(experiment, rows)}"
+        table += f"\n{render_neighbors(experiment, shown)}"
+    if len(shown) < len(rows):
+        table += f"\n{len(rows) - len(shown)} of {len(rows)} cells have no finished run yet.\n"
     write_json(output / "results.json", {"experiment": options.experiment.name, "cells": rows})
     write_file(output / "results.md", table)
     drawn = [{**row, "labels": {axis: row["labels"][axis] for axis in experiment.axes}}

@@ -122,3 +122,16 @@ def test_fine_tuning_needs_more_than_a_table(grid, tmp_path, capsys, monkeypatch
     own = ROOT / "configs/experiments/e2e_ordering.yaml"
     assert run_tool(monkeypatch, own, "--print", "--known", tmp_path / "losses.csv") == 2
     assert "fine-tuning begins with the checkpoints" in capsys.readouterr().err
+
+
+def test_cells_without_a_finished_run_are_counted_and_not_listed(elsewhere, capsys, monkeypatch):
+    path, _, table = elsewhere
+    rows = read_table(table)
+    write_table(table, rows[:3])  # one cell, and one of the two runs of another
+    assert run_tool(monkeypatch, path, "--report", "--known", table) == 0
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert [line.split("|")[-2].strip() for line in lines if line.startswith("| 32")] == [
+        "2", "1 of 2"]
+    assert lines[-1] == "2 of 4 cells have no finished run yet." and "| 64" not in str(lines)
+    everything = (Path(load_experiment(path).output) / "results.json").read_text()
+    assert everything.count('"labels"') == 4
