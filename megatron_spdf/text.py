@@ -72,6 +72,16 @@ def label(text: str) -> str:
     return f" {plain}" if plain.startswith("_") else plain
 
 
+def counted(number: int, what: str, plural: str = "") -> str:
+    """A number of things in words: `1 run`, `2,000 runs`.
+
+    Args:
+        what: one of them.
+        plural: several; empty: that with an s.
+    """
+    return f"{number:,} {what if number == 1 else plural or f'{what}s'}"
+
+
 def any_layer(name: str) -> str:
     """Name of a weight with a star for the number of its layer."""
     return ".".join("*" if part.isdigit() else part for part in name.split("."))

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_spdf.command_line import refusing, say
 from megatron_spdf.tables import Column, Table
-from megatron_spdf.text import printable, printable_lines, sentence_of
+from megatron_spdf.text import counted, printable, printable_lines, sentence_of
 
 HOSTILE = "a\x1b]0;owned\x07\x1b[2Jb\r\x08\x9b1m\u202ec\ud83d\u2028d"
 
@@ -51,6 +51,12 @@ def test_a_terminal_is_given_nothing_to_obey(capsys):
     for text in (out.replace("\n", ""), err.replace("\n", "")):
         assert text.isprintable() and r"a\x1b]0;owned\x07" in text and r"\ud83d" in text
     assert err.splitlines()[1] == "  - second line"
+
+
+def test_one_of_a_thing_is_not_several():
+    assert [counted(n, "run") for n in (0, 1, 2, 1000)] == ["0 runs", "1 run", "2 runs",
+                                                            "1,000 runs"]
+    assert [counted(n, "batch", "batches") for n in (1, 2)] == ["1 batch", "2 batches"]
 
 
 def test_what_can_be_printed_stays_as_it_is():

@@ -17,6 +17,7 @@ from megatron_spdf.command_line import end_quietly, make_parser, output_file, re
 from megatron_spdf.files import write_file
 from megatron_spdf.reports.runs import read_begun
 from megatron_spdf.reports.runs_page import render_report
+from megatron_spdf.text import counted
 
 
 @refusing
@@ -33,7 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
     for sentence in left_out:
         say(sentence, sys.stderr)
     write_file(options.output, render_report(runs, options.output, options.title, left_out))
-    say(f"{options.output}: {len(runs)} runs, {options.output.stat().st_size / 1024:,.0f} KiB")
+    say(f"{options.output}: {counted(len(runs), 'run')}, "
+        f"{options.output.stat().st_size / 1024:,.0f} KiB")
     return 0
 
 

@@ -25,7 +25,7 @@ from megatron_spdf.evaluation.scores import Scores
 from megatron_spdf.evaluation.token_likelihood import window_within
 from megatron_spdf.parallel.ranks import init_gloo
 from megatron_spdf.resilience.world import Ranks
-from megatron_spdf.text import first_line
+from megatron_spdf.text import counted, first_line
 
 PACKAGE = "lm_eval"
 _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
@@ -107,7 +107,7 @@ def _prepare(name: str, task: Any, ranks: Ranks, settings: HarnessSettings) -> N
     task.set_fewshot_seed(seed=_SEED)
     documents = min(len(task.eval_docs), settings.limit or len(task.eval_docs))
     if documents < ranks.world:
-        raise ValueError(f"the task {name} has {documents} documents to share between "
+        raise ValueError(f"the task {name} has {counted(documents, 'document')} to share between "
                          f"{ranks.world} ranks; start fewer")
 
 
@@ -167,9 +167,9 @@ def _signature(found: dict[str, Any], task: str, error: Any) -> str:
     parts = [f"lm-eval {version(PACKAGE)}"]
     if task in found["n-samples"]:
         counts = found["n-samples"][task]
-        parts.append(f"{counts['effective']:,} of {counts['original']:,} documents")
+        parts.append(f"{counts['effective']:,} of {counted(counts['original'], 'document')}")
     if task in found["n-shot"]:
-        parts.append(f"{found['n-shot'][task]} examples in the context")
+        parts.append(f"{counted(found['n-shot'][task], 'example')} in the context")
     if (number := found["versions"].get(task)) is not None:
         parts.append(f"version {number} of the task")
     if isinstance(error, float) and math.isfinite(error):

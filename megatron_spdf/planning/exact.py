@@ -16,6 +16,7 @@ from megatron_spdf.planning.memory import rank_bytes, render_parallel
 from megatron_spdf.recipe.recipe import ENGINES, Recipe
 from megatron_spdf.sparsity.plan import Plan
 from megatron_spdf.tables import GIB, Column, Table
+from megatron_spdf.text import counted
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("parameters", "gradients", "optimizer", "expanded", "masks")
@@ -71,8 +72,8 @@ def dry_runs(wanted: Sequence[tuple[Recipe, Plan, list[int]]]) -> list[list[Coun
         world = recipe.parallel.world
         for rank in ranks:
             if not 0 <= rank < world:
-                raise ValueError(f"rank {rank} is not in this layout of {world} ranks; take one of "
-                                 f"0 to {world - 1}")
+                raise ValueError(f"rank {rank} is not in this layout of {counted(world, 'rank')}; "
+                                 f"take one of 0 to {world - 1}")
     requests = json.dumps([{"recipe": _plain(recipe), "ranks": ranks} for recipe, _,
                            ranks in wanted])
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore",

@@ -15,6 +15,7 @@ from megatron_spdf.recipe.distillation import teacher_of
 from megatron_spdf.recipe.recipe import AUTO, ENGINES, Parallel, Recipe
 from megatron_spdf.sparsity.plan import Plan
 from megatron_spdf.tables import GIB, Column, Table
+from megatron_spdf.text import counted
 
 SPAN = 1024  # of `kernels.mask`, which needs PyTorch
 GATHERED_LAYERS = 2  # ZeRO-3: the layer that runs, and the one fetched behind it
@@ -163,13 +164,14 @@ def render_layout(recipe: Recipe, plan: Plan) -> str:
 def _render_micro_batches(recipe: Recipe) -> str:
     size, length = recipe.train.micro_batch, recipe.train.sequence_length
     return f"micro-batches of {size} x {length}" if size == AUTO else (
-        f"{recipe.micro_batches} micro-batches of {size} x {length}")
+        f"{counted(recipe.micro_batches, 'micro-batch', 'micro-batches')} of {size} x {length}")
 
 
 def render_parallel(recipe: Recipe) -> str:
     """The layout in words, for example `8 ranks = tensor 2 + sequence x pipeline 2 x data 2,
     megatron ZeRO-1`."""
     p = recipe.parallel
-    return (f"{p.world} ranks = tensor {p.tensor}{' + sequence' if p.sequence else ''} x pipeline "
-            f"{p.pipeline}{f' (interleave {p.interleave})' if p.interleave > 1 else ''} x data "
-            f"{p.data}, {recipe.engine} ZeRO-{p.zero_stage}{' offloaded' if p.offload else ''}")
+    return (f"{counted(p.world, 'rank')} = tensor {p.tensor}"
+            f"{' + sequence' if p.sequence else ''} x pipeline {p.pipeline}"
+            f"{f' (interleave {p.interleave})' if p.interleave > 1 else ''} x data {p.data}, "
+            f"{recipe.engine} ZeRO-{p.zero_stage}{' offloaded' if p.offload else ''}")

@@ -13,6 +13,7 @@ from megatron_spdf.runs.held_out import PredictionRow, labels_of
 from megatron_spdf.runs.loss_table import LossRow
 from megatron_spdf.scaling_law.law import PUBLISHED
 from megatron_spdf.tables import Column, Table
+from megatron_spdf.text import counted
 
 GMP = PUBLISHED["t5"]
 BRACKETS = "In brackets the 5% and the 95% quantile over bootstrap samples of models and seeds."
@@ -36,7 +37,7 @@ def progress_table(cells: Sequence[Cell], rows: Sequence[LossRow], plot: Plot) -
                  for size in sizes)]
     planned = sum(len(cell.trials) for cell in cells)
     return (f"{Table(columns, [{'mask': mask} for mask in masks]).markdown()}\n\n"
-            f"{len(rows)} of {planned} runs, of seed "
+            f"{len(rows):,} of {counted(planned, 'run')}, of seed "
             f"{', '.join(map(str, sorted({row.seed for row in rows})))}.")
 
 

@@ -34,6 +34,7 @@ from megatron_spdf.reports.seeds import SameRecipe, same_recipe
 from megatron_spdf.reports.spdf_table import own_table
 from megatron_spdf.runs.measured import finite_losses
 from megatron_spdf.tables import GIB, MIB, Column, Html, Table, Unit
+from megatron_spdf.text import counted
 
 PRINTED = Unit("1e18 FLOPs", 1.0)
 FALL = 0.1  # share of a run in which the loss may lie above the axis
@@ -65,7 +66,7 @@ def render_report(runs: Sequence[Logged], output: Path, title: str,
         *_training(groups, pens), comparison(groups, pens), moves_section(groups, pens),
         samples_section(runs, pens),
         [heading("Recipes", name="recipes"), *(_recipe(run, output) for run in runs)]]
-    about = (f"{len(runs)} run{'s' * (len(runs) != 1)}, {date.today().isoformat()}. Losses are in "
+    about = (f"{counted(len(runs), 'run')}, {date.today().isoformat()}. Losses are in "
              "nats per token; FLOPs count active weights, SPDF's way.")
     parts = [part for section in sections for part in section]
     return page(title, [heading(title, 1), paragraph(about, "lead"), contents(parts), *parts],

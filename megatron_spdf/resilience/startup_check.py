@@ -27,6 +27,7 @@ from megatron_spdf.resilience.connections import (
     shared_token,
 )
 from megatron_spdf.resilience.slurm import hosts_of_ranks, this_host
+from megatron_spdf.text import counted
 
 POLL_SECONDS = 0.05
 SAY_SECONDS = 30.0  # between two lines about missing ranks
@@ -196,7 +197,8 @@ def render(reports: Sequence[RankReport], skews: Sequence[float], spread: tuple[
         if abs(skew) > SKEW_SECONDS:
             lines.append(f"warning: the clock of {host} is {skew:+.1f} s off that of "
                          f"{reports[0].host}; logs of the two will not agree, have it synchronized")
-    lines.append(f"all {len(reports)} ranks reported within {seconds:.1f} s, rank {last} last")
+    lines.append(f"all {counted(len(reports), 'rank')} reported within {seconds:.1f} s, rank "
+                 f"{last} last")
     usual = statistics.median(r.free for r in reports)
     lines += [f"warning: rank {r.rank} on {r.host} has {r.free / 2**30:,.1f} GiB free, others "
               f"{usual / 2**30:,.1f}; is another process on that device?" for r in reports

@@ -16,6 +16,7 @@ from scipy.optimize import minimize
 
 from megatron_spdf.scaling_law.forms import FORMS, LEVELS, SHARED, Form, Law
 from megatron_spdf.scaling_law.points import Point, check_points
+from megatron_spdf.text import counted
 
 DELTA = 1e-3  # of the Huber loss on log losses, the paper's for T5
 RANGE = (0.05, 0.95)  # quantiles that intervals go by
@@ -71,7 +72,7 @@ def shortcomings(points: Sequence[Point], form: Form = PUBLISHED) -> list[str]:
     """Lists reasons why points cannot determine the coefficients. Empty if they may."""
     found, needed = [], len(form.of_factor(points)) + len(SHARED)
     if len(points) < needed:
-        found.append(f"{len(points)} run{'s' * (len(points) != 1)} for {needed} "
+        found.append(f"{counted(len(points), 'run')} for {needed} "
                      f"coefficients; at least {needed} are needed, and the published "
                      "fit had 48")
     levels = {**form.levels(points), "losses": {p.loss for p in points}}

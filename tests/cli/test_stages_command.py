@@ -31,7 +31,7 @@ def test_a_dry_run_prints_every_stage(ask, staged):
                  "learning rate up to 0.001 over 700 tokens",
                  "densified, with fresh optimizer moments", "75.0000%", "sparsity plan: dense"):
         assert said in out
-    assert out.count("layout: 1 ranks") == 2
+    assert out.count("layout: 1 rank =") == 2
 
 
 def test_stages_that_do_not_fit_are_refused(ask, staged):

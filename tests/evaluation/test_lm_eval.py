@@ -275,7 +275,7 @@ def test_every_rank_has_a_document(documents, limit, world, fit):
     if fit:
         prepare()
     else:
-        with pytest.raises(ValueError, match=r"the task it has 1 documents to share between 2 "):
+        with pytest.raises(ValueError, match=r"the task it has 1 document to share between 2 "):
             prepare()
 
 

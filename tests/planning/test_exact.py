@@ -185,7 +185,7 @@ def test_a_dry_run_that_fails_says_what_it_said(recipe, monkeypatch):
                                          "set engine=megatron"):
         dry_run(engine, Plan.of(r), [0])
     for rank in (-1, 1):
-        with pytest.raises(ValueError, match=f"rank {rank} is not in this layout of 1 ranks"):
+        with pytest.raises(ValueError, match=f"rank {rank} is not in this layout of 1 rank; "):
             dry_run(r, Plan.of(r), [rank])
 
 
