@@ -119,8 +119,8 @@ begin() { # ARGUMENT...: parses the arguments, and checks job, GPUs, head node a
     die "this shell is step $SLURM_STEP_ID of job $JOB (srun --pty) and holds its CPUs, so that ranks would wait for them for ever; submit with sbatch $ME, or start it in the shell that salloc opens"
   NODES=${SLURM_JOB_NUM_NODES:-1}
   TASKS=${SLURM_NTASKS:-$((NODES * ${SLURM_NTASKS_PER_NODE:-1}))} # --ntasks-per-node is a limit where both are given
-  [[ $SPDF_DEVICE = cpu || -z ${SLURMD_NODENAME:-} ]] || nvidia-smi -L >/dev/null 2>&1 || # salloc's shell may be on the login node
-    die "$(hostname) has no GPU (nvidia-smi -L finds none); ask for some with --gpus-per-node, or export SPDF_DEVICE=cpu to try things out"
+  [[ $SPDF_DEVICE = cpu || -z ${SLURMD_NODENAME:-} ]] || timeout 60 nvidia-smi -L >/dev/null 2>&1 || # salloc's shell may be on the login node
+    die "$(hostname) has no GPU (nvidia-smi -L finds none within 60 s); ask for some with --gpus-per-node, or export SPDF_DEVICE=cpu to try things out"
   [[ $SPDF_DEVICE != cpu ]] || export CUDA_VISIBLE_DEVICES=
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONUNBUFFERED=1
   network

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 # steps of salloc's shell and of sbatch's script, in slurm.h SLURM_INTERACTIVE_STEP and
 # SLURM_BATCH_SCRIPT
 SHELLS = ("4294967290", "4294967291")
+ANSWER_SECONDS = 60.0  # that scontrol has
 
 
 def is_task(env: Mapping[str, str] = os.environ) -> bool:
@@ -93,4 +94,9 @@ def tasks_per_node(text: str) -> list[int]:
 
 
 def _scontrol(*words: str) -> subprocess.CompletedProcess:
-    return subprocess.run(["scontrol", *words], capture_output=True, text=True, check=False)
+    command = ["scontrol", *words]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False,
+                              timeout=ANSWER_SECONDS)
+    except subprocess.TimeoutExpired:  # its controller is down, or busy
+        return subprocess.CompletedProcess(command, 1, "", f"no answer in {ANSWER_SECONDS:g} s")

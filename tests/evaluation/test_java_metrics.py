@@ -3,6 +3,7 @@ their answers. No Java runs here; figures are held by test_metrics.py where ther
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -53,6 +54,18 @@ def test_captions_are_tokenized_line_by_line_in_lower_case_without_punctuation(a
     assert stdin == "The pub, is here.\n\nIt's"
     with pytest.raises(Unavailable, match="gave 2 lines of 3"):
         java.ptb_tokenize(["a", "b", "c"])
+
+
+def test_a_java_that_does_not_answer_is_not_waited_for(monkeypatch, tmp_path):
+    (tmp_path / "java").write_text("#!/bin/sh\nexec sleep 30\n")
+    (tmp_path / "java").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(java, "ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(java, "coco", lambda name: SimpleNamespace(__file__="/coco/it.py"))
+    began = time.monotonic()
+    with pytest.raises(Unavailable, match="java gave no answer in 0.2 s; see with `java -version`"):
+        java.meteor(["a"], [["a"]])
+    assert time.monotonic() - began < 20
 
 
 def test_every_caption_is_held_against_its_own_references(monkeypatch):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 
 import pytest
 
+from megatron_spdf.resilience import slurm
 from megatron_spdf.resilience.slurm import (
     head_node,
     hosts_of_ranks,
@@ -84,6 +86,19 @@ def test_a_host_is_named_with_its_node():
 def test_tasks_per_node():
     assert tasks_per_node("8(x2),4") == [8, 8, 4]
     assert tasks_per_node("1") == [1]
+
+
+def test_a_controller_that_does_not_answer_is_not_waited_for(monkeypatch, tmp_path):
+    (tmp_path / "scontrol").write_text("#!/bin/sh\nexec sleep 30\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(slurm, "ANSWER_SECONDS", 0.2)
+    env = {"SLURM_STEP_NODELIST": "a[1-2]", "SLURM_STEP_TASKS_PER_NODE": "2,1"}
+    began = time.monotonic()
+    assert hosts_of_ranks(env) == {}
+    with pytest.raises(ValueError, match=r"the node list 'a\[1-2\]' \(no answer in 0.2 s\); exp"):
+        head_node(env)
+    assert time.monotonic() - began < 20
 
 
 def test_hosts_of_ranks(monkeypatch, tmp_path):

@@ -8,7 +8,8 @@ pytestmark = pytest.mark.slow
 
 REFUSED = {  # words, environment, what is said
     "no GPU": ([], {"SPDF_DEVICE": "gpu"},
-               "has no GPU (nvidia-smi -L finds none); ask for some with --gpus-per-node"),
+               "has no GPU (nvidia-smi -L finds none within 60 s); ask for some with "
+               "--gpus-per-node"),
     "no recipe": (["nowhere.yaml"], {}, "there is no recipe "),
     "world": (["recipe.yaml", "parallel.tensor=2", "output=r1"], {},
               "1 processes do not make up whole replicas"),

@@ -23,6 +23,7 @@ from megatron_spdf.evaluation.metrics.metric import (
 from megatron_spdf.files import write_file
 
 PACKAGE = "pycocoevalcap"
+ANSWER_SECONDS = 3600  # the largest test set takes a minute
 
 
 def coco(name: str) -> ModuleType:
@@ -100,8 +101,12 @@ def _java(*words: object, stdin: str = "") -> str:
     program = shutil.which("java")
     if program is None:
         raise Unavailable("needs Java, and there is no `java` in PATH")
-    done = subprocess.run([program, *map(str, words)], input=stdin.encode(), capture_output=True,
-                          check=False)
+    try:
+        done = subprocess.run([program, *map(str, words)], input=stdin.encode(),
+                              capture_output=True, check=False, timeout=ANSWER_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise Unavailable(f"java gave no answer in {ANSWER_SECONDS:,} s; see with `java -version` "
+                          "whether it works, and score what was decoded again") from None
     if done.returncode or not done.stdout:
         reason = done.stderr.decode(errors="replace").strip().splitlines() or ["no output"]
         raise Unavailable(f"java failed: {reason[0]}")
