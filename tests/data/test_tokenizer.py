@@ -241,21 +241,25 @@ def test_one_of_gpt2s_two_files_is_no_tokenizer(trained, name):
 
 @pytest.mark.parametrize("names", [("vocab.json", "merges.txt"), ("merges.txt",),
                                    ("tokenizer.json",)])
-def test_a_byte_order_mark_changes_no_tokenizer_and_is_not_kept(trained, tmp_path, names):
+@pytest.mark.parametrize("change", [lambda text: b"\xef\xbb\xbf" + text,
+                                    lambda text: text.replace(b"\n", b"\r\n")],
+                         ids=["byte order mark", "CR LF"])
+def test_byte_order_marks_and_ends_of_lines_change_no_tokenizer_and_are_not_kept(
+        trained, tmp_path, names, change):
     plain = load_tokenizer(trained / "bpe")
     kept = tmp_path / "plain"
     if names == ("tokenizer.json",):
         write_byte_tokenizer(tmp_path, ["<|endoftext|>"], "<|endoftext|>", "<|endoftext|>")
         plain = load_tokenizer(tmp_path / "tokenizer.json")
     plain.save(kept)
-    for name in names:
-        (kept / name).write_bytes(b"\xef\xbb\xbf" + (kept / name).read_bytes())
+    before = {name: (kept / name).read_bytes() for name in names}
+    for name, content in before.items():
+        (kept / name).write_bytes(change(content))
     marked = load_tokenizer(kept)
     assert marked.sha256 == plain.sha256
     assert marked.encode("a b\r\n") == plain.encode("a b\r\n")
     marked.save(tmp_path / "copy")
-    assert all(not (tmp_path / "copy" / name).read_bytes().startswith(b"\xef\xbb\xbf")
-               for name in names)
+    assert before == {name: (tmp_path / "copy" / name).read_bytes() for name in names}
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])

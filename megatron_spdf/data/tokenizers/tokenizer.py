@@ -130,6 +130,8 @@ def _richest(path: Path, candidates: list[tuple[type[Tokenizer], list[Path]]],
     made: dict[str, Tokenizer] = {}
     for kind, files in candidates:
         contents = [_content(file) for file in files]
+        if kind is not SentencePiece:  # lines of text, which a checkout may have ended with CR LF
+            contents = [content.replace(b"\r\n", b"\n") for content in contents]
         try:
             made[files[0].name] = _with_end(path, kind, contents, end)
         except ValueError:
