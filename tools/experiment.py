@@ -63,12 +63,13 @@ from megatron_spdf.runs.experiment import (
     render,
     results,
 )
-from megatron_spdf.runs.grid import Trial, command, ends_grid, run_all
+from megatron_spdf.runs.grid import Trial, command, ends_grid, require_launch, run_all
 from megatron_spdf.runs.known import Known
 from megatron_spdf.runs.loss_table import rows_of, write_table
 from megatron_spdf.runs.paired import difference_column, with_differences
 from megatron_spdf.runs.trunks import Run, with_trunks
 from megatron_spdf.runs.tuning import render_neighbors, tuned_cells
+from megatron_spdf.text import counted
 
 LOSSES, TRIED = "losses.csv", "tried.csv"
 
@@ -77,6 +78,8 @@ LOSSES, TRIED = "losses.csv", "tried.csv"
 def main() -> int:
     options = parse_arguments()
     experiment = chosen(load_experiment(options.experiment), options.only)
+    if not (options.print or options.report):
+        require_launch(options.launch)
     if options.page:
         place_on(options.page, options.experiment.stem)
         if experiment.finetune:
@@ -102,9 +105,10 @@ def main() -> int:
         print("\n".join(map(shlex.join, both.values())))
         return exit_codes.FINISHED
     check_ahead([(trial, own) for trial, own in planned if trial.output in commands])
-    count = len(both) - len(commands)
-    print(f"{len(planned)} runs, {len(commands)} to do"
-          + (f", and {count} fine-tunings and evaluations" if count else ""), flush=True)
+    more = counted(len(both) - len(commands), "fine-tuning or evaluation",
+                   "fine-tunings and evaluations")
+    print(f"{counted(len(planned), 'run')}, {len(commands)} to do"
+          + (f", and {more}" if len(both) > len(commands) else ""), flush=True)
     chains: dict[Path, list[Path]] = {}
     for output in runs:  # a trunk comes before its branches
         own = [*([output] if output in commands else []), *later.get(output, {})]
@@ -194,7 +198,7 @@ def tune(experiment: Experiment, options: argparse.Namespace,
             return exit_codes.FINISHED
         check_ahead([(trial, point.recipes[seed]) for cell in grid for point in cell.seen
                      for seed, trial in point.trials.items() if trial in left])
-        print(f"{len(commands)} runs to do in this round", flush=True)
+        print(f"{counted(len(commands), 'run')} to do in this round", flush=True)
         if code := ends_grid(run_all(commands, options.jobs, until=options.until)):
             return code
         tried |= commands.keys()
@@ -269,8 +273,8 @@ def report(grid: list[Cell], rows: list[dict[str, Any]], experiment: Experiment,
         write_into(options.page, options.experiment.stem, table)
     missing = sum(row["missing"] for row in rows)
     if missing:
-        print(f"error: {missing} runs have no loss at their end: not begun, unfinished, or not "
-              "finite", file=sys.stderr)
+        print(f"error: {counted(missing, 'run')} without a loss at the end: not begun, "
+              "unfinished, or not finite", file=sys.stderr)
     return exit_codes.GUARD_STOPPED if missing and not options.report else exit_codes.FINISHED
 
 

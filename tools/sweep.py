@@ -26,8 +26,9 @@ from megatron_spdf.command_line import hear_interrupts, make_parser, print_words
 from megatron_spdf.files import require_directory, write_json
 from megatron_spdf.recipe.finetune import Finetune, load_finetune
 from megatron_spdf.recipe.words import add_overrides, first_given, overruled_by
-from megatron_spdf.runs.grid import Trial, command, ends_grid, run_all
+from megatron_spdf.runs.grid import Trial, command, ends_grid, require_launch, run_all
 from megatron_spdf.runs.selection import render, result_of, select, trials
+from megatron_spdf.text import counted
 
 
 @refusing
@@ -35,6 +36,8 @@ def main() -> int:
     options = parse_arguments()
     finetune = load_finetune(options.recipe, options.overrides)
     chosen = trials(finetune)
+    if not (options.print or options.words or options.select):
+        require_launch(options.launch)
     if both := first_given(options.overrides, finetune.sweep):
         raise ValueError(f"{both}: every run of the sweep has a value of its own; leave this word "
                          f"out, or change its values with 'sweep={{{both}: [...]}}'")
@@ -42,8 +45,9 @@ def main() -> int:
         load_finetune(options.recipe, [*options.overrides, *trial.words])
     if options.index is not None:
         if not 0 <= options.index < len(chosen):
-            raise ValueError(f"--index {options.index}: the sweep has {len(chosen)} runs, 0 to "
-                             f"{len(chosen) - 1} (sbatch --array=0-{len(chosen) - 1})")
+            raise ValueError(f"--index {options.index}: the sweep has "
+                             f"{counted(len(chosen), 'run')}, 0 to {len(chosen) - 1} "
+                             f"(sbatch --array=0-{len(chosen) - 1})")
         chosen = [chosen[options.index]]
     if options.words:
         print_words(word for trial in chosen

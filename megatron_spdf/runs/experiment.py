@@ -28,6 +28,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Annotated, Any
@@ -43,7 +44,7 @@ from megatron_spdf.records.yaml_reader import read_yaml
 from megatron_spdf.runs.budget import sized
 from megatron_spdf.runs.downstream import Downstream
 from megatron_spdf.runs.grid import Trial, combinations, labeled_axes
-from megatron_spdf.runs.measured import LOG, Evaluated, read_run
+from megatron_spdf.runs.measured import LOG, Evaluated, Versions, read_run, versions_of
 from megatron_spdf.schedule.stages import mean_flops, stages_of
 from megatron_spdf.section import PathText, Section
 from megatron_spdf.tables import Column, Table
@@ -283,16 +284,30 @@ def end_of(trial: Trial, recipe: Recipe) -> Evaluated | None:
     """
     if not (trial.output / LOG).is_file():
         return None
-    try:
-        run = read_run(trial.output)
-    except ValueError:  # not a step yet
+    found = _end_there(trial.output, versions_of(trial.output))
+    if found is None:
         return None
-    changes = changes_of_run(run.recipe, recipe)
+    there, ended = found
+    changes = changes_of_run(there, recipe)
     if changes:
         raise ValueError(f"{trial.output} holds another recipe's run: {'; '.join(changes)}. Choose "
                          "another output, or remove it")
+    return ended
+
+
+@cache  # a grid is asked for the ends of its runs again and again, and a log is long
+def _end_there(output: Path, versions: Versions) -> tuple[Recipe, Evaluated | None] | None:
+    """Recipe and end of the run in a directory; None: there is not a step yet.
+
+    Args:
+        versions: of its files, for which what was found holds.
+    """
+    try:
+        run = read_run(output)
+    except ValueError:
+        return None
     ended = [r for r in run.valid if r["step"] == run.recipe.steps]
-    return ended[-1] if ended and ended[-1]["loss"] is not None else None
+    return run.recipe, ended[-1] if ended and ended[-1]["loss"] is not None else None
 
 
 def results(grid: list[Cell]) -> list[dict[str, Any]]:

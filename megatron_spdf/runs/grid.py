@@ -10,6 +10,7 @@ import itertools
 import math
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -157,6 +158,19 @@ def labeled(axis: str, pairs: Iterable[tuple[Any, Any]]) -> dict[str, Any]:
                              "label")
         found[str(label)] = given
     return found
+
+
+def require_launch(launch: str) -> None:
+    """Raises ValueError where no program of that name is here to start a script."""
+    try:
+        words = shlex.split(launch or sys.executable)
+    except ValueError as error:
+        raise ValueError(f"--launch {launch!r} is no command ({error}); quote it as for a "
+                         "shell") from None
+    if not words or not shutil.which(words[0]):
+        raise ValueError(f"--launch {launch!r} begins with no program that is here; name one in "
+                         "PATH or by its path, then its options, as --launch 'torchrun "
+                         "--nproc-per-node 8'")
 
 
 def command(launch: str, script: str, recipe: str | Path, overrides: Sequence[str],

@@ -16,11 +16,13 @@ from megatron_spdf.records.json_reader import json_lines, read_json
 from megatron_spdf.records.values import typed
 from megatron_spdf.records.yaml_reader import read_yaml
 from megatron_spdf.sparsity.plan import Plan
+from megatron_spdf.text import counted
 
 RECIPE, LOG, MICRO_BATCHES = "recipe.yaml", "log.jsonl", "micro_batch.json"
 DAMAGED = "the log is damaged, take it out of the comparison or mend that line"
 Whole = Annotated[int, Field(ge=0)]
 Figure = Annotated[float, Field(ge=0.0)]
+Versions = tuple[tuple[int, int, int] | None, ...]  # inode, size, time of change in nanoseconds
 
 
 class Record(TypedDict):
@@ -137,6 +139,15 @@ def read_run(directory: str | Path) -> MeasuredRun:
                        next(iter(of_kind(records, "bytes")), {}), notes)
 
 
+def versions_of(directory: Path) -> Versions:
+    """What tells of each file that `read_run` reads whether it has changed; None: not there."""
+    def version(file: Path) -> tuple[int, int, int] | None:
+        found = file.stat() if file.is_file() else None
+        return found and (found.st_ino, found.st_size, found.st_mtime_ns)
+
+    return tuple(version(directory / name) for name in (RECIPE, LOG, MICRO_BATCHES))
+
+
 def _with_micro_batch(recipe: Recipe, directory: Path) -> Recipe:
     """Replaces a micro-batch `auto` by the one that the run chose last."""
     if recipe.train.micro_batch != AUTO:
@@ -195,6 +206,6 @@ def finite_losses(records: list[Evaluated]) -> list[Evaluated]:
 def _not_finite(records: list[Record], log: Path) -> list[str]:
     lost = {kind: [r["step"] for r in of_kind(records, kind) if r["loss"] is None]
             for kind in ("train", "valid")}
-    return [f"{log}: {len(steps)} {kind} record{'s' * (len(steps) != 1)} without a finite loss "
+    return [f"{log}: {counted(len(steps), f'{kind} record')} without a finite loss "
             f"{'are' if len(steps) != 1 else 'is'} left out, the first at step {steps[0]:,}"
             for kind, steps in lost.items() if steps]

@@ -18,6 +18,7 @@ from warm_commands import run_warm
 from megatron_spdf.data.pretraining import corpus
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.reports.score_table import read_scores
+from megatron_spdf.runs import experiment
 from megatron_spdf.runs.experiment import (
     cells,
     end_of,
@@ -26,6 +27,7 @@ from megatron_spdf.runs.experiment import (
     results,
     summary,
 )
+from megatron_spdf.runs.measured import read_run
 from megatron_spdf.schedule.stages import mean_flops, stages_of
 from megatron_spdf.training import teacher
 
@@ -226,6 +228,42 @@ def test_inputs_of_all_runs_are_looked_at_before_the_first(grid, monkeypatch):
         assert looked[2:] == [["there"], ["more"]]
 
 
+def test_a_launcher_that_is_not_here_is_refused_before_anything_is_looked_at(
+        grid, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tool, "check_ahead", lambda planned: pytest.fail("data are looked at"))
+    path = grid(seeds=[1])
+    for tune in ({}, {"tune": {"optimizer.lr": 2}}):
+        path.write_text(path.read_text() + yaml.safe_dump(tune) * bool(tune))
+        monkeypatch.setattr(sys, "argv", ["experiment.py", str(path), "--launch",
+                                          "nowhere/run -n 2"])
+        assert tool.main() == 2
+        assert "--launch 'nowhere/run -n 2' begins with no program" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+        monkeypatch.setattr(sys, "argv", [*sys.argv, "--print"])  # for another machine
+        assert tool.main() == 0 and "\nnowhere/run -n 2" in f"\n{capsys.readouterr().out}"
+
+
+def test_a_log_is_read_once_as_long_as_it_stays(grid, monkeypatch):
+    read = []
+    monkeypatch.setattr(experiment, "read_run", lambda path: read.append(path) or read_run(path))
+    _, (cell, *_) = grid_of(grid(seeds=[1, 2]))
+    trial = cell.trials[1]
+    assert cell.loss(1) is None and not read
+    finish(trial, cell.recipes[1], 2.0)
+    assert [cell.loss(1), cell.ended(1)["loss"], results([cell])[0]["losses"]] == [2.0, 2.0,
+                                                                                  {1: 2.0}]
+    assert read == [trial.output]
+    with open(trial.output / "log.jsonl", "a") as log:
+        log.write(json.dumps({"kind": "valid", "step": cell.recipes[1].steps, "loss": 1.5}) + "\n")
+    assert [cell.loss(1), cell.loss(1)] == [1.5, 1.5] and len(read) == 2
+    other = yaml.safe_dump({**cell.recipes[1].model_dump(), "seed": 7})
+    (trial.output / "recipe.yaml").write_text(other)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="holds another recipe's run: seed is 7 there"):
+            cell.loss(1)
+    assert len(read) == 3
+
+
 @pytest.mark.slow
 def test_a_grid_is_run_reported_and_not_run_again(grid, tmp_path):
     text = Path(argparse.__file__).read_text()
@@ -245,7 +283,7 @@ def test_a_grid_is_run_reported_and_not_run_again(grid, tmp_path):
         return done.stdout
 
     assert len(run("--print").splitlines()) == 2
-    assert "1 runs, 1 to do" in run("--only", "sparsity=0.75")
+    assert "1 run, 1 to do" in run("--only", "sparsity=0.75")
     assert "2 runs, 1 to do" in run()  # only the other
     assert "2 runs, 0 to do" in run()
     cells_there = json.loads((tmp_path / "out/results.json").read_text())["cells"]
@@ -279,11 +317,11 @@ def _fine_tune(path: Path, place: Path, run) -> None:
         "recipe": "tune.yaml", "axes": {"mode": ["sparse"]},
         "decoding": {"beams": 2, "max_new_tokens": 4}}}))
     only = ("--only", "sparsity=0.75")
-    assert "1 runs, 0 to do, and 2 fine-tunings and evaluations" in run(*only)
+    assert "1 run, 0 to do, and 2 fine-tunings and evaluations" in run(*only)
     (row,) = read_scores(place / "out/scores.csv")
     assert row.labels == {"sparsity": "0.75", "mode": "sparse"} and row.seed == 1
     before = json.loads((place / "out/results.json").read_text())["cells"][0]
     assert row.pretraining_loss == before["mean"]
     assert row.pretraining_flops == pytest.approx(before["flops"]) and row.fine_tuning_flops > 0
     assert row.scores.keys() >= {"BLEU", "perplexity"} and row.scores["perplexity"] > 1.0
-    assert "1 runs, 0 to do\n" in run(*only)
+    assert "1 run, 0 to do\n" in run(*only)

@@ -4,6 +4,7 @@ environment and output, and which exit codes end it."""
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from megatron_spdf.runs.grid import (
     directory_name,
     ends_grid,
     refuse_control_characters,
+    require_launch,
     run_all,
 )
 
@@ -86,6 +88,17 @@ def test_a_command_is_of_this_python_or_of_the_launcher():
                                                                            *words]
     assert command("srun -n '2 3'", "finetune.py", "r.yaml", ["log.every=1"], trial) == [
         "srun", "-n", "2 3", *words]
+
+
+@pytest.mark.parametrize(("launch", "said"), [
+    ("torchrunn --nproc-per-node 8", "begins with no program that is here; name one in PATH"),
+    ("~/bin/torchrun", "begins with no program that is here"), (" ", "begins with no program"),
+    ("/tmp", "begins with no program"), ("sh -c 'x", "is no command .No closing quot")])
+def test_a_launcher_that_is_not_here_is_refused(launch, said):
+    with pytest.raises(ValueError, match=f"^--launch {re.escape(repr(launch))} {said}"):
+        require_launch(launch)
+    for there in ("", "sh", "/bin/sh -c 'a b'", f"{sys.executable} -W ignore"):
+        require_launch(there)
 
 
 @pytest.fixture

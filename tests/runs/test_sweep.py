@@ -59,10 +59,9 @@ def sweep(tmp_path, recipe):
 
     def run(values: str, *words: str) -> subprocess.CompletedProcess:
         (tmp_path / "recipe.yaml").write_text(RECIPE.format(output=tmp_path / "out", sweep=values))
-        return subprocess.run([sys.executable, str(ROOT / "tools/sweep.py"), "recipe.yaml", *words,
-                               "--launch",
-                               f"{sys.executable} stub.py"], cwd=tmp_path, capture_output=True,
-                              text=True, check=False)
+        return subprocess.run([sys.executable, str(ROOT / "tools/sweep.py"), "recipe.yaml",
+                               "--launch", f"{sys.executable} stub.py", *words], cwd=tmp_path,
+                              capture_output=True, text=True, check=False)
     return run
 
 
@@ -144,6 +143,8 @@ def test_a_run_that_diverges_loses_and_one_that_is_stopped_stops_the_sweep(sweep
     ("{train.sequence_length: [8, 64]}", [], "train.sequence_length=64"),
     ("{data.path: [data, missing]}", [], "data.path=missing: "),
     (TWO_BY_TWO, ["optimizer.lr=1"], "optimizer.lr: every run of the sweep has a value of its own"),
+    (TWO_BY_TWO, ["--launch", "nowhere/torchrun"], "--launch 'nowhere/torchrun' begins with no"),
+    ("{optimizer.lr: [1e-4]}", ["--index", "1"], "the sweep has 1 run, 0 to 0"),
     ("{mode: [dense, sparse]}", [], "mode=sparse: mode=sparse keeps the mask of the start"),
 ])
 def test_bad_sweep_is_refused_before_anything_runs(sweep, tmp_path, values, words, said):
