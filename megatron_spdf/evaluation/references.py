@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_spdf.data.finetuning.task import TASKS, Example, Task, load_examples
 from megatron_spdf.files import write_file
+from megatron_spdf.paths import same_file
 from megatron_spdf.text import in_one_line, lines_of
 
 
@@ -68,7 +69,8 @@ def read_references(task: str, paths: Sequence[Path], split: str = "test") -> Re
         split: of the task's data.
 
     Raises:
-        ValueError: files cannot be read, have different numbers of lines, or have no reference;
+        ValueError: files cannot be read, have different numbers of lines, are named twice, or have
+            no reference;
             an input of a text file has none.
         FileNotFoundError: nothing is at a path.
     """
@@ -105,8 +107,11 @@ def _one_or_many(path: Path) -> tuple[tuple[str, ...], ...]:
 
 
 def _parallel(paths: Sequence[Path]) -> tuple[tuple[str, ...], ...]:
+    if twice := same_file([*paths]):
+        raise ValueError(f"the references {' and '.join(map(str, twice))} are one file; name each "
+                         "once")
     columns = [read_predictions(path) for path in paths]
-    counts = {path.name: len(column) for path, column in zip(paths, columns, strict=True)}
+    counts = {str(path): len(column) for path, column in zip(paths, columns, strict=True)}
     if len(set(counts.values())) > 1:
         raise ValueError(f"the reference files have different numbers of lines: {counts}")
     return tuple(tuple(filter(None, texts)) for texts in zip(*columns, strict=True))

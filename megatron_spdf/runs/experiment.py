@@ -44,7 +44,7 @@ from megatron_spdf.records.yaml_reader import read_yaml
 from megatron_spdf.runs.budget import sized
 from megatron_spdf.runs.downstream import Downstream
 from megatron_spdf.runs.grid import Trial, combinations, labeled_axes
-from megatron_spdf.runs.measured import LOG, Evaluated, Versions, read_run, versions_of
+from megatron_spdf.runs.measured import LOG, Evaluated, NotBegun, Versions, read_run, versions_of
 from megatron_spdf.schedule.stages import mean_flops, stages_of
 from megatron_spdf.section import PathText, Section
 from megatron_spdf.tables import Column, Table
@@ -280,7 +280,7 @@ def end_of(trial: Trial, recipe: Recipe) -> Evaluated | None:
     finite.
 
     Raises:
-        ValueError: the directory holds another recipe's run.
+        ValueError: the directory holds another recipe's run, or a damaged log.
     """
     if not (trial.output / LOG).is_file():
         return None
@@ -304,7 +304,7 @@ def _end_there(output: Path, versions: Versions) -> tuple[Recipe, Evaluated | No
     """
     try:
         run = read_run(output)
-    except ValueError:
+    except NotBegun:
         return None
     ended = [r for r in run.valid if r["step"] == run.recipe.steps]
     return run.recipe, ended[-1] if ended and ended[-1]["loss"] is not None else None

@@ -35,7 +35,7 @@ class Record(TypedDict):
 class Evaluated(Record):
     """Evaluation, in nats per token; None: the loss is not finite."""
 
-    loss: float | None
+    loss: Figure | None
     standard_error: NotRequired[Figure]
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -241,6 +242,20 @@ def test_a_launcher_that_is_not_here_is_refused_before_anything_is_looked_at(
         assert not (tmp_path / "out").exists()
         monkeypatch.setattr(sys, "argv", [*sys.argv, "--print"])  # for another machine
         assert tool.main() == 0 and "\nnowhere/run -n 2" in f"\n{capsys.readouterr().out}"
+
+
+@pytest.mark.parametrize(("loss", "said"), [
+    ('"loss": -3.0', "loss=-3.0: input should be greater than or equal to 0"),
+    ('"loss": 3.0, "loss": 2.0', "'loss' is given"), ('"loss": "2.0"', "loss='2.0'")])
+def test_a_log_that_is_damaged_is_not_taken_for_a_run_that_has_not_begun(grid, loss, said):
+    _, (cell, *_) = grid_of(grid(seeds=[1]))
+    finish(cell.trials[1], cell.recipes[1])
+    assert cell.loss(1) is None
+    log = cell.trials[1].output / "log.jsonl"
+    with open(log, "a") as file:
+        file.write(f'{{"kind": "valid", "step": {cell.recipes[1].steps}, {loss}}}\n')
+    with pytest.raises(ValueError, match=rf"{re.escape(str(log))}, line 2.*{said}"):
+        cell.loss(1)
 
 
 def test_a_log_is_read_once_as_long_as_it_stays(grid, monkeypatch):
