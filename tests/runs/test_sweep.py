@@ -59,9 +59,9 @@ def sweep(tmp_path, recipe):
 
     def run(values: str, *words: str) -> subprocess.CompletedProcess:
         (tmp_path / "recipe.yaml").write_text(RECIPE.format(output=tmp_path / "out", sweep=values))
-        return subprocess.run([sys.executable, str(ROOT / "tools/sweep.py"), "recipe.yaml",
-                               "--launch", f"{sys.executable} stub.py", *words], cwd=tmp_path,
-                              capture_output=True, text=True, check=False)
+        launch = [] if "--launch" in words else ["--launch", f"{sys.executable} stub.py"]
+        return subprocess.run([sys.executable, str(ROOT / "tools/sweep.py"), "recipe.yaml", *launch,
+                               *words], cwd=tmp_path, capture_output=True, text=True, check=False)
     return run
 
 
