@@ -88,3 +88,19 @@ def test_a_prediction_is_of_its_cell_and_its_form_and_is_read_as_it_was_written(
     same = {"predicted": 1.0, "low": 1.0, "high": 1.0}
     assert [row.model_copy(update=same) for row in again] == [
         row.model_copy(update=same) for row in found]
+
+
+def test_a_cell_is_asked_for_if_any_of_the_hold_outs_names_it(grid, monkeypatch):
+    path = grid(axes=AXES, recipe=LONG, hold_out=[{"size": "l", "masks": "75%"},
+                                                  {"masks": "dense"}])
+    experiment, names = load_experiment(path), set()
+
+    def fit(points, *settings, held_out, **others):
+        names.update(point.name for point in held_out)
+        return SimpleNamespace(predictions=[SimpleNamespace(predicted=3.0, low=2.0, high=4.0)
+                                            for _ in held_out])
+
+    monkeypatch.setattr(held_out, "fit_law", fit)
+    monkeypatch.setattr(held_out, "shortcomings", lambda points, form: [])
+    predict(cells(experiment, path, []), experiment, [], 5, 7)
+    assert names == {"size=l,masks=75%", "size=l,masks=dense", "size=s,masks=dense"}

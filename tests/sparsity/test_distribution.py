@@ -44,6 +44,15 @@ def test_as_many_are_active_as_with_one_level(recipe, sections, level):
     assert abs(uniform - erk) < model.slices  # slices of a weight have as many active entries
 
 
+def test_weights_that_the_slices_do_not_divide_have_as_many_active_entries_as_uniform_ones():
+    """Each of them is one slice, so that no remainder is left."""
+    weights = [Weight(str(rows), (rows, 33), 0, 0, linear=True) for rows in (9, 15, 27, 63)]
+    uniform, erk = (make_plan(Sparsity(level=0.75, distribution=how), weights, 4)
+                    for how in ("uniform", "erk"))
+    assert {w.slices for w in erk.weights.values()} == {1}
+    assert erk.active == uniform.active == sum(round(0.25 * w.numel) for w in weights)
+
+
 def test_what_would_be_over_dense_is_dense_and_others_share_the_rest():
     """Solved by hand: 4 x 4, 4 x 100 and 100 x 100 at density 0.2 of 10,416 entries. The small
     ones have raw scores 0.5 and 0.26, the large one 0.02."""
