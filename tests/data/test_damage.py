@@ -154,9 +154,14 @@ def test_many_skipped_lines_are_counted_and_the_first_listed(tmp_path, tiny_bpe)
 
 
 def test_the_checksum_of_a_source_is_that_of_the_file_damaged_or_not(tmp_path):
+    """Of megabytes behind the damage too, which decompression does not come to."""
     import hashlib
 
-    for damage in (lambda path: write_shard(path, records(COUNT)), cut(0.5), flip):
+    def early(path: Path) -> None:
+        flip(path)
+        path.write_bytes(path.read_bytes() + bytes(range(256)) * 2**14)
+
+    for damage in (lambda path: write_shard(path, records(COUNT)), cut(0.5), flip, early):
         damage(tmp_path / "x.jsonl.zst")
         report = ReadReport()
         list(read_records(tmp_path / "x.jsonl.zst", "skip", report))
