@@ -146,6 +146,11 @@ def test_other_models_are_refused(saved, tmp_path):
                              r"recipe"):
         MegatronReader(saved, SHAPE.model_copy(update={"vocab_size": 500}))
     with pytest.raises(ValueError,
+                       match=r"word_embeddings.weight is \(384, 16\) there and \(259, 12\) in the "
+                             r"recipe"):
+        MegatronReader(rewrite(saved, tmp_path / "wider", **{EMBEDDING: torch.ones(384, 16)}),
+                       SHAPE)
+    with pytest.raises(ValueError,
                        match="has decoder.layers.self_attention.q_layernorm.weight, which"):
         MegatronReader(rewrite(saved, tmp_path / "more", **{
             "decoder.layers.self_attention.q_layernorm.weight": torch.ones(2, 4)}), SHAPE)

@@ -195,7 +195,8 @@ NEWS = Example("LONDON (Reuters) -- A star is 18 . \u201cHe said so.\u201d",
 
 def test_stories_of_cnn_are_the_csv_files(tmp_path):
     """A csv of Hugging Face has what See's script makes of a story."""
-    article, highlights = NEWS.context, NEWS.references[0].replace(" . ", " .\n")
+    article, highlights = NEWS.context, NEWS.references[0].replace(" . ", " .\n \n")
+    assert "\n" in highlights
     (tmp_path / "test.csv").write_text(f'id,article,highlights\nabc,"{article}","{highlights}"\n'
                                        'def,," "\n')
     (found,) = load_examples("cnn_dailymail", tmp_path, "test")

@@ -181,6 +181,19 @@ def test_skipped_steps_moves_and_saves_are_said(recipe):
         "could NOT save a: full; the checkpoints before it are untouched"]
 
 
+def test_a_border_is_reported_where_entries_of_any_weight_died_or_were_born(recipe):
+    report = report_of(recipe, 0, 5, stages=[], sparsity={"level": 0.75})
+    weights = report.stage.plan.weights
+    unchanged = {name: Change(0, w.active, w.active) for name, w in weights.items()}
+    report.crossed(unchanged)
+    assert report.log.said == [] and "mask" not in report.log.records
+    name, last = list(weights.items())[-1]
+    report.crossed(unchanged | {name: Change(7, last.active, last.active)})
+    assert report.log.records["mask"]["moved"] == 7
+    assert report.log.said == [
+        f"step 5: static masks 7 of {report.stage.plan.active:,} entries from here on"]
+
+
 def test_bytes_are_those_that_rank_0_holds_and_sends(recipe):
     report = report_of(recipe, 0, 1)
     report.engine.state_bytes = lambda: {"parameters": 2**20, "gradients": 3 * 2**19}
