@@ -237,6 +237,12 @@ def truncate(checkpoint: Path) -> str:
     return "weights.distcp has 1023 bytes instead of 1024"
 
 
+def append(checkpoint: Path) -> str:
+    path = checkpoint / "weights.distcp"
+    path.write_bytes(path.read_bytes() + b"x")
+    return "weights.distcp has 1025 bytes instead of 1024"
+
+
 def flip_a_byte(checkpoint: Path) -> str:
     path = checkpoint / "weights.distcp"
     content = bytearray(path.read_bytes())
@@ -296,11 +302,12 @@ def test_twenty_faults_are_named_and_others_counted(checkpoint, count, more):
     assert f"is damaged: {named}{more}. Remove it" in str(damage.value)
 
 
-def test_sizes_alone_find_truncation_but_not_a_flipped_bit(checkpoint):
+@pytest.mark.parametrize("damage", [truncate, append])
+def test_sizes_alone_find_another_size_but_not_a_flipped_bit(checkpoint, damage):
     flip_a_byte(checkpoint)
     store.verify(checkpoint, checksums=False)
-    truncate(checkpoint)
-    with pytest.raises(store.DamagedCheckpoint):
+    fault = damage(checkpoint)
+    with pytest.raises(store.DamagedCheckpoint, match=fault):
         store.verify(checkpoint, checksums=False)
 
 
