@@ -85,8 +85,8 @@ def main() -> int:
         if experiment.finetune:
             place_on(options.page, f"scores of {options.experiment.stem}")
     if options.known and experiment.finetune:
-        raise ValueError(f"--known {options.known}: fine-tuning begins with the checkpoints of the "
-                         "runs, which a table does not have; leave it out")
+        raise ValueError(f"--known {options.known[0]}: fine-tuning begins with the checkpoints of "
+                         "the runs, which a table does not have; leave it out")
     known = Known(options.known) if options.known else nothing_known
     if experiment.tune:
         return tune(experiment, options, known)
@@ -307,9 +307,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--page", type=Path, metavar="FILE",
                         help="also write the tables into this Markdown page, between <!-- NAME --> "
                              "and <!-- end of NAME -->, NAME being that of the grid's file")
-    parser.add_argument("--known", type=Path, metavar="TABLE",
+    parser.add_argument("--known", type=Path, action="append", default=[], metavar="TABLE",
                         help="losses.csv or tried.csv of the same grid, from another machine or "
-                             "docs/results: its runs are not made again")
+                             "docs/results: its runs are not made again; may be repeated")
     parser.add_argument("--minutes", type=positive_real, metavar="M",
                         help="after which what runs saves and ends, and nothing more is begun; the "
                              "same command goes on (default: no bound)")

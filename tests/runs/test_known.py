@@ -44,7 +44,7 @@ def run_tool(monkeypatch, *words) -> int:
 def test_a_table_says_what_the_run_directories_said(elsewhere, capsys, monkeypatch):
     path, told, table = elsewhere
     experiment = load_experiment(path)
-    assert results(cells(experiment, path, [], Known(table))) == told
+    assert results(cells(experiment, path, [], Known([table]))) == told
     assert run_tool(monkeypatch, path, "--report", "--known", table) == 0
     assert read_table(Path(experiment.output) / "losses.csv") == read_table(table)
     assert run_tool(monkeypatch, path, "--print", "--known", table) == 0
@@ -64,7 +64,7 @@ def test_what_a_table_lacks_is_run(elsewhere, capsys, monkeypatch):
 
 def test_a_run_directory_comes_before_the_table(elsewhere):
     path, _, table = elsewhere
-    cell = cells(load_experiment(path), path, [], Known(table))[0]
+    cell = cells(load_experiment(path), path, [], Known([table]))[0]
     finish(cell.trials[1], cell.recipes[1], 9.0)
     assert (cell.loss(1), cell.loss(2)) == (9.0, 2.0 + 2 / 7)
 
@@ -73,7 +73,7 @@ def test_a_standard_error_is_known_too(elsewhere):
     path, _, table = elsewhere
     rows = read_table(table)
     write_table(table, [rows[0].model_copy(update={"standard_error": 0.25}), *rows[1:]])
-    first = cells(load_experiment(path), path, [], Known(table))[0]
+    first = cells(load_experiment(path), path, [], Known([table]))[0]
     assert first.ended(1)["standard_error"] == 0.25 and "standard_error" not in first.ended(2)
 
 
@@ -84,15 +84,29 @@ def test_a_table_of_another_grid_is_refused(elsewhere, name):
     other = rows[0].model_copy(update={name: getattr(rows[0], name) * 2})
     write_table(table, [other, *rows[1:]])
     with pytest.raises(ValueError, match=f"width=32, sparsity=0, seed=1 has {name} .* of another"):
-        cells(load_experiment(path), path, [], Known(table))
+        cells(load_experiment(path), path, [], Known([table]))
 
 
 def test_a_run_with_two_losses_is_refused(elsewhere):
     _, _, table = elsewhere
     rows = read_table(table)
     write_table(table, [*rows, rows[3].model_copy(update={"loss": 1.5})])
-    with pytest.raises(ValueError, match="width=32, sparsity=0.75, seed=2 twice"):
-        Known(table)
+    with pytest.raises(ValueError, match="width=32, sparsity=0.75, seed=2, which is in .*losses"):
+        Known([table])
+    write_table(table, rows)
+    write_table(other := table.with_name("other.csv"), rows[3:4])
+    with pytest.raises(ValueError, match="other.csv has width=32, .* which is in .*losses.csv al"):
+        Known([table, other])
+
+
+def test_tables_are_taken_together(elsewhere, capsys, monkeypatch):
+    path, told, table = elsewhere
+    rows = read_table(table)
+    write_table(table, rows[:5])
+    write_table(other := table.with_name("other.csv"), rows[5:])
+    assert results(cells(load_experiment(path), path, [], Known([table, other]))) == told
+    assert run_tool(monkeypatch, path, "--print", "--known", table, "--known", other) == 0
+    assert "pretrain.py" not in capsys.readouterr().out
 
 
 def test_a_search_goes_on_with_what_another_machine_tried(grid, tmp_path):
@@ -113,7 +127,7 @@ def test_a_search_goes_on_with_what_another_machine_tried(grid, tmp_path):
     wanted = [[t.output for t in cell.left(())] for cell in there]
     assert all(wanted)
     shutil.rmtree(experiment.output)
-    here = grown(Known(tmp_path / "tried.csv"))
+    here = grown(Known([tmp_path / "tried.csv"]))
     assert [[t.output for t in cell.left(())] for cell in here] == wanted
     assert [t.output for cell in grown() for t in cell.left(())] != sum(wanted, [])
 
