@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -18,16 +19,38 @@ from megatron_spdf.text import first_line
 JOIN_SECONDS = 600  # that ranks of an evaluation wait for the last to come
 SHARE_SECONDS = 21_600  # that ranks wait for the slowest one's share of an evaluation
 
-def init_distributed(ranks: Ranks, recipe: Recipe) -> torch.device:
-    """Joins all ranks of the run, checks that each is there, and makes Megatron-Core's process
-    groups.
+@dataclass(frozen=True)
+class Joined:
+    """A rank that has met all others.
 
-    Args:
+    Attributes:
         ranks: this process among all.
-        recipe: gives the layout and the timeouts.
+        device: of this rank.
+        store: shared by all ranks.
+    """
+
+    ranks: Ranks
+    device: torch.device
+    store: dist.Store
+
+
+def init_distributed(ranks: Ranks, recipe: Recipe) -> torch.device:
+    """Joins all ranks of the run and makes their process groups, see `join` and `init_groups`.
 
     Returns:
         The device of this rank.
+    """
+    joined = join(ranks, recipe)
+    init_groups(joined, recipe)
+    return joined.device
+
+
+def join(ranks: Ranks, recipe: Recipe) -> Joined:
+    """Joins all ranks of the run and checks that each is there.
+
+    Args:
+        ranks: this process among all.
+        recipe: gives the timeouts.
 
     Raises:
         ValueError: more local ranks than GPUs, no way to find the head node, its port is taken, or
@@ -38,22 +61,25 @@ def init_distributed(ranks: Ranks, recipe: Recipe) -> torch.device:
     # Megatron-Core overlaps traffic with compute by the order of launches
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     device = _device(ranks)
-    timeout = timedelta(seconds=recipe.parallel.timeout)
-    join_seconds = recipe.fault_tolerance.join_seconds
-    backend = "nccl" if device.type == "cuda" else "gloo"
     if ranks.world == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1,
-                                timeout=timeout)
-    else:
-        store = _rendezvous(ranks, join_seconds)
-        said = startup_check.check_in(ranks.rank, ranks.world, dist.PrefixStore("health", store),
-                                      device, join_seconds)
-        if ranks.rank == 0:
-            print(said, flush=True)
-        dist.init_process_group(backend, store=dist.PrefixStore("groups", store), rank=ranks.rank,
-                                world_size=ranks.world, timeout=timeout)
+        return Joined(ranks, device, dist.HashStore())
+    join_seconds = recipe.fault_tolerance.join_seconds
+    store = _rendezvous(ranks, join_seconds)
+    said = startup_check.check_in(ranks.rank, ranks.world, dist.PrefixStore("health", store),
+                                  device, join_seconds)
+    if ranks.rank == 0:
+        print(said, flush=True)
+    return Joined(ranks, device, store)
+
+
+def init_groups(joined: Joined, recipe: Recipe) -> None:
+    """Makes the process groups of joined ranks, those of Megatron-Core for the layout of the recipe
+    among them."""
+    dist.init_process_group("nccl" if joined.device.type == "cuda" else "gloo",
+                            store=dist.PrefixStore("groups", joined.store), rank=joined.ranks.rank,
+                            world_size=joined.ranks.world,
+                            timeout=timedelta(seconds=recipe.parallel.timeout))
     set_up_groups(recipe)
-    return device
 
 
 def _rendezvous(ranks: Ranks, seconds: float) -> dist.Store:

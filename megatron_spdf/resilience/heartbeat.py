@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Annotated, NamedTuple
 
+import torch.distributed as dist
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from megatron_spdf import exit_codes
@@ -35,7 +36,8 @@ from megatron_spdf.resilience.connections import (
     shared_token,
 )
 from megatron_spdf.resilience.slurm import this_host
-from megatron_spdf.resilience.world import Ranks, shared_store
+from megatron_spdf.resilience.startup_check import Unhealthy
+from megatron_spdf.resilience.world import Ranks
 from megatron_spdf.text import first_line, printable
 
 BEAT_SECONDS = 1.0
@@ -181,18 +183,20 @@ def _diagnose_hang(there: list[Peer], seconds: float) -> str:
 
 
 class Heartbeat:
-    """Context that exchanges heartbeats in a thread, once the ranks are joined. With one rank it
-    does nothing.
+    """Context that exchanges heartbeats in a thread, once the ranks are joined and before they make
+    process groups, which may wait for a dead one. With one rank it does nothing.
 
     Args:
         ranks: this process among all.
+        store: shared by all ranks.
         seconds: fault_tolerance.hang_seconds.
         codes: kind of an error that a user can put right -> exit code of a run that it ends.
     """
 
-    def __init__(self, ranks: Ranks, seconds: float,
+    def __init__(self, ranks: Ranks, store: dist.Store, seconds: float,
                  codes: Mapping[type[BaseException], int] | None = None):
         self.ranks, self.seconds, self.host = ranks, seconds, this_host()
+        self.store = dist.PrefixStore("heartbeat", store)
         self.failed, self.code, self.leaving = "", exit_codes.LOST_RANK, threading.Event()
         self.codes = codes or {}
         self.say = Notices(f"heartbeat of rank {ranks.rank}")
@@ -202,16 +206,12 @@ class Heartbeat:
     def __enter__(self) -> Heartbeat:
         if self.ranks.world == 1:
             return self
-        store = shared_store()
         if self.ranks.rank == 0:
-            listener = Listener(own_address(), shared_token(store), self.say.name)
-            store.set("heartbeat", json.dumps([*listener.address, listener.token.decode()]))
+            listener = Listener(own_address(), shared_token(self.store), self.say.name)
+            self.store.set("address", json.dumps([*listener.address, listener.token.decode()]))
             target, arguments = self._coordinate, (listener,)
         else:
-            store.wait(["heartbeat"], timedelta(seconds=self.seconds))
-            host, port, token = json.loads(store.get("heartbeat"))
-            connection = connect((host, port), token, self.seconds)
-            target, arguments = self._report, (connection,)
+            target, arguments = self._report, (self._reach(),)
         self._thread = threading.Thread(target=target, args=arguments, name="heartbeat",
                                         daemon=True)
         self._thread.start()
@@ -219,27 +219,49 @@ class Heartbeat:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         """Ends the thread. After an error it first gives rank 0 the time to name the cause, which
-        may lie on another rank."""
+        may lie on another rank: where it has done so already, this error only follows from it and
+        is not printed."""
         if not self._thread:
             return
         if error is not None and not isinstance(error, SystemExit):
             known = next((k for k in self.codes if isinstance(error, k)), None)
+            self.code = self.codes.get(known, exit_codes.LOST_RANK)
+            self.failed = printable(f"{type(error).__name__}: {first_line(error)}")
+            self._thread.join(BEAT_SECONDS)
             if known is None:
                 traceback.print_exception(error)
-            else:
-                self.code = self.codes[known]
-            self.failed = printable(f"{type(error).__name__}: {first_line(error)}")
-            self._thread.join(2 * GRACE_SECONDS + 4 * BEAT_SECONDS)
+            self._thread.join(2 * GRACE_SECONDS + 3 * BEAT_SECONDS)
         self.leaving.set()
         self._thread.join(4 * BEAT_SECONDS)
 
-    def _beat(self) -> Beat:
-        """State of this rank. What stood still while the whole process was stopped, as in a
-        suspended job, is no fault of its training thread."""
-        now, done = time.monotonic(), progress.PROGRESS
+    def _reach(self) -> socket.socket:
+        """Connects to rank 0.
+
+        Raises:
+            Unhealthy: it has died since the start-up check, or cannot be reached.
+        """
+        try:
+            self.store.wait(["address"], timedelta(seconds=self.seconds))
+            host, port, token = json.loads(self.store.get("address"))
+            return connect((host, port), token, self.seconds)
+        except (RuntimeError, OSError) as error:  # some versions of PyTorch have no class of theirs
+            raise Unhealthy(
+                f"rank 0 on {os.environ.get('MASTER_ADDR')} fell silent after the start-up check "
+                f"({first_line(error)}); look at that node, and start again") from None
+
+    def _look(self) -> float:
+        """Looks at the clock, and notes whether the whole process was stopped since it last did, as
+        in a suspended job. Returns `time.monotonic()`."""
+        now = time.monotonic()
         if now - self._looked > self.seconds / 2:
             self._woke = now
         self._looked = now
+        return now
+
+    def _beat(self) -> Beat:
+        """State of this rank. What stood still while the whole process was stopped is no fault of
+        its training thread."""
+        now, done = self._look(), progress.PROGRESS
         return Beat(self.ranks.rank, self.host, done.activity, done.last_collective(), done.inside,
                     now - max(done.moved, self._woke) if done.watched else 0.0, self.failed,
                     self.code, self.leaving.is_set())
@@ -266,7 +288,8 @@ class Heartbeat:
 
     def _heed(self, answers: _Answers) -> None:
         """Ends this rank where rank 0 has named a fault, or is silent."""
-        head, silent = answers.head, time.monotonic() - max(answers.heard, self._woke)
+        head, now = answers.head, self._look()
+        silent = now - max(answers.heard, self._woke)
         if answers.fault:
             os._exit(answers.code)  # rank 0 has printed it
         # rank 0, if it lives, names a fault earlier
@@ -301,9 +324,10 @@ class Heartbeat:
         mine = self._beat()
         for rank, beat in [*beats.read(BEAT_SECONDS / 2), (0, mine)]:
             peers[rank].update(beat)
+        now = self._look()  # it may have been stopped while it read
         for one in peers:  # nobody is silent while rank 0 is stopped
             one.heard = max(one.heard, self._woke)
-        fault = diagnose(peers, time.monotonic(), self.seconds)
+        fault = diagnose(peers, now, self.seconds)
         beats.listener.broadcast(json.dumps(asdict(Answer(mine, *fault))).encode())
         if fault.said:
             self._end(fault)

@@ -111,7 +111,8 @@ def _coordinate(world: int, store: dist.Store, seconds: float) -> dict[str, str]
     began = time.monotonic()
     store.set("addresses", json.dumps([r.address for r in reports]))
     _reply(0, store, seconds)
-    _wait_for(store, [f"reply/{r}" for r in range(world)], 2 * REACH_SECONDS)
+    left = began + 2 * REACH_SECONDS - time.monotonic()
+    _wait_for(store, [f"reply/{r}" for r in range(world)], left)
     ended = asked + time.monotonic() - began  # the clock may have been set meanwhile
     faults, skews = _read_replies(reports, store, asked, ended)
     if faults:

@@ -6,8 +6,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch.distributed as dist
-
 from megatron_spdf.recipe.recipe import Parallel
 from megatron_spdf.resilience.slurm import is_task
 
@@ -77,8 +75,3 @@ def check_world(ranks: Ranks, parallel: Parallel) -> None:
         f"the recipe's layout needs {parallel.world} processes (parallel.tensor {parallel.tensor} "
         f"x pipeline {parallel.pipeline} x data {parallel.data}), but {ranks.launcher} started "
         f"{ranks.world}; {' or '.join(ways)}")
-
-
-def shared_store() -> dist.Store:
-    """Store for small values, shared by all joined ranks."""
-    return dist.PrefixStore("shared", dist.distributed_c10d._get_default_store())

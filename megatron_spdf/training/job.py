@@ -10,7 +10,7 @@ import argparse
 import faulthandler
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,7 +26,7 @@ from megatron_spdf.command_line import make_parser, print_words, say
 from megatron_spdf.data.indexed.tokens import DataFault, NoToken
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
 from megatron_spdf.locks import Held
-from megatron_spdf.parallel.ranks import destroy, init_distributed
+from megatron_spdf.parallel.ranks import destroy, init_groups, join
 from megatron_spdf.recipe.finetune import Finetune
 from megatron_spdf.recipe.help import render_help
 from megatron_spdf.recipe.recipe import Recipe
@@ -178,12 +178,16 @@ def _run_job(job: Job) -> int:
     stop = StopRequest()
     progress.instrument_collectives()
     fake_cuda.install()  # before anything that imports megatron.core
-    with refusals():
-        device = init_distributed(job.ranks, job.stages[0].recipe)
-        job.run.require_taken()
-    with Heartbeat(job.ranks, job.run.recipe.fault_tolerance.hang_seconds,
-                   {NoToken: exit_codes.BAD_INPUT}):
-        return train(job, stop, device)
+    recipe = job.stages[0].recipe
+    with ExitStack() as watch:
+        with refusals():
+            joined = join(job.ranks, recipe)
+            watch.enter_context(Heartbeat(
+                job.ranks, joined.store, job.run.recipe.fault_tolerance.hang_seconds,
+                {NoToken: exit_codes.BAD_INPUT}))
+            init_groups(joined, recipe)
+            job.run.require_taken()
+        return train(job, stop, joined.device)
 
 
 def train(job: Job, stop: StopRequest, device: torch.device) -> int:

@@ -19,8 +19,9 @@ import forked_ranks
 from megatron_spdf.checkpoint import store
 
 RANKS = 2
-# seconds for the rank that is left to notice: the recipe's limits, and what a busy machine adds
-PATIENCE = 90
+# seconds for the rank that is left to notice: it may have to start, and wait 45 s in the start-up
+# check, three times that on a busy machine
+PATIENCE = 150
 
 
 def start(module, recipe: str, output: str) -> list[int]:

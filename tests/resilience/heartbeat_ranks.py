@@ -3,10 +3,10 @@ as JSON.
 
     python tests/resilience/heartbeat_ranks.py DIRECTORY CASE ...
 
-A case is `DEED RANK`: kill, stop, raise, refuse (raises what has an exit code), stand (its training
-thread stands still), pause (it is stopped for less than HANG seconds), wake (it is stopped for
-longer, and goes on after the others have ended), suspend (all are stopped for longer, as in a
-suspended job), leave (all end as they should).
+A case is `DEED RANK`: early (killed before the process groups are made), kill, stop, raise, refuse
+(raises what has an exit code), stand (its training thread stands still), pause (it is stopped for
+less than HANG seconds), wake (it is stopped for longer, and goes on after the others have ended),
+suspend (all are stopped for longer, as in a suspended job), leave (all end as they should).
 """
 
 import json
@@ -34,10 +34,15 @@ heartbeat.BEAT_SECONDS, heartbeat.GRACE_SECONDS = 0.2, 0.6
 def rank_main(rank: int, port: int, deed: str, victim: int) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     store = dist.TCPStore("127.0.0.1", port, is_master=rank == 0, wait_for_workers=False)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD,
-                            timeout=timedelta(seconds=60))
     progress.instrument_collectives()
-    with heartbeat.Heartbeat(Ranks(rank, WORLD, rank, "test"), HANG, {LookupError: 2}):
+    with heartbeat.Heartbeat(Ranks(rank, WORLD, rank, "test"), store, HANG, {LookupError: 2}):
+        store.set(f"beats/{rank}", "")
+        if deed == "early" and rank == victim:
+            store.wait([f"beats/{r}" for r in range(WORLD)])
+            time.sleep(2 * heartbeat.BEAT_SECONDS)  # its first one has come
+            os.kill(os.getpid(), signal.SIGKILL)
+        dist.init_process_group("gloo", store=dist.PrefixStore("groups", store), rank=rank,
+                                world_size=WORLD, timeout=timedelta(seconds=50))
         for step in range(1, 1000):
             progress.PROGRESS.set_activity(f"step {step}", watched=True)
             dist.barrier()

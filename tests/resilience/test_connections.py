@@ -43,7 +43,7 @@ class Rank0:
 
     def __init__(self, address: str):
         self.listener = Listener(address, TOKEN, "rank 0")
-        self.beat = heartbeat.Heartbeat(Ranks(0, WORLD, 0, "test"), 30.0)
+        self.beat = heartbeat.Heartbeat(Ranks(0, WORLD, 0, "test"), dist.HashStore(), 30.0)
         now = time.monotonic()
         self.peers = [Peer(Beat(r, "nowhere"), now) for r in range(WORLD)]
         self.beats = heartbeat._Beats(self.listener, WORLD)

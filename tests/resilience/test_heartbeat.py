@@ -11,12 +11,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from torch.distributed import HashStore
 
 from megatron_spdf.resilience import heartbeat
 from megatron_spdf.resilience.heartbeat import Beat, Peer, diagnose
+from megatron_spdf.resilience.startup_check import Unhealthy
 from megatron_spdf.resilience.world import Ranks
 
-CASES = [f"{deed} {rank}" for deed in ("kill", "stop", "raise", "stand")
+CASES = [f"{deed} {rank}" for deed in ("early", "kill", "stop", "raise", "stand")
          for rank in (0, 2)]
 CASES += ["refuse 0", "refuse 2", "leave 0", "pause 0", "pause 2", "suspend 0", "wake 2"]
 HOST = socket.gethostname()
@@ -37,6 +39,7 @@ def ended(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize(("deed", "said"), [
+    ("early", "died in setting up"),
     ("kill", "died in step"),
     ("stop", "has been silent for"),
     ("raise", "ZeroDivisionError: a batch of nothing"),
@@ -103,7 +106,7 @@ def clocked(monkeypatch):
         activity="step 7", watched=True, inside=False, moved=100.0, last_collective=lambda: "-"))
 
     def make(rank: int) -> heartbeat.Heartbeat:
-        made = heartbeat.Heartbeat(Ranks(rank, 2, rank, "test"), seconds=5.0)
+        made = heartbeat.Heartbeat(Ranks(rank, 2, rank, "test"), HashStore(), seconds=5.0)
         made._end = lambda fault: ended.append(fault.said)
         return made
     return make, clock, ended
@@ -132,6 +135,20 @@ def test_a_rank_that_was_stopped_with_its_job_accuses_nobody(clocked):
         one._heed(answers)
         assert len(ended) == 1 + (late > 5.0 + grace)
     assert ended[1].startswith("rank 0 on n0 has been silent for")
+
+
+def test_nor_one_that_was_stopped_between_two_looks_at_the_clock(clocked):
+    """Rank 0 reads most of the time, and others wait."""
+    make, clock, ended = clocked
+    one, head = make(1), make(0)
+    one._beat()
+    clock[0] = 1100.0
+    one._heed(SimpleNamespace(head=Beat(0, "n0"), heard=100.0, fault="", code=4))
+    clock[0] = 100.0
+    stopped = SimpleNamespace(read=lambda _: clock.insert(0, 1100.0) or [],
+                              listener=SimpleNamespace(broadcast=lambda _: None))
+    head._round(stopped, [peer(0, heard=100.0), peer(1, heard=100.0)])
+    assert not ended
 
 
 def test_a_cause_may_be_known_two_seconds_later():
@@ -186,3 +203,16 @@ def test_who_is_outside_of_collectives_holds_up_the_others():
 def test_all_inside_of_collectives_the_one_that_stopped_first_is_named():
     peers = [peer(0, still=9.0, inside=True), peer(1, still=9.5, inside=True)]
     assert diagnose(peers, 0.0, 5.0).said.startswith("rank 1 on n1")
+
+
+def test_a_rank_0_that_dies_before_its_first_beat_is_named(monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "node7")
+    store = HashStore()
+    late = heartbeat.Heartbeat(Ranks(1, 2, 1, "test"), store, seconds=0.2)
+    with pytest.raises(Unhealthy, match="rank 0 on node7 fell silent after the start-up check"):
+        late.__enter__()
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        address = gone.getsockname()[:2]
+    late.store.set("address", json.dumps([*address, "token"]))
+    with pytest.raises(Unhealthy, match="rank 0 on node7 fell silent .*refused"):
+        late.__enter__()

@@ -6,7 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from contextlib import nullcontext
+from contextlib import closing
 from types import SimpleNamespace
 
 import pytest
@@ -161,7 +161,7 @@ def test_stages_that_are_left_run_until_one_does_not_finish(wired, monkeypatch, 
     assert noted == [("destroyed",)]
 
 
-@pytest.mark.parametrize("refused", [None, "join", "taken"])
+@pytest.mark.parametrize("refused", [None, "join", "groups", "taken"])
 def test_a_job_joins_is_watched_and_lets_go_of_its_directory(wired, monkeypatch, refused):
     made, noted, *_ = wired()
 
@@ -172,25 +172,29 @@ def test_a_job_joins_is_watched_and_lets_go_of_its_directory(wired, monkeypatch,
     monkeypatch.setattr(job, "StopRequest", noted.of("stop"))
     monkeypatch.setattr(progress, "instrument_collectives", noted.of("collectives"))
     monkeypatch.setattr(fake_cuda, "install", noted.of("stand-in"))
-    monkeypatch.setattr(job, "init_distributed",
-                        refuse if refused == "join" else noted.of("device"))
+    joined = SimpleNamespace(store="store", device="device")
+    monkeypatch.setattr(job, "join", refuse if refused == "join" else noted.of("join", joined))
+    monkeypatch.setattr(job, "init_groups", refuse if refused == "groups" else noted.of("groups"))
     if refused == "taken":
         made.run.require_taken = refuse
-    monkeypatch.setattr(heartbeat, "Heartbeat", lambda *parts: (
-        noted.append(("heartbeat", *parts)) or nullcontext()))
+    monkeypatch.setattr(heartbeat, "Heartbeat", lambda *parts: closing(SimpleNamespace(
+        close=noted.of("left"), noted=noted.append(("heartbeat", *parts)))))
     monkeypatch.setattr(job, "train", noted.of("train", 75))
     before = [("faults",), ("stop",), ("collectives",), ("stand-in",)]
+    joining = [("join", made.ranks, made.stages[0].recipe),
+               ("heartbeat", made.ranks, "store", 77.0, {NoToken: 2}),
+               ("groups", joined, made.stages[0].recipe)]
     if refused:
         with pytest.raises(SystemExit) as ended:
             job.run_job(made)
         assert ended.value.code == 2
-        joined = [("device", made.ranks, made.stages[0].recipe)] * (refused == "taken")
-        assert noted == [*before, *joined, ("let go",)]
+        done = {"join": 0, "groups": 2, "taken": 3}[refused]
+        watched = [("left",)] * (refused != "join")
+        assert noted == [*before, *joining[:done], *watched, ("let go",)]
         return
     assert job.run_job(made) == 75
-    assert noted == [*before, ("device", made.ranks, made.stages[0].recipe), ("taken",),
-                     ("heartbeat", made.ranks, 77.0, {NoToken: 2}),
-                     ("train", made, "stop", "device"), ("let go",)]
+    assert noted == [*before, *joining, ("taken",), ("train", made, "stop", "device"), ("left",),
+                     ("let go",)]
 
 
 @pytest.mark.parametrize(("rank", "world", "alone", "held", "raised"), [
