@@ -84,6 +84,20 @@ def test_gpt2s_files_of_more_tokens_go_before_an_older_tokenizer_json(place, tmp
         caplog.text)
 
 
+def test_two_that_end_documents_by_one_text_of_two_ids_are_not_one(place, caplog):
+    describe(place)
+    described = json.loads((place / "tokenizer.json").read_text())
+    vocabulary = described["model"]["vocab"]
+    first, last = vocabulary["<|endoftext|>"], vocabulary["~"]
+    vocabulary |= {"<|endoftext|>": last, "~": first}
+    (token,) = described["added_tokens"]
+    token["id"] = last
+    (place / "tokenizer.json").write_text(json.dumps(described))
+    assert load_tokenizer(place).eod == last
+    assert (f"one ends documents with '<|endoftext|>', id {last}, and one with '<|endoftext|>', "
+            f"id {first}; tokenizer.json is used") in caplog.text
+
+
 @pytest.mark.parametrize("size, kind", [(60, "gpt2-bpe"), (295, "sentencepiece")])
 def test_a_sentencepiece_model_beside_them(place, caplog, size, kind):
     sentence_piece(place, size)

@@ -3,4 +3,5 @@ quarter of the weights: those of learning rates and variances of linear weights 
 """
 
 MUP = {"parametrization": "mup",
-       "mup_base": {"hidden": 32, "input_multiplier": 3.0, "output_multiplier": 3.0}}
+       "mup_base": {"hidden": 32, "head_width": 4, "input_multiplier": 3.0,
+                    "output_multiplier": 3.0}}

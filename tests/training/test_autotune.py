@@ -240,3 +240,13 @@ def test_a_runs_records_are_of_the_micro_batch_that_it_chose_last(recipe, tmp_pa
         read_run(tmp_path)
     (tmp_path / "micro_batch.json").write_text('[{"micro_batch": 2}, {"micro_batch": 8}]')
     assert read_run(tmp_path).recipe.micro_batches == 6
+
+
+def test_a_damaged_record_is_refused_on_the_ranks_that_do_not_read_it(monkeypatch, tmp_path):
+    def broadcast(shared: list, src: int) -> None:
+        shared[:] = [[], "what rank 0 found"]
+
+    monkeypatch.setattr(autotune.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(autotune.dist, "broadcast_object_list", broadcast)
+    with pytest.raises(ValueError, match="what rank 0 found"):
+        autotune._read(SimpleNamespace(root=tmp_path))

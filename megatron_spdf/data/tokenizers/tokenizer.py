@@ -164,7 +164,8 @@ def _difference(one: Tokenizer, other: Tokenizer) -> str:
     if one.vocab_size != other.vocab_size:
         return f"one of {one.vocab_size:,} and one of {other.vocab_size:,} ids"
     if one.eod != other.eod:
-        return f"one ends documents with {one.end_token!r} and one with {other.end_token!r}"
+        return (f"one ends documents with {one.end_token!r}, id {one.eod}, and one with "
+                f"{other.end_token!r}, id {other.eod}")
     for text in (*_LOSSES.values(), "The quick brown fox, 12 times; it's done."):
         if one.encode(text) != other.encode(text):
             return f"{text!r} has the ids {one.encode(text)} in one and {other.encode(text)} in one"

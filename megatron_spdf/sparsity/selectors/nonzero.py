@@ -13,6 +13,7 @@ from megatron_spdf.sparsity.plan import SparseWeight, make_plan
 from megatron_spdf.sparsity.selectors.base import SELECTORS, Selector, TrainedWeight
 from megatron_spdf.sparsity.settings import Sparsity, SparsityRule
 from megatron_spdf.sparsity.slices import slice_of
+from megatron_spdf.text import any_layer
 
 # Share of zeros up to which a weight counts as dense: bf16 makes a few of the smallest values zero.
 BY_CHANCE = 0.01
@@ -93,18 +94,12 @@ def _merged(rules: list[SparsityRule], weights: Iterable[Weight]) -> list[Sparsi
     layers = len({w.layer for w in weights if w.linear})
     levels: dict[str, list[float]] = {}
     for rule in rules:
-        levels.setdefault(_any_layer(rule.weights), []).append(rule.level)
+        levels.setdefault(any_layer(rule.weights), []).append(rule.level)
     alike = {name for name, found in levels.items()
              if len(found) == layers and len(set(found)) == 1}
-    merged = {_any_layer(rule.weights) if _any_layer(rule.weights) in alike else rule.weights:
+    merged = {any_layer(rule.weights) if any_layer(rule.weights) in alike else rule.weights:
               rule.level for rule in rules}
     return [SparsityRule(weights=name, level=level) for name, level in merged.items()]
-
-
-def _any_layer(name: str) -> str:
-    """The glob of a weight's name in all layers."""
-    start, _, rest = name.partition("layers.")
-    return f"{start}layers.*.{rest.partition('.')[2]}" if rest else name
 
 
 SELECTORS.register(Nonzero.name, Nonzero)
