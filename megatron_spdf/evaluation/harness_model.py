@@ -30,6 +30,7 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, St
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
 from megatron_spdf.evaluation.token_likelihood import Labeled, token_likelihoods, windows_of
 from megatron_spdf.resilience.world import Ranks
+from megatron_spdf.text import counted
 
 _NEW_TOKENS = 256  # of a completion, where the task does not say
 
@@ -81,8 +82,9 @@ class HarnessModel(TemplateLM):
                               disable_tqdm: bool = False, **_) -> list[tuple[float, bool]]:
         for (_, text), _, continuation in requests:
             if len(continuation) > self._window:
-                raise ValueError(f"the continuation {text[:60]!r} has {len(continuation)} tokens "
-                                 f"and does not fit the window of {self._window}")
+                raise ValueError(f"the continuation {text[:60]!r} has "
+                                 f"{counted(len(continuation), 'token')} and does not fit the "
+                                 f"window of {self._window}")
         # what is too long loses its beginning
         sequences = [((context + continuation)[-self._window - 1 :], len(continuation))
                      for _, context, continuation in requests]

@@ -20,6 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
 from megatron_spdf.evaluation.decoding import completion_ends, window_of
+from megatron_spdf.text import counted
 
 UNFINISHED = "\ufffd"  # of a character whose bytes have not all come
 _BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")  # piece of one byte, of SentencePiece and its like
@@ -158,7 +159,7 @@ def continue_text(model: PreTrainedModel, tokenizer: Tokenizer, prompt: Prompt,
     """
     room = window_of(model) - len(prompt.ids)
     if room < 1:
-        raise ValueError(f"the prompt has {len(prompt.ids):,} tokens, and the model reads "
+        raise ValueError(f"the prompt has {counted(len(prompt.ids), 'token')}, and the model reads "
                          f"{window_of(model):,} at once, the new ones among them; shorten it to at "
                          f"most {window_of(model) - 1:,} tokens")
     ids = torch.tensor([prompt.ids], device=model.device)  # (1, T)

@@ -10,7 +10,7 @@ from megatron_spdf.data.finetuning.task import TASKS
 from megatron_spdf.evaluation.metrics.metric import ALL, METRICS, ByPart, Metric, Unavailable
 from megatron_spdf.evaluation.references import References, in_official_form
 from megatron_spdf.tables import Column, Table
-from megatron_spdf.text import first_line
+from megatron_spdf.text import counted, first_line
 
 NO_REFERENCE = "no input has a reference"
 
@@ -54,9 +54,9 @@ def score(task: str, predictions: Sequence[str], references: References) -> Scor
         ValueError: predictions and references are of different counts, or there are none.
     """
     if len(predictions) != len(references.texts) or not predictions:
-        raise ValueError(f"{len(predictions)} predictions for {len(references.texts)} inputs with "
-                         "references; there must be one prediction for each, one per line, in the "
-                         "order of the references")
+        raise ValueError(f"{counted(len(predictions), 'prediction')} for "
+                         f"{counted(len(references.texts), 'input')} with references; there must "
+                         "be one prediction for each, one per line, in the order of the references")
     kept = [i for i, texts in enumerate(references.texts) if texts]
     scores = Scores(left_out=len(predictions) - len(kept))
     outputs, official = in_official_form(TASKS.get(task), [predictions[i] for i in kept],

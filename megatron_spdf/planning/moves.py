@@ -11,6 +11,7 @@ from megatron_spdf.recipe.recipe import AUTO, ENGINES, Recipe
 from megatron_spdf.schedule.flops import recipe_flops
 from megatron_spdf.sparsity.algorithms.base import Births, MoveCost
 from megatron_spdf.sparsity.plan import Plan
+from megatron_spdf.text import counted
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,8 @@ def render_moves(recipe: Recipe, plan: Plan) -> str:
     said = f"mask algorithm {algorithm.name}: {algorithm.describe()}"
     if not (count := algorithm.moves(recipe.steps)):
         return said + _cold_start(recipe)
-    said += (f"; chosen {count:,} times in {recipe.steps:,} steps" if algorithm.keeps else
-             f"; {count:,} moves in {recipe.steps:,} steps")
+    said += (f"; chosen {counted(count, 'time')}" if algorithm.keeps else
+             f"; {counted(count, 'move')}") + f" in {counted(recipe.steps, 'step')}"
     if algorithm.holds or algorithm.keeps:
         return said
     every = [moves_of(recipe, plan, stage) for stage in range(recipe.parallel.pipeline)]

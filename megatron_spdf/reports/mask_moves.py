@@ -24,6 +24,7 @@ from megatron_spdf.reports.runs import Logged
 from megatron_spdf.reports.seeds import SameRecipe
 from megatron_spdf.runs.measured import Seen
 from megatron_spdf.tables import Column, Html, Table
+from megatron_spdf.text import counted
 
 MOST_LAYERS = 10_000  # none are averaged
 UNFOLDED = 4  # runs up to which the tables by layer are unfolded
@@ -148,7 +149,7 @@ def _by_layer(run: Logged) -> str:
     if not layers:
         return ""
     last = run.moves[-1]
-    title = (f"{run.label}: {last['algorithm']}, {len(run.moves):,} moves, the last at step "
-             f"{last['step']:,}")
+    title = (f"{run.label}: {last['algorithm']}, {counted(len(run.moves), 'move')}, the last at "
+             f"step {last['step']:,}")
     columns = [Column("layer", lambda row: row[0]), *_columns()]
     return heading(title, 3) + Table(columns, [("all", run.moves), *layers.items()]).html()

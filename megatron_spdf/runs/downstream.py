@@ -32,7 +32,14 @@ from megatron_spdf.recipe.compare import changes_of_run
 from megatron_spdf.recipe.finetune import Finetune, load_finetune, training_recipe
 from megatron_spdf.recipe.load import write_value
 from megatron_spdf.recipe.recipe import Recipe
-from megatron_spdf.runs.grid import Trial, combinations, command, directory_name, labeled_axes
+from megatron_spdf.runs.grid import (
+    Trial,
+    combinations,
+    command,
+    directory_name,
+    labeled_axes,
+    require_labels,
+)
 from megatron_spdf.runs.measured import LOG, RECIPE, NotBegun, read_run
 from megatron_spdf.runs.selection import result_of
 from megatron_spdf.section import PathText, Section
@@ -92,10 +99,7 @@ class Downstream(Section):
         known = {**axes, **self.axes}
         for key in ("exclude", "order"):
             for labels in getattr(self, key):
-                for axis, label in labels.items():
-                    if label not in known.get(axis, {}):
-                        raise ValueError(f"finetune.{key} names {axis}={label}, and there is no "
-                                         "such label; see axes")
+                require_labels(f"finetune.{key}", labels, known)
 
 
 def _as_text(labels: Any) -> Any:

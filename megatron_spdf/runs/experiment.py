@@ -43,7 +43,7 @@ from megatron_spdf.recipe.words import first_given
 from megatron_spdf.records.yaml_reader import read_yaml
 from megatron_spdf.runs.budget import sized
 from megatron_spdf.runs.downstream import Downstream
-from megatron_spdf.runs.grid import Trial, combinations, labeled_axes
+from megatron_spdf.runs.grid import Trial, combinations, labeled_axes, require_labels
 from megatron_spdf.runs.measured import LOG, Evaluated, NotBegun, Versions, read_run, versions_of
 from megatron_spdf.schedule.stages import mean_flops, stages_of
 from megatron_spdf.section import PathText, Section
@@ -130,10 +130,7 @@ class Experiment(Section):
                 if not labels:
                     raise ValueError(f"{key} has an entry without labels, which all cells have; "
                                      "name labels there, or leave it out")
-                for axis, label in labels.items():
-                    if label not in self.axes.get(axis, {}):
-                        raise ValueError(f"{key} names {axis}={label}, and there is no such "
-                                         "label; see axes")
+                require_labels(key, labels, self.axes)
         return self
 
     @model_validator(mode="after")

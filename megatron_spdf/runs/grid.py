@@ -160,6 +160,17 @@ def labeled(axis: str, pairs: Iterable[tuple[Any, Any]]) -> dict[str, Any]:
     return found
 
 
+def require_labels(key: str, labels: Mapping[str, str], axes: Axes) -> None:
+    """Raises ValueError where a key of a grid names a label that no axis has."""
+    for axis, label in labels.items():
+        if axis not in axes:
+            raise ValueError(f"{key} names {axis}={label}, and the axes are {', '.join(axes)}; "
+                             "take one of them")
+        if label not in axes[axis]:
+            raise ValueError(f"{key} names {axis}={label}, and the labels of {axis} are "
+                             f"{', '.join(axes[axis])}; take one of them")
+
+
 def require_launch(launch: str) -> None:
     """Raises ValueError where no program of that name is here to start a script."""
     try:

@@ -215,8 +215,9 @@ def test_a_grid_puts_nothing_into_a_checkpoint_nor_in_the_place_of_a_file(monkey
 
 
 @pytest.mark.parametrize(("change", "said"), [
-    ({"exclude": [{"masks": "50%"}]}, "finetune.exclude names masks=50%, and there is no such"),
-    ({"order": [{"depth": "1"}]}, "finetune.order names depth=1, and there is no such"),
+    ({"exclude": [{"masks": "50%"}]},
+     "finetune.exclude names masks=50%, and the labels of masks are "),
+    ({"order": [{"depth": "1"}]}, "finetune.order names depth=1, and the axes are "),
     ({"axes": {"masks": {"a": {"mode": "dense"}}}}, "which is an axis of the grid"),
     ({"axes": {"seed": [4, 5]}, "exclude": []}, "finetune.axes gives seed a value, which every"),
     ({"axes": {"mode": ["thin"]}, "exclude": []}, "mode"),

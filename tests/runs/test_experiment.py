@@ -162,9 +162,12 @@ def test_a_run_that_stopped_half_way_has_no_result(grid):
 
 @pytest.mark.parametrize(("change", "said"), [
     ({"plot": {"x": "depth"}}, "plot names depth, and the axes are width, sparsity"),
-    ({"exclude": [{"width": 128}]}, "exclude names width=128, and there is no such label"),
-    ({"hold_out": [{"width": 128}]}, "hold_out names width=128, and there is no such label"),
-    ({"baseline": {"sparsity": 0.5}}, "baseline names sparsity=0.5, and there is no such label"),
+    ({"exclude": [{"width": 128}]}, "exclude names width=128, and the labels of width are 32, 64"),
+    ({"hold_out": [{"width": 128}]},
+     "hold_out names width=128, and the labels of width are 32, 64"),
+    ({"baseline": {"sparsity": 0.5}},
+     "baseline names sparsity=0.5, and the labels of sparsity are 0, 0.75"),
+    ({"baseline": {"depth": 2}}, "baseline names depth=2, and the axes are width, sparsity"),
     ({"plot": {"x": "width", "curves": "depth"}}, "plot names depth, and the axes are width"),
     ({"plot": {"x": "width", "lines": "sparsity", "frontiers": ["0.5"]}},
      "plot.frontiers names 0.5, and the labels of lines are 0, 0.75"),

@@ -289,7 +289,7 @@ def test_it_is_planned_trained_and_inspected_from_the_command_line(make_recipe, 
     assert "there is no mask algorithm 'wander'; known: " in refused.stderr
     assert not (tmp_path / "run").exists()
     says = ("mask algorithm wander: at random, 0.1 of the active entries of each slice every 3 "
-            "steps, from 0% to 100% of the steps; 1 moves in 5 steps")
+            "steps, from 0% to 100% of the steps; 1 move in 5 steps")
     planned = command(tmp_path, "tools/plan.py", "recipe.yaml", "--gpu", "h100", "--gpus", "1")
     assert says in planned.stdout, planned.stderr
     done = command(tmp_path, "pretrain.py", "recipe.yaml")

@@ -36,6 +36,7 @@ from megatron_spdf.data.preprocess.progress_bar import Bar
 from megatron_spdf.data.preprocess.staging import Partial
 from megatron_spdf.data.preprocess.workers import Workers
 from megatron_spdf.data.tokenizers.tokenizer import Tokenizer
+from megatron_spdf.text import counted
 
 __all__ = ["CorpusManifest", "Manifest", "check_prefix", "preprocess", "read_manifest",
            "usual_workers"]
@@ -120,8 +121,8 @@ def _make(
             raise
         raise OSError(error.errno,
                       f"{error.strerror}: the disk or quota of {partial.directory} is full. It "
-                      f"keeps {partial.finished_inputs} of {len(paths)} inputs; make room and run "
-                      "the same command again"
+                      f"keeps {partial.finished_inputs} of {counted(len(paths), 'input')}; make "
+                      "room and run the same command again"
                       ) from None
 
 
