@@ -51,6 +51,7 @@ from megatron_spdf.data.finetuning.task import SPLITS, TASKS, load_examples, ren
 from megatron_spdf.data.preprocess.documents import ON_ERROR
 from megatron_spdf.files import inside, require_directory
 from megatron_spdf.records.json_writer import to_json
+from megatron_spdf.text import counted
 
 _MODES = {  # option -> what it is of
     **dict.fromkeys(("split", "data", "predictions", "references", "beams", "length_penalty",
@@ -121,9 +122,9 @@ def score_checkpoint(options: argparse.Namespace) -> int:
     write_scores(output, description)
     show(options, scores, description)
     if not options.json:
-        say(f"{facts['inputs']:,} inputs, {facts['tokens']:,} tokens in {facts['seconds']:,} s: "
-              f"{facts['tokens_per_second']:,} tokens/s; {facts['truncated_prompts']} prompts "
-              f"truncated\nwrote {output}")
+        say(f"{counted(facts['inputs'], 'input')}, {counted(facts['tokens'], 'token')} in "
+            f"{facts['seconds']:,} s: {facts['tokens_per_second']:,} tokens/s; "
+            f"{counted(facts['truncated_prompts'], 'prompt')} truncated\nwrote {output}")
     return 0
 
 
