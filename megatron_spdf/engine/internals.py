@@ -78,8 +78,6 @@ INTERNALS = (
              "whom an operation is sent to"),
     Internal("megatron.core.pipeline_parallel.schedules", ("forward_step", "backward_step"),
              "timed by the benchmark of a step's parts"),
-    Internal("torch.distributed.distributed_c10d._get_default_store", (),
-             "the store that the ranks have met in, for small values"),
 
     # Megatron-Core's model.
     Internal("megatron.core.models.gpt.gpt_model.GPTModel",
