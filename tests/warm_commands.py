@@ -12,6 +12,7 @@ import atexit
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -90,6 +91,8 @@ def run_warm(command: Sequence[str | Path], place: Path, env: dict[str, str],
 def _main(command: list[str], place: str, env: dict[str, str], said: str) -> None:
     """The course of an interpreter that is given a script, from its arguments to its exit."""
     end_with_tests()
+    # tests that a shell runs in its background ignore it, and so would what they fork
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for descriptor, name in enumerate(SAID, 1):
         file = os.open(Path(said, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(file, descriptor)

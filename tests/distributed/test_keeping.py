@@ -16,7 +16,7 @@ from keeping_cases import following, largest, noting, plainly
 from pruning_cases import pruned
 from safetensors.numpy import load_file
 from stage_cases import across
-from test_pruning import LAYOUTS, STRAIGHT, depth_of, recipes_of
+from test_pruning import LAYOUTS, STRAIGHT, depth_of, kept, recipes_of
 
 from megatron_spdf.checkpoint.inspect import describe, render, verify
 from megatron_spdf.checkpoint.mask_progress import mask_progress
@@ -45,21 +45,21 @@ SPARSITY = {
 }
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def recipe(make_recipe):
     """A recipe that trains by a rule, at a layout."""
     return recipes_of(make_recipe, SPARSITY)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def reference(ranks, recipe):
     """A run by a rule, of a depth, whose masks others follow: under plain PyTorch, of tiles in one
     process."""
-    def reference(rule: str, depth: dict | None = None) -> dict:
+    def reference(rule: str, depth: dict | None) -> dict:
         if rule in ("tiles", "2:4"):
             return ranks(1).run(noting, recipe(rule, depth))
         return ranks(1).run(plainly, recipe(rule, depth), rule.split()[0])
-    return reference
+    return kept(reference)
 
 
 @pytest.mark.parametrize("rule", ["ste", "ste with decay", "n_m", "top_kast"])

@@ -46,16 +46,28 @@ def depth_of(*names: str) -> dict:
     return {"model": {"layers": 4}} if "pp2 interleaved" in names else {}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def recipe(make_recipe):
     """A recipe that prunes by a rule, at a layout."""
     return recipes_of(make_recipe, SPARSITY)
 
 
-@pytest.fixture
+def kept(make: Callable[..., dict]) -> Callable[..., dict]:
+    """References that are made once for all tests that want them."""
+    known: dict[tuple[str, str], dict] = {}
+
+    def reference(rule: str, depth: dict | None = None) -> dict:
+        key = rule, repr(depth or {})
+        if key not in known:
+            known[key] = make(rule, depth)
+        return known[key]
+    return reference
+
+
+@pytest.fixture(scope="module")
 def reference(ranks, recipe):
     """A run by a rule under plain PyTorch, of a depth, whose masks others follow."""
-    return lambda rule, depth=None: ranks(1).run(plain, recipe(rule, depth), rule)
+    return kept(lambda rule, depth: ranks(1).run(plain, recipe(rule, depth), rule))
 
 
 @pytest.mark.parametrize("rule", SPARSITY)
