@@ -159,7 +159,7 @@ def test_an_article_that_is_too_long_loses_its_end(run, monkeypatch):
         monkeypatch.setattr(evaluation, name, watch(getattr(evaluation, name)))
     article = "red cat " * 60
     code, said, output = run(f"id,article,highlights\n1,{article},a cat .\n", task="cnn_dailymail")
-    assert code == 0 and asked == ["end", "end"] and "1 prompts truncated" in said.out
+    assert code == 0 and asked == ["end", "end"] and "1 prompt truncated" in said.out
     assert "ROUGE-Lsum" in json.loads((output / "scores.json").read_text())["scores"]["all"]
 
 
