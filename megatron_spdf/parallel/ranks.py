@@ -19,6 +19,7 @@ from megatron_spdf.text import first_line
 JOIN_SECONDS = 600  # that ranks of an evaluation wait for the last to come
 SHARE_SECONDS = 21_600  # that ranks wait for the slowest one's share of an evaluation
 
+
 @dataclass(frozen=True)
 class Joined:
     """A rank that has met all others.
