@@ -25,6 +25,7 @@ from megatron_spdf.command_line import (
     refusing,
 )
 from megatron_spdf.recipe.load import load_recipe
+from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.recipe.words import add_overrides
 from megatron_spdf.records.json_writer import to_json
 from megatron_spdf.tables import Column, Table
@@ -57,31 +58,44 @@ def check(options: argparse.Namespace) -> dict[str, dict[str, dict[float, dict[s
     fake_cuda.install()  # before anything that imports megatron.core
     from megatron_spdf.evaluation.coordinate_check import activation_sizes
 
+    with tempfile.TemporaryDirectory() as directory:
+        found: dict = {}
+        for rule, what, scale, recipe in tqdm(cells(options, directory), unit="model",
+                                              disable=not sys.stderr.isatty()):
+            sizes = activation_sizes(recipe, options.steps)
+            found.setdefault(rule, {}).setdefault(what, {})[scale] = sizes[-1]
+    return found
+
+
+def cells(options: argparse.Namespace, directory: str) -> list[tuple[str, str, float, Recipe]]:
+    """parametrization, "width" or "density", scale and recipe of every model, in the order in which
+    they are trained.
+
+    Args:
+        directory: in which they have their output.
+
+    Raises:
+        ValueError: a recipe is not valid, or there is one scale, of which no slope can be told.
+    """
     base = load_recipe(options.recipe, options.overrides)
     head = base.model.hidden // base.model.heads
-    cells = {"width": {width: (width, 0.0) for width in options.widths},
-             "density": {1.0 - level: (base.mup_base.hidden, level)
-                         for level in options.sparsities}}
-    found: dict = {}
-    bar = tqdm(total=len(RULES) * sum(map(len, cells.values())), unit="model",
-               disable=not sys.stderr.isatty())
-    with tempfile.TemporaryDirectory() as directory:
-        for rule in RULES:
-            for what, scales in cells.items():
-                for scale, (width, level) in scales.items():
-                    if width % head:
-                        raise ValueError(f"width {width} is not divisible by the size of a head, "
-                                         f"{head}, which the recipe's model.hidden / model.heads "
-                                         "gives; choose another")
-                    words = [*options.overrides, f"parametrization={rule}", f"model.hidden={width}",
-                             f"model.heads={width // head}", f"model.ffn_hidden={4 * width}",
-                             f"sparsity={level}",
-                             f"model.query_groups={width // head}", f"output={directory}/run"]
-                    sizes = activation_sizes(load_recipe(options.recipe, words), options.steps)
-                    found.setdefault(rule, {}).setdefault(what, {})[scale] = sizes[-1]
-                    bar.update()
-    bar.close()
-    return found
+    scaled = {"width": {width: (width, 0.0) for width in options.widths},
+              "density": {1.0 - level: (base.mup_base.hidden, level)
+                          for level in options.sparsities}}
+    for option, scales in zip(("--widths", "--sparsities"), scaled.values(), strict=True):
+        if len(scales) < 2:
+            raise ValueError(f"{option} names one value, and a slope needs two; add another")
+    for width in options.widths:
+        if width % head:
+            raise ValueError(f"width {width} is not divisible by the size of a head, {head}, which "
+                             "the recipe's model.hidden / model.heads gives; choose another")
+    return [
+        (rule, what, scale, load_recipe(options.recipe, [
+            *options.overrides, f"parametrization={rule}", f"model.hidden={width}",
+            f"model.heads={width // head}", f"model.ffn_hidden={4 * width}", f"sparsity={level}",
+            f"model.query_groups={width // head}", f"output={directory}/run"]))
+        for rule in RULES for what, scales in scaled.items()
+        for scale, (width, level) in scales.items()]
 
 
 def render(slopes: dict[str, dict[str, dict[str, float]]]) -> str:

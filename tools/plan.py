@@ -58,6 +58,7 @@ from megatron_spdf.scaling_law.points import render_points
 from megatron_spdf.scaling_law.render import render_fit
 from megatron_spdf.section import parse_count
 from megatron_spdf.sparsity.plan import Plan
+from megatron_spdf.text import counted
 
 ALL = "all"
 
@@ -79,9 +80,9 @@ def plan(arguments: list[str]) -> int:
     sparsity = Plan.of(recipe)
     if options.exact:
         if options.gpus not in (None, recipe.parallel.world):
-            raise ValueError("--exact builds the recipe's own layout, which has "
-                             f"{recipe.parallel.world} ranks, not --gpus {options.gpus}; set "
-                             "parallel.tensor=, parallel.pipeline= and parallel.data=")
+            raise ValueError("--exact builds the recipe's own layout, of "
+                             f"{counted(recipe.parallel.world, 'rank')}, not --gpus {options.gpus}; "
+                             "set parallel.tensor=, parallel.pipeline= and parallel.data=")
         counts = dry_run(recipe, sparsity, options.rank or ranks_of_interest(recipe))
         print(to_json([asdict(c) for c in counts], indent=1) if options.json
               else render_counts(recipe, counts))

@@ -178,7 +178,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if bool(options.train_tokenizer) != bool(options.vocab_size):
         parser.error("--train-tokenizer and --vocab-size go together")
-    if options.train_tokenizer and options.end_of_document:
+    if options.train_tokenizer and options.end_of_document is not None:
         parser.error("--end-of-document names a token of a tokenizer that is there; one that is "
                      "trained gets <|endoftext|> or </s>")
     return options

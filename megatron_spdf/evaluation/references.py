@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron_spdf.data.finetuning.task import TASKS, Example, Task, load_examples
 from megatron_spdf.files import write_file
 from megatron_spdf.paths import same_file
+from megatron_spdf.records.json_reader import parse_json
 from megatron_spdf.text import in_one_line, lines_of
 
 
@@ -44,14 +45,25 @@ def read_predictions(path: Path) -> list[str]:
     """Reads predictions, one per line, with outer blanks removed. A line ends at LF or CR LF.
 
     Raises:
-        ValueError: the file is not UTF-8 text.
+        ValueError: the file is not UTF-8 text, or holds records of JSON.
         FileNotFoundError: nothing is at `path`.
     """
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 ({error})") from None
-    return [line.strip() for line in lines_of(text)]
+    lines = [line.strip() for line in lines_of(text)]
+    if any(lines) and all(_is_record(line) for line in lines if line):
+        raise ValueError(f"{path} holds JSON objects, and predictions are text, one per line; write "
+                         "the texts alone, as `jq -r .KEY` does")
+    return lines
+
+
+def _is_record(line: str) -> bool:
+    try:
+        return isinstance(parse_json(line), dict)
+    except ValueError:
+        return False
 
 
 def read_references(task: str, paths: Sequence[Path], split: str = "test") -> References:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +14,8 @@ from megatron_spdf.records import limits
 from megatron_spdf.records.values import checked, decoded, read_bytes, unreadable
 
 T = TypeVar("T")
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+_OTHER_BASE = re.compile("[-+]?(0[0-7_]+$|[^:]*:)")  # octal, sexagesimal
 
 
 def read_yaml(path: str | Path, kind: type[T] = Any, remedy: str = "") -> T:
@@ -56,6 +59,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        _require_decimal(node)
         try:
             return super().construct_object(node, deep)
         except (ValueError, TypeError, LookupError, AttributeError, OverflowError):
@@ -68,6 +72,14 @@ class _Refused(yaml.MarkedYAMLError):
 
     def __init__(self, rule: str, place: Any):
         super().__init__(problem=rule, problem_mark=place.start_mark)
+
+
+def _require_decimal(node: yaml.Node) -> None:
+    """Refuses what YAML 1.1 reads as a number that its digits do not say: 010, which is 8, and
+    1:30, which is 90."""
+    if isinstance(node, yaml.ScalarNode) and node.tag in _NUMBERS and _OTHER_BASE.match(node.value):
+        raise _Refused(f"YAML reads {node.value} by another base than 10; write the number without "
+                       "leading zeros and colons, or a text in quotes", node)
 
 
 def _weigh(node: yaml.Node, known: dict[int, tuple[int, int]],

@@ -153,6 +153,12 @@ def test_the_end_of_documents_may_be_named(trained, tmp_path, kind, how):
         assert copy.encode(SPELLED[-1]) == tokenizer.encode(SPELLED[-1])
 
 
+def test_an_end_of_documents_without_a_name_is_refused(trained, tmp_path):
+    """It is not the usual one."""
+    with pytest.raises(ValueError, match="the vocabulary has no token '' to end documents with"):
+        load(tmp_path, trained["byte-level BPE"], "")
+
+
 def test_added_tokens_that_are_not_special_are_found_as_before(trained, tmp_path):
     made = tokenizers.Tokenizer.from_str(trained["byte-level BPE"].to_str())
     made.add_tokens([AddedToken("<tool>", special=False), AddedToken("    ", normalized=False)])

@@ -124,6 +124,18 @@ def test_lines_end_at_lf_or_cr_lf_and_nowhere_else(tmp_path):
     assert read_predictions(tmp_path / "a.txt") == ["a\x0bb", "c\u2028d\re", "", "f"]
 
 
+@pytest.mark.parametrize("text, refused", [
+    ('{"prediction": "a"}\n{"prediction": "b"}\n', True), ('{"a": 1}\n\n', True),
+    ('{"a": 1}\nb\n', False), ("{a}\n{b}\n", False), ("[1]\n", False), ("\n\n", False)])
+def test_records_of_json_are_no_predictions(tmp_path, text, refused):
+    (tmp_path / "a").write_text(text)
+    if refused:
+        with pytest.raises(ValueError, match="holds JSON objects, and predictions are text"):
+            read_predictions(tmp_path / "a")
+    else:
+        assert read_predictions(tmp_path / "a") == text.split("\n")[:-1]
+
+
 def test_a_test_set_of_glue_is_decoded_and_gets_a_submission(run):
     """By the task's own settings of decoding, where none are asked for."""
     code, said, output = run("index\tsentence\n0\tred \"cat\n1\tblue dog\n", task="sst2")

@@ -68,6 +68,14 @@ def test_widths_densities_and_steps_that_nobody_gives(check):
     assert {steps for _, steps in measured} == {5}
 
 
-def test_a_width_that_heads_do_not_divide_is_refused(check, capsys):
-    assert coord_check.main([RECIPE, "--widths", "70"]) == 2
-    assert "width 70 is not divisible by the size of a head" in capsys.readouterr().err
+@pytest.mark.parametrize("words, said", [
+    (("--widths", "64", "70"), "width 70 is not divisible by the size of a head"),
+    (("--sparsities", "0.5", "1"), "sparsity.level=1.0"),
+    (("--widths", "64", "64"), "--widths names one value, and a slope needs two"),
+    (("--sparsities", "0.5"), "--sparsities names one value, and a slope needs two"),
+], ids=str)
+def test_what_has_no_slope_is_refused_before_any_model_is_trained(monkeypatch, capsys, words, said):
+    monkeypatch.setattr(coordinate_check, "activation_sizes", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(fake_cuda, "install", lambda: None)
+    assert coord_check.main([RECIPE, *words]) == 2
+    assert said in capsys.readouterr().err

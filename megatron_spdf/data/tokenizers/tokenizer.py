@@ -73,8 +73,8 @@ def load_tokenizer(path: str | Path, end: str | None = None) -> Tokenizer:
     if not path.exists():
         raise FileNotFoundError(f"no tokenizer at {path}; accepted: {_ACCEPTED}. One of the "
                                 "Hugging Face hub is downloaded first")
-    if path.is_dir():
-        end = end or _saved_end(path)
+    if path.is_dir() and end is None:
+        end = _saved_end(path)
     candidates = _find_in_directory(path) if path.is_dir() else [_find_file(path)]
     try:
         tokenizer = _richest(path, candidates, end)
