@@ -81,8 +81,9 @@ def plan(arguments: list[str]) -> int:
     if options.exact:
         if options.gpus not in (None, recipe.parallel.world):
             raise ValueError("--exact builds the recipe's own layout, of "
-                             f"{counted(recipe.parallel.world, 'rank')}, not --gpus {options.gpus}; "
-                             "set parallel.tensor=, parallel.pipeline= and parallel.data=")
+                             f"{counted(recipe.parallel.world, 'rank')}, not --gpus "
+                             f"{options.gpus}; set parallel.tensor=, parallel.pipeline= and "
+                             "parallel.data=")
         counts = dry_run(recipe, sparsity, options.rank or ranks_of_interest(recipe))
         print(to_json([asdict(c) for c in counts], indent=1) if options.json
               else render_counts(recipe, counts))

@@ -54,8 +54,8 @@ def read_predictions(path: Path) -> list[str]:
         raise ValueError(f"{path}: not UTF-8 ({error})") from None
     lines = [line.strip() for line in lines_of(text)]
     if any(lines) and all(_is_record(line) for line in lines if line):
-        raise ValueError(f"{path} holds JSON objects, and predictions are text, one per line; write "
-                         "the texts alone, as `jq -r .KEY` does")
+        raise ValueError(f"{path} holds JSON objects, and predictions are text, one per line; "
+                         "write the texts alone, as `jq -r .KEY` does")
     return lines
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,23 @@ def test_the_commands_are_recipes_with_the_figures_of_the_table(path, capsys):
     assert f"{recipe} train.sequence_length=16 model" in said
     assert """'sparsity.rules=[{weights: "*.mlp.*", level: 0.75}]'""" in said
     assert "Sparse Doped does not apply" in said and "+11.11%" in said
+
+
+def test_the_printed_weights_are_those_of_the_row(path, capsys):
+    recipe = path(GPT)
+    assert main(["iso-flop", recipe, "--sparsity", "0.75", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert main(["iso-flop", recipe, "--sparsity", "0.75"]) == 0
+    said = capsys.readouterr().out
+    table = [re.split(r"  +", line.strip()) for line in said.splitlines()]
+    heads = next(line for line in table if line[:1] == ["hidden"])
+    rows = {line[0]: dict(zip(heads, line[1:], strict=True)) for line in table
+            if line[0] in {row["family"] for row in facts["variants"]}}
+    for row in facts["variants"]:
+        shown = rows[row["family"]]
+        for name, key in (("linear weights", "linear_weights"), ("active", "active"),
+                          ("all parameters", "all_active")):
+            assert shown[f"{name} (M)"] == f"{row[key] / 1e6:.2f}", (row["family"], name)
 
 
 def test_a_pattern_of_one_level_has_no_other(path):

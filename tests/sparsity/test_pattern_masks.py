@@ -3,6 +3,7 @@ ranks, refusals of other masks and of recipes that cannot have them."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import re
 
@@ -12,8 +13,10 @@ import torch
 
 from megatron_spdf.layers.compact import CompactWeight
 from megatron_spdf.recipe.rules import rule_violations
+from megatron_spdf.sparsity.patterns.n_m import NofM
 from megatron_spdf.sparsity.patterns.tiles import Tiles, draw_tile_mask
 from megatron_spdf.sparsity.patterns.two_four import TwoFour, draw_two_four
+from megatron_spdf.sparsity.patterns.unstructured import Unstructured
 from megatron_spdf.sparsity.plan import SparseWeight
 
 NAME = "decoder.layers.0.mlp.linear_fc1.weight"
@@ -50,6 +53,17 @@ def test_masks_of_other_seeds_names_and_slices_differ(draw, more):
     drawn = {draw(seed, name, slice_id, (16, 16), *more).tobytes()
              for seed in (0, 1) for name in (NAME, "w1", "w") for slice_id in (0, 1, 10)}
     assert len(drawn) == 2 * 3 * 3
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(), Tiles(tile=8), TwoFour(),
+                                     NofM(n=2, m=4)],
+                         ids=lambda pattern: pattern.name)
+def test_a_weight_draws_another_mask_for_every_slice_seed_and_name(pattern):
+    weight = SparseWeight("w.in", (128, 512), 1, 4, 0.5, pattern)
+    drawn = {named.draw(seed, part).tobytes()
+             for named in (weight, dataclasses.replace(weight, name="another"))
+             for seed in (0, 1) for part in range(weight.slices)}
+    assert len(drawn) == 2 * 2 * weight.slices
 
 
 @pytest.mark.parametrize(("weight", "world"), [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from megatron_spdf.sparsity.algorithms.top_kast import TopKast
@@ -127,6 +129,18 @@ def test_table_has_a_row_for_each_kind(plan):
     assert [row.split()[:2] for row in rows] == [[f"decoder.layers.*.{name}.weight", "4"]
                                                  for name in TILE]
     assert all(row.endswith("75.0000%") for row in rows)
+
+
+def test_a_row_by_hand():
+    """No two of its figures are equal."""
+    made = Plan(9, {f"decoder.layers.{i}.mlp.linear_fc1.weight": SparseWeight(
+        f"decoder.layers.{i}.mlp.linear_fc1.weight", (60, 16), 0, 6, 0.25) for i in range(5)})
+    rows = render_plan(made).splitlines()
+    assert rows[0] == ("sparsity plan (mask seed 9): 3,600 of 4,800 linear weights active, "
+                       "sparsity 25.0000%")
+    assert [line.split("  ") for line in (re.sub("   +", "  ", row.strip()) for row in rows[3:])
+            ] == [["decoder.layers.*.mlp.linear_fc1.weight", "5", "60 x 16", "6", "120",
+                   "25.0000%"]]
 
 
 def test_tensor_parallelism_divides_the_slices_of_every_weight():

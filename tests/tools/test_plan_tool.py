@@ -181,7 +181,7 @@ def test_runs_are_held_out_by_their_names(plan, capsys, table):
     ([DEMO, "--gpu", "h100", "model.layer=3"], "did you mean model.layers?"),
     (["nowhere.yaml", "--gpu", "h100"], "there is no recipe"),
     ([DEMO, "--gpu", "h100", "--calibrate", "nowhere"], "nowhere is no run"),
-    ([DEMO, "--exact", "--gpus", "8"], "has 2 ranks, not --gpus 8"),
+    ([DEMO, "--exact", "--gpus", "8"], "of 2 ranks, not --gpus 8"),
     ([DEMO, "--exact", "--rank", "2"], "rank 2 is not in this layout"),
     ([DEMO, "--exact", "engine=deepspeed"], "engine=deepspeed makes its buffers while it trains"),
     (["fit", "nowhere"], "nowhere is no run"),
