@@ -18,6 +18,7 @@ from megatron_spdf.recipe.recorded import as_recorded
 from megatron_spdf.records.json_reader import read_json
 from megatron_spdf.records.values import typed
 from megatron_spdf.sparsity.plan import Plan
+from megatron_spdf.text import counted
 from megatron_spdf.version import __version__
 
 Whole = Annotated[int, Field(ge=0)]
@@ -149,7 +150,7 @@ def after_moves(masks: Masks, algorithm: str, updates: int) -> Masks:
 
 def describe_masks(masks: Masks) -> str:
     """Origin of the masks, in words."""
-    times = f", moved {masks['updates']:,} times by {masks['algorithm']}"
+    times = f", moved {counted(masks['updates'], 'time')} by {masks['algorithm']}"
     return masks["how"] + (times if masks["kind"] == "moved" else "")
 
 

@@ -95,7 +95,7 @@ def render(scores: Scores) -> str:
                *(Column(part, _short(scores.values[part]), ".6f") for part in parts)]
     missing = [f"{name}: missing ({why})" for name, why in scores.missing.items()]
     if scores.left_out:
-        missing.append(f"{scores.left_out:,} inputs have no reference and are not scored")
+        missing.append(f"{counted(scores.left_out, 'input')} without a reference, not scored")
     behind = [f"  {name}: {signature}" for name, signature in scores.signatures.items()]
     return "\n".join([Table(columns, names).text(), *missing, *behind])
 

@@ -127,6 +127,10 @@ def test_text_round_trips_and_special_names_are_text(trained, kind):
     assert tokenizer.encode("") == []
     assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"
     assert tokenizer.decode(tokenizer.encode_array("a\ud800b")) == "a\ufffdb"
+    for known in (0, tokenizer.vocab_size - 1):  # the first and last row are no padding
+        text = tokenizer.decode([known])
+        for unknown in (-1, tokenizer.vocab_size):
+            assert tokenizer.decode([known, unknown, known]) == f"{text}\ufffd{text}"
 
 
 def test_sentencepiece_ends_documents_with_eos(trained):

@@ -276,7 +276,7 @@ def test_scores_as_text():
         ["A", "0.500000", "-", "0.250000"], ["B", "2.000000e+12", "-", "-"],
         ["C", "-", "3.000000", "-"]]
     assert lines[5:] == ["D: missing (no Java)",
-                         "1,200 inputs have no reference and are not scored", "  A: how"]
+                         "1,200 inputs without a reference, not scored", "  A: how"]
     assert "999999999999.000000" in scores.render(Scores({"all": {"B": 999999999999.0}}))
 
 

@@ -297,7 +297,7 @@ def test_it_is_planned_trained_and_inspected_from_the_command_line(make_recipe, 
     assert says in done.stdout and "step 3: wander moved" in done.stdout
     looked = command(tmp_path, "tools/inspect_checkpoint.py", "run", "--verify")
     assert looked.returncode == 0, looked.stderr
-    assert "masks random, seed 0, moved 1 times by wander" in looked.stdout
+    assert "masks random, seed 0, moved 1 time by wander" in looked.stdout
     assert ("wander, 1 of 1 moves; sparsity 75.00% now, 75.00% at the end; 90.0" in looked.stdout
             and "% of the active entries are as at first, by layer 90.0" in looked.stdout)
     other = command(tmp_path, "tools/convert_checkpoint.py", "reshard", "run", "two",
