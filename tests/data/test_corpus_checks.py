@@ -9,6 +9,7 @@ import pytest
 
 from megatron_spdf.data.pretraining import corpus
 from megatron_spdf.data.pretraining.corpus import Corpus, check_corpus, data_tokenizer
+from megatron_spdf.data.pretraining.sources import Source
 
 TOKENIZER = SimpleNamespace(sha256="hash", vocab_size=256)
 
@@ -63,3 +64,21 @@ def test_a_tokenizer_is_the_copy_beside_the_first_data_set_or_the_one_that_is_na
     made = recipe(data={"train": ["a", "b"], "tokenizer": named, "end_of_document": end})
     assert data_tokenizer(made) is TOKENIZER
     assert asked == [("expand", made.data), ("check_prefix", "a"), ("load_tokenizer", place, end)]
+
+
+def test_contents_are_tokens_and_shares_wherever_they_lie_in_any_order():
+    def of(*train: tuple[str, str, float], valid: str = "v") -> dict[str, str]:
+        return Corpus(TOKENIZER, [Source(prefix, content, 9, weight)
+                                  for prefix, content, weight in train],
+                      [Source("place", content, 9) for content in valid]).contents
+
+    known = of(("one", "x", 0.25), ("two", "y", 0.75))
+    assert known["data.train"] == known["data.blend"]
+    assert of(("moved", "y", 0.75), ("on", "x", 0.25 + 1e-12)) == known
+    for other in (of(("one", "x", 0.75), ("two", "y", 0.25)), of(("one", "x", 1.0)),
+                  of(("one", "x", 0.25), ("two", "z", 0.75)),
+                  of(("one", "x", 0.25), ("two", "y", 0.7499))):
+        assert other["data.train"] != known["data.train"]
+        assert other["data.valid"] == known["data.valid"]
+    other = of(("one", "x", 0.25), ("two", "y", 0.75), valid="w")
+    assert other["data.valid"] != known["data.valid"] and other["data.blend"] == known["data.blend"]

@@ -391,6 +391,17 @@ def test_texts_are_written_as_official_scripts_read_them(tmp_path, task):
     assert in_official_form(known, outputs, official)[1] == official
 
 
+@pytest.mark.parametrize("task, references, output, reference", [
+    ("dart", ("A-b (C)",), "Ab (c).", "A-b (C)"),  # scored as they are
+    ("webnlg", ("A-b (\u00bd)",), "Ab (c).", "A-b (\u00bd)"),  # files of another script
+    ("webnlg", ("a - b",), "ab ( c ) .", "a - b"),
+    ("e2e", ("A-b",), "Ab (c).", "A-b")])
+def test_references_of_files_are_taken_as_they_are(task, references, output, reference):
+    given = References((references,), ("",), official=True)
+    assert in_official_form(TASKS.get(task), ["Ab (c)."], given) == ([output], given)
+    assert given.texts == ((reference,),)
+
+
 def test_the_file_of_scores_says_what_was_scored(tmp_path):
     found = describe("e2e", "test", Scores({"all": {"A": 1.0}}, {"A": "s"}, {"B": "w"}, 2), beams=3)
     assert {k: found[k] for k in ("task", "split", "beams", "scores", "missing", "signatures",
