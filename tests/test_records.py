@@ -144,11 +144,9 @@ YAML = {
     "control characters": ("a: 1\nb: \x00", "line 2: not YAML"),
     "not UTF-8": (b"a: 1\nb: \xff", "line 2: not UTF-8"),
     "another type": ("a: [1,\n x]", "line 2: a.1='x'"),
-    "octal": ("a: 1\nlr: 010", "line 2: YAML reads 010 by another base than 10"),
-    "octal under zero": ("a: [-0_17]", "line 1: YAML reads -0_17 by another base than 10"),
-    "sexagesimal": ("a: 1:30", "line 1: YAML reads 1:30 by another base than 10"),
-    "sexagesimal with a fraction": ("a: {b: 1:30.5}", "YAML reads 1:30.5 by another base than 10"),
-    "octal as a key": ("010: a", "line 1: YAML reads 010 by another base than 10"),
+    "octal": ("a: 1\nlr: 010", "line 2: some read 010 by base 8"),
+    "octal under zero": ("a: [-0_17]", "line 1: some read -0_17 by base 8"),
+    "octal as a key": ("010: a", "line 1: some read 010 by base 8"),
 }
 
 
@@ -164,8 +162,8 @@ def test_yaml_that_is_refused(case):
 def test_yaml_that_is_sound():
     merged = parse_yaml("\ufeffa: &a {b: 1, c: 1e-3}\nd: {<<: *a, b: 2}\n".encode())
     assert merged == {"a": {"b": 1, "c": "1e-3"}, "d": {"b": 2, "c": "1e-3"}}
-    assert parse_yaml("[0, 0.5, -0.0, 0x10, 0b1, 1_000, 09.5, '010', '1:30']") == [
-        0, 0.5, 0.0, 16, 1, 1000, 9.5, "010", "1:30"]
+    assert parse_yaml("[0, 0.5, -0.0, 0x10, 0b1, 1_000, 09.5, '010', 2:4, 1:30.5, -1:30]") == [
+        0, 0.5, 0.0, 16, 1, 1000, 9.5, "010", "2:4", "1:30.5", "-1:30"]
     assert parse_yaml("") is None and parse_yaml("a: [1, 2]", dict[str, list[int]]) == {"a": [1, 2]}
 
 

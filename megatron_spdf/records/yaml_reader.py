@@ -14,8 +14,8 @@ from megatron_spdf.records import limits
 from megatron_spdf.records.values import checked, decoded, read_bytes, unreadable
 
 T = TypeVar("T")
-_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
-_OTHER_BASE = re.compile("[-+]?(0[0-7_]+$|[^:]*:)")  # octal, sexagesimal
+_TEXT, *_NUMBERS = (f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float"))
+_OCTAL = re.compile("[-+]?0[0-7_]+")
 
 
 def read_yaml(path: str | Path, kind: type[T] = Any, remedy: str = "") -> T:
@@ -56,10 +56,10 @@ class _Loader(yaml.SafeLoader):
             raise _Refused(f"nested more than {limits.MOST_NESTING} deep", self.peek_event())
         node = super().compose_node(parent, index)
         self.nested -= 1
+        _read_as_written(node)
         return node
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        _require_decimal(node)
         try:
             return super().construct_object(node, deep)
         except (ValueError, TypeError, LookupError, AttributeError, OverflowError):
@@ -74,12 +74,16 @@ class _Refused(yaml.MarkedYAMLError):
         super().__init__(problem=rule, problem_mark=place.start_mark)
 
 
-def _require_decimal(node: yaml.Node) -> None:
-    """Refuses what YAML 1.1 reads as a number that its digits do not say: 010, which is 8, and
-    1:30, which is 90."""
-    if isinstance(node, yaml.ScalarNode) and node.tag in _NUMBERS and _OTHER_BASE.match(node.value):
-        raise _Refused(f"YAML reads {node.value} by another base than 10; write the number without "
-                       "leading zeros and colons, or a text in quotes", node)
+def _read_as_written(node: yaml.Node) -> None:
+    """Undoes the numbers of YAML 1.1 that are none to whoever writes them: 2:4 is a text and not
+    the 124 of base 60, as in YAML 1.2, and 010, once 8 and now 10, is refused."""
+    if not isinstance(node, yaml.ScalarNode) or node.tag not in _NUMBERS:
+        return
+    if ":" in node.value:
+        node.tag = _TEXT
+    elif _OCTAL.fullmatch(node.value):
+        raise _Refused(f"some read {node.value} by base 8; write the number without leading "
+                       "zeros, or a text in quotes", node)
 
 
 def _weigh(node: yaml.Node, known: dict[int, tuple[int, int]],

@@ -136,7 +136,4 @@ def normalize_sparsity(value: Any) -> Any:
         return {"level": value, "rules": [], **dense}
     if isinstance(value, list):
         return {"level": 0.0, "rules": value}
-    if isinstance(value, dict) and type(number := value.get("pattern")) is int:
-        # YAML 1.1 reads n:m as a number to base 60
-        return {**value, "pattern": f"{number // 60}:{number % 60}"}
     return value

@@ -295,7 +295,7 @@ def test_bad_value_is_named_with_rule_and_remedy(write, overrides, parts):
     ("seed: 1\nseed: 2\n", ["line 2: the key 'seed' is given twice"]),
     ("", ["output is missing", "model is missing", "set it in the recipe"]),
     ("model: 3\n", ["model=3"]),
-    ("output: 010\n", ["line 1: YAML reads 010", "a text in quotes"]),
+    ("output: 010\n", ["line 1: some read 010 by base 8", "a text in quotes"]),
     ("output: yes\n", ["output=True", "write it in quotes"]),
     ("output: 2026-01-31\n", ["output=2026-01-31:", "write it in quotes"]),
     ("data: {train: no}\n", ["data.train.0=False", "write it in quotes"]),

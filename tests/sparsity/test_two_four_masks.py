@@ -73,7 +73,7 @@ def test_plan_is_2_4_and_its_table_says_so(recipe):
 
 @pytest.mark.parametrize("written", ["2:4", '"2:4"', "'2:4'"])
 def test_quotes_around_the_pattern_are_optional(written, tmp_path, recipe):
-    """YAML 1.1 reads 2:4 as 124."""
+    """YAML 1.1 would read 2:4 as 124."""
     saved = tmp_path / "recipe.yaml"
     save_recipe(recipe(sparsity={**HALF, "seed": 3}), saved)
     text = saved.read_text()
