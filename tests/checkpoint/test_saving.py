@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 import torch.distributed as dist
 
@@ -16,8 +18,8 @@ def group():
     dist.destroy_process_group()
 
 
-def save(tmp_path, group, after) -> SaveThread:
-    thread = SaveThread(tmp_path / "step_00000002.partial", {}, lambda partial: None, after, group,
+def save(tmp_path, group, after, add_files=lambda partial: None) -> SaveThread:
+    thread = SaveThread(tmp_path / "step_00000002.partial", {}, add_files, after, group,
                         validate=False)
     thread.start()
     thread.join()
@@ -45,3 +47,13 @@ def test_what_has_the_name_of_the_save_in_the_making_is_removed(tmp_path, group,
         planted]()
     assert save(tmp_path, group, list).error is None
     assert [path.name for path in victim.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("kind", [OSError, RuntimeError])  # torch.save has the second, too
+def test_a_failed_write_names_its_rank_and_leaves_nothing(tmp_path, group, kind):
+    def fail(partial):
+        (partial / "begun").touch()
+        raise kind("no room")
+    failed = save(tmp_path, group, list, fail)
+    assert str(failed.error) == f"rank 0 on {socket.gethostname()}: no room"
+    assert not list(tmp_path.iterdir())
