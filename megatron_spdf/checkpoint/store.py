@@ -235,18 +235,21 @@ def verify(checkpoint: Path, checksums: bool = True, names: list[str] | None = N
         del found[FILES]
     faults = [f"{printable(name[:100])} is missing"
               for name in sorted(listed.keys() - found.keys())]
+    added = []
     for name, kind in sorted(found.items()):
         if kind != "file":
             faults.append(f"{printable(name[:100])} is a {kind} and no file")
         elif name not in listed:
-            faults.append(f"{printable(name[:100])} is not in the list")
+            added.append(f"{printable(name[:100])} is not in the list")
         elif fault := _other_than_listed(checkpoint / name, listed[name],
                                          checksums and (names is None or name in names)):
             faults.append(f"{name} {fault}")
     if faults:
-        raise DamagedCheckpoint(f"checkpoint {checkpoint} is damaged: "
-                                f"{_some(faults)}. "
-                                "Remove it to resume from the one before")
+        raise DamagedCheckpoint(f"checkpoint {checkpoint} is damaged: {_some(faults + added)}. "
+                                "Remove this checkpoint to resume from the one before")
+    if added:
+        raise DamagedCheckpoint(f"checkpoint {checkpoint} holds what was not saved with it: "
+                                f"{_some(added)}. Move that out of it; the checkpoint is whole")
 
 
 def _other_than_listed(path: Path, listed: Listed, checksum: bool) -> str:

@@ -111,7 +111,8 @@ class RunDir:
     def _changes(self, before: Recipe | Finetune) -> list[str]:
         """Differences of this start from the last, inputs by their content where that is known."""
         kept = self.root / CONTENTS
-        recorded = read_json(kept, dict[str, str]) if kept.is_file() else {}
+        recorded = read_json(kept, dict[str, str], remedy="remove it if the data are those of the "
+                             "run's last start") if kept.is_file() else {}
         known = recorded.keys() & self.contents.keys()
         same = {key for key in known if recorded[key] == self.contents[key]}
         changes = changes_of_run(before, self.recipe, longer=True, same=same)

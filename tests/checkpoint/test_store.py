@@ -299,7 +299,10 @@ def test_twenty_faults_are_named_and_others_counted(checkpoint, count, more):
     with pytest.raises(store.DamagedCheckpoint) as damage:
         store.verify(checkpoint)
     named = "; ".join(f"n{number:02} is not in the list" for number in range(min(count, 20)))
-    assert f"is damaged: {named}{more}. Remove it" in str(damage.value)
+    assert f"holds what was not saved with it: {named}{more}. Move that out" in str(damage.value)
+    truncate(checkpoint)
+    with pytest.raises(store.DamagedCheckpoint, match="is damaged: .*Remove this checkpoint to"):
+        store.verify(checkpoint)
 
 
 @pytest.mark.parametrize("damage", [truncate, append])

@@ -23,6 +23,8 @@ from megatron_spdf.records.json_reader import read_json
 from megatron_spdf.records.values import typed
 
 HISTORY = "blend.json"
+_REMEDY = ("restore it from a copy, or remove it where the run has read its recipe's blend from the "
+           "first step on")
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,8 @@ class BlendHistory:
 
     def __init__(self, directory: Path, sources: list[Source]):
         self._path, self._sources = directory / HISTORY, sources
-        kept = read_json(self._path, list[dict[str, Any]]) if self._path.exists() else []
+        kept = (read_json(self._path, list[dict[str, Any]], remedy=_REMEDY)
+                if self._path.exists() else [])
         self.segments = [typed(segment, Segment, f"{self._path}: segment {number}")
                          for number, segment in enumerate(kept, start=1)]
 
