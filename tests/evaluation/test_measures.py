@@ -440,6 +440,13 @@ def two_ranks(monkeypatch):
     return run
 
 
+def test_documents_are_read_together_up_to_so_many_characters(monkeypatch):
+    monkeypatch.setattr(text_perplexity, "_TOGETHER", 10)
+    texts = ["abcd", "efgh", "ij", "k", "l" * 30, "m", ""]
+    assert list(text_perplexity._together(iter(texts))) == [texts[:3], texts[3:5], texts[5:]]
+    assert not list(text_perplexity._together(iter([])))
+
+
 def test_ranks_share_the_documents_and_rank_0_has_the_sum(two_ranks, monkeypatch):
     read = []
 

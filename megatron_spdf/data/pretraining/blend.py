@@ -23,8 +23,8 @@ from megatron_spdf.records.json_reader import read_json
 from megatron_spdf.records.values import typed
 
 HISTORY = "blend.json"
-_REMEDY = ("restore it from a copy, or remove it where the run has read its recipe's blend from the "
-           "first step on")
+_REMEDY = ("restore it from a copy, or remove it where the run has read its recipe's blend from "
+           "the first step on")
 
 
 @dataclass(frozen=True)
