@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -80,6 +82,7 @@ class DeepSpeedEngine:
     def __init__(self, recipe: Recipe, plan: Plan, device: torch.device,
                  weights: InitialWeights | None = None):
         deepspeed = _import_deepspeed(device)
+        settings = _accepted_settings(recipe)
         self.recipe, self.plan, self.device = recipe, plan, device
         self.models = build_model(recipe, plan, weights)
         (self.model,) = self.models
@@ -90,8 +93,7 @@ class DeepSpeedEngine:
         # while every rank holds whole parameters
         self.state = ZeroState(self.model, recipe)
         self.zero, *_ = deepspeed.initialize(model=self.model, optimizer=self.torch_optimizer,
-                                             mpu=ModelParallelUnit,
-                                             config=deepspeed_settings(recipe),
+                                             mpu=ModelParallelUnit, config=settings,
                                              dist_init_required=False)
         self.state.attach(self.torch_optimizer, self.zero.optimizer)
         self.scheduler = common.make_scheduler(recipe, self.torch_optimizer)
@@ -242,6 +244,25 @@ def _import_deepspeed(device: torch.device):
             import deepspeed.runtime.zero.muon.muon_optimizer
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
     return deepspeed
+
+
+def _accepted_settings(recipe: Recipe) -> dict[str, Any]:
+    """The settings, which DeepSpeed has read once, before there is a model.
+
+    Raises:
+        ValueError: the recipe's file has what DeepSpeed refuses.
+    """
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    settings = deepspeed_settings(recipe)
+    try:
+        DeepSpeedConfig(copy.deepcopy(settings), ModelParallelUnit)
+    except Exception as error:  # its own, those of its models, or of a comparison with a text
+        if recipe.deepspeed is None:
+            raise
+        raise ValueError(f"{recipe.deepspeed} has what DeepSpeed does not take: "
+                         f"{' '.join(str(error).split()):.500}; correct or remove it") from error
+    return settings
 
 
 def _sum_partial_gradients(model: nn.Module, tensor: int) -> None:

@@ -82,6 +82,9 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
         if key not in ours and value == AUTO:
             yield (f"{recipe.deepspeed} has {key}={_json(AUTO)}, which the recipe says nothing "
                    "about; give a value")
+        elif key not in ours and isinstance(value, str) and _is_number(value):
+            yield (f"{recipe.deepspeed} has {key}={_json(value)}, a text; write the number without "
+                   "quotes")
     for key in there.keys() - _SECTIONS:
         if meant := difflib.get_close_matches(key, _SECTIONS, 1, 0.8):
             yield (f"{recipe.deepspeed} has {key}, of which DeepSpeed knows nothing and would say "
@@ -96,6 +99,14 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
         yield (f"{recipe.deepspeed} has zero_optimization.offload_param.device={_json(offloaded)}, "
                f"but parallel.zero_stage={recipe.parallel.zero_stage}; parameters can be offloaded "
                "with zero_stage=3 only")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _decided(recipe: Recipe) -> dict[str, Any]:

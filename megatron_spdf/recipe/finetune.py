@@ -42,6 +42,7 @@ from megatron_spdf.section import (
     Seed,
 )
 from megatron_spdf.sparsity.settings import Sparsity
+from megatron_spdf.text import counted
 
 
 class TaskData(Section):
@@ -164,8 +165,8 @@ def training_recipe(finetune: Finetune, model: Model, sparsity: Sparsity, exampl
     steps = t.epochs * per_epoch
     if o.warmup_steps >= steps:
         raise ValueError(f"optimizer.warmup_steps={o.warmup_steps} is not under the run's {steps} "
-                         f"steps ({t.epochs} epochs of {per_epoch}); shorten the warm-up or train "
-                         "longer")
+                         f"steps ({counted(t.epochs, 'epoch')} of {per_epoch}); shorten the "
+                         "warm-up or train longer")
     recipe = Recipe(
         output=f.output, seed=f.seed, engine=f.engine, deepspeed=f.deepspeed, model=model,
         sparsity=sparsity if f.mode == "sparse" else Sparsity(),

@@ -23,6 +23,7 @@ from megatron_spdf.recipe.finetune import Finetune, training_recipe
 from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.sparsity.plan import Plan, check_tensor, render_plan
 from megatron_spdf.sparsity.settings import Sparsity
+from megatron_spdf.text import counted
 from megatron_spdf.training.teacher import Teacher
 
 if TYPE_CHECKING:  # these import megatron.core
@@ -138,8 +139,9 @@ def _summary(finetune: Finetune, start: WeightSource, recipe: Recipe, plan: Plan
     lines = [
         f"starting from {start.origin}, {start.path}; {mode}",
         f"{finetune.data.task}: {len(train):,} training and {len(valid):,} validation pairs of "
-        f"{train.lengths.mean():.0f} tokens on average; {finetune.train.epochs} epochs of "
-        f"{finetune.steps_per_epoch(len(train)):,} steps"]
+        f"{train.lengths.mean():.0f} tokens on average; "
+        f"{counted(finetune.train.epochs, 'epoch')} of {finetune.steps_per_epoch(len(train)):,} "
+        "steps"]
     loses = TASKS.get(finetune.data.task).loses
     lines += [f"{pairs.truncated:,} {split} contexts lost their {loses} to fit "
               f"{recipe.train.sequence_length} tokens"

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 
 from megatron_spdf.engine import deepspeed, megatron
 from megatron_spdf.engine.deepspeed import DeepSpeedEngine, ModelParallelUnit
-from megatron_spdf.engine.deepspeed_settings import deepspeed_settings
 from megatron_spdf.engine.megatron import MegatronEngine
 from megatron_spdf.model import decoder
 from megatron_spdf.model.parametrization import Parametrization, Peak
@@ -272,6 +271,7 @@ def test_the_whole_of_what_deepspeed_is_handed(recipe, monkeypatch, tensor):
     state = SimpleNamespace(attach=note("attach", None))
     replace("_import_deepspeed", note("import", SimpleNamespace(
         initialize=note("initialize", (zero, "others")))))
+    replace("_accepted_settings", note("settings", "accepted"))
     replace("build_model", note("model", ["model"]))
     replace("_sum_partial_gradients", note("sums", None))
     replace("guarded", note("guard", adam))
@@ -284,11 +284,12 @@ def test_the_whole_of_what_deepspeed_is_handed(recipe, monkeypatch, tensor):
     monkeypatch.setitem(sys.modules, "deepspeed.comm.comm", SimpleNamespace(cdb="backend"))
     engine = DeepSpeedEngine(made, plan, torch.device("cpu"), "weights")
     assert asked == [
-        ("import", torch.device("cpu"), {}), ("model", made, plan, "weights", {}),
+        ("import", torch.device("cpu"), {}), ("settings", made, {}),
+        ("model", made, plan, "weights", {}),
         ("sums", "model", 2, {}), ("optimizer", made, "model", {}), ("guard", "plain", {}),
         ("state", "model", made, {}),
         ("initialize", {"model": "model", "optimizer": adam, "mpu": ModelParallelUnit,
-                        "config": deepspeed_settings(made), "dist_init_required": False}),
+                        "config": "accepted", "dist_init_required": False}),
         ("attach", adam, "wrapper", {}), ("scheduler", made, adam, {}), ("newborn", engine, {})]
     assert (engine.zero, engine.backend, engine.scheduler) == (zero, "backend", "scheduler")
     assert (engine.data_parallel_rank, engine._reports) == (3, tensor == 0)

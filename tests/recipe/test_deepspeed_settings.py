@@ -168,3 +168,14 @@ def test_what_an_engine_cannot_do_is_named(recipe, sections, parts):
     (wrong,) = rule_violations(recipe(**sections))
     for part in parts:
         assert part in wrong
+
+
+@pytest.mark.parametrize("content, said", [
+    ({"steps_per_print": "5"}, 'has steps_per_print="5", a text; write the number without quotes'),
+    ({"zero_optimization": {"reduce_bucket_size": "5e8"}},
+     'has zero_optimization.reduce_bucket_size="5e8", a text'),
+    ({"gradient_predivide_factor": "nan"}, "a text"),
+    ({"communication_data_type": "fp16", "steps_per_print": 5, "wall_clock_breakdown": True}, "")])
+def test_a_number_in_quotes_is_refused(with_json, content, said):
+    _, wrong = with_json(content)
+    assert len(wrong) == bool(said) and all(said in sentence for sentence in wrong)
