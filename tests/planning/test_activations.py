@@ -9,6 +9,7 @@ import pytest
 
 from megatron_spdf.architecture.lm_head import LOGITS_BYTES, tokens_at_once
 from megatron_spdf.planning.activations import (
+    StepBytes,
     in_flight,
     kept_by_layer,
     layer_bytes,
@@ -197,3 +198,24 @@ def test_total_counts_the_head_or_the_block_but_not_both(recipe):
     found = step_bytes(r := gpt(recipe), Plan.of(r), 0)
     assert found.total == found.running + max(found.head, found.workspace)
     assert found.total < found.running + found.head + found.workspace
+
+
+@pytest.mark.parametrize(("head", "workspace", "late", "fullest"), [
+    (5, 7, 0, 1_007), (9, 7, 0, 1_009), (9, 7, 1_010, 1_010), (9, 7, 1_008, 1_009)])
+def test_sums_of_parts_by_hand(head, workspace, late, fullest):
+    found = StepBytes(running=1_000, waiting=20_000, embedding=300_000, pipeline=4_000_000,
+                      head=head, workspace=workspace, late=late, communication=50_000_000)
+    assert found.activations == 4_321_000
+    assert found.total == 54_320_000 + fullest
+
+
+def test_dense_gradients_of_shared_query_groups_wait_from_the_second_micro_batch_on(recipe):
+    """Where more ranks than groups share them, and masks are cut at the end of backward."""
+    def workspace(batch: int, groups: int) -> int:
+        made = gpt(recipe, batch=batch, groups=groups, heads=8, sparsity=0.5,
+                   parallel={"tensor": 4})
+        return step_bytes(made, Plan.of(made), 0).workspace
+
+    one, two, three = (workspace(batch, groups=2) for batch in (2, 4, 6))
+    assert one < two == three
+    assert workspace(2, groups=8) == workspace(4, groups=8)
