@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from megatron_spdf.recipe.recipe import Parallel
 from megatron_spdf.resilience.slurm import is_task
+from megatron_spdf.text import counted
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,11 @@ def check_world(ranks: Ranks, parallel: Parallel) -> None:
     if ranks.world == parallel.world:
         return
     model_ranks = parallel.tensor * parallel.pipeline
-    ways = [f"start {parallel.world} processes (torchrun --nproc-per-node N, or srun --ntasks "
-            f"{parallel.world})"]
+    needed = counted(parallel.world, "process", "processes")
+    ways = [f"start {needed} (torchrun --nproc-per-node N, or srun --ntasks {parallel.world})"]
     if ranks.world % model_ranks == 0:
         ways.append(f"set parallel.data={ranks.world // model_ranks}")
     raise ValueError(
-        f"the recipe's layout needs {parallel.world} processes (parallel.tensor {parallel.tensor} "
-        f"x pipeline {parallel.pipeline} x data {parallel.data}), but {ranks.launcher} started "
-        f"{ranks.world}; {' or '.join(ways)}")
+        f"the recipe's layout needs {needed} (parallel.tensor {parallel.tensor} x pipeline "
+        f"{parallel.pipeline} x data {parallel.data}), but {ranks.launcher} started {ranks.world}; "
+        f"{' or '.join(ways)}")
