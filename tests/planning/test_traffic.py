@@ -42,6 +42,22 @@ def test_sequence_parallelism_gathers_its_inputs_twice(recipe):
     assert found["tensor", "all-gather"] == MICRO_BATCHES * (6 * 4 + 2) * SBH
 
 
+@pytest.mark.parametrize("layers", [1, 3, 4])
+def test_ranks_that_share_query_groups_gather_the_fused_matrix(recipe, layers):
+    """Once in the forward pass of every layer, again where it is repeated; its gradient is summed
+    and cut once."""
+    def fused(recompute: str) -> tuple[int, int]:
+        made = recipe(model={"layers": layers, "heads": 8, "query_groups": 2},
+                      parallel={"tensor": 4}, train={"global_batch": 8, "recompute": recompute})
+        found = step_traffic(made, Plan.of(made), 0)
+        return found["tensor", "all-gather"], found["tensor", "reduce-scatter"]
+
+    rows = 64 + 2 * 2 * 8  # of queries, keys and values: 8 heads and twice 2 groups of 8
+    once = MICRO_BATCHES * 2 * (2 * 32) * rows * layers
+    assert fused("none") == (once, once)
+    assert fused("full") == (2 * once, once)
+
+
 @pytest.mark.parametrize(("interleave", "sends"), [(1, [1, 2, 2, 1]), (2, [3, 4, 4, 3])])
 def test_stages_send_forward_and_back(recipe, interleave, sends):
     for stage, times in enumerate(sends):
