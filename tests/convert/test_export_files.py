@@ -3,9 +3,11 @@ tests/cli/test_convert.py loads them with transformers."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -17,6 +19,7 @@ from megatron_spdf.convert import huggingface_export
 from megatron_spdf.convert.huggingface_export import DTYPES, export, in_memory, model_card
 from megatron_spdf.convert.initial_checkpoint import write_initial_checkpoint
 from megatron_spdf.convert.source import open_weights
+from megatron_spdf.sparsity.algorithms.gmp import Gmp
 
 
 @pytest.fixture
@@ -163,3 +166,24 @@ def test_the_card_says_what_the_model_is(source):
     assert "## Recipe" in lines and "# GPT-2, 2 layers x 12" in lines
     plain = model_card(source(), "fp32", masks=False)
     assert "Recipe" not in plain and "Masks" not in plain and "- Weights: fp32." in plain
+
+
+def test_masks_leave_out_what_is_held_at_zero(source, tmp_path):
+    """Of a checkpoint in the middle of gradual pruning: stored, and yet no active entry."""
+    reader, holds = source(0.5), Gmp()
+    export(reader, tmp_path / "all", masks=True)
+    held, chance = {}, np.random.default_rng(3)
+    for name, planned in reader.plan.weights.items():
+        reader.plan.weights[name] = dataclasses.replace(planned, algorithm=holds)
+        held[name] = chance.random((planned.slices, planned.active_per_slice)) < 0.25
+    reader.held_bits = lambda name: np.packbits(held[name], axis=1)
+    export(reader, tmp_path / "some", masks=True)
+    before, after = (read(tmp_path / name / "masks.safetensors") for name in ("all", "some"))
+    assert all((before[name] | ~after[name]).all() for name in before)
+    for name, planned in reader.plan.weights.items():
+        layer, part = name.split(".")[2], name.split(".")[-2]
+        theirs = {"linear_qkv": "attn.c_attn", "linear_proj": "attn.c_proj",
+                  "linear_fc1": "mlp.c_fc", "linear_fc2": "mlp.c_proj"}[part]
+        key = f"transformer.h.{layer}.{theirs}.weight"
+        assert before[key].sum() == planned.active
+        assert before[key].sum() - after[key].sum() == held[name].sum() > 0

@@ -249,6 +249,12 @@ def test_prompts_are_decoded_longest_first_and_their_tokens_counted(model, monke
     with monkeypatch.context() as patched:
         patched.setattr(decoding, "window_of", lambda model: 70)
         found = decode(model, TOKENIZER, contexts, settings)
+        whole, asked = asked, []
+        shares = [decode(model, TOKENIZER, contexts, settings, rank, 3) for rank in range(3)]
+    assert [share.truncated for share in shares] == [0, 0, 1]
+    assert sum(share.tokens for share in shares) == found.tokens
+    assert sorted(n for share in shares for n in share.texts) == list(range(7))
+    asked = whole
     # room for 70 - 64 - 1 = 5 tokens of context, and the end of document
     assert asked == [[6, 6], [6, 5], [4, 3], [2]]
     assert found.tokens == sum(map(sum, asked)) + 7 and found.truncated == 1
