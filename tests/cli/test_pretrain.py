@@ -268,7 +268,7 @@ def test_a_damaged_checkpoint_is_named_and_refused(straight, start, workplace):
     process = start("output=damaged", "parallel.tensor=2", ranks=2)
     _, err = process.communicate(timeout=300)
     assert process.returncode != 0
-    assert file.name in err and "another content" in err and "Remove it" in err
+    assert file.name in err and "another content" in err and "Remove this checkpoint" in err
 
 
 def test_dry_run_prints_the_plan_and_touches_nothing(workplace):

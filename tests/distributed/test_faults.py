@@ -20,7 +20,7 @@ def test_every_damage_to_every_file_is_named_on_every_rank(ranks, recipe, rank):
     assert kinds >= {"distcp", "metadata", "json", "pt"} and len(said) >= 3 * 9
     for (name, damage), error in said.items():
         assert name in error, (name, damage, error)
-        assert "Remove it" in error or "use another checkpoint" in error
+        assert "Remove this checkpoint" in error or "use another checkpoint" in error
 
 
 def test_a_save_before_the_first_update_changes_no_step(ranks, recipe):
