@@ -249,7 +249,7 @@ def verify(checkpoint: Path, checksums: bool = True, names: list[str] | None = N
                                 "Remove this checkpoint to resume from the one before")
     if added:
         raise DamagedCheckpoint(f"checkpoint {checkpoint} holds what was not saved with it: "
-                                f"{_some(added)}. Move that out of it; the checkpoint is whole")
+                                f"{_some(added)}. Move that out of it to go on")
 
 
 def _other_than_listed(path: Path, listed: Listed, checksum: bool) -> str:

@@ -16,8 +16,8 @@ from megatron_spdf.training.mask_moves import MaskMoves
 def moves(monkeypatch):
     """Moves of an algorithm that is due at every second step, and what is done; `keeps`: one whose
     weights choose their masks in the next step."""
-    def make(keeps: bool, weights=("w",), done=None) -> MaskMoves:
-        done = [] if done is None else done
+    def make(keeps: bool, weights=("w",)) -> MaskMoves:
+        done: list = []
         algorithm = SimpleNamespace(keeps=keeps, holds=False, needs="nothing",
                                     due=lambda step, steps: step % 2 == 0)
         monkeypatch.setattr(mask_moves, "choose_masks", lambda models: done.append("chosen"))
