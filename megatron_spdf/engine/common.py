@@ -4,7 +4,7 @@ step."""
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -124,17 +124,20 @@ def seed_dropout(recipe: Recipe, number: int) -> None:
         tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
-def agree(loss: Tensor, replicas: int, stop: bool, *others: Tensor,
-          parts: Sequence[Tensor] = ()) -> tuple[float, bool, *tuple[float, ...]]:
+def agree(loss: Tensor, replicas: int, stop: bool, *others: Tensor, parts: Sequence[Tensor] = (),
+          meanwhile: Callable[[Tensor], None] | None = None,
+          ) -> tuple[float, bool, *tuple[float, ...]]:
     """The loss of the global batch and whether any rank wants to stop, on every rank, in one small
     reduction; and other numbers of this rank, (). All in one transfer, for which the host waits
-    until the device has done its work.
+    until the device has done its work up to here.
 
     Args:
         loss: of this replica on the one rank that reports for it, zero on its others.
         replicas: number of data-parallel replicas.
         others: come back as they are.
         parts: of the loss, like it; what comes back of them stands before the others.
+        meanwhile: is called before the host waits, with all that comes back as it is on the device,
+            (2 + parts + others,); what it launches keeps the device at work meanwhile.
     """
     # Every rank adds what it has: the mean over replicas and the number of ranks that want to stop
     # come out of one sum, so that no rank can leave a step that others stay in.
@@ -142,8 +145,21 @@ def agree(loss: Tensor, replicas: int, stop: bool, *others: Tensor,
                           torch.full_like(loss, float(stop), dtype=torch.float32),
                           *(part.float() / replicas for part in parts)])
     dist.all_reduce(shared)
-    loss_mean, stops, *numbers = torch.cat([shared, *(n.view(1) for n in others)]).tolist()
+    agreed = torch.cat([shared, *(n.view(1) for n in others)])
+    if meanwhile is not None:
+        agreed = _on_host_after(agreed, meanwhile)
+    loss_mean, stops, *numbers = agreed.tolist()
     return loss_mean, stops > 0, *numbers
+
+
+def _on_host_after(agreed: Tensor, meanwhile: Callable[[Tensor], None]) -> Tensor:
+    """The numbers on the host, which does not wait for what `meanwhile` launches."""
+    on_host = agreed.to("cpu", non_blocking=True)
+    there = torch.cuda.current_stream().record_event() if agreed.is_cuda else None
+    meanwhile(agreed)
+    if there:
+        there.synchronize()
+    return on_host
 
 
 def parts_of(model: nn.Module) -> dict[str, Tensor]:

@@ -56,10 +56,13 @@ class MegatronEngine:
         needs_batches: whether this rank needs tokens: on the first and last pipeline stage, and on
             all where attention stops at document boundaries.
         optimizer_steps: updates done, skipped steps not counted; bias correction goes by it.
+        updates_ahead: updates are launched before the host knows whether loss and gradients are
+            finite, and the device leaves all as it is where they are not. So the GPU does not stand
+            still while the host launches them, and the next step's beginning.
     """
 
     timed = {"optimizer.prepare_grads": "optimizer", "_squared_norm": "optimizer",
-             "_update": "optimizer"}
+             "_update": "optimizer", "_update_ahead": "optimizer"}
 
     def __init__(self, recipe: Recipe, plan: Plan, device: torch.device,
                  weights: InitialWeights | None = None):
@@ -76,6 +79,8 @@ class MegatronEngine:
         self.scheduler = common.make_scheduler(recipe, self.optimizer)
         self.optimizer_steps = 0
         common.correct_newborn(self)
+        self.updates_ahead = (device.type == "cuda" and recipe.newborn is None
+                              and recipe.optimizer.skips_on_device(self.torch_optimizer))
         self.data_parallel_rank = ps.get_data_parallel_rank()
         # Between the first and the last stage only document boundaries are of interest.
         self.needs_batches = (ps.is_pipeline_first_stage() or ps.is_pipeline_last_stage()
@@ -114,11 +119,13 @@ class MegatronEngine:
         parts = common.parts_of(self.models[-1])
         loss, stop, *means, squared_norm = self._agree(
             loss, stop_requested, self._squared_norm(),
-            parts=[part * self._reports for part in parts.values()])
+            parts=[part * self._reports for part in parts.values()],
+            meanwhile=self._update_ahead if self.updates_ahead else None)
         norm, parts = math.sqrt(squared_norm), dict(zip(parts, means, strict=True))
         skipped = not (math.isfinite(loss) and math.isfinite(norm))
-        if not skipped:
+        if not (skipped or self.updates_ahead):
             self._update(norm)
+        self.optimizer_steps += not skipped
         return StepResult(loss, norm, skipped, stop, parts)
 
     def evaluate(self, batch: Sequence[MicroBatch], stop_requested: bool) -> tuple[float, bool]:
@@ -230,8 +237,8 @@ class MegatronEngine:
         return torch.stack([r["loss"] for r in reports]).mean()
 
     def _agree(self, loss: Tensor, stop: bool, *others: Tensor,
-               parts: Sequence[Tensor] = ()) -> tuple[float, bool, *tuple[float, ...]]:
-        return common.agree(loss, self.recipe.parallel.data, stop, *others, parts=parts)
+               **further) -> tuple[float, bool, *tuple[float, ...]]:
+        return common.agree(loss, self.recipe.parallel.data, stop, *others, **further)
 
     def _squared_norm(self) -> Tensor:
         """Squared norm of the gradients of all ranks, (); Megatron-Core's own norm makes the host
@@ -244,12 +251,27 @@ class MegatronEngine:
         return squared
 
     def _update(self, norm: float) -> None:
-        limit, (inner,) = self.recipe.optimizer.clip_grad, self.optimizer.chained_optimizers
-        gradients = [p.grad for p in inner.get_parameters() if p.grad is not None]
-        if gradients and 0.0 < limit < norm:  # of few parameters a rank may have none
+        limit, gradients = self.recipe.optimizer.clip_grad, self._gradients
+        if gradients and 0.0 < limit < norm:
             torch._foreach_mul_(gradients, limit / (norm + 1e-6))  # as Megatron-Core clips
         self.optimizer.step_with_ready_grads()
-        self.optimizer_steps += 1
+
+    def _update_ahead(self, agreed: Tensor) -> None:
+        """`_update` with what `common.agree` has on the device, in the same digits."""
+        limit, gradients = self.recipe.optimizer.clip_grad, self._gradients
+        norm = agreed[-1].double().sqrt()
+        finite = agreed[0].isfinite() & norm.isfinite()
+        self.torch_optimizer.found_inf = (~finite).float()
+        if gradients and limit > 0.0:
+            factor = torch.where(norm > limit, limit / (norm + 1e-6), 1.0)
+            torch._foreach_mul_(gradients, factor.float())
+        self.optimizer.step_with_ready_grads()
+
+    @property
+    def _gradients(self) -> list[Tensor]:
+        """Those of this rank's masters; of few parameters a rank may have none."""
+        (inner,) = self.optimizer.chained_optimizers
+        return [p.grad for p in inner.get_parameters() if p.grad is not None]
 
 
 def _forward_step(device: torch.device, data_iterator: Iterator[MicroBatch], model: nn.Module):

@@ -61,6 +61,12 @@ class AdamW(Optimizer):
             for group in optimizer.param_groups:
                 group["step"] = steps
 
+    def skips_on_device(self, optimizer: torch.optim.Optimizer) -> bool:
+        import torch
+
+        return isinstance(optimizer, torch.optim.AdamW) and all(
+            group["fused"] for group in optimizer.param_groups)
+
     @property
     def averages(self) -> dict[str, Average]:
         return {"exp_avg": Average(self.beta1, 1), "exp_avg_sq": Average(self.beta2, 2)}

@@ -117,6 +117,11 @@ class Optimizer(Section):
             optimizer.state[master].update({s: torch.zeros_like(master) for s in self.states})
         self.set_steps(optimizer, 0)
 
+    def skips_on_device(self, optimizer: torch.optim.Optimizer) -> bool:
+        """True if an update leaves everything as it is where the PyTorch optimizer's `found_inf`,
+        () float32 on the device, is 1; so the host need not know whether gradients are finite."""
+        return False
+
     @property
     def averages(self) -> dict[str, Average]:
         """Those of the named state that are running averages from zero, which the step count

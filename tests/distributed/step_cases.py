@@ -17,6 +17,7 @@ from stage_cases import staged
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_spdf.engine import common
 from megatron_spdf.model import decoder
 
 # What makes the host wait for a GPU: values that Python sees, and shapes that depend on values.
@@ -67,6 +68,34 @@ def waits(recipe: dict) -> dict[str, dict[str, int]]:
                 run()
             found[name] = dict(waits.counts + shaped.counts)
         return found
+
+
+BROKEN = {3: float("inf"), 5: float("nan")}  # step -> squared norm of its gradients
+
+
+def updated(recipe: dict, ahead: bool) -> list[str]:
+    """What seven steps give, of which two have no finite gradients: each's result, and all numbers
+    that the model, the masters and the optimizer hold after it, summed."""
+    with bench(recipe) as b:
+        engine, found = b.engine, []
+        engine.updates_ahead = ahead
+        squared_norm = engine._squared_norm
+        batches = b.data.training_batches(1)
+        for number in range(1, 8):
+            factor = BROKEN.get(number, 1.0)
+            engine._squared_norm = lambda factor=factor: squared_norm() * factor
+            result = engine.step(next(batches), number, number * b.recipe.tokens_per_step, False)
+            found.append(f"{result} {engine.optimizer_steps} {held_by(engine)}")
+        return found
+
+
+def held_by(engine) -> list[float]:
+    """Sums of absolute values: of parameters, of masters, and of each of the named state."""
+    masters = common.masters_of(engine.torch_optimizer)
+    states = [engine.torch_optimizer.state[master] for master in masters]
+    return [sum(float(t.double().abs().sum()) for t in tensors) for tensors in (
+        [p for model in engine.models for p in model.parameters()], masters,
+        *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")))]
 
 
 def fused(recipe: dict, steps: int) -> list[tuple[float, float]]:

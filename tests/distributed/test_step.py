@@ -5,7 +5,7 @@ import pytest
 from cases import train
 from curves import close
 from harness import world_of
-from step_cases import adam, fused, gathers_by_part, masked_peer, tuned, waits
+from step_cases import adam, fused, gathers_by_part, masked_peer, tuned, updated, waits
 
 pytestmark = pytest.mark.slow
 
@@ -98,3 +98,17 @@ def test_the_fastest_of_all_trials_is_chosen(of_layouts):
         assert [t["micro_batch"] for t in entry["trials"]] == [1, 2, 4]
         best = min(entry["trials"], key=lambda t: t["seconds"])
         assert entry["micro_batch"] == best["micro_batch"]
+
+
+@pytest.mark.parametrize(("world", "sections"), [
+    (1, {"optimizer": {"clip_grad": 0.1}}),
+    (1, {"optimizer": {"clip_grad": 1e6}, "train": {"precision": "bf16"}}),
+    (2, {"optimizer": {"clip_grad": 0.1}, "parallel": {"data": 2, "zero_stage": 1},
+         "train": {"precision": "bf16"}})], ids=["clipped", "bf16, not clipped", "ZeRO-1"])
+def test_an_update_launched_ahead_changes_no_digit(ranks, make_recipe, world, sections):
+    """As on a GPU, where the host does not know yet whether the gradients are finite: two of the
+    steps leave everything as it is, bias correction included."""
+    recipe = make_recipe(sparsity=0.75, **sections)
+    ahead, after = (ranks(world).run(updated, recipe, ahead) for ahead in (True, False))
+    assert ahead == after
+    assert [("skipped=True" in step) for step in ahead] == [n in (3, 5) for n in range(1, 8)]
