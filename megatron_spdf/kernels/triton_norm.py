@@ -17,7 +17,7 @@ NAME = f"triton {triton.__version__}"
 
 
 def layer_norm_backward(gradient: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor,
-                        ) -> tuple[Tensor, Tensor, Tensor]:
+                        residual: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of input (N, H), weight (H,) and bias (H,); sums are fp32.
 
     Args:
@@ -25,22 +25,26 @@ def layer_norm_backward(gradient: Tensor, x: Tensor, weight: Tensor, mean: Tenso
         x: (N, H).
         weight: (H,).
         mean, rstd: (N,) float32, of each token.
+        residual: (N, H), a gradient of the input by another way, which is added; None: there is
+            none.
     """
     x, gradient = x.contiguous(), gradient.contiguous()
+    adds = residual is not None
     tokens, width = x.shape
     block = triton.next_power_of_2(width)
     programs, warps = min(NORM.programs, tokens), max(1, min(16, block // NORM.entries_of_a_warp))
     of_x = torch.empty_like(x)
     # of the tokens of each program; how many there are is the same on every GPU
     parts = torch.empty(2, programs, width, dtype=torch.float32, device=x.device)
-    _backward[programs,](gradient, x, weight, mean, rstd, of_x, parts, tokens, width, BLOCK=block,
-                         num_warps=warps)
+    _backward[programs,](gradient, x, weight, mean, rstd, residual.contiguous() if adds else x,
+                         of_x, parts, tokens, width, BLOCK=block, ADDS=adds, num_warps=warps)
     of_weight, of_bias = parts.sum(1).to(weight.dtype)
     return of_x, of_weight, of_bias
 
 
 @triton.jit
-def _backward(gradient, x, weight, means, rstds, of_x, parts, tokens, width, BLOCK: tl.constexpr):
+def _backward(gradient, x, weight, means, rstds, residual, of_x, parts, tokens, width,
+              BLOCK: tl.constexpr, ADDS: tl.constexpr):
     """Takes the program's tokens, as many apart as there are programs."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     column = tl.arange(0, BLOCK)
@@ -57,6 +61,8 @@ def _backward(gradient, x, weight, means, rstds, of_x, parts, tokens, width, BLO
         of_normed = of_y * scale  # zero outside, whatever `normed` is there
         along = tl.sum(of_normed * normed) / width
         found = rstd * (of_normed - tl.sum(of_normed) / width - normed * along)
+        if ADDS:
+            found += tl.load(residual + row, mask=inside, other=0.0).to(tl.float32)
         tl.store(of_x + row, found.to(of_x.dtype.element_ty), mask=inside)
         row += step
     place = parts + program * width + column

@@ -24,7 +24,7 @@ from megatron_spdf.layers.megatron import sparsify_layer
 from megatron_spdf.model.attention import QkvLinear, core_attention
 from megatron_spdf.model.init import DrawnWeights, InitialWeights, initialize, owned_weights
 from megatron_spdf.model.mlp import GatedMlp
-from megatron_spdf.model.norm import norm_class
+from megatron_spdf.model.norm import norm_class, residual_norm_class
 from megatron_spdf.model.objective import HeadInputs, Objective, cross_entropy
 from megatron_spdf.model.parametrization import Parametrization
 from megatron_spdf.recipe.recipe import AUTO, Recipe
@@ -159,7 +159,8 @@ def _build_chunk(
     attention.linear_qkv = QkvLinear
     if recipe.model.qk_norm:
         attention.q_layernorm = attention.k_layernorm = norm
-    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm
+    of_branches = residual_norm_class(norm)
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = of_branches
     block = TransformerBlockSubmodules(
         layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=stage), layer_norm=norm)
     model = Decoder(

@@ -32,17 +32,20 @@ def test_trial_accepts_the_kernel_and_nothing_that_computes_otherwise(monkeypatc
 @pytest.mark.parametrize(("dtype", "precision"),
                          [(torch.float32, 1e-6), (torch.bfloat16, 8e-3)], ids=str)
 @pytest.mark.parametrize("shape", [(5, 3, 48), (1, 2, 64)], ids=str)
-def test_output_and_gradients_are_those_of_float64(dtype, precision, shape):
+@pytest.mark.parametrize("residual", [False, True])
+def test_output_and_gradients_are_those_of_float64(dtype, precision, shape, residual):
     draw = torch.Generator().manual_seed(0)
     numbers = [torch.randn(size, generator=draw).to(DEVICE, dtype)
                for size in (shape, shape[-1:], shape[-1:], shape)]
     *operands, gradient = numbers
     operands = [t.requires_grad_() for t in operands]
-    y = _LayerNorm.apply(*operands, 1e-5, triton_norm)
-    y.backward(gradient)
+    y, same = _LayerNorm.apply(*operands, 1e-5, triton_norm)
+    assert torch.equal(same, operands[0])
+    torch.autograd.backward([y, 3 * same] if residual else [y], [gradient] * (1 + residual))
     exact = [t.detach().double().requires_grad_() for t in operands]
     wanted = torch.nn.functional.layer_norm(exact[0], shape[-1:], *exact[1:], 1e-5)
-    wanted.backward(gradient.double())
+    torch.autograd.backward([wanted, 3 * exact[0]] if residual else [wanted],
+                            [gradient.double()] * (1 + residual))
     for found, of in zip((y, *(t.grad for t in operands)), (wanted, *(t.grad for t in exact)),
                          strict=True):
         assert float((found.double() - of).norm() / of.norm()) < precision

@@ -19,19 +19,24 @@ def test_apex_has_layer_norms_alone(monkeypatch, kind, of, apex, expected):
     assert norm.norm_class(kind, of).__name__ == expected
 
 
-def by_hand(gradient, x, weight, mean, rstd):
+def by_hand(gradient, x, weight, mean, rstd, residual=None):
     """In place of the kernel: the derivative of (x - mean) rstd weight + bias, of its formula."""
     normed = (x - mean[:, None]) * rstd[:, None]
     of_normed = gradient * weight
     of_x = rstd[:, None] * (of_normed - of_normed.mean(1, True)
                             - normed * (of_normed * normed).mean(1, True))
+    of_x = of_x if residual is None else of_x + residual
     return of_x, (gradient * normed).sum(0), gradient.sum(0)
 
 
-def test_a_layer_norm_with_a_backward_of_its_own_is_that_of_float64(monkeypatch):
+@pytest.mark.parametrize("used", [(True, False), (True, True), (False, True)],
+                         ids=["output", "both", "residual"])
+def test_a_layer_norm_with_a_backward_of_its_own_is_that_of_float64(monkeypatch, used):
+    """Of a norm that begins a residual branch the output, the residual or both may be used."""
     kernels = SimpleNamespace(layer_norm_backward=by_hand)
     monkeypatch.setattr(norm, "norm_kernels", lambda x: kernels)
-    layer = norm.LayerNorm(SimpleNamespace(sequence_parallel=True), 8, eps=0.1)
+    kind = norm.ResidualLayerNorm if used[1] else norm.LayerNorm
+    layer = kind(SimpleNamespace(sequence_parallel=True), 8, eps=0.1)
     assert all(p.sequence_parallel for p in layer.parameters())
     draw = torch.Generator().manual_seed(0)
     for p in layer.parameters():
@@ -40,9 +45,23 @@ def test_a_layer_norm_with_a_backward_of_its_own_is_that_of_float64(monkeypatch)
     numbers = [x.requires_grad_(), layer.weight, layer.bias]
     exact = [t.detach().double().requires_grad_() for t in numbers]
     wanted = torch.nn.functional.layer_norm(exact[0], (8,), *exact[1:], 0.1)
-    wanted.backward(gradient.double())
-    found = layer(x)
-    found.backward(gradient)
-    for one, of in zip([found, *(t.grad for t in numbers)], [wanted, *(t.grad for t in exact)],
-                       strict=True):
-        torch.testing.assert_close(one.double(), of, rtol=1e-5, atol=1e-5)
+    (sum(t for t, is_used in zip((wanted, 2 * exact[0]), used, strict=True) if is_used)
+     * gradient.double()).sum().backward()
+    outputs = layer(x) if used[1] else (layer(x), x)
+    torch.testing.assert_close(outputs[0].double(), wanted, rtol=1e-5, atol=1e-5)
+    assert torch.equal(outputs[1], x)
+    (sum(t for t, is_used in zip((outputs[0], 2 * outputs[1]), used, strict=True) if is_used)
+     * gradient).sum().backward()
+    for one, of in zip(numbers, exact, strict=True):
+        if used[0] or one is x:
+            torch.testing.assert_close(one.grad.double(), of.grad, rtol=1e-5, atol=1e-5)
+        else:
+            assert one.grad is None
+
+
+@pytest.mark.parametrize(("fields", "name"), [({"fused_residual_rmsnorm": None},
+                                               "ResidualLayerNorm"), ({}, "LayerNorm")])
+def test_branches_have_norms_with_residuals_where_layers_take_them(monkeypatch, fields, name):
+    monkeypatch.setattr(norm.TransformerConfig, "__dataclass_fields__", fields)
+    assert norm.residual_norm_class(norm.LayerNorm).__name__ == name
+    assert norm.residual_norm_class(norm.RMSNorm) is norm.RMSNorm
