@@ -367,8 +367,30 @@ def test_floors_of_moves_are_the_bytes_they_must_move(recipe, one_second, dtype)
     assert (expand.kernel, compress.kernel) == ("expand", "compress")
     assert expand.floor == pytest.approx((dtype.itemsize * (whole + active) + whole / 8) / 1e6)
     assert compress.floor == pytest.approx((dtype.itemsize * whole + 8 * active + whole / 8) / 1e6)
-    assert (expand.seconds, compress.seconds, expand.torch) == (1.0, 2.0, None)
+    layers = kernel_throughput.LAYERS  # in one call
+    assert (expand.seconds, compress.seconds, expand.torch) == (1.0 / layers, 2.0 / layers, None)
     assert (expand.shape, expand.sparsity, expand.dense) == ((256, 128), 0.75, None)
+
+
+def test_layers_in_turn_share_no_tensor(recipe, monkeypatch):
+    """So that no cache holds what a kernel reads."""
+    read = []
+
+    def timed(run, count, seconds):
+        for number in range(count):
+            run(number)
+        return 1.0
+
+    for name in ("expand", "compress"):
+        monkeypatch.setattr(kernel_throughput.dispatch, name,
+                            lambda own, mask, *others: read.append([
+                                t.data_ptr() for t in (own, mask.bits, mask.index, *others)]))
+    monkeypatch.setattr(kernel_throughput, "median_in_turn", timed)
+    weight = Plan.of(recipe(sparsity=0.75)).weights["decoder.layers.0.mlp.linear_fc1.weight"]
+    kernel_throughput.moves(weight, 0, 1, CPU, torch.float32, 1e6, 0.0)
+    for calls in (read[:kernel_throughput.LAYERS], read[kernel_throughput.LAYERS:]):
+        assert len(calls) == kernel_throughput.LAYERS
+        assert all(len({*places}) == len(calls) for places in zip(*calls, strict=True))
 
 
 @pytest.mark.parametrize(("pattern", "whole"), [({"pattern": "tile", "tile": 16, "level": 0.75}, 0),

@@ -9,7 +9,9 @@ on the CPU, so that the command can be tried; figures of a CPU say nothing about
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from statistics import median
 
 import torch
 from torch.utils.benchmark import Timer
@@ -21,6 +23,9 @@ from megatron_spdf.recipe.recipe import Recipe
 from megatron_spdf.sparsity.patterns.unstructured import Unstructured
 from megatron_spdf.sparsity.plan import Plan, SparseWeight
 from megatron_spdf.tables import MICROSECONDS, Column, Table
+
+LAYERS = 24  # whose weights are expanded and compressed in turn: more bytes than a cache has
+REPLAYS = 2, 7  # of a graph, to warm up and timed
 
 
 @dataclass(frozen=True)
@@ -86,31 +91,33 @@ def copy_bandwidth(device: torch.device, seconds: float) -> float:
 def moves(weight: SparseWeight, seed: int, tensor: int, device: torch.device, dtype: torch.dtype,
           bandwidth: float, seconds: float) -> list[Figure]:
     """Expand, and compress added to an fp32 buffer; of the unstructured mask, whatever the recipe's
-    pattern."""
+    pattern. As in a step, the same weight of one layer after another."""
     # A weight of tiles may have fewer slices; they stay, and so does the level that is reached.
     weight = replace(weight, pattern=Unstructured(), level=weight.sparsity)
     compact = CompactWeight(weight, seed, 0, tensor, device)
     mask, width = compact.mask, dtype.itemsize
-    values = torch.randn(compact.values_shape, device=device).to(dtype)
-    dense = torch.randn(compact.shape, device=device).to(dtype)
-    buffer = torch.zeros(compact.values_shape, device=device)
+    masks = [replace(mask, bits=mask.bits.clone(), index=mask.index.clone())
+             for _ in range(LAYERS)]
+    values = [torch.randn(compact.values_shape, device=device).to(dtype) for _ in masks]
+    dense = [torch.randn(compact.shape, device=device).to(dtype) for _ in masks]
+    buffers = [torch.zeros(compact.values_shape, device=device) for _ in masks]
     peer = None
     if dispatch.backend_for(device.type)[0] is not torch_reference:
         peer = replace(mask,
                        index=torch_reference.make_index(mask.bits, mask.slice_shape, mask.axis))
-    whole, active = dense.numel(), values.numel()
+    whole, active = dense[0].numel(), values[0].numel()
     bits = whole / 8
     runs = {
-        "expand": (lambda m: dispatch.expand(values, m),
-                   lambda m: torch_reference.expand(values, m), width * (whole + active) + bits),
-        "compress": (lambda m: dispatch.compress(dense, m, buffer),
-                     lambda m: torch_reference.compress(dense, m, buffer),
+        "expand": (lambda i: dispatch.expand(values[i], masks[i]),
+                   lambda i: torch_reference.expand(values[i], peer),
+                   width * (whole + active) + bits),
+        "compress": (lambda i: dispatch.compress(dense[i], masks[i], buffers[i]),
+                     lambda i: torch_reference.compress(dense[i], peer, buffers[i]),
                      width * whole + 8 * active + bits),
     }
     place = weight.name, compact.shape, weight.sparsity
-    return [Figure(name, *place, median_seconds(lambda run=run: run(mask), seconds),
-                   moved / bandwidth, torch=peer
-                   and median_seconds(lambda run=other: run(peer), seconds))
+    return [Figure(name, *place, median_in_turn(run, LAYERS, seconds), moved / bandwidth,
+                   torch=peer and median_seconds(lambda other=other: other(0), seconds))
             for name, (run, other, moved) in runs.items()]
 
 
@@ -160,6 +167,42 @@ def median_seconds(run, seconds: float) -> float:
         return do_bench(run, warmup=250 * seconds, rep=1000 * seconds, return_mode="median") / 1e3
     run()
     return Timer("run()", globals={"run": run}).blocked_autorange(min_run_time=seconds).median
+
+
+def median_in_turn(run: Callable[[int], object], count: int, seconds: float) -> float:
+    """Median of one call among `count` different ones that follow one another.
+
+    On a GPU they are one CUDA graph, so that a short kernel is not longer by its launch, nor by the
+    beginning and the end of the only one that runs. Between a call and the same one again the
+    others fill the cache.
+
+    Args:
+        run: takes the number of the call, from 0, each of which has tensors of its own.
+        count: number of calls.
+        seconds: that they are called for at least, on the CPU.
+    """
+    if not torch.cuda.is_available():
+        return median_seconds(lambda: [run(i) for i in range(count)], seconds) / count
+    for i in range(count):
+        run(i)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(count):
+            run(i)
+    warm_up, timed = REPLAYS
+    spent = [_replayed(graph) for _ in range(warm_up + timed)]
+    return median(spent[warm_up:]) / count
+
+
+def _replayed(graph: torch.cuda.CUDAGraph) -> float:
+    """Seconds of the device for a graph."""
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    began.record()
+    graph.replay()
+    ended.record()
+    torch.cuda.synchronize()
+    return began.elapsed_time(ended) / 1e3
 
 
 _COLUMNS = [
