@@ -80,9 +80,9 @@ class SelectionShape(NamedTuple):
     digit: int
 
 
-# Candidates by the bytes of an entry; the first is used. Of those of two bytes it is the fastest for
-# the weights of GPT-3 XL's layer together on an H100 (2026-11-28): 548 us, the others 582 and 557;
-# with twice as many beside them 807, 803 and 1,264. The others have not been measured: by the
+# Candidates by the bytes of an entry; the first is used. Of those of two bytes it is the fastest
+# for the weights of GPT-3 XL's layer together on an H100 (2026-11-28): 548 us, the others 582 and
+# 557; with twice as many beside them 807, 803 and 1,264. The others have not been measured: by the
 # machine code, these have the fewest instructions for all passes together, with few launches.
 SELECTION = {2: (SelectionShape(4096, 4, 5), SelectionShape(4096, 8, 5),
                  SelectionShape(4096, 8, 8)),
