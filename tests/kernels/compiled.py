@@ -115,7 +115,8 @@ def constants(kernel: str, size: int, shape: tuple | None, key_bits: int) -> dic
         return {"KEY_BITS": key_bits, "RANKS": 2, "LEVELS": -(-key_bits // shape.digit),
                 "DIGIT": shape.digit, "BLOCK": shape.entries}
     if kernel in OF_ROWS:
-        return {"BLOCK": shape[0]} | ({"MEAN": True} if kernel == "sums" else {})
+        return {"BLOCK": shape[0]} | {"sums": {"MEAN": True}, "backward": {"ADDS": True}}.get(
+            kernel, {})
     if not size:
         return {"SPAN": SPAN, "stride_column": 1} | ({"ADDS": True} if kernel == "compress" else {})
     width, depth, _, _, group, _ = shape
@@ -143,7 +144,8 @@ def kind(kernel: str, name: str, dtype: str) -> str:
         return "*i32"
     if name == "out" and kernel in ("compress", "weight_gradient"):
         return "*fp32"  # the gradient's buffer
-    numbers = ("x", "of_x", "y", "bias", "values", "weight", "gradient", "dense", "logits", "out")
+    numbers = ("x", "of_x", "y", "bias", "values", "weight", "gradient", "residual", "dense",
+               "logits", "out")
     return f"*{dtype}" if name in numbers else "i32"
 
 

@@ -21,7 +21,9 @@ KNOWN = Rates(0.7, rates.ATTENTION, 0.5, {"tile 64": 0.45, "tile 128": 0.6},
               {"dense": 6e-3, "unstructured": 8e-3, "tile": 8e-3, "2:4": 16e-3}, "")
 # Dense steps of GPT-3 XL differ by 6% in minutes, as the card gets warm. Those of GPT-2 Small are
 # short: what a graph is launched with, and kernels of a few microseconds, are not counted. Layers
-# of other families take the host longer than those of the two that its seconds are of.
+# of other families take the host longer than those of the two that its seconds are of. For the same
+# launches, tiles of 64 and of 128, the host needed 8.1 and 7.2 ms a layer in one suite.
+HOST_TOLERANCE = 0.15  # of GPT-3 XL's steps that wait for the host
 TOLERANCE = {"GPT-3 XL": 0.08, "GPT-2 Small": 0.2, "Llama": 0.35, "Qwen3": 0.4}
 
 
@@ -34,9 +36,11 @@ def test_the_planner_predicts_the_steps_that_were_measured(report):
     rows = rates.compared(report, H100, MEASURED)
     assert len(rows) == len(rates.measured_steps(report)) > 10
     for model, tolerance in TOLERANCE.items():
-        own = {row["step"]: row["predicted / measured"] for row in rows
-               if row["step"].startswith(model)}
-        assert own == {name: pytest.approx(1.0, abs=tolerance) for name in own}
+        own = {row["step"]: row for row in rows if row["step"].startswith(model)}
+        assert {name: row["predicted / measured"] for name, row in own.items()} == {
+            name: pytest.approx(1.0, abs=max(
+                tolerance, HOST_TOLERANCE * (row["of that waiting for the host (s)"] > 0.0)))
+            for name, row in own.items()}
 
 
 def test_the_rates_are_those_of_the_report(report):
