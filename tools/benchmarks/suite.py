@@ -32,7 +32,7 @@ from megatron_spdf.tables import Column, Table
 ROOT = Path(__file__).resolve().parents[2]
 SCALES = ("h200", "h100", "cpu")
 # seconds on a GPU, 530 together
-PARTS = {"kernels": 60, "training": 190, "peers": 60, "moves": 75, "families": 65, "host": 60,
+PARTS = {"kernels": 55, "training": 175, "peers": 50, "moves": 90, "families": 70, "host": 70,
          "largest": 20}
 POLL = 0.5  # seconds between looks at the rows of the part that runs
 SHOWN = 5  # figures of a row, as it comes
