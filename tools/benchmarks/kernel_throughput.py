@@ -37,7 +37,8 @@ class Figure:
         floor: seconds below which it cannot be: of a copy of as many bytes, or the active share of
             the dense product.
         dense: seconds of the dense product that it stands for; None for expand and compress.
-        torch: seconds of PyTorch's implementation on the same device, where it is another.
+        torch: seconds of PyTorch's implementation on the same device, where it is another; alone,
+            with a cold cache.
     """
 
     kernel: str
