@@ -18,7 +18,8 @@ Labels may also size a run by what it costs (`budget: flops`, `tokens_per_weight
 
 `finetune:` fine-tunes and scores every run, see `downstream.py`.
 
-`tune: {optimizer.lr: 2}` tunes keys of every cell before it is run with all seeds, see `tuning.py`.
+`tune: {optimizer.lr: 2}` tunes keys of every cell before it is run with all seeds, from where
+`begin:` says or from their own values on, see `tuning.py`.
 Runs that differ in their length alone share their steps at the peak of the learning rate, see
 `trunks.py`. `hold_out:` names cells that no law is fitted to, see `loss_table.py`.
 """
@@ -66,6 +67,14 @@ class Plot(Section):
                                                  "then the axis of lengths; default: none")
 
 
+class Begin(Section):
+    """Where the searches of some cells begin."""
+
+    cells: dict[str, str] = Field(description="axis -> label; cells that have them all")
+    factors: dict[str, int] = Field(min_length=1, description="key of `tune` -> power of its "
+                                    "factor that the cell's own value is multiplied by")
+
+
 class Experiment(Section):
     """Experiment, as a file of configs/experiments describes it."""
 
@@ -89,6 +98,8 @@ class Experiment(Section):
     tune: dict[str, Annotated[float, Field(gt=1.0)]] = Field(
         {}, description="key of the recipe -> factor between neighboring values; every cell is "
                         "tuned with the first seed, from its own value on")
+    begin: list[Begin] = Field([], description="cells whose search begins away from their own "
+                                               "values; of several entries for one the last counts")
     finetune: Downstream | None = Field(
         None, description="fine-tuning of every run, and its scores; default: none"
     )
@@ -107,6 +118,10 @@ class Experiment(Section):
                     for axis, label in labels.items()} if isinstance(labels, dict) else labels
 
         naming = {key: named(values[key]) for key in NAMING if key in values}
+        if isinstance(begin := values.get("begin"), list):
+            naming["begin"] = [{**entry, "cells": named(entry["cells"])}
+                               if isinstance(entry, dict) and "cells" in entry else entry
+                               for entry in begin]
         return {**values, "axes": labeled_axes(values["axes"]), **naming}
 
     @model_validator(mode="after")
@@ -131,6 +146,11 @@ class Experiment(Section):
                     raise ValueError(f"{key} has an entry without labels, which all cells have; "
                                      "name labels there, or leave it out")
                 require_labels(key, labels, self.axes)
+        for begin in self.begin:
+            require_labels("begin", begin.cells, self.axes)
+            if strange := begin.factors.keys() - self.tune.keys():
+                raise ValueError(f"begin.factors has {min(strange)}, and the keys of tune are "
+                                 f"{', '.join(self.tune) or 'none'}; take some of them")
         return self
 
     @model_validator(mode="after")

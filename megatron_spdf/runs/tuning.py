@@ -5,11 +5,13 @@
         dense: {sparsity.level: 0, optimizer.lr: 2e-3, optimizer.embedding_lr: 2e-2}
         75%: {sparsity.level: 0.75, optimizer.lr: 8e-3, optimizer.embedding_lr: 2e-2}
     tune: {optimizer.lr: 2, optimizer.embedding_lr: 2}
+    begin:                                     # half the rate, where a guess is at hand
+      - {cells: {masks: 75%}, factors: {optimizer.lr: -1}}
 
-A cell begins at its own values. It is run there and at the neighbors, one key times or over its
-factor, with the first seed, and goes to the best of them, until no neighbor is better. So no best
-value lies at the edge of what was tried, and the table of neighbors shows it. There the cell is run
-with the other seeds.
+A cell begins at its own values, or as far from them as `begin` says. It is run there and at the
+neighbors, one key times or over its factor, with the first seed, and goes to the best of them,
+until no neighbor is better. So no best value lies at the edge of what was tried, and the table of
+neighbors shows it. There the cell is run with the other seeds.
 
 The search follows from the losses alone: interrupted, it goes on, since what was run is not run
 again.
@@ -91,6 +93,10 @@ class TunedCell:
                             ).model_dump()
         self._own = {key: _value(begun, key) for key in self.experiment.tune}
         self._cells: dict[Point, Cell] = {}
+        self.begin: Point = (0,) * len(self._own)
+        for begin in self.experiment.begin:
+            if begin.cells.items() <= self.trial.labels.items():
+                self.begin = tuple(begin.factors.get(key, 0) for key in self._own)
 
     def at(self, point: Point) -> Cell:
         """The cell with the values of a point."""
@@ -117,7 +123,7 @@ class TunedCell:
 
     def search(self, tried: Collection[Path]) -> tuple[Point, list[Point]]:
         """See the function."""
-        return search((0,) * len(self._own), lambda point: self.loss(point, tried))
+        return search(self.begin, lambda point: self.loss(point, tried))
 
     def left(self, tried: Collection[Path]) -> list[Trial]:
         """The runs that can be done now: those the search asks for, and then those of the other
@@ -168,7 +174,7 @@ def tuned_cells(experiment: Experiment, path: Path, words: list[str],
     for trial in trials(experiment):
         found.append(TunedCell(experiment, trial, path.parent / experiment.recipe, words,
                                known))
-        found[-1].at((0,) * len(experiment.tune))
+        found[-1].at(found[-1].begin)
     return found
 
 

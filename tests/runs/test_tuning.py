@@ -80,6 +80,20 @@ def test_points_are_runs_with_the_cells_own_values_times_powers_of_the_factors(g
     assert len(outputs) == 20
 
 
+def test_a_search_begins_where_the_grid_says_and_counts_from_the_cells_own_values(grid):
+    axes = {"masks": {"dense": {"sparsity.level": 0}, "75%": {"sparsity.level": 0.75}},
+            "model.layers": [1, 2]}
+    cells = grid(axes, begin=[
+        {"cells": {}, "factors": {"model.init_std": 1}},
+        {"cells": {"masks": "75%", "model.layers": 2}, "factors": {"optimizer.lr": -2}}])
+    own = RECIPE["optimizer"]["lr"]
+    for cell in cells:
+        first = [(t.values["optimizer.lr"], t.values["model.init_std"]) for t in cell.left(())][0]
+        last = cell.trial.labels == {"masks": "75%", "model.layers": "2"}
+        assert first == ((own / 4, 0.02) if last else (own, 0.06))
+        assert cell.at((0, 0)).recipes[4].optimizer.lr == own
+
+
 def run(cell, trials, loss) -> None:
     """Does the runs of these directories."""
     for point in [(0, 0), *neighbors((0, 0)), *neighbors((1, 0)), *neighbors((2, 0))]:
@@ -153,6 +167,17 @@ def test_what_cannot_be_tuned_is_refused_before_a_run(grid, tune, said):
     with pytest.raises(ValueError) as caught:
         for cell in grid(tune=tune):
             cell.left(())
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(("begin", "said"), [
+    ({"cells": {"masks": "2:4"}, "factors": {"optimizer.lr": 1}}, "begin names masks=2:4, and the"),
+    ({"cells": {}, "factors": {"seed": 1}}, "begin.factors has seed, and the keys of tune are"),
+    ({"cells": {}, "factors": {"optimizer.lr": 0.5}}, "begin.0.factors.optimizer.lr=0.5: input"),
+    ({"factors": {"optimizer.lr": 1}}, "begin.0.cells is missing"), (3, "begin.0=3")])
+def test_a_begin_that_names_no_cell_or_no_key_is_refused(grid, begin, said):
+    with pytest.raises(ValueError) as caught:
+        grid({"masks": {"dense": {"sparsity.level": 0}}}, begin=[begin])
     assert said in str(caught.value)
 
 
