@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,17 +19,18 @@ def stream_key(*words: object) -> np.ndarray:
     return np.frombuffer(digest[:16], dtype="<u8")
 
 
-def random_words(key: int, count: int, device: torch.device) -> Tensor:
-    """The first words of the stream of a 64-bit key, (count,) int64, the same on every device:
-    SplitMix64 (Steele et al. 2014).
+def random_words(keys: Sequence[int], count: int, device: torch.device) -> Tensor:
+    """The first words of the streams of some 64-bit keys, (keys, count) int64, the same on every
+    device: SplitMix64 (Steele et al. 2014).
 
     Args:
-        key: under 2^64; other keys, other streams.
+        keys: under 2^64; other keys, other streams.
     """
     import torch
 
-    words = torch.arange(1, count + 1, dtype=torch.int64, device=device)
-    words.mul_(_signed(0x9E3779B97F4A7C15)).add_(_signed(key))
+    steps = torch.arange(1, count + 1, dtype=torch.int64, device=device)
+    steps.mul_(_signed(0x9E3779B97F4A7C15))
+    words = steps + torch.tensor([[_signed(key)] for key in keys], device=device)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         words.bitwise_xor_(_shifted(words, shift)).mul_(_signed(factor))
     return words.bitwise_xor_(_shifted(words, 31))

@@ -1,4 +1,4 @@
-"""What an algorithm sees of a slice whose mask is due to move.
+"""What an algorithm sees of a slice whose mask is due to move, or of all slices of a weight.
 
 All of it runs on the device of the mask, in whole numbers or by comparing floats, so that every
 replica comes to the same mask.
@@ -9,7 +9,7 @@ or a tile where the pattern is of tiles.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -62,8 +62,17 @@ class MaskSlice:
     @cached_property
     def inactive(self) -> Tensor:
         """(n - k,) positions of the others, ascending."""
-        rest = None if self.units is None else len(self.mask) - self.units
-        return _positions(~self.mask, rest)
+        return _positions(~self.mask, None if self.units is None else self.rest)
+
+    @property
+    def rest(self) -> int:
+        """n - k."""
+        return len(self.inactive) if self.units is None else len(self.mask) - self.units
+
+    @property
+    def alone(self) -> MaskSlices:
+        """This slice and no other."""
+        return MaskSlices([self])
 
     def random(self, purpose: str, candidates: Tensor, count: int) -> Tensor:
         """Draws `count` of the candidates, every such set equally likely.
@@ -76,8 +85,11 @@ class MaskSlice:
 
     def random_scores(self, purpose: str, candidates: Tensor) -> Tensor:
         """A random word for each of the candidates, int64; see `random`."""
-        key = stream_key(STREAM, self.seed, self.name, self.number, self.update, purpose)
-        return random_words(int(key[0]), len(candidates), candidates.device)
+        return random_words([self.key(purpose)], len(candidates), candidates.device)[0]
+
+    def key(self, purpose: str) -> int:
+        """The key of a stream of random words."""
+        return int(stream_key(STREAM, self.seed, self.name, self.number, self.update, purpose)[0])
 
     def exchange(self, to_die: Tensor, to_be_born: Tensor,
                  count: int) -> tuple[Tensor, Tensor]:
@@ -112,6 +124,29 @@ class MaskSlice:
         threshold = smallest_at_rank(scores, count, selects_alone=not scores.is_cuda)
         below, ties = candidates[scores < threshold], candidates[scores == threshold]
         return torch.cat([below, ties[: count - len(below)]])
+
+
+@dataclass(frozen=True)
+class MaskSlices:
+    """Slices of a weight, C of them, in kernels that are as many for all as for one.
+
+    Attributes:
+        parts: each slice.
+    """
+
+    parts: Sequence[MaskSlice]
+
+    def random_scores(self, purpose: str) -> Tensor:
+        """A random word for each inactive unit, (C, n - k) int64; see `MaskSlice.random`."""
+        one = self.parts[0]
+        return random_words([part.key(purpose) for part in self.parts], one.rest, one.mask.device)
+
+    def inactive_gradients(self) -> Tensor:
+        """Gradients of the inactive units in the order of their positions, (C, n - k)."""
+        inactive = _positions(~torch.cat([part.mask for part in self.parts]),
+                              len(self.parts) * self.parts[0].rest)
+        gradients = torch.cat([part.gradient for part in self.parts])
+        return gradients[inactive].view(len(self.parts), -1)
 
 
 def _positions(mask: Tensor, count: int | None) -> Tensor:

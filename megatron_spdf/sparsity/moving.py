@@ -16,7 +16,7 @@ from megatron_spdf.kernels import dispatch
 from megatron_spdf.kernels.mask import Mask, ones, pack, unpack
 from megatron_spdf.sparsity.algorithms.base import MaskAlgorithm, Moment
 from megatron_spdf.sparsity.largest import keep_lowest
-from megatron_spdf.sparsity.mask_slice import MaskSlice
+from megatron_spdf.sparsity.mask_slice import MaskSlice, MaskSlices
 from megatron_spdf.sparsity.plan import SparseWeight
 from megatron_spdf.sparsity.units import Units
 
@@ -58,7 +58,7 @@ def _exchanged(algorithm: MaskAlgorithm, parts: Sequence[MaskSlice], when: Momen
     """The next masks where the smallest magnitudes die, of all slices at once: (slices, n) bool."""
     count = algorithm.count(values.shape[1], when)
     dies = keep_lowest(values.abs(), count)
-    born = keep_lowest(torch.stack([algorithm.to_be_born(part) for part in parts]), count)
+    born = keep_lowest(algorithm.to_be_born(MaskSlices(parts)), count)
     after = torch.zeros_like(masks).masked_scatter_(masks, ~dies)
     return after.masked_scatter_(~masks, born)
 

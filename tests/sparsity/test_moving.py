@@ -72,8 +72,11 @@ def weight(request) -> SparseWeight:
 
 def test_words_are_those_of_splitmix64():
     # the published outputs for this seed
-    assert [word % 2**64 for word in random_words(1234567, 3, "cpu").tolist()] == [
+    other, words = random_words([2**64 - 1, 1234567], 3, "cpu")
+    assert [word % 2**64 for word in words.tolist()] == [
         6457827717110365317, 3203168211198807973, 9817491932198370423]
+    assert [word % 2**64 for word in other.tolist()] == [
+        16490336266968443936, 16834447057089888969, 4048727598324417001]
 
 
 @pytest.mark.parametrize("entries", [1, 8, 9, 60])
@@ -225,6 +228,21 @@ def test_slices_move_together_as_one_by_one_and_nobody_waits(weight, together, b
     assert int(number) == weight.slices * together().count(k, WHEN) > 0
     expected = dense(weight, bits, values) * unpack(moved, 60)
     assert torch.equal(dense(weight, moved, carried), expected)
+
+
+@pytest.mark.parametrize("algorithm", [Set(), Rigl()], ids=["set", "rigl"])
+def test_a_move_of_many_slices_launches_no_more_than_one_of_few(algorithm, as_on_a_gpu):
+    """But for views, which launch nothing."""
+    launched = []
+    for slices in (2, 32):
+        weight = SparseWeight(NAME, (16 * slices, 20), 0, slices, 0.75)
+        values = torch.randn(slices, weight.active_per_slice)
+        with NoWaits() as counted:
+            moved_masks(algorithm, WHEN, weight, 3, 0, packed(weight), values,
+                        torch.randn(*weight.shape))
+        launched.append({name: count for name, count in counted.calls.items()
+                         if name not in ("view", "slice", "select", "alias", "detach")})
+    assert launched[0] == launched[1] and sum(launched[0].values()) < 50
 
 
 @pytest.mark.parametrize("ties", [False, True])

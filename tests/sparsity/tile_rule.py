@@ -27,7 +27,7 @@ def random_births(active: np.ndarray, seed: int, name: str, slice_id: int,
     """SET's scores of the tiles that are not active, from the stored stream."""
     key = stream_key("megatron_spdf move stream 1", seed, name, slice_id, update, "be born")
     births = np.zeros(active.shape)
-    births[~active] = random_words(int(key[0]), int((~active).sum()), "cpu").numpy()
+    births[~active] = random_words([int(key[0])], int((~active).sum()), "cpu")[0].numpy()
     return births
 
 

@@ -28,7 +28,7 @@ from megatron_spdf.section import MOST_STEPS, Section
 if TYPE_CHECKING:  # the planner goes without PyTorch
     from torch import Tensor
 
-    from megatron_spdf.sparsity.mask_slice import MaskSlice
+    from megatron_spdf.sparsity.mask_slice import MaskSlice, MaskSlices
 
 Needs = Literal["nothing", "values", "dense_gradient"]
 # all of the step, or each data-parallel rank's last
@@ -307,11 +307,11 @@ class SmallestDie(MovingMasks):
 
     def select(self, part: MaskSlice, when: Moment) -> Move:
         count = self.count(len(part.active), when)
-        return Move(*part.exchange(part.values.abs(), self.to_be_born(part), count))
+        return Move(*part.exchange(part.values.abs(), self.to_be_born(part.alone)[0], count))
 
-    def to_be_born(self, part: MaskSlice) -> Tensor:
-        """Scores of the inactive entries of a slice, in the order of their positions; the lowest
-        are born."""
+    def to_be_born(self, slices: MaskSlices) -> Tensor:
+        """Scores of the inactive units of each slice, in the order of their positions: (slices,
+        n - k). The lowest of a slice are born."""
         raise NotImplementedError
 
 

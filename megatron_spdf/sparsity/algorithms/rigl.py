@@ -21,7 +21,7 @@ from megatron_spdf.sparsity.algorithms.base import ALGORITHMS, Collects, Smalles
 if TYPE_CHECKING:  # the planner goes without PyTorch
     from torch import Tensor
 
-    from megatron_spdf.sparsity.mask_slice import MaskSlice
+    from megatron_spdf.sparsity.mask_slice import MaskSlices
 
 
 class Rigl(SmallestDie):
@@ -39,8 +39,8 @@ class Rigl(SmallestDie):
     def collects(self) -> Collects:
         return self.gradient
 
-    def to_be_born(self, part: MaskSlice) -> Tensor:
-        return -part.gradient[part.inactive].abs()
+    def to_be_born(self, slices: MaskSlices) -> Tensor:
+        return -slices.inactive_gradients().abs()
 
     def describe(self) -> str:
         return ("smallest magnitudes die, entries with the largest gradients are born: "

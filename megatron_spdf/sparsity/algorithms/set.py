@@ -15,7 +15,7 @@ from megatron_spdf.sparsity.algorithms.base import ALGORITHMS, SmallestDie
 if TYPE_CHECKING:  # the planner goes without PyTorch
     from torch import Tensor
 
-    from megatron_spdf.sparsity.mask_slice import MaskSlice
+    from megatron_spdf.sparsity.mask_slice import MaskSlices
 
 
 class Set(SmallestDie):
@@ -23,8 +23,8 @@ class Set(SmallestDie):
 
     name = "set"
 
-    def to_be_born(self, part: MaskSlice) -> Tensor:
-        return part.random_scores("be born", part.inactive)
+    def to_be_born(self, slices: MaskSlices) -> Tensor:
+        return slices.random_scores("be born")
 
     def describe(self) -> str:
         return f"smallest magnitudes die, random entries are born: {super().describe()}"
