@@ -30,7 +30,9 @@ def random_words(keys: Sequence[int], count: int, device: torch.device) -> Tenso
 
     steps = torch.arange(1, count + 1, dtype=torch.int64, device=device)
     steps.mul_(_signed(0x9E3779B97F4A7C15))
-    words = steps + torch.tensor([[_signed(key)] for key in keys], device=device)
+    # to a device the copy goes without waiting for what it still has to do
+    starts = torch.tensor([[_signed(key)] for key in keys]).to(device, non_blocking=True)
+    words = steps + starts
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         words.bitwise_xor_(_shifted(words, shift)).mul_(_signed(factor))
     return words.bitwise_xor_(_shifted(words, 31))
