@@ -40,12 +40,14 @@ def moved_masks(
     rows, columns = planned.slice_shape
     size, units, parts = planned.slice_shape[planned.axis], Units.of(planned), []
     masks = unpack(bits, rows * columns)
+    if gradient is not None:  # (slices, n); a copy where columns are cut, of all at once
+        gradient = gradient.unflatten(planned.axis, (len(bits), size)).movedim(
+            planned.axis, 0).reshape(len(bits), -1)
     for i, mask in enumerate(masks):
         parts.append(MaskSlice(
             planned.name, first + i, units.of_mask(mask),
             units.magnitudes(values[i], mask) if algorithm.needs != "nothing" else None,
-            None if gradient is None else units.norms(
-                gradient.narrow(planned.axis, i * size, size).reshape(-1)),
+            None if gradient is None else units.norms(gradient[i]),
             seed, when.update, pattern=planned.pattern, grid=units.grid,
             units=values.shape[1] // math.prod(units.size)))
     if algorithm.together and not planned.pattern.exchanges:

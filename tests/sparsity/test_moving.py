@@ -230,12 +230,14 @@ def test_slices_move_together_as_one_by_one_and_nobody_waits(weight, together, b
     assert torch.equal(dense(weight, moved, carried), expected)
 
 
+@pytest.mark.parametrize("axis", [0, 1], ids=["rows", "columns"])
 @pytest.mark.parametrize("algorithm", [Set(), Rigl()], ids=["set", "rigl"])
-def test_a_move_of_many_slices_launches_no_more_than_one_of_few(algorithm, as_on_a_gpu):
+def test_a_move_of_many_slices_launches_as_much_as_one_of_few(algorithm, axis, as_on_a_gpu):
     """But for views, which launch nothing."""
     launched = []
     for slices in (2, 32):
-        weight = SparseWeight(NAME, (16 * slices, 20), 0, slices, 0.75)
+        shape = (16 * slices, 20) if axis == 0 else (20, 16 * slices)
+        weight = SparseWeight(NAME, shape, axis, slices, 0.75)
         values = torch.randn(slices, weight.active_per_slice)
         with NoWaits() as counted:
             moved_masks(algorithm, WHEN, weight, 3, 0, packed(weight), values,
