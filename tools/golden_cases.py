@@ -45,6 +45,7 @@ TENSOR_2 = {"parallel.tensor": 2, "parallel.sequence": True}
 DATA_2 = {"parallel.data": 2, "train.micro_batch": 2}
 BF16 = {"train.precision": "bf16"}
 DEEPSPEED = {"engine": "deepspeed", **DATA_2, **S75}
+MOVES = {**S75, "sparsity.update.every": 2, "sparsity.update.stop": 1.0}
 PHASES = [
     {"share": 2 / 3, "sparsity": {"level": 0.75, "expand": "layer"}, "lr": 6e-3,
      "warmup_tokens": PER_STEP},
@@ -67,6 +68,12 @@ RUNS: dict[str, tuple[int, dict[str, Any]]] = {
                   "model.query_groups": 2, "data.train": [], "data.blend": BLEND,
                   "data.reset_attention": True, "data.reset_positions": True,
                   "data.cache": "cache", "guard.max_skipped": 3, "train.recompute": "selective"}),
+    "set": (1, {**MOVES, "sparsity.algorithm": "set", "sparsity.update.track_ages": True}),
+    "rigl": (2, {**MOVES, **TENSOR_2, "sparsity.algorithm": "rigl", "sparsity.pattern": "block",
+                 "sparsity.block": 8}),
+    "gmp": (2, {**S75, **DATA_2, "sparsity.algorithm": "gmp", "sparsity.update.every": 2,
+                "parallel.zero_stage": 1}),
+    "ste": (1, {**S75, "sparsity.algorithm": "ste", "sparsity.expand": "layer"}),
     "tensor_2": (2, {**S75, **TENSOR_2}),
     "pipeline_2": (2, {**S75, "model.layers": 4, "parallel.pipeline": 2, "parallel.interleave": 2,
                        "train.micro_batch": 2}),
@@ -74,6 +81,8 @@ RUNS: dict[str, tuple[int, dict[str, Any]]] = {
     "deepspeed_1": (2, {**DEEPSPEED, **BF16, "parallel.zero_stage": 1}),
     "deepspeed_2": (2, {**DEEPSPEED, "parallel.zero_stage": 2, "model.dropout": 0.1}),
     "deepspeed_3": (2, {**DEEPSPEED, "parallel.zero_stage": 3}),
+    "deepspeed_set": (2, {**DEEPSPEED, **MOVES, "sparsity.algorithm": "set",
+                          "parallel.zero_stage": 3}),
 }
 # The run tensor_2 from step SAVED on.
 RESUMED = {**S75, **DATA_2, "parallel.zero_stage": 1}

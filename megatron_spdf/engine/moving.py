@@ -3,7 +3,8 @@ entry goes where it goes, whatever the engine shards.
 
 An engine shows master weights and named optimizer state whole, parameter by parameter
 (`base.ParameterState`), so that all data-parallel ranks choose alike and carry alike. What is held
-beside them at a time is one kind of state of one bucket or parameter.
+beside them at a time is one kind of state of one bucket or parameter, and the indices of the masks
+that move, from where and to where.
 """
 
 from __future__ import annotations
@@ -37,13 +38,11 @@ def move_masks(engine: Engine, algorithm: MaskAlgorithm, when: Moment) -> dict[s
     """
     sparse = _sparse_parameters(engine)
     after = _choose(engine, algorithm, when, sparse)
+    carriers = {parameter: _carrier(sparse[parameter], bits) for parameter, bits in after.items()}
     for name in engine.state.names if after else ():
         for parameter, values in engine.state.whole(name):
-            if parameter in after:
-                compact, bits = sparse[parameter], after[parameter]
-                carried = moving.carry(_as_values(values, compact), compact.mask_bits, bits,
-                                       compact.mask.entries)
-                engine.state.put(parameter, name, carried)
+            if carry := carriers.get(parameter):
+                engine.state.put(parameter, name, carry(_as_values(values, sparse[parameter])))
     if after:
         engine.state.settle()
     return _over_all_ranks({c.planned.name: c.move_mask(after.get(p, c.mask_bits))
@@ -123,6 +122,11 @@ def _choose(engine: Engine, algorithm: MaskAlgorithm, when: Moment,
     assert all(full for _, full in found), f"{algorithm.name} changes how many entries are active"
     return {parameter: bits
             for (parameter, bits), (has, _) in zip(after.items(), found, strict=True) if has}
+
+
+def _carrier(compact: CompactWeight, after: Tensor) -> moving.Carrier:
+    entries, active = compact.mask.entries, compact.values_shape[1]
+    return moving.Carrier(compact.mask_bits, after, entries, active)
 
 
 def _sum_gradient(compact: CompactWeight) -> Tensor:

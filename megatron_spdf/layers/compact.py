@@ -23,7 +23,7 @@ from megatron_spdf.kernels import dispatch
 from megatron_spdf.kernels.mask import Mask, pack, unpack
 from megatron_spdf.layers.products.base import Product
 from megatron_spdf.sparsity.history import Change, aged, common
-from megatron_spdf.sparsity.moving import born, carry
+from megatron_spdf.sparsity.moving import Carrier, born
 from megatron_spdf.sparsity.plan import SparseWeight
 
 TABLE = "table_"  # how names of buffers with a product's tables begin
@@ -176,9 +176,8 @@ class CompactWeight(nn.Module):
     def age_since(self, before: Tensor) -> None:
         """Carries the ages of active entries over from the masks before, bits like `mask_bits`."""
         entries = math.prod(self.planned.slice_shape)
-        # as floats, which every backend's kernels carry
-        carried = carry(self.ages.float(), before, self.mask_bits, entries).to(self.ages.dtype)
-        self.ages.copy_(aged(carried, before, self.mask_bits, entries))
+        carry = Carrier(before, self.mask_bits, entries, self.ages.shape[1])
+        self.ages.copy_(aged(self.ages, carry))
 
     def seen(self, moved: int | Tensor) -> Change:
         """What is kept track of, as it is after so many entries moved."""

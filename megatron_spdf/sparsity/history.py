@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_spdf.kernels.mask import ones
-from megatron_spdf.sparsity.moving import carry
+from megatron_spdf.sparsity.moving import Carrier
 
 OLDEST = 255  # moves, that old or older
 
@@ -79,14 +79,12 @@ def common(first: Tensor, bits: Tensor) -> Tensor:
     return ones(first & bits).sum()
 
 
-def aged(carried: Tensor, before: Tensor, after: Tensor, entries: int) -> Tensor:
+def aged(ages: Tensor, carry: Carrier) -> Tensor:
     """Ages of active entries after a move: 0 of those that are born, one more of the others.
 
     Args:
-        carried: (slices, k) uint8, ages before the move in their new places.
-        before, after: (slices, ceil(n / 8)) uint8, packed masks.
-        entries: n, of a slice.
+        ages: (slices, k) uint8, before the move.
     """
-    rows = carried.new_ones(carried.shape, dtype=torch.float32)
-    stayed = carry(rows, before, after, entries).bool()
-    return torch.where(stayed & (carried < OLDEST), carried + 1, carried)
+    # as floats, which every backend's kernels carry
+    carried, stayed = carry(ages.float()).to(ages.dtype), carry(torch.ones_like(ages).float())
+    return torch.where(stayed.bool() & (carried < OLDEST), carried + 1, carried)

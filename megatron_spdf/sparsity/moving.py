@@ -109,18 +109,24 @@ def kept_entries(algorithm: MaskAlgorithm, when: Moment, planned: SparseWeight, 
     return torch.stack(left)
 
 
-def carry(values: Tensor, before: Tensor, after: Tensor, entries: int) -> Tensor:
-    """Carries a state of a weight, (slices, k), from one mask to another; the born are zero.
+class Carrier:
+    """Carries states of a weight from one mask to another; what is born is zero.
 
     Values lie in the order of the active entries, so that one that dies and one that is born shift
-    all between them.
+    all between them. Both masks are indexed once, for all states.
 
     Args:
         before, after: (slices, ceil(n / 8)) uint8, with k active entries in every slice.
         entries: n.
+        active: k.
     """
-    old, new = (_as_rows(bits, entries, values.shape[1]) for bits in (before, after))
-    return dispatch.compress(dispatch.expand(values, old), new)
+
+    def __init__(self, before: Tensor, after: Tensor, entries: int, active: int) -> None:
+        self._before, self._after = (_as_rows(b, entries, active) for b in (before, after))
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """(slices, k) of the mask after, from those of the mask before."""
+        return dispatch.compress(dispatch.expand(values, self._before), self._after)
 
 
 def _as_rows(bits: Tensor, entries: int, active: int) -> Mask:

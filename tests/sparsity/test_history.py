@@ -12,6 +12,7 @@ from megatron_spdf.layers.compact import CompactWeight
 from megatron_spdf.sparsity.algorithms.set import Set
 from megatron_spdf.sparsity.algorithms.static import Static
 from megatron_spdf.sparsity.history import OLDEST, Change, aged, by_layer
+from megatron_spdf.sparsity.moving import Carrier
 from megatron_spdf.sparsity.plan import SparseWeight
 
 # Masks of a weight of 2 slices with 2 of 6 entries each, one after another.
@@ -61,7 +62,7 @@ def test_ages_stop_at_the_oldest():
     bits = np.packbits([[1, 1, 0, 0]], axis=1)
     bits = torch.from_numpy(bits)
     ages = torch.tensor([[OLDEST - 1, OLDEST]], dtype=torch.uint8)
-    assert aged(ages, bits, bits, 4).tolist() == [[OLDEST, OLDEST]]
+    assert aged(ages, Carrier(bits, bits, 4, 2)).tolist() == [[OLDEST, OLDEST]]
 
 
 def test_layers_are_those_of_their_weights_together():

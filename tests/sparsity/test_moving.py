@@ -23,7 +23,7 @@ from megatron_spdf.sparsity.algorithms.set import Set
 from megatron_spdf.sparsity.algorithms.static import Static
 from megatron_spdf.sparsity.largest import smallest_at_rank
 from megatron_spdf.sparsity.mask_slice import MaskSlice
-from megatron_spdf.sparsity.moving import born, carry, kept_entries, moved_masks
+from megatron_spdf.sparsity.moving import Carrier, born, kept_entries, moved_masks
 from megatron_spdf.sparsity.plan import SparseWeight
 from megatron_spdf.sparsity.slices import slice_of
 
@@ -95,7 +95,7 @@ def test_a_move_keeps_k_and_every_kept_value_at_its_place(weight):
     count = round(0.3 * k)
     assert (after.sum(1) == k).all() and ((before & ~after).sum(1) == count).all()
     assert born(bits, moved) == count * weight.slices
-    there = dense(weight, moved, carry(values, bits, moved, 60))
+    there = dense(weight, moved, Carrier(bits, moved, 60, k)(values))
     assert torch.equal(there, dense(weight, bits, values) * after)
 
 
@@ -223,7 +223,7 @@ def test_slices_move_together_as_one_by_one_and_nobody_waits(weight, together, b
     one_by_one = moved_masks(by_slice(), *arguments)
     with NoWaits():
         moved = moved_masks(together(), *arguments)
-        carried, number = carry(values, bits, moved, 60), born(bits, moved)
+        carried, number = Carrier(bits, moved, 60, k)(values), born(bits, moved)
     assert torch.equal(moved, one_by_one)
     assert int(number) == weight.slices * together().count(k, WHEN) > 0
     expected = dense(weight, bits, values) * unpack(moved, 60)

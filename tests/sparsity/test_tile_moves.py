@@ -16,7 +16,7 @@ from megatron_spdf.layers.products.tiles import TileProduct
 from megatron_spdf.sparsity.algorithms.base import Moment
 from megatron_spdf.sparsity.algorithms.rigl import Rigl
 from megatron_spdf.sparsity.algorithms.set import Set
-from megatron_spdf.sparsity.moving import born, carry, moved_masks
+from megatron_spdf.sparsity.moving import Carrier, born, moved_masks
 from megatron_spdf.sparsity.patterns.tiles import Tiles, swap_tiles
 from megatron_spdf.sparsity.plan import SparseWeight
 from megatron_spdf.sparsity.slices import join_slices, slice_of
@@ -97,7 +97,7 @@ def test_what_stays_keeps_its_values_and_what_is_born_is_zero(weight):
     entries = math.prod(weight.slice_shape)
     whole = torch.zeros(weight.slices, entries)
     whole[unpack(bits, entries)] = values.flatten()
-    there = carry(values, bits, moved, entries)
+    there = Carrier(bits, moved, entries, values.shape[1])(values)
     after = torch.zeros(weight.slices, entries)
     after[unpack(moved, entries)] = there.flatten()
     assert torch.equal(after, whole * unpack(moved, entries)) and not torch.equal(bits, moved)
