@@ -50,6 +50,8 @@ INTERNALS = (
              "calls that Megatron-Core makes without asking for a GPU"),
     Internal("torch.Tensor", ("cuda", "type"),
              "Megatron-Core's optimizers look for CUDA's type names"),
+    Internal("torch.jit._builtins", ("_find_builtin", "_register_builtin"),
+             "scripts may call functions that are replaced"),
     Internal("torch.nn.Module", ("cuda",), "Megatron-Core moves models to the GPU"),
     Internal("torch.nn.Module", ("_apply",), "a mask is indexed anew on another device"),
     Internal("torch.nn.parallel.DistributedDataParallel",

@@ -7,45 +7,27 @@ has a test in tests/parallel/test_fake_cuda.py.
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
 
 import torch
-from torch.overrides import TorchFunctionMode
+from torch.jit._builtins import _find_builtin, _register_builtin
 
 CPU = torch.device("cpu")
 
 
-class FakeCuda(TorchFunctionMode):
-    """Mode of PyTorch that changes two kinds of calls while it is entered.
+# What takes a device by keyword: functions of `torch` and methods of tensors. They are replaced one
+# by one, since a mode of PyTorch that sees every call would be a tenth of the time of a small step.
+FACTORIES = ("arange", "as_tensor", "empty", "empty_like", "eye", "full", "full_like", "linspace",
+             "ones", "ones_like", "rand", "rand_like", "randint", "randn", "randn_like",
+             "randperm", "tensor", "zeros", "zeros_like")
+METHODS = ("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros", "to")
 
-    - `device="cuda"` in any call, such as `torch.empty` or `Tensor.to`: replaced by `device`.
-    - `Tensor.type()`: answered with the name of the CUDA type, such as `torch.cuda.FloatTensor`,
-      since Megatron-Core's optimizers sort parameters by these names.
-
-    Args:
-        device: that takes the GPU's place.
-    """
-
-    def __init__(self, device: torch.device):
-        super().__init__()
-        self.device = device
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        """Calls `func`, with device or answer changed."""
-        if kwargs:
-            if "cuda" in str(kwargs.get("device", "")):
-                kwargs["device"] = self.device
-            return func(*args, **kwargs)
-        if func is torch.Tensor.type and len(args) == 1:
-            return f"torch.cuda.{func(*args).rpartition('.')[2]}"
-        return func(*args)
-
-
-_mode: FakeCuda | None = None
+_installed = False
 
 
 def install(device: torch.device = CPU) -> bool:
@@ -57,22 +39,46 @@ def install(device: torch.device = CPU) -> bool:
     Returns:
         True if this machine has no usable GPU, and so needs them.
     """
-    global _mode
+    global _installed
     if torch.cuda.is_available():
         return False
-    if _mode is None:
+    if not _installed:
         assert "megatron.core" not in sys.modules, (
             "install the stand-in before importing megatron.core"
         )
-        _mode = FakeCuda(device)
-        _mode.__enter__()
+        _patch_factories(device)
         _patch_torch(device)
         _patch_megatron()
+        _installed = True
     return True
 
 
+def _patch_factories(device: torch.device) -> None:
+    """Replaces "cuda" by `device` where a tensor is made or moved."""
+    # With the first device that is a context PyTorch notes its factories, which are still its own.
+    with torch.device(device):
+        torch.empty(0)
+    for name in METHODS:
+        setattr(torch.Tensor, name, _never_on_cuda(getattr(torch.Tensor, name), device))
+    for name in FACTORIES:
+        replaced = getattr(torch, name)
+        setattr(torch, name, _never_on_cuda(replaced, device))
+        if operator := _find_builtin(replaced):
+            # TorchScript knows operators by the functions that they are
+            _register_builtin(getattr(torch, name), operator)
+
+
+def _never_on_cuda(function: Callable, device: torch.device) -> Callable:
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        if "cuda" in str(kwargs.get("device", "")):
+            kwargs["device"] = device
+        return function(*args, **kwargs)
+    return call
+
+
 def _patch_torch(device: torch.device) -> None:
-    """Replaces functions of `torch.cuda`, and methods that move to a GPU."""
+    """Replaces functions of `torch.cuda`, methods that move to a GPU, and `Tensor.type`."""
     # The device that factory calls are given where no "cuda" is spelled out.
     torch.cuda.current_device = lambda: device
     # Work on the CPU is done when its call returns, so there is nothing to wait for.
@@ -85,6 +91,17 @@ def _patch_torch(device: torch.device) -> None:
     # Tensors and modules are on their device already.
     torch.Tensor.cuda = lambda self, *_, **__: self
     torch.nn.Module.cuda = lambda self, *_, **__: self
+    # Megatron-Core's optimizers sort parameters by the names of their CUDA types.
+    torch.Tensor.type = _named_as_on_cuda(torch.Tensor.type)
+
+
+def _named_as_on_cuda(function: Callable) -> Callable:
+    """`Tensor.type`, which says torch.cuda.FloatTensor for torch.FloatTensor, or converts."""
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        found = function(*args, **kwargs)
+        return f"torch.cuda.{found.rpartition('.')[2]}" if isinstance(found, str) else found
+    return call
 
 
 def _patch_megatron() -> None:

@@ -20,12 +20,22 @@ from megatron_spdf.parallel import fake_cuda
 found = {}
 have_gpu, watched = torch.cuda.is_available, (torch.cuda, torch.Tensor, torch.nn.Module)
 torch.cuda.is_available = lambda: True
-before = [dict(vars(place)) for place in watched]
+def now():
+    factories = {name: getattr(torch, name) for name in fake_cuda.FACTORIES}
+    return [factories, *(dict(vars(place)) for place in watched)]
+before = now()
 found["refuses on a GPU"] = fake_cuda.install() is False
 found["replaces nothing on a GPU"] = (
-    [dict(vars(place)) for place in watched] == before and fake_cuda._mode is None
+    now() == before and not fake_cuda._installed
     and torch.ones(1).type() == "torch.FloatTensor")
 torch.cuda.is_available = have_gpu
+
+def in_context(device):
+    with torch.device(device):
+        return torch.zeros(2), torch.tensor([1]), torch.rand(3), torch.arange(3)
+
+def counted(n: int):
+    return torch.arange(n)
 
 compile = torch.compile
 found["installs"] = fake_cuda.install() is True
@@ -43,7 +53,13 @@ found["factory with device"] = [str(t.device) for t in (
     torch.full((2,), 1.0, device="cuda"), torch.arange(3, device="cuda"))] == ["cpu"] * 5
 found["factory on current device"] = (
     str(torch.ones(1, device=torch.cuda.current_device()).device) == "cpu")
-found["Tensor.to"] = str(torch.ones(1).to(device="cuda").device) == "cpu"
+found["factory in a context"] = all(t.is_meta for t in in_context("meta"))
+found["factory in a script"] = torch.equal(torch.jit.script(counted)(3), torch.arange(3))
+found["factory by type"] = torch.zeros(2, dtype=torch.int8).dtype == torch.int8
+x = torch.ones(1)
+found["methods with device"] = [str(t.device) for t in (
+    x.to(device="cuda"), x.new_zeros(2, device="cuda"), x.new_tensor([1], device="cuda"),
+    x.new_full((2,), 1.0, device=torch.device("cuda", 0)))] == ["cpu"] * 4
 x = torch.ones(2)
 found["Tensor.cuda"] = x.cuda() is x and x.cuda(0, non_blocking=True) is x
 layer = torch.nn.Linear(2, 2)
@@ -87,7 +103,8 @@ print("FOUND", json.dumps(found))
 CHECKS = [
     "refuses on a GPU", "replaces nothing on a GPU", "installs", "fusions are not compiled",
     "the compiler is not imported", "installs once", "factory with device",
-    "factory on current device", "Tensor.to",
+    "factory on current device", "factory in a context", "factory in a script", "factory by type",
+    "methods with device",
     "Tensor.cuda", "Module.cuda", "Tensor.type names", "Tensor.type conversion", "current_device",
     "synchronize",
     "current_stream", "random state round trip", "manual_seed", "random state of Megatron-Core",
@@ -95,10 +112,12 @@ CHECKS = [
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[str, bool]:
-    done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT,
-                          env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True,
-                          text=True, timeout=300, check=False)
+def found(tmp_path_factory) -> dict[str, bool]:
+    program = tmp_path_factory.mktemp("stand-in") / "program.py"  # TorchScript reads its source
+    program.write_text(PROGRAM)
+    done = subprocess.run([sys.executable, program], cwd=ROOT, env={
+        **os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}, capture_output=True,
+        text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.rpartition("FOUND ")[2])
 
