@@ -99,6 +99,19 @@ def test_a_move_keeps_k_and_every_kept_value_at_its_place(weight):
     assert torch.equal(there, dense(weight, bits, values) * after)
 
 
+def test_both_masks_are_indexed_once_for_all_states(weight, monkeypatch):
+    bits, k = packed(weight), weight.active_per_slice
+    moved = moved_masks(Random(fraction=0.3), WHEN, weight, 3, 0, bits, torch.rand(4, k), None)
+    indexed, make_index = [], dispatch.make_index
+    monkeypatch.setattr(dispatch, "make_index", lambda bits, *place: (
+        indexed.append(bits), make_index(bits, *place))[1])
+    carry = Carrier(bits, moved, 60, k)
+    for values in torch.rand(3, weight.slices, k):
+        expected = dense(weight, bits, values) * unpack(moved, 60)
+        assert torch.equal(dense(weight, moved, carry(values)), expected)
+    assert len(indexed) == 2
+
+
 class Seen(MovingMasks):
     """Notes the slices that it is shown. The smallest die; none are born where it holds them."""
 
