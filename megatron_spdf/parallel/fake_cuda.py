@@ -18,8 +18,6 @@ import torch
 from torch.jit._builtins import _find_builtin, _register_builtin
 
 CPU = torch.device("cpu")
-
-
 # What takes a device by keyword: functions of `torch` and methods of tensors. They are replaced one
 # by one, since a mode of PyTorch that sees every call would be a tenth of the time of a small step.
 FACTORIES = ("arange", "as_tensor", "empty", "empty_like", "eye", "full", "full_like", "linspace",
