@@ -225,7 +225,7 @@ def test_a_grid_is_run_as_asked(keep, monkeypatch, tmp_path, capsys):
     ran = keep(experiment, "run_all", [2])
     monkeypatch.setattr(experiment, "check_ahead", lambda planned: None)
     for words, jobs, minutes, python in (
-            (["--jobs", "3", "--minutes", "2", "--launch", "srun -n 2"], 3, 2, ["srun", "-n", "2"]),
+            (["--jobs", "3", "--minutes", "2", "--launch", "nice -n 2"], 3, 2, ["nice", "-n", "2"]),
             ([], 1, math.inf, [sys.executable])):
         monkeypatch.setattr(sys, "argv", ["experiment.py", str(tmp_path / "grid.yaml"), "--only",
                                           "seedless=b", *words, "log.every=7"])
